@@ -115,7 +115,13 @@ def write_manifest(
         for entry in sorted(directory.rglob("*"))
         if entry.is_file() and entry.name != MANIFEST
     }
-    identity = {"kind": kind, "schema": SCHEMA, "settings": dict(settings), "made_from": dict(made_from), "files": files}
+    identity = {
+        "kind": kind,
+        "schema": SCHEMA,
+        "settings": dict(settings),
+        "made_from": dict(made_from),
+        "files": files,
+    }
     manifest = {**identity, "hash": sha256_json(identity), **figures}
     write_json(directory / MANIFEST, manifest)
     return manifest

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+ArmName = Literal["text_only", "prefix_only", "input", "per_layer", "per_layer_lora"]
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -35,4 +37,3 @@ ARMS = {
         Arm("per_layer_lora", "RA-Rec + LoRA", "all", lora=True),
     )
 }
-ARM_NAMES = tuple(ARMS)

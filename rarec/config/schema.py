@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rarec.config.arms import ARM_NAMES
+from rarec.config.arms import ArmName
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -114,7 +114,7 @@ class Import(Section):
     """Vectors made elsewhere."""
 
     items: str
-    """Item vectors: `.npy` or `.safetensors` (one tensor; rows named by `item_ids`), or Parquet with columns id, vector."""
+    """Item vectors: `.npy` or `.safetensors` (one tensor, rows named by `item_ids`), or Parquet of id and vector."""
     item_ids: str | None = None
     """One id a row, in order: a text file, `.npy`, or Parquet (first column). Not for Parquet vectors."""
     users: str | None = None
@@ -195,6 +195,8 @@ class Shards(Section):
     samples_per_shard: Positive = 1024
     state_blocks: list[NonNegative] | None = None
     """Blocks whose text-only states are stored for the alignment loss; all of them by default."""
+    state_dtype: Literal["float16", "float32"] = "float16"
+    """Of the stored states."""
 
 
 class Alignment(Section):
@@ -212,7 +214,7 @@ class Lora(Section):
     """Low-rank adapters on the language model, trained with the alignment and saved apart from it."""
 
     rank: Positive = 8
-    alpha: Rate = 16.0
+    alpha: Positive = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: list[str] | None = None
     """Module names; by default the query and value projections of the architecture."""
@@ -250,7 +252,7 @@ class Loss(Section):
 class Train(Section):
     """The loop: one optimizer, warm-up and cosine, early stopping on a validation ranking metric."""
 
-    arms: list[Literal[ARM_NAMES]] = ["text_only", "prefix_only", "input", "per_layer"]
+    arms: list[ArmName] = ["text_only", "prefix_only", "input", "per_layer"]
     """Which variants are trained, each at this same budget."""
     blocks: list[NonNegative] | None = None
     """Blocks that `per_layer` and `prefix_only` inject into; all of them by default."""
@@ -304,7 +306,7 @@ class Report(Section):
 class Export(Section):
     """The bundle that a user takes away."""
 
-    arm: Literal[ARM_NAMES] = "per_layer"
+    arm: ArmName = "per_layer"
 
 
 class RunConfig(Section):

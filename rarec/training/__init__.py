@@ -1,0 +1,1 @@
+"""Accelerator, step loop, schedule, checkpoints, resume. Knows no dataset's format."""

@@ -1,0 +1,6 @@
+"""accelerate launch launch/train.py --config CONFIG [--fresh] [section.field=value ...]: train every arm."""
+
+from rarec.launch import start
+
+if __name__ == "__main__":
+    start("train")

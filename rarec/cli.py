@@ -1,0 +1,167 @@
+"""The `rarec` command: one thin sub-command a stage. Heavy imports wait until a stage needs them."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from rarec.config import load_config
+from rarec.errors import EXIT_CODE, UserError
+
+if TYPE_CHECKING:
+    from rarec.stages.context import Context
+
+console = Console(stderr=True, highlight=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""RA-Rec: ID embeddings become soft prompts in every block of a frozen language model.
+
+    A run is one YAML file and the stages below, in this order; each resumes by itself and refuses inputs that do not belong
+    together. `rarec run CONFIG` does them all. Fields are overridden behind the file: `rarec run CONFIG train.epochs=3`.""",
+)
+Config = Annotated[Path, typer.Argument(help="Run configuration, YAML. Ours lie in configs/runs/.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", show_default=False)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Make it again, replacing what was made before.")]
+
+
+def say(line: str) -> None:
+    """Tell the user one line, on standard error: standard output is for results."""
+    console.print(line)
+
+
+def open_context(config: Path | str, overrides: list[str] | None, fresh: bool = False) -> "Context":
+    """Read the configuration; imports the stages' machinery."""
+    settings = load_config(config, overrides or [])
+    from rarec.stages.context import Context
+
+    return Context(settings, say, fresh)
+
+
+def run_stage(name: str, config: Path | str, overrides: list[str] | None, fresh: bool = False) -> Any:
+    """Run one stage by its name."""
+    context = open_context(config, overrides, fresh)
+    return getattr(import_module(f"rarec.stages.{name}"), name)(context)
+
+
+@app.command(rich_help_panel="Stages, in order")
+def prepare(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """1. Logs to a prepared dataset: ids, order, split. Next: rarec ids CONFIG"""
+    run_stage("prepare", config, overrides, fresh)
+
+
+@app.command(rich_help_panel="Stages, in order")
+def ids(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """2. Train or import ID embeddings. Next: rarec shards CONFIG"""
+    run_stage("ids", config, overrides, fresh)
+
+
+@app.command(rich_help_panel="Stages, in order")
+def shards(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """3. Select samples, cache text-only states, write shards. Next: accelerate launch launch/train.py --config CONFIG"""
+    run_stage("shards", config, overrides, fresh)
+
+
+@app.command(rich_help_panel="Stages, in order")
+def train(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """4. Train every arm (as launch/train.py does). Next: accelerate launch launch/evaluate.py --config CONFIG"""
+    run_stage("train", config, overrides, fresh)
+
+
+@app.command(rich_help_panel="Stages, in order")
+def evaluate(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """5. Rank the whole catalogue with every arm (as launch/evaluate.py does). Next: rarec export CONFIG"""
+    run_stage("evaluate", config, overrides, fresh)
+
+
+@app.command(rich_help_panel="Stages, in order")
+def export(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """6. Write the bundle to take away. Next: rarec report CONFIG"""
+    run_stage("export", config, overrides, fresh)
+
+
+@app.command(rich_help_panel="Stages, in order")
+def report(config: Config, overrides: Overrides = None) -> None:
+    """7. One HTML file of everything that was found. Next: open it in a browser"""
+    print(run_stage("report", config, overrides))
+
+
+@app.command(rich_help_panel="All at once")
+def run(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Every stage in order; what is done already stays. Ends with the table and says where the report and bundle are."""
+    context = open_context(config, overrides, fresh)
+    import_module("rarec.stages.run").run(context)
+    show_results(context)
+
+
+@app.command(rich_help_panel="Afterwards")
+def recommend(
+    config: Config,
+    overrides: Overrides = None,
+    user: Annotated[str, typer.Option(help="The user's id, as in the log.")] = ...,  # type: ignore[assignment]
+    k: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle directory; the run's own by default.")] = None,
+) -> None:
+    """The best new items for one user, from the bundle."""
+    context = open_context(config, overrides)
+    for item, title in import_module("rarec.stages.export").recommend(context, user, k, bundle):
+        print(f"{item}\t{title}")
+
+
+@app.command(rich_help_panel="Afterwards")
+def doctor() -> None:
+    """What this machine can run: devices, engines, compilers, models, and what is missing."""
+    from rarec.doctor import checks, doctor_table
+
+    Console().print(doctor_table(checks()))
+
+
+def show_results(context: "Context") -> None:
+    """The table of arms and where everything lies, on standard output."""
+    from rarec.artefacts import read_json
+    from rarec.evaluation.table import terminal_table
+
+    paths, out = context.paths, Console()
+    out.print(terminal_table(read_json(paths.evaluation / "metrics.json"), ["hr@10", "hr@100", "ndcg@10", "mrr"]))
+    out.print(
+        f"report: {paths.report / 'report.html'}\nbundle: {paths.bundle}\nfigures: {paths.evaluation / 'metrics.json'}"
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from rarec.doctor import versions
+
+        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Versions of rarec and its stack.")
+    ] = False,
+) -> None:
+    pass
+
+
+def guarded(command: Any) -> None:
+    """Call a command; a `UserError` becomes one clear message and exit code 2."""
+    try:
+        command()
+    except UserError as error:
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of the `rarec` command."""
+    guarded(app)

@@ -1,0 +1,152 @@
+"""A prepared dataset, opened: plain arrays.
+
+Shape letters: U users, N items, I interactions, S samples or targets.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rarec.artefacts import read_manifest, sha256_file
+from rarec.data import tables
+from rarec.errors import UserError
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What one part of the split asks: for each of S users, in the order of the rows, the item at a position.
+
+    Attributes:
+        user_rows: (S,).
+        positions: (S,) of the target in the user's sequence; what stands before it is the history.
+        item_rows: (S,) the target.
+    """
+
+    user_rows: Int32
+    positions: Int32
+    item_rows: Int32
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """Users, items and the split. Rows are dense, from 0; ids are the user's own.
+
+    Attributes:
+        directory: of the artefact.
+        manifest: with counts, steps and settings.
+        hash: of the artefact.
+        user_ids: (U,) int64 or string.
+        item_ids: (N,) int64 or string.
+        titles: (N,) none is empty.
+        texts: (N,) further text, possibly empty.
+        train_counts_N: training interactions of each item.
+        starts_U: where a user's interactions begin in `item_rows_I`.
+        lengths_U: how many the user has.
+        train_length_U: how many of them train, from the first on.
+        validation_U: position of the validation target in the user's sequence, or -1.
+        test_U: position of the test target, or -1.
+        item_rows_I: every interaction's item, user by user in the order of the rows, each in the user's own order.
+    """
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    hash: str
+    user_ids: pa.Array
+    item_ids: pa.Array
+    titles: list[str]
+    texts: list[str]
+    train_counts_N: Int64
+    starts_U: Int64
+    lengths_U: Int32
+    train_length_U: Int32
+    validation_U: Int32
+    test_U: Int32
+    item_rows_I: Int32
+
+    @classmethod
+    def open(cls, directory: Path) -> "PreparedDataset":
+        """Read a prepared dataset, checking every file against the manifest.
+
+        Raises:
+            UserError: it is missing, of another kind or schema, or a file in it is not the one that was written.
+        """
+        manifest = read_manifest(directory, "prepare")
+        for name, digest in manifest["files"].items():
+            path = directory / name
+            if not path.exists() or sha256_file(path) != digest:
+                raise UserError(
+                    f"{path} is not the file that was prepared", "make it again: rarec prepare CONFIG --fresh"
+                )
+        users, items = (pq.read_table(directory / name) for name in (tables.USERS, tables.ITEMS))
+        interactions = pq.read_table(directory / tables.INTERACTIONS, columns=["item_row"])
+        return cls(
+            directory=directory,
+            manifest=manifest,
+            hash=manifest["hash"],
+            user_ids=users["user_id"].combine_chunks(),
+            item_ids=items["item_id"].combine_chunks(),
+            titles=items["title"].to_pylist(),
+            texts=items["text"].to_pylist(),
+            train_counts_N=items["train_count"].to_numpy(),
+            starts_U=users["start"].to_numpy(),
+            lengths_U=users["length"].to_numpy(),
+            train_length_U=users["train_length"].to_numpy(),
+            validation_U=users["validation"].to_numpy(),
+            test_U=users["test"].to_numpy(),
+            item_rows_I=interactions["item_row"].to_numpy(),
+        )
+
+    @property
+    def n_users(self) -> int:
+        """U."""
+        return len(self.user_ids)
+
+    @property
+    def n_items(self) -> int:
+        """N."""
+        return len(self.item_ids)
+
+    @property
+    def untitled(self) -> str:
+        """The text that stands for a missing title."""
+        return str(self.manifest["settings"]["prepare"]["items"]["untitled"])
+
+    def sequence(self, user_row: int) -> Int32:
+        """Item rows of all the user's interactions, oldest first; a view."""
+        start = int(self.starts_U[user_row])
+        return self.item_rows_I[start : start + int(self.lengths_U[user_row])]
+
+    def history(self, user_row: int, position: int) -> Int32:
+        """Item rows of what stands before `position` in the user's sequence, oldest first; a view."""
+        return self.sequence(user_row)[:position]
+
+    def training_samples(self) -> tuple[Int32, Int32]:
+        """Every training position that has a history, as (user_rows_S, positions_S), by user and then position."""
+        counts_U = np.maximum(self.train_length_U - 1, 0)
+        user_rows_S = np.repeat(np.arange(self.n_users, dtype=np.int32), counts_U)
+        before_U = np.cumsum(counts_U, dtype=np.int64) - counts_U
+        positions_S = np.arange(len(user_rows_S)) - np.repeat(before_U, counts_U) + 1
+        return user_rows_S, positions_S.astype(np.int32)
+
+    def items_at(self, user_rows: Int32, positions: Int32) -> Int32:
+        """The item row at each of (S,) positions of (S,) users."""
+        items: Int32 = self.item_rows_I[self.starts_U[user_rows] + positions]
+        return items
+
+    def targets(self, part: Literal["validation", "test"], limit: int | None = None, seed: int = 0) -> Targets:
+        """The users that a part of the split asks about, or a fixed random `limit` of them, by row."""
+        positions_U = self.validation_U if part == "validation" else self.test_U
+        user_rows = np.flatnonzero(positions_U >= 0).astype(np.int32)
+        if limit is not None and limit < len(user_rows):
+            user_rows = np.sort(np.random.default_rng(seed).choice(user_rows, limit, replace=False))
+        positions = positions_U[user_rows]
+        return Targets(user_rows, positions, self.items_at(user_rows, positions))

@@ -1,0 +1,57 @@
+"""The prepared dataset's tables on disk: their schemas, and Parquet whose bytes depend on the rows alone."""
+
+from pathlib import Path
+
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROW_GROUP = 1 << 17
+"""Rows; how an engine happens to cut its batches must not show in the file."""
+
+ITEMS, USERS, INTERACTIONS = "items.parquet", "users.parquet", "interactions.parquet"
+
+
+def id_type(column: ir.Column) -> pa.DataType:
+    """How ids are written: as they were given, numbers or text."""
+    return pa.string() if column.type().is_string() else pa.int64()
+
+
+def items_schema(item_id: pa.DataType) -> pa.Schema:
+    """One row an item, in the order of the rows."""
+    texts = {"title": pa.string(), "text": pa.string()}
+    return _schema({"row": pa.int32(), "item_id": item_id, **texts, "train_count": pa.int64()})
+
+
+def users_schema(user_id: pa.DataType) -> pa.Schema:
+    """One row a user; `start` and `length` are the user's slice of the interactions."""
+    places = dict.fromkeys(("length", "train_length", "validation", "test"), pa.int32())
+    return _schema({"row": pa.int32(), "user_id": user_id, "start": pa.int64(), **places})
+
+
+def interactions_schema(order: str) -> pa.Schema:
+    """One row an interaction, by user and then in the user's order."""
+    return _schema({"user_row": pa.int32(), "item_row": pa.int32(), order: pa.float64()})
+
+
+def write_rows(rows: pa.RecordBatchReader, path: Path, schema: pa.Schema) -> int:
+    """Stream rows into a Parquet file, in row groups of one size; returns how many there were."""
+    total, waiting = 0, pa.table({name: pa.array([], kind) for name, kind in _types(schema)}, schema=schema)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in rows:
+            part = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+            total, waiting = total + part.num_rows, pa.concat_tables([waiting, part])
+            while waiting.num_rows >= ROW_GROUP:
+                writer.write_table(waiting.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
+                waiting = waiting.slice(ROW_GROUP)
+        if waiting.num_rows:
+            writer.write_table(waiting.combine_chunks(), row_group_size=ROW_GROUP)
+    return total
+
+
+def _schema(fields: dict[str, pa.DataType]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields.items()])
+
+
+def _types(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
+    return [(field.name, field.type) for field in schema]

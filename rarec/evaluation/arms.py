@@ -1,0 +1,109 @@
+"""Ranking every arm on the same users: encode a chunk of users, rank it, drop it, so memory does not grow with the users.
+
+Shape letters: B users of a chunk, U all users, N catalogue, Z size of a scored vector.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.data.dataset import PreparedDataset, Targets
+from rarec.ids.source import Source
+from rarec.models.encode import Encoder
+from rarec.ranking.rank import rank_targets, top_k
+
+Float32 = npt.NDArray[np.float32]
+Ranks = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.integer]
+USERS_AT_A_TIME = 2048
+
+
+@dataclass(frozen=True)
+class Question:
+    """Some users, what each has seen, and the item that follows.
+
+    Attributes:
+        user_rows: the users.
+        histories: item rows before the target, oldest first: what a model reads.
+        targets: item row of each user's target.
+    """
+
+    user_rows: Rows
+    histories: list[Rows]
+    targets: Rows
+
+    @classmethod
+    def of(cls, dataset: PreparedDataset, targets: Targets) -> "Question":
+        """The question that a part of the split asks."""
+        places = zip(targets.user_rows.tolist(), targets.positions.tolist(), strict=True)
+        return cls(targets.user_rows, [dataset.history(user, at) for user, at in places], targets.item_rows)
+
+    def shuffled(self, seed: int) -> "Question":
+        """The same with every history in random order; what was seen stays the same (probe)."""
+        rng = np.random.default_rng(seed)
+        return Question(self.user_rows, [rng.permutation(history) for history in self.histories], self.targets)
+
+    def chunks(self) -> Iterator["Question"]:
+        """The same users, a bounded number at a time."""
+        for start in range(0, len(self.user_rows), USERS_AT_A_TIME):
+            part = slice(start, start + USERS_AT_A_TIME)
+            yield Question(self.user_rows[part], self.histories[part], self.targets[part])
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Anything that ranks: item vectors, and user vectors made from a history; score = dot product.
+
+    Attributes:
+        items_NZ: the catalogue's vectors.
+        users: from rows and histories to vectors (B, Z), or (B, K, Z) where the best of K counts.
+    """
+
+    items_NZ: Float32
+    users: Callable[[Rows, Sequence[Rows]], Float32]
+
+    @classmethod
+    def of_source(cls, source: Source) -> "Ranker":
+        """The ID model itself."""
+        return cls(np.asarray(source.items_NE), source.user_vectors)
+
+    @classmethod
+    def of_model(cls, encoder: Encoder) -> "Ranker":
+        """A trained arm. The last chunk's vectors are remembered, for a fusion of it that ranks the same users next."""
+        last: list[tuple[Sequence[Rows], Float32]] = []
+
+        def users(rows: Rows, histories: Sequence[Rows]) -> Float32:
+            if not last or last[0][0] is not histories:
+                last[:] = [(histories, encoder.users(rows, histories))]
+            return last[0][1]
+
+        return cls(encoder.items(), users)
+
+    def fused(self, other: "Ranker", weight: float) -> "Ranker":
+        """Late fusion: this one's score plus `weight` times the other's. Both have one vector a user."""
+
+        def users(rows: Rows, histories: Sequence[Rows]) -> Float32:
+            others_BE = other.users(rows, histories).reshape(len(rows), -1)
+            return np.concatenate([self.users(rows, histories), weight * others_BE], 1, dtype=np.float32)
+
+        return Ranker(np.concatenate([self.items_NZ, other.items_NZ], 1), users)
+
+    def best(self, question: Question, k: int) -> npt.NDArray[np.int64]:
+        """The k best unseen items of each user, (B, k)."""
+        users = self.users(question.user_rows, question.histories)
+        return top_k(users, self.items_NZ, k, question.histories)[0]
+
+
+def rank_all(question: Question, rankers: Mapping[str, Ranker]) -> dict[str, Ranks]:
+    """Rank of each target in the full catalogue by every ranker, the user's earlier items excluded, ties against the model.
+
+    Users go by in chunks, every ranker on one chunk before the next.
+    """
+    ranks: dict[str, list[Ranks]] = {name: [] for name in rankers}
+    for part in question.chunks():
+        for name, ranker in rankers.items():
+            users = ranker.users(part.user_rows, part.histories)
+            ranks[name].append(rank_targets(users, ranker.items_NZ, part.targets, part.histories))
+    return {name: np.concatenate(parts) for name, parts in ranks.items()}

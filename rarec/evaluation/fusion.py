@@ -1,0 +1,35 @@
+"""Late fusion of an arm's score with the ID model's: the honest rival of soft prompts (method, section 7; ours)."""
+
+import numpy as np
+
+from rarec.evaluation.arms import Question, Ranker, rank_all
+from rarec.ranking.metrics import metric_values
+
+WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.5, 5.0, 10.0)
+"""Of the ID score, relative to the spread of the two scores."""
+SPREAD_USERS = 64
+
+
+def fuse(arm: Ranker, ids: Ranker, validation: Question) -> tuple[Ranker, float]:
+    """Choose the weight with the best NDCG@10 on the validation users; the smallest among equals.
+
+    Args:
+        arm: a trained arm.
+        ids: the ID model, with one vector a user.
+        validation: users that decide; never the test users.
+
+    Returns:
+        The fused ranker and the weight, relative to the ratio of the two scores' spreads.
+    """
+    ratio = _spread(arm, validation) / _spread(ids, validation)
+    ranks = rank_all(validation, {str(weight): arm.fused(ids, weight * ratio) for weight in WEIGHTS})
+    values = [metric_values(ranks[str(weight)], [10])["ndcg@10"].mean() for weight in WEIGHTS]
+    weight = WEIGHTS[int(np.argmax(values))]
+    return arm.fused(ids, weight * ratio), weight
+
+
+def _spread(ranker: Ranker, question: Question) -> float:
+    """Mean over some users of the standard deviation of their scores over the catalogue."""
+    users = ranker.users(question.user_rows[:SPREAD_USERS], question.histories[:SPREAD_USERS])
+    scores_BN = users.reshape(len(users), -1) @ ranker.items_NZ.T
+    return float(scores_BN.std(1).mean()) or 1.0

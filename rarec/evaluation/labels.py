@@ -1,0 +1,80 @@
+"""Names and figures as people read them, and the one order in which arms are shown.
+
+An arm's row is named `ARM`, `ARM+id` (its score and the ID model's, added: late fusion) or `ARM/PROBE`.
+"""
+
+from collections.abc import Iterable
+
+from rarec.config import ARMS
+
+ID_ONLY = "id_only"
+FUSED = "+id"
+LATE_FUSION = "text_only" + FUSED
+"""The honest rival: scores of the language model without slots and of the ID model, added."""
+PROBES = {"shuffled_history": "shuffled history", "permuted_ids": "permuted IDs"}
+HEADLINE = ("hr@10", "hr@100", "ndcg@10", "mrr")
+FULL = "full"
+_TITLES = {ID_ONLY: "ID model"} | {name: arm.title for name, arm in ARMS.items()}
+_MINUS = "\N{MINUS SIGN}"
+
+
+def base_arm(arm: str) -> str:
+    """The arm behind a row's name: `per_layer` for `per_layer+id` and `per_layer/permuted_ids`."""
+    return arm.partition("/")[0].removesuffix(FUSED)
+
+
+def arm_title(arm: str) -> str:
+    """`per_layer+id` as `RA-Rec (per layer) + ID`; names that are not known stay as they are."""
+    name, _, probe = arm.partition("/")
+    base = base_arm(arm)
+    title = _TITLES.get(base, base) + (" + ID" if name.endswith(FUSED) else "")
+    return f"{title}, {PROBES.get(probe, probe)}" if probe else title
+
+
+def arm_order(arm: str) -> tuple[int, int, str]:
+    """Sorts plain arms first, then late fusions, then probes; inside each, from the ID model to the richest arm."""
+    known = list(_TITLES)
+    base = base_arm(arm)
+    return arm_group(arm), known.index(base) if base in known else len(known), arm
+
+
+def arm_group(arm: str) -> int:
+    """0: an arm, 1: a late fusion, 2: a probe."""
+    return 2 if "/" in arm else 1 if arm.endswith(FUSED) else 0
+
+
+def metric_title(metric: str) -> str:
+    """`ndcg@10` as `NDCG@10`."""
+    return metric.upper()
+
+
+def metric_order(metric: str) -> tuple[str, int]:
+    """Sorts by family, then by cutoff as a number."""
+    family, _, cutoff = metric.partition("@")
+    return family, int(cutoff) if cutoff.isdigit() else 0
+
+
+def primary_metric(metrics: Iterable[str]) -> str:
+    """NDCG@10, on which models are chosen in validation; where it was not computed, another NDCG, or MRR."""
+    there = sorted(set(metrics), key=metric_order)
+    if "ndcg@10" in there:
+        return "ndcg@10"
+    return next((metric for metric in there if metric.startswith("ndcg@")), "mrr")
+
+
+def figure(value: float, signed: bool = False) -> str:
+    """Four decimals without the leading zero, as the field prints its metrics: `.0533`, `+.0021`."""
+    digits = f"{abs(value):.4f}"
+    digits = digits.removeprefix("0")
+    negative = value < 0 and float(digits) > 0
+    return (_MINUS if negative else "+" if signed else "") + digits
+
+
+def interval(low: float, high: float, signed: bool = False) -> str:
+    """`.0480 to .0588`, for running text."""
+    return f"{figure(low, signed)} to {figure(high, signed)}"
+
+
+def listed(parts: list[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)

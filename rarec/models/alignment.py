@@ -1,0 +1,131 @@
+"""The alignment module: ID vectors and contextual instructions become slots in every block (method, section 2).
+
+Shape letters: B batch, L blocks, M instructions, K vectors of a source, E source dimension, S slots of all sources,
+D hidden size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rarec.errors import UserError
+
+
+@dataclass(frozen=True)
+class SlotShape:
+    """What one source contributes on one side: K vectors of dimension E for each user or item."""
+
+    vectors: int
+    dim: int
+
+
+class SourceAlignment(nn.Module):
+    """Slots d = [c || p], p = W e + b, for one source on one side, with maps of its own for every block.
+
+    The vectors are standardised first (a fixed affine map, which W and b could as well absorb), so that one learning
+    rate fits all.
+
+    Args:
+        blocks: L.
+        hidden: D.
+        shape: K and E.
+        instructions: M contextual instruction vectors c in each block.
+        projections: whether p is there at all (`prefix_only` has c alone).
+    """
+
+    center_E: Tensor
+    scale_E: Tensor
+
+    def __init__(self, blocks: int, hidden: int, shape: SlotShape, instructions: int, projections: bool) -> None:
+        super().__init__()
+        self.shape, self.projections = shape, projections
+        self.count = instructions + (shape.vectors if projections else 0)
+        self.instructions_LMD = nn.Parameter(torch.empty(blocks, instructions, hidden)) if instructions else None
+        if projections:
+            self.weight_LDE = nn.Parameter(torch.empty(blocks, hidden, shape.dim))
+            self.bias_LD = nn.Parameter(torch.zeros(blocks, hidden))
+            self.register_buffer("center_E", torch.zeros(shape.dim))
+            self.register_buffer("scale_E", torch.ones(shape.dim))
+
+    def reset(self, generator: torch.Generator, spread: float = 0.02) -> None:
+        """Small random maps and instructions, in the manner of transformers' own initialisation."""
+        for parameter in (self.instructions_LMD, self.weight_LDE if self.projections else None):
+            if parameter is not None:
+                nn.init.normal_(parameter, std=spread, generator=generator)
+
+    def standardise(self, vectors_NE: Tensor) -> None:
+        """Take mean and spread of each dimension from these vectors; one that never varies is not scaled."""
+        spread_E = vectors_NE.std(0, unbiased=False)
+        self.center_E.copy_(vectors_NE.mean(0))
+        self.scale_E.copy_(torch.where(spread_E > 1e-6, spread_E, 1.0))
+
+    def project(self, vectors_BKE: Tensor) -> Tensor:
+        """P = W e + b in every block, as (L, B, K, D)."""
+        standard_BKE = (vectors_BKE.to(self.weight_LDE.dtype) - self.center_E) / self.scale_E
+        return torch.einsum("lde,bke->lbkd", self.weight_LDE, standard_BKE) + self.bias_LD[:, None, None]
+
+    def forward(self, vectors_BKE: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Slots (L, B, M + K, D), and p (L, B, K, D) or None."""
+        batch = vectors_BKE.shape[0]
+        parts = []
+        if self.instructions_LMD is not None:
+            parts.append(self.instructions_LMD.unsqueeze(1).expand(-1, batch, -1, -1))
+        projected_LBKD = self.project(vectors_BKE) if self.projections else None
+        if projected_LBKD is not None:
+            parts.append(projected_LBKD)
+        return torch.cat(parts, 2), projected_LBKD
+
+
+class AlignmentModule(nn.Module):
+    """One side's slots from all its sources, in the order of `shapes`.
+
+    Args:
+        shapes: for each source that the side's template names, its K and E.
+        blocks: indices of the blocks that get slots.
+        hidden: D.
+        instructions: contextual instructions of each source in each block.
+        projections: False leaves the instructions alone.
+
+    Raises:
+        UserError: a source bears a name that torch needs for itself.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, SlotShape],
+        blocks: tuple[int, ...],
+        hidden: int,
+        instructions: int,
+        projections: bool,
+    ) -> None:
+        super().__init__()
+        self.blocks = blocks
+        for name in shapes:
+            if "." in name or hasattr(nn.ModuleDict, name):
+                raise UserError(f"sources: {name!r} cannot name a source", "choose another name")
+        make = {
+            n: SourceAlignment(len(blocks), hidden, shape, instructions, projections) for n, shape in shapes.items()
+        }
+        self.sources = nn.ModuleDict(make)
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """How many slots each source takes, in the order in which `forward` supplies them."""
+        return {name: source.count for name, source in self.named_sources()}
+
+    def named_sources(self) -> list[tuple[str, SourceAlignment]]:
+        """The sources' own alignments by name."""
+        return [(name, cast(SourceAlignment, source)) for name, source in self.sources.items()]
+
+    def forward(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Slots (L, B, S, D), and for each source that has them its projections p (L, B, K, D)."""
+        slots, projected = [], {}
+        for name, source in self.named_sources():
+            slots_LBKD, projected_LBKD = source(vectors[name])
+            slots.append(slots_LBKD)
+            if projected_LBKD is not None:
+                projected[name] = projected_LBKD
+        return torch.cat(slots, 2), projected

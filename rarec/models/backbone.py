@@ -1,0 +1,170 @@
+"""The frozen language model: its blocks, its final hidden states, its pooled text-only states.
+
+Shape letters: B batch, T positions, L blocks asked for, D hidden size.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from rarec.errors import UserError
+from rarec.models.slots import SlotInjector, Slots
+
+Pool = Literal["mean", "last"]
+
+
+class FrozenBackbone(nn.Module):
+    """A Hugging Face encoder or decoder, frozen, in evaluation mode.
+
+    Args:
+        model: as loaded by `rarec.models.load`, PEFT-wrapped or not.
+        pool: how text positions become one vector: their mean, or the last of them.
+        gradient_checkpointing: recompute blocks in the backward pass (non-reentrant).
+
+    Raises:
+        UserError: the model does not keep its blocks in a list, one a layer (ALBERT shares one among all).
+    """
+
+    def __init__(self, model: Any, pool: Pool, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.pool: Pool = pool
+        self.hidden_size = int(model.config.hidden_size)
+        self.injector = SlotInjector(self.blocks)
+        self._recomputes = gradient_checkpointing
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        if gradient_checkpointing:
+            self._checkpoint_blocks()
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The transformer without any head: no logits over the vocabulary are computed."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return cast(nn.Module, getattr(base, base.base_model_prefix, base))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+        count = self.model.config.num_hidden_layers
+        lists = [part for part in self.trunk.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+        if not lists:
+            name = type(self.trunk).__name__
+            raise UserError(f"llm.path: {name} has no list of {count} blocks", "choose another architecture")
+        return lists[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights."""
+        return cast(torch.dtype, self.model.dtype)
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor, slots: Slots | None = None) -> Tensor:
+        """Final hidden states (B, T, D), with slots overwritten where given."""
+        with self.injector.inject(slots):
+            return self._hidden(ids_BT, mask_BT)
+
+    @torch.no_grad()
+    def text_states(self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Pooled hidden states entering each of `blocks` for a prompt without slots, as (L, B, D) (h~ of section 4).
+
+        LoRA is switched off: these states belong to the frozen base.
+        """
+        pooled: dict[int, Tensor] = {}
+
+        def keep(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden_BTD = args[0] if args else kwargs["hidden_states"]
+            pooled[index] = pool_text(hidden_BTD, mask_BT, self.pool)
+
+        chosen = [(index, self.blocks[index]) for index in blocks]
+        hooks = [block.register_forward_pre_hook(partial(keep, i), with_kwargs=True) for i, block in chosen]
+        try:
+            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else torch.no_grad():
+                self._hidden(ids_BT, mask_BT)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack([pooled[block] for block in blocks])
+
+    def fingerprint(self) -> str:
+        """sha256 over configuration, names, shapes and 64 values of every frozen tensor but those of a pooler.
+
+        Other weights, another print. A pooler is not used, and where a checkpoint lacks it, transformers makes it up
+        anew each time.
+        """
+        digest = hashlib.sha256(config_hash(self.model.config).encode())
+        for name, parameter in self.trunk.named_parameters():
+            if "lora_" not in name and not name.startswith("pooler."):
+                flat = parameter.detach().flatten()
+                probe = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
+                digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
+                digest.update(flat[probe.to(flat.device)].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        with self._blocks_training(self._recomputes and self.training and torch.is_grad_enabled()):
+            output = self.trunk(input_ids=ids_BT, attention_mask=mask_BT, **self._no_cache)
+        return cast(Tensor, output.last_hidden_state)
+
+    @property
+    def _no_cache(self) -> dict[str, bool]:
+        return {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
+
+    def _checkpoint_blocks(self) -> None:
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return self._blocks_training(False), self.injector.again()
+
+        renamed = getattr(self.model, "activation_checkpointing_enable", None)  # newer releases deprecate the old name
+        enable = renamed or self.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": contexts})
+
+    @contextmanager
+    def _blocks_training(self, mode: bool) -> Iterator[None]:
+        """Only blocks in training mode are recomputed. They are, but not inside the checkpoint: nothing drops out."""
+        before = [block.training for block in self.blocks]
+        for block in self.blocks:
+            block.training = mode
+        try:
+            yield
+        finally:
+            for block, training in zip(self.blocks, before, strict=True):
+                block.training = training
+
+    def train(self, mode: bool = True) -> "FrozenBackbone":
+        """Frozen layers stay in evaluation mode and never drop out; only LoRA's own dropout follows the mode."""
+        super().train(False)
+        self.training = mode
+        for name, module in self.model.named_modules():
+            if "lora_dropout" in name:
+                module.training = mode
+        return self
+
+
+def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:
+    """One vector (B, D) from the hidden states at text positions: their mean, or the last of them (ours)."""
+    if pool == "mean":
+        weights_BT = text_BT.to(hidden_BTD.dtype)
+        return torch.einsum("btd,bt->bd", hidden_BTD, weights_BT) / weights_BT.sum(1, keepdim=True)
+    order_T = torch.arange(1, text_BT.shape[1] + 1, device=text_BT.device)
+    last_B = (text_BT * order_T).argmax(1)
+    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+
+
+def config_hash(config: Any) -> str:
+    """sha256 of a model configuration, without the fields that tell where and by what version it was saved."""
+    fields = config.to_dict()
+    for volatile in (
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "_attn_implementation",
+        "use_cache",
+    ):
+        fields.pop(volatile, None)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

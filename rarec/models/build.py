@@ -1,0 +1,82 @@
+"""One arm of the method, built from the configuration over a loaded language model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from rarec.config import Arm, RunConfig
+from rarec.errors import UserError
+from rarec.models.alignment import AlignmentModule, SlotShape
+from rarec.models.load import LoadedModel
+from rarec.models.towers import RaRec, Readout, Tower
+
+SIDES = ("user", "item")
+
+
+@dataclass(frozen=True)
+class SourceShape:
+    """A source's dimension and how many vectors it has for a user; an item always has one."""
+
+    dim: int
+    vectors_per_user: int
+
+    def side(self, side: str) -> SlotShape:
+        """What it contributes on one side."""
+        return SlotShape(self.vectors_per_user if side == "user" else 1, self.dim)
+
+
+def slots_reserved(config: RunConfig, shapes: Mapping[str, SourceShape]) -> dict[str, dict[str, int]]:
+    """The most slots a source takes on each side in any arm: what prompts keep free when they are cut."""
+    m = config.alignment.instructions
+    return {side: {name: m + shape.side(side).vectors for name, shape in shapes.items()} for side in SIDES}
+
+
+def build_model(
+    config: RunConfig,
+    arm: Arm,
+    loaded: LoadedModel,
+    shapes: Mapping[str, SourceShape],
+    named: Mapping[str, Sequence[str]],
+) -> RaRec:
+    """Put an arm's towers around the frozen model. Weights are uninitialised where `initialise` sets them.
+
+    Args:
+        config: the run.
+        arm: what this variant injects.
+        loaded: the language model, with LoRA exactly when the arm has it.
+        shapes: of every source.
+        named: the sources that each side's template names.
+    """
+    backbone, blocks = loaded.backbone, _blocks(config, arm, len(loaded.backbone.blocks))
+
+    def tower(side: str) -> Tower:
+        chosen = {name: shapes[name].side(side) for name in named[side]} if blocks else {}
+        m = config.alignment.instructions if arm.instructions else 0
+        useful = bool(chosen) and (m > 0 or arm.projections)
+        alignment = AlignmentModule(chosen, blocks, backbone.hidden_size, m, arm.projections) if useful else None
+        return Tower(
+            alignment,
+            Readout(backbone.hidden_size, backbone.pool, config.readout.normalise, config.readout.head),
+        )
+
+    plain = not config.readout.normalise
+    scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature
+    residual = config.readout.residual
+    return RaRec(backbone, tower("user"), tower("item"), scale=scale, learn_scale=not plain, residual=residual)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by name: alignment, heads, scale, alpha, LoRA. The frozen model is not in it."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _blocks(config: RunConfig, arm: Arm, count: int) -> tuple[int, ...]:
+    if arm.blocks == "none":
+        return ()
+    if arm.blocks == "input":
+        return (0,)
+    chosen = tuple(sorted(set(config.train.blocks))) if config.train.blocks is not None else tuple(range(count))
+    if chosen and chosen[-1] >= count:
+        raise UserError(f"train.blocks: the model has blocks 0 to {count - 1}, not {chosen[-1]}")
+    return chosen

@@ -1,0 +1,96 @@
+"""Encoding the catalogue and users in chunks: prompts, source vectors and a model in, vectors to score out.
+
+Shape letters: N catalogue, B users or items of a chunk, Z size of a scored vector, K vectors of a source, E source
+dimension.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rarec.ids.source import Source
+from rarec.models.towers import Encoding, RaRec, SideBatch, Tower
+from rarec.prompts import Encoded, PromptPair, lay_out
+
+Float32 = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.integer]
+Vectors = Mapping[str, npt.NDArray[np.floating]]
+
+
+def side_batch(
+    prompts: Sequence[Encoded],
+    vectors: Vectors,
+    tower: Tower,
+    filler: int,
+    states_LBD: torch.Tensor | None = None,
+) -> SideBatch:
+    """Lay prompts out with the tower's slots, as tensors.
+
+    Args:
+        prompts: filled prompts (B).
+        vectors: for each source, (B, K, E).
+        tower: says how many slots each source takes.
+        filler: token id for slots and padding.
+        states_LBD: stored text-only states, for the alignment loss.
+    """
+    laid = lay_out(prompts, tower.slots, filler)
+    ids, mask, positions = (torch.from_numpy(a) for a in (laid.ids_BT, laid.mask_BT, laid.positions_BK))
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a, np.float32)) for name, a in vectors.items()}
+    return SideBatch(ids, mask, positions, tensors, states_LBD)
+
+
+class Encoder:
+    """Encodes with one model; memory depends on the chunk, not on how much there is.
+
+    Args:
+        model: the two towers.
+        prompts: over the catalogue's titles.
+        sources: every source by name.
+        batch_size: prompts a chunk.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        model: RaRec,
+        prompts: PromptPair,
+        sources: Mapping[str, Source],
+        batch_size: int,
+        device: torch.device | None = None,
+    ) -> None:
+        self.model, self.prompts, self.sources = model, prompts, sources
+        self.batch_size, self.device = batch_size, device or torch.device("cpu")
+
+    def items(self, rows: Rows | None = None) -> Float32:
+        """Item vectors (N, Z), of the whole catalogue or of these rows."""
+        rows = np.arange(len(self.prompts.titles)) if rows is None else rows
+        encoded = [self.prompts.item(int(row)) for row in rows]
+        vectors = {name: source.items_NE[rows][:, None] for name, source in self.sources.items()}
+        return self._chunks(encoded, vectors, self.model.item, self.model.items)
+
+    def users(self, rows: Rows, histories: Sequence[Rows]) -> Float32:
+        """User vectors (B, Z) after these histories (item rows, oldest first)."""
+        encoded = [self.prompts.user(history) for history in histories]
+        vectors = {name: source.user_vectors(rows, histories) for name, source in self.sources.items()}
+        return self._chunks(encoded, vectors, self.model.user, self.model.users)
+
+    @torch.no_grad()
+    def _chunks(
+        self, prompts: list[Encoded], vectors: Vectors, tower: Tower, encode: Callable[[SideBatch], Encoding]
+    ) -> Float32:
+        """Chunks of like length, results in the order asked for."""
+        order = np.argsort([len(prompt.tokens_T) for prompt in prompts], kind="stable")
+        result: Float32 | None = None
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
+            chunk_vectors = {name: array[chunk] for name, array in vectors.items()}
+            batch = side_batch([prompts[at] for at in chunk], chunk_vectors, tower, self.prompts.tokenizer.filler)
+            encoded_BZ = encode(batch.to(self.device)).vectors_BZ.float().cpu().numpy()
+            if result is None:
+                result = np.empty((len(order), encoded_BZ.shape[1]), np.float32)
+            result[chunk] = encoded_BZ
+        if result is None:
+            raise ValueError("nothing to encode")
+        return result

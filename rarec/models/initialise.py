@@ -1,0 +1,60 @@
+"""The alignment's first values, in closed form, before the first step (ours).
+
+Shape letters: N texts, L blocks, E source dimension, D hidden size.
+
+A slot should look to a frozen block like a hidden state it knows. So c and b start at the mean text-only state of the
+block, and W at a ridge regression of text-only states on standardised source vectors: items on their own text, users
+on their target's.
+"""
+
+import torch
+from torch import Tensor
+
+from rarec.models.alignment import SourceAlignment
+
+
+def ridge_weights(vectors_NE: Tensor, states_LND: Tensor, penalty: float) -> Tensor:
+    """W (L, D, E) minimising |states - mean - W vectors|^2 + penalty N |W|^2, in float64.
+
+    Args:
+        vectors_NE: standardised source vectors.
+        states_LND: what they should predict.
+        penalty: relative to the unit variance of the vectors.
+    """
+    vectors = vectors_NE.double()
+    gram_EE = vectors.T @ vectors / len(vectors)
+    gram_EE.diagonal().add_(penalty)
+    centred = (states_ND.double() - states_ND.double().mean(0) for states_ND in states_LND)
+    moments_LED = torch.stack([vectors.T @ states_ND / len(vectors) for states_ND in centred])
+    weights_LED: Tensor = torch.linalg.solve(gram_EE, moments_LED)
+    return weights_LED.transpose(1, 2)
+
+
+@torch.no_grad()
+def initialise(
+    alignment: SourceAlignment,
+    vectors_NE: Tensor,
+    states_LND: Tensor,
+    *,
+    penalty: float | None,
+    generator: torch.Generator,
+) -> None:
+    """Set a source's alignment from pairs of source vectors and text-only states.
+
+    Args:
+        alignment: of one source on one side; its L blocks are those of `states_LND`.
+        vectors_NE: one vector a text, raw.
+        states_LND: pooled text-only states entering each block.
+        penalty: of the ridge regression; None leaves W random.
+        generator: of the random parts.
+    """
+    alignment.reset(generator)
+    means_LD = states_LND.mean(1, dtype=torch.float32)
+    if alignment.instructions_LMD is not None:
+        alignment.instructions_LMD.add_(means_LD.unsqueeze(1))
+    if alignment.projections:
+        alignment.standardise(vectors_NE)
+        alignment.bias_LD.copy_(means_LD)
+        if penalty is not None:
+            standard_NE = (vectors_NE - alignment.center_E) / alignment.scale_E
+            alignment.weight_LDE.copy_(ridge_weights(standard_NE, states_LND, penalty))

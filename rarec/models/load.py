@@ -1,0 +1,177 @@
+"""Loading the language model: a local directory, a hub name, an installed package, or a GGUF file converted once."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from rarec.artefacts import MANIFEST, new_directory, read_manifest, sha256_file, write_manifest
+from rarec.config.schema import Llm, Lora
+from rarec.errors import UserError
+from rarec.models.backbone import FrozenBackbone, Pool, config_hash
+from rarec.paths import resolve
+from rarec.prompts import TextTokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A language model ready for use, and what identifies it.
+
+    Attributes:
+        backbone: frozen, with LoRA weights where asked for.
+        tokenizer: for the prompts.
+        context_length: in tokens.
+        identity: name, revision, dtype, sha256 of the configuration and a fingerprint of the weights, for manifests.
+    """
+
+    backbone: FrozenBackbone
+    tokenizer: TextTokenizer
+    context_length: int
+    identity: dict[str, str]
+
+
+def load_model(
+    config: Llm, converted: Path, *, pool: str = "auto", lora: Lora | None = None, seed: int = 0
+) -> LoadedModel:
+    """Load a frozen language model and its tokenizer. No code that comes with a model is ever run.
+
+    Args:
+        config: the section `llm`.
+        converted: where a GGUF file is saved as a plain model directory, once.
+        pool: the section `readout`'s choice; auto is the mean for encoders and the last token for decoders.
+        lora: adds fresh LoRA weights, through PEFT.
+        seed: of the LoRA weights.
+
+    Raises:
+        UserError: the model cannot be found or read, lacks weights, or is neither an encoder nor a decoder.
+    """
+    path = resolve(config.path)
+    if path.endswith(".gguf"):
+        path = str(_convert_gguf(Path(path), converted))
+    settings = _read(AutoConfig, config.path, path, revision=config.revision)
+    kind = config.kind if config.kind != "auto" else _kind(settings, config.path)
+    keywords: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "revision": config.revision}
+    if config.attention != "auto":
+        keywords["attn_implementation"] = config.attention
+    loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
+    model, told = _read(loader, config.path, path, output_loading_info=True, **keywords)
+    _check_complete(model.eval(), told["missing_keys"], config.path)
+    context_length = _context_length(model)
+    tokenizer = TextTokenizer(_read(AutoTokenizer, config.path, path, revision=config.revision))
+    if lora is not None:
+        model = _with_lora(model, lora, seed)
+    pooling: Pool = cast(Pool, pool) if pool != "auto" else ("last" if kind == "decoder" else "mean")
+    backbone = FrozenBackbone(model, pooling, config.gradient_checkpointing).eval()
+    identity = {
+        "name": config.path,
+        "revision": getattr(settings, "_commit_hash", None) or config.revision or "local",
+        "kind": kind,
+        "dtype": config.dtype,
+        "config_sha256": config_hash(settings),
+        "fingerprint": backbone.fingerprint(),
+        "tokenizer": tokenizer.fingerprint,
+    }
+    return LoadedModel(backbone, tokenizer, context_length, identity)
+
+
+def _read(loader: Any, name: str, path: str, **keywords: Any) -> Any:
+    try:
+        return loader.from_pretrained(path, trust_remote_code=False, **keywords)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        remedy = "give a local directory, a hub name, package:NAME/DIR or a .gguf file; it must hold the whole model"
+        raise UserError(f"llm.path: cannot load {name!r}: {first_line}", remedy) from None
+
+
+def _check_complete(model: Any, missing: Iterable[str], name: str) -> None:
+    """Transformers makes absent weights up at random; harmless only in what is idle: heads and a pooler."""
+    trunk = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    absent = sorted(key for key in missing if key.startswith(trunk) and "pooler." not in key)
+    if absent:
+        raise UserError(f"llm.path: {name!r} lacks {len(absent)} weights, {absent[0]} first", "get the whole model")
+
+
+def _context_length(model: Any) -> int:
+    """In tokens; 512 where the model does not say. Positions that RoBERTa's kin keep for padding are none."""
+    tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    kept = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return (getattr(model.config, "max_position_embeddings", None) or 512) - max(kept, default=0)
+
+
+def _kind(settings: Any, name: str) -> str:
+    """Causal-only architectures are decoders; those with a masked-LM form are encoders."""
+    if not getattr(settings, "is_encoder_decoder", False):
+        if settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            return "encoder"
+        if settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return "decoder"
+    raise UserError(
+        f"llm.path: {name!r} is a {settings.model_type} model, neither a causal decoder nor a masked encoder",
+        "set llm.kind to decoder or encoder if it can serve as one",
+    )
+
+
+def _convert_gguf(file: Path, directory: Path) -> Path:
+    """Dequantise a GGUF file through transformers and save it as a plain model directory, once for each content."""
+    if not file.is_file():
+        raise UserError(f"llm.path: {file} does not exist", "give the path of a .gguf file")
+    made_from = {"gguf": sha256_file(file)}
+    if (directory / MANIFEST).exists() and read_manifest(directory, "llm")["made_from"] == made_from:
+        return directory
+    from transformers import GgufConfig
+
+    place, name = str(file.parent), file.name
+    with warnings.catch_warnings(), new_directory(directory) as aside:
+        warnings.simplefilter("ignore")
+        quantised = GgufConfig(gguf_file=name, dequantize=True)
+        keywords = {"gguf_file": name, "quantization_config": quantised, "dtype": torch.bfloat16}
+        _read(AutoModelForCausalLM, str(file), place, **keywords).save_pretrained(aside)
+        _read(AutoTokenizer, str(file), place, gguf_file=name).save_pretrained(aside)
+        write_manifest(aside, "llm", settings={}, made_from=made_from)
+    return directory
+
+
+def _with_lora(model: Any, config: Lora, seed: int) -> Any:
+    """Wrap in PEFT; the adapter's weights are float32 whatever the base's type."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    targets = config.targets or _query_and_value(model)
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"lora.targets: {error}", "name linear modules of this architecture") from None
+
+
+def _query_and_value(model: Any) -> list[str]:
+    """The usual targets, by the names that architectures give them."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    for pair in (
+        ["q_proj", "v_proj"],
+        ["query", "value"],
+        ["c_attn"],
+        ["q_lin", "v_lin"],
+        ["q", "v"],
+        ["query_key_value"],
+        ["qkv_proj"],
+        ["Wqkv"],
+    ):
+        if names.issuperset(pair):
+            return pair
+    raise UserError("lora.targets: cannot tell the query and value projections of this architecture", "name them")

@@ -1,0 +1,56 @@
+"""Text-only states: pooled hidden states of prompts without slots, once for each text (method, section 4).
+
+Shape letters: N prompts, L blocks, D hidden size.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rarec.errors import UserError
+from rarec.models.backbone import FrozenBackbone
+from rarec.prompts import Encoded, lay_out
+
+
+def text_states(
+    backbone: FrozenBackbone,
+    prompts: Sequence[Encoded],
+    blocks: Sequence[int],
+    filler: int,
+    *,
+    dtype: str = "float16",
+    batch_size: int = 64,
+) -> npt.NDArray[np.floating]:
+    """States entering `blocks`, as (N, L, D); prompts with the same tokens are computed once.
+
+    Args:
+        backbone: the frozen model; LoRA, if it is there, is switched off.
+        prompts: filled prompts.
+        blocks: indices of blocks.
+        filler: token id for padding.
+        dtype: of the result.
+        batch_size: prompts a pass.
+
+    Raises:
+        UserError: a state is too large for the type.
+    """
+    texts = [prompt.tokens_T.tobytes() for prompt in prompts]
+    first: dict[bytes, int] = {}
+    for row, text in enumerate(texts):
+        first.setdefault(text, row)
+    order = sorted(first.values(), key=lambda row: len(prompts[row].tokens_T))
+    result = np.empty((len(prompts), len(blocks), backbone.hidden_size), dtype)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        laid = lay_out([prompts[row] for row in rows], {}, filler)
+        device = next(backbone.parameters()).device
+        ids_BT, mask_BT = (torch.from_numpy(a).to(device) for a in (laid.ids_BT, laid.mask_BT))
+        states_LBD = backbone.text_states(ids_BT, mask_BT, blocks).float().cpu().numpy()
+        with np.errstate(over="ignore"):
+            result[rows] = states_LBD.transpose(1, 0, 2)
+    if not np.isfinite(result[order]).all():
+        raise UserError(f"a text-only state overflows {dtype}", "set shards.state_dtype: float32")
+    result[:] = result[[first[text] for text in texts]]
+    return result

@@ -1,0 +1,160 @@
+"""Two towers through one frozen language model: prompt, slots, blocks, readout, score (method, sections 1 to 3).
+
+Shape letters: B batch, T positions, K slots or vectors, L blocks, D hidden size, E source dimension, Z size of a
+scored vector.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarec.models.alignment import AlignmentModule
+from rarec.models.backbone import FrozenBackbone, pool_text
+from rarec.models.slots import Slots
+
+
+@dataclass(frozen=True)
+class SideBatch:
+    """One side of a batch, users or items.
+
+    Attributes:
+        ids_BT: token ids, fillers at slots and padding.
+        mask_BT: 1 where there is text or a slot.
+        positions_BK: of the slots, sources in the alignment's order.
+        vectors: for each source, its frozen vectors (B, K, E).
+        states_LBD: stored text-only states of the alignment loss's blocks, or None.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    positions_BK: Tensor
+    vectors: Mapping[str, Tensor]
+    states_LBD: Tensor | None = None
+
+    def to(self, device: torch.device) -> "SideBatch":
+        """The same batch on another device."""
+        return SideBatch(
+            self.ids_BT.to(device),
+            self.mask_BT.to(device),
+            self.positions_BK.to(device),
+            {name: vectors.to(device) for name, vectors in self.vectors.items()},
+            None if self.states_LBD is None else self.states_LBD.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a tower returns.
+
+    Attributes:
+        vectors_BZ: to score.
+        slots_LBKD: all slots, for the alignment loss; None for text only.
+        projected: each source's p (L, B, K, D), for the alignment loss.
+    """
+
+    vectors_BZ: Tensor
+    slots_LBKD: Tensor | None
+    projected: Mapping[str, Tensor]
+
+
+class Readout(nn.Module):
+    """Pooled text states to the scored vector: a head that starts at the identity and an L2 norm, if wanted (ours)."""
+
+    def __init__(self, hidden: int, pool: str, normalise: bool, head: bool) -> None:
+        super().__init__()
+        self.pool, self.normalise = pool, normalise
+        self.head = nn.Linear(hidden, hidden) if head else None
+        if self.head is not None:
+            nn.init.eye_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, hidden_BTD: Tensor, text_BT: Tensor) -> Tensor:
+        """(B, D) from final hidden states and the mask of text positions."""
+        pooled_BD = pool_text(hidden_BTD, text_BT, "mean" if self.pool == "mean" else "last").float()
+        if self.head is not None:
+            pooled_BD = self.head(pooled_BD)
+        return F.normalize(pooled_BD, dim=-1) if self.normalise else pooled_BD
+
+
+class Tower(nn.Module):
+    """One side's own parts: its alignment (None for text only) and its readout."""
+
+    def __init__(self, alignment: AlignmentModule | None, readout: Readout) -> None:
+        super().__init__()
+        self.alignment, self.readout = alignment, readout
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """How many slots each source takes."""
+        return self.alignment.slots if self.alignment is not None else {}
+
+    @property
+    def alignment_blocks(self) -> tuple[int, ...]:
+        """The blocks that get slots."""
+        return self.alignment.blocks if self.alignment is not None else ()
+
+    def forward(self, backbone: FrozenBackbone, batch: SideBatch) -> Encoding:
+        """Slots from the sources' vectors, one pass of the frozen model, readout of the text."""
+        slots, projected = None, {}
+        if self.alignment is not None:
+            slots_LBKD, projected = self.alignment(batch.vectors)
+            slots = Slots(slots_LBKD, batch.positions_BK, self.alignment.blocks)
+        hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
+        text_BT = batch.mask_BT.scatter(1, batch.positions_BK, 0)
+        return Encoding(self.readout(hidden_BTD, text_BT), slots.slots_LBKD if slots else None, projected)
+
+
+class RaRec(nn.Module):
+    """The whole model. score(u, i) = users' vector . items' vector, so a catalogue is ranked by one matrix product.
+
+    A learned scale (under `normalise`) multiplies the user's vector. A residual `alpha (e_u . e_i)` is carried by the
+    vectors themselves: [z_u, alpha e_u] . [z_i, e_i].
+
+    Args:
+        backbone: the frozen language model.
+        user: the user tower.
+        item: the item tower.
+        scale: the score's multiplier at the start.
+        learn_scale: whether it trains.
+        residual: whether alpha is there; it starts at 0.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        user: Tower,
+        item: Tower,
+        *,
+        scale: float,
+        learn_scale: bool,
+        residual: bool,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.user, self.item = backbone, user, item
+        self.log_scale = nn.Parameter(torch.tensor(scale).log(), requires_grad=learn_scale)
+        self.alpha = nn.Parameter(torch.zeros(())) if residual else None
+
+    def users(self, batch: SideBatch) -> Encoding:
+        """Encode users; their vectors carry the scale and the residual's alpha."""
+        encoding = self.user(self.backbone, batch)
+        return self._with_residual(encoding, encoding.vectors_BZ * self.log_scale.exp(), batch, self.alpha)
+
+    def items(self, batch: SideBatch) -> Encoding:
+        """Encode items."""
+        encoding = self.item(self.backbone, batch)
+        one = torch.ones((), device=encoding.vectors_BZ.device)
+        return self._with_residual(encoding, encoding.vectors_BZ, batch, one)
+
+    def forward(self, users: SideBatch, items: SideBatch) -> tuple[Encoding, Encoding]:
+        """Both towers, as one call: what wraps the model (DDP, DeepSpeed) sees one forward a step."""
+        return self.users(users), self.items(items)
+
+    def _with_residual(
+        self, encoding: Encoding, vectors_BZ: Tensor, batch: SideBatch, factor: Tensor | None
+    ) -> Encoding:
+        if self.alpha is not None and factor is not None:
+            vectors_BZ = torch.cat([vectors_BZ, factor * batch.vectors["id"].float().mean(1)], -1)
+        return Encoding(vectors_BZ, encoding.slots_LBKD, encoding.projected)

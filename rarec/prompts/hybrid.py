@@ -1,0 +1,171 @@
+"""Hybrid prompts: a template of hard text and named soft slots, filled and tokenised (method, section 1).
+
+Shape letters: T tokens of a prompt, K slots, B batch.
+
+A filled prompt (`Encoded`) keeps its text tokens and, for each source, the place where that source's slots go. How
+many slots stand there is the model's business (`lay_out`), so one tokenised prompt serves every arm, and without slots
+it is the text-only prompt.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.errors import UserError
+from rarec.prompts.tokens import TextTokenizer
+
+Int32 = npt.NDArray[np.int32]
+_NOTHING: Int32 = np.empty(0, np.int32)
+_PART = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A filled prompt: its text tokens (T,), where each source's slots go among them, and whether text was cut.
+
+    Sources at one place stand there in the order of `marks`.
+    """
+
+    tokens_T: Int32
+    marks: dict[str, int]
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """Prompts of a batch with their slots: ids and mask (B, T), slot positions (B, K)."""
+
+    ids_BT: npt.NDArray[np.int64]
+    mask_BT: npt.NDArray[np.int64]
+    positions_BK: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a template: literal text, a field, or a source's slots. `spaced`: a space stands before it."""
+
+    kind: str
+    value: str
+    spaced: bool
+
+
+def parse_template(
+    template: str, fields: Sequence[str], sources: Sequence[str], where: str, spaced: bool = False
+) -> list[_Part]:
+    """Split a template into its parts.
+
+    A space before a field or a word belongs to what follows it, as byte-pair tokenizers have it. It skips over slots,
+    which are no text.
+
+    Args:
+        template: from the configuration; white space around it is dropped.
+        fields: the names that it may use.
+        sources: those that it may use behind `soft:`.
+        where: the field of the configuration, for messages.
+        spaced: whether a space stands before the whole.
+
+    Raises:
+        UserError: an unknown field or source, one that is used twice, or a brace without its partner.
+    """
+    parts: list[_Part] = []
+    template, at, seen = template.strip(), 0, set()
+    for match in [*_PART.finditer(template), None]:
+        literal = template[at : match.start() if match else len(template)]
+        if set(literal) & set("{}"):
+            raise UserError(f"{where}: a brace without its partner in {literal.strip()!r}", "close it or leave it out")
+        text = literal.removeprefix(" ").removesuffix(" ")
+        if text:
+            parts.append(_Part("text", text, spaced or literal.startswith(" ")))
+        spaced = literal.endswith(" ") or (spaced and not literal)
+        if match is None:
+            break
+        at, (name, source) = match.end(), match.groups()
+        known = name == "soft" and source in sources if source or name == "soft" else name in fields
+        if not known:
+            names = [f"{{{field}}}" for field in fields] + [f"{{soft:{source}}}" for source in sources]
+            raise UserError(f"{where}: unknown field {match[0]}", f"it may use {', '.join(names)}")
+        if match[0] in seen:
+            raise UserError(f"{where}: {match[0]} is used twice", "keep one of them")
+        seen.add(match[0])
+        parts.append(_Part("soft", source, spaced) if source else _Part("field", name, spaced))
+        spaced = spaced and bool(source)
+    return parts
+
+
+class HybridPrompt:
+    """One side's template over a tokenizer.
+
+    Args:
+        parts: from `parse_template`.
+        tokenizer: text to token ids.
+        slots: how many slots each source may take, to be reserved when a prompt is cut to `max_tokens`.
+        max_tokens: of a whole prompt, slots included.
+
+    Raises:
+        UserError: the fixed text and the slots alone leave no room for anything else.
+    """
+
+    def __init__(self, parts: list[_Part], tokenizer: TextTokenizer, slots: Mapping[str, int], max_tokens: int):
+        self.parts, self.tokenizer = parts, tokenizer
+        self._literals = [tokenizer(part.value, part.spaced) if part.kind == "text" else None for part in parts]
+        self.sources = tuple(part.value for part in parts if part.kind == "soft")
+        fixed = sum(len(tokens) for tokens in self._literals if tokens is not None)
+        fixed += len(tokenizer.prefix) + len(tokenizer.suffix) + sum(slots[source] for source in self.sources)
+        self.room = max_tokens - fixed
+        if self.room < 1:
+            raise UserError(
+                f"the prompt's fixed text and slots take {fixed} tokens of the {max_tokens} there are",
+                "shorten the template, use fewer alignment.instructions, or raise prompt.max_tokens",
+            )
+
+    def fill(self, **fields: Int32) -> Encoded:
+        """Fill the fields with token ids.
+
+        What is beyond the room is cut from the end of the last field, never from slots or fixed text.
+        """
+        excess = sum(map(len, fields.values())) - self.room
+        kept = dict(fields)
+        for name in reversed(fields):
+            if excess > 0:
+                kept[name] = kept[name][: max(0, len(kept[name]) - excess)]
+                excess -= len(fields[name]) - len(kept[name])
+        tokens: list[Int32] = [self.tokenizer.prefix]
+        marks: dict[str, int] = {}
+        for part, literal in zip(self.parts, self._literals, strict=True):
+            if part.kind == "soft":
+                marks[part.value] = sum(map(len, tokens))
+            else:
+                tokens.append(literal if literal is not None else kept.get(part.value, _NOTHING))
+        cut = sum(map(len, fields.values())) > self.room
+        return Encoded(np.concatenate([*tokens, self.tokenizer.suffix]).astype(np.int32), marks, cut)
+
+
+def lay_out(prompts: Sequence[Encoded], slots: Mapping[str, int], filler: int) -> LaidOut:
+    """Insert slot positions into filled prompts and pad them on the right.
+
+    Args:
+        prompts: the batch (B).
+        slots: how many slots each source gets, in the order in which the model supplies them; none makes text-only
+            prompts.
+        filler: a token id that stands at slots and padding. Neither is ever read as text.
+    """
+    wanted = {source: count for source, count in slots.items() if count}
+    lengths = [len(prompt.tokens_T) + sum(wanted.values()) for prompt in prompts]
+    ids_BT = np.full((len(prompts), max(lengths)), filler, np.int64)
+    mask_BT = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+    positions_BK = np.zeros((len(prompts), sum(wanted.values())), np.int64)
+    for row, prompt in enumerate(prompts):
+        groups, shift = {}, 0
+        is_text = np.ones(lengths[row], bool)
+        in_order = [source for source in prompt.marks if source in wanted]
+        for source in sorted(in_order, key=lambda name: prompt.marks[name]):
+            start = prompt.marks[source] + shift
+            groups[source] = np.arange(start, start + wanted[source])
+            is_text[groups[source]] = False
+            shift += wanted[source]
+        ids_BT[row, : lengths[row]][is_text] = prompt.tokens_T
+        positions_BK[row] = np.concatenate([groups[source] for source in wanted]) if wanted else 0
+    return LaidOut(ids_BT, mask_BT, positions_BK)

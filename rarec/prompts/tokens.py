@@ -1,0 +1,56 @@
+"""A Hugging Face tokenizer as prompts need it: pieces of text to token ids, and the special tokens around them."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+_SPACES = ("▁", "Ġ")
+_ANCHOR = "\n"
+"""Text that merges with nothing: behind it a tokenizer that adds spaces adds none."""
+
+
+class TextTokenizer:
+    """Tokenises pieces of text that will be joined.
+
+    Attributes:
+        prefix: special tokens that the tokenizer itself puts before a text, such as [CLS].
+        suffix: those it puts after, such as [SEP].
+        filler: a token id for positions that are never read.
+        adds_space: whether the tokenizer itself puts a space before a text, as SentencePiece mostly does.
+        fingerprint: sha256 of the tokenizer, vocabulary and rules.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        bare, whole = self._ids("a", special=False), self._ids("a", special=True)
+        start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        self.prefix: Int32 = np.array(whole[:start], np.int32)
+        self.suffix: Int32 = np.array(whole[start + len(bare) :], np.int32)
+        self.filler: int = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        self.adds_space = bool(bare) and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(_SPACES)
+        self._anchor = self._ids(_ANCHOR, special=False)
+        self.fingerprint = hashlib.sha256(self._spelling().encode()).hexdigest()
+
+    def __call__(self, text: str, spaced: bool = False, most: int | None = None) -> Int32:
+        """Token ids of a piece of text, with a space before it if it is `spaced`, cut after `most` tokens."""
+        return np.array(self._piece(text, spaced)[:most] if text else [], np.int32)
+
+    def _piece(self, text: str, spaced: bool) -> list[int]:
+        if not self.adds_space:
+            return self._ids(" " + text if spaced else text, special=False)
+        if spaced:
+            return self._ids(text, special=False)
+        behind = self._ids(_ANCHOR + text, special=False)
+        length = len(self._anchor)
+        return behind[length:] if length and behind[:length] == self._anchor else self._ids(text, special=False)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids
+
+    def _spelling(self) -> str:
+        core = getattr(self._tokenizer, "backend_tokenizer", None)
+        return str(core.to_str()) if core is not None else repr(sorted(self._tokenizer.get_vocab().items()))

@@ -1,0 +1,87 @@
+"""Percentile bootstrap over users. Shape letters: U users, M metrics, R resamples in a batch."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import bootstrap
+
+Floats = npt.NDArray[np.float64]
+
+BATCH_BYTES = 64 << 20
+"""Of the resampled user indices held at a time."""
+
+
+class Interval(NamedTuple):
+    """A mean over users and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values_U: npt.ArrayLike, resamples: int = 2000, seed: int = 0) -> Interval:
+    """The mean over users with its percentile bootstrap 95% interval.
+
+    Args:
+        values_U: one value a user.
+        resamples: how many times the users are drawn again, with replacement.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no users.
+    """
+    return mean_intervals({"value": np.asarray(values_U, dtype=np.float64)}, resamples, seed)["value"]
+
+
+def paired_interval(a_U: npt.ArrayLike, b_U: npt.ArrayLike, resamples: int = 2000, seed: int = 0) -> Interval:
+    """The mean over the same users of a - b, with its interval: it excludes 0 where a and b differ."""
+    return mean_interval(np.asarray(a_U, dtype=np.float64) - np.asarray(b_U, dtype=np.float64), resamples, seed)
+
+
+def paired_intervals(
+    a: Mapping[str, Floats], b: Mapping[str, Floats], resamples: int = 2000, seed: int = 0
+) -> dict[str, Interval]:
+    """`paired_interval` of every metric of `a`, all on the same resamples of the users."""
+    return mean_intervals({name: a[name] - b[name] for name in a}, resamples, seed)
+
+
+def mean_intervals(values: Mapping[str, Floats], resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
+    """`mean_interval` of many metrics of the same users, all on the same resamples.
+
+    A resample is drawn once, as indices of users; its means are (how often each user was drawn) x (values), one
+    matrix product for all metrics. The same number of users and seed give the same draws, whatever the values.
+    """
+    values_UM = np.stack([np.asarray(column, dtype=np.float64) for column in values.values()], axis=1)
+    n_users = len(values_UM)
+    if n_users == 0:
+        raise ValueError("an interval needs at least one user")
+    means_M = values_UM.mean(axis=0)
+    low_M, high_M = _percentiles(values_UM, resamples, seed) if n_users > 1 else (means_M, means_M)
+    return {
+        name: Interval(float(mean), float(low), float(high))
+        for name, mean, low, high in zip(values, means_M, low_M, high_M, strict=True)
+    }
+
+
+def _percentiles(values_UM: Floats, resamples: int, seed: int) -> tuple[Floats, Floats]:
+    n_users = len(values_UM)
+
+    def means(users: npt.NDArray[np.int64], axis: int = -1) -> Floats:
+        users_RU = np.atleast_2d(users)
+        offset_R1 = np.arange(len(users_RU))[:, None] * n_users
+        drawn = np.bincount((users_RU + offset_R1).ravel(), minlength=users_RU.size)
+        means_MR = (drawn.reshape(users_RU.shape) @ values_UM).T / n_users
+        return means_MR if users.ndim > 1 else means_MR[:, 0]
+
+    result = bootstrap(
+        (np.arange(n_users),),
+        means,
+        n_resamples=resamples,
+        batch=max(1, BATCH_BYTES // (8 * n_users)),
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return result.confidence_interval.low, result.confidence_interval.high

@@ -1,0 +1,45 @@
+"""Ranking metrics of one relevant item a user, from its rank. Shape letters: U users."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+def hit_rate(ranks_U: npt.NDArray[np.int64], cutoff: int) -> Floats:
+    """HR@K of each user: 1 if the target is among the first K, else 0. With one target it equals Recall@K."""
+    return (ranks_U <= cutoff).astype(np.float64)
+
+
+def ndcg(ranks_U: npt.NDArray[np.int64], cutoff: int) -> Floats:
+    """NDCG@K of each user: 1 / log2(1 + rank) within the first K, else 0 (one target has an ideal DCG of 1)."""
+    return np.where(ranks_U <= cutoff, 1 / np.log2(1.0 + ranks_U), 0.0)
+
+
+def mrr(ranks_U: npt.NDArray[np.int64]) -> Floats:
+    """Reciprocal rank of each user, over the full catalogue, without a cutoff."""
+    return 1.0 / ranks_U
+
+
+def metric_values(ranks_U: npt.NDArray[np.int64], cutoffs: Iterable[int]) -> dict[str, Floats]:
+    """Per-user values of every metric; a metric's figure is the mean over users.
+
+    Args:
+        ranks_U: 1 is the best, as `rank_targets` returns them.
+        cutoffs: each K of HR@K and NDCG@K.
+
+    Returns:
+        `hr@K` and `ndcg@K` for each K, then `mrr`; each of shape (U,).
+
+    Raises:
+        ValueError: a rank is below 1.
+    """
+    ranks_U = np.asarray(ranks_U, dtype=np.int64)
+    if (ranks_U < 1).any():
+        raise ValueError("ranks start at 1")
+    cutoffs = tuple(cutoffs)
+    values = {f"hr@{cutoff}": hit_rate(ranks_U, cutoff) for cutoff in cutoffs}
+    values |= {f"ndcg@{cutoff}": ndcg(ranks_U, cutoff) for cutoff in cutoffs}
+    return values | {"mrr": mrr(ranks_U)}

@@ -1,0 +1,156 @@
+"""Rank targets, or find the best k, in the full catalogue by one chunked matrix product.
+
+Shape letters: B users, N catalogue, D dimension, K interest vectors a user, C users of a chunk, S seen pairs.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rarec.errors import UserError
+
+Array = npt.NDArray[np.float32] | torch.Tensor
+Rows = npt.NDArray[np.integer]
+
+BLOCK_BYTES = 16 << 20
+"""Of one block of scores: small enough to be still in cache when it is counted."""
+
+
+def rank_targets(
+    users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
+) -> npt.NDArray[np.int64]:
+    """The rank of each user's target among all items that the user has not seen.
+
+    A tie counts against the model: rank = 1 + number of other, unseen items whose score >= the target's. So a
+    model that scores everything alike gets the worst rank, not the best.
+
+    Args:
+        users: user vectors, (B, D); or (B, K, D) for K interest vectors, whose best score counts (ComiRec, Cen et
+            al. 2020).
+        items_ND: item vectors.
+        targets_B: item row of each target.
+        seen: each user's item rows that do not compete, in any order, repeated or not. A target always competes.
+        block_bytes: bound on the block of scores held at a time; memory does not depend on B.
+
+    Returns:
+        Ranks, 1 the best, at most N.
+
+    Raises:
+        UserError: a vector is not finite, or so large that scores would overflow.
+    """
+    scorer = _Scorer(users, items_ND, block_bytes)
+    _check_lengths(scorer.n_users, targets=targets_B, seen=seen)
+    targets = torch.as_tensor(np.asarray(targets_B, dtype=np.int64))
+    ranks_B = np.empty(scorer.n_users, dtype=np.int64)
+    for chunk, scores_CN in scorer.blocks():
+        # The target's score comes from the block itself, else rounding would part it from its ties.
+        threshold_C1 = scores_CN.gather(1, targets[chunk, None].to(scores_CN.device))
+        at_least_C = (scores_CN >= threshold_C1).sum(dim=1).cpu().numpy()  # counts the target itself: the 1
+        user_S, item_S = _seen_pairs(seen[chunk], scorer.n_items)
+        others = item_S != targets[chunk].numpy()[user_S]
+        user_S, item_S = user_S[others], item_S[others]
+        hit_S = (scores_CN[user_S, item_S] >= threshold_C1[user_S, 0]).cpu().numpy()
+        ranks_B[chunk] = at_least_C - np.bincount(user_S[hit_S], minlength=len(at_least_C))
+    return ranks_B
+
+
+def top_k(
+    users: Array, items_ND: Array, k: int, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The k best unseen items of each user.
+
+    Args:
+        users: user vectors, (B, D) or (B, K, D) as in `rank_targets`.
+        items_ND: item vectors.
+        k: how many; at most N are returned.
+        seen: for each user, item rows that must not be returned.
+        block_bytes: bound on the block of scores held at a time.
+
+    Returns:
+        Item rows and scores, both (B, min(k, N)), best first. Where fewer than k unseen items are left, the row is
+        -1 and the score -inf.
+
+    Raises:
+        UserError: a vector is not finite, or so large that scores would overflow.
+    """
+    scorer = _Scorer(users, items_ND, block_bytes)
+    _check_lengths(scorer.n_users, seen=seen)
+    k = min(k, scorer.n_items)
+    rows_BK = np.empty((scorer.n_users, k), dtype=np.int64)
+    scores_BK = np.empty((scorer.n_users, k), dtype=np.float32)
+    for chunk, scores_CN in scorer.blocks():
+        scores_CN[_seen_pairs(seen[chunk], scorer.n_items)] = -torch.inf
+        best_CK, where_CK = scores_CN.topk(k, dim=1)
+        where_CK[best_CK == -torch.inf] = -1
+        rows_BK[chunk], scores_BK[chunk] = where_CK.cpu().numpy(), best_CK.cpu().numpy()
+    return rows_BK, scores_BK
+
+
+class _Scorer:
+    """Scores in blocks of whole catalogue rows. A block is overwritten by the next one."""
+
+    def __init__(self, users: Array, items_ND: Array, block_bytes: int) -> None:
+        self.items_ND = _tensor(items_ND)
+        self.users = users if users.ndim == 3 else users[:, None]
+        self.n_users, self.per_user, dim = (int(size) for size in self.users.shape)
+        self.n_items = len(self.items_ND)
+        if dim != self.items_ND.shape[1]:
+            raise UserError(f"user vectors have {dim} dimensions, item vectors {self.items_ND.shape[1]}")
+        self.chunk = max(1, block_bytes // (4 * self.n_items * self.per_user))
+        self.item_peak = _peak(self.items_ND, "item")
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield each chunk of users with its scores (C, N)."""
+        items_DN = self.items_ND.T
+        out = self.items_ND.new_empty(min(self.chunk, self.n_users) * self.per_user, self.n_items)
+        for start in range(0, self.n_users, self.chunk):
+            chunk = slice(start, min(start + self.chunk, self.n_users))
+            users_CKD = _tensor(self.users[chunk]).to(self.items_ND.device)
+            self._refuse_overflow(_peak(users_CKD, "user"))
+            rows = users_CKD.flatten(0, 1)
+            scores = torch.mm(rows, items_DN, out=out[: len(rows)])
+            if self.per_user > 1:
+                scores = scores.view(-1, self.per_user, self.n_items).amax(dim=1)
+            yield chunk, scores
+
+    def _refuse_overflow(self, user_peak: float) -> None:
+        """Two finite vectors may still have a score of inf or NaN, which compares as nothing does."""
+        if user_peak * self.item_peak * self.items_ND.shape[1] > torch.finfo(torch.float32).max:
+            raise UserError(
+                f"scores overflow: vectors reach {user_peak:.3g} (users) and {self.item_peak:.3g} (items)",
+                "training diverged, or imported vectors are of a wrong scale: rescale them",
+            )
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    """Float32, without a copy where that is possible; torch warns about arrays it may not write to."""
+    if isinstance(array, torch.Tensor):
+        return array.detach().to(torch.float32)
+    array = np.asarray(array, dtype=np.float32)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _peak(vectors: torch.Tensor, of: str) -> float:
+    """The largest magnitude, in one pass that NaN and infinity survive."""
+    low, high = (float(value) for value in vectors.aminmax()) if vectors.numel() else (0.0, 0.0)
+    peak = max(abs(low), abs(high))
+    if not np.isfinite([low, high]).all():
+        bad = int((~torch.isfinite(vectors.flatten(1)).all(dim=1)).nonzero()[0])
+        raise UserError(f"{of} vectors are not finite (first at row {bad} of those ranked)", "NaN has no rank")
+    return peak
+
+
+def _seen_pairs(seen: Sequence[Rows], n_items: int) -> tuple[Rows, Rows]:
+    """All (user in the chunk, item) pairs, each once: an item seen twice must not be subtracted twice."""
+    lengths = [len(rows) for rows in seen]
+    user_S = np.repeat(np.arange(len(seen)), lengths)
+    item_S = np.concatenate(seen).astype(np.int64) if sum(lengths) else np.empty(0, dtype=np.int64)
+    return np.divmod(np.unique(user_S * n_items + item_S), n_items)
+
+
+def _check_lengths(n_users: int, **sequences: Rows | Sequence[Rows]) -> None:
+    for name, sequence in sequences.items():
+        if len(sequence) != n_users:
+            raise ValueError(f"{n_users} users but {len(sequence)} {name}")

@@ -1,0 +1,125 @@
+"""Bundles: alignment in safetensors, LoRA in plain PEFT format, manifest, prompt, model card. No frozen weight, no pickle."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rarec.artefacts import new_directory, read_manifest, sha256_file, write_manifest, write_text
+from rarec.config import ARMS, Arm, RunConfig, dump_config
+from rarec.errors import UserError
+from rarec.models.build import SourceShape, build_model
+from rarec.models.load import LoadedModel
+from rarec.models.towers import RaRec
+from rarec.models.weights import load_weights, save_weights
+from rarec.serving.card import model_card
+
+PROMPT = "prompt.yaml"
+CARD = "README.md"
+SECTIONS = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
+"""The parts of the configuration that say what the model is."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a bundle's model belongs to.
+
+    Attributes:
+        inputs: hashes of dataset, catalogue, sources, language model and prompt, by name.
+        llm: the language model's identity: name, revision, dtype, hashes.
+        shapes: dimension and vectors per user of each source.
+    """
+
+    inputs: Mapping[str, str]
+    llm: Mapping[str, str]
+    shapes: Mapping[str, SourceShape]
+
+
+def write_bundle(
+    directory: Path,
+    model: RaRec,
+    arm: Arm,
+    config: RunConfig,
+    provenance: Provenance,
+    metrics: Sequence[Mapping[str, Any]],
+    trainable_parameters: int,
+) -> dict[str, Any]:
+    """Write a bundle aside and rename it into place; returns its manifest.
+
+    Args:
+        directory: of the bundle.
+        model: trained.
+        arm: which variant it is.
+        config: the run's.
+        provenance: what it belongs to.
+        metrics: rows of the evaluation for this arm.
+        trainable_parameters: the real count.
+    """
+    tree = config.model_dump(mode="json")
+    settings = {"arm": arm.name, **{section: tree[section] for section in SECTIONS}}
+    figures = {
+        "llm": dict(provenance.llm),
+        "sources": {name: vars(shape) for name, shape in provenance.shapes.items()},
+        "metrics": [dict(row) for row in metrics],
+        "trainable_parameters": trainable_parameters,
+    }
+    with new_directory(directory) as aside:
+        save_weights(model, aside)
+        write_text(aside / PROMPT, dump_config(config.prompt))
+        write_text(aside / CARD, model_card(arm, config, figures))
+        return write_manifest(aside, "bundle", settings=settings, made_from=provenance.inputs, **figures)
+
+
+def load_bundle(
+    directory: Path,
+    config: RunConfig,
+    load: Callable[[Arm], LoadedModel],
+    provenance: Provenance,
+    named: Mapping[str, Sequence[str]],
+) -> RaRec:
+    """Put a bundle's weights around the language model, after checking that all belong together.
+
+    Args:
+        directory: of the bundle.
+        config: any run's configuration; the bundle's own sections take the place of its.
+        load: the language model for an arm.
+        provenance: what lies here.
+        named: sources that each side's template names.
+
+    Raises:
+        UserError: a file is altered, or the language model, catalogue, ID embeddings or prompt are not the bundle's.
+    """
+    manifest = read_manifest(directory, "bundle")
+    for name, digest in manifest["files"].items():
+        if not (directory / name).is_file() or sha256_file(directory / name) != digest:
+            raise UserError(f"bundle file {directory / name} is missing or altered", "export the bundle again")
+    _check_belongs(directory, manifest, provenance)
+    arm = ARMS[manifest["settings"]["arm"]]
+    sections = {section: manifest["settings"][section] for section in SECTIONS}
+    model = build_model(
+        RunConfig.model_validate({**config.model_dump(mode="json"), **sections}),
+        arm,
+        load(arm),
+        provenance.shapes,
+        named,
+    )
+    load_weights(model, directory)
+    return model.eval()
+
+
+def _check_belongs(directory: Path, manifest: Mapping[str, Any], here: Provenance) -> None:
+    differing = [key for key, value in manifest["llm"].items() if key != "revision" and here.llm.get(key) != value]
+    if set(differing) - {"name"}:
+        facts = "; ".join(
+            f"{key}: {str(manifest['llm'][key])[:60]} -> {str(here.llm.get(key))[:60]}" for key in differing
+        )
+        raise UserError(
+            f"{directory} belongs to another base model ({facts})", f"set llm.path: {manifest['llm']['name']}"
+        )
+    for name, digest in manifest["made_from"].items():
+        belongs = name in ("catalogue", "prompt") or name.startswith("ids/")
+        if belongs and here.inputs.get(name) != digest:
+            raise UserError(
+                f"{directory} belongs to another {name} ({digest[:12]}, but here is {str(here.inputs.get(name))[:12]})",
+                "use the one it was trained with, or train again",
+            )

@@ -1,0 +1,69 @@
+"""The model card of a bundle, filled from what is known and nothing else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rarec.config import Arm, RunConfig
+
+_CARD = """---
+library_name: rarec
+base_model: {base}
+tags: [recommendation, soft-prompt, ra-rec]
+---
+# {title} on {base}
+
+Alignment weights of RA-Rec (arXiv 2402.04527): pre-trained ID embeddings become soft prompts in the blocks of a frozen language
+model. This bundle holds what was trained, {parameters:,} parameters, and none of the language model's.
+
+## What it needs
+- the base model `{base}`, revision {revision}, in {dtype} (weights fingerprint `{fingerprint}`)
+- the catalogue, ID embeddings and prompt whose hashes stand in `manifest.json`; loading refuses others
+
+## How it was trained
+Loss {loss} + {weight} x alignment; blocks {blocks}; {instructions} contextual instructions a block; sources {sources}; seed {seed}.
+Training samples: share {share} of all{selection}. The whole configuration stands in `manifest.json`.
+
+## How good it is
+Ranking of the whole catalogue, the user's earlier items excluded, ties against the model; bootstrap 95% intervals over users.
+
+| metric | value | 95% interval | n |
+| --- | --- | --- | --- |
+{rows}
+
+## Limits
+Measured on one log with one protocol. A ranking learnt from past behaviour repeats its biases: popular items and active users
+are served best. Items without text or without an ID vector are not covered.
+"""
+
+
+def model_card(arm: Arm, config: RunConfig, figures: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        arm: the variant.
+        config: the run's.
+        figures: `llm`, `sources`, `metrics` and `trainable_parameters`, as in the manifest.
+    """
+    rows = [
+        f"| {row['metric']}/{row['protocol']} | {row['value']:.4f} | {row['low']:.4f} to {row['high']:.4f} | {row['n']} |"
+        for row in figures["metrics"]
+    ]
+    chosen = [name for name in ("denoise", "diversify") if getattr(config.shards, name)]
+    base = figures["llm"]
+    return _CARD.format(
+        base=base["name"],
+        title=arm.title,
+        parameters=figures["trainable_parameters"],
+        revision=base["revision"],
+        dtype=base["dtype"],
+        fingerprint=base["fingerprint"][:16],
+        loss=config.loss.recommendation,
+        weight=config.loss.align_weight,
+        blocks=config.train.blocks or arm.blocks,
+        instructions=config.alignment.instructions,
+        sources=", ".join(figures["sources"]),
+        seed=config.run.seed,
+        share=config.shards.share,
+        selection=f", {' and '.join(chosen)}" if chosen else "",
+        rows="\n".join(rows),
+    )

@@ -1,0 +1,137 @@
+"""`accelerate launch launch/evaluate.py`: rank the whole catalogue for the test users with every arm; the test set is read here only."""
+
+import time
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rarec.artefacts import check_made_from, new_directory, read_manifest, write_json, write_manifest
+from rarec.config import ARMS
+from rarec.evaluation.arms import Question, Ranker, rank_all
+from rarec.evaluation.examples import example_rows
+from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
+from rarec.evaluation.fusion import fuse
+from rarec.evaluation.strata import strata_rows
+from rarec.models.encode import Encoder
+from rarec.models.towers import RaRec
+from rarec.stages.context import Context
+from rarec.stages.train import arm_hash, best_model
+
+Ranks = dict[str, npt.NDArray[np.int64]]
+
+
+class Bootstrap(TypedDict):
+    """How intervals are drawn."""
+
+    resamples: int
+    seed: int
+
+
+def evaluate(context: Context) -> None:
+    """Make `evaluation/`: ranks.parquet, metrics.json, comparisons.json, strata.json, examples.json."""
+    config = context.config
+    manifest = read_manifest(context.paths.shards, "shards")
+    check_made_from(context.paths.shards, manifest, **context.inputs)
+    settings = context.settings("evaluate", "report", arms=config.train.arms, main=config.export.arm)
+    made_from = {name: arm_hash(context, ARMS[name]) for name in config.train.arms} | {"prepare": context.dataset.hash}
+    if context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
+        return
+    started = time.monotonic()
+    evaluation = _Evaluation(context)
+    ranks = evaluation.ranks()
+    with new_directory(context.paths.evaluation) as aside:
+        pq.write_table(_ranks_table(context, evaluation.test, ranks), aside / "ranks.parquet")
+        write_json(aside / "metrics.json", evaluation.metrics(ranks))
+        write_json(aside / "comparisons.json", evaluation.comparisons(ranks))
+        write_json(aside / "strata.json", evaluation.strata(ranks))
+        write_json(aside / "examples.json", evaluation.examples)
+        figures = {
+            "n": len(evaluation.test.targets),
+            "seconds": time.monotonic() - started,
+            "fusion": evaluation.weights,
+        }
+        write_manifest(aside, "evaluate", settings=settings, made_from=made_from, **figures)
+
+
+class _Evaluation:
+    """The arms in order, each ranked on the same test users."""
+
+    def __init__(self, context: Context) -> None:
+        self.context, config, dataset = context, context.config, context.dataset
+        self.main, self.seed = config.export.arm, config.run.seed
+        self.test = Question.of(dataset, dataset.targets("test", config.evaluate.users, self.seed))
+        validation = dataset.targets("validation", config.train.validation_users, self.seed)
+        self.validation = Question.of(dataset, validation)
+        self.ids = Ranker.of_source(context.sources["id"])
+        self.weights: dict[str, float] = {}
+        self.examples: list[dict[str, Any]] = []
+        self._shown: dict[str, Ranker] = {"id_only": self.ids}
+
+    def ranks(self) -> Ranks:
+        """Ranks of the test targets by arm: the ID model, the trained arms, their fusions, the probes."""
+        ranks: Ranks = {}
+        for question, rankers in self._rankers():
+            ranks |= rank_all(question, rankers)
+            for name in rankers:
+                self.context.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
+        count = self.context.config.report.examples
+        self.examples = example_rows(self.context.dataset, self.test, self._shown, ranks, count, self.seed)
+        return ranks
+
+    def metrics(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Rows of metrics.json."""
+        return metric_rows(ranks, self.context.config.evaluate.cutoffs, **self._bootstrap)
+
+    def comparisons(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Rows of comparisons.json."""
+        pairs = pairs_of_interest(ranks, self.main)
+        return comparison_rows(ranks, pairs, self.context.config.evaluate.cutoffs, **self._bootstrap)
+
+    def strata(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Rows of strata.json, without the probes."""
+        lengths = np.array([len(history) for history in self.test.histories])
+        popularity = self.context.dataset.train_counts_N[self.test.targets]
+        plain = {name: value for name, value in ranks.items() if "/" not in name}
+        return strata_rows(plain, {"history length": lengths, "popularity": popularity}, **self._bootstrap)
+
+    @property
+    def _bootstrap(self) -> Bootstrap:
+        return {"resamples": self.context.config.evaluate.resamples, "seed": self.seed}
+
+    def _rankers(self) -> Iterator[tuple[Question, dict[str, Ranker]]]:
+        """Rankers that share a model, with the users whom they rank for; one trained arm is loaded at a time."""
+        config = self.context.config
+        yield self.test, {"id_only": self.ids}
+        for name in config.train.arms:
+            model = best_model(self.context, ARMS[name])
+            ranker = self._of(model)
+            if name in ("text_only", self.main):
+                self._shown[name] = ranker
+            rankers: dict[str, Ranker] = {name: ranker}
+            if config.evaluate.fusion and self.context.sources["id"].vectors_per_user == 1:
+                rankers[f"{name}+id"], self.weights[name] = fuse(ranker, self.ids, self.validation)
+            yield self.test, rankers
+            if name == self.main and config.evaluate.probes:
+                yield self.test.shuffled(self.seed), {f"{name}/shuffled_history": ranker}
+                yield self.test, {f"{name}/permuted_ids": self._of(model, permuted=True)}
+
+    def _of(self, model: RaRec, permuted: bool = False) -> Ranker:
+        sources = self.context.sources
+        if permuted:
+            sources = {name: source.permuted(self.seed) for name, source in sources.items()}
+        return Ranker.of_model(Encoder(model, self.context.prompts, sources, self.context.config.evaluate.batch_size))
+
+
+def _ranks_table(context: Context, test: Question, ranks: Ranks) -> pa.Table:
+    """One row a test user and arm: arm, user and target by their own ids, rank."""
+    users = context.dataset.user_ids.take(pa.array(test.user_rows))
+    targets = context.dataset.item_ids.take(pa.array(test.targets))
+    parts = [
+        pa.table({"arm": pa.array([arm] * len(values)), "user": users, "target": targets, "rank": pa.array(values)})
+        for arm, values in ranks.items()
+    ]
+    return pa.concat_tables(parts)

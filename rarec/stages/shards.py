@@ -1,0 +1,85 @@
+"""`rarec shards`: select training samples, compute text-only states once, write the tars."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.artefacts import sha256_json, write_json
+from rarec.data.samples import Sample
+from rarec.data.selection import Selection, select_samples
+from rarec.data.shards import finish_shards, write_shards
+from rarec.models.text_states import text_states
+from rarec.prompts import Encoded
+from rarec.stages.context import Context
+
+ITEM_STATES = "item_states.npy"
+SELECTION = "selection.json"
+
+
+def shards(context: Context) -> None:
+    """Make `shards/`: tars, item states, the selection's report, a manifest."""
+    config, dataset = context.config, context.dataset
+    directory = context.paths.shards
+    settings, made_from = context.settings("shards", "prompt"), context.inputs
+    if context.is_done(directory, "shards", settings, made_from):
+        return
+    selection = select_samples(dataset, config.shards, config.run.seed)
+    blocks = state_blocks(context)
+    _tell_size(context, len(selection.user_rows), len(blocks))
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_item_states(context, blocks)
+    identity = sha256_json({"settings": settings, "made_from": made_from})
+    total, per_shard = len(selection.user_rows), config.shards.samples_per_shard
+    records = write_shards(
+        directory, total, per_shard, lambda rows: _samples(context, selection, rows, blocks), identity, context.say
+    )
+    write_json(directory / SELECTION, selection.report)
+    cut = context.prompts.cut
+    finish_shards(directory, settings, made_from, shards=records, samples=total, state_blocks=blocks, cut_prompts=cut)
+    context.say(
+        f"{total} samples in {len(records)} shards; prompts cut to the context length: {cut['user']} user, {cut['item']} item"
+    )
+
+
+def state_blocks(context: Context) -> list[int]:
+    """The blocks whose states are stored."""
+    count = len(context.llm.backbone.blocks)
+    chosen = context.config.shards.state_blocks
+    return sorted(set(chosen)) if chosen is not None else list(range(count))
+
+
+def _tell_size(context: Context, samples: int, blocks: int) -> None:
+    width = np.dtype(context.config.shards.state_dtype).itemsize * context.llm.backbone.hidden_size * blocks
+    users, items = samples * width / 1e6, context.dataset.n_items * width / 1e6
+    context.say(
+        f"text-only states of {blocks} blocks: {width / 1e3:.1f} kB a text, {users:.0f} MB for users, {items:.0f} MB for items"
+    )
+
+
+def _write_item_states(context: Context, blocks: list[int]) -> None:
+    path = context.paths.shards / ITEM_STATES
+    prompts = [context.prompts.item(row) for row in range(context.dataset.n_items)]
+    states_NLD = _states(context, prompts, blocks)
+    aside = path.with_name("." + path.name)
+    np.save(aside.open("wb"), states_NLD, allow_pickle=False)
+    aside.replace(path)
+
+
+def _samples(context: Context, selection: Selection, rows: range, blocks: list[int]) -> Iterator[Sample]:
+    dataset = context.dataset
+    users, positions = selection.user_rows[rows.start : rows.stop], selection.positions[rows.start : rows.stop]
+    histories = [dataset.history(int(user), int(position)) for user, position in zip(users, positions, strict=True)]
+    prompts = [context.prompts.user(history) for history in histories]
+    states_BLD = _states(context, prompts, blocks)
+    vectors = {name: source.user_vectors(users, histories) for name, source in context.sources.items()}
+    for at, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
+        target = int(dataset.sequence(user)[position])
+        own = {name: array[at] for name, array in vectors.items()}
+        tokens, marks = prompts[at].tokens_T, prompts[at].marks
+        yield Sample(user, position, target, histories[at].astype(np.int32), tokens, marks, states_BLD[at], own)
+
+
+def _states(context: Context, prompts: list[Encoded], blocks: list[int]) -> npt.NDArray[np.floating]:
+    filler, dtype = context.llm.tokenizer.filler, context.config.shards.state_dtype
+    return text_states(context.llm.backbone, prompts, blocks, filler, dtype=dtype)

@@ -1,0 +1,105 @@
+"""From samples of the stream to what a step takes: both sides as tensors, and what the losses need to know.
+
+Shape letters: B batch, H history, L stored blocks, D hidden size, N catalogue.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rarec.data.samples import Sample
+from rarec.ids.source import Source
+from rarec.models.encode import side_batch
+from rarec.models.objective import Targets
+from rarec.models.towers import RaRec, SideBatch
+from rarec.prompts import Encoded, PromptPair
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input.
+
+    Attributes:
+        users: prompts, slots' places and source vectors of the users.
+        items: those of their target items.
+        targets: for the losses.
+        keys: of the samples, to name them in messages.
+        tokens: text and slots of both sides, without padding.
+    """
+
+    users: SideBatch
+    items: SideBatch
+    targets: Targets
+    keys: tuple[str, ...]
+    tokens: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(self.users.to(device), self.items.to(device), self.targets.to(device), self.keys, self.tokens)
+
+
+class Collator:
+    """Makes batches for one model.
+
+    Args:
+        model: says how many slots its towers take.
+        prompts: fills the item prompts, each once.
+        sources: every source by name; rows of a batch are gathered here, so tables stay off the device.
+        item_states_NLD: stored text-only states of the catalogue, memory-mapped.
+    """
+
+    def __init__(
+        self,
+        model: RaRec,
+        prompts: PromptPair,
+        sources: Mapping[str, Source],
+        item_states_NLD: npt.NDArray[np.floating],
+    ) -> None:
+        self.model, self.prompts, self.sources, self.item_states_NLD = model, prompts, sources, item_states_NLD
+        self._items: dict[int, Encoded] = {}
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """A batch of these samples."""
+        rows = np.array([sample.target for sample in samples])
+        user_states_LBD = _states([sample.states_LD for sample in samples])
+        item_states_LBD = _states(list(self.item_states_NLD[rows]))
+        users = self._users(samples)
+        items = self._items_of(rows)
+        targets = Targets(
+            torch.tensor([sample.user for sample in samples]),
+            torch.from_numpy(rows),
+            _padded([sample.history_H for sample in samples]),
+            user_states_LBD,
+            item_states_LBD,
+        )
+        tokens = int(users.mask_BT.sum() + items.mask_BT.sum())
+        return Batch(users, items, targets, tuple(sample.key for sample in samples), tokens)
+
+    def _users(self, samples: Sequence[Sample]) -> SideBatch:
+        prompts = [Encoded(sample.tokens_T, sample.marks) for sample in samples]
+        vectors = {name: np.stack([sample.vectors[name] for sample in samples]) for name in self.sources}
+        return side_batch(prompts, vectors, self.model.user, self.prompts.tokenizer.filler)
+
+    def _items_of(self, rows: npt.NDArray[np.int64]) -> SideBatch:
+        for row in rows.tolist():
+            if row not in self._items:
+                self._items[row] = self.prompts.item(row)
+        vectors = {name: source.items_NE[rows][:, None] for name, source in self.sources.items()}
+        prompts = [self._items[row] for row in rows.tolist()]
+        return side_batch(prompts, vectors, self.model.item, self.prompts.tokenizer.filler)
+
+
+def _states(states: list[npt.NDArray[np.floating]]) -> torch.Tensor:
+    """(L, B, D) in float32 from B arrays (L, D)."""
+    return torch.from_numpy(np.stack(states, 1).astype(np.float32))
+
+
+def _padded(histories: list[npt.NDArray[np.int32]]) -> torch.Tensor:
+    """(B, H), padded with -1."""
+    result = np.full((len(histories), max(map(len, histories))), -1, np.int64)
+    for row, history in enumerate(histories):
+        result[row, : len(history)] = history
+    return torch.from_numpy(result)

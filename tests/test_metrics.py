@@ -1,0 +1,44 @@
+"""Metrics of ranks: by hand, and against ranx."""
+
+import numpy as np
+import pytest
+from ranx import Qrels, Run, evaluate
+
+from rarec.ranking import metric_values, rank_targets
+
+
+def test_hand_worked_values():
+    values = metric_values(np.array([1, 2, 3, 10, 11]), [1, 10])
+    assert list(values) == ["hr@1", "hr@10", "ndcg@1", "ndcg@10", "mrr"]
+    assert values["hr@1"].tolist() == [1, 0, 0, 0, 0]
+    assert values["hr@10"].tolist() == [1, 1, 1, 1, 0]
+    assert values["ndcg@10"] == pytest.approx([1, 0.6309297535714575, 0.5, 0.2890648263178879, 0])
+    assert values["mrr"] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 10, 1 / 11])
+    assert all(column.dtype == np.float64 for column in values.values())
+
+
+def test_ranks_start_at_one():
+    with pytest.raises(ValueError, match="start at 1"):
+        metric_values(np.array([1, 0]), [10])
+
+
+def test_equal_to_ranx():
+    """From vectors to metrics: our ranks, and a run of all scores given to ranx."""
+    rng = np.random.default_rng(0)
+    users, items = (rng.standard_normal((size, 8)).astype(np.float32) for size in (40, 30))
+    targets = rng.integers(30, size=40)
+    seen = [rng.choice(30, size=5, replace=False) for _ in range(40)]
+    scores = users @ items.T
+    qrels = {str(user): {str(target): 1} for user, target in enumerate(targets)}
+    run = {
+        str(user): {
+            str(item): float(scores[user, item])
+            for item in range(30)
+            if item == targets[user] or item not in seen[user]
+        }
+        for user in range(40)
+    }
+    theirs = evaluate(Qrels(qrels), Run(run), ["hit_rate@5", "hit_rate@10", "ndcg@5", "ndcg@10", "mrr"])
+    ours = metric_values(rank_targets(users, items, targets, seen), [5, 10])
+    for (name, column), figure in zip(ours.items(), theirs.values(), strict=True):
+        assert column.mean() == pytest.approx(figure), name

