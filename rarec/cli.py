@@ -126,7 +126,8 @@ def show_results(context: "Context") -> None:
     from rarec.artefacts import read_json
     from rarec.evaluation.table import terminal_table
 
-    paths, out = context.paths, Console()
+    out = Console() if sys.stdout.isatty() else Console(width=110)
+    paths = context.paths
     out.print(terminal_table(read_json(paths.evaluation / "metrics.json"), ["hr@10", "hr@100", "ndcg@10", "mrr"]))
     out.print(
         f"report: {paths.report / 'report.html'}\nbundle: {paths.bundle}\nfigures: {paths.evaluation / 'metrics.json'}"

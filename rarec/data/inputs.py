@@ -103,7 +103,7 @@ def refuse_unordered(engine: EmbeddedEngine, log: ir.Table, config: Interactions
     row = engine.rows(bad.order_by(bad.line).limit(1))[0]
     what = f"is {row['given']!r}" if row["given"] is not None else "is missing"
     wanted = "epoch seconds or milliseconds, or ISO 8601" if role == "time" else "a number"
-    where = f"{files.name}, row {row['line']} (user {row['user']!r}, item {row['item']!r})"
+    where = f"{files.name}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
     raise UserError(
         f"{where}: {name} {what}; {count} such rows",
         f"prepare.interactions.{role} needs {wanted} in every row: mend them or take them out",

@@ -46,9 +46,8 @@ class Ledger:
         before, after = self._counts, self._count(kept)
         lost = {what: before[what] - after[what] for what in before if before[what] > after[what]}
         if lost or all(step != entry["step"] for entry in self.steps):
-            counts = {
-                f"{what}_{when}": n[what] for what in before for when, n in (("before", before), ("after", after))
-            }
+            counts = {f"{what}_before": count for what, count in before.items()}
+            counts |= {f"{what}_after": count for what, count in after.items()}
             self.steps.append({"step": step, **counts, "note": note})
         if lost:
             self._say(f"{step}: dropped {', '.join(f'{count:,} {what}' for what, count in lost.items())} ({note})")

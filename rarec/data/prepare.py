@@ -101,8 +101,8 @@ class _Preparation:
         ledger.apply("ids", steps.with_ids(ledger.log), note, f"do the columns {names} hold the ids?")
         refuse_unordered(self.engine, ledger.log, config.interactions, files)
         known = steps.in_catalogue(ledger.log.drop("given"), catalogue.table)
-        ids = f"the log has {self._some(ledger.log['item'])}, the catalogue {self._some(catalogue.table.key)}"
-        ledger.apply("catalogue", known, f"item not in {catalogue.name}", f"do the ids agree? {ids}")
+        ids = f"the log has {self._span(ledger.log['item'])}, the catalogue {self._span(catalogue.table.key)}"
+        ledger.apply("catalogue", known, "item not in the catalogue", f"do the ids agree? {ids}")
         if config.duplicates != "keep_all":
             kept = steps.without_repeats(ledger.log, config.duplicates)
             ledger.apply("duplicates", kept, f"same user and item again: {config.duplicates}", "")
@@ -138,7 +138,7 @@ class _Preparation:
         if chosen.kind == "leave_one_out":
             return split.leave_one_out(sequences), []
         shares = (1 - chosen.validation_share - chosen.test_share, 1 - chosen.test_share)
-        before = [int(interactions * share) for share in shares]
+        before = [round(interactions * share) for share in shares]
         row = self.engine.rows(split.cut_times(sequences, before))[0]
         return split.temporal(sequences, (row["cut_0"], row["cut_1"])), [row["cut_0"], row["cut_1"]]
 
@@ -147,12 +147,10 @@ class _Preparation:
         engine, config = self.engine, self.config
         user_id, item_id = (tables.id_type(table[name]) for table, name in ((users, "user"), (items, "item")))
         order = "time" if config.interactions.time is not None else "position"
+        met = split.train_counts(sequences, users)
         parts = {
             tables.USERS: (steps.users_table(users), tables.users_schema(user_id)),
-            tables.ITEMS: (
-                steps.items_table(items, split.train_counts(sequences, users)),
-                tables.items_schema(item_id),
-            ),
+            tables.ITEMS: (steps.items_table(items, met), tables.items_schema(item_id)),
             tables.INTERACTIONS: (steps.interactions_table(sequences, order), tables.interactions_schema(order)),
         }
         rows = {
@@ -168,6 +166,6 @@ class _Preparation:
                 problem = f"{self.files['interactions'].name}: the split leaves no {part.replace('_', ' ')}"
                 raise UserError(f"{problem} ({counts})", "give a longer log, or change prepare.split")
 
-    def _some(self, ids: ir.StringColumn) -> str:
-        rows = self.engine.rows(ids.name("id").as_table().distinct().order_by("id").limit(3))
-        return ", ".join(repr(row["id"]) for row in rows)
+    def _span(self, ids: ir.StringColumn) -> str:
+        least, greatest = (self.engine.value(value) for value in (ids.min(), ids.max()))
+        return f"{least!r} to {greatest!r}"

@@ -12,6 +12,7 @@ Text columns arrive as text; the column of the order keeps its type where that i
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +106,12 @@ def _header(path: Path, delimiter: str, quote: str) -> list[str]:
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     style = {"quotechar": quote} if quote else {"quoting": csv.QUOTE_NONE}
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
             names = next(csv.reader(file, delimiter=delimiter, **style), [])
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}, row 1: the header cannot be read: {error}", "save the file as UTF-8 text") from None
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}", "make the file again") from None
+    if any("\ufffd" in name for name in names):
+        raise UserError(f"{path}, row 1: the header is not UTF-8 text", "save the file as UTF-8")
     if not any(name.strip() for name in names):
         raise UserError(f"{path} has no header in its first row", "put the names of the columns there")
     return [name.strip() for name in names]

@@ -33,6 +33,7 @@ def write_shards(
         The records of all shards, for the manifest.
     """
     progress = directory / _PROGRESS
+    progress.mkdir(parents=True, exist_ok=True)
     records = []
     starts = range(0, total, per_shard)
     for index, start in enumerate(starts):

@@ -78,7 +78,7 @@ def train_counts(sequences: ir.Table, users: ir.Table) -> ir.Table:
 def part_sizes(users: ir.Table) -> ir.Table:
     """One row: `training_samples`, `validation_users`, `test_users`."""
     return users.agg(
-        training_samples=ibis.greatest(users.train_length - 1, 0).sum().cast("int64"),
+        training_samples=ibis.greatest(users.train_length - 1, 0).sum(),
         validation_users=users.count(where=users.validation >= 0),
         test_users=users.count(where=users.test >= 0),
     )

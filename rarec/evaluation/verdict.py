@@ -139,7 +139,7 @@ def verdict(metrics: Sequence[Row], comparisons: Sequence[Row], arm: str, seed: 
         f"The intervals cover the draw of test users only: each arm was trained once, with seed {seed}, and the "
         "comparisons are not corrected for their number.",
     ]
-    return Verdict(_overall(findings.values()), _headline(title, findings), tuple(sentences))
+    return Verdict(_overall(findings.values()), _headline(title, primary, findings), tuple(sentences))
 
 
 def probes(metrics: Sequence[Row], comparisons: Sequence[Row], arm: str) -> list[Probe]:
@@ -152,20 +152,28 @@ def probes(metrics: Sequence[Row], comparisons: Sequence[Row], arm: str) -> list
 
 def _probe(values: Mapping[str, float], comparisons: Sequence[Row], arm: str, name: str, metric: str) -> Probe:
     row = f"{arm}/{name}"
-    reached = [f"{metric_title(metric)} is {figure(values[row])}"]
-    reached += [f"{figure(values[arm])} without the probe"] if arm in values else []
-    if name == "permuted_ids" and "text_only" in values:
-        reached.append(f"text only stands at {figure(values['text_only'])}")
-    figures = ", ".join(reached) + "."
     finding = find(comparisons, row, arm, metric)
+    landing = _landing(values, comparisons, row, metric) if name == "permuted_ids" else ""
     if finding is None:
-        return Probe(PROBES[name], None, f"{figures} It was not compared in pairs, so nothing is claimed.")
+        text = f"{metric_title(metric)} is {figure(values[row])}. It was not compared in pairs: nothing is claimed."
+        return Probe(PROBES[name], None, text + landing)
+    before = f", from {figure(values[arm])} to {figure(values[row])}" if arm in values else ""
     said = {
         "loses": "The arm gets worse, as it must",
         "open": f"No loss can be claimed at n={finding.n:,}: the arm is not shown to use what was destroyed",
         "beats": "The arm gets better, as an honest one must not",
     }
-    return Probe(PROBES[name], finding.outcome == "loses", f"{said[finding.outcome]} ({finding.evidence()}). {figures}")
+    text = f"{said[finding.outcome]} ({finding.evidence()}{before})."
+    return Probe(PROBES[name], finding.outcome == "loses", text + landing)
+
+
+def _landing(values: Mapping[str, float], comparisons: Sequence[Row], row: str, metric: str) -> str:
+    """Where permuted IDs leave the arm, seen from text only."""
+    if "text_only" not in values:
+        return ""
+    finding = find(comparisons, row, "text_only", metric)
+    compared = f": {finding.clause('it')} ({finding.evidence()})" if finding else ""
+    return f" Text only stands at {figure(values['text_only'])}{compared}."
 
 
 def _about(finding: Finding | None, rival: str) -> str:
@@ -175,16 +183,19 @@ def _about(finding: Finding | None, rival: str) -> str:
     return f"{clause[0].upper()}{clause[1:]} ({finding.evidence()})."
 
 
-def _headline(title: str, findings: Mapping[str, Finding | None]) -> str:
-    by_outcome: dict[str, list[str]] = {}
+def _readings(findings: Mapping[str, Finding | None]) -> str:
+    """Clauses without a subject, rivals of one reading together: `beats A; against B, no difference can be claimed`."""
+    rivals: dict[str, list[str]] = {}
     for rival, finding in findings.items():
-        by_outcome.setdefault(finding.reading if finding else "was not compared with", []).append(RIVALS[rival])
-    clauses = [
-        f"against {listed(rivals)}, {reading}" if reading.startswith("no difference") else f"{reading} {listed(rivals)}"
-        for reading, rivals in by_outcome.items()
-    ]
-    joined = "; ".join(clauses)
-    return f"{title}: {joined}." if joined.startswith("against") else f"{title} {joined}."
+        rivals.setdefault(finding.reading if finding else "was not compared with", []).append(RIVALS[rival])
+    openings = {reading: reading.startswith("no difference") for reading in rivals}
+    ordered = sorted(rivals.items(), key=lambda item: openings[item[0]])
+    return "; ".join(f"against {listed(n)}, {r}" if openings[r] else f"{r} {listed(n)}" for r, n in ordered)
+
+
+def _headline(title: str, metric: str, findings: Mapping[str, Finding | None]) -> str:
+    said = _readings(findings)
+    return f"On {metric_title(metric)}, {title}{': ' if said.startswith('against') else ' '}{said}."
 
 
 def _overall(findings: Iterable[Finding | None]) -> Outcome:
@@ -200,14 +211,15 @@ def _other_metrics(
     """One sentence: the other headline metrics read the same, or which of them read otherwise."""
     same, otherwise = [], []
     for metric in HEADLINE:
-        there = {rival: find(comparisons, arm, rival, metric) for rival in RIVALS}
-        pairs = [(there[rival], first, RIVALS[rival]) for rival, first in findings.items()]
-        known = [(found, first, name) for found, first, name in pairs if found and first]
+        there = {rival: find(comparisons, arm, rival, metric) for rival in findings}
+        known = {rival: found for rival, found in there.items() if found and findings[rival]}
         if metric == primary or not known:
             continue
-        differing = [found.clause(name) for found, first, name in known if found.outcome != first.outcome]
+        firsts = {rival: finding.outcome for rival, finding in findings.items() if finding}
+        differing = {rival: found for rival, found in known.items() if found.outcome != firsts[rival]}
         if differing:
-            otherwise.append(f"on {metric_title(metric)}, {listed(differing)}")
+            said = _readings(differing)
+            otherwise.append(f"on {metric_title(metric)} {'' if said.startswith('against') else 'it '}{said}")
         else:
             same.append(metric_title(metric))
     parts = [f"{listed(same)} read{'s' if len(same) == 1 else ''} the same way."] if same else []

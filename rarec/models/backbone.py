@@ -122,17 +122,19 @@ class FrozenBackbone(nn.Module):
         renamed = getattr(self.model, "activation_checkpointing_enable", None)  # newer releases deprecate the old name
         enable = renamed or self.model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": contexts})
+        self.model.disable_input_require_grads()  # only reentrant checkpoints need it; here it costs idle gradients
 
     @contextmanager
     def _blocks_training(self, mode: bool) -> Iterator[None]:
         """Only blocks in training mode are recomputed. They are, but not inside the checkpoint: nothing drops out."""
-        before = [block.training for block in self.blocks]
-        for block in self.blocks:
+        blocks = self.injector.blocks
+        before = [block.training for block in blocks]
+        for block in blocks:
             block.training = mode
         try:
             yield
         finally:
-            for block, training in zip(self.blocks, before, strict=True):
+            for block, training in zip(blocks, before, strict=True):
                 block.training = training
 
     def train(self, mode: bool = True) -> "FrozenBackbone":

@@ -24,7 +24,6 @@ def side_batch(
     vectors: Vectors,
     tower: Tower,
     filler: int,
-    states_LBD: torch.Tensor | None = None,
 ) -> SideBatch:
     """Lay prompts out with the tower's slots, as tensors.
 
@@ -33,12 +32,11 @@ def side_batch(
         vectors: for each source, (B, K, E).
         tower: says how many slots each source takes.
         filler: token id for slots and padding.
-        states_LBD: stored text-only states, for the alignment loss.
     """
     laid = lay_out(prompts, tower.slots, filler)
     ids, mask, positions = (torch.from_numpy(a) for a in (laid.ids_BT, laid.mask_BT, laid.positions_BK))
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a, np.float32)) for name, a in vectors.items()}
-    return SideBatch(ids, mask, positions, tensors, states_LBD)
+    return SideBatch(ids, mask, positions, tensors)
 
 
 class Encoder:

@@ -25,14 +25,12 @@ class SideBatch:
         mask_BT: 1 where there is text or a slot.
         positions_BK: of the slots, sources in the alignment's order.
         vectors: for each source, its frozen vectors (B, K, E).
-        states_LBD: stored text-only states of the alignment loss's blocks, or None.
     """
 
     ids_BT: Tensor
     mask_BT: Tensor
     positions_BK: Tensor
     vectors: Mapping[str, Tensor]
-    states_LBD: Tensor | None = None
 
     def to(self, device: torch.device) -> "SideBatch":
         """The same batch on another device."""
@@ -41,7 +39,6 @@ class SideBatch:
             self.mask_BT.to(device),
             self.positions_BK.to(device),
             {name: vectors.to(device) for name, vectors in self.vectors.items()},
-            None if self.states_LBD is None else self.states_LBD.to(device),
         )
 
 

@@ -27,7 +27,7 @@ def shards(context: Context) -> None:
     selection = select_samples(dataset, config.shards, config.run.seed)
     blocks = state_blocks(context)
     _tell_size(context, len(selection.user_rows), len(blocks))
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)  # not aside: a killed stage goes on with the shards it has
     _write_item_states(context, blocks)
     identity = sha256_json({"settings": settings, "made_from": made_from})
     total, per_shard = len(selection.user_rows), config.shards.samples_per_shard

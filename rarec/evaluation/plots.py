@@ -1,0 +1,236 @@
+"""Inline SVG plots that follow the page: its colours (light or dark) and its typeface. Equal data give equal bytes.
+
+matplotlib draws with sentinel colours, which are then replaced by the page's CSS variables.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from rarec.evaluation.labels import FUSED, ID_ONLY, arm_title, base_arm, figure, metric_title
+from rarec.evaluation.record import Row, TrainingRecord
+from rarec.evaluation.verdict import Finding
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, RULE, SURFACE = "#000001", "#000002", "#000003", "#000004"
+_COLOURS = {
+    ID_ONLY: "#000005",
+    "text_only": "#000006",
+    "prefix_only": "#000007",
+    "input": "#000008",
+    "per_layer": "#000009",
+    "per_layer_lora": "#00000a",
+}
+_OUTCOMES = {"beats": "#00000b", "loses": "#00000c", "open": MUTED}
+THEME = {INK: "ink", MUTED: "muted", RULE: "rule", SURFACE: "surface", "#00000b": "good", "#00000c": "bad"} | {
+    colour: arm.replace("_", "-") for arm, colour in _COLOURS.items()
+}
+"""Sentinel colours and the CSS variables that stand for them on the page."""
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": RULE,
+    "grid.color": RULE,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+}
+WIDTH = 9.6
+"""Of a full plot, in inches."""
+_POINTS = 160
+"""Most points of a loss curve: each is the mean of its share of the steps."""
+
+
+def forest(metrics: Sequence[Row], arms: Sequence[str], names: Sequence[str]) -> str:
+    """Every arm's value and interval, one panel a metric; the ID model's interval is the grey band."""
+    cells = {(row["arm"], row["metric"]): row for row in metrics}
+    lines = [
+        f"{arm_title(arm)} {metric_title(name)} {figure(cells[arm, name]['value'])}"
+        for name in names[:1]
+        for arm in arms
+        if (arm, name) in cells
+    ]
+    alt = f"Values with 95% intervals of {len(arms)} arms in {len(names)} metrics. {'; '.join(lines)}."
+    with _canvas("forest", alt, height=0.75 + 0.27 * len(arms)) as (canvas, made):
+        panels = canvas.subplots(1, len(names), sharey=True, squeeze=False)[0]
+        for panel, name in zip(panels, names, strict=True):
+            band = cells.get((ID_ONLY, name))
+            if band:
+                panel.axvspan(band["low"], band["high"], color=RULE, alpha=0.55, linewidth=0)
+            for height, arm in enumerate(reversed(arms)):
+                row = cells.get((arm, name))
+                if row:
+                    _whisker(panel, arm, row["value"], height, (row["low"], row["high"]))
+            panel.set_title(metric_title(name))
+            panel.grid(axis="y", visible=False)
+            panel.locator_params(axis="x", nbins=4)
+            panel.xaxis.set_major_formatter(lambda value, _: _tick(value))
+        panels[0].set_yticks(range(len(arms)), [arm_title(arm) for arm in reversed(arms)])
+        panels[0].set_ylim(-0.6, len(arms) - 0.4)
+    return made[0]
+
+
+def differences(findings: Sequence[Finding]) -> str:
+    """Paired differences of one metric with their intervals, against the line of no difference."""
+    labels = [f"{arm_title(f.arm)} vs {arm_title(f.baseline)}" for f in findings]
+    lines = [f"{label} {f.evidence()}, {f.reading}" for label, f in zip(labels, findings, strict=True)]
+    alt = f"Paired differences with 95% intervals. {'; '.join(lines)}."
+    with _canvas("differences", alt, height=0.75 + 0.26 * len(findings)) as (canvas, made):
+        panel = canvas.subplots()
+        panel.axvline(0, color=INK, linewidth=1)
+        for height, finding in enumerate(reversed(findings)):
+            colour = _OUTCOMES[finding.outcome]
+            panel.plot([finding.low, finding.high], [height, height], color=colour, linewidth=1.8)
+            panel.plot(finding.difference, height, "o", color=colour, markersize=5)
+        panel.set_yticks(range(len(findings)), reversed(labels))
+        panel.set_ylim(-0.6, len(findings) - 0.4)
+        panel.grid(axis="y", visible=False)
+        panel.set_xlabel(f"difference in {metric_title(findings[0].metric)} (right of zero: the first is better)")
+        panel.xaxis.set_major_formatter(lambda value, _: _tick(value, signed=True))
+    return made[0]
+
+
+def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
+    """Losses over steps, and the validation metric with the kept step marked."""
+    panels = {
+        "recommendation loss": {arm: _series(r.losses, "recommendation") for arm, r in training.items()},
+        "alignment loss": {arm: _series(r.losses, "align") for arm, r in training.items()},
+        f"validation {metric_title(metric)}": {arm: _validation(r, metric) for arm, r in training.items()},
+    }
+    shown = {title: {arm: s for arm, s in lines.items() if s[0]} for title, lines in panels.items()}
+    shown = {title: lines for title, lines in shown.items() if lines}
+    alt = f"Curves over training steps of {', '.join(map(arm_title, training))}: {', '.join(shown)}."
+    with _canvas("curves", alt, height=2.9) as (canvas, made):
+        axes = canvas.subplots(1, len(shown), squeeze=False)[0]
+        for panel, (title, lines) in zip(axes, shown.items(), strict=True):
+            for arm, (steps, values) in lines.items():
+                validated = title.startswith("validation")
+                _line(panel, arm, steps, values, training[arm].done.get("best_step") if validated else None)
+            panel.set_title(title)
+            panel.set_xlabel("step")
+            panel.yaxis.set_major_formatter(lambda value, _: _tick(value))
+            panel.locator_params(axis="x", nbins=5, integer=True)
+        handles = {h.get_label(): h for panel in axes for h in panel.get_lines() if not h.get_label().startswith("_")}
+        canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(handles))
+    return made[0]
+
+
+def strata(rows: Sequence[Row], stratum: str, metric: str, arms: Sequence[str]) -> str:
+    """A metric by bucket of users or items, the arms side by side, each with its interval."""
+    buckets = {row["bucket"]: row for row in sorted(rows, key=lambda row: row["order"])}
+    place = {bucket: index for index, bucket in enumerate(buckets)}
+    lines = [f"{arm_title(r['arm'])} at {r['bucket']}: {figure(r['value'])}" for r in rows if r["arm"] in arms]
+    alt = f"{metric_title(metric)} by {stratum}, with 95% intervals. {'; '.join(lines)}."
+    with _canvas(f"strata-{stratum.replace(' ', '-')}", alt, width=WIDTH / 2, height=2.9) as (canvas, made):
+        panel = canvas.subplots()
+        for row in rows:
+            if row["arm"] in arms:
+                shift = (arms.index(row["arm"]) - (len(arms) - 1) / 2) * 0.64 / len(arms)
+                where = place[row["bucket"]] + shift
+                _whisker(panel, row["arm"], row["value"], where, (row["low"], row["high"]), upright=True)
+        panel.set_xticks(range(len(buckets)), [f"{name}\nn={row['n']:,}" for name, row in buckets.items()])
+        panel.set_title(f"{metric_title(metric)} by {stratum}")
+        panel.grid(axis="x", visible=False)
+        panel.yaxis.set_major_formatter(lambda value, _: _tick(value))
+        handles = [_key(panel, arm) for arm in arms]
+        canvas.legend(handles=handles, loc="outside lower center", ncols=min(2, len(arms)))
+    return made[0]
+
+
+def _whisker(
+    panel: "Axes", arm: str, value: float, where: float, ends: tuple[float, float], upright: bool = False
+) -> None:
+    colour = _colour(arm)
+    along, across = list(ends), [where, where]
+    line, point = ((across, along), (where, value)) if upright else ((along, across), (value, where))
+    panel.plot(*line, color=colour, linewidth=1.6)
+    panel.plot(*point, "o", color=colour, markerfacecolor=SURFACE if arm.endswith(FUSED) else colour, markersize=5)
+
+
+def _key(panel: "Axes", arm: str) -> Any:
+    face = SURFACE if arm.endswith(FUSED) else _colour(arm)
+    return panel.plot([], [], "o-", color=_colour(arm), markerfacecolor=face, markersize=5, label=arm_title(arm))[0]
+
+
+def _line(panel: "Axes", arm: str, steps: list[float], values: list[float], best: int | None) -> None:
+    panel.plot(steps, values, color=_colour(arm), linewidth=1.6, label=arm_title(arm))
+    if best in steps:
+        panel.plot(best, values[steps.index(best)], "o", color=_colour(arm), markersize=5)
+
+
+def _series(lines: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values, thinned to the means of equal shares of the steps; nothing where the value is always zero."""
+    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    if not any(value for _, value in known):
+        return [], []
+    size = -(-len(known) // _POINTS)
+    shares = [known[start : start + size] for start in range(0, len(known), size)]
+    means = [[sum(column) / len(share) for column in zip(*share, strict=True)] for share in shares]
+    return [step for step, _ in means], [value for _, value in means]
+
+
+def _validation(record: TrainingRecord, metric: str) -> tuple[list[float], list[float]]:
+    known = [(line["step"], line["validation"].get(metric)) for line in record.validations]
+    return [s for s, v in known if v is not None], [v for _, v in known if v is not None]
+
+
+def _tick(value: float, signed: bool = False) -> str:
+    """As `figure`, without the zeros at the end."""
+    text = f"{abs(value):.4f}".rstrip("0").rstrip(".")
+    return "0" if text == "0" else figure(value, signed)[0].strip(".0123456789") + text.removeprefix("0")
+
+
+def _colour(arm: str) -> str:
+    return _COLOURS.get(base_arm(arm), INK)
+
+
+@contextmanager
+def _canvas(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iterator[tuple["Figure", list[str]]]:
+    """A figure to draw on, and a list that holds its SVG once it is drawn. No global state of matplotlib is touched."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own matplotlibrc must not change the report
+        matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": name})
+        canvas = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+        made: list[str] = []
+        yield canvas, made
+        for panel in canvas.axes:
+            panel.set_facecolor("none")
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        made.append(_inline(buffer.getvalue(), name, alt))
+
+
+def _inline(svg: str, name: str, alt: str) -> str:
+    """A standalone SVG as part of the page: its ids apart from other plots', its look the page's, with alt text."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
+    svg = re.sub(r"#0000[0-9a-f]{2}\b", lambda found: f"var(--{THEME[found[0]]})", svg)
+    svg = re.sub(r"font: ((?:bold |[67]00 )?)([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", svg)
+    svg = re.sub(r" ?font-family: [^;\"]*;", "", svg)
+    box = re.search(r'viewBox="[^"]+"', svg)
+    opening = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(alt)}">'
+    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1).strip()

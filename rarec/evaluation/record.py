@@ -1,0 +1,104 @@
+"""What a finished run left on disk, read back for its report."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rarec.artefacts import MANIFEST, read_json
+from rarec.config import ARMS
+from rarec.errors import UserError
+from rarec.paths import RunPaths
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+_REMEDY = "make it again: rarec evaluate CONFIG --fresh"
+_INTERVAL = ("low", "high", "n")
+METRIC_FIELDS = ("arm", "metric", "protocol", "value", *_INTERVAL)
+COMPARISON_FIELDS = ("arm", "baseline", "metric", "protocol", "difference", *_INTERVAL)
+STRATUM_FIELDS = ("arm", "stratum", "bucket", "order", "metric", "value", *_INTERVAL)
+EXAMPLE_FIELDS = ("user", "history", "target", "target_rank", "top")
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """One arm's training.
+
+    Attributes:
+        done: done.json; empty while training goes on.
+        losses: log lines with a loss, by step, in order.
+        validations: log lines with a validation, by step, in order.
+    """
+
+    done: Row = field(default_factory=dict)
+    losses: list[Row] = field(default_factory=list)
+    validations: list[Row] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its files tell it; what was not written is empty."""
+
+    metrics: list[Row]
+    comparisons: list[Row]
+    strata: list[Row]
+    examples: list[Row]
+    training: dict[str, TrainingRecord]
+    evaluation: Row
+    prepared: Row
+    selection: Any
+
+
+def read_run(run: RunPaths, *, say: Say) -> RunRecord:
+    """Read every file that the report shows.
+
+    Raises:
+        UserError: metrics.json is missing, a file is not JSON, or a row lacks a field.
+    """
+    if not (run.evaluation / "metrics.json").exists():
+        raise UserError(f"{run.evaluation} has no metrics.json", "make it first: rarec evaluate CONFIG")
+    arms = [arm for arm in ARMS if run.train(arm).is_dir()]
+    return RunRecord(
+        metrics=_rows(run.evaluation / "metrics.json", METRIC_FIELDS),
+        comparisons=_rows(run.evaluation / "comparisons.json", COMPARISON_FIELDS),
+        strata=_rows(run.evaluation / "strata.json", STRATUM_FIELDS),
+        examples=_rows(run.evaluation / "examples.json", EXAMPLE_FIELDS),
+        training={arm: _training(run.train(arm), say) for arm in arms},
+        evaluation=_optional(run.evaluation / MANIFEST, {}),
+        prepared=_optional(run.prepare / MANIFEST, {}),
+        selection=_optional(run.shards / "selection.json", {}),
+    )
+
+
+def _optional(path: Path, otherwise: Any) -> Any:
+    return read_json(path) if path.exists() else otherwise
+
+
+def _rows(path: Path, fields: tuple[str, ...]) -> list[Row]:
+    """A list of records, each with every field that the report reads."""
+    rows: list[Row] = _optional(path, [])
+    if not isinstance(rows, list):
+        raise UserError(f"{path} is not a list of rows", _REMEDY)
+    for number, row in enumerate(rows, start=1):
+        lacking = [name for name in fields if name not in row] if isinstance(row, dict) else list(fields)
+        if lacking:
+            raise UserError(f"{path}, row {number} lacks `{lacking[0]}`", _REMEDY)
+    return rows
+
+
+def _training(directory: Path, say: Say) -> TrainingRecord:
+    """One arm's log; a step written again after a resume counts once, and a line torn by a kill is skipped and told."""
+    lines: list[Row] = []
+    log = directory / "log.jsonl"
+    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines() if log.exists() else [], start=1):
+        try:
+            entry = json.loads(line)
+            lines.append({**entry, "step": int(entry["step"])})
+        except (ValueError, TypeError, KeyError):
+            say(f"{log}, line {number} is torn: skipped")
+    lines.sort(key=lambda entry: entry["step"])
+    losses = {entry["step"]: entry for entry in lines if "loss" in entry}
+    validations = {entry["step"]: entry for entry in lines if "validation" in entry}
+    done = _optional(directory / "done.json", {})
+    return TrainingRecord(done, list(losses.values()), list(validations.values()))

@@ -1,0 +1,54 @@
+"""A small world on disk, and one finished run over it, made once for all tests."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.synthetic import write_llm, write_log
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CONFIG = """
+run: {{dir: {root}/run}}
+prepare:
+  interactions: {{path: {root}/log/interactions.csv, user: user, item: item, time: time}}
+  items: {{path: {root}/log/items.csv, item: item, title: title, text: [brand]}}
+ids: {{sasrec: {{dim: 16, epochs: 8, negatives: 16, batch_size: 32, dropout: 0.0}}}}
+llm: {{path: {root}/llm}}
+shards: {{samples_per_shard: 64, share: 0.7}}
+train: {{batch_size: 32, epochs: 2, validate_every: 4, arms: [text_only, per_layer], validation_users: 30}}
+evaluate: {{resamples: 200}}
+report: {{examples: 2}}
+"""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors are faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_world(root: Path, kind: str = "bert") -> Path:
+    """A log, a language model and a configuration in `root`; returns the configuration."""
+    write_log(root / "log")
+    write_llm(root / "llm", kind)
+    config = root / "config.yaml"
+    config.write_text(CONFIG.format(root=root))
+    return config
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a finished run; tests read it and change nothing."""
+    from rarec.cli import open_context
+    from rarec.stages.run import run
+
+    config = make_world(tmp_path_factory.mktemp("world"))
+    run(open_context(config, []))
+    return config

@@ -1,0 +1,44 @@
+"""The house: a room imports only from rooms before it, and light modules stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rarec
+
+ROOT = Path(rarec.__file__).parent
+ROOMS = ["config", "data", "ranking", "ids", "prompts", "models", "training", "evaluation", "serving", "stages"]
+UNRELATED = {("evaluation", "training"), ("serving", "training"), ("serving", "evaluation")}
+"""Later in the list, and yet they know nothing of each other."""
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of this package that a module imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("rarec.") and name.split(".")[1] in ROOMS}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_rooms_before_it(room):
+    for module in (ROOT / room).rglob("*.py"):
+        later = {other for other in imports(module) if ROOMS.index(other) > ROOMS.index(room)}
+        assert not later, f"{module} imports from {later}"
+        assert not {other for other in imports(module) if (room, other) in UNRELATED}, module
+
+
+def test_every_room_is_known():
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("_")}
+    assert folders == set(ROOMS)
+
+
+@pytest.mark.parametrize("module", ["rarec.cli", "rarec.config", "rarec.doctor", "rarec.prompts"])
+def test_light_modules_do_not_load_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,102 @@
+"""The configuration: strict, with errors that name the field and the nearest valid name; every shipped file is valid."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rarec.config import dump_config, load_config
+from rarec.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = """
+run: {dir: runs/x}
+prepare:
+  interactions: {path: a.csv, user: u, item: i, time: t}
+  items: {path: b.csv, item: i, title: t}
+llm: {path: x}
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_what_is_dumped_reads_back_equal(small, tmp_path):
+    config = load_config(small, ["train.lr=2e-3"])
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
+
+
+def test_overrides_are_yaml(small):
+    config = load_config(small, ["train.arms=[per_layer]", "train.lr=1e-3", "ids.sasrec.dim=32", "llm.revision=null"])
+    assert config.train.arms == ["per_layer"]
+    assert config.train.lr == 0.001
+    assert config.ids.sasrec.dim == 32
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", r"small.yaml: unknown field `train.epoch`; did you mean `epochs`\?"),
+        ("trian.epochs=3", r"unknown field `trian`; did you mean `train`\?"),
+        ("ids.sasrec.dims=3", r"unknown field `ids.sasrec.dims`; did you mean `dim`\?"),
+        ("train.epochs=three", r"field `train.epochs`: .*integer.*'three'"),
+        ("train.epochs=2.5", r"field `train.epochs`"),
+        ("train.arms=[perlayer]", r"field `train.arms.0`: .*per_layer"),
+        ("shards.share=1.5", r"field `shards.share`: .*less than or equal to 1"),
+        ("prepare.items.title=null", r"field `prepare.items.title`"),
+        ("prepare.interactions.position=p", r"exactly one of `time` and `position`"),
+        ("ids.model=import", r"needs a section `imported`"),
+        ("sources.id.items=x.npy", r"`id` is the name of the ID embeddings"),
+        ("train.epochs", r"not of the form section.field=value"),
+        ("run.dir.x=3", r"dir is a value, not a section"),
+    ],
+)
+def test_a_wrong_field_is_named(small, override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(small, [override])
+
+
+def test_missing_fields_are_all_named(tmp_path):
+    (tmp_path / "empty.yaml").write_text("run: {}\n")
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "empty.yaml")
+    assert {"missing field `run.dir`", "missing field `prepare`", "missing field `llm`"} <= {
+        line.partition(": ")[2] for line in str(error.value).splitlines()
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "not valid YAML"), ("- 1\n", "holds no fields"), ("run: {dir: a}\nrun: {dir: b}\n", "'run' is given twice")],
+)
+def test_a_file_that_is_no_configuration(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "runs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_run_is_valid(path):
+    assert load_config(path).run.dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_shipped_launch_file(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+
+
+def test_no_other_configuration_escapes_these_tests():
+    assert {path.parent.name for path in (ROOT / "configs").rglob("*.*") if path.is_file()} == {"runs", "accelerate"}

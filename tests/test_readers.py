@@ -1,0 +1,178 @@
+"""Tables of any format arrive alike, ids as they are, and what cannot be read is named."""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rarec.data.engine import EmbeddedEngine, embedded_engine
+from rarec.data.files import digest, find_files
+from rarec.errors import UserError
+
+FORMATS = ("csv", "csv.gz", "tsv", "parquet", "jsonl", "ndjson", "inter")
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+    """Write rows in the format that the suffix names; None is a missing value."""
+    kind = path.name.partition(".")[2]
+    if kind == "parquet":
+        pq.write_table(pa.table({name: [row[at] for row in rows] for at, name in enumerate(columns)}), path)
+    elif kind in ("jsonl", "ndjson"):
+        lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    elif kind in ("inter", "item"):
+        header = "\t".join(f"{name}:token" for name in columns)
+        lines = ["\t".join("" if value is None else str(value) for value in row) for row in rows]
+        path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    else:
+        opened = gzip.open if kind.endswith("gz") else open
+        with opened(path, "wt", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter="\t" if kind == "tsv" else ",")
+            writer.writerows([columns, *rows])
+    return path
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[EmbeddedEngine]:
+    with embedded_engine(tmp_path / "spill") as opened:
+        yield opened
+
+
+def read(engine: EmbeddedEngine, path: Path | str, time: str = "time", user: str = "user") -> list[dict[str, Any]]:
+    files = find_files(str(path), "prepare.interactions.path")
+    ids, order = {"user": user, "item": "item"}, {"time": time}
+    table = engine.read(files, "prepare.interactions", ids=ids, order=order, text={})
+    return engine.rows(table.order_by("line"))
+
+
+ROWS = [(7, "a b", 3.5, "x"), (-12, "ü'ö", 1.0, "y"), (0, "c", 2.0, "z")]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_gives_the_same_rows_in_order_with_other_columns_ignored(
+    engine: EmbeddedEngine, tmp_path: Path, suffix: str
+) -> None:
+    path = write_table(tmp_path / f"log.{suffix}", ["user", "item", "time", "more"], ROWS)
+    found = read(engine, path)
+    assert [(row["line"], row["user"], row["item"]) for row in found] == [(1, 7, "a b"), (2, -12, "ü'ö"), (3, 0, "c")]
+    assert [float(row["time"]) for row in found] == [3.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "ids", [["007", "7"], ["7", "x"], ["+7", "8"], ["7.0", "8"], ["9" * 19, "1"], ["2020-01-01", "2"], ["-0", "1"]]
+)
+def test_a_csv_column_with_one_id_that_is_no_canonical_integer_stays_text(
+    engine: EmbeddedEngine, tmp_path: Path, ids: list[str]
+) -> None:
+    path = write_table(tmp_path / "log.csv", ["user", "item", "time"], [(value, "i", 1) for value in ids])
+    assert [row["user"] for row in read(engine, path)] == ids
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_digits_that_the_file_calls_text_stay_text(engine: EmbeddedEngine, tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path / f"log.{suffix}", ["user", "item", "time"], [("7", 1, 1), ("8", 2, 2)])
+    assert [(row["user"], row["item"]) for row in read(engine, path)] == [("7", 1), ("8", 2)]
+
+
+def test_whole_floats_are_integers_as_a_null_makes_them_in_pandas(engine: EmbeddedEngine, tmp_path: Path) -> None:
+    path = write_table(tmp_path / "log.parquet", ["user", "item", "time"], [(7.0, 1.5, 1), (None, 2.0, 2)])
+    assert [(row["user"], row["item"]) for row in read(engine, path)] == [(7, "1.5"), (None, "2")]
+
+
+def test_quotes_belong_to_csv_and_are_plain_characters_in_recbole_files(engine: EmbeddedEngine, tmp_path: Path) -> None:
+    quoted = tmp_path / "a.csv"
+    quoted.write_text('\ufeffuser,item,time\r\n"u, ""1""","two\nlines",1\r\n,"",2\r\n', encoding="utf-8")
+    assert [(row["user"], row["item"]) for row in read(engine, quoted)] == [('u, "1"', "two\nlines"), (None, None)]
+    plain = tmp_path / "b.inter"
+    plain.write_text('user:token\titem:token\ttime:float\nu\t"half\t1\nv\tit"s\t2\n')
+    assert [row["item"] for row in read(engine, plain)] == ['"half', 'it"s']
+
+
+def test_names_that_differ_by_case_alone_are_two_columns(engine: EmbeddedEngine, tmp_path: Path) -> None:
+    path = write_table(tmp_path / "log.csv", ["Item", "item", "user", "time"], [("A", "b", "u", 1)])
+    assert read(engine, path)[0]["item"] == "b"
+
+
+def test_a_directory_and_a_glob_are_read_by_name_and_hidden_files_passed_over(
+    engine: EmbeddedEngine, tmp_path: Path
+) -> None:
+    folder = tmp_path / "parts"
+    (folder / "deep").mkdir(parents=True)
+    for name, user in (("b.csv", "u2"), ("a.csv", "u1"), ("deep/c.csv", "u3"), (".x.csv", "no"), ("_y.csv", "no")):
+        write_table(folder / name, ["user", "item", "time"], [(user, "i", 1)])
+    (folder / "_SUCCESS").touch()
+    assert [row["user"] for row in read(engine, folder)] == ["u1", "u2", "u3"]
+    assert [row["user"] for row in read(engine, folder / "[ab].csv")] == ["u1", "u2"]
+    one, all_of_them = (digest(find_files(str(path), "f")) for path in (folder / "a.csv", folder))
+    assert one != all_of_them
+
+
+def test_many_rows_keep_the_order_of_the_file(engine: EmbeddedEngine, tmp_path: Path) -> None:
+    count = 300_000
+    columns = {"user": pa.array(range(count)), "item": pa.array(range(count)), "time": pa.array(range(count))}
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet", row_group_size=10_000)
+    files = find_files(str(tmp_path / "log.parquet"), "f")
+    ids = {"user": "user", "item": "item"}
+    table = engine.read(files, "prepare.interactions", ids=ids, order={"time": "time"}, text={})
+    assert engine.value(table.count(where=table.line != table.user + 1)) == 0
+
+
+def refuse(engine: EmbeddedEngine, path: Path | str, *parts: str, **columns: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(engine, path, **columns)
+    for part in parts:
+        assert part in str(caught.value), (part, str(caught.value))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_missing_column_is_named_with_the_nearest_and_all_that_are_there(
+    engine: EmbeddedEngine, tmp_path: Path, suffix: str
+) -> None:
+    path = write_table(tmp_path / f"log.{suffix}", ["user", "item", "Time"], [("u", "i", 1)])
+    refuse(engine, path, str(path), "no column 'time' (prepare.interactions.time)", "'Time'?", "user, item, Time")
+
+
+def test_what_is_not_there_or_empty_is_refused(engine: EmbeddedEngine, tmp_path: Path) -> None:
+    refuse(engine, tmp_path / "none.csv", "prepare.interactions.path", "none.csv does not exist", ".parquet")
+    (tmp_path / "empty.csv").touch()
+    refuse(engine, tmp_path / "empty.csv", "empty.csv is empty")
+    for suffix in ("csv", "inter", "tsv"):
+        path = write_table(tmp_path / f"header.{suffix}", ["user", "item", "time"], [])
+        refuse(engine, path, str(path), "no rows")
+    (tmp_path / "log.xls").write_text("x")
+    refuse(engine, tmp_path / "log.xls", "log.xls has no known suffix", ".jsonl")
+    write_table(tmp_path / "mixed.parquet", ["user", "item", "time"], [("u", "i", 1)])
+    refuse(engine, tmp_path / "[hm]*.*", "several formats")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("log.csv", b"user,item,time\nu1,i1,1\nu2,i2\n", ("Line: 3", "Expected Number of Columns: 3 Found: 2")),
+        ("log.csv", b"user,item,time\nu\xff,i1,1\n", ("Line: 2", "not utf-8")),
+        ("log.csv", b"us\xffer,item,time\nu,i1,1\n", ("row 1", "UTF-8")),
+        ("log.csv", b"\n\n", ("no header",)),
+        ("log.inter", b"user:token\titem:token\ttime:float\nu\ti\t1\t9\n", ("Line: 2", "Found: 4")),
+        ("log.jsonl", b'{"user": 1, "item": 2, "time": 3}\n{"user": 1,\n', ("Malformed JSON", "line")),
+        ("log.jsonl", b"[1, 2]\n", ("no JSON objects",)),
+        ("log.parquet", b"not parquet at all", ("No magic bytes",)),
+        ("log.csv.gz", b"not gzip", ("cannot be read",)),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(
+    engine: EmbeddedEngine, tmp_path: Path, name: str, content: bytes, parts: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    refuse(engine, tmp_path / name, str(tmp_path / name), *parts)
+
+
+def test_files_of_one_table_need_one_header(engine: EmbeddedEngine, tmp_path: Path) -> None:
+    write_table(tmp_path / "a.csv", ["user", "item", "time"], [("u", "i", 1)])
+    write_table(tmp_path / "b.csv", ["item", "user", "time"], [("i", "u", 1)])
+    refuse(engine, tmp_path, "b.csv has the columns item, user, time", "one header")
