@@ -32,7 +32,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Make it again, replacing w
 
 def say(line: str) -> None:
     """Tell the user one line, on standard error: standard output is for results."""
-    console.print(line)
+    console.print(line, soft_wrap=True)
 
 
 def open_context(config: Path | str, overrides: list[str] | None, fresh: bool = False) -> "Context":

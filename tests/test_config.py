@@ -72,7 +72,11 @@ def test_missing_fields_are_all_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "not valid YAML"), ("- 1\n", "holds no fields"), ("run: {dir: a}\nrun: {dir: b}\n", "'run' is given twice")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n", "holds no fields"),
+        ("run: {dir: a}\nrun: {dir: b}\n", "'run' is given twice"),
+    ],
 )
 def test_a_file_that_is_no_configuration(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)

@@ -30,12 +30,12 @@ def byte_level(**byte_level_options):
 
 
 def sentence_piece():
-    """Llama 2's kind: a space is put before every text, spaces become ▁, unknown characters bytes, and <s> goes first."""
+    """Llama 2's kind: a space goes before every text, spaces become ▁, unknown characters bytes, and <s> is first."""
     core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", *bytes_], show_progress=False)
-    core.train_from_iterator(sum([line.split() for line in CORPUS * 9], []), trainer)
+    core.train_from_iterator([word for line in CORPUS * 9 for word in line.split()], trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>", pad_token="<unk>")
 
@@ -55,6 +55,7 @@ def make_pair(tokenizer=WORDS, titles=TITLES, texts=None, slots=None, context_le
     slots = slots or {"id": 3}
     texts = texts or [""] * len(titles)
     both = {"user": slots, "item": slots}
+    prompt = {"user": "{history}", "item": "{title}. {text}"} | prompt
     return PromptPair(Prompt(**prompt), TextTokenizer(tokenizer), titles, texts, both, context_length)
 
 
@@ -156,7 +157,7 @@ def test_an_empty_text_adds_no_stray_space():
 
 def test_one_tokenised_prompt_serves_text_only():
     """Without slots a prompt is the same text, so its stored states hold for every arm."""
-    encoded = make_pair().user([0, 1])
+    encoded = make_pair(user="{soft:id} history: {history}").user([0, 1])
     text_only, hybrid = lay_out([encoded], {}, 0), lay_out([encoded], {"id": 3}, 0)
     assert text_only.ids_BT[0].tolist() == encoded.tokens_T.tolist()
     assert np.delete(hybrid.ids_BT[0], hybrid.positions_BK[0]).tolist() == encoded.tokens_T.tolist()
@@ -175,7 +176,8 @@ def test_slots_are_laid_out_by_hand():
 
 
 def test_several_sources_stand_where_the_template_says_and_come_in_the_models_order():
-    pair = make_pair(slots={"a": 1, "b": 2, "c": 1, "unused": 4}, item="{title} {soft:b}{soft:a}. {soft:c}")
+    slots = {"a": 1, "b": 2, "c": 1, "elsewhere": 4}
+    pair = make_pair(slots=slots, item="{title} {soft:b}{soft:a}. {soft:c}", user="{soft:elsewhere} {history}")
     encoded = pair.item(0)
     assert words(encoded) == "[CLS] river lamp 0 . [SEP]"
     laid = lay_out([encoded], {"a": 1, "b": 2, "c": 1}, filler=0)
@@ -183,7 +185,7 @@ def test_several_sources_stand_where_the_template_says_and_come_in_the_models_or
     # [CLS] river lamp  0  b b a . c [SEP]
     assert laid.positions_BK.tolist() == [[6, 4, 5, 8]]  # a, b, b, c
     assert np.flatnonzero(laid.ids_BT[0] == 0).tolist() == [4, 5, 6, 8]
-    assert pair.sources == {"user": ("id",), "item": ("b", "a", "c")} if "id" in pair.sources["user"] else True
+    assert pair.sources == {"user": ("elsewhere",), "item": ("b", "a", "c")}
 
 
 NAMES = ("a", "b", "c")
@@ -238,10 +240,7 @@ def test_pieces_give_the_tokens_of_the_whole_text(name, titles):
     pair = make_pair(tokenizer, titles, ["Watch 12"] * len(titles), user="purchase history: {history}.", **LONG)
     whole = tokenizer(f"purchase history: {', '.join(titles)}.")["input_ids"]
     assert pair.user(range(len(titles))).tokens_T.tolist() == whole
-    assert (
-        pair.item(0).tokens_T.tolist()
-        == tokenizer(f" {titles[0]}. Watch 12".removeprefix(" " * pair.tokenizer.adds_space))["input_ids"]
-    )
+    assert pair.item(0).tokens_T.tolist() == tokenizer(f"{titles[0]}. Watch 12")["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["byte level", "sentence piece"])
@@ -283,7 +282,9 @@ def test_the_models_context_is_a_limit_too():
 
 
 def test_no_room_at_all_is_refused():
-    with pytest.raises(UserError, match="take 8 tokens of the 8 there are") as caught:
+    with pytest.raises(
+        UserError, match=r"prompt\.user: fixed text and slots take 8 tokens of the 8 there are"
+    ) as caught:
         make_pair(**TIGHT, max_tokens=8)
     assert "alignment.instructions" in caught.value.remedy
 
@@ -318,7 +319,7 @@ def test_whatever_the_history_the_prompt_fits_and_its_end_is_there(history, max_
 def test_the_fingerprint_tells_templates_and_tokenizers_apart():
     prints = {
         make_pair().fingerprint,
-        make_pair(item="{title}").fingerprint,
+        make_pair(item="{text}").fingerprint,
         make_pair(max_history=3).fingerprint,
         make_pair(TOKENIZERS["decoder"]).fingerprint,
     }

@@ -147,3 +147,262 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
 @pytest.fixture(scope="module")
 def page(run: RunPaths) -> str:
     return write_report(run, config(run.root), say=lambda line: None).read_text()
+
+
+class Tags(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def compared(arm: str, baseline: str, low: float, high: float, metric: str = "ndcg@10") -> dict[str, Any]:
+    figures = {"difference": (low + high) / 2, "low": low, "high": high, "n": 943}
+    return {"arm": arm, "baseline": baseline, "metric": metric, "protocol": "full", **figures}
+
+
+def measured(arm: str, value: float = 0.05, metric: str = "ndcg@10") -> dict[str, Any]:
+    figures = {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 943}
+    return {"arm": arm, "metric": metric, "protocol": "full", **figures}
+
+
+ID, FUSION = ("per_layer", "id_only"), ("per_layer", "text_only+id")
+
+
+def test_a_verdict_claims_a_lead_only_where_the_interval_lies_above_zero() -> None:
+    rows = [compared(*ID, 0.001, 0.009), compared(*FUSION, -0.002, 0.006)]
+    said = verdict([measured("per_layer")], rows, "per_layer", 17)
+    assert said.outcome == "open"
+    assert said.headline == (
+        "On NDCG@10, RA-Rec (per layer) beats its own ID model; against the late fusion of text and ID scores, "
+        "no difference can be claimed at n=943."
+    )
+    text = " ".join(said.sentences)
+    assert "It beats its own ID model (paired difference in NDCG@10 +.0050, 95% interval +.0010 to +.0090)" in text
+    assert "trained once, with seed 17" in text
+
+
+def test_a_verdict_says_when_the_method_loses() -> None:
+    rows = [compared(*ID, 0.001, 0.009), compared(*FUSION, -0.02, -0.01)]
+    said = verdict([measured("per_layer")], rows, "per_layer", 17)
+    assert said.outcome == "loses"
+    assert "loses to the late fusion of text and ID scores" in said.headline
+
+
+def test_a_verdict_names_what_was_not_compared_or_not_evaluated() -> None:
+    said = verdict([measured("per_layer")], [compared(*ID, 0.001, 0.009)], "per_layer", 17)
+    assert (said.outcome, "was not compared with the late fusion" in said.headline) == ("open", True)
+    assert verdict([measured("id_only")], [], "per_layer", 17).headline.endswith("nothing can be claimed.")
+
+
+def test_a_metric_that_reads_otherwise_is_not_hidden() -> None:
+    rows = [compared(*ID, 0.001, 0.009), compared(*FUSION, 0.001, 0.006)]
+    rows += [compared(*ID, -0.03, -0.01, "hr@100"), compared(*FUSION, 0.01, 0.02, "hr@100")]
+    rows += [compared(*ID, 0.01, 0.02, "mrr"), compared(*FUSION, 0.01, 0.02, "mrr")]
+    text = " ".join(verdict([measured("per_layer")], rows, "per_layer", 17).sentences)
+    assert "MRR reads the same way, but on HR@100, it loses to its own ID model." in text
+
+
+def test_a_slot_that_brings_nothing_beyond_late_fusion_is_said_to_bring_nothing() -> None:
+    rows = [compared(*ID, 0.01, 0.02), compared(*FUSION, 0.01, 0.02), compared("per_layer+id", FUSION[1], -0.01, 0.01)]
+    text = " ".join(verdict([measured("per_layer")], rows, "per_layer", 17).sentences)
+    assert "the slots are not shown to carry anything that adding the scores does not bring" in text
+
+
+@given(st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(sorted))
+def test_a_finding_beats_or_loses_only_with_its_whole_interval(values: list[float]) -> None:
+    low, difference, high = values
+    row = {**compared("per_layer", "id_only", low, high), "difference": difference}
+    finding = find([row], "per_layer", "id_only", "ndcg@10")
+    turned = find([row], "id_only", "per_layer", "ndcg@10")
+    assert finding is not None
+    assert turned is not None
+    assert (finding.outcome == "beats") == (low > 0)
+    assert (finding.outcome == "loses") == (high < 0)
+    opposite = {"beats": "loses", "loses": "beats", "open": "open"}
+    assert turned.outcome == opposite[finding.outcome]
+
+
+def test_an_interval_that_touches_zero_allows_no_claim() -> None:
+    assert Finding("a", "b", "mrr", 0.01, 0.0, 0.02, 9).outcome == "open"
+    assert Finding("a", "b", "mrr", -0.01, -0.02, 0.0, 9).outcome == "open"
+
+
+def test_probes_pass_only_where_the_arm_gets_worse() -> None:
+    metrics = [measured("per_layer", 0.06), measured("text_only", 0.04)]
+    metrics += [measured("per_layer/shuffled_history", 0.06), measured("per_layer/permuted_ids", 0.041)]
+    rows = [compared("per_layer/shuffled_history", "per_layer", -0.001, 0.001)]
+    rows += [compared("per_layer/permuted_ids", "per_layer", -0.03, -0.01)]
+    rows += [compared("per_layer/permuted_ids", "text_only", -0.004, 0.006)]
+    shuffled, permuted = probes(metrics, rows, "per_layer")
+    assert shuffled.passed is False
+    assert "not shown to use what was destroyed" in shuffled.text
+    assert permuted.passed is True
+    assert "from .0600 to .0410" in permuted.text
+    assert "Text only stands at .0400: against it, no difference can be claimed" in permuted.text
+    assert [probe.passed for probe in probes(metrics, [], "per_layer")] == [None, None]
+
+
+def test_names_and_figures_read_as_people_write_them() -> None:
+    assert arm_title("per_layer+id") == "RA-Rec (per layer) + ID"
+    assert arm_title("per_layer/permuted_ids") == "RA-Rec (per layer), permuted IDs"
+    names = ["per_layer/permuted_ids", "text_only+id", "per_layer", "id_only", "text_only", "mystery"]
+    assert sorted(names, key=arm_order) == ["id_only", "text_only", "per_layer", "mystery", *reversed(names[:2])]
+    assert [figure(0.05334), figure(1.0), figure(-0.00001, signed=True)] == [".0533", "1.0000", "+.0000"]
+    assert figure(-0.0021, signed=True) == "\N{MINUS SIGN}.0021"
+    assert [primary_metric(["mrr", "ndcg@10"]), primary_metric(["ndcg@20", "ndcg@5"]), primary_metric([])] == [
+        "ndcg@10",
+        "ndcg@5",
+        "mrr",
+    ]
+
+
+def test_the_page_needs_nothing_from_outside_and_runs_nothing(page: str) -> None:
+    tags = Tags(page).tags
+    assert not {"script", "link", "img", "iframe", "object", "foreignobject"} & {tag for tag, _ in tags}
+    pointers = [
+        value or "" for _, attrs in tags for name, value in attrs.items() if name in ("href", "src", "xlink:href")
+    ]
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {pointer[1:] for pointer in pointers} <= set(ids)
+    assert all(pointer.startswith("#") for pointer in pointers)
+    assert set(re.findall(r"url\(#?([^)]*)\)", page)) <= set(ids)
+    assert "http" not in page.replace("http-equiv", "")
+    assert not any(name.startswith("on") for _, attrs in tags for name in attrs)
+
+
+def test_the_page_is_well_formed_and_its_plots_speak_and_follow_the_theme(page: str) -> None:
+    parsed = Tags(page)
+    assert parsed.open == []
+    plots = [attrs for tag, attrs in parsed.tags if tag == "svg"]
+    assert len(plots) == 5
+    assert all(attrs["role"] == "img" and len(attrs["aria-label"] or "") > 40 for attrs in plots)
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    assert not re.search(r"(fill|stroke): ?#", drawn)
+    defined = set(re.findall(r"(--[\w-]+):", page))
+    assert set(re.findall(r"var\((--[\w-]+)\)", page)) <= defined
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_titles_are_text_never_markup(page: str) -> None:
+    assert "<script" not in page
+    assert "<b>Bold" not in page
+    assert page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") == 4
+    assert "Alien &amp; Aliens" in page
+
+
+def test_the_target_is_marked_where_its_rank_says(page: str) -> None:
+    lists = re.findall(r"<ol>.*?</ol>", page, flags=re.DOTALL)
+    marked = [re.findall(r"<li>(<mark>)?", part) for part in lists]
+    assert [[place for place, mark in enumerate(marks, 1) if mark] for marks in marked] == [[], [], [3]] * 2
+    assert "target at rank 1,204" in page
+
+
+def test_a_tie_that_moves_the_rank_still_marks_the_target(run: RunPaths, tmp_path: Path) -> None:
+    row = {**example(1), "target_rank": {"per_layer": 5, "id_only": 31, "text_only": 1204}}
+    paths = RunPaths(tmp_path)
+    write_json(paths.evaluation / "metrics.json", [measured("per_layer")])
+    write_json(paths.evaluation / "examples.json", [row])
+    page = write_report(paths, config(tmp_path), say=lambda line: None).read_text()
+    assert re.search(r"<ol>(<li>[^<]*</li>){2}<li><mark>", page)
+
+
+def test_the_page_tells_figures_protocol_settings_and_cost(page: str, run: RunPaths) -> None:
+    rows = json.loads((run.evaluation / "metrics.json").read_text())
+    ndcg = next(row for row in rows if (row["arm"], row["metric"]) == ("per_layer", "ndcg@10"))
+    assert f"reaches NDCG@10 {figure(ndcg['value'])} (95% interval" in page
+    for told in (
+        "full catalogue",
+        "Ties count against the model",
+        "read once",
+        "2,000 resamples",
+        "71,234",
+        "3,703,701",
+        "align_weight: 0.1",
+        "min_user_interactions",
+        "Permuted IDs: as it must be.",
+    ):
+        assert told in page
+
+
+def test_equal_files_give_equal_bytes(run: RunPaths, page: str) -> None:
+    again = write_report(run, config(run.root), say=lambda line: None)
+    assert again.read_text() == page
+    assert [entry.name for entry in run.report.iterdir()] == ["report.html"]
+
+
+def test_a_resumed_log_counts_each_step_once_and_a_torn_line_is_told(run: RunPaths) -> None:
+    told: list[str] = []
+    record = read_run(run, say=told.append)
+    assert [line["step"] for line in record.training["per_layer"].losses] == list(range(1, 401))
+    assert len(record.training["per_layer"].validations) == 8
+    assert len(told) == 4
+    assert "log.jsonl, line 201 is torn" in told[0]
+
+
+def test_what_was_not_written_is_left_out(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "small")
+    write_json(run.evaluation / "metrics.json", [measured("id_only", 0.04), measured("id_only", 0.03, "hr@7")])
+    page = write_report(run, config(run.root), say=lambda line: None).read_text()
+    sections = re.findall(r'<section[^>]* id="(\w+)"', page)
+    assert sections == ["verdict", "results", "protocol", "settings"]
+    assert "nothing can be claimed" in page
+    assert "HR@7" in page
+
+
+def test_a_run_without_evaluation_is_refused_with_the_next_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no metrics\.json") as caught:
+        write_report(RunPaths(tmp_path), config(tmp_path), say=lambda line: None)
+    assert "rarec evaluate" in caught.value.remedy
+
+
+def test_a_row_without_a_field_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    row = measured("per_layer")
+    del row["low"]
+    write_json(run.evaluation / "metrics.json", [measured("id_only"), row])
+    with pytest.raises(UserError, match=r"metrics\.json, row 2 lacks `low`"):
+        write_report(run, config(tmp_path), say=lambda line: None)
+    assert not run.report.exists()
+
+
+def test_without_the_extra_the_command_that_brings_it_is_told(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="matplotlib") as caught:
+        write_report(run, config(run.root), say=lambda line: None)
+    assert caught.value.remedy == "pip install 'rarec[report]'"
+
+
+def test_the_terminal_table_fits_100_columns_with_every_interval_whole(run: RunPaths) -> None:
+    rows = json.loads((run.evaluation / "metrics.json").read_text())
+    metrics = ["hr@10", "hr@100", "ndcg@10", "mrr"]
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(terminal_table(rows, metrics))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "n=400 test users" in text
+    for row in rows:
+        if row["metric"] in metrics:
+            assert f"{figure(row['value'])} {figure(row['low'])}–{figure(row['high'])}" in text
+    assert text.index("ID model") < text.index("RA-Rec (per layer)") < text.index("text only + ID")
+
+
+def test_the_terminal_table_leaves_out_other_protocols() -> None:
+    rows = [measured("id_only"), {**measured("text_only"), "protocol": "cand20"}]
+    table = terminal_table(rows, ["ndcg@10", "mrr"])
+    assert table.row_count == 1

@@ -33,7 +33,7 @@ from rarec.training.batches import Batch, Collator
 from rarec.training.schedule import build_optimizer
 
 ITEMS, DIM = 2000, 64
-WORDS = "river stone cloud ember lamp chair shirt watch bag night green silver old quiet road".split()
+WORDS = ["river", "stone", "cloud", "ember", "lamp", "chair", "shirt", "watch", "bag", "night", "green", "silver", "old", "quiet", "road"]
 
 
 @dataclass
@@ -48,19 +48,23 @@ class World:
 
     def __init__(self, llm: str, batch: int, rounds: int) -> None:
         rng = np.random.default_rng(0)
-        self.config = RunConfig.model_validate({
-            "run": {"dir": "-"},
-            "prepare": {
-                "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
-                "items": {"path": "-", "item": "-", "title": "-"},
-            },
-            "llm": {"path": llm},
-        })
+        self.config = RunConfig.model_validate(
+            {
+                "run": {"dir": "-"},
+                "prepare": {
+                    "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
+                    "items": {"path": "-", "item": "-", "title": "-"},
+                },
+                "llm": {"path": llm},
+            }
+        )
         self.loaded = load_model(Llm(path=llm), Path("-"))
         shapes = {"id": SourceShape(DIM, 1)}
         titles = [" ".join(rng.choice(WORDS, rng.integers(2, 13))) for _ in range(ITEMS)]
         reserved = slots_reserved(self.config, shapes)
-        self.prompts = PromptPair(Prompt(), self.loaded.tokenizer, titles, [""] * ITEMS, reserved, self.loaded.context_length)
+        self.prompts = PromptPair(
+            Prompt(), self.loaded.tokenizer, titles, [""] * ITEMS, reserved, self.loaded.context_length
+        )
         self.model: RaRec = build_model(self.config, ARMS["per_layer"], self.loaded, shapes, self.prompts.sources)
         generator = torch.Generator().manual_seed(0)
         for side in (self.model.user, self.model.item):
@@ -85,10 +89,14 @@ def bare_step(world: World, batch: Batch) -> None:
     """Frozen forward, backward to the inputs."""
     for side in (batch.users, batch.items):
         embedded = world.loaded.backbone.trunk.get_input_embeddings()(side.ids_BT).requires_grad_()
-        world.loaded.backbone.trunk(inputs_embeds=embedded, attention_mask=side.mask_BT).last_hidden_state.sum().backward()
+        world.loaded.backbone.trunk(
+            inputs_embeds=embedded, attention_mask=side.mask_BT
+        ).last_hidden_state.sum().backward()
 
 
-def our_step(world: World, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer) -> None:
+def our_step(
+    world: World, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
+) -> None:
     """What the training loop does with a batch."""
     batch = collate(samples)
     users, items = world.model(batch.users, batch.items)
@@ -157,8 +165,12 @@ def main() -> None:
         batch = collate(samples)
         for name, step in steps.items():
             seconds[name].append(timed(lambda step=step: step(samples, batch)))
-    print(f"{arguments.llm}, {torch.get_num_threads()} threads, batches of {arguments.batch}, {arguments.rounds} rounds")
-    rates = {name: [count / spent for count, spent in zip(tokens, times[1:], strict=True)] for name, times in seconds.items()}
+    print(
+        f"{arguments.llm}, {torch.get_num_threads()} threads, batches of {arguments.batch}, {arguments.rounds} rounds"
+    )
+    rates = {
+        name: [count / spent for count, spent in zip(tokens, times[1:], strict=True)] for name, times in seconds.items()
+    }
     for name, values in rates.items():
         per_second = arguments.batch * len(batches) / sum(seconds[name][1:])
         print(f"{name:6} {statistics.median(values):10,.0f} tokens/s {per_second:8.1f} samples/s")

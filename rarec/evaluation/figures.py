@@ -44,6 +44,7 @@ def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
     names = list(arms)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
     fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", main)]
+    rival = [(main, "text_only+id")]
     probes = [(name, main) for name in names if name.startswith(f"{main}/")]
     text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"]
-    return [pair for pair in plain + fused + probes + text if set(pair) <= set(names)]
+    return [pair for pair in plain + rival + fused + probes + text if set(pair) <= set(names)]

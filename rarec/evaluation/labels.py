@@ -64,10 +64,15 @@ def primary_metric(metrics: Iterable[str]) -> str:
 
 def figure(value: float, signed: bool = False) -> str:
     """Four decimals without the leading zero, as the field prints its metrics: `.0533`, `+.0021`."""
-    digits = f"{abs(value):.4f}"
-    digits = digits.removeprefix("0")
+    digits = f"{abs(value):.4f}".removeprefix("0")
     negative = value < 0 and float(digits) > 0
     return (_MINUS if negative else "+" if signed else "") + digits
+
+
+def tick(value: float, signed: bool = False) -> str:
+    """`figure` without the zeros at its end: `.05`, `+.02`, `0`."""
+    text = figure(value, signed).rstrip("0").rstrip(".")
+    return text if any(map(str.isdigit, text)) else "0"
 
 
 def interval(low: float, high: float, signed: bool = False) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from rarec.evaluation.labels import FUSED, ID_ONLY, arm_title, base_arm, figure, metric_title
+from rarec.evaluation.labels import FUSED, ID_ONLY, arm_title, base_arm, figure, metric_title, tick
 from rarec.evaluation.record import Row, TrainingRecord
 from rarec.evaluation.verdict import Finding
 
@@ -84,7 +84,7 @@ def forest(metrics: Sequence[Row], arms: Sequence[str], names: Sequence[str]) ->
             panel.set_title(metric_title(name))
             panel.grid(axis="y", visible=False)
             panel.locator_params(axis="x", nbins=4)
-            panel.xaxis.set_major_formatter(lambda value, _: _tick(value))
+            panel.xaxis.set_major_formatter(lambda value, _: tick(value))
         panels[0].set_yticks(range(len(arms)), [arm_title(arm) for arm in reversed(arms)])
         panels[0].set_ylim(-0.6, len(arms) - 0.4)
     return made[0]
@@ -106,7 +106,7 @@ def differences(findings: Sequence[Finding]) -> str:
         panel.set_ylim(-0.6, len(findings) - 0.4)
         panel.grid(axis="y", visible=False)
         panel.set_xlabel(f"difference in {metric_title(findings[0].metric)} (right of zero: the first is better)")
-        panel.xaxis.set_major_formatter(lambda value, _: _tick(value, signed=True))
+        panel.xaxis.set_major_formatter(lambda value, _: tick(value, signed=True))
     return made[0]
 
 
@@ -128,7 +128,7 @@ def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
                 _line(panel, arm, steps, values, training[arm].done.get("best_step") if validated else None)
             panel.set_title(title)
             panel.set_xlabel("step")
-            panel.yaxis.set_major_formatter(lambda value, _: _tick(value))
+            panel.yaxis.set_major_formatter(lambda value, _: tick(value))
             panel.locator_params(axis="x", nbins=5, integer=True)
         handles = {h.get_label(): h for panel in axes for h in panel.get_lines() if not h.get_label().startswith("_")}
         canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(handles))
@@ -151,7 +151,7 @@ def strata(rows: Sequence[Row], stratum: str, metric: str, arms: Sequence[str]) 
         panel.set_xticks(range(len(buckets)), [f"{name}\nn={row['n']:,}" for name, row in buckets.items()])
         panel.set_title(f"{metric_title(metric)} by {stratum}")
         panel.grid(axis="x", visible=False)
-        panel.yaxis.set_major_formatter(lambda value, _: _tick(value))
+        panel.yaxis.set_major_formatter(lambda value, _: tick(value))
         handles = [_key(panel, arm) for arm in arms]
         canvas.legend(handles=handles, loc="outside lower center", ncols=min(2, len(arms)))
     return made[0]
@@ -194,12 +194,6 @@ def _validation(record: TrainingRecord, metric: str) -> tuple[list[float], list[
     return [s for s, v in known if v is not None], [v for _, v in known if v is not None]
 
 
-def _tick(value: float, signed: bool = False) -> str:
-    """As `figure`, without the zeros at the end."""
-    text = f"{abs(value):.4f}".rstrip("0").rstrip(".")
-    return "0" if text == "0" else figure(value, signed)[0].strip(".0123456789") + text.removeprefix("0")
-
-
 def _colour(arm: str) -> str:
     return _COLOURS.get(base_arm(arm), INK)
 
@@ -219,7 +213,7 @@ def _canvas(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iter
         for panel in canvas.axes:
             panel.set_facecolor("none")
         buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        canvas.savefig(buffer, format="svg", metadata={"Date": None})
         made.append(_inline(buffer.getvalue(), name, alt))
 
 

@@ -32,7 +32,7 @@ REPORT = "report.html"
 SELECTED_BY = "ndcg@10"
 """The validation metric by which training chooses its best step."""
 _IDENTITY = ("kind", "schema", "settings", "made_from", "files", "hash")
-_GROUPS = ("Arms", "With the ID model's score added (late fusion)", "Probes")
+_GROUPS = ("Each arm alone", "With the ID model's score added (late fusion)", "Probes")
 
 
 def write_report(run_dir: RunPaths, config: RunConfig, *, say: Callable[[str], None]) -> Path:

@@ -219,11 +219,14 @@ def _other_metrics(
         differing = {rival: found for rival, found in known.items() if found.outcome != firsts[rival]}
         if differing:
             said = _readings(differing)
-            otherwise.append(f"on {metric_title(metric)} {'' if said.startswith('against') else 'it '}{said}")
+            otherwise.append(f"on {metric_title(metric)}, {'' if said.startswith('against') else 'it '}{said}")
         else:
             same.append(metric_title(metric))
-    parts = [f"{listed(same)} read{'s' if len(same) == 1 else ''} the same way."] if same else []
-    return parts + ([f"Not every metric reads the same way: {'; '.join(otherwise)}."] if otherwise else [])
+    agreeing = [f"{listed(same)} read{'s' if len(same) == 1 else ''} the same way"] if same else []
+    opening = "but " if same else "other metrics read otherwise: "
+    parts = agreeing + ([opening + "; ".join(otherwise)] if otherwise else [])
+    sentence = ", ".join(parts)
+    return [f"{sentence[0].upper()}{sentence[1:]}."] if parts else []
 
 
 def _complement(comparisons: Sequence[Row], arm: str, metric: str) -> list[str]:

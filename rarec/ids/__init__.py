@@ -1,0 +1,6 @@
+"""ID embeddings: import them from elsewhere or train SASRec here, and know their own ranking score. Knows no LLM."""
+
+from rarec.ids.make import make_source, source_identity
+from rarec.ids.source import Source, open_source
+
+__all__ = ["Source", "make_source", "open_source", "source_identity"]

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rarec.errors import UserError
+
 ENCODE_BATCH = 1024
 """Histories encoded at a time: memory does not depend on how many are given."""
 
@@ -30,10 +32,15 @@ class SasRec(nn.Module):
         heads: attention heads; must divide `dim`.
         max_history: the newest interactions that are read.
         dropout: on the embeddings and on what each sub-layer adds.
+
+    Raises:
+        UserError: `heads` does not divide `dim`.
     """
 
     def __init__(self, dim: int, blocks: int, heads: int, max_history: int, dropout: float) -> None:
         super().__init__()
+        if dim % heads:
+            raise UserError(f"ids.sasrec: {heads} heads do not divide dim {dim}", "choose heads that do")
         self.max_history = max_history
         self.positions = nn.Embedding(max_history, dim)
         self.dropout = nn.Dropout(dropout)
@@ -116,5 +123,6 @@ def pad(histories: Sequence[Rows], max_history: int) -> tuple[npt.NDArray[np.int
     newest = [history[-max_history:] for history in histories]
     lengths_B = np.array([len(history) for history in newest], dtype=np.int64)
     rows_BT = np.zeros((len(newest), lengths_B.max(initial=0)), dtype=np.int64)
-    rows_BT[np.arange(rows_BT.shape[1]) < lengths_B[:, None]] = np.concatenate(newest)
+    if newest:
+        rows_BT[np.arange(rows_BT.shape[1]) < lengths_B[:, None]] = np.concatenate(newest)
     return rows_BT, lengths_B

@@ -21,6 +21,8 @@ from rarec.models.backbone import FrozenBackbone, Pool, config_hash
 from rarec.paths import resolve
 from rarec.prompts import TextTokenizer
 
+_REMEDY = "give a local directory, a hub name, package:NAME/DIR or a .gguf file; it must hold the whole model"
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -54,9 +56,7 @@ def load_model(
     Raises:
         UserError: the model cannot be found or read, lacks weights, or is neither an encoder nor a decoder.
     """
-    path = resolve(config.path)
-    if path.endswith(".gguf"):
-        path = str(_convert_gguf(Path(path), converted))
+    path = _locate(config.path, converted)
     settings = _read(AutoConfig, config.path, path, revision=config.revision)
     kind = config.kind if config.kind != "auto" else _kind(settings, config.path)
     keywords: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "revision": config.revision}
@@ -83,13 +83,22 @@ def load_model(
     return LoadedModel(backbone, tokenizer, context_length, identity)
 
 
+def _locate(name: str, converted: Path) -> str:
+    """A local directory or a hub name."""
+    path = resolve(name)
+    if path.endswith(".gguf"):
+        return str(_convert_gguf(Path(path), converted))
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise UserError(f"llm.path: {path} is no directory", _REMEDY)
+    return path
+
+
 def _read(loader: Any, name: str, path: str, **keywords: Any) -> Any:
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **keywords)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        remedy = "give a local directory, a hub name, package:NAME/DIR or a .gguf file; it must hold the whole model"
-        raise UserError(f"llm.path: cannot load {name!r}: {first_line}", remedy) from None
+        raise UserError(f"llm.path: cannot load {name!r}: {first_line}", _REMEDY) from None
 
 
 def _check_complete(model: Any, missing: Iterable[str], name: str) -> None:

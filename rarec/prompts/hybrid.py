@@ -103,12 +103,15 @@ class HybridPrompt:
         tokenizer: text to token ids.
         slots: how many slots each source may take, to be reserved when a prompt is cut to `max_tokens`.
         max_tokens: of a whole prompt, slots included.
+        where: the field of the configuration, for messages.
 
     Raises:
         UserError: the fixed text and the slots alone leave no room for anything else.
     """
 
-    def __init__(self, parts: list[_Part], tokenizer: TextTokenizer, slots: Mapping[str, int], max_tokens: int):
+    def __init__(
+        self, parts: list[_Part], tokenizer: TextTokenizer, slots: Mapping[str, int], max_tokens: int, where: str
+    ) -> None:
         self.parts, self.tokenizer = parts, tokenizer
         self._literals = [tokenizer(part.value, part.spaced) if part.kind == "text" else None for part in parts]
         self.sources = tuple(part.value for part in parts if part.kind == "soft")
@@ -117,7 +120,7 @@ class HybridPrompt:
         self.room = max_tokens - fixed
         if self.room < 1:
             raise UserError(
-                f"the prompt's fixed text and slots take {fixed} tokens of the {max_tokens} there are",
+                f"{where}: fixed text and slots take {fixed} tokens of the {max_tokens} there are",
                 "shorten the template, use fewer alignment.instructions, or raise prompt.max_tokens",
             )
 

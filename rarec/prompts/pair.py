@@ -44,8 +44,8 @@ class PromptPair:
         start = tokenizer.adds_space
         user = parse_template(config.user, ["history"], sources, "prompt.user", start)
         item = parse_template(config.item, ["title", "text"], sources, "prompt.item", start)
-        self._user = HybridPrompt(user, tokenizer, slots["user"], most)
-        self._item = HybridPrompt(item, tokenizer, slots["item"], most)
+        self._user = HybridPrompt(user, tokenizer, slots["user"], most, "prompt.user")
+        self._item = HybridPrompt(item, tokenizer, slots["item"], most, "prompt.item")
         self._spaced = {part.value: part.spaced for part in (*user, *item) if part.kind == "field"}
         self._separator = tokenizer(config.separator.removesuffix(" "))
         self._separator_spaced = config.separator.endswith(" ")

@@ -1,11 +1,15 @@
 """What the stages share: the configuration, where things lie, and opening what earlier stages made."""
 
+import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
 
 from rarec.artefacts import check_made_from, is_current, sha256_json, write_text
 from rarec.config import Arm, RunConfig, dump_config
@@ -17,6 +21,11 @@ from rarec.paths import RunPaths
 from rarec.prompts import PromptPair
 
 Say = Callable[[str], None]
+
+# Their own bars and notices say nothing of the user's run.
+disable_progress_bar()
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @dataclass

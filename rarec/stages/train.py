@@ -71,7 +71,7 @@ def train_arm(context: Context, arm: Arm, shards: dict[str, Any]) -> None:
         context.config.train,
         context.config.run.seed,
         accelerator.prepare(model),
-        Objective(context.config.loss, torch.from_numpy(context.dataset.train_counts_N), tuple(shards["state_blocks"])),
+        Objective(context.config.loss, torch.tensor(context.dataset.train_counts_N), tuple(shards["state_blocks"])),
         stream,
         Collator(model, context.prompts, context.sources, item_states_NLD),
         validation(context, model, accelerator.device),

@@ -1,0 +1,125 @@
+"""Make a source: train it here, or import it. Both end as the same kind of artefact."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rarec.artefacts import new_directory, sha256_file, sha256_json, write_manifest
+from rarec.config.schema import Ids, Import, SasRec
+from rarec.data.dataset import PreparedDataset
+from rarec.errors import UserError
+from rarec.ids.imports import Vectors, existing, read_vectors
+from rarec.ids.source import ITEMS_FILE, KIND, Source, open_source
+from rarec.ids.train_sasrec import train_sasrec
+from rarec.ids.users import USERS_FILE, HistoryRule, UserTable, UserVectors
+from rarec.ids.validation import Validation
+
+Say = Callable[[str], None]
+IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
+
+
+def source_identity(config: Ids | Import, dataset: PreparedDataset, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and hashes of inputs, as the manifest will hold them: whether a source must be made again.
+
+    A trained source depends on its recipe and the seed, an imported one on the contents of its files, not their paths.
+
+    Raises:
+        UserError: a file to import does not exist.
+    """
+    chosen = _chosen(config)
+    made_from = {"prepare": dataset.hash}
+    if isinstance(chosen, SasRec):
+        return {"seed": seed, "users": {"kind": "sasrec", **chosen.model_dump(mode="json")}}, made_from
+    for field in IMPORTED_FILES:
+        path = getattr(chosen, field)
+        if path is not None:
+            made_from[field] = sha256_file(existing(path, field))
+    if chosen.users is not None:
+        return {"users": {"kind": "table"}}, made_from
+    rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}
+    return {"users": {"kind": "rule", **rule}}, made_from
+
+
+def make_source(
+    name: str, config: Ids | Import, dataset: PreparedDataset, directory: Path, seed: int, say: Say
+) -> Source:
+    """Train or import a source, tell how well it ranks the validation users, and write its artefact.
+
+    A training's progress lies beside `directory` until the artefact is whole; the same call goes on from it.
+
+    Args:
+        name: of the source, as templates name its slots.
+        config: the section `ids`, or one of `sources`.
+        dataset: prepared; its rows are the source's rows.
+        directory: of the artefact; what stands there is replaced once the new one is whole.
+        seed: of the training and of the validation subset.
+        say: tells the user a line.
+
+    Raises:
+        UserError: files to import are not as they should be, or training fails.
+    """
+    chosen = _chosen(config)
+    settings, made_from = source_identity(config, dataset, seed)
+    progress = directory.with_name(f".{directory.name}.progress.safetensors")
+    with new_directory(directory) as aside:
+        if isinstance(chosen, SasRec):
+            figures = _train(chosen, dataset, aside, seed, progress, sha256_json([settings, made_from]), say)
+        else:
+            figures = _import(chosen, dataset, aside, seed, say)
+        write_manifest(aside, KIND, settings=settings, made_from=made_from, name=name, **figures)
+    progress.unlink(missing_ok=True)
+    validation = figures["validation"]
+    say(
+        f"{name}: its own full ranking of {validation['n']} validation users: "
+        f"hr@10 {validation['hr@10']:.4f}, ndcg@10 {validation['ndcg@10']:.4f}"
+    )
+    return open_source(directory)
+
+
+def _chosen(config: Ids | Import) -> SasRec | Import:
+    if isinstance(config, Import):
+        return config
+    return config.imported if config.model == "import" and config.imported is not None else config.sasrec
+
+
+def _train(
+    config: SasRec, dataset: PreparedDataset, aside: Path, seed: int, progress: Path, identity: str, say: Say
+) -> dict[str, Any]:
+    trained = train_sasrec(dataset, config, seed, progress, identity, say)
+    np.save(aside / ITEMS_FILE, trained.items_NE)
+    trained.users.save(aside)
+    return trained.figures
+
+
+def _import(config: Import, dataset: PreparedDataset, aside: Path, seed: int, say: Say) -> dict[str, Any]:
+    items = read_vectors(config.items, config.item_ids, "items", "item_ids")
+    if items.rows.ndim != 2:
+        raise UserError(f"{config.items} has shape {items.rows.shape}", "item vectors have two axes: items, dimension")
+    remedy = "import a vector for every item of the catalogue, or drop those items from it"
+    extra = {"items": items.write_aligned(aside / ITEMS_FILE, dataset.item_ids, "item", remedy)}
+    items_NE = np.load(aside / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
+    users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)
+    if config.users is not None:
+        table = read_vectors(config.users, config.user_ids, "users", "user_ids")
+        remedy = "import a vector for every user, or leave `users` out: a rule makes them from the history"
+        table = _per_user(table, items_NE.shape[1], config.items)
+        extra["users"] = table.write_aligned(aside / USERS_FILE, dataset.user_ids, "user", remedy)
+        users = UserTable.open(aside)
+    for of, count in extra.items():
+        if count:
+            say(f"{getattr(config, of)}: {count} rows belong to no {of[:-1]} of the dataset and were left out")
+    files = {field: getattr(config, field) for field in IMPORTED_FILES if getattr(config, field) is not None}
+    return {"validation": Validation(dataset, seed)(items_NE, users), "imported": files, "left_out": extra}
+
+
+def _per_user(table: Vectors, dim: int, items_path: str) -> Vectors:
+    """User vectors as (U, K, E), K = 1 where the file has two axes."""
+    rows = table.rows[:, None] if table.rows.ndim == 2 else table.rows
+    if rows.ndim != 3 or rows.shape[2] != dim:
+        raise UserError(
+            f"{table.path} has shape {table.rows.shape}, but the vectors of {items_path} have dimension {dim}",
+            "users and items need vectors of one space: (users, dimension), or (users, K, dimension)",
+        )
+    return Vectors(table.path, rows, table.ids)

@@ -1,0 +1,14 @@
+"""`rarec ids`: train or import the ID embeddings, and import every further source."""
+
+from rarec.ids.make import make_source, source_identity
+from rarec.stages.context import Context
+
+
+def ids(context: Context) -> None:
+    """Make `ids/id/`, and `ids/NAME/` for each of the configuration's sources."""
+    config = context.config
+    for name, section in {"id": config.ids, **config.sources}.items():
+        directory = context.paths.source(name)
+        settings, made_from = source_identity(section, context.dataset, config.run.seed)
+        if not context.is_done(directory, "ids", settings, made_from):
+            make_source(name, section, context.dataset, directory, config.run.seed, context.say)

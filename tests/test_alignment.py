@@ -1,0 +1,185 @@
+"""The alignment module and its first values (method, section 2).
+
+In every block: p = W e + b for each vector of a source, c instructions, slots d = [c || p], one source after the other.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from rarec.errors import UserError
+from rarec.models.alignment import AlignmentModule, SlotShape, SourceAlignment
+from rarec.models.initialise import initialise, ridge_weights
+from rarec.prompts import Encoded, lay_out
+
+BLOCKS, HIDDEN = 3, 4
+SHAPES = {"id": SlotShape(vectors=2, dim=5), "image": SlotShape(vectors=1, dim=3)}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_module(instructions=2, projections=True, shapes=SHAPES, blocks=(0, 2, 5)):
+    module = AlignmentModule(shapes, blocks, HIDDEN, instructions, projections)
+    for _, source in module.named_sources():
+        source.reset(seeded())
+    return module
+
+
+def make_vectors(batch=6):
+    return {name: torch.randn(batch, shape.vectors, shape.dim, generator=seeded(1)) for name, shape in SHAPES.items()}
+
+
+def test_slots_are_instructions_then_projections_source_by_source():
+    module, vectors = make_module(), make_vectors()
+    slots_LBSD, projected = module(vectors)
+    assert module.slots == {"id": 4, "image": 3}  # 2 + K and 2 + 1
+    assert slots_LBSD.shape == (BLOCKS, 6, 7, HIDDEN)
+    assert {name: tuple(p.shape) for name, p in projected.items()} == {"id": (3, 6, 2, 4), "image": (3, 6, 1, 4)}
+    at = 0
+    for name, source in module.named_sources():
+        for block in range(BLOCKS):
+            for row in range(6):
+                d_SD = slots_LBSD[block, row, at : at + module.slots[name]]
+                torch.testing.assert_close(d_SD[:2], source.instructions_LMD[block])
+                for k, e_E in enumerate(vectors[name][row]):
+                    p_D = source.weight_LDE[block] @ e_E + source.bias_LD[block]
+                    torch.testing.assert_close(d_SD[2 + k], p_D)
+                    torch.testing.assert_close(projected[name][block, row, k], p_D)
+        at += module.slots[name]
+
+
+def test_slots_come_in_the_order_in_which_prompts_give_them_places():
+    """The module says how many slots each source takes and in which order; `lay_out` gives places in that order."""
+    module = make_module()
+    prompt = Encoded(np.array([7, 8, 9], np.int32), {"image": 0, "id": 2})  # the template names `image` first
+    positions_K = lay_out([prompt], module.slots, filler=0).positions_BK[0]
+    assert list(module.slots) == ["id", "image"]
+    assert positions_K.tolist() == [5, 6, 7, 8, 0, 1, 2]  # i i i 7 8 d d d d 9
+
+
+def test_every_block_has_maps_of_its_own():
+    module = make_module()
+    slots_LBSD, _ = module(make_vectors())
+    slots_LBSD[1].sum().backward()
+    for _, source in module.named_sources():
+        for parameter in (source.weight_LDE, source.bias_LD, source.instructions_LMD):
+            per_block = parameter.grad.flatten(1).abs().sum(1)
+            assert per_block[1] > 0
+            assert per_block[[0, 2]].tolist() == [0, 0]
+
+
+def test_prefix_only_has_instructions_and_nothing_that_knows_the_vectors():
+    module, vectors = make_module(projections=False), make_vectors()
+    slots_LBSD, projected = module(vectors)
+    assert projected == {}
+    assert module.slots == {"id": 2, "image": 2}
+    assert {name.rsplit(".", 1)[-1] for name in module.state_dict()} == {"instructions_LMD"}
+    others, _ = module({name: -array for name, array in vectors.items()})
+    torch.testing.assert_close(others, slots_LBSD, atol=0, rtol=0)
+    assert (slots_LBSD == slots_LBSD[:, :1]).all(), "the same for every row"
+
+
+def test_projections_alone():
+    module = make_module(instructions=0)
+    slots_LBSD, projected = module(make_vectors())
+    torch.testing.assert_close(slots_LBSD, torch.cat([projected["id"], projected["image"]], 2))
+
+
+def test_vectors_are_standardised_before_they_are_projected():
+    """Mean 2 and spread 2, mean -1 and spread 1; the third never varies, so it is centred and not scaled."""
+    source = SourceAlignment(1, 3, SlotShape(1, 3), instructions=0, projections=True)
+    source.standardise(torch.tensor([[0.0, -2.0, 9.0], [4.0, 0.0, 9.0]]))
+    assert source.center_E.tolist() == [2, -1, 9]
+    assert source.scale_E.tolist() == [2, 1, 1]
+    with torch.no_grad():
+        source.weight_LDE.copy_(torch.eye(3)[None])
+    assert source.project(torch.tensor([[[6.0, -3.0, 9.5]]]))[0, 0, 0].tolist() == [2, -2, 0.5]
+
+
+def test_random_maps_repeat_with_their_seed():
+    first, second = (make_module(shapes={"id": SHAPES["id"]}).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["items", "type", "my.image"])
+def test_names_that_torch_needs_are_refused(name):
+    with pytest.raises(UserError, match="cannot name a source"):
+        make_module(shapes={name: SlotShape(1, 3)})
+
+
+# ---- ridge regression: the first W
+
+
+def test_ridge_by_hand():
+    """Vectors -1, 1 and states 2, 6, so -2, 2 around their mean: covariance 2, variance 1, W = 2 / (1 + penalty)."""
+    vectors_NE, states_LND = torch.tensor([[-1.0], [1.0]]), torch.tensor([[[2.0], [6.0]]])
+    assert ridge_weights(vectors_NE, states_LND, 0.0).flatten().tolist() == pytest.approx([2.0])
+    assert ridge_weights(vectors_NE, states_LND, 1.0).flatten().tolist() == pytest.approx([1.0])
+    assert ridge_weights(vectors_NE, states_LND, 3.0).flatten().tolist() == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize("penalty", [0.01, 1.0, 20.0])
+def test_ridge_equals_least_squares_on_augmented_rows(penalty):
+    """|S - V W'|^2 + penalty N |W|^2 is plain least squares with sqrt(penalty N) I below V and zeros below S."""
+    rng = np.random.default_rng(0)
+    vectors_NE, states_LND = rng.normal(size=(50, 6)), rng.normal(size=(2, 50, 3)) * 5 + 10
+    weights_LDE = ridge_weights(torch.from_numpy(vectors_NE), torch.from_numpy(states_LND), penalty)
+    assert weights_LDE.shape == (2, 3, 6)
+    rows = np.vstack([vectors_NE, np.sqrt(penalty * 50) * np.eye(6)])
+    for ours_DE, states_ND in zip(weights_LDE.numpy(), states_LND, strict=True):
+        targets = np.vstack([states_ND - states_ND.mean(0), np.zeros((6, 3))])
+        np.testing.assert_allclose(ours_DE, np.linalg.lstsq(rows, targets, rcond=None)[0].T, atol=1e-10)
+
+
+def states_from(vectors_NE, noise=0.0):
+    """States that depend linearly on the vectors, differently in each block, around means of 3 and 5."""
+    maps_LED = torch.randn(2, vectors_NE.shape[1], HIDDEN, generator=seeded(3))
+    states_LND = vectors_NE @ maps_LED + torch.tensor([3.0, 5.0])[:, None, None]
+    return states_LND + noise * torch.randn(states_LND.shape, generator=seeded(4))
+
+
+def test_the_initialised_module_predicts_the_states():
+    """With hardly a penalty and no noise, p = W e + b is the text-only state itself; c starts at the mean state."""
+    vectors_NE = 4 + 7 * torch.randn(200, 5, generator=seeded(2))
+    states_LND = states_from(vectors_NE)
+    source = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=2, projections=True)
+    initialise(source, vectors_NE, states_LND, penalty=1e-9, generator=seeded())
+    torch.testing.assert_close(source.project(vectors_NE[:, None])[:, :, 0], states_LND, atol=1e-3, rtol=1e-4)
+    means_LMD = states_LND.mean(1)[:, None].expand(-1, 2, -1)
+    torch.testing.assert_close(source.instructions_LMD, means_LMD, atol=0.2, rtol=0)
+    assert not torch.equal(source.instructions_LMD[:, 0], source.instructions_LMD[:, 1]), "instructions start apart"
+
+
+def test_a_heavy_penalty_falls_back_to_the_mean_and_none_is_random():
+    vectors_NE = torch.randn(200, 5, generator=seeded(2))
+    states_LND = states_from(vectors_NE, noise=1.0)
+    source = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=0, projections=True)
+    initialise(source, vectors_NE, states_LND, penalty=1e9, generator=seeded())
+    projected_LND = source.project(vectors_NE[:, None])[:, :, 0]
+    torch.testing.assert_close(projected_LND, states_LND.mean(1, keepdim=True).expand_as(projected_LND))
+    initialise(source, vectors_NE, states_LND, penalty=None, generator=seeded())
+    torch.testing.assert_close(source.bias_LD, states_LND.mean(1))
+    assert 0.01 < source.weight_LDE.std() < 0.03
+
+
+def test_stored_half_precision_states_initialise_as_well():
+    vectors_NE = torch.randn(200, 5, generator=seeded(2))
+    states_LND = states_from(vectors_NE)
+    weights = []
+    for dtype in (torch.float32, torch.float16):
+        source = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=1, projections=True)
+        initialise(source, vectors_NE, states_LND.to(dtype), penalty=1.0, generator=seeded())
+        assert source.weight_LDE.dtype == torch.float32
+        weights.append(source.weight_LDE)
+    torch.testing.assert_close(*weights, atol=1e-3, rtol=0)
+
+
+def test_prefix_only_is_initialised_without_vectors():
+    vectors_NE = torch.randn(9, 5, generator=seeded(2))
+    source = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=2, projections=False)
+    states_LND = states_from(vectors_NE)
+    initialise(source, vectors_NE, states_LND, penalty=1.0, generator=seeded())
+    means_LMD = states_LND.mean(1)[:, None].expand(-1, 2, -1)
+    torch.testing.assert_close(source.instructions_LMD, means_LMD, atol=0.2, rtol=0)

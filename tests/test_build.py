@@ -1,0 +1,209 @@
+"""Every arm builds what it says, over one frozen model (method, sections 3, 6 and 7)."""
+
+import numpy as np
+import pytest
+import torch
+
+from rarec.config import ARMS, RunConfig
+from rarec.config.schema import Lora
+from rarec.errors import UserError
+from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
+from rarec.models.encode import side_batch
+from rarec.models.initialise import initialise
+from rarec.models.load import load_model
+from rarec.models.slots import Slots
+from rarec.prompts import PromptPair
+from tests.synthetic import title, write_llm
+
+BLOCKS, HIDDEN, BATCH, INSTRUCTIONS = 3, 32, 4, 2
+SHAPES = {"id": SourceShape(dim=6, vectors_per_user=3), "image": SourceShape(dim=5, vectors_per_user=1)}
+PROMPTS = {"user": "{soft:id} history: {history}.", "item": "{soft:id} {title}{soft:image}."}
+SLOTTED = ("prefix_only", "input", "per_layer", "per_layer_lora")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {kind: write_llm(root / kind, kind, blocks=BLOCKS) for kind in ("bert", "llama")}
+
+
+def make_config(path, **sections):
+    columns = {"interactions": {"path": "log.csv", "user": "user", "item": "item", "time": "time"}}
+    items = {"items": {"path": "items.csv", "item": "item", "title": "title"}}
+    tree = {"run": {"dir": "run"}, "prepare": {**columns, **items}, "llm": {"path": str(path)}, "prompt": PROMPTS}
+    return RunConfig.model_validate({**tree, "alignment": {"instructions": INSTRUCTIONS}, **sections})
+
+
+class World:
+    """An arm's model with its prompts and a batch of both sides, every trained weight away from where it starts."""
+
+    def __init__(self, path, arm, **sections):
+        self.config, self.arm = make_config(path, **sections), ARMS[arm]
+        lora = Lora() if self.arm.lora else None
+        loaded = load_model(self.config.llm, path.parent, pool=self.config.readout.pool, lora=lora)
+        reserved = slots_reserved(self.config, SHAPES)
+        titles = [title(item) for item in range(8)]
+        self.prompts = PromptPair(self.config.prompt, loaded.tokenizer, titles, [""] * 8, reserved, 128)
+        self.model = build_model(self.config, self.arm, loaded, SHAPES, self.prompts.sources)
+        self._start()
+        rng = np.random.default_rng(0)
+        per_user = {name: shape.vectors_per_user for name, shape in SHAPES.items()}
+        self.users = {name: rng.normal(size=(BATCH, per_user[name], SHAPES[name].dim)) for name in SHAPES}
+        self.items = {name: rng.normal(size=(BATCH, 1, shape.dim)) for name, shape in SHAPES.items()}
+
+    def _start(self):
+        generator = torch.Generator().manual_seed(0)
+        for tower in (self.model.user, self.model.item):
+            for name, source in tower.alignment.named_sources() if tower.alignment else ():
+                vectors_NE = torch.randn(20, SHAPES[name].dim, generator=generator)
+                states_LND = torch.randn(len(tower.alignment_blocks), 20, HIDDEN, generator=generator)
+                initialise(source, vectors_NE, states_LND, penalty=1.0, generator=generator)
+
+    def batches(self):
+        users = [self.prompts.user([row, row + 1]) for row in range(BATCH)]
+        items = [self.prompts.item(row + 2) for row in range(BATCH)]
+        return (
+            side_batch(users, self.users, self.model.user, 0),
+            side_batch(items, self.items, self.model.item, 0),
+        )
+
+    def scores(self):
+        users, items = self.model(*self.batches())
+        return users.vectors_BZ @ items.vectors_BZ.T
+
+
+# ---- what an arm holds
+
+
+@pytest.mark.parametrize(
+    ("arm", "blocks", "user", "item"),
+    [
+        ("text_only", (), {}, {}),
+        ("prefix_only", (0, 1, 2), {"id": 2}, {"id": 2, "image": 2}),
+        ("input", (0,), {"id": 5}, {"id": 3, "image": 3}),  # 2 instructions and K = 3 on the user side, 1 on the item's
+        ("per_layer", (0, 1, 2), {"id": 5}, {"id": 3, "image": 3}),
+        ("per_layer_lora", (0, 1, 2), {"id": 5}, {"id": 3, "image": 3}),
+    ],
+)
+def test_blocks_and_slots_of_every_arm(saved, arm, blocks, user, item):
+    model = World(saved["bert"], arm).model
+    assert (model.user.alignment_blocks, model.item.alignment_blocks) == (blocks, blocks)
+    assert (model.user.slots, model.item.slots) == (user, item)
+    assert any("lora_" in name for name, _ in model.named_parameters()) == (arm == "per_layer_lora")
+
+
+def test_prompts_keep_free_what_the_largest_arm_takes():
+    reserved = slots_reserved(make_config("x"), SHAPES)
+    assert reserved == {"user": {"id": 5, "image": 3}, "item": {"id": 3, "image": 3}}
+
+
+@pytest.mark.parametrize("arm", ["per_layer", "prefix_only", "input"])
+def test_a_subset_of_blocks(saved, arm):
+    model = World(saved["bert"], arm, train={"blocks": [2, 0, 2]}).model
+    assert model.user.alignment_blocks == ((0,) if arm == "input" else (0, 2))
+
+
+def test_a_block_that_is_not_there_is_refused(saved):
+    with pytest.raises(UserError, match=r"train\.blocks: the model has blocks 0 to 2, not 3"):
+        World(saved["bert"], "per_layer", train={"blocks": [1, 3]})
+
+
+@pytest.mark.parametrize("arm", ["prefix_only", "per_layer"])
+def test_no_instructions(saved, arm):
+    """Then prefix-only is text-only."""
+    model = World(saved["bert"], arm, alignment={"instructions": 0}).model
+    assert model.user.slots == ({"id": 3} if arm == "per_layer" else {})
+
+
+# ---- what trains
+
+
+@pytest.mark.parametrize("readout", [{}, {"normalise": False, "head": True, "residual": True}], ids=["plain", "all"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
+    world = World(saved["llama"], arm, readout=readout)
+    trained = trained_parameters(world.model.train())
+    assert all("lora_" in name for name in trained if name.startswith("backbone."))
+    roots = {name.split(".")[0] if "." not in name else ".".join(name.split(".")[:2]) for name in trained}
+    expected = {"user.readout", "item.readout", "alpha"} if readout else {"log_scale"}
+    expected |= {"user.alignment", "item.alignment"} if arm in SLOTTED else set()
+    expected |= {"backbone.model"} if arm == "per_layer_lora" else set()
+    assert roots == expected
+
+    frozen = {name: p.clone() for name, p in world.model.named_parameters() if name not in trained}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for _ in range(2):  # LoRA's A has no gradient before B has moved
+        optimizer.zero_grad()
+        world.scores().log_softmax(1).diagonal().sum().neg().backward()
+        optimizer.step()
+    assert [name for name, parameter in trained.items() if not parameter.grad.abs().max() > 0] == []
+    for name, parameter in world.model.named_parameters():
+        assert name in trained or torch.equal(parameter, frozen[name])
+
+
+def test_arms_see_no_more_than_they_should(saved):
+    """Whether scores follow the ID vectors: text-only and prefix-only do not."""
+    for arm in ARMS:
+        world = World(saved["bert"], arm)
+        before = world.scores()
+        world.users = {name: -array for name, array in world.users.items()}
+        changed = (world.scores() - before).abs().max() > 1e-4
+        assert changed == (arm not in ("text_only", "prefix_only"))
+
+
+# ---- readout and score
+
+
+def test_text_only_is_the_normalised_pooled_text(saved):
+    world = World(saved["bert"], "text_only", loss={"temperature": 0.1})
+    users, items = world.batches()
+    encoded = [world.model.users(users), world.model.items(items)]
+    for batch, encoding, scale in ((users, encoded[0], 10.0), (items, encoded[1], 1.0)):
+        hidden_BTD = world.model.backbone(batch.ids_BT, batch.mask_BT)
+        mask_BT1 = batch.mask_BT[..., None]
+        mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
+        expected = scale * mean_BD / mean_BD.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(encoding.vectors_BZ, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_slots_are_not_read_out(saved, kind):
+    """The pooled positions are text: what the blocks make of a slot at the end has no say."""
+    world = World(saved[kind], "per_layer", readout={"normalise": False})
+    _, batch = world.batches()
+    encoding = world.model.items(batch)
+    slots_LBKD = encoding.slots_LBKD
+    hidden_BTD = world.model.backbone(batch.ids_BT, batch.mask_BT, Slots(slots_LBKD, batch.positions_BK, (0, 1, 2)))
+    for row in range(BATCH):
+        text = [t for t in range(int(batch.mask_BT[row].sum())) if t not in batch.positions_BK[row].tolist()]
+        pooled = hidden_BTD[row, text].mean(0) if kind == "bert" else hidden_BTD[row, text[-1]]
+        torch.testing.assert_close(encoding.vectors_BZ[row], pooled, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("normalise", "recommendation", "scale", "learned"),
+    [(True, "softmax", 20, True), (True, "bpr", 20, True), (False, "softmax", 20, False), (False, "bpr", 1, False)],
+)
+def test_the_scale_of_the_score(saved, normalise, recommendation, scale, learned):
+    loss = {"recommendation": recommendation, "temperature": 0.05}
+    model = World(saved["bert"], "text_only", readout={"normalise": normalise}, loss=loss).model
+    assert model.log_scale.exp().item() == pytest.approx(scale)
+    assert ("log_scale" in trained_parameters(model)) == learned
+
+
+def test_a_head_starts_at_the_identity(saved):
+    torch.testing.assert_close(
+        World(saved["bert"], "per_layer", readout={"head": True}).scores(), World(saved["bert"], "per_layer").scores()
+    )
+
+
+@pytest.mark.parametrize("arm", ["text_only", "prefix_only", "per_layer"])
+def test_the_residual_adds_alpha_times_the_id_score(saved, arm):
+    """Carried by the vectors, so that a catalogue is still ranked by one matrix product; e_u is the mean of its K."""
+    world, without = World(saved["bert"], arm, readout={"residual": True}), World(saved["bert"], arm)
+    assert world.model.alpha == 0
+    torch.testing.assert_close(world.scores(), without.scores())
+    with torch.no_grad():
+        world.model.alpha.fill_(-0.7)
+    id_scores = torch.from_numpy(world.users["id"].mean(1) @ world.items["id"][:, 0].T).float()
+    torch.testing.assert_close(world.scores() - without.scores(), -0.7 * id_scores, atol=1e-5, rtol=1e-4)

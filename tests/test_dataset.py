@@ -1,0 +1,92 @@
+"""What an opened dataset answers, and that it refuses files that are not its own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rarec.artefacts import read_json, write_json
+from rarec.config.schema import Prepare
+from rarec.data.dataset import PreparedDataset
+from rarec.data.prepare import prepare
+from rarec.errors import UserError
+from tests.synthetic import write_log
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    return make(tmp_path_factory.mktemp("dataset"))
+
+
+def make(folder: Path) -> PreparedDataset:
+    log, items = write_log(folder, users=30, items=20)
+    interactions = {"path": str(log), "user": "user", "item": "item", "time": "time"}
+    catalogue = {"path": str(items), "item": "item", "title": "title", "text": ["brand"]}
+    config = Prepare.model_validate({"interactions": interactions, "items": catalogue})
+    return prepare(config, folder / "prepare", seed=0, say=lambda line: None)
+
+
+def test_arrays_have_their_shapes_and_types(dataset: PreparedDataset) -> None:
+    users, items = dataset.n_users, dataset.n_items
+    assert (users, items) == (30, 20) == (len(dataset.user_ids), len(dataset.titles))
+    assert dataset.train_counts_N.dtype == np.int64
+    for array in (dataset.train_length_U, dataset.validation_U, dataset.test_U, dataset.lengths_U):
+        assert (array.dtype, array.shape) == (np.int32, (users,))
+    assert dataset.item_rows_I.dtype == np.int32
+    assert len(dataset.item_rows_I) == dataset.lengths_U.sum() == dataset.manifest["counts"]["interactions"]
+    assert dataset.titles[5] == "stone lamp 5"
+    assert dataset.texts[5] == "STONE"
+
+
+def test_sequences_and_histories(dataset: PreparedDataset) -> None:
+    for user in range(dataset.n_users):
+        sequence = dataset.sequence(user)
+        assert len(set(sequence.tolist())) == len(sequence) == dataset.lengths_U[user]
+        assert dataset.history(user, 3).tolist() == sequence[:3].tolist()
+        assert len(dataset.history(user, 0)) == 0
+
+
+def test_training_samples_are_every_training_position_with_a_history(dataset: PreparedDataset) -> None:
+    users, positions = dataset.training_samples()
+    lengths = enumerate(dataset.train_length_U.tolist())
+    expected = [(user, position) for user, length in lengths for position in range(1, length)]
+    assert list(zip(users.tolist(), positions.tolist(), strict=True)) == expected
+    assert len(users) == dataset.manifest["counts"]["training_samples"]
+    assert users.dtype == positions.dtype == np.int32
+    items = dataset.items_at(users, positions)
+    assert items.tolist() == [dataset.sequence(user)[position] for user, position in expected]
+
+
+def test_targets_are_the_last_two_of_each_user(dataset: PreparedDataset) -> None:
+    for part, back in (("test", 1), ("validation", 2)):
+        targets = dataset.targets(part)  # type: ignore[arg-type]
+        assert targets.user_rows.tolist() == list(range(30))
+        assert targets.positions.tolist() == (dataset.lengths_U - back).tolist()
+        assert targets.item_rows.tolist() == [dataset.sequence(user)[-back] for user in range(30)]
+
+
+def test_a_limit_takes_a_fixed_random_subset_in_the_order_of_the_rows(dataset: PreparedDataset) -> None:
+    some, again, other = (dataset.targets("test", 7, seed) for seed in (1, 1, 2))
+    assert len(some.user_rows) == 7
+    assert some.user_rows.tolist() == again.user_rows.tolist() == sorted(set(some.user_rows.tolist()))
+    assert some.user_rows.tolist() != other.user_rows.tolist()
+    assert some.item_rows.tolist() == [dataset.sequence(user)[-1] for user in some.user_rows]
+    assert len(dataset.targets("test", 100).user_rows) == 30
+
+
+def test_opening_refuses_what_is_missing_changed_or_something_else(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rarec prepare CONFIG"):
+        PreparedDataset.open(tmp_path / "nowhere")
+    directory = make(tmp_path).directory
+    items = directory / "items.parquet"
+    content = bytearray(items.read_bytes())
+    content[100] ^= 1
+    items.write_bytes(content)
+    with pytest.raises(UserError, match=r"items\.parquet is not the file that was prepared"):
+        PreparedDataset.open(directory)
+    items.unlink()
+    with pytest.raises(UserError, match=r"items\.parquet"):
+        PreparedDataset.open(directory)
+    write_json(directory / "manifest.json", read_json(directory / "manifest.json") | {"kind": "shards"})
+    with pytest.raises(UserError, match="not prepare"):
+        PreparedDataset.open(directory)

@@ -1,0 +1,397 @@
+"""Logs to a prepared dataset: a twelve-row table worked by hand, then what must hold of any log."""
+
+import hashlib
+import random
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ibis
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+
+from rarec.artefacts import is_current
+from rarec.config.schema import Prepare
+from rarec.data import split, steps
+from rarec.data.dataset import PreparedDataset
+from rarec.data.prepare import input_hashes, prepare
+from rarec.errors import UserError
+from tests.test_readers import FORMATS, write_table
+
+LOG = [
+    ("u1", "a", 10),
+    ("u2", "b", 10),
+    ("u1", "b", 20),
+    ("u2", "a", 10),  # tie
+    ("u1", "c", 30),
+    ("u1", "a", 50),  # again
+    ("u2", "c", 30),
+    ("u1", "d", 40),
+    ("u3", "b", 5),
+    ("u3", "z", 6),  # not in the catalogue
+    (None, "a", 7),  # nobody
+    ("u3", "d", 8),  # leaves u3 with two
+]
+CATALOGUE = [
+    ("a", " Red \n shoes", "Acme", "1999"),
+    ("b", "Blue shoes", None, "2001"),
+    ("c", None, "Acme", None),  # no title
+    ("d", "Green hat", None, None),
+    ("a", "Another", "x", "y"),  # again
+    ("e", "Never met", None, None),
+    (None, "No id", None, None),
+]
+
+
+def configure(folder: Path, log: str = "log.csv", items: str = "items.csv", **more: Any) -> Prepare:
+    order = more.pop("order", "time")
+    interactions = {"path": str(folder / log), "user": "user", "item": "item", order: "time"}
+    catalogue = {"path": str(folder / items), "item": "item", "title": "title", "text": ["brand", "year"]}
+    sections = {"interactions": interactions, "items": catalogue}
+    return Prepare.model_validate({**sections, "min_user_interactions": 3, **more})
+
+
+def write(folder: Path, log: list[Any] = LOG, items: list[Any] = CATALOGUE, suffix: str = "csv") -> None:
+    write_table(folder / f"log.{suffix}", ["user", "item", "time"], log)
+    write_table(folder / f"items.{suffix}", ["item", "title", "brand", "year"], items)
+
+
+def make(folder: Path, told: list[str] | None = None, **more: Any) -> PreparedDataset:
+    return prepare(configure(folder, **more), folder / "out", seed=1, say=(told if told is not None else []).append)
+
+
+def ids(dataset: PreparedDataset) -> dict[Any, list[Any]]:
+    """Every user's items, by the ids that people see."""
+    items = dataset.item_ids.to_pylist()
+    users = enumerate(dataset.user_ids.to_pylist())
+    return {user: [items[row] for row in dataset.sequence(at)] for at, user in users}
+
+
+def test_twelve_rows_by_hand(tmp_path: Path) -> None:
+    write(tmp_path)
+    told: list[str] = []
+    dataset = make(tmp_path, told)
+    # md5("u2\ta") = 907e..., md5("u2\tb") = 0e65...: b comes first
+    assert ids(dataset) == {"u1": ["a", "b", "c", "d"], "u2": ["b", "a", "c"]}
+    assert dataset.item_ids.to_pylist() == ["a", "b", "c", "d", "e"]
+    assert dataset.titles == ["Red shoes", "Blue shoes", "untitled item", "Green hat", "Never met"]
+    assert dataset.texts == ["Acme, 1999", "2001", "Acme", "", ""]
+    assert (dataset.train_length_U.tolist(), dataset.validation_U.tolist()) == ([2, 1], [2, 1])
+    assert dataset.test_U.tolist() == [3, 2]
+    assert dataset.train_counts_N.tolist() == [1, 2, 0, 0, 0]
+    manifest = dataset.manifest
+    counts = {"users": 2, "items": 5, "interactions": 7, "training_samples": 1, "validation_users": 2, "test_users": 2}
+    assert manifest["counts"] == counts
+    assert manifest["catalogue"] == {"rows": 7, "rows_without_id": 1, "repeated_ids": 1, "untitled": 1}
+    seen = [(s["step"], s["interactions_before"], s["interactions_after"], s["users_after"]) for s in manifest["steps"]]
+    assert seen == [
+        ("ids", 12, 11, 3),
+        ("catalogue", 11, 10, 3),
+        ("duplicates", 10, 9, 3),
+        ("min_user_interactions", 9, 7, 2),
+    ]
+    text = "\n".join(told)
+    for part in ("1 rows without an item id", "1 rows repeat", "1 items have no title", "2 interactions, 1 users"):
+        assert part in text
+    assert "md5" in manifest["tie_rule"]
+
+
+def test_the_files_say_what_the_arrays_say(tmp_path: Path) -> None:
+    write(tmp_path)
+    dataset = make(tmp_path)
+    users, interactions = (pq.read_table(dataset.directory / f"{name}.parquet") for name in ("users", "interactions"))
+    assert users.to_pylist()[1] == {
+        "row": 1, "user_id": "u2", "start": 4, "length": 3, "train_length": 1, "validation": 1, "test": 2
+    }  # fmt: skip
+    assert interactions["time"].to_pylist() == [10, 20, 30, 40, 10, 10, 30]
+    assert interactions["user_row"].to_pylist() == [0] * 4 + [1] * 3
+
+
+def test_every_format_gives_the_same_files(tmp_path: Path) -> None:
+    items = [row for row in CATALOGUE if row[0] != "a"] + [
+        ("a", "Red shoes", "Acme", "1999")
+    ]  # RecBole has no newlines
+    files = []
+    for suffix in FORMATS:
+        write(tmp_path, LOG, items, suffix)
+        files.append(make(tmp_path, log=f"log.{suffix}", items=f"items.{suffix}").manifest["files"])
+    assert files == files[:1] * len(FORMATS)
+
+
+@pytest.mark.parametrize(("policy", "of_u1"), [("keep_first", "abcd"), ("keep_last", "bcda"), ("keep_all", "abcda")])
+def test_duplicates(tmp_path: Path, policy: str, of_u1: str) -> None:
+    write(tmp_path)
+    assert ids(make(tmp_path, duplicates=policy))["u1"] == list(of_u1)
+
+
+def test_integer_ids_stay_integers_sort_as_numbers_and_match_whatever_their_types(tmp_path: Path) -> None:
+    log = [(user, item, item) for user in (10, 9) for item in (3, 20, 100, 500)]
+    write_table(tmp_path / "log.parquet", ["user", "item", "time"], log)
+    write_table(tmp_path / "log.csv", ["user", "item", "time"], log)
+    write_table(tmp_path / "log.jsonl", ["user", "item", "time"], [(user, str(item), time) for user, item, time in log])
+    write_table(
+        tmp_path / "items.csv", ["item", "title", "brand", "year"], [(i, "t", "", "") for i in (500, 100, 20, 3)]
+    )
+    for suffix in ("parquet", "csv", "jsonl"):
+        dataset = make(tmp_path, log=f"log.{suffix}")
+        assert dataset.user_ids.to_pylist() == [9, 10]
+        assert dataset.item_ids.to_pylist() == [3, 20, 100, 500]
+        assert ids(dataset) == {9: [3, 20, 100, 500], 10: [3, 20, 100, 500]}
+
+
+def test_one_item_id_that_is_no_integer_makes_them_all_text_and_zeros_are_kept(tmp_path: Path) -> None:
+    names = ["007", "7", "8", "10"]
+    log, items = [("u", name, at) for at, name in enumerate(names)], [(name, "t", "", "") for name in names]
+    write(tmp_path, log, items)
+    dataset = make(tmp_path)
+    assert ids(dataset) == {"u": names}
+    assert dataset.item_ids.to_pylist() == ["007", "10", "7", "8"]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [1_700_000_000, 1_700_000_001, 1_700_000_002.5, 1_700_000_003],
+        [1_700_000_000_000, 1_700_000_001_000, 1_700_000_002_500, 1_700_000_003_000],
+        [1_700_000_000_000_000, 1_700_000_001_000_000, 1_700_000_002_500_000, 1_700_000_003_000_000],
+        ["2023-11-14T22:13:20Z", "2023-11-14 22:13:21", "2023-11-15T00:13:22.5+02:00", "2023-11-14T22:13:23"],
+        ["1700000000", "2023-11-14T22:13:21", "1.7000000025e9", "1700000003"],
+    ],
+)
+def test_times(tmp_path: Path, times: list[Any]) -> None:
+    log = [("u", item, time) for item, time in zip("abde", times, strict=True)]
+    for suffix in ("csv", "jsonl"):
+        write(tmp_path, log[::-1], CATALOGUE, suffix)
+        dataset = make(tmp_path, log=f"log.{suffix}", items=f"items.{suffix}")
+        assert ids(dataset) == {"u": ["a", "b", "d", "e"]}
+        written = pq.read_table(dataset.directory / "interactions.parquet")["time"].to_pylist()
+        assert written == [1_700_000_000, 1_700_000_001, 1_700_000_002.5, 1_700_000_003]
+
+
+def test_timestamps_of_parquet(tmp_path: Path) -> None:
+    moments = [datetime(2023, 11, 14, 22, 13, second, 250_000, tzinfo=UTC) for second in (20, 21, 22, 23)]
+    write(tmp_path, [("u", item, moment) for item, moment in zip("dbae", moments, strict=True)], suffix="parquet")
+    dataset = make(tmp_path, log="log.parquet", items="items.parquet")
+    assert ids(dataset) == {"u": ["d", "b", "a", "e"]}
+    written = pq.read_table(dataset.directory / "interactions.parquet")["time"].to_pylist()
+    assert written == [moment.timestamp() for moment in moments]
+
+
+def test_positions_stand_for_times(tmp_path: Path) -> None:
+    write(tmp_path, [("u", "a", 3), ("u", "b", 10), ("u", "d", 1), ("u", "e", 20)])
+    dataset = make(tmp_path, order="position")
+    assert ids(dataset) == {"u": ["d", "a", "b", "e"]}
+    assert pq.read_table(dataset.directory / "interactions.parquet").column_names == [
+        "user_row",
+        "item_row",
+        "position",
+    ]
+
+
+def test_ties_do_not_follow_the_ids_or_the_file(tmp_path: Path) -> None:
+    names = [f"i{number:02d}" for number in range(30)]
+    items = [(name, "t", "", "") for name in names]
+    write(tmp_path, [("u", name, 5) for name in names], items)
+    first = make(tmp_path)
+    assert ids(first)["u"] == sorted(names, key=lambda name: hashlib.md5(f"u\t{name}".encode()).hexdigest()) != names
+    write(tmp_path, [("u", name, 5) for name in reversed(names)], items[::-1])
+    assert make(tmp_path).manifest["files"] == first.manifest["files"]
+
+
+def test_k_core_goes_on_until_nothing_changes(tmp_path: Path) -> None:
+    log = [(user, item, at) for user in ("u1", "u2", "u4") for at, item in enumerate("abef")]
+    # g is met once; without it u3 has two; without u3, c is met once
+    log += [("u1", "c", 9), ("u3", "c", 1), ("u3", "a", 2), ("u3", "g", 3)]
+    write(tmp_path, log, [(name, name, "", "") for name in "abcdefg"])
+    dataset = make(tmp_path, min_item_interactions=2)
+    assert dataset.item_ids.to_pylist() == ["a", "b", "e", "f"]
+    assert ids(dataset) == {user: ["a", "b", "e", "f"] for user in ("u1", "u2", "u4")}
+    rounds = [(step["step"], step["interactions_after"]) for step in dataset.manifest["steps"][3:]]
+    item, user = "min_item_interactions", "min_user_interactions"
+    assert rounds == [(item, 15), (user, 13), (item, 12)]
+    assert len(make(tmp_path).item_ids) == 7, "without a minimum the whole catalogue stays"
+
+
+def test_users_with_fewer_than_three_interactions_train_only(tmp_path: Path) -> None:
+    log = [("u1", item, at) for at, item in enumerate("abcd")] + [("u2", "a", 0), ("u2", "b", 1), ("u3", "d", 1)]
+    write(tmp_path, log)
+    dataset = make(tmp_path, min_user_interactions=1)
+    assert dataset.train_length_U.tolist() == [2, 2, 1]
+    assert dataset.validation_U.tolist() == [2, -1, -1]
+    assert dataset.test_U.tolist() == [3, -1, -1]
+
+
+def test_the_temporal_split_by_hand(tmp_path: Path) -> None:
+    # twenty rows at times 0..19: shares of 0.2 cut at times 12 and 16
+    times = {"u1": [0, 1, 2, 12, 13, 16, 17], "u2": [3, 4, 5, 6, 7, 8, 9, 10, 11, 15], "u3": [14, 18, 19]}
+    log = [(user, f"i{time}", time) for user, own in times.items() for time in own]
+    write(tmp_path, log, [(f"i{time}", "t", "", "") for time in range(20)])
+    dataset = make(tmp_path, split={"kind": "temporal", "validation_share": 0.2, "test_share": 0.2})
+    assert dataset.manifest["cut_times"] == [12, 16]
+    assert dataset.train_length_U.tolist() == [3, 9, 0]
+    assert dataset.validation_U.tolist() == [3, 9, -1], "u3's 14 has nothing before it"
+    assert dataset.test_U.tolist() == [5, -1, 1]
+
+
+def test_the_same_input_gives_the_same_artefact_and_a_stage_can_ask_whether_it_is_current(tmp_path: Path) -> None:
+    write(tmp_path)
+    config = configure(tmp_path)
+    first = make(tmp_path).hash
+    bytes_of = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert make(tmp_path).hash == first
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == bytes_of
+    wanted = {"seed": 1, "prepare": config.model_dump(mode="json")}
+    assert is_current(tmp_path / "out", "prepare", wanted, input_hashes(config))
+    write(tmp_path, LOG[:-1])
+    with pytest.raises(UserError, match="another interactions"):
+        is_current(tmp_path / "out", "prepare", wanted, input_hashes(config))
+
+
+def refuse(folder: Path, *parts: str, **more: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        make(folder, **more)
+    for part in parts:
+        assert part in str(caught.value), (part, str(caught.value))
+    assert [path.name for path in folder.iterdir() if "out" in path.name] == [], "nothing half-written"
+
+
+@pytest.mark.parametrize("bad", [None, "yesterday", "nan", "inf", "2024-13-01"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_time_that_is_none_names_the_row(tmp_path: Path, bad: Any, suffix: str) -> None:
+    write(tmp_path, [("u", "a", "1"), ("u", "b", bad), ("v", "d", bad), ("u", "d", "3")], CATALOGUE, suffix)
+    said = "time is missing" if bad is None else f"time is {bad!r}"
+    where = f"log.{suffix}, data row 2 (user 'u', item 'b')"
+    more = {"log": f"log.{suffix}", "items": f"items.{suffix}"}
+    refuse(tmp_path, where, said, "2 such rows", "prepare.interactions.time needs epoch seconds", **more)
+    refuse(tmp_path, "prepare.interactions.position needs a number", order="position", **more)
+
+
+def test_what_leaves_nothing_says_which_step_and_what_to_do(tmp_path: Path) -> None:
+    write(tmp_path)
+    refuse(
+        tmp_path, "log.csv", "after the step min_user_interactions", "lower prepare.min_user", min_user_interactions=9
+    )
+    refuse(tmp_path, "after the step min_item_interactions", "lower prepare.min_item", min_item_interactions=9)
+    nothing_tests = {"kind": "temporal", "validation_share": 0.9, "test_share": 0.05}
+    refuse(tmp_path, "the split leaves no training samples", "change prepare.split", split=nothing_tests)
+    write(tmp_path, [("u", f"I{row}", row) for row in range(5)])
+    refuse(tmp_path, "after the step catalogue", "the log has 'I0' to 'I4', the catalogue 'a' to 'e'")
+    write(tmp_path, [(None, "a", 1), ("", "b", 1)])
+    refuse(tmp_path, "after the step ids", "'user' and 'item'")
+    write(tmp_path, LOG, [(None, "x", "", "")])
+    refuse(tmp_path, "items.csv: column 'item' is empty in every row")
+
+
+def test_a_temporal_split_needs_time_and_something_before_the_windows(tmp_path: Path) -> None:
+    write(tmp_path)
+    refuse(tmp_path, "prepare.split.kind", "time", order="position", split={"kind": "temporal"})
+    shares = {"kind": "temporal", "validation_share": 0.5, "test_share": 0.5}
+    refuse(tmp_path, "leave nothing to train on", "below 1", split=shares)
+
+
+def test_an_error_leaves_the_earlier_dataset_as_it_was(tmp_path: Path) -> None:
+    write(tmp_path)
+    first = make(tmp_path).hash
+    with pytest.raises(UserError):
+        make(tmp_path, min_user_interactions=9)
+    assert PreparedDataset.open(tmp_path / "out").hash == first
+
+
+SEEDS = st.integers(0, 2**32)
+FEW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def any_log(seed: int) -> list[Any]:
+    """Up to six users, eight items and sixteen moments, so ties and repeats abound."""
+    rng = random.Random(seed)
+    return [(rng.randrange(6), rng.randrange(8), rng.randrange(16)) for _ in range(rng.randint(20, 60))]
+
+
+def prepared(factory: pytest.TempPathFactory, log: list[Any], **more: Any) -> PreparedDataset:
+    """The dataset of any log with some part for everything; the few others are refused, and passed over here."""
+    folder = factory.mktemp("any")
+    write(folder, log, [(number, f"t{number}", "", "") for number in range(8)])
+    try:
+        return make(folder, min_user_interactions=1, **more)
+    except UserError as error:
+        if "the split leaves no" not in error.problem:
+            raise
+        reject()
+
+
+def order_of(dataset: PreparedDataset) -> np.ndarray[Any, np.dtype[np.float64]]:
+    times: np.ndarray[Any, np.dtype[np.float64]] = pq.read_table(dataset.directory / "interactions.parquet")[
+        "time"
+    ].to_numpy()
+    return times
+
+
+@FEW
+@given(seed=SEEDS, shares=st.tuples(st.sampled_from([0.1, 0.3]), st.sampled_from([0.1, 0.3])))
+def test_a_temporal_split_never_trains_on_what_comes_after_a_target(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, shares: tuple[float, float]
+) -> None:
+    chosen = {"kind": "temporal", "validation_share": shares[0], "test_share": shares[1]}
+    dataset = prepared(tmp_path_factory, any_log(seed), split=chosen, duplicates="keep_all")
+    times, users = order_of(dataset), range(dataset.n_users)
+    trained = [times[dataset.starts_U[u] : dataset.starts_U[u] + dataset.train_length_U[u]] for u in users]
+    latest = max((own.max() for own in trained if len(own)), default=-1)
+    tests, validations = dataset.targets("test"), dataset.targets("validation")
+    test_times, validation_times = (times[dataset.starts_U[t.user_rows] + t.positions] for t in (tests, validations))
+    assert latest < validation_times.min(initial=99)
+    assert validation_times.max(initial=-1) < test_times.min(initial=99)
+    assert (tests.positions >= 1).all()
+    assert (validations.positions >= 1).all()
+    for part, mine in (
+        (validations, validation_times),
+        (tests, test_times),
+    ):  # the first in its window that has a history
+        earlier = part.positions > 1
+        before = times[dataset.starts_U[part.user_rows[earlier]] + part.positions[earlier] - 1]
+        assert (before < dataset.manifest["cut_times"][0 if part is validations else 1]).all()
+        assert (before <= mine[earlier]).all()
+
+
+@FEW
+@given(seed=SEEDS, duplicates=st.sampled_from(["keep_first", "keep_last", "keep_all"]))
+def test_leave_one_out_never_leaks_and_knows_no_order_of_rows(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, duplicates: str
+) -> None:
+    log = any_log(seed)
+    dataset = prepared(tmp_path_factory, log, duplicates=duplicates)
+    again = prepared(tmp_path_factory, random.Random(seed).sample(log, len(log)), duplicates=duplicates)
+    assert again.manifest["files"] == dataset.manifest["files"]
+    users, positions = dataset.training_samples()
+    for user in range(dataset.n_users):
+        length, mine = len(dataset.sequence(user)), positions[users == user]
+        assert mine.tolist() == list(range(1, max(length - 2, 1) if length >= 3 else length))
+        expected = (length - 2, length - 1) if length >= 3 else (-1, -1)
+        assert (dataset.validation_U[user], dataset.test_U[user]) == expected
+        start = dataset.starts_U[user]
+        assert (np.diff(order_of(dataset)[start : start + length]) >= 0).all()
+    trained = [dataset.sequence(user)[: dataset.train_length_U[user]] for user in range(dataset.n_users)]
+    counted = np.bincount(np.concatenate(trained), minlength=dataset.n_items)
+    assert dataset.train_counts_N.tolist() == counted.tolist()
+    total = len(log) if duplicates == "keep_all" else len({row[:2] for row in log})
+    assert len(dataset.item_rows_I) == total
+
+
+def test_the_steps_compile_for_spark_too() -> None:
+    # `order` is float64 in fact, but Ibis asks for an installed pyspark to compile floats
+    log = ibis.table({"line": "int64", "user": "string", "item": "string", "order": "int64"}, name="log")
+    table = {"line": "int64", "item": "int64", "key": "string", "title": "string", "text": "string"}
+    catalogue = ibis.table(table, name="catalogue")
+    users, items = steps.numbered(log.select("user").distinct(), "user"), steps.numbered(catalogue, "item")
+    filtered = steps.at_least(steps.without_repeats(steps.in_catalogue(log, catalogue), "keep_last"), "user", 2)
+    sequences = steps.sequences(filtered, users, items)
+    places = users.inner_join(split.temporal(sequences, (1, 2)), "row")
+    for expression in (
+        steps.users_table(places),
+        steps.items_table(items, split.train_counts(sequences, places)),
+        steps.interactions_table(sequences, "time"),
+        split.cut_times(sequences, [1, 2]),
+    ):
+        assert "SELECT" in str(ibis.to_sql(expression, dialect="pyspark"))

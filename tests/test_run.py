@@ -1,0 +1,144 @@
+"""A whole run on the small world: what it leaves, that stages resume and refuse, and that the bundle gives the same scores."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rarec.artefacts import read_json, read_manifest
+from rarec.cli import open_context
+from rarec.config import ARMS
+from rarec.errors import UserError
+from rarec.models.encode import Encoder
+from rarec.serving.bundle import load_bundle
+from rarec.stages.context import Context
+from rarec.stages.evaluate import evaluate
+from rarec.stages.export import provenance, recommend
+from rarec.stages.run import STAGES
+from rarec.stages.train import best_model
+
+
+@pytest.fixture(scope="module")
+def context(finished: Path) -> Context:
+    return open_context(finished, [])
+
+
+def test_metrics_carry_arm_protocol_interval_and_n(context):
+    rows = read_json(context.paths.evaluation / "metrics.json")
+    arms = {row["arm"] for row in rows}
+    assert {"id_only", "text_only", "per_layer", "text_only+id", "per_layer+id"} <= arms
+    assert {"per_layer/shuffled_history", "per_layer/permuted_ids"} <= arms
+    for row in rows:
+        assert set(row) == {"arm", "metric", "protocol", "value", "low", "high", "n"}
+        assert row["low"] <= row["value"] <= row["high"]
+        assert (row["protocol"], row["n"]) == ("full", 60)
+
+
+def test_ranks_hold_one_row_a_user_and_arm_and_agree_with_the_metrics(context):
+    ranks = pq.read_table(context.paths.evaluation / "ranks.parquet")
+    assert {"arm", "user", "target", "rank"} == set(ranks.column_names)
+    rows = ranks.to_pylist()
+    own = [row for row in rows if row["arm"] == "per_layer"]
+    assert sorted(row["user"] for row in own) == sorted(f"u{number:03d}" for number in range(60))
+    values = {(r["arm"], r["metric"]): r["value"] for r in read_json(context.paths.evaluation / "metrics.json")}
+    assert values["per_layer", "hr@10"] == pytest.approx(np.mean([row["rank"] <= 10 for row in own]))
+    last = context.dataset.sequence(0)[-1]
+    assert own[0]["target"] == str(context.dataset.item_ids[int(last)])
+
+
+def test_paired_comparisons_are_differences_of_the_same_users(context):
+    values = {(r["arm"], r["metric"]): r["value"] for r in read_json(context.paths.evaluation / "metrics.json")}
+    rows = read_json(context.paths.evaluation / "comparisons.json")
+    assert {(row["arm"], row["baseline"]) for row in rows} >= {
+        ("per_layer", "id_only"),
+        ("per_layer+id", "text_only+id"),
+    }
+    for row in rows:
+        expected = values[row["arm"], row["metric"]] - values[row["baseline"], row["metric"]]
+        assert row["difference"] == pytest.approx(expected, abs=1e-12)
+        assert row["low"] <= row["difference"] <= row["high"]
+
+
+def test_the_report_is_one_file_that_needs_nothing_else(context):
+    page = (context.paths.report / "report.html").read_text()
+    assert "RA-Rec" in page
+    assert "<svg" in page
+    assert 'src="http' not in page
+    assert 'href="http' not in page
+
+
+def test_the_bundle_holds_what_was_trained_and_no_pickle(context):
+    names = {
+        path.relative_to(context.paths.bundle).as_posix() for path in context.paths.bundle.rglob("*") if path.is_file()
+    }
+    assert names == {"alignment.safetensors", "manifest.json", "prompt.yaml", "README.md"}
+    manifest = read_manifest(context.paths.bundle, "bundle")
+    assert {"prepare", "catalogue", "ids/id", "llm", "prompt"} <= set(manifest["made_from"])
+    assert {"name", "revision", "config_sha256", "fingerprint"} <= set(manifest["llm"])
+    assert manifest["trainable_parameters"] > 0
+    assert any(row["metric"] == "ndcg@10" for row in manifest["metrics"])
+    card = (context.paths.bundle / "README.md").read_text()
+    assert f"{manifest['trainable_parameters']:,} parameters" in card
+    assert "{" not in card
+
+
+def vectors(context: Context, model) -> tuple[np.ndarray, np.ndarray]:
+    encoder = Encoder(model, context.prompts, context.sources, 16)
+    rows = np.arange(10)
+    return encoder.users(rows, [context.dataset.sequence(int(row)) for row in rows]), encoder.items()
+
+
+def test_a_reloaded_bundle_gives_the_same_scores_exactly(context, finished, tmp_path):
+    moved = shutil.copytree(context.paths.bundle, tmp_path / "elsewhere")
+    other = open_context(finished, [])
+    loaded = load_bundle(moved, other.config, other.load_llm, provenance(other), other.prompts.sources)
+    users, items = vectors(context, best_model(context, ARMS["per_layer"]))
+    again_users, again_items = vectors(other, loaded)
+    assert np.array_equal(users @ items.T, again_users @ again_items.T)
+
+
+def test_a_bundle_refuses_another_base_model_and_altered_files(context, finished, tmp_path):
+    from tests.synthetic import write_llm
+
+    other = write_llm(tmp_path / "llm", "bert", seed=3)
+    with pytest.raises(UserError, match="another base model") as error:
+        recommend(open_context(finished, [f"llm.path={other}"]), "u001", 3)
+    assert "set llm.path" in str(error.value)
+    moved = shutil.copytree(context.paths.bundle, tmp_path / "bundle")
+    (moved / "prompt.yaml").write_text("user: x\n")
+    with pytest.raises(UserError, match=r"prompt\.yaml is missing or altered"):
+        recommend(context, "u001", 3, moved)
+
+
+def test_recommendations_are_new_to_the_user(context):
+    best = recommend(context, "u001", 5)
+    seen = {str(context.dataset.item_ids[int(item)]) for item in context.dataset.sequence(1)}
+    assert len(best) == 5
+    assert not seen & {item for item, _ in best}
+    with pytest.raises(UserError, match="'nobody' is not in"):
+        recommend(context, "nobody", 5)
+
+
+def test_every_stage_leaves_what_is_done_alone(context, finished):
+    before = {path: path.stat().st_mtime_ns for path in context.paths.root.rglob("manifest.json")}
+    for name, stage in STAGES.items():
+        if name != "report":
+            stage(open_context(finished, []))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_stage_before_its_time_names_the_command_to_type(finished, tmp_path):
+    for name, needs in {"ids": "rarec prepare", "shards": "rarec prepare", "train": "rarec shards"}.items():
+        with pytest.raises(UserError, match=needs):
+            STAGES[name](open_context(finished, [f"run.dir={tmp_path / name}"]))
+
+
+def test_an_evaluation_belongs_to_its_training(context, finished, tmp_path):
+    run = shutil.copytree(context.paths.root, tmp_path / "run")
+    done = run / "train" / "per_layer" / "done.json"
+    done.write_text(json.dumps({**read_json(done), "best_step": 999}))
+    with pytest.raises(UserError, match="made from another per_layer"):
+        evaluate(open_context(finished, [f"run.dir={run}"]))

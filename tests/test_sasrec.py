@@ -1,0 +1,250 @@
+"""SASRec: causality, its loss by hand, windows, learning, determinism, and going on after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from rarec.config.schema import Ids, SasRec
+from rarec.data.dataset import PreparedDataset
+from rarec.errors import UserError
+from rarec.ids import make_source, open_source
+from rarec.ids.sasrec import SasRec as Model
+from rarec.ids.train_sasrec import SasRecWithItems
+from rarec.ids.validation import Validation
+from rarec.ids.windows import Windows
+from rarec.ranking import metric_values, rank_targets
+from tests.datasets import by_hand, prepared
+
+SMALL = {"dim": 16, "epochs": 4, "negatives": 16, "batch_size": 16, "max_history": 8}
+
+
+def ids(**changes) -> Ids:
+    return Ids(sasrec=SasRec(**{**SMALL, **changes}))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> PreparedDataset:
+    return prepared(tmp_path_factory.mktemp("sasrec"))
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model(dim=8, blocks=2, heads=2, max_history=6, dropout=0.5).eval()
+
+
+def test_future_items_never_change_earlier_states(model):
+    """And do change the state at their own place."""
+    torch.manual_seed(1)
+    before = torch.randn(1, 6, 8)
+    after = before.clone()
+    after[:, 4:] *= -1
+    length = torch.tensor([6])
+    with torch.no_grad():
+        difference = (model(before, length) - model(after, length)).abs().amax(dim=2)[0]
+    assert (difference[:4] == 0).all()
+    assert (difference[4:] > 0.01).all()
+
+
+def test_order_matters(model):
+    items = np.random.default_rng(0).standard_normal((9, 8)).astype(np.float32)
+    forward, backward = model.encode(items, [np.array([1, 2, 3]), np.array([2, 1, 3])])
+    assert np.abs(forward - backward).max() > 1e-3
+
+
+def test_padding_and_items_beyond_the_newest_do_not_count(model):
+    items = np.random.default_rng(0).standard_normal((9, 8)).astype(np.float32)
+    short, long = np.array([3, 1, 4]), np.array([8, 8, 8, 2, 7, 1, 8, 2, 8])
+    together = model.encode(items, [short, long, np.array([], dtype=np.int32)])
+    assert np.allclose(together[0], model.encode(items, [short])[0], atol=1e-6)
+    assert np.allclose(together[1], model.encode(items, [long[-6:]])[0], atol=1e-6)
+    assert np.abs(together[1] - model.encode(items, [long[-5:]])[0]).max() > 1e-3
+    assert (together[2] == 0).all()
+
+
+def test_encoding_is_without_dropout_and_leaves_the_mode(model):
+    items = np.random.default_rng(0).standard_normal((9, 8)).astype(np.float32)
+    model.train()
+    first, second = (model.encode(items, [np.array([1, 2])]) for _ in range(2))
+    assert first.tolist() == second.tolist()
+    assert model.training
+
+
+def test_heads_must_divide_the_dimension():
+    with pytest.raises(UserError, match="3 heads do not divide dim 8"):
+        Model(dim=8, blocks=1, heads=3, max_history=6, dropout=0.0)
+
+
+def test_the_loss_by_hand():
+    """Every target's softmax over itself and the shared negatives, but for a negative that is the target."""
+    torch.manual_seed(0)
+    model = SasRecWithItems(SasRec(**{**SMALL, "dropout": 0.0}), n_items=10)
+    torch.nn.init.normal_(model.items.weight)
+    rows = torch.tensor([[1, 2, 3], [4, 5, 5]])  # the second has one target, then padding
+    lengths, negatives = torch.tensor([2, 1]), torch.tensor([3, 7, 7])
+    terms = []
+    for history, length, target in (([1, 2], 2, 2), ([1, 2], 2, 3), ([4], 1, 5)):
+        states = model.encoder(model.items(torch.tensor([history])), torch.tensor([length]))[0]
+        state = states[len(terms) if length == 2 else 0]
+        others = [item for item in negatives.tolist() if item != target]
+        scores = model.items.weight[[target, *others]] @ state
+        terms.append(-scores.log_softmax(0)[0])
+    assert model.loss(rows, lengths, negatives).item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
+
+
+def test_windows_by_hand():
+    """One user with six training items, another with three, a third with none to predict; three inputs at most."""
+    sequences = [[0, 1, 2, 3, 4, 5, 8, 9], [6, 7, 0, 8, 9], [3, 8, 9]]
+    dataset = by_hand(sequences, pa.array(range(10)), pa.array(range(3)))
+    windows = Windows(dataset, max_history=3)
+
+    class Phase:  # the newest window of the long user is one shorter
+        def integers(self, high, size):
+            return np.ones(size, dtype=np.int64)
+
+    begin, length = windows.cut(Phase())
+    cut = [dataset.item_rows_I[a : a + n + 1].tolist() for a, n in zip(begin, length, strict=True)]
+    assert cut == [[3, 4, 5], [0, 1, 2, 3], [6, 7, 0]]
+
+
+def test_every_training_interaction_is_a_target_once_and_nothing_else_is():
+    rng = np.random.default_rng(0)
+    sequences = [list(range(int(rng.integers(3, 40)))) for _ in range(50)]
+    dataset = by_hand(sequences, pa.array(range(40)), pa.array(range(50)))
+    for epoch in range(3):
+        targets, inputs = [], 0
+        for rows, lengths in Windows(dataset, 7).batches(16, np.random.default_rng(epoch)):
+            inputs = max(inputs, int(lengths.max()))
+            targets += [row[1 : n + 1].tolist() for row, n in zip(rows, lengths, strict=True)]
+        expected = [item for sequence in sequences for item in sequence[1:-2]]
+        assert sorted(item for part in targets for item in part) == sorted(expected)
+        assert inputs == 7
+
+
+def test_it_learns_what_popularity_does_not_know(tmp_path):
+    """The next item follows the user's taste: a quarter of the catalogue, whatever is popular."""
+    dataset = prepared(tmp_path, users=300)
+    source = make_source("id", ids(epochs=40, max_history=20), dataset, tmp_path / "id", 0, lambda line: None)
+    targets = dataset.targets("test")
+    places = zip(targets.user_rows, targets.positions, strict=True)
+    histories = [dataset.history(user, position) for user, position in places]
+    popularity = rank_targets(
+        np.ones((len(histories), 1)), dataset.train_counts_N[:, None], targets.item_rows, histories
+    )
+    users = source.user_vectors(targets.user_rows, histories)
+    learned = rank_targets(users, source.items_NE, targets.item_rows, histories)
+    by_model, by_popularity = (metric_values(ranks, [5])["hr@5"].mean() for ranks in (learned, popularity))
+    assert by_model > 1.3 * by_popularity
+    assert by_model > 0.5
+
+
+def test_the_best_epoch_is_kept_and_training_stops(dataset, tmp_path):
+    source = make_source("id", ids(epochs=60, patience=2, lr=0.02), dataset, tmp_path / "id", 0, lambda line: None)
+    curve = [point["ndcg@10"] for point in source.manifest["curve"]]
+    best = source.manifest["best_epoch"]
+    assert curve[best - 1] == max(curve)
+    assert len(curve) == source.manifest["epochs"] == best + 2 < 60
+    again = Validation(dataset, 0)(np.asarray(source.items_NE), source.users)
+    assert again == pytest.approx(source.manifest["validation"])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_test_targets_never_train(dataset, tmp_path):
+    """Whatever stands at the test positions, the weights are the same."""
+    other = dataset.item_rows_I.copy()
+    at = dataset.starts_U + dataset.test_U
+    other[at] = (other[at] + 1) % dataset.n_items
+    changed = PreparedDataset(**{**vars(dataset), "item_rows_I": other})
+    one, two = (
+        make_source("id", ids(), data, tmp_path / str(number), 0, lambda line: None)
+        for number, data in enumerate((dataset, changed))
+    )
+    assert one.hash == two.hash
+
+
+def test_the_seed_decides(dataset, tmp_path):
+    hashes = [
+        make_source("id", ids(), dataset, tmp_path / str(number), seed, lambda line: None).manifest["files"]
+        for number, seed in enumerate((3, 3, 4))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from rarec.config.schema import Ids, SasRec
+from rarec.data.dataset import PreparedDataset
+from rarec.ids import make_source, train_sasrec
+from tests.test_sasrec import ids
+step, steps = train_sasrec._Training.step, []
+def dying(self, *args):
+    steps.append(1)
+    if len(steps) == 12:  # of five an epoch
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+train_sasrec._Training.step = dying
+make_source("id", ids(), PreparedDataset.open(Path(sys.argv[1])), Path(sys.argv[2]), 0, print)
+"""
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(dataset, tmp_path):
+    whole = make_source("id", ids(), dataset, tmp_path / "whole" / "id", 0, lambda line: None)
+    directory = tmp_path / "killed" / "id"
+    command = [sys.executable, "-c", KILLED, str(dataset.directory), str(directory)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not directory.exists()
+    lines: list[str] = []
+    resumed = make_source("id", ids(), dataset, directory, 0, lines.append)
+    assert lines[0].startswith("going on after epoch 2")
+    assert resumed.hash == whole.hash
+    assert [path.name for path in directory.parent.iterdir()] == ["id"]
+
+
+def test_progress_of_other_settings_is_not_taken_over(dataset, tmp_path, monkeypatch):
+    plain = make_source("id", ids(lr=0.002), dataset, tmp_path / "plain" / "id", 0, lambda line: None)
+    monkeypatch.setattr("rarec.ids.make.write_manifest", lambda *args, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_source("id", ids(), dataset, tmp_path / "other" / "id", 0, lambda line: None)
+    monkeypatch.undo()
+    lines: list[str] = []
+    other = make_source("id", ids(lr=0.002), dataset, tmp_path / "other" / "id", 0, lines.append)
+    assert "another training" in lines[0]
+    assert other.hash == plain.hash
+
+
+def test_a_torn_progress_file_is_named(dataset, tmp_path):
+    (tmp_path / ".id.progress.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"\.id\.progress\.safetensors is not a training's progress"):
+        make_source("id", ids(), dataset, tmp_path / "id", 0, lambda line: None)
+
+
+def test_a_diverging_training_stops_and_names_epoch_and_batch(dataset, tmp_path):
+    with pytest.raises(UserError, match=r"loss is nan in epoch \d+, batch \d+"):
+        make_source("id", ids(lr=1e38), dataset, tmp_path / "id", 0, lambda line: None)
+    assert not (tmp_path / "id").exists()
+
+
+def test_a_trained_source_reopens_exactly(dataset, tmp_path):
+    made = make_source("id", ids(blocks=2, heads=2), dataset, tmp_path / "id", 0, lambda line: None)
+    opened = open_source(tmp_path / "id")
+    history = [np.array([1, 2, 3])]
+    rows = np.array([0])
+    assert (opened.name, opened.dim, opened.vectors_per_user, opened.hash) == ("id", 16, 1, made.hash)
+    assert opened.user_vectors(rows, history).tolist() == made.user_vectors(rows, history).tolist()
+    assert opened.user_vectors(rows, history).shape == (1, 1, 16)
+    figures = opened.manifest
+    assert figures["parameters"] == sum(p.numel() for p in opened.users.model.parameters()) + opened.items_NE.size
+    assert figures["made_from"] == {"prepare": dataset.hash}
+    assert {"hr@10", "ndcg@10", "mrr", "n"} <= set(figures["validation"])

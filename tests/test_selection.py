@@ -1,0 +1,179 @@
+"""Which samples are kept: denoise against a plain reading of the definition, an even draw, and an honest report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rarec.config.schema import Prepare, Shards
+from rarec.data.buckets import Buckets, draw_evenly
+from rarec.data.dataset import PreparedDataset
+from rarec.data.prepare import prepare
+from rarec.data.selection import Selection, select_samples
+from rarec.data.words import TitleWords, words
+from rarec.errors import UserError
+from tests.synthetic import write_log
+from tests.test_readers import write_table
+
+TITLES = {
+    "a": "The Red Lamp",
+    "b": "A lamp, of course!",
+    "c": "Stone chair",
+    "d": "RED, and the",
+    "e": "",
+    "f": "Of the and",
+    "g": "Chair",
+}
+
+
+def make(folder: Path, log: Path, items: Path) -> PreparedDataset:
+    interactions = {"path": str(log), "user": "user", "item": "item", "time": "time"}
+    catalogue = {"path": str(items), "item": "item", "title": "title"}
+    config = Prepare.model_validate({"interactions": interactions, "items": catalogue})
+    return prepare(config, folder / "prepare", seed=0, say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    """Two users; the last two interactions of each do not train."""
+    folder = tmp_path_factory.mktemp("small")
+    sequences = {"u": "abcdefgab", "v": "cefgdba"}
+    log = [(user, item, at) for user, own in sequences.items() for at, item in enumerate(own)]
+    items = write_table(folder / "items.csv", ["item", "title"], list(TITLES.items()))
+    return make(folder, write_table(folder / "log.csv", ["user", "item", "time"], log), items)
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    folder = tmp_path_factory.mktemp("synthetic")
+    return make(folder, *write_log(folder, users=200, items=60))
+
+
+def pairs(selection: Selection) -> list[tuple[int, int]]:
+    return list(zip(selection.user_rows.tolist(), selection.positions.tolist(), strict=True))
+
+
+def test_words_are_case_folded_without_punctuation_and_stop_words() -> None:
+    assert words("The Lord of the Rings: LORD-like (2002)") == ["lord", "rings", "like", "2002"]
+    assert words("Straße, ÉCOLE ﬁne") == words("STRASSE école fine") == ["strasse", "école", "fine"]
+    assert words("'Rock’n’Roll' isn't") == ["rock'n'roll", "isn't"]
+    assert words("हिन्दी फ़िल्म") == ["हिन्दी", words("फ़िल्म")[0]]
+    assert words("— of the !?") == []
+
+
+def test_denoise_by_hand(small: PreparedDataset) -> None:
+    # without repeats, u trains on a b c d e: b shares lamp, d shares red, c shares nothing, e has no title
+    # v trains on c e f g d: g shares chair, d shares nothing, e has no title and f no words but stop words
+    assert small.titles[4] == "untitled item"
+    selection = select_samples(small, Shards(denoise=True), seed=3)
+    kept = {(int(user), str(small.item_ids[small.sequence(user)[at]])) for user, at in pairs(selection)}
+    assert kept == {(0, "b"), (0, "d"), (1, "g")}
+    report = selection.report
+    assert report["samples"] == {"all": 8, "after_denoise": 3, "wanted": 8, "kept": 3}
+    assert report["dropped"] == {"target_without_words": 3, "no_shared_word": 2, "not_drawn": 0}
+    assert {"history": ["The Red Lamp", "A lamp, of course!"], "target": "Stone chair"} in report["noise"]
+
+
+@given(
+    titles=st.lists(st.lists(st.sampled_from("vwxyz"), max_size=3), min_size=4, max_size=8),
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_sharing_a_word_is_what_sets_say(titles: list[list[str]], lengths: list[int], data: st.DataObject) -> None:
+    items = [data.draw(st.lists(st.integers(0, len(titles) - 1), min_size=n, max_size=n)) for n in lengths]
+    table = TitleWords.of([" ".join(title) for title in titles], untitled="v w")
+    sets = [set() if title == ["v", "w"] else set(title) for title in titles]
+    expected = [
+        bool(sets[item] & set().union(*(sets[earlier] for earlier in own[:at])))
+        for own in items
+        for at, item in enumerate(own)
+    ]
+    users = np.repeat(np.arange(len(items)), lengths)
+    assert table.shared_with_earlier(users, np.concatenate(items)).tolist() == expected
+
+
+def test_denoise_in_parts_is_denoise_at_once(synthetic: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pairs(select_samples(synthetic, Shards(denoise=True), seed=0))
+    monkeypatch.setattr("rarec.data.selection.USERS_AT_A_TIME", 7)
+    assert pairs(select_samples(synthetic, Shards(denoise=True), seed=0)) == whole
+    assert 0 < len(whole) < synthetic.manifest["counts"]["training_samples"]
+
+
+def test_buckets_hold_equally_many_and_equal_numbers_share_one() -> None:
+    buckets = Buckets.equal_frequency(np.array([9, 1, 5, 3, 7, 2, 8, 4, 6, 10]), 5)
+    assert buckets.of_V.tolist() == [4, 0, 2, 1, 3, 0, 3, 1, 2, 4]
+    assert buckets.ranges == [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)]
+    ties = Buckets.equal_frequency(np.array([1, 1, 1, 1, 1, 1, 2, 3]), 4)
+    assert len(set(ties.of_V[:6].tolist())) == 1
+    assert [pair for pair in ties.ranges if pair] == [(1, 1), (2, 3)]
+
+
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5), wanted=st.integers(1, 30), seed=st.integers(0, 99))
+def test_an_even_draw_fills_the_buckets_alike_until_they_are_exhausted(
+    sizes: list[int], wanted: int, seed: int
+) -> None:
+    buckets = np.repeat(np.arange(len(sizes)), sizes)
+    drawn = draw_evenly(buckets, wanted, np.random.default_rng(seed))
+    assert len(set(drawn.tolist())) == len(drawn) == min(wanted, len(buckets))
+    counts = np.bincount(buckets[drawn], minlength=len(sizes))
+    fullest = counts.max(initial=0)
+    assert all(count == size or count >= fullest - 1 for count, size in zip(counts.tolist(), sizes, strict=True))
+
+
+def test_every_sample_and_every_bucket_has_its_chance() -> None:
+    buckets = np.repeat([0, 1, 2], [2, 10, 10])
+    drawn = [draw_evenly(buckets, 4, np.random.default_rng(seed)) for seed in range(400)]
+    counts = np.bincount(np.concatenate(drawn), minlength=22) / 400
+    # four of three buckets: one each, and one more from any of them
+    assert counts[:2] == pytest.approx([2 / 3] * 2, abs=0.1)
+    assert counts[2:] == pytest.approx([2 / 15] * 20, abs=0.08)
+
+
+@pytest.mark.parametrize("choice", [{}, {"diversify": True}, {"denoise": True}, {"denoise": True, "diversify": True}])
+def test_a_share_is_of_all_samples_seeded_ordered_and_accounted_for(
+    synthetic: PreparedDataset, choice: dict[str, Any]
+) -> None:
+    total = synthetic.manifest["counts"]["training_samples"]
+    config = Shards(share=0.25, **choice)
+    first, again, other = (select_samples(synthetic, config, seed) for seed in (1, 1, 2))
+    assert pairs(first) == pairs(again) == sorted(set(pairs(first)))
+    assert json.dumps(first.report) == json.dumps(again.report)
+    assert pairs(first) != pairs(other)
+    assert len(pairs(first)) == round(0.25 * total)
+    every = set(zip(*(part.tolist() for part in synthetic.training_samples()), strict=True))
+    assert set(pairs(first)) <= every
+    report = first.report
+    assert report["samples"]["kept"] + sum(report["dropped"].values()) == total
+    for part in ("all", "after_denoise", "kept"):
+        assert sum(row[part] for row in report["buckets"]) == report["samples"][part]
+
+
+def test_everything_is_kept_by_default_in_the_order_of_the_samples(synthetic: PreparedDataset) -> None:
+    selection = select_samples(synthetic, Shards(), seed=0)
+    users, positions = synthetic.training_samples()
+    assert (selection.user_rows == users).all()
+    assert (selection.positions == positions).all()
+    assert sum(selection.report["dropped"].values()) == 0
+
+
+def test_diversify_is_even_over_history_length_and_popularity(synthetic: PreparedDataset) -> None:
+    config = Shards(diversify=True, share=0.1, length_buckets=2, popularity_buckets=3)
+    rows = select_samples(synthetic, config, seed=0).report["buckets"]
+    assert len(rows) == 6
+    most = max(row["kept"] for row in rows)
+    assert all(row["kept"] in (most, most - 1, row["all"]) for row in rows)
+    plain = select_samples(synthetic, config.model_copy(update={"diversify": False}), seed=0).report["buckets"]
+    spread, spread_plain = (np.std([row["kept"] for row in part]) for part in (rows, plain))
+    assert spread < spread_plain
+
+
+def test_denoise_that_leaves_nothing_says_so(tmp_path: Path) -> None:
+    log = [("u", f"i{at}", at) for at in range(6)]
+    items = write_table(tmp_path / "items.csv", ["item", "title"], [(f"i{at}", f"word{at}") for at in range(6)])
+    dataset = make(tmp_path, write_table(tmp_path / "log.csv", ["user", "item", "time"], log), items)
+    with pytest.raises(UserError, match="denoise drops all 3 training samples"):
+        select_samples(dataset, Shards(denoise=True), seed=0)

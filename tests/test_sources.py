@@ -1,0 +1,359 @@
+"""Sources: vectors imported in every format, rules and tables of users, the permuted probe, and faults on purpose."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
+
+from rarec.artefacts import is_current
+from rarec.config.schema import Ids, Import, SasRec
+from rarec.errors import UserError
+from rarec.ids import make_source, open_source, source_identity
+from rarec.ids.users import HistoryRule
+from tests.datasets import by_hand
+
+ITEMS = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.5]], dtype=np.float32)
+IDS = ["d", "b", "a", "c"]  # of the file's rows; the dataset's rows are a, b, c, d
+ALIGNED = ITEMS[[2, 1, 3, 0]]
+USERS = np.array([[2.0, 0.0], [0.0, 3.0]], dtype=np.float32)
+
+
+@pytest.fixture
+def dataset():
+    return by_hand([[0, 1, 2, 3], [3, 2, 1, 0]], pa.array(["a", "b", "c", "d"]), pa.array([20, 10]))
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Item vectors in every format, lists of ids in every format, and user vectors, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    np.save("items.npy", ITEMS)
+    save_file({"vectors": ITEMS}, "items.safetensors")
+    pq.write_table(pa.table({"vector": ITEMS.tolist(), "id": IDS}), "items.parquet")
+    Path("ids.txt").write_text("\n".join(IDS) + "\n")
+    np.save("ids.npy", np.array(IDS))
+    pq.write_table(pa.table({"item": IDS, "other": [1, 2, 3, 4]}), "ids.parquet")
+    np.save("users.npy", USERS)
+    Path("user_ids.txt").write_text("10\n20\n")
+    return tmp_path
+
+
+def make(dataset, directory="out", say=lambda line: None, **fields):
+    config = Import(**{"items": "items.npy", "item_ids": "ids.txt", **fields})
+    return make_source("image", config, dataset, Path(directory), 0, say)
+
+
+# -- what comes in --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", ["ids.txt", "ids.npy", "ids.parquet"])
+@pytest.mark.parametrize("items", ["items.npy", "items.safetensors"])
+def test_arrays_are_aligned_by_original_id(dataset, files, items, ids):
+    source = make(dataset, items=items, item_ids=ids)
+    assert source.items_NE.tolist() == ALIGNED.tolist()
+    assert isinstance(source.items_NE, np.memmap)
+    assert (source.name, source.dim, source.vectors_per_user) == ("image", 2, 1)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 2)])
+def test_parquet_brings_its_own_ids(dataset, files, kind):
+    vectors = pa.array(ITEMS.tolist(), type=kind)
+    pq.write_table(pa.table({"vector": vectors, "id": IDS}), "items.parquet")
+    assert make(dataset, items="items.parquet", item_ids=None).items_NE.tolist() == ALIGNED.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32])
+def test_other_number_types_become_float32(dataset, files, dtype):
+    whole = np.array([[1, 2], [3, 4], [5, 6], [7, 8]], dtype=dtype)
+    np.save("items.npy", whole)
+    source = make(dataset)
+    assert source.items_NE.dtype == np.float32
+    assert source.items_NE.tolist() == whole[[2, 1, 3, 0]].tolist()
+
+
+def test_bfloat16_tensors_are_read(dataset, files):
+    save_torch({"x": torch.from_numpy(ITEMS).bfloat16()}, "items.safetensors")
+    assert make(dataset, items="items.safetensors").items_NE.tolist() == ALIGNED.tolist()
+
+
+def test_ids_of_different_types_compare_as_text(files):
+    dataset = by_hand([[0, 1, 2, 3]], pa.array([7, 8, 9, 10]), pa.array(["u"]))
+    Path("ids.txt").write_text("10\n8\n7\n9\n")
+    assert make(dataset).items_NE.tolist() == ALIGNED.tolist()
+    np.save("ids.npy", np.array([10, 8, 7, 9], dtype=np.int32))
+    assert make(dataset, item_ids="ids.npy").items_NE.tolist() == ALIGNED.tolist()
+
+
+def test_extra_rows_are_counted_and_may_hold_anything(dataset, files):
+    """Such as the padding row of most ID models."""
+    np.save("items.npy", np.vstack([np.full((1, 2), np.nan), ITEMS]))
+    Path("ids.txt").write_text("\n".join(["[PAD]", *IDS]))
+    lines: list[str] = []
+    source = make(dataset, say=lines.append)
+    assert source.items_NE.tolist() == ALIGNED.tolist()
+    assert source.manifest["left_out"] == {"items": 1}
+    assert "1 rows belong to no item" in lines[0]
+
+
+# -- users ----------------------------------------------------------------------------------------------------------
+
+
+def test_user_rules_by_hand(dataset, files):
+    """History a, b, c (rows 0, 1, 2): oldest first."""
+    history, rows = [np.array([0, 1, 2])], np.array([0])
+    mean = make(dataset, user_rule="mean").user_vectors(rows, history)
+    assert mean.shape == (1, 1, 2)
+    assert mean.dtype == np.float32
+    assert mean[0, 0] == pytest.approx(ALIGNED[:3].mean(axis=0))
+    last = make(dataset, user_rule="last").user_vectors(rows, history)
+    assert last[0, 0].tolist() == ALIGNED[2].tolist()
+    recent = make(dataset, user_rule="recency", half_life=1.0).user_vectors(rows, history)
+    assert recent[0, 0] == pytest.approx((0.25 * ALIGNED[0] + 0.5 * ALIGNED[1] + ALIGNED[2]) / 1.75)
+    short = make(dataset, user_rule="mean", max_history=2).user_vectors(rows, history)
+    assert short[0, 0] == pytest.approx(ALIGNED[1:3].mean(axis=0))
+
+
+def test_histories_of_a_batch_do_not_touch_each_other():
+    rule = HistoryRule.of("recency", 2.0, 4)
+    rng = np.random.default_rng(0)
+    items = rng.standard_normal((9, 3)).astype(np.float32)
+    histories = [rng.integers(9, size=length) for length in (0, 1, 3, 4, 9)]
+    together = rule.vectors(items, np.arange(5), histories)
+    alone = [rule.vectors(items, np.array([0]), [history])[0] for history in histories]
+    assert np.allclose(together, alone, atol=1e-6)
+    assert (together[0] == 0).all()
+    assert rule.vectors(items, np.arange(0), []).shape == (0, 1, 3)
+
+
+def test_user_tables_are_aligned_by_original_id(dataset, files):
+    source = make(dataset, users="users.npy", user_ids="user_ids.txt")
+    assert source.user_vectors(np.array([0, 1, 0]), [np.array([0])] * 3)[:, 0].tolist() == USERS[[1, 0, 1]].tolist()
+
+
+def test_a_user_table_may_hold_several_vectors_a_user(dataset, files):
+    several = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    np.save("users.npy", several)
+    source = make(dataset, users="users.npy", user_ids="user_ids.txt")
+    assert source.vectors_per_user == 3
+    assert source.user_vectors(np.array([0]), [np.array([0])]).tolist() == several[[1]].tolist()
+
+
+def test_its_own_ranking_score_is_kept_and_said(dataset, files):
+    """Validation: user 0 read a, b and meets c; user 1 read d, c and meets b. Rule `last`: scores are e_last . e_i."""
+    lines: list[str] = []
+    source = make(dataset, user_rule="last", say=lines.append)
+    # user 0: b = (0, 1) scores c .5, d 0: rank 1. User 1: c = (-1, .5) scores b .5, a -.5: rank 1.
+    assert source.manifest["validation"]["mrr"] == 1.0
+    assert source.manifest["validation"]["n"] == 2
+    assert "ndcg@10 1.0000" in lines[-1]
+
+
+# -- the artefact ---------------------------------------------------------------------------------------------------
+
+
+def test_a_source_reopens_exactly(dataset, files):
+    for number, fields in enumerate(({"half_life": 3.0}, {"users": "users.npy", "user_ids": "user_ids.txt"})):
+        made = make(dataset, directory=f"out{number}", **fields)
+        opened = open_source(Path(f"out{number}"))
+        rows, histories = np.array([0, 1]), [np.array([0, 3, 1]), np.array([2])]
+        assert opened.user_vectors(rows, histories).tolist() == made.user_vectors(rows, histories).tolist()
+        assert (opened.hash, opened.manifest) == (made.hash, made.manifest)
+
+
+def test_writing_to_a_source_leaves_its_file(dataset, files):
+    """Memory-mapped copy-on-write: torch takes it without a copy, and the artefact cannot change."""
+    source = make(dataset)
+    torch.from_numpy(np.asarray(source.items_NE)).zero_()
+    assert open_source(Path("out")).items_NE.tolist() == ALIGNED.tolist()
+
+
+def test_identity_follows_contents_not_paths(dataset, files):
+    config = Import(items="items.npy", item_ids="ids.txt")
+    make(dataset)
+    assert is_current(Path("out"), "ids", *source_identity(config, dataset, 0))
+    Path("items.npy").rename("moved.npy")
+    moved = Import(items="moved.npy", item_ids="ids.txt")
+    assert is_current(Path("out"), "ids", *source_identity(moved, dataset, 0))
+    np.save("moved.npy", ITEMS + 1)
+    with pytest.raises(UserError, match="another items"):
+        is_current(Path("out"), "ids", *source_identity(moved, dataset, 0))
+    Path("moved.npy").unlink()
+    with pytest.raises(UserError, match=r"`items`: moved.npy does not exist"):
+        source_identity(moved, dataset, 0)
+
+
+def test_identity_of_a_trained_source_is_its_recipe(dataset, files):
+    settings, made_from = source_identity(Ids(sasrec=SasRec(dim=8)), dataset, 5)
+    assert (settings["seed"], settings["users"]["dim"], made_from) == (5, 8, {"prepare": "by hand"})
+    imported = Ids(model="import", imported=Import(items="items.npy", item_ids="ids.txt"))
+    assert source_identity(imported, dataset, 5)[0]["users"]["kind"] == "rule"
+
+
+def test_a_torn_source_is_named(dataset, files):
+    make(dataset)
+    file = Path("out/items.npy")
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"out is torn"):
+        open_source(Path("out"))
+
+
+def test_permuting_moves_vectors_among_items_and_users_follow(dataset, files):
+    source = make(dataset, user_rule="last")
+    probe = source.permuted(0)
+    assert sorted(probe.items_NE.tolist()) == sorted(source.items_NE.tolist())
+    assert probe.items_NE.tolist() != source.items_NE.tolist()
+    assert probe.user_vectors(np.array([0]), [np.array([2])])[0, 0].tolist() == probe.items_NE[2].tolist()
+    assert probe.hash != source.hash
+    assert probe.hash == source.permuted(0).hash != source.permuted(1).hash
+    assert source.items_NE.tolist() == ALIGNED.tolist()
+
+
+def test_permuting_a_user_table_permutes_users(files):
+    dataset = by_hand([[0, 1, 2, 3]] * 6, pa.array(["a", "b", "c", "d"]), pa.array(range(6)))
+    np.save("users.npy", np.arange(12, dtype=np.float32).reshape(6, 2))
+    Path("user_ids.txt").write_text("0\n1\n2\n3\n4\n5")
+    source = make(dataset, users="users.npy", user_ids="user_ids.txt")
+    everyone, histories = np.arange(6), [np.array([0])] * 6
+    before = source.user_vectors(everyone, histories)[:, 0].tolist()
+    after = source.permuted(0).user_vectors(everyone, histories)[:, 0].tolist()
+    assert sorted(after) == sorted(before)
+    assert after != before
+
+
+# -- faults ---------------------------------------------------------------------------------------------------------
+
+
+def refuse(dataset, match, **fields):
+    """The import is refused, and nothing is left behind."""
+    with pytest.raises(UserError, match=match):
+        make(dataset, **fields)
+    assert not Path("out").exists()
+    assert not list(Path().glob(".out*"))
+
+
+def test_missing_items_are_counted_and_named(dataset, files):
+    np.save("items.npy", ITEMS[:2])
+    Path("ids.txt").write_text("d\nb")
+    refuse(dataset, r"items\.npy: no vector for 2 of 4 items \(first: 'a', 'c'\)\n.*every item")
+
+
+def test_missing_users_are_counted_and_named(dataset, files):
+    Path("user_ids.txt").write_text("10\n30")
+    refuse(dataset, r"users\.npy: no vector for 1 of 2 users \(first: .*20", users="users.npy", user_ids="user_ids.txt")
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e300])
+def test_values_that_are_not_finite_name_row_and_id(dataset, files, poison):
+    bad = ITEMS.astype(np.float64)
+    bad[3, 1] = poison
+    np.save("items.npy", bad)
+    refuse(dataset, r"items\.npy: the vector of item 'c' \(row 3\) holds NaN or infinity")
+
+
+def test_a_null_inside_a_parquet_vector_is_not_finite(dataset, files):
+    vectors = [*ITEMS[:3].tolist(), [None, 1.0]]
+    pq.write_table(pa.table({"id": IDS, "vector": vectors}), "items.parquet")
+    refuse(dataset, r"the vector of item 'c' \(row 3\)", items="items.parquet", item_ids=None)
+
+
+@pytest.mark.parametrize("last", [[1.0, 2.0, 3.0], [], None])
+def test_ragged_vectors_name_row_and_id(dataset, files, last):
+    pq.write_table(pa.table({"id": IDS, "vector": [*ITEMS[:3].tolist(), last]}), "items.parquet")
+    refuse(dataset, r"vector of id 'c' \(row 3\) has \d numbers, row 0 has 2", items="items.parquet", item_ids=None)
+
+
+def test_duplicate_ids_are_named(dataset, files):
+    Path("ids.txt").write_text("a\nb\na\nc")
+    refuse(dataset, r"ids\.txt: 1 ids occur more than once \(first: 'a'\)")
+
+
+def test_a_row_without_id_is_named(dataset, files):
+    pq.write_table(pa.table({"id": ["a", None, "b", "c"], "vector": ITEMS.tolist()}), "items.parquet")
+    refuse(dataset, r"items\.parquet: row 1 has no id", items="items.parquet", item_ids=None)
+
+
+def test_the_number_of_ids_must_be_the_number_of_rows(dataset, files):
+    Path("ids.txt").write_text("a\nb\nc")
+    refuse(dataset, r"ids\.txt names 3 ids, but items\.npy has 4 rows")
+
+
+def test_pickled_arrays_are_refused(dataset, files):
+    np.save("items.npy", np.array([{"evil": 1}] * 4), allow_pickle=True)
+    refuse(dataset, r"items\.npy is not a plain \.npy array")
+    np.save("items.npy", ITEMS)
+    np.save("ids.npy", np.array(IDS, dtype=object), allow_pickle=True)
+    refuse(dataset, r"ids\.npy is not a plain \.npy array", item_ids="ids.npy")
+
+
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (np.zeros(4, dtype=np.float32), r"shape \(4,\)"),
+        (np.zeros((4, 2, 2), dtype=np.float32), r"shape \(4, 2, 2\)"),
+        (np.zeros((4, 0), dtype=np.float32), r"shape \(4, 0\)"),
+        (np.float32(1), r"shape \(\)"),
+        (np.array([["x"]] * 4), "not numbers"),
+    ],
+)
+def test_arrays_of_another_shape_or_type_are_refused(dataset, files, array, match):
+    np.save("items.npy", array)
+    refuse(dataset, match)
+
+
+def test_users_and_items_must_share_a_dimension(dataset, files):
+    np.save("users.npy", np.zeros((2, 3), dtype=np.float32))
+    match = r"users\.npy has shape \(2, 3\), but the vectors of items\.npy have dimension 2"
+    refuse(dataset, match, users="users.npy", user_ids="user_ids.txt")
+
+
+@pytest.mark.parametrize("name", ["items.npy", "items.safetensors", "items.parquet"])
+def test_files_that_are_not_what_they_are_called_are_named(dataset, files, name):
+    Path(name).write_bytes(b"something else")
+    refuse(dataset, rf"{name} is not ", items=name, item_ids=None if name.endswith("parquet") else "ids.txt")
+
+
+def test_safetensors_must_hold_one_tensor(dataset, files):
+    save_file({"a": ITEMS, "b": ITEMS}, "items.safetensors")
+    refuse(dataset, r"holds 2 tensors \(a, b\)", items="items.safetensors")
+
+
+def test_parquet_needs_its_columns(dataset, files):
+    pq.write_table(pa.table({"item": IDS, "vector": ITEMS.tolist()}), "items.parquet")
+    refuse(dataset, r"items\.parquet has columns item, vector", items="items.parquet", item_ids=None)
+    pq.write_table(pa.table({"id": IDS, "vector": [1.0] * 4}), "items.parquet")
+    refuse(dataset, r"column `vector` is double", items="items.parquet", item_ids=None)
+
+
+def test_ids_are_named_once(dataset, files):
+    refuse(dataset, r"name a list of ids as `item_ids`", item_ids=None)
+    refuse(dataset, r"`item_ids`: items\.parquet has ids of its own", items="items.parquet")
+
+
+def test_text_ids_must_be_text(dataset, files):
+    Path("ids.txt").write_bytes(b"\xff\xfe\xff")
+    refuse(dataset, r"ids\.txt is not UTF-8 text")
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"items": "none.npy"}, r"`items`: none\.npy does not exist"),
+        ({"item_ids": "none.txt"}, r"`item_ids`: none\.txt does not exist"),
+        ({"items": "ids.txt"}, r"`items`: ids\.txt is of no known format"),
+    ],
+)
+def test_missing_files_and_unknown_formats_name_the_field(dataset, files, fields, match):
+    refuse(dataset, match, **fields)
+
+
+def test_the_manifest_is_plain_json(dataset, files):
+    make(dataset)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["imported"] == {"items": "items.npy", "item_ids": "ids.txt"}
+    assert set(manifest["made_from"]) == {"prepare", "items", "item_ids"}
