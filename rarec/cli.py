@@ -22,8 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""RA-Rec: ID embeddings become soft prompts in every block of a frozen language model.
 
-    A run is one YAML file and the stages below, in this order; each resumes by itself and refuses inputs that do not belong
-    together. `rarec run CONFIG` does them all. Fields are overridden behind the file: `rarec run CONFIG train.epochs=3`.""",
+    A run is one YAML file and the stages below, in this order; each resumes by itself and refuses inputs that do not
+    belong together. `rarec run CONFIG` does them all. Fields are overridden behind it: `rarec run CONFIG train.epochs=3`.""",
 )
 Config = Annotated[Path, typer.Argument(help="Run configuration, YAML. Ours lie in configs/runs/.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", show_default=False)]
@@ -63,7 +63,7 @@ def ids(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> No
 
 @app.command(rich_help_panel="Stages, in order")
 def shards(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """3. Select samples, cache text-only states, write shards. Next: accelerate launch launch/train.py --config CONFIG"""
+    """3. Select samples, cache text states, write shards. Next: accelerate launch launch/train.py --config CONFIG"""
     run_stage("shards", config, overrides, fresh)
 
 
@@ -93,7 +93,7 @@ def report(config: Config, overrides: Overrides = None) -> None:
 
 @app.command(rich_help_panel="All at once")
 def run(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Every stage in order; what is done already stays. Ends with the table and says where the report and bundle are."""
+    """Every stage in order; what is done already stays. Ends with the table, and where report and bundle are."""
     context = open_context(config, overrides, fresh)
     import_module("rarec.stages.run").run(context)
     show_results(context)

@@ -73,7 +73,7 @@ def tiny_tokenizer(encoder: bool) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the synthetic titles; encoders get [CLS] and [SEP], decoders a <s>."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", ",", ".", ":", *TASTES, *KINDS]
     words += [taste.upper() for taste in TASTES] + [str(number) for number in range(60)]
-    words += ["Your", "task", "is", "to", "recommend", "the", "next", "product", "user", "may", "be", "interested", "based", "on", "their", "purchase", "history"]
+    words += "Your task is to recommend the next product user may be interested based on their purchase history".split()
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

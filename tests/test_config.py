@@ -1,4 +1,4 @@
-"""The configuration: strict, with errors that name the field and the nearest valid name; every shipped file is valid."""
+"""The configuration: strict, errors name the field and the nearest valid name; every shipped file is valid."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A whole run on the small world: what it leaves, that stages resume and refuse, and that the bundle gives the same scores."""
+"""A whole run on the small world: what it leaves, that stages resume and refuse, the bundle's scores."""
 
 import json
 import shutil

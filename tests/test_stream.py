@@ -1,4 +1,4 @@
-"""The stream: every sample once an epoch, order = f(seed, epoch), going on from any step, and shards that cannot lie."""
+"""The stream: every sample once an epoch, order = f(seed, epoch), resume at any step, shards that cannot lie."""
 
 import tarfile
 import time

@@ -4,10 +4,10 @@
 
 bare:  forward of the frozen model and backward to its inputs, on the shapes of our batches: what no trainer can beat.
 ours:  collation, alignment in every block, both towers, all losses, clipping, AdamW.
-naive: padded to the longest prompt there is, a text-only pass beside the hybrid one in every step, logits over the vocabulary.
+naive: padded to the longest prompt, a text-only pass beside the hybrid one in every step, logits over the vocabulary.
 
-Prompts have the lengths of real ones (histories of 1 to 10 titles of 2 to 12 words). Rounds are interleaved, so that a busy machine
-slows all three alike; medians are reported.
+Prompts have the lengths of real ones (histories of 1 to 10 titles of 2 to 12 words). Rounds are interleaved, so that a busy
+machine slows all three alike; medians are reported.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,23 @@ from rarec.training.batches import Batch, Collator
 from rarec.training.schedule import build_optimizer
 
 ITEMS, DIM = 2000, 64
-WORDS = ["river", "stone", "cloud", "ember", "lamp", "chair", "shirt", "watch", "bag", "night", "green", "silver", "old", "quiet", "road"]
+WORDS = [
+    "river",
+    "stone",
+    "cloud",
+    "ember",
+    "lamp",
+    "chair",
+    "shirt",
+    "watch",
+    "bag",
+    "night",
+    "green",
+    "silver",
+    "old",
+    "quiet",
+    "road",
+]
 
 
 @dataclass
@@ -164,7 +181,7 @@ def main() -> None:
     for samples in [batches[0], *batches]:  # the first round warms up
         batch = collate(samples)
         for name, step in steps.items():
-            seconds[name].append(timed(lambda step=step: step(samples, batch)))
+            seconds[name].append(timed(partial(step, samples, batch)))
     print(
         f"{arguments.llm}, {torch.get_num_threads()} threads, batches of {arguments.batch}, {arguments.rounds} rounds"
     )

@@ -1,4 +1,4 @@
-"""Training samples in WebDataset tars: one sample, its fields, one shard written and read (plain JSON and `.npy`, never pickle).
+"""Training samples in WebDataset tars: one sample, its fields, one shard (plain JSON and `.npy`, never pickle).
 
 Shape letters: T tokens, H history, L stored blocks, D hidden size, K vectors of a source, E source dimension.
 """
@@ -65,14 +65,22 @@ class Sample:
         facts = json.loads(fields["json"])
         arrays = {name.removesuffix(".npy"): _unpack(data) for name, data in fields.items() if name.endswith(".npy")}
         vectors = {name.removeprefix(_VECTOR): a for name, a in arrays.items() if name.startswith(_VECTOR)}
-        history, tokens, states = arrays["history"], arrays["tokens"], arrays["states"]
-        return cls(facts["user"], facts["position"], facts["target"], history, tokens, facts["marks"], states, vectors)
+        return cls(
+            user=facts["user"],
+            position=facts["position"],
+            target=facts["target"],
+            history_H=arrays["history"],
+            tokens_T=arrays["tokens"],
+            marks=facts["marks"],
+            states_LD=arrays["states"],
+            vectors=vectors,
+        )
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
     """Write one tar aside, fsync and rename it; returns its record for the manifest.
 
-    The bytes depend on the samples alone. The record holds file, samples, bytes, sha256 and the samples' prompt lengths.
+    The bytes depend on the samples alone. The record holds file, samples, bytes, sha256 and the prompts' lengths.
     """
     aside, lengths = path.with_name(f".{path.name}.aside"), []
     with aside.open("wb") as file:

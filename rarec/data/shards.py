@@ -1,4 +1,4 @@
-"""Writing the shards: one tar after another, each whole or not there, so that a killed stage goes on where it stopped."""
+"""Writing the shards: each tar whole or not there, so that a killed stage goes on where it stopped."""
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ def write_shards(
     identity: str,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Write samples 0 .. total-1 as tars of `per_shard`, skipping those that an earlier, killed run with this identity finished.
+    """Write samples 0 .. total-1 as tars, skipping those that a killed run of this identity finished.
 
     Args:
         directory: of the shards.

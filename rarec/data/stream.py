@@ -1,7 +1,7 @@
 """The stream of training batches: order = f(seed, epoch), state = (epoch, step), every sample once an epoch.
 
-WebDataset reads the tars; the plan of who comes when is ours (its own shuffles neither repeat nor resume). Batches hold prompts of
-like length, so that little of a batch is padding.
+WebDataset reads the tars; the plan of who comes when is ours (its own shuffles neither repeat nor resume). Batches hold
+prompts of like length, so that little of a batch is padding.
 """
 
 import queue
@@ -26,7 +26,7 @@ SORTED_TOGETHER = 16
 class ShardPlan:
     """Which samples make which batch, for every epoch.
 
-    The samples are split over the steps as evenly as can be: sizes differ by at most one, and no batch is a small remainder.
+    The samples are split over the steps as evenly as can be: sizes differ by at most one, none is a small remainder.
 
     Args:
         records: of the shards, from their manifest.

@@ -1,4 +1,4 @@
-"""Ranking every arm on the same users: encode a chunk of users, rank it, drop it, so memory does not grow with the users.
+"""Ranking every arm on the same users: encode a chunk, rank it, drop it; memory does not grow with the users.
 
 Shape letters: B users of a chunk, U all users, N catalogue, Z size of a scored vector.
 """
@@ -97,7 +97,7 @@ class Ranker:
 
 
 def rank_all(question: Question, rankers: Mapping[str, Ranker]) -> dict[str, Ranks]:
-    """Rank of each target in the full catalogue by every ranker, the user's earlier items excluded, ties against the model.
+    """Rank of each target in the full catalogue by every ranker: earlier items excluded, ties against the model.
 
     Users go by in chunks, every ranker on one chunk before the next.
     """

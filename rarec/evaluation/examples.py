@@ -21,7 +21,7 @@ def example_rows(
     count: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Rows {user, history, target, target_rank, top} for `count` users drawn at random: nobody picks the flattering ones.
+    """Rows {user, history, target, target_rank, top} for users drawn at random: nobody picks the flattering ones.
 
     Args:
         dataset: for ids and titles.

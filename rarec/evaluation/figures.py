@@ -40,7 +40,7 @@ def comparison_rows(
 
 
 def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
-    """What a reader wants compared: the main arm with every other, its fusion with its rivals, and the probes with it."""
+    """What a reader wants compared: the main arm with every other, its fusion with rivals, the probes with it."""
     names = list(arms)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
     fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", main)]

@@ -1,4 +1,4 @@
-"""Where an arm is good: metrics by the length of a user's history and by the popularity of the target (equal-frequency buckets)."""
+"""Where an arm is good: metrics by history length and by the target's popularity, in equal-frequency buckets."""
 
 from collections.abc import Mapping
 from typing import Any

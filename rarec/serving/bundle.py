@@ -1,4 +1,4 @@
-"""Bundles: alignment in safetensors, LoRA in plain PEFT format, manifest, prompt, model card. No frozen weight, no pickle."""
+"""Bundles: alignment in safetensors, LoRA in plain PEFT format, manifest, prompt, model card. No pickle."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -12,27 +12,28 @@ tags: [recommendation, soft-prompt, ra-rec]
 ---
 # {title} on {base}
 
-Alignment weights of RA-Rec (arXiv 2402.04527): pre-trained ID embeddings become soft prompts in the blocks of a frozen language
-model. This bundle holds what was trained, {parameters:,} parameters, and none of the language model's.
+Alignment weights of RA-Rec (arXiv 2402.04527): pre-trained ID embeddings become soft prompts in the blocks of a frozen
+language model. This bundle holds what was trained, {parameters:,} parameters, and none of the language model's.
 
 ## What it needs
 - the base model `{base}`, revision {revision}, in {dtype} (weights fingerprint `{fingerprint}`)
 - the catalogue, ID embeddings and prompt whose hashes stand in `manifest.json`; loading refuses others
 
 ## How it was trained
-Loss {loss} + {weight} x alignment; blocks {blocks}; {instructions} contextual instructions a block; sources {sources}; seed {seed}.
-Training samples: share {share} of all{selection}. The whole configuration stands in `manifest.json`.
+Loss {loss} + {weight} x alignment; blocks {blocks}; {instructions} contextual instructions a block; sources {sources};
+seed {seed}. Training samples: share {share} of all{selection}. The whole configuration stands in `manifest.json`.
 
 ## How good it is
-Ranking of the whole catalogue, the user's earlier items excluded, ties against the model; bootstrap 95% intervals over users.
+Ranking of the whole catalogue, the user's earlier items excluded, ties against the model; bootstrap 95% intervals over
+users.
 
 | metric | value | 95% interval | n |
 | --- | --- | --- | --- |
 {rows}
 
 ## Limits
-Measured on one log with one protocol. A ranking learnt from past behaviour repeats its biases: popular items and active users
-are served best. Items without text or without an ID vector are not covered.
+Measured on one log with one protocol. A ranking learnt from past behaviour repeats its biases: popular items and active
+users are served best. Items without text or without an ID vector are not covered.
 """
 
 

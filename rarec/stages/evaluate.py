@@ -1,4 +1,4 @@
-"""`accelerate launch launch/evaluate.py`: rank the whole catalogue for the test users with every arm; the test set is read here only."""
+"""`accelerate launch launch/evaluate.py`: rank the whole catalogue with every arm; only here is the test set read."""
 
 import time
 from collections.abc import Iterator

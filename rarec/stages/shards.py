@@ -37,9 +37,8 @@ def shards(context: Context) -> None:
     write_json(directory / SELECTION, selection.report)
     cut = context.prompts.cut
     finish_shards(directory, settings, made_from, shards=records, samples=total, state_blocks=blocks, cut_prompts=cut)
-    context.say(
-        f"{total} samples in {len(records)} shards; prompts cut to the context length: {cut['user']} user, {cut['item']} item"
-    )
+    context.say(f"{total} samples in {len(records)} shards")
+    context.say(f"prompts cut to the context length: {cut['user']} of users, {cut['item']} of items")
 
 
 def state_blocks(context: Context) -> list[int]:
@@ -52,9 +51,8 @@ def state_blocks(context: Context) -> list[int]:
 def _tell_size(context: Context, samples: int, blocks: int) -> None:
     width = np.dtype(context.config.shards.state_dtype).itemsize * context.llm.backbone.hidden_size * blocks
     users, items = samples * width / 1e6, context.dataset.n_items * width / 1e6
-    context.say(
-        f"text-only states of {blocks} blocks: {width / 1e3:.1f} kB a text, {users:.0f} MB for users, {items:.0f} MB for items"
-    )
+    sizes = f"{width / 1e3:.1f} kB a text, {users:.0f} MB for users, {items:.0f} MB for items"
+    context.say(f"text-only states of {blocks} blocks: {sizes}")
 
 
 def _write_item_states(context: Context, blocks: list[int]) -> None:

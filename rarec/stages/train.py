@@ -160,7 +160,7 @@ def _initialise(
     shards: dict[str, Any],
     generator: torch.Generator,
 ) -> None:
-    """Each source from its pairs of vectors and texts; an injected block without stored states takes the nearest block's."""
+    """Each source from its pairs of vectors and texts; a block without stored states takes the nearest block's."""
     stored = np.array(shards["state_blocks"])
     nearest = [int(np.abs(stored - block).argmin()) for block in alignment.blocks]
     config = context.config.alignment

@@ -1,7 +1,7 @@
-"""Checkpoints: what trains, its optimizer moments and the loop's state; whole or not there; the newest few and the best are kept.
+"""Checkpoints: what trains, its optimizer moments and the loop's state, whole or not there; newest and best are kept.
 
-A checkpoint is a directory `step-00000040` with `alignment.safetensors`, `lora/` if any, `optimizer.safetensors`, `state.json` and a
-manifest of hashes. It holds no frozen weight and no pickle.
+A checkpoint is a directory `step-00000040` with `alignment.safetensors`, `lora/` if any, `optimizer.safetensors`,
+`state.json` and a manifest of hashes. It holds no frozen weight and no pickle.
 """
 
 import shutil

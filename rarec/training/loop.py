@@ -1,4 +1,4 @@
-"""The training loop: batch -> towers -> losses -> optimise -> validate; one arm, one optimizer, early stopping, full resume."""
+"""The training loop: batch -> towers -> losses -> optimise -> validate; early stopping and full resume."""
 
 import math
 import time
