@@ -17,7 +17,11 @@ from typing import Any
 from rarec.errors import UserError
 
 SCHEMA = 1
+MAKERS = {"bundle": "export", "checkpoint": "train"}
+"""The command that makes a kind of artefact, where it is not the kind's own name."""
 MANIFEST = "manifest.json"
+IDENTITY = ("kind", "schema", "settings", "made_from", "files")
+"""The fields of a manifest that its hash covers."""
 
 
 def sha256_file(path: Path) -> str:
@@ -133,14 +137,31 @@ def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
     Raises:
         UserError: the artefact is missing (naming the command that makes it), torn, or of another kind or schema.
     """
-    path = directory / MANIFEST
+    path, maker = directory / MANIFEST, MAKERS.get(kind, kind)
     if not path.exists():
-        raise UserError(f"{directory} has no {MANIFEST}", f"make it first: rarec {kind} CONFIG")
-    manifest: dict[str, Any] = read_json(path)
+        raise UserError(f"{directory} has no {MANIFEST}", f"make it first: rarec {maker} CONFIG")
+    manifest, remedy = read_json(path), f"make it again: rarec {maker} CONFIG --fresh"
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path} is not a manifest", remedy)
     if manifest.get("kind") != kind or manifest.get("schema") != SCHEMA:
         found = f"{manifest.get('kind')} schema {manifest.get('schema')}"
-        raise UserError(f"{path} is {found}, not {kind} schema {SCHEMA}", f"make it again: rarec {kind} CONFIG --fresh")
+        raise UserError(f"{path} is {found}, not {kind} schema {SCHEMA}", remedy)
+    if manifest.get("hash") != sha256_json({name: manifest.get(name) for name in IDENTITY}):
+        raise UserError(f"{path} is altered: its hash is not that of what it says", remedy)
     return manifest
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any], remedy: str = "") -> None:
+    """Check every file of an artefact against its manifest.
+
+    Raises:
+        UserError: one is missing or altered; the remedy is to make the artefact again, if none is given.
+    """
+    for name, digest in manifest["files"].items():
+        path = directory / name
+        if not path.is_file() or sha256_file(path) != digest:
+            maker = MAKERS.get(manifest["kind"], manifest["kind"])
+            raise UserError(f"{path} is missing or altered", remedy or f"make it again: rarec {maker} CONFIG --fresh")
 
 
 def check_made_from(directory: Path, manifest: Mapping[str, Any], **expected: str) -> None:
@@ -150,7 +171,7 @@ def check_made_from(directory: Path, manifest: Mapping[str, Any], **expected: st
         if recorded != digest:
             raise UserError(
                 f"{directory} was made from another {name} ({str(recorded)[:12]}, but here is {digest[:12]})",
-                f"make it again: rarec {manifest['kind']} CONFIG --fresh",
+                f"make it again: rarec {MAKERS.get(manifest['kind'], manifest['kind'])} CONFIG --fresh",
             )
 
 
@@ -168,7 +189,7 @@ def is_current(directory: Path, kind: str, settings: Mapping[str, Any], made_fro
     if changed:
         raise UserError(
             f"{directory} was made with other settings: {'; '.join(changed)}",
-            f"make it again with: rarec {kind} CONFIG --fresh, or choose another run.dir",
+            f"make it again with: rarec {MAKERS.get(kind, kind)} CONFIG --fresh, or choose another run.dir",
         )
     return True
 

@@ -1,6 +1,10 @@
 """The `rarec` command: one thin sub-command a stage. Heavy imports wait until a stage needs them."""
 
+import errno
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +19,9 @@ from rarec.errors import EXIT_CODE, UserError
 if TYPE_CHECKING:
     from rarec.stages.context import Context
 
+FULL = os.strerror(errno.ENOSPC)
+STOPPED = 130
+"""The exit code that shells give a command ended by Ctrl-C."""
 console = Console(stderr=True, highlight=False)
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,7 +30,7 @@ app = typer.Typer(
     help="""RA-Rec: ID embeddings become soft prompts in every block of a frozen language model.
 
     A run is one YAML file and the stages below, in this order; each resumes by itself and refuses inputs that do not
-    belong together. `rarec run CONFIG` does them all. Fields are overridden behind it: `rarec run CONFIG train.epochs=3`.""",
+    belong together. `rarec run CONFIG` does them all. Override fields like this: `rarec run CONFIG train.epochs=3`.""",
 )
 Config = Annotated[Path, typer.Argument(help="Run configuration, YAML. Ours lie in configs/runs/.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", show_default=False)]
@@ -32,7 +39,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Make it again, replacing w
 
 def say(line: str) -> None:
     """Tell the user one line, on standard error: standard output is for results."""
-    console.print(line, soft_wrap=True)
+    console.print(line, soft_wrap=True, markup=False)
 
 
 def open_context(config: Path | str, overrides: list[str] | None, fresh: bool = False) -> "Context":
@@ -45,8 +52,9 @@ def open_context(config: Path | str, overrides: list[str] | None, fresh: bool = 
 
 def run_stage(name: str, config: Path | str, overrides: list[str] | None, fresh: bool = False) -> Any:
     """Run one stage by its name."""
-    context = open_context(config, overrides, fresh)
-    return getattr(import_module(f"rarec.stages.{name}"), name)(context)
+    with stoppable():
+        context = open_context(config, overrides, fresh)
+        return getattr(import_module(f"rarec.stages.{name}"), name)(context)
 
 
 @app.command(rich_help_panel="Stages, in order")
@@ -94,9 +102,10 @@ def report(config: Config, overrides: Overrides = None) -> None:
 @app.command(rich_help_panel="All at once")
 def run(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Every stage in order; what is done already stays. Ends with the table, and where report and bundle are."""
-    context = open_context(config, overrides, fresh)
-    import_module("rarec.stages.run").run(context)
-    show_results(context)
+    with stoppable():
+        context = open_context(config, overrides, fresh)
+        import_module("rarec.stages.run").run(context)
+        show_results(context)
 
 
 @app.command(rich_help_panel="Afterwards")
@@ -129,9 +138,8 @@ def show_results(context: "Context") -> None:
     out = Console() if sys.stdout.isatty() else Console(width=110)
     paths = context.paths
     out.print(terminal_table(read_json(paths.evaluation / "metrics.json"), ["hr@10", "hr@100", "ndcg@10", "mrr"]))
-    out.print(
-        f"report: {paths.report / 'report.html'}\nbundle: {paths.bundle}\nfigures: {paths.evaluation / 'metrics.json'}"
-    )
+    figures = paths.evaluation / "metrics.json"
+    print(f"report: {paths.report / 'report.html'}\nbundle: {paths.bundle}\nfigures: {figures}")
 
 
 def _version(wanted: bool) -> None:
@@ -151,16 +159,38 @@ def _options(
     pass
 
 
-def guarded(command: Any) -> None:
-    """Call a command; a `UserError` becomes one clear message and exit code 2."""
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C ends with one line and exit code 130: what is made stays, the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        sys.exit(STOPPED)
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Call a command; a `UserError`, a full disk or a refused file becomes one clear message and exit code 2."""
     try:
         command()
-    except UserError as error:
-        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+    except Exception as error:
+        message = str(error) if isinstance(error, UserError) else machine_trouble(error)
+        if message is None:
+            raise
+        console.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
         sys.exit(EXIT_CODE)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        sys.exit(130)
+
+
+def machine_trouble(error: Exception) -> str | None:
+    """What to say where the machine, not the program, is at fault; None otherwise."""
+    where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    if FULL in str(error):  # safetensors, DuckDB and Arrow raise it as types of their own
+        return f"{FULL}{where}\n  -> free some space; what is whole stays, and the same command goes on from here"
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        return f"{error.strerror}{where}\n  -> choose a run.dir that you may write to, and inputs that you may read"
+    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+        return f"{error.strerror}{where}\n  -> something else stands there: move it away, or choose another run.dir"
+    return None
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+Blocks = Annotated[list[NonNegative], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -193,7 +194,7 @@ class Shards(Section):
     share: Share = 1.0
     """Of all training samples, what to keep at most (the paper's headline: 6% [N])."""
     samples_per_shard: Positive = 1024
-    state_blocks: list[NonNegative] | None = None
+    state_blocks: Blocks | None = None
     """Blocks whose text-only states are stored for the alignment loss; all of them by default."""
     state_dtype: Literal["float16", "float32"] = "float16"
     """Of the stored states."""
@@ -252,9 +253,9 @@ class Loss(Section):
 class Train(Section):
     """The loop: one optimizer, warm-up and cosine, early stopping on a validation ranking metric."""
 
-    arms: list[ArmName] = ["text_only", "prefix_only", "input", "per_layer"]
+    arms: Annotated[list[ArmName], Field(min_length=1)] = ["text_only", "prefix_only", "input", "per_layer"]
     """Which variants are trained, each at this same budget."""
-    blocks: list[NonNegative] | None = None
+    blocks: Blocks | None = None
     """Blocks that `per_layer` and `prefix_only` inject into; all of them by default."""
     batch_size: Annotated[int, Field(ge=2)] = 64
     epochs: Positive = 2
@@ -284,7 +285,7 @@ class Train(Section):
 class Evaluate(Section):
     """Ranking of the whole catalogue on the test users, read once."""
 
-    cutoffs: list[Positive] = [1, 5, 10, 20, 50, 100]
+    cutoffs: Annotated[list[Positive], Field(min_length=1)] = [1, 5, 10, 20, 50, 100]
     users: Positive | None = None
     """A fixed random subset of the test users; all of them by default."""
     probes: bool = True

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from rarec.artefacts import sha256_file
 from rarec.errors import UserError
@@ -106,11 +107,11 @@ def read_shard(path: Path, record: dict[str, Any]) -> list[Sample]:
         raise UserError(f"shard {path} is missing", _REMAKE)
     if sha256_file(path) != record["sha256"]:
         raise UserError(f"shard {path} is not what its manifest says (sha256 differs)", _REMAKE)
-    stream = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
     samples = []
     try:
-        for fields in stream:
-            samples.append(Sample.parse(fields))
+        with path.open("rb") as file:  # opened here: to WebDataset, braces and colons in a path are a pattern
+            for fields in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
+                samples.append(Sample.parse(fields))
     except (KeyError, ValueError, tarfile.TarError) as error:
         raise UserError(f"shard {path}, sample {len(samples)}: {type(error).__name__} {error}", _REMAKE) from None
     if len(samples) != record["samples"]:

@@ -36,8 +36,9 @@ def write_shards(
     progress.mkdir(parents=True, exist_ok=True)
     records = []
     starts = range(0, total, per_shard)
+    _drop_beyond(directory, len(starts))
     for index, start in enumerate(starts):
-        tar, note = directory / f"{index:06d}.tar", progress / f"{index:06d}.json"
+        tar, note = directory / _tar_name(index), progress / f"{index:06d}.json"
         record = _finished(tar, note, identity)
         if record is None:
             record = write_shard(tar, make(range(start, min(start + per_shard, total))))
@@ -54,6 +55,18 @@ def finish_shards(
     shutil.rmtree(directory / _PROGRESS, ignore_errors=True)
     (directory / MANIFEST).unlink(missing_ok=True)
     return write_manifest(directory, "shards", settings=settings, made_from=made_from, **figures)
+
+
+def _drop_beyond(directory: Path, count: int) -> None:
+    """Drop what a killed run left that is no part of this one: more tars than there will be, and what stood aside."""
+    wanted = {_tar_name(index) for index in range(count)}
+    for path in (*directory.glob("*.tar"), *directory.glob(".*")):
+        if path.is_file() and path.name not in wanted:
+            path.unlink()
+
+
+def _tar_name(index: int) -> str:
+    return f"{index:06d}.tar"
 
 
 def _finished(tar: Path, note: Path, identity: str) -> dict[str, Any] | None:

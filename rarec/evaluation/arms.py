@@ -5,6 +5,7 @@ Shape letters: B users of a chunk, U all users, N catalogue, Z size of a scored 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,35 @@ Rows = npt.NDArray[np.integer]
 USERS_AT_A_TIME = 2048
 
 
+class Histories(Sequence[Rows]):
+    """What stands before each user's target, made when asked for: a list of them would grow with the users."""
+
+    def __init__(self, dataset: PreparedDataset, targets: Targets, shuffled_by: int | None = None) -> None:
+        self.dataset, self.targets, self.shuffled_by = dataset, targets, shuffled_by
+
+    def __len__(self) -> int:
+        return len(self.targets.user_rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Rows: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Rows]: ...
+
+    def __getitem__(self, at: int | slice) -> Rows | list[Rows]:
+        if isinstance(at, slice):
+            return [self[index] for index in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        user = int(self.targets.user_rows[at])
+        history = self.dataset.history(user, int(self.targets.positions[at]))
+        return (
+            history
+            if self.shuffled_by is None
+            else np.random.default_rng([self.shuffled_by, user]).permutation(history)
+        )
+
+
 @dataclass(frozen=True)
 class Question:
     """Some users, what each has seen, and the item that follows.
@@ -31,19 +61,13 @@ class Question:
     """
 
     user_rows: Rows
-    histories: list[Rows]
+    histories: Sequence[Rows]
     targets: Rows
 
     @classmethod
-    def of(cls, dataset: PreparedDataset, targets: Targets) -> "Question":
-        """The question that a part of the split asks."""
-        places = zip(targets.user_rows.tolist(), targets.positions.tolist(), strict=True)
-        return cls(targets.user_rows, [dataset.history(user, at) for user, at in places], targets.item_rows)
-
-    def shuffled(self, seed: int) -> "Question":
-        """The same with every history in random order; what was seen stays the same (probe)."""
-        rng = np.random.default_rng(seed)
-        return Question(self.user_rows, [rng.permutation(history) for history in self.histories], self.targets)
+    def of(cls, dataset: PreparedDataset, targets: Targets, shuffled_by: int | None = None) -> "Question":
+        """The question that a part of the split asks; with a seed, every history in random order (probe)."""
+        return cls(targets.user_rows, Histories(dataset, targets, shuffled_by), targets.item_rows)
 
     def chunks(self) -> Iterator["Question"]:
         """The same users, a bounded number at a time."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarec.artefacts import new_directory, read_manifest, sha256_file, write_manifest, write_text
+from rarec.artefacts import check_files, differences, new_directory, read_manifest, write_manifest, write_text
 from rarec.config import ARMS, Arm, RunConfig, dump_config
 from rarec.errors import UserError
 from rarec.models.build import SourceShape, build_model
@@ -90,11 +90,10 @@ def load_bundle(
         UserError: a file is altered, or the language model, catalogue, ID embeddings or prompt are not the bundle's.
     """
     manifest = read_manifest(directory, "bundle")
-    for name, digest in manifest["files"].items():
-        if not (directory / name).is_file() or sha256_file(directory / name) != digest:
-            raise UserError(f"bundle file {directory / name} is missing or altered", "export the bundle again")
+    check_files(directory, manifest)
     _check_belongs(directory, manifest, provenance)
     arm = ARMS[manifest["settings"]["arm"]]
+    _check_loading(directory, manifest["settings"], config, arm)
     sections = {section: manifest["settings"][section] for section in SECTIONS}
     model = build_model(
         RunConfig.model_validate({**config.model_dump(mode="json"), **sections}),
@@ -105,6 +104,15 @@ def load_bundle(
     )
     load_weights(model, directory)
     return model.eval()
+
+
+def _check_loading(directory: Path, settings: Mapping[str, Any], config: RunConfig, arm: Arm) -> None:
+    """The language model is loaded as the run's configuration says: its pooling and LoRA must be the bundle's."""
+    here = config.model_dump(mode="json")
+    changed = differences(settings["readout"]["pool"], here["readout"]["pool"], "readout.pool")
+    changed += differences(settings["lora"], here["lora"], "lora") if arm.lora else []
+    if changed:
+        raise UserError(f"{directory} was made with other settings: {'; '.join(changed)}", "set them as they were")
 
 
 def _check_belongs(directory: Path, manifest: Mapping[str, Any], here: Provenance) -> None:

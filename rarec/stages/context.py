@@ -9,11 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
-from rarec.artefacts import check_made_from, is_current, sha256_json, write_text
-from rarec.config import Arm, RunConfig, dump_config
+from rarec.artefacts import check_files, is_current, sha256_json, write_text
+from rarec.config import ARMS, Arm, RunConfig, dump_config
+from rarec.config.schema import Ids, Import
 from rarec.data.dataset import PreparedDataset
+from rarec.errors import UserError
+from rarec.ids.make import source_identity
 from rarec.ids.source import Source, open_source
 from rarec.models.build import SourceShape, slots_reserved
 from rarec.models.load import LoadedModel, load_model
@@ -23,7 +28,7 @@ from rarec.prompts import PromptPair
 Say = Callable[[str], None]
 
 # Their own bars and notices say nothing of the user's run.
-disable_progress_bar()
+disable_progress_bar()  # type: ignore[no-untyped-call]
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -42,22 +47,41 @@ class Context:
     say: Say
     fresh: bool = False
 
-    @cached_property
+    @property
     def paths(self) -> RunPaths:
-        """Where the run's artefacts lie; writes the resolved configuration there."""
-        paths = RunPaths(Path(self.config.run.dir))
-        write_text(paths.config, dump_config(self.config))
-        return paths
+        """Where the run's artefacts lie."""
+        return RunPaths(Path(self.config.run.dir))
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where models run: the device that Accelerate trains on."""
+        device: torch.device = PartialState().device
+        return device
+
+    @property
+    def main(self) -> Arm:
+        """The arm that is exported and that the others are compared with.
+
+        Raises:
+            UserError: it is not among the trained ones.
+        """
+        name, trained = self.config.export.arm, self.config.train.arms
+        if name not in trained:
+            problem = f"field `export.arm`: {name} is not among train.arms ({', '.join(trained)})"
+            raise UserError(problem, "add it to train.arms, or export one of them")
+        return ARMS[name]
 
     @cached_property
     def dataset(self) -> PreparedDataset:
-        """The prepared dataset."""
+        """The prepared dataset; it must have been made by the configuration as it is now."""
+        is_current(self.paths.prepare, "prepare", self.settings("prepare"), {})
         return PreparedDataset.open(self.paths.prepare)
 
     @cached_property
     def sources(self) -> dict[str, Source]:
-        """Every source, `id` first; each must have been made from this prepared dataset."""
-        return {name: self._source(name) for name in ("id", *self.config.sources)}
+        """Every source, `id` first; each must have been made from this dataset, by the configuration as it is now."""
+        sections: dict[str, Ids | Import] = {"id": self.config.ids, **self.config.sources}
+        return {name: self._source(name, section) for name, section in sections.items()}
 
     @property
     def shapes(self) -> dict[str, SourceShape]:
@@ -75,14 +99,22 @@ class Context:
             return self.llm
         lora = self.config.lora if arm is not None else None
         seed = self.config.run.seed
-        return load_model(self.config.llm, self.paths.llm, pool=self.config.readout.pool, lora=lora, seed=seed)
+        loaded = load_model(self.config.llm, self.paths.llm, pool=self.config.readout.pool, lora=lora, seed=seed)
+        loaded.backbone.to(self.device)
+        return loaded
 
     @cached_property
     def prompts(self) -> PromptPair:
         """Both prompts over the catalogue's titles."""
         reserved = slots_reserved(self.config, self.shapes)
         titles, texts = self.dataset.titles, self.dataset.texts
-        return PromptPair(self.config.prompt, self.llm.tokenizer, titles, texts, reserved, self.llm.context_length)
+        pair = PromptPair(self.config.prompt, self.llm.tokenizer, titles, texts, reserved, self.llm.context_length)
+        named = {name for side in pair.sources.values() for name in side}
+        for name in self.shapes:
+            if name not in named and not (name == "id" and named):  # IDs may stand aside for another source
+                problem = f"source {name!r} stands in neither prompt.user nor prompt.item"
+                raise UserError(problem, f"write {{soft:{name}}} where its slots should go")
+        return pair
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -102,20 +134,32 @@ class Context:
         return {"seed": self.config.run.seed, **{section: tree[section] for section in sections}, **more}
 
     def is_done(self, directory: Path, kind: str, settings: Mapping[str, Any], made_from: Mapping[str, str]) -> bool:
-        """Whether the stage's artefact is there already, made just so; with `fresh`, it is thrown away first.
+        """Whether the stage's artefact is there already, made just so; never, if it is to be made fresh.
+
+        If it is to be made, the resolved configuration is written to `config.yaml`. What stands there stays until the
+        new artefact is whole.
 
         Raises:
             UserError: it is there, but made otherwise.
         """
-        if self.fresh:
-            shutil.rmtree(directory, ignore_errors=True)
-        if not is_current(directory, kind, settings, made_from):
-            return False
-        self.say(f"{directory} is there already, made with these settings")
-        return True
+        if not self.fresh and is_current(directory, kind, settings, made_from):
+            self.say(f"{directory} is there already, made with these settings")
+            return True
+        write_text(self.paths.config, dump_config(self.config))
+        return False
 
-    def _source(self, name: str) -> Source:
+    def start_over(self, directory: Path) -> None:
+        """With `fresh`, throw away what is made in place. Renamed first: half of it must not pass for the whole."""
+        if self.fresh and directory.exists():
+            aside = directory.with_name(f".{directory.name}.aside-old")
+            shutil.rmtree(aside, ignore_errors=True)
+            directory.rename(aside)
+            shutil.rmtree(aside)
+
+    def _source(self, name: str, section: Ids | Import) -> Source:
         directory = self.paths.source(name)
+        settings, made_from = source_identity(section, self.dataset, self.config.run.seed)
+        is_current(directory, "ids", settings, made_from)
         source = open_source(directory)
-        check_made_from(directory, source.manifest, prepare=self.dataset.hash)
+        check_files(directory, source.manifest)
         return source

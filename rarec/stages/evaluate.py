@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rarec.artefacts import check_made_from, new_directory, read_manifest, write_json, write_manifest
+from rarec.artefacts import new_directory, write_json, write_manifest
 from rarec.config import ARMS
 from rarec.evaluation.arms import Question, Ranker, rank_all
 from rarec.evaluation.examples import example_rows
@@ -19,6 +20,7 @@ from rarec.evaluation.strata import strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
 from rarec.stages.context import Context
+from rarec.stages.shards import finished_shards
 from rarec.stages.train import arm_hash, best_model
 
 Ranks = dict[str, npt.NDArray[np.int64]]
@@ -34,9 +36,8 @@ class Bootstrap(TypedDict):
 def evaluate(context: Context) -> None:
     """Make `evaluation/`: ranks.parquet, metrics.json, comparisons.json, strata.json, examples.json."""
     config = context.config
-    manifest = read_manifest(context.paths.shards, "shards")
-    check_made_from(context.paths.shards, manifest, **context.inputs)
-    settings = context.settings("evaluate", "report", arms=config.train.arms, main=config.export.arm)
+    finished_shards(context)
+    settings = context.settings("evaluate", "report", arms=config.train.arms, main=context.main.name)
     made_from = {name: arm_hash(context, ARMS[name]) for name in config.train.arms} | {"prepare": context.dataset.hash}
     if context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
         return
@@ -44,7 +45,7 @@ def evaluate(context: Context) -> None:
     evaluation = _Evaluation(context)
     ranks = evaluation.ranks()
     with new_directory(context.paths.evaluation) as aside:
-        pq.write_table(_ranks_table(context, evaluation.test, ranks), aside / "ranks.parquet")
+        _write_ranks(aside / "ranks.parquet", context, evaluation.test, ranks)
         write_json(aside / "metrics.json", evaluation.metrics(ranks))
         write_json(aside / "comparisons.json", evaluation.comparisons(ranks))
         write_json(aside / "strata.json", evaluation.strata(ranks))
@@ -63,7 +64,8 @@ class _Evaluation:
     def __init__(self, context: Context) -> None:
         self.context, config, dataset = context, context.config, context.dataset
         self.main, self.seed = config.export.arm, config.run.seed
-        self.test = Question.of(dataset, dataset.targets("test", config.evaluate.users, self.seed))
+        self.targets = dataset.targets("test", config.evaluate.users, self.seed)
+        self.test = Question.of(dataset, self.targets)
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
         self.validation = Question.of(dataset, validation)
         self.ids = Ranker.of_source(context.sources["id"])
@@ -93,7 +95,7 @@ class _Evaluation:
 
     def strata(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Rows of strata.json, without the probes."""
-        lengths = np.array([len(history) for history in self.test.histories])
+        lengths = self.targets.positions  # a target's position is the length of what stands before it
         popularity = self.context.dataset.train_counts_N[self.test.targets]
         plain = {name: value for name, value in ranks.items() if "/" not in name}
         return strata_rows(plain, {"history length": lengths, "popularity": popularity}, **self._bootstrap)
@@ -116,22 +118,23 @@ class _Evaluation:
                 rankers[f"{name}+id"], self.weights[name] = fuse(ranker, self.ids, self.validation)
             yield self.test, rankers
             if name == self.main and config.evaluate.probes:
-                yield self.test.shuffled(self.seed), {f"{name}/shuffled_history": ranker}
+                yield Question.of(self.context.dataset, self.targets, self.seed), {f"{name}/shuffled_history": ranker}
                 yield self.test, {f"{name}/permuted_ids": self._of(model, permuted=True)}
 
     def _of(self, model: RaRec, permuted: bool = False) -> Ranker:
         sources = self.context.sources
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
-        return Ranker.of_model(Encoder(model, self.context.prompts, sources, self.context.config.evaluate.batch_size))
+        batch_size, device = self.context.config.evaluate.batch_size, self.context.device
+        return Ranker.of_model(Encoder(model, self.context.prompts, sources, batch_size, device))
 
 
-def _ranks_table(context: Context, test: Question, ranks: Ranks) -> pa.Table:
-    """One row a test user and arm: arm, user and target by their own ids, rank."""
+def _write_ranks(path: Path, context: Context, test: Question, ranks: Ranks) -> None:
+    """One row a test user and arm: arm, user and target by their own ids, rank. An arm is a row group."""
     users = context.dataset.user_ids.take(pa.array(test.user_rows))
     targets = context.dataset.item_ids.take(pa.array(test.targets))
-    parts = [
-        pa.table({"arm": pa.array([arm] * len(values)), "user": users, "target": targets, "rank": pa.array(values)})
-        for arm, values in ranks.items()
-    ]
-    return pa.concat_tables(parts)
+    columns = {"arm": pa.string(), "user": users.type, "target": targets.type, "rank": pa.int64()}
+    with pq.ParquetWriter(path, pa.schema(columns)) as writer:
+        for arm, values in ranks.items():
+            arms = pa.repeat(pa.scalar(arm), len(values))
+            writer.write_table(pa.table([arms, users, targets, pa.array(values)], schema=pa.schema(columns)))

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from rarec.artefacts import read_json, read_manifest, sha256_json
-from rarec.config import ARMS
 from rarec.errors import UserError
 from rarec.evaluation.arms import Question, Ranker
 from rarec.models.encode import Encoder
@@ -23,7 +22,7 @@ def provenance(context: Context) -> Provenance:
 
 def export(context: Context) -> None:
     """Make `bundle/` from the arm `export.arm` at its best validation, with the evaluation's figures."""
-    arm = ARMS[context.config.export.arm]
+    arm = context.main
     tree = context.config.model_dump(mode="json")
     settings = {"arm": arm.name, **{section: tree[section] for section in SECTIONS}}
     belongs = provenance(context)

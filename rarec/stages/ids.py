@@ -1,5 +1,6 @@
 """`rarec ids`: train or import the ID embeddings, and import every further source."""
 
+from rarec.config.schema import Ids, Import
 from rarec.ids.make import make_source, source_identity
 from rarec.stages.context import Context
 
@@ -7,7 +8,8 @@ from rarec.stages.context import Context
 def ids(context: Context) -> None:
     """Make `ids/id/`, and `ids/NAME/` for each of the configuration's sources."""
     config = context.config
-    for name, section in {"id": config.ids, **config.sources}.items():
+    sections: dict[str, Ids | Import] = {"id": config.ids, **config.sources}
+    for name, section in sections.items():
         directory = context.paths.source(name)
         settings, made_from = source_identity(section, context.dataset, config.run.seed)
         if not context.is_done(directory, "ids", settings, made_from):

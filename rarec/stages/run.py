@@ -25,8 +25,9 @@ STAGES: dict[str, Callable[[Context], object]] = {
 
 def run(context: Context) -> None:
     """Every stage in order, telling how long each took."""
+    _ = context.main  # refused now rather than after the training
     for name, stage in STAGES.items():
-        context.say(f"[bold]{name}[/bold]")
+        context.say(f"\n{name}")
         started = time.monotonic()
         stage(context)
         context.say(f"{name} took {time.monotonic() - started:.0f} s")

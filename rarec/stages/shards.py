@@ -1,19 +1,25 @@
 """`rarec shards`: select training samples, compute text-only states once, write the tars."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rarec.artefacts import sha256_json, write_json
+from rarec.artefacts import is_current, read_manifest, sha256_json, write_json
 from rarec.data.samples import Sample
 from rarec.data.selection import Selection, select_samples
 from rarec.data.shards import finish_shards, write_shards
+from rarec.errors import UserError
 from rarec.models.text_states import text_states
 from rarec.prompts import Encoded
 from rarec.stages.context import Context
 
 ITEM_STATES = "item_states.npy"
+TARGET_COUNTS = "target_counts.npy"
+"""How often each item is the target of a selected sample, (N,): its chance to be drawn into a batch."""
 SELECTION = "selection.json"
 
 
@@ -21,7 +27,8 @@ def shards(context: Context) -> None:
     """Make `shards/`: tars, item states, the selection's report, a manifest."""
     config, dataset = context.config, context.dataset
     directory = context.paths.shards
-    settings, made_from = context.settings("shards", "prompt"), context.inputs
+    context.start_over(directory)
+    settings, made_from = _identity(context)
     if context.is_done(directory, "shards", settings, made_from):
         return
     selection = select_samples(dataset, config.shards, config.run.seed)
@@ -29,6 +36,8 @@ def shards(context: Context) -> None:
     _tell_size(context, len(selection.user_rows), len(blocks))
     directory.mkdir(parents=True, exist_ok=True)  # not aside: a killed stage goes on with the shards it has
     _write_item_states(context, blocks)
+    targets = context.dataset.items_at(selection.user_rows, selection.positions)
+    _save(directory / TARGET_COUNTS, np.bincount(targets, minlength=context.dataset.n_items))
     identity = sha256_json({"settings": settings, "made_from": made_from})
     total, per_shard = len(selection.user_rows), config.shards.samples_per_shard
     records = write_shards(
@@ -41,11 +50,34 @@ def shards(context: Context) -> None:
     context.say(f"prompts cut to the context length: {cut['user']} of users, {cut['item']} of items")
 
 
+def finished_shards(context: Context) -> dict[str, Any]:
+    """The manifest of the shards.
+
+    Raises:
+        UserError: they are missing, or were made by other settings or from other inputs than lie here now.
+    """
+    directory = context.paths.shards
+    is_current(directory, "shards", *_identity(context))
+    return read_manifest(directory, "shards")
+
+
 def state_blocks(context: Context) -> list[int]:
-    """The blocks whose states are stored."""
+    """The blocks whose states are stored.
+
+    Raises:
+        UserError: the model lacks one of them.
+    """
     count = len(context.llm.backbone.blocks)
     chosen = context.config.shards.state_blocks
-    return sorted(set(chosen)) if chosen is not None else list(range(count))
+    blocks = sorted(set(chosen)) if chosen is not None else list(range(count))
+    if blocks[-1] >= count:
+        raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
+    return blocks
+
+
+def _identity(context: Context) -> tuple[dict[str, Any], dict[str, str]]:
+    """What shapes the shards: settings, and hashes of inputs."""
+    return context.settings("shards", "prompt"), context.inputs
 
 
 def _tell_size(context: Context, samples: int, blocks: int) -> None:
@@ -56,11 +88,17 @@ def _tell_size(context: Context, samples: int, blocks: int) -> None:
 
 
 def _write_item_states(context: Context, blocks: list[int]) -> None:
-    path = context.paths.shards / ITEM_STATES
     prompts = [context.prompts.item(row) for row in range(context.dataset.n_items)]
-    states_NLD = _states(context, prompts, blocks)
+    _save(context.paths.shards / ITEM_STATES, _states(context, prompts, blocks))
+
+
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array aside, fsync it, rename it."""
     aside = path.with_name("." + path.name)
-    np.save(aside.open("wb"), states_NLD, allow_pickle=False)
+    with aside.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
 
 

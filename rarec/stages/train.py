@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from rarec.artefacts import (
-    check_made_from,
+    check_files,
     is_current,
     read_json,
     read_manifest,
@@ -31,7 +31,7 @@ from rarec.models.towers import RaRec
 from rarec.ranking.metrics import metric_values
 from rarec.ranking.rank import rank_targets
 from rarec.stages.context import Context
-from rarec.stages.shards import ITEM_STATES
+from rarec.stages.shards import ITEM_STATES, TARGET_COUNTS, finished_shards
 from rarec.training.accelerator import build_accelerator
 from rarec.training.batches import Collator
 from rarec.training.checkpoints import Checkpoints
@@ -45,8 +45,9 @@ RIDGE_SAMPLES = 8192
 
 def train(context: Context) -> None:
     """Make `train/<arm>/` for each arm: checkpoints, log, and `done.json` with the best step."""
-    manifest = read_manifest(context.paths.shards, "shards")
-    check_made_from(context.paths.shards, manifest, **context.inputs)
+    manifest = finished_shards(context)
+    read_whole = {name: manifest["files"].get(name) for name in (ITEM_STATES, TARGET_COUNTS)}  # tars check themselves
+    check_files(context.paths.shards, {**manifest, "files": read_whole})
     for name in context.config.train.arms:
         train_arm(context, ARMS[name], manifest)
 
@@ -55,6 +56,7 @@ def train_arm(context: Context, arm: Arm, shards: dict[str, Any]) -> None:
     """Train one arm, or go on with it."""
     directory = context.paths.train(arm.name)
     settings, made_from = arm_settings(context, arm), {"shards": shards["hash"]}
+    context.start_over(directory)
     if context.is_done(directory, "train", settings, made_from):
         if (directory / DONE).exists():
             return
@@ -63,6 +65,7 @@ def train_arm(context: Context, arm: Arm, shards: dict[str, Any]) -> None:
         write_manifest(directory, "train", settings=settings, made_from=made_from)
     accelerator = build_accelerator(context.config.train.trackers, directory)
     item_states_NLD = np.load(context.paths.shards / ITEM_STATES, mmap_mode="r")
+    counts_N = torch.from_numpy(np.load(context.paths.shards / TARGET_COUNTS))
     stream = make_stream(context, shards)
     model = fresh_model(context, arm, shards, item_states_NLD, stream).to(accelerator.device)
     checkpoints = Checkpoints(directory / "checkpoints", context.config.train.keep)
@@ -71,7 +74,7 @@ def train_arm(context: Context, arm: Arm, shards: dict[str, Any]) -> None:
         context.config.train,
         context.config.run.seed,
         accelerator.prepare(model),
-        Objective(context.config.loss, torch.tensor(context.dataset.train_counts_N), tuple(shards["state_blocks"])),
+        Objective(context.config.loss, counts_N, tuple(shards["state_blocks"])),
         stream,
         Collator(model, context.prompts, context.sources, item_states_NLD),
         validation(context, model, accelerator.device),
@@ -82,8 +85,9 @@ def train_arm(context: Context, arm: Arm, shards: dict[str, Any]) -> None:
         lambda steps, done: TrainingLog(directory / "log.jsonl", accelerator, steps, done, arm.title, context.say)
     )
     accelerator.end_training()
-    figures = {**asdict(state), "trainable_parameters": sum(p.numel() for p in trainer.parameters.values())}
-    write_json(directory / DONE, figures)
+    figures = {"trainable_parameters": sum(p.numel() for p in trainer.parameters.values())}
+    best = checkpoints.digests(state.best_step) if state.best_step is not None else {}
+    write_json(directory / DONE, {**asdict(state), **figures, "best_files": best})
     context.say(
         f"{arm.title}: best validation NDCG@10 {state.best_value:.4f} at step {state.best_step} of {state.step}"
     )
@@ -99,9 +103,17 @@ def arm_settings(context: Context, arm: Arm) -> dict[str, Any]:
 
 
 def arm_hash(context: Context, arm: Arm) -> str:
-    """Identifies an arm's finished training: what shaped it and where it ended."""
+    """Identifies an arm's finished training: what shaped it, where it ended, with what weights; not how long it took.
+
+    Raises:
+        UserError: it is not trained, or not to its end.
+    """
     directory = context.paths.train(arm.name)
-    return sha256_json([read_manifest(directory, "train")["hash"], read_json(directory / DONE)])
+    manifest = read_manifest(directory, "train")
+    if not (directory / DONE).exists():
+        raise UserError(f"{directory} holds no finished training", "go on with it: rarec train CONFIG")
+    done = {name: value for name, value in read_json(directory / DONE).items() if name != "seconds"}
+    return sha256_json([manifest["hash"], done])
 
 
 def bare_model(context: Context, arm: Arm, loaded: LoadedModel) -> RaRec:
@@ -116,13 +128,13 @@ def best_model(context: Context, arm: Arm) -> RaRec:
         UserError: it is not trained, not to its end, or otherwise than the configuration now says.
     """
     directory = context.paths.train(arm.name)
-    made_from = {"shards": read_manifest(context.paths.shards, "shards")["hash"]}
+    made_from = {"shards": finished_shards(context)["hash"]}
     if not is_current(directory, "train", arm_settings(context, arm), made_from) or not (directory / DONE).exists():
-        raise UserError(f"{directory} holds no finished training", "accelerate launch launch/train.py --config CONFIG")
+        raise UserError(f"{directory} holds no finished training", "go on with it: rarec train CONFIG")
     model = bare_model(context, arm, context.load_llm(arm))
     best = read_json(directory / DONE)["best_step"]
     Checkpoints(directory / "checkpoints", context.config.train.keep).load(model, best)
-    return model.eval()
+    return model.to(context.device).eval()
 
 
 def make_stream(context: Context, shards: dict[str, Any]) -> SampleStream:

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rarec.artefacts import new_directory, read_json, read_manifest, sha256_file, write_json, write_manifest
-from rarec.errors import UserError
+from rarec.artefacts import check_files, new_directory, read_json, read_manifest, write_json, write_manifest
 from rarec.models.towers import RaRec
 from rarec.models.weights import load_weights, save_weights
 
@@ -88,7 +87,15 @@ class Checkpoints:
         verify(directory)
         load_weights(model, directory)
         _set_moments(parameters, optimizer, load_file(directory / _OPTIMIZER))
-        return TrainingState(**read_json(directory / _STATE))
+        state = TrainingState(**read_json(directory / _STATE))
+        if state.best_step not in self.steps():  # it went when a better one came, which is lost
+            state.best_step, state.best_value = None, -1.0
+        return state
+
+    def digests(self, step: int) -> dict[str, str]:
+        """The sha256 of each file of a checkpoint but its state, which tells how long the training took."""
+        files: dict[str, str] = read_manifest(self.path(step), "checkpoint")["files"]
+        return {name: digest for name, digest in files.items() if name != _STATE}
 
     def load(self, model: RaRec, step: int) -> None:
         """Load the weights of one checkpoint."""
@@ -102,12 +109,7 @@ def verify(directory: Path) -> None:
     Raises:
         UserError: one is missing or altered.
     """
-    for name, digest in read_manifest(directory, "checkpoint")["files"].items():
-        path = directory / name
-        if not path.is_file() or sha256_file(path) != digest:
-            raise UserError(
-                f"checkpoint file {path} is missing or altered", f"delete {directory}; the one before is used"
-            )
+    check_files(directory, read_manifest(directory, "checkpoint"), f"delete {directory}; the one before is used")
 
 
 def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

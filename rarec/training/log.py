@@ -10,6 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from rarec.artefacts import write_text
+
 
 class TrainingLog:
     """Records of one arm.
@@ -27,7 +29,7 @@ class TrainingLog:
         self, path: Path, accelerator: Accelerator, steps: int, done: int, title: str, say: Callable[[str], None]
     ) -> None:
         kept = [line for line in _lines(path) if line["step"] <= done]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._accelerator, self._steps, self._say, self._title = accelerator, steps, say, title
         self._told = time.monotonic()
@@ -67,6 +69,12 @@ class TrainingLog:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines there are; a line torn by a kill is no line."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines

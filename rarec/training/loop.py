@@ -96,11 +96,13 @@ class Trainer:
         if not math.isfinite(losses.total.item()):
             raise self._not_a_number(losses, batch, state)
         self.accelerator.backward(losses.total)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip))
+        if not math.isfinite(norm):
+            raise self._not_a_number(losses, batch, state)
         self.optimizer.step()
         self.optimizer.zero_grad()
         state.step += 1
-        return losses, float(norm)
+        return losses, norm
 
     def _batches(self, first: int) -> Iterator[tuple[Batch, float]]:
         """The batches from step `first` on, each with the seconds that it was waited for."""
@@ -169,7 +171,8 @@ class Trainer:
         kept = self.checkpoints.steps()
         good = str(self.checkpoints.path(kept[-1])) if kept else "none yet"
         return UserError(
-            f"the loss of step {state.step} is not a number (recommendation {losses.recommendation.item()}, "
-            f"align {losses.align.item()}); batch of samples user-position {keys}",
-            f"lower train.lr or train.clip; the last good checkpoint is {good}, and training goes on from it",
+            f"the loss of step {state.step} or its gradient is not a number (recommendation "
+            f"{losses.recommendation.item()}, align {losses.align.item()}); batch of samples user-position {keys}",
+            "lower train.lr or train.clip and begin again: rarec train CONFIG --fresh; "
+            f"the last good checkpoint is {good}",
         )
