@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rarec.errors import UserError
 
@@ -43,17 +43,31 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside, fsync it, and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def write_aside(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file beside `path`, open for bytes; fsync it and rename it into place. On an error nothing is left.
+
+    What a killed process left there is dropped.
+    """
+    for stale in path.parent.glob(f".{path.name}.aside-*"):
+        stale.unlink()
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        _fsync(aside)
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
     _fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, fsync it, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: object) -> None:

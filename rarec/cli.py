@@ -19,7 +19,8 @@ from rarec.errors import EXIT_CODE, UserError
 if TYPE_CHECKING:
     from rarec.stages.context import Context
 
-FULL = os.strerror(errno.ENOSPC)
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+"""How a full disk, a spent quota and too small a file limit read."""
 STOPPED = 130
 """The exit code that shells give a command ended by Ctrl-C."""
 console = Console(stderr=True, highlight=False)
@@ -184,8 +185,11 @@ def guarded(command: Callable[[], object]) -> None:
 def machine_trouble(error: Exception) -> str | None:
     """What to say where the machine, not the program, is at fault; None otherwise."""
     where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-    if FULL in str(error):  # safetensors, DuckDB and Arrow raise it as types of their own
-        return f"{FULL}{where}\n  -> free some space; what is whole stays, and the same command goes on from here"
+    # Looked for in the text: safetensors, DuckDB and Arrow raise types of their own.
+    full = next((text for text in FULL if text in str(error)), None)
+    if full:
+        remedy = "make room where run.dir lies; what is whole stays, and the same command goes on from here"
+        return f"{full}{where}\n  -> {remedy}"
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         return f"{error.strerror}{where}\n  -> choose a run.dir that you may write to, and inputs that you may read"
     if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):

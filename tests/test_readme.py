@@ -35,7 +35,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("make ")]
+    return [line for line in lines if line and not line.startswith(("make ", "source "))]
 
 
 def test_the_two_commands_come_first():

@@ -6,8 +6,8 @@ bare:  forward of the frozen model and backward to its inputs, on the shapes of 
 ours:  collation, alignment in every block, both towers, all losses, clipping, AdamW.
 naive: padded to the longest prompt, a text-only pass beside the hybrid one in every step, logits over the vocabulary.
 
-Prompts have the lengths of real ones (histories of 1 to 10 titles of 2 to 12 words). Rounds are interleaved, so that a busy
-machine slows all three alike; medians are reported.
+Prompts have the lengths of real ones (histories of 1 to 10 titles of 2 to 12 words). Rounds are interleaved, so that a
+busy machine slows all three alike; medians are reported.
 """
 
 import argparse

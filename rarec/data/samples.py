@@ -5,7 +5,6 @@ Shape letters: T tokens, H history, L stored blocks, D hidden size, K vectors of
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from rarec.artefacts import sha256_file
+from rarec.artefacts import sha256_file, write_aside
 from rarec.errors import UserError
 
 _VECTOR = "vector-"
@@ -83,15 +82,14 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
 
     The bytes depend on the samples alone. The record holds file, samples, bytes, sha256 and the prompts' lengths.
     """
-    aside, lengths = path.with_name(f".{path.name}.aside"), []
-    with aside.open("wb") as file:
-        with webdataset.TarWriter(file, encoder=False, user="rarec", group="rarec", mtime=0) as writer:
-            for sample in samples:
-                writer.write({"__key__": sample.key, **sample.fields()})
-                lengths.append(len(sample.tokens_T))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    lengths: list[int] = []
+    with (
+        write_aside(path) as file,
+        webdataset.TarWriter(file, encoder=False, user="rarec", group="rarec", mtime=0) as tar,
+    ):
+        for sample in samples:
+            tar.write({"__key__": sample.key, **sample.fields()})
+            lengths.append(len(sample.tokens_T))
     digest = sha256_file(path)
     size = path.stat().st_size
     return {"file": path.name, "samples": len(lengths), "bytes": size, "sha256": digest, "lengths": lengths}

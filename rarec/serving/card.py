@@ -46,7 +46,7 @@ def model_card(arm: Arm, config: RunConfig, figures: Mapping[str, Any]) -> str:
         figures: `llm`, `sources`, `metrics` and `trainable_parameters`, as in the manifest.
     """
     rows = [
-        f"| {row['metric']}/{row['protocol']} | {row['value']:.4f} | {row['low']:.4f} to {row['high']:.4f} | {row['n']} |"
+        "| {metric}/{protocol} | {value:.4f} | {low:.4f} to {high:.4f} | {n} |".format(**row)
         for row in figures["metrics"]
     ]
     chosen = [name for name in ("denoise", "diversify") if getattr(config.shards, name)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rarec.artefacts import read_json, read_manifest, sha256_json
+from rarec.artefacts import check_files, read_json, read_manifest, sha256_json
 from rarec.errors import UserError
 from rarec.evaluation.arms import Question, Ranker
 from rarec.models.encode import Encoder
@@ -27,6 +27,7 @@ def export(context: Context) -> None:
     settings = {"arm": arm.name, **{section: tree[section] for section in SECTIONS}}
     belongs = provenance(context)
     evaluation = read_manifest(context.paths.evaluation, "evaluate")
+    check_files(context.paths.evaluation, evaluation)
     made_from = {**belongs.inputs, "evaluate": evaluation["hash"], "train": arm_hash(context, arm)}
     if context.is_done(context.paths.bundle, "bundle", settings, made_from):
         return

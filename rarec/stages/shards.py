@@ -1,6 +1,5 @@
 """`rarec shards`: select training samples, compute text-only states once, write the tars."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.artefacts import is_current, read_manifest, sha256_json, write_json
+from rarec.artefacts import is_current, read_manifest, sha256_json, write_aside, write_json
 from rarec.data.samples import Sample
 from rarec.data.selection import Selection, select_samples
 from rarec.data.shards import finish_shards, write_shards
@@ -93,13 +92,8 @@ def _write_item_states(context: Context, blocks: list[int]) -> None:
 
 
 def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write an array aside, fsync it, rename it."""
-    aside = path.with_name("." + path.name)
-    with aside.open("wb") as file:
+    with write_aside(path) as file:
         np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _samples(context: Context, selection: Selection, rows: range, blocks: list[int]) -> Iterator[Sample]:

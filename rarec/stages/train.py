@@ -106,14 +106,28 @@ def arm_hash(context: Context, arm: Arm) -> str:
     """Identifies an arm's finished training: what shaped it, where it ended, with what weights; not how long it took.
 
     Raises:
-        UserError: it is not trained, or not to its end.
+        UserError: it is not trained, not to its end, or otherwise than the configuration now says.
+    """
+    done = finished_training(context, arm)
+    own = {name: value for name, value in done.items() if name != "seconds"}
+    return sha256_json([read_manifest(context.paths.train(arm.name), "train")["hash"], own])
+
+
+def finished_training(context: Context, arm: Arm) -> dict[str, Any]:
+    """What `done.json` of an arm says.
+
+    Raises:
+        UserError: it is not trained, not to its end, or otherwise than the configuration now says.
     """
     directory = context.paths.train(arm.name)
-    manifest = read_manifest(directory, "train")
+    is_current(directory, "train", arm_settings(context, arm), {"shards": finished_shards(context)["hash"]})
+    read_manifest(directory, "train")
     if not (directory / DONE).exists():
         raise UserError(f"{directory} holds no finished training", "go on with it: rarec train CONFIG")
-    done = {name: value for name, value in read_json(directory / DONE).items() if name != "seconds"}
-    return sha256_json([manifest["hash"], done])
+    done = read_json(directory / DONE)
+    if not isinstance(done, dict) or not isinstance(done.get("best_step"), int):
+        raise UserError(f"{directory / DONE} names no best step", "train it again: rarec train CONFIG --fresh")
+    return done
 
 
 def bare_model(context: Context, arm: Arm, loaded: LoadedModel) -> RaRec:
@@ -127,13 +141,9 @@ def best_model(context: Context, arm: Arm) -> RaRec:
     Raises:
         UserError: it is not trained, not to its end, or otherwise than the configuration now says.
     """
-    directory = context.paths.train(arm.name)
-    made_from = {"shards": finished_shards(context)["hash"]}
-    if not is_current(directory, "train", arm_settings(context, arm), made_from) or not (directory / DONE).exists():
-        raise UserError(f"{directory} holds no finished training", "go on with it: rarec train CONFIG")
+    best = finished_training(context, arm)["best_step"]
     model = bare_model(context, arm, context.load_llm(arm))
-    best = read_json(directory / DONE)["best_step"]
-    Checkpoints(directory / "checkpoints", context.config.train.keep).load(model, best)
+    Checkpoints(context.paths.train(arm.name) / "checkpoints", context.config.train.keep).load(model, best)
     return model.to(context.device).eval()
 
 

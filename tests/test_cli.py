@@ -1,0 +1,191 @@
+"""The command itself: what it prints where, its exit codes, and that its help teaches."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rarec import cli
+from rarec.artefacts import read_json
+from rarec.cli import app, guarded, open_context
+from rarec.errors import EXIT_CODE, UserError
+from rarec.stages.run import STAGES
+
+ROOT = Path(__file__).parents[1]
+RAREC = Path(sys.executable).parent / "rarec"
+
+
+def call(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The real command, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(RAREC), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], command) -> str:
+    """The message of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        guarded(command)
+    assert end.value.code == EXIT_CODE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    return err
+
+
+def test_help_shows_every_stage_in_order_and_each_names_the_next_command():
+    page = CliRunner().invoke(app, ["--help"], terminal_width=200).output
+    places = [re.search(rf"^\W*{name} ", page, re.MULTILINE) for name in STAGES]
+    assert all(places)
+    starts = [place.start() for place in places]
+    assert starts == sorted(starts)
+    for name, following in zip(STAGES, [*list(STAGES)[1:], None], strict=True):
+        text = CliRunner().invoke(app, [name, "--help"], terminal_width=200).output
+        following = f"launch/{following}.py" if following in ("train", "evaluate") else following
+        assert "Next: " in text
+        assert following is None or following in text.split("Next: ")[1].splitlines()[0]
+
+
+def test_version_names_rarec_and_its_stack():
+    lines = CliRunner().invoke(app, ["--version"]).output.splitlines()
+    assert lines[0].startswith("rarec ")
+    assert {"torch", "transformers", "accelerate"} <= {line.split()[0] for line in lines}
+
+
+def test_doctor_says_what_this_machine_can_run():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "torch" in result.output
+
+
+def test_the_command_starts_without_loading_torch():
+    code = "import sys, rarec.cli; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_recommend_prints_items_alone_on_standard_output(finished, tmp_path):
+    result = call("recommend", finished, "--user", "u001", "-k", "3", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert len(rows) == 3
+    assert all(re.fullmatch(r"i\d{3}", item) and item.removeprefix("i").lstrip("0") in title for item, title in rows)
+
+
+def test_a_user_error_is_one_message_on_standard_error_and_exit_code_2(finished, tmp_path):
+    result = call("ids", finished, f"run.dir={tmp_path / 'none'}")
+    assert (result.returncode, result.stdout) == (EXIT_CODE, "")
+    assert result.stderr.strip() == f"error: {tmp_path / 'none' / 'prepare'} has no manifest.json\n" + (
+        "  -> make it first: rarec prepare CONFIG"
+    )
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_script_that_accelerate_launches_ends_in_the_same_way(finished, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        "--config",
+        str(finished),
+        f"run.dir={tmp_path / 'x'}",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == EXIT_CODE
+    assert "Traceback" not in result.stderr
+    assert "rarec prepare CONFIG" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["run", "nowhere.yaml"], "configuration nowhere.yaml does not exist"),
+        (["run", "CONFIG", "train.epoch=3"], "unknown field `train.epoch`; did you mean `epochs`"),
+        (["run", "CONFIG", "train.epochs=many"], "field `train.epochs`"),
+        (["run", "CONFIG", "epochs"], "not of the form section.field=value"),
+        (["run", "CONFIG", "export.arm=input"], "`export.arm`: input is not among train.arms"),
+        (["recommend", "CONFIG", "--user", "7"], "user '7' is not in"),
+    ],
+)
+def test_wrong_arguments_are_told_from_the_command_line(finished, capsys, monkeypatch, arguments, match):
+    monkeypatch.setattr(sys, "argv", ["rarec", *(str(finished) if a == "CONFIG" else a for a in arguments)])
+    assert match in refused(capsys, app)
+
+
+def test_paths_with_brackets_are_no_markup(capsys):
+    def fail() -> None:
+        cli.say("read [bold]x[/nothing]")
+        raise UserError("runs/[red]a[/b] is torn")
+
+    with pytest.raises(SystemExit):
+        guarded(fail)
+    assert capsys.readouterr().err == "read [bold]x[/nothing]\nerror: runs/[red]a[/b] is torn\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "make room"),
+        (errno.EACCES, "choose a run.dir that you may write to"),
+        (errno.EROFS, "choose a run.dir that you may write to"),
+    ],
+)
+def test_trouble_with_the_machine_is_one_message(capsys, number, remedy):
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    message = refused(capsys, fail)
+    assert "/some/file" in message
+    assert remedy in message
+
+
+def test_a_file_that_stands_where_the_run_should_is_named(finished, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    message = refused(capsys, lambda: cli.run_stage("prepare", finished, [f"run.dir={tmp_path / 'run'}"]))
+    assert str(tmp_path / "run") in message
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_an_error_of_ours_stays_an_error():
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0)
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(finished, tmp_path):
+    command = [str(RAREC), "run", str(finished), f"run.dir={tmp_path / 'run'}", "ids.sasrec.epochs=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "prepare").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.rstrip().endswith("stopped; the same command goes on from here")
+    assert "Traceback" not in err
+
+
+def test_reading_a_run_writes_nothing_into_it(finished, capsys):
+    root = Path(open_context(finished, []).config.run.dir)
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    cli.run_stage("evaluate", finished, [])
+    cli.recommend(finished, ["evaluate.batch_size=128"], "u002", 1)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_the_results_end_with_whole_paths(finished, capsys):
+    context = open_context(finished, [])
+    cli.show_results(context)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        f"report: {context.paths.report / 'report.html'}",
+        f"bundle: {context.paths.bundle}",
+        f"figures: {context.paths.evaluation / 'metrics.json'}",
+    ]
+    assert read_json(Path(lines[-1].removeprefix("figures: ")))

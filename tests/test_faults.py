@@ -1,0 +1,257 @@
+"""Faults on purpose: a run killed at its writes, a disk that is full, files that are torn, a configuration that changes midway."""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from rarec.artefacts import read_json, read_manifest
+from rarec.cli import guarded, open_context
+from rarec.errors import EXIT_CODE, UserError
+from rarec.evaluation.arms import Question, Ranker, rank_all
+from rarec.stages.evaluate import evaluate
+from rarec.stages.export import recommend
+from rarec.stages.report import report
+from rarec.stages.run import STAGES, run
+from rarec.stages.shards import shards
+from rarec.stages.train import train
+
+START = multiprocessing.get_context("forkserver")  # imports once, in a process without threads
+START.set_forkserver_preload(["tests.test_faults", "rarec.models.load", "rarec.evaluation.report"])
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> str:
+    """A copy of the finished run; the override that points there."""
+    shutil.copytree(run_directory(finished), tmp_path / "run")
+    return f"run.dir={tmp_path / 'run'}"
+
+
+def run_directory(config: Path) -> Path:
+    return Path(open_context(config, []).config.run.dir)
+
+
+def run_until(config: Path, overrides: list[str], renames: int, file_bytes: int) -> None:
+    """In a process of its own: a run that is killed before one of its renames, or may write no larger files."""
+    torch.set_num_threads(1)
+    sys.stderr = Path(overrides[0].removeprefix("run.dir=")).with_suffix(".stderr").open("w")
+    left = [renames]
+
+    def count(event: str, _: object) -> None:
+        if event == "os.rename":
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    from rarec import cli
+
+    cli.console.file = sys.stderr
+    guarded(lambda: run(open_context(config, overrides)))
+
+
+def outcome(config: Path, overrides: list[str], renames: int = -1, file_bytes: int = resource.RLIM_INFINITY) -> int:
+    process = START.Process(target=run_until, args=(config, overrides, renames, file_bytes))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def identities(run: Path) -> dict[str, str]:
+    """What an artefact is, by its manifest or its figures."""
+    places = ("prepare", "ids/id", "shards", "train/per_layer", "evaluation", "bundle")
+    return {place: read_json(run / place / "manifest.json")["hash"] for place in places}
+
+
+def asides(run: Path) -> list[Path]:
+    return list(run.rglob(".*"))
+
+
+def test_a_full_disk_and_many_kills_later_a_run_ends_as_one_that_met_none(finished, tmp_path):
+    place, codes, renames = tmp_path / "run", [], 9
+    for limit in (3_000, 200_000):
+        assert outcome(finished, [f"run.dir={place}"], file_bytes=limit) == EXIT_CODE
+        told = place.with_suffix(".stderr").read_text()
+        assert "error: File too large" in told
+        assert "make room" in told
+        assert "Traceback" not in told
+        assert not [path for path in asides(place) if "aside" in path.name]
+    assert (place / "ids" / "id" / "manifest.json").exists()
+    while not codes or codes[-1] != 0:
+        codes.append(outcome(finished, [f"run.dir={place}"], renames))
+        renames += 13
+    assert len(codes) > 2
+    assert set(codes[:-1]) == {-signal.SIGKILL}
+    assert identities(place) == identities(run_directory(finished))
+    assert not asides(place)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "prepare/manifest.json",
+        "ids/id/manifest.json",
+        "shards/manifest.json",
+        "train/per_layer/manifest.json",
+        "train/per_layer/done.json",
+        "evaluation/manifest.json",
+        "evaluation/metrics.json",
+        "bundle/manifest.json",
+    ],
+)
+def test_a_json_file_that_is_torn_or_something_else_is_refused_by_name(finished, copied, file):
+    path = Path(copied.removeprefix("run.dir=")) / file
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"[]", b"\xff\x00", whole.replace(b"files", b"fires")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=file.replace(".", r"\.")) as error:
+            use_everything(finished, copied)
+        assert error.value.remedy
+    path.write_bytes(whole)
+    use_everything(finished, copied)
+
+
+def use_everything(config: Path, place: str) -> None:
+    for name, stage in STAGES.items():
+        if name != "report":
+            stage(open_context(config, [place]))
+    recommend(open_context(config, [place]), "u001", 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [
+        ("prepare/users.parquet", train),
+        ("ids/id/items.npy", train),
+        ("ids/id/sasrec.safetensors", train),
+        ("shards/item_states.npy", train),
+        ("shards/target_counts.npy", train),
+        ("shards/000001.tar", train),
+        ("bundle/alignment.safetensors", lambda context: recommend(context, "u001", 1)),
+    ],
+)
+def test_a_file_with_one_byte_changed_is_refused_by_name(finished, copied, file, stage):
+    place = Path(copied.removeprefix("run.dir="))
+    shutil.rmtree(place / "train")
+    data = bytearray((place / file).read_bytes())
+    data[-1] ^= 1
+    (place / file).write_bytes(data)
+    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+        stage(open_context(finished, [copied]))
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "match"),
+    [
+        ("prepare.min_user_interactions=6", "ids", r"prepare\.min_user_interactions: 5 -> 6"),
+        ("ids.sasrec.epochs=9", "shards", r"users\.epochs: 8 -> 9"),
+        ("shards.share=0.5", "train", r"shards\.share: 0\.7 -> 0\.5"),
+        ("prompt.separator='; '", "train", "another prompt|prompt.separator"),
+        ("shards.share=0.5", "evaluate", r"shards\.share"),
+        ("train.lr=0.5", "evaluate", r"train\.lr"),
+        ("readout.head=true", "export", r"readout\.head"),
+        ("run.seed=3", "evaluate", "seed: 17 -> 3"),
+    ],
+)
+def test_a_stage_refuses_what_was_made_by_another_configuration(finished, copied, override, stage, match):
+    with pytest.raises(UserError, match=match) as error:
+        STAGES[stage](open_context(finished, [copied, override]))
+    assert "--fresh" in str(error.value)
+
+
+def test_a_retrained_arm_makes_its_evaluation_stale_and_an_equal_one_does_not(finished, copied):
+    train(open_context(finished, [copied], fresh=True))
+    evaluate(open_context(finished, [copied]))
+    train(open_context(finished, [copied, "train.lr=0.02"], fresh=True))
+    with pytest.raises(UserError, match=r"was made from another (text_only|per_layer)"):
+        evaluate(open_context(finished, [copied, "train.lr=0.02"]))
+
+
+def test_a_bundle_is_used_with_the_pooling_it_was_trained_with(finished, copied):
+    with pytest.raises(UserError, match=r"readout\.pool: \"auto\" -> \"last\""):
+        recommend(open_context(finished, [copied, "readout.pool=last"]), "u001", 1)
+
+
+def test_an_arm_that_is_exported_but_not_trained_is_refused_before_anything_is_made(finished, tmp_path):
+    with pytest.raises(UserError, match=r"`export\.arm`: input is not among train\.arms"):
+        run(open_context(finished, [f"run.dir={tmp_path / 'run'}", "export.arm=input"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_without_slots_are_refused(finished, copied):
+    with pytest.raises(UserError, match="source 'id' stands in neither"):
+        shards(open_context(finished, [copied, "prompt.user='{history}'", "prompt.item='{title}'"], fresh=True))
+
+
+@pytest.mark.parametrize("override", ["shards.state_blocks=[2]", "train.blocks=[2]"])
+def test_a_block_that_the_model_lacks_is_refused(finished, copied, override):
+    with pytest.raises(UserError, match=rf"{override.split('=')[0]}: the model has blocks 0 to 1, not 2"):
+        for stage in (shards, train):
+            stage(open_context(finished, [copied, override], fresh=True))
+
+
+def test_a_fresh_stage_that_fails_leaves_what_was_made_before(finished, copied):
+    place = Path(copied.removeprefix("run.dir="))
+    before = (place / "prepare" / "manifest.json").read_bytes()
+    with pytest.raises(UserError):
+        STAGES["prepare"](open_context(finished, [copied, "prepare.min_user_interactions=500"], fresh=True))
+    assert (place / "prepare" / "manifest.json").read_bytes() == before
+
+
+def test_killed_shards_of_other_settings_leave_no_tar_behind(finished, copied):
+    place = Path(copied.removeprefix("run.dir="))
+    (place / "shards" / "manifest.json").unlink()
+    (place / "shards" / ".000009.tar.aside-1").write_bytes(b"torn")
+    shards(open_context(finished, [copied, "shards.samples_per_shard=200"]))
+    assert sorted(path.name for path in (place / "shards").glob("*.tar")) == ["000000.tar", "000001.tar"]
+    assert not asides(place / "shards")
+
+
+def test_a_path_may_hold_what_means_something_elsewhere(finished, tmp_path):
+    place = tmp_path / "a b {1..2} [bold] %20 ::ü"
+    shutil.copytree(run_directory(finished), place)
+    shutil.rmtree(place / "train")
+    tree = yaml.safe_load(finished.read_text())
+    tree["run"]["dir"] = str(place)
+    config = tmp_path / "with spaces.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    train(open_context(config, []))
+    report(open_context(config, []))
+    assert read_manifest(place / "train" / "per_layer", "train")
+
+
+def test_memory_of_a_ranking_does_not_grow_with_the_users(finished, monkeypatch):
+    from rarec.data.dataset import Targets
+    from rarec.evaluation import arms
+
+    monkeypatch.setattr(arms, "USERS_AT_A_TIME", 256)
+    dataset = open_context(finished, []).dataset
+    items_NZ = np.random.default_rng(0).standard_normal((dataset.n_items, 8)).astype(np.float32)
+    ranker = Ranker(items_NZ, lambda rows, histories: items_NZ[[history[-1] for history in histories]])
+
+    def peak(users: int) -> int:
+        known = dataset.targets("test")
+        rows = np.resize(known.user_rows, users)
+        targets = Targets(rows, np.resize(known.positions, users), np.resize(known.item_rows, users))
+        tracemalloc.start()
+        for shuffled_by in (None, 1):
+            rank_all(Question.of(dataset, targets, shuffled_by), {"a": ranker})
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(256)
+    small, large = peak(1_000), peak(10_000)
+    ranks_themselves = 2 * 8 * 10_000  # the chunks' and their concatenation, eight bytes a user
+    assert large - small < 1.5 * ranks_themselves
