@@ -92,6 +92,9 @@ def new_directory(path: Path) -> Iterator[Path]:
     Whatever stood at `path` is replaced. On an error nothing is left and `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.with_name(f".{path.name}.aside-old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        old.rename(path)
     for stale in path.parent.glob(f".{path.name}.aside-*"):
         shutil.rmtree(stale)
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
@@ -101,7 +104,6 @@ def new_directory(path: Path) -> Iterator[Path]:
         for entry in aside.rglob("*"):
             _fsync(entry)
         _fsync(aside)
-        old = path.with_name(f".{path.name}.aside-old")
         if path.exists():
             path.rename(old)
         aside.rename(path)

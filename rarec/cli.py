@@ -114,7 +114,7 @@ def recommend(
     config: Config,
     overrides: Overrides = None,
     user: Annotated[str, typer.Option(help="The user's id, as in the log.")] = ...,  # type: ignore[assignment]
-    k: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     bundle: Annotated[Path | None, typer.Option(help="A bundle directory; the run's own by default.")] = None,
 ) -> None:
     """The best new items for one user, from the bundle."""

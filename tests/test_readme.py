@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 SMALL = [
+    "prepare.min_item_interactions=200",
     "ids.sasrec.epochs=1",
     "prompt.max_history=2",
     "shards.share=0.002",

@@ -62,7 +62,7 @@ def make_source(
     """
     chosen = _chosen(config)
     settings, made_from = source_identity(config, dataset, seed)
-    progress = directory.with_name(f".{directory.name}.progress.safetensors")
+    progress = progress_file(directory)
     with new_directory(directory) as aside:
         if isinstance(chosen, SasRec):
             figures = _train(chosen, dataset, aside, seed, progress, sha256_json([settings, made_from]), say)
@@ -76,6 +76,11 @@ def make_source(
         f"hr@10 {validation['hr@10']:.4f}, ndcg@10 {validation['ndcg@10']:.4f}"
     )
     return open_source(directory)
+
+
+def progress_file(directory: Path) -> Path:
+    """Where the training of a source keeps its progress until the artefact is whole."""
+    return directory.with_name(f".{directory.name}.progress.safetensors")
 
 
 def _chosen(config: Ids | Import) -> SasRec | Import:

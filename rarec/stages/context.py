@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from rarec.artefacts import check_files, is_current, sha256_json, write_text
@@ -55,6 +54,8 @@ class Context:
     @cached_property
     def device(self) -> torch.device:
         """Where models run: the device that Accelerate trains on."""
+        from accelerate import PartialState  # late: it brings DeepSpeed, whose notices are silenced above
+
         device: torch.device = PartialState().device
         return device
 

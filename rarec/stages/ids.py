@@ -1,7 +1,7 @@
 """`rarec ids`: train or import the ID embeddings, and import every further source."""
 
 from rarec.config.schema import Ids, Import
-from rarec.ids.make import make_source, source_identity
+from rarec.ids.make import make_source, progress_file, source_identity
 from rarec.stages.context import Context
 
 
@@ -13,4 +13,6 @@ def ids(context: Context) -> None:
         directory = context.paths.source(name)
         settings, made_from = source_identity(section, context.dataset, config.run.seed)
         if not context.is_done(directory, "ids", settings, made_from):
+            if context.fresh:
+                progress_file(directory).unlink(missing_ok=True)
             make_source(name, section, context.dataset, directory, config.run.seed, context.say)

@@ -56,8 +56,9 @@ def finished_shards(context: Context) -> dict[str, Any]:
         UserError: they are missing, or were made by other settings or from other inputs than lie here now.
     """
     directory = context.paths.shards
+    manifest = read_manifest(directory, "shards")
     is_current(directory, "shards", *_identity(context))
-    return read_manifest(directory, "shards")
+    return manifest
 
 
 def state_blocks(context: Context) -> list[int]:

@@ -94,11 +94,11 @@ class Trainer:
         users, items = self.model(batch.users, batch.items)
         losses = self.objective(self.model, users, items, batch.targets)
         if not math.isfinite(losses.total.item()):
-            raise self._not_a_number(losses, batch, state)
+            raise self._not_a_number("loss", losses, batch, state)
         self.accelerator.backward(losses.total)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip))
         if not math.isfinite(norm):
-            raise self._not_a_number(losses, batch, state)
+            raise self._not_a_number("gradient", losses, batch, state)
         self.optimizer.step()
         self.optimizer.zero_grad()
         state.step += 1
@@ -166,13 +166,13 @@ class Trainer:
         records.record(state.step, **figures)
         records.progress(state.step, figures["loss"], figures["tokens_per_s"], figures["data_wait"])
 
-    def _not_a_number(self, losses: LossTerms, batch: Batch, state: TrainingState) -> UserError:
+    def _not_a_number(self, what: str, losses: LossTerms, batch: Batch, state: TrainingState) -> UserError:
         keys = ", ".join(batch.keys[:5]) + (", ..." if len(batch.keys) > 5 else "")
         kept = self.checkpoints.steps()
         good = str(self.checkpoints.path(kept[-1])) if kept else "none yet"
         return UserError(
-            f"the loss of step {state.step} or its gradient is not a number (recommendation "
-            f"{losses.recommendation.item()}, align {losses.align.item()}); batch of samples user-position {keys}",
+            f"the {what} of step {state.step} is not a number (recommendation {losses.recommendation.item()}, "
+            f"align {losses.align.item()}); batch of samples user-position {keys}",
             "lower train.lr or train.clip and begin again: rarec train CONFIG --fresh; "
             f"the last good checkpoint is {good}",
         )

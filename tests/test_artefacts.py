@@ -1,0 +1,59 @@
+"""Artefacts: written aside and renamed whole; what stood there before survives every way of failing."""
+
+import pytest
+
+from rarec.artefacts import is_current, new_directory, read_manifest, write_json, write_manifest
+from rarec.errors import UserError
+
+
+def write(directory, text):
+    with new_directory(directory) as aside:
+        (aside / "file").write_text(text)
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    write(tmp_path / "a", "old")
+    with pytest.raises(RuntimeError), new_directory(tmp_path / "a") as aside:
+        (aside / "file").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "file").read_text() == "old"
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    write(tmp_path / "a", "old")
+    (tmp_path / "a").rename(tmp_path / ".a.aside-old")
+    (tmp_path / ".a.aside-99").mkdir()
+    with pytest.raises(RuntimeError), new_directory(tmp_path / "a"):
+        raise RuntimeError
+    assert (tmp_path / "a" / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_manifest_that_was_altered_is_refused(tmp_path):
+    manifest = write_manifest(tmp_path, "prepare", settings={"a": 1}, made_from={})
+    write_json(tmp_path / "manifest.json", {**manifest, "settings": {"a": 2}})
+    with pytest.raises(UserError, match="is altered"):
+        read_manifest(tmp_path, "prepare")
+
+
+def test_figures_do_not_enter_the_hash_and_settings_do(tmp_path):
+    def digest(**keywords):
+        return write_manifest(tmp_path, "prepare", **keywords)["hash"]
+
+    base = digest(settings={"a": 1}, made_from={}, seconds=1.0)
+    assert digest(settings={"a": 1}, made_from={}, seconds=2.0) == base
+    assert digest(settings={"a": 2}, made_from={}) != base
+
+
+def test_changed_settings_are_named_leaf_by_leaf(tmp_path):
+    write_manifest(tmp_path, "prepare", settings={"split": {"kind": "temporal", "share": 1}}, made_from={})
+    assert is_current(tmp_path, "prepare", {"split": {"kind": "temporal", "share": 1}}, {})
+    with pytest.raises(UserError, match=r"split\.share: 1 -> 2"):
+        is_current(tmp_path, "prepare", {"split": {"kind": "temporal", "share": 2}}, {})
+
+
+def test_no_json_that_is_not_json(tmp_path):
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
