@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,8 @@ def test_an_error_of_ours_stays_an_error():
 
 def test_ctrl_c_says_that_the_same_command_goes_on(finished, tmp_path):
     command = [str(RAREC), "run", str(finished), f"run.dir={tmp_path / 'run'}", "ids.sasrec.epochs=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits a SIGINT that is ignored
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "prepare").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -79,7 +79,7 @@ def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
     if words[0] != "python" and any(word.endswith(".yaml") and "accelerate" not in word for word in words):
         words += SMALL
         if "mine.yaml" in command:
-            words += ["shards.share=0.5", f"llm.path={place / 'llm'}"]
+            words += ["prepare.min_item_interactions=0", "shards.share=0.5", f"llm.path={place / 'llm'}"]
     words[0] = str(BIN / words[0])
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     return subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
