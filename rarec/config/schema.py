@@ -32,17 +32,31 @@ class Run(Section):
     """Seeds every random choice; each stage derives its own stream from it."""
 
 
-class Interactions(Section):
-    """The log: one row an interaction. Files: CSV, TSV, Parquet, JSONL, or RecBole's `.inter`."""
+class Table(Section):
+    """Where a table lies: in files, or in the engine under a name."""
 
-    path: str
-    """A file, a directory or a glob; `package:NAME/FILE` is a file inside an installed Python package."""
+    path: str | None = None
+    """A file, a directory or a glob, local or an fsspec URL (`s3://bucket/log/*.parquet`); `package:NAME/FILE` is a file
+    inside an installed Python package. Formats: CSV, TSV, Parquet, JSONL, RecBole's `.inter` and `.item`."""
+    table: str | None = None
+    """Instead of `path`: a table that the engine knows, as `NAME` or `SCHEMA.NAME`."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Table":
+        if (self.path is None) == (self.table is None):
+            raise ValueError("name exactly one of `path` and `table`")
+        return self
+
+
+class Interactions(Table):
+    """The log: one row an interaction."""
+
     user: str
     """Column of the user's id, of any type."""
     item: str
     """Column of the item's id, of any type."""
     time: str | None = None
-    """Column of the time: epoch seconds or milliseconds, or ISO 8601."""
+    """Column of the time: epoch seconds or milliseconds, ISO 8601, or a timestamp of the file's own."""
     position: str | None = None
     """Column of the rank in the user's own order, where there is no time."""
 
@@ -53,11 +67,9 @@ class Interactions(Section):
         return self
 
 
-class Items(Section):
-    """The catalogue: one row an item. Files as for the interactions, or RecBole's `.item`."""
+class Items(Table):
+    """The catalogue: one row an item."""
 
-    path: str
-    """A file, a directory or a glob; `package:NAME/FILE` is a file inside an installed Python package."""
     item: str
     """Column of the item's id."""
     title: str
@@ -82,14 +94,27 @@ class Split(Section):
 class Prepare(Section):
     """Logs to a prepared dataset."""
 
+    engine: str = "duckdb"
+    """What computes: `duckdb` in this process, `spark` (extra `spark`, Java 17), or an Ibis URL such as
+    `postgres://user:password@host/database`, for tables there."""
+    spark: dict[str, str] = {}
+    """Settings of the Spark session, such as `spark.master: yarn`; local on all cores by default."""
+    memory: str | None = None
+    """Most memory that DuckDB takes before it spills, such as `8GB`; 80% of the machine's by default."""
+    scratch: str | None = None
+    """Directory for what an engine spills or keeps between steps; for Spark one that every executor sees. Inside
+    `run.dir` by default."""
     interactions: Interactions
     items: Items
     min_user_interactions: Positive = 5
     """Users with fewer are dropped and counted."""
     min_item_interactions: NonNegative = 0
     """Items with fewer are dropped with their interactions; 0 keeps the whole catalogue."""
-    duplicates: Literal["keep_first", "keep_last", "keep_all"] = "keep_first"
-    """What to do when a user meets the same item again."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Rows of the same user, item and time: written twice, or three bought at once."""
+    repeats: Literal["first", "last", "runs", "keep"] = "first"
+    """When a user meets an item again at another time: keep the first or the last, collapse runs with nothing between
+    (to their first), or keep all."""
     split: Split = Split()
 
 
@@ -194,6 +219,8 @@ class Shards(Section):
     share: Share = 1.0
     """Of all training samples, what to keep at most (the paper's headline: 6% [N])."""
     samples_per_shard: Positive = 1024
+    writers: Positive = 2
+    """Shards packed, hashed and flushed at a time, while the model computes the next; changes nothing in them."""
     state_blocks: Blocks | None = None
     """Blocks whose text-only states are stored for the alignment loss; all of them by default."""
     state_dtype: Literal["float16", "float32"] = "float16"
@@ -250,6 +277,20 @@ class Loss(Section):
     """What is compared with the text-only state: the slots W e + b, or the mean of all slots with the instructions."""
 
 
+class Stream(Section):
+    """How training reads its shards. Nothing here changes what is trained, but for `damaged: skip`."""
+
+    workers: NonNegative = 1
+    """Processes that read and collate ahead; 0 reads between the steps."""
+    damaged: Literal["refuse", "skip"] = "refuse"
+    """Samples that are not what the manifest says: end with an error, or check all of them before the first step, leave
+    the damaged ones out on every rank and say how many."""
+    remote: str | None = None
+    """An fsspec URL of a copy of `run.dir/shards`, such as `s3://bucket/mine/shards`: tars are read from there."""
+    cache_gb: Rate = 10.0
+    """Most that fetched tars take on the local disk; the least recently read go first."""
+
+
 class Train(Section):
     """The loop: one optimizer, warm-up and cosine, early stopping on a validation ranking metric."""
 
@@ -258,6 +299,9 @@ class Train(Section):
     blocks: Blocks | None = None
     """Blocks that `per_layer` and `prefix_only` inject into; all of them by default."""
     batch_size: Annotated[int, Field(ge=2)] = 64
+    """Samples in a step, over all ranks."""
+    tokens_per_batch: Positive | None = None
+    """Instead of `batch_size`: as many samples as keep the padded user prompts of a step within this many tokens."""
     epochs: Positive = 2
     max_steps: Positive | None = None
     lr: Rate = 1e-3
@@ -280,6 +324,7 @@ class Train(Section):
     """Steps between checkpoints; by default only at validations."""
     trackers: list[str] = ["tensorboard"]
     """Accelerate's trackers, by name."""
+    stream: Stream = Stream()
 
 
 class Evaluate(Section):
