@@ -120,6 +120,11 @@ class PreparedDataset:
         """The text that stands for a missing title."""
         return str(self.manifest["settings"]["prepare"]["items"]["untitled"])
 
+    @property
+    def order(self) -> str:
+        """The column that orders the interactions: `time` or `position`."""
+        return "time" if self.manifest["settings"]["prepare"]["interactions"]["time"] is not None else "position"
+
     def sequence(self, user_row: int) -> Int32:
         """Item rows of all the user's interactions, oldest first; a view."""
         start = int(self.starts_U[user_row])

@@ -1,7 +1,14 @@
-"""The files behind a path of the configuration: which they are, what format they hold, and their hash."""
+"""The files behind a path of the configuration: which they are, what format they hold, and their hash.
 
+Paths are local, or URLs of any file system that fsspec knows (`s3://`, `gs://`, `hdfs://`, `https://`, ...).
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+import fsspec
+from fsspec.core import url_to_fs
 
 from rarec.artefacts import sha256_file, sha256_json
 from rarec.errors import UserError
@@ -17,21 +24,30 @@ FORMATS = {
     ".item": "recbole",
 }
 """File name suffix to format; every one but Parquet may have `.gz` after it."""
+DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "http": "aiohttp"}
+"""The package that opens a kind of URL, where fsspec itself does not."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """One table spread over files of one format, in the order in which their rows count."""
+    """One table spread over files of one format, in the order in which their rows count: by name.
+
+    Attributes:
+        path: as the configuration has it, for messages.
+        paths: local paths, or URLs.
+        format: one of `FORMATS`.
+        system: the fsspec file system of URLs; None for local files.
+    """
 
     path: str
-    """As the configuration has it, for messages."""
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]
     format: str
+    system: fsspec.AbstractFileSystem | None = None
 
     @property
     def name(self) -> str:
         """What an error message calls it: the file itself where there is only one."""
-        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.path} ({len(self.paths)} files)"
+        return self.paths[0] if len(self.paths) == 1 else f"{self.path} ({len(self.paths)} files)"
 
 
 def find_files(path: str, field: str) -> Files:
@@ -39,52 +55,80 @@ def find_files(path: str, field: str) -> Files:
 
     Args:
         path: a file, a directory (everything in it, however deep, with a known suffix; names that start with
-            `.` or `_` are passed over), a glob, or `package:NAME/FILE`.
+            `.` or `_` are passed over), a glob, a URL of any of these, or `package:NAME/FILE`.
         field: the configuration's field that holds the path, for messages.
 
     Raises:
         UserError: nothing is there, a file is empty, or the format is unknown or not one and the same.
     """
-    place = resolve(path)
-    found = _list(place)
+    place = resolve(path).removeprefix("file://")
+    system = _file_system(place, field) if "://" in place else None
+    found = _list(place) if system is None else _list_remote(place, system)
     if not found:
         raise UserError(f"{field}: {path} does not exist, or holds no table", f"known suffixes: {', '.join(FORMATS)}")
     formats = {file: _format(file) for file in found}
     for file, kind in formats.items():
         if kind is None:
             raise UserError(f"{field}: {file} has no known suffix", f"known suffixes: {', '.join(FORMATS)}")
-        if file.stat().st_size == 0:
+        if not (system.size(file) if system else Path(file).stat().st_size):
             raise UserError(f"{field}: {file} is empty", "give a table with at least one row")
     if len(set(formats.values())) > 1:
         kinds = ", ".join(sorted({str(kind) for kind in formats.values()}))
         raise UserError(f"{field}: {path} holds files of several formats ({kinds})", "name one of them by a glob")
-    return Files(path, tuple(found), str(formats[found[0]]))
+    return Files(path, tuple(found), str(formats[found[0]]), system)
 
 
 def digest(files: Files) -> str:
-    """The sha256 of a table's bytes: of the file, or of the list of the files' own hashes."""
-    hashes = [sha256_file(path) for path in files.paths]
+    """The hash of a table: of a local file's bytes, or of the list of the files' own hashes.
+
+    A file behind a URL is not read twice for it: its name, size and the store's own mark of a version (ETag, time) stand
+    for its bytes.
+    """
+    if files.system is not None:
+        return sha256_json([[path, files.system.size(path), files.system.ukey(path)] for path in files.paths])
+    hashes = [sha256_file(Path(path)) for path in files.paths]
     return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
 
 
-def _list(place: str) -> list[Path]:
+def _file_system(url: str, field: str) -> fsspec.AbstractFileSystem:
+    try:
+        return url_to_fs(url)[0]
+    except (ImportError, ValueError) as error:
+        driver = DRIVERS.get(url.partition("://")[0])
+        remedy = f"pip install {driver}" if driver else "use a local path, or a kind of URL that fsspec knows"
+        raise UserError(f"{field}: {url} cannot be opened: {error}", remedy) from None
+
+
+def _list(place: str) -> list[str]:
     """The file; or what a directory or a glob holds, by name."""
     path = Path(place)
     if path.is_file():
-        return [path]
+        return [place]
     if path.is_dir():
-        inside = (file for file in path.rglob("*") if _format(file) and file.is_file())
-        return sorted(file for file in inside if not _hidden(file.relative_to(path)))
+        return _tables(place, (str(file) for file in path.rglob("*") if file.is_file()))
     pattern = str(path.relative_to(path.anchor))
-    return sorted(match for match in Path(path.anchor).glob(pattern) if match.is_file())
+    return sorted(str(match) for match in Path(path.anchor).glob(pattern) if match.is_file())
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
+def _list_remote(url: str, system: fsspec.AbstractFileSystem) -> list[str]:
+    if system.isdir(url):
+        root = system.unstrip_protocol(url)
+        return _tables(root, (system.unstrip_protocol(name) for name in system.find(url)))
+    found = system.glob(url) if any(mark in url for mark in "*?[") else [url] if system.isfile(url) else []
+    return sorted(system.unstrip_protocol(name) for name in found)
 
 
-def _format(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+def _tables(root: str, inside: Iterable[str]) -> list[str]:
+    """What in a directory is a table, hidden files passed over."""
+    return sorted(file for file in inside if _format(file) and not _hidden(file.removeprefix(root)))
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+def _format(path: str) -> str | None:
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
     if suffixes[-1:] == [".gz"] and suffixes[-2:-1] != [".parquet"]:
         suffixes.pop()
     return FORMATS.get(suffixes[-1]) if suffixes else None

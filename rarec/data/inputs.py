@@ -2,15 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ibis
 import ibis.expr.types as ir
 
-from rarec.config.schema import Interactions, Items
-from rarec.data import steps
-from rarec.data.engine import EmbeddedEngine
-from rarec.data.files import Files
+from rarec.config.schema import Interactions, Items, Table
+from rarec.data import columns, steps
+from rarec.data.engines import Engine, Named, Place, Read, describe, value
+from rarec.data.files import find_files
 from rarec.errors import UserError
+
+
+def place_of(table: Table, field: str) -> Place:
+    """Where a table of the configuration lies.
+
+    Raises:
+        UserError: its files are not there, or not of one known format.
+    """
+    return Named(table.table) if table.table is not None else find_files(str(table.path), f"{field}.path")
 
 
 @dataclass(frozen=True)
@@ -18,9 +28,9 @@ class Catalogue:
     """The items, one row each, and what was wrong with the rest.
 
     Attributes:
-        table: `line`, `item`, `key`, `title`, `text`.
+        table: `line`, `item`, `title`, `text`.
         counts: rows, rows_without_id, repeated_ids, untitled.
-        name: of the file, for messages.
+        name: of the table, for messages.
     """
 
     table: ir.Table
@@ -28,83 +38,114 @@ class Catalogue:
     name: str
 
 
-def read_catalogue(engine: EmbeddedEngine, config: Items, files: Files, say: Callable[[str], None]) -> Catalogue:
+def read_catalogue(engine: Engine, config: Items, place: Place, say: Callable[[str], None]) -> Catalogue:
     """Read the items: the first row of each id counts, and a missing title is replaced; both are counted and told.
 
     Raises:
-        UserError: no row has an id; or as `EmbeddedEngine.read`.
+        UserError: no row has an id; or as `Engine.read`.
     """
     texts = {f"text_{index}": name for index, name in enumerate(config.text)}
-    columns = {"title": config.title, **texts}
-    table = engine.read(files, "prepare.items", ids={"item": config.item}, order={}, text=columns)
-    further = [steps.clean_text(table[role]) for role in texts]
-    table = table.select(
+    roles = {"item": config.item, "title": config.title, **texts}
+    read = engine.read(place, roles, "prepare.items", lines=True)
+    further = [columns.clean_text(read.table[role]) for role in texts]
+    table = read.table.select(
         "line",
-        "item",
-        key=table["item"].cast("string"),
-        given=steps.clean_text(table.title),
-        text=ibis.literal(", ").join(further) if further else ibis.literal(""),
+        item=_ids(engine, read, "item"),
+        given=columns.clean_text(read.table.title),
+        text=ibis.literal(", ").join(further).fill_null("") if further else ibis.literal(""),
     )
-    without = table.count(where=table["item"].isnull())
-    rows = engine.rows(table.agg(rows=table.count(), rows_without_id=without, ids=table.key.nunique()))[0]
+    name, ids = describe(place), table["item"]
+    rows = engine.rows(table.agg(rows=table.count(), rows_without_id=ids.isnull().sum(), ids=ids.nunique()))[0]
+    if not rows["rows"]:
+        raise _no_rows(name)
+    if not rows["ids"]:
+        raise UserError(f"{name}: column {config.item!r} is empty in every row", "see prepare.items.item")
     table = steps.first_of_each_item(table.filter(table["item"].notnull()))
-    untitled = engine.value(table.count(where=table.given.isnull()))
-    table = table.mutate(title=table.given.fill_null(config.untitled)).drop("given")
+    table = table.mutate(title=table.given.fill_null(config.untitled), untitled=table.given.isnull()).drop("given")
+    kept = engine.keep("catalogue", table)
     repeated = rows["rows"] - rows["rows_without_id"] - rows.pop("ids")
-    counts = {**rows, "repeated_ids": repeated, "untitled": untitled}
-    found = Catalogue(engine.keep("items", table), counts, files.name)
+    counts = {**rows, "repeated_ids": repeated, "untitled": value(engine, kept.untitled.sum())}
+    found = Catalogue(kept.drop("untitled"), counts, name)
     _tell(found, config, say)
     return found
 
 
 def _tell(catalogue: Catalogue, config: Items, say: Callable[[str], None]) -> None:
-    counts, name = catalogue.counts, catalogue.name
-    if counts["rows"] == counts["rows_without_id"]:
-        raise UserError(f"{name}: column {config.item!r} is empty in every row", "see prepare.items.item")
     told = {
         "rows_without_id": "rows without an item id: dropped",
         "repeated_ids": "rows repeat an item id: the first row of each is kept",
         "untitled": f"items have no title: they are called {config.untitled!r} (prepare.items.untitled)",
     }
     for what, text in told.items():
-        if counts[what]:
-            say(f"{name}: {counts[what]:,} {text}")
+        if catalogue.counts[what]:
+            say(f"{catalogue.name}: {catalogue.counts[what]:,} {text}")
 
 
-def read_log(engine: EmbeddedEngine, config: Interactions, files: Files) -> ir.Table:
-    """Read the interactions.
+def read_log(engine: Engine, config: Interactions, place: Place, *, lines: bool = False) -> ir.Table:
+    """Read the interactions as a raw log (see `steps`), with `line` where it is asked for.
 
-    Returns:
-        `line`, `user`, `item` (text), `given` (time or position as the file has it), `order` (as float64, null where it
-        is none: see `refuse_unordered`).
+    Raises:
+        UserError: as `Engine.read`; or the table has no rows.
     """
     role, name = ("time", config.time) if config.time is not None else ("position", str(config.position))
-    ids = {"user": config.user, "item": config.item}
-    log = engine.read(files, "prepare.interactions", ids=ids, order={role: name}, text={})
-    given = log[role]
-    order = steps.as_number(given)
-    if role == "time":
-        largest = engine.value(order.abs().max()) or 0.0
-        order = steps.as_seconds(given, next(divisor for limit, divisor in steps.UNITS if largest < limit))
-    return log.select("line", "user", item=log["item"].cast("string"), given=given.cast("string"), order=order)
+    read = engine.read(
+        place, {"user": config.user, "item": config.item, role: name}, "prepare.interactions", lines=lines
+    )
+    given = read.table[role]
+    found = {"rows": read.table.count()}
+    if not given.type().is_temporal():
+        found["largest"] = columns.as_number(given).abs().max()
+    known = engine.rows(read.table.agg(**found))[0]
+    if not known["rows"]:
+        raise _no_rows(describe(place))
+    if role == "time" or given.type().is_temporal():
+        divisor = next(divisor for limit, divisor in columns.UNITS if (known.get("largest") or 0.0) < limit)
+        order = columns.as_seconds(given, divisor)
+    else:
+        order = columns.as_number(given)
+    named = {"user": _ids(engine, read, "user"), "item": _ids(engine, read, "item")}
+    kept = ["line"] if lines else []
+    return read.table.select(*kept, **named, given=given.cast("string"), order=order)
 
 
-def refuse_unordered(engine: EmbeddedEngine, log: ir.Table, config: Interactions, files: Files) -> None:
-    """Refuse a log in which a row has no place in time.
+def refuse_unordered(engine: Engine, log: ir.Table, config: Interactions, place: Place) -> None:
+    """Refuse a log in which a row with ids has no place in time.
 
     Raises:
         UserError: naming the first such row, and how many there are.
     """
-    bad = log.filter(log.order.isnull())
-    count = engine.value(bad.count())
+    count = value(engine, log.order.isnull().sum())
     if not count:
         return
+    log = steps.with_ids(read_log(engine, config, place, lines=True))
+    row = engine.rows(log.filter(log.order.isnull()).order_by("line").limit(1))[0]
     role, name = ("time", config.time) if config.time is not None else ("position", config.position)
-    row = engine.rows(bad.order_by(bad.line).limit(1))[0]
     what = f"is {row['given']!r}" if row["given"] is not None else "is missing"
     wanted = "epoch seconds or milliseconds, or ISO 8601" if role == "time" else "a number"
-    where = f"{files.name}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
+    where = f"{describe(place)}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
     raise UserError(
         f"{where}: {name} {what}; {count} such rows",
         f"prepare.interactions.{role} needs {wanted} in every row: mend them or take them out",
     )
+
+
+def _ids(engine: Engine, read: Read, role: str) -> ir.Column:
+    """A column of ids as int64 where all of it are integers, else as text."""
+    column = read.table[role]
+    if column.type().is_integer():
+        return column.cast("int64")
+    text = columns.as_text(column)
+    numbers = not column.type().is_string() or role in read.untyped
+    if numbers and value(engine, columns.canonical(text)):
+        return text.cast("int64")
+    return text
+
+
+def _no_rows(name: str) -> UserError:
+    return UserError(f"{name} has a header but no rows", "give a table with at least one row")
+
+
+def span(engine: Engine, ids: ir.Column) -> dict[str, Any]:
+    """The least and the greatest id, for messages."""
+    text = ids.cast("string")
+    return engine.rows(text.name("id").as_table().agg(least=ibis._.id.min(), greatest=ibis._.id.max()))[0]

@@ -1,35 +1,50 @@
 """Logs to a prepared dataset: read, filter, number, split, write; every step counted.
 
 Bounded memory: the engine holds the tables and spills, and results stream to disk. The same input and settings give the
-same bytes, in whatever order the rows of the log stand.
+same bytes, on whatever engine, in whatever order the rows of the log stand.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ibis.expr.types as ir
 
-from rarec.artefacts import new_directory, write_manifest
+from rarec.artefacts import new_directory, sha256_json, write_manifest
 from rarec.config.schema import Prepare
 from rarec.data import split, steps, tables
 from rarec.data.dataset import PreparedDataset
-from rarec.data.engine import EmbeddedEngine, embedded_engine
-from rarec.data.files import Files, digest, find_files
-from rarec.data.inputs import Catalogue, read_catalogue, read_log, refuse_unordered
+from rarec.data.engines import Engine, Named, describe, open_engine, value
+from rarec.data.files import digest
+from rarec.data.inputs import Catalogue, place_of, read_catalogue, read_log, refuse_unordered, span
+from rarec.data.leakage import refuse_leaks
 from rarec.data.ledger import Ledger
 from rarec.errors import UserError
 
 Say = Callable[[str], None]
+COMPUTES = ("engine", "spark", "memory", "scratch")
+"""Fields that say how it is computed, not what: every engine gives the same dataset."""
 
 
-def input_hashes(config: Prepare) -> dict[str, str]:
-    """What a prepared dataset is made from: the sha256 of the files of the log and of the catalogue.
+def prepare_settings(config: Prepare, seed: int) -> dict[str, Any]:
+    """The settings that shape a prepared dataset, as plain JSON."""
+    return {"seed": seed, "prepare": config.model_dump(mode="json", exclude=set(COMPUTES))}
+
+
+def identity(config: Prepare, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a prepared dataset is made by and made from: `prepare_settings`, and hashes of the log and of the catalogue.
+
+    A table of an engine is known by its name and its engine alone: make the dataset `--fresh` when its rows have changed.
 
     Raises:
-        UserError: they are not there.
+        UserError: the files are not there.
     """
-    return {name: digest(files) for name, files in _files(config).items()}
+    hashes = {}
+    for name in ("interactions", "items"):
+        place = place_of(getattr(config, name), f"prepare.{name}")
+        hashes[name] = sha256_json([config.engine, place.name]) if isinstance(place, Named) else digest(place)
+    return prepare_settings(config, seed), hashes
 
 
 def prepare(config: Prepare, directory: Path, *, seed: int, say: Say) -> PreparedDataset:
@@ -45,18 +60,14 @@ def prepare(config: Prepare, directory: Path, *, seed: int, say: Say) -> Prepare
         UserError: the input is not as it should be (file, row or field, and remedy named), or nothing is left of it.
     """
     _check(config)
-    hashes = input_hashes(config)
-    settings = {"seed": seed, "prepare": config.model_dump(mode="json")}
+    settings, made_from = identity(config, seed)
     with new_directory(directory) as aside:
-        with embedded_engine(aside / "spill") as engine:
+        with open_engine(config, aside / "spill") as engine:
             figures = _Preparation(config, engine, say).write(aside)
-        write_manifest(aside, "prepare", settings=settings, made_from=hashes, **figures)
-    return PreparedDataset.open(directory)
-
-
-def _files(config: Prepare) -> dict[str, Files]:
-    sections = {"interactions": config.interactions.path, "items": config.items.path}
-    return {name: find_files(path, f"prepare.{name}.path") for name, path in sections.items()}
+        write_manifest(aside, "prepare", settings=settings, made_from=made_from, **figures)
+        dataset = PreparedDataset.open(aside)
+        refuse_leaks(dataset)
+    return replace(dataset, directory=directory)
 
 
 def _check(config: Prepare) -> None:
@@ -74,63 +85,88 @@ def _check(config: Prepare) -> None:
 class _Preparation:
     """One preparation on one engine."""
 
-    def __init__(self, config: Prepare, engine: EmbeddedEngine, say: Say) -> None:
+    def __init__(self, config: Prepare, engine: Engine, say: Say) -> None:
         self.config, self.engine, self.say = config, engine, say
-        self.files = _files(config)
+        self.log_place = place_of(config.interactions, "prepare.interactions")
+        self.items_place = place_of(config.items, "prepare.items")
 
     def write(self, to: Path) -> dict[str, Any]:
         """Write the three tables; returns the manifest's figures."""
-        catalogue = read_catalogue(self.engine, self.config.items, self.files["items"], self.say)
-        ledger = self._filtered(catalogue)
-        users, items = self._numbered(ledger.log, catalogue)
+        catalogue = read_catalogue(self.engine, self.config.items, self.items_place, self.say)
+        ledger = self._read()
+        user_codes, item_codes = self._code(ledger, catalogue)
+        self._filter(ledger)
+        users = self.engine.keep("users", steps.renumbered(user_codes, ledger.log.user))
+        items = self._items(item_codes, ledger.log)
         sequences = self.engine.keep("sequences", steps.sequences(ledger.log, users, items))
-        places, cuts = self._split(sequences, ledger.interactions)
+        places, cuts = self._split(sequences, ledger.counts["interactions"])
         users = self.engine.keep("users", users.inner_join(places, "row"))
-        counts = self._tables(users, items, sequences, to)
+        counts = self._tables(users, items, catalogue, sequences, to)
         self._refuse_empty_parts(counts)
         self.say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
         figures = {"counts": counts, "steps": ledger.steps, "catalogue": catalogue.counts}
-        return {**figures, "tie_rule": steps.TIE_RULE, "cut_times": cuts}
+        return {**figures, "tie_rule": steps.TIE_RULE, "cut_times": cuts, "engine": self.config.engine}
 
-    def _filtered(self, catalogue: Catalogue) -> Ledger:
-        """The log after every filter, in this order: ids, catalogue, duplicates, too few."""
-        config, files = self.config, self.files["interactions"]
-        ledger = Ledger(self.engine, read_log(self.engine, config.interactions, files), files.name, self.say)
-        names = f"{config.interactions.user!r} and {config.interactions.item!r}"
-        note = "no user or no item id"
-        ledger.apply("ids", steps.with_ids(ledger.log), note, f"do the columns {names} hold the ids?")
-        refuse_unordered(self.engine, ledger.log, config.interactions, files)
-        known = steps.in_catalogue(ledger.log.drop("given"), catalogue.table)
-        ids = f"the log has {self._span(ledger.log['item'])}, the catalogue {self._span(catalogue.table.key)}"
-        ledger.apply("catalogue", known, "item not in the catalogue", f"do the ids agree? {ids}")
-        if config.duplicates != "keep_all":
-            kept = steps.without_repeats(ledger.log, config.duplicates)
-            ledger.apply("duplicates", kept, f"same user and item again: {config.duplicates}", "")
-        self._drop_small(ledger)
+    def _read(self) -> Ledger:
+        """The raw log: rows without ids dropped, each other with its place in time."""
+        config, engine, name = self.config.interactions, self.engine, describe(self.log_place)
+        ledger = Ledger(engine, read_log(engine, config, self.log_place), name, self.say)
+        log, note = steps.with_ids(ledger.log), "no user or no item id"
+        if value(engine, log.count()) < ledger.counts["interactions"]:
+            ledger.apply("ids", log, note, f"do the columns {config.user!r} and {config.item!r} hold the ids?")
+        else:
+            ledger.unchanged("ids", note)
+        refuse_unordered(engine, log, config, self.log_place)
+        ledger.unchanged("order", "every row has its place in time" if config.time else "every row has its position")
         return ledger
 
-    def _drop_small(self, ledger: Ledger) -> None:
-        """Drop items and users with too few interactions until none is left: each drop may make another."""
-        items, users = self.config.min_item_interactions, self.config.min_user_interactions
-        fewest: dict[Literal["item", "user"], int] = {"item": items, "user": users}
-        before = -1
-        while before != ledger.interactions:
-            before = ledger.interactions
-            for column, least in fewest.items():
-                if least > 1:
-                    field = f"min_{column}_interactions"
-                    note = f"{column} with fewer than {least} interactions"
-                    remedy = f"lower prepare.{field}, or give a longer log"
-                    ledger.apply(field, steps.at_least(ledger.log, column, least), note, remedy)
+    def _code(self, ledger: Ledger, catalogue: Catalogue) -> tuple[ir.Table, ir.Table]:
+        """From ids to codes; items that the catalogue lacks fall out. Returns the numberings of users and items."""
+        users = self.engine.keep("user_codes", steps.numbering(ledger.log.user))
+        items = self.engine.keep("item_codes", steps.numbering(catalogue.table["item"]))
+        raw, known = ledger.log, self.engine.keep("log", steps.coded(ledger.log, users, items))
+        if not value(self.engine, known.count()):
+            ids = {"the log has": raw["item"], "the catalogue": catalogue.table["item"]}
+            spans = {of: span(self.engine, column) for of, column in ids.items()}
+            said = ", ".join(f"{of} {ends['least']!r} to {ends['greatest']!r}" for of, ends in spans.items())
+            remedy = f"do the ids agree? {said}"
+        else:
+            remedy = ""
+        ledger.apply("catalogue", known, "item not in the catalogue", remedy)
+        return users, items
 
-    def _numbered(self, log: ir.Table, catalogue: Catalogue) -> tuple[ir.Table, ir.Table]:
-        """Users and items with their rows. Without a minimum the whole catalogue stays, met or not."""
-        items = catalogue.table
-        if self.config.min_item_interactions:
-            items = items.semi_join(log, items.key == log["item"])
-        users = log.select("user").distinct()
-        kept = self.engine.keep("users", steps.numbered(users, "user"))
-        return kept, self.engine.keep("items", steps.numbered(items, "item"))
+    def _filter(self, ledger: Ledger) -> None:
+        """Duplicates, repeats, and then users and items with too few interactions."""
+        config, keep = self.config, self.engine.keep
+        if config.duplicates == "drop":
+            log = keep("log", steps.without_duplicates(ledger.log))
+            ledger.apply("duplicates", log, "same user, item and time again", "")
+        if config.repeats != "keep":
+            log = keep("log", steps.without_repeats(ledger.log, config.repeats))
+            ledger.apply("repeats", log, f"same user and item at another time: {config.repeats} kept", "")
+        dropped = True
+        while dropped:  # each drop may make another
+            dropped = any([self._drop_small(ledger, "item"), self._drop_small(ledger, "user")])
+
+    def _drop_small(self, ledger: Ledger, column: steps.Column) -> bool:
+        """Drop items (or users) with too few interactions; returns whether there were any."""
+        field = f"min_{column}_interactions"
+        fewest = getattr(self.config, field)
+        if fewest <= 1:
+            return False
+        note = f"{column} with fewer than {fewest} interactions"
+        dropped = self.engine.keep("dropped", steps.too_few(ledger.log, column, fewest))
+        if not value(self.engine, dropped.count()):
+            ledger.unchanged(field, note)
+            return False
+        log = self.engine.keep("log", steps.without(ledger.log, dropped, column))
+        ledger.apply(field, log, note, f"lower prepare.{field}, or give a longer log")
+        return True
+
+    def _items(self, codes: ir.Table, log: ir.Table) -> ir.Table:
+        """Items with their rows. Without a minimum the whole catalogue stays, met or not."""
+        met = log["item"] if self.config.min_item_interactions else codes.code
+        return self.engine.keep("items", steps.renumbered(codes, met))
 
     def _split(self, sequences: ir.Table, interactions: int) -> tuple[ir.Table, list[float]]:
         """The users' places in the split, and the cuts of a temporal one."""
@@ -142,30 +178,27 @@ class _Preparation:
         row = self.engine.rows(split.cut_times(sequences, before))[0]
         return split.temporal(sequences, (row["cut_0"], row["cut_1"])), [row["cut_0"], row["cut_1"]]
 
-    def _tables(self, users: ir.Table, items: ir.Table, sequences: ir.Table, to: Path) -> dict[str, int]:
+    def _tables(
+        self, users: ir.Table, items: ir.Table, catalogue: Catalogue, sequences: ir.Table, to: Path
+    ) -> dict[str, int]:
         """Write the tables; returns what they count."""
-        engine, config = self.engine, self.config
-        user_id, item_id = (tables.id_type(table[name]) for table, name in ((users, "user"), (items, "item")))
-        order = "time" if config.interactions.time is not None else "position"
+        user_id, item_id = (tables.id_type(table.id) for table in (users, items))
+        order = "time" if self.config.interactions.time is not None else "position"
         met = split.train_counts(sequences, users)
         parts = {
             tables.USERS: (steps.users_table(users), tables.users_schema(user_id)),
-            tables.ITEMS: (steps.items_table(items, met), tables.items_schema(item_id)),
+            tables.ITEMS: (steps.items_table(items, catalogue.table, met), tables.items_schema(item_id)),
             tables.INTERACTIONS: (steps.interactions_table(sequences, order), tables.interactions_schema(order)),
         }
         rows = {
-            name.removesuffix(".parquet"): tables.write_rows(engine.batches(table), to / name, schema)
+            name.removesuffix(".parquet"): tables.write_rows(self.engine.batches(table), to / name, schema)
             for name, (table, schema) in parts.items()
         }
-        return {**rows, **engine.rows(split.part_sizes(users))[0]}
+        return {**rows, **self.engine.rows(split.part_sizes(users))[0]}
 
     def _refuse_empty_parts(self, counts: dict[str, int]) -> None:
         """A run needs something to train on, to choose by, and to be judged by."""
         for part in ("training_samples", "validation_users", "test_users"):
             if not counts[part]:
-                problem = f"{self.files['interactions'].name}: the split leaves no {part.replace('_', ' ')}"
+                problem = f"{describe(self.log_place)}: the split leaves no {part.replace('_', ' ')}"
                 raise UserError(f"{problem} ({counts})", "give a longer log, or change prepare.split")
-
-    def _span(self, ids: ir.StringColumn) -> str:
-        least, greatest = (self.engine.value(value) for value in (ids.min(), ids.max()))
-        return f"{least!r} to {greatest!r}"

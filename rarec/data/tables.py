@@ -1,5 +1,6 @@
 """The prepared dataset's tables on disk: their schemas, and Parquet whose bytes depend on the rows alone."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import ibis.expr.types as ir
@@ -18,15 +19,15 @@ def id_type(column: ir.Column) -> pa.DataType:
 
 
 def items_schema(item_id: pa.DataType) -> pa.Schema:
-    """One row an item, in the order of the rows."""
+    """One row an item, in the order of the rows; `cold` ones were never met in training."""
     texts = {"title": pa.string(), "text": pa.string()}
-    return _schema({"row": pa.int32(), "item_id": item_id, **texts, "train_count": pa.int64()})
+    return _schema({"row": pa.int32(), "item_id": item_id, **texts, "train_count": pa.int64(), "cold": pa.bool_()})
 
 
 def users_schema(user_id: pa.DataType) -> pa.Schema:
-    """One row a user; `start` and `length` are the user's slice of the interactions."""
+    """One row a user; `start` and `length` are the user's slice of the interactions; `cold` ones have no sample."""
     places = dict.fromkeys(("length", "train_length", "validation", "test"), pa.int32())
-    return _schema({"row": pa.int32(), "user_id": user_id, "start": pa.int64(), **places})
+    return _schema({"row": pa.int32(), "user_id": user_id, "start": pa.int64(), **places, "cold": pa.bool_()})
 
 
 def interactions_schema(order: str) -> pa.Schema:
@@ -34,7 +35,7 @@ def interactions_schema(order: str) -> pa.Schema:
     return _schema({"user_row": pa.int32(), "item_row": pa.int32(), order: pa.float64()})
 
 
-def write_rows(rows: pa.RecordBatchReader, path: Path, schema: pa.Schema) -> int:
+def write_rows(rows: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema) -> int:
     """Stream rows into a Parquet file, in row groups of one size; returns how many there were."""
     total, waiting = 0, pa.table({name: pa.array([], kind) for name, kind in _types(schema)}, schema=schema)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:

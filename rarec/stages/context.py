@@ -16,6 +16,7 @@ from rarec.artefacts import check_files, is_current, sha256_json, write_text
 from rarec.config import ARMS, Arm, RunConfig, dump_config
 from rarec.config.schema import Ids, Import
 from rarec.data.dataset import PreparedDataset
+from rarec.data.prepare import prepare_settings
 from rarec.errors import UserError
 from rarec.ids.make import source_identity
 from rarec.ids.source import Source, open_source
@@ -75,7 +76,7 @@ class Context:
     @cached_property
     def dataset(self) -> PreparedDataset:
         """The prepared dataset; it must have been made by the configuration as it is now."""
-        is_current(self.paths.prepare, "prepare", self.settings("prepare"), {})
+        is_current(self.paths.prepare, "prepare", prepare_settings(self.config.prepare, self.config.run.seed), {})
         return PreparedDataset.open(self.paths.prepare)
 
     @cached_property

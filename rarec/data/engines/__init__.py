@@ -1,0 +1,51 @@
+"""Where the preparation is computed: embedded DuckDB, Spark, or whatever else Ibis reaches by a URL."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rarec.config.schema import Prepare
+from rarec.data.engines.base import DELIMITED, Engine, Named, Place, Read, describe, value
+from rarec.errors import UserError
+
+__all__ = ["DELIMITED", "Engine", "Named", "Place", "Read", "describe", "open_engine", "value"]
+
+DUCKDB_FILE = "duckdb://"
+
+
+@contextmanager
+def open_engine(config: Prepare, spill: Path) -> Iterator[Engine]:
+    """The engine of a configuration, for the length of a `with`.
+
+    Args:
+        config: the section `prepare`.
+        spill: a directory of its own, made when needed and removed in the end; `prepare.scratch` goes before it.
+
+    Raises:
+        UserError: there is no such engine, or it does not start.
+    """
+    engine = _start(config, Path(config.scratch) / f"rarec-{spill.parent.name.strip('.')}" if config.scratch else spill)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _start(config: Prepare, spill: Path) -> Engine:
+    if config.engine == "duckdb" or config.engine.startswith(DUCKDB_FILE):
+        from rarec.data.engines.embedded import EmbeddedEngine
+
+        database = config.engine.removeprefix(DUCKDB_FILE) if "://" in config.engine else None
+        return EmbeddedEngine(spill, config.memory, database)
+    if config.engine == "spark":
+        from rarec.data.engines.spark import SparkEngine
+
+        return SparkEngine(spill, config.spark)
+    if "://" in config.engine:
+        from rarec.data.engines.named import NamedEngine
+
+        return NamedEngine(config.engine)
+    raise UserError(
+        f"field `prepare.engine`: no engine {config.engine!r}",
+        "use duckdb, spark, or a URL: duckdb:///path/to/file, postgres://user:password@host/database, ...",
+    )

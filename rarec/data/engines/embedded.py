@@ -1,0 +1,155 @@
+"""The embedded engine: DuckDB in this process, out of core: it spills to a directory when memory runs short."""
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+
+from rarec.data.engines.base import Place, Read, check_columns, describe
+from rarec.data.engines.readers import identifier, quoted, scan
+from rarec.data.files import Files
+from rarec.errors import UserError
+
+
+class EmbeddedEngine:
+    """DuckDB.
+
+    Args:
+        spill: a directory of its own, made when needed and removed in the end.
+        memory: most that it takes, such as `8GB`; 80% of the machine's by default.
+        database: a DuckDB file whose tables may be read by name.
+
+    Raises:
+        UserError: the memory is no amount, or the database cannot be opened.
+    """
+
+    def __init__(self, spill: Path, memory: str | None = None, database: str | None = None) -> None:
+        self._spill = spill
+        self._ibis = ibis.duckdb.connect(temp_directory=str(spill), autoinstall_known_extensions=False)
+        self._duckdb: duckdb.DuckDBPyConnection = self._ibis.con
+        self._execute("SET TimeZone = 'UTC'; SET preserve_insertion_order = false")
+        self._kept: dict[str, int] = {}
+        self._systems: set[str] = set()
+        if memory is not None:
+            with _told("prepare.memory", "write it as in 8GB"):
+                self._execute(f"SET memory_limit = {quoted(memory)}")
+        if database is not None:
+            with _told(f"prepare.engine: {database}", "name a DuckDB file: duckdb:///path/to/file"):
+                self._execute(f"ATTACH {quoted(database)} AS given (READ_ONLY)")
+                self._execute("SET search_path = 'memory.main,given.main'")
+
+    def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
+        """See `Engine`. Columns of Parquet and of tables are read where they lie; others are kept."""
+        with _readable(place):
+            if isinstance(place, Files) and place.system is not None:
+                self._register(place)
+            source = scan(place, self._query)
+            check_columns(source.columns, roles, place, section)
+            select = [f"{source.columns[name]} AS {identifier(role)}" for role, name in roles.items()]
+            if lines:
+                # the order of a scan is then the order of the rows in the files
+                self._execute("SET preserve_insertion_order = true")
+                select.insert(0, "row_number() OVER () AS line")
+            made = f"SELECT {', '.join(select)} FROM {source.relation}"
+            name = section.rpartition(".")[2]
+            table = self._view(name, made) if source.columnar and not lines else self._keep(name, made)
+            self._execute("SET preserve_insertion_order = false")
+        return Read(table, frozenset(role for role, name in roles.items() if name in source.untyped))
+
+    def keep(self, name: str, expression: ir.Table) -> ir.Table:
+        """See `Engine`."""
+        with _computing():
+            return self._keep(name, _sql(expression))
+
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """See `Engine`."""
+        with _computing():
+            found = self._stream(expression).read_all()
+        # DuckDB sums integers to 128 bits, which arrive as decimals
+        rows: list[dict[str, Any]] = found.cast(expression.schema().to_pyarrow()).to_pylist()
+        return rows
+
+    def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
+        """See `Engine`."""
+        with _computing():
+            yield from self._stream(expression)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._ibis.disconnect()
+        shutil.rmtree(self._spill, ignore_errors=True)
+
+    def _execute(self, sql: str) -> None:
+        self._duckdb.execute(sql)
+
+    def _query(self, sql: str) -> list[tuple[Any, ...]]:
+        return self._duckdb.execute(sql).fetchall()
+
+    def _stream(self, expression: ir.Table) -> pa.RecordBatchReader:
+        return pa.RecordBatchReader.from_stream(self._duckdb.sql(_sql(expression)))
+
+    def _register(self, files: Files) -> None:
+        """Let DuckDB read through fsspec."""
+        protocol = files.paths[0].partition("://")[0]
+        if protocol not in self._systems:
+            self._duckdb.register_filesystem(files.system)
+            self._systems.add(protocol)
+
+    def _view(self, name: str, sql: str) -> ir.Table:
+        self._execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {sql}")
+        return self._table(name)
+
+    def _keep(self, name: str, sql: str) -> ir.Table:
+        number = self._kept.get(name, 0)
+        self._execute(f"CREATE TEMP TABLE {name}_{number + 1} AS {sql}")
+        if number:
+            self._execute(f"DROP TABLE {name}_{number}")
+        self._kept[name] = number + 1
+        return self._table(f"{name}_{number + 1}")
+
+    def _table(self, name: str) -> ir.Table:
+        table: ir.Table = self._ibis.table(name, database=("temp", "main"))
+        return table
+
+
+def _sql(expression: ir.Table) -> str:
+    return str(ibis.to_sql(expression, dialect="duckdb"))
+
+
+@contextmanager
+def _told(what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        raise UserError(f"{what}: {error}", remedy) from None
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """What can go wrong after a table was opened: it is torn farther down, or memory and disk do not suffice."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(f"the preparation ran out of memory: {error}", "raise prepare.memory, or use fewer threads") from None
+    except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
+        raise UserError(f"a table cannot be read: {error}", "mend the file it names, or convert it again") from None
+
+
+@contextmanager
+def _readable(place: Place) -> Iterator[None]:
+    """Turn the engine's complaint about a table into one that names the file and the line."""
+    try:
+        yield
+    except duckdb.Error as error:
+        text = re.split(r"\n\s*Possible|\n\s*file = ", str(error))[0]
+        where = re.search(r"file = (.+)", str(error))
+        name = where[1].strip() if where else describe(place)
+        problem = re.sub(r"^[A-Za-z ]+Error: ", "", text).strip().replace("\n", "; ")
+        raise UserError(f"{name} cannot be read: {problem}", "mend or remove that row, or convert the file") from None

@@ -1,0 +1,87 @@
+"""How embedded DuckDB scans a table of each format."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rarec.data.engines.base import DELIMITED, Named, Place, describe, header
+from rarec.data.files import Files
+from rarec.errors import UserError
+
+Query = Callable[[str], list[tuple[Any, ...]]]
+"""Runs SQL on the engine and returns its rows."""
+
+JSON_INTEGERS = ("UBIGINT", "BIGINT", "HUGEINT")
+"""What DuckDB calls the integers of JSON; they are read as text, however long."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What to select from, and the SQL of each column's value by its name in the table."""
+
+    relation: str
+    columns: dict[str, str]
+    untyped: frozenset[str] = frozenset()
+    """Columns read as text that may stand for numbers."""
+    columnar: bool = False
+    """Whether a few columns are read at little cost, so that they need not be kept."""
+
+
+def scan(place: Place, query: Query) -> Scan:
+    """Find out the columns of a table, reading no more of it than that takes.
+
+    Raises:
+        UserError: a header is missing, or differs between files; lines are no JSON objects.
+    """
+    if isinstance(place, Named):
+        return _columnar(".".join(identifier(part) for part in place.name.split(".")), query)
+    if place.format in DELIMITED:
+        return _delimited(place)
+    if place.format == "jsonl":
+        return _jsonl(place, query)
+    options = "union_by_name=true, hive_partitioning=false, binary_as_string=true"
+    return _columnar(f"read_parquet({_list(place)}, {options})", query)
+
+
+def quoted(text: str) -> str:
+    """A SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def identifier(name: str) -> str:
+    """A SQL name."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _list(files: Files) -> str:
+    return "[" + ", ".join(quoted(path) for path in files.paths) + "]"
+
+
+def _delimited(files: Files) -> Scan:
+    names, dialect = header(files), DELIMITED[files.format]
+    # by position: DuckDB takes `Item` and `item` for one name
+    types = ", ".join(f"c{index}: 'VARCHAR'" for index in range(len(names)))
+    quote = quoted(dialect.quote)
+    options = f"delim={quoted(dialect.delimiter)}, quote={quote}, escape={quote}, columns={{{types}}}"
+    relation = f"read_csv({_list(files)}, auto_detect=false, header=true, {options})"
+    return Scan(relation, {name: f"c{index}" for index, name in enumerate(names)}, frozenset(names))
+
+
+def _jsonl(files: Files, query: Query) -> Scan:
+    relation = f"read_ndjson_objects({_list(files)})"
+    structure = json.loads(query(f"SELECT json_group_structure(json) FROM {relation}")[0][0] or "{}")
+    if not isinstance(structure, dict):
+        raise UserError(f"{describe(files)} holds lines that are no JSON objects", "write one {...} a line")
+    columns = {name: _json_value(name, kind) for name, kind in structure.items()}
+    return Scan(relation, columns, frozenset(name for name, kind in structure.items() if kind in JSON_INTEGERS))
+
+
+def _json_value(name: str, kind: Any) -> str:
+    text = f"(json ->> {quoted('/' + name.replace('~', '~0').replace('/', '~1'))})"
+    return f"CAST({text} AS DOUBLE)" if kind == "DOUBLE" else text
+
+
+def _columnar(relation: str, query: Query) -> Scan:
+    described = query(f"DESCRIBE SELECT * FROM {relation}")
+    return Scan(relation, {name: identifier(name) for name, *_ in described}, columnar=True)

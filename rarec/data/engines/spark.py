@@ -1,0 +1,235 @@
+"""The Spark engine: the same steps on a cluster, or on every core of this machine.
+
+Results that later steps read again, and those that are streamed out, are written as Parquet to a scratch directory that
+the driver and every executor see: nothing is recomputed, plans stay short, and a lost executor loses nothing.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from rarec.data.engines.base import DELIMITED, Place, Read, check_columns, describe, header
+from rarec.data.files import Files
+from rarec.errors import UserError
+
+try:
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import functions as F
+except ImportError as missing:
+    raise UserError(f"prepare.engine: spark needs PySpark ({missing})", "pip install 'rarec[spark]'") from None
+
+ALWAYS = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.caseSensitive": "true",
+    "spark.sql.parquet.binaryAsString": "true",
+    # with pruning on, rows with too few fields go unnoticed
+    "spark.sql.csv.parser.columnPruning.enabled": "false",
+}
+LOCAL = {
+    "spark.master": "local[*]",
+    "spark.driver.memory": "4g",
+    "spark.driver.bindAddress": "127.0.0.1",  # the host's own name may not resolve
+    "spark.driver.host": "127.0.0.1",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}
+"""Unless the settings name a cluster."""
+SCHEMES = {"s3": "s3a", "gcs": "gs", "az": "abfs"}
+"""fsspec's name of a file system to Hadoop's, where they differ."""
+
+
+class SparkEngine:
+    """A Spark session.
+
+    Args:
+        scratch: a directory or URL of its own, which executors see; removed in the end.
+        settings: of the session, before ours.
+
+    Raises:
+        UserError: Spark does not start.
+    """
+
+    def __init__(self, scratch: Path | str, settings: Mapping[str, str]) -> None:
+        self._scratch = str(scratch if "://" in str(scratch) else Path(scratch).absolute())
+        self._system: fsspec.AbstractFileSystem = url_to_fs(self._scratch)[0]
+        self._session = _start(settings)
+        self._ibis = ibis.pyspark.connect(self._session)
+        self._kept: dict[str, int] = {}
+
+    def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
+        """See `Engine`. Columns of Parquet and of tables are read where they lie; others are kept."""
+        with _readable(place):
+            columnar = not isinstance(place, Files) or place.format == "parquet"
+            frame, names = self._frame(place)
+            check_columns(names, roles, place, section)
+            own = [F.col(_quoted(names[name])).alias(role) for role, name in roles.items()]
+            name = section.rpartition(".")[2]
+            if lines:
+                table = self._numbered(frame, own, name, isinstance(place, Files))
+            else:
+                table = self._view(name, frame.select(*own)) if columnar else self._write(name, frame.select(*own))
+        untyped = isinstance(place, Files) and place.format in DELIMITED
+        if untyped:
+            _refuse_other_than_utf8(self.rows(table.agg(**_damaged(table))), roles, place)
+        return Read(table, frozenset(roles) if untyped else frozenset())
+
+    def keep(self, name: str, expression: ir.Table) -> ir.Table:
+        """See `Engine`."""
+        with _computing():
+            return self._write(name, self._sql(expression))
+
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """See `Engine`."""
+        with _computing():
+            found = self._sql(expression).toArrow()
+        rows: list[dict[str, Any]] = found.cast(expression.schema().to_pyarrow()).to_pylist()
+        return rows
+
+    def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
+        """See `Engine`. Spark names the parts of an ordered result in its order."""
+        with _computing():
+            self._write("result", self._sql(expression))
+        folder = self._path("result")
+        for part in sorted(name for name in self._system.find(folder) if name.endswith(".parquet")):
+            with self._system.open(part) as file:
+                yield from pq.ParquetFile(file).iter_batches()
+
+    def close(self) -> None:
+        """See `Engine`. The session stays: it may be the caller's."""
+        for name in self._kept:
+            self._session.catalog.dropTempView(name)
+        if self._system.exists(self._scratch):
+            self._system.rm(self._scratch, recursive=True)
+
+    def _frame(self, place: Place) -> tuple[DataFrame, dict[str, str]]:
+        """A table, and its columns: name in the table to name in the frame."""
+        if not isinstance(place, Files):
+            frame = self._session.table(place.name)
+            return frame, {name: name for name in frame.columns}
+        paths, reader = [_hadoop(path) for path in place.paths], self._session.read
+        if place.format in DELIMITED:
+            return self._delimited(place, paths)
+        if place.format == "jsonl":
+            frame = reader.json(paths, mode="FAILFAST")
+        else:
+            frame = reader.option("mergeSchema", True).parquet(*paths)
+        return frame, {name: name for name in frame.columns}
+
+    def _delimited(self, files: Files, paths: list[str]) -> tuple[DataFrame, dict[str, str]]:
+        """Texts by position. A quoted text may hold newlines, so a file is read by one task: give many, or Parquet."""
+        names, dialect = header(files), DELIMITED[files.format]
+        schema = ", ".join(f"c{index} STRING" for index in range(len(names)))
+        options = {"sep": dialect.delimiter, "quote": dialect.quote, "escape": dialect.quote, "multiLine": True}
+        if not dialect.quote:
+            options = {"sep": dialect.delimiter, "quote": ""}
+        frame = self._session.read.csv(paths, schema=schema, header=True, mode="FAILFAST", encoding="UTF-8", **options)
+        return frame, {name: f"c{index}" for index, name in enumerate(names)}
+
+    def _numbered(self, frame: DataFrame, own: list[Any], name: str, files: bool) -> ir.Table:
+        """With `line`: by file, place in it, and row. One task numbers all, so this is for catalogues, not for logs."""
+        places = [F.col("_metadata.file_path"), F.col("_metadata.file_block_start")] if files else []
+        keys = [place.alias(f"_place_{at}") for at, place in enumerate(places)]
+        placed = frame.select(*own, *keys, F.monotonically_increasing_id().alias("_row"))
+        table = self._write(name, placed)
+        order = [table[key] for key in table.columns if key.startswith("_place")] + [table["_row"]]
+        line = ibis.row_number().over(ibis.window(order_by=order)) + 1
+        return table.mutate(line=line).drop(*[key for key in table.columns if key.startswith("_")])
+
+    def _write(self, name: str, frame: DataFrame) -> ir.Table:
+        number = self._kept.get(name, 0)
+        self._kept[name] = number + 1
+        frame.write.mode("overwrite").parquet(_hadoop(self._path(name)))
+        if number:
+            self._system.rm(self._path(name, number), recursive=True)
+        return self._view(name, self._session.read.parquet(_hadoop(self._path(name))))
+
+    def _path(self, name: str, number: int | None = None) -> str:
+        return f"{self._scratch}/{name}_{self._kept[name] if number is None else number}"
+
+    def _view(self, name: str, frame: DataFrame) -> ir.Table:
+        view = f"rarec_{name}_{self._kept.get(name, 0)}"
+        frame.createOrReplaceTempView(view)
+        table: ir.Table = self._ibis.table(view)
+        return table
+
+    def _sql(self, expression: ir.Table) -> DataFrame:
+        return self._session.sql(str(ibis.to_sql(expression, dialect="pyspark")))
+
+
+def _start(settings: Mapping[str, str]) -> SparkSession:
+    """The session: the caller's own where there is one, or a new one by these settings."""
+    builder = SparkSession.builder.appName("rarec prepare")
+    active = SparkSession.getActiveSession()
+    ours = LOCAL if not active and settings.get("spark.master", "local").startswith("local") else {}
+    for name, setting in {**ours, **settings, **ALWAYS}.items():
+        builder = builder.config(name, setting)
+    try:
+        session = builder.getOrCreate()
+    except Exception as error:  # no Java, or no such master: PySpark raises of many kinds
+        raise UserError(f"prepare.engine: Spark does not start: {error}", "install Java 17 or 21; see prepare.spark") from None
+    if not active:  # what fails is raised, once
+        session.sparkContext.setLogLevel("FATAL")
+        logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
+    return session
+
+
+def _hadoop(path: str) -> str:
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return Path(path).absolute().as_uri()
+    if scheme == "memory":
+        raise UserError(f"{path} lies in this process, where Spark cannot read it", "use another place, or duckdb")
+    return f"{SCHEMES.get(scheme, scheme)}://{rest}"
+
+
+def _quoted(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something of a Java exception, the deepest cause first."""
+    causes = re.findall(r"^(?:Caused by)?: ?[\w.$]+: (.+)", str(error), re.MULTILINE)
+    return (causes[-1] if causes else str(error).strip().splitlines()[0]).strip()
+
+
+@contextmanager
+def _readable(place: Place) -> Iterator[None]:
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        raise UserError(
+            f"{describe(place)} cannot be read: {_reason(error)}", "mend or remove that row, or convert the file"
+        ) from None
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        raise UserError(f"Spark: {_reason(error)}", "see prepare.spark for memory; mend the table that it names") from None
+
+
+def _damaged(table: ir.Table) -> dict[str, ir.Scalar]:
+    """For each column of text, how many values hold the mark that Spark puts for bytes that are not UTF-8."""
+    texts = [name for name in table.columns if table[name].type().is_string()]
+    return {name: table[name].contains("\ufffd").sum().fill_null(0) for name in texts}
+
+
+def _refuse_other_than_utf8(counts: list[dict[str, int]], roles: Mapping[str, str], place: Place) -> None:
+    for role, count in counts[0].items():
+        if count:
+            problem = f"{describe(place)}, column {roles[role]!r}: {count} values are not utf-8 text"
+            raise UserError(problem, "save the file as UTF-8")

@@ -1,0 +1,68 @@
+"""The check that nothing of validation and test, and nothing of the future, can enter training.
+
+The split makes it so: training reads a user's first `train_length` interactions and no others. This proves it of the
+dataset as it was written, from the tables alone.
+
+Shape letters: U users, N items, I interactions, T training interactions.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from rarec.data import tables
+from rarec.data.dataset import PreparedDataset
+from rarec.errors import UserError
+
+
+def refuse_leaks(dataset: PreparedDataset) -> None:
+    """Prove a prepared dataset clean.
+
+    Raises:
+        UserError: a target lies in its user's training part, popularity counts something else than training, a user's
+            interactions are out of order, or a temporal split trains on what comes at or after its cut.
+    """
+    _refuse_targets_in_training(dataset)
+    training_I = training_part(dataset)
+    counts_N = np.bincount(dataset.item_rows_I[training_I], minlength=dataset.n_items)
+    if not np.array_equal(counts_N, dataset.train_counts_N):
+        raise _leak(f"{tables.ITEMS}: train_count counts something else than the training interactions")
+    _refuse_disorder(dataset, training_I)
+
+
+def training_part(dataset: PreparedDataset) -> npt.NDArray[np.bool_]:
+    """Which of the (I,) interactions train: the first `train_length` of each user."""
+    ends_I = np.repeat(dataset.starts_U + dataset.train_length_U, dataset.lengths_U)
+    mask_I: npt.NDArray[np.bool_] = np.arange(len(dataset.item_rows_I)) < ends_I
+    return mask_I
+
+
+def _refuse_targets_in_training(dataset: PreparedDataset) -> None:
+    validation_U, test_U = dataset.validation_U, dataset.test_U
+    targets = {"validation": validation_U, "test": test_U}
+    for part, position_U in targets.items():
+        bad = np.flatnonzero((position_U >= 0) & (position_U < np.maximum(dataset.train_length_U, 1)))
+        if bad.size:
+            raise _leak(f"the {part} target of user {dataset.user_ids[int(bad[0])]} is trained on")
+    bad = np.flatnonzero((validation_U >= 0) & (test_U >= 0) & (validation_U >= test_U))
+    if bad.size:
+        raise _leak(f"user {dataset.user_ids[int(bad[0])]} is validated on what comes at or after the test target")
+
+
+def _refuse_disorder(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]) -> None:
+    """Within each user time never goes back; and a temporal split trains on nothing at or after its first cut."""
+    order = dataset.order
+    order_I = pq.read_table(dataset.directory / tables.INTERACTIONS, columns=[order])[order].to_numpy()
+    first_I = np.zeros(len(order_I), bool)
+    first_I[dataset.starts_U[dataset.lengths_U > 0]] = True
+    back = np.flatnonzero((np.diff(order_I) < 0) & ~first_I[1:])
+    if back.size:
+        user = int(np.searchsorted(dataset.starts_U, back[0] + 1, side="right")) - 1
+        raise _leak(f"the interactions of user {dataset.user_ids[user]} are not in the order of {order}")
+    cuts = dataset.manifest["cut_times"]
+    if cuts and training_I.any() and order_I[training_I].max() >= cuts[0]:
+        raise _leak(f"training holds an interaction at or after the first cut, {cuts[0]}")
+
+
+def _leak(problem: str) -> UserError:
+    return UserError(f"the prepared dataset leaks: {problem}", "this is a defect of rarec: please report it, with the log")

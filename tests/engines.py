@@ -1,0 +1,37 @@
+"""The engines that the tests run the preparation on: DuckDB always, Spark where it is installed.
+
+CI sets RAREC_REQUIRE=spark, so that there nothing is skipped in silence.
+"""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rarec.config.schema import Prepare
+from rarec.data.engines import Engine
+from rarec.data.engines.embedded import EmbeddedEngine
+
+SPARK = {"spark.master": "local[2]", "spark.sql.shuffle.partitions": "2", "spark.driver.memory": "2g"}
+"""Small, as the tests' tables are."""
+
+_installed = importlib.util.find_spec("pyspark") is not None and shutil.which("java") is not None
+_required = "spark" in os.environ.get("RAREC_REQUIRE", "")
+needs_spark = pytest.mark.skipif(not _installed and not _required, reason="needs PySpark (extra spark) and Java 17")
+ENGINES = ["duckdb", pytest.param("spark", marks=needs_spark)]
+
+
+def start(name: str, spill: Path) -> Engine:
+    """An engine of that name."""
+    if name == "duckdb":
+        return EmbeddedEngine(spill)
+    from rarec.data.engines.spark import SparkEngine
+
+    return SparkEngine(spill, SPARK)
+
+
+def on(name: str, config: Prepare) -> Prepare:
+    """The same preparation on another engine."""
+    return config.model_copy(update={"engine": name, "spark": SPARK if name == "spark" else {}})
