@@ -24,7 +24,15 @@ FORMATS = {
     ".item": "recbole",
 }
 """File name suffix to format; every one but Parquet may have `.gz` after it."""
-DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "http": "aiohttp"}
+DRIVERS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "http": "aiohttp",
+}
 """The package that opens a kind of URL, where fsspec itself does not."""
 
 

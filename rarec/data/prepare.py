@@ -33,7 +33,7 @@ def prepare_settings(config: Prepare, seed: int) -> dict[str, Any]:
 
 
 def identity(config: Prepare, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a prepared dataset is made by and made from: `prepare_settings`, and hashes of the log and of the catalogue.
+    """What a prepared dataset is made by and from: settings, and hashes of the log and of the catalogue.
 
     A table of an engine is known by its name and its engine alone: make the dataset `--fresh` when its rows have changed.
 
@@ -105,7 +105,12 @@ class _Preparation:
         self._refuse_empty_parts(counts)
         self.say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
         figures = {"counts": counts, "steps": ledger.steps, "catalogue": catalogue.counts}
-        return {**figures, "tie_rule": steps.TIE_RULE, "cut_times": cuts, "engine": self.config.engine}
+        return {
+            **figures,
+            "tie_rule": steps.TIE_RULE,
+            "cut_times": cuts,
+            "engine": self.config.engine.partition(":")[0],
+        }
 
     def _read(self) -> Ledger:
         """The raw log: rows without ids dropped, each other with its place in time."""

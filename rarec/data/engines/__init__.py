@@ -44,7 +44,7 @@ def _start(config: Prepare, spill: Path) -> Engine:
     if "://" in config.engine:
         from rarec.data.engines.named import NamedEngine
 
-        return NamedEngine(config.engine)
+        return NamedEngine(config.engine, spill, config.memory)
     raise UserError(
         f"field `prepare.engine`: no engine {config.engine!r}",
         "use duckdb, spark, or a URL: duckdb:///path/to/file, postgres://user:password@host/database, ...",

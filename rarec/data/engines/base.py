@@ -108,7 +108,9 @@ DELIMITED = {"csv": Dialect(",", '"'), "tsv": Dialect("\t", '"'), "recbole": Dia
 
 
 def header(files: Files) -> list[str]:
-    """The columns of delimited files; RecBole's without their types. Nothing is sniffed: every file is taken the same way.
+    """The columns of delimited files; RecBole's without their types.
+
+    Nothing is sniffed: every file is taken the same way.
 
     Raises:
         UserError: a header is missing, or differs between files.

@@ -137,7 +137,9 @@ def _computing() -> Iterator[None]:
     try:
         yield
     except duckdb.OutOfMemoryException as error:
-        raise UserError(f"the preparation ran out of memory: {error}", "raise prepare.memory, or use fewer threads") from None
+        raise UserError(
+            f"the preparation ran out of memory: {error}", "raise prepare.memory, or use fewer threads"
+        ) from None
     except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
         raise UserError(f"a table cannot be read: {error}", "mend the file it names, or convert it again") from None
 

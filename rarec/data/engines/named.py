@@ -1,83 +1,72 @@
-"""Any engine that Ibis reaches by a URL, for tables that it has under a name: databases and warehouses."""
+"""Tables of any database or warehouse that Ibis reaches by a URL: read there, computed on embedded DuckDB.
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+Of the database nothing is asked but to give the columns: no right to write, and no function that it may lack.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
 
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rarec.data.engines.base import Named, Place, Read, check_columns, describe
+from rarec.data.engines.embedded import EmbeddedEngine
+from rarec.data.files import Files
 from rarec.errors import UserError
 
 
-class NamedEngine:
-    """A connection of Ibis. The rights it needs: to read the tables, and to make temporary ones.
+class NamedEngine(EmbeddedEngine):
+    """DuckDB, fed by a connection of Ibis.
 
     Args:
         url: as `ibis.connect` takes it.
+        spill: see `EmbeddedEngine`.
+        memory: see `EmbeddedEngine`.
 
     Raises:
         UserError: Ibis knows no such engine, its driver is not installed, or the connection is refused.
     """
 
-    def __init__(self, url: str) -> None:
-        shown = url.partition("://")[0] + "://..."  # the rest may hold a password
+    def __init__(self, url: str, spill: Path, memory: str | None = None) -> None:
+        super().__init__(spill, memory)
+        self._scheme = url.partition("://")[0]  # what follows may hold a password: it is not shown
         try:
-            self._ibis = ibis.connect(url)
+            self._source = ibis.connect(url)
         except Exception as error:  # every driver raises of its own kind
-            scheme = url.partition("://")[0]
-            remedy = f"pip install 'ibis-framework[{scheme}]', and check host, user, password and database"
-            raise UserError(f"prepare.engine: {shown} does not connect: {type(error).__name__}: {error}", remedy) from None
-        self._kept: dict[str, int] = {}
+            self.close()
+            remedy = f"pip install 'ibis-framework[{self._scheme}]'; check host, user, password and database"
+            raise UserError(f"prepare.engine: {self._scheme}://... does not connect: {error}", remedy) from None
 
     def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
-        """See `Engine`. Rows of a database have no order: where lines are asked for, they follow all the columns."""
+        """See `Engine`. Rows of a database have no order: where lines are asked for, they follow the columns."""
         if not isinstance(place, Named):
-            raise UserError(
-                f"{section}.path: this engine reads its own tables, not files ({describe(place)})",
-                f"name {section}.table, or use prepare.engine: duckdb or spark",
-            )
+            return super().read(place, roles, section, lines=lines)
         schema, _, name = place.name.rpartition(".")
-        with _told(f"{section}.table: {place.name}"):
-            table = self._ibis.table(name, database=schema or None)
-        check_columns(table.columns, roles, place, section)
-        table = table.select(**{role: table[name] for role, name in roles.items()})
-        if lines:
-            table = table.mutate(line=ibis.row_number().over(ibis.window(order_by=list(roles))) + 1)
-        return Read(table)
-
-    def keep(self, name: str, expression: ir.Table) -> ir.Table:
-        """See `Engine`."""
-        number = self._kept.get(name, 0)
-        with _told(name):
-            table = self._ibis.create_table(f"rarec_{name}_{number + 1}", expression, temp=True)
-        self._kept[name] = number + 1
-        return table
-
-    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
-        """See `Engine`."""
-        with _told("the preparation"):
-            rows: list[dict[str, Any]] = expression.to_pyarrow().to_pylist()
-        return rows
-
-    def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
-        """See `Engine`."""
-        with _told("the preparation"):
-            yield from expression.to_pyarrow_batches()
+        try:
+            table = self._source.table(name, database=schema or None)
+            check_columns(table.columns, roles, place, section)
+            table = table.select(*dict.fromkeys(roles.values()))
+            copied = self._copy(table.order_by(*table.columns) if lines else table, section)
+        except UserError:
+            raise
+        except Exception as error:  # every driver raises of its own kind
+            problem = f"{section}: {describe(place)}: {self._scheme} says {type(error).__name__}: {error}"
+            raise UserError(problem, "is it there, as NAME or SCHEMA.NAME, and may you read it?") from None
+        return super().read(copied, roles, section, lines=lines)
 
     def close(self) -> None:
-        """See `Engine`. Temporary tables go with the connection."""
-        self._ibis.disconnect()
+        """See `Engine`."""
+        super().close()
+        if hasattr(self, "_source"):
+            self._source.disconnect()
 
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # every driver raises of its own kind
-        problem = f"{what}: the engine says {type(error).__name__}: {error}"
-        raise UserError(problem, "does the table exist, and may you make temporary tables?") from error
+    def _copy(self, table: ir.Table, section: str) -> Files:
+        """The columns as Parquet in the spill directory."""
+        self._spill.mkdir(parents=True, exist_ok=True)
+        path, schema = self._spill / f"{section}.parquet", table.schema().to_pyarrow()
+        with pq.ParquetWriter(path, schema) as writer:
+            for batch in table.to_pyarrow_batches():
+                writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+        return Files(section, (str(path),), "parquet")

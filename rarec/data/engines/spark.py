@@ -131,10 +131,10 @@ class SparkEngine:
         """Texts by position. A quoted text may hold newlines, so a file is read by one task: give many, or Parquet."""
         names, dialect = header(files), DELIMITED[files.format]
         schema = ", ".join(f"c{index} STRING" for index in range(len(names)))
-        options = {"sep": dialect.delimiter, "quote": dialect.quote, "escape": dialect.quote, "multiLine": True}
-        if not dialect.quote:
-            options = {"sep": dialect.delimiter, "quote": ""}
-        frame = self._session.read.csv(paths, schema=schema, header=True, mode="FAILFAST", encoding="UTF-8", **options)
+        reader = self._session.read.options(sep=dialect.delimiter, quote=dialect.quote)
+        if dialect.quote:
+            reader = reader.options(escape=dialect.quote, multiLine=True)
+        frame = reader.csv(paths, schema=schema, header=True, mode="FAILFAST", encoding="UTF-8")
         return frame, {name: f"c{index}" for index, name in enumerate(names)}
 
     def _numbered(self, frame: DataFrame, own: list[Any], name: str, files: bool) -> ir.Table:
@@ -178,7 +178,9 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
     try:
         session = builder.getOrCreate()
     except Exception as error:  # no Java, or no such master: PySpark raises of many kinds
-        raise UserError(f"prepare.engine: Spark does not start: {error}", "install Java 17 or 21; see prepare.spark") from None
+        raise UserError(
+            f"prepare.engine: Spark does not start: {error}", "install Java 17 or 21; see prepare.spark"
+        ) from None
     if not active:  # what fails is raised, once
         session.sparkContext.setLogLevel("FATAL")
         logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
@@ -219,7 +221,9 @@ def _computing() -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JError) as error:
-        raise UserError(f"Spark: {_reason(error)}", "see prepare.spark for memory; mend the table that it names") from None
+        raise UserError(
+            f"Spark: {_reason(error)}", "see prepare.spark for memory; mend the table that it names"
+        ) from None
 
 
 def _damaged(table: ir.Table) -> dict[str, ir.Scalar]:

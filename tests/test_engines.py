@@ -1,0 +1,210 @@
+"""One preparation, many engines: the same files, byte for byte; and tables by name, and files behind URLs."""
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import fsspec
+import pytest
+
+from rarec.artefacts import read_json
+from rarec.config.schema import Prepare
+from rarec.data.dataset import PreparedDataset
+from rarec.data.prepare import identity, prepare
+from rarec.errors import UserError
+from tests.engines import needs_spark, on
+from tests.test_prepare import CATALOGUE, LOG, any_log, configure, refuse, write
+from tools.make_log import make_log
+
+POLICIES: list[dict[str, Any]] = [
+    {"repeats": "first", "min_item_interactions": 2},
+    {"repeats": "last", "split": {"kind": "temporal", "validation_share": 0.2, "test_share": 0.2}},
+    {"repeats": "runs", "duplicates": "keep"},
+    {"repeats": "keep", "duplicates": "keep"},
+]
+
+
+def run(config: Prepare, to: Path, told: list[str] | None = None) -> PreparedDataset:
+    return prepare(config, to, seed=0, say=(told if told is not None else []).append)
+
+
+@needs_spark
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["repeats"])
+def test_duckdb_and_spark_agree_on_every_policy(tmp_path: Path, policy: dict[str, Any]) -> None:
+    items = [(number, f"t{number}", "", "") for number in range(8)]
+    log = [*any_log(7), *any_log(7)[:9], (None, 3, 2), (1, None, 2), (1, 99, 2)]
+    write(tmp_path, log, [*items, (3, "again", "", ""), (None, "none", "", "")])
+    config = configure(tmp_path, **policy)
+    one, other = (run(on(engine, config), tmp_path / engine) for engine in ("duckdb", "spark"))
+    assert one.hash == other.hash
+    assert one.manifest["steps"] == other.manifest["steps"]
+    assert one.manifest["catalogue"] == other.manifest["catalogue"]
+
+
+@needs_spark
+def test_duckdb_and_spark_agree_on_a_million_rows_with_ties_nulls_and_junk(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    make_log(log, users=60_000, items=5_000, interactions=1_000_000, seed=3, ties=0.3, nulls=0.01, duplicates=0.02)
+    config = Prepare.model_validate(
+        {
+            "interactions": {"path": f"{log}/interactions", "user": "user", "item": "item", "time": "time"},
+            "items": {"path": f"{log}/items.parquet", "item": "item", "title": "title", "text": ["brand"]},
+            "min_item_interactions": 5,
+        }
+    )
+    one, other = (run(on(engine, config), tmp_path / engine) for engine in ("duckdb", "spark"))
+    assert one.manifest["counts"]["interactions"] > 800_000
+    dropped = {step["step"]: step["interactions_before"] - step["interactions_after"] for step in one.manifest["steps"]}
+    assert dropped["ids"] > 5_000
+    assert dropped["duplicates"] > 5_000
+    assert one.manifest["files"] == other.manifest["files"]
+    assert one.manifest["steps"] == other.manifest["steps"]
+
+
+TIMES = [
+    "2023-11-14", "2023-11-14T22:13", "2023-11-14 22:13:20.123456", "2023-11-14T22:13:20Z", "2023-11-14T22:13:20+05:30",
+    "2023-11-14T22:13:20-0330", "2023-11-14T22:13:20 +01", "2024-02-29", "1969-12-31T23:59:59.5Z", "-1.5e3", ".5", "7.",
+]  # fmt: skip
+NO_TIMES = [
+    "2023-02-29",
+    "2023-1-4",
+    "1d",
+    "0x10",
+    "1_000",
+    "Infinity",
+    "2023-11-14T25:00",
+    "2023-11-14T22:13:20+99",
+    "1 ",
+]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", pytest.param("spark", marks=needs_spark)])
+def test_what_a_text_means_as_a_time_is_ours_to_say(tmp_path: Path, engine: str) -> None:
+    names = [f"i{at:02d}" for at in range(len(TIMES))]
+    write(
+        tmp_path,
+        [("u", name, time) for name, time in zip(names, TIMES, strict=True)],
+        [(n, "t", "", "") for n in names],
+    )
+    dataset = run(on(engine, configure(tmp_path)), tmp_path / "out")
+    found = [dataset.item_ids[int(row)].as_py() for row in dataset.sequence(0)]
+    seconds = [
+        1699920000, 1699999980, 1700000000.123456, 1700000000, 1699980200, 1700012600, 1699996400, 1709164800, -0.5,
+        -1500, 0.5, 7,
+    ]  # fmt: skip
+    assert found == [name for _, name in sorted(zip(seconds, names, strict=True))]
+    for bad in NO_TIMES if engine == "duckdb" else NO_TIMES[:3]:
+        write(tmp_path, [*LOG, ("u9", "a", bad)])
+        with pytest.raises(UserError, match="time is") as caught:
+            run(on(engine, configure(tmp_path)), tmp_path / "out")
+        assert repr(bad) in caught.value.problem
+
+
+def database(folder: Path, kind: str) -> str:
+    """The log and the catalogue as tables of a database; returns the engine's URL."""
+    path = folder / f"shop.{kind}"
+    connection = sqlite3.connect(path) if kind == "sqlite" else duckdb.connect(str(path))
+    connection.execute("CREATE TABLE log (who TEXT, what TEXT, bought BIGINT)")
+    connection.executemany("INSERT INTO log VALUES (?, ?, ?)", LOG)
+    connection.execute("CREATE TABLE items (item TEXT, title TEXT, brand TEXT, year TEXT)")
+    connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?)", CATALOGUE)
+    connection.commit()
+    connection.close()
+    return f"{kind}://{path}"
+
+
+def of_tables(engine: str, **more: str) -> Prepare:
+    names = {"table": "log", "user": "who", "item": "what", "time": "bought", **more}
+    items = {"table": "items", "item": "item", "title": "title"}
+    sections = {"interactions": names, "items": items, "engine": engine, "min_user_interactions": 3}
+    return Prepare.model_validate(sections)
+
+
+@pytest.mark.parametrize("kind", ["duckdb", "sqlite"])
+def test_tables_of_a_database_are_read_by_name(tmp_path: Path, kind: str) -> None:
+    dataset = run(of_tables(database(tmp_path, kind)), tmp_path / "out")
+    write(tmp_path)
+    of_files = run(configure(tmp_path), tmp_path / "files")
+    assert dataset.item_rows_I.tolist() == of_files.item_rows_I.tolist()
+    assert dataset.user_ids == of_files.user_ids
+    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text(), "a URL may hold a password"
+
+
+@pytest.mark.parametrize("kind", ["duckdb", "sqlite"])
+def test_a_table_or_column_that_a_database_lacks_is_named(tmp_path: Path, kind: str) -> None:
+    url = database(tmp_path, kind)
+    with pytest.raises(UserError, match="table logs"):
+        run(of_tables(url, table="logs"), tmp_path / "out")
+    with pytest.raises(UserError, match=r"table log has no column 'whom' \(prepare.interactions.user\); .* 'who'"):
+        run(of_tables(url, user="whom"), tmp_path / "out")
+
+
+@needs_spark
+def test_a_registered_table_of_spark_is_read_by_name(tmp_path: Path) -> None:
+    from rarec.data.engines.spark import SparkEngine
+    from tests.engines import SPARK
+
+    engine = SparkEngine(tmp_path / "scratch", SPARK)
+    engine._session.createDataFrame(LOG, "who string, what string, bought bigint").createOrReplaceTempView("log")
+    columns = "item string, title string, brand string, year string"
+    engine._session.createDataFrame(CATALOGUE, columns).createOrReplaceTempView("items")
+    dataset = run(on("spark", of_tables("spark")), tmp_path / "out")
+    assert dataset.item_rows_I.tolist() == [0, 1, 2, 3, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("sparks", "no engine 'sparks'"),
+        ("nosuch://host/db", "nosuch://... does not connect"),
+        ("duckdb:///nowhere/shop.db", "prepare.engine: /nowhere/shop.db"),
+    ],
+)
+def test_an_engine_that_is_none_is_refused(tmp_path: Path, engine: str, said: str) -> None:
+    write(tmp_path)
+    with pytest.raises(UserError, match=said):
+        run(configure(tmp_path, engine=engine), tmp_path / "out")
+
+
+def test_files_behind_a_url_give_the_same_dataset(tmp_path: Path) -> None:
+    write(tmp_path)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "log.csv"), "/shop/log.csv")
+    memory.put(str(tmp_path / "items.csv"), "/shop/items.csv")
+    local = run(configure(tmp_path), tmp_path / "local")
+    for log in ("memory://shop/log.csv", "memory://shop/l*.csv", f"file://{tmp_path}/log.csv"):
+        config = configure(tmp_path).model_copy(deep=True)
+        config = Prepare.model_validate(
+            {
+                **config.model_dump(),
+                "interactions": {**config.interactions.model_dump(), "path": log},
+                "items": {**config.items.model_dump(), "path": "memory://shop/items.csv"},
+            }
+        )
+        found = run(config, tmp_path / "remote")
+        assert found.manifest["files"] == local.manifest["files"]
+    before = identity(config, 0)
+    memory.pipe("/shop/items.csv", b"item,title,brand,year\na,t,,\n")
+    assert identity(config, 0) != before, "another version of the file is noticed"
+
+
+def test_a_url_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    refuse(tmp_path, "memory://none.csv does not exist", log="x", interactions=at("memory://none.csv"))
+    refuse(tmp_path, "nosuch://", "fsspec knows", interactions=at("nosuch://bucket/log.csv"))
+
+
+def at(path: str) -> dict[str, str]:
+    return {"path": path, "user": "user", "item": "item", "time": "time"}
+
+
+def test_a_dataset_does_not_remember_what_computed_it(tmp_path: Path) -> None:
+    write(tmp_path)
+    config = configure(tmp_path)
+    assert identity(config, 1) == identity(config.model_copy(update={"memory": "2GB", "scratch": "/tmp/x"}), 1)
+    run(config.model_copy(update={"memory": "1GB", "scratch": str(tmp_path / "scratch")}), tmp_path / "out")
+    assert list((tmp_path / "scratch").glob("*")) == []
+    assert read_json(tmp_path / "out" / "manifest.json")["engine"] == "duckdb"
+    with pytest.raises(UserError, match=r"prepare\.memory"):
+        run(config.model_copy(update={"memory": "plenty"}), tmp_path / "other")

@@ -1,0 +1,122 @@
+"""Nothing of validation and test reaches training: changed targets change no trained thing, and a forged leak is refused."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rarec.cli import open_context
+from rarec.data.dataset import PreparedDataset
+from rarec.data.leakage import refuse_leaks
+from rarec.data.selection import select_samples
+from rarec.errors import UserError
+from rarec.stages.ids import ids
+from rarec.stages.prepare import prepare
+from rarec.stages.shards import shards
+from tests.conftest import make_world
+from tests.datasets import prepared
+
+FIXED = ["ids.sasrec.epochs=1", "shards.denoise=true", "shards.diversify=true"]
+"""One epoch: which epoch is best is for the validation targets to say."""
+
+
+def change_last(log: Path, places: tuple[int, ...]) -> None:
+    """Give every user another item at these places from the end, one that the user does not have."""
+    rows = list(csv.DictReader(log.open()))
+    of_user: dict[str, list[dict[str, str]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["time"])):
+        of_user.setdefault(row["user"], []).append(row)
+    for own in of_user.values():
+        met = {row["item"] for row in own}
+        fresh = (f"i{item:03d}" for item in range(40) if f"i{item:03d}" not in met)
+        for place in places:
+            own[-place]["item"] = next(fresh)
+    with log.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["user", "item", "time"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def trained_from(config: Path) -> dict[str, Any]:
+    """Everything that training reads, after the stages that make it."""
+    context = open_context(config, FIXED)
+    for stage in (prepare, ids, shards):
+        stage(context)
+    shard_files = sorted(context.paths.shards.glob("*.tar"))
+    selection = select_samples(context.dataset, context.config.shards, 17)
+    return {
+        "counts": context.dataset.train_counts_N.tolist(),
+        "selection": (selection.user_rows.tolist(), selection.positions.tolist()),
+        "ID vectors": (context.paths.source("id") / "items.npy").read_bytes(),
+        "tars": [path.read_bytes() for path in shard_files],
+        "states": (context.paths.shards / "item_states.npy").read_bytes(),
+    }
+
+
+def test_other_validation_and_test_targets_change_nothing_that_is_trained_on(tmp_path: Path) -> None:
+    first = trained_from(make_world(tmp_path / "a"))
+    other = make_world(tmp_path / "b")
+    change_last(tmp_path / "b" / "log" / "interactions.csv", (1, 2))
+    assert trained_from(other) == first
+
+
+def test_other_training_interactions_do_change_it(tmp_path: Path) -> None:
+    first = trained_from(make_world(tmp_path / "a"))
+    other = make_world(tmp_path / "b")
+    change_last(tmp_path / "b" / "log" / "interactions.csv", (3,))
+    second = trained_from(other)
+    assert [name for name in first if first[name] == second[name]] in ([], ["states"])
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    return prepared(tmp_path_factory.mktemp("clean"))
+
+
+def forged(dataset: PreparedDataset, field: str, user: int, value: int) -> PreparedDataset:
+    array = np.array(getattr(dataset, field))
+    array[user] = value
+    return replace(dataset, **{field: array})
+
+
+def test_a_clean_dataset_passes(dataset: PreparedDataset) -> None:
+    refuse_leaks(dataset)
+
+
+def test_a_target_that_is_trained_on_is_refused_by_user(dataset: PreparedDataset) -> None:
+    for part in ("validation", "test"):
+        with pytest.raises(UserError, match=f"the {part} target of user u003 is trained on"):
+            refuse_leaks(forged(dataset, f"{part}_U", 3, int(dataset.train_length_U[3]) - 1))
+
+
+def test_a_validation_that_comes_after_the_test_is_refused(dataset: PreparedDataset) -> None:
+    with pytest.raises(UserError, match="u002 is validated on what comes at or after"):
+        refuse_leaks(forged(dataset, "validation_U", 2, int(dataset.test_U[2])))
+
+
+def test_popularity_that_counts_targets_is_refused(dataset: PreparedDataset) -> None:
+    everything = np.bincount(dataset.item_rows_I, minlength=dataset.n_items)
+    with pytest.raises(UserError, match="train_count"):
+        refuse_leaks(replace(dataset, train_counts_N=everything))
+
+
+def test_interactions_out_of_order_are_refused(dataset: PreparedDataset) -> None:
+    shifted = np.array(dataset.starts_U)  # user 1 is said to begin one earlier than time starts anew
+    shifted[1] -= 1
+    with pytest.raises(UserError, match="not in the order of time"):
+        refuse_leaks(replace(dataset, starts_U=shifted, train_counts_N=counted(replace(dataset, starts_U=shifted))))
+
+
+def counted(dataset: PreparedDataset) -> np.ndarray[Any, np.dtype[np.int64]]:
+    from rarec.data.leakage import training_part
+
+    return np.bincount(dataset.item_rows_I[training_part(dataset)], minlength=dataset.n_items)
+
+
+def test_training_on_what_comes_after_the_cut_is_refused(dataset: PreparedDataset) -> None:
+    manifest = {**dataset.manifest, "cut_times": [1_700_000_000.0, 1_800_000_000.0]}
+    with pytest.raises(UserError, match="at or after the first cut"):
+        refuse_leaks(replace(dataset, manifest=manifest))
