@@ -119,22 +119,23 @@ def write_manifest(
     *,
     settings: Mapping[str, Any],
     made_from: Mapping[str, str],
+    known: Mapping[str, str] | None = None,
     **figures: Any,
 ) -> dict[str, Any]:
-    """Hash every file in `directory` and write its manifest; returns the manifest.
+    """Hash every file in `directory`, but for what stands hidden beside them, and write its manifest; returns it.
 
     Args:
         directory: the artefact, complete but for the manifest.
         kind: what it is, and by convention the name of the stage that makes it.
         settings: the configuration that shaped it, as plain JSON values.
         made_from: the hash of each artefact or model it was made from, by name.
+        known: the sha256 of files that were hashed as they were written, by name.
         **figures: counts and whatever else a reader should find there; they do not enter the hash.
     """
-    files = {
-        entry.relative_to(directory).as_posix(): sha256_file(entry)
-        for entry in sorted(directory.rglob("*"))
-        if entry.is_file() and entry.name != MANIFEST
-    }
+    known = known or {}
+    names = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
+    own = [name for name in names if Path(name).name != MANIFEST and not name.startswith(".")]
+    files = {name: known.get(name) or sha256_file(directory / name) for name in own}
     identity = {
         "kind": kind,
         "schema": SCHEMA,

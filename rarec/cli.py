@@ -71,9 +71,22 @@ def ids(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> No
 
 
 @app.command(rich_help_panel="Stages, in order")
-def shards(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def shards(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the shards that are there; make nothing.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="With --verify: make again only what is broken.")] = False,
+) -> None:
     """3. Select samples, cache text states, write shards. Next: accelerate launch launch/train.py --config CONFIG"""
-    run_stage("shards", config, overrides, fresh)
+    if (repair and not verify) or (fresh and verify):
+        raise UserError("--repair goes with --verify, and --verify not with --fresh")
+    if not verify:
+        run_stage("shards", config, overrides, fresh)
+        return
+    with stoppable():
+        context = open_context(config, overrides)
+        print(import_module("rarec.stages.verify").verify(context, repair))
 
 
 @app.command(rich_help_panel="Stages, in order")

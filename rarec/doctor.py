@@ -194,7 +194,7 @@ def _preparation() -> Iterator[Check]:
         yield Check("DuckDB", "ok" if answer == (42,) else "missing", f"{_version('duckdb')} answers")
     spark, java = _version("pyspark"), shutil.which("java")
     found = f"pyspark {spark or 'not installed'}, {_java_version() if java else 'no Java'}"
-    lacking = [] if spark else ["pip install 'ibis-framework[pyspark]'"]
+    lacking = [] if spark else ["pip install 'rarec[spark]'"]
     lacking += [] if java else ["apt-get install -y default-jre-headless"]
     yield Check("Spark", "note" if lacking else "ok", f"{found} (optional)", " && ".join(lacking))
 

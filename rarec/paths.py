@@ -60,6 +60,11 @@ class RunPaths:
         """Training samples, text-only states and the selection's report."""
         return self.root / "shards"
 
+    @property
+    def cache(self) -> Path:
+        """Tars fetched from elsewhere; what goes missing here is fetched again."""
+        return self.root / "cache"
+
     def train(self, arm: str) -> Path:
         """Checkpoints and logs of one trained arm."""
         return self.root / "train" / arm

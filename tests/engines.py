@@ -20,6 +20,7 @@ SPARK = {"spark.master": "local[2]", "spark.sql.shuffle.partitions": "2", "spark
 _installed = importlib.util.find_spec("pyspark") is not None and shutil.which("java") is not None
 _required = "spark" in os.environ.get("RAREC_REQUIRE", "")
 needs_spark = pytest.mark.skipif(not _installed and not _required, reason="needs PySpark (extra spark) and Java 17")
+ENGINES_HERE = ["duckdb", *(["spark"] if _installed or _required else [])]
 ENGINES = ["duckdb", pytest.param("spark", marks=needs_spark)]
 
 

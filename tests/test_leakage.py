@@ -1,4 +1,4 @@
-"""Nothing of validation and test reaches training: changed targets change no trained thing, and a forged leak is refused."""
+"""Nothing of validation and test reaches training: other targets change nothing, and a forged leak is refused."""
 
 import csv
 from dataclasses import replace

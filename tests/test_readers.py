@@ -110,9 +110,7 @@ def test_names_that_differ_by_case_alone_are_two_columns(engine: Engine, tmp_pat
     assert read(engine, path)[0]["item"] == "b"
 
 
-def test_a_directory_and_a_glob_are_read_by_name_and_hidden_files_passed_over(
-    engine: Engine, tmp_path: Path
-) -> None:
+def test_a_directory_and_a_glob_are_read_by_name_and_hidden_files_passed_over(engine: Engine, tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     (folder / "deep").mkdir(parents=True)
     for name, user in (("b.csv", "u2"), ("a.csv", "u1"), ("deep/c.csv", "u3"), (".x.csv", "no"), ("_y.csv", "no")):

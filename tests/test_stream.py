@@ -1,178 +1,207 @@
-"""The stream: every sample once an epoch, order = f(seed, epoch), resume at any step, shards that cannot lie."""
+"""The stream: the plan's samples from the tars, each checked, none read or opened before it is due."""
 
-import tarfile
-import time
+import os
+import shutil
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.data.samples import Sample, read_shard, write_shard
-from rarec.data.shards import write_shards
-from rarec.data.stream import SampleStream, ShardPlan, prefetch
+from rarec.artefacts import write_json
+from rarec.data.damage import damaged_samples, name_samples, read_named
+from rarec.data.index import ENTRY, key_of, open_index
+from rarec.data.plan import Plan
+from rarec.data.samples import write_shard
+from rarec.data.stream import OPEN, LocalTars, SampleStream
 from rarec.errors import UserError
+from tests.shards import ITEMS, made_sample, open_stream, users, write_shards
 
-
-def sample(number: int) -> Sample:
-    history = np.arange(number % 5 + 1, dtype=np.int32)
-    tokens = np.arange(7 + number % 11, dtype=np.int32)
-    return Sample(
-        user=number,
-        position=len(history),
-        target=number % 13,
-        history_H=history,
-        tokens_T=tokens,
-        marks={"id": 1},
-        states_LD=np.full((2, 4), number, np.float16),
-        vectors={"id": np.full((1, 3), number, np.float32)},
-    )
-
-
-def shards(directory: Path, total: int, per_shard: int) -> list[dict]:
-    return write_shards(directory, total, per_shard, lambda rows: map(sample, rows), "identity", lambda line: None)
-
-
-def records(sizes: list[int]) -> list[dict]:
-    return [{"samples": size, "lengths": [(size * 7 + at) % 19 for at in range(size)]} for size in sizes]
-
-
-@given(
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
-    batch=st.integers(2, 50),
-    seed=st.integers(0, 1000),
-    epoch=st.integers(0, 5),
+CUTS = st.one_of(
+    st.fixed_dictionaries({"batch_size": st.integers(3, 20)}),
+    st.fixed_dictionaries({"tokens_per_batch": st.integers(60, 200), "slots": st.integers(0, 2)}),
 )
-def test_an_epoch_visits_every_sample_once_in_batches_of_even_size(sizes, batch, seed, epoch):
-    plan = ShardPlan(records(sizes), batch, seed)
-    batches = plan.batches(epoch)
-    seen = sorted((int(shard), int(place)) for part in batches for shard, place in part)
-    assert seen == [(shard, place) for shard, size in enumerate(sizes) for place in range(size)]
-    assert len(batches) == plan.steps == -(-sum(sizes) // batch)
-    assert max(map(len, batches)) <= batch
-    assert max(map(len, batches)) - min(map(len, batches)) <= 1
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
-    def order(seed: int, epoch: int) -> list[list[int]]:
-        return np.concatenate(ShardPlan(records([30, 30, 30]), 8, seed).batches(epoch)).tolist()
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=9), cut=CUTS, ranks=st.integers(1, 3), data=st.data())
+def test_any_ranks_and_any_kill_point_give_the_same_epoch(tmp_path_factory, sizes, cut, ranks, data):
+    directory, total = tmp_path_factory.mktemp("shards"), sum(sizes)
+    manifest = write_shards(directory, sizes)
+    excluded = data.draw(st.sets(st.integers(0, total - 1), max_size=total - 1))
+    epoch, seed = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 99))
 
-    assert order(1, 0) == order(1, 0)
-    assert order(1, 0) != order(1, 1)
-    assert order(1, 0) != order(2, 0)
+    def read(first: int, rank: int, world: int) -> list[list[int]]:
+        stream = open_stream(directory, manifest, seed=seed, excluded=excluded, **cut)
+        return users(stream.epoch(epoch, first, rank, world))
 
-
-def test_batches_hold_prompts_of_like_length():
-    plan = ShardPlan(records([200]), 10, 0)
-    lengths = np.array(plan.records[0]["lengths"])
-    spread = np.mean([np.ptp(lengths[batch[:, 1]]) for batch in plan.batches(0)])
-    assert spread < 0.3 * np.ptp(lengths)
-
-
-@settings(max_examples=15, deadline=None)
-@given(per_shard=st.integers(3, 20), batch=st.integers(2, 9), first=st.integers(0, 10))
-def test_an_epoch_goes_on_from_any_step(tmp_path_factory, per_shard, batch, first):
-    directory = tmp_path_factory.mktemp("shards")
-    plan = ShardPlan(shards(directory, 40, per_shard), batch, seed=3)
-    whole = [[s.key for s in part] for part in SampleStream(directory, plan).epoch(2)]
-    rest = [[s.key for s in part] for part in SampleStream(directory, plan).epoch(2, first)]
-    assert rest == whole[first:]
+    whole = read(0, 0, 1)
+    assert sorted(number for batch in whole for number in batch) == sorted(set(range(total)) - excluded)
+    killed = data.draw(st.integers(0, len(whole)))
+    parts = [read(0, rank, ranks)[:killed] for rank in range(ranks)]  # then one rank more goes on
+    parts_after = [read(killed, rank, ranks + 1) for rank in range(ranks + 1)]
+    together = [sorted(chain(*shares)) for half in (parts, parts_after) for shares in zip(*half, strict=True)]
+    assert together == [sorted(batch) for batch in whole]
 
 
 def test_a_sample_comes_back_as_it_was(tmp_path):
-    record = write_shard(tmp_path / "a.tar", [sample(5), sample(6)])
-    back = read_shard(tmp_path / "a.tar", record)[1]
-    for field, value in vars(sample(6)).items():
-        if field == "vectors":
-            np.testing.assert_array_equal(back.vectors["id"], value["id"])
-        else:
-            np.testing.assert_array_equal(getattr(back, field), value)
-    assert back.states_LD.dtype == np.float16
+    manifest = write_shards(tmp_path, [4, 3])
+    back = {sample.user: sample for batch in open_stream(tmp_path, manifest).epoch(0) for sample in batch}
+    for number, sample in back.items():
+        for name, value in vars(made_sample(number)).items():
+            if name == "vectors":
+                np.testing.assert_array_equal(sample.vectors["id"], value["id"])
+            else:
+                np.testing.assert_array_equal(getattr(sample, name), value)
+        assert sample.states_LD.dtype == np.float16
 
 
-def test_equal_samples_make_equal_bytes(tmp_path):
-    first = write_shard(tmp_path / "a.tar", map(sample, range(5)))
-    time.sleep(1.1)
-    assert write_shard(tmp_path / "b.tar", map(sample, range(5)))["sha256"] == first["sha256"]
+class Counted(LocalTars):
+    """Tells which tars were opened, and keeps them in sight."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.opened: dict[int, list] = {}
+
+    def open(self, shard: int):
+        file = super().open(shard)
+        self.opened.setdefault(shard, []).append(file)
+        return file
+
+    @property
+    def held(self) -> int:
+        return sum(not file.closed for files in self.opened.values() for file in files)
 
 
-def test_a_killed_writer_goes_on_where_it_stopped(tmp_path):
-    made: list[int] = []
-
-    def make(rows: range):
-        for number in rows:
-            if number == 25 and len(made) == 25:
-                raise KeyboardInterrupt
-            made.append(number)
-            yield sample(number)
-
-    def write() -> list[dict]:
-        return write_shards(tmp_path, 40, 10, make, "identity", lambda line: None)
-
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["000000.tar", "000001.tar"]
-    after = write()
-    assert made == [*range(25), *range(20, 40)]
-    assert [r["sha256"] for r in after] == [r["sha256"] for r in shards(tmp_path / "undisturbed", 40, 10)]
+def test_beginning_in_the_middle_of_a_thousand_shards_opens_those_of_the_batch(tmp_path):
+    shards, each = 1000, 4
+    record, rows = write_shard(tmp_path / "000000.tar", map(made_sample, range(each)), 0)
+    index_S = np.tile(rows, shards)
+    index_S["shard"] = np.repeat(np.arange(shards), each)
+    for shard in range(1, shards):
+        (tmp_path / f"{shard:06d}.tar").symlink_to("000000.tar")
+    tars = Counted(tmp_path)
+    plan = Plan(index_S["shard"], index_S["tokens"], 0, batch_size=16)
+    batch = next(plan.batches(1, 120))
+    stream = SampleStream(plan, index_S, tars, ITEMS)
+    next(stream.epoch(1, 120))
+    assert sorted(tars.opened) == sorted(set(index_S["shard"][batch].tolist()))
+    for _ in stream.epoch(1, 121):
+        assert tars.held <= OPEN
+    assert record["samples"] == each
+    assert index_S.dtype == ENTRY
 
 
-def test_shards_of_another_identity_are_written_again(tmp_path):
-    shards(tmp_path, 10, 10)
-    told: list[str] = []
-    write_shards(tmp_path, 10, 10, lambda rows: map(sample, rows), "other", told.append)
-    assert len(told) == 1
+def test_a_rank_reads_its_own_samples_only(tmp_path):
+    manifest = write_shards(tmp_path, [30])
+    stream = open_stream(tmp_path, manifest)
+    batch = next(stream.plan.batches(0))
+    damaged = int(batch[1])
+    with (tmp_path / "000000.tar").open("r+b") as file:
+        file.seek(int(open_index(tmp_path, manifest)[damaged]["offset"]) + 600)
+        file.write(b"\xff\x00\xff")
+    assert [s.user for s in next(stream.epoch(0, 0, rank=0, world=2))] == batch[0::2].tolist()
+    with pytest.raises(UserError, match=f"sample {damaged:09d}-"):
+        next(stream.epoch(0, 0, rank=1, world=2))
 
 
-def _flip(path: Path) -> None:
+def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[700] ^= 1
+    data[-12_000] ^= 1
     path.write_bytes(data)
 
 
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:5120])
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: 512 * 3])
 
 
-@pytest.mark.parametrize("harm", [_flip, _cut, Path.unlink])
-def test_a_harmed_shard_is_refused_by_name(tmp_path, harm):
-    record = write_shard(tmp_path / "a.tar", map(sample, range(5)))
-    harm(tmp_path / "a.tar")
-    with pytest.raises(UserError, match=r"a\.tar"):
-        read_shard(tmp_path / "a.tar", record)
+def fold(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
-def test_a_shard_without_a_field_names_the_sample(tmp_path):
-    record = write_shard(tmp_path / "a.tar", map(sample, range(3)))
-    with tarfile.open(tmp_path / "a.tar") as old, tarfile.open(tmp_path / "b.tar", "w") as new:
-        for member in old:
-            if member.name != "000000001-000002.tokens.npy":
-                new.addfile(member, old.extractfile(member))
-    from rarec.artefacts import sha256_file
-
-    with pytest.raises(UserError, match=r"b\.tar, sample 1: KeyError 'tokens'"):
-        read_shard(tmp_path / "b.tar", {**record, "sha256": sha256_file(tmp_path / "b.tar")})
-
-
-def test_prefetch_keeps_the_order_and_raises_what_was_raised():
-    assert list(prefetch(range(50))) == list(range(50))
-
-    def broken():
-        yield 1
-        raise UserError("shard x")
-
-    items = prefetch(broken())
-    assert next(items) == 1
-    with pytest.raises(UserError, match="shard x"):
-        next(items)
+@pytest.mark.parametrize(
+    ("harm", "what"),
+    [
+        (flip, "sample 0000000[01][0-9]-00000[0-9]: "),
+        (cut, "sample 0000000[01][0-9]-00000[0-9]: "),
+        (lambda path: path.write_bytes(b""), "sample 0000000[01][0-9]-00000[0-9]: "),
+        (lambda path: shutil.copy(path.with_name("000000.tar"), path), "sample 0000000[01][0-9]-00000[0-9]: "),
+        (Path.unlink, "is missing"),
+        (fold, "cannot be read: Is a directory"),
+    ],
+)
+def test_a_harmed_shard_is_refused_by_name(tmp_path, harm, what):
+    manifest = write_shards(tmp_path, [9, 10])
+    harm(tmp_path / "000001.tar")
+    with pytest.raises(UserError, match=rf"shard \S+/000001\.tar,? {what}") as error:
+        users(open_stream(tmp_path, manifest).epoch(0))
+    assert "--verify --repair" in error.value.remedy
 
 
-def test_leaving_a_prefetch_early_ends_its_thread():
-    import threading
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("target", ITEMS, "beyond the catalogue of 13"),
+        ("history_H", np.array([0, -1], np.int32), "beyond the catalogue"),
+        ("history_H", np.array([5, ITEMS], np.int32), "beyond the catalogue"),
+        ("states_LD", np.array([[1, np.nan]], np.float16), "not a finite number"),
+        ("states_LD", np.array([[-np.inf, 1]], np.float32), "not a finite number"),
+        ("vectors", {"id": np.array([[np.inf]], np.float32)}, "not a finite number"),
+    ],
+)
+def test_what_a_step_would_stumble_over_is_refused_though_it_was_written_so(tmp_path, field, value, what):
+    wrong = made_sample(4, **{field: value})
+    _, index_S = write_shard(tmp_path / "000000.tar", [made_sample(3), wrong], 0)
+    stream = SampleStream(Plan(index_S["shard"], index_S["tokens"], 0), index_S, LocalTars(tmp_path), ITEMS)
+    with pytest.raises(UserError, match=rf"000000\.tar, sample {wrong.key}: .*{what}"):
+        users(stream.epoch(0))
 
-    before = threading.active_count()
-    items = prefetch(iter(range(10**9)))
-    next(items)
-    items.close()
-    assert threading.active_count() == before
+
+def test_damage_is_found_sample_by_sample_and_the_rest_trains_on(tmp_path):
+    manifest = write_shards(tmp_path, [10, 10, 10, 10])
+    index_S = open_index(tmp_path, manifest)
+    tars = LocalTars(tmp_path)
+    assert damaged_samples(index_S, tars, threads=2).tolist() == []
+    (tmp_path / "000001.tar").unlink()
+    for number in (23, 27):
+        with (tmp_path / "000002.tar").open("r+b") as file:
+            file.seek(int(index_S[number]["offset"]) + 700)
+            file.write(b"\xaa\x55")
+    os.truncate(tmp_path / "000003.tar", int(index_S[38]["offset"]) + 512)
+    damaged = damaged_samples(index_S, tars, threads=2)
+    assert damaged.tolist() == [*range(10, 20), 23, 27, 38, 39]
+    stream = open_stream(tmp_path, manifest, excluded=damaged)
+    assert sorted(chain(*users(stream.epoch(0)))) == sorted(set(range(40)) - set(damaged.tolist()))
+
+
+def test_damaged_samples_are_named_on_record_and_a_garbled_record_is_refused(tmp_path):
+    index_S = open_index(tmp_path, write_shards(tmp_path, [3, 3]))
+    named = name_samples(index_S, np.array([1, 4]))
+    assert named == {"000000.tar": {key_of(index_S[1]): 1}, "000001.tar": {key_of(index_S[4]): 4}}
+    path = tmp_path / "skipped.json"
+    write_json(path, named)
+    assert read_named(path, index_S).tolist() == [1, 4]
+    for garbled in ([], {"000000.tar": []}, {"000000.tar": {"x": 1}}, {"000000.tar": {key_of(index_S[1]): 99}}):
+        write_json(path, garbled)
+        with pytest.raises(UserError, match=r"skipped\.json names samples that these shards do not hold"):
+            read_named(path, index_S)
+
+
+def test_memory_is_flat_over_an_epoch_of_many_shards(tmp_path):
+    directory, states_LD = tmp_path, np.ones((8, 2048), np.float16)
+    rows, shards, each = [], 40, 25
+    for shard in range(shards):
+        samples = (made_sample(number, states_LD=states_LD) for number in range(shard * each, (shard + 1) * each))
+        rows.append(write_shard(directory / f"{shard:06d}.tar", samples, shard)[1])
+    index_S = np.concatenate(rows)
+    stream = SampleStream(Plan(index_S["shard"], index_S["tokens"], 0), index_S, LocalTars(directory), ITEMS)
+    resident = psutil.Process().memory_info
+    batches, sizes = stream.epoch(0), []
+    for _ in batches:
+        sizes.append(resident().rss)
+    assert sum(int(row["size"].sum()) for row in rows) > 30e6
+    assert max(sizes[4:]) - sizes[3] < 3e6

@@ -36,8 +36,8 @@ class Table(Section):
     """Where a table lies: in files, or in the engine under a name."""
 
     path: str | None = None
-    """A file, a directory or a glob, local or an fsspec URL (`s3://bucket/log/*.parquet`); `package:NAME/FILE` is a file
-    inside an installed Python package. Formats: CSV, TSV, Parquet, JSONL, RecBole's `.inter` and `.item`."""
+    """A file, a directory or a glob, local or an fsspec URL (`s3://bucket/log/*.parquet`); `package:NAME/FILE` is a
+    file inside an installed Python package. Formats: CSV, TSV, Parquet, JSONL, RecBole's `.inter` and `.item`."""
     table: str | None = None
     """Instead of `path`: a table that the engine knows, as `NAME` or `SCHEMA.NAME`."""
 

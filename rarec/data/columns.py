@@ -35,7 +35,7 @@ def as_text(column: ir.Column) -> ir.StringColumn:
 
 
 def canonical(text: ir.StringColumn) -> ir.BooleanScalar:
-    """Whether every value is a canonical integer (`7`, `-3`; not `007`, `+7` or `7.0`): one that is not keeps all text."""
+    """Whether every value is a canonical integer (`7`, `-3`; not `007`, `+7` or `7.0`): if not, all stay text."""
     return text.re_search(CANONICAL).all()
 
 
@@ -57,7 +57,9 @@ def as_seconds(column: ir.Column, divisor: float) -> ir.FloatingColumn:
     """
     kind = column.type()
     if kind.is_timestamp() or kind.is_date():
-        moment = (column.cast("timestamp('UTC')") if kind.is_timestamp() and kind.timezone else column).cast("timestamp")
+        moment = (column.cast("timestamp('UTC')") if kind.is_timestamp() and kind.timezone else column).cast(
+            "timestamp"
+        )
         return moment.truncate("s").epoch_seconds().cast("float64") + moment.microsecond().cast("float64") / 1e6
     seconds = as_number(column) / divisor
     return ibis.coalesce(seconds, _iso_seconds(column)) if kind.is_string() else seconds

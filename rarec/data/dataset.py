@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rarec.artefacts import read_manifest, sha256_file
 from rarec.data import tables
@@ -86,8 +85,7 @@ class PreparedDataset:
                 raise UserError(
                     f"{path} is not the file that was prepared", "make it again: rarec prepare CONFIG --fresh"
                 )
-        users, items = (pq.read_table(directory / name) for name in (tables.USERS, tables.ITEMS))
-        interactions = pq.read_table(directory / tables.INTERACTIONS, columns=["item_row"])
+        users, items, interactions = _tables(directory)
         return cls(
             directory=directory,
             manifest=manifest,
@@ -155,3 +153,15 @@ class PreparedDataset:
             user_rows = np.sort(np.random.default_rng(seed).choice(user_rows, limit, replace=False))
         positions = positions_U[user_rows]
         return Targets(user_rows, positions, self.items_at(user_rows, positions))
+
+
+def _tables(directory: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Users, items, and the interactions' items."""
+    users = [tables.users_schema(kind) for kind in tables.ID_TYPES]
+    items = [tables.items_schema(kind) for kind in tables.ID_TYPES]
+    interactions = [tables.interactions_schema(order) for order in ("time", "position")]
+    return (
+        tables.read_rows(directory / tables.USERS, users, users[0].names),
+        tables.read_rows(directory / tables.ITEMS, items, items[0].names),
+        tables.read_rows(directory / tables.INTERACTIONS, interactions, ["item_row"]),
+    )

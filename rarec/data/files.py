@@ -89,7 +89,7 @@ def find_files(path: str, field: str) -> Files:
 def digest(files: Files) -> str:
     """The hash of a table: of a local file's bytes, or of the list of the files' own hashes.
 
-    A file behind a URL is not read twice for it: its name, size and the store's own mark of a version (ETag, time) stand
+    A file behind a URL is not read for it: its name, its size and the store's own mark of a version (ETag, time) stand
     for its bytes.
     """
     if files.system is not None:

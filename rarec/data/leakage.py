@@ -65,4 +65,6 @@ def _refuse_disorder(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]
 
 
 def _leak(problem: str) -> UserError:
-    return UserError(f"the prepared dataset leaks: {problem}", "this is a defect of rarec: please report it, with the log")
+    return UserError(
+        f"the prepared dataset leaks: {problem}", "this is a defect of rarec: please report it, with the log"
+    )

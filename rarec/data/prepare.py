@@ -35,7 +35,7 @@ def prepare_settings(config: Prepare, seed: int) -> dict[str, Any]:
 def identity(config: Prepare, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
     """What a prepared dataset is made by and from: settings, and hashes of the log and of the catalogue.
 
-    A table of an engine is known by its name and its engine alone: make the dataset `--fresh` when its rows have changed.
+    A table of an engine is known by its name and its engine alone: `--fresh` makes it again when its rows have changed.
 
     Raises:
         UserError: the files are not there.

@@ -1,12 +1,13 @@
 """Training samples in WebDataset tars: one sample, its fields, one shard (plain JSON and `.npy`, never pickle).
 
-Shape letters: T tokens, H history, L stored blocks, D hidden size, K vectors of a source, E source dimension.
+Shape letters: S samples, T tokens, H history, L stored blocks, D hidden size, K vectors of a source, E their width.
 """
 
+import hashlib
 import io
 import json
-import tarfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import webdataset
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from rarec.artefacts import sha256_file, write_aside
+from rarec.artefacts import write_aside
+from rarec.data.index import ENTRY, REMAKE, Entries, digest_of, key_of, sample_key
+from rarec.data.members import members, npy
 from rarec.errors import UserError
 
+LENGTHS = 8
+"""Width of the bins of a shard's histogram of prompt lengths."""
 _VECTOR = "vector-"
-_REMAKE = "make them again: rarec shards CONFIG --fresh"
+_FACTS = {"user", "position", "target", "marks"}
+_ROWS, _HALF, _FLOAT = np.dtype(np.int32), np.dtype(np.float16), np.dtype(np.float32)
+_KINDS = {"history": ((_ROWS,), 1), "tokens": ((_ROWS,), 1), "states": ((_HALF, _FLOAT), 2)}
+"""Types and rank of each array."""
+_VECTORS = ((_FLOAT,), 2)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Sample:
     @property
     def key(self) -> str:
         """Names the sample in its shard and in messages."""
-        return f"{self.user:09d}-{self.position:06d}"
+        return sample_key(self.user, self.position)
 
     def fields(self) -> dict[str, bytes]:
         """The sample as files of a tar."""
@@ -60,61 +68,93 @@ class Sample:
         return {"json": json.dumps(facts, sort_keys=True).encode(), **{f"{n}.npy": _pack(a) for n, a in arrays.items()}}
 
     @classmethod
-    def parse(cls, fields: dict[str, bytes]) -> "Sample":
-        """The sample back from its files."""
-        facts = json.loads(fields["json"])
-        arrays = {name.removesuffix(".npy"): _unpack(data) for name, data in fields.items() if name.endswith(".npy")}
+    def parse(cls, key: str, fields: Mapping[str, memoryview]) -> "Sample":
+        """The sample of this key back from its files; its arrays are views of them.
+
+        Raises:
+            ValueError: a field is missing, unknown, or not what it should be.
+        """
+        arrays = {field.removesuffix(".npy"): _array(field, data) for field, data in fields.items() if field != "json"}
+        missing = [name for name in ("json", *(f"{name}.npy" for name in _KINDS)) if name not in fields]
+        if missing:
+            raise ValueError(f"it lacks the field {missing[0]}")
+        facts = _facts(fields["json"], len(arrays["tokens"]))
+        slotless = [name for name in facts["marks"] if _VECTOR + name not in arrays]
+        if slotless:
+            raise ValueError(f"it lacks the field {_VECTOR}{slotless[0]}.npy")
         vectors = {name.removeprefix(_VECTOR): a for name, a in arrays.items() if name.startswith(_VECTOR)}
-        return cls(
-            user=facts["user"],
-            position=facts["position"],
-            target=facts["target"],
-            history_H=arrays["history"],
-            tokens_T=arrays["tokens"],
-            marks=facts["marks"],
-            states_LD=arrays["states"],
-            vectors=vectors,
-        )
+        rows = facts["user"], facts["position"], facts["target"]
+        sample = cls(*rows, arrays["history"], arrays["tokens"], facts["marks"], arrays["states"], vectors)
+        if sample.key != key:
+            raise ValueError(f"field json says that it is {sample.key}")
+        return sample
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
-    """Write one tar aside, fsync and rename it; returns its record for the manifest.
+def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[str, Any], Entries]:
+    """Write one tar aside, fsync and rename it. The bytes depend on the samples alone.
 
-    The bytes depend on the samples alone. The record holds file, samples, bytes, sha256 and the prompts' lengths.
+    Args:
+        path: of the tar.
+        samples: to write, in this order.
+        shard: the tar's number, for the index.
+
+    Returns:
+        The record for the manifest (file, samples, bytes, sha256, lengths), and the (S,) rows of the index.
     """
-    lengths: list[int] = []
-    with (
-        write_aside(path) as file,
-        webdataset.TarWriter(file, encoder=False, user="rarec", group="rarec", mtime=0) as tar,
-    ):
-        for sample in samples:
-            tar.write({"__key__": sample.key, **sample.fields()})
-            lengths.append(len(sample.tokens_T))
-    digest = sha256_file(path)
-    size = path.stat().st_size
-    return {"file": path.name, "samples": len(lengths), "bytes": size, "sha256": digest, "lengths": lengths}
+    entries = []
+    with write_aside(path) as file:
+        with webdataset.TarWriter(file, encoder=False, user="rarec", group="rarec", mtime=0) as tar:
+            for sample in samples:
+                offset = tar.tarstream.offset
+                tar.write({"__key__": sample.key, **sample.fields()})
+                size = tar.tarstream.offset - offset
+                entries.append((shard, offset, size, len(sample.tokens_T), sample.user, sample.position, 0))
+        file.flush()
+        rows_S = np.array(entries, ENTRY)
+        digest = _digest(Path(file.name), rows_S)
+    return shard_record(path.name, rows_S, path.stat().st_size, digest), rows_S
 
 
-def read_shard(path: Path, record: dict[str, Any]) -> list[Sample]:
-    """Read one tar whole, checking it against its record: a tar cut at a record boundary reads without an exception.
+def shard_record(file: str, rows_S: Entries, size: int, digest: str) -> dict[str, Any]:
+    """What the manifest says of a tar; `lengths` counts prompts by the upper bound of their bin."""
+    bounds_S = -(-rows_S["tokens"].astype(np.int64) // LENGTHS) * LENGTHS
+    lengths = {str(bound): count for bound, count in sorted(Counter(bounds_S.tolist()).items())}
+    return {"file": file, "samples": len(rows_S), "bytes": size, "sha256": digest, "lengths": lengths}
+
+
+def read_sample(extent: bytes | memoryview, entry: np.void, shard: str) -> Sample:
+    """The sample in the bytes that its index row points at; its arrays are views of them.
+
+    Args:
+        extent: what stands in the tar at the row's offset.
+        entry: the row.
+        shard: names the tar in messages.
 
     Raises:
-        UserError: the shard is missing, altered, torn, or lacks a sample or a field.
+        UserError: the bytes are not those that were indexed, or not a sample.
     """
-    if not path.is_file():
-        raise UserError(f"shard {path} is missing", _REMAKE)
-    if sha256_file(path) != record["sha256"]:
-        raise UserError(f"shard {path} is not what its manifest says (sha256 differs)", _REMAKE)
-    samples = []
+    key = key_of(entry)
     try:
-        with path.open("rb") as file:  # opened here: to WebDataset, braces and colons in a path are a pattern
-            for fields in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
-                samples.append(Sample.parse(fields))
-    except (KeyError, ValueError, tarfile.TarError) as error:
-        raise UserError(f"shard {path}, sample {len(samples)}: {type(error).__name__} {error}", _REMAKE) from None
-    if len(samples) != record["samples"]:
-        raise UserError(f"shard {path} holds {len(samples)} samples, its manifest says {record['samples']}", _REMAKE)
-    return samples
+        if len(extent) != entry["size"] or digest_of(extent) != entry["digest"]:
+            raise ValueError("its bytes are not those that were written")
+        sample = Sample.parse(key, members(extent, key))
+        if len(sample.tokens_T) != entry["tokens"]:
+            raise ValueError(f"it has {len(sample.tokens_T)} tokens, the index says {entry['tokens']}")
+    except ValueError as error:
+        raise UserError(f"shard {shard}, sample {key}: {error}", REMAKE) from None
+    return sample
+
+
+def _digest(path: Path, rows_S: Entries) -> str:
+    """The sha256 of a tar; fills in those of its samples."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        for row in rows_S:
+            extent = file.read(int(row["size"]))
+            row["digest"] = digest_of(extent)
+            whole.update(extent)
+        whole.update(file.read())
+    return whole.hexdigest()
 
 
 def _pack(array: npt.NDArray[Any]) -> bytes:
@@ -123,6 +163,32 @@ def _pack(array: npt.NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(data: bytes) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+def _array(field: str, data: memoryview) -> npt.NDArray[Any]:
+    name = field.removesuffix(".npy")
+    kind = _VECTORS if name.startswith(_VECTOR) else _KINDS.get(name)
+    if kind is None or name == field:
+        raise ValueError(f"it holds an unknown field {field!r}")
+    try:
+        array = npy(data)
+    except ValueError as error:
+        raise ValueError(f"field {field} {error}") from None
+    types, rank = kind
+    if array.dtype not in types or array.ndim != rank:
+        wanted = f"{' or '.join(map(str, types))} of rank {rank}"
+        raise ValueError(f"field {field} is {array.dtype} of rank {array.ndim}, not {wanted}")
     return array
+
+
+def _facts(data: memoryview, tokens: int) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(bytes(data))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"field json is no JSON: {error}") from None
+    if not isinstance(facts, dict) or facts.keys() != _FACTS:
+        raise ValueError(f"field json is not an object of {', '.join(sorted(_FACTS))}")
+    marks = facts["marks"]
+    if not isinstance(marks, dict) or not all(type(mark) is int and 0 <= mark <= tokens for mark in marks.values()):
+        raise ValueError("field json: `marks` are not places among the tokens")
+    if not all(type(facts[name]) is int and facts[name] >= 0 for name in ("user", "position", "target")):
+        raise ValueError("field json: user, position or target is not a row")
+    return facts

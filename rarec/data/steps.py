@@ -21,9 +21,9 @@ from rarec.data.columns import hashed
 
 PRIME = 2**31 - 1
 TIE_RULE = (
-    "a user's interactions stand in the order of time (or position); those at the same time by (U + 1)(I + 1) mod 2147483647, "
-    "where U and I are the first seven hex digits of the md5 of the user's and the item's id, and then by the item's id: "
-    "the order of the rows in the file does not matter, and that of the ids does not show"
+    "a user's interactions stand in the order of time (or position); those at the same time by (U + 1)(I + 1) mod "
+    "2147483647, where U and I are the first seven hex digits of the md5 of the user's and the item's id, and then by "
+    "the item's id: the order of the rows in the file does not matter, and that of the ids does not show"
 )
 """Ours. Log files are often sorted by item id, and so are ids by age or by kind: either order inside a tie would be a
 pattern that a sequence model learns and that no user ever followed (half of MovieLens-100K's steps are ties)."""

@@ -1,126 +1,153 @@
-"""The stream of training batches: order = f(seed, epoch), state = (epoch, step), every sample once an epoch.
+"""The stream: samples in the plan's order, read from the tars one by one, each checked against the index.
 
-WebDataset reads the tars; the plan of who comes when is ours (its own shuffles neither repeat nor resume). Batches hold
-prompts of like length, so that little of a batch is padding.
+No tar is read whole, nor opened before a sample of it is due: beginning in the middle costs what beginning does, and a
+rank reads its own samples only.
+
+Shape letters: S samples, n samples of a batch.
 """
 
-import queue
-import threading
+import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.samples import Sample, read_shard
+from rarec.data.cuts import Numbers
+from rarec.data.index import FRESH, REMAKE, Entries, key_of, tar_name
+from rarec.data.mapped import release
+from rarec.data.plan import SHUFFLED_TOGETHER, Plan
+from rarec.data.samples import Sample, read_sample
+from rarec.errors import UserError
 
-_T = TypeVar("_T")
-SHUFFLED_TOGETHER = 4
-"""Shards whose samples are mixed; bounds how many are held in memory."""
-SORTED_TOGETHER = 16
-"""Batches among which samples are sorted by length."""
+OPEN = 2 * SHUFFLED_TOGETHER
+"""Tars held open: a window of the plan lies in two groups of shards, unless they are tiny."""
+_EXPONENT: dict[int, np.unsignedinteger] = {2: np.uint16(0x7C00), 4: np.uint32(0x7F800000)}
+"""The exponent's bits by item size; all are set in infinities and NaN only."""
 
 
-class ShardPlan:
-    """Which samples make which batch, for every epoch.
+class Tars(Protocol):
+    """Where the tars are."""
 
-    The samples are split over the steps as evenly as can be: sizes differ by at most one, none is a small remainder.
+    def name(self, shard: int) -> str:
+        """Of a tar, for messages."""
 
-    Args:
-        records: of the shards, from their manifest.
-        batch_size: the largest batch.
-        seed: of every order.
-    """
+    def open(self, shard: int) -> BinaryIO:
+        """A tar, opened for reading."""
 
-    def __init__(self, records: list[dict[str, Any]], batch_size: int, seed: int) -> None:
-        self.records, self.seed = records, seed
-        self.samples = sum(record["samples"] for record in records)
-        self.steps = -(-self.samples // batch_size)
+    def renew(self, shard: int) -> bool:
+        """Get a tar that proved bad anew; False where there is no other copy."""
 
-    def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        """The epoch's batches, each an array (size, 2) of shard and place in the shard."""
-        rng = np.random.default_rng([self.seed, epoch])
-        shards = rng.permutation(len(self.records))
-        groups = [shards[at : at + SHUFFLED_TOGETHER] for at in range(0, len(shards), SHUFFLED_TOGETHER)]
-        order = np.concatenate([rng.permutation(self._places(group)) for group in groups])
-        parts = np.array_split(order, self.steps)
-        windows = [parts[at : at + SORTED_TOGETHER] for at in range(0, self.steps, SORTED_TOGETHER)]
-        return [batch for window in windows for batch in self._by_length(window, rng)]
 
-    def _places(self, shards: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        counts = [self.records[shard]["samples"] for shard in shards]
-        return np.stack([np.repeat(shards, counts), np.concatenate([np.arange(count) for count in counts])], 1)
+class LocalTars:
+    """Tars in a directory."""
 
-    def _by_length(self, window: list[npt.NDArray[np.int64]], rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
-        """The same samples in batches of like length, the batches in random order."""
-        places = np.concatenate(window)
-        lengths = np.array([self.records[shard]["lengths"][place] for shard, place in places])
-        ordered = places[np.argsort(lengths, kind="stable")]
-        batches = np.split(ordered, np.cumsum([len(batch) for batch in window])[:-1])
-        return [batches[at] for at in rng.permutation(len(batches))]
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def name(self, shard: int) -> str:
+        """Its path."""
+        return str(self.directory / tar_name(shard))
+
+    def open(self, shard: int) -> BinaryIO:
+        """A tar, opened for reading.
+
+        Raises:
+            UserError: it is missing or may not be read.
+        """
+        try:
+            handle = os.open(self.name(shard), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever
+            return os.fdopen(handle, "rb")
+        except FileNotFoundError:
+            raise UserError(f"shard {self.name(shard)} is missing", REMAKE) from None
+        except OSError as error:
+            raise UserError(f"shard {self.name(shard)} cannot be read: {error.strerror}", REMAKE) from None
+
+    def renew(self, shard: int) -> bool:
+        """There is no other copy."""
+        return False
 
 
 class SampleStream:
-    """Reads the batches of a plan from a directory of shards, holding a bounded number of them."""
+    """Reads the batches of a plan.
 
-    def __init__(self, directory: Path, plan: ShardPlan) -> None:
-        self.directory, self.plan = directory, plan
-        self._held: OrderedDict[int, list[Sample]] = OrderedDict()
+    Args:
+        plan: who comes when.
+        index_S: where each sample lies, from `open_index`.
+        tars: where the shards are.
+        items: size of the catalogue.
+    """
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Sample]]:
-        """The epoch's batches from `first_step` on; what comes before is planned, not read.
+    def __init__(self, plan: Plan, index_S: Entries, tars: Tars, items: int) -> None:
+        self.plan, self.items = plan, items
+        self._index_S, self._tars = index_S, tars
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def epoch(self, epoch: int, first_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Sample]]:
+        """A rank's part of the epoch's batches from `first_step` on.
 
         Raises:
-            UserError: a shard is not what the manifest says.
+            UserError: a sample is not what the index says; names shard and key.
         """
-        for places in self.plan.batches(epoch)[first_step:]:
-            yield [self._shard(int(shard))[int(place)] for shard, place in places]
+        for batch in self.plan.batches(epoch, first_step):
+            yield self.read(self.plan.share(batch, rank, world))
 
-    def _shard(self, index: int) -> list[Sample]:
-        if index not in self._held:
-            record = self.plan.records[index]
-            self._held[index] = read_shard(self.directory / record["file"], record)
-            if len(self._held) > 2 * SHUFFLED_TOGETHER:
-                self._held.popitem(last=False)
-        self._held.move_to_end(index)
-        return self._held[index]
+    def read(self, numbers_n: Numbers) -> list[Sample]:
+        """These samples.
 
+        Raises:
+            UserError: one is not what the index says; names shard and key.
+        """
+        entries_n = self._index_S[numbers_n]
+        release(self._index_S)
+        return [self._sample(entry) for entry in entries_n]
 
-def prefetch(items: Iterable[_T], depth: int = 4) -> Iterator[_T]:
-    """The same items, made ahead in a thread. An error there is raised here; leaving early stops the thread."""
-    ready: queue.Queue[tuple[_T | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: _T | None, error: BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put((item, error), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
+    def _sample(self, entry: np.void) -> Sample:
+        name = self._tars.name(int(entry["shard"]))
         try:
-            for item in items:
-                if not put(item, None):
-                    return
-            put(None, StopIteration())
-        except BaseException as error:
-            put(None, error)
+            sample = read_sample(self._extent(entry), entry, name)
+        except UserError:
+            self._close(int(entry["shard"]))
+            if not self._tars.renew(int(entry["shard"])):
+                raise
+            sample = read_sample(self._extent(entry), entry, name)
+        problem = _problem(sample, self.items)
+        if problem:
+            raise UserError(f"shard {name}, sample {sample.key}: {problem}", FRESH)
+        return sample
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]  # an item without an error
-    finally:
-        stopped.set()
-        thread.join()
+    def _extent(self, entry: np.void) -> bytes:
+        """What stands at a sample's place; shorter where the tar ends before it."""
+        shard = int(entry["shard"])
+        if shard not in self._open:
+            self._open[shard] = self._tars.open(shard)
+            if len(self._open) > OPEN:
+                self._close(next(iter(self._open)))
+        self._open.move_to_end(shard)
+        try:
+            return os.pread(self._open[shard].fileno(), int(entry["size"]), int(entry["offset"]))
+        except OSError as error:
+            problem = f"shard {self._tars.name(shard)}, sample {key_of(entry)}: {error.strerror}"
+            raise UserError(problem, REMAKE) from None
+
+    def _close(self, shard: int) -> None:
+        if shard in self._open:
+            self._open.pop(shard).close()
+
+
+def _problem(sample: Sample, items: int) -> str | None:
+    """What a step would stumble over, or not notice, though the bytes are those that were written."""
+    rows_H = sample.history_H
+    if sample.target >= items or (len(rows_H) and (rows_H.min() < 0 or rows_H.max() >= items)):
+        return f"an item's row is beyond the catalogue of {items}"
+    if not all(_finite(values) for values in (sample.states_LD, *sample.vectors.values())):
+        return "a state or a vector is not a finite number"
+    return None
+
+
+def _finite(values: npt.NDArray[np.floating]) -> bool:
+    """Several times faster than `np.isfinite` on half precision."""
+    exponent = _EXPONENT[values.itemsize]
+    return not ((values.view(exponent.dtype) & exponent) == exponent).any()

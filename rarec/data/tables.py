@@ -7,10 +7,13 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rarec.errors import UserError
+
 ROW_GROUP = 1 << 17
 """Rows; how an engine happens to cut its batches must not show in the file."""
 
 ITEMS, USERS, INTERACTIONS = "items.parquet", "users.parquet", "interactions.parquet"
+ID_TYPES = (pa.int64(), pa.string())
 
 
 def id_type(column: ir.Column) -> pa.DataType:
@@ -48,6 +51,21 @@ def write_rows(rows: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema) ->
         if waiting.num_rows:
             writer.write_table(waiting.combine_chunks(), row_group_size=ROW_GROUP)
     return total
+
+
+def read_rows(path: Path, schemas: list[pa.Schema], columns: list[str]) -> pa.Table:
+    """Some columns of a table that was written in one of these schemas.
+
+    Raises:
+        UserError: it was not, or is no Parquet.
+    """
+    remedy = "make it again: rarec prepare CONFIG --fresh"
+    try:
+        if pq.read_schema(path) not in schemas:
+            raise UserError(f"{path} has other columns than {', '.join(schemas[0].names)}, or of other types", remedy)
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}", remedy) from None
 
 
 def _schema(fields: dict[str, pa.DataType]) -> pa.Schema:

@@ -57,7 +57,7 @@ def write_bundle(
     """
     tree = config.model_dump(mode="json")
     settings = {"arm": arm.name, **{section: tree[section] for section in SECTIONS}}
-    figures = {
+    figures: dict[str, Any] = {
         "llm": dict(provenance.llm),
         "sources": {name: vars(shape) for name, shape in provenance.shapes.items()},
         "metrics": [dict(row) for row in metrics],

@@ -50,7 +50,7 @@ def evaluate(context: Context) -> None:
         write_json(aside / "comparisons.json", evaluation.comparisons(ranks))
         write_json(aside / "strata.json", evaluation.strata(ranks))
         write_json(aside / "examples.json", evaluation.examples)
-        figures = {
+        figures: dict[str, Any] = {
             "n": len(evaluation.test.targets),
             "seconds": time.monotonic() - started,
             "fusion": evaluation.weights,

@@ -1,6 +1,7 @@
 """`rarec shards`: select training samples, compute text-only states once, write the tars."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import is_current, read_manifest, sha256_json, write_aside, write_json
+from rarec.data.remote import fetch_description
 from rarec.data.samples import Sample
-from rarec.data.selection import Selection, select_samples
+from rarec.data.selection import select_samples
 from rarec.data.shards import finish_shards, write_shards
+from rarec.data.truth import Truth
 from rarec.errors import UserError
 from rarec.models.text_states import text_states
 from rarec.prompts import Encoded
@@ -24,93 +27,147 @@ SELECTION = "selection.json"
 
 def shards(context: Context) -> None:
     """Make `shards/`: tars, item states, the selection's report, a manifest."""
-    config, dataset = context.config, context.dataset
-    directory = context.paths.shards
+    config, directory = context.config.shards, context.paths.shards
     context.start_over(directory)
+    remote = context.config.train.stream.remote
+    if remote:  # made elsewhere
+        finished_shards(context)
+        context.say(f"{directory} describes the shards at {remote}")
+        return
     settings, made_from = _identity(context)
     if context.is_done(directory, "shards", settings, made_from):
         return
-    selection = select_samples(dataset, config.shards, config.run.seed)
-    blocks = state_blocks(context)
-    _tell_size(context, len(selection.user_rows), len(blocks))
+    parts = ShardParts(context)
+    parts.tell_size()
     directory.mkdir(parents=True, exist_ok=True)  # not aside: a killed stage goes on with the shards it has
-    _write_item_states(context, blocks)
-    targets = context.dataset.items_at(selection.user_rows, selection.positions)
-    _save(directory / TARGET_COUNTS, np.bincount(targets, minlength=context.dataset.n_items))
+    for write in parts.sidecars.values():
+        write()
     identity = sha256_json({"settings": settings, "made_from": made_from})
-    total, per_shard = len(selection.user_rows), config.shards.samples_per_shard
     records = write_shards(
-        directory, total, per_shard, lambda rows: _samples(context, selection, rows, blocks), identity, context.say
+        directory, parts.total, config.samples_per_shard, parts.samples, identity, context.say, config.writers
     )
-    write_json(directory / SELECTION, selection.report)
     cut = context.prompts.cut
-    finish_shards(directory, settings, made_from, shards=records, samples=total, state_blocks=blocks, cut_prompts=cut)
-    context.say(f"{total} samples in {len(records)} shards")
+    finish_shards(directory, records, settings, made_from, state_blocks=parts.blocks, cut_prompts=cut)
+    context.say(f"{parts.total} samples in {len(records)} shards")
     context.say(f"prompts cut to the context length: {cut['user']} of users, {cut['item']} of items")
 
 
 def finished_shards(context: Context) -> dict[str, Any]:
-    """The manifest of the shards.
+    """The manifest of the shards; if they lie elsewhere, all but their tars is fetched.
 
     Raises:
         UserError: they are missing, or were made by other settings or from other inputs than lie here now.
     """
-    directory = context.paths.shards
+    directory, remote = context.paths.shards, context.config.train.stream.remote
+    if remote:
+        fetch_description(remote, directory)
     manifest = read_manifest(directory, "shards")
     is_current(directory, "shards", *_identity(context))
     return manifest
 
 
-def state_blocks(context: Context) -> list[int]:
-    """The blocks whose states are stored.
+def shard_settings(context: Context) -> dict[str, Any]:
+    """The configuration that shapes the shards; how many write them does not."""
+    settings = context.settings("shards", "prompt")
+    del settings["shards"]["writers"]
+    return settings
+
+
+class ShardParts:
+    """What the shards of a run are made of.
+
+    Args:
+        context: of the run.
 
     Raises:
-        UserError: the model lacks one of them.
+        UserError: the selection holds something else than training interactions.
     """
-    count = len(context.llm.backbone.blocks)
-    chosen = context.config.shards.state_blocks
-    blocks = sorted(set(chosen)) if chosen is not None else list(range(count))
-    if blocks[-1] >= count:
-        raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
-    return blocks
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.selection = select_samples(context.dataset, context.config.shards, context.config.run.seed)
+        leak = self.truth.leak()
+        if leak:
+            problem = f"the selected sample {leak} is no training interaction with a history: validation or test leaks"
+            raise UserError(problem, "this is a defect of rarec: please report it, with the configuration")
+
+    @property
+    def total(self) -> int:
+        """Number of samples."""
+        return len(self.selection.user_rows)
+
+    @property
+    def truth(self) -> Truth:
+        """What the tars should hold."""
+        config, selection = self.context.config, self.selection
+        sources = frozenset({"id", *config.sources})
+        per_shard = config.shards.samples_per_shard
+        return Truth(self.context.dataset, selection.user_rows, selection.positions, per_shard, sources)
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """The blocks whose states are stored.
+
+        Raises:
+            UserError: the model lacks one of them.
+        """
+        count, chosen = len(self.context.llm.backbone.blocks), self.context.config.shards.state_blocks
+        blocks = sorted(set(chosen)) if chosen is not None else list(range(count))
+        if blocks[-1] >= count:
+            raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
+        return blocks
+
+    @property
+    def target_counts_N(self) -> npt.NDArray[np.int64]:
+        """How often each item is a target."""
+        dataset, selection = self.context.dataset, self.selection
+        return np.bincount(dataset.items_at(selection.user_rows, selection.positions), minlength=dataset.n_items)
+
+    @property
+    def sidecars(self) -> dict[str, Callable[[], None]]:
+        """What writes each file beside the tars and their index."""
+        directory = self.context.paths.shards
+        return {
+            ITEM_STATES: lambda: _save(directory / ITEM_STATES, self._item_states()),
+            TARGET_COUNTS: lambda: _save(directory / TARGET_COUNTS, self.target_counts_N),
+            SELECTION: lambda: write_json(directory / SELECTION, self.selection.report),
+        }
+
+    def samples(self, places: range) -> Iterator[Sample]:
+        """The samples at these places of the selection."""
+        context, dataset = self.context, self.context.dataset
+        users = self.selection.user_rows[places.start : places.stop]
+        positions = self.selection.positions[places.start : places.stop]
+        histories = [dataset.history(int(user), int(position)) for user, position in zip(users, positions, strict=True)]
+        prompts = [context.prompts.user(history) for history in histories]
+        states_BLD = self._states(prompts)
+        vectors = {name: source.user_vectors(users, histories) for name, source in context.sources.items()}
+        for at, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
+            target = int(dataset.sequence(user)[position])
+            own = {name: array[at] for name, array in vectors.items()}
+            tokens, marks = prompts[at].tokens_T, prompts[at].marks
+            yield Sample(user, position, target, histories[at].astype(np.int32), tokens, marks, states_BLD[at], own)
+
+    def tell_size(self) -> None:
+        """Say what the stored states will take."""
+        config, items = self.context.config.shards, self.context.dataset.n_items
+        width = np.dtype(config.state_dtype).itemsize * self.context.llm.backbone.hidden_size * len(self.blocks)
+        sizes = f"{self.total * width / 1e6:.0f} MB for users, {items * width / 1e6:.0f} MB for items"
+        self.context.say(f"text-only states of {len(self.blocks)} blocks: {width / 1e3:.1f} kB a text, {sizes}")
+
+    def _item_states(self) -> npt.NDArray[np.floating]:
+        return self._states([self.context.prompts.item(row) for row in range(self.context.dataset.n_items)])
+
+    def _states(self, prompts: list[Encoded]) -> npt.NDArray[np.floating]:
+        llm, dtype = self.context.llm, self.context.config.shards.state_dtype
+        return text_states(llm.backbone, prompts, self.blocks, llm.tokenizer.filler, dtype=dtype)
 
 
 def _identity(context: Context) -> tuple[dict[str, Any], dict[str, str]]:
     """What shapes the shards: settings, and hashes of inputs."""
-    return context.settings("shards", "prompt"), context.inputs
-
-
-def _tell_size(context: Context, samples: int, blocks: int) -> None:
-    width = np.dtype(context.config.shards.state_dtype).itemsize * context.llm.backbone.hidden_size * blocks
-    users, items = samples * width / 1e6, context.dataset.n_items * width / 1e6
-    sizes = f"{width / 1e3:.1f} kB a text, {users:.0f} MB for users, {items:.0f} MB for items"
-    context.say(f"text-only states of {blocks} blocks: {sizes}")
-
-
-def _write_item_states(context: Context, blocks: list[int]) -> None:
-    prompts = [context.prompts.item(row) for row in range(context.dataset.n_items)]
-    _save(context.paths.shards / ITEM_STATES, _states(context, prompts, blocks))
+    return shard_settings(context), context.inputs
 
 
 def _save(path: Path, array: npt.NDArray[Any]) -> None:
     with write_aside(path) as file:
         np.save(file, array, allow_pickle=False)
-
-
-def _samples(context: Context, selection: Selection, rows: range, blocks: list[int]) -> Iterator[Sample]:
-    dataset = context.dataset
-    users, positions = selection.user_rows[rows.start : rows.stop], selection.positions[rows.start : rows.stop]
-    histories = [dataset.history(int(user), int(position)) for user, position in zip(users, positions, strict=True)]
-    prompts = [context.prompts.user(history) for history in histories]
-    states_BLD = _states(context, prompts, blocks)
-    vectors = {name: source.user_vectors(users, histories) for name, source in context.sources.items()}
-    for at, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
-        target = int(dataset.sequence(user)[position])
-        own = {name: array[at] for name, array in vectors.items()}
-        tokens, marks = prompts[at].tokens_T, prompts[at].marks
-        yield Sample(user, position, target, histories[at].astype(np.int32), tokens, marks, states_BLD[at], own)
-
-
-def _states(context: Context, prompts: list[Encoded], blocks: list[int]) -> npt.NDArray[np.floating]:
-    filler, dtype = context.llm.tokenizer.filler, context.config.shards.state_dtype
-    return text_states(context.llm.backbone, prompts, blocks, filler, dtype=dtype)

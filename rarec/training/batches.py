@@ -5,6 +5,7 @@ Shape letters: B batch, H history, L stored blocks, D hidden size, N catalogue.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from rarec.models.encode import side_batch
 from rarec.models.objective import Targets
 from rarec.models.towers import RaRec, SideBatch
 from rarec.prompts import Encoded, PromptPair
+
+_ITEMS_KEPT = 65_536
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Collator:
 
     Args:
         model: says how many slots its towers take.
-        prompts: fills the item prompts, each once.
+        prompts: fills the item prompts; those of the items met last are kept.
         sources: every source by name; rows of a batch are gathered here, so tables stay off the device.
         item_states_NLD: stored text-only states of the catalogue, memory-mapped.
     """
@@ -59,7 +62,7 @@ class Collator:
         item_states_NLD: npt.NDArray[np.floating],
     ) -> None:
         self.model, self.prompts, self.sources, self.item_states_NLD = model, prompts, sources, item_states_NLD
-        self._items: dict[int, Encoded] = {}
+        self._item = lru_cache(_ITEMS_KEPT)(prompts.item)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A batch of these samples."""
@@ -84,11 +87,8 @@ class Collator:
         return side_batch(prompts, vectors, self.model.user, self.prompts.tokenizer.filler)
 
     def _items_of(self, rows: npt.NDArray[np.int64]) -> SideBatch:
-        for row in rows.tolist():
-            if row not in self._items:
-                self._items[row] = self.prompts.item(row)
         vectors = {name: source.items_NE[rows][:, None] for name, source in self.sources.items()}
-        prompts = [self._items[row] for row in rows.tolist()]
+        prompts = [self._item(row) for row in rows.tolist()]
         return side_batch(prompts, vectors, self.model.item, self.prompts.tokenizer.filler)
 
 

@@ -10,14 +10,14 @@ import torch
 from accelerate import Accelerator
 
 from rarec.config.schema import Train
-from rarec.data.stream import SampleStream, prefetch
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.losses import LossTerms
 from rarec.models.objective import Objective
 from rarec.models.towers import RaRec
-from rarec.training.batches import Batch, Collator
+from rarec.training.batches import Batch
 from rarec.training.checkpoints import Checkpoints, TrainingState
+from rarec.training.loader import BatchLoader
 from rarec.training.log import TrainingLog
 from rarec.training.schedule import build_optimizer, rate_at, set_rate
 
@@ -33,8 +33,7 @@ class Trainer:
         seed: with (epoch, step) it determines the data's order and every random number.
         model: on the accelerator's device.
         objective: the loss of a batch.
-        stream: samples in their order.
-        collate: samples to a batch.
+        loader: batches in their order.
         validate: metrics of the model as it is, on the validation users.
         checkpoints: where they go.
         accelerator: from `build_accelerator`.
@@ -44,8 +43,7 @@ class Trainer:
     seed: int
     model: RaRec
     objective: Objective
-    stream: SampleStream
-    collate: Collator
+    loader: BatchLoader
     validate: Callable[[], dict[str, float]]
     checkpoints: Checkpoints
     accelerator: Accelerator
@@ -53,11 +51,11 @@ class Trainer:
     def __post_init__(self) -> None:
         self.parameters = trained_parameters(self.model)
         self.optimizer = build_optimizer(self.parameters, self.config)
-        every_step = self.stream.plan.steps * self.config.epochs
+        self.plan = self.loader.plan
+        every_step = self.plan.total(self.config.epochs)
         self.steps = min(every_step, self.config.max_steps or every_step)
         if set(self.parameters) <= {"log_scale"}:
             self.steps = 0  # a scale alone changes no ranking: nothing to train
-        self.validate_every = self.config.validate_every or self.stream.plan.steps
 
     def run(self, log: Callable[[int, int], TrainingLog]) -> TrainingState:
         """Train to the end or until validation stops it, going on from the newest checkpoint.
@@ -72,20 +70,25 @@ class Trainer:
         records = log(self.steps, state.step)
         self.model.train()
         try:
-            for batch, waited in self._batches(state.step):
-                if self._stopped(state):
-                    break
-                started = time.monotonic()
-                losses, norm = self._step(batch, state)
-                spent = time.monotonic() - started + waited
-                state.seconds += spent
-                self._report(records, state, batch, losses, norm, spent, waited)
-                self._validate_and_save(records, state)
+            with self.loader.open(state.step, self.steps) as batches:
+                while state.step < self.steps and state.worse < self.config.patience:
+                    self._advance(batches, state, records)
             if not self.checkpoints.steps():
                 self._validate_and_save(records, state)
         finally:
             records.close()
         return state
+
+    def _advance(self, batches: Iterator[Batch], state: TrainingState, records: TrainingLog) -> None:
+        """Wait for a batch, take the step, and do what is due after it."""
+        started = time.monotonic()
+        batch = next(batches).to(self.accelerator.device)
+        waited = time.monotonic() - started
+        losses, norm = self._step(batch, state)
+        spent = time.monotonic() - started
+        state.seconds += spent
+        self._report(records, state, batch, losses, norm, spent, waited)
+        self._validate_and_save(records, state)
 
     def _step(self, batch: Batch, state: TrainingState) -> tuple[LossTerms, float]:
         """One optimizer step: the method."""
@@ -104,26 +107,10 @@ class Trainer:
         state.step += 1
         return losses, norm
 
-    def _batches(self, first: int) -> Iterator[tuple[Batch, float]]:
-        """The batches from step `first` on, each with the seconds that it was waited for."""
-
-        def made() -> Iterator[Batch]:
-            per_epoch = self.stream.plan.steps
-            for epoch in range(first // per_epoch, self.config.epochs):
-                for samples in self.stream.epoch(epoch, max(0, first - epoch * per_epoch)):
-                    yield self.collate(samples)
-
-        ready = prefetch(made())
-        for _ in range(first, self.steps):
-            started = time.monotonic()
-            batch = next(ready).to(self.accelerator.device)
-            yield batch, time.monotonic() - started
-
     def _validate_and_save(self, records: TrainingLog, state: TrainingState) -> None:
         """Validate when due and at the end; write a checkpoint then, and when one is due of itself."""
-        last = state.step == self.steps
         every = self.config.checkpoint_every
-        if last or state.step % self.validate_every == 0:
+        if self._validation_is_due(state.step):
             started = time.monotonic()
             self.model.eval()
             metrics = self.validate()
@@ -138,8 +125,11 @@ class Trainer:
             return
         self.checkpoints.save(self.model, self.parameters, self.optimizer, state)
 
-    def _stopped(self, state: TrainingState) -> bool:
-        return state.worse >= self.config.patience
+    def _validation_is_due(self, step: int) -> bool:
+        """At the end, and every so many steps; by default at the end of each epoch."""
+        every = self.config.validate_every
+        within = step % every if every else self.plan.place(step)[1]
+        return step == self.steps or within == 0
 
     def _report(
         self,
@@ -153,7 +143,7 @@ class Trainer:
     ) -> None:
         padded = batch.users.mask_BT.numel() + batch.items.mask_BT.numel()
         figures: dict[str, Any] = {
-            "epoch": (state.step - 1) // self.stream.plan.steps,
+            "epoch": self.plan.place(state.step - 1)[0],
             "loss": losses.total.item(),
             "recommendation": losses.recommendation.item(),
             "align": losses.align.item(),

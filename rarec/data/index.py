@@ -1,0 +1,144 @@
+"""The index of the shards, `samples.npy`: one row a sample, in the order of the tars, opened memory-mapped.
+
+With it a reader takes exactly the bytes of the samples it needs, checks each, and names the damaged ones.
+
+Shape letters: S samples.
+"""
+
+import hashlib
+import tokenize
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.artefacts import MANIFEST, write_aside
+from rarec.errors import UserError
+
+INDEX = "samples.npy"
+ENTRY = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("tokens", "<u4"),
+        ("user", "<u4"),
+        ("position", "<u4"),
+        ("digest", "<u8"),
+    ]
+)
+"""`offset` and `size`: the sample's members in its tar, from the first header to the end of the last padding. `tokens`:
+of the user prompt's text. `digest`: of that extent, see `digest_of`."""
+REMAKE = "make what is broken again: rarec shards CONFIG --verify --repair"
+FRESH = "make them again: rarec shards CONFIG --fresh"
+
+Entries = npt.NDArray[np.void]
+
+
+def sample_key(user: int, position: int) -> str:
+    """Names a sample in its shard and in messages."""
+    return f"{user:09d}-{position:06d}"
+
+
+def key_of(entry: np.void) -> str:
+    """The key of an index row's sample."""
+    return sample_key(int(entry["user"]), int(entry["position"]))
+
+
+def digest_of(extent: bytes | memoryview) -> int:
+    """The first 8 bytes of the sha256, little endian."""
+    return int.from_bytes(hashlib.sha256(extent).digest()[:8], "little")
+
+
+def tar_name(shard: int) -> str:
+    """The file of a shard."""
+    return f"{shard:06d}.tar"
+
+
+def write_index(directory: Path, parts: Iterable[Entries], samples: int) -> None:
+    """Write the index from its shards' rows, one shard after the other: it need not fit in memory."""
+    with write_aside(directory / INDEX) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(ENTRY), "fortran_order": False, "shape": (samples,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows_S in parts:
+            file.write(rows_S.tobytes())
+
+
+def open_index(directory: Path, manifest: Mapping[str, Any]) -> Entries:
+    """Map the index of shards that this manifest describes; (S,) of `ENTRY`.
+
+    Raises:
+        UserError: the manifest's records are garbled, or the index is missing, no index, or not of these shards.
+    """
+    records, path = shard_records(directory, manifest), directory / INDEX
+    index_S: Entries = map_npy(path)
+    if index_S.dtype != ENTRY or index_S.shape != (manifest["samples"],):
+        found = f"{index_S.dtype.name} of shape {index_S.shape}"
+        raise UserError(f"{path} is no index of {manifest['samples']} samples, but {found}", REMAKE)
+    shards_S = np.repeat(np.arange(len(records)), [record["samples"] for record in records])
+    wrong = np.flatnonzero(index_S["shard"] != shards_S)
+    if len(wrong):
+        name, key = records[shards_S[wrong[0]]]["file"], key_of(index_S[wrong[0]])
+        problem = f"{path}, row {wrong[0]}: sample {key} is not in shard {name}, which the manifest puts there"
+        raise UserError(problem, REMAKE)
+    return index_S
+
+
+def map_npy(path: Path) -> npt.NDArray[Any]:
+    """Map an array of numbers; nothing in the file is run.
+
+    Raises:
+        UserError: the file is missing, or something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing", REMAKE)
+    try:
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, SyntaxError, EOFError, tokenize.TokenError) as error:
+        raise UserError(f"{path} cannot be read: {error}", REMAKE) from None
+    return array
+
+
+def by_shard(index_S: Entries, records: Sequence[Mapping[str, Any]]) -> list[Entries]:
+    """Views of the index, one a shard."""
+    return np.split(index_S, np.cumsum([record["samples"] for record in records])[:-1])
+
+
+def shard_records(directory: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The manifest's record of each shard, whole and in agreement with the rest of the manifest.
+
+    Raises:
+        UserError: they are not.
+    """
+    path, records, files = directory / MANIFEST, manifest.get("shards"), manifest["files"]
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{path}: `shards` is not a list of shards", FRESH)
+    for shard, record in enumerate(records):
+        problem = _record_problem(record, tar_name(shard), files)
+        if problem:
+            raise UserError(f"{path}, shard {tar_name(shard)}: {problem}", FRESH)
+    total = sum(record["samples"] for record in records)
+    if manifest.get("samples") != total:
+        raise UserError(f"{path}: `samples` is {manifest.get('samples')}, its shards hold {total}", FRESH)
+    beyond = sorted(name for name in files if name.endswith(".tar") and name not in {r["file"] for r in records})
+    if beyond:
+        raise UserError(f"{path}: {beyond[0]} is among `files`, but not among `shards`", FRESH)
+    return records
+
+
+def _record_problem(record: Any, name: str, files: Mapping[str, str]) -> str | None:
+    """What is wrong with a shard's record, if anything."""
+    if not isinstance(record, dict) or set(record) != {"file", "samples", "bytes", "sha256", "lengths"}:
+        return "its record has other fields than file, samples, bytes, sha256, lengths"
+    if record["file"] != name:
+        return f"its record names the file {record['file']!r}"
+    if record["sha256"] != files.get(name):
+        return "its record and `files` differ in its sha256"
+    counts = record["lengths"].values() if isinstance(record["lengths"], dict) else [None]
+    if not all(type(count) is int and count >= 0 for count in (record["samples"], record["bytes"], *counts)):
+        return "its record counts samples, bytes or lengths by something that is no count"
+    if not record["samples"] or sum(counts) != record["samples"]:
+        return f"its record says {record['samples']} samples, and {sum(counts)} lengths"
+    return None

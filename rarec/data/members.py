@@ -1,0 +1,134 @@
+"""The bytes of one sample taken apart: tar headers and `.npy` headers by slicing, strictly, nothing evaluated or run.
+
+Much faster than `tarfile` and `np.load`, which must be ready for anything: here only what `write_shard` writes passes.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK = 512
+"""Tars count in these."""
+_PLAIN_FILE = b"0"
+_KEY = re.compile(rb"(\d{9,}-\d{6,})\.")
+_SHAPE = rb"\((|\d{1,9},|\d{1,9}(?:, \d{1,9})+)\)"
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<[if][248])', 'fortran_order': False, 'shape': " + _SHAPE + rb", \} *\n",
+    re.DOTALL,
+)
+
+
+class NpyHeader(NamedTuple):
+    """What a `.npy` says of itself: never an object array, always little endian and in C order."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    bytes: int
+    """Of the data, which must be all that follows."""
+
+
+def padded(size: int) -> int:
+    """A member's bytes in the tar."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def members(extent: bytes | memoryview, key: str) -> dict[str, memoryview]:
+    """The fields of a sample by name, from the extent of its members in the tar.
+
+    Raises:
+        ValueError: a member is not a plain file `KEY.FIELD`, comes twice, or does not end within the extent.
+    """
+    view, fields, at = memoryview(extent), {}, 0
+    while at < len(view):
+        header = bytes(view[at : at + BLOCK])
+        field = _field(header, key)
+        digits = header[124:135]
+        begin, size = at + BLOCK, int(digits, 8) if digits.isdigit() else len(view)
+        at = begin + padded(size)
+        if at > len(view):
+            raise ValueError(f"field {field} does not end within it")
+        if field in fields:
+            raise ValueError(f"field {field} comes twice")
+        fields[field] = view[begin : begin + size]
+    return fields
+
+
+def walk(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """The key and extent of each sample of a tar, from header to header; ends where no intact member follows.
+
+    A member of another name counts to the sample before it, where `members` refuses it.
+    """
+    end, key, parts = os.fstat(file.fileno()).st_size, "", list[bytes]()
+    while (member := _member(file, end)) is not None:
+        own = member[0] or key
+        if own != key and key:
+            yield key, b"".join(parts)
+            parts = []
+        key = own
+        parts.append(member[1])
+    if key:
+        yield key, b"".join(parts)
+
+
+def npy(data: memoryview) -> npt.NDArray[Any]:
+    """The array in the bytes of a `.npy`; a view, so read-only where the bytes are.
+
+    Raises:
+        ValueError: they are something else: objects (which would be pickles), big endian, torn.
+    """
+    start = 10 + int.from_bytes(data[8:10], "little")
+    header = _npy_header(bytes(data[:start]))
+    if len(data) != start + header.bytes:
+        raise ValueError(f"is torn: {len(data) - start} bytes for shape {header.shape} of {header.dtype}")
+    return np.ndarray(header.shape, header.dtype, data, start)
+
+
+def finite(values: npt.NDArray[np.floating]) -> bool:
+    """Whether no value is NaN or infinite."""
+    if values.dtype != np.float16:
+        return bool(np.isfinite(values).all())
+    exponent = np.uint16(0x7C00)  # all its bits are set in those alone; ten times faster than np.isfinite
+    return not ((values.view(np.uint16) & exponent) == exponent).any()
+
+
+def _field(header: bytes, key: str) -> str:
+    name = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
+    if len(header) < BLOCK or header[257:262] != b"ustar":
+        raise ValueError("it is torn: no tar header where a member should begin")
+    if header[156:157] != _PLAIN_FILE or header[345]:
+        raise ValueError(f"member {name!r} is not a plain file of its own name")
+    if not name.startswith(f"{key}."):
+        raise ValueError(f"it holds a member {name!r}")
+    return name[len(key) + 1 :]
+
+
+def _member(file: BinaryIO, end: int) -> tuple[str, bytes] | None:
+    """The next member's key and its bytes with header and padding, if a whole one follows."""
+    header = file.read(BLOCK)
+    digits, key = header[124:135], _KEY.match(header)
+    if not digits.isdigit() or header[148:154] != b"%06o" % _checksum(header):
+        return None
+    length = padded(int(digits, 8))
+    if length > end - file.tell():
+        return None
+    return key[1].decode() if key else "", header + file.read(length)
+
+
+def _checksum(header: bytes) -> int:
+    """Of a tar header: the sum of its bytes, its own field taken as spaces."""
+    return sum(header) - sum(header[148:156]) + 8 * ord(" ")
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(header: bytes) -> NpyHeader:
+    match = _NPY.fullmatch(header)
+    if match is None:
+        raise ValueError("is no plain `.npy` of numbers")
+    dtype, shape = np.dtype(match[1].decode()), tuple(int(size) for size in match[2].split(b",") if size.strip())
+    return NpyHeader(dtype, shape, math.prod(shape) * dtype.itemsize)

@@ -1,0 +1,111 @@
+"""What feeds training: the shards' index, where the tars are, and which samples are left out.
+
+Shape letters: S samples.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rarec.artefacts import write_json
+from rarec.data.cuts import Numbers
+from rarec.data.damage import damaged_samples, name_samples, read_named
+from rarec.data.index import open_index
+from rarec.data.plan import Plan
+from rarec.data.remote import RemoteTars
+from rarec.data.stream import LocalTars, SampleStream, Tars
+from rarec.errors import UserError
+from rarec.models.build import slots_reserved
+from rarec.stages.context import Context
+
+SKIPPED = "skipped.json"
+"""In an arm's directory: the samples that its training leaves out, by shard and key."""
+_NAMED = 5
+"""Samples that a message names."""
+
+
+class Feed:
+    """The training samples of a run, for one arm after the other.
+
+    Args:
+        context: the run.
+        manifest: of its shards.
+
+    Raises:
+        UserError: the index is not that of these shards, or `train.stream` asks for what cannot be.
+    """
+
+    def __init__(self, context: Context, manifest: dict[str, Any]) -> None:
+        self.context, self.manifest = context, manifest
+        self.index_S = open_index(context.paths.shards, manifest)
+        self._tars = self._find_tars()
+
+    def exclusions(self, directory: Path, begun: bool) -> Numbers:
+        """The samples that an arm leaves out: those on its record; before its first step, those damaged now.
+
+        Args:
+            directory: of the arm.
+            begun: whether it has taken a step.
+
+        Raises:
+            UserError: `train.stream.damaged` is `skip`, and samples were damaged since training began.
+        """
+        path = directory / SKIPPED
+        recorded = read_named(path, self.index_S) if path.exists() else np.array([], np.int64)
+        if self.context.config.train.stream.damaged == "refuse":
+            return recorded
+        new = np.setdiff1d(self._damaged, recorded)
+        if begun and len(new):
+            problem = f"damaged since the training in {directory} began ({len(new)}): {self._names(new)}"
+            raise UserError(problem, "mend them: rarec shards CONFIG --verify --repair; the same command then goes on")
+        return recorded if begun else self._damaged
+
+    def record(self, directory: Path, excluded: Numbers) -> None:
+        """Tell which samples an arm leaves out, and write it down for its later sittings."""
+        path = directory / SKIPPED
+        if len(excluded):
+            write_json(path, name_samples(self.index_S, excluded))
+            line = f"damaged and left out ({len(excluded)}): {self._names(excluded)}; {path} names them all"
+            self.context.say(line)
+        else:
+            path.unlink(missing_ok=True)
+
+    def stream(self, excluded: Numbers) -> SampleStream:
+        """The samples in the order that the seed gives, without the excluded.
+
+        Raises:
+            UserError: the configuration's batches cannot be made of them.
+        """
+        config = self.context.config
+        plan = Plan(
+            self.index_S["shard"],
+            self.index_S["tokens"],
+            config.run.seed,
+            batch_size=config.train.batch_size,
+            tokens_per_batch=config.train.tokens_per_batch,
+            slots=sum(slots_reserved(config, self.context.shapes)["user"].values()),
+            excluded=excluded,
+        )
+        return SampleStream(plan, self.index_S, self._tars, self.context.dataset.n_items)
+
+    @cached_property
+    def _damaged(self) -> Numbers:
+        self.context.say(f"checking {len(self.index_S)} samples")
+        return damaged_samples(self.index_S, LocalTars(self.context.paths.shards), os.cpu_count() or 1)
+
+    def _find_tars(self) -> Tars:
+        paths, stream = self.context.paths, self.context.config.train.stream
+        if stream.remote is None:
+            return LocalTars(paths.shards)
+        if stream.damaged == "skip":
+            remedy = "set train.stream.damaged=refuse, or read a local copy: train.stream.remote=null"
+            raise UserError("train.stream: `damaged: skip` checks local tars; one behind a URL must be whole", remedy)
+        return RemoteTars(stream.remote, self.manifest["shards"], paths.cache, int(stream.cache_gb * 1e9))
+
+    def _names(self, numbers: Numbers) -> str:
+        named = name_samples(self.index_S, numbers[:_NAMED])
+        names = ", ".join(f"{file} {key}" for file, keys in named.items() for key in keys)
+        return names + (", ..." if len(numbers) > _NAMED else "")

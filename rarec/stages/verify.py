@@ -1,0 +1,138 @@
+"""`rarec shards --verify`: are they what was written, and what the dataset says? `--repair` makes the others again."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rarec.artefacts import IDENTITY, is_current, read_json, read_manifest
+from rarec.data.index import FRESH, INDEX, REMAKE, map_npy
+from rarec.data.members import finite
+from rarec.data.shards import finish_shards, repair_shards
+from rarec.data.verify import Problem, verify_shards
+from rarec.errors import UserError
+from rarec.stages.context import Context
+from rarec.stages.shards import ITEM_STATES, SELECTION, TARGET_COUNTS, ShardParts, finished_shards, shard_settings
+
+MOST_THREADS = 8
+_RENEWED = (*IDENTITY, "hash", "shards", "samples", "state_blocks")
+"""What a repair makes anew in a manifest."""
+_ROWS = 4096
+"""Item states looked at together."""
+
+
+def verify(context: Context, repair: bool = False) -> str:
+    """Check `shards/` and, if asked to, make again what is broken; returns what was done.
+
+    Raises:
+        UserError: something is broken (one line a file) and is not to be repaired, or cannot be: the manifest is
+            missing or garbled, or the shards were made by other settings or from another dataset.
+    """
+    directory, manifest, parts = context.paths.shards, _manifest(context), ShardParts(context)
+    began = time.monotonic()
+    problems = verify_shards(directory, manifest, parts.truth, min(MOST_THREADS, os.cpu_count() or 1))
+    known = {problem.file for problem in problems}
+    problems += [problem for problem in _sidecar_problems(parts, directory, manifest) if problem.file not in known]
+    if not problems:
+        return _summary(directory, manifest, time.monotonic() - began)
+    lines = "".join(f"\n  {problem.line}" for problem in problems)
+    told = f"{directory} is not as it should be:{lines}"
+    if not repair:
+        raise UserError(told, REMAKE)
+    context.say(told)
+    return _repair(parts, manifest, {problem.file for problem in problems})
+
+
+def _manifest(context: Context) -> dict[str, Any]:
+    """The manifest of shards that the configuration and the dataset could have made."""
+    directory = context.paths.shards
+    try:
+        manifest = read_manifest(directory, "shards")
+    except UserError as error:
+        raise UserError(f"{error.problem}; without it nothing can be verified or repaired", FRESH) from None
+    is_current(directory, "shards", shard_settings(context), {"prepare": context.dataset.hash})
+    beside = sorted(name for name in manifest["files"] if not name.endswith(".tar"))
+    if beside != sorted([INDEX, ITEM_STATES, SELECTION, TARGET_COUNTS]):
+        raise UserError(f"the manifest of {directory} names the files {', '.join(beside)} beside tars", FRESH)
+    blocks, chosen = manifest.get("state_blocks"), context.config.shards.state_blocks
+    if not isinstance(blocks, list) or blocks != (list(range(len(blocks))) if chosen is None else sorted(set(chosen))):
+        raise UserError(f"the manifest of {directory}: `state_blocks` is {blocks}", FRESH)
+    return manifest
+
+
+def _sidecar_problems(parts: ShardParts, directory: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong inside the files beside the tars, where their hashes tell nothing."""
+    checks = {ITEM_STATES: _item_states, TARGET_COUNTS: _target_counts, SELECTION: _selection}
+    for name, check in checks.items():
+        try:
+            what = check(parts, directory / name, manifest)
+        except (UserError, OSError) as error:
+            what = error.problem if isinstance(error, UserError) else str(error.strerror)
+        if what:
+            yield Problem(name, f"{name}: {what}")
+
+
+def _item_states(parts: ShardParts, path: Path, manifest: Mapping[str, Any]) -> str | None:
+    states_NLD, wanted = map_npy(path), parts.context.config.shards.state_dtype
+    shape = (parts.context.dataset.n_items, len(manifest["state_blocks"]))
+    if states_NLD.ndim != 3 or states_NLD.shape[:2] != shape or states_NLD.dtype != wanted:
+        return f"{states_NLD.dtype} of shape {states_NLD.shape}, not {wanted} of {shape} and a width"
+    for start in range(0, len(states_NLD), _ROWS):
+        part_nLD = states_NLD[start : start + _ROWS]
+        if not finite(part_nLD):
+            row = start + int(np.flatnonzero(~np.isfinite(part_nLD).all((1, 2)))[0])
+            return f"item row {row} holds NaN or infinity"
+    return None
+
+
+def _target_counts(parts: ShardParts, path: Path, manifest: Mapping[str, Any]) -> str | None:
+    counts_N, wanted_N = map_npy(path), parts.target_counts_N
+    same = counts_N.dtype == wanted_N.dtype and np.array_equal(counts_N, wanted_N)
+    return None if same else "not the counts of the selected samples' targets"
+
+
+def _selection(parts: ShardParts, path: Path, manifest: Mapping[str, Any]) -> str | None:
+    same = read_json(path) == json.loads(json.dumps(parts.selection.report))
+    return None if same else "not the report of the selection"
+
+
+def _repair(parts: ShardParts, manifest: Mapping[str, Any], broken: set[str]) -> str:
+    """Make the broken files again; returns which, and whether they came out as they were."""
+    context, config = parts.context, parts.context.config.shards
+    directory = context.paths.shards
+    foreign = sorted(name for name in broken - manifest["files"].keys() if not name.endswith(".tar"))
+    if foreign:
+        raise UserError(f"{directory / foreign[0]} is no part of the shards", "move it away, and repair again")
+    finished_shards(context)
+    for name in parts.sidecars.keys() & broken:
+        parts.sidecars[name]()
+    records = repair_shards(
+        directory, manifest, broken, parts.total, config.samples_per_shard, parts.samples, context.say, config.writers
+    )
+    kept = {name: value for name, value in manifest.items() if name not in _RENEWED}
+    settings, made_from = manifest["settings"], manifest["made_from"]
+    new = finish_shards(directory, records, settings, made_from, state_blocks=parts.blocks, **kept)
+    return _told(manifest["files"], new["files"], broken)
+
+
+def _told(old: Mapping[str, str], new: Mapping[str, str], broken: set[str]) -> str:
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    done = f"made again: {', '.join(sorted(broken & new.keys()))}"
+    gone = sorted(broken - new.keys())
+    done += f"; dropped: {', '.join(gone)}" if gone else ""
+    if not changed:
+        return f"{done}; every file is again what the manifest names"
+    return (
+        f"{done}\nnot what the manifest named (another machine rounds otherwise): {', '.join(changed)}\n"
+        "the manifest is written anew; what was trained from the old shards will be refused"
+    )
+
+
+def _summary(directory: Path, manifest: Mapping[str, Any], seconds: float) -> str:
+    size = sum((directory / name).stat().st_size for name in manifest["files"])
+    counts = f"{len(manifest['shards'])} shards, {manifest['samples']} samples, {size} bytes"
+    return f"{counts}: all as written, and as the dataset says ({size / 1e6 / seconds:.0f} MB/s)"

@@ -1,0 +1,94 @@
+"""Batches for the training loop, read and collated ahead by worker processes.
+
+The main process walks the plan and hands out sample numbers; what comes back comes in their order, whatever the number
+of workers.
+"""
+
+import ctypes
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.utils.data import DataLoader, Dataset
+
+from rarec.data.cuts import Numbers
+from rarec.data.stream import SampleStream
+from rarec.errors import UserError
+from rarec.training.batches import Batch, Collator
+
+_DEAD = "DataLoader worker (pid"
+"""So begin PyTorch's messages of a dead worker."""
+_PR_SET_PDEATHSIG = 1
+
+
+class BatchLoader:
+    """Opens the batches of a training at any step.
+
+    Args:
+        stream: reads samples by number.
+        collate: samples to a batch.
+        workers: processes; with 0, a batch is read when it is asked for.
+        rank: of this process among those that share each batch.
+        world: how many they are.
+    """
+
+    def __init__(self, stream: SampleStream, collate: Collator, workers: int, rank: int = 0, world: int = 1) -> None:
+        self.plan, self.workers, self.rank, self.world = stream.plan, workers, rank, world
+        self._work = _Work(stream, collate)
+
+    @contextmanager
+    def open(self, first: int, last: int) -> Iterator[Iterator[Batch]]:
+        """This rank's batches of steps `first` to `last`, the last not included. On leaving, all workers are ended.
+
+        Raises:
+            UserError: whatever a worker met, just as it met it; or a worker died, which may interrupt anything.
+        """
+        shares = (self.plan.share(batch, self.rank, self.world) for batch in self.plan.walk(first, last))
+        workers = self.workers if first < last else 0
+        batches = iter(
+            DataLoader(
+                self._work,
+                batch_size=None,
+                sampler=shares,
+                num_workers=workers,  # one set of them for all epochs
+                multiprocessing_context="fork" if workers else None,  # they share what is loaded; nothing is packed
+                worker_init_fn=_belong_to_the_main_process,
+            )
+        )
+        try:
+            yield map(_good, batches)
+        except RuntimeError as error:
+            if _DEAD not in str(error):
+                raise
+            remedy = "free memory (or /dev/shm), or lower train.stream.workers; the same command goes on from here"
+            raise UserError(f"a process that reads training data died: {error}", remedy) from None
+        finally:
+            if workers:  # not left to the garbage collector, which a traceback would keep waiting
+                batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _belong_to_the_main_process(worker: int) -> None:
+    """Ctrl-C is for the main process alone, which ends its workers; where it is killed, Linux kills them too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _Work(Dataset[Batch | Exception]):
+    """What workers do with the sample numbers of a batch."""
+
+    def __init__(self, stream: SampleStream, collate: Collator) -> None:
+        self._stream, self._collate = stream, collate
+
+    def __getitem__(self, numbers: Numbers) -> Batch | Exception:
+        try:
+            return self._collate(self._stream.read(numbers))
+        except (UserError, OSError) as error:  # returned: raised, it would come with a traceback for its message
+            return error
+
+
+def _good(made: Batch | Exception) -> Batch:
+    if isinstance(made, Exception):
+        raise made
+    return made

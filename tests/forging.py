@@ -1,0 +1,154 @@
+"""Shards to be harmed: a small honest directory, and the means to change it, hashes included or not."""
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rarec.artefacts import MANIFEST, read_json, read_manifest, sha256_file, sha256_json, write_json
+from rarec.data.index import ENTRY, INDEX, open_index
+from rarec.data.plan import Plan
+from rarec.data.samples import Sample
+from rarec.data.shards import finish_shards, repair_shards, write_shards
+from rarec.data.stream import LocalTars, SampleStream
+from rarec.data.truth import Truth
+from rarec.data.verify import verify_shards
+from tests.datasets import by_hand
+
+ITEMS, PER_SHARD = 30, 8
+Member = tuple[tarfile.TarInfo, bytes]
+Change = Callable[[list[Member]], list[Member]]
+
+
+def true_shards() -> Truth:
+    """Ten users whose every training interaction is selected: 32 samples."""
+    rng = np.random.default_rng(0)
+    sequences = [rng.choice(ITEMS, 5 + user % 4, replace=False).tolist() for user in range(10)]
+    dataset = by_hand(sequences, pa.array(range(ITEMS)), pa.array(range(10)))
+    return Truth(dataset, *dataset.training_samples(), PER_SHARD, frozenset({"id"}))
+
+
+TRUTH = true_shards()
+TOTAL = len(TRUTH.user_rows_S)
+
+
+def make(places: range) -> Iterator[Sample]:
+    """The honest samples."""
+    for place in places:
+        user, position = int(TRUTH.user_rows_S[place]), int(TRUTH.positions_S[place])
+        yield honest(user, position)
+
+
+def honest(user: int, position: int) -> Sample:
+    """The sample of any position of a user, as the dataset has it."""
+    history, target = TRUTH.dataset.history(user, position), int(TRUTH.dataset.sequence(user)[position])
+    states, vectors = np.full((2, 4), user + position / 8, np.float16), {"id": np.full((1, 3), user, np.float32)}
+    return Sample(user, position, target, history, np.arange(9 + position, dtype=np.int32), {"id": 1}, states, vectors)
+
+
+def write_honest(directory: Path) -> dict[str, Any]:
+    """Shards as they should be; returns the manifest."""
+    records = write_shards(directory, TOTAL, PER_SHARD, make, "honest", lambda line: None)
+    return finish_shards(directory, records, {}, {"prepare": "by hand"})
+
+
+def problems(directory: Path) -> list[str]:
+    """What verification says, one line a file."""
+    return [problem.line for problem in verify_shards(directory, read_manifest(directory, "shards"), TRUTH, 2)]
+
+
+def repair(directory: Path) -> None:
+    """Make what is broken again."""
+    manifest = read_manifest(directory, "shards")
+    broken = {problem.file for problem in verify_shards(directory, manifest, TRUTH, 2)}
+    records = repair_shards(directory, manifest, broken, TOTAL, PER_SHARD, make, lambda line: None)
+    finish_shards(directory, records, manifest["settings"], manifest["made_from"])
+
+
+def stream(directory: Path) -> list[Sample]:
+    """An epoch, as training reads it."""
+    index_S = open_index(directory, read_manifest(directory, "shards"))
+    plan = Plan(index_S["shard"], index_S["tokens"], 0, batch_size=4)
+    return [sample for batch in SampleStream(plan, index_S, LocalTars(directory), ITEMS).epoch(0) for sample in batch]
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    """All files, by name."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def retar(path: Path, change: Change) -> None:
+    """Write a tar again with other members."""
+    with tarfile.open(path) as tar:
+        members = [(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for info, data in change(members):
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def in_field(key: str, field: str, change: Callable[[bytes], bytes]) -> Change:
+    """Change the bytes of one field of one sample."""
+    return lambda members: [(i, change(data) if i.name == f"{key}.{field}" else data) for i, data in members]
+
+
+def member(name: str, data: bytes = b"", **info: Any) -> Member:
+    """A member of any kind."""
+    result = tarfile.TarInfo(name)
+    for field, value in info.items():
+        setattr(result, field, value)
+    return result, data
+
+
+def members_of(sample: Sample, key: str | None = None) -> list[Member]:
+    """A sample's members, under its own key or another."""
+    return [member(f"{key or sample.key}.{field}", data) for field, data in sorted(sample.fields().items())]
+
+
+def forge(directory: Path) -> None:
+    """Make index and manifest agree with whatever the tars now hold."""
+    records, rows = [], []
+    for shard, path in enumerate(sorted(directory.glob("*.tar"))):
+        found = [(shard, *row) for row in _extents(path)]
+        rows += found
+        lengths = {str(size): sum(-(-row[3] // 8) * 8 == size for row in found) for size in (8, 16, 24)}
+        lengths = {size: count for size, count in lengths.items() if count}
+        size = path.stat().st_size
+        record = {"file": path.name, "samples": len(found), "bytes": size, "sha256": sha256_file(path)}
+        records.append({**record, "lengths": lengths})
+    np.save(directory / INDEX, np.array(rows, ENTRY))
+    sign(directory, shards=records, samples=len(rows))
+
+
+def sign(directory: Path, **figures: Any) -> None:
+    """Make the manifest agree with the files as they are."""
+    manifest = read_json(directory / MANIFEST) | figures
+    manifest["files"] = {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST}
+    seal(directory, manifest)
+
+
+def seal(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest whose own hash is right."""
+    identity = {name: manifest[name] for name in ("kind", "schema", "settings", "made_from", "files")}
+    write_json(directory / MANIFEST, manifest | {"hash": sha256_json(identity)})
+
+
+def _extents(path: Path) -> Iterator[tuple[int, ...]]:
+    """Index rows but for the shard, by `tarfile`; strange members count to the sample before them."""
+    data, starts, end = path.read_bytes(), [], 0
+    with tarfile.open(path) as tar:
+        for info in tar:
+            key = re.match(r"(\d{9})-(\d{6})\.", info.name)
+            if key and (not starts or starts[-1][1] != key.groups()):
+                starts.append((info.offset, key.groups()))
+            end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE * info.isreg()
+    for (start, key), stop in zip(starts, [*(start for start, _ in starts[1:]), end], strict=True):
+        user, position = map(int, key)
+        digest = int.from_bytes(hashlib.sha256(data[start:stop]).digest()[:8], "little")
+        yield start, stop - start, 9 + position, user, position, digest

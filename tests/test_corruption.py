@@ -1,0 +1,309 @@
+"""Shards, tables and manifests harmed on purpose: each harm is one clear error, from verification and from reading.
+
+Verification knows the dataset and reads every byte; reading knows the index. So verification names every harm, and
+reading refuses all that would give it other samples than were written, or samples that no step can take.
+"""
+
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rarec.artefacts import MANIFEST
+from rarec.cli import machine_trouble
+from rarec.data.index import INDEX, digest_of
+from rarec.data.samples import read_sample
+from rarec.errors import UserError
+from tests import forging
+from tests.forging import PER_SHARD, TOTAL, bytes_of, forge, problems, retar
+from tests.harms import (
+    FORGED,
+    KEY,
+    KEYS,
+    MANIFESTS,
+    NAMED,
+    OBJECTS,
+    PICKLE,
+    RAN,
+    REARRANGED,
+    SHARD,
+    STALE,
+    manifest_of,
+    place,
+    swap,
+)
+
+NOBODY = 65534
+TWO_FILES = {"swapped", "renamed"}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_hangs() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("shards") / "whole"
+    forging.write_honest(directory)
+    return directory
+
+
+@pytest.fixture
+def harmed(whole: Path, tmp_path: Path) -> Path:
+    """A copy to harm."""
+    return Path(shutil.copytree(whole, tmp_path / "shards"))
+
+
+def test_what_is_not_harmed_passes(whole):
+    assert problems(whole) == []
+    assert len({sample.key for sample in forging.stream(whole)}) == TOTAL
+
+
+def test_index_and_manifest_are_what_tarfile_finds(whole, harmed):
+    forge(harmed)
+    assert [(harmed / path.name).read_bytes() == path.read_bytes() for path in whole.iterdir()] == [True] * 7
+
+
+def refused(directory: Path, told: str, read: str | None, files: int = 1) -> None:
+    """Verification says one line a harmed file, and reading raises."""
+    lines = problems(directory)
+    assert any(re.search(told, line) for line in lines), lines
+    assert len(lines) == files, lines
+    if read is None:
+        assert len(forging.stream(directory)) >= TOTAL - 1
+        return
+    with pytest.raises(UserError, match=read) as error:
+        forging.stream(directory)
+    assert error.value.remedy
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_harm_that_hashes_show_is_named(harmed, name):
+    harm, told, read = STALE[name]
+    harm(harmed)
+    refused(harmed, told, read, 2 if name in TWO_FILES else 1)
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_harm_that_hashes_hide_is_named(harmed, name):
+    change, told, read = FORGED[name]
+    retar(harmed / SHARD, change)
+    forge(harmed)
+    words = told if read is True else read
+    refused(harmed, f"{NAMED}.*{told}", f"{NAMED}.*{words}" if words else None)
+    assert not RAN.exists()
+
+
+@pytest.mark.parametrize("name", REARRANGED)
+def test_other_samples_than_the_selected_are_named_though_every_hash_agrees(harmed, name):
+    harm, told, files = REARRANGED[name]
+    harm(harmed)
+    forge(harmed)
+    lines = problems(harmed)
+    assert re.search(told, "\n".join(lines)), lines
+    assert len(lines) == files
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_that_is_not_one_is_refused_and_not_repaired(harmed, name):
+    harm, told = MANIFESTS[name]
+    harm(harmed)
+    for use in (problems, forging.stream, forging.repair):
+        with pytest.raises(UserError, match=told) as error:
+            use(harmed)
+        assert error.value.remedy
+
+
+@pytest.mark.parametrize("field", [{"bytes": 1}, {"lengths": {"800": PER_SHARD}}])
+def test_a_record_that_the_tar_belies_is_named_and_repaired(whole, harmed, field):
+    manifest_of(lambda m: m["shards"][1].update(field))(harmed)
+    assert problems(harmed) == [f"shard {SHARD}: its record in manifest.json is not what the tar gives"]
+    forging.repair(harmed)
+    assert bytes_of(harmed) == bytes_of(whole)
+
+
+@pytest.mark.parametrize("name", sorted(STALE.keys() - {"a directory", "a file more"}))
+def test_what_is_broken_is_made_again_and_nothing_else(whole, harmed, name):
+    STALE[name][0](harmed)
+    before = {path.name: path.stat().st_ino for path in harmed.glob("*.tar")}
+    broken = {line.split(",")[0].split()[1] for line in problems(harmed) if line.startswith("shard ")}
+    forging.repair(harmed)
+    assert bytes_of(harmed) == bytes_of(whole)
+    again = {path.name for path in harmed.glob("*.tar") if before.get(path.name) != path.stat().st_ino}
+    assert again == broken
+
+
+@pytest.mark.parametrize("name", ["NaN", "another history", "no tokens.npy", "a path upwards"])
+def test_forged_shards_are_made_again_too(whole, harmed, name):
+    retar(harmed / SHARD, FORGED[name][0])
+    forge(harmed)
+    forging.repair(harmed)
+    assert bytes_of(harmed) == bytes_of(whole)
+
+
+@pytest.mark.parametrize("content", [PICKLE, OBJECTS, b"PK\x03\x04", b"\x93NUMPY\x01\x00v\x00{"])
+def test_an_index_that_is_a_pickle_or_half_a_header_is_not_run(harmed, content):
+    (harmed / INDEX).write_bytes(content)
+    refused(harmed, r"samples\.npy cannot be read", r"samples\.npy cannot be read")
+    forging.sign(harmed)
+    refused(harmed, r"samples\.npy cannot be read", r"samples\.npy cannot be read")
+    assert not RAN.exists()
+
+
+def test_the_payload_would_run():
+    pickle.loads(PICKLE)
+    assert RAN.exists()
+    RAN.unlink()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_bytes_that_hash_right_are_a_sample_or_refused(whole, data):
+    offset, size = place(whole)
+    extent = bytearray((whole / SHARD).read_bytes()[offset : offset + size])
+    entry = np.load(whole / INDEX)[PER_SHARD + KEYS.index(KEY)].copy()
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(extent) - 1))
+        extent[at : at + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+    entry["size"], entry["digest"] = len(extent), digest_of(bytes(extent))
+    try:
+        told = f"shard {SHARD}, sample {read_sample(bytes(extent), entry, SHARD).key}: "
+    except UserError as error:
+        told = error.problem
+    assert re.match(NAMED, told)
+
+
+@settings(max_examples=40, deadline=None)
+@given(at=st.floats(0, 0.999), length=st.integers(0, 600), put=st.binary(max_size=600), signed=st.booleans())
+def test_a_tar_changed_anywhere_is_named(whole, tmp_path_factory, at, length, put, signed):
+    directory = Path(shutil.copytree(whole, tmp_path_factory.mktemp("any") / "shards"))
+    data = bytearray((directory / SHARD).read_bytes())
+    begin = int(at * len(data))
+    if data[begin : begin + length] == put:
+        return
+    data[begin : begin + length] = put
+    (directory / SHARD).write_bytes(data)
+    if signed:
+        sealed = forging.sha256_file(directory / SHARD)
+        manifest_of(lambda m: (m["shards"][1].update(sha256=sealed), m["files"].update({SHARD: sealed})))(directory)
+    assert len(problems(directory)) == 1
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read anything: be someone else."""
+    mine = os.geteuid()
+    if mine == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
+
+
+@pytest.mark.parametrize("name", [SHARD, INDEX, MANIFEST])
+def test_a_file_that_may_not_be_read_is_named(whole, name):
+    with tempfile.TemporaryDirectory() as place:  # where others may go; pytest's own is closed to them
+        directory = Path(shutil.copytree(whole, Path(place) / "shards"))
+        Path(place).chmod(0o755)
+        (directory / name).chmod(0)
+        with as_nobody():
+            if name == MANIFEST:
+                with pytest.raises(PermissionError) as refusal:
+                    problems(directory)
+                assert MANIFEST in str(machine_trouble(refusal.value))
+                return
+            refused(directory, rf"{name} cannot be read: .*Permission denied", rf"{name} cannot be read: .*Permission")
+
+
+def test_too_small_a_file_limit_leaves_no_torn_tar(whole, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as refusal:
+            forging.write_honest(tmp_path / "shards")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "make room" in str(machine_trouble(refusal.value))
+    assert not [path for path in (tmp_path / "shards").iterdir() if path.is_file()]
+    forging.write_honest(tmp_path / "shards")
+    assert bytes_of(tmp_path / "shards") == bytes_of(whole)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
+def test_a_full_disk_keeps_the_whole_tars_and_goes_on_when_there_is_room(whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(OSError, match="No space left") as refusal:
+            forging.write_honest(disk / "shards")
+        assert "make room" in str(machine_trouble(refusal.value))
+        tars = sorted((disk / "shards").glob("*.tar"))
+        assert [path.read_bytes() for path in tars] == [(whole / path.name).read_bytes() for path in tars]
+        assert not list((disk / "shards").glob(".*aside*"))
+        subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
+        forging.write_honest(disk / "shards")
+        assert bytes_of(disk / "shards") == bytes_of(whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def until_killed(work: Callable[[Path], object], directory: Path, renames: int) -> None:
+    """In a process of its own: killed as it is about to rename a file for the nth time."""
+    left = [renames]
+
+    def count(event: str, _: object) -> None:
+        if event == "os.rename":
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    work(directory)
+
+
+def kill(work: Callable[[Path], object], directory: Path, renames: int) -> int | None:
+    process = get_context("fork").Process(target=until_killed, args=(work, directory, renames))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("renames", [1, 2, 5, 9, 11, 12])
+def test_a_killed_writing_goes_on_to_the_same_bytes(whole, tmp_path, renames):
+    assert kill(forging.write_honest, tmp_path / "shards", renames) == -signal.SIGKILL
+    assert not (tmp_path / "shards" / MANIFEST).exists()
+    forging.write_honest(tmp_path / "shards")
+    assert bytes_of(tmp_path / "shards") == bytes_of(whole)
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3, 4])
+def test_a_killed_repair_is_repaired(whole, harmed, renames):
+    swap(harmed)
+    assert kill(forging.repair, harmed, renames) == -signal.SIGKILL
+    forging.repair(harmed)
+    assert bytes_of(harmed) == bytes_of(whole)

@@ -1,0 +1,261 @@
+"""Training on its stream: equal on any number of workers, from afar, and without damaged samples if so chosen."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from rarec.artefacts import read_json
+from rarec.cli import STOPPED, open_context
+from rarec.config import ARMS
+from rarec.data.index import key_of, open_index
+from rarec.errors import UserError
+from rarec.models.objective import Objective
+from rarec.stages import fresh
+from rarec.stages.context import Context
+from rarec.stages.shards import shards
+from rarec.stages.train import finished_training, train
+from rarec.training.checkpoints import Checkpoints
+from tests.test_training import LAUNCH, final_weights, log_lines, untrained
+
+ARM = "per_layer_lora"
+SHORT = [f"train.arms=[{ARM}]", "lora.dropout=0.1"]
+BUDGET = ["train.tokens_per_batch=900"]
+SKIP = ["train.stream.damaged=skip"]
+
+
+class Run:
+    """A run whose shards are made and whose training is not."""
+
+    def __init__(self, finished: Path, directory: Path) -> None:
+        self.finished, self.directory, self.told = finished, directory, []
+        self.place = untrained(finished, directory)
+
+    def context(self, *overrides: str) -> Context:
+        context = open_context(self.finished, [self.place, *SHORT, *overrides])
+        context.say = self.told.append
+        return context
+
+    def train(self, *overrides: str) -> "Run":
+        train(self.context(*overrides))
+        return self
+
+    @property
+    def arm(self) -> Path:
+        return self.directory / "train" / ARM
+
+    @property
+    def done(self) -> dict:
+        return read_json(self.arm / "done.json")
+
+    def damage(self, *numbers: int) -> list[str]:
+        """Flip a byte in each of these samples, or flip it back; returns their names."""
+        directory = self.directory / "shards"
+        entries = open_index(directory, read_json(directory / "manifest.json"))[list(numbers)]
+        for entry in entries:
+            with (directory / f"{entry['shard']:06d}.tar").open("r+b") as file:
+                file.seek(int(entry["offset"]) + 700)
+                byte = file.read(1)[0]
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte ^ 1]))
+        return [f"{entry['shard']:06d}.tar {key_of(entry)}" for entry in entries]
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Run:
+    return Run(finished, tmp_path / "run")
+
+
+def equal(one: Run, other: Run) -> bool:
+    expected, found = final_weights(one.directory, ARM), final_weights(other.directory, ARM)
+    same = expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    losses = [[line["loss"] for line in log_lines(each.directory, ARM) if "loss" in line] for each in (one, other)]
+    return same and losses[0] == losses[1]
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """Ctrl-C in the middle of a step."""
+    honest, calls = Objective.__call__, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == steps + 1:
+            raise KeyboardInterrupt
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(Objective, "__call__", interrupted)
+
+
+@pytest.mark.parametrize("cut", [[], BUDGET])
+def test_weights_are_equal_bit_for_bit_on_any_workers_and_through_a_resume(finished, tmp_path, monkeypatch, cut):
+    none = Run(finished, tmp_path / "none").train(*cut, "train.stream.workers=0")
+    stopped = Run(finished, tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.train(*cut, "train.stream.workers=1")
+    assert psutil.Process().children() == []
+    assert Checkpoints(stopped.arm / "checkpoints", 1).steps()[-1] == 4
+    stopped.train(*cut, "train.stream.workers=2")
+    assert equal(none, stopped)
+    assert none.done["skipped_samples"] == 0
+    stopped.train(*cut, "train.stream.workers=0")  # finished: nothing here makes it another training
+    assert "is there already" in stopped.told[-1]
+
+
+def test_a_budget_makes_batches_of_many_sizes_and_validates_at_the_end_of_each_epoch(run):
+    overrides = [*BUDGET, "train.validate_every=null", "train.epochs=3"]
+    run.train(*overrides)
+    lines = log_lines(run.directory, ARM)
+    epochs = [line["epoch"] for line in lines if "epoch" in line]
+    assert epochs == sorted(epochs)
+    assert set(epochs) == {0, 1, 2}
+    ends = [step for step in range(1, len(epochs) + 1) if step == len(epochs) or epochs[step] > epochs[step - 1]]
+    assert [line["step"] for line in lines if "validation" in line] == ends
+    assert run.done["step"] == len(epochs)
+
+
+def test_a_budget_too_small_is_refused_before_anything_is_made(run):
+    with pytest.raises(UserError, match=r"more than train\.tokens_per_batch = 9"):
+        run.train("train.tokens_per_batch=9")
+    assert not run.arm.exists()
+
+
+def test_a_damaged_sample_ends_the_training_by_name_and_a_mended_one_lets_it_go_on(finished, tmp_path, run):
+    (name,) = run.damage(5)
+    file, key = name.split()
+    with pytest.raises(UserError, match=rf"{file}, sample {key}: ") as error:
+        run.train("train.epochs=1")
+    assert "--verify --repair" in error.value.remedy
+    assert not (run.arm / "done.json").exists()
+    run.damage(5)
+    whole = Run(finished, tmp_path / "whole").train("train.epochs=1")
+    assert equal(whole, run.train("train.epochs=1"))
+
+
+def test_skipped_samples_are_told_recorded_and_stay_out_through_a_resume(finished, tmp_path, run, monkeypatch):
+    names = run.damage(3, 7, 70)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(*SKIP)
+    (line,) = [line for line in run.told if "left out" in line]
+    assert line.startswith(f"damaged and left out (3): {', '.join(names)}; ")
+    recorded = read_json(run.arm / "skipped.json")
+    assert sorted(f"{file} {key}" for file, keys in recorded.items() for key in keys) == sorted(names)
+    run.damage(7)  # mended meanwhile: the plan stays what it was
+    run.train(*SKIP)
+    assert run.done["skipped_samples"] == 3
+    undisturbed = Run(finished, tmp_path / "undisturbed")
+    undisturbed.damage(3, 7, 70)
+    assert equal(undisturbed.train(*SKIP), run)
+    assert finished_training(run.context(), ARMS[ARM])["skipped_samples"] == 3
+
+
+def test_samples_damaged_after_the_training_began_are_refused_with_the_remedy(run, monkeypatch):
+    run.damage(3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(*SKIP)
+    (name,) = run.damage(40)
+    with pytest.raises(UserError, match=rf"damaged since .* began \(1\): {name}") as error:
+        run.train(*SKIP)
+    assert "--verify --repair" in error.value.remedy
+    run.damage(40)
+    run.train(*SKIP)
+    assert run.done["skipped_samples"] == 1
+
+
+def test_before_the_first_step_the_damaged_are_those_of_now(run, monkeypatch):
+    run.damage(3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(*SKIP)
+    run.damage(3, 4, 5)
+    run.train(*SKIP)
+    assert run.done["skipped_samples"] == 2
+    assert [len(keys) for keys in read_json(run.arm / "skipped.json").values()] == [2]
+
+
+def test_nothing_whole_is_refused_before_anything_is_made(run):
+    for path in (run.directory / "shards").glob("*.tar"):
+        path.unlink()
+    with pytest.raises(UserError, match="is left to train on"):
+        run.train(*SKIP)
+    assert not run.arm.exists()
+
+
+def test_an_altered_index_is_refused_before_anything_is_made(run):
+    path = run.directory / "shards" / "samples.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"samples\.npy is missing or altered"):
+        run.train()
+    assert not run.arm.exists()
+
+
+def test_training_from_afar_is_training_here(finished, tmp_path):
+    here, there = Run(finished, tmp_path / "here").train(), Run(finished, tmp_path / "there")
+    far = tmp_path / "far"
+    (there.directory / "shards").rename(far)
+    remote = f"train.stream.remote=file://{far}"
+    shards(there.context(remote))
+    assert equal(here, there.train(remote))
+    assert not list((there.directory / "shards").glob("*.tar"))
+    assert len(list((there.directory / "cache").glob("*.tar"))) == len(list(far.glob("*.tar")))
+    assert finished_training(there.context(), ARMS[ARM])["best_files"] == here.done["best_files"]
+
+
+def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tmp_path):
+    run = Run(finished, tmp_path / "run")
+    run.damage(3)
+    shutil.copytree(run.directory / "shards", tmp_path / "far")
+    remote = f"train.stream.remote=file://{tmp_path}/far"
+    with pytest.raises(UserError, match="must be whole"):
+        run.train(remote, *SKIP)
+    assert not run.arm.exists()
+    with pytest.raises(UserError, match=r"file://\S+/far/000000\.tar is not what its manifest says"):
+        run.train(remote)
+
+
+def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeypatch):
+    monkeypatch.setattr(fresh, "RIDGE_ITEMS", 10)
+    context = run.context()
+    vectors_NE, rows = fresh._item_pairs(context, None, "id")
+    assert len(rows) == 10 < context.dataset.n_items
+    assert np.all(np.diff(rows) > 0)
+    np.testing.assert_array_equal(vectors_NE, context.sources["id"].items_NE[rows])
+    np.testing.assert_array_equal(fresh._item_pairs(context, None, "id")[1], rows)
+    run.train("train.max_steps=2")
+
+
+def test_ctrl_c_ends_with_one_line_and_no_process(run):
+    command = [sys.executable, str(LAUNCH), "--config", str(run.finished), run.place, *SHORT, "train.epochs=200"]
+    command += ["train.patience=999", "train.stream.workers=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    while not list(run.arm.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, told
+    assert re.search("stopped; the same command goes on", told)
+    assert "Traceback" not in told
+    assert len(children) >= 2
+    assert psutil.wait_procs(children, timeout=2)[1] == []

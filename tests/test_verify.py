@@ -1,0 +1,239 @@
+"""`rarec shards --verify` and `--repair` on the shards of a run, and the tables that they are checked against."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rarec.artefacts import MANIFEST, read_json, write_json
+from rarec.cli import app, guarded, open_context
+from rarec.data.dataset import PreparedDataset
+from rarec.data.index import INDEX
+from rarec.errors import EXIT_CODE, UserError
+from rarec.stages import shards as stage
+from rarec.stages.context import Context
+from rarec.stages.shards import ITEM_STATES, SELECTION, TARGET_COUNTS, finished_shards
+from rarec.stages.train import train
+from rarec.stages.verify import verify
+from tests import forging
+from tests.forging import bytes_of
+
+TAR = "000001.tar"
+
+
+@pytest.fixture
+def shards(finished: Path, tmp_path: Path) -> Path:
+    """The shards in a copy of the finished run."""
+    shutil.copytree(open_context(finished, []).config.run.dir, tmp_path / "run")
+    return tmp_path / "run" / "shards"
+
+
+def context(finished: Path, shards: Path, *overrides: str) -> Context:
+    return open_context(finished, [f"run.dir={shards.parent}", *overrides])
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    """A command's exit code and what it printed where."""
+    with pytest.raises(SystemExit) as end:
+        guarded(lambda: app(["shards", *arguments]))
+    return int(end.value.code or 0), *capsys.readouterr()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def forged(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    """Another array, and a manifest that agrees."""
+
+    def harm(path: Path) -> None:
+        np.save(path, change(np.load(path)), allow_pickle=True)
+        forging.sign(path.parent)
+
+    return harm
+
+
+def with_nan(states: np.ndarray) -> np.ndarray:
+    states[3, 0, 0] = np.nan
+    return states
+
+
+def forged_report(path: Path) -> None:
+    write_json(path, read_json(path) | {"samples": {}})
+    forging.sign(path.parent)
+
+
+HARMS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a tar": (TAR, flip, rf"shard {TAR}, sample \d{{9}}-\d{{6}}: "),
+    "no tar": (TAR, Path.unlink, f"shard {TAR} is missing"),
+    "the index": (INDEX, flip, r"samples\.npy, shard \d{6}\.tar, sample \d{9}-\d{6}: the row is not"),
+    "item states": (ITEM_STATES, flip, r"item_states\.npy: its bytes are not those"),
+    "no item states": (ITEM_STATES, Path.unlink, r"item_states\.npy is missing"),
+    "item states of NaN": (ITEM_STATES, forged(with_nan), r"item_states\.npy: item row 3 holds NaN or infinity"),
+    "item states of doubles": (ITEM_STATES, forged(lambda a: a.astype("f8")), r"item_states\.npy: float64 of shape"),
+    "item states less one": (ITEM_STATES, forged(lambda a: a[1:]), r"item_states\.npy: float16 of shape \(39, 2, 32\)"),
+    "item states of objects": (ITEM_STATES, forged(lambda a: a.astype(object)), r"item_states\.npy cannot be read"),
+    "other counts": (TARGET_COUNTS, forged(lambda a: a + 1), r"target_counts\.npy: not the counts"),
+    "a torn report": (SELECTION, lambda path: path.write_text("{"), r"selection\.json: its bytes are not those"),
+    "another report": (SELECTION, forged_report, r"selection\.json: not the report of the selection"),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_what_is_broken_in_a_run_is_named_and_only_that_is_made_again(finished, shards, name):
+    file, harm, told = HARMS[name]
+    before = bytes_of(shards)
+    harm(shards / file)
+    left = {path.name: path.stat().st_ino for path in shards.iterdir()}
+    with pytest.raises(UserError, match=told) as error:
+        verify(context(finished, shards))
+    assert error.value.problem.count("\n") == 1
+    assert "--verify --repair" in error.value.remedy
+    assert f"made again: {file}" in verify(context(finished, shards), repair=True)
+    assert bytes_of(shards) == before
+    again = {path.name for path in shards.iterdir() if left.get(path.name) != path.stat().st_ino}
+    assert file in again
+    assert again <= {file, INDEX, MANIFEST}
+    assert "all as written" in verify(context(finished, shards))
+
+
+def test_honest_shards_are_counted_without_loading_a_model_whoever_wrote_them(finished, shards):
+    run = context(finished, shards, "shards.writers=7")
+    assert verify(run).startswith("5 shards, 288 samples, ")
+    assert "llm" not in vars(run)
+    assert finished_shards(run)
+
+
+def test_the_command_prints_a_line_a_problem_and_exits_with_2_until_it_has_repaired(
+    finished, shards, capsys, monkeypatch
+):
+    monkeypatch.chdir(shards.parent.parent)
+    where = (str(finished), f"run.dir={shards.parent}", "--verify")
+    code, out, _ = call(capsys, *where)
+    assert (code, out.startswith("5 shards, 288 samples, ")) == (0, True)
+    flip(shards / TAR)
+    (shards / "000003.tar").rename(shards / "3.tar")
+    code, out, err = call(capsys, *where)
+    assert (code, out) == (EXIT_CODE, "")
+    assert [line.split()[1] for line in err.splitlines() if line.startswith("  shard")] == ["000001.tar,", "000003.tar"]
+    assert "  3.tar is no part of these shards" in err
+    code, out, err = call(capsys, *where, "--repair")
+    assert (code, "made again: 000001.tar, 000003.tar; dropped: 3.tar" in out) == (0, True)
+    assert call(capsys, *where)[0] == 0
+    assert call(capsys, *where[:2], "--repair")[0] == EXIT_CODE
+    assert call(capsys, *where, "--fresh")[0] == EXIT_CODE
+
+
+def test_a_strange_file_is_never_dropped(finished, shards):
+    (shards / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt is no part of the shards") as error:
+        verify(context(finished, shards), repair=True)
+    assert "move it away" in error.value.remedy
+    assert (shards / "notes.txt").read_text() == "mine"
+
+
+def from_another_dataset(shards: Path) -> None:
+    manifest = read_json(shards / MANIFEST)
+    manifest["made_from"]["prepare"] = "0" * 64
+    forging.seal(shards, manifest)
+
+
+def with_other_files(shards: Path) -> None:
+    manifest = read_json(shards / MANIFEST)
+    manifest["files"]["../../llm/config.json"] = "0" * 64
+    forging.seal(shards, manifest)
+
+
+def with_other_blocks(shards: Path) -> None:
+    write_json(shards / MANIFEST, read_json(shards / MANIFEST) | {"state_blocks": [1, 0]})
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda shards: (shards / MANIFEST).unlink(), r"has no manifest\.json; without it nothing"),
+        (lambda shards: (shards / MANIFEST).write_text('{"kind"'), r"manifest\.json is not valid JSON"),
+        (from_another_dataset, "was made from another prepare"),
+        (with_other_blocks, r"`state_blocks` is \[1, 0\]"),
+        (with_other_files, r"names the files \.\./\.\./llm/config\.json, item_states\.npy"),
+    ],
+)
+@pytest.mark.parametrize("repair", [False, True])
+def test_without_an_honest_manifest_only_fresh_shards_help(finished, shards, harm, told, repair):
+    harm(shards)
+    with pytest.raises(UserError, match=told) as error:
+        verify(context(finished, shards), repair)
+    assert "--fresh" in error.value.remedy
+
+
+def test_shards_of_other_settings_are_refused(finished, shards):
+    with pytest.raises(UserError, match=r"shards\.share: 0\.7 -> 0\.5"):
+        verify(context(finished, shards, "shards.share=0.5"))
+
+
+def test_another_machines_floats_make_other_shards_and_the_user_is_told(finished, shards, monkeypatch):
+    flip(shards / TAR)
+    real, before = stage.text_states, read_json(shards / MANIFEST)
+    monkeypatch.setattr(stage, "text_states", lambda *args, **more: real(*args, **more) + np.float16(0.5))
+    told = verify(context(finished, shards), repair=True)
+    assert f"not what the manifest named (another machine rounds otherwise): {TAR}, {INDEX}" in told
+    assert "what was trained from the old shards will be refused" in told
+    assert "all as written" in verify(context(finished, shards))
+    after = read_json(shards / MANIFEST)
+    assert {name for name in after["files"] if after["files"][name] != before["files"][name]} == {TAR, INDEX}
+    assert {**after, "hash": 0, "files": 0, "shards": 0} == {**before, "hash": 0, "files": 0, "shards": 0}
+    with pytest.raises(UserError, match="was made from another shards"):
+        train(context(finished, shards))
+
+
+@pytest.mark.parametrize("file", [INDEX, ITEM_STATES, TARGET_COUNTS, TAR])
+def test_training_refuses_a_changed_file_by_name(finished, shards, file):
+    shutil.rmtree(shards.parent / "train")
+    flip(shards / file)
+    with pytest.raises(UserError, match=file) as error:
+        train(context(finished, shards))
+    assert error.value.remedy
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def rewritten(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
+    return lambda path: pq.write_table(change(pq.read_table(path)), path)
+
+
+def as_floats(table: pa.Table) -> pa.Table:
+    return table.set_column(1, "item_row", table["item_row"].cast(pa.float32()))
+
+
+TABLES: list[tuple[str, Callable[[Path], object]]] = [
+    ("users.parquet", truncate),
+    ("items.parquet", flip),
+    ("interactions.parquet", Path.unlink),
+    ("items.parquet", lambda path: path.write_bytes(b"")),
+    ("users.parquet", rewritten(lambda table: table.drop_columns("start"))),
+    ("items.parquet", rewritten(lambda table: table.drop_columns("title"))),
+    ("interactions.parquet", rewritten(as_floats)),
+]
+
+
+@pytest.mark.parametrize(("file", "harm"), TABLES)
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_harmed_table_is_refused_by_name_though_its_hash_agrees(finished, tmp_path, file, harm, signed):
+    directory = Path(shutil.copytree(open_context(finished, []).paths.prepare, tmp_path / "prepare"))
+    harm(directory / file)
+    if signed and (directory / file).exists() and harm is not flip:
+        forging.sign(directory)
+        with pytest.raises(UserError, match=rf"{file} (cannot be read|has other columns)"):
+            PreparedDataset.open(directory)
+        return
+    with pytest.raises(UserError, match=f"{file} is not the file that was prepared") as error:
+        PreparedDataset.open(directory)
+    assert "rarec prepare CONFIG --fresh" in error.value.remedy

@@ -1,0 +1,189 @@
+"""`bench_data.py stream`: the stream beside a bare `tarfile` read and a frozen model; its memory; its restart.
+
+Speed is measured on shards that all differ. For memory and restart, where only their number counts, many shards are one
+tar under many names, with the index and the manifest of as many full shards.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from figures import Figure, apart, at_least, at_most, memory, seconds
+
+from rarec.artefacts import check_files, read_manifest
+from rarec.data.index import INDEX, open_index, tar_name, write_index
+from rarec.data.plan import Plan
+from rarec.data.samples import Sample
+from rarec.data.shards import finish_shards, write_shards
+from rarec.data.stream import LocalTars, SampleStream
+
+BLOCKS, HIDDEN, DIM, ITEMS = 7, 384, 64, 12_000
+BATCH, BUDGET = 64, 64 * 80
+"""Samples, or padded tokens, of a step."""
+MANY = 1_000
+"""Shards at which a restart is measured."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the sub-command."""
+    parser.add_argument("--shards", type=int, default=20, help="that all differ; each of --samples, 10 kB a sample")
+    parser.add_argument("--samples", type=int, default=1024, help="in each shard")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--directory", type=Path, help="where shards are written and removed; by default for temporary files"
+    )
+
+
+def run(arguments: argparse.Namespace) -> list[Figure]:
+    """Make the shards, measure, remove them."""
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
+        shards, samples = arguments.shards, arguments.samples
+        places = {count: Path(scratch) / str(count) for count in (shards, 10 * shards, MANY)}
+        write_different(places[shards], shards, samples)
+        for count in {*places} - {shards}:
+            write_same(places[count], places[shards], count)
+        figures = [
+            at_most(f"restart in mid-epoch at {MANY} shards, {by}", worst, 2, " s")
+            for by, worst in restarts(places[MANY], arguments.rounds)
+        ]
+        resident = [apart(resident_over_an_epoch, places[count]) for count in (shards, 10 * shards)]
+        figures += [
+            Figure("memory before an epoch", f"{resident[0][0]:.0f} MiB"),
+            at_most(
+                f"resident memory over an epoch of {shards} shards, most - least",
+                resident[0][2] - resident[0][1],
+                20,
+                " MiB",
+            ),
+            at_most(f"the same of {10 * shards} shards", resident[1][2] - resident[1][1], 20, " MiB"),
+            at_most("most with ten times the shards - most", resident[1][2] - resident[0][2], 20, " MiB"),
+        ]
+        figures += apart(speeds, places[shards], arguments.rounds)
+    return figures
+
+
+def made_samples(places: range) -> Iterator[Sample]:
+    """Random samples of realistic sizes; the states differ everywhere."""
+    for number in places:
+        rng = np.random.default_rng(number)
+        history = rng.integers(ITEMS, size=rng.integers(8, 51)).astype(np.int32)
+        tokens = rng.integers(30_000, size=rng.integers(40, 101)).astype(np.int32)
+        states = rng.standard_normal((BLOCKS, HIDDEN), dtype=np.float32).astype(np.float16)
+        vectors = {"id": rng.standard_normal((1, DIM), dtype=np.float32)}
+        yield Sample(number, len(history), int(rng.integers(ITEMS)), history, tokens, {"id": 0}, states, vectors)
+
+
+def write_different(directory: Path, shards: int, samples: int) -> None:
+    """Shards as `rarec shards` writes them."""
+    records = write_shards(directory, shards * samples, samples, made_samples, "bench", lambda line: None)
+    finish_shards(directory, records, settings={}, made_from={})
+
+
+def write_same(directory: Path, source: Path, shards: int) -> None:
+    """Many shards: the first one of `source` under as many names."""
+    directory.mkdir()
+    manifest = read_manifest(source, "shards")
+    first = manifest["shards"][0]
+    rows_S = np.array(open_index(source, manifest)[: first["samples"]])
+    for shard in range(shards):
+        os.link(source / first["file"], directory / tar_name(shard))
+    numbered = (with_shard(rows_S, shard) for shard in range(shards))
+    write_index(directory, numbered, shards * len(rows_S))
+    records = [{**first, "file": tar_name(shard)} for shard in range(shards)]
+    finish_shards(directory, records, settings={}, made_from={})
+
+
+def with_shard(rows_S: np.ndarray, shard: int) -> np.ndarray:
+    """The same rows of an index in another shard."""
+    rows_S["shard"] = shard
+    return rows_S
+
+
+def stream_of(directory: Path, by: str) -> SampleStream:
+    """A stream opened as training opens it, in batches by size or by tokens."""
+    manifest = read_manifest(directory, "shards")
+    check_files(directory, {**manifest, "files": {INDEX: manifest["files"][INDEX]}})
+    index_S = open_index(directory, manifest)
+    size = {"batch_size": BATCH} if by == "batch_size" else {"tokens_per_batch": BUDGET}
+    return SampleStream(Plan(index_S["shard"], index_S["tokens"], 0, **size), index_S, LocalTars(directory), ITEMS)
+
+
+def restarts(directory: Path, rounds: int) -> Iterator[tuple[str, float]]:
+    """For each way to cut batches, the slowest restart in fresh processes."""
+    for by in ("batch_size", "tokens_per_batch"):
+        yield by, max(apart(restart, directory, by) for _ in range(rounds))
+
+
+def restart(directory: Path, by: str) -> float:
+    """Seconds from opening the shards to the batch in the middle of an epoch."""
+    started = time.perf_counter()
+    stream = stream_of(directory, by)
+    next(stream.epoch(1, stream.plan.steps(1) // 2))
+    return time.perf_counter() - started
+
+
+def resident_over_an_epoch(directory: Path) -> tuple[float, float, float]:
+    """MiB: resident before; the least and the most of it over an epoch, from its tenth part on."""
+    before, stream, seen = memory("VmRSS"), stream_of(directory, "batch_size"), []
+    for step, _ in enumerate(stream.epoch(0)):
+        if step >= stream.plan.steps(0) // 10:
+            seen.append(memory("VmRSS"))
+    return before, min(seen), max(seen)
+
+
+def speeds(directory: Path, rounds: int) -> list[Figure]:
+    """Whole epochs and whole bare reads in turns; then what a frozen model consumes."""
+    stream = stream_of(directory, "batch_size")
+    samples, ours, bare = stream.plan.samples, [], []
+    for epoch in range(rounds + 1):
+        bare.append(samples / seconds(partial(read_bare, directory)))
+        ours.append(samples / seconds(partial(read_epoch, stream, epoch)))
+    ratio = statistics.median(a / b for a, b in zip(ours[1:], bare[1:], strict=True))  # the first round warms up
+    consumed = step_rate()
+    return [
+        Figure("bare tarfile read, decoded", f"{statistics.median(bare[1:]):,.0f} samples/s"),
+        Figure("stream, checked and in random order", f"{statistics.median(ours[1:]):,.0f} samples/s"),
+        at_least("stream / bare", ratio, 0.9),
+        Figure("a frozen model of 110M parameters, forward and backward", f"{consumed:,.2f} samples/s"),
+        at_least("stream / frozen model", statistics.median(ours[1:]) / consumed, 20),
+    ]
+
+
+def read_epoch(stream: SampleStream, epoch: int) -> None:
+    """All of an epoch, nothing kept."""
+    for _ in stream.epoch(epoch):
+        pass
+
+
+def read_bare(directory: Path) -> None:
+    """Every member of every tar, decoded, nothing checked or kept."""
+    for path in sorted(directory.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                data = file.read()
+                if member.name.endswith(".json"):
+                    json.loads(data)
+                else:
+                    np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def step_rate(batch: int = 16, length: int = 70, steps: int = 3) -> float:
+    """Samples a second through a frozen BERT base at random weights: forward, and backward to its inputs."""
+    import torch  # only here: the processes that measure memory do without it
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig()).requires_grad_(False)
+    inputs = torch.randn(batch, length, model.config.hidden_size, requires_grad=True)
+    spent = [seconds(lambda: model(inputs_embeds=inputs).last_hidden_state.sum().backward()) for _ in range(steps + 1)]
+    return batch / statistics.median(spent[1:])
