@@ -76,17 +76,18 @@ def shards(
     overrides: Overrides = None,
     fresh: Fresh = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check the shards that are there; make nothing.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="With --verify: look into every sample as well.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="With --verify: make again only what is broken.")] = False,
 ) -> None:
     """3. Select samples, cache text states, write shards. Next: accelerate launch launch/train.py --config CONFIG"""
-    if (repair and not verify) or (fresh and verify):
-        raise UserError("--repair goes with --verify, and --verify not with --fresh")
+    if ((repair or deep) and not verify) or (fresh and verify):
+        raise UserError("--repair and --deep go with --verify, and --verify not with --fresh")
     if not verify:
         run_stage("shards", config, overrides, fresh)
         return
     with stoppable():
         context = open_context(config, overrides)
-        print(import_module("rarec.stages.verify").verify(context, repair))
+        print(import_module("rarec.stages.verify").verify(context, repair, deep))
 
 
 @app.command(rich_help_panel="Stages, in order")

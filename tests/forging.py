@@ -58,15 +58,15 @@ def write_honest(directory: Path) -> dict[str, Any]:
     return finish_shards(directory, records, {}, {"prepare": "by hand"})
 
 
-def problems(directory: Path) -> list[str]:
+def problems(directory: Path, deep: bool = True) -> list[str]:
     """What verification says, one line a file."""
-    return [problem.line for problem in verify_shards(directory, read_manifest(directory, "shards"), TRUTH, 2)]
+    return [problem.line for problem in verify_shards(directory, read_manifest(directory, "shards"), TRUTH, 2, deep)]
 
 
 def repair(directory: Path) -> None:
     """Make what is broken again."""
     manifest = read_manifest(directory, "shards")
-    broken = {problem.file for problem in verify_shards(directory, manifest, TRUTH, 2)}
+    broken = {problem.file for problem in verify_shards(directory, manifest, TRUTH, 2, deep=True)}
     records = repair_shards(directory, manifest, broken, TOTAL, PER_SHARD, make, lambda line: None)
     finish_shards(directory, records, manifest["settings"], manifest["made_from"])
 

@@ -93,6 +93,9 @@ def test_what_is_broken_in_a_run_is_named_and_only_that_is_made_again(finished, 
     left = {path.name: path.stat().st_ino for path in shards.iterdir()}
     with pytest.raises(UserError, match=told) as error:
         verify(context(finished, shards))
+    with pytest.raises(UserError) as deep:
+        verify(context(finished, shards), deep=True)
+    assert deep.value.problem == error.value.problem
     assert error.value.problem.count("\n") == 1
     assert "--verify --repair" in error.value.remedy
     assert f"made again: {file}" in verify(context(finished, shards), repair=True)
@@ -106,6 +109,7 @@ def test_what_is_broken_in_a_run_is_named_and_only_that_is_made_again(finished, 
 def test_honest_shards_are_counted_without_loading_a_model_whoever_wrote_them(finished, shards):
     run = context(finished, shards, "shards.writers=7")
     assert verify(run).startswith("5 shards, 288 samples, ")
+    assert "every sample as the dataset says" in verify(run, deep=True)
     assert "llm" not in vars(run)
     assert finished_shards(run)
 
@@ -126,6 +130,7 @@ def test_the_command_prints_a_line_a_problem_and_exits_with_2_until_it_has_repai
     code, out, err = call(capsys, *where, "--repair")
     assert (code, "made again: 000001.tar, 000003.tar; dropped: 3.tar" in out) == (0, True)
     assert call(capsys, *where)[0] == 0
+    assert "every sample" in call(capsys, *where, "--deep")[1]
     assert call(capsys, *where[:2], "--repair")[0] == EXIT_CODE
     assert call(capsys, *where, "--fresh")[0] == EXIT_CODE
 
@@ -237,3 +242,9 @@ def test_a_harmed_table_is_refused_by_name_though_its_hash_agrees(finished, tmp_
     with pytest.raises(UserError, match=f"{file} is not the file that was prepared") as error:
         PreparedDataset.open(directory)
     assert "rarec prepare CONFIG --fresh" in error.value.remedy
+
+
+def test_shards_that_lie_elsewhere_are_verified_there(finished, shards):
+    with pytest.raises(UserError, match="memory://bucket") as error:
+        verify(context(finished, shards, "train.stream.remote=memory://bucket"))
+    assert "where they were made" in error.value.remedy

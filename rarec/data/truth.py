@@ -49,6 +49,14 @@ class Truth:
         leaks = np.flatnonzero((self.positions_S < 1) | (self.positions_S >= lengths_S))
         return sample_key(int(self.user_rows_S[leaks[0]]), int(self.positions_S[leaks[0]])) if len(leaks) else None
 
+    def stranger(self, user_rows_S: npt.NDArray[np.integer], positions_S: npt.NDArray[np.integer]) -> int | None:
+        """The first of these samples, in the order of the shards, that was not selected for its place."""
+        least = min(len(user_rows_S), len(self.user_rows_S))
+        other_S = (user_rows_S[:least] != self.user_rows_S[:least]) | (positions_S[:least] != self.positions_S[:least])
+        if other_S.any():
+            return int(other_S.argmax())
+        return least if len(user_rows_S) > least else None
+
     def lie(self, sample: Sample) -> str | None:
         """What of a sample is not so, if anything."""
         user, position, dataset = sample.user, sample.position, self.dataset

@@ -25,20 +25,29 @@ _ROWS = 4096
 """Item states looked at together."""
 
 
-def verify(context: Context, repair: bool = False) -> str:
+def verify(context: Context, repair: bool = False, deep: bool = False) -> str:
     """Check `shards/` and, if asked to, make again what is broken; returns what was done.
+
+    Args:
+        context: the run.
+        repair: make again what is broken.
+        deep: look into every sample, not only where a hash differs.
 
     Raises:
         UserError: something is broken (one line a file) and is not to be repaired, or cannot be: the manifest is
             missing or garbled, or the shards were made by other settings or from another dataset.
     """
+    remote = context.config.train.stream.remote
+    if remote is not None:
+        raise UserError(f"the tars lie at {remote}", "verify them where they were made; what is fetched is verified")
     directory, manifest, parts = context.paths.shards, _manifest(context), ShardParts(context)
     began = time.monotonic()
-    problems = verify_shards(directory, manifest, parts.truth, min(MOST_THREADS, os.cpu_count() or 1))
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    problems = verify_shards(directory, manifest, parts.truth, threads, deep)
     known = {problem.file for problem in problems}
     problems += [problem for problem in _sidecar_problems(parts, directory, manifest) if problem.file not in known]
     if not problems:
-        return _summary(directory, manifest, time.monotonic() - began)
+        return _summary(directory, manifest, time.monotonic() - began, deep)
     lines = "".join(f"\n  {problem.line}" for problem in problems)
     told = f"{directory} is not as it should be:{lines}"
     if not repair:
@@ -132,7 +141,8 @@ def _told(old: Mapping[str, str], new: Mapping[str, str], broken: set[str]) -> s
     )
 
 
-def _summary(directory: Path, manifest: Mapping[str, Any], seconds: float) -> str:
+def _summary(directory: Path, manifest: Mapping[str, Any], seconds: float, deep: bool) -> str:
     size = sum((directory / name).stat().st_size for name in manifest["files"])
     counts = f"{len(manifest['shards'])} shards, {manifest['samples']} samples, {size} bytes"
-    return f"{counts}: all as written, and as the dataset says ({size / 1e6 / seconds:.0f} MB/s)"
+    found = "all as written" + (", and every sample as the dataset says" if deep else "")
+    return f"{counts}: {found} ({size / 1e6 / seconds:.0f} MB/s)"
