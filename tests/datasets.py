@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.prepare import prepare
+from rarec.data.preparation.prepare import prepare
 from tests.synthetic import write_log
 
 

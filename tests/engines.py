@@ -3,10 +3,12 @@
 CI sets RAREC_REQUIRE=spark, so that there nothing is skipped in silence.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,14 @@ from rarec.config.schema import Prepare
 from rarec.data.engines import Engine
 from rarec.data.engines.embedded import EmbeddedEngine
 
-SPARK = {"spark.master": "local[2]", "spark.sql.shuffle.partitions": "2", "spark.driver.memory": "2g"}
+SPARK = {
+    "spark.master": "local[2]",
+    "spark.sql.shuffle.partitions": "2",
+    "spark.driver.memory": "2g",
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.driver.host": "127.0.0.1",
+    "spark.ui.enabled": "false",
+}
 """Small, as the tests' tables are."""
 
 _installed = importlib.util.find_spec("pyspark") is not None and shutil.which("java") is not None
@@ -24,15 +33,31 @@ ENGINES_HERE = ["duckdb", *(["spark"] if _installed or _required else [])]
 ENGINES = ["duckdb", pytest.param("spark", marks=needs_spark)]
 
 
+@functools.cache
+def spark_session() -> Any:
+    """One session for all tests, which the engine finds and leaves."""
+    from pyspark.sql import SparkSession
+
+    builder = SparkSession.builder
+    for setting, value in SPARK.items():
+        builder = builder.config(setting, value)
+    session = builder.getOrCreate()
+    session.sparkContext.setLogLevel("FATAL")
+    return session
+
+
 def start(name: str, spill: Path) -> Engine:
     """An engine of that name."""
     if name == "duckdb":
         return EmbeddedEngine(spill)
     from rarec.data.engines.spark import SparkEngine
 
-    return SparkEngine(spill, SPARK)
+    spark_session()
+    return SparkEngine(spill, {})
 
 
 def on(name: str, config: Prepare) -> Prepare:
     """The same preparation on another engine."""
-    return config.model_copy(update={"engine": name, "spark": SPARK if name == "spark" else {}})
+    if name == "spark":
+        spark_session()
+    return config.model_copy(update={"engine": name})

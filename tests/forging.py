@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from rarec.artefacts import MANIFEST, read_json, read_manifest, sha256_file, sha256_json, write_json
-from rarec.data.index import ENTRY, INDEX, open_index
-from rarec.data.plan import Plan
-from rarec.data.samples import Sample
-from rarec.data.shards import finish_shards, repair_shards, write_shards
-from rarec.data.stream import LocalTars, SampleStream
-from rarec.data.truth import Truth
-from rarec.data.verify import verify_shards
+from rarec.data.shards.index import ENTRY, INDEX, open_index
+from rarec.data.shards.plan import Plan
+from rarec.data.shards.samples import Sample
+from rarec.data.shards.stream import LocalTars, SampleStream
+from rarec.data.shards.truth import Truth
+from rarec.data.shards.verify import verify_shards
+from rarec.data.shards.writing import finish_shards, repair_shards, write_shards
 from tests.datasets import by_hand
 
 ITEMS, PER_SHARD = 30, 8

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from rarec.artefacts import MANIFEST, read_json, write_json
-from rarec.data.index import ENTRY, INDEX
-from rarec.data.samples import Sample
+from rarec.data.shards.index import ENTRY, INDEX
+from rarec.data.shards.samples import Sample
 from tests import forging
 from tests.forging import ITEMS, PER_SHARD, TOTAL, TRUTH, Change, honest, in_field, member, members_of, retar
 

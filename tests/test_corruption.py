@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from rarec.artefacts import MANIFEST
 from rarec.cli import machine_trouble
-from rarec.data.index import INDEX, digest_of
-from rarec.data.samples import read_sample
+from rarec.data.shards.index import INDEX, digest_of
+from rarec.data.shards.samples import read_sample
 from rarec.errors import UserError
 from tests import forging
 from tests.forging import PER_SHARD, TOTAL, bytes_of, forge, problems, retar

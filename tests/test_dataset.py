@@ -8,7 +8,7 @@ import pytest
 from rarec.artefacts import read_json, write_json
 from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.prepare import prepare
+from rarec.data.preparation.prepare import prepare
 from rarec.errors import UserError
 from tests.synthetic import write_log
 

@@ -11,9 +11,9 @@ import pytest
 from rarec.artefacts import read_json
 from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.prepare import identity, prepare
+from rarec.data.preparation.prepare import identity, prepare
 from rarec.errors import UserError
-from tests.engines import needs_spark, on
+from tests.engines import needs_spark, on, spark_session
 from tests.test_prepare import CATALOGUE, LOG, any_log, configure, refuse, write
 from tools.make_log import make_log
 
@@ -142,13 +142,9 @@ def test_a_table_or_column_that_a_database_lacks_is_named(tmp_path: Path, kind: 
 
 @needs_spark
 def test_a_registered_table_of_spark_is_read_by_name(tmp_path: Path) -> None:
-    from rarec.data.engines.spark import SparkEngine
-    from tests.engines import SPARK
-
-    engine = SparkEngine(tmp_path / "scratch", SPARK)
-    engine._session.createDataFrame(LOG, "who string, what string, bought bigint").createOrReplaceTempView("log")
     columns = "item string, title string, brand string, year string"
-    engine._session.createDataFrame(CATALOGUE, columns).createOrReplaceTempView("items")
+    spark_session().createDataFrame(LOG, "who string, what string, bought bigint").createOrReplaceTempView("log")
+    spark_session().createDataFrame(CATALOGUE, columns).createOrReplaceTempView("items")
     dataset = run(on("spark", of_tables("spark")), tmp_path / "out")
     assert dataset.item_rows_I.tolist() == [0, 1, 2, 3, 1, 0, 2]
 

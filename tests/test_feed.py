@@ -17,7 +17,7 @@ import torch
 from rarec.artefacts import read_json
 from rarec.cli import STOPPED, open_context
 from rarec.config import ARMS
-from rarec.data.index import key_of, open_index
+from rarec.data.shards.index import key_of, open_index
 from rarec.errors import UserError
 from rarec.models.objective import Objective
 from rarec.stages import fresh
@@ -25,6 +25,7 @@ from rarec.stages.context import Context
 from rarec.stages.shards import shards
 from rarec.stages.train import finished_training, train
 from rarec.training.checkpoints import Checkpoints
+from tests.processes import workers_of
 from tests.test_training import LAUNCH, final_weights, log_lines, untrained
 
 ARM = "per_layer_lora"
@@ -103,7 +104,7 @@ def test_weights_are_equal_bit_for_bit_on_any_workers_and_through_a_resume(finis
         stop_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             stopped.train(*cut, "train.stream.workers=1")
-    assert psutil.Process().children() == []
+    assert workers_of(psutil.Process()) == []
     assert Checkpoints(stopped.arm / "checkpoints", 1).steps()[-1] == 4
     stopped.train(*cut, "train.stream.workers=2")
     assert equal(none, stopped)

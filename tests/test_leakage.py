@@ -10,8 +10,8 @@ import pytest
 
 from rarec.cli import open_context
 from rarec.data.dataset import PreparedDataset
-from rarec.data.leakage import refuse_leaks
-from rarec.data.selection import select_samples
+from rarec.data.preparation.leakage import refuse_leaks
+from rarec.data.selection.select import select_samples
 from rarec.errors import UserError
 from rarec.stages.ids import ids
 from rarec.stages.prepare import prepare
@@ -111,7 +111,7 @@ def test_interactions_out_of_order_are_refused(dataset: PreparedDataset) -> None
 
 
 def counted(dataset: PreparedDataset) -> np.ndarray[Any, np.dtype[np.int64]]:
-    from rarec.data.leakage import training_part
+    from rarec.data.preparation.leakage import training_part
 
     return np.bincount(dataset.item_rows_I[training_part(dataset)], minlength=dataset.n_items)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rarec.errors import UserError
 from rarec.training.loader import BatchLoader
+from tests.processes import workers_of
 from tests.shards import open_stream, write_shards
 
 
@@ -25,9 +26,8 @@ def shards(tmp_path_factory) -> tuple[Path, dict]:
 
 @pytest.fixture(autouse=True)
 def _no_process_is_left() -> Iterator[None]:
-    before = set(psutil.Process().children())
     yield
-    assert set(psutil.Process().children()) == before
+    assert workers_of(psutil.Process()) == []
 
 
 def keys(samples) -> list[int]:
@@ -95,10 +95,6 @@ def test_a_damaged_sample_read_by_a_worker_is_named(tmp_path):
     os.truncate(tmp_path / "000000.tar", 512 * 20)
     with pytest.raises(UserError, match=r"000000\.tar, sample \d+-"), loader((tmp_path, manifest), 1).open(0, 3) as b:
         list(b)
-
-
-def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children() if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_killed_worker_is_one_clear_error_wherever_the_main_process_is(shards):

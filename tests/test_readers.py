@@ -14,8 +14,8 @@ import pytest
 from rarec.config.schema import Interactions
 from rarec.data.engines import Engine, value
 from rarec.data.engines.embedded import EmbeddedEngine
-from rarec.data.files import digest, find_files
-from rarec.data.inputs import place_of, read_log
+from rarec.data.engines.files import digest, find_files
+from rarec.data.preparation.inputs import place_of, read_log
 from rarec.errors import UserError
 from tests.engines import ENGINES, start
 

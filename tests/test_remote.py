@@ -10,8 +10,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rarec.artefacts import IDENTITY, read_json, sha256_json, write_json
-from rarec.data.remote import RemoteTars, fetch_description
-from rarec.data.stream import OPEN
+from rarec.data.shards.remote import RemoteTars, fetch_description
+from rarec.data.shards.stream import OPEN
 from rarec.errors import UserError
 from tests.shards import open_stream, users, write_shards
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarec.config.schema import Prepare, Shards
-from rarec.data.buckets import Buckets, draw_evenly
 from rarec.data.dataset import PreparedDataset
-from rarec.data.prepare import prepare
-from rarec.data.selection import Selection, select_samples
-from rarec.data.words import TitleWords, words
+from rarec.data.preparation.prepare import prepare
+from rarec.data.selection.buckets import Buckets, draw_evenly
+from rarec.data.selection.select import Selection, select_samples
+from rarec.data.selection.words import TitleWords, words
 from rarec.errors import UserError
 from tests.synthetic import write_log
 from tests.test_readers import write_table

@@ -12,7 +12,7 @@ import pytest
 from rarec.artefacts import MANIFEST, read_json, write_json
 from rarec.cli import app, guarded, open_context
 from rarec.data.dataset import PreparedDataset
-from rarec.data.index import INDEX
+from rarec.data.shards.index import INDEX
 from rarec.errors import EXIT_CODE, UserError
 from rarec.stages import shards as stage
 from rarec.stages.context import Context

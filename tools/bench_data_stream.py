@@ -20,11 +20,11 @@ import numpy as np
 from figures import Figure, apart, at_least, at_most, memory, seconds
 
 from rarec.artefacts import check_files, read_manifest
-from rarec.data.index import INDEX, open_index, tar_name, write_index
-from rarec.data.plan import Plan
-from rarec.data.samples import Sample
-from rarec.data.shards import finish_shards, write_shards
-from rarec.data.stream import LocalTars, SampleStream
+from rarec.data.shards.index import INDEX, open_index, tar_name, write_index
+from rarec.data.shards.plan import Plan
+from rarec.data.shards.samples import Sample
+from rarec.data.shards.stream import LocalTars, SampleStream
+from rarec.data.shards.writing import finish_shards, write_shards
 
 BLOCKS, HIDDEN, DIM, ITEMS = 7, 384, 64, 12_000
 BATCH, BUDGET = 64, 64 * 80

@@ -23,7 +23,7 @@ import torch
 
 from rarec.config import ARMS
 from rarec.config.schema import Llm, Loss, Prompt, RunConfig, Train
-from rarec.data.samples import Sample
+from rarec.data.shards.samples import Sample
 from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
 from rarec.models.load import load_model
 from rarec.models.objective import Objective

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.prepare import prepare
+from rarec.data.preparation.prepare import prepare
 
 Counts = dict[str, int]
 """Interactions, users, items met."""

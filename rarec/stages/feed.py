@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from rarec.artefacts import write_json
-from rarec.data.cuts import Numbers
-from rarec.data.damage import damaged_samples, name_samples, read_named
-from rarec.data.index import open_index
-from rarec.data.plan import Plan
-from rarec.data.remote import RemoteTars
-from rarec.data.stream import LocalTars, SampleStream, Tars
+from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.damage import damaged_samples, name_samples, read_named
+from rarec.data.shards.index import open_index
+from rarec.data.shards.plan import Plan
+from rarec.data.shards.remote import RemoteTars
+from rarec.data.shards.stream import LocalTars, SampleStream, Tars
 from rarec.errors import UserError
 from rarec.models.build import slots_reserved
 from rarec.stages.context import Context

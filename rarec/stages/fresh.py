@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from rarec.config import Arm
-from rarec.data.stream import SampleStream
+from rarec.data.shards.stream import SampleStream
 from rarec.models.alignment import AlignmentModule
 from rarec.models.build import build_model
 from rarec.models.initialise import initialise

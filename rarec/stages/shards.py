@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import is_current, read_manifest, sha256_json, write_aside, write_json
-from rarec.data.remote import fetch_description
-from rarec.data.samples import Sample
-from rarec.data.selection import select_samples
-from rarec.data.shards import finish_shards, write_shards
-from rarec.data.truth import Truth
+from rarec.data.selection.select import select_samples
+from rarec.data.shards.remote import fetch_description
+from rarec.data.shards.samples import Sample
+from rarec.data.shards.truth import Truth
+from rarec.data.shards.writing import finish_shards, write_shards
 from rarec.errors import UserError
 from rarec.models.text_states import text_states
 from rarec.prompts import Encoded

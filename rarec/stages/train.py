@@ -18,8 +18,8 @@ from rarec.artefacts import (
     write_manifest,
 )
 from rarec.config import ARMS, Arm
-from rarec.data.index import INDEX
-from rarec.data.stream import SampleStream
+from rarec.data.shards.index import INDEX
+from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
 from rarec.models.encode import Encoder
 from rarec.models.objective import Objective

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from rarec.artefacts import IDENTITY, is_current, read_json, read_manifest
-from rarec.data.index import FRESH, INDEX, REMAKE, map_npy
-from rarec.data.members import finite
-from rarec.data.shards import finish_shards, repair_shards
-from rarec.data.verify import Problem, verify_shards
+from rarec.data.shards.index import FRESH, INDEX, REMAKE, map_npy
+from rarec.data.shards.members import finite
+from rarec.data.shards.verify import Problem, verify_shards
+from rarec.data.shards.writing import finish_shards, repair_shards
 from rarec.errors import UserError
 from rarec.stages.context import Context
 from rarec.stages.shards import ITEM_STATES, SELECTION, TARGET_COUNTS, ShardParts, finished_shards, shard_settings

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rarec.data.samples import Sample
+from rarec.data.shards.samples import Sample
 from rarec.ids.source import Source
 from rarec.models.encode import side_batch
 from rarec.models.objective import Targets

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 from torch.utils.data import DataLoader, Dataset
 
-from rarec.data.cuts import Numbers
-from rarec.data.stream import SampleStream
+from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
 from rarec.training.batches import Batch, Collator
 

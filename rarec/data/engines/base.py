@@ -12,7 +12,7 @@ import fsspec
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from rarec.data.files import Files
+from rarec.data.engines.files import Files
 from rarec.errors import UserError
 
 

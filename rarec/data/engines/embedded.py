@@ -13,8 +13,8 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from rarec.data.engines.base import Place, Read, check_columns, describe
+from rarec.data.engines.files import Files
 from rarec.data.engines.readers import identifier, quoted, scan
-from rarec.data.files import Files
 from rarec.errors import UserError
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from rarec.data.engines.base import Named, Place, Read, check_columns, describe
 from rarec.data.engines.embedded import EmbeddedEngine
-from rarec.data.files import Files
+from rarec.data.engines.files import Files
 from rarec.errors import UserError
 
 

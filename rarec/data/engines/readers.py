@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rarec.data.engines.base import DELIMITED, Named, Place, describe, header
-from rarec.data.files import Files
+from rarec.data.engines.files import Files
 from rarec.errors import UserError
 
 Query = Callable[[str], list[tuple[Any, ...]]]

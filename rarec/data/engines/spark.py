@@ -5,6 +5,7 @@ the driver and every executor see: nothing is recomputed, plans stay short, and 
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from rarec.data.engines.base import DELIMITED, Place, Read, check_columns, describe, header
-from rarec.data.files import Files
+from rarec.data.engines.files import Files
 from rarec.errors import UserError
 
 try:
     from py4j.protocol import Py4JError
+    from pyspark import SparkContext
     from pyspark.errors import PySparkException
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql import functions as F
@@ -42,6 +44,7 @@ LOCAL = {
     "spark.driver.memory": "4g",
     "spark.driver.bindAddress": "127.0.0.1",  # the host's own name may not resolve
     "spark.driver.host": "127.0.0.1",
+    "spark.sql.shuffle.partitions": str(4 * (os.cpu_count() or 2)),  # Spark's own 200 are for clusters
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }
@@ -51,7 +54,7 @@ SCHEMES = {"s3": "s3a", "gcs": "gs", "az": "abfs"}
 
 
 class SparkEngine:
-    """A Spark session.
+    """A Spark session: the caller's own where there is one, else one that ends with the engine.
 
     Args:
         scratch: a directory or URL of its own, which executors see; removed in the end.
@@ -64,9 +67,11 @@ class SparkEngine:
     def __init__(self, scratch: Path | str, settings: Mapping[str, str]) -> None:
         self._scratch = str(scratch if "://" in str(scratch) else Path(scratch).absolute())
         self._system: fsspec.AbstractFileSystem = url_to_fs(self._scratch)[0]
-        self._session = _start(settings)
+        self._ours = SparkSession.getActiveSession() is None
+        self._session = _start(settings, self._ours)
         self._ibis = ibis.pyspark.connect(self._session)
         self._kept: dict[str, int] = {}
+        self._views: set[str] = set()
 
     def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
         """See `Engine`. Columns of Parquet and of tables are read where they lie; others are kept."""
@@ -107,11 +112,13 @@ class SparkEngine:
                 yield from pq.ParquetFile(file).iter_batches()
 
     def close(self) -> None:
-        """See `Engine`. The session stays: it may be the caller's."""
-        for name in self._kept:
-            self._session.catalog.dropTempView(name)
+        """See `Engine`."""
+        for view in self._views:
+            self._session.catalog.dropTempView(view)
         if self._system.exists(self._scratch):
             self._system.rm(self._scratch, recursive=True)
+        if self._ours:
+            _end(self._session)
 
     def _frame(self, place: Place) -> tuple[DataFrame, dict[str, str]]:
         """A table, and its columns: name in the table to name in the frame."""
@@ -161,6 +168,7 @@ class SparkEngine:
     def _view(self, name: str, frame: DataFrame) -> ir.Table:
         view = f"rarec_{name}_{self._kept.get(name, 0)}"
         frame.createOrReplaceTempView(view)
+        self._views.add(view)
         table: ir.Table = self._ibis.table(view)
         return table
 
@@ -168,12 +176,10 @@ class SparkEngine:
         return self._session.sql(str(ibis.to_sql(expression, dialect="pyspark")))
 
 
-def _start(settings: Mapping[str, str]) -> SparkSession:
-    """The session: the caller's own where there is one, or a new one by these settings."""
+def _start(settings: Mapping[str, str], ours: bool) -> SparkSession:
     builder = SparkSession.builder.appName("rarec prepare")
-    active = SparkSession.getActiveSession()
-    ours = LOCAL if not active and settings.get("spark.master", "local").startswith("local") else {}
-    for name, setting in {**ours, **settings, **ALWAYS}.items():
+    local = LOCAL if ours and settings.get("spark.master", "local").startswith("local") else {}
+    for name, setting in {**local, **settings, **ALWAYS}.items():
         builder = builder.config(name, setting)
     try:
         session = builder.getOrCreate()
@@ -181,10 +187,20 @@ def _start(settings: Mapping[str, str]) -> SparkSession:
         raise UserError(
             f"prepare.engine: Spark does not start: {error}", "install Java 17 or 21; see prepare.spark"
         ) from None
-    if not active:  # what fails is raised, once
+    if ours:  # what fails is raised, once
         session.sparkContext.setLogLevel("FATAL")
         logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     return session
+
+
+def _end(session: SparkSession) -> None:
+    """Stop a session and its JVM, which would otherwise keep its gigabytes while models train."""
+    session.stop()
+    gateway, SparkContext._gateway, SparkContext._jvm = SparkContext._gateway, None, None
+    if gateway is not None:
+        gateway.shutdown()
+        gateway.proc.stdin.close()  # the JVM lives as long as this is open
+        gateway.proc.wait()
 
 
 def _hadoop(path: str) -> str:

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import fsspec
 
 from rarec.artefacts import MANIFEST, new_directory, read_manifest, write_aside
-from rarec.data.index import tar_name
-from rarec.data.stream import OPEN
+from rarec.data.shards.index import tar_name
+from rarec.data.shards.stream import OPEN
 from rarec.errors import UserError
 
 _BLOCK = 2**22

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import webdataset
 
 from rarec.artefacts import write_aside
-from rarec.data.index import ENTRY, REMAKE, Entries, digest_of, key_of, sample_key
-from rarec.data.members import members, npy
+from rarec.data.shards.index import ENTRY, REMAKE, Entries, digest_of, key_of, sample_key
+from rarec.data.shards.members import members, npy
 from rarec.errors import UserError
 
 LENGTHS = 8

@@ -13,13 +13,14 @@ import ibis.expr.types as ir
 
 from rarec.artefacts import new_directory, sha256_json, write_manifest
 from rarec.config.schema import Prepare
-from rarec.data import split, steps, tables
+from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import Engine, Named, describe, open_engine, value
-from rarec.data.files import digest
-from rarec.data.inputs import Catalogue, place_of, read_catalogue, read_log, refuse_unordered, span
-from rarec.data.leakage import refuse_leaks
-from rarec.data.ledger import Ledger
+from rarec.data.engines.files import digest
+from rarec.data.preparation import split, steps
+from rarec.data.preparation.inputs import Catalogue, place_of, read_catalogue, read_log, refuse_unordered, span
+from rarec.data.preparation.leakage import refuse_leaks
+from rarec.data.preparation.ledger import Ledger
 from rarec.errors import UserError
 
 Say = Callable[[str], None]

@@ -12,9 +12,9 @@ from typing import BinaryIO
 import numpy as np
 
 from rarec.artefacts import read_json
-from rarec.data.cuts import Numbers
-from rarec.data.index import Entries, digest_of, key_of, tar_name
-from rarec.data.stream import LocalTars
+from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.index import Entries, digest_of, key_of, tar_name
+from rarec.data.shards.stream import LocalTars
 from rarec.errors import UserError
 
 Named = dict[str, dict[str, int]]

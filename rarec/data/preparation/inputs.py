@@ -8,9 +8,9 @@ import ibis
 import ibis.expr.types as ir
 
 from rarec.config.schema import Interactions, Items, Table
-from rarec.data import columns, steps
 from rarec.data.engines import Engine, Named, Place, Read, describe, value
-from rarec.data.files import find_files
+from rarec.data.engines.files import find_files
+from rarec.data.preparation import columns, steps
 from rarec.errors import UserError
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.dataset import Int32, PreparedDataset
-from rarec.data.index import sample_key
-from rarec.data.members import finite
-from rarec.data.samples import Sample
+from rarec.data.shards.index import sample_key
+from rarec.data.shards.members import finite
+from rarec.data.shards.samples import Sample
 
 
 @dataclass(frozen=True)

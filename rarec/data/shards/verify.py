@@ -15,10 +15,20 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from rarec.artefacts import MANIFEST, sha256_file
-from rarec.data.index import ENTRY, INDEX, Entries, by_shard, digest_of, key_of, open_index, shard_records, tar_name
-from rarec.data.members import BLOCK, members, walk
-from rarec.data.samples import Sample, shard_record
-from rarec.data.truth import Truth
+from rarec.data.shards.index import (
+    ENTRY,
+    INDEX,
+    Entries,
+    by_shard,
+    digest_of,
+    key_of,
+    open_index,
+    shard_records,
+    tar_name,
+)
+from rarec.data.shards.members import BLOCK, members, walk
+from rarec.data.shards.samples import Sample, shard_record
+from rarec.data.shards.truth import Truth
 from rarec.errors import UserError
 
 _MOST_AFTER = 40 * BLOCK

@@ -14,9 +14,9 @@ from itertools import chain, count, islice
 
 import numpy as np
 
-from rarec.data.cuts import BySize, ByTokens, Column, Cut, Numbers
-from rarec.data.index import REMAKE
-from rarec.data.mapped import release
+from rarec.data.shards.cuts import BySize, ByTokens, Column, Cut, Numbers
+from rarec.data.shards.index import REMAKE
+from rarec.data.shards.mapped import release
 from rarec.errors import UserError
 
 SHUFFLED_TOGETHER = 4

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rarec.artefacts import read_json, sha256_file, write_json, write_manifest
-from rarec.data.index import ENTRY, INDEX, Entries, by_shard, open_index, tar_name, write_index
-from rarec.data.samples import Sample, write_shard
-from rarec.data.verify import scan
+from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, open_index, tar_name, write_index
+from rarec.data.shards.samples import Sample, write_shard
+from rarec.data.shards.verify import scan
 
 Make = Callable[[range], Iterable[Sample]]
 """The samples at these places among all, in order."""

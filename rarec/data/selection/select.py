@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.config.schema import Shards
-from rarec.data.buckets import Buckets, draw_evenly
 from rarec.data.dataset import Int32, PreparedDataset
-from rarec.data.words import TitleWords
+from rarec.data.selection.buckets import Buckets, draw_evenly
+from rarec.data.selection.words import TitleWords
 from rarec.errors import UserError
 
 Int64 = npt.NDArray[np.int64]

@@ -17,7 +17,7 @@ from typing import Literal
 import ibis
 import ibis.expr.types as ir
 
-from rarec.data.columns import hashed
+from rarec.data.preparation.columns import hashed
 
 PRIME = 2**31 - 1
 TIE_RULE = (

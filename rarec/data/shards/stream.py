@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from rarec.data.cuts import Numbers
-from rarec.data.index import FRESH, REMAKE, Entries, key_of, tar_name
-from rarec.data.mapped import release
-from rarec.data.plan import SHUFFLED_TOGETHER, Plan
-from rarec.data.samples import Sample, read_sample
+from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.index import FRESH, REMAKE, Entries, key_of, tar_name
+from rarec.data.shards.mapped import release
+from rarec.data.shards.members import finite
+from rarec.data.shards.plan import SHUFFLED_TOGETHER, Plan
+from rarec.data.shards.samples import Sample, read_sample
 from rarec.errors import UserError
 
 OPEN = 2 * SHUFFLED_TOGETHER
 """Tars held open: a window of the plan lies in two groups of shards, unless they are tiny."""
-_EXPONENT: dict[int, np.unsignedinteger] = {2: np.uint16(0x7C00), 4: np.uint32(0x7F800000)}
-"""The exponent's bits by item size; all are set in infinities and NaN only."""
 
 
 class Tars(Protocol):
@@ -142,12 +140,6 @@ def _problem(sample: Sample, items: int) -> str | None:
     rows_H = sample.history_H
     if sample.target >= items or (len(rows_H) and (rows_H.min() < 0 or rows_H.max() >= items)):
         return f"an item's row is beyond the catalogue of {items}"
-    if not all(_finite(values) for values in (sample.states_LD, *sample.vectors.values())):
+    if not all(finite(values) for values in (sample.states_LD, *sample.vectors.values())):
         return "a state or a vector is not a finite number"
     return None
-
-
-def _finite(values: npt.NDArray[np.floating]) -> bool:
-    """Several times faster than `np.isfinite` on half precision."""
-    exponent = _EXPONENT[values.itemsize]
-    return not ((values.view(exponent.dtype) & exponent) == exponent).any()

@@ -1,0 +1,1 @@
+"""Logs to a prepared dataset: read, filter, number, order, split; written once, for every engine."""

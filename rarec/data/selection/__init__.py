@@ -1,0 +1,1 @@
+"""Which training samples are kept: denoise, diversify, share."""
