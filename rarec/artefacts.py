@@ -5,6 +5,8 @@ A manifest holds `kind`, `schema`, `settings` (the configuration that shaped the
 The artefact's `hash` is the sha256 of all of that but the figures that differ between equal runs.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -49,18 +51,47 @@ def write_aside(path: Path) -> Iterator[BinaryIO]:
 
     What a killed process left there is dropped.
     """
-    for stale in path.parent.glob(f".{path.name}.aside-*"):
-        stale.unlink()
+    drop_stale(path.parent, path.name)
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     try:
         with aside.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+            aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
     _fsync(path.parent)
+
+
+def drop_stale(directory: Path, name: str | None = None) -> None:
+    """Drop what killed processes left standing aside, of one name or of all; what a living one writes is locked."""
+    for aside in directory.glob(f".{'*' if name is None else glob.escape(name)}.aside-*"):
+        with _locked_if_free(aside) as free:
+            if free and aside.is_dir():
+                shutil.rmtree(aside)
+            elif free:
+                aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked_if_free(path: Path) -> Iterator[bool]:
+    """Try to take the lock that a writer holds; False where it is held, or the path is gone."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except BlockingIOError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,11 +126,12 @@ def new_directory(path: Path) -> Iterator[Path]:
     old = path.with_name(f".{path.name}.aside-old")
     if old.exists() and not path.exists():  # killed between the two renames below
         old.rename(path)
-    for stale in path.parent.glob(f".{path.name}.aside-*"):
-        shutil.rmtree(stale)
+    drop_stale(path.parent, path.name)
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     aside.mkdir()
+    handle = os.open(aside, os.O_RDONLY)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield aside
         for entry in aside.rglob("*"):
             _fsync(entry)
@@ -110,6 +142,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         _fsync(path.parent)
     finally:
+        os.close(handle)
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -1,8 +1,18 @@
 """Artefacts: written aside and renamed whole; what stood there before survives every way of failing."""
 
+import multiprocessing
+
 import pytest
 
-from rarec.artefacts import is_current, new_directory, read_manifest, write_json, write_manifest
+from rarec.artefacts import (
+    is_current,
+    new_directory,
+    read_manifest,
+    write_aside,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from rarec.errors import UserError
 
 
@@ -56,3 +66,22 @@ def test_no_json_that_is_not_json(tmp_path):
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_dropped_and_what_a_living_one_writes_stays(tmp_path):
+    (tmp_path / ".a.aside-1").write_text("torn")
+    (tmp_path / ".d.aside-1").mkdir()
+    (tmp_path / ".notes").write_text("mine")
+    with write_aside(tmp_path / "a") as file, new_directory(tmp_path / "d") as directory:
+        file.write(b"first")
+        (directory / "file").write_text("first")
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            pool.apply(write_both, (tmp_path,))
+        assert (tmp_path / "a").read_text() == "second"
+    assert (tmp_path / "a").read_text() == (tmp_path / "d" / "file").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes", "a", "d"]
+
+
+def write_both(root):
+    write_text(root / "a", "second")
+    write(root / "d", "second")

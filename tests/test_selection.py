@@ -98,7 +98,7 @@ def test_sharing_a_word_is_what_sets_say(titles: list[list[str]], lengths: list[
 
 def test_denoise_in_parts_is_denoise_at_once(synthetic: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pairs(select_samples(synthetic, Shards(denoise=True), seed=0))
-    monkeypatch.setattr("rarec.data.selection.USERS_AT_A_TIME", 7)
+    monkeypatch.setattr("rarec.data.selection.select.USERS_AT_A_TIME", 7)
     assert pairs(select_samples(synthetic, Shards(denoise=True), seed=0)) == whole
     assert 0 < len(whole) < synthetic.manifest["counts"]["training_samples"]
 

@@ -135,7 +135,7 @@ def test_at_most_the_writers_and_one_more_shard_are_in_memory(tmp_path, monkeypa
         most[0] = max(most[0], made[0] - written[0])
         return map(made_sample, places)
 
-    monkeypatch.setattr("rarec.data.shards.write_shard", slow)
+    monkeypatch.setattr("rarec.data.shards.writing.write_shard", slow)
     write(tmp_path, 60, 5, 3, make=make)
     assert most[0] == 4
 
@@ -172,14 +172,14 @@ def test_a_writer_that_fails_stops_the_maker_and_keeps_the_other_shards(tmp_path
         made.append(places.start)
         return map(made_sample, places)
 
-    monkeypatch.setattr("rarec.data.shards.write_shard", failing)
+    monkeypatch.setattr("rarec.data.shards.writing.write_shard", failing)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path, 400, 10, make=make)
     assert len(made) < 10
     assert threading.active_count() == before
     kept = len(list(tmp_path.glob("*.tar")))
     assert kept >= 2
-    monkeypatch.setattr("rarec.data.shards.write_shard", real)
+    monkeypatch.setattr("rarec.data.shards.writing.write_shard", real)
     made.clear()
     write(tmp_path, 400, 10, make=make)
     assert len(made) == 40 - kept
