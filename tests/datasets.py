@@ -1,6 +1,7 @@
 """Prepared datasets for tests: the synthetic log through the real preparation, and sequences written out by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +12,14 @@ from rarec.data.preparation.prepare import prepare
 from tests.synthetic import write_log
 
 
-def prepared(root: Path, users: int = 60, items: int = 40) -> PreparedDataset:
+def prepared(root: Path, users: int = 60, items: int = 40, **more: Any) -> PreparedDataset:
     """The synthetic log, prepared."""
     interactions, catalogue = write_log(root / "log", users, items)
     config = Prepare.model_validate(
         {
             "interactions": {"path": str(interactions), "user": "user", "item": "item", "time": "time"},
             "items": {"path": str(catalogue), "item": "item", "title": "title"},
+            **more,
         }
     )
     return prepare(config, root / "prepare", seed=0, say=lambda line: None)

@@ -53,7 +53,7 @@ def start(name: str, spill: Path) -> Engine:
     from rarec.data.engines.spark import SparkEngine
 
     spark_session()
-    return SparkEngine(spill, {})
+    return SparkEngine(str(spill), {})
 
 
 def on(name: str, config: Prepare) -> Prepare:

@@ -1,14 +1,20 @@
 """One preparation, many engines: the same files, byte for byte; and tables by name, and files behind URLs."""
 
+import re
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rarec.artefacts import read_json
+from rarec.config import dump_config
 from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.prepare import identity, prepare
@@ -94,7 +100,7 @@ def test_what_a_text_means_as_a_time_is_ours_to_say(tmp_path: Path, engine: str)
         -1500, 0.5, 7,
     ]  # fmt: skip
     assert found == [name for _, name in sorted(zip(seconds, names, strict=True))]
-    for bad in NO_TIMES if engine == "duckdb" else NO_TIMES[:3]:
+    for bad in NO_TIMES:
         write(tmp_path, [*LOG, ("u9", "a", bad)])
         with pytest.raises(UserError, match="time is") as caught:
             run(on(engine, configure(tmp_path)), tmp_path / "out")
@@ -204,3 +210,100 @@ def test_a_dataset_does_not_remember_what_computed_it(tmp_path: Path) -> None:
     assert read_json(tmp_path / "out" / "manifest.json")["engine"] == "duckdb"
     with pytest.raises(UserError, match=r"prepare\.memory"):
         run(config.model_copy(update={"memory": "plenty"}), tmp_path / "other")
+
+
+@pytest.mark.parametrize("engine", ["duckdb", pytest.param("spark", marks=needs_spark)])
+def test_timestamps_and_days_of_parquet_are_times(tmp_path: Path, engine: str) -> None:
+    items = [(name, "t", "", "") for name in "abde"]
+    for kind in (pa.timestamp("us"), pa.timestamp("us", "Asia/Tokyo"), pa.date32()):
+        write(tmp_path, LOG, items, "parquet")
+        moments = pa.array(
+            [
+                datetime(1969, 12, 31, 23, 59, 59, 250_000),
+                datetime(2023, 11, 14),
+                datetime(2024, 2, 29),
+                datetime(2024, 3, 1),
+            ]
+        )
+        times = moments.cast(kind, safe=False)
+        log = pa.table({"user": ["u"] * 4, "item": list("bdae"), "time": times})
+        pq.write_table(log, tmp_path / "log.parquet")
+        config = configure(tmp_path, log="log.parquet", items="items.parquet")
+        dataset = run(on(engine, config), tmp_path / "out")
+        first = -86_400.0 if kind == pa.date32() else -0.75
+        found = pq.read_table(tmp_path / "out" / "interactions.parquet")["time"].to_pylist()
+        assert found == [first, 1_699_920_000.0, 1_709_164_800.0, 1_709_251_200.0]
+        assert dataset.item_rows_I.tolist() == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", pytest.param("spark", marks=needs_spark)])
+@pytest.mark.parametrize(
+    ("bad", "said"), [(float("inf"), "data row 2"), (float("nan"), "data row 2"), (2.0**60, "2**53")]
+)
+def test_a_position_that_is_none_or_too_large_is_refused(tmp_path: Path, engine: str, bad: float, said: str) -> None:
+    write(tmp_path, [("u", item, at) for item, at in zip("abd", (1.0, bad, 3.0), strict=True)], suffix="parquet")
+    config = configure(tmp_path, log="log.parquet", items="items.parquet", order="position")
+    with pytest.raises(UserError, match=re.escape(said)):
+        run(on(engine, config), tmp_path / "out")
+
+
+def test_minus_zero_is_zero_in_whatever_order_rows_stand(tmp_path: Path) -> None:
+    hashes = set()
+    for times in ((-0.0, 0.0, 1.0, 2.0, 3.0), (0.0, -0.0, 1.0, 2.0, 3.0)):
+        write(tmp_path, [("u", item, time) for item, time in zip("aabde", times, strict=True)])
+        hashes.add(tuple(run(configure(tmp_path), tmp_path / "out").manifest["files"].values()))
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("name", ["interactions", "items_1", "log", "shop.log"])
+def test_a_duckdb_table_may_have_any_name_and_a_schema(tmp_path: Path, name: str) -> None:
+    with duckdb.connect(str(tmp_path / "the.db")) as connection:
+        connection.execute("CREATE SCHEMA shop")
+        connection.execute(f"CREATE TABLE {name} (who TEXT, what TEXT, bought BIGINT)")
+        connection.executemany(f"INSERT INTO {name} VALUES (?, ?, ?)", LOG)
+        connection.execute("CREATE TABLE items (item TEXT, title TEXT)")
+        connection.executemany("INSERT INTO items VALUES (?, ?)", [row[:2] for row in CATALOGUE])
+    dataset = run(of_tables(f"duckdb://{tmp_path}/the.db", table=name), tmp_path / "out")
+    assert dataset.item_rows_I.tolist() == [0, 1, 2, 3, 1, 0, 2]
+    with pytest.raises(UserError, match="the engine duckdb alone has no tables"):
+        run(of_tables("duckdb", table=name), tmp_path / "out")
+
+
+def test_a_password_is_written_nowhere(tmp_path: Path) -> None:
+    config = of_tables("nosuch://me:s3/cr@t@host/shop")
+    assert "s3/cr@t" not in dump_config(config)
+    assert "nosuch://me:...@host/shop" in dump_config(config)
+    rotated = config.model_copy(update={"engine": "nosuch://me:other@host/shop"})
+    assert identity(config, 0) == identity(rotated, 0)
+    with pytest.raises(UserError) as caught:
+        run(config, tmp_path / "out")
+    assert "s3/cr@t" not in str(caught.value)
+
+
+@needs_spark
+def test_a_session_of_the_callers_stays_and_is_as_it_was(tmp_path: Path) -> None:
+    write(tmp_path)
+    session = spark_session()
+    session.conf.set("spark.sql.session.timeZone", "Europe/Berlin")
+    with ThreadPoolExecutor(1) as elsewhere:
+        elsewhere.submit(run, on("spark", configure(tmp_path)), tmp_path / "out").result()
+    assert session.conf.get("spark.sql.session.timeZone") == "Europe/Berlin"
+    assert session.conf.get("spark.sql.caseSensitive") == "false"
+    assert session.range(3).count() == 3
+    assert not [table for table in session.catalog.listTables() if table.name.startswith("rarec_")]
+    session.conf.unset("spark.sql.session.timeZone")
+
+
+@needs_spark
+@pytest.mark.parametrize(("scratch", "said"), [("nosuch://bucket/tmp", "prepare.scratch"), (None, None)])
+def test_spark_keeps_its_results_where_it_is_told_and_leaves_nothing(tmp_path: Path, scratch: str, said: str) -> None:
+    write(tmp_path)
+    place = scratch or f"file://{tmp_path}/sp ace"
+    config = on("spark", configure(tmp_path)).model_copy(update={"scratch": place})
+    if said:
+        with pytest.raises(UserError, match=said):
+            run(config, tmp_path / "out")
+        return
+    run(config, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir() if "ace" in path.name] in (["sp ace"], [])
+    assert list((tmp_path / "sp ace").glob("*")) == []

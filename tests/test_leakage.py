@@ -10,7 +10,7 @@ import pytest
 
 from rarec.cli import open_context
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.leakage import refuse_leaks
+from rarec.data.preparation.leakage import refuse_leaks, training_part
 from rarec.data.selection.select import select_samples
 from rarec.errors import UserError
 from rarec.stages.ids import ids
@@ -104,19 +104,31 @@ def test_popularity_that_counts_targets_is_refused(dataset: PreparedDataset) -> 
 
 
 def test_interactions_out_of_order_are_refused(dataset: PreparedDataset) -> None:
-    shifted = np.array(dataset.starts_U)  # user 1 is said to begin one earlier than time starts anew
+    shifted = np.array(dataset.starts_U)
     shifted[1] -= 1
-    with pytest.raises(UserError, match="not in the order of time"):
-        refuse_leaks(replace(dataset, starts_U=shifted, train_counts_N=counted(replace(dataset, starts_U=shifted))))
+    with pytest.raises(UserError, match="slices do not follow each other"):
+        refuse_leaks(replace(dataset, starts_U=shifted))
+    longer, lengths = np.array(dataset.lengths_U), np.array(dataset.lengths_U)
+    longer[1], longer[2] = lengths[1] + 1, lengths[2] - 1  # the first of user 2, the oldest, stands last of user 1
+    moved = replace(dataset, lengths_U=longer, starts_U=np.cumsum(longer, dtype=np.int64) - longer)
+    counts_N = np.bincount(moved.item_rows_I[training_part(moved)], minlength=moved.n_items)
+    with pytest.raises(UserError, match="interactions of user u001 are not in the order of time"):
+        refuse_leaks(replace(moved, train_counts_N=counts_N))
 
 
-def counted(dataset: PreparedDataset) -> np.ndarray[Any, np.dtype[np.int64]]:
-    from rarec.data.preparation.leakage import training_part
+@pytest.fixture(scope="module")
+def temporal(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    split = {"kind": "temporal", "validation_share": 0.2, "test_share": 0.2}
+    return prepared(tmp_path_factory.mktemp("temporal"), split=split)
 
-    return np.bincount(dataset.item_rows_I[training_part(dataset)], minlength=dataset.n_items)
 
-
-def test_training_on_what_comes_after_the_cut_is_refused(dataset: PreparedDataset) -> None:
-    manifest = {**dataset.manifest, "cut_times": [1_700_000_000.0, 1_800_000_000.0]}
-    with pytest.raises(UserError, match="at or after the first cut"):
-        refuse_leaks(replace(dataset, manifest=manifest))
+def test_a_temporal_split_that_trains_or_asks_outside_its_windows_is_refused(temporal: PreparedDataset) -> None:
+    refuse_leaks(temporal)
+    first, second = temporal.manifest["cut_times"]
+    for cuts, told in (
+        ([first - 5 * 86_400, second], "training holds an interaction at or after the first cut"),
+        ([first, first + 1], "the validation target of user u[0-9]+ is outside its window"),
+        ([first, second + 20 * 86_400], "the test target of user u[0-9]+ is outside its window"),
+    ):
+        with pytest.raises(UserError, match=told):
+            refuse_leaks(replace(temporal, manifest={**temporal.manifest, "cut_times": cuts}))

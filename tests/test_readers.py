@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 from collections.abc import Iterator, Sequence
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,87 @@ def test_digits_that_the_file_calls_text_stay_text(engine: Engine, tmp_path: Pat
 
 
 def test_whole_floats_are_integers_as_a_null_makes_them_in_pandas(engine: Engine, tmp_path: Path) -> None:
-    path = write_table(tmp_path / "log.parquet", ["user", "item", "time"], [(7.0, 1.5, 1), (None, 2.0, 2)])
-    assert [(row["user"], row["item"]) for row in read(engine, path)] == [(7, "1.5"), (None, "2")]
+    path = write_table(tmp_path / "log.parquet", ["user", "item", "time"], [(7.0, 1e9, 1), (None, 2.0, 2)])
+    assert [(row["user"], row["item"]) for row in read(engine, path)] == [(7, 10**9), (None, 2)]
+    path = write_table(tmp_path / "nan.parquet", ["user", "item", "time"], [(7.0, 1.0, 1), (float("nan"), 2.0, 2)])
+    assert [(row["user"], row["item"]) for row in read(engine, path)] == [(7, 1), (None, 2)]
+
+
+@pytest.mark.parametrize("bad", [1.5, 1e300, float("inf")])
+def test_a_float_that_is_no_integer_is_no_id(engine: Engine, tmp_path: Path, bad: float) -> None:
+    path = write_table(tmp_path / "log.parquet", ["user", "item", "time"], [(7.0, "a", 1), (bad, "b", 2)])
+    refuse(engine, path, "prepare.interactions.user", "1 of them are no integers", "as integers or as text")
+
+
+def test_ids_of_any_length_stay_apart(engine: Engine, tmp_path: Path) -> None:
+    snowflakes = [(2**63 - 1, "a", 1), (2**63 - 2, "b", 2)]
+    for suffix in ("csv", "jsonl", "parquet"):
+        rows = read(engine, write_table(tmp_path / f"log.{suffix}", ["user", "item", "time"], snowflakes))
+        assert [row["user"] for row in rows] == [2**63 - 1, 2**63 - 2]
+    decimals = pa.array([Decimal("12345678901234567.01"), Decimal("12345678901234567.02")], pa.decimal128(30, 2))
+    unsigned = pa.array([2**64 - 1, 2**64 - 2], pa.uint64())
+    for column in (decimals, unsigned):
+        pq.write_table(pa.table({"user": column, "item": ["a", "b"], "time": [1, 2]}), tmp_path / "log.parquet")
+        assert [row["user"] for row in read(engine, tmp_path / "log.parquet")] == [str(v) for v in column.to_pylist()]
+
+
+def test_a_newline_at_the_end_is_part_of_an_id(engine: Engine, tmp_path: Path) -> None:
+    path = write_table(tmp_path / "log.csv", ["user", "item", "time"], [("7\n", "a", 1), ("8", "b", 2)])
+    assert [row["user"] for row in read(engine, path)] == ["7\n", "8"]
+
+
+def test_a_path_is_no_pattern_and_may_hold_anything(engine: Engine, tmp_path: Path) -> None:
+    write_table(tmp_path / "log1.csv", ["user", "item", "time"], [("other", "i", 1)])
+    (tmp_path / "sp ace ü+%20").mkdir()
+    for name in ("log[1].csv", "sp ace ü+%20/l{a,b}.csv"):
+        path = write_table(tmp_path / name, ["user", "item", "time"], [("mine", "i", 1)])
+        assert [row["user"] for row in read(engine, path)] == ["mine"]
+
+
+def test_lists_of_json_are_json_and_those_of_parquet_are_refused(engine: Engine, tmp_path: Path) -> None:
+    rows = [(["A", "B c"], "i", 1), (["D"], "j", 2)]
+    assert [row["user"] for row in read(engine, write_table(tmp_path / "a.jsonl", ["user", "item", "time"], rows))] == [
+        '["A","B c"]',
+        '["D"]',
+    ]
+    path = write_table(tmp_path / "a.parquet", ["user", "item", "time"], rows)
+    refuse(engine, path, "column 'user' (prepare.interactions.user) holds array", "as text")
+
+
+def test_two_objects_on_a_line_are_not_read_as_one(engine: Engine, tmp_path: Path) -> None:
+    line = '{"user": "u", "item": "i", "time": 1}'
+    (tmp_path / "log.jsonl").write_text(f"{line}\n{line}{line}\n")
+    refuse(engine, tmp_path / "log.jsonl", "log.jsonl")
+
+
+def test_the_mark_for_broken_text_may_be_text(engine: Engine, tmp_path: Path) -> None:
+    path = write_table(tmp_path / "log.csv", ["user", "item", "time"], [("u\ufffd", "i", 1)])
+    assert read(engine, path)[0]["user"] == "u\ufffd"
+
+
+def test_every_file_of_a_table_needs_the_columns(engine: Engine, tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", ["user", "item", "time"], [("u", "i", 1)])
+    write_table(tmp_path / "b.parquet", ["user", "Item", "time"], [("u", "i", 1)])
+    refuse(engine, tmp_path, "b.parquet has no column 'item'")
+    (tmp_path / "c.csv").write_text("user,item,time,item\nu,i,1,j\n")
+    refuse(engine, tmp_path / "c.csv", "c.csv has two columns 'item'")
+
+
+def test_times_in_nanoseconds_or_days(embedded: Engine, tmp_path: Path) -> None:
+    moments = [datetime(2023, 11, 14, 22, 13, 20, 250_000), datetime(2023, 11, 15)]
+    for kind in (pa.timestamp("ns"), pa.timestamp("ns", "UTC"), pa.timestamp("us", "Europe/Berlin"), pa.timestamp("s")):
+        times = pa.array(moments, pa.timestamp("us")).cast(kind, safe=False)
+        pq.write_table(pa.table({"user": ["u", "u"], "item": ["a", "b"], "time": times}), tmp_path / "log.parquet")
+        assert [row["order"] for row in read(embedded, tmp_path / "log.parquet")] in (
+            [1_700_000_000.25, 1_700_006_400.0],
+            [1_700_000_000.0, 1_700_006_400.0],
+        )
+
+
+def test_what_lies_in_a_hidden_directory_is_found_when_it_is_named(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "_data" / "logs").mkdir(parents=True)
+    write_table(tmp_path / "_data" / "logs" / "a.csv", ["user", "item", "time"], [("u", "i", 1)])
+    assert len(find_files(f"{tmp_path}/./_data/logs", "f").paths) == 1
 
 
 def test_quotes_belong_to_csv_and_are_plain_characters_in_recbole_files(engine: Engine, tmp_path: Path) -> None:

@@ -65,9 +65,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved configuration as YAML, every default written out; `load_config` reads it back equal."""
+    """The resolved configuration as YAML, every default written out; `load_config` reads it back equal.
+
+    But for passwords in URLs: it goes into reports, which are passed on.
+    """
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-    return text
+    return without_password(text)
+
+
+def without_password(text: str) -> str:
+    """The same text; URLs lose the password between user and host."""
+    return re.sub(r"(://[^:/@\s'\"]+):[^\s'\"]+@", r"\1:...@", text)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -1,5 +1,6 @@
 """Where the preparation is computed: embedded DuckDB, Spark, or whatever else Ibis reaches by a URL."""
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,19 +25,19 @@ def open_engine(config: Prepare, spill: Path) -> Iterator[Engine]:
     Raises:
         UserError: there is no such engine, or it does not start.
     """
-    engine = _start(config, Path(config.scratch) / f"rarec-{spill.parent.name.strip('.')}" if config.scratch else spill)
+    engine = _start(config, f"{config.scratch.rstrip('/')}/rarec-{uuid.uuid4().hex}" if config.scratch else str(spill))
     try:
         yield engine
     finally:
         engine.close()
 
 
-def _start(config: Prepare, spill: Path) -> Engine:
+def _start(config: Prepare, spill: str) -> Engine:
     if config.engine == "duckdb" or config.engine.startswith(DUCKDB_FILE):
         from rarec.data.engines.embedded import EmbeddedEngine
 
         database = config.engine.removeprefix(DUCKDB_FILE) if "://" in config.engine else None
-        return EmbeddedEngine(spill, config.memory, database)
+        return EmbeddedEngine(Path(spill), config.memory, database)
     if config.engine == "spark":
         from rarec.data.engines.spark import SparkEngine
 
@@ -44,7 +45,7 @@ def _start(config: Prepare, spill: Path) -> Engine:
     if "://" in config.engine:
         from rarec.data.engines.named import NamedEngine
 
-        return NamedEngine(config.engine, spill, config.memory)
+        return NamedEngine(config.engine, Path(spill), config.memory)
     raise UserError(
         f"field `prepare.engine`: no engine {config.engine!r}",
         "use duckdb, spark, or a URL: duckdb:///path/to/file, postgres://user:password@host/database, ...",

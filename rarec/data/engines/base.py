@@ -5,15 +5,20 @@ import difflib
 import gzip
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import fsspec
 import ibis.expr.types as ir
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rarec.data.engines.files import Files
 from rarec.errors import UserError
+
+FOOTERS = 16
+"""Parquet files looked at together."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Engine(Protocol):
             place: the table.
             roles: each column's name in the table, by the role it plays.
             section: the configuration's section, for messages.
-            lines: number the rows.
+            lines: number the rows: of files in their order, of a table, which has none, by these columns.
 
         Raises:
             UserError: a column is missing, or something cannot be read (found now, or when rows are asked for).
@@ -107,6 +112,37 @@ class Dialect:
 DELIMITED = {"csv": Dialect(",", '"'), "tsv": Dialect("\t", '"'), "recbole": Dialect("\t", "")}
 
 
+def check_parquet(files: Files, names: Iterable[str]) -> None:
+    """Refuse a file that lacks a column which others have: its rows would have nothing there, and fall out.
+
+    Raises:
+        UserError: naming the file and the column; or a file is not Parquet.
+    """
+
+    def lacking(path: str) -> tuple[str, list[str]]:
+        try:
+            with fsspec.open(path) as file:
+                own = pq.read_schema(file).names
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path} cannot be read: {error}", "convert the file again") from None
+        return path, sorted(set(names) - set(own))
+
+    with ThreadPoolExecutor(FOOTERS) as pool:
+        for path, missing in pool.map(lacking, files.paths if len(files.paths) > 1 else ()):
+            if missing:
+                problem = f"{path} has no column {missing[0]!r}, but other files of {files.path} have"
+                raise UserError(problem, "the files of one table need the same columns")
+
+
+def refuse_nested(table: ir.Table, roles: Mapping[str, str], place: Place, section: str) -> None:
+    """Refuse lists and structures: engines write them differently."""
+    for role, name in roles.items():
+        kind = table[role].type()
+        if kind.is_nested() or kind.is_time():
+            field = f"{section}.{role.partition('_')[0]}"
+            raise UserError(f"{describe(place)}: column {name!r} ({field}) holds {kind}", "write it as text or numbers")
+
+
 def header(files: Files) -> list[str]:
     """The columns of delimited files; RecBole's without their types.
 
@@ -123,7 +159,11 @@ def header(files: Files) -> list[str]:
                 f"{path} has the columns {', '.join(other)}, but {files.paths[0]} has {', '.join(first)}",
                 "the files of one table need one header",
             )
-    return [name.rpartition(":")[0] or name for name in first] if files.format == "recbole" else first
+    names = [name.rpartition(":")[0] or name for name in first] if files.format == "recbole" else first
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{files.paths[0]} has two columns {twice[0]!r}", "give each column a name of its own")
+    return names
 
 
 def _header(files: Files, path: str) -> list[str]:

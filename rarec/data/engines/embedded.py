@@ -12,9 +12,9 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from rarec.data.engines.base import Place, Read, check_columns, describe
+from rarec.data.engines.base import Named, Place, Read, check_columns, check_parquet, describe, refuse_nested
 from rarec.data.engines.files import Files
-from rarec.data.engines.readers import identifier, quoted, scan
+from rarec.data.engines.readers import DATABASE, identifier, quoted, scan
 from rarec.errors import UserError
 
 
@@ -31,7 +31,8 @@ class EmbeddedEngine:
     """
 
     def __init__(self, spill: Path, memory: str | None = None, database: str | None = None) -> None:
-        self._spill = spill
+        self._spill, self._database = spill, database
+        spill.parent.mkdir(parents=True, exist_ok=True)
         self._ibis = ibis.duckdb.connect(temp_directory=str(spill), autoinstall_known_extensions=False)
         self._duckdb: duckdb.DuckDBPyConnection = self._ibis.con
         self._execute("SET TimeZone = 'UTC'; SET preserve_insertion_order = false")
@@ -42,25 +43,31 @@ class EmbeddedEngine:
                 self._execute(f"SET memory_limit = {quoted(memory)}")
         if database is not None:
             with _told(f"prepare.engine: {database}", "name a DuckDB file: duckdb:///path/to/file"):
-                self._execute(f"ATTACH {quoted(database)} AS given (READ_ONLY)")
-                self._execute("SET search_path = 'memory.main,given.main'")
+                self._execute(f"ATTACH {quoted(database)} AS {DATABASE} (READ_ONLY)")
 
     def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
         """See `Engine`. Columns of Parquet and of tables are read where they lie; others are kept."""
+        if isinstance(place, Named) and self._database is None:
+            problem = f"{section}.table: {place.name}: the engine duckdb alone has no tables"
+            raise UserError(problem, "use prepare.engine: duckdb:///path/to/file, or another, or name a path")
         with _readable(place):
             if isinstance(place, Files) and place.system is not None:
                 self._register(place)
             source = scan(place, self._query)
             check_columns(source.columns, roles, place, section)
+            if isinstance(place, Files) and place.format == "parquet":
+                check_parquet(place, roles.values())
             select = [f"{source.columns[name]} AS {identifier(role)}" for role, name in roles.items()]
             if lines:
                 # the order of a scan is then the order of the rows in the files
                 self._execute("SET preserve_insertion_order = true")
-                select.insert(0, "row_number() OVER () AS line")
+                order = f"ORDER BY {', '.join(source.columns[name] for name in roles.values())}"
+                select.insert(0, f"row_number() OVER ({order if isinstance(place, Named) else ''}) AS line")
             made = f"SELECT {', '.join(select)} FROM {source.relation}"
             name = section.rpartition(".")[2]
             table = self._view(name, made) if source.columnar and not lines else self._keep(name, made)
             self._execute("SET preserve_insertion_order = false")
+        refuse_nested(table, roles, place, section)
         return Read(table, frozenset(role for role, name in roles.items() if name in source.untyped))
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
@@ -140,8 +147,9 @@ def _computing() -> Iterator[None]:
         raise UserError(
             f"the preparation ran out of memory: {error}", "raise prepare.memory, or use fewer threads"
         ) from None
-    except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
-        raise UserError(f"a table cannot be read: {error}", "mend the file it names, or convert it again") from None
+    except duckdb.Error as error:
+        remedy = "mend the file that it names, or convert it again; is there room in prepare.scratch?"
+        raise UserError(f"the preparation failed: {error}", remedy) from None
 
 
 @contextmanager

@@ -31,7 +31,8 @@ DRIVERS = {
     "gcs": "gcsfs",
     "abfs": "adlfs",
     "az": "adlfs",
-    "http": "aiohttp",
+    "http": "aiohttp requests",
+    "https": "aiohttp requests",
 }
 """The package that opens a kind of URL, where fsspec itself does not."""
 
@@ -93,9 +94,15 @@ def digest(files: Files) -> str:
     for its bytes.
     """
     if files.system is not None:
-        return sha256_json([[path, files.system.size(path), files.system.ukey(path)] for path in files.paths])
+        return sha256_json([[path, *_version(files.system, path)] for path in files.paths])
     hashes = [sha256_file(Path(path)) for path in files.paths]
     return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
+
+
+def _version(system: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Size and mark of a file's version."""
+    known = system.info(path)
+    return [str(known["size"]), str(known.get("ETag") or system.ukey(path))]
 
 
 def _file_system(url: str, field: str) -> fsspec.AbstractFileSystem:
@@ -113,7 +120,7 @@ def _list(place: str) -> list[str]:
     if path.is_file():
         return [place]
     if path.is_dir():
-        return _tables(place, (str(file) for file in path.rglob("*") if file.is_file()))
+        return _tables(str(path), (str(file) for file in path.rglob("*") if file.is_file()))
     pattern = str(path.relative_to(path.anchor))
     return sorted(str(match) for match in Path(path.anchor).glob(pattern) if match.is_file())
 

@@ -37,7 +37,9 @@ class NamedEngine(EmbeddedEngine):
         except Exception as error:  # every driver raises of its own kind
             self.close()
             remedy = f"pip install 'ibis-framework[{self._scheme}]'; check host, user, password and database"
-            raise UserError(f"prepare.engine: {self._scheme}://... does not connect: {error}", remedy) from None
+            shown = f"{self._scheme}://..."
+            said = str(error).replace(url, shown)
+            raise UserError(f"prepare.engine: {shown} does not connect: {said}", remedy) from None
 
     def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
         """See `Engine`. Rows of a database have no order: where lines are asked for, they follow the columns."""

@@ -1,6 +1,7 @@
 """How embedded DuckDB scans a table of each format."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from rarec.errors import UserError
 Query = Callable[[str], list[tuple[Any, ...]]]
 """Runs SQL on the engine and returns its rows."""
 
+DATABASE = "given"
+"""What a database of the user's is attached as."""
 JSON_INTEGERS = ("UBIGINT", "BIGINT", "HUGEINT")
 """What DuckDB calls the integers of JSON; they are read as text, however long."""
 
@@ -35,12 +38,13 @@ def scan(place: Place, query: Query) -> Scan:
         UserError: a header is missing, or differs between files; lines are no JSON objects.
     """
     if isinstance(place, Named):
-        return _columnar(".".join(identifier(part) for part in place.name.split(".")), query)
+        schema, _, name = place.name.rpartition(".")
+        return _columnar(".".join(identifier(part) for part in (DATABASE, schema or "main", name)), query)
     if place.format in DELIMITED:
         return _delimited(place)
     if place.format == "jsonl":
         return _jsonl(place, query)
-    options = "union_by_name=true, hive_partitioning=false, binary_as_string=true"
+    options = "hive_partitioning=false, binary_as_string=true"
     return _columnar(f"read_parquet({_list(place)}, {options})", query)
 
 
@@ -55,7 +59,9 @@ def identifier(name: str) -> str:
 
 
 def _list(files: Files) -> str:
-    return "[" + ", ".join(quoted(path) for path in files.paths) + "]"
+    # DuckDB would take the names of local files for patterns
+    paths = files.paths if files.system else [re.sub(r"([\[*?])", r"[\1]", path) for path in files.paths]
+    return "[" + ", ".join(quoted(path) for path in paths) + "]"
 
 
 def _delimited(files: Files) -> Scan:
@@ -84,4 +90,10 @@ def _json_value(name: str, kind: Any) -> str:
 
 def _columnar(relation: str, query: Query) -> Scan:
     described = query(f"DESCRIBE SELECT * FROM {relation}")
-    return Scan(relation, {name: identifier(name) for name, *_ in described}, columnar=True)
+    return Scan(relation, {name: _native(name, kind) for name, kind, *_ in described}, columnar=True)
+
+
+def _native(name: str, kind: str) -> str:
+    """A column as it is, but for times in nanoseconds, as pandas writes them: microseconds will do."""
+    to = {"TIMESTAMP_NS": "TIMESTAMP", "TIMESTAMPTZ_NS": "TIMESTAMPTZ"}
+    return f"CAST({identifier(name)} AS {to[kind]})" if kind in to else identifier(name)

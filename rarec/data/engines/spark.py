@@ -4,6 +4,7 @@ Results that later steps read again, and those that are streamed out, are writte
 the driver and every executor see: nothing is recomputed, plans stay short, and a lost executor loses nothing.
 """
 
+import collections
 import logging
 import os
 import re
@@ -19,7 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from rarec.data.engines.base import DELIMITED, Place, Read, check_columns, describe, header
+from rarec.data.engines.base import (
+    DELIMITED,
+    Place,
+    Read,
+    check_columns,
+    check_parquet,
+    describe,
+    header,
+    refuse_nested,
+)
 from rarec.data.engines.files import Files
 from rarec.errors import UserError
 
@@ -64,11 +74,14 @@ class SparkEngine:
         UserError: Spark does not start.
     """
 
-    def __init__(self, scratch: Path | str, settings: Mapping[str, str]) -> None:
-        self._scratch = str(scratch if "://" in str(scratch) else Path(scratch).absolute())
-        self._system: fsspec.AbstractFileSystem = url_to_fs(self._scratch)[0]
-        self._ours = SparkSession.getActiveSession() is None
+    def __init__(self, scratch: str, settings: Mapping[str, str]) -> None:
+        self._scratch = scratch if "://" in scratch else str(Path(scratch).absolute())
+        self._system = _file_system(self._scratch)
+        self._ours = SparkContext._active_spark_context is None
         self._session = _start(settings, self._ours)
+        self._theirs = {} if self._ours else {name: self._session.conf.get(name, None) for name in ALWAYS}
+        for name, setting in ALWAYS.items():
+            self._session.conf.set(name, setting)
         self._ibis = ibis.pyspark.connect(self._session)
         self._kept: dict[str, int] = {}
         self._views: set[str] = set()
@@ -79,6 +92,8 @@ class SparkEngine:
             columnar = not isinstance(place, Files) or place.format == "parquet"
             frame, names = self._frame(place)
             check_columns(names, roles, place, section)
+            if isinstance(place, Files) and place.format == "parquet":
+                check_parquet(place, roles.values())
             own = [F.col(_quoted(names[name])).alias(role) for role, name in roles.items()]
             name = section.rpartition(".")[2]
             if lines:
@@ -86,8 +101,9 @@ class SparkEngine:
             else:
                 table = self._view(name, frame.select(*own)) if columnar else self._write(name, frame.select(*own))
         untyped = isinstance(place, Files) and place.format in DELIMITED
-        if untyped:
-            _refuse_other_than_utf8(self.rows(table.agg(**_damaged(table))), roles, place)
+        refuse_nested(table, roles, place, section)
+        if isinstance(place, Files) and untyped:
+            self._refuse_other_than_utf8(table, place)
         return Read(table, frozenset(roles) if untyped else frozenset())
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
@@ -119,20 +135,32 @@ class SparkEngine:
             self._system.rm(self._scratch, recursive=True)
         if self._ours:
             _end(self._session)
+        for name, setting in self._theirs.items():
+            self._session.conf.unset(name) if setting is None else self._session.conf.set(name, setting)
 
     def _frame(self, place: Place) -> tuple[DataFrame, dict[str, str]]:
         """A table, and its columns: name in the table to name in the frame."""
         if not isinstance(place, Files):
             frame = self._session.table(place.name)
             return frame, {name: name for name in frame.columns}
-        paths, reader = [_hadoop(path) for path in place.paths], self._session.read
+        paths = [_input(path) for path in place.paths]
         if place.format in DELIMITED:
             return self._delimited(place, paths)
-        if place.format == "jsonl":
-            frame = reader.json(paths, mode="FAILFAST")
-        else:
-            frame = reader.option("mergeSchema", True).parquet(*paths)
+        frame = self._jsonl(place, paths) if place.format == "jsonl" else self._session.read.parquet(*paths)
         return frame, {name: name for name in frame.columns}
+
+    def _jsonl(self, files: Files, paths: list[str]) -> DataFrame:
+        """Lists become their JSON text. Of two objects on a line Spark would read the first and lose the other."""
+        lines = self._session.read.text(paths)
+        double = lines.filter(F.col("value").rlike(r"\}\s*\{\s*\"")).limit(1).collect()
+        if double:
+            problem = f"{describe(files)} holds a line that looks like two objects: {double[0]['value'][:80]}"
+            raise UserError(problem, "write one {...} a line")
+        frame = self._session.read.json(paths, mode="FAILFAST")
+        lists = {name for name, kind in frame.dtypes if kind.startswith("array")}
+        return frame.select(
+            *[F.to_json(_quoted(n)).alias(n) if n in lists else F.col(_quoted(n)) for n in frame.columns]
+        )
 
     def _delimited(self, files: Files, paths: list[str]) -> tuple[DataFrame, dict[str, str]]:
         """Texts by position. A quoted text may hold newlines, so a file is read by one task: give many, or Parquet."""
@@ -145,14 +173,26 @@ class SparkEngine:
         return frame, {name: f"c{index}" for index, name in enumerate(names)}
 
     def _numbered(self, frame: DataFrame, own: list[Any], name: str, files: bool) -> ir.Table:
-        """With `line`: by file, place in it, and row. One task numbers all, so this is for catalogues, not for logs."""
-        places = [F.col("_metadata.file_path"), F.col("_metadata.file_block_start")] if files else []
-        keys = [place.alias(f"_place_{at}") for at, place in enumerate(places)]
-        placed = frame.select(*own, *keys, F.monotonically_increasing_id().alias("_row"))
-        table = self._write(name, placed)
-        order = [table[key] for key in table.columns if key.startswith("_place")] + [table["_row"]]
+        """With `line`. One task numbers all, so this is for catalogues, not for logs."""
+        path = F.expr("url_decode(replace(_metadata.file_path, '+', '%2B'))")
+        places = {"_file": path, "_block": F.col("_metadata.file_block_start"), "_row": F.monotonically_increasing_id()}
+        keys = [place.alias(key) for key, place in places.items()] if files else []
+        table = self._write(name, frame.select(*own, *keys))
+        order = list(places) if files else list(table.columns)
         line = ibis.row_number().over(ibis.window(order_by=order)) + 1
-        return table.mutate(line=line).drop(*[key for key in table.columns if key.startswith("_")])
+        return table.mutate(line=line).drop(*places) if files else table.mutate(line=line)
+
+    def _refuse_other_than_utf8(self, table: ir.Table, files: Files) -> None:
+        """Spark puts a mark for bytes that are no UTF-8; where it stands, the files themselves tell why."""
+        texts = [table[name] for name in table.columns if table[name].type().is_string()]
+        marks = sum((text.contains("\ufffd").sum().fill_null(0) for text in texts), ibis.literal(0))
+        if self.rows(table.agg(marks=marks))[0]["marks"]:
+            for path in files.paths:
+                with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+                    try:
+                        collections.deque(file, maxlen=0)
+                    except UnicodeDecodeError as error:
+                        raise UserError(f"{path} is not utf-8 text: {error}", "save the file as UTF-8") from None
 
     def _write(self, name: str, frame: DataFrame) -> ir.Table:
         number = self._kept.get(name, 0)
@@ -179,7 +219,7 @@ class SparkEngine:
 def _start(settings: Mapping[str, str], ours: bool) -> SparkSession:
     builder = SparkSession.builder.appName("rarec prepare")
     local = LOCAL if ours and settings.get("spark.master", "local").startswith("local") else {}
-    for name, setting in {**local, **settings, **ALWAYS}.items():
+    for name, setting in {**local, **settings}.items():
         builder = builder.config(name, setting)
     try:
         session = builder.getOrCreate()
@@ -206,10 +246,27 @@ def _end(session: SparkSession) -> None:
 def _hadoop(path: str) -> str:
     scheme, separator, rest = path.partition("://")
     if not separator:
-        return Path(path).absolute().as_uri()
+        return f"file://{Path(path).absolute()}"
     if scheme == "memory":
         raise UserError(f"{path} lies in this process, where Spark cannot read it", "use another place, or duckdb")
     return f"{SCHEMES.get(scheme, scheme)}://{rest}"
+
+
+def _input(path: str) -> str:
+    """A file to read: not a pattern, and not one that Hadoop passes over in silence."""
+    if path.rpartition("/")[2].startswith(("_", ".")):
+        raise UserError(f"{path} is hidden from Spark by its first character", "give it another name, or use duckdb")
+    return re.sub(r"([][{}*?\\])", r"\\\1", _hadoop(path))
+
+
+def _file_system(place: str) -> fsspec.AbstractFileSystem:
+    try:
+        return url_to_fs(place)[0]
+    except (ImportError, ValueError, OSError) as error:
+        problem = f"prepare.scratch: {place} cannot be opened: {error}"
+        raise UserError(
+            problem, "install fsspec's driver for it, or name a directory that every executor sees"
+        ) from None
 
 
 def _quoted(name: str) -> str:
@@ -240,16 +297,3 @@ def _computing() -> Iterator[None]:
         raise UserError(
             f"Spark: {_reason(error)}", "see prepare.spark for memory; mend the table that it names"
         ) from None
-
-
-def _damaged(table: ir.Table) -> dict[str, ir.Scalar]:
-    """For each column of text, how many values hold the mark that Spark puts for bytes that are not UTF-8."""
-    texts = [name for name in table.columns if table[name].type().is_string()]
-    return {name: table[name].contains("\ufffd").sum().fill_null(0) for name in texts}
-
-
-def _refuse_other_than_utf8(counts: list[dict[str, int]], roles: Mapping[str, str], place: Place) -> None:
-    for role, count in counts[0].items():
-        if count:
-            problem = f"{describe(place)}, column {roles[role]!r}: {count} values are not utf-8 text"
-            raise UserError(problem, "save the file as UTF-8")

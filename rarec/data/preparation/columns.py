@@ -1,42 +1,64 @@
 """Columns of logs as the steps want them: ids, numbers, times and clean text, from whatever a file holds.
 
-Written so that engines cannot differ: what a text means is decided by the patterns here, never by an engine's own cast.
+Written so that engines cannot differ: what a text means is decided by the patterns here, never by an engine's own cast,
+and numbers are written out by rules of ours. Patterns do not end in a dollar: to Java it also stands before a newline.
 """
 
 import ibis
 import ibis.expr.types as ir
 
-CANONICAL = "^(0|-?[1-9][0-9]{0,17})$"
-"""An integer in its one spelling, within int64."""
-NUMBER = r"^[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?$"
+CANONICAL = r"^(0|-?[1-9][0-9]{0,18})\z"
+"""An integer in its one spelling; whether it fits in int64 is asked apart."""
+NUMBER = r"^[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?\z"
 ISO = (
     r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?"
-    r" ?(Z|[+-](0[0-9]|1[0-4])(:?[0-5][0-9])?)?)?$"
+    r" ?(Z|[+-](0[0-9]|1[0-4])(:?[0-5][0-9])?)?)?\z"
 )
 """ISO 8601: a date, or a date and a time to the minute or finer, in UTC or with its offset."""
-WHOLE = 1e15
-"""Floats below are exact integers when they have no fraction."""
+EXACT = 2.0**53
+"""Floats up to here are exact integers when they have no fraction."""
 
 UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (float("inf"), 1e9))
 """Largest magnitude of a column of epoch times, and what divides it: seconds, milliseconds, micro-, nanoseconds."""
 
 
+def finite(number: ir.FloatingColumn) -> ir.BooleanColumn:
+    """Whether a float is neither NaN nor infinite.
+
+    By arithmetic: over Parquet, DuckDB folds `isnan` and comparisons by statistics that do not count NaN, and Ibis
+    takes `isinf` for false on Spark.
+    """
+    return number * 0 == 0
+
+
+def whole(number: ir.FloatingColumn) -> ir.BooleanColumn:
+    """Whether a float stands for an integer, exactly."""
+    return finite(number) & (number.abs() < EXACT) & (number % 1 == 0)
+
+
 def as_text(column: ir.Column) -> ir.StringColumn:
-    """An id as text; a whole float is written as the integer it stands for; null where there is none."""
+    """A value as text; null where there is none.
+
+    A whole float is written as the integer it stands for, another with up to six decimals; one beyond 2**53 is null.
+    """
     kind = column.type()
     if kind.is_string():
         return column.nullif("")
-    if kind.is_floating() or (kind.is_decimal() and kind.scale):
+    if kind.is_decimal():
+        return column.cast("string").re_replace(r"[.]0+\z", "")
+    if kind.is_floating():
         number = column.cast("float64")
-        whole = (number == number.floor()) & (number.abs() < WHOLE)
-        text = whole.ifelse(number.cast("int64").cast("string"), number.cast("string"))
-        return number.isnan().ifelse(ibis.null("string"), text)
+        integer = whole(number).ifelse(number, 0.0).cast("int64").cast("string")
+        near = (finite(number) & (number.abs() < EXACT)).ifelse(number, ibis.null("float64"))
+        decimals = near.cast("decimal(38, 6)").cast("string").re_replace(r"[.]?0+\z", "")
+        return whole(number).ifelse(integer, decimals)
     return column.cast("string")
 
 
 def canonical(text: ir.StringColumn) -> ir.BooleanScalar:
     """Whether every value is a canonical integer (`7`, `-3`; not `007`, `+7` or `7.0`): if not, all stay text."""
-    return text.re_search(CANONICAL).all()
+    integer = text.re_search(CANONICAL) & text.try_cast("int64").notnull()
+    return (text.isnull() | integer).all()
 
 
 def as_number(column: ir.Column) -> ir.FloatingColumn:
@@ -44,8 +66,7 @@ def as_number(column: ir.Column) -> ir.FloatingColumn:
     if column.type().is_string():
         column = column.re_search(NUMBER).ifelse(column, ibis.null("string"))
     number = column.cast("float64")
-    finite = ~(number.isnan() | number.isinf())
-    return finite.ifelse(number, ibis.null("float64"))
+    return finite(number).ifelse((number == 0).ifelse(0.0, number), ibis.null("float64"))  # -0 is 0
 
 
 def as_seconds(column: ir.Column, divisor: float) -> ir.FloatingColumn:
@@ -57,10 +78,9 @@ def as_seconds(column: ir.Column, divisor: float) -> ir.FloatingColumn:
     """
     kind = column.type()
     if kind.is_timestamp() or kind.is_date():
-        moment = (column.cast("timestamp('UTC')") if kind.is_timestamp() and kind.timezone else column).cast(
-            "timestamp"
-        )
-        return moment.truncate("s").epoch_seconds().cast("float64") + moment.microsecond().cast("float64") / 1e6
+        zoned = kind.is_timestamp() and kind.timezone
+        moment = (column.cast("timestamp('UTC')") if zoned else column).cast("timestamp")
+        return moment.truncate("s").epoch_seconds().cast("float64") + moment.strftime("%f").cast("float64") / 1e6
     seconds = as_number(column) / divisor
     return ibis.coalesce(seconds, _iso_seconds(column)) if kind.is_string() else seconds
 
@@ -72,7 +92,7 @@ def _iso_seconds(text: ir.StringColumn) -> ir.FloatingColumn:
     hours, minutes = (_part(iso, pattern) for pattern in ("^.{10}[T ]([0-9]{2})", "^.{10}[T ][0-9]{2}:([0-9]{2})"))
     seconds = _part(iso, "^.{10}[T ][0-9]{2}:[0-9]{2}:([0-9]{2}([.][0-9]+)?)")
     ahead = _part(iso, "^.{13}.*[+]([0-9]{2})") - _part(iso, "^.{13}.*-([0-9]{2})")
-    minutes_ahead = _part(iso, "^.{13}.*[+][0-9]{2}:?([0-9]{2})$") - _part(iso, "^.{13}.*-[0-9]{2}:?([0-9]{2})$")
+    minutes_ahead = _part(iso, r"^.{13}.*[+][0-9]{2}:?([0-9]{2})\z") - _part(iso, r"^.{13}.*-[0-9]{2}:?([0-9]{2})\z")
     return day + (hours - ahead) * 3600.0 + (minutes - minutes_ahead) * 60.0 + seconds
 
 
@@ -83,7 +103,7 @@ def _part(text: ir.StringColumn, pattern: str) -> ir.FloatingColumn:
 
 def clean_text(column: ir.Column) -> ir.StringColumn:
     """Runs of white space become one space, none at the ends; null where nothing is left."""
-    return column.cast("string").re_replace(r"[ \t\n\r\f\v]+", " ").strip().nullif("")
+    return as_text(column).re_replace(r"[ \t\n\r\f\x0B]+", " ").strip().nullif("")
 
 
 def hashed(text: ir.StringColumn) -> ir.IntegerColumn:

@@ -50,7 +50,7 @@ def read_catalogue(engine: Engine, config: Items, place: Place, say: Callable[[s
     further = [columns.clean_text(read.table[role]) for role in texts]
     table = read.table.select(
         "line",
-        item=_ids(engine, read, "item"),
+        item=_ids(engine, read, "item", "prepare.items.item"),
         given=columns.clean_text(read.table.title),
         text=ibis.literal(", ").join(further).fill_null("") if further else ibis.literal(""),
     )
@@ -103,7 +103,10 @@ def read_log(engine: Engine, config: Interactions, place: Place, *, lines: bool 
         order = columns.as_seconds(given, divisor)
     else:
         order = columns.as_number(given)
-    named = {"user": _ids(engine, read, "user"), "item": _ids(engine, read, "item")}
+        if (known.get("largest") or 0.0) > columns.EXACT:
+            problem = f"{describe(place)}: prepare.interactions.position {name!r} holds numbers above 2**53"
+            raise UserError(f"{problem}, which lose their order", "give ranks within the user, or use time")
+    named = {role: _ids(engine, read, role, f"prepare.interactions.{role}") for role in ("user", "item")}
     kept = ["line"] if lines else []
     return read.table.select(*kept, **named, given=given.cast("string"), order=order)
 
@@ -129,16 +132,33 @@ def refuse_unordered(engine: Engine, log: ir.Table, config: Interactions, place:
     )
 
 
-def _ids(engine: Engine, read: Read, role: str) -> ir.Column:
-    """A column of ids as int64 where all of it are integers, else as text."""
+def _ids(engine: Engine, read: Read, role: str, field: str) -> ir.Column:
+    """A column of ids as int64 where all of it are integers, else as text.
+
+    Raises:
+        UserError: ids are floats that stand for no integer: engines write them differently, and different ones may
+            look alike.
+    """
     column = read.table[role]
-    if column.type().is_integer():
+    kind = column.type()
+    if kind.is_signed_integer():
         return column.cast("int64")
+    if kind.is_floating():
+        _refuse_fractions(engine, column, field)
     text = columns.as_text(column)
-    numbers = not column.type().is_string() or role in read.untyped
+    numbers = kind.is_numeric() or role in read.untyped
     if numbers and value(engine, columns.canonical(text)):
         return text.cast("int64")
     return text
+
+
+def _refuse_fractions(engine: Engine, column: ir.FloatingColumn, field: str) -> None:
+    number = column.cast("float64")
+    there = columns.finite(number) | number.cast("string").lower().contains("inf")  # NaN is nothing, as in pandas
+    bad = value(engine, (there & ~columns.whole(number)).sum())
+    if bad:
+        problem = f"{field}: the column holds floats, and {bad} of them are no integers up to 2**53"
+        raise UserError(problem, "write ids as integers or as text")
 
 
 def _no_rows(name: str) -> UserError:

@@ -22,6 +22,8 @@ def refuse_leaks(dataset: PreparedDataset) -> None:
         UserError: a target lies in its user's training part, popularity counts something else than training, a user's
             interactions are out of order, or a temporal split trains on what comes at or after its cut.
     """
+    if not np.array_equal(dataset.starts_U, np.cumsum(dataset.lengths_U, dtype=np.int64) - dataset.lengths_U):
+        raise _leak(f"{tables.USERS}: the users' slices do not follow each other")
     _refuse_targets_in_training(dataset)
     training_I = training_part(dataset)
     counts_N = np.bincount(dataset.item_rows_I[training_I], minlength=dataset.n_items)
@@ -59,9 +61,26 @@ def _refuse_disorder(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]
     if back.size:
         user = int(np.searchsorted(dataset.starts_U, back[0] + 1, side="right")) - 1
         raise _leak(f"the interactions of user {dataset.user_ids[user]} are not in the order of {order}")
-    cuts = dataset.manifest["cut_times"]
-    if cuts and training_I.any() and order_I[training_I].max() >= cuts[0]:
-        raise _leak(f"training holds an interaction at or after the first cut, {cuts[0]}")
+    if dataset.manifest["settings"]["prepare"]["split"]["kind"] == "temporal":
+        _refuse_future(dataset, order_I, training_I)
+
+
+def _refuse_future(
+    dataset: PreparedDataset, order_I: npt.NDArray[np.float64], training_I: npt.NDArray[np.bool_]
+) -> None:
+    """A temporal split trains before its first cut, validates from there to the second, and tests from there on."""
+    first, second = dataset.manifest["cut_times"]
+    if training_I.any() and order_I[training_I].max() >= first:
+        raise _leak(f"training holds an interaction at or after the first cut, {first}")
+    for part, position_U, since, until in (
+        ("validation", dataset.validation_U, first, second),
+        ("test", dataset.test_U, second, np.inf),
+    ):
+        users = np.flatnonzero(position_U >= 0)
+        times = order_I[dataset.starts_U[users] + position_U[users]]
+        outside = users[(times < since) | (times >= until)]
+        if outside.size:
+            raise _leak(f"the {part} target of user {dataset.user_ids[int(outside[0])]} is outside its window")
 
 
 def _leak(problem: str) -> UserError:

@@ -12,6 +12,7 @@ from typing import Any
 import ibis.expr.types as ir
 
 from rarec.artefacts import new_directory, sha256_json, write_manifest
+from rarec.config.load import without_password
 from rarec.config.schema import Prepare
 from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
@@ -44,7 +45,10 @@ def identity(config: Prepare, seed: int) -> tuple[dict[str, Any], dict[str, str]
     hashes = {}
     for name in ("interactions", "items"):
         place = place_of(getattr(config, name), f"prepare.{name}")
-        hashes[name] = sha256_json([config.engine, place.name]) if isinstance(place, Named) else digest(place)
+        if isinstance(place, Named):
+            hashes[name] = sha256_json([without_password(config.engine), place.name])
+        else:
+            hashes[name] = digest(place)
     return prepare_settings(config, seed), hashes
 
 
@@ -180,7 +184,7 @@ class _Preparation:
         if chosen.kind == "leave_one_out":
             return split.leave_one_out(sequences), []
         shares = (1 - chosen.validation_share - chosen.test_share, 1 - chosen.test_share)
-        before = [round(interactions * share) for share in shares]
+        before = [min(round(interactions * share), interactions - 1) for share in shares]
         row = self.engine.rows(split.cut_times(sequences, before))[0]
         return split.temporal(sequences, (row["cut_0"], row["cut_1"])), [row["cut_0"], row["cut_1"]]
 
