@@ -4,9 +4,6 @@ Results that later steps read again, and those that are streamed out, are writte
 the driver and every executor see: nothing is recomputed, plans stay short, and a lost executor loses nothing.
 """
 
-import collections
-import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +24,6 @@ from rarec.data.engines.base import (
     check_columns,
     check_parquet,
     describe,
-    header,
     refuse_nested,
 )
 from rarec.data.engines.files import Files
@@ -37,30 +33,13 @@ try:
     from py4j.protocol import Py4JError
     from pyspark import SparkContext
     from pyspark.errors import PySparkException
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame
     from pyspark.sql import functions as F
+
+    from rarec.data.engines.spark_readers import hadoop, quoted, refuse_other_than_utf8, scan
+    from rarec.data.engines.spark_session import ALWAYS, end, start
 except ImportError as missing:
     raise UserError(f"prepare.engine: spark needs PySpark ({missing})", "pip install 'rarec[spark]'") from None
-
-ALWAYS = {
-    "spark.sql.session.timeZone": "UTC",
-    "spark.sql.caseSensitive": "true",
-    "spark.sql.parquet.binaryAsString": "true",
-    # with pruning on, rows with too few fields go unnoticed
-    "spark.sql.csv.parser.columnPruning.enabled": "false",
-}
-LOCAL = {
-    "spark.master": "local[*]",
-    "spark.driver.memory": "4g",
-    "spark.driver.bindAddress": "127.0.0.1",  # the host's own name may not resolve
-    "spark.driver.host": "127.0.0.1",
-    "spark.sql.shuffle.partitions": str(4 * (os.cpu_count() or 2)),  # Spark's own 200 are for clusters
-    "spark.ui.enabled": "false",
-    "spark.ui.showConsoleProgress": "false",
-}
-"""Unless the settings name a cluster."""
-SCHEMES = {"s3": "s3a", "gcs": "gs", "az": "abfs"}
-"""fsspec's name of a file system to Hadoop's, where they differ."""
 
 
 class SparkEngine:
@@ -78,7 +57,7 @@ class SparkEngine:
         self._scratch = scratch if "://" in scratch else str(Path(scratch).absolute())
         self._system = _file_system(self._scratch)
         self._ours = SparkContext._active_spark_context is None
-        self._session = _start(settings, self._ours)
+        self._session = start(settings, self._ours)
         self._theirs = {} if self._ours else {name: self._session.conf.get(name, None) for name in ALWAYS}
         for name, setting in ALWAYS.items():
             self._session.conf.set(name, setting)
@@ -90,11 +69,11 @@ class SparkEngine:
         """See `Engine`. Columns of Parquet and of tables are read where they lie; others are kept."""
         with _readable(place):
             columnar = not isinstance(place, Files) or place.format == "parquet"
-            frame, names = self._frame(place)
+            frame, names = scan(self._session, place)
             check_columns(names, roles, place, section)
             if isinstance(place, Files) and place.format == "parquet":
                 check_parquet(place, roles.values())
-            own = [F.col(_quoted(names[name])).alias(role) for role, name in roles.items()]
+            own = [F.col(quoted(names[name])).alias(role) for role, name in roles.items()]
             name = section.rpartition(".")[2]
             if lines:
                 table = self._numbered(frame, own, name, isinstance(place, Files))
@@ -102,8 +81,8 @@ class SparkEngine:
                 table = self._view(name, frame.select(*own)) if columnar else self._write(name, frame.select(*own))
         untyped = isinstance(place, Files) and place.format in DELIMITED
         refuse_nested(table, roles, place, section)
-        if isinstance(place, Files) and untyped:
-            self._refuse_other_than_utf8(table, place)
+        if isinstance(place, Files) and untyped and self._marks(table):
+            refuse_other_than_utf8(place)
         return Read(table, frozenset(roles) if untyped else frozenset())
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
@@ -134,43 +113,9 @@ class SparkEngine:
         if self._system.exists(self._scratch):
             self._system.rm(self._scratch, recursive=True)
         if self._ours:
-            _end(self._session)
+            end(self._session)
         for name, setting in self._theirs.items():
             self._session.conf.unset(name) if setting is None else self._session.conf.set(name, setting)
-
-    def _frame(self, place: Place) -> tuple[DataFrame, dict[str, str]]:
-        """A table, and its columns: name in the table to name in the frame."""
-        if not isinstance(place, Files):
-            frame = self._session.table(place.name)
-            return frame, {name: name for name in frame.columns}
-        paths = [_input(path) for path in place.paths]
-        if place.format in DELIMITED:
-            return self._delimited(place, paths)
-        frame = self._jsonl(place, paths) if place.format == "jsonl" else self._session.read.parquet(*paths)
-        return frame, {name: name for name in frame.columns}
-
-    def _jsonl(self, files: Files, paths: list[str]) -> DataFrame:
-        """Lists become their JSON text. Of two objects on a line Spark would read the first and lose the other."""
-        lines = self._session.read.text(paths)
-        double = lines.filter(F.col("value").rlike(r"\}\s*\{\s*\"")).limit(1).collect()
-        if double:
-            problem = f"{describe(files)} holds a line that looks like two objects: {double[0]['value'][:80]}"
-            raise UserError(problem, "write one {...} a line")
-        frame = self._session.read.json(paths, mode="FAILFAST")
-        lists = {name for name, kind in frame.dtypes if kind.startswith("array")}
-        return frame.select(
-            *[F.to_json(_quoted(n)).alias(n) if n in lists else F.col(_quoted(n)) for n in frame.columns]
-        )
-
-    def _delimited(self, files: Files, paths: list[str]) -> tuple[DataFrame, dict[str, str]]:
-        """Texts by position. A quoted text may hold newlines, so a file is read by one task: give many, or Parquet."""
-        names, dialect = header(files), DELIMITED[files.format]
-        schema = ", ".join(f"c{index} STRING" for index in range(len(names)))
-        reader = self._session.read.options(sep=dialect.delimiter, quote=dialect.quote)
-        if dialect.quote:
-            reader = reader.options(escape=dialect.quote, multiLine=True)
-        frame = reader.csv(paths, schema=schema, header=True, mode="FAILFAST", encoding="UTF-8")
-        return frame, {name: f"c{index}" for index, name in enumerate(names)}
 
     def _numbered(self, frame: DataFrame, own: list[Any], name: str, files: bool) -> ir.Table:
         """With `line`. One task numbers all, so this is for catalogues, not for logs."""
@@ -182,25 +127,19 @@ class SparkEngine:
         line = ibis.row_number().over(ibis.window(order_by=order)) + 1
         return table.mutate(line=line).drop(*places) if files else table.mutate(line=line)
 
-    def _refuse_other_than_utf8(self, table: ir.Table, files: Files) -> None:
-        """Spark puts a mark for bytes that are no UTF-8; where it stands, the files themselves tell why."""
+    def _marks(self, table: ir.Table) -> int:
+        """How many texts hold the mark that Spark puts for bytes that are no UTF-8; it may stand for itself."""
         texts = [table[name] for name in table.columns if table[name].type().is_string()]
         marks = sum((text.contains("\ufffd").sum().fill_null(0) for text in texts), ibis.literal(0))
-        if self.rows(table.agg(marks=marks))[0]["marks"]:
-            for path in files.paths:
-                with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-                    try:
-                        collections.deque(file, maxlen=0)
-                    except UnicodeDecodeError as error:
-                        raise UserError(f"{path} is not utf-8 text: {error}", "save the file as UTF-8") from None
+        return int(self.rows(table.agg(marks=marks))[0]["marks"])
 
     def _write(self, name: str, frame: DataFrame) -> ir.Table:
         number = self._kept.get(name, 0)
         self._kept[name] = number + 1
-        frame.write.mode("overwrite").parquet(_hadoop(self._path(name)))
+        frame.write.mode("overwrite").parquet(hadoop(self._path(name)))
         if number:
             self._system.rm(self._path(name, number), recursive=True)
-        return self._view(name, self._session.read.parquet(_hadoop(self._path(name))))
+        return self._view(name, self._session.read.parquet(hadoop(self._path(name))))
 
     def _path(self, name: str, number: int | None = None) -> str:
         return f"{self._scratch}/{name}_{self._kept[name] if number is None else number}"
@@ -216,49 +155,6 @@ class SparkEngine:
         return self._session.sql(str(ibis.to_sql(expression, dialect="pyspark")))
 
 
-def _start(settings: Mapping[str, str], ours: bool) -> SparkSession:
-    builder = SparkSession.builder.appName("rarec prepare")
-    local = LOCAL if ours and settings.get("spark.master", "local").startswith("local") else {}
-    for name, setting in {**local, **settings}.items():
-        builder = builder.config(name, setting)
-    try:
-        session = builder.getOrCreate()
-    except Exception as error:  # no Java, or no such master: PySpark raises of many kinds
-        raise UserError(
-            f"prepare.engine: Spark does not start: {error}", "install Java 17 or 21; see prepare.spark"
-        ) from None
-    if ours:  # what fails is raised, once
-        session.sparkContext.setLogLevel("FATAL")
-        logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
-    return session
-
-
-def _end(session: SparkSession) -> None:
-    """Stop a session and its JVM, which would otherwise keep its gigabytes while models train."""
-    session.stop()
-    gateway, SparkContext._gateway, SparkContext._jvm = SparkContext._gateway, None, None
-    if gateway is not None:
-        gateway.shutdown()
-        gateway.proc.stdin.close()  # the JVM lives as long as this is open
-        gateway.proc.wait()
-
-
-def _hadoop(path: str) -> str:
-    scheme, separator, rest = path.partition("://")
-    if not separator:
-        return f"file://{Path(path).absolute()}"
-    if scheme == "memory":
-        raise UserError(f"{path} lies in this process, where Spark cannot read it", "use another place, or duckdb")
-    return f"{SCHEMES.get(scheme, scheme)}://{rest}"
-
-
-def _input(path: str) -> str:
-    """A file to read: not a pattern, and not one that Hadoop passes over in silence."""
-    if path.rpartition("/")[2].startswith(("_", ".")):
-        raise UserError(f"{path} is hidden from Spark by its first character", "give it another name, or use duckdb")
-    return re.sub(r"([][{}*?\\])", r"\\\1", _hadoop(path))
-
-
 def _file_system(place: str) -> fsspec.AbstractFileSystem:
     try:
         return url_to_fs(place)[0]
@@ -267,10 +163,6 @@ def _file_system(place: str) -> fsspec.AbstractFileSystem:
         raise UserError(
             problem, "install fsspec's driver for it, or name a directory that every executor sees"
         ) from None
-
-
-def _quoted(name: str) -> str:
-    return "`" + name.replace("`", "``") + "`"
 
 
 def _reason(error: Exception) -> str:
