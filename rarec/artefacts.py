@@ -112,7 +112,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}", "delete its directory and make it again") from None
 
 
@@ -152,29 +152,29 @@ def write_manifest(
     *,
     settings: Mapping[str, Any],
     made_from: Mapping[str, str],
-    known: Mapping[str, str] | None = None,
+    files: Mapping[str, str | None] | None = None,
     **figures: Any,
 ) -> dict[str, Any]:
-    """Hash every file in `directory`, but for what stands hidden beside them, and write its manifest; returns it.
+    """Hash an artefact's files and write its manifest; returns it.
 
     Args:
         directory: the artefact, complete but for the manifest.
         kind: what it is, and by convention the name of the stage that makes it.
         settings: the configuration that shaped it, as plain JSON values.
         made_from: the hash of each artefact or model it was made from, by name.
-        known: the sha256 of files that were hashed as they were written, by name.
+        files: the names of its files, and the sha256 of those that were hashed as they were written; if none are given,
+            all that lie there count, but for what is hidden.
         **figures: counts and whatever else a reader should find there; they do not enter the hash.
     """
-    known = known or {}
-    names = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
-    own = [name for name in names if Path(name).name != MANIFEST and not name.startswith(".")]
-    files = {name: known.get(name) or sha256_file(directory / name) for name in own}
+    if files is None:
+        names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+        files = {name: None for name in names if Path(name).name != MANIFEST and not name.startswith(".")}
     identity = {
         "kind": kind,
         "schema": SCHEMA,
         "settings": dict(settings),
         "made_from": dict(made_from),
-        "files": files,
+        "files": {name: files[name] or sha256_file(directory / name) for name in sorted(files)},
     }
     manifest = {**identity, "hash": sha256_json(identity), **figures}
     write_json(directory / MANIFEST, manifest)
@@ -196,9 +196,17 @@ def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
     if manifest.get("kind") != kind or manifest.get("schema") != SCHEMA:
         found = f"{manifest.get('kind')} schema {manifest.get('schema')}"
         raise UserError(f"{path} is {found}, not {kind} schema {SCHEMA}", remedy)
+    garbled = [name for name in ("settings", "made_from", "files") if not _maps_names(manifest.get(name), name)]
+    if garbled:
+        raise UserError(f"{path}: `{garbled[0]}` is not what a manifest holds there", remedy)
     if manifest.get("hash") != sha256_json({name: manifest.get(name) for name in IDENTITY}):
         raise UserError(f"{path} is altered: its hash is not that of what it says", remedy)
     return manifest
+
+
+def _maps_names(value: Any, field: str) -> bool:
+    """Whether it is an object, and but for settings one of texts."""
+    return isinstance(value, dict) and (field == "settings" or all(type(each) is str for each in value.values()))
 
 
 def check_files(directory: Path, manifest: Mapping[str, Any], remedy: str = "") -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from rarec.artefacts import MANIFEST, read_json, read_manifest, sha256_file, sha256_json, write_json
+from rarec.data.shards.form import Form
 from rarec.data.shards.index import ENTRY, INDEX, open_index
 from rarec.data.shards.plan import Plan
 from rarec.data.shards.samples import Sample
@@ -31,7 +32,8 @@ def true_shards() -> Truth:
     rng = np.random.default_rng(0)
     sequences = [rng.choice(ITEMS, 5 + user % 4, replace=False).tolist() for user in range(10)]
     dataset = by_hand(sequences, pa.array(range(ITEMS)), pa.array(range(10)))
-    return Truth(dataset, *dataset.training_samples(), PER_SHARD, frozenset({"id"}))
+    form = Form((2, 4), np.dtype(np.float16), {"id": (1, 3)}, frozenset({"id"}), vocabulary=20)
+    return Truth(dataset, *dataset.training_samples(), PER_SHARD, form)
 
 
 TRUTH = true_shards()
@@ -75,7 +77,8 @@ def stream(directory: Path) -> list[Sample]:
     """An epoch, as training reads it."""
     index_S = open_index(directory, read_manifest(directory, "shards"))
     plan = Plan(index_S["shard"], index_S["tokens"], 0, batch_size=4)
-    return [sample for batch in SampleStream(plan, index_S, LocalTars(directory), ITEMS).epoch(0) for sample in batch]
+    reader = SampleStream(plan, index_S, LocalTars(directory), ITEMS, TRUTH.form)
+    return [sample for batch in reader.epoch(0) for sample in batch]
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
@@ -96,6 +99,11 @@ def retar(path: Path, change: Change) -> None:
 def in_field(key: str, field: str, change: Callable[[bytes], bytes]) -> Change:
     """Change the bytes of one field of one sample."""
     return lambda members: [(i, change(data) if i.name == f"{key}.{field}" else data) for i, data in members]
+
+
+def in_all(field: str, change: Callable[[bytes], bytes]) -> Change:
+    """Change the bytes of one field of every sample."""
+    return lambda members: [(i, change(data) if i.name.endswith(f".{field}") else data) for i, data in members]
 
 
 def member(name: str, data: bytes = b"", **info: Any) -> Member:

@@ -43,7 +43,7 @@ def write_shards(directory: Path, sizes: Iterable[int], sidecars: dict[str, byte
     write_index(directory, rows, total)
     for name, content in (sidecars or {}).items():
         (directory / name).write_bytes(content)
-    return finish_shards(directory, records, {}, {})
+    return finish_shards(directory, records, {}, {}, sidecars or ())
 
 
 def open_stream(directory: Path, manifest: dict[str, Any], tars: Tars | None = None, **plan: Any) -> SampleStream:

@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -25,8 +27,11 @@ from hypothesis import strategies as st
 
 from rarec.artefacts import MANIFEST
 from rarec.cli import machine_trouble
+from rarec.data.shards.damage import damaged_samples
 from rarec.data.shards.index import INDEX, digest_of
+from rarec.data.shards.members import MOST_SAMPLE
 from rarec.data.shards.samples import read_sample
+from rarec.data.shards.stream import LocalTars
 from rarec.errors import UserError
 from tests import forging
 from tests.forging import PER_SHARD, TOTAL, bytes_of, forge, problems, retar
@@ -42,6 +47,7 @@ from tests.harms import (
     REARRANGED,
     SHARD,
     STALE,
+    WHOLE_TARS,
     manifest_of,
     place,
     swap,
@@ -117,6 +123,33 @@ def test_harm_that_hashes_hide_is_named(harmed, name):
     assert not RAN.exists()
 
 
+@pytest.mark.parametrize("name", WHOLE_TARS)
+def test_a_tar_that_was_written_anew_in_another_form_is_named_though_its_samples_agree(whole, harmed, name):
+    change, told = WHOLE_TARS[name]
+    retar(harmed / SHARD, change)
+    forge(harmed)
+    refused(harmed, rf"shard {SHARD}, sample {KEYS[0]}: .*{told}", rf"{SHARD}, sample \S*: .*{told}")
+    forging.repair(harmed)
+    assert bytes_of(harmed) == bytes_of(whole)
+
+
+def test_a_tar_that_claims_to_be_huge_is_named_and_never_held_in_memory(harmed):
+    header = tarfile.TarInfo(f"{KEYS[0]}.zzz")
+    header.size = 2 * MOST_SAMPLE
+    path, most, written = harmed / SHARD, MOST_SAMPLE, (harmed / SHARD).stat().st_size
+    path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT))
+    os.truncate(path, header.size + 4 * 512)
+    tracemalloc.start()
+    assert problems(harmed, deep=False) == [
+        f"shard {SHARD}, it has {path.stat().st_size} bytes, but {written} were written"
+    ]
+    manifest_of(lambda m: m["shards"][1].update(bytes=header.size))(harmed)
+    assert problems(harmed, deep=False) == [f"shard {SHARD}, sample {KEYS[0]}: it is larger than {most} bytes"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < most / 4
+
+
 @pytest.mark.parametrize("name", REARRANGED)
 def test_other_samples_than_the_selected_are_named_though_every_hash_agrees(harmed, name):
     harm, told, files = REARRANGED[name]
@@ -172,6 +205,50 @@ def test_an_index_that_is_a_pickle_or_half_a_header_is_not_run(harmed, content):
     forging.sign(harmed)
     refused(harmed, r"samples\.npy cannot be read", r"samples\.npy cannot be read")
     assert not RAN.exists()
+
+
+def header(text: str) -> bytes:
+    padded = text.ljust(-(-(len(text) + 11) // 64) * 64 - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{{'descr': '<u4', 'fortran_order': False, 'shape': ({10**30},), }}",
+        f"{{'descr': '<u4', 'fortran_order': False, 'shape': ({2**62},), }}",
+        "{'descr': [('a',)], 'fortran_order': False, 'shape': (33,), }",
+        "{1: 2, 'fortran_order': False, 'shape': (33,), }",
+        "-" * 9000 + "1",
+        "(" * 9000,
+    ],
+)
+def test_an_index_whose_header_cannot_be_is_named(harmed, text):
+    (harmed / INDEX).write_bytes(header(text))
+    forging.sign(harmed)
+    refused(harmed, r"samples\.npy (cannot be read|is no index)", r"samples\.npy (cannot be read|is no index)")
+
+
+def test_an_offset_beyond_every_file_is_named_and_its_sample_counts_as_damaged(harmed):
+    index_S = np.load(harmed / INDEX)
+    index_S["offset"][PER_SHARD + KEYS.index(KEY)] = 2**63
+    np.save(harmed / INDEX, index_S)
+    forging.sign(harmed)
+    refused(harmed, rf"samples\.npy, .*{KEY}", NAMED)
+    assert damaged_samples(index_S, LocalTars(harmed), 1).tolist() == [PER_SHARD + KEYS.index(KEY)]
+
+
+def test_a_users_own_files_are_named_never_listed_and_never_dropped(tmp_path):
+    directory, own = tmp_path / "shards", {"my-backup.tar": b"precious", ".notes": b"mine", "nohup.out": b"log"}
+    directory.mkdir()
+    for name, content in own.items():
+        (directory / name).write_bytes(content)
+    manifest = forging.write_honest(directory)
+    assert not own.keys() & manifest["files"].keys()
+    strange = [f"{name} is no part of these shards" for name in ("my-backup.tar", "nohup.out")]
+    assert problems(directory) == strange
+    forging.repair(directory)
+    assert {name: (directory / name).read_bytes() for name in own} == own
 
 
 def test_the_payload_would_run():

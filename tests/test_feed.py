@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from rarec.stages.shards import shards
 from rarec.stages.train import finished_training, train
 from rarec.training.checkpoints import Checkpoints
 from tests.processes import workers_of
+from tests.shards import made_sample
 from tests.test_training import LAUNCH, final_weights, log_lines, untrained
 
 ARM = "per_layer_lora"
@@ -187,6 +189,35 @@ def test_before_the_first_step_the_damaged_are_those_of_now(run, monkeypatch):
     run.train(*SKIP)
     assert run.done["skipped_samples"] == 2
     assert [len(keys) for keys in read_json(run.arm / "skipped.json").values()] == [2]
+
+
+def test_a_record_of_a_training_that_never_began_leaves_nothing_out(run, monkeypatch):
+    run.damage(3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(*SKIP)
+    run.damage(3)
+    run.train()
+    assert run.done["skipped_samples"] == 0
+    assert not (run.arm / "skipped.json").exists()
+
+
+def test_the_first_values_hold_no_sample_while_the_next_are_read():
+    seen = []
+
+    class Reader:
+        def epoch(self, epoch):
+            for number in range(0, 40, 2):
+                batch = [made_sample(number), made_sample(number + 1)]
+                seen.extend(weakref.ref(sample) for sample in batch)
+                yield batch
+                del batch
+                assert sum(ref() is not None for ref in seen) <= 2
+
+    vectors_NE, rows = fresh._user_pairs(None, Reader(), "id")
+    assert vectors_NE[:, 0].tolist() == list(range(40))
+    assert rows.tolist() == [made_sample(number).target for number in range(40)]
 
 
 def test_nothing_whole_is_refused_before_anything_is_made(run):

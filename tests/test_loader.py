@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -95,6 +97,26 @@ def test_a_damaged_sample_read_by_a_worker_is_named(tmp_path):
     os.truncate(tmp_path / "000000.tar", 512 * 20)
     with pytest.raises(UserError, match=r"000000\.tar, sample \d+-"), loader((tmp_path, manifest), 1).open(0, 3) as b:
         list(b)
+
+
+def test_a_batch_that_finds_no_room_in_shared_memory_is_one_clear_error_not_a_wait_for_ever(shards):
+    def collate(samples) -> list[torch.Tensor]:
+        most = len(list(Path("/proc/self/fd").iterdir())) + 2
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # of the worker
+        return [torch.ones(10) for _ in range(20)]
+
+    def stop(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    try:
+        with pytest.raises(UserError, match="no room") as error, loader(shards, 1, collate).open(0, 3) as batches:
+            list(batches)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert "train.stream.workers=0" in error.value.remedy
 
 
 def test_a_killed_worker_is_one_clear_error_wherever_the_main_process_is(shards):

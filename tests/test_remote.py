@@ -10,6 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rarec.artefacts import IDENTITY, read_json, sha256_json, write_json
+from rarec.data.shards import remote as stores
 from rarec.data.shards.remote import RemoteTars, fetch_description
 from rarec.data.shards.stream import OPEN
 from rarec.errors import UserError
@@ -64,15 +65,21 @@ def test_all_but_the_tars_is_fetched_once_and_verified(url, made, tmp_path):
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_a_remote_epoch_is_the_local_one_within_a_bounded_cache(url, made, tmp_path):
-    manifest, cache = read_json(made / "manifest.json"), tmp_path / "cache"
+def test_a_remote_epoch_is_the_local_one_within_a_bounded_cache(url, made, tmp_path, monkeypatch):
+    manifest, cache, real = read_json(made / "manifest.json"), tmp_path / "cache", stores._blocks
+
+    def bounded(url):
+        for block in real(url):
+            yield block
+            assert sum(path.stat().st_size for path in cached(cache)) <= largest(manifest), "while it is fetched too"
+
+    monkeypatch.setattr(stores, "_blocks", bounded)
     expected = [users(open_stream(made, manifest).epoch(epoch)) for epoch in range(2)]
     stream = open_stream(made, manifest, remote(url, manifest, cache))
     for epoch in range(2):
         batches = []
         for batch in stream.epoch(epoch):
             batches += users([batch])
-            assert sum(path.stat().st_size for path in cached(cache)) <= largest(manifest)
         assert batches == expected[epoch]
     assert len(cached(cache)) < len(SIZES)
 
@@ -171,6 +178,22 @@ def test_a_tar_that_is_missing_or_altered_there_is_refused_by_its_url(url, made,
     with pytest.raises(UserError, match=r"far/000002\.tar is not what its manifest says") as error:
         tars.open(2)
     assert "://" in str(error.value)
+    assert cached(tmp_path / "cache") == []
+
+
+def test_a_fetch_ends_where_more_comes_than_the_manifest_says(made, tmp_path, monkeypatch):
+    manifest, came = read_json(made / "manifest.json"), []
+
+    def endless(url):
+        for _ in range(1000):
+            came.append(4096)
+            yield bytes(4096)
+
+    monkeypatch.setattr(stores, "_blocks", endless)
+    with pytest.raises(UserError, match=r"000001\.tar is not what its manifest says \(more than") as error:
+        remote(f"file://{made}", manifest, tmp_path / "cache").open(1)
+    assert "rarec shards CONFIG --fresh" in error.value.remedy
+    assert sum(came) <= 2 * (manifest["shards"][1]["bytes"] + 4096)
     assert cached(tmp_path / "cache") == []
 
 

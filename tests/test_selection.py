@@ -1,6 +1,7 @@
 """Which samples are kept: denoise against a plain reading of the definition, an even draw, and an honest report."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,13 @@ def test_diversify_is_even_over_history_length_and_popularity(synthetic: Prepare
     plain = select_samples(synthetic, config.model_copy(update={"diversify": False}), seed=0).report["buckets"]
     spread, spread_plain = (np.std([row["kept"] for row in part]) for part in (rows, plain))
     assert spread < spread_plain
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+def test_a_log_without_a_sample_is_not_blamed_on_denoise(small: PreparedDataset, denoise: bool) -> None:
+    short = replace(small, train_length_U=np.ones_like(small.train_length_U))
+    with pytest.raises(UserError, match="no user has two training interactions"):
+        select_samples(short, Shards(denoise=denoise), seed=0)
 
 
 def test_denoise_that_leaves_nothing_says_so(tmp_path: Path) -> None:

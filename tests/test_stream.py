@@ -185,7 +185,8 @@ def test_damaged_samples_are_named_on_record_and_a_garbled_record_is_refused(tmp
     path = tmp_path / "skipped.json"
     write_json(path, named)
     assert read_named(path, index_S).tolist() == [1, 4]
-    for garbled in ([], {"000000.tar": []}, {"000000.tar": {"x": 1}}, {"000000.tar": {key_of(index_S[1]): 99}}):
+    last = {"000001.tar": {key_of(index_S[5]): -1}}
+    for garbled in ([], {"000000.tar": []}, {"000000.tar": {"x": 1}}, {"000000.tar": {key_of(index_S[1]): 99}}, last):
         write_json(path, garbled)
         with pytest.raises(UserError, match=r"skipped\.json names samples that these shards do not hold"):
             read_named(path, index_S)

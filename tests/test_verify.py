@@ -122,25 +122,32 @@ def test_the_command_prints_a_line_a_problem_and_exits_with_2_until_it_has_repai
     code, out, _ = call(capsys, *where)
     assert (code, out.startswith("5 shards, 288 samples, ")) == (0, True)
     flip(shards / TAR)
-    (shards / "000003.tar").rename(shards / "3.tar")
+    (shards / "000003.tar").rename(shards / "000009.tar")
     code, out, err = call(capsys, *where)
     assert (code, out) == (EXIT_CODE, "")
     assert [line.split()[1] for line in err.splitlines() if line.startswith("  shard")] == ["000001.tar,", "000003.tar"]
-    assert "  3.tar is no part of these shards" in err
+    assert "  000009.tar is no part of these shards" in err
     code, out, err = call(capsys, *where, "--repair")
-    assert (code, "made again: 000001.tar, 000003.tar; dropped: 3.tar" in out) == (0, True)
+    assert (code, "made again: 000001.tar, 000003.tar; dropped: 000009.tar" in out) == (0, True)
     assert call(capsys, *where)[0] == 0
     assert "every sample" in call(capsys, *where, "--deep")[1]
     assert call(capsys, *where[:2], "--repair")[0] == EXIT_CODE
     assert call(capsys, *where, "--fresh")[0] == EXIT_CODE
 
 
-def test_a_strange_file_is_never_dropped(finished, shards):
-    (shards / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"notes\.txt is no part of the shards") as error:
+@pytest.mark.parametrize("name", ["notes.txt", "my-backup.tar"])
+def test_a_strange_file_is_never_dropped(finished, shards, name):
+    (shards / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is no part of the shards") as error:
         verify(context(finished, shards), repair=True)
     assert "move it away" in error.value.remedy
-    assert (shards / "notes.txt").read_text() == "mine"
+    assert (shards / name).read_text() == "mine"
+
+
+def test_notes_of_progress_that_a_kill_left_are_dropped(finished, shards):
+    (shards / ".progress").mkdir()
+    stage.shards(context(finished, shards))
+    assert not (shards / ".progress").exists()
 
 
 def from_another_dataset(shards: Path) -> None:

@@ -13,13 +13,15 @@ import numpy as np
 from rarec.artefacts import write_json
 from rarec.data.shards.cuts import Numbers
 from rarec.data.shards.damage import damaged_samples, name_samples, read_named
-from rarec.data.shards.index import open_index
+from rarec.data.shards.form import Form
+from rarec.data.shards.index import map_npy, open_index
 from rarec.data.shards.plan import Plan
 from rarec.data.shards.remote import RemoteTars
 from rarec.data.shards.stream import LocalTars, SampleStream, Tars
 from rarec.errors import UserError
 from rarec.models.build import slots_reserved
 from rarec.stages.context import Context
+from rarec.stages.shards import ITEM_STATES, sample_form
 
 SKIPPED = "skipped.json"
 """In an arm's directory: the samples that its training leaves out, by shard and key."""
@@ -54,7 +56,7 @@ class Feed:
             UserError: `train.stream.damaged` is `skip`, and samples were damaged since training began.
         """
         path = directory / SKIPPED
-        recorded = read_named(path, self.index_S) if path.exists() else np.array([], np.int64)
+        recorded = read_named(path, self.index_S) if begun and path.exists() else np.array([], np.int64)
         if self.context.config.train.stream.damaged == "refuse":
             return recorded
         new = np.setdiff1d(self._damaged, recorded)
@@ -89,7 +91,13 @@ class Feed:
             slots=sum(slots_reserved(config, self.context.shapes)["user"].values()),
             excluded=excluded,
         )
-        return SampleStream(plan, self.index_S, self._tars, self.context.dataset.n_items)
+        return SampleStream(plan, self.index_S, self._tars, self.context.dataset.n_items, self._form)
+
+    @property
+    def _form(self) -> Form:
+        states_NLD = map_npy(self.context.paths.shards / ITEM_STATES)
+        embeddings = self.context.llm.backbone.model.get_input_embeddings()
+        return sample_form(self.context, states_NLD.shape[1:], embeddings.num_embeddings)
 
     @cached_property
     def _damaged(self) -> Numbers:

@@ -83,10 +83,10 @@ def _item_pairs(context: Context, stream: SampleStream, source: str) -> tuple[np
 
 def _user_pairs(context: Context, stream: SampleStream, source: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Users of the first training batches with the texts of their targets."""
-    samples = []
+    vectors, targets = [], list[int]()
     for batch in stream.epoch(0):
-        samples += batch
-        if len(samples) >= RIDGE_SAMPLES:
+        vectors += [sample.vectors[source].mean(0) for sample in batch]  # the samples themselves are large
+        targets += [sample.target for sample in batch]
+        if len(targets) >= RIDGE_SAMPLES:
             break
-    vectors_NE = np.stack([sample.vectors[source].mean(0) for sample in samples])
-    return vectors_NE, np.array([sample.target for sample in samples])
+    return np.stack(vectors), np.array(targets)

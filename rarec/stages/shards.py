@@ -10,13 +10,15 @@ import numpy.typing as npt
 
 from rarec.artefacts import is_current, read_manifest, sha256_json, write_aside, write_json
 from rarec.data.selection.select import select_samples
+from rarec.data.shards.form import Form
 from rarec.data.shards.remote import fetch_description
 from rarec.data.shards.samples import Sample
-from rarec.data.shards.truth import Truth
-from rarec.data.shards.writing import finish_shards, write_shards
+from rarec.data.shards.truth import Truth, leak
+from rarec.data.shards.writing import drop_notes, finish_shards, write_shards
 from rarec.errors import UserError
 from rarec.models.text_states import text_states
 from rarec.prompts import Encoded
+from rarec.prompts.hybrid import parse_template
 from rarec.stages.context import Context
 
 ITEM_STATES = "item_states.npy"
@@ -36,6 +38,7 @@ def shards(context: Context) -> None:
         return
     settings, made_from = _identity(context)
     if context.is_done(directory, "shards", settings, made_from):
+        drop_notes(directory)  # a kill may have come between the manifest and this
         return
     parts = ShardParts(context)
     parts.tell_size()
@@ -47,7 +50,7 @@ def shards(context: Context) -> None:
         directory, parts.total, config.samples_per_shard, parts.samples, identity, context.say, config.writers
     )
     cut = context.prompts.cut
-    finish_shards(directory, records, settings, made_from, state_blocks=parts.blocks, cut_prompts=cut)
+    finish_shards(directory, records, settings, made_from, parts.sidecars, state_blocks=parts.blocks, cut_prompts=cut)
     context.say(f"{parts.total} samples in {len(records)} shards")
     context.say(f"prompts cut to the context length: {cut['user']} of users, {cut['item']} of items")
 
@@ -73,6 +76,21 @@ def shard_settings(context: Context) -> dict[str, Any]:
     return settings
 
 
+def sample_form(context: Context, states: tuple[int, ...], vocabulary: int | None = None) -> Form:
+    """What each sample is made of; no model is loaded for it.
+
+    Args:
+        context: the run.
+        states: shape of the text-only states: blocks and, if it is known, width.
+        vocabulary: of the language model, if it is loaded.
+    """
+    config = context.config
+    vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in context.shapes.items()}
+    parts = parse_template(config.prompt.user, ["history"], list(vectors), "prompt.user")
+    marks = frozenset(part.value for part in parts if part.kind == "soft")
+    return Form(states, np.dtype(config.shards.state_dtype), vectors, marks, vocabulary)
+
+
 class ShardParts:
     """What the shards of a run are made of.
 
@@ -86,9 +104,9 @@ class ShardParts:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.selection = select_samples(context.dataset, context.config.shards, context.config.run.seed)
-        leak = self.truth.leak()
-        if leak:
-            problem = f"the selected sample {leak} is no training interaction with a history: validation or test leaks"
+        stray = leak(context.dataset, self.selection.user_rows, self.selection.positions)
+        if stray:
+            problem = f"the selected sample {stray} is no training interaction with a history: validation or test leaks"
             raise UserError(problem, "this is a defect of rarec: please report it, with the configuration")
 
     @property
@@ -96,13 +114,10 @@ class ShardParts:
         """Number of samples."""
         return len(self.selection.user_rows)
 
-    @property
-    def truth(self) -> Truth:
-        """What the tars should hold."""
-        config, selection = self.context.config, self.selection
-        sources = frozenset({"id", *config.sources})
-        per_shard = config.shards.samples_per_shard
-        return Truth(self.context.dataset, selection.user_rows, selection.positions, per_shard, sources)
+    def truth(self, form: Form) -> Truth:
+        """What the tars should hold, given what each sample is made of."""
+        selection, per_shard = self.selection, self.context.config.shards.samples_per_shard
+        return Truth(self.context.dataset, selection.user_rows, selection.positions, per_shard, form)
 
     @cached_property
     def blocks(self) -> list[int]:

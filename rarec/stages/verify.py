@@ -10,13 +10,21 @@ from typing import Any
 import numpy as np
 
 from rarec.artefacts import IDENTITY, is_current, read_json, read_manifest
-from rarec.data.shards.index import FRESH, INDEX, REMAKE, map_npy
+from rarec.data.shards.index import FRESH, INDEX, REMAKE, is_tar_name, map_npy
 from rarec.data.shards.members import finite
 from rarec.data.shards.verify import Problem, verify_shards
 from rarec.data.shards.writing import finish_shards, repair_shards
 from rarec.errors import UserError
 from rarec.stages.context import Context
-from rarec.stages.shards import ITEM_STATES, SELECTION, TARGET_COUNTS, ShardParts, finished_shards, shard_settings
+from rarec.stages.shards import (
+    ITEM_STATES,
+    SELECTION,
+    TARGET_COUNTS,
+    ShardParts,
+    finished_shards,
+    sample_form,
+    shard_settings,
+)
 
 MOST_THREADS = 8
 _RENEWED = (*IDENTITY, "hash", "shards", "samples", "state_blocks")
@@ -43,9 +51,12 @@ def verify(context: Context, repair: bool = False, deep: bool = False) -> str:
     directory, manifest, parts = context.paths.shards, _manifest(context), ShardParts(context)
     began = time.monotonic()
     threads = min(MOST_THREADS, os.cpu_count() or 1)
-    problems = verify_shards(directory, manifest, parts.truth, threads, deep)
+    beside = {problem.file: problem for problem in _sidecar_problems(parts, directory, manifest)}
+    sound = ITEM_STATES not in beside
+    states = map_npy(directory / ITEM_STATES).shape[1:] if sound else (len(manifest["state_blocks"]),)
+    problems = verify_shards(directory, manifest, parts.truth(sample_form(context, states)), threads, deep)
     known = {problem.file for problem in problems}
-    problems += [problem for problem in _sidecar_problems(parts, directory, manifest) if problem.file not in known]
+    problems += [beside[file] for file in beside.keys() - known]
     if not problems:
         return _summary(directory, manifest, time.monotonic() - began, deep)
     lines = "".join(f"\n  {problem.line}" for problem in problems)
@@ -113,7 +124,7 @@ def _repair(parts: ShardParts, manifest: Mapping[str, Any], broken: set[str]) ->
     """Make the broken files again; returns which, and whether they came out as they were."""
     context, config = parts.context, parts.context.config.shards
     directory = context.paths.shards
-    foreign = sorted(name for name in broken - manifest["files"].keys() if not name.endswith(".tar"))
+    foreign = sorted(name for name in broken - manifest["files"].keys() if not is_tar_name(name))
     if foreign:
         raise UserError(f"{directory / foreign[0]} is no part of the shards", "move it away, and repair again")
     finished_shards(context)
@@ -124,7 +135,7 @@ def _repair(parts: ShardParts, manifest: Mapping[str, Any], broken: set[str]) ->
     )
     kept = {name: value for name, value in manifest.items() if name not in _RENEWED}
     settings, made_from = manifest["settings"], manifest["made_from"]
-    new = finish_shards(directory, records, settings, made_from, state_blocks=parts.blocks, **kept)
+    new = finish_shards(directory, records, settings, made_from, parts.sidecars, state_blocks=parts.blocks, **kept)
     return _told(manifest["files"], new["files"], broken)
 
 

@@ -9,8 +9,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rarec.data.shards.cuts import Numbers
 from rarec.data.shards.stream import SampleStream
@@ -75,20 +76,34 @@ def _belong_to_the_main_process(worker: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class _Work(Dataset[Batch | Exception]):
+class _Work(Dataset[Batch | bytes | Exception]):
     """What workers do with the sample numbers of a batch."""
 
     def __init__(self, stream: SampleStream, collate: Collator) -> None:
         self._stream, self._collate = stream, collate
 
-    def __getitem__(self, numbers: Numbers) -> Batch | Exception:
+    def __getitem__(self, numbers: Numbers) -> Batch | bytes | Exception:
         try:
-            return self._collate(self._stream.read(numbers))
+            made = self._collate(self._stream.read(numbers))
+            return _packed(made) if get_worker_info() else made
         except (UserError, OSError) as error:  # returned: raised, it would come with a traceback for its message
             return error
 
 
-def _good(made: Batch | Exception) -> Batch:
+def _packed(made: Batch) -> bytes:
+    """A batch, its tensors moved to shared memory: here, not in the queue's thread, where an error would be lost.
+
+    This pickle crosses a pipe between our own forks, and never lies on a disk.
+    """
+    try:
+        return bytes(ForkingPickler.dumps(made))
+    except (RuntimeError, OSError) as error:
+        remedy = "raise /dev/shm or the limit of open files (ulimit -n), or set train.stream.workers=0"
+        raise UserError(f"a batch finds no room in shared memory: {error}", remedy) from None
+
+
+def _good(made: Batch | bytes | Exception) -> Batch:
     if isinstance(made, Exception):
         raise made
-    return made
+    batch: Batch = ForkingPickler.loads(made) if isinstance(made, bytes) else made
+    return batch

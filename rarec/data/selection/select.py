@@ -51,7 +51,7 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int) -> Selec
         seed: of the draw.
 
     Raises:
-        UserError: denoise leaves nothing.
+        UserError: there is nothing, or denoise leaves nothing.
     """
     rng = np.random.default_rng([seed, *b"shards"])
     users_S, positions_S = dataset.training_samples()
@@ -59,6 +59,8 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int) -> Selec
     titles = TitleWords.of(dataset.titles, dataset.untitled)
     sharing_S = _sharing(dataset, titles) if config.denoise else np.ones(len(users_S), bool)
     candidates_C = np.flatnonzero(sharing_S)
+    if not len(users_S):
+        raise UserError("no user has two training interactions: there is no sample", "prepare a larger log")
     if not len(candidates_C):
         problem = (
             f"shards.denoise drops all {len(users_S)} training samples: no target's title has a word of its history"

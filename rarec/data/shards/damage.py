@@ -57,7 +57,7 @@ def read_named(path: Path, index_S: Entries) -> Numbers:
     named = read_json(path)
     try:
         numbers = np.array(sorted(number for keys in named.values() for number in keys.values()), np.int64)
-        agrees = name_samples(index_S, numbers) == named
+        agrees = numbers.min(initial=0) >= 0 and name_samples(index_S, numbers) == named
     except (AttributeError, TypeError, ValueError, IndexError, OverflowError):
         agrees = False
     if not agrees:
@@ -70,6 +70,6 @@ def read_named(path: Path, index_S: Entries) -> Numbers:
 def _whole(file: BinaryIO, entry: np.void) -> bool:
     try:
         extent = os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
-    except OSError:  # a bad sector
+    except (OSError, OverflowError):  # a bad sector; an offset beyond every file
         return False
     return bool(digest_of(extent) == entry["digest"])

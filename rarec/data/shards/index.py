@@ -6,6 +6,7 @@ Shape letters: S samples.
 """
 
 import hashlib
+import re
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import MANIFEST, write_aside
+from rarec.data.shards.mapped import release
 from rarec.errors import UserError
 
 INDEX = "samples.npy"
@@ -33,6 +35,9 @@ ENTRY = np.dtype(
 of the user prompt's text. `digest`: of that extent, see `digest_of`."""
 REMAKE = "make what is broken again: rarec shards CONFIG --verify --repair"
 FRESH = "make them again: rarec shards CONFIG --fresh"
+
+_NO_ARRAY = (OSError, EOFError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, RecursionError)
+"""What NumPy raises at headers that are none, beside `tokenize.TokenError`."""
 
 Entries = npt.NDArray[np.void]
 
@@ -57,6 +62,11 @@ def tar_name(shard: int) -> str:
     return f"{shard:06d}.tar"
 
 
+def is_tar_name(name: str) -> bool:
+    """Whether a shard may bear it."""
+    return re.fullmatch(r"\d{6,}\.tar", name) is not None
+
+
 def write_index(directory: Path, parts: Iterable[Entries], samples: int) -> None:
     """Write the index from its shards' rows, one shard after the other: it need not fit in memory."""
     with write_aside(directory / INDEX) as file:
@@ -77,12 +87,15 @@ def open_index(directory: Path, manifest: Mapping[str, Any]) -> Entries:
     if index_S.dtype != ENTRY or index_S.shape != (manifest["samples"],):
         found = f"{index_S.dtype.name} of shape {index_S.shape}"
         raise UserError(f"{path} is no index of {manifest['samples']} samples, but {found}", REMAKE)
-    shards_S = np.repeat(np.arange(len(records)), [record["samples"] for record in records])
-    wrong = np.flatnonzero(index_S["shard"] != shards_S)
-    if len(wrong):
-        name, key = records[shards_S[wrong[0]]]["file"], key_of(index_S[wrong[0]])
-        problem = f"{path}, row {wrong[0]}: sample {key} is not in shard {name}, which the manifest puts there"
-        raise UserError(problem, REMAKE)
+    start = 0
+    for shard, record in enumerate(records):  # one by one: memory does not grow with the index
+        wrong = np.flatnonzero(index_S["shard"][start : start + record["samples"]] != shard)
+        if len(wrong):
+            row = start + int(wrong[0])
+            problem = f"{path}, row {row}: sample {key_of(index_S[row])} is not in shard {record['file']}"
+            raise UserError(f"{problem}, which the manifest puts there", REMAKE)
+        start += record["samples"]
+        release(index_S)
     return index_S
 
 
@@ -96,7 +109,7 @@ def map_npy(path: Path) -> npt.NDArray[Any]:
         raise UserError(f"{path} is missing", REMAKE)
     try:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, SyntaxError, EOFError, tokenize.TokenError) as error:
+    except (*_NO_ARRAY, tokenize.TokenError) as error:
         raise UserError(f"{path} cannot be read: {error}", REMAKE) from None
     return array
 
@@ -134,7 +147,7 @@ def _record_problem(record: Any, name: str, files: Mapping[str, str]) -> str | N
         return "its record has other fields than file, samples, bytes, sha256, lengths"
     if record["file"] != name:
         return f"its record names the file {record['file']!r}"
-    if record["sha256"] != files.get(name):
+    if name not in files or record["sha256"] != files[name]:
         return "its record and `files` differ in its sha256"
     counts = record["lengths"].values() if isinstance(record["lengths"], dict) else [None]
     if not all(type(count) is int and count >= 0 for count in (record["samples"], record["bytes"], *counts)):

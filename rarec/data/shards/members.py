@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 BLOCK = 512
 """Tars count in these."""
+MOST_SAMPLE = 2**26
+"""No sample comes near so many bytes; a tar that claims it would only fill the memory."""
 _PLAIN_FILE = b"0"
 _KEY = re.compile(rb"(\d{9,}-\d{6,})\.")
 _SHAPE = rb"\((|\d{1,9},|\d{1,9}(?:, \d{1,9})+)\)"
@@ -63,15 +65,20 @@ def walk(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """The key and extent of each sample of a tar, from header to header; ends where no intact member follows.
 
     A member of another name counts to the sample before it, where `members` refuses it.
+
+    Raises:
+        ValueError: a sample is larger than any is.
     """
     end, key, parts = os.fstat(file.fileno()).st_size, "", list[bytes]()
     while (member := _member(file, end)) is not None:
-        own = member[0] or key
+        own, length = member[0] or key, len(member[1]) + member[2]
         if own != key and key:
             yield key, b"".join(parts)
             parts = []
         key = own
-        parts.append(member[1])
+        if sum(map(len, parts)) + length > MOST_SAMPLE:
+            raise ValueError(f"sample {key}: it is larger than {MOST_SAMPLE} bytes")
+        parts.append(member[1] + file.read(member[2]))
     if key:
         yield key, b"".join(parts)
 
@@ -108,8 +115,8 @@ def _field(header: bytes, key: str) -> str:
     return name[len(key) + 1 :]
 
 
-def _member(file: BinaryIO, end: int) -> tuple[str, bytes] | None:
-    """The next member's key and its bytes with header and padding, if a whole one follows."""
+def _member(file: BinaryIO, end: int) -> tuple[str, bytes, int] | None:
+    """The next member's key, its header, and how many bytes follow that, padding included, if a whole one is there."""
     header = file.read(BLOCK)
     digits, key = header[124:135], _KEY.match(header)
     if not digits.isdigit() or header[148:154] != b"%06o" % _checksum(header):
@@ -117,7 +124,7 @@ def _member(file: BinaryIO, end: int) -> tuple[str, bytes] | None:
     length = padded(int(digits, 8))
     if length > end - file.tell():
         return None
-    return key[1].decode() if key else "", header + file.read(length)
+    return key[1].decode() if key else "", header, length
 
 
 def _checksum(header: bytes) -> int:

@@ -26,7 +26,7 @@ _LOCKS = 64
 _ABANDONED = 3600
 """Seconds without a byte written, after which a fetch is taken for dead."""
 _REACH = "check train.stream.remote, the network, and the credentials that fsspec finds; the same command goes on"
-_AGAIN = "copy run.dir/shards there again, whole"
+_AGAIN = "copy run.dir/shards there again, whole, or fetch its description anew: rarec shards CONFIG --fresh"
 
 
 def fetch_description(url: str, directory: Path) -> None:
@@ -97,7 +97,8 @@ class RemoteTars:
         with _locked(self._locks / str(shard % _LOCKS)):
             if not path.exists():  # another process may just have fetched it
                 record = self._records[shard]
-                _fetch(self.name(shard), path, record["sha256"], lambda file: self._reserve(file, record["bytes"]))
+                size = record["bytes"]
+                _fetch(self.name(shard), path, record["sha256"], size, lambda file: self._reserve(file, size))
 
     def _reserve(self, file: BinaryIO, size: int) -> None:
         """Make room for a tar and take it, so that no other process counts on it."""
@@ -140,23 +141,33 @@ def _present(cache: Path) -> Iterator[tuple[float, int, Path]]:
             yield stat.st_mtime, stat.st_size, path
 
 
-def _fetch(url: str, path: Path, digest: str | None = None, reserve: Callable[[BinaryIO], None] | None = None) -> None:
+def _fetch(
+    url: str,
+    path: Path,
+    digest: str | None = None,
+    most: int | None = None,
+    reserve: Callable[[BinaryIO], None] | None = None,
+) -> None:
     """Fetch a file, verify and rename it; a fetch that fails is tried once more."""
     try:
-        _copy(url, path, digest, reserve)
+        _copy(url, path, digest, most, reserve)
     except UserError:
-        _copy(url, path, digest, reserve)
+        _copy(url, path, digest, most, reserve)
 
 
-def _copy(url: str, path: Path, digest: str | None, reserve: Callable[[BinaryIO], None] | None) -> None:
+def _copy(
+    url: str, path: Path, digest: str | None, most: int | None, reserve: Callable[[BinaryIO], None] | None
+) -> None:
     fetched = hashlib.sha256()
     with write_aside(path) as file:
         if reserve:
             reserve(file)
         for block in _blocks(url):
+            if most is not None and file.tell() + len(block) > most:
+                raise UserError(f"{url} is not what its manifest says (more than {most} bytes)", _AGAIN)
             fetched.update(block)
             file.write(block)
-        if digest and fetched.hexdigest() != digest:
+        if digest is not None and fetched.hexdigest() != digest:
             raise UserError(f"{url} is not what its manifest says (sha256 differs)", _AGAIN)
 
 

@@ -15,6 +15,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.form import Form
 from rarec.data.shards.index import FRESH, REMAKE, Entries, key_of, tar_name
 from rarec.data.shards.mapped import release
 from rarec.data.shards.members import finite
@@ -76,10 +77,11 @@ class SampleStream:
         index_S: where each sample lies, from `open_index`.
         tars: where the shards are.
         items: size of the catalogue.
+        form: of every sample, where a model waits for it.
     """
 
-    def __init__(self, plan: Plan, index_S: Entries, tars: Tars, items: int) -> None:
-        self.plan, self.items = plan, items
+    def __init__(self, plan: Plan, index_S: Entries, tars: Tars, items: int, form: Form | None = None) -> None:
+        self.plan, self._items, self._form = plan, items, form
         self._index_S, self._tars = index_S, tars
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
 
@@ -111,7 +113,7 @@ class SampleStream:
             if not self._tars.renew(int(entry["shard"])):
                 raise
             sample = read_sample(self._extent(entry), entry, name)
-        problem = _problem(sample, self.items)
+        problem = self._problem(sample)
         if problem:
             raise UserError(f"shard {name}, sample {sample.key}: {problem}", FRESH)
         return sample
@@ -126,20 +128,19 @@ class SampleStream:
         self._open.move_to_end(shard)
         try:
             return os.pread(self._open[shard].fileno(), int(entry["size"]), int(entry["offset"]))
-        except OSError as error:
-            problem = f"shard {self._tars.name(shard)}, sample {key_of(entry)}: {error.strerror}"
+        except (OSError, OverflowError) as error:  # a bad sector; an offset beyond every file
+            problem = f"shard {self._tars.name(shard)}, sample {key_of(entry)}: {error}"
             raise UserError(problem, REMAKE) from None
 
     def _close(self, shard: int) -> None:
         if shard in self._open:
             self._open.pop(shard).close()
 
-
-def _problem(sample: Sample, items: int) -> str | None:
-    """What a step would stumble over, or not notice, though the bytes are those that were written."""
-    rows_H = sample.history_H
-    if sample.target >= items or (len(rows_H) and (rows_H.min() < 0 or rows_H.max() >= items)):
-        return f"an item's row is beyond the catalogue of {items}"
-    if not all(finite(values) for values in (sample.states_LD, *sample.vectors.values())):
-        return "a state or a vector is not a finite number"
-    return None
+    def _problem(self, sample: Sample) -> str | None:
+        """What a step would stumble over, or not notice, though the bytes are those that were written."""
+        rows_H = sample.history_H
+        if sample.target >= self._items or rows_H.min(initial=0) < 0 or rows_H.max(initial=0) >= self._items:
+            return f"an item's row is beyond the catalogue of {self._items}"
+        if not all(finite(values) for values in (sample.states_LD, *sample.vectors.values())):
+            return "a state or a vector is not a finite number"
+        return self._form.unlike(sample) if self._form else None

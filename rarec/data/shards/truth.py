@@ -9,9 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.dataset import Int32, PreparedDataset
+from rarec.data.shards.form import Form
 from rarec.data.shards.index import sample_key
 from rarec.data.shards.members import finite
 from rarec.data.shards.samples import Sample
+
+
+def leak(dataset: PreparedDataset, user_rows_S: Int32, positions_S: Int32) -> str | None:
+    """The key of the first sample outside the training part, or without a history before it; None if all are in."""
+    lengths_S = dataset.train_length_U[user_rows_S]
+    leaks = np.flatnonzero((positions_S < 1) | (positions_S >= lengths_S))
+    return sample_key(int(user_rows_S[leaks[0]]), int(positions_S[leaks[0]])) if len(leaks) else None
 
 
 @dataclass(frozen=True)
@@ -23,14 +31,14 @@ class Truth:
         user_rows_S: of all shards' samples.
         positions_S: of the targets.
         per_shard: samples in a tar.
-        sources: whose vectors each sample holds.
+        form: of every sample.
     """
 
     dataset: PreparedDataset
     user_rows_S: Int32
     positions_S: Int32
     per_shard: int
-    sources: frozenset[str]
+    form: Form
 
     @property
     def shards(self) -> int:
@@ -42,12 +50,6 @@ class Truth:
         part = slice(shard * self.per_shard, (shard + 1) * self.per_shard)
         rows = zip(self.user_rows_S[part].tolist(), self.positions_S[part].tolist(), strict=True)
         return [sample_key(*row) for row in rows]
-
-    def leak(self) -> str | None:
-        """The key of the first sample outside the training part, or without a history before it; None if all are in."""
-        lengths_S = self.dataset.train_length_U[self.user_rows_S]
-        leaks = np.flatnonzero((self.positions_S < 1) | (self.positions_S >= lengths_S))
-        return sample_key(int(self.user_rows_S[leaks[0]]), int(self.positions_S[leaks[0]])) if len(leaks) else None
 
     def stranger(self, user_rows_S: npt.NDArray[np.integer], positions_S: npt.NDArray[np.integer]) -> int | None:
         """The first of these samples, in the order of the shards, that was not selected for its place."""
@@ -66,15 +68,14 @@ class Truth:
             return f"field history.npy {self._beyond(sample.history_H)}is not the user's history"
         if sample.target != dataset.sequence(user)[position]:
             return f"field json: the target {self._beyond([sample.target])}is not the user's item at that position"
-        return self._strange(sample)
+        return self.form.unlike(sample) or _endless(sample)
 
     def _beyond(self, item_rows: npt.ArrayLike) -> str:
         beyond = [row for row in np.ravel(item_rows).tolist() if not 0 <= row < self.dataset.n_items]
         return f"holds item row {beyond[0]}, of a catalogue of {self.dataset.n_items}, and " if beyond else ""
 
-    def _strange(self, sample: Sample) -> str | None:
-        if sample.vectors.keys() != self.sources:
-            return f"it has vectors of {sorted(sample.vectors)}, not of {sorted(self.sources)}"
-        arrays = {"states": sample.states_LD, **{f"vector-{name}": array for name, array in sample.vectors.items()}}
-        endless = [name for name, array in arrays.items() if not finite(array)]
-        return f"field {endless[0]}.npy holds NaN or infinity" if endless else None
+
+def _endless(sample: Sample) -> str | None:
+    arrays = {"states": sample.states_LD, **{f"vector-{name}": array for name, array in sample.vectors.items()}}
+    endless = [name for name, array in arrays.items() if not finite(array)]
+    return f"field {endless[0]}.npy holds NaN or infinity" if endless else None

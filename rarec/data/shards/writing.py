@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rarec.artefacts import read_json, sha256_file, write_json, write_manifest
-from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, open_index, tar_name, write_index
+from rarec.artefacts import drop_stale, read_json, sha256_file, write_json, write_manifest
+from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, is_tar_name, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample, write_shard
 from rarec.data.shards.verify import scan
 
@@ -111,14 +111,29 @@ def finish_shards(
     records: list[dict[str, Any]],
     settings: Mapping[str, Any],
     made_from: Mapping[str, str],
+    beside: Iterable[str] = (),
     **figures: Any,
 ) -> dict[str, Any]:
-    """Write the manifest, which makes the directory an artefact, and then drop the notes of progress."""
+    """Write the manifest, which makes the directory an artefact, and then drop the notes of progress.
+
+    Args:
+        directory: of the shards.
+        records: of all tars.
+        settings: that shaped them.
+        made_from: hashes of what they were made from.
+        beside: files beside the tars and their index; what else lies there is no part of the shards.
+        **figures: for the manifest.
+    """
     figures |= {"shards": records, "samples": sum(record["samples"] for record in records)}
-    known = {record["file"]: record["sha256"] for record in records}
-    manifest = write_manifest(directory, "shards", settings=settings, made_from=made_from, known=known, **figures)
-    shutil.rmtree(directory / _PROGRESS, ignore_errors=True)
+    files = dict.fromkeys([INDEX, *beside]) | {record["file"]: record["sha256"] for record in records}
+    manifest = write_manifest(directory, "shards", settings=settings, made_from=made_from, files=files, **figures)
+    drop_notes(directory)
     return manifest
+
+
+def drop_notes(directory: Path) -> None:
+    """Drop the notes of progress, which finished shards need no more."""
+    shutil.rmtree(directory / _PROGRESS, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -177,6 +192,7 @@ def _told(record: Mapping[str, Any]) -> str:
 def _drop_beyond(directory: Path, count: int) -> None:
     """Drop what a killed run left that is no part of this one: more tars than there will be, and what stood aside."""
     wanted = {tar_name(shard) for shard in range(count)}
-    for path in (*directory.glob("*.tar"), *directory.glob(".*")):
-        if path.is_file() and path.name not in wanted:
+    for path in directory.glob("*.tar"):
+        if path.is_file() and is_tar_name(path.name) and path.name not in wanted:
             path.unlink()
+    drop_stale(directory)
