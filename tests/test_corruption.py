@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
 import tracemalloc
@@ -52,6 +51,7 @@ from tests.harms import (
     place,
     swap,
 )
+from tests.processes import be_killed_at_rename
 
 NOBODY = 65534
 TWO_FILES = {"swapped", "renamed"}
@@ -353,15 +353,7 @@ def test_a_full_disk_keeps_the_whole_tars_and_goes_on_when_there_is_room(whole, 
 
 def until_killed(work: Callable[[Path], object], directory: Path, renames: int) -> None:
     """In a process of its own: killed as it is about to rename a file for the nth time."""
-    left = [renames]
-
-    def count(event: str, _: object) -> None:
-        if event == "os.rename":
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
+    be_killed_at_rename(renames)
     work(directory)
 
 

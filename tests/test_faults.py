@@ -1,7 +1,6 @@
 """Faults on purpose: a run killed at its writes, a full disk, torn files, a configuration that changes midway."""
 
 import multiprocessing
-import os
 import resource
 import shutil
 import signal
@@ -24,6 +23,7 @@ from rarec.stages.report import report
 from rarec.stages.run import STAGES, run
 from rarec.stages.shards import shards
 from rarec.stages.train import train
+from tests.processes import be_killed_at_rename
 
 START = multiprocessing.get_context("forkserver")  # imports once, in a process without threads
 START.set_forkserver_preload(["tests.test_faults", "rarec.models.load", "rarec.evaluation.report"])
@@ -44,15 +44,7 @@ def run_until(config: Path, overrides: list[str], renames: int, file_bytes: int)
     """In a process of its own: a run that is killed before one of its renames, or may write no larger files."""
     torch.set_num_threads(1)
     sys.stderr = Path(overrides[0].removeprefix("run.dir=")).with_suffix(".stderr").open("w")
-    left = [renames]
-
-    def count(event: str, _: object) -> None:
-        if event == "os.rename":
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
+    be_killed_at_rename(renames)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
     from rarec import cli
 

@@ -19,8 +19,8 @@ from rarec.artefacts import read_manifest, sha256_file
 from rarec.cli import open_context
 from rarec.data.shards.index import ENTRY, INDEX, key_of, open_index, write_index
 from rarec.data.shards.samples import Sample, read_sample, write_shard
+from rarec.data.shards.tar_check import scan
 from rarec.data.shards.truth import leak
-from rarec.data.shards.verify import scan
 from rarec.data.shards.writing import finish_shards, write_shards
 from rarec.errors import UserError
 from rarec.stages import shards as stage

@@ -111,22 +111,15 @@ def read_log(engine: Engine, config: Interactions, place: Place, *, lines: bool 
     return read.table.select(*kept, **named, given=given.cast("string"), order=order)
 
 
-def refuse_unordered(engine: Engine, log: ir.Table, config: Interactions, place: Place) -> None:
-    """Refuse a log in which a row with ids has no place in time.
-
-    Raises:
-        UserError: naming the first such row, and how many there are.
-    """
-    count = value(engine, log.order.isnull().sum())
-    if not count:
-        return
+def unordered(engine: Engine, config: Interactions, place: Place, count: int) -> UserError:
+    """Why a log is refused in which that many rows have ids but no place in time; it names the first."""
     log = steps.with_ids(read_log(engine, config, place, lines=True))
     row = engine.rows(log.filter(log.order.isnull()).order_by("line").limit(1))[0]
     role, name = ("time", config.time) if config.time is not None else ("position", config.position)
     what = f"is {row['given']!r}" if row["given"] is not None else "is missing"
     wanted = "epoch seconds or milliseconds, or ISO 8601" if role == "time" else "a number"
     where = f"{describe(place)}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
-    raise UserError(
+    return UserError(
         f"{where}: {name} {what}; {count} such rows",
         f"prepare.interactions.{role} needs {wanted} in every row: mend them or take them out",
     )

@@ -19,7 +19,7 @@ from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import Engine, Named, describe, open_engine, value
 from rarec.data.engines.files import digest
 from rarec.data.preparation import split, steps
-from rarec.data.preparation.inputs import Catalogue, place_of, read_catalogue, read_log, refuse_unordered, span
+from rarec.data.preparation.inputs import Catalogue, place_of, read_catalogue, read_log, span, unordered
 from rarec.data.preparation.leakage import refuse_leaks
 from rarec.data.preparation.ledger import Ledger
 from rarec.errors import UserError
@@ -122,11 +122,13 @@ class _Preparation:
         config, engine, name = self.config.interactions, self.engine, describe(self.log_place)
         ledger = Ledger(engine, read_log(engine, config, self.log_place), name, self.say)
         log, note = steps.with_ids(ledger.log), "no user or no item id"
-        if value(engine, log.count()) < ledger.counts["interactions"]:
+        found = engine.rows(log.agg(rows=log.count(), unordered=log.order.isnull().sum()))[0]
+        if found["rows"] < ledger.counts["interactions"]:
             ledger.apply("ids", log, note, f"do the columns {config.user!r} and {config.item!r} hold the ids?")
         else:
             ledger.unchanged("ids", note)
-        refuse_unordered(engine, log, config, self.log_place)
+        if found["unordered"]:
+            raise unordered(engine, config, self.log_place, found["unordered"])
         ledger.unchanged("order", "every row has its place in time" if config.time else "every row has its position")
         return ledger
 

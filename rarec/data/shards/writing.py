@@ -17,7 +17,7 @@ import numpy as np
 from rarec.artefacts import drop_stale, read_json, sha256_file, write_json, write_manifest
 from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, is_tar_name, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample, write_shard
-from rarec.data.shards.verify import scan
+from rarec.data.shards.tar_check import scan
 
 Make = Callable[[range], Iterable[Sample]]
 """The samples at these places among all, in order."""
