@@ -6,6 +6,8 @@ dataset as it was written, from the tables alone.
 Shape letters: U users, N items, I interactions, T training interactions.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
@@ -14,19 +16,24 @@ from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 
+PIECE = 1 << 24
+"""Interactions looked at together: what is computed of them takes no more memory on a large log."""
+
 
 def refuse_leaks(dataset: PreparedDataset) -> None:
     """Prove a prepared dataset clean.
 
     Raises:
         UserError: a target lies in its user's training part, popularity counts something else than training, a user's
-            interactions are out of order, or a temporal split trains on what comes at or after its cut.
+            interactions are out of order, or a temporal split trains or asks outside its windows.
     """
     if not np.array_equal(dataset.starts_U, np.cumsum(dataset.lengths_U, dtype=np.int64) - dataset.lengths_U):
         raise _leak(f"{tables.USERS}: the users' slices do not follow each other")
     _refuse_targets_in_training(dataset)
     training_I = training_part(dataset)
-    counts_N = np.bincount(dataset.item_rows_I[training_I], minlength=dataset.n_items)
+    counts_N = np.zeros(dataset.n_items, np.int64)
+    for piece in _pieces(training_I):
+        counts_N += np.bincount(dataset.item_rows_I[piece][training_I[piece]], minlength=dataset.n_items)
     if not np.array_equal(counts_N, dataset.train_counts_N):
         raise _leak(f"{tables.ITEMS}: train_count counts something else than the training interactions")
     _refuse_disorder(dataset, training_I)
@@ -34,9 +41,16 @@ def refuse_leaks(dataset: PreparedDataset) -> None:
 
 def training_part(dataset: PreparedDataset) -> npt.NDArray[np.bool_]:
     """Which of the (I,) interactions train: the first `train_length` of each user."""
-    ends_I = np.repeat(dataset.starts_U + dataset.train_length_U, dataset.lengths_U)
-    mask_I: npt.NDArray[np.bool_] = np.arange(len(dataset.item_rows_I)) < ends_I
+    trained = dataset.train_length_U > 0
+    steps_I = np.zeros(len(dataset.item_rows_I) + 1, np.int8)
+    steps_I[dataset.starts_U[trained]] += 1
+    steps_I[(dataset.starts_U + dataset.train_length_U)[trained]] -= 1
+    mask_I: npt.NDArray[np.bool_] = np.cumsum(steps_I[:-1], dtype=np.int8).astype(bool)
     return mask_I
+
+
+def _pieces(array: npt.NDArray[Any]) -> list[slice]:
+    return [slice(start, start + PIECE) for start in range(0, len(array), PIECE)]
 
 
 def _refuse_targets_in_training(dataset: PreparedDataset) -> None:
@@ -57,10 +71,12 @@ def _refuse_disorder(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]
     order_I = pq.read_table(dataset.directory / tables.INTERACTIONS, columns=[order])[order].to_numpy()
     first_I = np.zeros(len(order_I), bool)
     first_I[dataset.starts_U[dataset.lengths_U > 0]] = True
-    back = np.flatnonzero((np.diff(order_I) < 0) & ~first_I[1:])
-    if back.size:
-        user = int(np.searchsorted(dataset.starts_U, back[0] + 1, side="right")) - 1
-        raise _leak(f"the interactions of user {dataset.user_ids[user]} are not in the order of {order}")
+    for piece in _pieces(order_I):
+        after = slice(piece.start + 1, piece.stop + 1)
+        back = np.flatnonzero((order_I[after] < order_I[piece][: len(order_I[after])]) & ~first_I[after])
+        if back.size:
+            user = int(np.searchsorted(dataset.starts_U, after.start + back[0], side="right")) - 1
+            raise _leak(f"the interactions of user {dataset.user_ids[user]} are not in the order of {order}")
     if dataset.manifest["settings"]["prepare"]["split"]["kind"] == "temporal":
         _refuse_future(dataset, order_I, training_I)
 
@@ -70,7 +86,7 @@ def _refuse_future(
 ) -> None:
     """A temporal split trains before its first cut, validates from there to the second, and tests from there on."""
     first, second = dataset.manifest["cut_times"]
-    if training_I.any() and order_I[training_I].max() >= first:
+    if any((order_I[piece][training_I[piece]] >= first).any() for piece in _pieces(order_I)):
         raise _leak(f"training holds an interaction at or after the first cut, {first}")
     for part, position_U, since, until in (
         ("validation", dataset.validation_U, first, second),

@@ -4,8 +4,9 @@ Bounded memory: the engine holds the tables and spills, and results stream to di
 same bytes, on whatever engine, in whatever order the rows of the log stand.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ class _Preparation:
     def write(self, to: Path) -> dict[str, Any]:
         """Write the three tables; returns the manifest's figures."""
         catalogue = read_catalogue(self.engine, self.config.items, self.items_place, self.say)
-        ledger = self._read()
-        user_codes, item_codes = self._code(ledger, catalogue)
+        ledger, user_codes = self._read()
+        item_codes = self._code(ledger, catalogue, user_codes)
         self._filter(ledger)
         users = self.engine.keep("users", steps.renumbered(user_codes, ledger.log.user))
         items = self._items(item_codes, ledger.log)
@@ -117,63 +118,62 @@ class _Preparation:
             "engine": self.config.engine.partition(":")[0],
         }
 
-    def _read(self) -> Ledger:
-        """The raw log: rows without ids dropped, each other with its place in time."""
+    def _read(self) -> tuple[Ledger, ir.Table]:
+        """The raw log, rows without ids dropped, each other with its place in time; and the users' numbering."""
         config, engine, name = self.config.interactions, self.engine, describe(self.log_place)
         ledger = Ledger(engine, read_log(engine, config, self.log_place), name, self.say)
-        log, note = steps.with_ids(ledger.log), "no user or no item id"
-        found = engine.rows(log.agg(rows=log.count(), unordered=log.order.isnull().sum()))[0]
-        if found["rows"] < ledger.counts["interactions"]:
-            ledger.apply("ids", log, note, f"do the columns {config.user!r} and {config.item!r} hold the ids?")
-        else:
-            ledger.unchanged("ids", note)
-        if found["unordered"]:
-            raise unordered(engine, config, self.log_place, found["unordered"])
-        ledger.unchanged("order", "every row has its place in time" if config.time else "every row has its position")
-        return ledger
+        log = steps.with_ids(ledger.log)
+        bad = value(engine, log.order.isnull().sum())
+        if bad:
+            raise unordered(engine, config, self.log_place, bad)
+        users = engine.keep("user_codes", steps.numbering(log.user))
+        remedy = f"do the columns {config.user!r} and {config.item!r} hold the ids?"
+        ledger.apply("ids", log, "no user or no item id", remedy, users=value(engine, users.count()))
+        ledger.apply("order", log, f"every row has its {'place in time' if config.time else 'position'}", "")
+        return ledger, users
 
-    def _code(self, ledger: Ledger, catalogue: Catalogue) -> tuple[ir.Table, ir.Table]:
-        """From ids to codes; items that the catalogue lacks fall out. Returns the numberings of users and items."""
-        users = self.engine.keep("user_codes", steps.numbering(ledger.log.user))
+    def _code(self, ledger: Ledger, catalogue: Catalogue, users: ir.Table) -> ir.Table:
+        """From ids to codes; items that the catalogue lacks fall out. Returns the items' numbering."""
         items = self.engine.keep("item_codes", steps.numbering(catalogue.table["item"]))
         raw, known = ledger.log, self.engine.keep("log", steps.coded(ledger.log, users, items))
+        remedy = ""
         if not value(self.engine, known.count()):
             ids = {"the log has": raw["item"], "the catalogue": catalogue.table["item"]}
             spans = {of: span(self.engine, column) for of, column in ids.items()}
             said = ", ".join(f"{of} {ends['least']!r} to {ends['greatest']!r}" for of, ends in spans.items())
             remedy = f"do the ids agree? {said}"
-        else:
-            remedy = ""
         ledger.apply("catalogue", known, "item not in the catalogue", remedy)
-        return users, items
+        return items
 
     def _filter(self, ledger: Ledger) -> None:
         """Duplicates, repeats, and then users and items with too few interactions."""
         config, keep = self.config, self.engine.keep
+        same = {what: ledger.counts[what] for what in ("users", "items")}  # of each pair something stays
         if config.duplicates == "drop":
             log = keep("log", steps.without_duplicates(ledger.log))
-            ledger.apply("duplicates", log, "same user, item and time again", "")
+            ledger.apply("duplicates", log, "same user, item and time again", "", **same)
         if config.repeats != "keep":
             log = keep("log", steps.without_repeats(ledger.log, config.repeats))
-            ledger.apply("repeats", log, f"same user and item at another time: {config.repeats} kept", "")
-        dropped = True
-        while dropped:  # each drop may make another
-            dropped = any([self._drop_small(ledger, "item"), self._drop_small(ledger, "user")])
+            ledger.apply("repeats", log, f"same user and item at another time: {config.repeats} kept", "", **same)
+        columns: Iterable[steps.Column] = cycle(("item", "user"))
+        for turn, column in enumerate(columns):  # each drop may make another of the other kind
+            if not self._drop_small(ledger, column) and turn:
+                break
 
     def _drop_small(self, ledger: Ledger, column: steps.Column) -> bool:
         """Drop items (or users) with too few interactions; returns whether there were any."""
-        field = f"min_{column}_interactions"
+        field, what = f"min_{column}_interactions", f"{column}s"
         fewest = getattr(self.config, field)
         if fewest <= 1:
             return False
         note = f"{column} with fewer than {fewest} interactions"
         dropped = self.engine.keep("dropped", steps.too_few(ledger.log, column, fewest))
-        if not value(self.engine, dropped.count()):
-            ledger.unchanged(field, note)
-            return False
-        log = self.engine.keep("log", steps.without(ledger.log, dropped, column))
-        ledger.apply(field, log, note, f"lower prepare.{field}, or give a longer log")
-        return True
+        count = value(self.engine, dropped.count())
+        if count or all(field != entry["step"] for entry in ledger.steps):
+            log = self.engine.keep("log", steps.without(ledger.log, dropped, column)) if count else ledger.log
+            left = {what: ledger.counts[what] - count}
+            ledger.apply(field, log, note, f"lower prepare.{field}, or give a longer log", **left)
+        return bool(count)
 
     def _items(self, codes: ir.Table, log: ir.Table) -> ir.Table:
         """Items with their rows. Without a minimum the whole catalogue stays, met or not."""
