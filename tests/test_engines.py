@@ -17,7 +17,8 @@ from rarec.artefacts import read_json
 from rarec.config import dump_config
 from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.prepare import identity, prepare
+from rarec.data.preparation.identity import identity
+from rarec.data.preparation.prepare import prepare
 from rarec.errors import UserError
 from tests.engines import needs_spark, on, spark_session
 from tests.test_prepare import CATALOGUE, LOG, any_log, configure, refuse, write

@@ -16,7 +16,7 @@ from rarec.artefacts import check_files, is_current, sha256_json, write_text
 from rarec.config import ARMS, Arm, RunConfig, dump_config
 from rarec.config.schema import Ids, Import
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.prepare import prepare_settings
+from rarec.data.preparation.identity import prepare_settings
 from rarec.errors import UserError
 from rarec.ids.make import source_identity
 from rarec.ids.source import Source, open_source

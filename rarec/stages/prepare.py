@@ -1,6 +1,6 @@
 """`rarec prepare`: logs to a prepared dataset."""
 
-from rarec.data.preparation.prepare import identity
+from rarec.data.preparation.identity import identity
 from rarec.data.preparation.prepare import prepare as prepare_dataset
 from rarec.stages.context import Context
 

@@ -12,45 +12,19 @@ from typing import Any
 
 import ibis.expr.types as ir
 
-from rarec.artefacts import new_directory, sha256_json, write_manifest
-from rarec.config.load import without_password
+from rarec.artefacts import new_directory, write_manifest
 from rarec.config.schema import Prepare
 from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
-from rarec.data.engines import Engine, Named, describe, open_engine, value
-from rarec.data.engines.files import digest
+from rarec.data.engines import Engine, describe, open_engine, value
 from rarec.data.preparation import split, steps
+from rarec.data.preparation.identity import identity
 from rarec.data.preparation.inputs import Catalogue, place_of, read_catalogue, read_log, span, unordered
 from rarec.data.preparation.leakage import refuse_leaks
 from rarec.data.preparation.ledger import Ledger
 from rarec.errors import UserError
 
 Say = Callable[[str], None]
-COMPUTES = ("engine", "spark", "memory", "scratch")
-"""Fields that say how it is computed, not what: every engine gives the same dataset."""
-
-
-def prepare_settings(config: Prepare, seed: int) -> dict[str, Any]:
-    """The settings that shape a prepared dataset, as plain JSON."""
-    return {"seed": seed, "prepare": config.model_dump(mode="json", exclude=set(COMPUTES))}
-
-
-def identity(config: Prepare, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a prepared dataset is made by and from: settings, and hashes of the log and of the catalogue.
-
-    A table of an engine is known by its name and its engine alone: `--fresh` makes it again when its rows have changed.
-
-    Raises:
-        UserError: the files are not there.
-    """
-    hashes = {}
-    for name in ("interactions", "items"):
-        place = place_of(getattr(config, name), f"prepare.{name}")
-        if isinstance(place, Named):
-            hashes[name] = sha256_json([without_password(config.engine), place.name])
-        else:
-            hashes[name] = digest(place)
-    return prepare_settings(config, seed), hashes
 
 
 def prepare(config: Prepare, directory: Path, *, seed: int, say: Say) -> PreparedDataset:
