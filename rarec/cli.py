@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rarec.config import load_config
-from rarec.errors import EXIT_CODE, UserError
+from rarec.errors import EXIT_CODE, Stopped, UserError
 
 if TYPE_CHECKING:
     from rarec.stages.context import Context
@@ -39,8 +39,14 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Make it again, replacing w
 
 
 def say(line: str) -> None:
-    """Tell the user one line, on standard error: standard output is for results."""
-    console.print(line, soft_wrap=True, markup=False)
+    """Tell the user one line, on standard error: standard output is for results. The first rank speaks for all."""
+    if rank() == 0:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def rank() -> int:
+    """Of this process among those that a launcher started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def open_context(config: Path | str, overrides: list[str] | None, fresh: bool = False) -> "Context":
@@ -176,12 +182,18 @@ def _options(
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C ends with one line and exit code 130: what is made stays, the same command goes on."""
+    """Ctrl-C ends with one line and exit code 130: what is made stays, the same command goes on.
+
+    A signal that asks training to end does so with exit code 0: a batch system is to see a job that did as it was told.
+    """
     try:
         yield
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         sys.exit(STOPPED)
+    except Stopped as stopped:
+        say(f"{stopped}; the same command goes on from here")
+        sys.exit(0)
 
 
 def guarded(command: Callable[[], object]) -> None:
@@ -192,7 +204,9 @@ def guarded(command: Callable[[], object]) -> None:
         message = str(error) if isinstance(error, UserError) else machine_trouble(error)
         if message is None:
             raise
-        console.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+        if rank() == 0 or not getattr(error, "shared", False):
+            where = f"rank {rank()}: " if rank() else ""
+            console.print(f"[bold red]error:[/bold red] {escape(where + message)}", soft_wrap=True)
         sys.exit(EXIT_CODE)
 
 

@@ -68,7 +68,7 @@ class World:
         )
 
     def scores(self):
-        users, items = self.model(*self.batches())
+        users, items = self.model(dict(zip(("user", "item"), self.batches(), strict=True))).values()
         return users.vectors_BZ @ items.vectors_BZ.T
 
 
@@ -157,7 +157,7 @@ def test_arms_see_no_more_than_they_should(saved):
 def test_text_only_is_the_normalised_pooled_text(saved):
     world = World(saved["bert"], "text_only", loss={"temperature": 0.1})
     users, items = world.batches()
-    encoded = [world.model.users(users), world.model.items(items)]
+    encoded = list(world.model({"user": users, "item": items}).values())
     for batch, encoding, scale in ((users, encoded[0], 10.0), (items, encoded[1], 1.0)):
         hidden_BTD = world.model.backbone(batch.ids_BT, batch.mask_BT)
         mask_BT1 = batch.mask_BT[..., None]
@@ -171,7 +171,7 @@ def test_slots_are_not_read_out(saved, kind):
     """The pooled positions are text: what the blocks make of a slot at the end has no say."""
     world = World(saved[kind], "per_layer", readout={"normalise": False})
     _, batch = world.batches()
-    encoding = world.model.items(batch)
+    encoding = world.model({"item": batch})["item"]
     slots_LBKD = encoding.slots_LBKD
     hidden_BTD = world.model.backbone(batch.ids_BT, batch.mask_BT, Slots(slots_LBKD, batch.positions_BK, (0, 1, 2)))
     for row in range(BATCH):

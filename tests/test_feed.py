@@ -107,7 +107,7 @@ def test_weights_are_equal_bit_for_bit_on_any_workers_and_through_a_resume(finis
         with pytest.raises(KeyboardInterrupt):
             stopped.train(*cut, "train.stream.workers=1")
     assert workers_of(psutil.Process()) == []
-    assert Checkpoints(stopped.arm / "checkpoints", 1).steps()[-1] == 4
+    assert Checkpoints(stopped.arm / "checkpoints", 1, "").steps()[-1] == 4
     stopped.train(*cut, "train.stream.workers=2")
     assert equal(none, stopped)
     assert none.done["skipped_samples"] == 0

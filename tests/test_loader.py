@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rarec.errors import UserError
+from rarec.ranks import Ranks
 from rarec.training.loader import BatchLoader
 from tests.processes import workers_of
 from tests.shards import open_stream, write_shards
@@ -32,13 +33,13 @@ def _no_process_is_left() -> Iterator[None]:
     assert workers_of(psutil.Process()) == []
 
 
-def keys(samples) -> list[int]:
+def keys(samples, total: int = 0) -> list[int]:
     """In place of a collator."""
     return [sample.user for sample in samples]
 
 
 def loader(shards, workers: int, collate=keys, rank: int = 0, world: int = 1, **plan) -> BatchLoader:
-    return BatchLoader(open_stream(*shards, **plan), collate, workers, rank, world)
+    return BatchLoader(open_stream(*shards, **plan), collate, workers, Ranks(rank, world))
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -62,7 +63,7 @@ def test_batches_are_those_of_the_plan_over_all_epochs_whatever_the_workers(shar
 
 
 def fails_on(number: int, error: Exception):
-    def collate(samples) -> list[int]:
+    def collate(samples, total) -> list[int]:
         if number in keys(samples):
             raise error
         return keys(samples)
@@ -100,7 +101,7 @@ def test_a_damaged_sample_read_by_a_worker_is_named(tmp_path):
 
 
 def test_a_batch_that_finds_no_room_in_shared_memory_is_one_clear_error_not_a_wait_for_ever(shards):
-    def collate(samples) -> list[torch.Tensor]:
+    def collate(samples, total) -> list[torch.Tensor]:
         most = len(list(Path("/proc/self/fd").iterdir())) + 2
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # of the worker
         return [torch.ones(10) for _ in range(20)]
@@ -120,7 +121,7 @@ def test_a_batch_that_finds_no_room_in_shared_memory_is_one_clear_error_not_a_wa
 
 
 def test_a_killed_worker_is_one_clear_error_wherever_the_main_process_is(shards):
-    def slow(samples) -> list[int]:
+    def slow(samples, total) -> list[int]:
         time.sleep(0.2)
         return keys(samples)
 

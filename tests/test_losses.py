@@ -19,6 +19,7 @@ from rarec.prompts import Encoded, lay_out
 from tests.synthetic import tiny_model
 
 NOTHING = torch.zeros(3, 3, dtype=torch.bool)
+OWN = torch.arange(3)
 SCORES = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 3.0], [-1.0, 0.0, 1.0]])
 
 
@@ -27,6 +28,19 @@ def mask(*pairs):
     for pair in pairs:
         masked_BB[pair] = True
     return masked_BB
+
+
+def mean(part):
+    """Of one rank that has all rows."""
+    return part.summed / part.terms.clamp_min(1)
+
+
+def softmax(scores_BB, masked_BB, log_q_B):
+    return mean(sampled_softmax(scores_BB, masked_BB, torch.arange(len(scores_BB)), log_q_B))
+
+
+def aligned(ours_LBD, states_LBD, same_BB, temperature):
+    return mean(align(ours_LBD, states_LBD, same_BB, torch.arange(ours_LBD.shape[1]), temperature))
 
 
 def softplus(x):
@@ -40,7 +54,7 @@ def test_false_negatives_by_hand():
     """Users 0 and 2 have the same target 7; user 1 has seen 7; user 2 has seen 5, user 1's target, and its own."""
     targets_B = torch.tensor([7, 5, 7])
     histories_BH = torch.tensor([[1, 2, -1], [7, -1, -1], [5, 7, 3]])
-    assert false_negatives(targets_B, histories_BH).tolist() == [
+    assert false_negatives(targets_B, histories_BH, targets_B, OWN).tolist() == [
         [False, False, True],  # 5 is a negative of user 0; item 2 is its own target again
         [True, False, True],  # 7 stands in the history of user 1
         [True, True, False],  # its own target again, and 5 from the history; the positive itself is never masked
@@ -53,13 +67,13 @@ def test_false_negatives_by_hand():
 def test_bpr_by_hand():
     """-ln sigmoid(m) = ln(1 + e^-m). Margins: 2-1 and 2-0; 3-0 and 3-3; 1-(-1) and 1-0."""
     expected = (softplus(-1) + softplus(-2) + softplus(-3) + log(2) + softplus(-2) + softplus(-1)) / 6
-    assert bpr(SCORES, NOTHING).item() == pytest.approx(expected)
+    assert mean(bpr(SCORES, NOTHING, OWN)).item() == pytest.approx(expected)
 
 
 def test_bpr_is_the_mean_over_the_pairs_that_are_left():
     """Without the pair of margin 0 and one of margin 2, four are left."""
     expected = (softplus(-1) + softplus(-3) + softplus(-2) + softplus(-1)) / 4
-    assert bpr(SCORES, mask((1, 2), (0, 2))).item() == pytest.approx(expected)
+    assert mean(bpr(SCORES, mask((1, 2), (0, 2)), OWN)).item() == pytest.approx(expected)
 
 
 # ---- softmax
@@ -68,12 +82,12 @@ def test_bpr_is_the_mean_over_the_pairs_that_are_left():
 def test_softmax_by_hand():
     """Rows 2 1 0, 0 3 3, -1 0 1 with positives 2, 3, 1: minus ln of the positive's share."""
     rows = [log(1 + exp(-1) + exp(-2)), log(2 + exp(-3)), log(1 + exp(-1) + exp(-2))]
-    assert sampled_softmax(SCORES, NOTHING, None).item() == pytest.approx(sum(rows) / 3)
+    assert softmax(SCORES, NOTHING, None).item() == pytest.approx(sum(rows) / 3)
 
 
 def test_softmax_without_false_negatives():
     rows = [log(1 + exp(-2)), log(2 + exp(-3)), log(1 + exp(-1) + exp(-2))]
-    assert sampled_softmax(SCORES, mask((0, 1)), None).item() == pytest.approx(sum(rows) / 3)
+    assert softmax(SCORES, mask((0, 1)), None).item() == pytest.approx(sum(rows) / 3)
 
 
 def test_logq_by_hand():
@@ -87,7 +101,7 @@ def test_logq_by_hand():
         log((2 + 4 * exp(3) + 4 * exp(3)) / (4 * exp(3))),
         log((2 * exp(-1) + 4 + 4 * exp(1)) / (4 * exp(1))),
     ]
-    assert sampled_softmax(SCORES, NOTHING, log_q_B).item() == pytest.approx(sum(rows) / 3)
+    assert softmax(SCORES, NOTHING, log_q_B).item() == pytest.approx(sum(rows) / 3)
 
 
 def test_logq_comes_from_the_counts_of_training_targets():
@@ -98,7 +112,7 @@ def test_logq_comes_from_the_counts_of_training_targets():
 
 def test_a_uniform_logq_changes_nothing():
     uniform = torch.full((3,), 0.01).log()
-    torch.testing.assert_close(sampled_softmax(SCORES, NOTHING, uniform), sampled_softmax(SCORES, NOTHING, None))
+    torch.testing.assert_close(softmax(SCORES, NOTHING, uniform), softmax(SCORES, NOTHING, None))
 
 
 # ---- alignment
@@ -111,22 +125,22 @@ def test_alignment_by_hand():
     """Cosines of row 0 with both states: 1 and 0.6; of row 1: 0 and 0.8. tau = 0.5 doubles them."""
     rows = [log(1 + exp((0.6 - 1) / 0.5)), log(1 + exp((0 - 0.8) / 0.5))]
     none = torch.zeros(2, 2, dtype=torch.bool)
-    assert align(OURS, STATES, none, 0.5).item() == pytest.approx(sum(rows) / 2)
+    assert aligned(OURS, STATES, none, 0.5).item() == pytest.approx(sum(rows) / 2)
     both = torch.cat([OURS, STATES]), torch.cat([STATES, STATES])
     second = [log(1 + exp((0.6 - 1) / 0.5)), log(1 + exp((0.6 - 1) / 0.5))]
-    assert align(*both, none, 0.5).item() == pytest.approx(sum(rows + second) / 4), "the mean over blocks"
+    assert aligned(*both, none, 0.5).item() == pytest.approx(sum(rows + second) / 4), "the mean over blocks"
 
 
 def test_alignment_does_not_push_apart_rows_of_the_same_item():
     same = torch.tensor([[False, True], [True, False]])
-    assert align(OURS, STATES, same, 0.5).item() == 0
+    assert aligned(OURS, STATES, same, 0.5).item() == 0
 
 
 def test_alignment_contrasts_k_with_j():
     """Where every row equals its own text and no other, the loss is near 0; where they are swapped, near 2 / tau."""
     ours, none = torch.eye(2)[None], torch.zeros(2, 2, dtype=torch.bool)
-    assert align(ours, ours, none, 0.05).item() < 1e-6
-    assert align(ours, ours.flip(1), none, 0.05).item() == pytest.approx(20, rel=1e-6)
+    assert aligned(ours, ours, none, 0.05).item() < 1e-6
+    assert aligned(ours, ours.flip(1), none, 0.05).item() == pytest.approx(20, rel=1e-6)
 
 
 # ---- gradients
@@ -139,10 +153,10 @@ def doubles(*shape):
 @pytest.mark.parametrize("masked_BB", [NOTHING, mask((0, 1), (2, 0))], ids=["all", "masked"])
 def test_gradients_against_finite_differences(masked_BB):
     log_q_B = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
-    assert gradcheck(lambda scores: bpr(scores, masked_BB), doubles(3, 3))
-    assert gradcheck(lambda scores: sampled_softmax(scores, masked_BB, log_q_B), doubles(3, 3))
+    assert gradcheck(lambda scores: mean(bpr(scores, masked_BB, OWN)), doubles(3, 3))
+    assert gradcheck(lambda scores: softmax(scores, masked_BB, log_q_B), doubles(3, 3))
     states_LBD = doubles(2, 3, 4).detach() + 1
-    assert gradcheck(lambda ours: align(ours, states_LBD, masked_BB, 0.3), doubles(2, 3, 4))
+    assert gradcheck(lambda ours: aligned(ours, states_LBD, masked_BB, 0.3), doubles(2, 3, 4))
 
 
 def test_a_row_without_negatives_gives_no_nan():
@@ -150,9 +164,9 @@ def test_a_row_without_negatives_gives_no_nan():
     everything = ~torch.eye(3, dtype=torch.bool)
     scores, ours = SCORES.clone().requires_grad_(), torch.randn(2, 3, 4, requires_grad=True)
     losses = [
-        bpr(scores, everything),
-        sampled_softmax(scores, everything, torch.tensor([0.5, 0.3, 0.2]).log()),
-        align(ours, torch.randn(2, 3, 4), everything, 0.1),
+        mean(bpr(scores, everything, OWN)),
+        softmax(scores, everything, torch.tensor([0.5, 0.3, 0.2]).log()),
+        aligned(ours, torch.randn(2, 3, 4), everything, 0.1),
     ]
     assert [loss.item() for loss in losses] == [0, 0, 0]
     sum(losses).backward()
@@ -162,7 +176,7 @@ def test_a_row_without_negatives_gives_no_nan():
 
 def test_half_masked_rows_have_finite_gradients():
     scores = (SCORES * 1e3).requires_grad_()
-    sum([bpr(scores, mask((0, 1), (0, 2))), sampled_softmax(scores, mask((0, 1), (0, 2)), None)]).backward()
+    sum([mean(bpr(scores, mask((0, 1), (0, 2)), OWN)), softmax(scores, mask((0, 1), (0, 2)), None)]).backward()
     assert scores.grad.isfinite().all()
     assert not scores.grad[0].any()
 
@@ -199,12 +213,16 @@ class Step:
     def states(self, prompts, dtype):
         """As a training step reads them back."""
         stored_BLD = text_states(self.model.backbone, prompts, BLOCKS, 0, dtype=dtype, batch_size=2)
-        return torch.from_numpy(stored_BLD.astype(np.float32)).transpose(0, 1)
+        return torch.from_numpy(stored_BLD.astype(np.float32))
 
-    def loss(self, user_states_LBD, item_states_LBD):
+    def loss(self, user_states_BLD, item_states_BLD):
         histories_BH = torch.tensor([[1, 4], [2, -1], [7, 8], [9, 3], [0, -1]])
-        targets = Targets(torch.arange(BATCH), self.rows, histories_BH, user_states_LBD, item_states_LBD)
-        return self.objective(self.model, *self.model(*self.batches), targets)
+        targets = Targets(torch.arange(BATCH), self.rows, histories_BH, user_states_BLD, item_states_BLD, BATCH)
+        encoded = self.encoded()
+        return self.objective(self.model, encoded["user"], encoded["item"], targets)
+
+    def encoded(self):
+        return self.model(dict(zip(("user", "item"), self.batches, strict=True)))
 
     def gradients(self, terms):
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -218,7 +236,7 @@ def test_the_loss_equals_that_of_two_passes(kind, recommendation):
     step = Step(kind, recommendation=recommendation, align_weight=0.5)
     layouts = [lay_out(prompts, {}, 0) for prompts in step.prompts]
     second_pass = [
-        step.model.backbone.text_states(torch.from_numpy(laid.ids_BT), torch.from_numpy(laid.mask_BT), BLOCKS)
+        step.model.backbone.text_states(torch.from_numpy(laid.ids_BT), torch.from_numpy(laid.mask_BT), BLOCKS).transpose(0, 1)
         for laid in layouts
     ]
     computed = step.loss(*second_pass)
@@ -238,19 +256,19 @@ def test_the_objective_puts_the_parts_together():
     """Its terms are the functions above, on the scores, the masks and the blocks that have both slots and states."""
     step = Step("bert", temperature=0.05)
     states = [step.states(prompts, "float32") for prompts in step.prompts]
-    users, items = step.model(*step.batches)
+    users, items = step.encoded().values()
     terms = step.loss(*states)
     histories_BH = torch.tensor([[1, 4], [2, -1], [7, 8], [9, 3], [0, -1]])
-    masked_BB = false_negatives(step.rows, histories_BH)
+    masked_BB = false_negatives(step.rows, histories_BH, step.rows, torch.arange(BATCH))
     log_q_B = (torch.arange(CATALOGUE).clamp_min(1) / 66).log()[step.rows]  # 0 + 1 + ... + 11 = 66
     scores_BB = users.vectors_BZ @ items.vectors_BZ.T
-    torch.testing.assert_close(terms.recommendation, sampled_softmax(scores_BB, masked_BB, log_q_B))
+    torch.testing.assert_close(terms.recommendation, softmax(scores_BB, masked_BB, log_q_B))
 
     same_items = torch.zeros(5, 5, dtype=torch.bool)
     same_items[0, 2] = same_items[2, 0] = True  # item 3 twice
     none = torch.zeros(5, 5, dtype=torch.bool)
-    expected = align(users.projected["id"].mean(2), states[0], none, 0.1)
-    expected = expected + align(items.projected["id"].mean(2), states[1], same_items, 0.1)
+    expected = aligned(users.projected["id"].mean(2), states[0].transpose(0, 1), none, 0.1)
+    expected = expected + aligned(items.projected["id"].mean(2), states[1].transpose(0, 1), same_items, 0.1)
     torch.testing.assert_close(terms.align, expected)
 
 
@@ -262,12 +280,12 @@ def test_only_blocks_with_slots_and_stored_states_are_aligned(stored):
     encoding = Encoding(torch.randn(3, 4), ours, {"id": ours})
     objective = Objective(Loss(), torch.ones(9), stored)
     rows = torch.tensor([1, 2, 3])
-    loss = objective._align((0, 1), encoding, torch.stack([states[block] for block in stored]), rows)
+    loss = objective._align((0, 1), encoding, torch.stack([states[block] for block in stored], 1), rows, 3)
     shared = [block for block in (0, 1) if block in stored]
     if not shared:
         assert loss == 0
     else:
-        expected = align(ours[shared, :, 0], torch.stack([states[block] for block in shared]), NOTHING, 0.1)
+        expected = aligned(ours[shared, :, 0], torch.stack([states[block] for block in shared]), NOTHING, 0.1)
         torch.testing.assert_close(loss, expected)
 
 
@@ -277,8 +295,8 @@ def test_what_is_compared_with_the_text_is_a_choice():
     encoding = Encoding(torch.randn(3, 5), slots_LBKD, {"id": slots_LBKD[:, :, 2:]})
     states_LBD, rows = torch.randn(1, 3, 5), torch.arange(3)
     for pool, ours in (("projected", slots_LBKD[:, :, 2:]), ("all", slots_LBKD)):
-        loss = Objective(Loss(align_pool=pool), torch.ones(9), (0,))._align((0,), encoding, states_LBD, rows)
-        torch.testing.assert_close(loss, align(ours.mean(2), states_LBD, NOTHING, 0.1))
+        loss = Objective(Loss(align_pool=pool), torch.ones(9), (0,))._align((0,), encoding, states_LBD.transpose(0, 1), rows, 3)
+        torch.testing.assert_close(loss, aligned(ours.mean(2), states_LBD, NOTHING, 0.1))
 
 
 def test_slots_that_know_no_vectors_are_not_aligned():
@@ -287,4 +305,4 @@ def test_slots_that_know_no_vectors_are_not_aligned():
     prefix = Encoding(torch.randn(3, 5), torch.randn(1, 3, 2, 5), {})
     text = Encoding(torch.randn(3, 5), None, {})
     for encoding in (prefix, text):
-        assert objective._align((0,), encoding, torch.randn(1, 3, 5), torch.arange(3)) == 0
+        assert objective._align((0,), encoding, torch.randn(3, 1, 5), torch.arange(3), 3) == 0

@@ -20,8 +20,8 @@ from rarec.config import ARMS
 from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.losses import LossTerms
-from rarec.stages.train import train
-from rarec.training.checkpoints import Checkpoints, verify
+from rarec.stages.train import checkpoints_of, train
+from rarec.training.checkpoints import Checkpoints, Torn
 from rarec.training.schedule import build_optimizer, rate_at, set_rate
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "train.py"
@@ -37,7 +37,7 @@ def untrained(finished: Path, directory: Path) -> str:
 
 
 def final_weights(run: Path, arm: str = "per_layer_lora") -> dict[str, torch.Tensor]:
-    newest = Checkpoints(run / "train" / arm / "checkpoints", 1)
+    newest = Checkpoints(run / "train" / arm / "checkpoints", 1, "")
     directory = newest.path(newest.steps()[-1])
     tensors = load_file(directory / "alignment.safetensors") | load_file(directory / "optimizer.safetensors")
     return tensors | load_file(directory / "lora" / "adapter_model.safetensors")
@@ -67,7 +67,7 @@ def test_kill_9_and_resume_ends_with_the_same_weights_bit_for_bit(finished, tmp_
     train(open_context(finished, [untrained(finished, whole), *LONG]))
     command = [sys.executable, str(LAUNCH), "--config", str(finished), untrained(finished, killed), *LONG]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    checkpoints = Checkpoints(killed / "train" / "per_layer_lora" / "checkpoints", 1)
+    checkpoints = Checkpoints(killed / "train" / "per_layer_lora" / "checkpoints", 1, "")
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and len(checkpoints.steps()) < 2 and time.monotonic() < deadline:
@@ -89,7 +89,7 @@ def log_lines(run: Path, arm: str = "per_layer_lora") -> list[dict]:
 
 def test_what_trains_is_saved_apart_and_nothing_frozen_with_it(finished, tmp_path):
     train(open_context(finished, [untrained(finished, tmp_path), "train.arms=[per_layer_lora]", "train.max_steps=3"]))
-    newest = Checkpoints(tmp_path / "train" / "per_layer_lora" / "checkpoints", 1)
+    newest = Checkpoints(tmp_path / "train" / "per_layer_lora" / "checkpoints", 1, "")
     directory = newest.path(newest.steps()[-1])
     alignment = load_file(directory / "alignment.safetensors")
     lora = load_file(directory / "lora" / "adapter_model.safetensors")
@@ -116,7 +116,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(finished, tmp_path):
     }
     assert done["best_step"] == max(validations, key=validations.get)
     newest = sorted(validations)[-2:]
-    assert Checkpoints(directory / "checkpoints", 2).steps() == sorted({*newest, done["best_step"]})
+    assert Checkpoints(directory / "checkpoints", 2, "").steps() == sorted({*newest, done["best_step"]})
 
 
 def test_validation_that_gets_no_better_stops_the_run(finished, tmp_path):
@@ -147,18 +147,20 @@ def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_last_good_checkp
     with pytest.raises(UserError, match=r"step 5 is not a number .* samples user-position 0000\d+-\d+") as error:
         train(open_context(finished, [untrained(finished, tmp_path), *overrides]))
     assert "step-00000004" in str(error.value)
-    verify(tmp_path / "train" / "per_layer" / "checkpoints" / "step-00000004")
+    checkpoints_of(open_context(finished, [f"run.dir={tmp_path}", *overrides]), ARMS["per_layer"]).verify(4)
     weights = load_file(tmp_path / "train" / "per_layer" / "checkpoints" / "step-00000004" / "alignment.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_a_harmed_checkpoint_is_refused(finished, tmp_path):
-    train(open_context(finished, [untrained(finished, tmp_path), "train.arms=[per_layer]", "train.max_steps=2"]))
-    checkpoints = Checkpoints(tmp_path / "train" / "per_layer" / "checkpoints", 1)
+    context = open_context(finished, [untrained(finished, tmp_path), "train.arms=[per_layer]", "train.max_steps=2"])
+    train(context)
+    checkpoints = checkpoints_of(context, ARMS["per_layer"])
+    checkpoints.verify(2)
     path = checkpoints.path(2) / "alignment.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match="missing or altered"):
-        verify(checkpoints.path(2))
+    with pytest.raises(Torn, match="missing or altered"):
+        checkpoints.verify(2)
 
 
 def test_other_settings_are_refused_unless_the_user_says_fresh(finished, tmp_path):
@@ -177,12 +179,6 @@ def test_shards_of_another_language_model_are_refused(finished, tmp_path):
     other = write_llm(tmp_path / "other", "bert", seed=9)
     with pytest.raises(UserError, match="made from another llm"):
         train(open_context(finished, [untrained(finished, tmp_path / "run"), f"llm.path={other}"]))
-
-
-def test_two_processes_are_refused(finished, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="started 2 processes"):
-        train(open_context(finished, [untrained(finished, tmp_path)]))
 
 
 def test_an_unknown_tracker_is_refused(finished, tmp_path):

@@ -115,9 +115,9 @@ def our_step(
     world: World, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
 ) -> None:
     """What the training loop does with a batch."""
-    batch = collate(samples)
-    users, items = world.model(batch.users, batch.items)
-    objective(world.model, users, items, batch.targets).total.backward()
+    batch = collate(samples, len(samples))
+    encoded = world.model({"user": batch.users, "item": batch.items})
+    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()
     torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -127,16 +127,16 @@ def naive_step(
     world: World, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
 ) -> None:
     """The same loss, as a first implementation has it."""
-    batch = collate(samples)
+    batch = collate(samples, len(samples))
     longest = max(len(sample.tokens_T) for sample in world.samples) + sum(world.model.user.slots.values())
     users, items = (pad(side, longest, world.filler) for side in (batch.users, batch.items))
-    users_z, items_z = world.model(users, items)
+    encoded = world.model({"user": users, "item": items})
     backbone, table = world.loaded.backbone, world.loaded.backbone.trunk.get_input_embeddings().weight
     with torch.no_grad():
         for side in (users, items):
             backbone.text_states(side.ids_BT, side.mask_BT, world.blocks)
             backbone(side.ids_BT, side.mask_BT) @ table.T
-    objective(world.model, users_z, items_z, batch.targets).total.backward()
+    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()
     torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -179,7 +179,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     tokens = [collate(samples).tokens for samples in batches]
     for samples in [batches[0], *batches]:  # the first round warms up
-        batch = collate(samples)
+        batch = collate(samples, len(samples))
         for name, step in steps.items():
             seconds[name].append(timed(partial(step, samples, batch)))
     print(

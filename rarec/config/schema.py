@@ -30,6 +30,10 @@ class Run(Section):
     """Directory of every artefact of this run, relative to the current directory."""
     seed: NonNegative = 17
     """Seeds every random choice; each stage derives its own stream from it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run: by default on GPUs if there are any. `cuda` refuses a machine without."""
+    ranks: Positive | None = None
+    """Processes that the launcher is to start; any other number is refused. Whatever it starts is taken by default."""
 
 
 class Table(Section):
@@ -302,6 +306,9 @@ class Train(Section):
     """Samples in a step, over all ranks."""
     tokens_per_batch: Positive | None = None
     """Instead of `batch_size`: as many samples as keep the padded user prompts of a step within this many tokens."""
+    accumulate: Positive = 1
+    """Parts into which a step's batch is cut, one after the other, to save memory. Negatives are those of a part: so
+    this changes what is trained, and more ranks do not."""
     epochs: Positive = 2
     max_steps: Positive | None = None
     lr: Rate = 1e-3

@@ -13,7 +13,9 @@ import numpy.typing as npt
 from rarec.data.dataset import PreparedDataset, Targets
 from rarec.ids.source import Source
 from rarec.models.encode import Encoder
-from rarec.ranking.rank import rank_targets, top_k
+from rarec.ranking.rank import rank_shared, top_k
+from rarec.ranks import ALONE
+from rarec.ranks import Ranks as Processes
 
 Float32 = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]
@@ -120,14 +122,14 @@ class Ranker:
         return top_k(users, self.items_NZ, k, question.histories)[0]
 
 
-def rank_all(question: Question, rankers: Mapping[str, Ranker]) -> dict[str, Ranks]:
+def rank_all(question: Question, rankers: Mapping[str, Ranker], processes: Processes = ALONE) -> dict[str, Ranks]:
     """Rank of each target in the full catalogue by every ranker: earlier items excluded, ties against the model.
 
-    Users go by in chunks, every ranker on one chunk before the next.
+    Users go by in chunks, every ranker on one chunk before the next; the processes share each chunk.
     """
     ranks: dict[str, list[Ranks]] = {name: [] for name in rankers}
     for part in question.chunks():
         for name, ranker in rankers.items():
             users = ranker.users(part.user_rows, part.histories)
-            ranks[name].append(rank_targets(users, ranker.items_NZ, part.targets, part.histories))
+            ranks[name].append(rank_shared(users, ranker.items_NZ, part.targets, part.histories, processes))
     return {name: np.concatenate(parts) for name, parts in ranks.items()}

@@ -1,6 +1,7 @@
 """A few test users as people see them: history, target, and the top 10 by title from several arms side by side."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,39 +14,51 @@ SHOWN_HISTORY = 10
 TOP = 10
 
 
-def example_rows(
-    dataset: PreparedDataset,
-    question: Question,
-    rankers: Mapping[str, Ranker],
-    ranks: Mapping[str, npt.NDArray[np.int64]],
-    count: int,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Rows {user, history, target, target_rank, top} for users drawn at random: nobody picks the flattering ones.
+@dataclass(frozen=True)
+class Examples:
+    """Users drawn at random among those of a question: nobody picks the flattering ones.
 
-    Args:
-        dataset: for ids and titles.
-        question: the test users.
-        rankers: the arms shown.
-        ranks: of the targets, by arm.
-        count: how many users.
-        seed: of the draw.
+    Attributes:
+        rows: theirs in the question.
+        few: what it asks of them.
     """
-    total = len(question.targets)
-    chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
-    if not len(chosen):
-        return []
-    histories = [question.histories[at] for at in chosen]
-    few = Question(question.user_rows[chosen], histories, question.targets[chosen])
-    best = {name: ranker.best(few, TOP) for name, ranker in rankers.items()}
-    titles = dataset.titles
-    return [
-        {
-            "user": str(dataset.user_ids[int(few.user_rows[row])]),
-            "history": [titles[item] for item in histories[row][-SHOWN_HISTORY:]],
-            "target": titles[few.targets[row]],
-            "target_rank": {name: int(ranks[name][at]) for name in rankers},
-            "top": {name: [titles[item] for item in best[name][row] if item >= 0] for name in rankers},
-        }
-        for row, at in enumerate(chosen)
-    ]
+
+    rows: npt.NDArray[np.int64]
+    few: Question
+
+    @classmethod
+    def drawn(cls, question: Question, count: int, seed: int) -> "Examples":
+        """At most so many of the question's users."""
+        total = len(question.targets)
+        rows = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+        histories = [question.histories[at] for at in rows]
+        return cls(rows, Question(question.user_rows[rows], histories, question.targets[rows]))
+
+    def best(self, ranker: Ranker) -> npt.NDArray[np.int64]:
+        """The items that an arm puts first for each of them."""
+        return ranker.best(self.few, TOP) if len(self.rows) else np.empty((0, TOP), np.int64)
+
+    def table(
+        self,
+        dataset: PreparedDataset,
+        best: Mapping[str, npt.NDArray[np.int64]],
+        ranks: Mapping[str, npt.NDArray[np.int64]],
+    ) -> list[dict[str, Any]]:
+        """Rows {user, history, target, target_rank, top}.
+
+        Args:
+            dataset: for ids and titles.
+            best: of each arm that is shown.
+            ranks: of all the question's targets, by arm.
+        """
+        titles, few = dataset.titles, self.few
+        return [
+            {
+                "user": str(dataset.user_ids[int(few.user_rows[row])]),
+                "history": [titles[item] for item in few.histories[row][-SHOWN_HISTORY:]],
+                "target": titles[few.targets[row]],
+                "target_rank": {name: int(ranks[name][at]) for name in best},
+                "top": {name: [titles[item] for item in best[name][row] if item >= 0] for name in best},
+            }
+            for row, at in enumerate(self.rows)
+        ]

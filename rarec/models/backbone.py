@@ -6,7 +6,7 @@ Shape letters: B batch, T positions, L blocks asked for, D hidden size.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -64,6 +64,11 @@ class FrozenBackbone(nn.Module):
         """Of the frozen weights."""
         return cast(torch.dtype, self.model.dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen weights are."""
+        return next(self.parameters()).device
+
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, slots: Slots | None = None) -> Tensor:
         """Final hidden states (B, T, D), with slots overwritten where given."""
         with self.injector.inject(slots):
@@ -100,10 +105,11 @@ class FrozenBackbone(nn.Module):
         digest = hashlib.sha256(config_hash(self.model.config).encode())
         for name, parameter in self.trunk.named_parameters():
             if "lora_" not in name and not name.startswith("pooler."):
-                flat = parameter.detach().flatten()
-                probe = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
-                digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
-                digest.update(flat[probe.to(flat.device)].float().cpu().numpy().tobytes())
+                with whole(parameter):
+                    flat = parameter.detach().flatten()
+                    probe = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
+                    digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
+                    digest.update(flat[probe.to(flat.device)].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -155,6 +161,16 @@ def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:
     order_T = torch.arange(1, text_BT.shape[1] + 1, device=text_BT.device)
     last_B = (text_BT * order_T).argmax(1)
     return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+
+
+def whole(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """In it a parameter that ZeRO-3 has sharded is whole, to be read. All ranks must ask."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    gathered: AbstractContextManager[None] = GatheredParameters([parameter])
+    return gathered
 
 
 def config_hash(config: Any) -> str:

@@ -4,15 +4,16 @@ Shape letters: N catalogue, B users or items of a chunk, Z size of a scored vect
 dimension.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from rarec.ids.source import Source
-from rarec.models.towers import Encoding, RaRec, SideBatch, Tower
+from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import Encoded, PromptPair, lay_out
+from rarec.ranks import ALONE, Ranks
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
@@ -47,7 +48,7 @@ class Encoder:
         prompts: over the catalogue's titles.
         sources: every source by name.
         batch_size: prompts a chunk.
-        device: where the model is.
+        ranks: that encode together. Chunks are the same on any number of them, and each has its share of the chunks.
     """
 
     def __init__(
@@ -56,39 +57,38 @@ class Encoder:
         prompts: PromptPair,
         sources: Mapping[str, Source],
         batch_size: int,
-        device: torch.device | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.prompts, self.sources = model, prompts, sources
-        self.batch_size, self.device = batch_size, device or torch.device("cpu")
+        self.batch_size, self.ranks = batch_size, ranks
 
     def items(self, rows: Rows | None = None) -> Float32:
-        """Item vectors (N, Z), of the whole catalogue or of these rows."""
+        """Item vectors (N, Z), of the whole catalogue or of these rows; on every rank all of them."""
         rows = np.arange(len(self.prompts.titles)) if rows is None else rows
         encoded = [self.prompts.item(int(row)) for row in rows]
         vectors = {name: source.items_NE[rows][:, None] for name, source in self.sources.items()}
-        return self._chunks(encoded, vectors, self.model.item, self.model.items)
+        return self._chunks("item", self.model.item, encoded, vectors)
 
     def users(self, rows: Rows, histories: Sequence[Rows]) -> Float32:
-        """User vectors (B, Z) after these histories (item rows, oldest first)."""
+        """User vectors (B, Z) after these histories (item rows, oldest first); on every rank all of them."""
         encoded = [self.prompts.user(history) for history in histories]
         vectors = {name: source.user_vectors(rows, histories) for name, source in self.sources.items()}
-        return self._chunks(encoded, vectors, self.model.user, self.model.users)
+        return self._chunks("user", self.model.user, encoded, vectors)
 
     @torch.no_grad()
-    def _chunks(
-        self, prompts: list[Encoded], vectors: Vectors, tower: Tower, encode: Callable[[SideBatch], Encoding]
-    ) -> Float32:
+    def _chunks(self, side: str, tower: Tower, prompts: list[Encoded], vectors: Vectors) -> Float32:
         """Chunks of like length, results in the order asked for."""
         order = np.argsort([len(prompt.tokens_T) for prompt in prompts], kind="stable")
+        chunks = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         result: Float32 | None = None
-        for start in range(0, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
+        for mine, chunk in self.ranks.in_step(chunks):
             chunk_vectors = {name: array[chunk] for name, array in vectors.items()}
             batch = side_batch([prompts[at] for at in chunk], chunk_vectors, tower, self.prompts.tokenizer.filler)
-            encoded_BZ = encode(batch.to(self.device)).vectors_BZ.float().cpu().numpy()
+            encoded_BZ = self.model({side: batch.to(self.ranks.device)})[side].vectors_BZ.float().cpu().numpy()
             if result is None:
-                result = np.empty((len(order), encoded_BZ.shape[1]), np.float32)
-            result[chunk] = encoded_BZ
+                result = np.zeros((len(order), encoded_BZ.shape[1]), np.float32)
+            if mine:
+                result[chunk] = encoded_BZ
         if result is None:
             raise ValueError("nothing to encode")
-        return result
+        return self.ranks.merged(result)

@@ -41,6 +41,15 @@ class LoadedModel:
     identity: dict[str, str]
 
 
+def convert(config: Llm, converted: Path) -> None:
+    """Make what loading needs: a GGUF file becomes a plain model directory, once. One rank does it for all.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
+    _locate(config.path, converted)
+
+
 def load_model(
     config: Llm, converted: Path, *, pool: str = "auto", lora: Lora | None = None, seed: int = 0
 ) -> LoadedModel:

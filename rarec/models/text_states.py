@@ -3,7 +3,7 @@
 Shape letters: N prompts, L blocks, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,10 @@ import torch
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.prompts import Encoded, lay_out
+from rarec.ranks import ALONE
+
+Schedule = Callable[[list[list[int]]], Iterator[tuple[bool, list[int]]]]
+"""Of passes, each a list of prompts."""
 
 
 def text_states(
@@ -22,6 +26,7 @@ def text_states(
     *,
     dtype: str = "float16",
     batch_size: int = 64,
+    schedule: Schedule = ALONE.alike,
 ) -> npt.NDArray[np.floating]:
     """States entering `blocks`, as (N, L, D); prompts with the same tokens are computed once.
 
@@ -32,6 +37,8 @@ def text_states(
         filler: token id for padding.
         dtype: of the result.
         batch_size: prompts a pass.
+        schedule: which passes this rank makes, from `Ranks`: `alike` for prompts of its own, `in_step` for a share of
+            prompts that all ranks know; the states of the others are zero then.
 
     Raises:
         UserError: a state is too large for the type.
@@ -41,15 +48,15 @@ def text_states(
     for row, text in enumerate(texts):
         first.setdefault(text, row)
     order = sorted(first.values(), key=lambda row: len(prompts[row].tokens_T))
-    result = np.empty((len(prompts), len(blocks), backbone.hidden_size), dtype)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    result = np.zeros((len(prompts), len(blocks), backbone.hidden_size), dtype)
+    passes = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for mine, rows in schedule(passes):
         laid = lay_out([prompts[row] for row in rows], {}, filler)
-        device = next(backbone.parameters()).device
-        ids_BT, mask_BT = (torch.from_numpy(a).to(device) for a in (laid.ids_BT, laid.mask_BT))
+        ids_BT, mask_BT = (torch.from_numpy(a).to(backbone.device) for a in (laid.ids_BT, laid.mask_BT))
         states_LBD = backbone.text_states(ids_BT, mask_BT, blocks).float().cpu().numpy()
-        with np.errstate(over="ignore"):
-            result[rows] = states_LBD.transpose(1, 0, 2)
+        if mine:
+            with np.errstate(over="ignore"):
+                result[rows] = states_LBD.transpose(1, 0, 2)
     if not np.isfinite(result[order]).all():
         raise UserError(f"a text-only state overflows {dtype}", "set shards.state_dtype: float32")
     result[:] = result[[first[text] for text in texts]]

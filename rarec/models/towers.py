@@ -6,6 +6,7 @@ scored vector.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +43,8 @@ class SideBatch:
         )
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """What a tower returns.
+class Encoding(NamedTuple):
+    """What a tower returns: a tuple, since engines look for tensors in tuples, lists and dicts only.
 
     Attributes:
         vectors_BZ: to score.
@@ -131,23 +131,27 @@ class RaRec(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.user, self.item = backbone, user, item
-        self.log_scale = nn.Parameter(torch.tensor(scale).log(), requires_grad=learn_scale)
-        self.alpha = nn.Parameter(torch.zeros(())) if residual else None
+        # of one number, not of none: DeepSpeed cannot send those
+        self.log_scale = nn.Parameter(torch.tensor([scale]).log(), requires_grad=learn_scale)
+        self.alpha = nn.Parameter(torch.zeros(1)) if residual else None
 
-    def users(self, batch: SideBatch) -> Encoding:
-        """Encode users; their vectors carry the scale and the residual's alpha."""
+    def forward(self, sides: Mapping[str, SideBatch]) -> dict[str, Encoding]:
+        """Encode the sides that are given: `user`, `item` or both.
+
+        Always by a call of the whole: an engine that shards the model gathers weights when modules are called.
+        """
+        encode = {"user": self._users, "item": self._items}
+        return {side: encode[side](batch) for side, batch in sides.items()}
+
+    def _users(self, batch: SideBatch) -> Encoding:
+        """Users' vectors carry the scale and the residual's alpha."""
         encoding = self.user(self.backbone, batch)
         return self._with_residual(encoding, encoding.vectors_BZ * self.log_scale.exp(), batch, self.alpha)
 
-    def items(self, batch: SideBatch) -> Encoding:
-        """Encode items."""
+    def _items(self, batch: SideBatch) -> Encoding:
         encoding = self.item(self.backbone, batch)
-        one = torch.ones((), device=encoding.vectors_BZ.device)
+        one = torch.ones(1, device=encoding.vectors_BZ.device)
         return self._with_residual(encoding, encoding.vectors_BZ, batch, one)
-
-    def forward(self, users: SideBatch, items: SideBatch) -> tuple[Encoding, Encoding]:
-        """Both towers, as one call: what wraps the model (DDP, DeepSpeed) sees one forward a step."""
-        return self.users(users), self.items(items)
 
     def _with_residual(
         self, encoding: Encoding, vectors_BZ: Tensor, batch: SideBatch, factor: Tensor | None

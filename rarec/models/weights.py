@@ -13,23 +13,40 @@ from rarec.models.towers import RaRec
 
 ALIGNMENT = "alignment.safetensors"
 LORA = "lora"
-_FROZEN = "backbone."
+_PEFT = "backbone.model."
+
+Weights = Mapping[str, Tensor]
 
 
-def alignment_state(model: RaRec) -> dict[str, Tensor]:
-    """Every tensor beside the backbone: both sides' alignment, heads, scale, alpha."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_FROZEN)}
+def alignment_state(model: RaRec, trained: Weights | None = None) -> dict[str, Tensor]:
+    """Every tensor beside the backbone: both sides' alignment, heads, scale, alpha.
+
+    Args:
+        model: whole, or sharded by an engine.
+        trained: what trains, whole, by name, where the model is sharded.
+    """
+    # not the whole model's `state_dict`: FSDP has hooks there, and one rank alone may be here
+    sides = {"user": model.user, "item": model.item}
+    state = {f"{side}.{name}": tensor for side, tower in sides.items() for name, tensor in tower.state_dict().items()}
+    state |= dict(model.named_parameters(recurse=False))
+    state |= {name: tensor for name, tensor in (trained or {}).items() if name in state}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def save_weights(model: RaRec, directory: Path) -> None:
-    """Write `alignment.safetensors` and, where the model has LoRA, `lora/` as PEFT writes it."""
-    state = alignment_state(model)
-    if any(not tensor.isfinite().all() for tensor in state.values()):
-        raise ValueError("refusing to save weights that are not finite")
+def save_weights(model: RaRec, directory: Path, trained: Weights | None = None) -> None:
+    """Write `alignment.safetensors` and, where the model has LoRA, `lora/` as PEFT writes it; arguments as above.
+
+    Raises:
+        ValueError: a tensor is empty, or holds what is no number.
+    """
+    state, peft = alignment_state(model, trained), model.backbone.model if _has_lora(model) else None
+    lora = {name.removeprefix(_PEFT): tensor for name, tensor in (trained or {}).items() if name.startswith(_PEFT)}
+    for name, tensor in {**state, **lora}.items():
+        if not tensor.numel() or not tensor.isfinite().all():
+            raise ValueError(f"refusing to save {name}: it is {'not finite' if tensor.numel() else 'empty'}")
     save_file(state, directory / ALIGNMENT)
-    if hasattr(model.backbone.model, "peft_config"):
-        model.backbone.model.save_pretrained(directory / LORA, safe_serialization=True)
+    if peft is not None:
+        peft.save_pretrained(directory / LORA, safe_serialization=True, state_dict=lora or None)
 
 
 def load_weights(model: RaRec, directory: Path) -> None:
@@ -42,10 +59,14 @@ def load_weights(model: RaRec, directory: Path) -> None:
     state = _read(path)
     _check(state, alignment_state(model), path)
     model.load_state_dict(state, strict=False)
-    if hasattr(model.backbone.model, "peft_config"):
+    if _has_lora(model):
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model.backbone.model, _read(directory / LORA / "adapter_model.safetensors"))
+
+
+def _has_lora(model: RaRec) -> bool:
+    return hasattr(model.backbone.model, "peft_config")
 
 
 def _read(path: Path) -> dict[str, Tensor]:

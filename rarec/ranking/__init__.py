@@ -2,7 +2,7 @@
 
 from rarec.ranking.intervals import Interval, mean_interval, mean_intervals, paired_interval, paired_intervals
 from rarec.ranking.metrics import metric_values
-from rarec.ranking.rank import rank_targets, top_k
+from rarec.ranking.rank import rank_shared, rank_targets, top_k
 
 __all__ = [
     "Interval",
@@ -11,6 +11,7 @@ __all__ = [
     "metric_values",
     "paired_interval",
     "paired_intervals",
+    "rank_shared",
     "rank_targets",
     "top_k",
 ]

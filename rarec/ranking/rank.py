@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from rarec.errors import UserError
+from rarec.ranks import Ranks
 
 Array = npt.NDArray[np.float32] | torch.Tensor
 Rows = npt.NDArray[np.integer]
@@ -54,6 +55,16 @@ def rank_targets(
         hit_S = (scores_CN[user_S, item_S] >= threshold_C1[user_S, 0]).cpu().numpy()
         ranks_B[chunk] = at_least_C - np.bincount(user_S[hit_S], minlength=len(at_least_C))
     return ranks_B
+
+
+def rank_shared(
+    users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], ranks: Ranks
+) -> npt.NDArray[np.int64]:
+    """As `rank_targets`, each of the processes its share of the users; all of them get all ranks."""
+    own = slice(ranks.index, None, ranks.count)
+    ranks_B = np.zeros(len(users), np.int64)
+    ranks_B[own] = rank_targets(users[own], items_ND, targets_B[own], seen[own])
+    return ranks.merged(ranks_B)
 
 
 def top_k(

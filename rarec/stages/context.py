@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from rarec.artefacts import check_files, is_current, sha256_json, write_text
@@ -21,9 +20,13 @@ from rarec.errors import UserError
 from rarec.ids.make import source_identity
 from rarec.ids.source import Source, open_source
 from rarec.models.build import SourceShape, slots_reserved
-from rarec.models.load import LoadedModel, load_model
+from rarec.models.load import LoadedModel, convert, load_model
 from rarec.paths import RunPaths
 from rarec.prompts import PromptPair
+from rarec.ranks import Ranks
+
+if TYPE_CHECKING:
+    from rarec.training.engines import Engine
 
 Say = Callable[[str], None]
 
@@ -53,12 +56,20 @@ class Context:
         return RunPaths(Path(self.config.run.dir))
 
     @cached_property
-    def device(self) -> torch.device:
-        """Where models run: the device that Accelerate trains on."""
-        from accelerate import PartialState  # late: it brings DeepSpeed, whose notices are silenced above
+    def ranks(self) -> Ranks:
+        """This process among those that the launcher started, if any."""
+        from rarec.training.accelerator import (
+            start_ranks,
+        )  # late: it brings DeepSpeed, whose notices are silenced above
 
-        device: torch.device = PartialState().device
-        return device
+        return start_ranks(self.config)
+
+    @cached_property
+    def engine(self) -> "Engine":
+        """What runs models on the ranks."""
+        from rarec.training.accelerator import build_engine
+
+        return build_engine(self.ranks, self.config)
 
     @property
     def main(self) -> Arm:
@@ -100,10 +111,10 @@ class Context:
         if arm is not None and not arm.lora:
             return self.llm
         lora = self.config.lora if arm is not None else None
-        seed = self.config.run.seed
-        loaded = load_model(self.config.llm, self.paths.llm, pool=self.config.readout.pool, lora=lora, seed=seed)
-        loaded.backbone.to(self.device)
-        return loaded
+        seed, config = self.config.run.seed, self.config.llm
+        self.ranks.once(lambda: convert(config, self.paths.llm))
+        with self.engine.loading(config):
+            return load_model(config, self.paths.llm, pool=self.config.readout.pool, lora=lora, seed=seed)
 
     @cached_property
     def prompts(self) -> PromptPair:
@@ -147,16 +158,13 @@ class Context:
         if not self.fresh and is_current(directory, kind, settings, made_from):
             self.say(f"{directory} is there already, made with these settings")
             return True
-        write_text(self.paths.config, dump_config(self.config))
+        self.ranks.once(lambda: write_text(self.paths.config, dump_config(self.config)))
         return False
 
     def start_over(self, directory: Path) -> None:
         """With `fresh`, throw away what is made in place. Renamed first: half of it must not pass for the whole."""
-        if self.fresh and directory.exists():
-            aside = directory.with_name(f".{directory.name}.aside-old")
-            shutil.rmtree(aside, ignore_errors=True)
-            directory.rename(aside)
-            shutil.rmtree(aside)
+        if self.fresh:
+            self.ranks.once(lambda: _throw_away(directory))
 
     def _source(self, name: str, section: Ids | Import) -> Source:
         directory = self.paths.source(name)
@@ -165,3 +173,11 @@ class Context:
         source = open_source(directory)
         check_files(directory, source.manifest)
         return source
+
+
+def _throw_away(directory: Path) -> None:
+    if directory.exists():
+        aside = directory.with_name(f".{directory.name}.aside-old")
+        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(aside)
+        shutil.rmtree(aside)

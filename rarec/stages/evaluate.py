@@ -1,7 +1,6 @@
 """`accelerate launch launch/evaluate.py`: rank the whole catalogue with every arm; only here is the test set read."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 from rarec.artefacts import new_directory, write_json, write_manifest
 from rarec.config import ARMS
 from rarec.evaluation.arms import Question, Ranker, rank_all
-from rarec.evaluation.examples import example_rows
+from rarec.evaluation.examples import Examples
 from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.strata import strata_rows
@@ -44,18 +43,22 @@ def evaluate(context: Context) -> None:
     started = time.monotonic()
     evaluation = _Evaluation(context)
     ranks = evaluation.ranks()
-    with new_directory(context.paths.evaluation) as aside:
-        _write_ranks(aside / "ranks.parquet", context, evaluation.test, ranks)
-        write_json(aside / "metrics.json", evaluation.metrics(ranks))
-        write_json(aside / "comparisons.json", evaluation.comparisons(ranks))
-        write_json(aside / "strata.json", evaluation.strata(ranks))
-        write_json(aside / "examples.json", evaluation.examples)
-        figures: dict[str, Any] = {
-            "n": len(evaluation.test.targets),
-            "seconds": time.monotonic() - started,
-            "fusion": evaluation.weights,
-        }
-        write_manifest(aside, "evaluate", settings=settings, made_from=made_from, **figures)
+
+    def write() -> None:
+        with new_directory(context.paths.evaluation) as aside:
+            _write_ranks(aside / "ranks.parquet", context, evaluation.test, ranks)
+            write_json(aside / "metrics.json", evaluation.metrics(ranks))
+            write_json(aside / "comparisons.json", evaluation.comparisons(ranks))
+            write_json(aside / "strata.json", evaluation.strata(ranks))
+            write_json(aside / "examples.json", evaluation.examples(ranks))
+            figures: dict[str, Any] = {
+                "n": len(evaluation.test.targets),
+                "seconds": time.monotonic() - started,
+                "fusion": evaluation.weights,
+            }
+            write_manifest(aside, "evaluate", settings=settings, made_from=made_from, **figures)
+
+    context.ranks.once(write)
 
 
 class _Evaluation:
@@ -70,19 +73,21 @@ class _Evaluation:
         self.validation = Question.of(dataset, validation)
         self.ids = Ranker.of_source(context.sources["id"])
         self.weights: dict[str, float] = {}
-        self.examples: list[dict[str, Any]] = []
-        self._shown: dict[str, Ranker] = {"id_only": self.ids}
+        self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
+        self._best: dict[str, npt.NDArray[np.int64]] = {"id_only": self._examples.best(self.ids)}
 
     def ranks(self) -> Ranks:
         """Ranks of the test targets by arm: the ID model, the trained arms, their fusions, the probes."""
-        ranks: Ranks = {}
-        for question, rankers in self._rankers():
-            ranks |= rank_all(question, rankers)
-            for name in rankers:
-                self.context.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
-        count = self.context.config.report.examples
-        self.examples = example_rows(self.context.dataset, self.test, self._shown, ranks, count, self.seed)
+        ranks = self._rank(self.test, {"id_only": self.ids})
+        for name in self.context.config.train.arms:  # one trained arm is loaded at a time
+            model = best_model(self.context, ARMS[name])
+            with self.context.engine.serving(model):
+                ranks |= self._ranks_of(name, model)
         return ranks
+
+    def examples(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Rows of examples.json."""
+        return self._examples.table(self.context.dataset, self._best, ranks)
 
     def metrics(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Rows of metrics.json."""
@@ -104,29 +109,34 @@ class _Evaluation:
     def _bootstrap(self) -> Bootstrap:
         return {"resamples": self.context.config.evaluate.resamples, "seed": self.seed}
 
-    def _rankers(self) -> Iterator[tuple[Question, dict[str, Ranker]]]:
-        """Rankers that share a model, with the users whom they rank for; one trained arm is loaded at a time."""
-        config = self.context.config
-        yield self.test, {"id_only": self.ids}
-        for name in config.train.arms:
-            model = best_model(self.context, ARMS[name])
-            ranker = self._of(model)
-            if name in ("text_only", self.main):
-                self._shown[name] = ranker
-            rankers: dict[str, Ranker] = {name: ranker}
-            if config.evaluate.fusion and self.context.sources["id"].vectors_per_user == 1:
-                rankers[f"{name}+id"], self.weights[name] = fuse(ranker, self.ids, self.validation)
-            yield self.test, rankers
-            if name == self.main and config.evaluate.probes:
-                yield Question.of(self.context.dataset, self.targets, self.seed), {f"{name}/shuffled_history": ranker}
-                yield self.test, {f"{name}/permuted_ids": self._of(model, permuted=True)}
+    def _ranks_of(self, name: str, model: RaRec) -> Ranks:
+        """One trained arm, its fusion, and the probes of the main one."""
+        config, context = self.context.config, self.context
+        ranker = self._of(model)
+        if name in ("text_only", self.main):
+            self._best[name] = self._examples.best(ranker)
+        rankers: dict[str, Ranker] = {name: ranker}
+        if config.evaluate.fusion and context.sources["id"].vectors_per_user == 1:
+            rankers[f"{name}+id"], self.weights[name] = fuse(ranker, self.ids, self.validation, context.ranks)
+        ranks = self._rank(self.test, rankers)
+        if name == self.main and config.evaluate.probes:
+            shuffled = Question.of(context.dataset, self.targets, self.seed)
+            ranks |= self._rank(shuffled, {f"{name}/shuffled_history": ranker})
+            ranks |= self._rank(self.test, {f"{name}/permuted_ids": self._of(model, permuted=True)})
+        return ranks
+
+    def _rank(self, question: Question, rankers: dict[str, Ranker]) -> Ranks:
+        ranks = rank_all(question, rankers, self.context.ranks)
+        for name in rankers:
+            self.context.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
+        return ranks
 
     def _of(self, model: RaRec, permuted: bool = False) -> Ranker:
         sources = self.context.sources
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
-        batch_size, device = self.context.config.evaluate.batch_size, self.context.device
-        return Ranker.of_model(Encoder(model, self.context.prompts, sources, batch_size, device))
+        batch_size = self.context.config.evaluate.batch_size
+        return Ranker.of_model(Encoder(model, self.context.prompts, sources, batch_size, self.context.ranks))
 
 
 def _write_ranks(path: Path, context: Context, test: Question, ranks: Ranks) -> None:

@@ -51,9 +51,11 @@ def recommend(context: Context, user: str, k: int, bundle: Path | None = None) -
         raise UserError(f"user {user!r} is not in {context.paths.prepare}", f"known ids look like {names[0]!r}")
     directory = bundle or context.paths.bundle
     model = load_bundle(directory, context.config, context.load_llm, provenance(context), context.prompts.sources)
-    ranker = Ranker.of_model(Encoder(model, context.prompts, context.sources, context.config.evaluate.batch_size))
+    batch_size = context.config.evaluate.batch_size
     row = names.index(user)
     sequence = dataset.sequence(row)
     question = Question(np.array([row]), [sequence], sequence[-1:])
-    best = [int(item) for item in ranker.best(question, k)[0] if item >= 0]
+    with context.engine.serving(model):
+        ranker = Ranker.of_model(Encoder(model, context.prompts, context.sources, batch_size, context.ranks))
+        best = [int(item) for item in ranker.best(question, k)[0] if item >= 0]
     return [(str(dataset.item_ids[item]), dataset.titles[item]) for item in best]

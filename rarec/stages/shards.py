@@ -1,8 +1,7 @@
 """`rarec shards`: select training samples, compute text-only states once, write the tars."""
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from rarec.data.shards.samples import Sample
 from rarec.data.shards.truth import Truth, leak
 from rarec.data.shards.writing import drop_notes, finish_shards, write_shards
 from rarec.errors import UserError
-from rarec.models.text_states import text_states
+from rarec.models.text_states import Schedule, text_states
 from rarec.prompts import Encoded
 from rarec.prompts.hybrid import parse_template
 from rarec.stages.context import Context
@@ -40,17 +39,27 @@ def shards(context: Context) -> None:
     if context.is_done(directory, "shards", settings, made_from):
         drop_notes(directory)  # a kill may have come between the manifest and this
         return
-    parts = ShardParts(context)
+    parts, ranks = ShardParts(context), context.ranks
     parts.tell_size()
     directory.mkdir(parents=True, exist_ok=True)  # not aside: a killed stage goes on with the shards it has
-    for write in parts.sidecars.values():
-        write()
     identity = sha256_json({"settings": settings, "made_from": made_from})
-    records = write_shards(
-        directory, parts.total, config.samples_per_shard, parts.samples, identity, context.say, config.writers
-    )
-    cut = context.prompts.cut
-    finish_shards(directory, records, settings, made_from, parts.sidecars, state_blocks=parts.blocks, cut_prompts=cut)
+    with context.engine.serving(context.llm.backbone):
+        for name, make in parts.sidecars.items():
+            made = make()
+            ranks.once(partial(parts.write, name, made))
+        records = write_shards(
+            directory,
+            parts.total,
+            config.samples_per_shard,
+            parts.samples,
+            identity,
+            context.say,
+            config.writers,
+            ranks,
+        )
+    cut = {"user": int(ranks.largest(parts.cut_S).sum()), "item": context.prompts.cut["item"]}
+    figures = {"state_blocks": parts.blocks, "cut_prompts": cut}
+    ranks.once(lambda: finish_shards(directory, records, settings, made_from, parts.sidecars, **figures))
     context.say(f"{parts.total} samples in {len(records)} shards")
     context.say(f"prompts cut to the context length: {cut['user']} of users, {cut['item']} of items")
 
@@ -109,6 +118,11 @@ class ShardParts:
             problem = f"the selected sample {stray} is no training interaction with a history: validation or test leaks"
             raise UserError(problem, "this is a defect of rarec: please report it, with the configuration")
 
+    @cached_property
+    def cut_S(self) -> npt.NDArray[np.int8]:
+        """Which samples' prompts were cut, as far as they were made here."""
+        return np.zeros(self.total, np.int8)
+
     @property
     def total(self) -> int:
         """Number of samples."""
@@ -139,14 +153,22 @@ class ShardParts:
         return np.bincount(dataset.items_at(selection.user_rows, selection.positions), minlength=dataset.n_items)
 
     @property
-    def sidecars(self) -> dict[str, Callable[[], None]]:
-        """What writes each file beside the tars and their index."""
-        directory = self.context.paths.shards
+    def sidecars(self) -> dict[str, Callable[[], Any]]:
+        """What makes each file beside the tars and their index: an array, or JSON."""
         return {
-            ITEM_STATES: lambda: _save(directory / ITEM_STATES, self._item_states()),
-            TARGET_COUNTS: lambda: _save(directory / TARGET_COUNTS, self.target_counts_N),
-            SELECTION: lambda: write_json(directory / SELECTION, self.selection.report),
+            ITEM_STATES: self._item_states,
+            TARGET_COUNTS: lambda: self.target_counts_N,
+            SELECTION: lambda: self.selection.report,
         }
+
+    def write(self, name: str, made: Any) -> None:
+        """Write one of these files."""
+        path = self.context.paths.shards / name
+        if name == SELECTION:
+            write_json(path, made)
+            return
+        with write_aside(path) as file:
+            np.save(file, made, allow_pickle=False)
 
     def samples(self, places: range) -> Iterator[Sample]:
         """The samples at these places of the selection."""
@@ -155,7 +177,8 @@ class ShardParts:
         positions = self.selection.positions[places.start : places.stop]
         histories = [dataset.history(int(user), int(position)) for user, position in zip(users, positions, strict=True)]
         prompts = [context.prompts.user(history) for history in histories]
-        states_BLD = self._states(prompts)
+        self.cut_S[places.start : places.stop] = [prompt.cut for prompt in prompts]
+        states_BLD = self._states(prompts, context.ranks.alike)
         vectors = {name: source.user_vectors(users, histories) for name, source in context.sources.items()}
         for at, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
             target = int(dataset.sequence(user)[position])
@@ -171,18 +194,15 @@ class ShardParts:
         self.context.say(f"text-only states of {len(self.blocks)} blocks: {width / 1e3:.1f} kB a text, {sizes}")
 
     def _item_states(self) -> npt.NDArray[np.floating]:
-        return self._states([self.context.prompts.item(row) for row in range(self.context.dataset.n_items)])
+        prompts, ranks = self.context.prompts, self.context.ranks
+        items = [prompts.item(row) for row in range(self.context.dataset.n_items)]
+        return ranks.merged(self._states(items, ranks.in_step))
 
-    def _states(self, prompts: list[Encoded]) -> npt.NDArray[np.floating]:
+    def _states(self, prompts: list[Encoded], schedule: Schedule) -> npt.NDArray[np.floating]:
         llm, dtype = self.context.llm, self.context.config.shards.state_dtype
-        return text_states(llm.backbone, prompts, self.blocks, llm.tokenizer.filler, dtype=dtype)
+        return text_states(llm.backbone, prompts, self.blocks, llm.tokenizer.filler, dtype=dtype, schedule=schedule)
 
 
 def _identity(context: Context) -> tuple[dict[str, Any], dict[str, str]]:
     """What shapes the shards: settings, and hashes of inputs."""
     return shard_settings(context), context.inputs
-
-
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    with write_aside(path) as file:
-        np.save(file, array, allow_pickle=False)

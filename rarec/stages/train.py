@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from rarec.artefacts import (
     check_files,
@@ -18,6 +18,7 @@ from rarec.artefacts import (
     write_manifest,
 )
 from rarec.config import ARMS, Arm
+from rarec.config.schema import Train
 from rarec.data.shards.index import INDEX
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
@@ -25,17 +26,20 @@ from rarec.models.encode import Encoder
 from rarec.models.objective import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking.metrics import metric_values
-from rarec.ranking.rank import rank_targets
-from rarec.stages.context import Context
+from rarec.ranking.rank import rank_shared
+from rarec.ranks import Ranks
+from rarec.stages.context import Context, Say
 from rarec.stages.feed import Feed
 from rarec.stages.fresh import bare_model, fresh_model
 from rarec.stages.shards import ITEM_STATES, TARGET_COUNTS, finished_shards
 from rarec.training.accelerator import build_accelerator
 from rarec.training.batches import Collator
-from rarec.training.checkpoints import Checkpoints
+from rarec.training.checkpoints import Checkpoints, TrainingState
+from rarec.training.engines import Optimisation
 from rarec.training.loader import BatchLoader
 from rarec.training.log import TrainingLog
 from rarec.training.loop import Trainer
+from rarec.training.stopping import StopSignals
 
 DONE = "done.json"
 
@@ -44,7 +48,8 @@ def train(context: Context) -> None:
     """Make `train/<arm>/` for each arm: checkpoints, log, and `done.json` with the best step."""
     manifest = finished_shards(context)
     read_whole = {name: manifest["files"].get(name) for name in (ITEM_STATES, TARGET_COUNTS, INDEX)}
-    check_files(context.paths.shards, {**manifest, "files": read_whole})  # samples are checked one by one
+    # samples are checked one by one
+    context.ranks.once(lambda: check_files(context.paths.shards, {**manifest, "files": read_whole}))
     feed = Feed(context, manifest)
     for name in context.config.train.arms:
         train_arm(context, ARMS[name], feed)
@@ -52,59 +57,97 @@ def train(context: Context) -> None:
 
 def train_arm(context: Context, arm: Arm, feed: Feed) -> None:
     """Train one arm, or go on with it."""
-    directory, config = context.paths.train(arm.name), context.config.train
+    directory, config, ranks = context.paths.train(arm.name), context.config.train, context.ranks
     settings, made_from = arm_settings(context, arm), {"shards": feed.manifest["hash"]}
     context.start_over(directory)
     begun = context.is_done(directory, "train", settings, made_from)
     if begun and (directory / DONE).exists():
         return
-    checkpoints = Checkpoints(directory / "checkpoints", config.keep)
+    checkpoints = checkpoints_of(context, arm)
     excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
     stream = feed.stream(excluded)
-    accelerator = build_accelerator(config.trackers, directory)
-    stream.plan.check_ranks(accelerator.num_processes, config.epochs)
+    stream.plan.check_ranks(ranks.count * config.accumulate, config.epochs)
+    accelerator = build_accelerator(ranks, config.trackers, directory) if ranks.first else None
     if not begun:  # nothing was written before all that can be refused was
-        directory.mkdir(parents=True, exist_ok=True)
-        write_manifest(directory, "train", settings=settings, made_from=made_from)
-    feed.record(directory, excluded)
-    trainer = _trainer(context, arm, feed, stream, checkpoints, accelerator)
-    accelerator.init_trackers("log")
-    state = trainer.run(
-        lambda steps, done: TrainingLog(directory / "log.jsonl", accelerator, steps, done, arm.title, context.say)
-    )
-    accelerator.end_training()
-    figures = {"trainable_parameters": sum(p.numel() for p in trainer.parameters.values())}
-    best = checkpoints.digests(state.best_step) if state.best_step is not None else {}
-    skipped = {"skipped_samples": len(excluded)}
-    write_json(directory / DONE, {**asdict(state), **figures, **skipped, "best_files": best})
+        ranks.once(lambda: write_manifest(_made(directory), "train", settings=settings, made_from=made_from))
+    ranks.once(lambda: feed.record(directory, excluded))
+    state = _resumed(checkpoints, ranks, context.say)
+    trainer = _trainer(context, arm, feed, stream, checkpoints, state)
+    if accelerator is not None:
+        accelerator.init_trackers("log")
+    try:
+        with StopSignals().noted() as signals:
+            trainer.run(
+                state,
+                lambda steps, done: TrainingLog(
+                    directory / "log.jsonl", accelerator, steps, done, arm.title, context.say
+                ),
+                signals,
+            )
+    finally:
+        trainer.optimisation.end()
+        for tracker in accelerator.trackers if accelerator is not None else ():
+            tracker.finish()  # not `end_training`, which ends the process group as well
+    figures = {
+        "trainable_parameters": sum(weight.numel() for weight in trainer.optimisation.weights().values()),
+        "skipped_samples": len(excluded),
+        "best_files": checkpoints.digests(state.best_step) if state.best_step is not None else {},
+    }
+    ranks.once(lambda: write_json(directory / DONE, {**asdict(state), **figures}))
     context.say(
         f"{arm.title}: best validation NDCG@10 {state.best_value:.4f} at step {state.best_step} of {state.step}"
     )
 
 
+def checkpoints_of(context: Context, arm: Arm) -> Checkpoints:
+    """Of a training of this arm, as the configuration says it, from the shards that lie here."""
+    belongs_to = sha256_json([arm_settings(context, arm), finished_shards(context)["hash"]])
+    return Checkpoints(context.paths.train(arm.name) / "checkpoints", context.config.train.keep, belongs_to)
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _resumed(checkpoints: Checkpoints, ranks: Ranks, say: Say) -> TrainingState:
+    """Where the newest whole checkpoint stands, as the first rank finds it; a fresh state where there is none."""
+    step = ranks.together(lambda: checkpoints.newest(say) if ranks.first else None)
+    newest = ranks.most(-1 if step is None else step)
+    return checkpoints.state(newest) if newest >= 0 else TrainingState()
+
+
 def _trainer(
-    context: Context, arm: Arm, feed: Feed, stream: SampleStream, checkpoints: Checkpoints, accelerator: Accelerator
+    context: Context, arm: Arm, feed: Feed, stream: SampleStream, checkpoints: Checkpoints, state: TrainingState
 ) -> Trainer:
-    config, shards = context.config, feed.manifest
+    config, shards, ranks = context.config, feed.manifest, context.ranks
     item_states_NLD = np.load(context.paths.shards / ITEM_STATES, mmap_mode="r")
     counts_N = torch.from_numpy(np.load(context.paths.shards / TARGET_COUNTS))
-    if checkpoints.steps():
+    if state.step:
         model = bare_model(context, arm, context.load_llm(arm))
+        checkpoints.load(model, state.step)
     else:
         model = fresh_model(context, arm, shards, item_states_NLD, stream)
-    model.to(accelerator.device)
+    optimisation = context.engine.train(model, config.train)
     collate = Collator(model, context.prompts, context.sources, item_states_NLD)
-    ranks = accelerator.process_index, accelerator.num_processes
     return Trainer(
         config.train,
         config.run.seed,
-        accelerator.prepare(model),
-        Objective(config.loss, counts_N, tuple(shards["state_blocks"])),
-        BatchLoader(stream, collate, config.train.stream.workers, *ranks),
-        validation(context, model, accelerator.device),
+        model,
+        optimisation,
+        Objective(config.loss, counts_N, tuple(shards["state_blocks"]), ranks),
+        BatchLoader(stream, collate, config.train.stream.workers, ranks, config.train.accumulate),
+        validation(context, model),
         checkpoints,
-        accelerator,
+        ranks,
+        _steps(config.train, stream, optimisation),
     )
+
+
+def _steps(config: Train, stream: SampleStream, optimisation: Optimisation) -> int:
+    """How many there are to take; none where a scale alone trains, which changes no ranking."""
+    every = stream.plan.total(config.epochs)
+    return 0 if set(optimisation.weights()) <= {"log_scale"} else min(every, config.max_steps or every)
 
 
 def arm_settings(context: Context, arm: Arm) -> dict[str, Any]:
@@ -145,27 +188,27 @@ def finished_training(context: Context, arm: Arm) -> dict[str, Any]:
 
 
 def best_model(context: Context, arm: Arm) -> RaRec:
-    """A trained arm at its best validation, ready to encode.
+    """A trained arm at its best validation, for `context.engine` to serve.
 
     Raises:
         UserError: it is not trained, not to its end, or otherwise than the configuration now says.
     """
     best = finished_training(context, arm)["best_step"]
     model = bare_model(context, arm, context.load_llm(arm))
-    Checkpoints(context.paths.train(arm.name) / "checkpoints", context.config.train.keep).load(model, best)
-    return model.to(context.device).eval()
+    checkpoints_of(context, arm).load(model, best)
+    return model.eval()
 
 
-def validation(context: Context, model: RaRec, device: torch.device) -> Callable[[], dict[str, float]]:
+def validation(context: Context, model: RaRec) -> Callable[[], dict[str, float]]:
     """Ranking metrics of the model as it is, over the full catalogue, on a fixed random subset of validation users."""
     dataset, config = context.dataset, context.config
     targets = dataset.targets("validation", config.train.validation_users, config.run.seed)
     histories = [dataset.history(int(u), int(p)) for u, p in zip(targets.user_rows, targets.positions, strict=True)]
-    encoder = Encoder(model, context.prompts, context.sources, config.evaluate.batch_size, device)
+    encoder = Encoder(model, context.prompts, context.sources, config.evaluate.batch_size, context.ranks)
 
     def validate() -> dict[str, float]:
         users_BZ, items_NZ = encoder.users(targets.user_rows, histories), encoder.items()
-        ranks_B = rank_targets(users_BZ, items_NZ, targets.item_rows, histories)
+        ranks_B = rank_shared(users_BZ, items_NZ, targets.item_rows, histories, context.ranks)
         return {name: float(values.mean()) for name, values in metric_values(ranks_B, [10, 100]).items()}
 
     return validate

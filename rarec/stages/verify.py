@@ -130,7 +130,7 @@ def _repair(parts: ShardParts, manifest: Mapping[str, Any], broken: set[str]) ->
         raise UserError(f"{directory / foreign[0]} is no part of the shards", "move it away, and repair again")
     finished_shards(context)
     for name in parts.sidecars.keys() & broken:
-        parts.sidecars[name]()
+        parts.write(name, parts.sidecars[name]())
     records = repair_shards(
         directory, manifest, broken, parts.total, config.samples_per_shard, parts.samples, context.say, config.writers
     )

@@ -1,39 +1,148 @@
-"""The one function that builds the accelerator, and proves what it built."""
+"""The one place where ranks are started and an engine is chosen, and where both are proved to be what was asked for.
+
+`accelerate launch` says by its environment how many ranks there are and which engine they run; the run's configuration
+says on what device. Accelerate itself does not notice when these do not fit: it then trains apart on every rank, or
+without the engine.
+"""
 
 import os
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
 
+from rarec.artefacts import read_json
+from rarec.config import RunConfig
 from rarec.errors import UserError
+from rarec.ranks import Ranks
+from rarec.training.engines import Engine
+
+ONCE = {
+    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_clipping": "train.clip",
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "bf16": "llm.dtype",
+    "fp16": "llm.dtype",
+    "optimizer": "train",
+    "scheduler": "train",
+}
+"""What a DeepSpeed file might say again, and the field that says it."""
 
 
-def build_accelerator(trackers: list[str], logs: Path) -> Accelerator:
-    """An accelerator for one process, CPU or GPU.
+def start_ranks(config: RunConfig) -> Ranks:
+    """Join the other processes that the launcher started, if any.
 
-    Precision is the language model's own (`llm.dtype`); what trains stays float32, so Accelerate casts nothing.
+    Raises:
+        UserError: there is no GPU though one is asked for, or not the ranks that were asked for.
+    """
+    world, wanted = int(os.environ.get("WORLD_SIZE", "1")), config.run.ranks
+    if wanted is not None and world != wanted:
+        remedy = f"accelerate launch --num_processes {wanted} ..., or change run.ranks"
+        raise UserError(f"run.ranks is {wanted}, but {world} processes were started", remedy, shared=True)
+    on_gpu = _on_gpu(config, world)
+    if world == 1 and not _asked("DEEPSPEED"):
+        return Ranks(device=torch.device("cuda" if on_gpu else "cpu"))
+    state = _state(on_gpu)
+    if state.num_processes != world or dist.get_world_size() != world:
+        raise UserError(f"the launcher started {world} ranks, but Accelerate found {state.num_processes}")
+    return Ranks(state.process_index, world, state.device)
+
+
+def _on_gpu(config: RunConfig, world: int) -> bool:
+    """Whether models run on GPUs.
+
+    Raises:
+        UserError: they should, and there is none.
+    """
+    wanted = config.run.device
+    if wanted == "auto" and world > 1:
+        wanted = "cpu" if _asked("CPU") else "cuda"  # as the launcher's file says by `use_cpu`
+    if wanted == "cuda" and not torch.cuda.is_available():
+        asked = "run.device is cuda" if config.run.device == "cuda" else "the launcher's file starts ranks for GPUs"
+        remedy = "install a PyTorch that sees the GPU, or train on CPUs: run.device=cpu"
+        raise UserError(f"{asked}, but PyTorch sees no GPU here", remedy, shared=True)
+    return wanted != "cpu" and torch.cuda.is_available()
+
+
+def _state(on_gpu: bool) -> PartialState:
+    """Accelerate's, which starts the process group."""
+    if on_gpu:
+        return PartialState()
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if not _asked("DEEPSPEED"):
+        return PartialState(cpu=True)
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate trains without DeepSpeed and does not say so
+    return PartialState(backend="gloo")
+
+
+def build_engine(ranks: Ranks, config: RunConfig) -> Engine:
+    """The engine that the launcher's file names.
+
+    Raises:
+        UserError: its settings contradict the run's.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", ""):
+        raise _twice("mixed_precision", precision, "llm.dtype", "the launcher's file")
+    if _asked("DEEPSPEED"):
+        from rarec.training.engines.zero import ZeroEngine
+
+        return ZeroEngine(ranks, _deepspeed_config(config))
+    if _asked("FSDP") and ranks.count > 1:
+        from rarec.training.engines.fsdp import Fsdp2Engine
+
+        return Fsdp2Engine(ranks)
+    from rarec.training.engines.plain import PlainEngine
+
+    return PlainEngine(ranks)
+
+
+def build_accelerator(ranks: Ranks, trackers: list[str], logs: Path) -> Accelerator:
+    """For its trackers.
 
     Args:
-        trackers: Accelerate's trackers by name.
+        ranks: all of them.
+        trackers: Accelerate's, by name.
         logs: where they write.
 
     Raises:
-        UserError: a tracker is unknown or not installed, or the launcher started more than one process.
+        UserError: a tracker is unknown or not installed.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise UserError(
-            f"the launcher started {world} processes; this version trains in one",
-            "accelerate launch --num_processes 1 launch/train.py --config CONFIG",
-        )
+    on_cpu = ranks.device.type == "cpu" and not _asked("DEEPSPEED")
     try:
-        accelerator = Accelerator(mixed_precision="no", log_with=trackers or None, project_dir=str(logs))
+        return Accelerator(cpu=on_cpu, mixed_precision="no", log_with=trackers or None, project_dir=str(logs))
     except (ValueError, ImportError) as error:
         raise UserError(f"train.trackers: {error}", "install that tracker, or set train.trackers=[]") from None
-    if accelerator.distributed_type != DistributedType.NO or accelerator.num_processes != 1:
-        raise UserError(
-            f"Accelerate built {accelerator.distributed_type} with {accelerator.num_processes} processes",
-            "use configs/accelerate/one.yaml",
-        )
-    return accelerator
+
+
+def _asked(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """The JSON that the launcher's file names, if it leaves to the run's configuration what that says.
+
+    Raises:
+        UserError: it names none, or says something a second time and otherwise.
+    """
+    path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
+    if not path.is_file():
+        remedy = "set deepspeed_config_file there, as in configs/accelerate/zero2.yaml"
+        raise UserError("the launcher's file asks for DeepSpeed without a configuration", remedy, shared=True)
+    tree: dict[str, Any] = read_json(path)
+    if not isinstance(tree, dict) or "stage" not in tree.get("zero_optimization", {}):
+        raise UserError(f"{path} says no zero_optimization.stage", "see configs/deepspeed/zero2.json", shared=True)
+    same = {"gradient_accumulation_steps": config.train.accumulate, "gradient_clipping": config.train.clip}
+    for key, field in ONCE.items():
+        given = tree.get(key, "auto")
+        if given not in ("auto", same.get(key), {"enabled": False}):
+            raise _twice(key, given, field, str(path))
+    return {key: value for key, value in tree.items() if key not in ONCE}
+
+
+def _twice(key: str, given: object, field: str, where: str) -> UserError:
+    problem = f"{where} says {key}: {given}, which is the run's own to say, in {field}"
+    return UserError(problem, f"take {key} out of {where}", shared=True)

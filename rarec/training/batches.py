@@ -1,6 +1,6 @@
 """From samples of the stream to what a step takes: both sides as tensors, and what the losses need to know.
 
-Shape letters: B batch, H history, L stored blocks, D hidden size, N catalogue.
+Shape letters: b samples of this rank, H history, L stored blocks, D hidden size, N catalogue.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _ITEMS_KEPT = 65_536
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input.
+    """What one rank puts into a step, or into a part of one.
 
     Attributes:
         users: prompts, slots' places and source vectors of the users.
@@ -64,19 +64,20 @@ class Collator:
         self.model, self.prompts, self.sources, self.item_states_NLD = model, prompts, sources, item_states_NLD
         self._item = lru_cache(_ITEMS_KEPT)(prompts.item)
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """A batch of these samples."""
+    def __call__(self, samples: Sequence[Sample], total: int) -> Batch:
+        """A batch of these samples, which are this rank's of `total`."""
         rows = np.array([sample.target for sample in samples])
-        user_states_LBD = _states([sample.states_LD for sample in samples])
-        item_states_LBD = _states(list(self.item_states_NLD[rows]))
+        user_states_bLD = _states([sample.states_LD for sample in samples])
+        item_states_bLD = _states(list(self.item_states_NLD[rows]))
         users = self._users(samples)
         items = self._items_of(rows)
         targets = Targets(
             torch.tensor([sample.user for sample in samples]),
             torch.from_numpy(rows),
             _padded([sample.history_H for sample in samples]),
-            user_states_LBD,
-            item_states_LBD,
+            user_states_bLD,
+            item_states_bLD,
+            total,
         )
         tokens = int(users.mask_BT.sum() + items.mask_BT.sum())
         return Batch(users, items, targets, tuple(sample.key for sample in samples), tokens)
@@ -93,12 +94,12 @@ class Collator:
 
 
 def _states(states: list[npt.NDArray[np.floating]]) -> torch.Tensor:
-    """(L, B, D) in float32 from B arrays (L, D)."""
-    return torch.from_numpy(np.stack(states, 1).astype(np.float32))
+    """(b, L, D) in float32 from b arrays (L, D)."""
+    return torch.from_numpy(np.stack(states).astype(np.float32))
 
 
 def _padded(histories: list[npt.NDArray[np.int32]]) -> torch.Tensor:
-    """(B, H), padded with -1."""
+    """(b, H), padded with -1."""
     result = np.full((len(histories), max(map(len, histories))), -1, np.int64)
     for row, history in enumerate(histories):
         result[row, : len(history)] = history

@@ -1,24 +1,30 @@
 """Checkpoints: what trains, its optimizer moments and the loop's state, whole or not there; newest and best are kept.
 
 A checkpoint is a directory `step-00000040` with `alignment.safetensors`, `lora/` if any, `optimizer.safetensors`,
-`state.json` and a manifest of hashes. It holds no frozen weight and no pickle.
+`state.json` and a manifest of hashes. It holds no frozen weight and no pickle, and knows neither how many ranks wrote
+it nor by what engine: any number of them goes on from it.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from rarec.artefacts import check_files, new_directory, read_json, read_manifest, write_json, write_manifest
+from rarec.errors import UserError
 from rarec.models.towers import RaRec
-from rarec.models.weights import load_weights, save_weights
+from rarec.models.weights import Weights, load_weights, save_weights
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+Say = Callable[[str], None]
+
+
+class Torn(UserError):
+    """A checkpoint that is not as it was written."""
 
 
 @dataclass
@@ -46,10 +52,11 @@ class Checkpoints:
     Args:
         directory: where they stand.
         keep: how many of the newest are kept, beside the best.
+        belongs_to: hash of the training.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        self.directory, self.keep = directory, keep
+    def __init__(self, directory: Path, keep: int, belongs_to: str) -> None:
+        self.directory, self.keep, self.belongs_to = directory, keep, belongs_to
 
     def path(self, step: int) -> Path:
         """Of the checkpoint after `step` steps."""
@@ -59,38 +66,71 @@ class Checkpoints:
         """Steps of the whole checkpoints there are, oldest first."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.directory.glob("step-*"))
 
-    def save(
-        self,
-        model: RaRec,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        state: TrainingState,
-    ) -> None:
-        """Write one aside, fsync, rename; then drop what need not be kept."""
+    def save(self, model: RaRec, weights: Weights, moments: Weights, state: TrainingState) -> None:
+        """Write one aside, fsync, rename; then drop what need not be kept.
+
+        Args:
+            model: says what is beside the trained weights.
+            weights: what trains, whole, by name.
+            moments: Adam's, whole, as `Optimisation.moments` gives them.
+            state: of the loop.
+        """
         with new_directory(self.path(state.step)) as aside:
-            save_weights(model, aside)
-            save_file(_moments(parameters, optimizer), aside / _OPTIMIZER)
+            save_weights(model, aside, weights)
+            save_file({name: moment.cpu().contiguous() for name, moment in moments.items()}, aside / _OPTIMIZER)
             write_json(aside / _STATE, asdict(state))
-            write_manifest(aside, "checkpoint", settings={}, made_from={})
+            write_manifest(aside, "checkpoint", settings={}, made_from={"train": self.belongs_to})
         kept = {*self.steps()[-self.keep :], state.best_step}
         for step in self.steps():
             if step not in kept:
                 shutil.rmtree(self.path(step))
 
-    def resume(
-        self, model: RaRec, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> TrainingState:
-        """Load the newest checkpoint into model and optimizer; a fresh state where there is none."""
-        if not self.steps():
-            return TrainingState()
-        directory = self.path(self.steps()[-1])
-        verify(directory)
-        load_weights(model, directory)
-        _set_moments(parameters, optimizer, load_file(directory / _OPTIMIZER))
-        state = TrainingState(**read_json(directory / _STATE))
+    def newest(self, say: Say) -> int | None:
+        """The step of the newest whole checkpoint; None where there is none at all. Torn ones are told and dropped.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole; or one belongs to another training.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                self.verify(step)
+            except Torn as torn:
+                say(f"{torn.problem}: going on from the checkpoint before it")
+            else:
+                return step
+        if steps:
+            remedy = "begin again: rarec train CONFIG --fresh"
+            raise UserError(f"{self.directory}: none of {len(steps)} checkpoints is whole", remedy)
+        return None
+
+    def verify(self, step: int) -> None:
+        """Check every file of a checkpoint against its manifest, and that it belongs here.
+
+        Raises:
+            Torn: a file is missing or altered.
+            UserError: it is of another training: another base model, alignment, dataset, or other settings.
+        """
+        directory = self.path(step)
+        try:
+            manifest = read_manifest(directory, "checkpoint")
+            check_files(directory, manifest)
+        except UserError as error:
+            raise Torn(error.problem, f"delete {directory}: the one before is used") from None
+        if manifest["made_from"].get("train") != self.belongs_to:
+            problem = f"{directory} is a checkpoint of another training: other data, another model, or other settings"
+            raise UserError(problem, f"take it away; {self.directory} holds what this training wrote")
+
+    def state(self, step: int) -> TrainingState:
+        """Of the loop, as it was saved."""
+        state = TrainingState(**read_json(self.path(step) / _STATE))
         if state.best_step not in self.steps():  # it went when a better one came, which is lost
             state.best_step, state.best_value = None, -1.0
         return state
+
+    def moments(self, step: int) -> dict[str, Tensor]:
+        """Adam's, as they were saved."""
+        return load_file(self.path(step) / _OPTIMIZER)
 
     def digests(self, step: int) -> dict[str, str]:
         """The sha256 of each file of a checkpoint but its state, which tells how long the training took."""
@@ -98,33 +138,6 @@ class Checkpoints:
         return {name: digest for name, digest in files.items() if name != _STATE}
 
     def load(self, model: RaRec, step: int) -> None:
-        """Load the weights of one checkpoint."""
-        verify(self.path(step))
+        """Load the weights of one checkpoint, after checking it."""
+        self.verify(step)
         load_weights(model, self.path(step))
-
-
-def verify(directory: Path) -> None:
-    """Check every file of a checkpoint against its manifest.
-
-    Raises:
-        UserError: one is missing or altered.
-    """
-    check_files(directory, read_manifest(directory, "checkpoint"), f"delete {directory}; the one before is used")
-
-
-def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's moments by parameter name, independent of groups and their order."""
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _set_moments(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
-) -> None:
-    for key, value in moments.items():
-        name, kind = key.rsplit("/", 1)
-        parameter = parameters[name]
-        optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -16,11 +17,20 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from rarec.data.shards.cuts import Numbers
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
+from rarec.ranks import ALONE, Ranks
 from rarec.training.batches import Batch, Collator
 
 _DEAD = "DataLoader worker (pid"
 """So begin PyTorch's messages of a dead worker."""
 _PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """Sample numbers of this rank, and how many samples all ranks have together."""
+
+    numbers: Numbers
+    total: int
 
 
 class BatchLoader:
@@ -30,22 +40,24 @@ class BatchLoader:
         stream: reads samples by number.
         collate: samples to a batch.
         workers: processes; with 0, a batch is read when it is asked for.
-        rank: of this process among those that share each batch.
-        world: how many they are.
+        ranks: that share each batch.
+        parts: into which a step's batch is cut, one after the other.
     """
 
-    def __init__(self, stream: SampleStream, collate: Collator, workers: int, rank: int = 0, world: int = 1) -> None:
-        self.plan, self.workers, self.rank, self.world = stream.plan, workers, rank, world
+    def __init__(
+        self, stream: SampleStream, collate: Collator, workers: int, ranks: Ranks = ALONE, parts: int = 1
+    ) -> None:
+        self.plan, self.workers, self.ranks, self.parts = stream.plan, workers, ranks, parts
         self._work = _Work(stream, collate)
 
     @contextmanager
     def open(self, first: int, last: int) -> Iterator[Iterator[Batch]]:
-        """This rank's batches of steps `first` to `last`, the last not included. On leaving, all workers are ended.
+        """This rank's shares of steps `first` to `last`, the last not included, part by part. On leaving, workers end.
 
         Raises:
             UserError: whatever a worker met, just as it met it; or a worker died, which may interrupt anything.
         """
-        shares = (self.plan.share(batch, self.rank, self.world) for batch in self.plan.walk(first, last))
+        shares = (share for batch in self.plan.walk(first, last) for share in self._shares(batch))
         workers = self.workers if first < last else 0
         batches = iter(
             DataLoader(
@@ -68,6 +80,11 @@ class BatchLoader:
             if workers:  # not left to the garbage collector, which a traceback would keep waiting
                 batches._shutdown_workers()  # type: ignore[attr-defined]
 
+    def _shares(self, batch: Numbers) -> Iterator[Share]:
+        """This rank's share of each of the batch's parts."""
+        for part in (batch[at :: self.parts] for at in range(self.parts)):
+            yield Share(self.plan.share(part, self.ranks.index, self.ranks.count), len(part))
+
 
 def _belong_to_the_main_process(worker: int) -> None:
     """Ctrl-C is for the main process alone, which ends its workers; where it is killed, Linux kills them too."""
@@ -82,9 +99,9 @@ class _Work(Dataset[Batch | bytes | Exception]):
     def __init__(self, stream: SampleStream, collate: Collator) -> None:
         self._stream, self._collate = stream, collate
 
-    def __getitem__(self, numbers: Numbers) -> Batch | bytes | Exception:
+    def __getitem__(self, share: Share) -> Batch | bytes | Exception:
         try:
-            made = self._collate(self._stream.read(numbers))
+            made = self._collate(self._stream.read(share.numbers), share.total)
             return _packed(made) if get_worker_info() else made
         except (UserError, OSError) as error:  # returned: raised, it would come with a traceback for its message
             return error

@@ -4,22 +4,23 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
 
 from rarec.config.schema import Train
-from rarec.errors import UserError
-from rarec.models.build import trained_parameters
-from rarec.models.losses import LossTerms
+from rarec.errors import Stopped, UserError
 from rarec.models.objective import Objective
 from rarec.models.towers import RaRec
+from rarec.ranks import Ranks
 from rarec.training.batches import Batch
 from rarec.training.checkpoints import Checkpoints, TrainingState
+from rarec.training.engines import Optimisation, norms
 from rarec.training.loader import BatchLoader
 from rarec.training.log import TrainingLog
-from rarec.training.schedule import build_optimizer, rate_at, set_rate
+from rarec.training.metrics import Machine, Step, StepOfAll
+from rarec.training.schedule import rate_at
+from rarec.training.stopping import StopSignals
 
 SELECTED_BY = "ndcg@10"
 
@@ -30,139 +31,142 @@ class Trainer:
 
     Attributes:
         config: the section `train`.
-        seed: with (epoch, step) it determines the data's order and every random number.
-        model: on the accelerator's device.
+        seed: with (step, rank) it determines every random number, with (epoch, step) the data's order.
+        model: under training.
+        optimisation: by the engine.
         objective: the loss of a batch.
-        loader: batches in their order.
+        loader: this rank's shares of batches, in their order.
         validate: metrics of the model as it is, on the validation users.
         checkpoints: where they go.
-        accelerator: from `build_accelerator`.
+        ranks: all of them.
+        steps: how many there are to take.
     """
 
     config: Train
     seed: int
     model: RaRec
+    optimisation: Optimisation
     objective: Objective
     loader: BatchLoader
     validate: Callable[[], dict[str, float]]
     checkpoints: Checkpoints
-    accelerator: Accelerator
+    ranks: Ranks
+    steps: int
 
-    def __post_init__(self) -> None:
-        self.parameters = trained_parameters(self.model)
-        self.optimizer = build_optimizer(self.parameters, self.config)
-        self.plan = self.loader.plan
-        every_step = self.plan.total(self.config.epochs)
-        self.steps = min(every_step, self.config.max_steps or every_step)
-        if set(self.parameters) <= {"log_scale"}:
-            self.steps = 0  # a scale alone changes no ranking: nothing to train
-
-    def run(self, log: Callable[[int, int], TrainingLog]) -> TrainingState:
-        """Train to the end or until validation stops it, going on from the newest checkpoint.
+    def run(self, state: TrainingState, log: Callable[[int, int], TrainingLog], signals: StopSignals) -> TrainingState:
+        """Train to the end or until validation stops it.
 
         Args:
+            state: where to go on; its moments are taken from its checkpoint.
             log: opens the log, given all steps and those already done.
+            signals: that have it stop, after a checkpoint.
 
         Raises:
             UserError: the loss is no number; the message names the batch, and the last good checkpoint stays.
+            Stopped: by a signal.
         """
-        state = self.checkpoints.resume(self.model, self.parameters, self.optimizer)
-        records = log(self.steps, state.step)
+        if state.step:
+            self.optimisation.resume(self.checkpoints.moments(state.step), state.step)
+        records, machine = log(self.steps, state.step), Machine.of(self.model, self.ranks.device)
         self.model.train()
         try:
             with self.loader.open(state.step, self.steps) as batches:
                 while state.step < self.steps and state.worse < self.config.patience:
-                    self._advance(batches, state, records)
+                    step, gradient_norms = self._step(batches, state, signals)
+                    epoch = self.loader.plan.place(state.step - 1)[0]
+                    rate = self.config.lr * rate_at(state.step - 1, self.steps, self.config.warmup)
+                    figures = step.figures(gradient_norms) | machine.figures(step)
+                    records.step(state.step, epoch=epoch, lr=rate, **figures)
+                    self._validate_and_save(records, state, step.stops)
             if not self.checkpoints.steps():
-                self._validate_and_save(records, state)
+                self._validate_and_save(records, state, False)
         finally:
             records.close()
         return state
 
-    def _advance(self, batches: Iterator[Batch], state: TrainingState, records: TrainingLog) -> None:
-        """Wait for a batch, take the step, and do what is due after it."""
-        started = time.monotonic()
-        batch = next(batches).to(self.accelerator.device)
-        waited = time.monotonic() - started
-        losses, norm = self._step(batch, state)
-        spent = time.monotonic() - started
-        state.seconds += spent
-        self._report(records, state, batch, losses, norm, spent, waited)
-        self._validate_and_save(records, state)
-
-    def _step(self, batch: Batch, state: TrainingState) -> tuple[LossTerms, float]:
+    def _step(
+        self, batches: Iterator[Batch], state: TrainingState, signals: StopSignals
+    ) -> tuple[StepOfAll, dict[str, float]]:
         """One optimizer step: the method."""
-        torch.manual_seed(self.seed + state.step)  # LoRA's dropout depends on the step alone, so a resume repeats it
-        set_rate(self.optimizer, rate_at(state.step, self.steps, self.config.warmup))
-        users, items = self.model(batch.users, batch.items)
-        losses = self.objective(self.model, users, items, batch.targets)
-        if not math.isfinite(losses.total.item()):
-            raise self._not_a_number("loss", losses, batch, state)
-        self.accelerator.backward(losses.total)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip))
-        if not math.isfinite(norm):
-            raise self._not_a_number("gradient", losses, batch, state)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        step = Step()
+        for part in range(self.config.accumulate):
+            batch = self._next(batches, step)
+            self._seed(state.step, part)
+            with self.optimisation.part(last=part == self.config.accumulate - 1):
+                encoded = self.optimisation({"user": batch.users, "item": batch.items})
+                losses = self.objective(self.model, encoded["user"], encoded["item"], batch.targets)
+                self.optimisation.backward(losses.total / self.config.accumulate)
+            step.add(batch, losses)
+        gradient_norms = norms(self.optimisation.gradients())
+        of_all = step.over(self.ranks, signals.came)
+        self._refuse_no_number(step, of_all, gradient_norms, state)
+        self.optimisation.update(rate_at(state.step, self.steps, self.config.warmup))
         state.step += 1
-        return losses, norm
+        state.seconds += of_all.seconds
+        return of_all, gradient_norms
 
-    def _validate_and_save(self, records: TrainingLog, state: TrainingState) -> None:
-        """Validate when due and at the end; write a checkpoint then, and when one is due of itself."""
+    def _next(self, batches: Iterator[Batch], step: Step) -> Batch:
+        started = time.monotonic()
+        batch = next(batches).to(self.ranks.device)
+        step.waited += time.monotonic() - started
+        return batch
+
+    def _seed(self, step: int, part: int) -> None:
+        """LoRA's dropout depends on the place alone, so a resume repeats it."""
+        entropy = np.random.SeedSequence([self.seed, step, part, self.ranks.index])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def _validate_and_save(self, records: TrainingLog, state: TrainingState, stops: bool) -> None:
+        """Validate when due and at the end; write a checkpoint then, when one is due of itself, and before stopping."""
         every = self.config.checkpoint_every
         if self._validation_is_due(state.step):
-            started = time.monotonic()
-            self.model.eval()
-            metrics = self.validate()
-            self.model.train()
-            state.seconds += time.monotonic() - started
-            better = metrics[SELECTED_BY] > state.best_value
-            state.worse = 0 if better else state.worse + 1
-            if better:
-                state.best_step, state.best_value = state.step, metrics[SELECTED_BY]
-            records.record(state.step, validation=metrics)
-        elif not every or state.step % every:
+            self._validate(records, state)
+        elif not stops and (not every or state.step % every):
             return
-        self.checkpoints.save(self.model, self.parameters, self.optimizer, state)
+        weights, moments = self.optimisation.weights(), self.optimisation.moments()
+        self.ranks.once(lambda: self.checkpoints.save(self.model, weights, moments, state))
+        if stops and state.step < self.steps:
+            raise Stopped(f"stopped by a signal at step {state.step} of {self.steps}, after a checkpoint")
+
+    def _validate(self, records: TrainingLog, state: TrainingState) -> None:
+        started = time.monotonic()
+        self.model.eval()
+        metrics = self.validate()
+        self.model.train()
+        state.seconds += time.monotonic() - started
+        better = metrics[SELECTED_BY] > state.best_value
+        state.worse = 0 if better else state.worse + 1
+        if better:
+            state.best_step, state.best_value = state.step, metrics[SELECTED_BY]
+        records.record(state.step, validation=metrics)
 
     def _validation_is_due(self, step: int) -> bool:
         """At the end, and every so many steps; by default at the end of each epoch."""
         every = self.config.validate_every
-        within = step % every if every else self.plan.place(step)[1]
+        within = step % every if every else self.loader.plan.place(step)[1]
         return step == self.steps or within == 0
 
-    def _report(
-        self,
-        records: TrainingLog,
-        state: TrainingState,
-        batch: Batch,
-        losses: LossTerms,
-        norm: float,
-        spent: float,
-        waited: float,
+    def _refuse_no_number(
+        self, step: Step, of_all: StepOfAll, gradient_norms: dict[str, float], state: TrainingState
     ) -> None:
-        padded = batch.users.mask_BT.numel() + batch.items.mask_BT.numel()
-        figures: dict[str, Any] = {
-            "epoch": self.plan.place(state.step - 1)[0],
-            "loss": losses.total.item(),
-            "recommendation": losses.recommendation.item(),
-            "align": losses.align.item(),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": norm,
-            "tokens_per_s": batch.tokens / spent,
-            "data_wait": waited / spent,
-            "padding": 1 - batch.tokens / padded,
-        }
-        records.record(state.step, **figures)
-        records.progress(state.step, figures["loss"], figures["tokens_per_s"], figures["data_wait"])
-
-    def _not_a_number(self, what: str, losses: LossTerms, batch: Batch, state: TrainingState) -> UserError:
-        keys = ", ".join(batch.keys[:5]) + (", ..." if len(batch.keys) > 5 else "")
+        """All ranks see the same sums, so all are here together; the first whose own part is bad names its samples."""
+        norm = gradient_norms.get("all", 0.0)
+        if math.isfinite(of_all.loss) and math.isfinite(norm):
+            return
+        what = "gradient" if math.isfinite(of_all.loss) else "loss"
+        keys = ", ".join(step.keys[:5]) + (", ..." if len(step.keys) > 5 else "")
         kept = self.checkpoints.steps()
         good = str(self.checkpoints.path(kept[-1])) if kept else "none yet"
-        return UserError(
-            f"the {what} of step {state.step} is not a number (recommendation {losses.recommendation.item()}, "
-            f"align {losses.align.item()}); batch of samples user-position {keys}",
+        error = UserError(
+            f"the {what} of step {state.step} is not a number (recommendation {of_all.recommendation}, "
+            f"align {of_all.align}); batch of samples user-position {keys}",
             "lower train.lr or train.clip and begin again: rarec train CONFIG --fresh; "
             f"the last good checkpoint is {good}",
         )
+
+        def name_the_samples() -> None:
+            if what == "gradient" or not all(losses.isfinite().all() for losses in step.losses):
+                raise error
+
+        self.ranks.together(name_the_samples)
+        raise error  # the parts are numbers, but not their sum

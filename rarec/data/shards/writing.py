@@ -18,6 +18,7 @@ from rarec.artefacts import drop_stale, read_json, sha256_file, write_json, writ
 from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, is_tar_name, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample, write_shard
 from rarec.data.shards.tar_check import scan
+from rarec.ranks import ALONE, Ranks
 
 Make = Callable[[range], Iterable[Sample]]
 """The samples at these places among all, in order."""
@@ -28,7 +29,14 @@ _PROGRESS = ".progress"
 
 
 def write_shards(
-    directory: Path, total: int, per_shard: int, make: Make, identity: str, say: Say, writers: int = 2
+    directory: Path,
+    total: int,
+    per_shard: int,
+    make: Make,
+    identity: str,
+    say: Say,
+    writers: int = 2,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Write samples 0 .. total-1 as tars and their index, but for tars that a killed run of this identity finished.
 
@@ -42,23 +50,25 @@ def write_shards(
         identity: hash of all that shapes the samples.
         say: told of progress.
         writers: tars written at a time; at most so many, and one that is being made, are in memory.
+        ranks: that write together, each its share of the tars; the first writes the index.
 
     Returns:
         The records of all shards, for the manifest.
     """
     notes, shards = _Notes(directory, identity), range(-(-total // per_shard))
     (directory / _PROGRESS).mkdir(parents=True, exist_ok=True)
-    _drop_beyond(directory, len(shards))
+    ranks.once(lambda: _drop_beyond(directory, len(shards)))
 
     def write(job: tuple[int, list[Sample]]) -> str:
         record, rows_S = write_shard(directory / tar_name(job[0]), job[1], job[0])
         notes.write(job[0], record, rows_S)
         return _told(record)
 
-    missing = [shard for shard in shards if not notes.holds(shard)]
-    for line in _in_threads(write, _made(make, missing, total, per_shard), writers):
+    missing = ranks.together(lambda: [shard for shard in shards if not notes.holds(shard)])
+    for line in _in_threads(write, _made(make, ranks.in_step(missing), total, per_shard), writers):
         say(f"{line} (of {len(shards)} shards)")
-    write_index(directory, map(notes.rows, shards), total)
+    ranks.wait()
+    ranks.once(lambda: write_index(directory, map(notes.rows, shards), total))
     return [notes.record(shard) for shard in shards]
 
 
@@ -95,7 +105,8 @@ def repair_shards(
         return job[0], *write_shard(directory / tar_name(job[0]), job[1], job[0])
 
     _drop_beyond(directory, len(shards))
-    for shard, record, rows_S in _in_threads(write, _made(make, again, total, per_shard), writers):
+    made = _made(make, ALONE.in_step(again), total, per_shard)
+    for shard, record, rows_S in _in_threads(write, made, writers):
         records[shard], rows[shard] = record, rows_S
         say(_told(record))
     if rows or INDEX in broken:
@@ -180,9 +191,14 @@ def _in_threads(work: Callable[[_Job], _Result], jobs: Iterable[_Job], threads: 
         yield from (future.result() for future in under_way)
 
 
-def _made(make: Make, shards: Iterable[int], total: int, per_shard: int) -> Iterator[tuple[int, list[Sample]]]:
-    for shard in shards:
-        yield shard, list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
+def _made(
+    make: Make, shards: Iterable[tuple[bool, int]], total: int, per_shard: int
+) -> Iterator[tuple[int, list[Sample]]]:
+    """The samples of each shard; one that is another rank's is made as well, to stay in step, and dropped."""
+    for mine, shard in shards:
+        samples = list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
+        if mine:
+            yield shard, samples
 
 
 def _told(record: Mapping[str, Any]) -> str:

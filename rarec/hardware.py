@@ -1,0 +1,44 @@
+"""What accelerators can do at most, as their makers state it: the yardstick of MFU and of `rarec plan`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator.
+
+    Attributes:
+        name: part of what PyTorch calls it.
+        tflops: dense bfloat16, 10^12 operations a second (float16 where it has no bfloat16).
+        memory_gb: 10^9 bytes.
+        link_gb_s: to its like in one machine, in each direction, 10^9 bytes a second.
+    """
+
+    name: str
+    tflops: float
+    memory_gb: float
+    link_gb_s: float
+
+
+DEVICES = (
+    Device("B200", 2250, 192, 900),
+    Device("H200", 989, 141, 450),
+    Device("H100 PCIe", 756, 80, 64),
+    Device("H100", 989, 80, 450),
+    Device("A100-SXM4-40GB", 312, 40, 300),
+    Device("A100", 312, 80, 300),
+    Device("MI300X", 1307, 192, 448),
+    Device("L40S", 362, 48, 32),
+    Device("L4", 121, 24, 32),
+    Device("A10", 125, 24, 32),
+    Device("RTX 4090", 165, 24, 32),
+    Device("RTX 3090", 71, 24, 32),
+    Device("V100", 125, 32, 150),
+    Device("T4", 65, 16, 16),
+)
+"""From the makers' data sheets. The first whose name stands in PyTorch's is meant: the longer of two comes first."""
+
+
+def known_device(name: str) -> Device | None:
+    """The accelerator that PyTorch calls so; None for one that is not in the table, and for a CPU."""
+    return next((device for device in DEVICES if device.name.casefold() in name.casefold()), None)

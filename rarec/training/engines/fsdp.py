@@ -1,0 +1,75 @@
+"""FSDP2: the frozen weights lie in shards on the ranks, block by block; what trains is whole on each."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from rarec.config.schema import Llm, Train
+from rarec.errors import UserError
+from rarec.models.backbone import FrozenBackbone
+from rarec.models.towers import RaRec
+from rarec.ranks import Ranks
+from rarec.training.engines.plain import PlainOptimisation
+
+
+class Fsdp2Engine:
+    """PyTorch's `fully_shard`, over the frozen weights alone: those that train are megabytes.
+
+    Args:
+        ranks: all of them.
+    """
+
+    name = "FSDP2"
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._mesh: DeviceMesh = init_device_mesh(ranks.device.type, (ranks.count,))
+
+    def loading(self, llm: Llm) -> AbstractContextManager[None]:
+        """See `Engine`. Every rank maps the whole file into its memory, and keeps its shard."""
+        return nullcontext()
+
+    @contextmanager
+    def serving(self, model: nn.Module) -> Iterator[None]:
+        """See `Engine`."""
+        self._shard(model)
+        yield
+
+    def train(self, model: RaRec, config: Train) -> PlainOptimisation:
+        """See `Engine`."""
+        self._shard(model)
+        return _Averaging(model, model, config, self.ranks)
+
+    def _shard(self, model: nn.Module) -> None:
+        """Shard each block, and what the trunk has beside them; once, for a backbone serves many arms."""
+        backbone = next(module for module in model.modules() if isinstance(module, FrozenBackbone))
+        trained = {p for p in model.parameters() if p.requires_grad}
+        for module in (*backbone.blocks, backbone.trunk):
+            if not isinstance(module, FSDPModule):
+                fully_shard(module, mesh=self._mesh, ignored_params=trained)
+        model.to(self.ranks.device)
+        whole = [n for n, p in backbone.trunk.named_parameters() if p not in trained and not isinstance(p, DTensor)]
+        if whole:
+            raise UserError(f"FSDP2 left {len(whole)} frozen tensors whole, {whole[0]} first", "try another engine")
+
+
+class _Averaging(PlainOptimisation):
+    """Gradients are averaged over the ranks once a step, in one message."""
+
+    @contextmanager
+    def part(self, last: bool) -> Iterator[None]:
+        yield
+        gradients = [gradient for _, gradient in self.gradients()]
+        if last and gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= self.ranks.count
+            means = torch.split(flat, [gradient.numel() for gradient in gradients])
+            for gradient, mean in zip(gradients, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))

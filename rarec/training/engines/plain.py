@@ -1,0 +1,108 @@
+"""Every rank has the whole model: one process alone, or DDP."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rarec.config.schema import Llm, Train
+from rarec.errors import UserError
+from rarec.models.build import trained_parameters
+from rarec.models.towers import Encoding, RaRec, SideBatch
+from rarec.ranks import Ranks
+from rarec.training.engines.base import MOMENTS, Trained
+from rarec.training.schedule import build_optimizer, set_rate
+
+
+class PlainEngine:
+    """PyTorch alone.
+
+    Args:
+        ranks: all of them.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.name = "DDP" if ranks.count > 1 else "one process"
+
+    def loading(self, llm: Llm) -> AbstractContextManager[None]:
+        """See `Engine`."""
+        return nullcontext()
+
+    @contextmanager
+    def serving(self, model: nn.Module) -> Iterator[None]:
+        """See `Engine`."""
+        model.to(self.ranks.device)
+        yield
+
+    def train(self, model: RaRec, config: Train) -> "PlainOptimisation":
+        """See `Engine`."""
+        model.to(self.ranks.device)
+        wrapped = Accelerator(cpu=self.ranks.device.type == "cpu").prepare(Trained(model))
+        if isinstance(wrapped, DistributedDataParallel) != (self.ranks.count > 1):
+            raise UserError(f"Accelerate built {type(wrapped).__name__} for {self.ranks.count} ranks")
+        return PlainOptimisation(model, wrapped, config, self.ranks)
+
+
+class PlainOptimisation:
+    """A model whose trained parameters are whole on every rank, and whose gradients `wrapped` averages over them.
+
+    Args:
+        model: under training.
+        wrapped: what is called in its stead.
+        config: the section `train`.
+        ranks: all of them.
+    """
+
+    def __init__(self, model: RaRec, wrapped: nn.Module, config: Train, ranks: Ranks) -> None:
+        self.wrapped, self.ranks, self.clip = wrapped, ranks, config.clip
+        self.parameters = trained_parameters(model)
+        self.optimizer = build_optimizer(self.parameters, config)
+
+    def part(self, last: bool) -> AbstractContextManager[None]:
+        """See `Optimisation`."""
+        if last or not isinstance(self.wrapped, DistributedDataParallel):
+            return nullcontext()
+        waits: AbstractContextManager[None] = self.wrapped.no_sync()
+        return waits
+
+    def __call__(self, sides: Mapping[str, SideBatch]) -> dict[str, Encoding]:
+        """See `Optimisation`."""
+        encodings: dict[str, Encoding] = self.wrapped(sides)
+        return encodings
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Optimisation`."""
+        torch.autograd.backward(loss * self.ranks.count)  # the parts add up, but gradients are averaged
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Optimisation`."""
+        return ((name, p.grad) for name, p in self.parameters.items() if p.grad is not None)
+
+    def update(self, rate: float) -> None:
+        """See `Optimisation`."""
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Optimisation`."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """See `Optimisation`."""
+        states = ((name, self.optimizer.state[p]) for name, p in self.parameters.items() if p in self.optimizer.state)
+        return {f"{name}/{kind}": state[kind] for name, state in states for kind in MOMENTS}
+
+    def resume(self, moments: Mapping[str, Tensor], step: int) -> None:
+        """See `Optimisation`."""
+        for name, parameter in self.parameters.items():
+            own = {kind: moments[f"{name}/{kind}"].to(parameter.device).clone() for kind in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **own}
+
+    def end(self) -> None:
+        """See `Optimisation`."""

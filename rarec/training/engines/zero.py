@@ -1,0 +1,189 @@
+"""DeepSpeed: ZeRO-1 and 2 shard the optimizer of what trains, ZeRO-3 the frozen weights too.
+
+DeepSpeed's mixed precision stays off: frozen weights have the type that `llm.dtype` says, those that train are float32
+on every engine, and so engines agree.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from rarec.config.schema import Llm, Train
+from rarec.errors import UserError
+from rarec.models.build import trained_parameters
+from rarec.models.towers import Encoding, RaRec, SideBatch
+from rarec.ranks import Ranks
+from rarec.training.engines.base import MOMENTS, Trained
+from rarec.training.schedule import build_optimizer, set_rate
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO.
+
+    Args:
+        ranks: all of them.
+        config: DeepSpeed's, as the launcher's file has it.
+    """
+
+    def __init__(self, ranks: Ranks, config: Mapping[str, Any]) -> None:
+        self.ranks, self.config = ranks, dict(config)
+        self.stage = int(config["zero_optimization"]["stage"])
+        self.name = f"ZeRO-{self.stage}"
+
+    @contextmanager
+    def loading(self, llm: Llm) -> Iterator[None]:
+        """See `Engine`. Under stage 3 the first rank alone reads, and each keeps its shard."""
+        if self.stage != 3:
+            yield
+            return
+        frozen = {"bf16": {"enabled": llm.dtype == "bfloat16"}}
+        config = {**self._filled(1, 1.0, 1), **frozen}
+        known = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # transformers looks for it while it lives
+        try:
+            yield
+        finally:
+            del known
+            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def serving(self, model: nn.Module) -> Iterator[None]:
+        """See `Engine`."""
+        if self.stage != 3:
+            model.to(self.ranks.device)
+            yield
+            return
+        engine, *_ = deepspeed.initialize(model=model, config=self._filled(1, 1.0, 1))
+        try:
+            yield
+        finally:
+            engine.destroy()
+
+    def train(self, model: RaRec, config: Train) -> "ZeroOptimisation":
+        """See `Engine`."""
+        parts = config.accumulate
+        micro = max(1, config.batch_size // (self.ranks.count * parts))
+        parameters = trained_parameters(model)
+        if self.stage != 3:
+            model.to(self.ranks.device)
+        engine, *_ = deepspeed.initialize(
+            model=model if self.stage == 3 else Trained(model),
+            optimizer=build_optimizer(parameters, config),
+            config=self._filled(micro, config.clip, parts),
+        )
+        self._prove(engine, model)
+        return ZeroOptimisation(engine, parameters, self.ranks, self.stage)
+
+    def _filled(self, micro: int, clip: float, parts: int) -> dict[str, Any]:
+        """DeepSpeed's configuration with what the run's own says."""
+        own = {"train_micro_batch_size_per_gpu": micro, "gradient_clipping": clip, "gradient_accumulation_steps": parts}
+        return {**self.config, **own, "steps_per_print": 2**62, "zero_allow_untested_optimizer": True}
+
+    def _prove(self, engine: Any, model: RaRec) -> None:
+        if engine.zero_optimization_stage() != self.stage or engine.dp_world_size != self.ranks.count:
+            built = f"ZeRO-{engine.zero_optimization_stage()} over {engine.dp_world_size} ranks"
+            raise UserError(f"DeepSpeed built {built}, not {self.name} over {self.ranks.count}")
+        whole = [name for name, p in model.backbone.named_parameters() if not hasattr(p, "ds_id")]
+        if self.stage == 3 and whole:
+            raise UserError(f"ZeRO-3 left {len(whole)} frozen tensors unsharded, {whole[0]} first")
+
+
+class ZeroOptimisation:
+    """A model under a DeepSpeed engine."""
+
+    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], ranks: Ranks, stage: int) -> None:
+        self.engine, self.parameters, self.ranks, self.stage = engine, parameters, ranks, stage
+        self.optimizer = engine.optimizer
+
+    @contextmanager
+    def part(self, last: bool) -> Iterator[None]:
+        """See `Optimisation`."""
+        yield
+        if not last:
+            self.engine.step()  # counts the part; the update is made after the last
+
+    def __call__(self, sides: Mapping[str, SideBatch]) -> dict[str, Encoding]:
+        """See `Optimisation`."""
+        encodings: dict[str, Encoding] = self.engine(sides)
+        return encodings
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Optimisation`."""
+        self.engine.backward(loss * self.ranks.count, scale_wrt_gas=False)  # parts add up, gradients are averaged
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Optimisation`."""
+        every = ((name, safe_get_full_grad(p)) for name, p in self.parameters.items())
+        return ((name, gradient) for name, gradient in every if gradient is not None)
+
+    def update(self, rate: float) -> None:
+        """See `Optimisation`."""
+        set_rate(self.optimizer, rate)
+        self.engine.step()
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Optimisation`."""
+        return {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """See `Optimisation`."""
+        if not self._states:
+            return {}
+        self._link()
+        named = ((name, p, kind) for name, p in self.parameters.items() for kind in MOMENTS)
+        return {f"{name}/{kind}": safe_get_full_optimizer_state(p, kind) for name, p, kind in named}
+
+    def resume(self, moments: Mapping[str, Tensor], step: int) -> None:
+        """See `Optimisation`."""
+        for flat in self._flat:
+            zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            self._states[flat] = {"step": torch.tensor(float(step)), **zeros}
+        self._link()
+        for name, parameter in self.parameters.items():
+            for kind in MOMENTS:
+                self._set(parameter, moments[f"{name}/{kind}"].to(self.ranks.device), kind)
+
+    def end(self) -> None:
+        """See `Optimisation`."""
+        self.engine.destroy()
+
+    def _link(self) -> None:
+        """Have parameters know their moments: DeepSpeed does so after the first step of the first group alone."""
+        if self.stage != 3:
+            for group, flat in zip(self.optimizer.bit16_groups, self._flat, strict=True):
+                lazy_init_hp_params_optimizer_state(group, flat, self._states)
+
+    @property
+    def _states(self) -> dict[Tensor, Any]:
+        """Of the optimizer that DeepSpeed runs on its flat shards."""
+        states: dict[Tensor, Any] = self.optimizer.optimizer.state
+        return states
+
+    @property
+    def _flat(self) -> list[Tensor]:
+        """Those shards."""
+        own = self.optimizer
+        flat: list[Tensor] = (
+            own.fp32_partitioned_groups_flat if self.stage == 3 else own.single_partition_of_fp32_groups
+        )
+        return flat
+
+    def _set(self, parameter: nn.Parameter, moment: Tensor, kind: str) -> None:
+        if self.stage != 3:
+            safe_set_full_optimizer_state(parameter, moment, kind)
+            return
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # the last shards are filled up, which DeepSpeed's own setter forgets
+        filled = torch.cat([moment.flatten(), moment.new_zeros(size * self.ranks.count - moment.numel())])
+        safe_set_local_optimizer_state(parameter, filled[self.ranks.index * size :][:size], kind)

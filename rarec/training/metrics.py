@@ -1,0 +1,127 @@
+"""What an operator watches: speed, how much of it is of use, memory, losses and gradients, over all ranks."""
+
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rarec.hardware import known_device
+from rarec.models.losses import LossTerms
+from rarec.models.towers import RaRec
+from rarec.ranks import Ranks
+from rarec.training.batches import Batch
+
+
+@dataclass
+class Step:
+    """One rank's account of one step, part by part.
+
+    Attributes:
+        started: on this machine's clock.
+        waited: seconds for data.
+        tokens: text and slots of both sides.
+        padded: the same with the padding.
+        keys: of the samples.
+    """
+
+    started: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    tokens: int = 0
+    padded: int = 0
+    keys: list[str] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+    def add(self, batch: Batch, losses: LossTerms) -> None:
+        """A part of the step."""
+        self.tokens += batch.tokens
+        self.padded += batch.users.mask_BT.numel() + batch.items.mask_BT.numel()
+        self.keys += batch.keys
+        self.losses.append(torch.stack([losses.total, losses.recommendation, losses.align]).detach().double())
+
+    def over(self, ranks: Ranks, stopping: bool) -> "StepOfAll":
+        """Of all ranks together; one exchange.
+
+        Args:
+            ranks: all of them.
+            stopping: whether this rank has been told to stop.
+        """
+        spent = time.monotonic() - self.started
+        own = [self.tokens, self.padded, self.waited / spent, spent, float(stopping)]
+        losses_3 = torch.stack(self.losses).mean(0)
+        total = ranks.total(torch.cat([losses_3, losses_3.new_tensor(own)]).to(ranks.device)).tolist()
+        loss, recommendation, align, tokens, padded, wait, seconds, stops = total
+        seconds /= ranks.count
+        return StepOfAll(
+            loss, recommendation, align, tokens / seconds / ranks.count, wait / ranks.count, 1 - tokens / padded,
+            seconds, stops > 0,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepOfAll:
+    """One step over all ranks.
+
+    Attributes:
+        loss: what is minimised.
+        recommendation: its first term.
+        align: its second, before weighting.
+        tokens_per_s: of one device.
+        data_wait: share of the time that went into waiting for data.
+        padding: share of the positions that hold nothing.
+        seconds: that the step took.
+        stops: whether a rank has been told to stop.
+    """
+
+    loss: float
+    recommendation: float
+    align: float
+    tokens_per_s: float
+    data_wait: float
+    padding: float
+    seconds: float
+    stops: bool
+
+    def figures(self, norms: Mapping[str, float]) -> dict[str, float]:
+        """For the log; gradient norms by group, before clipping."""
+        named = {key: value for key, value in vars(self).items() if key not in ("seconds", "stops")}
+        groups = {f"gradient_norm/{group}": norm for group, norm in norms.items() if group != "all"}
+        return {**named, "gradient_norm": norms.get("all", 0.0), **groups}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step's speed is held against.
+
+    Attributes:
+        flops_per_token: 4N for a model whose N weights are frozen: forward 2N, gradients of its inputs 2N.
+        peak: operations a second of this device; None where it is not in the table.
+        device: this rank's.
+    """
+
+    flops_per_token: float
+    peak: float | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: RaRec, device: torch.device) -> "Machine":
+        """Of a model on a device."""
+        known = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return cls(4.0 * weights_of(model.backbone.blocks), known.tflops * 1e12 if known else None, device)
+
+    def figures(self, step: StepOfAll) -> dict[str, float]:
+        """MFU where the device's peak is known, and the most memory that this rank has taken, in bytes."""
+        on_gpu = self.device.type == "cuda"
+        # Linux counts resident memory in KiB
+        memory = (
+            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        )
+        mfu = {"mfu": step.tokens_per_s * self.flops_per_token / self.peak} if self.peak else {}
+        return {**mfu, "memory": float(memory)}
+
+
+def weights_of(module: nn.Module) -> int:
+    """How many weights a module has, whole, also where ZeRO-3 has left an empty tensor in their place."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
