@@ -7,6 +7,7 @@ import yaml
 
 from rarec.config import dump_config, load_config
 from rarec.errors import UserError
+from tests.ranks import ENGINES
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -98,9 +99,14 @@ def test_every_shipped_run_is_valid(path):
 def test_accelerate_reads_every_shipped_launch_file(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    loaded = load_config_from_file(str(path))
-    assert loaded.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    loaded, tree = load_config_from_file(str(path)), yaml.safe_load(path.read_text())
+    assert loaded.num_processes == tree["num_processes"]
+    named = tree.get("deepspeed_config", {}).get("deepspeed_config_file")
+    assert named is None or (ROOT / named).is_file()
 
 
 def test_no_other_configuration_escapes_these_tests():
-    assert {path.parent.name for path in (ROOT / "configs").rglob("*.*") if path.is_file()} == {"runs", "accelerate"}
+    """Those of DeepSpeed are trained with, in test_distributed.py."""
+    folders = {path.parent.name for path in (ROOT / "configs").rglob("*.*") if path.is_file()}
+    assert folders == {"runs", "accelerate", "deepspeed"}
+    assert {path.stem for path in (ROOT / "configs" / "deepspeed").iterdir()} < {*ENGINES}

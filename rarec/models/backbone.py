@@ -37,7 +37,7 @@ class FrozenBackbone(nn.Module):
         self.pool: Pool = pool
         self.hidden_size = int(model.config.hidden_size)
         self.injector = SlotInjector(self.blocks)
-        self._recomputes = gradient_checkpointing
+        self.recomputes = gradient_checkpointing
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
         if gradient_checkpointing:
@@ -113,7 +113,7 @@ class FrozenBackbone(nn.Module):
         return digest.hexdigest()
 
     def _hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        with self._blocks_training(self._recomputes and self.training and torch.is_grad_enabled()):
+        with self._blocks_training(self.recomputes and self.training and torch.is_grad_enabled()):
             output = self.trunk(input_ids=ids_BT, attention_mask=mask_BT, **self._no_cache)
         return cast(Tensor, output.last_hidden_state)
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,8 +76,6 @@ def load_model(
     _check_complete(model.eval(), told["missing_keys"], config.path)
     context_length = _context_length(model)
     tokenizer = TextTokenizer(_read(AutoTokenizer, config.path, path, revision=config.revision))
-    if lora is not None:
-        model = _with_lora(model, lora, seed)
     pooling: Pool = cast(Pool, pool) if pool != "auto" else ("last" if kind == "decoder" else "mean")
     backbone = FrozenBackbone(model, pooling, config.gradient_checkpointing).eval()
     identity = {
@@ -89,7 +87,20 @@ def load_model(
         "fingerprint": backbone.fingerprint(),
         "tokenizer": tokenizer.fingerprint,
     }
-    return LoadedModel(backbone, tokenizer, context_length, identity)
+    loaded = LoadedModel(backbone, tokenizer, context_length, identity)
+    return wear(loaded, lora, seed) if lora is not None else loaded
+
+
+def wear(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedModel:
+    """The same language model with fresh LoRA weights in place of those it wears, or with none. No weight is copied.
+
+    Raises:
+        UserError: the adapters do not fit the architecture.
+    """
+    worn = loaded.backbone
+    model = worn.model.unload() if hasattr(worn.model, "peft_config") else worn.model
+    model = _with_lora(model, lora, seed) if lora is not None else model
+    return replace(loaded, backbone=FrozenBackbone(model, worn.pool, worn.recomputes).eval())
 
 
 def _locate(name: str, converted: Path) -> str:

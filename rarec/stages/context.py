@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from rarec.errors import UserError
 from rarec.ids.make import source_identity
 from rarec.ids.source import Source, open_source
 from rarec.models.build import SourceShape, slots_reserved
-from rarec.models.load import LoadedModel, convert, load_model
+from rarec.models.load import LoadedModel, convert, load_model, wear
 from rarec.paths import RunPaths
 from rarec.prompts import PromptPair
 from rarec.ranks import Ranks
@@ -49,6 +49,7 @@ class Context:
     config: RunConfig
     say: Say
     fresh: bool = False
+    _worn: LoadedModel | None = field(default=None, init=False)
 
     @property
     def paths(self) -> RunPaths:
@@ -104,17 +105,15 @@ class Context:
     @cached_property
     def llm(self) -> LoadedModel:
         """The frozen language model, without LoRA."""
-        return self.load_llm(None)
-
-    def load_llm(self, arm: Arm | None) -> LoadedModel:
-        """The language model for an arm; those without LoRA share one."""
-        if arm is not None and not arm.lora:
-            return self.llm
-        lora = self.config.lora if arm is not None else None
-        seed, config = self.config.run.seed, self.config.llm
+        config = self.config.llm
         self.ranks.once(lambda: convert(config, self.paths.llm))
         with self.engine.loading(config):
-            return load_model(config, self.paths.llm, pool=self.config.readout.pool, lora=lora, seed=seed)
+            return load_model(config, self.paths.llm, pool=self.config.readout.pool)
+
+    def load_llm(self, arm: Arm) -> LoadedModel:
+        """The language model as an arm has it. It is in memory once, and is one arm's at a time."""
+        self._worn = wear(self._worn or self.llm, self.config.lora if arm.lora else None, self.config.run.seed)
+        return self._worn
 
     @cached_property
     def prompts(self) -> PromptPair:

@@ -1,0 +1,127 @@
+"""Several ranks in tests: the project's own stages in processes as a launcher starts them, engine and all.
+
+They are forked from a server that has imported everything once, so a start costs a second and not ten.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["tests.ranks", "rarec.stages.run", "rarec.training.engines.zero", "rarec.training.log"])
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "fsdp2")
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Job:
+    """Ranks under way.
+
+    Attributes:
+        processes: by rank.
+        told: where each writes what it says.
+    """
+
+    processes: list[BaseProcess]
+    told: list[Path]
+
+    def codes(self, timeout: float = 120) -> list[int | None]:
+        """Wait for all; their exit codes. What still runs then is killed, and has None."""
+        for process in self.processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return codes
+
+    def said(self, rank: int = 0) -> str:
+        """All that a rank wrote to standard error."""
+        return self.told[rank].read_text()
+
+
+def start(
+    stage: str,
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    engine: str = "ddp",
+    ranks: int = 2,
+    scratch: Path,
+    deepspeed: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Job:
+    """Start a stage on so many ranks of this machine's CPU.
+
+    Args:
+        stage: as in `rarec STAGE`.
+        config: of the run.
+        overrides: of its fields.
+        engine: one of `ENGINES`.
+        ranks: how many processes.
+        scratch: for a DeepSpeed configuration and what the ranks say.
+        deepspeed: more of DeepSpeed's configuration. It is the shipped one, but nothing stays whole for being small.
+        environment: more of the environment.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_FSDP": str(engine == "fsdp2"),
+    }
+    if engine.startswith("zero"):
+        path = scratch / f"{engine}.json"
+        shipped = json.loads((ROOT / "configs" / "deepspeed" / path.name).read_text())
+        few = {"stage3_param_persistence_threshold": 0} | ({"zero_hpz_partition_size": ranks} if "hpz" in engine else {})
+        tree = {"zero_optimization": {**shipped["zero_optimization"], **few}, **(deepspeed or {})}
+        path.write_text(json.dumps(tree))
+        common |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    told = [scratch / f"said-{rank}.txt" for rank in range(ranks)]
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
+        arguments = (stage, config, ["run.device=cpu", *overrides], own, told[rank])
+        processes.append(START.Process(target=_run, args=arguments))
+    for process in processes:
+        process.start()
+    return Job(processes, told)
+
+
+def finish(*arguments: Any, **keywords: Any) -> Job:
+    """Start a stage, wait for all ranks, and expect that all ended well."""
+    job = start(*arguments, **keywords)
+    codes = job.codes()
+    assert codes == [0] * len(codes), (codes, [job.said(rank)[-3000:] for rank in range(len(codes))])
+    return job
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run(stage: str, config: Path, overrides: list[str], environment: dict[str, str], told: Path) -> None:
+    os.environ.update(environment)
+    import torch
+
+    from rarec import cli
+
+    torch.set_num_threads(1)
+    with told.open("w") as file:
+        os.dup2(file.fileno(), 2)  # what libraries write, as well
+    sys.stderr = cli.console.file = os.fdopen(os.dup(2), "w", buffering=1)
+    cli.guarded(lambda: cli.run_stage(stage, config, overrides))
