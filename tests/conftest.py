@@ -52,3 +52,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = make_world(tmp_path_factory.mktemp("world"))
     run(open_context(config, []))
     return config
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a run up to its shards, over a tiny Llama."""
+    config = make_world(tmp_path_factory.mktemp("decoder"), "llama")
+    from rarec.cli import open_context
+    from rarec.stages.run import STAGES
+
+    context = open_context(config, ["run.device=cpu"])
+    for stage in ("prepare", "ids", "shards"):
+        STAGES[stage](context)
+    return config

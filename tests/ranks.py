@@ -6,6 +6,7 @@ They are forked from a server that has imported everything once, so a start cost
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -14,12 +15,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 START = multiprocessing.get_context("forkserver")
 START.set_forkserver_preload(["tests.ranks", "rarec.stages.run", "rarec.training.engines.zero", "rarec.training.log"])
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "fsdp2")
 ROOT = Path(__file__).parents[1]
+ARM = "per_layer_lora"
 
 
 @dataclass
@@ -84,7 +89,9 @@ def start(
     if engine.startswith("zero"):
         path = scratch / f"{engine}.json"
         shipped = json.loads((ROOT / "configs" / "deepspeed" / path.name).read_text())
-        few = {"stage3_param_persistence_threshold": 0} | ({"zero_hpz_partition_size": ranks} if "hpz" in engine else {})
+        few = {"stage3_param_persistence_threshold": 0} | (
+            {"zero_hpz_partition_size": ranks} if "hpz" in engine else {}
+        )
         tree = {"zero_optimization": {**shipped["zero_optimization"], **few}, **(deepspeed or {})}
         path.write_text(json.dumps(tree))
         common |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
@@ -114,10 +121,30 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def copied(config: Path, to: Path) -> str:
+    """A copy of the run that a configuration stands beside; the override that points there."""
+    shutil.copytree(config.parent / "run", to)
+    return f"run.dir={to}"
+
+
+def losses(run: Path, arm: str = ARM) -> list[float]:
+    """Of every step, each of which is in the log once."""
+    lines = [json.loads(line) for line in (run / "train" / arm / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights(run: Path, arm: str = ARM) -> dict[str, torch.Tensor]:
+    """What trains and its moments, as the newest checkpoint has them."""
+    newest = sorted((run / "train" / arm / "checkpoints").glob("step-*"))[-1]
+    files = [newest / "alignment.safetensors", newest / "optimizer.safetensors"]
+    adapter = newest / "lora" / "adapter_model.safetensors"
+    return {name: tensor for file in [*files, adapter] if file.exists() for name, tensor in load_file(file).items()}
+
+
 def _run(stage: str, config: Path, overrides: list[str], environment: dict[str, str], told: Path) -> None:
     os.environ.update(environment)
-    import torch
-
     from rarec import cli
 
     torch.set_num_threads(1)

@@ -1,51 +1,17 @@
 """One training on any engine and any number of ranks: the same losses, figures, adapters; elastic in mid-epoch."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rarec.artefacts import read_json
 from rarec.cli import open_context
 from rarec.stages.run import STAGES
-from tests.conftest import make_world
-from tests.ranks import ENGINES, finish
+from tests.ranks import ARM, ENGINES, copied, finish, losses, weights
 
-ARM = "per_layer_lora"
 TRAIN = [f"train.arms=[{ARM}]", "train.epochs=4", "train.max_steps=20", "train.validate_every=10", "lora.dropout=0.0"]
-
-
-@pytest.fixture(scope="session")
-def decoder(tmp_path_factory) -> Path:
-    """The configuration of a run up to its shards, over a tiny Llama."""
-    config = make_world(tmp_path_factory.mktemp("decoder"), "llama")
-    context = open_context(config, ["run.device=cpu"])
-    for stage in ("prepare", "ids", "shards"):
-        STAGES[stage](context)
-    return config
-
-
-def copied(config: Path, to: Path) -> str:
-    """A copy of the run; the override that points there."""
-    shutil.copytree(config.parent / "run", to)
-    return f"run.dir={to}"
-
-
-def losses(run: Path, arm: str = ARM) -> list[float]:
-    lines = [json.loads(line) for line in (run / "train" / arm / "log.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1))
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def weights(run: Path, arm: str = ARM) -> dict[str, torch.Tensor]:
-    newest = sorted((run / "train" / arm / "checkpoints").glob("step-*"))[-1]
-    files = [newest / "alignment.safetensors", newest / "optimizer.safetensors"]
-    adapter = newest / "lora" / "adapter_model.safetensors"
-    return {name: tensor for file in [*files, adapter] if file.exists() for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +30,32 @@ def test_two_ranks_train_as_one_process_does_on_every_engine(decoder, alone, tmp
     assert expected.keys() == found.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+FIGURES = ["train.arms=[per_layer,per_layer_lora]", "train.max_steps=4", "train.validate_every=2", "report.examples=3"]
+
+
+@pytest.fixture(scope="session")
+def judged(decoder, tmp_path_factory) -> Path:
+    """A run made by one process from its shards to its evaluation."""
+    run = tmp_path_factory.mktemp("judged") / "run"
+    place = copied(decoder, run)
+    for stage in ("train", "evaluate"):
+        STAGES[stage](open_context(decoder, [place, *FIGURES]))
+    return run
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, tmp_path, engine):
+    run = tmp_path / "run"
+    place = copied(decoder, run)
+    shutil.rmtree(run / "shards")
+    for stage in ("shards", "train", "evaluate"):
+        finish(stage, decoder, [place, *FIGURES], engine=engine, scratch=tmp_path)
+    ours, theirs = (read_json(root / "shards" / "manifest.json") for root in (run, judged))
+    assert ours["files"] == theirs["files"]
+    assert ours["cut_prompts"] == theirs["cut_prompts"]
+    for name in ("metrics.json", "comparisons.json", "strata.json"):
+        assert read_json(run / "evaluation" / name) == read_json(judged / "evaluation" / name), name
+    titles = [[row["top"] for row in read_json(root / "evaluation" / "examples.json")] for root in (run, judged)]
+    assert titles[0] == titles[1]

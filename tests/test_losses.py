@@ -236,7 +236,9 @@ def test_the_loss_equals_that_of_two_passes(kind, recommendation):
     step = Step(kind, recommendation=recommendation, align_weight=0.5)
     layouts = [lay_out(prompts, {}, 0) for prompts in step.prompts]
     second_pass = [
-        step.model.backbone.text_states(torch.from_numpy(laid.ids_BT), torch.from_numpy(laid.mask_BT), BLOCKS).transpose(0, 1)
+        step.model.backbone.text_states(
+            torch.from_numpy(laid.ids_BT), torch.from_numpy(laid.mask_BT), BLOCKS
+        ).transpose(0, 1)
         for laid in layouts
     ]
     computed = step.loss(*second_pass)
@@ -295,7 +297,9 @@ def test_what_is_compared_with_the_text_is_a_choice():
     encoding = Encoding(torch.randn(3, 5), slots_LBKD, {"id": slots_LBKD[:, :, 2:]})
     states_LBD, rows = torch.randn(1, 3, 5), torch.arange(3)
     for pool, ours in (("projected", slots_LBKD[:, :, 2:]), ("all", slots_LBKD)):
-        loss = Objective(Loss(align_pool=pool), torch.ones(9), (0,))._align((0,), encoding, states_LBD.transpose(0, 1), rows, 3)
+        loss = Objective(Loss(align_pool=pool), torch.ones(9), (0,))._align(
+            (0,), encoding, states_LBD.transpose(0, 1), rows, 3
+        )
         torch.testing.assert_close(loss, aligned(ours.mean(2), states_LBD, NOTHING, 0.1))
 
 

@@ -42,7 +42,7 @@ class PlainEngine:
         """See `Engine`."""
         model.to(self.ranks.device)
         wrapped = Accelerator(cpu=self.ranks.device.type == "cpu").prepare(Trained(model))
-        if isinstance(wrapped, DistributedDataParallel) != (self.ranks.count > 1):
+        if self.ranks.count > 1 and not isinstance(wrapped, DistributedDataParallel):
             raise UserError(f"Accelerate built {type(wrapped).__name__} for {self.ranks.count} ranks")
         return PlainOptimisation(model, wrapped, config, self.ranks)
 

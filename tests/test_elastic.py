@@ -1,0 +1,133 @@
+"""Training that is killed, stopped, moved to other ranks and engines, or short of disk: it ends as if it had not been."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from rarec.cli import open_context
+from rarec.config import ARMS
+from rarec.stages.run import STAGES
+from rarec.stages.train import best_model, checkpoints_of
+from tests.ranks import ARM, Job, copied, finish, losses, start, weights
+
+TRAIN = [
+    f"train.arms=[{ARM}]",
+    "train.epochs=8",
+    "train.max_steps=60",
+    "train.validate_every=30",
+    "train.checkpoint_every=2",
+    "train.patience=99",
+    "lora.dropout=0.1",
+]
+
+
+def wait_for_step(run: Path, step: int, job: Job) -> None:
+    """Until the log has that step, or the job has ended."""
+    log, deadline = run / "train" / ARM / "log.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and all(process.is_alive() for process in job.processes):
+        if log.exists() and f'"step": {step},' in log.read_text():
+            return
+        time.sleep(0.005)
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "train" / ARM / "checkpoints").glob("step-*"))
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decoder, tmp_path, engine):
+    """kill -9 of a random rank at a random step; the others are ended as a launcher does."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish("train", decoder, [copied(decoder, whole), *TRAIN], engine=engine, scratch=tmp_path)
+    arguments = "train", decoder, [copied(decoder, killed), *TRAIN]
+    rng, kills = np.random.default_rng(0), 3
+    for step in sorted(rng.choice(np.arange(5, 50), kills, replace=False).tolist()):
+        job = start(*arguments, engine=engine, scratch=tmp_path)
+        wait_for_step(killed, step, job)
+        os.kill(job.processes[int(rng.integers(2))].pid, signal.SIGKILL)
+        job.codes(timeout=0.5)
+        assert not (killed / "train" / ARM / "done.json").exists()
+    finish(*arguments, engine=engine, scratch=tmp_path)
+    assert_equal(weights(killed), weights(whole))
+    assert losses(killed) == losses(whole)
+
+
+def test_from_two_ranks_to_one_and_back_over_engines_in_mid_epoch(decoder, tmp_path):
+    """ZeRO-3 on two ranks, ZeRO-2 on one, none, ZeRO-3 on two again: SIGTERM to one rank stops all after their step."""
+    still = [*TRAIN[:-1], "lora.dropout=0.0"]  # dropout depends on the rank
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    STAGES["train"](open_context(decoder, [copied(decoder, whole), "run.device=cpu", *still]))
+    arguments = "train", decoder, [copied(decoder, moved), *still]
+    for step, engine, ranks in ((7, "zero3", 2), (19, "zero2", 1), (33, "ddp", 1)):
+        job = start(*arguments, engine=engine, ranks=ranks, scratch=tmp_path)
+        wait_for_step(moved, step, job)
+        os.kill(job.processes[-1].pid, signal.SIGTERM)
+        assert job.codes() == [0] * ranks, job.said()
+        assert "stopped by a signal at step" in job.said()
+        assert step <= checkpoint_steps(moved)[-1] < 60
+    finish(*arguments, engine="zero3", scratch=tmp_path)
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-4)
+    expected = weights(whole)
+    for name, tensor in weights(moved).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=5e-5, msg=name)
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(decoder, tmp_path):
+    """A real file system of two megabytes, filled up in mid-run."""
+    whole, small = tmp_path / "whole", tmp_path / "small"
+    finish("train", decoder, [copied(decoder, whole), *TRAIN], scratch=tmp_path)
+    place = copied(decoder, small)
+    (small / "train").mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small / "train"], check=False)
+    if mount.returncode:
+        pytest.skip("mounting a file system takes root")
+    try:
+        job = start("train", decoder, [place, *TRAIN], scratch=tmp_path)
+        wait_for_step(small, 9, job)
+        ballast = small / "train" / "ballast"
+        with pytest.raises(OSError, match="No space left"):
+            ballast.write_bytes(bytes(8 << 20))
+        assert job.codes() == [2, 2], job.said()
+        assert "No space left on device" in job.said()
+        checkpoints = checkpoints_of(open_context(decoder, [place, *TRAIN]), ARMS[ARM])
+        for step in checkpoint_steps(small):
+            checkpoints.verify(step)
+        ballast.unlink()
+        finish("train", decoder, [place, *TRAIN], scratch=tmp_path)
+        assert_equal(weights(small), weights(whole))
+    finally:
+        subprocess.run(["umount", "-l", small / "train"], check=True)
+
+
+def test_an_adapter_saved_under_zero_3_is_whole_and_loads_in_stock_peft(decoder, tmp_path):
+    run = tmp_path / "run"
+    overrides = [copied(decoder, run), *TRAIN[:1], "train.max_steps=4", "lora.dropout=0.0"]
+    finish("train", decoder, overrides, engine="zero3", scratch=tmp_path)
+    context = open_context(decoder, [*overrides, "run.device=cpu"])
+    adapter = sorted((run / "train" / ARM / "checkpoints").glob("step-*"))[-1] / "lora"
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert saved
+    assert all(tensor.numel() for tensor in saved.values())
+    assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
+    ours = best_model(context, ARMS[ARM]).backbone
+    from transformers import AutoModelForCausalLM
+
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder.parent / "llm"), adapter).eval()
+    ids = torch.arange(5, 17)[None]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = theirs.get_base_model().model(input_ids=ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(ours(ids, mask), expected, rtol=1e-5, atol=1e-6)
