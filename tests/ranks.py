@@ -39,7 +39,7 @@ class Job:
     processes: list[BaseProcess]
     told: list[Path]
 
-    def codes(self, timeout: float = 120) -> list[int | None]:
+    def codes(self, timeout: float = 240) -> list[int | None]:
         """Wait for all; their exit codes. What still runs then is killed, and has None."""
         for process in self.processes:
             process.join(timeout)

@@ -10,6 +10,7 @@ from rarec.artefacts import read_json
 from rarec.cli import open_context
 from rarec.stages.run import STAGES
 from tests.ranks import ARM, ENGINES, copied, finish, losses, weights
+from tests.synthetic import write_llm
 
 TRAIN = [f"train.arms=[{ARM}]", "train.epochs=4", "train.max_steps=20", "train.validate_every=10", "lora.dropout=0.0"]
 
@@ -30,6 +31,46 @@ def test_two_ranks_train_as_one_process_does_on_every_engine(decoder, alone, tmp
     assert expected.keys() == found.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+HALF = [*TRAIN, "llm.dtype=bfloat16"]
+
+
+@pytest.fixture(scope="session")
+def half(decoder, tmp_path_factory) -> Path:
+    """The same with the frozen model in bfloat16, trained by one process."""
+    run = tmp_path_factory.mktemp("half") / "run"
+    place = copied(decoder, run)
+    shutil.rmtree(run / "shards")
+    for stage in ("shards", "train"):
+        STAGES[stage](open_context(decoder, [place, "run.device=cpu", *HALF]))
+    return run
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_a_frozen_model_in_bfloat16_trains_alike_within_its_rounding(decoder, half, tmp_path, engine):
+    """What trains stays float32. bfloat16 keeps 8 bits, and a batch that is cut is padded, and rounded, otherwise."""
+    run = tmp_path / "run"
+    shutil.copytree(half, run, ignore=shutil.ignore_patterns("train"))
+    finish("train", decoder, [f"run.dir={run}", *HALF], engine=engine, scratch=tmp_path)
+    assert losses(run) == pytest.approx(losses(half), rel=2e-2)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_model_in_four_bits_trains_alike(decoder, tmp_path, engine):
+    """QLoRA: layers as wide as the 64 weights that share a scale; shards are made with the same frozen model."""
+    llm = write_llm(tmp_path / "llm", "llama", hidden=64)
+    few = [*TRAIN, f"llm.path={llm}", "llm.quantize=nf4", "train.max_steps=6"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    place = copied(decoder, one)
+    shutil.rmtree(one / "shards")
+    STAGES["shards"](open_context(decoder, [place, "run.device=cpu", *few]))
+    shutil.copytree(one, two)
+    STAGES["train"](open_context(decoder, [place, "run.device=cpu", *few]))
+    finish("train", decoder, [f"run.dir={two}", *few], engine=engine, scratch=tmp_path)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert any(tensor.abs().max() > 0 for name, tensor in weights(two).items() if "lora_B" in name)
 
 
 FIGURES = ["train.arms=[per_layer,per_layer_lora]", "train.max_steps=4", "train.validate_every=2", "report.examples=3"]

@@ -1,5 +1,6 @@
 """Loading the language model: a local directory, a hub name, an installed package, or a GGUF file converted once."""
 
+import importlib.util
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -71,6 +72,8 @@ def load_model(
     keywords: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "revision": config.revision}
     if config.attention != "auto":
         keywords["attn_implementation"] = config.attention
+    if config.quantize != "none":
+        keywords["quantization_config"] = _quantisation(config)
     loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
     model, told = _read(loader, config.path, path, output_loading_info=True, **keywords)
     _check_complete(model.eval(), told["missing_keys"], config.path)
@@ -83,6 +86,7 @@ def load_model(
         "revision": getattr(settings, "_commit_hash", None) or config.revision or "local",
         "kind": kind,
         "dtype": config.dtype,
+        "quantize": config.quantize,
         "config_sha256": config_hash(settings),
         "fingerprint": backbone.fingerprint(),
         "tokenizer": tokenizer.fingerprint,
@@ -101,6 +105,17 @@ def wear(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedModel:
     model = worn.model.unload() if hasattr(worn.model, "peft_config") else worn.model
     model = _with_lora(model, lora, seed) if lora is not None else model
     return replace(loaded, backbone=FrozenBackbone(model, worn.pool, worn.recomputes).eval())
+
+
+def _quantisation(config: Llm) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        problem = f"llm.quantize: {config.quantize} needs the package bitsandbytes"
+        raise UserError(problem, "pip install 'rarec[qlora]', or set llm.quantize: none")
+    from transformers import BitsAndBytesConfig
+
+    compute = getattr(torch, config.dtype)
+    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": config.quantize, "bnb_4bit_compute_dtype": compute}
+    return BitsAndBytesConfig(**kind)  # type: ignore[no-untyped-call]
 
 
 def _locate(name: str, converted: Path) -> str:

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +34,7 @@ Say = Callable[[str], None]
 # Their own bars and notices say nothing of the user's run.
 disable_progress_bar()  # type: ignore[no-untyped-call]
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed)\.")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rarec.config.schema import Llm, Train
+from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
 from rarec.ranks import Ranks
@@ -67,6 +68,17 @@ class Engine(Protocol):
         Raises:
             UserError: what was built is not what was asked for.
         """
+
+
+def refuse_quantised(llm: Llm, engine: str) -> None:
+    """For engines that shard frozen weights: they cannot cut those of 4 bits.
+
+    Raises:
+        UserError: the language model is to be quantised.
+    """
+    if llm.quantize != "none":
+        remedy = "launch with configs/accelerate/zero2.yaml or ddp.yaml, or set llm.quantize: none"
+        raise UserError(f"llm.quantize: {llm.quantize} (QLoRA) cannot be sharded by {engine}", remedy, shared=True)
 
 
 class Trained(nn.Module):

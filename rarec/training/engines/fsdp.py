@@ -15,6 +15,7 @@ from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec
 from rarec.ranks import Ranks
+from rarec.training.engines.base import refuse_quantised
 from rarec.training.engines.plain import PlainOptimisation
 
 
@@ -33,6 +34,7 @@ class Fsdp2Engine:
 
     def loading(self, llm: Llm) -> AbstractContextManager[None]:
         """See `Engine`. Every rank maps the whole file into its memory, and keeps its shard."""
+        refuse_quantised(llm, self.name)
         return nullcontext()
 
     @contextmanager

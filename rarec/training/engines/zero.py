@@ -26,7 +26,7 @@ from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
 from rarec.ranks import Ranks
-from rarec.training.engines.base import MOMENTS, Trained
+from rarec.training.engines.base import MOMENTS, Trained, refuse_quantised
 from rarec.training.schedule import build_optimizer, set_rate
 
 
@@ -49,6 +49,7 @@ class ZeroEngine:
         if self.stage != 3:
             yield
             return
+        refuse_quantised(llm, self.name)
         frozen = {"bf16": {"enabled": llm.dtype == "bfloat16"}}
         config = {**self._filled(1, 1.0, 1), **frozen}
         known = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # transformers looks for it while it lives

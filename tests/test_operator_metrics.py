@@ -1,0 +1,90 @@
+"""What an operator watches: known devices, MFU by hand, gradient norms by group, and all of it in the log of a step."""
+
+import json
+from math import sqrt
+
+import pytest
+import torch
+
+from rarec.hardware import DEVICES, known_device
+from rarec.ranks import ALONE
+from rarec.training.engines import norms
+from rarec.training.engines.base import GROUPS, group_of
+from rarec.training.metrics import Machine, Step, StepOfAll
+from tests.ranks import ARM, copied, finish
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090", 165),
+    ],
+)
+def test_devices_are_known_by_what_pytorch_calls_them(name, tflops):
+    assert known_device(name).tflops == tflops
+
+
+def test_no_device_stands_behind_one_whose_name_is_part_of_its_own():
+    for at, device in enumerate(DEVICES):
+        assert known_device(device.name) is DEVICES[at]
+    assert known_device("some CPU") is None
+
+
+def step_of_all(**more) -> StepOfAll:
+    values = {"loss": 1.0, "recommendation": 0.8, "align": 2.0, "tokens_per_s": 1000.0, "data_wait": 0.1}
+    return StepOfAll(**{**values, "padding": 0.25, "seconds": 0.5, "stops": False, **more})
+
+
+def test_mfu_is_four_operations_a_weight_and_token_over_the_peak():
+    """1,000 tokens/s x 4 x 2 million weights = 8e9 operations a second, of 80e9."""
+    machine = Machine(4 * 2e6, 80e9, torch.device("cpu"))
+    figures = machine.figures(step_of_all())
+    assert figures["mfu"] == pytest.approx(0.1)
+    assert figures["memory"] > 50e6
+    assert "mfu" not in Machine(4 * 2e6, None, torch.device("cpu")).figures(step_of_all())
+
+
+def test_gradient_norms_by_group():
+    named = {
+        "user.alignment.sources.id.weight_LDE": torch.tensor([3.0]),
+        "item.alignment.sources.id.bias_LD": torch.tensor([4.0]),
+        "backbone.model.layers.0.q_proj.lora_A.default.weight": torch.tensor([[1.0, 2.0]]),
+        "backbone.model.layers.0.q_proj.lora_B.default.weight": torch.tensor([[2.0]]),
+        "log_scale": torch.tensor([12.0]),
+        "user.readout.head.weight": torch.tensor([5.0]),
+    }
+    assert {group_of(name) for name in named} == {*GROUPS}
+    found = norms(iter(named.items()))
+    expected = {"alignment": 5.0, "lora_A": sqrt(5), "lora_B": 2.0, "heads": 13.0, "all": sqrt(25 + 5 + 4 + 169)}
+    assert found == pytest.approx(expected)
+
+
+def test_a_step_is_the_mean_of_its_parts():
+    step = Step()
+    step.losses = [torch.tensor([1.0, 0.5, 0.2]).double(), torch.tensor([3.0, 1.5, 0.4]).double()]
+    step.tokens, step.padded = 75, 100
+    of_all = step.over(ALONE, stopping=True)
+    assert (of_all.loss, of_all.recommendation, of_all.align) == pytest.approx((2.0, 1.0, 0.3))
+    assert of_all.padding == 0.25
+    assert of_all.stops
+
+
+def test_every_step_on_several_ranks_tells_all_of_it(decoder, tmp_path):
+    run = tmp_path / "run"
+    overrides = [copied(decoder, run), f"train.arms=[{ARM}]", "train.max_steps=3", "train.accumulate=2"]
+    finish("train", decoder, overrides, engine="zero2", scratch=tmp_path)
+    lines = [json.loads(line) for line in (run / "train" / ARM / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:
+        assert {"recommendation", "align", "tokens_per_s", "data_wait", "padding", "memory", "lr"} <= line.keys()
+        groups = [line[f"gradient_norm/{group}"] for group in GROUPS]
+        assert sqrt(sum(norm**2 for norm in groups)) == pytest.approx(line["gradient_norm"], rel=1e-5)
+        assert 0 <= line["padding"] < 1
+    assert list((run / "train" / ARM).rglob("events.out.tfevents*")), "and to the tracker"

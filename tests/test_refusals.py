@@ -1,0 +1,138 @@
+"""What several ranks refuse before they begin: one message, from the first of them, and all end with exit code 2."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rarec.artefacts import read_json, sha256_file
+from rarec.cli import open_context
+from rarec.config import ARMS
+from rarec.errors import UserError
+from rarec.stages.run import STAGES
+from rarec.stages.train import checkpoints_of
+from tests.ranks import copied, start
+
+SHORT = ["train.arms=[per_layer]", "train.max_steps=4", "train.validate_every=2", "train.keep=2", "run.device=cpu"]
+
+
+def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
+    """What the first rank says; the others say nothing of it."""
+    run = copied(decoder, tmp_path / "run")
+    job = start("train", decoder, [run, *SHORT, *overrides], scratch=tmp_path, **keywords)
+    assert job.codes() == [2, 2], [job.said(rank) for rank in (0, 1)]
+    errors = [[line for line in job.said(rank).splitlines() if line.startswith("error:")] for rank in (0, 1)]
+    assert [len(lines) for lines in errors] == [1, 0]
+    assert "Traceback" not in job.said()
+    assert not (tmp_path / "run" / "train" / "per_layer").exists(), "nothing was begun"
+    return job.said()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keywords", "said"),
+    [
+        (["run.ranks=4"], {}, ["run.ranks is 4, but 2 processes were started", "--num_processes 4"]),
+        (["run.device=cuda"], {}, ["run.device is cuda, but PyTorch sees no GPU", "run.device=cpu"]),
+        (["run.device=auto"], {}, ["the launcher's file starts ranks for GPUs", "run.device=cpu"]),
+        (["train.batch_size=3", "train.accumulate=2"], {}, ["too small for 4 ranks", "raise train.batch_size"]),
+        ([], {"deepspeed": {"gradient_accumulation_steps": 3}}, ["gradient_accumulation_steps: 3", "train.accumulate"]),
+        ([], {"deepspeed": {"gradient_clipping": 9.0}}, ["gradient_clipping: 9.0", "train.clip", "take gradient_clip"]),
+        ([], {"deepspeed": {"train_batch_size": 64}}, ["train_batch_size: 64", "train.batch_size"]),
+        ([], {"deepspeed": {"bf16": {"enabled": True}}}, ["bf16", "llm.dtype"]),
+        ([], {"deepspeed": {"optimizer": {"type": "Adam"}}}, ["optimizer", "the run's own to say"]),
+        ([], {"environment": {"ACCELERATE_MIXED_PRECISION": "bf16"}}, ["mixed_precision: bf16", "llm.dtype"]),
+        ([], {"environment": {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}}, ["without a configuration", "zero2.yaml"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_all_and_told_by_the_first(decoder, tmp_path, overrides, keywords, said):
+    text = refused(decoder, tmp_path, *overrides, engine="zero2", **keywords)
+    for part in said:
+        assert part in text, text
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_four_bits_are_not_for_engines_that_shard_frozen_weights(decoder, tmp_path, engine):
+    said = refused(decoder, tmp_path, "llm.quantize=nf4", engine=engine)
+    assert "llm.quantize: nf4 (QLoRA) cannot be sharded by" in said
+    assert "zero2.yaml" in said
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def trained(decoder, tmp_path):
+    """A finished short training with checkpoints of steps 2 and 4, as if it had been killed after the last of them."""
+    overrides = [copied(decoder, tmp_path / "run"), *SHORT]
+    context = open_context(decoder, overrides)
+    STAGES["train"](context)
+    (tmp_path / "run" / "train" / "per_layer" / "done.json").unlink()
+    return tmp_path / "run" / "train" / "per_layer"
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["alignment.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(path.read_bytes()[:-9]), Path.unlink])
+def test_a_torn_checkpoint_is_told_and_the_one_before_it_is_used(decoder, trained, name, harm):
+    directory = trained
+    whole = {path.name: sha256_file(path) for path in (directory / "checkpoints" / "step-00000004").iterdir()}
+    harm(directory / "checkpoints" / "step-00000004" / name)
+    told: list[str] = []
+    again = open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT])
+    again.say = told.append
+    STAGES["train"](again)
+    assert any(
+        f"step-00000004/{name} is missing or altered: going on from the checkpoint before" in line for line in told
+    )
+    found = {path.name: sha256_file(path) for path in (directory / "checkpoints" / "step-00000004").iterdir()}
+    for file in ("alignment.safetensors", "optimizer.safetensors"):
+        assert found[file] == whole[file]
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun_anew_in_silence(decoder, trained):
+    directory = trained
+    for step in ("step-00000002", "step-00000004"):
+        flip(directory / "checkpoints" / step / "alignment.safetensors")
+    with pytest.raises(UserError, match="none of 2 checkpoints is whole") as error:
+        STAGES["train"](open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT]))
+    assert "--fresh" in error.value.remedy
+
+
+@pytest.mark.parametrize("other", ["train.lr=0.5", "alignment.instructions=1", "run.seed=3"])
+def test_a_checkpoint_of_another_training_is_refused(decoder, trained, tmp_path, other):
+    """Another alignment shape, other data (the seed selects them), other settings."""
+    directory = trained
+    foreign = open_context(decoder, [copied(decoder, tmp_path / "other"), *SHORT, other])
+    if other.startswith("run.seed"):
+        for stage in ("prepare", "ids", "shards"):
+            foreign.fresh = True
+            STAGES[stage](foreign)
+        foreign.fresh = False
+    STAGES["train"](foreign)
+    theirs = tmp_path / "other" / "train" / "per_layer" / "checkpoints" / "step-00000004"
+    place = directory / "checkpoints" / "step-00000004"
+    shutil.rmtree(place)
+    shutil.copytree(theirs, place)
+    with pytest.raises(UserError, match="is a checkpoint of another training"):
+        STAGES["train"](open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT]))
+    assert checkpoints_of(foreign, ARMS["per_layer"]).newest(print) == 4
+
+
+def test_a_checkpoint_names_no_ranks_and_holds_no_frozen_weight(trained):
+    directory = trained
+    newest = directory / "checkpoints" / "step-00000004"
+    assert {path.name for path in newest.iterdir()} == {
+        "alignment.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    }
+    said = json.dumps([read_json(newest / name) for name in ("state.json", "manifest.json")])
+    assert "rank" not in said
+    assert "world" not in said
