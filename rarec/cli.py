@@ -51,7 +51,11 @@ def rank() -> int:
 
 def open_context(config: Path | str, overrides: list[str] | None, fresh: bool = False) -> "Context":
     """Read the configuration; imports the stages' machinery."""
-    settings = load_config(config, overrides or [])
+    try:
+        settings = load_config(config, overrides or [])
+    except UserError as error:
+        error.shared = True  # every rank reads the same file
+        raise
     from rarec.stages.context import Context
 
     return Context(settings, say, fresh)

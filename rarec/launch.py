@@ -1,15 +1,34 @@
-"""What the scripts in `launch/` share: the arguments of a stage that `accelerate launch` starts."""
+"""What the scripts in `launch/` share: a stage that `accelerate launch` starts, on one rank or many."""
 
 import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 
-from rarec.cli import guarded, run_stage
+from rarec.cli import guarded, open_context, stoppable
 
 
 def start(stage: str) -> None:
     """Parse `--config CONFIG [--fresh] [section.field=value ...]` and run the stage."""
     parser = argparse.ArgumentParser(description=f"Run the stage `{stage}`.")
-    parser.add_argument("--config", required=True, help="run configuration, YAML")
+    parser.add_argument("--config", required=True, type=Path, help="run configuration, YAML")
     parser.add_argument("--fresh", action="store_true", help="make it again, replacing what was made before")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_args()
-    guarded(lambda: run_stage(stage, arguments.config, arguments.overrides, arguments.fresh))
+    guarded(lambda: run(stage, arguments.config, arguments.overrides, arguments.fresh))
+
+
+def run(stage: str, config: Path, overrides: Sequence[str], fresh: bool = False) -> None:
+    """Run a stage on this rank, which watches over the others."""
+    with stoppable():
+        context = open_context(config, list(overrides), fresh)
+        from rarec.training.watch import Watch
+
+        with Watch.over(context.ranks, _say):
+            getattr(import_module(f"rarec.stages.{stage}"), stage)(context)
+
+
+def _say(line: str) -> None:
+    """Whichever rank this is."""
+    print(line, file=sys.stderr, flush=True)

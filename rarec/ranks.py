@@ -6,8 +6,9 @@ Shape letters: b rows of this rank, B rows of all ranks. Row i of rank r is row 
 of rows is the same on any number of ranks, and their shares differ by one row at most.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +23,24 @@ T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
+class Place:
+    """What a rank is at: a note, which its watch reads from a thread of its own.
+
+    Attributes:
+        now: how often steps began anew, the step, and calls in it: who has the least is behind; doing what; since when.
+    """
+
+    def __init__(self) -> None:
+        self.now = ((0, 0, 0), "starting", time.monotonic())
+
+    def at(self, doing: str, step: int | None) -> None:
+        """See `Ranks.at`."""
+        (turn, last, calls), _, _ = self.now
+        step = last if step is None else step
+        place = (turn + (step < last), step, calls + 1 if step == last else 0)
+        self.now = place, doing, time.monotonic()  # replaced as a whole
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among its like.
@@ -30,16 +49,22 @@ class Ranks:
         index: from 0.
         count: how many there are.
         device: where tensors lie when they are exchanged.
+        place: what this one is at.
     """
 
     index: int = 0
     count: int = 1
     device: torch.device = CPU
+    place: Place = field(default_factory=Place, compare=False)
 
     @property
     def first(self) -> bool:
         """Whether it is this one that writes and speaks for all."""
         return self.index == 0
+
+    def at(self, doing: str, step: int | None = None) -> None:
+        """This rank now does that, in that step or in the same still. In each step all ranks say so equally often."""
+        self.place.at(doing, step)
 
     def rows(self, total: int) -> Tensor:
         """Which of B rows are this rank's (b)."""

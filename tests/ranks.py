@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -20,7 +21,9 @@ from safetensors.torch import load_file
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["tests.ranks", "rarec.stages.run", "rarec.training.engines.zero", "rarec.training.log"])
+START.set_forkserver_preload(
+    ["tests.ranks", "rarec.stages.run", "rarec.training.engines.zero", "rarec.training.log", "rarec.training.watch"]
+)
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "fsdp2")
 ROOT = Path(__file__).parents[1]
@@ -114,6 +117,15 @@ def finish(*arguments: Any, **keywords: Any) -> Job:
     return job
 
 
+def wait_for_step(run: Path, step: int, job: Job, arm: str = ARM) -> None:
+    """Until the log has that step, or the job has ended."""
+    log, deadline = run / "train" / arm / "log.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and all(process.is_alive() for process in job.processes):
+        if log.exists() and f'"step": {step},' in log.read_text():
+            return
+        time.sleep(0.005)
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on."""
     with socket.socket() as probe:
@@ -145,10 +157,10 @@ def weights(run: Path, arm: str = ARM) -> dict[str, torch.Tensor]:
 
 def _run(stage: str, config: Path, overrides: list[str], environment: dict[str, str], told: Path) -> None:
     os.environ.update(environment)
-    from rarec import cli
+    from rarec import cli, launch
 
     torch.set_num_threads(1)
     with told.open("w") as file:
         os.dup2(file.fileno(), 2)  # what libraries write, as well
     sys.stderr = cli.console.file = os.fdopen(os.dup(2), "w", buffering=1)
-    cli.guarded(lambda: cli.run_stage(stage, config, overrides))
+    cli.guarded(lambda: launch.run(stage, config, overrides))

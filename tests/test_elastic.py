@@ -1,9 +1,8 @@
-"""Training that is killed, stopped, moved to other ranks and engines, or short of disk: it ends as if it had not been."""
+"""Training that is killed, stopped, moved to other ranks and engines, or short of disk ends as if it had not been."""
 
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from rarec.cli import open_context
 from rarec.config import ARMS
 from rarec.stages.run import STAGES
 from rarec.stages.train import best_model, checkpoints_of
-from tests.ranks import ARM, Job, copied, finish, losses, start, weights
+from tests.ranks import ARM, copied, finish, losses, start, wait_for_step, weights
 
 TRAIN = [
     f"train.arms=[{ARM}]",
@@ -27,15 +26,6 @@ TRAIN = [
     "train.patience=99",
     "lora.dropout=0.1",
 ]
-
-
-def wait_for_step(run: Path, step: int, job: Job) -> None:
-    """Until the log has that step, or the job has ended."""
-    log, deadline = run / "train" / ARM / "log.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline and all(process.is_alive() for process in job.processes):
-        if log.exists() and f'"step": {step},' in log.read_text():
-            return
-        time.sleep(0.005)
 
 
 def checkpoint_steps(run: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,18 @@ from rarec.config import ARMS
 from rarec.errors import UserError
 from rarec.stages.run import STAGES
 from rarec.stages.train import checkpoints_of
-from tests.ranks import copied, start
+from tests.ranks import copied, start, wait_for_step
 
 SHORT = ["train.arms=[per_layer]", "train.max_steps=4", "train.validate_every=2", "train.keep=2", "run.device=cpu"]
+
+
+def flip(path: Path, of_the_way: float = 1.0) -> None:
+    """One bit, at the end or before it."""
+    with path.open("r+b") as file:
+        file.seek(int((path.stat().st_size - 1) * of_the_way))
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
 
 
 def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
@@ -51,6 +61,25 @@ def test_what_does_not_fit_is_refused_by_all_and_told_by_the_first(decoder, tmp_
         assert part in text, text
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_an_error_of_one_rank_ends_all_with_its_name_and_its_words(decoder, tmp_path, engine):
+    """A sample that is damaged in mid-run is met by the rank that it falls to; the other must not wait for ever."""
+    run = tmp_path / "run"
+    overrides = [copied(decoder, run), "train.arms=[per_layer]", "train.epochs=40", "train.validate_every=999"]
+    job = start("train", decoder, overrides, engine=engine, scratch=tmp_path)
+    wait_for_step(run, 3, job, "per_layer")
+    flip(run / "shards" / "000001.tar", of_the_way=0.5)
+    started = time.monotonic()
+    assert job.codes() == [2, 2]
+    assert time.monotonic() - started < 60
+    told = [job.said(rank) for rank in (0, 1)]
+    met = ["\nerror: " in said and "000001.tar, sample" in said for said in told]
+    assert sorted(met) == [False, True]
+    other = told[met.index(False)]
+    assert f"rank {met.index(True)} stopped at step" in other
+    assert "000001.tar, sample" in other
+
+
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_four_bits_are_not_for_engines_that_shard_frozen_weights(decoder, tmp_path, engine):
     said = refused(decoder, tmp_path, "llm.quantize=nf4", engine=engine)
@@ -69,12 +98,6 @@ def trained(decoder, tmp_path):
     STAGES["train"](context)
     (tmp_path / "run" / "train" / "per_layer" / "done.json").unlink()
     return tmp_path / "run" / "train" / "per_layer"
-
-
-def flip(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize("name", ["alignment.safetensors", "optimizer.safetensors", "state.json"])

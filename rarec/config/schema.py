@@ -185,7 +185,7 @@ class Llm(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. What trains stays float32."""
     quantize: Literal["none", "nf4"] = "none"
-    """The frozen linear layers in 4 bits, computed in `dtype` (QLoRA; extra `qlora`). Not for engines that shard them."""
+    """Frozen linear layers in 4 bits, computed in `dtype` (QLoRA; extra `qlora`). Not for engines that shard them."""
     gradient_checkpointing: bool = False
     """Recompute a block in the backward pass: less memory, about a third more time."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"

@@ -45,6 +45,7 @@ def shards(context: Context) -> None:
     identity = sha256_json({"settings": settings, "made_from": made_from})
     with context.engine.serving(context.llm.backbone):
         for name, make in parts.sidecars.items():
+            ranks.at(f"making {name}")
             made = make()
             ranks.once(partial(parts.write, name, made))
         records = write_shards(

@@ -52,6 +52,7 @@ def train(context: Context) -> None:
     context.ranks.once(lambda: check_files(context.paths.shards, {**manifest, "files": read_whole}))
     feed = Feed(context, manifest)
     for name in context.config.train.arms:
+        context.ranks.at(f"loading the model of arm {name}", 0)
         train_arm(context, ARMS[name], feed)
 
 

@@ -7,6 +7,7 @@ of workers.
 import ctypes
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,12 @@ class BatchLoader:
         self, stream: SampleStream, collate: Collator, workers: int, ranks: Ranks = ALONE, parts: int = 1
     ) -> None:
         self.plan, self.workers, self.ranks, self.parts = stream.plan, workers, ranks, parts
-        self._work = _Work(stream, collate)
+        self._work, self._due = _Work(stream, collate), deque[Numbers]()
+
+    @property
+    def due(self) -> str:
+        """The first numbers of the samples that come next, where they have been asked for."""
+        return f"{', '.join(map(str, self._due[0][:3]))}, ..." if self._due else ""
 
     @contextmanager
     def open(self, first: int, last: int) -> Iterator[Iterator[Batch]]:
@@ -57,6 +63,7 @@ class BatchLoader:
         Raises:
             UserError: whatever a worker met, just as it met it; or a worker died, which may interrupt anything.
         """
+        self._due.clear()
         shares = (share for batch in self.plan.walk(first, last) for share in self._shares(batch))
         workers = self.workers if first < last else 0
         batches = iter(
@@ -70,7 +77,7 @@ class BatchLoader:
             )
         )
         try:
-            yield map(_good, batches)
+            yield map(self._come, batches)
         except RuntimeError as error:
             if _DEAD not in str(error):
                 raise
@@ -83,7 +90,13 @@ class BatchLoader:
     def _shares(self, batch: Numbers) -> Iterator[Share]:
         """This rank's share of each of the batch's parts."""
         for part in (batch[at :: self.parts] for at in range(self.parts)):
-            yield Share(self.plan.share(part, self.ranks.index, self.ranks.count), len(part))
+            numbers = self.plan.share(part, self.ranks.index, self.ranks.count)
+            self._due.append(numbers)
+            yield Share(numbers, len(part))
+
+    def _come(self, made: Batch | bytes | Exception) -> Batch:
+        self._due.popleft()
+        return _good(made)
 
 
 def _belong_to_the_main_process(worker: int) -> None:

@@ -90,13 +90,16 @@ class Trainer:
         """One optimizer step: the method."""
         step = Step()
         for part in range(self.config.accumulate):
+            self.ranks.at("reading samples " + self.loader.due, state.step + 1)
             batch = self._next(batches, step)
+            self.ranks.at("forward and backward")
             self._seed(state.step, part)
             with self.optimisation.part(last=part == self.config.accumulate - 1):
                 encoded = self.optimisation({"user": batch.users, "item": batch.items})
                 losses = self.objective(self.model, encoded["user"], encoded["item"], batch.targets)
                 self.optimisation.backward(losses.total / self.config.accumulate)
             step.add(batch, losses)
+        self.ranks.at("summing up and updating")
         gradient_norms = norms(self.optimisation.gradients())
         of_all = step.over(self.ranks, signals.came)
         self._refuse_no_number(step, of_all, gradient_norms, state)
@@ -123,6 +126,7 @@ class Trainer:
             self._validate(records, state)
         elif not stops and (not every or state.step % every):
             return
+        self.ranks.at("writing the checkpoint")
         weights, moments = self.optimisation.weights(), self.optimisation.moments()
         self.ranks.once(lambda: self.checkpoints.save(self.model, weights, moments, state))
         if stops and state.step < self.steps:
