@@ -33,6 +33,11 @@ class Place:
     def __init__(self) -> None:
         self.now = ((0, 0, 0), "starting", time.monotonic())
 
+    @property
+    def doing(self) -> str:
+        """What was noted last."""
+        return self.now[1]
+
     def at(self, doing: str, step: int | None) -> None:
         """See `Ranks.at`."""
         (turn, last, calls), _, _ = self.now
@@ -77,11 +82,13 @@ class Ranks:
         """
         for start in range(0, len(jobs), self.count):
             at = start + self.index
+            self.at(self.place.doing)
             yield (True, jobs[at]) if at < len(jobs) else (False, jobs[start])
 
     def alike(self, jobs: Sequence[T]) -> Iterator[tuple[bool, T]]:
         """All of this rank's own jobs, marked True, and then as often the last one as others have more."""
         for at in range(self.most(len(jobs))):
+            self.at(self.place.doing)
             yield (True, jobs[at]) if at < len(jobs) else (False, jobs[-1])
 
     def gathered(self, rows_b: Tensor, total: int) -> Tensor:

@@ -44,7 +44,7 @@ def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
     [
         (["run.ranks=4"], {}, ["run.ranks is 4, but 2 processes were started", "--num_processes 4"]),
         (["run.device=cuda"], {}, ["run.device is cuda, but PyTorch sees no GPU", "run.device=cpu"]),
-        (["run.device=auto"], {}, ["the launcher's file starts ranks for GPUs", "run.device=cpu"]),
+        (["run.device=auto"], {}, ["2 ranks are for GPUs, but PyTorch sees", "run.device=cpu"]),
         (["train.batch_size=3", "train.accumulate=2"], {}, ["too small for 4 ranks", "raise train.batch_size"]),
         ([], {"deepspeed": {"gradient_accumulation_steps": 3}}, ["gradient_accumulation_steps: 3", "train.accumulate"]),
         ([], {"deepspeed": {"gradient_clipping": 9.0}}, ["gradient_clipping: 9.0", "train.clip", "take gradient_clip"]),

@@ -31,7 +31,7 @@ class Run(Section):
     seed: NonNegative = 17
     """Seeds every random choice; each stage derives its own stream from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run: by default on GPUs if there are any. `cuda` refuses a machine without."""
+    """Where models run: by default on a GPU if there is one. Several ranks are for GPUs unless it is `cpu`."""
     ranks: Positive | None = None
     """Processes that the launcher is to start; any other number is refused. Whatever it starts is taken by default."""
 

@@ -71,6 +71,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def whole_size(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter has, also where ZeRO-3 has left an empty one in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def _blocks(config: RunConfig, arm: Arm, count: int) -> tuple[int, ...]:
     if arm.blocks == "none":
         return ()

@@ -81,8 +81,8 @@ class Encoder:
         order = np.argsort([len(prompt.tokens_T) for prompt in prompts], kind="stable")
         chunks = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         result: Float32 | None = None
+        self.ranks.at(f"encoding {side}s")
         for mine, chunk in self.ranks.in_step(chunks):
-            self.ranks.at(f"encoding {side}s")
             chunk_vectors = {name: array[chunk] for name, array in vectors.items()}
             batch = side_batch([prompts[at] for at in chunk], chunk_vectors, tower, self.prompts.tokenizer.filler)
             encoded_BZ = self.model({side: batch.to(self.ranks.device)})[side].vectors_BZ.float().cpu().numpy()

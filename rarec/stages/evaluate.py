@@ -58,6 +58,7 @@ def evaluate(context: Context) -> None:
             }
             write_manifest(aside, "evaluate", settings=settings, made_from=made_from, **figures)
 
+    context.ranks.at("writing the evaluation")
     context.ranks.once(write)
 
 

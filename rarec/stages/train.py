@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from rarec.artefacts import (
     check_files,
@@ -22,6 +23,7 @@ from rarec.config.schema import Train
 from rarec.data.shards.index import INDEX
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
+from rarec.models.build import trained_parameters, whole_size
 from rarec.models.encode import Encoder
 from rarec.models.objective import Objective
 from rarec.models.towers import RaRec
@@ -35,7 +37,6 @@ from rarec.stages.shards import ITEM_STATES, TARGET_COUNTS, finished_shards
 from rarec.training.accelerator import build_accelerator
 from rarec.training.batches import Collator
 from rarec.training.checkpoints import Checkpoints, TrainingState
-from rarec.training.engines import Optimisation
 from rarec.training.loader import BatchLoader
 from rarec.training.log import TrainingLog
 from rarec.training.loop import Trainer
@@ -74,30 +75,32 @@ def train_arm(context: Context, arm: Arm, feed: Feed) -> None:
     ranks.once(lambda: feed.record(directory, excluded))
     state = _resumed(checkpoints, ranks, context.say)
     trainer = _trainer(context, arm, feed, stream, checkpoints, state)
+    figures = {
+        "trainable_parameters": sum(map(whole_size, trained_parameters(trainer.model).values())),
+        "skipped_samples": len(excluded),
+    }
+    _sit(context, arm, trainer, state, accelerator)
+    best = {"best_files": checkpoints.digests(state.best_step) if state.best_step is not None else {}}
+    ranks.once(lambda: write_json(directory / DONE, {**asdict(state), **figures, **best}))
+    context.say(
+        f"{arm.title}: best validation NDCG@10 {state.best_value:.4f} at step {state.best_step} of {state.step}"
+    )
+
+
+def _sit(context: Context, arm: Arm, trainer: Trainer, state: TrainingState, accelerator: Accelerator | None) -> None:
+    """Train to the end, or until a signal says otherwise."""
+    path = context.paths.train(arm.name) / "log.jsonl"
     if accelerator is not None:
         accelerator.init_trackers("log")
     try:
         with StopSignals().noted() as signals:
             trainer.run(
-                state,
-                lambda steps, done: TrainingLog(
-                    directory / "log.jsonl", accelerator, steps, done, arm.title, context.say
-                ),
-                signals,
+                state, lambda steps, done: TrainingLog(path, accelerator, steps, done, arm.title, context.say), signals
             )
     finally:
         trainer.optimisation.end()
         for tracker in accelerator.trackers if accelerator is not None else ():
             tracker.finish()  # not `end_training`, which ends the process group as well
-    figures = {
-        "trainable_parameters": sum(weight.numel() for weight in trainer.optimisation.weights().values()),
-        "skipped_samples": len(excluded),
-        "best_files": checkpoints.digests(state.best_step) if state.best_step is not None else {},
-    }
-    ranks.once(lambda: write_json(directory / DONE, {**asdict(state), **figures}))
-    context.say(
-        f"{arm.title}: best validation NDCG@10 {state.best_value:.4f} at step {state.best_step} of {state.step}"
-    )
 
 
 def checkpoints_of(context: Context, arm: Arm) -> Checkpoints:
@@ -141,14 +144,14 @@ def _trainer(
         validation(context, model),
         checkpoints,
         ranks,
-        _steps(config.train, stream, optimisation),
+        _steps(config.train, stream, model),
     )
 
 
-def _steps(config: Train, stream: SampleStream, optimisation: Optimisation) -> int:
+def _steps(config: Train, stream: SampleStream, model: RaRec) -> int:
     """How many there are to take; none where a scale alone trains, which changes no ranking."""
     every = stream.plan.total(config.epochs)
-    return 0 if set(optimisation.weights()) <= {"log_scale"} else min(every, config.max_steps or every)
+    return 0 if set(trained_parameters(model)) <= {"log_scale"} else min(every, config.max_steps or every)
 
 
 def arm_settings(context: Context, arm: Arm) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def _on_gpu(config: RunConfig, world: int) -> bool:
     """
     wanted = config.run.device
     if wanted == "auto" and world > 1:
-        wanted = "cpu" if _asked("CPU") else "cuda"  # as the launcher's file says by `use_cpu`
+        wanted = "cuda"  # one machine of many that has lost its GPUs must not go on without
     if wanted == "cuda" and not torch.cuda.is_available():
-        asked = "run.device is cuda" if config.run.device == "cuda" else "the launcher's file starts ranks for GPUs"
+        asked = "run.device is cuda" if config.run.device == "cuda" else f"{world} ranks are for GPUs"
         remedy = "install a PyTorch that sees the GPU, or train on CPUs: run.device=cpu"
         raise UserError(f"{asked}, but PyTorch sees no GPU here", remedy, shared=True)
     return wanted != "cpu" and torch.cuda.is_available()

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rarec.hardware import known_device
+from rarec.models.build import whole_size
 from rarec.models.losses import LossTerms
 from rarec.models.towers import RaRec
 from rarec.ranks import Ranks
@@ -109,7 +110,11 @@ class Machine:
     def of(cls, model: RaRec, device: torch.device) -> "Machine":
         """Of a model on a device."""
         known = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        return cls(4.0 * weights_of(model.backbone.blocks), known.tflops * 1e12 if known else None, device)
+        return cls(
+            4.0 * sum(map(whole_size, model.backbone.blocks.parameters())),
+            known.tflops * 1e12 if known else None,
+            device,
+        )
 
     def figures(self, step: StepOfAll) -> dict[str, float]:
         """MFU where the device's peak is known, and the most memory that this rank has taken, in bytes."""
@@ -120,8 +125,3 @@ class Machine:
         )
         mfu = {"mfu": step.tokens_per_s * self.flops_per_token / self.peak} if self.peak else {}
         return {**mfu, "memory": float(memory)}
-
-
-def weights_of(module: nn.Module) -> int:
-    """How many weights a module has, whole, also where ZeRO-3 has left an empty tensor in their place."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
