@@ -20,6 +20,7 @@ from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
 from rarec.ranks import ALONE, Ranks
 from rarec.training.batches import Batch, Collator
+from rarec.training.stopping import SIGNALS
 
 _DEAD = "DataLoader worker (pid"
 """So begin PyTorch's messages of a dead worker."""
@@ -86,6 +87,8 @@ class BatchLoader:
         finally:
             if workers:  # not left to the garbage collector, which a traceback would keep waiting
                 batches._shutdown_workers()  # type: ignore[attr-defined]
+                for worker in batches._workers:  # type: ignore[attr-defined]
+                    worker.kill()  # one that hangs: it heeds no SIGTERM
 
     def _shares(self, batch: Numbers) -> Iterator[Share]:
         """This rank's share of each of the batch's parts."""
@@ -100,8 +103,9 @@ class BatchLoader:
 
 
 def _belong_to_the_main_process(worker: int) -> None:
-    """Ctrl-C is for the main process alone, which ends its workers; where it is killed, Linux kills them too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals are for the main process alone, which ends its workers; where it is killed, Linux kills them too."""
+    for number in (signal.SIGINT, *SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,0 +1,95 @@
+"""SLURM on a real cluster of two nodes: jobs that train, are preempted and go on, fail, or sweep over a file."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import ARM, ROOT, copied, losses, weights
+from tests.slurm import Cluster, cluster, needs_slurm
+
+SCRIPTS = sorted((ROOT / "launch" / "slurm").iterdir())
+TRAIN = [
+    "run.device=cpu",
+    f"train.arms=[{ARM}]",
+    "train.epochs=6",
+    "train.validate_every=1000",
+    "lora.dropout=0.1",
+]
+SAVED = "stopped by a signal at step"
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    with cluster() as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def two_nodes(slurm, decoder, tmp_path_factory) -> tuple[dict[str, str], dict[str, Path]]:
+    """Jobs of two nodes under ZeRO-3 and where they trained: one left alone, one preempted in the middle."""
+    root = tmp_path_factory.mktemp("two-nodes")
+    runs = {name: root / name for name in ("whole", "preempted")}
+    zero = {"RAREC_ACCELERATE": "configs/accelerate/zero3.yaml"}
+    jobs = {
+        name: slurm.submit("multi_node.sbatch", str(decoder), copied(decoder, run), *TRAIN, **zero)
+        for name, run in runs.items()
+    }
+    log = runs["preempted"] / "train" / ARM / "log.jsonl"
+    slurm.until(lambda: log.exists() and log.read_text().count("\n") > 3, jobs["preempted"])
+    slurm.call(["scancel", "--signal=USR1", "--batch", jobs["preempted"]])  # as --signal=B:USR1 has SLURM do
+    for job in jobs.values():
+        slurm.ended(job)
+    return jobs, runs
+
+
+@needs_slurm
+def test_a_job_of_two_nodes_trains_to_its_end(slurm, two_nodes):
+    jobs, runs = two_nodes
+    job = slurm.job(jobs["whole"])
+    assert (job["JobState"], job["Restarts"], job["NumNodes"]) == ("COMPLETED", "0", "2"), slurm.said(jobs["whole"])
+    assert SAVED not in slurm.said(jobs["whole"])
+    assert json.loads((runs["whole"] / "train" / ARM / "done.json").read_text())["step"] == len(losses(runs["whole"]))
+
+
+@needs_slurm
+def test_a_preempted_job_requeues_itself_and_ends_with_the_same_weights_bit_for_bit(slurm, two_nodes):
+    jobs, runs = two_nodes
+    job, said = slurm.job(jobs["preempted"]), slurm.said(jobs["preempted"])
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said
+    assert said.count(SAVED) == 1
+    expected, found = weights(runs["whole"]), weights(runs["preempted"])
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert losses(runs["preempted"]) == losses(runs["whole"])
+
+
+@needs_slurm
+def test_each_task_of_a_sweep_trains_by_its_own_line(slurm, decoder, tmp_path):
+    lines = [f"{copied(decoder, tmp_path / str(steps))} train.max_steps={steps}\n" for steps in (1, 2)]
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("".join([*lines, "train.max_steps=3\n"]))
+    arguments = str(decoder), str(sweep), "run.device=cpu", "train.arms=[per_layer]"
+    # called from elsewhere
+    job = slurm.submit("sweep.sbatch", *arguments, options=["--array=1-3"], where=tmp_path, RAREC_HOME=str(ROOT))
+    for task in ("1", "2"):
+        assert slurm.ended(f"{job}_{task}")["JobState"] == "COMPLETED", slurm.said(f"{job}_{task}")
+        assert len(losses(tmp_path / task, "per_layer")) == int(task)
+    assert slurm.ended(f"{job}_3")["ExitCode"] == "2:0"
+    assert "names no run.dir" in slurm.said(f"{job}_3")
+
+
+@needs_slurm
+def test_a_job_that_fails_has_the_exit_code_and_is_not_begun_again(slurm, tmp_path):
+    job = slurm.submit("single_node.sbatch", str(tmp_path / "missing.yaml"), RAREC_STAGES="prepare train")
+    ended = slurm.ended(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    assert slurm.said(job).count("missing.yaml does not exist") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_well_formed(script):
+    subprocess.run(["bash", "-n", script], check=True)
