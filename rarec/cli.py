@@ -68,6 +68,29 @@ def run_stage(name: str, config: Path | str, overrides: list[str] | None, fresh:
         return getattr(import_module(f"rarec.stages.{name}"), name)(context)
 
 
+@app.command(rich_help_panel="Before")
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="GPUs in each machine.")] = 1,
+    memory: Annotated[str | None, typer.Option(help="Of a GPU, as in 80GB; the device's own by default.")] = None,
+    zero: Annotated[str | None, typer.Option(help="0 (DDP), 1, 2, 3 or fsdp2; what is advised by default.")] = None,
+    machines: Annotated[int, typer.Option(help="Machines.")] = 1,
+    device: Annotated[str, typer.Option(help="Kind of GPU, for speed: H100, A100, L40S, ...")] = "H100",
+) -> None:
+    """What training takes on these GPUs: memory, traffic, hours; whether it fits, on what engine, or what to change.
+
+    Nothing is loaded but the language model's config.json. Next: the command that it prints
+    """
+    from rarec.planning.setting import Cluster, stage_of
+
+    cluster = Cluster.of(gpus, machines, memory, device)
+    made = import_module("rarec.stages.plan").plan(open_context(config, overrides), cluster, zero and stage_of(zero))
+    out = Console() if sys.stdout.isatty() else Console(width=120)
+    for part in import_module("rarec.planning.table").show(made):
+        print(part) if isinstance(part, str) else out.print(part)
+
+
 @app.command(rich_help_panel="Stages, in order")
 def prepare(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """1. Logs to a prepared dataset: ids, order, split. Next: rarec ids CONFIG"""

@@ -37,6 +37,9 @@ DEVICES = (
     Device("T4", 65, 16, 16),
 )
 """From the makers' data sheets. The first whose name stands in PyTorch's is meant: the longer of two comes first."""
+NETWORK_GB_S = 50.0
+"""Between machines, for each GPU, in each direction: a port of 400 Gbit/s, as many of which an NVIDIA DGX H100 has as
+GPUs (its data sheet). Many clusters have less."""
 
 
 def known_device(name: str) -> Device | None:

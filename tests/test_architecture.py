@@ -10,7 +10,7 @@ import pytest
 import rarec
 
 ROOT = Path(rarec.__file__).parent
-ROOMS = ["config", "data", "ranking", "ids", "prompts", "models", "training", "evaluation", "serving", "stages"]
+ROOMS = "config data ranking ids prompts models training planning evaluation serving stages".split()
 UNRELATED = {("evaluation", "training"), ("serving", "training"), ("serving", "evaluation")}
 """Later in the list, and yet they know nothing of each other."""
 

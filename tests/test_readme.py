@@ -99,6 +99,7 @@ def test_every_command_runs_in_the_order_of_the_page(place):
         "report",
         "recommend",
         *["shards"] * 3,  # --verify, --deep, --repair
+        "plan",
     ]
     for command in ran:
         before = (place / "runs/mine/prepare/manifest.json").read_bytes() if "engine=spark" in command else b""

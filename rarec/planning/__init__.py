@@ -1,1 +1,1 @@
-"""What a training will take: memory a rank, bytes moved, hours. Real modules on PyTorch's meta device; no weight is read."""
+"""What a training will take on each rank: memory, traffic, hours; told by modules on the meta device alone."""

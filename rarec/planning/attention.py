@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PADDED, UNPADDED = "planned_padded", "planned_unpadded"
-"""By these names transformers knows the two: `sdpa`, which is given a mask, and `flash_attention_2`, which needs none."""
+"""By these names transformers knows the two: as `sdpa`, which is given a mask, and `flash_attention_2`, with none."""
 
 
 class _Fused(torch.autograd.Function):

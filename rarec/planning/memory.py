@@ -1,17 +1,17 @@
-"""What one rank holds, engine by engine, as `rarec.training.engines` lays it out. P is what trains, in bytes of float32.
+"""What one rank holds, engine by engine, as `rarec.training.engines` lays it out; P is what trains, in float32.
 
 | | frozen | P | gradients | Adam | beside |
 | --- | --- | --- | --- | --- | --- |
 | one process, DDP | whole | P | P | 2 P | DDP's buckets: P |
-| ZeRO-1 | whole | P | P and the rank's share | 3 P / N, its own copy of the weights among it | one bucket |
+| ZeRO-1 | whole | P | P | 3 P / N, its own copy of the weights among it | one bucket |
 | ZeRO-2 | whole | P | P / N | 3 P / N | one bucket |
 | ZeRO-3 | each tensor / N, small ones whole as well | P / N | P / N | 3 P / N | one bucket |
 | FSDP2 | of the trunk each tensor / N by rows; its head whole | P | P | 2 P | |
 
-What is gathered for a while: FSDP2 keeps what the trunk has outside its blocks (its embeddings), one block, and the next
-one or its message. ZeRO-3 keeps up to `live` elements; and where blocks are not recomputed, PyTorch saves each gathered
-matrix of a linear layer for the backward pass, once for each tower, and DeepSpeed cannot free it (it could with
-`memory_efficient_linear`, which saves the layers' inputs instead).
+What is gathered for a while: FSDP2 keeps what the trunk has outside its blocks (its embeddings), one block, and the
+next one or its message. ZeRO-3 fetches ahead until it has `live` elements; and where blocks are not recomputed, PyTorch
+saves each gathered matrix of a linear layer for the backward pass, once for each tower, and DeepSpeed cannot free it
+(it could with `memory_efficient_linear`, which saves the layers' inputs instead).
 
 Peaks do not coincide: those of training, of encoding at a validation, and of the update or a checkpoint are compared.
 """
@@ -35,18 +35,16 @@ class ZeroSettings:
 
     Attributes:
         bucket: `reduce_bucket_size` of each stage.
-        prefetch: `stage3_prefetch_bucket_size`.
-        live: `stage3_max_live_parameters`.
+        live: `stage3_max_live_parameters`, and `stage3_max_reuse_distance`, which has the same effect.
         persistent: `stage3_param_persistence_threshold`: tensors up to it stay whole beside their shards.
     """
 
     bucket: Mapping[Stage, int]
-    prefetch: int = 50_000_000
     live: int = 1_000_000_000
     persistent: int = 100_000
 
 
-SHIPPED = ZeroSettings({"1": 500_000_000, "2": 50_000_000, "3": 50_000_000})
+SHIPPED = ZeroSettings({"1": 50_000_000, "2": 50_000_000, "3": 50_000_000})
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def account(arm: ArmShapes, stage: Stage, ranks: int, peaks: Peaks, zero: ZeroSe
         held = {"trained": whole, "gradients": whole, "optimizer": 2 * whole, "buckets": buckets}
         return Account(frozen, **held, **come_and_go, update=whole)
     trained = {"1": whole, "2": whole, "3": share}[stage]
-    gradients = {"1": whole + share, "2": share, "3": share}[stage]
+    gradients = {"1": whole, "2": share, "3": share}[stage]
     frozen = sum(w.bytes if stage != "3" else _zero_share(w, ranks, zero) for w in arm.frozen)
     held = {"trained": trained, "gradients": gradients, "optimizer": 3 * share, "buckets": bucket}
     return Account(frozen, **held, **come_and_go, update=3 * whole)  # a checkpoint takes weights and moments whole
@@ -163,5 +161,7 @@ def _saved_matrices(arm: ArmShapes, peaks: Peaks) -> int:
 
 def _unpacked(arm: ArmShapes) -> int:
     """The largest of the matrices in 4 bits, while it is used."""
-    packed = [weight.count * 2 for weight in arm.frozen if arm.nf4 and weight.linear and weight.in_trunk]
-    return max(packed, default=0)
+    if not arm.nf4:
+        return 0
+    wide = max(weight.width for weight in arm.frozen if weight.in_trunk)
+    return round(wide * max(weight.count for weight in arm.frozen if weight.linear and weight.in_trunk))

@@ -1,30 +1,17 @@
-"""An arm's model on the meta device: the towers that training builds, with shapes and without weights."""
+"""Every weight of an arm's model, by what engines do with it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from rarec.config import Arm, RunConfig
-from rarec.errors import UserError
-from rarec.models.backbone import FrozenBackbone, Pool
-from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.load import LoadedModel, _context_length, _kind, _read, wear
 from rarec.models.towers import RaRec
-from rarec.paths import resolve
-from rarec.planning.attention import PADDED, UNPADDED
-from rarec.prompts import TextTokenizer
-from rarec.prompts.hybrid import parse_template
 
 META = torch.device("meta")
 NF4_BYTES = 0.5 + 4 / 64
 """Of a weight in 4 bits: with one float32 for every 64 of them, bitsandbytes' default block."""
-_ATTENTION = {"eager": "eager", "flash_attention_2": UNPADDED}
 
 
 @dataclass(frozen=True)
@@ -117,7 +104,9 @@ class ArmShapes:
         backbone = self.model.backbone
         blocks = {id(p): at for at, block in enumerate(backbone.blocks) for p in block.parameters()}
         trunk = {id(p) for p in backbone.trunk.parameters()}
-        linear = {id(module.weight): name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        linear = {
+            id(module.weight): name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)
+        }
         owners: dict[int, int] = {}
         for module in backbone.model.modules():
             for own in module.parameters(recurse=False):
@@ -130,76 +119,3 @@ class ArmShapes:
                 name, tuple(p.shape), width, p.requires_grad, matrix, blocks.get(id(p)), id(p) in trunk,
                 owners.get(id(p), 0) > 1,
             )  # fmt: skip
-
-
-class Blueprint:
-    """Makes a run's models from the language model's configuration alone.
-
-    Args:
-        config: of the run.
-        sources: dimension and vectors per user of every source.
-        converted: where a GGUF file would be as a plain model directory.
-
-    Raises:
-        UserError: the language model's configuration cannot be found or read.
-    """
-
-    def __init__(self, config: RunConfig, sources: Mapping[str, SourceShape], converted: Path) -> None:
-        self.config, self.sources = config, sources
-        self._settings = _settings(config, converted)
-        self._kind = config.llm.kind if config.llm.kind != "auto" else _kind(self._settings, config.llm.path)
-
-    @cached_property
-    def named(self) -> dict[str, tuple[str, ...]]:
-        """The sources whose slots each side's template names."""
-        return {side: self._named(side) for side in SIDES}
-
-    @cached_property
-    def context_length(self) -> int:
-        """Of the language model, in tokens."""
-        return _context_length(self._bare())
-
-    def arm(self, arm: Arm, gradient_checkpointing: bool) -> ArmShapes:
-        """An arm's model."""
-        pool = self.config.readout.pool
-        pooling = cast(Pool, pool) if pool != "auto" else ("last" if self._kind == "decoder" else "mean")
-        with META:
-            backbone = FrozenBackbone(self._bare(), pooling, gradient_checkpointing).eval()
-            loaded = LoadedModel(backbone, cast(TextTokenizer, None), 0, {})  # no text is read here
-            loaded = wear(loaded, self.config.lora, self.config.run.seed) if arm.lora else loaded
-            model = build_model(self.config, arm, loaded, self.sources, self.named)
-        return ArmShapes(model, self.config.llm.quantize == "nf4")
-
-    def _bare(self) -> Any:
-        """The language model as it is loaded, in evaluation mode."""
-        llm, loader = self.config.llm, AutoModelForCausalLM if self._kind == "decoder" else AutoModel
-        wanted = _ATTENTION.get(llm.attention, PADDED)
-        for attention in dict.fromkeys((wanted, "eager")):  # older architectures know eager attention alone
-            try:
-                with META:
-                    return loader.from_config(
-                        self._settings, dtype=getattr(torch, llm.dtype), attn_implementation=attention
-                    ).eval()
-            except (ValueError, KeyError, ImportError, AttributeError) as error:
-                problem = str(error).strip().splitlines()[0]
-        raise UserError(f"llm.path: cannot lay out {llm.path!r}: {problem}", "choose another architecture")
-
-    def _named(self, side: str) -> tuple[str, ...]:
-        fields = {"user": ["history"], "item": ["title", "text"]}[side]
-        parts = parse_template(getattr(self.config.prompt, side), fields, list(self.sources), f"prompt.{side}")
-        return tuple(part.value for part in parts if part.kind == "soft")
-
-
-def _settings(config: RunConfig, converted: Path) -> Any:
-    """The language model's own configuration. Of a GGUF file that is not converted yet, its metadata are read."""
-    name = config.llm.path
-    path = Path(resolve(name))
-    if path.suffix == ".gguf":
-        if (converted / "config.json").is_file():
-            return _read(AutoConfig, name, str(converted))
-        if not path.is_file():
-            raise UserError(f"llm.path: {path} does not exist", "give the path of a .gguf file")
-        return _read(AutoConfig, name, str(path.parent), gguf_file=path.name)
-    if resolve(name).startswith((".", "/")) and not (path / "config.json").is_file():
-        raise UserError(f"llm.path: {path} holds no config.json", "give the directory of a model; its weights may wait")
-    return _read(AutoConfig, name, resolve(name), revision=config.llm.revision)

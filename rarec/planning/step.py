@@ -5,11 +5,11 @@ and the losses. For a Llama under `sdpa`, whose heads make up D, a block saves f
 
     16 D + 6 F + 2 T + 4 H + 8 bytes in bfloat16,  24 D + 12 F + 4 T + 4 H + 8 in float32:
 
-what its 2 norms read, in float32 (8 D), with a scale (4 each); queries, keys and values repeated for every head, and the
-output (4 numbers D); gate, its activation and up (3 F); the cast mask (T); attention's log-sums (4 H). A frozen linear
-layer saves its weight alone. With gradient checkpointing a block keeps its input alone (D), and one block at a time is
-made again. Beside the blocks: slots (L, B, K, D) and projections in float32, text-only states of both sides with the
-gathered ones, scores (b, B), and what the backward pass has in flight.
+what its 2 norms read, in float32 (8 D), with a scale (4 each); queries, keys and values repeated for every head, and
+the output (4 numbers D); gate, its activation and up (3 F); the cast mask (T); attention's log-sums (4 H). A frozen
+linear layer saves its weight alone. With gradient checkpointing a block keeps its input alone (D), and one block at a
+time is made again. Beside the blocks: slots (L, B, K, D) and projections in float32, text-only states of both sides
+with the gathered ones, scores (b, B), and what the backward pass has in flight.
 
 Shape letters: b rows of this rank, B rows of the whole batch, T positions, K slots, E source dimension, H history or
 heads, L blocks, D hidden size, F size of the feed-forward layer.
@@ -140,7 +140,7 @@ def step_activations(arm: ArmShapes, loss: Loss, shape: StepShape) -> Activation
 @torch.no_grad()
 def encoding_activations(arm: ArmShapes, shape: StepShape, batch: int) -> int:
     """The most bytes while a chunk of the catalogue or of users is encoded, as at every validation."""
-    model, peaks = arm.model.eval(), []
+    model, peaks = arm.model.eval(), list[int]()
     for side, tower in _towers(model):
         with META, Live([*model.parameters(), *model.buffers()]) as live:
             model({side: _side(tower, side, shape, batch)})

@@ -52,6 +52,8 @@ def train(context: Context) -> None:
     # samples are checked one by one
     context.ranks.once(lambda: check_files(context.paths.shards, {**manifest, "files": read_whole}))
     feed = Feed(context, manifest)
+    if context.engine.advice(context.config.llm):
+        context.say(context.engine.advice(context.config.llm))
     for name in context.config.train.arms:
         context.ranks.at(f"loading the model of arm {name}", 0)
         train_arm(context, ARMS[name], feed)

@@ -5,12 +5,14 @@ of workers.
 """
 
 import ctypes
+import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -74,7 +76,7 @@ class BatchLoader:
                 sampler=shares,
                 num_workers=workers,  # one set of them for all epochs
                 multiprocessing_context="fork" if workers else None,  # they share what is loaded; nothing is packed
-                worker_init_fn=_belong_to_the_main_process,
+                worker_init_fn=partial(_belong_to, os.getpid()),
             )
         )
         try:
@@ -102,12 +104,14 @@ class BatchLoader:
         return _good(made)
 
 
-def _belong_to_the_main_process(worker: int) -> None:
+def _belong_to(main: int, worker: int) -> None:
     """Signals are for the main process alone, which ends its workers; where it is killed, Linux kills them too."""
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != main:  # it was killed before this line
+        os._exit(1)
 
 
 class _Work(Dataset[Batch | bytes | Exception]):

@@ -56,6 +56,9 @@ class Engine(Protocol):
     name: str
     ranks: Ranks
 
+    def advice(self, llm: Llm) -> str:
+        """What a user should know of this engine with this language model; empty if nothing."""
+
     def loading(self, llm: Llm) -> AbstractContextManager[None]:
         """Language models are loaded in it, shard by shard where the engine shards them."""
 

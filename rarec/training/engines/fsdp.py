@@ -32,6 +32,10 @@ class Fsdp2Engine:
         self.ranks = ranks
         self._mesh: DeviceMesh = init_device_mesh(ranks.device.type, (ranks.count,))
 
+    def advice(self, llm: Llm) -> str:
+        """See `Engine`."""
+        return ""
+
     def loading(self, llm: Llm) -> AbstractContextManager[None]:
         """See `Engine`. Every rank maps the whole file into its memory, and keeps its shard."""
         refuse_quantised(llm, self.name)

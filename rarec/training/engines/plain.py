@@ -28,6 +28,10 @@ class PlainEngine:
         self.ranks = ranks
         self.name = "DDP" if ranks.count > 1 else "one process"
 
+    def advice(self, llm: Llm) -> str:
+        """See `Engine`."""
+        return ""
+
     def loading(self, llm: Llm) -> AbstractContextManager[None]:
         """See `Engine`."""
         return nullcontext()

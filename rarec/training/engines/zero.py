@@ -43,6 +43,16 @@ class ZeroEngine:
         self.stage = int(config["zero_optimization"]["stage"])
         self.name = f"ZeRO-{self.stage}"
 
+    def advice(self, llm: Llm) -> str:
+        """See `Engine`."""
+        if self.stage != 3 or llm.gradient_checkpointing:
+            return ""
+        # as autograd saves what a linear layer multiplied by, and each tower has gathered it anew
+        return (
+            "ZeRO-3 keeps gathered weights until the backward pass, twice over: for a large model set "
+            "llm.gradient_checkpointing: true, or take configs/accelerate/fsdp2.yaml"
+        )
+
     @contextmanager
     def loading(self, llm: Llm) -> Iterator[None]:
         """See `Engine`. Under stage 3 the first rank alone reads, and each keeps its shard."""

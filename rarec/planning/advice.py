@@ -1,0 +1,119 @@
+"""Which engine to take, and the smallest change that makes a training fit: tried one by one in the same calculator."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from rarec.planning.calculator import Calculator
+from rarec.planning.memory import REPLICATED, Stage
+from rarec.planning.setting import Cluster, Setting
+
+PREFERRED: tuple[Stage, ...] = ("0", "2", "3")
+IN_A_MACHINE, MOST_MACHINES = 8, 64
+"""More GPUs are looked for up to here."""
+SMALL = 8
+"""Prompts of a chunk that is encoded, in the last resort."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do.
+
+    Attributes:
+        stage: the engine that is advised; None where none fits.
+        why: in a sentence.
+        setting: that is planned: with the stage asked for, the advised one, or the first.
+        fits: whether it does.
+        change: the nearest setting that fits, where the planned one does not; None where none was found.
+    """
+
+    stage: Stage | None
+    why: str
+    setting: Setting
+    fits: bool
+    change: Setting | None
+
+
+def advise(calculator: Calculator, arm: str, cluster: Cluster, asked: Stage | None) -> Advice:
+    """For the arm that decides, on this cluster.
+
+    Args:
+        calculator: of the run.
+        arm: the largest.
+        cluster: where to train.
+        asked: the stage to plan; None for the one that is advised.
+
+    Raises:
+        UserError: the batch is too small for the ranks, or the stage asked for cannot take the weights.
+    """
+    base = calculator.setting(cluster, asked or PREFERRED[0])
+    tried = (replace(base, stage=stage) for stage in PREFERRED)
+    advised = next((each for each in tried if calculator.possible(each) and calculator.fits(arm, each)), None)
+    planned = base if asked or advised is None else advised
+    fits = advised is planned or calculator.fits(arm, planned)
+    change = None if fits else smallest_change(calculator, arm, planned)
+    why = _why(calculator, arm, base, advised)
+    return Advice(advised.stage if advised else None, why, planned, fits, change)
+
+
+def smallest_change(calculator: Calculator, arm: str, setting: Setting) -> Setting | None:
+    """The first change that makes it fit. If none does alone: with recomputed blocks, then sharded, in small chunks."""
+    recomputed = replace(setting, checkpointing=True)
+    sharded = replace(recomputed, stage=setting.stage if setting.stage == "fsdp2" else "3")
+    for base in dict.fromkeys((setting, recomputed, sharded, replace(sharded, encoding=min(SMALL, setting.encoding)))):
+        for tried in (base, *_changes(calculator, arm, base)):
+            if calculator.possible(tried) and calculator.fits(arm, tried):
+                return tried
+    return None
+
+
+def _changes(calculator: Calculator, arm: str, base: Setting) -> Iterator[Setting]:
+    """One at a time: smaller chunks, if they are what is too large, more parts, recomputed blocks, sharding, GPUs."""
+    if calculator.possible(base) and calculator.account(arm, base).highest == "encoding":
+        yield from (replace(base, encoding=size) for size in _halved(base.encoding))
+    yield from (replace(base, accumulate=parts) for parts in _doubled(base.accumulate, calculator.batch_size))
+    yield replace(base, checkpointing=True)
+    yield from (replace(base, stage=stage) for stage in PREFERRED if base.stage in REPLICATED and stage > base.stage)
+    yield from (replace(base, cluster=cluster) for cluster in _larger(base.cluster))
+
+
+def _larger(cluster: Cluster) -> Iterator[Cluster]:
+    for gpus in _doubled(cluster.gpus, IN_A_MACHINE):
+        cluster = replace(cluster, gpus=gpus)
+        yield cluster
+    yield from (replace(cluster, machines=machines) for machines in _doubled(cluster.machines, MOST_MACHINES))
+
+
+def _doubled(number: int, most: int) -> Iterator[int]:
+    while number * 2 <= most:
+        number *= 2
+        yield number
+
+
+def _halved(number: int) -> Iterator[int]:
+    while number > 1:
+        number //= 2
+        yield number
+
+
+def _why(calculator: Calculator, arm: str, base: Setting, advised: Setting | None) -> str:
+    """In words."""
+    if advised is None:
+        return "no engine has room for it as it is configured"
+    ranks = advised.cluster.ranks
+    if ranks == 1:
+        return "one GPU holds all of it"
+    sharded = calculator.estimate(arm, replace(base, stage="3")).traffic.weights / 1e9 if _shards(calculator) else 0
+    spared = f"; under ZeRO-3 each rank would send {sharded:,.1f} GB of weights in a step" if sharded else ""
+    if advised.stage == "0":
+        return f"each GPU holds the whole language model beside its activations, and sends nothing of it{spared}"
+    if advised.stage == "2":
+        return f"it fits once Adam and gradients of what trains are sharded, and no frozen weight is sent{spared}"
+    whole = calculator.account(arm, replace(base, stage="2"))
+    return (
+        f"a whole language model on each GPU does not fit (peak {whole.total / 1e9:,.1f} GB, {whole.frozen / 1e9:,.1f} "
+        f"of it frozen weights); sharded it does, for {sharded:,.1f} GB of weights that each rank sends in a step"
+    )
+
+
+def _shards(calculator: Calculator) -> bool:
+    return calculator.config.llm.quantize == "none"

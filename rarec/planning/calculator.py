@@ -1,0 +1,178 @@
+"""What a setting of a run takes on a rank: memory, traffic, time. Changes are tried by the same calculator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from rarec.config import ARMS, RunConfig
+from rarec.errors import UserError
+from rarec.models.build import SIDES, slots_reserved
+from rarec.planning.blueprint import Blueprint
+from rarec.planning.lengths import Prompts, Samples, estimated
+from rarec.planning.memory import REPLICATED, SHIPPED, Account, Peaks, Stage, ZeroSettings, account
+from rarec.planning.setting import Cluster, Setting
+from rarec.planning.shapes import ArmShapes
+from rarec.planning.step import Activations, StepShape, encoding_activations, step_activations
+from rarec.planning.traffic import Speed, Traffic, speed, traffic
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one arm in one setting.
+
+    Attributes:
+        account: bytes of a rank.
+        step: bytes of a step's activations.
+        traffic: bytes of a step.
+        speed: None where the device's peak is not known for `llm.dtype`.
+        hours: of the arm's training; None where it takes no step, or where speed or samples are not known.
+    """
+
+    account: Account
+    step: Activations
+    traffic: Traffic
+    speed: Speed | None
+    hours: float | None
+
+
+class Calculator:
+    """Estimates for one run.
+
+    Args:
+        config: of the run.
+        blueprint: makes its models.
+        samples: that are selected; None where that is not known yet.
+        zero: DeepSpeed's settings.
+    """
+
+    def __init__(
+        self, config: RunConfig, blueprint: Blueprint, samples: Samples | None = None, zero: ZeroSettings = SHIPPED
+    ) -> None:
+        self.config, self.blueprint, self.samples, self.zero = config, blueprint, samples, zero
+        self._made: dict[Any, Any] = {}
+
+    @cached_property
+    def prompts(self) -> dict[str, Prompts]:
+        """Text lengths of each side: those of users as they are, if samples are there."""
+        reserved = slots_reserved(self.config, self.blueprint.sources)
+        slots = {side: sum(reserved[side][name] for name in self.blueprint.named[side]) for side in SIDES}
+        bounds = estimated(self.config, slots, self.blueprint.context_length)
+        return bounds | ({"user": self.samples.users} if self.samples else {})
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Samples of a step. Under a token budget: as many of the longest prompts as it holds."""
+        budget = self.config.train.tokens_per_batch
+        return max(2, budget // self.prompts["user"].longest) if budget else self.config.train.batch_size
+
+    def setting(self, cluster: Cluster, stage: Stage) -> Setting:
+        """As the configuration has it.
+
+        Raises:
+            UserError: some rank would have nothing to do, or the engine cannot shard weights in 4 bits.
+        """
+        train, llm = self.config.train, self.config.llm
+        encoding = self.config.evaluate.batch_size
+        chosen = Setting(cluster, stage, train.accumulate, llm.gradient_checkpointing, encoding)
+        if self.possible(chosen):
+            return chosen
+        parts = cluster.ranks * train.accumulate
+        if parts > self.batch_size:
+            problem = f"a step of {self.batch_size} samples cannot be cut into {parts}, one for each rank and part"
+            raise UserError(problem, "raise train.batch_size, or plan with fewer --gpus")
+        raise UserError(f"llm.quantize: weights in 4 bits cannot be sharded (--zero {stage})", "plan with --zero 2")
+
+    def possible(self, setting: Setting) -> bool:
+        """Whether every rank has a sample in every part, and the engine can take the weights."""
+        quantised = self.config.llm.quantize != "none" and setting.stage not in REPLICATED
+        return setting.cluster.ranks * setting.accumulate <= self.batch_size and not quantised
+
+    def fits(self, arm: str, setting: Setting) -> bool:
+        """Whether a rank has room for it. A step is traced only where what stays leaves any."""
+        nothing = Peaks(0, 0, setting.checkpointing)
+        usable = setting.cluster.usable
+        return self._account(arm, setting, nothing).stays <= usable and self.account(arm, setting).total <= usable
+
+    def account(self, arm: str, setting: Setting) -> Account:
+        """Bytes of a rank."""
+        shapes, shape = self.arm(arm, setting.checkpointing), self.shape(arm, setting)
+        encoding = self._once(
+            ("encoding", arm, setting.encoding), lambda: encoding_activations(shapes, shape, setting.encoding)
+        )
+        return self._account(arm, setting, Peaks(self.step(arm, setting).peak, encoding, setting.checkpointing))
+
+    def step(self, arm: str, setting: Setting) -> Activations:
+        """A traced step."""
+        shapes, shape = self.arm(arm, setting.checkpointing), self.shape(arm, setting)
+        key = ("step", arm, setting.checkpointing, shape.rows, shape.total, shape.ranks)
+        return self._once(key, lambda: step_activations(shapes, self.config.loss, shape))
+
+    def estimate(self, arm: str, setting: Setting) -> Estimate:
+        """All of it."""
+        shapes, step, cluster = self.arm(arm, setting.checkpointing), self.step(arm, setting), setting.cluster
+        recomputes = setting.checkpointing
+        sent = traffic(shapes, setting.stage, cluster.ranks, setting.accumulate, step, recomputes)
+        tokens = self._tokens(arm) * self.batch_size / cluster.ranks
+        known, steps = self.config.llm.dtype == "bfloat16", self.steps(arm)
+        fast = (
+            speed(
+                shapes,
+                sent,
+                cluster.device,
+                tokens=tokens,
+                samples=self.batch_size,
+                recomputes=recomputes,
+                machines=cluster.machines,
+            )
+            if known
+            else None
+        )
+        hours = steps * fast.seconds / 3600 if fast and steps else None
+        return Estimate(self.account(arm, setting), step, sent, fast, hours)
+
+    def steps(self, arm: str) -> int | None:
+        """How many steps an arm takes; None where samples are not known."""
+        if not self.arm(arm, self.config.llm.gradient_checkpointing).steps:
+            return 0
+        if self.samples is None:
+            return None
+        every = -(-self.samples.count // self.batch_size) * self.config.train.epochs
+        return min(every, self.config.train.max_steps or every)
+
+    def arm(self, arm: str, checkpointing: bool) -> ArmShapes:
+        """An arm's model."""
+        return self._once(("arm", arm, checkpointing), lambda: self.blueprint.arm(ARMS[arm], checkpointing))
+
+    def slots(self, arm: str) -> dict[str, int]:
+        """How many there are in a prompt of each side."""
+        model = self.arm(arm, self.config.llm.gradient_checkpointing).model
+        return {"user": sum(model.user.slots.values()), "item": sum(model.item.slots.values())}
+
+    def shape(self, arm: str, setting: Setting) -> StepShape:
+        """Of a part of a step on one rank."""
+        ranks, total = setting.cluster.ranks, -(-self.batch_size // setting.accumulate)
+        count = len(self.arm(arm, setting.checkpointing).model.backbone.blocks)
+        blocks = tuple(sorted(set(self.config.shards.state_blocks or range(count))))
+        if blocks[-1] >= count:
+            raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
+        vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.blueprint.sources.items()}
+        text = {side: prompts.longest for side, prompts in self.prompts.items()}
+        return StepShape(-(-total // ranks), total, ranks, text, blocks, vectors)
+
+    def _account(self, arm: str, setting: Setting, peaks: Peaks) -> Account:
+        shapes = self.arm(arm, setting.checkpointing)
+        return account(shapes, setting.stage, setting.cluster.ranks, peaks, self.zero)
+
+    def _tokens(self, arm: str) -> float:
+        """Of a sample, both sides."""
+        return sum(self.prompts[side].mean + slots for side, slots in self.slots(arm).items())
+
+    def _once(self, key: Any, make: Callable[[], T]) -> T:
+        """Made at the first time it is asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made

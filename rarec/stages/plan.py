@@ -1,0 +1,101 @@
+"""`rarec plan`: what a training will take, before anything is loaded."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from safetensors import safe_open
+
+from rarec.artefacts import MANIFEST, read_manifest
+from rarec.config.schema import Ids, Import
+from rarec.data.shards.index import shard_records
+from rarec.errors import UserError
+from rarec.ids.imports import existing
+from rarec.models.build import SourceShape
+from rarec.planning.advice import advise
+from rarec.planning.blueprint import Blueprint
+from rarec.planning.calculator import Calculator
+from rarec.planning.lengths import Samples
+from rarec.planning.memory import STAGES, Stage
+from rarec.planning.setting import Cluster
+from rarec.planning.table import Plan
+from rarec.stages.context import Context
+from rarec.stages.shards import shard_settings
+
+
+def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
+    """Plan every arm of a run; the largest decides on engine and changes.
+
+    Args:
+        context: of the run; nothing of it is loaded, and nothing is written.
+        cluster: where it is to train.
+        asked: the engine; None for the one that is advised.
+
+    Raises:
+        UserError: the language model's configuration or a file of vectors is missing, or the batch is too small.
+    """
+    config = context.config
+    sections: dict[str, Ids | Import] = {"id": config.ids, **config.sources}
+    sources = {name: _shape(section) for name, section in sections.items()}
+    calculator = Calculator(config, Blueprint(config, sources, context.paths.llm), _samples(context))
+    arms = list(dict.fromkeys(config.train.arms))
+    first = calculator.setting(cluster, asked or "0")
+    largest = max(arms, key=lambda arm: calculator.account(arm, first).total)
+    advice = advise(calculator, largest, cluster, asked)
+    engines = [replace(advice.setting, stage=stage) for stage in STAGES]
+    accounts = {each.stage: calculator.account(largest, each) for each in engines if calculator.possible(each)}
+    return Plan(calculator, {arm: calculator.estimate(arm, advice.setting) for arm in arms}, largest, accounts, advice)
+
+
+def _samples(context: Context) -> Samples | None:
+    """Those of the run's shards, if they are there and as the configuration has them now."""
+    directory = context.paths.shards
+    if not (directory / MANIFEST).exists():
+        return None
+    manifest = read_manifest(directory, "shards")
+    if manifest["settings"] != shard_settings(context):
+        context.say(f"{directory} was made with other settings: how many samples there will be is not known")
+        return None
+    return Samples.of(shard_records(directory, manifest))
+
+
+def _shape(section: Ids | Import) -> SourceShape:
+    """Of the vectors that are trained, or that lie in a file: its header is read, no more."""
+    if isinstance(section, Ids):
+        if section.model == "sasrec" or section.imported is None:
+            return SourceShape(section.sasrec.dim, 1)
+        section = section.imported
+    users = _file_shape(section.users, "users") if section.users is not None else ()
+    return SourceShape(_file_shape(section.items, "items")[-1], users[1] if len(users) == 3 else 1)
+
+
+def _file_shape(path: str, field: str) -> tuple[int, ...]:
+    """Shape of a file of vectors."""
+    file = existing(path, field)
+    readers = {".npy": _npy_shape, ".safetensors": _safetensors_shape, ".parquet": _parquet_shape}
+    if file.suffix not in readers:
+        raise UserError(f"field `{field}`: {path} is of no known format", f"give one of {', '.join(readers)}")
+    try:
+        shape = readers[file.suffix](file)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {error}", "make it as README says, under *Your own data*") from None
+    if len(shape) < 2:
+        raise UserError(f"{path} has shape {shape}", "vectors have two axes: rows, dimension")
+    return shape
+
+
+def _npy_shape(file: Path) -> tuple[int, ...]:
+    return tuple(np.load(file, mmap_mode="r", allow_pickle=False).shape)
+
+
+def _safetensors_shape(file: Path) -> tuple[int, ...]:
+    with safe_open(file, "np") as tensors:
+        return tuple(tensors.get_slice(next(iter(tensors.keys()))).get_shape())
+
+
+def _parquet_shape(file: Path) -> tuple[int, ...]:
+    table: Any = pq.ParquetFile(file)
+    first = next(table.iter_batches(batch_size=1, columns=["vector"]))
+    return table.metadata.num_rows, len(first.column(0)[0].as_py())

@@ -1,0 +1,254 @@
+"""What `rarec plan` counts: accounts worked by hand, what may never be, lengths and samples."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from rarec.cli import open_context
+from rarec.config import ARMS, RunConfig
+from rarec.data.shards.index import INDEX
+from rarec.models.build import SourceShape
+from rarec.planning.lengths import Samples, estimated
+from rarec.planning.live import Live
+from rarec.planning.memory import SHIPPED, STAGES, Peaks, account
+from rarec.planning.step import StepShape, step_activations
+from rarec.planning.traffic import traffic
+from rarec.stages.plan import plan
+from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
+from tests.synthetic import write_llm
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return write_llm(tmp_path_factory.mktemp("llm"), "llama", blocks=BLOCKS)
+
+
+def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
+    arm = calculator(llama).arm("per_layer", False)
+    block = 2 * D * D + 2 * D * (D // 2) + 3 * D * F + 2 * D  # q and o, k and v of half the heads, feed-forward, norms
+    assert sum(weight.bytes for weight in arm.frozen) == 4 * (2 * V * D + BLOCKS * block + D)
+    assert arm.in_blocks == BLOCKS * block
+    side = BLOCKS * (M * D + D * E + D)
+    assert sum(weight.count for weight in arm.trained) == 2 * side + 1
+    assert arm.saved == {"alignment": 4 * (2 * side + 1 + 2 * 2 * E), "lora": 0}  # mean and spread of the vectors, too
+
+
+def test_lora_trains_in_float32_beside_a_model_in_bfloat16(llama):
+    made = calculator(llama, llm={"dtype": "bfloat16"})
+    plain, lora = (made.arm(name, False) for name in ("per_layer", "per_layer_lora"))
+    more = BLOCKS * 8 * (D + D + D + D // 2)  # rank 8 on the queries, and on the values of half the heads
+    assert sum(w.count for w in lora.trained) - sum(w.count for w in plain.trained) == more
+    assert lora.saved["lora"] == 4 * more
+    assert {weight.width for weight in lora.frozen} == {2}
+    assert {weight.width for weight in lora.trained} == {4}
+
+
+def test_engines_hold_what_their_table_says(llama):
+    arm = calculator(llama).arm("per_layer", False)
+    frozen, trained = (sum(w.bytes for w in part) for part in (arm.frozen, arm.trained))
+    of = {stage: account(arm, stage, 4, Peaks(0, 0, False), replace(SHIPPED, persistent=0)) for stage in STAGES}
+    share = 4 * sum(-(-weight.count // 4) for weight in arm.trained)
+    assert [of[stage].frozen for stage in ("0", "1", "2")] == [frozen] * 3
+    assert of["3"].frozen == 4 * sum(-(-weight.count // 4) for weight in arm.frozen)
+    head = 4 * V * D
+    assert of["fsdp2"].frozen == (frozen - head) / 4 + head  # the language model's head is no part of its trunk
+    assert [of[stage].trained for stage in STAGES] == [trained, trained, trained, share, trained]
+    assert [of[stage].gradients for stage in STAGES] == [trained, trained, share, share, trained]
+    assert [of[stage].optimizer for stage in STAGES] == [2 * trained, 3 * share, 3 * share, 3 * share, 2 * trained]
+    assert [of[stage].buckets for stage in STAGES] == [trained, 200_000_000, 200_000_000, 200_000_000, 0]
+
+
+def test_zero_3_keeps_small_tensors_whole_beside_their_shards(llama):
+    arm = calculator(llama).arm("text_only", False)
+    whole = sum(weight.bytes for weight in arm.frozen)
+    sharded = account(arm, "3", 2, Peaks(0, 0, False), replace(SHIPPED, persistent=0)).frozen
+    assert max(weight.count for weight in arm.frozen) < SHIPPED.persistent
+    assert account(arm, "3", 2, Peaks(0, 0, False)).frozen == sharded + whole
+
+
+def test_fsdp2_keeps_a_whole_copy_of_embeddings_that_a_head_is_tied_to(tmp_path):
+    path = write_llm(tmp_path / "llm", "gpt2")
+    arm = calculator(path).arm("text_only", False)
+    embeddings = next(weight for weight in arm.frozen if weight.shape == (V, D))
+    assert embeddings.tied
+    rows = sum(-(-weight.shape[0] // 3) * weight.count // weight.shape[0] for weight in arm.frozen)
+    assert account(arm, "fsdp2", 3, Peaks(0, 0, False)).frozen == 4 * rows + embeddings.bytes
+
+
+def test_weights_in_four_bits_are_those_of_frozen_linear_layers(llama):
+    arm = calculator(llama, llm={"dtype": "bfloat16", "quantize": "nf4"}).arm("per_layer_lora", False)
+    linear = BLOCKS * (2 * D * D + 2 * D * (D // 2) + 3 * D * F)
+    norms, tables = BLOCKS * 2 * D + D, 2 * V * D
+    assert sum(weight.bytes for weight in arm.frozen) == linear * (0.5 + 4 / 64) + 2 * (norms + tables)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", 4 * D), ("bfloat16", 2 * D)])
+def test_a_block_saves_what_the_docstring_says(tmp_path, dtype, kept):
+    def step(blocks: int, checkpointing: bool) -> int:
+        path = tmp_path / str(blocks)
+        if not path.exists():
+            write_llm(path, "llama", blocks=blocks)
+        made = calculator(path, llm={"dtype": dtype}, train={"blocks": [0]})
+        shape = StepShape(3, 3, 1, {"user": 20, "item": 10}, (0,), {"id": (1, E)})
+        return step_activations(made.arm("per_layer", checkpointing), made.config.loss, shape).saved
+
+    def positions(of_position) -> int:
+        lengths = [text + M + 1 for text in (20, 10)]  # with the slots
+        return sum(3 * length * of_position(length) for length in lengths)
+
+    formulas = {
+        "float32": lambda length: 24 * D + 12 * F + 4 * length + 4 * HEADS + 8,
+        "bfloat16": lambda length: 16 * D + 6 * F + 2 * length + 4 * HEADS + 8,
+    }
+    assert step(3, False) - step(2, False) == positions(formulas[dtype])
+    assert step(3, True) - step(2, True) == positions(lambda _: kept)
+
+
+def test_live_bytes_are_counted_until_they_are_freed():
+    there = torch.empty(100, device="meta")
+    with Live([there]) as live:
+        first = there + 1
+        view = first.view(10, 10)
+        second = first * 2
+        assert (live.now, live.peak) == (800, 800)
+        del first
+        assert live.now == 800  # a view holds it
+        del view
+        assert (live.now, live.peak) == (400, 800)
+        del second
+    assert live.now == 0
+
+
+@pytest.mark.parametrize("arm", ["text_only", "per_layer", "per_layer_lora"])
+def test_under_zero_3_more_ranks_never_need_more_memory_on_each(llama, arm):
+    made = calculator(llama)
+    totals = [made.account(arm, made.setting(replace(GPU, gpus=ranks), "3")).total for ranks in (1, 2, 3, 4, 8, 16)]
+    assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 7, 8])
+def test_sharding_never_holds_more_frozen_bytes(tmp_path, ranks):
+    path = write_llm(tmp_path / "llm", "llama", vocabulary=4000)
+    arm = calculator(path).arm("per_layer", False)
+    of = {s: account(arm, s, ranks, Peaks(0, 0, False), replace(SHIPPED, persistent=D)) for s in ("2", "3")}
+    assert of["3"].frozen <= of["2"].frozen + 4 * sum(w.count for w in arm.frozen if w.count <= D) + 4 * len(arm.frozen)
+    assert ranks == 1 or of["3"].frozen < of["2"].frozen
+    assert of["3"].stays <= of["2"].stays + 4 * len(arm.weights) + 4 * D * len(arm.frozen)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "qwen3", "llama"])
+@pytest.mark.parametrize("attention", ["auto", "eager", "flash_attention_2"])
+def test_every_architecture_and_attention_is_traced(tmp_path, kind, attention):
+    path = write_llm(tmp_path / "llm", kind)
+    made = calculator(path, llm={"attention": attention})
+    setting = made.setting(GPU, "0")
+    plain = made.account("per_layer", setting)
+    recomputed = made.account("per_layer", replace(setting, checkpointing=True))
+    assert recomputed.training < plain.training
+    assert made.account("text_only", setting).training < plain.training
+    assert plain.frozen == recomputed.frozen
+
+
+def test_no_gradient_reaches_the_language_model_of_an_arm_without_slots(llama):
+    made = calculator(llama, readout={"head": True})
+    arm = made.arm("text_only", False)
+    assert (arm.first_block, arm.steps) == (None, True)
+    assert not calculator(llama).arm("text_only", False).steps
+    sent = traffic(arm, "3", 2, 1, made.step("text_only", made.setting(replace(GPU, gpus=2), "3")), False)
+    trunk = sum(weight.bytes for weight in arm.frozen if weight.in_trunk)
+    assert sent.weights == trunk  # both towers, forward alone, and half of it is away
+
+
+def test_zero_3_saves_gathered_matrices_unless_blocks_are_recomputed(tmp_path):
+    path = write_llm(tmp_path / "llm", "llama", blocks=4)
+    arm = calculator(path).arm("per_layer", False)
+    few = replace(SHIPPED, persistent=0, live=1000)
+    matrices = 2 * sum(weight.bytes for weight in arm.frozen if weight.linear and weight.block is not None)
+    kept, recomputed = (account(arm, "3", 2, Peaks(0, 0, again), few).gathered for again in (False, True))
+    assert kept >= matrices
+    assert recomputed < matrices / 4
+
+
+def test_deepspeed_is_planned_as_it_is_shipped():
+    for stage in ("1", "2", "3"):
+        shipped = json.loads((ROOT / "configs" / "deepspeed" / f"zero{stage}.json").read_text())["zero_optimization"]
+        assert shipped.get("reduce_bucket_size", 500_000_000) == SHIPPED.bucket[stage]
+        assert shipped.get("memory_efficient_linear", False) is False
+    assert shipped["stage3_max_live_parameters"] == shipped["stage3_max_reuse_distance"] == SHIPPED.live
+    assert shipped["stage3_param_persistence_threshold"] == SHIPPED.persistent
+
+
+def test_prompts_are_bounded_by_the_configuration(llama):
+    prompt = {"user": "{soft:id} Next after: {history}.", "item": "{title}. {text}", "separator": ", "}
+    config = RunConfig.model_validate(
+        tree(llama, prompt={**prompt, "max_history": 3, "max_title_tokens": 5, "max_text_tokens": 7})
+    )
+    user = 2 + 4 + 3 * (5 + 1)  # specials; two words, colon and dot; three titles, each with a comma
+    bounds = estimated(config, {"user": 3, "item": 0}, 128)
+    assert {side: prompts.longest for side, prompts in bounds.items()} == {"user": user, "item": 2 + 1 + 7}
+    assert estimated(config, {"user": 3, "item": 0}, 10)["user"].longest == 10 - 3
+
+
+def test_samples_and_lengths_are_those_of_the_shards(finished):
+    made = plan(open_context(finished, []), GPU, None)
+    index = np.load(finished.parent / "run" / "shards" / INDEX)
+    samples = made.calculator.samples
+    assert samples.count == len(index)
+    assert index["tokens"].max() <= samples.users.longest < index["tokens"].max() + 16
+    steps = json.loads((finished.parent / "run" / "train" / "per_layer" / "done.json").read_text())["step"]
+    assert made.calculator.steps("per_layer") >= steps
+    assert made.calculator.steps("text_only") == 0
+
+
+def test_shards_of_other_settings_do_not_count(finished, capsys):
+    made = plan(open_context(finished, ["prompt.max_history=3"]), GPU, None)
+    assert made.calculator.samples is None
+    assert "made with other settings" in capsys.readouterr().err
+
+
+def test_checkpoint_and_bundle_are_as_large_as_planned(finished):
+    arm = plan(open_context(finished, []), GPU, None).calculator.arm("per_layer", False)
+    checkpoint = next((finished.parent / "run" / "train" / "per_layer" / "checkpoints").glob("step-*"))
+    header = 4096
+    for file, planned in (
+        (checkpoint / "alignment.safetensors", arm.saved["alignment"]),
+        (checkpoint / "optimizer.safetensors", 2 * sum(weight.bytes for weight in arm.trained)),
+        (finished.parent / "run" / "bundle" / "alignment.safetensors", arm.saved["alignment"]),
+    ):
+        assert planned <= file.stat().st_size <= planned + header
+
+
+@pytest.mark.parametrize("suffix", ["npy", "safetensors", "parquet"])
+def test_the_dimension_of_imported_vectors_is_read_from_their_header(llama, tmp_path, suffix):
+    file, vectors = tmp_path / f"items.{suffix}", np.zeros((5, 7), np.float32)
+    if suffix == "npy":
+        np.save(file, vectors)
+    elif suffix == "safetensors":
+        save_file({"items": vectors}, file)
+    else:
+        pq.write_table(pa.table({"id": list(range(5)), "vector": vectors.tolist()}), file)
+    np.save(tmp_path / "users.npy", np.zeros((4, 3, 7), np.float32))
+    imported = {"items": str(file), "users": str(tmp_path / "users.npy")}
+    path = written(tmp_path, llama, ids={"model": "import", "imported": imported})
+    made = plan(open_context(path, []), GPU, None)
+    assert made.calculator.blueprint.sources == {"id": SourceShape(7, 3)}
+
+
+def test_samples_are_counted_over_shards():
+    samples = Samples.of([{"lengths": {"16": 2, "32": 1}}, {"lengths": {"16": 1}}])
+    assert (samples.count, samples.users.longest, samples.users.mean) == (4, 32, 20)
+
+
+def test_every_arm_has_shapes(llama):
+    made = calculator(llama)
+    counts = {name: sum(weight.count for weight in made.arm(name, False).trained) for name in ARMS}
+    assert counts["text_only"] < counts["prefix_only"] < counts["per_layer"] < counts["per_layer_lora"]

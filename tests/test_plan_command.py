@@ -1,0 +1,234 @@
+"""`rarec plan`: advice that holds what it says, what is printed, models known by config.json alone, bad input."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from rarec import cli
+from rarec.cli import open_context
+from rarec.errors import UserError
+from rarec.hardware import known_device
+from rarec.planning.advice import advise, smallest_change
+from rarec.planning.calculator import Calculator
+from rarec.planning.setting import Cluster, stage_of
+from rarec.planning.table import show
+from rarec.stages.plan import plan
+from tests.plans import BLOCKS, GPU, HEADS, LLAMA_8B, D, F, V, calculator, room, written
+from tests.synthetic import write_llm
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return write_llm(tmp_path_factory.mktemp("llm"), "llama", blocks=BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Calculator:
+    """A model whose frozen weights outweigh DeepSpeed's buckets: 32 wide blocks, of which nothing is read."""
+    path = tmp_path_factory.mktemp("large")
+    (path / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": 16}))
+    dtype = {"path": str(path), "dtype": "bfloat16"}
+    return calculator(path, llm=dtype, prompt={"max_tokens": 64}, evaluate={"batch_size": 8})
+
+
+def test_a_replicated_engine_is_advised_wherever_it_fits(large):
+    setting = large.setting(replace(GPU, gpus=2), "0")
+    total = large.account("per_layer", setting).total
+    advice = advise(large, "per_layer", room(large, total, gpus=2), None)
+    assert (advice.stage, advice.fits, advice.change) == ("0", True, None)
+    assert "sends nothing" in advice.why
+
+
+def test_sharding_is_advised_where_the_whole_model_does_not_fit(large):
+    recomputed = Calculator(
+        large.config.model_copy(update={"llm": large.config.llm.model_copy(update={"gradient_checkpointing": True})}),
+        large.blueprint,
+    )
+    setting = recomputed.setting(replace(GPU, gpus=8), "0")
+    frozen = recomputed.account("per_layer", setting).frozen
+    advice = advise(recomputed, "per_layer", room(recomputed, frozen, gpus=8), None)
+    assert (advice.stage, advice.fits) == ("3", True)
+    assert "does not fit" in advice.why
+
+
+def test_the_smallest_change_fits_and_the_smaller_ones_do_not(large):
+    base = large.setting(replace(GPU, gpus=2), "0")
+    quarter = replace(base, accumulate=4)
+    cluster = room(large, large.account("per_layer", quarter).total, gpus=2)
+    base, quarter = (replace(setting, cluster=cluster) for setting in (base, quarter))
+    assert [large.fits("per_layer", replace(base, accumulate=parts)) for parts in (1, 2, 4)] == [False, False, True]
+    found = smallest_change(large, "per_layer", base)
+    assert found == quarter
+    assert base.changes(found) == ["train.accumulate=4"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "stage", "gpus", "changes"),
+    [
+        (2, "0", 2, ["llm.gradient_checkpointing=true"]),
+        (2, "2", 2, ["llm.gradient_checkpointing=true"]),
+    ],
+)
+def test_without_room_for_more_parts_blocks_are_recomputed(large, batch, stage, gpus, changes):
+    train = large.config.train.model_copy(update={"batch_size": batch})
+    encode = large.config.evaluate.model_copy(update={"batch_size": 1})
+    few = Calculator(large.config.model_copy(update={"train": train, "evaluate": encode}), large.blueprint)
+    setting = few.setting(replace(GPU, gpus=gpus), stage)
+    account = few.account("per_layer", replace(setting, checkpointing=True))
+    cluster = room(few, account.total, gpus=gpus)
+    assert smallest_change(few, "per_layer", replace(setting, cluster=cluster)).checkpointing
+    assert setting.changes(smallest_change(few, "per_layer", replace(setting, cluster=cluster))) == changes
+
+
+def test_smaller_chunks_are_the_change_where_encoding_is_what_does_not_fit(large):
+    encode = large.config.evaluate.model_copy(update={"batch_size": 1024})
+    llm = large.config.llm.model_copy(update={"gradient_checkpointing": True})
+    wide = Calculator(large.config.model_copy(update={"evaluate": encode, "llm": llm}), large.blueprint)
+    setting = wide.setting(replace(GPU, gpus=2), "0")
+    assert wide.account("per_layer", setting).highest == "encoding"
+    total = wide.account("per_layer", replace(setting, encoding=256)).total
+    setting = replace(setting, cluster=room(wide, total, gpus=2))
+    assert setting.changes(smallest_change(wide, "per_layer", setting)) == ["evaluate.batch_size=256"]
+
+
+def test_where_nothing_helps_it_says_so(large):
+    advice = advise(large, "per_layer", replace(GPU, memory=2_200_000_000), None)
+    assert (advice.stage, advice.fits, advice.change) == (None, False, None)
+
+
+def lines(path: Path, cluster: Cluster, asked: str | None = None, overrides: tuple[str, ...] = ()) -> str:
+    made = plan(open_context(path, list(overrides)), cluster, stage_of(asked) if asked else None)
+    return "\n".join(part for part in show(made) if isinstance(part, str))
+
+
+def test_the_command_prints_arms_engines_advice_and_how_to_start(llama, tmp_path, capsys, monkeypatch):
+    path = written(tmp_path, llama, train={"arms": ["text_only", "per_layer"]})
+    arguments = ["rarec", "plan", str(path), "llm.dtype=bfloat16", "--gpus", "2", "--memory", "80GB"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        cli.guarded(cli.app)
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    for words in ("RA-Rec (per layer) (decides)", "ZeRO-3", "FSDP2", "advised: DDP", "hours for each 100,000 samples"):
+        assert words in told
+    assert "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 launch/train.py" in told
+    assert not (tmp_path / "none").exists()
+
+
+def test_one_gpu_needs_no_engine(llama, tmp_path):
+    told = lines(written(tmp_path, llama), GPU)
+    assert "advised: one process" in told
+    assert "configs/accelerate/one.yaml" in told
+    assert "only the peak of bfloat16 is known" in told
+
+
+def test_a_change_is_told_with_the_command_that_makes_it(llama, tmp_path):
+    path = written(tmp_path, llama, evaluate={"batch_size": 1}, train={"arms": ["per_layer"]})
+    made = calculator(llama, evaluate={"batch_size": 1})
+    setting = replace(made.setting(replace(GPU, gpus=2), "0"), accumulate=2)
+    told = lines(path, room(made, made.account("per_layer", setting).total, gpus=2), "0")
+    assert "DDP lacks" in told
+    assert "smallest change that makes it fit: train.accumulate=2 (" in told
+    assert "this changes what is trained" in told
+    assert "launch/train.py --config CONFIG train.accumulate=2" in told
+
+
+def test_a_plan_of_8b_reads_config_json_alone_and_takes_seconds_and_little_memory(tmp_path):
+    llm = tmp_path / "llm"
+    llm.mkdir()
+    (llm / "config.json").write_text(json.dumps(LLAMA_8B))
+    path = written(tmp_path, llm, llm={"path": str(llm), "dtype": "bfloat16"}, train={"arms": ["per_layer"]})
+    code = (
+        "import resource, sys; from rarec import cli\n"
+        "try: cli.app(sys.argv[1:])\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(0).ru_utime)"
+    )
+    command = [sys.executable, "-c", code, "plan", str(path), "--gpus", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kilobytes, seconds = map(float, done.stdout.splitlines()[-1].split())
+    assert "16.06 GB" in done.stdout
+    assert kilobytes < 1.5e6
+    assert seconds < 60
+
+
+def test_a_gguf_file_is_planned_from_its_metadata(llama, tmp_path):
+    file = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(D)
+    writer.add_block_count(BLOCKS)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(V)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tensor("token_embd.weight", np.zeros((V, D), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    arm = calculator(file).arm("per_layer", False)
+    assert arm.in_blocks == calculator(llama).arm("per_layer", False).in_blocks
+
+
+@pytest.mark.parametrize(
+    ("values", "problem", "remedy"),
+    [
+        ((0, 1, "80GB", "H100"), "--gpus 0", "1 or more"),
+        ((8, 0, "80GB", "H100"), "--machines 0", "1 or more"),
+        ((8, 1, "80 gigs", "H100"), "--memory 80 gigs", "GiB"),
+        ((8, 1, "80", "H100"), "--memory 80", "as in 80GB"),
+        ((8, 1, "0GB", "H100"), "--memory 0GB", "as in 80GB"),
+        ((8, 1, "80GB", "Voodoo 2"), "--device Voodoo 2", "H200"),
+    ],
+)
+def test_hardware_that_is_none_is_refused_with_the_remedy(values, problem, remedy):
+    with pytest.raises(UserError) as error:
+        Cluster.of(*values)
+    assert problem in error.value.problem
+    assert remedy in error.value.remedy
+
+
+def test_memory_has_units_of_both_kinds_and_the_devices_own_by_default():
+    assert Cluster.of(1, 1, "80gb", "H100").memory == 80 * 10**9
+    assert Cluster.of(1, 1, "79.5 GiB", "H100").memory == round(79.5 * 2**30)
+    assert Cluster.of(1, 1, None, "NVIDIA H200").memory == known_device("H200").memory_gb * 10**9
+
+
+@pytest.mark.parametrize(
+    ("sections", "zero", "problem", "remedy"),
+    [
+        ({"llm": {"path": "/nowhere/model"}}, None, "/nowhere/model holds no config.json", "directory of a model"),
+        ({"llm": {"path": "/nowhere/model.gguf"}}, None, "model.gguf does not exist", ".gguf file"),
+        ({"train": {"batch_size": 4}}, None, "cannot be cut into 8", "train.batch_size"),
+        ({"train": {"blocks": [7]}}, None, "train.blocks: the model has blocks 0 to 1", ""),
+        ({"shards": {"state_blocks": [7]}}, None, "shards.state_blocks: the model has blocks 0 to 1", ""),
+        ({"ids": {"model": "import", "imported": {"items": "no.npy"}}}, None, "no.npy does not exist", "relative"),
+    ],
+)
+def test_runs_that_cannot_be_planned_are_refused_with_the_remedy(llama, tmp_path, sections, zero, problem, remedy):
+    path = written(tmp_path, llama, **sections)
+    with pytest.raises(UserError) as error:
+        plan(open_context(path, []), replace(GPU, gpus=8), zero)
+    assert problem in error.value.problem
+    assert remedy in error.value.remedy
+
+
+def test_four_bits_are_refused_where_weights_are_sharded(llama, tmp_path):
+    path = written(tmp_path, llama, llm={"quantize": "nf4"})
+    with pytest.raises(UserError, match="4 bits cannot be sharded"):
+        plan(open_context(path, []), replace(GPU, gpus=2), "3")
+    assert set(plan(open_context(path, []), replace(GPU, gpus=2), None).accounts) == {"0", "1", "2"}
+
+
+def test_a_stage_that_is_none_is_refused():
+    assert [stage_of(name) for name in ("0", "3", "FSDP2")] == ["0", "3", "fsdp2"]
+    with pytest.raises(UserError, match="--zero 4") as error:
+        stage_of("4")
+    assert "fsdp2" in error.value.remedy

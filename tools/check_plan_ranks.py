@@ -1,0 +1,245 @@
+"""One rank of `tools/check_plan.py`: a training by the project's own engine, and what it holds."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from rarec.config import ARMS, RunConfig
+from rarec.models.build import SIDES, SourceShape, build_model
+from rarec.models.objective import Objective, Targets
+from rarec.models.towers import RaRec, SideBatch
+from rarec.planning.blueprint import Blueprint
+from rarec.planning.calculator import Calculator
+from rarec.planning.lengths import Prompts
+from rarec.planning.memory import Stage, ZeroSettings
+from rarec.planning.setting import Cluster, Setting
+from rarec.planning.step import HISTORY, StepShape
+from rarec.stages.context import Context
+
+ARM, SOURCES, TEXT = "per_layer_lora", {"id": SourceShape(64, 1)}, {"user": Prompts(60, 60), "item": Prompts(20, 20)}
+LIMIT, LIVE = 200_000, 1_000_000
+ZERO = ZeroSettings(dict.fromkeys(("1", "2", "3"), LIMIT), live=LIVE, persistent=0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: engine, ranks, whether blocks are recomputed, and the frozen weights' type."""
+
+    stage: Stage
+    ranks: int
+    checkpointing: bool
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        engine = (
+            {"0": "DDP", "fsdp2": "FSDP2"}.get(self.stage, f"ZeRO-{self.stage}") if self.ranks > 1 else "one process"
+        )
+        return engine + (", recomputed" if self.checkpointing else "") + (", bf16" if self.dtype == "bfloat16" else "")
+
+
+def calculator_of(case: Case, tree: dict[str, Any]) -> tuple[Calculator, Setting]:
+    """The calculator, with the prompts that are measured."""
+    config = RunConfig.model_validate(tree)
+    calculator = Calculator(config, Blueprint(config, SOURCES, Path("-")), zero=ZERO)
+    calculator.prompts = TEXT
+    return calculator, calculator.setting(Cluster.of(case.ranks, 1, None, "H100"), case.stage)
+
+
+def train_on(rank: int, case: Case, tree: dict[str, Any], port: str, deepspeed: str, out: str) -> None:
+    """One rank, in a process of its own."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+    os.environ["ACCELERATE_USE_FSDP"] = str(case.stage == "fsdp2")
+    if case.stage in ("1", "2", "3"):
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": deepspeed}
+    sent = counted()
+    context = Context(RunConfig.model_validate(tree), lambda line: None)
+    named = dict.fromkeys(SIDES, tuple(SOURCES))
+    calculator, setting = calculator_of(case, tree)
+    model = build_model(context.config, ARMS[ARM], context.load_llm(ARMS[ARM]), SOURCES, named)
+    training = Training(case, context, model, calculator.shape(ARM, setting), sent)
+    found = training.found()
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+    training.optimisation.end()
+
+
+def counted() -> dict[str, int]:
+    """Bytes that this rank sends, counted from now on by wrapping torch.distributed."""
+    sent, rings = (
+        {"bytes": 0},
+        {"all_reduce": 2, "all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
+    )
+
+    def wrapped(function: Callable[..., Any], factor: int) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            given = [each for each in (*arguments, *keywords.values()) if isinstance(each, Tensor | list)][:2]
+            size = max(sum(t.nbytes for t in (each if isinstance(each, list) else [each])) for each in given)
+            sent["bytes"] += round(factor * size * (dist.get_world_size() - 1) / dist.get_world_size())
+            return function(*arguments, **keywords)
+
+        return call
+
+    for name, factor in rings.items():
+        setattr(dist, name, wrapped(getattr(dist, name), factor))
+    return sent
+
+
+class Training:
+    """Steps of an arm, and what they hold.
+
+    Args:
+        case: what runs.
+        context: of the run.
+        model: under training.
+        shape: of a part of a step.
+        sent: bytes that this rank has sent, counted on.
+    """
+
+    def __init__(self, case: Case, context: Context, model: RaRec, shape: StepShape, sent: dict[str, int]) -> None:
+        self.case, self.model, self.shape, self.sent, self.ranks = case, model, shape, sent, context.ranks
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.numel() > 1:
+                    parameter.normal_(std=0.02)
+        self.optimisation = context.engine.train(model, context.config.train)
+        self.objective = Objective(context.config.loss, torch.ones(shape.total), shape.state_blocks, self.ranks)
+        self.gradients = 0
+        model.train()
+
+    def found(self) -> dict[str, int]:
+        """The figures, after steps enough for DeepSpeed to know the order of its gathers."""
+        for _ in range(3):
+            before = self.sent["bytes"]
+            self.step()
+        sent, found = self.sent["bytes"] - before, self.held()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.step()
+            with record_function("measured"):
+                self.step()
+        found["step"] = highest(profiler)
+        if self.case.ranks == 1 and not self.case.checkpointing:
+            saving = Saving(self.model.parameters())
+            self.step(saving)
+            found["saved"] = saving.bytes
+        return found | ({"sent": sent} if self.case.stage in ("1", "2", "3") else {})
+
+    def step(self, forward: AbstractContextManager[Any] | None = None) -> None:
+        """Two parts and an update, as the training loop has them; the last forward pass in a context."""
+        for last in (False, True):
+            with self.optimisation.part(last):
+                users, items, targets = self.batch()
+                with forward if forward and last else nullcontext():
+                    encoded = self.optimisation({"user": users, "item": items})
+                    total = self.objective(self.model, encoded["user"], encoded["item"], targets).total
+                self.optimisation.backward(total / 2)
+                del encoded, total, users, items, targets
+            self.gradients = max(self.gradients, bytes_of(self.gradient_tensors()))
+        for _ in self.optimisation.gradients():
+            pass
+        self.optimisation.update(1.0)
+
+    def held(self) -> dict[str, int]:
+        """What stays from step to step."""
+        every = list(self.model.parameters())
+        frozen, trained = ([p for p in every if p.requires_grad == trains] for trains in (False, True))
+        optimizer = getattr(self.optimisation.optimizer, "optimizer", self.optimisation.optimizer)
+        states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        own = self.optimisation.optimizer
+        flat = getattr(own, "single_partition_of_fp32_groups", getattr(own, "fp32_partitioned_groups_flat", []))
+        return {
+            "frozen weights": bytes_of(local(frozen)),
+            "what trains": bytes_of(local(trained)),
+            "gradients": self.gradients,
+            "Adam": bytes_of([*states, *flat]),
+        }
+
+    def gradient_tensors(self) -> list[Tensor]:
+        """Those of parameters, and where DeepSpeed keeps its own."""
+        own = self.optimisation.optimizer
+        kept = [own.grad_partitions_flat_buffer] if hasattr(own, "grad_partitions_flat_buffer") else []
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            kept += [t for group in getattr(own, name, {}).values() for t in group or ()]
+        every = [*kept, *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        return [tensor for tensor in every if tensor.untyped_storage().nbytes() != 4 * LIMIT]  # a view of a bucket
+
+    def batch(self) -> tuple[SideBatch, SideBatch, Targets]:
+        """A part for this rank, with some padding."""
+        shape, width = self.shape, self.model.backbone.hidden_size
+        rows_b = torch.arange(shape.rows) * shape.ranks + self.ranks.index
+        states = (torch.randn(shape.rows, len(shape.state_blocks), width) for _ in SIDES)
+        targets = Targets(rows_b, rows_b.clone(), torch.full((shape.rows, HISTORY), -1), *states, shape.total)
+        users, items = (self.side(side) for side in SIDES)
+        return users, items, targets
+
+    def side(self, side: str) -> SideBatch:
+        """Its prompts, slots first."""
+        tower, rows = getattr(self.model, side), self.shape.rows
+        slots = sum(tower.slots.values())
+        mask_BT = torch.ones(rows, self.shape.text[side] + slots, dtype=torch.long)
+        mask_BT[0, -3:] = 0
+        vectors = {name: torch.randn(rows, 1, dim) for name, (_, dim) in self.shape.vectors.items()}
+        return SideBatch(torch.zeros_like(mask_BT), mask_BT, torch.arange(slots).repeat(rows, 1), vectors)
+
+
+class Saving(saved_tensors_hooks):
+    """Counts what autograd saves.
+
+    Args:
+        weights: that are there anyhow.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self.seen: dict[int, int] = {}
+        self.held = {weight.untyped_storage().data_ptr() for weight in weights}
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Count a tensor's storage once."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.held:
+            self.seen[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    @property
+    def bytes(self) -> int:
+        """Of all."""
+        return sum(self.seen.values())
+
+
+def local(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """What of them lies on this rank: whole, or as a shard of FSDP2 or ZeRO-3."""
+    whole = [p.to_local() if hasattr(p, "to_local") else p.data for p in parameters]
+    return whole + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def highest(profiler: Any) -> int:
+    """The most bytes allocated while `measured` was recorded, beyond those at its start."""
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    start = next(event.start_ns() for event in events if event.name() == "measured")
+    now = base = most = 0
+    for event in (event for event in events if event.name() == "[memory]"):
+        if event.start_ns() < start:
+            base += event.nbytes()
+        now += event.nbytes()
+        most = max(most, now - base) if event.start_ns() >= start else 0
+    return int(most)

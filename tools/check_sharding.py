@@ -1,0 +1,258 @@
+"""What a rank holds of a frozen language model of 1.1B parameters, what loading it takes, and how small the bundle is.
+
+    python tools/check_sharding.py DIR [--keep-activations]
+
+DIR/llm is made if it is not there: a Llama of random bfloat16 weights (16 blocks of Llama 3.2 1B, 32,000 tokens) in
+files of at most 500 MB. Then ZeRO-3 and FSDP2 on two ranks, and one process for comparison, each load it by rarec's own
+code, put RA-Rec in every block under training, and make two small steps, all on the CPU with a thread a rank. Blocks
+are recomputed (llm.gradient_checkpointing) but for --keep-activations, with which ZeRO-3 takes 13 GB rather than 9.
+
+holds:   bytes of the frozen weights that lie in this process once it is ready to train, of all there are: the storage
+         of each tensor, be it a shard, a small weight that is kept whole, or a part of a file that is mapped.
+loading: how long it took until ready, and the most memory until then: anonymous (RssAnon, sampled: the process's own)
+         and resident (VmHWM: with the pages of the model's files, which the system may take back at any time).
+steps:   the most anonymous memory in them, and what of the frozen weights is held when they are over.
+bundle:  bytes of the bundle, and their share of the language model's.
+
+Memory is told less what the process had before it loaded: Python and its libraries.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_scaling import finish, launch, write_tokenizer
+from figures import Figure, at_most, memory, print_table
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rarec.artefacts import new_directory
+from rarec.config import ARMS, RunConfig
+from rarec.config.schema import Prompt
+from rarec.models.build import SIDES, SourceShape, build_model
+from rarec.models.load import LoadedModel, load_model
+from rarec.models.towers import RaRec, SideBatch
+from rarec.serving.bundle import Provenance, write_bundle
+from rarec.training.accelerator import build_engine, start_ranks
+from rarec.training.engines import Engine, Optimisation
+
+WAYS = {"ZeRO-3": ("zero3", 2), "FSDP2": ("fsdp2", 2), "one process": ("one", 1)}
+"""The launcher's file, and how many ranks."""
+GOALS = {"ZeRO-3": 100 * 1.05 / 2}
+"""For what a rank holds, in percent."""
+FILE, MIB, DIM = 500e6, 2**20, 64
+ARM, SOURCES = ARMS["per_layer"], {"id": SourceShape(DIM, 1)}
+LLAMA: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "dtype": "bfloat16",
+    "architectures": ["LlamaForCausalLM"],
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """On one rank, in bytes and seconds."""
+
+    whole: int
+    holds: int
+    holds_after: int
+    """The steps."""
+    seconds: float
+    resident: float
+    loading: float
+    """Most anonymous memory in it."""
+    steps: float
+    """The same."""
+    bundle: int
+    """Made by one process alone."""
+
+
+def make_llm(directory: Path) -> None:
+    """Write the model file by file; no more than a file of it is ever in memory."""
+    config, generator = LlamaConfig(**LLAMA), torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    files: list[list[str]] = [[]]
+    for name in shapes:
+        if sum(2 * shapes[other].numel() for other in (*files[-1], name)) > FILE:
+            files.append([])
+        files[-1].append(name)
+    with new_directory(directory) as aside:
+        names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+        for file, inside in zip(names, files, strict=True):
+            save_file({name: weights(shapes[name], generator) for name in inside}, aside / file, {"format": "pt"})
+        place = {name: file for file, inside in zip(names, files, strict=True) for name in inside}
+        index = {"metadata": {"total_size": sum(2 * shape.numel() for shape in shapes.values())}, "weight_map": place}
+        (aside / "model.safetensors.index.json").write_text(json.dumps(index))
+        config.save_pretrained(aside)
+        write_tokenizer(aside, [Prompt().user])
+
+
+def weights(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Random, but for the weights of norms."""
+    made = torch.ones(shape, dtype=torch.bfloat16)
+    return made.normal_(std=0.02, generator=generator) if len(shape) > 1 else made
+
+
+def frozen(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the language model, none of which trains."""
+    return [parameter for parameter in model.parameters() if not parameter.requires_grad]
+
+
+def whole_bytes(model: nn.Module) -> int:
+    """Of all frozen weights, whole."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in frozen(model))
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Of the storages in which frozen weights or shards of them lie in this process."""
+    parts = [p.to_local() if isinstance(p, DTensor) else p.data for p in frozen(model)]
+    parts += [p.ds_tensor for p in frozen(model) if hasattr(p, "ds_tensor")]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+    return sum(storages.values())
+
+
+@contextmanager
+def sampled() -> Iterator[list[float]]:
+    """In it this process's anonymous memory is sampled, in MiB."""
+    samples, over = [memory("RssAnon")], threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.005):
+            samples.append(memory("RssAnon"))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
+
+
+def measure(llm: Path, out: Path, recompute: bool) -> None:
+    """On a rank: load, train, and write down what that took."""
+    config = configured(llm, recompute)
+    ranks = start_ranks(config)
+    engine = build_engine(ranks, config)
+    before, started = memory("VmRSS"), time.monotonic()
+    with sampled() as loading:
+        loaded, model, optimisation = under_training(config, engine)
+    seconds, most, holds = time.monotonic() - started, memory("VmHWM"), held_bytes(model.backbone)
+    with sampled() as steps:
+        for _ in range(2):
+            step(model, optimisation)
+    measured = Measured(
+        whole_bytes(model.backbone),
+        holds,
+        held_bytes(model.backbone),
+        seconds,
+        (most - before) * MIB,
+        (max(loading) - loading[0]) * MIB,
+        (max(steps) - loading[0]) * MIB,
+        bundle_bytes(model, config, loaded, out / "bundle") if ranks.count == 1 else 0,
+    )
+    (out / f"{ranks.index}.json").write_text(json.dumps(asdict(measured)))
+    optimisation.end()
+
+
+def under_training(config: RunConfig, engine: Engine) -> tuple[LoadedModel, RaRec, Optimisation]:
+    """The language model, and RA-Rec around it before its first step."""
+    with engine.loading(config.llm):
+        loaded = load_model(config.llm, Path(config.run.dir))
+    model = build_model(config, ARM, loaded, SOURCES, dict.fromkeys(SIDES, tuple(SOURCES)))
+    for tower in (model.user, model.item):
+        assert tower.alignment is not None
+        for _, source in tower.alignment.named_sources():
+            source.reset(torch.Generator().manual_seed(0))
+    return loaded, model, engine.train(model.train(), config.train)
+
+
+def step(model: RaRec, optimisation: Optimisation) -> None:
+    """Train on two short prompts, slots first."""
+    ids_BT, slots = torch.zeros(2, 12, dtype=torch.int64), torch.arange(model.user.slots["id"])
+    side = SideBatch(ids_BT, torch.ones_like(ids_BT), slots.expand(2, -1), {"id": torch.randn(2, 1, DIM)})
+    with optimisation.part(last=True):
+        encoded = optimisation(dict.fromkeys(SIDES, side))
+        optimisation.backward((encoded["user"].vectors_BZ - encoded["item"].vectors_BZ).square().sum())
+    optimisation.update(1.0)
+
+
+def configured(llm: Path, recompute: bool) -> RunConfig:
+    """A run's configuration, of which no more than the language model counts."""
+    log = {"path": "-", "user": "-", "item": "-", "time": "-"}
+    prepare = {"interactions": log, "items": {"path": "-", "item": "-", "title": "-"}}
+    model = {"path": str(llm), "dtype": "bfloat16", "gradient_checkpointing": recompute}
+    return RunConfig.model_validate({"run": {"dir": "-", "device": "cpu"}, "prepare": prepare, "llm": model})
+
+
+def bundle_bytes(model: RaRec, config: RunConfig, loaded: LoadedModel, directory: Path) -> int:
+    """Of a bundle, written as `rarec export` does."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    write_bundle(directory, model, ARM, config, Provenance({}, loaded.identity, SOURCES), [], trained)
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def on_all_ranks(way: str, llm: Path, options: list[str]) -> list[Measured]:
+    """Start this script on the ranks of an engine; what each measured."""
+    file, ranks = WAYS[way]
+    cores = sorted(os.sched_getaffinity(0))[:ranks]
+    with tempfile.TemporaryDirectory() as scratch:
+        out, told = Path(scratch), Path(scratch) / "told.txt"
+        finish(launch(file, [__file__, llm, "--rank", out, *options], cores, told), told)
+        return [Measured(**json.loads((out / f"{rank}.json").read_text())) for rank in range(ranks)]
+
+
+def lines(what: str, one: Measured, goal: float | None) -> list[Figure]:
+    """Of one rank."""
+    share, after = 100 * one.holds / one.whole, 100 * one.holds_after / one.whole
+    loading = f"{one.seconds:.0f} s, {one.loading / 1e6:,.0f} MB, resident {one.resident / 1e6:,.0f} MB"
+    return [
+        Figure(f"{what}: holds", f"{share:.2f}%") if goal is None else at_most(f"{what}: holds", share, goal, "%"),
+        Figure("  loading", loading),
+        Figure("  steps", f"{one.steps / 1e6:,.0f} MB, {after:.2f}% after"),
+    ]
+
+
+def main() -> None:
+    """Make the model, start each engine in turn, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--keep-activations", action="store_true", help="rather than recompute blocks")
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)  # where a rank, started by this script, writes
+    arguments = parser.parse_args()
+    if arguments.rank:
+        measure(arguments.directory, arguments.rank, not arguments.keep_activations)
+        return
+    llm, options = arguments.directory.resolve() / "llm", ["--keep-activations"] * arguments.keep_activations
+    if not llm.exists():
+        make_llm(llm)
+    figures: list[Figure] = []
+    for way, (_, ranks) in WAYS.items():
+        measured = on_all_ranks(way, llm, options)
+        for rank, one in enumerate(measured):
+            figures += lines(f"{way}, rank {rank}" if ranks > 1 else way, one, GOALS.get(way))
+    alone = measured[0]
+    figures.append(Figure("bundle", f"{alone.bundle / 1e6:,.1f} MB of {alone.whole / 1e6:,.0f} MB"))
+    print_table([*figures, at_most("  its share", 100 * alone.bundle / alone.whole, 1, "%")])
+
+
+if __name__ == "__main__":
+    main()
