@@ -67,18 +67,18 @@ def load_model(
         UserError: the model cannot be found or read, lacks weights, or is neither an encoder nor a decoder.
     """
     path = _locate(config.path, converted)
-    settings = _read(AutoConfig, config.path, path, revision=config.revision)
-    kind = config.kind if config.kind != "auto" else _kind(settings, config.path)
+    settings = read_with(AutoConfig, config.path, path, revision=config.revision)
+    kind = config.kind if config.kind != "auto" else kind_of(settings, config.path)
     keywords: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "revision": config.revision}
     if config.attention != "auto":
         keywords["attn_implementation"] = config.attention
     if config.quantize != "none":
         keywords["quantization_config"] = _quantisation(config)
     loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
-    model, told = _read(loader, config.path, path, output_loading_info=True, **keywords)
+    model, told = read_with(loader, config.path, path, output_loading_info=True, **keywords)
     _check_complete(model.eval(), told["missing_keys"], config.path)
-    context_length = _context_length(model)
-    tokenizer = TextTokenizer(_read(AutoTokenizer, config.path, path, revision=config.revision))
+    context_length = context_length_of(model)
+    tokenizer = TextTokenizer(read_with(AutoTokenizer, config.path, path, revision=config.revision))
     pooling: Pool = cast(Pool, pool) if pool != "auto" else ("last" if kind == "decoder" else "mean")
     backbone = FrozenBackbone(model, pooling, config.gradient_checkpointing).eval()
     identity = {
@@ -128,7 +128,12 @@ def _locate(name: str, converted: Path) -> str:
     return path
 
 
-def _read(loader: Any, name: str, path: str, **keywords: Any) -> Any:
+def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
+    """What one of transformers' loaders reads; no code that comes with a model is run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **keywords)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -144,14 +149,14 @@ def _check_complete(model: Any, missing: Iterable[str], name: str) -> None:
         raise UserError(f"llm.path: {name!r} lacks {len(absent)} weights, {absent[0]} first", "get the whole model")
 
 
-def _context_length(model: Any) -> int:
+def context_length_of(model: Any) -> int:
     """In tokens; 512 where the model does not say. Positions that RoBERTa's kin keep for padding are none."""
     tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
     kept = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return (getattr(model.config, "max_position_embeddings", None) or 512) - max(kept, default=0)
 
 
-def _kind(settings: Any, name: str) -> str:
+def kind_of(settings: Any, name: str) -> str:
     """Causal-only architectures are decoders; those with a masked-LM form are encoders."""
     if not getattr(settings, "is_encoder_decoder", False):
         if settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
@@ -178,8 +183,8 @@ def _convert_gguf(file: Path, directory: Path) -> Path:
         warnings.simplefilter("ignore")
         quantised = GgufConfig(gguf_file=name, dequantize=True)
         keywords = {"gguf_file": name, "quantization_config": quantised, "dtype": torch.bfloat16}
-        _read(AutoModelForCausalLM, str(file), place, **keywords).save_pretrained(aside)
-        _read(AutoTokenizer, str(file), place, gguf_file=name).save_pretrained(aside)
+        read_with(AutoModelForCausalLM, str(file), place, **keywords).save_pretrained(aside)
+        read_with(AutoTokenizer, str(file), place, gguf_file=name).save_pretrained(aside)
         write_manifest(aside, "llm", settings={}, made_from=made_from)
     return directory
 

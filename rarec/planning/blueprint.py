@@ -12,7 +12,7 @@ from rarec.config import Arm, RunConfig
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone, Pool
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.load import LoadedModel, _context_length, _kind, _read, wear
+from rarec.models.load import LoadedModel, context_length_of, kind_of, read_with, wear
 from rarec.paths import resolve
 from rarec.planning.attention import PADDED, UNPADDED
 from rarec.planning.shapes import META, ArmShapes
@@ -37,7 +37,7 @@ class Blueprint:
     def __init__(self, config: RunConfig, sources: Mapping[str, SourceShape], converted: Path) -> None:
         self.config, self.sources = config, sources
         self._settings = _settings(config, converted)
-        self._kind = config.llm.kind if config.llm.kind != "auto" else _kind(self._settings, config.llm.path)
+        self._kind = config.llm.kind if config.llm.kind != "auto" else kind_of(self._settings, config.llm.path)
 
     @cached_property
     def named(self) -> dict[str, tuple[str, ...]]:
@@ -47,7 +47,7 @@ class Blueprint:
     @cached_property
     def context_length(self) -> int:
         """Of the language model, in tokens."""
-        return _context_length(self._bare())
+        return context_length_of(self._bare())
 
     def arm(self, arm: Arm, gradient_checkpointing: bool) -> ArmShapes:
         """An arm's model."""
@@ -86,10 +86,10 @@ def _settings(config: RunConfig, converted: Path) -> Any:
     path = Path(resolve(name))
     if path.suffix == ".gguf":
         if (converted / "config.json").is_file():
-            return _read(AutoConfig, name, str(converted))
+            return read_with(AutoConfig, name, str(converted))
         if not path.is_file():
             raise UserError(f"llm.path: {path} does not exist", "give the path of a .gguf file")
-        return _read(AutoConfig, name, str(path.parent), gguf_file=path.name)
+        return read_with(AutoConfig, name, str(path.parent), gguf_file=path.name)
     if resolve(name).startswith((".", "/")) and not (path / "config.json").is_file():
         raise UserError(f"llm.path: {path} holds no config.json", "give the directory of a model; its weights may wait")
-    return _read(AutoConfig, name, resolve(name), revision=config.llm.revision)
+    return read_with(AutoConfig, name, resolve(name), revision=config.llm.revision)
