@@ -1,4 +1,4 @@
-"""accelerate launch launch/shards.py --config CONFIG [--fresh] [section.field=value ...]: text-only states and shards."""
+"""accelerate launch launch/shards.py --config CONFIG [--fresh] [section.field=value ...]: text states and shards."""
 
 from rarec.launch import start
 

@@ -101,6 +101,12 @@ class Ranks:
         gathered: Tensor = rows_b if self.count == 1 else _Gathered.apply(rows_b, self, total)  # type: ignore[no-untyped-call]
         return gathered
 
+    def every(self, part: Tensor) -> list[Tensor]:
+        """The ranks' tensors, which are all of one shape; no gradient passes."""
+        parts = [torch.empty_like(part) for _ in range(self.count)]
+        dist.all_gather(parts, part)
+        return parts
+
     def total(self, part: Tensor) -> Tensor:
         """The sum over all ranks; no gradient passes."""
         whole = part.detach().clone()
@@ -167,9 +173,7 @@ class Ranks:
         own = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
         padded = torch.zeros(self.most(len(own)), dtype=torch.uint8, device=self.device)
         padded[: len(own)] = own.to(self.device)
-        every = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(every, padded)
-        return [bytes(each.cpu().tolist()).rstrip(b"\0").decode() for each in every]
+        return [bytes(each.cpu().tolist()).rstrip(b"\0").decode() for each in self.every(padded)]
 
 
 ALONE = Ranks()
@@ -182,9 +186,7 @@ class _Gathered(torch.autograd.Function):
         ctx.ranks = ranks
         most = -(-total // ranks.count)  # shares differ by one row: the shorter ones are filled up
         filled_b = torch.cat([rows_b, rows_b.new_zeros(most - len(rows_b), *rows_b.shape[1:])])
-        every = [torch.empty_like(filled_b) for _ in range(ranks.count)]
-        dist.all_gather(every, filled_b.contiguous())
-        return torch.stack(every, 1).flatten(0, 1)[:total]
+        return torch.stack(ranks.every(filled_b.contiguous()), 1).flatten(0, 1)[:total]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from rarec.cli import open_context
 from rarec.config import ARMS
 from rarec.stages.run import STAGES
-from rarec.stages.train import best_model, checkpoints_of
+from rarec.stages.trained import best_model, checkpoints_of
 from tests.ranks import ARM, copied, finish, losses, start, wait_for_step, weights
 
 TRAIN = [

@@ -24,7 +24,8 @@ from rarec.models.objective import Objective
 from rarec.stages import fresh
 from rarec.stages.context import Context
 from rarec.stages.shards import shards
-from rarec.stages.train import finished_training, train
+from rarec.stages.train import train
+from rarec.stages.trained import finished_training
 from rarec.training.checkpoints import Checkpoints
 from tests.processes import workers_of
 from tests.shards import made_sample

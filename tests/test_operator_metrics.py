@@ -37,8 +37,8 @@ def test_no_device_stands_behind_one_whose_name_is_part_of_its_own():
 
 
 def step_of_all(**more) -> StepOfAll:
-    values = {"loss": 1.0, "recommendation": 0.8, "align": 2.0, "tokens_per_s": 1000.0, "data_wait": 0.1}
-    return StepOfAll(**{**values, "padding": 0.25, "seconds": 0.5, "stops": False, **more})
+    values = {"loss": 1.0, "recommendation": 0.8, "align": 2.0, "tokens": 500.0, "padded": 800.0, "waited": 0.1}
+    return StepOfAll(**{**values, "seconds": 0.5, "stops": False, **more})
 
 
 def test_mfu_is_four_operations_a_weight_and_token_over_the_peak():
@@ -68,11 +68,17 @@ def test_gradient_norms_by_group():
 def test_a_step_is_the_mean_of_its_parts():
     step = Step()
     step.losses = [torch.tensor([1.0, 0.5, 0.2]).double(), torch.tensor([3.0, 1.5, 0.4]).double()]
-    step.tokens, step.padded = 75, 100
+    step.tokens, step.padded, step.waited = 75, 100, 0.5
     of_all = step.over(ALONE, stopping=True)
     assert (of_all.loss, of_all.recommendation, of_all.align) == pytest.approx((2.0, 1.0, 0.3))
-    assert of_all.padding == 0.25
+    assert (of_all.tokens, of_all.padded, of_all.waited) == (75, 100, 0.5)
     assert of_all.stops
+
+
+def test_shares_and_speed_are_of_the_whole_step():
+    figures = step_of_all().figures({"all": 5.0, "heads": 4.0})
+    assert (figures["tokens_per_s"], figures["data_wait"], figures["padding"]) == pytest.approx((1000, 0.2, 0.375))
+    assert (figures["gradient_norm"], figures["gradient_norm/heads"]) == (5.0, 4.0)
 
 
 def test_every_step_on_several_ranks_tells_all_of_it(decoder, tmp_path):

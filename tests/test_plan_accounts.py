@@ -35,7 +35,7 @@ def llama(tmp_path_factory) -> Path:
 def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
     arm = calculator(llama).arm("per_layer", False)
     block = 2 * D * D + 2 * D * (D // 2) + 3 * D * F + 2 * D  # q and o, k and v of half the heads, feed-forward, norms
-    assert sum(weight.bytes for weight in arm.frozen) == 4 * (2 * V * D + BLOCKS * block + D)
+    assert sum(weight.bytes for weight in arm.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
     assert arm.in_blocks == BLOCKS * block
     side = BLOCKS * (M * D + D * E + D)
     assert sum(weight.count for weight in arm.trained) == 2 * side + 1
@@ -59,8 +59,7 @@ def test_engines_hold_what_their_table_says(llama):
     share = 4 * sum(-(-weight.count // 4) for weight in arm.trained)
     assert [of[stage].frozen for stage in ("0", "1", "2")] == [frozen] * 3
     assert of["3"].frozen == 4 * sum(-(-weight.count // 4) for weight in arm.frozen)
-    head = 4 * V * D
-    assert of["fsdp2"].frozen == (frozen - head) / 4 + head  # the language model's head is no part of its trunk
+    assert of["fsdp2"].frozen == frozen / 4
     assert [of[stage].trained for stage in STAGES] == [trained, trained, trained, share, trained]
     assert [of[stage].gradients for stage in STAGES] == [trained, trained, share, share, trained]
     assert [of[stage].optimizer for stage in STAGES] == [2 * trained, 3 * share, 3 * share, 3 * share, 2 * trained]
@@ -75,20 +74,18 @@ def test_zero_3_keeps_small_tensors_whole_beside_their_shards(llama):
     assert account(arm, "3", 2, Peaks(0, 0, False)).frozen == sharded + whole
 
 
-def test_fsdp2_keeps_a_whole_copy_of_embeddings_that_a_head_is_tied_to(tmp_path):
+def test_fsdp2_fills_up_the_rows_that_ranks_do_not_divide(tmp_path):
     path = write_llm(tmp_path / "llm", "gpt2")
     arm = calculator(path).arm("text_only", False)
-    embeddings = next(weight for weight in arm.frozen if weight.shape == (V, D))
-    assert embeddings.tied
     rows = sum(-(-weight.shape[0] // 3) * weight.count // weight.shape[0] for weight in arm.frozen)
-    assert account(arm, "fsdp2", 3, Peaks(0, 0, False)).frozen == 4 * rows + embeddings.bytes
+    assert account(arm, "fsdp2", 3, Peaks(0, 0, False)).frozen == 4 * rows
 
 
 def test_weights_in_four_bits_are_those_of_frozen_linear_layers(llama):
     arm = calculator(llama, llm={"dtype": "bfloat16", "quantize": "nf4"}).arm("per_layer_lora", False)
     linear = BLOCKS * (2 * D * D + 2 * D * (D // 2) + 3 * D * F)
-    norms, tables = BLOCKS * 2 * D + D, 2 * V * D
-    assert sum(weight.bytes for weight in arm.frozen) == linear * (0.5 + 4 / 64) + 2 * (norms + tables)
+    norms, table = BLOCKS * 2 * D + D, V * D
+    assert sum(weight.bytes for weight in arm.frozen) == linear * (0.5 + 4 / 64) + 2 * (norms + table)
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", 4 * D), ("bfloat16", 2 * D)])

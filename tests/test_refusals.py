@@ -12,7 +12,7 @@ from rarec.cli import open_context
 from rarec.config import ARMS
 from rarec.errors import UserError
 from rarec.stages.run import STAGES
-from rarec.stages.train import checkpoints_of
+from rarec.stages.trained import checkpoints_of
 from tests.ranks import copied, start, wait_for_step
 
 SHORT = ["train.arms=[per_layer]", "train.max_steps=4", "train.validate_every=2", "train.keep=2", "run.device=cpu"]

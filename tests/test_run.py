@@ -18,7 +18,7 @@ from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import provenance, recommend
 from rarec.stages.run import STAGES
-from rarec.stages.train import best_model
+from rarec.stages.trained import best_model
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from rarec.config import ARMS
 from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.losses import LossTerms
-from rarec.stages.train import checkpoints_of, train
+from rarec.stages.train import train
+from rarec.stages.trained import checkpoints_of
 from rarec.training.checkpoints import Checkpoints, Torn
 from rarec.training.schedule import build_optimizer, rate_at, set_rate
 

@@ -77,6 +77,7 @@ def load_model(
     loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
     model, told = read_with(loader, config.path, path, output_loading_info=True, **keywords)
     _check_complete(model.eval(), told["missing_keys"], config.path)
+    model = headless(model)
     context_length = context_length_of(model)
     tokenizer = TextTokenizer(read_with(AutoTokenizer, config.path, path, revision=config.revision))
     pooling: Pool = cast(Pool, pool) if pool != "auto" else ("last" if kind == "decoder" else "mean")
@@ -93,6 +94,15 @@ def load_model(
     }
     loaded = LoadedModel(backbone, tokenizer, context_length, identity)
     return wear(loaded, lora, seed) if lora is not None else loaded
+
+
+def headless(model: Any) -> Any:
+    """The same model without its language modelling head: no logits are computed, and of an 8B it is a gigabyte."""
+    trunk = getattr(model, model.base_model_prefix, model)
+    for name, part in model.named_children():
+        if trunk is not model and part is not trunk:
+            setattr(model, name, None)
+    return model
 
 
 def wear(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedModel:

@@ -12,7 +12,7 @@ from rarec.config import Arm, RunConfig
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone, Pool
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.load import LoadedModel, context_length_of, kind_of, read_with, wear
+from rarec.models.load import LoadedModel, context_length_of, headless, kind_of, read_with, wear
 from rarec.paths import resolve
 from rarec.planning.attention import PADDED, UNPADDED
 from rarec.planning.shapes import META, ArmShapes
@@ -69,7 +69,7 @@ class Blueprint:
             keywords = {"dtype": getattr(torch, llm.dtype), "attn_implementation": attention}
             try:
                 with META:
-                    return loader.from_config(self._settings, **keywords).eval()  # type: ignore[no-untyped-call]
+                    return headless(loader.from_config(self._settings, **keywords).eval())  # type: ignore[no-untyped-call]
             except (ValueError, KeyError, ImportError) as error:
                 problem = str(error).strip().splitlines()[0]
         raise UserError(f"llm.path: cannot lay out {llm.path!r}: {problem}", "choose another architecture")

@@ -6,7 +6,7 @@
 | ZeRO-1 | whole | P | P | 3 P / N, its own copy of the weights among it | one bucket |
 | ZeRO-2 | whole | P | P / N | 3 P / N | one bucket |
 | ZeRO-3 | each tensor / N, small ones whole as well | P / N | P / N | 3 P / N | one bucket |
-| FSDP2 | of the trunk each tensor / N by rows; its head whole | P | P | 2 P | |
+| FSDP2 | each tensor / N by rows | P | P | 2 P | |
 
 What is gathered for a while: FSDP2 keeps what the trunk has outside its blocks (its embeddings), one block, and the
 next one or its message. ZeRO-3 fetches ahead until it has `live` elements; and where blocks are not recomputed, PyTorch
@@ -126,11 +126,11 @@ def _zero_share(weight: Weight, ranks: int, zero: ZeroSettings) -> int:
 
 
 def _fsdp_share(weight: Weight, ranks: int) -> int:
-    """By rows, the last ranks' filled up. A head that is tied to the embeddings is a whole copy of them."""
+    """By rows, the last ranks' filled up."""
     if not weight.in_trunk:
         return weight.bytes
     rows = -(-weight.shape[0] // ranks)
-    return round(rows * weight.count / weight.shape[0] * weight.width) + (weight.bytes if weight.tied else 0)
+    return round(rows * weight.count / weight.shape[0] * weight.width)
 
 
 def _gathered(arm: ArmShapes, stage: Stage, ranks: int, peaks: Peaks, zero: ZeroSettings) -> int:

@@ -19,14 +19,13 @@ class Weight:
     """A parameter.
 
     Attributes:
-        name: in the model; of one that is tied, the first of its names.
+        name: in the model.
         shape: whole.
         width: bytes of an element.
         trains: whether it does.
         linear: whether it is the matrix of a frozen linear layer.
         block: of the language model; None outside the blocks.
-        in_trunk: whether it belongs to the language model without its head.
-        tied: whether another module of the language model has it too.
+        in_trunk: whether it belongs to the language model.
     """
 
     name: str
@@ -36,7 +35,6 @@ class Weight:
     linear: bool
     block: int | None
     in_trunk: bool
-    tied: bool
 
     @property
     def count(self) -> int:
@@ -107,15 +105,8 @@ class ArmShapes:
         linear = {
             id(module.weight): name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)
         }
-        owners: dict[int, int] = {}
-        for module in backbone.model.modules():
-            for own in module.parameters(recurse=False):
-                owners[id(own)] = owners.get(id(own), 0) + 1
         for name, p in self.model.named_parameters():
             matrix = id(p) in linear and not p.requires_grad
-            packed = self.nf4 and matrix and id(p) in trunk  # a head stays as it is
+            packed = self.nf4 and matrix and id(p) in trunk
             width = NF4_BYTES if packed else p.element_size()
-            yield Weight(
-                name, tuple(p.shape), width, p.requires_grad, matrix, blocks.get(id(p)), id(p) in trunk,
-                owners.get(id(p), 0) > 1,
-            )  # fmt: skip
+            yield Weight(name, tuple(p.shape), width, p.requires_grad, matrix, blocks.get(id(p)), id(p) in trunk)

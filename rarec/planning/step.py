@@ -17,7 +17,6 @@ heads, L blocks, D hidden size, F size of the feed-forward layer.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,33 +82,19 @@ class PlannedRanks(Ranks):
 
     def gathered(self, rows_b: Tensor, total: int) -> Tensor:
         """See `Ranks`."""
-        if self.count == 1:
-            return rows_b
-        whole: Tensor = _Gathered.apply(rows_b, self, total)  # type: ignore[no-untyped-call]
-        size = whole.numel() * whole.element_size()
+        whole = super().gathered(rows_b, total)
+        size = whole.numel() * whole.element_size() * (self.count > 1)
         self.exchanged["gathered"] += size
         self.exchanged["returned"] += size * whole.requires_grad
         return whole
 
+    def every(self, part: Tensor) -> list[Tensor]:
+        """See `Ranks`."""
+        return [torch.empty_like(part) for _ in range(self.count)]
+
     def total(self, part: Tensor) -> Tensor:
         """See `Ranks`."""
         return part.detach().clone()
-
-
-class _Gathered(torch.autograd.Function):
-    """Allocates as the real one does."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_b: Tensor, ranks: Ranks, total: int) -> Tensor:
-        ctx.ranks = ranks
-        filled_b = torch.empty(-(-total // ranks.count), *rows_b.shape[1:], dtype=rows_b.dtype)
-        every = [torch.empty_like(filled_b) for _ in range(ranks.count)]
-        return torch.stack(every, 1).flatten(0, 1)[:total]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        ranks: Ranks = ctx.ranks
-        return ranks.total(gradients[0])[ranks.index :: ranks.count], None, None
 
 
 def step_activations(arm: ArmShapes, loss: Loss, shape: StepShape) -> Activations:

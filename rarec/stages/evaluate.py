@@ -20,7 +20,7 @@ from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
 from rarec.stages.context import Context
 from rarec.stages.shards import finished_shards
-from rarec.stages.train import arm_hash, best_model
+from rarec.stages.trained import arm_hash, best_model
 
 Ranks = dict[str, npt.NDArray[np.int64]]
 

@@ -10,7 +10,7 @@ from rarec.evaluation.arms import Question, Ranker
 from rarec.models.encode import Encoder
 from rarec.serving.bundle import SECTIONS, Provenance, load_bundle, write_bundle
 from rarec.stages.context import Context
-from rarec.stages.train import DONE, arm_hash, best_model
+from rarec.stages.trained import DONE, arm_hash, best_model
 
 
 def provenance(context: Context) -> Provenance:

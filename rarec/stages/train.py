@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +10,6 @@ from accelerate import Accelerator
 
 from rarec.artefacts import (
     check_files,
-    is_current,
-    read_json,
-    read_manifest,
-    sha256_json,
     write_json,
     write_manifest,
 )
@@ -22,7 +17,6 @@ from rarec.config import ARMS, Arm
 from rarec.config.schema import Train
 from rarec.data.shards.index import INDEX
 from rarec.data.shards.stream import SampleStream
-from rarec.errors import UserError
 from rarec.models.build import trained_parameters, whole_size
 from rarec.models.encode import Encoder
 from rarec.models.objective import Objective
@@ -34,6 +28,7 @@ from rarec.stages.context import Context, Say
 from rarec.stages.feed import Feed
 from rarec.stages.fresh import bare_model, fresh_model
 from rarec.stages.shards import ITEM_STATES, TARGET_COUNTS, finished_shards
+from rarec.stages.trained import DONE, arm_settings, checkpoints_of
 from rarec.training.accelerator import build_accelerator
 from rarec.training.batches import Collator
 from rarec.training.checkpoints import Checkpoints, TrainingState
@@ -41,8 +36,6 @@ from rarec.training.loader import BatchLoader
 from rarec.training.log import TrainingLog
 from rarec.training.loop import Trainer
 from rarec.training.stopping import StopSignals
-
-DONE = "done.json"
 
 
 def train(context: Context) -> None:
@@ -105,12 +98,6 @@ def _sit(context: Context, arm: Arm, trainer: Trainer, state: TrainingState, acc
             tracker.finish()  # not `end_training`, which ends the process group as well
 
 
-def checkpoints_of(context: Context, arm: Arm) -> Checkpoints:
-    """Of a training of this arm, as the configuration says it, from the shards that lie here."""
-    belongs_to = sha256_json([arm_settings(context, arm), finished_shards(context)["hash"]])
-    return Checkpoints(context.paths.train(arm.name) / "checkpoints", context.config.train.keep, belongs_to)
-
-
 def _made(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     return directory
@@ -154,55 +141,6 @@ def _steps(config: Train, stream: SampleStream, model: RaRec) -> int:
     """How many there are to take; none where a scale alone trains, which changes no ranking."""
     every = stream.plan.total(config.epochs)
     return 0 if set(trained_parameters(model)) <= {"log_scale"} else min(every, config.max_steps or every)
-
-
-def arm_settings(context: Context, arm: Arm) -> dict[str, Any]:
-    """The configuration that shapes one arm's weights."""
-    sections = ["alignment", "readout", "loss", "train", *(["lora"] if arm.lora else [])]
-    settings = context.settings(*sections, arm=arm.name)
-    for outside in ("arms", "trackers", "keep", "stream"):
-        del settings["train"][outside]
-    return settings
-
-
-def arm_hash(context: Context, arm: Arm) -> str:
-    """Identifies an arm's finished training: what shaped it, where it ended, with what weights; not how long it took.
-
-    Raises:
-        UserError: it is not trained, not to its end, or otherwise than the configuration now says.
-    """
-    done = finished_training(context, arm)
-    own = {name: value for name, value in done.items() if name != "seconds"}
-    return sha256_json([read_manifest(context.paths.train(arm.name), "train")["hash"], own])
-
-
-def finished_training(context: Context, arm: Arm) -> dict[str, Any]:
-    """What `done.json` of an arm says.
-
-    Raises:
-        UserError: it is not trained, not to its end, or otherwise than the configuration now says.
-    """
-    directory = context.paths.train(arm.name)
-    is_current(directory, "train", arm_settings(context, arm), {"shards": finished_shards(context)["hash"]})
-    read_manifest(directory, "train")
-    if not (directory / DONE).exists():
-        raise UserError(f"{directory} holds no finished training", "go on with it: rarec train CONFIG")
-    done = read_json(directory / DONE)
-    if not isinstance(done, dict) or not isinstance(done.get("best_step"), int):
-        raise UserError(f"{directory / DONE} names no best step", "train it again: rarec train CONFIG --fresh")
-    return done
-
-
-def best_model(context: Context, arm: Arm) -> RaRec:
-    """A trained arm at its best validation, for `context.engine` to serve.
-
-    Raises:
-        UserError: it is not trained, not to its end, or otherwise than the configuration now says.
-    """
-    best = finished_training(context, arm)["best_step"]
-    model = bare_model(context, arm, context.load_llm(arm))
-    checkpoints_of(context, arm).load(model, best)
-    return model.eval()
 
 
 def validation(context: Context, model: RaRec) -> Callable[[], dict[str, float]]:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -104,6 +104,7 @@ class Trainer:
         of_all = step.over(self.ranks, signals.came)
         self._refuse_no_number(step, of_all, gradient_norms, state)
         self.optimisation.update(rate_at(state.step, self.steps, self.config.warmup))
+        of_all = replace(of_all, seconds=time.monotonic() - step.started)
         state.step += 1
         state.seconds += of_all.seconds
         return of_all, gradient_norms

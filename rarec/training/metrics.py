@@ -49,16 +49,12 @@ class Step:
             ranks: all of them.
             stopping: whether this rank has been told to stop.
         """
-        spent = time.monotonic() - self.started
-        own = [self.tokens, self.padded, self.waited / spent, spent, float(stopping)]
         losses_3 = torch.stack(self.losses).mean(0)
-        total = ranks.total(torch.cat([losses_3, losses_3.new_tensor(own)]).to(ranks.device)).tolist()
-        loss, recommendation, align, tokens, padded, wait, seconds, stops = total
-        seconds /= ranks.count
-        return StepOfAll(
-            loss, recommendation, align, tokens / seconds / ranks.count, wait / ranks.count, 1 - tokens / padded,
-            seconds, stops > 0,
-        )  # fmt: skip
+        own_4 = losses_3.new_tensor([self.tokens, self.padded, self.waited, float(stopping)])
+        total_7 = ranks.total(torch.cat([losses_3, own_4]).to(ranks.device))
+        loss, recommendation, align, *sums = total_7.tolist()
+        tokens, padded, waited, stops = (each / ranks.count for each in sums)
+        return StepOfAll(loss, recommendation, align, tokens, padded, waited, stops > 0)
 
 
 @dataclass(frozen=True)
@@ -69,27 +65,40 @@ class StepOfAll:
         loss: what is minimised.
         recommendation: its first term.
         align: its second, before weighting.
-        tokens_per_s: of one device.
-        data_wait: share of the time that went into waiting for data.
-        padding: share of the positions that hold nothing.
-        seconds: that the step took.
+        tokens: of a rank, their mean: text and slots of both sides.
+        padded: the same with the padding.
+        waited: seconds for data.
         stops: whether a rank has been told to stop.
+        seconds: that the step took, update and all; ranks end it together.
     """
 
     loss: float
     recommendation: float
     align: float
-    tokens_per_s: float
-    data_wait: float
-    padding: float
-    seconds: float
+    tokens: float
+    padded: float
+    waited: float
     stops: bool
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of one device."""
+        return self.tokens / self.seconds
 
     def figures(self, norms: Mapping[str, float]) -> dict[str, float]:
-        """For the log; gradient norms by group, before clipping."""
-        named = {key: value for key, value in vars(self).items() if key not in ("seconds", "stops")}
+        """For the log; shares of time and of positions, gradient norms by group before clipping."""
         groups = {f"gradient_norm/{group}": norm for group, norm in norms.items() if group != "all"}
-        return {**named, "gradient_norm": norms.get("all", 0.0), **groups}
+        return {
+            "loss": self.loss,
+            "recommendation": self.recommendation,
+            "align": self.align,
+            "tokens_per_s": self.tokens_per_s,
+            "data_wait": self.waited / self.seconds,
+            "padding": 1 - self.tokens / self.padded,
+            "gradient_norm": norms.get("all", 0.0),
+            **groups,
+        }
 
 
 @dataclass(frozen=True)

@@ -11,49 +11,34 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore  # as `torch.distributed` has it, but with its type
 
 from rarec.errors import EXIT_CODE, Stopped, UserError
 from rarec.ranks import Ranks
+from rarec.training.beats import Beat, Beats
 
 EVERY = 2.0  # seconds between beats
 KEPT = 10.0  # seconds for which the first rank, when it leaves, keeps the store for others at most
-NAMED = 4  # ranks that a message names
 _VERDICT = "verdict"
 _EXCHANGES = (str(Path(dist.__file__).parent), Ranks.most.__code__.co_filename)  # here ranks wait for one another
-
-
-class Beat(NamedTuple):
-    """What a rank tells of itself."""
-
-    number: int  # that it grows shows life; clocks of two machines are never compared
-    place: list[int]  # how often steps began anew, the step, calls of `at` in it: who has the least is behind
-    doing: str
-    seconds: float  # in that place
-    waits: bool  # for other ranks, in a collective
-    ended: str | None  # None under way, "" when it left in good order, else what was wrong
-    host: str
 
 
 class Watch:
     """One rank's watch over the others; see `over`."""
 
     def __init__(self, ranks: Ranks, say: Callable[[str], None], stall: float, dead: float) -> None:
-        self._ranks, self._say, self._stall, self._dead = ranks, say, stall, dead
+        self._ranks, self._say, self._dead = ranks, say, dead
         self._ended: str | None = None
         self._patience, self._every, self._main = 0.0, min(EVERY, dead / 10), threading.get_ident()
         self._wake, self._finished, self._condemned = threading.Event(), threading.Event(), False
-        self._number, self._clock, self._looked, self._left = 0, 0.0, time.monotonic(), 0.0
-        self._beats: dict[int, Beat] = {}
-        self._heard: dict[int, float] = {}
-        self._told: list[int] = []
+        self._number, self._left = 0, 0.0
+        self._beats = Beats(self._every, stall, dead)
 
     @classmethod
     @contextmanager
@@ -83,7 +68,7 @@ class Watch:
             raise
         finally:
             watch._leave()
-            if isinstance(failed, UserError) and not ranks.first and watch._beats[0].ended == watch._ended:
+            if isinstance(failed, UserError) and not ranks.first and watch._beats.last[0].ended == watch._ended:
                 failed.shared = True
 
     def _start(self) -> None:
@@ -134,9 +119,9 @@ class Watch:
     def _lose(self) -> None:
         """The store is gone: the first rank has died, unless it or this one has left."""
         try:
-            if self._beat().ended is None and self._beats[0].ended is None:
+            if self._beat().ended is None and self._beats.last[0].ended is None:
                 self._condemned = True
-                self._say(f"no answer any more from {self._named([0])}")
+                self._say(f"no answer any more from {self._beats.named([0])}")
         finally:
             if self._condemned:
                 os._exit(EXIT_CODE)
@@ -149,35 +134,23 @@ class Watch:
         self._store.set(str(ranks.index), json.dumps(own))
         heard = range(ranks.count if ranks.first else 1)
         verdict, *texts = self._store.multi_get([_VERDICT, *map(str, heard)])
-        self._hear([Beat(*json.loads(text)) for text in texts])
+        self._beats.hear([Beat(*json.loads(text)) for text in texts])
         if own.ended is None:
             self._heed(verdict.decode())
             return True
         return self._kept() if ranks.first else not verdict and self._may_be_shared()
 
     def _beat(self) -> Beat:
-        ended, (place, doing, since) = (
-            self._ended,
-            self._ranks.place.now,
-        )  # in this order: `_fail` writes them in the other
+        ended = self._ended  # before the place: `_fail` writes them in the other order
+        place, doing, since = self._ranks.place.now
         seconds, frame = time.monotonic() - since, sys._current_frames().get(self._main)
         waits = ended is not None or (frame is not None and frame.f_code.co_filename.startswith(_EXCHANGES))
         told = "" if self._condemned else ended if seconds >= self._patience else None
         return Beat(self._number, list(place), doing, seconds, waits, told, socket.gethostname())
 
-    def _hear(self, beats: Sequence[Beat]) -> None:
-        """Silence is measured on a clock of our own, which stands while a batch system suspends the job."""
-        now = time.monotonic()
-        self._clock += min(now - self._looked, 2 * self._every)
-        self._looked = now
-        for rank, beat in enumerate(beats):
-            if rank not in self._beats or self._beats[rank].number != beat.number:
-                self._heard[rank] = self._clock
-            self._beats[rank] = beat
-
     def _heed(self, verdict: str) -> None:
         """End where there is a verdict, or where there must be one."""
-        found = "" if verdict else self._judged()
+        found = "" if verdict else self._beats.verdict()
         if found:
             own = json.dumps([self._ranks.index, found])
             verdict = self._store.compare_set(_VERDICT, "", own).decode()
@@ -186,49 +159,19 @@ class Watch:
         if verdict:
             self._condemned = True
             self._wake.set()
-        elif self._ranks.first:
-            self._report_stall()
-
-    def _judged(self) -> str:
-        for rank, beat in self._beats.items():
-            if beat.ended:
-                return f"rank {rank} stopped at step {beat.place[1]}: {beat.ended}"
-        if self._silent(self._dead):  # with it, those of the same machine
-            return f"no sign of life for {self._dead:.0f} s from {self._named(self._silent(self._dead / 2))}"
-        return ""
-
-    def _silent(self, seconds: float) -> list[int]:
-        under_way = [rank for rank, beat in self._beats.items() if beat.ended is None]
-        return [rank for rank in under_way if self._clock - self._heard[rank] > seconds]
-
-    def _report_stall(self) -> None:
-        """The least in progress; among those, the ones that do not wait themselves."""
-        under_way = {rank: beat for rank, beat in self._beats.items() if beat.ended is None}
-        place, waits = min((beat.place, beat.waits) for beat in under_way.values())
-        behind = [rank for rank, beat in under_way.items() if (beat.place, beat.waits) == (place, waits)]
-        seconds = min(under_way[rank].seconds for rank in behind)
-        if seconds >= self._stall and place != self._told:
-            self._told = place
-            others = "all ranks wait" if len(behind) == len(under_way) else "the others wait for"
-            self._say(f"no progress for {seconds:.0f} s: {others} {self._named(behind)}")
+        elif self._ranks.first and (stall := self._beats.stall()):
+            self._say(stall)
 
     def _kept(self) -> bool:
         """Whether the store is still needed by others."""
-        self._left = self._left or self._clock
-        silent = self._silent(self._dead / 2)
-        needed = any(beat.ended is None and rank not in silent for rank, beat in self._beats.items())
-        since = self._clock - self._left
-        return since < (KEPT if needed else self._every if self._ended else 0.0)
+        self._left = self._left or self._beats.clock
+        since = self._beats.clock - self._left
+        return since < (KEPT if self._beats.needed() else self._every if self._ended else 0.0)
 
     def _may_be_shared(self) -> bool:
         """Whether the first rank may yet fail in the same way, a moment later."""
-        self._left = self._left or self._clock
-        return bool(self._ended) and self._beats[0].ended is None and self._clock - self._left < self._every
-
-    def _named(self, ranks: Sequence[int]) -> str:
-        beats = [(rank, self._beats[rank]) for rank in ranks[:NAMED]]
-        each = [f"rank {rank} on {beat.host} (last at step {beat.place[1]}: {beat.doing})" for rank, beat in beats]
-        return ", ".join(each) + (f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else "")
+        self._left = self._left or self._beats.clock
+        return bool(self._ended) and self._beats.last[0].ended is None and self._beats.clock - self._left < self._every
 
 
 def _open_store(ranks: Ranks) -> TCPStore:
