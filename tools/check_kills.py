@@ -44,10 +44,10 @@ class Training:
             if (Path(config.run.dir) / stage).exists():
                 shutil.copytree(Path(config.run.dir) / stage, directory / stage)
         self.directory = directory / "train" / config.train.arms[0]
-        launcher = ["launch", "--config_file", str(arguments.engine), "--num_processes", str(arguments.ranks)]
+        launcher = ["--config_file", str(arguments.engine), "--num_processes", str(arguments.ranks)]
         fields = [*arguments.overrides, f"run.dir={directory}", f"train.arms=[{config.train.arms[0]}]"]
         run = [str(LAUNCH), "--config", str(arguments.config), *fields]
-        self.command = ["accelerate", *launcher, "--main_process_port", "0", *run]
+        self.command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", "0", *run]
 
     def start(self) -> subprocess.Popen[bytes]:
         """A sitting."""
