@@ -129,7 +129,7 @@ def use_everything(config: Path, place: str) -> None:
     [
         ("prepare/users.parquet", train),
         ("ids/id/items.npy", train),
-        ("ids/id/sasrec.safetensors", train),
+        ("ids/id/model.safetensors", train),
         ("shards/item_states.npy", train),
         ("shards/target_counts.npy", train),
         ("shards/000001.tar", train),

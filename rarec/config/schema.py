@@ -4,7 +4,7 @@ A section bears the name of the stage that reads it. [P], [N] and "ours" say whe
 the paper's abstract, a reader's notes on the full paper, or this project.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -122,12 +122,10 @@ class Prepare(Section):
     split: Split = Split()
 
 
-class SasRec(Section):
-    """SASRec with sampled softmax, the strong recipe of 2024-25 (ours: the paper's main ID model is ComiRec)."""
+class Recipe(Section):
+    """What ID models trained here share: sampled softmax, the strong recipe of 2024-25, and when to stop."""
 
     dim: Positive = 64
-    blocks: Positive = 1
-    heads: Positive = 1
     max_history: Positive = 50
     """The newest interactions it reads."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
@@ -138,6 +136,53 @@ class SasRec(Section):
     epochs: Positive = 100
     patience: Positive = 10
     """Stop after this many epochs without a better validation NDCG@10."""
+
+    kind: ClassVar[str]
+    """The name of its section."""
+    title: ClassVar[str]
+    """For people."""
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What makes the model; the rest is about its training."""
+        return self.model_dump(exclude={"negatives", "batch_size", "lr", "epochs", "patience"})
+
+    @property
+    def per_user(self) -> int:
+        """Vectors that a user has."""
+        return 1
+
+
+class SasRec(Recipe):
+    """Self-attention (ours: the paper's main ID model is ComiRec)."""
+
+    kind, title = "sasrec", "SASRec"
+    blocks: Positive = 1
+    heads: Positive = 1
+
+
+class Gru4Rec(Recipe):
+    """A recurrent net."""
+
+    kind, title = "gru4rec", "GRU4Rec"
+    hidden: Positive = 128
+    layers: Positive = 1
+
+
+class ComiRec(Recipe):
+    """Several interests of a user, each a vector, by self-attention (ComiRec-SA)."""
+
+    kind, title = "comirec", "ComiRec"
+    interests: Positive = 4
+    hidden: Positive = 256
+
+    @property
+    def per_user(self) -> int:
+        """Its interests."""
+        return self.interests
+
+
+RECIPES: dict[str, type[Recipe]] = {recipe.kind: recipe for recipe in (SasRec, Gru4Rec, ComiRec)}
 
 
 class Import(Section):
@@ -162,8 +207,10 @@ class Import(Section):
 class Ids(Section):
     """The ID embeddings, the method's source `id`: trained here, or imported."""
 
-    model: Literal["sasrec", "import"] = "sasrec"
+    model: Literal["sasrec", "gru4rec", "comirec", "import"] = "sasrec"
     sasrec: SasRec = SasRec()
+    gru4rec: Gru4Rec = Gru4Rec()
+    comirec: ComiRec = ComiRec()
     imported: Import | None = None
 
     @model_validator(mode="after")
@@ -171,6 +218,12 @@ class Ids(Section):
         if self.model == "import" and self.imported is None:
             raise ValueError("`model: import` needs a section `imported` that names the vectors")
         return self
+
+    @property
+    def chosen(self) -> Recipe | Import:
+        """The section that `model` names."""
+        section: Recipe | Import = getattr(self, "imported" if self.model == "import" else self.model)
+        return section
 
 
 class Llm(Section):

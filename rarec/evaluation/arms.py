@@ -108,11 +108,12 @@ class Ranker:
         return cls(encoder.items(), users)
 
     def fused(self, other: "Ranker", weight: float) -> "Ranker":
-        """Late fusion: this one's score plus `weight` times the other's. Both have one vector a user."""
+        """Late fusion: this one's score plus `weight` (not negative) times the other's, which is the best of its K."""
 
         def users(rows: Rows, histories: Sequence[Rows]) -> Float32:
-            others_BE = other.users(rows, histories).reshape(len(rows), -1)
-            return np.concatenate([self.users(rows, histories), weight * others_BE], 1, dtype=np.float32)
+            others_BKE = other.users(rows, histories).reshape(len(rows), -1, other.items_NZ.shape[1])
+            own_BKZ = np.repeat(self.users(rows, histories)[:, None], others_BKE.shape[1], 1)
+            return np.concatenate([own_BKZ, weight * others_BKE], 2, dtype=np.float32)
 
         return Ranker(np.concatenate([self.items_NZ, other.items_NZ], 1), users)
 

@@ -16,7 +16,7 @@ def fuse(arm: Ranker, ids: Ranker, validation: Question, processes: Ranks = ALON
 
     Args:
         arm: a trained arm.
-        ids: the ID model, with one vector a user.
+        ids: the ID model.
         validation: users that decide; never the test users.
         processes: that share them.
 
@@ -33,5 +33,5 @@ def fuse(arm: Ranker, ids: Ranker, validation: Question, processes: Ranks = ALON
 def _spread(ranker: Ranker, question: Question) -> float:
     """Mean over some users of the standard deviation of their scores over the catalogue."""
     users = ranker.users(question.user_rows[:SPREAD_USERS], question.histories[:SPREAD_USERS])
-    scores_BN = users.reshape(len(users), -1) @ ranker.items_NZ.T
+    scores_BN = (users.reshape(len(users), -1, ranker.items_NZ.shape[1]) @ ranker.items_NZ.T).max(1)
     return float(scores_BN.std(1).mean()) or 1.0

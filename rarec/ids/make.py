@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from rarec.artefacts import new_directory, sha256_file, sha256_json, write_manifest
-from rarec.config.schema import Ids, Import, SasRec
+from rarec.config.schema import Ids, Import, Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.imports import Vectors, existing, read_vectors
 from rarec.ids.source import ITEMS_FILE, KIND, Source, open_source
-from rarec.ids.train_sasrec import train_sasrec
+from rarec.ids.train import train_ids
 from rarec.ids.users import USERS_FILE, HistoryRule, UserTable, UserVectors
 from rarec.ids.validation import Validation
 
@@ -30,8 +30,8 @@ def source_identity(config: Ids | Import, dataset: PreparedDataset, seed: int) -
     """
     chosen = _chosen(config)
     made_from = {"prepare": dataset.hash}
-    if isinstance(chosen, SasRec):
-        return {"seed": seed, "users": {"kind": "sasrec", **chosen.model_dump(mode="json")}}, made_from
+    if isinstance(chosen, Recipe):
+        return {"seed": seed, "users": {"kind": chosen.kind, **chosen.model_dump(mode="json")}}, made_from
     for field in IMPORTED_FILES:
         path = getattr(chosen, field)
         if path is not None:
@@ -64,7 +64,7 @@ def make_source(
     settings, made_from = source_identity(config, dataset, seed)
     progress = progress_file(directory)
     with new_directory(directory) as aside:
-        if isinstance(chosen, SasRec):
+        if isinstance(chosen, Recipe):
             figures = _train(chosen, dataset, aside, seed, progress, sha256_json([settings, made_from]), say)
         else:
             figures = _import(chosen, dataset, aside, seed, say)
@@ -83,16 +83,14 @@ def progress_file(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.progress.safetensors")
 
 
-def _chosen(config: Ids | Import) -> SasRec | Import:
-    if isinstance(config, Import):
-        return config
-    return config.imported if config.model == "import" and config.imported is not None else config.sasrec
+def _chosen(config: Ids | Import) -> Recipe | Import:
+    return config if isinstance(config, Import) else config.chosen
 
 
 def _train(
-    config: SasRec, dataset: PreparedDataset, aside: Path, seed: int, progress: Path, identity: str, say: Say
+    config: Recipe, dataset: PreparedDataset, aside: Path, seed: int, progress: Path, identity: str, say: Say
 ) -> dict[str, Any]:
-    trained = train_sasrec(dataset, config, seed, progress, identity, say)
+    trained = train_ids(dataset, config, seed, progress, identity, say)
     np.save(aside / ITEMS_FILE, trained.items_NE)
     trained.users.save(aside)
     return trained.figures

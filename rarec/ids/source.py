@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import read_manifest, sha256_json
-from rarec.config.schema import SasRec as SasRecSettings
+from rarec.config.schema import RECIPES
 from rarec.errors import UserError
-from rarec.ids.users import HistoryRule, SasRecUsers, UserTable, UserVectors
+from rarec.ids.users import HistoryRule, SequenceUsers, UserTable, UserVectors
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
@@ -87,13 +87,17 @@ def open_source(directory: Path) -> Source:
     return Source(manifest["name"], items_NE, users, manifest["hash"], manifest)
 
 
-OPENERS: dict[str, Callable[[Path, dict[str, Any]], UserVectors]] = {
-    "sasrec": lambda directory, settings: SasRecUsers.open(directory, SasRecSettings(**_but_kind(settings))),
-    "rule": lambda directory, settings: HistoryRule.of(**_but_kind(settings)),
-    "table": lambda directory, settings: UserTable.open(directory),
-}
-"""How each kind of user vectors, named in the manifest's settings, is read."""
+def _open_model(directory: Path, settings: dict[str, Any]) -> UserVectors:
+    return SequenceUsers.open(directory, RECIPES[settings["kind"]](**_but_kind(settings)))
 
 
 def _but_kind(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "kind"}
+
+
+OPENERS: dict[str, Callable[[Path, dict[str, Any]], UserVectors]] = {
+    **dict.fromkeys(RECIPES, _open_model),
+    "rule": lambda directory, settings: HistoryRule.of(**_but_kind(settings)),
+    "table": lambda directory, settings: UserTable.open(directory),
+}
+"""How each kind of user vectors, named in the manifest's settings, is read."""

@@ -12,14 +12,17 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.torch import load_file, save_file
 
-from rarec.config.schema import SasRec as SasRecSettings
-from rarec.ids.sasrec import SasRec, pad
+from rarec.config.schema import Recipe
+from rarec.ids.comirec import ComiRec
+from rarec.ids.gru4rec import Gru4Rec
+from rarec.ids.sasrec import SasRec
+from rarec.ids.sequence import SequenceModel, pad
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
 
 USERS_FILE = "users.npy"
-SASREC_FILE = "sasrec.safetensors"
+MODEL_FILE = "model.safetensors"
 
 
 class UserVectors(Protocol):
@@ -37,36 +40,43 @@ class UserVectors(Protocol):
 
 
 @dataclass(frozen=True)
-class SasRecUsers:
-    """The state after the last interaction of the history; K = 1."""
+class SequenceUsers:
+    """The states after the last interaction of the history."""
 
-    model: SasRec
-    per_user: int = 1
+    model: SequenceModel
+
+    @property
+    def per_user(self) -> int:
+        """K."""
+        return self.model.per_user
 
     @classmethod
-    def open(cls, directory: Path, settings: SasRecSettings) -> "SasRecUsers":
+    def open(cls, directory: Path, settings: Recipe) -> "SequenceUsers":
         """Read a trained model."""
         model = build(settings)
-        model.load_state_dict(load_file(directory / SASREC_FILE))
+        model.load_state_dict(load_file(directory / MODEL_FILE))
         return cls(model.eval())
 
     def save(self, directory: Path) -> None:
         """Write the model; its item table is the source's own."""
-        save_file(self.model.state_dict(), directory / SASREC_FILE)
+        save_file(self.model.state_dict(), directory / MODEL_FILE)
 
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
-        """Histories through the model, (B, 1, E)."""
-        return self.model.encode(items_NE, histories)[:, None]
+        """Histories through the model, (B, K, E)."""
+        return self.model.encode(items_NE, histories)
 
-    def permuted(self, rng: np.random.Generator) -> "SasRecUsers":
+    def permuted(self, rng: np.random.Generator) -> "SequenceUsers":
         """Itself: it reads item vectors."""
         return self
 
 
-def build(settings: SasRecSettings) -> SasRec:
-    """A SASRec model of the configured shape, at its random start."""
-    shape = settings.model_dump(include={"dim", "blocks", "heads", "max_history", "dropout"})
-    return SasRec(**shape)
+MODELS: dict[str, type[SequenceModel]] = {"sasrec": SasRec, "gru4rec": Gru4Rec, "comirec": ComiRec}
+"""Those that are trained here, by the name of their section."""
+
+
+def build(settings: Recipe) -> SequenceModel:
+    """A model of the configured shape, at its random start."""
+    return MODELS[settings.kind](**settings.shape)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class _Evaluation:
         if name in ("text_only", self.main):
             self._best[name] = self._examples.best(ranker)
         rankers: dict[str, Ranker] = {name: ranker}
-        if config.evaluate.fusion and context.sources["id"].vectors_per_user == 1:
+        if config.evaluate.fusion:
             rankers[f"{name}+id"], self.weights[name] = fuse(ranker, self.ids, self.validation, context.ranks)
         ranks = self._rank(self.test, rankers)
         if name == self.main and config.evaluate.probes:

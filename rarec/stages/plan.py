@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from rarec.artefacts import MANIFEST, read_manifest
-from rarec.config.schema import Ids, Import
+from rarec.config.schema import Ids, Import, Recipe
 from rarec.data.shards.index import shard_records
 from rarec.errors import UserError
 from rarec.ids.imports import existing
@@ -63,12 +63,11 @@ def _samples(context: Context) -> Samples | None:
 
 def _shape(section: Ids | Import) -> SourceShape:
     """Of the vectors that are trained, or that lie in a file: its header is read, no more."""
-    if isinstance(section, Ids):
-        if section.model == "sasrec" or section.imported is None:
-            return SourceShape(section.sasrec.dim, 1)
-        section = section.imported
-    users = _file_shape(section.users, "users") if section.users is not None else ()
-    return SourceShape(_file_shape(section.items, "items")[-1], users[1] if len(users) == 3 else 1)
+    chosen = section.chosen if isinstance(section, Ids) else section
+    if isinstance(chosen, Recipe):
+        return SourceShape(chosen.dim, chosen.per_user)
+    users = _file_shape(chosen.users, "users") if chosen.users is not None else ()
+    return SourceShape(_file_shape(chosen.items, "items")[-1], users[1] if len(users) == 3 else 1)
 
 
 def _file_shape(path: str, field: str) -> tuple[int, ...]:

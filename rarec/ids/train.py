@@ -1,6 +1,6 @@
-"""SASRec trained by sampled softmax: the strong recipe of 2024-25 (Klenitskiy & Vasilev 2023; eSASRec 2025).
+"""ID models trained by sampled softmax: the strong recipe of 2024-25 (Klenitskiy & Vasilev 2023; eSASRec 2025).
 
-Shape letters: N items, B windows, T positions, P targets of a batch, M negatives, E dimension.
+Shape letters: N items, B windows, T positions, P targets of a batch, K states of a position, M negatives, E dimension.
 """
 
 import math
@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rarec.config.schema import SasRec as SasRecSettings
+from rarec.config.schema import Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.progress import load_progress, save_progress
-from rarec.ids.users import SasRecUsers, build
+from rarec.ids.users import SequenceUsers, build
 from rarec.ids.validation import Validation
 from rarec.ids.windows import Windows
 
@@ -41,12 +41,12 @@ class Trained:
     """
 
     items_NE: Floats
-    users: SasRecUsers
+    users: SequenceUsers
     figures: dict[str, Any]
 
 
-def train_sasrec(
-    dataset: PreparedDataset, settings: SasRecSettings, seed: int, progress: Path, identity: str, say: Say
+def train_ids(
+    dataset: PreparedDataset, settings: Recipe, seed: int, progress: Path, identity: str, say: Say
 ) -> Trained:
     """Train on each user's training part until validation NDCG@10 rests for `patience` epochs; keep the best epoch.
 
@@ -83,10 +83,10 @@ def train_sasrec(
         return training.best()
 
 
-class SasRecWithItems(nn.Module):
-    """SASRec with its item table, and its training loss."""
+class WithItems(nn.Module):
+    """A model with its item table, and its training loss."""
 
-    def __init__(self, settings: SasRecSettings, n_items: int) -> None:
+    def __init__(self, settings: Recipe, n_items: int) -> None:
         super().__init__()
         self.items = nn.Embedding(n_items, settings.dim)
         nn.init.normal_(self.items.weight, std=0.02)
@@ -94,6 +94,8 @@ class SasRecWithItems(nn.Module):
 
     def loss(self, rows: torch.Tensor, lengths_B: torch.Tensor, negatives_M: torch.Tensor) -> torch.Tensor:
         """Sampled softmax: mean over all targets of -log p(target | target and negatives).
+
+        Of several states of a position the one that scores the target best answers for it (ComiRec's equation 8).
 
         Args:
             rows: windows of item rows, (B, T + 1), oldest first, padded on the right: inputs, and the item after each.
@@ -106,7 +108,9 @@ class SasRecWithItems(nn.Module):
         # One lookup for all three, so that the gradient of the table is made once.
         looked_up = self.items(torch.cat([inputs.flatten(), positives_P, negatives_M]))
         inputs_E, positives_PE, negatives_ME = looked_up.split([inputs.numel(), len(positives_P), len(negatives_M)])
-        states_PE = self.encoder(inputs_E.view(*inputs.shape, -1), lengths_B)[real_BT]
+        states_PKE = self.encoder(inputs_E.view(*inputs.shape, -1), lengths_B)[real_BT]
+        best_P = torch.einsum("pke,pe->pk", states_PKE, positives_PE).argmax(1)
+        states_PE = states_PKE[torch.arange(len(best_P)), best_P]
         positive_P = (states_PE * positives_PE).sum(dim=1)
         negative_PM = (states_PE @ negatives_ME.T).masked_fill(positives_P[:, None] == negatives_M, -torch.inf)
         scores = torch.cat([positive_P[:, None], negative_PM], dim=1)
@@ -116,9 +120,9 @@ class SasRecWithItems(nn.Module):
 class _Training:
     """The state of a training, and its steps: epoch, save, resume."""
 
-    def __init__(self, settings: SasRecSettings, n_items: int, seed: int) -> None:
+    def __init__(self, settings: Recipe, n_items: int, seed: int) -> None:
         self.settings, self.n_items, self.seed = settings, n_items, seed
-        self.model = SasRecWithItems(settings, n_items)
+        self.model = WithItems(settings, n_items)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=True)
         self.best_weights: dict[str, torch.Tensor] = {}
         self.curve: list[dict[str, float]] = []
@@ -138,7 +142,8 @@ class _Training:
     def line(self) -> str:
         last, best = self.curve[-1], self.curve[self.best_epoch]
         return (
-            f"SASRec epoch {len(self.curve)}: loss {last['loss']:.3f}, validation ndcg@10 {last['ndcg@10']:.4f} "
+            f"{self.settings.title} epoch {len(self.curve)}: loss {last['loss']:.3f}, "
+            f"validation ndcg@10 {last['ndcg@10']:.4f} "
             f"(best {best['ndcg@10']:.4f} at epoch {self.best_epoch + 1}), {self.seconds:.0f} s"
         )
 
@@ -151,7 +156,7 @@ class _Training:
             self.step(torch.from_numpy(rows), torch.from_numpy(lengths_B), batch)
             for batch, (rows, lengths_B) in enumerate(windows.batches(self.settings.batch_size, rng))
         ]
-        users = SasRecUsers(self.model.encoder)
+        users = SequenceUsers(self.model.encoder)
         figures = validation(self.model.items.weight.detach().numpy(), users)
         self.curve.append({"loss": float(np.mean(losses)), **figures})
         if self.best_epoch == len(self.curve) - 1:
@@ -165,8 +170,8 @@ class _Training:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(
-                f"SASRec: the loss is {value} in epoch {len(self.curve) + 1}, batch {batch + 1}",
-                f"lower ids.sasrec.lr (now {self.settings.lr:g}); the epochs before are kept",
+                f"{self.settings.title}: the loss is {value} in epoch {len(self.curve) + 1}, batch {batch + 1}",
+                f"lower ids.{self.settings.kind}.lr (now {self.settings.lr:g}); the epochs before are kept",
             )
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -211,7 +216,7 @@ class _Training:
             "best_epoch": self.best_epoch + 1,
             "curve": self.curve,
         }
-        return Trained(self.model.items.weight.detach().numpy(), SasRecUsers(self.model.encoder.eval()), figures)
+        return Trained(self.model.items.weight.detach().numpy(), SequenceUsers(self.model.encoder.eval()), figures)
 
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,43 @@
+"""Ranking of arms and their late fusion: one dot product of what stands side by side, the best of K where there are."""
+
+import numpy as np
+import pytest
+
+from rarec.evaluation.arms import Question, Ranker, rank_all
+from rarec.evaluation.fusion import WEIGHTS, fuse
+
+RNG = np.random.default_rng(0)
+
+
+def ranker(users: np.ndarray, items: np.ndarray) -> Ranker:
+    """Of fixed vectors, whatever the histories."""
+    return Ranker(items.astype(np.float32), lambda rows, histories: users[rows].astype(np.float32))
+
+
+@pytest.fixture
+def text() -> Ranker:
+    return ranker(RNG.standard_normal((5, 3)), RNG.standard_normal((7, 3)))
+
+
+@pytest.mark.parametrize("interests", [1, 4])
+def test_a_fused_score_is_the_sum_of_both(text, interests):
+    ids = ranker(RNG.standard_normal((5, interests, 2)), RNG.standard_normal((7, 2)))
+    rows, histories = np.arange(5), [np.array([], int)] * 5
+    fused = text.fused(ids, 0.7)
+    scores_BN = (fused.users(rows, histories) @ fused.items_NZ.T).max(1)
+    own_BN = text.users(rows, histories) @ text.items_NZ.T
+    others_BN = (ids.users(rows, histories) @ ids.items_NZ.T).max(1)
+    assert np.allclose(scores_BN, own_BN + 0.7 * others_BN, atol=1e-5)
+
+
+@pytest.mark.parametrize("interests", [1, 3])
+def test_the_weight_is_the_one_that_ranks_the_validation_users_best(interests):
+    """The arm scores everything alike, the ID model knows every target: any weight will do but none."""
+    flat = ranker(np.zeros((6, 2)), RNG.standard_normal((9, 2)))
+    items, targets = np.eye(9), np.arange(6)
+    users = np.zeros((6, interests, 9))
+    users[:, interests - 1] = items[:6]
+    question = Question(np.arange(6), [np.array([8])] * 6, targets)
+    fused, weight = fuse(flat, ranker(users, items), question)
+    assert weight == WEIGHTS[1]
+    assert (rank_all(question, {"fused": fused})["fused"] == 1).all()
