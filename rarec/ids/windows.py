@@ -1,4 +1,4 @@
-"""Training sequences cut into windows that SASRec can read.
+"""Training sequences cut into windows that an ID model can read.
 
 Shape letters: U users, W windows, B windows of a batch, T positions.
 """
