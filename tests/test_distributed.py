@@ -100,3 +100,9 @@ def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, t
         assert read_json(run / "evaluation" / name) == read_json(judged / "evaluation" / name), name
     titles = [[row["top"] for row in read_json(root / "evaluation" / "examples.json")] for root in (run, judged)]
     assert titles[0] == titles[1]
+    own, other = (read_json(root / "evaluation" / "diagnostics.json") for root in (run, judged))
+    assert own.keys() == other.keys()
+    assert [row["words"] for row in own["words"]] == [row["words"] for row in other["words"]]
+    for name, figure in (("blocks", "projection_norm"), ("blocks", "cka_after"), ("attention", "share")):
+        found, expected = ([row[figure] for row in each[name]] for each in (own, other))
+        assert found == pytest.approx(expected, rel=1e-3), figure

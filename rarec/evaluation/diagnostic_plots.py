@@ -1,10 +1,13 @@
 """Plots of alignment diagnostics: figures by block, a panel for each side and source."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rarec.evaluation.plots import COLOURS, INK, MUTED, WIDTH, drawing
 from rarec.evaluation.record import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Lines = Mapping[str, tuple[str, str]]
 """A line's label, to the figure that it shows and its colour."""
@@ -48,13 +51,24 @@ def by_block(name: str, title: str, lines: Lines, rows: Sequence[Row]) -> str:
             panel.set_title(f"{title.partition(' by ')[0]}, {place}")
             panel.set_xlabel("block")
             panel.locator_params(axis="x", nbins=5, integer=True)
-            if name == "norms":
-                panel.set_yscale("log")
-            else:
-                panel.set_ylim(bottom=0)
+        if name == "norms":
+            _logarithmic(axes)
+        else:
+            axes[0].set_ylim(bottom=0)  # last, since it fixes the top as well
         handles = {line.get_label(): line for panel in axes for line in panel.get_lines()}
         canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(handles))
     return made[0]
+
+
+def _logarithmic(axes: Sequence["Axes"]) -> None:
+    """With ticks in plain figures, also where the norms span less than a decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for panel in axes:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _told(lines: Lines, rows: Sequence[Row], place: str) -> str:

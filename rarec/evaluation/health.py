@@ -16,8 +16,8 @@ ALIKE = 0.01
 """Slots of different items are alike where 1 - their mean cosine is this share of that of their texts: they then differ
 a tenth as much (it goes with the square). Even a poor ridge fit, of R^2 = .05, starts at .05."""
 FLAT = 0.1
-"""Least effective rank of the projections, as a share of the ID vectors'. W can only lose directions; that it keeps one
-in ten is little to ask."""
+"""Least effective rank of the projections, as a share of the ID vectors'. A linear map may well favour the directions
+that the text knows; with less than one in ten, items that the ID model tells apart share a slot."""
 UNSEEN = 0.02
 """Least attention on slots, as a share of even attention, in the mean over blocks. Not higher: in a healthy block an
 attention sink may take nine tenths of all attention, and leave the slots a tenth of their even share."""
