@@ -370,6 +370,18 @@ def test_a_healthy_run_says_so_and_a_missing_figure_is_left_out(context, tmp_pat
     assert page.count("<svg") == (context.paths.report / "report.html").read_text().count("<svg") - 1
 
 
+def test_a_side_without_a_figure_leaves_its_panel_empty(context, tmp_path):
+    def change(found: dict[str, Any]) -> dict[str, Any]:
+        rows = [
+            row | {"cka_before": None, "cka_after": None} if row["side"] == "user" else row for row in found["blocks"]
+        ]
+        return {**found, "blocks": rows}
+
+    copy = evaluation_with(context, tmp_path, change)
+    page = write_report(copy.paths, copy.config, say=lambda line: None).read_text()
+    assert "CKA with the text by block. user id: none; item id: ID vectors (before)" in page
+
+
 def test_a_row_that_lacks_a_figure_is_named(context, tmp_path):
     def harm(found: dict[str, Any]) -> dict[str, Any]:
         del found["blocks"][1]["cka_after"]

@@ -104,5 +104,6 @@ def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, t
     assert own.keys() == other.keys()
     assert [row["words"] for row in own["words"]] == [row["words"] for row in other["words"]]
     for name, figure in (("blocks", "projection_norm"), ("blocks", "cka_after"), ("attention", "share")):
-        found, expected = ([row[figure] for row in each[name]] for each in (own, other))
-        assert found == pytest.approx(expected, rel=1e-3), figure
+        pairs = [(one[figure], two[figure]) for one, two in zip(own[name], other[name], strict=True)]
+        assert all((one is None) == (two is None) for one, two in pairs), figure  # CKA of texts that all end alike
+        assert all(one is None or one == pytest.approx(two, rel=1e-3) for one, two in pairs), figure

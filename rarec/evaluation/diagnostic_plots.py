@@ -47,7 +47,8 @@ def by_block(name: str, title: str, lines: Lines, rows: Sequence[Row]) -> str:
         for panel, (place, own) in zip(axes, panels.items(), strict=True):
             for label, (figure, colour) in lines.items():
                 known = [(row["block"], row[figure]) for row in own if row[figure] is not None]
-                panel.plot(*zip(*known, strict=True), "o-", color=colour, markersize=3.5, linewidth=1.6, label=label)
+                xy = ([block for block, _ in known], [value for _, value in known])
+                panel.plot(*xy, "o-", color=colour, markersize=3.5, linewidth=1.6, label=label)
             panel.set_title(f"{title.partition(' by ')[0]}, {place}")
             panel.set_xlabel("block")
             panel.locator_params(axis="x", nbins=5, integer=True)
@@ -80,4 +81,4 @@ def _told(lines: Lines, rows: Sequence[Row], place: str) -> str:
         for block, row in ends.items()
         if row[figure] is not None
     ]
-    return f"{place}: {', '.join(known)}"
+    return f"{place}: {', '.join(known) or 'none'}"

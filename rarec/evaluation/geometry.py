@@ -19,7 +19,8 @@ def linear_cka(x_ND: Tensor, y_NE: Tensor) -> float | None:
     figures of the same N and like dimensions may be compared.
 
     Returns:
-        From 0 to 1; None where a set is constant or not finite.
+        From 0 to 1; None where a set is constant or not finite. Last-token states at block 0 are constant, where all
+        prompts end alike.
     """
     x_NN, y_NN = _centred_gram(x_ND), _centred_gram(y_NE)
     scale = x_NN.norm() * y_NN.norm()
