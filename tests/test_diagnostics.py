@@ -265,9 +265,14 @@ def test_a_healthy_alignment_is_not_warned_about(context):
     ("what", "figures", "said", "field"),
     [
         ("norm", {"projection_norm": 2 * NORM_FACTOR + 1}, "5.5 times", "train.lr"),
-        ("norm", {"instruction_norm": 0.2}, "0.1 times", "alignment.init"),
+        ("norm", {"instruction_norm": 0.2}, "0.1 times", "train.lr"),
         ("alike", {"projection_cosine": 0.9999}, "mean cosine 0.999900, their texts' 0.5000", "loss.align_weight"),
-        ("flat", {"projection_rank": 1.5}, "rank down to 1.5, the ID vectors' is 30", "loss.align_temperature"),
+        (
+            "flat",
+            {"projection_rank": 1.5},
+            "effective rank 1.5, the ID vectors' 30 (block 0)",
+            "loss.align_temperature",
+        ),
         ("cka", {"cka_after": 0.3}, "0.300", "loss.align_weight"),
     ],
 )
@@ -282,6 +287,11 @@ def test_each_warning_names_its_figure_and_a_field(context, what, figures, said,
 @pytest.mark.parametrize(("share", "what"), [(0.003, ["unseen"]), (0.005, []), (0.95, ["blinding"])])
 def test_attention_on_slots_is_nearly_nil_or_nearly_all(context, share, what):
     assert [warning["what"] for warning in told(context, [block()], share)] == what
+
+
+def test_a_random_start_is_advised_against(context, finished):
+    random = open_context(finished, ["alignment.init=random"])
+    assert "alignment.init: ridge (now random)" in told(random, [block(instruction_norm=0.2)])[0]["advice"]
 
 
 def test_a_warning_counts_the_blocks_together(context):

@@ -1,6 +1,6 @@
 """Whether an alignment has collapsed: warnings in words, with the figure behind each and a field to change (ours)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
@@ -10,8 +10,8 @@ from rarec.evaluation.labels import listed
 
 Row = Mapping[str, Any]
 NORM_FACTOR = 5.0
-"""A median norm further from the text's than this is strange to the block: of one kind and block, the text's own norms
-lie within a factor of 2 or so, attention sinks aside; ridge initialisation starts near 1."""
+"""Slots whose median norm is so many times the text's, or its inverse, are strange to the block. A choice: ridge
+initialisation starts near 1. A post-norm block takes the norm as it is; a pre-norm one divides it away."""
 ALIKE = 0.01
 """Slots of different items are alike where 1 - their mean cosine is this share of that of their texts: they then differ
 a tenth as much (it goes with the square). Even a poor ridge fit, of R^2 = .05, starts at .05."""
@@ -65,8 +65,7 @@ def _norms(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warne
             yield _warned("norm", where, long, text, f"{advice} (now {config.train.weight_decay:g})")
         if short:
             text = f"{name}s have down to {min(short.values()):.3g} times the norm of the text's states"
-            start = f"alignment.init: ridge (now {config.alignment.init}) starts at the norms of the text"
-            yield _warned("norm", where, short, text, f"{start}; lower train.weight_decay")
+            yield _warned("norm", where, short, text, _start(config))
 
 
 def _alike(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
@@ -74,30 +73,24 @@ def _alike(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warne
         ours, texts = row["projection_cosine"], row["text_cosine"]
         return ours is not None and texts is not None and 1 - ours < ALIKE * (1 - texts)
 
-    worst = _chosen(rows, alike)
-    if worst:
-        cosine = max(row["projection_cosine"] for row in worst.values())
-        texts = mean(row["text_cosine"] for row in worst.values())
-        text = (
-            f"slots of different {_people(where)} are nearly alike: mean cosine {cosine:.6f}, their texts' {texts:.4f}"
-        )
-        advice = f"raise loss.align_weight (now {config.loss.align_weight:g}), whose contrast parts them"
-        yield _warned("alike", where, worst, text, f"{advice}; alignment.init: ridge (now {config.alignment.init})")
+    sick = [row for row in rows if alike(row)]
+    if sick:
+        worst = max(sick, key=lambda row: float(row["projection_cosine"]))
+        cosines = f"mean cosine {worst['projection_cosine']:.6f}, their texts' {worst['text_cosine']:.4f}"
+        text = f"slots of different {worst['side']}s are nearly alike: {cosines} (block {worst['block']})"
+        advice = f"raise loss.align_weight (now {config.loss.align_weight:g}), whose contrast parts them, or"
+        yield _warned("alike", where, (row["block"] for row in sick), text, f"{advice} {_start(config)}")
 
 
 def _flat(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
-    def flat(row: Row) -> bool:
-        ratio = _ratio(row["projection_rank"], row["id_rank"])
-        return ratio is not None and ratio < FLAT
-
-    worst = _chosen(rows, flat)
-    if worst:
-        rank, ids = min(row["projection_rank"] for row in worst.values()), rows[0]["id_rank"]
-        text = f"projections vary in few directions: effective rank down to {rank:.3g}, the ID vectors' is {ids:.3g}"
-        advice = (
-            f"lower loss.align_temperature (now {config.loss.align_temperature:g}), for a contrast of more directions"
-        )
-        yield _warned("flat", where, worst, text, f"{advice}, or train.lr (now {config.train.lr:g})")
+    ratios = {row["block"]: _ratio(row["projection_rank"], row["id_rank"]) for row in rows}
+    sick = [row for row in rows if (ratio := ratios[row["block"]]) is not None and ratio < FLAT]
+    if sick:
+        worst = min(sick, key=lambda row: float(row["projection_rank"]))
+        ranks = f"effective rank {worst['projection_rank']:.3g}, the ID vectors' {worst['id_rank']:.3g}"
+        text = f"projections vary in few directions: {ranks} (block {worst['block']})"
+        advice = f"lower loss.align_temperature (now {config.loss.align_temperature:g}), for a sharper contrast"
+        yield _warned("flat", where, (row["block"] for row in sick), text, f"{advice}, or {_start(config)}")
 
 
 def _cka(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
@@ -117,8 +110,8 @@ def _attention(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[W
     share, even = mean(row["share"] for row in rows), mean(row["even"] for row in rows)
     told = f"attention of the text on slots is {share:.4g} in the mean over blocks (even attention: {even:.4g})"
     if share < UNSEEN * even:
-        advice = "inject elsewhere (train.blocks, export.arm), or start from alignment.init: ridge"
-        yield Warned("unseen", f"{where}: {told}, nearly nil", f"{advice} (now {config.alignment.init})")
+        advice = f"inject elsewhere (train.blocks, export.arm), or {_start(config)}"
+        yield Warned("unseen", f"{where}: {told}, nearly nil", advice)
     if share > BLINDING:
         advice = f"lower alignment.instructions (now {config.alignment.instructions}) or train.lr"
         yield Warned("blinding", f"{where}: {told}, nearly all", f"{advice} (now {config.train.lr:g})")
@@ -128,12 +121,11 @@ def _warned(what: str, where: str, blocks: Iterable[int], text: str, advice: str
     return Warned(what, f"{where}, {_ranges(sorted(blocks))}: {text}", advice)
 
 
-def _chosen(rows: Sequence[Row], sick: Callable[[Row], bool]) -> dict[int, Row]:
-    return {row["block"]: row for row in rows if sick(row)}
-
-
-def _people(where: str) -> str:
-    return "users" if where.startswith("user") else "items"
+def _start(config: RunConfig) -> str:
+    """Ridge initialisation starts with slots that the blocks know: take it, or stay nearer to it."""
+    if config.alignment.init == "ridge":
+        return f"lower train.lr (now {config.train.lr:g}): training has left a start at the text's states"
+    return f"set alignment.init: ridge (now {config.alignment.init}), which starts at the text's states"
 
 
 def _ratio(value: float | None, to: float | None) -> float | None:
