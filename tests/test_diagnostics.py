@@ -1,5 +1,6 @@
 """Alignment diagnostics: each figure against a small example worked by hand, then a whole run's JSON and report."""
 
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ from rarec.artefacts import read_json, read_manifest, write_json
 from rarec.cli import open_context
 from rarec.config import ARMS
 from rarec.errors import UserError
-from rarec.evaluation.diagnostics import diagnose
+from rarec.evaluation.diagnostic_plots import every
+from rarec.evaluation.diagnostics import ALIGNMENT_FIGURES, diagnose
 from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine
 from rarec.evaluation.health import NORM_FACTOR, warnings
 from rarec.evaluation.report import write_report
@@ -47,22 +49,38 @@ def test_cka_is_one_for_a_rotation_with_any_scale_and_shift():
 
 
 def test_cka_by_hand():
-    """Centred X = (1, -1, 0), Y = (1, 1, -2): X'Y = 0. With Z = (1, 0, -1): (X'Z)^2 / (X'X Z'Z) = 1 / 4."""
-    x, y, z = (torch.tensor(values)[:, None] for values in ([1.0, -1, 0], [1.0, 1, -2], [1.0, 0, -1]))
-    assert linear_cka(x, y) == pytest.approx(0, abs=1e-12)
-    assert linear_cka(x, z) == pytest.approx(0.25, abs=1e-12)
+    """Kernels off the diagonal hold six pairs. x: 2 pairs of +1, 4 of -1; so row sums -1 and a sum of -4; y alike.
+
+    HSIC(x, x) = (12 + 16/6 - 4) / 4 = 8/3. Of the products of x and y four pairs are -1 and two +1: HSIC(x, y) =
+    (-4 + 16/6 - 4) / 4 = -4/3. The ratio is -1/2: no more than chance, of four things.
+    """
+    x, y = torch.tensor([[1.0], [1], [-1], [-1]]), torch.tensor([[1.0], [-1], [1], [-1]])
+    assert linear_cka(x, x) == pytest.approx(1)
+    assert linear_cka(x, y) == pytest.approx(-0.5)
 
 
-def test_cka_is_its_definition():
-    x, y = points(12, 5, 0), points(12, 7, 1)
-    xc, yc = x - x.mean(0), y - y.mean(0)
-    expected = (yc.T @ xc).norm() ** 2 / ((xc.T @ xc).norm() * (yc.T @ yc).norm())
-    assert linear_cka(x, y) == pytest.approx(float(expected), abs=1e-12)
+def test_cka_is_its_definition_over_all_quadruples():
+    """Unbiased HSIC is the mean of K_ij (L_ij + L_kl - 2 L_ik) over different i, j, k and l."""
+    x, y = points(7, 5, 0), points(7, 3, 1)
+
+    def hsic(k: torch.Tensor, m: torch.Tensor) -> float:
+        quads = itertools.permutations(range(7), 4)
+        return float(np.mean([k[a, b] * (m[a, b] + m[c, d] - 2 * m[a, c]) for a, b, c, d in quads]))
+
+    k, m = x @ x.T, y @ y.T
+    expected = hsic(k, m) / math.sqrt(hsic(k, k) * hsic(m, m))
+    assert linear_cka(x, y) == pytest.approx(expected, abs=1e-9)
+
+
+def test_cka_of_unrelated_vectors_is_about_zero_however_many_directions_they_have():
+    assert abs(linear_cka(points(64, 500, 0), points(64, 500, 1))) < 0.05
+    assert abs(linear_cka(points(64, 2, 0), points(64, 500, 1))) < 0.05
 
 
 def test_what_cannot_be_said_of_vectors_is_none():
     same, one, broken = torch.ones(5, 3) * 0.1, torch.ones(1, 3), torch.full((4, 3), math.nan)
     assert linear_cka(same, points(5, 3, 0)) is None
+    assert linear_cka(points(3, 3, 1), points(3, 3, 0)) is None
     assert linear_cka(broken, points(4, 3, 0)) is None
     assert [mean_cosine(one), mean_cosine(broken), effective_rank(broken)] == [None, None, None]
     assert [effective_rank(same), effective_rank(one)] == [0, 0]
@@ -116,14 +134,16 @@ def test_attention_on_slots_by_hand():
     assert sums.tolist() == pytest.approx([0.45, 0.5, 1])
 
 
-def make_model(kind: str = "llama", blocks: tuple[int, ...] = (0, 1), seed: int = 0) -> RaRec:
+def make_model(
+    kind: str = "llama", blocks: tuple[int, ...] = (0, 1), projections: bool = True, vectors: int = 1
+) -> RaRec:
     """Two towers over a tiny model, with one source of four dimensions."""
     backbone = FrozenBackbone(tiny_model(kind, blocks=BLOCKS, hidden=HIDDEN), "last")
 
     def tower() -> Tower:
-        alignment = AlignmentModule({"id": SlotShape(1, 4)}, blocks, HIDDEN, 2, True)
+        alignment = AlignmentModule({"id": SlotShape(vectors, 4)}, blocks, HIDDEN, 2, projections)
         for _, source in alignment.named_sources():
-            source.reset(torch.Generator().manual_seed(seed), spread=1.0)
+            source.reset(torch.Generator().manual_seed(0), spread=1.0)
         return Tower(alignment, Readout(HIDDEN, "last", True, False))
 
     return RaRec(backbone, tower(), tower(), scale=1.0, learn_scale=False, residual=False).eval()
@@ -225,6 +245,25 @@ def test_attention_begins_with_the_first_block_that_has_slots_and_words_are_of_b
     assert found["words"] == []
 
 
+def test_instructions_alone_have_norms_and_words_and_no_geometry():
+    model = make_model(projections=False)
+    found = diagnose(model, [make_sample()], TextTokenizer(tiny_tokenizer(encoder=False)), 4)
+    assert all(row[figure] is None for row in found["blocks"] for figure in ("projection_norm", *ALIGNMENT_FIGURES))
+    assert all(row["instruction_norm"] > 0 for row in found["blocks"])
+    assert [row["slot"] for row in found["words"]] == ["instruction 1", "instruction 2"]
+    plots = list(every(found))
+    assert ["alignment-norms" in plots[0], "alignment-attention" in plots[1], len(plots)] == [True, True, 2]
+
+
+def test_each_of_several_vectors_of_a_user_has_its_words():
+    model = make_model(vectors=3)
+    found = diagnose(model, [make_sample("user", vectors=3)], TextTokenizer(tiny_tokenizer(encoder=False)), 4)
+    assert [row["slot"] for row in found["words"]][2:6] == [
+        "user 0 (vector 1)", "user 0 (vector 2)", "user 0 (vector 3)", "user 1 (vector 1)",
+    ]  # fmt: skip
+    assert found["blocks"][0]["cka_after"] is not None
+
+
 def test_a_token_reads_as_its_word():
     tokenizer = TextTokenizer(tiny_tokenizer(encoder=False))
     assert tokenizer.word(int(tokenizer("shirt")[0])) == "shirt"
@@ -257,7 +296,7 @@ def context(finished: Path) -> Context:
 
 def test_a_healthy_alignment_is_not_warned_about(context):
     assert told(context, [block(), block(block=1)]) == []
-    prefix = dict.fromkeys(("projection_norm", "projection_cosine", "projection_rank", "cka_after"))
+    prefix = dict.fromkeys(("projection_norm", *ALIGNMENT_FIGURES))
     assert told(context, [block(**prefix)]) == []
 
 
@@ -329,7 +368,7 @@ def test_a_run_leaves_diagnostics_of_validation_users_and_items(context):
         ("user", "id", 0), ("user", "id", 1), ("item", "id", 0), ("item", "id", 1),
     ]  # fmt: skip
     for row in found["blocks"]:
-        assert 0 < row["cka_before"] <= 1
+        assert -0.1 < row["cka_before"] < 1.1
         assert 1 <= row["projection_rank"] <= 16
     assert all(0 < row["share"] < 1 for row in found["attention"])
     assert len(found["words"]) == 2 * (context.config.alignment.instructions + 5)

@@ -55,8 +55,8 @@ def by_block(name: str, title: str, lines: Lines, rows: Sequence[Row]) -> str:
         if name == "norms":
             _logarithmic(axes)
         else:
-            axes[0].set_ylim(bottom=0)  # last, since it fixes the top as well
-        handles = {line.get_label(): line for panel in axes for line in panel.get_lines()}
+            axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # last, since it fixes the top as well
+        handles = {line.get_label(): line for panel in axes for line in panel.get_lines() if len(line.get_xdata())}
         canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(handles))
     return made[0]
 

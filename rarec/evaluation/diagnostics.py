@@ -28,6 +28,7 @@ TOGETHER = 4
 NAMED = 5
 """Items and users whose slots are put into words."""
 WORDS = 8
+ALIGNMENT_FIGURES = ("projection_cosine", "text_cosine", "projection_rank", "id_rank", "cka_before", "cka_after")
 
 Row = dict[str, Any]
 
@@ -91,15 +92,13 @@ def _block_rows(
 
 def _alignment_figures(p_NKD: Tensor | None, ids_NE: Tensor, text_ND: Tensor) -> dict[str, float | None]:
     """How the projections lie. Of several vectors of a user the mean is taken, as the alignment loss does."""
-    p_ND = None if p_NKD is None else p_NKD.mean(1)
-    return {
-        "projection_cosine": None if p_ND is None else mean_cosine(p_ND),
-        "text_cosine": mean_cosine(text_ND),
-        "projection_rank": None if p_ND is None else effective_rank(p_ND),
-        "id_rank": effective_rank(ids_NE),
-        "cka_before": linear_cka(ids_NE, text_ND),
-        "cka_after": None if p_ND is None else linear_cka(p_ND, text_ND),
-    }
+    if p_NKD is None:
+        return dict.fromkeys(ALIGNMENT_FIGURES)
+    p_ND = p_NKD.mean(1)
+    ranks = effective_rank(p_ND), effective_rank(ids_NE)
+    alignment = linear_cka(ids_NE, text_ND), linear_cka(p_ND, text_ND)
+    figures = (mean_cosine(p_ND), mean_cosine(text_ND), *ranks, *alignment)
+    return dict(zip(ALIGNMENT_FIGURES, figures, strict=True))
 
 
 def _attention_rows(passes: Passes, sample: SideSample, tower: Tower) -> list[Row]:

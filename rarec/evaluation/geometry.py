@@ -14,17 +14,20 @@ CONSTANT = 1e-14
 def linear_cka(x_ND: Tensor, y_NE: Tensor) -> float | None:
     """Linear centred kernel alignment of two sets of vectors of the same N things (Kornblith et al., ICML 2019).
 
-    ||Y'X||^2 / (||X'X|| ||Y'Y||) with centred columns and Frobenius norms: 1 where one is a rotation of the other, with
-    any scale; 0 where they share no direction. It is biased upwards where D and E are large beside N, so that only
-    figures of the same N and like dimensions may be compared.
+    HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) with linear kernels: 1 where one is a rotation of the other with any scale,
+    about 0 where they have nothing to do with one another. HSIC is estimated without bias (Song et al., JMLR 2012; so
+    used by Nguyen et al., ICLR 2021): the plain estimate is above 0 by chance, the more the more directions the vectors
+    have, and vectors before and after a map could not be compared.
 
     Returns:
-        From 0 to 1; None where a set is constant or not finite. Last-token states at block 0 are constant, where all
-        prompts end alike.
+        From 0 to 1, but for chance; None of fewer than four things, or where a set is constant or not finite.
+        Last-token states at block 0 are constant where all prompts end alike.
     """
-    x_NN, y_NN = _centred_gram(x_ND), _centred_gram(y_NE)
-    scale = x_NN.norm() * y_NN.norm()
-    return float((x_NN * y_NN).sum() / scale) if scale > 0 else None
+    if len(x_ND) < 4:
+        return None
+    x_NN, y_NN = _centred_gram(x_ND).fill_diagonal_(0), _centred_gram(y_NE).fill_diagonal_(0)
+    x, y = _hsic(x_NN, x_NN), _hsic(y_NN, y_NN)
+    return float(_hsic(x_NN, y_NN) / (x * y).sqrt()) if x > 0 and y > 0 else None
 
 
 def effective_rank(x_ND: Tensor) -> float | None:
@@ -63,3 +66,10 @@ def _centred_gram(x_ND: Tensor) -> Tensor:
     centred_ND = x_ND - x_ND.mean(0)
     constant = centred_ND.square().sum() <= CONSTANT * x_ND.square().sum()
     return centred_ND @ centred_ND.T * ~constant
+
+
+def _hsic(x_NN: Tensor, y_NN: Tensor) -> Tensor:
+    """The unbiased estimate, from kernels without their diagonals."""
+    n = len(x_NN)
+    whole = x_NN.sum() * y_NN.sum() / ((n - 1) * (n - 2))
+    return ((x_NN * y_NN).sum() + whole - 2 / (n - 2) * (x_NN.sum(0) @ y_NN.sum(0))) / (n * (n - 3))

@@ -18,7 +18,7 @@ from rarec.prompts import Encoded, PromptPair
 
 Rows = npt.NDArray[np.int64]
 SAMPLE = 256
-"""Items, and as many users. CKA is biased upwards where there are few, and its Gram matrix grows with their square."""
+"""Items, and as many users: chance moves CKA by less than .01 then, and a pass of them is little beside the ranking."""
 
 
 @dataclass(frozen=True)
