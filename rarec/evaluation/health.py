@@ -64,7 +64,7 @@ def _norms(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warne
             advice = f"lower train.lr (now {config.train.lr:g}) or raise train.weight_decay"
             yield _warned("norm", where, long, text, f"{advice} (now {config.train.weight_decay:g})")
         if short:
-            text = f"{name}s have down to {min(short.values()):.3g} times the norm of the text's states"
+            text = f"{name}s are down to {min(short.values()):.3g} times as long as the text's states"
             yield _warned("norm", where, short, text, _start(config))
 
 

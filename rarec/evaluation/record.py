@@ -103,8 +103,10 @@ def _diagnostics(path: Path) -> Row:
     found = _optional(path, {})
     if not isinstance(found, dict):
         raise UserError(f"{path} is not an object", _REMEDY)
+    if found:
+        _checked([found], ("arm", "n", *DIAGNOSTIC_FIELDS), str(path))
     for name, fields in DIAGNOSTIC_FIELDS.items() if found else ():
-        _checked(found.get(name), fields, f"{path}, {name}")
+        _checked(found[name], fields, f"{path}, {name}")
     return found
 
 
