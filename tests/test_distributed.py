@@ -100,3 +100,10 @@ def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, t
         assert read_json(run / "evaluation" / name) == read_json(judged / "evaluation" / name), name
     titles = [[row["top"] for row in read_json(root / "evaluation" / "examples.json")] for root in (run, judged)]
     assert titles[0] == titles[1]
+    own, other = (read_json(root / "evaluation" / "diagnostics.json") for root in (run, judged))
+    assert own.keys() == other.keys()
+    assert [row["words"] for row in own["words"]] == [row["words"] for row in other["words"]]
+    for name, figure in (("blocks", "projection_norm"), ("blocks", "cka_after"), ("attention", "share")):
+        pairs = [(one[figure], two[figure]) for one, two in zip(own[name], other[name], strict=True)]
+        assert all((one is None) == (two is None) for one, two in pairs), figure  # CKA of texts that all end alike
+        assert all(one is None or one == pytest.approx(two, rel=1e-3) for one, two in pairs), figure

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE, SURFACE = "#000001", "#000002", "#000003", "#000004"
-_COLOURS = {
+COLOURS = {
     ID_ONLY: "#000005",
     "text_only": "#000006",
     "prefix_only": "#000007",
@@ -29,7 +29,7 @@ _COLOURS = {
 }
 _OUTCOMES = {"beats": "#00000b", "loses": "#00000c", "open": MUTED}
 THEME = {INK: "ink", MUTED: "muted", RULE: "rule", SURFACE: "surface", "#00000b": "good", "#00000c": "bad"} | {
-    colour: arm.replace("_", "-") for arm, colour in _COLOURS.items()
+    colour: arm.replace("_", "-") for arm, colour in COLOURS.items()
 }
 """Sentinel colours and the CSS variables that stand for them on the page."""
 _STYLE: dict[Any, Any] = {
@@ -71,7 +71,7 @@ def forest(metrics: Sequence[Row], arms: Sequence[str], names: Sequence[str]) ->
         if (arm, name) in cells
     ]
     alt = f"Values with 95% intervals of {len(arms)} arms in {len(names)} metrics. {'; '.join(lines)}."
-    with _canvas("forest", alt, height=0.75 + 0.27 * len(arms)) as (canvas, made):
+    with drawing("forest", alt, height=0.75 + 0.27 * len(arms)) as (canvas, made):
         panels = canvas.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for panel, name in zip(panels, names, strict=True):
             band = cells.get((ID_ONLY, name))
@@ -95,7 +95,7 @@ def differences(findings: Sequence[Finding]) -> str:
     labels = [f"{arm_title(f.arm)} vs {arm_title(f.baseline)}" for f in findings]
     lines = [f"{label} {f.evidence()}, {f.reading}" for label, f in zip(labels, findings, strict=True)]
     alt = f"Paired differences with 95% intervals. {'; '.join(lines)}."
-    with _canvas("differences", alt, height=0.75 + 0.26 * len(findings)) as (canvas, made):
+    with drawing("differences", alt, height=0.75 + 0.26 * len(findings)) as (canvas, made):
         panel = canvas.subplots()
         panel.axvline(0, color=INK, linewidth=1)
         for height, finding in enumerate(reversed(findings)):
@@ -120,7 +120,7 @@ def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
     shown = {title: {arm: s for arm, s in lines.items() if s[0]} for title, lines in panels.items()}
     shown = {title: lines for title, lines in shown.items() if lines}
     alt = f"Curves over training steps of {', '.join(map(arm_title, training))}: {', '.join(shown)}."
-    with _canvas("curves", alt, height=2.9) as (canvas, made):
+    with drawing("curves", alt, height=2.9) as (canvas, made):
         axes = canvas.subplots(1, len(shown), squeeze=False)[0]
         for panel, (title, lines) in zip(axes, shown.items(), strict=True):
             for arm, (steps, values) in lines.items():
@@ -141,7 +141,7 @@ def strata(rows: Sequence[Row], stratum: str, metric: str, arms: Sequence[str]) 
     place = {bucket: index for index, bucket in enumerate(buckets)}
     lines = [f"{arm_title(r['arm'])} at {r['bucket']}: {figure(r['value'])}" for r in rows if r["arm"] in arms]
     alt = f"{metric_title(metric)} by {stratum}, with 95% intervals. {'; '.join(lines)}."
-    with _canvas(f"strata-{stratum.replace(' ', '-')}", alt, width=WIDTH / 2, height=2.9) as (canvas, made):
+    with drawing(f"strata-{stratum.replace(' ', '-')}", alt, width=WIDTH / 2, height=2.9) as (canvas, made):
         panel = canvas.subplots()
         for row in rows:
             if row["arm"] in arms:
@@ -195,11 +195,11 @@ def _validation(record: TrainingRecord, metric: str) -> tuple[list[float], list[
 
 
 def _colour(arm: str) -> str:
-    return _COLOURS.get(base_arm(arm), INK)
+    return COLOURS.get(base_arm(arm), INK)
 
 
 @contextmanager
-def _canvas(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iterator[tuple["Figure", list[str]]]:
+def drawing(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iterator[tuple["Figure", list[str]]]:
     """A figure to draw on, and a list that holds its SVG once it is drawn. No global state of matplotlib is touched."""
     import matplotlib
     from matplotlib.figure import Figure

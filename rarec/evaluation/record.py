@@ -19,6 +19,22 @@ METRIC_FIELDS = ("arm", "metric", "protocol", "value", *_INTERVAL)
 COMPARISON_FIELDS = ("arm", "baseline", "metric", "protocol", "difference", *_INTERVAL)
 STRATUM_FIELDS = ("arm", "stratum", "bucket", "order", "metric", "value", *_INTERVAL)
 EXAMPLE_FIELDS = ("user", "history", "target", "target_rank", "top")
+DIAGNOSTIC_FIELDS = {
+    "blocks": (
+        "side",
+        "source",
+        "block",
+        "text_norm",
+        "projection_norm",
+        "instruction_norm",
+        "cka_before",
+        "cka_after",
+    ),
+    "attention": ("side", "block", "share", "even"),
+    "words": ("side", "source", "slot", "words", "cosines"),
+    "warnings": ("what", "text", "advice"),
+}
+"""What the report reads of each list in diagnostics.json."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,7 @@ class RunRecord:
     comparisons: list[Row]
     strata: list[Row]
     examples: list[Row]
+    diagnostics: Row
     training: dict[str, TrainingRecord]
     evaluation: Row
     prepared: Row
@@ -64,6 +81,7 @@ def read_run(run: RunPaths, *, say: Say) -> RunRecord:
         comparisons=_rows(run.evaluation / "comparisons.json", COMPARISON_FIELDS),
         strata=_rows(run.evaluation / "strata.json", STRATUM_FIELDS),
         examples=_rows(run.evaluation / "examples.json", EXAMPLE_FIELDS),
+        diagnostics=_diagnostics(run.evaluation / "diagnostics.json"),
         training={arm: _training(run.train(arm), say) for arm in arms},
         evaluation=_optional(run.evaluation / MANIFEST, {}),
         prepared=_optional(run.prepare / MANIFEST, {}),
@@ -77,13 +95,28 @@ def _optional(path: Path, otherwise: Any) -> Any:
 
 def _rows(path: Path, fields: tuple[str, ...]) -> list[Row]:
     """A list of records, each with every field that the report reads."""
-    rows: list[Row] = _optional(path, [])
+    return _checked(_optional(path, []), fields, str(path))
+
+
+def _diagnostics(path: Path) -> Row:
+    """The main arm's alignment; empty where it has no slots, or the evaluation is older than diagnostics are."""
+    found = _optional(path, {})
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not an object", _REMEDY)
+    if found:
+        _checked([found], ("arm", "n", *DIAGNOSTIC_FIELDS), str(path))
+    for name, fields in DIAGNOSTIC_FIELDS.items() if found else ():
+        _checked(found[name], fields, f"{path}, {name}")
+    return found
+
+
+def _checked(rows: Any, fields: tuple[str, ...], where: str) -> list[Row]:
     if not isinstance(rows, list):
-        raise UserError(f"{path} is not a list of rows", _REMEDY)
+        raise UserError(f"{where} is not a list of rows", _REMEDY)
     for number, row in enumerate(rows, start=1):
         lacking = [name for name in fields if name not in row] if isinstance(row, dict) else list(fields)
         if lacking:
-            raise UserError(f"{path}, row {number} lacks `{lacking[0]}`", _REMEDY)
+            raise UserError(f"{where}, row {number} lacks `{lacking[0]}`", _REMEDY)
     return rows
 
 

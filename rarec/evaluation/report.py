@@ -9,7 +9,7 @@ import rarec
 from rarec.artefacts import new_directory, write_text
 from rarec.config import RunConfig, dump_config
 from rarec.errors import UserError
-from rarec.evaluation import plots
+from rarec.evaluation import diagnostic_plots, plots
 from rarec.evaluation.labels import (
     FULL,
     HEADLINE,
@@ -107,6 +107,8 @@ def _context(record: RunRecord, config: RunConfig, name: str) -> dict[str, Any]:
         "first": first,
         "others": sorted((f for f in findings if f not in first), key=lambda f: metric_order(f.metric)),
         "examples": [_example(row) for row in record.examples],
+        "diagnostics": record.diagnostics,
+        "diagnosed": [_markup(svg) for svg in diagnostic_plots.every(record.diagnostics)] if record.diagnostics else [],
         "counts": record.prepared.get("counts", {}),
         "prepared": _figures(record.prepared),
         "selection": record.selection,

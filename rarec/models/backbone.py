@@ -1,14 +1,14 @@
 """The frozen language model: its blocks, its final hidden states, its pooled text-only states.
 
-Shape letters: B batch, T positions, L blocks asked for, D hidden size.
+Shape letters: B batch, T positions, L blocks asked for, D hidden size, V vocabulary.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from rarec.errors import UserError
 from rarec.models.slots import SlotInjector, Slots
 
 Pool = Literal["mean", "last"]
+T = TypeVar("T")
 
 
 class FrozenBackbone(nn.Module):
@@ -74,17 +75,22 @@ class FrozenBackbone(nn.Module):
         with self.injector.inject(slots):
             return self._hidden(ids_BT, mask_BT)
 
-    @torch.no_grad()
     def text_states(self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
-        """Pooled hidden states entering each of `blocks` for a prompt without slots, as (L, B, D) (h~ of section 4).
+        """Pooled hidden states entering each of `blocks` for a prompt without slots, as (L, B, D) (h~ of section 4)."""
+        return torch.stack(self.entering(ids_BT, mask_BT, blocks, lambda h_BTD: pool_text(h_BTD, mask_BT, self.pool)))
+
+    @torch.no_grad()
+    def entering(
+        self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int], reduce: Callable[[Tensor], T]
+    ) -> list[T]:
+        """What `reduce` makes of the hidden states (B, T, D) entering each of `blocks` for a prompt without slots.
 
         LoRA is switched off: these states belong to the frozen base.
         """
-        pooled: dict[int, Tensor] = {}
+        reduced: dict[int, T] = {}
 
         def keep(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden_BTD = args[0] if args else kwargs["hidden_states"]
-            pooled[index] = pool_text(hidden_BTD, mask_BT, self.pool)
+            reduced[index] = reduce(args[0] if args else kwargs["hidden_states"])
 
         chosen = [(index, self.blocks[index]) for index in blocks]
         hooks = [block.register_forward_pre_hook(partial(keep, i), with_kwargs=True) for i, block in chosen]
@@ -94,7 +100,14 @@ class FrozenBackbone(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack([pooled[block] for block in blocks])
+        return [reduced[block] for block in blocks]
+
+    @contextmanager
+    def word_vectors(self) -> Iterator[Tensor]:
+        """In it the table of input embeddings (V, D) is whole, also where an engine has sharded it. All ranks ask."""
+        weight = self.model.get_input_embeddings().weight
+        with whole(weight), torch.no_grad():
+            yield weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
 
     def fingerprint(self) -> str:
         """sha256 over configuration, names, shapes and 64 values of every frozen tensor but those of a pooler.

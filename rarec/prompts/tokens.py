@@ -38,6 +38,19 @@ class TextTokenizer:
         """Token ids of a piece of text, with a space before it if it is `spaced`, cut after `most` tokens."""
         return np.array(self._piece(text, spaced)[:most] if text else [], np.int32)
 
+    def __len__(self) -> int:
+        """The ids that it knows. A model's table of embeddings may have more rows, which stand for nothing."""
+        return len(self._tokenizer)
+
+    def word(self, token: int) -> str:
+        """What a token id reads as; its bare token where that is white space, or no whole character."""
+        text = str(self._tokenizer.decode([token])).strip()
+        return (
+            text
+            if text and "\N{REPLACEMENT CHARACTER}" not in text
+            else str(self._tokenizer.convert_ids_to_tokens(token))
+        )
+
     def _piece(self, text: str, spaced: bool) -> list[int]:
         if not self.adds_space:
             return self._ids(" " + text if spaced else text, special=False)

@@ -19,6 +19,7 @@ from rarec.evaluation.strata import strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
 from rarec.stages.context import Context
+from rarec.stages.diagnose import diagnostics
 from rarec.stages.shards import finished_shards
 from rarec.stages.trained import arm_hash, best_model
 
@@ -33,7 +34,10 @@ class Bootstrap(TypedDict):
 
 
 def evaluate(context: Context) -> None:
-    """Make `evaluation/`: ranks.parquet, metrics.json, comparisons.json, strata.json, examples.json."""
+    """Make `evaluation/`: ranks.parquet, metrics.json, comparisons.json, strata.json, examples.json, diagnostics.json.
+
+    The last is about the main arm's alignment, and is not there where that has no slots.
+    """
     config = context.config
     finished_shards(context)
     settings = context.settings("evaluate", "report", arms=config.train.arms, main=context.main.name)
@@ -51,6 +55,8 @@ def evaluate(context: Context) -> None:
             write_json(aside / "comparisons.json", evaluation.comparisons(ranks))
             write_json(aside / "strata.json", evaluation.strata(ranks))
             write_json(aside / "examples.json", evaluation.examples(ranks))
+            if evaluation.diagnostics is not None:
+                write_json(aside / "diagnostics.json", evaluation.diagnostics)
             figures: dict[str, Any] = {
                 "n": len(evaluation.test.targets),
                 "seconds": time.monotonic() - started,
@@ -74,6 +80,7 @@ class _Evaluation:
         self.validation = Question.of(dataset, validation)
         self.ids = Ranker.of_source(context.sources["id"])
         self.weights: dict[str, float] = {}
+        self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
         self._best: dict[str, npt.NDArray[np.int64]] = {"id_only": self._examples.best(self.ids)}
 
@@ -84,6 +91,8 @@ class _Evaluation:
             model = best_model(self.context, ARMS[name])
             with self.context.engine.serving(model):
                 ranks |= self._ranks_of(name, model)
+                if name == self.main:
+                    self.diagnostics = diagnostics(self.context, model)
         return ranks
 
     def examples(self, ranks: Ranks) -> list[dict[str, Any]]:

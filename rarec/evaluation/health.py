@@ -1,0 +1,144 @@
+"""Whether an alignment has collapsed: warnings in words, with the figure behind each and a field to change (ours)."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+from typing import Any
+
+from rarec.config import RunConfig
+from rarec.evaluation.labels import listed
+
+Row = Mapping[str, Any]
+NORM_FACTOR = 5.0
+"""Slots whose median norm is so many times the text's, or its inverse, are strange to the block. A choice: ridge
+initialisation starts near 1. A post-norm block takes the norm as it is; a pre-norm one divides it away."""
+ALIKE = 0.01
+"""Slots of different items are alike where 1 - their mean cosine is this share of that of their texts: they then differ
+a tenth as much (it goes with the square). Even a poor ridge fit, of R^2 = .05, starts at .05."""
+FLAT = 0.1
+"""Least effective rank of the projections, as a share of the ID vectors'. A linear map may well favour the directions
+that the text knows; with less than one in ten, items that the ID model tells apart share a slot."""
+UNSEEN = 0.02
+"""Least attention on slots, as a share of even attention, in the mean over blocks. Not higher: in a healthy block an
+attention sink may take nine tenths of all attention, and leave the slots a tenth of their even share."""
+BLINDING = 0.9
+"""Most attention on slots, in the mean over blocks: beyond it nearly nothing is left for the text."""
+
+
+@dataclass(frozen=True)
+class Warned:
+    """One warning.
+
+    Attributes:
+        what: `norm`, `alike`, `flat`, `unseen`, `blinding` or `cka`.
+        text: where, and the figure.
+        advice: which field to change.
+    """
+
+    what: str
+    text: str
+    advice: str
+
+
+def warnings(diagnostics: Mapping[str, Any], config: RunConfig) -> list[dict[str, str]]:
+    """What should worry a reader of `diagnose`'s figures; none for a healthy alignment."""
+    found: list[Warned] = []
+    places = dict.fromkeys((row["side"], row["source"]) for row in diagnostics["blocks"])
+    for side, source in places:
+        rows = [row for row in diagnostics["blocks"] if (row["side"], row["source"]) == (side, source)]
+        where = f"{side} side, source {source}"
+        found += [*_norms(rows, where, config), *_alike(rows, where, config)]
+        found += [*_flat(rows, where, config), *_cka(rows, where, config)]
+    for side in dict.fromkeys(row["side"] for row in diagnostics["attention"]):
+        found += _attention([row for row in diagnostics["attention"] if row["side"] == side], f"{side} side", config)
+    return [asdict(each) for each in found]
+
+
+def _norms(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
+    for name in ("projection", "instruction"):
+        ratios = {row["block"]: _ratio(row[f"{name}_norm"], row["text_norm"]) for row in rows}
+        long = {block: ratio for block, ratio in ratios.items() if ratio is not None and ratio > NORM_FACTOR}
+        short = {block: ratio for block, ratio in ratios.items() if ratio is not None and ratio < 1 / NORM_FACTOR}
+        if long:
+            text = f"{name}s are up to {max(long.values()):.3g} times as long as the text's states"
+            advice = f"lower train.lr (now {config.train.lr:g}) or raise train.weight_decay"
+            yield _warned("norm", where, long, text, f"{advice} (now {config.train.weight_decay:g})")
+        if short:
+            text = f"{name}s are down to {min(short.values()):.3g} times as long as the text's states"
+            yield _warned("norm", where, short, text, _start(config))
+
+
+def _alike(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
+    def alike(row: Row) -> bool:
+        ours, texts = row["projection_cosine"], row["text_cosine"]
+        return ours is not None and texts is not None and 1 - ours < ALIKE * (1 - texts)
+
+    sick = [row for row in rows if alike(row)]
+    if sick:
+        worst = max(sick, key=lambda row: float(row["projection_cosine"]))
+        cosines = f"mean cosine {worst['projection_cosine']:.6f}, their texts' {worst['text_cosine']:.4f}"
+        text = f"slots of different {worst['side']}s are nearly alike: {cosines} (block {worst['block']})"
+        advice = f"raise loss.align_weight (now {config.loss.align_weight:g}), whose contrast parts them, or"
+        yield _warned("alike", where, (row["block"] for row in sick), text, f"{advice} {_start(config)}")
+
+
+def _flat(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
+    ratios = {row["block"]: _ratio(row["projection_rank"], row["id_rank"]) for row in rows}
+    sick = [row for row in rows if (ratio := ratios[row["block"]]) is not None and ratio < FLAT]
+    if sick:
+        worst = min(sick, key=lambda row: float(row["projection_rank"]))
+        ranks = f"effective rank {worst['projection_rank']:.3g}, the ID vectors' {worst['id_rank']:.3g}"
+        text = f"projections vary in few directions: {ranks} (block {worst['block']})"
+        advice = f"lower loss.align_temperature (now {config.loss.align_temperature:g}), for a sharper contrast"
+        yield _warned("flat", where, (row["block"] for row in sick), text, f"{advice}, or {_start(config)}")
+
+
+def _cka(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
+    """Over the mean of the blocks: one alone may lie further from the text than the ID vectors did."""
+    both = [(row["cka_before"], row["cka_after"]) for row in rows if None not in (row["cka_before"], row["cka_after"])]
+    before, after = (mean(side) for side in zip(*both, strict=True)) if both else (0.0, 1.0)
+    if after <= before:
+        text = (
+            f"{where}: CKA with the text is {after:.3f} in the mean over blocks, not above the ID vectors' {before:.3f}"
+        )
+        weight, epochs = config.loss.align_weight, config.train.epochs
+        advice = f"raise loss.align_weight (now {weight:g}) or train.epochs (now {epochs})"
+        yield Warned("cka", text, advice)
+
+
+def _attention(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
+    share, even = mean(row["share"] for row in rows), mean(row["even"] for row in rows)
+    told = f"attention of the text on slots is {share:.4g} in the mean over blocks (even attention: {even:.4g})"
+    if share < UNSEEN * even:
+        advice = f"inject elsewhere (train.blocks, export.arm), or {_start(config)}"
+        yield Warned("unseen", f"{where}: {told}, nearly nil", advice)
+    if share > BLINDING:
+        advice = f"lower alignment.instructions (now {config.alignment.instructions}) or train.lr"
+        yield Warned("blinding", f"{where}: {told}, nearly all", f"{advice} (now {config.train.lr:g})")
+
+
+def _warned(what: str, where: str, blocks: Iterable[int], text: str, advice: str) -> Warned:
+    return Warned(what, f"{where}, {_ranges(sorted(blocks))}: {text}", advice)
+
+
+def _start(config: RunConfig) -> str:
+    """Ridge initialisation starts with slots that the blocks know: take it, or stay nearer to it."""
+    if config.alignment.init == "ridge":
+        return f"lower train.lr (now {config.train.lr:g}): training has left a start at the text's states"
+    return f"set alignment.init: ridge (now {config.alignment.init}), which starts at the text's states"
+
+
+def _ratio(value: float | None, to: float | None) -> float | None:
+    return value / to if value is not None and to else None
+
+
+def _ranges(blocks: Sequence[int]) -> str:
+    """`block 3`, or `blocks 0, 2 to 5 and 7`."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"block{'s' if len(blocks) > 1 else ''} {listed(parts)}"

@@ -1,0 +1,27 @@
+"""Alignment diagnostics of the main arm, while the evaluation has it loaded."""
+
+from typing import Any
+
+from rarec.evaluation.diagnostics import diagnose
+from rarec.evaluation.health import warnings
+from rarec.evaluation.sample import SideSample
+from rarec.models.towers import RaRec
+from rarec.stages.context import Context
+
+
+def diagnostics(context: Context, model: RaRec) -> dict[str, Any] | None:
+    """What diagnostics.json holds: `diagnose`'s figures, the arm, warnings; None where the arm has no slots.
+
+    Text comes from the catalogue and from validation users: no test target is read. All ranks must ask.
+    """
+    if model.user.alignment is None and model.item.alignment is None:
+        return None
+    shared = (context.dataset, context.prompts, context.sources, context.config.run.seed)
+    samples = [SideSample.of_users(*shared), SideSample.of_items(*shared)]
+    figures = diagnose(model, samples, context.prompts.tokenizer, context.config.evaluate.batch_size, context.ranks)
+    found = warnings(figures, context.config)
+    for warning in found:
+        context.say(f"alignment: {warning['text']}; {warning['advice']}")
+    if not found:
+        context.say("alignment: no sign of collapse")
+    return {"arm": context.main.name, **figures, "warnings": found}
