@@ -1,4 +1,4 @@
-"""`rarec sweep`: which runs a file names, what is refused, and that each run is made once, whatever befalls the sweep."""
+"""`rarec sweep`: which runs a file names, what is refused; each run is made once, whatever befalls the sweep."""
 
 import json
 import signal
@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from rarec.artefacts import MANIFEST, read_json
 from rarec.config.load import format_override, parse_override
@@ -25,6 +24,12 @@ LEARN = {"slow": {"train.lr": 1e-4}, "fast": {"train": {"lr": 1e-2}}}
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
     return make_world(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unswept(tmp_path_factory) -> Path:
+    """For what runs nothing."""
+    return make_world(tmp_path_factory.mktemp("unswept"))
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +56,9 @@ def test_stages_are_those_of_a_run_in_its_order():
     assert list(StageName.__args__) == list(STAGES)
 
 
-def test_runs_and_seeds_are_expanded_in_the_order_of_the_file(world):
+def test_runs_and_seeds_are_expanded_in_the_order_of_the_file(unswept):
     grid = {"grid": {"shards.share": [0.06, 1], "train.arms": [["text_only", "per_layer"]]}, "seeds": [3]}
-    path = write_sweep(world, {"plain": None, "share": grid}, seeds=[17, 18])
+    path = write_sweep(unswept, {"plain": None, "share": grid}, seeds=[17, 18])
     assert sorted(labels(path)) == [
         "plain/seed-17",
         "plain/seed-18",
@@ -62,14 +67,14 @@ def test_runs_and_seeds_are_expanded_in_the_order_of_the_file(world):
     ]
 
 
-def test_a_run_has_the_base_its_own_fields_and_those_of_the_command_line_in_that_order(world):
+def test_a_run_has_the_base_its_own_fields_and_those_of_the_command_line_in_that_order(unswept):
     runs = {"a": {"train": {"lr": 0.5, "epochs": 7}, "prepare.spark": {"spark.master": "yarn"}}}
-    run = load_sweep(write_sweep(world, runs), ["train.epochs=9"]).runs[0]
+    run = load_sweep(write_sweep(unswept, runs), ["train.epochs=9"]).runs[0]
     assert (run.config.train.lr, run.config.train.epochs, run.config.train.batch_size) == (0.5, 9, 32)
     assert run.config.prepare.spark == {"spark.master": "yarn"}
-    assert (run.config.run.dir, run.config.run.seed) == (f"{world.parent}/all/a/seed-17", 17)
-    assert run.config.run.shared == f"{world.parent}/all/shared"
-    elsewhere = load_sweep(write_sweep(world, runs), ["run.shared=/common"]).runs[0]
+    assert (run.config.run.dir, run.config.run.seed) == (f"{unswept.parent}/all/a/seed-17", 17)
+    assert run.config.run.shared == f"{unswept.parent}/all/shared"
+    elsewhere = load_sweep(write_sweep(unswept, runs), ["run.shared=/common"]).runs[0]
     assert elsewhere.config.run.shared == "/common"
 
 
@@ -113,15 +118,15 @@ def test_an_override_is_one_word_and_reads_back_equal(value):
         ({"a": None}, {"base": "no.yaml"}, r"no.yaml does not exist"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_starts(world, runs, fields, message):
-    path = write_sweep(world, runs, **fields)
+def test_what_cannot_be_run_is_refused_before_anything_starts(unswept, runs, fields, message):
+    path = write_sweep(unswept, runs, **fields)
     with pytest.raises(UserError, match=message):
         load_sweep(path)
-    assert not (world.parent / "all").exists()
+    assert not (unswept.parent / "all").exists()
 
 
-def test_two_runs_of_one_name_and_overrides_that_are_the_sweeps_are_refused(world):
-    path = write_sweep(world, {"a": {"grid": {"train.lr": [0.1]}}})
+def test_two_runs_of_one_name_and_overrides_that_are_the_sweeps_are_refused(unswept):
+    path = write_sweep(unswept, {"a": {"grid": {"train.lr": [0.1]}}})
     for override, message in {
         "run.seed=3": "`run.seed` cannot",
         "train.lr=1": "in its grid",
@@ -179,13 +184,13 @@ def test_a_second_sweep_makes_nothing_and_loads_nothing_heavy(swept):
     assert time.monotonic() - started < 0.5
 
 
-def test_the_list_tells_states_and_runs_nothing(swept, world):
+def test_the_list_tells_states_and_runs_nothing(swept, unswept):
     path, _ = swept
     assert sweep(path, "--list").stdout.splitlines() == ["fast/seed-17  done", "slow/seed-17  done"]
-    fresh = write_sweep(world, LEARN)
+    fresh = write_sweep(unswept, LEARN)
     listed = sweep(fresh, "--list", "--only", "s*")
     assert (listed.returncode, listed.stdout) == (0, "slow/seed-17  to do\n")
-    assert not (world.parent / "all").exists()
+    assert not (unswept.parent / "all").exists()
 
 
 @pytest.mark.parametrize(
@@ -273,14 +278,10 @@ def test_a_sweep_that_is_stopped_has_its_run_save_first(world, number, code):
     assert "stopped by a signal at step" in last_words(run / LOG)
 
 
-def test_only_names_that_are_there(world):
-    path = write_sweep(world, LEARN)
+def test_only_names_that_are_there(unswept):
+    path = write_sweep(unswept, LEARN)
     ended = sweep(path, "--only", "quick*")
     assert ended.returncode == 2
     assert "no run is called 'quick*'" in ended.stderr
     assert "there are: fast, slow" in ended.stderr
     assert sweep(path, "--sbatch", "--time=1").returncode == 2
-
-
-def test_the_file_is_plain_yaml(world):
-    assert yaml.safe_load(write_sweep(world, LEARN).read_text())["runs"] == LEARN
