@@ -76,6 +76,8 @@ def test_a_run_has_the_base_its_own_fields_and_those_of_the_command_line_in_that
     assert run.config.run.shared == f"{unswept.parent}/all/shared"
     elsewhere = load_sweep(write_sweep(unswept, runs), ["run.shared=/common"]).runs[0]
     assert elsewhere.config.run.shared == "/common"
+    alone = load_sweep(write_sweep(unswept, {"a": {"run.shared": None}})).runs[0]
+    assert alone.config.run.shared is None
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_an_override_is_one_word_and_reads_back_equal(value):
         ({"a": {"grid": {"train.lr": []}}}, {}, r"field `runs.a.grid.train.lr`"),
         ({"a": {"grid": {"train.lr": [0.1]}, "train.lr": 0.2}}, {}, r"run 'a': field `train.lr` is in its grid"),
         ({"a": {"train.lr": 0.1, "train": {"lr": 0.2}}}, {}, r"run 'a': field `train.lr` is given twice"),
-        ({"shared": None}, {}, r"run 'shared': .*`shared` is one already"),
+        ({"shared": None}, {}, r"run 'shared': `shared` is a directory of the sweep itself"),
         ({"../a": None}, {}, r"run '../a': the name becomes a directory"),
         ({"a": 3}, {}, r"field `runs.a`"),
         ({}, {}, r"field `runs`"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from rarec.config import RunConfig
 from rarec.config.load import parse_override, read_tree, set_field, validated
@@ -19,6 +19,9 @@ from rarec.sweep.schema import Entry, StageName, SweepFile
 
 SHARED = "shared"
 """The directory beside the runs where what they have in common lies."""
+TAKEN = (SHARED, "slurm")
+"""Directories beside the runs."""
+T = TypeVar("T")
 _OURS = {"run.dir": "the sweep gives each run its own", "run.seed": "list `seeds`, of the sweep or of the run"}
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=,@-]*")
 
@@ -98,50 +101,66 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
         UserError: the file, its base or a run is not as it should be; it names the file and the run.
     """
     file = validated(SweepFile, read_tree(path), str(path))
-    base = path.parent / file.base
-    tree, common = read_tree(base), dict(map(parse_override, overrides))
+    base, common = path.parent / file.base, dict(map(parse_override, overrides))
+    tree = read_tree(base)
     _refuse(common, f"{path}, override for all runs")
-    runs = [run for entry in file.runs for run in _expand(path, file, entry, base, tree, common)]
-    twice = [label for label, count in Counter(run.label for run in runs).items() if count > 1]
-    if twice:
-        raise UserError(f"{path}: two runs are called {twice[0]}", "list each seed, and each value of a grid, once")
+    own_place = isinstance(tree.get("run"), dict) and tree["run"].get("shared")
+    place = {} if own_place else {"run.shared": str(Path(file.dir, SHARED))}
+    runs = []
+    for name in file.runs:
+        for whole, seed, grid, fields in _points(file, name, common, f"{path}: run {name!r}"):
+            overrides = {**place, **fields}
+            config = _resolved(tree, overrides, f"{path}: run {whole!r} over {base}")
+            runs.append(SweepRun(name, whole, seed, grid, overrides, config))
+    twice = _repeated(run.label for run in runs)
+    if twice is not None:
+        raise UserError(f"{path}: two runs are called {twice}", "list each value of a grid once")
     stages = tuple(stage for stage in get_args(StageName) if stage in file.stages)
     return Sweep(path, Path(file.dir), base, stages, tuple(runs))
 
 
-def _expand(
-    path: Path, file: SweepFile, name: str, base: Path, tree: dict[str, Any], common: Mapping[str, Any]
-) -> Iterator[SweepRun]:
-    """One entry's runs."""
-    entry, told = file.runs[name], f"{path}: run {name!r}"
-    if not _NAME.fullmatch(name) or name == SHARED:
-        problem = f"{told}: the name becomes a directory" + (", and `shared` is one already" if name == SHARED else "")
-        raise UserError(problem, "begin with a letter or digit; then letters, digits and . _ + = , @ - may follow")
+def _points(
+    file: SweepFile, name: str, common: Mapping[str, Any], told: str
+) -> Iterator[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+    """Each run of an entry: its name with its place in the grid, its seed, the grid's fields, and all that it sets."""
+    _check_name(name, told)
+    entry = file.runs[name]
     own = _own(entry, told)
-    again = [field for field in entry.grid if field in own or field in common]
-    if again:
-        raise UserError(f"{told}: field `{again[0]}` is in its grid, and given beside it", "give it once")
+    again = next((field for field in entry.grid if field in own or field in common), None)
+    if again is not None:
+        raise UserError(f"{told}: field `{again}` is in its grid, and given beside it", "give it once")
     seeds = entry.seeds or file.seeds
-    if len(set(seeds)) < len(seeds):
-        twice = next(seed for seed, count in Counter(seeds).items() if count > 1)
+    twice = _repeated(seeds)
+    if twice is not None:
         raise UserError(f"{told}: seed {twice} is listed twice", "list each seed once")
-    shared = {} if (tree.get("run") or {}).get("shared") else {"run.shared": str(Path(file.dir, SHARED))}
     for values in product(*entry.grid.values()):
         grid = dict(zip(entry.grid, values, strict=True))
         whole = name + (f"/{_place(grid)}" if grid else "")
         for seed in seeds:
             ours = {"run.dir": str(Path(file.dir, whole, f"seed-{seed}")), "run.seed": seed}
-            overrides = {**shared, **own, **grid, **common, **ours}
-            config = _resolved(tree, overrides, f"{path}: run {whole!r} over {base}")
-            yield SweepRun(name, whole, seed, grid, overrides, config)
+            yield whole, seed, grid, {**own, **grid, **common, **ours}
+
+
+def _check_name(name: str, told: str) -> None:
+    """It becomes a directory."""
+    if name in TAKEN:
+        raise UserError(f"{told}: `{name}` is a directory of the sweep itself", "choose another name")
+    if not _NAME.fullmatch(name):
+        problem = f"{told}: the name becomes a directory"
+        raise UserError(problem, "begin with a letter or digit; then letters, digits and . _ + = , @ - may follow")
+
+
+def _repeated(values: Iterable[T]) -> T | None:
+    """The first value that is there twice."""
+    return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def _own(entry: Entry, told: str) -> dict[str, Any]:
     """The fields that an entry overrides, dotted."""
     fields = list(_flat(entry.overrides, RunConfig))
-    twice = [name for name, count in Counter(name for name, _ in fields).items() if count > 1]
-    if twice:
-        raise UserError(f"{told}: field `{twice[0]}` is given twice", "give it once, dotted or nested")
+    twice = _repeated(name for name, _ in fields)
+    if twice is not None:
+        raise UserError(f"{told}: field `{twice}` is given twice", "give it once, dotted or nested")
     _refuse({**dict(fields), **entry.grid}, told)
     return dict(fields)
 
