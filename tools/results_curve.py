@@ -43,10 +43,10 @@ def draw(file: Path, field: str, points: Sequence[tuple[Any, Arms]]) -> None:
         panel = canvas.subplots()
         for arm in _shown([arms for _, arms in points]):
             _line(panel, arm, places, [arms for _, arms in points])
-        if not numbers:
-            panel.set_xticks(places, [str(value) for value, _ in points])
-        elif min(places) > 0 and max(places) >= WIDE * min(places):
+        if numbers and min(places) > 0 and max(places) >= WIDE * min(places):
             panel.set_xscale("log")
+        panel.set_xticks(places, [f"{value:g}" if numbers else str(value) for value, _ in points])
+        panel.minorticks_off()
         panel.set(xlabel=field, ylabel=metric_title(METRIC))
         panel.yaxis.set_major_formatter(lambda value, _: tick(value))
         panel.spines[["top", "right"]].set_visible(False)
