@@ -2,7 +2,7 @@
 
 Data flows one way through the rooms of this package; a room imports only from rooms before it:
 config -> data -> ranking -> ids -> prompts -> models -> training -> evaluation -> serving.
-`rarec.stages` puts them together, one module a stage, and `rarec.cli` is a thin shell over the stages.
+`rarec.stages` puts them together, one module a stage; `rarec.sweep` runs them many times; `rarec.cli` is a thin shell.
 """
 
 __version__ = "0.1.0"

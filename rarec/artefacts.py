@@ -84,14 +84,32 @@ def _locked_if_free(path: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except BlockingIOError:
-        free = False
-    try:
-        yield free
+        yield try_lock(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[int]:
+    """Yield a handle of a file that is there to be locked, made if need be; closing it at the end lets the lock go.
+
+    The file stays: who would delete it could not know who waits for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def try_lock(handle: int) -> bool:
+    """Lock an open file or directory against other processes, unless one holds it; the kernel frees it with ours."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

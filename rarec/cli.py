@@ -64,8 +64,7 @@ def open_context(config: Path | str, overrides: list[str] | None, fresh: bool = 
 def run_stage(name: str, config: Path | str, overrides: list[str] | None, fresh: bool = False) -> Any:
     """Run one stage by its name."""
     with stoppable():
-        context = open_context(config, overrides, fresh)
-        return getattr(import_module(f"rarec.stages.{name}"), name)(context)
+        return import_module("rarec.stages.record").perform(open_context(config, overrides, fresh), name)
 
 
 @app.command(rich_help_panel="Before")
@@ -148,12 +147,41 @@ def report(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel="All at once")
-def run(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    stages: Annotated[str | None, typer.Option(help="Only these, as in 'prepare ids'; all by default.")] = None,
+) -> None:
     """Every stage in order; what is done already stays. Ends with the table, and where report and bundle are."""
     with stoppable():
         context = open_context(config, overrides, fresh)
-        import_module("rarec.stages.run").run(context)
+        module = import_module("rarec.stages.run")
+        if stages is not None:
+            module.run(context, module.named(stages))
+            return
+        module.run(context)
         show_results(context)
+
+
+@app.command(rich_help_panel="All at once")
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Sweep, YAML. Ours lie in configs/sweeps/.")],
+    overrides: Overrides = None,
+    listed: Annotated[bool, typer.Option("--list", help="Print the runs, each with its state; run nothing.")] = False,
+    only: Annotated[str | None, typer.Option(help="A glob over the names of runs.")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit what is not done, as arrays of jobs.")] = False,
+    sbatch: Annotated[str, typer.Option(help="With --slurm: more options of sbatch, in one text.")] = "",
+) -> None:
+    """Many runs of one configuration, one after the other; what is done is skipped, what they share is made once."""
+    if (sbatch and not slurm) or (listed and slurm):
+        raise UserError("--sbatch goes with --slurm, and --list without it")
+    from rarec.sweep import command
+
+    with stoppable():
+        failed = command.sweep(file, overrides or [], only, say, console, listed, sbatch if slurm else None)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel="Afterwards")

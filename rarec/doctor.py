@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import rarec
+from rarec.hardware import cores
 
 GIB = 2**30
 STACK = {
@@ -107,20 +108,13 @@ def _safely(name: str, probe: Callable[[], Iterator[Check]]) -> list[Check]:
 
 
 def _machine() -> Iterator[Check]:
-    cores = _cores()
-    yield Check("CPU", "ok" if cores >= 2 else "note", f"{cores:g} cores, {platform.machine()}")
+    count = cores()
+    yield Check("CPU", "ok" if count >= 2 else "note", f"{count:g} cores, {platform.machine()}")
     memory = _memory()
     few = "" if memory >= 4 * GIB else "; the demo wants 4"
     yield Check("memory", "note" if few else "ok", f"{memory / GIB:.1f} GiB{few}")
     free = shutil.disk_usage(Path.cwd()).free
     yield Check("disk", "ok" if free >= 5 * GIB else "note", f"{free / GIB:.1f} GiB free here")
-
-
-def _cores() -> float:
-    """Cores this process may use: its affinity, or the quota of its container where that is less."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
-    return min(affinity, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else affinity
 
 
 def _memory() -> int:

@@ -1,6 +1,13 @@
 """What accelerators can do at most, as their makers state it: the yardstick of MFU and of `rarec plan`."""
 
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -45,3 +52,28 @@ GPUs (its data sheet). Many clusters have less."""
 def known_device(name: str) -> Device | None:
     """The accelerator that PyTorch calls so; None for one that is not in the table, and for a CPU."""
     return next((device for device in DEVICES if device.name.casefold() in name.casefold()), None)
+
+
+def machine(device: "torch.device") -> str:
+    """What a rank computes on, for people: a GPU's name, or the CPU's with the cores that this process may use."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return f"{found[1].strip() if found else os.uname().machine}, {cores():g} cores"
+
+
+def cores() -> float:
+    """Cores this process may use: its affinity, or the quota of its container where that is less."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _text("/sys/fs/cgroup/cpu.max").strip().partition(" ")
+    return min(affinity, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else affinity
+
+
+def _text(path: str) -> str:
+    """The text of a file that says what is here; empty where there is none."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

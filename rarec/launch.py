@@ -26,7 +26,7 @@ def run(stage: str, config: Path, overrides: Sequence[str], fresh: bool = False)
         from rarec.training.watch import Watch
 
         with Watch.over(context.ranks, _say):
-            getattr(import_module(f"rarec.stages.{stage}"), stage)(context)
+            import_module("rarec.stages.record").perform(context, stage)
 
 
 def _say(line: str) -> None:

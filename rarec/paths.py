@@ -1,9 +1,12 @@
 """Where things lie: inside a run directory, and inside installed packages."""
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from rarec.config import RunConfig
+from rarec.config.identity import shared_names
 from rarec.errors import UserError
 
 PACKAGE = "package:"
@@ -32,9 +35,26 @@ def resolve(path: str) -> str:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The artefacts of one run, by stage."""
+    """The artefacts of one run, by stage.
+
+    Attributes:
+        root: the run's own directory.
+        shared: where `prepare`, `ids/NAME` and `shards` lie if the run has them in common with others; else empty.
+    """
 
     root: Path
+    shared: Mapping[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunPaths":
+        """Those that a configuration names by `run.dir` and `run.shared`."""
+        common = config.run.shared
+        names = shared_names(config) if common is not None else {}
+        return cls(Path(config.run.dir), {name: Path(common or "", shared) for name, shared in names.items()})
+
+    def is_shared(self, directory: Path) -> bool:
+        """Whether other runs may make and read this artefact."""
+        return directory in self.shared.values()
 
     @property
     def config(self) -> Path:
@@ -42,13 +62,18 @@ class RunPaths:
         return self.root / "config.yaml"
 
     @property
+    def record(self) -> Path:
+        """What each stage took, and on what machine."""
+        return self.root / "record.json"
+
+    @property
     def prepare(self) -> Path:
         """The prepared dataset."""
-        return self.root / "prepare"
+        return self._place("prepare")
 
     def source(self, name: str) -> Path:
         """The frozen vectors of one source; `id` holds the ID embeddings."""
-        return self.root / "ids" / name
+        return self._place(f"ids/{name}")
 
     @property
     def llm(self) -> Path:
@@ -58,7 +83,7 @@ class RunPaths:
     @property
     def shards(self) -> Path:
         """Training samples, text-only states and the selection's report."""
-        return self.root / "shards"
+        return self._place("shards")
 
     @property
     def cache(self) -> Path:
@@ -83,3 +108,6 @@ class RunPaths:
     def bundle(self) -> Path:
         """What a user takes away."""
         return self.root / "bundle"
+
+    def _place(self, name: str) -> Path:
+        return self.shared.get(name, self.root / name)

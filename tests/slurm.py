@@ -50,7 +50,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 """
 """A requeued job waits for as long as `cred_expire` says. No host bears the name of a node."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 OWN = ("SLURM_", "SBATCH_", "RAREC_")
 """So begin names of variables that jobs of this cluster do not inherit."""

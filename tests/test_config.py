@@ -108,5 +108,5 @@ def test_accelerate_reads_every_shipped_launch_file(path):
 def test_no_other_configuration_escapes_these_tests():
     """Those of DeepSpeed are trained with, in test_distributed.py."""
     folders = {path.parent.name for path in (ROOT / "configs").rglob("*.*") if path.is_file()}
-    assert folders == {"runs", "accelerate", "deepspeed"}
+    assert folders == {"runs", "accelerate", "deepspeed", "sweeps"}
     assert {path.stem for path in (ROOT / "configs" / "deepspeed").iterdir()} < {*ENGINES}

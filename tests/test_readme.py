@@ -118,6 +118,15 @@ def test_what_the_page_says_of_the_command_line_is_there():
     assert "--install-completion" in subprocess.run([BIN / "rarec", "--help"], capture_output=True, text=True).stdout
 
 
+def test_the_sweep_of_the_page_is_a_valid_one(place, monkeypatch):
+    from rarec.sweep import load_sweep
+
+    monkeypatch.chdir(place)
+    path = Path("configs/sweeps/page.yaml")
+    path.write_text(next(block for block in blocks("yaml") if block.startswith("dir:")))
+    assert len(load_sweep(path).runs) == 3 + 3 + 3
+
+
 def test_the_import_section_of_the_page_is_a_valid_configuration(place):
     from rarec.config import load_config
 

@@ -1,15 +1,20 @@
 """SLURM on a real cluster of two nodes: jobs that train, are preempted and go on, fail, or sweep over a file."""
 
 import json
+import re
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from rarec.sweep import load_sweep, state_of
+from tests.conftest import make_world
 from tests.ranks import ARM, ROOT, copied, losses, weights
 from tests.slurm import Cluster, cluster, needs_slurm
+from tests.sweeps import command, own, write_sweep
 
 SCRIPTS = sorted((ROOT / "launch" / "slurm").iterdir())
 TRAIN = [
@@ -19,6 +24,26 @@ TRAIN = [
     "train.validate_every=1000",
     "lora.dropout=0.1",
 ]
+
+
+def told(slurm: Cluster, submit: Sequence[str], places: dict[str, str]) -> list[str]:
+    """How many tasks `rarec sweep --slurm` says its jobs have, or what else it says."""
+    result = subprocess.run(
+        submit, env={**slurm.environment, **places}, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = result.stderr.splitlines()
+    found = [re.fullmatch(r"job \d+: [a-z ]+, (\d tasks?)(, after job \d+)?", line) for line in lines]
+    return [match[1] if match else line for match, line in zip(found, lines, strict=True)]
+
+
+def await_queue(slurm: Cluster) -> None:
+    """Until it is empty."""
+    deadline = time.monotonic() + 300
+    while slurm.call(["squeue", "--noheader"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 SAVED = "stopped by a signal at step"
 
 
@@ -80,6 +105,28 @@ def test_each_task_of_a_sweep_trains_by_its_own_line(slurm, decoder, tmp_path):
         assert len(losses(tmp_path / task, "per_layer")) == int(task)
     assert slurm.ended(f"{job}_3")["ExitCode"] == "2:0"
     assert "names no run.dir" in slurm.said(f"{job}_3")
+
+
+@needs_slurm
+def test_a_sweep_submits_what_is_shared_and_behind_it_what_is_not_done(slurm, tmp_path):
+    path = write_sweep(make_world(tmp_path), {"fast": None, "slow": {"train.lr": 1e-4}}, seeds=[17, 18])
+    submit = [*command(path, "--slurm", "--sbatch=--time=30"), "prompt.separator=' and '"]
+    places = {"PYTHONPATH": own({})["PYTHONPATH"]}
+    assert told(slurm, [*submit, "--only", "fast/seed-17"], places) == ["1 task", "1 task"]
+    with pytest.raises(AssertionError, match="are still in the queue"):
+        slurm.call(submit, **places)
+    await_queue(slurm)
+    assert told(slurm, submit, places) == [
+        "1 task",
+        "3 tasks",
+    ]  # what seed 18 shares; all but the run that is done
+    await_queue(slurm)
+    runs = load_sweep(path, ["prompt.separator=' and '"]).runs
+    states = [state_of(run, ["prepare", "ids", "shards", "train", "evaluate"]) for run in runs]
+    logs = {log.name: log.read_text() for log in (tmp_path / "all" / "slurm").glob("*.log")}
+    assert states == [("done", "evaluate")] * 4, logs
+    assert all(json.loads((run.directory / "record.json").read_text())["train"]["seconds"] > 0 for run in runs)
+    assert told(slurm, submit, places) == ["every run is done: nothing to submit"]
 
 
 @needs_slurm

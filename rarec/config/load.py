@@ -1,10 +1,11 @@
 """YAML in, overrides `a.b=c`, one strict `RunConfig` out; errors name the file, the field and the nearest name."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -12,6 +13,8 @@ from pydantic_core import ErrorDetails
 
 from rarec.config.schema import RunConfig
 from rarec.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,18 +52,74 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or not YAML, or a field is unknown, missing or of the wrong type.
     """
+    tree = read_tree(path)
+    for override in overrides:
+        set_field(tree, *parse_override(override))
+    return validated(RunConfig, tree, str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The fields of a configuration file, not yet looked at.
+
+    Raises:
+        UserError: the file is missing or not YAML, or holds no fields.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"configuration {path} does not exist", "the project's own lie in configs/runs/")
     tree = _parse(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no fields", "see configs/runs/demo.yaml for an example")
-    for override in overrides:
-        _apply(tree, override)
+    return tree
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """`section.field=value` as the field's name and its value, read as YAML.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    name, separator, value = override.partition("=")
+    if not separator or not name:
+        raise UserError(f"override {override!r} is not of the form section.field=value")
+    return name, _parse(value, f"override {override!r}")
+
+
+def format_override(name: str, value: Any) -> str:
+    """The override that gives a field this value, without a space in it: `parse_override` reads it back."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"{name}={text}".replace(" ", "\\u0020")  # a space can only stand inside a quoted text
+
+
+def set_field(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set a field, named as `section.field`, in the fields of a file.
+
+    Raises:
+        UserError: the name goes through a value as though it were a section.
+    """
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override of `{name}`: {parent} is a value, not a section")
+    tree[leaf] = value
+
+
+def validated(model: type[Model], tree: dict[str, Any], where: str) -> Model:
+    """The fields of a file as what they should be.
+
+    Args:
+        model: the strict type of the file.
+        tree: as `read_tree` gives it.
+        where: for messages.
+
+    Raises:
+        UserError: a field is unknown, missing or of the wrong type; one line each.
+    """
     try:
-        return RunConfig.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{path}: {_explain(detail)}" for detail in error.errors()]
+        lines = [f"{where}: {_explain(detail, model)}" for detail in error.errors()]
         raise UserError("\n".join(lines)) from None
 
 
@@ -78,31 +137,19 @@ def without_password(text: str) -> str:
     return re.sub(r"(://[^:/@\s'\"]+):[^\s'\"]+@", r"\1:...@", text)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    name, separator, value = override.partition("=")
-    if not separator or not name:
-        raise UserError(f"override {override!r} is not of the form section.field=value")
-    *parents, leaf = name.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {parent} is a value, not a section")
-    tree[leaf] = _parse(value, f"override {override!r}")
-
-
-def _explain(detail: ErrorDetails) -> str:
+def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     field = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"unknown field `{field}`{_nearest(detail['loc'])}"
+        return f"unknown field `{field}`{_nearest(detail['loc'], model)}"
     if detail["type"] == "missing":
         return f"missing field `{field}`"
     message = detail["msg"].removeprefix("Value error, ")
     return f"field `{field}`: {message} (got {detail['input']!r})" if field else message
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
+def _nearest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
     """`; did you mean ...`, from the fields of the section that the unknown field stands in."""
-    section: Any = RunConfig
+    section: Any = model
     for part in location[:-1]:
         fields = getattr(section, "model_fields", {})
         section = fields[part].annotation if part in fields else None

@@ -28,6 +28,9 @@ class Run(Section):
 
     dir: str
     """Directory of every artefact of this run, relative to the current directory."""
+    shared: str | None = None
+    """Directory of prepared data, ID vectors and shards that runs have in common, each under a name with a digest of
+    what shapes it: whichever run needs one first makes it. By default each run has its own."""
     seed: NonNegative = 17
     """Seeds every random choice; each stage derives its own stream from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

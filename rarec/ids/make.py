@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from rarec.artefacts import new_directory, sha256_file, sha256_json, write_manifest
+from rarec.config.identity import IMPORTED_FILES, source_settings
 from rarec.config.schema import Ids, Import, Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
@@ -17,7 +18,6 @@ from rarec.ids.users import USERS_FILE, HistoryRule, UserTable, UserVectors
 from rarec.ids.validation import Validation
 
 Say = Callable[[str], None]
-IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
 
 
 def source_identity(config: Ids | Import, dataset: PreparedDataset, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -30,16 +30,11 @@ def source_identity(config: Ids | Import, dataset: PreparedDataset, seed: int) -
     """
     chosen = _chosen(config)
     made_from = {"prepare": dataset.hash}
-    if isinstance(chosen, Recipe):
-        return {"seed": seed, "users": {"kind": chosen.kind, **chosen.model_dump(mode="json")}}, made_from
-    for field in IMPORTED_FILES:
+    for field in IMPORTED_FILES if isinstance(chosen, Import) else ():
         path = getattr(chosen, field)
         if path is not None:
             made_from[field] = sha256_file(existing(path, field))
-    if chosen.users is not None:
-        return {"users": {"kind": "table"}}, made_from
-    rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}
-    return {"users": {"kind": "rule", **rule}}, made_from
+    return source_settings(chosen, seed), made_from
 
 
 def make_source(

@@ -7,6 +7,7 @@ from typing import Any
 
 from rarec.artefacts import check_files, differences, new_directory, read_manifest, write_manifest, write_text
 from rarec.config import ARMS, Arm, RunConfig, dump_config
+from rarec.config.identity import BUNDLED, bundle_settings
 from rarec.errors import UserError
 from rarec.models.build import SourceShape, build_model
 from rarec.models.load import LoadedModel
@@ -16,8 +17,6 @@ from rarec.serving.card import model_card
 
 PROMPT = "prompt.yaml"
 CARD = "README.md"
-SECTIONS = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
-"""The parts of the configuration that say what the model is."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,6 @@ def write_bundle(
         metrics: rows of the evaluation for this arm.
         trainable_parameters: the real count.
     """
-    tree = config.model_dump(mode="json")
-    settings = {"arm": arm.name, **{section: tree[section] for section in SECTIONS}}
     figures: dict[str, Any] = {
         "llm": dict(provenance.llm),
         "sources": {name: vars(shape) for name, shape in provenance.shapes.items()},
@@ -67,7 +64,7 @@ def write_bundle(
         save_weights(model, aside)
         write_text(aside / PROMPT, dump_config(config.prompt))
         write_text(aside / CARD, model_card(arm, config, figures))
-        return write_manifest(aside, "bundle", settings=settings, made_from=provenance.inputs, **figures)
+        return write_manifest(aside, "bundle", settings=bundle_settings(config), made_from=provenance.inputs, **figures)
 
 
 def load_bundle(
@@ -94,7 +91,7 @@ def load_bundle(
     _check_belongs(directory, manifest, provenance)
     arm = ARMS[manifest["settings"]["arm"]]
     _check_loading(directory, manifest["settings"], config, arm)
-    sections = {section: manifest["settings"][section] for section in SECTIONS}
+    sections = {section: manifest["settings"][section] for section in BUNDLED}
     model = build_model(
         RunConfig.model_validate({**config.model_dump(mode="json"), **sections}),
         arm,

@@ -3,8 +3,10 @@
 import logging
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from rarec.artefacts import check_files, is_current, sha256_json, write_text
+from rarec.artefacts import MANIFEST, check_files, is_current, lock_file, sha256_json, try_lock, write_text
 from rarec.config import ARMS, Arm, RunConfig, dump_config
+from rarec.config.identity import prepare_settings, sources_of
 from rarec.config.schema import Ids, Import
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.identity import prepare_settings
 from rarec.errors import UserError
 from rarec.ids.make import source_identity
 from rarec.ids.source import Source, open_source
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from rarec.training.engines import Engine
 
 Say = Callable[[str], None]
+WAIT = 0.5
+"""Seconds between looks at what another run is making."""
 
 # Their own bars and notices say nothing of the user's run.
 disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -46,17 +50,19 @@ class Context:
         config: resolved.
         say: tells the user one line.
         fresh: replace what the stage made before.
+        made: whether a stage found something to make.
     """
 
     config: RunConfig
     say: Say
     fresh: bool = False
+    made: bool = field(default=False, init=False)
     _worn: LoadedModel | None = field(default=None, init=False)
 
-    @property
+    @cached_property
     def paths(self) -> RunPaths:
         """Where the run's artefacts lie."""
-        return RunPaths(Path(self.config.run.dir))
+        return RunPaths.of(self.config)
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -96,8 +102,7 @@ class Context:
     @cached_property
     def sources(self) -> dict[str, Source]:
         """Every source, `id` first; each must have been made from this dataset, by the configuration as it is now."""
-        sections: dict[str, Ids | Import] = {"id": self.config.ids, **self.config.sources}
-        return {name: self._source(name, section) for name, section in sections.items()}
+        return {name: self._source(name, section) for name, section in sources_of(self.config).items()}
 
     @property
     def shapes(self) -> dict[str, SourceShape]:
@@ -142,11 +147,6 @@ class Context:
             "prompt": self.prompts.fingerprint,
         }
 
-    def settings(self, *sections: str, **more: Any) -> dict[str, Any]:
-        """Sections of the configuration as plain JSON, with the seed."""
-        tree = self.config.model_dump(mode="json")
-        return {"seed": self.config.run.seed, **{section: tree[section] for section in sections}, **more}
-
     def is_done(self, directory: Path, kind: str, settings: Mapping[str, Any], made_from: Mapping[str, str]) -> bool:
         """Whether the stage's artefact is there already, made just so; never, if it is to be made fresh.
 
@@ -159,8 +159,31 @@ class Context:
         if not self.fresh and is_current(directory, kind, settings, made_from):
             self.say(f"{directory} is there already, made with these settings")
             return True
+        self.made = True
         self.ranks.once(lambda: write_text(self.paths.config, dump_config(self.config)))
         return False
+
+    @contextmanager
+    def alone(self, directory: Path) -> Iterator[None]:
+        """Make a shared artefact alone: another run that needs it too waits here, and then finds it done.
+
+        What is there already is only read, and for that nobody waits; so nothing is locked, nor where a run is alone.
+        """
+        if not self.paths.is_shared(directory):
+            yield
+            return
+        with ExitStack() as stack:
+            wanted = self.ranks.first and (self.fresh or not (directory / MANIFEST).exists())
+            lock = directory.with_name(f".{directory.name}.lock")
+            handle = stack.enter_context(lock_file(lock)) if wanted else None
+            told = False
+            # all ranks ask again and again: one long wait in an exchange would be taken for a stall
+            while self.ranks.most(int(handle is not None and not try_lock(handle))):
+                if not told:
+                    self.say(f"{directory} is being made by another run: waiting for it")
+                told = True
+                time.sleep(WAIT)
+            yield
 
     def start_over(self, directory: Path) -> None:
         """With `fresh`, throw away what is made in place. Renamed first: half of it must not pass for the whole."""

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from rarec.artefacts import new_directory, write_json, write_manifest
 from rarec.config import ARMS
+from rarec.config.identity import evaluate_settings
 from rarec.evaluation.arms import Question, Ranker, rank_all
 from rarec.evaluation.examples import Examples
 from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
@@ -40,7 +41,8 @@ def evaluate(context: Context) -> None:
     """
     config = context.config
     finished_shards(context)
-    settings = context.settings("evaluate", "report", arms=config.train.arms, main=context.main.name)
+    _ = context.main  # refused if it is not trained
+    settings = evaluate_settings(config)
     made_from = {name: arm_hash(context, ARMS[name]) for name in config.train.arms} | {"prepare": context.dataset.hash}
     if context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
         return

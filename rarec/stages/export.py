@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 
 from rarec.artefacts import check_files, read_json, read_manifest, sha256_json
+from rarec.config.identity import bundle_settings
 from rarec.errors import UserError
 from rarec.evaluation.arms import Question, Ranker
 from rarec.models.encode import Encoder
-from rarec.serving.bundle import SECTIONS, Provenance, load_bundle, write_bundle
+from rarec.serving.bundle import Provenance, load_bundle, write_bundle
 from rarec.stages.context import Context
-from rarec.stages.trained import DONE, arm_hash, best_model
+from rarec.stages.trained import arm_hash, best_model
+from rarec.training.finished import DONE
 
 
 def provenance(context: Context) -> Provenance:
@@ -23,13 +25,11 @@ def provenance(context: Context) -> Provenance:
 def export(context: Context) -> None:
     """Make `bundle/` from the arm `export.arm` at its best validation, with the evaluation's figures."""
     arm = context.main
-    tree = context.config.model_dump(mode="json")
-    settings = {"arm": arm.name, **{section: tree[section] for section in SECTIONS}}
     belongs = provenance(context)
     evaluation = read_manifest(context.paths.evaluation, "evaluate")
     check_files(context.paths.evaluation, evaluation)
     made_from = {**belongs.inputs, "evaluate": evaluation["hash"], "train": arm_hash(context, arm)}
-    if context.is_done(context.paths.bundle, "bundle", settings, made_from):
+    if context.is_done(context.paths.bundle, "bundle", bundle_settings(context.config), made_from):
         return
     metrics = [row for row in read_json(context.paths.evaluation / "metrics.json") if row["arm"] == arm.name]
     count = read_json(context.paths.train(arm.name) / DONE)["trainable_parameters"]

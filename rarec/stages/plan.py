@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from rarec.artefacts import MANIFEST, read_manifest
+from rarec.config.identity import shard_settings, sources_of
 from rarec.config.schema import Ids, Import, Recipe
 from rarec.data.shards.index import shard_records
 from rarec.errors import UserError
@@ -22,7 +23,6 @@ from rarec.planning.memory import STAGES, Stage
 from rarec.planning.setting import Cluster
 from rarec.planning.table import Plan
 from rarec.stages.context import Context
-from rarec.stages.shards import shard_settings
 
 
 def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
@@ -37,8 +37,7 @@ def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
         UserError: the language model's configuration or a file of vectors is missing, or the batch is too small.
     """
     config = context.config
-    sections: dict[str, Ids | Import] = {"id": config.ids, **config.sources}
-    sources = {name: _shape(section) for name, section in sections.items()}
+    sources = {name: _shape(section) for name, section in sources_of(config).items()}
     calculator = Calculator(config, Blueprint(config, sources, context.paths.llm), _samples(context))
     arms = list(dict.fromkeys(config.train.arms))
     first = calculator.setting(cluster, asked or "0")
@@ -55,7 +54,7 @@ def _samples(context: Context) -> Samples | None:
     if not (directory / MANIFEST).exists():
         return None
     manifest = read_manifest(directory, "shards")
-    if manifest["settings"] != shard_settings(context):
+    if manifest["settings"] != shard_settings(context.config):
         context.say(f"{directory} was made with other settings: how many samples there will be is not known")
         return None
     return Samples.of(shard_records(directory, manifest))

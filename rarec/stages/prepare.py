@@ -10,6 +10,6 @@ def prepare(context: Context) -> None:
     config = context.config.prepare
     directory = context.paths.prepare
     seed = context.config.run.seed
-    if context.is_done(directory, "prepare", *identity(config, seed)):
-        return
-    prepare_dataset(config, directory, seed=seed, say=context.say)
+    with context.alone(directory):
+        if not context.is_done(directory, "prepare", *identity(config, seed)):
+            prepare_dataset(config, directory, seed=seed, say=context.say)

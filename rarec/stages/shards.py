@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import is_current, read_manifest, sha256_json, write_aside, write_json
+from rarec.config.identity import shard_settings
 from rarec.data.selection.select import select_samples
 from rarec.data.shards.form import Form
 from rarec.data.shards.remote import fetch_description
@@ -28,6 +29,11 @@ SELECTION = "selection.json"
 
 def shards(context: Context) -> None:
     """Make `shards/`: tars, item states, the selection's report, a manifest."""
+    with context.alone(context.paths.shards):
+        _shards(context)
+
+
+def _shards(context: Context) -> None:
     config, directory = context.config.shards, context.paths.shards
     context.start_over(directory)
     remote = context.config.train.stream.remote
@@ -77,13 +83,6 @@ def finished_shards(context: Context) -> dict[str, Any]:
     manifest = read_manifest(directory, "shards")
     is_current(directory, "shards", *_identity(context))
     return manifest
-
-
-def shard_settings(context: Context) -> dict[str, Any]:
-    """The configuration that shapes the shards; how many write them does not."""
-    settings = context.settings("shards", "prompt")
-    del settings["shards"]["writers"]
-    return settings
 
 
 def sample_form(context: Context, states: tuple[int, ...], vocabulary: int | None = None) -> Form:
@@ -206,4 +205,4 @@ class ShardParts:
 
 def _identity(context: Context) -> tuple[dict[str, Any], dict[str, str]]:
     """What shapes the shards: settings, and hashes of inputs."""
-    return shard_settings(context), context.inputs
+    return shard_settings(context.config), context.inputs

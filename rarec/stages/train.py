@@ -14,6 +14,7 @@ from rarec.artefacts import (
     write_manifest,
 )
 from rarec.config import ARMS, Arm
+from rarec.config.identity import arm_settings
 from rarec.config.schema import Train
 from rarec.data.shards.index import INDEX
 from rarec.data.shards.stream import SampleStream
@@ -28,10 +29,11 @@ from rarec.stages.context import Context, Say
 from rarec.stages.feed import Feed
 from rarec.stages.fresh import bare_model, fresh_model
 from rarec.stages.shards import ITEM_STATES, TARGET_COUNTS, finished_shards
-from rarec.stages.trained import DONE, arm_settings, checkpoints_of
+from rarec.stages.trained import checkpoints_of
 from rarec.training.accelerator import build_accelerator
 from rarec.training.batches import Collator
 from rarec.training.checkpoints import Checkpoints, TrainingState
+from rarec.training.finished import DONE
 from rarec.training.loader import BatchLoader
 from rarec.training.log import TrainingLog
 from rarec.training.loop import Trainer
@@ -55,11 +57,12 @@ def train(context: Context) -> None:
 def train_arm(context: Context, arm: Arm, feed: Feed) -> None:
     """Train one arm, or go on with it."""
     directory, config, ranks = context.paths.train(arm.name), context.config.train, context.ranks
-    settings, made_from = arm_settings(context, arm), {"shards": feed.manifest["hash"]}
+    settings, made_from = arm_settings(context.config, arm), {"shards": feed.manifest["hash"]}
     context.start_over(directory)
     begun = context.is_done(directory, "train", settings, made_from)
     if begun and (directory / DONE).exists():
         return
+    context.made = True
     checkpoints = checkpoints_of(context, arm)
     excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
     stream = feed.stream(excluded)

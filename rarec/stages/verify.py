@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rarec.artefacts import IDENTITY, is_current, read_json, read_manifest
+from rarec.config.identity import shard_settings
 from rarec.data.shards.index import FRESH, INDEX, REMAKE, is_tar_name, map_npy
 from rarec.data.shards.members import finite
 from rarec.data.shards.tar_check import Problem
@@ -24,7 +25,6 @@ from rarec.stages.shards import (
     ShardParts,
     finished_shards,
     sample_form,
-    shard_settings,
 )
 
 MOST_THREADS = 8
@@ -75,7 +75,7 @@ def _manifest(context: Context) -> dict[str, Any]:
         manifest = read_manifest(directory, "shards")
     except UserError as error:
         raise UserError(f"{error.problem}; without it nothing can be verified or repaired", FRESH) from None
-    is_current(directory, "shards", shard_settings(context), {"prepare": context.dataset.hash})
+    is_current(directory, "shards", shard_settings(context.config), {"prepare": context.dataset.hash})
     beside = sorted(name for name in manifest["files"] if not name.endswith(".tar"))
     if beside != sorted([INDEX, ITEM_STATES, SELECTION, TARGET_COUNTS]):
         raise UserError(f"the manifest of {directory} names the files {', '.join(beside)} beside tars", FRESH)

@@ -50,11 +50,11 @@ class Step:
             stopping: whether this rank has been told to stop.
         """
         losses_3 = torch.stack(self.losses).mean(0)
-        own_4 = losses_3.new_tensor([self.tokens, self.padded, self.waited, float(stopping)])
-        total_7 = ranks.total(torch.cat([losses_3, own_4]).to(ranks.device))
-        loss, recommendation, align, *sums = total_7.tolist()
+        own_5 = losses_3.new_tensor([self.tokens, self.padded, self.waited, float(stopping), len(self.keys)])
+        total_8 = ranks.total(torch.cat([losses_3, own_5]).to(ranks.device))
+        loss, recommendation, align, *sums, samples = total_8.tolist()
         tokens, padded, waited, stops = (each / ranks.count for each in sums)
-        return StepOfAll(loss, recommendation, align, tokens, padded, waited, stops > 0)
+        return StepOfAll(loss, recommendation, align, tokens, padded, waited, stops > 0, round(samples))
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class StepOfAll:
         padded: the same with the padding.
         waited: seconds for data.
         stops: whether a rank has been told to stop.
+        samples: of all ranks.
         seconds: that the step took, update and all; ranks end it together.
     """
 
@@ -79,6 +80,7 @@ class StepOfAll:
     padded: float
     waited: float
     stops: bool
+    samples: int = 0
     seconds: float = 0.0
 
     @property
@@ -93,6 +95,7 @@ class StepOfAll:
             "loss": self.loss,
             "recommendation": self.recommendation,
             "align": self.align,
+            "samples": self.samples,
             "tokens_per_s": self.tokens_per_s,
             "data_wait": self.waited / self.seconds,
             "padding": 1 - self.tokens / self.padded,

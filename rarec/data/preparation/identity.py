@@ -3,19 +3,12 @@
 from typing import Any
 
 from rarec.artefacts import sha256_json
+from rarec.config.identity import prepare_settings
 from rarec.config.load import without_password
 from rarec.config.schema import Prepare
 from rarec.data.engines import Named
 from rarec.data.engines.files import digest
 from rarec.data.preparation.inputs import place_of
-
-COMPUTES = ("engine", "spark", "memory", "scratch")
-"""Fields that say how it is computed, not what: every engine gives the same dataset."""
-
-
-def prepare_settings(config: Prepare, seed: int) -> dict[str, Any]:
-    """The settings that shape a prepared dataset, as plain JSON."""
-    return {"seed": seed, "prepare": config.model_dump(mode="json", exclude=set(COMPUTES))}
 
 
 def identity(config: Prepare, seed: int) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,0 +1,117 @@
+"""What shapes each artefact, by the configuration alone: the settings in its manifest, its name where it is shared."""
+
+from typing import Any
+
+from rarec.artefacts import sha256_json
+from rarec.config.arms import Arm
+from rarec.config.load import without_password
+from rarec.config.schema import Ids, Import, Prepare, Recipe, RunConfig
+
+COMPUTES = ("engine", "spark", "memory", "scratch")
+"""Fields of `prepare` that say how it is computed, not what: every engine gives the same dataset."""
+IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
+"""Fields of an import that name files."""
+BUNDLED = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
+"""The sections that say what a bundle's model is."""
+LLM = ("path", "revision", "kind", "dtype", "quantize")
+"""Fields of `llm` that say which weights, in what numbers; the rest says how they are computed with."""
+_DIGITS = 16
+"""Of a digest in a name."""
+
+
+def prepare_settings(config: Prepare, seed: int) -> dict[str, Any]:
+    """The settings that shape a prepared dataset, as plain JSON."""
+    return {"seed": seed, "prepare": config.model_dump(mode="json", exclude=set(COMPUTES))}
+
+
+def source_settings(section: Ids | Recipe | Import, seed: int) -> dict[str, Any]:
+    """The settings that shape a source: a recipe and the seed, or how an import makes its user vectors."""
+    chosen = section.chosen if isinstance(section, Ids) else section
+    if isinstance(chosen, Recipe):
+        return {"seed": seed, "users": {"kind": chosen.kind, **chosen.model_dump(mode="json")}}
+    if chosen.users is not None:
+        return {"users": {"kind": "table"}}
+    rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}
+    return {"users": {"kind": "rule", **rule}}
+
+
+def shard_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that shape the shards; how many write them does not."""
+    settings = _sections(config, "shards", "prompt")
+    del settings["shards"]["writers"]
+    return settings
+
+
+def arm_settings(config: RunConfig, arm: Arm) -> dict[str, Any]:
+    """The settings that shape one arm's weights."""
+    sections = ["alignment", "readout", "loss", "train", *(["lora"] if arm.lora else [])]
+    settings = _sections(config, *sections) | {"arm": arm.name}
+    for outside in ("arms", "trackers", "keep", "stream"):
+        del settings["train"][outside]
+    return settings
+
+
+def evaluate_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that shape an evaluation."""
+    return _sections(config, "evaluate", "report") | {"arms": config.train.arms, "main": config.export.arm}
+
+
+def bundle_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that shape a bundle."""
+    tree = config.model_dump(mode="json")
+    return {"arm": config.export.arm, **{section: tree[section] for section in BUNDLED}}
+
+
+def sources_of(config: RunConfig) -> dict[str, Ids | Import]:
+    """The section of every source, `id` first."""
+    return {"id": config.ids, **config.sources}
+
+
+def shared_names(config: RunConfig) -> dict[str, str]:
+    """What `prepare`, `ids/NAME` and `shards` are called where runs share them, each with a digest of what shapes it.
+
+    The digest of each covers the digests of those that it is made from. Files are known by their paths here: that their
+    contents are still the same is for the manifests to say, as in a run of its own.
+    """
+    prepare = _digest(prepare_settings(config.prepare, config.run.seed), _engine_of_tables(config.prepare))
+    names = {"prepare": f"prepare-{prepare}"}
+    for name, section in sources_of(config).items():
+        own = _digest(source_settings(section, config.run.seed), _files(section), prepare)
+        names[f"ids/{name}"] = f"ids-{name}-{own}"
+    shards = _digest(shard_settings(config), _read_by_shards(config), names)
+    return {**names, "shards": f"shards-{shards}"}
+
+
+def llm_settings(config: RunConfig) -> dict[str, Any]:
+    """Which language model it is."""
+    return config.llm.model_dump(mode="json", include=set(LLM))
+
+
+def _read_by_shards(config: RunConfig) -> dict[str, Any]:
+    """Of other sections: whose states are stored, how they are pooled, and how many slots prompts keep free."""
+    return {
+        "llm": llm_settings(config),
+        "pool": config.readout.pool,
+        "instructions": config.alignment.instructions,
+    }
+
+
+def _engine_of_tables(config: Prepare) -> str | None:
+    """Where tables are known by their names, the engine that knows them."""
+    named = config.interactions.table or config.items.table
+    return without_password(config.engine) if named else None
+
+
+def _files(section: Ids | Import) -> list[str | None]:
+    chosen = section.chosen if isinstance(section, Ids) else section
+    return [] if isinstance(chosen, Recipe) else [getattr(chosen, field) for field in IMPORTED_FILES]
+
+
+def _digest(*parts: object) -> str:
+    return sha256_json(parts)[:_DIGITS]
+
+
+def _sections(config: RunConfig, *sections: str) -> dict[str, Any]:
+    """Sections as plain JSON, with the seed."""
+    tree = config.model_dump(mode="json")
+    return {"seed": config.run.seed, **{section: tree[section] for section in sections}}

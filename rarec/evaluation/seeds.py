@@ -1,0 +1,94 @@
+"""One run trained with several seeds: each user's metrics averaged over them, and intervals over users (ours).
+
+A bootstrap over users of these means says what another draw of users would have brought, and nothing of other seeds.
+
+Shape letters: U users.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rarec.errors import UserError
+from rarec.ranking.intervals import Floats, Interval, mean_intervals, paired_intervals
+from rarec.ranking.metrics import metric_values
+
+CUTOFFS = (10, 100)
+"""Of the headline's metrics."""
+
+
+@dataclass(frozen=True)
+class SeedMeans:
+    """The arms of a run, user by user, averaged over seeds.
+
+    Attributes:
+        values: of each arm and metric, (U,); the same users in the same order everywhere.
+        seeds: how many were averaged.
+        left_out: users that only some of the seeds ranked.
+        resamples: of the bootstrap.
+        seed: of its draws.
+    """
+
+    values: Mapping[str, Mapping[str, Floats]]
+    seeds: int
+    left_out: int
+    resamples: int = 2000
+    seed: int = 0
+
+    @classmethod
+    def read(cls, files: Sequence[Path], resamples: int = 2000, seed: int = 0) -> "SeedMeans":
+        """Average `evaluation/ranks.parquet` of each seed over the users and arms that all of them have.
+
+        Raises:
+            UserError: a user's target differs between seeds, or no user was ranked under all of them.
+        """
+        tables = [pq.read_table(file) for file in files]
+        everyone = [dict(zip(*_columns(table, "user", "target"), strict=True)) for table in tables]
+        users = [user for user in everyone[0] if all(user in one for one in everyone)]
+        for file, one in zip(files, everyone, strict=True):
+            other = next((user for user in users if one[user] != everyone[0][user]), None)
+            if other is not None:
+                problem = f"{file}: user {other!r} has another target than in {files[0]}"
+                raise UserError(problem, "seeds of one run must be evaluated on the same split")
+        if not users:
+            raise UserError(f"no user was ranked in all of {', '.join(map(str, files))}", "leave evaluate.users out")
+        arms = [arm for arm in _arms(tables[0]) if all(arm in _arms(table) for table in tables)]
+        values = {arm: _mean([_metrics(table, arm, users) for table in tables]) for arm in arms}
+        return cls(values, len(files), len(set().union(*everyone)) - len(users), resamples, seed)
+
+    @property
+    def n(self) -> int:
+        """U."""
+        return len(next(iter(next(iter(self.values.values())).values())))
+
+    def figures(self, arm: str) -> dict[str, Interval]:
+        """Every metric of an arm."""
+        return mean_intervals(self.values[arm], self.resamples, self.seed)
+
+    def differences(self, arm: str, baseline: str) -> dict[str, Interval]:
+        """Every metric of an arm minus that of another, user by user."""
+        return paired_intervals(self.values[arm], self.values[baseline], self.resamples, self.seed)
+
+
+def _columns(table: pa.Table, *names: str) -> list[list[object]]:
+    return [table[name].to_pylist() for name in names]
+
+
+def _arms(table: pa.Table) -> list[str]:
+    return [str(arm) for arm in pc.unique(table["arm"]).to_pylist()]
+
+
+def _metrics(table: pa.Table, arm: str, users: Sequence[object]) -> dict[str, Floats]:
+    """Of these users, in this order."""
+    own = table.filter(pc.equal(table["arm"], arm))
+    ranks = dict(zip(*_columns(own, "user", "rank"), strict=True))
+    return metric_values(np.array([ranks[user] for user in users], np.int64), CUTOFFS)
+
+
+def _mean(seeds: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
+    return {name: np.mean([one[name] for one in seeds], axis=0) for name in seeds[0]}

@@ -1,0 +1,41 @@
+"""`record.json` of a run: what each stage took, on what machine, by which commit. Only what is made is noted."""
+
+import time
+from importlib import import_module
+from typing import Any
+
+from rarec.artefacts import read_json, write_json
+from rarec.errors import Stopped
+from rarec.hardware import machine
+from rarec.stages.context import Context
+from rarec.version import source
+
+
+def perform(context: Context, stage: str) -> Any:
+    """Run a stage by its name, and note in the run's record what it took if it made anything or went on with it.
+
+    What a sitting took that was killed is not known here; for training, `done.json` has the seconds of all sittings.
+    """
+    context.made, started = False, time.monotonic()
+    try:
+        result = getattr(import_module(f"rarec.stages.{stage}"), stage)(context)
+    except Stopped:
+        _note(context, stage, time.monotonic() - started)
+        raise
+    _note(context, stage, time.monotonic() - started)
+    return result
+
+
+def _note(context: Context, stage: str, seconds: float) -> None:
+    if not context.made or not context.ranks.first:
+        return
+    path = context.paths.record
+    record = read_json(path) if path.exists() else {}
+    before = {} if context.fresh else record.get(stage, {})
+    record[stage] = {
+        "seconds": round(before.get("seconds", 0.0) + seconds, 2),
+        "hardware": machine(context.ranks.device),
+        "ranks": context.ranks.count,
+        **source(),
+    }
+    write_json(path, record)

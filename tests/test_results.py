@@ -1,0 +1,265 @@
+"""Results of sweeps: figures worked out by hand, intervals over users of their seed-means, nothing left out unsaid."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rarec.artefacts import write_json, write_manifest, write_text
+from rarec.config import ARMS, dump_config
+from rarec.config.identity import (
+    arm_settings,
+    evaluate_settings,
+    prepare_settings,
+    shard_settings,
+    source_settings,
+)
+from rarec.errors import UserError
+from rarec.evaluation.figures import comparison_rows, metric_rows
+from rarec.evaluation.seeds import SeedMeans
+from rarec.paths import RunPaths
+from rarec.ranking import mean_interval
+from rarec.sweep import SweepRun, load_sweep
+
+ROOT = Path(__file__).parents[1]
+BASE = """
+run: {dir: x}
+prepare:
+  interactions: {path: a.csv, user: u, item: i, time: t}
+  items: {path: b.csv, item: i, title: t}
+llm: {path: x}
+train: {arms: [text_only, per_layer]}
+evaluate: {resamples: 300}
+"""
+SWEEP = """
+dir: all
+base: base.yaml
+seeds: [17, 18]
+runs:
+  plain: {}
+  share: {seeds: [17], grid: {shards.share: [0.5, 0.01]}}
+"""
+FUSED = {"text_only+id": [1, 5, 200, 5], "per_layer+id": [1, 1, 1, 1]}
+RANKS = {
+    17: {"id_only": [1, 20, 200, 5], "per_layer": [2, 2, 2, 2], **FUSED},
+    18: {"id_only": [1, 5, 200, 5], "per_layer": [2, 2, 2, 4], **FUSED},
+}
+"""Of users a to d. The ID model's HR@10 is 1, 1/2, 0, 1; HR@100 1, 1, 0, 1; reciprocal rank 1, 1/8, 1/200, 1/5."""
+HEADLINE = ["hr@10", "hr@100", "ndcg@10", "mrr"]
+
+
+def write_ranks(file: Path, ranks: Mapping[str, Sequence[int]], users: str = "abcd", targets: str = "wxyz") -> Path:
+    rows = [
+        {"arm": arm, "user": user, "target": target, "rank": rank}
+        for arm, own in ranks.items()
+        for user, target, rank in zip(users, targets, own, strict=True)
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+def artefact(directory: Path, kind: str, settings: Mapping[str, Any], made_from: Mapping[str, str]) -> str:
+    directory.mkdir(parents=True, exist_ok=True)
+    return write_manifest(directory, kind, settings=settings, made_from=made_from)["hash"]
+
+
+def finish(run: SweepRun, ranks: Mapping[str, Sequence[int]], record: Mapping[str, Any] | None = None) -> None:
+    """A run with the files that finished stages leave, its ranks made by hand."""
+    config, paths = run.config, RunPaths.of(run.config)
+    prepare = artefact(paths.prepare, "prepare", prepare_settings(config.prepare, run.seed), {})
+    ids = artefact(paths.source("id"), "ids", source_settings(config.ids, run.seed), {"prepare": prepare})
+    shards = artefact(paths.shards, "shards", shard_settings(config), {"prepare": prepare, "ids/id": ids})
+    write_text(paths.config, dump_config(config))
+    for name in config.train.arms:
+        artefact(paths.train(name), "train", arm_settings(config, ARMS[name]), {"shards": shards})
+        write_json(paths.train(name) / "done.json", {"step": 2, "best_step": 2, "seconds": 1.0})
+        lines = [f'{{"step": {step}, "loss": 1.0, "samples": {count}}}\n' for step, count in ((1, 1000), (2, 500))]
+        write_text(paths.train(name) / "log.jsonl", "".join(lines))
+    from rarec.training.finished import training_hash
+
+    made_from = {name: training_hash(paths.train(name)) for name in config.train.arms} | {"prepare": prepare}
+    write_ranks(paths.evaluation / "ranks.parquet", ranks)
+    write_json(paths.evaluation / "metrics.json", [])
+    artefact(paths.evaluation, "evaluate", evaluate_settings(config), made_from)
+    if record is not None:
+        write_json(paths.record, record)
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch) -> Path:
+    """A sweep in the current directory of which nothing is made yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    Path("base.yaml").write_text(BASE)
+    Path("sweep.yaml").write_text(SWEEP)
+    return Path("sweep.yaml")
+
+
+def page(path: Path) -> str:
+    from make_results import results
+
+    return results([path], Path())
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """Cells of the table under a heading, without its head."""
+    part = page.split(f"### {heading}\n")[1].split("\n### ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if "|" in line][2:]
+
+
+def test_a_figure_is_the_mean_over_users_of_their_means_over_seeds(tmp_path):
+    files = [write_ranks(tmp_path / f"{seed}.parquet", ranks) for seed, ranks in RANKS.items()]
+    means = SeedMeans.read(files)
+    found = means.figures("id_only")
+    assert (means.n, means.seeds, means.left_out) == (4, 2, 0)
+    assert [found[metric].mean for metric in HEADLINE] == pytest.approx(
+        [2.5 / 4, 3 / 4, (1 + 1.5 / math.log2(6)) / 4, (1 + 1 / 8 + 1 / 200 + 1 / 5) / 4]
+    )
+    assert found["hr@10"] == mean_interval([1, 0.5, 0, 1])
+    difference = means.differences("per_layer+id", "id_only")["mrr"]
+    assert difference == mean_interval(1 - np.array([1, 1 / 8, 1 / 200, 1 / 5]))
+
+
+def test_one_seed_gives_the_figures_of_the_runs_own_metrics(tmp_path):
+    ranks = {arm: np.array(own) for arm, own in RANKS[17].items()}
+    means = SeedMeans.read([write_ranks(tmp_path / "x.parquet", RANKS[17])], 300, 17)
+    for row in metric_rows(ranks, [10, 100], resamples=300, seed=17):
+        assert means.figures(row["arm"])[row["metric"]] == (row["value"], row["low"], row["high"])
+    pairs = [("per_layer+id", "id_only")]
+    for row in comparison_rows(ranks, pairs, [10, 100], resamples=300, seed=17):
+        assert means.differences(*pairs[0])[row["metric"]] == (row["difference"], row["low"], row["high"])
+
+
+def test_seeds_are_paired_by_user_in_whatever_order_and_the_others_are_counted(tmp_path):
+    one = write_ranks(tmp_path / "1.parquet", {"id_only": [1, 2, 4]}, "abc", "xyz")
+    two = write_ranks(tmp_path / "2.parquet", {"id_only": [8, 2, 1]}, "cbe", "zyv")
+    means = SeedMeans.read([one, two])
+    assert (means.n, means.left_out) == (2, 2)
+    assert means.values["id_only"]["mrr"].tolist() == [1 / 2, (1 / 4 + 1 / 8) / 2]
+
+
+def test_seeds_of_other_splits_are_refused(tmp_path):
+    one = write_ranks(tmp_path / "1.parquet", {"id_only": [1, 2]}, "ab", "xy")
+    other = write_ranks(tmp_path / "2.parquet", {"id_only": [1, 2]}, "ab", "xz")
+    with pytest.raises(UserError, match=r"2.parquet: user 'b' has another target"):
+        SeedMeans.read([one, other])
+    strangers = write_ranks(tmp_path / "3.parquet", {"id_only": [1, 2]}, "cd", "xy")
+    with pytest.raises(UserError, match="no user was ranked in all of"):
+        SeedMeans.read([one, strangers])
+
+
+def test_the_page_has_every_finished_run_and_names_every_other(path):
+    runs = load_sweep(path).runs
+    for run in runs[:2]:
+        finish(run, RANKS[run.seed])
+    made = page(path)
+    figures = rows_of(made, "Figures")
+    assert [row[:2] for row in figures] == [
+        ["plain", "ID model"],
+        ["plain", "RA-Rec (per layer)"],
+        ["plain", "text only + ID"],
+        ["plain", "RA-Rec (per layer) + ID"],
+    ]
+    assert [cell.split()[0] for cell in figures[0][2:6]] == [".6250", ".7500", ".3951", ".3325"]
+    assert figures[0][6:] == ["4", "2"]
+    pairs = {row[1]: row[2] for row in rows_of(made, "Paired differences")}
+    assert pairs["RA-Rec (per layer) + ID minus ID model"].startswith("+.3750 (")
+    assert pairs["RA-Rec (per layer) + ID minus text only + ID"].startswith("+.2500 (")
+    assert "- `share/shards.share=0.5/seed-17` is not finished: shards is next" in made
+    assert "- `share/shards.share=0.01/seed-17` is not finished: shards is next" in made
+
+
+def test_a_run_of_which_a_seed_is_missing_says_so(path):
+    finish(load_sweep(path).runs[0], RANKS[17])
+    made = page(path)
+    assert rows_of(made, "Figures")[0][6:] == ["4", "1 of 2"]
+    assert "- `plain/seed-18` is not finished: prepare is next" in made
+
+
+def test_nothing_finished_and_no_evaluation_are_told(path):
+    assert page(path).count("No run is finished.") == 3
+    path.write_text(SWEEP + "stages: [prepare, ids]\n")
+    with pytest.raises(UserError, match=r"sweep.yaml: `stages` lacks evaluate"):
+        page(path)
+
+
+def test_figures_of_altered_files_are_refused(path):
+    run = load_sweep(path).runs[0]
+    finish(run, RANKS[17])
+    write_ranks(run.directory / "evaluation" / "ranks.parquet", RANKS[18])
+    with pytest.raises(UserError, match=r"ranks.parquet is missing or altered"):
+        page(path)
+
+
+def test_each_run_tells_how_it_was_made(path):
+    stage = {"seconds": 30.4, "hardware": "Some CPU, 2 cores", "ranks": 1, "version": "0.1.0"}
+    record = {
+        "train": {**stage, "commit": "0123456789abcdef0123-dirty"},
+        "evaluate": {**stage, "seconds": 1200.0, "commit": "0123456789abcdef0123-dirty", "ranks": 2},
+    }
+    first, second = load_sweep(path).runs[:2]
+    finish(first, RANKS[17], record)
+    finish(second, RANKS[18])
+    rows = rows_of(page(path), "How it was made")
+    assert rows[0] == [
+        "plain/seed-17",
+        "`rarec sweep sweep.yaml --only plain/seed-17`",
+        "`0123456789ab-dirty`",
+        "Some CPU, 2 cores, Some CPU, 2 cores x 2",
+        "prepare shared, ids shared, shards shared, train 30 s, evaluate 1,200 s",
+        "text only: 2, 1,500; RA-Rec (per layer): 2, 1,500",
+    ]
+    assert rows[1][2:4] == ["not recorded"] * 2
+    assert rows[1][4].endswith("train not recorded, evaluate not recorded")
+
+
+def test_a_page_of_its_own_has_the_tables_where_its_markers_stand(path):
+    for run in load_sweep(path).runs:
+        finish(run, RANKS[17])
+    Path("sweep.md").write_text("## Mine\n\nBy hand.\n\n<!-- results: differences -->\n\nAnd so it is.\n")
+    made = page(path)
+    assert "## Mine" in made
+    assert "## sweep" not in made
+    hand, rest = made.split("And so it is.")
+    assert "minus ID model" in hand
+    assert "minus ID model" not in rest
+    assert [line for line in rest.splitlines() if line.startswith("#")] == [
+        "### Figures",
+        "### Curves",
+        "### Missing",
+        "### How it was made",
+    ]
+    Path("sweep.md").write_text("<!-- results: figure -->")
+    with pytest.raises(UserError, match=r"sweep.md: there is no block `figure`"):
+        page(path)
+
+
+def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
+    pytest.importorskip("matplotlib")
+    *_, first, second = load_sweep(path).runs
+    finish(first, RANKS[17])
+    assert not list(Path().glob("*.svg"))
+    finish(second, RANKS[18])
+    assert "![share: NDCG@10 over shards.share](results-sweep-share.svg)" in page(path)
+    drawn = Path("results-sweep-share.svg").read_text()
+    for text in ("shards.share", "NDCG@10", "ID model", "RA-Rec (per layer) + ID"):
+        assert text in drawn
+    page(path)
+    assert Path("results-sweep-share.svg").read_text() == drawn
+
+
+def test_the_tool_prints_the_page(path, capsys, monkeypatch):
+    from make_results import main
+
+    monkeypatch.setattr(sys, "argv", ["make_results.py", "sweep.yaml"])
+    main()
+    said = capsys.readouterr().out
+    assert said.startswith("# Results\n")
+    assert "python tools/make_results.py sweep.yaml > RESULTS.md" in said

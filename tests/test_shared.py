@@ -1,0 +1,168 @@
+"""Artefacts that runs have in common: whose names differ, who makes them, and two that want to at the same time."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from rarec.artefacts import MANIFEST, read_json, write_json
+from rarec.cli import open_context
+from rarec.config import load_config
+from rarec.config.load import format_override
+from rarec.errors import UserError
+from rarec.paths import RunPaths
+from rarec.planning.setting import Cluster
+from rarec.stages.plan import plan
+from rarec.stages.run import STAGES
+from tests.conftest import make_world
+from tests.ranks import START
+from tests.sweeps import SMALL
+
+SMALLER = [format_override(name, value) for name, value in SMALL.items()]
+ONE = Cluster.of(1, 1, None, "H100")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    return make_world(tmp_path)
+
+
+def paths(config: Path, *overrides: str) -> tuple[str, str, str]:
+    """Names of prepared data, ID vectors and shards."""
+    found = RunPaths.of(load_config(config, ["run.shared=x", *overrides]))
+    return found.prepare.name, found.source("id").name, found.shards.name
+
+
+def opened(config: Path, name: str, *overrides: str):
+    root = config.parent
+    return open_context(config, [f"run.dir={root / name}", f"run.shared={root / 'shared'}", *SMALLER, *overrides])
+
+
+def test_without_a_shared_directory_all_lies_in_the_runs_own(world):
+    found = RunPaths.of(load_config(world))
+    root = world.parent / "run"
+    assert (found.prepare, found.source("id"), found.shards) == (root / "prepare", root / "ids" / "id", root / "shards")
+
+
+@pytest.mark.parametrize(
+    ("override", "differ"),
+    [
+        ("train.lr=0.5", (False, False, False)),
+        ("train.arms=[text_only]", (False, False, False)),
+        ("evaluate.resamples=7", (False, False, False)),
+        ("prepare.memory=1GB", (False, False, False)),
+        ("shards.writers=1", (False, False, False)),
+        ("llm.attention=eager", (False, False, False)),
+        ("ids.gru4rec.hidden=7", (False, False, False)),  # not the model that is chosen
+        ("shards.share=0.5", (False, False, True)),
+        ("prompt.separator=;", (False, False, True)),
+        ("llm.path=/elsewhere", (False, False, True)),
+        ("readout.pool=last", (False, False, True)),
+        ("alignment.instructions=3", (False, False, True)),
+        ("ids.sasrec.dim=8", (False, True, True)),
+        ("ids.model=gru4rec", (False, True, True)),
+        ("prepare.min_user_interactions=3", (True, True, True)),
+        ("run.seed=18", (True, True, True)),
+    ],
+)
+def test_names_differ_where_what_shapes_an_artefact_or_its_inputs_does(world, override, differ):
+    before, after = paths(world), paths(world, override)
+    assert tuple(old != new for old, new in zip(before, after, strict=True)) == differ
+    for kind, name in zip(("prepare", "ids-id", "shards"), after, strict=True):
+        assert re.fullmatch(rf"{kind}-[0-9a-f]{{16}}", name)
+
+
+def test_a_further_source_has_a_name_of_its_own_and_enters_that_of_the_shards(world):
+    with_image = ["sources.image.items=a.npy"]
+    assert paths(world, *with_image)[:2] == paths(world)[:2]
+    assert paths(world, *with_image)[2] != paths(world)[2]
+    first, second = (load_config(world, ["run.shared=x", f"sources.image.items={f}.npy"]) for f in "ab")
+    assert RunPaths.of(first).source("image").name.startswith("ids-image-")
+    assert RunPaths.of(first).source("image") != RunPaths.of(second).source("image")
+
+
+def test_tables_are_known_by_their_engine_too_but_not_by_its_password(world):
+    table = ["prepare.interactions.path=null", "prepare.interactions.table=log"]
+    one, other = (paths(world, *table, f"prepare.engine=postgres://me:{p}@host/a") for p in ("x", "y"))
+    assert one == other
+    assert one != paths(world, *table, "prepare.engine=postgres://me:x@host/b")
+
+
+def test_a_second_run_makes_nothing_that_it_shares_and_ends_with_the_same_shards(world):
+    for name in ("prepare", "ids", "shards"):
+        STAGES[name](opened(world, "first"))
+    made = {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")}
+    kinds = [path.parent.name.partition("-")[0] for path in made if path.name == MANIFEST]
+    assert sorted(kinds) == ["ids", "prepare", "shards"]
+    second = opened(world, "second", "train.lr=0.01")
+    for name in ("prepare", "ids", "shards"):
+        STAGES[name](second)
+    assert not second.made
+    assert {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")} == made
+    assert not (world.parent / "second").exists()
+    STAGES["train"](second)
+    assert sorted(path.name for path in (world.parent / "second").iterdir()) == ["config.yaml", "train"]
+
+
+def test_a_plan_counts_the_shared_shards(world):
+    for name in ("prepare", "ids", "shards"):
+        STAGES[name](opened(world, "first"))
+    counted = plan(opened(world, "second"), ONE, "0").calculator.samples
+    other = plan(opened(world, "third", "shards.share=0.5"), ONE, "0").calculator.samples
+    assert counted is not None
+    assert other is None
+
+
+def test_what_was_altered_or_made_from_another_log_is_refused_as_in_a_run_of_its_own(world):
+    STAGES["prepare"](opened(world, "first"))
+    log = world.parent / "log" / "interactions.csv"
+    log.write_text(log.read_text() + "u000,i039,1800000000\n")
+    with pytest.raises(UserError, match="made from another interactions"):
+        STAGES["prepare"](opened(world, "second"))
+    manifest = RunPaths.of(opened(world, "first").config).prepare / MANIFEST
+    write_json(manifest, {**read_json(manifest), "made_from": {}})
+    with pytest.raises(UserError, match="altered"):
+        STAGES["ids"](opened(world, "second"))
+
+
+def _make(config: Path, name: str, told: Path) -> None:
+    """All that is shared, in another process."""
+    with told.open("w", buffering=1) as file:
+        context = opened(config, name)
+        context.say = lambda line: print(line, file=file)
+        for stage in ("prepare", "ids", "shards"):
+            print(f"{stage} begins", file=file)
+            STAGES[stage](context)
+        print(f"made: {context.made}", file=file)
+
+
+def test_two_that_want_the_same_at_the_same_time_make_it_once(world):
+    told = [world.parent / f"{name}.txt" for name in "ab"]
+    racing = [START.Process(target=_make, args=(world, path.stem, path)) for path in told]
+    for process in racing:
+        process.start()
+    for process in racing:
+        process.join(120)
+    assert [process.exitcode for process in racing] == [0, 0]
+    said = [path.read_text() for path in told]
+    for artefact in ("prepare-", "ids-id-", "shards-"):
+        ready = [re.search(rf"{artefact}\w+ is there already", text) is not None for text in said]
+        assert sorted(ready) == [False, True], said
+    left = [path.name for path in (world.parent / "shared").iterdir()]
+    assert not [name for name in left if ".aside-" in name or "progress" in name]
+
+
+def test_who_is_killed_at_it_leaves_it_to_the_next(world):
+    told = [world.parent / f"{name}.txt" for name in "ab"]
+    slow, next_one = (START.Process(target=_make, args=(world, path.stem, path)) for path in told)
+    slow.start()
+    deadline = time.monotonic() + 60
+    while not (told[0].exists() and "ids begins" in told[0].read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    slow.kill()
+    slow.join()
+    next_one.start()
+    next_one.join(120)
+    assert next_one.exitcode == 0
+    assert "made: True" in told[1].read_text()

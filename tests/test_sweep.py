@@ -1,0 +1,289 @@
+"""`rarec sweep`: which runs a file names, what is refused; each run is made once, whatever befalls the sweep."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from rarec.artefacts import MANIFEST, read_json
+from rarec.config.load import format_override, parse_override
+from rarec.errors import UserError
+from rarec.stages.run import STAGES
+from rarec.sweep import load_sweep, state_of
+from rarec.sweep.local import LOG, last_words
+from rarec.sweep.schema import StageName
+from tests.conftest import make_world
+from tests.sweeps import begin, sweep, write_sweep
+
+ROOT = Path(__file__).parents[1]
+LEARN = {"slow": {"train.lr": 1e-4}, "fast": {"train": {"lr": 1e-2}}}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    return make_world(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unswept(tmp_path_factory) -> Path:
+    """For what runs nothing."""
+    return make_world(tmp_path_factory.mktemp("unswept"))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep of two runs to its end, and what it said."""
+    path = write_sweep(make_world(tmp_path_factory.mktemp("swept")), LEARN)
+    return path, sweep(path)
+
+
+def labels(path: Path, *overrides: str) -> list[str]:
+    return [run.label for run in load_sweep(path, overrides).runs]
+
+
+def stamps(path: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in path.parent.joinpath("all").rglob("*") if file.is_file()}
+
+
+def steps(path: Path, label: str) -> int:
+    log = path.parent / "all" / label / "train" / "per_layer" / "log.jsonl"
+    return sum('"loss"' in line for line in log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_stages_are_those_of_a_run_in_its_order():
+    assert list(StageName.__args__) == list(STAGES)
+
+
+def test_runs_and_seeds_are_expanded_in_the_order_of_the_file(unswept):
+    grid = {"grid": {"shards.share": [0.06, 1], "train.arms": [["text_only", "per_layer"]]}, "seeds": [3]}
+    path = write_sweep(unswept, {"plain": None, "share": grid}, seeds=[17, 18])
+    assert sorted(labels(path)) == [
+        "plain/seed-17",
+        "plain/seed-18",
+        "share/shards.share=0.06,train.arms=text_only,per_layer/seed-3",
+        "share/shards.share=1,train.arms=text_only,per_layer/seed-3",
+    ]
+
+
+def test_a_run_has_the_base_its_own_fields_and_those_of_the_command_line_in_that_order(unswept):
+    runs = {"a": {"train": {"lr": 0.5, "epochs": 7}, "prepare.spark": {"spark.master": "yarn"}}}
+    run = load_sweep(write_sweep(unswept, runs), ["train.epochs=9"]).runs[0]
+    assert (run.config.train.lr, run.config.train.epochs, run.config.train.batch_size) == (0.5, 9, 32)
+    assert run.config.prepare.spark == {"spark.master": "yarn"}
+    assert (run.config.run.dir, run.config.run.seed) == (f"{unswept.parent}/all/a/seed-17", 17)
+    assert run.config.run.shared == f"{unswept.parent}/all/shared"
+    elsewhere = load_sweep(write_sweep(unswept, runs), ["run.shared=/common"]).runs[0]
+    assert elsewhere.config.run.shared == "/common"
+    alone = load_sweep(write_sweep(unswept, {"a": {"run.shared": None}})).runs[0]
+    assert alone.config.run.shared is None
+
+
+@pytest.mark.parametrize(
+    "value", [0.06, 1e-5, None, True, "", "a b", "1", "ü: {x}", 'say "a" \\ #1', [1, "b c"], {"a": 1}]
+)
+def test_an_override_is_one_word_and_reads_back_equal(value):
+    text = format_override("a.b", value)
+    assert len(text.split()) == 1
+    assert parse_override(text) == ("a.b", value)
+
+
+@pytest.mark.parametrize(
+    ("runs", "fields", "message"),
+    [
+        (
+            {"a": {"train.epoch": 3}},
+            {},
+            r"sweep.yaml: run 'a' over .*: unknown field `train.epoch`; did you mean `epochs`",
+        ),
+        ({"a": {"grid": {"trian.lr": [1]}}}, {}, r"run 'a/trian.lr=1' over .*: unknown field `trian`"),
+        ({"a": {"train.lr": "fast"}}, {}, r"run 'a' over .*: field `train.lr`"),
+        ({"a": {"train.lr.x": 1, "train": {"lr": 2.0}}}, {}, r"run 'a' over .*: .*"),
+        ({"a": {"run.dir": "x"}}, {}, r"sweep.yaml: run 'a': `run.dir` cannot be overridden"),
+        ({"a": {"run": {"seed": 3}}}, {}, r"run 'a': `run.seed` cannot be overridden in a sweep\n  -> list `seeds`"),
+        ({"a": {"grid": {"run.seed": [3]}}}, {}, r"run 'a': `run.seed` cannot be overridden"),
+        ({"a": {"seeds": [3, 4, 3]}}, {}, r"run 'a': seed 3 is listed twice"),
+        ({"a": None}, {"seeds": [17, 17]}, r"run 'a': seed 17 is listed twice"),
+        ({"a": None}, {"seeds": []}, r"field `seeds`"),
+        ({"a": {"grid": {"train.lr": [0.1, 0.1]}}}, {}, r"two runs are called a/train.lr=0.1/seed-17"),
+        ({"a": {"grid": {"prompt.separator": ["/", "?"]}}}, {}, r"two runs are called a/prompt.separator=-/seed-17"),
+        ({"a": {"grid": {"train.lr": []}}}, {}, r"field `runs.a.grid.train.lr`"),
+        ({"a": {"grid": {"train.lr": [0.1]}, "train.lr": 0.2}}, {}, r"run 'a': field `train.lr` is in its grid"),
+        ({"a": {"train.lr": 0.1, "train": {"lr": 0.2}}}, {}, r"run 'a': field `train.lr` is given twice"),
+        ({"shared": None}, {}, r"run 'shared': `shared` is a directory of the sweep itself"),
+        ({"../a": None}, {}, r"run '../a': the name becomes a directory"),
+        ({"a": 3}, {}, r"field `runs.a`"),
+        ({}, {}, r"field `runs`"),
+        ({"a": None}, {"stage": ["train"]}, r"sweep.yaml: unknown field `stage`; did you mean `stages`"),
+        ({"a": None}, {"stages": ["evalute"]}, r"field `stages.0`.*'evaluate'"),
+        ({"a": None}, {"base": "no.yaml"}, r"no.yaml does not exist"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_starts(unswept, runs, fields, message):
+    path = write_sweep(unswept, runs, **fields)
+    with pytest.raises(UserError, match=message):
+        load_sweep(path)
+    assert not (unswept.parent / "all").exists()
+
+
+def test_two_runs_of_one_name_and_overrides_that_are_the_sweeps_are_refused(unswept):
+    path = write_sweep(unswept, {"a": {"grid": {"train.lr": [0.1]}}})
+    for override, message in {
+        "run.seed=3": "`run.seed` cannot",
+        "train.lr=1": "in its grid",
+        "lr": "not of the",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_sweep(path, [override])
+    path.write_text(path.read_text() + "  a: {}\n")
+    with pytest.raises(UserError, match="'a' is given twice"):
+        load_sweep(path)
+
+
+def test_every_shipped_sweep_is_valid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in (ROOT / "configs" / "sweeps").glob("*.yaml"):
+        assert load_sweep(path).directory == Path(f"runs/sweep-{path.stem}")
+
+
+def test_each_run_is_made_in_its_directory_and_what_they_share_once(swept):
+    path, ended = swept
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert [line.split()[0] for line in lines] == ["fast/seed-17", "slow/seed-17"]
+    assert all(line.split()[1] == "evaluate" and line.endswith("s  done") for line in lines)
+    shared = path.parent / "all" / "shared"
+    assert sorted(file.parent.name.partition("-")[0] for file in shared.rglob(MANIFEST)) == ["ids", "prepare", "shards"]
+    for name in ("slow", "fast"):
+        run = path.parent / "all" / name / "seed-17"
+        assert read_json(run / "evaluation" / "metrics.json")
+        assert not (run / "prepare").exists()
+        assert "$ rarec run " in (run / LOG).read_text()
+
+
+def test_the_record_tells_time_machine_and_commit_of_what_the_run_itself_made(swept):
+    path, _ = swept
+    first, second = (read_json(path.parent / "all" / name / "seed-17" / "record.json") for name in ("fast", "slow"))
+    assert list(first) == ["prepare", "ids", "shards", "train", "evaluate"]
+    assert list(second) == ["train", "evaluate"]
+    for stage in (*first.values(), *second.values()):
+        assert set(stage) == {"seconds", "hardware", "ranks", "version", "commit"}
+        assert stage["seconds"] > 0
+        assert "core" in stage["hardware"]
+
+
+def test_a_second_sweep_makes_nothing_and_loads_nothing_heavy(swept):
+    path, _ = swept
+    before, started = stamps(path), time.monotonic()
+    again = sweep(path, PYTHONPROFILEIMPORTTIME="1")
+    told = [line for line in again.stderr.splitlines() if "skipped, done before" in line]
+    assert (again.returncode, len(told), stamps(path)) == (0, 2, before)
+    assert not [line for line in again.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "transformers")]
+    assert time.monotonic() - started < 20
+    runs, started = load_sweep(path).runs, time.monotonic()
+    assert [state_of(run, ["train", "evaluate"]) for run in runs] == [("done", "evaluate")] * 2
+    assert time.monotonic() - started < 0.5
+
+
+def test_the_list_tells_states_and_runs_nothing(swept, unswept):
+    path, _ = swept
+    assert sweep(path, "--list").stdout.splitlines() == ["fast/seed-17  done", "slow/seed-17  done"]
+    fresh = write_sweep(unswept, LEARN)
+    listed = sweep(fresh, "--list", "--only", "s*")
+    assert (listed.returncode, listed.stdout) == (0, "slow/seed-17  to do\n")
+    assert not (unswept.parent / "all").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.lr=0.3",
+        "evaluate.resamples=51",
+        "prepare.min_user_interactions=2",
+        "llm.path=/elsewhere",
+        "ids.sasrec.dim=4",
+    ],
+)
+def test_a_run_is_not_done_by_other_settings(swept, override):
+    path, _ = swept
+    for run in load_sweep(path, [override]).runs:
+        assert state_of(run, ["prepare", "ids", "shards", "train", "evaluate"])[0] == "begun"
+
+
+def test_damage_is_something_to_do(swept, tmp_path):
+    path, _ = swept
+    run = load_sweep(path).runs[0]
+    done = run.directory / "train" / "per_layer" / "done.json"
+    whole = done.read_text()
+    for harm in (whole[:20], json.dumps({**json.loads(whole), "best_step": 999}), None):
+        done.unlink() if harm is None else done.write_text(harm)
+        assert state_of(run, ["train", "evaluate"])[0] == "begun"
+        done.write_text(whole)
+    assert state_of(run, ["train", "evaluate"])[0] == "done"
+
+
+def test_a_run_that_fails_is_named_at_the_end_and_stops_no_other(world):
+    runs = {"a-bad": {"train.blocks": [99]}, "b-good": {}, "c-bad": {"llm.path": str(world.parent / "none")}}
+    path = write_sweep(world, runs)
+    ended = sweep(path)
+    assert ended.returncode == 1
+    lines = ended.stderr.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["a-bad/seed-17", "b-good/seed-17", "c-bad/seed-17"]
+    assert [line.split()[-1] for line in lines[:3]] == ["failed", "done", "failed"]
+    assert [line.split()[1] for line in lines[:3]] == ["train", "evaluate", "shards"]
+    assert lines[3].startswith("failed: a-bad/seed-17: exit code 2: error: train.blocks: the model has blocks 0 to 1")
+    assert lines[4].startswith("failed: c-bad/seed-17: exit code 2: error: llm.path: ")
+    assert "-> give a local directory" in lines[4]
+    mended = sweep(path, "--only", "a-*", "train.lr=0.1")
+    assert (mended.returncode, mended.stderr.count("failed: ")) == (1, 1)
+
+
+def test_a_sweep_that_is_killed_goes_on_where_it_was(world):
+    path = write_sweep(
+        world, {"long": {"train.epochs": 60, "train.validate_every": 5, "train.patience": 1000}, "short": None}
+    )
+    killed = begin(path)
+    deadline = time.monotonic() + 120
+    while steps(path, "long/seed-17") < 12 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    before = stamps(path)
+    listed = sweep(path, "--list").stdout
+    assert "long/seed-17   begun, train is next" in listed
+    assert "short/seed-17  to do" in listed
+    ended = sweep(path, "train.max_steps=null")
+    assert ended.returncode == 0, ended.stderr
+    log = (path.parent / "all" / "long" / "seed-17" / LOG).read_text()
+    assert log.count("$ rarec run") == 2
+    assert "stopped by a signal at step" in log.split("$ rarec run")[1]  # its run did not outlive it
+    shared = [file for file in before if "shared" in file.parts and file.name == MANIFEST]
+    assert {file: file.stat().st_mtime_ns for file in shared} == {file: before[file] for file in shared}
+    found = path.parent / "all" / "long" / "seed-17" / "train" / "per_layer" / "log.jsonl"
+    numbers = [json.loads(line)["step"] for line in found.read_text().splitlines() if '"loss"' in line]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_stopped_has_its_run_save_first(world, number, code):
+    path = write_sweep(world, {"long": {"train.epochs": 100000, "train.validate_every": 100000}})
+    stopped = begin(path)
+    deadline = time.monotonic() + 120
+    while steps(path, "long/seed-17") < 3 and stopped.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stopped.send_signal(number)
+    _, said = stopped.communicate(timeout=60)
+    assert (stopped.returncode, said.splitlines()[-1].endswith("the same command goes on from here")) == (code, True)
+    run = path.parent / "all" / "long" / "seed-17"
+    assert list((run / "train" / "per_layer" / "checkpoints").glob("step-*"))
+    assert "stopped by a signal at step" in last_words(run / LOG)
+
+
+def test_only_names_that_are_there(unswept):
+    path = write_sweep(unswept, LEARN)
+    ended = sweep(path, "--only", "quick*")
+    assert ended.returncode == 2
+    assert "no run is called 'quick*'" in ended.stderr
+    assert "there are: fast, slow" in ended.stderr
+    assert sweep(path, "--sbatch", "--time=1").returncode == 2

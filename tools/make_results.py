@@ -1,0 +1,130 @@
+"""RESULTS.md from the files of finished sweeps: no figure on it is typed.
+
+    python tools/make_results.py configs/sweeps/demo.yaml ... > RESULTS.md
+
+A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
+for what is generated: `figures`, `differences`, `curves`, `missing` or `making`. Blocks that the page does not place
+follow at its end. Curves of a grid over one field are drawn beside the page, where `--plots` says.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from results_curve import draw
+from results_tables import Arms, differences, figures, making, missing
+
+from rarec.artefacts import check_files, read_manifest
+from rarec.cli import guarded
+from rarec.errors import UserError
+from rarec.evaluation.seeds import SeedMeans
+from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
+
+HEAD = """# Results
+
+Made by `{command}` from the files of the runs; nothing here is typed.
+
+The full catalogue is ranked; the user's earlier items are excluded, ties count against the model, the test set is read
+once. A figure is the mean over seeds and users, with the bootstrap 95% interval over users of each user's mean over
+seeds: it covers the draw of users, not that of seeds. Differences are paired over the same users, and not corrected for
+their number.
+"""
+TITLES = {
+    "figures": "Figures",
+    "differences": "Paired differences",
+    "curves": "Curves",
+    "missing": "Missing",
+    "making": "How it was made",
+}
+_MARKER = re.compile(r"<!-- results: ([\w-]+) -->")
+
+
+def results(sweeps: Sequence[Path], plots: Path) -> str:
+    """The whole page.
+
+    Args:
+        sweeps: their files.
+        plots: where curves are drawn.
+
+    Raises:
+        UserError: a sweep, its page or a file of a finished run is not as it should be.
+    """
+    command = f"python tools/make_results.py {' '.join(shlex.quote(str(path)) for path in sweeps)} > RESULTS.md"
+    return "\n".join([HEAD.format(command=command), *(section(load_sweep(path), plots) for path in sweeps)])
+
+
+def section(sweep: Sweep, plots: Path) -> str:
+    """One sweep's part of the page."""
+    if "evaluate" not in sweep.stages:
+        raise UserError(f"{sweep.path}: `stages` lacks evaluate: there are no figures", "add it, and run the sweep")
+    left = {run.label: first_to_do(run.config, sweep.stages) for run in sweep.runs}
+    finished = [run for run in sweep.runs if left[run.label] is None]
+    arms = {name: _arms(name, runs, sweep) for name, runs in _by_name(finished).items()}
+    blocks = {
+        "figures": figures(arms.values()),
+        "differences": differences(arms.values()),
+        "curves": "\n".join(_curves(sweep, arms, plots)),
+        "missing": missing(left),
+        "making": making(sweep, finished),
+    }
+    return placed(sweep.path.with_suffix(".md"), sweep.path.stem, blocks)
+
+
+def placed(page: Path, name: str, blocks: Mapping[str, str]) -> str:
+    """The blocks where the sweep's own page wants them; without a page under a title.
+
+    Raises:
+        UserError: the page has a marker for what there is not.
+    """
+    text = page.read_text(encoding="utf-8") if page.exists() else f"## {name}\n"
+    wanted = _MARKER.findall(text)
+    unknown = [marker for marker in wanted if marker not in blocks]
+    if unknown:
+        raise UserError(f"{page}: there is no block `{unknown[0]}`", f"there are: {', '.join(blocks)}")
+    text = _MARKER.sub(lambda marker: blocks[marker[1]].rstrip("\n"), text)
+    rest = [f"\n### {TITLES[block]}\n\n{blocks[block]}" for block in blocks if block not in wanted and blocks[block]]
+    return text.rstrip("\n") + "\n" + "".join(rest)
+
+
+def _by_name(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:
+    names = dict.fromkeys(run.name for run in runs)
+    return {name: [run for run in runs if run.name == name] for name in names}
+
+
+def _arms(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> Arms:
+    """A run over its finished seeds. With one seed the figures are those of its metrics.json, to the last digit."""
+    first = runs[0].config
+    for run in runs:
+        directory = run.directory / "evaluation"
+        check_files(directory, read_manifest(directory, "evaluate"))
+    files = [run.directory / "evaluation" / "ranks.parquet" for run in runs]
+    means = SeedMeans.read(files, first.evaluate.resamples, first.run.seed)
+    return Arms(name, means, sum(run.name == name for run in sweep.runs), first.export.arm)
+
+
+def _curves(sweep: Sweep, arms: Mapping[str, Arms], plots: Path) -> Iterator[str]:
+    """A plot for each entry with a grid over one field, of which two points are finished."""
+    for entry in dict.fromkeys(run.entry for run in sweep.runs if len(run.grid) == 1):
+        points = {run.name: next(iter(run.grid.items())) for run in sweep.runs if run.entry == entry}
+        there = [(value, arms[name]) for name, (_, value) in points.items() if name in arms]
+        if len(there) > 1:
+            field = next(iter(points.values()))[0]
+            file = plots / f"results-{sweep.path.stem}-{entry}.svg"
+            draw(file, field, there)
+            yield f"![{entry}: NDCG@10 over {field}]({file.as_posix()})\n"
+
+
+def main() -> None:
+    """Print the page."""
+    parser = argparse.ArgumentParser(description="RESULTS.md from the files of finished sweeps.")
+    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("--plots", type=Path, default=Path(), help="where curves are drawn; links are relative to here")
+    arguments = parser.parse_args()
+    sys.stdout.write(results(arguments.sweeps, arguments.plots))
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,134 @@
+"""Markdown tables of `make_results.py`: figures, paired differences, what is missing, and how each run was made."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rarec.artefacts import read_json
+from rarec.evaluation.figures import pairs_of_interest
+from rarec.evaluation.labels import HEADLINE, arm_group, arm_order, arm_title, figure, metric_title
+from rarec.evaluation.record import TrainingRecord, read_run
+from rarec.evaluation.seeds import SeedMeans
+from rarec.paths import RunPaths
+from rarec.ranking import Interval
+from rarec.sweep import Sweep, SweepRun
+
+_UNKNOWN = "not recorded"
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The arms of one run.
+
+    Attributes:
+        name: of the run.
+        means: over its finished seeds.
+        seeds: how many it should have.
+        main: the arm that is exported, and compared with the others.
+    """
+
+    name: str
+    means: SeedMeans
+    seeds: int
+    main: str
+
+    @property
+    def shown(self) -> list[str]:
+        """All but the probes, in the order of every report."""
+        return sorted((arm for arm in self.means.values if arm_group(arm) < 2), key=arm_order)
+
+    @property
+    def counts(self) -> list[str]:
+        """Cells: users and seeds."""
+        of = f" of {self.seeds}" if self.means.seeds < self.seeds else ""
+        without = f" ({self.means.left_out:,} left out)" if self.means.left_out else ""
+        return [f"{self.means.n:,}{without}", f"{self.means.seeds}{of}"]
+
+
+def figures(runs: Iterable[Arms]) -> str:
+    """Runs and arms x metrics."""
+    rows = []
+    for run in runs:
+        for arm in run.shown:
+            found = run.means.figures(arm)
+            rows.append([run.name, arm_title(arm), *(_cell(found[metric]) for metric in HEADLINE), *run.counts])
+    return _table(["run", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows)
+
+
+def differences(runs: Iterable[Arms]) -> str:
+    """The main arm, alone and fused, against its rivals."""
+    rows = []
+    for run in runs:
+        for arm, baseline in pairs_of_interest(run.shown, run.main):
+            found = run.means.differences(arm, baseline)
+            pair = f"{arm_title(arm)} minus {arm_title(baseline)}"
+            rows.append([run.name, pair, *(_cell(found[metric], signed=True) for metric in HEADLINE), *run.counts])
+    return _table(["run", "difference", *map(metric_title, HEADLINE), "users", "seeds"], rows)
+
+
+def missing(left: Mapping[str, str | None]) -> str:
+    """Every run that is not finished, and the stage that it lacks."""
+    lines = [f"- `{label}` is not finished: {stage} is next" for label, stage in left.items() if stage is not None]
+    return "\n".join(lines) + "\n" if lines else "Every run of the sweep is finished.\n"
+
+
+def making(sweep: Sweep, runs: Sequence[SweepRun]) -> str:
+    """Of each finished run: its command, its commit, time, machine, steps and samples."""
+    rows = [[run.label, _command(sweep, run), *_record(sweep, run), _seen(run)] for run in runs]
+    return _table(["run", "command", "commit", "hardware", "wall time", "steps and samples seen"], rows)
+
+
+def _command(sweep: Sweep, run: SweepRun) -> str:
+    return f"`rarec sweep {shlex.quote(str(sweep.path))} --only {shlex.quote(run.label)}`"
+
+
+def _record(sweep: Sweep, run: SweepRun) -> list[str]:
+    """Cells: commit, hardware, and wall time by stage."""
+    paths = RunPaths.of(run.config)
+    record = read_json(paths.record) if paths.record.exists() else {}
+    stages = list(record.values())
+    commits = [f"`{_short(stage['commit'])}`" if stage["commit"] else stage["version"] for stage in stages]
+    machines = [stage["hardware"] + (f" x {stage['ranks']}" if stage["ranks"] > 1 else "") for stage in stages]
+    times = [f"{stage} {_time(record, stage, bool(paths.shared))}" for stage in sweep.stages if stage != "report"]
+    return [_each(commits), _each(machines), ", ".join(times)]
+
+
+def _time(record: Mapping[str, Mapping[str, float]], stage: str, shares: bool) -> str:
+    if stage in record:
+        return f"{record[stage]['seconds']:,.0f} s"
+    return "shared" if shares and stage in ("prepare", "ids", "shards") else _UNKNOWN
+
+
+def _short(commit: str) -> str:
+    """Twelve digits, and whether files were changed."""
+    digits, _, dirty = commit.partition("-")
+    return digits[:12] + (f"-{dirty}" if dirty else "")
+
+
+def _seen(run: SweepRun) -> str:
+    training = read_run(RunPaths.of(run.config), say=lambda line: None).training
+    arms = [arm for arm in run.config.train.arms if arm in training]
+    return "; ".join(f"{arm_title(arm)}: {_steps(training[arm])}" for arm in arms)
+
+
+def _steps(training: TrainingRecord) -> str:
+    lines = training.losses
+    known = all("samples" in line for line in lines)
+    samples = f"{sum(line['samples'] for line in lines):,}" if known else _UNKNOWN
+    return f"{training.done.get('step', 0):,}, {samples}"
+
+
+def _each(texts: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(texts)) or _UNKNOWN
+
+
+def _cell(found: Interval, signed: bool = False) -> str:
+    low, high = figure(found.low, signed), figure(found.high, signed)
+    return f"{figure(found.mean, signed)} ({low} to {high})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "No run is finished.\n"
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
