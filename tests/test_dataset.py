@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from rarec.artefacts import read_json, write_json
@@ -10,6 +11,7 @@ from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.prepare import prepare
 from rarec.errors import UserError
+from tests.datasets import by_hand
 from tests.synthetic import write_log
 
 
@@ -55,6 +57,15 @@ def test_training_samples_are_every_training_position_with_a_history(dataset: Pr
     assert users.dtype == positions.dtype == np.int32
     items = dataset.items_at(users, positions)
     assert items.tolist() == [dataset.sequence(user)[position] for user, position in expected]
+
+
+def test_holding_out_shortens_the_training_part_alone_and_leaves_one() -> None:
+    sequences = [[0, 1, 2, 3, 8, 9], [4, 0, 8, 9], [5, 8, 9]]
+    held = by_hand(sequences, pa.array(range(10)), pa.array(range(3))).holding_out(2)
+    assert held.train_length_U.tolist() == [2, 1, 1]
+    assert held.train_counts_N.tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert held.validation_U.tolist() == [4, 2, 1]
+    assert held.history(0, 4).tolist() == [0, 1, 2, 3]
 
 
 def test_targets_are_the_last_two_of_each_user(dataset: PreparedDataset) -> None:

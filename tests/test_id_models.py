@@ -211,6 +211,22 @@ def test_the_test_targets_never_train(dataset, tmp_path):
     assert one.hash == two.hash
 
 
+def test_held_out_interactions_do_not_train_but_stand_in_the_history_of_what_validates(dataset, tmp_path):
+    """Items at the held-out positions are exchanged: weights of the first epoch stay, its validation does not."""
+    other = dataset.item_rows_I.copy()
+    at = (dataset.starts_U + dataset.train_length_U - 1)[dataset.train_length_U > 2]
+    other[at] = (other[at] + 1) % dataset.n_items
+    changed = PreparedDataset(**{**vars(dataset), "item_rows_I": other})
+    recipe = ids(epochs=1).model_copy(update={"holdout": 1})
+    one, two = (
+        make_source("id", recipe, data, tmp_path / str(number), 0, lambda line: None)
+        for number, data in enumerate((dataset, changed))
+    )
+    assert one.hash == two.hash
+    assert one.manifest["validation"] != two.manifest["validation"]
+    assert one.manifest["settings"]["holdout"] == 1
+
+
 def test_the_seed_decides(dataset, tmp_path):
     hashes = [
         make_source("id", ids(), dataset, tmp_path / str(number), seed, lambda line: None).manifest["files"]

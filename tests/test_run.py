@@ -13,11 +13,13 @@ from rarec.cli import open_context
 from rarec.config import ARMS
 from rarec.errors import UserError
 from rarec.models.encode import Encoder
+from rarec.ranking import rank_targets
 from rarec.serving.bundle import load_bundle
 from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import provenance, recommend
 from rarec.stages.run import STAGES
+from rarec.stages.shards import ShardParts
 from rarec.stages.trained import best_model
 
 
@@ -142,3 +144,20 @@ def test_an_evaluation_belongs_to_its_training(context, finished, tmp_path):
     done.write_text(json.dumps({**read_json(done), "best_step": 999}))
     with pytest.raises(UserError, match="made from another per_layer"):
         evaluate(open_context(finished, [f"run.dir={run}"]))
+
+
+def test_alignment_trains_on_what_its_id_vectors_have_not_seen(finished, tmp_path):
+    """The slots' ID model is another than the rival, and every sample's target was held out from it."""
+    context = open_context(finished, [f"run.dir={tmp_path}", "ids.holdout=1", "train.arms=[per_layer]"])
+    for stage in ("prepare", "ids", "shards", "train", "evaluate"):
+        STAGES[stage](context)
+    dataset, samples = context.dataset, ShardParts(context).selection
+    assert (samples.positions == dataset.train_length_U[samples.user_rows] - 1).all()
+    assert context.rival.hash != context.sources["id"].hash
+    targets = dataset.targets("test")
+    rows = zip(targets.user_rows, targets.positions, strict=True)
+    histories = [dataset.history(int(user), int(position)) for user, position in rows]
+    users = context.rival.user_vectors(targets.user_rows, histories)
+    expected = rank_targets(users, context.rival.items_NE, targets.item_rows, histories)
+    ranks = pq.read_table(context.paths.evaluation / "ranks.parquet").to_pylist()
+    assert [row["rank"] for row in ranks if row["arm"] == "id_only"] == expected.tolist()

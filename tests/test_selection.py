@@ -75,8 +75,18 @@ def test_denoise_by_hand(small: PreparedDataset) -> None:
     assert kept == {(0, "b"), (0, "d"), (1, "g")}
     report = selection.report
     assert report["samples"] == {"all": 8, "after_denoise": 3, "wanted": 8, "kept": 3}
-    assert report["dropped"] == {"target_without_words": 3, "no_shared_word": 2, "not_drawn": 0}
+    dropped = {"target_without_words": 3, "no_shared_word": 2, "trains_the_id_model": 0, "not_drawn": 0}
+    assert report["dropped"] == dropped
     assert {"history": ["The Red Lamp", "A lamp, of course!"], "target": "Stone chair"} in report["noise"]
+
+
+def test_only_what_the_id_model_was_not_trained_on_is_drawn(small: PreparedDataset) -> None:
+    # of a b c d e the newest two are d and e, of c e f g d they are g and d; e and d share no word
+    whole = select_samples(small, Shards(share=0.5), seed=3, holdout=2)
+    assert {(int(user), int(at)) for user, at in pairs(whole)} == {(0, 3), (0, 4), (1, 3), (1, 4)}
+    assert whole.report["dropped"]["trains_the_id_model"] == 4
+    kept = pairs(select_samples(small, Shards(denoise=True), seed=3, holdout=2))
+    assert {(int(user), int(at)) for user, at in kept} == {(0, 3), (1, 3)}
 
 
 @given(

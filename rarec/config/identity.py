@@ -28,7 +28,8 @@ def source_settings(section: Ids | Recipe | Import, seed: int) -> dict[str, Any]
     """The settings that shape a source: a recipe and the seed, or how an import makes its user vectors."""
     chosen = section.chosen if isinstance(section, Ids) else section
     if isinstance(chosen, Recipe):
-        return {"seed": seed, "users": {"kind": chosen.kind, **chosen.model_dump(mode="json")}}
+        holdout = section.holdout if isinstance(section, Ids) else 0
+        return {"seed": seed, "holdout": holdout, "users": {"kind": chosen.kind, **chosen.model_dump(mode="json")}}
     if chosen.users is not None:
         return {"users": {"kind": "table"}}
     rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}
@@ -37,7 +38,7 @@ def source_settings(section: Ids | Recipe | Import, seed: int) -> dict[str, Any]
 
 def shard_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that shape the shards; how many write them does not."""
-    settings = _sections(config, "shards", "prompt")
+    settings = _sections(config, "shards", "prompt") | {"holdout": config.ids.holdout}
     del settings["shards"]["writers"]
     return settings
 
@@ -63,8 +64,24 @@ def bundle_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def sources_of(config: RunConfig) -> dict[str, Ids | Import]:
-    """The section of every source, `id` first."""
+    """The section of every source whose vectors become slots, `id` first."""
     return {"id": config.ids, **config.sources}
+
+
+RIVAL = "id.all"
+"""The ID model that was trained on all, where the one of the slots was not. No source can be called so."""
+
+
+def rival_of(config: RunConfig) -> tuple[str, Ids]:
+    """Name and section of the ID model that the arms are compared and fused with."""
+    apart = config.ids.holdout and isinstance(config.ids.chosen, Recipe)
+    return (RIVAL, config.ids.model_copy(update={"holdout": 0})) if apart else ("id", config.ids)
+
+
+def vectors_of(config: RunConfig) -> dict[str, Ids | Import]:
+    """The section of all that `rarec ids` makes: the sources, and the rival."""
+    name, section = rival_of(config)
+    return {**sources_of(config), name: section}
 
 
 def shared_names(config: RunConfig) -> dict[str, str]:
@@ -76,10 +93,15 @@ def shared_names(config: RunConfig) -> dict[str, str]:
     prepare = _digest(prepare_settings(config.prepare, config.run.seed), _engine_of_tables(config.prepare))
     names = {"prepare": f"prepare-{prepare}"}
     for name, section in sources_of(config).items():
-        own = _digest(source_settings(section, config.run.seed), _files(section), prepare)
-        names[f"ids/{name}"] = f"ids-{name}-{own}"
+        names[f"ids/{name}"] = _source_name(name, section, config.run.seed, prepare)
     shards = _digest(shard_settings(config), _read_by_shards(config), names)
+    rival, section = rival_of(config)
+    names[f"ids/{rival}"] = _source_name("id", section, config.run.seed, prepare)
     return {**names, "shards": f"shards-{shards}"}
+
+
+def _source_name(name: str, section: Ids | Import, seed: int, prepare: str) -> str:
+    return f"ids-{name}-{_digest(source_settings(section, seed), _files(section), prepare)}"
 
 
 def llm_settings(config: RunConfig) -> dict[str, Any]:

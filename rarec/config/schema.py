@@ -214,6 +214,10 @@ class Ids(Section):
     sasrec: SasRec = SasRec()
     gru4rec: Gru4Rec = Gru4Rec()
     comirec: ComiRec = ComiRec()
+    holdout: NonNegative = 0
+    """Newest training interactions of each user that the vectors in the slots are not trained on; the alignment is
+    trained on these alone, since a vector that has seen a target is over-confident about it (ours). A second ID model,
+    trained on all, is then the rival and the partner in a fusion. Imported vectors are taken at their word."""
     imported: Import | None = None
 
     @model_validator(mode="after")

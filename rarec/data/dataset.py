@@ -4,7 +4,7 @@ Shape letters: U users, N items, I interactions, S samples or targets.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,6 +122,16 @@ class PreparedDataset:
     def order(self) -> str:
         """The column that orders the interactions: `time` or `position`."""
         return "time" if self.manifest["settings"]["prepare"]["interactions"]["time"] is not None else "position"
+
+    def holding_out(self, newest: int) -> "PreparedDataset":
+        """The same, with that many of each user's newest training interactions out of the training part, all but one.
+
+        What is asked for validation and test, and its history, stays.
+        """
+        train_length_U = np.maximum(self.train_length_U - newest, np.minimum(self.train_length_U, 1))
+        trains_I = np.arange(len(self.item_rows_I)) < np.repeat(self.starts_U + train_length_U, self.lengths_U)
+        counts_N = np.bincount(self.item_rows_I[trains_I], minlength=self.n_items)
+        return replace(self, train_length_U=train_length_U, train_counts_N=counts_N)
 
     def sequence(self, user_row: int) -> Int32:
         """Item rows of all the user's interactions, oldest first; a view."""

@@ -34,7 +34,7 @@ def source_identity(config: Ids | Import, dataset: PreparedDataset, seed: int) -
         path = getattr(chosen, field)
         if path is not None:
             made_from[field] = sha256_file(existing(path, field))
-    return source_settings(chosen, seed), made_from
+    return source_settings(config, seed), made_from
 
 
 def make_source(
@@ -60,7 +60,8 @@ def make_source(
     progress = progress_file(directory)
     with new_directory(directory) as aside:
         if isinstance(chosen, Recipe):
-            figures = _train(chosen, dataset, aside, seed, progress, sha256_json([settings, made_from]), say)
+            held_out = dataset.holding_out(config.holdout) if isinstance(config, Ids) else dataset
+            figures = _train(chosen, held_out, aside, seed, progress, sha256_json([settings, made_from]), say)
         else:
             figures = _import(chosen, dataset, aside, seed, say)
         write_manifest(aside, KIND, settings=settings, made_from=made_from, name=name, **figures)

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rarec.artefacts import MANIFEST, check_files, is_current, lock_file, sha256_json, try_lock, write_text
 from rarec.config import ARMS, Arm, RunConfig, dump_config
-from rarec.config.identity import prepare_settings, sources_of
+from rarec.config.identity import prepare_settings, rival_of, sources_of
 from rarec.config.schema import Ids, Import
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
@@ -103,6 +103,12 @@ class Context:
     def sources(self) -> dict[str, Source]:
         """Every source, `id` first; each must have been made from this dataset, by the configuration as it is now."""
         return {name: self._source(name, section) for name, section in sources_of(self.config).items()}
+
+    @cached_property
+    def rival(self) -> Source:
+        """The ID model that arms are compared and fused with: `id`, or the one trained on what `id` was not."""
+        name, section = rival_of(self.config)
+        return self.sources["id"] if name == "id" else self._source(name, section)
 
     @property
     def shapes(self) -> dict[str, SourceShape]:

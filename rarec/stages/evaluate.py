@@ -80,7 +80,7 @@ class _Evaluation:
         self.test = Question.of(dataset, self.targets)
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
         self.validation = Question.of(dataset, validation)
-        self.ids = Ranker.of_source(context.sources["id"])
+        self.ids = Ranker.of_source(context.rival)
         self.weights: dict[str, float] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)

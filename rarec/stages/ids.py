@@ -1,14 +1,14 @@
 """`rarec ids`: train or import the ID embeddings, and import every further source."""
 
-from rarec.config.identity import sources_of
+from rarec.config.identity import vectors_of
 from rarec.ids.make import make_source, progress_file, source_identity
 from rarec.stages.context import Context
 
 
 def ids(context: Context) -> None:
-    """Make `ids/id/`, and `ids/NAME/` for each of the configuration's sources."""
+    """Make `ids/id/`, `ids/NAME/` for each of the configuration's sources, and `ids/id.all/` beside a held-out `id`."""
     seed = context.config.run.seed
-    for name, section in sources_of(context.config).items():
+    for name, section in vectors_of(context.config).items():
         directory = context.paths.source(name)
         settings, made_from = source_identity(section, context.dataset, seed)
         with context.alone(directory):

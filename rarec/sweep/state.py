@@ -18,6 +18,7 @@ from rarec.config.identity import (
     shard_settings,
     source_settings,
     sources_of,
+    vectors_of,
 )
 from rarec.config.load import read_tree
 from rarec.errors import UserError
@@ -56,7 +57,7 @@ def _ids(config: RunConfig, paths: RunPaths) -> bool:
     made_from = {"prepare": _hash(paths.prepare, "prepare")}
     return all(
         is_current(paths.source(name), "ids", source_settings(section, config.run.seed), made_from)
-        for name, section in sources_of(config).items()
+        for name, section in vectors_of(config).items()
     )
 
 

@@ -38,7 +38,7 @@ class Selection:
     report: dict[str, Any]
 
 
-def select_samples(dataset: PreparedDataset, config: Shards, seed: int) -> Selection:
+def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout: int = 0) -> Selection:
     """Choose training samples.
 
     Denoise drops a sample whose target's title shares no word with the titles of the whole history before it. The share
@@ -49,6 +49,7 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int) -> Selec
         dataset: prepared.
         config: the section `shards`.
         seed: of the draw.
+        holdout: of each user's training interactions only so many, the newest, are targets; 0 for all.
 
     Raises:
         UserError: there is nothing, or denoise leaves nothing.
@@ -58,7 +59,8 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int) -> Selec
     targets_S = dataset.items_at(users_S, positions_S)
     titles = TitleWords.of(dataset.titles, dataset.untitled)
     sharing_S = _sharing(dataset, titles) if config.denoise else np.ones(len(users_S), bool)
-    candidates_C = np.flatnonzero(sharing_S)
+    open_S = positions_S >= (dataset.train_length_U[users_S] - holdout if holdout else 0)
+    candidates_C = np.flatnonzero(sharing_S & open_S)
     if not len(users_S):
         raise UserError("no user has two training interactions: there is no sample", "prepare a larger log")
     if not len(candidates_C):
@@ -71,9 +73,10 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int) -> Selec
     wanted = max(1, round(config.share * len(users_S)))
     drawn = _draw(buckets_S[candidates_C], wanted, config.diversify, rng)
     chosen = candidates_C[np.sort(drawn)]
-    noise = np.flatnonzero(~sharing_S)
+    noise = np.flatnonzero(~sharing_S & open_S)
     wordless = int((titles.counts_N[targets_S[noise]] == 0).sum())
     dropped = {"target_without_words": wordless, "no_shared_word": len(noise) - wordless}
+    dropped["trains_the_id_model"] = int((~open_S).sum())
     report = {
         "samples": {"all": len(users_S), "after_denoise": len(candidates_C), "wanted": wanted, "kept": len(chosen)},
         "dropped": {**dropped, "not_drawn": len(candidates_C) - len(chosen)},
