@@ -68,10 +68,10 @@ def test_gradient_norms_by_group():
 def test_a_step_is_the_mean_of_its_parts():
     step = Step()
     step.losses = [torch.tensor([1.0, 0.5, 0.2]).double(), torch.tensor([3.0, 1.5, 0.4]).double()]
-    step.tokens, step.padded, step.waited = 75, 100, 0.5
+    step.tokens, step.padded, step.waited, step.keys = 75, 100, 0.5, ["1-2", "1-3"]
     of_all = step.over(ALONE, stopping=True)
     assert (of_all.loss, of_all.recommendation, of_all.align) == pytest.approx((2.0, 1.0, 0.3))
-    assert (of_all.tokens, of_all.padded, of_all.waited) == (75, 100, 0.5)
+    assert (of_all.tokens, of_all.padded, of_all.waited, of_all.samples) == (75, 100, 0.5, 2)
     assert of_all.stops
 
 
@@ -93,4 +93,5 @@ def test_every_step_on_several_ranks_tells_all_of_it(decoder, tmp_path):
         groups = [line[f"gradient_norm/{group}"] for group in GROUPS]
         assert sqrt(sum(norm**2 for norm in groups)) == pytest.approx(line["gradient_norm"], rel=1e-5)
         assert 0 <= line["padding"] < 1
+        assert line["samples"] == 32
     assert list((run / "train" / ARM).rglob("events.out.tfevents*")), "and to the tracker"
