@@ -58,6 +58,7 @@ def test_duckdb_and_spark_agree_on_a_million_rows_with_ties_nulls_and_junk(tmp_p
             "interactions": {"path": f"{log}/interactions", "user": "user", "item": "item", "time": "time"},
             "items": {"path": f"{log}/items.parquet", "item": "item", "title": "title", "text": ["brand"]},
             "min_item_interactions": 5,
+            "split": {"validation_users": 2048},
         }
     )
     one, other = (run(on(engine, config), tmp_path / engine) for engine in ("duckdb", "spark"))
@@ -67,6 +68,7 @@ def test_duckdb_and_spark_agree_on_a_million_rows_with_ties_nulls_and_junk(tmp_p
     assert dropped["duplicates"] > 5_000
     assert one.manifest["files"] == other.manifest["files"]
     assert one.manifest["steps"] == other.manifest["steps"]
+    assert one.manifest["counts"]["validation_users"] == 2048
 
 
 TIMES = [

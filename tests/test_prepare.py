@@ -393,3 +393,20 @@ def test_leave_one_out_never_leaks_and_knows_no_order_of_rows(
     assert dataset.train_counts_N.tolist() == counted.tolist()
     distinct = len(set(log) if repeats in ("keep", "runs") else {row[:2] for row in log})
     assert len(dataset.item_rows_I) == distinct or (repeats == "runs" and len(dataset.item_rows_I) < distinct)
+
+
+@FEW
+@given(seed=SEEDS, validating=st.integers(1, 12))
+def test_users_who_do_not_validate_train_on_all_but_their_last(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, validating: int
+) -> None:
+    log = any_log(seed)
+    every = prepared(tmp_path_factory, log)
+    some = prepared(tmp_path_factory, log, split={"validation_users": validating})
+    validates = some.validation_U >= 0
+    eligible = every.validation_U >= 0
+    assert validates.sum() == min(validating, eligible.sum())
+    assert not (validates & ~eligible).any()
+    assert some.test_U.tolist() == every.test_U.tolist()
+    assert some.validation_U[validates].tolist() == every.validation_U[validates].tolist()
+    assert (some.train_length_U - every.train_length_U).tolist() == (eligible & ~validates).astype(int).tolist()

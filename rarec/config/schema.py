@@ -92,6 +92,9 @@ class Split(Section):
 
     kind: Literal["leave_one_out", "temporal"] = "leave_one_out"
     """Last item tests and the one before it validates; or two global cuts in time."""
+    validation_users: Positive | None = None
+    """Leave-one-out only: a fixed random subset of the users validates, and of the others the item before the last
+    trains (as in RecTools' SASRec, eSASRec); all validate by default."""
     validation_share: Share = 0.1
     """Temporal only: share of the interactions, in time order, in the validation window."""
     test_share: Share = 0.1

@@ -158,7 +158,7 @@ class _Preparation:
         """The users' places in the split, and the cuts of a temporal one."""
         chosen = self.config.split
         if chosen.kind == "leave_one_out":
-            return split.leave_one_out(sequences), []
+            return split.leave_one_out(sequences, chosen.validation_users), []
         shares = (1 - chosen.validation_share - chosen.test_share, 1 - chosen.test_share)
         before = [min(round(interactions * share), interactions - 1) for share in shares]
         row = self.engine.rows(split.cut_times(sequences, before))[0]

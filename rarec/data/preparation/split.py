@@ -9,20 +9,33 @@ from collections.abc import Sequence
 import ibis
 import ibis.expr.types as ir
 
+from rarec.data.preparation.columns import hashed
+
 NONE = -1
 
 
-def leave_one_out(sequences: ir.Table) -> ir.Table:
+def leave_one_out(sequences: ir.Table, validating: int | None = None) -> ir.Table:
     """The last interaction tests and the one before it validates; fewer than three all train (Kang & McAuley 2018).
+
+    Args:
+        sequences: of all users.
+        validating: how many users validate, chosen by a hash of their rows; of the others the interaction before the
+            last trains. All by default.
 
     Returns:
         One row a user: `row`, `length`, `train_length`, `validation`, `test`.
     """
     users = sequences.group_by(row="user_row").agg(length=sequences.count())
-    enough = users.length >= 3
-    return users.mutate(
-        train_length=enough.ifelse(users.length - 2, users.length),
-        validation=enough.ifelse(users.length - 2, NONE),
+    enough = validates = users.length >= 3
+    if validating is not None:
+        users = users.mutate(tested=enough, drawn=hashed(users.row.cast("string")))
+        users = users.mutate(turn=ibis.row_number().over(order_by=[users.tested.desc(), users.drawn, users.row]))
+        enough, validates = users.tested, users.tested & (users.turn < validating)
+    return users.select(
+        "row",
+        "length",
+        train_length=users.length - enough.cast("int64") - validates.cast("int64"),
+        validation=validates.ifelse(users.length - 2, NONE),
         test=enough.ifelse(users.length - 1, NONE),
     )
 
