@@ -33,14 +33,6 @@ def test_two_ranks_train_as_one_process_does_on_every_engine(decoder, alone, tmp
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
-def test_negatives_of_the_catalogue_are_the_same_on_any_number_of_ranks(decoder, tmp_path, engine):
-    overrides = [*TRAIN, "loss.negatives=20", "loss.refresh=4"]
-    STAGES["train"](open_context(decoder, [copied(decoder, tmp_path / "one"), "run.device=cpu", *overrides]))
-    finish("train", decoder, [copied(decoder, tmp_path / "two"), *overrides], engine=engine, scratch=tmp_path)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-
-
 HALF = [*TRAIN, "llm.dtype=bfloat16"]
 
 

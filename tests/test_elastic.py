@@ -22,9 +22,7 @@ TRAIN = [
     "train.epochs=8",
     "train.max_steps=60",
     "train.validate_every=30",
-    "train.checkpoint_every=3",
-    "loss.negatives=20",
-    "loss.refresh=7",
+    "train.checkpoint_every=2",
     "train.patience=99",
     "lora.dropout=0.1",
 ]

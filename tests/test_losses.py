@@ -5,9 +5,6 @@ from math import exp, log
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch.autograd import gradcheck
 
 from rarec.config.schema import Loss
@@ -15,7 +12,7 @@ from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.encode import side_batch
 from rarec.models.losses import align, bpr, false_negatives, sampled_softmax
-from rarec.models.objective import Negatives, Objective, Targets
+from rarec.models.objective import Objective, Targets
 from rarec.models.text_states import text_states
 from rarec.models.towers import Encoding, RaRec, Readout, Tower
 from rarec.prompts import Encoded, lay_out
@@ -313,55 +310,3 @@ def test_slots_that_know_no_vectors_are_not_aligned():
     text = Encoding(torch.randn(3, 5), None, {})
     for encoding in (prefix, text):
         assert objective._align((0,), encoding, torch.randn(3, 1, 5), torch.arange(3), 3) == 0
-
-
-def catalogue_loss(users_BZ, items_NZ, targets, histories, negatives):
-    """The loss of one batch whose items are as fresh as the whole catalogue."""
-    objective = Objective(Loss(align_weight=0.0, negatives=1), torch.ones(len(items_NZ)), ())
-    objective.negatives = negatives
-    targets_B, histories_BH = torch.tensor(targets), torch.tensor(histories)
-    users, items = Encoding(users_BZ, None, {}), Encoding(items_NZ[targets_B], None, {})
-    states = torch.zeros(len(targets), 0, 1)
-    return objective._recommend(users, items, Targets(targets_B, targets_B, histories_BH, states, states, len(targets)))
-
-
-@given(st.integers(0, 1000))
-def test_with_all_of_the_catalogue_the_loss_is_its_softmax_without_what_the_user_has_seen(seed):
-    rng = torch.Generator().manual_seed(seed)
-    users_BZ, items_NZ = (torch.randn(count, 3, generator=rng, dtype=torch.float64) for count in (5, 8))
-    targets, histories = [6, 2, 6, 0, 2], [[1, 0], [-1, -1], [3, -1], [2, 6], [7, 0]]
-    expected = []
-    for user_Z, target, history in zip(users_BZ, targets, histories, strict=True):
-        kept = [item for item in range(8) if item == target or item not in history]
-        expected.append(-(items_NZ[kept] @ user_Z).log_softmax(0)[kept.index(target)])
-    negatives = Negatives(torch.arange(8), items_NZ, 8)
-    found = catalogue_loss(users_BZ, items_NZ, targets, histories, negatives)
-    torch.testing.assert_close(found, torch.stack(expected).mean())
-
-
-def test_a_drawn_negative_stands_for_those_that_were_not_drawn():
-    """Items 0 and 1 are the batch's; of the other eight, 4 and 7 are drawn, so each stands for four."""
-    users_BZ, items_NZ = torch.ones(2, 1), torch.arange(10.0)[:, None] / 10
-    negatives = Negatives(torch.tensor([1, 4, 7]), items_NZ[[1, 4, 7]], 10)
-    found = catalogue_loss(users_BZ, items_NZ, [0, 1], [[7], [-1]], negatives)
-    e = [np.exp(at / 10) for at in range(10)]
-    first, second = e[0] / (e[0] + e[1] + 4 * e[4]), e[1] / (e[0] + e[1] + 4 * e[4] + 4 * e[7])
-    assert found.item() == pytest.approx(-(np.log(first) + np.log(second)) / 2)
-
-
-def test_only_the_items_of_the_batch_learn():
-    users_BZ, items_NZ = torch.randn(2, 3), torch.randn(6, 3, requires_grad=True)
-    negatives = Negatives(torch.arange(6), items_NZ.detach(), 6)
-    catalogue_loss(users_BZ, items_NZ, [4, 2], [[-1], [-1]], negatives).backward()
-    assert items_NZ.grad.any(1).tolist() == [False, False, True, False, True, False]
-
-
-def test_which_negatives_stand_in_a_list():
-    negatives = Negatives(torch.tensor([2, 5, 9]), torch.zeros(3, 1), 10)
-    assert negatives.hold(torch.tensor([9, 2, 3])).tolist() == [True, False, True]
-    assert negatives.hold(torch.tensor([[-1, 5], [10, 0]])).tolist() == [[False, True, False], [False] * 3]
-
-
-def test_bpr_takes_no_negatives_of_the_catalogue():
-    with pytest.raises(ValidationError, match="negatives` go with `recommendation: softmax"):
-        Loss(recommendation="bpr", negatives=5)

@@ -249,13 +249,3 @@ def test_every_arm_has_shapes(llama):
     made = calculator(llama)
     counts = {name: sum(weight.count for weight in made.arm(name, False).trained) for name in ARMS}
     assert counts["text_only"] < counts["prefix_only"] < counts["per_layer"] < counts["per_layer_lora"]
-
-
-def test_negatives_of_the_catalogue_take_their_vectors_and_a_score_for_each_row(llama):
-    def peak(negatives: int) -> int:
-        made = calculator(llama, loss={"negatives": negatives, "align_weight": 0.0})
-        return made.step("per_layer", made.setting(replace(GPU, gpus=1), "0")).peak
-
-    rows, many = calculator(llama).batch_size, 1_000_000
-    vectors, scores = 4 * D * many, 4 * rows * many
-    assert peak(many) - peak(0) > vectors + 2 * scores  # with what the softmax makes of them

@@ -338,23 +338,12 @@ class Loss(Section):
     temperature: Rate = 0.05
     """Softmax: divides the scores at the start; learned from there when `readout.normalise` is on."""
     logq: bool = True
-    """Softmax over the batch alone: subtract the log of each item's chance to be drawn."""
-    negatives: NonNegative = 0
-    """Softmax: so many items of the catalogue beside those of the batch, or all where there are no more (ours). Their
-    vectors are kept for a while, so only the batch's own items learn from them; 0 for the batch alone."""
-    refresh: Positive = 25
-    """Steps after which `negatives` are drawn and encoded anew; they also are after each checkpoint that is due."""
+    """Softmax: subtract the log of each in-batch item's chance to be drawn."""
     align_weight: Annotated[float, Field(ge=0)] = 0.1
     """lambda [N]."""
     align_temperature: Rate = 0.1
     align_pool: Literal["projected", "all"] = "projected"
     """What is compared with the text-only state: the slots W e + b, or the mean of all slots with the instructions."""
-
-    @model_validator(mode="after")
-    def _negatives_are_for_softmax(self) -> "Loss":
-        if self.negatives and self.recommendation == "bpr":
-            raise ValueError("`negatives` go with `recommendation: softmax`: set them to 0 for bpr")
-        return self
 
 
 class Stream(Section):

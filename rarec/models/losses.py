@@ -1,6 +1,6 @@
 """The losses: L = L_rec + weight (L_align,user + L_align,item) (method, section 4).
 
-Shape letters: b rows of this rank, B rows of the whole batch, M further items, L blocks, D hidden size, H history.
+Shape letters: b rows of this rank, B rows of the whole batch, L blocks, D hidden size, H history.
 
 In a batch the items of the other users are the negatives, whichever rank they are on; row i of this rank has its own
 positive in column own_b[i]. A false negative, the user's own target again or an item of the user's history, is masked
@@ -69,25 +69,6 @@ def sampled_softmax(scores_bB: Tensor, masked_bB: Tensor, own_b: Tensor, log_q_B
     """
     logits_bB = scores_bB if log_q_B is None else scores_bB - log_q_B[None, :]
     return _cross_entropy(logits_bB.masked_fill(masked_bB, float("-inf")), own_b)
-
-
-def repeated(items_B: Tensor) -> Tensor:
-    """(B,) mask of columns whose item stands in an earlier one: in a softmax over items each counts once."""
-    return (items_B[:, None] == items_B[None, :]).tril(-1).any(1)
-
-
-def softmax_beside(scores_bB: Tensor, masked_bB: Tensor, own_b: Tensor, scores_bM: Tensor, masked_bM: Tensor) -> Part:
-    """The cross-entropy of each positive among the batch's items and M others [ours].
-
-    Args:
-        scores_bB: user i against item j of the batch, temperature already applied.
-        masked_bB: false negatives, and items that an earlier column has; never the positives.
-        own_b: the positives' columns.
-        scores_bM: user i against the others, with the log of how many items of the catalogue each stands for.
-        masked_bM: those of the batch, and of i's history.
-    """
-    logits = torch.cat([scores_bB.masked_fill(masked_bB, -torch.inf), scores_bM.masked_fill(masked_bM, -torch.inf)], 1)
-    return _cross_entropy(logits, own_b)
 
 
 def align(ours_LbD: Tensor, states_LBD: Tensor, same_bB: Tensor, own_b: Tensor, temperature: float) -> Part:

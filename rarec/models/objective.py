@@ -1,7 +1,6 @@
 """From two encodings to the loss of a step, as the configuration chooses it.
 
-Shape letters: b rows of this rank, B rows of the whole batch, M negatives of the catalogue, L blocks, D hidden size,
-K slots, H history, N catalogue, Z size of a scored vector.
+Shape letters: b rows of this rank, B rows of the whole batch, L blocks, D hidden size, K slots, H history, N catalogue.
 """
 
 from collections.abc import Mapping
@@ -11,16 +10,7 @@ import torch
 from torch import Tensor
 
 from rarec.config.schema import Loss
-from rarec.models.losses import (
-    LossTerms,
-    Part,
-    align,
-    bpr,
-    false_negatives,
-    repeated,
-    sampled_softmax,
-    softmax_beside,
-)
+from rarec.models.losses import LossTerms, Part, align, bpr, false_negatives, sampled_softmax
 from rarec.models.towers import Encoding, RaRec
 from rarec.ranks import ALONE, Ranks
 
@@ -57,28 +47,6 @@ class Targets:
         )
 
 
-@dataclass(frozen=True)
-class Negatives:
-    """Items of the catalogue beside those of a batch.
-
-    Attributes:
-        rows_M: their rows, ascending.
-        vectors_MZ: as the item tower encoded them some steps ago; no gradient passes.
-        items: N, of which they are a uniform draw.
-    """
-
-    rows_M: Tensor
-    vectors_MZ: Tensor
-    items: int
-
-    def hold(self, rows: Tensor) -> Tensor:
-        """Which of them stand in a list of rows: (M,) for (B,), (b, M) for (b, H); -1 stands for none."""
-        place = torch.searchsorted(self.rows_M, rows.contiguous()).clamp(max=len(self.rows_M) - 1)
-        place = place.masked_fill(self.rows_M[place] != rows, len(self.rows_M))
-        found = torch.zeros(*rows.shape[:-1], len(self.rows_M) + 1, dtype=torch.bool, device=rows.device)
-        return found.scatter(-1, place, True)[..., :-1]
-
-
 class Objective:
     """L_rec + weight (L_align,user + L_align,item).
 
@@ -88,14 +56,10 @@ class Objective:
         state_blocks: the blocks whose text-only states are stored.
         ranks: that share each batch. Items and text-only states are gathered from all of them, so that the loss does
             not depend on how a batch is cut.
-
-    Attributes:
-        negatives: beside the batch's items; None for the batch alone.
     """
 
     def __init__(self, config: Loss, counts_N: Tensor, state_blocks: tuple[int, ...], ranks: Ranks = ALONE) -> None:
         self.config, self.state_blocks, self.ranks = config, state_blocks, ranks
-        self.negatives: Negatives | None = None
         self.log_q_N = (counts_N.double().clamp_min(1) / counts_N.sum().clamp_min(1)).log().float()
 
     def __call__(self, model: RaRec, users: Encoding, items: Encoding, targets: Targets) -> LossTerms:
@@ -113,22 +77,8 @@ class Objective:
         masked_bB = false_negatives(targets.items_b, targets.histories_bH, items_B, own_b)
         if self.config.recommendation == "bpr":
             return self._mean(bpr(scores_bB, masked_bB, own_b))
-        if self.negatives is not None:
-            others = self._others(self.negatives, users, items_B, targets.histories_bH)
-            masked_bB = masked_bB | repeated(items_B)[None, :].expand_as(masked_bB).scatter(1, own_b[:, None], False)
-            return self._mean(softmax_beside(scores_bB, masked_bB, own_b, *others))
         log_q_B = self.log_q_N.to(scores_bB.device)[items_B] if self.config.logq else None
         return self._mean(sampled_softmax(scores_bB, masked_bB, own_b, log_q_B))
-
-    def _others(
-        self, negatives: Negatives, users: Encoding, items_B: Tensor, histories_bH: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Scores and mask (b, M). A negative stands for all items outside the batch that were not drawn as well."""
-        in_batch_M = negatives.hold(items_B)
-        outside = negatives.items - (~repeated(items_B)).sum()
-        stands_for = outside / (~in_batch_M).sum().clamp_min(1)
-        scores_bM = users.vectors_BZ @ negatives.vectors_MZ.T + stands_for.clamp_min(1).log()
-        return scores_bM, negatives.hold(histories_bH) | in_batch_M
 
     def _align(self, blocks: tuple[int, ...], side: Encoding, states_bLD: Tensor, rows_b: Tensor, total: int) -> Tensor:
         """One side's alignment loss, over the blocks that have both slots and stored states."""

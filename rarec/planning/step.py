@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rarec.config.schema import Loss
-from rarec.models.objective import Negatives, Objective, Targets
+from rarec.models.objective import Objective, Targets
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.planning.live import Live
 from rarec.planning.shapes import META, ArmShapes
@@ -112,7 +112,6 @@ def step_activations(arm: ArmShapes, loss: Loss, shape: StepShape) -> Activation
         sides = {side: _side(tower, side, shape, shape.rows) for side, tower in _towers(model)}
         targets = _targets(shape, model.backbone.hidden_size)
         encoded = model(sides)
-        objective.negatives = _negatives(loss.negatives, encoded["item"].vectors_BZ)
         total = objective(model, encoded["user"], encoded["item"], targets).total
         saved = live.now
         if total.requires_grad:
@@ -143,13 +142,6 @@ def _side(tower: Tower, side: str, shape: StepShape, rows: int) -> SideBatch:
     ids_BT = torch.empty(rows, shape.text[side] + slots, dtype=torch.long)
     vectors = {n: torch.empty(rows, k if side == "user" else 1, e) for n, (k, e) in shape.vectors.items()}
     return SideBatch(ids_BT, torch.empty_like(ids_BT), torch.empty(rows, slots, dtype=torch.long), vectors)
-
-
-def _negatives(count: int, items_bZ: Tensor) -> Negatives | None:
-    """As many as are asked for: how large the catalogue is, is not known yet."""
-    if not count:
-        return None
-    return Negatives(torch.empty(count, dtype=torch.long), items_bZ.new_empty(count, items_bZ.shape[1]), count)
 
 
 def _targets(shape: StepShape, hidden: int) -> Targets:

@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from rarec.artefacts import check_files, write_json, write_manifest
+from rarec.artefacts import (
+    check_files,
+    write_json,
+    write_manifest,
+)
 from rarec.config import ARMS, Arm
 from rarec.config.identity import arm_settings
 from rarec.config.schema import Train
@@ -33,7 +37,6 @@ from rarec.training.finished import DONE
 from rarec.training.loader import BatchLoader
 from rarec.training.log import TrainingLog
 from rarec.training.loop import Trainer
-from rarec.training.negatives import Catalogue
 from rarec.training.stopping import StopSignals
 
 
@@ -122,7 +125,6 @@ def _trainer(
     else:
         model = fresh_model(context, arm, shards, item_states_NLD, stream)
     optimisation = context.engine.train(model, config.train)
-    encoder = Encoder(model, context.prompts, context.sources, config.evaluate.batch_size, ranks)
     collate = Collator(model, context.prompts, context.sources, item_states_NLD)
     return Trainer(
         config.train,
@@ -131,8 +133,7 @@ def _trainer(
         optimisation,
         Objective(config.loss, counts_N, tuple(shards["state_blocks"]), ranks),
         BatchLoader(stream, collate, config.train.stream.workers, ranks, config.train.accumulate),
-        Catalogue(config.loss, config.run.seed, context.dataset.n_items, encoder.items, ranks.device),
-        validation(context, encoder),
+        validation(context, model),
         checkpoints,
         ranks,
         _steps(config.train, stream, model),
@@ -145,11 +146,12 @@ def _steps(config: Train, stream: SampleStream, model: RaRec) -> int:
     return 0 if set(trained_parameters(model)) <= {"log_scale"} else min(every, config.max_steps or every)
 
 
-def validation(context: Context, encoder: Encoder) -> Callable[[], dict[str, float]]:
+def validation(context: Context, model: RaRec) -> Callable[[], dict[str, float]]:
     """Ranking metrics of the model as it is, over the full catalogue, on a fixed random subset of validation users."""
     dataset, config = context.dataset, context.config
     targets = dataset.targets("validation", config.train.validation_users, config.run.seed)
     histories = [dataset.history(int(u), int(p)) for u, p in zip(targets.user_rows, targets.positions, strict=True)]
+    encoder = Encoder(model, context.prompts, context.sources, config.evaluate.batch_size, context.ranks)
 
     def validate() -> dict[str, float]:
         users_BZ, items_NZ = encoder.users(targets.user_rows, histories), encoder.items()

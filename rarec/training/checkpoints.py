@@ -1,8 +1,7 @@
 """Checkpoints: what trains, its optimizer moments and the loop's state, whole or not there; newest and best are kept.
 
 A checkpoint is a directory `step-00000040` with `alignment.safetensors`, `lora/` if any, `optimizer.safetensors`,
-`state.json` and a manifest of hashes; `negatives.safetensors` where the next step goes on with negatives that were
-encoded before. It holds no frozen weight and no pickle, and knows neither how many ranks wrote
+`state.json` and a manifest of hashes. It holds no frozen weight and no pickle, and knows neither how many ranks wrote
 it nor by what engine: any number of them goes on from it.
 """
 
@@ -11,18 +10,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rarec.artefacts import check_files, new_directory, read_json, read_manifest, write_json, write_manifest
 from rarec.errors import UserError
-from rarec.models.objective import Negatives
 from rarec.models.towers import RaRec
 from rarec.models.weights import Weights, load_weights, save_weights
 
 _OPTIMIZER = "optimizer.safetensors"
-_NEGATIVES = "negatives.safetensors"
 _STATE = "state.json"
 Say = Callable[[str], None]
 
@@ -70,14 +66,7 @@ class Checkpoints:
         """Steps of the whole checkpoints there are, oldest first."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.directory.glob("step-*"))
 
-    def save(
-        self,
-        model: RaRec,
-        weights: Weights,
-        moments: Weights,
-        state: TrainingState,
-        negatives: Negatives | None = None,
-    ) -> None:
+    def save(self, model: RaRec, weights: Weights, moments: Weights, state: TrainingState) -> None:
         """Write one aside, fsync, rename; then drop what need not be kept.
 
         Args:
@@ -85,23 +74,15 @@ class Checkpoints:
             weights: what trains, whole, by name.
             moments: Adam's, whole, as `Optimisation.moments` gives them.
             state: of the loop.
-            negatives: that the next step goes on with; None where they are encoded anew before it.
         """
         with new_directory(self.path(state.step)) as aside:
             save_weights(model, aside, weights)
             save_file({name: moment.cpu().contiguous() for name, moment in moments.items()}, aside / _OPTIMIZER)
-            if negatives is not None:
-                kept = {
-                    "rows": negatives.rows_M,
-                    "vectors": negatives.vectors_MZ,
-                    "items": torch.tensor(negatives.items),
-                }
-                save_file({name: tensor.cpu().contiguous() for name, tensor in kept.items()}, aside / _NEGATIVES)
             write_json(aside / _STATE, asdict(state))
             write_manifest(aside, "checkpoint", settings={}, made_from={"train": self.belongs_to})
-        stays = {*self.steps()[-self.keep :], state.best_step}
+        kept = {*self.steps()[-self.keep :], state.best_step}
         for step in self.steps():
-            if step not in stays:
+            if step not in kept:
                 shutil.rmtree(self.path(step))
 
     def newest(self, say: Say) -> int | None:
@@ -150,14 +131,6 @@ class Checkpoints:
     def moments(self, step: int) -> dict[str, Tensor]:
         """Adam's, as they were saved."""
         return load_file(self.path(step) / _OPTIMIZER)
-
-    def negatives(self, step: int, device: torch.device) -> Negatives | None:
-        """Those that were saved, if any."""
-        path = self.path(step) / _NEGATIVES
-        if not path.exists():
-            return None
-        kept = {name: tensor.to(device) for name, tensor in load_file(path).items()}
-        return Negatives(kept["rows"], kept["vectors"], int(kept["items"]))
 
     def digests(self, step: int) -> dict[str, str]:
         """The sha256 of each file of a checkpoint but its state, which tells how long the training took."""

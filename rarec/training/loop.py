@@ -19,7 +19,6 @@ from rarec.training.engines import Optimisation, norms
 from rarec.training.loader import BatchLoader
 from rarec.training.log import TrainingLog
 from rarec.training.metrics import Machine, Step, StepOfAll
-from rarec.training.negatives import Catalogue
 from rarec.training.schedule import rate_at
 from rarec.training.stopping import StopSignals
 
@@ -37,7 +36,6 @@ class Trainer:
         optimisation: by the engine.
         objective: the loss of a batch.
         loader: this rank's shares of batches, in their order.
-        catalogue: of which negatives are drawn.
         validate: metrics of the model as it is, on the validation users.
         checkpoints: where they go.
         ranks: all of them.
@@ -50,7 +48,6 @@ class Trainer:
     optimisation: Optimisation
     objective: Objective
     loader: BatchLoader
-    catalogue: Catalogue
     validate: Callable[[], dict[str, float]]
     checkpoints: Checkpoints
     ranks: Ranks
@@ -70,13 +67,11 @@ class Trainer:
         """
         if state.step:
             self.optimisation.resume(self.checkpoints.moments(state.step), state.step)
-            self.objective.negatives = self.checkpoints.negatives(state.step, self.ranks.device)
         records, machine = log(self.steps, state.step), Machine.of(self.model, self.ranks.device)
         self.model.train()
         try:
             with self.loader.open(state.step, self.steps) as batches:
                 while state.step < self.steps and state.worse < self.config.patience:
-                    self._refresh(state)
                     step, gradient_norms = self._step(batches, state, signals)
                     epoch = self.loader.plan.place(state.step - 1)[0]
                     rate = self.config.lr * rate_at(state.step - 1, self.steps, self.config.warmup)
@@ -114,16 +109,6 @@ class Trainer:
         state.seconds += of_all.seconds
         return of_all, gradient_norms
 
-    def _refresh(self, state: TrainingState) -> None:
-        """Negatives anew, every so many steps and after every checkpoint that is due: a resume from it has them too."""
-        if state.step % self.objective.config.refresh == 0 or self._checkpoint_is_due(state.step):
-            started = time.monotonic()
-            self.ranks.at("encoding negatives")
-            self.model.eval()
-            self.objective.negatives = self.catalogue.negatives(state.step)
-            self.model.train()
-            state.seconds += time.monotonic() - started
-
     def _next(self, batches: Iterator[Batch], step: Step) -> Batch:
         started = time.monotonic()
         batch = next(batches).to(self.ranks.device)
@@ -137,15 +122,14 @@ class Trainer:
 
     def _validate_and_save(self, records: TrainingLog, state: TrainingState, stops: bool) -> None:
         """Validate when due and at the end; write a checkpoint then, when one is due of itself, and before stopping."""
-        due = self._checkpoint_is_due(state.step)
+        every = self.config.checkpoint_every
         if self._validation_is_due(state.step):
             self._validate(records, state)
-        elif not stops and not due:
+        elif not stops and (not every or state.step % every):
             return
         self.ranks.at("writing the checkpoint")
         weights, moments = self.optimisation.weights(), self.optimisation.moments()
-        negatives = None if due or state.step % self.objective.config.refresh == 0 else self.objective.negatives
-        self.ranks.once(lambda: self.checkpoints.save(self.model, weights, moments, state, negatives))
+        self.ranks.once(lambda: self.checkpoints.save(self.model, weights, moments, state))
         if stops and state.step < self.steps:
             raise Stopped(f"stopped by a signal at step {state.step} of {self.steps}, after a checkpoint")
 
@@ -166,11 +150,6 @@ class Trainer:
         every = self.config.validate_every
         within = step % every if every else self.loader.plan.place(step)[1]
         return step == self.steps or within == 0
-
-    def _checkpoint_is_due(self, step: int) -> bool:
-        """Of itself, or with a validation."""
-        every = self.config.checkpoint_every
-        return (every is not None and step % every == 0) or self._validation_is_due(step)
 
     def _refuse_no_number(
         self, step: Step, of_all: StepOfAll, gradient_norms: dict[str, float], state: TrainingState
