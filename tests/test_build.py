@@ -43,7 +43,7 @@ class World:
         loaded = load_model(self.config.llm, path.parent, pool=self.config.readout.pool, lora=lora)
         reserved = slots_reserved(self.config, SHAPES)
         titles = [title(item) for item in range(8)]
-        self.prompts = PromptPair(self.config.prompt, loaded.tokenizer, titles, [""] * 8, reserved, 128)
+        self.prompts = PromptPair(self.config.prompt, loaded.tokenizer, titles, [""] * 8, reserved, 128, "decoder")
         self.model = build_model(self.config, self.arm, loaded, SHAPES, self.prompts.sources)
         self._start()
         rng = np.random.default_rng(0)

@@ -61,7 +61,7 @@ def test_training_samples_are_every_training_position_with_a_history(dataset: Pr
 
 def test_holding_out_shortens_the_training_part_alone_and_leaves_one() -> None:
     sequences = [[0, 1, 2, 3, 8, 9], [4, 0, 8, 9], [5, 8, 9]]
-    held = by_hand(sequences, pa.array(range(10)), pa.array(range(3))).holding_out(2)
+    held = by_hand(sequences, pa.array(range(10)), pa.array(range(3))).holding_out(0.5)
     assert held.train_length_U.tolist() == [2, 1, 1]
     assert held.train_counts_N.tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 0, 0]
     assert held.validation_U.tolist() == [4, 2, 1]

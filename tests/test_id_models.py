@@ -217,14 +217,14 @@ def test_held_out_interactions_do_not_train_but_stand_in_the_history_of_what_val
     at = (dataset.starts_U + dataset.train_length_U - 1)[dataset.train_length_U > 2]
     other[at] = (other[at] + 1) % dataset.n_items
     changed = PreparedDataset(**{**vars(dataset), "item_rows_I": other})
-    recipe = ids(epochs=1).model_copy(update={"holdout": 1})
+    recipe = ids(epochs=1).model_copy(update={"holdout": 0.01})
     one, two = (
         make_source("id", recipe, data, tmp_path / str(number), 0, lambda line: None)
         for number, data in enumerate((dataset, changed))
     )
     assert one.hash == two.hash
     assert one.manifest["validation"] != two.manifest["validation"]
-    assert one.manifest["settings"]["holdout"] == 1
+    assert one.manifest["settings"]["holdout"] == 0.01
 
 
 def test_the_seed_decides(dataset, tmp_path):

@@ -51,12 +51,12 @@ TITLES = ["river lamp 0", "stone chair 1", "cloud shirt 2", "ember watch 3"]
 WORDS = TOKENIZERS["encoder"]
 
 
-def make_pair(tokenizer=WORDS, titles=TITLES, texts=None, slots=None, context_length=512, **prompt):
+def make_pair(tokenizer=WORDS, titles=TITLES, texts=None, slots=None, context_length=512, kind="decoder", **prompt):
     slots = slots or {"id": 3}
     texts = texts or [""] * len(titles)
     both = {"user": slots, "item": slots}
     prompt = {"user": "{history}", "item": "{title}. {text}"} | prompt
-    return PromptPair(Prompt(**prompt), TextTokenizer(tokenizer), titles, texts, both, context_length)
+    return PromptPair(Prompt(**prompt), TextTokenizer(tokenizer), titles, texts, both, context_length, kind)
 
 
 def words(encoded, tokenizer=WORDS):
@@ -148,6 +148,20 @@ def test_a_history_is_written_oldest_first_and_only_its_newest():
     assert words(pair.user(np.array([3, 0, 1]))) == "[CLS] history : river lamp 0 , stone chair 1 [SEP]"
     assert words(pair.user([])) == "[CLS] history : [SEP]"
     assert pair.cut == {"user": 0, "item": 0}, "max_history is a choice, not a lack of room"
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "expected"),
+    [
+        ("encoder", "auto", "stone chair 1 , river lamp 0"),
+        ("decoder", "newest_first", "stone chair 1 , river lamp 0"),
+        ("encoder", "oldest_first", "river lamp 0 , stone chair 1"),
+    ],
+)
+def test_an_encoder_gets_the_newest_title_first_and_whoever_asks_for_it(kind, order, expected):
+    pair = make_pair(kind=kind, order=order, max_history=2)
+    assert words(pair.user([3, 0, 1])) == f"[CLS] {expected} [SEP]"
+    assert (pair.fingerprint == make_pair(max_history=2).fingerprint) == (not pair.newest_first)
 
 
 def test_an_empty_text_adds_no_stray_space():
@@ -274,6 +288,16 @@ def test_the_oldest_titles_go_and_never_slots_or_fixed_text(max_tokens, expected
     assert encoded.cut == bool(cut)
     assert pair.cut == {"user": cut, "item": 0}
     assert lay_out([encoded], {"id": 3}, 0).ids_BT.shape[1] <= max_tokens
+
+
+@pytest.mark.parametrize("max_tokens", range(9, 20))
+def test_the_oldest_titles_go_where_the_newest_stands_first_too(max_tokens):
+    titles = ["cloud shirt 2", "stone chair 1", "river lamp 0"]
+    oldest_first = make_pair(**TIGHT, max_tokens=max_tokens).user([0, 1, 2])
+    encoded = make_pair(**TIGHT, max_tokens=max_tokens, order="newest_first").user([0, 1, 2])
+    assert encoded.cut == oldest_first.cut
+    assert sorted(words(encoded)) == sorted(words(oldest_first)), "the same titles, in the other order"
+    assert words(encoded).removeprefix("[CLS] history : ").startswith(titles[0][: 5 if max_tokens < 11 else 13])
 
 
 def test_the_models_context_is_a_limit_too():

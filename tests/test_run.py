@@ -148,7 +148,7 @@ def test_an_evaluation_belongs_to_its_training(context, finished, tmp_path):
 
 def test_alignment_trains_on_what_its_id_vectors_have_not_seen(finished, tmp_path):
     """The slots' ID model is another than the rival, and every sample's target was held out from it."""
-    context = open_context(finished, [f"run.dir={tmp_path}", "ids.holdout=1", "train.arms=[per_layer]"])
+    context = open_context(finished, [f"run.dir={tmp_path}", "ids.holdout=0.01", "train.arms=[per_layer]"])
     for stage in ("prepare", "ids", "shards", "train", "evaluate"):
         STAGES[stage](context)
     dataset, samples = context.dataset, ShardParts(context).selection

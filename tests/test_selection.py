@@ -82,10 +82,10 @@ def test_denoise_by_hand(small: PreparedDataset) -> None:
 
 def test_only_what_the_id_model_was_not_trained_on_is_drawn(small: PreparedDataset) -> None:
     # of a b c d e the newest two are d and e, of c e f g d they are g and d; e and d share no word
-    whole = select_samples(small, Shards(share=0.5), seed=3, holdout=2)
+    whole = select_samples(small, Shards(share=0.5), seed=3, holdout=0.4)
     assert {(int(user), int(at)) for user, at in pairs(whole)} == {(0, 3), (0, 4), (1, 3), (1, 4)}
     assert whole.report["dropped"]["trains_the_id_model"] == 4
-    kept = pairs(select_samples(small, Shards(denoise=True), seed=3, holdout=2))
+    kept = pairs(select_samples(small, Shards(denoise=True), seed=3, holdout=0.4))
     assert {(int(user), int(at)) for user, at in kept} == {(0, 3), (1, 3)}
 
 

@@ -80,7 +80,7 @@ class World:
         titles = [" ".join(rng.choice(WORDS, rng.integers(2, 13))) for _ in range(ITEMS)]
         reserved = slots_reserved(self.config, shapes)
         self.prompts = PromptPair(
-            Prompt(), self.loaded.tokenizer, titles, [""] * ITEMS, reserved, self.loaded.context_length
+            Prompt(), self.loaded.tokenizer, titles, [""] * ITEMS, reserved, self.loaded.context_length, "encoder"
         )
         self.model: RaRec = build_model(self.config, ARMS["per_layer"], self.loaded, shapes, self.prompts.sources)
         generator = torch.Generator().manual_seed(0)

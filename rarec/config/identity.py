@@ -28,7 +28,7 @@ def source_settings(section: Ids | Recipe | Import, seed: int) -> dict[str, Any]
     """The settings that shape a source: a recipe and the seed, or how an import makes its user vectors."""
     chosen = section.chosen if isinstance(section, Ids) else section
     if isinstance(chosen, Recipe):
-        holdout = section.holdout if isinstance(section, Ids) else 0
+        holdout = section.held_out if isinstance(section, Ids) else 0.0
         return {"seed": seed, "holdout": holdout, "users": {"kind": chosen.kind, **chosen.model_dump(mode="json")}}
     if chosen.users is not None:
         return {"users": {"kind": "table"}}
@@ -38,7 +38,7 @@ def source_settings(section: Ids | Recipe | Import, seed: int) -> dict[str, Any]
 
 def shard_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that shape the shards; how many write them does not."""
-    settings = _sections(config, "shards", "prompt") | {"holdout": config.ids.holdout}
+    settings = _sections(config, "shards", "prompt") | {"holdout": config.ids.held_out}
     del settings["shards"]["writers"]
     return settings
 
@@ -74,8 +74,8 @@ RIVAL = "id.all"
 
 def rival_of(config: RunConfig) -> tuple[str, Ids]:
     """Name and section of the ID model that the arms are compared and fused with."""
-    apart = config.ids.holdout and isinstance(config.ids.chosen, Recipe)
-    return (RIVAL, config.ids.model_copy(update={"holdout": 0})) if apart else ("id", config.ids)
+    apart = config.ids.held_out and isinstance(config.ids.chosen, Recipe)
+    return (RIVAL, config.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", config.ids)
 
 
 def vectors_of(config: RunConfig) -> dict[str, Ids | Import]:

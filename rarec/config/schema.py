@@ -217,10 +217,12 @@ class Ids(Section):
     sasrec: SasRec = SasRec()
     gru4rec: Gru4Rec = Gru4Rec()
     comirec: ComiRec = ComiRec()
-    holdout: NonNegative = 0
-    """Newest training interactions of each user that the vectors in the slots are not trained on; the alignment is
-    trained on these alone, since a vector that has seen a target is over-confident about it (ours). A second ID model,
-    trained on all, is then the rival and the partner in a fusion. Imported vectors are taken at their word."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of each user's training interactions, the newest and at least one, that the vectors in the slots are not
+    trained on; the alignment is trained on these alone, since a vector that has seen a target is over-confident about
+    it (ours). A second ID model, trained on all, is then the rival and the partner in a fusion. By default a tenth where
+    the ID model is trained here, and 0 for imported vectors: set it if they were trained so, they are taken at their
+    word."""
     imported: Import | None = None
 
     @model_validator(mode="after")
@@ -234,6 +236,12 @@ class Ids(Section):
         """The section that `model` names."""
         section: Recipe | Import = getattr(self, "imported" if self.model == "import" else self.model)
         return section
+
+    @property
+    def held_out(self) -> float:
+        """The share that is held out."""
+        usual = 0.1 if isinstance(self.chosen, Recipe) else 0.0
+        return usual if self.holdout is None else self.holdout
 
 
 class Llm(Section):
@@ -257,20 +265,20 @@ class Llm(Section):
 class Prompt(Section):
     """The hybrid prompt: hard text and named soft slots. `{soft:NAME}` stands for the slots of source NAME."""
 
-    user: str = (
-        "{soft:id} Your task is to recommend the next product user may be interested based on their purchase "
-        "history: {history}."
-    )
-    """Fields: {history}, {soft:NAME}. The wording is the paper's example [N]; slots first is ours."""
+    user: str = "{soft:id} {history}"
+    """Fields: {history}, {soft:NAME}. The titles alone (ours); the paper's example is in configs/runs/paper.yaml."""
     item: str = "{soft:id} {title}. {text}"
     """Fields: {title}, {text}, {soft:NAME}."""
     separator: str = ", "
     """Between the titles of the history."""
-    max_history: Positive = 10
+    order: Literal["auto", "oldest_first", "newest_first"] = "auto"
+    """Of the titles in the history. By default an encoder, read by the mean of its states, gets the newest first: it
+    gives what stands first more weight; a decoder, read at its last token, gets the newest last."""
+    max_history: Positive = 8
     """The newest items whose titles are written out."""
-    max_title_tokens: Positive = 16
+    max_title_tokens: Positive = 12
     """A longer title is cut here inside the history."""
-    max_text_tokens: Positive = 48
+    max_text_tokens: Positive = 24
     """Title and further text of an item are cut here in its own prompt."""
     max_tokens: Positive | None = None
     """Of a whole prompt, slots included; the model's context length by default."""
@@ -324,8 +332,10 @@ class Readout(Section):
     """Mean for encoders, last token for decoders."""
     normalise: bool = True
     """L2-normalise, then a learned scale multiplies the score."""
-    head: bool = False
+    head: bool = True
     """A learned linear map after pooling, one a side, starting at the identity."""
+    slots: bool = True
+    """Add what the last block makes of the slots, their mean; with `head` through a map of its own."""
     residual: bool = False
     """Add alpha (e_u . e_i) to the score, alpha learned from 0."""
 
@@ -367,7 +377,7 @@ class Train(Section):
     """Which variants are trained, each at this same budget."""
     blocks: Blocks | None = None
     """Blocks that `per_layer` and `prefix_only` inject into; all of them by default."""
-    batch_size: Annotated[int, Field(ge=2)] = 64
+    batch_size: Annotated[int, Field(ge=2)] = 128
     """Samples in a step, over all ranks."""
     tokens_per_batch: Positive | None = None
     """Instead of `batch_size`: as many samples as keep the padded user prompts of a step within this many tokens."""

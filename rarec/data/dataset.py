@@ -123,12 +123,20 @@ class PreparedDataset:
         """The column that orders the interactions: `time` or `position`."""
         return "time" if self.manifest["settings"]["prepare"]["interactions"]["time"] is not None else "position"
 
-    def holding_out(self, newest: int) -> "PreparedDataset":
-        """The same, with that many of each user's newest training interactions out of the training part, all but one.
+    def held_out_U(self, share: float) -> Int32:
+        """How many of each user's training interactions, the newest, make up this share: at least one, never all."""
+        if not share:
+            return np.zeros_like(self.train_length_U)
+        wanted_U = np.maximum(np.floor(self.train_length_U * share), 1).astype(np.int32)
+        held_U: Int32 = np.minimum(wanted_U, np.maximum(self.train_length_U - 1, 0))
+        return held_U
+
+    def holding_out(self, share: float) -> "PreparedDataset":
+        """The same, with this share of each user's training interactions, the newest, out of the training part.
 
         What is asked for validation and test, and its history, stays.
         """
-        train_length_U = np.maximum(self.train_length_U - newest, np.minimum(self.train_length_U, 1))
+        train_length_U = self.train_length_U - self.held_out_U(share)
         trains_I = np.arange(len(self.item_rows_I)) < np.repeat(self.starts_U + train_length_U, self.lengths_U)
         counts_N = np.bincount(self.item_rows_I[trains_I], minlength=self.n_items)
         return replace(self, train_length_U=train_length_U, train_counts_N=counts_N)

@@ -60,7 +60,7 @@ def make_source(
     progress = progress_file(directory)
     with new_directory(directory) as aside:
         if isinstance(chosen, Recipe):
-            held_out = dataset.holding_out(config.holdout) if isinstance(config, Ids) else dataset
+            held_out = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
             figures = _train(chosen, held_out, aside, seed, progress, sha256_json([settings, made_from]), say)
         else:
             figures = _import(chosen, dataset, aside, seed, say)

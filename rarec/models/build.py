@@ -55,10 +55,10 @@ def build_model(
         m = config.alignment.instructions if arm.instructions else 0
         useful = bool(chosen) and (m > 0 or arm.projections)
         alignment = AlignmentModule(chosen, blocks, backbone.hidden_size, m, arm.projections) if useful else None
-        return Tower(
-            alignment,
-            Readout(backbone.hidden_size, backbone.pool, config.readout.normalise, config.readout.head),
-        )
+        readout = config.readout
+        reads_slots = readout.slots and alignment is not None
+        head = Readout(backbone.hidden_size, backbone.pool, readout.normalise, readout.head, reads_slots)
+        return Tower(alignment, head)
 
     plain = not config.readout.normalise
     scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature

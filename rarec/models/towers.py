@@ -58,22 +58,44 @@ class Encoding(NamedTuple):
 
 
 class Readout(nn.Module):
-    """Pooled text states to the scored vector: a head that starts at the identity and an L2 norm, if wanted (ours)."""
+    """Final hidden states to the scored vector (all ours).
 
-    def __init__(self, hidden: int, pool: str, normalise: bool, head: bool) -> None:
+    The pooled states of the text, and added to them, if wanted, the mean of the slots'; each through a head that starts
+    at the identity, if wanted; an L2 norm, if wanted.
+
+    Args:
+        hidden: D.
+        pool: of the text.
+        normalise: to length 1.
+        head: whether there are heads.
+        slots: whether the slots' states are read.
+    """
+
+    def __init__(self, hidden: int, pool: str, normalise: bool, head: bool, slots: bool) -> None:
         super().__init__()
-        self.pool, self.normalise = pool, normalise
-        self.head = nn.Linear(hidden, hidden) if head else None
-        if self.head is not None:
-            nn.init.eye_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        self.pool, self.normalise, self.slots = pool, normalise, slots
+        self.head = _identity(hidden, bias=True) if head else None
+        self.slot_head = _identity(hidden, bias=False) if head and slots else None
 
-    def forward(self, hidden_BTD: Tensor, text_BT: Tensor) -> Tensor:
-        """(B, D) from final hidden states and the mask of text positions."""
+    def forward(self, hidden_BTD: Tensor, mask_BT: Tensor, positions_BK: Tensor) -> Tensor:
+        """(B, D) from final hidden states, the mask of text and slots, and where the slots are."""
+        text_BT = mask_BT.scatter(1, positions_BK, 0)
         pooled_BD = pool_text(hidden_BTD, text_BT, "mean" if self.pool == "mean" else "last").float()
         if self.head is not None:
             pooled_BD = self.head(pooled_BD)
+        if self.slots:
+            index_BKD = positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+            slots_BD = hidden_BTD.gather(1, index_BKD).mean(1).float()
+            pooled_BD = pooled_BD + (self.slot_head(slots_BD) if self.slot_head is not None else slots_BD)
         return F.normalize(pooled_BD, dim=-1) if self.normalise else pooled_BD
+
+
+def _identity(size: int, bias: bool) -> nn.Linear:
+    linear = nn.Linear(size, size, bias)
+    nn.init.eye_(linear.weight)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
 
 
 class Tower(nn.Module):
@@ -100,8 +122,8 @@ class Tower(nn.Module):
             slots_LBKD, projected = self.alignment(batch.vectors)
             slots = Slots(slots_LBKD, batch.positions_BK, self.alignment.blocks)
         hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
-        text_BT = batch.mask_BT.scatter(1, batch.positions_BK, 0)
-        return Encoding(self.readout(hidden_BTD, text_BT), slots.slots_LBKD if slots else None, projected)
+        vectors_BZ = self.readout(hidden_BTD, batch.mask_BT, batch.positions_BK)
+        return Encoding(vectors_BZ, slots.slots_LBKD if slots else None, projected)
 
 
 class RaRec(nn.Module):

@@ -24,6 +24,7 @@ class PromptPair:
         texts: further text of the items, by item row; "" where there is none.
         slots: slots of each source, for the side "user" and "item".
         context_length: of the language model, in tokens.
+        kind: of the language model, `encoder` or `decoder`: which end of the history is written first by default.
 
     Raises:
         UserError: a template names an unknown field or source, or leaves no room.
@@ -37,8 +38,10 @@ class PromptPair:
         texts: Sequence[str],
         slots: Mapping[str, Mapping[str, int]],
         context_length: int,
+        kind: str,
     ) -> None:
         self.config, self.tokenizer, self.titles, self.texts = config, tokenizer, titles, texts
+        self.newest_first = config.order == "newest_first" or (config.order == "auto" and kind == "encoder")
         most = min(config.max_tokens or context_length, context_length)
         sources = list(slots["user"])
         start = tokenizer.adds_space
@@ -60,8 +63,9 @@ class PromptPair:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the templates, their limits and the tokenizer."""
-        return sha256_json({"prompt": self.config.model_dump(mode="json"), "tokenizer": self.tokenizer.fingerprint})
+        """sha256 of the templates, their limits, the order of titles and the tokenizer."""
+        prompt = {**self.config.model_dump(mode="json"), "order": self.newest_first}
+        return sha256_json({"prompt": prompt, "tokenizer": self.tokenizer.fingerprint})
 
     def user(self, history: Sequence[int] | npt.NDArray[np.integer]) -> Encoded:
         """The prompt of a user with this history (item rows, oldest first).
@@ -69,9 +73,10 @@ class PromptPair:
         The newest `max_history` titles are written; where the model's context is too short the oldest of them go.
         """
         written = self.config.max_history if "history" in self._spaced else 0
-        wanted = [int(item) for item in history[len(history) - min(written, len(history)) :]]
+        wanted = [int(item) for item in history[::-1][:written]]
         kept = self._newest_that_fit(wanted)
-        pieces = [self._title(item, first=at == 0) for at, item in enumerate(kept)]
+        in_order = kept if self.newest_first else kept[::-1]
+        pieces = [self._title(item, first=at == 0) for at, item in enumerate(in_order)]
         encoded = self._user.fill(history=np.concatenate(pieces)) if pieces else self._user.fill()
         if len(kept) < len(wanted):
             encoded = replace(encoded, cut=True)
@@ -90,16 +95,13 @@ class PromptPair:
         return encoded
 
     def _newest_that_fit(self, wanted: list[int]) -> list[int]:
-        """The longest tail of a history that has room; at least the newest item, whose title may be cut."""
+        """As many of these items, newest first, as have room; at least the newest, whose title may be cut."""
         if not wanted:
             return []
-        lengths = np.cumsum([len(self._title(item, first=False)) for item in reversed(wanted)])
-        count = int(np.searchsorted(lengths, self._user.room, side="right"))
-        if count < len(wanted):  # the oldest that is kept needs no separator, which may be just what lets it in
-            at = wanted[-1 - count]
-            saved = len(self._title(at, first=False)) - len(self._title(at, first=True))
-            count += int(lengths[count]) - saved <= self._user.room
-        return wanted[-max(count, 1) :]
+        later, first = (np.array([len(self._title(item, start)) for item in wanted]) for start in (False, True))
+        saved = later - first  # the title that is written first needs no separator
+        fit = np.cumsum(later) - (saved[0] if self.newest_first else saved) <= self._user.room
+        return wanted[: max(int(fit.sum()), 1)]
 
     def _title(self, item: int, first: bool) -> Int32:
         """A title inside a history: the first as the template has it, a later one behind the separator."""

@@ -133,7 +133,9 @@ class Context:
         """Both prompts over the catalogue's titles."""
         reserved = slots_reserved(self.config, self.shapes)
         titles, texts = self.dataset.titles, self.dataset.texts
-        pair = PromptPair(self.config.prompt, self.llm.tokenizer, titles, texts, reserved, self.llm.context_length)
+        llm = self.llm
+        kind = llm.identity["kind"]
+        pair = PromptPair(self.config.prompt, llm.tokenizer, titles, texts, reserved, llm.context_length, kind)
         named = {name for side in pair.sources.values() for name in side}
         for name in self.shapes:
             if name not in named and not (name == "id" and named):  # IDs may stand aside for another source

@@ -113,7 +113,7 @@ class ShardParts:
     def __init__(self, context: Context) -> None:
         self.context = context
         config = context.config
-        self.selection = select_samples(context.dataset, config.shards, config.run.seed, config.ids.holdout)
+        self.selection = select_samples(context.dataset, config.shards, config.run.seed, config.ids.held_out)
         stray = leak(context.dataset, self.selection.user_rows, self.selection.positions)
         if stray:
             problem = f"the selected sample {stray} is no training interaction with a history: validation or test leaks"

@@ -38,7 +38,7 @@ class Selection:
     report: dict[str, Any]
 
 
-def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout: int = 0) -> Selection:
+def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout: float = 0.0) -> Selection:
     """Choose training samples.
 
     Denoise drops a sample whose target's title shares no word with the titles of the whole history before it. The share
@@ -49,7 +49,7 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
         dataset: prepared.
         config: the section `shards`.
         seed: of the draw.
-        holdout: of each user's training interactions only so many, the newest, are targets; 0 for all.
+        holdout: of each user's training interactions only this share, the newest, are targets; 0 for all.
 
     Raises:
         UserError: there is nothing, or denoise leaves nothing.
@@ -59,7 +59,8 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
     targets_S = dataset.items_at(users_S, positions_S)
     titles = TitleWords.of(dataset.titles, dataset.untitled)
     sharing_S = _sharing(dataset, titles) if config.denoise else np.ones(len(users_S), bool)
-    open_S = positions_S >= (dataset.train_length_U[users_S] - holdout if holdout else 0)
+    seen_U = dataset.train_length_U - dataset.held_out_U(holdout) if holdout else np.zeros_like(dataset.train_length_U)
+    open_S = positions_S >= seen_U[users_S]
     candidates_C = np.flatnonzero(sharing_S & open_S)
     if not len(users_S):
         raise UserError("no user has two training interactions: there is no sample", "prepare a larger log")
