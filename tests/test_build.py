@@ -118,14 +118,14 @@ def test_no_instructions(saved, arm):
 # ---- what trains
 
 
-@pytest.mark.parametrize("readout", [{}, {"normalise": False, "head": True, "residual": True}], ids=["plain", "all"])
+@pytest.mark.parametrize("readout", [{"head": False}, {"normalise": False, "residual": True}], ids=["plain", "all"])
 @pytest.mark.parametrize("arm", ARMS)
 def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
     world = World(saved["llama"], arm, readout=readout)
     trained = trained_parameters(world.model.train())
     assert all("lora_" in name for name in trained if name.startswith("backbone."))
     roots = {name.split(".")[0] if "." not in name else ".".join(name.split(".")[:2]) for name in trained}
-    expected = {"user.readout", "item.readout", "alpha"} if readout else {"log_scale"}
+    expected = {"user.readout", "item.readout", "alpha"} if "residual" in readout else {"log_scale"}
     expected |= {"user.alignment", "item.alignment"} if arm in SLOTTED else set()
     expected |= {"backbone.model"} if arm == "per_layer_lora" else set()
     assert roots == expected
@@ -136,7 +136,8 @@ def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
         optimizer.zero_grad()
         world.scores().log_softmax(1).diagonal().sum().neg().backward()
         optimizer.step()
-    assert [name for name, parameter in trained.items() if not parameter.grad.abs().max() > 0] == []
+    unmoved = {name for name, parameter in trained.items() if not parameter.grad.abs().max() > 0}
+    assert unmoved <= {"item.readout.head.bias"}, "without a norm it shifts all scores of a user alike"
     for name, parameter in world.model.named_parameters():
         assert name in trained or torch.equal(parameter, frozen[name])
 
@@ -166,10 +167,10 @@ def test_text_only_is_the_normalised_pooled_text(saved):
         torch.testing.assert_close(encoding.vectors_BZ, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("reads_slots", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_slots_are_not_read_out(saved, kind):
-    """The pooled positions are text: what the blocks make of a slot at the end has no say."""
-    world = World(saved[kind], "per_layer", readout={"normalise": False})
+def test_the_pooled_positions_are_text_and_the_mean_of_the_slots_is_added_where_wanted(saved, kind, reads_slots):
+    world = World(saved[kind], "per_layer", readout={"normalise": False, "slots": reads_slots})
     _, batch = world.batches()
     encoding = world.model({"item": batch})["item"]
     slots_LBKD = encoding.slots_LBKD
@@ -177,6 +178,7 @@ def test_slots_are_not_read_out(saved, kind):
     for row in range(BATCH):
         text = [t for t in range(int(batch.mask_BT[row].sum())) if t not in batch.positions_BK[row].tolist()]
         pooled = hidden_BTD[row, text].mean(0) if kind == "bert" else hidden_BTD[row, text[-1]]
+        pooled = pooled + hidden_BTD[row, batch.positions_BK[row]].mean(0) * reads_slots
         torch.testing.assert_close(encoding.vectors_BZ[row], pooled, atol=1e-5, rtol=1e-5)
 
 
@@ -191,10 +193,14 @@ def test_the_scale_of_the_score(saved, normalise, recommendation, scale, learned
     assert ("log_scale" in trained_parameters(model)) == learned
 
 
-def test_a_head_starts_at_the_identity(saved):
-    torch.testing.assert_close(
-        World(saved["bert"], "per_layer", readout={"head": True}).scores(), World(saved["bert"], "per_layer").scores()
-    )
+def test_heads_start_at_the_identity(saved):
+    with_heads, without = (World(saved["bert"], "per_layer", readout={"head": head}) for head in (True, False))
+    torch.testing.assert_close(with_heads.scores(), without.scores())
+    assert {name for name in trained_parameters(with_heads.model) if "slot_head" in name} == {
+        "user.readout.slot_head.weight",
+        "item.readout.slot_head.weight",
+    }
+    assert World(saved["bert"], "text_only").model.user.readout.slot_head is None, "it has no slots"
 
 
 @pytest.mark.parametrize("arm", ["text_only", "prefix_only", "per_layer"])

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from rarec.config import dump_config, load_config
+from rarec.config.load import read_tree
 from rarec.errors import UserError
 from tests.ranks import ENGINES
 
@@ -83,6 +84,11 @@ def test_a_file_that_is_no_configuration(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_config(tmp_path / "bad.yaml")
+
+
+def test_merged_fields_give_way_to_a_mappings_own(tmp_path):
+    (tmp_path / "merged.yaml").write_text("a: &all {x: 1, y: 2}\nb: {<<: *all, y: 3}\n")
+    assert read_tree(tmp_path / "merged.yaml") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
 
 
 def test_a_missing_file(tmp_path):

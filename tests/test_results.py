@@ -19,6 +19,7 @@ from rarec.config.identity import (
     prepare_settings,
     shard_settings,
     source_settings,
+    vectors_of,
 )
 from rarec.errors import UserError
 from rarec.evaluation.figures import comparison_rows, metric_rows
@@ -70,12 +71,17 @@ def artefact(directory: Path, kind: str, settings: Mapping[str, Any], made_from:
     return write_manifest(directory, kind, settings=settings, made_from=made_from)["hash"]
 
 
-def finish(run: SweepRun, ranks: Mapping[str, Sequence[int]], record: Mapping[str, Any] | None = None) -> None:
+def finish(
+    run: SweepRun, ranks: Mapping[str, Sequence[int]], record: Mapping[str, Any] | None = None, **of: str
+) -> None:
     """A run with the files that finished stages leave, its ranks made by hand."""
     config, paths = run.config, RunPaths.of(run.config)
     prepare = artefact(paths.prepare, "prepare", prepare_settings(config.prepare, run.seed), {})
-    ids = artefact(paths.source("id"), "ids", source_settings(config.ids, run.seed), {"prepare": prepare})
-    shards = artefact(paths.shards, "shards", shard_settings(config), {"prepare": prepare, "ids/id": ids})
+    ids = {
+        name: artefact(paths.source(name), "ids", source_settings(section, run.seed), {"prepare": prepare})
+        for name, section in vectors_of(config).items()
+    }
+    shards = artefact(paths.shards, "shards", shard_settings(config), {"prepare": prepare, "ids/id": ids["id"]})
     write_text(paths.config, dump_config(config))
     for name in config.train.arms:
         artefact(paths.train(name), "train", arm_settings(config, ARMS[name]), {"shards": shards})
@@ -85,7 +91,7 @@ def finish(run: SweepRun, ranks: Mapping[str, Sequence[int]], record: Mapping[st
     from rarec.training.finished import training_hash
 
     made_from = {name: training_hash(paths.train(name)) for name in config.train.arms} | {"prepare": prepare}
-    write_ranks(paths.evaluation / "ranks.parquet", ranks)
+    write_ranks(paths.evaluation / "ranks.parquet", ranks, **of)
     write_json(paths.evaluation / "metrics.json", [])
     artefact(paths.evaluation, "evaluate", evaluate_settings(config), made_from)
     if record is not None:
@@ -241,6 +247,17 @@ def test_a_page_of_its_own_has_the_tables_where_its_markers_stand(path):
         page(path)
 
 
+def test_runs_are_compared_with_the_one_called_base_over_the_users_that_both_ranked(path):
+    Path("sweep.yaml").write_text(SWEEP.replace("plain: {}", "base: {}\n  plain: {}"))
+    runs = {run.label: run for run in load_sweep(path).runs}
+    finish(runs["base/seed-17"], RANKS[17])
+    assert "Against the base" not in page(path)
+    finish(runs["plain/seed-17"], {"per_layer": [20, 2, 2, 2, 1], "id_only": [1] * 5}, users="dabce", targets="zwxyv")
+    ((difference, arm, hits, *_, users, seeds),) = rows_of(page(path), "Against the base")
+    assert (difference, arm, users, seeds) == ("plain minus base", "RA-Rec (per layer)", "4", "1")
+    assert hits.startswith("−.2500 ")  # d alone is lost, and e stands in one of them only
+
+
 def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
     pytest.importorskip("matplotlib")
     *_, first, second = load_sweep(path).runs
@@ -255,11 +272,18 @@ def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
     assert Path("results-sweep-share.svg").read_text() == drawn
 
 
-def test_the_tool_prints_the_page(path, capsys, monkeypatch):
+def test_the_tool_makes_its_section_anew_and_keeps_the_others(path, monkeypatch):
     from make_results import main
 
+    for run in load_sweep(path).runs:
+        finish(run, RANKS[17])
     monkeypatch.setattr(sys, "argv", ["make_results.py", "sweep.yaml"])
     main()
-    said = capsys.readouterr().out
-    assert said.startswith("# Results\n")
-    assert "python tools/make_results.py sweep.yaml > RESULTS.md" in said
+    made = Path("RESULTS.md").read_text()
+    assert made.startswith("# Results\n")
+    assert "Made by `python tools/make_results.py sweep.yaml`" in made
+    theirs = "\n<!-- sweep: other -->\n\n## Other\n\nFrom elsewhere.\n"
+    head, own = made.split("\n<!-- sweep: sweep -->\n")
+    Path("RESULTS.md").write_text("old head\n" + theirs + "\n<!-- sweep: sweep -->\n\nold\n")
+    main()
+    assert Path("RESULTS.md").read_text() == head + theirs + "\n<!-- sweep: sweep -->\n" + own

@@ -1,23 +1,25 @@
 """RESULTS.md from the files of finished sweeps: no figure on it is typed.
 
-    python tools/make_results.py configs/sweeps/demo.yaml ... > RESULTS.md
+    python tools/make_results.py configs/sweeps/demo.yaml ...
+
+Each sweep has a section, which is made anew; those of other sweeps stay, so sweeps may be run on different machines.
 
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
-for what is generated: `figures`, `differences`, `curves`, `missing` or `making`. Blocks that the page does not place
+for what is generated: `figures`, `differences`, `against` (where a run is called `base`: the others beside it),
+`curves`, `missing` or `making`. Blocks that the page does not place
 follow at its end. Curves of a grid over one field are drawn beside the page, where `--plots` says.
 """
 
 import argparse
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from results_curve import draw
-from results_tables import Arms, differences, figures, making, missing
+from results_tables import Arms, against, differences, figures, making, missing
 
-from rarec.artefacts import check_files, read_manifest
+from rarec.artefacts import check_files, read_manifest, write_text
 from rarec.cli import guarded
 from rarec.errors import UserError
 from rarec.evaluation.seeds import SeedMeans
@@ -25,7 +27,7 @@ from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
 
 HEAD = """# Results
 
-Made by `{command}` from the files of the runs; nothing here is typed.
+Every section is made by a tool from the files of its sweep; no figure here is typed.
 
 The full catalogue is ranked; the user's earlier items are excluded, ties count against the model, the test set is read
 once. A figure is the mean over seeds and users, with the bootstrap 95% interval over users of each user's mean over
@@ -35,25 +37,32 @@ their number.
 TITLES = {
     "figures": "Figures",
     "differences": "Paired differences",
+    "against": "Against the base",
     "curves": "Curves",
     "missing": "Missing",
     "making": "How it was made",
 }
+_SECTION = re.compile(r"^<!-- sweep: (.+) -->$", re.MULTILINE)
 _MARKER = re.compile(r"<!-- results: ([\w-]+) -->")
 
 
-def results(sweeps: Sequence[Path], plots: Path) -> str:
+def results(sweeps: Sequence[Path], plots: Path, before: str = "") -> str:
     """The whole page.
 
     Args:
         sweeps: their files.
         plots: where curves are drawn.
+        before: the page as it was; its sections of other sweeps stay in their places.
 
     Raises:
         UserError: a sweep, its page or a file of a finished run is not as it should be.
     """
-    command = f"python tools/make_results.py {' '.join(shlex.quote(str(path)) for path in sweeps)} > RESULTS.md"
-    return "\n".join([HEAD.format(command=command), *(section(load_sweep(path), plots) for path in sweeps)])
+    _, *pairs = _SECTION.split(before)
+    sections = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    for path in sweeps:
+        how = f"Made by `python tools/make_results.py {shlex.quote(str(path))}`."
+        sections[path.stem] = f"{section(load_sweep(path), plots)}\n{how}\n"
+    return HEAD + "".join(f"\n<!-- sweep: {name} -->\n\n{text.strip()}\n" for name, text in sections.items())
 
 
 def section(sweep: Sweep, plots: Path) -> str:
@@ -66,6 +75,7 @@ def section(sweep: Sweep, plots: Path) -> str:
     blocks = {
         "figures": figures(arms.values()),
         "differences": differences(arms.values()),
+        "against": against(arms),
         "curves": "\n".join(_curves(sweep, arms, plots)),
         "missing": missing(left),
         "making": making(sweep, finished),
@@ -118,12 +128,14 @@ def _curves(sweep: Sweep, arms: Mapping[str, Arms], plots: Path) -> Iterator[str
 
 
 def main() -> None:
-    """Print the page."""
+    """Write the page."""
     parser = argparse.ArgumentParser(description="RESULTS.md from the files of finished sweeps.")
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("--page", type=Path, default=Path("RESULTS.md"), help="other sections of it stay as they are")
     parser.add_argument("--plots", type=Path, default=Path(), help="where curves are drawn; links are relative to here")
     arguments = parser.parse_args()
-    sys.stdout.write(results(arguments.sweeps, arguments.plots))
+    before = arguments.page.read_text(encoding="utf-8") if arguments.page.exists() else ""
+    write_text(arguments.page, results(arguments.sweeps, arguments.plots, before))
 
 
 if __name__ == "__main__":

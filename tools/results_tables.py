@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from rarec.artefacts import read_json
 from rarec.evaluation.figures import pairs_of_interest
-from rarec.evaluation.labels import HEADLINE, arm_group, arm_order, arm_title, figure, metric_title
+from rarec.evaluation.labels import FUSED, HEADLINE, arm_group, arm_order, arm_title, figure, metric_title
 from rarec.evaluation.record import TrainingRecord, read_run
 from rarec.evaluation.seeds import SeedMeans
 from rarec.paths import RunPaths
 from rarec.ranking import Interval
 from rarec.sweep import Sweep, SweepRun
 
+BASE = "base"
+"""The run that the others of its sweep are compared with."""
 _UNKNOWN = "not recorded"
 
 
@@ -64,6 +66,19 @@ def differences(runs: Iterable[Arms]) -> str:
             pair = f"{arm_title(arm)} minus {arm_title(baseline)}"
             rows.append([run.name, pair, *(_cell(found[metric], signed=True) for metric in HEADLINE), *run.counts])
     return _table(["run", "difference", *map(metric_title, HEADLINE), "users", "seeds"], rows)
+
+
+def against(runs: Mapping[str, Arms]) -> str:
+    """The main arm of each run, alone and fused, against that of the run called `base`; nothing without one."""
+    base, rows = runs.get(BASE), []
+    for run in (run for name, run in runs.items() if name != BASE):
+        for arm in (run.main, run.main + FUSED):
+            if base is not None and arm in run.means.values and arm in base.means.values:
+                both = run.means.against(base.means, arm)
+                found = both.differences("ours", "theirs")
+                cells = [_cell(found[metric], signed=True) for metric in HEADLINE]
+                rows.append([f"{run.name} minus {BASE}", arm_title(arm), *cells, f"{both.n:,}", str(both.seeds)])
+    return _table(["difference", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows) if rows else ""
 
 
 def missing(left: Mapping[str, str | None]) -> str:

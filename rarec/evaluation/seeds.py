@@ -28,6 +28,7 @@ class SeedMeans:
 
     Attributes:
         values: of each arm and metric, (U,); the same users in the same order everywhere.
+        users: their ids, in that order.
         seeds: how many were averaged.
         left_out: users that only some of the seeds ranked.
         resamples: of the bootstrap.
@@ -35,6 +36,7 @@ class SeedMeans:
     """
 
     values: Mapping[str, Mapping[str, Floats]]
+    users: Sequence[object]
     seeds: int
     left_out: int
     resamples: int = 2000
@@ -59,12 +61,12 @@ class SeedMeans:
             raise UserError(f"no user was ranked in all of {', '.join(map(str, files))}", "leave evaluate.users out")
         arms = [arm for arm in _arms(tables[0]) if all(arm in _arms(table) for table in tables)]
         values = {arm: _mean([_metrics(table, arm, users) for table in tables]) for arm in arms}
-        return cls(values, len(files), len(set().union(*everyone)) - len(users), resamples, seed)
+        return cls(values, users, len(files), len(set().union(*everyone)) - len(users), resamples, seed)
 
     @property
     def n(self) -> int:
         """U."""
-        return len(next(iter(next(iter(self.values.values())).values())))
+        return len(self.users)
 
     def figures(self, arm: str) -> dict[str, Interval]:
         """Every metric of an arm."""
@@ -73,6 +75,24 @@ class SeedMeans:
     def differences(self, arm: str, baseline: str) -> dict[str, Interval]:
         """Every metric of an arm minus that of another, user by user."""
         return paired_intervals(self.values[arm], self.values[baseline], self.resamples, self.seed)
+
+    def against(self, other: "SeedMeans", arm: str) -> "SeedMeans":
+        """An arm of this run as `ours` and the same of another as `theirs`, over the users that both ranked.
+
+        Raises:
+            UserError: there is none.
+        """
+        theirs = {user: at for at, user in enumerate(other.users)}
+        common = [user for user in self.users if user in theirs]
+        if not common:
+            raise UserError("two runs have no test user in common", "give them the same seed and evaluate.users")
+        own = {user: at for at, user in enumerate(self.users)}
+        rows = {"ours": (self, own), "theirs": (other, theirs)}
+        values = {
+            side: {name: each[[at[user] for user in common]] for name, each in means.values[arm].items()}
+            for side, (means, at) in rows.items()
+        }
+        return SeedMeans(values, common, min(self.seeds, other.seeds), 0, self.resamples, self.seed)
 
 
 def _columns(table: pa.Table, *names: str) -> list[list[object]]:
