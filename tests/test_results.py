@@ -72,7 +72,11 @@ def artefact(directory: Path, kind: str, settings: Mapping[str, Any], made_from:
 
 
 def finish(
-    run: SweepRun, ranks: Mapping[str, Sequence[int]], record: Mapping[str, Any] | None = None, **of: str
+    run: SweepRun,
+    ranks: Mapping[str, Sequence[int]],
+    record: Mapping[str, Any] | None = None,
+    strata: Any = None,
+    **of: str,
 ) -> None:
     """A run with the files that finished stages leave, its ranks made by hand."""
     config, paths = run.config, RunPaths.of(run.config)
@@ -93,6 +97,7 @@ def finish(
     made_from = {name: training_hash(paths.train(name)) for name in config.train.arms} | {"prepare": prepare}
     write_ranks(paths.evaluation / "ranks.parquet", ranks, **of)
     write_json(paths.evaluation / "metrics.json", [])
+    write_json(paths.evaluation / "strata.json", strata or [])
     artefact(paths.evaluation, "evaluate", evaluate_settings(config), made_from)
     if record is not None:
         write_json(paths.record, record)
@@ -256,6 +261,20 @@ def test_runs_are_compared_with_the_one_called_base_over_the_users_that_both_ran
     ((difference, arm, hits, *_, users, seeds),) = rows_of(page(path), "Against the base")
     assert (difference, arm, users, seeds) == ("plain minus base", "RA-Rec (per layer)", "4", "1")
     assert hits.startswith("−.2500 ")  # d alone is lost, and e stands in one of them only
+
+
+def test_strata_are_those_of_the_first_finished_run(path):
+    def row(arm: str, bucket: str, value: float, metric: str = "hr@100") -> dict[str, Any]:
+        place = {"arm": arm, "stratum": "popularity", "bucket": bucket, "order": 0, "metric": metric}
+        return {**place, "value": value, "low": value - 0.1, "high": value + 0.1, "n": 30}
+
+    both = [row(arm, bucket, 0.5) for arm in ("id_only", "per_layer") for bucket in ("0-3", "4-9")]
+    first, second, *_ = load_sweep(path).runs
+    finish(first, RANKS[17], strata=[*both, row("id_only", "0-3", 0.9, "hr@10")])
+    finish(second, RANKS[18], strata=[row("id_only", "1", 0.1)])
+    shown = rows_of(page(path), "By history and popularity")
+    cells = [".5000 (.4000 to .6000)", ".5000 (.4000 to .6000)", "30"]
+    assert shown == [["plain/seed-17", f"popularity {bucket}", *cells] for bucket in ("0-3", "4-9")]
 
 
 def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):

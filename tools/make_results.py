@@ -6,7 +6,7 @@ Each sweep has a section, which is made anew; those of other sweeps stay, so swe
 
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
 for what is generated: `figures`, `differences`, `against` (where a run is called `base`: the others beside it),
-`curves`, `missing` or `making`. Blocks that the page does not place
+`strata` (of the first finished run), `curves`, `missing` or `making`. Blocks that the page does not place
 follow at its end. Curves of a grid over one field are drawn beside the page, where `--plots` says.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from results_curve import draw
-from results_tables import Arms, against, differences, figures, making, missing
+from results_tables import Arms, against, differences, figures, making, missing, strata
 
 from rarec.artefacts import check_files, read_manifest, write_text
 from rarec.cli import guarded
@@ -38,6 +38,7 @@ TITLES = {
     "figures": "Figures",
     "differences": "Paired differences",
     "against": "Against the base",
+    "strata": "By history and popularity",
     "curves": "Curves",
     "missing": "Missing",
     "making": "How it was made",
@@ -76,6 +77,7 @@ def section(sweep: Sweep, plots: Path) -> str:
         "figures": figures(arms.values()),
         "differences": differences(arms.values()),
         "against": against(arms),
+        "strata": strata(finished[0]) if finished else "",
         "curves": "\n".join(_curves(sweep, arms, plots)),
         "missing": missing(left),
         "making": making(sweep, finished),

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from rarec.artefacts import read_json
 from rarec.evaluation.figures import pairs_of_interest
-from rarec.evaluation.labels import FUSED, HEADLINE, arm_group, arm_order, arm_title, figure, metric_title
+from rarec.evaluation.labels import (
+    FUSED,
+    HEADLINE,
+    ID_ONLY,
+    LATE_FUSION,
+    arm_group,
+    arm_order,
+    arm_title,
+    figure,
+    metric_title,
+)
 from rarec.evaluation.record import TrainingRecord, read_run
 from rarec.evaluation.seeds import SeedMeans
 from rarec.paths import RunPaths
@@ -15,6 +25,7 @@ from rarec.sweep import Sweep, SweepRun
 
 BASE = "base"
 """The run that the others of its sweep are compared with."""
+STRATA_BY = "hr@100"
 _UNKNOWN = "not recorded"
 
 
@@ -79,6 +90,21 @@ def against(runs: Mapping[str, Arms]) -> str:
                 cells = [_cell(found[metric], signed=True) for metric in HEADLINE]
                 rows.append([f"{run.name} minus {BASE}", arm_title(arm), *cells, f"{both.n:,}", str(both.seeds)])
     return _table(["difference", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows) if rows else ""
+
+
+def strata(run: SweepRun) -> str:
+    """HR@100 by history length and by the target's popularity, of one run's arms that matter most."""
+    rows = read_json(RunPaths.of(run.config).evaluation / "strata.json")
+    cells = {(row["stratum"], row["bucket"], row["arm"]): row for row in rows if row["metric"] == STRATA_BY}
+    main = run.config.export.arm
+    there = {arm for *_, arm in cells}
+    arms = [arm for arm in dict.fromkeys([ID_ONLY, "text_only", LATE_FUSION, main, main + FUSED]) if arm in there]
+    lines = []
+    for stratum, bucket in dict.fromkeys(place[:2] for place in cells):
+        found = [cells[stratum, bucket, arm] for arm in arms]
+        shown = [_cell(Interval(row["value"], row["low"], row["high"])) for row in found]
+        lines.append([run.label, f"{stratum} {bucket}", *shown, f"{found[0]['n']:,}"])
+    return _table(["run", metric_title(STRATA_BY) + " where", *map(arm_title, arms), "users"], lines) if lines else ""
 
 
 def missing(left: Mapping[str, str | None]) -> str:
