@@ -27,7 +27,7 @@ from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
 
 HEAD = """# Results
 
-Every section is made by a tool from the files of its sweep; no figure here is typed.
+Every table is made by a tool from the files of its sweep, and none of their figures is typed.
 
 The full catalogue is ranked; the user's earlier items are excluded, ties count against the model, the test set is read
 once. A figure is the mean over seeds and users, with the bootstrap 95% interval over users of each user's mean over
