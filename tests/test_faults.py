@@ -155,7 +155,7 @@ def test_a_file_with_one_byte_changed_is_refused_by_name(finished, copied, file,
         ("prompt.separator='; '", "train", "another prompt|prompt.separator"),
         ("shards.share=0.5", "evaluate", r"shards\.share"),
         ("train.lr=0.5", "evaluate", r"train\.lr"),
-        ("readout.head=true", "export", r"readout\.head"),
+        ("readout.head=false", "export", r"readout\.head"),
         ("run.seed=3", "evaluate", "seed: 17 -> 3"),
     ],
 )

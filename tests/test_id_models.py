@@ -184,7 +184,7 @@ def test_it_learns_what_popularity_does_not_know(kind, tmp_path):
     learned = rank_targets(users, source.items_NE, targets.item_rows, histories)
     by_model, by_popularity = (metric_values(ranks, [5])["hr@5"].mean() for ranks in (learned, popularity))
     assert by_model > 1.3 * by_popularity
-    assert by_model > 0.5
+    assert by_model > 0.4
 
 
 def test_the_best_epoch_is_kept_and_training_stops(dataset, tmp_path):

@@ -37,7 +37,7 @@ def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
     block = 2 * D * D + 2 * D * (D // 2) + 3 * D * F + 2 * D  # q and o, k and v of half the heads, feed-forward, norms
     assert sum(weight.bytes for weight in arm.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
     assert arm.in_blocks == BLOCKS * block
-    side = BLOCKS * (M * D + D * E + D)
+    side = BLOCKS * (M * D + D * E + D) + 2 * D * D + D  # with two heads, one of them with a bias
     assert sum(weight.count for weight in arm.trained) == 2 * side + 1
     assert arm.saved == {"alignment": 4 * (2 * side + 1 + 2 * 2 * E), "lora": 0}  # mean and spread of the vectors, too
 
@@ -156,10 +156,10 @@ def test_every_architecture_and_attention_is_traced(tmp_path, kind, attention):
 
 
 def test_no_gradient_reaches_the_language_model_of_an_arm_without_slots(llama):
-    made = calculator(llama, readout={"head": True})
+    made = calculator(llama)
     arm = made.arm("text_only", False)
     assert (arm.first_block, arm.steps) == (None, True)
-    assert not calculator(llama).arm("text_only", False).steps
+    assert not calculator(llama, readout={"head": False}).arm("text_only", False).steps
     sent = traffic(arm, "3", 2, 1, made.step("text_only", made.setting(replace(GPU, gpus=2), "3")), False)
     trunk = sum(weight.bytes for weight in arm.frozen if weight.in_trunk)
     assert sent.weights == trunk  # both towers, forward alone, and half of it is away
@@ -203,7 +203,9 @@ def test_samples_and_lengths_are_those_of_the_shards(finished):
     assert index["tokens"].max() <= samples.users.longest < index["tokens"].max() + 16
     steps = json.loads((finished.parent / "run" / "train" / "per_layer" / "done.json").read_text())["step"]
     assert made.calculator.steps("per_layer") >= steps
-    assert made.calculator.steps("text_only") == 0
+    assert made.calculator.steps("text_only") == made.calculator.steps("per_layer")
+    bare = plan(open_context(finished, ["readout.head=false"]), GPU, None)
+    assert bare.calculator.steps("text_only") == 0
 
 
 def test_shards_of_other_settings_do_not_count(finished, capsys):

@@ -187,7 +187,7 @@ def test_an_unknown_tracker_is_refused(finished, tmp_path):
         train(open_context(finished, [untrained(finished, tmp_path), "train.trackers=[abacus]"]))
 
 
-def test_text_only_has_nothing_to_train_but_a_scale(finished):
-    run = Path(open_context(finished, []).config.run.dir)
-    assert read_json(run / "train" / "text_only" / "done.json")["step"] == 0
+def test_text_only_without_a_head_has_nothing_to_train_but_a_scale(finished, tmp_path):
+    train(open_context(finished, [untrained(finished, tmp_path), "readout.head=false", "train.arms=[text_only]"]))
+    assert read_json(tmp_path / "train" / "text_only" / "done.json")["step"] == 0
     assert ARMS["text_only"].blocks == "none"

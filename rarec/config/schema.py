@@ -332,8 +332,9 @@ class Readout(Section):
     """Mean for encoders, last token for decoders."""
     normalise: bool = True
     """L2-normalise, then a learned scale multiplies the score."""
-    head: bool = True
-    """A learned linear map after pooling, one a side, starting at the identity."""
+    head: bool | None = None
+    """A learned linear map after pooling, one a side, starting at the identity. By default where the hidden size is at
+    most 1024: all maps together then take 17 MB at most, with an 8B model they would take 270."""
     slots: bool = True
     """Add what the last block makes of the slots, their mean; with `head` through a map of its own."""
     residual: bool = False

@@ -12,6 +12,8 @@ from rarec.models.load import LoadedModel
 from rarec.models.towers import RaRec, Readout, Tower
 
 SIDES = ("user", "item")
+WIDEST_WITH_HEADS = 1024
+"""Hidden size up to which there are heads by default: they grow with its square."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ def build_model(
         m = config.alignment.instructions if arm.instructions else 0
         useful = bool(chosen) and (m > 0 or arm.projections)
         alignment = AlignmentModule(chosen, blocks, backbone.hidden_size, m, arm.projections) if useful else None
-        readout = config.readout
+        readout, hidden = config.readout, backbone.hidden_size
+        head = hidden <= WIDEST_WITH_HEADS if readout.head is None else readout.head
         reads_slots = readout.slots and alignment is not None
-        head = Readout(backbone.hidden_size, backbone.pool, readout.normalise, readout.head, reads_slots)
-        return Tower(alignment, head)
+        return Tower(alignment, Readout(hidden, backbone.pool, readout.normalise, head, reads_slots))
 
     plain = not config.readout.normalise
     scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature
