@@ -11,7 +11,6 @@ from rarec.evaluation.labels import (
     HEADLINE,
     ID_ONLY,
     LATE_FUSION,
-    arm_group,
     arm_order,
     arm_title,
     figure,
@@ -47,8 +46,8 @@ class Arms:
 
     @property
     def shown(self) -> list[str]:
-        """All but the probes, in the order of every report."""
-        return sorted((arm for arm in self.means.values if arm_group(arm) < 2), key=arm_order)
+        """All of them, in the order of every report."""
+        return sorted(self.means.values, key=arm_order)
 
     @property
     def counts(self) -> list[str]:
