@@ -306,3 +306,13 @@ def test_the_tool_makes_its_section_anew_and_keeps_the_others(path, monkeypatch)
     Path("RESULTS.md").write_text("old head\n" + theirs + "\n<!-- sweep: sweep -->\n\nold\n")
     main()
     assert Path("RESULTS.md").read_text() == head + theirs + "\n<!-- sweep: sweep -->\n" + own
+
+
+def test_a_page_by_another_hand_is_left_alone(path, monkeypatch):
+    from make_results import main
+
+    Path("RESULTS.md").write_text("# My results\n")
+    monkeypatch.setattr(sys, "argv", ["make_results.py", "sweep.yaml"])
+    with pytest.raises(UserError, match="another hand"):
+        main()
+    assert Path("RESULTS.md").read_text() == "# My results\n"

@@ -56,9 +56,11 @@ def results(sweeps: Sequence[Path], plots: Path, before: str = "") -> str:
         before: the page as it was; its sections of other sweeps stay in their places.
 
     Raises:
-        UserError: a sweep, its page or a file of a finished run is not as it should be.
+        UserError: a sweep, its page or a file of a finished run is not as it should be, or the page is not one of ours.
     """
     _, *pairs = _SECTION.split(before)
+    if before and not pairs:
+        raise UserError("the page has no section of a sweep: it was written by another hand", "choose another --page")
     sections = dict(zip(pairs[::2], pairs[1::2], strict=True))
     for path in sweeps:
         how = f"Made by `python tools/make_results.py {shlex.quote(str(path))}`."
