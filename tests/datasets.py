@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rarec.config.schema import Prepare
+from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.prepare import prepare
 from tests.synthetic import write_log

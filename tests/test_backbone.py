@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rarec.config.schema import Llm, Lora
+from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone, pool_text
 from rarec.models.load import load_model

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rarec.config import ARMS, RunConfig
-from rarec.config.schema import Lora
+from rarec.config.method import Lora
 from rarec.errors import UserError
 from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
 from rarec.models.encode import side_batch

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from rarec.artefacts import read_json, write_json
-from rarec.config.schema import Prepare
+from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.prepare import prepare
 from rarec.errors import UserError

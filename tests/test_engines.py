@@ -15,7 +15,7 @@ import pytest
 
 from rarec.artefacts import read_json
 from rarec.config import dump_config
-from rarec.config.schema import Prepare
+from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.identity import identity
 from rarec.data.preparation.prepare import prepare

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rarec.config.schema import RECIPES, ComiRec, Gru4Rec, Ids, Recipe, SasRec
+from rarec.config.ids import RECIPES, ComiRec, Gru4Rec, Ids, Recipe, SasRec
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids import make_source, open_source

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from rarec.config.schema import Loss
+from rarec.config.method import Loss
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.encode import side_batch

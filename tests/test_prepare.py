@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from rarec.artefacts import is_current
-from rarec.config.schema import Prepare
+from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.identity import identity
 from rarec.data.preparation.prepare import prepare

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rarec.config.schema import Prompt
+from rarec.config.method import Prompt
 from rarec.errors import UserError
 from rarec.prompts import Encoded, PromptPair, TextTokenizer, lay_out
 from rarec.prompts.hybrid import parse_template

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.config.schema import Interactions
+from rarec.config.logs import Interactions
 from rarec.data.engines import Engine, value
 from rarec.data.engines.embedded import EmbeddedEngine
 from rarec.data.engines.files import digest, find_files

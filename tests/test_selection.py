@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarec.config.schema import Prepare, Shards
+from rarec.config.logs import Prepare
+from rarec.config.schema import Shards
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.prepare import prepare
 from rarec.data.selection.buckets import Buckets, draw_evenly

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from rarec.artefacts import is_current
-from rarec.config.schema import Ids, Import, SasRec
+from rarec.config.ids import Ids, Import, SasRec
 from rarec.errors import UserError
 from rarec.ids import make_source, open_source, source_identity
 from rarec.ids.users import HistoryRule

@@ -14,7 +14,7 @@ from make_log import make_log
 from prepare_by_hand import FEWEST, prepare_by_hand
 
 from rarec.artefacts import read_manifest
-from rarec.config.schema import Prepare
+from rarec.config.logs import Prepare
 from rarec.data.preparation.prepare import prepare
 
 ROWS_OF_A_USER, ROWS_OF_AN_ITEM = 10, 200

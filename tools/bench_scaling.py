@@ -37,7 +37,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rarec.config.schema import Prompt
+from rarec.config.method import Prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 ARM, SKIPPED = "per_layer", 4

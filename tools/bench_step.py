@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from rarec.config import ARMS
-from rarec.config.schema import Llm, Loss, Prompt, RunConfig, Train
+from rarec.config.method import Llm, Loss, Prompt
+from rarec.config.schema import RunConfig, Train
 from rarec.data.shards.samples import Sample
 from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
 from rarec.models.load import load_model

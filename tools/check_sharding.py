@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.artefacts import new_directory
 from rarec.config import ARMS, RunConfig
-from rarec.config.schema import Prompt
+from rarec.config.method import Prompt
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.load import LoadedModel, load_model
 from rarec.models.towers import RaRec, SideBatch

@@ -4,8 +4,10 @@ from typing import Any
 
 from rarec.artefacts import sha256_json
 from rarec.config.arms import Arm
+from rarec.config.ids import Ids, Import, Recipe
 from rarec.config.load import without_password
-from rarec.config.schema import Ids, Import, Prepare, Recipe, RunConfig
+from rarec.config.logs import Prepare
+from rarec.config.schema import RunConfig
 
 COMPUTES = ("engine", "spark", "memory", "scratch")
 """Fields of `prepare` that say how it is computed, not what: every engine gives the same dataset."""

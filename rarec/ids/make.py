@@ -8,7 +8,7 @@ import numpy as np
 
 from rarec.artefacts import new_directory, sha256_file, sha256_json, write_manifest
 from rarec.config.identity import IMPORTED_FILES, source_settings
-from rarec.config.schema import Ids, Import, Recipe
+from rarec.config.ids import Ids, Import, Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.imports import Vectors, existing, read_vectors

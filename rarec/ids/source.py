@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import read_manifest, sha256_json
-from rarec.config.schema import RECIPES
+from rarec.config.ids import RECIPES
 from rarec.errors import UserError
 from rarec.ids.users import HistoryRule, SequenceUsers, UserTable, UserVectors
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rarec.config.schema import Recipe
+from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.progress import load_progress, save_progress

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.torch import load_file, save_file
 
-from rarec.config.schema import Recipe
+from rarec.config.ids import Recipe
 from rarec.ids.comirec import ComiRec
 from rarec.ids.gru4rec import Gru4Rec
 from rarec.ids.sasrec import SasRec

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rarec.artefacts import MANIFEST, new_directory, read_manifest, sha256_file, write_manifest
-from rarec.config.schema import Llm, Lora
+from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone, Pool, config_hash
 from rarec.paths import resolve

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rarec.config.schema import Loss
+from rarec.config.method import Loss
 from rarec.models.losses import LossTerms, Part, align, bpr, false_negatives, sampled_softmax
 from rarec.models.towers import Encoding, RaRec
 from rarec.ranks import ALONE, Ranks

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rarec.config.schema import Loss
+from rarec.config.method import Loss
 from rarec.models.objective import Objective, Targets
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.planning.live import Live

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import sha256_json
-from rarec.config.schema import Prompt
+from rarec.config.method import Prompt
 from rarec.prompts.hybrid import Encoded, HybridPrompt, parse_template
 from rarec.prompts.tokens import TextTokenizer
 

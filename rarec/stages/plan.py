@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from rarec.artefacts import MANIFEST, read_manifest
 from rarec.config.identity import shard_settings, sources_of
-from rarec.config.schema import Ids, Import, Recipe
+from rarec.config.ids import Ids, Import, Recipe
 from rarec.data.shards.index import shard_records
 from rarec.errors import UserError
 from rarec.ids.imports import existing

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from rarec.config import RunConfig
 from rarec.config.load import parse_override, read_tree, set_field, validated
-from rarec.config.schema import Section
+from rarec.config.section import Section
 from rarec.errors import UserError
 from rarec.sweep.schema import Entry, StageName, SweepFile
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rarec.config.schema import NonNegative, Section
+from rarec.config.section import NonNegative, Section
 
 StageName = Literal["prepare", "ids", "shards", "train", "evaluate", "export", "report"]
 OWN_FIELDS = ("seeds", "grid")

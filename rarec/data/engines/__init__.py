@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rarec.config.schema import Prepare
+from rarec.config.logs import Prepare
 from rarec.data.engines.base import DELIMITED, Engine, Named, Place, Read, describe, value
 from rarec.errors import UserError
 

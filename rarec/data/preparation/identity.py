@@ -5,7 +5,7 @@ from typing import Any
 from rarec.artefacts import sha256_json
 from rarec.config.identity import prepare_settings
 from rarec.config.load import without_password
-from rarec.config.schema import Prepare
+from rarec.config.logs import Prepare
 from rarec.data.engines import Named
 from rarec.data.engines.files import digest
 from rarec.data.preparation.inputs import place_of

@@ -7,7 +7,7 @@ from typing import Any
 import ibis
 import ibis.expr.types as ir
 
-from rarec.config.schema import Interactions, Items, Table
+from rarec.config.logs import Interactions, Items, Table
 from rarec.data.engines import Engine, Named, Place, Read, describe, value
 from rarec.data.engines.files import find_files
 from rarec.data.preparation import columns, steps

@@ -13,7 +13,7 @@ from typing import Any
 import ibis.expr.types as ir
 
 from rarec.artefacts import new_directory, write_manifest
-from rarec.config.schema import Prepare
+from rarec.config.logs import Prepare
 from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import Engine, describe, open_engine, value

@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rarec.config.schema import Llm, Train
+from rarec.config.method import Llm
+from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch

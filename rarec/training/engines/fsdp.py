@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from rarec.config.schema import Llm, Train
+from rarec.config.method import Llm
+from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec

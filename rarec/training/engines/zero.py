@@ -21,7 +21,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from rarec.config.schema import Llm, Train
+from rarec.config.method import Llm
+from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch

@@ -1,0 +1,96 @@
+"""The section `prepare`: where logs and catalogue lie, which columns they have, what is kept and how it is split."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rarec.config.section import NonNegative, Positive, Section, Share
+
+
+class Table(Section):
+    """Where a table lies: in files, or in the engine under a name."""
+
+    path: str | None = None
+    """A file, a directory or a glob, local or an fsspec URL (`s3://bucket/log/*.parquet`); `package:NAME/FILE` is a
+    file inside an installed Python package. Formats: CSV, TSV, Parquet, JSONL, RecBole's `.inter` and `.item`."""
+    table: str | None = None
+    """Instead of `path`: a table that the engine knows, as `NAME` or `SCHEMA.NAME`."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Table":
+        if (self.path is None) == (self.table is None):
+            raise ValueError("name exactly one of `path` and `table`")
+        return self
+
+
+class Interactions(Table):
+    """The log: one row an interaction."""
+
+    user: str
+    """Column of the user's id, of any type."""
+    item: str
+    """Column of the item's id, of any type."""
+    time: str | None = None
+    """Column of the time: epoch seconds or milliseconds, ISO 8601, or a timestamp of the file's own."""
+    position: str | None = None
+    """Column of the rank in the user's own order, where there is no time."""
+
+    @model_validator(mode="after")
+    def _one_order(self) -> "Interactions":
+        if (self.time is None) == (self.position is None):
+            raise ValueError("name exactly one of `time` and `position`: the order of a user's interactions")
+        return self
+
+
+class Items(Table):
+    """The catalogue: one row an item."""
+
+    item: str
+    """Column of the item's id."""
+    title: str
+    """Column of the title."""
+    text: list[str] = Field(default=[])
+    """Further text columns, appended to the title in the item prompt."""
+    untitled: str = "untitled item"
+    """The text that stands for a missing title."""
+
+
+class Split(Section):
+    """Which interactions train, validate and test."""
+
+    kind: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    """Last item tests and the one before it validates; or two global cuts in time."""
+    validation_users: Positive | None = None
+    """Leave-one-out only: a fixed random subset of the users validates, and of the others the item before the last
+    trains (as in RecTools' SASRec, eSASRec); all validate by default."""
+    validation_share: Share = 0.1
+    """Temporal only: share of the interactions, in time order, in the validation window."""
+    test_share: Share = 0.1
+    """Temporal only: share of the interactions, in time order, in the test window."""
+
+
+class Prepare(Section):
+    """Logs to a prepared dataset."""
+
+    engine: str = "duckdb"
+    """What computes: `duckdb` in this process, `spark` (extra `spark`, Java 17), or an Ibis URL such as
+    `postgres://user:password@host/database`, for tables there."""
+    spark: dict[str, str] = Field(default={})
+    """Settings of the Spark session, such as `spark.master: yarn`; local on all cores by default."""
+    memory: str | None = None
+    """Most memory that DuckDB takes before it spills, such as `8GB`; 80% of the machine's by default."""
+    scratch: str | None = None
+    """Directory for what an engine spills or keeps between steps; for Spark one that every executor sees. Inside
+    `run.dir` by default."""
+    interactions: Interactions
+    items: Items
+    min_user_interactions: Positive = 5
+    """Users with fewer are dropped and counted."""
+    min_item_interactions: NonNegative = 0
+    """Items with fewer are dropped with their interactions; 0 keeps the whole catalogue."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Rows of the same user, item and time: written twice, or three bought at once."""
+    repeats: Literal["first", "last", "runs", "keep"] = "first"
+    """When a user meets an item again at another time: keep the first or the last, collapse runs with nothing between
+    (to their first), or keep all."""
+    split: Split = Split()

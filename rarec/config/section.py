@@ -1,0 +1,17 @@
+"""What every section of the configuration is made of: strict models, and types of numbers."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+Blocks = Annotated[list[NonNegative], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A strict part of the configuration: unknown fields and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
