@@ -189,7 +189,7 @@ def test_it_learns_what_popularity_does_not_know(kind, tmp_path):
 
 def test_the_best_epoch_is_kept_and_training_stops(dataset, tmp_path):
     source = make_source("id", ids(epochs=60, patience=2, lr=0.02), dataset, tmp_path / "id", 0, lambda line: None)
-    curve = [point["ndcg@10"] for point in source.manifest["curve"]]
+    curve = [point["ndcg@100"] for point in source.manifest["curve"]]
     best = source.manifest["best_epoch"]
     assert curve[best - 1] == max(curve)
     assert len(curve) == source.manifest["epochs"] == best + 2 < 60
@@ -225,6 +225,20 @@ def test_held_out_interactions_do_not_train_but_stand_in_the_history_of_what_val
     assert one.hash == two.hash
     assert one.manifest["validation"] != two.manifest["validation"]
     assert one.manifest["settings"]["holdout"] == 0.01
+
+
+def test_a_training_that_starts_from_a_source_goes_on_in_its_space(dataset, tmp_path):
+    """At a rate too small to move a weight it ends where it began; at the usual one it moves, in the same directions."""
+    begun = make_source("id", ids(), dataset, tmp_path / "begun", 3, lambda line: None)
+    at_rest, went_on, fresh = (
+        make_source("id.all", ids(epochs=1, lr=lr), dataset, tmp_path / str(number), 4, lambda line: None, start)
+        for number, (lr, start) in enumerate(((1e-12, begun), (0.01, begun), (0.01, None)))
+    )
+    start_NE = begun.items_NE
+    assert np.allclose(at_rest.items_NE, start_NE, atol=1e-6)
+    assert at_rest.manifest["made_from"]["ids/id"] == begun.hash
+    near, far = (np.corrcoef(source.items_NE.ravel(), start_NE.ravel())[0, 1] for source in (went_on, fresh))
+    assert 1 > near > 0.5 > abs(far)
 
 
 def test_the_seed_decides(dataset, tmp_path):

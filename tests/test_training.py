@@ -113,7 +113,9 @@ def test_the_newest_and_the_best_checkpoint_are_kept(finished, tmp_path):
     directory = tmp_path / "train" / "per_layer"
     done = read_json(directory / "done.json")
     validations = {
-        line["step"]: line["validation"]["ndcg@10"] for line in log_lines(tmp_path, "per_layer") if "validation" in line
+        line["step"]: line["validation"]["ndcg@100"]
+        for line in log_lines(tmp_path, "per_layer")
+        if "validation" in line
     }
     assert done["best_step"] == max(validations, key=validations.get)
     newest = sorted(validations)[-2:]

@@ -71,11 +71,11 @@ def sources_of(config: RunConfig) -> dict[str, Ids | Import]:
 
 
 RIVAL = "id.all"
-"""The ID model that was trained on all, where the one of the slots was not. No source can be called so."""
+"""Where the ID model of the slots is not trained on all: the same, trained on with all. No source can be called so."""
 
 
 def rival_of(config: RunConfig) -> tuple[str, Ids]:
-    """Name and section of the ID model that the arms are compared and fused with."""
+    """Name and section of the ID model that the arms are compared and fused with, and whose vectors they serve."""
     apart = config.ids.held_out and isinstance(config.ids.chosen, Recipe)
     return (RIVAL, config.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", config.ids)
 
@@ -98,12 +98,13 @@ def shared_names(config: RunConfig) -> dict[str, str]:
         names[f"ids/{name}"] = _source_name(name, section, config.run.seed, prepare)
     shards = _digest(shard_settings(config), _read_by_shards(config), names)
     rival, section = rival_of(config)
-    names[f"ids/{rival}"] = _source_name("id", section, config.run.seed, prepare)
+    if rival == RIVAL:
+        names[f"ids/{rival}"] = _source_name(rival, section, config.run.seed, names["ids/id"])
     return {**names, "shards": f"shards-{shards}"}
 
 
-def _source_name(name: str, section: Ids | Import, seed: int, prepare: str) -> str:
-    return f"ids-{name}-{_digest(source_settings(section, seed), _files(section), prepare)}"
+def _source_name(name: str, section: Ids | Import, seed: int, made_from: str) -> str:
+    return f"ids-{name}-{_digest(source_settings(section, seed), _files(section), made_from)}"
 
 
 def llm_settings(config: RunConfig) -> dict[str, Any]:

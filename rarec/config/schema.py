@@ -96,7 +96,7 @@ class Train(Section):
     validation_users: Positive = 1000
     """A fixed random subset."""
     patience: Positive = 5
-    """Stop after this many validations without a better NDCG@10."""
+    """Stop after this many validations without a better NDCG@100."""
     keep: Positive = 2
     """Newest checkpoints kept, beside the best."""
     checkpoint_every: Positive | None = None

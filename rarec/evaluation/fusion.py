@@ -3,7 +3,7 @@
 import numpy as np
 
 from rarec.evaluation.arms import Question, Ranker, rank_all
-from rarec.ranking.metrics import metric_values
+from rarec.ranking.metrics import SELECTED_BY, SELECTION_CUTOFFS, metric_values
 from rarec.ranks import ALONE, Ranks
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.5, 5.0, 10.0)
@@ -12,7 +12,7 @@ SPREAD_USERS = 64
 
 
 def fuse(arm: Ranker, ids: Ranker, validation: Question, processes: Ranks = ALONE) -> tuple[Ranker, float]:
-    """Choose the weight with the best NDCG@10 on the validation users; the smallest among equals.
+    """Choose the weight with the best NDCG@100 on the validation users; the smallest among equals.
 
     Args:
         arm: a trained arm.
@@ -25,7 +25,7 @@ def fuse(arm: Ranker, ids: Ranker, validation: Question, processes: Ranks = ALON
     """
     ratio = _spread(arm, validation) / _spread(ids, validation)
     ranks = rank_all(validation, {str(weight): arm.fused(ids, weight * ratio) for weight in WEIGHTS}, processes)
-    values = [metric_values(ranks[str(weight)], [10])["ndcg@10"].mean() for weight in WEIGHTS]
+    values = [metric_values(ranks[str(weight)], SELECTION_CUTOFFS)[SELECTED_BY].mean() for weight in WEIGHTS]
     weight = WEIGHTS[int(np.argmax(values))]
     return arm.fused(ids, weight * ratio), weight
 

@@ -55,7 +55,7 @@ def metric_order(metric: str) -> tuple[str, int]:
 
 
 def primary_metric(metrics: Iterable[str]) -> str:
-    """NDCG@10, on which models are chosen in validation; where it was not computed, another NDCG, or MRR."""
+    """NDCG@10, as the field compares models; where it was not computed, another NDCG, or MRR."""
     there = sorted(set(metrics), key=metric_order)
     if "ndcg@10" in there:
         return "ndcg@10"

@@ -27,10 +27,9 @@ from rarec.evaluation.labels import (
 from rarec.evaluation.record import Row, RunRecord, TrainingRecord, read_run
 from rarec.evaluation.verdict import Finding, probes, verdict
 from rarec.paths import RunPaths
+from rarec.ranking.metrics import SELECTED_BY
 
 REPORT = "report.html"
-SELECTED_BY = "ndcg@10"
-"""The validation metric by which training chooses its best step."""
 _IDENTITY = ("kind", "schema", "settings", "made_from", "files", "hash")
 _GROUPS = ("Each arm alone", "With the ID model's score added (late fusion)", "Probes")
 

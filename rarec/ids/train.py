@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,11 @@ from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.progress import load_progress, save_progress
+from rarec.ids.source import Source
 from rarec.ids.users import SequenceUsers, build
 from rarec.ids.validation import Validation
 from rarec.ids.windows import Windows
+from rarec.ranking.metrics import SELECTED_BY
 
 Say = Callable[[str], None]
 Floats = npt.NDArray[np.float32]
@@ -46,9 +48,15 @@ class Trained:
 
 
 def train_ids(
-    dataset: PreparedDataset, settings: Recipe, seed: int, progress: Path, identity: str, say: Say
+    dataset: PreparedDataset,
+    settings: Recipe,
+    seed: int,
+    progress: Path,
+    identity: str,
+    say: Say,
+    start: Source | None = None,
 ) -> Trained:
-    """Train on each user's training part until validation NDCG@10 rests for `patience` epochs; keep the best epoch.
+    """Train on each user's training part until validation NDCG@100 rests for `patience` epochs; keep the best epoch.
 
     After every epoch the whole state is written to `progress`, and a killed training goes on from there. An epoch's
     random choices depend on the seed and its number alone, so it ends with the same weights, bit for bit, as one that
@@ -61,6 +69,7 @@ def train_ids(
         progress: file of the state; left in place for the caller to delete once the result is safe.
         identity: of dataset, settings and seed; progress of another identity is discarded, and said so.
         say: tells the user a line.
+        start: trained by the same recipe: its weights are the first ones, so its space is kept; None for random ones.
 
     Raises:
         UserError: the loss is not finite (naming epoch and batch), or there is nothing to train or validate on.
@@ -71,6 +80,8 @@ def train_ids(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         training = _Training(settings, dataset.n_items, seed)
+        if start is not None:
+            training.model.start_at(start)
         training.resume(progress, identity, say)
         said = time.monotonic()
         while not training.is_done:
@@ -91,6 +102,11 @@ class WithItems(nn.Module):
         self.items = nn.Embedding(n_items, settings.dim)
         nn.init.normal_(self.items.weight, std=0.02)
         self.encoder = build(settings)
+
+    def start_at(self, source: Source) -> None:
+        """Take the weights of a trained source."""
+        self.items.load_state_dict({"weight": torch.from_numpy(source.items_NE)})
+        self.encoder.load_state_dict(cast(SequenceUsers, source.users).model.state_dict())
 
     def loss(self, rows: torch.Tensor, lengths_B: torch.Tensor, negatives_M: torch.Tensor) -> torch.Tensor:
         """Sampled softmax: mean over all targets of -log p(target | target and negatives).
@@ -130,8 +146,8 @@ class _Training:
 
     @property
     def best_epoch(self) -> int:
-        """Index of the epoch with the best validation NDCG@10, the first among equals."""
-        return int(np.argmax([point["ndcg@10"] for point in self.curve]))
+        """Index of the epoch with the best validation NDCG@100, the first among equals."""
+        return int(np.argmax([point[SELECTED_BY] for point in self.curve]))
 
     @property
     def is_done(self) -> bool:
@@ -143,8 +159,8 @@ class _Training:
         last, best = self.curve[-1], self.curve[self.best_epoch]
         return (
             f"{self.settings.title} epoch {len(self.curve)}: loss {last['loss']:.3f}, "
-            f"validation ndcg@10 {last['ndcg@10']:.4f} "
-            f"(best {best['ndcg@10']:.4f} at epoch {self.best_epoch + 1}), {self.seconds:.0f} s"
+            f"validation {SELECTED_BY} {last[SELECTED_BY]:.4f} "
+            f"(best {best[SELECTED_BY]:.4f} at epoch {self.best_epoch + 1}), {self.seconds:.0f} s"
         )
 
     def epoch(self, windows: Windows, validation: Validation) -> None:

@@ -10,11 +10,11 @@ from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.users import UserVectors
 from rarec.ranking import metric_values, rank_targets
+from rarec.ranking.metrics import SELECTION_CUTOFFS
 
 LIMIT = 10_000
-"""A fixed random subset of the validation users: beyond it, NDCG@10 is known to better than 0.003 anyway."""
+"""A fixed random subset of the validation users: beyond it, NDCG@100 is known to better than 0.003 anyway."""
 CHUNK = 1024
-CUTOFFS = (10, 100)
 
 
 class Validation:
@@ -46,5 +46,5 @@ class Validation:
             histories = [self.dataset.history(user, position) for user, position in places]
             vectors_BKE = users.vectors(items_NE, targets.user_rows[part], histories)
             ranks.append(rank_targets(vectors_BKE, items_NE, targets.item_rows[part], histories))
-        values = metric_values(np.concatenate(ranks), CUTOFFS)
+        values = metric_values(np.concatenate(ranks), SELECTION_CUTOFFS)
         return {"n": len(targets.user_rows), **{name: float(column.mean()) for name, column in values.items()}}

@@ -7,6 +7,13 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+SELECTED_BY = "ndcg@100"
+"""By this every choice on validation users is made: an epoch of an ID model, an arm's best step, a fusion's weight. It
+sees the first hundred ranks, of which HR@100 is told, and still asks for the first ten (ours; the field takes NDCG@10,
+which hardly tells the weights of a fusion apart that HR@100 does)."""
+SELECTION_CUTOFFS = (10, 100)
+"""Cutoffs of what is computed then."""
+
 
 def hit_rate(ranks_U: npt.NDArray[np.int64], cutoff: int) -> Floats:
     """HR@K of each user: 1 if the target is among the first K, else 0. With one target it equals Recall@K."""

@@ -106,9 +106,20 @@ class Context:
 
     @cached_property
     def rival(self) -> Source:
-        """The ID model that arms are compared and fused with: `id`, or the one trained on what `id` was not."""
+        """The ID model that arms are compared and fused with: `id`, trained on with what it was not trained on."""
         name, section = rival_of(self.config)
-        return self.sources["id"] if name == "id" else self._source(name, section)
+        start = self.sources["id"]
+        return start if name == "id" else self._source(name, section, start)
+
+    @property
+    def served(self) -> dict[str, Source]:
+        """Every source as a trained model is asked with it: IDs that know the newest interactions too."""
+        return {**self.sources, "id": self.rival}
+
+    @property
+    def served_hashes(self) -> dict[str, str]:
+        """Of these sources."""
+        return {f"ids/{name}": source.hash for name, source in self.served.items()}
 
     @property
     def shapes(self) -> dict[str, SourceShape]:
@@ -198,9 +209,9 @@ class Context:
         if self.fresh:
             self.ranks.once(lambda: _throw_away(directory))
 
-    def _source(self, name: str, section: Ids | Import) -> Source:
+    def _source(self, name: str, section: Ids | Import, start: Source | None = None) -> Source:
         directory = self.paths.source(name)
-        settings, made_from = source_identity(section, self.dataset, self.config.run.seed)
+        settings, made_from = source_identity(section, self.dataset, self.config.run.seed, start)
         is_current(directory, "ids", settings, made_from)
         source = open_source(directory)
         check_files(directory, source.manifest)

@@ -1,6 +1,6 @@
 """`rarec ids`: train or import the ID embeddings, and import every further source."""
 
-from rarec.config.identity import vectors_of
+from rarec.config.identity import RIVAL, vectors_of
 from rarec.ids.make import make_source, progress_file, source_identity
 from rarec.stages.context import Context
 
@@ -10,10 +10,11 @@ def ids(context: Context) -> None:
     seed = context.config.run.seed
     for name, section in vectors_of(context.config).items():
         directory = context.paths.source(name)
-        settings, made_from = source_identity(section, context.dataset, seed)
+        start = context.sources["id"] if name == RIVAL else None
+        settings, made_from = source_identity(section, context.dataset, seed, start)
         with context.alone(directory):
             if context.is_done(directory, "ids", settings, made_from):
                 continue
             if context.fresh:
                 progress_file(directory).unlink(missing_ok=True)
-            make_source(name, section, context.dataset, directory, seed, context.say)
+            make_source(name, section, context.dataset, directory, seed, context.say, start)

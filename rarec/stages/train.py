@@ -22,7 +22,7 @@ from rarec.models.build import trained_parameters, whole_size
 from rarec.models.encode import Encoder
 from rarec.models.objective import Objective
 from rarec.models.towers import RaRec
-from rarec.ranking.metrics import metric_values
+from rarec.ranking.metrics import SELECTION_CUTOFFS, metric_values
 from rarec.ranking.rank import rank_shared
 from rarec.ranks import Ranks
 from rarec.stages.context import Context, Say
@@ -81,7 +81,7 @@ def train_arm(context: Context, arm: Arm, feed: Feed) -> None:
     best = {"best_files": checkpoints.digests(state.best_step) if state.best_step is not None else {}}
     ranks.once(lambda: write_json(directory / DONE, {**asdict(state), **figures, **best}))
     context.say(
-        f"{arm.title}: best validation NDCG@10 {state.best_value:.4f} at step {state.best_step} of {state.step}"
+        f"{arm.title}: best validation NDCG@100 {state.best_value:.4f} at step {state.best_step} of {state.step}"
     )
 
 
@@ -151,11 +151,11 @@ def validation(context: Context, model: RaRec) -> Callable[[], dict[str, float]]
     dataset, config = context.dataset, context.config
     targets = dataset.targets("validation", config.train.validation_users, config.run.seed)
     histories = [dataset.history(int(u), int(p)) for u, p in zip(targets.user_rows, targets.positions, strict=True)]
-    encoder = Encoder(model, context.prompts, context.sources, config.evaluate.batch_size, context.ranks)
+    encoder = Encoder(model, context.prompts, context.served, config.evaluate.batch_size, context.ranks)
 
     def validate() -> dict[str, float]:
         users_BZ, items_NZ = encoder.users(targets.user_rows, histories), encoder.items()
         ranks_B = rank_shared(users_BZ, items_NZ, targets.item_rows, histories, context.ranks)
-        return {name: float(values.mean()) for name, values in metric_values(ranks_B, [10, 100]).items()}
+        return {name: float(values.mean()) for name, values in metric_values(ranks_B, SELECTION_CUTOFFS).items()}
 
     return validate

@@ -34,7 +34,7 @@ class TrainingState:
     Attributes:
         step: optimizer steps done.
         best_step: step of the best validation; None before the first.
-        best_value: its NDCG@10.
+        best_value: its NDCG@100.
         worse: validations since the best.
         seconds: spent training so far, over all sittings.
     """

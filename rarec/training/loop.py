@@ -12,6 +12,7 @@ from rarec.config.schema import Train
 from rarec.errors import Stopped, UserError
 from rarec.models.objective import Objective
 from rarec.models.towers import RaRec
+from rarec.ranking.metrics import SELECTED_BY
 from rarec.ranks import Ranks
 from rarec.training.batches import Batch
 from rarec.training.checkpoints import Checkpoints, TrainingState
@@ -21,8 +22,6 @@ from rarec.training.log import TrainingLog
 from rarec.training.metrics import Machine, Step, StepOfAll
 from rarec.training.schedule import rate_at
 from rarec.training.stopping import StopSignals
-
-SELECTED_BY = "ndcg@10"
 
 
 @dataclass
