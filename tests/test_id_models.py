@@ -16,7 +16,7 @@ from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids import make_source, open_source
 from rarec.ids.sequence import SequenceModel
-from rarec.ids.train import WithItems
+from rarec.ids.train import WithItems, draw_negatives
 from rarec.ids.users import build
 from rarec.ids.validation import Validation
 from rarec.ids.windows import Windows
@@ -105,6 +105,16 @@ def test_interests_are_means_of_what_was_read_weighted_by_item_and_age():
     assert torch.allclose(states[1, 0], torch.tensor([1 / 2, 1 / 2]))
     assert torch.allclose(states[2, 1], torch.tensor([0.0, 1.0]), atol=1e-3)
     assert torch.allclose(states[1, 1], torch.tensor([1.0, 0.0]), atol=1e-3)
+
+
+def test_a_small_catalogue_makes_the_softmax_a_full_one():
+    torch.manual_seed(0)
+    model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), n_items=10)
+    rows = torch.tensor([[1, 2, 3]])
+    states_TE = model.encoder(model.items(rows[:, :2]), torch.tensor([2]))[0, :, 0]
+    full = torch.nn.functional.cross_entropy(states_TE @ model.items.weight.T, torch.tensor([2, 3]))
+    assert model.loss(rows, torch.tensor([2]), draw_negatives(10, 10)).item() == pytest.approx(full.item(), abs=1e-5)
+    assert draw_negatives(10, 7).shape == (7,)
 
 
 def test_of_several_interests_the_one_that_scores_the_target_best_answers():
@@ -228,10 +238,10 @@ def test_held_out_interactions_do_not_train_but_stand_in_the_history_of_what_val
 
 
 def test_a_training_that_starts_from_a_source_goes_on_in_its_space(dataset, tmp_path):
-    """At a rate too small to move a weight it ends where it began; at the usual one it moves, in the same directions."""
+    """At a rate too small to move a weight it ends where it began; at the usual one it moves, but in its space."""
     begun = make_source("id", ids(), dataset, tmp_path / "begun", 3, lambda line: None)
     at_rest, went_on, fresh = (
-        make_source("id.all", ids(epochs=1, lr=lr), dataset, tmp_path / str(number), 4, lambda line: None, start)
+        make_source("id.served", ids(epochs=1, lr=lr), dataset, tmp_path / str(number), 4, lambda line: None, start)
         for number, (lr, start) in enumerate(((1e-12, begun), (0.01, begun), (0.01, None)))
     )
     start_NE = begun.items_NE

@@ -153,7 +153,7 @@ def test_alignment_trains_on_what_its_id_vectors_have_not_seen(finished, tmp_pat
         STAGES[stage](context)
     dataset, samples = context.dataset, ShardParts(context).selection
     assert (samples.positions == dataset.train_length_U[samples.user_rows] - 1).all()
-    assert context.rival.hash != context.sources["id"].hash
+    assert len({source.hash for source in (context.sources["id"], context.served["id"], context.rival)}) == 3
     targets = dataset.targets("test")
     rows = zip(targets.user_rows, targets.positions, strict=True)
     histories = [dataset.history(int(user), int(position)) for user, position in rows]
@@ -162,6 +162,6 @@ def test_alignment_trains_on_what_its_id_vectors_have_not_seen(finished, tmp_pat
     ranks = pq.read_table(context.paths.evaluation / "ranks.parquet").to_pylist()
     assert [row["rank"] for row in ranks if row["arm"] == "id_only"] == expected.tolist()
     model = best_model(context, ARMS["per_layer"])
-    encoder = Encoder(model, context.prompts, {"id": context.rival}, 16)
+    encoder = Encoder(model, context.prompts, context.served, 16)
     vectors = encoder.users(targets.user_rows, histories), encoder.items(), targets.item_rows, histories
     assert [row["rank"] for row in ranks if row["arm"] == "per_layer"] == rank_targets(*vectors).tolist()

@@ -71,19 +71,21 @@ def sources_of(config: RunConfig) -> dict[str, Ids | Import]:
 
 
 RIVAL = "id.all"
-"""Where the ID model of the slots is not trained on all: the same, trained on with all. No source can be called so."""
+"""Where the ID model of the slots is not trained on all: one that is, which arms are compared and fused with."""
+SERVED = "id.served"
+"""Where the ID model of the slots is not trained on all: the same, trained on with all. It keeps its space, so the
+trained alignment understands its vectors."""
 
 
-def rival_of(config: RunConfig) -> tuple[str, Ids]:
-    """Name and section of the ID model that the arms are compared and fused with, and whose vectors they serve."""
-    apart = config.ids.held_out and isinstance(config.ids.chosen, Recipe)
-    return (RIVAL, config.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", config.ids)
+def is_apart(config: RunConfig) -> bool:
+    """Whether the ID model of the slots is not trained on all, so that RIVAL and SERVED stand beside it."""
+    return bool(config.ids.held_out) and isinstance(config.ids.chosen, Recipe)
 
 
 def vectors_of(config: RunConfig) -> dict[str, Ids | Import]:
-    """The section of all that `rarec ids` makes: the sources, and the rival."""
-    name, section = rival_of(config)
-    return {**sources_of(config), name: section}
+    """The section of all that `rarec ids` makes: sources, and what stands beside `id`; no source bears such names."""
+    whole = config.ids.model_copy(update={"holdout": 0.0})
+    return {**sources_of(config), **({RIVAL: whole, SERVED: whole} if is_apart(config) else {})}
 
 
 def shared_names(config: RunConfig) -> dict[str, str]:
@@ -97,9 +99,10 @@ def shared_names(config: RunConfig) -> dict[str, str]:
     for name, section in sources_of(config).items():
         names[f"ids/{name}"] = _source_name(name, section, config.run.seed, prepare)
     shards = _digest(shard_settings(config), _read_by_shards(config), names)
-    rival, section = rival_of(config)
-    if rival == RIVAL:
-        names[f"ids/{rival}"] = _source_name(rival, section, config.run.seed, names["ids/id"])
+    if is_apart(config):
+        whole = vectors_of(config)[RIVAL]
+        names[f"ids/{RIVAL}"] = _source_name("id", whole, config.run.seed, prepare)
+        names[f"ids/{SERVED}"] = _source_name(SERVED, whole, config.run.seed, names["ids/id"])
     return {**names, "shards": f"shards-{shards}"}
 
 

@@ -94,6 +94,11 @@ def train_ids(
         return training.best()
 
 
+def draw_negatives(n_items: int, wanted: int) -> torch.Tensor:
+    """Item rows (M,): so many drawn uniformly, or the whole catalogue, which makes the softmax a full one."""
+    return torch.randint(n_items, (wanted,)) if wanted < n_items else torch.arange(n_items)
+
+
 class WithItems(nn.Module):
     """A model with its item table, and its training loss."""
 
@@ -181,8 +186,7 @@ class _Training:
 
     def step(self, rows: torch.Tensor, lengths_B: torch.Tensor, batch: int) -> float:
         """One batch; its loss."""
-        negatives_M = torch.randint(self.n_items, (self.settings.negatives,))
-        loss = self.model.loss(rows, lengths_B, negatives_M)
+        loss = self.model.loss(rows, lengths_B, draw_negatives(self.n_items, self.settings.negatives))
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(

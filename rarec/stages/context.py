@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rarec.artefacts import MANIFEST, check_files, is_current, lock_file, sha256_json, try_lock, write_text
 from rarec.config import ARMS, Arm, RunConfig, dump_config
-from rarec.config.identity import prepare_settings, rival_of, sources_of
+from rarec.config.identity import RIVAL, SERVED, is_apart, prepare_settings, sources_of, vectors_of
 from rarec.config.ids import Ids, Import
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
@@ -106,15 +106,16 @@ class Context:
 
     @cached_property
     def rival(self) -> Source:
-        """The ID model that arms are compared and fused with: `id`, trained on with what it was not trained on."""
-        name, section = rival_of(self.config)
-        start = self.sources["id"]
-        return start if name == "id" else self._source(name, section, start)
+        """The ID model that arms are compared and fused with: it is trained on all."""
+        return self._source(RIVAL, vectors_of(self.config)[RIVAL]) if is_apart(self.config) else self.sources["id"]
 
-    @property
+    @cached_property
     def served(self) -> dict[str, Source]:
-        """Every source as a trained model is asked with it: IDs that know the newest interactions too."""
-        return {**self.sources, "id": self.rival}
+        """Every source as a trained model is asked with it: the slots' ID model, trained on with all."""
+        if not is_apart(self.config):
+            return self.sources
+        section = vectors_of(self.config)[SERVED]
+        return {**self.sources, "id": self._source(SERVED, section, self.sources["id"])}
 
     @property
     def served_hashes(self) -> dict[str, str]:

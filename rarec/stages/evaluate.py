@@ -44,7 +44,7 @@ def evaluate(context: Context) -> None:
     _ = context.main  # refused if it is not trained
     settings = evaluate_settings(config)
     made_from: dict[str, str] = {name: arm_hash(context, ARMS[name]) for name in config.train.arms}
-    made_from |= {"prepare": context.dataset.hash, **context.served_hashes}
+    made_from |= {"prepare": context.dataset.hash, **context.served_hashes, "rival": context.rival.hash}
     if context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
         return
     started = time.monotonic()

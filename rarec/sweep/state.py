@@ -10,7 +10,7 @@ from typing import Literal
 from rarec.artefacts import MANIFEST, is_current, read_manifest
 from rarec.config import ARMS, RunConfig
 from rarec.config.identity import (
-    RIVAL,
+    SERVED,
     arm_settings,
     bundle_settings,
     evaluate_settings,
@@ -57,9 +57,9 @@ def _prepare(config: RunConfig, paths: RunPaths) -> bool:
 def _ids(config: RunConfig, paths: RunPaths) -> bool:
     made_from = {"prepare": _hash(paths.prepare, "prepare")}
     for name, section in vectors_of(config).items():
-        if name == RIVAL:
-            made_from["ids/id"] = _hash(paths.source("id"), "ids")
-        if not is_current(paths.source(name), "ids", source_settings(section, config.run.seed), made_from):
+        start = {"ids/id": _hash(paths.source("id"), "ids")} if name == SERVED else {}
+        settings = source_settings(section, config.run.seed)
+        if not is_current(paths.source(name), "ids", settings, made_from | start):
             return False
     return True
 
