@@ -41,3 +41,13 @@ def test_the_weight_is_the_one_that_ranks_the_validation_users_best(interests):
     fused, weight = fuse(flat, ranker(users, items), question)
     assert weight == WEIGHTS[1]
     assert (rank_all(question, {"fused": fused})["fused"] == 1).all()
+
+
+def test_ranks_beyond_the_tenth_count_when_the_weight_is_chosen():
+    """The arm scores everything alike; the ID model has 40 items before the target: NDCG@10 is 0 by any weight."""
+    flat = ranker(np.zeros((6, 1)), RNG.standard_normal((150, 1)))
+    descending = ranker(np.ones((6, 1)), -np.arange(150.0)[:, None])
+    question = Question(np.arange(6), [np.array([149])] * 6, np.full(6, 40))
+    fused, weight = fuse(flat, descending, question)
+    assert weight == WEIGHTS[1]
+    assert (rank_all(question, {"fused": fused})["fused"] == 41).all()

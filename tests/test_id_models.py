@@ -237,20 +237,6 @@ def test_held_out_interactions_do_not_train_but_stand_in_the_history_of_what_val
     assert one.manifest["settings"]["holdout"] == 0.01
 
 
-def test_a_training_that_starts_from_a_source_goes_on_in_its_space(dataset, tmp_path):
-    """At a rate too small to move a weight it ends where it began; at the usual one it moves, but in its space."""
-    begun = make_source("id", ids(), dataset, tmp_path / "begun", 3, lambda line: None)
-    at_rest, went_on, fresh = (
-        make_source("id.served", ids(epochs=1, lr=lr), dataset, tmp_path / str(number), 4, lambda line: None, start)
-        for number, (lr, start) in enumerate(((1e-12, begun), (0.01, begun), (0.01, None)))
-    )
-    start_NE = begun.items_NE
-    assert np.allclose(at_rest.items_NE, start_NE, atol=1e-6)
-    assert at_rest.manifest["made_from"]["ids/id"] == begun.hash
-    near, far = (np.corrcoef(source.items_NE.ravel(), start_NE.ravel())[0, 1] for source in (went_on, fresh))
-    assert 1 > near > 0.5 > abs(far)
-
-
 def test_the_seed_decides(dataset, tmp_path):
     hashes = [
         make_source("id", ids(), dataset, tmp_path / str(number), seed, lambda line: None).manifest["files"]

@@ -14,7 +14,6 @@ import pytest
 from rarec.artefacts import write_json, write_manifest, write_text
 from rarec.config import ARMS, dump_config
 from rarec.config.identity import (
-    SERVED,
     arm_settings,
     evaluate_settings,
     prepare_settings,
@@ -82,10 +81,10 @@ def finish(
     """A run with the files that finished stages leave, its ranks made by hand."""
     config, paths = run.config, RunPaths.of(run.config)
     prepare = artefact(paths.prepare, "prepare", prepare_settings(config.prepare, run.seed), {})
-    ids: dict[str, str] = {}
-    for name, section in vectors_of(config).items():
-        made_from = {"prepare": prepare} | ({"ids/id": ids["id"]} if name == SERVED else {})
-        ids[name] = artefact(paths.source(name), "ids", source_settings(section, run.seed), made_from)
+    ids = {
+        name: artefact(paths.source(name), "ids", source_settings(section, run.seed), {"prepare": prepare})
+        for name, section in vectors_of(config).items()
+    }
     shards = artefact(paths.shards, "shards", shard_settings(config), {"prepare": prepare, "ids/id": ids["id"]})
     write_text(paths.config, dump_config(config))
     for name in config.train.arms:

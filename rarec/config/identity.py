@@ -71,21 +71,19 @@ def sources_of(config: RunConfig) -> dict[str, Ids | Import]:
 
 
 RIVAL = "id.all"
-"""Where the ID model of the slots is not trained on all: one that is, which arms are compared and fused with."""
-SERVED = "id.served"
-"""Where the ID model of the slots is not trained on all: the same, trained on with all. It keeps its space, so the
-trained alignment understands its vectors."""
+"""The ID model that was trained on all, where the one of the slots was not. No source can be called so."""
 
 
-def is_apart(config: RunConfig) -> bool:
-    """Whether the ID model of the slots is not trained on all, so that RIVAL and SERVED stand beside it."""
-    return bool(config.ids.held_out) and isinstance(config.ids.chosen, Recipe)
+def rival_of(config: RunConfig) -> tuple[str, Ids]:
+    """Name and section of the ID model that the arms are compared and fused with."""
+    apart = config.ids.held_out and isinstance(config.ids.chosen, Recipe)
+    return (RIVAL, config.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", config.ids)
 
 
 def vectors_of(config: RunConfig) -> dict[str, Ids | Import]:
-    """The section of all that `rarec ids` makes: sources, and what stands beside `id`; no source bears such names."""
-    whole = config.ids.model_copy(update={"holdout": 0.0})
-    return {**sources_of(config), **({RIVAL: whole, SERVED: whole} if is_apart(config) else {})}
+    """The section of all that `rarec ids` makes: the sources, and the rival."""
+    name, section = rival_of(config)
+    return {**sources_of(config), name: section}
 
 
 def shared_names(config: RunConfig) -> dict[str, str]:
@@ -99,15 +97,13 @@ def shared_names(config: RunConfig) -> dict[str, str]:
     for name, section in sources_of(config).items():
         names[f"ids/{name}"] = _source_name(name, section, config.run.seed, prepare)
     shards = _digest(shard_settings(config), _read_by_shards(config), names)
-    if is_apart(config):
-        whole = vectors_of(config)[RIVAL]
-        names[f"ids/{RIVAL}"] = _source_name("id", whole, config.run.seed, prepare)
-        names[f"ids/{SERVED}"] = _source_name(SERVED, whole, config.run.seed, names["ids/id"])
+    rival, section = rival_of(config)
+    names[f"ids/{rival}"] = _source_name("id", section, config.run.seed, prepare)
     return {**names, "shards": f"shards-{shards}"}
 
 
-def _source_name(name: str, section: Ids | Import, seed: int, made_from: str) -> str:
-    return f"ids-{name}-{_digest(source_settings(section, seed), _files(section), made_from)}"
+def _source_name(name: str, section: Ids | Import, seed: int, prepare: str) -> str:
+    return f"ids-{name}-{_digest(source_settings(section, seed), _files(section), prepare)}"
 
 
 def llm_settings(config: RunConfig) -> dict[str, Any]:

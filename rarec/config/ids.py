@@ -99,9 +99,9 @@ class Ids(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each user's training interactions, the newest and at least one, that the vectors in the slots are not
     trained on; the alignment is trained on these alone, since a vector that has seen a target is over-confident about
-    it (ours). Trained on with all, they fill the slots once the alignment is trained; a second ID model, trained on all
-    from its start, is the rival, and the partner in a fusion. By default a tenth where the ID model is trained here,
-    and 0 for imported vectors: set it if they were trained so, they are taken at their word."""
+    it (ours). A second ID model, trained on all, is then the rival and the partner in a fusion. By default a tenth
+    where the ID model is trained here, and 0 for imported vectors: set it if they were trained so, they are taken at
+    their word."""
     imported: Import | None = None
 
     @model_validator(mode="after")

@@ -20,19 +20,16 @@ from rarec.ids.validation import Validation
 Say = Callable[[str], None]
 
 
-def source_identity(
-    config: Ids | Import, dataset: PreparedDataset, seed: int, start: Source | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
+def source_identity(config: Ids | Import, dataset: PreparedDataset, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and hashes of inputs, as the manifest will hold them: whether a source must be made again.
 
-    A trained source depends on its recipe, the seed and where it starts, an imported one on the contents of its files,
-    not their paths.
+    A trained source depends on its recipe and the seed, an imported one on the contents of its files, not their paths.
 
     Raises:
         UserError: a file to import does not exist.
     """
     chosen = _chosen(config)
-    made_from = {"prepare": dataset.hash} | ({f"ids/{start.name}": start.hash} if start is not None else {})
+    made_from = {"prepare": dataset.hash}
     for field in IMPORTED_FILES if isinstance(chosen, Import) else ():
         path = getattr(chosen, field)
         if path is not None:
@@ -41,13 +38,7 @@ def source_identity(
 
 
 def make_source(
-    name: str,
-    config: Ids | Import,
-    dataset: PreparedDataset,
-    directory: Path,
-    seed: int,
-    say: Say,
-    start: Source | None = None,
+    name: str, config: Ids | Import, dataset: PreparedDataset, directory: Path, seed: int, say: Say
 ) -> Source:
     """Train or import a source, tell how well it ranks the validation users, and write its artefact.
 
@@ -60,22 +51,17 @@ def make_source(
         directory: of the artefact; what stands there is replaced once the new one is whole.
         seed: of the training and of the validation subset.
         say: tells the user a line.
-        start: the source that a training goes on from, by the same recipe; None for a fresh one.
 
     Raises:
         UserError: files to import are not as they should be, or training fails.
     """
     chosen = _chosen(config)
-    settings, made_from = source_identity(config, dataset, seed, start)
+    settings, made_from = source_identity(config, dataset, seed)
     progress = progress_file(directory)
     with new_directory(directory) as aside:
         if isinstance(chosen, Recipe):
             held_out = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
-            identity = sha256_json([settings, made_from])
-            trained = train_ids(held_out, chosen, seed, progress, identity, say, start)
-            np.save(aside / ITEMS_FILE, trained.items_NE)
-            trained.users.save(aside)
-            figures = trained.figures
+            figures = _train(chosen, held_out, aside, seed, progress, sha256_json([settings, made_from]), say)
         else:
             figures = _import(chosen, dataset, aside, seed, say)
         write_manifest(aside, KIND, settings=settings, made_from=made_from, name=name, **figures)
@@ -95,6 +81,15 @@ def progress_file(directory: Path) -> Path:
 
 def _chosen(config: Ids | Import) -> Recipe | Import:
     return config if isinstance(config, Import) else config.chosen
+
+
+def _train(
+    config: Recipe, dataset: PreparedDataset, aside: Path, seed: int, progress: Path, identity: str, say: Say
+) -> dict[str, Any]:
+    trained = train_ids(dataset, config, seed, progress, identity, say)
+    np.save(aside / ITEMS_FILE, trained.items_NE)
+    trained.users.save(aside)
+    return trained.figures
 
 
 def _import(config: Import, dataset: PreparedDataset, aside: Path, seed: int, say: Say) -> dict[str, Any]:

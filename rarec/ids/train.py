@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.progress import load_progress, save_progress
-from rarec.ids.source import Source
 from rarec.ids.users import SequenceUsers, build
 from rarec.ids.validation import Validation
 from rarec.ids.windows import Windows
@@ -48,13 +47,7 @@ class Trained:
 
 
 def train_ids(
-    dataset: PreparedDataset,
-    settings: Recipe,
-    seed: int,
-    progress: Path,
-    identity: str,
-    say: Say,
-    start: Source | None = None,
+    dataset: PreparedDataset, settings: Recipe, seed: int, progress: Path, identity: str, say: Say
 ) -> Trained:
     """Train on each user's training part until validation NDCG@100 rests for `patience` epochs; keep the best epoch.
 
@@ -69,7 +62,6 @@ def train_ids(
         progress: file of the state; left in place for the caller to delete once the result is safe.
         identity: of dataset, settings and seed; progress of another identity is discarded, and said so.
         say: tells the user a line.
-        start: trained by the same recipe: its weights are the first ones, so its space is kept; None for random ones.
 
     Raises:
         UserError: the loss is not finite (naming epoch and batch), or there is nothing to train or validate on.
@@ -80,8 +72,6 @@ def train_ids(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         training = _Training(settings, dataset.n_items, seed)
-        if start is not None:
-            training.model.start_at(start)
         training.resume(progress, identity, say)
         said = time.monotonic()
         while not training.is_done:
@@ -107,11 +97,6 @@ class WithItems(nn.Module):
         self.items = nn.Embedding(n_items, settings.dim)
         nn.init.normal_(self.items.weight, std=0.02)
         self.encoder = build(settings)
-
-    def start_at(self, source: Source) -> None:
-        """Take the weights of a trained source."""
-        self.items.load_state_dict({"weight": torch.from_numpy(source.items_NE)})
-        self.encoder.load_state_dict(cast(SequenceUsers, source.users).model.state_dict())
 
     def loss(self, rows: torch.Tensor, lengths_B: torch.Tensor, negatives_M: torch.Tensor) -> torch.Tensor:
         """Sampled softmax: mean over all targets of -log p(target | target and negatives).

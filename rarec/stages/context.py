@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rarec.artefacts import MANIFEST, check_files, is_current, lock_file, sha256_json, try_lock, write_text
 from rarec.config import ARMS, Arm, RunConfig, dump_config
-from rarec.config.identity import RIVAL, SERVED, is_apart, prepare_settings, sources_of, vectors_of
+from rarec.config.identity import prepare_settings, rival_of, sources_of
 from rarec.config.ids import Ids, Import
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
@@ -106,21 +106,9 @@ class Context:
 
     @cached_property
     def rival(self) -> Source:
-        """The ID model that arms are compared and fused with: it is trained on all."""
-        return self._source(RIVAL, vectors_of(self.config)[RIVAL]) if is_apart(self.config) else self.sources["id"]
-
-    @cached_property
-    def served(self) -> dict[str, Source]:
-        """Every source as a trained model is asked with it: the slots' ID model, trained on with all."""
-        if not is_apart(self.config):
-            return self.sources
-        section = vectors_of(self.config)[SERVED]
-        return {**self.sources, "id": self._source(SERVED, section, self.sources["id"])}
-
-    @property
-    def served_hashes(self) -> dict[str, str]:
-        """Of these sources."""
-        return {f"ids/{name}": source.hash for name, source in self.served.items()}
+        """The ID model that arms are compared and fused with: `id`, or the one trained on what `id` was not."""
+        name, section = rival_of(self.config)
+        return self.sources["id"] if name == "id" else self._source(name, section)
 
     @property
     def shapes(self) -> dict[str, SourceShape]:
@@ -210,9 +198,9 @@ class Context:
         if self.fresh:
             self.ranks.once(lambda: _throw_away(directory))
 
-    def _source(self, name: str, section: Ids | Import, start: Source | None = None) -> Source:
+    def _source(self, name: str, section: Ids | Import) -> Source:
         directory = self.paths.source(name)
-        settings, made_from = source_identity(section, self.dataset, self.config.run.seed, start)
+        settings, made_from = source_identity(section, self.dataset, self.config.run.seed)
         is_current(directory, "ids", settings, made_from)
         source = open_source(directory)
         check_files(directory, source.manifest)

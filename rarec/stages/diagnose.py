@@ -16,7 +16,7 @@ def diagnostics(context: Context, model: RaRec) -> dict[str, Any] | None:
     """
     if model.user.alignment is None and model.item.alignment is None:
         return None
-    shared = (context.dataset, context.prompts, context.served, context.config.run.seed)
+    shared = (context.dataset, context.prompts, context.sources, context.config.run.seed)
     samples = [SideSample.of_users(*shared), SideSample.of_items(*shared)]
     figures = diagnose(model, samples, context.prompts.tokenizer, context.config.evaluate.batch_size, context.ranks)
     found = warnings(figures, context.config)

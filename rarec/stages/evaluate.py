@@ -43,8 +43,7 @@ def evaluate(context: Context) -> None:
     finished_shards(context)
     _ = context.main  # refused if it is not trained
     settings = evaluate_settings(config)
-    made_from: dict[str, str] = {name: arm_hash(context, ARMS[name]) for name in config.train.arms}
-    made_from |= {"prepare": context.dataset.hash, **context.served_hashes, "rival": context.rival.hash}
+    made_from = {name: arm_hash(context, ARMS[name]) for name in config.train.arms} | {"prepare": context.dataset.hash}
     if context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
         return
     started = time.monotonic()
@@ -145,7 +144,7 @@ class _Evaluation:
         return ranks
 
     def _of(self, model: RaRec, permuted: bool = False) -> Ranker:
-        sources = self.context.served
+        sources = self.context.sources
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.context.config.evaluate.batch_size

@@ -19,9 +19,7 @@ def provenance(context: Context) -> Provenance:
     """What lies in this run: hashes by name, the catalogue's own among them."""
     dataset = context.dataset
     catalogue = sha256_json([[str(i) for i in dataset.item_ids.to_pylist()], dataset.titles, dataset.texts])
-    return Provenance(
-        {**context.inputs, **context.served_hashes, "catalogue": catalogue}, context.llm.identity, context.shapes
-    )
+    return Provenance({**context.inputs, "catalogue": catalogue}, context.llm.identity, context.shapes)
 
 
 def export(context: Context) -> None:
@@ -58,6 +56,6 @@ def recommend(context: Context, user: str, k: int, bundle: Path | None = None) -
     sequence = dataset.sequence(row)
     question = Question(np.array([row]), [sequence], sequence[-1:])
     with context.engine.serving(model):
-        ranker = Ranker.of_model(Encoder(model, context.prompts, context.served, batch_size, context.ranks))
+        ranker = Ranker.of_model(Encoder(model, context.prompts, context.sources, batch_size, context.ranks))
         best = [int(item) for item in ranker.best(question, k)[0] if item >= 0]
     return [(str(dataset.item_ids[item]), dataset.titles[item]) for item in best]

@@ -151,7 +151,7 @@ def validation(context: Context, model: RaRec) -> Callable[[], dict[str, float]]
     dataset, config = context.dataset, context.config
     targets = dataset.targets("validation", config.train.validation_users, config.run.seed)
     histories = [dataset.history(int(u), int(p)) for u, p in zip(targets.user_rows, targets.positions, strict=True)]
-    encoder = Encoder(model, context.prompts, context.served, config.evaluate.batch_size, context.ranks)
+    encoder = Encoder(model, context.prompts, context.sources, config.evaluate.batch_size, context.ranks)
 
     def validate() -> dict[str, float]:
         users_BZ, items_NZ = encoder.users(targets.user_rows, histories), encoder.items()

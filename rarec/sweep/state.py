@@ -10,7 +10,6 @@ from typing import Literal
 from rarec.artefacts import MANIFEST, is_current, read_manifest
 from rarec.config import ARMS, RunConfig
 from rarec.config.identity import (
-    SERVED,
     arm_settings,
     bundle_settings,
     evaluate_settings,
@@ -56,12 +55,10 @@ def _prepare(config: RunConfig, paths: RunPaths) -> bool:
 
 def _ids(config: RunConfig, paths: RunPaths) -> bool:
     made_from = {"prepare": _hash(paths.prepare, "prepare")}
-    for name, section in vectors_of(config).items():
-        start = {"ids/id": _hash(paths.source("id"), "ids")} if name == SERVED else {}
-        settings = source_settings(section, config.run.seed)
-        if not is_current(paths.source(name), "ids", settings, made_from | start):
-            return False
-    return True
+    return all(
+        is_current(paths.source(name), "ids", source_settings(section, config.run.seed), made_from)
+        for name, section in vectors_of(config).items()
+    )
 
 
 def _shards(config: RunConfig, paths: RunPaths) -> bool:
