@@ -28,7 +28,7 @@ POLICIES: list[dict[str, Any]] = [
     {"repeats": "first", "min_item_interactions": 2},
     {"repeats": "last", "split": {"kind": "temporal", "validation_share": 0.2, "test_share": 0.2}},
     {"repeats": "runs", "duplicates": "keep"},
-    {"repeats": "keep", "duplicates": "keep"},
+    {"repeats": "keep", "duplicates": "keep", "split": {"new_items": 0.3}},
 ]
 
 

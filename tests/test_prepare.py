@@ -331,7 +331,7 @@ def prepared(factory: pytest.TempPathFactory, log: list[Any], **more: Any) -> Pr
     folder = factory.mktemp("any")
     write(folder, log, [(number, f"t{number}", "", "") for number in range(8)])
     try:
-        return make(folder, min_user_interactions=1, **more)
+        return make(folder, **{"min_user_interactions": 1, **more})
     except UserError as error:
         if "the split leaves no" not in error.problem:
             raise
@@ -410,3 +410,32 @@ def test_users_who_do_not_validate_train_on_all_but_their_last(
     assert some.test_U.tolist() == every.test_U.tolist()
     assert some.validation_U[validates].tolist() == every.validation_U[validates].tolist()
     assert (some.train_length_U - every.train_length_U).tolist() == (eligible & ~validates).astype(int).tolist()
+
+
+@FEW
+@given(seed=SEEDS, share=st.sampled_from([0.2, 0.5]))
+def test_new_items_are_met_as_a_users_last_alone(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, share: float
+) -> None:
+    """Every user's last stays, and of the rest all that is not new, in its order; no engine is asked for a seed."""
+    chosen = {"split": {"new_items": share}, "min_user_interactions": 3}
+    every = ids(prepared(tmp_path_factory, any_log(seed), min_user_interactions=3))
+    dataset = prepared(tmp_path_factory, any_log(seed), **chosen)
+    digests = {item: int(hashlib.md5(f"new item {item}".encode()).hexdigest()[:7], 16) for item in range(8)}
+    new = {item for item, digest in digests.items() if digest < share * 16**7}
+    expected = {user: [item for item in seen[:-1] if item not in new] + seen[-1:] for user, seen in every.items()}
+    assert ids(dataset) == {user: seen for user, seen in expected.items() if len(seen) >= 3}
+    assert not dataset.train_counts_N[sorted(new)].any()
+
+
+@pytest.mark.parametrize(
+    ("split", "least", "said"),
+    [
+        ({"new_items": 0.1}, 2, "would train on their last"),
+        ({"new_items": 0.1, "kind": "temporal"}, 3, "a temporal split takes no items as new"),
+    ],
+)
+def test_new_items_need_a_last_interaction_apart(tmp_path: Path, split: dict[str, Any], least: int, said: str) -> None:
+    write(tmp_path)
+    with pytest.raises(UserError, match=said):
+        make(tmp_path, split=split, min_user_interactions=least)

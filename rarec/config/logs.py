@@ -1,6 +1,6 @@
 """The section `prepare`: where logs and catalogue lie, which columns they have, what is kept and how it is split."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -63,6 +63,9 @@ class Split(Section):
     validation_users: Positive | None = None
     """Leave-one-out only: a fixed random subset of the users validates, and of the others the item before the last
     trains (as in RecTools' SASRec, eSASRec); all validate by default."""
+    new_items: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Leave-one-out only, to see how new items fare: of about this share of the items, chosen by a hash of their ids,
+    only those interactions stay that are a user's last. So they are met in no training, but in the test."""
     validation_share: Share = 0.1
     """Temporal only: share of the interactions, in time order, in the validation window."""
     test_share: Share = 0.1

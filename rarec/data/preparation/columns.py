@@ -106,7 +106,11 @@ def clean_text(column: ir.Column) -> ir.StringColumn:
     return as_text(column).re_replace(r"[ \t\n\r\f\x0B]+", " ").strip().nullif("")
 
 
+HASHES = 16**7
+"""How many hashes there are."""
+
+
 def hashed(text: ir.StringColumn) -> ir.IntegerColumn:
-    """A number below 2**28 that any engine gives alike: the first seven hex digits of the text's md5."""
+    """A number below `HASHES` that any engine gives alike: the first seven hex digits of the text's md5."""
     digest, digits = text.hexdigest("md5"), ibis.literal("0123456789abcdef")
     return sum((digits.find(digest.substr(at, 1)).cast("int64") * 16 ** (6 - at) for at in range(7)), ibis.literal(0))

@@ -51,9 +51,17 @@ def prepare(config: Prepare, directory: Path, *, seed: int, say: Say) -> Prepare
 
 
 def _check(config: Prepare) -> None:
-    """What a temporal split needs."""
+    """What a temporal split needs, and what new items do."""
+    if config.split.new_items and config.min_user_interactions < split.LEAST_SPLIT:
+        problem = (
+            f"prepare.split.new_items: users with fewer than {split.LEAST_SPLIT} interactions would train on their last"
+        )
+        raise UserError(problem, f"set prepare.min_user_interactions to {split.LEAST_SPLIT} or more")
     if config.split.kind != "temporal":
         return
+    if config.split.new_items:
+        remedy = "set it to 0: what first comes after the cut is new anyway; or choose leave_one_out"
+        raise UserError("prepare.split.new_items: a temporal split takes no items as new", remedy)
     if config.interactions.time is None:
         remedy = "name prepare.interactions.time, or choose leave_one_out"
         raise UserError("prepare.split.kind: a temporal split cuts in time, but the log has only positions", remedy)
@@ -75,7 +83,7 @@ class _Preparation:
         catalogue = read_catalogue(self.engine, self.config.items, self.items_place, self.say)
         ledger, user_codes = self._read()
         item_codes = self._code(ledger, catalogue, user_codes)
-        self._filter(ledger)
+        self._filter(ledger, item_codes)
         users = self.engine.keep("users", steps.renumbered(user_codes, ledger.log.user))
         items = self._items(item_codes, ledger.log)
         sequences = self.engine.keep("sequences", steps.sequences(ledger.log, users, items))
@@ -119,8 +127,8 @@ class _Preparation:
         ledger.apply("catalogue", known, "item not in the catalogue", remedy)
         return items
 
-    def _filter(self, ledger: Ledger) -> None:
-        """Duplicates, repeats, and then users and items with too few interactions."""
+    def _filter(self, ledger: Ledger, item_codes: ir.Table) -> None:
+        """Duplicates, repeats, items held back, and then users and items with too few interactions."""
         config, keep = self.config, self.engine.keep
         same = {what: ledger.counts[what] for what in ("users", "items")}  # of each pair something stays
         if config.duplicates == "drop":
@@ -129,6 +137,10 @@ class _Preparation:
         if config.repeats != "keep":
             log = keep("log", steps.without_repeats(ledger.log, config.repeats))
             ledger.apply("repeats", log, f"same user and item at another time: {config.repeats} kept", "", **same)
+        if config.split.new_items:
+            log = keep("log", steps.without_new(ledger.log, item_codes, config.split.new_items))
+            note = "items taken as new, but where they are a user's last"
+            ledger.apply("new_items", log, note, "lower prepare.split.new_items", users=ledger.counts["users"])
         columns: Iterable[steps.Column] = cycle(("item", "user"))
         for turn, column in enumerate(columns):  # each drop may make another of the other kind
             if not self._drop_small(ledger, column) and turn:

@@ -12,6 +12,8 @@ import ibis.expr.types as ir
 from rarec.data.preparation.columns import hashed
 
 NONE = -1
+LEAST_SPLIT = 3
+"""Interactions of a user that a leave-one-out split needs; of fewer, all train."""
 
 
 def leave_one_out(sequences: ir.Table, validating: int | None = None) -> ir.Table:
@@ -26,7 +28,7 @@ def leave_one_out(sequences: ir.Table, validating: int | None = None) -> ir.Tabl
         One row a user: `row`, `length`, `train_length`, `validation`, `test`.
     """
     users = sequences.group_by(row="user_row").agg(length=sequences.count())
-    enough = validates = users.length >= 3
+    enough = validates = users.length >= LEAST_SPLIT
     if validating is not None:
         users = users.mutate(tested=enough, drawn=hashed(users.row.cast("string")))
         users = users.mutate(turn=ibis.row_number().over(order_by=[users.tested.desc(), users.drawn, users.row]))

@@ -17,7 +17,7 @@ from typing import Literal
 import ibis
 import ibis.expr.types as ir
 
-from rarec.data.preparation.columns import hashed
+from rarec.data.preparation.columns import HASHES, hashed
 
 PRIME = 2**31 - 1
 TIE_RULE = (
@@ -82,6 +82,22 @@ def without_repeats(log: ir.Table, keep: Literal["first", "last", "runs"]) -> ir
         return marked.filter(marked.before.isnull() | (marked.before != marked["item"])).drop("before")
     order = log.order.min() if keep == "first" else log.order.max()
     return log.group_by("user", "item", "tie").agg(order=order)
+
+
+def without_new(log: ir.Table, items: ir.Table, share: float) -> ir.Table:
+    """Of about this share of the items, chosen by a hash of their ids, only those rows that are a user's last.
+
+    Args:
+        log: in codes.
+        items: numbering of the catalogue's items.
+        share: of the items.
+    """
+    # not the ids' own hash: it orders ties already
+    new = items.filter(hashed("new item " + items.id.cast("string")) < share * HASHES).select(item="code")
+    newest_first = [column.desc() for column in ordering(log)]
+    age = ibis.row_number().over(ibis.window(group_by=log.user, order_by=newest_first))
+    aged = log.mutate(age=age)
+    return aged.filter(aged.age == 0).union(aged.filter(aged.age > 0).anti_join(new, "item")).drop("age")
 
 
 def too_few(log: ir.Table, column: Column, fewest: int) -> ir.Table:
