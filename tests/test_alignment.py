@@ -87,6 +87,32 @@ def test_projections_alone():
     torch.testing.assert_close(slots_LBSD, torch.cat([projected["id"], projected["image"]], 2))
 
 
+def test_a_zero_vector_gives_way_to_the_learned_one():
+    source = SourceAlignment(1, 3, SlotShape(1, 3), instructions=0, projections=True)
+    source.standardise(torch.tensor([[0.0, -2.0, 9.0], [4.0, 0.0, 9.0]]))
+    with torch.no_grad():
+        source.weight_LDE.copy_(torch.eye(3)[None])
+    vectors_BKE = torch.tensor([[[0.0, 0.0, 0.0]], [[0.0, -1.0, 10.0]]])
+    assert source.project(vectors_BKE)[0, :, 0].tolist() == [[0, 0, 0], [-1, 0, 1]], "at the start the mean"
+    with torch.no_grad():
+        source.fallback_E.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    projected_BD = source.project(vectors_BKE)[0, :, 0]
+    assert projected_BD.tolist() == [[1, 2, 3], [-1, 0, 1]]
+    projected_BD.sum().backward()
+    assert source.fallback_E.grad.tolist() == [1, 1, 1], "of the first row alone"
+
+
+def test_vectors_that_are_not_there_do_not_shape_the_start():
+    vectors_NE = 4 + 7 * torch.randn(200, 5, generator=seeded(2))
+    states_LND = states_from(vectors_NE)
+    some, all_there = (SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=0, projections=True) for _ in range(2))
+    vectors_NE[100:] = 0
+    initialise(some, vectors_NE, states_LND, penalty=1.0, generator=seeded())
+    initialise(all_there, vectors_NE[:100], states_LND[:, :100], penalty=1.0, generator=seeded())
+    torch.testing.assert_close(some.center_E, all_there.center_E)
+    torch.testing.assert_close(some.weight_LDE, all_there.weight_LDE)
+
+
 def test_vectors_are_standardised_before_they_are_projected():
     """Mean 2 and spread 2, mean -1 and spread 1; the third never varies, so it is centred and not scaled."""
     source = SourceAlignment(1, 3, SlotShape(1, 3), instructions=0, projections=True)

@@ -109,18 +109,20 @@ def test_interests_are_means_of_what_was_read_weighted_by_item_and_age():
 
 def test_a_small_catalogue_makes_the_softmax_a_full_one():
     torch.manual_seed(0)
-    model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), n_items=10)
+    model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
     rows = torch.tensor([[1, 2, 3]])
     states_TE = model.encoder(model.items(rows[:, :2]), torch.tensor([2]))[0, :, 0]
     full = torch.nn.functional.cross_entropy(states_TE @ model.items.weight.T, torch.tensor([2, 3]))
-    assert model.loss(rows, torch.tensor([2]), draw_negatives(10, 10)).item() == pytest.approx(full.item(), abs=1e-5)
-    assert draw_negatives(10, 7).shape == (7,)
+    assert model.loss(rows, torch.tensor([2]), draw_negatives(torch.arange(10), 10)).item() == pytest.approx(
+        full.item(), abs=1e-5
+    )
+    assert set(draw_negatives(torch.tensor([3, 8]), 1).tolist()) <= {3, 8}
 
 
 def test_of_several_interests_the_one_that_scores_the_target_best_answers():
     recipe = ComiRec(**{**SMALL, "dropout": 0.0}, interests=3)
     torch.manual_seed(0)
-    model = WithItems(recipe, n_items=10)
+    model = WithItems(recipe, torch.ones(10, dtype=torch.bool))
     torch.nn.init.normal_(model.items.weight)
     states_KE = model.encoder(model.items(torch.tensor([[1, 2]])), torch.tensor([2]))[0, 1]
     state_E = states_KE[(states_KE @ model.items.weight[3]).argmax()]
@@ -135,7 +137,7 @@ def test_of_several_interests_the_one_that_scores_the_target_best_answers():
 def test_the_loss_by_hand():
     """Every target's softmax over itself and the shared negatives, but for a negative that is the target."""
     torch.manual_seed(0)
-    model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), n_items=10)
+    model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
     torch.nn.init.normal_(model.items.weight)
     rows = torch.tensor([[1, 2, 3], [4, 5, 5]])  # the second has one target, then padding
     lengths, negatives = torch.tensor([2, 1]), torch.tensor([3, 7, 7])
@@ -235,6 +237,21 @@ def test_held_out_interactions_do_not_train_but_stand_in_the_history_of_what_val
     assert one.hash == two.hash
     assert one.manifest["validation"] != two.manifest["validation"]
     assert one.manifest["settings"]["holdout"] == 0.01
+
+
+def test_an_item_not_met_in_training_has_no_vector_and_is_scored_as_the_mean(dataset, tmp_path):
+    last = dataset.starts_U + dataset.train_length_U - 1  # one item gives way to its neighbour wherever it trains
+    rows, trains = dataset.item_rows_I.copy(), np.zeros(len(dataset.item_rows_I), bool)
+    for start, end in zip(dataset.starts_U, last, strict=True):
+        trains[start : end + 1] = True
+    rows[trains & (rows == 5)] = 6
+    counts_N = np.bincount(rows[trains], minlength=dataset.n_items)
+    changed = PreparedDataset(**{**vars(dataset), "item_rows_I": rows, "train_counts_N": counts_N})
+    source = make_source("id", ids(), changed, tmp_path / "id", 3, lambda line: None)
+    assert np.flatnonzero((source.items_NE == 0).all(axis=1)).tolist() == np.flatnonzero(counts_N == 0).tolist()
+    mean_E = source.items_NE[counts_N > 0].mean(axis=0)
+    assert np.allclose(source.scored_NE[5], mean_E)
+    assert np.array_equal(source.scored_NE[6], source.items_NE[6])
 
 
 def test_the_seed_decides(dataset, tmp_path):

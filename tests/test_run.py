@@ -18,9 +18,11 @@ from rarec.serving.bundle import load_bundle
 from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import provenance, recommend
+from rarec.stages.feed import Feed
 from rarec.stages.run import STAGES
-from rarec.stages.shards import ShardParts
+from rarec.stages.shards import ShardParts, finished_shards
 from rarec.stages.trained import best_model
+from rarec.training.batches import Collator
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,46 @@ def test_a_stage_before_its_time_names_the_command_to_type(finished, tmp_path):
     for name, needs in {"ids": "rarec prepare", "shards": "rarec prepare", "train": "rarec shards"}.items():
         with pytest.raises(UserError, match=needs):
             STAGES[name](open_context(finished, [f"run.dir={tmp_path / name}"]))
+
+
+def test_some_samples_stand_without_their_items_vectors(finished, tmp_path):
+    """Which ones, the sample decides, not its batch: so a fallback for new items is learned on any cut of a batch."""
+    context = open_context(finished, [f"run.dir={tmp_path}", "alignment.missing=0.5"])
+    for stage in ("prepare", "ids", "shards"):
+        STAGES[stage](context)
+    model = best_model(open_context(finished, []), ARMS["per_layer"])
+    shards = context.paths.shards
+    states = np.load(shards / "item_states.npy", mmap_mode="r")
+    collate = Collator(model, context.prompts, context.sources, states, missing=0.5)
+    samples = [
+        sample
+        for batch in Feed(context, finished_shards(context)).stream(np.array([], np.int64)).epoch(0)
+        for sample in batch
+    ]
+    bare = (collate(samples, len(samples)).items.vectors["id"] == 0).all(-1).squeeze(1)
+    assert 0.3 < bare.float().mean() < 0.7
+    alone = [bool((collate([sample], 1).items.vectors["id"] == 0).all()) for sample in samples]
+    assert alone == bare.tolist()
+    whole = Collator(model, context.prompts, context.sources, states, missing=0.0)(samples, len(samples))
+    assert (whole.items.vectors["id"] != 0).any(-1).all()
+
+
+def test_new_items_are_ranked_by_their_text(finished, tmp_path):
+    """No ID vector is theirs, and still they differ: and the strata tell how they fare."""
+    overrides = [f"run.dir={tmp_path}", "prepare.split.new_items=0.2", "train.arms=[text_only,per_layer]"]
+    context = open_context(finished, overrides)
+    for stage in ("prepare", "ids", "shards", "train", "evaluate"):
+        STAGES[stage](context)
+    new = np.flatnonzero(context.dataset.train_counts_N == 0)
+    assert len(new) > 2
+    assert (context.sources["id"].items_NE[new] == 0).all()
+    encoder = Encoder(best_model(context, ARMS["per_layer"]), context.prompts, context.sources, 16)
+    items_NZ = encoder.items()
+    assert len(np.unique(items_NZ[new].round(4), axis=0)) == len({context.dataset.titles[row] for row in new})
+    rows = [row for row in read_json(context.paths.evaluation / "strata.json") if row["stratum"] == "met in training"]
+    asked = {row["bucket"]: row["n"] for row in rows if row["arm"] == "per_layer" and row["metric"] == "hr@10"}
+    targets = context.dataset.targets("test").item_rows
+    assert asked == {"0": np.isin(targets, new).sum(), "1": (~np.isin(targets, new)).sum()}
 
 
 def test_an_evaluation_belongs_to_its_training(context, finished, tmp_path):

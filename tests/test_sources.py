@@ -101,6 +101,16 @@ def test_extra_rows_are_counted_and_may_hold_anything(dataset, files):
     assert "1 rows belong to no item" in lines[0]
 
 
+def test_items_without_a_vector_may_be_left_to_the_fallback(dataset, files):
+    np.save("items.npy", ITEMS[:2])
+    Path("ids.txt").write_text("d\nb")
+    lines: list[str] = []
+    source = make(dataset, missing="fallback", say=lines.append)
+    assert source.items_NE.tolist() == [[0, 0], ITEMS[1].tolist(), [0, 0], ITEMS[0].tolist()]
+    assert source.scored_NE[0].tolist() == ITEMS[:2].mean(axis=0).tolist()
+    assert "no vector for 2 of 4 items" in lines[0]
+
+
 # -- users ----------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +251,12 @@ def test_missing_items_are_counted_and_named(dataset, files):
     np.save("items.npy", ITEMS[:2])
     Path("ids.txt").write_text("d\nb")
     refuse(dataset, r"items\.npy: no vector for 2 of 4 items \(first: 'a', 'c'\)\n.*every item")
+
+
+def test_a_file_that_names_no_item_at_all_is_refused(dataset, files):
+    np.save("items.npy", ITEMS[:2])
+    Path("ids.txt").write_text("y\nz")
+    refuse(dataset, r"no vector for 4 of 4 items", missing="fallback")
 
 
 def test_missing_users_are_counted_and_named(dataset, files):

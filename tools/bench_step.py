@@ -167,7 +167,7 @@ def main() -> None:
     world = World(arguments.llm, arguments.batch, arguments.rounds)
     prompts = [world.prompts.item(row) for row in range(ITEMS)]
     states = text_states(world.loaded.backbone, prompts, world.blocks, world.filler)
-    collate = Collator(world.model, world.prompts, world.vectors, states)
+    collate = Collator(world.model, world.prompts, world.vectors, states, missing=0.0)
     objective = Objective(Loss(), torch.ones(ITEMS), world.blocks)
     optimizer = build_optimizer(trained_parameters(world.model), Train())
     batches = [world.samples[at : at + arguments.batch] for at in range(0, len(world.samples), arguments.batch)]

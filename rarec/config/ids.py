@@ -15,7 +15,7 @@ class Recipe(Section):
     """The newest interactions it reads."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     negatives: Positive = 4096
-    """Uniform negatives, shared by a batch; the whole catalogue, once, where it is no larger."""
+    """Uniform negatives of the items met in training, shared by a batch; all of these, once, if they are no more."""
     batch_size: Positive = 128
     lr: Rate = 1e-3
     epochs: Positive = 100
@@ -77,6 +77,8 @@ class Import(Section):
     """Item vectors: `.npy` or `.safetensors` (one tensor, rows named by `item_ids`), or Parquet of id and vector."""
     item_ids: str | None = None
     """One id a row, in order: a text file, `.npy`, or Parquet (first column). Not for Parquet vectors."""
+    missing: Literal["refuse", "fallback"] = "refuse"
+    """Items that the vectors do not name: refused, or slots of theirs hold what `alignment.missing` learns for such."""
     users: str | None = None
     """User vectors, in the same formats; without it they are made from the history by `user_rule`."""
     user_ids: str | None = None

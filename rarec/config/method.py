@@ -59,6 +59,9 @@ class Alignment(Section):
     """W from a ridge regression of ID vectors on text-only states, in closed form (ours), or random."""
     ridge: Rate = 1.0
     """Penalty, relative to the mean variance of the standardised ID vectors."""
+    missing: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the training samples whose item stands without its vectors, so that what takes the place of a new item's
+    is learned (ours)."""
 
 
 class Lora(Section):

@@ -93,7 +93,7 @@ class Ranker:
     @classmethod
     def of_source(cls, source: Source) -> "Ranker":
         """The ID model itself."""
-        return cls(np.asarray(source.items_NE), source.user_vectors)
+        return cls(np.asarray(source.scored_NE), source.user_vectors)
 
     @classmethod
     def of_model(cls, encoder: Encoder) -> "Ranker":

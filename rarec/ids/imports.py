@@ -37,7 +37,7 @@ class Vectors:
     rows: npt.NDArray[np.generic]
     ids: pa.Array
 
-    def write_aligned(self, to: Path, wanted: pa.Array, of: str, remedy: str) -> int:
+    def write_aligned(self, to: Path, wanted: pa.Array, of: str, remedy: str, *, gaps: bool = False) -> tuple[int, int]:
         """Write the rows of the wanted ids, in that order, as float32 `.npy`, a chunk at a time.
 
         Args:
@@ -45,19 +45,21 @@ class Vectors:
             wanted: (N,) original ids; compared as text where the two types differ.
             of: what the ids name, `item` or `user`, for messages.
             remedy: what to do about missing ids.
+            gaps: some may be missing: theirs are zero vectors.
 
         Returns:
-            How many rows of the file were not wanted.
+            How many rows of the file were not wanted, and how many wanted ids it lacks.
 
         Raises:
-            UserError: a wanted id has no row, or its vector is not finite.
+            UserError: a wanted id has no row (with `gaps`: none has), or its vector is not finite.
         """
-        place_N = self._places(wanted, of, remedy)
+        place_N = self._places(wanted, of, remedy, gaps)
         out = np.lib.format.open_memmap(to, mode="w+", dtype=np.float32, shape=(len(wanted), *self.rows.shape[1:]))
         for start in range(0, len(wanted), CHUNK):
             part = place_N[start : start + CHUNK]
             with np.errstate(over="ignore"):
                 block = self.rows[part].astype(np.float32)
+            block[part < 0] = 0
             bad = np.flatnonzero(~np.isfinite(block.reshape(len(block), -1)).all(axis=1))
             if bad.size:
                 row = int(part[bad[0]])
@@ -67,18 +69,19 @@ class Vectors:
                 )
             out[start : start + CHUNK] = block
         out.flush()
-        return len(self.ids) - len(wanted)
+        lacking = int((place_N < 0).sum())
+        return len(self.ids) - (len(wanted) - lacking), lacking
 
-    def _places(self, wanted: pa.Array, of: str, remedy: str) -> npt.NDArray[np.int64]:
-        """The file's row of each wanted id."""
+    def _places(self, wanted: pa.Array, of: str, remedy: str, gaps: bool) -> npt.NDArray[np.int64]:
+        """The file's row of each wanted id; -1 for a gap."""
         wanted, own = _comparable(wanted, self.ids)
         place_N = pc.index_in(wanted, value_set=own)
-        if place_N.null_count:
+        if place_N.null_count and not (gaps and place_N.null_count < len(wanted)):
             missing = wanted.filter(place_N.is_null())
             raise UserError(
                 f"{self.path}: no vector for {len(missing)} of {len(wanted)} {of}s (first: {_shown(missing)})", remedy
             )
-        return np.asarray(place_N.to_numpy(), dtype=np.int64)
+        return np.asarray(pc.fill_null(place_N, -1).to_numpy(), dtype=np.int64)
 
 
 def read_vectors(path: str, ids_path: str | None, field: str, ids_field: str) -> Vectors:

@@ -96,15 +96,19 @@ def _import(config: Import, dataset: PreparedDataset, aside: Path, seed: int, sa
     items = read_vectors(config.items, config.item_ids, "items", "item_ids")
     if items.rows.ndim != 2:
         raise UserError(f"{config.items} has shape {items.rows.shape}", "item vectors have two axes: items, dimension")
-    remedy = "import a vector for every item of the catalogue, or drop those items from it"
-    extra = {"items": items.write_aligned(aside / ITEMS_FILE, dataset.item_ids, "item", remedy)}
+    remedy = "import a vector for every item of the catalogue, drop those items from it, or set `missing: fallback`"
+    gaps = config.missing == "fallback"
+    unwanted, lacking = items.write_aligned(aside / ITEMS_FILE, dataset.item_ids, "item", remedy, gaps=gaps)
+    if lacking:
+        say(f"{config.items}: no vector for {lacking} of {dataset.n_items} items; a learned one takes its place")
+    extra = {"items": unwanted}
     items_NE = np.load(aside / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
     users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)
     if config.users is not None:
         table = read_vectors(config.users, config.user_ids, "users", "user_ids")
         remedy = "import a vector for every user, or leave `users` out: a rule makes them from the history"
         table = _per_user(table, items_NE.shape[1], config.items)
-        extra["users"] = table.write_aligned(aside / USERS_FILE, dataset.user_ids, "user", remedy)
+        extra["users"], _ = table.write_aligned(aside / USERS_FILE, dataset.user_ids, "user", remedy)
         users = UserTable.open(aside)
     for of, count in extra.items():
         if count:

@@ -29,7 +29,8 @@ class Source:
 
     Attributes:
         name: as templates name its slots.
-        items_NE: memory-mapped; row = the prepared dataset's item row.
+        items_NE: memory-mapped; row = the prepared dataset's item row. A zero vector says that there is none, as of an
+            item that was not met in training.
         users: how user vectors are made.
         hash: of the artefact, and different for a permuted source.
         manifest: what made it and how well it ranks the validation users.
@@ -60,6 +61,11 @@ class Source:
         """
         return self.users.vectors(self.items_NE, user_rows, histories)
 
+    @property
+    def scored_NE(self) -> Floats:
+        """Item vectors to score with: an item that has none is scored as the mean item."""
+        return with_mean(self.items_NE)
+
     def permuted(self, seed: int) -> "Source":
         """A probe: item vectors permuted among items, and users made from the permuted ones (or permuted as well).
 
@@ -69,6 +75,14 @@ class Source:
         items_NE = self.items_NE[rng.permutation(len(self.items_NE))]
         digest = sha256_json([self.hash, "permuted", seed])
         return replace(self, items_NE=items_NE, users=self.users.permuted(rng), hash=digest)
+
+
+def with_mean(items_NE: Floats) -> Floats:
+    """The same, the mean of the others in place of each zero vector: such an item is scored as the mean item is."""
+    there_N = (items_NE != 0).any(axis=1)
+    if there_N.all() or not there_N.any():
+        return items_NE
+    return np.where(there_N[:, None], items_NE, items_NE[there_N].mean(axis=0))
 
 
 def open_source(directory: Path) -> Source:

@@ -1,6 +1,7 @@
 """ID models trained by sampled softmax: the strong recipe of 2024-25 (Klenitskiy & Vasilev 2023; eSASRec 2025).
 
-Shape letters: N items, B windows, T positions, P targets of a batch, K states of a position, M negatives, E dimension.
+Shape letters: N items, R those met in training, B windows, T positions, P targets of a batch, K states of a position,
+M negatives, E dimension.
 """
 
 import math
@@ -71,7 +72,7 @@ def train_ids(
         raise UserError(f"{dataset.directory}: no user has two training interactions", "loosen the split")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        training = _Training(settings, dataset.n_items, seed)
+        training = _Training(settings, torch.from_numpy(dataset.train_counts_N > 0), seed)
         training.resume(progress, identity, say)
         said = time.monotonic()
         while not training.is_done:
@@ -84,18 +85,25 @@ def train_ids(
         return training.best()
 
 
-def draw_negatives(n_items: int, wanted: int) -> torch.Tensor:
-    """Item rows (M,): so many drawn uniformly, or the whole catalogue, which makes the softmax a full one."""
-    return torch.randint(n_items, (wanted,)) if wanted < n_items else torch.arange(n_items)
+def draw_negatives(met_R: torch.Tensor, wanted: int) -> torch.Tensor:
+    """Item rows (M,): so many drawn uniformly from those met, or all of them, which makes the softmax a full one."""
+    return met_R[torch.randint(len(met_R), (wanted,))] if wanted < len(met_R) else met_R
 
 
 class WithItems(nn.Module):
-    """A model with its item table, and its training loss."""
+    """A model with its item table, and its training loss.
 
-    def __init__(self, settings: Recipe, n_items: int) -> None:
+    Args:
+        settings: the recipe.
+        met_N: which items are met in training. The others' vectors start at zero, and no step changes them: a zero
+            vector says that there is none.
+    """
+
+    def __init__(self, settings: Recipe, met_N: torch.Tensor) -> None:
         super().__init__()
-        self.items = nn.Embedding(n_items, settings.dim)
+        self.items = nn.Embedding(len(met_N), settings.dim)
         nn.init.normal_(self.items.weight, std=0.02)
+        self.items.weight.data.mul_(met_N[:, None])
         self.encoder = build(settings)
 
     def loss(self, rows: torch.Tensor, lengths_B: torch.Tensor, negatives_M: torch.Tensor) -> torch.Tensor:
@@ -126,9 +134,9 @@ class WithItems(nn.Module):
 class _Training:
     """The state of a training, and its steps: epoch, save, resume."""
 
-    def __init__(self, settings: Recipe, n_items: int, seed: int) -> None:
-        self.settings, self.n_items, self.seed = settings, n_items, seed
-        self.model = WithItems(settings, n_items)
+    def __init__(self, settings: Recipe, met_N: torch.Tensor, seed: int) -> None:
+        self.settings, self.met_R, self.seed = settings, torch.nonzero(met_N)[:, 0], seed
+        self.model = WithItems(settings, met_N)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=True)
         self.best_weights: dict[str, torch.Tensor] = {}
         self.curve: list[dict[str, float]] = []
@@ -171,7 +179,7 @@ class _Training:
 
     def step(self, rows: torch.Tensor, lengths_B: torch.Tensor, batch: int) -> float:
         """One batch; its loss."""
-        loss = self.model.loss(rows, lengths_B, draw_negatives(self.n_items, self.settings.negatives))
+        loss = self.model.loss(rows, lengths_B, draw_negatives(self.met_R, self.settings.negatives))
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
+from rarec.ids.source import with_mean
 from rarec.ids.users import UserVectors
 from rarec.ranking import metric_values, rank_targets
 from rarec.ranking.metrics import SELECTION_CUTOFFS
@@ -40,11 +41,12 @@ class Validation:
     def __call__(self, items_NE: npt.NDArray[np.float32], users: UserVectors) -> dict[str, float]:
         """Mean HR, NDCG and MRR, and `n`, the number of users."""
         targets, ranks = self.targets, []
+        scored_NE = with_mean(items_NE)
         for start in range(0, len(targets.user_rows), CHUNK):
             part = slice(start, start + CHUNK)
             places = zip(targets.user_rows[part].tolist(), targets.positions[part].tolist(), strict=True)
             histories = [self.dataset.history(user, position) for user, position in places]
             vectors_BKE = users.vectors(items_NE, targets.user_rows[part], histories)
-            ranks.append(rank_targets(vectors_BKE, items_NE, targets.item_rows[part], histories))
+            ranks.append(rank_targets(vectors_BKE, scored_NE, targets.item_rows[part], histories))
         values = metric_values(np.concatenate(ranks), SELECTION_CUTOFFS)
         return {"n": len(targets.user_rows), **{name: float(column.mean()) for name, column in values.items()}}

@@ -26,7 +26,8 @@ class SourceAlignment(nn.Module):
     """Slots d = [c || p], p = W e + b, for one source on one side, with maps of its own for every block.
 
     The vectors are standardised first (a fixed affine map, which W and b could as well absorb), so that one learning
-    rate fits all.
+    rate fits all. A zero vector says that there is none, as of a new item: a learned one takes its place (ours), which
+    starts at the mean of all.
 
     Args:
         blocks: L.
@@ -49,6 +50,7 @@ class SourceAlignment(nn.Module):
             self.bias_LD = nn.Parameter(torch.zeros(blocks, hidden))
             self.register_buffer("center_E", torch.zeros(shape.dim))
             self.register_buffer("scale_E", torch.ones(shape.dim))
+            self.fallback_E = nn.Parameter(torch.zeros(shape.dim))
 
     def reset(self, generator: torch.Generator, spread: float = 0.02) -> None:
         """Small random maps and instructions, in the manner of transformers' own initialisation."""
@@ -64,7 +66,9 @@ class SourceAlignment(nn.Module):
 
     def project(self, vectors_BKE: Tensor) -> Tensor:
         """P = W e + b in every block, as (L, B, K, D)."""
+        there_BK1 = (vectors_BKE != 0).any(-1, keepdim=True)
         standard_BKE = (vectors_BKE.to(self.weight_LDE.dtype) - self.center_E) / self.scale_E
+        standard_BKE = torch.where(there_BK1, standard_BKE, self.fallback_E)
         return torch.einsum("lde,bke->lbkd", self.weight_LDE, standard_BKE) + self.bias_LD[:, None, None]
 
     def forward(self, vectors_BKE: Tensor) -> tuple[Tensor, Tensor | None]:

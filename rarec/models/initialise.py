@@ -43,7 +43,7 @@ def initialise(
 
     Args:
         alignment: of one source on one side; its L blocks are those of `states_LND`.
-        vectors_NE: one vector a text, raw.
+        vectors_NE: one vector a text, raw; those that are zero are passed over.
         states_LND: pooled text-only states entering each block.
         penalty: of the ridge regression; None leaves W random.
         generator: of the random parts.
@@ -53,8 +53,9 @@ def initialise(
     if alignment.instructions_LMD is not None:
         alignment.instructions_LMD.add_(means_LD.unsqueeze(1))
     if alignment.projections:
-        alignment.standardise(vectors_NE)
+        there_N = (vectors_NE != 0).any(1)
+        alignment.standardise(vectors_NE[there_N])
         alignment.bias_LD.copy_(means_LD)
         if penalty is not None:
-            standard_NE = (vectors_NE - alignment.center_E) / alignment.scale_E
-            alignment.weight_LDE.copy_(ridge_weights(standard_NE, states_LND, penalty))
+            standard_NE = (vectors_NE[there_N] - alignment.center_E) / alignment.scale_E
+            alignment.weight_LDE.copy_(ridge_weights(standard_NE, states_LND[:, there_N], penalty))

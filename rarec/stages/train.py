@@ -125,7 +125,7 @@ def _trainer(
     else:
         model = fresh_model(context, arm, shards, item_states_NLD, stream)
     optimisation = context.engine.train(model, config.train)
-    collate = Collator(model, context.prompts, context.sources, item_states_NLD)
+    collate = Collator(model, context.prompts, context.sources, item_states_NLD, config.alignment.missing)
     return Trainer(
         config.train,
         config.run.seed,

@@ -6,6 +6,7 @@ Shape letters: b samples of this rank, H history, L stored blocks, D hidden size
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from rarec.models.towers import RaRec, SideBatch
 from rarec.prompts import Encoded, PromptPair
 
 _ITEMS_KEPT = 65_536
+CRCS = 2**32
+"""How many checksums there are."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Collator:
         prompts: fills the item prompts; those of the items met last are kept.
         sources: every source by name; rows of a batch are gathered here, so tables stay off the device.
         item_states_NLD: stored text-only states of the catalogue, memory-mapped.
+        missing: share of the samples whose item stands without its vectors; which ones, their keys alone decide.
     """
 
     def __init__(
@@ -60,8 +64,10 @@ class Collator:
         prompts: PromptPair,
         sources: Mapping[str, Source],
         item_states_NLD: npt.NDArray[np.floating],
+        missing: float,
     ) -> None:
         self.model, self.prompts, self.sources, self.item_states_NLD = model, prompts, sources, item_states_NLD
+        self.missing = missing
         self._item = lru_cache(_ITEMS_KEPT)(prompts.item)
 
     def __call__(self, samples: Sequence[Sample], total: int) -> Batch:
@@ -70,7 +76,7 @@ class Collator:
         user_states_bLD = _states([sample.states_LD for sample in samples])
         item_states_bLD = _states(list(self.item_states_NLD[rows]))
         users = self._users(samples)
-        items = self._items_of(rows)
+        items = self._items_of(rows, np.array([crc32(sample.key.encode()) for sample in samples]) / CRCS)
         targets = Targets(
             torch.tensor([sample.user for sample in samples]),
             torch.from_numpy(rows),
@@ -87,8 +93,9 @@ class Collator:
         vectors = {name: np.stack([sample.vectors[name] for sample in samples]) for name in self.sources}
         return side_batch(prompts, vectors, self.model.user, self.prompts.tokenizer.filler)
 
-    def _items_of(self, rows: npt.NDArray[np.int64]) -> SideBatch:
-        vectors = {name: source.items_NE[rows][:, None] for name, source in self.sources.items()}
+    def _items_of(self, rows: npt.NDArray[np.int64], draws_b: npt.NDArray[np.float64]) -> SideBatch:
+        there_b11 = (draws_b >= self.missing)[:, None, None]
+        vectors = {name: source.items_NE[rows][:, None] * there_b11 for name, source in self.sources.items()}
         prompts = [self._item(row) for row in rows.tolist()]
         return side_batch(prompts, vectors, self.model.item, self.prompts.tokenizer.filler)
 
