@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -283,12 +284,26 @@ def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
     finish(first, RANKS[17])
     assert not list(Path().glob("*.svg"))
     finish(second, RANKS[18])
-    assert "![share: NDCG@10 over shards.share](results-sweep-share.svg)" in page(path)
-    drawn = Path("results-sweep-share.svg").read_text()
-    for text in ("shards.share", "NDCG@10", "ID model", "RA-Rec (per layer) + ID"):
+    assert "![HR@100 over shards.share: share](results-sweep-shards.share.svg)" in page(path)
+    drawn = Path("results-sweep-shards.share.svg").read_text()
+    for text in ("shards.share", "HR@100", "ID model", "RA-Rec (per layer) + ID"):
         assert text in drawn
     page(path)
-    assert Path("results-sweep-share.svg").read_text() == drawn
+    assert Path("results-sweep-shards.share.svg").read_text() == drawn
+
+
+def test_grids_over_the_same_field_are_drawn_together(path):
+    pytest.importorskip("matplotlib")
+    text = path.read_text()
+    entry = "\n  other: {grid: {shards.share: [1.0, 0.5]}, shards.denoise: true}\n"
+    path.write_text(text.rstrip("\n") + entry)
+    for run, ranks in zip((run for run in load_sweep(path).runs if run.grid), cycle(RANKS.values()), strict=False):
+        finish(run, ranks)
+    assert "![HR@100 over shards.share: share, other](results-sweep-shards.share.svg)" in page(path)
+    drawn = Path("results-sweep-shards.share.svg").read_text()
+    assert [drawn.count(f">{label}<") for label in ("ID model", "share", "share + ID", "other", "other + ID")] == [
+        1
+    ] * 5
 
 
 def test_the_tool_makes_its_section_anew_and_keeps_the_others(path, monkeypatch):

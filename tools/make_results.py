@@ -7,7 +7,7 @@ Each sweep has a section, which is made anew; those of other sweeps stay, so swe
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
 for what is generated: `figures`, `differences`, `against` (where a run is called `base`: the others beside it),
 `strata` (of the first finished run), `curves`, `missing` or `making`. Blocks that the page does not place
-follow at its end. Curves of a grid over one field are drawn beside the page, where `--plots` says.
+follow at its end. Entries with a grid over one field are drawn together beside the page, where `--plots` says.
 """
 
 import argparse
@@ -15,13 +15,15 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from results_curve import draw
+from results_curve import METRIC, draw
 from results_tables import Arms, against, differences, figures, making, missing, strata
 
 from rarec.artefacts import check_files, read_manifest, write_text
 from rarec.cli import guarded
 from rarec.errors import UserError
+from rarec.evaluation.labels import metric_title
 from rarec.evaluation.seeds import SeedMeans
 from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
 
@@ -120,15 +122,18 @@ def _arms(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> Arms:
 
 
 def _curves(sweep: Sweep, arms: Mapping[str, Arms], plots: Path) -> Iterator[str]:
-    """A plot for each entry with a grid over one field, of which two points are finished."""
-    for entry in dict.fromkeys(run.entry for run in sweep.runs if len(run.grid) == 1):
-        points = {run.name: next(iter(run.grid.items())) for run in sweep.runs if run.entry == entry}
-        there = [(value, arms[name]) for name, (_, value) in points.items() if name in arms]
-        if len(there) > 1:
-            field = next(iter(points.values()))[0]
-            file = plots / f"results-{sweep.path.stem}-{entry}.svg"
-            draw(file, field, there)
-            yield f"![{entry}: NDCG@10 over {field}]({file.as_posix()})\n"
+    """A plot for each field over which alone some entries have a grid, of those of which two points are finished."""
+    entries: dict[str, dict[str, dict[Any, Arms]]] = {}
+    for run in sweep.runs:
+        if len(run.grid) == 1 and run.name in arms:
+            [(field, value)] = run.grid.items()
+            entries.setdefault(field, {}).setdefault(run.entry, {})[value] = arms[run.name]
+    for field, of_field in entries.items():
+        drawn = {entry: list(points.items()) for entry, points in of_field.items() if len(points) > 1}
+        if drawn:
+            file = plots / f"results-{sweep.path.stem}-{field}.svg"
+            draw(file, field, drawn)
+            yield f"![{metric_title(METRIC)} over {field}: {', '.join(drawn)}]({file.as_posix()})\n"
 
 
 def main() -> None:

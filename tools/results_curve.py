@@ -1,9 +1,10 @@
-"""The plot of `make_results.py`: a metric over the field of a grid, one line an arm, with intervals."""
+"""The plots of `make_results.py`: a metric over the field of a grid, with intervals; one line an arm, or an entry."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from results_tables import Arms
 
@@ -11,19 +12,31 @@ from rarec.artefacts import write_text
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, ID_ONLY, LATE_FUSION, arm_title, metric_title, tick
 
-METRIC = "ndcg@10"
+METRIC = "hr@100"
 COLOURS = {ID_ONLY: "#7a7a7a", "text_only": "#c08a2b", "main": "#2b6cb0"}
+OF_ENTRIES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#718096")
 WIDE = 10
 """A field whose largest value is so many times its smallest has a logarithmic axis."""
 
+Points = Sequence[tuple[Any, Arms]]
 
-def draw(file: Path, field: str, points: Sequence[tuple[Any, Arms]]) -> None:
+
+class Line(NamedTuple):
+    """One arm over the points of one entry; a fused arm is dashed, in the colour of the arm behind it."""
+
+    label: str
+    arm: str
+    colour: str
+    points: Points
+
+
+def draw(file: Path, field: str, entries: Mapping[str, Points]) -> None:
     """Write the SVG; equal figures give equal bytes.
 
     Args:
         file: of the plot.
-        field: of the grid.
-        points: its values, each with the run that has it.
+        field: of the grids.
+        entries: for each entry of the sweep the field's values, each with the run that has it.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -33,19 +46,20 @@ def draw(file: Path, field: str, points: Sequence[tuple[Any, Arms]]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("a curve needs matplotlib, which is not installed", "pip install 'rarec[report]'") from None
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value, _ in points)
-    points = sorted(points, key=lambda point: point[0]) if numbers else points
-    places = [value for value, _ in points] if numbers else list(range(len(points)))
+    values = list(dict.fromkeys(value for points in entries.values() for value, _ in points))
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    values = sorted(values) if numbers else values
+    place = {value: value if numbers else at for at, value in enumerate(values)}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own matplotlibrc must not change the page
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": field, "font.size": 9})
         canvas = Figure(figsize=(7, 3.6), layout="constrained", facecolor="white")
         panel = canvas.subplots()
-        for arm in _shown([arms for _, arms in points]):
-            _line(panel, arm, places, [arms for _, arms in points])
-        if numbers and min(places) > 0 and max(places) >= WIDE * min(places):
+        for line in _of_one(*entries.values()) if len(entries) == 1 else _of_several(entries):
+            _plot(panel, line, place)
+        if numbers and values[0] > 0 and values[-1] >= WIDE * values[0]:
             panel.set_xscale("log")
-        panel.set_xticks(places, [f"{value:g}" if numbers else str(value) for value, _ in points])
+        panel.set_xticks(list(place.values()), [f"{value:g}" if numbers else str(value) for value in values])
         panel.minorticks_off()
         panel.set(xlabel=field, ylabel=metric_title(METRIC))
         panel.yaxis.set_major_formatter(lambda value, _: tick(value))
@@ -57,21 +71,30 @@ def draw(file: Path, field: str, points: Sequence[tuple[Any, Arms]]) -> None:
     write_text(file, buffer.getvalue())
 
 
-def _shown(runs: Sequence[Arms]) -> list[str]:
+def _of_one(points: Points) -> Iterator[Line]:
     """The arms that matter most, where every point has them."""
-    main = runs[0].main
-    wanted = dict.fromkeys([ID_ONLY, "text_only", main, LATE_FUSION, main + FUSED])
-    return [arm for arm in wanted if all(arm in run.means.values for run in runs)]
+    main = points[0][1].main
+    for arm in dict.fromkeys([ID_ONLY, "text_only", main, LATE_FUSION, main + FUSED]):
+        if all(arm in run.means.values for _, run in points):
+            colour = COLOURS.get(arm.removesuffix(FUSED), COLOURS["main"])
+            yield Line(arm_title(arm), arm, colour, points)
 
 
-def _line(panel: Any, arm: str, places: Sequence[float], runs: Sequence[Arms]) -> None:
-    """Values with their intervals; a fused arm is dashed, in the colour of the arm behind it."""
-    found = [run.means.figures(arm)[METRIC] for run in runs]
-    base = arm.removesuffix(FUSED)
-    colour = COLOURS.get(base, COLOURS["main"])
-    means = [one.mean for one in found]
+def _of_several(entries: Mapping[str, Points]) -> Iterator[Line]:
+    """Each entry's main arm and its fusion, and the ID model of the first."""
+    yield Line(arm_title(ID_ONLY), ID_ONLY, COLOURS[ID_ONLY], next(iter(entries.values())))
+    for (entry, points), colour in zip(entries.items(), cycle(OF_ENTRIES)):
+        main = points[0][1].main
+        for arm in (main, main + FUSED):
+            if all(arm in run.means.values for _, run in points):
+                yield Line(f"{entry}{' + ID' if arm.endswith(FUSED) else ''}", arm, colour, points)
+
+
+def _plot(panel: Any, line: Line, place: Mapping[Any, float]) -> None:
+    """Values with their intervals."""
+    points = sorted(line.points, key=lambda point: place[point[0]])
+    found = [run.means.figures(line.arm)[METRIC] for _, run in points]
     ends = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
-    dashes = "--" if arm.endswith(FUSED) else "-"
-    panel.errorbar(
-        places, means, ends, color=colour, linestyle=dashes, marker="o", markersize=4, capsize=3, label=arm_title(arm)
-    )
+    style = {"linestyle": "--" if line.arm.endswith(FUSED) else "-", "marker": "o", "markersize": 4, "capsize": 3}
+    places, means = [place[value] for value, _ in points], [one.mean for one in found]
+    panel.errorbar(places, means, ends, color=line.colour, label=line.label, **style)
