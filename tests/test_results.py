@@ -1,6 +1,7 @@
 """Results of sweeps: figures worked out by hand, intervals over users of their seed-means, nothing left out unsaid."""
 
 import math
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -56,7 +57,9 @@ RANKS = {
 HEADLINE = ["hr@10", "hr@100", "ndcg@10", "mrr"]
 
 
-def write_ranks(file: Path, ranks: Mapping[str, Sequence[int]], users: str = "abcd", targets: str = "wxyz") -> Path:
+def write_ranks(
+    file: Path, ranks: Mapping[str, Sequence[int]], users: Sequence[str] = "abcd", targets: Sequence[str] = "wxyz"
+) -> Path:
     rows = [
         {"arm": arm, "user": user, "target": target, "rank": rank}
         for arm, own in ranks.items()
@@ -77,7 +80,7 @@ def finish(
     ranks: Mapping[str, Sequence[int]],
     record: Mapping[str, Any] | None = None,
     strata: Any = None,
-    **of: str,
+    **of: Sequence[str],
 ) -> None:
     """A run with the files that finished stages leave, its ranks made by hand."""
     config, paths = run.config, RunPaths.of(run.config)
@@ -117,7 +120,7 @@ def path(tmp_path, monkeypatch) -> Path:
 def page(path: Path) -> str:
     from make_results import results
 
-    return results([path], Path())
+    return results([path], Path("results"), Path())
 
 
 def rows_of(page: str, heading: str) -> list[list[str]]:
@@ -208,6 +211,46 @@ def test_figures_of_altered_files_are_refused(path):
     write_ranks(run.directory / "evaluation" / "ranks.parquet", RANKS[18])
     with pytest.raises(UserError, match=r"ranks.parquet is missing or altered"):
         page(path)
+
+
+def test_a_run_that_is_gone_is_told_from_what_was_kept_of_it(path):
+    for run in load_sweep(path).runs:
+        finish(run, RANKS[17])
+    made = page(path)
+    shutil.rmtree("all")
+    assert page(path) == made
+    assert "Every run of the sweep is finished." in made
+
+
+def test_what_is_kept_names_no_user_and_no_item(path):
+    users, items = [f"customer-{one}" for one in "abcd"], [f"article-{one}" for one in "wxyz"]
+    finish(load_sweep(path).runs[0], RANKS[17], users=users, targets=items)
+    page(path)
+    for file in Path("results").rglob("*.*"):
+        assert not any(text in file.read_bytes() for text in (b"customer", b"article"))
+    table = pq.read_table("results/sweep/plain/seed-17/ranks.parquet")
+    assert len(set(table["user"].to_pylist())) == 4
+    assert table["rank"].to_pylist() == [rank for ranks in RANKS[17].values() for rank in ranks]
+
+
+def test_what_was_kept_of_other_settings_is_not_shown(path):
+    finish(load_sweep(path).runs[0], RANKS[17])
+    page(path)
+    path.write_text(SWEEP.replace("plain: {}", "plain: {train.lr: 0.5}"))
+    made = page(path)
+    assert "No run is finished." in made
+    assert "- `plain/seed-17` is not finished: train is next; what is kept of it was made with other settings:" in made
+    assert "arms.per_layer.train.lr: 0.001 -> 0.5" in made
+
+
+def test_what_was_kept_and_is_altered_is_refused(path):
+    finish(load_sweep(path).runs[0], RANKS[17])
+    page(path)
+    shutil.rmtree("all")
+    Path("results/sweep/plain/seed-17/run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run.json is missing or altered") as told:
+        page(path)
+    assert "fetch it again" in told.value.remedy
 
 
 def test_each_run_tells_how_it_was_made(path):

@@ -2,7 +2,8 @@
 
     python tools/make_results.py configs/sweeps/demo.yaml ...
 
-Each sweep has a section, which is made anew; those of other sweeps stay, so sweeps may be run on different machines.
+Each sweep has a section, which is made anew; those of other sweeps stay. What the page needs of a finished run is kept
+under `--kept` (see `results_kept.py`), where it is found when the run itself is gone or was made on another machine.
 
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
 for what is generated: `figures`, `differences`, `against` (where a run is called `base`: the others beside it),
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from results_curve import METRIC, draw
+from results_kept import Kept, changed, keep, kept
 from results_tables import Arms, against, differences, figures, making, missing, strata
 
-from rarec.artefacts import check_files, read_manifest, write_text
+from rarec.artefacts import write_text
 from rarec.cli import guarded
 from rarec.errors import UserError
 from rarec.evaluation.labels import metric_title
@@ -49,11 +51,12 @@ _SECTION = re.compile(r"^<!-- sweep: (.+) -->$", re.MULTILINE)
 _MARKER = re.compile(r"<!-- results: ([\w-]+) -->")
 
 
-def results(sweeps: Sequence[Path], plots: Path, before: str = "") -> str:
+def results(sweeps: Sequence[Path], place: Path, plots: Path, before: str = "") -> str:
     """The whole page.
 
     Args:
         sweeps: their files.
+        place: where finished runs are kept, each sweep in a directory of its own.
         plots: where curves are drawn.
         before: the page as it was; its sections of other sweeps stay in their places.
 
@@ -66,16 +69,20 @@ def results(sweeps: Sequence[Path], plots: Path, before: str = "") -> str:
     sections = dict(zip(pairs[::2], pairs[1::2], strict=True))
     for path in sweeps:
         how = f"Made by `python tools/make_results.py {shlex.quote(str(path))}`."
-        sections[path.stem] = f"{section(load_sweep(path), plots)}\n{how}\n"
+        sections[path.stem] = f"{section(load_sweep(path), place / path.stem, plots)}\n{how}\n"
     return HEAD + "".join(f"\n<!-- sweep: {name} -->\n\n{text.strip()}\n" for name, text in sections.items())
 
 
-def section(sweep: Sweep, plots: Path) -> str:
-    """One sweep's part of the page."""
+def section(sweep: Sweep, place: Path, plots: Path) -> str:
+    """One sweep's part of the page; what is finished here and now is kept first."""
     if "evaluate" not in sweep.stages:
         raise UserError(f"{sweep.path}: `stages` lacks evaluate: there are no figures", "add it, and run the sweep")
     left = {run.label: first_to_do(run.config, sweep.stages) for run in sweep.runs}
-    finished = [run for run in sweep.runs if left[run.label] is None]
+    for run in sweep.runs:
+        if left[run.label] is None:
+            keep(run, place)
+    finished = [one for run in sweep.runs if (one := kept(run, place)) is not None]
+    there = [one.run for one in finished]
     arms = {name: _arms(name, runs, sweep) for name, runs in _by_name(finished).items()}
     blocks = {
         "figures": figures(arms.values()),
@@ -83,7 +90,7 @@ def section(sweep: Sweep, plots: Path) -> str:
         "against": against(arms),
         "strata": strata(finished[0]) if finished else "",
         "curves": "\n".join(_curves(sweep, arms, plots)),
-        "missing": missing(left),
+        "missing": missing([_lack(run, left[run.label], place) for run in sweep.runs if run not in there]),
         "making": making(sweep, finished),
     }
     return placed(sweep.path.with_suffix(".md"), sweep.path.stem, blocks)
@@ -105,19 +112,22 @@ def placed(page: Path, name: str, blocks: Mapping[str, str]) -> str:
     return text.rstrip("\n") + "\n" + "".join(rest)
 
 
-def _by_name(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:
-    names = dict.fromkeys(run.name for run in runs)
-    return {name: [run for run in runs if run.name == name] for name in names}
+def _lack(run: SweepRun, stage: str | None, place: Path) -> str:
+    """What is said of a run that is not on the page."""
+    other = changed(run, place)
+    older = f"; what is kept of it was made with other settings: {'; '.join(other)}" if other else ""
+    return f"`{run.label}` is not finished: {stage} is next{older}"
 
 
-def _arms(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> Arms:
+def _by_name(finished: Sequence[Kept]) -> dict[str, list[Kept]]:
+    names = dict.fromkeys(one.run.name for one in finished)
+    return {name: [one for one in finished if one.run.name == name] for name in names}
+
+
+def _arms(name: str, finished: Sequence[Kept], sweep: Sweep) -> Arms:
     """A run over its finished seeds. With one seed the figures are those of its metrics.json, to the last digit."""
-    first = runs[0].config
-    for run in runs:
-        directory = run.directory / "evaluation"
-        check_files(directory, read_manifest(directory, "evaluate"))
-    files = [run.directory / "evaluation" / "ranks.parquet" for run in runs]
-    means = SeedMeans.read(files, first.evaluate.resamples, first.run.seed)
+    first = finished[0].run.config
+    means = SeedMeans.read([one.ranks for one in finished], first.evaluate.resamples, first.run.seed)
     return Arms(name, means, sum(run.name == name for run in sweep.runs), first.export.arm)
 
 
@@ -141,10 +151,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="RESULTS.md from the files of finished sweeps.")
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("--page", type=Path, default=Path("RESULTS.md"), help="other sections of it stay as they are")
+    parser.add_argument("--kept", type=Path, default=Path("results"), help="where finished runs are kept")
     parser.add_argument("--plots", type=Path, default=Path(), help="where curves are drawn; links are relative to here")
     arguments = parser.parse_args()
     before = arguments.page.read_text(encoding="utf-8") if arguments.page.exists() else ""
-    write_text(arguments.page, results(arguments.sweeps, arguments.plots, before))
+    write_text(arguments.page, results(arguments.sweeps, arguments.kept, arguments.plots, before))
 
 
 if __name__ == "__main__":

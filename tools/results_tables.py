@@ -4,7 +4,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rarec.artefacts import read_json
+from results_kept import Kept
+
 from rarec.evaluation.figures import pairs_of_interest
 from rarec.evaluation.labels import (
     FUSED,
@@ -16,9 +17,7 @@ from rarec.evaluation.labels import (
     figure,
     metric_title,
 )
-from rarec.evaluation.record import TrainingRecord, read_run
 from rarec.evaluation.seeds import SeedMeans
-from rarec.paths import RunPaths
 from rarec.ranking import Interval
 from rarec.sweep import Sweep, SweepRun
 
@@ -91,30 +90,28 @@ def against(runs: Mapping[str, Arms]) -> str:
     return _table(["difference", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows) if rows else ""
 
 
-def strata(run: SweepRun) -> str:
+def strata(one: Kept) -> str:
     """HR@100 by history length and by the target's popularity, of one run's arms that matter most."""
-    rows = read_json(RunPaths.of(run.config).evaluation / "strata.json")
-    cells = {(row["stratum"], row["bucket"], row["arm"]): row for row in rows if row["metric"] == STRATA_BY}
-    main = run.config.export.arm
+    cells = {(row["stratum"], row["bucket"], row["arm"]): row for row in one.strata if row["metric"] == STRATA_BY}
+    main = one.run.config.export.arm
     there = {arm for *_, arm in cells}
     arms = [arm for arm in dict.fromkeys([ID_ONLY, "text_only", LATE_FUSION, main, main + FUSED]) if arm in there]
     lines = []
     for stratum, bucket in dict.fromkeys(place[:2] for place in cells):
         found = [cells[stratum, bucket, arm] for arm in arms]
         shown = [_cell(Interval(row["value"], row["low"], row["high"])) for row in found]
-        lines.append([run.label, f"{stratum} {bucket}", *shown, f"{found[0]['n']:,}"])
+        lines.append([one.run.label, f"{stratum} {bucket}", *shown, f"{found[0]['n']:,}"])
     return _table(["run", metric_title(STRATA_BY) + " where", *map(arm_title, arms), "users"], lines) if lines else ""
 
 
-def missing(left: Mapping[str, str | None]) -> str:
-    """Every run that is not finished, and the stage that it lacks."""
-    lines = [f"- `{label}` is not finished: {stage} is next" for label, stage in left.items() if stage is not None]
-    return "\n".join(lines) + "\n" if lines else "Every run of the sweep is finished.\n"
+def missing(lacks: Iterable[str]) -> str:
+    """Every run that is not on the page, and why."""
+    return "".join(f"- {lack}\n" for lack in lacks) or "Every run of the sweep is finished.\n"
 
 
-def making(sweep: Sweep, runs: Sequence[SweepRun]) -> str:
+def making(sweep: Sweep, finished: Sequence[Kept]) -> str:
     """Of each finished run: its command, its commit, time, machine, steps and samples."""
-    rows = [[run.label, _command(sweep, run), *_record(sweep, run), _seen(run)] for run in runs]
+    rows = [[one.run.label, _command(sweep, one.run), *_record(sweep, one), _seen(one)] for one in finished]
     return _table(["run", "command", "commit", "hardware", "wall time", "steps and samples seen"], rows)
 
 
@@ -122,14 +119,13 @@ def _command(sweep: Sweep, run: SweepRun) -> str:
     return f"`rarec sweep {shlex.quote(str(sweep.path))} --only {shlex.quote(run.label)}`"
 
 
-def _record(sweep: Sweep, run: SweepRun) -> list[str]:
+def _record(sweep: Sweep, one: Kept) -> list[str]:
     """Cells: commit, hardware, and wall time by stage."""
-    paths = RunPaths.of(run.config)
-    record = read_json(paths.record) if paths.record.exists() else {}
-    stages = list(record.values())
+    stages = list(one.record.values())
     commits = [f"`{_short(stage['commit'])}`" if stage["commit"] else stage["version"] for stage in stages]
     machines = [stage["hardware"] + (f" x {stage['ranks']}" if stage["ranks"] > 1 else "") for stage in stages]
-    times = [f"{stage} {_time(record, stage, bool(paths.shared))}" for stage in sweep.stages if stage != "report"]
+    shares = bool(one.run.config.run.shared)
+    times = [f"{stage} {_time(one.record, stage, shares)}" for stage in sweep.stages if stage != "report"]
     return [_each(commits), _each(machines), ", ".join(times)]
 
 
@@ -145,17 +141,12 @@ def _short(commit: str) -> str:
     return digits[:12] + (f"-{dirty}" if dirty else "")
 
 
-def _seen(run: SweepRun) -> str:
-    training = read_run(RunPaths.of(run.config), say=lambda line: None).training
-    arms = [arm for arm in run.config.train.arms if arm in training]
-    return "; ".join(f"{arm_title(arm)}: {_steps(training[arm])}" for arm in arms)
+def _seen(one: Kept) -> str:
+    return "; ".join(f"{arm_title(arm)}: {_steps(**counts)}" for arm, counts in one.training.items())
 
 
-def _steps(training: TrainingRecord) -> str:
-    lines = training.losses
-    known = all("samples" in line for line in lines)
-    samples = f"{sum(line['samples'] for line in lines):,}" if known else _UNKNOWN
-    return f"{training.done.get('step', 0):,}, {samples}"
+def _steps(steps: int, samples: int | None) -> str:
+    return f"{steps:,}, {_UNKNOWN if samples is None else f'{samples:,}'}"
 
 
 def _each(texts: Sequence[str]) -> str:

@@ -114,7 +114,7 @@ class _Evaluation:
         """Rows of strata.json, without the probes."""
         lengths = self.targets.positions  # a target's position is the length of what stands before it
         popularity = self.context.dataset.train_counts_N[self.test.targets]
-        strata = {"history length": lengths, "popularity": popularity}
+        strata: dict[str, npt.NDArray[Any]] = {"history length": lengths, "popularity": popularity}
         if (popularity == 0).any():
             strata["met in training"] = (popularity > 0).astype(np.int64)
         plain = {name: value for name, value in ranks.items() if "/" not in name}

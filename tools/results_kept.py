@@ -1,0 +1,139 @@
+"""What `make_results.py` keeps of a finished run, small and fit to be published: all that a page is made of.
+
+Kept are the rank of each test user's target under each arm, with digests in place of the ids of users and targets, so
+that runs can still be paired; the strata; what each stage took, where and by which commit; and all settings. A run that
+is configured otherwise by now does not find what was kept of it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rarec.artefacts import (
+    check_files,
+    differences,
+    new_directory,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from rarec.config import ARMS, RunConfig
+from rarec.config.identity import (
+    arm_settings,
+    evaluate_settings,
+    llm_settings,
+    prepare_settings,
+    shard_settings,
+    source_settings,
+    vectors_of,
+)
+from rarec.evaluation.record import TrainingRecord, read_run
+from rarec.paths import RunPaths
+from rarec.sweep import SweepRun
+
+KIND = "results"
+RANKS = "ranks.parquet"
+ABOUT = "run.json"
+_REMEDY = "fetch it again, or delete the directory and make the page where the run is finished"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a finished run.
+
+    Attributes:
+        run: of the sweep.
+        ranks: the file that `SeedMeans` reads.
+        strata: rows of strata.json.
+        record: of each stage, as in record.json.
+        training: of each arm, its steps and the samples seen in them; None where they were not counted.
+    """
+
+    run: SweepRun
+    ranks: Path
+    strata: list[dict[str, Any]]
+    record: dict[str, dict[str, Any]]
+    training: dict[str, dict[str, int | None]]
+
+
+def keep(run: SweepRun, place: Path) -> None:
+    """Keep a finished run.
+
+    Args:
+        run: with all of its files.
+        place: of everything that is kept of its sweep.
+
+    Raises:
+        UserError: a file of the evaluation is missing or altered.
+    """
+    paths = RunPaths.of(run.config)
+    manifest = read_manifest(paths.evaluation, "evaluate")
+    check_files(paths.evaluation, manifest)
+    trained = read_run(paths, say=lambda line: None).training
+    with new_directory(place / run.label) as aside:
+        pq.write_table(_digested(pq.read_table(paths.evaluation / RANKS)), aside / RANKS, compression="zstd")
+        about = {
+            "strata": read_json(paths.evaluation / "strata.json"),
+            "record": read_json(paths.record) if paths.record.exists() else {},
+            "training": {arm: _seen(trained[arm]) for arm in run.config.train.arms if arm in trained},
+        }
+        write_json(aside / ABOUT, about)
+        write_manifest(aside, KIND, settings=_settings(run.config), made_from={"evaluate": manifest["hash"]})
+
+
+def kept(run: SweepRun, place: Path) -> Kept | None:
+    """What was kept of a run, if it was configured as it is now.
+
+    Raises:
+        UserError: a file of it is torn or altered.
+    """
+    directory = place / run.label
+    if not directory.exists() or changed(run, place):
+        return None
+    check_files(directory, read_manifest(directory, KIND), _REMEDY)
+    return Kept(run, directory / RANKS, **read_json(directory / ABOUT))
+
+
+def changed(run: SweepRun, place: Path) -> list[str]:
+    """The settings that are not as they were when the run was kept."""
+    directory = place / run.label
+    return differences(read_manifest(directory, KIND)["settings"], _settings(run.config)) if directory.exists() else []
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """All that shapes a run's figures."""
+    seed = config.run.seed
+    return {
+        "prepare": prepare_settings(config.prepare, seed),
+        "ids": {name: source_settings(section, seed) for name, section in vectors_of(config).items()},
+        "llm": llm_settings(config),
+        "shards": shard_settings(config),
+        "arms": {name: arm_settings(config, ARMS[name]) for name in config.train.arms},
+        "evaluate": evaluate_settings(config),
+    }
+
+
+def _seen(training: TrainingRecord) -> dict[str, int | None]:
+    counted = all("samples" in line for line in training.losses)
+    samples = sum(line["samples"] for line in training.losses) if counted else None
+    return {"steps": training.done.get("step", 0), "samples": samples}
+
+
+def _digested(table: pa.Table) -> pa.Table:
+    """Users by 8 bytes, which tell any number of them apart; targets by one, enough to see that splits differ."""
+    users = pa.array(_digests(table["user"].to_pylist(), 8), pa.uint64())
+    targets = pa.array(_digests(table["target"].to_pylist(), 1), pa.uint8())
+    ranks = table["rank"].cast(pa.int32())
+    columns = {"arm": table["arm"], "user": users, "target": targets, "rank": ranks}
+    return pa.table(columns)
+
+
+def _digests(ids: Sequence[object], size: int) -> list[int]:
+    known = {one: hashlib.blake2b(str(one).encode(), digest_size=size).digest() for one in set(ids)}
+    return [int.from_bytes(known[one], "little") for one in ids]
