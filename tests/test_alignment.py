@@ -111,6 +111,9 @@ def test_vectors_that_are_not_there_do_not_shape_the_start():
     initialise(all_there, vectors_NE[:100], states_LND[:, :100], penalty=1.0, generator=seeded())
     torch.testing.assert_close(some.center_E, all_there.center_E)
     torch.testing.assert_close(some.weight_LDE, all_there.weight_LDE)
+    none = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=0, projections=True)
+    initialise(none, torch.zeros(200, 5), states_LND, penalty=1.0, generator=seeded())
+    assert all(parameter.isfinite().all() for parameter in none.parameters())
 
 
 def test_vectors_are_standardised_before_they_are_projected():

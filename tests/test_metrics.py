@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from ranx import Qrels, Run, evaluate
 
+from rarec.evaluation.strata import bucket_labels
 from rarec.ranking import metric_values, rank_targets
 
 
@@ -42,3 +43,11 @@ def test_equal_to_ranx():
     ours = metric_values(rank_targets(users, items, targets, seen), [5, 10])
     for (name, column), figure in zip(ours.items(), theirs.values(), strict=True):
         assert column.mean() == pytest.approx(figure), name
+
+
+def test_buckets_hold_about_equally_many_and_few_values_have_one_each():
+    index, labels = bucket_labels(np.arange(1, 14))
+    assert index.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 4
+    assert labels == ["1-3", "4-6", "7-9", "10-13"]
+    index, labels = bucket_labels(np.array([0] * 90 + [1] * 2))
+    assert (index.tolist(), labels) == ([0] * 90 + [1] * 2, ["0", "1"])

@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import write_json, write_manifest, write_text
+from rarec.artefacts import read_manifest, write_json, write_manifest, write_text
 from rarec.config import ARMS, dump_config
 from rarec.config.identity import (
     arm_settings,
     evaluate_settings,
     prepare_settings,
+    rival_of,
     shard_settings,
     source_settings,
     vectors_of,
@@ -98,7 +99,8 @@ def finish(
         write_text(paths.train(name) / "log.jsonl", "".join(lines))
     from rarec.training.finished import training_hash
 
-    made_from = {name: training_hash(paths.train(name)) for name in config.train.arms} | {"prepare": prepare}
+    made_from = {name: training_hash(paths.train(name)) for name in config.train.arms}
+    made_from |= {"prepare": prepare, "rival": ids[rival_of(config)[0]]}
     write_ranks(paths.evaluation / "ranks.parquet", ranks, **of)
     write_json(paths.evaluation / "metrics.json", [])
     write_json(paths.evaluation / "strata.json", strata or [])
@@ -243,12 +245,26 @@ def test_what_was_kept_of_other_settings_is_not_shown(path):
     assert "arms.per_layer.train.lr: 0.001 -> 0.5" in made
 
 
-def test_what_was_kept_and_is_altered_is_refused(path):
+def test_a_field_that_came_after_a_run_was_kept_counts_as_its_default(path):
+    finish(load_sweep(path).runs[0], RANKS[17])
+    made = page(path)
+    shutil.rmtree("all")
+    kept = Path("results/sweep/plain/seed-17")
+    settings = read_manifest(kept, "results")["settings"]
+    del settings["alignment"]["missing"]
+    write_manifest(kept, "results", settings=settings, made_from={})
+    assert rows_of(page(path), "Figures") == rows_of(made, "Figures")
+    write_manifest(kept, "results", settings=settings | {"gone": 1}, made_from={})
+    assert "manifest.json: unknown field `gone`" in page(path)
+
+
+@pytest.mark.parametrize("file", ["run.json", "ranks.parquet", "manifest.json"])
+def test_what_was_kept_and_is_altered_is_refused(path, file):
     finish(load_sweep(path).runs[0], RANKS[17])
     page(path)
     shutil.rmtree("all")
-    Path("results/sweep/plain/seed-17/run.json").write_text("{}")
-    with pytest.raises(UserError, match=r"run.json is missing or altered") as told:
+    Path("results/sweep/plain/seed-17", file).write_text("{}")
+    with pytest.raises(UserError, match=file) as told:
         page(path)
     assert "fetch it again" in told.value.remedy
 
@@ -333,6 +349,17 @@ def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
         assert text in drawn
     page(path)
     assert Path("results-sweep-shards.share.svg").read_text() == drawn
+
+
+def test_a_grid_over_lists_is_drawn_with_each_as_it_is_written(path):
+    pytest.importorskip("matplotlib")
+    path.write_text(SWEEP.replace("grid: {shards.share: [0.5, 0.01]}", "grid: {train.blocks: [[0], [0, 1]]}"))
+    for run in load_sweep(path).runs[2:]:
+        finish(run, RANKS[17])
+    page(path)
+    drawn = Path("results-sweep-train.blocks.svg").read_text()
+    assert "[0]" in drawn
+    assert "[0, 1]" in drawn
 
 
 def test_grids_over_the_same_field_are_drawn_together(path):

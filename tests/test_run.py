@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import read_json, read_manifest
+from rarec.artefacts import read_json, read_manifest, write_manifest
 from rarec.cli import open_context
 from rarec.config import ARMS
 from rarec.errors import UserError
@@ -185,6 +185,15 @@ def test_an_evaluation_belongs_to_its_training(context, finished, tmp_path):
     done = run / "train" / "per_layer" / "done.json"
     done.write_text(json.dumps({**read_json(done), "best_step": 999}))
     with pytest.raises(UserError, match="made from another per_layer"):
+        evaluate(open_context(finished, [f"run.dir={run}"]))
+
+
+def test_an_evaluation_belongs_to_its_rival(context, finished, tmp_path):
+    run = shutil.copytree(context.paths.root, tmp_path / "run")
+    manifest = read_json(run / "evaluation" / "manifest.json")
+    made_from = {**manifest["made_from"], "rival": "another"}
+    write_manifest(run / "evaluation", "evaluate", settings=manifest["settings"], made_from=made_from)
+    with pytest.raises(UserError, match="made from another rival"):
         evaluate(open_context(finished, [f"run.dir={run}"]))
 
 

@@ -101,6 +101,15 @@ def test_extra_rows_are_counted_and_may_hold_anything(dataset, files):
     assert "1 rows belong to no item" in lines[0]
 
 
+def test_whether_gaps_are_refused_makes_another_source(dataset, files):
+    make(dataset)
+    settings, made_from = source_identity(
+        Import(items="items.npy", item_ids="ids.txt", missing="fallback"), dataset, seed=0
+    )
+    with pytest.raises(UserError, match='missing: "refuse" -> "fallback"'):
+        is_current(Path("out"), "ids", settings, made_from)
+
+
 def test_items_without_a_vector_may_be_left_to_the_fallback(dataset, files):
     np.save("items.npy", ITEMS[:2])
     Path("ids.txt").write_text("d\nb")
@@ -127,6 +136,16 @@ def test_user_rules_by_hand(dataset, files):
     assert recent[0, 0] == pytest.approx((0.25 * ALIGNED[0] + 0.5 * ALIGNED[1] + ALIGNED[2]) / 1.75)
     short = make(dataset, user_rule="mean", max_history=2).user_vectors(rows, history)
     assert short[0, 0] == pytest.approx(ALIGNED[1:3].mean(axis=0))
+
+
+def test_user_rules_pass_over_items_without_a_vector():
+    items = np.array([[1, 2], [3, 4], [0, 0]], np.float32)
+    for rule in ("mean", "last", "recency"):
+        users = HistoryRule.of(rule, 2.0, 2)
+        rows, histories = np.arange(3), [np.array([0, 2, 1, 2]), np.array([0, 1]), np.array([2])]
+        gap, without, none = users.vectors(items, rows, histories)
+        assert gap.tolist() == without.tolist()
+        assert none.tolist() == [[0, 0]]
 
 
 def test_histories_of_a_batch_do_not_touch_each_other():
@@ -257,6 +276,15 @@ def test_a_file_that_names_no_item_at_all_is_refused(dataset, files):
     np.save("items.npy", ITEMS[:2])
     Path("ids.txt").write_text("y\nz")
     refuse(dataset, r"no vector for 4 of 4 items", missing="fallback")
+
+
+def test_zero_vectors_are_refused_as_none(dataset, files):
+    np.save("items.npy", ITEMS * np.array([[1], [0], [1], [1]], np.float32))
+    problem = (
+        r"items\.npy: the vectors of 1 of 4 items \(first: 'b'\) are zero.*\n.*`sources\.image\.missing: fallback`"
+    )
+    refuse(dataset, problem)
+    assert make(dataset, missing="fallback").items_NE[1].tolist() == [0, 0]
 
 
 def test_missing_users_are_counted_and_named(dataset, files):

@@ -12,6 +12,7 @@ follow at its end. Entries with a grid over one field are drawn together beside 
 """
 
 import argparse
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,6 +138,7 @@ def _curves(sweep: Sweep, arms: Mapping[str, Arms], plots: Path) -> Iterator[str
     for run in sweep.runs:
         if len(run.grid) == 1 and run.name in arms:
             [(field, value)] = run.grid.items()
+            value = value if isinstance(value, int | float | str) else json.dumps(value)
             entries.setdefault(field, {}).setdefault(run.entry, {})[value] = arms[run.name]
     for field, of_field in entries.items():
         drawn = {entry: list(points.items()) for entry, points in of_field.items() if len(points) > 1}

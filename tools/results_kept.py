@@ -1,8 +1,9 @@
 """What `make_results.py` keeps of a finished run, small and fit to be published: all that a page is made of.
 
 Kept are the rank of each test user's target under each arm, with digests in place of the ids of users and targets, so
-that runs can still be paired; the strata; what each stage took, where and by which commit; and all settings. A run that
-is configured otherwise by now does not find what was kept of it.
+that runs can still be paired (who knows a user's id can find that user's ranks); the strata; what each stage took,
+where and by which commit; and the configuration. A run that is configured otherwise by now does not find what was kept
+of it; a field that came later counts as its default, and the commit tells.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.artefacts import (
+    MANIFEST,
     check_files,
     differences,
     new_directory,
@@ -33,6 +35,8 @@ from rarec.config.identity import (
     source_settings,
     vectors_of,
 )
+from rarec.config.load import validated
+from rarec.errors import UserError
 from rarec.evaluation.record import TrainingRecord, read_run
 from rarec.paths import RunPaths
 from rarec.sweep import SweepRun
@@ -40,7 +44,7 @@ from rarec.sweep import SweepRun
 KIND = "results"
 RANKS = "ranks.parquet"
 ABOUT = "run.json"
-_REMEDY = "fetch it again, or delete the directory and make the page where the run is finished"
+REMEDY = "fetch it again, or delete the directory and make the page where the run is finished"
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,9 @@ def keep(run: SweepRun, place: Path) -> None:
             "training": {arm: _seen(trained[arm]) for arm in run.config.train.arms if arm in trained},
         }
         write_json(aside / ABOUT, about)
-        write_manifest(aside, KIND, settings=_settings(run.config), made_from={"evaluate": manifest["hash"]})
+        write_manifest(
+            aside, KIND, settings=run.config.model_dump(mode="json"), made_from={"evaluate": manifest["hash"]}
+        )
 
 
 def kept(run: SweepRun, place: Path) -> Kept | None:
@@ -96,14 +102,28 @@ def kept(run: SweepRun, place: Path) -> Kept | None:
     directory = place / run.label
     if not directory.exists() or changed(run, place):
         return None
-    check_files(directory, read_manifest(directory, KIND), _REMEDY)
+    check_files(directory, _manifest(directory), REMEDY)
     return Kept(run, directory / RANKS, **read_json(directory / ABOUT))
 
 
 def changed(run: SweepRun, place: Path) -> list[str]:
     """The settings that are not as they were when the run was kept."""
     directory = place / run.label
-    return differences(read_manifest(directory, KIND)["settings"], _settings(run.config)) if directory.exists() else []
+    if not directory.exists():
+        return []
+    settings = _manifest(directory)["settings"]
+    try:
+        then = validated(RunConfig, settings, str(directory / MANIFEST))
+    except UserError as error:
+        return [error.problem]
+    return differences(_settings(then), _settings(run.config))
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    try:
+        return read_manifest(directory, KIND)
+    except UserError as error:
+        raise UserError(error.problem, REMEDY) from None
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -33,9 +33,9 @@ def source_settings(section: Ids | Recipe | Import, seed: int) -> dict[str, Any]
         holdout = section.held_out if isinstance(section, Ids) else 0.0
         return {"seed": seed, "holdout": holdout, "users": {"kind": chosen.kind, **chosen.model_dump(mode="json")}}
     if chosen.users is not None:
-        return {"users": {"kind": "table"}}
+        return {"missing": chosen.missing, "users": {"kind": "table"}}
     rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}
-    return {"users": {"kind": "rule", **rule}}
+    return {"missing": chosen.missing, "users": {"kind": "rule", **rule}}
 
 
 def shard_settings(config: RunConfig) -> dict[str, Any]:

@@ -41,9 +41,11 @@ class SideSample:
     def of_items(
         cls, dataset: PreparedDataset, prompts: PromptPair, sources: Mapping[str, Source], seed: int
     ) -> "SideSample":
-        """Items of the catalogue."""
+        """Items of the catalogue that have all of their vectors."""
         rng = np.random.default_rng([seed, *b"diagnostics"])
         rows = np.sort(rng.choice(dataset.n_items, min(SAMPLE, dataset.n_items), replace=False))
+        there = np.all([source.items_NE[rows].any(-1) for source in sources.values()], axis=0)
+        rows = rows[there] if there.any() else rows
         vectors = {name: source.items_NE[rows][:, None] for name, source in sources.items()}
         return cls("item", [dataset.titles[row] for row in rows], [prompts.item(int(row)) for row in rows], vectors)
 

@@ -14,12 +14,14 @@ BUCKETS = 4
 
 
 def bucket_labels(values: Numbers, buckets: int = BUCKETS) -> tuple[Numbers, list[str]]:
-    """Equal-frequency buckets of whole numbers; equal values share a bucket, so there may be fewer.
+    """Equal-frequency buckets of whole numbers; equal values share a bucket, and few values have one each.
 
     Returns:
         The bucket of each value, and labels such as "3-8" by bucket.
     """
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, buckets + 1)[1:-1], method="lower"))
+    edges = np.unique(values)[1:]
+    if len(edges) >= buckets:
+        edges = np.unique(np.quantile(values, np.linspace(0, 1, buckets + 1)[1:-1], method="lower"))
     index = np.unique(np.searchsorted(edges, values, side="right"), return_inverse=True)[1]
     parts = [values[index == bucket] for bucket in range(index.max() + 1)]
     labels = [str(part.min()) if part.min() == part.max() else f"{part.min()}-{part.max()}" for part in parts]

@@ -37,7 +37,9 @@ class Vectors:
     rows: npt.NDArray[np.generic]
     ids: pa.Array
 
-    def write_aligned(self, to: Path, wanted: pa.Array, of: str, remedy: str, *, gaps: bool = False) -> tuple[int, int]:
+    def write_aligned(
+        self, to: Path, wanted: pa.Array, of: str, remedy: str, *, gaps: bool = False
+    ) -> tuple[int, npt.NDArray[np.int64]]:
         """Write the rows of the wanted ids, in that order, as float32 `.npy`, a chunk at a time.
 
         Args:
@@ -48,13 +50,14 @@ class Vectors:
             gaps: some may be missing: theirs are zero vectors.
 
         Returns:
-            How many rows of the file were not wanted, and how many wanted ids it lacks.
+            How many rows of the file were not wanted, and which of N have a zero vector, as in the file or for a gap.
 
         Raises:
             UserError: a wanted id has no row (with `gaps`: none has), or its vector is not finite.
         """
         place_N = self._places(wanted, of, remedy, gaps)
         out = np.lib.format.open_memmap(to, mode="w+", dtype=np.float32, shape=(len(wanted), *self.rows.shape[1:]))
+        zero = [np.empty(0, np.int64)]
         for start in range(0, len(wanted), CHUNK):
             part = place_N[start : start + CHUNK]
             with np.errstate(over="ignore"):
@@ -68,9 +71,9 @@ class Vectors:
                     "export the vectors again, in float32 range",
                 )
             out[start : start + CHUNK] = block
+            zero.append(start + np.flatnonzero(~block.reshape(len(block), -1).any(axis=1)))
         out.flush()
-        lacking = int((place_N < 0).sum())
-        return len(self.ids) - (len(wanted) - lacking), lacking
+        return len(self.ids) - int((place_N >= 0).sum()), np.concatenate(zero)
 
     def _places(self, wanted: pa.Array, of: str, remedy: str, gaps: bool) -> npt.NDArray[np.int64]:
         """The file's row of each wanted id; -1 for a gap."""

@@ -63,7 +63,7 @@ def make_source(
             held_out = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
             figures = _train(chosen, held_out, aside, seed, progress, sha256_json([settings, made_from]), say)
         else:
-            figures = _import(chosen, dataset, aside, seed, say)
+            figures = _import(name, chosen, dataset, aside, seed, say)
         write_manifest(aside, KIND, settings=settings, made_from=made_from, name=name, **figures)
     progress.unlink(missing_ok=True)
     validation = figures["validation"]
@@ -92,15 +92,20 @@ def _train(
     return trained.figures
 
 
-def _import(config: Import, dataset: PreparedDataset, aside: Path, seed: int, say: Say) -> dict[str, Any]:
+def _import(name: str, config: Import, dataset: PreparedDataset, aside: Path, seed: int, say: Say) -> dict[str, Any]:
     items = read_vectors(config.items, config.item_ids, "items", "item_ids")
     if items.rows.ndim != 2:
         raise UserError(f"{config.items} has shape {items.rows.shape}", "item vectors have two axes: items, dimension")
-    remedy = "import a vector for every item of the catalogue, drop those items from it, or set `missing: fallback`"
+    field = f"{'ids.imported' if name == 'id' else f'sources.{name}'}.missing"
+    remedy = f"import a vector for every item of the catalogue, drop those items from it, or set `{field}: fallback`"
     gaps = config.missing == "fallback"
     unwanted, lacking = items.write_aligned(aside / ITEMS_FILE, dataset.item_ids, "item", remedy, gaps=gaps)
-    if lacking:
-        say(f"{config.items}: no vector for {lacking} of {dataset.n_items} items; a learned one takes its place")
+    if lacking.size and not gaps:
+        first = dataset.item_ids[int(lacking[0])].as_py()
+        of = f"{lacking.size} of {dataset.n_items} items (first: {first!r})"
+        raise UserError(f"{config.items}: the vectors of {of} are zero, which says that there are none", remedy)
+    if lacking.size:
+        say(f"{config.items}: no vector for {lacking.size} of {dataset.n_items} items; a learned one takes its place")
     extra = {"items": unwanted}
     items_NE = np.load(aside / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
     users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)

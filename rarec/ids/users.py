@@ -98,8 +98,9 @@ class HistoryRule:
         return cls(weights[rule])
 
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
-        """Weighted means (B, 1, E); an empty history gives the zero vector."""
-        rows_BT, lengths_B = pad(histories, len(self.weights_T))
+        """Weighted means (B, 1, E) of those that have a vector; a history without any gives the zero vector."""
+        known = [history[(items_NE[history] != 0).any(-1)] for history in histories]
+        rows_BT, lengths_B = pad(known, len(self.weights_T))
         age_BT = lengths_B[:, None] - 1 - np.arange(rows_BT.shape[1])
         weights_BT = np.where(age_BT >= 0, self.weights_T[age_BT], 0.0)
         weights_BT /= np.maximum(weights_BT.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)

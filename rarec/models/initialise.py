@@ -53,9 +53,11 @@ def initialise(
     if alignment.instructions_LMD is not None:
         alignment.instructions_LMD.add_(means_LD.unsqueeze(1))
     if alignment.projections:
-        there_N = (vectors_NE != 0).any(1)
-        alignment.standardise(vectors_NE[there_N])
         alignment.bias_LD.copy_(means_LD)
+        there_N = (vectors_NE != 0).any(1)
+        if not there_N.any():  # of a sparse source, a sample of the texts may have none
+            return
+        alignment.standardise(vectors_NE[there_N])
         if penalty is not None:
             standard_NE = (vectors_NE[there_N] - alignment.center_E) / alignment.scale_E
             alignment.weight_LDE.copy_(ridge_weights(standard_NE, states_LND[:, there_N], penalty))

@@ -33,7 +33,7 @@ users.
 
 ## Limits
 Measured on one log with one protocol. A ranking learnt from past behaviour repeats its biases: popular items and active
-users are served best. Items without text or without an ID vector are not covered.
+users are served best. Items without text are not covered.
 """
 
 

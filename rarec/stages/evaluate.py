@@ -43,7 +43,8 @@ def evaluate(context: Context) -> None:
     finished_shards(context)
     _ = context.main  # refused if it is not trained
     settings = evaluate_settings(config)
-    made_from = {name: arm_hash(context, ARMS[name]) for name in config.train.arms} | {"prepare": context.dataset.hash}
+    made_from: dict[str, str] = {name: arm_hash(context, ARMS[name]) for name in config.train.arms}
+    made_from |= {"prepare": context.dataset.hash, "rival": context.rival.hash}
     if context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
         return
     started = time.monotonic()

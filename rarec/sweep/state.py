@@ -15,6 +15,7 @@ from rarec.config.identity import (
     evaluate_settings,
     llm_settings,
     prepare_settings,
+    rival_of,
     shard_settings,
     source_settings,
     sources_of,
@@ -85,6 +86,7 @@ def _train(config: RunConfig, paths: RunPaths) -> bool:
 def _evaluate(config: RunConfig, paths: RunPaths) -> bool:
     made_from: dict[str, str] = {name: training_hash(paths.train(name)) for name in config.train.arms}
     made_from["prepare"] = _hash(paths.prepare, "prepare")
+    made_from["rival"] = _hash(paths.source(rival_of(config)[0]), "ids")
     return is_current(paths.evaluation, "evaluate", evaluate_settings(config), made_from)
 
 
