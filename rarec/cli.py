@@ -111,7 +111,7 @@ def shards(
     deep: Annotated[bool, typer.Option("--deep", help="With --verify: look into every sample as well.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="With --verify: make again only what is broken.")] = False,
 ) -> None:
-    """3. Select samples, cache text states, write shards. Next: accelerate launch launch/train.py --config CONFIG"""
+    """3. Select samples, cache text states, write shards. Next: rarec train CONFIG, or launch/train.py on ranks"""
     if ((repair or deep) and not verify) or (fresh and verify):
         raise UserError("--repair and --deep go with --verify, and --verify not with --fresh")
     if not verify:
@@ -124,7 +124,7 @@ def shards(
 
 @app.command(rich_help_panel="Stages, in order")
 def train(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """4. Train every arm (as launch/train.py does). Next: accelerate launch launch/evaluate.py --config CONFIG"""
+    """4. Train every arm (as launch/train.py does). Next: rarec evaluate CONFIG, or launch/evaluate.py"""
     run_stage("train", config, overrides, fresh)
 
 
@@ -174,8 +174,10 @@ def sweep(
     sbatch: Annotated[str, typer.Option(help="With --slurm: more options of sbatch, in one text.")] = "",
 ) -> None:
     """Many runs of one configuration, one after the other; what is done is skipped, what they share is made once."""
-    if (sbatch and not slurm) or (listed and slurm):
-        raise UserError("--sbatch goes with --slurm, and --list without it")
+    if sbatch and not slurm:
+        raise UserError("--sbatch is for jobs", "give it together with --slurm")
+    if listed and slurm:
+        raise UserError("--list prints the runs and --slurm submits them", "give one of the two")
     from rarec.sweep import command
 
     with stoppable():

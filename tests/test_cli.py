@@ -100,7 +100,10 @@ def test_a_script_that_accelerate_launches_ends_in_the_same_way(finished, tmp_pa
     [
         (["run", "nowhere.yaml"], "configuration nowhere.yaml does not exist"),
         (["run", "CONFIG", "train.epoch=3"], "unknown field `train.epoch`; did you mean `epochs`"),
-        (["run", "CONFIG", "train.epochs=many"], "field `train.epochs`"),
+        (["run", "CONFIG", "train.epochs=many"], "override 'train.epochs=many': field `train.epochs`"),
+        (["run", "CONFIG", "prompt.user={soft:id} {history}"], 'prompt.user="..."'),
+        (["run", "."], "configuration . is a directory, not a file"),
+        (["sweep", "x.yaml", "--list", "--slurm"], "give one of the two"),
         (["run", "CONFIG", "epochs"], "not of the form section.field=value"),
         (["run", "CONFIG", "export.arm=input"], "`export.arm`: input is not among train.arms"),
         (["recommend", "CONFIG", "--user", "7"], "user '7' is not in"),

@@ -43,7 +43,7 @@ def test_overrides_are_yaml(small):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.epoch=3", r"small.yaml: unknown field `train.epoch`; did you mean `epochs`\?"),
+        ("train.epoch=3", r"override .train.epoch=3.: unknown field `train.epoch`; did you mean `epochs`\?"),
         ("trian.epochs=3", r"unknown field `trian`; did you mean `train`\?"),
         ("ids.sasrec.dims=3", r"unknown field `ids.sasrec.dims`; did you mean `dim`\?"),
         ("train.epochs=three", r"field `train.epochs`: .*integer.*'three'"),
@@ -116,3 +116,10 @@ def test_no_other_configuration_escapes_these_tests():
     folders = {path.parent.name for path in (ROOT / "configs").rglob("*.*") if path.is_file()}
     assert folders == {"runs", "accelerate", "deepspeed", "sweeps"}
     assert {path.stem for path in (ROOT / "configs" / "deepspeed").iterdir()} < {*ENGINES}
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("run: {dir: Müller}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.yaml is not UTF-8 text.*\n.*save it as UTF-8"):
+        load_config(path)

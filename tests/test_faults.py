@@ -156,6 +156,8 @@ def test_a_file_with_one_byte_changed_is_refused_by_name(finished, copied, file,
         ("shards.share=0.5", "evaluate", r"shards\.share"),
         ("train.lr=0.5", "evaluate", r"train\.lr"),
         ("readout.head=false", "export", r"readout\.head"),
+        ("evaluate.users=5", "report", r"evaluate\.users: null -> 5"),
+        ("train.lr=0.5", "report", r"train\.lr"),
         ("run.seed=3", "evaluate", "seed: 17 -> 3"),
     ],
 )
@@ -195,12 +197,21 @@ def test_a_block_that_the_model_lacks_is_refused(finished, copied, field, stage)
         stage(open_context(finished, [copied, f"{field}=[2]"], fresh=True))
 
 
-def test_a_fresh_stage_that_fails_leaves_what_was_made_before(finished, copied):
-    place = Path(copied.removeprefix("run.dir="))
-    before = (place / "prepare" / "manifest.json").read_bytes()
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        ("prepare", "prepare.min_user_interactions=500"),
+        ("shards", "shards.state_blocks=[2]"),
+        ("train", "train.blocks=[2]"),
+        ("train", "train.trackers=[nosuch]"),
+    ],
+)
+def test_a_fresh_stage_that_fails_leaves_what_was_made_before(finished, copied, stage, override):
+    place = Path(copied.removeprefix("run.dir=")) / stage
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     with pytest.raises(UserError):
-        STAGES["prepare"](open_context(finished, [copied, "prepare.min_user_interactions=500"], fresh=True))
-    assert (place / "prepare" / "manifest.json").read_bytes() == before
+        STAGES[stage](open_context(finished, [copied, override], fresh=True))
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
 
 
 def test_killed_shards_of_other_settings_leave_no_tar_behind(finished, copied):

@@ -103,9 +103,8 @@ def test_extra_rows_are_counted_and_may_hold_anything(dataset, files):
 
 def test_whether_gaps_are_refused_makes_another_source(dataset, files):
     make(dataset)
-    settings, made_from = source_identity(
-        Import(items="items.npy", item_ids="ids.txt", missing="fallback"), dataset, seed=0
-    )
+    lenient = Import(items="items.npy", item_ids="ids.txt", missing="fallback")
+    settings, made_from = source_identity("image", lenient, dataset, seed=0)
     with pytest.raises(UserError, match='missing: "refuse" -> "fallback"'):
         is_current(Path("out"), "ids", settings, made_from)
 
@@ -205,23 +204,23 @@ def test_writing_to_a_source_leaves_its_file(dataset, files):
 def test_identity_follows_contents_not_paths(dataset, files):
     config = Import(items="items.npy", item_ids="ids.txt")
     make(dataset)
-    assert is_current(Path("out"), "ids", *source_identity(config, dataset, 0))
+    assert is_current(Path("out"), "ids", *source_identity("image", config, dataset, 0))
     Path("items.npy").rename("moved.npy")
     moved = Import(items="moved.npy", item_ids="ids.txt")
-    assert is_current(Path("out"), "ids", *source_identity(moved, dataset, 0))
+    assert is_current(Path("out"), "ids", *source_identity("image", moved, dataset, 0))
     np.save("moved.npy", ITEMS + 1)
     with pytest.raises(UserError, match="another items"):
-        is_current(Path("out"), "ids", *source_identity(moved, dataset, 0))
+        is_current(Path("out"), "ids", *source_identity("image", moved, dataset, 0))
     Path("moved.npy").unlink()
-    with pytest.raises(UserError, match=r"`items`: moved.npy does not exist"):
-        source_identity(moved, dataset, 0)
+    with pytest.raises(UserError, match=r"`sources.image.items`: moved.npy does not exist"):
+        source_identity("image", moved, dataset, 0)
 
 
 def test_identity_of_a_trained_source_is_its_recipe(dataset, files):
-    settings, made_from = source_identity(Ids(sasrec=SasRec(dim=8)), dataset, 5)
+    settings, made_from = source_identity("id", Ids(sasrec=SasRec(dim=8)), dataset, 5)
     assert (settings["seed"], settings["users"]["dim"], made_from) == (5, 8, {"prepare": "by hand"})
     imported = Ids(model="import", imported=Import(items="items.npy", item_ids="ids.txt"))
-    assert source_identity(imported, dataset, 5)[0]["users"]["kind"] == "rule"
+    assert source_identity("id", imported, dataset, 5)[0]["users"]["kind"] == "rule"
 
 
 def test_a_torn_source_is_named(dataset, files):
@@ -275,7 +274,7 @@ def test_missing_items_are_counted_and_named(dataset, files):
 def test_a_file_that_names_no_item_at_all_is_refused(dataset, files):
     np.save("items.npy", ITEMS[:2])
     Path("ids.txt").write_text("y\nz")
-    refuse(dataset, r"no vector for 4 of 4 items", missing="fallback")
+    refuse(dataset, r"its ids \(.*\) are none of the items' \('a', 'b', 'c', 'd'\)", missing="fallback")
 
 
 def test_zero_vectors_are_refused_as_none(dataset, files):
@@ -375,8 +374,8 @@ def test_parquet_needs_its_columns(dataset, files):
 
 
 def test_ids_are_named_once(dataset, files):
-    refuse(dataset, r"name a list of ids as `item_ids`", item_ids=None)
-    refuse(dataset, r"`item_ids`: items\.parquet has ids of its own", items="items.parquet")
+    refuse(dataset, r"name a list of ids as `sources\.image\.item_ids`", item_ids=None)
+    refuse(dataset, r"`sources.image.item_ids`: items\.parquet has ids of its own", items="items.parquet")
 
 
 def test_text_ids_must_be_text(dataset, files):
@@ -387,9 +386,9 @@ def test_text_ids_must_be_text(dataset, files):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"items": "none.npy"}, r"`items`: none\.npy does not exist"),
-        ({"item_ids": "none.txt"}, r"`item_ids`: none\.txt does not exist"),
-        ({"items": "ids.txt"}, r"`items`: ids\.txt is of no known format"),
+        ({"items": "none.npy"}, r"`sources.image.items`: none\.npy does not exist"),
+        ({"item_ids": "none.txt"}, r"`sources.image.item_ids`: none\.txt does not exist"),
+        ({"items": "ids.txt"}, r"`sources.image.items`: ids\.txt is of no known format"),
     ],
 )
 def test_missing_files_and_unknown_formats_name_the_field(dataset, files, fields, match):

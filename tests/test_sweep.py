@@ -117,7 +117,8 @@ def test_an_override_is_one_word_and_reads_back_equal(value):
         ({}, {}, r"field `runs`"),
         ({"a": None}, {"stage": ["train"]}, r"sweep.yaml: unknown field `stage`; did you mean `stages`"),
         ({"a": None}, {"stages": ["evalute"]}, r"field `stages.0`.*'evaluate'"),
-        ({"a": None}, {"base": "no.yaml"}, r"no.yaml does not exist"),
+        ({"a": None}, {"base": "no.yaml"}, r"sweep.yaml, field `base`: .*no.yaml does not exist\n  -> it is named"),
+        ({"a": {"export.arm": "input"}}, {}, r"run 'a': export.arm is input, which is not among train.arms"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(unswept, runs, fields, message):

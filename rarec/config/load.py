@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,11 +37,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, where: str, remedy: str = "") -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: it builds plain values only
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {error}") from None
+        told = str(error).replace('in "<unicode string>", ', "in ")
+        raise UserError(f"{where} is not valid YAML: {told}", remedy) from None
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -54,10 +55,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or not YAML, or a field is unknown, missing or of the wrong type.
     """
-    tree = read_tree(path)
+    tree, given = read_tree(path), dict[str, str]()
     for override in overrides:
-        set_field(tree, *parse_override(override))
-    return validated(RunConfig, tree, str(path))
+        name, value = parse_override(override)
+        set_field(tree, name, value)
+        given[name] = f"override {override!r}"
+    return validated(RunConfig, tree, str(path), given)
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
@@ -68,8 +71,15 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"configuration {path} does not exist", "the project's own lie in configs/runs/")
-    tree = _parse(path.read_text(encoding="utf-8"), str(path))
+        problem = "is a directory, not a file" if path.is_dir() else "does not exist"
+        raise UserError(
+            f"configuration {path} {problem}", "our own lie in configs/runs/, and sweeps in configs/sweeps/"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8") from None
+    tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no fields", "see configs/runs/demo.yaml for an example")
     return tree
@@ -84,7 +94,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     name, separator, value = override.partition("=")
     if not separator or not name:
         raise UserError(f"override {override!r} is not of the form section.field=value")
-    return name, _parse(value, f"override {override!r}")
+    remedy = f"put a text with braces, colons or the like in quotes of its own: '{name}=\"...\"'"
+    return name, _parse(value, f"override {override!r}", remedy)
 
 
 def format_override(name: str, value: Any) -> str:
@@ -107,13 +118,14 @@ def set_field(tree: dict[str, Any], name: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def validated(model: type[Model], tree: dict[str, Any], where: str) -> Model:
+def validated(model: type[Model], tree: dict[str, Any], where: str, given: Mapping[str, str] | None = None) -> Model:
     """The fields of a file as what they should be.
 
     Args:
         model: the strict type of the file.
         tree: as `read_tree` gives it.
         where: for messages.
+        given: the same for fields that were not given there, by their names.
 
     Raises:
         UserError: a field is unknown, missing or of the wrong type; one line each.
@@ -121,7 +133,7 @@ def validated(model: type[Model], tree: dict[str, Any], where: str) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(detail, model)}" for detail in error.errors()]
+        lines = [f"{_place(detail, given or {}, where)}: {_explain(detail, model)}" for detail in error.errors()]
         raise UserError("\n".join(lines)) from None
 
 
@@ -137,6 +149,12 @@ def dump_config(config: BaseModel) -> str:
 def without_password(text: str) -> str:
     """The same text; URLs lose the password between user and host."""
     return re.sub(r"(://[^:/@\s'\"]+):[^\s'\"]+@", r"\1:...@", text)
+
+
+def _place(detail: ErrorDetails, given: Mapping[str, str], where: str) -> str:
+    """Where the field was given, or the section that it stands in."""
+    names = [".".join(map(str, detail["loc"][:depth])) for depth in range(len(detail["loc"]), 0, -1)]
+    return next((given[name] for name in names if name in given), where)
 
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:

@@ -79,7 +79,10 @@ class Vectors:
         """The file's row of each wanted id; -1 for a gap."""
         wanted, own = _comparable(wanted, self.ids)
         place_N = pc.index_in(wanted, value_set=own)
-        if place_N.null_count and not (gaps and place_N.null_count < len(wanted)):
+        if place_N.null_count == len(wanted):
+            problem = f"{self.path}: its ids ({_shown(own)}) are none of the {of}s' ({_shown(wanted)})"
+            raise UserError(problem, f"name each row by the {of}'s id as the log has it")
+        if place_N.null_count and not gaps:
             missing = wanted.filter(place_N.is_null())
             raise UserError(
                 f"{self.path}: no vector for {len(missing)} of {len(wanted)} {of}s (first: {_shown(missing)})", remedy

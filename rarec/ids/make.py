@@ -20,7 +20,9 @@ from rarec.ids.validation import Validation
 Say = Callable[[str], None]
 
 
-def source_identity(config: Ids | Import, dataset: PreparedDataset, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
+def source_identity(
+    name: str, config: Ids | Import, dataset: PreparedDataset, seed: int
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and hashes of inputs, as the manifest will hold them: whether a source must be made again.
 
     A trained source depends on its recipe and the seed, an imported one on the contents of its files, not their paths.
@@ -33,7 +35,7 @@ def source_identity(config: Ids | Import, dataset: PreparedDataset, seed: int) -
     for field in IMPORTED_FILES if isinstance(chosen, Import) else ():
         path = getattr(chosen, field)
         if path is not None:
-            made_from[field] = sha256_file(existing(path, field))
+            made_from[field] = sha256_file(existing(path, _field(name, field)))
     return source_settings(config, seed), made_from
 
 
@@ -56,7 +58,7 @@ def make_source(
         UserError: files to import are not as they should be, or training fails.
     """
     chosen = _chosen(config)
-    settings, made_from = source_identity(config, dataset, seed)
+    settings, made_from = source_identity(name, config, dataset, seed)
     progress = progress_file(directory)
     with new_directory(directory) as aside:
         if isinstance(chosen, Recipe):
@@ -83,6 +85,11 @@ def _chosen(config: Ids | Import) -> Recipe | Import:
     return config if isinstance(config, Import) else config.chosen
 
 
+def _field(name: str, field: str) -> str:
+    """What a field of an import is called in the configuration."""
+    return f"ids.imported.{field}" if name == "id" else f"sources.{name}.{field}"
+
+
 def _train(
     config: Recipe, dataset: PreparedDataset, aside: Path, seed: int, progress: Path, identity: str, say: Say
 ) -> dict[str, Any]:
@@ -93,11 +100,11 @@ def _train(
 
 
 def _import(name: str, config: Import, dataset: PreparedDataset, aside: Path, seed: int, say: Say) -> dict[str, Any]:
-    items = read_vectors(config.items, config.item_ids, "items", "item_ids")
+    items = read_vectors(config.items, config.item_ids, _field(name, "items"), _field(name, "item_ids"))
     if items.rows.ndim != 2:
         raise UserError(f"{config.items} has shape {items.rows.shape}", "item vectors have two axes: items, dimension")
-    field = f"{'ids.imported' if name == 'id' else f'sources.{name}'}.missing"
-    remedy = f"import a vector for every item of the catalogue, drop those items from it, or set `{field}: fallback`"
+    remedy = "import a vector for every item of the catalogue, drop those items from it, or set "
+    remedy += f"`{_field(name, 'missing')}: fallback`"
     gaps = config.missing == "fallback"
     unwanted, lacking = items.write_aligned(aside / ITEMS_FILE, dataset.item_ids, "item", remedy, gaps=gaps)
     if lacking.size and not gaps:
@@ -110,7 +117,7 @@ def _import(name: str, config: Import, dataset: PreparedDataset, aside: Path, se
     items_NE = np.load(aside / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
     users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)
     if config.users is not None:
-        table = read_vectors(config.users, config.user_ids, "users", "user_ids")
+        table = read_vectors(config.users, config.user_ids, _field(name, "users"), _field(name, "user_ids"))
         remedy = "import a vector for every user, or leave `users` out: a rule makes them from the history"
         table = _per_user(table, items_NE.shape[1], config.items)
         extra["users"], _ = table.write_aligned(aside / USERS_FILE, dataset.user_ids, "user", remedy)

@@ -50,7 +50,7 @@ def build_model(
         shapes: of every source.
         named: the sources that each side's template names.
     """
-    backbone, blocks = loaded.backbone, _blocks(config, arm, len(loaded.backbone.blocks))
+    backbone, blocks = loaded.backbone, aligned_blocks(config, arm, len(loaded.backbone.blocks))
 
     def tower(side: str) -> Tower:
         chosen = {name: shapes[name].side(side) for name in named[side]} if blocks else {}
@@ -78,7 +78,12 @@ def whole_size(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _blocks(config: RunConfig, arm: Arm, count: int) -> tuple[int, ...]:
+def aligned_blocks(config: RunConfig, arm: Arm, count: int) -> tuple[int, ...]:
+    """The blocks whose slots an arm overwrites, of a model with so many.
+
+    Raises:
+        UserError: `train.blocks` names one that the model lacks.
+    """
     if arm.blocks == "none":
         return ()
     if arm.blocks == "input":

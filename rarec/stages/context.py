@@ -200,7 +200,7 @@ class Context:
 
     def _source(self, name: str, section: Ids | Import) -> Source:
         directory = self.paths.source(name)
-        settings, made_from = source_identity(section, self.dataset, self.config.run.seed)
+        settings, made_from = source_identity(name, section, self.dataset, self.config.run.seed)
         is_current(directory, "ids", settings, made_from)
         source = open_source(directory)
         check_files(directory, source.manifest)

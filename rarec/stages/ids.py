@@ -10,7 +10,7 @@ def ids(context: Context) -> None:
     seed = context.config.run.seed
     for name, section in vectors_of(context.config).items():
         directory = context.paths.source(name)
-        settings, made_from = source_identity(section, context.dataset, seed)
+        settings, made_from = source_identity(name, section, context.dataset, seed)
         with context.alone(directory):
             if context.is_done(directory, "ids", settings, made_from):
                 continue

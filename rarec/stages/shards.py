@@ -35,9 +35,9 @@ def shards(context: Context) -> None:
 
 def _shards(context: Context) -> None:
     config, directory = context.config.shards, context.paths.shards
-    context.start_over(directory)
     remote = context.config.train.stream.remote
     if remote:  # made elsewhere
+        context.start_over(directory)
         finished_shards(context)
         context.say(f"{directory} describes the shards at {remote}")
         return
@@ -47,6 +47,7 @@ def _shards(context: Context) -> None:
         return
     parts, ranks = ShardParts(context), context.ranks
     parts.tell_size()
+    context.start_over(directory)
     directory.mkdir(parents=True, exist_ok=True)  # not aside: a killed stage goes on with the shards it has
     identity = sha256_json({"settings": settings, "made_from": made_from})
     with context.engine.serving(context.llm.backbone):

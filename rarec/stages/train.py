@@ -18,7 +18,7 @@ from rarec.config.identity import arm_settings
 from rarec.config.schema import Train
 from rarec.data.shards.index import INDEX
 from rarec.data.shards.stream import SampleStream
-from rarec.models.build import trained_parameters, whole_size
+from rarec.models.build import aligned_blocks, trained_parameters, whole_size
 from rarec.models.encode import Encoder
 from rarec.models.objective import Objective
 from rarec.models.towers import RaRec
@@ -50,6 +50,8 @@ def train(context: Context) -> None:
     if context.engine.advice(context.config.llm):
         context.say(context.engine.advice(context.config.llm))
     for name in context.config.train.arms:
+        aligned_blocks(context.config, ARMS[name], len(context.llm.backbone.blocks))  # refused before the first arm
+    for name in context.config.train.arms:
         context.ranks.at(f"loading the model of arm {name}", 0)
         train_arm(context, ARMS[name], feed)
 
@@ -58,17 +60,17 @@ def train_arm(context: Context, arm: Arm, feed: Feed) -> None:
     """Train one arm, or go on with it."""
     directory, config, ranks = context.paths.train(arm.name), context.config.train, context.ranks
     settings, made_from = arm_settings(context.config, arm), {"shards": feed.manifest["hash"]}
-    context.start_over(directory)
     begun = context.is_done(directory, "train", settings, made_from)
     if begun and (directory / DONE).exists():
         return
     context.made = True
     checkpoints = checkpoints_of(context, arm)
-    excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
+    excluded = feed.exclusions(directory, begun=begun and bool(checkpoints.steps()))
     stream = feed.stream(excluded)
     stream.plan.check_ranks(ranks.count * config.accumulate, config.epochs)
     accelerator = build_accelerator(ranks, config.trackers, directory) if ranks.first else None
-    if not begun:  # nothing was written before all that can be refused was
+    if not begun:  # nothing was written or thrown away before all that can be refused was
+        context.start_over(directory)
         ranks.once(lambda: write_manifest(_made(directory), "train", settings=settings, made_from=made_from))
     ranks.once(lambda: feed.record(directory, excluded))
     state = _resumed(checkpoints, ranks, context.say)

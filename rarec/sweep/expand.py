@@ -102,6 +102,8 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
     """
     file = validated(SweepFile, read_tree(path), str(path))
     base, common = path.parent / file.base, dict(map(parse_override, overrides))
+    if not base.is_file():
+        raise UserError(f"{path}, field `base`: {base} does not exist", "it is named as seen from the sweep's file")
     tree = read_tree(base)
     _refuse(common, f"{path}, override for all runs")
     own_place = isinstance(tree.get("run"), dict) and tree["run"].get("shared")
@@ -111,6 +113,9 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
         for whole, seed, grid, fields in _points(file, name, common, f"{path}: run {name!r}"):
             overrides = {**place, **fields}
             config = _resolved(tree, overrides, f"{path}: run {whole!r} over {base}")
+            if "evaluate" in file.stages and config.export.arm not in config.train.arms:
+                problem = f"{path}: run {whole!r}: export.arm is {config.export.arm}, which is not among train.arms"
+                raise UserError(problem, "compare one that is trained: set export.arm, or add it to train.arms")
             runs.append(SweepRun(name, whole, seed, grid, overrides, config))
     twice = _repeated(run.label for run in runs)
     if twice is not None:

@@ -74,11 +74,17 @@ def find_files(path: str, field: str) -> Files:
     system = _file_system(place, field) if "://" in place else None
     found = _list(place) if system is None else _list_remote(place, system)
     if not found:
-        raise UserError(f"{field}: {path} does not exist, or holds no table", f"known suffixes: {', '.join(FORMATS)}")
+        raise UserError(
+            f"{field}: {path} does not exist, or holds no table",
+            f"paths are relative to the current directory; known suffixes: {', '.join(FORMATS)}",
+        )
     formats = {file: _format(file) for file in found}
     for file, kind in formats.items():
         if kind is None:
-            raise UserError(f"{field}: {file} has no known suffix", f"known suffixes: {', '.join(FORMATS)}")
+            raise UserError(
+                f"{field}: {file} has no known suffix",
+                f"known suffixes: {', '.join(FORMATS)}",
+            )
         if not (system.size(file) if system else Path(file).stat().st_size):
             raise UserError(f"{field}: {file} is empty", "give a table with at least one row")
     if len(set(formats.values())) > 1:

@@ -158,7 +158,8 @@ class _Preparation:
         if count or all(field != entry["step"] for entry in ledger.steps):
             log = self.engine.keep("log", steps.without(ledger.log, dropped, column)) if count else ledger.log
             left = {what: ledger.counts[what] - count}
-            ledger.apply(field, log, note, f"lower prepare.{field}, or give a longer log", **left)
+            others = " or prepare.split.new_items" if self.config.split.new_items else ""
+            ledger.apply(field, log, note, f"lower prepare.{field}{others}, or give a longer log", **left)
         return bool(count)
 
     def _items(self, codes: ir.Table, log: ir.Table) -> ir.Table:
