@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +87,8 @@ def plan(
     cluster = Cluster.of(gpus, machines, memory, device)
     made = import_module("rarec.stages.plan").plan(open_context(config, overrides), cluster, zero and stage_of(zero))
     out = Console() if sys.stdout.isatty() else Console(width=120)
-    for part in import_module("rarec.planning.table").show(made):
+    words = shlex.join([str(config), *(overrides or [])])
+    for part in import_module("rarec.planning.table").show(made, words):
         print(part) if isinstance(part, str) else out.print(part)
 
 

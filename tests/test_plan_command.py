@@ -104,7 +104,7 @@ def test_where_nothing_helps_it_says_so(large):
 
 def lines(path: Path, cluster: Cluster, asked: str | None = None, overrides: tuple[str, ...] = ()) -> str:
     made = plan(open_context(path, list(overrides)), cluster, stage_of(asked) if asked else None)
-    return "\n".join(part for part in show(made) if isinstance(part, str))
+    return "\n".join(part for part in show(made, "mine.yaml run.seed=3") if isinstance(part, str))
 
 
 def test_the_command_prints_arms_engines_advice_and_how_to_start(llama, tmp_path, capsys, monkeypatch):
@@ -136,7 +136,7 @@ def test_a_change_is_told_with_the_command_that_makes_it(llama, tmp_path):
     assert "DDP lacks" in told
     assert "smallest change that makes it fit: train.accumulate=2 (" in told
     assert "this changes what is trained" in told
-    assert "launch/train.py --config CONFIG train.accumulate=2" in told
+    assert "launch/train.py --config mine.yaml run.seed=3 train.accumulate=2" in told
 
 
 def test_a_plan_of_8b_reads_config_json_alone_and_takes_seconds_and_little_memory(tmp_path):

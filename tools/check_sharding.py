@@ -1,4 +1,4 @@
-"""What a rank holds of a frozen language model of 1.1B parameters, what loading it takes, and how small the bundle is.
+"""What a rank holds of a frozen language model of 1.04B parameters, what loading it takes, and how small the bundle is.
 
     python tools/check_sharding.py DIR [--keep-activations]
 

@@ -76,7 +76,7 @@ class Prepare(Section):
     """Logs to a prepared dataset."""
 
     engine: str = "duckdb"
-    """What computes: `duckdb` in this process, `spark` (extra `spark`, Java 17), or an Ibis URL such as
+    """What computes: `duckdb` in this process, `spark` (extra `spark`, Java 17 or 21), or an Ibis URL such as
     `postgres://user:password@host/database`, for tables there."""
     spark: dict[str, str] = Field(default={})
     """Settings of the Spark session, such as `spark.master: yarn`; local on all cores by default."""

@@ -48,13 +48,18 @@ class Plan:
     advice: Advice
 
 
-def show(plan: Plan) -> Iterator[Table | str]:
-    """Tables and lines, one after the other."""
+def show(plan: Plan, run: str) -> Iterator[Table | str]:
+    """Tables and lines, one after the other.
+
+    Args:
+        plan: what is shown.
+        run: its file and overrides, for the command that starts it.
+    """
     yield _title(plan) + "\n"
     yield _arms(plan)
     yield ""
     yield _engines(plan)
-    yield "\n" + "\n".join((*_advice(plan), *_facts(plan)))
+    yield "\n" + "\n".join((*_advice(plan, run), *_facts(plan)))
 
 
 def name_of(setting: Setting) -> str:
@@ -98,7 +103,7 @@ def _engines(plan: Plan) -> Table:
     return table
 
 
-def _advice(plan: Plan) -> Iterator[str]:
+def _advice(plan: Plan, run: str) -> Iterator[str]:
     advice, planned = plan.advice, plan.advice.setting
     advised = "none yet" if advice.stage is None else name_of(replace(planned, stage=advice.stage))
     yield f"advised: {advised}; {advice.why}."
@@ -108,7 +113,7 @@ def _advice(plan: Plan) -> Iterator[str]:
     yield from _of_zero_3(plan, chosen)
     if advice.fits or advice.change:
         overrides = [word for word in planned.changes(chosen) if not word.startswith("--")]
-        yield f"start it: {_command(chosen)}{''.join(f' {word}' for word in overrides)}"
+        yield f"start it: {_command(chosen)} {run}{''.join(f' {word}' for word in overrides)}"
 
 
 def _of_zero_3(plan: Plan, chosen: Setting) -> Iterator[str]:
@@ -145,7 +150,7 @@ def _facts(plan: Plan) -> Iterator[str]:
     else:
         fast, hours = estimate.speed, GUESSED / estimate.speed.samples / 3600
         yield (
-            f"speed: {fast.seconds:,.2f} s a step, {fast.tokens:,.0f} tokens/s a GPU, {hours:,.2f} hours for each "
+            f"speed: {_few(fast.seconds)} s a step, {fast.tokens:,.0f} tokens/s a GPU, {_few(hours)} hours for each "
             f"{GUESSED:,} samples; without validation, at {MFU:.0%} of the peak"
         )
     yield _prompts(calculator, plan.largest, setting)
@@ -183,7 +188,7 @@ def _command(setting: Setting) -> str:
     file = "one" if name_of(setting) == "one process" else FILES[setting.stage]
     machines = f" --num_machines {cluster.machines}" if cluster.machines > 1 else ""
     launch = f"accelerate launch --config_file configs/accelerate/{file}.yaml --num_processes {cluster.ranks}{machines}"
-    return f"{launch} launch/train.py --config CONFIG"
+    return f"{launch} launch/train.py --config"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -192,6 +197,11 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _few(number: float) -> str:
+    """In few digits, however small."""
+    return f"{number:,.2f}" if number >= 1 else f"{number:.2g}"
 
 
 def _size(size: float) -> str:
