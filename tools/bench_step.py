@@ -178,7 +178,7 @@ def main() -> None:
     }
     world.model.train()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    tokens = [collate(samples).tokens for samples in batches]
+    tokens = [collate(samples, len(samples)).tokens for samples in batches]
     for samples in [batches[0], *batches]:  # the first round warms up
         batch = collate(samples, len(samples))
         for name, step in steps.items():
