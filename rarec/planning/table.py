@@ -113,7 +113,7 @@ def _advice(plan: Plan, run: str) -> Iterator[str]:
     yield from _of_zero_3(plan, chosen)
     if advice.fits or advice.change:
         overrides = [word for word in planned.changes(chosen) if not word.startswith("--")]
-        yield f"start it: {_command(chosen)} {run}{''.join(f' {word}' for word in overrides)}"
+        yield f"start it: {_command(chosen, run)}{''.join(f' {word}' for word in overrides)}"
 
 
 def _of_zero_3(plan: Plan, chosen: Setting) -> Iterator[str]:
@@ -183,12 +183,12 @@ def _listed(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
 
 
-def _command(setting: Setting) -> str:
+def _command(setting: Setting, run: str) -> str:
     cluster = setting.cluster
     file = "one" if name_of(setting) == "one process" else FILES[setting.stage]
     machines = f" --num_machines {cluster.machines}" if cluster.machines > 1 else ""
     launch = f"accelerate launch --config_file configs/accelerate/{file}.yaml --num_processes {cluster.ranks}{machines}"
-    return f"{launch} launch/train.py --config"
+    return f"{launch} launch/train.py --config {run}"
 
 
 def _table(title: str, *columns: str) -> Table:
