@@ -102,6 +102,18 @@ def test_a_zero_vector_gives_way_to_the_learned_one():
     assert source.fallback_E.grad.tolist() == [1, 1, 1], "of the first row alone"
 
 
+@pytest.mark.parametrize("missing", [["id"], ["id", "image"]])
+def test_of_several_sources_those_that_are_there_are_read(missing):
+    module, vectors = make_module(), make_vectors()
+    for name in missing:
+        vectors[name][0] = 0
+    there_BS = module.there(vectors)
+    whose = [name for name, count in module.slots.items() for _ in range(count)]
+    assert there_BS[0].tolist() == [name not in missing for name in whose]
+    assert there_BS[1:].all()
+    assert make_module(projections=False).there(vectors).all(), "blind to vectors"
+
+
 def test_vectors_that_are_not_there_do_not_shape_the_start():
     vectors_NE = 4 + 7 * torch.randn(200, 5, generator=seeded(2))
     states_LND = states_from(vectors_NE)

@@ -1,5 +1,7 @@
 """Ranking of arms and their late fusion: one dot product of what stands side by side, the best of K where there are."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -23,11 +25,26 @@ def text() -> Ranker:
 def test_a_fused_score_is_the_sum_of_both(text, interests):
     ids = ranker(RNG.standard_normal((5, interests, 2)), RNG.standard_normal((7, 2)))
     rows, histories = np.arange(5), [np.array([], int)] * 5
-    fused = text.fused(ids, 0.7)
+    fused = text.fused(ids, 0.7, 0.0)
     scores_BN = (fused.users(rows, histories) @ fused.items_NZ.T).max(1)
     own_BN = text.users(rows, histories) @ text.items_NZ.T
     others_BN = (ids.users(rows, histories) @ ids.items_NZ.T).max(1)
     assert np.allclose(scores_BN, own_BN + 0.7 * others_BN, atol=1e-5)
+
+
+def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_arm_lets_expect():
+    """ID scores are 5 - 2 x the arm's, but item 3 has no vector: as if it had one, it lies on the same line."""
+    arm_N, lacking_N = np.array([1.0, 4.0, 7.0, 9.0, -3.0]), np.arange(5) == 3
+    id_N = 5 - 2 * arm_N
+    arm = ranker(np.ones((6, 1)), arm_N[:, None])
+    gapped = np.where(lacking_N, id_N[~lacking_N].mean(), id_N)
+    ids = replace(ranker(np.ones((6, 1)), gapped[:, None]), lacking_N=lacking_N)
+    question = Question(np.arange(6), [np.array([], int)] * 6, np.full(6, 4))  # the lowest of the arm's: weight counts
+    fused, weight = fuse(arm, ids, question)
+    assert weight > 0
+    ratio = arm_N[~lacking_N].std() / id_N[~lacking_N].std()
+    expected_N = arm_N + weight * ratio * id_N
+    assert np.allclose(fused.scores(question), expected_N, atol=1e-5)
 
 
 @pytest.mark.parametrize("interests", [1, 3])

@@ -118,7 +118,7 @@ def test_no_instructions(saved, arm):
 # ---- what trains
 
 
-@pytest.mark.parametrize("readout", [{"head": False}, {"normalise": False, "residual": True}], ids=["plain", "all"])
+@pytest.mark.parametrize("readout", [{"head": False}, {"normalise": False}], ids=["plain", "heads"])
 @pytest.mark.parametrize("arm", ARMS)
 def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
     world = World(saved["llama"], arm, readout=readout)
@@ -127,7 +127,7 @@ def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
     trained = trained_parameters(world.model.train())
     assert all("lora_" in name for name in trained if name.startswith("backbone."))
     roots = {name.split(".")[0] if "." not in name else ".".join(name.split(".")[:2]) for name in trained}
-    expected = {"user.readout", "item.readout", "alpha"} if "residual" in readout else {"log_scale"}
+    expected = {"user.readout", "item.readout"} if "normalise" in readout else {"log_scale"}
     expected |= {"user.alignment", "item.alignment"} if arm in SLOTTED else set()
     expected |= {"backbone.model"} if arm == "per_layer_lora" else set()
     assert roots == expected
@@ -184,6 +184,19 @@ def test_the_pooled_positions_are_text_and_the_mean_of_the_slots_is_added_where_
         torch.testing.assert_close(encoding.vectors_BZ[row], pooled, atol=1e-5, rtol=1e-5)
 
 
+def test_slots_in_place_of_a_missing_vector_are_not_read(saved):
+    """What is read of them then is nothing; the text still attends to them."""
+    world = World(saved["bert"], "per_layer", readout={"normalise": False})
+    for array in world.items.values():
+        array[1] = 0
+    _, batch = world.batches()
+    read = world.model({"item": batch})["item"].vectors_BZ
+    unread = World(saved["bert"], "per_layer", readout={"normalise": False, "slots": False})
+    plain = unread.model({"item": batch})["item"].vectors_BZ
+    changed_B = (read - plain).abs().amax(1) > 1e-4
+    assert changed_B.tolist() == [row != 1 for row in range(BATCH)]
+
+
 @pytest.mark.parametrize(
     ("normalise", "recommendation", "scale", "learned"),
     [(True, "softmax", 20, True), (True, "bpr", 20, True), (False, "softmax", 20, False), (False, "bpr", 1, False)],
@@ -203,15 +216,3 @@ def test_heads_start_at_the_identity(saved):
         "item.readout.slot_head.weight",
     }
     assert World(saved["bert"], "text_only").model.user.readout.slot_head is None, "it has no slots"
-
-
-@pytest.mark.parametrize("arm", ["text_only", "prefix_only", "per_layer"])
-def test_the_residual_adds_alpha_times_the_id_score(saved, arm):
-    """Carried by the vectors, so that a catalogue is still ranked by one matrix product; e_u is the mean of its K."""
-    world, without = World(saved["bert"], arm, readout={"residual": True}), World(saved["bert"], arm)
-    assert world.model.alpha == 0
-    torch.testing.assert_close(world.scores(), without.scores())
-    with torch.no_grad():
-        world.model.alpha.fill_(-0.7)
-    id_scores = torch.from_numpy(world.users["id"].mean(1) @ world.items["id"][:, 0].T).float()
-    torch.testing.assert_close(world.scores() - without.scores(), -0.7 * id_scores, atol=1e-5, rtol=1e-4)

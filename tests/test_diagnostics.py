@@ -146,7 +146,7 @@ def make_model(
             source.reset(torch.Generator().manual_seed(0), spread=1.0)
         return Tower(alignment, Readout(HIDDEN, "last", True, False, False))
 
-    return RaRec(backbone, tower(), tower(), scale=1.0, learn_scale=False, residual=False).eval()
+    return RaRec(backbone, tower(), tower(), scale=1.0, learn_scale=False).eval()
 
 
 def make_batch(seed: int = 0) -> SideBatch:

@@ -86,8 +86,6 @@ class Readout(Section):
     most 1024: all maps together then take 17 MB at most, with an 8B model they would take 270."""
     slots: bool = True
     """Add what the last block makes of the slots, their mean; with `head` through a map of its own."""
-    residual: bool = False
-    """Add alpha (e_u . e_i) to the score, alpha learned from 0."""
 
 
 class Loss(Section):

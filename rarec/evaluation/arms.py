@@ -85,15 +85,18 @@ class Ranker:
     Attributes:
         items_NZ: the catalogue's vectors.
         users: from rows and histories to vectors (B, Z), or (B, K, Z) where the best of K counts.
+        lacking_N: items that have no vector of their own, and the mean item's in its place; None if there are none.
     """
 
     items_NZ: Float32
     users: Callable[[Rows, Sequence[Rows]], Float32]
+    lacking_N: npt.NDArray[np.bool_] | None = None
 
     @classmethod
     def of_source(cls, source: Source) -> "Ranker":
         """The ID model itself."""
-        return cls(np.asarray(source.scored_NE), source.user_vectors)
+        lacking_N = (source.items_NE == 0).all(1)
+        return cls(np.asarray(source.scored_NE), source.user_vectors, lacking_N if lacking_N.any() else None)
 
     @classmethod
     def of_model(cls, encoder: Encoder) -> "Ranker":
@@ -107,15 +110,30 @@ class Ranker:
 
         return cls(encoder.items(), users)
 
-    def fused(self, other: "Ranker", weight: float) -> "Ranker":
-        """Late fusion: this one's score plus `weight` (not negative) times the other's, which is the best of its K."""
+    def fused(self, other: "Ranker", weight: float, slope: float) -> "Ranker":
+        """Late fusion: this one's score plus `weight` (not negative) times the other's, which is the best of its K.
+
+        For an item that the other knows no vector of, its score is what this one's lets expect: as many times `slope`
+        from the user's mean as this one's is from its own.
+        """
 
         def users(rows: Rows, histories: Sequence[Rows]) -> Float32:
             others_BKE = other.users(rows, histories).reshape(len(rows), -1, other.items_NZ.shape[1])
             own_BKZ = np.repeat(self.users(rows, histories)[:, None], others_BKE.shape[1], 1)
             return np.concatenate([own_BKZ, weight * others_BKE], 2, dtype=np.float32)
 
-        return Ranker(np.concatenate([self.items_NZ, other.items_NZ], 1), users)
+        own_NZ = self.items_NZ
+        if other.lacking_N is not None:
+            mean_Z = own_NZ[~other.lacking_N].mean(0)
+            expected_NZ = own_NZ + weight * slope * (own_NZ - mean_Z)
+            own_NZ = np.where(other.lacking_N[:, None], expected_NZ, own_NZ)
+        return Ranker(np.concatenate([own_NZ, other.items_NZ], 1), users)
+
+    def scores(self, question: Question) -> Float32:
+        """Of the whole catalogue, (B, N)."""
+        users = self.users(question.user_rows, question.histories)
+        scores_BN: Float32 = (users.reshape(len(users), -1, self.items_NZ.shape[1]) @ self.items_NZ.T).max(1)
+        return scores_BN
 
     def best(self, question: Question, k: int) -> npt.NDArray[np.int64]:
         """The k best unseen items of each user, (B, k)."""

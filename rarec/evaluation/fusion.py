@@ -8,7 +8,7 @@ from rarec.ranks import ALONE, Ranks
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.5, 5.0, 10.0)
 """Of the ID score, relative to the spread of the two scores."""
-SPREAD_USERS = 64
+COMPARED_USERS = 64
 
 
 def fuse(arm: Ranker, ids: Ranker, validation: Question, processes: Ranks = ALONE) -> tuple[Ranker, float]:
@@ -23,15 +23,23 @@ def fuse(arm: Ranker, ids: Ranker, validation: Question, processes: Ranks = ALON
     Returns:
         The fused ranker and the weight, relative to the ratio of the two scores' spreads.
     """
-    ratio = _spread(arm, validation) / _spread(ids, validation)
-    ranks = rank_all(validation, {str(weight): arm.fused(ids, weight * ratio) for weight in WEIGHTS}, processes)
+    ratio, slope = _compared(arm, ids, validation)
+    fused = {weight: arm.fused(ids, weight * ratio, slope) for weight in WEIGHTS}
+    ranks = rank_all(validation, {str(weight): ranker for weight, ranker in fused.items()}, processes)
     values = [metric_values(ranks[str(weight)], SELECTION_CUTOFFS)[SELECTED_BY].mean() for weight in WEIGHTS]
     weight = WEIGHTS[int(np.argmax(values))]
-    return arm.fused(ids, weight * ratio), weight
+    return fused[weight], weight
 
 
-def _spread(ranker: Ranker, question: Question) -> float:
-    """Mean over some users of the standard deviation of their scores over the catalogue."""
-    users = ranker.users(question.user_rows[:SPREAD_USERS], question.histories[:SPREAD_USERS])
-    scores_BN = (users.reshape(len(users), -1, ranker.items_NZ.shape[1]) @ ranker.items_NZ.T).max(1)
-    return float(scores_BN.std(1).mean()) or 1.0
+def _compared(arm: Ranker, ids: Ranker, question: Question) -> tuple[float, float]:
+    """How both score the items that the ID model knows, for some users.
+
+    Returns:
+        The ratio of the spreads, and how much of ID score goes with one of the arm's, by least squares.
+    """
+    some = Question(question.user_rows[:COMPARED_USERS], question.histories[:COMPARED_USERS], question.targets)
+    known = slice(None) if ids.lacking_N is None else ~ids.lacking_N
+    arm_BN, ids_BN = arm.scores(some)[:, known], ids.scores(some)[:, known]
+    ratio = (float(arm_BN.std(1).mean()) or 1.0) / (float(ids_BN.std(1).mean()) or 1.0)
+    arm_BN = arm_BN - arm_BN.mean(1, keepdims=True)
+    return ratio, float((arm_BN * ids_BN).sum() / ((arm_BN * arm_BN).sum() or 1.0))

@@ -71,6 +71,11 @@ class SourceAlignment(nn.Module):
         standard_BKE = torch.where(there_BK1, standard_BKE, self.fallback_E)
         return torch.einsum("lde,bke->lbkd", self.weight_LDE, standard_BKE) + self.bias_LD[:, None, None]
 
+    def there(self, vectors_BKE: Tensor) -> Tensor:
+        """Which slots tell something, (B, M + K): none where there is no vector. Of `prefix_only`, blind to it, all."""
+        some_B = (vectors_BKE != 0).flatten(1).any(1) if self.projections else vectors_BKE.new_ones(len(vectors_BKE))
+        return some_B.bool()[:, None].expand(-1, self.count)
+
     def forward(self, vectors_BKE: Tensor) -> tuple[Tensor, Tensor | None]:
         """Slots (L, B, M + K, D), and p (L, B, K, D) or None."""
         batch = vectors_BKE.shape[0]
@@ -123,6 +128,10 @@ class AlignmentModule(nn.Module):
     def named_sources(self) -> list[tuple[str, SourceAlignment]]:
         """The sources' own alignments by name."""
         return [(name, cast(SourceAlignment, source)) for name, source in self.sources.items()]
+
+    def there(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Which slots tell something, (B, S): not those of a source that has no vector for this user or item."""
+        return torch.cat([source.there(vectors[name]) for name, source in self.named_sources()], 1)
 
     def forward(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Slots (L, B, S, D), and for each source that has them its projections p (L, B, K, D)."""

@@ -64,12 +64,11 @@ def build_model(
 
     plain = not config.readout.normalise
     scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature
-    residual = config.readout.residual
-    return RaRec(backbone, tower("user"), tower("item"), scale=scale, learn_scale=not plain, residual=residual)
+    return RaRec(backbone, tower("user"), tower("item"), scale=scale, learn_scale=not plain)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by name: alignment, heads, scale, alpha, LoRA. The frozen model is not in it."""
+    """What trains, by name: alignment, heads, scale, LoRA. The frozen model is not in it."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -61,7 +61,8 @@ class Readout(nn.Module):
     """Final hidden states to the scored vector (all ours).
 
     The pooled states of the text, and added to them, if wanted, the mean of the slots'; each through a head that starts
-    at the identity, if wanted; an L2 norm, if wanted.
+    at the identity, if wanted; an L2 norm, if wanted. Slots that stand for a missing vector are not read: they are the
+    same for all that have none, and what they share would drown in the norm what their texts tell apart.
 
     Args:
         hidden: D.
@@ -77,15 +78,16 @@ class Readout(nn.Module):
         self.head = _identity(hidden, bias=True) if head else None
         self.slot_head = _identity(hidden, bias=False) if head and slots else None
 
-    def forward(self, hidden_BTD: Tensor, mask_BT: Tensor, positions_BK: Tensor) -> Tensor:
-        """(B, D) from final hidden states, the mask of text and slots, and where the slots are."""
+    def forward(self, hidden_BTD: Tensor, mask_BT: Tensor, positions_BK: Tensor, there_BK: Tensor) -> Tensor:
+        """(B, D) from final hidden states, the mask of text and slots, where the slots are, and which to read."""
         text_BT = mask_BT.scatter(1, positions_BK, 0)
         pooled_BD = pool_text(hidden_BTD, text_BT, "mean" if self.pool == "mean" else "last").float()
         if self.head is not None:
             pooled_BD = self.head(pooled_BD)
         if self.slots:
             index_BKD = positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-            slots_BD = hidden_BTD.gather(1, index_BKD).mean(1).float()
+            weights_BK1 = there_BK.float().unsqueeze(-1)
+            slots_BD = (hidden_BTD.gather(1, index_BKD).float() * weights_BK1).sum(1) / weights_BK1.sum(1).clamp_min(1)
             pooled_BD = pooled_BD + (self.slot_head(slots_BD) if self.slot_head is not None else slots_BD)
         return F.normalize(pooled_BD, dim=-1) if self.normalise else pooled_BD
 
@@ -117,20 +119,20 @@ class Tower(nn.Module):
 
     def forward(self, backbone: FrozenBackbone, batch: SideBatch) -> Encoding:
         """Slots from the sources' vectors, one pass of the frozen model, readout of the text."""
-        slots, projected = None, {}
+        slots, projected, there_BK = None, {}, batch.positions_BK
         if self.alignment is not None:
             slots_LBKD, projected = self.alignment(batch.vectors)
             slots = Slots(slots_LBKD, batch.positions_BK, self.alignment.blocks)
+            there_BK = self.alignment.there(batch.vectors)
         hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
-        vectors_BZ = self.readout(hidden_BTD, batch.mask_BT, batch.positions_BK)
+        vectors_BZ = self.readout(hidden_BTD, batch.mask_BT, batch.positions_BK, there_BK)
         return Encoding(vectors_BZ, slots.slots_LBKD if slots else None, projected)
 
 
 class RaRec(nn.Module):
     """The whole model. score(u, i) = users' vector . items' vector, so a catalogue is ranked by one matrix product.
 
-    A learned scale (under `normalise`) multiplies the user's vector. A residual `alpha (e_u . e_i)` is carried by the
-    vectors themselves: [z_u, alpha e_u] . [z_i, e_i].
+    A learned scale (under `normalise`) multiplies the user's vector.
 
     Args:
         backbone: the frozen language model.
@@ -138,46 +140,23 @@ class RaRec(nn.Module):
         item: the item tower.
         scale: the score's multiplier at the start.
         learn_scale: whether it trains.
-        residual: whether alpha is there; it starts at 0.
     """
 
-    def __init__(
-        self,
-        backbone: FrozenBackbone,
-        user: Tower,
-        item: Tower,
-        *,
-        scale: float,
-        learn_scale: bool,
-        residual: bool,
-    ) -> None:
+    def __init__(self, backbone: FrozenBackbone, user: Tower, item: Tower, *, scale: float, learn_scale: bool) -> None:
         super().__init__()
         self.backbone, self.user, self.item = backbone, user, item
         # of one number, not of none: DeepSpeed cannot send those
         self.log_scale = nn.Parameter(torch.tensor([scale]).log(), requires_grad=learn_scale)
-        self.alpha = nn.Parameter(torch.zeros(1)) if residual else None
 
     def forward(self, sides: Mapping[str, SideBatch]) -> dict[str, Encoding]:
         """Encode the sides that are given: `user`, `item` or both.
 
         Always by a call of the whole: an engine that shards the model gathers weights when modules are called.
         """
-        encode = {"user": self._users, "item": self._items}
-        return {side: encode[side](batch) for side, batch in sides.items()}
-
-    def _users(self, batch: SideBatch) -> Encoding:
-        """Users' vectors carry the scale and the residual's alpha."""
-        encoding = self.user(self.backbone, batch)
-        return self._with_residual(encoding, encoding.vectors_BZ * self.log_scale.exp(), batch, self.alpha)
-
-    def _items(self, batch: SideBatch) -> Encoding:
-        encoding = self.item(self.backbone, batch)
-        one = torch.ones(1, device=encoding.vectors_BZ.device)
-        return self._with_residual(encoding, encoding.vectors_BZ, batch, one)
-
-    def _with_residual(
-        self, encoding: Encoding, vectors_BZ: Tensor, batch: SideBatch, factor: Tensor | None
-    ) -> Encoding:
-        if self.alpha is not None and factor is not None:
-            vectors_BZ = torch.cat([vectors_BZ, factor * batch.vectors["id"].float().mean(1)], -1)
-        return Encoding(vectors_BZ, encoding.slots_LBKD, encoding.projected)
+        encoded: dict[str, Encoding] = {
+            side: getattr(self, side)(self.backbone, batch) for side, batch in sides.items()
+        }
+        if "user" in encoded:
+            scaled_BZ = encoded["user"].vectors_BZ * self.log_scale.exp()
+            encoded["user"] = encoded["user"]._replace(vectors_BZ=scaled_BZ)
+        return encoded

@@ -19,7 +19,7 @@ Weights = Mapping[str, Tensor]
 
 
 def alignment_state(model: RaRec, trained: Weights | None = None) -> dict[str, Tensor]:
-    """Every tensor beside the backbone: both sides' alignment, heads, scale, alpha.
+    """Every tensor beside the backbone: both sides' alignment, heads, scale.
 
     Args:
         model: whole, or sharded by an engine.

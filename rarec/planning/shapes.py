@@ -70,7 +70,7 @@ class ArmShapes:
 
     @property
     def trained(self) -> list[Weight]:
-        """Alignment, heads, scale, alpha, LoRA."""
+        """Alignment, heads, scale, LoRA."""
         return [weight for weight in self.weights if weight.trains]
 
     @property
