@@ -113,8 +113,10 @@ def stream_of(directory: Path, by: str) -> SampleStream:
     manifest = read_manifest(directory, "shards")
     check_files(directory, {**manifest, "files": {INDEX: manifest["files"][INDEX]}})
     index_S = open_index(directory, manifest)
-    size = {"batch_size": BATCH} if by == "batch_size" else {"tokens_per_batch": BUDGET}
-    return SampleStream(Plan(index_S["shard"], index_S["tokens"], 0, **size), index_S, LocalTars(directory), ITEMS)
+    shards, tokens = index_S["shard"], index_S["tokens"]
+    by_size = by == "batch_size"
+    plan = Plan(shards, tokens, 0, batch_size=BATCH) if by_size else Plan(shards, tokens, 0, tokens_per_batch=BUDGET)
+    return SampleStream(plan, index_S, LocalTars(directory), ITEMS)
 
 
 def restarts(directory: Path, rounds: int) -> Iterator[tuple[str, float]]:

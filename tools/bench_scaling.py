@@ -29,6 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from figures import Figure, at_least, print_table
@@ -57,7 +58,12 @@ llm: {{path: {root}/llm}}
 shards: {{share: {share}}}
 train: {{arms: [{arm}], epochs: 1000, max_steps: {steps}, validate_every: {steps}, validation_users: 8}}
 """
-LLAMA = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
+LLAMA: dict[str, Any] = {
+    "num_hidden_layers": 8,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_attention_heads": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,16 @@ def write_tokenizer(directory: Path, texts: Iterable[str]) -> int:
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer, core.pre_tokenizer = lower, split
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(directory)
+    whole = PreTrainedTokenizerFast(tokenizer_object=core, **special)  # type: ignore[no-untyped-call]
+    whole.save_pretrained(directory)
     return len(vocabulary)
 
 
 def launch(engine: str, script: Sequence[str | Path], cores: Sequence[int], told: Path) -> subprocess.Popen[bytes]:
     """Start a script on as many ranks as cores, of one thread each, pinned to those; what they say goes into a file."""
     file = ROOT / "configs" / "accelerate" / f"{engine}.yaml"
-    options = ["--config_file", file, "--num_processes", str(len(cores)), "--main_process_port", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
+    options: list[str | Path] = ["--config_file", file, "--num_processes", str(len(cores)), "--main_process_port", "0"]
+    command: list[str | Path] = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)  # which the process inherits
@@ -147,7 +154,13 @@ class World:
         run, batch = self.root / name, self.batch * len(cores)
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(self.root / "run", run)
-        script = ["launch/train.py", "--config", self.config, f"run.dir={run}", f"train.batch_size={batch}"]
+        script: list[str | Path] = [
+            "launch/train.py",
+            "--config",
+            self.config,
+            f"run.dir={run}",
+            f"train.batch_size={batch}",
+        ]
         told = self.root / f"{name}.txt"
         return Training(launch(engine, script, cores, told), told, run / "train" / ARM, batch)
 

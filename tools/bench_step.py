@@ -13,10 +13,11 @@ busy machine slows all three alike; medians are reported.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from rarec.config import ARMS
 from rarec.config.method import Llm, Loss, Prompt
 from rarec.config.schema import RunConfig, Train
 from rarec.data.shards.samples import Sample
+from rarec.ids.source import Source
 from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
 from rarec.models.load import load_model
 from rarec.models.objective import Objective
@@ -106,10 +108,9 @@ class World:
 def bare_step(world: World, batch: Batch) -> None:
     """Frozen forward, backward to the inputs."""
     for side in (batch.users, batch.items):
-        embedded = world.loaded.backbone.trunk.get_input_embeddings()(side.ids_BT).requires_grad_()
-        world.loaded.backbone.trunk(
-            inputs_embeds=embedded, attention_mask=side.mask_BT
-        ).last_hidden_state.sum().backward()
+        trunk: Any = world.loaded.backbone.trunk
+        embedded = trunk.get_input_embeddings()(side.ids_BT).requires_grad_()
+        trunk(inputs_embeds=embedded, attention_mask=side.mask_BT).last_hidden_state.sum().backward()
 
 
 def our_step(
@@ -118,7 +119,7 @@ def our_step(
     """What the training loop does with a batch."""
     batch = collate(samples, len(samples))
     encoded = world.model({"user": batch.users, "item": batch.items})
-    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()
+    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -132,12 +133,13 @@ def naive_step(
     longest = max(len(sample.tokens_T) for sample in world.samples) + sum(world.model.user.slots.values())
     users, items = (pad(side, longest, world.filler) for side in (batch.users, batch.items))
     encoded = world.model({"user": users, "item": items})
-    backbone, table = world.loaded.backbone, world.loaded.backbone.trunk.get_input_embeddings().weight
+    backbone, trunk = world.loaded.backbone, cast(Any, world.loaded.backbone.trunk)
+    table = trunk.get_input_embeddings().weight
     with torch.no_grad():
         for side in (users, items):
             backbone.text_states(side.ids_BT, side.mask_BT, world.blocks)
             backbone(side.ids_BT, side.mask_BT) @ table.T
-    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()
+    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -167,7 +169,8 @@ def main() -> None:
     world = World(arguments.llm, arguments.batch, arguments.rounds)
     prompts = [world.prompts.item(row) for row in range(ITEMS)]
     states = text_states(world.loaded.backbone, prompts, world.blocks, world.filler)
-    collate = Collator(world.model, world.prompts, world.vectors, states, missing=0.0)
+    sources = cast(Mapping[str, Source], world.vectors)
+    collate = Collator(world.model, world.prompts, sources, states, missing=0.0)
     objective = Objective(Loss(), torch.ones(ITEMS), world.blocks)
     optimizer = build_optimizer(trained_parameters(world.model), Train())
     batches = [world.samples[at : at + arguments.batch] for at in range(0, len(world.samples), arguments.batch)]

@@ -71,7 +71,8 @@ class Training:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What trains and its moments, as the newest checkpoint has them."""
-        files = sorted(self.checkpoint().rglob("*.safetensors"))
+        newest = self.checkpoint()
+        files = sorted(newest.rglob("*.safetensors")) if newest else []
         return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -101,7 +102,8 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     with suppress(psutil.Error):
         for process in psutil.Process(launcher).children(recursive=True):
             with suppress(psutil.Error, KeyError):
-                if process.parent().cmdline() != process.cmdline():
+                parent = process.parent()
+                if parent is not None and parent.cmdline() != process.cmdline():
                     found[int(process.environ()["RANK"])] = process
     return found
 

@@ -69,10 +69,16 @@ def main() -> None:
 def write_llm(path: Path, blocks: int, hidden: int) -> None:
     """A Llama of random weights, and a tokenizer of few words."""
     torch.manual_seed(0)
-    shape = {"num_hidden_layers": blocks, "hidden_size": hidden, "intermediate_size": 3 * hidden, "vocab_size": 4000}
+    shape: dict[str, Any] = {
+        "num_hidden_layers": blocks,
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "vocab_size": 4000,
+    }
     LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=2)).save_pretrained(path)
     core = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(path)
 
 
 def run_tree(scratch: Path, case: Case, batch: int) -> dict[str, Any]:
@@ -127,7 +133,9 @@ def measured(case: Case, tree: dict[str, Any], scratch: Path) -> dict[str, int]:
     if case.stage in ("1", "2", "3"):
         shipped = json.loads((ROOT / "configs" / "deepspeed" / f"zero{case.stage}.json").read_text())
         deepspeed.write_text(json.dumps({"zero_optimization": shipped["zero_optimization"] | LIMITS}))
-    processes.spawn(train_on, (case, tree, port, str(deepspeed), str(out)), nprocs=case.ranks)
+    processes.spawn(  # type: ignore[attr-defined, no-untyped-call]
+        train_on, (case, tree, port, str(deepspeed), str(out)), nprocs=case.ranks
+    )
     found: dict[str, int] = json.loads(out.read_text())
     return found
 

@@ -116,6 +116,7 @@ class Training:
                 if parameter.requires_grad and parameter.numel() > 1:
                     parameter.normal_(std=0.02)
         self.optimisation = context.engine.train(model, context.config.train)
+        self.optimizer: Any = getattr(self.optimisation, "optimizer")  # noqa: B009 (each engine's own, not its protocol's)
         self.objective = Objective(context.config.loss, torch.ones(shape.total), shape.state_blocks, self.ranks)
         self.gradients = 0
         model.train()
@@ -156,9 +157,9 @@ class Training:
         """What stays from step to step."""
         every = list(self.model.parameters())
         frozen, trained = ([p for p in every if p.requires_grad == trains] for trains in (False, True))
-        optimizer = getattr(self.optimisation.optimizer, "optimizer", self.optimisation.optimizer)
+        own = self.optimizer
+        optimizer = getattr(own, "optimizer", own)
         states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        own = self.optimisation.optimizer
         flat = getattr(own, "single_partition_of_fp32_groups", getattr(own, "fp32_partitioned_groups_flat", []))
         return {
             "frozen weights": bytes_of(local(frozen)),
@@ -169,7 +170,7 @@ class Training:
 
     def gradient_tensors(self) -> list[Tensor]:
         """Those of parameters, and where DeepSpeed keeps its own."""
-        own = self.optimisation.optimizer
+        own = self.optimizer
         kept = [own.grad_partitions_flat_buffer] if hasattr(own, "grad_partitions_flat_buffer") else []
         for name in ("averaged_gradients", "all_grad_tensors"):
             kept += [t for group in getattr(own, name, {}).values() for t in group or ()]
@@ -180,10 +181,9 @@ class Training:
         """A part for this rank, with some padding."""
         shape, width = self.shape, self.model.backbone.hidden_size
         rows_b = torch.arange(shape.rows) * shape.ranks + self.ranks.index
-        states = (torch.randn(shape.rows, len(shape.state_blocks), width) for _ in SIDES)
-        targets = Targets(rows_b, rows_b.clone(), torch.full((shape.rows, HISTORY), -1), *states, shape.total)
-        users, items = (self.side(side) for side in SIDES)
-        return users, items, targets
+        users, items = (torch.randn(shape.rows, len(shape.state_blocks), width) for _ in SIDES)
+        targets = Targets(rows_b, rows_b.clone(), torch.full((shape.rows, HISTORY), -1), users, items, shape.total)
+        return self.side("user"), self.side("item"), targets
 
     def side(self, side: str) -> SideBatch:
         """Its prompts, slots first."""

@@ -142,11 +142,14 @@ def _short(commit: str) -> str:
 
 
 def _seen(one: Kept) -> str:
-    return "; ".join(f"{arm_title(arm)}: {_steps(**counts)}" for arm, counts in one.training.items())
+    return "; ".join(
+        f"{arm_title(arm)}: {_count(counts['steps'])}, {_count(counts['samples'])}"
+        for arm, counts in one.training.items()
+    )
 
 
-def _steps(steps: int, samples: int | None) -> str:
-    return f"{steps:,}, {_UNKNOWN if samples is None else f'{samples:,}'}"
+def _count(number: int | None) -> str:
+    return _UNKNOWN if number is None else f"{number:,}"
 
 
 def _each(texts: Sequence[str]) -> str:
