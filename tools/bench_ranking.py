@@ -46,7 +46,7 @@ def bare_product(users: npt.NDArray[np.float32], items: npt.NDArray[np.float32])
     chunk = BLOCK_BYTES // (4 * len(items))
     out = torch.empty(chunk, len(items))
     items_DN = torch.from_numpy(items).T
-    for part in torch.from_numpy(users).split(chunk):  # type: ignore[no-untyped-call]
+    for part in torch.from_numpy(users).split(chunk):
         torch.mm(part, items_DN, out=out[: len(part)])
 
 

@@ -90,8 +90,7 @@ def write_tokenizer(directory: Path, texts: Iterable[str]) -> int:
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer, core.pre_tokenizer = lower, split
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-    whole = PreTrainedTokenizerFast(tokenizer_object=core, **special)  # type: ignore[no-untyped-call]
-    whole.save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(directory)
     return len(vocabulary)
 
 

@@ -119,7 +119,7 @@ def our_step(
     """What the training loop does with a batch."""
     batch = collate(samples, len(samples))
     encoded = world.model({"user": batch.users, "item": batch.items})
-    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()  # type: ignore[no-untyped-call]
+    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()
     torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -139,7 +139,7 @@ def naive_step(
         for side in (users, items):
             backbone.text_states(side.ids_BT, side.mask_BT, world.blocks)
             backbone(side.ids_BT, side.mask_BT) @ table.T
-    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()  # type: ignore[no-untyped-call]
+    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()
     torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

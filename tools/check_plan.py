@@ -77,8 +77,7 @@ def write_llm(path: Path, blocks: int, hidden: int) -> None:
     }
     LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=2)).save_pretrained(path)
     core = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")  # type: ignore[no-untyped-call]
-    tokenizer.save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(path)
 
 
 def run_tree(scratch: Path, case: Case, batch: int) -> dict[str, Any]:

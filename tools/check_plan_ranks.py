@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -116,7 +116,7 @@ class Training:
                 if parameter.requires_grad and parameter.numel() > 1:
                     parameter.normal_(std=0.02)
         self.optimisation = context.engine.train(model, context.config.train)
-        self.optimizer: Any = getattr(self.optimisation, "optimizer")  # noqa: B009 (each engine's own, not its protocol's)
+        self.optimizer = cast(Any, self.optimisation).optimizer  # each engine's own, not its protocol's
         self.objective = Objective(context.config.loss, torch.ones(shape.total), shape.state_blocks, self.ranks)
         self.gradients = 0
         model.train()

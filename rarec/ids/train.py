@@ -187,7 +187,7 @@ class _Training:
                 f"lower ids.{self.settings.kind}.lr (now {self.settings.lr:g}); the epochs before are kept",
             )
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         return value
 

@@ -125,7 +125,7 @@ def _quantisation(config: Llm) -> Any:
 
     compute = getattr(torch, config.dtype)
     kind = {"load_in_4bit": True, "bnb_4bit_quant_type": config.quantize, "bnb_4bit_compute_dtype": compute}
-    return BitsAndBytesConfig(**kind)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(**kind)
 
 
 def _locate(name: str, converted: Path) -> str:

@@ -36,7 +36,7 @@ WAIT = 0.5
 """Seconds between looks at what another run is making."""
 
 # Their own bars and notices say nothing of the user's run.
-disable_progress_bar()  # type: ignore[no-untyped-call]
+disable_progress_bar()
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed)\.")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -63,12 +63,12 @@ class ZeroEngine:
         refuse_quantised(llm, self.name)
         frozen = {"bf16": {"enabled": llm.dtype == "bfloat16"}}
         config = {**self._filled(1, 1.0, 1), **frozen}
-        known = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # transformers looks for it while it lives
+        known = HfDeepSpeedConfig(config)  # transformers looks for it while it lives
         try:
             yield
         finally:
             del known
-            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+            unset_hf_deepspeed_config()
 
     @contextmanager
     def serving(self, model: nn.Module) -> Iterator[None]:
