@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import time
 from collections.abc import Iterator
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import psutil
@@ -192,3 +194,15 @@ def test_planning_is_ahead_by_few_batches_only(shards):
         for _ in range(5):
             next(batches)
         assert len(planned) <= 5 + 2 * 2
+
+
+def test_taking_a_batch_may_be_stopped_half_way_with_no_word_of_it(shards, capfd):
+    def collate(samples, total):
+        return {"tokens": torch.ones(3), "door": DupFd(os.dup(2))._id[0]}
+
+    with loader(shards, 1, collate, batch_size=7).open(0, 3) as batches:
+        for batch in batches:
+            with socket.socket(socket.AF_UNIX) as taker:
+                taker.connect(batch["door"])  # and gone before the other side has said its first word
+        time.sleep(0.2)
+    assert capfd.readouterr().err == ""

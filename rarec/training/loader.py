@@ -108,6 +108,8 @@ def _belong_to(main: int, worker: int) -> None:
     """Signals are for the main process alone, which ends its workers; where it is killed, Linux kills them too."""
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
+    # Only the thread that hands over shared memory gets here, when the main process is stopped while it takes some.
+    sys.excepthook = lambda *_: None
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != main:  # it was killed before this line
