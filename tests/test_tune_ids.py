@@ -1,0 +1,46 @@
+"""The tool that compares recipes of ID models: on what it ranks, and that no trial is made twice."""
+
+import sys
+
+import numpy as np
+import pyarrow as pa
+
+from rarec.ids.source import Source
+from tests.datasets import by_hand
+from tools import tune_ids
+
+
+class Thinks:
+    """Of each user, that the item after the last known one is the next higher; histories are kept."""
+
+    per_user = 1
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def vectors(self, items_NE, user_rows, histories):
+        self.asked += [history.tolist() for history in histories]
+        return np.stack([items_NE[history[-1] + 1] for history in histories])[:, None]
+
+
+def test_the_newest_training_interaction_is_ranked_after_what_stands_before_it():
+    dataset = by_hand([[0, 1, 2, 8, 9], [5, 4, 3, 8, 9], [7, 8, 9]], pa.array(range(12)), pa.array(["a", "b", "c"]))
+    users = Thinks()
+    source = Source("id", np.eye(12, dtype=np.float32), users, "", {})
+    hr_10, ndcg_10, *_ = tune_ids.figures(dataset, source)
+    assert users.asked == [[0, 1], [5, 4]]  # the third user trains on one interaction, which has no history
+    assert hr_10.startswith("1.0000")  # ten items are unseen: any rank is among the first ten
+    assert 0.5 < float(ndcg_10.split()[0]) < 1  # the first user's target is first, the second user's is not
+
+
+def test_every_combination_is_a_trial_and_none_is_made_twice(finished, tmp_path, monkeypatch, capsys):
+    choices = [f"run.shared={tmp_path}", "ids.holdout=.1", "ids.sasrec.epochs=1,2", "ids.sasrec.dropout=.1,.2"]
+    monkeypatch.setattr(sys, "argv", ["tune_ids.py", str(finished), *choices])
+    tune_ids.main()
+    first = capsys.readouterr().out.splitlines()
+    assert len(first) == 1 + 4
+    assert "epochs=2 ids.sasrec.dropout=.1" in first[3]
+    tune_ids.main()
+    again = capsys.readouterr()
+    assert again.out.splitlines() == first
+    assert "epoch 1" not in again.err
