@@ -1,4 +1,4 @@
-"""The README is true: each command is run, on the demo's configuration made small, in the order of the page."""
+"""The README is true: `bash` blocks run, but for tools, on the demo's configuration made small, in the page's order."""
 
 import os
 import re

@@ -329,7 +329,7 @@ def test_the_page_tells_figures_protocol_settings_and_cost(page: str, run: RunPa
     for told in (
         "full catalogue",
         "Ties count against the model",
-        "read once",
+        "The evaluation alone reads what the test users chose",
         "2,000 resamples",
         "71,234",
         "3,703,701",

@@ -34,8 +34,8 @@ def test_the_newest_training_interaction_is_ranked_after_what_stands_before_it()
 
 
 def test_every_combination_is_a_trial_and_none_is_made_twice(finished, tmp_path, monkeypatch, capsys):
-    choices = [f"run.shared={tmp_path}", "ids.holdout=.1", "ids.sasrec.epochs=1,2", "ids.sasrec.dropout=.1,.2"]
-    monkeypatch.setattr(sys, "argv", ["tune_ids.py", str(finished), *choices])
+    choices = ["ids.holdout=.1", "ids.sasrec.epochs=1,2", "ids.sasrec.dropout=.1,.2"]
+    monkeypatch.setattr(sys, "argv", ["tune_ids.py", str(finished), str(tmp_path), *choices])
     tune_ids.main()
     first = capsys.readouterr().out.splitlines()
     assert len(first) == 1 + 4

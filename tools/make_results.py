@@ -34,10 +34,10 @@ HEAD = """# Results
 
 Every table is made by a tool from the files of its sweep, and none of their figures is typed.
 
-The full catalogue is ranked; the user's earlier items are excluded, ties count against the model, the test set is read
-once. A figure is the mean over seeds and users, with the bootstrap 95% interval over users of each user's mean over
-seeds: it covers the draw of users, not that of seeds. Differences are paired over the same users, and not corrected for
-their number.
+The full catalogue is ranked; the user's earlier items are excluded, ties count against the model, choices are made on
+validation users. A figure is the mean over seeds and users, with the bootstrap 95% interval over users of each user's
+mean over seeds: it covers the draw of users, not that of seeds. Differences are paired over the same users, and not
+corrected for their number.
 """
 TITLES = {
     "figures": "Figures",

@@ -1,12 +1,12 @@
 """Recipes of an ID model, compared on each user's newest training interaction, which no trial saw. Test targets rest.
 
-    python tools/tune_ids.py CONFIG run.shared=runs/shared ids.model=gru4rec ids.gru4rec.dropout=.2,.4
+    python tools/tune_ids.py CONFIG DIR ids.model=gru4rec ids.gru4rec.dropout=.2,.4
 
 Every combination of the values is a trial. Each is trained as a run trains the vectors in its slots: on all but the
 newest share of each user's training interactions (`ids.holdout`), until the validation users say stop. Then it ranks
 the full catalogue for every user: so many tell recipes apart that a few thousand validation users do not.
-What is made lies in `run.shared`, where runs and sweeps find it; a trial is not made twice, and one that was cut short
-goes on. Figures carry bootstrap 95% intervals.
+What is made lies in DIR, where runs and sweeps with this `run.shared` find it; a trial is not made twice, and one that
+was cut short goes on. Figures carry bootstrap 95% intervals.
 """
 
 import argparse
@@ -34,11 +34,13 @@ def main() -> None:
     """Train what is not there, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("directory", metavar="DIR")
     parser.add_argument("choices", nargs="*", metavar="SECTION.FIELD=VALUE[,VALUE]")
     arguments = parser.parse_args()
+    place = [f"run.{name}={arguments.directory}" for name in ("dir", "shared")]
     lines: list[tuple[str, ...]] = [("trial", "best epoch", "seconds", *METRICS)]
     for trial in trials(arguments.choices):
-        context = open_context(arguments.config, trial)
+        context = open_context(arguments.config, [*place, *trial])
         if not (isinstance(context.config.ids.chosen, Recipe) and context.config.ids.held_out):
             parser.error("a trial is an ID model that is trained here (ids.model), and ids.holdout above 0")
         prepare(context)

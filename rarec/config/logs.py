@@ -27,9 +27,9 @@ class Interactions(Table):
     """The log: one row an interaction."""
 
     user: str
-    """Column of the user's id, of any type."""
+    """Column of the user's id, integers or text."""
     item: str
-    """Column of the item's id, of any type."""
+    """Column of the item's id, integers or text."""
     time: str | None = None
     """Column of the time: epoch seconds or milliseconds, ISO 8601, or a timestamp of the file's own."""
     position: str | None = None

@@ -11,7 +11,7 @@ from rarec.config.section import NonNegative, Positive, Rate, Section
 
 
 class Llm(Section):
-    """The frozen language model: any Hugging Face decoder or encoder."""
+    """The frozen language model: any Hugging Face decoder or encoder that keeps its blocks in one list."""
 
     path: str
     """A local directory, a hub name, `package:NAME/DIR` inside an installed package, or a `.gguf` file."""
@@ -94,7 +94,7 @@ class Loss(Section):
     recommendation: Literal["bpr", "softmax"] = "softmax"
     """BPR over in-batch pairs is the paper's [N]; in-batch softmax with logQ correction is ours."""
     temperature: Rate = 0.05
-    """Softmax: divides the scores at the start; learned from there when `readout.normalise` is on."""
+    """Divides the scores at the start; learned from there when `readout.normalise` is on. BPR without it has none."""
     logq: bool = True
     """Softmax: subtract the log of each in-batch item's chance to be drawn."""
     align_weight: Annotated[float, Field(ge=0)] = 0.1

@@ -73,7 +73,7 @@ class Train(Section):
     )
     """Which variants are trained, each at this same budget."""
     blocks: Blocks | None = None
-    """Blocks that `per_layer` and `prefix_only` inject into; all of them by default."""
+    """Blocks that `per_layer`, `per_layer_lora` and `prefix_only` inject into; all of them by default."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Samples in a step, over all ranks."""
     tokens_per_batch: Positive | None = None
@@ -107,7 +107,7 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """Ranking of the whole catalogue on the test users, read once."""
+    """Ranking of the whole catalogue on the test users."""
 
     cutoffs: Annotated[list[Positive], Field(min_length=1)] = Field(default=[1, 5, 10, 20, 50, 100])
     users: Positive | None = None

@@ -113,7 +113,7 @@ class Ranker:
     def fused(self, other: "Ranker", weight: float, slope: float) -> "Ranker":
         """Late fusion: this one's score plus `weight` (not negative) times the other's, which is the best of its K.
 
-        For an item that the other knows no vector of, its score is what this one's lets expect: as many times `slope`
+        For an item that the other knows no vector of, its score is predicted from this one's: as many times `slope`
         from the user's mean as this one's is from its own.
         """
 

@@ -1,1 +1,1 @@
-"""The method: frozen backbone, slots, alignment, readout, losses, two towers. Knows no files, ranks or loops."""
+"""The method: frozen backbone, slots, alignment, readout, losses, two towers. Knows no datasets, no training loop."""

@@ -123,7 +123,8 @@ def _of_zero_3(plan: Plan, chosen: Setting) -> Iterator[str]:
         yield "ZeRO-3 holds each gathered matrix until its backward pass; llm.gradient_checkpointing=true spares that"
     if chosen.stage == "3" and chosen.cluster.machines > 1:
         second = _size(sum(weight.bytes for weight in shapes.frozen) / chosen.cluster.gpus)
-        yield f"configs/accelerate/zero3_hpz.yaml gathers inside each machine alone, for {second} more on each rank"
+        file = f"configs/accelerate/zero3_hpz.yaml (zero_hpz_partition_size: {chosen.cluster.gpus})"
+        yield f"{file} gathers inside each machine alone, for {second} more on each rank"
 
 
 def _change(plan: Plan) -> Iterator[str]:

@@ -21,7 +21,7 @@ language model. This bundle holds what was trained, {parameters:,} parameters, a
 
 ## How it was trained
 Loss {loss} + {weight} x alignment; blocks {blocks}; {instructions} contextual instructions a block; sources {sources};
-seed {seed}. Training samples: share {share} of all{selection}. The whole configuration stands in `manifest.json`.
+seed {seed}. Training samples: share {share} of all{selection}. The settings are in `manifest.json`.
 
 ## How good it is
 Ranking of the whole catalogue, the user's earlier items excluded, ties against the model; bootstrap 95% intervals over
