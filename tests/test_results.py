@@ -303,6 +303,7 @@ def test_a_page_of_its_own_has_the_tables_where_its_markers_stand(path):
     assert "minus ID model" not in rest
     assert [line for line in rest.splitlines() if line.startswith("#")] == [
         "### Figures",
+        "### HR@100 by who hits; behind the comma, by the fusion as well",
         "### Curves",
         "### Missing",
         "### How it was made",
@@ -335,6 +336,15 @@ def test_strata_are_those_of_the_first_finished_run(path):
     shown = rows_of(page(path), "By history and popularity")
     cells = [".5000 (.4000 to .6000)", ".5000 (.4000 to .6000)", "30"]
     assert shown == [["plain/seed-17", f"popularity {bucket}", *cells] for bucket in ("0-3", "4-9")]
+
+
+def test_hits_are_told_by_who_has_them_and_what_the_fusion_makes_of_them(path):
+    first, *_ = load_sweep(path).runs
+    finish(first, {"id_only": [1, 1, 999, 999], "per_layer": [1, 999, 2, 999], "per_layer+id": [1, 999, 2, 50]})
+    ((*_, either, both, ids, own, neither, users),) = rows_of(page(path), "HR@100 by who hits; behind the comma, by the fusion as well")
+    assert (either, both) == (".7500, .5000", ".2500, .2500")
+    assert (ids, own, neither) == (".2500, .0000", ".2500, .2500", ".2500, .2500")
+    assert users == "4"
 
 
 def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):

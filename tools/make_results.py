@@ -7,7 +7,7 @@ under `--kept` (see `results_kept.py`), where it is found when the run itself is
 
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
 for what is generated: `figures`, `differences`, `against` (where a run is called `base`: the others beside it),
-`strata` (of the first finished run), `curves`, `missing` or `making`. Blocks that the page does not place
+`strata` and `overlap` (of the first finished run), `curves`, `missing` or `making`. Blocks that the page does not place
 follow at its end. Entries with a grid over one field are drawn together beside the page, where `--plots` says.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from results_curve import METRIC, draw
 from results_kept import Kept, changed, keep, kept
-from results_tables import Arms, against, differences, figures, making, missing, strata
+from results_tables import Arms, against, differences, figures, making, missing, overlap, strata
 
 from rarec.artefacts import write_text
 from rarec.cli import guarded
@@ -44,6 +44,7 @@ TITLES = {
     "differences": "Paired differences",
     "against": "Against the base",
     "strata": "By history and popularity",
+    "overlap": "HR@100 by who hits; behind the comma, by the fusion as well",
     "curves": "Curves",
     "missing": "Missing",
     "making": "How it was made",
@@ -90,6 +91,7 @@ def section(sweep: Sweep, place: Path, plots: Path) -> str:
         "differences": differences(arms.values()),
         "against": against(arms),
         "strata": strata(finished[0]) if finished else "",
+        "overlap": overlap(finished[0]) if finished else "",
         "curves": "\n".join(_curves(sweep, arms, plots)),
         "missing": missing([_lack(run, left[run.label], place) for run in sweep.runs if run not in there]),
         "making": making(sweep, finished),

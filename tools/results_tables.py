@@ -104,6 +104,19 @@ def strata(one: Kept) -> str:
     return _table(["run", metric_title(STRATA_BY) + " where", *map(arm_title, arms), "users"], lines) if lines else ""
 
 
+def overlap(one: Kept) -> str:
+    """Of one run: who hits among the first hundred, the ID model or an arm, and how much of it their fusion hits."""
+    hits = {arm: values[STRATA_BY] > 0 for arm, values in SeedMeans.read([one.ranks]).values.items()}
+    lines = []
+    for arm in sorted((arm for arm in hits if arm + FUSED in hits and ID_ONLY in hits), key=arm_order):
+        ids, own, fused = hits[ID_ONLY], hits[arm], hits[arm + FUSED]
+        parts = (ids | own, ids & own, ids & ~own, own & ~ids, ~(ids | own))
+        cells = [f"{figure(part.mean())}, {figure((fused & part).mean())}" for part in parts]
+        lines.append([one.run.label, arm_title(arm), *cells, f"{len(ids):,}"])
+    head = ["run", "arm", "either", "both", "ID model alone", "arm alone", "neither", "users"]
+    return _table(head, lines) if lines else ""
+
+
 def missing(lacks: Iterable[str]) -> str:
     """Every run that is not on the page, and why."""
     return "".join(f"- {lack}\n" for lack in lacks) or "Every run of the sweep is finished.\n"
