@@ -341,7 +341,9 @@ def test_strata_are_those_of_the_first_finished_run(path):
 def test_hits_are_told_by_who_has_them_and_what_the_fusion_makes_of_them(path):
     first, *_ = load_sweep(path).runs
     finish(first, {"id_only": [1, 1, 999, 999], "per_layer": [1, 999, 2, 999], "per_layer+id": [1, 999, 2, 50]})
-    ((*_, either, both, ids, own, neither, users),) = rows_of(page(path), "HR@100 by who hits; behind the comma, by the fusion as well")
+    ((*_, either, both, ids, own, neither, users),) = rows_of(
+        page(path), "HR@100 by who hits; behind the comma, by the fusion as well"
+    )
     assert (either, both) == (".7500, .5000", ".2500, .2500")
     assert (ids, own, neither) == (".2500, .0000", ".2500, .2500", ".2500, .2500")
     assert users == "4"
