@@ -7,7 +7,7 @@ under `--kept` (see `results_kept.py`), where it is found when the run itself is
 
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
 for what is generated: `figures`, `differences`, `against` (where a run is called `base`: the others beside it),
-`strata` and `overlap` (of the first finished run), `curves`, `missing` or `making`. Blocks that the page does not place
+`strata` and `overlap` (of the first run), `curves`, `missing` or `making`. Blocks that the page does not place
 follow at its end. Entries with a grid over one field are drawn together beside the page, where `--plots` says.
 """
 
@@ -85,13 +85,15 @@ def section(sweep: Sweep, place: Path, plots: Path) -> str:
             keep(run, place)
     finished = [one for run in sweep.runs if (one := kept(run, place)) is not None]
     there = [one.run for one in finished]
-    arms = {name: _arms(name, runs, sweep) for name, runs in _by_name(finished).items()}
+    named = _by_name(finished)
+    first = next(iter(named.values()), [])
+    arms = {name: _arms(name, runs, sweep) for name, runs in named.items()}
     blocks = {
         "figures": figures(arms.values()),
         "differences": differences(arms.values()),
         "against": against(arms),
-        "strata": strata(finished[0]) if finished else "",
-        "overlap": overlap(finished[0]) if finished else "",
+        "strata": strata(first),
+        "overlap": overlap(first),
         "curves": "\n".join(_curves(sweep, arms, plots)),
         "missing": missing([_lack(run, left[run.label], place) for run in sweep.runs if run not in there]),
         "making": making(sweep, finished),

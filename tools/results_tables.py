@@ -90,29 +90,31 @@ def against(runs: Mapping[str, Arms]) -> str:
     return _table(["difference", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows) if rows else ""
 
 
-def strata(one: Kept) -> str:
-    """HR@100 by history length and by the target's popularity, of one run's arms that matter most."""
-    cells = {(row["stratum"], row["bucket"], row["arm"]): row for row in one.strata if row["metric"] == STRATA_BY}
-    main = one.run.config.export.arm
-    there = {arm for *_, arm in cells}
-    arms = [arm for arm in dict.fromkeys([ID_ONLY, "text_only", LATE_FUSION, main, main + FUSED]) if arm in there]
-    lines = []
-    for stratum, bucket in dict.fromkeys(place[:2] for place in cells):
-        found = [cells[stratum, bucket, arm] for arm in arms]
-        shown = [_cell(Interval(row["value"], row["low"], row["high"])) for row in found]
-        lines.append([one.run.label, f"{stratum} {bucket}", *shown, f"{found[0]['n']:,}"])
-    return _table(["run", metric_title(STRATA_BY) + " where", *map(arm_title, arms), "users"], lines) if lines else ""
+def strata(seeds: Iterable[Kept]) -> str:
+    """HR@100 by history length and by the target's popularity, of the arms of a run that matter most, seed by seed."""
+    head, lines = [""], []
+    for one in seeds:
+        cells = {(row["stratum"], row["bucket"], row["arm"]): row for row in one.strata if row["metric"] == STRATA_BY}
+        main, there = one.run.config.export.arm, {arm for *_, arm in cells}
+        arms = [arm for arm in dict.fromkeys([ID_ONLY, "text_only", LATE_FUSION, main, main + FUSED]) if arm in there]
+        head = ["run", metric_title(STRATA_BY) + " where", *map(arm_title, arms), "users"]
+        for stratum, bucket in dict.fromkeys(place[:2] for place in cells):
+            found = [cells[stratum, bucket, arm] for arm in arms]
+            shown = [_cell(Interval(row["value"], row["low"], row["high"])) for row in found]
+            lines.append([one.run.label, f"{stratum} {bucket}", *shown, f"{found[0]['n']:,}"])
+    return _table(head, lines) if lines else ""
 
 
-def overlap(one: Kept) -> str:
-    """Of one run: who hits among the first hundred, the ID model or an arm, and how much of it their fusion hits."""
-    hits = {arm: values[STRATA_BY] > 0 for arm, values in SeedMeans.read([one.ranks]).values.items()}
+def overlap(seeds: Iterable[Kept]) -> str:
+    """Who hits among the first hundred, the ID model or an arm of a run, and how much of it their fusion hits."""
     lines = []
-    for arm in sorted((arm for arm in hits if arm + FUSED in hits and ID_ONLY in hits), key=arm_order):
-        ids, own, fused = hits[ID_ONLY], hits[arm], hits[arm + FUSED]
-        parts = (ids | own, ids & own, ids & ~own, own & ~ids, ~(ids | own))
-        cells = [f"{figure(part.mean())}, {figure((fused & part).mean())}" for part in parts]
-        lines.append([one.run.label, arm_title(arm), *cells, f"{len(ids):,}"])
+    for one in seeds:
+        hits = {arm: values[STRATA_BY] > 0 for arm, values in SeedMeans.read([one.ranks]).values.items()}
+        for arm in sorted((arm for arm in hits if arm + FUSED in hits and ID_ONLY in hits), key=arm_order):
+            ids, own, fused = hits[ID_ONLY], hits[arm], hits[arm + FUSED]
+            parts = (ids | own, ids & own, ids & ~own, own & ~ids, ~(ids | own))
+            cells = [f"{figure(part.mean())}, {figure((fused & part).mean())}" for part in parts]
+            lines.append([one.run.label, arm_title(arm), *cells, f"{len(ids):,}"])
     head = ["run", "arm", "either", "both", "ID model alone", "arm alone", "neither", "users"]
     return _table(head, lines) if lines else ""
 
