@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rarec.evaluation.arms import Question, Ranker, rank_all
+from rarec.evaluation.figures import pairs_of_interest
 from rarec.evaluation.fusion import WEIGHTS, fuse
 
 RNG = np.random.default_rng(0)
@@ -68,3 +69,11 @@ def test_ranks_beyond_the_tenth_count_when_the_weight_is_chosen():
     fused, weight = fuse(flat, descending, question)
     assert weight == WEIGHTS[1]
     assert (rank_all(question, {"fused": fused})["fused"] == 41).all()
+
+
+@pytest.mark.parametrize("main", ["text_only", "input", "per_layer"])
+def test_no_arm_is_compared_with_itself(main):
+    arms = ["id_only", *(name + part for name in ("text_only", "input", "per_layer") for part in ("", "+id"))]
+    pairs = pairs_of_interest(arms, main)
+    assert all(arm != other for arm, other in pairs)
+    assert {(main, "id_only"), (f"{main}+id", "id_only"), (f"{main}+id", main)} <= set(pairs)

@@ -40,11 +40,12 @@ def comparison_rows(
 
 
 def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
-    """What a reader wants compared: the main arm with every other, its fusion with rivals, the probes with it."""
+    """What a reader wants compared: the main arm with every other, its fusion with rivals, the probes with it; none with itself."""
     names = list(arms)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
     fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", "input+id", main)]
     rival = [(main, "text_only+id")]
     probes = [(name, main) for name in names if name.startswith(f"{main}/")]
     text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"]
-    return [pair for pair in plain + rival + fused + probes + text if set(pair) <= set(names)]
+    pairs = plain + rival + fused + probes + text
+    return [(arm, other) for arm, other in pairs if arm != other and {arm, other} <= set(names)]
