@@ -324,6 +324,18 @@ def test_runs_are_compared_with_the_one_called_base_over_the_users_that_both_ran
     assert hits.startswith("−.2500 ")  # d alone is lost, and e stands in one of them only
 
 
+def test_the_fusion_of_the_first_run_is_compared_with_that_of_a_run_with_another_main_arm(path):
+    path.write_text(SWEEP.replace("plain: {}", "plain: {}\n  text: {train.arms: [text_only], export.arm: text_only}"))
+    runs = {run.label: run for run in load_sweep(path).runs}
+    for seed in (17, 18):
+        finish(runs[f"plain/seed-{seed}"], RANKS[seed])
+        finish(runs[f"text/seed-{seed}"], {"id_only": [9] * 4, "text_only": [9] * 4, "text_only+id": [1, 1, 1, 20]})
+    last = rows_of(page(path), "Paired differences")[-1]
+    assert last[:2] == ["plain, text", "RA-Rec (per layer) + ID minus text only + ID"]
+    assert last[2].startswith("+.2500 ")
+    assert last[-2:] == ["4", "2"]
+
+
 def test_strata_are_those_of_each_seed_of_the_first_run(path):
     def row(arm: str, bucket: str, value: float, metric: str = "hr@100") -> dict[str, Any]:
         place = {"arm": arm, "stratum": "popularity", "bucket": bucket, "order": 0, "metric": metric}

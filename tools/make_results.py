@@ -90,7 +90,7 @@ def section(sweep: Sweep, place: Path, plots: Path) -> str:
     arms = {name: _arms(name, runs, sweep) for name, runs in named.items()}
     blocks = {
         "figures": figures(arms.values()),
-        "differences": differences(arms.values()),
+        "differences": differences(list(arms.values())),
         "against": against(arms),
         "strata": strata(first),
         "overlap": overlap(first),

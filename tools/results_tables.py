@@ -66,28 +66,38 @@ def figures(runs: Iterable[Arms]) -> str:
     return _table(["run", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows)
 
 
-def differences(runs: Iterable[Arms]) -> str:
-    """The main arm, alone and fused, against its rivals."""
+def differences(runs: Sequence[Arms]) -> str:
+    """The main arm, alone and fused, against its rivals; the first run's fusion against those of runs with another."""
     rows = []
     for run in runs:
         for arm, baseline in pairs_of_interest(run.shown, run.main):
             found = run.means.differences(arm, baseline)
             pair = f"{arm_title(arm)} minus {arm_title(baseline)}"
             rows.append([run.name, pair, *(_cell(found[metric], signed=True) for metric in HEADLINE), *run.counts])
+    for other in (run for run in runs if run.main != runs[0].main):
+        pair = f"{arm_title(runs[0].main + FUSED)} minus {arm_title(other.main + FUSED)}"
+        cells = _across(runs[0], runs[0].main + FUSED, other, other.main + FUSED)
+        rows += [[f"{runs[0].name}, {other.name}", pair, *cells]] if cells else []
     return _table(["run", "difference", *map(metric_title, HEADLINE), "users", "seeds"], rows)
 
 
 def against(runs: Mapping[str, Arms]) -> str:
     """The main arm of each run, alone and fused, against that of the run called `base`; nothing without one."""
-    base, rows = runs.get(BASE), []
-    for run in (run for name, run in runs.items() if name != BASE):
+    rows = []
+    for run in (run for name, run in runs.items() if name != BASE and BASE in runs):
         for arm in (run.main, run.main + FUSED):
-            if base is not None and arm in run.means.values and arm in base.means.values:
-                both = run.means.against(base.means, arm)
-                found = both.differences("ours", "theirs")
-                cells = [_cell(found[metric], signed=True) for metric in HEADLINE]
-                rows.append([f"{run.name} minus {BASE}", arm_title(arm), *cells, f"{both.n:,}", str(both.seeds)])
+            cells = _across(run, arm, runs[BASE], arm)
+            rows += [[f"{run.name} minus {BASE}", arm_title(arm), *cells]] if cells else []
     return _table(["difference", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows) if rows else ""
+
+
+def _across(run: Arms, arm: str, other: Arms, others: str) -> list[str]:
+    """Cells of an arm minus one of another run; none where either lacks its own."""
+    if arm not in run.means.values or others not in other.means.values:
+        return []
+    both = run.means.against(other.means, arm, others)
+    found = both.differences("ours", "theirs")
+    return [*(_cell(found[metric], signed=True) for metric in HEADLINE), f"{both.n:,}", str(both.seeds)]
 
 
 def strata(seeds: Iterable[Kept]) -> str:

@@ -40,7 +40,7 @@ def comparison_rows(
 
 
 def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
-    """What a reader wants compared: the main arm with others, its fusion with rivals, probes with it; none with itself."""
+    """What is compared: the main arm with every other, its fusion with rivals, probes with it, none with itself."""
     names = list(arms)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
     fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", "input+id", main)]

@@ -76,8 +76,8 @@ class SeedMeans:
         """Every metric of an arm minus that of another, user by user."""
         return paired_intervals(self.values[arm], self.values[baseline], self.resamples, self.seed)
 
-    def against(self, other: "SeedMeans", arm: str) -> "SeedMeans":
-        """An arm of this run as `ours` and the same of another as `theirs`, over the users that both ranked.
+    def against(self, other: "SeedMeans", arm: str, others: str) -> "SeedMeans":
+        """An arm of this run as `ours` and one of another run as `theirs`, over the users that both ranked.
 
         Raises:
             UserError: there is none.
@@ -87,10 +87,10 @@ class SeedMeans:
         if not common:
             raise UserError("two runs have no test user in common", "give them the same seed and evaluate.users")
         own = {user: at for at, user in enumerate(self.users)}
-        rows = {"ours": (self, own), "theirs": (other, theirs)}
+        rows = {"ours": (self, arm, own), "theirs": (other, others, theirs)}
         values = {
-            side: {name: each[[at[user] for user in common]] for name, each in means.values[arm].items()}
-            for side, (means, at) in rows.items()
+            side: {name: each[[at[user] for user in common]] for name, each in means.values[name_of].items()}
+            for side, (means, name_of, at) in rows.items()
         }
         return SeedMeans(values, common, min(self.seeds, other.seeds), 0, self.resamples, self.seed)
 
