@@ -344,11 +344,11 @@ def test_strata_are_those_of_each_seed_of_the_first_run(path):
     both = [row(arm, bucket, 0.5) for arm in ("id_only", "per_layer") for bucket in ("0-3", "4-9")]
     first, second, *_ = load_sweep(path).runs
     finish(first, RANKS[17], strata=[*both, row("id_only", "0-3", 0.9, "hr@10")])
-    finish(second, RANKS[18], strata=[row("id_only", "1", 0.1)])
+    finish(second, RANKS[18], strata=[row(arm, "0-3", 0.1) for arm in ("id_only", "per_layer")])
     shown = rows_of(page(path), "By history and popularity")
     cells = [".5000 (.4000 to .6000)", ".5000 (.4000 to .6000)", "30"]
     assert shown[:2] == [["plain/seed-17", f"popularity {bucket}", *cells] for bucket in ("0-3", "4-9")]
-    assert [row[:2] for row in shown[2:]] == [["plain/seed-18", "popularity 1"]]
+    assert [row[:2] for row in shown[2:]] == [["plain/seed-18", "popularity 0-3"]]
 
 
 def test_hits_are_told_by_who_has_them_and_what_the_fusion_makes_of_them(path):

@@ -1,7 +1,7 @@
 """Markdown tables of `make_results.py`: figures, paired differences, what is missing, and how each run was made."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from results_kept import Kept
@@ -100,19 +100,23 @@ def _across(run: Arms, arm: str, other: Arms, others: str) -> list[str]:
     return [*(_cell(found[metric], signed=True) for metric in HEADLINE), f"{both.n:,}", str(both.seeds)]
 
 
-def strata(seeds: Iterable[Kept]) -> str:
+def strata(seeds: Sequence[Kept]) -> str:
     """HR@100 by history length and by the target's popularity, of the arms of a run that matter most, seed by seed."""
-    head, lines = [""], []
-    for one in seeds:
-        cells = {(row["stratum"], row["bucket"], row["arm"]): row for row in one.strata if row["metric"] == STRATA_BY}
-        main, there = one.run.config.export.arm, {arm for *_, arm in cells}
-        arms = [arm for arm in dict.fromkeys([ID_ONLY, "text_only", LATE_FUSION, main, main + FUSED]) if arm in there]
-        head = ["run", metric_title(STRATA_BY) + " where", *map(arm_title, arms), "users"]
-        for stratum, bucket in dict.fromkeys(place[:2] for place in cells):
-            found = [cells[stratum, bucket, arm] for arm in arms]
-            shown = [_cell(Interval(row["value"], row["low"], row["high"])) for row in found]
-            lines.append([one.run.label, f"{stratum} {bucket}", *shown, f"{found[0]['n']:,}"])
+    rows = [row for one in seeds for row in one.strata if row["metric"] == STRATA_BY]
+    main = seeds[0].run.config.export.arm if seeds else ""
+    there = {row["arm"] for row in rows}
+    arms = [arm for arm in dict.fromkeys([ID_ONLY, "text_only", LATE_FUSION, main, main + FUSED]) if arm in there]
+    lines = [[one.run.label, *cells] for one in seeds for cells in _strata_of(one, arms)]
+    head = ["run", metric_title(STRATA_BY) + " where", *map(arm_title, arms), "users"]
     return _table(head, lines) if lines else ""
+
+
+def _strata_of(one: Kept, arms: Sequence[str]) -> Iterator[list[str]]:
+    cells = {(row["stratum"], row["bucket"], row["arm"]): row for row in one.strata if row["metric"] == STRATA_BY}
+    for stratum, bucket in dict.fromkeys(place[:2] for place in cells):
+        found = [cells[stratum, bucket, arm] for arm in arms]
+        shown = [_cell(Interval(row["value"], row["low"], row["high"])) for row in found]
+        yield [f"{stratum} {bucket}", *shown, f"{found[0]['n']:,}"]
 
 
 def overlap(seeds: Iterable[Kept]) -> str:

@@ -18,13 +18,11 @@ import numpy as np
 from rarec.cli import guarded, open_context
 from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset, Targets
-from rarec.evaluation.arms import USERS_AT_A_TIME, Histories
-from rarec.ids.make import make_source, source_identity
 from rarec.ids.source import Source, open_source
+from rarec.ids.validation import ranks_of
 from rarec.ranking.intervals import mean_intervals
 from rarec.ranking.metrics import metric_values
-from rarec.ranking.rank import rank_targets
-from rarec.stages.context import Context
+from rarec.stages.ids import make
 from rarec.stages.prepare import prepare
 
 METRICS = ("hr@10", "ndcg@10", "hr@100", "ndcg@100")
@@ -44,7 +42,8 @@ def main() -> None:
         if not (isinstance(context.config.ids.chosen, Recipe) and context.config.ids.held_out):
             parser.error("a trial is an ID model that is trained here (ids.model), and ids.holdout above 0")
         prepare(context)
-        source = trained(context)
+        make(context, "id", context.config.ids)
+        source = open_source(context.paths.source("id"))
         training = (str(source.manifest[name]) for name in ("best_epoch", "seconds"))
         lines.append((" ".join(trial), *training, *figures(context.dataset, source)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -59,28 +58,12 @@ def trials(choices: list[str]) -> Iterator[list[str]]:
     yield from map(list, itertools.product(*named))
 
 
-def trained(context: Context) -> Source:
-    """The vectors of a trial, as they lie there already or made now."""
-    section, seed = context.config.ids, context.config.run.seed
-    settings, made_from = source_identity("id", section, context.dataset, seed)
-    directory = context.paths.source("id")
-    with context.alone(directory):
-        if not context.is_done(directory, "ids", settings, made_from):
-            make_source("id", section, context.dataset, directory, seed, context.say)
-    return open_source(directory)
-
-
 def figures(dataset: PreparedDataset, source: Source) -> Iterator[str]:
     """Means and intervals of how it ranks each user's newest training interaction."""
     users = np.flatnonzero(dataset.train_length_U > 1).astype(np.int32)
     positions = dataset.train_length_U[users] - 1
     targets = Targets(users, positions, dataset.items_at(users, positions))
-    histories, ranks = Histories(dataset, targets), []
-    for start in range(0, len(users), USERS_AT_A_TIME):
-        part = slice(start, start + USERS_AT_A_TIME)
-        vectors_BKE = source.user_vectors(users[part], histories[part])
-        ranks.append(rank_targets(vectors_BKE, source.scored_NE, targets.item_rows[part], histories[part]))
-    values = metric_values(np.concatenate(ranks), (10, 100))
+    values = metric_values(ranks_of(targets, dataset, source.items_NE, source.users), (10, 100))
     intervals = mean_intervals({name: values[name] for name in METRICS})
     return (f"{one.mean:.4f} ({one.low:.4f} to {one.high:.4f})" for one in intervals.values())
 

@@ -87,10 +87,10 @@ class SeedMeans:
         if not common:
             raise UserError("two runs have no test user in common", "give them the same seed and evaluate.users")
         own = {user: at for at, user in enumerate(self.users)}
-        rows = {"ours": (self, arm, own), "theirs": (other, others, theirs)}
+        rows = {"ours": (self.values[arm], own), "theirs": (other.values[others], theirs)}
         values = {
-            side: {name: each[[at[user] for user in common]] for name, each in means.values[name_of].items()}
-            for side, (means, name_of, at) in rows.items()
+            side: {name: each[[at[user] for user in common]] for name, each in metrics.items()}
+            for side, (metrics, at) in rows.items()
         }
         return SeedMeans(values, common, min(self.seeds, other.seeds), 0, self.resamples, self.seed)
 

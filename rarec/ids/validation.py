@@ -1,12 +1,12 @@
 """How well vectors rank the validation targets: to stop a training, and to tell the user.
 
-Shape letters: N items, K vectors a user, E dimension.
+Shape letters: U users, N items, K vectors a user, E dimension.
 """
 
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.dataset import PreparedDataset
+from rarec.data.dataset import PreparedDataset, Targets
 from rarec.errors import UserError
 from rarec.ids.source import with_mean
 from rarec.ids.users import UserVectors
@@ -40,13 +40,19 @@ class Validation:
 
     def __call__(self, items_NE: npt.NDArray[np.float32], users: UserVectors) -> dict[str, float]:
         """Mean HR, NDCG and MRR, and `n`, the number of users."""
-        targets, ranks = self.targets, []
-        scored_NE = with_mean(items_NE)
-        for start in range(0, len(targets.user_rows), CHUNK):
-            part = slice(start, start + CHUNK)
-            places = zip(targets.user_rows[part].tolist(), targets.positions[part].tolist(), strict=True)
-            histories = [self.dataset.history(user, position) for user, position in places]
-            vectors_BKE = users.vectors(items_NE, targets.user_rows[part], histories)
-            ranks.append(rank_targets(vectors_BKE, scored_NE, targets.item_rows[part], histories))
-        values = metric_values(np.concatenate(ranks), SELECTION_CUTOFFS)
-        return {"n": len(targets.user_rows), **{name: float(column.mean()) for name, column in values.items()}}
+        values = metric_values(ranks_of(self.targets, self.dataset, items_NE, users), SELECTION_CUTOFFS)
+        return {"n": len(self.targets.user_rows), **{name: float(column.mean()) for name, column in values.items()}}
+
+
+def ranks_of(
+    targets: Targets, dataset: PreparedDataset, items_NE: npt.NDArray[np.float32], users: UserVectors
+) -> npt.NDArray[np.int64]:
+    """Ranks (U,) of these targets in the full catalogue, the user's earlier items excluded."""
+    ranks, scored_NE = [], with_mean(items_NE)
+    for start in range(0, len(targets.user_rows), CHUNK):
+        part = slice(start, start + CHUNK)
+        places = zip(targets.user_rows[part].tolist(), targets.positions[part].tolist(), strict=True)
+        histories = [dataset.history(user, position) for user, position in places]
+        vectors_BKE = users.vectors(items_NE, targets.user_rows[part], histories)
+        ranks.append(rank_targets(vectors_BKE, scored_NE, targets.item_rows[part], histories))
+    return np.concatenate(ranks)
