@@ -1,7 +1,9 @@
-"""What accelerators can do at most, as their makers state it: the yardstick of MFU and of `rarec plan`."""
+"""What the machine has and takes; and what accelerators can do at most: the yardstick of MFU and of `rarec plan`."""
 
 import os
 import re
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +71,15 @@ def cores() -> float:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _text("/sys/fs/cgroup/cpu.max").strip().partition(" ")
     return min(affinity, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else affinity
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had resident, in bytes."""
+    # ru_maxrss of Linux starts from that of the process which started this one, however small this one stays
+    peak = re.search(r"^VmHWM:\s*(\d+) kB$", _text("/proc/self/status"), re.MULTILINE)
+    if peak:
+        return int(peak[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
 
 
 def _text(path: str) -> str:

@@ -1,12 +1,14 @@
 """What an operator watches: known devices, MFU by hand, gradient norms by group, and all of it in the log of a step."""
 
 import json
+import subprocess
+import sys
 from math import sqrt
 
 import pytest
 import torch
 
-from rarec.hardware import DEVICES, known_device
+from rarec.hardware import DEVICES, known_device, peak_memory
 from rarec.ranks import ALONE
 from rarec.training.engines import norms
 from rarec.training.engines.base import GROUPS, group_of
@@ -34,6 +36,16 @@ def test_no_device_stands_behind_one_whose_name_is_part_of_its_own():
     for at, device in enumerate(DEVICES):
         assert known_device(device.name) is DEVICES[at]
     assert known_device("some CPU") is None
+
+
+def test_peak_memory_is_what_this_process_has_had_and_not_the_one_that_started_it():
+    before = peak_memory()
+    torch.ones(100_000_000)
+    assert peak_memory() > 400e6
+    assert peak_memory() >= before
+    code = "from rarec.hardware import peak_memory; print(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 5e6 < int(child.stdout) < 200e6
 
 
 def step_of_all(**more) -> StepOfAll:

@@ -5,7 +5,6 @@ Goal: a ratio of at most 1.5, and a peak memory that does not grow with the numb
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rarec.hardware import peak_memory
 from rarec.ranking.rank import BLOCK_BYTES, rank_targets
 
 STREAM = 1000
@@ -76,7 +76,7 @@ def print_peak(args: argparse.Namespace) -> None:
     items = catalogue(args)
     for users, targets, seen in batches(args, args.peak_of, STREAM):
         rank_targets(users, items, targets, seen)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_memory() / 2**20)
 
 
 def memory(args: argparse.Namespace) -> None:

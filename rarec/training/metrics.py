@@ -1,6 +1,5 @@
 """What an operator watches: speed, how much of it is of use, memory, losses and gradients, over all ranks."""
 
-import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rarec.hardware import known_device
+from rarec.hardware import known_device, peak_memory
 from rarec.models.build import whole_size
 from rarec.models.losses import LossTerms
 from rarec.models.towers import RaRec
@@ -131,9 +130,6 @@ class Machine:
     def figures(self, step: StepOfAll) -> dict[str, float]:
         """MFU where the device's peak is known, and the most memory that this rank has taken, in bytes."""
         on_gpu = self.device.type == "cuda"
-        # Linux counts resident memory in KiB
-        memory = (
-            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        )
+        memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
         mfu = {"mfu": step.tokens_per_s * self.flops_per_token / self.peak} if self.peak else {}
         return {**mfu, "memory": float(memory)}
