@@ -1,0 +1,98 @@
+"""The tables of Amazon Beauty 2014 that `configs/runs/beauty.yaml` reads, from three files that others publish.
+
+    python tools/make_beauty.py Beauty.txt datamaps.json meta_Beauty.json.gz DIR
+
+- `Beauty.txt`: the 5-core log in the numbering of S3-Rec, `data/Beauty.txt` of CIKM2020-S3Rec. A line is a user, then
+  that user's items in the order of time.
+- `datamaps.json`: which ASIN an item's number stands for (`id2item`), `data/beauty/datamaps.json` of RDRec.
+- `meta_Beauty.json.gz`: the products of Amazon (McAuley Lab, UCSD, 2014; research use), a Python literal a line. Their
+  titles are what is taken, with HTML's entities resolved; an item without one gets none.
+
+DIR/interactions.parquet holds user_id, item_id, position; DIR/items.parquet item_id, asin, title.
+"""
+
+import argparse
+import ast
+import gzip
+import html
+import json
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rarec.artefacts import write_aside
+from rarec.cli import guarded
+from rarec.errors import UserError
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """What goes wrong within is told as the file's fault."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist", f"{kind}: --help says where it comes from") from error
+    except (OSError, EOFError, zlib.error, ValueError, SyntaxError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not {kind}: {error}", "--help says where that comes from") from error
+
+
+def interactions(sequences: Path) -> pa.Table:
+    """One row an interaction."""
+    rows: list[tuple[int, int, int]] = []
+    with reading(sequences, "the log of Beauty"), sequences.open() as lines:
+        for number, line in enumerate(lines, 1):
+            user, *items = line.split()
+            if not (items and all(map(str.isdecimal, (user, *items)))):
+                raise ValueError(f"line {number} is not a user's number and then items'")
+            rows += [(int(user), int(item), position) for position, item in enumerate(items)]
+        if not rows:
+            raise ValueError("no line in it")
+    names = ("user_id", "item_id", "position")
+    columns = (pa.array(column, pa.int64()) for column in zip(*rows, strict=True))
+    return pa.table(dict(zip(names, columns, strict=True)))
+
+
+def asins_of(datamaps: Path) -> dict[int, str]:
+    """The ASIN of each item's number."""
+    with reading(datamaps, "the numbering of Beauty's items"):
+        named = json.loads(datamaps.read_text())["id2item"]
+        return {number: named[str(number)] for number in sorted(map(int, named))}
+
+
+def titles_of(metadata: Path, asins: Collection[str]) -> dict[str, str]:
+    """The titles of these products, by ASIN, as far as the metadata has them."""
+    with reading(metadata, "Amazon's metadata of 2014"), gzip.open(metadata, "rt", encoding="utf-8") as lines:
+        products = map(ast.literal_eval, lines)
+        known = (product for product in products if product["asin"] in asins and product.get("title"))
+        return {product["asin"]: html.unescape(product["title"]) for product in known}
+
+
+def items(asins: Mapping[int, str], titles: Mapping[str, str]) -> pa.Table:
+    """One row an item, by number."""
+    title = pa.array(map(titles.get, asins.values()), pa.string())
+    return pa.table({"item_id": pa.array(asins, pa.int64()), "asin": list(asins.values()), "title": title})
+
+
+def main() -> None:
+    """Read the three, write the two, say what they hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("sequences", "datamaps", "metadata", "directory"):
+        parser.add_argument(name, type=Path)
+    given = parser.parse_args()
+    log, asins = interactions(given.sequences), asins_of(given.datamaps)
+    catalogue = items(asins, titles_of(given.metadata, set(asins.values())))
+    given.directory.mkdir(parents=True, exist_ok=True)
+    for name, table in {"interactions": log, "items": catalogue}.items():
+        with write_aside(given.directory / f"{name}.parquet") as file:
+            pq.write_table(table, file)
+    users = len(log["user_id"].unique())
+    print(f"{given.directory}: {users:,} users, {catalogue.num_rows:,} items, {log.num_rows:,} interactions")
+    print(f"items without a title: {catalogue['title'].null_count:,}")
+
+
+if __name__ == "__main__":
+    guarded(main)
