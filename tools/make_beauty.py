@@ -71,7 +71,7 @@ def titles_of(metadata: Path, asins: Collection[str]) -> dict[str, str]:
         return {product["asin"]: html.unescape(product["title"]) for product in known}
 
 
-def items(asins: Mapping[int, str], titles: Mapping[str, str]) -> pa.Table:
+def catalogue_of(asins: Mapping[int, str], titles: Mapping[str, str]) -> pa.Table:
     """One row an item, by number."""
     title = pa.array(map(titles.get, asins.values()), pa.string())
     return pa.table({"item_id": pa.array(asins, pa.int64()), "asin": list(asins.values()), "title": title})
@@ -84,7 +84,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
     log, asins = interactions(given.sequences), asins_of(given.datamaps)
-    catalogue = items(asins, titles_of(given.metadata, set(asins.values())))
+    catalogue = catalogue_of(asins, titles_of(given.metadata, set(asins.values())))
     given.directory.mkdir(parents=True, exist_ok=True)
     for name, table in {"interactions": log, "items": catalogue}.items():
         with write_aside(given.directory / f"{name}.parquet") as file:
