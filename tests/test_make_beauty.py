@@ -52,7 +52,7 @@ def test_a_line_is_a_user_and_an_item_is_known_by_its_asin(run, tmp_path, capsys
     [
         ("Beauty.txt", b"1 1 2\n2 2 one\n", "line 2"),
         ("Beauty.txt", b"1 1 2\n2\n", "line 2"),
-        ("Beauty.txt", b"1 1 2\n\n2 2\n", "is not the log"),
+        ("Beauty.txt", b"1 1 2\n\n2 2\n", "line 2"),
         ("Beauty.txt", b"", "is not the log"),
         ("datamaps.json", b"{}", "'id2item'"),
         ("datamaps.json", b"[1", "is not the numbering"),

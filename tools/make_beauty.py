@@ -45,10 +45,11 @@ def interactions(sequences: Path) -> pa.Table:
     rows: list[tuple[int, int, int]] = []
     with reading(sequences, "the log of Beauty"), sequences.open() as lines:
         for number, line in enumerate(lines, 1):
-            user, *items = line.split()
-            if not (items and all(map(str.isdecimal, (user, *items)))):
+            words = line.split()
+            if len(words) < 2 or not all(map(str.isdecimal, words)):
                 raise ValueError(f"line {number} is not a user's number and then items'")
-            rows += [(int(user), int(item), position) for position, item in enumerate(items)]
+            user, *items = map(int, words)
+            rows += [(user, item, position) for position, item in enumerate(items)]
         if not rows:
             raise ValueError("no line in it")
     names = ("user_id", "item_id", "position")
