@@ -1,10 +1,10 @@
 """The section `prepare`: where logs and catalogue lie, which columns they have, what is kept and how it is split."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rarec.config.section import NonNegative, Positive, Section, Share
+from rarec.config.section import NonNegative, Part, Positive, Section, Share
 
 
 class Table(Section):
@@ -63,7 +63,7 @@ class Split(Section):
     validation_users: Positive | None = None
     """Leave-one-out only: a fixed random subset of the users validates, and of the others the item before the last
     trains (as in RecTools' SASRec, eSASRec); all validate by default."""
-    new_items: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    new_items: Part = 0.0
     """Leave-one-out only, to see how new items fare: of about this share of the items, chosen by a hash of their ids,
     only those interactions stay that are a user's last. So they are met in no training, but in the test."""
     validation_share: Share = 0.1

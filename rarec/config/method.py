@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rarec.config.section import NonNegative, Positive, Rate, Section
+from rarec.config.section import NonNegative, Part, Positive, Rate, Section
 
 
 class Llm(Section):
@@ -59,7 +59,7 @@ class Alignment(Section):
     """W from a ridge regression of ID vectors on text-only states, in closed form (ours), or random."""
     ridge: Rate = 1.0
     """Penalty, relative to the mean variance of the standardised ID vectors."""
-    missing: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    missing: Part = 0.05
     """Share of the training samples whose item stands without its vectors, so that what takes the place of a new item's
     is learned (ours)."""
 
@@ -69,7 +69,7 @@ class Lora(Section):
 
     rank: Positive = 8
     alpha: Positive = 16
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Part = 0.0
     targets: list[str] | None = None
     """Module names; by default the query and value projections of the architecture."""
 

@@ -12,7 +12,7 @@ from rarec.config.arms import ArmName
 from rarec.config.ids import Ids, Import
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
-from rarec.config.section import Blocks, NonNegative, Positive, Rate, Section, Share
+from rarec.config.section import Blocks, NonNegative, Part, Positive, Rate, Section, Share
 
 
 class Run(Section):
@@ -87,7 +87,7 @@ class Train(Section):
     """For alignment, heads and scale."""
     lr_lora: Rate = 2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    warmup: Part = 0.1
     """Share of all steps."""
     clip: Rate = 1.0
     """Largest gradient norm."""
