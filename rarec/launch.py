@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from rarec.cli import guarded, open_context, stoppable
+from rarec.entry import guarded, open_context, stoppable
 
 
 def start(stage: str) -> None:

@@ -46,7 +46,7 @@ def make_world(root: Path, kind: str = "bert") -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a finished run; tests read it and change nothing."""
-    from rarec.cli import open_context
+    from rarec.entry import open_context
     from rarec.stages.run import run
 
     config = make_world(tmp_path_factory.mktemp("world"))
@@ -58,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a run up to its shards, over a tiny Llama."""
     config = make_world(tmp_path_factory.mktemp("decoder"), "llama")
-    from rarec.cli import open_context
+    from rarec.entry import open_context
     from rarec.stages.run import STAGES
 
     context = open_context(config, ["run.device=cpu"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rarec.artefacts import MANIFEST, read_json, read_manifest, sha256_file, sha256_json, write_json
+from rarec.artefacts import MANIFEST, read_manifest, sha256_json
 from rarec.data.shards.form import Form
 from rarec.data.shards.index import ENTRY, INDEX, open_index
 from rarec.data.shards.plan import Plan
@@ -20,6 +20,7 @@ from rarec.data.shards.stream import LocalTars, SampleStream
 from rarec.data.shards.truth import Truth
 from rarec.data.shards.verify import verify_shards
 from rarec.data.shards.writing import finish_shards, repair_shards, write_shards
+from rarec.files import read_json, sha256_file, write_json
 from tests.datasets import by_hand
 
 ITEMS, PER_SHARD = 30, 8

@@ -4,16 +4,9 @@ import multiprocessing
 
 import pytest
 
-from rarec.artefacts import (
-    is_current,
-    new_directory,
-    read_manifest,
-    write_aside,
-    write_json,
-    write_manifest,
-    write_text,
-)
+from rarec.artefacts import is_current, read_manifest, write_manifest
 from rarec.errors import UserError
+from rarec.files import new_directory, write_aside, write_json, write_text
 
 
 def write(directory, text):

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rarec import cli
-from rarec.artefacts import read_json
-from rarec.cli import app, guarded, open_context
+from rarec import cli, entry
+from rarec.cli import app
+from rarec.entry import guarded, open_context
 from rarec.errors import EXIT_CODE, UserError
+from rarec.files import read_json
 from rarec.stages.run import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +117,7 @@ def test_wrong_arguments_are_told_from_the_command_line(finished, capsys, monkey
 
 def test_paths_with_brackets_are_no_markup(capsys):
     def fail() -> None:
-        cli.say("read [bold]x[/nothing]")
+        entry.say("read [bold]x[/nothing]")
         raise UserError("runs/[red]a[/b] is torn")
 
     with pytest.raises(SystemExit):

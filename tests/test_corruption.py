@@ -25,12 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarec.artefacts import MANIFEST
-from rarec.cli import machine_trouble
 from rarec.data.shards.damage import damaged_samples
 from rarec.data.shards.index import INDEX, digest_of
 from rarec.data.shards.members import MOST_SAMPLE
 from rarec.data.shards.samples import read_sample
 from rarec.data.shards.stream import LocalTars
+from rarec.entry import machine_trouble
 from rarec.errors import UserError
 from tests import forging
 from tests.forging import PER_SHARD, TOTAL, bytes_of, forge, problems, retar

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rarec.artefacts import read_json, write_json
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.prepare import prepare
 from rarec.errors import UserError
+from rarec.files import read_json, write_json
 from tests.datasets import by_hand
 from tests.synthetic import write_log
 

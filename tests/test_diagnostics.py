@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from rarec.artefacts import read_json, read_manifest, write_json
-from rarec.cli import open_context
+from rarec.artefacts import read_manifest
 from rarec.config import ARMS
+from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.evaluation.diagnostic_plots import every
 from rarec.evaluation.diagnostics import ALIGNMENT_FIGURES, diagnose
@@ -21,6 +21,7 @@ from rarec.evaluation.health import NORM_FACTOR, warnings
 from rarec.evaluation.report import write_report
 from rarec.evaluation.sample import SideSample
 from rarec.evaluation.words import nearest_words
+from rarec.files import read_json, write_json
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.attention import slot_attention, slot_shares
 from rarec.models.backbone import FrozenBackbone

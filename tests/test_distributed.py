@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rarec.artefacts import read_json
-from rarec.cli import open_context
+from rarec.entry import open_context
+from rarec.files import read_json
 from rarec.stages.run import STAGES
 from tests.ranks import ARM, ENGINES, copied, finish, losses, weights
 from tests.synthetic import write_llm

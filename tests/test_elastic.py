@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from rarec.cli import open_context
 from rarec.config import ARMS
+from rarec.entry import open_context
 from rarec.stages.run import STAGES
 from rarec.stages.trained import best_model, checkpoints_of
 from tests.ranks import ARM, copied, finish, losses, start, wait_for_step, weights

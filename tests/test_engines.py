@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import read_json
 from rarec.config import dump_config
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.identity import identity
 from rarec.data.preparation.prepare import prepare
 from rarec.errors import UserError
+from rarec.files import read_json
 from tests.engines import needs_spark, on, spark_session
 from tests.test_prepare import CATALOGUE, LOG, any_log, configure, refuse, write
 from tools.make_log import make_log

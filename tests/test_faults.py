@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml
 
-from rarec.artefacts import read_json, read_manifest
-from rarec.cli import guarded, open_context
+from rarec.artefacts import read_manifest
+from rarec.entry import guarded, open_context
 from rarec.errors import EXIT_CODE, UserError
 from rarec.evaluation.arms import Question, Ranker, rank_all
+from rarec.files import read_json
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import recommend
 from rarec.stages.report import report

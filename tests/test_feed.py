@@ -15,11 +15,11 @@ import psutil
 import pytest
 import torch
 
-from rarec.artefacts import read_json
-from rarec.cli import STOPPED, open_context
 from rarec.config import ARMS
 from rarec.data.shards.index import key_of, open_index
+from rarec.entry import STOPPED, open_context
 from rarec.errors import UserError
+from rarec.files import read_json
 from rarec.models.objective import Objective
 from rarec.stages import fresh
 from rarec.stages.context import Context

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rarec.cli import open_context
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.leakage import refuse_leaks, training_part
 from rarec.data.selection.select import select_samples
+from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.stages.ids import ids
 from rarec.stages.prepare import prepare

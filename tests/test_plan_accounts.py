@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from rarec.cli import open_context
 from rarec.config import ARMS, RunConfig
 from rarec.data.shards.index import INDEX
+from rarec.entry import open_context
 from rarec.models.build import SourceShape
 from rarec.planning.lengths import Samples, estimated
 from rarec.planning.live import Live

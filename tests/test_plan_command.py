@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rarec import cli
-from rarec.cli import open_context
+from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.hardware import known_device
 from rarec.planning.advice import advise, smallest_change

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rarec.artefacts import read_json, sha256_file
-from rarec.cli import open_context
 from rarec.config import ARMS
+from rarec.entry import open_context
 from rarec.errors import UserError
+from rarec.files import read_json, sha256_file
 from rarec.stages.run import STAGES
 from rarec.stages.trained import checkpoints_of
 from tests.ranks import copied, start, wait_for_step

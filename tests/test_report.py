@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rarec.artefacts import write_json, write_manifest
+from rarec.artefacts import write_manifest
 from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.evaluation.figures import comparison_rows, metric_rows
@@ -24,6 +24,7 @@ from rarec.evaluation.report import write_report
 from rarec.evaluation.strata import strata_rows
 from rarec.evaluation.table import terminal_table
 from rarec.evaluation.verdict import Finding, find, probes, verdict
+from rarec.files import write_json
 from rarec.paths import RunPaths
 
 CUTOFFS = [1, 5, 10, 20, 50, 100]

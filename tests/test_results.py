@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import read_manifest, write_json, write_manifest, write_text
+from rarec.artefacts import read_manifest, write_manifest
 from rarec.config import ARMS, dump_config
 from rarec.config.identity import (
     arm_settings,
@@ -27,6 +27,7 @@ from rarec.config.identity import (
 from rarec.errors import UserError
 from rarec.evaluation.figures import comparison_rows, metric_rows
 from rarec.evaluation.seeds import SeedMeans
+from rarec.files import write_json, write_text
 from rarec.paths import RunPaths
 from rarec.ranking import mean_interval
 from rarec.sweep import SweepRun, load_sweep

@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import read_json, read_manifest, write_manifest
-from rarec.cli import open_context
+from rarec.artefacts import read_manifest, write_manifest
 from rarec.config import ARMS
+from rarec.entry import open_context
 from rarec.errors import UserError
+from rarec.files import read_json
 from rarec.models.encode import Encoder
 from rarec.ranking import rank_targets
 from rarec.serving.bundle import load_bundle

@@ -15,14 +15,15 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.artefacts import read_manifest, sha256_file
-from rarec.cli import open_context
+from rarec.artefacts import read_manifest
 from rarec.data.shards.index import ENTRY, INDEX, key_of, open_index, write_index
 from rarec.data.shards.samples import Sample, read_sample, write_shard
 from rarec.data.shards.tar_check import scan
 from rarec.data.shards.truth import leak
 from rarec.data.shards.writing import finish_shards, write_shards
+from rarec.entry import open_context
 from rarec.errors import UserError
+from rarec.files import sha256_file
 from rarec.stages import shards as stage
 from tests.datasets import by_hand
 from tests.shards import made_sample

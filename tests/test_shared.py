@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rarec.artefacts import MANIFEST, read_json, write_json
-from rarec.cli import open_context
+from rarec.artefacts import MANIFEST
 from rarec.config import load_config
 from rarec.config.load import format_override
+from rarec.entry import open_context
 from rarec.errors import UserError
+from rarec.files import read_json, write_json
 from rarec.paths import RunPaths
 from rarec.planning.setting import Cluster
 from rarec.stages.plan import plan

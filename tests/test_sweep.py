@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rarec.artefacts import MANIFEST, read_json
+from rarec.artefacts import MANIFEST
 from rarec.config.load import format_override, parse_override
 from rarec.errors import UserError
+from rarec.files import read_json
 from rarec.stages.run import STAGES
 from rarec.sweep import load_sweep, state_of
 from rarec.sweep.local import LOG, last_words

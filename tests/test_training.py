@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rarec.artefacts import read_json
-from rarec.cli import open_context
 from rarec.config import ARMS
 from rarec.config.schema import Train
+from rarec.entry import open_context
 from rarec.errors import UserError
+from rarec.files import read_json
 from rarec.models.losses import LossTerms
 from rarec.stages.train import train
 from rarec.stages.trained import checkpoints_of

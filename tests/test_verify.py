@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import MANIFEST, read_json, write_json
-from rarec.cli import app, guarded, open_context
+from rarec.artefacts import MANIFEST
+from rarec.cli import app
 from rarec.data.dataset import PreparedDataset
 from rarec.data.shards.index import INDEX
+from rarec.entry import guarded, open_context
 from rarec.errors import EXIT_CODE, UserError
+from rarec.files import read_json, write_json
 from rarec.stages import shards as stage
 from rarec.stages.context import Context
 from rarec.stages.shards import ITEM_STATES, SELECTION, TARGET_COUNTS, finished_shards

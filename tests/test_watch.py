@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from rarec.cli import guarded
+from rarec.entry import guarded
 from rarec.errors import EXIT_CODE, Stopped, UserError
 from rarec.ranks import ALONE, Ranks
 from rarec.training.watch import Watch

@@ -125,7 +125,7 @@ class World:
     """
 
     def __init__(self, root: Path, steps: int, batch: int) -> None:
-        from rarec.cli import open_context  # not above: a script that measures a process imports this one
+        from rarec.entry import open_context  # not above: a script that measures a process imports this one
         from rarec.stages.run import STAGES
 
         self.root, self.batch, self.config = root, batch, root / "config.yaml"

@@ -37,9 +37,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rarec.artefacts import new_directory
 from rarec.config import ARMS, RunConfig
 from rarec.config.method import Prompt
+from rarec.files import new_directory
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.load import LoadedModel, load_model
 from rarec.models.towers import RaRec, SideBatch

@@ -24,9 +24,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rarec.artefacts import write_aside
-from rarec.cli import guarded
+from rarec.entry import guarded
 from rarec.errors import UserError
+from rarec.files import write_aside
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rarec.artefacts import new_directory, write_aside
+from rarec.files import new_directory, write_aside
 
 Ints = npt.NDArray[np.int64]
 

@@ -23,11 +23,11 @@ from results_curve import METRIC, draw
 from results_kept import Kept, changed, keep, kept
 from results_tables import Arms, against, differences, figures, making, missing, overlap, strata
 
-from rarec.artefacts import write_text
-from rarec.cli import guarded
+from rarec.entry import guarded
 from rarec.errors import UserError
 from rarec.evaluation.labels import metric_title
 from rarec.evaluation.seeds import SeedMeans
+from rarec.files import write_text
 from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
 
 HEAD = """# Results

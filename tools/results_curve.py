@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from results_tables import Arms
 
-from rarec.artefacts import write_text
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, ID_ONLY, LATE_FUSION, arm_title, metric_title, tick
+from rarec.files import write_text
 
 METRIC = "hr@100"
 COLOURS = {ID_ONLY: "#7a7a7a", "text_only": "#c08a2b", "main": "#2b6cb0"}

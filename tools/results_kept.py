@@ -15,16 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rarec.artefacts import (
-    MANIFEST,
-    check_files,
-    differences,
-    new_directory,
-    read_json,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
+from rarec.artefacts import MANIFEST, check_files, differences, read_manifest, write_manifest
 from rarec.config import ARMS, RunConfig
 from rarec.config.identity import (
     arm_settings,
@@ -38,6 +29,7 @@ from rarec.config.identity import (
 from rarec.config.load import validated
 from rarec.errors import UserError
 from rarec.evaluation.record import TrainingRecord, read_run
+from rarec.files import new_directory, read_json, write_json
 from rarec.paths import RunPaths
 from rarec.sweep import SweepRun
 

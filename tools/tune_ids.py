@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rarec.cli import guarded, open_context
 from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset, Targets
+from rarec.entry import guarded, open_context
 from rarec.ids.source import Source, open_source
 from rarec.ids.validation import ranks_of
 from rarec.ranking.intervals import mean_intervals

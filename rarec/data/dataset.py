@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rarec.artefacts import read_manifest, sha256_file
+from rarec.artefacts import read_manifest
 from rarec.data import tables
 from rarec.errors import UserError
+from rarec.files import sha256_file
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

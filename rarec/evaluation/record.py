@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rarec.artefacts import MANIFEST, read_json
+from rarec.artefacts import MANIFEST
 from rarec.config import ARMS
 from rarec.errors import UserError
+from rarec.files import read_json
 from rarec.paths import RunPaths
 
 Row = dict[str, Any]

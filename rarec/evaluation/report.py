@@ -6,7 +6,6 @@ from statistics import median
 from typing import Any
 
 import rarec
-from rarec.artefacts import new_directory, write_text
 from rarec.config import RunConfig, dump_config
 from rarec.errors import UserError
 from rarec.evaluation import diagnostic_plots, plots
@@ -26,6 +25,7 @@ from rarec.evaluation.labels import (
 )
 from rarec.evaluation.record import Row, RunRecord, TrainingRecord, read_run
 from rarec.evaluation.verdict import Finding, probes, verdict
+from rarec.files import new_directory, write_text
 from rarec.paths import RunPaths
 from rarec.ranking.metrics import SELECTED_BY
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from rarec.artefacts import new_directory, sha256_file, sha256_json, write_manifest
+from rarec.artefacts import sha256_json, write_manifest
 from rarec.config.identity import IMPORTED_FILES, source_settings
 from rarec.config.ids import Ids, Import, Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
+from rarec.files import new_directory, sha256_file
 from rarec.ids.imports import Vectors, existing, read_vectors
 from rarec.ids.source import ITEMS_FILE, KIND, Source, open_source
 from rarec.ids.train import train_ids

@@ -15,9 +15,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from rarec.artefacts import MANIFEST, new_directory, read_manifest, sha256_file, write_manifest
+from rarec.artefacts import MANIFEST, read_manifest, write_manifest
 from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
+from rarec.files import new_directory, sha256_file
 from rarec.models.backbone import FrozenBackbone, Pool, config_hash
 from rarec.paths import resolve
 from rarec.prompts import TextTokenizer

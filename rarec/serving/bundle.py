@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarec.artefacts import check_files, differences, new_directory, read_manifest, write_manifest, write_text
+from rarec.artefacts import check_files, differences, read_manifest, write_manifest
 from rarec.config import ARMS, Arm, RunConfig, dump_config
 from rarec.config.identity import BUNDLED, bundle_settings
 from rarec.errors import UserError
+from rarec.files import new_directory, write_text
 from rarec.models.build import SourceShape, build_model
 from rarec.models.load import LoadedModel
 from rarec.models.towers import RaRec

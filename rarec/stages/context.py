@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from rarec.artefacts import MANIFEST, check_files, is_current, lock_file, sha256_json, try_lock, write_text
+from rarec.artefacts import MANIFEST, check_files, is_current, sha256_json
 from rarec.config import ARMS, Arm, RunConfig, dump_config
 from rarec.config.identity import prepare_settings, rival_of, sources_of
 from rarec.config.ids import Ids, Import
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
+from rarec.files import lock_file, try_lock, write_text
 from rarec.ids.make import source_identity
 from rarec.ids.source import Source, open_source
 from rarec.models.build import SourceShape, slots_reserved

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rarec.artefacts import new_directory, write_json, write_manifest
+from rarec.artefacts import write_manifest
 from rarec.config import ARMS
 from rarec.config.identity import evaluate_settings
 from rarec.evaluation.arms import Question, Ranker, rank_all
@@ -17,6 +17,7 @@ from rarec.evaluation.examples import Examples
 from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.strata import strata_rows
+from rarec.files import new_directory, write_json
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
 from rarec.stages.context import Context

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rarec.artefacts import check_files, read_json, read_manifest, sha256_json
+from rarec.artefacts import check_files, read_manifest, sha256_json
 from rarec.config.identity import bundle_settings
 from rarec.errors import UserError
 from rarec.evaluation.arms import Question, Ranker
+from rarec.files import read_json
 from rarec.models.encode import Encoder
 from rarec.serving.bundle import Provenance, load_bundle, write_bundle
 from rarec.stages.context import Context

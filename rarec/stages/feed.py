@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from rarec.artefacts import write_json
 from rarec.data.shards.cuts import Numbers
 from rarec.data.shards.damage import damaged_samples, name_samples, read_named
 from rarec.data.shards.form import Form
@@ -19,6 +18,7 @@ from rarec.data.shards.plan import Plan
 from rarec.data.shards.remote import RemoteTars
 from rarec.data.shards.stream import LocalTars, SampleStream, Tars
 from rarec.errors import UserError
+from rarec.files import write_json
 from rarec.models.build import slots_reserved
 from rarec.stages.context import Context
 from rarec.stages.shards import ITEM_STATES, sample_form

@@ -4,8 +4,8 @@ import time
 from importlib import import_module
 from typing import Any
 
-from rarec.artefacts import read_json, write_json
 from rarec.errors import Stopped
+from rarec.files import read_json, write_json
 from rarec.hardware import machine
 from rarec.stages.context import Context
 from rarec.version import source

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.artefacts import is_current, read_manifest, sha256_json, write_aside, write_json
+from rarec.artefacts import is_current, read_manifest, sha256_json
 from rarec.config.identity import shard_settings
 from rarec.data.selection.select import select_samples
 from rarec.data.shards.form import Form
@@ -16,6 +16,7 @@ from rarec.data.shards.samples import Sample
 from rarec.data.shards.truth import Truth, leak
 from rarec.data.shards.writing import drop_notes, finish_shards, write_shards
 from rarec.errors import UserError
+from rarec.files import write_aside, write_json
 from rarec.models.text_states import Schedule, text_states
 from rarec.prompts import Encoded
 from rarec.prompts.hybrid import parse_template

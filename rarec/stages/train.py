@@ -8,16 +8,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from rarec.artefacts import (
-    check_files,
-    write_json,
-    write_manifest,
-)
+from rarec.artefacts import check_files, write_manifest
 from rarec.config import ARMS, Arm
 from rarec.config.identity import arm_settings
 from rarec.config.schema import Train
 from rarec.data.shards.index import INDEX
 from rarec.data.shards.stream import SampleStream
+from rarec.files import write_json
 from rarec.models.build import aligned_blocks, trained_parameters, whole_size
 from rarec.models.encode import Encoder
 from rarec.models.objective import Objective

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rarec.artefacts import lock_file, try_lock
 from rarec.config.load import format_override
 from rarec.errors import Stopped
+from rarec.files import lock_file, try_lock
 from rarec.sweep.expand import Sweep, SweepRun
 from rarec.sweep.state import first_to_do, state_of
 from rarec.training.stopping import StopSignals

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rarec.artefacts import sha256_json, write_text
+from rarec.artefacts import sha256_json
 from rarec.config.load import format_override
 from rarec.errors import UserError
+from rarec.files import write_text
 from rarec.paths import RunPaths
 from rarec.sweep.expand import Sweep, SweepRun
 from rarec.sweep.state import first_to_do

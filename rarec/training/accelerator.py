@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 
-from rarec.artefacts import read_json
 from rarec.config import RunConfig
 from rarec.errors import UserError
+from rarec.files import read_json
 from rarec.ranks import Ranks
 from rarec.training.engines import Engine
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rarec.artefacts import check_files, new_directory, read_json, read_manifest, write_json, write_manifest
+from rarec.artefacts import check_files, read_manifest, write_manifest
 from rarec.errors import UserError
+from rarec.files import new_directory, read_json, write_json
 from rarec.models.towers import RaRec
 from rarec.models.weights import Weights, load_weights, save_weights
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from rarec.artefacts import read_json, read_manifest, sha256_json
+from rarec.artefacts import read_manifest, sha256_json
 from rarec.errors import UserError
+from rarec.files import read_json
 
 DONE = "done.json"
 

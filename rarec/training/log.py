@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from rarec.artefacts import write_text
+from rarec.files import write_text
 
 
 class TrainingLog:

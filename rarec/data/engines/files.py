@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath
 import fsspec
 from fsspec.core import url_to_fs
 
-from rarec.artefacts import sha256_file, sha256_json
+from rarec.artefacts import sha256_json
 from rarec.errors import UserError
+from rarec.files import sha256_file
 from rarec.paths import resolve
 
 FORMATS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import ibis.expr.types as ir
 
-from rarec.artefacts import new_directory, write_manifest
+from rarec.artefacts import write_manifest
 from rarec.config.logs import Prepare
 from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
@@ -23,6 +23,7 @@ from rarec.data.preparation.inputs import Catalogue, place_of, read_catalogue, r
 from rarec.data.preparation.leakage import refuse_leaks
 from rarec.data.preparation.ledger import Ledger
 from rarec.errors import UserError
+from rarec.files import new_directory
 
 Say = Callable[[str], None]
 

@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from rarec.artefacts import read_json
 from rarec.data.shards.cuts import Numbers
 from rarec.data.shards.index import Entries, digest_of, key_of, tar_name
 from rarec.data.shards.stream import LocalTars
 from rarec.errors import UserError
+from rarec.files import read_json
 
 Named = dict[str, dict[str, int]]
 """Samples by the file that they are in and their key, with their number."""

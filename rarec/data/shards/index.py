@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.artefacts import MANIFEST, write_aside
+from rarec.artefacts import MANIFEST
 from rarec.data.shards.mapped import release
 from rarec.errors import UserError
+from rarec.files import write_aside
 
 INDEX = "samples.npy"
 ENTRY = np.dtype(

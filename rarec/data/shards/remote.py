@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from rarec.artefacts import MANIFEST, new_directory, read_manifest, write_aside
+from rarec.artefacts import MANIFEST, read_manifest
 from rarec.data.shards.index import tar_name
 from rarec.data.shards.stream import OPEN
 from rarec.errors import UserError
+from rarec.files import new_directory, write_aside
 
 _BLOCK = 2**22
 _LOCKS = 64

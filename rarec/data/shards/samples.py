@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from rarec.artefacts import write_aside
 from rarec.data.shards.index import ENTRY, REMAKE, Entries, digest_of, key_of, sample_key
 from rarec.data.shards.members import members, npy
 from rarec.errors import UserError
+from rarec.files import write_aside
 
 LENGTHS = 8
 """Width of the bins of a shard's histogram of prompt lengths."""

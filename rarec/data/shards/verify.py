@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rarec.artefacts import MANIFEST, sha256_file
+from rarec.artefacts import MANIFEST
 from rarec.data.shards.index import INDEX, Entries, by_shard, key_of, open_index, shard_records, tar_name
 from rarec.data.shards.tar_check import Problem, TarCheck
 from rarec.data.shards.truth import Truth
 from rarec.errors import UserError
+from rarec.files import sha256_file
 
 
 def verify_shards(
