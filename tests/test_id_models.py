@@ -15,8 +15,8 @@ from rarec.config.ids import RECIPES, ComiRec, Gru4Rec, Ids, Recipe, SasRec
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids import make_source, open_source
+from rarec.ids.objective import WithItems, draw_negatives
 from rarec.ids.sequence import SequenceModel
-from rarec.ids.train import WithItems, draw_negatives
 from rarec.ids.users import build
 from rarec.ids.validation import Validation
 from rarec.ids.windows import Windows
@@ -149,6 +149,14 @@ def test_the_loss_by_hand():
         scores = model.items.weight[[target, *others]] @ state
         terms.append(-scores.log_softmax(0)[0])
     assert model.loss(rows, lengths, negatives).item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
+
+
+def test_a_target_whose_only_negative_is_itself_costs_nothing_and_moves_nothing():
+    model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
+    loss = model.loss(torch.tensor([[1, 3]]), torch.tensor([1]), torch.tensor([3, 3]))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all((weight.grad == 0).all() for weight in model.parameters() if weight.grad is not None)
 
 
 def test_windows_by_hand():

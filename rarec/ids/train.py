@@ -1,7 +1,6 @@
 """ID models trained by sampled softmax: the strong recipe of 2024-25 (Klenitskiy & Vasilev 2023; eSASRec 2025).
 
-Shape letters: N items, R those met in training, B windows, T positions, P targets of a batch, K states of a position,
-M negatives, E dimension.
+Shape letters: N items, R those met in training, B windows, E dimension.
 """
 
 import math
@@ -14,14 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
-from torch.nn import functional
 
 from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
+from rarec.ids.objective import WithItems, draw_negatives
 from rarec.ids.progress import load_progress, save_progress
-from rarec.ids.users import SequenceUsers, build
+from rarec.ids.users import SequenceUsers
 from rarec.ids.validation import Validation
 from rarec.ids.windows import Windows
 from rarec.ranking.metrics import SELECTED_BY
@@ -83,52 +81,6 @@ def train_ids(
                 say(training.line)
         say(training.line)
         return training.best()
-
-
-def draw_negatives(met_R: torch.Tensor, wanted: int) -> torch.Tensor:
-    """Item rows (M,): so many drawn uniformly from those met, or all of them, which makes the softmax a full one."""
-    return met_R[torch.randint(len(met_R), (wanted,))] if wanted < len(met_R) else met_R
-
-
-class WithItems(nn.Module):
-    """A model with its item table, and its training loss.
-
-    Args:
-        settings: the recipe.
-        met_N: which items are met in training. The others' vectors start at zero, and no step changes them: a zero
-            vector says that there is none.
-    """
-
-    def __init__(self, settings: Recipe, met_N: torch.Tensor) -> None:
-        super().__init__()
-        self.items = nn.Embedding(len(met_N), settings.dim)
-        nn.init.normal_(self.items.weight, std=0.02)
-        self.items.weight.data.mul_(met_N[:, None])
-        self.encoder = build(settings)
-
-    def loss(self, rows: torch.Tensor, lengths_B: torch.Tensor, negatives_M: torch.Tensor) -> torch.Tensor:
-        """Sampled softmax: mean over all targets of -log p(target | target and negatives).
-
-        Of several states of a position the one that scores the target best answers for it (ComiRec's equation 8).
-
-        Args:
-            rows: windows of item rows, (B, T + 1), oldest first, padded on the right: inputs, and the item after each.
-            lengths_B: number of targets in each window.
-            negatives_M: item rows shared by all targets. One that is a target's own item does not count for it.
-        """
-        real_BT = torch.arange(rows.shape[1] - 1) < lengths_B[:, None]
-        positives_P = rows[:, 1:][real_BT]
-        inputs = rows[:, :-1]
-        # One lookup for all three, so that the gradient of the table is made once.
-        looked_up = self.items(torch.cat([inputs.flatten(), positives_P, negatives_M]))
-        inputs_E, positives_PE, negatives_ME = looked_up.split([inputs.numel(), len(positives_P), len(negatives_M)])
-        states_PKE = self.encoder(inputs_E.view(*inputs.shape, -1), lengths_B)[real_BT]
-        best_P = torch.einsum("pke,pe->pk", states_PKE, positives_PE).argmax(1)
-        states_PE = states_PKE[torch.arange(len(best_P)), best_P]
-        positive_P = (states_PE * positives_PE).sum(dim=1)
-        negative_PM = (states_PE @ negatives_ME.T).masked_fill(positives_P[:, None] == negatives_M, -torch.inf)
-        scores = torch.cat([positive_P[:, None], negative_PM], dim=1)
-        return functional.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
 
 
 class _Training:
