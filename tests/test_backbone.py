@@ -23,6 +23,7 @@ from transformers import (
 from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone, pool_text
+from rarec.models.cpu_attention import NAME
 from rarec.models.load import load_model
 from rarec.models.slots import Slots
 from rarec.models.text_states import text_states
@@ -101,6 +102,33 @@ def test_the_configuration_has_the_last_word(saved):
     assert loaded.backbone.dtype == torch.bfloat16
     assert loaded.identity["kind"] == "encoder"
     assert loaded.backbone.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_cpu_bfloat16_attention_is_computed_in_float32(saved, kind):
+    """The same states and gradients as under transformers' own, but for rounding; the same identity."""
+
+    def states(**settings):
+        loaded = load(saved / kind, **settings)
+        slots, (ids_BT, mask_BT) = some_slots(), batch()
+        hidden_PD = loaded.backbone(ids_BT, mask_BT, slots)[mask_BT.bool()]
+        (hidden_PD * torch.linspace(-1, 1, hidden_PD.numel()).view_as(hidden_PD)).sum().backward()
+        gradient_LBKD = slots.slots_LBKD.grad
+        return loaded, hidden_PD.detach().float().flatten(), gradient_LBKD.flatten()
+
+    ours, *of_ours = states(dtype="bfloat16")
+    theirs, *of_theirs = states(dtype="bfloat16", attention="sdpa")
+    chosen = [loaded.backbone.trunk.config._attn_implementation for loaded in (ours, theirs)]
+    assert chosen == [NAME, "sdpa"]
+    assert ours.identity == theirs.identity
+    for one, other in zip(of_ours, of_theirs, strict=True):
+        assert torch.cosine_similarity(one, other, dim=0) > 0.999
+
+
+def test_attention_is_left_as_it_is_for_float32_and_for_gpus(saved):
+    elsewhere = Llm(path=str(saved / "llama"), dtype="bfloat16")
+    for loaded in (load(saved / "llama"), load_model(elsewhere, saved / "converted", device="cuda")):
+        assert loaded.backbone.trunk.config._attn_implementation == "sdpa"
 
 
 def test_identity_follows_the_weights_and_not_the_place(saved, copy):

