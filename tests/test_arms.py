@@ -7,7 +7,7 @@ import pytest
 
 from rarec.evaluation.arms import Question, Ranker, rank_all
 from rarec.evaluation.figures import pairs_of_interest
-from rarec.evaluation.fusion import WEIGHTS, fuse
+from rarec.evaluation.fusion import LIMIT, fuse
 
 RNG = np.random.default_rng(0)
 
@@ -48,27 +48,50 @@ def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_arm_lets
     assert np.allclose(fused.scores(question), expected_N, atol=1e-5)
 
 
+def drawn(rng, arm, ids, weights, histories):
+    """For each user a target drawn from the softmax of both scores, so weighted, over what was not seen."""
+    scores_UN = weights[0] * arm[0] @ arm[1].T + weights[1] * ids[0] @ ids[1].T
+    for user, history in enumerate(histories):
+        scores_UN[user, history] = -np.inf
+    gumbel_UN = scores_UN + rng.gumbel(size=scores_UN.shape)
+    return gumbel_UN.argmax(1)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (0.5, 1.0), (1.0, -0.5)])
+def test_the_weight_is_the_one_that_makes_the_validation_targets_likeliest(weights):
+    """Targets are drawn by known weights. What was seen counts for nothing; below zero no weight goes."""
+    rng, users = np.random.default_rng(1), 5000
+    arm, ids = ((rng.standard_normal((users, 4)), rng.standard_normal((30, 4))) for _ in range(2))
+    arm[1][7] = ids[1][7] = 50.0  # would drown all others, but everyone has seen it
+    histories = [np.array([7, 7])] * users
+    question = Question(np.arange(users), histories, drawn(rng, arm, ids, weights, histories))
+    fused, weight = fuse(ranker(*arm), ranker(*ids), question)
+    first = Question(question.user_rows[:1], histories[:1], question.targets[:1])
+    own, others, sum_of_both = (each.scores(first)[0, 0] for each in (ranker(*arm), ranker(*ids), fused))
+    assert (sum_of_both - own) / others == pytest.approx(max(weights[1] / weights[0], 0), rel=0.1)
+    assert (weight == 0) == (weights[1] < 0)
+
+
 @pytest.mark.parametrize("interests", [1, 3])
-def test_the_weight_is_the_one_that_ranks_the_validation_users_best(interests):
-    """The arm scores everything alike, the ID model knows every target: any weight will do but none."""
+def test_an_arm_that_tells_nothing_leaves_the_order_to_the_id_model(interests):
     flat = ranker(np.zeros((6, 2)), RNG.standard_normal((9, 2)))
-    items, targets = np.eye(9), np.arange(6)
     users = np.zeros((6, interests, 9))
-    users[:, interests - 1] = items[:6]
-    question = Question(np.arange(6), [np.array([8])] * 6, targets)
-    fused, weight = fuse(flat, ranker(users, items), question)
-    assert weight == WEIGHTS[1]
+    users[:, interests - 1] = np.eye(9)[:6]
+    question = Question(np.arange(6), [np.array([8])] * 6, np.arange(6))
+    fused, weight = fuse(flat, ranker(users, np.eye(9)), question)
+    assert weight == LIMIT
     assert (rank_all(question, {"fused": fused})["fused"] == 1).all()
 
 
-def test_ranks_beyond_the_tenth_count_when_the_weight_is_chosen():
-    """The arm scores everything alike; the ID model has 40 items before the target: NDCG@10 is 0 by any weight."""
-    flat = ranker(np.zeros((6, 1)), RNG.standard_normal((150, 1)))
-    descending = ranker(np.ones((6, 1)), -np.arange(150.0)[:, None])
-    question = Question(np.arange(6), [np.array([149])] * 6, np.full(6, 40))
-    fused, weight = fuse(flat, descending, question)
-    assert weight == WEIGHTS[1]
-    assert (rank_all(question, {"fused": fused})["fused"] == 41).all()
+def test_an_id_model_that_tells_nothing_changes_no_order():
+    rng = np.random.default_rng(2)
+    arm, flat = (rng.standard_normal((40, 3)), rng.standard_normal((9, 3))), (np.ones((40, 1)), np.ones((9, 1)))
+    histories = [np.array([], int)] * 40
+    question = Question(np.arange(40), histories, drawn(rng, arm, flat, (1.0, 0.0), histories))
+    fused, weight = fuse(ranker(*arm), ranker(*flat), question)
+    ranks = rank_all(question, {"fused": fused, "arm": ranker(*arm)})
+    assert weight == pytest.approx(0, abs=1e-3)
+    assert (ranks["fused"] == ranks["arm"]).all()
 
 
 @pytest.mark.parametrize("main", ["text_only", "input", "per_layer"])

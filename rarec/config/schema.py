@@ -115,7 +115,7 @@ class Evaluate(Section):
     probes: bool = True
     """Rank again with shuffled histories, and with ID vectors permuted among items."""
     fusion: bool = True
-    """Add the ID model's score to each arm's, weighted on the validation users: the honest rival of soft prompts."""
+    """Add the ID model's score to each arm's, by the weight likeliest on validation users: the honest rival."""
     batch_size: Positive = 128
     resamples: Positive = 2000
     """Of the bootstrap."""

@@ -8,9 +8,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 SELECTED_BY = "ndcg@100"
-"""By this every choice on validation users is made: an epoch of an ID model, an arm's best step, a fusion's weight. It
-sees the first hundred ranks, of which HR@100 is told, and still asks for the first ten (ours; the field takes NDCG@10,
-which hardly tells the weights of a fusion apart that HR@100 does)."""
+"""By this the epoch of an ID model and the step of an arm are chosen on validation users. It sees the first hundred
+ranks, of which HR@100 is told, and still asks for the first ten (ours; the field takes NDCG@10)."""
 SELECTION_CUTOFFS = (10, 100)
 """Cutoffs of what is computed then."""
 

@@ -134,7 +134,7 @@ class _Evaluation:
             self._best[name] = self._examples.best(ranker)
         rankers: dict[str, Ranker] = {name: ranker}
         if config.evaluate.fusion:
-            rankers[f"{name}+id"], self.weights[name] = fuse(ranker, self.ids, self.validation, context.ranks)
+            rankers[f"{name}+id"], self.weights[name] = fuse(ranker, self.ids, self.validation)
         ranks = self._rank(self.test, rankers)
         if name == self.main and config.evaluate.probes:
             shuffled = Question.of(context.dataset, self.targets, self.seed)
