@@ -102,16 +102,24 @@ def test_a_zero_vector_gives_way_to_the_learned_one():
     assert source.fallback_E.grad.tolist() == [1, 1, 1], "of the first row alone"
 
 
-@pytest.mark.parametrize("missing", [["id"], ["id", "image"]])
-def test_of_several_sources_those_that_are_there_are_read(missing):
+@pytest.mark.parametrize("missing", [[], ["id"], ["id", "image"]])
+def test_slots_are_told_apart_by_their_roles(missing):
+    """Two instructions and two vectors of `id`, two and one of `image`; a vector that is not there has no role."""
     module, vectors = make_module(), make_vectors()
     for name in missing:
         vectors[name][0] = 0
-    there_BS = module.there(vectors)
-    whose = [name for name, count in module.slots.items() for _ in range(count)]
-    assert there_BS[0].tolist() == [name not in missing for name in whose]
-    assert there_BS[1:].all()
-    assert make_module(projections=False).there(vectors).all(), "blind to vectors"
+    roles = module.by_role(vectors)
+    id_there, image_there = ("id" not in missing), ("image" not in missing)
+    assert roles["instructions"][0].tolist() == [True, True, False, False, True, True, False]
+    assert roles["vectors"][0].tolist() == [False, False, id_there, id_there, False, False, image_there]
+    assert (roles["vectors"] ^ roles["instructions"])[1:].all()
+
+
+def test_without_vectors_or_instructions_a_role_is_not_there():
+    blind = make_module(projections=False)
+    assert list(blind.by_role(make_vectors())) == ["instructions"]
+    assert blind.by_role(make_vectors())["instructions"].all()
+    assert make_module(instructions=0).roles == ("vectors",)
 
 
 def test_vectors_that_are_not_there_do_not_shape_the_start():

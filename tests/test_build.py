@@ -171,7 +171,8 @@ def test_text_only_is_the_normalised_pooled_text(saved):
 
 @pytest.mark.parametrize("reads_slots", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_the_pooled_positions_are_text_and_the_mean_of_the_slots_is_added_where_wanted(saved, kind, reads_slots):
+def test_the_text_is_pooled_and_slots_are_added_where_wanted(saved, kind, reads_slots):
+    """Items have slots c c p of `id`, then c c p of `image`: the mean of all c is added, and the mean of both p."""
     world = World(saved[kind], "per_layer", readout={"normalise": False, "slots": reads_slots})
     _, batch = world.batches()
     encoding = world.model({"item": batch})["item"]
@@ -180,20 +181,21 @@ def test_the_pooled_positions_are_text_and_the_mean_of_the_slots_is_added_where_
     for row in range(BATCH):
         text = [t for t in range(int(batch.mask_BT[row].sum())) if t not in batch.positions_BK[row].tolist()]
         pooled = hidden_BTD[row, text].mean(0) if kind == "bert" else hidden_BTD[row, text[-1]]
-        pooled = pooled + hidden_BTD[row, batch.positions_BK[row]].mean(0) * reads_slots
+        slots_SD = hidden_BTD[row, batch.positions_BK[row]]
+        pooled = pooled + (slots_SD[[0, 1, 3, 4]].mean(0) + slots_SD[[2, 5]].mean(0)) * reads_slots
         torch.testing.assert_close(encoding.vectors_BZ[row], pooled, atol=1e-5, rtol=1e-5)
 
 
 def test_slots_in_place_of_a_missing_vector_are_not_read(saved):
-    """What is read of them then is nothing; the text still attends to them."""
+    """Where an item has none, its vectors' slots add nothing; the instructions still do."""
     world = World(saved["bert"], "per_layer", readout={"normalise": False})
     for array in world.items.values():
         array[1] = 0
     _, batch = world.batches()
-    read = world.model({"item": batch})["item"].vectors_BZ
-    unread = World(saved["bert"], "per_layer", readout={"normalise": False, "slots": False})
-    plain = unread.model({"item": batch})["item"].vectors_BZ
-    changed_B = (read - plain).abs().amax(1) > 1e-4
+    read_BZ = world.model({"item": batch})["item"].vectors_BZ
+    del world.model.item.readout.slot_heads["vectors"]
+    without_BZ = world.model({"item": batch})["item"].vectors_BZ
+    changed_B = (read_BZ - without_BZ).abs().amax(1) > 1e-4
     assert changed_B.tolist() == [row != 1 for row in range(BATCH)]
 
 
@@ -211,8 +213,15 @@ def test_the_scale_of_the_score(saved, normalise, recommendation, scale, learned
 def test_heads_start_at_the_identity(saved):
     with_heads, without = (World(saved["bert"], "per_layer", readout={"head": head}) for head in (True, False))
     torch.testing.assert_close(with_heads.scores(), without.scores())
-    assert {name for name in trained_parameters(with_heads.model) if "slot_head" in name} == {
-        "user.readout.slot_head.weight",
-        "item.readout.slot_head.weight",
+    assert {name for name in trained_parameters(with_heads.model) if "slot_heads" in name} == {
+        f"{side}.readout.slot_heads.{role}.weight" for side in ("user", "item") for role in ("instructions", "vectors")
     }
-    assert World(saved["bert"], "text_only").model.user.readout.slot_head is None, "it has no slots"
+
+
+@pytest.mark.parametrize(
+    ("arm", "instructions", "roles"),
+    [("text_only", 2, []), ("prefix_only", 2, ["instructions"]), ("per_layer", 0, ["vectors"])],
+)
+def test_there_is_a_head_for_every_kind_of_slot_that_there_is(saved, arm, instructions, roles):
+    model = World(saved["bert"], arm, alignment={"instructions": instructions}).model
+    assert list(model.user.readout.slot_heads) == roles

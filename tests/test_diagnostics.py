@@ -145,7 +145,7 @@ def make_model(
         alignment = AlignmentModule({"id": SlotShape(vectors, 4)}, blocks, HIDDEN, 2, projections)
         for _, source in alignment.named_sources():
             source.reset(torch.Generator().manual_seed(0), spread=1.0)
-        return Tower(alignment, Readout(HIDDEN, "last", True, False, False))
+        return Tower(alignment, Readout(HIDDEN, "last", True, False))
 
     return RaRec(backbone, tower(), tower(), scale=1.0, learn_scale=False).eval()
 

@@ -193,7 +193,7 @@ class Step:
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
         backbone = FrozenBackbone(tiny_model(kind, blocks=3), "mean" if kind == "bert" else "last")
-        towers = [Tower(self._alignment(vectors), Readout(32, backbone.pool, True, False, False)) for vectors in (2, 1)]
+        towers = [Tower(self._alignment(vectors), Readout(32, backbone.pool, True, False)) for vectors in (2, 1)]
         self.model = RaRec(backbone, *towers, scale=20.0, learn_scale=True)
         self.prompts = [
             [Encoded(rng.integers(1, 200, length).astype(np.int32), {"id": 0}) for length in rng.integers(4, 9, BATCH)]

@@ -84,9 +84,10 @@ class Readout(Section):
     """L2-normalise, then a learned scale multiplies the score."""
     head: bool | None = None
     """A learned linear map after pooling, one a side, starting at the identity. By default where the hidden size is at
-    most 1024: all maps together then take 17 MB at most, with an 8B model they would take 270."""
+    most 1024: all maps together then take 25 MB at most, with an 8B model they would take 400."""
     slots: bool = True
-    """Add what the last block makes of the slots, their mean; with `head` through a map of its own."""
+    """Add what the last block makes of the slots: the mean of those that hold vectors, and that of the instructions;
+    with `head` each through a map of its own."""
 
 
 class Loss(Section):

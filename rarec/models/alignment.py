@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from rarec.errors import UserError
 
+ROLES = ("instructions", "vectors")
+"""What a slot is: an instruction c, or the projection p of a vector."""
+
 
 @dataclass(frozen=True)
 class SlotShape:
@@ -71,10 +74,18 @@ class SourceAlignment(nn.Module):
         standard_BKE = torch.where(there_BK1, standard_BKE, self.fallback_E)
         return torch.einsum("lde,bke->lbkd", self.weight_LDE, standard_BKE) + self.bias_LD[:, None, None]
 
-    def there(self, vectors_BKE: Tensor) -> Tensor:
-        """Which slots tell something, (B, M + K): none where there is no vector. Of `prefix_only`, blind to it, all."""
-        some_B = (vectors_BKE != 0).flatten(1).any(1) if self.projections else vectors_BKE.new_ones(len(vectors_BKE))
-        return some_B.bool()[:, None].expand(-1, self.count)
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What its slots are: `instructions`, `vectors`, or both."""
+        has = {"instructions": self.instructions_LMD is not None, "vectors": self.projections}
+        return tuple(role for role in ROLES if has[role])
+
+    def of_role(self, role: str, vectors_BKE: Tensor) -> Tensor:
+        """Which slots are of that role, (B, M + K); of `vectors`, those whose vector is there."""
+        told = self.shape.vectors if self.projections else 0
+        are_BS = vectors_BKE.new_full((len(vectors_BKE), self.count), role == "instructions", dtype=torch.bool)
+        are_BS[:, self.count - told :] = (vectors_BKE != 0).any(-1) if role == "vectors" else False
+        return are_BS
 
     def forward(self, vectors_BKE: Tensor) -> tuple[Tensor, Tensor | None]:
         """Slots (L, B, M + K, D), and p (L, B, K, D) or None."""
@@ -129,9 +140,15 @@ class AlignmentModule(nn.Module):
         """The sources' own alignments by name."""
         return [(name, cast(SourceAlignment, source)) for name, source in self.sources.items()]
 
-    def there(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """Which slots tell something, (B, S): not those of a source that has no vector for this user or item."""
-        return torch.cat([source.there(vectors[name]) for name, source in self.named_sources()], 1)
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What its slots are; of every source alike."""
+        return self.named_sources()[0][1].roles
+
+    def by_role(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which slots are of each role, (B, S); of `vectors`, those whose vector is there."""
+        sources = self.named_sources()
+        return {role: torch.cat([one.of_role(role, vectors[name]) for name, one in sources], 1) for role in self.roles}
 
     def forward(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Slots (L, B, S, D), and for each source that has them its projections p (L, B, K, D)."""

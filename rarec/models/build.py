@@ -59,8 +59,8 @@ def build_model(
         alignment = AlignmentModule(chosen, blocks, backbone.hidden_size, m, arm.projections) if useful else None
         readout, hidden = config.readout, backbone.hidden_size
         head = hidden <= WIDEST_WITH_HEADS if readout.head is None else readout.head
-        reads_slots = readout.slots and alignment is not None
-        return Tower(alignment, Readout(hidden, backbone.pool, readout.normalise, head, reads_slots))
+        reads = alignment.roles if readout.slots and alignment is not None else ()
+        return Tower(alignment, Readout(hidden, backbone.pool, readout.normalise, head, reads))
 
     plain = not config.readout.normalise
     scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature

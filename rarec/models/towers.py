@@ -60,36 +60,41 @@ class Encoding(NamedTuple):
 class Readout(nn.Module):
     """Final hidden states to the scored vector (all ours).
 
-    The pooled states of the text, and added to them, if wanted, the mean of the slots'; each through a head that starts
-    at the identity, if wanted; an L2 norm, if wanted. Slots that stand for a missing vector are not read: they are the
-    same for all that have none, and what they share would drown in the norm what their texts tell apart.
+    The pooled states of the text, and added to them, if wanted, the mean state of the slots that hold vectors and that
+    of the instructions; each of the three through a head that starts at the identity, if wanted; an L2 norm, if wanted.
+    Slots that stand for a missing vector are not read: they are the same for all that have none, and what they share
+    would drown in the norm what their texts tell apart.
 
     Args:
         hidden: D.
         pool: of the text.
         normalise: to length 1.
         head: whether there are heads.
-        slots: whether the slots' states are read.
+        reads: which slots' states are read, by their roles.
     """
 
-    def __init__(self, hidden: int, pool: str, normalise: bool, head: bool, slots: bool) -> None:
+    def __init__(self, hidden: int, pool: str, normalise: bool, head: bool, reads: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.pool, self.normalise, self.slots = pool, normalise, slots
-        self.head = _identity(hidden, bias=True) if head else None
-        self.slot_head = _identity(hidden, bias=False) if head and slots else None
+        self.pool, self.normalise = pool, normalise
+        self.head = _identity(hidden, bias=True) if head else nn.Identity()
+        heads = {role: _identity(hidden, bias=False) if head else nn.Identity() for role in reads}
+        self.slot_heads = nn.ModuleDict(heads)
 
-    def forward(self, hidden_BTD: Tensor, mask_BT: Tensor, positions_BK: Tensor, there_BK: Tensor) -> Tensor:
-        """(B, D) from final hidden states, the mask of text and slots, where the slots are, and which to read."""
+    def forward(self, hidden_BTD: Tensor, mask_BT: Tensor, positions_BK: Tensor, roles: Mapping[str, Tensor]) -> Tensor:
+        """(B, D) from final hidden states, the mask of text and slots, where slots are, and which have which role."""
         text_BT = mask_BT.scatter(1, positions_BK, 0)
-        pooled_BD = pool_text(hidden_BTD, text_BT, "mean" if self.pool == "mean" else "last").float()
-        if self.head is not None:
-            pooled_BD = self.head(pooled_BD)
-        if self.slots:
-            index_BKD = positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-            weights_BK1 = there_BK.float().unsqueeze(-1)
-            slots_BD = (hidden_BTD.gather(1, index_BKD).float() * weights_BK1).sum(1) / weights_BK1.sum(1).clamp_min(1)
-            pooled_BD = pooled_BD + (self.slot_head(slots_BD) if self.slot_head is not None else slots_BD)
+        pooled_BD: Tensor = self.head(pool_text(hidden_BTD, text_BT, "mean" if self.pool == "mean" else "last").float())
+        index_BKD = positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+        slots_BKD = hidden_BTD.gather(1, index_BKD)
+        for role, head in self.slot_heads.items():
+            pooled_BD = pooled_BD + head(_mean(slots_BKD.float(), roles[role]))
         return F.normalize(pooled_BD, dim=-1) if self.normalise else pooled_BD
+
+
+def _mean(states_BKD: Tensor, which_BK: Tensor) -> Tensor:
+    """Of some of the slots' states, (B, D); zero where there is none."""
+    weights_BK1 = which_BK.float().unsqueeze(-1)
+    return (states_BKD * weights_BK1).sum(1) / weights_BK1.sum(1).clamp_min(1)
 
 
 def _identity(size: int, bias: bool) -> nn.Linear:
@@ -119,13 +124,13 @@ class Tower(nn.Module):
 
     def forward(self, backbone: FrozenBackbone, batch: SideBatch) -> Encoding:
         """Slots from the sources' vectors, one pass of the frozen model, readout of the text."""
-        slots, projected, there_BK = None, {}, batch.positions_BK
+        slots, projected, roles = None, {}, {}
         if self.alignment is not None:
             slots_LBKD, projected = self.alignment(batch.vectors)
             slots = Slots(slots_LBKD, batch.positions_BK, self.alignment.blocks)
-            there_BK = self.alignment.there(batch.vectors)
+            roles = self.alignment.by_role(batch.vectors)
         hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
-        vectors_BZ = self.readout(hidden_BTD, batch.mask_BT, batch.positions_BK, there_BK)
+        vectors_BZ = self.readout(hidden_BTD, batch.mask_BT, batch.positions_BK, roles)
         return Encoding(vectors_BZ, slots.slots_LBKD if slots else None, projected)
 
 
