@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarec.evaluation.arms import Float32, Question, Ranker
+from rarec.evaluation.arms import Question, Ranker
 
 COMPARED_USERS = 64
 LIMIT = 100.0
 """The greatest weight, relative to the spread of the two scores: that of an arm which tells nothing."""
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
 """Scores of a block."""
 _PENALTY = 1e-4
 """Of squared weights, a user: it keeps them finite where the targets are always first."""
@@ -80,12 +80,16 @@ class _Scores:
     @classmethod
     def of(cls, arm: Ranker, both: Ranker, question: Question, compared: _Compared) -> "_Scores":
         """Of the arm, and of the sum of both."""
-        own, whole = (_vectors(ranker, question) for ranker in (arm, both))
-        items = (torch.from_numpy(ranker.items_NZ) for ranker in (arm, both))
-        return cls(own[:, 0], next(items), whole, next(items), question, compared)
+        parts = [
+            [torch.from_numpy(ranker.users(part.user_rows, part.histories)) for ranker in (arm, both)]
+            for part in question.chunks()  # both of one chunk at a time, for which the arm encodes it once
+        ]
+        own_UZ, both_UKE = (torch.cat(vectors) for vectors in zip(*parts, strict=True))
+        items_NZ, items_NE = (torch.from_numpy(ranker.items_NZ) for ranker in (arm, both))
+        return cls(own_UZ, items_NZ, both_UKE, items_NE, question, compared)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Scores of both (2, B, N), minus infinity for what a user has seen, and the targets (B,)."""
+        """Scores of both (2, B, N), which items a user has seen (B, N), and the targets (B,)."""
         size = max(_BLOCK // len(self.items_NZ), 1)
         for start in range(0, len(self.own_UZ), size):
             part = slice(start, start + size)
@@ -97,13 +101,6 @@ class _Scores:
                 seen_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = True
             seen_BN[torch.arange(len(targets_B)), targets_B] = False
             yield torch.stack([own_BN / self.compared.arm, others_BN / self.compared.ids]), seen_BN, targets_B
-
-
-def _vectors(ranker: Ranker, question: Question) -> Tensor:
-    """Of all users, (U, K, Z)."""
-    parts = [ranker.users(part.user_rows, part.histories) for part in question.chunks()]
-    whole: Float32 = np.concatenate(parts).reshape(len(question.user_rows), -1, ranker.items_NZ.shape[1])
-    return torch.from_numpy(whole)
 
 
 def _fitted(scores: _Scores) -> Floats:
