@@ -37,7 +37,7 @@ def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
     block = 2 * D * D + 2 * D * (D // 2) + 3 * D * F + 2 * D  # q and o, k and v of half the heads, feed-forward, norms
     assert sum(weight.bytes for weight in arm.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
     assert arm.in_blocks == BLOCKS * block
-    side = BLOCKS * (M * D + D * E + D) + E + 2 * D * D + D  # what stands for a missing vector; heads, one with a bias
+    side = BLOCKS * (M * D + D * E + D) + E + 3 * D * D + D  # what stands for a missing vector; heads, one with a bias
     assert sum(weight.count for weight in arm.trained) == 2 * side + 1
     assert arm.saved == {"alignment": 4 * (2 * side + 1 + 2 * 2 * E), "lora": 0}  # mean and spread of the vectors, too
 
