@@ -2,8 +2,7 @@
 
 How much the ID score counts is the likeliest on validation users: both scores, weighted and added, are taken as logits
 of a softmax over what a user has not seen, and the weights maximise the likelihood of the targets. A metric of the top
-of the list would do as well, but tells weights apart that few users decide: between halves of the users its choice
-moves several times as far.
+of the list would do as well, but is nearly flat over the weights: which of them is best, few users decide.
 
 Shape letters: U users, B users of a block, N catalogue, Z and E sizes of vectors, K vectors of a user.
 """
