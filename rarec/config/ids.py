@@ -55,7 +55,7 @@ class Gru4Rec(Recipe):
     """A recurrent net."""
 
     kind, title = "gru4rec", "GRU4Rec"
-    dropout: Part = 0.5
+    dropout: Part = 0.6
     hidden: Positive = 128
     layers: Positive = 1
 
