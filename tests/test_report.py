@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rarec.artefacts import write_manifest
-from rarec.config import RunConfig
+from rarec.config import ARMS, RunConfig
 from rarec.errors import UserError
 from rarec.evaluation.figures import comparison_rows, metric_rows
 from rarec.evaluation.labels import arm_order, arm_title, figure, primary_metric
@@ -349,11 +349,16 @@ def test_equal_files_give_equal_bytes(run: RunPaths, page: str) -> None:
 
 def test_a_resumed_log_counts_each_step_once_and_a_torn_line_is_told(run: RunPaths) -> None:
     told: list[str] = []
-    record = read_run(run, say=told.append)
+    record = read_run(run, ARMS, say=told.append)
     assert [line["step"] for line in record.training["per_layer"].losses] == list(range(1, 401))
     assert len(record.training["per_layer"].validations) == 8
     assert len(told) == 4
     assert "log.jsonl, line 201 is torn" in told[0]
+
+
+def test_what_an_arm_left_that_is_trained_no_more_is_not_shown(run: RunPaths) -> None:
+    assert set(read_run(run, ARMS, say=lambda line: None).training) > {"per_layer"}
+    assert set(read_run(run, ["per_layer"], say=lambda line: None).training) == {"per_layer"}
 
 
 def test_what_was_not_written_is_left_out(tmp_path: Path) -> None:

@@ -181,12 +181,14 @@ def test_new_items_are_ranked_by_their_text(finished, tmp_path):
     assert asked == {"0": np.isin(targets, new).sum(), "1": (~np.isin(targets, new)).sum()}
 
 
-def test_an_evaluation_belongs_to_its_training(context, finished, tmp_path):
+@pytest.mark.parametrize("stage", ["evaluate", "export", "report"])
+def test_an_evaluation_belongs_to_its_training(context, finished, tmp_path, stage):
+    """Other weights get neither its figures nor a card nor a report with them."""
     run = shutil.copytree(context.paths.root, tmp_path / "run")
     done = run / "train" / "per_layer" / "done.json"
     done.write_text(json.dumps({**read_json(done), "best_step": 999}))
     with pytest.raises(UserError, match="made from another per_layer"):
-        evaluate(open_context(finished, [f"run.dir={run}"]))
+        STAGES[stage](open_context(finished, [f"run.dir={run}"], fresh=stage == "export"))
 
 
 def test_an_evaluation_belongs_to_its_rival(context, finished, tmp_path):

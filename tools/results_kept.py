@@ -71,13 +71,13 @@ def keep(run: SweepRun, place: Path) -> None:
     paths = RunPaths.of(run.config)
     manifest = read_manifest(paths.evaluation, "evaluate")
     check_files(paths.evaluation, manifest)
-    trained = read_run(paths, say=lambda line: None).training
+    trained = read_run(paths, run.config.train.arms, say=lambda line: None).training
     with new_directory(place / run.label) as aside:
         pq.write_table(_digested(pq.read_table(paths.evaluation / RANKS)), aside / RANKS, compression="zstd")
         about = {
             "strata": read_json(paths.evaluation / "strata.json"),
             "record": read_json(paths.record) if paths.record.exists() else {},
-            "training": {arm: _seen(trained[arm]) for arm in run.config.train.arms if arm in trained},
+            "training": {arm: _seen(training) for arm, training in trained.items()},
         }
         write_json(aside / ABOUT, about)
         write_manifest(

@@ -1,13 +1,12 @@
 """What a finished run left on disk, read back for its report."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rarec.artefacts import MANIFEST
-from rarec.config import ARMS
 from rarec.errors import UserError
 from rarec.files import read_json
 from rarec.paths import RunPaths
@@ -68,22 +67,26 @@ class RunRecord:
     selection: Any
 
 
-def read_run(run: RunPaths, *, say: Say) -> RunRecord:
+def read_run(run: RunPaths, arms: Iterable[str], *, say: Say) -> RunRecord:
     """Read every file that the report shows.
+
+    Args:
+        run: evaluated.
+        arms: whose trainings count, if they are there.
+        say: told what is torn.
 
     Raises:
         UserError: metrics.json is missing, a file is not JSON, or a row lacks a field.
     """
     if not (run.evaluation / "metrics.json").exists():
         raise UserError(f"{run.evaluation} has no metrics.json", "make it first: rarec evaluate CONFIG")
-    arms = [arm for arm in ARMS if run.train(arm).is_dir()]
     return RunRecord(
         metrics=_rows(run.evaluation / "metrics.json", METRIC_FIELDS),
         comparisons=_rows(run.evaluation / "comparisons.json", COMPARISON_FIELDS),
         strata=_rows(run.evaluation / "strata.json", STRATUM_FIELDS),
         examples=_rows(run.evaluation / "examples.json", EXAMPLE_FIELDS),
         diagnostics=_diagnostics(run.evaluation / "diagnostics.json"),
-        training={arm: _training(run.train(arm), say) for arm in arms},
+        training={arm: _training(run.train(arm), say) for arm in arms if run.train(arm).is_dir()},
         evaluation=_optional(run.evaluation / MANIFEST, {}),
         prepared=_optional(run.prepare / MANIFEST, {}),
         selection=_optional(run.shards / "selection.json", {}),

@@ -49,7 +49,7 @@ def write_report(run_dir: RunPaths, config: RunConfig, *, say: Callable[[str], N
         UserError: the extra `report` is not installed, metrics.json is missing, or a file is not as it should be.
     """
     template = _template()
-    record = read_run(run_dir, say=say)
+    record = read_run(run_dir, config.train.arms, say=say)
     page = template.render(_context(record, config, run_dir.root.name))
     with new_directory(run_dir.report) as aside:
         write_text(aside / REPORT, page)

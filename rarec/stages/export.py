@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rarec.artefacts import check_files, read_manifest, sha256_json
+from rarec.artefacts import sha256_json
 from rarec.config.identity import bundle_settings
 from rarec.errors import UserError
 from rarec.evaluation.arms import Question, Ranker
@@ -12,7 +12,7 @@ from rarec.files import read_json
 from rarec.models.encode import Encoder
 from rarec.serving.bundle import Provenance, load_bundle, write_bundle
 from rarec.stages.context import Context
-from rarec.stages.trained import arm_hash, best_model
+from rarec.stages.trained import arm_hash, best_model, finished_evaluation
 from rarec.training.finished import DONE
 
 
@@ -27,8 +27,7 @@ def export(context: Context) -> None:
     """Make `bundle/` from the arm `export.arm` at its best validation, with the evaluation's figures."""
     arm = context.main
     belongs = provenance(context)
-    evaluation = read_manifest(context.paths.evaluation, "evaluate")
-    check_files(context.paths.evaluation, evaluation)
+    evaluation = finished_evaluation(context)
     made_from = {**belongs.inputs, "evaluate": evaluation["hash"], "train": arm_hash(context, arm)}
     if context.is_done(context.paths.bundle, "bundle", bundle_settings(context.config), made_from):
         return

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from rarec.artefacts import is_current, read_manifest, sha256_json
+from rarec.artefacts import check_files, is_current, read_manifest, sha256_json
 from rarec.config import Arm
-from rarec.config.identity import arm_settings
+from rarec.config.identity import arm_settings, evaluate_settings
 from rarec.models.towers import RaRec
 from rarec.stages.context import Context
 from rarec.stages.fresh import bare_model
@@ -39,6 +39,20 @@ def finished_training(context: Context, arm: Arm) -> dict[str, Any]:
     is_current(directory, "train", arm_settings(context.config, arm), {"shards": finished_shards(context)["hash"]})
     read_manifest(directory, "train")
     return read_done(directory)
+
+
+def finished_evaluation(context: Context) -> dict[str, Any]:
+    """The manifest of an evaluation of the arms as they are trained here now, with every file as it was written.
+
+    Raises:
+        UserError: there is none, or it is of other weights or settings, or a file of it is altered.
+    """
+    config, directory = context.config, context.paths.evaluation
+    manifest = read_manifest(directory, "evaluate")
+    weights = {name: training_hash(context.paths.train(name)) for name in config.train.arms}
+    is_current(directory, "evaluate", evaluate_settings(config), weights)
+    check_files(directory, manifest)
+    return manifest
 
 
 def best_model(context: Context, arm: Arm) -> RaRec:
