@@ -127,12 +127,20 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew_in_silence(decoder, 
     assert "--fresh" in error.value.remedy
 
 
+@pytest.mark.parametrize("other", ["readout.pool=mean", "alignment.instructions=1"])
+def test_shards_with_states_pooled_otherwise_or_prompts_cut_otherwise_are_refused(decoder, trained, other):
+    field = other.partition("=")[0].partition(".")[2]
+    with pytest.raises(UserError, match=f"shards was made with other settings: {field}: ") as error:
+        STAGES["train"](open_context(decoder, [f"run.dir={trained.parents[1]}", *SHORT, other]))
+    assert "rarec shards CONFIG --fresh" in error.value.remedy
+
+
 @pytest.mark.parametrize("other", ["train.lr=0.5", "alignment.instructions=1", "run.seed=3"])
 def test_a_checkpoint_of_another_training_is_refused(decoder, trained, tmp_path, other):
     """Another alignment shape, other data (the seed selects them), other settings."""
     directory = trained
     foreign = open_context(decoder, [copied(decoder, tmp_path / "other"), *SHORT, other])
-    if other.startswith("run.seed"):
+    if not other.startswith("train."):
         for stage in ("prepare", "ids", "shards"):
             foreign.fresh = True
             STAGES[stage](foreign)

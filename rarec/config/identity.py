@@ -39,8 +39,12 @@ def source_settings(section: Ids | Recipe | Import, seed: int) -> dict[str, Any]
 
 
 def shard_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that shape the shards; how many write them does not."""
+    """The settings that shape the shards; how many write them does not.
+
+    Of other sections: what is held out, how states are pooled, and how many slots prompts keep free.
+    """
     settings = _sections(config, "shards", "prompt") | {"holdout": config.ids.held_out}
+    settings |= {"pool": config.readout.pool, "instructions": config.alignment.instructions}
     del settings["shards"]["writers"]
     return settings
 
@@ -96,7 +100,7 @@ def shared_names(config: RunConfig) -> dict[str, str]:
     names = {"prepare": f"prepare-{prepare}"}
     for name, section in sources_of(config).items():
         names[f"ids/{name}"] = _source_name(name, section, config.run.seed, prepare)
-    shards = _digest(shard_settings(config), _read_by_shards(config), names)
+    shards = _digest(shard_settings(config), llm_settings(config), names)
     rival, section = rival_of(config)
     names[f"ids/{rival}"] = _source_name("id", section, config.run.seed, prepare)
     return {**names, "shards": f"shards-{shards}"}
@@ -109,15 +113,6 @@ def _source_name(name: str, section: Ids | Import, seed: int, prepare: str) -> s
 def llm_settings(config: RunConfig) -> dict[str, Any]:
     """Which language model it is."""
     return config.llm.model_dump(mode="json", include=set(LLM))
-
-
-def _read_by_shards(config: RunConfig) -> dict[str, Any]:
-    """Of other sections: whose states are stored, how they are pooled, and how many slots prompts keep free."""
-    return {
-        "llm": llm_settings(config),
-        "pool": config.readout.pool,
-        "instructions": config.alignment.instructions,
-    }
 
 
 def _engine_of_tables(config: Prepare) -> str | None:
