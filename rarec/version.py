@@ -1,6 +1,8 @@
 """Which rarec this is: its version and, where it runs from a checkout, the commit."""
 
 import subprocess
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import rarec
@@ -8,8 +10,12 @@ import rarec
 _CHECKOUT = Path(rarec.__file__).parents[1]
 
 
-def source() -> dict[str, str | None]:
-    """`version`, and `commit` with `-dirty` behind it where tracked files were changed; None outside a checkout."""
+@cache
+def source() -> Mapping[str, str | None]:
+    """`version`, and `commit` with `-dirty` behind it where tracked files were changed; None outside a checkout.
+
+    A process looks once.
+    """
     return {"version": rarec.__version__, "commit": _commit()}
 
 

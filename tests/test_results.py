@@ -276,6 +276,7 @@ def test_each_run_tells_how_it_was_made(path):
         "train": {**stage, "commit": "0123456789abcdef0123-dirty"},
         "evaluate": {**stage, "seconds": 1200.0, "commit": "0123456789abcdef0123-dirty", "ranks": 2},
     }
+    record["evaluate"]["earlier"] = [{**stage, "commit": "abcdef0123456789"}]
     first, second = load_sweep(path).runs[:2]
     finish(first, RANKS[17], record)
     finish(second, RANKS[18])
@@ -283,7 +284,7 @@ def test_each_run_tells_how_it_was_made(path):
     assert rows[0] == [
         "plain/seed-17",
         "`rarec sweep sweep.yaml --only plain/seed-17`",
-        "`0123456789ab-dirty`",
+        "`0123456789ab-dirty`, `abcdef012345`",
         "Some CPU, 2 cores, Some CPU, 2 cores x 2",
         "prepare shared, ids shared, shards shared, train 30 s, evaluate 1,200 s",
         "text only: 2, 1,500; RA-Rec (per layer): 2, 1,500",

@@ -150,7 +150,7 @@ def _command(sweep: Sweep, run: SweepRun) -> str:
 
 def _record(sweep: Sweep, one: Kept) -> list[str]:
     """Cells: commit, hardware, and wall time by stage."""
-    stages = list(one.record.values())
+    stages = [sitting for stage in one.record.values() for sitting in (*stage.get("earlier", []), stage)]
     commits = [f"`{_short(stage['commit'])}`" if stage["commit"] else stage["version"] for stage in stages]
     machines = [stage["hardware"] + (f" x {stage['ranks']}" if stage["ranks"] > 1 else "") for stage in stages]
     shares = bool(one.run.config.run.shared)

@@ -1,6 +1,7 @@
 """`record.json` of a run: what each stage took, on what machine, by which commit. Only what is made is noted."""
 
 import time
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +17,7 @@ def perform(context: Context, stage: str) -> Any:
 
     What a sitting took that was killed is not known here; for training, `done.json` has the seconds of all sittings.
     """
+    source()  # as the code was when it was loaded, not as it may be hours later
     context.made, started = False, time.monotonic()
     try:
         result = getattr(import_module(f"rarec.stages.{stage}"), stage)(context)
@@ -32,10 +34,14 @@ def _note(context: Context, stage: str, seconds: float) -> None:
     path = context.paths.record
     record = read_json(path) if path.exists() else {}
     before = {} if context.fresh else record.get(stage, {})
-    record[stage] = {
-        "seconds": round(before.get("seconds", 0.0) + seconds, 2),
-        "hardware": machine(context.ranks.device),
-        "ranks": context.ranks.count,
-        **source(),
-    }
+    here = {"hardware": machine(context.ranks.device), "ranks": context.ranks.count, **source()}
+    others = _earlier(before, here)
+    seconds = round(before.get("seconds", 0.0) + seconds, 2)
+    record[stage] = {"seconds": seconds, **here, **({"earlier": others} if others else {})}
     write_json(path, record)
+
+
+def _earlier(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where and by what else a stage was begun, each once."""
+    sittings = [*before.get("earlier", []), {name: before.get(name) for name in here}] if before else []
+    return [one for one in sittings if one != here]

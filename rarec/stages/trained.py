@@ -49,7 +49,7 @@ def finished_evaluation(context: Context) -> dict[str, Any]:
     """
     config, directory = context.config, context.paths.evaluation
     manifest = read_manifest(directory, "evaluate")
-    weights = {name: training_hash(context.paths.train(name)) for name in config.train.arms}
+    weights: dict[str, str] = {name: training_hash(context.paths.train(name)) for name in config.train.arms}
     is_current(directory, "evaluate", evaluate_settings(config), weights)
     check_files(directory, manifest)
     return manifest
