@@ -326,6 +326,39 @@ def test_runs_are_compared_with_the_one_called_base_over_the_users_that_both_ran
     assert hits.startswith("−.2500 ")  # d alone is lost, and e stands in one of them only
 
 
+def test_runs_are_compared_over_the_seeds_that_both_have(path):
+    path.write_text(SWEEP.replace("plain: {}", "base: {}\n  plain: {}"))
+    runs = {run.label: run for run in load_sweep(path).runs}
+    for label, seed in (("base/seed-17", 17), ("base/seed-18", 18), ("plain/seed-18", 18)):
+        finish(runs[label], RANKS[seed])
+    ((*_, hits, _, _, _, users, seeds), _) = rows_of(page(path), "Against the base")
+    assert hits == "+.0000 (+.0000 to +.0000)"  # the same ranks; the mean over both seeds would be another
+    assert (users, seeds) == ("4", "1")
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"targets": "wxyy"}, "other test targets"),
+        ({"users": "efgh"}, "no test user in common"),
+    ],
+)
+def test_runs_on_other_targets_or_users_are_not_compared_and_the_page_says_why(path, other, why):
+    path.write_text(SWEEP.replace("plain: {}", "base: {}\n  plain: {}"))
+    runs = {run.label: run for run in load_sweep(path).runs}
+    finish(runs["base/seed-17"], RANKS[17])
+    finish(runs["plain/seed-17"], RANKS[17], **other)
+    assert rows_of(page(path), "Against the base")[0][2] == f"not compared: {why}"
+
+
+def test_runs_without_a_seed_in_common_are_not_compared(path):
+    path.write_text(SWEEP.replace("plain: {}", "base: {}\n  plain: {}"))
+    runs = {run.label: run for run in load_sweep(path).runs}
+    finish(runs["base/seed-17"], RANKS[17])
+    finish(runs["plain/seed-18"], RANKS[18])
+    assert rows_of(page(path), "Against the base")[0][2] == "not compared: no seed in common"
+
+
 def test_the_fusion_of_the_first_run_is_compared_with_that_of_a_run_with_another_main_arm(path):
     path.write_text(SWEEP.replace("plain: {}", "plain: {}\n  text: {train.arms: [text_only], export.arm: text_only}"))
     runs = {run.label: run for run in load_sweep(path).runs}

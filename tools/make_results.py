@@ -26,7 +26,6 @@ from results_tables import Arms, against, differences, figures, making, missing,
 from rarec.entry import guarded
 from rarec.errors import UserError
 from rarec.evaluation.labels import metric_title
-from rarec.evaluation.seeds import SeedMeans
 from rarec.files import write_text
 from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
 
@@ -130,10 +129,8 @@ def _by_name(finished: Sequence[Kept]) -> dict[str, list[Kept]]:
 
 
 def _arms(name: str, finished: Sequence[Kept], sweep: Sweep) -> Arms:
-    """A run over its finished seeds. With one seed the figures are those of its metrics.json, to the last digit."""
-    first = finished[0].run.config
-    means = SeedMeans.read([one.ranks for one in finished], first.evaluate.resamples, first.run.seed)
-    return Arms(name, means, sum(run.name == name for run in sweep.runs), first.export.arm)
+    """A run over its finished seeds."""
+    return Arms(name, {one.run.seed: one for one in finished}, sum(run.name == name for run in sweep.runs))
 
 
 def _curves(sweep: Sweep, arms: Mapping[str, Arms], plots: Path) -> Iterator[str]:

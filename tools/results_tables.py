@@ -3,9 +3,12 @@
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from results_kept import Kept
 
+from rarec.config import RunConfig
+from rarec.errors import UserError
 from rarec.evaluation.figures import pairs_of_interest
 from rarec.evaluation.labels import (
     FUSED,
@@ -33,15 +36,35 @@ class Arms:
 
     Attributes:
         name: of the run.
-        means: over its finished seeds.
+        finished: by seed.
         seeds: how many it should have.
-        main: the arm that is exported, and compared with the others.
     """
 
     name: str
-    means: SeedMeans
+    finished: Mapping[int, Kept]
     seeds: int
-    main: str
+
+    @cached_property
+    def means(self) -> SeedMeans:
+        """Over its finished seeds."""
+        return self.over(self.finished)
+
+    def over(self, seeds: Iterable[int]) -> SeedMeans:
+        """Means over some of them. With one seed they are the figures of its metrics.json, to the last digit."""
+        return SeedMeans.read([self.finished[s].ranks for s in seeds], self._config.evaluate.resamples, self._first)
+
+    @property
+    def main(self) -> str:
+        """The arm that is exported, and compared with the others."""
+        return self._config.export.arm
+
+    @property
+    def _first(self) -> int:
+        return next(iter(self.finished))
+
+    @property
+    def _config(self) -> RunConfig:
+        return self.finished[self._first].run.config
 
     @property
     def shown(self) -> list[str]:
@@ -92,10 +115,16 @@ def against(runs: Mapping[str, Arms]) -> str:
 
 
 def _across(run: Arms, arm: str, other: Arms, others: str) -> list[str]:
-    """Cells of an arm minus one of another run; none where either lacks its own."""
+    """Cells of an arm minus one of another run, over the seeds that both have; none where either lacks its own."""
     if arm not in run.means.values or others not in other.means.values:
         return []
-    both = run.means.against(other.means, arm, others)
+    seeds = [seed for seed in run.finished if seed in other.finished]
+    try:
+        if not seeds:
+            raise UserError("no seed in common")
+        both = run.over(seeds).against(other.over(seeds), arm, others)
+    except UserError as error:
+        return [f"not compared: {error.problem}", *[""] * (len(HEADLINE) + 1)]
     found = both.differences("ours", "theirs")
     return [*(_cell(found[metric], signed=True) for metric in HEADLINE), f"{both.n:,}", str(both.seeds)]
 

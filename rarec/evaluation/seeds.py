@@ -29,6 +29,7 @@ class SeedMeans:
     Attributes:
         values: of each arm and metric, (U,); the same users in the same order everywhere.
         users: their ids, in that order.
+        targets: theirs, in that order.
         seeds: how many were averaged.
         left_out: users that only some of the seeds ranked.
         resamples: of the bootstrap.
@@ -37,6 +38,7 @@ class SeedMeans:
 
     values: Mapping[str, Mapping[str, Floats]]
     users: Sequence[object]
+    targets: Sequence[object]
     seeds: int
     left_out: int
     resamples: int = 2000
@@ -61,7 +63,8 @@ class SeedMeans:
             raise UserError(f"no user was ranked in all of {', '.join(map(str, files))}", "leave evaluate.users out")
         arms = [arm for arm in _arms(tables[0]) if all(arm in _arms(table) for table in tables)]
         values = {arm: _mean([_metrics(table, arm, users) for table in tables]) for arm in arms}
-        return cls(values, users, len(files), len(set().union(*everyone)) - len(users), resamples, seed)
+        targets = [everyone[0][user] for user in users]
+        return cls(values, users, targets, len(files), len(set().union(*everyone)) - len(users), resamples, seed)
 
     @property
     def n(self) -> int:
@@ -80,19 +83,22 @@ class SeedMeans:
         """An arm of this run as `ours` and one of another run as `theirs`, over the users that both ranked.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or the target of one is not the same in both.
         """
         theirs = {user: at for at, user in enumerate(other.users)}
+        own = {user: at for at, user in enumerate(self.users)}
         common = [user for user in self.users if user in theirs]
         if not common:
-            raise UserError("two runs have no test user in common", "give them the same seed and evaluate.users")
-        own = {user: at for at, user in enumerate(self.users)}
+            raise UserError("no test user in common", "give both runs the same seed and evaluate.users")
+        if any(self.targets[own[user]] != other.targets[theirs[user]] for user in common):
+            raise UserError("other test targets", "compare runs of one split of one log")
         rows = {"ours": (self.values[arm], own), "theirs": (other.values[others], theirs)}
         values = {
             side: {name: each[[at[user] for user in common]] for name, each in metrics.items()}
             for side, (metrics, at) in rows.items()
         }
-        return SeedMeans(values, common, min(self.seeds, other.seeds), 0, self.resamples, self.seed)
+        targets = [self.targets[own[user]] for user in common]
+        return SeedMeans(values, common, targets, self.seeds, 0, self.resamples, self.seed)
 
 
 def _columns(table: pa.Table, *names: str) -> list[list[object]]:
