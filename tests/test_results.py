@@ -246,6 +246,19 @@ def test_what_was_kept_of_other_settings_is_not_shown(path):
     assert "arms.per_layer.train.lr: 0.001 -> 0.5" in made
 
 
+def test_what_was_kept_of_other_vectors_is_not_shown(path):
+    entry = "plain: {ids: {model: import, imported: {items: a.npy, item_ids: ids.txt}}}"
+    path.write_text(SWEEP.replace("plain: {}", entry))
+    finish(load_sweep(path).runs[0], RANKS[17])
+    page(path)
+    shutil.rmtree("all")
+    assert "No run is finished." not in page(path)
+    path.write_text(SWEEP.replace("plain: {}", entry.replace("a.npy", "b.npy")))
+    made = page(path)
+    assert "No run is finished." in made
+    assert 'imported.id: ["a.npy", "ids.txt", null, null] -> ["b.npy"' in made
+
+
 def test_a_field_that_came_after_a_run_was_kept_counts_as_its_default(path):
     finish(load_sweep(path).runs[0], RANKS[17])
     made = page(path)

@@ -19,7 +19,9 @@ from rarec.artefacts import MANIFEST, check_files, differences, read_manifest, w
 from rarec.config import ARMS, RunConfig
 from rarec.config.identity import (
     arm_settings,
+    engine_of_tables,
     evaluate_settings,
+    imported_files,
     llm_settings,
     prepare_settings,
     shard_settings,
@@ -119,11 +121,13 @@ def _manifest(directory: Path) -> dict[str, Any]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """All that shapes a run's figures."""
-    seed = config.run.seed
+    """All that shapes a run's figures; files are known by their names."""
+    seed, vectors = config.run.seed, vectors_of(config)
     return {
         "prepare": prepare_settings(config.prepare, seed),
-        "ids": {name: source_settings(section, seed) for name, section in vectors_of(config).items()},
+        "engine": engine_of_tables(config.prepare),
+        "ids": {name: source_settings(section, seed) for name, section in vectors.items()},
+        "imported": {name: imported_files(section) for name, section in vectors.items()},
         "llm": llm_settings(config),
         "shards": shard_settings(config),
         "arms": {name: arm_settings(config, ARMS[name]) for name in config.train.arms},

@@ -96,7 +96,7 @@ def shared_names(config: RunConfig) -> dict[str, str]:
     The digest of each covers the digests of those that it is made from. Files are known by their paths here: that their
     contents are still the same is for the manifests to say, as in a run of its own.
     """
-    prepare = _digest(prepare_settings(config.prepare, config.run.seed), _engine_of_tables(config.prepare))
+    prepare = _digest(prepare_settings(config.prepare, config.run.seed), engine_of_tables(config.prepare))
     names = {"prepare": f"prepare-{prepare}"}
     for name, section in sources_of(config).items():
         names[f"ids/{name}"] = _source_name(name, section, config.run.seed, prepare)
@@ -107,7 +107,7 @@ def shared_names(config: RunConfig) -> dict[str, str]:
 
 
 def _source_name(name: str, section: Ids | Import, seed: int, prepare: str) -> str:
-    return f"ids-{name}-{_digest(source_settings(section, seed), _files(section), prepare)}"
+    return f"ids-{name}-{_digest(source_settings(section, seed), imported_files(section), prepare)}"
 
 
 def llm_settings(config: RunConfig) -> dict[str, Any]:
@@ -115,13 +115,14 @@ def llm_settings(config: RunConfig) -> dict[str, Any]:
     return config.llm.model_dump(mode="json", include=set(LLM))
 
 
-def _engine_of_tables(config: Prepare) -> str | None:
+def engine_of_tables(config: Prepare) -> str | None:
     """Where tables are known by their names, the engine that knows them."""
     named = config.interactions.table or config.items.table
     return without_password(config.engine) if named else None
 
 
-def _files(section: Ids | Import) -> list[str | None]:
+def imported_files(section: Ids | Import) -> list[str | None]:
+    """Those that vectors are imported from."""
     chosen = section.chosen if isinstance(section, Ids) else section
     return [] if isinstance(chosen, Recipe) else [getattr(chosen, field) for field in IMPORTED_FILES]
 
