@@ -22,7 +22,7 @@ from rarec.stages.evaluate import evaluate
 from rarec.stages.export import recommend
 from rarec.stages.report import report
 from rarec.stages.run import STAGES, run
-from rarec.stages.shards import shards
+from rarec.stages.shards import ShardParts, finished_shards, shards
 from rarec.stages.train import train
 from tests.processes import be_killed_at_rename
 
@@ -222,6 +222,18 @@ def test_killed_shards_of_other_settings_leave_no_tar_behind(finished, copied):
     shards(open_context(finished, [copied, "shards.samples_per_shard=200"]))
     assert sorted(path.name for path in (place / "shards").glob("*.tar")) == ["000000.tar", "000001.tar"]
     assert not asides(place / "shards")
+
+
+def test_cut_prompts_are_counted_whoever_made_the_samples(finished, copied):
+    """After a kill and for all that it left: the manifest says what one sitting would have said."""
+    context = open_context(finished, [copied, "prompt.max_tokens=24"], fresh=True)
+    shards(context)
+    told = finished_shards(context)["cut_prompts"]["user"]
+    assert 0 < told < finished_shards(context)["samples"]
+    parts = ShardParts(context)
+    assert parts.cut_users() == told  # nothing of it made here
+    list(parts.samples(range(10, 30)))
+    assert parts.cut_users() == told
 
 
 def test_a_path_may_hold_what_means_something_elsewhere(finished, tmp_path):

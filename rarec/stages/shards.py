@@ -66,7 +66,7 @@ def _shards(context: Context) -> None:
             config.writers,
             ranks,
         )
-    cut = {"user": int(ranks.largest(parts.cut_S).sum()), "item": context.prompts.cut["item"]}
+    cut = {"user": parts.cut_users(), "item": context.prompts.cut["item"]}
     figures = {"state_blocks": parts.blocks, "cut_prompts": cut}
     ranks.once(lambda: finish_shards(directory, records, settings, made_from, parts.sidecars, **figures))
     context.say(f"{parts.total} samples in {len(records)} shards")
@@ -123,8 +123,8 @@ class ShardParts:
 
     @cached_property
     def cut_S(self) -> npt.NDArray[np.int8]:
-        """Which samples' prompts were cut, as far as they were made here."""
-        return np.zeros(self.total, np.int8)
+        """Which samples' prompts were cut; -1 where they were not made here."""
+        return np.full(self.total, -1, np.int8)
 
     @property
     def total(self) -> int:
@@ -188,6 +188,14 @@ class ShardParts:
             own = {name: array[at] for name, array in vectors.items()}
             tokens, marks = prompts[at].tokens_T, prompts[at].marks
             yield Sample(user, position, target, histories[at].astype(np.int32), tokens, marks, states_BLD[at], own)
+
+    def cut_users(self) -> int:
+        """Number of samples whose prompt was cut; those that a killed run made are looked at again."""
+        cut_S = self.context.ranks.largest(self.cut_S)
+        for place in np.flatnonzero(cut_S < 0):
+            user, position = int(self.selection.user_rows[place]), int(self.selection.positions[place])
+            cut_S[place] = self.context.prompts.user(self.context.dataset.history(user, position)).cut
+        return int(cut_S.sum())
 
     def tell_size(self) -> None:
         """Say what the stored states will take."""
