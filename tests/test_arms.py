@@ -94,6 +94,29 @@ def test_an_id_model_that_tells_nothing_changes_no_order():
     assert (ranks["fused"] == ranks["arm"]).all()
 
 
+def test_popularity_ranks_what_was_met_most_often_first():
+    question = Question(np.arange(2), [np.array([1]), np.array([3])], np.array([3, 1]))
+    popularity = Ranker.of_counts(np.array([0, 7, 2, 5]))
+    assert popularity.best(question, 3).tolist() == [[3, 2, 0], [1, 2, 0]]
+    assert popularity.scores(question) == pytest.approx(np.log([[1, 8, 3, 6]] * 2))
+
+
+@pytest.mark.parametrize("interests", [1, 3])
+def test_an_id_model_that_knows_no_popularity_gains_by_as_much_as_the_targets_follow_it(interests):
+    """Targets are drawn by half the ID score and twice the log of popularity."""
+    rng, users = np.random.default_rng(3), 5000
+    counts_N = rng.integers(0, 50, 30)
+    ids = rng.standard_normal((users, interests, 4)), rng.standard_normal((30, 4))
+    scores_UN = 0.5 * (ids[0] @ ids[1].T).max(1) + 2 * np.log1p(counts_N)
+    targets = (scores_UN + rng.gumbel(size=scores_UN.shape)).argmax(1)
+    question = Question(np.arange(users), [np.array([], int)] * users, targets)
+    popularity, model = Ranker.of_counts(counts_N), ranker(*ids)
+    fused, _ = fuse(popularity, model, question)
+    first = Question(question.user_rows[:1], question.histories[:1], question.targets[:1])
+    others, both = model.scores(first)[0], fused.scores(first)[0]
+    assert np.allclose((both - np.log1p(counts_N)) / others, 0.25, rtol=0.1)
+
+
 @pytest.mark.parametrize("main", ["text_only", "input", "per_layer"])
 def test_no_arm_is_compared_with_itself(main):
     arms = ["id_only", *(name + part for name in ("text_only", "input", "per_layer") for part in ("", "+id"))]

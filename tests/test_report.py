@@ -37,6 +37,9 @@ SKILL = {
     "per_layer": 36,
     "text_only+id": 37,
     "per_layer+id": 33,
+    "id_only+popularity": 44,
+    "text_only+id+popularity": 36,
+    "per_layer+id+popularity": 33,
     "per_layer/shuffled_history": 55,
     "per_layer/permuted_ids": 66,
 }
@@ -224,6 +227,15 @@ def test_a_slot_that_brings_nothing_beyond_late_fusion_is_said_to_bring_nothing(
     assert "the slots are not shown to carry anything that adding the scores does not bring" in text
 
 
+def test_a_slot_that_brings_popularity_alone_is_said_to_bring_no_more() -> None:
+    rows = [compared(*ID, 0.01, 0.02), compared(*FUSION, 0.01, 0.02), compared("per_layer+id", FUSION[1], 0.01, 0.02)]
+    rows += [compared("per_layer+id+popularity", "text_only+id+popularity", -0.01, 0.01)]
+    *_, first, second, _ = verdict([measured("per_layer")], rows, "per_layer", 17).sentences
+    assert first.startswith("With the ID score added to it as well, it beats the late fusion without slots")
+    assert second.startswith("With the items' popularity added to both as well, against the late fusion without slots")
+    assert second.endswith("the slots are not shown to carry anything that adding the scores does not bring.")
+
+
 @given(st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(sorted))
 def test_a_finding_beats_or_loses_only_with_its_whole_interval(values: list[float]) -> None:
     low, difference, high = values
@@ -261,8 +273,11 @@ def test_probes_pass_only_where_the_arm_gets_worse() -> None:
 def test_names_and_figures_read_as_people_write_them() -> None:
     assert arm_title("per_layer+id") == "RA-Rec (per layer) + ID"
     assert arm_title("per_layer/permuted_ids") == "RA-Rec (per layer), permuted IDs"
-    names = ["per_layer/permuted_ids", "text_only+id", "per_layer", "id_only", "text_only", "mystery"]
-    assert sorted(names, key=arm_order) == ["id_only", "text_only", "per_layer", "mystery", *reversed(names[:2])]
+    assert arm_title("per_layer+id+popularity") == "RA-Rec (per layer) + ID + popularity"
+    assert arm_title("id_only+popularity") == "ID model + popularity"
+    last = ["per_layer/permuted_ids", "text_only+id+popularity", "id_only+popularity", "text_only+id"]
+    names = [*last, "per_layer", "id_only", "text_only", "mystery"]
+    assert sorted(names, key=arm_order) == ["id_only", "text_only", "per_layer", "mystery", *reversed(last)]
     assert [figure(0.05334), figure(1.0), figure(-0.00001, signed=True)] == [".0533", "1.0000", "+.0000"]
     assert figure(-0.0021, signed=True) == "\N{MINUS SIGN}.0021"
     assert [primary_metric(["mrr", "ndcg@10"]), primary_metric(["ndcg@20", "ndcg@5"]), primary_metric([])] == [

@@ -35,6 +35,7 @@ def test_metrics_carry_arm_protocol_interval_and_n(context):
     rows = read_json(context.paths.evaluation / "metrics.json")
     arms = {row["arm"] for row in rows}
     assert {"id_only", "text_only", "per_layer", "text_only+id", "per_layer+id"} <= arms
+    assert {"id_only+popularity", "text_only+id+popularity", "per_layer+id+popularity"} <= arms
     assert {"per_layer/shuffled_history", "per_layer/permuted_ids"} <= arms
     for row in rows:
         assert set(row) == {"arm", "metric", "protocol", "value", "low", "high", "n"}
@@ -60,6 +61,8 @@ def test_paired_comparisons_are_differences_of_the_same_users(context):
     assert {(row["arm"], row["baseline"]) for row in rows} >= {
         ("per_layer", "id_only"),
         ("per_layer+id", "text_only+id"),
+        ("per_layer+id+popularity", "text_only+id+popularity"),
+        ("per_layer+id+popularity", "id_only+popularity"),
     }
     for row in rows:
         expected = values[row["arm"], row["metric"]] - values[row["baseline"], row["metric"]]

@@ -99,6 +99,12 @@ class Ranker:
         return cls(np.asarray(source.scored_NE), source.user_vectors, lacking_N if lacking_N.any() else None)
 
     @classmethod
+    def of_counts(cls, counts_N: Rows) -> "Ranker":
+        """Popularity: the log of how often each item was met, the same for all users."""
+        logs_N1 = np.log1p(counts_N, dtype=np.float32)[:, None]
+        return cls(logs_N1, lambda rows, histories: np.ones((len(rows), 1), np.float32))
+
+    @classmethod
     def of_model(cls, encoder: Encoder) -> "Ranker":
         """A trained arm. The last chunk's vectors are remembered, for a fusion of it that ranks the same users next."""
         last: list[tuple[Sequence[Rows], Float32]] = []

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from rarec.evaluation.labels import FUSED, ID_ONLY, arm_title, base_arm, figure, metric_title, tick
+from rarec.evaluation.labels import ID_ONLY, arm_title, base_arm, figure, metric_title, tick
 from rarec.evaluation.record import Row, TrainingRecord
 from rarec.evaluation.verdict import Finding
 
@@ -164,11 +164,11 @@ def _whisker(
     along, across = list(ends), [where, where]
     line, point = ((across, along), (where, value)) if upright else ((along, across), (value, where))
     panel.plot(*line, color=colour, linewidth=1.6)
-    panel.plot(*point, "o", color=colour, markerfacecolor=SURFACE if arm.endswith(FUSED) else colour, markersize=5)
+    panel.plot(*point, "o", color=colour, markerfacecolor=SURFACE if "+" in arm else colour, markersize=5)
 
 
 def _key(panel: "Axes", arm: str) -> Any:
-    face = SURFACE if arm.endswith(FUSED) else _colour(arm)
+    face = SURFACE if "+" in arm else _colour(arm)
     return panel.plot([], [], "o-", color=_colour(arm), markerfacecolor=face, markersize=5, label=arm_title(arm))[0]
 
 

@@ -31,7 +31,12 @@ from rarec.ranking.metrics import SELECTED_BY
 
 REPORT = "report.html"
 _IDENTITY = ("kind", "schema", "settings", "made_from", "files", "hash")
-_GROUPS = ("Each arm alone", "With the ID model's score added (late fusion)", "Probes")
+_GROUPS = (
+    "Each arm alone",
+    "With the ID model's score added (late fusion)",
+    "With the log of an item's popularity added as well",
+    "Probes",
+)
 
 
 def write_report(run_dir: RunPaths, config: RunConfig, *, say: Callable[[str], None]) -> Path:
@@ -155,7 +160,7 @@ def _headline_metrics(rows: Iterable[Row]) -> list[str]:
 
 
 def _arms(rows: Iterable[Row], *, with_probes: bool) -> list[str]:
-    return sorted({row["arm"] for row in rows if with_probes or arm_group(row["arm"]) < 2}, key=arm_order)
+    return sorted({row["arm"] for row in rows if with_probes or "/" not in row["arm"]}, key=arm_order)
 
 
 def _table(rows: Sequence[Row], metrics: Sequence[str], *, with_probes: bool) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def _table(rows: Sequence[Row], metrics: Sequence[str], *, with_probes: bool) ->
     groups = [(title, [arm for arm in arms if arm_group(arm) == place]) for place, title in enumerate(_GROUPS)]
     best = set()
     for metric in metrics:
-        rivals = [(row["value"], row["arm"]) for row in rows if row["metric"] == metric and arm_group(row["arm"]) < 2]
+        rivals = [(row["value"], row["arm"]) for row in rows if row["metric"] == metric and "/" not in row["arm"]]
         best |= {(arm, metric) for value, arm in rivals if value == max(rivals)[0]}
     return {"metrics": metrics, "cells": cells, "groups": [g for g in groups if g[1]], "best": best}
 

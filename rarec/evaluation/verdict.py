@@ -10,6 +10,7 @@ from rarec.evaluation.labels import (
     HEADLINE,
     ID_ONLY,
     LATE_FUSION,
+    POPULAR,
     PROBES,
     arm_title,
     figure,
@@ -230,14 +231,16 @@ def _other_metrics(
 
 
 def _complement(comparisons: Sequence[Row], arm: str, metric: str) -> list[str]:
-    """With the ID score added to both: do the slots carry anything that late fusion lacks?"""
-    finding = find(comparisons, arm + FUSED, LATE_FUSION, metric)
-    if finding is None or arm + FUSED == LATE_FUSION:
-        return []
+    """With the ID score added to both, and popularity: do the slots carry anything that late fusion lacks?"""
     carried = {
         "beats": "the slots carry something that adding the scores does not bring",
         "open": "the slots are not shown to carry anything that adding the scores does not bring",
-        "loses": "beside the ID score, the slots cost more than they bring",
+        "loses": "beside these scores, the slots cost more than they bring",
     }
-    clause = finding.clause("the late fusion without slots")
-    return [f"With the ID score added to it as well, {clause} ({finding.evidence()}): {carried[finding.outcome]}."]
+    sentences = []
+    for added, opening in (("", "the ID score added to it"), (POPULAR, "the items' popularity added to both")):
+        finding = find(comparisons, arm + FUSED + added, LATE_FUSION + added, metric)
+        if finding is not None and arm + FUSED != LATE_FUSION:
+            clause = finding.clause("the late fusion without slots")
+            sentences.append(f"With {opening} as well, {clause} ({finding.evidence()}): {carried[finding.outcome]}.")
+    return sentences

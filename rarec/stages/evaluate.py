@@ -16,6 +16,7 @@ from rarec.evaluation.arms import Question, Ranker, rank_all
 from rarec.evaluation.examples import Examples
 from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
 from rarec.evaluation.fusion import fuse
+from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
 from rarec.evaluation.strata import strata_rows
 from rarec.files import new_directory, write_json
 from rarec.models.encode import Encoder
@@ -86,11 +87,12 @@ class _Evaluation:
         self.weights: dict[str, float] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
-        self._best: dict[str, npt.NDArray[np.int64]] = {"id_only": self._examples.best(self.ids)}
+        self._best: dict[str, npt.NDArray[np.int64]] = {ID_ONLY: self._examples.best(self.ids)}
 
     def ranks(self) -> Ranks:
         """Ranks of the test targets by arm: the ID model, the trained arms, their fusions, the probes."""
-        ranks = self._rank(self.test, {"id_only": self.ids})
+        popular = self._with_popularity(ID_ONLY, self.ids) if self.context.config.evaluate.fusion else {}
+        ranks = self._rank(self.test, {ID_ONLY: self.ids, **popular})
         for name in self.context.config.train.arms:  # one trained arm is loaded at a time
             model = best_model(self.context, ARMS[name])
             with self.context.engine.serving(model):
@@ -134,13 +136,22 @@ class _Evaluation:
             self._best[name] = self._examples.best(ranker)
         rankers: dict[str, Ranker] = {name: ranker}
         if config.evaluate.fusion:
-            rankers[f"{name}+id"], self.weights[name] = fuse(ranker, self.ids, self.validation)
+            fused, self.weights[name] = fuse(ranker, self.ids, self.validation)
+            rankers[name + FUSED] = fused
+            if name in ("text_only", self.main):
+                rankers |= self._with_popularity(name + FUSED, fused)
         ranks = self._rank(self.test, rankers)
         if name == self.main and config.evaluate.probes:
             shuffled = Question.of(context.dataset, self.targets, self.seed)
             ranks |= self._rank(shuffled, {f"{name}/shuffled_history": ranker})
             ranks |= self._rank(self.test, {f"{name}/permuted_ids": self._of(model, permuted=True)})
         return ranks
+
+    def _with_popularity(self, name: str, ranker: Ranker) -> dict[str, Ranker]:
+        """The cheapest rival of all that slots may bring: how often items were met, added to the score."""
+        popularity = Ranker.of_counts(self.context.dataset.train_counts_N)
+        fused, self.weights[name + POPULAR] = fuse(popularity, ranker, self.validation)
+        return {name + POPULAR: fused}
 
     def _rank(self, question: Question, rankers: dict[str, Ranker]) -> Ranks:
         ranks = rank_all(question, rankers, self.context.ranks)
