@@ -31,7 +31,8 @@ from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
 
 HEAD = """# Results
 
-Every table is made by a tool from the files of its sweep, and none of their figures is typed.
+Tables of runs are made by a tool from the files of their sweeps, and none of their figures is typed; the text around
+them, and what it calls computed or tried, is by hand.
 
 The full catalogue is ranked; the user's earlier items are excluded, ties count against the model, choices are made on
 validation users. A figure is the mean over seeds and users, with the bootstrap 95% interval over users of each user's

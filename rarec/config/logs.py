@@ -62,7 +62,7 @@ class Split(Section):
     """Last item tests and the one before it validates; or two global cuts in time."""
     validation_users: Positive | None = None
     """Leave-one-out only: a fixed random subset of the users validates, and of the others the item before the last
-    trains (as in RecTools' SASRec, eSASRec); all validate by default."""
+    trains; all validate by default, as in most published tables."""
     new_items: Part = 0.0
     """Leave-one-out only, to see how new items fare: of about this share of the items, chosen by a hash of their ids,
     only those interactions stay that are a user's last. So they are met in no training, but in the test."""
