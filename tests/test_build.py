@@ -18,7 +18,7 @@ from tests.synthetic import title, write_llm
 BLOCKS, HIDDEN, BATCH, INSTRUCTIONS = 3, 32, 4, 2
 SHAPES = {"id": SourceShape(dim=6, vectors_per_user=3), "image": SourceShape(dim=5, vectors_per_user=1)}
 PROMPTS = {"user": "{soft:id} history: {history}.", "item": "{soft:id} {title}{soft:image}."}
-SLOTTED = ("prefix_only", "input", "per_layer", "per_layer_lora")
+ALIGNED = ("prefix_only", "readout", "input", "per_layer", "per_layer_lora")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ class World:
         for tower in (self.model.user, self.model.item):
             for name, source in tower.alignment.named_sources() if tower.alignment else ():
                 vectors_NE = torch.randn(20, SHAPES[name].dim, generator=generator)
-                states_LND = torch.randn(len(tower.alignment_blocks), 20, HIDDEN, generator=generator)
+                states_LND = torch.randn(len(tower.alignment.blocks), 20, HIDDEN, generator=generator)
                 initialise(source, vectors_NE, states_LND, penalty=1.0, generator=generator)
 
     def batches(self):
@@ -79,6 +79,7 @@ class World:
     ("arm", "blocks", "user", "item"),
     [
         ("text_only", (), {}, {}),
+        ("readout", (), {}, {}),
         ("prefix_only", (0, 1, 2), {"id": 2}, {"id": 2, "image": 2}),
         ("input", (0,), {"id": 5}, {"id": 3, "image": 3}),  # 2 instructions and K = 3 on the user side, 1 on the item's
         ("per_layer", (0, 1, 2), {"id": 5}, {"id": 3, "image": 3}),
@@ -128,7 +129,7 @@ def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
     assert all("lora_" in name for name in trained if name.startswith("backbone."))
     roots = {name.split(".")[0] if "." not in name else ".".join(name.split(".")[:2]) for name in trained}
     expected = {"user.readout", "item.readout"} if "normalise" in readout else {"log_scale"}
-    expected |= {"user.alignment", "item.alignment"} if arm in SLOTTED else set()
+    expected |= {"user.alignment", "item.alignment"} if arm in ALIGNED else set()
     expected |= {"backbone.model"} if arm == "per_layer_lora" else set()
     assert roots == expected
 
@@ -139,7 +140,10 @@ def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
         world.scores().log_softmax(1).diagonal().sum().neg().backward()
         optimizer.step()
     unmoved = {name for name, parameter in trained.items() if not parameter.grad.abs().max() > 0}
-    assert unmoved <= {"item.readout.head.bias"}, "without a norm it shifts all scores of a user alike"
+    idle = {"item.readout.head.bias"}  # without a norm it shifts all scores of a user alike
+    if arm == "readout":  # what stands for a missing vector is not read out, and goes nowhere else
+        idle |= {name for name in trained if name.endswith("fallback_E")}
+    assert unmoved <= idle
     for name, parameter in world.model.named_parameters():
         assert name in trained or torch.equal(parameter, frozen[name])
 
@@ -167,6 +171,24 @@ def test_text_only_is_the_normalised_pooled_text(saved):
         mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
         expected = scale * mean_BD / mean_BD.norm(dim=1, keepdim=True)
         torch.testing.assert_close(encoding.vectors_BZ, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reads_slots", [False, True])
+def test_vectors_that_enter_at_the_readout_alone_do_not_go_through_the_model(saved, reads_slots):
+    """The prompt is that of the text alone; the mean of an item's p, of those that it has, is added to its states."""
+    world = World(saved["bert"], "readout", readout={"normalise": False, "slots": reads_slots})
+    world.items["id"][1] = world.items["image"][1:3] = 0
+    _, batch = world.batches()
+    _, text = World(saved["bert"], "text_only").batches()
+    assert torch.equal(batch.ids_BT, text.ids_BT)
+    hidden_BTD = world.model.backbone(batch.ids_BT, batch.mask_BT)
+    assert not hidden_BTD.requires_grad
+    pooled_BD = (hidden_BTD * batch.mask_BT[..., None]).sum(1) / batch.mask_BT.sum(1, keepdim=True)
+    sources = world.model.item.alignment.sources
+    id_BD, image_BD = (sources[name].project(batch.vectors[name])[0, :, 0] for name in ("id", "image"))
+    added_BD = torch.stack([(id_BD + image_BD)[0] / 2, torch.zeros(HIDDEN), id_BD[2], (id_BD + image_BD)[3] / 2])
+    found_BD = world.model({"item": batch})["item"].vectors_BZ
+    torch.testing.assert_close(found_BD, pooled_BD + added_BD, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reads_slots", [False, True])

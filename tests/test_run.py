@@ -14,12 +14,14 @@ from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.files import read_json
 from rarec.models.encode import Encoder
+from rarec.planning.setting import Cluster
 from rarec.ranking import rank_targets
 from rarec.serving.bundle import load_bundle
 from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import provenance, recommend
 from rarec.stages.feed import Feed
+from rarec.stages.plan import plan
 from rarec.stages.run import STAGES
 from rarec.stages.shards import ShardParts, finished_shards
 from rarec.stages.trained import best_model
@@ -164,6 +166,20 @@ def test_some_samples_stand_without_their_items_vectors(finished, tmp_path):
     assert alone == bare.tolist()
     whole = Collator(model, context.prompts, context.sources, states, missing=0.0)(samples, len(samples))
     assert (whole.items.vectors["id"] != 0).any(-1).all()
+
+
+def test_an_arm_without_slots_in_the_model_goes_the_whole_way(finished, tmp_path):
+    """From its shards to a bundle that recommends; there are no slots to diagnose."""
+    context = open_context(finished, [f"run.dir={tmp_path}", "train.arms=[readout]", "export.arm=readout"])
+    for stage in STAGES.values():
+        stage(context)
+    rows = read_json(context.paths.evaluation / "metrics.json")
+    assert {"readout", "readout+id", "readout/permuted_ids"} <= {row["arm"] for row in rows}
+    assert not (context.paths.evaluation / "diagnostics.json").exists()
+    assert len(recommend(context, "u001", 5)) == 5
+    calculator = plan(context, Cluster.of(1, 1, None, "H100"), "0").calculator
+    assert calculator.slots("readout") == {"user": 0, "item": 0}
+    assert calculator.arm("readout", False).first_block is None
 
 
 def test_new_items_are_ranked_by_their_text(finished, tmp_path):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-ArmName = Literal["text_only", "prefix_only", "input", "per_layer", "per_layer_lora"]
+ArmName = Literal["text_only", "prefix_only", "readout", "input", "per_layer", "per_layer_lora"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,8 @@ class Arm:
     Attributes:
         name: as in the configuration, the directories and the report.
         title: for people.
-        blocks: which blocks get slots: all that the configuration names, only the input, or none.
+        blocks: which blocks get slots: all that the configuration names, only the input, or none; or whether they
+            enter beside the text at the readout alone.
         instructions: whether the slots hold the contextual instructions c.
         projections: whether the slots hold the projected vectors p = W e + b.
         lora: whether LoRA weights train beside.
@@ -21,7 +22,7 @@ class Arm:
 
     name: str
     title: str
-    blocks: Literal["all", "input", "none"]
+    blocks: Literal["all", "input", "readout", "none"]
     instructions: bool = True
     projections: bool = True
     lora: bool = False
@@ -32,6 +33,7 @@ ARMS = {
     for arm in (
         Arm("text_only", "text only", "none", instructions=False, projections=False),
         Arm("prefix_only", "prefix only", "all", projections=False),
+        Arm("readout", "ID vectors at the readout", "readout", instructions=False),
         Arm("input", "input injection", "input"),
         Arm("per_layer", "RA-Rec (per layer)", "all"),
         Arm("per_layer_lora", "RA-Rec + LoRA", "all", lora=True),

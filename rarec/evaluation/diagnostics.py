@@ -59,7 +59,7 @@ def diagnose(
     found: dict[str, Any] = {"n": {}, "blocks": [], "attention": [], "words": []}
     for sample in samples:
         tower: Tower = getattr(model, sample.side)
-        if tower.alignment is None or not len(sample):
+        if tower.alignment is None or not tower.slots or not len(sample):
             continue
         ranks.at(f"diagnosing {sample.side}s")
         found["n"][sample.side] = len(sample)

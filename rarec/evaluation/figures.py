@@ -43,7 +43,7 @@ def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
     """What is compared: the main arm with every other, its fusions with rivals, probes with it, none with itself."""
     names = list(arms)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
-    fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", "input+id", main)]
+    fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", "readout+id", "input+id", main)]
     popular = [(f"{main}+id+popularity", f"{name}+popularity") for name in ("id_only", "text_only+id")]
     rival = [(main, "text_only+id")]
     probes = [(name, main) for name in names if name.startswith(f"{main}/")]

@@ -26,6 +26,7 @@ COLOURS = {
     "input": "#000008",
     "per_layer": "#000009",
     "per_layer_lora": "#00000a",
+    "readout": "#00000d",
 }
 _OUTCOMES = {"beats": "#00000b", "loses": "#00000c", "open": MUTED}
 THEME = {INK: "ink", MUTED: "muted", RULE: "rule", SURFACE: "surface", "#00000b": "good", "#00000c": "bad"} | {

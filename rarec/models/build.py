@@ -59,8 +59,9 @@ def build_model(
         alignment = AlignmentModule(chosen, blocks, backbone.hidden_size, m, arm.projections) if useful else None
         readout, hidden = config.readout, backbone.hidden_size
         head = hidden <= WIDEST_WITH_HEADS if readout.head is None else readout.head
-        reads = alignment.roles if readout.slots and alignment is not None else ()
-        return Tower(alignment, Readout(hidden, backbone.pool, readout.normalise, head, reads))
+        injects = arm.blocks != "readout"
+        reads = alignment.roles if alignment is not None and (readout.slots or not injects) else ()
+        return Tower(alignment, Readout(hidden, backbone.pool, readout.normalise, head, reads), injects)
 
     plain = not config.readout.normalise
     scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature
@@ -78,7 +79,7 @@ def whole_size(parameter: nn.Parameter) -> int:
 
 
 def aligned_blocks(config: RunConfig, arm: Arm, count: int) -> tuple[int, ...]:
-    """The blocks whose slots an arm overwrites, of a model with so many.
+    """The blocks whose slots an arm overwrites, of a model with so many; the one behind the last is the readout.
 
     Raises:
         UserError: `train.blocks` names one that the model lacks.
@@ -87,6 +88,8 @@ def aligned_blocks(config: RunConfig, arm: Arm, count: int) -> tuple[int, ...]:
         return ()
     if arm.blocks == "input":
         return (0,)
+    if arm.blocks == "readout":
+        return (count,)
     chosen = tuple(sorted(set(config.train.blocks))) if config.train.blocks is not None else tuple(range(count))
     if chosen and chosen[-1] >= count:
         raise UserError(f"train.blocks: the model has blocks 0 to {count - 1}, not {chosen[-1]}")

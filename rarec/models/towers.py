@@ -80,12 +80,9 @@ class Readout(nn.Module):
         heads = {role: _identity(hidden, bias=False) if head else nn.Identity() for role in reads}
         self.slot_heads = nn.ModuleDict(heads)
 
-    def forward(self, hidden_BTD: Tensor, mask_BT: Tensor, positions_BK: Tensor, roles: Mapping[str, Tensor]) -> Tensor:
-        """(B, D) from final hidden states, the mask of text and slots, where slots are, and which have which role."""
-        text_BT = mask_BT.scatter(1, positions_BK, 0)
+    def forward(self, hidden_BTD: Tensor, text_BT: Tensor, slots_BKD: Tensor, roles: Mapping[str, Tensor]) -> Tensor:
+        """(B, D) from final hidden states, where there is text, the slots' last states, and which have which role."""
         pooled_BD: Tensor = self.head(pool_text(hidden_BTD, text_BT, "mean" if self.pool == "mean" else "last").float())
-        index_BKD = positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-        slots_BKD = hidden_BTD.gather(1, index_BKD)
         for role, head in self.slot_heads.items():
             pooled_BD = pooled_BD + head(_mean(slots_BKD.float(), roles[role]))
         return F.normalize(pooled_BD, dim=-1) if self.normalise else pooled_BD
@@ -106,32 +103,46 @@ def _identity(size: int, bias: bool) -> nn.Linear:
 
 
 class Tower(nn.Module):
-    """One side's own parts: its alignment (None for text only) and its readout."""
+    """One side's own parts.
 
-    def __init__(self, alignment: AlignmentModule | None, readout: Readout) -> None:
+    Args:
+        alignment: None for text only.
+        readout: of text and slots.
+        injects: whether the slots go through the model. If not, they are read out as the alignment makes them, and the
+            prompt has no place for them.
+    """
+
+    def __init__(self, alignment: AlignmentModule | None, readout: Readout, injects: bool = True) -> None:
         super().__init__()
-        self.alignment, self.readout = alignment, readout
+        self.alignment, self.readout, self.injects = alignment, readout, injects
 
     @property
     def slots(self) -> dict[str, int]:
-        """How many slots each source takes."""
-        return self.alignment.slots if self.alignment is not None else {}
+        """How many slots each source takes in the prompt."""
+        return self.alignment.slots if self.alignment is not None and self.injects else {}
 
     @property
     def alignment_blocks(self) -> tuple[int, ...]:
         """The blocks that get slots."""
-        return self.alignment.blocks if self.alignment is not None else ()
+        return self.alignment.blocks if self.alignment is not None and self.injects else ()
 
     def forward(self, backbone: FrozenBackbone, batch: SideBatch) -> Encoding:
-        """Slots from the sources' vectors, one pass of the frozen model, readout of the text."""
-        slots, projected, roles = None, {}, {}
-        if self.alignment is not None:
-            slots_LBKD, projected = self.alignment(batch.vectors)
-            slots = Slots(slots_LBKD, batch.positions_BK, self.alignment.blocks)
-            roles = self.alignment.by_role(batch.vectors)
+        """Slots from the sources' vectors, one pass of the frozen model, readout of text and slots."""
+        if self.alignment is None:
+            hidden_BTD = backbone(batch.ids_BT, batch.mask_BT)
+            return Encoding(self.readout(hidden_BTD, batch.mask_BT, hidden_BTD[:, :0], {}), None, {})
+        slots_LBKD, projected = self.alignment(batch.vectors)
+        slots = Slots(slots_LBKD, batch.positions_BK, self.alignment.blocks) if self.injects else None
         hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
-        vectors_BZ = self.readout(hidden_BTD, batch.mask_BT, batch.positions_BK, roles)
-        return Encoding(vectors_BZ, slots.slots_LBKD if slots else None, projected)
+        text_BT = batch.mask_BT.scatter(1, batch.positions_BK, 0)
+        last_BKD = _at(hidden_BTD, batch.positions_BK) if self.injects else slots_LBKD[-1]
+        vectors_BZ = self.readout(hidden_BTD, text_BT, last_BKD, self.alignment.by_role(batch.vectors))
+        return Encoding(vectors_BZ, slots_LBKD, projected)
+
+
+def _at(hidden_BTD: Tensor, positions_BK: Tensor) -> Tensor:
+    """The states at these positions, (B, K, D)."""
+    return hidden_BTD.gather(1, positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1]))
 
 
 class RaRec(nn.Module):

@@ -14,7 +14,7 @@ def diagnostics(context: Context, model: RaRec) -> dict[str, Any] | None:
 
     Text comes from the catalogue and from validation users: no test target is read. All ranks must ask.
     """
-    if model.user.alignment is None and model.item.alignment is None:
+    if not model.user.slots and not model.item.slots:
         return None
     shared = (context.dataset, context.prompts, context.sources, context.config.run.seed)
     samples = [SideSample.of_users(*shared), SideSample.of_items(*shared)]
