@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
+    ElectraConfig,
+    ElectraModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -52,7 +54,7 @@ def write_log(directory: Path, users: int = 60, items: int = 40, seed: int = 0) 
 
 
 def tiny_model(kind: str, blocks: int = 2, hidden: int = 32, vocabulary: int = 200, seed: int = 0) -> PreTrainedModel:
-    """A randomly initialised Llama, Qwen3, GPT-2 or BERT."""
+    """A randomly initialised Llama, Qwen3, GPT-2, BERT, or ELECTRA with word embeddings narrower than its blocks."""
     torch.manual_seed(seed)
     common = {"vocab_size": vocabulary, "num_hidden_layers": blocks, "hidden_size": hidden}
     rope = {**common, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 2 * hidden}
@@ -64,9 +66,11 @@ def tiny_model(kind: str, blocks: int = 2, hidden: int = 32, vocabulary: int = 2
     if kind == "gpt2":
         config = GPT2Config(vocab_size=vocabulary, n_layer=blocks, n_embd=hidden, n_head=4, n_positions=128)
         return GPT2LMHeadModel(config).eval()
+    encoder = {**common, "num_attention_heads": 4, "intermediate_size": 2 * hidden, "max_position_embeddings": 128}
+    if kind == "electra":
+        return ElectraModel(ElectraConfig(**encoder, embedding_size=hidden // 2)).eval()
     assert kind == "bert", kind
-    config = BertConfig(**common, num_attention_heads=4, intermediate_size=2 * hidden, max_position_embeddings=128)
-    return BertModel(config).eval()
+    return BertModel(BertConfig(**encoder)).eval()
 
 
 def tiny_tokenizer(encoder: bool) -> PreTrainedTokenizerFast:
@@ -89,5 +93,5 @@ def tiny_tokenizer(encoder: bool) -> PreTrainedTokenizerFast:
 def write_llm(directory: Path, kind: str = "bert", **shape: int) -> Path:
     """Save a tiny language model with its tokenizer, as a user would have one on disk."""
     tiny_model(kind, **shape).save_pretrained(directory)
-    tiny_tokenizer(encoder=kind == "bert").save_pretrained(directory)
+    tiny_tokenizer(encoder=kind in ("bert", "electra")).save_pretrained(directory)
     return directory

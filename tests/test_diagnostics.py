@@ -246,6 +246,15 @@ def test_attention_begins_with_the_first_block_that_has_slots_and_words_are_of_b
     assert found["words"] == []
 
 
+def test_word_embeddings_narrower_than_the_blocks_are_compared_with_no_slot():
+    model = make_model("electra")
+    assert model.backbone.model.get_input_embeddings().embedding_dim == HIDDEN // 2
+    found = diagnose(model, [make_sample()], TextTokenizer(tiny_tokenizer(encoder=True)), 4)
+    assert found["words"] == []
+    assert [row["block"] for row in found["attention"]] == [0, 1]
+    assert all(row["text_norm"] > 0 and row["cka_after"] is not None for row in found["blocks"])
+
+
 def test_instructions_alone_have_norms_and_words_and_no_geometry():
     model = make_model(projections=False)
     found = diagnose(model, [make_sample()], TextTokenizer(tiny_tokenizer(encoder=False)), 4)

@@ -53,7 +53,8 @@ def diagnose(
         effective ranks, and linear CKA of ID vectors (before) and of projections p (after) with text-only states.
         `attention`: a row a side and block, from the first with slots on, with the shares of `SlotShare`; none where
         the architecture gives no attention weights.
-        `words`: slots at block 0 with the words of the input embeddings that are nearest, and their cosines.
+        `words`: slots at block 0 with the words of the input embeddings that are nearest, and their cosines; none where
+        embeddings are narrower than hidden states.
     """
     passes = Passes(model, tokenizer.filler, batch_size, ranks.device)
     found: dict[str, Any] = {"n": {}, "blocks": [], "attention": [], "words": []}
@@ -116,6 +117,8 @@ def _word_rows(
     slots = [(source, *slot) for source, own in tokens.items() for slot in _named_slots(sample, own)]
     queries_QD = torch.stack([slot_D for *_, slot_D in slots])
     with model.backbone.word_vectors() as table_VD:
+        if table_VD.shape[1] != queries_QD.shape[1]:  # ELECTRA-small and MobileBERT widen them before block 0
+            return []
         cosines_QW, rows_QW = nearest_words(table_VD[: len(tokenizer)], queries_QD, WORDS)
     return [
         {

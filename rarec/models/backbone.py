@@ -104,7 +104,10 @@ class FrozenBackbone(nn.Module):
 
     @contextmanager
     def word_vectors(self) -> Iterator[Tensor]:
-        """In it the table of input embeddings (V, D) is whole, also where an engine has sharded it. All ranks ask."""
+        """In it the table of input embeddings (V, D) is whole, also where an engine has sharded it. All ranks ask.
+
+        In some encoders it is narrower than hidden states.
+        """
         weight = self.model.get_input_embeddings().weight
         with whole(weight), torch.no_grad():
             yield weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
