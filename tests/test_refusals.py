@@ -13,7 +13,9 @@ from rarec.errors import UserError
 from rarec.files import read_json, sha256_file
 from rarec.stages.run import STAGES
 from rarec.stages.trained import checkpoints_of
+from rarec.training.checkpoints import Checkpoints, TrainingState
 from tests.ranks import copied, start, wait_for_step
+from tests.test_diagnostics import make_model
 
 SHORT = ["train.arms=[per_layer]", "train.max_steps=4", "train.validate_every=2", "train.keep=2", "run.device=cpu"]
 
@@ -110,9 +112,8 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_it_is_used(decoder, traine
     again = open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT])
     again.say = told.append
     STAGES["train"](again)
-    assert any(
-        f"step-00000004/{name} is missing or altered: going on from the checkpoint before" in line for line in told
-    )
+    said = f"step-00000004/{name} is missing or altered: dropped, going on from step-00000002"
+    assert any(said in line for line in told)
     found = {path.name: sha256_file(path) for path in (directory / "checkpoints" / "step-00000004").iterdir()}
     for file in ("alignment.safetensors", "optimizer.safetensors"):
         assert found[file] == whole[file]
@@ -122,9 +123,70 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew_in_silence(decoder, 
     directory = trained
     for step in ("step-00000002", "step-00000004"):
         flip(directory / "checkpoints" / step / "alignment.safetensors")
-    with pytest.raises(UserError, match="none of 2 checkpoints is whole") as error:
-        STAGES["train"](open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT]))
-    assert "--fresh" in error.value.remedy
+    for _ in range(2):  # not the second time either
+        with pytest.raises(UserError, match="none of 2 checkpoints is whole") as error:
+            STAGES["train"](open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT]))
+        assert "--fresh" in error.value.remedy
+
+
+def save(checkpoints: Checkpoints, step: int, best: int | None = None) -> Path:
+    """A checkpoint as a training writes it; returns the file with its weights."""
+    checkpoints.save(make_model(), {}, {}, TrainingState(step, best, 0.5))
+    return checkpoints.path(step) / "alignment.safetensors"
+
+
+def test_a_torn_checkpoint_takes_the_place_of_none_that_is_written_later(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2, "this training")
+    save(checkpoints, 2)
+    flip(save(checkpoints, 9))
+    checkpoints.keep = 1
+    assert checkpoints.newest(print) == 2
+    save(checkpoints, 4)
+    assert checkpoints.steps() == [4]
+    assert checkpoints.newest(print) == 4
+
+
+def test_a_best_that_is_torn_is_dropped_and_is_the_best_no_more(tmp_path):
+    checkpoints, told = Checkpoints(tmp_path, 1, "this training"), []
+    torn = save(checkpoints, 2, best=2)
+    save(checkpoints, 4, best=2)
+    assert checkpoints.state(checkpoints.newest(print)) == TrainingState(4, 2, 0.5)
+    flip(torn)
+    assert checkpoints.state(checkpoints.newest(told.append)) == TrainingState(4)
+    assert told == [f"{torn} is missing or altered: dropped, going on from step-00000004"]
+    assert checkpoints.steps() == [4]
+
+
+FIRST_IS_BEST = [*SHORT, "train.lr=1e-12"]
+
+
+def test_where_the_best_is_torn_training_ends_with_one_that_is_there(decoder, tmp_path):
+    """Killed at its end: no step is left to be taken, so what is there is validated again."""
+    overrides = [copied(decoder, tmp_path / "run"), *FIRST_IS_BEST]
+    STAGES["train"](open_context(decoder, overrides))
+    done = tmp_path / "run" / "train" / "per_layer" / "done.json"
+    assert (read_json(done)["best_step"], read_json(done)["step"]) == (2, 4)
+    done.unlink()
+    flip(done.parent / "checkpoints" / "step-00000002" / "alignment.safetensors")
+    STAGES["train"](open_context(decoder, overrides))
+    assert read_json(done)["best_step"] == 4
+    STAGES["evaluate"](open_context(decoder, overrides))
+
+
+def test_a_finished_training_whose_best_is_torn_is_refused_and_what_is_advised_helps(decoder, tmp_path):
+    overrides = [copied(decoder, tmp_path / "run"), *FIRST_IS_BEST]
+    STAGES["train"](open_context(decoder, overrides))
+    directory = tmp_path / "run" / "train" / "per_layer"
+    before = read_json(directory / "done.json")
+    flip(directory / "checkpoints" / "step-00000002" / "alignment.safetensors")
+    STAGES["train"](open_context(decoder, overrides))  # it is finished, and stays as it is
+    with pytest.raises(UserError, match=r"step-00000002/alignment\.safetensors is missing or altered") as error:
+        STAGES["evaluate"](open_context(decoder, overrides))
+    assert error.value.remedy == f"delete {directory} and train it again: rarec train CONFIG"
+    shutil.rmtree(directory)
+    STAGES["train"](open_context(decoder, overrides))
+    STAGES["evaluate"](open_context(decoder, overrides))
+    assert {**read_json(directory / "done.json"), "seconds": 0} == {**before, "seconds": 0}
 
 
 @pytest.mark.parametrize("other", ["readout.pool=mean", "alignment.instructions=1"])

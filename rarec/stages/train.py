@@ -109,7 +109,10 @@ def _resumed(checkpoints: Checkpoints, ranks: Ranks, say: Say) -> TrainingState:
     """Where the newest whole checkpoint stands, as the first rank finds it; a fresh state where there is none."""
     step = ranks.together(lambda: checkpoints.newest(say) if ranks.first else None)
     newest = ranks.most(-1 if step is None else step)
-    return checkpoints.state(newest) if newest >= 0 else TrainingState()
+    state = checkpoints.state(newest) if newest >= 0 else TrainingState()
+    if ranks.most(int(state.best_step is None)):  # another machine may still list what the first rank has just dropped
+        state.forget_best()
+    return state
 
 
 def _trainer(

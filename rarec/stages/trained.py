@@ -5,11 +5,12 @@ from typing import Any
 from rarec.artefacts import check_files, is_current, read_manifest, sha256_json
 from rarec.config import Arm
 from rarec.config.identity import arm_settings, evaluate_settings
+from rarec.errors import UserError
 from rarec.models.towers import RaRec
 from rarec.stages.context import Context
 from rarec.stages.fresh import bare_model
 from rarec.stages.shards import finished_shards
-from rarec.training.checkpoints import Checkpoints
+from rarec.training.checkpoints import Checkpoints, Torn
 from rarec.training.finished import read_done, training_hash
 
 
@@ -59,9 +60,14 @@ def best_model(context: Context, arm: Arm) -> RaRec:
     """A trained arm at its best validation, for `context.engine` to serve.
 
     Raises:
-        UserError: it is not trained, not to its end, or otherwise than the configuration now says.
+        UserError: it is not trained, not to its end, or otherwise than the configuration now says; or its best
+            checkpoint is torn.
     """
     best = finished_training(context, arm)["best_step"]
     model = bare_model(context, arm, context.load_llm(arm))
-    checkpoints_of(context, arm).load(model, best)
+    try:
+        checkpoints_of(context, arm).load(model, best)
+    except Torn as torn:  # a later checkpoint is another model: none takes its place in silence
+        remedy = f"delete {context.paths.train(arm.name)} and train it again: rarec train CONFIG"
+        raise UserError(torn.problem, remedy) from None
     return model.eval()

@@ -46,6 +46,10 @@ class TrainingState:
     worse: int = 0
     seconds: float = 0.0
 
+    def forget_best(self) -> None:
+        """It is no longer there: the next validation is the best."""
+        self.best_step, self.best_value = None, -1.0
+
 
 class Checkpoints:
     """The checkpoints of one arm.
@@ -64,7 +68,7 @@ class Checkpoints:
         return self.directory / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints there are, oldest first."""
+        """Steps of the checkpoints there are, oldest first; each was whole when it was written."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.directory.glob("step-*"))
 
     def save(self, model: RaRec, weights: Weights, moments: Weights, state: TrainingState) -> None:
@@ -89,21 +93,27 @@ class Checkpoints:
     def newest(self, say: Say) -> int | None:
         """The step of the newest whole checkpoint; None where there is none at all. Torn ones are told and dropped.
 
+        One process alone asks, for all. Where none is whole, none is dropped: nothing is begun anew in silence.
+
         Raises:
             UserError: there are checkpoints, but none is whole; or one belongs to another training.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        torn: dict[int, str] = {}
+        whole: list[int] = []
+        for step in self.steps():
             try:
                 self.verify(step)
-            except Torn as torn:
-                say(f"{torn.problem}: going on from the checkpoint before it")
+            except Torn as error:
+                torn[step] = error.problem
             else:
-                return step
-        if steps:
+                whole.append(step)
+        if torn and not whole:
             remedy = "begin again: rarec train CONFIG --fresh"
-            raise UserError(f"{self.directory}: none of {len(steps)} checkpoints is whole", remedy)
-        return None
+            raise UserError(f"{self.directory}: none of {len(torn)} checkpoints is whole", remedy)
+        for step, problem in torn.items():
+            say(f"{problem}: dropped, going on from {self.path(whole[-1]).name}")
+            shutil.rmtree(self.path(step))
+        return max(whole, default=None)
 
     def verify(self, step: int) -> None:
         """Check every file of a checkpoint against its manifest, and that it belongs here.
@@ -125,8 +135,8 @@ class Checkpoints:
     def state(self, step: int) -> TrainingState:
         """Of the loop, as it was saved."""
         state = TrainingState(**read_json(self.path(step) / _STATE))
-        if state.best_step not in self.steps():  # it went when a better one came, which is lost
-            state.best_step, state.best_value = None, -1.0
+        if state.best_step not in self.steps():  # it was torn, or went when a better one came, which is lost
+            state.forget_best()
         return state
 
     def moments(self, step: int) -> dict[str, Tensor]:

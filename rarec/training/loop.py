@@ -77,7 +77,7 @@ class Trainer:
                     figures = step.figures(gradient_norms) | machine.figures(step)
                     records.step(state.step, epoch=epoch, lr=rate, **figures)
                     self._validate_and_save(records, state, step.stops)
-            if not self.checkpoints.steps():
+            if state.best_step is None:  # no step was to be taken, or the best was torn and all steps are done
                 self._validate_and_save(records, state, False)
         finally:
             records.close()
