@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rarec.paths import RunPaths
 from rarec.sweep import load_sweep, state_of
 from tests.conftest import make_world
 from tests.ranks import ARM, ROOT, copied, losses, weights
@@ -127,6 +128,23 @@ def test_a_sweep_submits_what_is_shared_and_behind_it_what_is_not_done(slurm, tm
     assert states == [("done", "evaluate")] * 4, logs
     assert all(json.loads((run.directory / "record.json").read_text())["train"]["seconds"] > 0 for run in runs)
     assert told(slurm, submit, places) == ["every run is done: nothing to submit"]
+
+
+@needs_slurm
+def test_a_shared_part_that_fails_stops_only_the_runs_that_need_it(slurm, tmp_path):
+    runs = {"bad": {"shards.state_blocks": [99]}, "good": None}
+    path = write_sweep(make_world(tmp_path), runs)
+    submit = command(path, "--slurm", "--sbatch=--time=30")
+    assert told(slurm, submit, {"PYTHONPATH": own({})["PYTHONPATH"]}) == ["2 tasks", "2 tasks"]
+    await_queue(slurm)
+    sweep = load_sweep(path)
+    logs = {log.name: log.read_text() for log in (tmp_path / "all" / "slurm").glob("*.log")}
+    assert [state_of(run, sweep.stages) for run in sweep.runs] == [("begun", "shards"), ("done", "evaluate")], logs
+    missing = RunPaths.of(sweep.runs[0].config).shards
+    assert [line for name in sorted(logs) for line in logs[name].splitlines() if line.startswith("error:")] == [
+        "error: shards.state_blocks: the model has blocks 0 to 1, not 99",
+        f"error: {missing} has no manifest.json",
+    ]
 
 
 @needs_slurm

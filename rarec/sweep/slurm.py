@@ -1,4 +1,4 @@
-"""A sweep on SLURM: a job for what its runs share, and behind it an array with a task for each run that is not done."""
+"""A sweep on SLURM: an array for what its runs share, and behind it one with a task for each run that is not done."""
 
 import os
 import shlex
@@ -84,7 +84,8 @@ class _Queue:
         lines = "".join(f"{' '.join(map(self._override, run.overrides.items()))}\n" for run in runs)
         file = self.directory / f"{what}-{sha256_json(lines)[:8]}.txt"  # a requeued task reads it again
         write_text(file, lines)
-        behind = [f"--dependency=afterok:{job}" for job in after]
+        # not `afterok`, which one failed task breaks for all; a run that lacks what it shares says so itself
+        behind = [f"--dependency=afterany:{job}" for job in after]
         command = [
             "sbatch",
             "--parsable",
@@ -93,7 +94,6 @@ class _Queue:
             f"--job-name={self.name}",
             f"--array=1-{len(runs)}",
             *behind,
-            *(["--kill-on-invalid-dep=yes"] if behind else []),
             str(self.home / SCRIPT),
             str(self.sweep.base.absolute()),
             str(file),
