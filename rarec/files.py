@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,23 +51,22 @@ def write_aside(path: Path) -> Iterator[BinaryIO]:
 def drop_stale(directory: Path, name: str | None = None) -> None:
     """Drop what killed processes left standing aside, of one name or of all; what a living one writes is locked."""
     for aside in directory.glob(f".{'*' if name is None else glob.escape(name)}.aside-*"):
-        with _locked_if_free(aside) as free:
-            if free and aside.is_dir():
-                shutil.rmtree(aside)
-            elif free:
-                aside.unlink(missing_ok=True)
+        # gone by now, or another user's: tidying up fails no write
+        with suppress(OSError), open_to_lock(aside) as handle:
+            if try_lock(handle):
+                shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
 
 @contextmanager
-def _locked_if_free(path: Path) -> Iterator[bool]:
-    """Try to take the lock that a writer holds; False where it is held, or the path is gone."""
+def open_to_lock(path: Path) -> Iterator[int]:
+    """Yield a handle of a file or directory to lock it by; closing it at the end lets the lock go.
+
+    A file is open for writing, without which NFS gives no exclusive lock. A directory cannot be: there its lock holds
+    on this machine alone.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        yield try_lock(handle)
+        yield handle
     finally:
         os.close(handle)
 

@@ -1,8 +1,12 @@
 """A small world on disk, and one finished run over it, made once for all tests."""
 
+import errno
+import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -32,6 +36,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["local", "nfs"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks as they are here, and as on NFS: who would lock a file against all others has it open for writing."""
+    local = fcntl.flock
+
+    def flock(file: int | BinaryIO, operation: int) -> None:
+        number = file if isinstance(file, int) else file.fileno()
+        reads_only = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if reads_only and operation & fcntl.LOCK_EX and not stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        local(file, operation)
+
+    if request.param == "nfs":
+        monkeypatch.setattr(fcntl, "flock", flock)
 
 
 def make_world(root: Path, kind: str = "bert") -> Path:

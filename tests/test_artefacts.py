@@ -1,6 +1,8 @@
 """Artefacts: written aside and renamed whole; what stood there before survives every way of failing."""
 
 import multiprocessing
+import os
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +63,7 @@ def test_no_json_that_is_not_json(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("locks")
 def test_what_a_killed_writer_left_is_dropped_and_what_a_living_one_writes_stays(tmp_path):
     (tmp_path / ".a.aside-1").write_text("torn")
     (tmp_path / ".d.aside-1").mkdir()
@@ -73,6 +76,27 @@ def test_what_a_killed_writer_left_is_dropped_and_what_a_living_one_writes_stays
         assert (tmp_path / "a").read_text() == "second"
     assert (tmp_path / "a").read_text() == (tmp_path / "d" / "file").read_text() == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".notes", "a", "d"]
+
+
+def test_what_another_user_left_fails_no_write(tmp_path):
+    theirs = tmp_path / ".d.aside-1"
+    theirs.mkdir()
+    for file in (tmp_path / ".a.aside-1", theirs / "file"):
+        file.write_text("theirs")
+        file.chmod(0o444)
+    theirs.chmod(0o555)
+    tmp_path.chmod(0o777)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.apply(write_both_as_nobody, (tmp_path,))
+    assert (tmp_path / "a").read_text() == (tmp_path / "d" / "file").read_text() == "second"
+    assert (theirs / "file").read_text() == "theirs"
+
+
+def write_both_as_nobody(root):
+    os.chdir(root)  # the directories above it are ours alone
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    write_both(Path())
 
 
 def write_both(root):

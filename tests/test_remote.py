@@ -249,6 +249,7 @@ def test_a_cache_too_small_for_what_is_read_together_is_refused(made, tmp_path):
         remote(f"file://{made}", manifest, tmp_path / "cache", largest(manifest) - 1)
 
 
+@pytest.mark.usefixtures("locks")
 def test_processes_share_a_cache_and_one_killed_while_fetching_harms_nobody(made, tmp_path):
     manifest, cache, url = read_json(made / "manifest.json"), tmp_path / "cache", f"file://{made}"
     expected = [users(open_stream(made, manifest).epoch(epoch)) for epoch in range(3)]

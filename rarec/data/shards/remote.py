@@ -19,7 +19,7 @@ from rarec.artefacts import MANIFEST, read_manifest
 from rarec.data.shards.index import tar_name
 from rarec.data.shards.stream import OPEN
 from rarec.errors import UserError
-from rarec.files import new_directory, write_aside
+from rarec.files import new_directory, open_to_lock, write_aside
 
 _BLOCK = 2**22
 _LOCKS = 64
@@ -187,9 +187,6 @@ def _blocks(url: str) -> Iterator[bytes]:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock on a file or directory against other processes and threads; the kernel frees it with the process."""
     path.touch()
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    with open_to_lock(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
