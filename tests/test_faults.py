@@ -187,6 +187,16 @@ def test_an_arm_that_is_exported_but_not_trained_is_refused_before_anything_is_m
     assert not (tmp_path / "run").exists()
 
 
+def test_stages_that_need_no_exported_arm_do_not_ask_for_it(finished, tmp_path):
+    context = open_context(finished, [f"run.dir={tmp_path / 'run'}", "export.arm=input"])
+    run(context, ["prepare", "ids"])
+    assert context.dataset.hash == context.sources["id"].manifest["made_from"]["prepare"]
+    for stages in (["shards", "evaluate"], ["train", "export"], ["report"]):
+        with pytest.raises(UserError, match=r"`export\.arm`: input is not among train\.arms"):
+            run(context, stages)
+    assert not (tmp_path / "run" / "shards").exists(), "nothing more was begun"
+
+
 def test_prompts_without_slots_are_refused(finished, copied):
     with pytest.raises(UserError, match="source 'id' stands in neither"):
         shards(open_context(finished, [copied, "prompt.user='{history}'", "prompt.item='{title}'"], fresh=True))

@@ -120,6 +120,7 @@ def test_an_override_is_one_word_and_reads_back_equal(value):
         ({"a": None}, {"stages": ["evalute"]}, r"field `stages.0`.*'evaluate'"),
         ({"a": None}, {"base": "no.yaml"}, r"sweep.yaml, field `base`: .*no.yaml does not exist\n  -> it is named"),
         ({"a": {"export.arm": "input"}}, {}, r"run 'a': export.arm is input, which is not among train.arms"),
+        ({"a": {"export.arm": "input"}}, {"stages": ["train", "export"]}, r"run 'a': export.arm is input, which is"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(unswept, runs, fields, message):
@@ -239,6 +240,13 @@ def test_a_run_that_fails_is_named_at_the_end_and_stops_no_other(world):
     assert "-> give a local directory" in lines[4]
     mended = sweep(path, "--only", "a-*", "train.lr=0.1")
     assert (mended.returncode, mended.stderr.count("failed: ")) == (1, 1)
+
+
+def test_a_sweep_that_compares_no_arms_needs_none_to_export(world):
+    path = write_sweep(world, {"a": {"export.arm": "input"}}, stages=["prepare", "ids"])
+    ended = sweep(path)
+    assert ended.returncode == 0, ended.stderr
+    assert [state_of(run, ["prepare", "ids"]) for run in load_sweep(path).runs] == [("done", "ids")]
 
 
 def test_a_sweep_that_is_killed_goes_on_where_it_was(world):

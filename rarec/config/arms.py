@@ -39,3 +39,5 @@ ARMS = {
         Arm("per_layer_lora", "RA-Rec + LoRA", "all", lora=True),
     )
 }
+COMPARING = ("evaluate", "export", "report")
+"""Stages that ask for the arm `export.arm` among the trained ones."""

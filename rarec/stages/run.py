@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
+from rarec.config import COMPARING
 from rarec.errors import UserError
 from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
@@ -41,7 +42,8 @@ def named(text: str) -> list[str]:
 
 def run(context: Context, stages: Sequence[str] = tuple(STAGES)) -> None:
     """Stages in their order, telling how long each took."""
-    _ = context.main  # refused now rather than after the training
+    if any(name in COMPARING for name in stages):
+        _ = context.main  # refused now rather than after the training
     for name in [name for name in STAGES if name in stages]:
         context.say(f"\n{name}")
         started = time.monotonic()

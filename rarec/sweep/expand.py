@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from rarec.config import RunConfig
+from rarec.config import COMPARING, RunConfig
 from rarec.config.load import parse_override, read_tree, set_field, validated
 from rarec.config.section import Section
 from rarec.errors import UserError
@@ -108,12 +108,13 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
     _refuse(common, f"{path}, override for all runs")
     own_place = isinstance(tree.get("run"), dict) and tree["run"].get("shared")
     place = {} if own_place else {"run.shared": str(Path(file.dir, SHARED))}
+    compared = any(stage in COMPARING for stage in file.stages)
     runs = []
     for name in file.runs:
         for whole, seed, grid, fields in _points(file, name, common, f"{path}: run {name!r}"):
             overrides = {**place, **fields}
             config = _resolved(tree, overrides, f"{path}: run {whole!r} over {base}")
-            if "evaluate" in file.stages and config.export.arm not in config.train.arms:
+            if compared and config.export.arm not in config.train.arms:
                 problem = f"{path}: run {whole!r}: export.arm is {config.export.arm}, which is not among train.arms"
                 raise UserError(problem, "compare one that is trained: set export.arm, or add it to train.arms")
             runs.append(SweepRun(name, whole, seed, grid, overrides, config))
