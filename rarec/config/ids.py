@@ -10,8 +10,7 @@ from rarec.config.section import Part, Positive, Rate, Section
 class Recipe(Section):
     """What ID models trained here share: sampled softmax, the strong recipe of 2024-25, and when to stop.
 
-    The dropout of SASRec and GRU4Rec is the best that was tried on held-out interactions of Amazon Beauty
-    (`RESULTS.md`); no other was tried for ComiRec.
+    The dropout of each is the best that was tried on held-out interactions of Amazon Beauty (`RESULTS.md`).
     """
 
     dim: Positive = 64
@@ -64,6 +63,7 @@ class ComiRec(Recipe):
     """Several interests of a user, each a vector, by self-attention (ComiRec-SA)."""
 
     kind, title = "comirec", "ComiRec"
+    dropout: Part = 0.5
     interests: Positive = 4
     hidden: Positive = 256
 

@@ -49,4 +49,5 @@ def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
     probes = [(name, main) for name in names if name.startswith(f"{main}/")]
     text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"]
     pairs = plain + rival + fused + popular + probes + text
-    return [(arm, other) for arm, other in pairs if arm != other and {arm, other} <= set(names)]
+    turned = {(other, arm) for arm, other in fused}  # of the text alone, its rival's fusion is its own
+    return [pair for pair in pairs if pair[0] != pair[1] and set(pair) <= set(names) and pair not in turned]
