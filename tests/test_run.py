@@ -207,7 +207,7 @@ def test_an_evaluation_belongs_to_its_training(context, finished, tmp_path, stag
     done = run / "train" / "per_layer" / "done.json"
     done.write_text(json.dumps({**read_json(done), "best_step": 999}))
     with pytest.raises(UserError, match="made from another per_layer"):
-        STAGES[stage](open_context(finished, [f"run.dir={run}"], fresh=stage == "export"))
+        STAGES[stage](open_context(finished, [f"run.dir={run}"]))
 
 
 def test_an_evaluation_belongs_to_its_rival(context, finished, tmp_path):

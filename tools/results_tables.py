@@ -46,17 +46,20 @@ class Arms:
 
     @cached_property
     def means(self) -> SeedMeans:
-        """Over its finished seeds."""
-        return self.over(self.finished)
+        """Over its finished seeds. With one seed they are the figures of its metrics.json, to the last digit."""
+        return self._read(self.finished)
 
-    def over(self, seeds: Iterable[int]) -> SeedMeans:
-        """Means over some of them. With one seed they are the figures of its metrics.json, to the last digit."""
-        return SeedMeans.read([self.finished[s].ranks for s in seeds], self._config.evaluate.resamples, self._first)
+    def over(self, seeds: Sequence[int]) -> SeedMeans:
+        """Means over some of them."""
+        return self.means if len(seeds) == len(self.finished) else self._read(seeds)
 
     @property
     def main(self) -> str:
         """The arm that is exported, and compared with the others."""
         return self._config.export.arm
+
+    def _read(self, seeds: Iterable[int]) -> SeedMeans:
+        return SeedMeans.read([self.finished[s].ranks for s in seeds], self._config.evaluate.resamples, self._first)
 
     @property
     def _first(self) -> int:

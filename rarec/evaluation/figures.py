@@ -40,14 +40,19 @@ def comparison_rows(
 
 
 def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
-    """What is compared: the main arm with every other, its fusions with rivals, probes with it, none with itself."""
+    """What is compared, each pair once: the main arm with all others, its fusions with rivals, probes with it.
+
+    And every fusion with that of the text alone.
+    """
     names = list(arms)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
+    rival = [(main, "text_only+id")] if main != "text_only" else []
     fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", "readout+id", "input+id", main)]
+    others = [(name, "text_only+id") for name in names if name.endswith("+id")]
     popular = [(f"{main}+id+popularity", f"{name}+popularity") for name in ("id_only", "text_only+id")]
-    rival = [(main, "text_only+id")]
     probes = [(name, main) for name in names if name.startswith(f"{main}/")]
     text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"]
-    pairs = plain + rival + fused + popular + probes + text
-    turned = {(other, arm) for arm, other in fused}  # of the text alone, its rival's fusion is its own
-    return [pair for pair in pairs if pair[0] != pair[1] and set(pair) <= set(names) and pair not in turned]
+    once: dict[frozenset[str], tuple[str, str]] = {}
+    for pair in plain + rival + fused + others + popular + probes + text:
+        once.setdefault(frozenset(pair), pair)
+    return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
