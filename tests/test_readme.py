@@ -57,6 +57,14 @@ def test_links_lead_somewhere():
             assert (ROOT / target).exists(), target
 
 
+def test_measured_figures_are_those_of_the_results_page():
+    part = README.split("## What was measured\n")[1].split("\n## ")[0]
+    cells = re.findall(r"\.\d{4} \(\.\d{4} to \.\d{4}\)", part)
+    results = (ROOT / "RESULTS.md").read_text()
+    assert len(cells) == 8
+    assert [cell for cell in cells if f"| {cell} |" not in results] == []
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A directory like the repository's root, with a user's own data beside."""
