@@ -52,10 +52,6 @@ class RunPaths:
         names = shared_names(config) if common is not None else {}
         return cls(Path(config.run.dir), {name: Path(common or "", shared) for name, shared in names.items()})
 
-    def is_shared(self, directory: Path) -> bool:
-        """Whether other runs may make and read this artefact."""
-        return directory in self.shared.values()
-
     @property
     def config(self) -> Path:
         """The resolved configuration, written by every stage."""

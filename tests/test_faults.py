@@ -68,7 +68,8 @@ def identities(run: Path) -> dict[str, str]:
 
 
 def asides(run: Path) -> list[Path]:
-    return list(run.rglob(".*"))
+    """What was begun and is not whole; a lock stays by design."""
+    return [path for path in run.rglob(".*") if path.suffix != ".lock"]
 
 
 def test_a_full_disk_and_many_kills_later_a_run_ends_as_one_that_met_none(finished, tmp_path):

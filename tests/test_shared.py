@@ -1,4 +1,4 @@
-"""Artefacts that runs have in common: whose names differ, who makes them, and two that want to at the same time."""
+"""Artefacts that runs have in common: whose names differ, who makes them; and two processes at the same ones."""
 
 import re
 import time
@@ -127,12 +127,12 @@ def test_what_was_altered_or_made_from_another_log_is_refused_as_in_a_run_of_its
         STAGES["ids"](opened(world, "second"))
 
 
-def _make(config: Path, name: str, told: Path) -> None:
-    """All that is shared, in another process."""
+def _make(config: Path, name: str, told: Path, stages: tuple[str, ...] = ("prepare", "ids", "shards")) -> None:
+    """All that is shared, or more, in another process."""
     with told.open("w", buffering=1) as file:
         context = opened(config, name)
         context.say = lambda line: print(line, file=file)
-        for stage in ("prepare", "ids", "shards"):
+        for stage in stages:
             print(f"{stage} begins", file=file)
             STAGES[stage](context)
         print(f"made: {context.made}", file=file)
@@ -152,6 +152,21 @@ def test_two_that_want_the_same_at_the_same_time_make_it_once(world):
         assert sorted(ready) == [False, True], said
     left = [path.name for path in (world.parent / "shared").iterdir()]
     assert not [name for name in left if ".aside-" in name or "progress" in name]
+
+
+def test_two_in_one_run_directory_train_and_evaluate_once(world):
+    told = [world.parent / f"{name}.txt" for name in "ab"]
+    _make(world, "same", world.parent / "before.txt")
+    racing = [START.Process(target=_make, args=(world, "same", path, ("train", "evaluate"))) for path in told]
+    for process in racing:
+        process.start()
+    for process in racing:
+        process.join(120)
+    assert [process.exitcode for process in racing] == [0, 0]
+    said = [path.read_text() for path in told]
+    for artefact in ("per_layer", "evaluation"):
+        ready = [f"{artefact} is there already" in text for text in said]
+        assert sorted(ready) == [False, True], said
 
 
 def test_who_is_killed_at_it_leaves_it_to_the_next(world):

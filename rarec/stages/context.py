@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 WAIT = 0.5
-"""Seconds between looks at what another run is making."""
+"""Seconds between looks at what another process is making."""
 
 # Their own bars and notices say nothing of the user's run.
 disable_progress_bar()
@@ -174,24 +174,26 @@ class Context:
         return False
 
     @contextmanager
-    def alone(self, directory: Path) -> Iterator[None]:
-        """Make a shared artefact alone: another run that needs it too waits here, and then finds it done.
+    def alone(self, directory: Path, whole: str = MANIFEST) -> Iterator[None]:
+        """Make an artefact alone: another process that would make it too waits here, and then finds it done.
 
-        What is there already is only read, and for that nobody waits; so nothing is locked, nor where a run is alone.
+        What is there already is only read, and for that nobody waits; so nothing is locked.
+
+        Args:
+            directory: of the artefact.
+            whole: the file in it that is written last.
         """
-        if not self.paths.is_shared(directory):
-            yield
-            return
         with ExitStack() as stack:
-            wanted = self.ranks.first and (self.fresh or not (directory / MANIFEST).exists())
+            wanted = self.ranks.first and (self.fresh or not (directory / whole).exists())
             lock = directory.with_name(f".{directory.name}.lock")
             handle = stack.enter_context(lock_file(lock)) if wanted else None
             told = False
             # all ranks ask again and again: one long wait in an exchange would be taken for a stall
             while self.ranks.most(int(handle is not None and not try_lock(handle))):
                 if not told:
-                    self.say(f"{directory} is being made by another run: waiting for it")
+                    self.say(f"{directory} is being made by another process: waiting for it")
                 told = True
+                self.ranks.at(f"waiting for {directory}")
                 time.sleep(WAIT)
             yield
 

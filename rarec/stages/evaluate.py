@@ -41,14 +41,16 @@ def evaluate(context: Context) -> None:
 
     The last is about the main arm's alignment, and is not there where that has no slots.
     """
-    config = context.config
     finished_shards(context)
     _ = context.main  # refused if it is not trained
-    settings = evaluate_settings(config)
-    made_from: dict[str, str] = {name: arm_hash(context, ARMS[name]) for name in config.train.arms}
+    made_from: dict[str, str] = {name: arm_hash(context, ARMS[name]) for name in context.config.train.arms}
     made_from |= {"prepare": context.dataset.hash, "rival": context.rival.hash}
-    if context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
-        return
+    with context.alone(context.paths.evaluation):
+        if not context.is_done(context.paths.evaluation, "evaluate", evaluate_settings(context.config), made_from):
+            _evaluate(context, made_from)
+
+
+def _evaluate(context: Context, made_from: dict[str, str]) -> None:
     started = time.monotonic()
     evaluation = _Evaluation(context)
     ranks = evaluation.ranks()
@@ -67,6 +69,7 @@ def evaluate(context: Context) -> None:
                 "seconds": time.monotonic() - started,
                 "fusion": evaluation.weights,
             }
+            settings = evaluate_settings(context.config)
             write_manifest(aside, "evaluate", settings=settings, made_from=made_from, **figures)
 
     context.ranks.at("writing the evaluation")

@@ -50,7 +50,8 @@ def train(context: Context) -> None:
         aligned_blocks(context.config, ARMS[name], len(context.llm.backbone.blocks))  # refused before the first arm
     for name in context.config.train.arms:
         context.ranks.at(f"loading the model of arm {name}", 0)
-        train_arm(context, ARMS[name], feed)
+        with context.alone(context.paths.train(name), DONE):
+            train_arm(context, ARMS[name], feed)
 
 
 def train_arm(context: Context, arm: Arm, feed: Feed) -> None:
