@@ -21,6 +21,7 @@ from rarec.errors import UserError
 from rarec.files import new_directory, sha256_file
 from rarec.models.backbone import FrozenBackbone, Pool, config_hash
 from rarec.models.cpu_attention import widen_attention
+from rarec.models.lora import with_lora
 from rarec.paths import resolve
 from rarec.prompts import TextTokenizer
 
@@ -124,7 +125,7 @@ def wear(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedModel:
     """
     worn = loaded.backbone
     model = worn.model.unload() if hasattr(worn.model, "peft_config") else worn.model
-    model = _with_lora(model, lora, seed) if lora is not None else model
+    model = with_lora(model, lora, seed) if lora is not None else model
     return replace(loaded, backbone=FrozenBackbone(model, worn.pool, worn.recomputes).eval())
 
 
@@ -208,40 +209,3 @@ def _convert_gguf(file: Path, directory: Path) -> Path:
         read_with(AutoTokenizer, str(file), place, gguf_file=name).save_pretrained(aside)
         write_manifest(aside, "llm", settings={}, made_from=made_from)
     return directory
-
-
-def _with_lora(model: Any, config: Lora, seed: int) -> Any:
-    """Wrap in PEFT; the adapter's weights are float32 whatever the base's type."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    targets = config.targets or _query_and_value(model)
-    settings = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        bias="none",
-    )
-    try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
-        raise UserError(f"lora.targets: {error}", "name linear modules of this architecture") from None
-
-
-def _query_and_value(model: Any) -> list[str]:
-    """The usual targets, by the names that architectures give them."""
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    for pair in (
-        ["q_proj", "v_proj"],
-        ["query", "value"],
-        ["c_attn"],
-        ["q_lin", "v_lin"],
-        ["q", "v"],
-        ["query_key_value"],
-        ["qkv_proj"],
-        ["Wqkv"],
-    ):
-        if names.issuperset(pair):
-            return pair
-    raise UserError("lora.targets: cannot tell the query and value projections of this architecture", "name them")
