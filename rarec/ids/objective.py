@@ -14,6 +14,8 @@ from rarec.ids.users import build
 
 PARTS = 4
 """Into which a batch is cut by length: most windows are far shorter than the longest, to which all would be padded."""
+PIECE = 256
+"""Targets whose scores are computed at a time: the scores of all, a hundred megabytes, would go to memory and back."""
 NOT_COUNTED = -1e30
 """A score that adds nothing to the softmax. Not minus infinity: where no negative counts, its gradient is no number."""
 
@@ -58,10 +60,15 @@ class WithItems(nn.Module):
         best_P = torch.einsum("pke,pe->pk", states_PKE, positives_PE).argmax(1)
         states_PE = states_PKE[torch.arange(len(best_P)), best_P]
         positive_P = (states_PE * positives_PE).sum(dim=1)
-        own_PM = positives_P[:, None] == negatives_M
-        negative_PM = (states_PE @ negatives_ME.T).masked_fill(own_PM, NOT_COUNTED)
-        loss: torch.Tensor = (torch.logaddexp(positive_P, negative_PM.logsumexp(1)) - positive_P).mean()
+        pieces = zip(states_PE.split(PIECE), positives_P.split(PIECE), strict=True)
+        rest_P = torch.cat([_log_sum(some_PE @ negatives_ME.T, own_P, negatives_M) for some_PE, own_P in pieces])
+        loss: torch.Tensor = (torch.logaddexp(positive_P, rest_P) - positive_P).mean()
         return loss
+
+
+def _log_sum(scores_PM: torch.Tensor, own_P: torch.Tensor, negatives_M: torch.Tensor) -> torch.Tensor:
+    """The log of the sum of exponentials over the negatives that are not the target's own item, (P,)."""
+    return scores_PM.masked_fill_(own_P[:, None] == negatives_M, NOT_COUNTED).logsumexp(1)
 
 
 @dataclass(frozen=True)
