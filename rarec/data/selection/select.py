@@ -25,7 +25,9 @@ USERS_AT_A_TIME = 1 << 14
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples to train on, by user and then position.
+    """The samples to train on, in random order.
+
+    A user's samples lie apart: the stream mixes a few shards at a time, and otherwise a batch would be of few users.
 
     Attributes:
         user_rows: (S,).
@@ -73,7 +75,7 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
     buckets_S = grid.bucket(users_S, targets_S)
     wanted = max(1, round(config.share * len(users_S)))
     drawn = _draw(buckets_S[candidates_C], wanted, config.diversify, rng)
-    chosen = candidates_C[np.sort(drawn)]
+    chosen = candidates_C[rng.permutation(drawn)]
     noise = np.flatnonzero(~sharing_S & open_S)
     wordless = int((titles.counts_N[targets_S[noise]] == 0).sum())
     dropped = {"target_without_words": wordless, "no_shared_word": len(noise) - wordless}
