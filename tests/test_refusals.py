@@ -75,7 +75,7 @@ def test_an_error_of_one_rank_ends_all_with_its_name_and_its_words(decoder, tmp_
     assert job.codes() == [2, 2]
     assert time.monotonic() - started < 60
     told = [job.said(rank) for rank in (0, 1)]
-    met = ["\nerror: " in said and "000001.tar, sample" in said for said in told]
+    met = ["\nerror: " in f"\n{said}" and "000001.tar, sample" in said for said in told]
     assert sorted(met) == [False, True]
     other = told[met.index(False)]
     assert f"rank {met.index(True)} stopped at step" in other
