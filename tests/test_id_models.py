@@ -134,7 +134,9 @@ def test_of_several_interests_the_one_that_scores_the_target_best_answers():
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
 
 
-def test_the_loss_by_hand():
+@pytest.mark.parametrize("piece", [1, 2, 256])
+def test_the_loss_by_hand(piece, monkeypatch):
+    monkeypatch.setattr("rarec.ids.objective.PIECE", piece)
     """Every target's softmax over itself and the shared negatives, but for a negative that is the target."""
     torch.manual_seed(0)
     model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))

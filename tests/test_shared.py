@@ -21,6 +21,7 @@ from tests.ranks import START
 from tests.sweeps import SMALL
 
 SMALLER = [format_override(name, value) for name, value in SMALL.items()]
+SHARED = ("prepare", "ids", "shards")
 ONE = Cluster.of(1, 1, None, "H100")
 
 
@@ -91,13 +92,13 @@ def test_tables_are_known_by_their_engine_too_but_not_by_its_password(world):
 
 
 def test_a_second_run_makes_nothing_that_it_shares_and_ends_with_the_same_shards(world):
-    for name in ("prepare", "ids", "shards"):
+    for name in SHARED:
         STAGES[name](opened(world, "first"))
     made = {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")}
     kinds = [path.parent.name.partition("-")[0] for path in made if path.name == MANIFEST]
     assert sorted(kinds) == ["ids", "prepare", "shards"]
     second = opened(world, "second", "train.lr=0.01")
-    for name in ("prepare", "ids", "shards"):
+    for name in SHARED:
         STAGES[name](second)
     assert not second.made
     assert {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")} == made
@@ -107,7 +108,7 @@ def test_a_second_run_makes_nothing_that_it_shares_and_ends_with_the_same_shards
 
 
 def test_a_plan_counts_the_shared_shards(world):
-    for name in ("prepare", "ids", "shards"):
+    for name in SHARED:
         STAGES[name](opened(world, "first"))
     counted = plan(opened(world, "second"), ONE, "0").calculator.samples
     other = plan(opened(world, "third", "shards.share=0.5"), ONE, "0").calculator.samples
@@ -127,7 +128,7 @@ def test_what_was_altered_or_made_from_another_log_is_refused_as_in_a_run_of_its
         STAGES["ids"](opened(world, "second"))
 
 
-def _make(config: Path, name: str, told: Path, stages: tuple[str, ...] = ("prepare", "ids", "shards")) -> None:
+def _make(config: Path, name: str, told: Path, stages: tuple[str, ...] = SHARED) -> None:
     """All that is shared, or more, in another process."""
     with told.open("w", buffering=1) as file:
         context = opened(config, name)
@@ -138,15 +139,20 @@ def _make(config: Path, name: str, told: Path, stages: tuple[str, ...] = ("prepa
         print(f"made: {context.made}", file=file)
 
 
-def test_two_that_want_the_same_at_the_same_time_make_it_once(world):
-    told = [world.parent / f"{name}.txt" for name in "ab"]
-    racing = [START.Process(target=_make, args=(world, path.stem, path)) for path in told]
+def _race(config: Path, names: list[str], stages: tuple[str, ...] = SHARED) -> list[str]:
+    """What each of these runs said, started at the same time."""
+    told = [config.parent / f"{at}.txt" for at in range(len(names))]
+    racing = [START.Process(target=_make, args=(config, *pair, stages)) for pair in zip(names, told, strict=True)]
     for process in racing:
         process.start()
     for process in racing:
         process.join(120)
-    assert [process.exitcode for process in racing] == [0, 0]
-    said = [path.read_text() for path in told]
+    assert [process.exitcode for process in racing] == [0] * len(racing)
+    return [path.read_text() for path in told]
+
+
+def test_two_that_want_the_same_at_the_same_time_make_it_once(world):
+    said = _race(world, ["a", "b"])
     for artefact in ("prepare-", "ids-id-", "shards-"):
         ready = [re.search(rf"{artefact}\w+ is there already", text) is not None for text in said]
         assert sorted(ready) == [False, True], said
@@ -155,15 +161,8 @@ def test_two_that_want_the_same_at_the_same_time_make_it_once(world):
 
 
 def test_two_in_one_run_directory_train_and_evaluate_once(world):
-    told = [world.parent / f"{name}.txt" for name in "ab"]
     _make(world, "same", world.parent / "before.txt")
-    racing = [START.Process(target=_make, args=(world, "same", path, ("train", "evaluate"))) for path in told]
-    for process in racing:
-        process.start()
-    for process in racing:
-        process.join(120)
-    assert [process.exitcode for process in racing] == [0, 0]
-    said = [path.read_text() for path in told]
+    said = _race(world, ["same", "same"], ("train", "evaluate"))
     for artefact in ("per_layer", "evaluation"):
         ready = [f"{artefact} is there already" in text for text in said]
         assert sorted(ready) == [False, True], said

@@ -41,10 +41,12 @@ def source_settings(section: Ids | Recipe | Import, seed: int) -> dict[str, Any]
 def shard_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that shape the shards; how many write them does not.
 
-    Of other sections: what is held out, how states are pooled, and how many slots prompts keep free.
+    Of other sections: what is held out, how states are pooled, and how many slots prompts keep free. And the order of
+    the samples, which was by user once: such shards are refused, and none is completed in another order.
     """
     settings = _sections(config, "shards", "prompt") | {"holdout": config.ids.held_out}
     settings |= {"pool": config.readout.pool, "instructions": config.alignment.instructions}
+    settings |= {"order": "random"}
     del settings["shards"]["writers"]
     return settings
 

@@ -67,7 +67,10 @@ class WithItems(nn.Module):
 
 
 def _log_sum(scores_PM: torch.Tensor, own_P: torch.Tensor, negatives_M: torch.Tensor) -> torch.Tensor:
-    """The log of the sum of exponentials over the negatives that are not the target's own item, (P,)."""
+    """The log of the sum of exponentials over the negatives that are not the target's own item, (P,).
+
+    The scores are overwritten.
+    """
     return scores_PM.masked_fill_(own_P[:, None] == negatives_M, NOT_COUNTED).logsumexp(1)
 
 

@@ -45,12 +45,13 @@ def evaluate(context: Context) -> None:
     _ = context.main  # refused if it is not trained
     made_from: dict[str, str] = {name: arm_hash(context, ARMS[name]) for name in context.config.train.arms}
     made_from |= {"prepare": context.dataset.hash, "rival": context.rival.hash}
+    settings = evaluate_settings(context.config)
     with context.alone(context.paths.evaluation):
-        if not context.is_done(context.paths.evaluation, "evaluate", evaluate_settings(context.config), made_from):
-            _evaluate(context, made_from)
+        if not context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
+            _evaluate(context, settings, made_from)
 
 
-def _evaluate(context: Context, made_from: dict[str, str]) -> None:
+def _evaluate(context: Context, settings: dict[str, Any], made_from: dict[str, str]) -> None:
     started = time.monotonic()
     evaluation = _Evaluation(context)
     ranks = evaluation.ranks()
@@ -69,7 +70,6 @@ def _evaluate(context: Context, made_from: dict[str, str]) -> None:
                 "seconds": time.monotonic() - started,
                 "fusion": evaluation.weights,
             }
-            settings = evaluate_settings(context.config)
             write_manifest(aside, "evaluate", settings=settings, made_from=made_from, **figures)
 
     context.ranks.at("writing the evaluation")

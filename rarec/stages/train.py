@@ -49,8 +49,8 @@ def train(context: Context) -> None:
     for name in context.config.train.arms:
         aligned_blocks(context.config, ARMS[name], len(context.llm.backbone.blocks))  # refused before the first arm
     for name in context.config.train.arms:
-        context.ranks.at(f"loading the model of arm {name}", 0)
         with context.alone(context.paths.train(name), DONE):
+            context.ranks.at(f"loading the model of arm {name}", 0)
             train_arm(context, ARMS[name], feed)
 
 
