@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from rarec.entry import open_context
+from rarec.errors import EXIT_CODE
 from rarec.files import read_json
 from rarec.stages.run import STAGES
-from tests.ranks import ARM, ENGINES, copied, finish, losses, weights
+from rarec.training.ops import MARK, op_directory
+from tests.ranks import ARM, ENGINES, copied, finish, losses, start, weights
 from tests.synthetic import write_llm
 
 TRAIN = [f"train.arms=[{ARM}]", "train.epochs=4", "train.max_steps=20", "train.validate_every=10", "lora.dropout=0.0"]
@@ -31,6 +33,23 @@ def test_two_ranks_train_as_one_process_does_on_every_engine(decoder, alone, tmp
     assert expected.keys() == found.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_the_mark_of_a_process_that_was_killed_while_it_compiled_holds_nobody_up(decoder, tmp_path):
+    mark = op_directory() / "deepspeed_shm_comm" / MARK
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    few = [copied(decoder, tmp_path / "run"), *TRAIN, "train.max_steps=1"]
+    finish("train", decoder, few, engine="zero1", scratch=tmp_path)
+    assert not mark.exists()
+
+
+def test_an_op_that_does_not_compile_is_one_error(decoder, tmp_path):
+    nowhere = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "ops"), "CXX": "no-such-compiler"}
+    place = copied(decoder, tmp_path / "run")
+    job = start("train", decoder, [place, *TRAIN], engine="zero1", scratch=tmp_path, environment=nowhere)
+    assert job.codes() == [EXIT_CODE] * 2
+    assert "DeepSpeed's op for CPUs does not compile: /bin/sh: 1: no-such-compiler: not found" in job.said()
 
 
 HALF = [*TRAIN, "llm.dtype=bfloat16"]

@@ -1,0 +1,59 @@
+"""DeepSpeed's own op for CPUs, which is compiled where it is first used.
+
+PyTorch marks a directory in which it compiles by a file, and whoever finds that file waits until it is gone: after a
+process that was killed there, every later one waits for ever. So ranks compile under a lock that the kernel lets go
+with its process, in a directory of rarec's own, where a mark that stands while nobody has the lock is nobody's.
+"""
+
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+
+from rarec.errors import UserError
+from rarec.files import lock_file
+
+DIRECTORY = "TORCH_EXTENSIONS_DIR"
+"""PyTorch's variable that says where it compiles."""
+MARK = "lock"
+"""Its name for that file."""
+
+
+def op_directory() -> Path:
+    """Where the op is compiled, apart for each Python and PyTorch."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
+    return Path(os.environ.get(DIRECTORY) or get_default_build_root(), "rarec", version)
+
+
+def load_cpu_op() -> None:
+    """Load the op by which DeepSpeed's ranks on one machine reduce through shared memory, compiled if need be.
+
+    DeepSpeed then finds it loaded.
+
+    Raises:
+        UserError: it does not compile.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    op = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if op is None or not op.is_compatible():
+        return
+    directory, before = op_directory(), os.environ.get(DIRECTORY)
+    with lock_file(directory / "rarec.lock") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for mark in directory.glob(f"*/{MARK}"):
+            mark.unlink()
+        os.environ[DIRECTORY] = str(directory)
+        try:
+            op.load()
+        except RuntimeError as error:
+            causes = [line for line in f"{error}".splitlines() if "error:" in line or "not found" in line]
+            problem = f"DeepSpeed's op for CPUs does not compile: {causes[0] if causes else error}"
+            raise UserError(problem, "rarec doctor says what is missing", shared=True) from None
+        finally:
+            del os.environ[DIRECTORY]
+            if before is not None:
+                os.environ[DIRECTORY] = before
