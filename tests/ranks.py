@@ -44,8 +44,9 @@ class Job:
 
     def codes(self, timeout: float = 240) -> list[int | None]:
         """Wait for all; their exit codes. What still runs then is killed, and has None."""
+        deadline = time.monotonic() + timeout
         for process in self.processes:
-            process.join(timeout)
+            process.join(max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()

@@ -339,6 +339,19 @@ def test_runs_are_compared_with_the_one_called_base_over_the_users_that_both_ran
     assert hits.startswith("−.2500 ")  # d alone is lost, and e stands in one of them only
 
 
+def test_a_page_names_another_run_that_the_others_are_compared_with(path):
+    runs = {run.label: run for run in load_sweep(path).runs}
+    for label in ("plain/seed-17", "share/shards.share=0.5/seed-17", "share/shards.share=0.01/seed-17"):
+        finish(runs[label], RANKS[17])
+    Path("sweep.md").write_text("<!-- results: against share/shards.share=0.5 -->\n\n<!-- results: figures -->")
+    table = page(path).split("| run |")[0]
+    assert "| plain minus share/shards.share=0.5 |" in table
+    assert "| share/shards.share=0.01 minus share/shards.share=0.5 |" in table
+    Path("sweep.md").write_text("<!-- results: against share/shards.share=5 -->")
+    with pytest.raises(UserError, match=r"sweep.md: sweep.yaml has no run `share/shards.share=5`"):
+        page(path)
+
+
 def test_runs_are_compared_over_the_seeds_that_both_have(path):
     path.write_text(SWEEP.replace("plain: {}", "base: {}\n  plain: {}"))
     runs = {run.label: run for run in load_sweep(path).runs}

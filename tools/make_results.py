@@ -6,9 +6,10 @@ Each sweep has a section, which is made anew; those of other sweeps stay. What t
 under `--kept` (see `results_kept.py`), where it is found when the run itself is gone or was made on another machine.
 
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
-for what is generated: `figures`, `differences`, `against` (where a run is called `base`: the others beside it),
-`strata` and `overlap` (of the first run), `curves`, `missing` or `making`. Blocks that the page does not place
-follow at its end. Entries with a grid over one field are drawn together beside the page, where `--plots` says.
+for what is generated: `figures`, `differences`, `against` (the others beside the run called `base`), `strata` and
+`overlap` (of the first run), `curves`, `missing` or `making`. `<!-- results: against RUN -->` takes another run for the
+base. Blocks that the page does not place follow at its end. Entries with a grid over one field are drawn together
+beside the page, where `--plots` says.
 """
 
 import argparse
@@ -50,7 +51,8 @@ TITLES = {
     "making": "How it was made",
 }
 _SECTION = re.compile(r"^<!-- sweep: (.+) -->$", re.MULTILINE)
-_MARKER = re.compile(r"<!-- results: ([\w-]+) -->")
+_MARKER = re.compile(r"<!-- results: ([\w-]+)(?:(?<=against) \S+)? -->")
+_BASE = re.compile(r"<!-- results: against (\S+) -->")
 
 
 def results(sweeps: Sequence[Path], place: Path, plots: Path, before: str = "") -> str:
@@ -87,27 +89,36 @@ def section(sweep: Sweep, place: Path, plots: Path) -> str:
     there = [one.run for one in finished]
     named = _by_name(finished)
     first = next(iter(named.values()), [])
+    page = sweep.path.with_suffix(".md")
+    text = page.read_text(encoding="utf-8") if page.exists() else f"## {sweep.path.stem}\n"
     arms = {name: _arms(name, runs, sweep) for name, runs in named.items()}
     blocks = {
         "figures": figures(arms.values()),
         "differences": differences(list(arms.values())),
-        "against": against(arms),
+        "against": against(arms, _base(sweep, text)),
         "strata": strata(first),
         "overlap": overlap(first),
         "curves": "\n".join(_curves(sweep, arms, plots)),
         "missing": missing([_lack(run, left[run.label], place) for run in sweep.runs if run not in there]),
         "making": making(sweep, finished),
     }
-    return placed(sweep.path.with_suffix(".md"), sweep.path.stem, blocks)
+    return placed(page, text, blocks)
 
 
-def placed(page: Path, name: str, blocks: Mapping[str, str]) -> str:
-    """The blocks where the sweep's own page wants them; without a page under a title.
+def _base(sweep: Sweep, text: str) -> str:
+    """The run that the sweep's page wants the others compared with."""
+    named = _BASE.search(text)
+    if named and named[1] not in {run.name for run in sweep.runs}:
+        raise UserError(f"{sweep.path.with_suffix('.md')}: {sweep.path} has no run `{named[1]}`", "as in its tables")
+    return named[1] if named else "base"
+
+
+def placed(page: Path, text: str, blocks: Mapping[str, str]) -> str:
+    """The blocks where the sweep's own page wants them.
 
     Raises:
         UserError: the page has a marker for what there is not.
     """
-    text = page.read_text(encoding="utf-8") if page.exists() else f"## {name}\n"
     wanted = _MARKER.findall(text)
     unknown = [marker for marker in wanted if marker not in blocks]
     if unknown:

@@ -24,8 +24,6 @@ from rarec.evaluation.seeds import SeedMeans
 from rarec.ranking import Interval
 from rarec.sweep import Sweep, SweepRun
 
-BASE = "base"
-"""The run that the others of its sweep are compared with."""
 STRATA_BY = "hr@100"
 _UNKNOWN = "not recorded"
 
@@ -107,13 +105,13 @@ def differences(runs: Sequence[Arms]) -> str:
     return _table(["run", "difference", *map(metric_title, HEADLINE), "users", "seeds"], rows)
 
 
-def against(runs: Mapping[str, Arms]) -> str:
+def against(runs: Mapping[str, Arms], base: str) -> str:
     """The main arm of each run, alone and fused, against that of the run called `base`; nothing without one."""
     rows = []
-    for run in (run for name, run in runs.items() if name != BASE and BASE in runs):
+    for run in (run for name, run in runs.items() if name != base and base in runs):
         for arm in (run.main, run.main + FUSED):
-            cells = _across(run, arm, runs[BASE], arm)
-            rows += [[f"{run.name} minus {BASE}", arm_title(arm), *cells]] if cells else []
+            cells = _across(run, arm, runs[base], arm)
+            rows += [[f"{run.name} minus {base}", arm_title(arm), *cells]] if cells else []
     return _table(["difference", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows) if rows else ""
 
 
