@@ -85,6 +85,18 @@ def lock_file(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file or directory against other processes and threads; the kernel frees it with the process.
+
+    Who comes second waits. What is not there is made, as a file.
+    """
+    path.touch()
+    with open_to_lock(path) as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def try_lock(handle: int) -> bool:
     """Lock an open file or directory against other processes, unless one holds it; the kernel frees it with ours."""
     try:

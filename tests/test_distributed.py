@@ -10,7 +10,7 @@ from rarec.entry import open_context
 from rarec.errors import EXIT_CODE
 from rarec.files import read_json
 from rarec.stages.run import STAGES
-from rarec.training.ops import MARK, op_directory
+from rarec.training.engines.zero_op import MARK, op_directory
 from tests.ranks import ARM, ENGINES, copied, finish, losses, start, weights
 from tests.synthetic import write_llm
 

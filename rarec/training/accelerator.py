@@ -18,7 +18,6 @@ from rarec.errors import UserError
 from rarec.files import read_json
 from rarec.ranks import Ranks
 from rarec.training.engines import Engine
-from rarec.training.ops import load_cpu_op
 
 ONCE = {
     "gradient_accumulation_steps": "train.accumulate",
@@ -75,6 +74,8 @@ def _state(on_gpu: bool) -> PartialState:
     os.environ["DS_ACCELERATOR"] = "cpu"
     if not _asked("DEEPSPEED"):
         return PartialState(cpu=True)
+    from rarec.training.engines.zero_op import load_cpu_op
+
     load_cpu_op()
     os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate trains without DeepSpeed and does not say so
     return PartialState(backend="gloo")

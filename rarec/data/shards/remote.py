@@ -4,12 +4,10 @@ Fetched tars stay in a directory of bounded size that processes share. What is t
 least recently opened goes first. A tar that goes while another process reads it stays readable there until closed.
 """
 
-import fcntl
 import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +17,7 @@ from rarec.artefacts import MANIFEST, read_manifest
 from rarec.data.shards.index import tar_name
 from rarec.data.shards.stream import OPEN
 from rarec.errors import UserError
-from rarec.files import new_directory, open_to_lock, write_aside
+from rarec.files import locked, new_directory, write_aside
 
 _BLOCK = 2**22
 _LOCKS = 64
@@ -37,7 +35,7 @@ def fetch_description(url: str, directory: Path) -> None:
         UserError: they cannot be read or are not what their manifest says, or shards are half made in `directory`.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(directory.parent):
+    with locked(directory.parent):
         if (directory / MANIFEST).exists():
             return
         if directory.exists():
@@ -95,7 +93,7 @@ class RemoteTars:
         return True
 
     def _fetch(self, shard: int, path: Path) -> None:
-        with _locked(self._locks / str(shard % _LOCKS)):
+        with locked(self._locks / str(shard % _LOCKS)):
             if not path.exists():  # another process may just have fetched it
                 record = self._records[shard]
                 size = record["bytes"]
@@ -103,7 +101,7 @@ class RemoteTars:
 
     def _reserve(self, file: BinaryIO, size: int) -> None:
         """Make room for a tar and take it, so that no other process counts on it."""
-        with _locked(self._locks / "room"):
+        with locked(self._locks / "room"):
             present = list(_present(self._cache))
             total = size + sum(each for _, each, _ in present)
             for used, each, path in sorted(present):
@@ -181,12 +179,3 @@ def _blocks(url: str) -> Iterator[bytes]:
         raise UserError(f"{url} does not exist", _AGAIN) from None
     except Exception as error:  # every kind of store raises its own
         raise UserError(f"{url} cannot be read: {type(error).__name__}: {error}", _REACH) from None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file or directory against other processes and threads; the kernel frees it with the process."""
-    path.touch()
-    with open_to_lock(path) as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -5,27 +5,25 @@ process that was killed there, every later one waits for ever. So ranks compile 
 with its process, in a directory of rarec's own, where a mark that stands while nobody has the lock is nobody's.
 """
 
-import fcntl
 import os
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import patch_environment
 from torch.utils.cpp_extension import get_default_build_root
 
 from rarec.errors import UserError
-from rarec.files import lock_file
+from rarec.files import locked
 
-DIRECTORY = "TORCH_EXTENSIONS_DIR"
-"""PyTorch's variable that says where it compiles."""
 MARK = "lock"
-"""Its name for that file."""
+"""PyTorch's name for that file."""
 
 
 def op_directory() -> Path:
     """Where the op is compiled, apart for each Python and PyTorch."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
-    return Path(os.environ.get(DIRECTORY) or get_default_build_root(), "rarec", version)
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return Path(root, "rarec", f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}")
 
 
 def load_cpu_op() -> None:
@@ -36,24 +34,19 @@ def load_cpu_op() -> None:
     Raises:
         UserError: it does not compile.
     """
-    from deepspeed.accelerator import get_accelerator
+    from deepspeed.accelerator import get_accelerator  # takes seconds, and fixes the accelerator
 
     op = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if op is None or not op.is_compatible():
         return
-    directory, before = op_directory(), os.environ.get(DIRECTORY)
-    with lock_file(directory / "rarec.lock") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    directory = op_directory()
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / "rarec.lock"), patch_environment(TORCH_EXTENSIONS_DIR=directory):
         for mark in directory.glob(f"*/{MARK}"):
             mark.unlink()
-        os.environ[DIRECTORY] = str(directory)
         try:
             op.load()
         except RuntimeError as error:
             causes = [line for line in f"{error}".splitlines() if "error:" in line or "not found" in line]
             problem = f"DeepSpeed's op for CPUs does not compile: {causes[0] if causes else error}"
             raise UserError(problem, "rarec doctor says what is missing", shared=True) from None
-        finally:
-            del os.environ[DIRECTORY]
-            if before is not None:
-                os.environ[DIRECTORY] = before
