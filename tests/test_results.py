@@ -123,7 +123,7 @@ def path(tmp_path, monkeypatch) -> Path:
 def page(path: Path) -> str:
     from make_results import results
 
-    return results([path], Path("results"), Path())
+    return results([path], Path("results"))
 
 
 def rows_of(page: str, heading: str) -> list[list[str]]:
@@ -427,14 +427,14 @@ def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
     pytest.importorskip("matplotlib")
     *_, first, second = load_sweep(path).runs
     finish(first, RANKS[17])
-    assert not list(Path().glob("*.svg"))
+    assert not list(Path().rglob("*.svg"))
     finish(second, RANKS[18])
-    assert "![HR@100 over shards.share: share](results-sweep-shards.share.svg)" in page(path)
-    drawn = Path("results-sweep-shards.share.svg").read_text()
+    assert "![HR@100 over shards.share: share](results/sweep/shards.share.svg)" in page(path)
+    drawn = Path("results/sweep/shards.share.svg").read_text()
     for text in ("shards.share", "HR@100", "ID model", "RA-Rec (per layer) + ID"):
         assert text in drawn
     page(path)
-    assert Path("results-sweep-shards.share.svg").read_text() == drawn
+    assert Path("results/sweep/shards.share.svg").read_text() == drawn
 
 
 def test_a_grid_over_lists_is_drawn_with_each_as_it_is_written(path):
@@ -443,7 +443,7 @@ def test_a_grid_over_lists_is_drawn_with_each_as_it_is_written(path):
     for run in load_sweep(path).runs[2:]:
         finish(run, RANKS[17])
     page(path)
-    drawn = Path("results-sweep-train.blocks.svg").read_text()
+    drawn = Path("results/sweep/train.blocks.svg").read_text()
     assert "[0]" in drawn
     assert "[0, 1]" in drawn
 
@@ -455,8 +455,8 @@ def test_grids_over_the_same_field_are_drawn_together(path):
     path.write_text(text.rstrip("\n") + entry)
     for run, ranks in zip((run for run in load_sweep(path).runs if run.grid), cycle(RANKS.values()), strict=False):
         finish(run, ranks)
-    assert "![HR@100 over shards.share: share, other](results-sweep-shards.share.svg)" in page(path)
-    drawn = Path("results-sweep-shards.share.svg").read_text()
+    assert "![HR@100 over shards.share: share, other](results/sweep/shards.share.svg)" in page(path)
+    drawn = Path("results/sweep/shards.share.svg").read_text()
     assert [drawn.count(f">{label}<") for label in ("ID model", "share", "share + ID", "other", "other + ID")] == [
         1
     ] * 5

@@ -8,8 +8,8 @@ under `--kept` (see `results_kept.py`), where it is found when the run itself is
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
 for what is generated: `figures`, `differences`, `against` (the others beside the run called `base`), `strata` and
 `overlap` (of the first run), `curves`, `missing` or `making`. `<!-- results: against RUN -->` takes another run for the
-base. Blocks that the page does not place follow at its end. Entries with a grid over one field are drawn together
-beside the page, where `--plots` says.
+base. Blocks that the page does not place follow at its end. Entries with a grid over one field are drawn together,
+under `--kept` too.
 """
 
 import argparse
@@ -55,13 +55,12 @@ _MARKER = re.compile(r"<!-- results: ([\w-]+)(?:(?<=against) \S+)? -->")
 _BASE = re.compile(r"<!-- results: against (\S+) -->")
 
 
-def results(sweeps: Sequence[Path], place: Path, plots: Path, before: str = "") -> str:
+def results(sweeps: Sequence[Path], place: Path, before: str = "") -> str:
     """The whole page.
 
     Args:
         sweeps: their files.
-        place: where finished runs are kept, each sweep in a directory of its own.
-        plots: where curves are drawn.
+        place: where finished runs are kept and curves are drawn, each sweep in a directory of its own.
         before: the page as it was; its sections of other sweeps stay in their places.
 
     Raises:
@@ -73,11 +72,11 @@ def results(sweeps: Sequence[Path], place: Path, plots: Path, before: str = "") 
     sections = dict(zip(pairs[::2], pairs[1::2], strict=True))
     for path in sweeps:
         how = f"Made by `python tools/make_results.py {shlex.quote(str(path))}`."
-        sections[path.stem] = f"{section(load_sweep(path), place / path.stem, plots)}\n{how}\n"
+        sections[path.stem] = f"{section(load_sweep(path), place / path.stem)}\n{how}\n"
     return HEAD + "".join(f"\n<!-- sweep: {name} -->\n\n{text.strip()}\n" for name, text in sections.items())
 
 
-def section(sweep: Sweep, place: Path, plots: Path) -> str:
+def section(sweep: Sweep, place: Path) -> str:
     """One sweep's part of the page; what is finished here and now is kept first."""
     if "evaluate" not in sweep.stages:
         raise UserError(f"{sweep.path}: `stages` lacks evaluate: there are no figures", "add it, and run the sweep")
@@ -98,7 +97,7 @@ def section(sweep: Sweep, place: Path, plots: Path) -> str:
         "against": against(arms, _base(sweep, text)),
         "strata": strata(first),
         "overlap": overlap(first),
-        "curves": "\n".join(_curves(sweep, arms, plots)),
+        "curves": "\n".join(_curves(sweep, arms, place)),
         "missing": missing([_lack(run, left[run.label], place) for run in sweep.runs if run not in there]),
         "making": making(sweep, finished),
     }
@@ -145,7 +144,7 @@ def _arms(name: str, finished: Sequence[Kept], sweep: Sweep) -> Arms:
     return Arms(name, {one.run.seed: one for one in finished}, sum(run.name == name for run in sweep.runs))
 
 
-def _curves(sweep: Sweep, arms: Mapping[str, Arms], plots: Path) -> Iterator[str]:
+def _curves(sweep: Sweep, arms: Mapping[str, Arms], place: Path) -> Iterator[str]:
     """A plot for each field over which alone some entries have a grid, of those of which two points are finished."""
     entries: dict[str, dict[str, dict[Any, Arms]]] = {}
     for run in sweep.runs:
@@ -156,7 +155,7 @@ def _curves(sweep: Sweep, arms: Mapping[str, Arms], plots: Path) -> Iterator[str
     for field, of_field in entries.items():
         drawn = {entry: list(points.items()) for entry, points in of_field.items() if len(points) > 1}
         if drawn:
-            file = plots / f"results-{sweep.path.stem}-{field}.svg"
+            file = place / f"{field}.svg"
             draw(file, field, drawn)
             yield f"![{metric_title(METRIC)} over {field}: {', '.join(drawn)}]({file.as_posix()})\n"
 
@@ -166,11 +165,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="RESULTS.md from the files of finished sweeps.")
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("--page", type=Path, default=Path("RESULTS.md"), help="other sections of it stay as they are")
-    parser.add_argument("--kept", type=Path, default=Path("results"), help="where finished runs are kept")
-    parser.add_argument("--plots", type=Path, default=Path(), help="where curves are drawn; links are relative to here")
+    parser.add_argument("--kept", type=Path, default=Path("results"), help="finished runs, and their curves")
     arguments = parser.parse_args()
     before = arguments.page.read_text(encoding="utf-8") if arguments.page.exists() else ""
-    write_text(arguments.page, results(arguments.sweeps, arguments.kept, arguments.plots, before))
+    write_text(arguments.page, results(arguments.sweeps, arguments.kept, before))
 
 
 if __name__ == "__main__":
