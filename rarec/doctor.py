@@ -166,10 +166,12 @@ def _deepspeed() -> Iterator[Check]:
         detail = f"does not import: {failure}" if failure else f"{_version('deepspeed')} imports"
         remedy = "pip install --force-reinstall --no-deps deepspeed" if failure else ""
         yield Check("DeepSpeed", "missing" if failure else "ok", detail, remedy)
-    compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    named = os.environ.get("CXX", "c++")  # as PyTorch chooses
+    compiler = shutil.which(named.partition(" ")[0])
     if compiler is None:
-        detail = "none: DeepSpeed on CPUs compiles an op at first use"
-        yield Check("C++ compiler", "note", detail, "apt-get install -y g++")
+        detail = f"no {named}: DeepSpeed on CPUs compiles an op at first use"
+        remedy = "unset CXX, or set it to a compiler that is here" if "CXX" in os.environ else "apt-get install -y g++"
+        yield Check("C++ compiler", "note", detail, remedy)
     else:
         yield Check("C++ compiler", "ok", compiler)
     header = Path(sysconfig.get_path("include"), "Python.h")

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rarec.entry import open_context
-from rarec.errors import EXIT_CODE
+from rarec.errors import EXIT_CODE, UserError
 from rarec.files import read_json
 from rarec.stages.run import STAGES
-from rarec.training.engines.zero_op import MARK, op_directory
+from rarec.training.engines.zero_op import MARK, load_cpu_op, op_directory
 from tests.ranks import ARM, ENGINES, copied, finish, losses, start, weights
 from tests.synthetic import write_llm
 
@@ -50,6 +50,13 @@ def test_an_op_that_does_not_compile_is_one_error(decoder, tmp_path):
     job = start("train", decoder, [place, *TRAIN], engine="zero1", scratch=tmp_path, environment=nowhere)
     assert job.codes() == [EXIT_CODE] * 2
     assert "DeepSpeed's op for CPUs does not compile: /bin/sh: 1: no-such-compiler: not found" in job.said()
+
+
+def test_a_place_that_cannot_be_made_for_the_op_is_one_error(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be made: Not a directory\n.*set TORCH_EXTENSIONS_DIR"):
+        load_cpu_op()
 
 
 HALF = [*TRAIN, "llm.dtype=bfloat16"]

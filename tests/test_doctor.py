@@ -60,6 +60,13 @@ def test_a_bare_path_shows_missing_tools_with_their_commands(monkeypatch: pytest
     assert (found["SLURM"].status, found["SLURM"].remedy) == ("note", "apt-get install -y slurm-client")
 
 
+def test_the_compiler_is_the_one_that_pytorch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    compiler = {check.name: check for check in doctor._deepspeed()}["C++ compiler"]
+    assert (compiler.status, compiler.detail.partition(":")[0]) == ("note", "no no-such-compiler -O2")
+    assert compiler.remedy.startswith("unset CXX")
+
+
 def test_tools_that_fail_are_reported_and_not_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for command in ("java", "sbatch", "srun", "scontrol", "sinfo"):
         tool = tmp_path / command

@@ -32,7 +32,7 @@ def load_cpu_op() -> None:
     DeepSpeed then finds it loaded.
 
     Raises:
-        UserError: it does not compile.
+        UserError: it does not compile, or there is no place for it.
     """
     from deepspeed.accelerator import get_accelerator  # takes seconds, and fixes the accelerator
 
@@ -40,7 +40,11 @@ def load_cpu_op() -> None:
     if op is None or not op.is_compatible():
         return
     directory = op_directory()
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"{directory}, for DeepSpeed's op for CPUs, cannot be made: {error.strerror}"
+        raise UserError(problem, "set TORCH_EXTENSIONS_DIR to a directory that you may write to", shared=True) from None
     with locked(directory / "rarec.lock"), patch_environment(TORCH_EXTENSIONS_DIR=directory):
         for mark in directory.glob(f"*/{MARK}"):
             mark.unlink()
