@@ -1,4 +1,4 @@
-"""Arms: the variants of the method that are trained at one budget and compared (method, section 7)."""
+"""Arms: the variants of the method that are trained at one budget and compared (METHOD.md, section 7)."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -92,7 +92,8 @@ class Prepare(Section):
     min_item_interactions: NonNegative = 0
     """Items with fewer are dropped with their interactions; 0 keeps the whole catalogue."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """Rows of the same user, item and time: written twice, or three bought at once."""
+    """Rows of the same user, item and time: written twice, or three bought at once. `keep` tells only beside
+    `repeats: keep`: all others leave one of them anyway."""
     repeats: Literal["first", "last", "runs", "keep"] = "first"
     """When a user meets an item again at another time: keep the first or the last, collapse runs with nothing between
     (to their first), or keep all."""

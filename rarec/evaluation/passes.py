@@ -1,4 +1,4 @@
-"""The two passes of a sample through a trained arm: text only, and with its slots (method, section 4).
+"""The two passes of a sample through a trained arm: text only, and with its slots (METHOD.md, section 4).
 
 Shape letters: B of a batch, N items or users of the sample, T positions, L blocks with slots, M instructions, K vectors
 of a source, D hidden size.

@@ -1,4 +1,4 @@
-"""The losses: L = L_rec + weight (L_align,user + L_align,item) (method, section 4).
+"""The losses: L = L_rec + weight (L_align,user + L_align,item) (METHOD.md, section 4).
 
 Shape letters: b rows of this rank, B rows of the whole batch, L blocks, D hidden size, H history.
 
@@ -72,7 +72,7 @@ def sampled_softmax(scores_bB: Tensor, masked_bB: Tensor, own_b: Tensor, log_q_B
 
 
 def align(ours_LbD: Tensor, states_LBD: Tensor, same_bB: Tensor, own_b: Tensor, temperature: float) -> Part:
-    """InfoNCE between what the alignment supplies and the text-only states, in every block (section 4 [N]).
+    """InfoNCE between what the alignment supplies and the text-only states, in every block (METHOD.md, section 4 [N]).
 
     -log( exp(cos(d_k, h_k) / tau) / sum_j exp(cos(d_k, h_j) / tau) ), with k against every j of the batch; the mean
     over blocks and rows (both ours).

@@ -1,4 +1,4 @@
-"""Text-only states: pooled hidden states of prompts without slots, once for each text (method, section 4).
+"""Text-only states: pooled hidden states of prompts without slots, once for each text (METHOD.md, section 4).
 
 Shape letters: N prompts, L blocks, D hidden size.
 """

@@ -137,7 +137,7 @@ class _Preparation:
             ledger.apply("duplicates", log, "same user, item and time again", "", **same)
         if config.repeats != "keep":
             log = keep("log", steps.without_repeats(ledger.log, config.repeats))
-            ledger.apply("repeats", log, f"same user and item at another time: {config.repeats} kept", "", **same)
+            ledger.apply("repeats", log, f"same user and item again: {config.repeats} kept", "", **same)
         if config.split.new_items:
             log = keep("log", steps.without_new(ledger.log, item_codes, config.split.new_items))
             note = "items taken as new, but where they are a user's last"
