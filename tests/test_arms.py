@@ -94,6 +94,28 @@ def test_an_id_model_that_tells_nothing_changes_no_order():
     assert (ranks["fused"] == ranks["arm"]).all()
 
 
+@pytest.mark.parametrize("constant", [1.0, 20.0])
+def test_an_arm_whose_scores_differ_by_rounding_alone_tells_nothing(constant):
+    rng = np.random.default_rng(4)
+    users, items = rng.standard_normal((300, 8)), rng.standard_normal((60, 8))
+    same = constant * rng.dirichlet(np.ones(64), 300), np.ones((60, 64)) + 1e-7 * rng.standard_normal((60, 64))
+    histories = [np.array([], int)] * 300
+    question = Question(np.arange(300), histories, drawn(rng, (users, items), (users, items), (1.0, 0.0), histories))
+    fused, _ = fuse(ranker(*same), ranker(users, items), question)
+    ranks = rank_all(question, {"fused": fused, "ids": ranker(users, items)})
+    assert (ranks["fused"] == ranks["ids"]).mean() > 0.99
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e4])
+def test_the_scale_of_the_id_vectors_changes_no_fusion(scale):
+    rng, users = np.random.default_rng(5), 2000
+    arm, ids = ((rng.standard_normal((users, 4)), rng.standard_normal((30, 4))) for _ in range(2))
+    histories = [np.array([], int)] * users
+    question = Question(np.arange(users), histories, drawn(rng, arm, ids, (1.0, 1.0), histories))
+    weights = [fuse(ranker(*arm), ranker(ids[0], ids[1] * each), question)[1] for each in (1.0, scale)]
+    assert weights[1] == pytest.approx(weights[0], rel=1e-3)
+
+
 def test_popularity_ranks_what_was_met_most_often_first():
     question = Question(np.arange(2), [np.array([1]), np.array([3])], np.array([3, 1]))
     popularity = Ranker.of_counts(np.array([0, 7, 2, 5]))

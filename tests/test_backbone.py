@@ -430,6 +430,15 @@ def test_lora_beside_a_bfloat16_base_stays_float32_and_repeats_with_its_seed(sav
         assert torch.equal(one, other)
 
 
+def test_lora_leaves_out_what_no_readout_uses(saved):
+    """It would never get a gradient, and so no moments, of which a checkpoint has all."""
+    trained = lora_weights(load(saved / "bert", lora=Lora(targets=["query", "dense"])).backbone, "A")
+    named = [n for n, p in load(saved / "bert", lora=Lora(targets=["query", "dense"])).backbone.named_parameters()]
+    assert trained
+    assert any("pooler" in name for name in named)
+    assert not any("pooler" in name and "lora" in name for name in named)
+
+
 def test_lora_targets_that_are_not_there_are_refused(saved):
     with pytest.raises(UserError, match=r"lora\.targets"):
         load(saved / "llama", lora=Lora(targets=["nonesuch"]))

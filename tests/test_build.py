@@ -1,4 +1,4 @@
-"""Every arm builds what it says, over one frozen model (method, sections 3, 6 and 7)."""
+"""Every arm builds what it says, over one frozen model (METHOD.md, sections 3, 6 and 7)."""
 
 import numpy as np
 import pytest
@@ -225,9 +225,10 @@ def test_slots_in_place_of_a_missing_vector_are_not_read(saved):
     ("normalise", "recommendation", "scale", "learned"),
     [(True, "softmax", 20, True), (True, "bpr", 20, True), (False, "softmax", 20, False), (False, "bpr", 1, False)],
 )
-def test_the_scale_of_the_score(saved, normalise, recommendation, scale, learned):
+@pytest.mark.parametrize(("arm", "head"), [("text_only", True), ("per_layer", False)])
+def test_the_scale_of_the_score(saved, arm, head, normalise, recommendation, scale, learned):
     loss = {"recommendation": recommendation, "temperature": 0.05}
-    model = World(saved["bert"], "text_only", readout={"normalise": normalise}, loss=loss).model
+    model = World(saved["bert"], arm, readout={"normalise": normalise, "head": head}, loss=loss).model
     assert model.log_scale.exp().item() == pytest.approx(scale)
     assert ("log_scale" in trained_parameters(model)) == learned
 

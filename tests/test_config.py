@@ -53,6 +53,7 @@ def test_overrides_are_yaml(small):
         ("prepare.items.title=null", r"field `prepare.items.title`"),
         ("prepare.interactions.position=p", r"exactly one of `time` and `position`"),
         ("ids.model=import", r"needs a section `imported`"),
+        ("sources.größe.items=x.npy", r"field `sources.größe"),
         ("sources.id.items=x.npy", r"`id` is the name of the ID embeddings"),
         ("train.epochs", r"not of the form section.field=value"),
         ("run.dir.x=3", r"dir is a value, not a section"),

@@ -55,6 +55,10 @@ def cached(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if path.is_file()]
 
 
+LOCK = ".shards.fetch"
+"""Who holds it fetches; the file stays."""
+
+
 def test_all_but_the_tars_is_fetched_once_and_verified(url, made, tmp_path):
     directory = tmp_path / "run" / "shards"
     fetch_description(url, directory)
@@ -63,7 +67,7 @@ def test_all_but_the_tars_is_fetched_once_and_verified(url, made, tmp_path):
     fs, root = far(url)
     fs.rm(root, recursive=True)
     fetch_description(url, directory)  # it is there
-    assert not list((tmp_path / "run").glob(".*"))
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == [LOCK]
 
 
 def test_a_remote_epoch_is_the_local_one_within_a_bounded_cache(url, made, tmp_path, monkeypatch):
@@ -205,7 +209,7 @@ def test_a_bad_description_is_refused_and_nothing_is_left(url, made, tmp_path):
         with pytest.raises(UserError, match=match):
             fetch_description(url, directory)
         assert not directory.exists()
-        assert list(directory.parent.iterdir()) == []
+        assert [path.name for path in directory.parent.iterdir()] == [LOCK]
 
     fs.pipe_file(f"{root}/item_states.npy", b"other states")
     refused(r"://.*far/item_states\.npy is not what its manifest says")

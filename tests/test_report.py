@@ -251,8 +251,22 @@ def test_a_finding_beats_or_loses_only_with_its_whole_interval(values: list[floa
 
 
 def test_an_interval_that_touches_zero_allows_no_claim() -> None:
-    assert Finding("a", "b", "mrr", 0.01, 0.0, 0.02, 9).outcome == "open"
-    assert Finding("a", "b", "mrr", -0.01, -0.02, 0.0, 9).outcome == "open"
+    assert Finding("a", "b", "mrr", 0.01, 0.0, 0.02, 9, 9).outcome == "open"
+    assert Finding("a", "b", "mrr", -0.01, -0.02, 0.0, 9, 9).outcome == "open"
+
+
+@pytest.mark.parametrize(("differing", "outcome"), [(1, "open"), (5, "open"), (6, "beats")])
+def test_a_handful_of_users_that_differ_allows_no_claim(differing: int, outcome: str) -> None:
+    """The bootstrap's interval lies above zero, though they could have fallen so by chance."""
+    ours, theirs = np.full(900, 50), np.full(900, 50)
+    ours[:differing] = 3
+    ranks = {"per_layer": ours, "id_only": theirs}
+    rows = comparison_rows(ranks, [("per_layer", "id_only")], [10], resamples=2000, seed=0)
+    finding = find(rows, "per_layer", "id_only", "hr@10")
+    assert finding is not None
+    assert (finding.differing, finding.n) == (differing, 900)
+    assert finding.low > 0 or differing == 1
+    assert finding.outcome == outcome
 
 
 def test_probes_pass_only_where_the_arm_gets_worse() -> None:

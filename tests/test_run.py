@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from rarec.artefacts import read_manifest, write_manifest
 from rarec.config import ARMS
@@ -26,6 +27,8 @@ from rarec.stages.run import STAGES
 from rarec.stages.shards import ShardParts, finished_shards
 from rarec.stages.trained import best_model
 from rarec.training.batches import Collator
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +143,16 @@ def test_every_stage_leaves_what_is_done_alone(context, finished):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_the_resolved_configuration_is_that_of_the_last_command(finished, tmp_path):
+    """Though nothing is made: a sweep asks there what a run was made with."""
+    context = open_context(finished, [])
+    shutil.copytree(context.paths.root, tmp_path / "run")
+    again = open_context(finished, [f"run.dir={tmp_path / 'run'}", "report.examples=1"])
+    STAGES["prepare"](again)
+    assert not again.made
+    assert yaml.safe_load(again.paths.config.read_text())["report"]["examples"] == 1
+
+
 def test_a_stage_before_its_time_names_the_command_to_type(finished, tmp_path):
     for name, needs in {"ids": "rarec prepare", "shards": "rarec prepare", "train": "rarec shards"}.items():
         with pytest.raises(UserError, match=needs):
@@ -180,6 +193,22 @@ def test_an_arm_without_slots_in_the_model_goes_the_whole_way(finished, tmp_path
     calculator = plan(context, Cluster.of(1, 1, None, "H100"), "0").calculator
     assert calculator.slots("readout") == {"user": 0, "item": 0}
     assert calculator.arm("readout", False).first_block is None
+
+
+def test_the_papers_choices_go_the_whole_way(finished, tmp_path):
+    """`configs/runs/paper.yaml` as it is shipped, over the small world's log and language model."""
+    shipped = yaml.safe_load((ROOT / "configs" / "runs" / "paper.yaml").read_text())
+    ours = yaml.safe_load(finished.read_text())
+    mine = {name: ours[name] for name in ("prepare", "llm")} | {"run": {"dir": str(tmp_path / "run")}}
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump({**shipped, **mine}))
+    short = ["ids.comirec.dim=8", "ids.comirec.epochs=1", "train.epochs=1", "train.validation_users=20"]
+    context = open_context(tmp_path / "paper.yaml", [*short, "evaluate.resamples=50", "shards.share=0.3"])
+    for stage in STAGES.values():
+        stage(context)
+    arms = {row["arm"] for row in read_json(context.paths.evaluation / "metrics.json")}
+    assert {"text_only", "prefix_only", "input", "per_layer"} <= arms
+    assert read_json(context.paths.train("text_only") / "done.json")["step"] == 0
+    assert read_json(context.paths.train("per_layer") / "done.json")["step"] > 0
 
 
 def test_new_items_are_ranked_by_their_text(finished, tmp_path):

@@ -15,6 +15,7 @@ from rarec.artefacts import is_current
 from rarec.config.ids import Ids, Import, SasRec
 from rarec.errors import UserError
 from rarec.ids import make_source, open_source, source_identity
+from rarec.ids.imports import read_ids, read_vectors
 from rarec.ids.users import HistoryRule
 from tests.datasets import by_hand
 
@@ -50,6 +51,20 @@ def make(dataset, directory="out", say=lambda line: None, **fields):
 
 
 # -- what comes in --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("files")
+def test_a_list_of_ids_may_have_a_byte_order_mark_and_lines_end_where_editors_end_them():
+    Path("marked.txt").write_bytes("\ufeffB1\r\nB\u20282\nB\x1d3".encode())
+    assert read_ids("marked.txt").to_pylist() == ["B1", "B\u20282", "B\x1d3"]
+
+
+@pytest.mark.usefixtures("files")
+def test_unsigned_ids_that_fit_no_signed_integer_are_compared_as_text():
+    np.save("large.npy", np.array([3, 2**63 + 1, 4, 5], np.uint64))
+    vectors = read_vectors("items.npy", "large.npy", "items", "item_ids")
+    vectors.write_aligned(Path("aligned.npy"), pa.array([5, 3]), "item", "")
+    assert (np.load("aligned.npy") == ITEMS[[3, 0]]).all()
 
 
 @pytest.mark.parametrize("ids", ["ids.txt", "ids.npy", "ids.parquet"])

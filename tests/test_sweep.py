@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rarec.artefacts import MANIFEST
+from rarec.config import load_config
 from rarec.config.load import format_override, parse_override
 from rarec.errors import UserError
 from rarec.files import read_json
@@ -148,6 +149,15 @@ def test_every_shipped_sweep_is_valid(monkeypatch):
     monkeypatch.chdir(ROOT)
     for path in (ROOT / "configs" / "sweeps").glob("*.yaml"):
         assert load_sweep(path).directory == Path(f"runs/sweep-{path.stem}")
+
+
+def test_the_papers_choices_are_measured_as_they_are_shipped():
+    """The sweep cannot start from `paper.yaml`, whose tables are the user's own; it says the same again."""
+    measured = load_sweep(ROOT / "configs" / "sweeps" / "beauty_paper.yaml").runs[0].config
+    shipped = load_config(ROOT / "configs" / "runs" / "paper.yaml")
+    for section in ("ids", "prompt", "shards", "alignment", "lora", "readout", "loss"):
+        assert getattr(measured, section) == getattr(shipped, section), section
+    assert (measured.train.arms, measured.train.epochs) == (shipped.train.arms, shipped.train.epochs)
 
 
 def test_each_run_is_made_in_its_directory_and_what_they_share_once(swept):

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from rarec.config import ARMS
 from rarec.config.schema import Train
 from rarec.entry import open_context
-from rarec.errors import UserError
+from rarec.errors import Stopped, UserError
 from rarec.files import read_json
 from rarec.models.losses import LossTerms
+from rarec.stages import train as train_stage
 from rarec.stages.train import train
 from rarec.stages.trained import checkpoints_of
 from rarec.training.checkpoints import Checkpoints, Torn
@@ -189,7 +190,25 @@ def test_an_unknown_tracker_is_refused(finished, tmp_path):
         train(open_context(finished, [untrained(finished, tmp_path), "train.trackers=[abacus]"]))
 
 
-def test_text_only_without_a_head_has_nothing_to_train_but_a_scale(finished, tmp_path):
-    train(open_context(finished, [untrained(finished, tmp_path), "readout.head=false", "train.arms=[text_only]"]))
+def test_a_signal_in_the_last_validation_stops_what_would_come_next(finished, tmp_path, monkeypatch):
+    validation = train_stage.validation
+
+    def signalled(context, model):
+        validate = validation(context, model)
+        return lambda: os.kill(os.getpid(), signal.SIGTERM) or validate()
+
+    monkeypatch.setattr(train_stage, "validation", signalled)
+    overrides = [untrained(finished, tmp_path), "train.arms=[text_only,per_layer]", "train.max_steps=1"]
+    with pytest.raises(Stopped, match="text only is trained; stopped by a signal"):
+        train(open_context(finished, overrides))
+    assert (tmp_path / "train" / "text_only" / "done.json").exists()
+    assert not (tmp_path / "train" / "per_layer").exists()
+
+
+@pytest.mark.parametrize("normalise", ["true", "false"])
+def test_text_only_without_a_head_has_nothing_to_train_but_a_scale(finished, tmp_path, normalise):
+    """Not even that where it is not normalised, as in `configs/runs/paper.yaml`."""
+    plain = ["readout.head=false", f"readout.normalise={normalise}", "train.arms=[text_only]"]
+    train(open_context(finished, [untrained(finished, tmp_path), *plain]))
     assert read_json(tmp_path / "train" / "text_only" / "done.json")["step"] == 0
     assert ARMS["text_only"].blocks == "none"

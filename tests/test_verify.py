@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,31 @@ def test_what_is_broken_in_a_run_is_named_and_only_that_is_made_again(finished, 
     assert file in again
     assert again <= {file, INDEX, MANIFEST}
     assert "all as written" in verify(context(finished, shards))
+
+
+def test_a_repair_computes_where_the_shards_were_made(finished, shards, monkeypatch):
+    """On the ranks' device: elsewhere it would round otherwise, and what was trained would be refused."""
+    run, served = context(finished, shards), []
+    serving = run.engine.serving
+
+    @contextmanager
+    def noted(model):
+        with serving(model):
+            served.append(model)
+            yield
+            served.append(None)
+
+    monkeypatch.setattr(run.engine, "serving", noted)
+    parts = stage.ShardParts.samples
+
+    def samples(self, *arguments):
+        assert served[-1] is run.llm.backbone
+        return parts(self, *arguments)
+
+    monkeypatch.setattr(stage.ShardParts, "samples", samples)
+    flip(next(shards.glob("*.tar")))
+    assert "every file is again" in verify(run, repair=True)
+    assert served[-1] is None
 
 
 def test_honest_shards_are_counted_without_loading_a_model_whoever_wrote_them(finished, shards):

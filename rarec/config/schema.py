@@ -12,7 +12,7 @@ from rarec.config.arms import ArmName
 from rarec.config.ids import Ids, Import
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
-from rarec.config.section import Blocks, NonNegative, Part, Positive, Rate, Section, Share
+from rarec.config.section import Blocks, NonNegative, Part, Positive, Rate, Section, Share, SourceName
 
 
 class Run(Section):
@@ -140,7 +140,7 @@ class RunConfig(Section):
     run: Run
     prepare: Prepare
     ids: Ids = Ids()
-    sources: dict[str, Import] = Field(default={})
+    sources: dict[SourceName, Import] = Field(default={})
     """Further frozen vectors by name (image, text, ...), beside `id`."""
     llm: Llm
     prompt: Prompt = Prompt()

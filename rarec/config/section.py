@@ -9,6 +9,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
+SourceName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,40}$")]
+"""It becomes a part of file names and of a tar's short member names."""
 Blocks = Annotated[list[NonNegative], Field(min_length=1)]
 
 

@@ -28,13 +28,17 @@ def metric_rows(ranks: Ranks, cutoffs: Iterable[int], *, resamples: int, seed: i
 def comparison_rows(
     ranks: Ranks, pairs: Iterable[tuple[str, str]], cutoffs: Iterable[int], *, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Rows {arm, baseline, metric, protocol, difference, low, high, n}: a paired bootstrap over the same users."""
+    """Rows {arm, baseline, metric, protocol, difference, low, high, n, differing}: a paired bootstrap over users.
+
+    `differing` counts those for whom the two are not the same.
+    """
     cutoffs = list(cutoffs)
     rows = []
     for arm, baseline in pairs:
-        both = metric_values(ranks[arm], cutoffs), metric_values(ranks[baseline], cutoffs)
-        for metric, (difference, low, high) in paired_intervals(*both, resamples, seed).items():
-            figures = {"difference": difference, "low": low, "high": high, "n": len(ranks[arm])}
+        ours, theirs = metric_values(ranks[arm], cutoffs), metric_values(ranks[baseline], cutoffs)
+        for metric, (difference, low, high) in paired_intervals(ours, theirs, resamples, seed).items():
+            differing = int((ours[metric] != theirs[metric]).sum())
+            figures = {"difference": difference, "low": low, "high": high, "n": len(ranks[arm]), "differing": differing}
             rows.append({"arm": arm, "baseline": baseline, "metric": metric, "protocol": PROTOCOL, **figures})
     return rows
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from rarec.evaluation.arms import Question, Ranker
 
 COMPARED_USERS = 64
+FLAT = 1e-5
+"""Of the largest score: scores that spread less are all alike, and what tells them apart is rounding."""
 LIMIT = 100.0
 """The greatest weight, relative to the spread of the two scores: that of an arm which tells nothing."""
 _BLOCK = 1 << 22
@@ -42,7 +44,8 @@ def fuse(arm: Ranker, ids: Ranker, validation: Question) -> tuple[Ranker, float]
         The fused ranker and the weight, relative to the ratio of the two scores' spreads; from 0 to `LIMIT`.
     """
     compared = _compared(arm, ids, validation)
-    own, others = _fitted(_Scores.of(arm, arm.fused(ids, 1.0, compared.slope), validation, compared))
+    both = arm.fused(ids, compared.arm / compared.ids, compared.slope)
+    own, others = _fitted(_Scores.of(arm, both, validation, compared.arm))
     weight = float(np.clip(others / own, 0.0, LIMIT)) if own > 0 else LIMIT
     return arm.fused(ids, weight * compared.arm / compared.ids, compared.slope), weight
 
@@ -59,25 +62,35 @@ def _compared(arm: Ranker, ids: Ranker, question: Question) -> _Compared:
     """For some users; the slope is by least squares."""
     some = Question(question.user_rows[:COMPARED_USERS], question.histories[:COMPARED_USERS], question.targets)
     known = slice(None) if ids.lacking_N is None else ~ids.lacking_N
-    arm_BN, ids_BN = arm.scores(some)[:, known], ids.scores(some)[:, known]
-    spreads = float(arm_BN.std(1).mean()) or 1.0, float(ids_BN.std(1).mean()) or 1.0
-    arm_BN = arm_BN - arm_BN.mean(1, keepdims=True)
-    return _Compared(*spreads, float((arm_BN * ids_BN).sum() / ((arm_BN * arm_BN).sum() or 1.0)))
+    arm_BN, ids_BN = (ranker.scores(some)[:, known].astype(np.float64) for ranker in (arm, ids))
+    own, others = _spread(arm_BN), _spread(ids_BN)
+    arm_BN -= arm_BN.mean(1, keepdims=True)
+    slope = float((arm_BN * ids_BN).sum() / (arm_BN * arm_BN).sum()) if own else 0.0
+    return _Compared(own or 1.0, others or 1.0, slope)
+
+
+def _spread(scores_BN: Floats) -> float:
+    """The standard deviation over the items, a mean over users; 0 where the scores are all alike."""
+    spread = float(scores_BN.std(1).mean())
+    return spread if spread > FLAT * np.abs(scores_BN).max() else 0.0
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Both scores of the validation users, over their spreads, made anew in each pass: they may not fit in memory."""
+    """Both scores of the validation users, made anew in each pass: they may not fit in memory.
+
+    The ID score is in the arm's spread, or float32 would not hold their sum; both are then divided by that.
+    """
 
     own_UZ: Tensor
     items_NZ: Tensor
     both_UKE: Tensor
     items_NE: Tensor
     question: Question
-    compared: _Compared
+    spread: float
 
     @classmethod
-    def of(cls, arm: Ranker, both: Ranker, question: Question, compared: _Compared) -> "_Scores":
+    def of(cls, arm: Ranker, both: Ranker, question: Question, spread: float) -> "_Scores":
         """Of the arm, and of the sum of both."""
         parts = [
             [torch.from_numpy(ranker.users(part.user_rows, part.histories)) for ranker in (arm, both)]
@@ -85,7 +98,7 @@ class _Scores:
         ]
         own_UZ, both_UKE = (torch.cat(vectors) for vectors in zip(*parts, strict=True))
         items_NZ, items_NE = (torch.from_numpy(ranker.items_NZ) for ranker in (arm, both))
-        return cls(own_UZ, items_NZ, both_UKE, items_NE, question, compared)
+        return cls(own_UZ, items_NZ, both_UKE, items_NE, question, spread)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Scores of both (2, B, N), which items a user has seen (B, N), and the targets (B,)."""
@@ -99,7 +112,7 @@ class _Scores:
             for row, history in enumerate(self.question.histories[part]):
                 seen_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = True
             seen_BN[torch.arange(len(targets_B)), targets_B] = False
-            yield torch.stack([own_BN / self.compared.arm, others_BN / self.compared.ids]), seen_BN, targets_B
+            yield torch.stack([own_BN, others_BN]) / self.spread, seen_BN, targets_B
 
 
 def _fitted(scores: _Scores) -> Floats:

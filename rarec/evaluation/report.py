@@ -93,7 +93,7 @@ def _template() -> Any:
 def _context(record: RunRecord, config: RunConfig, name: str) -> dict[str, Any]:
     main, seed = config.export.arm, config.run.seed
     full = [row for row in record.metrics if row["protocol"] == FULL]
-    findings = [_finding(row) for row in record.comparisons if row["protocol"] == FULL]
+    findings = [Finding.of(row) for row in record.comparisons if row["protocol"] == FULL]
     primary = primary_metric(row["metric"] for row in full)
     first = [f for f in findings if f.metric == primary and "/" not in f.arm + f.baseline]
     return {
@@ -173,10 +173,6 @@ def _table(rows: Sequence[Row], metrics: Sequence[str], *, with_probes: bool) ->
         rivals = [(row["value"], row["arm"]) for row in rows if row["metric"] == metric and "/" not in row["arm"]]
         best |= {(arm, metric) for value, arm in rivals if value == max(rivals)[0]}
     return {"metrics": metrics, "cells": cells, "groups": [g for g in groups if g[1]], "best": best}
-
-
-def _finding(row: Row) -> Finding:
-    return Finding(**{name: row[name] for name in ("arm", "baseline", "metric", "difference", "low", "high", "n")})
 
 
 def _example(row: Row) -> Row:

@@ -1,7 +1,7 @@
 """What the paired intervals allow one to say, in plain words, and nothing more (ours)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from rarec.evaluation.labels import (
@@ -22,6 +22,8 @@ from rarec.evaluation.labels import (
 
 Row = Mapping[str, Any]
 Outcome = Literal["beats", "loses", "open"]
+DECIDING = 6
+"""Of fewer users no sign test at 5% can say anything, but a bootstrap of them would."""
 RIVALS = {ID_ONLY: "its own ID model", LATE_FUSION: "the late fusion of text and ID scores"}
 
 
@@ -37,6 +39,7 @@ class Finding:
         low: of the 95% interval of the difference.
         high: of the same.
         n: test users.
+        differing: those for whom the two are not the same.
     """
 
     arm: str
@@ -46,10 +49,28 @@ class Finding:
     low: float
     high: float
     n: int
+    differing: int
+
+    @classmethod
+    def of(cls, row: Row) -> "Finding":
+        """From a row of comparisons.json; older ones did not count who differs."""
+        figures = {field.name: row[field.name] for field in fields(cls) if field.name in row}
+        return cls(**{"differing": row["n"], **figures})
+
+    @property
+    def turned(self) -> "Finding":
+        """The same with arm and baseline exchanged."""
+        low, high = -self.high, -self.low
+        return replace(self, arm=self.baseline, baseline=self.arm, difference=-self.difference, low=low, high=high)
 
     @property
     def outcome(self) -> Outcome:
-        """`beats` only with the whole interval above zero, `loses` only with it below; else `open`."""
+        """`beats` only with the whole interval above zero, `loses` only with it below; else `open`.
+
+        Also `open` where fewer than `DECIDING` users differ.
+        """
+        if self.differing < DECIDING:
+            return "open"
         return "beats" if self.low > 0 else "loses" if self.high < 0 else "open"
 
     @property
@@ -109,9 +130,9 @@ def find(comparisons: Iterable[Row], arm: str, baseline: str, metric: str) -> Fi
         if row["metric"] != metric or row["protocol"] != FULL:
             continue
         if (row["arm"], row["baseline"]) == (arm, baseline):
-            return Finding(arm, baseline, metric, row["difference"], row["low"], row["high"], row["n"])
+            return Finding.of(row)
         if (row["arm"], row["baseline"]) == (baseline, arm):
-            return Finding(arm, baseline, metric, -row["difference"], -row["high"], -row["low"], row["n"])
+            return Finding.of(row).turned
     return None
 
 

@@ -4,6 +4,7 @@ Shape letters: R rows of a file, N rows of the dataset (items or users), K vecto
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,9 +141,10 @@ def read_ids(path: str) -> pa.Array:
         array = _npy(path)
         if array.ndim != 1:
             raise UserError(f"{path} has shape {array.shape}", "a list of ids has one axis")
-        return pa.array(array.tolist())
-    try:
-        return pa.array(file.read_text(encoding="utf-8").splitlines(), type=pa.string())
+        return pa.array(array)
+    try:  # lines end where Unix and Windows end them: an id may hold what Python takes for other ends
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        return pa.array(lines if lines != [""] else [], type=pa.string())
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8, one id a line") from None
 
@@ -223,8 +225,10 @@ READERS: dict[str, Callable[[str], tuple[npt.NDArray[np.generic], pa.Array | Non
 
 def _comparable(one: pa.Array, other: pa.Array) -> tuple[pa.Array, pa.Array]:
     """Both as integers where both are, else both as text."""
-    kind = pa.int64() if all(pa.types.is_integer(ids.type) for ids in (one, other)) else pa.string()
-    return one.cast(kind), other.cast(kind)
+    if all(pa.types.is_integer(ids.type) for ids in (one, other)):
+        with suppress(pa.ArrowInvalid):  # unsigned ones may be too large
+            return one.cast(pa.int64()), other.cast(pa.int64())
+    return one.cast(pa.string()), other.cast(pa.string())
 
 
 def _refuse_bad_ids(ids: pa.Array, path: str) -> None:

@@ -67,7 +67,8 @@ def train_ids(
     """
     windows, validation = Windows(dataset, settings.max_history), Validation(dataset, seed)
     if not windows.targets_U.size:
-        raise UserError(f"{dataset.directory}: no user has two training interactions", "loosen the split")
+        remedy = "loosen the split, or set ids.holdout to 0: it takes one of each user's away"
+        raise UserError(f"{dataset.directory}: the ID model has no user with two training interactions", remedy)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         training = _Training(settings, torch.from_numpy(dataset.train_counts_N > 0), seed)

@@ -63,9 +63,12 @@ def build_model(
         reads = alignment.roles if alignment is not None and (readout.slots or not injects) else ()
         return Tower(alignment, Readout(hidden, backbone.pool, readout.normalise, head, reads), injects)
 
+    user, item = tower("user"), tower("item")
     plain = not config.readout.normalise
     scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature
-    return RaRec(backbone, tower("user"), tower("item"), scale=scale, learn_scale=not plain)
+    # engines need something that trains; of a scale alone no step is taken
+    nothing_else = not arm.lora and not trained_parameters(nn.ModuleList([user, item]))
+    return RaRec(backbone, user, item, scale=scale, learn_scale=not plain or nothing_else)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

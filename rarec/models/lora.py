@@ -23,12 +23,19 @@ def with_lora(model: Any, config: Lora, seed: int) -> Any:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        exclude_modules=_poolers(model, targets) or None,
         bias="none",
     )
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets: {error}", "name linear modules of this architecture") from None
+
+
+def _poolers(model: Any, targets: list[str]) -> list[str]:
+    """Those of the targets that some encoders have behind their last block: no readout here uses them."""
+    names = (name for name, _ in model.named_modules() if "pooler" in name.split("."))
+    return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
 
 
 def _query_and_value(model: Any) -> list[str]:

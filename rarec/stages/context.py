@@ -166,12 +166,18 @@ class Context:
         Raises:
             UserError: it is there, but made otherwise.
         """
-        if not self.fresh and is_current(directory, kind, settings, made_from):
+        done = not self.fresh and is_current(directory, kind, settings, made_from)
+        self.made |= not done
+        if done:
             self.say(f"{directory} is there already, made with these settings")
-            return True
-        self.made = True
-        self.ranks.once(lambda: write_text(self.paths.config, dump_config(self.config)))
-        return False
+        self.ranks.once(lambda: self._write_config(made=not done))
+        return done
+
+    def _write_config(self, made: bool) -> None:
+        """As resolved. Where nothing is made, only in place of one that says it otherwise."""
+        text, path = dump_config(self.config), self.paths.config
+        if made or (path.exists() and path.read_text(encoding="utf-8") != text):
+            write_text(path, text)
 
     @contextmanager
     def alone(self, directory: Path, whole: str = MANIFEST) -> Iterator[None]:

@@ -14,6 +14,7 @@ from rarec.config.identity import arm_settings
 from rarec.config.schema import Train
 from rarec.data.shards.index import INDEX
 from rarec.data.shards.stream import SampleStream
+from rarec.errors import Stopped
 from rarec.files import write_json
 from rarec.models.build import aligned_blocks, trained_parameters, whole_size
 from rarec.models.encode import Encoder
@@ -77,16 +78,18 @@ def train_arm(context: Context, arm: Arm, feed: Feed) -> None:
         "trainable_parameters": sum(map(whole_size, trained_parameters(trainer.model).values())),
         "skipped_samples": len(excluded),
     }
-    _sit(context, arm, trainer, state, accelerator)
+    told = _sit(context, arm, trainer, state, accelerator)
     best = {"best_files": checkpoints.digests(state.best_step) if state.best_step is not None else {}}
     ranks.once(lambda: write_json(directory / DONE, {**asdict(state), **figures, **best}))
     context.say(
         f"{arm.title}: best validation NDCG@100 {state.best_value:.4f} at step {state.best_step} of {state.step}"
     )
+    if ranks.most(int(told)):  # in the last validation, when no step was left to end
+        raise Stopped(f"{arm.title} is trained; stopped by a signal before what comes next")
 
 
-def _sit(context: Context, arm: Arm, trainer: Trainer, state: TrainingState, accelerator: Accelerator | None) -> None:
-    """Train to the end, or until a signal says otherwise."""
+def _sit(context: Context, arm: Arm, trainer: Trainer, state: TrainingState, accelerator: Accelerator | None) -> bool:
+    """Train to the end, or until a signal says otherwise; returns whether one came too late for that."""
     path = context.paths.train(arm.name) / "log.jsonl"
     if accelerator is not None:
         accelerator.init_trackers("log")
@@ -95,6 +98,7 @@ def _sit(context: Context, arm: Arm, trainer: Trainer, state: TrainingState, acc
             trainer.run(
                 state, lambda steps, done: TrainingLog(path, accelerator, steps, done, arm.title, context.say), signals
             )
+            return signals.came
     finally:
         trainer.optimisation.end()
         for tracker in accelerator.trackers if accelerator is not None else ():

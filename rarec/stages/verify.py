@@ -130,11 +130,11 @@ def _repair(parts: ShardParts, manifest: Mapping[str, Any], broken: set[str]) ->
     if foreign:
         raise UserError(f"{directory / foreign[0]} is no part of the shards", "move it away, and repair again")
     finished_shards(context)
-    for name in parts.sidecars.keys() & broken:
-        parts.write(name, parts.sidecars[name]())
-    records = repair_shards(
-        directory, manifest, broken, parts.total, config.samples_per_shard, parts.samples, context.say, config.writers
-    )
+    with context.engine.serving(context.llm.backbone):  # where they were made, not elsewhere: there it rounds otherwise
+        for name in parts.sidecars.keys() & broken:
+            parts.write(name, parts.sidecars[name]())
+        size, samples = config.samples_per_shard, parts.samples
+        records = repair_shards(directory, manifest, broken, parts.total, size, samples, context.say, config.writers)
     kept = {name: value for name, value in manifest.items() if name not in _RENEWED}
     settings, made_from = manifest["settings"], manifest["made_from"]
     new = finish_shards(directory, records, settings, made_from, parts.sidecars, state_blocks=parts.blocks, **kept)

@@ -68,7 +68,7 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
         raise UserError("no user has two training interactions: there is no sample", "prepare a larger log")
     if not len(candidates_C):
         problem = (
-            f"shards.denoise drops all {len(users_S)} training samples: no target's title has a word of its history"
+            f"shards.denoise drops all {open_S.sum()} training samples: no target's title has a word of its history"
         )
         raise UserError(problem, "set shards.denoise to false, or name a column of words: prepare.items.title")
     grid = _Grid.of(dataset, config)

@@ -35,7 +35,7 @@ def fetch_description(url: str, directory: Path) -> None:
         UserError: they cannot be read or are not what their manifest says, or shards are half made in `directory`.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with locked(directory.parent):
+    with locked(directory.with_name(f".{directory.name}.fetch")):  # a file: a directory's lock ends at its machine
         if (directory / MANIFEST).exists():
             return
         if directory.exists():
