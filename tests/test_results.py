@@ -431,13 +431,13 @@ def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
     finish(second, RANKS[18])
     assert "![HR@100 over shards.share: share](results/sweep/shards.share.svg)" in page(path)
     drawn = Path("results/sweep/shards.share.svg").read_text()
-    for text in ("shards.share", "HR@100", "ID model", "RA-Rec (per layer) + ID"):
+    for text in ("shards.share", "HR@100", "ID model", "RA-Rec (per layer) + ID", "dasharray"):
         assert text in drawn
     page(path)
     assert Path("results/sweep/shards.share.svg").read_text() == drawn
 
 
-def test_a_grid_over_lists_is_drawn_with_each_as_it_is_written(path):
+def test_a_grid_over_lists_is_drawn_with_each_as_it_is_written_and_joins_none(path):
     pytest.importorskip("matplotlib")
     path.write_text(SWEEP.replace("grid: {shards.share: [0.5, 0.01]}", "grid: {train.blocks: [[0], [0, 1]]}"))
     for run in load_sweep(path).runs[2:]:
@@ -446,6 +446,7 @@ def test_a_grid_over_lists_is_drawn_with_each_as_it_is_written(path):
     drawn = Path("results/sweep/train.blocks.svg").read_text()
     assert "[0]" in drawn
     assert "[0, 1]" in drawn
+    assert "dasharray" not in drawn, "no line of a fusion"
 
 
 def test_grids_over_the_same_field_are_drawn_together(path):

@@ -15,6 +15,8 @@ from rarec.files import write_text
 METRIC = "hr@100"
 COLOURS = {ID_ONLY: "#7a7a7a", "text_only": "#c08a2b", "main": "#2b6cb0"}
 OF_ENTRIES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#718096")
+BESIDE = 0.08
+"""From one arm to the next, where the field's values are names."""
 WIDE = 10
 """A field whose largest value is so many times its smallest has a logarithmic axis."""
 
@@ -22,7 +24,7 @@ Points = Sequence[tuple[Any, Arms]]
 
 
 class Line(NamedTuple):
-    """One arm over the points of one entry; a fused arm is dashed, in the colour of the arm behind it."""
+    """One arm over the points of one entry; a fused arm is dashed, or hollow, in the colour of the arm behind it."""
 
     label: str
     arm: str
@@ -55,8 +57,9 @@ def draw(file: Path, field: str, entries: Mapping[str, Points]) -> None:
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": field, "font.size": 9})
         canvas = Figure(figsize=(7, 3.6), layout="constrained", facecolor="white")
         panel = canvas.subplots()
-        for line in _of_one(*entries.values()) if len(entries) == 1 else _of_several(entries):
-            _plot(panel, line, place)
+        lines = list(_of_one(*entries.values()) if len(entries) == 1 else _of_several(entries))
+        for number, line in enumerate(lines):
+            _plot(panel, line, place, None if numbers else BESIDE * (number - (len(lines) - 1) / 2))
         if numbers and values[0] > 0 and values[-1] >= WIDE * values[0]:
             panel.set_xscale("log")
         panel.set_xticks(list(place.values()), [f"{value:g}" if numbers else str(value) for value in values])
@@ -90,11 +93,13 @@ def _of_several(entries: Mapping[str, Points]) -> Iterator[Line]:
                 yield Line(f"{entry}{' + ID' if arm.endswith(FUSED) else ''}", arm, colour, points)
 
 
-def _plot(panel: Any, line: Line, place: Mapping[Any, float]) -> None:
-    """Values with their intervals."""
+def _plot(panel: Any, line: Line, place: Mapping[Any, float], beside: float | None) -> None:
+    """Values with their intervals; those of names, which have no order, are not joined, and stand so far beside."""
     points = sorted(line.points, key=lambda point: place[point[0]])
     found = [run.means.figures(line.arm)[METRIC] for _, run in points]
     ends = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
-    style = {"linestyle": "--" if line.arm.endswith(FUSED) else "-", "marker": "o", "markersize": 4, "capsize": 3}
-    places, means = [place[value] for value, _ in points], [one.mean for one in found]
+    fused, joined = line.arm.endswith(FUSED), beside is None
+    style = {"linestyle": ("--" if fused else "-") if joined else "none", "marker": "o", "markersize": 4, "capsize": 3}
+    style |= {} if joined or not fused else {"markerfacecolor": "white"}
+    places, means = [place[value] + (beside or 0.0) for value, _ in points], [one.mean for one in found]
     panel.errorbar(places, means, ends, color=line.colour, label=line.label, **style)
