@@ -4,7 +4,7 @@ import os
 import re
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,29 +31,38 @@ class Device:
 
 DEVICES = (
     Device("B200", 2250, 192, 900),
+    Device("GH200", 989, 96, 450),
     Device("H200", 989, 141, 450),
     Device("H100 PCIe", 756, 80, 64),
     Device("H100", 989, 80, 450),
-    Device("A100-SXM4-40GB", 312, 40, 300),
     Device("A100", 312, 80, 300),
     Device("MI300X", 1307, 192, 448),
     Device("L40S", 362, 48, 32),
+    Device("L40", 181, 48, 32),
     Device("L4", 121, 24, 32),
     Device("A10", 125, 24, 32),
+    Device("A10G", 70, 24, 32),
     Device("RTX 4090", 165, 24, 32),
     Device("RTX 3090", 71, 24, 32),
     Device("V100", 125, 32, 150),
     Device("T4", 65, 16, 16),
 )
-"""From the makers' data sheets. The first whose name stands in PyTorch's is meant: the longer of two comes first."""
+"""From the makers' data sheets. The first whose name stands in PyTorch's, as words, is meant: the longer of two comes
+first."""
 NETWORK_GB_S = 50.0
 """Between machines, for each GPU, in each direction: a port of 400 Gbit/s, as many of which an NVIDIA DGX H100 has as
 GPUs (its data sheet). Many clusters have less."""
 
 
 def known_device(name: str) -> Device | None:
-    """The accelerator that PyTorch calls so; None for one that is not in the table, and for a CPU."""
-    return next((device for device in DEVICES if device.name.casefold() in name.casefold()), None)
+    """The accelerator that PyTorch calls so; None for one that is not in the table, and for a CPU.
+
+    A name that tells less memory than the table is believed: there are A100 of 40 and of 80 GB.
+    """
+    words = (rf"(?<!\w){re.escape(device.name)}(?!\w)" for device in DEVICES)
+    found = next((one for one, word in zip(DEVICES, words, strict=True) if re.search(word, name, re.IGNORECASE)), None)
+    told = re.search(r"(\d+) ?GB", name, re.IGNORECASE)
+    return replace(found, memory_gb=min(found.memory_gb, float(told[1]))) if found and told else found
 
 
 def machine(device: "torch.device") -> str:

@@ -28,7 +28,7 @@ def small(tmp_path):
 
 
 def test_what_is_dumped_reads_back_equal(small, tmp_path):
-    config = load_config(small, ["train.lr=2e-3"])
+    config = load_config(small, ["train.lr=2e-3", "llm.revision='12345e67'"])
     (tmp_path / "dumped.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "dumped.yaml") == config
 
@@ -55,6 +55,7 @@ def test_overrides_are_yaml(small):
         ("ids.model=import", r"needs a section `imported`"),
         ("sources.größe.items=x.npy", r"field `sources.größe"),
         ("sources.id.items=x.npy", r"`id` is the name of the ID embeddings"),
+        ("prompt.item={{title}}", r"the name of a field is a list or a section"),
         ("train.epochs", r"not of the form section.field=value"),
         ("run.dir.x=3", r"dir is a value, not a section"),
     ],

@@ -24,12 +24,29 @@ from tests.ranks import ARM, copied, finish
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA L40S", 362),
         ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA GH200 480GB", 989),
         ("Tesla T4", 65),
         ("NVIDIA GeForce RTX 4090", 165),
     ],
 )
 def test_devices_are_known_by_what_pytorch_calls_them(name, tflops):
     assert known_device(name).tflops == tflops
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gb"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("NVIDIA A100-PCIE-40GB", 40),
+        ("Tesla V100-SXM2-16GB", 16),
+        ("NVIDIA GH200 480GB", 96),  # of them, the rest is the processor's
+        ("NVIDIA L40", 48),
+    ],
+)
+def test_memory_that_a_name_tells_is_believed(name, memory_gb):
+    assert known_device(name).memory_gb == memory_gb
 
 
 def test_no_device_stands_behind_one_whose_name_is_part_of_its_own():

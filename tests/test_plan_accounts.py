@@ -20,7 +20,9 @@ from rarec.planning.live import Live
 from rarec.planning.memory import SHIPPED, STAGES, Peaks, account
 from rarec.planning.step import StepShape, step_activations
 from rarec.planning.traffic import traffic
+from rarec.stages.feed import Feed
 from rarec.stages.plan import plan
+from rarec.stages.shards import finished_shards
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
 from tests.synthetic import write_llm
 
@@ -242,8 +244,30 @@ def test_the_dimension_of_imported_vectors_is_read_from_their_header(llama, tmp_
     assert made.calculator.blueprint.sources == {"id": SourceShape(7, 3)}
 
 
+def test_under_a_token_budget_steps_and_the_largest_batch_are_those_of_the_training(finished):
+    """Short prompts make batches of more samples than the budget holds of the longest."""
+    context = open_context(finished, ["train.tokens_per_batch=700"])
+    made = plan(context, GPU, None).calculator
+    stream = Feed(context, finished_shards(context)).stream(np.array([], np.int64))
+    sizes = [len(batch) for batch in stream.plan.batches(0)]
+    assert (made.batches.count, made.batches.smallest) == (len(sizes), min(sizes))
+    assert made.batches.samples == pytest.approx(np.mean(sizes))
+    assert made.batches.largest[0][0] == max(sizes) > 700 // made.prompts["user"].longest
+    assert made.batches.largest[-1][1] == made.prompts["user"].longest
+    setting = made.setting(GPU, "0")
+    most, longest = (made._traced("per_layer", setting, shape).peak for shape in made._shapes("per_layer", setting))
+    assert made.step("per_layer", setting).peak == max(most, longest)
+
+
+def test_without_shards_a_token_budget_is_planned_by_the_longest_prompts(llama):
+    made = calculator(llama, train={"tokens_per_batch": 4000})
+    size = 4000 // (made.prompts["user"].longest + M + 1)
+    assert (made.batches.count, made.batches.samples) == (None, size)
+    assert made.steps("per_layer") is None
+
+
 def test_samples_are_counted_over_shards():
-    samples = Samples.of([{"lengths": {"16": 2, "32": 1}}, {"lengths": {"16": 1}}])
+    samples = Samples.of(np.array([16, 16, 32, 16]))
     assert (samples.count, samples.users.longest, samples.users.mean) == (4, 32, 20)
 
 

@@ -143,6 +143,26 @@ def test_special_tokens_are_those_of_the_tokenizer():
     assert TextTokenizer(TOKENIZERS["byte level"]).filler == TOKENIZERS["byte level"].eos_token_id  # it has no pad
 
 
+@pytest.mark.parametrize("name", ["encoder", "byte level", "sentence piece"])
+def test_what_reads_like_a_special_token_is_one_in_a_template_and_in_no_title(name):
+    special = {"encoder": "[SEP]", "byte level": "<eos>", "sentence piece": "<s>"}[name]
+    tokenizer = TOKENIZERS[name]
+    pair = make_pair(tokenizer, titles=[f"lamp {special}"], user="{history}", item=f"{special} {{title}}")
+    number = tokenizer.convert_tokens_to_ids(special)
+    around = [*pair.tokenizer.prefix, *pair.tokenizer.suffix].count(number)
+    assert pair.user([0]).tokens_T.tolist().count(number) == around
+    assert pair.item(0).tokens_T.tolist().count(number) == around + 1
+
+
+def test_a_prompt_without_any_token_is_a_full_stop():
+    """Where the tokenizer puts nothing around a text: a prompt of slots alone, or a field that is empty."""
+    tokenizer = TOKENIZERS["byte level"]
+    pair = make_pair(tokenizer, user="{soft:id}", item="{soft:id} {text}", texts=["RIVER", "", "", ""])
+    stop = tokenizer(".")["input_ids"]
+    assert pair.user([0, 1]).tokens_T.tolist() == pair.item(1).tokens_T.tolist() == stop
+    assert pair.item(0).tokens_T.tolist() == tokenizer(" RIVER")["input_ids"]
+
+
 def test_a_history_is_written_oldest_first_and_only_its_newest():
     pair = make_pair(user="{soft:id} history: {history}", max_history=2)
     assert words(pair.user(np.array([3, 0, 1]))) == "[CLS] history : river lamp 0 , stone chair 1 [SEP]"

@@ -18,6 +18,7 @@ from rarec.models.encode import Encoder
 from rarec.planning.setting import Cluster
 from rarec.ranking import rank_targets
 from rarec.serving.bundle import load_bundle
+from rarec.serving.card import model_card
 from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import provenance, recommend
@@ -96,6 +97,21 @@ def test_the_bundle_holds_what_was_trained_and_no_pickle(context):
     card = (context.paths.bundle / "README.md").read_text()
     assert f"{manifest['trainable_parameters']:,} parameters" in card
     assert "{" not in card
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ("text_only", "x alignment; no slots; seed"),
+        ("prefix_only", "; 2 contextual instructions at the input of the blocks 0, 1;"),
+        ("input", "; 2 contextual instructions and vectors of id at the input of block 0;"),
+        ("readout", "; vectors of id at the readout alone;"),
+    ],
+)
+def test_a_model_card_says_what_the_arm_has(context, arm, said):
+    manifest = read_manifest(context.paths.bundle, "bundle")
+    config = open_context(context.paths.config, ["train.blocks=[0,1]"]).config
+    assert said in model_card(ARMS[arm], config, {**manifest, "sources": ["id"]})
 
 
 def vectors(context: Context, model) -> tuple[np.ndarray, np.ndarray]:

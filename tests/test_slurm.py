@@ -109,6 +109,24 @@ def test_each_task_of_a_sweep_trains_by_its_own_line(slurm, decoder, tmp_path):
 
 
 @needs_slurm
+def test_a_task_that_is_preempted_leaves_the_others_of_its_array_alone(slurm, decoder, tmp_path):
+    """The last task, whose own number is the array's as well."""
+    lines = [f"{copied(decoder, tmp_path / task)} lora.dropout=0.1\n" for task in ("1", "2")]
+    (tmp_path / "sweep.txt").write_text("".join(lines))
+    job = slurm.submit("sweep.sbatch", str(decoder), str(tmp_path / "sweep.txt"), *TRAIN, options=["--array=1-2"])
+    log = tmp_path / "2" / "train" / ARM / "log.jsonl"
+    slurm.until(lambda: log.exists() and log.read_text().count("\n") > 3, f"{job}_2")
+    slurm.call(["scancel", "--signal=USR1", "--batch", f"{job}_2"])
+    ended = {task: slurm.ended(f"{job}_{task}") for task in ("1", "2")}
+    said = {task: slurm.said(f"{job}_{task}") for task in ended}
+    assert {task: (one["JobState"], one["Restarts"]) for task, one in ended.items()} == {
+        "1": ("COMPLETED", "0"),
+        "2": ("COMPLETED", "1"),
+    }, said
+    assert (said["1"].count(SAVED), said["2"].count(SAVED)) == (0, 1)
+
+
+@needs_slurm
 def test_a_sweep_submits_what_is_shared_and_behind_it_what_is_not_done(slurm, tmp_path):
     path = write_sweep(make_world(tmp_path), {"fast": None, "slow": {"train.lr": 1e-4}}, seeds=[17, 18])
     submit = [*command(path, "--slurm", "--sbatch=--time=30"), "prompt.separator=' and '"]

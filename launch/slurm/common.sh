@@ -10,6 +10,8 @@
 #   RAREC_PORT            where the first rank listens; by default made from the job's number
 #   RAREC_GRACE           seconds that a preempted job has for saving; by default 100, to stay below --signal's 120
 
+job="$SLURM_JOB_ID" # of an array's last task this is the whole array's
+[[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 preempted=""
 trap 'preempted="$SECONDS"' USR1
 
@@ -61,7 +63,7 @@ step() {
   while kill -0 "$running" 2>/dev/null; do
     if [[ -n "$preempted" ]]; then
       ((SECONDS - preempted < ${RAREC_GRACE:-100})) || begin_again "it does not end in time"
-      scancel --signal=USR1 "$SLURM_JOB_ID" || true # again and again: training may only just begin to listen
+      scancel --signal=USR1 "$job" || true # again and again: training may only just begin to listen
       sleep 2
     fi
     sleep 1
@@ -73,6 +75,6 @@ step() {
 
 begin_again() {
   echo "preempted, $1: the job is requeued, and goes on from its newest checkpoint"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$job"
   exit
 }

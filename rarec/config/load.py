@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,15 +26,22 @@ class _Loader(yaml.SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                problem = "the name of a field is a list or a section"
+                raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.MarkedYAMLError(None, None, f"field {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for something else."""
+
+
+for each in (_Loader, _Dumper):
+    number = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    each.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
 
 
 def _parse(text: str, where: str, remedy: str = "") -> Any:
@@ -142,7 +149,8 @@ def dump_config(config: BaseModel) -> str:
 
     But for passwords in URLs: it goes into reports, which are passed on.
     """
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    tree = config.model_dump(mode="json")
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return without_password(text)
 
 

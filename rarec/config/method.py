@@ -57,7 +57,8 @@ class Alignment(Section):
     instructions: NonNegative = 2
     """Contextual instruction vectors c in each block (m in the paper's notation)."""
     init: Literal["random", "ridge"] = "ridge"
-    """W from a ridge regression of ID vectors on text-only states, in closed form (ours), or random."""
+    """W from a ridge regression of text-only states on ID vectors, in closed form (ours), or random. With either, b and
+    c start at the mean text-only state."""
     ridge: Rate = 1.0
     """Penalty, relative to the mean variance of the standardised ID vectors."""
     missing: Part = 0.05

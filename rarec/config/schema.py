@@ -37,7 +37,7 @@ class Shards(Section):
     denoise: bool = False
     """Drop a sample whose target's title shares no word with the history's titles [N]."""
     diversify: bool = False
-    """Draw evenly over buckets of history length and item popularity [N]."""
+    """Draw evenly over buckets of users by the length of their history, and of items by popularity [N]."""
     length_buckets: Positive = 5
     popularity_buckets: Positive = 5
     share: Share = 1.0

@@ -70,7 +70,7 @@ def _changes(calculator: Calculator, arm: str, base: Setting) -> Iterator[Settin
     """One at a time: smaller chunks, if they are what is too large, more parts, recomputed blocks, sharding, GPUs."""
     if calculator.possible(base) and calculator.account(arm, base).highest == "encoding":
         yield from (replace(base, encoding=size) for size in _halved(base.encoding))
-    yield from (replace(base, accumulate=parts) for parts in _doubled(base.accumulate, calculator.batch_size))
+    yield from (replace(base, accumulate=parts) for parts in _doubled(base.accumulate, calculator.batches.smallest))
     yield replace(base, checkpointing=True)
     yield from (replace(base, stage=stage) for stage in PREFERRED if base.stage in REPLICATED and stage > base.stage)
     yield from (replace(base, cluster=cluster) for cluster in _larger(base.cluster))

@@ -9,7 +9,7 @@ from rarec.config import ARMS, RunConfig
 from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
 from rarec.planning.blueprint import Blueprint
-from rarec.planning.lengths import Prompts, Samples, estimated
+from rarec.planning.lengths import Batches, Prompts, Samples, estimated
 from rarec.planning.memory import REPLICATED, SHIPPED, Account, Peaks, Stage, ZeroSettings, account
 from rarec.planning.setting import Cluster, Setting
 from rarec.planning.shapes import ArmShapes
@@ -63,10 +63,16 @@ class Calculator:
         return bounds | ({"user": self.samples.users} if self.samples else {})
 
     @cached_property
-    def batch_size(self) -> int:
-        """Samples of a step. Under a token budget: as many of the longest prompts as it holds."""
-        budget = self.config.train.tokens_per_batch
-        return max(2, budget // self.prompts["user"].longest) if budget else self.config.train.batch_size
+    def batches(self) -> Batches:
+        """Of an epoch. Under a token budget without samples: each of as many of the longest prompts as it holds."""
+        if self.samples and self.samples.batches:
+            return self.samples.batches
+        train, longest = self.config.train, self.prompts["user"].longest
+        slots = sum(slots_reserved(self.config, self.blueprint.sources)["user"].values())
+        budget = train.tokens_per_batch
+        size = max(2, budget // (longest + slots)) if budget else train.batch_size
+        count = -(-self.samples.count // size) if self.samples else None
+        return Batches(count, size, size, ((size, longest),))
 
     def setting(self, cluster: Cluster, stage: Stage) -> Setting:
         """As the configuration has it.
@@ -80,15 +86,16 @@ class Calculator:
         if self.possible(chosen):
             return chosen
         parts = cluster.ranks * train.accumulate
-        if parts > self.batch_size:
-            problem = f"a step of {self.batch_size} samples cannot be cut into {parts}, one for each rank and part"
+        least = self.batches.smallest
+        if parts > least:
+            problem = f"a step of {least} samples cannot be cut into {parts}, one for each rank and part"
             raise UserError(problem, "raise train.batch_size, or plan with fewer --gpus")
         raise UserError(f"llm.quantize: weights in 4 bits cannot be sharded (--zero {stage})", "plan with --zero 2")
 
     def possible(self, setting: Setting) -> bool:
         """Whether every rank has a sample in every part, and the engine can take the weights."""
         quantised = self.config.llm.quantize != "none" and setting.stage not in REPLICATED
-        return setting.cluster.ranks * setting.accumulate <= self.batch_size and not quantised
+        return setting.cluster.ranks * setting.accumulate <= self.batches.smallest and not quantised
 
     def fits(self, arm: str, setting: Setting) -> bool:
         """Whether a rank has room for it. A step is traced only where what stays leaves any."""
@@ -98,16 +105,19 @@ class Calculator:
 
     def account(self, arm: str, setting: Setting) -> Account:
         """Bytes of a rank."""
-        shapes, shape = self.arm(arm, setting.checkpointing), self.shape(arm, setting)
+        shapes, longest = self.arm(arm, setting.checkpointing), self._shapes(arm, setting)[-1]
         encoding = self._once(
-            ("encoding", arm, setting.encoding), lambda: encoding_activations(shapes, shape, setting.encoding)
+            ("encoding", arm, setting.encoding), lambda: encoding_activations(shapes, longest, setting.encoding)
         )
         return self._account(arm, setting, Peaks(self.step(arm, setting).peak, encoding, setting.checkpointing))
 
     def step(self, arm: str, setting: Setting) -> Activations:
-        """A traced step."""
-        shapes, shape = self.arm(arm, setting.checkpointing), self.shape(arm, setting)
-        key = ("step", arm, setting.checkpointing, shape.rows, shape.total, shape.ranks)
+        """A traced step, of the batch that takes most."""
+        return self._traced(arm, setting, self.shape(arm, setting))
+
+    def _traced(self, arm: str, setting: Setting, shape: StepShape) -> Activations:
+        shapes = self.arm(arm, setting.checkpointing)
+        key = ("step", arm, setting.checkpointing, shape.rows, shape.total, shape.ranks, shape.text["user"])
         return self._once(key, lambda: step_activations(shapes, self.config.loss, shape))
 
     def estimate(self, arm: str, setting: Setting) -> Estimate:
@@ -115,7 +125,8 @@ class Calculator:
         shapes, step, cluster = self.arm(arm, setting.checkpointing), self.step(arm, setting), setting.cluster
         recomputes = setting.checkpointing
         sent = traffic(shapes, setting.stage, cluster.ranks, setting.accumulate, step, recomputes)
-        tokens = self._tokens(arm) * self.batch_size / cluster.ranks
+        samples = self.batches.samples
+        tokens = self._tokens(arm) * samples / cluster.ranks
         known, steps = self.config.llm.dtype == "bfloat16", self.steps(arm)
         fast = (
             speed(
@@ -123,7 +134,7 @@ class Calculator:
                 sent,
                 cluster.device,
                 tokens=tokens,
-                samples=self.batch_size,
+                samples=samples,
                 recomputes=recomputes,
                 machines=cluster.machines,
             )
@@ -137,9 +148,9 @@ class Calculator:
         """How many steps an arm takes; None where samples are not known."""
         if not self.arm(arm, self.config.llm.gradient_checkpointing).steps:
             return 0
-        if self.samples is None:
+        if self.batches.count is None:
             return None
-        every = -(-self.samples.count // self.batch_size) * self.config.train.epochs
+        every = self.batches.count * self.config.train.epochs
         return min(every, self.config.train.max_steps or every)
 
     def arm(self, arm: str, checkpointing: bool) -> ArmShapes:
@@ -152,15 +163,23 @@ class Calculator:
         return {"user": sum(model.user.slots.values()), "item": sum(model.item.slots.values())}
 
     def shape(self, arm: str, setting: Setting) -> StepShape:
-        """Of a part of a step on one rank."""
-        ranks, total = setting.cluster.ranks, -(-self.batch_size // setting.accumulate)
+        """Of a part of a step on one rank, of the batch that takes most."""
+        tried = self._shapes(arm, setting)
+        return tried[0] if len(tried) == 1 else max(tried, key=lambda shape: self._traced(arm, setting, shape).peak)
+
+    def _shapes(self, arm: str, setting: Setting) -> list[StepShape]:
+        """Of those that may, the longest prompts last."""
         count = len(self.arm(arm, setting.checkpointing).model.backbone.blocks)
         blocks = tuple(sorted(set(self.config.shards.state_blocks or range(count))))
         if blocks[-1] >= count:
             raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
         vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.blueprint.sources.items()}
-        text = {side: prompts.longest for side, prompts in self.prompts.items()}
-        return StepShape(-(-total // ranks), total, ranks, text, blocks, vectors)
+        ranks, item = setting.cluster.ranks, self.prompts["item"].longest
+        found = []
+        for size, longest in self.batches.largest:
+            total, text = -(-size // setting.accumulate), {"user": longest, "item": item}
+            found.append(StepShape(-(-total // ranks), total, ranks, text, blocks, vectors))
+        return found
 
     def _account(self, arm: str, setting: Setting, peaks: Peaks) -> Account:
         shapes = self.arm(arm, setting.checkpointing)

@@ -163,7 +163,10 @@ def _prompts(calculator: Calculator, arm: str, setting: Setting) -> str:
     lengths = ", ".join(f"{side} {shape.text[side] + slots[side]}" for side in shape.text)
     known = f"{calculator.samples.count:,} samples an epoch" if calculator.samples else "samples not known yet"
     source = "users' as the shards have them" if calculator.samples else "bounds of the configuration"
-    return f"a part on a rank: {shape.rows} of {shape.total} samples, prompts of {lengths} tokens ({source}); {known}"
+    said = f"a part on a rank: {shape.rows} of {shape.total} samples, prompts of {lengths} tokens ({source}); {known}"
+    if calculator.config.train.tokens_per_batch and not calculator.samples:
+        said += "; batches of shorter prompts hold more samples and may take more memory: plan again from the shards"
+    return said
 
 
 def _inside(calculator: Calculator, arm: str, setting: Setting) -> str:

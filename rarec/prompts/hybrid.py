@@ -112,8 +112,10 @@ class HybridPrompt:
     def __init__(
         self, parts: list[_Part], tokenizer: TextTokenizer, slots: Mapping[str, int], max_tokens: int, where: str
     ) -> None:
-        self.parts, self.tokenizer = parts, tokenizer
-        self._literals = [tokenizer(part.value, part.spaced) if part.kind == "text" else None for part in parts]
+        self.parts, self.tokenizer, self._least = parts, tokenizer, tokenizer(".")[:1]
+        self._literals = [
+            tokenizer(part.value, part.spaced, plain=False) if part.kind == "text" else None for part in parts
+        ]
         self.sources = tuple(part.value for part in parts if part.kind == "soft")
         fixed = sum(len(tokens) for tokens in self._literals if tokens is not None)
         fixed += len(tokenizer.prefix) + len(tokenizer.suffix) + sum(slots[source] for source in self.sources)
@@ -127,7 +129,8 @@ class HybridPrompt:
     def fill(self, **fields: Int32) -> Encoded:
         """Fill the fields with token ids.
 
-        What is beyond the room is cut from the end of the last field, never from slots or fixed text.
+        What is beyond the room is cut from the end of the last field, never from slots or fixed text. Where no token is
+        left, a full stop stands there: something must be read out.
         """
         excess = sum(map(len, fields.values())) - self.room
         kept = dict(fields)
@@ -143,7 +146,8 @@ class HybridPrompt:
             else:
                 tokens.append(literal if literal is not None else kept.get(part.value, _NOTHING))
         cut = sum(map(len, fields.values())) > self.room
-        return Encoded(np.concatenate([*tokens, self.tokenizer.suffix]).astype(np.int32), marks, cut)
+        filled = np.concatenate([*tokens, self.tokenizer.suffix]).astype(np.int32)
+        return Encoded(filled if len(filled) else self._least, marks, cut)
 
 
 def lay_out(prompts: Sequence[Encoded], slots: Mapping[str, int], filler: int) -> LaidOut:

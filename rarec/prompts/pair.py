@@ -50,7 +50,7 @@ class PromptPair:
         self._user = HybridPrompt(user, tokenizer, slots["user"], most, "prompt.user")
         self._item = HybridPrompt(item, tokenizer, slots["item"], most, "prompt.item")
         self._spaced = {part.value: part.spaced for part in (*user, *item) if part.kind == "field"}
-        self._separator = tokenizer(config.separator.removesuffix(" "))
+        self._separator = tokenizer(config.separator.removesuffix(" "), plain=False)
         self._separator_spaced = config.separator.endswith(" ")
         self._first: dict[int, Int32] = {}
         self._later: dict[int, Int32] = {}

@@ -25,18 +25,21 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        bare, whole = self._ids("a", special=False), self._ids("a", special=True)
+        bare, whole = self._ids("a"), self._ids("a", add_special_tokens=True)
         start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
         self.prefix: Int32 = np.array(whole[:start], np.int32)
         self.suffix: Int32 = np.array(whole[start + len(bare) :], np.int32)
         self.filler: int = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         self.adds_space = bool(bare) and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(_SPACES)
-        self._anchor = self._ids(_ANCHOR, special=False)
+        self._anchor = self._ids(_ANCHOR)
         self.fingerprint = hashlib.sha256(self._spelling().encode()).hexdigest()
 
-    def __call__(self, text: str, spaced: bool = False, most: int | None = None) -> Int32:
-        """Token ids of a piece of text, with a space before it if it is `spaced`, cut after `most` tokens."""
-        return np.array(self._piece(text, spaced)[:most] if text else [], np.int32)
+    def __call__(self, text: str, spaced: bool = False, most: int | None = None, plain: bool = True) -> Int32:
+        """Token ids of a piece of text, with a space before it if it is `spaced`, cut after `most` tokens.
+
+        What reads like a special token is one only where the text is not `plain`: in a template, but in no title.
+        """
+        return np.array(self._piece(text, spaced, plain)[:most] if text else [], np.int32)
 
     def __len__(self) -> int:
         """The ids that it knows. A model's table of embeddings may have more rows, which stand for nothing."""
@@ -51,17 +54,18 @@ class TextTokenizer:
             else str(self._tokenizer.convert_ids_to_tokens(token))
         )
 
-    def _piece(self, text: str, spaced: bool) -> list[int]:
+    def _piece(self, text: str, spaced: bool, plain: bool) -> list[int]:
+        asked = {"split_special_tokens": plain}
         if not self.adds_space:
-            return self._ids(" " + text if spaced else text, special=False)
+            return self._ids(" " + text if spaced else text, **asked)
         if spaced:
-            return self._ids(text, special=False)
-        behind = self._ids(_ANCHOR + text, special=False)
+            return self._ids(text, **asked)
+        behind = self._ids(_ANCHOR + text, **asked)
         length = len(self._anchor)
-        return behind[length:] if length and behind[:length] == self._anchor else self._ids(text, special=False)
+        return behind[length:] if length and behind[:length] == self._anchor else self._ids(text, **asked)
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    def _ids(self, text: str, **asked: bool) -> list[int]:
+        ids: list[int] = self._tokenizer(text, **{"add_special_tokens": False, "verbose": False, **asked})["input_ids"]
         return ids
 
     def _spelling(self) -> str:

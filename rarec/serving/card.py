@@ -1,6 +1,6 @@
 """The model card of a bundle, filled from what is known and nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rarec.config import Arm, RunConfig
@@ -20,8 +20,8 @@ language model. This bundle holds what was trained, {parameters:,} parameters, a
 - the catalogue, ID embeddings and prompt whose hashes stand in `manifest.json`; loading refuses others
 
 ## How it was trained
-Loss {loss} + {weight} x alignment; blocks {blocks}; {instructions} contextual instructions a block; sources {sources};
-seed {seed}. Training samples: share {share} of all{selection}. The settings are in `manifest.json`.
+Loss {loss} + {weight} x alignment; {slots}; seed {seed}.
+Training samples: share {share} of all{selection}. The settings are in `manifest.json`.
 
 ## How good it is
 Ranking of the whole catalogue, the user's earlier items excluded, ties against the model; bootstrap 95% intervals over
@@ -35,6 +35,17 @@ users.
 Measured on one log with one protocol. A ranking learnt from past behaviour repeats its biases: popular items and active
 users are served best. Items without text are not covered.
 """
+
+
+def _slots(arm: Arm, config: RunConfig, sources: Iterable[str]) -> str:
+    """What the arm puts where."""
+    if arm.blocks == "none":
+        return "no slots"
+    every = "every block" if config.train.blocks is None else f"the blocks {', '.join(map(str, config.train.blocks))}"
+    where = {"all": f"at the input of {every}", "input": "at the input of block 0", "readout": "at the readout alone"}
+    parts = [f"{config.alignment.instructions} contextual instructions"] if arm.instructions else []
+    parts += [f"vectors of {', '.join(sources)}"] if arm.projections else []
+    return f"{' and '.join(parts)} {where[arm.blocks]}"
 
 
 def model_card(arm: Arm, config: RunConfig, figures: Mapping[str, Any]) -> str:
@@ -60,9 +71,7 @@ def model_card(arm: Arm, config: RunConfig, figures: Mapping[str, Any]) -> str:
         fingerprint=base["fingerprint"][:16],
         loss=config.loss.recommendation,
         weight=config.loss.align_weight,
-        blocks=config.train.blocks or arm.blocks,
-        instructions=config.alignment.instructions,
-        sources=", ".join(figures["sources"]),
+        slots=_slots(arm, config, figures["sources"]),
         seed=config.run.seed,
         share=config.shards.share,
         selection=f", {' and '.join(chosen)}" if chosen else "",

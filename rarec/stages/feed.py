@@ -4,22 +4,24 @@ Shape letters: S samples.
 """
 
 import os
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rarec.config import RunConfig
 from rarec.data.shards.cuts import Numbers
 from rarec.data.shards.damage import damaged_samples, name_samples, read_named
 from rarec.data.shards.form import Form
-from rarec.data.shards.index import map_npy, open_index
+from rarec.data.shards.index import Entries, map_npy, open_index
 from rarec.data.shards.plan import Plan
 from rarec.data.shards.remote import RemoteTars
 from rarec.data.shards.stream import LocalTars, SampleStream, Tars
 from rarec.errors import UserError
 from rarec.files import write_json
-from rarec.models.build import slots_reserved
+from rarec.models.build import SourceShape, slots_reserved
 from rarec.stages.context import Context
 from rarec.stages.shards import ITEM_STATES, sample_form
 
@@ -27,6 +29,25 @@ SKIPPED = "skipped.json"
 """In an arm's directory: the samples that its training leaves out, by shard and key."""
 _NAMED = 5
 """Samples that a message names."""
+
+
+def batch_plan(
+    config: RunConfig, sources: Mapping[str, SourceShape], index_S: Entries, excluded: Iterable[int] = ()
+) -> Plan:
+    """The batches that the configuration asks for.
+
+    Raises:
+        UserError: they cannot be made of these samples.
+    """
+    return Plan(
+        index_S["shard"],
+        index_S["tokens"],
+        config.run.seed,
+        batch_size=config.train.batch_size,
+        tokens_per_batch=config.train.tokens_per_batch,
+        slots=sum(slots_reserved(config, sources)["user"].values()),
+        excluded=excluded,
+    )
 
 
 class Feed:
@@ -81,16 +102,7 @@ class Feed:
         Raises:
             UserError: the configuration's batches cannot be made of them.
         """
-        config = self.context.config
-        plan = Plan(
-            self.index_S["shard"],
-            self.index_S["tokens"],
-            config.run.seed,
-            batch_size=config.train.batch_size,
-            tokens_per_batch=config.train.tokens_per_batch,
-            slots=sum(slots_reserved(config, self.context.shapes)["user"].values()),
-            excluded=excluded,
-        )
+        plan = batch_plan(self.context.config, self.context.shapes, self.index_S, excluded)
         return SampleStream(plan, self.index_S, self._tars, self.context.dataset.n_items, self._form)
 
     @property

@@ -1,5 +1,6 @@
 """`rarec plan`: what a training will take, before anything is loaded."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,19 @@ from safetensors import safe_open
 from rarec.artefacts import MANIFEST, read_manifest
 from rarec.config.identity import shard_settings, sources_of
 from rarec.config.ids import Ids, Import, Recipe
-from rarec.data.shards.index import shard_records
+from rarec.data.shards.index import open_index
 from rarec.errors import UserError
 from rarec.ids.imports import existing
 from rarec.models.build import SourceShape
 from rarec.planning.advice import advise
 from rarec.planning.blueprint import Blueprint
 from rarec.planning.calculator import Calculator
-from rarec.planning.lengths import Samples
+from rarec.planning.lengths import Batches, Samples
 from rarec.planning.memory import STAGES, Stage
 from rarec.planning.setting import Cluster
 from rarec.planning.table import Plan
 from rarec.stages.context import Context
+from rarec.stages.feed import batch_plan
 
 
 def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
@@ -38,7 +40,7 @@ def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
     """
     config = context.config
     sources = {name: _shape(section) for name, section in sources_of(config).items()}
-    calculator = Calculator(config, Blueprint(config, sources, context.paths.llm), _samples(context))
+    calculator = Calculator(config, Blueprint(config, sources, context.paths.llm), _samples(context, sources))
     arms = list(dict.fromkeys(config.train.arms))
     first = calculator.setting(cluster, asked or "0")
     largest = max(arms, key=lambda arm: calculator.account(arm, first).total)
@@ -48,16 +50,21 @@ def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
     return Plan(calculator, {arm: calculator.estimate(arm, advice.setting) for arm in arms}, largest, accounts, advice)
 
 
-def _samples(context: Context) -> Samples | None:
+def _samples(context: Context, sources: Mapping[str, SourceShape]) -> Samples | None:
     """Those of the run's shards, if they are there and as the configuration has them now."""
-    directory = context.paths.shards
+    directory, config = context.paths.shards, context.config
     if not (directory / MANIFEST).exists():
         return None
     manifest = read_manifest(directory, "shards")
-    if manifest["settings"] != shard_settings(context.config):
+    if manifest["settings"] != shard_settings(config):
         context.say(f"{directory} was made with other settings: how many samples there will be is not known")
         return None
-    return Samples.of(shard_records(directory, manifest))
+    index_S = open_index(directory, manifest)
+    tokens_S = index_S["tokens"]
+    if not config.train.tokens_per_batch:
+        return Samples.of(tokens_S)
+    epoch = batch_plan(config, sources, index_S).batches(0)
+    return Samples.of(tokens_S, Batches.of(tokens_S[numbers] for numbers in epoch))
 
 
 def _shape(section: Ids | Import) -> SourceShape:
