@@ -87,12 +87,11 @@ def lock_file(path: Path) -> Iterator[int]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file or directory against other processes and threads; the kernel frees it with the process.
+    """Hold the lock of a file that is there to be locked; who comes second waits, process or thread.
 
-    Who comes second waits. What is not there is made, as a file.
+    The kernel frees it with the process.
     """
-    path.touch()
-    with open_to_lock(path) as handle:
+    with lock_file(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

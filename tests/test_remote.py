@@ -18,6 +18,8 @@ from rarec.files import read_json, write_json
 from tests.shards import open_stream, users, write_shards
 
 SIZES = [6, 3, 9, 5] * 5
+LOCK = ".shards.fetch"
+"""Beside the shards: who holds it fetches. The file stays."""
 FORK = multiprocessing.get_context("fork")
 
 
@@ -53,10 +55,6 @@ def remote(url: str, manifest: dict, cache: Path, most: int | None = None) -> Re
 
 def cached(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if path.is_file()]
-
-
-LOCK = ".shards.fetch"
-"""Who holds it fetches; the file stays."""
 
 
 def test_all_but_the_tars_is_fetched_once_and_verified(url, made, tmp_path):

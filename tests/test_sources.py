@@ -60,6 +60,12 @@ def test_a_list_of_ids_may_have_a_byte_order_mark_and_lines_end_where_editors_en
 
 
 @pytest.mark.usefixtures("files")
+def test_ids_may_be_of_another_machines_order_of_bytes():
+    np.save("big.npy", np.array([3, 1, 4], ">i8"))
+    assert read_ids("big.npy").to_pylist() == [3, 1, 4]
+
+
+@pytest.mark.usefixtures("files")
 def test_unsigned_ids_that_fit_no_signed_integer_are_compared_as_text():
     np.save("large.npy", np.array([3, 2**63 + 1, 4, 5], np.uint64))
     vectors = read_vectors("items.npy", "large.npy", "items", "item_ids")

@@ -39,9 +39,9 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would take for something else."""
 
 
-for each in (_Loader, _Dumper):
-    number = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    each.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+_EXPONENT = "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+_Loader.add_implicit_resolver(*_EXPONENT)
+_Dumper.add_implicit_resolver(*_EXPONENT)
 
 
 def _parse(text: str, where: str, remedy: str = "") -> Any:

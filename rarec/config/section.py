@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: strict models, and types of numbers."""
+"""What every section of the configuration is made of: strict models, and types of numbers and names."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
 SourceName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,40}$")]
-"""It becomes a part of file names and of a tar's short member names."""
+"""A part of file names, and of the names in a tar, which are short and plain."""
 Blocks = Annotated[list[NonNegative], Field(min_length=1)]
 
 

@@ -141,7 +141,7 @@ def read_ids(path: str) -> pa.Array:
         array = _npy(path)
         if array.ndim != 1:
             raise UserError(f"{path} has shape {array.shape}", "a list of ids has one axis")
-        return pa.array(array)
+        return pa.array(array.astype(array.dtype.newbyteorder("=")))  # Arrow takes this machine's order of bytes alone
     try:  # lines end where Unix and Windows end them: an id may hold what Python takes for other ends
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         return pa.array(lines if lines != [""] else [], type=pa.string())

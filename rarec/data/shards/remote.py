@@ -34,8 +34,7 @@ def fetch_description(url: str, directory: Path) -> None:
     Raises:
         UserError: they cannot be read or are not what their manifest says, or shards are half made in `directory`.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with locked(directory.with_name(f".{directory.name}.fetch")):  # a file: a directory's lock ends at its machine
+    with locked(directory.with_name(f".{directory.name}.fetch")):
         if (directory / MANIFEST).exists():
             return
         if directory.exists():
