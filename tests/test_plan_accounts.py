@@ -15,9 +15,10 @@ from rarec.config import ARMS, RunConfig
 from rarec.data.shards.index import INDEX
 from rarec.entry import open_context
 from rarec.models.build import SourceShape
-from rarec.planning.lengths import Samples, estimated
+from rarec.planning.lengths import estimated
 from rarec.planning.live import Live
 from rarec.planning.memory import SHIPPED, STAGES, Peaks, account
+from rarec.planning.samples import Samples
 from rarec.planning.step import StepShape, step_activations
 from rarec.planning.traffic import traffic
 from rarec.stages.feed import Feed

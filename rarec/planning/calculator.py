@@ -9,8 +9,9 @@ from rarec.config import ARMS, RunConfig
 from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
 from rarec.planning.blueprint import Blueprint
-from rarec.planning.lengths import Batches, Prompts, Samples, estimated
+from rarec.planning.lengths import Prompts, estimated
 from rarec.planning.memory import REPLICATED, SHIPPED, Account, Peaks, Stage, ZeroSettings, account
+from rarec.planning.samples import Batches, Samples
 from rarec.planning.setting import Cluster, Setting
 from rarec.planning.shapes import ArmShapes
 from rarec.planning.step import Activations, StepShape, encoding_activations, step_activations

@@ -19,8 +19,8 @@ from rarec.models.build import SourceShape
 from rarec.planning.advice import advise
 from rarec.planning.blueprint import Blueprint
 from rarec.planning.calculator import Calculator
-from rarec.planning.lengths import Batches, Samples
 from rarec.planning.memory import STAGES, Stage
+from rarec.planning.samples import Batches, Samples
 from rarec.planning.setting import Cluster
 from rarec.planning.table import Plan
 from rarec.stages.context import Context
