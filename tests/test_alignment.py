@@ -75,7 +75,7 @@ def test_prefix_only_has_instructions_and_nothing_that_knows_the_vectors():
     slots_LBSD, projected = module(vectors)
     assert projected == {}
     assert module.slots == {"id": 2, "image": 2}
-    assert {name.rsplit(".", 1)[-1] for name in module.state_dict()} == {"instructions_LMD"}
+    assert {name.rsplit(".", 1)[-1] for name in module.state_dict()} == {"instructions_LMD", "unit_L"}
     others, _ = module({name: -array for name, array in vectors.items()})
     torch.testing.assert_close(others, slots_LBSD, atol=0, rtol=0)
     assert (slots_LBSD == slots_LBSD[:, :1]).all(), "the same for every row"
@@ -130,7 +130,8 @@ def test_vectors_that_are_not_there_do_not_shape_the_start():
     initialise(some, vectors_NE, states_LND, penalty=1.0, generator=seeded())
     initialise(all_there, vectors_NE[:100], states_LND[:, :100], penalty=1.0, generator=seeded())
     torch.testing.assert_close(some.center_E, all_there.center_E)
-    torch.testing.assert_close(some.weight_LDE, all_there.weight_LDE)
+    maps, wanted = (source.weight_LDE * source.unit_L[:, None, None] for source in (some, all_there))
+    torch.testing.assert_close(maps, wanted)
     none = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=0, projections=True)
     initialise(none, torch.zeros(200, 5), states_LND, penalty=1.0, generator=seeded())
     assert all(parameter.isfinite().all() for parameter in none.parameters())
@@ -189,6 +190,33 @@ def states_from(vectors_NE, noise=0.0):
     return states_LND + noise * torch.randn(states_LND.shape, generator=seeded(4))
 
 
+def test_slots_are_in_the_units_of_each_block():
+    """States a hundred times as long, in one block alone: the same parameters, a hundred times the slots."""
+    vectors_NE = torch.randn(200, 5, generator=seeded(2))
+    states_LND = states_from(vectors_NE, noise=0.1)
+    made = []
+    for factor in (1.0, 100.0):
+        source = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=1, projections=True)
+        scaled_LND = states_LND * torch.tensor([1.0, factor])[:, None, None]
+        initialise(source, vectors_NE, scaled_LND, penalty=1.0, generator=seeded())
+        made.append(source)
+    for name, parameter in made[0].named_parameters():
+        torch.testing.assert_close(made[1].get_parameter(name), parameter)
+    slots, longer = (source(vectors_NE[:3, None])[0] for source in made)
+    torch.testing.assert_close(longer[0], slots[0])
+    torch.testing.assert_close(longer[1], 100 * slots[1])
+    typical_D = states_LND[0].std(0, unbiased=False)
+    assert (typical_D <= made[0].unit_L[0]).sum() == HIDDEN // 2
+
+
+def test_states_that_are_all_the_same_have_a_unit_all_the_same():
+    source = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=1, projections=True)
+    vectors_NE = torch.randn(9, 5, generator=seeded(2))
+    initialise(source, vectors_NE, torch.full((2, 9, HIDDEN), 3.0), penalty=1.0, generator=seeded())
+    assert source.unit_L.tolist() == [1, 1]
+    torch.testing.assert_close(source.project(vectors_NE[:, None]), torch.full((2, 9, 1, HIDDEN), 3.0))
+
+
 def test_the_initialised_module_predicts_the_states():
     """With hardly a penalty and no noise, p = W e + b is the text-only state itself; c starts at the mean state."""
     vectors_NE = 4 + 7 * torch.randn(200, 5, generator=seeded(2))
@@ -197,7 +225,7 @@ def test_the_initialised_module_predicts_the_states():
     initialise(source, vectors_NE, states_LND, penalty=1e-9, generator=seeded())
     torch.testing.assert_close(source.project(vectors_NE[:, None])[:, :, 0], states_LND, atol=1e-3, rtol=1e-4)
     means_LMD = states_LND.mean(1)[:, None].expand(-1, 2, -1)
-    torch.testing.assert_close(source.instructions_LMD, means_LMD, atol=0.2, rtol=0)
+    torch.testing.assert_close(source.instructions_LMD, means_LMD / source.unit_L[:, None, None], atol=0.2, rtol=0)
     assert not torch.equal(source.instructions_LMD[:, 0], source.instructions_LMD[:, 1]), "instructions start apart"
 
 
@@ -209,7 +237,7 @@ def test_a_heavy_penalty_falls_back_to_the_mean_and_none_is_random():
     projected_LND = source.project(vectors_NE[:, None])[:, :, 0]
     torch.testing.assert_close(projected_LND, states_LND.mean(1, keepdim=True).expand_as(projected_LND))
     initialise(source, vectors_NE, states_LND, penalty=None, generator=seeded())
-    torch.testing.assert_close(source.bias_LD, states_LND.mean(1))
+    torch.testing.assert_close(source.bias_LD * source.unit_L[:, None], states_LND.mean(1))
     assert 0.01 < source.weight_LDE.std() < 0.03
 
 
@@ -231,4 +259,4 @@ def test_prefix_only_is_initialised_without_vectors():
     states_LND = states_from(vectors_NE)
     initialise(source, vectors_NE, states_LND, penalty=1.0, generator=seeded())
     means_LMD = states_LND.mean(1)[:, None].expand(-1, 2, -1)
-    torch.testing.assert_close(source.instructions_LMD, means_LMD, atol=0.2, rtol=0)
+    torch.testing.assert_close(source.instructions_LMD, means_LMD / source.unit_L[:, None, None], atol=0.2, rtol=0)

@@ -84,9 +84,9 @@ def test_encoders_and_decoders_are_told_apart(saved, kind):
     loaded = load(saved / kind)
     encoder = kind == "bert"
     assert loaded.identity["kind"] == ("encoder" if encoder else "decoder")
-    assert loaded.backbone.pool == ("mean" if encoder else "last")
+    assert loaded.backbone.sink == (not encoder)
     assert loaded.context_length == 128
-    assert len(loaded.tokenizer.prefix) == encoder
+    assert len(loaded.tokenizer.prefix) == 1  # [CLS], or what opens the prompt of a decoder
     assert (len(loaded.backbone.blocks), loaded.backbone.hidden_size) == (2, 32)
 
 
@@ -97,8 +97,9 @@ def test_the_loaded_model_computes_what_was_saved(saved):
 
 
 def test_the_configuration_has_the_last_word(saved):
-    loaded = load(saved / "llama", pool="mean", dtype="bfloat16", attention="eager", kind="encoder")
-    assert loaded.backbone.pool == "mean"
+    loaded = load(saved / "llama", pool="last", dtype="bfloat16", attention="eager", kind="encoder")
+    assert loaded.backbone.pool == "last"
+    assert not loaded.backbone.sink
     assert loaded.backbone.dtype == torch.bfloat16
     assert loaded.identity["kind"] == "encoder"
     assert loaded.backbone.model.config._attn_implementation == "eager"
@@ -334,18 +335,29 @@ def test_pooling_by_hand():
     assert pool_text(hidden_BTD, text_BT, "last").tolist() == [[3.0, 6.0]]
 
 
+def test_a_decoder_is_read_behind_its_first_token():
+    backbone = FrozenBackbone(tiny_model("llama", blocks=1), "mean", sink=True)
+    mask_BT = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert backbone.read(mask_BT).tolist() == [[0, 1, 1, 0], [0, 1, 0, 0]]
+    ids_BT = torch.tensor([[5, 6, 7, 0], [5, 8, 0, 0]])
+    final_BTD = backbone(ids_BT, mask_BT)
+    expected_BD = torch.stack([final_BTD[0, 1:3].mean(0), final_BTD[1, 1]])
+    torch.testing.assert_close(backbone.text_states(ids_BT, mask_BT, [1])[0], expected_BD)
+
+
 @pytest.mark.parametrize("pool", ["mean", "last"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_states_are_the_pooled_hidden_states_entering_each_block(kind, pool):
     backbone = FrozenBackbone(tiny_model(kind, blocks=3), pool)
     ids_BT, mask_BT = batch()
-    states_LBD = backbone.text_states(ids_BT, mask_BT, [2, 0])
+    states_LBD = backbone.text_states(ids_BT, mask_BT, [2, 0, 3])  # there are three: 3 stands for the final states
     output = backbone.trunk(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True)
-    for state_BD, block in zip(states_LBD, [2, 0], strict=True):
+    for state_BD, block in zip(states_LBD, [2, 0, 3], strict=True):
         torch.testing.assert_close(state_BD, pool_text(output.hidden_states[block], mask_BT, pool))
+    torch.testing.assert_close(states_LBD[2], pool_text(output.last_hidden_state, mask_BT, pool))
     assert not states_LBD.requires_grad
     with pytest.raises(IndexError):
-        backbone.text_states(ids_BT, mask_BT, [0, 3])
+        backbone.text_states(ids_BT, mask_BT, [0, 4])
     assert not any(module._forward_pre_hooks for module in backbone.modules())
 
 

@@ -202,7 +202,7 @@ def test_the_text_is_pooled_and_slots_are_added_where_wanted(saved, kind, reads_
     hidden_BTD = world.model.backbone(batch.ids_BT, batch.mask_BT, Slots(slots_LBKD, batch.positions_BK, (0, 1, 2)))
     for row in range(BATCH):
         text = [t for t in range(int(batch.mask_BT[row].sum())) if t not in batch.positions_BK[row].tolist()]
-        pooled = hidden_BTD[row, text].mean(0) if kind == "bert" else hidden_BTD[row, text[-1]]
+        pooled = hidden_BTD[row, text if kind == "bert" else text[1:]].mean(0)
         slots_SD = hidden_BTD[row, batch.positions_BK[row]]
         pooled = pooled + (slots_SD[[0, 1, 3, 4]].mean(0) + slots_SD[[2, 5]].mean(0)) * reads_slots
         torch.testing.assert_close(encoding.vectors_BZ[row], pooled, atol=1e-5, rtol=1e-5)

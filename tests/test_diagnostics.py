@@ -12,6 +12,7 @@ import torch
 
 from rarec.artefacts import read_manifest
 from rarec.config import ARMS
+from rarec.config.method import Readout as Config
 from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.evaluation.diagnostic_plots import every
@@ -145,7 +146,7 @@ def make_model(
         alignment = AlignmentModule({"id": SlotShape(vectors, 4)}, blocks, HIDDEN, 2, projections)
         for _, source in alignment.named_sources():
             source.reset(torch.Generator().manual_seed(0), spread=1.0)
-        return Tower(alignment, Readout(HIDDEN, "last", True, False))
+        return Tower(alignment, Readout(HIDDEN, Config(pool="last", whiten=False, head=False)))
 
     return RaRec(backbone, tower(), tower(), scale=1.0, learn_scale=False).eval()
 
@@ -313,8 +314,8 @@ def test_a_healthy_alignment_is_not_warned_about(context):
 @pytest.mark.parametrize(
     ("what", "figures", "said", "field"),
     [
-        ("norm", {"projection_norm": 2 * NORM_FACTOR + 1}, "5.5 times", "train.lr"),
-        ("norm", {"instruction_norm": 0.2}, "0.1 times", "train.lr"),
+        ("norm", {"projection_norm": 2 * NORM_FACTOR + 1}, "5.5 times", "train.lr_slots"),
+        ("norm", {"instruction_norm": 0.2}, "0.1 times", "train.lr_slots"),
         ("alike", {"projection_cosine": 0.9999}, "mean cosine 0.999900, their texts' 0.5000", "loss.align_weight"),
         (
             "flat",

@@ -9,6 +9,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -23,7 +24,8 @@ from rarec.files import read_json
 from rarec.models.objective import Objective
 from rarec.stages import fresh
 from rarec.stages.context import Context
-from rarec.stages.shards import shards
+from rarec.stages.feed import Feed
+from rarec.stages.shards import finished_shards, shards
 from rarec.stages.train import train
 from rarec.stages.trained import finished_training
 from rarec.training.checkpoints import Checkpoints
@@ -216,9 +218,12 @@ def test_the_first_values_hold_no_sample_while_the_next_are_read():
                 del batch
                 assert sum(ref() is not None for ref in seen) <= 2
 
-    vectors_NE, rows = fresh._user_pairs(None, Reader(), "id")
-    assert vectors_NE[:, 0].tolist() == list(range(40))
-    assert rows.tolist() == [made_sample(number).target for number in range(40)]
+    seed = SimpleNamespace(run=SimpleNamespace(seed=17))
+    context = SimpleNamespace(dataset=SimpleNamespace(n_items=5), sources=["id"], config=seed)
+    start = fresh._start(context, Reader())
+    assert start.vectors["id"][:, 0].tolist() == list(range(40))
+    assert start.targets_N.tolist() == [made_sample(number).target for number in range(40)]
+    assert start.items_N.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_nothing_whole_is_refused_before_anything_is_made(run):
@@ -264,13 +269,16 @@ def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tm
 
 
 def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeypatch):
-    monkeypatch.setattr(fresh, "RIDGE_ITEMS", 10)
+    monkeypatch.setattr(fresh, "MOST_ITEMS", 10)
+    monkeypatch.setattr(fresh, "MOST_USERS", 4)
     context = run.context()
-    vectors_NE, rows = fresh._item_pairs(context, None, "id")
+    feed = Feed(context, finished_shards(context))
+    starts = [fresh._start(context, feed.stream(np.array([], np.int64))) for _ in range(2)]
+    rows = starts[0].items_N
     assert len(rows) == 10 < context.dataset.n_items
     assert np.all(np.diff(rows) > 0)
-    np.testing.assert_array_equal(vectors_NE, context.sources["id"].items_NE[rows])
-    np.testing.assert_array_equal(fresh._item_pairs(context, None, "id")[1], rows)
+    np.testing.assert_array_equal(starts[1].items_N, rows)
+    assert len(starts[0].users_ND) == len(starts[0].targets_N) == context.config.train.batch_size < len(feed.index_S)
     run.train("train.max_steps=2")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from rarec.config.method import Loss
+from rarec.config.method import Readout as Config
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.encode import side_batch
@@ -183,6 +184,7 @@ def test_half_masked_rows_have_finite_gradients():
 
 # ---- the loss of a step, in one pass
 
+PLAIN = Config(whiten=False, head=False)
 BATCH, CATALOGUE, BLOCKS = 5, 12, (0, 1, 2)
 
 
@@ -192,8 +194,8 @@ class Step:
     def __init__(self, kind, **loss):
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
-        backbone = FrozenBackbone(tiny_model(kind, blocks=3), "mean" if kind == "bert" else "last")
-        towers = [Tower(self._alignment(vectors), Readout(32, backbone.pool, True, False)) for vectors in (2, 1)]
+        backbone = FrozenBackbone(tiny_model(kind, blocks=3), "mean", sink=kind != "bert")
+        towers = [Tower(self._alignment(vectors), Readout(32, PLAIN)) for vectors in (2, 1)]
         self.model = RaRec(backbone, *towers, scale=20.0, learn_scale=True)
         self.prompts = [
             [Encoded(rng.integers(1, 200, length).astype(np.int32), {"id": 0}) for length in rng.integers(4, 9, BATCH)]

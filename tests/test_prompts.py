@@ -132,13 +132,16 @@ def test_an_item_prompt_by_hand():
 
 
 def test_special_tokens_are_those_of_the_tokenizer():
-    def around(name):
-        text = TextTokenizer(TOKENIZERS[name])
+    def around(name, **how):
+        text = TextTokenizer(TOKENIZERS[name], **how)
         return [TOKENIZERS[name].convert_ids_to_tokens(side.tolist()) for side in (text.prefix, text.suffix)]
 
     assert around("encoder") == [["[CLS]"], ["[SEP]"]]
     assert around("sentence piece") == [["<s>"], []]
     assert around("byte level") == [[], []]
+    assert around("byte level", opens=True) == [["<eos>"], []]  # it has no token to begin with
+    assert around("decoder", opens=True) == around("sentence piece", opens=True) == [["<s>"], []]
+    assert around("encoder", opens=True) == around("encoder")
     assert TextTokenizer(TOKENIZERS["encoder"]).filler == TOKENIZERS["encoder"].pad_token_id
     assert TextTokenizer(TOKENIZERS["byte level"]).filler == TOKENIZERS["byte level"].eos_token_id  # it has no pad
 

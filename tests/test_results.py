@@ -243,7 +243,7 @@ def test_what_was_kept_of_other_settings_is_not_shown(path):
     made = page(path)
     assert "No run is finished." in made
     assert "- `plain/seed-17` is not finished: train is next; what is kept of it was made with other settings:" in made
-    assert "arms.per_layer.train.lr: 0.001 -> 0.5" in made
+    assert "arms.per_layer.train.lr: 0.002 -> 0.5" in made
 
 
 def test_what_was_kept_of_other_vectors_is_not_shown(path):

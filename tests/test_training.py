@@ -53,15 +53,16 @@ def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
     assert rate_at(0, 12, 0.0) == 1.0
 
 
-def test_alignment_and_lora_have_rates_of_their_own_and_no_group_is_empty():
+def test_readout_alignment_and_lora_have_rates_of_their_own_and_no_group_is_empty():
     parameters = {"user.w": torch.nn.Parameter(torch.ones(2, 2)), "log_scale": torch.nn.Parameter(torch.ones(()))}
-    config = Train(lr=0.5, lr_lora=0.25, weight_decay=0.1)
+    config = Train(lr=0.5, lr_lora=0.25, lr_slots=1.0, weight_decay=0.1)
     groups = build_optimizer(parameters, config).param_groups
     assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [(0.5, 0.1, 1), (0.5, 0.0, 1)]
     parameters["backbone.lora_A"] = torch.nn.Parameter(torch.ones(2, 2))
+    parameters["user.alignment.w"] = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = build_optimizer(parameters, config)
     set_rate(optimizer, 0.5)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25, 0.125]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25, 0.5, 0.125]
 
 
 def test_kill_9_and_resume_ends_with_the_same_weights_bit_for_bit(finished, tmp_path):

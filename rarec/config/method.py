@@ -79,13 +79,17 @@ class Lora(Section):
 class Readout(Section):
     """From the final hidden states of the text to the vector that is scored (all ours)."""
 
-    pool: Literal["auto", "mean", "last"] = "auto"
-    """Mean for encoders, last token for decoders."""
+    pool: Literal["mean", "last"] = "mean"
+    """Of the text's states: their mean, or the last of them."""
+    whiten: bool = True
+    """Move pooled states to their mean and stretch them until no direction stands out, by the text-only states of the
+    users and of the items. A language model's states point nearly one way; what tells texts apart is small in them."""
+    size: Positive = 1024
+    """With `whiten`, the most dimensions that are read: of a wider model, the directions that vary most."""
     normalise: bool = True
     """L2-normalise, then a learned scale multiplies the score."""
-    head: bool | None = None
-    """A learned linear map after pooling, one a side, starting at the identity. By default where the hidden size is at
-    most 1024: all maps together then take 25 MB at most, with an 8B model they would take 400."""
+    head: bool = True
+    """A learned linear map behind that, one a side, starting at the identity."""
     slots: bool = True
     """Add what the last block makes of the slots: the mean of those that hold vectors, and that of the instructions;
     with `head` each through a map of its own."""
@@ -96,7 +100,7 @@ class Loss(Section):
 
     recommendation: Literal["bpr", "softmax"] = "softmax"
     """BPR over in-batch pairs is the paper's [N]; in-batch softmax with logQ correction is ours."""
-    temperature: Rate = 0.05
+    temperature: Rate = 0.1
     """Divides the scores at the start; learned from there when `readout.normalise` is on. BPR without it has none."""
     logq: bool = True
     """Softmax: subtract the log of each in-batch item's chance to be drawn."""

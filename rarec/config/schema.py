@@ -46,7 +46,8 @@ class Shards(Section):
     writers: Positive = 2
     """Shards packed, hashed and flushed at a time, while the model computes the next; changes nothing in them."""
     state_blocks: Blocks | None = None
-    """Blocks whose text-only states are stored for the alignment loss; all of them by default."""
+    """Blocks whose text-only states are stored for the alignment loss; all of them by default. Those behind the last
+    block are stored in any case: the readout is whitened by them."""
     state_dtype: Literal["float16", "float32"] = "float16"
     """Of the stored states."""
 
@@ -83,8 +84,10 @@ class Train(Section):
     this changes what is trained, and more ranks do not."""
     epochs: Positive = 2
     max_steps: Positive | None = None
-    lr: Rate = 1e-3
-    """For alignment, heads and scale."""
+    lr: Rate = 2e-3
+    """For heads and scale."""
+    lr_slots: Rate = 5e-3
+    """For the alignment, in units of how far a block's states stray."""
     lr_lora: Rate = 2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Part = 0.1

@@ -61,7 +61,7 @@ def _norms(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warne
         short = {block: ratio for block, ratio in ratios.items() if ratio is not None and ratio < 1 / NORM_FACTOR}
         if long:
             text = f"{name}s are up to {max(long.values()):.3g} times as long as the text's states"
-            advice = f"lower train.lr (now {config.train.lr:g}) or raise train.weight_decay"
+            advice = f"lower train.lr_slots (now {config.train.lr_slots:g}) or raise train.weight_decay"
             yield _warned("norm", where, long, text, f"{advice} (now {config.train.weight_decay:g})")
         if short:
             text = f"{name}s are down to {min(short.values()):.3g} times as long as the text's states"
@@ -113,8 +113,8 @@ def _attention(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[W
         advice = f"inject elsewhere (train.blocks, export.arm), or {_start(config)}"
         yield Warned("unseen", f"{where}: {told}, nearly nil", advice)
     if share > BLINDING:
-        advice = f"lower alignment.instructions (now {config.alignment.instructions}) or train.lr"
-        yield Warned("blinding", f"{where}: {told}, nearly all", f"{advice} (now {config.train.lr:g})")
+        advice = f"lower alignment.instructions (now {config.alignment.instructions}) or train.lr_slots"
+        yield Warned("blinding", f"{where}: {told}, nearly all", f"{advice} (now {config.train.lr_slots:g})")
 
 
 def _warned(what: str, where: str, blocks: Iterable[int], text: str, advice: str) -> Warned:
@@ -124,7 +124,7 @@ def _warned(what: str, where: str, blocks: Iterable[int], text: str, advice: str
 def _start(config: RunConfig) -> str:
     """Ridge initialisation starts with slots that the blocks know: take it, or stay nearer to it."""
     if config.alignment.init == "ridge":
-        return f"lower train.lr (now {config.train.lr:g}): training has left a start at the text's states"
+        return f"lower train.lr_slots (now {config.train.lr_slots:g}): training has left a start at the text's states"
     return f"set alignment.init: ridge (now {config.alignment.init}), which starts at the text's states"
 
 

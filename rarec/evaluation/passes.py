@@ -72,7 +72,9 @@ def text_pass(passes: Passes, sample: SideSample, blocks: tuple[int, ...]) -> li
     for start in range(0, len(sample), passes.batch_size):
         laid = lay_out(sample.prompts[start : start + passes.batch_size], {}, passes.filler)
         ids_BT, mask_BT = (torch.from_numpy(a).to(passes.device) for a in (laid.ids_BT, laid.mask_BT))
-        parts.append(backbone.entering(ids_BT, mask_BT, blocks, partial(_reduced, mask_BT, backbone.pool)))
+        parts.append(
+            backbone.entering(ids_BT, mask_BT, blocks, partial(_reduced, backbone.read(mask_BT), backbone.pool))
+        )
     whole = [[torch.cat(same) for same in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)]
     return [TextStates(pooled_ND, float(norms.median())) for pooled_ND, norms in whole]
 
@@ -97,7 +99,7 @@ def slot_pass(passes: Passes, sample: SideSample, tower: Tower, alignment: Align
     return tokens
 
 
-def _reduced(mask_BT: Tensor, pool: Pool, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+def _reduced(text_BT: Tensor, pool: Pool, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled states (B, D), and the norms of all text positions in a row."""
     norms_BT = torch.linalg.vector_norm(hidden_BTD, dim=-1, dtype=torch.float32)
-    return pool_text(hidden_BTD, mask_BT, pool).float().cpu(), norms_BT[mask_BT.bool()].cpu()
+    return pool_text(hidden_BTD, text_BT, pool).float().cpu(), norms_BT[text_BT.bool()].cpu()

@@ -30,7 +30,8 @@ class SourceAlignment(nn.Module):
 
     The vectors are standardised first (a fixed affine map, which W and b could as well absorb), so that one learning
     rate fits all. A zero vector says that there is none, as of a new item: a learned one takes its place (ours), which
-    starts at the mean of all.
+    starts at the mean of all. W, b and c are in units of each block, how far its states stray (ours), for the same
+    reason: in some models states are a hundred times as long as in others, and in deep blocks as in early ones.
 
     Args:
         blocks: L.
@@ -42,11 +43,13 @@ class SourceAlignment(nn.Module):
 
     center_E: Tensor
     scale_E: Tensor
+    unit_L: Tensor
 
     def __init__(self, blocks: int, hidden: int, shape: SlotShape, instructions: int, projections: bool) -> None:
         super().__init__()
         self.shape, self.projections = shape, projections
         self.count = instructions + (shape.vectors if projections else 0)
+        self.register_buffer("unit_L", torch.ones(blocks))
         self.instructions_LMD = nn.Parameter(torch.empty(blocks, instructions, hidden)) if instructions else None
         if projections:
             self.weight_LDE = nn.Parameter(torch.empty(blocks, hidden, shape.dim))
@@ -72,7 +75,8 @@ class SourceAlignment(nn.Module):
         there_BK1 = (vectors_BKE != 0).any(-1, keepdim=True)
         standard_BKE = (vectors_BKE.to(self.weight_LDE.dtype) - self.center_E) / self.scale_E
         standard_BKE = torch.where(there_BK1, standard_BKE, self.fallback_E)
-        return torch.einsum("lde,bke->lbkd", self.weight_LDE, standard_BKE) + self.bias_LD[:, None, None]
+        projected_LBKD = torch.einsum("lde,bke->lbkd", self.weight_LDE, standard_BKE) + self.bias_LD[:, None, None]
+        return projected_LBKD * self.unit_L[:, None, None, None]
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -92,7 +96,8 @@ class SourceAlignment(nn.Module):
         batch = vectors_BKE.shape[0]
         parts = []
         if self.instructions_LMD is not None:
-            parts.append(self.instructions_LMD.unsqueeze(1).expand(-1, batch, -1, -1))
+            slots_LMD = self.instructions_LMD * self.unit_L[:, None, None]
+            parts.append(slots_LMD.unsqueeze(1).expand(-1, batch, -1, -1))
         projected_LBKD = self.project(vectors_BKE) if self.projections else None
         if projected_LBKD is not None:
             parts.append(projected_LBKD)

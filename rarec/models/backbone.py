@@ -26,16 +26,18 @@ class FrozenBackbone(nn.Module):
     Args:
         model: as loaded by `rarec.models.load`, PEFT-wrapped or not.
         pool: how text positions become one vector: their mean, or the last of them.
+        sink: whether a prompt's first token is there for attention to rest on, as in decoders, and is not read.
         gradient_checkpointing: recompute blocks in the backward pass (non-reentrant).
 
     Raises:
         UserError: the model does not keep its blocks in a list, one a layer (ALBERT shares one among all).
     """
 
-    def __init__(self, model: Any, pool: Pool, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, model: Any, pool: Pool, gradient_checkpointing: bool = False, sink: bool = False) -> None:
         super().__init__()
         self.model = model
         self.pool: Pool = pool
+        self.sink = sink
         self.hidden_size = int(model.config.hidden_size)
         self.injector = SlotInjector(self.blocks)
         self.recomputes = gradient_checkpointing
@@ -77,7 +79,15 @@ class FrozenBackbone(nn.Module):
 
     def text_states(self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
         """Pooled hidden states entering each of `blocks` for a prompt without slots, as (L, B, D) (h~ of section 4)."""
-        return torch.stack(self.entering(ids_BT, mask_BT, blocks, lambda h_BTD: pool_text(h_BTD, mask_BT, self.pool)))
+        text_BT = self.read(mask_BT)
+        return torch.stack(self.entering(ids_BT, mask_BT, blocks, lambda h_BTD: pool_text(h_BTD, text_BT, self.pool)))
+
+    def read(self, mask_BT: Tensor) -> Tensor:
+        """Where there is text to be read (B, T), out of where there is any: behind the sink.
+
+        Its state can be a hundred times as long as the others, and says nothing of the text.
+        """
+        return mask_BT * (torch.arange(mask_BT.shape[1], device=mask_BT.device) >= self.sink)
 
     @torch.no_grad()
     def entering(
@@ -85,18 +95,21 @@ class FrozenBackbone(nn.Module):
     ) -> list[T]:
         """What `reduce` makes of the hidden states (B, T, D) entering each of `blocks` for a prompt without slots.
 
-        LoRA is switched off: these states belong to the frozen base.
+        The block behind the last stands for the final states. LoRA is switched off: these belong to the frozen base.
         """
         reduced: dict[int, T] = {}
 
         def keep(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             reduced[index] = reduce(args[0] if args else kwargs["hidden_states"])
 
-        chosen = [(index, self.blocks[index]) for index in blocks]
+        last = len(self.blocks)
+        chosen = [(index, self.blocks[index]) for index in blocks if index != last]
         hooks = [block.register_forward_pre_hook(partial(keep, i), with_kwargs=True) for i, block in chosen]
         try:
             with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else torch.no_grad():
-                self._hidden(ids_BT, mask_BT)
+                final_BTD = self._hidden(ids_BT, mask_BT)
+                if last in blocks:
+                    reduced[last] = reduce(final_BTD)
         finally:
             for hook in hooks:
                 hook.remove()

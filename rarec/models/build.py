@@ -12,8 +12,6 @@ from rarec.models.load import LoadedModel
 from rarec.models.towers import RaRec, Readout, Tower
 
 SIDES = ("user", "item")
-WIDEST_WITH_HEADS = 1024
-"""Hidden size up to which there are heads by default: they grow with its square."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,9 @@ def build_model(
         m = config.alignment.instructions if arm.instructions else 0
         useful = bool(chosen) and (m > 0 or arm.projections)
         alignment = AlignmentModule(chosen, blocks, backbone.hidden_size, m, arm.projections) if useful else None
-        readout, hidden = config.readout, backbone.hidden_size
-        head = hidden <= WIDEST_WITH_HEADS if readout.head is None else readout.head
         injects = arm.blocks != "readout"
-        reads = alignment.roles if alignment is not None and (readout.slots or not injects) else ()
-        return Tower(alignment, Readout(hidden, backbone.pool, readout.normalise, head, reads), injects)
+        reads = alignment.roles if alignment is not None and (config.readout.slots or not injects) else ()
+        return Tower(alignment, Readout(backbone.hidden_size, config.readout, reads), injects)
 
     user, item = tower("user"), tower("item")
     plain = not config.readout.normalise

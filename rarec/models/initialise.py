@@ -30,6 +30,12 @@ def ridge_weights(vectors_NE: Tensor, states_LND: Tensor, penalty: float) -> Ten
     return weights_LED.transpose(1, 2)
 
 
+def _units(states_LND: Tensor) -> Tensor:
+    """How far the states of each block stray from their mean, in a typical dimension (L,); 1 where they do not."""
+    units_L = states_LND.std(1, unbiased=False).median(1).values
+    return torch.where(units_L > 0, units_L, 1.0)
+
+
 @torch.no_grad()
 def initialise(
     alignment: SourceAlignment,
@@ -49,7 +55,10 @@ def initialise(
         generator: of the random parts.
     """
     alignment.reset(generator)
-    means_LD = states_LND.mean(1, dtype=torch.float32)
+    states_LND = states_LND.float()
+    alignment.unit_L.copy_(_units(states_LND))
+    states_LND = states_LND / alignment.unit_L[:, None, None]
+    means_LD = states_LND.mean(1)
     if alignment.instructions_LMD is not None:
         alignment.instructions_LMD.add_(means_LD.unsqueeze(1))
     if alignment.projections:

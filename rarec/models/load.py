@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -58,7 +58,7 @@ def load_model(
     config: Llm,
     converted: Path,
     *,
-    pool: str = "auto",
+    pool: Pool = "mean",
     lora: Lora | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -68,7 +68,7 @@ def load_model(
     Args:
         config: the section `llm`.
         converted: where a GGUF file is saved as a plain model directory, once.
-        pool: the section `readout`'s choice; auto is the mean for encoders and the last token for decoders.
+        pool: the section `readout`'s choice.
         lora: adds fresh LoRA weights, through PEFT.
         seed: of the LoRA weights.
         device: the kind on which it will compute.
@@ -91,9 +91,9 @@ def load_model(
     if device == "cpu" and config.attention == "auto":
         widen_attention(model)
     context_length = context_length_of(model)
-    tokenizer = TextTokenizer(read_with(AutoTokenizer, config.path, path, revision=config.revision))
-    pooling: Pool = cast(Pool, pool) if pool != "auto" else ("last" if kind == "decoder" else "mean")
-    backbone = FrozenBackbone(model, pooling, config.gradient_checkpointing).eval()
+    decodes = kind == "decoder"
+    tokenizer = TextTokenizer(read_with(AutoTokenizer, config.path, path, revision=config.revision), opens=decodes)
+    backbone = FrozenBackbone(model, pool, config.gradient_checkpointing, sink=decodes).eval()
     identity = {
         "name": config.path,
         "revision": getattr(settings, "_commit_hash", None) or config.revision or "local",
@@ -126,7 +126,7 @@ def wear(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedModel:
     worn = loaded.backbone
     model = worn.model.unload() if hasattr(worn.model, "peft_config") else worn.model
     model = with_lora(model, lora, seed) if lora is not None else model
-    return replace(loaded, backbone=FrozenBackbone(model, worn.pool, worn.recomputes).eval())
+    return replace(loaded, backbone=FrozenBackbone(model, worn.pool, worn.recomputes, worn.sink).eval())
 
 
 def _quantisation(config: Llm) -> Any:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarec.config.method import Readout as Config
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import FrozenBackbone, pool_text
 from rarec.models.slots import Slots
@@ -61,37 +62,47 @@ class Readout(nn.Module):
     """Final hidden states to the scored vector (all ours).
 
     The pooled states of the text, and added to them, if wanted, the mean state of the slots that hold vectors and that
-    of the instructions; each of the three through a head that starts at the identity, if wanted; an L2 norm, if wanted.
-    Slots that stand for a missing vector are not read: they are the same for all that have none, and what they share
-    would drown in the norm what their texts tell apart.
+    of the instructions; each of the three whitened and through a head that starts at the identity, if wanted; an L2
+    norm, if wanted. Slots that stand for a missing vector are not read: they are the same for all that have none, and
+    what they share would drown in the norm what their texts tell apart.
 
     Args:
         hidden: D.
-        pool: of the text.
-        normalise: to length 1.
-        head: whether there are heads.
+        config: which of these are wanted.
         reads: which slots' states are read, by their roles.
     """
 
-    def __init__(self, hidden: int, pool: str, normalise: bool, head: bool, reads: tuple[str, ...] = ()) -> None:
+    center_D: Tensor
+    white_ZD: Tensor
+
+    def __init__(self, hidden: int, config: Config, reads: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.pool, self.normalise = pool, normalise
-        self.head = _identity(hidden, bias=True) if head else nn.Identity()
-        heads = {role: _identity(hidden, bias=False) if head else nn.Identity() for role in reads}
+        self.config = config
+        size = min(hidden, config.size) if config.whiten else hidden
+        if config.whiten:
+            self.register_buffer("center_D", torch.zeros(hidden))
+            self.register_buffer("white_ZD", torch.eye(size, hidden))
+        self.head = _identity(size, bias=True) if config.head else nn.Identity()
+        heads = {role: _identity(size, bias=False) if config.head else nn.Identity() for role in reads}
         self.slot_heads = nn.ModuleDict(heads)
 
     def forward(self, hidden_BTD: Tensor, text_BT: Tensor, slots_BKD: Tensor, roles: Mapping[str, Tensor]) -> Tensor:
-        """(B, D) from final hidden states, where there is text, the slots' last states, and which have which role."""
-        pooled_BD: Tensor = self.head(pool_text(hidden_BTD, text_BT, "mean" if self.pool == "mean" else "last").float())
+        """(B, Z) from final hidden states, where there is text, the slots' last states, and which have which role."""
+        read_BZ: Tensor = self.head(self.white(pool_text(hidden_BTD, text_BT, self.config.pool)))
         for role, head in self.slot_heads.items():
-            pooled_BD = pooled_BD + head(_mean(slots_BKD.float(), roles[role]))
-        return F.normalize(pooled_BD, dim=-1) if self.normalise else pooled_BD
+            read_BZ = read_BZ + head(self._slots(slots_BKD, roles[role]))
+        return F.normalize(read_BZ, dim=-1) if self.config.normalise else read_BZ
 
+    def white(self, states_BD: Tensor) -> Tensor:
+        """States (B, Z), whitened if wanted."""
+        return (states_BD.float() - self.center_D) @ self.white_ZD.T if self.config.whiten else states_BD.float()
 
-def _mean(states_BKD: Tensor, which_BK: Tensor) -> Tensor:
-    """Of some of the slots' states, (B, D); zero where there is none."""
-    weights_BK1 = which_BK.float().unsqueeze(-1)
-    return (states_BKD * weights_BK1).sum(1) / weights_BK1.sum(1).clamp_min(1)
+    def _slots(self, slots_BKD: Tensor, which_BK: Tensor) -> Tensor:
+        """The mean state of some slots, whitened; zero where there is none."""
+        weights_BK1 = which_BK.float().unsqueeze(-1)
+        count_B1 = weights_BK1.sum(1)
+        mean_BD = (slots_BKD.float() * weights_BK1).sum(1) / count_B1.clamp_min(1)
+        return self.white(mean_BD) * (count_B1 > 0)
 
 
 def _identity(size: int, bias: bool) -> nn.Linear:
@@ -130,11 +141,12 @@ class Tower(nn.Module):
         """Slots from the sources' vectors, one pass of the frozen model, readout of text and slots."""
         if self.alignment is None:
             hidden_BTD = backbone(batch.ids_BT, batch.mask_BT)
-            return Encoding(self.readout(hidden_BTD, batch.mask_BT, hidden_BTD[:, :0], {}), None, {})
+            text_BT = backbone.read(batch.mask_BT)
+            return Encoding(self.readout(hidden_BTD, text_BT, hidden_BTD[:, :0], {}), None, {})
         slots_LBKD, projected = self.alignment(batch.vectors)
         slots = Slots(slots_LBKD, batch.positions_BK, self.alignment.blocks) if self.injects else None
         hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
-        text_BT = batch.mask_BT.scatter(1, batch.positions_BK, 0)
+        text_BT = backbone.read(batch.mask_BT).scatter(1, batch.positions_BK, 0)
         last_BKD = _at(hidden_BTD, batch.positions_BK) if self.injects else slots_LBKD[-1]
         vectors_BZ = self.readout(hidden_BTD, text_BT, last_BKD, self.alignment.by_role(batch.vectors))
         return Encoding(vectors_BZ, slots_LBKD, projected)

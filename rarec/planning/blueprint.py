@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rarec.config import Arm, RunConfig
 from rarec.errors import UserError
-from rarec.models.backbone import FrozenBackbone, Pool
+from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.load import LoadedModel, context_length_of, headless, kind_of, read_with, wear
 from rarec.paths import resolve
@@ -51,10 +51,9 @@ class Blueprint:
 
     def arm(self, arm: Arm, gradient_checkpointing: bool) -> ArmShapes:
         """An arm's model."""
-        pool = self.config.readout.pool
-        pooling: Pool = pool if pool != "auto" else ("last" if self._kind == "decoder" else "mean")
         with META:
-            backbone = FrozenBackbone(self._bare(), pooling, gradient_checkpointing).eval()
+            decodes = self._kind == "decoder"
+            backbone = FrozenBackbone(self._bare(), self.config.readout.pool, gradient_checkpointing, decodes).eval()
             loaded = LoadedModel(backbone, cast(TextTokenizer, None), 0, {})  # no text is read here
             loaded = wear(loaded, self.config.lora, self.config.run.seed) if arm.lora else loaded
             model = build_model(self.config, arm, loaded, self.sources, self.named)

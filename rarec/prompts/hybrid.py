@@ -129,7 +129,7 @@ class HybridPrompt:
     def fill(self, **fields: Int32) -> Encoded:
         """Fill the fields with token ids.
 
-        What is beyond the room is cut from the end of the last field, never from slots or fixed text. Where no token is
+        What is beyond the room is cut from the end of the last field, never from slots or fixed text. Where no text is
         left, a full stop stands there: something must be read out.
         """
         excess = sum(map(len, fields.values())) - self.room
@@ -146,8 +146,8 @@ class HybridPrompt:
             else:
                 tokens.append(literal if literal is not None else kept.get(part.value, _NOTHING))
         cut = sum(map(len, fields.values())) > self.room
-        filled = np.concatenate([*tokens, self.tokenizer.suffix]).astype(np.int32)
-        return Encoded(filled if len(filled) else self._least, marks, cut)
+        text = tokens if sum(map(len, tokens)) > len(self.tokenizer.prefix) else [*tokens, self._least]
+        return Encoded(np.concatenate([*text, self.tokenizer.suffix]).astype(np.int32), marks, cut)
 
 
 def lay_out(prompts: Sequence[Encoded], slots: Mapping[str, int], filler: int) -> LaidOut:

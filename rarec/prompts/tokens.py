@@ -15,24 +15,32 @@ _ANCHOR = "\n"
 class TextTokenizer:
     """Tokenises pieces of text that will be joined.
 
+    Args:
+        tokenizer: of the language model.
+        opens: begin every text with a special token, also where the tokenizer itself puts none. In a decoder attention
+            rests on the first position; a slot there would take that away from all blocks.
+
     Attributes:
-        prefix: special tokens that the tokenizer itself puts before a text, such as [CLS].
+        prefix: special tokens before a text, such as [CLS].
         suffix: those it puts after, such as [SEP].
         filler: a token id for positions that are never read.
         adds_space: whether the tokenizer itself puts a space before a text, as SentencePiece mostly does.
-        fingerprint: sha256 of the tokenizer, vocabulary and rules.
+        fingerprint: sha256 of the tokenizer, vocabulary and rules, and of what it puts around a text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, opens: bool = False) -> None:
         self._tokenizer = tokenizer
         bare, whole = self._ids("a"), self._ids("a", add_special_tokens=True)
         start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-        self.prefix: Int32 = np.array(whole[:start], np.int32)
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+        opening = [next(token for token in ends if token is not None)] if opens and not start else whole[:start]
+        self.prefix: Int32 = np.array(opening, np.int32)
         self.suffix: Int32 = np.array(whole[start + len(bare) :], np.int32)
         self.filler: int = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         self.adds_space = bool(bare) and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(_SPACES)
         self._anchor = self._ids(_ANCHOR)
-        self.fingerprint = hashlib.sha256(self._spelling().encode()).hexdigest()
+        around = f"{self.prefix.tolist()} {self.suffix.tolist()}"
+        self.fingerprint = hashlib.sha256(f"{self._spelling()} {around}".encode()).hexdigest()
 
     def __call__(self, text: str, spaced: bool = False, most: int | None = None, plain: bool = True) -> Int32:
         """Token ids of a piece of text, with a space before it if it is `spaced`, cut after `most` tokens.

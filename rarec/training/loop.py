@@ -164,7 +164,7 @@ class Trainer:
         error = UserError(
             f"the {what} of step {state.step} is not a number (recommendation {of_all.recommendation}, "
             f"align {of_all.align}); batch of samples user-position {keys}",
-            "lower train.lr or train.clip and begin again: rarec train CONFIG --fresh; "
+            "lower train.lr, train.lr_slots or train.clip and begin again: rarec train CONFIG --fresh; "
             f"the last good checkpoint is {good}",
         )
 

@@ -1,4 +1,4 @@
-"""Learning rates: linear warm-up, then a cosine to zero; alignment and LoRA each at their own rate."""
+"""Learning rates: linear warm-up, then a cosine to zero; readout, alignment and LoRA each at their own rate."""
 
 import math
 from collections.abc import Mapping
@@ -19,18 +19,22 @@ def rate_at(step: int, steps: int, warmup: float) -> float:
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: Train) -> torch.optim.AdamW:
-    """AdamW with a group for the alignment and, where there is LoRA, one for it; no group is ever empty.
+    """AdamW with groups for the readout, the alignment and LoRA, where they are there; no group is ever empty.
 
     One-dimensional and scalar parameters do not decay.
     """
     groups: list[dict[str, Any]] = []
-    for is_lora, rate in ((False, config.lr), (True, config.lr_lora)):
+    for part, rate in (("", config.lr), (".alignment.", config.lr_slots), ("lora_", config.lr_lora)):
         for decays in (True, False):
-            chosen = [p for n, p in parameters.items() if ("lora_" in n) == is_lora and (p.ndim > 1) == decays]
+            chosen = [p for n, p in parameters.items() if _part(n) == part and (p.ndim > 1) == decays]
             if chosen:
                 decay = config.weight_decay if decays else 0.0
                 groups.append({"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, 0.999))
+
+
+def _part(name: str) -> str:
+    return next((part for part in ("lora_", ".alignment.") if part in name), "")
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
