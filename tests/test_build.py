@@ -233,6 +233,13 @@ def test_the_scale_of_the_score(saved, arm, head, normalise, recommendation, sca
     assert ("log_scale" in trained_parameters(model)) == learned
 
 
+def test_a_wide_model_is_read_in_fewer_directions(saved):
+    world = World(saved["bert"], "per_layer", readout={"size": 8})
+    assert world.model.item.readout.head.weight.shape == (8, 8)
+    assert world.model.item.readout.white_ZD.shape == (8, HIDDEN)
+    assert world.model({"item": world.batches()[1]})["item"].vectors_BZ.shape == (BATCH, 8)
+
+
 def test_heads_start_at_the_identity(saved):
     with_heads, without = (World(saved["bert"], "per_layer", readout={"head": head}) for head in (True, False))
     torch.testing.assert_close(with_heads.scores(), without.scores())

@@ -12,7 +12,7 @@ import torch
 
 from rarec.artefacts import read_manifest
 from rarec.config import ARMS
-from rarec.config.method import Readout as Config
+from rarec.config.method import Readout as ReadoutConfig
 from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.evaluation.diagnostic_plots import every
@@ -146,7 +146,7 @@ def make_model(
         alignment = AlignmentModule({"id": SlotShape(vectors, 4)}, blocks, HIDDEN, 2, projections)
         for _, source in alignment.named_sources():
             source.reset(torch.Generator().manual_seed(0), spread=1.0)
-        return Tower(alignment, Readout(HIDDEN, Config(pool="last", whiten=False, head=False)))
+        return Tower(alignment, Readout(HIDDEN, ReadoutConfig(pool="last", whiten=False, head=False)))
 
     return RaRec(backbone, tower(), tower(), scale=1.0, learn_scale=False).eval()
 

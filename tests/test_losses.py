@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from rarec.config.method import Loss
-from rarec.config.method import Readout as Config
+from rarec.config.method import Readout as ReadoutConfig
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.encode import side_batch
@@ -184,7 +184,7 @@ def test_half_masked_rows_have_finite_gradients():
 
 # ---- the loss of a step, in one pass
 
-PLAIN = Config(whiten=False, head=False)
+PLAIN = ReadoutConfig(whiten=False, head=False)
 BATCH, CATALOGUE, BLOCKS = 5, 12, (0, 1, 2)
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.config.method import Readout as Config
+from rarec.config.method import Readout as ReadoutConfig
 from rarec.models.towers import Readout
 from rarec.models.whitening import SHRINK, whiten
 
@@ -67,7 +67,7 @@ def test_where_all_texts_are_one_rounding_is_not_stretched_into_something():
 
 
 def test_a_readout_whitens_the_text_and_the_slots_that_there_are():
-    readout = Readout(3, Config(normalise=False, head=False, size=2), reads=("vectors",))
+    readout = Readout(3, ReadoutConfig(normalise=False, head=False, size=2), reads=("vectors",))
     readout.center_D.copy_(torch.tensor([1.0, 1, 1]))
     readout.white_ZD.copy_(torch.tensor([[2.0, 0, 0], [0, 0, 5]]))
     hidden_BTD = torch.tensor([[[2.0, 9, 2], [4, 9, 2]], [[3, 9, 3], [7, 7, 7]]])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarec.config.method import Readout as Config
+from rarec.config.method import Readout as ReadoutConfig
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import FrozenBackbone, pool_text
 from rarec.models.slots import Slots
@@ -75,7 +75,7 @@ class Readout(nn.Module):
     center_D: Tensor
     white_ZD: Tensor
 
-    def __init__(self, hidden: int, config: Config, reads: tuple[str, ...] = ()) -> None:
+    def __init__(self, hidden: int, config: ReadoutConfig, reads: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.config = config
         size = min(hidden, config.size) if config.whiten else hidden
