@@ -178,7 +178,7 @@ def test_a_retrained_arm_makes_its_evaluation_stale_and_an_equal_one_does_not(fi
 
 
 def test_a_bundle_is_used_with_the_pooling_it_was_trained_with(finished, copied):
-    with pytest.raises(UserError, match=r"readout\.pool: \"auto\" -> \"last\""):
+    with pytest.raises(UserError, match=r"readout\.pool: \"mean\" -> \"last\""):
         recommend(open_context(finished, [copied, "readout.pool=last"]), "u001", 1)
 
 

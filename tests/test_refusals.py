@@ -157,7 +157,7 @@ def test_a_best_that_is_torn_is_dropped_and_is_the_best_no_more(tmp_path):
     assert checkpoints.steps() == [4]
 
 
-FIRST_IS_BEST = [*SHORT, "train.lr=1e-12"]
+FIRST_IS_BEST = [*SHORT, "train.lr=1e-12", "train.lr_slots=1e-12"]
 
 
 def test_where_the_best_is_torn_training_ends_with_one_that_is_there(decoder, tmp_path):
@@ -189,7 +189,7 @@ def test_a_finished_training_whose_best_is_torn_is_refused_and_what_is_advised_h
     assert {**read_json(directory / "done.json"), "seconds": 0} == {**before, "seconds": 0}
 
 
-@pytest.mark.parametrize("other", ["readout.pool=mean", "alignment.instructions=1"])
+@pytest.mark.parametrize("other", ["readout.pool=last", "alignment.instructions=1"])
 def test_shards_with_states_pooled_otherwise_or_prompts_cut_otherwise_are_refused(decoder, trained, other):
     field = other.partition("=")[0].partition(".")[2]
     with pytest.raises(UserError, match=f"shards was made with other settings: {field}: ") as error:

@@ -131,6 +131,7 @@ def test_validation_that_gets_no_better_stops_the_run(finished, tmp_path):
         "train.validate_every=1",
         "train.patience=2",
         "train.lr=1e-12",
+        "train.lr_slots=1e-12",
     ]
     train(open_context(finished, [untrained(finished, tmp_path), *overrides]))
     done = read_json(tmp_path / "train" / "per_layer" / "done.json")
@@ -172,7 +173,7 @@ def test_other_settings_are_refused_unless_the_user_says_fresh(finished, tmp_pat
     place = untrained(finished, tmp_path)
     short = [place, "train.arms=[per_layer]", "train.max_steps=2"]
     train(open_context(finished, short))
-    with pytest.raises(UserError, match=r"train\.lr: 0\.001 -> 0\.5") as error:
+    with pytest.raises(UserError, match=r"train\.lr: 0\.002 -> 0\.5") as error:
         train(open_context(finished, [*short, "train.lr=0.5"]))
     assert "--fresh" in str(error.value)
     train(open_context(finished, [*short, "train.lr=0.5"], fresh=True))
