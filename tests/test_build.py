@@ -7,7 +7,7 @@ import torch
 from rarec.config import ARMS, RunConfig
 from rarec.config.method import Lora
 from rarec.errors import UserError
-from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
+from rarec.models.build import SIDES, SourceShape, build_model, slots_reserved, trained_parameters
 from rarec.models.encode import side_batch
 from rarec.models.initialise import initialise
 from rarec.models.load import load_model
@@ -140,7 +140,7 @@ def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
         world.scores().log_softmax(1).diagonal().sum().neg().backward()
         optimizer.step()
     unmoved = {name for name, parameter in trained.items() if not parameter.grad.abs().max() > 0}
-    idle = {"item.readout.head.bias"}  # without a norm it shifts all scores of a user alike
+    idle = {"item.readout.heads.text.bias"}  # without a norm it shifts all scores of a user alike
     if arm == "readout":  # what stands for a missing vector is not read out, and goes nowhere else
         idle |= {name for name in trained if name.endswith("fallback_E")}
     assert unmoved <= idle
@@ -215,7 +215,7 @@ def test_slots_in_place_of_a_missing_vector_are_not_read(saved):
         array[1] = 0
     _, batch = world.batches()
     read_BZ = world.model({"item": batch})["item"].vectors_BZ
-    del world.model.item.readout.slot_heads["vectors"]
+    world.model.item.readout.reads = ("instructions",)
     without_BZ = world.model({"item": batch})["item"].vectors_BZ
     changed_B = (read_BZ - without_BZ).abs().amax(1) > 1e-4
     assert changed_B.tolist() == [row != 1 for row in range(BATCH)]
@@ -235,16 +235,16 @@ def test_the_scale_of_the_score(saved, arm, head, normalise, recommendation, sca
 
 def test_a_wide_model_is_read_in_fewer_directions(saved):
     world = World(saved["bert"], "per_layer", readout={"size": 8})
-    assert world.model.item.readout.head.weight.shape == (8, 8)
-    assert world.model.item.readout.white_ZD.shape == (8, HIDDEN)
+    assert world.model.item.readout.heads["text"].weight.shape == (8, 8)
+    assert world.model.item.readout.white["vectors"].map_ZD.shape == (8, HIDDEN)
     assert world.model({"item": world.batches()[1]})["item"].vectors_BZ.shape == (BATCH, 8)
 
 
 def test_heads_start_at_the_identity(saved):
     with_heads, without = (World(saved["bert"], "per_layer", readout={"head": head}) for head in (True, False))
     torch.testing.assert_close(with_heads.scores(), without.scores())
-    assert {name for name in trained_parameters(with_heads.model) if "slot_heads" in name} == {
-        f"{side}.readout.slot_heads.{role}.weight" for side in ("user", "item") for role in ("instructions", "vectors")
+    assert {name for name in trained_parameters(with_heads.model) if name.endswith(".weight")} == {
+        f"{side}.readout.heads.{part}.weight" for side in SIDES for part in ("text", "instructions", "vectors")
     }
 
 
@@ -254,4 +254,4 @@ def test_heads_start_at_the_identity(saved):
 )
 def test_there_is_a_head_for_every_kind_of_slot_that_there_is(saved, arm, instructions, roles):
     model = World(saved["bert"], arm, alignment={"instructions": instructions}).model
-    assert list(model.user.readout.slot_heads) == roles
+    assert list(model.user.readout.heads) == list(model.user.readout.white) == ["text", *roles]

@@ -221,7 +221,8 @@ def test_the_first_values_hold_no_sample_while_the_next_are_read():
     seed = SimpleNamespace(run=SimpleNamespace(seed=17))
     context = SimpleNamespace(dataset=SimpleNamespace(n_items=5), sources=["id"], config=seed)
     start = fresh._start(context, Reader())
-    assert start.vectors["id"][:, 0].tolist() == list(range(40))
+    assert start.vectors["id"][:, 0, 0].tolist() == list(range(40))
+    assert [len(prompt.tokens_T) for prompt in start.prompts] == [len(made_sample(at).tokens_T) for at in range(40)]
     assert start.targets_N.tolist() == [made_sample(number).target for number in range(40)]
     assert start.items_N.tolist() == [0, 1, 2, 3, 4]
 
@@ -271,6 +272,7 @@ def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tm
 def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeypatch):
     monkeypatch.setattr(fresh, "MOST_ITEMS", 10)
     monkeypatch.setattr(fresh, "MOST_USERS", 4)
+    monkeypatch.setattr(fresh, "PASSED", 3)
     context = run.context()
     feed = Feed(context, finished_shards(context))
     starts = [fresh._start(context, feed.stream(np.array([], np.int64))) for _ in range(2)]
@@ -278,7 +280,9 @@ def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeyp
     assert len(rows) == 10 < context.dataset.n_items
     assert np.all(np.diff(rows) > 0)
     np.testing.assert_array_equal(starts[1].items_N, rows)
-    assert len(starts[0].users_ND) == len(starts[0].targets_N) == context.config.train.batch_size < len(feed.index_S)
+    assert len(starts[0].targets_N) == context.config.train.batch_size < len(feed.index_S)
+    assert len(starts[0].prompts) == len(starts[0].passed_N) == 3
+    assert set(starts[0].passed_N) < set(rows)
     run.train("train.max_steps=2")
 
 

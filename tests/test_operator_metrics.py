@@ -85,7 +85,7 @@ def test_gradient_norms_by_group():
         "backbone.model.layers.0.q_proj.lora_A.default.weight": torch.tensor([[1.0, 2.0]]),
         "backbone.model.layers.0.q_proj.lora_B.default.weight": torch.tensor([[2.0]]),
         "log_scale": torch.tensor([12.0]),
-        "user.readout.head.weight": torch.tensor([5.0]),
+        "user.readout.heads.text.weight": torch.tensor([5.0]),
     }
     assert {group_of(name) for name in named} == {*GROUPS}
     found = norms(iter(named.items()))

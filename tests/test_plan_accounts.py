@@ -42,7 +42,7 @@ def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
     assert arm.in_blocks == BLOCKS * block
     side = BLOCKS * (M * D + D * E + D) + E + 3 * D * D + D  # what stands for a missing vector; heads, one with a bias
     assert sum(weight.count for weight in arm.trained) == 2 * side + 1
-    fixed = 2 * E + D + D * D  # mean and spread of the vectors, mean and whitening of the states
+    fixed = 2 * E + BLOCKS + 3 * (D + D * D)  # vectors' mean and spread; units of blocks; means and whitening of states
     assert arm.saved == {"alignment": 4 * (2 * side + 1 + 2 * fixed), "lora": 0}
 
 

@@ -80,7 +80,7 @@ HARMS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no item states": (ITEM_STATES, Path.unlink, r"item_states\.npy is missing"),
     "item states of NaN": (ITEM_STATES, forged(with_nan), r"item_states\.npy: item row 3 holds NaN or infinity"),
     "item states of doubles": (ITEM_STATES, forged(lambda a: a.astype("f8")), r"item_states\.npy: float64 of shape"),
-    "item states less one": (ITEM_STATES, forged(lambda a: a[1:]), r"item_states\.npy: float16 of shape \(39, 3, 32\)"),
+    "item states less one": (ITEM_STATES, forged(lambda a: a[1:]), r"item_states\.npy: float16 of shape \(39, 2, 32\)"),
     "item states of objects": (ITEM_STATES, forged(lambda a: a.astype(object)), r"item_states\.npy cannot be read"),
     "other counts": (TARGET_COUNTS, forged(lambda a: a + 1), r"target_counts\.npy: not the counts"),
     "a torn report": (SELECTION, lambda path: path.write_text("{"), r"selection\.json: its bytes are not those"),

@@ -82,8 +82,9 @@ class Readout(Section):
     pool: Literal["mean", "last"] = "mean"
     """Of the text's states: their mean, or the last of them."""
     whiten: bool = True
-    """Move pooled states to their mean and stretch them until no direction stands out, by the text-only states of the
-    users and of the items. A language model's states point nearly one way; what tells texts apart is small in them."""
+    """Move what is read, of the text and of the slots, to its mean, and stretch it until no direction stands out, by
+    users and items as they are before the first step. A language model's states point nearly one way; what tells texts
+    apart is small in them."""
     size: Positive = 1024
     """With `whiten`, the most dimensions that are read: of a wider model, the directions that vary most."""
     normalise: bool = True

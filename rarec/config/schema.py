@@ -46,8 +46,7 @@ class Shards(Section):
     writers: Positive = 2
     """Shards packed, hashed and flushed at a time, while the model computes the next; changes nothing in them."""
     state_blocks: Blocks | None = None
-    """Blocks whose text-only states are stored for the alignment loss; all of them by default. Those behind the last
-    block are stored in any case: the readout is whitened by them."""
+    """Blocks whose text-only states are stored for the alignment loss; all of them by default."""
     state_dtype: Literal["float16", "float32"] = "float16"
     """Of the stored states."""
 

@@ -95,21 +95,18 @@ class FrozenBackbone(nn.Module):
     ) -> list[T]:
         """What `reduce` makes of the hidden states (B, T, D) entering each of `blocks` for a prompt without slots.
 
-        The block behind the last stands for the final states. LoRA is switched off: these belong to the frozen base.
+        LoRA is switched off: these states belong to the frozen base.
         """
         reduced: dict[int, T] = {}
 
         def keep(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             reduced[index] = reduce(args[0] if args else kwargs["hidden_states"])
 
-        last = len(self.blocks)
-        chosen = [(index, self.blocks[index]) for index in blocks if index != last]
+        chosen = [(index, self.blocks[index]) for index in blocks]
         hooks = [block.register_forward_pre_hook(partial(keep, i), with_kwargs=True) for i, block in chosen]
         try:
             with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else torch.no_grad():
-                final_BTD = self._hidden(ids_BT, mask_BT)
-                if last in blocks:
-                    reduced[last] = reduce(final_BTD)
+                self._hidden(ids_BT, mask_BT)
         finally:
             for hook in hooks:
                 hook.remove()

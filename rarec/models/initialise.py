@@ -1,16 +1,22 @@
 """The alignment's first values, in closed form, before the first step (ours).
 
-Shape letters: N texts, L blocks, E source dimension, D hidden size.
+Shape letters: N texts, L blocks, E source dimension, D hidden size, B prompts, T positions, M positions of text.
 
 A slot should look to a frozen block like a hidden state it knows. So c and b start at the mean text-only state of the
 block, and W at a ridge regression of text-only states on standardised source vectors: items on their own text, users
-on their target's.
+on their target's. In a decoder a mean is no state it knows, least of all the mean of word embeddings: slots there drew
+so much attention that hardly anything was left of the texts. So in decoders c and b start at the states of one position
+of a text, the most typical.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rarec.models.alignment import SourceAlignment
+from rarec.models.backbone import FrozenBackbone
 
 
 def ridge_weights(vectors_NE: Tensor, states_LND: Tensor, penalty: float) -> Tensor:
@@ -36,6 +42,18 @@ def _units(states_LND: Tensor) -> Tensor:
     return torch.where(units_L > 0, units_L, 1.0)
 
 
+def typical_states(backbone: FrozenBackbone, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
+    """States (L, D) entering each of `blocks` at the most typical position of these texts.
+
+    That is the one whose states are most like those of all others, by the mean cosine over the blocks.
+    """
+    text_BT = backbone.read(mask_BT).bool()
+    states_LMD = torch.stack(backbone.entering(ids_BT, mask_BT, blocks, lambda h_BTD: h_BTD[text_BT].float()))
+    units_LMD = F.normalize(states_LMD, dim=-1)
+    likeness_M = torch.einsum("lmd,ld->m", units_LMD, units_LMD.sum(1))
+    return states_LMD[:, likeness_M.argmax()]
+
+
 @torch.no_grad()
 def initialise(
     alignment: SourceAlignment,
@@ -44,6 +62,7 @@ def initialise(
     *,
     penalty: float | None,
     generator: torch.Generator,
+    start_LD: Tensor | None = None,
 ) -> None:
     """Set a source's alignment from pairs of source vectors and text-only states.
 
@@ -53,16 +72,17 @@ def initialise(
         states_LND: pooled text-only states entering each block.
         penalty: of the ridge regression; None leaves W random.
         generator: of the random parts.
+        start_LD: where b and c start; by default at the mean state.
     """
     alignment.reset(generator)
     states_LND = states_LND.float()
     alignment.unit_L.copy_(_units(states_LND))
     states_LND = states_LND / alignment.unit_L[:, None, None]
-    means_LD = states_LND.mean(1)
+    begin_LD = states_LND.mean(1) if start_LD is None else start_LD.cpu() / alignment.unit_L[:, None]
     if alignment.instructions_LMD is not None:
-        alignment.instructions_LMD.add_(means_LD.unsqueeze(1))
+        alignment.instructions_LMD.add_(begin_LD.unsqueeze(1))
     if alignment.projections:
-        alignment.bias_LD.copy_(means_LD)
+        alignment.bias_LD.copy_(begin_LD)
         there_N = (vectors_NE != 0).any(1)
         if not there_N.any():  # of a sparse source, a sample of the texts may have none
             return

@@ -16,6 +16,10 @@ from rarec.config.method import Readout as ReadoutConfig
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import FrozenBackbone, pool_text
 from rarec.models.slots import Slots
+from rarec.models.whitening import Whitening
+
+TEXT = "text"
+"""The part of a readout that every arm has."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,10 @@ class Encoding(NamedTuple):
 class Readout(nn.Module):
     """Final hidden states to the scored vector (all ours).
 
-    The pooled states of the text, and added to them, if wanted, the mean state of the slots that hold vectors and that
-    of the instructions; each of the three whitened and through a head that starts at the identity, if wanted; an L2
-    norm, if wanted. Slots that stand for a missing vector are not read: they are the same for all that have none, and
-    what they share would drown in the norm what their texts tell apart.
+    Its parts are the pooled states of the text, and beside them, if wanted, the mean state of the slots that hold
+    vectors and that of the instructions. Each is whitened and goes through a head that starts at the identity, if
+    wanted; they are added; an L2 norm, if wanted. Slots that stand for a missing vector are not read: they are the same
+    for all that have none, and what they share would drown in the norm what their texts tell apart.
 
     Args:
         hidden: D.
@@ -72,37 +76,39 @@ class Readout(nn.Module):
         reads: which slots' states are read, by their roles.
     """
 
-    center_D: Tensor
-    white_ZD: Tensor
-
     def __init__(self, hidden: int, config: ReadoutConfig, reads: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.reads = config, reads
         size = min(hidden, config.size) if config.whiten else hidden
-        if config.whiten:
-            self.register_buffer("center_D", torch.zeros(hidden))
-            self.register_buffer("white_ZD", torch.eye(size, hidden))
-        self.head = _identity(size, bias=True) if config.head else nn.Identity()
-        heads = {role: _identity(size, bias=False) if config.head else nn.Identity() for role in reads}
-        self.slot_heads = nn.ModuleDict(heads)
+        parts = (TEXT, *reads)
+        self.white = nn.ModuleDict({part: Whitening(hidden, size) for part in parts} if config.whiten else {})
+        self.heads = nn.ModuleDict({part: _identity(size, part == TEXT) for part in parts} if config.head else {})
 
     def forward(self, hidden_BTD: Tensor, text_BT: Tensor, slots_BKD: Tensor, roles: Mapping[str, Tensor]) -> Tensor:
         """(B, Z) from final hidden states, where there is text, the slots' last states, and which have which role."""
-        read_BZ: Tensor = self.head(self.white(pool_text(hidden_BTD, text_BT, self.config.pool)))
-        for role, head in self.slot_heads.items():
-            read_BZ = read_BZ + head(self._slots(slots_BKD, roles[role]))
-        return F.normalize(read_BZ, dim=-1) if self.config.normalise else read_BZ
+        parts = self.parts(hidden_BTD, text_BT, slots_BKD, roles)
+        read_BZ = torch.stack([self._read(part, states_BD) * there_B1 for part, (states_BD, there_B1) in parts.items()])
+        return F.normalize(read_BZ.sum(0), dim=-1) if self.config.normalise else read_BZ.sum(0)
 
-    def white(self, states_BD: Tensor) -> Tensor:
-        """States (B, Z), whitened if wanted."""
-        return (states_BD.float() - self.center_D) @ self.white_ZD.T if self.config.whiten else states_BD.float()
+    def parts(
+        self, hidden_BTD: Tensor, text_BT: Tensor, slots_BKD: Tensor, roles: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each part's states (B, D), and whether it is there at all (B, 1); arguments as of `forward`."""
+        text_BD = pool_text(hidden_BTD, text_BT, self.config.pool).float()
+        return {TEXT: (text_BD, torch.ones_like(text_BD[:, :1]))} | {
+            role: _mean(slots_BKD.float(), roles[role].float()) for role in self.reads
+        }
 
-    def _slots(self, slots_BKD: Tensor, which_BK: Tensor) -> Tensor:
-        """The mean state of some slots, whitened; zero where there is none."""
-        weights_BK1 = which_BK.float().unsqueeze(-1)
-        count_B1 = weights_BK1.sum(1)
-        mean_BD = (slots_BKD.float() * weights_BK1).sum(1) / count_B1.clamp_min(1)
-        return self.white(mean_BD) * (count_B1 > 0)
+    def _read(self, part: str, states_BD: Tensor) -> Tensor:
+        white_BZ = self.white[part](states_BD) if self.config.whiten else states_BD
+        read_BZ: Tensor = self.heads[part](white_BZ) if self.config.head else white_BZ
+        return read_BZ
+
+
+def _mean(slots_BKD: Tensor, which_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Of some of the slots' states (B, D), and whether there are any (B, 1)."""
+    count_B1 = which_BK.sum(1, keepdim=True)
+    return torch.einsum("bkd,bk->bd", slots_BKD, which_BK) / count_B1.clamp_min(1), (count_B1 > 0).float()
 
 
 def _identity(size: int, bias: bool) -> nn.Linear:

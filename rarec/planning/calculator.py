@@ -174,7 +174,6 @@ class Calculator:
         blocks = tuple(sorted(set(self.config.shards.state_blocks or range(count))))
         if blocks[-1] >= count:
             raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
-        blocks = (*blocks, count)
         vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.blueprint.sources.items()}
         ranks, item = setting.cluster.ranks, self.prompts["item"].longest
         found = []

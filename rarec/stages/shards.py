@@ -138,7 +138,7 @@ class ShardParts:
 
     @cached_property
     def blocks(self) -> list[int]:
-        """The blocks whose states are stored, and the one behind the last for the final states.
+        """The blocks whose states are stored.
 
         Raises:
             UserError: the model lacks one of them.
@@ -147,7 +147,7 @@ class ShardParts:
         blocks = sorted(set(chosen)) if chosen is not None else list(range(count))
         if blocks[-1] >= count:
             raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
-        return [*blocks, count]
+        return blocks
 
     @property
     def target_counts_N(self) -> npt.NDArray[np.int64]:
@@ -202,8 +202,7 @@ class ShardParts:
         config, items = self.context.config.shards, self.context.dataset.n_items
         width = np.dtype(config.state_dtype).itemsize * self.context.llm.backbone.hidden_size * len(self.blocks)
         sizes = f"{self.total * width / 1e6:.0f} MB for users, {items * width / 1e6:.0f} MB for items"
-        before = f"before {len(self.blocks) - 1} blocks and behind the last"
-        self.context.say(f"text-only states {before}: {width / 1e3:.1f} kB a text, {sizes}")
+        self.context.say(f"text-only states of {len(self.blocks)} blocks: {width / 1e3:.1f} kB a text, {sizes}")
 
     def _item_states(self) -> npt.NDArray[np.floating]:
         prompts, ranks = self.context.prompts, self.context.ranks

@@ -81,9 +81,7 @@ def _manifest(context: Context) -> dict[str, Any]:
     if beside != sorted([INDEX, ITEM_STATES, SELECTION, TARGET_COUNTS]):
         raise UserError(f"the manifest of {directory} names the files {', '.join(beside)} beside tars", FRESH)
     blocks, chosen = manifest.get("state_blocks"), context.config.shards.state_blocks
-    stored = blocks if isinstance(blocks, list) else []
-    wanted = sorted(set(chosen)) if chosen is not None else list(range(len(stored) - 1))
-    if not wanted or stored[:-1] != wanted or not stored[-1] > wanted[-1]:
+    if not isinstance(blocks, list) or blocks != (list(range(len(blocks))) if chosen is None else sorted(set(chosen))):
         raise UserError(f"the manifest of {directory}: `state_blocks` is {blocks}", FRESH)
     return manifest
 
