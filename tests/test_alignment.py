@@ -9,8 +9,10 @@ import torch
 
 from rarec.errors import UserError
 from rarec.models.alignment import AlignmentModule, SlotShape, SourceAlignment
-from rarec.models.initialise import initialise, ridge_weights
+from rarec.models.backbone import FrozenBackbone
+from rarec.models.initialise import initialise, ridge_weights, typical_states
 from rarec.prompts import Encoded, lay_out
+from tests.synthetic import tiny_model
 
 BLOCKS, HIDDEN = 3, 4
 SHAPES = {"id": SlotShape(vectors=2, dim=5), "image": SlotShape(vectors=1, dim=3)}
@@ -260,3 +262,33 @@ def test_prefix_only_is_initialised_without_vectors():
     initialise(source, vectors_NE, states_LND, penalty=1.0, generator=seeded())
     means_LMD = states_LND.mean(1)[:, None].expand(-1, 2, -1)
     torch.testing.assert_close(source.instructions_LMD, means_LMD / source.unit_L[:, None, None], atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_typical_position_is_the_one_most_like_all_others(kind):
+    """By brute force, over every position of text in every block; a decoder's first token is none."""
+    backbone = FrozenBackbone(tiny_model(kind, blocks=2), "mean", sink=kind == "llama")
+    ids_BT = torch.randint(5, 90, (3, 6), generator=seeded(5))
+    mask_BT = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]])
+    output = backbone.trunk(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True)
+    places = [(b, t) for b, t in mask_BT.nonzero().tolist() if t >= backbone.sink]
+
+    def likeness(at):
+        return sum(
+            torch.cosine_similarity(states[at], states[other], dim=0)
+            for states in output.hidden_states[:2]
+            for other in places
+        )
+
+    b, t = max(places, key=likeness)
+    expected_LD = torch.stack([states[b, t] for states in output.hidden_states[:2]])
+    torch.testing.assert_close(typical_states(backbone, ids_BT, mask_BT, (0, 1)), expected_LD)
+
+
+def test_slots_may_start_elsewhere_than_at_the_mean():
+    vectors_NE, begin_LD = torch.randn(9, 5, generator=seeded(2)), torch.arange(2.0 * HIDDEN).reshape(2, HIDDEN)
+    source = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=1, projections=True)
+    initialise(source, vectors_NE, states_from(vectors_NE), penalty=1e9, generator=seeded(), start_LD=begin_LD)
+    slots_LBSD = source(vectors_NE[:, None])[0]
+    expected_LSD = begin_LD[:, None].expand(-1, 2, -1)
+    torch.testing.assert_close(slots_LBSD[:, 4], expected_LSD, atol=0.1 * source.unit_L.max().item(), rtol=0)

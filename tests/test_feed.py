@@ -17,20 +17,22 @@ import pytest
 import torch
 
 from rarec.config import ARMS
-from rarec.data.shards.index import key_of, open_index
+from rarec.data.shards.index import key_of, map_npy, open_index
 from rarec.entry import STOPPED, open_context
 from rarec.errors import UserError
 from rarec.files import read_json
+from rarec.models.encode import Encoder
 from rarec.models.objective import Objective
 from rarec.stages import fresh
 from rarec.stages.context import Context
 from rarec.stages.feed import Feed
-from rarec.stages.shards import finished_shards, shards
+from rarec.stages.shards import ITEM_STATES, finished_shards, shards
 from rarec.stages.train import train
 from rarec.stages.trained import finished_training
 from rarec.training.checkpoints import Checkpoints
 from tests.processes import workers_of
 from tests.shards import made_sample
+from tests.synthetic import write_llm
 from tests.test_training import LAUNCH, final_weights, log_lines, untrained
 
 ARM = "per_layer_lora"
@@ -304,3 +306,28 @@ def test_ctrl_c_ends_with_one_line_and_no_process(run):
     assert "Traceback" not in told
     assert len(children) >= 2
     assert psutil.wait_procs(children, timeout=2)[1] == []
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_an_arm_starts_with_every_part_white(finished, tmp_path, kind):
+    """Passed through the fresh arm again, all items come out around zero, with length 1 in the mean square."""
+    run = Run(finished, tmp_path / "run")
+    context = run.context()
+    if kind == "decoder":
+        context = run.context(f"llm.path={write_llm(tmp_path / 'llama', 'llama')}")
+        shutil.rmtree(context.paths.shards)
+        shards(context)
+    assert context.llm.identity["kind"] == kind
+    feed = Feed(context, finished_shards(context))
+    states_NLD = map_npy(context.paths.shards / ITEM_STATES)
+    stream = feed.stream(np.array([], np.int64))
+    model = fresh.fresh_model(context, ARMS[ARM], feed.manifest, states_NLD, stream).eval()
+    assert any("lora_" in name for name, _ in model.named_parameters())
+    seen = []
+    readout = model.item.readout
+    readout.register_forward_hook(lambda _, given, __: seen.append(readout.parts(*given)))
+    Encoder(model, context.prompts, context.sources, 64).items()
+    for part in ("text", "vectors"):  # instructions hardly differ between items, in a decoder not at all
+        white_NZ = readout.white[part](torch.cat([parts[part][0] for parts in seen]))
+        assert white_NZ.mean(0).abs().max() < 1e-3
+        assert white_NZ.square().sum(1).mean().item() == pytest.approx(1, abs=0.05)
