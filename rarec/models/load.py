@@ -88,6 +88,7 @@ def load_model(
     model, told = read_with(loader, config.path, path, output_loading_info=True, **keywords)
     _check_complete(model.eval(), told["missing_keys"], config.path)
     model = headless(model)
+    _keep_unpacked(model)
     if device == "cpu" and config.attention == "auto":
         widen_attention(model)
     context_length = context_length_of(model)
@@ -127,6 +128,13 @@ def wear(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedModel:
     model = worn.model.unload() if hasattr(worn.model, "peft_config") else worn.model
     model = with_lora(model, lora, seed) if lora is not None else model
     return replace(loaded, backbone=FrozenBackbone(model, worn.pool, worn.recomputes, worn.sink).eval())
+
+
+def _keep_unpacked(model: Any) -> None:
+    """At a first pass without gradients bitsandbytes packs weights for some CPUs so that no gradient comes through."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantisation(config: Llm) -> Any:
