@@ -23,10 +23,11 @@ from rarec.errors import UserError
 from rarec.files import read_json
 from rarec.models.encode import Encoder
 from rarec.models.objective import Objective
-from rarec.stages import fresh
+from rarec.stages import fresh, start
 from rarec.stages.context import Context
 from rarec.stages.feed import Feed
 from rarec.stages.shards import ITEM_STATES, finished_shards, shards
+from rarec.stages.start import gather
 from rarec.stages.train import train
 from rarec.stages.trained import finished_training
 from rarec.training.checkpoints import Checkpoints
@@ -222,11 +223,11 @@ def test_the_first_values_hold_no_sample_while_the_next_are_read():
 
     seed = SimpleNamespace(run=SimpleNamespace(seed=17))
     context = SimpleNamespace(dataset=SimpleNamespace(n_items=5), sources=["id"], config=seed)
-    start = fresh._start(context, Reader())
-    assert start.vectors["id"][:, 0, 0].tolist() == list(range(40))
-    assert [len(prompt.tokens_T) for prompt in start.prompts] == [len(made_sample(at).tokens_T) for at in range(40)]
-    assert start.targets_N.tolist() == [made_sample(number).target for number in range(40)]
-    assert start.items_N.tolist() == [0, 1, 2, 3, 4]
+    found = gather(context, Reader())
+    assert found.vectors["id"][:, 0, 0].tolist() == list(range(40))
+    assert [len(prompt.tokens_T) for prompt in found.prompts] == [len(made_sample(at).tokens_T) for at in range(40)]
+    assert found.targets_N.tolist() == [made_sample(number).target for number in range(40)]
+    assert found.items_N.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_nothing_whole_is_refused_before_anything_is_made(run):
@@ -272,12 +273,12 @@ def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tm
 
 
 def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeypatch):
-    monkeypatch.setattr(fresh, "MOST_ITEMS", 10)
-    monkeypatch.setattr(fresh, "MOST_USERS", 4)
-    monkeypatch.setattr(fresh, "PASSED", 3)
+    monkeypatch.setattr(start, "MOST_ITEMS", 10)
+    monkeypatch.setattr(start, "MOST_USERS", 4)
+    monkeypatch.setattr(start, "PASSED", 3)
     context = run.context()
     feed = Feed(context, finished_shards(context))
-    starts = [fresh._start(context, feed.stream(np.array([], np.int64))) for _ in range(2)]
+    starts = [gather(context, feed.stream(np.array([], np.int64))) for _ in range(2)]
     rows = starts[0].items_N
     assert len(rows) == 10 < context.dataset.n_items
     assert np.all(np.diff(rows) > 0)

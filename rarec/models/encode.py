@@ -12,7 +12,7 @@ import torch
 
 from rarec.ids.source import Source
 from rarec.models.towers import RaRec, SideBatch, Tower
-from rarec.prompts import Encoded, PromptPair, lay_out
+from rarec.prompts import Encoded, PromptPair, by_length, lay_out
 from rarec.ranks import ALONE, Ranks
 
 Float32 = npt.NDArray[np.float32]
@@ -78,16 +78,14 @@ class Encoder:
     @torch.no_grad()
     def _chunks(self, side: str, tower: Tower, prompts: list[Encoded], vectors: Vectors) -> Float32:
         """Chunks of like length, results in the order asked for."""
-        order = np.argsort([len(prompt.tokens_T) for prompt in prompts], kind="stable")
-        chunks = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         result: Float32 | None = None
         self.ranks.at(f"encoding {side}s")
-        for mine, chunk in self.ranks.in_step(chunks):
+        for mine, chunk in self.ranks.in_step(by_length(prompts, self.batch_size)):
             chunk_vectors = {name: array[chunk] for name, array in vectors.items()}
             batch = side_batch([prompts[at] for at in chunk], chunk_vectors, tower, self.prompts.tokenizer.filler)
             encoded_BZ = self.model({side: batch.to(self.ranks.device)})[side].vectors_BZ.float().cpu().numpy()
             if result is None:
-                result = np.zeros((len(order), encoded_BZ.shape[1]), np.float32)
+                result = np.zeros((len(prompts), encoded_BZ.shape[1]), np.float32)
             if mine:
                 result[chunk] = encoded_BZ
         if result is None:

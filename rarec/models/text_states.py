@@ -11,7 +11,7 @@ import torch
 
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
-from rarec.prompts import Encoded, lay_out
+from rarec.prompts import Encoded, by_length, lay_out
 from rarec.ranks import ALONE
 
 Schedule = Callable[[list[list[int]]], Iterator[tuple[bool, list[int]]]]
@@ -47,9 +47,9 @@ def text_states(
     first: dict[bytes, int] = {}
     for row, text in enumerate(texts):
         first.setdefault(text, row)
-    order = sorted(first.values(), key=lambda row: len(prompts[row].tokens_T))
+    once = list(first.values())
     result = np.zeros((len(prompts), len(blocks), backbone.hidden_size), dtype)
-    passes = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    passes = [[once[at] for at in chunk] for chunk in by_length([prompts[row] for row in once], batch_size)]
     for mine, rows in schedule(passes):
         laid = lay_out([prompts[row] for row in rows], {}, filler)
         ids_BT, mask_BT = (torch.from_numpy(a).to(backbone.device) for a in (laid.ids_BT, laid.mask_BT))
@@ -57,7 +57,7 @@ def text_states(
         if mine:
             with np.errstate(over="ignore"):
                 result[rows] = states_LBD.transpose(1, 0, 2)
-    if not np.isfinite(result[order]).all():
+    if not np.isfinite(result[once]).all():
         raise UserError(f"a text-only state overflows {dtype}", "set shards.state_dtype: float32")
     result[:] = result[[first[text] for text in texts]]
     return result

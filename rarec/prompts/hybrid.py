@@ -35,15 +35,6 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class LaidOut:
-    """Prompts of a batch with their slots: ids and mask (B, T), slot positions (B, K)."""
-
-    ids_BT: npt.NDArray[np.int64]
-    mask_BT: npt.NDArray[np.int64]
-    positions_BK: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
 class _Part:
     """A piece of a template: literal text, a field, or a source's slots. `spaced`: a space stands before it."""
 
@@ -148,31 +139,3 @@ class HybridPrompt:
         cut = sum(map(len, fields.values())) > self.room
         text = tokens if sum(map(len, tokens)) > len(self.tokenizer.prefix) else [*tokens, self._least]
         return Encoded(np.concatenate([*text, self.tokenizer.suffix]).astype(np.int32), marks, cut)
-
-
-def lay_out(prompts: Sequence[Encoded], slots: Mapping[str, int], filler: int) -> LaidOut:
-    """Insert slot positions into filled prompts and pad them on the right.
-
-    Args:
-        prompts: the batch (B).
-        slots: how many slots each source gets, in the order in which the model supplies them; none makes text-only
-            prompts.
-        filler: a token id that stands at slots and padding. Neither is ever read as text.
-    """
-    wanted = {source: count for source, count in slots.items() if count}
-    lengths = [len(prompt.tokens_T) + sum(wanted.values()) for prompt in prompts]
-    ids_BT = np.full((len(prompts), max(lengths)), filler, np.int64)
-    mask_BT = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
-    positions_BK = np.zeros((len(prompts), sum(wanted.values())), np.int64)
-    for row, prompt in enumerate(prompts):
-        groups, shift = {}, 0
-        is_text = np.ones(lengths[row], bool)
-        in_order = [source for source in prompt.marks if source in wanted]
-        for source in sorted(in_order, key=lambda name: prompt.marks[name]):
-            start = prompt.marks[source] + shift
-            groups[source] = np.arange(start, start + wanted[source])
-            is_text[groups[source]] = False
-            shift += wanted[source]
-        ids_BT[row, : lengths[row]][is_text] = prompt.tokens_T
-        positions_BK[row] = np.concatenate([groups[source] for source in wanted]) if wanted else 0
-    return LaidOut(ids_BT, mask_BT, positions_BK)

@@ -17,8 +17,8 @@ class TextTokenizer:
 
     Args:
         tokenizer: of the language model.
-        opens: begin every text with a special token, also where the tokenizer itself puts none. In a decoder attention
-            rests on the first position; a slot there would take that away from all blocks.
+        opens: begin every text with a special token, also where the tokenizer itself puts none, as decoders want it:
+            attention rests on the first position, and a slot there would take that away from all blocks.
 
     Attributes:
         prefix: special tokens before a text, such as [CLS].
