@@ -4,9 +4,9 @@ Shape letters: N texts, L blocks, E source dimension, D hidden size, B prompts, 
 
 A slot should look to a frozen block like a hidden state it knows. So c and b start at the mean text-only state of the
 block, and W at a ridge regression of text-only states on standardised source vectors: items on their own text, users
-on their target's. In a decoder a mean is no state it knows, least of all the mean of word embeddings: slots there drew
-so much attention that hardly anything was left of the texts. So in decoders c and b start at the states of one position
-of a text, the most typical.
+on their target's. The mean of word embeddings is no word, and in a decoder slots that start there leave hardly anything
+of the texts (METHOD.md, section 2). So in decoders c and b start at the states of one position of a text, the most
+typical.
 """
 
 from collections.abc import Sequence
