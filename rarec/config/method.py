@@ -85,7 +85,7 @@ class Readout(Section):
     """Move what is read, of the text and of the slots, to its mean, and stretch it until no direction stands out, by
     users and items as they are before the first step. A language model's states point nearly one way; what tells texts
     apart is small in them."""
-    size: Positive = 512
+    size: Positive = 384
     """With `whiten`, the most dimensions that are read: of a wider model, the directions that vary most."""
     normalise: bool = True
     """L2-normalise, then a learned scale multiplies the score."""
