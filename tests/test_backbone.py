@@ -49,7 +49,7 @@ def copy(saved, tmp_path):
     return lambda kind: shutil.copytree(saved / kind, tmp_path / kind)
 
 
-def load(path, lora=None, pool="auto", **settings):
+def load(path, lora=None, pool="mean", **settings):
     return load_model(Llm(path=str(path), **settings), path.parent / "converted", lora=lora, pool=pool)
 
 

@@ -194,7 +194,7 @@ def test_vectors_that_enter_at_the_readout_alone_do_not_go_through_the_model(sav
 @pytest.mark.parametrize("reads_slots", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_the_text_is_pooled_and_slots_are_added_where_wanted(saved, kind, reads_slots):
-    """Items have slots c c p of `id`, then c c p of `image`: the mean of all c is added, and the mean of both p."""
+    """Items have slots c c p of `id`, then c c p of `image`: the mean of both p is added, to an encoder c too."""
     world = World(saved[kind], "per_layer", readout={"normalise": False, "slots": reads_slots})
     _, batch = world.batches()
     encoding = world.model({"item": batch})["item"]
@@ -204,7 +204,8 @@ def test_the_text_is_pooled_and_slots_are_added_where_wanted(saved, kind, reads_
         text = [t for t in range(int(batch.mask_BT[row].sum())) if t not in batch.positions_BK[row].tolist()]
         pooled = hidden_BTD[row, text if kind == "bert" else text[1:]].mean(0)
         slots_SD = hidden_BTD[row, batch.positions_BK[row]]
-        pooled = pooled + (slots_SD[[0, 1, 3, 4]].mean(0) + slots_SD[[2, 5]].mean(0)) * reads_slots
+        instructed = slots_SD[[0, 1, 3, 4]].mean(0) * (kind == "bert")
+        pooled = pooled + (instructed + slots_SD[[2, 5]].mean(0)) * reads_slots
         torch.testing.assert_close(encoding.vectors_BZ[row], pooled, atol=1e-5, rtol=1e-5)
 
 
@@ -236,7 +237,8 @@ def test_the_scale_of_the_score(saved, arm, head, normalise, recommendation, sca
 def test_a_wide_model_is_read_in_fewer_directions(saved):
     world = World(saved["bert"], "per_layer", readout={"size": 8})
     assert world.model.item.readout.heads["text"].weight.shape == (8, 8)
-    assert world.model.item.readout.white["vectors"].map_ZD.shape == (8, HIDDEN)
+    assert world.model.item.readout.directions_ZD.shape == (8, HIDDEN)
+    assert world.model.item.readout.white["vectors"].stretch_ZZ.shape == (8, 8)
     assert world.model({"item": world.batches()[1]})["item"].vectors_BZ.shape == (BATCH, 8)
 
 
@@ -255,3 +257,14 @@ def test_heads_start_at_the_identity(saved):
 def test_there_is_a_head_for_every_kind_of_slot_that_there_is(saved, arm, instructions, roles):
     model = World(saved["bert"], arm, alignment={"instructions": instructions}).model
     assert list(model.user.readout.heads) == list(model.user.readout.white) == ["text", *roles]
+
+
+@pytest.mark.parametrize(("arm", "roles"), [("prefix_only", []), ("per_layer", ["vectors"])])
+def test_a_decoder_instructs_but_its_instructions_which_see_nothing_are_not_read(saved, arm, roles):
+    world = World(saved["llama"], arm)
+    assert list(world.model.item.readout.heads) == list(world.model.item.readout.white) == ["text", *roles]
+    before = world.scores()
+    for name, parameter in world.model.named_parameters():
+        if name.endswith("instructions_LMD"):
+            parameter.data.neg_()
+    assert (world.scores() - before).abs().max() > 1e-3

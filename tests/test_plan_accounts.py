@@ -40,10 +40,18 @@ def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
     block = 2 * D * D + 2 * D * (D // 2) + 3 * D * F + 2 * D  # q and o, k and v of half the heads, feed-forward, norms
     assert sum(weight.bytes for weight in arm.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
     assert arm.in_blocks == BLOCKS * block
-    side = BLOCKS * (M * D + D * E + D) + E + 3 * D * D + D  # what stands for a missing vector; heads, one with a bias
+    side = BLOCKS * (M * D + D * E + D) + E + 2 * D * D + D  # what stands for a missing vector; heads, one with a bias
     assert sum(weight.count for weight in arm.trained) == 2 * side + 1
-    fixed = 2 * E + BLOCKS + 3 * (D + D * D)  # vectors' mean and spread; units of blocks; means and whitening of states
+    fixed = 2 * E + BLOCKS + 2 * (D + D * D)  # vectors' mean and spread; units of blocks; means and whitening of states
+    assert arm.fixed == 4 * 2 * fixed
     assert arm.saved == {"alignment": 4 * (2 * side + 1 + 2 * fixed), "lora": 0}
+    assert account(arm, "3", 2, Peaks(0, 0, False)).fixed == arm.fixed  # engines do not shard it
+
+
+def test_of_a_wide_model_the_directions_are_held_once_a_side(llama):
+    narrow = calculator(llama, readout={"size": 8}).arm("per_layer", False)
+    fixed = 2 * E + BLOCKS + 8 * D + 2 * (D + 8 * 8)
+    assert narrow.fixed == 4 * 2 * fixed
 
 
 def test_lora_trains_in_float32_beside_a_model_in_bfloat16(llama):

@@ -237,11 +237,13 @@ def test_what_is_kept_names_no_user_and_no_item(path):
 
 
 def test_what_was_kept_of_other_settings_is_not_shown(path):
-    finish(load_sweep(path).runs[0], RANKS[17])
+    for at in (0, 2):
+        finish(load_sweep(path).runs[at], RANKS[17])
     page(path)
     path.write_text(SWEEP.replace("plain: {}", "plain: {train.lr: 0.5}"))
     made = page(path)
-    assert "No run is finished." in made
+    assert "| share/shards.share=0.5 | ID model |" in made
+    assert "| plain |" not in made
     assert "- `plain/seed-17` is not finished: train is next; what is kept of it was made with other settings:" in made
     assert "arms.per_layer.train.lr: 0.002 -> 0.5" in made
 
@@ -254,9 +256,16 @@ def test_what_was_kept_of_other_vectors_is_not_shown(path):
     shutil.rmtree("all")
     assert "No run is finished." not in page(path)
     path.write_text(SWEEP.replace("plain: {}", entry.replace("a.npy", "b.npy")))
-    made = page(path)
-    assert "No run is finished." in made
-    assert 'imported.id: ["a.npy", "ids.txt", null, null] -> ["b.npy"' in made
+    with pytest.raises(UserError, match=r'imported.id: \["a.npy", "ids.txt", null, null\] -> \["b.npy"'):
+        page(path)
+
+
+def test_tables_are_not_replaced_by_none_since_the_settings_have_changed(path):
+    finish(load_sweep(path).runs[0], RANKS[17])
+    page(path)
+    path.write_text(SWEEP.replace("plain: {}", "plain: {train.lr: 0.5}"))
+    with pytest.raises(UserError, match=r"none of its runs is finished.*arms\.per_layer\.train\.lr: 0\.002 -> 0\.5"):
+        page(path)
 
 
 def test_a_field_that_came_after_a_run_was_kept_counts_as_its_default(path):
@@ -269,7 +278,8 @@ def test_a_field_that_came_after_a_run_was_kept_counts_as_its_default(path):
     write_manifest(kept, "results", settings=settings, made_from={})
     assert rows_of(page(path), "Figures") == rows_of(made, "Figures")
     write_manifest(kept, "results", settings=settings | {"gone": 1}, made_from={})
-    assert "manifest.json: unknown field `gone`" in page(path)
+    with pytest.raises(UserError, match=r"manifest\.json: unknown field `gone`"):
+        page(path)
 
 
 @pytest.mark.parametrize("file", ["run.json", "ranks.parquet", "manifest.json"])

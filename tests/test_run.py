@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from rarec.artefacts import read_manifest, write_manifest
@@ -15,13 +16,14 @@ from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.files import read_json
 from rarec.models.encode import Encoder
+from rarec.models.weights import save_weights
 from rarec.planning.setting import Cluster
 from rarec.ranking import rank_targets
 from rarec.serving.bundle import load_bundle
 from rarec.serving.card import model_card
 from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
-from rarec.stages.export import provenance, recommend
+from rarec.stages.export import export, provenance, recommend
 from rarec.stages.feed import Feed
 from rarec.stages.plan import plan
 from rarec.stages.run import STAGES
@@ -127,6 +129,32 @@ def test_a_reloaded_bundle_gives_the_same_scores_exactly(context, finished, tmp_
     users, items = vectors(context, best_model(context, ARMS["per_layer"]))
     again_users, again_items = vectors(other, loaded)
     assert np.array_equal(users @ items.T, again_users @ again_items.T)
+
+
+def test_a_bundle_of_half_precision_is_smaller_and_scores_nearly_the_same(context, finished, tmp_path):
+    half = open_context(
+        finished, [f"run.dir={shutil.copytree(context.paths.root, tmp_path / 'run')}", "export.dtype=float16"]
+    )
+    shutil.rmtree(half.paths.bundle)
+    export(half)
+    sizes = [(of.paths.bundle / "alignment.safetensors").stat().st_size for of in (context, half)]
+    trained = read_manifest(half.paths.bundle, "bundle")["trainable_parameters"]
+    assert sizes[0] - sizes[1] == pytest.approx(2 * trained, abs=500)  # of names and shapes
+    loaded = load_bundle(half.paths.bundle, half.config, half.load_llm, provenance(half), half.prompts.sources)
+    assert {parameter.dtype for parameter in loaded.user.parameters()} == {torch.float32}
+    for whole, again in zip(
+        vectors(context, best_model(context, ARMS["per_layer"])), vectors(half, loaded), strict=True
+    ):
+        assert not np.array_equal(whole, again)
+        assert np.linalg.norm(whole - again) < 0.01 * np.linalg.norm(whole)
+
+
+def test_what_half_precision_cannot_hold_is_refused(context, tmp_path):
+    model = best_model(context, ARMS["per_layer"])
+    model.item.readout.heads["text"].bias.data[0] = 1e5
+    with pytest.raises(UserError, match=r"item\.readout\.heads\.text\.bias overflows float16"):
+        save_weights(model, tmp_path, dtype=torch.float16)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_bundle_refuses_another_base_model_and_altered_files(context, finished, tmp_path):

@@ -47,6 +47,17 @@ def test_any_ranks_and_any_kill_point_give_the_same_epoch(tmp_path_factory, size
     assert together == [sorted(batch) for batch in whole]
 
 
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(2, 12), min_size=1, max_size=9), cuts=st.tuples(CUTS, CUTS), most=st.integers(1, 60))
+def test_the_first_samples_do_not_depend_on_batches(tmp_path_factory, sizes, cuts, most):
+    directory, total = tmp_path_factory.mktemp("shards"), sum(sizes)
+    manifest = write_shards(directory, sizes)
+    first, again = (open_stream(directory, manifest, excluded={0}, **cut).plan.first(most) for cut in cuts)
+    assert len(set(first)) == len(first) == min(most, total - 1)
+    assert list(first) == list(again)
+    assert 0 not in first
+
+
 def test_a_sample_comes_back_as_it_was(tmp_path):
     manifest = write_shards(tmp_path, [4, 3])
     back = {sample.user: sample for batch in open_stream(tmp_path, manifest).epoch(0) for sample in batch}

@@ -213,4 +213,3 @@ def test_text_only_without_a_head_has_nothing_to_train_but_a_scale(finished, tmp
     plain = ["readout.head=false", f"readout.normalise={normalise}", "train.arms=[text_only]"]
     train(open_context(finished, [untrained(finished, tmp_path), *plain]))
     assert read_json(tmp_path / "train" / "text_only" / "done.json")["step"] == 0
-    assert ARMS["text_only"].blocks == "none"

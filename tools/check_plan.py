@@ -103,6 +103,7 @@ def planned(case: Case, tree: dict[str, Any]) -> dict[str, int]:
     sent = traffic(calculator.arm(ARM, case.checkpointing), case.stage, case.ranks, 2, step, case.checkpointing)
     return {
         "frozen weights": account.frozen,
+        "whitening, units": account.fixed,
         "what trains": account.trained,
         "gradients": account.gradients,
         "Adam": account.optimizer,

@@ -157,12 +157,14 @@ class Training:
         """What stays from step to step."""
         every = list(self.model.parameters())
         frozen, trained = ([p for p in every if p.requires_grad == trains] for trains in (False, True))
+        fixed = [*self.model.user.buffers(), *self.model.item.buffers()]
         own = self.optimizer
         optimizer = getattr(own, "optimizer", own)
         states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         flat = getattr(own, "single_partition_of_fp32_groups", getattr(own, "fp32_partitioned_groups_flat", []))
         return {
             "frozen weights": bytes_of(local(frozen)),
+            "whitening, units": bytes_of(fixed),
             "what trains": bytes_of(local(trained)),
             "gradients": self.gradients,
             "Adam": bytes_of([*states, *flat]),

@@ -12,7 +12,7 @@ holds:   bytes of the frozen weights that lie in this process once it is ready t
 loading: how long it took until ready, and the most memory until then: anonymous (RssAnon, sampled: the process's own)
          and resident (VmHWM: with the pages of the model's files, which the system may take back at any time).
 steps:   the most anonymous memory in them, and what of the frozen weights is held when they are over.
-bundle:  bytes of the bundle, and their share of the language model's.
+bundle:  bytes of the bundle with `export.dtype: float16`, and their share of the language model's.
 
 Memory is told less what the process had before it loaded: Python and its libraries.
 """
@@ -200,7 +200,8 @@ def configured(llm: Path, recompute: bool) -> RunConfig:
     log = {"path": "-", "user": "-", "item": "-", "time": "-"}
     prepare = {"interactions": log, "items": {"path": "-", "item": "-", "title": "-"}}
     model = {"path": str(llm), "dtype": "bfloat16", "gradient_checkpointing": recompute}
-    return RunConfig.model_validate({"run": {"dir": "-", "device": "cpu"}, "prepare": prepare, "llm": model})
+    tree = {"run": {"dir": "-", "device": "cpu"}, "prepare": prepare, "llm": model, "export": {"dtype": "float16"}}
+    return RunConfig.model_validate(tree)
 
 
 def bundle_bytes(model: RaRec, config: RunConfig, loaded: LoadedModel, directory: Path) -> int:

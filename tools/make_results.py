@@ -85,6 +85,8 @@ def section(sweep: Sweep, place: Path) -> str:
         if left[run.label] is None:
             keep(run, place)
     finished = [one for run in sweep.runs if (one := kept(run, place)) is not None]
+    if not finished:
+        _refuse_older(sweep, place)
     there = [one.run for one in finished]
     named = _by_name(finished)
     first = next(iter(named.values()), [])
@@ -102,6 +104,18 @@ def section(sweep: Sweep, place: Path) -> str:
         "making": making(sweep, finished),
     }
     return placed(page, text, blocks)
+
+
+def _refuse_older(sweep: Sweep, place: Path) -> None:
+    """Tables of runs that were made with other settings are not replaced by none."""
+    older = {run.label: other for run in sweep.runs if (other := changed(run, place))}
+    if older:
+        label, other = next(iter(older.items()))
+        raise UserError(
+            f"{sweep.path}: none of its runs is finished, and what is kept in {place} was made with other settings, as "
+            f"{label}: {'; '.join(other)}",
+            "run the sweep, or make its section at the commit that it names",
+        )
 
 
 def _base(sweep: Sweep, text: str) -> str:

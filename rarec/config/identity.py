@@ -68,7 +68,7 @@ def evaluate_settings(config: RunConfig) -> dict[str, Any]:
 def bundle_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that shape a bundle."""
     tree = config.model_dump(mode="json")
-    return {"arm": config.export.arm, **{section: tree[section] for section in BUNDLED}}
+    return {"arm": config.export.arm, "dtype": config.export.dtype, **{section: tree[section] for section in BUNDLED}}
 
 
 def sources_of(config: RunConfig) -> dict[str, Ids | Import]:

@@ -18,7 +18,7 @@ class Llm(Section):
     revision: str | None = None
     """Hub revision; ignored for local models."""
     kind: Literal["auto", "decoder", "encoder"] = "auto"
-    """Causal models are decoders (last-token readout), bidirectional ones encoders (mean readout)."""
+    """Causal models are decoders, whose prompts begin with a token that is not read; others are encoders."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. What trains stays float32."""
     quantize: Literal["none", "nf4"] = "none"
@@ -39,8 +39,8 @@ class Prompt(Section):
     separator: str = ", "
     """Between the titles of the history."""
     order: Literal["auto", "oldest_first", "newest_first"] = "auto"
-    """Of the titles in the history. By default an encoder, read by the mean of its states, gets the newest first: it
-    gives what stands first more weight; a decoder, read at its last token, gets the newest last."""
+    """Of the titles in the history. By default an encoder gets the newest first, for it gives what stands first more
+    weight; a decoder gets the newest last."""
     max_history: Positive = 8
     """The newest items whose titles are written out."""
     max_title_tokens: Positive = 12
@@ -58,7 +58,7 @@ class Alignment(Section):
     """Contextual instruction vectors c in each block (m in the paper's notation)."""
     init: Literal["random", "ridge"] = "ridge"
     """W from a ridge regression of text-only states on ID vectors, in closed form (ours), or random. With either, b and
-    c start at the mean text-only state."""
+    c start at the mean text-only state; in a decoder at the states of the most typical position."""
     ridge: Rate = 1.0
     """Penalty, relative to the mean variance of the standardised ID vectors."""
     missing: Part = 0.05
@@ -90,10 +90,11 @@ class Readout(Section):
     normalise: bool = True
     """L2-normalise, then a learned scale multiplies the score."""
     head: bool = True
-    """A learned linear map behind that, one a side, starting at the identity."""
+    """A learned linear map of each part that is read, on each side, before they are added and normalised; starts at the
+    identity."""
     slots: bool = True
-    """Add what the last block makes of the slots: the mean of those that hold vectors, and that of the instructions;
-    with `head` each through a map of its own."""
+    """Add what the last block makes of the slots: the mean of those that hold vectors, and in an encoder that of the
+    instructions, which see nothing in a decoder."""
 
 
 class Loss(Section):

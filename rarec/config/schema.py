@@ -46,7 +46,8 @@ class Shards(Section):
     writers: Positive = 2
     """Shards packed, hashed and flushed at a time, while the model computes the next; changes nothing in them."""
     state_blocks: Blocks | None = None
-    """Blocks whose text-only states are stored for the alignment loss; all of them by default."""
+    """Blocks whose text-only states are stored, for the alignment loss and for where slots start; all by default. A
+    block that is not stored starts from the nearest that is."""
     state_dtype: Literal["float16", "float32"] = "float16"
     """Of the stored states."""
 
@@ -134,6 +135,8 @@ class Export(Section):
     """The bundle that a user takes away."""
 
     arm: ArmName = "per_layer"
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of what trained in it, but for LoRA. It is computed with in float32 again; float16 halves it."""
 
 
 class RunConfig(Section):

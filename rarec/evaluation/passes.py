@@ -102,4 +102,4 @@ def slot_pass(passes: Passes, sample: SideSample, tower: Tower, alignment: Align
 def _reduced(text_BT: Tensor, pool: Pool, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled states (B, D), and the norms of all text positions in a row."""
     norms_BT = torch.linalg.vector_norm(hidden_BTD, dim=-1, dtype=torch.float32)
-    return pool_text(hidden_BTD, text_BT, pool).float().cpu(), norms_BT[text_BT.bool()].cpu()
+    return pool_text(hidden_BTD, text_BT, pool).cpu(), norms_BT[text_BT.bool()].cpu()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rarec.errors import UserError
 
-ROLES = ("instructions", "vectors")
+INSTRUCTIONS, VECTORS = ROLES = ("instructions", "vectors")
 """What a slot is: an instruction c, or the projection p of a vector."""
 
 

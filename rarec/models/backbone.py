@@ -180,13 +180,13 @@ class FrozenBackbone(nn.Module):
 
 
 def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:
-    """One vector (B, D) from the hidden states at text positions: their mean, or the last of them (ours)."""
+    """One vector (B, D), float32, from the hidden states at text positions: their mean, or the last of them (ours)."""
     if pool == "mean":
-        weights_BT = text_BT.to(hidden_BTD.dtype)
-        return torch.einsum("btd,bt->bd", hidden_BTD, weights_BT) / weights_BT.sum(1, keepdim=True)
+        weights_BT = text_BT.float()
+        return torch.einsum("btd,bt->bd", hidden_BTD.float(), weights_BT) / weights_BT.sum(1, keepdim=True)
     order_T = torch.arange(1, text_BT.shape[1] + 1, device=text_BT.device)
     last_B = (text_BT * order_T).argmax(1)
-    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B].float()
 
 
 def whole(parameter: nn.Parameter) -> AbstractContextManager[None]:

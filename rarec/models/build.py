@@ -7,7 +7,7 @@ from torch import nn
 
 from rarec.config import Arm, RunConfig
 from rarec.errors import UserError
-from rarec.models.alignment import AlignmentModule, SlotShape
+from rarec.models.alignment import INSTRUCTIONS, AlignmentModule, SlotShape
 from rarec.models.load import LoadedModel
 from rarec.models.towers import RaRec, Readout, Tower
 
@@ -57,6 +57,8 @@ def build_model(
         alignment = AlignmentModule(chosen, blocks, backbone.hidden_size, m, arm.projections) if useful else None
         injects = arm.blocks != "readout"
         reads = alignment.roles if alignment is not None and (config.readout.slots or not injects) else ()
+        if backbone.sink:  # a decoder's instructions see nothing of their user or item: their last states are one
+            reads = tuple(role for role in reads if role != INSTRUCTIONS)
         return Tower(alignment, Readout(backbone.hidden_size, config.readout, reads), injects)
 
     user, item = tower("user"), tower("item")

@@ -77,8 +77,7 @@ def initialise(
     alignment.reset(generator)
     states_LND = states_LND.float()
     alignment.unit_L.copy_(_units(states_LND))
-    states_LND = states_LND / alignment.unit_L[:, None, None]
-    begin_LD = states_LND.mean(1) if start_LD is None else start_LD.cpu() / alignment.unit_L[:, None]
+    begin_LD = (states_LND.mean(1) if start_LD is None else start_LD.cpu()) / alignment.unit_L[:, None]
     if alignment.instructions_LMD is not None:
         alignment.instructions_LMD.add_(begin_LD.unsqueeze(1))
     if alignment.projections:
@@ -89,4 +88,5 @@ def initialise(
         alignment.standardise(vectors_NE[there_N])
         if penalty is not None:
             standard_NE = (vectors_NE[there_N] - alignment.center_E) / alignment.scale_E
-            alignment.weight_LDE.copy_(ridge_weights(standard_NE, states_LND[:, there_N], penalty))
+            weight_LDE = ridge_weights(standard_NE, states_LND[:, there_N], penalty)
+            alignment.weight_LDE.copy_(weight_LDE / alignment.unit_L[:, None, None])

@@ -76,11 +76,14 @@ class Readout(nn.Module):
         reads: which slots' states are read, by their roles.
     """
 
+    directions_ZD: Tensor | None
+
     def __init__(self, hidden: int, config: ReadoutConfig, reads: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.config, self.reads = config, reads
         size = min(hidden, config.size) if config.whiten else hidden
         parts = (TEXT, *reads)
+        self.register_buffer("directions_ZD", torch.eye(size, hidden) if size < hidden else None)
         self.white = nn.ModuleDict({part: Whitening(hidden, size) for part in parts} if config.whiten else {})
         self.heads = nn.ModuleDict({part: _identity(size, part == TEXT) for part in parts} if config.head else {})
 
@@ -94,13 +97,13 @@ class Readout(nn.Module):
         self, hidden_BTD: Tensor, text_BT: Tensor, slots_BKD: Tensor, roles: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Each part's states (B, D), and whether it is there at all (B, 1); arguments as of `forward`."""
-        text_BD = pool_text(hidden_BTD, text_BT, self.config.pool).float()
+        text_BD = pool_text(hidden_BTD, text_BT, self.config.pool)
         return {TEXT: (text_BD, torch.ones_like(text_BD[:, :1]))} | {
             role: _mean(slots_BKD.float(), roles[role].float()) for role in self.reads
         }
 
     def _read(self, part: str, states_BD: Tensor) -> Tensor:
-        white_BZ = self.white[part](states_BD) if self.config.whiten else states_BD
+        white_BZ = self.white[part](states_BD, self.directions_ZD) if self.config.whiten else states_BD
         read_BZ: Tensor = self.heads[part](white_BZ) if self.config.head else white_BZ
         return read_BZ
 

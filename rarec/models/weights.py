@@ -19,7 +19,7 @@ Weights = Mapping[str, Tensor]
 
 
 def alignment_state(model: RaRec, trained: Weights | None = None) -> dict[str, Tensor]:
-    """Every tensor beside the backbone: both sides' alignment, heads, scale.
+    """Every tensor beside the backbone: both sides' alignment, whitening, heads, and the scale.
 
     Args:
         model: whole, or sharded by an engine.
@@ -33,18 +33,32 @@ def alignment_state(model: RaRec, trained: Weights | None = None) -> dict[str, T
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def save_weights(model: RaRec, directory: Path, trained: Weights | None = None) -> None:
+def save_weights(
+    model: RaRec, directory: Path, trained: Weights | None = None, dtype: torch.dtype = torch.float32
+) -> None:
     """Write `alignment.safetensors` and, where the model has LoRA, `lora/` as PEFT writes it; arguments as above.
+
+    Args:
+        model: whole, or sharded by an engine.
+        directory: that is there.
+        trained: what trains, whole, by name, where the model is sharded.
+        dtype: of what trains in the first file.
 
     Raises:
         ValueError: a tensor is empty, or holds what is no number.
+        UserError: one is too large for the type.
     """
     state, peft = alignment_state(model, trained), model.backbone.model if _has_lora(model) else None
     lora = {name.removeprefix(_PEFT): tensor for name, tensor in (trained or {}).items() if name.startswith(_PEFT)}
     for name, tensor in {**state, **lora}.items():
         if not tensor.numel() or not tensor.isfinite().all():
             raise ValueError(f"refusing to save {name}: it is {'not finite' if tensor.numel() else 'empty'}")
-    save_file(state, directory / ALIGNMENT)
+    # what whitens stays as it is: it undoes long states, and stretches what is small in them
+    parameters = {name for name, _ in model.named_parameters()}
+    written = {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in state.items()}
+    if large := [name for name, tensor in written.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{large[0]} overflows {dtype}".replace("torch.", ""), "set export.dtype: float32")
+    save_file(written, directory / ALIGNMENT)
     if peft is not None:
         peft.save_pretrained(directory / LORA, safe_serialization=True, state_dict=lora or None)
 

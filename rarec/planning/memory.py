@@ -64,9 +64,10 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Account:
-    """Bytes on one rank. The first five stay; the others come and go."""
+    """Bytes on one rank. The first six stay; the others come and go."""
 
     frozen: int
+    fixed: int
     trained: int
     gradients: int
     optimizer: int
@@ -79,7 +80,7 @@ class Account:
     @property
     def stays(self) -> int:
         """Through all of a training."""
-        return self.frozen + self.trained + self.gradients + self.optimizer + self.buckets
+        return self.frozen + self.fixed + self.trained + self.gradients + self.optimizer + self.buckets
 
     @property
     def phases(self) -> dict[str, int]:
@@ -109,12 +110,13 @@ def account(arm: ArmShapes, stage: Stage, ranks: int, peaks: Peaks, zero: ZeroSe
         buckets = whole if stage == "0" and ranks > 1 else 0
         frozen = sum(w.bytes if stage == "0" else _fsdp_share(w, ranks) for w in arm.frozen)
         held = {"trained": whole, "gradients": whole, "optimizer": 2 * whole, "buckets": buckets}
-        return Account(frozen, **held, **come_and_go, update=whole)
+        return Account(frozen, arm.fixed, **held, **come_and_go, update=whole)
     trained = {"1": whole, "2": whole, "3": share}[stage]
     gradients = {"1": whole, "2": share, "3": share}[stage]
     frozen = sum(w.bytes if stage != "3" else _zero_share(w, ranks, zero) for w in arm.frozen)
     held = {"trained": trained, "gradients": gradients, "optimizer": 3 * share, "buckets": bucket}
-    return Account(frozen, **held, **come_and_go, update=3 * whole)  # a checkpoint takes weights and moments whole
+    # a checkpoint takes weights and moments whole
+    return Account(frozen, arm.fixed, **held, **come_and_go, update=3 * whole)
 
 
 def _share(weight: Weight, ranks: int) -> int:

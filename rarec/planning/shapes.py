@@ -74,6 +74,12 @@ class ArmShapes:
         return [weight for weight in self.weights if weight.trains]
 
     @property
+    def fixed(self) -> int:
+        """Bytes of what is computed before the first step and then stays, on every rank: whitening, units of blocks."""
+        towers = (self.model.user, self.model.item)
+        return sum(number.numel() * number.element_size() for tower in towers for number in tower.buffers())
+
+    @property
     def in_blocks(self) -> int:
         """Weights in the language model's blocks, LoRA among them: the N of 4N."""
         return sum(weight.count for weight in self.weights if weight.block is not None)
@@ -97,6 +103,11 @@ class ArmShapes:
         own += list(self.model.parameters(recurse=False))
         lora = sum(weight.bytes for weight in self.trained if "lora_" in weight.name)
         return {"alignment": sum(tensor.numel() * tensor.element_size() for tensor in own), "lora": lora}
+
+    def bundled(self, dtype: str) -> int:
+        """Bytes of a bundle's tensors, if what trains is written in this type."""
+        halved = sum(weight.bytes // 2 for weight in self.trained if "lora_" not in weight.name)
+        return sum(self.saved.values()) - (halved if dtype == "float16" else 0)
 
     def _weights(self) -> Iterator[Weight]:
         backbone = self.model.backbone

@@ -16,6 +16,7 @@ NAMES: dict[Stage, str] = {"0": "DDP", "1": "ZeRO-1", "2": "ZeRO-2", "3": "ZeRO-
 FILES: dict[Stage, str] = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3", "fsdp2": "fsdp2"}
 ROWS = {
     "frozen weights": "frozen",
+    "whitening, units": "fixed",
     "what trains": "trained",
     "its gradients": "gradients",
     "Adam": "optimizer",
@@ -85,7 +86,7 @@ def _arms(plan: Plan) -> Table:
         steps = plan.calculator.steps(name)
         cells = [f"{trained:,}", _size(estimate.account.total), f"{steps:,}" if steps is not None else "?"]
         cells += [f"{estimate.hours:,.1f}" if estimate.hours else "0" if steps == 0 else "?"]
-        cells += [_size(checkpoint), _size(saved)]
+        cells += [_size(checkpoint), _size(shapes.bundled(plan.calculator.config.export.dtype))]
         style = "bold" if name == plan.largest else ""
         table.add_row(ARMS[name].title + (" (decides)" if style else ""), *cells, style=style)
     return table

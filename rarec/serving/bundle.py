@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rarec.artefacts import check_files, differences, read_manifest, write_manifest
 from rarec.config import ARMS, Arm, RunConfig, dump_config
 from rarec.config.identity import BUNDLED, bundle_settings
@@ -62,7 +64,7 @@ def write_bundle(
         "trainable_parameters": trainable_parameters,
     }
     with new_directory(directory) as aside:
-        save_weights(model, aside)
+        save_weights(model, aside, dtype=getattr(torch, config.export.dtype))
         write_text(aside / PROMPT, dump_config(config.prompt))
         write_text(aside / CARD, model_card(arm, config, figures))
         return write_manifest(aside, "bundle", settings=bundle_settings(config), made_from=provenance.inputs, **figures)

@@ -20,7 +20,7 @@ from rarec.models.load import LoadedModel
 from rarec.models.towers import RaRec
 from rarec.prompts import lay_out
 from rarec.stages.context import Context
-from rarec.stages.start import Floats, Start, gather
+from rarec.stages.start import MOST_USERS, PASSED, Floats, Start, gather
 from rarec.stages.whiten import whiten
 
 TYPICAL = 32
@@ -39,12 +39,15 @@ def fresh_model(
 
     LoRA, which changes nothing yet, is put on last: engines that shard may shard it only once.
     """
-    start, plain = gather(context, stream), replace(arm, lora=False)
+    plain, whitens = replace(arm, lora=False), context.config.readout.whiten
     model = bare_model(context, plain, context.load_llm(plain))
-    with context.engine.serving(model.backbone), torch.no_grad():
-        _align(context, model, start, item_states_NLD, shards)
-        if context.config.readout.whiten:
-            whiten(context, model.eval(), start)
+    aligns = model.user.alignment is not None or model.item.alignment is not None
+    if aligns or whitens:
+        start = gather(context, stream, MOST_USERS if aligns else PASSED)
+        with context.engine.serving(model.backbone), torch.no_grad():
+            _align(context, model, start, item_states_NLD, shards)
+            if whitens:
+                whiten(context, model.eval(), start)
     if not arm.lora:
         return model
     worn = bare_model(context, arm, context.load_llm(arm))

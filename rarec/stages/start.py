@@ -1,4 +1,4 @@
-"""What an arm starts from, of the catalogue and of the first training samples.
+"""What an arm starts from, of the catalogue and of the training samples.
 
 Shape letters: N items or users, E source dimension, K vectors of a user.
 """
@@ -13,7 +13,7 @@ from rarec.prompts import Encoded
 from rarec.stages.context import Context
 
 MOST_USERS = 8192
-"""About so many samples are looked at."""
+"""Samples of so many are looked at, where there is something to align."""
 MOST_ITEMS = 65_536
 """At most so many items are."""
 PASSED = 2048
@@ -30,7 +30,7 @@ class Start:
     Attributes:
         items_N: item rows: all of them, or a random part of a large catalogue.
         passed_N: some of them, in random order.
-        targets_N: item rows of the targets of the first training samples.
+        targets_N: item rows of the targets of training samples.
         vectors: for each source their users' (N, K, E).
         prompts: their users', of as many as are passed through the arm.
     """
@@ -42,8 +42,8 @@ class Start:
     prompts: list[Encoded]
 
 
-def gather(context: Context, stream: SampleStream) -> Start:
-    """From the samples in the order in which they will train."""
+def gather(context: Context, stream: SampleStream, users: int) -> Start:
+    """Of so many users, at most; whatever batches will be made of their samples."""
     items, generator = context.dataset.n_items, np.random.default_rng([context.config.run.seed, *b"start"])
     items_N = np.arange(items)
     if items > MOST_ITEMS:
@@ -51,14 +51,12 @@ def gather(context: Context, stream: SampleStream) -> Start:
     passed_N = generator.permutation(items_N)[:PASSED]
     targets, prompts = list[int](), list[Encoded]()
     vectors: dict[str, list[Floats]] = {name: [] for name in context.sources}
-    for batch in stream.epoch(0):
-        for sample in batch:  # the samples themselves are large
-            targets.append(sample.target)
-            for name, vectors_KE in sample.vectors.items():
-                vectors[name].append(vectors_KE.copy())
-            if len(prompts) < PASSED:
-                prompts.append(Encoded(sample.tokens_T.copy(), sample.marks))
-        if len(targets) >= MOST_USERS:
-            break
+    for number in stream.plan.first(users):
+        (sample,) = stream.read(np.array([number]))  # of which little is kept
+        targets.append(sample.target)
+        for name, vectors_KE in sample.vectors.items():
+            vectors[name].append(vectors_KE.copy())
+        if len(prompts) < PASSED:
+            prompts.append(Encoded(sample.tokens_T.copy(), sample.marks))
     stacked = {name: np.stack(of) for name, of in vectors.items()}
     return Start(items_N, passed_N, np.array(targets), stacked, prompts)

@@ -1,13 +1,14 @@
 """What whitens the readout of an arm before its first step: passes of users and items through the arm as it then is."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 
 from rarec.models.build import SIDES
 from rarec.models.encode import side_batch
-from rarec.models.towers import RaRec, SideBatch, Tower
-from rarec.models.whitening import Moments, directions
+from rarec.models.towers import RaRec, Readout, SideBatch, Tower
+from rarec.models.whitening import Moments, Whitening, directions
 from rarec.prompts import by_length
 from rarec.stages.context import Context
 from rarec.stages.start import Start
@@ -37,9 +38,15 @@ def whiten(context: Context, model: RaRec, start: Start) -> None:
     for moments in found.values():
         ranks.merged(moments.sums)
     directions_ZD = directions(found, hidden, context.config.readout.size)
-    for name, moments in found.items():
-        side, part = name.split(".")
-        getattr(model, side).readout.white[part].fit(moments, directions_ZD)
+    if not ranks.first:  # other processors may turn them otherwise
+        directions_ZD.zero_()
+    ranks.merged(directions_ZD.numpy())
+    for side in SIDES:
+        readout: Readout = getattr(model, side).readout
+        if readout.directions_ZD is not None:
+            readout.directions_ZD.copy_(directions_ZD)
+        for part, whitening in readout.white.items():
+            cast(Whitening, whitening).fit(found[f"{side}.{part}"], directions_ZD)
 
 
 def _batches(context: Context, tower: Tower, side: str, start: Start) -> Iterator[tuple[bool, SideBatch]]:

@@ -96,6 +96,10 @@ class Plan:
         every = (self.batches(epoch, step if epoch == begun else 0) for epoch in count(begun))
         return islice(chain.from_iterable(every), last - first)
 
+    def first(self, most: int) -> Numbers:
+        """So many of the first epoch's samples, at most: the first of its order, before batches are made by length."""
+        return _Order(self._shards, self.seed, 0).between(0, min(most, self.samples))
+
     def share(self, batch: Numbers, rank: int, world: int) -> Numbers:
         """What one of `world` ranks takes of a batch; together they take all of it."""
         return batch[rank::world]
