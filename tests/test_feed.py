@@ -29,7 +29,7 @@ from rarec.stages.shards import ITEM_STATES, finished_shards, shards
 from rarec.stages.start import gather
 from rarec.stages.train import train
 from rarec.stages.trained import finished_training
-from rarec.stages.whiten import _batches
+from rarec.stages.whiten import _passed
 from rarec.training.checkpoints import Checkpoints
 from tests.processes import workers_of
 from tests.shards import made_sample
@@ -310,7 +310,7 @@ def test_ctrl_c_ends_with_one_line_and_no_process(run):
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_an_arm_starts_with_every_part_white(finished, tmp_path, kind):
-    """Passed through the fresh arm again, all come out around zero, about as long in every part."""
+    """Passed through it again, users and items come out around zero, about as long in every part."""
     run = Run(finished, tmp_path / "run")
     context = run.context()
     if kind == "decoder":
@@ -324,13 +324,12 @@ def test_an_arm_starts_with_every_part_white(finished, tmp_path, kind):
     model = fresh.fresh_model(context, ARMS[ARM], feed.manifest, states_NLD, stream).eval()
     assert any("lora_" in name for name, _ in model.named_parameters())
     begin = gather(context, stream, start.MOST_USERS)
-    batches = {side: list(_batches(context, getattr(model, side), side, begin)) for side in ("user", "item")}
-    for side, passed in batches.items():
-        readout, seen = getattr(model, side).readout, []
-        readout.register_forward_hook(lambda readout, given, _, seen=seen: seen.append(readout.parts(*given)))
-        for _, batch in passed:
-            model({side: batch})
+    for side in ("user", "item"):
+        with torch.no_grad():
+            readout, passed = getattr(model, side).readout, _passed(context, model, side, begin)
         for part in ("text", "vectors"):  # instructions hardly differ between items
-            white_NZ = readout.white[part](torch.cat([parts[part][0] for parts in seen]), readout.directions_ZD)
-            assert white_NZ.mean(0).abs().max() < 1e-3
-            assert 0.3 < white_NZ.square().sum(1).mean() < 1.1  # of few: unseen ones are longer
+            stretch_ZZ = readout.white[part].stretch_ZZ.double()
+            torch.testing.assert_close(readout.white[part].center_D.double(), passed[part].mean_D, atol=1e-4, rtol=1e-4)
+            assert (
+                0.3 < (stretch_ZZ @ passed[part].covariance_DD @ stretch_ZZ).trace() < 1.1
+            )  # of few: unseen are longer

@@ -16,8 +16,8 @@ from torch import Tensor
 from rarec.evaluation.sample import SideSample
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import Pool, pool_text
+from rarec.models.text_states import text_batch
 from rarec.models.towers import RaRec, Tower
-from rarec.prompts import lay_out
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def text_pass(passes: Passes, sample: SideSample, blocks: tuple[int, ...]) -> li
     """What each of `blocks` gets without slots."""
     backbone, parts = passes.model.backbone, []
     for start in range(0, len(sample), passes.batch_size):
-        laid = lay_out(sample.prompts[start : start + passes.batch_size], {}, passes.filler)
-        ids_BT, mask_BT = (torch.from_numpy(a).to(passes.device) for a in (laid.ids_BT, laid.mask_BT))
+        prompts = sample.prompts[start : start + passes.batch_size]
+        ids_BT, mask_BT = text_batch(prompts, passes.filler, passes.device)
         parts.append(
             backbone.entering(ids_BT, mask_BT, blocks, partial(_reduced, backbone.read(mask_BT), backbone.pool))
         )

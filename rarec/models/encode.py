@@ -4,7 +4,7 @@ Shape letters: N catalogue, B users or items of a chunk, Z size of a scored vect
 dimension.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,18 @@ def side_batch(
     ids, mask, positions = (torch.from_numpy(a) for a in (laid.ids_BT, laid.mask_BT, laid.positions_BK))
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a, np.float32)) for name, a in vectors.items()}
     return SideBatch(ids, mask, positions, tensors)
+
+
+def side_batches(
+    prompts: Sequence[Encoded], vectors: Vectors, tower: Tower, filler: int, size: int, ranks: Ranks
+) -> Iterator[tuple[bool, Rows, SideBatch]]:
+    """Batches of prompts of like length, on the rank's device, each with its rows and whether it is this rank's.
+
+    All ranks come by as often, as models want it that lie in shards; arguments as above, and `size` of a batch.
+    """
+    for mine, rows in ranks.in_step(by_length(prompts, size)):
+        own = {name: array[rows] for name, array in vectors.items()}
+        yield mine, rows, side_batch([prompts[row] for row in rows], own, tower, filler).to(ranks.device)
 
 
 class Encoder:
@@ -80,10 +92,9 @@ class Encoder:
         """Chunks of like length, results in the order asked for."""
         result: Float32 | None = None
         self.ranks.at(f"encoding {side}s")
-        for mine, chunk in self.ranks.in_step(by_length(prompts, self.batch_size)):
-            chunk_vectors = {name: array[chunk] for name, array in vectors.items()}
-            batch = side_batch([prompts[at] for at in chunk], chunk_vectors, tower, self.prompts.tokenizer.filler)
-            encoded_BZ = self.model({side: batch.to(self.ranks.device)})[side].vectors_BZ.float().cpu().numpy()
+        filler = self.prompts.tokenizer.filler
+        for mine, chunk, batch in side_batches(prompts, vectors, tower, filler, self.batch_size, self.ranks):
+            encoded_BZ = self.model({side: batch})[side].vectors_BZ.float().cpu().numpy()
             if result is None:
                 result = np.zeros((len(prompts), encoded_BZ.shape[1]), np.float32)
             if mine:

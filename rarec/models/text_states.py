@@ -18,6 +18,12 @@ Schedule = Callable[[list[list[int]]], Iterator[tuple[bool, list[int]]]]
 """Of passes, each a list of prompts."""
 
 
+def text_batch(prompts: Sequence[Encoded], filler: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (B, T) of prompts without slots."""
+    laid = lay_out(prompts, {}, filler)
+    return torch.from_numpy(laid.ids_BT).to(device), torch.from_numpy(laid.mask_BT).to(device)
+
+
 def text_states(
     backbone: FrozenBackbone,
     prompts: Sequence[Encoded],
@@ -51,8 +57,7 @@ def text_states(
     result = np.zeros((len(prompts), len(blocks), backbone.hidden_size), dtype)
     passes = [[once[at] for at in chunk] for chunk in by_length([prompts[row] for row in once], batch_size)]
     for mine, rows in schedule(passes):
-        laid = lay_out([prompts[row] for row in rows], {}, filler)
-        ids_BT, mask_BT = (torch.from_numpy(a).to(backbone.device) for a in (laid.ids_BT, laid.mask_BT))
+        ids_BT, mask_BT = text_batch([prompts[row] for row in rows], filler, backbone.device)
         states_LBD = backbone.text_states(ids_BT, mask_BT, blocks).float().cpu().numpy()
         if mine:
             with np.errstate(over="ignore"):

@@ -17,8 +17,8 @@ from rarec.models.alignment import AlignmentModule
 from rarec.models.build import build_model
 from rarec.models.initialise import initialise, typical_states
 from rarec.models.load import LoadedModel
+from rarec.models.text_states import text_batch
 from rarec.models.towers import RaRec
-from rarec.prompts import lay_out
 from rarec.stages.context import Context
 from rarec.stages.start import MOST_USERS, PASSED, Floats, Start, gather
 from rarec.stages.whiten import whiten
@@ -79,6 +79,5 @@ def _typical(context: Context, model: RaRec, start: Start) -> torch.Tensor | Non
     if not model.backbone.sink or not blocks:
         return None
     prompts = [context.prompts.item(int(row)) for row in start.passed_N[:TYPICAL]]
-    laid = lay_out(prompts, {}, context.prompts.tokenizer.filler)
-    ids_BT, mask_BT = (torch.from_numpy(a).to(model.backbone.device) for a in (laid.ids_BT, laid.mask_BT))
+    ids_BT, mask_BT = text_batch(prompts, context.prompts.tokenizer.filler, model.backbone.device)
     return typical_states(model.backbone, ids_BT, mask_BT, blocks)
