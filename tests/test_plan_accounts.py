@@ -170,8 +170,8 @@ def test_every_architecture_and_attention_is_traced(tmp_path, kind, attention):
 def test_no_gradient_reaches_the_language_model_of_an_arm_without_slots(llama):
     made = calculator(llama)
     arm = made.arm("text_only", False)
-    assert (arm.first_block, arm.steps) == (None, True)
-    assert not calculator(llama, readout={"head": False}).arm("text_only", False).steps
+    assert (arm.first_block, made.steps("text_only")) == (None, None)  # as many as there are samples
+    assert calculator(llama, readout={"head": False}).steps("text_only") == 0
     sent = traffic(arm, "3", 2, 1, made.step("text_only", made.setting(replace(GPU, gpus=2), "3")), False)
     trunk = sum(weight.bytes for weight in arm.frozen if weight.in_trunk)
     assert sent.weights == trunk  # both towers, forward alone, and half of it is away

@@ -4,6 +4,7 @@ A section bears the name of the stage that reads it. [P], [N] and "ours" say whe
 the paper's abstract, a reader's notes on the full paper, or this project (METHOD.md).
 """
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -84,6 +85,7 @@ class Train(Section):
     this changes what is trained, and more ranks do not."""
     epochs: Positive = 2
     max_steps: Positive | None = None
+    """Fewer than the epochs have."""
     lr: Rate = 2e-3
     """For heads and scale."""
     lr_slots: Rate = 5e-3
@@ -107,6 +109,10 @@ class Train(Section):
     trackers: list[str] = Field(default=["tensorboard"])
     """Accelerate's trackers, by name."""
     stream: Stream = Stream()
+
+    def steps(self, every: int, trained: Collection[str]) -> int:
+        """How many are taken of all in the epochs: none where a scale alone trains, which changes no ranking."""
+        return min(every, self.max_steps or every) if set(trained) - {"log_scale"} else 0
 
 
 class Evaluate(Section):

@@ -81,14 +81,14 @@ class SourceAlignment(nn.Module):
     @property
     def roles(self) -> tuple[str, ...]:
         """What its slots are: `instructions`, `vectors`, or both."""
-        has = {"instructions": self.instructions_LMD is not None, "vectors": self.projections}
+        has = {INSTRUCTIONS: self.instructions_LMD is not None, VECTORS: self.projections}
         return tuple(role for role in ROLES if has[role])
 
     def of_role(self, role: str, vectors_BKE: Tensor) -> Tensor:
         """Which slots are of that role, (B, M + K); of `vectors`, those whose vector is there."""
         told = self.shape.vectors if self.projections else 0
-        are_BS = vectors_BKE.new_full((len(vectors_BKE), self.count), role == "instructions", dtype=torch.bool)
-        are_BS[:, self.count - told :] = (vectors_BKE != 0).any(-1) if role == "vectors" else False
+        are_BS = vectors_BKE.new_full((len(vectors_BKE), self.count), role == INSTRUCTIONS, dtype=torch.bool)
+        are_BS[:, self.count - told :] = (vectors_BKE != 0).any(-1) if role == VECTORS else False
         return are_BS
 
     def forward(self, vectors_BKE: Tensor) -> tuple[Tensor, Tensor | None]:

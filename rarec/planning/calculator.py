@@ -147,12 +147,10 @@ class Calculator:
 
     def steps(self, arm: str) -> int | None:
         """How many steps an arm takes; None where samples are not known."""
-        if not self.arm(arm, self.config.llm.gradient_checkpointing).steps:
-            return 0
+        trained = [weight.name for weight in self.arm(arm, self.config.llm.gradient_checkpointing).trained]
         if self.batches.count is None:
-            return None
-        every = self.batches.count * self.config.train.epochs
-        return min(every, self.config.train.max_steps or every)
+            return None if self.config.train.steps(1, trained) else 0
+        return self.config.train.steps(self.batches.count * self.config.train.epochs, trained)
 
     def arm(self, arm: str, checkpointing: bool) -> ArmShapes:
         """An arm's model."""

@@ -85,11 +85,6 @@ class ArmShapes:
         return sum(weight.count for weight in self.weights if weight.block is not None)
 
     @property
-    def steps(self) -> bool:
-        """Whether training takes any: none where a scale alone trains."""
-        return any(weight.name != "log_scale" for weight in self.trained)
-
-    @property
     def first_block(self) -> int | None:
         """The first block through which gradients flow; None where they end before the language model."""
         if any(weight.block is not None for weight in self.trained):

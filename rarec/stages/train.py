@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from rarec.artefacts import check_files, write_manifest
 from rarec.config import ARMS, Arm
 from rarec.config.identity import arm_settings
-from rarec.config.schema import Train
 from rarec.data.shards.index import INDEX
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import Stopped
@@ -143,14 +142,8 @@ def _trainer(
         validation(context, model),
         checkpoints,
         ranks,
-        _steps(config.train, stream, model),
+        config.train.steps(stream.plan.total(config.train.epochs), trained_parameters(model)),
     )
-
-
-def _steps(config: Train, stream: SampleStream, model: RaRec) -> int:
-    """How many there are to take; none where a scale alone trains, which changes no ranking."""
-    every = stream.plan.total(config.epochs)
-    return 0 if set(trained_parameters(model)) <= {"log_scale"} else min(every, config.max_steps or every)
 
 
 def validation(context: Context, model: RaRec) -> Callable[[], dict[str, float]]:

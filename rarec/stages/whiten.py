@@ -17,7 +17,7 @@ Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 def whiten(context: Context, model: RaRec, start: Start) -> None:
     """Every part of both readouts, by users and items passed through the arm; each rank has its share of them."""
-    found = {f"{side}.{part}": of for side in SIDES for part, of in _passed(context, model, side, start).items()}
+    found = {f"{side}.{part}": of for side in SIDES for part, of in pass_through(context, model, side, start).items()}
     for moments in found.values():
         context.ranks.merged(moments.sums)
     directions_ZD = directions(found, model.backbone.hidden_size, context.config.readout.size)
@@ -32,7 +32,7 @@ def whiten(context: Context, model: RaRec, start: Start) -> None:
             cast(Whitening, whitening).fit(found[f"{side}.{part}"], directions_ZD)
 
 
-def _passed(context: Context, model: RaRec, side: str, start: Start) -> dict[str, Moments]:
+def pass_through(context: Context, model: RaRec, side: str, start: Start) -> dict[str, Moments]:
     """Of each part of a side's readout, as this rank has seen it."""
     tower: Tower = getattr(model, side).to(context.ranks.device)
     found = {part: Moments(model.backbone.hidden_size) for part in tower.readout.white}
