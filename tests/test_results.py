@@ -483,10 +483,13 @@ def test_the_tool_makes_its_section_anew_and_keeps_the_others(path, monkeypatch)
     made = Path("RESULTS.md").read_text()
     assert made.startswith("# Results\n")
     assert "Made by `python tools/make_results.py sweep.yaml`" in made
-    theirs = "\n<!-- sweep: other -->\n\n## Other\n\nFrom elsewhere.\n"
+    theirs = "\n<!-- sweep: other -->\n\n## Others, by hand\n\nFrom elsewhere.\n"
     head, own = made.split("\n<!-- sweep: sweep -->\n")
     Path("RESULTS.md").write_text("old head\n" + theirs + "\n<!-- sweep: sweep -->\n\nold\n")
     main()
+    contents = "- [sweep](#sweep)\n"
+    assert head.endswith("\n\n" + contents)
+    head = head.removesuffix(contents) + "- [Others, by hand](#others-by-hand)\n" + contents
     assert Path("RESULTS.md").read_text() == head + theirs + "\n<!-- sweep: sweep -->\n" + own
 
 

@@ -16,7 +16,7 @@ import argparse
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ TITLES = {
     "missing": "Missing",
     "making": "How it was made",
 }
+_HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _SECTION = re.compile(r"^<!-- sweep: (.+) -->$", re.MULTILINE)
 _MARKER = re.compile(r"<!-- results: ([\w-]+)(?:(?<=against) \S+)? -->")
 _BASE = re.compile(r"<!-- results: against (\S+) -->")
@@ -73,7 +74,15 @@ def results(sweeps: Sequence[Path], place: Path, before: str = "") -> str:
     for path in sweeps:
         how = f"Made by `python tools/make_results.py {shlex.quote(str(path))}`."
         sections[path.stem] = f"{section(load_sweep(path), place / path.stem)}\n{how}\n"
-    return HEAD + "".join(f"\n<!-- sweep: {name} -->\n\n{text.strip()}\n" for name, text in sections.items())
+    parts = (f"\n<!-- sweep: {name} -->\n\n{text.strip()}\n" for name, text in sections.items())
+    return HEAD + "\n" + "".join(_contents(sections.values())) + "".join(parts)
+
+
+def _contents(sections: Iterable[str]) -> Iterator[str]:
+    """A link to each section, as GitHub names its heading."""
+    for title in (match[1] for text in sections if (match := _HEADING.search(text))):
+        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        yield f"- [{title}](#{anchor})\n"
 
 
 def section(sweep: Sweep, place: Path) -> str:
