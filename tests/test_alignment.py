@@ -211,6 +211,18 @@ def test_slots_are_in_the_units_of_each_block():
     assert (typical_D <= made[0].unit_L[0]).sum() == HIDDEN // 2
 
 
+def test_another_unit_in_the_last_block_changes_no_slot():
+    source, vectors_NE = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=1, projections=True), torch.eye(5)
+    initialise(source, vectors_NE, states_from(vectors_NE), penalty=1.0, generator=seeded())
+    slots_LBKD, weight_LDE = source(vectors_NE[:, None])[0].detach(), source.weight_LDE.detach().clone()
+    first, last = source.unit_L.tolist()
+    with torch.no_grad():
+        source.measure_last(torch.tensor(last / 8))
+    assert source.unit_L.tolist() == [first, pytest.approx(last / 8)]
+    torch.testing.assert_close(source.weight_LDE, weight_LDE * torch.tensor([1.0, 8])[:, None, None])
+    torch.testing.assert_close(source(vectors_NE[:, None])[0], slots_LBKD)
+
+
 def test_states_that_are_all_the_same_have_a_unit_all_the_same():
     source = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=1, projections=True)
     vectors_NE = torch.randn(9, 5, generator=seeded(2))

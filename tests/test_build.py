@@ -194,19 +194,37 @@ def test_vectors_that_enter_at_the_readout_alone_do_not_go_through_the_model(sav
 @pytest.mark.parametrize("reads_slots", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_the_text_is_pooled_and_slots_are_added_where_wanted(saved, kind, reads_slots):
-    """Items have slots c c p of `id`, then c c p of `image`: the mean of both p is added, to an encoder c too."""
+    """Items have slots c c p of `id`, then c c p of `image`: the mean of both p is added, to an encoder c too.
+
+    Of an encoder what the last block makes of them; a decoder's have a map of their own, behind the last block.
+    """
     world = World(saved[kind], "per_layer", readout={"normalise": False, "slots": reads_slots})
     _, batch = world.batches()
     encoding = world.model({"item": batch})["item"]
     slots_LBKD = encoding.slots_LBKD
-    hidden_BTD = world.model.backbone(batch.ids_BT, batch.mask_BT, Slots(slots_LBKD, batch.positions_BK, (0, 1, 2)))
+    hidden_BTD = world.model.backbone(batch.ids_BT, batch.mask_BT, Slots(slots_LBKD[:3], batch.positions_BK, (0, 1, 2)))
     for row in range(BATCH):
         text = [t for t in range(int(batch.mask_BT[row].sum())) if t not in batch.positions_BK[row].tolist()]
         pooled = hidden_BTD[row, text if kind == "bert" else text[1:]].mean(0)
-        slots_SD = hidden_BTD[row, batch.positions_BK[row]]
+        behind = kind == "llama" and reads_slots
+        assert len(slots_LBKD) == (4 if behind else 3)
+        slots_SD = slots_LBKD[3, row] if behind else hidden_BTD[row, batch.positions_BK[row]]
         instructed = slots_SD[[0, 1, 3, 4]].mean(0) * (kind == "bert")
         pooled = pooled + (instructed + slots_SD[[2, 5]].mean(0)) * reads_slots
         torch.testing.assert_close(encoding.vectors_BZ[row], pooled, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arm", ["input", "per_layer"])
+def test_what_a_decoder_reads_of_its_vectors_is_the_same_wherever_they_are_injected(saved, arm):
+    """What an arm injects it does by its other maps, and the text alone can tell."""
+    world = World(saved["llama"], arm, readout={"normalise": False})
+    assert world.model.item.alignment_blocks == world.model.item.alignment.blocks[:-1]
+    batch, source = world.batches()[1], world.model.item.alignment.sources["id"]
+    before_BZ = world.model({"item": batch})["item"].vectors_BZ
+    source.bias_LD.data[-1] += 1 / source.unit_L[-1]
+    torch.testing.assert_close(world.model({"item": batch})["item"].vectors_BZ, before_BZ + 0.5)  # of two sources
+    source.bias_LD.data[0] += 1
+    assert (world.model({"item": batch})["item"].vectors_BZ - before_BZ - 0.5).abs().max() > 1e-3
 
 
 def test_slots_in_place_of_a_missing_vector_are_not_read(saved):

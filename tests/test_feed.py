@@ -332,3 +332,5 @@ def test_an_arm_starts_with_every_part_white(finished, tmp_path, kind):
             torch.testing.assert_close(readout.white[part].center_D.double(), passed[part].mean_D, atol=1e-4, rtol=1e-4)
             white_ZZ = stretch_ZZ @ passed[part].covariance_DD @ stretch_ZZ
             assert 0.3 < white_ZZ.trace() < 1.1  # of few: unseen ones are longer
+        unit = getattr(model, side).alignment.sources["id"].unit_L[-1]
+        assert bool(unit == readout.white["vectors"].unit) == (kind == "decoder")

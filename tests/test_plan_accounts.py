@@ -40,9 +40,10 @@ def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
     block = 2 * D * D + 2 * D * (D // 2) + 3 * D * F + 2 * D  # q and o, k and v of half the heads, feed-forward, norms
     assert sum(weight.bytes for weight in arm.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
     assert arm.in_blocks == BLOCKS * block
-    side = BLOCKS * (M * D + D * E + D) + E + 2 * D * D + D  # what stands for a missing vector; heads, one with a bias
+    maps = BLOCKS + 1  # one behind the last block, which is read
+    side = maps * (M * D + D * E + D) + E + 2 * D * D + D  # what stands for a missing vector; heads, one with a bias
     assert sum(weight.count for weight in arm.trained) == 2 * side + 1
-    fixed = 2 * E + BLOCKS + 2 * (D + D * D)  # vectors' mean and spread; units of blocks; means and whitening of states
+    fixed = 2 * E + maps + 2 * (D + D * D)  # vectors' mean and spread; units of maps; means and whitening of states
     assert arm.fixed == 4 * 2 * fixed
     assert arm.saved == {"alignment": 4 * (2 * side + 1 + 2 * fixed), "lora": 0}
     assert account(arm, "3", 2, Peaks(0, 0, False)).fixed == arm.fixed  # engines do not shard it
@@ -50,7 +51,7 @@ def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
 
 def test_of_a_wide_model_the_directions_are_held_once_a_side(llama):
     narrow = calculator(llama, readout={"size": 8}).arm("per_layer", False)
-    fixed = 2 * E + BLOCKS + 8 * D + 2 * (D + 8 * 8)
+    fixed = 2 * E + BLOCKS + 1 + 8 * D + 2 * (D + 8 * 8)
     assert narrow.fixed == 4 * 2 * fixed
 
 

@@ -61,6 +61,14 @@ def test_white_states_have_mean_zero_and_mean_square_length_one_whatever_the_sca
         assert white_NZ.square().sum(1).mean() == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.parametrize("size", [4, 2])
+def test_a_random_step_of_one_unit_is_white_of_length_one(size):
+    """However unlike the directions are."""
+    (whiten,) = fitted(size, states(4000, 30, 3, 2, 0.5))
+    steps_ND = whiten.func.center_D + whiten.func.unit * states(20_000, 1, 1, 1, 1, center=0.0)
+    assert whiten(steps_ND).square().sum(1).mean() == pytest.approx(1, abs=0.05)
+
+
 def test_no_direction_stands_out_and_a_faint_one_stays_faint():
     states_ND = states(4000, 30, 3, 2, 1e-3)
     spread_Z = fitted(4, states_ND)[0](states_ND).std(0)
@@ -97,6 +105,11 @@ def test_where_all_are_one_or_none_nothing_is_read(size, same_ND):
     assert other(states(5, *[3.0] * 8, seed=1)).abs().min() > 0
     (alone,) = fitted(size, same_ND)
     assert alone(states(5, *[3.0] * 8)).abs().max() == 0
+
+
+def test_what_is_read_as_zero_has_no_unit():
+    (whiten,) = fitted(2, torch.ones(9, 2))
+    assert whiten.func.unit is None
 
 
 def test_the_parts_of_several_ranks_add_up():

@@ -93,8 +93,8 @@ class Readout(Section):
     """A learned linear map of each part that is read, on each side, before they are added and normalised; starts at the
     identity."""
     slots: bool = True
-    """Add what the last block makes of the slots: the mean of those that hold vectors, and in an encoder that of the
-    instructions, which see nothing in a decoder."""
+    """Add what the last block makes of the slots: the mean of those that hold vectors, and that of the instructions. In
+    a decoder, where they see nothing, what one more map makes of the vectors."""
 
 
 class Loss(Section):

@@ -64,11 +64,11 @@ def diagnose(
             continue
         ranks.at(f"diagnosing {sample.side}s")
         found["n"][sample.side] = len(sample)
-        states = text_pass(passes, sample, tower.alignment.blocks)
+        states = text_pass(passes, sample, tower.alignment_blocks)
         tokens = slot_pass(passes, sample, tower, tower.alignment)
-        found["blocks"] += _block_rows(sample, tokens, states, tower.alignment.blocks)
+        found["blocks"] += _block_rows(sample, tokens, states, tower.alignment_blocks)
         found["attention"] += _attention_rows(passes, sample, tower)
-        if tower.alignment.blocks[0] == 0:
+        if tower.alignment_blocks[0] == 0:
             found["words"] += _word_rows(model, tokenizer, sample, tokens)
     return found
 

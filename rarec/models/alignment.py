@@ -70,6 +70,14 @@ class SourceAlignment(nn.Module):
         self.center_E.copy_(vectors_NE.mean(0))
         self.scale_E.copy_(torch.where(spread_E > 1e-6, spread_E, 1.0))
 
+    def measure_last(self, unit: Tensor) -> None:
+        """Have another unit in the last block; its slots stay as they are."""
+        factor = self.unit_L[-1] / unit
+        instructions = [self.instructions_LMD] if self.instructions_LMD is not None else []
+        for of_blocks in (self.weight_LDE, self.bias_LD, *instructions):
+            of_blocks[-1] *= factor
+        self.unit_L[-1] = unit
+
     def project(self, vectors_BKE: Tensor) -> Tensor:
         """P = W e + b in every block, as (L, B, K, D)."""
         there_BK1 = (vectors_BKE != 0).any(-1, keepdim=True)

@@ -48,18 +48,22 @@ def build_model(
         shapes: of every source.
         named: the sources that each side's template names.
     """
-    backbone, blocks = loaded.backbone, aligned_blocks(config, arm, len(loaded.backbone.blocks))
+    backbone = loaded.backbone
+    count, beside = len(backbone.blocks), arm.blocks == "readout"
+    blocks = aligned_blocks(config, arm, count)
+    # a decoder's slots, which stand first, see nothing of the text: there is nothing to read in their last states
+    through = not (beside or (backbone.sink and arm.projections and config.readout.slots))
 
     def tower(side: str) -> Tower:
-        chosen = {name: shapes[name].side(side) for name in named[side]} if blocks else {}
+        chosen = {name: shapes[name].side(side) for name in named[side]} if blocks or not through else {}
         m = config.alignment.instructions if arm.instructions else 0
         useful = bool(chosen) and (m > 0 or arm.projections)
-        alignment = AlignmentModule(chosen, blocks, backbone.hidden_size, m, arm.projections) if useful else None
-        injects = arm.blocks != "readout"
-        reads = alignment.roles if alignment is not None and (config.readout.slots or not injects) else ()
-        if backbone.sink:  # a decoder's instructions see nothing of their user or item: their last states are one
+        mapped = blocks if through else (*blocks, count)
+        alignment = AlignmentModule(chosen, mapped, backbone.hidden_size, m, arm.projections) if useful else None
+        reads = alignment.roles if alignment is not None and (config.readout.slots or beside) else ()
+        if backbone.sink:
             reads = tuple(role for role in reads if role != INSTRUCTIONS)
-        return Tower(alignment, Readout(backbone.hidden_size, config.readout, reads), injects)
+        return Tower(alignment, Readout(backbone.hidden_size, config.readout, reads), through)
 
     user, item = tower("user"), tower("item")
     plain = not config.readout.normalise
@@ -80,17 +84,15 @@ def whole_size(parameter: nn.Parameter) -> int:
 
 
 def aligned_blocks(config: RunConfig, arm: Arm, count: int) -> tuple[int, ...]:
-    """The blocks whose slots an arm overwrites, of a model with so many; the one behind the last is the readout.
+    """The blocks whose slots an arm overwrites, of a model with so many.
 
     Raises:
         UserError: `train.blocks` names one that the model lacks.
     """
-    if arm.blocks == "none":
+    if arm.blocks in ("none", "readout"):
         return ()
     if arm.blocks == "input":
         return (0,)
-    if arm.blocks == "readout":
-        return (count,)
     chosen = tuple(sorted(set(config.train.blocks))) if config.train.blocks is not None else tuple(range(count))
     if chosen and chosen[-1] >= count:
         raise UserError(f"train.blocks: the model has blocks 0 to {count - 1}, not {chosen[-1]}")

@@ -128,23 +128,24 @@ class Tower(nn.Module):
     Args:
         alignment: None for text only.
         readout: of text and slots.
-        injects: whether the slots go through the model. If not, they are read out as the alignment makes them, and the
-            prompt has no place for them.
+        through: whether slots are read as the last block leaves them. If not, the alignment's last map lies behind all
+            blocks, and what it makes is read as it is.
     """
 
-    def __init__(self, alignment: AlignmentModule | None, readout: Readout, injects: bool = True) -> None:
+    def __init__(self, alignment: AlignmentModule | None, readout: Readout, through: bool = True) -> None:
         super().__init__()
-        self.alignment, self.readout, self.injects = alignment, readout, injects
+        self.alignment, self.readout, self.through = alignment, readout, through
 
     @property
     def slots(self) -> dict[str, int]:
         """How many slots each source takes in the prompt."""
-        return self.alignment.slots if self.alignment is not None and self.injects else {}
+        return self.alignment.slots if self.alignment is not None and self.alignment_blocks else {}
 
     @property
     def alignment_blocks(self) -> tuple[int, ...]:
         """The blocks that get slots."""
-        return self.alignment.blocks if self.alignment is not None and self.injects else ()
+        blocks = self.alignment.blocks if self.alignment is not None else ()
+        return blocks if self.through else blocks[:-1]
 
     def forward(self, backbone: FrozenBackbone, batch: SideBatch) -> Encoding:
         """Slots from the sources' vectors, one pass of the frozen model, readout of text and slots."""
@@ -153,10 +154,11 @@ class Tower(nn.Module):
             text_BT = backbone.read(batch.mask_BT)
             return Encoding(self.readout(hidden_BTD, text_BT, hidden_BTD[:, :0], {}), None, {})
         slots_LBKD, projected = self.alignment(batch.vectors)
-        slots = Slots(slots_LBKD, batch.positions_BK, self.alignment.blocks) if self.injects else None
+        blocks = self.alignment_blocks
+        slots = Slots(slots_LBKD[: len(blocks)], batch.positions_BK, blocks) if blocks else None
         hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
         text_BT = backbone.read(batch.mask_BT).scatter(1, batch.positions_BK, 0)
-        last_BKD = _at(hidden_BTD, batch.positions_BK) if self.injects else slots_LBKD[-1]
+        last_BKD = _at(hidden_BTD, batch.positions_BK) if self.through else slots_LBKD[-1]
         vectors_BZ = self.readout(hidden_BTD, text_BT, last_BKD, self.alignment.by_role(batch.vectors))
         return Encoding(vectors_BZ, slots_LBKD, projected)
 

@@ -45,6 +45,15 @@ class Whitening(nn.Module):
         moved_BD = states_BD - self.center_D
         return (moved_BD if directions_ZD is None else moved_BD @ directions_ZD.T) @ self.stretch_ZZ
 
+    @property
+    def unit(self) -> Tensor | None:
+        """Of states: a random step of this length in each dimension is, whitened, one of length 1 in the mean square.
+
+        None of what is read as zero.
+        """
+        length = self.stretch_ZZ.norm()
+        return 1 / length if length > 0 else None
+
     def fit(self, moments: "Moments", directions_ZD: Tensor) -> None:
         """Take the mean and the covariance of these states.
 

@@ -74,10 +74,14 @@ def _align(context: Context, model: RaRec, start: Start, item_states_NLD: Floats
 
 
 def _typical(context: Context, model: RaRec, start: Start) -> torch.Tensor | None:
-    """Where the slots of a decoder start, of both sides; None in encoders, and where no slots enter the model."""
+    """Where the slots of a decoder start, of both sides; None in encoders, and where no slots enter the model.
+
+    A map behind all blocks starts where that of the last one does.
+    """
     blocks = model.user.alignment_blocks or model.item.alignment_blocks
     if not model.backbone.sink or not blocks:
         return None
     prompts = [context.prompts.item(int(row)) for row in start.passed_N[:TYPICAL]]
     ids_BT, mask_BT = text_batch(prompts, context.prompts.tokenizer.filler, model.backbone.device)
-    return typical_states(model.backbone, ids_BT, mask_BT, blocks)
+    states_LD = typical_states(model.backbone, ids_BT, mask_BT, blocks)
+    return states_LD if model.user.through else torch.cat([states_LD, states_LD[-1:]])

@@ -1,12 +1,14 @@
 """What whitens the readout of an arm before its first step: passes of users and items through the arm as it then is."""
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 
+from rarec.models.alignment import VECTORS
 from rarec.models.build import SIDES
 from rarec.models.encode import side_batches
-from rarec.models.towers import RaRec, Readout, Tower
+from rarec.models.towers import RaRec, Tower
 from rarec.models.whitening import Moments, Whitening, directions
 from rarec.stages.context import Context
 from rarec.stages.start import Start
@@ -25,11 +27,27 @@ def whiten(context: Context, model: RaRec, start: Start) -> None:
         directions_ZD.zero_()
     context.ranks.merged(directions_ZD.numpy())
     for side in SIDES:
-        readout: Readout = getattr(model, side).readout
+        tower: Tower = getattr(model, side)
+        readout = tower.readout
         if readout.directions_ZD is not None:
             readout.directions_ZD.copy_(directions_ZD)
         for part, whitening in readout.white.items():
             cast(Whitening, whitening).fit(found[f"{side}.{part}"], directions_ZD)
+        if not tower.through:
+            _measure(tower)
+
+
+def _measure(tower: Tower) -> None:
+    """Slots that are read as the alignment makes them get the unit of what whitens them.
+
+    Directions in which they hardly vary are stretched so far that by a step of the common length they would lose
+    what they start with.
+    """
+    white = cast(Mapping[str, Whitening], tower.readout.white)
+    unit = white[VECTORS].unit if VECTORS in white else None
+    if tower.alignment is not None and unit is not None:
+        for _, source in tower.alignment.named_sources():
+            source.measure_last(unit)
 
 
 def pass_through(context: Context, model: RaRec, side: str, start: Start) -> dict[str, Moments]:
