@@ -217,7 +217,7 @@ def test_another_unit_in_the_last_block_changes_no_slot():
     slots_LBKD, weight_LDE = source(vectors_NE[:, None])[0].detach(), source.weight_LDE.detach().clone()
     first, last = source.unit_L.tolist()
     with torch.no_grad():
-        source.measure_last(torch.tensor(last / 8))
+        source.rescale_last(torch.tensor(last / 8))
     assert source.unit_L.tolist() == [first, pytest.approx(last / 8)]
     torch.testing.assert_close(source.weight_LDE, weight_LDE * torch.tensor([1.0, 8])[:, None, None])
     torch.testing.assert_close(source(vectors_NE[:, None])[0], slots_LBKD)

@@ -215,8 +215,8 @@ def test_the_text_is_pooled_and_slots_are_added_where_wanted(saved, kind, reads_
 
 
 @pytest.mark.parametrize("arm", ["input", "per_layer"])
-def test_what_a_decoder_reads_of_its_vectors_is_the_same_wherever_they_are_injected(saved, arm):
-    """What an arm injects it does by its other maps, and the text alone can tell."""
+def test_a_decoder_has_a_map_for_what_is_read_beside_those_of_the_blocks(saved, arm):
+    """It moves the scored vector by just what it makes; the others move it through the text."""
     world = World(saved["llama"], arm, readout={"normalise": False})
     assert world.model.item.alignment_blocks == world.model.item.alignment.blocks[:-1]
     batch, source = world.batches()[1], world.model.item.alignment.sources["id"]

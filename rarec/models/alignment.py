@@ -31,7 +31,8 @@ class SourceAlignment(nn.Module):
     The vectors are standardised first (a fixed affine map, which W and b could as well absorb), so that one learning
     rate fits all. A zero vector says that there is none, as of a new item: a learned one takes its place (ours), which
     starts at the mean of all. W, b and c are in units of each block, how far its states stray (ours), for the same
-    reason: in some models states are a hundred times as long as in others, and in deep blocks as in early ones.
+    reason: in some models states are a hundred times as long as in others, and in deep blocks as in early ones. A map
+    behind the last block is in that of what whitens it.
 
     Args:
         blocks: L.
@@ -70,8 +71,8 @@ class SourceAlignment(nn.Module):
         self.center_E.copy_(vectors_NE.mean(0))
         self.scale_E.copy_(torch.where(spread_E > 1e-6, spread_E, 1.0))
 
-    def measure_last(self, unit: Tensor) -> None:
-        """Have another unit in the last block; its slots stay as they are."""
+    def rescale_last(self, unit: Tensor) -> None:
+        """Have another unit in the last of the blocks; its slots stay as they are."""
         factor = self.unit_L[-1] / unit
         instructions = [self.instructions_LMD] if self.instructions_LMD is not None else []
         for of_blocks in (self.weight_LDE, self.bias_LD, *instructions):
@@ -117,7 +118,7 @@ class AlignmentModule(nn.Module):
 
     Args:
         shapes: for each source that the side's template names, its K and E.
-        blocks: indices of the blocks that get slots.
+        blocks: indices of the blocks that get slots; of a map behind all blocks, how many these are.
         hidden: D.
         instructions: contextual instructions of each source in each block.
         projections: False leaves the instructions alone.

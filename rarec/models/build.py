@@ -51,7 +51,7 @@ def build_model(
     backbone = loaded.backbone
     count, beside = len(backbone.blocks), arm.blocks == "readout"
     blocks = aligned_blocks(config, arm, count)
-    # a decoder's slots, which stand first, see nothing of the text: there is nothing to read in their last states
+    # in our prompts a decoder's slots stand first and see nothing: their last states could tell nothing but the vector
     through = not (beside or (backbone.sink and arm.projections and config.readout.slots))
 
     def tower(side: str) -> Tower:
@@ -61,7 +61,7 @@ def build_model(
         mapped = blocks if through else (*blocks, count)
         alignment = AlignmentModule(chosen, mapped, backbone.hidden_size, m, arm.projections) if useful else None
         reads = alignment.roles if alignment is not None and (config.readout.slots or beside) else ()
-        if backbone.sink:
+        if backbone.sink:  # of its instructions they tell nothing at all
             reads = tuple(role for role in reads if role != INSTRUCTIONS)
         return Tower(alignment, Readout(backbone.hidden_size, config.readout, reads), through)
 

@@ -173,10 +173,11 @@ def _prompts(calculator: Calculator, arm: str, setting: Setting) -> str:
 def _inside(calculator: Calculator, arm: str, setting: Setting) -> str:
     """What of the activations does not belong to the language model."""
     shape, model = calculator.shape(arm, setting), calculator.arm(arm, setting.checkpointing).model
-    width, slots = model.backbone.hidden_size, calculator.slots(arm)
-    blocks = {"user": len(model.user.alignment_blocks), "item": len(model.item.alignment_blocks)}
+    width = model.backbone.hidden_size
+    alignments = [tower.alignment for tower in (model.user, model.item) if tower.alignment is not None]
+    slots = sum(len(alignment.blocks) * sum(alignment.slots.values()) for alignment in alignments)
     sizes = {
-        "slots": 4 * width * shape.rows * sum(blocks[side] * slots[side] for side in slots),
+        "slots": 4 * width * shape.rows * slots,
         "text-only states": 2 * 4 * width * len(shape.state_blocks) * (shape.rows + shape.total * (shape.ranks > 1)),
         "scores": 4 * shape.rows * shape.total,
     }

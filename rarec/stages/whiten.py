@@ -34,10 +34,10 @@ def whiten(context: Context, model: RaRec, start: Start) -> None:
         for part, whitening in readout.white.items():
             cast(Whitening, whitening).fit(found[f"{side}.{part}"], directions_ZD)
         if not tower.through:
-            _measure(tower)
+            _rescale(tower)
 
 
-def _measure(tower: Tower) -> None:
+def _rescale(tower: Tower) -> None:
     """Slots that are read as the alignment makes them get the unit of what whitens them.
 
     Directions in which they hardly vary are stretched so far that by a step of the common length they would lose
@@ -47,7 +47,7 @@ def _measure(tower: Tower) -> None:
     unit = white[VECTORS].unit if VECTORS in white else None
     if tower.alignment is not None and unit is not None:
         for _, source in tower.alignment.named_sources():
-            source.measure_last(unit)
+            source.rescale_last(unit)
 
 
 def pass_through(context: Context, model: RaRec, side: str, start: Start) -> dict[str, Moments]:
