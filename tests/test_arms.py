@@ -146,5 +146,6 @@ def test_no_arm_is_compared_with_itself_or_twice_with_another(main):
     assert len({frozenset(pair) for pair in pairs}) == len(pairs)
     assert all(arm != other for arm, other in pairs)
     assert {(main, "id_only"), (f"{main}+id", "id_only"), (f"{main}+id", main)} <= set(pairs)
+    assert ("text_only+id", "id_only") in pairs
     either = {frozenset((name, "text_only+id")) for name in ("input+id", "per_layer+id")}
     assert either <= set(map(frozenset, pairs))

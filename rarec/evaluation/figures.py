@@ -46,7 +46,7 @@ def comparison_rows(
 def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
     """What is compared, each pair once: the main arm with all others, its fusions with rivals, probes with it.
 
-    And every fusion with that of the text alone.
+    And every fusion with that of the text alone; what the text gains by itself, over the ID model and by instructions.
     """
     names = list(arms)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
@@ -56,7 +56,8 @@ def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
     popular = [(f"{main}+id+popularity", f"{name}+popularity") for name in ("id_only", "text_only+id")]
     probes = [(name, main) for name in names if name.startswith(f"{main}/")]
     text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"]
+    gains = [("text_only+id", "id_only"), ("prefix_only", "text_only")]
     once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in plain + rival + fused + others + popular + probes + text:
+    for pair in plain + rival + fused + others + gains + popular + probes + text:
         once.setdefault(frozenset(pair), pair)
     return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
