@@ -141,11 +141,14 @@ def test_an_id_model_that_knows_no_popularity_gains_by_as_much_as_the_targets_fo
 
 @pytest.mark.parametrize("main", ["text_only", "input", "per_layer"])
 def test_no_arm_is_compared_with_itself_or_twice_with_another(main):
-    arms = ["id_only", *(name + part for name in ("text_only", "input", "per_layer") for part in ("", "+id"))]
+    arms = [
+        "id_only",
+        *(name + part for name in ("text_only", "prefix_only", "input", "per_layer") for part in ("", "+id")),
+    ]
     pairs = pairs_of_interest(arms, main)
     assert len({frozenset(pair) for pair in pairs}) == len(pairs)
     assert all(arm != other for arm, other in pairs)
     assert {(main, "id_only"), (f"{main}+id", "id_only"), (f"{main}+id", main)} <= set(pairs)
     assert ("text_only+id", "id_only") in pairs
     either = {frozenset((name, "text_only+id")) for name in ("input+id", "per_layer+id")}
-    assert either <= set(map(frozenset, pairs))
+    assert either | {frozenset(("prefix_only", "text_only"))} <= set(map(frozenset, pairs))
