@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from rarec.artefacts import MANIFEST
@@ -197,6 +198,14 @@ def test_a_second_sweep_makes_nothing_and_loads_nothing_heavy(swept):
     runs, started = load_sweep(path).runs, time.monotonic()
     assert [state_of(run, ["train", "evaluate"]) for run in runs] == [("done", "evaluate")] * 2
     assert time.monotonic() - started < 0.5
+
+
+def test_seeds_rank_the_same_users_of_a_subset(world):
+    path = write_sweep(world, {"few": {"evaluate.users": 9}}, seeds=[17, 18])
+    assert sweep(path).returncode == 0
+    files = [path.parent / "all" / "few" / f"seed-{seed}" / "evaluation" / "ranks.parquet" for seed in (17, 18)]
+    first, second = (set(pq.read_table(file).column("user").to_pylist()) for file in files)
+    assert (first, len(first)) == (second, 9)
 
 
 def test_the_list_tells_states_and_runs_nothing(swept, unswept):

@@ -120,7 +120,7 @@ class Evaluate(Section):
 
     cutoffs: Annotated[list[Positive], Field(min_length=1)] = Field(default=[1, 5, 10, 20, 50, 100])
     users: Positive | None = None
-    """A fixed random subset of the test users; all of them by default."""
+    """A fixed random subset of the test users, the same for every seed; all of them by default."""
     probes: bool = True
     """Rank again with shuffled histories, and with ID vectors permuted among items."""
     fusion: bool = True

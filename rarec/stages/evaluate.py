@@ -28,6 +28,9 @@ from rarec.stages.trained import arm_hash, best_model
 
 Ranks = dict[str, npt.NDArray[np.int64]]
 
+USERS_SEED = 17
+"""Draws `evaluate.users`, whatever `run.seed`: several seeds are averaged user by user."""
+
 
 class Bootstrap(TypedDict):
     """How intervals are drawn."""
@@ -82,7 +85,7 @@ class _Evaluation:
     def __init__(self, context: Context) -> None:
         self.context, config, dataset = context, context.config, context.dataset
         self.main, self.seed = config.export.arm, config.run.seed
-        self.targets = dataset.targets("test", config.evaluate.users, self.seed)
+        self.targets = dataset.targets("test", config.evaluate.users, USERS_SEED)
         self.test = Question.of(dataset, self.targets)
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
         self.validation = Question.of(dataset, validation)
