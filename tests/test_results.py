@@ -338,6 +338,43 @@ def test_a_page_of_its_own_has_the_tables_where_its_markers_stand(path):
         page(path)
 
 
+def test_figures_in_the_running_text_are_those_of_the_tables(path):
+    for run, ranks in zip(load_sweep(path).runs[:3], (RANKS[17], RANKS[18], RANKS[18]), strict=True):
+        finish(run, ranks)
+    Path("other.yaml").write_text(SWEEP.replace("dir: all", "dir: others"))
+    finish(load_sweep(Path("other.yaml")).runs[0], {**RANKS[17], "id_only": [200] * 4})
+    page(Path("other.yaml"))
+    cited = ["plain:id_only hr@10", "plain:id_only hr@10 mean", "plain:id_only - per_layer+id mrr"]
+    cited += ["other:plain:id_only - plain:id_only hr@100", "share/shards.share=0.5:id_only - plain:id_only hr@10 mean"]
+    Path("sweep.md").write_text("".join(f"- {{{{{one}}}}}, so.\n" for one in cited))
+    made = page(path)
+    found = [line.removeprefix("- ").removesuffix(", so.") for line in made.splitlines()[:40] if line.endswith(", so.")]
+    table = {tuple(row[:2]): row for row in rows_of(made, "Figures")}
+    assert found[0] == table["plain", "ID model"][2]
+    assert found[1] == ".6250"
+    assert found[2].startswith("\N{MINUS SIGN}66.8 (")  # 1.33 of 4 less than four firsts
+    assert found[3].startswith("\N{MINUS SIGN}75.0 (")  # seed 17 alone is in both
+    assert found[4] == "25.0"  # three quarters, and by that seed of the other a half
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("hr@10", "not a figure"),
+        ("plan:id_only hr@10", "there is no finished run `plan`"),
+        ("plain:id hr@10", "there is no arm `id`"),
+        ("plain:id_only - text_onyl+id hr@10", r"there is no arm `text_onyl\+id`"),
+        ("plain:id_only hr@11", "there is no metric `hr@11`"),
+        ("others:plain:id_only hr@10", r"others.yaml"),
+    ],
+)
+def test_a_figure_that_there_is_not_is_refused(path, asked, told):
+    finish(load_sweep(path).runs[0], RANKS[17])
+    Path("sweep.md").write_text(f"It is {{{{{asked}}}}}.")
+    with pytest.raises(UserError, match=told):
+        page(path)
+
+
 def test_runs_are_compared_with_the_one_called_base_over_the_users_that_both_ranked(path):
     Path("sweep.yaml").write_text(SWEEP.replace("plain: {}", "base: {}\n  plain: {}"))
     runs = {run.label: run for run in load_sweep(path).runs}

@@ -8,8 +8,8 @@ under `--kept` (see `results_kept.py`), where it is found when the run itself is
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
 for what is generated: `figures`, `differences`, `against` (the others beside the run called `base`), `strata` and
 `overlap` (of the first run), `curves`, `missing` or `making`. `<!-- results: against RUN -->` takes another run for the
-base. Blocks that the page does not place follow at its end. Entries with a grid over one field are drawn together,
-under `--kept` too.
+base. Blocks that the page does not place follow at its end. `{{RUN:ARM METRIC}}` stands for a figure (see
+`results_cited.py`). Entries with a grid over one field are drawn together, under `--kept` too.
 """
 
 import argparse
@@ -17,9 +17,11 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from results_cited import cited
 from results_curve import METRIC, draw
 from results_kept import Kept, changed, keep, kept
 from results_tables import Arms, against, differences, figures, making, missing, overlap, strata
@@ -32,8 +34,8 @@ from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
 
 HEAD = """# Results
 
-Tables of runs are made by a tool from the files of their sweeps, and none of their figures is typed; the text around
-them, and what it calls computed or tried, is by hand.
+Tables of runs, and the text's figures of their arms, are made by a tool from the files of their sweeps. By hand are
+words, figures of parts of the users or of trainings, and what the text calls computed, tried or of an earlier commit.
 
 The full catalogue is ranked; the user's earlier items are excluded, ties count against the model, choices are made on
 validation users. A figure is the mean over seeds and users, with the bootstrap 95% interval over users of each user's
@@ -93,26 +95,36 @@ def section(sweep: Sweep, place: Path) -> str:
     for run in sweep.runs:
         if left[run.label] is None:
             keep(run, place)
-    finished = [one for run in sweep.runs if (one := kept(run, place)) is not None]
-    if not finished:
+    arms = _arms(sweep, place)
+    if not arms:
         _refuse_older(sweep, place)
-    there = [one.run for one in finished]
-    named = _by_name(finished)
-    first = next(iter(named.values()), [])
     page = sweep.path.with_suffix(".md")
     text = page.read_text(encoding="utf-8") if page.exists() else f"## {sweep.path.stem}\n"
-    arms = {name: _arms(name, runs, sweep) for name, runs in named.items()}
-    blocks = {
+
+    @cache
+    def find(other: str) -> Mapping[str, Arms]:
+        return _arms(load_sweep(sweep.path.with_name(f"{other}.yaml")), place.with_name(other)) if other else arms
+
+    return placed(page, cited(page, text, find), _blocks(sweep, place, arms, left, _base(sweep, text)))
+
+
+def _blocks(
+    sweep: Sweep, place: Path, arms: Mapping[str, Arms], left: Mapping[str, str | None], base: str
+) -> dict[str, str]:
+    """What is generated, by its name in a page."""
+    finished = [one for run in arms.values() for one in run.finished.values()]
+    there = [one.run for one in finished]
+    first = [one for one in finished if one.run.name == finished[0].run.name]
+    return {
         "figures": figures(arms.values()),
         "differences": differences(list(arms.values())),
-        "against": against(arms, _base(sweep, text)),
+        "against": against(arms, base),
         "strata": strata(first),
         "overlap": overlap(first),
         "curves": "\n".join(_curves(sweep, arms, place)),
         "missing": missing([_lack(run, left[run.label], place) for run in sweep.runs if run not in there]),
         "making": making(sweep, finished),
     }
-    return placed(page, text, blocks)
 
 
 def _refuse_older(sweep: Sweep, place: Path) -> None:
@@ -157,14 +169,13 @@ def _lack(run: SweepRun, stage: str | None, place: Path) -> str:
     return f"`{run.label}` is not finished: {stage} is next{older}"
 
 
-def _by_name(finished: Sequence[Kept]) -> dict[str, list[Kept]]:
-    names = dict.fromkeys(one.run.name for one in finished)
-    return {name: [one for one in finished if one.run.name == name] for name in names}
-
-
-def _arms(name: str, finished: Sequence[Kept], sweep: Sweep) -> Arms:
-    """A run over its finished seeds."""
-    return Arms(name, {one.run.seed: one for one in finished}, sum(run.name == name for run in sweep.runs))
+def _arms(sweep: Sweep, place: Path) -> dict[str, Arms]:
+    """Its runs over their finished seeds, by name, from what is kept."""
+    seeds: dict[str, dict[int, Kept | None]] = {run.name: {} for run in sweep.runs}
+    for run in sweep.runs:
+        seeds[run.name][run.seed] = kept(run, place)
+    found = {name: {seed: one for seed, one in of.items() if one is not None} for name, of in seeds.items()}
+    return {name: Arms(name, finished, len(seeds[name])) for name, finished in found.items() if finished}
 
 
 def _curves(sweep: Sweep, arms: Mapping[str, Arms], place: Path) -> Iterator[str]:

@@ -119,15 +119,24 @@ def _across(run: Arms, arm: str, other: Arms, others: str) -> list[str]:
     """Cells of an arm minus one of another run, over the seeds that both have; none where either lacks its own."""
     if arm not in run.means.values or others not in other.means.values:
         return []
-    seeds = [seed for seed in run.finished if seed in other.finished]
     try:
-        if not seeds:
-            raise UserError("no seed in common")
-        both = run.over(seeds).against(other.over(seeds), arm, others)
+        both = paired(run, arm, other, others)
     except UserError as error:
         return [f"not compared: {error.problem}", *[""] * (len(HEADLINE) + 1)]
     found = both.differences("ours", "theirs")
     return [*(_cell(found[metric], signed=True) for metric in HEADLINE), f"{both.n:,}", str(both.seeds)]
+
+
+def paired(run: Arms, arm: str, other: Arms, others: str) -> SeedMeans:
+    """An arm as `ours` and one of another run as `theirs`, over the users and the seeds that both have.
+
+    Raises:
+        UserError: they have none in common, or other targets.
+    """
+    seeds = [seed for seed in run.finished if seed in other.finished]
+    if not seeds:
+        raise UserError("no seed in common", "finish both runs with one")
+    return run.over(seeds).against(other.over(seeds), arm, others)
 
 
 def strata(seeds: Sequence[Kept]) -> str:

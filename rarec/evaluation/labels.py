@@ -65,9 +65,9 @@ def primary_metric(metrics: Iterable[str]) -> str:
     return next((metric for metric in there if metric.startswith("ndcg@")), "mrr")
 
 
-def figure(value: float, signed: bool = False) -> str:
-    """Four decimals without the leading zero, as the field prints its metrics: `.0533`, `+.0021`."""
-    digits = f"{abs(value):.4f}".removeprefix("0")
+def figure(value: float, signed: bool = False, decimals: int = 4) -> str:
+    """Without the leading zero, as the field prints its metrics: `.0533`, `+.0021`."""
+    digits = f"{abs(value):.{decimals}f}".removeprefix("0")
     negative = value < 0 and float(digits) > 0
     return (_MINUS if negative else "+" if signed else "") + digits
 
