@@ -1,6 +1,7 @@
 """Results of sweeps: figures worked out by hand, intervals over users of their seed-means, nothing left out unsaid."""
 
 import math
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -538,3 +539,14 @@ def test_a_page_by_another_hand_is_left_alone(path, monkeypatch):
     with pytest.raises(UserError, match="another hand"):
         main()
     assert Path("RESULTS.md").read_text() == "# My results\n"
+
+
+def test_the_projects_own_page_has_the_text_of_its_sweeps():
+    made = (ROOT / "RESULTS.md").read_text()
+    pages = sorted((ROOT / "configs" / "sweeps").glob("*.md"))
+    assert pages
+    for page in pages:
+        at = made.index(f"<!-- sweep: {page.stem} -->")
+        for part in re.split(r"<!-- results: .+? -->|{{.+?}}", page.read_text().strip()):
+            assert part.strip("\n") in made[at:], f"{page}: make its section again"
+            at = made.index(part.strip("\n"), at)
