@@ -65,6 +65,25 @@ def test_measured_figures_are_those_of_the_results_page():
     assert [cell for cell in cells if f"| {cell} |" not in results] == []
 
 
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        ("headline | RA-Rec (per layer) + ID minus ID model", "by {mean} points of HR@100 ({low} to {high})"),
+        ("headline | RA-Rec (per layer) + ID minus text only + ID", "slots add {mean} ({low} to {high})"),
+        ("headline | text only + ID minus ID model", "gains {mean} of these"),
+        (
+            "headline, readout | RA-Rec (per layer) + ID minus ID vectors at the readout + ID",
+            "is {mean} points less ({low} to {high})",
+        ),
+    ],
+)
+def test_measured_differences_are_those_of_the_results_page_in_points(difference, told):
+    row = next(line for line in (ROOT / "RESULTS.md").read_text().splitlines() if line.startswith(f"| {difference} |"))
+    hits = row.split(" | ")[3]
+    mean, low, high = (f"{100 * float(figure):.1f}" for figure in re.findall(r"[+-]\.\d{4}", hits))
+    assert told.format(mean=mean, low=low, high=high) in " ".join(README.split())
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A directory like the repository's root, with a user's own data beside."""

@@ -19,7 +19,7 @@ from rarec.evaluation.labels import figure
 
 _CITED = re.compile(r"\{\{(.+?)\}\}")
 _FORM = re.compile(r"(?P<one>\S+)(?: - (?P<other>\S+))? (?P<metric>\S+?)(?P<mean> mean)?")
-FORM = "{{RUN:ARM METRIC}}, {{RUN:ARM - ARM METRIC}} or with ` mean` at the end"
+_FORMS = "{{RUN:ARM METRIC}}, {{RUN:ARM - ARM METRIC}} or with ` mean` at the end"
 Found = TypeVar("Found")
 Find = Callable[[str], Mapping[str, Arms]]
 
@@ -48,7 +48,7 @@ def cited(page: Path, text: str, find: Find) -> str:
 def _cited(asked: str, find: Find) -> str:
     form = _FORM.fullmatch(asked)
     if form is None:
-        raise UserError("not a figure", f"write {FORM}")
+        raise UserError("not a figure", f"write {_FORMS}")
     run, arm = _arm(form["one"], find)
     if form["other"] is None:
         found, scale, decimals = run.means.figures(arm), 1, 4
