@@ -15,7 +15,7 @@ import argparse
 import os
 from importlib import import_module
 
-from figures import print_table
+from measuring import print_table
 
 COMMANDS = ("prepare", "stream", "ids")
 

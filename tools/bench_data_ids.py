@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from figures import Figure, apart, at_least, at_most, memory
+from measuring import Figure, apart, at_least, at_most, memory
 
 from rarec.artefacts import write_manifest
 from rarec.ids.source import ITEMS_FILE, KIND, open_source

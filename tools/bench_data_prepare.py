@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-from figures import Figure, apart, at_most, memory, seconds
 from make_log import make_log
+from measuring import Figure, apart, at_most, memory, seconds
 from prepare_by_hand import FEWEST, prepare_by_hand
 
 from rarec.artefacts import read_manifest

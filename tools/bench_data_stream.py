@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from figures import Figure, apart, at_least, at_most, memory, seconds
+from measuring import Figure, apart, at_least, at_most, memory, seconds
 
 from rarec.artefacts import check_files, read_manifest
 from rarec.data.shards.index import INDEX, open_index, tar_name, write_index

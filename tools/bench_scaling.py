@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from figures import Figure, at_least, print_table
 from make_log import make_log
+from measuring import Figure, at_least, print_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

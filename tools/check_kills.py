@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from figures import Figure, print_table
+from measuring import Figure, print_table
 from safetensors.torch import load_file
 
 from rarec.config import load_config

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as processes
 from check_plan_ranks import ARM, LIMIT, LIVE, Case, calculator_of, train_on
-from figures import Figure, print_table
+from measuring import Figure, print_table
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

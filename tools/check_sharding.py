@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from bench_scaling import finish, launch, write_tokenizer
-from figures import Figure, at_most, memory, print_table
+from measuring import Figure, at_most, memory, print_table
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
