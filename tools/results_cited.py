@@ -3,7 +3,7 @@
 {{RUN:ARM METRIC}}              .2699 (.2645 to .2751), the mean and its interval
 {{RUN:ARM - ARM METRIC}}        4.0 (3.7 to 4.3), a paired difference in points of .01
 {{RUN:ARM - RUN:ARM METRIC}}    of two runs, over the users and the seeds that both have
-{{SWEEP:RUN:ARM METRIC}}        of another sweep, whose file lies beside this one's
+{{SWEEP:RUN:ARM METRIC}}        of another sweep, whose file lies beside this one's; in a difference said of each run
 {{... METRIC mean}}             without the interval
 """
 
