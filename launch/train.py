@@ -1,4 +1,4 @@
-"""accelerate launch launch/train.py --config CONFIG [--fresh] [section.field=value ...]: train every arm."""
+"""accelerate launch launch/train.py --config CONFIG [--fresh] [section.field=value ...]: train every variant."""
 
 from rarec.launch import start
 

@@ -93,13 +93,13 @@ def shards(
 
 @app.command(rich_help_panel="Stages, in order")
 def train(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """4. Train every arm (as launch/train.py does). Next: rarec evaluate CONFIG, or launch/evaluate.py"""
+    """4. Train every variant (as launch/train.py does). Next: rarec evaluate CONFIG, or launch/evaluate.py"""
     run_stage("train", config, overrides, fresh)
 
 
 @app.command(rich_help_panel="Stages, in order")
 def evaluate(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """5. Rank the whole catalogue with every arm (as launch/evaluate.py does). Next: rarec export CONFIG"""
+    """5. Rank the whole catalogue with every variant (as launch/evaluate.py does). Next: rarec export CONFIG"""
     run_stage("evaluate", config, overrides, fresh)
 
 
@@ -178,7 +178,7 @@ def doctor() -> None:
 
 
 def show_results(context: "Context") -> None:
-    """The table of arms and where everything lies, on standard output."""
+    """The table of variants and where everything lies, on standard output."""
     from rarec.evaluation.table import terminal_table
     from rarec.files import read_json
 

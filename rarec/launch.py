@@ -25,7 +25,7 @@ def run(stage: str, config: Path, overrides: Sequence[str], fresh: bool = False)
         context = open_context(config, list(overrides), fresh)
         from rarec.training.watch import Watch
 
-        with Watch.over(context.ranks, _say):
+        with Watch.over(context.world, _say):
             import_module("rarec.stages.record").perform(context, stage)
 
 

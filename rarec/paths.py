@@ -86,9 +86,9 @@ class RunPaths:
         """Tars fetched from elsewhere; what goes missing here is fetched again."""
         return self.root / "cache"
 
-    def train(self, arm: str) -> Path:
-        """Checkpoints and logs of one trained arm."""
-        return self.root / "train" / arm
+    def train(self, variant: str) -> Path:
+        """Checkpoints and logs of one trained variant."""
+        return self.root / "train" / variant
 
     @property
     def evaluation(self) -> Path:

@@ -23,7 +23,7 @@ prepare:
 ids: {{holdout: 0.0, sasrec: {{dim: 16, epochs: 8, negatives: 16, batch_size: 32, dropout: 0.0}}}}
 llm: {{path: {root}/llm}}
 shards: {{samples_per_shard: 64, share: 0.7}}
-train: {{batch_size: 32, epochs: 2, validate_every: 4, arms: [text_only, per_layer], validation_users: 30}}
+train: {{batch_size: 32, epochs: 2, validate_every: 4, variants: [text_only, per_layer], validation_users: 30}}
 evaluate: {{resamples: 200}}
 report: {{examples: 2}}
 """

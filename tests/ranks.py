@@ -27,7 +27,7 @@ START.set_forkserver_preload(
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "fsdp2")
 ROOT = Path(__file__).parents[1]
-ARM = "per_layer_lora"
+VARIANT = "per_layer_lora"
 
 
 @dataclass
@@ -118,9 +118,9 @@ def finish(*arguments: Any, **keywords: Any) -> Job:
     return job
 
 
-def wait_for_step(run: Path, step: int, job: Job, arm: str = ARM) -> None:
+def wait_for_step(run: Path, step: int, job: Job, variant: str = VARIANT) -> None:
     """Until the log has that step, or the job has ended."""
-    log, deadline = run / "train" / arm / "log.jsonl", time.monotonic() + 60
+    log, deadline = run / "train" / variant / "log.jsonl", time.monotonic() + 60
     while time.monotonic() < deadline and all(process.is_alive() for process in job.processes):
         if log.exists() and f'"step": {step},' in log.read_text():
             return
@@ -140,17 +140,17 @@ def copied(config: Path, to: Path) -> str:
     return f"run.dir={to}"
 
 
-def losses(run: Path, arm: str = ARM) -> list[float]:
+def losses(run: Path, variant: str = VARIANT) -> list[float]:
     """Of every step, each of which is in the log once."""
-    lines = [json.loads(line) for line in (run / "train" / arm / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "train" / variant / "log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def weights(run: Path, arm: str = ARM) -> dict[str, torch.Tensor]:
+def weights(run: Path, variant: str = VARIANT) -> dict[str, torch.Tensor]:
     """What trains and its moments, as the newest checkpoint has them."""
-    newest = sorted((run / "train" / arm / "checkpoints").glob("step-*"))[-1]
+    newest = sorted((run / "train" / variant / "checkpoints").glob("step-*"))[-1]
     files = [newest / "alignment.safetensors", newest / "optimizer.safetensors"]
     adapter = newest / "lora" / "adapter_model.safetensors"
     return {name: tensor for file in [*files, adapter] if file.exists() for name, tensor in load_file(file).items()}

@@ -14,9 +14,9 @@ SMALL = {
     "run.device": "cpu",
     "ids.sasrec.epochs": 1,
     "train.epochs": 1,
-    "train.arms": ["per_layer"],
+    "train.variants": ["per_layer"],
     "train.stream.workers": 0,
-    "evaluate.probes": False,
+    "evaluate.sanity_checks": False,
     "evaluate.resamples": 50,
 }
 """Overrides that make a run of the small world take seconds."""

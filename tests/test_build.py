@@ -1,10 +1,10 @@
-"""Every arm builds what it says, over one frozen model (METHOD.md, sections 3, 6 and 7)."""
+"""Every variant builds what it says, over one frozen model (METHOD.md, sections 3, 6 and 7)."""
 
 import numpy as np
 import pytest
 import torch
 
-from rarec.config import ARMS, RunConfig
+from rarec.config import VARIANTS, RunConfig
 from rarec.config.method import Lora
 from rarec.errors import UserError
 from rarec.models.build import SIDES, SourceShape, build_model, slots_reserved, trained_parameters
@@ -35,16 +35,16 @@ def make_config(path, **sections):
 
 
 class World:
-    """An arm's model with its prompts and a batch of both sides, every trained weight away from where it starts."""
+    """A variant's model with its prompts and a batch of both sides, every trained weight away from where it starts."""
 
-    def __init__(self, path, arm, **sections):
-        self.config, self.arm = make_config(path, **sections), ARMS[arm]
-        lora = Lora() if self.arm.lora else None
+    def __init__(self, path, variant, **sections):
+        self.config, self.variant = make_config(path, **sections), VARIANTS[variant]
+        lora = Lora() if self.variant.lora else None
         loaded = load_model(self.config.llm, path.parent, pool=self.config.readout.pool, lora=lora)
         reserved = slots_reserved(self.config, SHAPES)
         titles = [title(item) for item in range(8)]
         self.prompts = PromptPair(self.config.prompt, loaded.tokenizer, titles, [""] * 8, reserved, 128, "decoder")
-        self.model = build_model(self.config, self.arm, loaded, SHAPES, self.prompts.sources)
+        self.model = build_model(self.config, self.variant, loaded, SHAPES, self.prompts.sources)
         self._start()
         rng = np.random.default_rng(0)
         per_user = {name: shape.vectors_per_user for name, shape in SHAPES.items()}
@@ -72,11 +72,11 @@ class World:
         return users.vectors_BZ @ items.vectors_BZ.T
 
 
-# ---- what an arm holds
+# ---- what a variant holds
 
 
 @pytest.mark.parametrize(
-    ("arm", "blocks", "user", "item"),
+    ("variant", "blocks", "user", "item"),
     [
         ("text_only", (), {}, {}),
         ("readout", (), {}, {}),
@@ -86,22 +86,22 @@ class World:
         ("per_layer_lora", (0, 1, 2), {"id": 5}, {"id": 3, "image": 3}),
     ],
 )
-def test_blocks_and_slots_of_every_arm(saved, arm, blocks, user, item):
-    model = World(saved["bert"], arm).model
+def test_blocks_and_slots_of_every_variant(saved, variant, blocks, user, item):
+    model = World(saved["bert"], variant).model
     assert (model.user.alignment_blocks, model.item.alignment_blocks) == (blocks, blocks)
     assert (model.user.slots, model.item.slots) == (user, item)
-    assert any("lora_" in name for name, _ in model.named_parameters()) == (arm == "per_layer_lora")
+    assert any("lora_" in name for name, _ in model.named_parameters()) == (variant == "per_layer_lora")
 
 
-def test_prompts_keep_free_what_the_largest_arm_takes():
+def test_prompts_keep_free_what_the_largest_variant_takes():
     reserved = slots_reserved(make_config("x"), SHAPES)
     assert reserved == {"user": {"id": 5, "image": 3}, "item": {"id": 3, "image": 3}}
 
 
-@pytest.mark.parametrize("arm", ["per_layer", "prefix_only", "input"])
-def test_a_subset_of_blocks(saved, arm):
-    model = World(saved["bert"], arm, train={"blocks": [2, 0, 2]}).model
-    assert model.user.alignment_blocks == ((0,) if arm == "input" else (0, 2))
+@pytest.mark.parametrize("variant", ["per_layer", "prefix_only", "input"])
+def test_a_subset_of_blocks(saved, variant):
+    model = World(saved["bert"], variant, train={"blocks": [2, 0, 2]}).model
+    assert model.user.alignment_blocks == ((0,) if variant == "input" else (0, 2))
 
 
 def test_a_block_that_is_not_there_is_refused(saved):
@@ -109,28 +109,28 @@ def test_a_block_that_is_not_there_is_refused(saved):
         World(saved["bert"], "per_layer", train={"blocks": [1, 3]})
 
 
-@pytest.mark.parametrize("arm", ["prefix_only", "per_layer"])
-def test_no_instructions(saved, arm):
+@pytest.mark.parametrize("variant", ["prefix_only", "per_layer"])
+def test_no_instructions(saved, variant):
     """Then prefix-only is text-only."""
-    model = World(saved["bert"], arm, alignment={"instructions": 0}).model
-    assert model.user.slots == ({"id": 3} if arm == "per_layer" else {})
+    model = World(saved["bert"], variant, alignment={"instructions": 0}).model
+    assert model.user.slots == ({"id": 3} if variant == "per_layer" else {})
 
 
 # ---- what trains
 
 
 @pytest.mark.parametrize("readout", [{"head": False}, {"normalise": False}], ids=["plain", "heads"])
-@pytest.mark.parametrize("arm", ARMS)
-def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
-    world = World(saved["llama"], arm, readout=readout)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, variant, readout):
+    world = World(saved["llama"], variant, readout=readout)
     for array in (*world.users.values(), *world.items.values()):
         array[::2] = 0  # some have no vector, so that what stands for it trains as well
     trained = trained_parameters(world.model.train())
     assert all("lora_" in name for name in trained if name.startswith("backbone."))
     roots = {name.split(".")[0] if "." not in name else ".".join(name.split(".")[:2]) for name in trained}
     expected = {"user.readout", "item.readout"} if "normalise" in readout else {"log_scale"}
-    expected |= {"user.alignment", "item.alignment"} if arm in ALIGNED else set()
-    expected |= {"backbone.model"} if arm == "per_layer_lora" else set()
+    expected |= {"user.alignment", "item.alignment"} if variant in ALIGNED else set()
+    expected |= {"backbone.model"} if variant == "per_layer_lora" else set()
     assert roots == expected
 
     frozen = {name: p.clone() for name, p in world.model.named_parameters() if name not in trained}
@@ -141,21 +141,21 @@ def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, arm, readout):
         optimizer.step()
     unmoved = {name for name, parameter in trained.items() if not parameter.grad.abs().max() > 0}
     idle = {"item.readout.heads.text.bias"}  # without a norm it shifts all scores of a user alike
-    if arm == "readout":  # what stands for a missing vector is not read out, and goes nowhere else
+    if variant == "readout":  # what stands for a missing vector is not read out, and goes nowhere else
         idle |= {name for name in trained if name.endswith("fallback_E")}
     assert unmoved <= idle
     for name, parameter in world.model.named_parameters():
         assert name in trained or torch.equal(parameter, frozen[name])
 
 
-def test_arms_see_no_more_than_they_should(saved):
+def test_variants_see_no_more_than_they_should(saved):
     """Whether scores follow the ID vectors: text-only and prefix-only do not."""
-    for arm in ARMS:
-        world = World(saved["bert"], arm)
+    for variant in VARIANTS:
+        world = World(saved["bert"], variant)
         before = world.scores()
         world.users = {name: -array for name, array in world.users.items()}
         changed = (world.scores() - before).abs().max() > 1e-4
-        assert changed == (arm not in ("text_only", "prefix_only"))
+        assert changed == (variant not in ("text_only", "prefix_only"))
 
 
 # ---- readout and score
@@ -214,10 +214,10 @@ def test_the_text_is_pooled_and_slots_are_added_where_wanted(saved, kind, reads_
         torch.testing.assert_close(encoding.vectors_BZ[row], pooled, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("arm", ["input", "per_layer"])
-def test_a_decoder_has_a_map_for_what_is_read_beside_those_of_the_blocks(saved, arm):
+@pytest.mark.parametrize("variant", ["input", "per_layer"])
+def test_a_decoder_has_a_map_for_what_is_read_beside_those_of_the_blocks(saved, variant):
     """It moves the scored vector by just what it makes; the others move it through the text."""
-    world = World(saved["llama"], arm, readout={"normalise": False})
+    world = World(saved["llama"], variant, readout={"normalise": False})
     assert world.model.item.alignment_blocks == world.model.item.alignment.blocks[:-1]
     batch, source = world.batches()[1], world.model.item.alignment.sources["id"]
     before_BZ = world.model({"item": batch})["item"].vectors_BZ
@@ -244,10 +244,10 @@ def test_slots_in_place_of_a_missing_vector_are_not_read(saved):
     ("normalise", "recommendation", "scale", "learned"),
     [(True, "softmax", 20, True), (True, "bpr", 20, True), (False, "softmax", 20, False), (False, "bpr", 1, False)],
 )
-@pytest.mark.parametrize(("arm", "head"), [("text_only", True), ("per_layer", False)])
-def test_the_scale_of_the_score(saved, arm, head, normalise, recommendation, scale, learned):
+@pytest.mark.parametrize(("variant", "head"), [("text_only", True), ("per_layer", False)])
+def test_the_scale_of_the_score(saved, variant, head, normalise, recommendation, scale, learned):
     loss = {"recommendation": recommendation, "temperature": 0.05}
-    model = World(saved["bert"], arm, readout={"normalise": normalise, "head": head}, loss=loss).model
+    model = World(saved["bert"], variant, readout={"normalise": normalise, "head": head}, loss=loss).model
     assert model.log_scale.exp().item() == pytest.approx(scale)
     assert ("log_scale" in trained_parameters(model)) == learned
 
@@ -269,17 +269,17 @@ def test_heads_start_at_the_identity(saved):
 
 
 @pytest.mark.parametrize(
-    ("arm", "instructions", "roles"),
+    ("variant", "instructions", "roles"),
     [("text_only", 2, []), ("prefix_only", 2, ["instructions"]), ("per_layer", 0, ["vectors"])],
 )
-def test_there_is_a_head_for_every_kind_of_slot_that_there_is(saved, arm, instructions, roles):
-    model = World(saved["bert"], arm, alignment={"instructions": instructions}).model
+def test_there_is_a_head_for_every_kind_of_slot_that_there_is(saved, variant, instructions, roles):
+    model = World(saved["bert"], variant, alignment={"instructions": instructions}).model
     assert list(model.user.readout.heads) == list(model.user.readout.white) == ["text", *roles]
 
 
-@pytest.mark.parametrize(("arm", "roles"), [("prefix_only", []), ("per_layer", ["vectors"])])
-def test_a_decoder_instructs_but_its_instructions_which_see_nothing_are_not_read(saved, arm, roles):
-    world = World(saved["llama"], arm)
+@pytest.mark.parametrize(("variant", "roles"), [("prefix_only", []), ("per_layer", ["vectors"])])
+def test_a_decoder_instructs_but_its_instructions_which_see_nothing_are_not_read(saved, variant, roles):
+    world = World(saved["llama"], variant)
     assert list(world.model.item.readout.heads) == list(world.model.item.readout.white) == ["text", *roles]
     before = world.scores()
     for name, parameter in world.model.named_parameters():

@@ -106,7 +106,7 @@ def test_a_script_that_accelerate_launches_ends_in_the_same_way(finished, tmp_pa
         (["run", "."], "configuration . is a directory, not a file"),
         (["sweep", "x.yaml", "--list", "--slurm"], "give one of the two"),
         (["run", "CONFIG", "epochs"], "not of the form section.field=value"),
-        (["run", "CONFIG", "export.arm=input"], "`export.arm`: input is not among train.arms"),
+        (["run", "CONFIG", "export.variant=input"], "`export.variant`: input is not among train.variants"),
         (["recommend", "CONFIG", "--user", "7"], "user '7' is not in"),
     ],
 )

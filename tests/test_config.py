@@ -34,8 +34,10 @@ def test_what_is_dumped_reads_back_equal(small, tmp_path):
 
 
 def test_overrides_are_yaml(small):
-    config = load_config(small, ["train.arms=[per_layer]", "train.lr=1e-3", "ids.sasrec.dim=32", "llm.revision=null"])
-    assert config.train.arms == ["per_layer"]
+    config = load_config(
+        small, ["train.variants=[per_layer]", "train.lr=1e-3", "ids.sasrec.dim=32", "llm.revision=null"]
+    )
+    assert config.train.variants == ["per_layer"]
     assert config.train.lr == 0.001
     assert config.ids.sasrec.dim == 32
 
@@ -48,7 +50,7 @@ def test_overrides_are_yaml(small):
         ("ids.sasrec.dims=3", r"unknown field `ids.sasrec.dims`; did you mean `dim`\?"),
         ("train.epochs=three", r"field `train.epochs`: .*integer.*'three'"),
         ("train.epochs=2.5", r"field `train.epochs`"),
-        ("train.arms=[perlayer]", r"field `train.arms.0`: .*per_layer"),
+        ("train.variants=[perlayer]", r"field `train.variants.0`: .*per_layer"),
         ("shards.share=1.5", r"field `shards.share`: .*less than or equal to 1"),
         ("prepare.items.title=null", r"field `prepare.items.title`"),
         ("prepare.interactions.position=p", r"exactly one of `time` and `position`"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rarec.artefacts import read_manifest
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 from rarec.config.method import Readout as ReadoutConfig
 from rarec.entry import open_context
 from rarec.errors import UserError
@@ -193,7 +193,7 @@ def test_where_no_attention_weights_can_be_had_there_are_no_rows(monkeypatch):
     assert slot_shares(model, "user", [batch]) == []  # it says nothing, and goes on without weights
 
 
-# ---- an arm's figures
+# ---- a variant's figures
 
 
 def make_sample(side: str = "item", count: int = 6, vectors: int = 1) -> SideSample:
@@ -351,7 +351,7 @@ def test_a_warning_counts_the_blocks_together(context):
 
 def test_a_collapsed_alignment_is_warned_about(context):
     """W all but nothing: every item has nearly the same slot."""
-    model = best_model(context, ARMS["per_layer"])
+    model = best_model(context, VARIANTS["per_layer"])
     with torch.no_grad():
         for tower in (model.user, model.item):
             for _, source in tower.alignment.named_sources():
@@ -374,7 +374,7 @@ def test_a_collapsed_alignment_is_warned_about(context):
 
 def test_a_run_leaves_diagnostics_of_validation_users_and_items(context):
     found = read_json(context.paths.evaluation / "diagnostics.json")
-    assert (found["arm"], found["n"]) == ("per_layer", {"user": 60, "item": 40})
+    assert (found["variant"], found["n"]) == ("per_layer", {"user": 60, "item": 40})
     assert [(row["side"], row["source"], row["block"]) for row in found["blocks"]] == [
         ("user", "id", 0), ("user", "id", 1), ("item", "id", 0), ("item", "id", 1),
     ]  # fmt: skip
@@ -401,7 +401,7 @@ def test_the_report_shows_the_alignment(context):
     assert "Words nearest to the slots at block 0" in section
     assert "60 users and 40 items" in section
     warned = read_json(context.paths.evaluation / "diagnostics.json")["warnings"]
-    assert section.count('class="probe loses"') == len(warned)
+    assert section.count('class="sanity_check loses"') == len(warned)
     assert ("No sign of collapse" in section) == (not warned)
 
 
@@ -452,5 +452,5 @@ def test_a_row_that_lacks_a_figure_is_named(context, tmp_path):
         write_report(copy.paths, copy.config, say=lambda line: None)
 
 
-def test_an_arm_without_slots_has_no_diagnostics(context):
-    assert diagnostics(context, best_model(context, ARMS["text_only"])) is None
+def test_an_variant_without_slots_has_no_diagnostics(context):
+    assert diagnostics(context, best_model(context, VARIANTS["text_only"])) is None

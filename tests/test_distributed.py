@@ -12,10 +12,16 @@ from rarec.errors import EXIT_CODE, UserError
 from rarec.files import read_json
 from rarec.stages.run import STAGES
 from rarec.training.engines.zero_op import MARK, load_cpu_op, op_directory
-from tests.ranks import ARM, ENGINES, copied, finish, losses, start, weights
+from tests.ranks import ENGINES, VARIANT, copied, finish, losses, start, weights
 from tests.synthetic import write_llm
 
-TRAIN = [f"train.arms=[{ARM}]", "train.epochs=4", "train.max_steps=20", "train.validate_every=10", "lora.dropout=0.0"]
+TRAIN = [
+    f"train.variants=[{VARIANT}]",
+    "train.epochs=4",
+    "train.max_steps=20",
+    "train.validate_every=10",
+    "lora.dropout=0.0",
+]
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +107,12 @@ def test_a_model_in_four_bits_trains_alike(decoder, tmp_path, engine):
     assert any(tensor.abs().max() > 0 for name, tensor in weights(two).items() if "lora_B" in name)
 
 
-FIGURES = ["train.arms=[per_layer,per_layer_lora]", "train.max_steps=4", "train.validate_every=2", "report.examples=3"]
+FIGURES = [
+    "train.variants=[per_layer,per_layer_lora]",
+    "train.max_steps=4",
+    "train.validate_every=2",
+    "report.examples=3",
+]
 
 
 @pytest.fixture(scope="session")
@@ -125,17 +136,19 @@ def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, t
     assert ours["files"] == theirs["files"]
     assert ours["cut_prompts"] == theirs["cut_prompts"]
     ranks, single = (pq.read_table(root / "evaluation" / "ranks.parquet").to_pandas() for root in (run, judged))
-    assert ranks[["arm", "user", "target"]].equals(single[["arm", "user", "target"]])
+    assert ranks[["variant", "user", "target"]].equals(single[["variant", "user", "target"]])
     apart = (ranks["rank"] - single["rank"]).abs()
     assert apart.max() <= 1  # where two items score all but the same, rounding may turn them round
     assert (apart > 0).mean() < 0.01
-    turned = set(ranks["arm"][apart > 0])
+    turned = set(ranks["variant"][apart > 0])
     for name in ("metrics.json", "comparisons.json", "strata.json"):
         both = (read_json(root / "evaluation" / name) for root in (run, judged))
         own, other = ([row for row in rows if turned.isdisjoint(map(str, row.values()))] for rows in both)
         assert own == other, name
     for one, two in zip(*(read_json(root / "evaluation" / "examples.json") for root in (run, judged)), strict=True):
-        assert {arm: top for arm, top in one["top"].items() if arm not in turned}.items() <= two["top"].items()
+        assert {variant: top for variant, top in one["top"].items() if variant not in turned}.items() <= two[
+            "top"
+        ].items()
     own, other = (read_json(root / "evaluation" / "diagnostics.json") for root in (run, judged))
     assert own.keys() == other.keys()
     assert [row["words"] for row in own["words"]] == [row["words"] for row in other["words"]]

@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 from rarec.entry import open_context
 from rarec.stages.run import STAGES
 from rarec.stages.trained import best_model, checkpoints_of
-from tests.ranks import ARM, copied, finish, losses, start, wait_for_step, weights
+from tests.ranks import VARIANT, copied, finish, losses, start, wait_for_step, weights
 
 TRAIN = [
-    f"train.arms=[{ARM}]",
+    f"train.variants=[{VARIANT}]",
     "train.epochs=8",
     "train.max_steps=60",
     "train.validate_every=30",
@@ -29,7 +29,7 @@ TRAIN = [
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (run / "train" / ARM / "checkpoints").glob("step-*"))
+    return sorted(int(path.name[5:]) for path in (run / "train" / VARIANT / "checkpoints").glob("step-*"))
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -49,7 +49,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decode
         wait_for_step(killed, step, job)
         os.kill(job.processes[int(rng.integers(2))].pid, signal.SIGKILL)
         job.codes(timeout=0.5)
-        assert not (killed / "train" / ARM / "done.json").exists()
+        assert not (killed / "train" / VARIANT / "done.json").exists()
     finish(*arguments, engine=engine, scratch=tmp_path)
     assert_equal(weights(killed), weights(whole))
     assert losses(killed) == losses(whole)
@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(decoder,
             ballast.write_bytes(bytes(8 << 20))
         assert job.codes() == [2, 2], job.said()
         assert "No space left on device" in job.said()
-        checkpoints = checkpoints_of(open_context(decoder, [place, *TRAIN]), ARMS[ARM])
+        checkpoints = checkpoints_of(open_context(decoder, [place, *TRAIN]), VARIANTS[VARIANT])
         for step in checkpoint_steps(small):
             checkpoints.verify(step)
         ballast.unlink()
@@ -107,12 +107,12 @@ def test_an_adapter_saved_under_zero_3_is_whole_and_loads_in_stock_peft(decoder,
     overrides = [copied(decoder, run), *TRAIN[:1], "train.max_steps=4", "lora.dropout=0.0"]
     finish("train", decoder, overrides, engine="zero3", scratch=tmp_path)
     context = open_context(decoder, [*overrides, "run.device=cpu"])
-    adapter = sorted((run / "train" / ARM / "checkpoints").glob("step-*"))[-1] / "lora"
+    adapter = sorted((run / "train" / VARIANT / "checkpoints").glob("step-*"))[-1] / "lora"
     saved = load_file(adapter / "adapter_model.safetensors")
     assert saved
     assert all(tensor.numel() for tensor in saved.values())
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
-    ours = best_model(context, ARMS[ARM]).backbone
+    ours = best_model(context, VARIANTS[VARIANT]).backbone
     from transformers import AutoModelForCausalLM
 
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder.parent / "llm"), adapter).eval()

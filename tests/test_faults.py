@@ -16,7 +16,7 @@ import yaml
 from rarec.artefacts import read_manifest
 from rarec.entry import guarded, open_context
 from rarec.errors import EXIT_CODE, UserError
-from rarec.evaluation.arms import Question, Ranker, rank_all
+from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 from rarec.files import read_json
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import recommend
@@ -169,7 +169,7 @@ def test_a_stage_refuses_what_was_made_by_another_configuration(finished, copied
     assert "--fresh" in str(error.value)
 
 
-def test_a_retrained_arm_makes_its_evaluation_stale_and_an_equal_one_does_not(finished, copied):
+def test_a_retrained_variant_makes_its_evaluation_stale_and_an_equal_one_does_not(finished, copied):
     train(open_context(finished, [copied], fresh=True))
     evaluate(open_context(finished, [copied]))
     train(open_context(finished, [copied, "train.lr=0.02"], fresh=True))
@@ -182,18 +182,18 @@ def test_a_bundle_is_used_with_the_pooling_it_was_trained_with(finished, copied)
         recommend(open_context(finished, [copied, "readout.pool=last"]), "u001", 1)
 
 
-def test_an_arm_that_is_exported_but_not_trained_is_refused_before_anything_is_made(finished, tmp_path):
-    with pytest.raises(UserError, match=r"`export\.arm`: input is not among train\.arms"):
-        run(open_context(finished, [f"run.dir={tmp_path / 'run'}", "export.arm=input"]))
+def test_an_variant_that_is_exported_but_not_trained_is_refused_before_anything_is_made(finished, tmp_path):
+    with pytest.raises(UserError, match=r"`export\.variant`: input is not among train\.variants"):
+        run(open_context(finished, [f"run.dir={tmp_path / 'run'}", "export.variant=input"]))
     assert not (tmp_path / "run").exists()
 
 
-def test_stages_that_need_no_exported_arm_do_not_ask_for_it(finished, tmp_path):
-    context = open_context(finished, [f"run.dir={tmp_path / 'run'}", "export.arm=input"])
+def test_stages_that_need_no_exported_variant_do_not_ask_for_it(finished, tmp_path):
+    context = open_context(finished, [f"run.dir={tmp_path / 'run'}", "export.variant=input"])
     run(context, ["prepare", "ids"])
     assert context.dataset.hash == context.sources["id"].manifest["made_from"]["prepare"]
     for stages in (["shards", "evaluate"], ["train", "export"], ["report"]):
-        with pytest.raises(UserError, match=r"`export\.arm`: input is not among train\.arms"):
+        with pytest.raises(UserError, match=r"`export\.variant`: input is not among train\.variants"):
             run(context, stages)
     assert not (tmp_path / "run" / "shards").exists(), "nothing more was begun"
 
@@ -262,9 +262,9 @@ def test_a_path_may_hold_what_means_something_elsewhere(finished, tmp_path):
 
 def test_memory_of_a_ranking_does_not_grow_with_the_users(finished, monkeypatch):
     from rarec.data.dataset import Targets
-    from rarec.evaluation import arms
+    from rarec.evaluation import variants
 
-    monkeypatch.setattr(arms, "USERS_AT_A_TIME", 256)
+    monkeypatch.setattr(variants, "USERS_AT_A_TIME", 256)
     dataset = open_context(finished, []).dataset
     items_NZ = np.random.default_rng(0).standard_normal((dataset.n_items, 8)).astype(np.float32)
     ranker = Ranker(items_NZ, lambda rows, histories: items_NZ[[history[-1] for history in histories]])
@@ -275,7 +275,7 @@ def test_memory_of_a_ranking_does_not_grow_with_the_users(finished, monkeypatch)
         targets = Targets(rows, np.resize(known.positions, users), np.resize(known.item_rows, users))
         tracemalloc.start()
         for shuffled_by in (None, 1):
-            rank_all(Question.of(dataset, targets, shuffled_by), {"a": ranker})
+            rank_all(EvalBatch.of(dataset, targets, shuffled_by), {"a": ranker})
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 from rarec.data.shards.index import key_of, map_npy, open_index
 from rarec.entry import STOPPED, open_context
 from rarec.errors import UserError
@@ -36,8 +36,8 @@ from tests.shards import made_sample
 from tests.synthetic import write_llm
 from tests.test_training import LAUNCH, final_weights, log_lines, untrained
 
-ARM = "per_layer_lora"
-SHORT = [f"train.arms=[{ARM}]", "lora.dropout=0.1"]
+VARIANT = "per_layer_lora"
+SHORT = [f"train.variants=[{VARIANT}]", "lora.dropout=0.1"]
 BUDGET = ["train.tokens_per_batch=900"]
 SKIP = ["train.stream.damaged=skip"]
 
@@ -59,12 +59,12 @@ class Run:
         return self
 
     @property
-    def arm(self) -> Path:
-        return self.directory / "train" / ARM
+    def variant(self) -> Path:
+        return self.directory / "train" / VARIANT
 
     @property
     def done(self) -> dict:
-        return read_json(self.arm / "done.json")
+        return read_json(self.variant / "done.json")
 
     def damage(self, *numbers: int) -> list[str]:
         """Flip a byte in each of these samples, or flip it back; returns their names."""
@@ -85,9 +85,9 @@ def run(finished, tmp_path) -> Run:
 
 
 def equal(one: Run, other: Run) -> bool:
-    expected, found = final_weights(one.directory, ARM), final_weights(other.directory, ARM)
+    expected, found = final_weights(one.directory, VARIANT), final_weights(other.directory, VARIANT)
     same = expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
-    losses = [[line["loss"] for line in log_lines(each.directory, ARM) if "loss" in line] for each in (one, other)]
+    losses = [[line["loss"] for line in log_lines(each.directory, VARIANT) if "loss" in line] for each in (one, other)]
     return same and losses[0] == losses[1]
 
 
@@ -113,7 +113,7 @@ def test_weights_are_equal_bit_for_bit_on_any_workers_and_through_a_resume(finis
         with pytest.raises(KeyboardInterrupt):
             stopped.train(*cut, "train.stream.workers=1")
     assert workers_of(psutil.Process()) == []
-    assert Checkpoints(stopped.arm / "checkpoints", 1, "").steps()[-1] == 4
+    assert Checkpoints(stopped.variant / "checkpoints", 1, "").steps()[-1] == 4
     stopped.train(*cut, "train.stream.workers=2")
     assert equal(none, stopped)
     assert none.done["skipped_samples"] == 0
@@ -124,7 +124,7 @@ def test_weights_are_equal_bit_for_bit_on_any_workers_and_through_a_resume(finis
 def test_a_budget_makes_batches_of_many_sizes_and_validates_at_the_end_of_each_epoch(run):
     overrides = [*BUDGET, "train.validate_every=null", "train.epochs=3"]
     run.train(*overrides)
-    lines = log_lines(run.directory, ARM)
+    lines = log_lines(run.directory, VARIANT)
     epochs = [line["epoch"] for line in lines if "epoch" in line]
     assert epochs == sorted(epochs)
     assert set(epochs) == {0, 1, 2}
@@ -136,7 +136,7 @@ def test_a_budget_makes_batches_of_many_sizes_and_validates_at_the_end_of_each_e
 def test_a_budget_too_small_is_refused_before_anything_is_made(run):
     with pytest.raises(UserError, match=r"more than train\.tokens_per_batch = 9"):
         run.train("train.tokens_per_batch=9")
-    assert not run.arm.exists()
+    assert not run.variant.exists()
 
 
 def test_a_damaged_sample_ends_the_training_by_name_and_a_mended_one_lets_it_go_on(finished, tmp_path, run):
@@ -145,7 +145,7 @@ def test_a_damaged_sample_ends_the_training_by_name_and_a_mended_one_lets_it_go_
     with pytest.raises(UserError, match=rf"{file}, sample {key}: ") as error:
         run.train("train.epochs=1")
     assert "--verify --repair" in error.value.remedy
-    assert not (run.arm / "done.json").exists()
+    assert not (run.variant / "done.json").exists()
     run.damage(5)
     whole = Run(finished, tmp_path / "whole").train("train.epochs=1")
     assert equal(whole, run.train("train.epochs=1"))
@@ -159,7 +159,7 @@ def test_skipped_samples_are_told_recorded_and_stay_out_through_a_resume(finishe
             run.train(*SKIP)
     (line,) = [line for line in run.told if "left out" in line]
     assert line.startswith(f"damaged and left out (3): {', '.join(names)}; ")
-    recorded = read_json(run.arm / "skipped.json")
+    recorded = read_json(run.variant / "skipped.json")
     assert sorted(f"{file} {key}" for file, keys in recorded.items() for key in keys) == sorted(names)
     run.damage(7)  # mended meanwhile: the plan stays what it was
     run.train(*SKIP)
@@ -167,7 +167,7 @@ def test_skipped_samples_are_told_recorded_and_stay_out_through_a_resume(finishe
     undisturbed = Run(finished, tmp_path / "undisturbed")
     undisturbed.damage(3, 7, 70)
     assert equal(undisturbed.train(*SKIP), run)
-    assert finished_training(run.context(), ARMS[ARM])["skipped_samples"] == 3
+    assert finished_training(run.context(), VARIANTS[VARIANT])["skipped_samples"] == 3
 
 
 def test_samples_damaged_after_the_training_began_are_refused_with_the_remedy(run, monkeypatch):
@@ -194,7 +194,7 @@ def test_before_the_first_step_the_damaged_are_those_of_now(run, monkeypatch):
     run.damage(3, 4, 5)
     run.train(*SKIP)
     assert run.done["skipped_samples"] == 2
-    assert [len(keys) for keys in read_json(run.arm / "skipped.json").values()] == [2]
+    assert [len(keys) for keys in read_json(run.variant / "skipped.json").values()] == [2]
 
 
 def test_a_record_of_a_training_that_never_began_leaves_nothing_out(run, monkeypatch):
@@ -206,7 +206,7 @@ def test_a_record_of_a_training_that_never_began_leaves_nothing_out(run, monkeyp
     run.damage(3)
     run.train()
     assert run.done["skipped_samples"] == 0
-    assert not (run.arm / "skipped.json").exists()
+    assert not (run.variant / "skipped.json").exists()
 
 
 def test_the_first_values_hold_no_sample_while_the_next_are_read():
@@ -235,7 +235,7 @@ def test_nothing_whole_is_refused_before_anything_is_made(run):
         path.unlink()
     with pytest.raises(UserError, match="is left to train on"):
         run.train(*SKIP)
-    assert not run.arm.exists()
+    assert not run.variant.exists()
 
 
 def test_an_altered_index_is_refused_before_anything_is_made(run):
@@ -245,7 +245,7 @@ def test_an_altered_index_is_refused_before_anything_is_made(run):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"samples\.npy is missing or altered"):
         run.train()
-    assert not run.arm.exists()
+    assert not run.variant.exists()
 
 
 def test_training_from_afar_is_training_here(finished, tmp_path):
@@ -257,7 +257,7 @@ def test_training_from_afar_is_training_here(finished, tmp_path):
     assert equal(here, there.train(remote))
     assert not list((there.directory / "shards").glob("*.tar"))
     assert len(list((there.directory / "cache").glob("*.tar"))) == len(list(far.glob("*.tar")))
-    assert finished_training(there.context(), ARMS[ARM])["best_files"] == here.done["best_files"]
+    assert finished_training(there.context(), VARIANTS[VARIANT])["best_files"] == here.done["best_files"]
 
 
 def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tmp_path):
@@ -267,7 +267,7 @@ def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tm
     remote = f"train.stream.remote=file://{tmp_path}/far"
     with pytest.raises(UserError, match="must be whole"):
         run.train(remote, *SKIP)
-    assert not run.arm.exists()
+    assert not run.variant.exists()
     with pytest.raises(UserError, match=r"file://\S+/far/000000\.tar is not what its manifest says"):
         run.train(remote)
 
@@ -296,7 +296,7 @@ def test_ctrl_c_ends_with_one_line_and_no_process(run):
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 90
-    while not list(run.arm.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+    while not list(run.variant.glob("checkpoints/step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -309,7 +309,7 @@ def test_ctrl_c_ends_with_one_line_and_no_process(run):
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_an_arm_starts_with_every_part_white(finished, tmp_path, kind):
+def test_an_variant_starts_with_every_part_white(finished, tmp_path, kind):
     """Passed through it again, users and items come out around zero, about as long in every part."""
     run = Run(finished, tmp_path / "run")
     context = run.context()
@@ -321,7 +321,7 @@ def test_an_arm_starts_with_every_part_white(finished, tmp_path, kind):
     feed = Feed(context, finished_shards(context))
     states_NLD = map_npy(context.paths.shards / ITEM_STATES)
     stream = feed.stream(np.array([], np.int64))
-    model = fresh.fresh_model(context, ARMS[ARM], feed.manifest, states_NLD, stream).eval()
+    model = fresh.fresh_model(context, VARIANTS[VARIANT], feed.manifest, states_NLD, stream).eval()
     assert any("lora_" in name for name, _ in model.named_parameters())
     begin = gather(context, stream, start.MOST_USERS)
     for side in ("user", "item"):

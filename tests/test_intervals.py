@@ -55,7 +55,7 @@ def test_small_batches_give_the_same_interval(monkeypatch):
 
 
 def test_pairing_sees_a_small_steady_difference():
-    """Users differ much, the arms by a steady 0.01: only the paired interval excludes 0."""
+    """Users differ much, the variants by a steady 0.01: only the paired interval excludes 0."""
     rng = np.random.default_rng(0)
     b = rng.random(200)
     a = b + 0.01 + 0.001 * rng.standard_normal(200)

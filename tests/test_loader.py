@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rarec.errors import UserError
-from rarec.ranks import Ranks
 from rarec.training.loader import BatchLoader
+from rarec.world import World
 from tests.processes import workers_of
 from tests.shards import open_stream, write_shards
 
@@ -41,7 +41,7 @@ def keys(samples, total: int = 0) -> list[int]:
 
 
 def loader(shards, workers: int, collate=keys, rank: int = 0, world: int = 1, **plan) -> BatchLoader:
-    return BatchLoader(open_stream(*shards, **plan), collate, workers, Ranks(rank, world))
+    return BatchLoader(open_stream(*shards, **plan), collate, workers, World(rank, world))
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

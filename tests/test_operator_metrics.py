@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rarec.hardware import DEVICES, known_device, peak_memory
-from rarec.ranks import ALONE
 from rarec.training.engines import norms
 from rarec.training.engines.base import GROUPS, group_of
 from rarec.training.metrics import Machine, Step, StepOfAll
-from tests.ranks import ARM, copied, finish
+from rarec.world import SINGLE
+from tests.ranks import VARIANT, copied, finish
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_step_is_the_mean_of_its_parts():
     step = Step()
     step.losses = [torch.tensor([1.0, 0.5, 0.2]).double(), torch.tensor([3.0, 1.5, 0.4]).double()]
     step.tokens, step.padded, step.waited, step.keys = 75, 100, 0.5, ["1-2", "1-3"]
-    of_all = step.over(ALONE, stopping=True)
+    of_all = step.over(SINGLE, stopping=True)
     assert (of_all.loss, of_all.recommendation, of_all.align) == pytest.approx((2.0, 1.0, 0.3))
     assert (of_all.tokens, of_all.padded, of_all.waited, of_all.samples) == (75, 100, 0.5, 2)
     assert of_all.stops
@@ -111,9 +111,9 @@ def test_shares_and_speed_are_of_the_whole_step():
 
 def test_every_step_on_several_ranks_tells_all_of_it(decoder, tmp_path):
     run = tmp_path / "run"
-    overrides = [copied(decoder, run), f"train.arms=[{ARM}]", "train.max_steps=3", "train.accumulate=2"]
+    overrides = [copied(decoder, run), f"train.variants=[{VARIANT}]", "train.max_steps=3", "train.accumulate=2"]
     finish("train", decoder, overrides, engine="zero2", scratch=tmp_path)
-    lines = [json.loads(line) for line in (run / "train" / ARM / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "train" / VARIANT / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
@@ -122,4 +122,4 @@ def test_every_step_on_several_ranks_tells_all_of_it(decoder, tmp_path):
         assert sqrt(sum(norm**2 for norm in groups)) == pytest.approx(line["gradient_norm"], rel=1e-5)
         assert 0 <= line["padding"] < 1
         assert line["samples"] == 32
-    assert list((run / "train" / ARM).rglob("events.out.tfevents*")), "and to the tracker"
+    assert list((run / "train" / VARIANT).rglob("events.out.tfevents*")), "and to the tracker"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from rarec.config import ARMS, RunConfig
+from rarec.config import VARIANTS, RunConfig
 from rarec.data.shards.index import INDEX
 from rarec.entry import open_context
 from rarec.models.build import SourceShape
@@ -36,28 +36,28 @@ def llama(tmp_path_factory) -> Path:
 
 
 def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
-    arm = calculator(llama).arm("per_layer", False)
+    variant = calculator(llama).variant("per_layer", False)
     block = 2 * D * D + 2 * D * (D // 2) + 3 * D * F + 2 * D  # q and o, k and v of half the heads, feed-forward, norms
-    assert sum(weight.bytes for weight in arm.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
-    assert arm.in_blocks == BLOCKS * block
+    assert sum(weight.bytes for weight in variant.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
+    assert variant.in_blocks == BLOCKS * block
     maps = BLOCKS + 1  # one behind the last block, which is read
     side = maps * (M * D + D * E + D) + E + 2 * D * D + D  # what stands for a missing vector; heads, one with a bias
-    assert sum(weight.count for weight in arm.trained) == 2 * side + 1
+    assert sum(weight.count for weight in variant.trained) == 2 * side + 1
     fixed = 2 * E + maps + 2 * (D + D * D)  # vectors' mean and spread; units of maps; means and whitening of states
-    assert arm.fixed == 4 * 2 * fixed
-    assert arm.saved == {"alignment": 4 * (2 * side + 1 + 2 * fixed), "lora": 0}
-    assert account(arm, "3", 2, Peaks(0, 0, False)).fixed == arm.fixed  # engines do not shard it
+    assert variant.fixed == 4 * 2 * fixed
+    assert variant.saved == {"alignment": 4 * (2 * side + 1 + 2 * fixed), "lora": 0}
+    assert account(variant, "3", 2, Peaks(0, 0, False)).fixed == variant.fixed  # engines do not shard it
 
 
 def test_of_a_wide_model_the_directions_are_held_once_a_side(llama):
-    narrow = calculator(llama, readout={"size": 8}).arm("per_layer", False)
+    narrow = calculator(llama, readout={"size": 8}).variant("per_layer", False)
     fixed = 2 * E + BLOCKS + 1 + 8 * D + 2 * (D + 8 * 8)
     assert narrow.fixed == 4 * 2 * fixed
 
 
 def test_lora_trains_in_float32_beside_a_model_in_bfloat16(llama):
     made = calculator(llama, llm={"dtype": "bfloat16"})
-    plain, lora = (made.arm(name, False) for name in ("per_layer", "per_layer_lora"))
+    plain, lora = (made.variant(name, False) for name in ("per_layer", "per_layer_lora"))
     more = BLOCKS * 8 * (D + D + D + D // 2)  # rank 8 on the queries, and on the values of half the heads
     assert sum(w.count for w in lora.trained) - sum(w.count for w in plain.trained) == more
     assert lora.saved["lora"] == 4 * more
@@ -66,12 +66,12 @@ def test_lora_trains_in_float32_beside_a_model_in_bfloat16(llama):
 
 
 def test_engines_hold_what_their_table_says(llama):
-    arm = calculator(llama).arm("per_layer", False)
-    frozen, trained = (sum(w.bytes for w in part) for part in (arm.frozen, arm.trained))
-    of = {stage: account(arm, stage, 4, Peaks(0, 0, False), replace(SHIPPED, persistent=0)) for stage in STAGES}
-    share = 4 * sum(-(-weight.count // 4) for weight in arm.trained)
+    variant = calculator(llama).variant("per_layer", False)
+    frozen, trained = (sum(w.bytes for w in part) for part in (variant.frozen, variant.trained))
+    of = {stage: account(variant, stage, 4, Peaks(0, 0, False), replace(SHIPPED, persistent=0)) for stage in STAGES}
+    share = 4 * sum(-(-weight.count // 4) for weight in variant.trained)
     assert [of[stage].frozen for stage in ("0", "1", "2")] == [frozen] * 3
-    assert of["3"].frozen == 4 * sum(-(-weight.count // 4) for weight in arm.frozen)
+    assert of["3"].frozen == 4 * sum(-(-weight.count // 4) for weight in variant.frozen)
     assert of["fsdp2"].frozen == frozen / 4
     assert [of[stage].trained for stage in STAGES] == [trained, trained, trained, share, trained]
     assert [of[stage].gradients for stage in STAGES] == [trained, trained, share, share, trained]
@@ -80,25 +80,25 @@ def test_engines_hold_what_their_table_says(llama):
 
 
 def test_zero_3_keeps_small_tensors_whole_beside_their_shards(llama):
-    arm = calculator(llama).arm("text_only", False)
-    whole = sum(weight.bytes for weight in arm.frozen)
-    sharded = account(arm, "3", 2, Peaks(0, 0, False), replace(SHIPPED, persistent=0)).frozen
-    assert max(weight.count for weight in arm.frozen) < SHIPPED.persistent
-    assert account(arm, "3", 2, Peaks(0, 0, False)).frozen == sharded + whole
+    variant = calculator(llama).variant("text_only", False)
+    whole = sum(weight.bytes for weight in variant.frozen)
+    sharded = account(variant, "3", 2, Peaks(0, 0, False), replace(SHIPPED, persistent=0)).frozen
+    assert max(weight.count for weight in variant.frozen) < SHIPPED.persistent
+    assert account(variant, "3", 2, Peaks(0, 0, False)).frozen == sharded + whole
 
 
 def test_fsdp2_fills_up_the_rows_that_ranks_do_not_divide(tmp_path):
     path = write_llm(tmp_path / "llm", "gpt2")
-    arm = calculator(path).arm("text_only", False)
-    rows = sum(-(-weight.shape[0] // 3) * weight.count // weight.shape[0] for weight in arm.frozen)
-    assert account(arm, "fsdp2", 3, Peaks(0, 0, False)).frozen == 4 * rows
+    variant = calculator(path).variant("text_only", False)
+    rows = sum(-(-weight.shape[0] // 3) * weight.count // weight.shape[0] for weight in variant.frozen)
+    assert account(variant, "fsdp2", 3, Peaks(0, 0, False)).frozen == 4 * rows
 
 
 def test_weights_in_four_bits_are_those_of_frozen_linear_layers(llama):
-    arm = calculator(llama, llm={"dtype": "bfloat16", "quantize": "nf4"}).arm("per_layer_lora", False)
+    variant = calculator(llama, llm={"dtype": "bfloat16", "quantize": "nf4"}).variant("per_layer_lora", False)
     linear = BLOCKS * (2 * D * D + 2 * D * (D // 2) + 3 * D * F)
     norms, table = BLOCKS * 2 * D + D, V * D
-    assert sum(weight.bytes for weight in arm.frozen) == linear * (0.5 + 4 / 64) + 2 * (norms + table)
+    assert sum(weight.bytes for weight in variant.frozen) == linear * (0.5 + 4 / 64) + 2 * (norms + table)
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", 4 * D), ("bfloat16", 2 * D)])
@@ -109,7 +109,7 @@ def test_a_block_saves_what_the_docstring_says(tmp_path, dtype, kept):
             write_llm(path, "llama", blocks=blocks)
         made = calculator(path, llm={"dtype": dtype}, train={"blocks": [0]})
         shape = StepShape(3, 3, 1, {"user": 20, "item": 10}, (0,), {"id": (1, E)})
-        return step_activations(made.arm("per_layer", checkpointing), made.config.loss, shape).saved
+        return step_activations(made.variant("per_layer", checkpointing), made.config.loss, shape).saved
 
     def positions(of_position) -> int:
         lengths = [text + M + 1 for text in (20, 10)]  # with the slots
@@ -138,21 +138,23 @@ def test_live_bytes_are_counted_until_they_are_freed():
     assert live.now == 0
 
 
-@pytest.mark.parametrize("arm", ["text_only", "per_layer", "per_layer_lora"])
-def test_under_zero_3_more_ranks_never_need_more_memory_on_each(llama, arm):
+@pytest.mark.parametrize("variant", ["text_only", "per_layer", "per_layer_lora"])
+def test_under_zero_3_more_ranks_never_need_more_memory_on_each(llama, variant):
     made = calculator(llama)
-    totals = [made.account(arm, made.setting(replace(GPU, gpus=ranks), "3")).total for ranks in (1, 2, 3, 4, 8, 16)]
+    totals = [made.account(variant, made.setting(replace(GPU, gpus=ranks), "3")).total for ranks in (1, 2, 3, 4, 8, 16)]
     assert totals == sorted(totals, reverse=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 8])
 def test_sharding_never_holds_more_frozen_bytes(tmp_path, ranks):
     path = write_llm(tmp_path / "llm", "llama", vocabulary=4000)
-    arm = calculator(path).arm("per_layer", False)
-    of = {s: account(arm, s, ranks, Peaks(0, 0, False), replace(SHIPPED, persistent=D)) for s in ("2", "3")}
-    assert of["3"].frozen <= of["2"].frozen + 4 * sum(w.count for w in arm.frozen if w.count <= D) + 4 * len(arm.frozen)
+    variant = calculator(path).variant("per_layer", False)
+    of = {s: account(variant, s, ranks, Peaks(0, 0, False), replace(SHIPPED, persistent=D)) for s in ("2", "3")}
+    assert of["3"].frozen <= of["2"].frozen + 4 * sum(w.count for w in variant.frozen if w.count <= D) + 4 * len(
+        variant.frozen
+    )
     assert ranks == 1 or of["3"].frozen < of["2"].frozen
-    assert of["3"].stays <= of["2"].stays + 4 * len(arm.weights) + 4 * D * len(arm.frozen)
+    assert of["3"].stays <= of["2"].stays + 4 * len(variant.weights) + 4 * D * len(variant.frozen)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "qwen3", "llama"])
@@ -168,22 +170,22 @@ def test_every_architecture_and_attention_is_traced(tmp_path, kind, attention):
     assert plain.frozen == recomputed.frozen
 
 
-def test_no_gradient_reaches_the_language_model_of_an_arm_without_slots(llama):
+def test_no_gradient_reaches_the_language_model_of_an_variant_without_slots(llama):
     made = calculator(llama)
-    arm = made.arm("text_only", False)
-    assert (arm.first_block, made.steps("text_only")) == (None, None)  # as many as there are samples
+    variant = made.variant("text_only", False)
+    assert (variant.first_block, made.steps("text_only")) == (None, None)  # as many as there are samples
     assert calculator(llama, readout={"head": False}).steps("text_only") == 0
-    sent = traffic(arm, "3", 2, 1, made.step("text_only", made.setting(replace(GPU, gpus=2), "3")), False)
-    trunk = sum(weight.bytes for weight in arm.frozen if weight.in_trunk)
+    sent = traffic(variant, "3", 2, 1, made.step("text_only", made.setting(replace(GPU, gpus=2), "3")), False)
+    trunk = sum(weight.bytes for weight in variant.frozen if weight.in_trunk)
     assert sent.weights == trunk  # both towers, forward alone, and half of it is away
 
 
 def test_zero_3_saves_gathered_matrices_unless_blocks_are_recomputed(tmp_path):
     path = write_llm(tmp_path / "llm", "llama", blocks=4)
-    arm = calculator(path).arm("per_layer", False)
+    variant = calculator(path).variant("per_layer", False)
     few = replace(SHIPPED, persistent=0, live=1000)
-    matrices = 2 * sum(weight.bytes for weight in arm.frozen if weight.linear and weight.block is not None)
-    kept, recomputed = (account(arm, "3", 2, Peaks(0, 0, again), few).gathered for again in (False, True))
+    matrices = 2 * sum(weight.bytes for weight in variant.frozen if weight.linear and weight.block is not None)
+    kept, recomputed = (account(variant, "3", 2, Peaks(0, 0, again), few).gathered for again in (False, True))
     assert kept >= matrices
     assert recomputed < matrices / 4
 
@@ -228,13 +230,13 @@ def test_shards_of_other_settings_do_not_count(finished, capsys):
 
 
 def test_checkpoint_and_bundle_are_as_large_as_planned(finished):
-    arm = plan(open_context(finished, []), GPU, None).calculator.arm("per_layer", False)
+    variant = plan(open_context(finished, []), GPU, None).calculator.variant("per_layer", False)
     checkpoint = next((finished.parent / "run" / "train" / "per_layer" / "checkpoints").glob("step-*"))
     header = 4096
     for file, planned in (
-        (checkpoint / "alignment.safetensors", arm.saved["alignment"]),
-        (checkpoint / "optimizer.safetensors", 2 * sum(weight.bytes for weight in arm.trained)),
-        (finished.parent / "run" / "bundle" / "alignment.safetensors", arm.saved["alignment"]),
+        (checkpoint / "alignment.safetensors", variant.saved["alignment"]),
+        (checkpoint / "optimizer.safetensors", 2 * sum(weight.bytes for weight in variant.trained)),
+        (finished.parent / "run" / "bundle" / "alignment.safetensors", variant.saved["alignment"]),
     ):
         assert planned <= file.stat().st_size <= planned + header
 
@@ -281,7 +283,7 @@ def test_samples_are_counted_over_shards():
     assert (samples.count, samples.users.longest, samples.users.mean) == (4, 32, 20)
 
 
-def test_every_arm_has_shapes(llama):
+def test_every_variant_has_shapes(llama):
     made = calculator(llama)
-    counts = {name: sum(weight.count for weight in made.arm(name, False).trained) for name in ARMS}
+    counts = {name: sum(weight.count for weight in made.variant(name, False).trained) for name in VARIANTS}
     assert counts["text_only"] < counts["prefix_only"] < counts["per_layer"] < counts["per_layer_lora"]

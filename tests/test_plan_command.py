@@ -107,8 +107,8 @@ def lines(path: Path, cluster: Cluster, asked: str | None = None, overrides: tup
     return "\n".join(part for part in show(made, "mine.yaml run.seed=3") if isinstance(part, str))
 
 
-def test_the_command_prints_arms_engines_advice_and_how_to_start(llama, tmp_path, capsys, monkeypatch):
-    path = written(tmp_path, llama, train={"arms": ["text_only", "per_layer"]})
+def test_the_command_prints_variants_engines_advice_and_how_to_start(llama, tmp_path, capsys, monkeypatch):
+    path = written(tmp_path, llama, train={"variants": ["text_only", "per_layer"]})
     arguments = ["rarec", "plan", str(path), "llm.dtype=bfloat16", "--gpus", "2", "--memory", "80GB"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as end:
@@ -129,7 +129,7 @@ def test_one_gpu_needs_no_engine(llama, tmp_path):
 
 
 def test_a_change_is_told_with_the_command_that_makes_it(llama, tmp_path):
-    path = written(tmp_path, llama, evaluate={"batch_size": 1}, train={"arms": ["per_layer"]})
+    path = written(tmp_path, llama, evaluate={"batch_size": 1}, train={"variants": ["per_layer"]})
     made = calculator(llama, evaluate={"batch_size": 1})
     setting = replace(made.setting(replace(GPU, gpus=2), "0"), accumulate=2)
     told = lines(path, room(made, made.account("per_layer", setting).total, gpus=2), "0")
@@ -143,7 +143,7 @@ def test_a_plan_of_8b_reads_config_json_alone_and_takes_seconds_and_little_memor
     llm = tmp_path / "llm"
     llm.mkdir()
     (llm / "config.json").write_text(json.dumps(LLAMA_8B))
-    path = written(tmp_path, llm, llm={"path": str(llm), "dtype": "bfloat16"}, train={"arms": ["per_layer"]})
+    path = written(tmp_path, llm, llm={"path": str(llm), "dtype": "bfloat16"}, train={"variants": ["per_layer"]})
     code = (
         "import resource, sys; from rarec import cli; from rarec.hardware import peak_memory\n"
         "try: cli.app(sys.argv[1:])\n"
@@ -173,8 +173,8 @@ def test_a_gguf_file_is_planned_from_its_metadata(llama, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    arm = calculator(file).arm("per_layer", False)
-    assert arm.in_blocks == calculator(llama).arm("per_layer", False).in_blocks
+    variant = calculator(file).variant("per_layer", False)
+    assert variant.in_blocks == calculator(llama).variant("per_layer", False).in_blocks
 
 
 @pytest.mark.parametrize(

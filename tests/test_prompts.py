@@ -193,7 +193,7 @@ def test_an_empty_text_adds_no_stray_space():
 
 
 def test_one_tokenised_prompt_serves_text_only():
-    """Without slots a prompt is the same text, so its stored states hold for every arm."""
+    """Without slots a prompt is the same text, so its stored states hold for every variant."""
     encoded = make_pair(user="{soft:id} history: {history}").user([0, 1])
     text_only, hybrid = lay_out([encoded], {}, 0), lay_out([encoded], {"id": 3}, 0)
     assert text_only.ids_BT[0].tolist() == encoded.tokens_T.tolist()

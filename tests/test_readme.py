@@ -21,11 +21,11 @@ SMALL = [
     "ids.sasrec.epochs=1",
     "prompt.max_history=2",
     "shards.share=0.002",
-    "train.arms=[text_only,per_layer]",
+    "train.variants=[text_only,per_layer]",
     "train.max_steps=2",
     "train.validation_users=10",
     "evaluate.users=10",
-    "evaluate.probes=false",
+    "evaluate.sanity_checks=false",
     "evaluate.resamples=50",
     "report.examples=1",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.files import read_json, sha256_file
@@ -17,7 +17,7 @@ from rarec.training.checkpoints import Checkpoints, TrainingState
 from tests.ranks import copied, start, wait_for_step
 from tests.test_diagnostics import make_model
 
-SHORT = ["train.arms=[per_layer]", "train.max_steps=4", "train.validate_every=2", "train.keep=2", "run.device=cpu"]
+SHORT = ["train.variants=[per_layer]", "train.max_steps=4", "train.validate_every=2", "train.keep=2", "run.device=cpu"]
 
 
 def flip(path: Path, of_the_way: float = 1.0) -> None:
@@ -44,7 +44,7 @@ def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
 @pytest.mark.parametrize(
     ("overrides", "keywords", "said"),
     [
-        (["run.ranks=4"], {}, ["run.ranks is 4, but 2 processes were started", "--num_processes 4"]),
+        (["run.num_processes=4"], {}, ["run.num_processes is 4, but 2 processes were started", "--num_processes 4"]),
         (["run.device=cuda"], {}, ["run.device is cuda, but PyTorch sees no GPU", "run.device=cpu"]),
         (["run.device=auto"], {}, ["2 ranks are for GPUs, but PyTorch sees", "run.device=cpu"]),
         (["train.batch_size=3", "train.accumulate=2"], {}, ["too small for 4 ranks", "raise train.batch_size"]),
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused_by_all_and_told_by_the_first(decoder, tmp_
 def test_an_error_of_one_rank_ends_all_with_its_name_and_its_words(decoder, tmp_path, engine):
     """A sample that is damaged in mid-run is met by the rank that it falls to; the other must not wait for ever."""
     run = tmp_path / "run"
-    overrides = [copied(decoder, run), "train.arms=[per_layer]", "train.epochs=40", "train.validate_every=999"]
+    overrides = [copied(decoder, run), "train.variants=[per_layer]", "train.epochs=40", "train.validate_every=999"]
     job = start("train", decoder, overrides, engine=engine, scratch=tmp_path)
     wait_for_step(run, 3, job, "per_layer")
     flip(run / "shards" / "000001.tar", of_the_way=0.5)
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_training_is_refused(decoder, trained, tmp_path,
     shutil.copytree(theirs, place)
     with pytest.raises(UserError, match="is a checkpoint of another training"):
         STAGES["train"](open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT]))
-    assert checkpoints_of(foreign, ARMS["per_layer"]).newest(print) == 4
+    assert checkpoints_of(foreign, VARIANTS["per_layer"]).newest(print) == 4
 
 
 def test_a_checkpoint_names_no_ranks_and_holds_no_frozen_weight(trained):

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rarec.artefacts import write_manifest
-from rarec.config import ARMS, RunConfig
+from rarec.config import VARIANTS, RunConfig
 from rarec.errors import UserError
 from rarec.evaluation.figures import comparison_rows, metric_rows
-from rarec.evaluation.labels import arm_order, arm_title, figure, primary_metric
+from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
 from rarec.evaluation.record import read_run
 from rarec.evaluation.report import write_report
 from rarec.evaluation.strata import strata_rows
 from rarec.evaluation.table import terminal_table
-from rarec.evaluation.verdict import Finding, find, probes, verdict
+from rarec.evaluation.verdict import Finding, find, sanity_checks, verdict
 from rarec.files import write_json
 from rarec.paths import RunPaths
 
@@ -62,13 +62,16 @@ def write_evaluation(run: RunPaths, users: int = 400) -> None:
     rng = np.random.default_rng(3)
     taste_U = rng.exponential(size=users) ** 2
     ranks = {
-        arm: 1 + np.minimum(999, taste_U * skill * rng.gamma(2, 0.5, users)).astype(np.int64)
-        for arm, skill in SKILL.items()
+        variant: 1 + np.minimum(999, taste_U * skill * rng.gamma(2, 0.5, users)).astype(np.int64)
+        for variant, skill in SKILL.items()
     }
     drawn = {"resamples": 200, "seed": 17}
-    plain = [arm for arm in SKILL if "/" not in arm and arm != "per_layer"]
-    pairs = [("per_layer", arm) for arm in plain] + [("per_layer+id", "text_only+id"), ("per_layer+id", "id_only")]
-    pairs += [(arm, "per_layer") for arm in SKILL if "/" in arm]
+    plain = [variant for variant in SKILL if "/" not in variant and variant != "per_layer"]
+    pairs = [("per_layer", variant) for variant in plain] + [
+        ("per_layer+id", "text_only+id"),
+        ("per_layer+id", "id_only"),
+    ]
+    pairs += [(variant, "per_layer") for variant in SKILL if "/" in variant]
     strata = {"history length": rng.geometric(0.05, users) + 3, "popularity": rng.geometric(0.01, users)}
     write_json(run.evaluation / "metrics.json", metric_rows(ranks, CUTOFFS, **drawn))
     write_json(run.evaluation / "comparisons.json", comparison_rows(ranks, pairs, CUTOFFS, **drawn))
@@ -81,7 +84,7 @@ def write_evaluation(run: RunPaths, users: int = 400) -> None:
 
 
 def example(user: int) -> dict[str, Any]:
-    """A user whose target stands third with one arm and nowhere with the others."""
+    """A user whose target stands third with one variant and nowhere with the others."""
     others = [f"Film {number} ({1950 + number})" for number in range(20)]
     top = {"per_layer": [*others[:2], TITLES[3], *others[2:9]], "id_only": others[:10], "text_only": others[5:15]}
     rank = {"per_layer": 3, "id_only": 31, "text_only": 1204}
@@ -95,12 +98,16 @@ def example(user: int) -> dict[str, Any]:
 
 
 def write_training(run: RunPaths) -> None:
-    """Logs of four arms; one was killed and went on, and its log holds a torn line and a step twice."""
-    for number, arm in enumerate(TRAINED):
+    """Logs of four variants; one was killed and went on, and its log holds a torn line and a step twice."""
+    for number, variant in enumerate(TRAINED):
         lines = []
         for step in range(1, 401):
             loss = 3.2 - number / 10 + 1.8 * np.exp(-step / 90)
-            terms = {"loss": loss + 0.1, "recommendation": loss, "align": 0.0 if arm == "text_only" else 2 - step / 400}
+            terms = {
+                "loss": loss + 0.1,
+                "recommendation": loss,
+                "align": 0.0 if variant == "text_only" else 2 - step / 400,
+            }
             lines.append(
                 json.dumps({"step": step, "epoch": step // 200, **terms, "tokens_per_s": 5100.0, "data_wait": 0.012})
             )
@@ -108,10 +115,10 @@ def write_training(run: RunPaths) -> None:
                 quality = 0.03 + number / 200 + step / 2e4 - (step / 5e3) ** 2 * 4
                 lines.append(json.dumps({"step": step, "validation": {"ndcg@10": quality}}))
         lines[200:200] = ['{"step": 180, "lo', lines[199]]
-        run.train(arm).mkdir(parents=True)
-        (run.train(arm) / "log.jsonl").write_text("\n".join(lines) + "\n")
+        run.train(variant).mkdir(parents=True)
+        (run.train(variant) / "log.jsonl").write_text("\n".join(lines) + "\n")
         done = {"step": 400, "best_step": 300, "seconds": 93.4, "trainable_parameters": 1_234_567 * (number + 1)}
-        write_json(run.train(arm) / "done.json", done)
+        write_json(run.train(variant) / "done.json", done)
 
 
 def write_data(run: RunPaths) -> None:
@@ -174,14 +181,14 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def compared(arm: str, baseline: str, low: float, high: float, metric: str = "ndcg@10") -> dict[str, Any]:
+def compared(variant: str, baseline: str, low: float, high: float, metric: str = "ndcg@10") -> dict[str, Any]:
     figures = {"difference": (low + high) / 2, "low": low, "high": high, "n": 943}
-    return {"arm": arm, "baseline": baseline, "metric": metric, "protocol": "full", **figures}
+    return {"variant": variant, "baseline": baseline, "metric": metric, "protocol": "full", **figures}
 
 
-def measured(arm: str, value: float = 0.05, metric: str = "ndcg@10") -> dict[str, Any]:
+def measured(variant: str, value: float = 0.05, metric: str = "ndcg@10") -> dict[str, Any]:
     figures = {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 943}
-    return {"arm": arm, "metric": metric, "protocol": "full", **figures}
+    return {"variant": variant, "metric": metric, "protocol": "full", **figures}
 
 
 ID, FUSION = ("per_layer", "id_only"), ("per_layer", "text_only+id")
@@ -269,29 +276,29 @@ def test_a_handful_of_users_that_differ_allows_no_claim(differing: int, outcome:
     assert finding.outcome == outcome
 
 
-def test_probes_pass_only_where_the_arm_gets_worse() -> None:
+def test_probes_pass_only_where_the_variant_gets_worse() -> None:
     metrics = [measured("per_layer", 0.06), measured("text_only", 0.04)]
     metrics += [measured("per_layer/shuffled_history", 0.06), measured("per_layer/permuted_ids", 0.041)]
     rows = [compared("per_layer/shuffled_history", "per_layer", -0.001, 0.001)]
     rows += [compared("per_layer/permuted_ids", "per_layer", -0.03, -0.01)]
     rows += [compared("per_layer/permuted_ids", "text_only", -0.004, 0.006)]
-    shuffled, permuted = probes(metrics, rows, "per_layer")
+    shuffled, permuted = sanity_checks(metrics, rows, "per_layer")
     assert shuffled.passed is False
     assert "not shown to use what was destroyed" in shuffled.text
     assert permuted.passed is True
     assert "from .0600 to .0410" in permuted.text
     assert "Text only stands at .0400: against it, no difference can be claimed" in permuted.text
-    assert [probe.passed for probe in probes(metrics, [], "per_layer")] == [None, None]
+    assert [sanity_check.passed for sanity_check in sanity_checks(metrics, [], "per_layer")] == [None, None]
 
 
 def test_names_and_figures_read_as_people_write_them() -> None:
-    assert arm_title("per_layer+id") == "RA-Rec (per layer) + ID"
-    assert arm_title("per_layer/permuted_ids") == "RA-Rec (per layer), permuted IDs"
-    assert arm_title("per_layer+id+popularity") == "RA-Rec (per layer) + ID + popularity"
-    assert arm_title("id_only+popularity") == "ID model + popularity"
+    assert variant_title("per_layer+id") == "RA-Rec (per layer) + ID"
+    assert variant_title("per_layer/permuted_ids") == "RA-Rec (per layer), permuted IDs"
+    assert variant_title("per_layer+id+popularity") == "RA-Rec (per layer) + ID + popularity"
+    assert variant_title("id_only+popularity") == "ID model + popularity"
     last = ["per_layer/permuted_ids", "text_only+id+popularity", "id_only+popularity", "text_only+id"]
     names = [*last, "per_layer", "id_only", "text_only", "mystery"]
-    assert sorted(names, key=arm_order) == ["id_only", "text_only", "per_layer", "mystery", *reversed(last)]
+    assert sorted(names, key=variant_order) == ["id_only", "text_only", "per_layer", "mystery", *reversed(last)]
     assert [figure(0.05334), figure(1.0), figure(-0.00001, signed=True)] == [".0533", "1.0000", "+.0000"]
     assert figure(-0.0021, signed=True) == "\N{MINUS SIGN}.0021"
     assert [primary_metric(["mrr", "ndcg@10"]), primary_metric(["ndcg@20", "ndcg@5"]), primary_metric([])] == [
@@ -354,7 +361,7 @@ def test_a_tie_that_moves_the_rank_still_marks_the_target(run: RunPaths, tmp_pat
 
 def test_the_page_tells_figures_protocol_settings_and_cost(page: str, run: RunPaths) -> None:
     rows = json.loads((run.evaluation / "metrics.json").read_text())
-    ndcg = next(row for row in rows if (row["arm"], row["metric"]) == ("per_layer", "ndcg@10"))
+    ndcg = next(row for row in rows if (row["variant"], row["metric"]) == ("per_layer", "ndcg@10"))
     assert f"reaches NDCG@10 {figure(ndcg['value'])} (95% interval" in page
     for told in (
         "full catalogue",
@@ -378,15 +385,15 @@ def test_equal_files_give_equal_bytes(run: RunPaths, page: str) -> None:
 
 def test_a_resumed_log_counts_each_step_once_and_a_torn_line_is_told(run: RunPaths) -> None:
     told: list[str] = []
-    record = read_run(run, ARMS, say=told.append)
+    record = read_run(run, VARIANTS, say=told.append)
     assert [line["step"] for line in record.training["per_layer"].losses] == list(range(1, 401))
     assert len(record.training["per_layer"].validations) == 8
     assert len(told) == 4
     assert "log.jsonl, line 201 is torn" in told[0]
 
 
-def test_what_an_arm_left_that_is_trained_no_more_is_not_shown(run: RunPaths) -> None:
-    assert set(read_run(run, ARMS, say=lambda line: None).training) > {"per_layer"}
+def test_what_an_variant_left_that_is_trained_no_more_is_not_shown(run: RunPaths) -> None:
+    assert set(read_run(run, VARIANTS, say=lambda line: None).training) > {"per_layer"}
     assert set(read_run(run, ["per_layer"], say=lambda line: None).training) == {"per_layer"}
 
 

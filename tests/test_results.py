@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from rarec.artefacts import read_manifest, write_manifest
-from rarec.config import ARMS, dump_config
+from rarec.config import VARIANTS, dump_config
 from rarec.config.identity import (
-    arm_settings,
+    baseline_of,
     evaluate_settings,
     prepare_settings,
-    rival_of,
     shard_settings,
     source_settings,
+    variant_settings,
     vectors_of,
 )
 from rarec.errors import UserError
@@ -40,7 +40,7 @@ prepare:
   interactions: {path: a.csv, user: u, item: i, time: t}
   items: {path: b.csv, item: i, title: t}
 llm: {path: x}
-train: {arms: [text_only, per_layer]}
+train: {variants: [text_only, per_layer]}
 evaluate: {resamples: 300}
 """
 SWEEP = """
@@ -64,8 +64,8 @@ def write_ranks(
     file: Path, ranks: Mapping[str, Sequence[int]], users: Sequence[str] = "abcd", targets: Sequence[str] = "wxyz"
 ) -> Path:
     rows = [
-        {"arm": arm, "user": user, "target": target, "rank": rank}
-        for arm, own in ranks.items()
+        {"variant": variant, "user": user, "target": target, "rank": rank}
+        for variant, own in ranks.items()
         for user, target, rank in zip(users, targets, own, strict=True)
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,15 +94,15 @@ def finish(
     }
     shards = artefact(paths.shards, "shards", shard_settings(config), {"prepare": prepare, "ids/id": ids["id"]})
     write_text(paths.config, dump_config(config))
-    for name in config.train.arms:
-        artefact(paths.train(name), "train", arm_settings(config, ARMS[name]), {"shards": shards})
+    for name in config.train.variants:
+        artefact(paths.train(name), "train", variant_settings(config, VARIANTS[name]), {"shards": shards})
         write_json(paths.train(name) / "done.json", {"step": 2, "best_step": 2, "seconds": 1.0})
         lines = [f'{{"step": {step}, "loss": 1.0, "samples": {count}}}\n' for step, count in ((1, 1000), (2, 500))]
         write_text(paths.train(name) / "log.jsonl", "".join(lines))
     from rarec.training.finished import training_hash
 
-    made_from = {name: training_hash(paths.train(name)) for name in config.train.arms}
-    made_from |= {"prepare": prepare, "rival": ids[rival_of(config)[0]]}
+    made_from = {name: training_hash(paths.train(name)) for name in config.train.variants}
+    made_from |= {"prepare": prepare, "baseline": ids[baseline_of(config)[0]]}
     write_ranks(paths.evaluation / "ranks.parquet", ranks, **of)
     write_json(paths.evaluation / "metrics.json", [])
     write_json(paths.evaluation / "strata.json", strata or [])
@@ -147,10 +147,10 @@ def test_a_figure_is_the_mean_over_users_of_their_means_over_seeds(tmp_path):
 
 
 def test_one_seed_gives_the_figures_of_the_runs_own_metrics(tmp_path):
-    ranks = {arm: np.array(own) for arm, own in RANKS[17].items()}
+    ranks = {variant: np.array(own) for variant, own in RANKS[17].items()}
     means = SeedMeans.read([write_ranks(tmp_path / "x.parquet", RANKS[17])], 300, 17)
     for row in metric_rows(ranks, [10, 100], resamples=300, seed=17):
-        assert means.figures(row["arm"])[row["metric"]] == (row["value"], row["low"], row["high"])
+        assert means.figures(row["variant"])[row["metric"]] == (row["value"], row["low"], row["high"])
     pairs = [("per_layer+id", "id_only")]
     for row in comparison_rows(ranks, pairs, [10, 100], resamples=300, seed=17):
         assert means.differences(*pairs[0])[row["metric"]] == (row["difference"], row["low"], row["high"])
@@ -246,7 +246,7 @@ def test_what_was_kept_of_other_settings_is_not_shown(path):
     assert "| share/shards.share=0.5 | ID model |" in made
     assert "| plain |" not in made
     assert "- `plain/seed-17` is not finished: train is next; what is kept of it was made with other settings:" in made
-    assert "arms.per_layer.train.lr: 0.002 -> 0.5" in made
+    assert "variants.per_layer.train.lr: 0.002 -> 0.5" in made
 
 
 def test_what_was_kept_of_other_vectors_is_not_shown(path):
@@ -265,7 +265,9 @@ def test_tables_are_not_replaced_by_none_since_the_settings_have_changed(path):
     finish(load_sweep(path).runs[0], RANKS[17])
     page(path)
     path.write_text(SWEEP.replace("plain: {}", "plain: {train.lr: 0.5}"))
-    with pytest.raises(UserError, match=r"none of its runs is finished.*arms\.per_layer\.train\.lr: 0\.002 -> 0\.5"):
+    with pytest.raises(
+        UserError, match=r"none of its runs is finished.*variants\.per_layer\.train\.lr: 0\.002 -> 0\.5"
+    ):
         page(path)
 
 
@@ -363,8 +365,8 @@ def test_figures_in_the_running_text_are_those_of_the_tables(path):
     [
         ("hr@10", "not a figure"),
         ("plan:id_only hr@10", "there is no finished run `plan`"),
-        ("plain:id hr@10", "there is no arm `id`"),
-        ("plain:id_only - text_onyl+id hr@10", r"there is no arm `text_onyl\+id`"),
+        ("plain:id hr@10", "there is no variant `id`"),
+        ("plain:id_only - text_onyl+id hr@10", r"there is no variant `text_onyl\+id`"),
         ("plain:id_only hr@11", "there is no metric `hr@11`"),
         ("others:plain:id_only hr@10", r"others.yaml"),
     ],
@@ -382,8 +384,8 @@ def test_runs_are_compared_with_the_one_called_base_over_the_users_that_both_ran
     finish(runs["base/seed-17"], RANKS[17])
     assert "Against the base" not in page(path)
     finish(runs["plain/seed-17"], {"per_layer": [20, 2, 2, 2, 1], "id_only": [1] * 5}, users="dabce", targets="zwxyv")
-    ((difference, arm, hits, *_, users, seeds),) = rows_of(page(path), "Against the base")
-    assert (difference, arm, users, seeds) == ("plain minus base", "RA-Rec (per layer)", "4", "1")
+    ((difference, variant, hits, *_, users, seeds),) = rows_of(page(path), "Against the base")
+    assert (difference, variant, users, seeds) == ("plain minus base", "RA-Rec (per layer)", "4", "1")
     assert hits.startswith("−.2500 ")  # d alone is lost, and e stands in one of them only
 
 
@@ -433,8 +435,10 @@ def test_runs_without_a_seed_in_common_are_not_compared(path):
     assert rows_of(page(path), "Against the base")[0][2] == "not compared: no seed in common"
 
 
-def test_the_fusion_of_the_first_run_is_compared_with_that_of_a_run_with_another_main_arm(path):
-    path.write_text(SWEEP.replace("plain: {}", "plain: {}\n  text: {train.arms: [text_only], export.arm: text_only}"))
+def test_the_fusion_of_the_first_run_is_compared_with_that_of_a_run_with_another_main_variant(path):
+    path.write_text(
+        SWEEP.replace("plain: {}", "plain: {}\n  text: {train.variants: [text_only], export.variant: text_only}")
+    )
     runs = {run.label: run for run in load_sweep(path).runs}
     for seed in (17, 18):
         finish(runs[f"plain/seed-{seed}"], RANKS[seed])
@@ -446,14 +450,14 @@ def test_the_fusion_of_the_first_run_is_compared_with_that_of_a_run_with_another
 
 
 def test_strata_are_those_of_each_seed_of_the_first_run(path):
-    def row(arm: str, bucket: str, value: float, metric: str = "hr@100") -> dict[str, Any]:
-        place = {"arm": arm, "stratum": "popularity", "bucket": bucket, "order": 0, "metric": metric}
+    def row(variant: str, bucket: str, value: float, metric: str = "hr@100") -> dict[str, Any]:
+        place = {"variant": variant, "stratum": "popularity", "bucket": bucket, "order": 0, "metric": metric}
         return {**place, "value": value, "low": value - 0.1, "high": value + 0.1, "n": 30}
 
-    both = [row(arm, bucket, 0.5) for arm in ("id_only", "per_layer") for bucket in ("0-3", "4-9")]
+    both = [row(variant, bucket, 0.5) for variant in ("id_only", "per_layer") for bucket in ("0-3", "4-9")]
     first, second, *_ = load_sweep(path).runs
     finish(first, RANKS[17], strata=[*both, row("id_only", "0-3", 0.9, "hr@10")])
-    finish(second, RANKS[18], strata=[row(arm, "0-3", 0.1) for arm in ("id_only", "per_layer")])
+    finish(second, RANKS[18], strata=[row(variant, "0-3", 0.1) for variant in ("id_only", "per_layer")])
     shown = rows_of(page(path), "By history and popularity")
     cells = [".5000 (.4000 to .6000)", ".5000 (.4000 to .6000)", "30"]
     assert shown[:2] == [["plain/seed-17", f"popularity {bucket}", *cells] for bucket in ("0-3", "4-9")]

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from rarec.artefacts import read_manifest, write_manifest
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.files import read_json
@@ -39,41 +39,41 @@ def context(finished: Path) -> Context:
     return open_context(finished, [])
 
 
-def test_metrics_carry_arm_protocol_interval_and_n(context):
+def test_metrics_carry_variant_protocol_interval_and_n(context):
     rows = read_json(context.paths.evaluation / "metrics.json")
-    arms = {row["arm"] for row in rows}
-    assert {"id_only", "text_only", "per_layer", "text_only+id", "per_layer+id"} <= arms
-    assert {"id_only+popularity", "text_only+id+popularity", "per_layer+id+popularity"} <= arms
-    assert {"per_layer/shuffled_history", "per_layer/permuted_ids"} <= arms
+    variants = {row["variant"] for row in rows}
+    assert {"id_only", "text_only", "per_layer", "text_only+id", "per_layer+id"} <= variants
+    assert {"id_only+popularity", "text_only+id+popularity", "per_layer+id+popularity"} <= variants
+    assert {"per_layer/shuffled_history", "per_layer/permuted_ids"} <= variants
     for row in rows:
-        assert set(row) == {"arm", "metric", "protocol", "value", "low", "high", "n"}
+        assert set(row) == {"variant", "metric", "protocol", "value", "low", "high", "n"}
         assert row["low"] <= row["value"] <= row["high"]
         assert (row["protocol"], row["n"]) == ("full", 60)
 
 
-def test_ranks_hold_one_row_a_user_and_arm_and_agree_with_the_metrics(context):
+def test_ranks_hold_one_row_a_user_and_variant_and_agree_with_the_metrics(context):
     ranks = pq.read_table(context.paths.evaluation / "ranks.parquet")
-    assert {"arm", "user", "target", "rank"} == set(ranks.column_names)
+    assert {"variant", "user", "target", "rank"} == set(ranks.column_names)
     rows = ranks.to_pylist()
-    own = [row for row in rows if row["arm"] == "per_layer"]
+    own = [row for row in rows if row["variant"] == "per_layer"]
     assert sorted(row["user"] for row in own) == sorted(f"u{number:03d}" for number in range(60))
-    values = {(r["arm"], r["metric"]): r["value"] for r in read_json(context.paths.evaluation / "metrics.json")}
+    values = {(r["variant"], r["metric"]): r["value"] for r in read_json(context.paths.evaluation / "metrics.json")}
     assert values["per_layer", "hr@10"] == pytest.approx(np.mean([row["rank"] <= 10 for row in own]))
     last = context.dataset.sequence(0)[-1]
     assert own[0]["target"] == str(context.dataset.item_ids[int(last)])
 
 
 def test_paired_comparisons_are_differences_of_the_same_users(context):
-    values = {(r["arm"], r["metric"]): r["value"] for r in read_json(context.paths.evaluation / "metrics.json")}
+    values = {(r["variant"], r["metric"]): r["value"] for r in read_json(context.paths.evaluation / "metrics.json")}
     rows = read_json(context.paths.evaluation / "comparisons.json")
-    assert {(row["arm"], row["baseline"]) for row in rows} >= {
+    assert {(row["variant"], row["baseline"]) for row in rows} >= {
         ("per_layer", "id_only"),
         ("per_layer+id", "text_only+id"),
         ("per_layer+id+popularity", "text_only+id+popularity"),
         ("per_layer+id+popularity", "id_only+popularity"),
     }
     for row in rows:
-        expected = values[row["arm"], row["metric"]] - values[row["baseline"], row["metric"]]
+        expected = values[row["variant"], row["metric"]] - values[row["baseline"], row["metric"]]
         assert row["difference"] == pytest.approx(expected, abs=1e-12)
         assert row["low"] <= row["difference"] <= row["high"]
 
@@ -102,7 +102,7 @@ def test_the_bundle_holds_what_was_trained_and_no_pickle(context):
 
 
 @pytest.mark.parametrize(
-    ("arm", "said"),
+    ("variant", "said"),
     [
         ("text_only", "x alignment; no slots; seed"),
         ("prefix_only", "; 2 contextual instructions at the input of the blocks 0, 1;"),
@@ -110,10 +110,10 @@ def test_the_bundle_holds_what_was_trained_and_no_pickle(context):
         ("readout", "; vectors of id at the readout alone;"),
     ],
 )
-def test_a_model_card_says_what_the_arm_has(context, arm, said):
+def test_a_model_card_says_what_the_variant_has(context, variant, said):
     manifest = read_manifest(context.paths.bundle, "bundle")
     config = open_context(context.paths.config, ["train.blocks=[0,1]"]).config
-    assert said in model_card(ARMS[arm], config, {**manifest, "sources": ["id"]})
+    assert said in model_card(VARIANTS[variant], config, {**manifest, "sources": ["id"]})
 
 
 def vectors(context: Context, model) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +126,7 @@ def test_a_reloaded_bundle_gives_the_same_scores_exactly(context, finished, tmp_
     moved = shutil.copytree(context.paths.bundle, tmp_path / "elsewhere")
     other = open_context(finished, [])
     loaded = load_bundle(moved, other.config, other.load_llm, provenance(other), other.prompts.sources)
-    users, items = vectors(context, best_model(context, ARMS["per_layer"]))
+    users, items = vectors(context, best_model(context, VARIANTS["per_layer"]))
     again_users, again_items = vectors(other, loaded)
     assert np.array_equal(users @ items.T, again_users @ again_items.T)
 
@@ -143,14 +143,14 @@ def test_a_bundle_of_half_precision_is_smaller_and_scores_nearly_the_same(contex
     loaded = load_bundle(half.paths.bundle, half.config, half.load_llm, provenance(half), half.prompts.sources)
     assert {parameter.dtype for parameter in loaded.user.parameters()} == {torch.float32}
     for whole, again in zip(
-        vectors(context, best_model(context, ARMS["per_layer"])), vectors(half, loaded), strict=True
+        vectors(context, best_model(context, VARIANTS["per_layer"])), vectors(half, loaded), strict=True
     ):
         assert not np.array_equal(whole, again)
         assert np.linalg.norm(whole - again) < 0.01 * np.linalg.norm(whole)
 
 
 def test_what_half_precision_cannot_hold_is_refused(context, tmp_path):
-    model = best_model(context, ARMS["per_layer"])
+    model = best_model(context, VARIANTS["per_layer"])
     model.item.readout.heads["text"].bias.data[0] = 1e5
     with pytest.raises(UserError, match=r"item\.readout\.heads\.text\.bias overflows float16"):
         save_weights(model, tmp_path, dtype=torch.float16)
@@ -205,10 +205,10 @@ def test_a_stage_before_its_time_names_the_command_to_type(finished, tmp_path):
 
 def test_some_samples_stand_without_their_items_vectors(finished, tmp_path):
     """Which ones, the sample decides, not its batch: so a fallback for new items is learned on any cut of a batch."""
-    context = open_context(finished, [f"run.dir={tmp_path}", "alignment.missing=0.5"])
+    context = open_context(finished, [f"run.dir={tmp_path}", "alignment.id_dropout=0.5"])
     for stage in ("prepare", "ids", "shards"):
         STAGES[stage](context)
-    model = best_model(open_context(finished, []), ARMS["per_layer"])
+    model = best_model(open_context(finished, []), VARIANTS["per_layer"])
     shards = context.paths.shards
     states = np.load(shards / "item_states.npy", mmap_mode="r")
     collate = Collator(model, context.prompts, context.sources, states, missing=0.5)
@@ -225,18 +225,18 @@ def test_some_samples_stand_without_their_items_vectors(finished, tmp_path):
     assert (whole.items.vectors["id"] != 0).any(-1).all()
 
 
-def test_an_arm_without_slots_in_the_model_goes_the_whole_way(finished, tmp_path):
+def test_an_variant_without_slots_in_the_model_goes_the_whole_way(finished, tmp_path):
     """From its shards to a bundle that recommends; there are no slots to diagnose."""
-    context = open_context(finished, [f"run.dir={tmp_path}", "train.arms=[readout]", "export.arm=readout"])
+    context = open_context(finished, [f"run.dir={tmp_path}", "train.variants=[readout]", "export.variant=readout"])
     for stage in STAGES.values():
         stage(context)
     rows = read_json(context.paths.evaluation / "metrics.json")
-    assert {"readout", "readout+id", "readout/permuted_ids"} <= {row["arm"] for row in rows}
+    assert {"readout", "readout+id", "readout/permuted_ids"} <= {row["variant"] for row in rows}
     assert not (context.paths.evaluation / "diagnostics.json").exists()
     assert len(recommend(context, "u001", 5)) == 5
     calculator = plan(context, Cluster.of(1, 1, None, "H100"), "0").calculator
     assert calculator.slots("readout") == {"user": 0, "item": 0}
-    assert calculator.arm("readout", False).first_block is None
+    assert calculator.variant("readout", False).first_block is None
 
 
 def test_the_papers_choices_go_the_whole_way(finished, tmp_path):
@@ -249,26 +249,26 @@ def test_the_papers_choices_go_the_whole_way(finished, tmp_path):
     context = open_context(tmp_path / "paper.yaml", [*short, "evaluate.resamples=50", "shards.share=0.3"])
     for stage in STAGES.values():
         stage(context)
-    arms = {row["arm"] for row in read_json(context.paths.evaluation / "metrics.json")}
-    assert {"text_only", "prefix_only", "input", "per_layer"} <= arms
+    variants = {row["variant"] for row in read_json(context.paths.evaluation / "metrics.json")}
+    assert {"text_only", "prefix_only", "input", "per_layer"} <= variants
     assert read_json(context.paths.train("text_only") / "done.json")["step"] == 0
     assert read_json(context.paths.train("per_layer") / "done.json")["step"] > 0
 
 
 def test_new_items_are_ranked_by_their_text(finished, tmp_path):
     """No ID vector is theirs, and still they differ: and the strata tell how they fare."""
-    overrides = [f"run.dir={tmp_path}", "prepare.split.new_items=0.2", "train.arms=[text_only,per_layer]"]
+    overrides = [f"run.dir={tmp_path}", "prepare.split.new_items=0.2", "train.variants=[text_only,per_layer]"]
     context = open_context(finished, overrides)
     for stage in ("prepare", "ids", "shards", "train", "evaluate"):
         STAGES[stage](context)
     new = np.flatnonzero(context.dataset.train_counts_N == 0)
     assert len(new) > 2
     assert (context.sources["id"].items_NE[new] == 0).all()
-    encoder = Encoder(best_model(context, ARMS["per_layer"]), context.prompts, context.sources, 16)
+    encoder = Encoder(best_model(context, VARIANTS["per_layer"]), context.prompts, context.sources, 16)
     items_NZ = encoder.items()
     assert len(np.unique(items_NZ[new].round(4), axis=0)) == len({context.dataset.titles[row] for row in new})
     rows = [row for row in read_json(context.paths.evaluation / "strata.json") if row["stratum"] == "met in training"]
-    asked = {row["bucket"]: row["n"] for row in rows if row["arm"] == "per_layer" and row["metric"] == "hr@10"}
+    asked = {row["bucket"]: row["n"] for row in rows if row["variant"] == "per_layer" and row["metric"] == "hr@10"}
     targets = context.dataset.targets("test").item_rows
     assert asked == {"0": np.isin(targets, new).sum(), "1": (~np.isin(targets, new)).sum()}
 
@@ -286,24 +286,24 @@ def test_an_evaluation_belongs_to_its_training(context, finished, tmp_path, stag
 def test_an_evaluation_belongs_to_its_rival(context, finished, tmp_path):
     run = shutil.copytree(context.paths.root, tmp_path / "run")
     manifest = read_json(run / "evaluation" / "manifest.json")
-    made_from = {**manifest["made_from"], "rival": "another"}
+    made_from = {**manifest["made_from"], "baseline": "another"}
     write_manifest(run / "evaluation", "evaluate", settings=manifest["settings"], made_from=made_from)
-    with pytest.raises(UserError, match="made from another rival"):
+    with pytest.raises(UserError, match="made from another baseline"):
         evaluate(open_context(finished, [f"run.dir={run}"]))
 
 
 def test_alignment_trains_on_what_its_id_vectors_have_not_seen(finished, tmp_path):
-    """The slots' ID model is another than the rival, and every sample's target was held out from it."""
-    context = open_context(finished, [f"run.dir={tmp_path}", "ids.holdout=0.01", "train.arms=[per_layer]"])
+    """The slots' ID model is another than the baseline, and every sample's target was held out from it."""
+    context = open_context(finished, [f"run.dir={tmp_path}", "ids.holdout=0.01", "train.variants=[per_layer]"])
     for stage in ("prepare", "ids", "shards", "train", "evaluate"):
         STAGES[stage](context)
     dataset, samples = context.dataset, ShardParts(context).selection
     assert (samples.positions == dataset.train_length_U[samples.user_rows] - 1).all()
-    assert context.rival.hash != context.sources["id"].hash
+    assert context.baseline.hash != context.sources["id"].hash
     targets = dataset.targets("test")
     rows = zip(targets.user_rows, targets.positions, strict=True)
     histories = [dataset.history(int(user), int(position)) for user, position in rows]
-    users = context.rival.user_vectors(targets.user_rows, histories)
-    expected = rank_targets(users, context.rival.items_NE, targets.item_rows, histories)
+    users = context.baseline.user_vectors(targets.user_rows, histories)
+    expected = rank_targets(users, context.baseline.items_NE, targets.item_rows, histories)
     ranks = pq.read_table(context.paths.evaluation / "ranks.parquet").to_pylist()
-    assert [row["rank"] for row in ranks if row["arm"] == "id_only"] == expected.tolist()
+    assert [row["rank"] for row in ranks if row["variant"] == "id_only"] == expected.tolist()

@@ -51,7 +51,7 @@ def test_without_a_shared_directory_all_lies_in_the_runs_own(world):
     ("override", "differ"),
     [
         ("train.lr=0.5", (False, False, False)),
-        ("train.arms=[text_only]", (False, False, False)),
+        ("train.variants=[text_only]", (False, False, False)),
         ("evaluate.resamples=7", (False, False, False)),
         ("prepare.memory=1GB", (False, False, False)),
         ("shards.writers=1", (False, False, False)),

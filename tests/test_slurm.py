@@ -13,14 +13,14 @@ import torch
 from rarec.paths import RunPaths
 from rarec.sweep import load_sweep, state_of
 from tests.conftest import make_world
-from tests.ranks import ARM, ROOT, copied, losses, weights
+from tests.ranks import ROOT, VARIANT, copied, losses, weights
 from tests.slurm import Cluster, cluster, needs_slurm
 from tests.sweeps import command, own, write_sweep
 
 SCRIPTS = sorted((ROOT / "launch" / "slurm").iterdir())
 TRAIN = [
     "run.device=cpu",
-    f"train.arms=[{ARM}]",
+    f"train.variants=[{VARIANT}]",
     "train.epochs=6",
     "train.validate_every=1000",
     "lora.dropout=0.1",
@@ -64,7 +64,7 @@ def two_nodes(slurm, decoder, tmp_path_factory) -> tuple[dict[str, str], dict[st
         name: slurm.submit("multi_node.sbatch", str(decoder), copied(decoder, run), *TRAIN, **zero)
         for name, run in runs.items()
     }
-    log = runs["preempted"] / "train" / ARM / "log.jsonl"
+    log = runs["preempted"] / "train" / VARIANT / "log.jsonl"
     slurm.until(lambda: log.exists() and log.read_text().count("\n") > 3, jobs["preempted"])
     slurm.call(["scancel", "--signal=USR1", "--batch", jobs["preempted"]])  # as --signal=B:USR1 has SLURM do
     for job in jobs.values():
@@ -78,7 +78,9 @@ def test_a_job_of_two_nodes_trains_to_its_end(slurm, two_nodes):
     job = slurm.job(jobs["whole"])
     assert (job["JobState"], job["Restarts"], job["NumNodes"]) == ("COMPLETED", "0", "2"), slurm.said(jobs["whole"])
     assert SAVED not in slurm.said(jobs["whole"])
-    assert json.loads((runs["whole"] / "train" / ARM / "done.json").read_text())["step"] == len(losses(runs["whole"]))
+    assert json.loads((runs["whole"] / "train" / VARIANT / "done.json").read_text())["step"] == len(
+        losses(runs["whole"])
+    )
 
 
 @needs_slurm
@@ -98,7 +100,7 @@ def test_each_task_of_a_sweep_trains_by_its_own_line(slurm, decoder, tmp_path):
     lines = [f"{copied(decoder, tmp_path / str(steps))} train.max_steps={steps}\n" for steps in (1, 2)]
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("".join([*lines, "train.max_steps=3\n"]))
-    arguments = str(decoder), str(sweep), "run.device=cpu", "train.arms=[per_layer]"
+    arguments = str(decoder), str(sweep), "run.device=cpu", "train.variants=[per_layer]"
     # called from elsewhere
     job = slurm.submit("sweep.sbatch", *arguments, options=["--array=1-3"], where=tmp_path, RAREC_HOME=str(ROOT))
     for task in ("1", "2"):
@@ -114,7 +116,7 @@ def test_a_task_that_is_preempted_leaves_the_others_of_its_array_alone(slurm, de
     lines = [f"{copied(decoder, tmp_path / task)} lora.dropout=0.1\n" for task in ("1", "2")]
     (tmp_path / "sweep.txt").write_text("".join(lines))
     job = slurm.submit("sweep.sbatch", str(decoder), str(tmp_path / "sweep.txt"), *TRAIN, options=["--array=1-2"])
-    log = tmp_path / "2" / "train" / ARM / "log.jsonl"
+    log = tmp_path / "2" / "train" / VARIANT / "log.jsonl"
     slurm.until(lambda: log.exists() and log.read_text().count("\n") > 3, f"{job}_2")
     slurm.call(["scancel", "--signal=USR1", "--batch", f"{job}_2"])
     ended = {task: slurm.ended(f"{job}_{task}") for task in ("1", "2")}

@@ -60,13 +60,13 @@ def test_stages_are_those_of_a_run_in_its_order():
 
 
 def test_runs_and_seeds_are_expanded_in_the_order_of_the_file(unswept):
-    grid = {"grid": {"shards.share": [0.06, 1], "train.arms": [["text_only", "per_layer"]]}, "seeds": [3]}
+    grid = {"grid": {"shards.share": [0.06, 1], "train.variants": [["text_only", "per_layer"]]}, "seeds": [3]}
     path = write_sweep(unswept, {"plain": None, "share": grid}, seeds=[17, 18])
     assert sorted(labels(path)) == [
         "plain/seed-17",
         "plain/seed-18",
-        "share/shards.share=0.06,train.arms=text_only,per_layer/seed-3",
-        "share/shards.share=1,train.arms=text_only,per_layer/seed-3",
+        "share/shards.share=0.06,train.variants=text_only,per_layer/seed-3",
+        "share/shards.share=1,train.variants=text_only,per_layer/seed-3",
     ]
 
 
@@ -121,8 +121,16 @@ def test_an_override_is_one_word_and_reads_back_equal(value):
         ({"a": None}, {"stage": ["train"]}, r"sweep.yaml: unknown field `stage`; did you mean `stages`"),
         ({"a": None}, {"stages": ["evalute"]}, r"field `stages.0`.*'evaluate'"),
         ({"a": None}, {"base": "no.yaml"}, r"sweep.yaml, field `base`: .*no.yaml does not exist\n  -> it is named"),
-        ({"a": {"export.arm": "input"}}, {}, r"run 'a': export.arm is input, which is not among train.arms"),
-        ({"a": {"export.arm": "input"}}, {"stages": ["train", "export"]}, r"run 'a': export.arm is input, which is"),
+        (
+            {"a": {"export.variant": "input"}},
+            {},
+            r"run 'a': export.variant is input, which is not among train.variants",
+        ),
+        (
+            {"a": {"export.variant": "input"}},
+            {"stages": ["train", "export"]},
+            r"run 'a': export.variant is input, which is",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(unswept, runs, fields, message):
@@ -158,7 +166,7 @@ def test_the_papers_choices_are_measured_as_they_are_shipped():
     shipped = load_config(ROOT / "configs" / "runs" / "paper.yaml")
     for section in ("ids", "prompt", "shards", "alignment", "lora", "readout", "loss"):
         assert getattr(measured, section) == getattr(shipped, section), section
-    assert (measured.train.arms, measured.train.epochs) == (shipped.train.arms, shipped.train.epochs)
+    assert (measured.train.variants, measured.train.epochs) == (shipped.train.variants, shipped.train.epochs)
 
 
 def test_each_run_is_made_in_its_directory_and_what_they_share_once(swept):
@@ -261,8 +269,8 @@ def test_a_run_that_fails_is_named_at_the_end_and_stops_no_other(world):
     assert (mended.returncode, mended.stderr.count("failed: ")) == (1, 1)
 
 
-def test_a_sweep_that_compares_no_arms_needs_none_to_export(world):
-    path = write_sweep(world, {"a": {"export.arm": "input"}}, stages=["prepare", "ids"])
+def test_a_sweep_that_compares_no_variants_needs_none_to_export(world):
+    path = write_sweep(world, {"a": {"export.variant": "input"}}, stages=["prepare", "ids"])
     ended = sweep(path)
     assert ended.returncode == 0, ended.stderr
     assert [state_of(run, ["prepare", "ids"]) for run in load_sweep(path).runs] == [("done", "ids")]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 from rarec.config.schema import Train
 from rarec.entry import open_context
 from rarec.errors import Stopped, UserError
@@ -27,7 +27,7 @@ from rarec.training.checkpoints import Checkpoints, Torn
 from rarec.training.schedule import build_optimizer, rate_at, set_rate
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "train.py"
-LONG = ["train.arms=[per_layer_lora]", "train.epochs=6", "train.checkpoint_every=3", "lora.dropout=0.1"]
+LONG = ["train.variants=[per_layer_lora]", "train.epochs=6", "train.checkpoint_every=3", "lora.dropout=0.1"]
 
 
 def untrained(finished: Path, directory: Path) -> str:
@@ -38,8 +38,8 @@ def untrained(finished: Path, directory: Path) -> str:
     return f"run.dir={directory}"
 
 
-def final_weights(run: Path, arm: str = "per_layer_lora") -> dict[str, torch.Tensor]:
-    newest = Checkpoints(run / "train" / arm / "checkpoints", 1, "")
+def final_weights(run: Path, variant: str = "per_layer_lora") -> dict[str, torch.Tensor]:
+    newest = Checkpoints(run / "train" / variant / "checkpoints", 1, "")
     directory = newest.path(newest.steps()[-1])
     tensors = load_file(directory / "alignment.safetensors") | load_file(directory / "optimizer.safetensors")
     return tensors | load_file(directory / "lora" / "adapter_model.safetensors")
@@ -86,12 +86,14 @@ def test_kill_9_and_resume_ends_with_the_same_weights_bit_for_bit(finished, tmp_
     assert steps == list(range(1, len(steps) + 1))
 
 
-def log_lines(run: Path, arm: str = "per_layer_lora") -> list[dict]:
-    return [json.loads(line) for line in (run / "train" / arm / "log.jsonl").read_text().splitlines()]
+def log_lines(run: Path, variant: str = "per_layer_lora") -> list[dict]:
+    return [json.loads(line) for line in (run / "train" / variant / "log.jsonl").read_text().splitlines()]
 
 
 def test_what_trains_is_saved_apart_and_nothing_frozen_with_it(finished, tmp_path):
-    train(open_context(finished, [untrained(finished, tmp_path), "train.arms=[per_layer_lora]", "train.max_steps=3"]))
+    train(
+        open_context(finished, [untrained(finished, tmp_path), "train.variants=[per_layer_lora]", "train.max_steps=3"])
+    )
     newest = Checkpoints(tmp_path / "train" / "per_layer_lora" / "checkpoints", 1, "")
     directory = newest.path(newest.steps()[-1])
     alignment = load_file(directory / "alignment.safetensors")
@@ -105,7 +107,7 @@ def test_what_trains_is_saved_apart_and_nothing_frozen_with_it(finished, tmp_pat
 
 def test_the_newest_and_the_best_checkpoint_are_kept(finished, tmp_path):
     overrides = [
-        "train.arms=[per_layer]",
+        "train.variants=[per_layer]",
         "train.epochs=4",
         "train.validate_every=2",
         "train.keep=2",
@@ -126,7 +128,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(finished, tmp_path):
 
 def test_validation_that_gets_no_better_stops_the_run(finished, tmp_path):
     overrides = [
-        "train.arms=[per_layer]",
+        "train.variants=[per_layer]",
         "train.epochs=30",
         "train.validate_every=1",
         "train.patience=2",
@@ -149,19 +151,19 @@ def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_last_good_checkp
         return LossTerms(terms.total * float("nan"), terms.recommendation, terms.align) if len(calls) == 6 else terms
 
     monkeypatch.setattr(Objective, "__call__", poisoned)
-    overrides = ["train.arms=[per_layer]", "train.checkpoint_every=2"]
+    overrides = ["train.variants=[per_layer]", "train.checkpoint_every=2"]
     with pytest.raises(UserError, match=r"step 5 is not a number .* samples user-position 0000\d+-\d+") as error:
         train(open_context(finished, [untrained(finished, tmp_path), *overrides]))
     assert "step-00000004" in str(error.value)
-    checkpoints_of(open_context(finished, [f"run.dir={tmp_path}", *overrides]), ARMS["per_layer"]).verify(4)
+    checkpoints_of(open_context(finished, [f"run.dir={tmp_path}", *overrides]), VARIANTS["per_layer"]).verify(4)
     weights = load_file(tmp_path / "train" / "per_layer" / "checkpoints" / "step-00000004" / "alignment.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_a_harmed_checkpoint_is_refused(finished, tmp_path):
-    context = open_context(finished, [untrained(finished, tmp_path), "train.arms=[per_layer]", "train.max_steps=2"])
+    context = open_context(finished, [untrained(finished, tmp_path), "train.variants=[per_layer]", "train.max_steps=2"])
     train(context)
-    checkpoints = checkpoints_of(context, ARMS["per_layer"])
+    checkpoints = checkpoints_of(context, VARIANTS["per_layer"])
     checkpoints.verify(2)
     path = checkpoints.path(2) / "alignment.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
@@ -171,7 +173,7 @@ def test_a_harmed_checkpoint_is_refused(finished, tmp_path):
 
 def test_other_settings_are_refused_unless_the_user_says_fresh(finished, tmp_path):
     place = untrained(finished, tmp_path)
-    short = [place, "train.arms=[per_layer]", "train.max_steps=2"]
+    short = [place, "train.variants=[per_layer]", "train.max_steps=2"]
     train(open_context(finished, short))
     with pytest.raises(UserError, match=r"train\.lr: 0\.002 -> 0\.5") as error:
         train(open_context(finished, [*short, "train.lr=0.5"]))
@@ -200,7 +202,7 @@ def test_a_signal_in_the_last_validation_stops_what_would_come_next(finished, tm
         return lambda: os.kill(os.getpid(), signal.SIGTERM) or validate()
 
     monkeypatch.setattr(train_stage, "validation", signalled)
-    overrides = [untrained(finished, tmp_path), "train.arms=[text_only,per_layer]", "train.max_steps=1"]
+    overrides = [untrained(finished, tmp_path), "train.variants=[text_only,per_layer]", "train.max_steps=1"]
     with pytest.raises(Stopped, match="text only is trained; stopped by a signal"):
         train(open_context(finished, overrides))
     assert (tmp_path / "train" / "text_only" / "done.json").exists()
@@ -210,6 +212,6 @@ def test_a_signal_in_the_last_validation_stops_what_would_come_next(finished, tm
 @pytest.mark.parametrize("normalise", ["true", "false"])
 def test_text_only_without_a_head_has_nothing_to_train_but_a_scale(finished, tmp_path, normalise):
     """Not even that where it is not normalised, as in `configs/runs/paper.yaml`."""
-    plain = ["readout.head=false", f"readout.normalise={normalise}", "train.arms=[text_only]"]
+    plain = ["readout.head=false", f"readout.normalise={normalise}", "train.variants=[text_only]"]
     train(open_context(finished, [untrained(finished, tmp_path), *plain]))
     assert read_json(tmp_path / "train" / "text_only" / "done.json")["step"] == 0

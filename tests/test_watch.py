@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from rarec.entry import guarded
 from rarec.errors import EXIT_CODE, Stopped, UserError
-from rarec.ranks import ALONE, Ranks
 from rarec.training.watch import Watch
+from rarec.world import SINGLE, World
 from tests.ranks import START, free_port
 
 RANKS = 3
@@ -27,7 +27,7 @@ KILLED = -signal.SIGKILL
 
 @contextmanager
 def job(
-    trouble: Callable[[Ranks], None], said: Path, *, dead: float = 2.0, stall: float = 60.0
+    trouble: Callable[[World], None], said: Path, *, dead: float = 2.0, stall: float = 60.0
 ) -> Iterator[list[BaseProcess]]:
     """Ranks that meet a trouble; what they say is in `said`, one line each, with the rank that said it."""
     said.touch()
@@ -44,7 +44,7 @@ def job(
             process.join()
 
 
-def run(rank: int, port: str, said: Path, trouble: Callable[[Ranks], None], limits: dict[str, float]) -> None:
+def run(rank: int, port: str, said: Path, trouble: Callable[[World], None], limits: dict[str, float]) -> None:
     os.dup2(os.open(said.with_name(f"stderr-{rank}"), os.O_WRONLY | os.O_CREAT), 2)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     torch.set_num_threads(1)
@@ -54,17 +54,17 @@ def run(rank: int, port: str, said: Path, trouble: Callable[[Ranks], None], limi
         with said.open("a") as file:
             file.write(f"{rank}: {line}\n")
 
-    guarded(lambda: steps(trouble, Ranks(rank, RANKS), say, limits))
+    guarded(lambda: steps(trouble, World(rank, RANKS), say, limits))
 
 
-def steps(trouble: Callable[[Ranks], None], ranks: Ranks, say: Callable[[str], None], limits: dict[str, float]) -> None:
-    with Watch.over(ranks, say, **limits):
+def steps(trouble: Callable[[World], None], world: World, say: Callable[[str], None], limits: dict[str, float]) -> None:
+    with Watch.over(world, say, **limits):
         for step in range(1, AT + 1):
-            ranks.at(f"reading samples {step}0, ...", step)
+            world.report(f"reading samples {step}0, ...", step)
             if step == AT:
-                trouble(ranks)
-            ranks.at("forward and backward")
-            ranks.total(torch.ones(1))
+                trouble(world)
+            world.report("forward and backward")
+            world.all_reduce_sum(torch.ones(1))
 
 
 def codes(processes: list[BaseProcess], within: float = 15) -> list[int | None]:
@@ -82,78 +82,78 @@ def awaited(said: Path, within: float = 15) -> str:
     return said.read_text()
 
 
-def killed_1(ranks: Ranks) -> None:
+def killed_1(world: World) -> None:
     time.sleep(0.5)  # until all are known to be here
-    if ranks.index == 1:
+    if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_1_unnoticed(ranks: Ranks) -> None:
+def killed_1_unnoticed(world: World) -> None:
     """As on GPUs, where nothing tells the others that their peer is gone."""
-    killed_1(ranks)
+    killed_1(world)
     time.sleep(60)
 
 
-def killed_0(ranks: Ranks) -> None:
-    if ranks.index == 0:
+def killed_0(world: World) -> None:
+    if world.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def frozen_0(ranks: Ranks) -> None:
+def frozen_0(world: World) -> None:
     """As if its machine were gone: connections stay, and nobody answers."""
-    if ranks.index == 0:
+    if world.rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def refused_2(ranks: Ranks) -> None:
-    if ranks.index == 2:
+def refused_2(world: World) -> None:
+    if world.rank == 2:
         raise UserError("shard 7 is missing", "make it again")
 
 
-def refused_0(ranks: Ranks) -> None:
-    if ranks.index == 0:
+def refused_0(world: World) -> None:
+    if world.rank == 0:
         raise UserError("shard 7 is missing", "make it again")
 
 
-def broken_1(ranks: Ranks) -> None:
-    if ranks.index == 1:
+def broken_1(world: World) -> None:
+    if world.rank == 1:
         raise ValueError("three is not five")
 
 
-def asleep_1(ranks: Ranks) -> None:
-    if ranks.index == 1:
+def asleep_1(world: World) -> None:
+    if world.rank == 1:
         time.sleep(60)
 
 
-def asleep_while_all_are_there(ranks: Ranks) -> None:
-    ranks.once(lambda: time.sleep(60))
+def asleep_while_all_are_there(world: World) -> None:
+    world.run_on_main(lambda: time.sleep(60))
 
 
-def refused_together(ranks: Ranks) -> None:
-    raise UserError("run.ranks is 2", shared=True)
+def refused_together(world: World) -> None:
+    raise UserError("run.num_processes is 2", shared=True)
 
 
-def stopped_together(ranks: Ranks) -> None:
+def stopped_together(world: World) -> None:
     raise Stopped("at step 2")
 
 
-def forking(ranks: Ranks) -> None:
+def forking(world: World) -> None:
     """Well, and reading by workers; the ranks end one after the other."""
     for _ in range(3):
         assert len(list(DataLoader(range(8), num_workers=2, multiprocessing_context="fork"))) == 8
-    ranks.wait()
-    time.sleep(ranks.index)
+    world.barrier()
+    time.sleep(world.rank)
 
 
-def gloo_broke_1(ranks: Ranks) -> None:
+def gloo_broke_1(world: World) -> None:
     """No rank has died: the failure is not the consequence of another."""
-    if ranks.index == 1:
+    if world.rank == 1:
         raise RuntimeError("gloo: a cable is torn")
     time.sleep(60)
 
 
 @pytest.mark.parametrize("trouble", [killed_1, killed_1_unnoticed])
-def test_a_killed_rank_ends_all_and_is_named(trouble: Callable[[Ranks], None], tmp_path: Path) -> None:
+def test_a_killed_rank_ends_all_and_is_named(trouble: Callable[[World], None], tmp_path: Path) -> None:
     with job(trouble, tmp_path / "said") as processes:
         assert codes(processes) == [EXIT_CODE, KILLED, EXIT_CODE]
     (line,) = (tmp_path / "said").read_text().splitlines()
@@ -163,7 +163,7 @@ def test_a_killed_rank_ends_all_and_is_named(trouble: Callable[[Ranks], None], t
 
 @pytest.mark.parametrize(("trouble", "code"), [(killed_0, KILLED), (frozen_0, None)])
 def test_where_the_first_rank_is_gone_all_others_say_so(
-    trouble: Callable[[Ranks], None], code: int | None, tmp_path: Path
+    trouble: Callable[[World], None], code: int | None, tmp_path: Path
 ) -> None:
     with job(trouble, tmp_path / "said") as processes:
         assert codes(processes[1:]) == [EXIT_CODE, EXIT_CODE]
@@ -174,7 +174,7 @@ def test_where_the_first_rank_is_gone_all_others_say_so(
 
 @pytest.mark.parametrize(("trouble", "failed"), [(refused_2, 2), (refused_0, 0)])
 def test_an_error_of_one_rank_ends_all_and_is_said_by_another(
-    trouble: Callable[[Ranks], None], failed: int, tmp_path: Path
+    trouble: Callable[[World], None], failed: int, tmp_path: Path
 ) -> None:
     with job(trouble, tmp_path / "said") as processes:
         assert codes(processes) == [EXIT_CODE] * RANKS
@@ -188,7 +188,7 @@ def test_an_error_of_one_rank_ends_all_and_is_said_by_another(
     ("trouble", "text"),
     [(broken_1, "ValueError: three is not five"), (gloo_broke_1, "RuntimeError: gloo: a cable is torn")],
 )
-def test_a_defect_on_one_rank_ends_all(trouble: Callable[[Ranks], None], text: str, tmp_path: Path) -> None:
+def test_a_defect_on_one_rank_ends_all(trouble: Callable[[World], None], text: str, tmp_path: Path) -> None:
     with job(trouble, tmp_path / "said", dead=1.5) as processes:
         assert codes(processes) == [EXIT_CODE, 1, EXIT_CODE]
     assert (tmp_path / "said").read_text() == f"0: rank 1 stopped at step 2: {text}\n"
@@ -208,7 +208,7 @@ def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("trouble", "rank"), [(asleep_1, 1), (asleep_while_all_are_there, 0)])
 def test_a_rank_that_stands_still_is_named_once_and_no_other(
-    trouble: Callable[[Ranks], None], rank: int, tmp_path: Path
+    trouble: Callable[[World], None], rank: int, tmp_path: Path
 ) -> None:
     with job(trouble, tmp_path / "said", stall=1.0) as processes:
         assert awaited(tmp_path / "said")
@@ -222,7 +222,7 @@ def test_a_rank_that_stands_still_is_named_once_and_no_other(
 
 @pytest.mark.parametrize(("trouble", "code"), [(forking, 0), (refused_together, EXIT_CODE), (stopped_together, 1)])
 def test_ranks_that_end_together_have_nothing_to_say(
-    trouble: Callable[[Ranks], None], code: int, tmp_path: Path
+    trouble: Callable[[World], None], code: int, tmp_path: Path
 ) -> None:
     with job(trouble, tmp_path / "said", dead=1.5) as processes:
         assert codes(processes) == [code] * RANKS
@@ -231,6 +231,6 @@ def test_ranks_that_end_together_have_nothing_to_say(
 
 def test_one_rank_alone_is_not_watched() -> None:
     before = threading.enumerate()
-    with Watch.over(ALONE, print, dead=0.1, stall=0.1):
-        ALONE.at("reading", 1)
+    with Watch.over(SINGLE, print, dead=0.1, stall=0.1):
+        SINGLE.report("reading", 1)
         assert threading.enumerate() == before

@@ -41,7 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rarec.config.method import Prompt
 
 ROOT = Path(__file__).resolve().parents[1]
-ARM, SKIPPED = "per_layer", 4
+VARIANT, SKIPPED = "per_layer", 4
 """Steps in the beginning that are not counted."""
 ONE, APART = "one process", "two apart"
 ENGINES = {ONE: "one", "DDP": "cpu", "ZeRO-2": "zero2", "FSDP2": "fsdp2", "ZeRO-3": "zero3"}
@@ -56,7 +56,7 @@ prepare:
 ids: {{sasrec: {{epochs: 1}}}}
 llm: {{path: {root}/llm}}
 shards: {{share: {share}}}
-train: {{arms: [{arm}], epochs: 1000, max_steps: {steps}, validate_every: {steps}, validation_users: 8}}
+train: {{variants: [{variant}], epochs: 1000, max_steps: {steps}, validate_every: {steps}, validation_users: 8}}
 """
 LLAMA: dict[str, Any] = {
     "num_hidden_layers": 8,
@@ -136,7 +136,7 @@ class World:
         size = write_tokenizer(root / "llm", [*texts, Prompt().user])
         LlamaForCausalLM(LlamaConfig(vocab_size=size, **LLAMA)).save_pretrained(root / "llm")
         share = min(1.0, 4 * batch * steps / rows)
-        self.config.write_text(CONFIG.format(root=root, arm=ARM, steps=steps, share=share))
+        self.config.write_text(CONFIG.format(root=root, variant=VARIANT, steps=steps, share=share))
         context = open_context(self.config, [])
         for stage in ("prepare", "ids", "shards"):
             STAGES[stage](context)
@@ -161,7 +161,7 @@ class World:
             f"train.batch_size={batch}",
         ]
         told = self.root / f"{name}.txt"
-        return Training(launch(engine, script, cores, told), told, run / "train" / ARM, batch)
+        return Training(launch(engine, script, cores, told), told, run / "train" / VARIANT, batch)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 from rarec.config.method import Loss, Prompt
 from rarec.config.schema import RunConfig, Train
 from rarec.data.shards.samples import Sample
@@ -87,7 +87,7 @@ class World:
         self.prompts = PromptPair(
             Prompt(), self.loaded.tokenizer, titles, [""] * ITEMS, reserved, self.loaded.context_length, "encoder"
         )
-        self.model: RaRec = build_model(self.config, ARMS["per_layer"], self.loaded, shapes, self.prompts.sources)
+        self.model: RaRec = build_model(self.config, VARIANTS["per_layer"], self.loaded, shapes, self.prompts.sources)
         generator = torch.Generator().manual_seed(0)
         for side in (self.model.user, self.model.item):
             assert side.alignment is not None
@@ -181,7 +181,7 @@ def main() -> None:
     prompts = [world.prompts.item(row) for row in range(ITEMS)]
     states = text_states(world.loaded.backbone, prompts, world.blocks, world.filler)
     sources = cast(Mapping[str, Source], world.vectors)
-    collate = Collator(world.model, world.prompts, sources, states, missing=0.0)
+    collate = Collator(world.model, world.prompts, sources, states, id_dropout=0.0)
     objective = Objective(Loss(), torch.ones(ITEMS), world.blocks)
     optimizer = build_optimizer(trained_parameters(world.model), Train())
     batches = [world.samples[at : at + arguments.batch] for at in range(0, len(world.samples), arguments.batch)]

@@ -43,9 +43,9 @@ class Training:
         for stage in ("prepare", "ids", "shards", "llm"):
             if (Path(config.run.dir) / stage).exists():
                 shutil.copytree(Path(config.run.dir) / stage, directory / stage)
-        self.directory = directory / "train" / config.train.arms[0]
+        self.directory = directory / "train" / config.train.variants[0]
         launcher = ["--config_file", str(arguments.engine), "--num_processes", str(arguments.ranks)]
-        fields = [*arguments.overrides, f"run.dir={directory}", f"train.arms=[{config.train.arms[0]}]"]
+        fields = [*arguments.overrides, f"run.dir={directory}", f"train.variants=[{config.train.variants[0]}]"]
         run = [str(LAUNCH), "--config", str(arguments.config), *fields]
         self.command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", "0", *run]
 

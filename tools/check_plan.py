@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as processes
-from check_plan_ranks import ARM, LIMIT, LIVE, Case, calculator_of, train_on
+from check_plan_ranks import LIMIT, LIVE, VARIANT, Case, calculator_of, train_on
 from measuring import Figure, print_table
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -90,17 +90,17 @@ def run_tree(scratch: Path, case: Case, batch: int) -> dict[str, Any]:
             "items": {"path": "-", "item": "-", "title": "-"},
         },
         "llm": llm,
-        "train": {"batch_size": batch, "accumulate": 2, "arms": [ARM]},
+        "train": {"batch_size": batch, "accumulate": 2, "variants": [VARIANT]},
     }
 
 
 def planned(case: Case, tree: dict[str, Any]) -> dict[str, int]:
     """What the plan says of the figures that are measured."""
     calculator, setting = calculator_of(case, tree)
-    account, step = calculator.account(ARM, setting), calculator.step(ARM, setting)
+    account, step = calculator.account(VARIANT, setting), calculator.step(VARIANT, setting)
     passing = account.buckets if case.stage in ("1", "2") else 0
     parts = account.gradients if case.stage in ("0", "1", "fsdp2") else 0  # made in a step, and forgotten at its end
-    sent = traffic(calculator.arm(ARM, case.checkpointing), case.stage, case.ranks, 2, step, case.checkpointing)
+    sent = traffic(calculator.variant(VARIANT, case.checkpointing), case.stage, case.ranks, 2, step, case.checkpointing)
     return {
         "frozen weights": account.frozen,
         "whitening, units": account.fixed,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from rarec.config import ARMS, RunConfig
+from rarec.config import VARIANTS, RunConfig
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.objective import Objective, Targets
 from rarec.models.towers import RaRec, SideBatch
@@ -26,7 +26,11 @@ from rarec.planning.setting import Cluster, Setting
 from rarec.planning.step import HISTORY, StepShape
 from rarec.stages.context import Context
 
-ARM, SOURCES, TEXT = "per_layer_lora", {"id": SourceShape(64, 1)}, {"user": Prompts(60, 60), "item": Prompts(20, 20)}
+VARIANT, SOURCES, TEXT = (
+    "per_layer_lora",
+    {"id": SourceShape(64, 1)},
+    {"user": Prompts(60, 60), "item": Prompts(20, 20)},
+)
 LIMIT, LIVE = 200_000, 1_000_000
 ZERO = ZeroSettings(dict.fromkeys(("1", "2", "3"), LIMIT), live=LIVE, persistent=0)
 
@@ -69,8 +73,8 @@ def train_on(rank: int, case: Case, tree: dict[str, Any], port: str, deepspeed: 
     context = Context(RunConfig.model_validate(tree), lambda line: None)
     named = dict.fromkeys(SIDES, tuple(SOURCES))
     calculator, setting = calculator_of(case, tree)
-    model = build_model(context.config, ARMS[ARM], context.load_llm(ARMS[ARM]), SOURCES, named)
-    training = Training(case, context, model, calculator.shape(ARM, setting), sent)
+    model = build_model(context.config, VARIANTS[VARIANT], context.load_llm(VARIANTS[VARIANT]), SOURCES, named)
+    training = Training(case, context, model, calculator.shape(VARIANT, setting), sent)
     found = training.found()
     if rank == 0:
         Path(out).write_text(json.dumps(found))
@@ -99,7 +103,7 @@ def counted() -> dict[str, int]:
 
 
 class Training:
-    """Steps of an arm, and what they hold.
+    """Steps of a variant, and what they hold.
 
     Args:
         case: what runs.
@@ -110,14 +114,14 @@ class Training:
     """
 
     def __init__(self, case: Case, context: Context, model: RaRec, shape: StepShape, sent: dict[str, int]) -> None:
-        self.case, self.model, self.shape, self.sent, self.ranks = case, model, shape, sent, context.ranks
+        self.case, self.model, self.shape, self.sent, self.world = case, model, shape, sent, context.world
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.numel() > 1:
                     parameter.normal_(std=0.02)
         self.optimisation = context.engine.train(model, context.config.train)
         self.optimizer = cast(Any, self.optimisation).optimizer  # each engine's own, not its protocol's
-        self.objective = Objective(context.config.loss, torch.ones(shape.total), shape.state_blocks, self.ranks)
+        self.objective = Objective(context.config.loss, torch.ones(shape.total), shape.state_blocks, self.world)
         self.gradients = 0
         model.train()
 
@@ -182,7 +186,7 @@ class Training:
     def batch(self) -> tuple[SideBatch, SideBatch, Targets]:
         """A part for this rank, with some padding."""
         shape, width = self.shape, self.model.backbone.hidden_size
-        rows_b = torch.arange(shape.rows) * shape.ranks + self.ranks.index
+        rows_b = torch.arange(shape.rows) * shape.ranks + self.world.rank
         users, items = (torch.randn(shape.rows, len(shape.state_blocks), width) for _ in SIDES)
         targets = Targets(rows_b, rows_b.clone(), torch.full((shape.rows, HISTORY), -1), users, items, shape.total)
         return self.side("user"), self.side("item"), targets

@@ -37,14 +37,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rarec.config import ARMS, RunConfig
+from rarec.config import VARIANTS, RunConfig
 from rarec.config.method import Prompt
 from rarec.files import new_directory
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.load import LoadedModel, load_model
 from rarec.models.towers import RaRec, SideBatch
 from rarec.serving.bundle import Provenance, write_bundle
-from rarec.training.accelerator import build_engine, start_ranks
+from rarec.training.accelerator import build_engine, start_world
 from rarec.training.engines import Engine, Optimisation
 
 WAYS = {"ZeRO-3": ("zero3", 2), "FSDP2": ("fsdp2", 2), "one process": ("one", 1)}
@@ -52,7 +52,7 @@ WAYS = {"ZeRO-3": ("zero3", 2), "FSDP2": ("fsdp2", 2), "one process": ("one", 1)
 GOALS = {"ZeRO-3": 100 * 1.05 / 2}
 """For what a rank holds, in percent."""
 FILE, MIB, DIM = 500e6, 2**20, 64
-ARM, SOURCES = ARMS["per_layer"], {"id": SourceShape(DIM, 1)}
+VARIANT, SOURCES = VARIANTS["per_layer"], {"id": SourceShape(DIM, 1)}
 LLAMA: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 2048,
@@ -150,8 +150,8 @@ def sampled() -> Iterator[list[float]]:
 def measure(llm: Path, out: Path, recompute: bool) -> None:
     """On a rank: load, train, and write down what that took."""
     config = configured(llm, recompute)
-    ranks = start_ranks(config)
-    engine = build_engine(ranks, config)
+    world = start_world(config)
+    engine = build_engine(world, config)
     before, started = memory("VmRSS"), time.monotonic()
     with sampled() as loading:
         loaded, model, optimisation = under_training(config, engine)
@@ -167,9 +167,9 @@ def measure(llm: Path, out: Path, recompute: bool) -> None:
         (most - before) * MIB,
         (max(loading) - loading[0]) * MIB,
         (max(steps) - loading[0]) * MIB,
-        bundle_bytes(model, config, loaded, out / "bundle") if ranks.count == 1 else 0,
+        bundle_bytes(model, config, loaded, out / "bundle") if world.size == 1 else 0,
     )
-    (out / f"{ranks.index}.json").write_text(json.dumps(asdict(measured)))
+    (out / f"{world.rank}.json").write_text(json.dumps(asdict(measured)))
     optimisation.end()
 
 
@@ -177,7 +177,7 @@ def under_training(config: RunConfig, engine: Engine) -> tuple[LoadedModel, RaRe
     """The language model, and RA-Rec around it before its first step."""
     with engine.loading(config.llm):
         loaded = load_model(config.llm, Path(config.run.dir))
-    model = build_model(config, ARM, loaded, SOURCES, dict.fromkeys(SIDES, tuple(SOURCES)))
+    model = build_model(config, VARIANT, loaded, SOURCES, dict.fromkeys(SIDES, tuple(SOURCES)))
     for tower in (model.user, model.item):
         assert tower.alignment is not None
         for _, source in tower.alignment.named_sources():
@@ -207,7 +207,7 @@ def configured(llm: Path, recompute: bool) -> RunConfig:
 def bundle_bytes(model: RaRec, config: RunConfig, loaded: LoadedModel, directory: Path) -> int:
     """Of a bundle, written as `rarec export` does."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    write_bundle(directory, model, ARM, config, Provenance({}, loaded.identity, SOURCES), [], trained)
+    write_bundle(directory, model, VARIANT, config, Provenance({}, loaded.identity, SOURCES), [], trained)
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 

@@ -8,7 +8,7 @@ under `--kept` (see `results_kept.py`), where it is found when the run itself is
 A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
 for what is generated: `figures`, `differences`, `against` (the others beside the run called `base`), `strata` and
 `overlap` (of the first run), `curves`, `missing` or `making`. `<!-- results: against RUN -->` takes another run for the
-base. Blocks that the page does not place follow at its end. `{{RUN:ARM METRIC}}` stands for a figure (see
+base. Blocks that the page does not place follow at its end. `{{RUN:VARIANT METRIC}}` stands for a figure (see
 `results_cited.py`). Entries with a grid over one field are drawn together, under `--kept` too.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 from results_cited import cited
 from results_curve import METRIC, draw
 from results_kept import Kept, changed, keep, kept
-from results_tables import Arms, against, differences, figures, making, missing, overlap, strata
+from results_tables import Variants, against, differences, figures, making, missing, overlap, strata
 
 from rarec.entry import guarded
 from rarec.errors import UserError
@@ -34,7 +34,7 @@ from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
 
 HEAD = """# Results
 
-Tables of runs, and the text's figures of their arms, are made by a tool from the files of their sweeps. By hand are
+Tables of runs, and the text's figures of their variants, are made by a tool from the files of their sweeps. By hand are
 words, figures of parts of the users or of trainings, and what the text calls computed, tried or of an earlier commit.
 
 The full catalogue is ranked; the user's earlier items are excluded, ties count against the model, choices are made on
@@ -95,33 +95,35 @@ def section(sweep: Sweep, place: Path) -> str:
     for run in sweep.runs:
         if left[run.label] is None:
             keep(run, place)
-    arms = _arms(sweep, place)
-    if not arms:
+    variants = _variants(sweep, place)
+    if not variants:
         _refuse_older(sweep, place)
     page = sweep.path.with_suffix(".md")
     text = page.read_text(encoding="utf-8") if page.exists() else f"## {sweep.path.stem}\n"
 
     @cache
-    def find(other: str) -> Mapping[str, Arms]:
-        return _arms(load_sweep(sweep.path.with_name(f"{other}.yaml")), place.with_name(other)) if other else arms
+    def find(other: str) -> Mapping[str, Variants]:
+        return (
+            _variants(load_sweep(sweep.path.with_name(f"{other}.yaml")), place.with_name(other)) if other else variants
+        )
 
-    return placed(page, cited(page, text, find), _blocks(sweep, place, arms, left, _base(sweep, text)))
+    return placed(page, cited(page, text, find), _blocks(sweep, place, variants, left, _base(sweep, text)))
 
 
 def _blocks(
-    sweep: Sweep, place: Path, arms: Mapping[str, Arms], left: Mapping[str, str | None], base: str
+    sweep: Sweep, place: Path, variants: Mapping[str, Variants], left: Mapping[str, str | None], base: str
 ) -> dict[str, str]:
     """What is generated, by its name in a page."""
-    finished = [one for run in arms.values() for one in run.finished.values()]
+    finished = [one for run in variants.values() for one in run.finished.values()]
     there = [one.run for one in finished]
     first = [one for one in finished if one.run.name == finished[0].run.name]
     return {
-        "figures": figures(arms.values()),
-        "differences": differences(list(arms.values())),
-        "against": against(arms, base),
+        "figures": figures(variants.values()),
+        "differences": differences(list(variants.values())),
+        "against": against(variants, base),
         "strata": strata(first),
         "overlap": overlap(first),
-        "curves": "\n".join(_curves(sweep, arms, place)),
+        "curves": "\n".join(_curves(sweep, variants, place)),
         "missing": missing([_lack(run, left[run.label], place) for run in sweep.runs if run not in there]),
         "making": making(sweep, finished),
     }
@@ -169,23 +171,23 @@ def _lack(run: SweepRun, stage: str | None, place: Path) -> str:
     return f"`{run.label}` is not finished: {stage} is next{older}"
 
 
-def _arms(sweep: Sweep, place: Path) -> dict[str, Arms]:
+def _variants(sweep: Sweep, place: Path) -> dict[str, Variants]:
     """Its runs over their finished seeds, by name, from what is kept."""
     seeds: dict[str, dict[int, Kept | None]] = {run.name: {} for run in sweep.runs}
     for run in sweep.runs:
         seeds[run.name][run.seed] = kept(run, place)
     found = {name: {seed: one for seed, one in of.items() if one is not None} for name, of in seeds.items()}
-    return {name: Arms(name, finished, len(seeds[name])) for name, finished in found.items() if finished}
+    return {name: Variants(name, finished, len(seeds[name])) for name, finished in found.items() if finished}
 
 
-def _curves(sweep: Sweep, arms: Mapping[str, Arms], place: Path) -> Iterator[str]:
+def _curves(sweep: Sweep, variants: Mapping[str, Variants], place: Path) -> Iterator[str]:
     """A plot for each field over which alone some entries have a grid, of those of which two points are finished."""
-    entries: dict[str, dict[str, dict[Any, Arms]]] = {}
+    entries: dict[str, dict[str, dict[Any, Variants]]] = {}
     for run in sweep.runs:
-        if len(run.grid) == 1 and run.name in arms:
+        if len(run.grid) == 1 and run.name in variants:
             [(field, value)] = run.grid.items()
             value = value if isinstance(value, int | float | str) else json.dumps(value)
-            entries.setdefault(field, {}).setdefault(run.entry, {})[value] = arms[run.name]
+            entries.setdefault(field, {}).setdefault(run.entry, {})[value] = variants[run.name]
     for field, of_field in entries.items():
         drawn = {entry: list(points.items()) for entry, points in of_field.items() if len(points) > 1}
         if drawn:

@@ -1,9 +1,9 @@
 """Figures in the running text of a sweep's page, which are not typed there either.
 
-{{RUN:ARM METRIC}}              .2699 (.2645 to .2751), the mean and its interval
-{{RUN:ARM - ARM METRIC}}        4.0 (3.7 to 4.3), a paired difference in points of .01
-{{RUN:ARM - RUN:ARM METRIC}}    of two runs, over the users and the seeds that both have
-{{SWEEP:RUN:ARM METRIC}}        of another sweep, whose file lies beside this one's; in a difference said of each run
+{{RUN:VARIANT METRIC}}              .2699 (.2645 to .2751), the mean and its interval
+{{RUN:VARIANT - VARIANT METRIC}}        4.0 (3.7 to 4.3), a paired difference in points of .01
+{{RUN:VARIANT - RUN:VARIANT METRIC}}    of two runs, over the users and the seeds that both have
+{{SWEEP:RUN:VARIANT METRIC}}        of another sweep, whose file lies beside this one's; in a difference said of each run
 {{... METRIC mean}}             without the interval
 """
 
@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from results_tables import Arms, paired
+from results_tables import Variants, paired
 
 from rarec.errors import UserError
 from rarec.evaluation.labels import figure
 
 _CITED = re.compile(r"\{\{(.+?)\}\}")
 _FORM = re.compile(r"(?P<one>\S+)(?: - (?P<other>\S+))? (?P<metric>\S+?)(?P<mean> mean)?")
-_FORMS = "{{RUN:ARM METRIC}}, {{RUN:ARM - ARM METRIC}} or with ` mean` at the end"
+_FORMS = "{{RUN:VARIANT METRIC}}, {{RUN:VARIANT - VARIANT METRIC}} or with ` mean` at the end"
 Found = TypeVar("Found")
-Find = Callable[[str], Mapping[str, Arms]]
+Find = Callable[[str], Mapping[str, Variants]]
 
 
 def cited(page: Path, text: str, find: Find) -> str:
@@ -49,23 +49,23 @@ def _cited(asked: str, find: Find) -> str:
     form = _FORM.fullmatch(asked)
     if form is None:
         raise UserError("not a figure", f"write {_FORMS}")
-    run, arm = _arm(form["one"], find)
+    run, variant = _variant(form["one"], find)
     if form["other"] is None:
-        found, scale, decimals = run.means.figures(arm), 1, 4
+        found, scale, decimals = run.means.figures(variant), 1, 4
     else:
         whole = form["other"] if ":" in form["other"] else f"{form['one'].rpartition(':')[0]}:{form['other']}"
-        found, scale, decimals = paired(run, arm, *_arm(whole, find)).differences("ours", "theirs"), 100, 1
+        found, scale, decimals = paired(run, variant, *_variant(whole, find)).differences("ours", "theirs"), 100, 1
     mean, low, high = (figure(scale * value, decimals=decimals) for value in _of(found, form["metric"], "metric"))
     return mean if form["mean"] else f"{mean} ({low} to {high})"
 
 
-def _arm(reference: str, find: Find) -> tuple[Arms, str]:
-    """The run and the arm that `SWEEP:RUN:ARM` names."""
-    place, _, arm = reference.rpartition(":")
+def _variant(reference: str, find: Find) -> tuple[Variants, str]:
+    """The run and the variant that `SWEEP:RUN:VARIANT` names."""
+    place, _, variant = reference.rpartition(":")
     sweep, _, name = place.rpartition(":")
     run = _of(find(sweep), name, "finished run")
-    _of(run.means.values, arm, "arm")
-    return run, arm
+    _of(run.means.values, variant, "variant")
+    return run, variant
 
 
 def _of(there: Mapping[str, Found], name: str, kind: str) -> Found:

@@ -1,4 +1,4 @@
-"""The plots of `make_results.py`: a metric over the field of a grid, with intervals; one line an arm, or an entry."""
+"""The plots of `make_results.py`: a metric over the field of a grid, with intervals; one line a variant, or an entry."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,28 +6,28 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from results_tables import Arms
+from results_tables import Variants
 
 from rarec.errors import UserError
-from rarec.evaluation.labels import FUSED, ID_ONLY, LATE_FUSION, arm_title, metric_title, tick
+from rarec.evaluation.labels import FUSED, ID_ONLY, LATE_FUSION, metric_title, tick, variant_title
 from rarec.files import write_text
 
 METRIC = "hr@100"
 COLOURS = {ID_ONLY: "#7a7a7a", "text_only": "#c08a2b", "main": "#2b6cb0"}
 OF_ENTRIES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#718096")
 BESIDE = 0.08
-"""From one arm to the next, where the field's values are names."""
+"""From one variant to the next, where the field's values are names."""
 WIDE = 10
 """A field whose largest value is so many times its smallest has a logarithmic axis."""
 
-Points = Sequence[tuple[Any, Arms]]
+Points = Sequence[tuple[Any, Variants]]
 
 
 class Line(NamedTuple):
-    """One arm over the points of one entry; a fused arm is dashed, or hollow, in the colour of the arm behind it."""
+    """One variant over the points of one entry; a fused variant is dashed, or hollow, in the colour of the variant behind it."""
 
     label: str
-    arm: str
+    variant: str
     colour: str
     points: Points
 
@@ -75,30 +75,30 @@ def draw(file: Path, field: str, entries: Mapping[str, Points]) -> None:
 
 
 def _of_one(points: Points) -> Iterator[Line]:
-    """The arms that matter most, where every point has them."""
+    """The variants that matter most, where every point has them."""
     main = points[0][1].main
-    for arm in dict.fromkeys([ID_ONLY, "text_only", main, LATE_FUSION, main + FUSED]):
-        if all(arm in run.means.values for _, run in points):
-            colour = COLOURS.get(arm.removesuffix(FUSED), COLOURS["main"])
-            yield Line(arm_title(arm), arm, colour, points)
+    for variant in dict.fromkeys([ID_ONLY, "text_only", main, LATE_FUSION, main + FUSED]):
+        if all(variant in run.means.values for _, run in points):
+            colour = COLOURS.get(variant.removesuffix(FUSED), COLOURS["main"])
+            yield Line(variant_title(variant), variant, colour, points)
 
 
 def _of_several(entries: Mapping[str, Points]) -> Iterator[Line]:
-    """Each entry's main arm and its fusion, and the ID model of the first."""
-    yield Line(arm_title(ID_ONLY), ID_ONLY, COLOURS[ID_ONLY], next(iter(entries.values())))
+    """Each entry's main variant and its fusion, and the ID model of the first."""
+    yield Line(variant_title(ID_ONLY), ID_ONLY, COLOURS[ID_ONLY], next(iter(entries.values())))
     for (entry, points), colour in zip(entries.items(), cycle(OF_ENTRIES)):
         main = points[0][1].main
-        for arm in (main, main + FUSED):
-            if all(arm in run.means.values for _, run in points):
-                yield Line(f"{entry}{' + ID' if arm.endswith(FUSED) else ''}", arm, colour, points)
+        for variant in (main, main + FUSED):
+            if all(variant in run.means.values for _, run in points):
+                yield Line(f"{entry}{' + ID' if variant.endswith(FUSED) else ''}", variant, colour, points)
 
 
 def _plot(panel: Any, line: Line, place: Mapping[Any, float], beside: float | None) -> None:
     """Values with their intervals; those of names, which have no order, are not joined, and stand so far beside."""
     points = sorted(line.points, key=lambda point: place[point[0]])
-    found = [run.means.figures(line.arm)[METRIC] for _, run in points]
+    found = [run.means.figures(line.variant)[METRIC] for _, run in points]
     ends = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
-    fused, joined = line.arm.endswith(FUSED), beside is None
+    fused, joined = line.variant.endswith(FUSED), beside is None
     style = {"linestyle": ("--" if fused else "-") if joined else "none", "marker": "o", "markersize": 4, "capsize": 3}
     style |= {} if joined or not fused else {"markerfacecolor": "white"}
     places, means = [place[value] + (beside or 0.0) for value, _ in points], [one.mean for one in found]

@@ -1,6 +1,6 @@
 """What `make_results.py` keeps of a finished run, small and fit to be published: all that a page is made of.
 
-Kept are the rank of each test user's target under each arm, with digests in place of the ids of users and targets, so
+Kept are the rank of each test user's target under each variant, with digests in place of the ids of users and targets, so
 that runs can still be paired (who knows a user's id can find that user's ranks); the strata; what each stage took,
 where and by which commit; and the configuration. A run that is configured otherwise by now does not find what was kept
 of it; a field that came later counts as its default, and the commit tells.
@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.artefacts import MANIFEST, check_files, differences, read_manifest, write_manifest
-from rarec.config import ARMS, RunConfig
+from rarec.config import VARIANTS, RunConfig
 from rarec.config.identity import (
-    arm_settings,
     engine_of_tables,
     evaluate_settings,
     imported_files,
@@ -26,6 +25,7 @@ from rarec.config.identity import (
     prepare_settings,
     shard_settings,
     source_settings,
+    variant_settings,
     vectors_of,
 )
 from rarec.config.load import validated
@@ -50,7 +50,7 @@ class Kept:
         ranks: the file that `SeedMeans` reads.
         strata: rows of strata.json.
         record: of each stage, as in record.json.
-        training: of each arm, its steps and the samples seen in them; None where they were not counted.
+        training: of each variant, its steps and the samples seen in them; None where they were not counted.
     """
 
     run: SweepRun
@@ -73,13 +73,13 @@ def keep(run: SweepRun, place: Path) -> None:
     paths = RunPaths.of(run.config)
     manifest = read_manifest(paths.evaluation, "evaluate")
     check_files(paths.evaluation, manifest)
-    trained = read_run(paths, run.config.train.arms, say=lambda line: None).training
+    trained = read_run(paths, run.config.train.variants, say=lambda line: None).training
     with new_directory(place / run.label) as aside:
         pq.write_table(_digested(pq.read_table(paths.evaluation / RANKS)), aside / RANKS, compression="zstd")
         about = {
             "strata": read_json(paths.evaluation / "strata.json"),
             "record": read_json(paths.record) if paths.record.exists() else {},
-            "training": {arm: _seen(training) for arm, training in trained.items()},
+            "training": {variant: _seen(training) for variant, training in trained.items()},
         }
         write_json(aside / ABOUT, about)
         write_manifest(
@@ -130,7 +130,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         "imported": {name: imported_files(section) for name, section in vectors.items()},
         "llm": llm_settings(config),
         "shards": shard_settings(config),
-        "arms": {name: arm_settings(config, ARMS[name]) for name in config.train.arms},
+        "variants": {name: variant_settings(config, VARIANTS[name]) for name in config.train.variants},
         "evaluate": evaluate_settings(config),
     }
 
@@ -146,7 +146,7 @@ def _digested(table: pa.Table) -> pa.Table:
     users = pa.array(_digests(table["user"].to_pylist(), 8), pa.uint64())
     targets = pa.array(_digests(table["target"].to_pylist(), 1), pa.uint8())
     ranks = table["rank"].cast(pa.int32())
-    columns = {"arm": table["arm"], "user": users, "target": targets, "rank": ranks}
+    columns = {"variant": table["variant"], "user": users, "target": targets, "rank": ranks}
     return pa.table(columns)
 
 

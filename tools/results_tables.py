@@ -15,10 +15,10 @@ from rarec.evaluation.labels import (
     HEADLINE,
     ID_ONLY,
     LATE_FUSION,
-    arm_order,
-    arm_title,
     figure,
     metric_title,
+    variant_order,
+    variant_title,
 )
 from rarec.evaluation.seeds import SeedMeans
 from rarec.ranking import Interval
@@ -29,8 +29,8 @@ _UNKNOWN = "not recorded"
 
 
 @dataclass(frozen=True)
-class Arms:
-    """The arms of one run.
+class Variants:
+    """The variants of one run.
 
     Attributes:
         name: of the run.
@@ -53,8 +53,8 @@ class Arms:
 
     @property
     def main(self) -> str:
-        """The arm that is exported, and compared with the others."""
-        return self._config.export.arm
+        """The variant that is exported, and compared with the others."""
+        return self._config.export.variant
 
     def _read(self, seeds: Iterable[int]) -> SeedMeans:
         return SeedMeans.read([self.finished[s].ranks for s in seeds], self._config.evaluate.resamples, self._first)
@@ -70,7 +70,7 @@ class Arms:
     @property
     def shown(self) -> list[str]:
         """All of them, in the order of every report."""
-        return sorted(self.means.values, key=arm_order)
+        return sorted(self.means.values, key=variant_order)
 
     @property
     def counts(self) -> list[str]:
@@ -80,55 +80,55 @@ class Arms:
         return [f"{self.means.n:,}{without}", f"{self.means.seeds}{of}"]
 
 
-def figures(runs: Iterable[Arms]) -> str:
-    """Runs and arms x metrics."""
+def figures(runs: Iterable[Variants]) -> str:
+    """Runs and variants x metrics."""
     rows = []
     for run in runs:
-        for arm in run.shown:
-            found = run.means.figures(arm)
-            rows.append([run.name, arm_title(arm), *(_cell(found[metric]) for metric in HEADLINE), *run.counts])
-    return _table(["run", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows)
+        for variant in run.shown:
+            found = run.means.figures(variant)
+            rows.append([run.name, variant_title(variant), *(_cell(found[metric]) for metric in HEADLINE), *run.counts])
+    return _table(["run", "variant", *map(metric_title, HEADLINE), "users", "seeds"], rows)
 
 
-def differences(runs: Sequence[Arms]) -> str:
-    """The main arm, alone and fused, against its rivals; the first run's fusion against those of runs with another."""
+def differences(runs: Sequence[Variants]) -> str:
+    """The main variant, alone and fused, against its baselines; the first run's fusion against those of runs with another."""
     rows = []
     for run in runs:
-        for arm, baseline in pairs_of_interest(run.shown, run.main):
-            found = run.means.differences(arm, baseline)
-            pair = f"{arm_title(arm)} minus {arm_title(baseline)}"
+        for variant, baseline in pairs_of_interest(run.shown, run.main):
+            found = run.means.differences(variant, baseline)
+            pair = f"{variant_title(variant)} minus {variant_title(baseline)}"
             rows.append([run.name, pair, *(_cell(found[metric], signed=True) for metric in HEADLINE), *run.counts])
     for other in (run for run in runs if run.main != runs[0].main):
-        pair = f"{arm_title(runs[0].main + FUSED)} minus {arm_title(other.main + FUSED)}"
+        pair = f"{variant_title(runs[0].main + FUSED)} minus {variant_title(other.main + FUSED)}"
         cells = _across(runs[0], runs[0].main + FUSED, other, other.main + FUSED)
         rows += [[f"{runs[0].name}, {other.name}", pair, *cells]] if cells else []
     return _table(["run", "difference", *map(metric_title, HEADLINE), "users", "seeds"], rows)
 
 
-def against(runs: Mapping[str, Arms], base: str) -> str:
-    """The main arm of each run, alone and fused, against that of the run called `base`; nothing without one."""
+def against(runs: Mapping[str, Variants], base: str) -> str:
+    """The main variant of each run, alone and fused, against that of the run called `base`; nothing without one."""
     rows = []
     for run in (run for name, run in runs.items() if name != base and base in runs):
-        for arm in (run.main, run.main + FUSED):
-            cells = _across(run, arm, runs[base], arm)
-            rows += [[f"{run.name} minus {base}", arm_title(arm), *cells]] if cells else []
-    return _table(["difference", "arm", *map(metric_title, HEADLINE), "users", "seeds"], rows) if rows else ""
+        for variant in (run.main, run.main + FUSED):
+            cells = _across(run, variant, runs[base], variant)
+            rows += [[f"{run.name} minus {base}", variant_title(variant), *cells]] if cells else []
+    return _table(["difference", "variant", *map(metric_title, HEADLINE), "users", "seeds"], rows) if rows else ""
 
 
-def _across(run: Arms, arm: str, other: Arms, others: str) -> list[str]:
-    """Cells of an arm minus one of another run, over the seeds that both have; none where either lacks its own."""
-    if arm not in run.means.values or others not in other.means.values:
+def _across(run: Variants, variant: str, other: Variants, others: str) -> list[str]:
+    """Cells of a variant minus one of another run, over the seeds that both have; none where either lacks its own."""
+    if variant not in run.means.values or others not in other.means.values:
         return []
     try:
-        both = paired(run, arm, other, others)
+        both = paired(run, variant, other, others)
     except UserError as error:
         return [f"not compared: {error.problem}", *[""] * (len(HEADLINE) + 1)]
     found = both.differences("ours", "theirs")
     return [*(_cell(found[metric], signed=True) for metric in HEADLINE), f"{both.n:,}", str(both.seeds)]
 
 
-def paired(run: Arms, arm: str, other: Arms, others: str) -> SeedMeans:
-    """An arm as `ours` and one of another run as `theirs`, over the users and the seeds that both have.
+def paired(run: Variants, variant: str, other: Variants, others: str) -> SeedMeans:
+    """A variant as `ours` and one of another run as `theirs`, over the users and the seeds that both have.
 
     Raises:
         UserError: they have none in common, or other targets.
@@ -136,39 +136,45 @@ def paired(run: Arms, arm: str, other: Arms, others: str) -> SeedMeans:
     seeds = [seed for seed in run.finished if seed in other.finished]
     if not seeds:
         raise UserError("no seed in common", "finish both runs with one")
-    return run.over(seeds).against(other.over(seeds), arm, others)
+    return run.over(seeds).against(other.over(seeds), variant, others)
 
 
 def strata(seeds: Sequence[Kept]) -> str:
-    """HR@100 by history length and by the target's popularity, of the arms of a run that matter most, seed by seed."""
+    """HR@100 by history length and by the target's popularity, of the variants of a run that matter most, seed by seed."""
     rows = [row for one in seeds for row in one.strata if row["metric"] == STRATA_BY]
-    main = seeds[0].run.config.export.arm if seeds else ""
-    there = {row["arm"] for row in rows}
-    arms = [arm for arm in dict.fromkeys([ID_ONLY, "text_only", LATE_FUSION, main, main + FUSED]) if arm in there]
-    lines = [[one.run.label, *cells] for one in seeds for cells in _strata_of(one, arms)]
-    head = ["run", metric_title(STRATA_BY) + " where", *map(arm_title, arms), "users"]
+    main = seeds[0].run.config.export.variant if seeds else ""
+    there = {row["variant"] for row in rows}
+    variants = [
+        variant
+        for variant in dict.fromkeys([ID_ONLY, "text_only", LATE_FUSION, main, main + FUSED])
+        if variant in there
+    ]
+    lines = [[one.run.label, *cells] for one in seeds for cells in _strata_of(one, variants)]
+    head = ["run", metric_title(STRATA_BY) + " where", *map(variant_title, variants), "users"]
     return _table(head, lines) if lines else ""
 
 
-def _strata_of(one: Kept, arms: Sequence[str]) -> Iterator[list[str]]:
-    cells = {(row["stratum"], row["bucket"], row["arm"]): row for row in one.strata if row["metric"] == STRATA_BY}
+def _strata_of(one: Kept, variants: Sequence[str]) -> Iterator[list[str]]:
+    cells = {(row["stratum"], row["bucket"], row["variant"]): row for row in one.strata if row["metric"] == STRATA_BY}
     for stratum, bucket in dict.fromkeys(place[:2] for place in cells):
-        found = [cells[stratum, bucket, arm] for arm in arms]
+        found = [cells[stratum, bucket, variant] for variant in variants]
         shown = [_cell(Interval(row["value"], row["low"], row["high"])) for row in found]
         yield [f"{stratum} {bucket}", *shown, f"{found[0]['n']:,}"]
 
 
 def overlap(seeds: Iterable[Kept]) -> str:
-    """Who hits among the first hundred, the ID model or an arm of a run, and how much of it their fusion hits."""
+    """Who hits among the first hundred, the ID model or a variant of a run, and how much of it their fusion hits."""
     lines = []
     for one in seeds:
-        hits = {arm: values[STRATA_BY] > 0 for arm, values in SeedMeans.read([one.ranks]).values.items()}
-        for arm in sorted((arm for arm in hits if arm + FUSED in hits and ID_ONLY in hits), key=arm_order):
-            ids, own, fused = hits[ID_ONLY], hits[arm], hits[arm + FUSED]
+        hits = {variant: values[STRATA_BY] > 0 for variant, values in SeedMeans.read([one.ranks]).values.items()}
+        for variant in sorted(
+            (variant for variant in hits if variant + FUSED in hits and ID_ONLY in hits), key=variant_order
+        ):
+            ids, own, fused = hits[ID_ONLY], hits[variant], hits[variant + FUSED]
             parts = (ids | own, ids & own, ids & ~own, own & ~ids, ~(ids | own))
             cells = [f"{figure(part.mean())}, {figure((fused & part).mean())}" for part in parts]
-            lines.append([one.run.label, arm_title(arm), *cells, f"{len(ids):,}"])
-    head = ["run", "arm", "either", "both", "ID model alone", "arm alone", "neither", "users"]
+            lines.append([one.run.label, variant_title(variant), *cells, f"{len(ids):,}"])
+    head = ["run", "variant", "either", "both", "ID model alone", "variant alone", "neither", "users"]
     return _table(head, lines) if lines else ""
 
 
@@ -211,8 +217,8 @@ def _short(commit: str) -> str:
 
 def _seen(one: Kept) -> str:
     return "; ".join(
-        f"{arm_title(arm)}: {_count(counts['steps'])}, {_count(counts['samples'])}"
-        for arm, counts in one.training.items()
+        f"{variant_title(variant)}: {_count(counts['steps'])}, {_count(counts['samples'])}"
+        for variant, counts in one.training.items()
     )
 
 

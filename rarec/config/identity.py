@@ -3,11 +3,11 @@
 from typing import Any
 
 from rarec.artefacts import sha256_json
-from rarec.config.arms import Arm
 from rarec.config.ids import Ids, Import, Recipe
 from rarec.config.load import without_password
 from rarec.config.logs import Prepare
 from rarec.config.schema import RunConfig
+from rarec.config.variants import Variant
 
 COMPUTES = ("engine", "spark", "memory", "scratch")
 """Fields of `prepare` that say how it is computed, not what: every engine gives the same dataset."""
@@ -51,24 +51,28 @@ def shard_settings(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def arm_settings(config: RunConfig, arm: Arm) -> dict[str, Any]:
-    """The settings that shape one arm's weights."""
-    sections = ["alignment", "readout", "loss", "train", *(["lora"] if arm.lora else [])]
-    settings = _sections(config, *sections) | {"arm": arm.name}
-    for outside in ("arms", "trackers", "keep", "stream"):
+def variant_settings(config: RunConfig, variant: Variant) -> dict[str, Any]:
+    """The settings that shape one variant's weights."""
+    sections = ["alignment", "readout", "loss", "train", *(["lora"] if variant.lora else [])]
+    settings = _sections(config, *sections) | {"variant": variant.name}
+    for outside in ("variants", "trackers", "keep", "stream"):
         del settings["train"][outside]
     return settings
 
 
 def evaluate_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that shape an evaluation."""
-    return _sections(config, "evaluate", "report") | {"arms": config.train.arms, "main": config.export.arm}
+    return _sections(config, "evaluate", "report") | {"variants": config.train.variants, "main": config.export.variant}
 
 
 def bundle_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that shape a bundle."""
     tree = config.model_dump(mode="json")
-    return {"arm": config.export.arm, "dtype": config.export.dtype, **{section: tree[section] for section in BUNDLED}}
+    return {
+        "variant": config.export.variant,
+        "dtype": config.export.dtype,
+        **{section: tree[section] for section in BUNDLED},
+    }
 
 
 def sources_of(config: RunConfig) -> dict[str, Ids | Import]:
@@ -76,19 +80,19 @@ def sources_of(config: RunConfig) -> dict[str, Ids | Import]:
     return {"id": config.ids, **config.sources}
 
 
-RIVAL = "id.all"
+BASELINE = "id.all"
 """The ID model that was trained on all, where the one of the slots was not. No source can be called so."""
 
 
-def rival_of(config: RunConfig) -> tuple[str, Ids]:
-    """Name and section of the ID model that the arms are compared and fused with."""
+def baseline_of(config: RunConfig) -> tuple[str, Ids]:
+    """Name and section of the ID model that the variants are compared and fused with."""
     apart = config.ids.held_out and isinstance(config.ids.chosen, Recipe)
-    return (RIVAL, config.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", config.ids)
+    return (BASELINE, config.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", config.ids)
 
 
 def vectors_of(config: RunConfig) -> dict[str, Ids | Import]:
-    """The section of all that `rarec ids` makes: the sources, and the rival."""
-    name, section = rival_of(config)
+    """The section of all that `rarec ids` makes: the sources, and the baseline."""
+    name, section = baseline_of(config)
     return {**sources_of(config), name: section}
 
 
@@ -103,8 +107,8 @@ def shared_names(config: RunConfig) -> dict[str, str]:
     for name, section in sources_of(config).items():
         names[f"ids/{name}"] = _source_name(name, section, config.run.seed, prepare)
     shards = _digest(shard_settings(config), llm_settings(config), names)
-    rival, section = rival_of(config)
-    names[f"ids/{rival}"] = _source_name("id", section, config.run.seed, prepare)
+    baseline, section = baseline_of(config)
+    names[f"ids/{baseline}"] = _source_name("id", section, config.run.seed, prepare)
     return {**names, "shards": f"shards-{shards}"}
 
 

@@ -84,7 +84,7 @@ class Import(Section):
     item_ids: str | None = None
     """One id a row, in order: a text file, `.npy`, or Parquet (first column). Not for Parquet vectors."""
     missing: Literal["refuse", "fallback"] = "refuse"
-    """Items that the vectors do not name: refused, or slots of theirs hold what `alignment.missing` learns for such."""
+    """Items that the vectors do not name: refused, or slots of theirs hold what `alignment.id_dropout` learns for such."""
     users: str | None = None
     """User vectors, in the same formats; without it they are made from the history by `user_rule`."""
     user_ids: str | None = None
@@ -107,7 +107,7 @@ class Ids(Section):
     holdout: Part | None = None
     """Share of each user's training interactions, the newest and at least one, that the vectors in the slots are not
     trained on; the alignment is trained on these alone, since a vector that has seen a target is over-confident about
-    it (ours). A second ID model, trained on all, is then the rival and the partner in a fusion. By default a tenth
+    it (ours). A second ID model, trained on all, is then the baseline and the partner in a fusion. By default a tenth
     where the ID model is trained here, and 0 for imported vectors: set it if they were trained so, they are taken at
     their word."""
     imported: Import | None = None

@@ -15,6 +15,14 @@ from rarec.config.schema import RunConfig
 from rarec.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+RENAMED = {
+    "train.arms": "train.variants",
+    "export.arm": "export.variant",
+    "evaluate.probes": "evaluate.sanity_checks",
+    "alignment.missing": "alignment.id_dropout",
+    "run.ranks": "run.num_processes",
+}
+"""Fields that had another name in earlier versions: they are refused, and the new name is given."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -167,6 +175,8 @@ def _place(detail: ErrorDetails, given: Mapping[str, str], where: str) -> str:
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     field = ".".join(str(part) for part in detail["loc"])
+    if field in RENAMED:
+        return f"field `{field}` is now called `{RENAMED[field]}`: rename it"
     if detail["type"] == "extra_forbidden":
         return f"unknown field `{field}`{_nearest(detail['loc'], model)}"
     if detail["type"] == "missing":

@@ -61,7 +61,7 @@ class Alignment(Section):
     c start at the mean text-only state; in a decoder at the states of the most typical position."""
     ridge: Rate = 1.0
     """Penalty, relative to the mean variance of the standardised ID vectors."""
-    missing: Part = 0.05
+    id_dropout: Part = 0.05
     """Share of the training samples whose item stands without its vectors, so that what takes the place of a new item's
     is learned (ours)."""
 

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rarec.config.arms import ArmName
 from rarec.config.ids import Ids, Import
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
 from rarec.config.section import Blocks, NonNegative, Part, Positive, Rate, Section, Share, SourceName
+from rarec.config.variants import VariantName
 
 
 class Run(Section):
@@ -28,7 +28,7 @@ class Run(Section):
     """Seeds every random choice; each stage derives its own stream from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run: by default on a GPU if there is one. Several ranks are for GPUs unless it is `cpu`."""
-    ranks: Positive | None = None
+    num_processes: Positive | None = None
     """Processes that the launcher is to start; any other number is refused. Whatever it starts is taken by default."""
 
 
@@ -70,7 +70,7 @@ class Stream(Section):
 class Train(Section):
     """The loop: one optimizer, warm-up and cosine, early stopping on a validation ranking metric."""
 
-    arms: Annotated[list[ArmName], Field(min_length=1)] = Field(
+    variants: Annotated[list[VariantName], Field(min_length=1)] = Field(
         default=["text_only", "prefix_only", "input", "per_layer"]
     )
     """Which variants are trained, each at this same budget."""
@@ -121,10 +121,10 @@ class Evaluate(Section):
     cutoffs: Annotated[list[Positive], Field(min_length=1)] = Field(default=[1, 5, 10, 20, 50, 100])
     users: Positive | None = None
     """A fixed random subset of the test users, the same for every seed; all of them by default."""
-    probes: bool = True
+    sanity_checks: bool = True
     """Rank again with shuffled histories, and with ID vectors permuted among items."""
     fusion: bool = True
-    """Add the ID model's score to each arm's, by the weight likeliest on validation users: the honest rival."""
+    """Add the ID model's score to each variant's, by the weight likeliest on validation users: the honest baseline."""
     batch_size: Positive = 128
     resamples: Positive = 2000
     """Of the bootstrap."""
@@ -140,7 +140,7 @@ class Report(Section):
 class Export(Section):
     """The bundle that a user takes away."""
 
-    arm: ArmName = "per_layer"
+    variant: VariantName = "per_layer"
     dtype: Literal["float32", "float16"] = "float32"
     """Of what trained in it, but for LoRA. It is computed with in float32 again; float16 halves it."""
 
@@ -158,7 +158,7 @@ class RunConfig(Section):
     shards: Shards = Shards()
     alignment: Alignment = Alignment()
     lora: Lora = Lora()
-    """Used by the arm `per_layer_lora`."""
+    """Used by the variant `per_layer_lora`."""
     readout: Readout = Readout()
     loss: Loss = Loss()
     train: Train = Train()

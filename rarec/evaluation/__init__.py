@@ -1,1 +1,1 @@
-"""Ranks of every arm, their figures and intervals, probes, strata, and the report. Knows nothing of training."""
+"""Ranks of every variant, their figures and intervals, sanity checks, strata, and the report. Knows nothing of training."""

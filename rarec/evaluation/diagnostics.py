@@ -19,7 +19,7 @@ from rarec.evaluation.words import nearest_words
 from rarec.models.attention import slot_shares
 from rarec.models.towers import RaRec, Tower
 from rarec.prompts import TextTokenizer
-from rarec.ranks import ALONE, Ranks
+from rarec.world import SINGLE, World
 
 ATTENDING = 32
 """Prompts of a side whose attention is looked at."""
@@ -34,16 +34,16 @@ Row = dict[str, Any]
 
 
 def diagnose(
-    model: RaRec, samples: Sequence[SideSample], tokenizer: TextTokenizer, batch_size: int, ranks: Ranks = ALONE
+    model: RaRec, samples: Sequence[SideSample], tokenizer: TextTokenizer, batch_size: int, world: World = SINGLE
 ) -> dict[str, Any]:
-    """Look at a trained arm that is being served. All ranks must, and all get the same.
+    """Look at a trained variant that is being served. All ranks must, and all get the same.
 
     Args:
-        model: the arm.
+        model: the variant.
         samples: one a side.
         tokenizer: of its language model.
         batch_size: prompts a pass.
-        ranks: this process among those that do the same.
+        world: this process among those that do the same.
 
     Returns:
         What diagnostics.json holds, but for warnings. A figure that cannot be had is None.
@@ -56,13 +56,13 @@ def diagnose(
         `words`: slots at block 0 with the words of the input embeddings that are nearest, and their cosines; none where
         embeddings are narrower than hidden states.
     """
-    passes = Passes(model, tokenizer.filler, batch_size, ranks.device)
+    passes = Passes(model, tokenizer.filler, batch_size, world.device)
     found: dict[str, Any] = {"n": {}, "blocks": [], "attention": [], "words": []}
     for sample in samples:
         tower: Tower = getattr(model, sample.side)
         if tower.alignment is None or not tower.slots or not len(sample):
             continue
-        ranks.at(f"diagnosing {sample.side}s")
+        world.report(f"diagnosing {sample.side}s")
         found["n"][sample.side] = len(sample)
         states = text_pass(passes, sample, tower.alignment_blocks)
         tokens = slot_pass(passes, sample, tower, tower.alignment)

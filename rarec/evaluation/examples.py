@@ -1,4 +1,4 @@
-"""A few test users as people see them: history, target, and the top 10 by title from several arms side by side."""
+"""A few test users as people see them: history, target, and the top 10 by title from several variants side by side."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.dataset import PreparedDataset
-from rarec.evaluation.arms import Question, Ranker
+from rarec.evaluation.rankers import EvalBatch, Ranker
 
 SHOWN_HISTORY = 10
 TOP = 10
@@ -16,26 +16,26 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Examples:
-    """Users drawn at random among those of a question: nobody picks the flattering ones.
+    """Users drawn at random among those of a batch: nobody picks the flattering ones.
 
     Attributes:
-        rows: theirs in the question.
+        rows: theirs in the batch.
         few: what it asks of them.
     """
 
     rows: npt.NDArray[np.int64]
-    few: Question
+    few: EvalBatch
 
     @classmethod
-    def drawn(cls, question: Question, count: int, seed: int) -> "Examples":
-        """At most so many of the question's users."""
-        total = len(question.targets)
+    def drawn(cls, batch: EvalBatch, count: int, seed: int) -> "Examples":
+        """At most so many of the batch's users."""
+        total = len(batch.targets)
         rows = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
-        histories = [question.histories[at] for at in rows]
-        return cls(rows, Question(question.user_rows[rows], histories, question.targets[rows]))
+        histories = [batch.histories[at] for at in rows]
+        return cls(rows, EvalBatch(batch.user_rows[rows], histories, batch.targets[rows]))
 
     def best(self, ranker: Ranker) -> npt.NDArray[np.int64]:
-        """The items that an arm puts first for each of them."""
+        """The items that a variant puts first for each of them."""
         return ranker.best(self.few, TOP) if len(self.rows) else np.empty((0, TOP), np.int64)
 
     def table(
@@ -48,8 +48,8 @@ class Examples:
 
         Args:
             dataset: for ids and titles.
-            best: of each arm that is shown.
-            ranks: of all the question's targets, by arm.
+            best: of each variant that is shown.
+            ranks: of all the batch's targets, by variant.
         """
         titles, few = dataset.titles, self.few
         return [

@@ -15,49 +15,57 @@ PROTOCOL = "full"
 
 
 def metric_rows(ranks: Ranks, cutoffs: Iterable[int], *, resamples: int, seed: int) -> list[dict[str, Any]]:
-    """Rows {arm, metric, protocol, value, low, high, n}, with bootstrap 95% intervals over users."""
+    """Rows {variant, metric, protocol, value, low, high, n}, with bootstrap 95% intervals over users."""
     cutoffs = list(cutoffs)
     rows = []
-    for arm, arm_ranks in ranks.items():
-        for metric, (value, low, high) in mean_intervals(metric_values(arm_ranks, cutoffs), resamples, seed).items():
-            figures = {"value": value, "low": low, "high": high, "n": len(arm_ranks)}
-            rows.append({"arm": arm, "metric": metric, "protocol": PROTOCOL, **figures})
+    for variant, variant_ranks in ranks.items():
+        for metric, (value, low, high) in mean_intervals(
+            metric_values(variant_ranks, cutoffs), resamples, seed
+        ).items():
+            figures = {"value": value, "low": low, "high": high, "n": len(variant_ranks)}
+            rows.append({"variant": variant, "metric": metric, "protocol": PROTOCOL, **figures})
     return rows
 
 
 def comparison_rows(
     ranks: Ranks, pairs: Iterable[tuple[str, str]], cutoffs: Iterable[int], *, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Rows {arm, baseline, metric, protocol, difference, low, high, n, differing}: a paired bootstrap over users.
+    """Rows {variant, baseline, metric, protocol, difference, low, high, n, differing}: a paired bootstrap over users.
 
     `differing` counts those for whom the two are not the same.
     """
     cutoffs = list(cutoffs)
     rows = []
-    for arm, baseline in pairs:
-        ours, theirs = metric_values(ranks[arm], cutoffs), metric_values(ranks[baseline], cutoffs)
+    for variant, baseline in pairs:
+        ours, theirs = metric_values(ranks[variant], cutoffs), metric_values(ranks[baseline], cutoffs)
         for metric, (difference, low, high) in paired_intervals(ours, theirs, resamples, seed).items():
             differing = int((ours[metric] != theirs[metric]).sum())
-            figures = {"difference": difference, "low": low, "high": high, "n": len(ranks[arm]), "differing": differing}
-            rows.append({"arm": arm, "baseline": baseline, "metric": metric, "protocol": PROTOCOL, **figures})
+            figures = {
+                "difference": difference,
+                "low": low,
+                "high": high,
+                "n": len(ranks[variant]),
+                "differing": differing,
+            }
+            rows.append({"variant": variant, "baseline": baseline, "metric": metric, "protocol": PROTOCOL, **figures})
     return rows
 
 
-def pairs_of_interest(arms: Iterable[str], main: str) -> list[tuple[str, str]]:
-    """What is compared, each pair once: the main arm with all others, its fusions with rivals, probes with it.
+def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str]]:
+    """What is compared, each pair once: the main variant with all others, its fusions with baselines, sanity checks with it.
 
     And every fusion with that of the text alone; what the text gains by itself, over the ID model and by instructions.
     """
-    names = list(arms)
+    names = list(variants)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
-    rival = [(main, "text_only+id")] if main != "text_only" else []
+    baseline = [(main, "text_only+id")] if main != "text_only" else []
     fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", "readout+id", "input+id", main)]
     others = [(name, "text_only+id") for name in names if name.endswith("+id")]
     popular = [(f"{main}+id+popularity", f"{name}+popularity") for name in ("id_only", "text_only+id")]
-    probes = [(name, main) for name in names if name.startswith(f"{main}/")]
+    sanity_checks = [(name, main) for name in names if name.startswith(f"{main}/")]
     text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"]
     gains = [("text_only+id", "id_only"), ("prefix_only", "text_only")]
     once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in plain + rival + fused + others + gains + popular + probes + text:
+    for pair in plain + baseline + fused + others + gains + popular + sanity_checks + text:
         once.setdefault(frozenset(pair), pair)
     return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]

@@ -1,4 +1,4 @@
-"""Late fusion of an arm's score with the ID model's: the honest rival of soft prompts (METHOD.md, section 7; ours).
+"""Late fusion of a variant's score with the ID model's: the honest baseline of soft prompts (METHOD.md, section 7; ours).
 
 How much the ID score counts is the likeliest on validation users: both scores, weighted and added, are taken as logits
 of a softmax over what a user has not seen, and the weights maximise the likelihood of the targets. A metric of the top
@@ -16,13 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarec.evaluation.arms import Question, Ranker
+from rarec.evaluation.rankers import EvalBatch, Ranker
 
 COMPARED_USERS = 64
 FLAT = 1e-5
 """Of the largest score: scores that spread less are all alike, and what tells them apart is rounding."""
 LIMIT = 100.0
-"""The greatest weight, relative to the spread of the two scores: that of an arm which tells nothing."""
+"""The greatest weight, relative to the spread of the two scores: that of a variant which tells nothing."""
 _BLOCK = 1 << 22
 """Scores of a block."""
 _PENALTY = 1e-4
@@ -32,40 +32,40 @@ _STEPS, _CLOSE = 50, 1e-3
 Floats = npt.NDArray[np.float64]
 
 
-def fuse(arm: Ranker, ids: Ranker, validation: Question) -> tuple[Ranker, float]:
+def fuse(variant: Ranker, ids: Ranker, validation: EvalBatch) -> tuple[Ranker, float]:
     """Fit the weight of the ID score on the validation users.
 
     Args:
-        arm: a trained arm.
+        variant: a trained variant.
         ids: the ID model.
         validation: users that decide; never the test users.
 
     Returns:
         The fused ranker and the weight, relative to the ratio of the two scores' spreads; from 0 to `LIMIT`.
     """
-    compared = _compared(arm, ids, validation)
-    both = arm.fused(ids, compared.arm / compared.ids, compared.slope)
-    own, others = _fitted(_Scores.of(arm, both, validation, compared.arm))
+    compared = _compared(variant, ids, validation)
+    both = variant.fused(ids, compared.variant / compared.ids, compared.slope)
+    own, others = _fitted(_Scores.of(variant, both, validation, compared.variant))
     weight = float(np.clip(others / own, 0.0, LIMIT)) if own > 0 else LIMIT
-    return arm.fused(ids, weight * compared.arm / compared.ids, compared.slope), weight
+    return variant.fused(ids, weight * compared.variant / compared.ids, compared.slope), weight
 
 
 class _Compared(NamedTuple):
-    """How both score the items that the ID model knows: their spreads, and how much of ID score goes with the arm's."""
+    """How both score the items that the ID model knows: their spreads, and how much of ID score goes with the variant's."""
 
-    arm: float
+    variant: float
     ids: float
     slope: float
 
 
-def _compared(arm: Ranker, ids: Ranker, question: Question) -> _Compared:
+def _compared(variant: Ranker, ids: Ranker, batch: EvalBatch) -> _Compared:
     """For some users; the slope is by least squares."""
-    some = Question(question.user_rows[:COMPARED_USERS], question.histories[:COMPARED_USERS], question.targets)
+    some = EvalBatch(batch.user_rows[:COMPARED_USERS], batch.histories[:COMPARED_USERS], batch.targets)
     known = slice(None) if ids.lacking_N is None else ~ids.lacking_N
-    arm_BN, ids_BN = (ranker.scores(some)[:, known].astype(np.float64) for ranker in (arm, ids))
-    own, others = _spread(arm_BN), _spread(ids_BN)
-    arm_BN -= arm_BN.mean(1, keepdims=True)
-    slope = float((arm_BN * ids_BN).sum() / (arm_BN * arm_BN).sum()) if own else 0.0
+    variant_BN, ids_BN = (ranker.scores(some)[:, known].astype(np.float64) for ranker in (variant, ids))
+    own, others = _spread(variant_BN), _spread(ids_BN)
+    variant_BN -= variant_BN.mean(1, keepdims=True)
+    slope = float((variant_BN * ids_BN).sum() / (variant_BN * variant_BN).sum()) if own else 0.0
     return _Compared(own or 1.0, others or 1.0, slope)
 
 
@@ -79,26 +79,26 @@ def _spread(scores_BN: Floats) -> float:
 class _Scores:
     """Both scores of the validation users, made anew in each pass: they may not fit in memory.
 
-    The ID score is in the arm's spread, or float32 would not hold their sum; both are then divided by that.
+    The ID score is in the variant's spread, or float32 would not hold their sum; both are then divided by that.
     """
 
     own_UZ: Tensor
     items_NZ: Tensor
     both_UKE: Tensor
     items_NE: Tensor
-    question: Question
+    batch: EvalBatch
     spread: float
 
     @classmethod
-    def of(cls, arm: Ranker, both: Ranker, question: Question, spread: float) -> "_Scores":
-        """Of the arm, and of the sum of both."""
+    def of(cls, variant: Ranker, both: Ranker, batch: EvalBatch, spread: float) -> "_Scores":
+        """Of the variant, and of the sum of both."""
         parts = [
-            [torch.from_numpy(ranker.users(part.user_rows, part.histories)) for ranker in (arm, both)]
-            for part in question.chunks()  # both of one chunk at a time, for which the arm encodes it once
+            [torch.from_numpy(ranker.users(part.user_rows, part.histories)) for ranker in (variant, both)]
+            for part in batch.chunks()  # both of one chunk at a time, for which the variant encodes it once
         ]
         own_UZ, both_UKE = (torch.cat(vectors) for vectors in zip(*parts, strict=True))
-        items_NZ, items_NE = (torch.from_numpy(ranker.items_NZ) for ranker in (arm, both))
-        return cls(own_UZ, items_NZ, both_UKE, items_NE, question, spread)
+        items_NZ, items_NE = (torch.from_numpy(ranker.items_NZ) for ranker in (variant, both))
+        return cls(own_UZ, items_NZ, both_UKE, items_NE, batch, spread)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Scores of both (2, B, N), which items a user has seen (B, N), and the targets (B,)."""
@@ -107,9 +107,9 @@ class _Scores:
             part = slice(start, start + size)
             own_BN = self.own_UZ[part] @ self.items_NZ.T
             others_BN = (self.both_UKE[part] @ self.items_NE.T).amax(1) - own_BN
-            targets_B = torch.as_tensor(np.asarray(self.question.targets[part], np.int64))
+            targets_B = torch.as_tensor(np.asarray(self.batch.targets[part], np.int64))
             seen_BN = torch.zeros(own_BN.shape, dtype=torch.bool)
-            for row, history in enumerate(self.question.histories[part]):
+            for row, history in enumerate(self.batch.histories[part]):
                 seen_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = True
             seen_BN[torch.arange(len(targets_B)), targets_B] = False
             yield torch.stack([own_BN, others_BN]) / self.spread, seen_BN, targets_B

@@ -110,7 +110,7 @@ def _attention(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[W
     share, even = mean(row["share"] for row in rows), mean(row["even"] for row in rows)
     told = f"attention of the text on slots is {share:.4g} in the mean over blocks (even attention: {even:.4g})"
     if share < UNSEEN * even:
-        advice = f"inject elsewhere (train.blocks, export.arm), or {_start(config)}"
+        advice = f"inject elsewhere (train.blocks, export.variant), or {_start(config)}"
         yield Warned("unseen", f"{where}: {told}, nearly nil", advice)
     if share > BLINDING:
         advice = f"lower alignment.instructions (now {config.alignment.instructions}) or train.lr_slots"

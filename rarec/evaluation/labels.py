@@ -1,49 +1,49 @@
-"""Names and figures as people read them, and the one order in which arms are shown.
+"""Names and figures as people read them, and the one order in which variants are shown.
 
-An arm's row is named `ARM`, `ARM+id` (its score and the ID model's, added: late fusion), `ARM+id+popularity` (and that
-of popularity), or `ARM/PROBE`.
+A variant's row is named `VARIANT`, `VARIANT+id` (its score and the ID model's, added: late fusion), `VARIANT+id+popularity` (and that
+of popularity), or `VARIANT/PROBE`.
 """
 
 from collections.abc import Iterable
 
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 
 ID_ONLY = "id_only"
 FUSED = "+id"
 POPULAR = "+popularity"
 LATE_FUSION = "text_only" + FUSED
-"""The honest rival: scores of the language model without slots and of the ID model, added."""
-PROBES = {"shuffled_history": "shuffled history", "permuted_ids": "permuted IDs"}
+"""The honest baseline: scores of the language model without slots and of the ID model, added."""
+SANITY_CHECKS = {"shuffled_history": "shuffled history", "permuted_ids": "permuted IDs"}
 HEADLINE = ("hr@10", "hr@100", "ndcg@10", "mrr")
 FULL = "full"
 _ADDED = {"id": "ID"}
-_TITLES = {ID_ONLY: "ID model"} | {name: arm.title for name, arm in ARMS.items()}
+_TITLES = {ID_ONLY: "ID model"} | {name: variant.title for name, variant in VARIANTS.items()}
 _MINUS = "\N{MINUS SIGN}"
 
 
-def base_arm(arm: str) -> str:
-    """The arm behind a row's name: `per_layer` for `per_layer+id` and `per_layer/permuted_ids`."""
-    return arm.partition("/")[0].partition("+")[0]
+def base_variant(variant: str) -> str:
+    """The variant behind a row's name: `per_layer` for `per_layer+id` and `per_layer/permuted_ids`."""
+    return variant.partition("/")[0].partition("+")[0]
 
 
-def arm_title(arm: str) -> str:
+def variant_title(variant: str) -> str:
     """`per_layer+id` as `RA-Rec (per layer) + ID`; names that are not known stay as they are."""
-    name, _, probe = arm.partition("/")
+    name, _, sanity_check = variant.partition("/")
     base, *added = name.split("+")
     title = " + ".join([_TITLES.get(base, base), *(_ADDED.get(each, each) for each in added)])
-    return f"{title}, {PROBES.get(probe, probe)}" if probe else title
+    return f"{title}, {SANITY_CHECKS.get(sanity_check, sanity_check)}" if sanity_check else title
 
 
-def arm_order(arm: str) -> tuple[int, int, str]:
-    """Sorts plain arms first, then late fusions, those with popularity, probes; in each, the ID model before all."""
+def variant_order(variant: str) -> tuple[int, int, str]:
+    """Sorts plain variants first, then late fusions, those with popularity, sanity checks; in each, the ID model before all."""
     known = list(_TITLES)
-    base = base_arm(arm)
-    return arm_group(arm), known.index(base) if base in known else len(known), arm
+    base = base_variant(variant)
+    return variant_group(variant), known.index(base) if base in known else len(known), variant
 
 
-def arm_group(arm: str) -> int:
-    """0: an arm, 1: a late fusion, 2: one with popularity as well, 3: a probe."""
-    return 3 if "/" in arm else 2 if arm.endswith(POPULAR) else 1 if "+" in arm else 0
+def variant_group(variant: str) -> int:
+    """0: a variant, 1: a late fusion, 2: one with popularity as well, 3: a sanity check."""
+    return 3 if "/" in variant else 2 if variant.endswith(POPULAR) else 1 if "+" in variant else 0
 
 
 def metric_title(metric: str) -> str:

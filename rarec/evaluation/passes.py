@@ -1,4 +1,4 @@
-"""The two passes of a sample through a trained arm: text only, and with its slots (METHOD.md, section 4).
+"""The two passes of a sample through a trained variant: text only, and with its slots (METHOD.md, section 4).
 
 Shape letters: B of a batch, N items or users of the sample, T positions, L blocks with slots, M instructions, K vectors
 of a source, D hidden size.
@@ -25,7 +25,7 @@ class Passes:
     """How a sample goes through a model.
 
     Attributes:
-        model: the arm, served.
+        model: the variant, served.
         filler: token id for slots and padding.
         batch_size: prompts at a time.
         device: the model's.
@@ -57,7 +57,7 @@ class SoftTokens:
     """A source's slots on one side, in float32 on the CPU.
 
     Attributes:
-        projections_LNKD: p; None where the arm has none.
+        projections_LNKD: p; None where the variant has none.
         instructions_LMD: c; None where there are none.
     """
 

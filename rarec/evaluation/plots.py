@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from rarec.evaluation.labels import ID_ONLY, arm_title, base_arm, figure, metric_title, tick
+from rarec.evaluation.labels import ID_ONLY, base_variant, figure, metric_title, tick, variant_title
 from rarec.evaluation.record import Row, TrainingRecord
 from rarec.evaluation.verdict import Finding
 
@@ -30,7 +30,7 @@ COLOURS = {
 }
 _OUTCOMES = {"beats": "#00000b", "loses": "#00000c", "open": MUTED}
 THEME = {INK: "ink", MUTED: "muted", RULE: "rule", SURFACE: "surface", "#00000b": "good", "#00000c": "bad"} | {
-    colour: arm.replace("_", "-") for arm, colour in COLOURS.items()
+    colour: variant.replace("_", "-") for variant, colour in COLOURS.items()
 }
 """Sentinel colours and the CSS variables that stand for them on the page."""
 _STYLE: dict[Any, Any] = {
@@ -62,38 +62,38 @@ _POINTS = 160
 """Most points of a loss curve: each is the mean of its share of the steps."""
 
 
-def forest(metrics: Sequence[Row], arms: Sequence[str], names: Sequence[str]) -> str:
-    """Every arm's value and interval, one panel a metric; the ID model's interval is the grey band."""
-    cells = {(row["arm"], row["metric"]): row for row in metrics}
+def forest(metrics: Sequence[Row], variants: Sequence[str], names: Sequence[str]) -> str:
+    """Every variant's value and interval, one panel a metric; the ID model's interval is the grey band."""
+    cells = {(row["variant"], row["metric"]): row for row in metrics}
     lines = [
-        f"{arm_title(arm)} {metric_title(name)} {figure(cells[arm, name]['value'])}"
+        f"{variant_title(variant)} {metric_title(name)} {figure(cells[variant, name]['value'])}"
         for name in names[:1]
-        for arm in arms
-        if (arm, name) in cells
+        for variant in variants
+        if (variant, name) in cells
     ]
-    alt = f"Values with 95% intervals of {len(arms)} arms in {len(names)} metrics. {'; '.join(lines)}."
-    with drawing("forest", alt, height=0.75 + 0.27 * len(arms)) as (canvas, made):
+    alt = f"Values with 95% intervals of {len(variants)} variants in {len(names)} metrics. {'; '.join(lines)}."
+    with drawing("forest", alt, height=0.75 + 0.27 * len(variants)) as (canvas, made):
         panels = canvas.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for panel, name in zip(panels, names, strict=True):
             band = cells.get((ID_ONLY, name))
             if band:
                 panel.axvspan(band["low"], band["high"], color=RULE, alpha=0.55, linewidth=0)
-            for height, arm in enumerate(reversed(arms)):
-                row = cells.get((arm, name))
+            for height, variant in enumerate(reversed(variants)):
+                row = cells.get((variant, name))
                 if row:
-                    _whisker(panel, arm, row["value"], height, (row["low"], row["high"]))
+                    _whisker(panel, variant, row["value"], height, (row["low"], row["high"]))
             panel.set_title(metric_title(name))
             panel.grid(axis="y", visible=False)
             panel.locator_params(axis="x", nbins=4)
             panel.xaxis.set_major_formatter(lambda value, _: tick(value))
-        panels[0].set_yticks(range(len(arms)), [arm_title(arm) for arm in reversed(arms)])
-        panels[0].set_ylim(-0.6, len(arms) - 0.4)
+        panels[0].set_yticks(range(len(variants)), [variant_title(variant) for variant in reversed(variants)])
+        panels[0].set_ylim(-0.6, len(variants) - 0.4)
     return made[0]
 
 
 def differences(findings: Sequence[Finding]) -> str:
     """Paired differences of one metric with their intervals, against the line of no difference."""
-    labels = [f"{arm_title(f.arm)} vs {arm_title(f.baseline)}" for f in findings]
+    labels = [f"{variant_title(f.variant)} vs {variant_title(f.baseline)}" for f in findings]
     lines = [f"{label} {f.evidence()}, {f.reading}" for label, f in zip(labels, findings, strict=True)]
     alt = f"Paired differences with 95% intervals. {'; '.join(lines)}."
     with drawing("differences", alt, height=0.75 + 0.26 * len(findings)) as (canvas, made):
@@ -114,19 +114,19 @@ def differences(findings: Sequence[Finding]) -> str:
 def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
     """Losses over steps, and the validation metric with the kept step marked."""
     panels = {
-        "recommendation loss": {arm: _series(r.losses, "recommendation") for arm, r in training.items()},
-        "alignment loss": {arm: _series(r.losses, "align") for arm, r in training.items()},
-        f"validation {metric_title(metric)}": {arm: _validation(r, metric) for arm, r in training.items()},
+        "recommendation loss": {variant: _series(r.losses, "recommendation") for variant, r in training.items()},
+        "alignment loss": {variant: _series(r.losses, "align") for variant, r in training.items()},
+        f"validation {metric_title(metric)}": {variant: _validation(r, metric) for variant, r in training.items()},
     }
-    shown = {title: {arm: s for arm, s in lines.items() if s[0]} for title, lines in panels.items()}
+    shown = {title: {variant: s for variant, s in lines.items() if s[0]} for title, lines in panels.items()}
     shown = {title: lines for title, lines in shown.items() if lines}
-    alt = f"Curves over training steps of {', '.join(map(arm_title, training))}: {', '.join(shown)}."
+    alt = f"Curves over training steps of {', '.join(map(variant_title, training))}: {', '.join(shown)}."
     with drawing("curves", alt, height=2.9) as (canvas, made):
         axes = canvas.subplots(1, len(shown), squeeze=False)[0]
         for panel, (title, lines) in zip(axes, shown.items(), strict=True):
-            for arm, (steps, values) in lines.items():
+            for variant, (steps, values) in lines.items():
                 validated = title.startswith("validation")
-                _line(panel, arm, steps, values, training[arm].done.get("best_step") if validated else None)
+                _line(panel, variant, steps, values, training[variant].done.get("best_step") if validated else None)
             panel.set_title(title)
             panel.set_xlabel("step")
             panel.yaxis.set_major_formatter(lambda value, _: tick(value))
@@ -136,47 +136,53 @@ def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
     return made[0]
 
 
-def strata(rows: Sequence[Row], stratum: str, metric: str, arms: Sequence[str]) -> str:
-    """A metric by bucket of users or items, the arms side by side, each with its interval."""
+def strata(rows: Sequence[Row], stratum: str, metric: str, variants: Sequence[str]) -> str:
+    """A metric by bucket of users or items, the variants side by side, each with its interval."""
     buckets = {row["bucket"]: row for row in sorted(rows, key=lambda row: row["order"])}
     place = {bucket: index for index, bucket in enumerate(buckets)}
-    lines = [f"{arm_title(r['arm'])} at {r['bucket']}: {figure(r['value'])}" for r in rows if r["arm"] in arms]
+    lines = [
+        f"{variant_title(r['variant'])} at {r['bucket']}: {figure(r['value'])}"
+        for r in rows
+        if r["variant"] in variants
+    ]
     alt = f"{metric_title(metric)} by {stratum}, with 95% intervals. {'; '.join(lines)}."
     with drawing(f"strata-{stratum.replace(' ', '-')}", alt, width=WIDTH / 2, height=2.9) as (canvas, made):
         panel = canvas.subplots()
         for row in rows:
-            if row["arm"] in arms:
-                shift = (arms.index(row["arm"]) - (len(arms) - 1) / 2) * 0.64 / len(arms)
+            if row["variant"] in variants:
+                shift = (variants.index(row["variant"]) - (len(variants) - 1) / 2) * 0.64 / len(variants)
                 where = place[row["bucket"]] + shift
-                _whisker(panel, row["arm"], row["value"], where, (row["low"], row["high"]), upright=True)
+                _whisker(panel, row["variant"], row["value"], where, (row["low"], row["high"]), upright=True)
         panel.set_xticks(range(len(buckets)), [f"{name}\nn={row['n']:,}" for name, row in buckets.items()])
         panel.set_title(f"{metric_title(metric)} by {stratum}")
         panel.grid(axis="x", visible=False)
         panel.yaxis.set_major_formatter(lambda value, _: tick(value))
-        handles = [_key(panel, arm) for arm in arms]
-        canvas.legend(handles=handles, loc="outside lower center", ncols=min(2, len(arms)))
+        handles = [_key(panel, variant) for variant in variants]
+        canvas.legend(handles=handles, loc="outside lower center", ncols=min(2, len(variants)))
     return made[0]
 
 
 def _whisker(
-    panel: "Axes", arm: str, value: float, where: float, ends: tuple[float, float], upright: bool = False
+    panel: "Axes", variant: str, value: float, where: float, ends: tuple[float, float], upright: bool = False
 ) -> None:
-    colour = _colour(arm)
+    colour = _colour(variant)
     along, across = list(ends), [where, where]
     line, point = ((across, along), (where, value)) if upright else ((along, across), (value, where))
     panel.plot(*line, color=colour, linewidth=1.6)
-    panel.plot(*point, "o", color=colour, markerfacecolor=SURFACE if "+" in arm else colour, markersize=5)
+    panel.plot(*point, "o", color=colour, markerfacecolor=SURFACE if "+" in variant else colour, markersize=5)
 
 
-def _key(panel: "Axes", arm: str) -> Any:
-    face = SURFACE if "+" in arm else _colour(arm)
-    return panel.plot([], [], "o-", color=_colour(arm), markerfacecolor=face, markersize=5, label=arm_title(arm))[0]
+def _key(panel: "Axes", variant: str) -> Any:
+    face = SURFACE if "+" in variant else _colour(variant)
+    return panel.plot(
+        [], [], "o-", color=_colour(variant), markerfacecolor=face, markersize=5, label=variant_title(variant)
+    )[0]
 
 
-def _line(panel: "Axes", arm: str, steps: list[float], values: list[float], best: int | None) -> None:
-    panel.plot(steps, values, color=_colour(arm), linewidth=1.6, label=arm_title(arm))
+def _line(panel: "Axes", variant: str, steps: list[float], values: list[float], best: int | None) -> None:
+    panel.plot(steps, values, color=_colour(variant), linewidth=1.6, label=variant_title(variant))
     if best in steps:
-        panel.plot(best, values[steps.index(best)], "o", color=_colour(arm), markersize=5)
+        panel.plot(best, values[steps.index(best)], "o", color=_colour(variant), markersize=5)
 
 
 def _series(lines: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
@@ -195,8 +201,8 @@ def _validation(record: TrainingRecord, metric: str) -> tuple[list[float], list[
     return [s for s, v in known if v is not None], [v for _, v in known if v is not None]
 
 
-def _colour(arm: str) -> str:
-    return COLOURS.get(base_arm(arm), INK)
+def _colour(variant: str) -> str:
+    return COLOURS.get(base_variant(variant), INK)
 
 
 @contextmanager

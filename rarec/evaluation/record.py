@@ -15,9 +15,9 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 _REMEDY = "make it again: rarec evaluate CONFIG --fresh"
 _INTERVAL = ("low", "high", "n")
-METRIC_FIELDS = ("arm", "metric", "protocol", "value", *_INTERVAL)
-COMPARISON_FIELDS = ("arm", "baseline", "metric", "protocol", "difference", *_INTERVAL)
-STRATUM_FIELDS = ("arm", "stratum", "bucket", "order", "metric", "value", *_INTERVAL)
+METRIC_FIELDS = ("variant", "metric", "protocol", "value", *_INTERVAL)
+COMPARISON_FIELDS = ("variant", "baseline", "metric", "protocol", "difference", *_INTERVAL)
+STRATUM_FIELDS = ("variant", "stratum", "bucket", "order", "metric", "value", *_INTERVAL)
 EXAMPLE_FIELDS = ("user", "history", "target", "target_rank", "top")
 DIAGNOSTIC_FIELDS = {
     "blocks": (
@@ -39,7 +39,7 @@ DIAGNOSTIC_FIELDS = {
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """One arm's training.
+    """One variant's training.
 
     Attributes:
         done: done.json; empty while training goes on.
@@ -67,12 +67,12 @@ class RunRecord:
     selection: Any
 
 
-def read_run(run: RunPaths, arms: Iterable[str], *, say: Say) -> RunRecord:
+def read_run(run: RunPaths, variants: Iterable[str], *, say: Say) -> RunRecord:
     """Read every file that the report shows.
 
     Args:
         run: evaluated.
-        arms: whose trainings count, if they are there.
+        variants: whose trainings count, if they are there.
         say: told what is torn.
 
     Raises:
@@ -86,7 +86,7 @@ def read_run(run: RunPaths, arms: Iterable[str], *, say: Say) -> RunRecord:
         strata=_rows(run.evaluation / "strata.json", STRATUM_FIELDS),
         examples=_rows(run.evaluation / "examples.json", EXAMPLE_FIELDS),
         diagnostics=_diagnostics(run.evaluation / "diagnostics.json"),
-        training={arm: _training(run.train(arm), say) for arm in arms if run.train(arm).is_dir()},
+        training={variant: _training(run.train(variant), say) for variant in variants if run.train(variant).is_dir()},
         evaluation=_optional(run.evaluation / MANIFEST, {}),
         prepared=_optional(run.prepare / MANIFEST, {}),
         selection=_optional(run.shards / "selection.json", {}),
@@ -103,12 +103,12 @@ def _rows(path: Path, fields: tuple[str, ...]) -> list[Row]:
 
 
 def _diagnostics(path: Path) -> Row:
-    """The main arm's alignment; empty where it has no slots, or the evaluation is older than diagnostics are."""
+    """The main variant's alignment; empty where it has no slots, or the evaluation is older than diagnostics are."""
     found = _optional(path, {})
     if not isinstance(found, dict):
         raise UserError(f"{path} is not an object", _REMEDY)
     if found:
-        _checked([found], ("arm", "n", *DIAGNOSTIC_FIELDS), str(path))
+        _checked([found], ("variant", "n", *DIAGNOSTIC_FIELDS), str(path))
     for name, fields in DIAGNOSTIC_FIELDS.items() if found else ():
         _checked(found[name], fields, f"{path}, {name}")
     return found
@@ -125,7 +125,7 @@ def _checked(rows: Any, fields: tuple[str, ...], where: str) -> list[Row]:
 
 
 def _training(directory: Path, say: Say) -> TrainingRecord:
-    """One arm's log; a step written again after a resume counts once, and a line torn by a kill is skipped and told."""
+    """One variant's log; a step written again after a resume counts once, and a line torn by a kill is skipped and told."""
     lines: list[Row] = []
     log = directory / "log.jsonl"
     for number, line in enumerate(log.read_text(encoding="utf-8").splitlines() if log.exists() else [], start=1):

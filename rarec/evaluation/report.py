@@ -14,17 +14,17 @@ from rarec.evaluation.labels import (
     HEADLINE,
     ID_ONLY,
     LATE_FUSION,
-    arm_group,
-    arm_order,
-    arm_title,
     figure,
     interval,
     metric_order,
     metric_title,
     primary_metric,
+    variant_group,
+    variant_order,
+    variant_title,
 )
 from rarec.evaluation.record import Row, RunRecord, TrainingRecord, read_run
-from rarec.evaluation.verdict import Finding, probes, verdict
+from rarec.evaluation.verdict import Finding, sanity_checks, verdict
 from rarec.files import new_directory, write_text
 from rarec.paths import RunPaths
 from rarec.ranking.metrics import SELECTED_BY
@@ -32,10 +32,10 @@ from rarec.ranking.metrics import SELECTED_BY
 REPORT = "report.html"
 _IDENTITY = ("kind", "schema", "settings", "made_from", "files", "hash")
 _GROUPS = (
-    "Each arm alone",
+    "Each variant alone",
     "With the ID model's score added (late fusion)",
     "With the log of an item's popularity added as well",
-    "Probes",
+    "Sanity checks",
 )
 
 
@@ -54,7 +54,7 @@ def write_report(run_dir: RunPaths, config: RunConfig, *, say: Callable[[str], N
         UserError: the extra `report` is not installed, metrics.json is missing, or a file is not as it should be.
     """
     template = _template()
-    record = read_run(run_dir, config.train.arms, say=say)
+    record = read_run(run_dir, config.train.variants, say=say)
     page = template.render(_context(record, config, run_dir.root.name))
     with new_directory(run_dir.report) as aside:
         write_text(aside / REPORT, page)
@@ -79,7 +79,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "arm": arm_title,
+        "variant": variant_title,
         "metric": metric_title,
         "figure": figure,
         "signed": lambda value: figure(value, signed=True),
@@ -91,11 +91,11 @@ def _template() -> Any:
 
 
 def _context(record: RunRecord, config: RunConfig, name: str) -> dict[str, Any]:
-    main, seed = config.export.arm, config.run.seed
+    main, seed = config.export.variant, config.run.seed
     full = [row for row in record.metrics if row["protocol"] == FULL]
     findings = [Finding.of(row) for row in record.comparisons if row["protocol"] == FULL]
     primary = primary_metric(row["metric"] for row in full)
-    first = [f for f in findings if f.metric == primary and "/" not in f.arm + f.baseline]
+    first = [f for f in findings if f.metric == primary and "/" not in f.variant + f.baseline]
     return {
         "name": name,
         "version": rarec.__version__,
@@ -105,9 +105,9 @@ def _context(record: RunRecord, config: RunConfig, name: str) -> dict[str, Any]:
         "primary": primary,
         "users": max((row["n"] for row in full), default=0),
         "verdict": verdict(record.metrics, record.comparisons, main, seed),
-        "probes": probes(record.metrics, record.comparisons, main),
-        "headline": _table(full, _headline_metrics(full), with_probes=False),
-        "everything": _table(full, sorted({row["metric"] for row in full}, key=metric_order), with_probes=True),
+        "sanity_checks": sanity_checks(record.metrics, record.comparisons, main),
+        "headline": _table(full, _headline_metrics(full), with_sanity_checks=False),
+        "everything": _table(full, sorted({row["metric"] for row in full}, key=metric_order), with_sanity_checks=True),
         "first": first,
         "others": sorted((f for f in findings if f not in first), key=lambda f: metric_order(f.metric)),
         "examples": [_example(row) for row in record.examples],
@@ -118,7 +118,7 @@ def _context(record: RunRecord, config: RunConfig, name: str) -> dict[str, Any]:
         "selection": record.selection,
         "evaluation": _figures(record.evaluation),
         "evaluation_hash": record.evaluation.get("hash", ""),
-        "training": [_training(arm, training) for arm, training in record.training.items() if training.done],
+        "training": [_training(variant, training) for variant, training in record.training.items() if training.done],
         "plots": _plots(record, full, first),
         "strata": _strata(record, (ID_ONLY, "text_only", LATE_FUSION, main)),
     }
@@ -126,23 +126,23 @@ def _context(record: RunRecord, config: RunConfig, name: str) -> dict[str, Any]:
 
 def _plots(record: RunRecord, full: Sequence[Row], findings: Sequence[Finding]) -> dict[str, Any]:
     """Every plot of the whole run that there is data for."""
-    arms = _arms(full, with_probes=False)
-    logged = {arm: t for arm, t in record.training.items() if t.losses or t.validations}
+    variants = _variants(full, with_sanity_checks=False)
+    logged = {variant: t for variant, t in record.training.items() if t.losses or t.validations}
     return {
-        "forest": _markup(plots.forest(full, arms, _headline_metrics(full))) if arms else None,
+        "forest": _markup(plots.forest(full, variants, _headline_metrics(full))) if variants else None,
         "differences": _markup(plots.differences(findings)) if findings else None,
         "curves": _markup(plots.curves(logged, SELECTED_BY)) if logged else None,
     }
 
 
 def _strata(record: RunRecord, wanted: Sequence[str]) -> list[Any]:
-    """One plot a stratum, of the arms that matter most."""
+    """One plot a stratum, of the variants that matter most."""
     metric = primary_metric(row["metric"] for row in record.strata)
     rows = [row for row in record.strata if row["metric"] == metric]
-    there = {row["arm"] for row in rows}
-    arms = [arm for arm in dict.fromkeys(wanted) if arm in there]
+    there = {row["variant"] for row in rows}
+    variants = [variant for variant in dict.fromkeys(wanted) if variant in there]
     names = dict.fromkeys(row["stratum"] for row in rows)
-    return [_markup(plots.strata([r for r in rows if r["stratum"] == name], name, metric, arms)) for name in names]
+    return [_markup(plots.strata([r for r in rows if r["stratum"] == name], name, metric, variants)) for name in names]
 
 
 def _markup(svg: str) -> Any:
@@ -159,45 +159,52 @@ def _headline_metrics(rows: Iterable[Row]) -> list[str]:
     return known if len(known) > 1 else sorted(there, key=metric_order)[:4]
 
 
-def _arms(rows: Iterable[Row], *, with_probes: bool) -> list[str]:
-    return sorted({row["arm"] for row in rows if with_probes or "/" not in row["arm"]}, key=arm_order)
+def _variants(rows: Iterable[Row], *, with_sanity_checks: bool) -> list[str]:
+    return sorted(
+        {row["variant"] for row in rows if with_sanity_checks or "/" not in row["variant"]}, key=variant_order
+    )
 
 
-def _table(rows: Sequence[Row], metrics: Sequence[str], *, with_probes: bool) -> dict[str, Any]:
-    """Arms x metrics in groups, and the highest value of every column (probes do not compete)."""
-    cells = {(row["arm"], row["metric"]): row for row in rows}
-    arms = _arms(rows, with_probes=with_probes)
-    groups = [(title, [arm for arm in arms if arm_group(arm) == place]) for place, title in enumerate(_GROUPS)]
+def _table(rows: Sequence[Row], metrics: Sequence[str], *, with_sanity_checks: bool) -> dict[str, Any]:
+    """Variants x metrics in groups, and the highest value of every column (sanity checks do not compete)."""
+    cells = {(row["variant"], row["metric"]): row for row in rows}
+    variants = _variants(rows, with_sanity_checks=with_sanity_checks)
+    groups = [
+        (title, [variant for variant in variants if variant_group(variant) == place])
+        for place, title in enumerate(_GROUPS)
+    ]
     best = set()
     for metric in metrics:
-        rivals = [(row["value"], row["arm"]) for row in rows if row["metric"] == metric and "/" not in row["arm"]]
-        best |= {(arm, metric) for value, arm in rivals if value == max(rivals)[0]}
+        baselines = [
+            (row["value"], row["variant"]) for row in rows if row["metric"] == metric and "/" not in row["variant"]
+        ]
+        best |= {(variant, metric) for value, variant in baselines if value == max(baselines)[0]}
     return {"metrics": metrics, "cells": cells, "groups": [g for g in groups if g[1]], "best": best}
 
 
 def _example(row: Row) -> Row:
     """One user; each list says which of its places holds the target."""
-    arms = sorted(row["top"], key=arm_order)
+    variants = sorted(row["top"], key=variant_order)
     lists = [
-        {"arm": arm, "rank": row["target_rank"][arm], "titles": titles, "hits": _hits(titles, row, arm)}
-        for arm, titles in ((arm, row["top"][arm]) for arm in arms)
+        {"variant": variant, "rank": row["target_rank"][variant], "titles": titles, "hits": _hits(titles, row, variant)}
+        for variant, titles in ((variant, row["top"][variant]) for variant in variants)
     ]
     return {**{name: row[name] for name in ("user", "history", "target")}, "lists": lists}
 
 
-def _hits(titles: Sequence[str], row: Row, arm: str) -> set[int]:
+def _hits(titles: Sequence[str], row: Row, variant: str) -> set[int]:
     """Places of the target: where its rank says, else (ties count against the model) wherever its title stands."""
-    rank = row["target_rank"][arm]
+    rank = row["target_rank"][variant]
     same = {place for place, title in enumerate(titles, start=1) if title == row["target"]}
     return {rank} if rank in same else same
 
 
-def _training(arm: str, training: TrainingRecord) -> dict[str, Any]:
+def _training(variant: str, training: TrainingRecord) -> dict[str, Any]:
     done = training.done
     rates = [line["tokens_per_s"] for line in training.losses if line.get("tokens_per_s") is not None]
     waits = [line["data_wait"] for line in training.losses if line.get("data_wait") is not None]
     return {
-        "arm": arm,
+        "variant": variant,
         "parameters": done.get("trainable_parameters"),
         "steps": done.get("steps", done.get("step")),
         "best_step": done.get("best_step"),

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.dataset import PreparedDataset
-from rarec.evaluation.arms import Question
+from rarec.evaluation.rankers import EvalBatch
 from rarec.ids.source import Source
 from rarec.models.encode import Vectors, side_batch
 from rarec.models.towers import SideBatch, Tower
@@ -54,7 +54,7 @@ class SideSample:
         cls, dataset: PreparedDataset, prompts: PromptPair, sources: Mapping[str, Source], seed: int
     ) -> "SideSample":
         """Validation users, with what stands before their validation target."""
-        asked = Question.of(dataset, dataset.targets("validation", SAMPLE, seed))
+        asked = EvalBatch.of(dataset, dataset.targets("validation", SAMPLE, seed))
         rows, histories = asked.user_rows, asked.histories[:]
         vectors = {name: source.user_vectors(rows, histories) for name, source in sources.items()}
         names = [str(dataset.user_ids[int(row)]) for row in rows]

@@ -24,10 +24,10 @@ CUTOFFS = (10, 100)
 
 @dataclass(frozen=True)
 class SeedMeans:
-    """The arms of a run, user by user, averaged over seeds.
+    """The variants of a run, user by user, averaged over seeds.
 
     Attributes:
-        values: of each arm and metric, (U,); the same users in the same order everywhere.
+        values: of each variant and metric, (U,); the same users in the same order everywhere.
         users: their ids, in that order.
         targets: theirs, in that order.
         seeds: how many were averaged.
@@ -46,7 +46,7 @@ class SeedMeans:
 
     @classmethod
     def read(cls, files: Sequence[Path], resamples: int = 2000, seed: int = 0) -> "SeedMeans":
-        """Average `evaluation/ranks.parquet` of each seed over the users and arms that all of them have.
+        """Average `evaluation/ranks.parquet` of each seed over the users and variants that all of them have.
 
         Raises:
             UserError: a user's target differs between seeds, or no user was ranked under all of them.
@@ -61,8 +61,8 @@ class SeedMeans:
                 raise UserError(problem, "seeds of one run must be evaluated on the same split")
         if not users:
             raise UserError(f"no user was ranked in all of {', '.join(map(str, files))}", "leave evaluate.users out")
-        arms = [arm for arm in _arms(tables[0]) if all(arm in _arms(table) for table in tables)]
-        values = {arm: _mean([_metrics(table, arm, users) for table in tables]) for arm in arms}
+        variants = [variant for variant in _variants(tables[0]) if all(variant in _variants(table) for table in tables)]
+        values = {variant: _mean([_metrics(table, variant, users) for table in tables]) for variant in variants}
         targets = [everyone[0][user] for user in users]
         return cls(values, users, targets, len(files), len(set().union(*everyone)) - len(users), resamples, seed)
 
@@ -71,16 +71,16 @@ class SeedMeans:
         """U."""
         return len(self.users)
 
-    def figures(self, arm: str) -> dict[str, Interval]:
-        """Every metric of an arm."""
-        return mean_intervals(self.values[arm], self.resamples, self.seed)
+    def figures(self, variant: str) -> dict[str, Interval]:
+        """Every metric of a variant."""
+        return mean_intervals(self.values[variant], self.resamples, self.seed)
 
-    def differences(self, arm: str, baseline: str) -> dict[str, Interval]:
-        """Every metric of an arm minus that of another, user by user."""
-        return paired_intervals(self.values[arm], self.values[baseline], self.resamples, self.seed)
+    def differences(self, variant: str, baseline: str) -> dict[str, Interval]:
+        """Every metric of a variant minus that of another, user by user."""
+        return paired_intervals(self.values[variant], self.values[baseline], self.resamples, self.seed)
 
-    def against(self, other: "SeedMeans", arm: str, others: str) -> "SeedMeans":
-        """An arm of this run as `ours` and one of another run as `theirs`, over the users that both ranked.
+    def against(self, other: "SeedMeans", variant: str, others: str) -> "SeedMeans":
+        """A variant of this run as `ours` and one of another run as `theirs`, over the users that both ranked.
 
         Raises:
             UserError: there is none, or the target of one is not the same in both.
@@ -92,7 +92,7 @@ class SeedMeans:
             raise UserError("no test user in common", "give both runs the same seed and evaluate.users")
         if any(self.targets[own[user]] != other.targets[theirs[user]] for user in common):
             raise UserError("other test targets", "compare runs of one split of one log")
-        rows = {"ours": (self.values[arm], own), "theirs": (other.values[others], theirs)}
+        rows = {"ours": (self.values[variant], own), "theirs": (other.values[others], theirs)}
         values = {
             side: {name: each[[at[user] for user in common]] for name, each in metrics.items()}
             for side, (metrics, at) in rows.items()
@@ -105,13 +105,13 @@ def _columns(table: pa.Table, *names: str) -> list[list[object]]:
     return [table[name].to_pylist() for name in names]
 
 
-def _arms(table: pa.Table) -> list[str]:
-    return [str(arm) for arm in pc.unique(table["arm"]).to_pylist()]
+def _variants(table: pa.Table) -> list[str]:
+    return [str(variant) for variant in pc.unique(table["variant"]).to_pylist()]
 
 
-def _metrics(table: pa.Table, arm: str, users: Sequence[object]) -> dict[str, Floats]:
+def _metrics(table: pa.Table, variant: str, users: Sequence[object]) -> dict[str, Floats]:
     """Of these users, in this order."""
-    own = table.filter(pc.equal(table["arm"], arm))
+    own = table.filter(pc.equal(table["variant"], variant))
     ranks = dict(zip(*_columns(own, "user", "rank"), strict=True))
     return metric_values(np.array([ranks[user] for user in users], np.int64), CUTOFFS)
 

@@ -1,4 +1,4 @@
-"""Where an arm is good: metrics by history length and by the target's popularity, in equal-frequency buckets."""
+"""Where a variant is good: metrics by history length and by the target's popularity, in equal-frequency buckets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,10 +36,10 @@ def strata_rows(
     seed: int,
     cutoffs: tuple[int, ...] = (10, 100),
 ) -> list[dict[str, Any]]:
-    """Rows {arm, stratum, bucket, order, metric, value, low, high, n} for every arm, stratum and bucket.
+    """Rows {variant, stratum, bucket, order, metric, value, low, high, n} for every variant, stratum and bucket.
 
     Args:
-        ranks: of the same users, by arm.
+        ranks: of the same users, by variant.
         strata: a number for each user, by the stratum's name.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -48,11 +48,11 @@ def strata_rows(
     rows = []
     for stratum, values in strata.items():
         index, labels = bucket_labels(values)
-        for arm, arm_ranks in ranks.items():
+        for variant, variant_ranks in ranks.items():
             for order, label in enumerate(labels):
-                chosen = arm_ranks[index == order]
+                chosen = variant_ranks[index == order]
                 intervals = mean_intervals(metric_values(chosen, cutoffs), resamples, seed)
                 for metric, (value, low, high) in intervals.items():
-                    place = {"arm": arm, "stratum": stratum, "bucket": label, "order": order}
+                    place = {"variant": variant, "stratum": stratum, "bucket": label, "order": order}
                     rows.append({**place, "metric": metric, "value": value, "low": low, "high": high, "n": len(chosen)})
     return rows

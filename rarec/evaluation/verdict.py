@@ -11,38 +11,38 @@ from rarec.evaluation.labels import (
     ID_ONLY,
     LATE_FUSION,
     POPULAR,
-    PROBES,
-    arm_title,
+    SANITY_CHECKS,
     figure,
     interval,
     listed,
     metric_title,
     primary_metric,
+    variant_title,
 )
 
 Row = Mapping[str, Any]
 Outcome = Literal["beats", "loses", "open"]
 DECIDING = 6
 """Of fewer users no sign test at 5% can say anything, but a bootstrap of them would."""
-RIVALS = {ID_ONLY: "its own ID model", LATE_FUSION: "the late fusion of text and ID scores"}
+BASELINES = {ID_ONLY: "its own ID model", LATE_FUSION: "the late fusion of text and ID scores"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A paired comparison of two arms over the same test users, and how it reads.
+    """A paired comparison of two variants over the same test users, and how it reads.
 
     Attributes:
-        arm: the one that is judged.
-        baseline: its rival.
+        variant: the one that is judged.
+        baseline: its baseline.
         metric: such as `ndcg@10`.
-        difference: mean over users of arm minus baseline.
+        difference: mean over users of variant minus baseline.
         low: of the 95% interval of the difference.
         high: of the same.
         n: test users.
         differing: those for whom the two are not the same.
     """
 
-    arm: str
+    variant: str
     baseline: str
     metric: str
     difference: float
@@ -59,9 +59,11 @@ class Finding:
 
     @property
     def turned(self) -> "Finding":
-        """The same with arm and baseline exchanged."""
+        """The same with variant and baseline exchanged."""
         low, high = -self.high, -self.low
-        return replace(self, arm=self.baseline, baseline=self.arm, difference=-self.difference, low=low, high=high)
+        return replace(
+            self, variant=self.baseline, baseline=self.variant, difference=-self.difference, low=low, high=high
+        )
 
     @property
     def outcome(self) -> Outcome:
@@ -79,11 +81,11 @@ class Finding:
         words = {"beats": "beats", "loses": "loses to", "open": f"no difference can be claimed at n={self.n:,}"}
         return words[self.outcome]
 
-    def clause(self, rival: str) -> str:
-        """`beats RIVAL`, `loses to RIVAL`, or that no difference can be claimed."""
+    def clause(self, baseline: str) -> str:
+        """`beats BASELINE`, `loses to BASELINE`, or that no difference can be claimed."""
         if self.outcome == "open":
-            return f"against {rival}, {self.reading}"
-        return f"it {self.reading} {rival}"
+            return f"against {baseline}, {self.reading}"
+        return f"it {self.reading} {baseline}"
 
     def evidence(self) -> str:
         """The figures behind the clause."""
@@ -99,7 +101,7 @@ class Verdict:
     """The report's first paragraph.
 
     Attributes:
-        outcome: `beats` if the arm beats all of its rivals, `loses` if it loses to one, else `open`.
+        outcome: `beats` if the variant beats all of its baselines, `loses` if it loses to one, else `open`.
         headline: one sentence.
         sentences: the paragraph.
     """
@@ -110,12 +112,12 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A test of honesty: the same trained arm, ranked again with one source of information destroyed.
+class SanityCheck:
+    """A test of honesty: the same trained variant, ranked again with one source of information destroyed.
 
     Attributes:
         title: what was destroyed.
-        passed: whether the arm became worse, as it must; None where that was not compared in pairs.
+        passed: whether the variant became worse, as it must; None where that was not compared in pairs.
         text: the reading.
     """
 
@@ -124,73 +126,79 @@ class Probe:
     text: str
 
 
-def find(comparisons: Iterable[Row], arm: str, baseline: str, metric: str) -> Finding | None:
-    """The full-ranking comparison of two arms, whichever way round it was written; None if there is none."""
+def find(comparisons: Iterable[Row], variant: str, baseline: str, metric: str) -> Finding | None:
+    """The full-ranking comparison of two variants, whichever way round it was written; None if there is none."""
     for row in comparisons:
         if row["metric"] != metric or row["protocol"] != FULL:
             continue
-        if (row["arm"], row["baseline"]) == (arm, baseline):
+        if (row["variant"], row["baseline"]) == (variant, baseline):
             return Finding.of(row)
-        if (row["arm"], row["baseline"]) == (baseline, arm):
+        if (row["variant"], row["baseline"]) == (baseline, variant):
             return Finding.of(row).turned
     return None
 
 
-def verdict(metrics: Sequence[Row], comparisons: Sequence[Row], arm: str, seed: int) -> Verdict:
-    """Whether an arm beats its own ID model and the late fusion of text and ID scores.
+def verdict(metrics: Sequence[Row], comparisons: Sequence[Row], variant: str, seed: int) -> Verdict:
+    """Whether a variant beats its own ID model and the late fusion of text and ID scores.
 
     Args:
         metrics: rows of metrics.json.
         comparisons: rows of comparisons.json.
-        arm: the arm that is exported.
+        variant: the variant that is exported.
         seed: of the run, named as the limit of what one run can show.
     """
     full = [row for row in metrics if row["protocol"] == FULL]
     primary = primary_metric(row["metric"] for row in full)
-    own = next((row for row in full if row["arm"] == arm and row["metric"] == primary), None)
-    title = arm_title(arm)
+    own = next((row for row in full if row["variant"] == variant and row["metric"] == primary), None)
+    title = variant_title(variant)
     if own is None:
         return Verdict("open", f"{title} was not evaluated: nothing can be claimed.", ())
-    findings = {rival: find(comparisons, arm, rival, primary) for rival in RIVALS}
+    findings = {baseline: find(comparisons, variant, baseline, primary) for baseline in BASELINES}
     sentences = [
         f"{title} reaches {metric_title(primary)} {figure(own['value'])} (95% interval "
         f"{interval(own['low'], own['high'])}) over n={own['n']:,} test users, ranking the full catalogue.",
-        *(_about(finding, RIVALS[rival]) for rival, finding in findings.items()),
-        *_other_metrics(comparisons, arm, primary, findings),
-        *_complement(comparisons, arm, primary),
-        f"The intervals cover the draw of test users only: each arm was trained once, with seed {seed}, and the "
+        *(_about(finding, BASELINES[baseline]) for baseline, finding in findings.items()),
+        *_other_metrics(comparisons, variant, primary, findings),
+        *_complement(comparisons, variant, primary),
+        f"The intervals cover the draw of test users only: each variant was trained once, with seed {seed}, and the "
         "comparisons are not corrected for their number.",
     ]
     return Verdict(_overall(findings.values()), _headline(title, primary, findings), tuple(sentences))
 
 
-def probes(metrics: Sequence[Row], comparisons: Sequence[Row], arm: str) -> list[Probe]:
-    """How an arm fared under each probe that was run."""
+def sanity_checks(metrics: Sequence[Row], comparisons: Sequence[Row], variant: str) -> list[SanityCheck]:
+    """How a variant fared under each sanity check that was run."""
     full = [row for row in metrics if row["protocol"] == FULL]
     primary = primary_metric(row["metric"] for row in full)
-    values = {row["arm"]: row["value"] for row in full if row["metric"] == primary}
-    return [_probe(values, comparisons, arm, name, primary) for name in PROBES if f"{arm}/{name}" in values]
+    values = {row["variant"]: row["value"] for row in full if row["metric"] == primary}
+    return [
+        _sanity_check(values, comparisons, variant, name, primary)
+        for name in SANITY_CHECKS
+        if f"{variant}/{name}" in values
+    ]
 
 
-def _probe(values: Mapping[str, float], comparisons: Sequence[Row], arm: str, name: str, metric: str) -> Probe:
-    row = f"{arm}/{name}"
-    finding = find(comparisons, row, arm, metric)
+def _sanity_check(
+    values: Mapping[str, float], comparisons: Sequence[Row], variant: str, name: str, metric: str
+) -> SanityCheck:
+    row = f"{variant}/{name}"
+    finding = find(comparisons, row, variant, metric)
     landing = _landing(values, comparisons, row, metric) if name == "permuted_ids" else ""
     if finding is None:
         text = f"{metric_title(metric)} is {figure(values[row])}. It was not compared in pairs: nothing is claimed."
-        return Probe(PROBES[name], None, text + landing)
-    before = f", from {figure(values[arm])} to {figure(values[row])}" if arm in values else ""
+        return SanityCheck(SANITY_CHECKS[name], None, text + landing)
+    before = f", from {figure(values[variant])} to {figure(values[row])}" if variant in values else ""
     said = {
-        "loses": "The arm gets worse, as it must",
-        "open": f"No loss can be claimed at n={finding.n:,}: the arm is not shown to use what was destroyed",
-        "beats": "The arm gets better, as an honest one must not",
+        "loses": "The variant gets worse, as it must",
+        "open": f"No loss can be claimed at n={finding.n:,}: the variant is not shown to use what was destroyed",
+        "beats": "The variant gets better, as an honest one must not",
     }
     text = f"{said[finding.outcome]} ({finding.evidence()}{before})."
-    return Probe(PROBES[name], finding.outcome == "loses", text + landing)
+    return SanityCheck(SANITY_CHECKS[name], finding.outcome == "loses", text + landing)
 
 
 def _landing(values: Mapping[str, float], comparisons: Sequence[Row], row: str, metric: str) -> str:
-    """Where permuted IDs leave the arm, seen from text only."""
+    """Where permuted IDs leave the variant, seen from text only."""
     if "text_only" not in values:
         return ""
     finding = find(comparisons, row, "text_only", metric)
@@ -198,20 +206,20 @@ def _landing(values: Mapping[str, float], comparisons: Sequence[Row], row: str, 
     return f" Text only stands at {figure(values['text_only'])}{compared}."
 
 
-def _about(finding: Finding | None, rival: str) -> str:
+def _about(finding: Finding | None, baseline: str) -> str:
     if finding is None:
-        return f"It was not compared with {rival}."
-    clause = finding.clause(rival)
+        return f"It was not compared with {baseline}."
+    clause = finding.clause(baseline)
     return f"{clause[0].upper()}{clause[1:]} ({finding.evidence()})."
 
 
 def _readings(findings: Mapping[str, Finding | None]) -> str:
-    """Clauses without a subject, rivals of one reading together: `beats A; against B, no difference can be claimed`."""
-    rivals: dict[str, list[str]] = {}
-    for rival, finding in findings.items():
-        rivals.setdefault(finding.reading if finding else "was not compared with", []).append(RIVALS[rival])
-    openings = {reading: reading.startswith("no difference") for reading in rivals}
-    ordered = sorted(rivals.items(), key=lambda item: openings[item[0]])
+    """Clauses without a subject, baselines of one reading together: `beats A; against B, no difference can be claimed`."""
+    baselines: dict[str, list[str]] = {}
+    for baseline, finding in findings.items():
+        baselines.setdefault(finding.reading if finding else "was not compared with", []).append(BASELINES[baseline])
+    openings = {reading: reading.startswith("no difference") for reading in baselines}
+    ordered = sorted(baselines.items(), key=lambda item: openings[item[0]])
     return "; ".join(f"against {listed(n)}, {r}" if openings[r] else f"{r} {listed(n)}" for r, n in ordered)
 
 
@@ -228,17 +236,17 @@ def _overall(findings: Iterable[Finding | None]) -> Outcome:
 
 
 def _other_metrics(
-    comparisons: Sequence[Row], arm: str, primary: str, findings: Mapping[str, Finding | None]
+    comparisons: Sequence[Row], variant: str, primary: str, findings: Mapping[str, Finding | None]
 ) -> list[str]:
     """One sentence: the other headline metrics read the same, or which of them read otherwise."""
     same, otherwise = [], []
     for metric in HEADLINE:
-        there = {rival: find(comparisons, arm, rival, metric) for rival in findings}
-        known = {rival: found for rival, found in there.items() if found and findings[rival]}
+        there = {baseline: find(comparisons, variant, baseline, metric) for baseline in findings}
+        known = {baseline: found for baseline, found in there.items() if found and findings[baseline]}
         if metric == primary or not known:
             continue
-        firsts = {rival: finding.outcome for rival, finding in findings.items() if finding}
-        differing = {rival: found for rival, found in known.items() if found.outcome != firsts[rival]}
+        firsts = {baseline: finding.outcome for baseline, finding in findings.items() if finding}
+        differing = {baseline: found for baseline, found in known.items() if found.outcome != firsts[baseline]}
         if differing:
             said = _readings(differing)
             otherwise.append(f"on {metric_title(metric)}, {'' if said.startswith('against') else 'it '}{said}")
@@ -251,7 +259,7 @@ def _other_metrics(
     return [f"{sentence[0].upper()}{sentence[1:]}."] if parts else []
 
 
-def _complement(comparisons: Sequence[Row], arm: str, metric: str) -> list[str]:
+def _complement(comparisons: Sequence[Row], variant: str, metric: str) -> list[str]:
     """With the ID score added to both, and popularity: do the slots carry anything that late fusion lacks?"""
     carried = {
         "beats": "the slots carry something that adding the scores does not bring",
@@ -260,8 +268,8 @@ def _complement(comparisons: Sequence[Row], arm: str, metric: str) -> list[str]:
     }
     sentences = []
     for added, opening in (("", "the ID score added to it"), (POPULAR, "the items' popularity added to both")):
-        finding = find(comparisons, arm + FUSED + added, LATE_FUSION + added, metric)
-        if finding is not None and arm + FUSED != LATE_FUSION:
+        finding = find(comparisons, variant + FUSED + added, LATE_FUSION + added, metric)
+        if finding is not None and variant + FUSED != LATE_FUSION:
             clause = finding.clause("the late fusion without slots")
             sentences.append(f"With {opening} as well, {clause} ({finding.evidence()}): {carried[finding.outcome]}.")
     return sentences

@@ -22,7 +22,7 @@ class SequenceModel(nn.Module, ABC):
     """Item vectors in order -> K states after each; the score of item i is the largest (state) . e_i, without a bias.
 
     The item table is no part of the module: inputs and scores share it, the artefact stores it apart for whoever wants
-    item vectors, and a probe swaps it.
+    item vectors, and a sanity check swaps it.
 
     Attributes:
         max_history: the newest interactions that are read.

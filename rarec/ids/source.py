@@ -67,7 +67,7 @@ class Source:
         return with_mean(self.items_NE)
 
     def permuted(self, seed: int) -> "Source":
-        """A probe: item vectors permuted among items, and users made from the permuted ones (or permuted as well).
+        """A sanity check: item vectors permuted among items, and users made from the permuted ones (or permuted as well).
 
         Every vector stays what it was, but tells nothing of its item. The permuted table is a copy in memory.
         """

@@ -1,11 +1,11 @@
-"""One arm of the method, built from the configuration over a loaded language model."""
+"""One variant of the method, built from the configuration over a loaded language model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from rarec.config import Arm, RunConfig
+from rarec.config import RunConfig, Variant
 from rarec.errors import UserError
 from rarec.models.alignment import INSTRUCTIONS, AlignmentModule, SlotShape
 from rarec.models.load import LoadedModel
@@ -27,39 +27,39 @@ class SourceShape:
 
 
 def slots_reserved(config: RunConfig, shapes: Mapping[str, SourceShape]) -> dict[str, dict[str, int]]:
-    """The most slots a source takes on each side in any arm: what prompts keep free when they are cut."""
+    """The most slots a source takes on each side in any variant: what prompts keep free when they are cut."""
     m = config.alignment.instructions
     return {side: {name: m + shape.side(side).vectors for name, shape in shapes.items()} for side in SIDES}
 
 
 def build_model(
     config: RunConfig,
-    arm: Arm,
+    variant: Variant,
     loaded: LoadedModel,
     shapes: Mapping[str, SourceShape],
     named: Mapping[str, Sequence[str]],
 ) -> RaRec:
-    """Put an arm's towers around the frozen model. Weights are uninitialised where `initialise` sets them.
+    """Put a variant's towers around the frozen model. Weights are uninitialised where `initialise` sets them.
 
     Args:
         config: the run.
-        arm: what this variant injects.
-        loaded: the language model, with LoRA exactly when the arm has it.
+        variant: what this variant injects.
+        loaded: the language model, with LoRA exactly when the variant has it.
         shapes: of every source.
         named: the sources that each side's template names.
     """
     backbone = loaded.backbone
-    count, beside = len(backbone.blocks), arm.blocks == "readout"
-    blocks = aligned_blocks(config, arm, count)
+    count, beside = len(backbone.blocks), variant.blocks == "readout"
+    blocks = aligned_blocks(config, variant, count)
     # in our prompts a decoder's slots stand first and see nothing: their last states could tell nothing but the vector
-    through = not (beside or (backbone.sink and arm.projections and config.readout.slots))
+    through = not (beside or (backbone.sink and variant.projections and config.readout.slots))
 
     def tower(side: str) -> Tower:
         chosen = {name: shapes[name].side(side) for name in named[side]} if blocks or not through else {}
-        m = config.alignment.instructions if arm.instructions else 0
-        useful = bool(chosen) and (m > 0 or arm.projections)
+        m = config.alignment.instructions if variant.instructions else 0
+        useful = bool(chosen) and (m > 0 or variant.projections)
         mapped = blocks if through else (*blocks, count)
-        alignment = AlignmentModule(chosen, mapped, backbone.hidden_size, m, arm.projections) if useful else None
+        alignment = AlignmentModule(chosen, mapped, backbone.hidden_size, m, variant.projections) if useful else None
         reads = alignment.roles if alignment is not None and (config.readout.slots or beside) else ()
         if backbone.sink:  # of its instructions they tell nothing at all
             reads = tuple(role for role in reads if role != INSTRUCTIONS)
@@ -69,7 +69,7 @@ def build_model(
     plain = not config.readout.normalise
     scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature
     # engines need something that trains; of a scale alone no step is taken
-    nothing_else = not arm.lora and not trained_parameters(nn.ModuleList([user, item]))
+    nothing_else = not variant.lora and not trained_parameters(nn.ModuleList([user, item]))
     return RaRec(backbone, user, item, scale=scale, learn_scale=not plain or nothing_else)
 
 
@@ -83,15 +83,15 @@ def whole_size(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def aligned_blocks(config: RunConfig, arm: Arm, count: int) -> tuple[int, ...]:
-    """The blocks whose slots an arm overwrites, of a model with so many.
+def aligned_blocks(config: RunConfig, variant: Variant, count: int) -> tuple[int, ...]:
+    """The blocks whose slots a variant overwrites, of a model with so many.
 
     Raises:
         UserError: `train.blocks` names one that the model lacks.
     """
-    if arm.blocks in ("none", "readout"):
+    if variant.blocks in ("none", "readout"):
         return ()
-    if arm.blocks == "input":
+    if variant.blocks == "input":
         return (0,)
     chosen = tuple(sorted(set(config.train.blocks))) if config.train.blocks is not None else tuple(range(count))
     if chosen and chosen[-1] >= count:

@@ -13,7 +13,7 @@ import torch
 from rarec.ids.source import Source
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import Encoded, PromptPair, by_length, lay_out
-from rarec.ranks import ALONE, Ranks
+from rarec.world import SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
@@ -41,15 +41,15 @@ def side_batch(
 
 
 def side_batches(
-    prompts: Sequence[Encoded], vectors: Vectors, tower: Tower, filler: int, size: int, ranks: Ranks
+    prompts: Sequence[Encoded], vectors: Vectors, tower: Tower, filler: int, size: int, world: World
 ) -> Iterator[tuple[bool, Rows, SideBatch]]:
     """Batches of prompts of like length, on the rank's device, each with its rows and whether it is this rank's.
 
     All ranks come by as often, as models want it that lie in shards; arguments as above, and `size` of a batch.
     """
-    for mine, rows in ranks.in_step(by_length(prompts, size)):
+    for mine, rows in world.split_in_lockstep(by_length(prompts, size)):
         own = {name: array[rows] for name, array in vectors.items()}
-        yield mine, rows, side_batch([prompts[row] for row in rows], own, tower, filler).to(ranks.device)
+        yield mine, rows, side_batch([prompts[row] for row in rows], own, tower, filler).to(world.device)
 
 
 class Encoder:
@@ -60,7 +60,7 @@ class Encoder:
         prompts: over the catalogue's titles.
         sources: every source by name.
         batch_size: prompts a chunk.
-        ranks: that encode together. Chunks are the same on any number of them, and each has its share of the chunks.
+        world: that encode together. Chunks are the same on any number of them, and each has its share of the chunks.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Encoder:
         prompts: PromptPair,
         sources: Mapping[str, Source],
         batch_size: int,
-        ranks: Ranks = ALONE,
+        world: World = SINGLE,
     ) -> None:
         self.model, self.prompts, self.sources = model, prompts, sources
-        self.batch_size, self.ranks = batch_size, ranks
+        self.batch_size, self.world = batch_size, world
 
     def items(self, rows: Rows | None = None) -> Float32:
         """Item vectors (N, Z), of the whole catalogue or of these rows; on every rank all of them."""
@@ -91,9 +91,9 @@ class Encoder:
     def _chunks(self, side: str, tower: Tower, prompts: list[Encoded], vectors: Vectors) -> Float32:
         """Chunks of like length, results in the order asked for."""
         result: Float32 | None = None
-        self.ranks.at(f"encoding {side}s")
+        self.world.report(f"encoding {side}s")
         filler = self.prompts.tokenizer.filler
-        for mine, chunk, batch in side_batches(prompts, vectors, tower, filler, self.batch_size, self.ranks):
+        for mine, chunk, batch in side_batches(prompts, vectors, tower, filler, self.batch_size, self.world):
             encoded_BZ = self.model({side: batch})[side].vectors_BZ.float().cpu().numpy()
             if result is None:
                 result = np.zeros((len(prompts), encoded_BZ.shape[1]), np.float32)
@@ -101,4 +101,4 @@ class Encoder:
                 result[chunk] = encoded_BZ
         if result is None:
             raise ValueError("nothing to encode")
-        return self.ranks.merged(result)
+        return self.world.all_reduce_sum_(result)

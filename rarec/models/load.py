@@ -106,7 +106,7 @@ def load_model(
         "tokenizer": tokenizer.fingerprint,
     }
     loaded = LoadedModel(backbone, tokenizer, context_length, identity)
-    return wear(loaded, lora, seed) if lora is not None else loaded
+    return with_adapter(loaded, lora, seed) if lora is not None else loaded
 
 
 def headless(model: Any) -> Any:
@@ -118,16 +118,16 @@ def headless(model: Any) -> Any:
     return model
 
 
-def wear(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedModel:
+def with_adapter(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedModel:
     """The same language model with fresh LoRA weights in place of those it wears, or with none. No weight is copied.
 
     Raises:
         UserError: the adapters do not fit the architecture.
     """
-    worn = loaded.backbone
-    model = worn.model.unload() if hasattr(worn.model, "peft_config") else worn.model
+    adapted = loaded.backbone
+    model = adapted.model.unload() if hasattr(adapted.model, "peft_config") else adapted.model
     model = with_lora(model, lora, seed) if lora is not None else model
-    return replace(loaded, backbone=FrozenBackbone(model, worn.pool, worn.recomputes, worn.sink).eval())
+    return replace(loaded, backbone=FrozenBackbone(model, adapted.pool, adapted.recomputes, adapted.sink).eval())
 
 
 def _keep_unpacked(model: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rarec.config.method import Loss
 from rarec.models.losses import LossTerms, Part, align, bpr, false_negatives, sampled_softmax
 from rarec.models.towers import Encoding, RaRec
-from rarec.ranks import ALONE, Ranks
+from rarec.world import SINGLE, World
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Objective:
         config: which losses, with what weights.
         counts_N: how often each item is a training target, for the logQ correction.
         state_blocks: the blocks whose text-only states are stored.
-        ranks: that share each batch. Items and text-only states are gathered from all of them, so that the loss does
+        world: that share each batch. Items and text-only states are gathered from all of them, so that the loss does
             not depend on how a batch is cut.
     """
 
-    def __init__(self, config: Loss, counts_N: Tensor, state_blocks: tuple[int, ...], ranks: Ranks = ALONE) -> None:
-        self.config, self.state_blocks, self.ranks = config, state_blocks, ranks
+    def __init__(self, config: Loss, counts_N: Tensor, state_blocks: tuple[int, ...], world: World = SINGLE) -> None:
+        self.config, self.state_blocks, self.world = config, state_blocks, world
         self.log_q_N = (counts_N.double().clamp_min(1) / counts_N.sum().clamp_min(1)).log().float()
 
     def __call__(self, model: RaRec, users: Encoding, items: Encoding, targets: Targets) -> LossTerms:
@@ -71,9 +71,9 @@ class Objective:
         return LossTerms(recommendation + self.config.align_weight * aligned, recommendation, aligned)
 
     def _recommend(self, users: Encoding, items: Encoding, targets: Targets) -> Tensor:
-        own_b = self.ranks.rows(targets.total)
-        items_B = self.ranks.gathered(targets.items_b, targets.total)
-        scores_bB = users.vectors_BZ @ self.ranks.gathered(items.vectors_BZ, targets.total).T
+        own_b = self.world.local_rows(targets.total)
+        items_B = self.world.gather_rows(targets.items_b, targets.total)
+        scores_bB = users.vectors_BZ @ self.world.gather_rows(items.vectors_BZ, targets.total).T
         masked_bB = false_negatives(targets.items_b, targets.histories_bH, items_B, own_b)
         if self.config.recommendation == "bpr":
             return self._mean(bpr(scores_bB, masked_bB, own_b))
@@ -88,15 +88,15 @@ class Objective:
             return torch.zeros((), device=states_bLD.device)
         ours_LbD = ours[[blocks.index(block) for block in shared]]
         states_bLD = states_bLD[:, [self.state_blocks.index(block) for block in shared]]
-        states_LBD = self.ranks.gathered(states_bLD, total).transpose(0, 1)
-        own_b = self.ranks.rows(total)
-        same_bB = rows_b[:, None] == self.ranks.gathered(rows_b, total)[None, :]
+        states_LBD = self.world.gather_rows(states_bLD, total).transpose(0, 1)
+        own_b = self.world.local_rows(total)
+        same_bB = rows_b[:, None] == self.world.gather_rows(rows_b, total)[None, :]
         same_bB = same_bB.scatter(1, own_b[:, None], False)
         return self._mean(align(ours_LbD, states_LBD, same_bB, own_b, self.config.align_temperature))
 
     def _mean(self, part: Part) -> Tensor:
         """This rank's part of the mean over the whole batch."""
-        return part.summed / self.ranks.total(part.terms).clamp_min(1)
+        return part.summed / self.world.all_reduce_sum(part.terms).clamp_min(1)
 
     def _pooled(self, slots_LBKD: Tensor | None, projected: Mapping[str, Tensor]) -> Tensor | None:
         """The vector that is compared with the text: the mean of all projections p, or of all slots [c || p]."""

@@ -12,7 +12,7 @@ import torch
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.prompts import Encoded, by_length, lay_out
-from rarec.ranks import ALONE
+from rarec.world import SINGLE
 
 Schedule = Callable[[list[list[int]]], Iterator[tuple[bool, list[int]]]]
 """Of passes, each a list of prompts."""
@@ -32,7 +32,7 @@ def text_states(
     *,
     dtype: str = "float16",
     batch_size: int = 64,
-    schedule: Schedule = ALONE.alike,
+    schedule: Schedule = SINGLE.in_lockstep,
 ) -> npt.NDArray[np.floating]:
     """States entering `blocks`, as (N, L, D); prompts with the same tokens are computed once.
 
@@ -43,7 +43,7 @@ def text_states(
         filler: token id for padding.
         dtype: of the result.
         batch_size: prompts a pass.
-        schedule: which passes this rank makes, from `Ranks`: `alike` for prompts of its own, `in_step` for a share of
+        schedule: which passes this rank makes, from `World`: `alike` for prompts of its own, `in_step` for a share of
             prompts that all ranks know; the states of the others are zero then.
 
     Raises:

@@ -19,7 +19,7 @@ from rarec.models.slots import Slots
 from rarec.models.whitening import Whitening
 
 TEXT = "text"
-"""The part of a readout that every arm has."""
+"""The part of a readout that every variant has."""
 
 
 @dataclass(frozen=True)

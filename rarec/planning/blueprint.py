@@ -8,14 +8,14 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from rarec.config import Arm, RunConfig
+from rarec.config import RunConfig, Variant
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.load import LoadedModel, context_length_of, headless, kind_of, read_with, wear
+from rarec.models.load import LoadedModel, context_length_of, headless, kind_of, read_with, with_adapter
 from rarec.paths import resolve
 from rarec.planning.attention import PADDED, UNPADDED
-from rarec.planning.shapes import META, ArmShapes
+from rarec.planning.shapes import META, VariantShapes
 from rarec.prompts import TextTokenizer
 from rarec.prompts.hybrid import parse_template
 
@@ -49,15 +49,15 @@ class Blueprint:
         """Of the language model, in tokens."""
         return context_length_of(self._bare())
 
-    def arm(self, arm: Arm, gradient_checkpointing: bool) -> ArmShapes:
-        """An arm's model."""
+    def variant(self, variant: Variant, gradient_checkpointing: bool) -> VariantShapes:
+        """A variant's model."""
         with META:
             decodes = self._kind == "decoder"
             backbone = FrozenBackbone(self._bare(), self.config.readout.pool, gradient_checkpointing, decodes).eval()
             loaded = LoadedModel(backbone, cast(TextTokenizer, None), 0, {})  # no text is read here
-            loaded = wear(loaded, self.config.lora, self.config.run.seed) if arm.lora else loaded
-            model = build_model(self.config, arm, loaded, self.sources, self.named)
-        return ArmShapes(model, self.config.llm.quantize == "nf4")
+            loaded = with_adapter(loaded, self.config.lora, self.config.run.seed) if variant.lora else loaded
+            model = build_model(self.config, variant, loaded, self.sources, self.named)
+        return VariantShapes(model, self.config.llm.quantize == "nf4")
 
     def _bare(self) -> Any:
         """The language model as it is loaded, in evaluation mode."""

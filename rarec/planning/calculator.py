@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from rarec.config import ARMS, RunConfig
+from rarec.config import VARIANTS, RunConfig
 from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
 from rarec.planning.blueprint import Blueprint
@@ -13,7 +13,7 @@ from rarec.planning.lengths import Prompts, estimated
 from rarec.planning.memory import REPLICATED, SHIPPED, Account, Peaks, Stage, ZeroSettings, account
 from rarec.planning.samples import Batches, Samples
 from rarec.planning.setting import Cluster, Setting
-from rarec.planning.shapes import ArmShapes
+from rarec.planning.shapes import VariantShapes
 from rarec.planning.step import Activations, StepShape, encoding_activations, step_activations
 from rarec.planning.traffic import Speed, Traffic, speed, traffic
 
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one arm in one setting.
+    """Of one variant in one setting.
 
     Attributes:
         account: bytes of a rank.
         step: bytes of a step's activations.
         traffic: bytes of a step.
         speed: None where the device's peak is not known for `llm.dtype`.
-        hours: of the arm's training; None where it takes no step, or where speed or samples are not known.
+        hours: of the variant's training; None where it takes no step, or where speed or samples are not known.
     """
 
     account: Account
@@ -98,37 +98,43 @@ class Calculator:
         quantised = self.config.llm.quantize != "none" and setting.stage not in REPLICATED
         return setting.cluster.ranks * setting.accumulate <= self.batches.smallest and not quantised
 
-    def fits(self, arm: str, setting: Setting) -> bool:
+    def fits(self, variant: str, setting: Setting) -> bool:
         """Whether a rank has room for it. A step is traced only where what stays leaves any."""
         nothing = Peaks(0, 0, setting.checkpointing)
         usable = setting.cluster.usable
-        return self._account(arm, setting, nothing).stays <= usable and self.account(arm, setting).total <= usable
-
-    def account(self, arm: str, setting: Setting) -> Account:
-        """Bytes of a rank."""
-        shapes, longest = self.arm(arm, setting.checkpointing), self._shapes(arm, setting)[-1]
-        encoding = self._once(
-            ("encoding", arm, setting.encoding), lambda: encoding_activations(shapes, longest, setting.encoding)
+        return (
+            self._account(variant, setting, nothing).stays <= usable and self.account(variant, setting).total <= usable
         )
-        return self._account(arm, setting, Peaks(self.step(arm, setting).peak, encoding, setting.checkpointing))
 
-    def step(self, arm: str, setting: Setting) -> Activations:
+    def account(self, variant: str, setting: Setting) -> Account:
+        """Bytes of a rank."""
+        shapes, longest = self.variant(variant, setting.checkpointing), self._shapes(variant, setting)[-1]
+        encoding = self._once(
+            ("encoding", variant, setting.encoding), lambda: encoding_activations(shapes, longest, setting.encoding)
+        )
+        return self._account(variant, setting, Peaks(self.step(variant, setting).peak, encoding, setting.checkpointing))
+
+    def step(self, variant: str, setting: Setting) -> Activations:
         """A traced step, of the batch that takes most."""
-        return self._traced(arm, setting, self.shape(arm, setting))
+        return self._traced(variant, setting, self.shape(variant, setting))
 
-    def _traced(self, arm: str, setting: Setting, shape: StepShape) -> Activations:
-        shapes = self.arm(arm, setting.checkpointing)
-        key = ("step", arm, setting.checkpointing, shape.rows, shape.total, shape.ranks, shape.text["user"])
+    def _traced(self, variant: str, setting: Setting, shape: StepShape) -> Activations:
+        shapes = self.variant(variant, setting.checkpointing)
+        key = ("step", variant, setting.checkpointing, shape.rows, shape.total, shape.ranks, shape.text["user"])
         return self._once(key, lambda: step_activations(shapes, self.config.loss, shape))
 
-    def estimate(self, arm: str, setting: Setting) -> Estimate:
+    def estimate(self, variant: str, setting: Setting) -> Estimate:
         """All of it."""
-        shapes, step, cluster = self.arm(arm, setting.checkpointing), self.step(arm, setting), setting.cluster
+        shapes, step, cluster = (
+            self.variant(variant, setting.checkpointing),
+            self.step(variant, setting),
+            setting.cluster,
+        )
         recomputes = setting.checkpointing
         sent = traffic(shapes, setting.stage, cluster.ranks, setting.accumulate, step, recomputes)
         samples = self.batches.samples
-        tokens = self._tokens(arm) * samples / cluster.ranks
-        known, steps = self.config.llm.dtype == "bfloat16", self.steps(arm)
+        tokens = self._tokens(variant) * samples / cluster.ranks
+        known, steps = self.config.llm.dtype == "bfloat16", self.steps(variant)
         fast = (
             speed(
                 shapes,
@@ -143,32 +149,34 @@ class Calculator:
             else None
         )
         hours = steps * fast.seconds / 3600 if fast and steps else None
-        return Estimate(self.account(arm, setting), step, sent, fast, hours)
+        return Estimate(self.account(variant, setting), step, sent, fast, hours)
 
-    def steps(self, arm: str) -> int | None:
-        """How many steps an arm takes; None where samples are not known."""
-        trained = [weight.name for weight in self.arm(arm, self.config.llm.gradient_checkpointing).trained]
+    def steps(self, variant: str) -> int | None:
+        """How many steps a variant takes; None where samples are not known."""
+        trained = [weight.name for weight in self.variant(variant, self.config.llm.gradient_checkpointing).trained]
         if self.batches.count is None:
             return None if self.config.train.steps(1, trained) else 0
         return self.config.train.steps(self.batches.count * self.config.train.epochs, trained)
 
-    def arm(self, arm: str, checkpointing: bool) -> ArmShapes:
-        """An arm's model."""
-        return self._once(("arm", arm, checkpointing), lambda: self.blueprint.arm(ARMS[arm], checkpointing))
+    def variant(self, variant: str, checkpointing: bool) -> VariantShapes:
+        """A variant's model."""
+        return self._once(
+            ("variant", variant, checkpointing), lambda: self.blueprint.variant(VARIANTS[variant], checkpointing)
+        )
 
-    def slots(self, arm: str) -> dict[str, int]:
+    def slots(self, variant: str) -> dict[str, int]:
         """How many there are in a prompt of each side."""
-        model = self.arm(arm, self.config.llm.gradient_checkpointing).model
+        model = self.variant(variant, self.config.llm.gradient_checkpointing).model
         return {"user": sum(model.user.slots.values()), "item": sum(model.item.slots.values())}
 
-    def shape(self, arm: str, setting: Setting) -> StepShape:
+    def shape(self, variant: str, setting: Setting) -> StepShape:
         """Of a part of a step on one rank, of the batch that takes most."""
-        tried = self._shapes(arm, setting)
-        return tried[0] if len(tried) == 1 else max(tried, key=lambda shape: self._traced(arm, setting, shape).peak)
+        tried = self._shapes(variant, setting)
+        return tried[0] if len(tried) == 1 else max(tried, key=lambda shape: self._traced(variant, setting, shape).peak)
 
-    def _shapes(self, arm: str, setting: Setting) -> list[StepShape]:
+    def _shapes(self, variant: str, setting: Setting) -> list[StepShape]:
         """Of those that may, the longest prompts last."""
-        count = len(self.arm(arm, setting.checkpointing).model.backbone.blocks)
+        count = len(self.variant(variant, setting.checkpointing).model.backbone.blocks)
         blocks = tuple(sorted(set(self.config.shards.state_blocks or range(count))))
         if blocks[-1] >= count:
             raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
@@ -180,13 +188,13 @@ class Calculator:
             found.append(StepShape(-(-total // ranks), total, ranks, text, blocks, vectors))
         return found
 
-    def _account(self, arm: str, setting: Setting, peaks: Peaks) -> Account:
-        shapes = self.arm(arm, setting.checkpointing)
+    def _account(self, variant: str, setting: Setting, peaks: Peaks) -> Account:
+        shapes = self.variant(variant, setting.checkpointing)
         return account(shapes, setting.stage, setting.cluster.ranks, peaks, self.zero)
 
-    def _tokens(self, arm: str) -> float:
+    def _tokens(self, variant: str) -> float:
         """Of a sample, both sides."""
-        return sum(self.prompts[side].mean + slots for side, slots in self.slots(arm).items())
+        return sum(self.prompts[side].mean + slots for side, slots in self.slots(variant).items())
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         """Made at the first time it is asked for."""

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from rarec.planning.shapes import ArmShapes, Weight
+from rarec.planning.shapes import VariantShapes, Weight
 
 Stage = Literal["0", "1", "2", "3", "fsdp2"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -99,24 +99,24 @@ class Account:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def account(arm: ArmShapes, stage: Stage, ranks: int, peaks: Peaks, zero: ZeroSettings = SHIPPED) -> Account:
-    """What a rank holds while an arm trains."""
-    whole = sum(weight.bytes for weight in arm.trained)
-    share = sum(_share(weight, ranks) for weight in arm.trained)
+def account(variant: VariantShapes, stage: Stage, ranks: int, peaks: Peaks, zero: ZeroSettings = SHIPPED) -> Account:
+    """What a rank holds while a variant trains."""
+    whole = sum(weight.bytes for weight in variant.trained)
+    share = sum(_share(weight, ranks) for weight in variant.trained)
     bucket = zero.bucket.get(stage, 0) * _FLOAT
-    gathered = _gathered(arm, stage, ranks, peaks, zero)
+    gathered = _gathered(variant, stage, ranks, peaks, zero)
     come_and_go = {"training": peaks.training, "gathered": gathered, "encoding": peaks.encoding}
     if stage in ("0", "fsdp2"):
         buckets = whole if stage == "0" and ranks > 1 else 0
-        frozen = sum(w.bytes if stage == "0" else _fsdp_share(w, ranks) for w in arm.frozen)
+        frozen = sum(w.bytes if stage == "0" else _fsdp_share(w, ranks) for w in variant.frozen)
         held = {"trained": whole, "gradients": whole, "optimizer": 2 * whole, "buckets": buckets}
-        return Account(frozen, arm.fixed, **held, **come_and_go, update=whole)
+        return Account(frozen, variant.fixed, **held, **come_and_go, update=whole)
     trained = {"1": whole, "2": whole, "3": share}[stage]
     gradients = {"1": whole, "2": share, "3": share}[stage]
-    frozen = sum(w.bytes if stage != "3" else _zero_share(w, ranks, zero) for w in arm.frozen)
+    frozen = sum(w.bytes if stage != "3" else _zero_share(w, ranks, zero) for w in variant.frozen)
     held = {"trained": trained, "gradients": gradients, "optimizer": 3 * share, "buckets": bucket}
     # a checkpoint takes weights and moments whole
-    return Account(frozen, arm.fixed, **held, **come_and_go, update=3 * whole)
+    return Account(frozen, variant.fixed, **held, **come_and_go, update=3 * whole)
 
 
 def _share(weight: Weight, ranks: int) -> int:
@@ -135,35 +135,35 @@ def _fsdp_share(weight: Weight, ranks: int) -> int:
     return round(rows * weight.count / weight.shape[0] * weight.width)
 
 
-def _gathered(arm: ArmShapes, stage: Stage, ranks: int, peaks: Peaks, zero: ZeroSettings) -> int:
+def _gathered(variant: VariantShapes, stage: Stage, ranks: int, peaks: Peaks, zero: ZeroSettings) -> int:
     if stage in REPLICATED:
-        return _unpacked(arm)
+        return _unpacked(variant)
     blocks: dict[int | None, int] = {}
-    for weight in arm.frozen:
+    for weight in variant.frozen:
         if weight.in_trunk:
             blocks[weight.block] = blocks.get(weight.block, 0) + weight.bytes
     outside = blocks.pop(None, 0)
     if stage == "fsdp2":
         return outside + 2 * max(blocks.values())
-    sharded = [w for w in arm.weights if w.count > zero.persistent and (w.in_trunk or w.trains)]
+    sharded = [w for w in variant.weights if w.count > zero.persistent and (w.in_trunk or w.trains)]
     every, largest = sum(w.bytes for w in sharded), max((w.bytes for w in sharded), default=0)
     if sum(w.count for w in sharded) <= zero.live:
         return every + largest
     resident = round(zero.live * every / sum(w.count for w in sharded)) + largest
-    return max(resident, _saved_matrices(arm, peaks) + largest)
+    return max(resident, _saved_matrices(variant, peaks) + largest)
 
 
-def _saved_matrices(arm: ArmShapes, peaks: Peaks) -> int:
+def _saved_matrices(variant: VariantShapes, peaks: Peaks) -> int:
     """Gathered matrices that wait for the backward pass, of both towers."""
-    first = arm.first_block
+    first = variant.first_block
     if first is None or peaks.recomputes:
         return 0
-    return TOWERS * sum(w.bytes for w in arm.frozen if w.linear and w.block is not None and w.block >= first)
+    return TOWERS * sum(w.bytes for w in variant.frozen if w.linear and w.block is not None and w.block >= first)
 
 
-def _unpacked(arm: ArmShapes) -> int:
+def _unpacked(variant: VariantShapes) -> int:
     """The largest of the matrices in 4 bits, while it is used."""
-    if not arm.nf4:
+    if not variant.nf4:
         return 0
-    wide = max(weight.width for weight in arm.frozen if weight.in_trunk)
-    return round(wide * max(weight.count for weight in arm.frozen if weight.linear and weight.in_trunk))
+    wide = max(weight.width for weight in variant.frozen if weight.in_trunk)
+    return round(wide * max(weight.count for weight in variant.frozen if weight.linear and weight.in_trunk))

@@ -1,4 +1,4 @@
-"""Every weight of an arm's model, by what engines do with it."""
+"""Every weight of a variant's model, by what engines do with it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ class Weight:
         return round(self.count * self.width)
 
 
-class ArmShapes:
-    """An arm's model, and every weight of it.
+class VariantShapes:
+    """A variant's model, and every weight of it.
 
     Args:
         model: on the meta device.

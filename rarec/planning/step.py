@@ -25,8 +25,8 @@ from rarec.config.method import Loss
 from rarec.models.objective import Objective, Targets
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.planning.live import Live
-from rarec.planning.shapes import META, ArmShapes
-from rarec.ranks import Ranks
+from rarec.planning.shapes import META, VariantShapes
+from rarec.world import World
 
 HISTORY = 50
 """Items in the longest history of a batch, for the mask of false negatives."""
@@ -71,7 +71,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class PlannedRanks(Ranks):
+class PlannedWorld(World):
     """Stands for this rank among its like: it allocates what an exchange would, and counts it.
 
     Attributes:
@@ -80,33 +80,33 @@ class PlannedRanks(Ranks):
 
     exchanged: dict[str, int] = field(default_factory=lambda: {"gathered": 0, "returned": 0})
 
-    def gathered(self, rows_b: Tensor, total: int) -> Tensor:
-        """See `Ranks`."""
-        whole = super().gathered(rows_b, total)
-        size = whole.numel() * whole.element_size() * (self.count > 1)
+    def gather_rows(self, rows_b: Tensor, total: int) -> Tensor:
+        """See `World`."""
+        whole = super().gather_rows(rows_b, total)
+        size = whole.numel() * whole.element_size() * (self.size > 1)
         self.exchanged["gathered"] += size
         self.exchanged["returned"] += size * whole.requires_grad
         return whole
 
-    def every(self, part: Tensor) -> list[Tensor]:
-        """See `Ranks`."""
-        return [torch.empty_like(part) for _ in range(self.count)]
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """See `World`."""
+        return [torch.empty_like(tensor) for _ in range(self.size)]
 
-    def total(self, part: Tensor) -> Tensor:
-        """See `Ranks`."""
-        return part.detach().clone()
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """See `World`."""
+        return tensor.detach().clone()
 
 
-def step_activations(arm: ArmShapes, loss: Loss, shape: StepShape) -> Activations:
+def step_activations(variant: VariantShapes, loss: Loss, shape: StepShape) -> Activations:
     """Forward, loss and backward of both towers.
 
     Gradients of what trains are there from the start, as behind the first of several parts; they are counted apart.
     """
-    model, ranks = arm.model.train(), PlannedRanks(0, shape.ranks, META)
+    model, world = variant.model.train(), PlannedWorld(0, shape.ranks, META)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
-    objective = Objective(loss, torch.ones(1), shape.state_blocks, ranks)
+    objective = Objective(loss, torch.ones(1), shape.state_blocks, world)
     held = [*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)]
     with META, Live(held) as live:
         sides = {side: _side(tower, side, shape, shape.rows) for side, tower in _towers(model)}
@@ -119,13 +119,13 @@ def step_activations(arm: ArmShapes, loss: Loss, shape: StepShape) -> Activation
         peak = live.peak
     for parameter in trained:
         parameter.grad = None
-    return Activations(saved, peak, **ranks.exchanged)
+    return Activations(saved, peak, **world.exchanged)
 
 
 @torch.no_grad()
-def encoding_activations(arm: ArmShapes, shape: StepShape, batch: int) -> int:
+def encoding_activations(variant: VariantShapes, shape: StepShape, batch: int) -> int:
     """The most bytes while a chunk of the catalogue or of users is encoded, as at every validation."""
-    model, peaks = arm.model.eval(), list[int]()
+    model, peaks = variant.model.eval(), list[int]()
     for side, tower in _towers(model):
         with META, Live([*model.parameters(), *model.buffers()]) as live:
             model({side: _side(tower, side, shape, batch)})

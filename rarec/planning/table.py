@@ -1,11 +1,11 @@
-"""A plan in the terminal: arms, engines, and what to do, in words."""
+"""A plan in the terminal: variants, engines, and what to do, in words."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 from rarec.planning.advice import Advice
 from rarec.planning.calculator import Calculator, Estimate
 from rarec.planning.memory import Account, Stage
@@ -36,9 +36,9 @@ class Plan:
 
     Attributes:
         calculator: of the run.
-        estimates: of each arm, as planned.
-        largest: the arm that decides.
-        accounts: of that arm, by engine.
+        estimates: of each variant, as planned.
+        largest: the variant that decides.
+        accounts: of that variant, by engine.
         advice: for it.
     """
 
@@ -57,7 +57,7 @@ def show(plan: Plan, run: str) -> Iterator[Table | str]:
         run: its file and overrides, for the command that starts it.
     """
     yield _title(plan) + "\n"
-    yield _arms(plan)
+    yield _variants(plan)
     yield ""
     yield _engines(plan)
     yield "\n" + "\n".join((*_advice(plan, run), *_facts(plan)))
@@ -75,12 +75,12 @@ def _title(plan: Plan) -> str:
     return f"{config.llm.path} in {config.llm.dtype} on {where}{cluster.gpus} x {cluster.device.name} with {kept}"
 
 
-def _arms(plan: Plan) -> Table:
+def _variants(plan: Plan) -> Table:
     table = _table(
-        f"each arm, {name_of(plan.advice.setting)}", "trains", "peak", "steps", "hours", "checkpoint", "bundle"
+        f"each variant, {name_of(plan.advice.setting)}", "trains", "peak", "steps", "hours", "checkpoint", "bundle"
     )
     for name, estimate in plan.estimates.items():
-        shapes = plan.calculator.arm(name, plan.advice.setting.checkpointing)
+        shapes = plan.calculator.variant(name, plan.advice.setting.checkpointing)
         trained, saved = sum(weight.count for weight in shapes.trained), sum(shapes.saved.values())
         checkpoint = saved + 2 * sum(weight.bytes for weight in shapes.trained)
         steps = plan.calculator.steps(name)
@@ -88,7 +88,7 @@ def _arms(plan: Plan) -> Table:
         cells += [f"{estimate.hours:,.1f}" if estimate.hours else "0" if steps == 0 else "?"]
         cells += [_size(checkpoint), _size(shapes.bundled(plan.calculator.config.export.dtype))]
         style = "bold" if name == plan.largest else ""
-        table.add_row(ARMS[name].title + (" (decides)" if style else ""), *cells, style=style)
+        table.add_row(VARIANTS[name].title + (" (decides)" if style else ""), *cells, style=style)
     return table
 
 
@@ -119,7 +119,7 @@ def _advice(plan: Plan, run: str) -> Iterator[str]:
 
 def _of_zero_3(plan: Plan, chosen: Setting) -> Iterator[str]:
     """What is particular to it."""
-    shapes = plan.calculator.arm(plan.largest, chosen.checkpointing)
+    shapes = plan.calculator.variant(plan.largest, chosen.checkpointing)
     if chosen.stage == "3" and not chosen.checkpointing and shapes.first_block is not None:
         yield "ZeRO-3 holds each gathered matrix until its backward pass; llm.gradient_checkpointing=true spares that"
     if chosen.stage == "3" and chosen.cluster.machines > 1:
@@ -159,8 +159,8 @@ def _facts(plan: Plan) -> Iterator[str]:
     yield _inside(calculator, plan.largest, setting)
 
 
-def _prompts(calculator: Calculator, arm: str, setting: Setting) -> str:
-    shape, slots = calculator.shape(arm, setting), calculator.slots(arm)
+def _prompts(calculator: Calculator, variant: str, setting: Setting) -> str:
+    shape, slots = calculator.shape(variant, setting), calculator.slots(variant)
     lengths = ", ".join(f"{side} {shape.text[side] + slots[side]}" for side in shape.text)
     known = f"{calculator.samples.count:,} samples an epoch" if calculator.samples else "samples not known yet"
     source = "users' as the shards have them" if calculator.samples else "bounds of the configuration"
@@ -170,9 +170,9 @@ def _prompts(calculator: Calculator, arm: str, setting: Setting) -> str:
     return said
 
 
-def _inside(calculator: Calculator, arm: str, setting: Setting) -> str:
+def _inside(calculator: Calculator, variant: str, setting: Setting) -> str:
     """What of the activations does not belong to the language model."""
-    shape, model = calculator.shape(arm, setting), calculator.arm(arm, setting.checkpointing).model
+    shape, model = calculator.shape(variant, setting), calculator.variant(variant, setting.checkpointing).model
     width = model.backbone.hidden_size
     alignments = [tower.alignment for tower in (model.user, model.item) if tower.alignment is not None]
     slots = sum(len(alignment.blocks) * sum(alignment.slots.values()) for alignment in alignments)
@@ -181,7 +181,7 @@ def _inside(calculator: Calculator, arm: str, setting: Setting) -> str:
         "text-only states": 2 * 4 * width * len(shape.state_blocks) * (shape.rows + shape.total * (shape.ranks > 1)),
         "scores": 4 * shape.rows * shape.total,
     }
-    waiting = _size(calculator.step(arm, setting).saved)
+    waiting = _size(calculator.step(variant, setting).saved)
     return f"activations wait for the backward pass with {waiting}; in them: {_listed(sizes)}"
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from rarec.hardware import NETWORK_GB_S, Device
 from rarec.planning.memory import REPLICATED, Stage
-from rarec.planning.shapes import ArmShapes
+from rarec.planning.shapes import VariantShapes
 from rarec.planning.step import Activations
 
 MFU = 0.4
@@ -56,23 +56,32 @@ class Speed:
     samples: float
 
 
-def traffic(arm: ArmShapes, stage: Stage, ranks: int, parts: int, step: Activations, recomputes: bool) -> Traffic:
+def traffic(
+    variant: VariantShapes, stage: Stage, ranks: int, parts: int, step: Activations, recomputes: bool
+) -> Traffic:
     """What a step of so many parts sends."""
     away = (ranks - 1) / ranks
-    trained = sum(weight.bytes for weight in arm.trained)
+    trained = sum(weight.bytes for weight in variant.trained)
     reduced = {"0": 2, "1": 5, "2": 3 + 2 * parts, "3": 1 + 3 * parts, "fsdp2": 2}[stage] * trained
     batch = (step.gathered + 2 * step.returned) * parts
-    weights = 0 if stage in REPLICATED else _gathers(arm, stage, recomputes) * parts
+    weights = 0 if stage in REPLICATED else _gathers(variant, stage, recomputes) * parts
     return Traffic(round(reduced * away), round(weights * away), round(batch * away))
 
 
 def speed(
-    arm: ArmShapes, sent: Traffic, device: Device, *, tokens: float, samples: float, recomputes: bool, machines: int
+    variant: VariantShapes,
+    sent: Traffic,
+    device: Device,
+    *,
+    tokens: float,
+    samples: float,
+    recomputes: bool,
+    machines: int,
 ) -> Speed:
     """How fast a step is.
 
     Args:
-        arm: its model.
+        variant: its model.
         sent: in a step.
         device: that computes.
         tokens: that a rank has in a step, both sides, with slots and padding.
@@ -80,17 +89,17 @@ def speed(
         recomputes: whether blocks are.
         machines: over which the ranks are spread; with several, everything is as slow as the network.
     """
-    factor = 2 if arm.first_block is None else 6 if recomputes else 4
-    computing = factor * arm.in_blocks * tokens / (MFU * device.tflops * 1e12)
+    factor = 2 if variant.first_block is None else 6 if recomputes else 4
+    computing = factor * variant.in_blocks * tokens / (MFU * device.tflops * 1e12)
     per_second = (device.link_gb_s if machines == 1 else min(device.link_gb_s, NETWORK_GB_S)) * 1e9
     seconds = max(computing, sent.weights / per_second) + (sent.gradients + sent.batch) / per_second
     return Speed(seconds, tokens / seconds, samples / seconds)
 
 
-def _gathers(arm: ArmShapes, stage: Stage, recomputes: bool) -> int:
+def _gathers(variant: VariantShapes, stage: Stage, recomputes: bool) -> int:
     """Bytes that all ranks together gather in a part."""
-    trunk = [weight for weight in arm.frozen if weight.in_trunk]
-    first = arm.first_block
+    trunk = [weight for weight in variant.frozen if weight.in_trunk]
+    first = variant.first_block
     backward = [w for w in trunk if first is not None and w.block is not None and w.block >= first]
     again = 2 if stage == "3" and recomputes else 1
     return 2 * sum(weight.bytes for weight in trunk) + 2 * again * sum(weight.bytes for weight in backward)

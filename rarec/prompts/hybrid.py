@@ -3,7 +3,7 @@
 Shape letters: T tokens of a prompt, K slots, B batch.
 
 A filled prompt (`Encoded`) keeps its text tokens and, for each source, the place where that source's slots go. How
-many slots stand there is the model's business (`lay_out`), so one tokenised prompt serves every arm, and without slots
+many slots stand there is the model's business (`lay_out`), so one tokenised prompt serves every variant, and without slots
 it is the text-only prompt.
 """
 

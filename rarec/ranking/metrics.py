@@ -8,7 +8,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 SELECTED_BY = "ndcg@100"
-"""By this the epoch of an ID model and the step of an arm are chosen on validation users. It sees the first hundred
+"""By this the epoch of an ID model and the step of a variant are chosen on validation users. It sees the first hundred
 ranks, of which HR@100 is told, and still asks for the first ten (ours; the field takes NDCG@10)."""
 SELECTION_CUTOFFS = (10, 100)
 """Cutoffs of what is computed then."""

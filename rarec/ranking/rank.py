@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from rarec.errors import UserError
-from rarec.ranks import Ranks
+from rarec.world import World
 
 Array = npt.NDArray[np.float32] | torch.Tensor
 Rows = npt.NDArray[np.integer]
@@ -58,13 +58,13 @@ def rank_targets(
 
 
 def rank_shared(
-    users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], ranks: Ranks
+    users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], world: World
 ) -> npt.NDArray[np.int64]:
     """As `rank_targets`, each of the processes its share of the users; all of them get all ranks."""
-    own = slice(ranks.index, None, ranks.count)
+    own = slice(world.rank, None, world.size)
     ranks_B = np.zeros(len(users), np.int64)
     ranks_B[own] = rank_targets(users[own], items_ND, targets_B[own], seen[own])
-    return ranks.merged(ranks_B)
+    return world.all_reduce_sum_(ranks_B)
 
 
 def top_k(

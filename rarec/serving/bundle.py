@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rarec.artefacts import check_files, differences, read_manifest, write_manifest
-from rarec.config import ARMS, Arm, RunConfig, dump_config
+from rarec.config import VARIANTS, RunConfig, Variant, dump_config
 from rarec.config.identity import BUNDLED, bundle_settings
 from rarec.errors import UserError
 from rarec.files import new_directory, write_text
@@ -40,7 +40,7 @@ class Provenance:
 def write_bundle(
     directory: Path,
     model: RaRec,
-    arm: Arm,
+    variant: Variant,
     config: RunConfig,
     provenance: Provenance,
     metrics: Sequence[Mapping[str, Any]],
@@ -51,10 +51,10 @@ def write_bundle(
     Args:
         directory: of the bundle.
         model: trained.
-        arm: which variant it is.
+        variant: which variant it is.
         config: the run's.
         provenance: what it belongs to.
-        metrics: rows of the evaluation for this arm.
+        metrics: rows of the evaluation for this variant.
         trainable_parameters: the real count.
     """
     figures: dict[str, Any] = {
@@ -66,14 +66,14 @@ def write_bundle(
     with new_directory(directory) as aside:
         save_weights(model, aside, dtype=getattr(torch, config.export.dtype))
         write_text(aside / PROMPT, dump_config(config.prompt))
-        write_text(aside / CARD, model_card(arm, config, figures))
+        write_text(aside / CARD, model_card(variant, config, figures))
         return write_manifest(aside, "bundle", settings=bundle_settings(config), made_from=provenance.inputs, **figures)
 
 
 def load_bundle(
     directory: Path,
     config: RunConfig,
-    load: Callable[[Arm], LoadedModel],
+    load: Callable[[Variant], LoadedModel],
     provenance: Provenance,
     named: Mapping[str, Sequence[str]],
 ) -> RaRec:
@@ -82,7 +82,7 @@ def load_bundle(
     Args:
         directory: of the bundle.
         config: any run's configuration; the bundle's own sections take the place of its.
-        load: the language model for an arm.
+        load: the language model for a variant.
         provenance: what lies here.
         named: sources that each side's template names.
 
@@ -92,13 +92,13 @@ def load_bundle(
     manifest = read_manifest(directory, "bundle")
     check_files(directory, manifest)
     _check_belongs(directory, manifest, provenance)
-    arm = ARMS[manifest["settings"]["arm"]]
-    _check_loading(directory, manifest["settings"], config, arm)
+    variant = VARIANTS[manifest["settings"]["variant"]]
+    _check_loading(directory, manifest["settings"], config, variant)
     sections = {section: manifest["settings"][section] for section in BUNDLED}
     model = build_model(
         RunConfig.model_validate({**config.model_dump(mode="json"), **sections}),
-        arm,
-        load(arm),
+        variant,
+        load(variant),
         provenance.shapes,
         named,
     )
@@ -106,11 +106,11 @@ def load_bundle(
     return model.eval()
 
 
-def _check_loading(directory: Path, settings: Mapping[str, Any], config: RunConfig, arm: Arm) -> None:
+def _check_loading(directory: Path, settings: Mapping[str, Any], config: RunConfig, variant: Variant) -> None:
     """The language model is loaded as the run's configuration says: its pooling and LoRA must be the bundle's."""
     here = config.model_dump(mode="json")
     changed = differences(settings["readout"]["pool"], here["readout"]["pool"], "readout.pool")
-    changed += differences(settings["lora"], here["lora"], "lora") if arm.lora else []
+    changed += differences(settings["lora"], here["lora"], "lora") if variant.lora else []
     if changed:
         raise UserError(f"{directory} was made with other settings: {'; '.join(changed)}", "set them as they were")
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rarec.config import Arm, RunConfig
+from rarec.config import RunConfig, Variant
 
 _CARD = """---
 library_name: rarec
@@ -37,22 +37,22 @@ users are served best. Items without text are not covered.
 """
 
 
-def _slots(arm: Arm, config: RunConfig, sources: Iterable[str]) -> str:
-    """What the arm puts where."""
-    if arm.blocks == "none":
+def _slots(variant: Variant, config: RunConfig, sources: Iterable[str]) -> str:
+    """What the variant puts where."""
+    if variant.blocks == "none":
         return "no slots"
     every = "every block" if config.train.blocks is None else f"the blocks {', '.join(map(str, config.train.blocks))}"
     where = {"all": f"at the input of {every}", "input": "at the input of block 0", "readout": "at the readout alone"}
-    parts = [f"{config.alignment.instructions} contextual instructions"] if arm.instructions else []
-    parts += [f"vectors of {', '.join(sources)}"] if arm.projections else []
-    return f"{' and '.join(parts)} {where[arm.blocks]}"
+    parts = [f"{config.alignment.instructions} contextual instructions"] if variant.instructions else []
+    parts += [f"vectors of {', '.join(sources)}"] if variant.projections else []
+    return f"{' and '.join(parts)} {where[variant.blocks]}"
 
 
-def model_card(arm: Arm, config: RunConfig, figures: Mapping[str, Any]) -> str:
+def model_card(variant: Variant, config: RunConfig, figures: Mapping[str, Any]) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
-        arm: the variant.
+        variant: the variant.
         config: the run's.
         figures: `llm`, `sources`, `metrics` and `trainable_parameters`, as in the manifest.
     """
@@ -64,14 +64,14 @@ def model_card(arm: Arm, config: RunConfig, figures: Mapping[str, Any]) -> str:
     base = figures["llm"]
     return _CARD.format(
         base=base["name"],
-        title=arm.title,
+        title=variant.title,
         parameters=figures["trainable_parameters"],
         revision=base["revision"],
         dtype=base["dtype"],
         fingerprint=base["fingerprint"][:16],
         loss=config.loss.recommendation,
         weight=config.loss.align_weight,
-        slots=_slots(arm, config, figures["sources"]),
+        slots=_slots(variant, config, figures["sources"]),
         seed=config.run.seed,
         share=config.shards.share,
         selection=f", {' and '.join(chosen)}" if chosen else "",

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.logging import disable_progress_bar
 
 from rarec.artefacts import MANIFEST, check_files, is_current, sha256_json
-from rarec.config import ARMS, Arm, RunConfig, dump_config
-from rarec.config.identity import prepare_settings, rival_of, sources_of
+from rarec.config import VARIANTS, RunConfig, Variant, dump_config
+from rarec.config.identity import baseline_of, prepare_settings, sources_of
 from rarec.config.ids import Ids, Import
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
@@ -24,10 +24,10 @@ from rarec.files import lock_file, try_lock, write_text
 from rarec.ids.make import source_identity
 from rarec.ids.source import Source, open_source
 from rarec.models.build import SourceShape, slots_reserved
-from rarec.models.load import LoadedModel, convert, load_model, wear
+from rarec.models.load import LoadedModel, convert, load_model, with_adapter
 from rarec.paths import RunPaths
 from rarec.prompts import PromptPair
-from rarec.ranks import Ranks
+from rarec.world import World
 
 if TYPE_CHECKING:
     from rarec.training.engines import Engine
@@ -58,7 +58,7 @@ class Context:
     say: Say
     fresh: bool = False
     made: bool = field(default=False, init=False)
-    _worn: LoadedModel | None = field(default=None, init=False)
+    _adapted: LoadedModel | None = field(default=None, init=False)
 
     @cached_property
     def paths(self) -> RunPaths:
@@ -66,33 +66,33 @@ class Context:
         return RunPaths.of(self.config)
 
     @cached_property
-    def ranks(self) -> Ranks:
+    def world(self) -> World:
         """This process among those that the launcher started, if any."""
         from rarec.training.accelerator import (
-            start_ranks,
+            start_world,
         )  # late: it brings DeepSpeed, whose notices are silenced above
 
-        return start_ranks(self.config)
+        return start_world(self.config)
 
     @cached_property
     def engine(self) -> "Engine":
         """What runs models on the ranks."""
         from rarec.training.accelerator import build_engine
 
-        return build_engine(self.ranks, self.config)
+        return build_engine(self.world, self.config)
 
     @property
-    def main(self) -> Arm:
-        """The arm that is exported and that the others are compared with.
+    def main(self) -> Variant:
+        """The variant that is exported and that the others are compared with.
 
         Raises:
             UserError: it is not among the trained ones.
         """
-        name, trained = self.config.export.arm, self.config.train.arms
+        name, trained = self.config.export.variant, self.config.train.variants
         if name not in trained:
-            problem = f"field `export.arm`: {name} is not among train.arms ({', '.join(trained)})"
-            raise UserError(problem, "add it to train.arms, or export one of them")
-        return ARMS[name]
+            problem = f"field `export.variant`: {name} is not among train.variants ({', '.join(trained)})"
+            raise UserError(problem, "add it to train.variants, or export one of them")
+        return VARIANTS[name]
 
     @cached_property
     def dataset(self) -> PreparedDataset:
@@ -106,9 +106,9 @@ class Context:
         return {name: self._source(name, section) for name, section in sources_of(self.config).items()}
 
     @cached_property
-    def rival(self) -> Source:
-        """The ID model that arms are compared and fused with: `id`, or the one trained on what `id` was not."""
-        name, section = rival_of(self.config)
+    def baseline(self) -> Source:
+        """The ID model that variants are compared and fused with: `id`, or the one trained on what `id` was not."""
+        name, section = baseline_of(self.config)
         return self.sources["id"] if name == "id" else self._source(name, section)
 
     @property
@@ -120,15 +120,17 @@ class Context:
     def llm(self) -> LoadedModel:
         """The frozen language model, without LoRA."""
         config = self.config.llm
-        self.ranks.once(lambda: convert(config, self.paths.llm))
+        self.world.run_on_main(lambda: convert(config, self.paths.llm))
         with self.engine.loading(config):
-            device = self.ranks.device.type
+            device = self.world.device.type
             return load_model(config, self.paths.llm, pool=self.config.readout.pool, device=device)
 
-    def load_llm(self, arm: Arm) -> LoadedModel:
-        """The language model as an arm has it. It is in memory once, and is one arm's at a time."""
-        self._worn = wear(self._worn or self.llm, self.config.lora if arm.lora else None, self.config.run.seed)
-        return self._worn
+    def load_llm(self, variant: Variant) -> LoadedModel:
+        """The language model as a variant has it. It is in memory once, and is one variant's at a time."""
+        self._adapted = with_adapter(
+            self._adapted or self.llm, self.config.lora if variant.lora else None, self.config.run.seed
+        )
+        return self._adapted
 
     @cached_property
     def prompts(self) -> PromptPair:
@@ -170,7 +172,7 @@ class Context:
         self.made |= not done
         if done:
             self.say(f"{directory} is there already, made with these settings")
-        self.ranks.once(lambda: self._write_config(made=not done))
+        self.world.run_on_main(lambda: self._write_config(made=not done))
         return done
 
     def _write_config(self, made: bool) -> None:
@@ -190,23 +192,23 @@ class Context:
             whole: the file in it that is written last.
         """
         with ExitStack() as stack:
-            wanted = self.ranks.first and (self.fresh or not (directory / whole).exists())
+            wanted = self.world.is_main and (self.fresh or not (directory / whole).exists())
             lock = directory.with_name(f".{directory.name}.lock")
             handle = stack.enter_context(lock_file(lock)) if wanted else None
             told = False
             # all ranks ask again and again: one long wait in an exchange would be taken for a stall
-            while self.ranks.most(int(handle is not None and not try_lock(handle))):
+            while self.world.all_reduce_max(int(handle is not None and not try_lock(handle))):
                 if not told:
                     self.say(f"{directory} is being made by another process: waiting for it")
                 told = True
-                self.ranks.at(f"waiting for {directory}")
+                self.world.report(f"waiting for {directory}")
                 time.sleep(WAIT)
             yield
 
     def start_over(self, directory: Path) -> None:
         """With `fresh`, throw away what is made in place. Renamed first: half of it must not pass for the whole."""
         if self.fresh:
-            self.ranks.once(lambda: _throw_away(directory))
+            self.world.run_on_main(lambda: _throw_away(directory))
 
     def _source(self, name: str, section: Ids | Import) -> Source:
         directory = self.paths.source(name)

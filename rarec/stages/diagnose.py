@@ -1,4 +1,4 @@
-"""Alignment diagnostics of the main arm, while the evaluation has it loaded."""
+"""Alignment diagnostics of the main variant, while the evaluation has it loaded."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from rarec.stages.context import Context
 
 
 def diagnostics(context: Context, model: RaRec) -> dict[str, Any] | None:
-    """What diagnostics.json holds: `diagnose`'s figures, the arm, warnings; None where the arm has no slots.
+    """What diagnostics.json holds: `diagnose`'s figures, the variant, warnings; None where the variant has no slots.
 
     Text comes from the catalogue and from validation users: no test target is read. All ranks must ask.
     """
@@ -18,10 +18,10 @@ def diagnostics(context: Context, model: RaRec) -> dict[str, Any] | None:
         return None
     shared = (context.dataset, context.prompts, context.sources, context.config.run.seed)
     samples = [SideSample.of_users(*shared), SideSample.of_items(*shared)]
-    figures = diagnose(model, samples, context.prompts.tokenizer, context.config.evaluate.batch_size, context.ranks)
+    figures = diagnose(model, samples, context.prompts.tokenizer, context.config.evaluate.batch_size, context.world)
     found = warnings(figures, context.config)
     for warning in found:
         context.say(f"alignment: {warning['text']}; {warning['advice']}")
     if not found:
         context.say("alignment: no sign of collapse")
-    return {"arm": context.main.name, **figures, "warnings": found}
+    return {"variant": context.main.name, **figures, "warnings": found}

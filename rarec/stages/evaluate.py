@@ -1,4 +1,4 @@
-"""`accelerate launch launch/evaluate.py`: rank the whole catalogue with every arm; only here is the test set read."""
+"""`accelerate launch launch/evaluate.py`: rank the whole catalogue with every variant; only here is the test set read."""
 
 import time
 from pathlib import Path
@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.artefacts import write_manifest
-from rarec.config import ARMS
+from rarec.config import VARIANTS
 from rarec.config.identity import evaluate_settings
-from rarec.evaluation.arms import Question, Ranker, rank_all
 from rarec.evaluation.examples import Examples
 from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
+from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 from rarec.evaluation.strata import strata_rows
 from rarec.files import new_directory, write_json
 from rarec.models.encode import Encoder
@@ -24,7 +24,7 @@ from rarec.models.towers import RaRec
 from rarec.stages.context import Context
 from rarec.stages.diagnose import diagnostics
 from rarec.stages.shards import finished_shards
-from rarec.stages.trained import arm_hash, best_model
+from rarec.stages.trained import best_model, variant_hash
 
 Ranks = dict[str, npt.NDArray[np.int64]]
 
@@ -42,12 +42,12 @@ class Bootstrap(TypedDict):
 def evaluate(context: Context) -> None:
     """Make `evaluation/`: ranks.parquet, metrics.json, comparisons.json, strata.json, examples.json, diagnostics.json.
 
-    The last is about the main arm's alignment, and is not there where that has no slots.
+    The last is about the main variant's alignment, and is not there where that has no slots.
     """
     finished_shards(context)
     _ = context.main  # refused if it is not trained
-    made_from: dict[str, str] = {name: arm_hash(context, ARMS[name]) for name in context.config.train.arms}
-    made_from |= {"prepare": context.dataset.hash, "rival": context.rival.hash}
+    made_from: dict[str, str] = {name: variant_hash(context, VARIANTS[name]) for name in context.config.train.variants}
+    made_from |= {"prepare": context.dataset.hash, "baseline": context.baseline.hash}
     settings = evaluate_settings(context.config)
     with context.alone(context.paths.evaluation):
         if not context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
@@ -75,32 +75,32 @@ def _evaluate(context: Context, settings: dict[str, Any], made_from: dict[str, s
             }
             write_manifest(aside, "evaluate", settings=settings, made_from=made_from, **figures)
 
-    context.ranks.at("writing the evaluation")
-    context.ranks.once(write)
+    context.world.report("writing the evaluation")
+    context.world.run_on_main(write)
 
 
 class _Evaluation:
-    """The arms in order, each ranked on the same test users."""
+    """The variants in order, each ranked on the same test users."""
 
     def __init__(self, context: Context) -> None:
         self.context, config, dataset = context, context.config, context.dataset
-        self.main, self.seed = config.export.arm, config.run.seed
+        self.main, self.seed = config.export.variant, config.run.seed
         self.targets = dataset.targets("test", config.evaluate.users, USERS_SEED)
-        self.test = Question.of(dataset, self.targets)
+        self.test = EvalBatch.of(dataset, self.targets)
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
-        self.validation = Question.of(dataset, validation)
-        self.ids = Ranker.of_source(context.rival)
+        self.validation = EvalBatch.of(dataset, validation)
+        self.ids = Ranker.of_source(context.baseline)
         self.weights: dict[str, float] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
         self._best: dict[str, npt.NDArray[np.int64]] = {ID_ONLY: self._examples.best(self.ids)}
 
     def ranks(self) -> Ranks:
-        """Ranks of the test targets by arm: the ID model, the trained arms, their fusions, the probes."""
+        """Ranks of the test targets by variant: the ID model, the trained variants, their fusions, the sanity checks."""
         popular = self._with_popularity(ID_ONLY, self.ids) if self.context.config.evaluate.fusion else {}
         ranks = self._rank(self.test, {ID_ONLY: self.ids, **popular})
-        for name in self.context.config.train.arms:  # one trained arm is loaded at a time
-            model = best_model(self.context, ARMS[name])
+        for name in self.context.config.train.variants:  # one trained variant is loaded at a time
+            model = best_model(self.context, VARIANTS[name])
             with self.context.engine.serving(model):
                 ranks |= self._ranks_of(name, model)
                 if name == self.main:
@@ -121,7 +121,7 @@ class _Evaluation:
         return comparison_rows(ranks, pairs, self.context.config.evaluate.cutoffs, **self._bootstrap)
 
     def strata(self, ranks: Ranks) -> list[dict[str, Any]]:
-        """Rows of strata.json, without the probes."""
+        """Rows of strata.json, without the sanity checks."""
         lengths = self.targets.positions  # a target's position is the length of what stands before it
         popularity = self.context.dataset.train_counts_N[self.test.targets]
         strata: dict[str, npt.NDArray[Any]] = {"history length": lengths, "popularity": popularity}
@@ -135,7 +135,7 @@ class _Evaluation:
         return {"resamples": self.context.config.evaluate.resamples, "seed": self.seed}
 
     def _ranks_of(self, name: str, model: RaRec) -> Ranks:
-        """One trained arm, its fusion, and the probes of the main one."""
+        """One trained variant, its fusion, and the sanity checks of the main one."""
         config, context = self.context.config, self.context
         ranker = self._of(model)
         if name in ("text_only", self.main):
@@ -147,20 +147,20 @@ class _Evaluation:
             if name in ("text_only", self.main):
                 rankers |= self._with_popularity(name + FUSED, fused)
         ranks = self._rank(self.test, rankers)
-        if name == self.main and config.evaluate.probes:
-            shuffled = Question.of(context.dataset, self.targets, self.seed)
+        if name == self.main and config.evaluate.sanity_checks:
+            shuffled = EvalBatch.of(context.dataset, self.targets, self.seed)
             ranks |= self._rank(shuffled, {f"{name}/shuffled_history": ranker})
             ranks |= self._rank(self.test, {f"{name}/permuted_ids": self._of(model, permuted=True)})
         return ranks
 
     def _with_popularity(self, name: str, ranker: Ranker) -> dict[str, Ranker]:
-        """The cheapest rival of all that slots may bring: how often items were met, added to the score."""
+        """The cheapest baseline of all that slots may bring: how often items were met, added to the score."""
         popularity = Ranker.of_counts(self.context.dataset.train_counts_N)
         fused, self.weights[name + POPULAR] = fuse(popularity, ranker, self.validation)
         return {name + POPULAR: fused}
 
-    def _rank(self, question: Question, rankers: dict[str, Ranker]) -> Ranks:
-        ranks = rank_all(question, rankers, self.context.ranks)
+    def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker]) -> Ranks:
+        ranks = rank_all(batch, rankers, self.context.world)
         for name in rankers:
             self.context.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
         return ranks
@@ -170,15 +170,15 @@ class _Evaluation:
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.context.config.evaluate.batch_size
-        return Ranker.of_model(Encoder(model, self.context.prompts, sources, batch_size, self.context.ranks))
+        return Ranker.of_model(Encoder(model, self.context.prompts, sources, batch_size, self.context.world))
 
 
-def _write_ranks(path: Path, context: Context, test: Question, ranks: Ranks) -> None:
-    """One row a test user and arm: arm, user and target by their own ids, rank. An arm is a row group."""
+def _write_ranks(path: Path, context: Context, test: EvalBatch, ranks: Ranks) -> None:
+    """One row a test user and variant: variant, user and target by their own ids, rank. A variant is a row group."""
     users = context.dataset.user_ids.take(pa.array(test.user_rows))
     targets = context.dataset.item_ids.take(pa.array(test.targets))
-    columns = {"arm": pa.string(), "user": users.type, "target": targets.type, "rank": pa.int64()}
+    columns = {"variant": pa.string(), "user": users.type, "target": targets.type, "rank": pa.int64()}
     with pq.ParquetWriter(path, pa.schema(columns)) as writer:
-        for arm, values in ranks.items():
-            arms = pa.repeat(pa.scalar(arm), len(values))
-            writer.write_table(pa.table([arms, users, targets, pa.array(values)], schema=pa.schema(columns)))
+        for variant, values in ranks.items():
+            variants = pa.repeat(pa.scalar(variant), len(values))
+            writer.write_table(pa.table([variants, users, targets, pa.array(values)], schema=pa.schema(columns)))

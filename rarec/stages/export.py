@@ -7,12 +7,12 @@ import numpy as np
 from rarec.artefacts import sha256_json
 from rarec.config.identity import bundle_settings
 from rarec.errors import UserError
-from rarec.evaluation.arms import Question, Ranker
+from rarec.evaluation.rankers import EvalBatch, Ranker
 from rarec.files import read_json
 from rarec.models.encode import Encoder
 from rarec.serving.bundle import Provenance, load_bundle, write_bundle
 from rarec.stages.context import Context
-from rarec.stages.trained import arm_hash, best_model, finished_evaluation
+from rarec.stages.trained import best_model, finished_evaluation, variant_hash
 from rarec.training.finished import DONE
 
 
@@ -24,17 +24,17 @@ def provenance(context: Context) -> Provenance:
 
 
 def export(context: Context) -> None:
-    """Make `bundle/` from the arm `export.arm` at its best validation, with the evaluation's figures."""
-    arm = context.main
+    """Make `bundle/` from the variant `export.variant` at its best validation, with the evaluation's figures."""
+    variant = context.main
     belongs = provenance(context)
     evaluation = finished_evaluation(context)
-    made_from = {**belongs.inputs, "evaluate": evaluation["hash"], "train": arm_hash(context, arm)}
+    made_from = {**belongs.inputs, "evaluate": evaluation["hash"], "train": variant_hash(context, variant)}
     if context.is_done(context.paths.bundle, "bundle", bundle_settings(context.config), made_from):
         return
-    metrics = [row for row in read_json(context.paths.evaluation / "metrics.json") if row["arm"] == arm.name]
-    count = read_json(context.paths.train(arm.name) / DONE)["trainable_parameters"]
+    metrics = [row for row in read_json(context.paths.evaluation / "metrics.json") if row["variant"] == variant.name]
+    count = read_json(context.paths.train(variant.name) / DONE)["trainable_parameters"]
     full = Provenance(made_from, belongs.llm, belongs.shapes)
-    write_bundle(context.paths.bundle, best_model(context, arm), arm, context.config, full, metrics, count)
+    write_bundle(context.paths.bundle, best_model(context, variant), variant, context.config, full, metrics, count)
     size = sum(path.stat().st_size for path in context.paths.bundle.rglob("*") if path.is_file())
     context.say(f"{context.paths.bundle}: {count:,} trained parameters, {size / 1e6:.1f} MB")
 
@@ -54,8 +54,8 @@ def recommend(context: Context, user: str, k: int, bundle: Path | None = None) -
     batch_size = context.config.evaluate.batch_size
     row = names.index(user)
     sequence = dataset.sequence(row)
-    question = Question(np.array([row]), [sequence], sequence[-1:])
+    batch = EvalBatch(np.array([row]), [sequence], sequence[-1:])
     with context.engine.serving(model):
-        ranker = Ranker.of_model(Encoder(model, context.prompts, context.sources, batch_size, context.ranks))
-        best = [int(item) for item in ranker.best(question, k)[0] if item >= 0]
+        ranker = Ranker.of_model(Encoder(model, context.prompts, context.sources, batch_size, context.world))
+        best = [int(item) for item in ranker.best(batch, k)[0] if item >= 0]
     return [(str(dataset.item_ids[item]), dataset.titles[item]) for item in best]

@@ -26,7 +26,7 @@ from rarec.stages.context import Context
 from rarec.stages.shards import ITEM_STATES, sample_form
 
 SKIPPED = "skipped.json"
-"""In an arm's directory: the samples that its training leaves out, by shard and key."""
+"""In a variant's directory: the samples that its training leaves out, by shard and key."""
 _NAMED = 5
 """Samples that a message names."""
 
@@ -51,7 +51,7 @@ def batch_plan(
 
 
 class Feed:
-    """The training samples of a run, for one arm after the other.
+    """The training samples of a run, for one variant after the other.
 
     Args:
         context: the run.
@@ -67,10 +67,10 @@ class Feed:
         self._tars = self._find_tars()
 
     def exclusions(self, directory: Path, begun: bool) -> Numbers:
-        """The samples that an arm leaves out: those on its record; before its first step, those damaged now.
+        """The samples that a variant leaves out: those on its record; before its first step, those damaged now.
 
         Args:
-            directory: of the arm.
+            directory: of the variant.
             begun: whether it has taken a step.
 
         Raises:
@@ -87,7 +87,7 @@ class Feed:
         return recorded if begun else self._damaged
 
     def record(self, directory: Path, excluded: Numbers) -> None:
-        """Tell which samples an arm leaves out, and write it down for its later sittings."""
+        """Tell which samples a variant leaves out, and write it down for its later sittings."""
         path = directory / SKIPPED
         if len(excluded):
             write_json(path, name_samples(self.index_S, excluded))

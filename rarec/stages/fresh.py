@@ -1,4 +1,4 @@
-"""An arm before its first step: the towers, their alignment's first values, and a white readout.
+"""A variant before its first step: the towers, their alignment's first values, and a white readout.
 
 The first values come from stored text-only states.
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rarec.config import Arm
+from rarec.config import Variant
 from rarec.data.shards.stream import SampleStream
 from rarec.models.alignment import AlignmentModule
 from rarec.models.build import build_model
@@ -27,19 +27,19 @@ TYPICAL = 32
 """Among the texts of so many items the most typical position is looked for."""
 
 
-def bare_model(context: Context, arm: Arm, loaded: LoadedModel) -> RaRec:
-    """An arm's towers, their weights not yet set."""
-    return build_model(context.config, arm, loaded, context.shapes, context.prompts.sources)
+def bare_model(context: Context, variant: Variant, loaded: LoadedModel) -> RaRec:
+    """A variant's towers, their weights not yet set."""
+    return build_model(context.config, variant, loaded, context.shapes, context.prompts.sources)
 
 
 def fresh_model(
-    context: Context, arm: Arm, shards: dict[str, Any], item_states_NLD: Floats, stream: SampleStream
+    context: Context, variant: Variant, shards: dict[str, Any], item_states_NLD: Floats, stream: SampleStream
 ) -> RaRec:
-    """An arm before its first step.
+    """A variant before its first step.
 
     LoRA, which changes nothing yet, is put on last: engines that shard may shard it only once.
     """
-    plain, whitens = replace(arm, lora=False), context.config.readout.whiten
+    plain, whitens = replace(variant, lora=False), context.config.readout.whiten
     model = bare_model(context, plain, context.load_llm(plain))
     aligns = model.user.alignment is not None or model.item.alignment is not None
     if aligns or whitens:
@@ -48,11 +48,11 @@ def fresh_model(
             _align(context, model, start, item_states_NLD, shards)
             if whitens:
                 whiten(context, model.eval(), start)
-    if not arm.lora:
+    if not variant.lora:
         return model
-    worn = bare_model(context, arm, context.load_llm(arm))
-    worn.user, worn.item = model.user, model.item
-    return worn
+    adapted = bare_model(context, variant, context.load_llm(variant))
+    adapted.user, adapted.item = model.user, model.item
+    return adapted
 
 
 def _align(context: Context, model: RaRec, start: Start, item_states_NLD: Floats, shards: dict[str, Any]) -> None:

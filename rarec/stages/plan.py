@@ -28,7 +28,7 @@ from rarec.stages.feed import batch_plan
 
 
 def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
-    """Plan every arm of a run; the largest decides on engine and changes.
+    """Plan every variant of a run; the largest decides on engine and changes.
 
     Args:
         context: of the run; nothing of it is loaded, and nothing is written.
@@ -41,13 +41,19 @@ def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
     config = context.config
     sources = {name: _shape(section) for name, section in sources_of(config).items()}
     calculator = Calculator(config, Blueprint(config, sources, context.paths.llm), _samples(context, sources))
-    arms = list(dict.fromkeys(config.train.arms))
+    variants = list(dict.fromkeys(config.train.variants))
     first = calculator.setting(cluster, asked or "0")
-    largest = max(arms, key=lambda arm: calculator.account(arm, first).total)
+    largest = max(variants, key=lambda variant: calculator.account(variant, first).total)
     advice = advise(calculator, largest, cluster, asked)
     engines = [replace(advice.setting, stage=stage) for stage in STAGES]
     accounts = {each.stage: calculator.account(largest, each) for each in engines if calculator.possible(each)}
-    return Plan(calculator, {arm: calculator.estimate(arm, advice.setting) for arm in arms}, largest, accounts, advice)
+    return Plan(
+        calculator,
+        {variant: calculator.estimate(variant, advice.setting) for variant in variants},
+        largest,
+        accounts,
+        advice,
+    )
 
 
 def _samples(context: Context, sources: Mapping[str, SourceShape]) -> Samples | None:

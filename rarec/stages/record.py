@@ -29,12 +29,12 @@ def perform(context: Context, stage: str) -> Any:
 
 
 def _note(context: Context, stage: str, seconds: float) -> None:
-    if not context.made or not context.ranks.first:
+    if not context.made or not context.world.is_main:
         return
     path = context.paths.record
     record = read_json(path) if path.exists() else {}
     before = {} if context.fresh else record.get(stage, {})
-    here = {"hardware": machine(context.ranks.device), "ranks": context.ranks.count, **source()}
+    here = {"hardware": machine(context.world.device), "ranks": context.world.size, **source()}
     others = _earlier(before, here)
     seconds = round(before.get("seconds", 0.0) + seconds, 2)
     record[stage] = {"seconds": seconds, **here, **({"earlier": others} if others else {})}

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from rarec.artefacts import is_current
-from rarec.config import ARMS
-from rarec.config.identity import arm_settings
+from rarec.config import VARIANTS
+from rarec.config.identity import variant_settings
 from rarec.evaluation.report import write_report
 from rarec.stages.context import Context
 from rarec.stages.trained import finished_evaluation
@@ -14,11 +14,11 @@ def report(context: Context) -> Path:
     """Make `report/report.html` anew: it takes seconds. What its inputs are made from is checked where they are made.
 
     Raises:
-        UserError: there is no evaluation, its files are altered, it is of other weights than lie here, or it or an arm
+        UserError: there is no evaluation, its files are altered, it is of other weights than lie here, or it or a variant
             was made by another configuration.
     """
     config = context.config
     finished_evaluation(context)
-    for name in config.train.arms:
-        is_current(context.paths.train(name), "train", arm_settings(config, ARMS[name]), {})
+    for name in config.train.variants:
+        is_current(context.paths.train(name), "train", variant_settings(config, VARIANTS[name]), {})
     return write_report(context.paths, context.config, say=context.say)

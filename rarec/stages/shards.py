@@ -46,16 +46,16 @@ def _shards(context: Context) -> None:
     if context.is_done(directory, "shards", settings, made_from):
         drop_notes(directory)  # a kill may have come between the manifest and this
         return
-    parts, ranks = ShardParts(context), context.ranks
+    parts, world = ShardParts(context), context.world
     parts.tell_size()
     context.start_over(directory)
     directory.mkdir(parents=True, exist_ok=True)  # not aside: a killed stage goes on with the shards it has
     identity = sha256_json({"settings": settings, "made_from": made_from})
     with context.engine.serving(context.llm.backbone):
         for name, make in parts.sidecars.items():
-            ranks.at(f"making {name}")
+            world.report(f"making {name}")
             made = make()
-            ranks.once(partial(parts.write, name, made))
+            world.run_on_main(partial(parts.write, name, made))
         records = write_shards(
             directory,
             parts.total,
@@ -64,11 +64,11 @@ def _shards(context: Context) -> None:
             identity,
             context.say,
             config.writers,
-            ranks,
+            world,
         )
     cut = {"user": parts.cut_users(), "item": context.prompts.cut["item"]}
     figures = {"state_blocks": parts.blocks, "cut_prompts": cut}
-    ranks.once(lambda: finish_shards(directory, records, settings, made_from, parts.sidecars, **figures))
+    world.run_on_main(lambda: finish_shards(directory, records, settings, made_from, parts.sidecars, **figures))
     context.say(f"{parts.total} samples in {len(records)} shards")
     context.say(f"prompts cut to the context length: {cut['user']} of users, {cut['item']} of items")
 
@@ -181,7 +181,7 @@ class ShardParts:
         histories = [dataset.history(int(user), int(position)) for user, position in zip(users, positions, strict=True)]
         prompts = [context.prompts.user(history) for history in histories]
         self.cut_S[places.start : places.stop] = [prompt.cut for prompt in prompts]
-        states_BLD = self._states(prompts, context.ranks.alike)
+        states_BLD = self._states(prompts, context.world.in_lockstep)
         vectors = {name: source.user_vectors(users, histories) for name, source in context.sources.items()}
         for at, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
             target = int(dataset.sequence(user)[position])
@@ -191,7 +191,7 @@ class ShardParts:
 
     def cut_users(self) -> int:
         """Number of samples whose prompt was cut; those that a killed run made are looked at again."""
-        cut_S = self.context.ranks.largest(self.cut_S)
+        cut_S = self.context.world.all_reduce_max_(self.cut_S)
         for place in np.flatnonzero(cut_S < 0):
             user, position = int(self.selection.user_rows[place]), int(self.selection.positions[place])
             cut_S[place] = self.context.prompts.user(self.context.dataset.history(user, position)).cut
@@ -205,9 +205,9 @@ class ShardParts:
         self.context.say(f"text-only states of {len(self.blocks)} blocks: {width / 1e3:.1f} kB a text, {sizes}")
 
     def _item_states(self) -> npt.NDArray[np.floating]:
-        prompts, ranks = self.context.prompts, self.context.ranks
+        prompts, world = self.context.prompts, self.context.world
         items = [prompts.item(row) for row in range(self.context.dataset.n_items)]
-        return ranks.merged(self._states(items, ranks.in_step))
+        return world.all_reduce_sum_(self._states(items, world.split_in_lockstep))
 
     def _states(self, prompts: list[Encoded], schedule: Schedule) -> npt.NDArray[np.floating]:
         llm, dtype = self.context.llm, self.context.config.shards.state_dtype

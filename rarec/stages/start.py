@@ -1,4 +1,4 @@
-"""What an arm starts from, of the catalogue and of the training samples.
+"""What a variant starts from, of the catalogue and of the training samples.
 
 Shape letters: N items or users, E source dimension, K vectors of a user.
 """
@@ -17,7 +17,7 @@ MOST_USERS = 8192
 MOST_ITEMS = 65_536
 """At most so many items are."""
 PASSED = 2048
-"""So many of either are passed through the arm."""
+"""So many of either are passed through the variant."""
 
 Floats = npt.NDArray[np.floating]
 Rows = npt.NDArray[np.integer]
@@ -25,14 +25,14 @@ Rows = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Start:
-    """What an arm starts from.
+    """What a variant starts from.
 
     Attributes:
         items_N: item rows: all of them, or a random part of a large catalogue.
         passed_N: some of them, in random order.
         targets_N: item rows of the targets of training samples.
         vectors: for each source their users' (N, K, E).
-        prompts: their users', of as many as are passed through the arm.
+        prompts: their users', of as many as are passed through the variant.
     """
 
     items_N: Rows

@@ -1,4 +1,4 @@
-"""What whitens the readout of an arm before its first step: passes of users and items through the arm as it then is."""
+"""What whitens the readout of a variant before its first step: passes of users and items through the variant as it then is."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -18,14 +18,14 @@ Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def whiten(context: Context, model: RaRec, start: Start) -> None:
-    """Every part of both readouts, by users and items passed through the arm; each rank has its share of them."""
+    """Every part of both readouts, by users and items passed through the variant; each rank has its share of them."""
     found = {f"{side}.{part}": of for side in SIDES for part, of in pass_through(context, model, side, start).items()}
     for moments in found.values():
-        context.ranks.merged(moments.sums)
+        context.world.all_reduce_sum_(moments.sums)
     directions_ZD = directions(found, model.backbone.hidden_size, context.config.readout.size)
-    if not context.ranks.first:  # other processors may turn them otherwise
+    if not context.world.is_main:  # other processors may turn them otherwise
         directions_ZD.zero_()
-    context.ranks.merged(directions_ZD.numpy())
+    context.world.all_reduce_sum_(directions_ZD.numpy())
     for side in SIDES:
         tower: Tower = getattr(model, side)
         readout = tower.readout
@@ -52,7 +52,7 @@ def _rescale(tower: Tower) -> None:
 
 def pass_through(context: Context, model: RaRec, side: str, start: Start) -> dict[str, Moments]:
     """Of each part of a side's readout, as this rank has seen it."""
-    tower: Tower = getattr(model, side).to(context.ranks.device)
+    tower: Tower = getattr(model, side).to(context.world.device)
     found = {part: Moments(model.backbone.hidden_size) for part in tower.readout.white}
     seen: list[Parts] = []
     hook = tower.readout.register_forward_hook(lambda readout, given, _: seen.append(readout.parts(*given)))
@@ -61,8 +61,8 @@ def pass_through(context: Context, model: RaRec, side: str, start: Start) -> dic
         prompts = [context.prompts.item(int(row)) for row in start.passed_N]
         vectors = {name: source.items_NE[start.passed_N][:, None] for name, source in context.sources.items()}
     size, filler = context.config.evaluate.batch_size, context.prompts.tokenizer.filler
-    context.ranks.at(f"passing {side}s through a fresh arm")
-    for mine, _, batch in side_batches(prompts, vectors, tower, filler, size, context.ranks):
+    context.world.report(f"passing {side}s through a fresh variant")
+    for mine, _, batch in side_batches(prompts, vectors, tower, filler, size, context.world):
         tower(model.backbone, batch)
         for part, (states_BD, there_B1) in seen.pop().items():
             if mine:

@@ -114,9 +114,9 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
         for whole, seed, grid, fields in _points(file, name, common, f"{path}: run {name!r}"):
             overrides = {**place, **fields}
             config = _resolved(tree, overrides, f"{path}: run {whole!r} over {base}")
-            if compared and config.export.arm not in config.train.arms:
-                problem = f"{path}: run {whole!r}: export.arm is {config.export.arm}, which is not among train.arms"
-                raise UserError(problem, "compare one that is trained: set export.arm, or add it to train.arms")
+            if compared and config.export.variant not in config.train.variants:
+                problem = f"{path}: run {whole!r}: export.variant is {config.export.variant}, which is not among train.variants"
+                raise UserError(problem, "compare one that is trained: set export.variant, or add it to train.variants")
             runs.append(SweepRun(name, whole, seed, grid, overrides, config))
     twice = _repeated(run.label for run in runs)
     if twice is not None:

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Literal
 
 from rarec.artefacts import MANIFEST, is_current, read_manifest
-from rarec.config import ARMS, RunConfig
+from rarec.config import VARIANTS, RunConfig
 from rarec.config.identity import (
-    arm_settings,
+    baseline_of,
     bundle_settings,
     evaluate_settings,
     llm_settings,
     prepare_settings,
-    rival_of,
     shard_settings,
     source_settings,
     sources_of,
+    variant_settings,
     vectors_of,
 )
 from rarec.config.load import read_tree
@@ -75,18 +75,18 @@ def _train(config: RunConfig, paths: RunPaths) -> bool:
     if not isinstance(recorded, Mapping) or any(recorded.get(name) != value for name, value in wanted.items()):
         return False
     made_from = {"shards": _hash(paths.shards, "shards")}
-    for name in config.train.arms:
+    for name in config.train.variants:
         directory = paths.train(name)
-        if not is_current(directory, "train", arm_settings(config, ARMS[name]), made_from):
+        if not is_current(directory, "train", variant_settings(config, VARIANTS[name]), made_from):
             return False
         training_hash(directory)
     return True
 
 
 def _evaluate(config: RunConfig, paths: RunPaths) -> bool:
-    made_from: dict[str, str] = {name: training_hash(paths.train(name)) for name in config.train.arms}
+    made_from: dict[str, str] = {name: training_hash(paths.train(name)) for name in config.train.variants}
     made_from["prepare"] = _hash(paths.prepare, "prepare")
-    made_from["rival"] = _hash(paths.source(rival_of(config)[0]), "ids")
+    made_from["baseline"] = _hash(paths.source(baseline_of(config)[0]), "ids")
     return is_current(paths.evaluation, "evaluate", evaluate_settings(config), made_from)
 
 

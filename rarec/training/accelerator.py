@@ -16,8 +16,8 @@ from accelerate import Accelerator, PartialState
 from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.files import read_json
-from rarec.ranks import Ranks
 from rarec.training.engines import Engine
+from rarec.world import World
 
 ONCE = {
     "gradient_accumulation_steps": "train.accumulate",
@@ -32,23 +32,23 @@ ONCE = {
 """What a DeepSpeed file might say again, and the field that says it."""
 
 
-def start_ranks(config: RunConfig) -> Ranks:
+def start_world(config: RunConfig) -> World:
     """Join the other processes that the launcher started, if any.
 
     Raises:
         UserError: there is no GPU though one is asked for, or not the ranks that were asked for.
     """
-    world, wanted = int(os.environ.get("WORLD_SIZE", "1")), config.run.ranks
+    world, wanted = int(os.environ.get("WORLD_SIZE", "1")), config.run.num_processes
     if wanted is not None and world != wanted:
-        remedy = f"accelerate launch --num_processes {wanted} ..., or change run.ranks"
-        raise UserError(f"run.ranks is {wanted}, but {world} processes were started", remedy, shared=True)
+        remedy = f"accelerate launch --num_processes {wanted} ..., or change run.num_processes"
+        raise UserError(f"run.num_processes is {wanted}, but {world} processes were started", remedy, shared=True)
     on_gpu = _on_gpu(config, world)
     if world == 1 and not _asked("DEEPSPEED"):
-        return Ranks(device=torch.device("cuda" if on_gpu else "cpu"))
+        return World(device=torch.device("cuda" if on_gpu else "cpu"))
     state = _state(on_gpu)
     if state.num_processes != world or dist.get_world_size() != world:
         raise UserError(f"the launcher started {world} ranks, but Accelerate found {state.num_processes}")
-    return Ranks(state.process_index, world, state.device)
+    return World(state.process_index, world, state.device)
 
 
 def _on_gpu(config: RunConfig, world: int) -> bool:
@@ -81,7 +81,7 @@ def _state(on_gpu: bool) -> PartialState:
     return PartialState(backend="gloo")
 
 
-def build_engine(ranks: Ranks, config: RunConfig) -> Engine:
+def build_engine(world: World, config: RunConfig) -> Engine:
     """The engine that the launcher's file names.
 
     Raises:
@@ -93,28 +93,28 @@ def build_engine(ranks: Ranks, config: RunConfig) -> Engine:
     if _asked("DEEPSPEED"):
         from rarec.training.engines.zero import ZeroEngine
 
-        return ZeroEngine(ranks, _deepspeed_config(config))
-    if _asked("FSDP") and ranks.count > 1:
+        return ZeroEngine(world, _deepspeed_config(config))
+    if _asked("FSDP") and world.size > 1:
         from rarec.training.engines.fsdp import Fsdp2Engine
 
-        return Fsdp2Engine(ranks)
+        return Fsdp2Engine(world)
     from rarec.training.engines.plain import PlainEngine
 
-    return PlainEngine(ranks)
+    return PlainEngine(world)
 
 
-def build_accelerator(ranks: Ranks, trackers: list[str], logs: Path) -> Accelerator:
+def build_accelerator(world: World, trackers: list[str], logs: Path) -> Accelerator:
     """For its trackers.
 
     Args:
-        ranks: all of them.
+        world: all of them.
         trackers: Accelerate's, by name.
         logs: where they write.
 
     Raises:
         UserError: a tracker is unknown or not installed.
     """
-    on_cpu = ranks.device.type == "cpu" and not _asked("DEEPSPEED")
+    on_cpu = world.device.type == "cpu" and not _asked("DEEPSPEED")
     try:
         return Accelerator(cpu=on_cpu, mixed_precision="no", log_with=trackers or None, project_dir=str(logs))
     except (ValueError, ImportError) as error:

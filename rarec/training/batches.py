@@ -55,7 +55,7 @@ class Collator:
         prompts: fills the item prompts; those of the items met last are kept.
         sources: every source by name; rows of a batch are gathered here, so tables stay off the device.
         item_states_NLD: stored text-only states of the catalogue, memory-mapped.
-        missing: share of the samples whose item stands without its vectors; which ones, their keys alone decide.
+        id_dropout: share of the samples whose item stands without its vectors; which ones, their keys alone decide.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Collator:
         prompts: PromptPair,
         sources: Mapping[str, Source],
         item_states_NLD: npt.NDArray[np.floating],
-        missing: float,
+        id_dropout: float,
     ) -> None:
         self.model, self.prompts, self.sources, self.item_states_NLD = model, prompts, sources, item_states_NLD
-        self.missing = missing
+        self.id_dropout = id_dropout
         self._item = lru_cache(_ITEMS_KEPT)(prompts.item)
 
     def __call__(self, samples: Sequence[Sample], total: int) -> Batch:
@@ -94,7 +94,7 @@ class Collator:
         return side_batch(prompts, vectors, self.model.user, self.prompts.tokenizer.filler)
 
     def _items_of(self, rows: npt.NDArray[np.int64], draws_b: npt.NDArray[np.float64]) -> SideBatch:
-        there_b11 = (draws_b >= self.missing)[:, None, None]
+        there_b11 = (draws_b >= self.id_dropout)[:, None, None]
         vectors = {name: source.items_NE[rows][:, None] * there_b11 for name, source in self.sources.items()}
         prompts = [self._item(row) for row in rows.tolist()]
         return side_batch(prompts, vectors, self.model.item, self.prompts.tokenizer.filler)

@@ -52,7 +52,7 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The checkpoints of one arm.
+    """The checkpoints of one variant.
 
     Args:
         directory: where they stand.

@@ -1,4 +1,4 @@
-"""The end of an arm's training: `done.json`, and what identifies the weights that it names."""
+"""The end of a variant's training: `done.json`, and what identifies the weights that it names."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ DONE = "done.json"
 
 
 def read_done(directory: Path) -> dict[str, Any]:
-    """What `done.json` of an arm says.
+    """What `done.json` of a variant says.
 
     Raises:
         UserError: it is not trained to its end, or the file is torn.
@@ -25,7 +25,7 @@ def read_done(directory: Path) -> dict[str, Any]:
 
 
 def training_hash(directory: Path) -> str:
-    """Identifies an arm's finished training: what shaped it, where it ended, with what weights; not how long it took.
+    """Identifies a variant's finished training: what shaped it, where it ended, with what weights; not how long it took.
 
     Raises:
         UserError: it is not trained, or not to its end.

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from rarec.data.shards.cuts import Numbers
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
-from rarec.ranks import ALONE, Ranks
 from rarec.training.batches import Batch, Collator
 from rarec.training.stopping import SIGNALS
+from rarec.world import SINGLE, World
 
 _DEAD = "DataLoader worker (pid"
 """So begin PyTorch's messages of a dead worker."""
@@ -44,14 +44,14 @@ class BatchLoader:
         stream: reads samples by number.
         collate: samples to a batch.
         workers: processes; with 0, a batch is read when it is asked for.
-        ranks: that share each batch.
+        world: that share each batch.
         parts: into which a step's batch is cut, one after the other.
     """
 
     def __init__(
-        self, stream: SampleStream, collate: Collator, workers: int, ranks: Ranks = ALONE, parts: int = 1
+        self, stream: SampleStream, collate: Collator, workers: int, world: World = SINGLE, parts: int = 1
     ) -> None:
-        self.plan, self.workers, self.ranks, self.parts = stream.plan, workers, ranks, parts
+        self.plan, self.workers, self.world, self.parts = stream.plan, workers, world, parts
         self._work, self._due = _Work(stream, collate), deque[Numbers]()
 
     @property
@@ -95,7 +95,7 @@ class BatchLoader:
     def _shares(self, batch: Numbers) -> Iterator[Share]:
         """This rank's share of each of the batch's parts."""
         for part in (batch[at :: self.parts] for at in range(self.parts)):
-            numbers = self.plan.share(part, self.ranks.index, self.ranks.count)
+            numbers = self.plan.share(part, self.world.rank, self.world.size)
             self._due.append(numbers)
             yield Share(numbers, len(part))
 

@@ -14,7 +14,7 @@ from rarec.files import write_text
 
 
 class TrainingLog:
-    """Records of one arm, kept by the first rank.
+    """Records of one variant, kept by the first rank.
 
     Args:
         path: `log.jsonl`; records after the resumed step are dropped, for they will come again.

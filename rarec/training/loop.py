@@ -13,7 +13,6 @@ from rarec.errors import Stopped, UserError
 from rarec.models.objective import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking.metrics import SELECTED_BY
-from rarec.ranks import Ranks
 from rarec.training.batches import Batch
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.engines import Optimisation, norms
@@ -22,11 +21,12 @@ from rarec.training.log import TrainingLog
 from rarec.training.metrics import Machine, Step, StepOfAll
 from rarec.training.schedule import rate_at
 from rarec.training.stopping import StopSignals
+from rarec.world import World
 
 
 @dataclass
 class Trainer:
-    """Everything one arm's training needs.
+    """Everything one variant's training needs.
 
     Attributes:
         config: the section `train`.
@@ -37,7 +37,7 @@ class Trainer:
         loader: this rank's shares of batches, in their order.
         validate: metrics of the model as it is, on the validation users.
         checkpoints: where they go.
-        ranks: all of them.
+        world: all of them.
         steps: how many there are to take.
     """
 
@@ -49,7 +49,7 @@ class Trainer:
     loader: BatchLoader
     validate: Callable[[], dict[str, float]]
     checkpoints: Checkpoints
-    ranks: Ranks
+    world: World
     steps: int
 
     def run(self, state: TrainingState, log: Callable[[int, int], TrainingLog], signals: StopSignals) -> TrainingState:
@@ -66,7 +66,7 @@ class Trainer:
         """
         if state.step:
             self.optimisation.resume(self.checkpoints.moments(state.step), state.step)
-        records, machine = log(self.steps, state.step), Machine.of(self.model, self.ranks.device)
+        records, machine = log(self.steps, state.step), Machine.of(self.model, self.world.device)
         self.model.train()
         try:
             with self.loader.open(state.step, self.steps) as batches:
@@ -89,19 +89,19 @@ class Trainer:
         """One optimizer step: the method."""
         step = Step()
         for part in range(self.config.accumulate):
-            self.ranks.at("reading samples " + self.loader.due, state.step + 1)
+            self.world.report("reading samples " + self.loader.due, state.step + 1)
             batch = self._next(batches, step)
-            self.ranks.at("forward and backward")
+            self.world.report("forward and backward")
             self._seed(state.step, part)
             with self.optimisation.part(last=part == self.config.accumulate - 1):
                 encoded = self.optimisation({"user": batch.users, "item": batch.items})
                 losses = self.objective(self.model, encoded["user"], encoded["item"], batch.targets)
                 self.optimisation.backward(losses.total / self.config.accumulate)
             step.add(batch, losses)
-        self.ranks.at("summing up and updating")
+        self.world.report("summing up and updating")
         gradient_norms = norms(self.optimisation.gradients())
-        of_all = step.over(self.ranks, signals.came)
-        self._refuse_no_number(step, of_all, gradient_norms, state)
+        of_all = step.over(self.world, signals.came)
+        self._raise_if_not_finite(step, of_all, gradient_norms, state)
         self.optimisation.update(rate_at(state.step, self.steps, self.config.warmup))
         of_all = replace(of_all, seconds=time.monotonic() - step.started)
         state.step += 1
@@ -110,13 +110,13 @@ class Trainer:
 
     def _next(self, batches: Iterator[Batch], step: Step) -> Batch:
         started = time.monotonic()
-        batch = next(batches).to(self.ranks.device)
+        batch = next(batches).to(self.world.device)
         step.waited += time.monotonic() - started
         return batch
 
     def _seed(self, step: int, part: int) -> None:
         """LoRA's dropout depends on the place alone, so a resume repeats it."""
-        entropy = np.random.SeedSequence([self.seed, step, part, self.ranks.index])
+        entropy = np.random.SeedSequence([self.seed, step, part, self.world.rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def _validate_and_save(self, records: TrainingLog, state: TrainingState, stops: bool) -> None:
@@ -126,9 +126,9 @@ class Trainer:
             self._validate(records, state)
         elif not stops and (not every or state.step % every):
             return
-        self.ranks.at("writing the checkpoint")
+        self.world.report("writing the checkpoint")
         weights, moments = self.optimisation.weights(), self.optimisation.moments()
-        self.ranks.once(lambda: self.checkpoints.save(self.model, weights, moments, state))
+        self.world.run_on_main(lambda: self.checkpoints.save(self.model, weights, moments, state))
         if stops and state.step < self.steps:
             raise Stopped(f"stopped by a signal at step {state.step} of {self.steps}, after a checkpoint")
 
@@ -150,7 +150,7 @@ class Trainer:
         within = step % every if every else self.loader.plan.place(step)[1]
         return step == self.steps or within == 0
 
-    def _refuse_no_number(
+    def _raise_if_not_finite(
         self, step: Step, of_all: StepOfAll, gradient_norms: dict[str, float], state: TrainingState
     ) -> None:
         """All ranks see the same sums, so all are here together; the first whose own part is bad names its samples."""
@@ -172,5 +172,5 @@ class Trainer:
             if what == "gradient" or not all(losses.isfinite().all() for losses in step.losses):
                 raise error
 
-        self.ranks.together(name_the_samples)
+        self.world.run_on_all(name_the_samples)
         raise error  # the parts are numbers, but not their sum

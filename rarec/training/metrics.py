@@ -11,8 +11,8 @@ from rarec.hardware import known_device, peak_memory
 from rarec.models.build import whole_size
 from rarec.models.losses import LossTerms
 from rarec.models.towers import RaRec
-from rarec.ranks import Ranks
 from rarec.training.batches import Batch
+from rarec.world import World
 
 
 @dataclass
@@ -41,18 +41,18 @@ class Step:
         self.keys += batch.keys
         self.losses.append(torch.stack([losses.total, losses.recommendation, losses.align]).detach().double())
 
-    def over(self, ranks: Ranks, stopping: bool) -> "StepOfAll":
+    def over(self, world: World, stopping: bool) -> "StepOfAll":
         """Of all ranks together; one exchange.
 
         Args:
-            ranks: all of them.
+            world: all of them.
             stopping: whether this rank has been told to stop.
         """
         losses_3 = torch.stack(self.losses).mean(0)
         own_5 = losses_3.new_tensor([self.tokens, self.padded, self.waited, float(stopping), len(self.keys)])
-        total_8 = ranks.total(torch.cat([losses_3, own_5]).to(ranks.device))
+        total_8 = world.all_reduce_sum(torch.cat([losses_3, own_5]).to(world.device))
         loss, recommendation, align, *sums, samples = total_8.tolist()
-        tokens, padded, waited, stops = (each / ranks.count for each in sums)
+        tokens, padded, waited, stops = (each / world.size for each in sums)
         return StepOfAll(loss, recommendation, align, tokens, padded, waited, stops > 0, round(samples))
 
 

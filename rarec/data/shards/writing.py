@@ -19,7 +19,7 @@ from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, is_tar_name
 from rarec.data.shards.samples import Sample, write_shard
 from rarec.data.shards.tar_check import scan
 from rarec.files import drop_stale, read_json, sha256_file, write_json
-from rarec.ranks import ALONE, Ranks
+from rarec.world import SINGLE, World
 
 Make = Callable[[range], Iterable[Sample]]
 """The samples at these places among all, in order."""
@@ -37,7 +37,7 @@ def write_shards(
     identity: str,
     say: Say,
     writers: int = 2,
-    ranks: Ranks = ALONE,
+    world: World = SINGLE,
 ) -> list[dict[str, Any]]:
     """Write samples 0 .. total-1 as tars and their index, but for tars that a killed run of this identity finished.
 
@@ -51,25 +51,25 @@ def write_shards(
         identity: hash of all that shapes the samples.
         say: told of progress.
         writers: tars written at a time; at most so many, and one that is being made, are in memory.
-        ranks: that write together, each its share of the tars; the first writes the index.
+        world: that write together, each its share of the tars; the first writes the index.
 
     Returns:
         The records of all shards, for the manifest.
     """
     notes, shards = _Notes(directory, identity), range(-(-total // per_shard))
     (directory / _PROGRESS).mkdir(parents=True, exist_ok=True)
-    ranks.once(lambda: _drop_beyond(directory, len(shards)))
+    world.run_on_main(lambda: _drop_beyond(directory, len(shards)))
 
     def write(job: tuple[int, list[Sample]]) -> str:
         record, rows_S = write_shard(directory / tar_name(job[0]), job[1], job[0])
         notes.write(job[0], record, rows_S)
         return _told(record)
 
-    missing = ranks.together(lambda: [shard for shard in shards if not notes.holds(shard)])
-    for line in _in_threads(write, _made(make, ranks.in_step(missing), total, per_shard), writers):
+    missing = world.run_on_all(lambda: [shard for shard in shards if not notes.holds(shard)])
+    for line in _in_threads(write, _made(make, world.split_in_lockstep(missing), total, per_shard), writers):
         say(f"{line} (of {len(shards)} shards)")
-    ranks.wait()
-    ranks.once(lambda: write_index(directory, map(notes.rows, shards), total))
+    world.barrier()
+    world.run_on_main(lambda: write_index(directory, map(notes.rows, shards), total))
     return [notes.record(shard) for shard in shards]
 
 
@@ -106,7 +106,7 @@ def repair_shards(
         return job[0], *write_shard(directory / tar_name(job[0]), job[1], job[0])
 
     _drop_beyond(directory, len(shards))
-    made = _made(make, ALONE.in_step(again), total, per_shard)
+    made = _made(make, SINGLE.split_in_lockstep(again), total, per_shard)
     for shard, record, rows_S in _in_threads(write, made, writers):
         records[shard], rows[shard] = record, rows_S
         say(_told(record))

@@ -12,7 +12,7 @@ from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
-from rarec.ranks import Ranks
+from rarec.world import World
 
 
 class Optimisation(Protocol):
@@ -51,11 +51,11 @@ class Engine(Protocol):
 
     Attributes:
         name: for people.
-        ranks: all of them.
+        world: all of them.
     """
 
     name: str
-    ranks: Ranks
+    world: World
 
     def advice(self, llm: Llm) -> str:
         """What a user should know of this engine with this language model; empty if nothing."""

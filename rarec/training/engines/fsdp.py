@@ -15,23 +15,23 @@ from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec
-from rarec.ranks import Ranks
 from rarec.training.engines.base import refuse_quantised
 from rarec.training.engines.plain import PlainOptimisation
+from rarec.world import World
 
 
 class Fsdp2Engine:
     """PyTorch's `fully_shard`, over the frozen weights alone: those that train are megabytes.
 
     Args:
-        ranks: all of them.
+        world: all of them.
     """
 
     name = "FSDP2"
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self._mesh: DeviceMesh = init_device_mesh(ranks.device.type, (ranks.count,))
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._mesh: DeviceMesh = init_device_mesh(world.device.type, (world.size,))
 
     def advice(self, llm: Llm) -> str:
         """See `Engine`."""
@@ -51,16 +51,16 @@ class Fsdp2Engine:
     def train(self, model: RaRec, config: Train) -> PlainOptimisation:
         """See `Engine`."""
         self._shard(model)
-        return _Averaging(model, model, config, self.ranks)
+        return _Averaging(model, model, config, self.world)
 
     def _shard(self, model: nn.Module) -> None:
-        """Shard each block, and what the trunk has beside them; once, for a backbone serves many arms."""
+        """Shard each block, and what the trunk has beside them; once, for a backbone serves many variants."""
         backbone = next(module for module in model.modules() if isinstance(module, FrozenBackbone))
         trained = {p for p in model.parameters() if p.requires_grad}
         for module in (*backbone.blocks, backbone.trunk):
             if not isinstance(module, FSDPModule):
                 fully_shard(module, mesh=self._mesh, ignored_params=trained)
-        model.to(self.ranks.device)
+        model.to(self.world.device)
         whole = [n for n, p in backbone.trunk.named_parameters() if p not in trained and not isinstance(p, DTensor)]
         if whole:
             raise UserError(f"FSDP2 left {len(whole)} frozen tensors whole, {whole[0]} first", "try another engine")
@@ -76,7 +76,7 @@ class _Averaging(PlainOptimisation):
         if last and gradients:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
-            flat /= self.ranks.count
+            flat /= self.world.size
             means = torch.split(flat, [gradient.numel() for gradient in gradients])
             for gradient, mean in zip(gradients, means, strict=True):
                 gradient.copy_(mean.view_as(gradient))

@@ -13,21 +13,21 @@ from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
-from rarec.ranks import Ranks
 from rarec.training.engines.base import MOMENTS, Trained
 from rarec.training.schedule import build_optimizer, set_rate
+from rarec.world import World
 
 
 class PlainEngine:
     """PyTorch alone.
 
     Args:
-        ranks: all of them.
+        world: all of them.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.name = "DDP" if ranks.count > 1 else "one process"
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.name = "DDP" if world.size > 1 else "one process"
 
     def advice(self, llm: Llm) -> str:
         """See `Engine`."""
@@ -40,16 +40,16 @@ class PlainEngine:
     @contextmanager
     def serving(self, model: nn.Module) -> Iterator[None]:
         """See `Engine`."""
-        model.to(self.ranks.device)
+        model.to(self.world.device)
         yield
 
     def train(self, model: RaRec, config: Train) -> "PlainOptimisation":
         """See `Engine`."""
-        model.to(self.ranks.device)
-        wrapped = Accelerator(cpu=self.ranks.device.type == "cpu").prepare(Trained(model))
-        if self.ranks.count > 1 and not isinstance(wrapped, DistributedDataParallel):
-            raise UserError(f"Accelerate built {type(wrapped).__name__} for {self.ranks.count} ranks")
-        return PlainOptimisation(model, wrapped, config, self.ranks)
+        model.to(self.world.device)
+        wrapped = Accelerator(cpu=self.world.device.type == "cpu").prepare(Trained(model))
+        if self.world.size > 1 and not isinstance(wrapped, DistributedDataParallel):
+            raise UserError(f"Accelerate built {type(wrapped).__name__} for {self.world.size} ranks")
+        return PlainOptimisation(model, wrapped, config, self.world)
 
 
 class PlainOptimisation:
@@ -59,11 +59,11 @@ class PlainOptimisation:
         model: under training.
         wrapped: what is called in its stead.
         config: the section `train`.
-        ranks: all of them.
+        world: all of them.
     """
 
-    def __init__(self, model: RaRec, wrapped: nn.Module, config: Train, ranks: Ranks) -> None:
-        self.wrapped, self.ranks, self.clip = wrapped, ranks, config.clip
+    def __init__(self, model: RaRec, wrapped: nn.Module, config: Train, world: World) -> None:
+        self.wrapped, self.world, self.clip = wrapped, world, config.clip
         self.parameters = trained_parameters(model)
         self.optimizer = build_optimizer(self.parameters, config)
 
@@ -81,7 +81,7 @@ class PlainOptimisation:
 
     def backward(self, loss: Tensor) -> None:
         """See `Optimisation`."""
-        torch.autograd.backward(loss * self.ranks.count)  # the parts add up, but gradients are averaged
+        torch.autograd.backward(loss * self.world.size)  # the parts add up, but gradients are averaged
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Optimisation`."""

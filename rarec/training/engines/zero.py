@@ -26,21 +26,21 @@ from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
-from rarec.ranks import Ranks
 from rarec.training.engines.base import MOMENTS, Trained, refuse_quantised
 from rarec.training.schedule import build_optimizer, set_rate
+from rarec.world import World
 
 
 class ZeroEngine:
     """DeepSpeed ZeRO.
 
     Args:
-        ranks: all of them.
+        world: all of them.
         config: DeepSpeed's, as the launcher's file has it.
     """
 
-    def __init__(self, ranks: Ranks, config: Mapping[str, Any]) -> None:
-        self.ranks, self.config = ranks, dict(config)
+    def __init__(self, world: World, config: Mapping[str, Any]) -> None:
+        self.world, self.config = world, dict(config)
         self.stage = int(config["zero_optimization"]["stage"])
         self.name = f"ZeRO-{self.stage}"
 
@@ -74,7 +74,7 @@ class ZeroEngine:
     def serving(self, model: nn.Module) -> Iterator[None]:
         """See `Engine`."""
         if self.stage != 3:
-            model.to(self.ranks.device)
+            model.to(self.world.device)
             yield
             return
         engine, *_ = deepspeed.initialize(model=model, config=self._filled(1, 1.0, 1))
@@ -86,17 +86,17 @@ class ZeroEngine:
     def train(self, model: RaRec, config: Train) -> "ZeroOptimisation":
         """See `Engine`."""
         parts = config.accumulate
-        micro = max(1, config.batch_size // (self.ranks.count * parts))
+        micro = max(1, config.batch_size // (self.world.size * parts))
         parameters = trained_parameters(model)
         if self.stage != 3:
-            model.to(self.ranks.device)
+            model.to(self.world.device)
         engine, *_ = deepspeed.initialize(
             model=model if self.stage == 3 else Trained(model),
             optimizer=build_optimizer(parameters, config),
             config=self._filled(micro, config.clip, parts),
         )
         self._prove(engine, model)
-        return ZeroOptimisation(engine, parameters, self.ranks, self.stage)
+        return ZeroOptimisation(engine, parameters, self.world, self.stage)
 
     def _filled(self, micro: int, clip: float, parts: int) -> dict[str, Any]:
         """DeepSpeed's configuration with what the run's own says."""
@@ -104,9 +104,9 @@ class ZeroEngine:
         return {**self.config, **own, "steps_per_print": 2**62, "zero_allow_untested_optimizer": True}
 
     def _prove(self, engine: Any, model: RaRec) -> None:
-        if engine.zero_optimization_stage() != self.stage or engine.dp_world_size != self.ranks.count:
+        if engine.zero_optimization_stage() != self.stage or engine.dp_world_size != self.world.size:
             built = f"ZeRO-{engine.zero_optimization_stage()} over {engine.dp_world_size} ranks"
-            raise UserError(f"DeepSpeed built {built}, not {self.name} over {self.ranks.count}")
+            raise UserError(f"DeepSpeed built {built}, not {self.name} over {self.world.size}")
         whole = [name for name, p in model.backbone.named_parameters() if not hasattr(p, "ds_id")]
         if self.stage == 3 and whole:
             raise UserError(f"ZeRO-3 left {len(whole)} frozen tensors unsharded, {whole[0]} first")
@@ -115,8 +115,8 @@ class ZeroEngine:
 class ZeroOptimisation:
     """A model under a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], ranks: Ranks, stage: int) -> None:
-        self.engine, self.parameters, self.ranks, self.stage = engine, parameters, ranks, stage
+    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], world: World, stage: int) -> None:
+        self.engine, self.parameters, self.world, self.stage = engine, parameters, world, stage
         self.optimizer = engine.optimizer
 
     @contextmanager
@@ -133,7 +133,7 @@ class ZeroOptimisation:
 
     def backward(self, loss: Tensor) -> None:
         """See `Optimisation`."""
-        self.engine.backward(loss * self.ranks.count, scale_wrt_gas=False)  # parts add up, gradients are averaged
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # parts add up, gradients are averaged
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Optimisation`."""
@@ -165,7 +165,7 @@ class ZeroOptimisation:
         self._link()
         for name, parameter in self.parameters.items():
             for kind in MOMENTS:
-                self._set(parameter, moments[f"{name}/{kind}"].to(self.ranks.device), kind)
+                self._set(parameter, moments[f"{name}/{kind}"].to(self.world.device), kind)
 
     def end(self) -> None:
         """See `Optimisation`."""
@@ -197,5 +197,5 @@ class ZeroOptimisation:
             safe_set_full_optimizer_state(parameter, moment, kind)
             return
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # the last shards are filled up, which DeepSpeed's own setter forgets
-        filled = torch.cat([moment.flatten(), moment.new_zeros(size * self.ranks.count - moment.numel())])
-        safe_set_local_optimizer_state(parameter, filled[self.ranks.index * size :][:size], kind)
+        filled = torch.cat([moment.flatten(), moment.new_zeros(size * self.world.size - moment.numel())])
+        safe_set_local_optimizer_state(parameter, filled[self.world.rank * size :][:size], kind)

@@ -1,4 +1,4 @@
-"""Ranking every arm on the same users: encode a chunk, rank it, drop it; memory does not grow with the users.
+"""Ranking every variant on the same users: encode a chunk, rank it, drop it; memory does not grow with the users.
 
 Shape letters: B users of a chunk, U all users, N catalogue, Z size of a scored vector.
 """
@@ -14,8 +14,7 @@ from rarec.data.dataset import PreparedDataset, Targets
 from rarec.ids.source import Source
 from rarec.models.encode import Encoder
 from rarec.ranking.rank import rank_shared, top_k
-from rarec.ranks import ALONE
-from rarec.ranks import Ranks as Processes
+from rarec.world import SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]
@@ -53,7 +52,7 @@ class Histories(Sequence[Rows]):
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalBatch:
     """Some users, what each has seen, and the item that follows.
 
     Attributes:
@@ -67,15 +66,15 @@ class Question:
     targets: Rows
 
     @classmethod
-    def of(cls, dataset: PreparedDataset, targets: Targets, shuffled_by: int | None = None) -> "Question":
-        """The question that a part of the split asks; with a seed, every history in random order (probe)."""
+    def of(cls, dataset: PreparedDataset, targets: Targets, shuffled_by: int | None = None) -> "EvalBatch":
+        """The question that a part of the split asks; with a seed, every history in random order (sanity check)."""
         return cls(targets.user_rows, Histories(dataset, targets, shuffled_by), targets.item_rows)
 
-    def chunks(self) -> Iterator["Question"]:
+    def chunks(self) -> Iterator["EvalBatch"]:
         """The same users, a bounded number at a time."""
         for start in range(0, len(self.user_rows), USERS_AT_A_TIME):
             part = slice(start, start + USERS_AT_A_TIME)
-            yield Question(self.user_rows[part], self.histories[part], self.targets[part])
+            yield EvalBatch(self.user_rows[part], self.histories[part], self.targets[part])
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Ranker:
 
     @classmethod
     def of_model(cls, encoder: Encoder) -> "Ranker":
-        """A trained arm. The last chunk's vectors are remembered, for a fusion of it that ranks the same users next."""
+        """A trained variant. The last chunk's vectors are remembered, for a fusion of it that ranks the same users next."""
         last: list[tuple[Sequence[Rows], Float32]] = []
 
         def users(rows: Rows, histories: Sequence[Rows]) -> Float32:
@@ -135,26 +134,26 @@ class Ranker:
             own_NZ = np.where(other.lacking_N[:, None], expected_NZ, own_NZ)
         return Ranker(np.concatenate([own_NZ, other.items_NZ], 1), users)
 
-    def scores(self, question: Question) -> Float32:
+    def scores(self, batch: EvalBatch) -> Float32:
         """Of the whole catalogue, (B, N)."""
-        users = self.users(question.user_rows, question.histories)
+        users = self.users(batch.user_rows, batch.histories)
         scores_BN: Float32 = (users.reshape(len(users), -1, self.items_NZ.shape[1]) @ self.items_NZ.T).max(1)
         return scores_BN
 
-    def best(self, question: Question, k: int) -> npt.NDArray[np.int64]:
+    def best(self, batch: EvalBatch, k: int) -> npt.NDArray[np.int64]:
         """The k best unseen items of each user, (B, k)."""
-        users = self.users(question.user_rows, question.histories)
-        return top_k(users, self.items_NZ, k, question.histories)[0]
+        users = self.users(batch.user_rows, batch.histories)
+        return top_k(users, self.items_NZ, k, batch.histories)[0]
 
 
-def rank_all(question: Question, rankers: Mapping[str, Ranker], processes: Processes = ALONE) -> dict[str, Ranks]:
+def rank_all(batch: EvalBatch, rankers: Mapping[str, Ranker], world: World = SINGLE) -> dict[str, Ranks]:
     """Rank of each target in the full catalogue by every ranker: earlier items excluded, ties against the model.
 
     Users go by in chunks, every ranker on one chunk before the next; the processes share each chunk.
     """
     ranks: dict[str, list[Ranks]] = {name: [] for name in rankers}
-    for part in question.chunks():
+    for part in batch.chunks():
         for name, ranker in rankers.items():
             users = ranker.users(part.user_rows, part.histories)
-            ranks[name].append(rank_shared(users, ranker.items_NZ, part.targets, part.histories, processes))
+            ranks[name].append(rank_shared(users, ranker.items_NZ, part.targets, part.histories, world))
     return {name: np.concatenate(parts) for name, parts in ranks.items()}

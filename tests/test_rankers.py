@@ -1,13 +1,13 @@
-"""Ranking of arms and their late fusion: one dot product of what stands side by side, the best of K where there are."""
+"""Ranking of variants and their late fusion: one dot product of what stands side by side, the best of K where there are."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rarec.evaluation.arms import Question, Ranker, rank_all
 from rarec.evaluation.figures import pairs_of_interest
 from rarec.evaluation.fusion import LIMIT, fuse
+from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 
 RNG = np.random.default_rng(0)
 
@@ -33,24 +33,26 @@ def test_a_fused_score_is_the_sum_of_both(text, interests):
     assert np.allclose(scores_BN, own_BN + 0.7 * others_BN, atol=1e-5)
 
 
-def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_arm_lets_expect():
-    """ID scores are 5 - 2 x the arm's, but item 3 has no vector: as if it had one, it lies on the same line."""
-    arm_N, lacking_N = np.array([1.0, 4.0, 7.0, 9.0, -3.0]), np.arange(5) == 3
-    id_N = 5 - 2 * arm_N
-    arm = ranker(np.ones((6, 1)), arm_N[:, None])
+def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_variant_lets_expect():
+    """ID scores are 5 - 2 x the variant's, but item 3 has no vector: as if it had one, it lies on the same line."""
+    variant_N, lacking_N = np.array([1.0, 4.0, 7.0, 9.0, -3.0]), np.arange(5) == 3
+    id_N = 5 - 2 * variant_N
+    variant = ranker(np.ones((6, 1)), variant_N[:, None])
     gapped = np.where(lacking_N, id_N[~lacking_N].mean(), id_N)
     ids = replace(ranker(np.ones((6, 1)), gapped[:, None]), lacking_N=lacking_N)
-    question = Question(np.arange(6), [np.array([], int)] * 6, np.full(6, 4))  # the lowest of the arm's: weight counts
-    fused, weight = fuse(arm, ids, question)
+    batch = EvalBatch(
+        np.arange(6), [np.array([], int)] * 6, np.full(6, 4)
+    )  # the lowest of the variant's: weight counts
+    fused, weight = fuse(variant, ids, batch)
     assert weight > 0
-    ratio = arm_N[~lacking_N].std() / id_N[~lacking_N].std()
-    expected_N = arm_N + weight * ratio * id_N
-    assert np.allclose(fused.scores(question), expected_N, atol=1e-5)
+    ratio = variant_N[~lacking_N].std() / id_N[~lacking_N].std()
+    expected_N = variant_N + weight * ratio * id_N
+    assert np.allclose(fused.scores(batch), expected_N, atol=1e-5)
 
 
-def drawn(rng, arm, ids, weights, histories):
+def drawn(rng, variant, ids, weights, histories):
     """For each user a target drawn from the softmax of both scores, so weighted, over what was not seen."""
-    scores_UN = weights[0] * arm[0] @ arm[1].T + weights[1] * ids[0] @ ids[1].T
+    scores_UN = weights[0] * variant[0] @ variant[1].T + weights[1] * ids[0] @ ids[1].T
     for user, history in enumerate(histories):
         scores_UN[user, history] = -np.inf
     gumbel_UN = scores_UN + rng.gumbel(size=scores_UN.shape)
@@ -61,66 +63,66 @@ def drawn(rng, arm, ids, weights, histories):
 def test_the_weight_is_the_one_that_makes_the_validation_targets_likeliest(weights):
     """Targets are drawn by known weights. What was seen counts for nothing; below zero no weight goes."""
     rng, users = np.random.default_rng(1), 5000
-    arm, ids = ((rng.standard_normal((users, 4)), rng.standard_normal((30, 4))) for _ in range(2))
-    arm[1][7] = ids[1][7] = 50.0  # would drown all others, but everyone has seen it
+    variant, ids = ((rng.standard_normal((users, 4)), rng.standard_normal((30, 4))) for _ in range(2))
+    variant[1][7] = ids[1][7] = 50.0  # would drown all others, but everyone has seen it
     histories = [np.array([7, 7])] * users
-    question = Question(np.arange(users), histories, drawn(rng, arm, ids, weights, histories))
-    fused, weight = fuse(ranker(*arm), ranker(*ids), question)
-    first = Question(question.user_rows[:1], histories[:1], question.targets[:1])
-    own, others, sum_of_both = (each.scores(first)[0, 0] for each in (ranker(*arm), ranker(*ids), fused))
+    batch = EvalBatch(np.arange(users), histories, drawn(rng, variant, ids, weights, histories))
+    fused, weight = fuse(ranker(*variant), ranker(*ids), batch)
+    first = EvalBatch(batch.user_rows[:1], histories[:1], batch.targets[:1])
+    own, others, sum_of_both = (each.scores(first)[0, 0] for each in (ranker(*variant), ranker(*ids), fused))
     assert (sum_of_both - own) / others == pytest.approx(max(weights[1] / weights[0], 0), rel=0.1)
     assert (weight == 0) == (weights[1] < 0)
 
 
 @pytest.mark.parametrize("interests", [1, 3])
-def test_an_arm_that_tells_nothing_leaves_the_order_to_the_id_model(interests):
+def test_an_variant_that_tells_nothing_leaves_the_order_to_the_id_model(interests):
     flat = ranker(np.zeros((6, 2)), RNG.standard_normal((9, 2)))
     users = np.zeros((6, interests, 9))
     users[:, interests - 1] = np.eye(9)[:6]
-    question = Question(np.arange(6), [np.array([8])] * 6, np.arange(6))
-    fused, weight = fuse(flat, ranker(users, np.eye(9)), question)
+    batch = EvalBatch(np.arange(6), [np.array([8])] * 6, np.arange(6))
+    fused, weight = fuse(flat, ranker(users, np.eye(9)), batch)
     assert weight == LIMIT
-    assert (rank_all(question, {"fused": fused})["fused"] == 1).all()
+    assert (rank_all(batch, {"fused": fused})["fused"] == 1).all()
 
 
 def test_an_id_model_that_tells_nothing_changes_no_order():
     rng = np.random.default_rng(2)
-    arm, flat = (rng.standard_normal((40, 3)), rng.standard_normal((9, 3))), (np.ones((40, 1)), np.ones((9, 1)))
+    variant, flat = (rng.standard_normal((40, 3)), rng.standard_normal((9, 3))), (np.ones((40, 1)), np.ones((9, 1)))
     histories = [np.array([], int)] * 40
-    question = Question(np.arange(40), histories, drawn(rng, arm, flat, (1.0, 0.0), histories))
-    fused, weight = fuse(ranker(*arm), ranker(*flat), question)
-    ranks = rank_all(question, {"fused": fused, "arm": ranker(*arm)})
+    batch = EvalBatch(np.arange(40), histories, drawn(rng, variant, flat, (1.0, 0.0), histories))
+    fused, weight = fuse(ranker(*variant), ranker(*flat), batch)
+    ranks = rank_all(batch, {"fused": fused, "variant": ranker(*variant)})
     assert weight == pytest.approx(0, abs=1e-3)
-    assert (ranks["fused"] == ranks["arm"]).all()
+    assert (ranks["fused"] == ranks["variant"]).all()
 
 
 @pytest.mark.parametrize("constant", [1.0, 20.0])
-def test_an_arm_whose_scores_differ_by_rounding_alone_tells_nothing(constant):
+def test_an_variant_whose_scores_differ_by_rounding_alone_tells_nothing(constant):
     rng = np.random.default_rng(4)
     users, items = rng.standard_normal((300, 8)), rng.standard_normal((60, 8))
     same = constant * rng.dirichlet(np.ones(64), 300), np.ones((60, 64)) + 1e-7 * rng.standard_normal((60, 64))
     histories = [np.array([], int)] * 300
-    question = Question(np.arange(300), histories, drawn(rng, (users, items), (users, items), (1.0, 0.0), histories))
-    fused, _ = fuse(ranker(*same), ranker(users, items), question)
-    ranks = rank_all(question, {"fused": fused, "ids": ranker(users, items)})
+    batch = EvalBatch(np.arange(300), histories, drawn(rng, (users, items), (users, items), (1.0, 0.0), histories))
+    fused, _ = fuse(ranker(*same), ranker(users, items), batch)
+    ranks = rank_all(batch, {"fused": fused, "ids": ranker(users, items)})
     assert (ranks["fused"] == ranks["ids"]).mean() > 0.99
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e4])
 def test_the_scale_of_the_id_vectors_changes_no_fusion(scale):
     rng, users = np.random.default_rng(5), 2000
-    arm, ids = ((rng.standard_normal((users, 4)), rng.standard_normal((30, 4))) for _ in range(2))
+    variant, ids = ((rng.standard_normal((users, 4)), rng.standard_normal((30, 4))) for _ in range(2))
     histories = [np.array([], int)] * users
-    question = Question(np.arange(users), histories, drawn(rng, arm, ids, (1.0, 1.0), histories))
-    weights = [fuse(ranker(*arm), ranker(ids[0], ids[1] * each), question)[1] for each in (1.0, scale)]
+    batch = EvalBatch(np.arange(users), histories, drawn(rng, variant, ids, (1.0, 1.0), histories))
+    weights = [fuse(ranker(*variant), ranker(ids[0], ids[1] * each), batch)[1] for each in (1.0, scale)]
     assert weights[1] == pytest.approx(weights[0], rel=1e-3)
 
 
 def test_popularity_ranks_what_was_met_most_often_first():
-    question = Question(np.arange(2), [np.array([1]), np.array([3])], np.array([3, 1]))
+    batch = EvalBatch(np.arange(2), [np.array([1]), np.array([3])], np.array([3, 1]))
     popularity = Ranker.of_counts(np.array([0, 7, 2, 5]))
-    assert popularity.best(question, 3).tolist() == [[3, 2, 0], [1, 2, 0]]
-    assert popularity.scores(question) == pytest.approx(np.log([[1, 8, 3, 6]] * 2))
+    assert popularity.best(batch, 3).tolist() == [[3, 2, 0], [1, 2, 0]]
+    assert popularity.scores(batch) == pytest.approx(np.log([[1, 8, 3, 6]] * 2))
 
 
 @pytest.mark.parametrize("interests", [1, 3])
@@ -131,23 +133,23 @@ def test_an_id_model_that_knows_no_popularity_gains_by_as_much_as_the_targets_fo
     ids = rng.standard_normal((users, interests, 4)), rng.standard_normal((30, 4))
     scores_UN = 0.5 * (ids[0] @ ids[1].T).max(1) + 2 * np.log1p(counts_N)
     targets = (scores_UN + rng.gumbel(size=scores_UN.shape)).argmax(1)
-    question = Question(np.arange(users), [np.array([], int)] * users, targets)
+    batch = EvalBatch(np.arange(users), [np.array([], int)] * users, targets)
     popularity, model = Ranker.of_counts(counts_N), ranker(*ids)
-    fused, _ = fuse(popularity, model, question)
-    first = Question(question.user_rows[:1], question.histories[:1], question.targets[:1])
+    fused, _ = fuse(popularity, model, batch)
+    first = EvalBatch(batch.user_rows[:1], batch.histories[:1], batch.targets[:1])
     others, both = model.scores(first)[0], fused.scores(first)[0]
     assert np.allclose((both - np.log1p(counts_N)) / others, 0.25, rtol=0.1)
 
 
 @pytest.mark.parametrize("main", ["text_only", "input", "per_layer"])
-def test_no_arm_is_compared_with_itself_or_twice_with_another(main):
-    arms = [
+def test_no_variant_is_compared_with_itself_or_twice_with_another(main):
+    variants = [
         "id_only",
         *(name + part for name in ("text_only", "prefix_only", "input", "per_layer") for part in ("", "+id")),
     ]
-    pairs = pairs_of_interest(arms, main)
+    pairs = pairs_of_interest(variants, main)
     assert len({frozenset(pair) for pair in pairs}) == len(pairs)
-    assert all(arm != other for arm, other in pairs)
+    assert all(variant != other for variant, other in pairs)
     assert {(main, "id_only"), (f"{main}+id", "id_only"), (f"{main}+id", main)} <= set(pairs)
     assert ("text_only+id", "id_only") in pairs
     either = {frozenset((name, "text_only+id")) for name in ("input+id", "per_layer+id")}
