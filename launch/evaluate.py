@@ -1,6 +1,6 @@
 """accelerate launch launch/evaluate.py --config CONFIG [--fresh] [section.field=value ...]: rank the full catalogue."""
 
-from rarec.launch import start
+from rarec.entry import launch
 
 if __name__ == "__main__":
-    start("evaluate")
+    launch("evaluate")

@@ -1,6 +1,6 @@
 """accelerate launch launch/shards.py --config CONFIG [--fresh] [section.field=value ...]: text states and shards."""
 
-from rarec.launch import start
+from rarec.entry import launch
 
 if __name__ == "__main__":
-    start("shards")
+    launch("shards")

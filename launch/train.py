@@ -1,6 +1,6 @@
 """accelerate launch launch/train.py --config CONFIG [--fresh] [section.field=value ...]: train every variant."""
 
-from rarec.launch import start
+from rarec.entry import launch
 
 if __name__ == "__main__":
-    start("train")
+    launch("train")

@@ -1,30 +1,38 @@
-"""Artefacts: directories written aside and renamed whole, each with a manifest that names what made it.
+"""Artefacts: directories written as a whole, each with a manifest that says what it was made from.
 
-A manifest holds `kind`, `schema`, `settings` (the configuration that shaped the artefact), `made_from`
-(hashes of the artefacts it was made from), `files` (sha256 of each file), and figures worth keeping.
-The artefact's `hash` is the sha256 of all of that but the figures that differ between equal runs.
+A manifest holds `kind`, `schema`, `settings` (the configuration that shaped the artefact), `made_from` (hashes of the
+artefacts it was made from), `files` (sha256 of each file), and figures worth keeping. Its `hash` is the sha256 of all
+of these but the figures, which may differ between equal runs.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rarec.errors import UserError
 from rarec.files import read_json, sha256_file, write_json
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of manifests. 1 called variants `arms` and sanity checks `probes`, and had a `done.json` beside a training's."""
 MAKERS = {"bundle": "export", "checkpoint": "train"}
 """The command that makes a kind of artefact, where it is not the kind's own name."""
 MANIFEST = "manifest.json"
 IDENTITY = ("kind", "schema", "settings", "made_from", "files")
 """The fields of a manifest that its hash covers."""
 
+Manifest = dict[str, Any]
+
 
 def sha256_json(value: object) -> str:
-    """The sha256 of a JSON value in one canonical spelling."""
+    """Return the sha256 of a JSON value in its canonical form (sorted keys, no spaces)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def rebuild(kind: str) -> str:
+    """Return the remedy for an artefact that cannot be used: the command that builds it anew."""
+    return f"rebuild it: rarec {MAKERS.get(kind, kind)} CONFIG --fresh"
 
 
 def write_manifest(
@@ -35,17 +43,17 @@ def write_manifest(
     made_from: Mapping[str, str],
     files: Mapping[str, str | None] | None = None,
     **figures: Any,
-) -> dict[str, Any]:
-    """Hash an artefact's files and write its manifest; returns it.
+) -> Manifest:
+    """Hash an artefact's files, write its manifest, and return it.
 
     Args:
         directory: the artefact, complete but for the manifest.
-        kind: what it is, and by convention the name of the stage that makes it.
+        kind: of artefact, by convention the name of the stage that makes it.
         settings: the configuration that shaped it, as plain JSON values.
         made_from: the hash of each artefact or model it was made from, by name.
-        files: the names of its files, and the sha256 of those that were hashed as they were written; if none are given,
-            all that lie there count, but for what is hidden.
-        **figures: counts and whatever else a reader should find there; they do not enter the hash.
+        files: names of its files, with the sha256 of those that are hashed already. Default: every file in the
+            directory that is not hidden.
+        **figures: counts and other facts for the reader; they do not enter the hash.
     """
     if files is None:
         names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
@@ -62,79 +70,85 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
-    """Read an artefact's manifest, checking its kind and schema.
+def read_manifest(directory: Path, kind: str) -> Manifest:
+    """Read an artefact's manifest and check its kind, schema and hash.
 
     Raises:
-        UserError: the artefact is missing (naming the command that makes it), torn, or of another kind or schema.
+        UserError: the artefact is missing (the message names the command that makes it), damaged, or of another kind
+            or schema.
     """
-    path, maker = directory / MANIFEST, MAKERS.get(kind, kind)
+    path = directory / MANIFEST
     if not path.exists():
-        raise UserError(f"{directory} has no {MANIFEST}", f"make it first: rarec {maker} CONFIG")
-    manifest, remedy = read_json(path), f"make it again: rarec {maker} CONFIG --fresh"
+        raise UserError(f"{directory} has no {MANIFEST}", f"build it first: rarec {MAKERS.get(kind, kind)} CONFIG")
+    manifest = read_json(path, rebuild(kind))
     if not isinstance(manifest, dict):
-        raise UserError(f"{path} is not a manifest", remedy)
-    if manifest.get("kind") != kind or manifest.get("schema") != SCHEMA:
-        found = f"{manifest.get('kind')} schema {manifest.get('schema')}"
-        raise UserError(f"{path} is {found}, not {kind} schema {SCHEMA}", remedy)
-    garbled = [name for name in ("settings", "made_from", "files") if not _maps_names(manifest.get(name), name)]
-    if garbled:
-        raise UserError(f"{path}: `{garbled[0]}` is not what a manifest holds there", remedy)
+        raise UserError(f"{path} is not a manifest", rebuild(kind))
+    if manifest.get("kind") != kind:
+        raise UserError(f"{path} is of kind {manifest.get('kind')!r}, not {kind!r}", rebuild(kind))
+    if manifest.get("schema") != SCHEMA:
+        problem = f"{path} has schema {manifest.get('schema')}, this version of rarec reads schema {SCHEMA}"
+        raise UserError(problem, rebuild(kind))
+    damaged = [name for name in ("settings", "made_from", "files") if not _maps_names(manifest.get(name), name)]
+    if damaged:
+        raise UserError(f"{path}: field `{damaged[0]}` is damaged", rebuild(kind))
     if manifest.get("hash") != sha256_json({name: manifest.get(name) for name in IDENTITY}):
-        raise UserError(f"{path} is altered: its hash is not that of what it says", remedy)
+        raise UserError(f"{path} was altered: its hash does not match its content", rebuild(kind))
     return manifest
 
 
 def _maps_names(value: Any, field: str) -> bool:
-    """Whether it is an object, and but for settings one of texts."""
+    """Return whether a value is an object and, but for settings, one of strings."""
     return isinstance(value, dict) and (field == "settings" or all(type(each) is str for each in value.values()))
 
 
-def check_files(directory: Path, manifest: Mapping[str, Any], remedy: str = "") -> None:
-    """Check every file of an artefact against its manifest.
+def check_files(
+    directory: Path, manifest: Mapping[str, Any], remedy: str = "", *, names: Iterable[str] | None = None
+) -> None:
+    """Check files of an artefact against the sha256 in its manifest.
+
+    Args:
+        directory: the artefact.
+        manifest: as `read_manifest` returns it.
+        remedy: for the message; by default, to rebuild the artefact.
+        names: the files to check; all of them by default.
 
     Raises:
-        UserError: one is missing or altered; the remedy is to make the artefact again, if none is given.
+        UserError: a file is missing or altered.
     """
-    for name, digest in manifest["files"].items():
+    files: Mapping[str, str] = manifest["files"]
+    for name in files if names is None else names:
         path = directory / name
-        if not path.is_file() or sha256_file(path) != digest:
-            maker = MAKERS.get(manifest["kind"], manifest["kind"])
-            raise UserError(f"{path} is missing or altered", remedy or f"make it again: rarec {maker} CONFIG --fresh")
+        if not path.is_file() or sha256_file(path) != files.get(name):
+            raise UserError(f"{path} is missing or was altered", remedy or rebuild(manifest["kind"]))
 
 
-def check_made_from(directory: Path, manifest: Mapping[str, Any], **expected: str) -> None:
-    """Refuse an artefact that was made from something other than what lies here now."""
+def check_made_from(directory: Path, manifest: Mapping[str, Any], expected: Mapping[str, str]) -> None:
+    """Refuse an artefact that was made from other inputs than the ones that are here now.
+
+    Raises:
+        UserError: naming the input.
+    """
     for name, digest in expected.items():
         recorded = manifest["made_from"].get(name)
         if recorded != digest:
-            raise UserError(
-                f"{directory} was made from another {name} ({str(recorded)[:12]}, but here is {digest[:12]})",
-                f"make it again: rarec {MAKERS.get(manifest['kind'], manifest['kind'])} CONFIG --fresh",
-            )
+            problem = f"{directory} was made from another {name} (recorded {str(recorded)[:12]}, now {digest[:12]})"
+            raise UserError(problem, rebuild(manifest["kind"]))
 
 
-def is_current(directory: Path, kind: str, settings: Mapping[str, Any], made_from: Mapping[str, str]) -> bool:
-    """Whether a stage's artefact is already there, made by these settings from these inputs.
+def check_settings(directory: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse an artefact that was made with other settings.
 
     Raises:
-        UserError: it is there, but made otherwise: made things are replaced only when the user says so.
+        UserError: naming each field with its old and its new value.
     """
-    if not (directory / MANIFEST).exists():
-        return False
-    manifest = read_manifest(directory, kind)
-    check_made_from(directory, manifest, **made_from)
     changed = differences(manifest["settings"], json.loads(json.dumps(dict(settings))))
     if changed:
-        raise UserError(
-            f"{directory} was made with other settings: {'; '.join(changed)}",
-            f"make it again with: rarec {MAKERS.get(kind, kind)} CONFIG --fresh, or choose another run.dir",
-        )
-    return True
+        problem = f"{directory} was made with other settings: {'; '.join(changed)}"
+        raise UserError(problem, f"{rebuild(manifest['kind'])}, or choose another run.dir")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Every leaf that differs between two JSON values, as `a.b: old -> new`."""
+    """Return every leaf that differs between two JSON values, as `a.b: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(old) + [key for key in new if key not in old]
         parts = (differences(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys)

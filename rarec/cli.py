@@ -4,16 +4,16 @@ import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from rarec.entry import console, guarded, open_context, say, stoppable
+from rarec.entry import console, guarded, open_run, run_stage, say, stoppable, watched
 from rarec.errors import UserError
 
 if TYPE_CHECKING:
-    from rarec.stages.context import Context
+    from rarec.stages.run import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,12 +27,6 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Argument(help="Run configuration, YAML. Ours lie in configs/runs/.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", show_default=False)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Make it again, replacing what was made before.")]
-
-
-def run_stage(name: str, config: Path | str, overrides: list[str] | None, fresh: bool = False) -> Any:
-    """Run one stage by its name."""
-    with stoppable():
-        return import_module("rarec.stages.record").perform(open_context(config, overrides, fresh), name)
 
 
 @app.command(rich_help_panel="Before")
@@ -52,7 +46,7 @@ def plan(
     from rarec.planning.setting import Cluster, stage_of
 
     cluster = Cluster.of(gpus, machines, memory, device)
-    made = import_module("rarec.stages.plan").plan(open_context(config, overrides), cluster, zero and stage_of(zero))
+    made = import_module("rarec.stages.plan").plan(open_run(config, overrides), cluster, zero and stage_of(zero))
     out = Console() if sys.stdout.isatty() else Console(width=120)
     words = shlex.join([str(config), *(overrides or [])])
     for part in import_module("rarec.planning.table").show(made, words):
@@ -87,8 +81,7 @@ def shards(
         run_stage("shards", config, overrides, fresh)
         return
     with stoppable():
-        context = open_context(config, overrides)
-        print(import_module("rarec.stages.verify").verify(context, repair, deep))
+        print(import_module("rarec.stages.verify").verify(open_run(config, overrides), repair, deep))
 
 
 @app.command(rich_help_panel="Stages, in order")
@@ -112,7 +105,7 @@ def export(config: Config, overrides: Overrides = None, fresh: Fresh = False) ->
 @app.command(rich_help_panel="Stages, in order")
 def report(config: Config, overrides: Overrides = None) -> None:
     """7. One HTML file of everything that was found. Next: open it in a browser"""
-    print(run_stage("report", config, overrides))
+    print(run_stage("report", config, overrides).directory("report") / "report.html")
 
 
 @app.command(rich_help_panel="All at once")
@@ -124,13 +117,11 @@ def run(
 ) -> None:
     """Every stage in order; what is done already stays. Ends with the table, and where report and bundle are."""
     with stoppable():
-        context = open_context(config, overrides, fresh)
-        module = import_module("rarec.stages.run")
-        if stages is not None:
-            module.run(context, module.named(stages))
-            return
-        module.run(context)
-        show_results(context)
+        opened = open_run(config, overrides)
+        with watched(opened):
+            opened.run(stages.split() if stages is not None else None, fresh=fresh)
+        if stages is None and opened.world.is_main:
+            show_results(opened)
 
 
 @app.command(rich_help_panel="All at once")
@@ -164,8 +155,8 @@ def recommend(
     bundle: Annotated[Path | None, typer.Option(help="A bundle directory; the run's own by default.")] = None,
 ) -> None:
     """The best new items for one user, from the bundle."""
-    context = open_context(config, overrides)
-    for item, title in import_module("rarec.stages.export").recommend(context, user, k, bundle):
+    run = open_run(config, overrides)
+    for item, title in import_module("rarec.stages.export").recommend(run, user, k, bundle):
         print(f"{item}\t{title}")
 
 
@@ -177,16 +168,15 @@ def doctor() -> None:
     Console().print(doctor_table(checks()))
 
 
-def show_results(context: "Context") -> None:
-    """The table of variants and where everything lies, on standard output."""
+def show_results(run: "Run") -> None:
+    """Print the table of variants, and where everything is, to standard output."""
     from rarec.evaluation.table import terminal_table
     from rarec.files import read_json
 
     out = Console() if sys.stdout.isatty() else Console(width=110)
-    paths = context.paths
-    out.print(terminal_table(read_json(paths.evaluation / "metrics.json"), ["hr@10", "hr@100", "ndcg@10", "mrr"]))
-    figures = paths.evaluation / "metrics.json"
-    print(f"report: {paths.report / 'report.html'}\nbundle: {paths.bundle}\nfigures: {figures}")
+    figures, report = run.directory("evaluate") / "metrics.json", run.directory("report") / "report.html"
+    out.print(terminal_table(read_json(figures), ["hr@10", "hr@100", "ndcg@10", "mrr"]))
+    print(f"report: {report}\nbundle: {run.directory('export')}\nfigures: {figures}")
 
 
 def _version(wanted: bool) -> None:

@@ -1,9 +1,10 @@
-"""What every entry point does alike: read the configuration, speak to the user, end on a signal or with one message."""
+"""The entry that the command line and the scripts in `launch/` share: run a stage, print to the user, end in order."""
 
+import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from rarec.config import load_config
 from rarec.errors import EXIT_CODE, Stopped, UserError
 
 if TYPE_CHECKING:
-    from rarec.stages.context import Context
+    from rarec.stages.run import Run
 
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 """How a full disk, a spent quota and too small a file limit read."""
@@ -35,16 +35,51 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def open_context(config: Path | str, overrides: list[str] | None, fresh: bool = False) -> "Context":
-    """Read the configuration; imports the stages' machinery."""
+def open_run(config: Path | str, overrides: Iterable[str] | None = None) -> "Run":
+    """Read the configuration and return its run."""
+    from rarec.stages.run import Run
+
     try:
-        settings = load_config(config, overrides or [])
+        return Run(config, overrides or [], say=say)
     except UserError as error:
         error.shared = True  # every rank reads the same file
         raise
-    from rarec.stages.context import Context
 
-    return Context(settings, say, fresh)
+
+def run_stage(name: str, config: Path | str, overrides: Iterable[str] | None = None, fresh: bool = False) -> "Run":
+    """Run one stage on this rank, which watches over the others; return the run."""
+    with stoppable():
+        run = open_run(config, overrides)
+        with watched(run):
+            run.make(name, fresh=fresh)
+        return run
+
+
+@contextmanager
+def watched(run: "Run") -> Iterator[None]:
+    """Watch over the other ranks while it lasts, if there are any: one that dies, fails or hangs is named."""
+    if run.world.size == 1:
+        yield
+        return
+    from rarec.training.watch import Watch
+
+    with Watch.over(run.world, print_from_any_rank):
+        yield
+
+
+def launch(stage: str) -> None:
+    """Run a stage as the scripts in `launch/` do: parse `--config CONFIG [--fresh] [section.field=value ...]`."""
+    parser = argparse.ArgumentParser(description=f"Run the stage `{stage}`, as `rarec {stage}` does, on every rank.")
+    parser.add_argument("--config", required=True, type=Path, help="run configuration, YAML")
+    parser.add_argument("--fresh", action="store_true", help="build it anew; what is there stays until that is whole")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    arguments = parser.parse_args()
+    guarded(lambda: run_stage(stage, arguments.config, arguments.overrides, arguments.fresh))
+
+
+def print_from_any_rank(line: str) -> None:
+    """Print one line to standard error, whichever rank this is."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -56,10 +91,10 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
+        say("interrupted; run the same command to resume")
         sys.exit(STOPPED)
     except Stopped as stopped:
-        say(f"{stopped}; the same command goes on from here")
+        say(f"{stopped}; run the same command to resume")
         sys.exit(0)
 
 

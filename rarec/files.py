@@ -1,4 +1,4 @@
-"""Files written aside and renamed whole, directories likewise, and locks that the kernel lets go with their process."""
+"""Files and directories written aside and renamed when whole, and locks that the kernel frees with their process."""
 
 import fcntl
 import glob
@@ -15,7 +15,7 @@ from rarec.errors import UserError
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file's bytes, read in blocks."""
+    """Return the sha256 of a file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -30,9 +30,9 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def write_aside(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file beside `path`, open for bytes; fsync it and rename it into place. On an error nothing is left.
+    """Yield a binary file beside `path`; fsync it and rename it to `path`. On an error nothing is left.
 
-    What a killed process left there is dropped.
+    What a killed process left aside under the same name is removed.
     """
     drop_stale(path.parent, path.name)
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
@@ -49,9 +49,9 @@ def write_aside(path: Path) -> Iterator[BinaryIO]:
 
 
 def drop_stale(directory: Path, name: str | None = None) -> None:
-    """Drop what killed processes left standing aside, of one name or of all; what a living one writes is locked."""
+    """Remove what killed processes left aside, under one name or all; a living process holds a lock on its own."""
     for aside in directory.glob(f".{'*' if name is None else glob.escape(name)}.aside-*"):
-        # gone by now, or another user's: tidying up fails no write
+        # gone by now, or another user's: tidying up must not fail a write
         with suppress(OSError), open_to_lock(aside) as handle:
             if try_lock(handle):
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
@@ -59,10 +59,10 @@ def drop_stale(directory: Path, name: str | None = None) -> None:
 
 @contextmanager
 def open_to_lock(path: Path) -> Iterator[int]:
-    """Yield a handle of a file or directory to lock it by; closing it at the end lets the lock go.
+    """Yield a handle of an existing file or directory to lock it by; closing it at the end frees the lock.
 
-    A file is open for writing, without which NFS gives no exclusive lock. A directory cannot be: there its lock holds
-    on this machine alone.
+    A file is opened for writing, because NFS grants an exclusive lock to writers only. A directory cannot be opened
+    so: on NFS its lock holds on this machine alone.
     """
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -73,9 +73,9 @@ def open_to_lock(path: Path) -> Iterator[int]:
 
 @contextmanager
 def lock_file(path: Path) -> Iterator[int]:
-    """Yield a handle of a file that is there to be locked, made if need be; closing it at the end lets the lock go.
+    """Yield a handle of a lock file, created if need be; closing it at the end frees the lock.
 
-    The file stays: who would delete it could not know who waits for it.
+    The file is never deleted: another process may be waiting for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -87,17 +87,14 @@ def lock_file(path: Path) -> Iterator[int]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file that is there to be locked; who comes second waits, process or thread.
-
-    The kernel frees it with the process.
-    """
+    """Hold the lock of a lock file, waiting for it if another process or thread holds it."""
     with lock_file(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def try_lock(handle: int) -> bool:
-    """Lock an open file or directory against other processes, unless one holds it; the kernel frees it with ours."""
+    """Lock an open file or directory and return True, or return False if another process holds the lock."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -106,37 +103,39 @@ def try_lock(handle: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside, fsync it, and rename it into place."""
+    """Write a text file aside, fsync it, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON, aside then renamed. NaN and infinity are refused: they are not JSON."""
+    """Write a JSON file aside and rename it. NaN and infinity, which JSON lacks, are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; a missing or torn file is a `UserError` that names it."""
+def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what it belongs to") -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is missing or not JSON; the message names it.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}", "delete its directory and make it again") from None
+        raise UserError(f"{path} is not valid JSON: {error}", remedy) from None
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield a directory beside `path`; on success fsync every file in it and rename it to `path`.
 
-    Whatever stood at `path` is replaced. On an error nothing is left and `path` is as it was.
+    What was at `path` is replaced. On an error nothing is left, and `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.with_name(f".{path.name}.aside-old")
-    if old.exists() and not path.exists():  # killed between the two renames below
-        old.rename(path)
+    restore_replaced(path)
     drop_stale(path.parent, path.name)
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     aside.mkdir()
@@ -144,14 +143,30 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield aside
-        for entry in aside.rglob("*"):
-            _fsync(entry)
-        _fsync(aside)
-        if path.exists():
-            path.rename(old)
-        aside.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-        _fsync(path.parent)
+        replace_directory(aside, path)
     finally:
         os.close(handle)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Fsync a directory and rename it to `path`, in place of what is there."""
+    for entry in new.rglob("*"):
+        _fsync(entry)
+    _fsync(new)
+    old = _replaced(path)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+    _fsync(path.parent)
+
+
+def restore_replaced(path: Path) -> None:
+    """Put a directory back that a process was replacing when it was killed between the two renames."""
+    if _replaced(path).exists() and not path.exists():
+        _replaced(path).rename(path)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.aside-old")

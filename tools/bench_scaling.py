@@ -125,8 +125,7 @@ class World:
     """
 
     def __init__(self, root: Path, steps: int, batch: int) -> None:
-        from rarec.entry import open_context  # not above: a script that measures a process imports this one
-        from rarec.stages.run import STAGES
+        from rarec.entry import open_run  # not above: a script that measures a process imports this one
 
         self.root, self.batch, self.config = root, batch, root / "config.yaml"
         rows = 3000
@@ -137,9 +136,9 @@ class World:
         LlamaForCausalLM(LlamaConfig(vocab_size=size, **LLAMA)).save_pretrained(root / "llm")
         share = min(1.0, 4 * batch * steps / rows)
         self.config.write_text(CONFIG.format(root=root, variant=VARIANT, steps=steps, share=share))
-        context = open_context(self.config, [])
+        run = open_run(self.config)
         for stage in ("prepare", "ids", "shards"):
-            STAGES[stage](context)
+            run.make(stage)
 
     def speed(self, way: str) -> Speed:
         """Train once that way."""

@@ -24,7 +24,7 @@ from rarec.planning.lengths import Prompts
 from rarec.planning.memory import Stage, ZeroSettings
 from rarec.planning.setting import Cluster, Setting
 from rarec.planning.step import HISTORY, StepShape
-from rarec.stages.context import Context
+from rarec.stages.run import Run
 
 VARIANT, SOURCES, TEXT = (
     "per_layer_lora",
@@ -70,11 +70,11 @@ def train_on(rank: int, case: Case, tree: dict[str, Any], port: str, deepspeed: 
     if case.stage in ("1", "2", "3"):
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": deepspeed}
     sent = counted()
-    context = Context(RunConfig.model_validate(tree), lambda line: None)
+    run = Run(RunConfig.model_validate(tree), say=lambda line: None)
     named = dict.fromkeys(SIDES, tuple(SOURCES))
     calculator, setting = calculator_of(case, tree)
-    model = build_model(context.config, VARIANTS[VARIANT], context.load_llm(VARIANTS[VARIANT]), SOURCES, named)
-    training = Training(case, context, model, calculator.shape(VARIANT, setting), sent)
+    model = build_model(run.config, VARIANTS[VARIANT], run.load_llm(VARIANTS[VARIANT]), SOURCES, named)
+    training = Training(case, run, model, calculator.shape(VARIANT, setting), sent)
     found = training.found()
     if rank == 0:
         Path(out).write_text(json.dumps(found))
@@ -107,21 +107,21 @@ class Training:
 
     Args:
         case: what runs.
-        context: of the run.
+        run: of the variant.
         model: under training.
         shape: of a part of a step.
         sent: bytes that this rank has sent, counted on.
     """
 
-    def __init__(self, case: Case, context: Context, model: RaRec, shape: StepShape, sent: dict[str, int]) -> None:
-        self.case, self.model, self.shape, self.sent, self.world = case, model, shape, sent, context.world
+    def __init__(self, case: Case, run: Run, model: RaRec, shape: StepShape, sent: dict[str, int]) -> None:
+        self.case, self.model, self.shape, self.sent, self.world = case, model, shape, sent, run.world
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.numel() > 1:
                     parameter.normal_(std=0.02)
-        self.optimisation = context.engine.train(model, context.config.train)
+        self.optimisation = run.engine.train(model, run.config.train)
         self.optimizer = cast(Any, self.optimisation).optimizer  # each engine's own, not its protocol's
-        self.objective = Objective(context.config.loss, torch.ones(shape.total), shape.state_blocks, self.world)
+        self.objective = Objective(run.config.loss, torch.ones(shape.total), shape.state_blocks, self.world)
         self.gradients = 0
         model.train()
 
@@ -143,7 +143,7 @@ class Training:
         return found | ({"sent": sent} if self.case.stage in ("1", "2", "3") else {})
 
     def step(self, forward: AbstractContextManager[Any] | None = None) -> None:
-        """Two parts and an update, as the training loop has them; the last forward pass in a context."""
+        """Two parts and an update, as the training loop has them; the last forward pass in a run."""
         for last in (False, True):
             with self.optimisation.part(last):
                 users, items, targets = self.batch()

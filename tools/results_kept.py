@@ -14,9 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from rarec.artefacts import MANIFEST, check_files, differences, read_manifest, write_manifest
-from rarec.config import VARIANTS, RunConfig
 from rarec.config.identity import (
     engine_of_tables,
     evaluate_settings,
@@ -28,6 +25,9 @@ from rarec.config.identity import (
     variant_settings,
     vectors_of,
 )
+
+from rarec.artefacts import MANIFEST, check_files, differences, read_manifest, write_manifest
+from rarec.config import VARIANTS, RunConfig
 from rarec.config.load import validated
 from rarec.errors import UserError
 from rarec.evaluation.record import TrainingRecord, read_run

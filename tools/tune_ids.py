@@ -17,13 +17,11 @@ import numpy as np
 
 from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset, Targets
-from rarec.entry import guarded, open_context
+from rarec.entry import guarded, open_run
 from rarec.ids.source import Source, open_source
 from rarec.ids.validation import ranks_of
 from rarec.ranking.intervals import mean_intervals
 from rarec.ranking.metrics import metric_values
-from rarec.stages.ids import make
-from rarec.stages.prepare import prepare
 
 METRICS = ("hr@10", "ndcg@10", "hr@100", "ndcg@100")
 
@@ -38,14 +36,15 @@ def main() -> None:
     place = [f"run.{name}={arguments.directory}" for name in ("dir", "shared")]
     lines: list[tuple[str, ...]] = [("trial", "best epoch", "seconds", *METRICS)]
     for trial in trials(arguments.choices):
-        context = open_context(arguments.config, [*place, *trial])
-        if not (isinstance(context.config.ids.chosen, Recipe) and context.config.ids.held_out):
+        run = open_run(arguments.config, [*place, *trial])
+        if not (isinstance(run.config.ids.chosen, Recipe) and run.config.ids.held_out):
             parser.error("a trial is an ID model that is trained here (ids.model), and ids.holdout above 0")
-        prepare(context)
-        make(context, "id", context.config.ids)
-        source = open_source(context.paths.source("id"))
+        run.make("prepare")
+        stage = run.stage("ids", "id")
+        stage.make()
+        source = open_source(stage.directory)
         training = (str(source.manifest[name]) for name in ("best_epoch", "seconds"))
-        lines.append((" ".join(trial), *training, *figures(context.dataset, source)))
+        lines.append((" ".join(trial), *training, *figures(run.dataset, source)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

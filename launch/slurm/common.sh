@@ -31,7 +31,7 @@ run_stages() {
   done
 }
 
-# A stage under one `accelerate launch` a node. By run.ranks, rarec refuses to run on any other number of ranks.
+# A stage under one `accelerate launch` a node. By run.num_processes, rarec refuses to run on any other number of ranks.
 launch() {
   local script="launch/$1.py" config="$2" nodes="$SLURM_JOB_NUM_NODES" address ranks
   ranks=$((nodes * ${RAREC_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}))
@@ -40,7 +40,7 @@ launch() {
   step "$nodes" bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' launch \
     --config_file "$RAREC_ACCELERATE" --num_machines "$nodes" --num_processes "$ranks" \
     --main_process_ip "$address" --main_process_port "${RAREC_PORT:-$((20000 + SLURM_JOB_ID % 10000))}" \
-    --deepspeed_multinode_launcher standard "$script" --config "$config" "${@:3}" "run.ranks=$ranks"
+    --deepspeed_multinode_launcher standard "$script" --config "$config" "${@:3}" "run.num_processes=$ranks"
 }
 
 # The address by which SLURM itself reaches the job's first node: a node's name need not be a host's.

@@ -76,6 +76,10 @@ class ComiRec(Recipe):
 RECIPES: dict[str, type[Recipe]] = {recipe.kind: recipe for recipe in (SasRec, Gru4Rec, ComiRec)}
 
 
+IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
+"""Fields of an import that name files."""
+
+
 class Import(Section):
     """Vectors made elsewhere."""
 

@@ -9,15 +9,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rarec.config.ids import Ids, Import
+from rarec.config.ids import Ids, Import, Recipe
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
 from rarec.config.section import Blocks, NonNegative, Part, Positive, Rate, Section, Share, SourceName
-from rarec.config.variants import VariantName
+from rarec.config.variants import VARIANTS, Variant, VariantName
+from rarec.errors import UserError
+
+MODEL_SECTIONS = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
+"""The sections that say what a bundle's model is."""
+BASELINE = "id.all"
+"""The ID model that was trained on all interactions. A source cannot have this name: it has a dot."""
 
 
-class Run(Section):
-    """Where a run lives and what seeds it."""
+class RunSection(Section):
+    """Where a run is kept, and what seeds it."""
 
     dir: str
     """Directory of every artefact of this run, relative to the current directory."""
@@ -148,7 +154,7 @@ class Export(Section):
 class RunConfig(Section):
     """Everything a run needs to know."""
 
-    run: Run
+    run: RunSection
     prepare: Prepare
     ids: Ids = Ids()
     sources: dict[SourceName, Import] = Field(default={})
@@ -171,3 +177,45 @@ class RunConfig(Section):
         if "id" in self.sources:
             raise ValueError("sources: `id` is the name of the ID embeddings themselves; choose another name")
         return self
+
+    @property
+    def sources_by_name(self) -> dict[str, Ids | Import]:
+        """The section of every source whose vectors become slots, `id` first."""
+        return {"id": self.ids, **self.sources}
+
+    @property
+    def baseline(self) -> tuple[str, Ids]:
+        """Name and section of the ID model that variants are compared and fused with.
+
+        Where the one in the slots was trained without the newest interactions, it is a second one, trained on all.
+        """
+        apart = self.ids.held_out and isinstance(self.ids.chosen, Recipe)
+        return (BASELINE, self.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", self.ids)
+
+    @property
+    def vectors_by_name(self) -> dict[str, Ids | Import]:
+        """The section of everything that `rarec ids` makes: the sources and the baseline."""
+        name, section = self.baseline
+        return {**self.sources_by_name, name: section}
+
+    @property
+    def trained_variants(self) -> list[Variant]:
+        """The variants of `train.variants`."""
+        return [VARIANTS[name] for name in self.train.variants]
+
+    @property
+    def main_variant(self) -> Variant:
+        """The variant that is exported and that the others are compared with.
+
+        Raises:
+            UserError: it is not trained.
+        """
+        name, trained = self.export.variant, self.train.variants
+        if name not in trained:
+            problem = f"field `export.variant`: {name} is not among train.variants ({', '.join(trained)})"
+            raise UserError(problem, "add it to train.variants, or set export.variant to one of them")
+        return VARIANTS[name]
+
+    def sections(self, *names: str) -> dict[str, object]:
+        """Return some sections as plain JSON values."""
+        return self.model_dump(mode="json", include=set(names))

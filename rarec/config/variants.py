@@ -39,5 +39,3 @@ VARIANTS = {
         Variant("per_layer_lora", "RA-Rec + LoRA", "all", lora=True),
     )
 }
-COMPARING = ("evaluate", "export", "report")
-"""Stages that ask for the variant `export.variant` among the trained ones."""

@@ -1,7 +1,7 @@
 """What a finished run left on disk, read back for its report."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 from rarec.artefacts import MANIFEST
 from rarec.errors import UserError
 from rarec.files import read_json
-from rarec.paths import RunPaths
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -38,11 +37,28 @@ DIAGNOSTIC_FIELDS = {
 
 
 @dataclass(frozen=True)
+class RunDirectories:
+    """Where a run has what its report shows.
+
+    Attributes:
+        evaluation: of the evaluation.
+        prepare: of the prepared dataset.
+        shards: of the training samples.
+        training: of each trained variant.
+    """
+
+    evaluation: Path
+    prepare: Path
+    shards: Path
+    training: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
 class TrainingRecord:
     """One variant's training.
 
     Attributes:
-        done: done.json; empty while training goes on.
+        done: its manifest; empty while it is not finished.
         losses: log lines with a loss, by step, in order.
         validations: log lines with a validation, by step, in order.
     """
@@ -67,12 +83,11 @@ class RunRecord:
     selection: Any
 
 
-def read_run(run: RunPaths, variants: Iterable[str], *, say: Say) -> RunRecord:
+def read_run(run: RunDirectories, *, say: Say) -> RunRecord:
     """Read every file that the report shows.
 
     Args:
-        run: evaluated.
-        variants: whose trainings count, if they are there.
+        run: evaluated; trainings that are not there are left out.
         say: told what is torn.
 
     Raises:
@@ -86,7 +101,7 @@ def read_run(run: RunPaths, variants: Iterable[str], *, say: Say) -> RunRecord:
         strata=_rows(run.evaluation / "strata.json", STRATUM_FIELDS),
         examples=_rows(run.evaluation / "examples.json", EXAMPLE_FIELDS),
         diagnostics=_diagnostics(run.evaluation / "diagnostics.json"),
-        training={variant: _training(run.train(variant), say) for variant in variants if run.train(variant).is_dir()},
+        training={variant: _training(path, say) for variant, path in run.training.items() if path.is_dir()},
         evaluation=_optional(run.evaluation / MANIFEST, {}),
         prepared=_optional(run.prepare / MANIFEST, {}),
         selection=_optional(run.shards / "selection.json", {}),
@@ -137,5 +152,5 @@ def _training(directory: Path, say: Say) -> TrainingRecord:
     lines.sort(key=lambda entry: entry["step"])
     losses = {entry["step"]: entry for entry in lines if "loss" in entry}
     validations = {entry["step"]: entry for entry in lines if "validation" in entry}
-    done = _optional(directory / "done.json", {})
+    done = _optional(directory / MANIFEST, {})
     return TrainingRecord(done, list(losses.values()), list(validations.values()))

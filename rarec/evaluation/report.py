@@ -23,10 +23,9 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.record import Row, RunRecord, TrainingRecord, read_run
+from rarec.evaluation.record import Row, RunDirectories, RunRecord, TrainingRecord, read_run
 from rarec.evaluation.verdict import Finding, sanity_checks, verdict
-from rarec.files import new_directory, write_text
-from rarec.paths import RunPaths
+from rarec.files import write_text
 from rarec.ranking.metrics import SELECTED_BY
 
 REPORT = "report.html"
@@ -39,28 +38,21 @@ _GROUPS = (
 )
 
 
-def write_report(run_dir: RunPaths, config: RunConfig, *, say: Callable[[str], None]) -> Path:
-    """Write `report/report.html` from the files of a run; equal files give equal bytes.
+def write_report(directory: Path, run: RunDirectories, config: RunConfig, *, say: Callable[[str], None]) -> None:
+    """Write `report.html` from the files of a run; equal files give equal bytes.
 
     Args:
-        run_dir: the run, evaluated; what else it lacks is left out of the report.
+        directory: to write to.
+        run: evaluated; what it lacks is left out of the report.
         config: of the run.
-        say: told what was skipped, and where the report lies.
-
-    Returns:
-        The path of the report.
+        say: prints what was skipped.
 
     Raises:
         UserError: the extra `report` is not installed, metrics.json is missing, or a file is not as it should be.
     """
     template = _template()
-    record = read_run(run_dir, config.train.variants, say=say)
-    page = template.render(_context(record, config, run_dir.root.name))
-    with new_directory(run_dir.report) as aside:
-        write_text(aside / REPORT, page)
-    path = run_dir.report / REPORT
-    say(f"report: {path}")
-    return path
+    page = template.render(_context(read_run(run, say=say), config, Path(config.run.dir).name))
+    write_text(directory / REPORT, page)
 
 
 def _template() -> Any:

@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from rarec.artefacts import sha256_json, write_manifest
-from rarec.config.identity import IMPORTED_FILES, source_settings
-from rarec.config.ids import Ids, Import, Recipe
+from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
-from rarec.files import new_directory, sha256_file
+from rarec.files import sha256_file
 from rarec.ids.imports import Vectors, existing, read_vectors
-from rarec.ids.source import ITEMS_FILE, KIND, Source, open_source
+from rarec.ids.source import ITEMS_FILE
 from rarec.ids.train import train_ids
 from rarec.ids.users import USERS_FILE, HistoryRule, UserTable, UserVectors
 from rarec.ids.validation import Validation
@@ -21,65 +19,56 @@ from rarec.ids.validation import Validation
 Say = Callable[[str], None]
 
 
-def source_identity(
-    name: str, config: Ids | Import, dataset: PreparedDataset, seed: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and hashes of inputs, as the manifest will hold them: whether a source must be made again.
-
-    A trained source depends on its recipe and the seed, an imported one on the contents of its files, not their paths.
+def imported_hashes(name: str, section: Import) -> dict[str, str]:
+    """Return the sha256 of each file that vectors are imported from: their contents count, not their paths.
 
     Raises:
-        UserError: a file to import does not exist.
+        UserError: a file does not exist.
     """
-    chosen = _chosen(config)
-    made_from = {"prepare": dataset.hash}
-    for field in IMPORTED_FILES if isinstance(chosen, Import) else ():
-        path = getattr(chosen, field)
-        if path is not None:
-            made_from[field] = sha256_file(existing(path, _field(name, field)))
-    return source_settings(config, seed), made_from
+    named = {field: getattr(section, field) for field in IMPORTED_FILES}
+    return {
+        field: sha256_file(existing(path, _field(name, field))) for field, path in named.items() if path is not None
+    }
 
 
-def make_source(
-    name: str, config: Ids | Import, dataset: PreparedDataset, directory: Path, seed: int, say: Say
-) -> Source:
-    """Train or import a source, tell how well it ranks the validation users, and write its artefact.
-
-    A training's progress lies beside `directory` until the artefact is whole; the same call goes on from it.
+def write_source(
+    name: str,
+    config: Ids | Import,
+    dataset: PreparedDataset,
+    directory: Path,
+    seed: int,
+    progress: Path,
+    identity: str,
+    say: Say,
+) -> dict[str, Any]:
+    """Train or import a source and write its files; return the figures for its manifest.
 
     Args:
         name: of the source, as templates name its slots.
         config: the section `ids`, or one of `sources`.
         dataset: prepared; its rows are the source's rows.
-        directory: of the artefact; what stands there is replaced once the new one is whole.
+        directory: to write to.
         seed: of the training and of the validation subset.
-        say: tells the user a line.
+        progress: where a training keeps its state until it ends; the same call resumes from it.
+        identity: of the training: state of another one is not resumed.
+        say: prints a line.
 
     Raises:
         UserError: files to import are not as they should be, or training fails.
     """
     chosen = _chosen(config)
-    settings, made_from = source_identity(name, config, dataset, seed)
-    progress = progress_file(directory)
-    with new_directory(directory) as aside:
-        if isinstance(chosen, Recipe):
-            held_out = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
-            figures = _train(chosen, held_out, aside, seed, progress, sha256_json([settings, made_from]), say)
-        else:
-            figures = _import(name, chosen, dataset, aside, seed, say)
-        write_manifest(aside, KIND, settings=settings, made_from=made_from, name=name, **figures)
+    if isinstance(chosen, Recipe):
+        held_out = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
+        figures = _train(chosen, held_out, directory, seed, progress, identity, say)
+    else:
+        figures = _import(name, chosen, dataset, directory, seed, say)
     progress.unlink(missing_ok=True)
     validation = figures["validation"]
     say(
         f"{name}: its own full ranking of {validation['n']} validation users: "
         f"hr@10 {validation['hr@10']:.4f}, ndcg@10 {validation['ndcg@10']:.4f}"
     )
-    return open_source(directory)
-
-
-def progress_file(directory: Path) -> Path:
-    """Where the training of a source keeps its progress until the artefact is whole."""
-    return directory.with_name(f".{directory.name}.progress.safetensors")
+    return figures
 
 
 def _chosen(config: Ids | Import) -> Recipe | Import:

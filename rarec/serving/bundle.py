@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from rarec.artefacts import check_files, differences, read_manifest, write_manifest
-from rarec.config import VARIANTS, RunConfig, Variant, dump_config
-from rarec.config.identity import BUNDLED, bundle_settings
+from rarec.artefacts import check_files, differences, read_manifest
+from rarec.config import MODEL_SECTIONS, VARIANTS, RunConfig, Variant, dump_config
 from rarec.errors import UserError
-from rarec.files import new_directory, write_text
+from rarec.files import write_text
 from rarec.models.build import SourceShape, build_model
 from rarec.models.load import LoadedModel
 from rarec.models.towers import RaRec
@@ -46,10 +45,10 @@ def write_bundle(
     metrics: Sequence[Mapping[str, Any]],
     trainable_parameters: int,
 ) -> dict[str, Any]:
-    """Write a bundle aside and rename it into place; returns its manifest.
+    """Write a bundle's files; return the figures for its manifest.
 
     Args:
-        directory: of the bundle.
+        directory: to write to.
         model: trained.
         variant: which variant it is.
         config: the run's.
@@ -63,11 +62,10 @@ def write_bundle(
         "metrics": [dict(row) for row in metrics],
         "trainable_parameters": trainable_parameters,
     }
-    with new_directory(directory) as aside:
-        save_weights(model, aside, dtype=getattr(torch, config.export.dtype))
-        write_text(aside / PROMPT, dump_config(config.prompt))
-        write_text(aside / CARD, model_card(variant, config, figures))
-        return write_manifest(aside, "bundle", settings=bundle_settings(config), made_from=provenance.inputs, **figures)
+    save_weights(model, directory, dtype=getattr(torch, config.export.dtype))
+    write_text(directory / PROMPT, dump_config(config.prompt))
+    write_text(directory / CARD, model_card(variant, config, figures))
+    return figures
 
 
 def load_bundle(
@@ -94,7 +92,7 @@ def load_bundle(
     _check_belongs(directory, manifest, provenance)
     variant = VARIANTS[manifest["settings"]["variant"]]
     _check_loading(directory, manifest["settings"], config, variant)
-    sections = {section: manifest["settings"][section] for section in BUNDLED}
+    sections = {section: manifest["settings"][section] for section in MODEL_SECTIONS}
     model = build_model(
         RunConfig.model_validate({**config.model_dump(mode="json"), **sections}),
         variant,

@@ -1,1 +1,23 @@
-"""The stages of a run, one module each: they open artefacts, check that these belong together, and call the rooms."""
+"""The stages of a run, in their order. A stage is added by one file, and one line here."""
+
+from rarec.stages.evaluate import EvaluateStage
+from rarec.stages.export import ExportStage
+from rarec.stages.ids import IdsStage
+from rarec.stages.prepare import PrepareStage
+from rarec.stages.report import ReportStage
+from rarec.stages.shards import ShardsStage
+from rarec.stages.stage import Stage
+from rarec.stages.train import TrainStage
+
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage
+    for stage in (
+        PrepareStage,
+        IdsStage,
+        ShardsStage,
+        TrainStage,
+        EvaluateStage,
+        ExportStage,
+        ReportStage,
+    )
+}

@@ -1,61 +1,103 @@
 """`rarec export` and `rarec recommend`: the bundle that a user takes away, and its first use."""
 
+from functools import cached_property
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from rarec.artefacts import sha256_json
-from rarec.config.identity import bundle_settings
+from rarec.config import MODEL_SECTIONS
 from rarec.errors import UserError
-from rarec.evaluation.rankers import EvalBatch, Ranker
 from rarec.files import read_json
-from rarec.models.encode import Encoder
-from rarec.serving.bundle import Provenance, load_bundle, write_bundle
-from rarec.stages.context import Context
-from rarec.stages.trained import best_model, finished_evaluation, variant_hash
-from rarec.training.finished import DONE
+from rarec.stages.stage import Built, Stage
+from rarec.stages.train import TrainStage
+
+if TYPE_CHECKING:
+    from rarec.serving.bundle import Provenance
+    from rarec.stages.run import Run
 
 
-def provenance(context: Context) -> Provenance:
-    """What lies in this run: hashes by name, the catalogue's own among them."""
-    dataset = context.dataset
-    catalogue = sha256_json([[str(i) for i in dataset.item_ids.to_pylist()], dataset.titles, dataset.texts])
-    return Provenance({**context.inputs, "catalogue": catalogue}, context.llm.identity, context.shapes)
+class ExportStage(Stage):
+    """The bundle of the variant `export.variant` at its best validation, with the evaluation's figures."""
+
+    name = "export"
+    kind = folder = "bundle"
+    summary = "Write the bundle to take away."
+
+    def settings(self) -> dict[str, Any]:
+        """See `Stage`."""
+        config = self.run.config
+        return {"variant": config.main_variant.name, "dtype": config.export.dtype, **config.sections(*MODEL_SECTIONS)}
+
+    def inputs(self) -> dict[str, Stage]:
+        """See `Stage`."""
+        run = self.run
+        sources = {f"ids/{name}": run.stage("ids", name) for name in run.config.sources_by_name}
+        made = {"prepare": run.stage("prepare"), **sources, "evaluate": run.stage("evaluate")}
+        return {**made, "train": self._trained}
+
+    def outside_inputs(self) -> dict[str, str]:
+        """See `Stage`: hashes of the language model, the prompt and the catalogue."""
+        return {**self.run.model_inputs, "catalogue": catalogue_hash(self.run)}
+
+    def build(self, directory: Path) -> Built:
+        """See `Stage`."""
+        from rarec.serving.bundle import write_bundle
+
+        run, variant = self.run, self.run.config.main_variant
+        evaluation = run.stage("evaluate")
+        evaluation.check_files()
+        rows = read_json(evaluation.directory / "metrics.json")
+        metrics = [row for row in rows if row["variant"] == variant.name]
+        count = self._trained.require()["trainable_parameters"]
+        figures = write_bundle(
+            directory, self._trained.best_model(), variant, run.config, provenance(run), metrics, count
+        )
+        size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        run.say(f"{self.directory}: {count:,} trained parameters, {size / 1e6:.1f} MB")
+        return Built(figures)
+
+    @cached_property
+    def _trained(self) -> TrainStage:
+        return TrainStage(self.run, self.run.config.main_variant.name)
 
 
-def export(context: Context) -> None:
-    """Make `bundle/` from the variant `export.variant` at its best validation, with the evaluation's figures."""
-    variant = context.main
-    belongs = provenance(context)
-    evaluation = finished_evaluation(context)
-    made_from = {**belongs.inputs, "evaluate": evaluation["hash"], "train": variant_hash(context, variant)}
-    if context.is_done(context.paths.bundle, "bundle", bundle_settings(context.config), made_from):
-        return
-    metrics = [row for row in read_json(context.paths.evaluation / "metrics.json") if row["variant"] == variant.name]
-    count = read_json(context.paths.train(variant.name) / DONE)["trainable_parameters"]
-    full = Provenance(made_from, belongs.llm, belongs.shapes)
-    write_bundle(context.paths.bundle, best_model(context, variant), variant, context.config, full, metrics, count)
-    size = sum(path.stat().st_size for path in context.paths.bundle.rglob("*") if path.is_file())
-    context.say(f"{context.paths.bundle}: {count:,} trained parameters, {size / 1e6:.1f} MB")
+def catalogue_hash(run: "Run") -> str:
+    """Return the hash of all items' ids, titles and texts."""
+    dataset = run.dataset
+    return sha256_json([[str(i) for i in dataset.item_ids.to_pylist()], dataset.titles, dataset.texts])
 
 
-def recommend(context: Context, user: str, k: int, bundle: Path | None = None) -> list[tuple[str, str]]:
-    """The k best new items for a user of the prepared dataset, as (item id, title).
+def provenance(run: "Run") -> "Provenance":
+    """Return what a bundle's model belongs to in this run: hashes by name, the language model, sources' shapes."""
+    from rarec.serving.bundle import Provenance
+
+    sources = {f"ids/{name}": source.hash for name, source in run.sources.items()}
+    hashes = {"prepare": run.dataset.hash, **sources, **run.model_inputs, "catalogue": catalogue_hash(run)}
+    return Provenance(hashes, run.llm.identity, run.shapes)
+
+
+def recommend(run: "Run", user: str, k: int, bundle: Path | None = None) -> list[tuple[str, str]]:
+    """Return the k best new items for a user of the prepared dataset, as (item id, title).
 
     Raises:
         UserError: the user is not in the dataset, or the bundle does not belong to this run's data and model.
     """
-    dataset = context.dataset
+    import numpy as np
+
+    from rarec.evaluation.rankers import EvalBatch, Ranker
+    from rarec.models.encode import Encoder
+    from rarec.serving.bundle import load_bundle
+
+    dataset = run.dataset
     names = [str(value) for value in dataset.user_ids.to_pylist()]
     if user not in names:
-        raise UserError(f"user {user!r} is not in {context.paths.prepare}", f"known ids look like {names[0]!r}")
-    directory = bundle or context.paths.bundle
-    model = load_bundle(directory, context.config, context.load_llm, provenance(context), context.prompts.sources)
-    batch_size = context.config.evaluate.batch_size
+        raise UserError(f"user {user!r} is not in {dataset.directory}", f"ids look like {names[0]!r}")
+    directory = bundle or run.directory("export")
+    model = load_bundle(directory, run.config, run.load_llm, provenance(run), run.prompts.sources)
     row = names.index(user)
     sequence = dataset.sequence(row)
     batch = EvalBatch(np.array([row]), [sequence], sequence[-1:])
-    with context.engine.serving(model):
-        ranker = Ranker.of_model(Encoder(model, context.prompts, context.sources, batch_size, context.world))
-        best = [int(item) for item in ranker.best(batch, k)[0] if item >= 0]
+    with run.engine.serving(model):
+        encoder = Encoder(model, run.prompts, run.sources, run.config.evaluate.batch_size, run.world)
+        best = [int(item) for item in Ranker.of_model(encoder).best(batch, k)[0] if item >= 0]
     return [(str(dataset.item_ids[item]), dataset.titles[item]) for item in best]

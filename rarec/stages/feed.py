@@ -22,8 +22,8 @@ from rarec.data.shards.stream import LocalTars, SampleStream, Tars
 from rarec.errors import UserError
 from rarec.files import write_json
 from rarec.models.build import SourceShape, slots_reserved
-from rarec.stages.context import Context
-from rarec.stages.shards import ITEM_STATES, sample_form
+from rarec.stages.run import Run
+from rarec.stages.shard_content import ITEM_STATES, sample_form
 
 SKIPPED = "skipped.json"
 """In a variant's directory: the samples that its training leaves out, by shard and key."""
@@ -54,16 +54,16 @@ class Feed:
     """The training samples of a run, for one variant after the other.
 
     Args:
-        context: the run.
+        run: the run.
         manifest: of its shards.
 
     Raises:
         UserError: the index is not that of these shards, or `train.stream` asks for what cannot be.
     """
 
-    def __init__(self, context: Context, manifest: dict[str, Any]) -> None:
-        self.context, self.manifest = context, manifest
-        self.index_S = open_index(context.paths.shards, manifest)
+    def __init__(self, run: Run, manifest: dict[str, Any]) -> None:
+        self.run, self.manifest = run, manifest
+        self.index_S = open_index(run.directory("shards"), manifest)
         self._tars = self._find_tars()
 
     def exclusions(self, directory: Path, begun: bool) -> Numbers:
@@ -78,7 +78,7 @@ class Feed:
         """
         path = directory / SKIPPED
         recorded = read_named(path, self.index_S) if begun and path.exists() else np.array([], np.int64)
-        if self.context.config.train.stream.damaged == "refuse":
+        if self.run.config.train.stream.damaged == "refuse":
             return recorded
         new = np.setdiff1d(self._damaged, recorded)
         if begun and len(new):
@@ -92,7 +92,7 @@ class Feed:
         if len(excluded):
             write_json(path, name_samples(self.index_S, excluded))
             line = f"damaged and left out ({len(excluded)}): {self._names(excluded)}; {path} names them all"
-            self.context.say(line)
+            self.run.say(line)
         else:
             path.unlink(missing_ok=True)
 
@@ -102,28 +102,28 @@ class Feed:
         Raises:
             UserError: the configuration's batches cannot be made of them.
         """
-        plan = batch_plan(self.context.config, self.context.shapes, self.index_S, excluded)
-        return SampleStream(plan, self.index_S, self._tars, self.context.dataset.n_items, self._form)
+        plan = batch_plan(self.run.config, self.run.shapes, self.index_S, excluded)
+        return SampleStream(plan, self.index_S, self._tars, self.run.dataset.n_items, self._form)
 
     @property
     def _form(self) -> Form:
-        states_NLD = map_npy(self.context.paths.shards / ITEM_STATES)
-        embeddings = self.context.llm.backbone.model.get_input_embeddings()
-        return sample_form(self.context, states_NLD.shape[1:], embeddings.num_embeddings)
+        states_NLD = map_npy(self.run.directory("shards") / ITEM_STATES)
+        embeddings = self.run.llm.backbone.model.get_input_embeddings()
+        return sample_form(self.run, states_NLD.shape[1:], embeddings.num_embeddings)
 
     @cached_property
     def _damaged(self) -> Numbers:
-        self.context.say(f"checking {len(self.index_S)} samples")
-        return damaged_samples(self.index_S, LocalTars(self.context.paths.shards), os.cpu_count() or 1)
+        self.run.say(f"checking {len(self.index_S)} samples")
+        return damaged_samples(self.index_S, LocalTars(self.run.directory("shards")), os.cpu_count() or 1)
 
     def _find_tars(self) -> Tars:
-        paths, stream = self.context.paths, self.context.config.train.stream
+        stream = self.run.config.train.stream
         if stream.remote is None:
-            return LocalTars(paths.shards)
+            return LocalTars(self.run.directory("shards"))
         if stream.damaged == "skip":
             remedy = "set train.stream.damaged=refuse, or read a local copy: train.stream.remote=null"
             raise UserError("train.stream: `damaged: skip` checks local tars; one behind a URL must be whole", remedy)
-        return RemoteTars(stream.remote, self.manifest["shards"], paths.cache, int(stream.cache_gb * 1e9))
+        return RemoteTars(stream.remote, self.manifest["shards"], self.run.tar_cache, int(stream.cache_gb * 1e9))
 
     def _names(self, numbers: Numbers) -> str:
         named = name_samples(self.index_S, numbers[:_NAMED])

@@ -1,24 +1,75 @@
 """`rarec ids`: train or import the ID embeddings, and import every further source."""
 
-from rarec.config.identity import vectors_of
-from rarec.config.ids import Ids, Import
-from rarec.ids.make import make_source, progress_file, source_identity
-from rarec.stages.context import Context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rarec.artefacts import sha256_json
+from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
+from rarec.stages.stage import PROGRESS, Built, Stage
+
+if TYPE_CHECKING:
+    from rarec.stages.run import Run
 
 
-def ids(context: Context) -> None:
-    """Make `ids/id/`, `ids/NAME/` for each of the configuration's sources, and `ids/id.all/` beside a held-out `id`."""
-    for name, section in vectors_of(context.config).items():
-        make(context, name, section)
+class IdsStage(Stage):
+    """Vectors of one source: `id`, each of the configuration's `sources`, and the baseline beside a held-out `id`."""
 
+    name = "ids"
+    summary = "Train or import ID embeddings."
+    resumable = True
+    shareable = True
 
-def make(context: Context, name: str, section: Ids | Import) -> None:
-    """Make one of them, unless it is there already."""
-    directory, seed = context.paths.source(name), context.config.run.seed
-    settings, made_from = source_identity(name, section, context.dataset, seed)
-    with context.alone(directory):
-        if context.is_done(directory, "ids", settings, made_from):
-            return
-        if context.fresh:
-            progress_file(directory).unlink(missing_ok=True)
-        make_source(name, section, context.dataset, directory, seed, context.say)
+    @classmethod
+    def parts(cls, run: "Run") -> list[str]:
+        """See `Stage`."""
+        return list(run.config.vectors_by_name)
+
+    @property
+    def section(self) -> Ids | Import:
+        """Of the configuration."""
+        return self.run.config.vectors_by_name[self.part]
+
+    def settings(self) -> dict[str, Any]:
+        """See `Stage`: a recipe and the seed, or how an import makes its user vectors."""
+        chosen, seed = self._chosen, self.run.config.run.seed
+        if isinstance(chosen, Recipe):
+            holdout = self.section.held_out if isinstance(self.section, Ids) else 0.0
+            return {"seed": seed, "holdout": holdout, "users": {"kind": chosen.kind, **chosen.model_dump(mode="json")}}
+        if chosen.users is not None:
+            return {"missing": chosen.missing, "users": {"kind": "table"}}
+        rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}
+        return {"missing": chosen.missing, "users": {"kind": "rule", **rule}}
+
+    def inputs(self) -> dict[str, Stage]:
+        """See `Stage`."""
+        return {"prepare": self.run.stage("prepare")}
+
+    def outside_inputs(self) -> dict[str, str]:
+        """See `Stage`: hashes of the files that vectors are imported from."""
+        from rarec.ids.make import imported_hashes
+
+        return imported_hashes(self.part, self._chosen) if isinstance(self._chosen, Import) else {}
+
+    def location_key(self) -> object:
+        """See `Stage`: the names of imported files, and that of a source, but for the baseline, which is an `id`."""
+        name = self.part if self.part in self.run.config.sources_by_name else "id"
+        chosen = self._chosen
+        files = [] if isinstance(chosen, Recipe) else [getattr(chosen, field) for field in IMPORTED_FILES]
+        return [name, files]
+
+    def build(self, directory: Path) -> Built:
+        """See `Stage`."""
+        from rarec.ids.make import write_source
+
+        run, dataset = self.run, self.run.dataset
+        identity = sha256_json([self.settings(), dataset.hash])
+        progress = directory / PROGRESS
+        figures = write_source(
+            self.part, self.section, dataset, directory, run.config.run.seed, progress, identity, run.say
+        )
+        return Built({"name": self.part, **figures})
+
+    @property
+    def _chosen(self) -> Recipe | Import:
+        section = self.section
+        return section.chosen if isinstance(section, Ids) else section

@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
-from rarec.artefacts import MANIFEST, read_manifest
-from rarec.config.identity import shard_settings, sources_of
+from rarec.artefacts import MANIFEST, check_settings, read_manifest
 from rarec.config.ids import Ids, Import, Recipe
 from rarec.data.shards.index import open_index
 from rarec.errors import UserError
@@ -23,24 +22,24 @@ from rarec.planning.memory import STAGES, Stage
 from rarec.planning.samples import Batches, Samples
 from rarec.planning.setting import Cluster
 from rarec.planning.table import Plan
-from rarec.stages.context import Context
 from rarec.stages.feed import batch_plan
+from rarec.stages.run import Run
 
 
-def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
+def plan(run: Run, cluster: Cluster, asked: Stage | None) -> Plan:
     """Plan every variant of a run; the largest decides on engine and changes.
 
     Args:
-        context: of the run; nothing of it is loaded, and nothing is written.
+        run: the run; nothing of it is loaded, and nothing is written.
         cluster: where it is to train.
         asked: the engine; None for the one that is advised.
 
     Raises:
         UserError: the language model's configuration or a file of vectors is missing, or the batch is too small.
     """
-    config = context.config
-    sources = {name: _shape(section) for name, section in sources_of(config).items()}
-    calculator = Calculator(config, Blueprint(config, sources, context.paths.llm), _samples(context, sources))
+    config = run.config
+    sources = {name: _shape(section) for name, section in config.sources_by_name.items()}
+    calculator = Calculator(config, Blueprint(config, sources, run.converted_llm), _samples(run, sources))
     variants = list(dict.fromkeys(config.train.variants))
     first = calculator.setting(cluster, asked or "0")
     largest = max(variants, key=lambda variant: calculator.account(variant, first).total)
@@ -56,14 +55,16 @@ def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:
     )
 
 
-def _samples(context: Context, sources: Mapping[str, SourceShape]) -> Samples | None:
+def _samples(run: Run, sources: Mapping[str, SourceShape]) -> Samples | None:
     """Those of the run's shards, if they are there and as the configuration has them now."""
-    directory, config = context.paths.shards, context.config
+    directory, config = run.directory("shards"), run.config
     if not (directory / MANIFEST).exists():
         return None
     manifest = read_manifest(directory, "shards")
-    if manifest["settings"] != shard_settings(config):
-        context.say(f"{directory} was made with other settings: how many samples there will be is not known")
+    try:
+        check_settings(directory, manifest, run.stage("shards").settings())
+    except UserError:
+        run.say(f"{directory} was made with other settings: the number of samples is not known")
         return None
     index_S = open_index(directory, manifest)
     tokens_S = index_S["tokens"]

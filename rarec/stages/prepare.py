@@ -1,15 +1,53 @@
 """`rarec prepare`: logs to a prepared dataset."""
 
-from rarec.data.preparation.identity import identity
-from rarec.data.preparation.prepare import prepare as prepare_dataset
-from rarec.stages.context import Context
+from pathlib import Path
+from typing import Any
+
+from rarec.config.load import without_password
+from rarec.config.logs import Prepare
+from rarec.stages.stage import Built, Stage
+
+COMPUTES = ("engine", "spark", "memory", "scratch")
+"""Fields of `prepare` that say how the dataset is computed, not what it is: every engine gives the same."""
 
 
-def prepare(context: Context) -> None:
-    """Make `prepare/`: users, items, interactions, the split, and a manifest with the counts of every step."""
-    config = context.config.prepare
-    directory = context.paths.prepare
-    seed = context.config.run.seed
-    with context.alone(directory):
-        if not context.is_done(directory, "prepare", *identity(config, seed)):
-            prepare_dataset(config, directory, seed=seed, say=context.say)
+class PrepareStage(Stage):
+    """Users, items, interactions, the split, and a manifest with the counts of every step."""
+
+    name = "prepare"
+    summary = "Logs to a prepared dataset: ids, order, split."
+    shareable = True
+
+    def settings(self) -> dict[str, Any]:
+        """See `Stage`."""
+        config = self.run.config
+        return {"seed": config.run.seed, "prepare": config.prepare.model_dump(mode="json", exclude=set(COMPUTES))}
+
+    def outside_inputs(self) -> dict[str, str]:
+        """See `Stage`: hashes of the log and of the catalogue."""
+        from rarec.data.preparation.inputs import input_hashes
+
+        return input_hashes(self.run.config.prepare)
+
+    def location_key(self) -> object:
+        """See `Stage`: where tables are known by their names, the engine that knows them."""
+        return engine_of_tables(self.run.config.prepare)
+
+    def build(self, directory: Path) -> Built:
+        """See `Stage`."""
+        from rarec.data.preparation.prepare import write_dataset
+
+        return Built(write_dataset(self.run.config.prepare, directory, self.run.say))
+
+    def verify(self, directory: Path) -> None:
+        """Prove that nothing of validation, test or the future can enter training."""
+        from rarec.data.dataset import PreparedDataset
+        from rarec.data.preparation.leakage import refuse_leaks
+
+        refuse_leaks(PreparedDataset.open(directory))
+
+
+def engine_of_tables(config: Prepare) -> str | None:
+    """Return the engine that knows the input tables by their names; None where they are files."""
+    named = config.interactions.table or config.items.table
+    return without_password(config.engine) if named else None

@@ -1,51 +1,351 @@
-"""`rarec run`: every stage in order, or some of them; what is done already is left as it is."""
+"""A run: its configuration, its stages, and what they have made, opened when it is asked for."""
 
+import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rarec.config import COMPARING
-from rarec.errors import UserError
-from rarec.stages.context import Context
-from rarec.stages.evaluate import evaluate
-from rarec.stages.export import export
-from rarec.stages.ids import ids
-from rarec.stages.prepare import prepare
-from rarec.stages.record import perform
-from rarec.stages.report import report
-from rarec.stages.shards import shards
-from rarec.stages.train import train
+from rarec.artefacts import sha256_json
+from rarec.config import RunConfig, Variant, dump_config, load_config
+from rarec.errors import Stopped, UserError
+from rarec.files import read_json, write_json, write_text
+from rarec.stages.stage import Stage
+from rarec.version import source
 
-STAGES: dict[str, Callable[[Context], object]] = {
-    "prepare": prepare,
-    "ids": ids,
-    "shards": shards,
-    "train": train,
-    "evaluate": evaluate,
-    "export": export,
-    "report": report,
-}
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from rarec.data.dataset import PreparedDataset
+    from rarec.ids.source import Source
+    from rarec.models.build import SourceShape
+    from rarec.models.load import LoadedModel
+    from rarec.prompts import PromptPair
+    from rarec.training.engines import Engine
+    from rarec.world import World
+
+Say = Callable[[str], None]
+HEADER = "# The resolved configuration of this run, written by rarec. Edit the file that it comes from instead.\n"
 
 
-def named(text: str) -> list[str]:
-    """The stages that a text names, by spaces.
+def print_line(line: str) -> None:
+    """Print one line to standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Run:
+    """One run of a configuration: builds stages, and opens what they have made.
+
+    ```python
+    run = rarec.Run("mine.yaml", ["train.epochs=3"])
+    run.run()  # every stage that is not done yet
+    run.metrics()  # a DataFrame: variant, metric, value, interval, n
+    ```
+
+    Args:
+        config: a YAML file, or a configuration that is loaded already.
+        overrides: `section.field=value` strings, for a YAML file.
+        say: called with each line for the user.
+
+    Raises:
+        UserError: the configuration is not valid.
+    """
+
+    def __init__(self, config: str | Path | RunConfig, overrides: Iterable[str] = (), *, say: Say = print_line) -> None:
+        self.config = config if isinstance(config, RunConfig) else load_config(config, overrides)
+        self.say = say
+
+    def run(self, stages: Sequence[str] | None = None, *, fresh: bool = False) -> None:
+        """Build the stages that are not finished yet, in their order.
+
+        Args:
+            stages: names, such as `["prepare", "ids"]`; all of them by default.
+            fresh: build them anew. What is there stays until its replacement is whole.
+
+        Raises:
+            UserError: a name is unknown, the input is not as it should be, or an artefact was made otherwise.
+            Stopped: a signal asked to stop; the same call resumes.
+        """
+        from rarec.stages import STAGES
+
+        wanted = named_stages(stages) if stages is not None else list(STAGES)
+        for stage in self.all_stages(wanted):
+            stage.settings()  # a contradiction in the configuration is refused now, not after hours of training
+        for name in wanted:
+            self.say(f"\n{name}")
+            started = time.monotonic()
+            self.make(name, fresh=fresh)
+            self.say(f"{name} took {time.monotonic() - started:.0f} s")
+
+    def make(self, name: str, *, fresh: bool = False) -> bool:
+        """Build the artefacts of one stage that are not there yet; return whether anything was built.
+
+        What it took is written to the run's `record.json`.
+        """
+        source()  # the commit as it was when the code was loaded, not as it may be hours later
+        started, built = time.monotonic(), False
+        try:
+            for stage in self.stages(name):
+                built |= stage.make(fresh)
+        except Stopped:
+            built = True
+            raise
+        finally:
+            if built:
+                self._record(name, time.monotonic() - started, fresh)
+        return built
+
+    def metrics(self) -> "pd.DataFrame":
+        """Return the test figures, a row for each variant and metric, with bootstrap 95% intervals.
+
+        Columns: variant, metric, protocol, value, low, high, n.
+        """
+        return self._frame("metrics.json")
+
+    def comparisons(self) -> "pd.DataFrame":
+        """Return paired differences between variants over the same test users, with bootstrap 95% intervals.
+
+        Columns: variant, baseline, metric, protocol, difference, low, high, n.
+        """
+        return self._frame("comparisons.json")
+
+    def ranks(self) -> "pd.DataFrame":
+        """Return the rank of each test user's target among all items, by variant.
+
+        Columns: variant, user, target (ids as in the log), rank (1 is the best).
+        """
+        import pandas as pd
+
+        return pd.read_parquet(self._evaluated("ranks.parquet"))
+
+    @property
+    def root(self) -> Path:
+        """`run.dir`."""
+        return Path(self.config.run.dir)
+
+    def stage(self, name: str, part: str = "") -> Stage:
+        """Return one artefact's stage: `stage("shards")`, `stage("train", "per_layer")`."""
+        from rarec.stages import STAGES
+
+        return STAGES[name](self, part)
+
+    def stages(self, name: str) -> list[Stage]:
+        """Return the stages of a name, one for each of its artefacts."""
+        from rarec.stages import STAGES
+
+        return [STAGES[name](self, part) for part in STAGES[name].parts(self)]
+
+    def all_stages(self, names: Iterable[str]) -> list[Stage]:
+        """Return the stages of several names."""
+        return [stage for name in names for stage in self.stages(name)]
+
+    def directory(self, name: str, part: str = "") -> Path:
+        """Return the directory of an artefact: `directory("evaluate")`, `directory("train", "per_layer")`."""
+        return self.stage(name, part).directory
+
+    @property
+    def record_file(self) -> Path:
+        """What each stage took, on what machine, by which commit."""
+        return self.root / "record.json"
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration, written by every stage that builds something."""
+        return self.root / "config.yaml"
+
+    @property
+    def converted_llm(self) -> Path:
+        """The language model as a plain directory, where it comes as a GGUF file."""
+        return self.root / "llm"
+
+    @property
+    def tar_cache(self) -> Path:
+        """Shards fetched from elsewhere; what is missing here is fetched again."""
+        return self.root / "cache"
+
+    @cached_property
+    def world(self) -> "World":
+        """This process among those that the launcher has started, if any."""
+        _silence_libraries()
+        from rarec.training.accelerator import start_world
+
+        return start_world(self.config)
+
+    @cached_property
+    def engine(self) -> "Engine":
+        """What runs models on the ranks."""
+        from rarec.training.accelerator import build_engine
+
+        return build_engine(self.world, self.config)
+
+    @cached_property
+    def dataset(self) -> "PreparedDataset":
+        """The prepared dataset, every file of it checked."""
+        from rarec.data.dataset import PreparedDataset
+
+        stage = self.stage("prepare")
+        stage.require()
+        return PreparedDataset.open(stage.directory)
+
+    @cached_property
+    def sources(self) -> dict[str, "Source"]:
+        """Every source of vectors that become slots, `id` first."""
+        return {name: self._source(name) for name in self.config.sources_by_name}
+
+    @cached_property
+    def baseline(self) -> "Source":
+        """The ID model that variants are compared and fused with.
+
+        It is `id` itself, or one trained on all interactions where `id` was trained without the newest.
+        """
+        name, _ = self.config.baseline
+        return self.sources["id"] if name == "id" else self._source(name)
+
+    @property
+    def shapes(self) -> dict[str, "SourceShape"]:
+        """The dimension, and the vectors per user, of every source."""
+        from rarec.models.build import SourceShape
+
+        return {name: SourceShape(source.dim, source.vectors_per_user) for name, source in self.sources.items()}
+
+    @cached_property
+    def llm(self) -> "LoadedModel":
+        """The frozen language model, without LoRA."""
+        from rarec.models.load import convert, load_model
+
+        config, converted = self.config.llm, self.converted_llm
+        self.world.run_on_main(lambda: convert(config, converted))
+        with self.engine.loading(config):
+            return load_model(config, converted, pool=self.config.readout.pool, device=self.world.device.type)
+
+    def load_llm(self, variant: Variant) -> "LoadedModel":
+        """Return the language model as a variant has it, with fresh LoRA weights or none.
+
+        There is one copy in memory, so it belongs to one variant at a time.
+        """
+        from rarec.models.load import with_adapter
+
+        lora = self.config.lora if variant.lora else None
+        self._adapted = with_adapter(getattr(self, "_adapted", self.llm), lora, self.config.run.seed)
+        return self._adapted
+
+    @cached_property
+    def prompts(self) -> "PromptPair":
+        """Both prompts over the catalogue's titles.
+
+        Raises:
+            UserError: a source is in neither prompt.
+        """
+        from rarec.models.build import slots_reserved
+        from rarec.prompts import PromptPair
+
+        llm, dataset, config = self.llm, self.dataset, self.config
+        reserved, kind = slots_reserved(config, self.shapes), llm.identity["kind"]
+        pair = PromptPair(
+            config.prompt, llm.tokenizer, dataset.titles, dataset.texts, reserved, llm.context_length, kind
+        )
+        named = {name for side in pair.sources.values() for name in side}
+        for name in self.shapes:
+            if name not in named and not (name == "id" and named):  # another source may take the place of the IDs
+                problem = f"source {name!r} is in neither prompt.user nor prompt.item"
+                raise UserError(problem, f"write {{soft:{name}}} where its slots should go")
+        return pair
+
+    @property
+    def model_inputs(self) -> dict[str, str]:
+        """Hashes of the language model and the prompt: what shards and models are made from beside artefacts."""
+        identity = {key: value for key, value in self.llm.identity.items() if key not in ("name", "revision")}
+        return {"llm": sha256_json(identity), "prompt": self.prompts.fingerprint}
+
+    def changed(self) -> None:
+        """Forget opened artefacts: one of them is being replaced."""
+        for name in ("dataset", "sources", "baseline", "prompts"):
+            self.__dict__.pop(name, None)
+
+    def write_config(self, *, only_if_there: bool = False) -> None:
+        """Write the resolved configuration to `run.dir`.
+
+        Args:
+            only_if_there: only in place of one that differs: nothing is built.
+
+        Raises:
+            UserError: another file has its name.
+        """
+        text, path = HEADER + dump_config(self.config), self.config_file
+        before = path.read_text(encoding="utf-8") if path.exists() else None
+        if before is not None and not before.startswith(HEADER):
+            problem = f"{path} is not rarec's: the run's resolved configuration would replace it"
+            raise UserError(problem, "choose another run.dir, or move that file away")
+        if before != text and (before is not None or not only_if_there):
+            write_text(path, text)
+
+    def _source(self, name: str) -> "Source":
+        from rarec.ids.source import open_source
+
+        stage = self.stage("ids", name)
+        stage.require()
+        stage.check_files()
+        return open_source(stage.directory)
+
+    def _evaluated(self, name: str) -> Path:
+        stage = self.stage("evaluate")
+        stage.require()
+        return stage.directory / name
+
+    def _frame(self, name: str) -> "pd.DataFrame":
+        import pandas as pd
+
+        return pd.DataFrame(read_json(self._evaluated(name)))
+
+    def _record(self, name: str, seconds: float, fresh: bool) -> None:
+        """Add a stage's time, machine and commit to `record.json`.
+
+        The time of a process that was killed is not known here; a training's own manifest counts it.
+        """
+        if not self.world.is_main:
+            return
+        from rarec.hardware import machine
+
+        record = read_json(self.record_file, f"delete it: only notes are lost") if self.record_file.exists() else {}
+        before = {} if fresh else record.get(name, {})
+        here = {"hardware": machine(self.world.device), "ranks": self.world.size, **source()}
+        others = _earlier(before, here)
+        seconds = round(before.get("seconds", 0.0) + seconds, 2)
+        record[name] = {"seconds": seconds, **here, **({"earlier": others} if others else {})}
+        write_json(self.record_file, record)
+
+
+def named_stages(names: Iterable[str]) -> list[str]:
+    """Return stages in their order.
 
     Raises:
         UserError: one is unknown, or there is none.
     """
-    names = text.split()
+    from rarec.stages import STAGES
+
+    names = list(names)
     unknown = [name for name in names if name not in STAGES]
     if unknown or not names:
-        what = f"unknown stage {unknown[0]!r}" if unknown else "no stage is named"
-        raise UserError(what, f"there are: {' '.join(STAGES)}")
-    return names
+        problem = f"unknown stage {unknown[0]!r}" if unknown else "no stage is named"
+        raise UserError(problem, f"there are: {' '.join(STAGES)}")
+    return [name for name in STAGES if name in names]
 
 
-def run(context: Context, stages: Sequence[str] = tuple(STAGES)) -> None:
-    """Stages in their order, telling how long each took."""
-    if any(name in COMPARING for name in stages):
-        _ = context.main  # refused now rather than after the training
-    for name in [name for name in STAGES if name in stages]:
-        context.say(f"\n{name}")
-        started = time.monotonic()
-        perform(context, name)
-        context.say(f"{name} took {time.monotonic() - started:.0f} s")
+def _earlier(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return where else, and by what else, a stage was built in part, each once."""
+    places = [*before.get("earlier", []), {name: before.get(name) for name in here}] if before else []
+    return [one for one in places if one != here]
+
+
+def _silence_libraries() -> None:
+    """Keep notices of the libraries below off the user's terminal: they say nothing about the run."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed)\.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

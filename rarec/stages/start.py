@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rarec.data.shards.stream import SampleStream
 from rarec.prompts import Encoded
-from rarec.stages.context import Context
+from rarec.stages.run import Run
 
 MOST_USERS = 8192
 """Samples of so many are looked at, where there is something to align."""
@@ -42,15 +42,15 @@ class Start:
     prompts: list[Encoded]
 
 
-def gather(context: Context, stream: SampleStream, users: int) -> Start:
+def gather(run: Run, stream: SampleStream, users: int) -> Start:
     """Of so many users, at most; whatever batches will be made of their samples."""
-    items, generator = context.dataset.n_items, np.random.default_rng([context.config.run.seed, *b"start"])
+    items, generator = run.dataset.n_items, np.random.default_rng([run.config.run.seed, *b"start"])
     items_N = np.arange(items)
     if items > MOST_ITEMS:
         items_N = np.sort(generator.choice(items, MOST_ITEMS, replace=False))
     passed_N = generator.permutation(items_N)[:PASSED]
     targets, prompts = list[int](), list[Encoded]()
-    vectors: dict[str, list[Floats]] = {name: [] for name in context.sources}
+    vectors: dict[str, list[Floats]] = {name: [] for name in run.sources}
     for number in stream.plan.first(users):
         (sample,) = stream.read(np.array([number]))  # of which little is kept
         targets.append(sample.target)

@@ -1,169 +1,91 @@
-"""`accelerate launch launch/train.py`: train every variant of the configuration, each at the same budget."""
+"""`rarec train`, `accelerate launch launch/train.py`: train every variant of the configuration, each at the same budget."""
 
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-
-from rarec.artefacts import check_files, write_manifest
+from rarec.artefacts import sha256_json
 from rarec.config import VARIANTS, Variant
-from rarec.config.identity import variant_settings
-from rarec.data.shards.index import INDEX
-from rarec.data.shards.stream import SampleStream
-from rarec.errors import Stopped
-from rarec.files import write_json
-from rarec.models.build import aligned_blocks, trained_parameters, whole_size
-from rarec.models.encode import Encoder
-from rarec.models.objective import Objective
-from rarec.models.towers import RaRec
-from rarec.ranking.metrics import SELECTION_CUTOFFS, metric_values
-from rarec.ranking.rank import rank_shared
-from rarec.stages.context import Context, Say
-from rarec.stages.feed import Feed
-from rarec.stages.fresh import bare_model, fresh_model
-from rarec.stages.shards import ITEM_STATES, TARGET_COUNTS, finished_shards
-from rarec.stages.trained import checkpoints_of
-from rarec.training.accelerator import build_accelerator
-from rarec.training.batches import Collator
-from rarec.training.checkpoints import Checkpoints, TrainingState
-from rarec.training.finished import DONE
-from rarec.training.loader import BatchLoader
-from rarec.training.log import TrainingLog
-from rarec.training.loop import Trainer
-from rarec.training.stopping import StopSignals
-from rarec.world import World
+from rarec.errors import UserError
+from rarec.stages.stage import Built, Stage
+
+if TYPE_CHECKING:
+    from rarec.models.towers import RaRec
+    from rarec.stages.run import Run
+    from rarec.training.checkpoints import Checkpoints
+
+OUTSIDE = ("variants", "trackers", "keep", "stream")
+"""Fields of `train` that do not shape a variant's weights."""
+CHECKPOINTS = "checkpoints"
 
 
-def train(context: Context) -> None:
-    """Make `train/<variant>/` for each variant: checkpoints, log, and `done.json` with the best step."""
-    manifest = finished_shards(context)
-    read_whole = {name: manifest["files"].get(name) for name in (ITEM_STATES, TARGET_COUNTS, INDEX)}
-    # samples are checked one by one
-    context.world.run_on_main(lambda: check_files(context.paths.shards, {**manifest, "files": read_whole}))
-    feed = Feed(context, manifest)
-    if context.engine.advice(context.config.llm):
-        context.say(context.engine.advice(context.config.llm))
-    for name in context.config.train.variants:
-        aligned_blocks(
-            context.config, VARIANTS[name], len(context.llm.backbone.blocks)
-        )  # refused before the first variant
-    for name in context.config.train.variants:
-        with context.alone(context.paths.train(name), DONE):
-            context.world.report(f"loading the model of variant {name}", 0)
-            train_variant(context, VARIANTS[name], feed)
+class TrainStage(Stage):
+    """One trained variant: its best and newest checkpoints, its log, and in the manifest the best step."""
 
+    name = "train"
+    summary = "Train every variant (as launch/train.py does on several ranks)."
+    resumable = True
 
-def train_variant(context: Context, variant: Variant, feed: Feed) -> None:
-    """Train one variant, or go on with it."""
-    directory, config, world = context.paths.train(variant.name), context.config.train, context.world
-    settings, made_from = variant_settings(context.config, variant), {"shards": feed.manifest["hash"]}
-    begun = context.is_done(directory, "train", settings, made_from)
-    if begun and (directory / DONE).exists():
-        return
-    context.made = True
-    checkpoints = checkpoints_of(context, variant)
-    excluded = feed.exclusions(directory, begun=begun and bool(checkpoints.steps()))
-    stream = feed.stream(excluded)
-    stream.plan.check_ranks(world.size * config.accumulate, config.epochs)
-    accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None
-    if not begun:  # nothing was written or thrown away before all that can be refused was
-        context.start_over(directory)
-        world.run_on_main(lambda: write_manifest(_made(directory), "train", settings=settings, made_from=made_from))
-    world.run_on_main(lambda: feed.record(directory, excluded))
-    state = _resumed(checkpoints, world, context.say)
-    trainer = _trainer(context, variant, feed, stream, checkpoints, state)
-    figures = {
-        "trainable_parameters": sum(map(whole_size, trained_parameters(trainer.model).values())),
-        "skipped_samples": len(excluded),
-    }
-    told = _sit(context, variant, trainer, state, accelerator)
-    best = {"best_files": checkpoints.digests(state.best_step) if state.best_step is not None else {}}
-    world.run_on_main(lambda: write_json(directory / DONE, {**asdict(state), **figures, **best}))
-    context.say(
-        f"{variant.title}: best validation NDCG@100 {state.best_value:.4f} at step {state.best_step} of {state.step}"
-    )
-    if world.all_reduce_max(int(told)):  # in the last validation, when no step was left to end
-        raise Stopped(f"{variant.title} is trained; stopped by a signal before what comes next")
+    @classmethod
+    def parts(cls, run: "Run") -> list[str]:
+        """See `Stage`."""
+        return list(run.config.train.variants)
 
+    @property
+    def variant(self) -> Variant:
+        """The variant that is trained."""
+        return VARIANTS[self.part]
 
-def _sit(
-    context: Context, variant: Variant, trainer: Trainer, state: TrainingState, accelerator: Accelerator | None
-) -> bool:
-    """Train to the end, or until a signal says otherwise; returns whether one came too late for that."""
-    path = context.paths.train(variant.name) / "log.jsonl"
-    if accelerator is not None:
-        accelerator.init_trackers("log")
-    try:
-        with StopSignals().noted() as signals:
-            trainer.run(
-                state,
-                lambda steps, done: TrainingLog(path, accelerator, steps, done, variant.title, context.say),
-                signals,
-            )
-            return signals.came
-    finally:
-        trainer.optimisation.end()
-        for tracker in accelerator.trackers if accelerator is not None else ():
-            tracker.finish()  # not `end_training`, which ends the process group as well
+    def settings(self) -> dict[str, Any]:
+        """See `Stage`."""
+        config = self.run.config
+        sections = ["alignment", "readout", "loss", "train", *(["lora"] if self.variant.lora else [])]
+        settings: dict[str, Any] = {"seed": config.run.seed, **config.sections(*sections), "variant": self.part}
+        for field in OUTSIDE:
+            del settings["train"][field]
+        return settings
 
+    def inputs(self) -> dict[str, Stage]:
+        """See `Stage`."""
+        return {"shards": self.run.stage("shards")}
 
-def _made(directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+    def outside_inputs(self) -> dict[str, str]:
+        """See `Stage`. The shards must be of the language model and the prompt as they are now; their hash has both."""
+        self.run.stage("shards").require(outside=True)
+        return {}
 
+    def build(self, directory: Path) -> Built:
+        """See `Stage`."""
+        from rarec.stages.variant_training import train_variant
 
-def _resumed(checkpoints: Checkpoints, world: World, say: Say) -> TrainingState:
-    """Where the newest whole checkpoint stands, as the first rank finds it; a fresh state where there is none."""
-    step = world.run_on_all(lambda: checkpoints.newest(say) if world.is_main else None)
-    newest = world.all_reduce_max(-1 if step is None else step)
-    state = checkpoints.state(newest) if newest >= 0 else TrainingState()
-    if world.all_reduce_max(
-        int(state.best_step is None)
-    ):  # another machine may still list what the first rank has just dropped
-        state.forget_best()
-    return state
+        checkpoints = self.checkpoints(directory)
+        figures, stop = train_variant(self.run, self.variant, directory, checkpoints)
+        best = checkpoints.digests(figures["best_step"])
+        names = {
+            f"{CHECKPOINTS}/{checkpoints.path(figures['best_step']).name}/{name}": sha for name, sha in best.items()
+        }
+        return Built(figures, names, stop)
 
+    def checkpoints(self, directory: Path | None = None) -> "Checkpoints":
+        """Return the checkpoints in a directory, by default that of the finished training."""
+        from rarec.training.checkpoints import Checkpoints
 
-def _trainer(
-    context: Context, variant: Variant, feed: Feed, stream: SampleStream, checkpoints: Checkpoints, state: TrainingState
-) -> Trainer:
-    config, shards, world = context.config, feed.manifest, context.world
-    item_states_NLD = np.load(context.paths.shards / ITEM_STATES, mmap_mode="r")
-    counts_N = torch.from_numpy(np.load(context.paths.shards / TARGET_COUNTS))
-    if state.step:
-        model = bare_model(context, variant, context.load_llm(variant))
-        checkpoints.load(model, state.step)
-    else:
-        model = fresh_model(context, variant, shards, item_states_NLD, stream)
-    optimisation = context.engine.train(model, config.train)
-    collate = Collator(model, context.prompts, context.sources, item_states_NLD, config.alignment.id_dropout)
-    return Trainer(
-        config.train,
-        config.run.seed,
-        model,
-        optimisation,
-        Objective(config.loss, counts_N, tuple(shards["state_blocks"]), world),
-        BatchLoader(stream, collate, config.train.stream.workers, world, config.train.accumulate),
-        validation(context, model),
-        checkpoints,
-        world,
-        config.train.steps(stream.plan.total(config.train.epochs), trained_parameters(model)),
-    )
+        belongs_to = sha256_json([self.settings(), self.run.stage("shards").require()["hash"]])
+        place = (directory or self.directory) / CHECKPOINTS
+        return Checkpoints(place, self.run.config.train.keep, belongs_to)
 
+    def best_model(self) -> "RaRec":
+        """Return the trained variant at its best validation, for the run's engine to serve.
 
-def validation(context: Context, model: RaRec) -> Callable[[], dict[str, float]]:
-    """Ranking metrics of the model as it is, over the full catalogue, on a fixed random subset of validation users."""
-    dataset, config = context.dataset, context.config
-    targets = dataset.targets("validation", config.train.validation_users, config.run.seed)
-    histories = [dataset.history(int(u), int(p)) for u, p in zip(targets.user_rows, targets.positions, strict=True)]
-    encoder = Encoder(model, context.prompts, context.sources, config.evaluate.batch_size, context.world)
+        Raises:
+            UserError: it is not trained, or not as the configuration says now; or its best checkpoint is damaged.
+        """
+        from rarec.stages.fresh import bare_model
+        from rarec.training.checkpoints import Torn
 
-    def validate() -> dict[str, float]:
-        users_BZ, items_NZ = encoder.users(targets.user_rows, histories), encoder.items()
-        ranks_B = rank_shared(users_BZ, items_NZ, targets.item_rows, histories, context.world)
-        return {name: float(values.mean()) for name, values in metric_values(ranks_B, SELECTION_CUTOFFS).items()}
-
-    return validate
+        best = self.require()["best_step"]
+        model = bare_model(self.run, self.variant, self.run.load_llm(self.variant))
+        try:
+            self.checkpoints().load(model, best)
+        except Torn as torn:  # a later checkpoint is another model: it must not take the place of this one
+            raise UserError(torn.problem, "train it again: rarec train CONFIG --fresh") from None
+        return model.eval()

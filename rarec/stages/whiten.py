@@ -10,22 +10,22 @@ from rarec.models.build import SIDES
 from rarec.models.encode import side_batches
 from rarec.models.towers import RaRec, Tower
 from rarec.models.whitening import Moments, Whitening, directions
-from rarec.stages.context import Context
+from rarec.stages.run import Run
 from rarec.stages.start import Start
 
 Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Of a readout: each one's states, and whether it is there."""
 
 
-def whiten(context: Context, model: RaRec, start: Start) -> None:
+def whiten(run: Run, model: RaRec, start: Start) -> None:
     """Every part of both readouts, by users and items passed through the variant; each rank has its share of them."""
-    found = {f"{side}.{part}": of for side in SIDES for part, of in pass_through(context, model, side, start).items()}
+    found = {f"{side}.{part}": of for side in SIDES for part, of in pass_through(run, model, side, start).items()}
     for moments in found.values():
-        context.world.all_reduce_sum_(moments.sums)
-    directions_ZD = directions(found, model.backbone.hidden_size, context.config.readout.size)
-    if not context.world.is_main:  # other processors may turn them otherwise
+        run.world.all_reduce_sum_(moments.sums)
+    directions_ZD = directions(found, model.backbone.hidden_size, run.config.readout.size)
+    if not run.world.is_main:  # other processors may turn them otherwise
         directions_ZD.zero_()
-    context.world.all_reduce_sum_(directions_ZD.numpy())
+    run.world.all_reduce_sum_(directions_ZD.numpy())
     for side in SIDES:
         tower: Tower = getattr(model, side)
         readout = tower.readout
@@ -50,19 +50,19 @@ def _rescale(tower: Tower) -> None:
             source.rescale_last(unit)
 
 
-def pass_through(context: Context, model: RaRec, side: str, start: Start) -> dict[str, Moments]:
+def pass_through(run: Run, model: RaRec, side: str, start: Start) -> dict[str, Moments]:
     """Of each part of a side's readout, as this rank has seen it."""
-    tower: Tower = getattr(model, side).to(context.world.device)
+    tower: Tower = getattr(model, side).to(run.world.device)
     found = {part: Moments(model.backbone.hidden_size) for part in tower.readout.white}
     seen: list[Parts] = []
     hook = tower.readout.register_forward_hook(lambda readout, given, _: seen.append(readout.parts(*given)))
     prompts, vectors = start.prompts, start.vectors
     if side == "item":
-        prompts = [context.prompts.item(int(row)) for row in start.passed_N]
-        vectors = {name: source.items_NE[start.passed_N][:, None] for name, source in context.sources.items()}
-    size, filler = context.config.evaluate.batch_size, context.prompts.tokenizer.filler
-    context.world.report(f"passing {side}s through a fresh variant")
-    for mine, _, batch in side_batches(prompts, vectors, tower, filler, size, context.world):
+        prompts = [run.prompts.item(int(row)) for row in start.passed_N]
+        vectors = {name: source.items_NE[start.passed_N][:, None] for name, source in run.sources.items()}
+    size, filler = run.config.evaluate.batch_size, run.prompts.tokenizer.filler
+    run.world.report(f"passing {side}s through a fresh variant")
+    for mine, _, batch in side_batches(prompts, vectors, tower, filler, size, run.world):
         tower(model.backbone, batch)
         for part, (states_BD, there_B1) in seen.pop().items():
             if mine:

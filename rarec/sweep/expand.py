@@ -11,10 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from rarec.config import COMPARING, RunConfig
+from rarec.config import RunConfig
 from rarec.config.load import parse_override, read_tree, set_field, validated
 from rarec.config.section import Section
 from rarec.errors import UserError
+from rarec.stages.run import Run
 from rarec.sweep.schema import Entry, StageName, SweepFile
 
 SHARED = "shared"
@@ -108,21 +109,27 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
     _refuse(common, f"{path}, override for all runs")
     own_place = isinstance(tree.get("run"), dict) and tree["run"].get("shared")
     place = {} if own_place else {"run.shared": str(Path(file.dir, SHARED))}
-    compared = any(stage in COMPARING for stage in file.stages)
     runs = []
     for name in file.runs:
         for whole, seed, grid, fields in _points(file, name, common, f"{path}: run {name!r}"):
             overrides = {**place, **fields}
             config = _resolved(tree, overrides, f"{path}: run {whole!r} over {base}")
-            if compared and config.export.variant not in config.train.variants:
-                problem = f"{path}: run {whole!r}: export.variant is {config.export.variant}, which is not among train.variants"
-                raise UserError(problem, "compare one that is trained: set export.variant, or add it to train.variants")
+            _check_stages(config, file.stages, f"{path}: run {whole!r}")
             runs.append(SweepRun(name, whole, seed, grid, overrides, config))
     twice = _repeated(run.label for run in runs)
     if twice is not None:
         raise UserError(f"{path}: two runs are called {twice}", "list each value of a grid once")
     stages = tuple(stage for stage in get_args(StageName) if stage in file.stages)
     return Sweep(path, Path(file.dir), base, stages, tuple(runs))
+
+
+def _check_stages(config: RunConfig, stages: Iterable[str], told: str) -> None:
+    """Refuse what a stage would refuse of this configuration, before any run is started."""
+    for stage in Run(config).all_stages(stages):
+        try:
+            stage.settings()
+        except UserError as error:
+            raise UserError(f"{told}: {error.problem}", error.remedy) from None
 
 
 def _points(

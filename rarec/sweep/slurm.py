@@ -11,7 +11,7 @@ from rarec.artefacts import sha256_json
 from rarec.config.load import format_override
 from rarec.errors import UserError
 from rarec.files import write_text
-from rarec.paths import RunPaths
+from rarec.stages.run import Run
 from rarec.sweep.expand import Sweep, SweepRun
 from rarec.sweep.state import first_to_do
 
@@ -57,7 +57,7 @@ def submit(sweep: Sweep, runs: Sequence[SweepRun], options: str, say: Callable[[
 
 def _makers(runs: Sequence[SweepRun]) -> list[SweepRun]:
     """One run for each set of shards, by whose making all else that is shared comes to be."""
-    return list({RunPaths.of(run.config).shards: run for run in reversed(runs)}.values())[::-1]
+    return list({Run(run.config).directory("shards"): run for run in reversed(runs)}.values())[::-1]
 
 
 def _tasks(runs: Sequence[SweepRun]) -> str:

@@ -1,115 +1,45 @@
-"""How far a run is, from its manifests alone: a look of milliseconds that loads no model and hashes no file.
+"""The progress of a sweep's runs, from manifests alone: it takes milliseconds, loads no model and hashes no file.
 
-The stages themselves look closer when they are run: at the contents of logs, of imported vectors and of the model.
+The stages look closer when they are run: at the contents of logs, of imported vectors and of the language model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
-from rarec.artefacts import MANIFEST, is_current, read_manifest
-from rarec.config import VARIANTS, RunConfig
-from rarec.config.identity import (
-    baseline_of,
-    bundle_settings,
-    evaluate_settings,
-    llm_settings,
-    prepare_settings,
-    shard_settings,
-    source_settings,
-    sources_of,
-    variant_settings,
-    vectors_of,
-)
+from rarec.config import RunConfig
 from rarec.config.load import read_tree
 from rarec.errors import UserError
-from rarec.paths import RunPaths
+from rarec.stages.run import Run
+from rarec.stages.shards import LLM
 from rarec.sweep.expand import SweepRun
-from rarec.training.finished import training_hash
 
 State = Literal["done", "begun", "to do"]
 
 
 def state_of(run: SweepRun, stages: Sequence[str]) -> tuple[State, str]:
-    """Whether a run is done, and the stage that it is at: the last of these, or the first that is not done."""
+    """Return whether a run is done, and the stage it has reached: the last of these, or the first that is not done."""
     stage = first_to_do(run.config, stages)
     if stage is None:
         return "done", stages[-1]
-    return ("begun" if RunPaths.of(run.config).config.exists() else "to do"), stage
+    return ("begun" if Run(run.config).config_file.exists() else "to do"), stage
 
 
 def first_to_do(config: RunConfig, stages: Sequence[str]) -> str | None:
-    """The first of these stages whose artefacts are not there, made as the configuration says; None if all are."""
-    return next((stage for stage in stages if not _is_done(config, stage)), None)
+    """Return the first of these stages that is not finished as the configuration says; None if all are."""
+    run = Run(config)
+    for name in stages:
+        if name == "train" and not _same_llm(run):
+            return name
+        if not all(stage.is_done() for stage in run.stages(name)):
+            return name
+    return None
 
 
-def _is_done(config: RunConfig, stage: str) -> bool:
+def _same_llm(run: Run) -> bool:
+    """Return whether the run's resolved configuration names the same language model: to compare it, it must be loaded."""
     try:
-        return _CHECKS[stage](config, RunPaths.of(config))
-    except (UserError, OSError):  # missing, torn, or made otherwise: the stage itself says which
+        recorded = read_tree(run.config_file).get("llm")
+    except UserError:
         return False
-
-
-def _prepare(config: RunConfig, paths: RunPaths) -> bool:
-    return is_current(paths.prepare, "prepare", prepare_settings(config.prepare, config.run.seed), {})
-
-
-def _ids(config: RunConfig, paths: RunPaths) -> bool:
-    made_from = {"prepare": _hash(paths.prepare, "prepare")}
-    return all(
-        is_current(paths.source(name), "ids", source_settings(section, config.run.seed), made_from)
-        for name, section in vectors_of(config).items()
-    )
-
-
-def _shards(config: RunConfig, paths: RunPaths) -> bool:
-    made_from = {f"ids/{name}": _hash(paths.source(name), "ids") for name in sources_of(config)}
-    made_from["prepare"] = _hash(paths.prepare, "prepare")
-    return is_current(paths.shards, "shards", shard_settings(config), made_from)
-
-
-def _train(config: RunConfig, paths: RunPaths) -> bool:
-    """The model is compared by its name, as the run's own resolved configuration has it."""
-    recorded = read_tree(paths.config).get("llm")
-    wanted = llm_settings(config)
-    if not isinstance(recorded, Mapping) or any(recorded.get(name) != value for name, value in wanted.items()):
-        return False
-    made_from = {"shards": _hash(paths.shards, "shards")}
-    for name in config.train.variants:
-        directory = paths.train(name)
-        if not is_current(directory, "train", variant_settings(config, VARIANTS[name]), made_from):
-            return False
-        training_hash(directory)
-    return True
-
-
-def _evaluate(config: RunConfig, paths: RunPaths) -> bool:
-    made_from: dict[str, str] = {name: training_hash(paths.train(name)) for name in config.train.variants}
-    made_from["prepare"] = _hash(paths.prepare, "prepare")
-    made_from["baseline"] = _hash(paths.source(baseline_of(config)[0]), "ids")
-    return is_current(paths.evaluation, "evaluate", evaluate_settings(config), made_from)
-
-
-def _export(config: RunConfig, paths: RunPaths) -> bool:
-    made_from = {"evaluate": _hash(paths.evaluation, "evaluate")}
-    return is_current(paths.bundle, "bundle", bundle_settings(config), made_from)
-
-
-def _report(config: RunConfig, paths: RunPaths) -> bool:
-    page = paths.report / "report.html"
-    return page.stat().st_mtime >= (paths.evaluation / MANIFEST).stat().st_mtime
-
-
-def _hash(directory: Path, kind: str) -> str:
-    return str(read_manifest(directory, kind)["hash"])
-
-
-_CHECKS: dict[str, Callable[[RunConfig, RunPaths], bool]] = {
-    "prepare": _prepare,
-    "ids": _ids,
-    "shards": _shards,
-    "train": _train,
-    "evaluate": _evaluate,
-    "export": _export,
-    "report": _report,
-}
+    wanted = run.config.llm.model_dump(mode="json", include=set(LLM))
+    return isinstance(recorded, dict) and all(recorded.get(name) == value for name, value in wanted.items())

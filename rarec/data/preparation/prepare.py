@@ -5,50 +5,37 @@ same bytes, on whatever engine, in whatever order the rows of the log stand.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import ibis.expr.types as ir
 
-from rarec.artefacts import write_manifest
 from rarec.config.logs import Prepare
 from rarec.data import tables
-from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import Engine, describe, open_engine, value
 from rarec.data.preparation import split, steps
-from rarec.data.preparation.identity import identity
 from rarec.data.preparation.inputs import Catalogue, place_of, read_catalogue, read_log, span, unordered
-from rarec.data.preparation.leakage import refuse_leaks
 from rarec.data.preparation.ledger import Ledger
 from rarec.errors import UserError
-from rarec.files import new_directory
 
 Say = Callable[[str], None]
 
 
-def prepare(config: Prepare, directory: Path, *, seed: int, say: Say) -> PreparedDataset:
-    """Make a prepared dataset.
+def write_dataset(config: Prepare, directory: Path, say: Say) -> dict[str, Any]:
+    """Write the tables of a prepared dataset; return the figures for its manifest.
 
     Args:
         config: the section `prepare`.
-        directory: of the artefact; what stands there is replaced once the new one is whole.
-        seed: the run's, recorded with the settings; nothing here is random.
-        say: tells the user one line.
+        directory: to write to.
+        say: prints one line.
 
     Raises:
         UserError: the input is not as it should be (file, row or field, and remedy named), or nothing is left of it.
     """
     _check(config)
-    settings, made_from = identity(config, seed)
-    with new_directory(directory) as aside:
-        with open_engine(config, aside / "spill") as engine:
-            figures = _Preparation(config, engine, say).write(aside)
-        write_manifest(aside, "prepare", settings=settings, made_from=made_from, **figures)
-        dataset = PreparedDataset.open(aside)
-        refuse_leaks(dataset)
-    return replace(dataset, directory=directory)
+    with open_engine(config, directory / "spill") as engine:
+        return _Preparation(config, engine, say).write(directory)
 
 
 def _check(config: Prepare) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rarec.artefacts import write_manifest
+from rarec.artefacts import Manifest, write_manifest
 from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, is_tar_name, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample, write_shard
 from rarec.data.shards.tar_check import scan
@@ -26,7 +26,7 @@ Make = Callable[[range], Iterable[Sample]]
 Say = Callable[[str], None]
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
-_PROGRESS = ".progress"
+PROGRESS = ".progress"
 
 
 def write_shards(
@@ -57,7 +57,7 @@ def write_shards(
         The records of all shards, for the manifest.
     """
     notes, shards = _Notes(directory, identity), range(-(-total // per_shard))
-    (directory / _PROGRESS).mkdir(parents=True, exist_ok=True)
+    (directory / PROGRESS).mkdir(parents=True, exist_ok=True)
     world.run_on_main(lambda: _drop_beyond(directory, len(shards)))
 
     def write(job: tuple[int, list[Sample]]) -> str:
@@ -118,6 +118,16 @@ def repair_shards(
     return [records[shard] for shard in shards]
 
 
+def files_of(records: Iterable[Mapping[str, Any]], beside: Iterable[str]) -> dict[str, str | None]:
+    """Return the names of all files of some shards, with the sha256 of the tars: their manifest's `files`.
+
+    Args:
+        records: of all tars.
+        beside: files beside the tars and their index; whatever else is there is no part of the shards.
+    """
+    return dict.fromkeys([INDEX, *beside]) | {record["file"]: record["sha256"] for record in records}
+
+
 def finish_shards(
     directory: Path,
     records: list[dict[str, Any]],
@@ -125,27 +135,27 @@ def finish_shards(
     made_from: Mapping[str, str],
     beside: Iterable[str] = (),
     **figures: Any,
-) -> dict[str, Any]:
-    """Write the manifest, which makes the directory an artefact, and then drop the notes of progress.
+) -> Manifest:
+    """Write the manifest of some shards and return it; notes of progress are dropped then.
 
     Args:
         directory: of the shards.
         records: of all tars.
         settings: that shaped them.
         made_from: hashes of what they were made from.
-        beside: files beside the tars and their index; what else lies there is no part of the shards.
+        beside: files beside the tars and their index.
         **figures: for the manifest.
     """
-    figures |= {"shards": records, "samples": sum(record["samples"] for record in records)}
-    files = dict.fromkeys([INDEX, *beside]) | {record["file"]: record["sha256"] for record in records}
+    figures |= shard_figures(records)
+    files = files_of(records, beside)
     manifest = write_manifest(directory, "shards", settings=settings, made_from=made_from, files=files, **figures)
-    drop_notes(directory)
+    shutil.rmtree(directory / PROGRESS, ignore_errors=True)
     return manifest
 
 
-def drop_notes(directory: Path) -> None:
-    """Drop the notes of progress, which finished shards need no more."""
-    shutil.rmtree(directory / _PROGRESS, ignore_errors=True)
+def shard_figures(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a manifest holds of the tars: their records, and how many samples they have."""
+    return {"shards": records, "samples": sum(record["samples"] for record in records)}
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ class _Notes:
         return bool(note["identity"] == self.identity and sha256_file(tar) == note["record"]["sha256"])
 
     def _path(self, shard: int) -> Path:
-        return self.directory / _PROGRESS / f"{shard:06d}.json"
+        return self.directory / PROGRESS / f"{shard:06d}.json"
 
 
 def _in_threads(work: Callable[[_Job], _Result], jobs: Iterable[_Job], threads: int) -> Iterator[_Result]:

@@ -1,0 +1,138 @@
+"""One evaluation: every variant, fusion and sanity check ranks the full catalogue for the same test users."""
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rarec.evaluation.examples import Examples
+from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
+from rarec.evaluation.fusion import fuse
+from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
+from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
+from rarec.evaluation.strata import strata_rows
+from rarec.models.encode import Encoder
+from rarec.models.towers import RaRec
+from rarec.stages.diagnose import diagnostics
+from rarec.stages.run import Run
+from rarec.stages.train import TrainStage
+
+Ranks = dict[str, npt.NDArray[np.int64]]
+
+USERS_SEED = 17
+"""Draws `evaluate.users`, whatever `run.seed` is: figures of several seeds are averaged user by user."""
+
+
+class Bootstrap(TypedDict):
+    """How intervals are drawn."""
+
+    resamples: int
+    seed: int
+
+
+class Evaluator:
+    """The variants in order, each ranked on the same test users."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, config, dataset = run, run.config, run.dataset
+        self.main, self.seed = config.main_variant.name, config.run.seed
+        self.targets = dataset.targets("test", config.evaluate.users, USERS_SEED)
+        self.test = EvalBatch.of(dataset, self.targets)
+        validation = dataset.targets("validation", config.train.validation_users, self.seed)
+        self.validation = EvalBatch.of(dataset, validation)
+        self.ids = Ranker.of_source(run.baseline)
+        self.weights: dict[str, float] = {}
+        self.diagnostics: dict[str, Any] | None = None
+        self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
+        self._best: dict[str, npt.NDArray[np.int64]] = {ID_ONLY: self._examples.best(self.ids)}
+
+    def ranks(self) -> Ranks:
+        """Ranks of the test targets by variant: the ID model, the trained variants, their fusions, the sanity checks."""
+        popular = self._with_popularity(ID_ONLY, self.ids) if self.run.config.evaluate.fusion else {}
+        ranks = self._rank(self.test, {ID_ONLY: self.ids, **popular})
+        for name in self.run.config.train.variants:  # one trained variant is loaded at a time
+            model = TrainStage(self.run, name).best_model()
+            with self.run.engine.serving(model):
+                ranks |= self._ranks_of(name, model)
+                if name == self.main:
+                    self.diagnostics = diagnostics(self.run, model)
+        return ranks
+
+    def examples(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Rows of examples.json."""
+        return self._examples.table(self.run.dataset, self._best, ranks)
+
+    def metrics(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Rows of metrics.json."""
+        return metric_rows(ranks, self.run.config.evaluate.cutoffs, **self._bootstrap)
+
+    def comparisons(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Rows of comparisons.json."""
+        pairs = pairs_of_interest(ranks, self.main)
+        return comparison_rows(ranks, pairs, self.run.config.evaluate.cutoffs, **self._bootstrap)
+
+    def strata(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Rows of strata.json, without the sanity checks."""
+        lengths = self.targets.positions  # a target's position is the length of what stands before it
+        popularity = self.run.dataset.train_counts_N[self.test.targets]
+        strata: dict[str, npt.NDArray[Any]] = {"history length": lengths, "popularity": popularity}
+        if (popularity == 0).any():
+            strata["met in training"] = (popularity > 0).astype(np.int64)
+        plain = {name: value for name, value in ranks.items() if "/" not in name}
+        return strata_rows(plain, strata, **self._bootstrap)
+
+    @property
+    def _bootstrap(self) -> Bootstrap:
+        return {"resamples": self.run.config.evaluate.resamples, "seed": self.seed}
+
+    def _ranks_of(self, name: str, model: RaRec) -> Ranks:
+        """One trained variant, its fusion, and the sanity checks of the main one."""
+        config, run = self.run.config, self.run
+        ranker = self._of(model)
+        if name in ("text_only", self.main):
+            self._best[name] = self._examples.best(ranker)
+        rankers: dict[str, Ranker] = {name: ranker}
+        if config.evaluate.fusion:
+            fused, self.weights[name] = fuse(ranker, self.ids, self.validation)
+            rankers[name + FUSED] = fused
+            if name in ("text_only", self.main):
+                rankers |= self._with_popularity(name + FUSED, fused)
+        ranks = self._rank(self.test, rankers)
+        if name == self.main and config.evaluate.sanity_checks:
+            shuffled = EvalBatch.of(run.dataset, self.targets, self.seed)
+            ranks |= self._rank(shuffled, {f"{name}/shuffled_history": ranker})
+            ranks |= self._rank(self.test, {f"{name}/permuted_ids": self._of(model, permuted=True)})
+        return ranks
+
+    def _with_popularity(self, name: str, ranker: Ranker) -> dict[str, Ranker]:
+        """The cheapest baseline of all that slots may bring: how often items were met, added to the score."""
+        popularity = Ranker.of_counts(self.run.dataset.train_counts_N)
+        fused, self.weights[name + POPULAR] = fuse(popularity, ranker, self.validation)
+        return {name + POPULAR: fused}
+
+    def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker]) -> Ranks:
+        ranks = rank_all(batch, rankers, self.run.world)
+        for name in rankers:
+            self.run.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
+        return ranks
+
+    def _of(self, model: RaRec, permuted: bool = False) -> Ranker:
+        sources = self.run.sources
+        if permuted:
+            sources = {name: source.permuted(self.seed) for name, source in sources.items()}
+        batch_size = self.run.config.evaluate.batch_size
+        return Ranker.of_model(Encoder(model, self.run.prompts, sources, batch_size, self.run.world))
+
+
+def write_ranks(path: Path, run: Run, test: EvalBatch, ranks: Ranks) -> None:
+    """One row a test user and variant: variant, user and target by their own ids, rank. A variant is a row group."""
+    users = run.dataset.user_ids.take(pa.array(test.user_rows))
+    targets = run.dataset.item_ids.take(pa.array(test.targets))
+    columns = {"variant": pa.string(), "user": users.type, "target": targets.type, "rank": pa.int64()}
+    with pq.ParquetWriter(path, pa.schema(columns)) as writer:
+        for variant, values in ranks.items():
+            variants = pa.repeat(pa.scalar(variant), len(values))
+            writer.write_table(pa.table([variants, users, targets, pa.array(values)], schema=pa.schema(columns)))

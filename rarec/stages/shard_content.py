@@ -1,0 +1,155 @@
+"""What the shards of a run hold: the selected samples, their prompts and text-only states, and the files beside the tars.
+
+Shape letters: S samples, B samples of a shard, N items, L stored blocks, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.data.selection.select import select_samples
+from rarec.data.shards.form import Form
+from rarec.data.shards.samples import Sample
+from rarec.data.shards.truth import Truth, leak
+from rarec.errors import UserError
+from rarec.files import write_aside, write_json
+from rarec.models.text_states import Schedule, text_states
+from rarec.prompts import Encoded
+from rarec.prompts.hybrid import parse_template
+from rarec.stages.run import Run
+
+ITEM_STATES = "item_states.npy"
+TARGET_COUNTS = "target_counts.npy"
+"""How often each item is the target of a selected sample, (N,): its chance to be drawn into a batch."""
+SELECTION = "selection.json"
+
+
+def sample_form(run: Run, states: tuple[int, ...], vocabulary: int | None = None) -> Form:
+    """What each sample is made of; no model is loaded for it.
+
+    Args:
+        run: the run.
+        states: shape of the text-only states: blocks and, if it is known, width.
+        vocabulary: of the language model, if it is loaded.
+    """
+    config = run.config
+    vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in run.shapes.items()}
+    parts = parse_template(config.prompt.user, ["history"], list(vectors), "prompt.user")
+    marks = frozenset(part.value for part in parts if part.kind == "soft")
+    return Form(states, np.dtype(config.shards.state_dtype), vectors, marks, vocabulary)
+
+
+class ShardContent:
+    """Makes the samples of a run's shards, and the files beside the tars.
+
+    Args:
+        run: whose they are.
+
+    Raises:
+        UserError: the selection holds something else than training interactions.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        config = run.config
+        self.selection = select_samples(run.dataset, config.shards, config.run.seed, config.ids.held_out)
+        stray = leak(run.dataset, self.selection.user_rows, self.selection.positions)
+        if stray:
+            problem = f"the selected sample {stray} is no training interaction with a history: validation or test leaks"
+            raise UserError(problem, "this is a defect of rarec: please report it, with the configuration")
+
+    @cached_property
+    def cut_S(self) -> npt.NDArray[np.int8]:
+        """Which samples' prompts were cut; -1 where they were not made here."""
+        return np.full(self.total, -1, np.int8)
+
+    @property
+    def total(self) -> int:
+        """Number of samples."""
+        return len(self.selection.user_rows)
+
+    def truth(self, form: Form) -> Truth:
+        """What the tars should hold, given what each sample is made of."""
+        selection, per_shard = self.selection, self.run.config.shards.samples_per_shard
+        return Truth(self.run.dataset, selection.user_rows, selection.positions, per_shard, form)
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """The blocks whose states are stored.
+
+        Raises:
+            UserError: the model lacks one of them.
+        """
+        count, chosen = len(self.run.llm.backbone.blocks), self.run.config.shards.state_blocks
+        blocks = sorted(set(chosen)) if chosen is not None else list(range(count))
+        if blocks[-1] >= count:
+            raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
+        return blocks
+
+    @property
+    def target_counts_N(self) -> npt.NDArray[np.int64]:
+        """How often each item is a target."""
+        dataset, selection = self.run.dataset, self.selection
+        return np.bincount(dataset.items_at(selection.user_rows, selection.positions), minlength=dataset.n_items)
+
+    @property
+    def sidecars(self) -> dict[str, Callable[[], Any]]:
+        """What makes each file beside the tars and their index: an array, or JSON."""
+        return {
+            ITEM_STATES: self._item_states,
+            TARGET_COUNTS: lambda: self.target_counts_N,
+            SELECTION: lambda: self.selection.report,
+        }
+
+    def samples(self, places: range) -> Iterator[Sample]:
+        """The samples at these places of the selection."""
+        run, dataset = self.run, self.run.dataset
+        users = self.selection.user_rows[places.start : places.stop]
+        positions = self.selection.positions[places.start : places.stop]
+        histories = [dataset.history(int(user), int(position)) for user, position in zip(users, positions, strict=True)]
+        prompts = [run.prompts.user(history) for history in histories]
+        self.cut_S[places.start : places.stop] = [prompt.cut for prompt in prompts]
+        states_BLD = self._states(prompts, run.world.in_lockstep)
+        vectors = {name: source.user_vectors(users, histories) for name, source in run.sources.items()}
+        for at, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
+            target = int(dataset.sequence(user)[position])
+            own = {name: array[at] for name, array in vectors.items()}
+            tokens, marks = prompts[at].tokens_T, prompts[at].marks
+            yield Sample(user, position, target, histories[at].astype(np.int32), tokens, marks, states_BLD[at], own)
+
+    def cut_users(self) -> int:
+        """Number of samples whose prompt was cut; those that a killed run made are looked at again."""
+        cut_S = self.run.world.all_reduce_max_(self.cut_S)
+        for place in np.flatnonzero(cut_S < 0):
+            user, position = int(self.selection.user_rows[place]), int(self.selection.positions[place])
+            cut_S[place] = self.run.prompts.user(self.run.dataset.history(user, position)).cut
+        return int(cut_S.sum())
+
+    def say_size(self) -> None:
+        """Say what the stored states will take."""
+        config, items = self.run.config.shards, self.run.dataset.n_items
+        width = np.dtype(config.state_dtype).itemsize * self.run.llm.backbone.hidden_size * len(self.blocks)
+        sizes = f"{self.total * width / 1e6:.0f} MB for users, {items * width / 1e6:.0f} MB for items"
+        self.run.say(f"text-only states of {len(self.blocks)} blocks: {width / 1e3:.1f} kB a text, {sizes}")
+
+    def _item_states(self) -> npt.NDArray[np.floating]:
+        prompts, world = self.run.prompts, self.run.world
+        items = [prompts.item(row) for row in range(self.run.dataset.n_items)]
+        return world.all_reduce_sum_(self._states(items, world.split_in_lockstep))
+
+    def _states(self, prompts: list[Encoded], schedule: Schedule) -> npt.NDArray[np.floating]:
+        llm, dtype = self.run.llm, self.run.config.shards.state_dtype
+        return text_states(llm.backbone, prompts, self.blocks, llm.tokenizer.filler, dtype=dtype, schedule=schedule)
+
+
+def write_sidecar(path: Path, made: Any) -> None:
+    """Write a file beside the tars: an array, or JSON."""
+    if path.suffix == ".json":
+        write_json(path, made)
+        return
+    with write_aside(path) as file:
+        np.save(file, made, allow_pickle=False)

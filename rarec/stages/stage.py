@@ -1,0 +1,346 @@
+"""A stage of a run: what shapes its artefact, what the artefact is made from, and how it is built.
+
+`Stage.make` is the one place that locks, decides whether anything is to be done, builds aside, resumes, writes the
+manifest and replaces what was there, for every stage and on any number of ranks. A sweep and a plan ask the same
+objects how far a run is: so the modules of stages import what is heavy (torch, models) where they build, not on top.
+"""
+
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rarec.artefacts import (
+    MANIFEST,
+    SCHEMA,
+    Manifest,
+    check_files,
+    check_made_from,
+    check_settings,
+    read_manifest,
+    rebuild,
+    sha256_json,
+    write_manifest,
+)
+from rarec.errors import Stopped, UserError
+from rarec.files import (
+    drop_stale,
+    lock_file,
+    new_directory,
+    read_json,
+    replace_directory,
+    restore_replaced,
+    try_lock,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from rarec.stages.run import Run
+
+BEGUN = ".begun.json"
+"""In the directory of a resumable stage while it is built: kind, settings and inputs, as its manifest will have them."""
+PROGRESS = ".progress"
+"""In that directory, what a stage needs to resume; dropped when the artefact is whole."""
+POLL = 0.5
+"""Seconds between looks at a lock that another process holds."""
+_DIGITS = 16
+"""Of a digest in a directory's name."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a stage has built.
+
+    Attributes:
+        figures: counts and other facts for the manifest.
+        files: names of the artefact's files, with the sha256 of those that are hashed already; None for every file in
+            the directory.
+        stop: a message, if a signal asked to stop before the stage after this one.
+    """
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str | None] | None = None
+    stop: str = ""
+
+
+class Stage(ABC):
+    """One artefact of a run. A stage of several artefacts (`ids`, `train`) has one object for each, its part.
+
+    Args:
+        run: that it belongs to.
+        part: which of the stage's artefacts, such as a variant's name; empty for a stage of one.
+    """
+
+    name: ClassVar[str]
+    """As the command, the configuration's section and the record have it."""
+    kind: ClassVar[str]
+    """Of artefact, as its manifest has it; by default the stage's name."""
+    folder: ClassVar[str]
+    """Inside `run.dir`; by default the stage's name."""
+    summary: ClassVar[str]
+    """One line for `rarec --help`."""
+    resumable: ClassVar[bool] = False
+    """Whether an interrupted build is resumed. It is then built in its own directory, and otherwise aside."""
+    cheap: ClassVar[bool] = False
+    """Whether one that was made otherwise is rebuilt. Others are refused: what took hours is not replaced unasked."""
+    shareable: ClassVar[bool] = False
+    """Whether it is kept in `run.shared`, where the configuration has that."""
+
+    def __init_subclass__(cls) -> None:
+        for attribute in ("kind", "folder"):
+            if not hasattr(cls, attribute):
+                setattr(cls, attribute, cls.name)
+
+    def __init__(self, run: "Run", part: str = "") -> None:
+        self.run, self.part = run, part
+
+    @classmethod
+    def parts(cls, run: "Run") -> list[str]:
+        """Return the parts that a run has, in their order."""
+        return [""]
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return the part of the configuration that shapes the artefact, as plain JSON values.
+
+        Raises:
+            UserError: the configuration contradicts itself.
+        """
+
+    def inputs(self) -> "dict[str, Stage]":
+        """Return the stages whose artefacts this one is made from, by the name under which it records their hashes."""
+        return {}
+
+    def outside_inputs(self) -> dict[str, str]:
+        """Return hashes of what else it is made from: files of the user's, the language model. It may take seconds."""
+        return {}
+
+    def location_key(self) -> object:
+        """Return what tells two artefacts in `run.shared` apart, beside settings and inputs: names of files."""
+        return None
+
+    @abstractmethod
+    def build(self, directory: Path) -> Built:
+        """Write the artefact's files. Every rank is here; rank 0 alone may write, except where ranks share files.
+
+        Args:
+            directory: to write to; of a resumable stage, with what an interrupted build has left there.
+        """
+
+    def verify(self, directory: Path) -> None:
+        """Check what was built, manifest and all, before it takes its place."""
+
+    @property
+    def label(self) -> str:
+        """The stage's name, and its part if it has several."""
+        return f"{self.name} {self.part}".strip()
+
+    @property
+    def directory(self) -> Path:
+        """Of the artefact."""
+        shared = self.run.config.run.shared
+        if shared is not None and self.shareable:
+            return Path(shared, "-".join(filter(None, [self.folder, self.part, self.digest])))
+        return Path(self.run.config.run.dir, self.folder, self.part)
+
+    @property
+    def digest(self) -> str:
+        """Of all that the configuration says of the artefact and of its inputs: its name in `run.shared`.
+
+        Files are known by their names here; whether their contents are the same, the manifest tells.
+        """
+        below = {name: stage.digest for name, stage in self.inputs().items()}
+        return sha256_json([self.settings(), self.location_key(), below])[:_DIGITS]
+
+    def require(self, *, outside: bool = False) -> Manifest:
+        """Return the manifest of the finished artefact.
+
+        Args:
+            outside: compare the outside inputs as well, which may take seconds.
+
+        Raises:
+            UserError: it is missing or unfinished, or was made with other settings or from other inputs than are here
+                now.
+        """
+        if not (self.directory / MANIFEST).exists() and (self.directory / BEGUN).exists():
+            raise UserError(f"{self.directory} is not finished", f"run rarec {self.name} CONFIG: it resumes")
+        manifest = read_manifest(self.directory, self.kind)
+        expected = {name: stage.hash for name, stage in self.inputs().items()}
+        check_made_from(self.directory, manifest, expected | (self.outside_inputs() if outside else {}))
+        check_settings(self.directory, manifest, self.settings())
+        return manifest
+
+    @property
+    def hash(self) -> str:
+        """Of the finished artefact, from its manifest alone."""
+        return str(read_manifest(self.directory, self.kind)["hash"])
+
+    def check_files(self) -> None:
+        """Check every file of the finished artefact against its manifest."""
+        check_files(self.directory, read_manifest(self.directory, self.kind))
+
+    def is_done(self) -> bool:
+        """Return whether the artefact is finished as the configuration says, as far as manifests tell."""
+        try:
+            self.require()
+        except (UserError, OSError):  # missing, damaged or made otherwise: the stage itself says which
+            return False
+        return True
+
+    def make(self, fresh: bool = False) -> bool:
+        """Build the artefact unless it is there; return whether anything was built.
+
+        Args:
+            fresh: build it anew. What is there stays until its replacement is whole.
+
+        Raises:
+            UserError: it was made with other settings or from other inputs, or the directory is not rarec's.
+            Stopped: a signal asked to stop.
+        """
+        world = self.run.world
+        with self._alone(fresh):
+            if not fresh and self._is_current():
+                world.run_on_main(lambda: _drop_notes(self.directory))  # a kill may have come before that
+                self.run.say(f"{self.directory} is up to date")
+                world.run_on_main(lambda: self.run.write_config(only_if_there=True))
+                return False
+            identity = self._identity()
+            world.run_on_main(self._refuse_foreign)
+            world.run_on_main(self.run.write_config)
+            self.run.changed()
+            with self._workspace(identity, fresh) as directory:
+                built = self.build(directory)
+                world.report(f"finishing {self.directory}")
+                world.run_on_main(lambda: self._finish(directory, identity, built))
+        self.run.changed()
+        if built.stop:
+            raise Stopped(built.stop)
+        return True
+
+    def _is_current(self) -> bool:
+        """Return whether the artefact is finished, made as the configuration says, from what is here now.
+
+        Raises:
+            UserError: it was made otherwise, and is not cheap.
+        """
+        if not (self.directory / MANIFEST).exists():
+            return False
+        try:
+            self.require(outside=True)
+        except UserError:
+            if self.cheap:
+                return False
+            raise
+        return True
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what the manifest says of settings and inputs."""
+        made_from = {name: stage.require()["hash"] for name, stage in self.inputs().items()}
+        settings = json.loads(json.dumps(self.settings()))
+        return {"settings": settings, "made_from": made_from | self.outside_inputs()}
+
+    def _finish(self, directory: Path, identity: Mapping[str, Any], built: Built) -> None:
+        write_manifest(directory, self.kind, **identity, files=built.files, **built.figures)
+        _drop_notes(directory)
+        self.verify(directory)
+
+    @contextmanager
+    def _workspace(self, identity: Mapping[str, Any], fresh: bool) -> Iterator[Path]:
+        """Yield the directory to build in; once the build is whole, it is `self.directory`."""
+        with self._resumed(identity, fresh) if self.resumable else self._aside() as directory:
+            yield directory
+
+    @contextmanager
+    def _aside(self) -> Iterator[Path]:
+        """Yield a new directory, which takes its place at the end; other ranks than 0 do not write to it."""
+        if not self.run.world.is_main:
+            yield self.directory
+            return
+        with new_directory(self.directory) as aside:
+            yield aside
+
+    @contextmanager
+    def _resumed(self, identity: Mapping[str, Any], fresh: bool) -> Iterator[Path]:
+        """Yield the directory in which the build goes on; what is replaced stays until the build is whole."""
+        world = self.run.world
+        final, directory = self.directory, self.directory
+        if fresh and final.exists():
+            directory = final.with_name(f".{final.name}.fresh")
+        begun = {"kind": self.kind, "schema": SCHEMA, **identity}
+        world.run_on_main(lambda: self._begin(directory, begun))
+        try:
+            yield directory
+        except BaseException:
+            if world.is_main and [path.name for path in directory.iterdir()] == [BEGUN]:
+                with suppress(OSError):
+                    shutil.rmtree(
+                        directory
+                    )  # refused before anything was built: the next attempt may be configured otherwise
+            raise
+        if directory != final:
+            world.run_on_main(lambda: replace_directory(directory, final))
+
+    def _begin(self, directory: Path, begun: Mapping[str, Any]) -> None:
+        """Note what is built here, or check that what was begun here is the same.
+
+        Raises:
+            UserError: another build was begun here.
+        """
+        restore_replaced(self.directory)
+        drop_stale(self.directory.parent, self.directory.name)
+        path = directory / BEGUN
+        if path.exists():
+            found = read_json(path, rebuild(self.kind))
+            if directory != self.directory and found != begun:
+                shutil.rmtree(directory)  # an abandoned --fresh with other settings
+            elif found.get("schema") == SCHEMA:
+                check_made_from(directory, found, begun["made_from"])
+                check_settings(directory, found, begun["settings"])
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(path, begun)
+
+    def _refuse_foreign(self) -> None:
+        """Refuse to build over a directory or file that rarec has not made.
+
+        Raises:
+            UserError: naming it.
+        """
+        path = self.directory
+        mine = any((path / name).is_file() for name in (MANIFEST, BEGUN))
+        if path.exists() and not mine and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} is there, and rarec has not made it", "move it away, or choose another run.dir")
+
+    @contextmanager
+    def _alone(self, fresh: bool) -> Iterator[None]:
+        """Keep other processes from building the same; one that comes second waits, and then finds it finished.
+
+        What is finished is only read, and for that nobody waits, so nothing is locked.
+        """
+        world, directory = self.run.world, self.directory
+        with ExitStack() as stack:
+            wanted = world.is_main and (fresh or not (directory / MANIFEST).exists())
+            lock = directory.with_name(f".{directory.name}.lock")
+            handle = stack.enter_context(lock_file(lock)) if wanted else None
+            said = False
+            # Every rank asks again and again: one long wait in a collective would look like a hang.
+            while world.all_reduce_max(int(handle is not None and not try_lock(handle))):
+                if not said:
+                    self.run.say(f"{directory} is being built by another process: waiting for it")
+                said = True
+                world.report(f"waiting for {directory}")
+                time.sleep(POLL)
+            yield
+
+
+def _drop_notes(directory: Path) -> None:
+    """Drop what a finished artefact needs no more."""
+    (directory / BEGUN).unlink(missing_ok=True)
+    progress = directory / PROGRESS
+    if progress.is_dir():
+        shutil.rmtree(progress)
+    progress.unlink(missing_ok=True)

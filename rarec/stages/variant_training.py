@@ -1,0 +1,149 @@
+"""One variant's training, put together from the rooms below: samples, model, engine, loss, validation, log."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from rarec.artefacts import check_files
+from rarec.config import Variant
+from rarec.data.shards.index import INDEX
+from rarec.data.shards.stream import SampleStream
+from rarec.models.build import aligned_blocks, trained_parameters, whole_size
+from rarec.models.encode import Encoder
+from rarec.models.objective import Objective
+from rarec.models.towers import RaRec
+from rarec.ranking.metrics import SELECTION_CUTOFFS, metric_values
+from rarec.ranking.rank import rank_shared
+from rarec.stages.feed import Feed
+from rarec.stages.fresh import bare_model, fresh_model
+from rarec.stages.run import Run, Say
+from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS
+from rarec.training.accelerator import build_accelerator
+from rarec.training.batches import Collator
+from rarec.training.checkpoints import Checkpoints, TrainingState
+from rarec.training.loader import BatchLoader
+from rarec.training.log import TrainingLog
+from rarec.training.loop import Trainer
+from rarec.training.stopping import StopSignals
+from rarec.world import World
+
+
+def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Checkpoints) -> tuple[dict[str, Any], str]:
+    """Train one variant, or resume its training; return figures for the manifest, and a message if a signal came.
+
+    Everything that can be refused is refused before anything is written.
+
+    Args:
+        run: of the variant.
+        variant: to train.
+        directory: for its log, and the record of samples that are left out.
+        checkpoints: of this training.
+    """
+    config, world, manifest = run.config.train, run.world, run.stage("shards").require()
+    world.report(f"loading the model of variant {variant.name}", 0)
+    for each in run.config.trained_variants:
+        aligned_blocks(run.config, each, len(run.llm.backbone.blocks))
+    read_whole = (ITEM_STATES, TARGET_COUNTS, INDEX)  # samples are checked one by one
+    world.run_on_main(lambda: check_files(run.directory("shards"), manifest, names=read_whole))
+    feed = Feed(run, manifest)
+    excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
+    stream = feed.stream(excluded)
+    stream.plan.check_ranks(world.size * config.accumulate, config.epochs)
+    accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None
+    if run.engine.advice(run.config.llm):
+        run.say(run.engine.advice(run.config.llm))
+    world.run_on_main(lambda: feed.record(directory, excluded))
+    state = _resumed(checkpoints, world, run.say)
+    trainer = _trainer(run, variant, feed, stream, checkpoints, state)
+    trained = sum(map(whole_size, trained_parameters(trainer.model).values()))
+    stopped = _fit(run, variant, directory / "log.jsonl", trainer, state, accelerator)
+    _say_result(run.say, variant, state, trainer.steps)
+    told = "stopped by a signal before what comes next" if world.all_reduce_max(int(stopped)) else ""
+    figures = {**asdict(state), "trainable_parameters": trained, "skipped_samples": len(excluded)}
+    return figures, f"{variant.title} is trained; {told}" if told else ""
+
+
+def _say_result(say: Say, variant: Variant, state: TrainingState, steps: int) -> None:
+    say(f"{variant.title}: best validation NDCG@100 {state.best_value:.4f} at step {state.best_step} of {steps}")
+    if state.best_step == steps and steps:
+        say(f"{variant.title} was still improving at the last step: raise train.epochs")
+
+
+def _fit(
+    run: Run,
+    variant: Variant,
+    log: Path,
+    trainer: Trainer,
+    state: TrainingState,
+    accelerator: Accelerator | None,
+) -> bool:
+    """Train to the end, or until a signal comes; return whether one came too late to stop this training."""
+    if accelerator is not None:
+        accelerator.init_trackers("log")
+    try:
+        with StopSignals().noted() as signals:
+            trainer.run(
+                state, lambda steps, done: TrainingLog(log, accelerator, steps, done, variant.title, run.say), signals
+            )
+            return signals.came
+    finally:
+        trainer.optimisation.end()
+        for tracker in accelerator.trackers if accelerator is not None else ():
+            tracker.finish()  # not `end_training`, which ends the process group as well
+
+
+def _resumed(checkpoints: Checkpoints, world: World, say: Say) -> TrainingState:
+    """Return the state of the newest whole checkpoint, as rank 0 finds it; a new one where there is none."""
+    step = world.run_on_all(lambda: checkpoints.newest(say) if world.is_main else None)
+    newest = world.all_reduce_max(-1 if step is None else step)
+    state = checkpoints.state(newest) if newest >= 0 else TrainingState()
+    if world.all_reduce_max(int(state.best_step is None)):  # another machine may still list what rank 0 has dropped
+        state.forget_best()
+    return state
+
+
+def _trainer(
+    run: Run, variant: Variant, feed: Feed, stream: SampleStream, checkpoints: Checkpoints, state: TrainingState
+) -> Trainer:
+    config, shards, world = run.config, feed.manifest, run.world
+    item_states_NLD = np.load(run.directory("shards") / ITEM_STATES, mmap_mode="r")
+    counts_N = torch.from_numpy(np.load(run.directory("shards") / TARGET_COUNTS))
+    if state.step:
+        model = bare_model(run, variant, run.load_llm(variant))
+        checkpoints.load(model, state.step)
+    else:
+        model = fresh_model(run, variant, shards, item_states_NLD, stream)
+    optimisation = run.engine.train(model, config.train)
+    collate = Collator(model, run.prompts, run.sources, item_states_NLD, config.alignment.id_dropout)
+    return Trainer(
+        config.train,
+        config.run.seed,
+        model,
+        optimisation,
+        Objective(config.loss, counts_N, tuple(shards["state_blocks"]), world),
+        BatchLoader(stream, collate, config.train.stream.workers, world, config.train.accumulate),
+        validation(run, model),
+        checkpoints,
+        world,
+        config.train.steps(stream.plan.total(config.train.epochs), trained_parameters(model)),
+    )
+
+
+def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:
+    """Return a function that ranks the full catalogue with the model as it is, for a fixed subset of validation users."""
+    dataset, config = run.dataset, run.config
+    targets = dataset.targets("validation", config.train.validation_users, config.run.seed)
+    histories = [dataset.history(int(u), int(p)) for u, p in zip(targets.user_rows, targets.positions, strict=True)]
+    encoder = Encoder(model, run.prompts, run.sources, config.evaluate.batch_size, run.world)
+
+    def validate() -> dict[str, float]:
+        users_BZ, items_NZ = encoder.users(targets.user_rows, histories), encoder.items()
+        ranks_B = rank_shared(users_BZ, items_NZ, targets.item_rows, histories, run.world)
+        return {name: float(values.mean()) for name, values in metric_values(ranks_B, SELECTION_CUTOFFS).items()}
+
+    return validate
