@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 
 from rarec.errors import EXIT_CODE, Stopped, UserError
+from rarec.progress import console
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run
@@ -21,7 +21,6 @@ FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFB
 """How a full disk, a spent quota and too small a file limit read."""
 STOPPED = 130
 """The exit code that shells give a command ended by Ctrl-C."""
-console = Console(stderr=True, highlight=False)
 
 
 def say(line: str) -> None:

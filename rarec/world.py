@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rarec.errors import UserError
+from rarec.progress import track
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -85,14 +86,14 @@ class World:
         Every rank yields equally often, because a sharded model must be called equally often on all ranks: a rank with
         one job fewer repeats another rank's, marked False.
         """
-        for start in range(0, len(jobs), self.size):
+        for start in track(range(0, len(jobs), self.size), self.place.doing):
             at = start + self.rank
             self.report(self.place.doing)
             yield (True, jobs[at]) if at < len(jobs) else (False, jobs[start])
 
     def in_lockstep(self, jobs: Sequence[T]) -> Iterator[tuple[bool, T]]:
         """Yield this rank's own jobs, marked True, then repeat the last one, marked False, until all ranks are done."""
-        for at in range(self.all_reduce_max(len(jobs))):
+        for at in track(range(self.all_reduce_max(len(jobs))), self.place.doing):
             self.report(self.place.doing)
             yield (True, jobs[at]) if at < len(jobs) else (False, jobs[-1])
 

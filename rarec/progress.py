@@ -1,0 +1,99 @@
+"""Progress of long loops: a bar with the time left on a terminal, sparse lines elsewhere; nothing for short ones."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+PATIENCE = 5.0
+"""Seconds after which a loop's progress is shown."""
+SPARSE = 15.0
+"""Seconds between lines where there is no terminal."""
+console = Console(stderr=True, highlight=False)
+"""For messages and bars: standard output is for results."""
+_bars = Progress(
+    TextColumn("{task.description}"),
+    BarColumn(bar_width=12),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[facts]}"),
+    TimeRemainingColumn(compact=True),
+    console=console,
+    transient=True,
+)
+"""One display for all tasks, because a validation runs inside a training; it fits 80 columns."""
+
+
+class Task:
+    """One loop under way.
+
+    Args:
+        title: for the user.
+        total: steps of the loop.
+        done: steps that were done before.
+        patience: seconds before it is shown.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, patience: float = PATIENCE) -> None:
+        self._title, self._total, self._done, self._patience = title, total, done, patience
+        self._first, self._started = done, time.monotonic()
+        self._said = self._started
+        self._bar: TaskID | None = None
+        self._speaks = os.environ.get("RANK", "0") == "0"
+
+    def update(self, done: int, facts: str = "") -> None:
+        """Show that so many steps are done, with a few facts behind the bar."""
+        self._done = done
+        now = time.monotonic()
+        if not self._speaks or now - self._started < self._patience:
+            return
+        if console.is_terminal:
+            self._draw(facts)
+        elif now - self._said > SPARSE or (done == self._total and now - self._started > SPARSE):
+            self._said = now
+            left = (now - self._started) / max(1, done - self._first) * (self._total - done)
+            text = f"{self._title}: {facts or f'{done}/{self._total}'}"
+            console.print(text + (f", about {_clock(left)} left" if left else ""), markup=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            _bars.remove_task(self._bar)
+            self._bar = None
+            if not _bars.tasks:
+                _bars.stop()
+
+    def _draw(self, facts: str) -> None:
+        if self._bar is None:
+            self._bar = _bars.add_task(self._title, total=self._total, completed=self._first, facts="")
+            _bars.start()
+        _bars.update(self._bar, completed=self._done, facts=facts)
+
+
+@contextmanager
+def task(title: str, total: int, done: int = 0, patience: float = PATIENCE) -> Iterator[Task]:
+    """Show a loop's progress while it lasts."""
+    shown = Task(title, total, done, patience)
+    try:
+        yield shown
+    finally:
+        shown.end()
+
+
+def track(jobs: Sequence[T], title: str) -> Iterator[T]:
+    """Yield the jobs one by one, showing how far they are."""
+    with task(title, len(jobs)) as shown:
+        for done, job in enumerate(jobs):
+            shown.update(done)
+            yield job
+
+
+def _clock(seconds: float) -> str:
+    """Format a time for people: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
