@@ -1,8 +1,31 @@
 """RA-Rec: pre-trained ID embeddings as soft prompts in every block of a frozen language model.
 
+```python
+import rarec
+
+run = rarec.Run("mine.yaml")
+run.run()
+run.metrics()
+```
+
 Data flows one way through the rooms of this package; a room imports only from rooms before it:
 config -> data -> ranking -> ids -> prompts -> models -> training -> evaluation -> serving.
 `rarec.stages` puts them together, one module a stage; `rarec.sweep` runs them many times; `rarec.cli` is a thin shell.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rarec.stages.run import Run
+
 __version__ = "0.1.0"
+__all__ = ["Run", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public when it is asked for: `import rarec` alone loads nothing heavy."""
+    if name == "Run":
+        from rarec.stages.run import Run
+
+        return Run
+    raise AttributeError(f"module 'rarec' has no attribute {name!r}")

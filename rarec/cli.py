@@ -1,7 +1,8 @@
-"""The `rarec` command: one thin sub-command a stage. Heavy imports wait until a stage needs them."""
+"""The `rarec` command: one thin sub-command a stage. Heavy imports wait until a command needs them."""
 
 import shlex
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from rarec.entry import console, guarded, open_run, run_stage, say, stoppable, watched
+from rarec.entry import guarded, open_run, run_stage, say, stoppable, watched
 from rarec.errors import UserError
+from rarec.progress import console
+from rarec.stages import STAGES
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run
 
+IN_ORDER = "Stages, in order"
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -24,9 +28,9 @@ app = typer.Typer(
     A run is one YAML file and the stages below, in this order; each resumes by itself and refuses inputs that do not
     belong together. `rarec run CONFIG` does them all. Override fields like this: `rarec run CONFIG train.epochs=3`.""",
 )
-Config = Annotated[Path, typer.Argument(help="Run configuration, YAML. Ours lie in configs/runs/.", show_default=False)]
+Config = Annotated[Path, typer.Argument(help="Run configuration, YAML. Start from `rarec init`.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", show_default=False)]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Make it again, replacing what was made before.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Build anew; what is there stays until its replacement is whole.")]
 
 
 @app.command(rich_help_panel="Before")
@@ -34,12 +38,12 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="GPUs in each machine.")] = 1,
-    memory: Annotated[str | None, typer.Option(help="Of a GPU, as in 80GB; the device's own by default.")] = None,
-    zero: Annotated[str | None, typer.Option(help="0 (DDP), 1, 2, 3 or fsdp2; what is advised by default.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Of a GPU, as in 80GB; by default that of the device.")] = None,
+    zero: Annotated[str | None, typer.Option(help="0 (DDP), 1, 2, 3 or fsdp2; by default the advised one.")] = None,
     machines: Annotated[int, typer.Option(help="Machines.")] = 1,
     device: Annotated[str, typer.Option(help="Kind of GPU, for speed: H100, A100, L40S, ...")] = "H100",
 ) -> None:
-    """What training takes on these GPUs: memory, traffic, hours; whether it fits, on what engine, or what to change.
+    """Say what training takes on these GPUs: memory, traffic, hours; whether it fits, by which engine, what to change.
 
     Nothing is loaded but the language model's config.json. Next: the command that it prints
     """
@@ -53,30 +57,36 @@ def plan(
         print(part) if isinstance(part, str) else out.print(part)
 
 
-@app.command(rich_help_panel="Stages, in order")
-def prepare(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """1. Logs to a prepared dataset: ids, order, split. Next: rarec ids CONFIG"""
-    run_stage("prepare", config, overrides, fresh)
+def _command(name: str) -> Callable[[Path, list[str] | None, bool], None]:
+    """Return the command of a stage."""
+
+    def command(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+        run_stage(name, config, overrides, fresh)
+
+    return command
 
 
-@app.command(rich_help_panel="Stages, in order")
-def ids(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """2. Train or import ID embeddings. Next: rarec shards CONFIG"""
-    run_stage("ids", config, overrides, fresh)
+def _help(name: str) -> str:
+    """Return a stage's help: its place, what it does, the command after it."""
+    names = list(STAGES)
+    at = names.index(name)
+    then = f"rarec {names[at + 1]} CONFIG" if at + 1 < len(names) else "open it in a browser"
+    return f"{at + 1}. {STAGES[name].summary} Next: {then}"
 
 
-@app.command(rich_help_panel="Stages, in order")
 def shards(
     config: Config,
     overrides: Overrides = None,
     fresh: Fresh = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the shards that are there; make nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the shards that are there; build nothing.")] = False,
     deep: Annotated[bool, typer.Option("--deep", help="With --verify: look into every sample as well.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="With --verify: make again only what is broken.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="With --verify: rebuild only what is broken.")] = False,
 ) -> None:
-    """3. Select samples, cache text states, write shards. Next: rarec train CONFIG, or launch/train.py on ranks"""
+    """Build, check or repair the shards."""
     if ((repair or deep) and not verify) or (fresh and verify):
-        raise UserError("--repair and --deep go with --verify, and --verify not with --fresh")
+        raise UserError(
+            "--repair and --deep go with --verify, and --verify not with --fresh", "see rarec shards --help"
+        )
     if not verify:
         run_stage("shards", config, overrides, fresh)
         return
@@ -84,28 +94,9 @@ def shards(
         print(import_module("rarec.stages.verify").verify(open_run(config, overrides), repair, deep))
 
 
-@app.command(rich_help_panel="Stages, in order")
-def train(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """4. Train every variant (as launch/train.py does). Next: rarec evaluate CONFIG, or launch/evaluate.py"""
-    run_stage("train", config, overrides, fresh)
-
-
-@app.command(rich_help_panel="Stages, in order")
-def evaluate(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """5. Rank the whole catalogue with every variant (as launch/evaluate.py does). Next: rarec export CONFIG"""
-    run_stage("evaluate", config, overrides, fresh)
-
-
-@app.command(rich_help_panel="Stages, in order")
-def export(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """6. Write the bundle to take away. Next: rarec report CONFIG"""
-    run_stage("export", config, overrides, fresh)
-
-
-@app.command(rich_help_panel="Stages, in order")
-def report(config: Config, overrides: Overrides = None) -> None:
-    """7. One HTML file of everything that was found. Next: open it in a browser"""
-    print(run_stage("report", config, overrides).directory("report") / "report.html")
+for _name in STAGES:
+    _does = shards if _name == "shards" else _command(_name)
+    app.command(_name, help=_help(_name), rich_help_panel=IN_ORDER)(_does)
 
 
 @app.command(rich_help_panel="All at once")
@@ -115,7 +106,7 @@ def run(
     fresh: Fresh = False,
     stages: Annotated[str | None, typer.Option(help="Only these, as in 'prepare ids'; all by default.")] = None,
 ) -> None:
-    """Every stage in order; what is done already stays. Ends with the table, and where report and bundle are."""
+    """Run every stage in order; what is finished stays. Ends with the table, and where report and bundle are."""
     with stoppable():
         opened = open_run(config, overrides)
         with watched(opened):
@@ -126,14 +117,14 @@ def run(
 
 @app.command(rich_help_panel="All at once")
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Sweep, YAML. Ours lie in configs/sweeps/.")],
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Sweep, YAML: a base, seeds, runs.")],
     overrides: Overrides = None,
-    listed: Annotated[bool, typer.Option("--list", help="Print the runs, each with its state; run nothing.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Print the runs with their states; run nothing.")] = False,
     only: Annotated[str | None, typer.Option(help="A glob over the names of runs.")] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit what is not done, as arrays of jobs.")] = False,
     sbatch: Annotated[str, typer.Option(help="With --slurm: more options of sbatch, in one text.")] = "",
 ) -> None:
-    """Many runs of one configuration, one after the other; what is done is skipped, what they share is made once."""
+    """Run many variations of one configuration; what is done is skipped, what they share is made once."""
     if sbatch and not slurm:
         raise UserError("--sbatch is for jobs", "give it together with --slurm")
     if listed and slurm:
@@ -151,18 +142,18 @@ def recommend(
     config: Config,
     overrides: Overrides = None,
     user: Annotated[str, typer.Option(help="The user's id, as in the log.")] = ...,  # type: ignore[assignment]
-    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
-    bundle: Annotated[Path | None, typer.Option(help="A bundle directory; the run's own by default.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of items.")] = 10,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle directory; by default the run's own.")] = None,
 ) -> None:
-    """The best new items for one user, from the bundle."""
-    run = open_run(config, overrides)
-    for item, title in import_module("rarec.stages.export").recommend(run, user, k, bundle):
+    """Print the best new items for one user, by the bundle."""
+    opened = open_run(config, overrides)
+    for item, title in import_module("rarec.stages.export").recommend(opened, user, k, bundle):
         print(f"{item}\t{title}")
 
 
-@app.command(rich_help_panel="Afterwards")
+@app.command(rich_help_panel="Before")
 def doctor() -> None:
-    """What this machine can run: devices, engines, compilers, models, and what is missing."""
+    """Say what this machine can run: devices, engines, compilers, models, and what is missing."""
     from rarec.doctor import checks, doctor_table
 
     Console().print(doctor_table(checks()))
@@ -197,5 +188,5 @@ def _options(
 
 
 def main() -> None:
-    """Entry point of the `rarec` command."""
+    """Run the `rarec` command."""
     guarded(app)
