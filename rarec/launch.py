@@ -23,9 +23,9 @@ def run(stage: str, config: Path, overrides: Sequence[str], fresh: bool = False)
     """Run a stage on this rank, which watches over the others."""
     with stoppable():
         context = open_context(config, list(overrides), fresh)
-        from rarec.training.watch import Watch
+        from rarec.training.watchdog import Watchdog
 
-        with Watch.over(context.world, _say):
+        with Watchdog.over(context.world, _say):
             import_module("rarec.stages.record").perform(context, stage)
 
 

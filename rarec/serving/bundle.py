@@ -13,7 +13,7 @@ from rarec.config.identity import BUNDLED, bundle_settings
 from rarec.errors import UserError
 from rarec.files import new_directory, write_text
 from rarec.models.build import SourceShape, build_model
-from rarec.models.load import LoadedModel
+from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec
 from rarec.models.weights import load_weights, save_weights
 from rarec.serving.card import model_card

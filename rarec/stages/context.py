@@ -24,7 +24,7 @@ from rarec.files import lock_file, try_lock, write_text
 from rarec.ids.make import source_identity
 from rarec.ids.source import Source, open_source
 from rarec.models.build import SourceShape, slots_reserved
-from rarec.models.load import LoadedModel, convert, load_model, with_adapter
+from rarec.models.language_model import LoadedModel, convert, load_model, with_adapter
 from rarec.paths import RunPaths
 from rarec.prompts import PromptPair
 from rarec.world import World

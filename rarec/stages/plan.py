@@ -24,7 +24,7 @@ from rarec.planning.samples import Batches, Samples
 from rarec.planning.setting import Cluster
 from rarec.planning.table import Plan
 from rarec.stages.context import Context
-from rarec.stages.feed import batch_plan
+from rarec.training.feed import batch_plan
 
 
 def plan(context: Context, cluster: Cluster, asked: Stage | None) -> Plan:

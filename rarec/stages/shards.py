@@ -17,7 +17,7 @@ from rarec.data.shards.truth import Truth, leak
 from rarec.data.shards.writing import drop_notes, finish_shards, write_shards
 from rarec.errors import UserError
 from rarec.files import write_aside, write_json
-from rarec.models.text_states import Schedule, text_states
+from rarec.models.encode import Split, text_states
 from rarec.prompts import Encoded
 from rarec.prompts.hybrid import parse_template
 from rarec.stages.context import Context
@@ -209,9 +209,9 @@ class ShardParts:
         items = [prompts.item(row) for row in range(self.context.dataset.n_items)]
         return world.all_reduce_sum_(self._states(items, world.split_in_lockstep))
 
-    def _states(self, prompts: list[Encoded], schedule: Schedule) -> npt.NDArray[np.floating]:
+    def _states(self, prompts: list[Encoded], split: Split) -> npt.NDArray[np.floating]:
         llm, dtype = self.context.llm, self.context.config.shards.state_dtype
-        return text_states(llm.backbone, prompts, self.blocks, llm.tokenizer.filler, dtype=dtype, schedule=schedule)
+        return text_states(llm.backbone, prompts, self.blocks, llm.tokenizer.filler, dtype=dtype, split=split)
 
 
 def _identity(context: Context) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,39 +1,42 @@
 """`accelerate launch launch/train.py`: train every variant of the configuration, each at the same budget."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
 from rarec.artefacts import check_files, write_manifest
 from rarec.config import VARIANTS, Variant
 from rarec.config.identity import variant_settings
-from rarec.data.shards.index import INDEX
+from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.index import INDEX, map_npy
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import Stopped
 from rarec.files import write_json
 from rarec.models.build import aligned_blocks, trained_parameters, whole_size
 from rarec.models.encode import Encoder
-from rarec.models.objective import Objective
+from rarec.models.initialise import Initialiser
+from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking.metrics import SELECTION_CUTOFFS, metric_values
 from rarec.ranking.rank import rank_shared
 from rarec.stages.context import Context, Say
-from rarec.stages.feed import Feed
-from rarec.stages.fresh import bare_model, fresh_model
-from rarec.stages.shards import ITEM_STATES, TARGET_COUNTS, finished_shards
-from rarec.stages.trained import checkpoints_of
+from rarec.stages.shards import ITEM_STATES, TARGET_COUNTS, finished_shards, sample_form
+from rarec.stages.trained import bare_model, checkpoints_of
 from rarec.training.accelerator import build_accelerator
-from rarec.training.batches import Collator
 from rarec.training.checkpoints import Checkpoints, TrainingState
+from rarec.training.feed import Feed, first_samples
 from rarec.training.finished import DONE
-from rarec.training.loader import BatchLoader
-from rarec.training.log import TrainingLog
+from rarec.training.loader import BatchLoader, Collator
 from rarec.training.loop import Trainer
-from rarec.training.stopping import StopSignals
+from rarec.training.signals import StopSignals
+from rarec.training.step_metrics import TrainingLog
 from rarec.world import World
 
 
@@ -43,7 +46,7 @@ def train(context: Context) -> None:
     read_whole = {name: manifest["files"].get(name) for name in (ITEM_STATES, TARGET_COUNTS, INDEX)}
     # samples are checked one by one
     context.world.run_on_main(lambda: check_files(context.paths.shards, {**manifest, "files": read_whole}))
-    feed = Feed(context, manifest)
+    feed = open_feed(context, manifest)
     if context.engine.advice(context.config.llm):
         context.say(context.engine.advice(context.config.llm))
     for name in context.config.train.variants:
@@ -66,7 +69,7 @@ def train_variant(context: Context, variant: Variant, feed: Feed) -> None:
     context.made = True
     checkpoints = checkpoints_of(context, variant)
     excluded = feed.exclusions(directory, begun=begun and bool(checkpoints.steps()))
-    stream = feed.stream(excluded)
+    stream = open_stream(context, feed, excluded)
     stream.plan.check_ranks(world.size * config.accumulate, config.epochs)
     accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None
     if not begun:  # nothing was written or thrown away before all that can be refused was
@@ -97,13 +100,13 @@ def _sit(
     if accelerator is not None:
         accelerator.init_trackers("log")
     try:
-        with StopSignals().noted() as signals:
+        with StopSignals().recorded() as signals:
             trainer.run(
                 state,
                 lambda steps, done: TrainingLog(path, accelerator, steps, done, variant.title, context.say),
                 signals,
             )
-            return signals.came
+            return signals.received
     finally:
         trainer.optimisation.end()
         for tracker in accelerator.trackers if accelerator is not None else ():
@@ -134,10 +137,11 @@ def _trainer(
     item_states_NLD = np.load(context.paths.shards / ITEM_STATES, mmap_mode="r")
     counts_N = torch.from_numpy(np.load(context.paths.shards / TARGET_COUNTS))
     if state.step:
-        model = bare_model(context, variant, context.load_llm(variant))
+        model = bare_model(context, variant)
         checkpoints.load(model, state.step)
     else:
-        model = fresh_model(context, variant, shards, item_states_NLD, stream)
+        initialiser = open_initialiser(context, shards["state_blocks"], item_states_NLD)
+        model = initialiser.new_model(variant, partial(first_samples, stream))
     optimisation = context.engine.train(model, config.train)
     collate = Collator(model, context.prompts, context.sources, item_states_NLD, config.alignment.id_dropout)
     return Trainer(
@@ -151,6 +155,34 @@ def _trainer(
         checkpoints,
         world,
         config.train.steps(stream.plan.total(config.train.epochs), trained_parameters(model)),
+    )
+
+
+def open_feed(context: Context, manifest: dict[str, Any]) -> Feed:
+    """Return the training samples of the run's shards, given their manifest."""
+    return Feed(context.config, context.paths.shards, manifest, context.paths.cache, context.shapes, context.say)
+
+
+def open_stream(context: Context, feed: Feed, excluded: Numbers) -> SampleStream:
+    """Return the stream of the training samples without the excluded."""
+    states_NLD = map_npy(context.paths.shards / ITEM_STATES)
+    vocabulary = context.llm.backbone.model.get_input_embeddings().num_embeddings
+    return feed.stream(excluded, context.dataset.n_items, sample_form(context, states_NLD.shape[1:], vocabulary))
+
+
+def open_initialiser(
+    context: Context, state_blocks: Sequence[int], item_states_NLD: npt.NDArray[np.floating]
+) -> Initialiser:
+    """Return what builds the run's variants before their first step."""
+    return Initialiser(
+        context.config,
+        context.load_llm,
+        context.prompts,
+        context.sources,
+        state_blocks,
+        item_states_NLD,
+        context.engine.serving,
+        context.world,
     )
 
 

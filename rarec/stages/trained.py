@@ -6,9 +6,9 @@ from rarec.artefacts import check_files, is_current, read_manifest, sha256_json
 from rarec.config import Variant
 from rarec.config.identity import evaluate_settings, variant_settings
 from rarec.errors import UserError
+from rarec.models.build import build_model
 from rarec.models.towers import RaRec
 from rarec.stages.context import Context
-from rarec.stages.fresh import bare_model
 from rarec.stages.shards import finished_shards
 from rarec.training.checkpoints import Checkpoints, Torn
 from rarec.training.finished import read_done, training_hash
@@ -58,6 +58,12 @@ def finished_evaluation(context: Context) -> dict[str, Any]:
     return manifest
 
 
+def bare_model(context: Context, variant: Variant) -> RaRec:
+    """Return a variant's towers over the language model; their weights are not set."""
+    loaded = context.load_llm(variant)
+    return build_model(context.config, variant, loaded, context.shapes, context.prompts.sources)
+
+
 def best_model(context: Context, variant: Variant) -> RaRec:
     """A trained variant at its best validation, for `context.engine` to serve.
 
@@ -66,7 +72,7 @@ def best_model(context: Context, variant: Variant) -> RaRec:
             checkpoint is torn.
     """
     best = finished_training(context, variant)["best_step"]
-    model = bare_model(context, variant, context.load_llm(variant))
+    model = bare_model(context, variant)
     try:
         checkpoints_of(context, variant).load(model, best)
     except Torn as torn:  # a later checkpoint is another model: none takes its place in silence
