@@ -60,9 +60,9 @@ def watched(run: "Run") -> Iterator[None]:
     if run.world.size == 1:
         yield
         return
-    from rarec.training.watch import Watch
+    from rarec.training.watchdog import Watchdog
 
-    with Watch.over(run.world, print_from_any_rank):
+    with Watchdog.over(run.world, print_from_any_rank):
         yield
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 START = multiprocessing.get_context("forkserver")
 START.set_forkserver_preload(
-    ["tests.ranks", "rarec.stages.run", "rarec.training.engines.zero", "rarec.training.log", "rarec.training.watch"]
+    ["tests.ranks", "rarec.stages.run", "rarec.training.engines.zero", "rarec.training.loop", "rarec.training.watchdog"]
 )
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "fsdp2")

@@ -23,10 +23,10 @@ from transformers import (
 from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone, pool_text
-from rarec.models.cpu_attention import NAME
-from rarec.models.load import load_model
+from rarec.models.encode import text_states
+from rarec.models.language_model import load_model
+from rarec.models.llm_attention import SDPA_FLOAT32
 from rarec.models.slots import Slots
-from rarec.models.text_states import text_states
 from rarec.prompts import Encoded
 from tests.synthetic import tiny_model, tiny_tokenizer, write_llm
 
@@ -120,7 +120,7 @@ def test_on_a_cpu_bfloat16_attention_is_computed_in_float32(saved, kind):
     ours, *of_ours = states(dtype="bfloat16")
     theirs, *of_theirs = states(dtype="bfloat16", attention="sdpa")
     chosen = [loaded.backbone.trunk.config._attn_implementation for loaded in (ours, theirs)]
-    assert chosen == [NAME, "sdpa"]
+    assert chosen == [SDPA_FLOAT32, "sdpa"]
     assert ours.identity == theirs.identity
     for one, other in zip(of_ours, of_theirs, strict=True):
         assert torch.cosine_similarity(one, other, dim=0) > 0.999

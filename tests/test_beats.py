@@ -1,9 +1,9 @@
 """What follows from the beats of ranks: who has failed, who is silent, who is behind."""
 
 import pytest
+from rarec.training.beats import Beat, Beats
 
 from rarec.training import beats as module
-from rarec.training.beats import Beat, Beats
 
 EVERY, STALL, DEAD = 2.0, 60.0, 30.0
 

@@ -10,7 +10,7 @@ from rarec.errors import UserError
 from rarec.models.build import SIDES, SourceShape, build_model, slots_reserved, trained_parameters
 from rarec.models.encode import side_batch
 from rarec.models.initialise import initialise
-from rarec.models.load import load_model
+from rarec.models.language_model import load_model
 from rarec.models.slots import Slots
 from rarec.prompts import PromptPair
 from tests.synthetic import title, write_llm

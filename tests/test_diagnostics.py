@@ -12,7 +12,7 @@ import torch
 
 from rarec.artefacts import read_manifest
 from rarec.config import VARIANTS
-from rarec.config.method import Readout as ReadoutConfig
+from rarec.config.method import Readout
 from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.evaluation.diagnostic_plots import every
@@ -24,10 +24,10 @@ from rarec.evaluation.sample import SideSample
 from rarec.evaluation.words import nearest_words
 from rarec.files import read_json, write_json
 from rarec.models.alignment import AlignmentModule, SlotShape
-from rarec.models.attention import slot_attention, slot_shares
 from rarec.models.backbone import FrozenBackbone
+from rarec.models.llm_attention import slot_attention, slot_shares
 from rarec.models.slots import Slots
-from rarec.models.towers import RaRec, Readout, SideBatch, Tower
+from rarec.models.towers import RaRec, ReadoutModule, SideBatch, Tower
 from rarec.prompts import Encoded, TextTokenizer
 from rarec.stages.context import Context
 from rarec.stages.diagnose import diagnostics
@@ -146,7 +146,7 @@ def make_model(
         alignment = AlignmentModule({"id": SlotShape(vectors, 4)}, blocks, HIDDEN, 2, projections)
         for _, source in alignment.named_sources():
             source.reset(torch.Generator().manual_seed(0), spread=1.0)
-        return Tower(alignment, Readout(HIDDEN, ReadoutConfig(pool="last", whiten=False, head=False)))
+        return Tower(alignment, ReadoutModule(HIDDEN, Readout(pool="last", whiten=False, head=False)))
 
     return RaRec(backbone, tower(), tower(), scale=1.0, learn_scale=False).eval()
 

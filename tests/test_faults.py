@@ -27,7 +27,7 @@ from rarec.stages.train import train
 from tests.processes import be_killed_at_rename
 
 START = multiprocessing.get_context("forkserver")  # imports once, in a process without threads
-START.set_forkserver_preload(["tests.test_faults", "rarec.models.load", "rarec.evaluation.report"])
+START.set_forkserver_preload(["tests.test_faults", "rarec.models.language_model", "rarec.evaluation.report"])
 
 
 @pytest.fixture

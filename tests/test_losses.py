@@ -7,15 +7,12 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from rarec.config.method import Loss
-from rarec.config.method import Readout as ReadoutConfig
+from rarec.config.method import Loss, Readout
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
-from rarec.models.encode import side_batch
-from rarec.models.losses import align, bpr, false_negatives, sampled_softmax
-from rarec.models.objective import Objective, Targets
-from rarec.models.text_states import text_states
-from rarec.models.towers import Encoding, RaRec, Readout, Tower
+from rarec.models.encode import side_batch, text_states
+from rarec.models.losses import LossTargets, Objective, align, bpr, false_negatives, sampled_softmax
+from rarec.models.towers import Encoding, RaRec, ReadoutModule, Tower
 from rarec.prompts import Encoded, lay_out
 from tests.synthetic import tiny_model
 
@@ -184,7 +181,7 @@ def test_half_masked_rows_have_finite_gradients():
 
 # ---- the loss of a step, in one pass
 
-PLAIN = ReadoutConfig(whiten=False, head=False)
+PLAIN = Readout(whiten=False, head=False)
 BATCH, CATALOGUE, BLOCKS = 5, 12, (0, 1, 2)
 
 
@@ -195,7 +192,7 @@ class Step:
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
         backbone = FrozenBackbone(tiny_model(kind, blocks=3), "mean", sink=kind != "bert")
-        towers = [Tower(self._alignment(vectors), Readout(32, PLAIN)) for vectors in (2, 1)]
+        towers = [Tower(self._alignment(vectors), ReadoutModule(32, PLAIN)) for vectors in (2, 1)]
         self.model = RaRec(backbone, *towers, scale=20.0, learn_scale=True)
         self.prompts = [
             [Encoded(rng.integers(1, 200, length).astype(np.int32), {"id": 0}) for length in rng.integers(4, 9, BATCH)]
@@ -219,7 +216,7 @@ class Step:
 
     def loss(self, user_states_BLD, item_states_BLD):
         histories_BH = torch.tensor([[1, 4], [2, -1], [7, 8], [9, 3], [0, -1]])
-        targets = Targets(torch.arange(BATCH), self.rows, histories_BH, user_states_BLD, item_states_BLD, BATCH)
+        targets = LossTargets(torch.arange(BATCH), self.rows, histories_BH, user_states_BLD, item_states_BLD, BATCH)
         encoded = self.encoded()
         return self.objective(self.model, encoded["user"], encoded["item"], targets)
 
@@ -284,7 +281,7 @@ def test_only_blocks_with_slots_and_stored_states_are_aligned(stored):
     encoding = Encoding(torch.randn(3, 4), ours, {"id": ours})
     objective = Objective(Loss(), torch.ones(9), stored)
     rows = torch.tensor([1, 2, 3])
-    loss = objective._align((0, 1), encoding, torch.stack([states[block] for block in stored], 1), rows, 3)
+    loss = objective.align((0, 1), encoding, torch.stack([states[block] for block in stored], 1), rows, 3)
     shared = [block for block in (0, 1) if block in stored]
     if not shared:
         assert loss == 0
@@ -299,7 +296,7 @@ def test_what_is_compared_with_the_text_is_a_choice():
     encoding = Encoding(torch.randn(3, 5), slots_LBKD, {"id": slots_LBKD[:, :, 2:]})
     states_LBD, rows = torch.randn(1, 3, 5), torch.arange(3)
     for pool, ours in (("projected", slots_LBKD[:, :, 2:]), ("all", slots_LBKD)):
-        loss = Objective(Loss(align_pool=pool), torch.ones(9), (0,))._align(
+        loss = Objective(Loss(align_pool=pool), torch.ones(9), (0,)).align(
             (0,), encoding, states_LBD.transpose(0, 1), rows, 3
         )
         torch.testing.assert_close(loss, aligned(ours.mean(2), states_LBD, NOTHING, 0.1))
@@ -311,4 +308,4 @@ def test_slots_that_know_no_vectors_are_not_aligned():
     prefix = Encoding(torch.randn(3, 5), torch.randn(1, 3, 2, 5), {})
     text = Encoding(torch.randn(3, 5), None, {})
     for encoding in (prefix, text):
-        assert objective._align((0,), encoding, torch.randn(3, 1, 5), torch.arange(3), 3) == 0
+        assert objective.align((0,), encoding, torch.randn(3, 1, 5), torch.arange(3), 3) == 0

@@ -11,7 +11,7 @@ import torch
 from rarec.hardware import DEVICES, known_device, peak_memory
 from rarec.training.engines import norms
 from rarec.training.engines.base import GROUPS, group_of
-from rarec.training.metrics import Machine, Step, StepOfAll
+from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics
 from rarec.world import SINGLE
 from tests.ranks import VARIANT, copied, finish
 
@@ -64,18 +64,18 @@ def test_peak_memory_is_what_this_process_has_had_and_not_the_one_that_started_i
     assert least < int(child.stdout) < most
 
 
-def step_of_all(**more) -> StepOfAll:
+def step_of_all(**more) -> StepMetrics:
     values = {"loss": 1.0, "recommendation": 0.8, "align": 2.0, "tokens": 500.0, "padded": 800.0, "waited": 0.1}
-    return StepOfAll(**{**values, "seconds": 0.5, "stops": False, **more})
+    return StepMetrics(**{**values, "seconds": 0.5, "stops": False, **more})
 
 
 def test_mfu_is_four_operations_a_weight_and_token_over_the_peak():
     """1,000 tokens/s x 4 x 2 million weights = 8e9 operations a second, of 80e9."""
-    machine = Machine(4 * 2e6, 80e9, torch.device("cpu"))
+    machine = DeviceMeter(4 * 2e6, 80e9, torch.device("cpu"))
     figures = machine.figures(step_of_all())
     assert figures["mfu"] == pytest.approx(0.1)
     assert figures["memory"] > 50e6
-    assert "mfu" not in Machine(4 * 2e6, None, torch.device("cpu")).figures(step_of_all())
+    assert "mfu" not in DeviceMeter(4 * 2e6, None, torch.device("cpu")).figures(step_of_all())
 
 
 def test_gradient_norms_by_group():
@@ -94,10 +94,10 @@ def test_gradient_norms_by_group():
 
 
 def test_a_step_is_the_mean_of_its_parts():
-    step = Step()
+    step = StepAccumulator()
     step.losses = [torch.tensor([1.0, 0.5, 0.2]).double(), torch.tensor([3.0, 1.5, 0.4]).double()]
     step.tokens, step.padded, step.waited, step.keys = 75, 100, 0.5, ["1-2", "1-3"]
-    of_all = step.over(SINGLE, stopping=True)
+    of_all = step.reduce(SINGLE, stopping=True)
     assert (of_all.loss, of_all.recommendation, of_all.align) == pytest.approx((2.0, 1.0, 0.3))
     assert (of_all.tokens, of_all.padded, of_all.waited, of_all.samples) == (75, 100, 0.5, 2)
     assert of_all.stops

@@ -21,9 +21,9 @@ from rarec.planning.memory import SHIPPED, STAGES, Peaks, account
 from rarec.planning.samples import Samples
 from rarec.planning.step import StepShape, step_activations
 from rarec.planning.traffic import traffic
-from rarec.stages.feed import Feed
 from rarec.stages.plan import plan
 from rarec.stages.shards import finished_shards
+from rarec.stages.train import open_feed, open_stream
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
 from tests.synthetic import write_llm
 
@@ -261,7 +261,7 @@ def test_under_a_token_budget_steps_and_the_largest_batch_are_those_of_the_train
     """Short prompts make batches of more samples than the budget holds of the longest."""
     context = open_context(finished, ["train.tokens_per_batch=700"])
     made = plan(context, GPU, None).calculator
-    stream = Feed(context, finished_shards(context)).stream(np.array([], np.int64))
+    stream = open_stream(context, open_feed(context, finished_shards(context)), np.array([], np.int64))
     sizes = [len(batch) for batch in stream.plan.batches(0)]
     assert (made.batches.count, made.batches.smallest) == (len(sizes), min(sizes))
     assert made.batches.samples == pytest.approx(np.mean(sizes))

@@ -24,12 +24,12 @@ from rarec.serving.card import model_card
 from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import export, provenance, recommend
-from rarec.stages.feed import Feed
 from rarec.stages.plan import plan
 from rarec.stages.run import STAGES
 from rarec.stages.shards import ShardParts, finished_shards
+from rarec.stages.train import open_feed, open_stream
 from rarec.stages.trained import best_model
-from rarec.training.batches import Collator
+from rarec.training.loader import Collator
 
 ROOT = Path(__file__).parents[1]
 
@@ -211,17 +211,17 @@ def test_some_samples_stand_without_their_items_vectors(finished, tmp_path):
     model = best_model(open_context(finished, []), VARIANTS["per_layer"])
     shards = context.paths.shards
     states = np.load(shards / "item_states.npy", mmap_mode="r")
-    collate = Collator(model, context.prompts, context.sources, states, missing=0.5)
+    collate = Collator(model, context.prompts, context.sources, states, id_dropout=0.5)
     samples = [
         sample
-        for batch in Feed(context, finished_shards(context)).stream(np.array([], np.int64)).epoch(0)
+        for batch in open_stream(context, open_feed(context, finished_shards(context)), np.array([], np.int64)).epoch(0)
         for sample in batch
     ]
     bare = (collate(samples, len(samples)).items.vectors["id"] == 0).all(-1).squeeze(1)
     assert 0.3 < bare.float().mean() < 0.7
     alone = [bool((collate([sample], 1).items.vectors["id"] == 0).all()) for sample in samples]
     assert alone == bare.tolist()
-    whole = Collator(model, context.prompts, context.sources, states, missing=0.0)(samples, len(samples))
+    whole = Collator(model, context.prompts, context.sources, states, id_dropout=0.0)(samples, len(samples))
     assert (whole.items.vectors["id"] != 0).any(-1).all()
 
 

@@ -293,7 +293,7 @@ def toy_gradients(recompute):
         hidden = torch.ones(1, 3, 4)
         with injector.inject(slots):
             for block in blocks:
-                keywords = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), injector.again())}
+                keywords = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), injector.reinject())}
                 hidden = checkpoint(block, hidden, **keywords) if recompute else block(hidden)
         return hidden[:, 1:].square().sum()
 

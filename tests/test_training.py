@@ -24,7 +24,7 @@ from rarec.stages import train as train_stage
 from rarec.stages.train import train
 from rarec.stages.trained import checkpoints_of
 from rarec.training.checkpoints import Checkpoints, Torn
-from rarec.training.schedule import build_optimizer, rate_at, set_rate
+from rarec.training.optimizer import build_optimizer, rate_at, set_rate
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "train.py"
 LONG = ["train.variants=[per_layer_lora]", "train.epochs=6", "train.checkpoint_every=3", "lora.dropout=0.1"]
@@ -141,7 +141,7 @@ def test_validation_that_gets_no_better_stops_the_run(finished, tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_last_good_checkpoint(finished, tmp_path, monkeypatch):
-    from rarec.models.objective import Objective
+    from rarec.models.losses import Objective
 
     honest, calls = Objective.__call__, []
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.config.method import Readout as ReadoutConfig
-from rarec.models.towers import Readout
+from rarec.config.method import Readout
+from rarec.models.towers import ReadoutModule
 from rarec.models.whitening import SHRINK, Moments, Whitening, directions
 
 
@@ -125,7 +125,7 @@ def test_the_parts_of_several_ranks_add_up():
 
 
 def test_a_readout_whitens_the_text_and_the_slots_that_there_are_each_by_itself():
-    readout = Readout(3, ReadoutConfig(normalise=False, head=False, size=2), reads=("vectors",))
+    readout = ReadoutModule(3, Readout(normalise=False, head=False, size=2), reads=("vectors",))
     readout.white["text"].center_D.copy_(torch.tensor([1.0, 1, 1]))
     readout.directions_ZD.copy_(torch.tensor([[1.0, 0, 0], [0, 0, 1]]))
     readout.white["text"].stretch_ZZ.copy_(torch.tensor([[2.0, 0], [0, 5]]))

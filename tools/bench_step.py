@@ -29,14 +29,14 @@ from rarec.config.schema import RunConfig, Train
 from rarec.data.shards.samples import Sample
 from rarec.ids.source import Source
 from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
-from rarec.models.cpu_attention import NAME
-from rarec.models.load import load_model
-from rarec.models.objective import Objective
-from rarec.models.text_states import text_states
+from rarec.models.encode import text_states
+from rarec.models.language_model import load_model
+from rarec.models.llm_attention import SDPA_FLOAT32
+from rarec.models.losses import Objective
 from rarec.models.towers import RaRec, SideBatch
 from rarec.prompts import PromptPair
-from rarec.training.batches import Batch, Collator
-from rarec.training.schedule import build_optimizer
+from rarec.training.loader import Batch, Collator
+from rarec.training.optimizer import build_optimizer
 
 ITEMS, DIM = 2000, 64
 WORDS = [
@@ -132,7 +132,7 @@ def own_attention_step(world: World, step: Callable[[], None]) -> None:
     trunk: Any = world.loaded.backbone.trunk
     trunk.set_attn_implementation("sdpa")
     step()
-    trunk.set_attn_implementation(NAME)
+    trunk.set_attn_implementation(SDPA_FLOAT32)
 
 
 def naive_step(
@@ -191,7 +191,7 @@ def main() -> None:
         "naive": lambda samples, batch: naive_step(world, collate, objective, samples, optimizer),
     }
     trunk: Any = world.loaded.backbone.trunk
-    if trunk.config._attn_implementation == NAME:
+    if trunk.config._attn_implementation == SDPA_FLOAT32:
         steps["sdpa"] = lambda samples, batch: own_attention_step(world, lambda: steps["ours"](samples, batch))
     world.model.train()
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from rarec.config import VARIANTS, RunConfig
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.objective import Objective, Targets
+from rarec.models.losses import LossTargets, Objective
 from rarec.models.towers import RaRec, SideBatch
 from rarec.planning.blueprint import Blueprint
 from rarec.planning.calculator import Calculator
@@ -183,12 +183,12 @@ class Training:
         every = [*kept, *(p.grad for p in self.model.parameters() if p.grad is not None)]
         return [tensor for tensor in every if tensor.untyped_storage().nbytes() != 4 * LIMIT]  # a view of a bucket
 
-    def batch(self) -> tuple[SideBatch, SideBatch, Targets]:
+    def batch(self) -> tuple[SideBatch, SideBatch, LossTargets]:
         """A part for this rank, with some padding."""
         shape, width = self.shape, self.model.backbone.hidden_size
         rows_b = torch.arange(shape.rows) * shape.ranks + self.world.rank
         users, items = (torch.randn(shape.rows, len(shape.state_blocks), width) for _ in SIDES)
-        targets = Targets(rows_b, rows_b.clone(), torch.full((shape.rows, HISTORY), -1), users, items, shape.total)
+        targets = LossTargets(rows_b, rows_b.clone(), torch.full((shape.rows, HISTORY), -1), users, items, shape.total)
         return self.side("user"), self.side("item"), targets
 
     def side(self, side: str) -> SideBatch:

@@ -41,7 +41,7 @@ from rarec.config import VARIANTS, RunConfig
 from rarec.config.method import Prompt
 from rarec.files import new_directory
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.load import LoadedModel, load_model
+from rarec.models.language_model import LoadedModel, load_model
 from rarec.models.towers import RaRec, SideBatch
 from rarec.serving.bundle import Provenance, write_bundle
 from rarec.training.accelerator import build_engine, start_world

@@ -16,7 +16,7 @@ from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine
 from rarec.evaluation.passes import Passes, SoftTokens, TextStates, slot_pass, text_pass
 from rarec.evaluation.sample import SideSample
 from rarec.evaluation.words import nearest_words
-from rarec.models.attention import slot_shares
+from rarec.models.llm_attention import slot_shares
 from rarec.models.towers import RaRec, Tower
 from rarec.prompts import TextTokenizer
 from rarec.world import SINGLE, World

@@ -16,7 +16,7 @@ from torch import Tensor
 from rarec.evaluation.sample import SideSample
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import Pool, pool_text
-from rarec.models.text_states import text_batch
+from rarec.models.encode import text_batch
 from rarec.models.towers import RaRec, Tower
 
 

@@ -1,1 +1,1 @@
-"""The method: frozen backbone, slots, alignment, readout, losses, two towers. Knows no datasets, no training loop."""
+"""The method: frozen language model, slots, alignment, readout, losses, two towers; no datasets, no training loop."""

@@ -14,32 +14,37 @@ from torch import Tensor, nn
 from rarec.errors import UserError
 
 INSTRUCTIONS, VECTORS = ROLES = ("instructions", "vectors")
-"""What a slot is: an instruction c, or the projection p of a vector."""
+"""What a slot holds: an instruction c, or the projection p of a vector."""
 
 
 @dataclass(frozen=True)
 class SlotShape:
-    """What one source contributes on one side: K vectors of dimension E for each user or item."""
+    """The vectors of one source on one side: K vectors of dimension E for each user or item.
+
+    Attributes:
+        vectors: K.
+        dim: E.
+    """
 
     vectors: int
     dim: int
 
 
 class SourceAlignment(nn.Module):
-    """Slots d = [c || p], p = W e + b, for one source on one side, with maps of its own for every block.
+    """Slots d = [c || p], p = W e + b, for one source on one side, with separate maps for every block.
 
-    The vectors are standardised first (a fixed affine map, which W and b could as well absorb), so that one learning
-    rate fits all. A zero vector says that there is none, as of a new item: a learned one takes its place (ours), which
-    starts at the mean of all. W, b and c are in units of each block, how far its states stray (ours), for the same
-    reason: in some models states are a hundred times as long as in others, and in deep blocks as in early ones. A map
-    behind the last block is in that of what whitens it.
+    The vectors are standardised first (a fixed affine map, which W and b could absorb), so that one learning rate fits
+    all ID models. A zero vector stands for a missing one, as of a new item: a learned vector replaces it (ours), which
+    starts at the mean of all. W, b and c are in units of each block, the standard deviation of its hidden states
+    (ours), for the same reason: states can be a hundred times as long in one model, or block, as in another. A map
+    behind the last block is in the unit of the whitening that follows it.
 
     Args:
         blocks: L.
         hidden: D.
         shape: K and E.
-        instructions: M contextual instruction vectors c in each block.
-        projections: whether p is there at all (`prefix_only` has c alone).
+        instructions: M, the number of contextual instruction vectors c in each block.
+        projections: whether the slots hold p (not in `prefix_only`, which has c alone).
     """
 
     center_E: Tensor
@@ -60,19 +65,19 @@ class SourceAlignment(nn.Module):
             self.fallback_E = nn.Parameter(torch.zeros(shape.dim))
 
     def reset(self, generator: torch.Generator, spread: float = 0.02) -> None:
-        """Small random maps and instructions, in the manner of transformers' own initialisation."""
+        """Set maps and instructions to small random numbers, as transformers initialises weights."""
         for parameter in (self.instructions_LMD, self.weight_LDE if self.projections else None):
             if parameter is not None:
                 nn.init.normal_(parameter, std=spread, generator=generator)
 
     def standardise(self, vectors_NE: Tensor) -> None:
-        """Take mean and spread of each dimension from these vectors; one that never varies is not scaled."""
+        """Take mean and standard deviation of each dimension from these vectors; a constant one is not scaled."""
         spread_E = vectors_NE.std(0, unbiased=False)
         self.center_E.copy_(vectors_NE.mean(0))
         self.scale_E.copy_(torch.where(spread_E > 1e-6, spread_E, 1.0))
 
     def rescale_last(self, unit: Tensor) -> None:
-        """Have another unit in the last of the blocks; its slots stay as they are."""
+        """Change the unit of the last block, and scale its weights so that its slots do not change."""
         factor = self.unit_L[-1] / unit
         instructions = [self.instructions_LMD] if self.instructions_LMD is not None else []
         for of_blocks in (self.weight_LDE, self.bias_LD, *instructions):
@@ -80,7 +85,7 @@ class SourceAlignment(nn.Module):
         self.unit_L[-1] = unit
 
     def project(self, vectors_BKE: Tensor) -> Tensor:
-        """P = W e + b in every block, as (L, B, K, D)."""
+        """Return p = W e + b in every block, as (L, B, K, D)."""
         there_BK1 = (vectors_BKE != 0).any(-1, keepdim=True)
         standard_BKE = (vectors_BKE.to(self.weight_LDE.dtype) - self.center_E) / self.scale_E
         standard_BKE = torch.where(there_BK1, standard_BKE, self.fallback_E)
@@ -89,19 +94,19 @@ class SourceAlignment(nn.Module):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """What its slots are: `instructions`, `vectors`, or both."""
+        """The roles of its slots: `instructions`, `vectors`, or both."""
         has = {INSTRUCTIONS: self.instructions_LMD is not None, VECTORS: self.projections}
         return tuple(role for role in ROLES if has[role])
 
     def of_role(self, role: str, vectors_BKE: Tensor) -> Tensor:
-        """Which slots are of that role, (B, M + K); of `vectors`, those whose vector is there."""
-        told = self.shape.vectors if self.projections else 0
+        """Return a mask (B, M + K) of the slots with a role; for `vectors`, without those whose vector is missing."""
+        count = self.shape.vectors if self.projections else 0
         are_BS = vectors_BKE.new_full((len(vectors_BKE), self.count), role == INSTRUCTIONS, dtype=torch.bool)
-        are_BS[:, self.count - told :] = (vectors_BKE != 0).any(-1) if role == VECTORS else False
+        are_BS[:, self.count - count :] = (vectors_BKE != 0).any(-1) if role == VECTORS else False
         return are_BS
 
     def forward(self, vectors_BKE: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Slots (L, B, M + K, D), and p (L, B, K, D) or None."""
+        """Return slots (L, B, M + K, D), and p (L, B, K, D) or None."""
         batch = vectors_BKE.shape[0]
         parts = []
         if self.instructions_LMD is not None:
@@ -114,17 +119,17 @@ class SourceAlignment(nn.Module):
 
 
 class AlignmentModule(nn.Module):
-    """One side's slots from all its sources, in the order of `shapes`.
+    """The slots of one side from all its sources, in the order of `shapes`.
 
     Args:
-        shapes: for each source that the side's template names, its K and E.
-        blocks: indices of the blocks that get slots; of a map behind all blocks, how many these are.
+        shapes: shape of each source that the side's template names.
+        blocks: indices of the blocks that get slots; the number of blocks stands for a map behind the last one.
         hidden: D.
-        instructions: contextual instructions of each source in each block.
-        projections: False leaves the instructions alone.
+        instructions: number of contextual instructions of each source in each block.
+        projections: whether slots hold projected vectors; if not, instructions alone.
 
     Raises:
-        UserError: a source bears a name that torch needs for itself.
+        UserError: a source has a name that torch reserves.
     """
 
     def __init__(
@@ -139,33 +144,33 @@ class AlignmentModule(nn.Module):
         self.blocks = blocks
         for name in shapes:
             if "." in name or hasattr(nn.ModuleDict, name):
-                raise UserError(f"sources: {name!r} cannot name a source", "choose another name")
-        make = {
-            n: SourceAlignment(len(blocks), hidden, shape, instructions, projections) for n, shape in shapes.items()
-        }
-        self.sources = nn.ModuleDict(make)
+                raise UserError(f"sources: {name!r} is a reserved name", "choose another name")
+        count = len(blocks)
+        self.sources = nn.ModuleDict(
+            {name: SourceAlignment(count, hidden, of, instructions, projections) for name, of in shapes.items()}
+        )
 
     @property
     def slots(self) -> dict[str, int]:
-        """How many slots each source takes, in the order in which `forward` supplies them."""
+        """The number of slots of each source, in the order in which `forward` returns them."""
         return {name: source.count for name, source in self.named_sources()}
 
     def named_sources(self) -> list[tuple[str, SourceAlignment]]:
-        """The sources' own alignments by name."""
+        """Return the alignment of each source, with its name."""
         return [(name, cast(SourceAlignment, source)) for name, source in self.sources.items()]
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """What its slots are; of every source alike."""
+        """The roles of its slots, which are the same for every source."""
         return self.named_sources()[0][1].roles
 
     def by_role(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Which slots are of each role, (B, S); of `vectors`, those whose vector is there."""
+        """Return a mask (B, S) for each role; for `vectors`, without slots whose vector is missing."""
         sources = self.named_sources()
         return {role: torch.cat([one.of_role(role, vectors[name]) for name, one in sources], 1) for role in self.roles}
 
     def forward(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Slots (L, B, S, D), and for each source that has them its projections p (L, B, K, D)."""
+        """Return slots (L, B, S, D), and the projections p (L, B, K, D) of each source that has them."""
         slots, projected = [], {}
         for name, source in self.named_sources():
             slots_LBKD, projected_LBKD = source(vectors[name])

@@ -1,6 +1,6 @@
 """The frozen language model: its blocks, its final hidden states, its pooled text-only states.
 
-Shape letters: B batch, T positions, L blocks asked for, D hidden size, V vocabulary.
+Shape letters: B batch, T positions, L requested blocks, D hidden size, V vocabulary.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ class FrozenBackbone(nn.Module):
     """A Hugging Face encoder or decoder, frozen, in evaluation mode.
 
     Args:
-        model: as loaded by `rarec.models.load`, PEFT-wrapped or not.
-        pool: how text positions become one vector: their mean, or the last of them.
-        sink: whether a prompt's first token is there for attention to rest on, as in decoders, and is not read.
-        gradient_checkpointing: recompute blocks in the backward pass (non-reentrant).
+        model: the transformers model, with or without PEFT's wrapper.
+        pool: how text positions are pooled to one vector: their mean, or the last of them.
+        sink: whether a prompt's first token is an attention sink, as in decoders; it is not read.
+        gradient_checkpointing: recompute blocks in the backward pass (non-reentrant checkpoints).
 
     Raises:
-        UserError: the model does not keep its blocks in a list, one a layer (ALBERT shares one among all).
+        UserError: the model has no list of blocks, one for each layer (ALBERT shares one block among all layers).
     """
 
     def __init__(self, model: Any, pool: Pool, gradient_checkpointing: bool = False, sink: bool = False) -> None:
@@ -48,7 +48,7 @@ class FrozenBackbone(nn.Module):
 
     @property
     def trunk(self) -> nn.Module:
-        """The transformer without any head: no logits over the vocabulary are computed."""
+        """The transformer without its head, so that no logits over the vocabulary are computed."""
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         return cast(nn.Module, getattr(base, base.base_model_prefix, base))
 
@@ -64,28 +64,31 @@ class FrozenBackbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen weights."""
+        """The dtype of the frozen weights."""
         return cast(torch.dtype, self.model.dtype)
 
     @property
     def device(self) -> torch.device:
-        """Where the frozen weights are."""
+        """The device of the frozen weights."""
         return next(self.parameters()).device
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, slots: Slots | None = None) -> Tensor:
-        """Final hidden states (B, T, D), with slots overwritten where given."""
+        """Return the final hidden states (B, T, D); `slots`, if given, overwrite hidden states on the way."""
         with self.injector.inject(slots):
             return self._hidden(ids_BT, mask_BT)
 
     def text_states(self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
-        """Pooled hidden states entering each of `blocks` for a prompt without slots, as (L, B, D) (h~ of section 4)."""
+        """Return the pooled hidden states (L, B, D) that enter each of `blocks`, of prompts without slots.
+
+        They are the h~ of METHOD.md, section 4.
+        """
         text_BT = self.read(mask_BT)
         return torch.stack(self.entering(ids_BT, mask_BT, blocks, lambda h_BTD: pool_text(h_BTD, text_BT, self.pool)))
 
     def read(self, mask_BT: Tensor) -> Tensor:
-        """Where there is text to be read (B, T), out of where there is any: behind the sink.
+        """Return the mask (B, T) of positions that are read out: all of `mask_BT` but the attention sink.
 
-        Its state can be a hundred times as long as the others, and says nothing of the text.
+        The state of a sink can be a hundred times as long as others, and holds nothing of the text.
         """
         return mask_BT * (torch.arange(mask_BT.shape[1], device=mask_BT.device) >= self.sink)
 
@@ -93,9 +96,9 @@ class FrozenBackbone(nn.Module):
     def entering(
         self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int], reduce: Callable[[Tensor], T]
     ) -> list[T]:
-        """What `reduce` makes of the hidden states (B, T, D) entering each of `blocks` for a prompt without slots.
+        """Apply `reduce` to the hidden states (B, T, D) that enter each of `blocks`, of prompts without slots.
 
-        LoRA is switched off: these states belong to the frozen base.
+        LoRA is switched off: these are states of the frozen base model.
         """
         reduced: dict[int, T] = {}
 
@@ -114,7 +117,7 @@ class FrozenBackbone(nn.Module):
 
     @contextmanager
     def word_vectors(self) -> Iterator[Tensor]:
-        """In it the table of input embeddings (V, D) is whole, also where an engine has sharded it. All ranks ask.
+        """Yield the whole table of input embeddings (V, D), also if an engine has sharded it; all ranks call together.
 
         In some encoders it is narrower than hidden states.
         """
@@ -123,19 +126,18 @@ class FrozenBackbone(nn.Module):
             yield weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
 
     def fingerprint(self) -> str:
-        """sha256 over configuration, names, shapes and 64 values of every frozen tensor but those of a pooler.
+        """Return a sha256 over the configuration and the name, shape and 64 values of every frozen tensor.
 
-        Other weights, another print. A pooler is not used, and where a checkpoint lacks it, transformers makes it up
-        anew each time.
+        A pooler does not count: it is not used, and transformers fills it with random numbers if a checkpoint lacks it.
         """
         digest = hashlib.sha256(config_hash(self.model.config).encode())
         for name, parameter in self.trunk.named_parameters():
             if "lora_" not in name and not name.startswith("pooler."):
                 with whole(parameter):
                     flat = parameter.detach().flatten()
-                    probe = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
+                    chosen = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
                     digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
-                    digest.update(flat[probe.to(flat.device)].float().cpu().numpy().tobytes())
+                    digest.update(flat[chosen.to(flat.device)].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class FrozenBackbone(nn.Module):
 
     def _checkpoint_blocks(self) -> None:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return self._blocks_training(False), self.injector.again()
+            return self._blocks_training(False), self.injector.reinject()
 
         renamed = getattr(self.model, "activation_checkpointing_enable", None)  # newer releases deprecate the old name
         enable = renamed or self.model.gradient_checkpointing_enable
@@ -158,7 +160,10 @@ class FrozenBackbone(nn.Module):
 
     @contextmanager
     def _blocks_training(self, mode: bool) -> Iterator[None]:
-        """Only blocks in training mode are recomputed. They are, but not inside the checkpoint: nothing drops out."""
+        """Set the blocks' training flag: transformers recomputes only blocks in training mode.
+
+        Inside the checkpoint the flag is off again, so that no dropout is applied.
+        """
         blocks = self.injector.blocks
         before = [block.training for block in blocks]
         for block in blocks:
@@ -170,7 +175,7 @@ class FrozenBackbone(nn.Module):
                 block.training = training
 
     def train(self, mode: bool = True) -> "FrozenBackbone":
-        """Frozen layers stay in evaluation mode and never drop out; only LoRA's own dropout follows the mode."""
+        """Set the mode of LoRA's dropout; frozen layers stay in evaluation mode and apply no dropout."""
         super().train(False)
         self.training = mode
         for name, module in self.model.named_modules():
@@ -180,7 +185,7 @@ class FrozenBackbone(nn.Module):
 
 
 def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:
-    """One vector (B, D), float32, from the hidden states at text positions: their mean, or the last of them (ours)."""
+    """Pool the hidden states at text positions to one vector (B, D), float32: their mean, or the last one (ours)."""
     if pool == "mean":
         weights_BT = text_BT.float()
         return torch.einsum("btd,bt->bd", hidden_BTD.float(), weights_BT) / weights_BT.sum(1, keepdim=True)
@@ -190,7 +195,7 @@ def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:
 
 
 def whole(parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """In it a parameter that ZeRO-3 has sharded is whole, to be read. All ranks must ask."""
+    """Gather a parameter that ZeRO-3 has sharded, for reading within the context; all ranks call together."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -200,7 +205,7 @@ def whole(parameter: nn.Parameter) -> AbstractContextManager[None]:
 
 
 def config_hash(config: Any) -> str:
-    """sha256 of a model configuration, without the fields that tell where and by what version it was saved."""
+    """Return the sha256 of a model configuration, without fields that depend on where and how it was saved."""
     fields = config.to_dict()
     for volatile in (
         "_name_or_path",

@@ -1,4 +1,4 @@
-"""One variant of the method, built from the configuration over a loaded language model."""
+"""Build one variant of the method from the configuration, over a loaded language model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,26 +8,31 @@ from torch import nn
 from rarec.config import RunConfig, Variant
 from rarec.errors import UserError
 from rarec.models.alignment import INSTRUCTIONS, AlignmentModule, SlotShape
-from rarec.models.load import LoadedModel
-from rarec.models.towers import RaRec, Readout, Tower
+from rarec.models.language_model import LoadedModel
+from rarec.models.towers import RaRec, ReadoutModule, Tower
 
 SIDES = ("user", "item")
 
 
 @dataclass(frozen=True)
 class SourceShape:
-    """A source's dimension and how many vectors it has for a user; an item always has one."""
+    """The shape of a source's vectors; an item always has one.
+
+    Attributes:
+        dim: dimension of a vector.
+        vectors_per_user: number of vectors of a user.
+    """
 
     dim: int
     vectors_per_user: int
 
     def side(self, side: str) -> SlotShape:
-        """What it contributes on one side."""
+        """Return its shape on one side."""
         return SlotShape(self.vectors_per_user if side == "user" else 1, self.dim)
 
 
 def slots_reserved(config: RunConfig, shapes: Mapping[str, SourceShape]) -> dict[str, dict[str, int]]:
-    """The most slots a source takes on each side in any variant: what prompts keep free when they are cut."""
+    """Return the most slots of each source on each side in any variant: truncated prompts leave room for them."""
     m = config.alignment.instructions
     return {side: {name: m + shape.side(side).vectors for name, shape in shapes.items()} for side in SIDES}
 
@@ -39,19 +44,19 @@ def build_model(
     shapes: Mapping[str, SourceShape],
     named: Mapping[str, Sequence[str]],
 ) -> RaRec:
-    """Put a variant's towers around the frozen model. Weights are uninitialised where `initialise` sets them.
+    """Put a variant's towers around the frozen model. The alignment's weights are not set yet.
 
     Args:
         config: the run.
-        variant: what this variant injects.
-        loaded: the language model, with LoRA exactly when the variant has it.
-        shapes: of every source.
+        variant: the variant.
+        loaded: the language model, with LoRA weights exactly if the variant has them.
+        shapes: shape of every source.
         named: the sources that each side's template names.
     """
     backbone = loaded.backbone
     count, beside = len(backbone.blocks), variant.blocks == "readout"
     blocks = aligned_blocks(config, variant, count)
-    # in our prompts a decoder's slots stand first and see nothing: their last states could tell nothing but the vector
+    # In a decoder slots come first and attend to nothing, so their last states hold nothing but the vector.
     through = not (beside or (backbone.sink and variant.projections and config.readout.slots))
 
     def tower(side: str) -> Tower:
@@ -61,33 +66,33 @@ def build_model(
         mapped = blocks if through else (*blocks, count)
         alignment = AlignmentModule(chosen, mapped, backbone.hidden_size, m, variant.projections) if useful else None
         reads = alignment.roles if alignment is not None and (config.readout.slots or beside) else ()
-        if backbone.sink:  # of its instructions they tell nothing at all
+        if backbone.sink:  # and those of instructions are the same for all users and items
             reads = tuple(role for role in reads if role != INSTRUCTIONS)
-        return Tower(alignment, Readout(backbone.hidden_size, config.readout, reads), through)
+        return Tower(alignment, ReadoutModule(backbone.hidden_size, config.readout, reads), through)
 
     user, item = tower("user"), tower("item")
     plain = not config.readout.normalise
     scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature
-    # engines need something that trains; of a scale alone no step is taken
+    # engines need a trainable parameter; with a scale alone, no step is taken
     nothing_else = not variant.lora and not trained_parameters(nn.ModuleList([user, item]))
     return RaRec(backbone, user, item, scale=scale, learn_scale=not plain or nothing_else)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by name: alignment, heads, scale, LoRA. The frozen model is not in it."""
+    """Return the trainable parameters by name: alignment, heads, scale, LoRA; nothing of the frozen model."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def whole_size(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter has, also where ZeRO-3 has left an empty one in its place."""
+    """Return the number of elements of a parameter, also if ZeRO-3 has left an empty tensor in its place."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def aligned_blocks(config: RunConfig, variant: Variant, count: int) -> tuple[int, ...]:
-    """The blocks whose slots a variant overwrites, of a model with so many.
+    """Return the blocks that get slots in a variant, of a model with `count` blocks.
 
     Raises:
-        UserError: `train.blocks` names one that the model lacks.
+        UserError: `train.blocks` names a block that the model lacks.
     """
     if variant.blocks in ("none", "readout"):
         return ()
@@ -95,5 +100,5 @@ def aligned_blocks(config: RunConfig, variant: Variant, count: int) -> tuple[int
         return (0,)
     chosen = tuple(sorted(set(config.train.blocks))) if config.train.blocks is not None else tuple(range(count))
     if chosen and chosen[-1] >= count:
-        raise UserError(f"train.blocks: the model has blocks 0 to {count - 1}, not {chosen[-1]}")
+        raise UserError(f"train.blocks: the model has no block {chosen[-1]}", f"choose from blocks 0 to {count - 1}")
     return chosen

@@ -1,16 +1,18 @@
-"""Encoding the catalogue and users in chunks: prompts, source vectors and a model in, vectors to score out.
+"""Encode users and items with a model in chunks, and texts with the language model alone.
 
-Shape letters: N catalogue, B users or items of a chunk, Z size of a scored vector, K vectors of a source, E source
-dimension.
+Shape letters: N items or prompts, B users or items of a chunk, T positions, Z size of a scored vector, K vectors of a
+source, E source dimension, L blocks, D hidden size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from rarec.errors import UserError
 from rarec.ids.source import Source
+from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import Encoded, PromptPair, by_length, lay_out
 from rarec.world import SINGLE, World
@@ -18,19 +20,17 @@ from rarec.world import SINGLE, World
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
 Vectors = Mapping[str, npt.NDArray[np.floating]]
+"""For each source, the vectors of some users or items (B, K, E)."""
+Split = Callable[[list[list[int]]], Iterator[tuple[bool, list[int]]]]
+"""Splits chunks, each a list of prompts, among the ranks: a method of `World`."""
 
 
-def side_batch(
-    prompts: Sequence[Encoded],
-    vectors: Vectors,
-    tower: Tower,
-    filler: int,
-) -> SideBatch:
+def side_batch(prompts: Sequence[Encoded], vectors: Vectors, tower: Tower, filler: int) -> SideBatch:
     """Lay prompts out with the tower's slots, as tensors.
 
     Args:
         prompts: filled prompts (B).
-        vectors: for each source, (B, K, E).
+        vectors: source vectors of the same users or items.
         tower: says how many slots each source takes.
         filler: token id for slots and padding.
     """
@@ -43,9 +43,10 @@ def side_batch(
 def side_batches(
     prompts: Sequence[Encoded], vectors: Vectors, tower: Tower, filler: int, size: int, world: World
 ) -> Iterator[tuple[bool, Rows, SideBatch]]:
-    """Batches of prompts of like length, on the rank's device, each with its rows and whether it is this rank's.
+    """Yield batches of prompts of similar length on the rank's device: (whether it is this rank's, its rows, batch).
 
-    All ranks come by as often, as models want it that lie in shards; arguments as above, and `size` of a batch.
+    Every rank yields equally often, as a sharded model requires. Arguments as in `side_batch`, and the `size` of a
+    batch.
     """
     for mine, rows in world.split_in_lockstep(by_length(prompts, size)):
         own = {name: array[rows] for name, array in vectors.items()}
@@ -53,14 +54,14 @@ def side_batches(
 
 
 class Encoder:
-    """Encodes with one model; memory depends on the chunk, not on how much there is.
+    """Encodes users and items with one model. Memory depends on the chunk, not on the number of users or items.
 
     Args:
         model: the two towers.
-        prompts: over the catalogue's titles.
+        prompts: the prompts over the catalogue's titles.
         sources: every source by name.
-        batch_size: prompts a chunk.
-        world: that encode together. Chunks are the same on any number of them, and each has its share of the chunks.
+        batch_size: prompts in a chunk.
+        world: the ranks that encode together. The chunks do not depend on their number; each encodes a share.
     """
 
     def __init__(
@@ -75,21 +76,21 @@ class Encoder:
         self.batch_size, self.world = batch_size, world
 
     def items(self, rows: Rows | None = None) -> Float32:
-        """Item vectors (N, Z), of the whole catalogue or of these rows; on every rank all of them."""
+        """Return item vectors (N, Z), of the whole catalogue or of these rows; every rank gets all of them."""
         rows = np.arange(len(self.prompts.titles)) if rows is None else rows
         encoded = [self.prompts.item(int(row)) for row in rows]
         vectors = {name: source.items_NE[rows][:, None] for name, source in self.sources.items()}
-        return self._chunks("item", self.model.item, encoded, vectors)
+        return self._encode("item", self.model.item, encoded, vectors)
 
     def users(self, rows: Rows, histories: Sequence[Rows]) -> Float32:
-        """User vectors (B, Z) after these histories (item rows, oldest first); on every rank all of them."""
+        """Return user vectors (B, Z) after these histories (item rows, oldest first); every rank gets all of them."""
         encoded = [self.prompts.user(history) for history in histories]
         vectors = {name: source.user_vectors(rows, histories) for name, source in self.sources.items()}
-        return self._chunks("user", self.model.user, encoded, vectors)
+        return self._encode("user", self.model.user, encoded, vectors)
 
     @torch.no_grad()
-    def _chunks(self, side: str, tower: Tower, prompts: list[Encoded], vectors: Vectors) -> Float32:
-        """Chunks of like length, results in the order asked for."""
+    def _encode(self, side: str, tower: Tower, prompts: list[Encoded], vectors: Vectors) -> Float32:
+        """Encode in chunks of similar length; the result is in the order of `prompts`."""
         result: Float32 | None = None
         self.world.report(f"encoding {side}s")
         filler = self.prompts.tokenizer.filler
@@ -102,3 +103,55 @@ class Encoder:
         if result is None:
             raise ValueError("nothing to encode")
         return self.world.all_reduce_sum_(result)
+
+
+def text_batch(prompts: Sequence[Encoded], filler: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and mask (B, T) of prompts without slots."""
+    laid = lay_out(prompts, {}, filler)
+    return torch.from_numpy(laid.ids_BT).to(device), torch.from_numpy(laid.mask_BT).to(device)
+
+
+def text_states(
+    backbone: FrozenBackbone,
+    prompts: Sequence[Encoded],
+    blocks: Sequence[int],
+    filler: int,
+    *,
+    dtype: str = "float16",
+    batch_size: int = 64,
+    split: Split = SINGLE.in_lockstep,
+) -> npt.NDArray[np.floating]:
+    """Return text-only states, the pooled hidden states of prompts without slots entering `blocks`, as (N, L, D).
+
+    They are the h~ of METHOD.md, section 4. Prompts with the same tokens are computed once.
+
+    Args:
+        backbone: the frozen model; LoRA is switched off.
+        prompts: filled prompts.
+        blocks: indices of blocks.
+        filler: token id for padding.
+        dtype: dtype of the result.
+        batch_size: prompts in a forward pass.
+        split: which chunks this rank computes: `World.in_lockstep` for prompts of its own, `World.split_in_lockstep`
+            for a share of prompts that all ranks know; the states of the other prompts are zero then.
+
+    Raises:
+        UserError: a state is too large for the dtype.
+    """
+    texts = [prompt.tokens_T.tobytes() for prompt in prompts]
+    first: dict[bytes, int] = {}
+    for row, text in enumerate(texts):
+        first.setdefault(text, row)
+    unique = list(first.values())
+    result = np.zeros((len(prompts), len(blocks), backbone.hidden_size), dtype)
+    chunks = [[unique[at] for at in chunk] for chunk in by_length([prompts[row] for row in unique], batch_size)]
+    for mine, rows in split(chunks):
+        ids_BT, mask_BT = text_batch([prompts[row] for row in rows], filler, backbone.device)
+        states_LBD = backbone.text_states(ids_BT, mask_BT, blocks).float().cpu().numpy()
+        if mine:
+            with np.errstate(over="ignore"):
+                result[rows] = states_LBD.transpose(1, 0, 2)
+    if not np.isfinite(result[unique]).all():
+        raise UserError(f"a text-only state overflows {dtype}", "set shards.state_dtype: float32")
+    result[:] = result[[first[text] for text in texts]]
+    return result

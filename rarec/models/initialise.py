@@ -1,57 +1,232 @@
-"""The alignment's first values, in closed form, before the first step (ours).
+"""Build a variant before its first step: first values of the alignment in closed form, then a whitened readout (ours).
 
-Shape letters: N texts, L blocks, E source dimension, D hidden size, B prompts, T positions, M positions of text.
+Shape letters: N items, users or texts, K vectors of a user, L blocks, E source dimension, D hidden size, B prompts,
+T positions, M positions of text.
 
 A slot should look to a frozen block like a hidden state it knows. So c and b start at the mean text-only state of the
 block, and W at a ridge regression of text-only states on standardised source vectors: items on their own text, users
-on their target's. The mean of word embeddings is no word, and in a decoder slots that start there leave hardly anything
-of the texts (METHOD.md, section 2). So in decoders c and b start at the states of one position of a text, the most
-typical.
+on their target's. The mean of word embeddings is not a word, and in a decoder slots that start there erase most of what
+distinguishes the texts (METHOD.md, section 2). So in decoders c and b start at the states of one position of a text,
+the most typical.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from rarec.models.alignment import SourceAlignment
+from rarec.config import RunConfig, Variant
+from rarec.data.shards.samples import Sample
+from rarec.ids.source import Source
+from rarec.models.alignment import VECTORS, AlignmentModule, SourceAlignment
 from rarec.models.backbone import FrozenBackbone
+from rarec.models.build import SIDES, SourceShape, build_model
+from rarec.models.encode import side_batches, text_batch
+from rarec.models.language_model import LoadedModel
+from rarec.models.towers import RaRec, Tower
+from rarec.models.whitening import Moments, Whitening, directions
+from rarec.prompts import Encoded, PromptPair
+from rarec.world import World
+
+ALIGNMENT_SAMPLES = 8192
+"""Training samples that the alignment's first values are fitted to, at most."""
+ALIGNMENT_ITEMS = 65_536
+"""Items that the alignment's first values are fitted to, at most."""
+WHITENING_SIZE = 2048
+"""Users, and items, that are encoded to fit the whitening, at most."""
+TYPICAL_TEXTS = 32
+"""Item texts among which the most typical position is searched."""
+
+Floats = npt.NDArray[np.floating]
+Rows = npt.NDArray[np.integer]
 
 
-def ridge_weights(vectors_NE: Tensor, states_LND: Tensor, penalty: float) -> Tensor:
-    """W (L, D, E) minimising |states - mean - W vectors|^2 + penalty N |W|^2, in float64.
+@dataclass(frozen=True)
+class InitialData:
+    """The part of the catalogue and of the training samples that first values are computed from.
+
+    Attributes:
+        items_N: item rows: all of them, or a random part of a large catalogue.
+        encoded_N: some of these rows in random order, to be encoded for the whitening.
+        targets_N: item rows of the targets of training samples.
+        vectors: for each source, the vectors of the samples' users (N, K, E).
+        prompts: user prompts of the first samples, to be encoded for the whitening.
+    """
+
+    items_N: Rows
+    encoded_N: Rows
+    targets_N: Rows
+    vectors: dict[str, Floats]
+    prompts: list[Encoded]
+
+
+def collect_initial_data(samples: Iterable[Sample], sources: Iterable[str], n_items: int, seed: int) -> InitialData:
+    """Draw items at random, and copy from training samples what is needed; one sample is in memory at a time.
 
     Args:
-        vectors_NE: standardised source vectors.
-        states_LND: what they should predict.
-        penalty: relative to the unit variance of the vectors.
+        samples: the training samples to use.
+        sources: names of the sources.
+        n_items: size of the catalogue.
+        seed: `run.seed`.
     """
-    vectors = vectors_NE.double()
-    gram_EE = vectors.T @ vectors / len(vectors)
-    gram_EE.diagonal().add_(penalty)
-    centred = (states_ND.double() - states_ND.double().mean(0) for states_ND in states_LND)
-    moments_LED = torch.stack([vectors.T @ states_ND / len(vectors) for states_ND in centred])
-    weights_LED: Tensor = torch.linalg.solve(gram_EE, moments_LED)
-    return weights_LED.transpose(1, 2)
+    generator = np.random.default_rng([seed, *b"start"])
+    items_N = np.arange(n_items)
+    if n_items > ALIGNMENT_ITEMS:
+        items_N = np.sort(generator.choice(n_items, ALIGNMENT_ITEMS, replace=False))
+    encoded_N = generator.permutation(items_N)[:WHITENING_SIZE]
+    targets, prompts = list[int](), list[Encoded]()
+    vectors: dict[str, list[Floats]] = {name: [] for name in sources}
+    for sample in samples:
+        targets.append(sample.target)
+        for name, vectors_KE in sample.vectors.items():
+            vectors[name].append(vectors_KE.copy())
+        if len(prompts) < WHITENING_SIZE:
+            prompts.append(Encoded(sample.tokens_T.copy(), sample.marks))
+    stacked = {name: np.stack(of) for name, of in vectors.items()}
+    return InitialData(items_N, encoded_N, np.array(targets), stacked, prompts)
 
 
-def _units(states_LND: Tensor) -> Tensor:
-    """How far the states of each block stray from their mean, in a typical dimension (L,); 1 where they do not."""
-    units_L = states_LND.std(1, unbiased=False).median(1).values
-    return torch.where(units_L > 0, units_L, 1.0)
+@dataclass(frozen=True)
+class Initialiser:
+    """Builds variants before their first step.
 
-
-def typical_states(backbone: FrozenBackbone, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
-    """States (L, D) entering each of `blocks` at the most typical position of these texts.
-
-    That is the one whose states are most like those of all others, by the mean cosine over the blocks.
+    Attributes:
+        config: the run.
+        load_llm: returns the language model with LoRA weights exactly if the variant has them.
+        prompts: the prompts over the catalogue's titles.
+        sources: every source by name.
+        state_blocks: the blocks whose text-only states are stored.
+        item_states_NLD: stored text-only states of the catalogue, over `state_blocks`.
+        serving: context of the engine within which a model can be called.
+        world: the ranks; each encodes a share of the users and items that the whitening is fitted to.
     """
-    text_BT = backbone.read(mask_BT).bool()
-    states_LMD = torch.stack(backbone.entering(ids_BT, mask_BT, blocks, lambda h_BTD: h_BTD[text_BT].float()))
-    units_LMD = F.normalize(states_LMD, dim=-1)
-    likeness_M = torch.einsum("lmd,ld->m", units_LMD, units_LMD.sum(1))
-    return states_LMD[:, likeness_M.argmax()]
+
+    config: RunConfig
+    load_llm: Callable[[Variant], LoadedModel]
+    prompts: PromptPair
+    sources: Mapping[str, Source]
+    state_blocks: Sequence[int]
+    item_states_NLD: Floats
+    serving: Callable[[nn.Module], AbstractContextManager[None]]
+    world: World
+
+    def new_model(self, variant: Variant, read_samples: Callable[[int], Iterable[Sample]]) -> RaRec:
+        """Return a variant before its first step.
+
+        LoRA, which changes nothing yet, is added last: engines that shard a model can shard it only once.
+
+        Args:
+            variant: the variant.
+            read_samples: returns the first training samples, at most as many as asked for.
+        """
+        plain, whiten = replace(variant, lora=False), self.config.readout.whiten
+        model = self.build(plain)
+        aligned = model.user.alignment is not None or model.item.alignment is not None
+        if aligned or whiten:
+            samples = read_samples(ALIGNMENT_SAMPLES if aligned else WHITENING_SIZE)
+            data = collect_initial_data(samples, self.sources, len(self.prompts.titles), self.config.run.seed)
+            with self.serving(model.backbone), torch.no_grad():
+                self._initialise_alignment(model, data)
+                if whiten:
+                    self._fit_whitening(model.eval(), data)
+        if not variant.lora:
+            return model
+        adapted = self.build(variant)
+        adapted.user, adapted.item = model.user, model.item
+        return adapted
+
+    def build(self, variant: Variant) -> RaRec:
+        """Return a variant whose weights are not set."""
+        shapes = {name: SourceShape(source.dim, source.vectors_per_user) for name, source in self.sources.items()}
+        return build_model(self.config, variant, self.load_llm(variant), shapes, self.prompts.sources)
+
+    def _initialise_alignment(self, model: RaRec, data: InitialData) -> None:
+        """Set each source's alignment from its vectors and texts: items' own texts, for users their targets' texts."""
+        config, stored = self.config.alignment, np.array(self.state_blocks)
+        penalty = config.ridge if config.init == "ridge" else None
+        start_LD = self._decoder_start(model, data)
+        for side, rows_N in (("user", data.targets_N), ("item", data.items_N)):
+            alignment: AlignmentModule | None = getattr(model, side).alignment
+            if alignment is None:
+                continue
+            generator = torch.Generator().manual_seed(self.config.run.seed + (side == "item"))
+            nearest = [int(np.abs(stored - block).argmin()) for block in alignment.blocks]
+            states_LND = torch.from_numpy(self.item_states_NLD[rows_N][:, nearest].astype(np.float32)).transpose(0, 1)
+            for name, source in alignment.named_sources():
+                vectors_NE = self.sources[name].items_NE[rows_N] if side == "item" else data.vectors[name].mean(1)
+                vectors = torch.from_numpy(np.ascontiguousarray(vectors_NE, np.float32))
+                initialise(source, vectors, states_LND, penalty=penalty, generator=generator, start_LD=start_LD)
+
+    def _decoder_start(self, model: RaRec, data: InitialData) -> Tensor | None:
+        """Return where b and c start in a decoder (L, D); None in an encoder, and where no slots enter the model.
+
+        A map behind the last block starts where that of the last block does.
+        """
+        blocks = model.user.alignment_blocks or model.item.alignment_blocks
+        if not model.backbone.sink or not blocks:
+            return None
+        prompts = [self.prompts.item(int(row)) for row in data.encoded_N[:TYPICAL_TEXTS]]
+        ids_BT, mask_BT = text_batch(prompts, self.prompts.tokenizer.filler, model.backbone.device)
+        states_LD = typical_states(model.backbone, ids_BT, mask_BT, blocks)
+        return states_LD if model.user.through else torch.cat([states_LD, states_LD[-1:]])
+
+    def _fit_whitening(self, model: RaRec, data: InitialData) -> None:
+        """Fit the whitening of every part of both readouts to users and items encoded by the variant as it is."""
+        found = {f"{side}.{part}": of for side in SIDES for part, of in self.moments(model, side, data).items()}
+        for moments in found.values():
+            self.world.all_reduce_sum_(moments.sums)
+        directions_ZD = directions(found, model.backbone.hidden_size, self.config.readout.size)
+        if not self.world.is_main:  # the sign of an eigenvector may differ between processors: use rank 0's
+            directions_ZD.zero_()
+        self.world.all_reduce_sum_(directions_ZD.numpy())
+        for side in SIDES:
+            tower: Tower = getattr(model, side)
+            readout = tower.readout
+            if readout.directions_ZD is not None:
+                readout.directions_ZD.copy_(directions_ZD)
+            for part, whitening in readout.white.items():
+                cast(Whitening, whitening).fit(found[f"{side}.{part}"], directions_ZD)
+            if not tower.through:
+                _rescale_last_map(tower)
+
+    def moments(self, model: RaRec, side: str, data: InitialData) -> dict[str, Moments]:
+        """Encode this rank's share of one side; return the moments of each part of its readout."""
+        tower: Tower = getattr(model, side).to(self.world.device)
+        found = {part: Moments(model.backbone.hidden_size) for part in tower.readout.white}
+        seen: list[dict[str, tuple[Tensor, Tensor]]] = []
+        hook = tower.readout.register_forward_hook(lambda readout, given, _: seen.append(readout.parts(*given)))
+        prompts, vectors = data.prompts, data.vectors
+        if side == "item":
+            prompts = [self.prompts.item(int(row)) for row in data.encoded_N]
+            vectors = {name: source.items_NE[data.encoded_N][:, None] for name, source in self.sources.items()}
+        size, filler = self.config.evaluate.batch_size, self.prompts.tokenizer.filler
+        self.world.report(f"encoding {side}s to fit the whitening")
+        for mine, _, batch in side_batches(prompts, vectors, tower, filler, size, self.world):
+            tower(model.backbone, batch)
+            for part, (states_BD, there_B1) in seen.pop().items():
+                if mine:
+                    found[part].add(states_BD[there_B1[:, 0] > 0])
+        hook.remove()
+        return found
+
+
+def _rescale_last_map(tower: Tower) -> None:
+    """Set the unit of the map behind the last block to that of the whitening that its slots go through.
+
+    Whitening stretches directions in which these slots hardly vary so far that steps of the block's own unit would
+    erase their first values.
+    """
+    white = cast(Mapping[str, Whitening], tower.readout.white)
+    unit = white[VECTORS].unit if VECTORS in white else None
+    if tower.alignment is not None and unit is not None:
+        for _, source in tower.alignment.named_sources():
+            source.rescale_last(unit)
 
 
 @torch.no_grad()
@@ -68,11 +243,11 @@ def initialise(
 
     Args:
         alignment: of one source on one side; its L blocks are those of `states_LND`.
-        vectors_NE: one vector a text, raw; those that are zero are passed over.
+        vectors_NE: one raw vector for each text; rows of zeros are skipped.
         states_LND: pooled text-only states entering each block.
-        penalty: of the ridge regression; None leaves W random.
-        generator: of the random parts.
-        start_LD: where b and c start; by default at the mean state.
+        penalty: penalty of the ridge regression; None leaves W random.
+        generator: generator of the random parts.
+        start_LD: where b and c start; the mean state by default.
     """
     alignment.reset(generator)
     states_LND = states_LND.float()
@@ -83,10 +258,45 @@ def initialise(
     if alignment.projections:
         alignment.bias_LD.copy_(begin_LD)
         there_N = (vectors_NE != 0).any(1)
-        if not there_N.any():  # of a sparse source, a sample of the texts may have none
+        if not there_N.any():  # with a sparse source, none of the sampled items may have a vector
             return
         alignment.standardise(vectors_NE[there_N])
         if penalty is not None:
             standard_NE = (vectors_NE[there_N] - alignment.center_E) / alignment.scale_E
             weight_LDE = ridge_weights(standard_NE, states_LND[:, there_N], penalty)
             alignment.weight_LDE.copy_(weight_LDE / alignment.unit_L[:, None, None])
+
+
+def ridge_weights(vectors_NE: Tensor, states_LND: Tensor, penalty: float) -> Tensor:
+    """Return W (L, D, E) that minimises |states - mean - W vectors|^2 + penalty N |W|^2, in float64.
+
+    Args:
+        vectors_NE: standardised source vectors.
+        states_LND: the states to predict.
+        penalty: relative to the unit variance of the vectors.
+    """
+    vectors = vectors_NE.double()
+    gram_EE = vectors.T @ vectors / len(vectors)
+    gram_EE.diagonal().add_(penalty)
+    centred = (states_ND.double() - states_ND.double().mean(0) for states_ND in states_LND)
+    moments_LED = torch.stack([vectors.T @ states_ND / len(vectors) for states_ND in centred])
+    weights_LED: Tensor = torch.linalg.solve(gram_EE, moments_LED)
+    return weights_LED.transpose(1, 2)
+
+
+def typical_states(backbone: FrozenBackbone, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Return the states (L, D) that enter each of `blocks` at the most typical position of these texts.
+
+    It is the position whose states have the largest mean cosine with those of all others, over the blocks.
+    """
+    text_BT = backbone.read(mask_BT).bool()
+    states_LMD = torch.stack(backbone.entering(ids_BT, mask_BT, blocks, lambda h_BTD: h_BTD[text_BT].float()))
+    units_LMD = F.normalize(states_LMD, dim=-1)
+    cosines_M = torch.einsum("lmd,ld->m", units_LMD, units_LMD.sum(1))
+    return states_LMD[:, cosines_M.argmax()]
+
+
+def _units(states_LND: Tensor) -> Tensor:
+    """Return the median over dimensions of each block's standard deviation (L,); 1 where it is zero."""
+    units_L = states_LND.std(1, unbiased=False).median(1).values
+    return torch.where(units_L > 0, units_L, 1.0)

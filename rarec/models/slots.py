@@ -2,8 +2,8 @@
 
 Shape letters: B batch, T positions, L injected blocks, K slots, D hidden size.
 
-What a block computes at a slot is thrown away by the next overwrite, so the text attends over Concat(d, h) with the
-block's own norms, rotations and mask, exactly as the paper's equation has it, and no attention code is patched.
+The next overwrite discards what a block computes at a slot. So the text attends over Concat(d, h) with the block's own
+norms, rotations and mask, exactly as in the paper's equation, and no attention code is patched.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class Slots:
     """Hidden states for the slots of a batch.
 
     Attributes:
-        slots_LBKD: one set for each injected block.
-        positions_BK: where the slots lie in each sequence.
+        slots_LBKD: the hidden states, for each injected block.
+        positions_BK: positions of the slots in each sequence.
         blocks: the indices of the L injected blocks.
     """
 
@@ -31,10 +31,10 @@ class Slots:
 
 
 class SlotInjector:
-    """Puts slots into a backbone's blocks for the length of a `with`, and takes its hooks away again.
+    """Injects slots into a backbone's blocks within a context, by hooks that it removes afterwards.
 
-    Before the first injected block a slot is an ordinary filler token; after the last one it is what the blocks make
-    of it.
+    Before the first injected block a slot is an ordinary filler token; after the last one the blocks transform it like
+    any other position.
     """
 
     def __init__(self, blocks: nn.ModuleList) -> None:
@@ -42,13 +42,13 @@ class SlotInjector:
         self.current: Slots | None = None
 
     def inject(self, slots: Slots | None) -> AbstractContextManager[None]:
-        """Overwrite the hidden states at the slots' positions while the context lasts; None injects nothing."""
+        """Overwrite the hidden states at the slots' positions within the context; None injects nothing."""
         return _Injection(self, slots)
 
-    def again(self) -> AbstractContextManager[None]:
-        """Inject the slots of this moment, later: a block that is recomputed gets those that it had the first time.
+    def reinject(self) -> AbstractContextManager[None]:
+        """Return a context that injects the present slots later, when a checkpointed block is recomputed.
 
-        The context can be entered again and again, since one graph may be gone through backwards more than once.
+        It can be entered several times, since the backward pass may run more than once.
         """
         return _Injection(self, self.current)
 

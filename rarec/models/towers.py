@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarec.config.method import Readout as ReadoutConfig
+from rarec.config.method import Readout
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import FrozenBackbone, pool_text
 from rarec.models.slots import Slots
 from rarec.models.whitening import Whitening
 
 TEXT = "text"
-"""The part of a readout that every variant has."""
+"""Name of the readout's part that reads the text; every variant has it."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class SideBatch:
     """One side of a batch, users or items.
 
     Attributes:
-        ids_BT: token ids, fillers at slots and padding.
+        ids_BT: token ids; fillers at slots and padding.
         mask_BT: 1 where there is text or a slot.
-        positions_BK: of the slots, sources in the alignment's order.
-        vectors: for each source, its frozen vectors (B, K, E).
+        positions_BK: positions of the slots, sources in the alignment's order.
+        vectors: the frozen vectors of each source (B, K, E).
     """
 
     ids_BT: Tensor
@@ -39,7 +39,7 @@ class SideBatch:
     vectors: Mapping[str, Tensor]
 
     def to(self, device: torch.device) -> "SideBatch":
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         return SideBatch(
             self.ids_BT.to(device),
             self.mask_BT.to(device),
@@ -49,12 +49,12 @@ class SideBatch:
 
 
 class Encoding(NamedTuple):
-    """What a tower returns: a tuple, since engines look for tensors in tuples, lists and dicts only.
+    """The output of a tower; a tuple, since engines look for tensors in tuples, lists and dicts only.
 
     Attributes:
-        vectors_BZ: to score.
+        vectors_BZ: the vectors that are scored.
         slots_LBKD: all slots, for the alignment loss; None for text only.
-        projected: each source's p (L, B, K, D), for the alignment loss.
+        projected: the projections p of each source (L, B, K, D), for the alignment loss.
     """
 
     vectors_BZ: Tensor
@@ -62,23 +62,23 @@ class Encoding(NamedTuple):
     projected: Mapping[str, Tensor]
 
 
-class Readout(nn.Module):
-    """Final hidden states to the scored vector (all ours).
+class ReadoutModule(nn.Module):
+    """Computes the scored vector from final hidden states (all ours).
 
-    Its parts are the pooled states of the text, and beside them, if wanted, the mean state of the slots that hold
-    vectors and that of the instructions. Each is whitened and goes through a head that starts at the identity, if
-    wanted; they are added; an L2 norm, if wanted. Slots that stand for a missing vector are not read: they are the same
-    for all that have none, and what they share would drown in the norm what their texts tell apart.
+    Its parts are the pooled states of the text and, optionally, the mean state of the slots that hold vectors and of
+    the slots that hold instructions. Each part is whitened and mapped by a head that starts at the identity; the parts
+    are added, and the sum is L2-normalised. The section `readout` switches each of these steps. Slots of a missing
+    vector are not read: they are the same for all users or items without a vector, and would dominate the norm.
 
     Args:
         hidden: D.
-        config: which of these are wanted.
-        reads: which slots' states are read, by their roles.
+        config: the section `readout`.
+        reads: roles of the slots whose states are read.
     """
 
     directions_ZD: Tensor | None
 
-    def __init__(self, hidden: int, config: ReadoutConfig, reads: tuple[str, ...] = ()) -> None:
+    def __init__(self, hidden: int, config: Readout, reads: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.config, self.reads = config, reads
         size = min(hidden, config.size) if config.whiten else hidden
@@ -88,7 +88,14 @@ class Readout(nn.Module):
         self.heads = nn.ModuleDict({part: _identity(size, part == TEXT) for part in parts} if config.head else {})
 
     def forward(self, hidden_BTD: Tensor, text_BT: Tensor, slots_BKD: Tensor, roles: Mapping[str, Tensor]) -> Tensor:
-        """(B, Z) from final hidden states, where there is text, the slots' last states, and which have which role."""
+        """Return the scored vectors (B, Z).
+
+        Args:
+            hidden_BTD: final hidden states.
+            text_BT: 1 at text positions.
+            slots_BKD: last states of the slots.
+            roles: for each role, a mask of its slots (B, K).
+        """
         parts = self.parts(hidden_BTD, text_BT, slots_BKD, roles)
         read_BZ = torch.stack([self._read(part, states_BD) * there_B1 for part, (states_BD, there_B1) in parts.items()])
         return F.normalize(read_BZ.sum(0), dim=-1) if self.config.normalise else read_BZ.sum(0)
@@ -96,7 +103,7 @@ class Readout(nn.Module):
     def parts(
         self, hidden_BTD: Tensor, text_BT: Tensor, slots_BKD: Tensor, roles: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each part's states (B, D), and whether it is there at all (B, 1); arguments as of `forward`."""
+        """Return each part's states (B, D) and whether the part is present (B, 1); arguments as of `forward`."""
         text_BD = pool_text(hidden_BTD, text_BT, self.config.pool)
         return {TEXT: (text_BD, torch.ones_like(text_BD[:, :1]))} | {
             role: _mean(slots_BKD.float(), roles[role].float()) for role in self.reads
@@ -109,7 +116,7 @@ class Readout(nn.Module):
 
 
 def _mean(slots_BKD: Tensor, which_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Of some of the slots' states (B, D), and whether there are any (B, 1)."""
+    """Return the mean of the chosen slots' states (B, D), and whether any is chosen (B, 1)."""
     count_B1 = which_BK.sum(1, keepdim=True)
     return torch.einsum("bkd,bk->bd", slots_BKD, which_BK) / count_B1.clamp_min(1), (count_B1 > 0).float()
 
@@ -123,22 +130,22 @@ def _identity(size: int, bias: bool) -> nn.Linear:
 
 
 class Tower(nn.Module):
-    """One side's own parts.
+    """One side's alignment and readout around the frozen model.
 
     Args:
-        alignment: None for text only.
-        readout: of text and slots.
-        through: whether slots are read as the last block leaves them. If not, the alignment's last map lies behind all
-            blocks, and what it makes is read as it is.
+        alignment: the alignment module; None for text only.
+        readout: the readout.
+        through: whether the states of slots after the last block are read. If not, the alignment has one more map, and
+            its output is read in their place.
     """
 
-    def __init__(self, alignment: AlignmentModule | None, readout: Readout, through: bool = True) -> None:
+    def __init__(self, alignment: AlignmentModule | None, readout: ReadoutModule, through: bool = True) -> None:
         super().__init__()
         self.alignment, self.readout, self.through = alignment, readout, through
 
     @property
     def slots(self) -> dict[str, int]:
-        """How many slots each source takes in the prompt."""
+        """The number of slots of each source in the prompt."""
         return self.alignment.slots if self.alignment is not None and self.alignment_blocks else {}
 
     @property
@@ -148,7 +155,7 @@ class Tower(nn.Module):
         return blocks if self.through else blocks[:-1]
 
     def forward(self, backbone: FrozenBackbone, batch: SideBatch) -> Encoding:
-        """Slots from the sources' vectors, one pass of the frozen model, readout of text and slots."""
+        """Compute slots from the sources' vectors, run the frozen model, and read out text and slots."""
         if self.alignment is None:
             hidden_BTD = backbone(batch.ids_BT, batch.mask_BT)
             text_BT = backbone.read(batch.mask_BT)
@@ -164,33 +171,33 @@ class Tower(nn.Module):
 
 
 def _at(hidden_BTD: Tensor, positions_BK: Tensor) -> Tensor:
-    """The states at these positions, (B, K, D)."""
+    """Return the states at these positions, (B, K, D)."""
     return hidden_BTD.gather(1, positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1]))
 
 
 class RaRec(nn.Module):
-    """The whole model. score(u, i) = users' vector . items' vector, so a catalogue is ranked by one matrix product.
+    """The two towers. score(u, i) = user vector . item vector, so a catalogue is ranked by one matrix product.
 
-    A learned scale (under `normalise`) multiplies the user's vector.
+    A scale multiplies the user's vector; it is learned under `readout.normalise`.
 
     Args:
         backbone: the frozen language model.
         user: the user tower.
         item: the item tower.
-        scale: the score's multiplier at the start.
-        learn_scale: whether it trains.
+        scale: first value of the scale.
+        learn_scale: whether the scale is trained.
     """
 
     def __init__(self, backbone: FrozenBackbone, user: Tower, item: Tower, *, scale: float, learn_scale: bool) -> None:
         super().__init__()
         self.backbone, self.user, self.item = backbone, user, item
-        # of one number, not of none: DeepSpeed cannot send those
+        # shape (1,), not (): DeepSpeed cannot communicate scalars
         self.log_scale = nn.Parameter(torch.tensor([scale]).log(), requires_grad=learn_scale)
 
     def forward(self, sides: Mapping[str, SideBatch]) -> dict[str, Encoding]:
-        """Encode the sides that are given: `user`, `item` or both.
+        """Encode the given sides: `user`, `item` or both.
 
-        Always by a call of the whole: an engine that shards the model gathers weights when modules are called.
+        Call the whole model, not a tower: an engine that shards it gathers weights when modules are called.
         """
         encoded: dict[str, Encoding] = {
             side: getattr(self, side)(self.backbone, batch) for side, batch in sides.items()

@@ -1,4 +1,4 @@
-"""What trains, taken out of a model and put back: alignment and readout in safetensors, LoRA in plain PEFT format."""
+"""Save and load the trained weights: alignment and readout in safetensors, LoRA in plain PEFT format."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +19,13 @@ Weights = Mapping[str, Tensor]
 
 
 def alignment_state(model: RaRec, trained: Weights | None = None) -> dict[str, Tensor]:
-    """Every tensor beside the backbone: both sides' alignment, whitening, heads, and the scale.
+    """Return every tensor outside the backbone: both sides' alignment, whitening and heads, and the scale.
 
     Args:
-        model: whole, or sharded by an engine.
-        trained: what trains, whole, by name, where the model is sharded.
+        model: a model, possibly sharded by an engine.
+        trained: the gathered trainable parameters by name, if the model is sharded.
     """
-    # not the whole model's `state_dict`: FSDP has hooks there, and one rank alone may be here
+    # not `model.state_dict()`: its FSDP hooks need all ranks, and this may run on one alone
     sides = {"user": model.user, "item": model.item}
     state = {f"{side}.{name}": tensor for side, tower in sides.items() for name, tensor in tower.state_dict().items()}
     state |= dict(model.named_parameters(recurse=False))
@@ -36,24 +36,24 @@ def alignment_state(model: RaRec, trained: Weights | None = None) -> dict[str, T
 def save_weights(
     model: RaRec, directory: Path, trained: Weights | None = None, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write `alignment.safetensors` and, where the model has LoRA, `lora/` as PEFT writes it; arguments as above.
+    """Write `alignment.safetensors` and, if the model has LoRA weights, `lora/` in PEFT's format.
 
     Args:
-        model: whole, or sharded by an engine.
-        directory: that is there.
-        trained: what trains, whole, by name, where the model is sharded.
-        dtype: of what trains in the first file.
+        model: a model, possibly sharded by an engine.
+        directory: an existing directory.
+        trained: the gathered trainable parameters by name, if the model is sharded.
+        dtype: dtype of the trainable parameters in the first file.
 
     Raises:
-        ValueError: a tensor is empty, or holds what is no number.
-        UserError: one is too large for the type.
+        ValueError: a tensor is empty, or not finite.
+        UserError: a value is too large for the dtype.
     """
     state, peft = alignment_state(model, trained), model.backbone.model if _has_lora(model) else None
     lora = {name.removeprefix(_PEFT): tensor for name, tensor in (trained or {}).items() if name.startswith(_PEFT)}
     for name, tensor in {**state, **lora}.items():
         if not tensor.numel() or not tensor.isfinite().all():
-            raise ValueError(f"refusing to save {name}: it is {'not finite' if tensor.numel() else 'empty'}")
-    # what whitens stays as it is: it undoes long states, and stretches what is small in them
+            raise ValueError(f"cannot save {name}: it is {'not finite' if tensor.numel() else 'empty'}")
+    # buffers of the whitening stay float32: they invert large variances, and need the precision
     parameters = {name for name, _ in model.named_parameters()}
     written = {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in state.items()}
     if large := [name for name, tensor in written.items() if not tensor.isfinite().all()]:
@@ -64,10 +64,10 @@ def save_weights(
 
 
 def load_weights(model: RaRec, directory: Path) -> None:
-    """Read what `save_weights` wrote into a model of the same shape.
+    """Load what `save_weights` wrote into a model of the same shape.
 
     Raises:
-        UserError: a file is missing or torn, or its tensors are not those of this model.
+        UserError: a file is missing or damaged, or has other tensors than this model.
     """
     path = directory / ALIGNMENT
     state = _read(path)
@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}", "train again, or take an earlier checkpoint") from None
+        raise UserError(f"cannot read {path}: {error}", "train again, or use an earlier checkpoint") from None
 
 
 def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
@@ -95,8 +95,8 @@ def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path
     if differing:
         name = min(differing)
         raise UserError(
-            f"{path}: tensor {name} is {_shape(found.get(name))} there and {_shape(wanted.get(name))} in this model",
-            "use the configuration that it was trained with",
+            f"{path}: tensor {name} is {_shape(found.get(name))}, but in this model {_shape(wanted.get(name))}",
+            "use the configuration that the file was trained with",
         )
 
 

@@ -12,7 +12,7 @@ from rarec.config import RunConfig, Variant
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.load import LoadedModel, context_length_of, headless, kind_of, read_with, with_adapter
+from rarec.models.language_model import LoadedModel, context_length_of, headless, kind_of, read_with, with_adapter
 from rarec.paths import resolve
 from rarec.planning.attention import PADDED, UNPADDED
 from rarec.planning.shapes import META, VariantShapes

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rarec.config.method import Loss
-from rarec.models.objective import Objective, Targets
+from rarec.models.losses import LossTargets, Objective
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.planning.live import Live
 from rarec.planning.shapes import META, VariantShapes
@@ -144,7 +144,7 @@ def _side(tower: Tower, side: str, shape: StepShape, rows: int) -> SideBatch:
     return SideBatch(ids_BT, torch.empty_like(ids_BT), torch.empty(rows, slots, dtype=torch.long), vectors)
 
 
-def _targets(shape: StepShape, hidden: int) -> Targets:
+def _targets(shape: StepShape, hidden: int) -> LossTargets:
     rows_b, histories_bH = (torch.empty(shape.rows, *more, dtype=torch.long) for more in ((), (HISTORY,)))
     users_bLD, items_bLD = (torch.empty(shape.rows, len(shape.state_blocks), hidden) for _ in range(2))
-    return Targets(rows_b, rows_b.clone(), histories_bH, users_bLD, items_bLD, shape.total)
+    return LossTargets(rows_b, rows_b.clone(), histories_bH, users_bLD, items_bLD, shape.total)

@@ -12,7 +12,7 @@ from rarec.config import MODEL_SECTIONS, VARIANTS, RunConfig, Variant, dump_conf
 from rarec.errors import UserError
 from rarec.files import write_text
 from rarec.models.build import SourceShape, build_model
-from rarec.models.load import LoadedModel
+from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec
 from rarec.models.weights import load_weights, save_weights
 from rarec.serving.card import model_card

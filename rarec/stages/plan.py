@@ -22,8 +22,8 @@ from rarec.planning.memory import STAGES, Stage
 from rarec.planning.samples import Batches, Samples
 from rarec.planning.setting import Cluster
 from rarec.planning.table import Plan
-from rarec.stages.feed import batch_plan
 from rarec.stages.run import Run
+from rarec.training.feed import batch_plan
 
 
 def plan(run: Run, cluster: Cluster, asked: Stage | None) -> Plan:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rarec.data.dataset import PreparedDataset
     from rarec.ids.source import Source
     from rarec.models.build import SourceShape
-    from rarec.models.load import LoadedModel
+    from rarec.models.language_model import LoadedModel
+    from rarec.models.towers import RaRec
     from rarec.prompts import PromptPair
     from rarec.training.engines import Engine
     from rarec.world import World
@@ -215,7 +216,7 @@ class Run:
     @cached_property
     def llm(self) -> "LoadedModel":
         """The frozen language model, without LoRA."""
-        from rarec.models.load import convert, load_model
+        from rarec.models.language_model import convert, load_model
 
         config, converted = self.config.llm, self.converted_llm
         self.world.run_on_main(lambda: convert(config, converted))
@@ -227,11 +228,17 @@ class Run:
 
         There is one copy in memory, so it belongs to one variant at a time.
         """
-        from rarec.models.load import with_adapter
+        from rarec.models.language_model import with_adapter
 
         lora = self.config.lora if variant.lora else None
         self._adapted = with_adapter(getattr(self, "_adapted", self.llm), lora, self.config.run.seed)
         return self._adapted
+
+    def build_model(self, variant: Variant) -> "RaRec":
+        """Return a variant's towers over the language model; their weights are not set."""
+        from rarec.models.build import build_model
+
+        return build_model(self.config, variant, self.load_llm(variant), self.shapes, self.prompts.sources)
 
     @cached_property
     def prompts(self) -> "PromptPair":

@@ -17,7 +17,7 @@ from rarec.data.shards.samples import Sample
 from rarec.data.shards.truth import Truth, leak
 from rarec.errors import UserError
 from rarec.files import write_aside, write_json
-from rarec.models.text_states import Schedule, text_states
+from rarec.models.encode import Split, text_states
 from rarec.prompts import Encoded
 from rarec.prompts.hybrid import parse_template
 from rarec.stages.run import Run
@@ -141,9 +141,9 @@ class ShardContent:
         items = [prompts.item(row) for row in range(self.run.dataset.n_items)]
         return world.all_reduce_sum_(self._states(items, world.split_in_lockstep))
 
-    def _states(self, prompts: list[Encoded], schedule: Schedule) -> npt.NDArray[np.floating]:
+    def _states(self, prompts: list[Encoded], split: Split) -> npt.NDArray[np.floating]:
         llm, dtype = self.run.llm, self.run.config.shards.state_dtype
-        return text_states(llm.backbone, prompts, self.blocks, llm.tokenizer.filler, dtype=dtype, schedule=schedule)
+        return text_states(llm.backbone, prompts, self.blocks, llm.tokenizer.filler, dtype=dtype, split=split)
 
 
 def write_sidecar(path: Path, made: Any) -> None:

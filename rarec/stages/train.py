@@ -79,11 +79,10 @@ class TrainStage(Stage):
         Raises:
             UserError: it is not trained, or not as the configuration says now; or its best checkpoint is damaged.
         """
-        from rarec.stages.fresh import bare_model
         from rarec.training.checkpoints import Torn
 
         best = self.require()["best_step"]
-        model = bare_model(self.run, self.variant, self.run.load_llm(self.variant))
+        model = self.run.build_model(self.variant)
         try:
             self.checkpoints().load(model, best)
         except Torn as torn:  # a later checkpoint is another model: it must not take the place of this one

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,25 @@ from accelerate import Accelerator
 
 from rarec.artefacts import check_files
 from rarec.config import Variant
-from rarec.data.shards.index import INDEX
+from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.index import INDEX, map_npy
 from rarec.data.shards.stream import SampleStream
 from rarec.models.build import aligned_blocks, trained_parameters, whole_size
 from rarec.models.encode import Encoder
-from rarec.models.objective import Objective
+from rarec.models.initialise import Initialiser
+from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking.metrics import SELECTION_CUTOFFS, metric_values
 from rarec.ranking.rank import rank_shared
-from rarec.stages.feed import Feed
-from rarec.stages.fresh import bare_model, fresh_model
 from rarec.stages.run import Run, Say
-from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS
+from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_form
 from rarec.training.accelerator import build_accelerator
-from rarec.training.batches import Collator
 from rarec.training.checkpoints import Checkpoints, TrainingState
-from rarec.training.loader import BatchLoader
-from rarec.training.log import TrainingLog
+from rarec.training.feed import Feed, first_samples
+from rarec.training.loader import BatchLoader, Collator
 from rarec.training.loop import Trainer
-from rarec.training.stopping import StopSignals
+from rarec.training.signals import StopSignals
+from rarec.training.step_metrics import TrainingLog
 from rarec.world import World
 
 
@@ -50,9 +51,9 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
         aligned_blocks(run.config, each, len(run.llm.backbone.blocks))
     read_whole = (ITEM_STATES, TARGET_COUNTS, INDEX)  # samples are checked one by one
     world.run_on_main(lambda: check_files(run.directory("shards"), manifest, names=read_whole))
-    feed = Feed(run, manifest)
+    feed = Feed(run.config, run.directory("shards"), manifest, run.tar_cache, run.shapes, run.say)
     excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
-    stream = feed.stream(excluded)
+    stream = open_stream(run, feed, excluded)
     stream.plan.check_ranks(world.size * config.accumulate, config.epochs)
     accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None
     if run.engine.advice(run.config.llm):
@@ -86,11 +87,11 @@ def _fit(
     if accelerator is not None:
         accelerator.init_trackers("log")
     try:
-        with StopSignals().noted() as signals:
+        with StopSignals().recorded() as signals:
             trainer.run(
                 state, lambda steps, done: TrainingLog(log, accelerator, steps, done, variant.title, run.say), signals
             )
-            return signals.came
+            return signals.received
     finally:
         trainer.optimisation.end()
         for tracker in accelerator.trackers if accelerator is not None else ():
@@ -114,10 +115,10 @@ def _trainer(
     item_states_NLD = np.load(run.directory("shards") / ITEM_STATES, mmap_mode="r")
     counts_N = torch.from_numpy(np.load(run.directory("shards") / TARGET_COUNTS))
     if state.step:
-        model = bare_model(run, variant, run.load_llm(variant))
+        model = run.build_model(variant)
         checkpoints.load(model, state.step)
     else:
-        model = fresh_model(run, variant, shards, item_states_NLD, stream)
+        model = open_initialiser(run, shards["state_blocks"]).new_model(variant, partial(first_samples, stream))
     optimisation = run.engine.train(model, config.train)
     collate = Collator(model, run.prompts, run.sources, item_states_NLD, config.alignment.id_dropout)
     return Trainer(
@@ -131,6 +132,28 @@ def _trainer(
         checkpoints,
         world,
         config.train.steps(stream.plan.total(config.train.epochs), trained_parameters(model)),
+    )
+
+
+def open_stream(run: Run, feed: Feed, excluded: Numbers) -> SampleStream:
+    """Return the stream of training samples without the excluded."""
+    states_NLD = map_npy(run.directory("shards") / ITEM_STATES)
+    vocabulary = run.llm.backbone.model.get_input_embeddings().num_embeddings
+    return feed.stream(excluded, run.dataset.n_items, sample_form(run, states_NLD.shape[1:], vocabulary))
+
+
+def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:
+    """Return what builds variants before their first step, from the stored states of these blocks."""
+    states_NLD = np.load(run.directory("shards") / ITEM_STATES, mmap_mode="r")
+    return Initialiser(
+        run.config,
+        run.load_llm,
+        run.prompts,
+        run.sources,
+        state_blocks,
+        states_NLD,
+        run.engine.serving,
+        run.world,
     )
 
 

@@ -15,7 +15,7 @@ from rarec.errors import Stopped
 from rarec.files import lock_file, try_lock
 from rarec.sweep.expand import Sweep, SweepRun
 from rarec.sweep.state import first_to_do, state_of
-from rarec.training.stopping import StopSignals
+from rarec.training.signals import StopSignals
 
 LOG = "sweep.log"
 """In a run's directory: what its process said, each sitting behind the command that began it."""
@@ -44,7 +44,7 @@ def run_locally(sweep: Sweep, runs: Sequence[SweepRun], say: Say, show: Show) ->
         KeyboardInterrupt: by Ctrl-C; likewise.
     """
     failed = []
-    with StopSignals().noted() as signals:
+    with StopSignals().recorded() as signals:
         for run in runs:
             outcome = _run(sweep, run, signals, say, show)
             if outcome is not None:
@@ -128,7 +128,7 @@ def _watched(
 
 
 def _stop_if_told(signals: StopSignals) -> None:
-    if signals.came:
+    if signals.received:
         raise Stopped("the sweep was stopped by a signal")
 
 

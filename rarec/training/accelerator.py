@@ -1,7 +1,7 @@
-"""The one place where ranks are started and an engine is chosen, and where both are proved to be what was asked for.
+"""Join the other processes of a run and choose the engine, and check that both are as configured.
 
-`accelerate launch` says by its environment how many ranks there are and which engine they run; the run's configuration
-says on what device. Accelerate itself does not notice when these do not fit: it then trains apart on every rank, or
+`accelerate launch` sets the number of ranks and the engine by environment variables; the run's configuration sets the
+device. Accelerate itself does not notice when they contradict each other: it then trains on every rank separately, or
 without the engine.
 """
 
@@ -19,7 +19,7 @@ from rarec.files import read_json
 from rarec.training.engines import Engine
 from rarec.world import World
 
-ONCE = {
+SET_BY_RUN = {
     "gradient_accumulation_steps": "train.accumulate",
     "gradient_clipping": "train.clip",
     "train_batch_size": "train.batch_size",
@@ -29,72 +29,74 @@ ONCE = {
     "optimizer": "train",
     "scheduler": "train",
 }
-"""What a DeepSpeed file might say again, and the field that says it."""
+"""Settings that a DeepSpeed file may repeat, and the field of the run's configuration that sets each."""
 
 
 def start_world(config: RunConfig) -> World:
     """Join the other processes that the launcher started, if any.
 
     Raises:
-        UserError: there is no GPU though one is asked for, or not the ranks that were asked for.
+        UserError: a GPU is required and there is none, or the number of processes is not `run.num_processes`.
     """
     world, wanted = int(os.environ.get("WORLD_SIZE", "1")), config.run.num_processes
     if wanted is not None and world != wanted:
         remedy = f"accelerate launch --num_processes {wanted} ..., or change run.num_processes"
         raise UserError(f"run.num_processes is {wanted}, but {world} processes were started", remedy, shared=True)
     on_gpu = _on_gpu(config, world)
-    if world == 1 and not _asked("DEEPSPEED"):
+    if world == 1 and not _launched_with("DEEPSPEED"):
         return World(device=torch.device("cuda" if on_gpu else "cpu"))
     state = _state(on_gpu)
     if state.num_processes != world or dist.get_world_size() != world:
-        raise UserError(f"the launcher started {world} ranks, but Accelerate found {state.num_processes}")
+        raise UserError(f"the launcher started {world} processes, but Accelerate found {state.num_processes}")
     return World(state.process_index, world, state.device)
 
 
 def _on_gpu(config: RunConfig, world: int) -> bool:
-    """Whether models run on GPUs.
+    """Return whether models run on GPUs.
 
     Raises:
-        UserError: they should, and there is none.
+        UserError: they must, and there is none.
     """
     wanted = config.run.device
     if wanted == "auto" and world > 1:
-        wanted = "cuda"  # one machine of many that has lost its GPUs must not go on without
+        wanted = "cuda"  # if one of several machines has lost its GPUs, it must not continue on its CPU
     if wanted == "cuda" and not torch.cuda.is_available():
-        asked = "run.device is cuda" if config.run.device == "cuda" else f"{world} ranks are for GPUs"
-        remedy = "install a PyTorch that sees the GPU, or train on CPUs: run.device=cpu"
-        raise UserError(f"{asked}, but PyTorch sees no GPU here", remedy, shared=True)
+        reason = "run.device is cuda" if config.run.device == "cuda" else f"{world} processes train on GPUs by default"
+        remedy = "install a PyTorch that supports your GPU, or train on CPUs: run.device=cpu"
+        raise UserError(f"{reason}, but PyTorch finds no GPU", remedy, shared=True)
     return wanted != "cpu" and torch.cuda.is_available()
 
 
 def _state(on_gpu: bool) -> PartialState:
-    """Accelerate's, which starts the process group."""
+    """Start the process group, through Accelerate."""
     if on_gpu:
         return PartialState()
     os.environ["DS_ACCELERATOR"] = "cpu"
-    if not _asked("DEEPSPEED"):
+    if not _launched_with("DEEPSPEED"):
         return PartialState(cpu=True)
     from rarec.training.engines.zero_op import load_cpu_op
 
     load_cpu_op()
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate trains without DeepSpeed and does not say so
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # if it is set, Accelerate trains without DeepSpeed and gives no warning
     return PartialState(backend="gloo")
 
 
 def build_engine(world: World, config: RunConfig) -> Engine:
-    """The engine that the launcher's file names.
+    """Return the engine that the launcher's file names.
+
+    DeepSpeed and FSDP are imported only here, and only if they are used.
 
     Raises:
-        UserError: its settings contradict the run's.
+        UserError: the file's settings contradict the run's configuration.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", ""):
-        raise _twice("mixed_precision", precision, "llm.dtype", "the launcher's file")
-    if _asked("DEEPSPEED"):
+        raise _set_twice("mixed_precision", precision, "llm.dtype", "the launcher's file")
+    if _launched_with("DEEPSPEED"):
         from rarec.training.engines.zero import ZeroEngine
 
         return ZeroEngine(world, _deepspeed_config(config))
-    if _asked("FSDP") and world.size > 1:
+    if _launched_with("FSDP") and world.size > 1:
         from rarec.training.engines.fsdp import Fsdp2Engine
 
         return Fsdp2Engine(world)
@@ -104,32 +106,32 @@ def build_engine(world: World, config: RunConfig) -> Engine:
 
 
 def build_accelerator(world: World, trackers: list[str], logs: Path) -> Accelerator:
-    """For its trackers.
+    """Return an Accelerator for its trackers.
 
     Args:
-        world: all of them.
-        trackers: Accelerate's, by name.
-        logs: where they write.
+        world: all ranks.
+        trackers: names of Accelerate's trackers.
+        logs: directory that they write to.
 
     Raises:
         UserError: a tracker is unknown or not installed.
     """
-    on_cpu = world.device.type == "cpu" and not _asked("DEEPSPEED")
+    on_cpu = world.device.type == "cpu" and not _launched_with("DEEPSPEED")
     try:
         return Accelerator(cpu=on_cpu, mixed_precision="no", log_with=trackers or None, project_dir=str(logs))
     except (ValueError, ImportError) as error:
-        raise UserError(f"train.trackers: {error}", "install that tracker, or set train.trackers=[]") from None
+        raise UserError(f"train.trackers: {error}", "install the tracker, or set train.trackers=[]") from None
 
 
-def _asked(what: str) -> bool:
+def _launched_with(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 
 
 def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """The JSON that the launcher's file names, if it leaves to the run's configuration what that says.
+    """Return the DeepSpeed configuration that the launcher's file names, without what the run's configuration sets.
 
     Raises:
-        UserError: it names none, or says something a second time and otherwise.
+        UserError: the launcher's file names none, or it contradicts the run's configuration.
     """
     path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
     if not path.is_file():
@@ -137,15 +139,15 @@ def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
         raise UserError("the launcher's file asks for DeepSpeed without a configuration", remedy, shared=True)
     tree: dict[str, Any] = read_json(path)
     if not isinstance(tree, dict) or "stage" not in tree.get("zero_optimization", {}):
-        raise UserError(f"{path} says no zero_optimization.stage", "see configs/deepspeed/zero2.json", shared=True)
+        raise UserError(f"{path}: zero_optimization.stage is missing", "see configs/deepspeed/zero2.json", shared=True)
     same = {"gradient_accumulation_steps": config.train.accumulate, "gradient_clipping": config.train.clip}
-    for key, field in ONCE.items():
+    for key, field in SET_BY_RUN.items():
         given = tree.get(key, "auto")
         if given not in ("auto", same.get(key), {"enabled": False}):
-            raise _twice(key, given, field, str(path))
-    return {key: value for key, value in tree.items() if key not in ONCE}
+            raise _set_twice(key, given, field, str(path))
+    return {key: value for key, value in tree.items() if key not in SET_BY_RUN}
 
 
-def _twice(key: str, given: object, field: str, where: str) -> UserError:
-    problem = f"{where} says {key}: {given}, which is the run's own to say, in {field}"
-    return UserError(problem, f"take {key} out of {where}", shared=True)
+def _set_twice(key: str, given: object, field: str, where: str) -> UserError:
+    problem = f"{where} sets {key}: {given}, but the run's configuration sets it, in {field}"
+    return UserError(problem, f"remove {key} from {where}", shared=True)

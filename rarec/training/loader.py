@@ -1,7 +1,9 @@
 """Batches for the training loop, read and collated ahead by worker processes.
 
-The main process walks the plan and hands out sample numbers; what comes back comes in their order, whatever the number
-of workers.
+The main process iterates over the plan and hands out sample numbers; batches come back in the same order with any
+number of workers.
+
+Shape letters: b samples of this rank, H history, L stored blocks, D hidden size, N catalogue.
 """
 
 import ctypes
@@ -9,29 +11,123 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing.reduction import ForkingPickler
+from zlib import crc32
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.samples import Sample
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
-from rarec.training.batches import Batch, Collator
-from rarec.training.stopping import SIGNALS
+from rarec.ids.source import Source
+from rarec.models.encode import side_batch
+from rarec.models.losses import LossTargets
+from rarec.models.towers import RaRec, SideBatch
+from rarec.prompts import Encoded, PromptPair
+from rarec.training.signals import SIGNALS
 from rarec.world import SINGLE, World
 
-_DEAD = "DataLoader worker (pid"
-"""So begin PyTorch's messages of a dead worker."""
+_ITEMS_CACHED = 65_536
+CRCS = 2**32
+"""Number of CRC-32 checksums."""
+_WORKER_DIED = "DataLoader worker (pid"
+"""Beginning of PyTorch's messages about a dead worker."""
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class Share:
-    """Sample numbers of this rank, and how many samples all ranks have together."""
+class Batch:
+    """The input of one rank to a step, or to a part of a step.
+
+    Attributes:
+        users: prompts, slot positions and source vectors of the users.
+        items: those of their target items.
+        targets: further inputs of the losses.
+        keys: keys of the samples, for messages.
+        tokens: text and slots of both sides, without padding.
+    """
+
+    users: SideBatch
+    items: SideBatch
+    targets: LossTargets
+    keys: tuple[str, ...]
+    tokens: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the same batch on another device."""
+        return Batch(self.users.to(device), self.items.to(device), self.targets.to(device), self.keys, self.tokens)
+
+
+class Collator:
+    """Collates samples to batches for one model.
+
+    Args:
+        model: says how many slots its towers take.
+        prompts: fills the item prompts; the most recent ones are cached.
+        sources: every source by name; a batch's rows are gathered here, so that tables need no memory on the device.
+        item_states_NLD: stored text-only states of the catalogue, memory-mapped.
+        id_dropout: share of the samples whose item's vectors are replaced by zeros. It depends on a sample's key alone
+            whether it is one of them.
+    """
+
+    def __init__(
+        self,
+        model: RaRec,
+        prompts: PromptPair,
+        sources: Mapping[str, Source],
+        item_states_NLD: npt.NDArray[np.floating],
+        id_dropout: float,
+    ) -> None:
+        self.model, self.prompts, self.sources, self.item_states_NLD = model, prompts, sources, item_states_NLD
+        self.id_dropout = id_dropout
+        self._item = lru_cache(_ITEMS_CACHED)(prompts.item)
+
+    def __call__(self, samples: Sequence[Sample], total: int) -> Batch:
+        """Return a batch of this rank's samples, out of `total` on all ranks."""
+        rows = np.array([sample.target for sample in samples])
+        user_states_bLD = _stacked([sample.states_LD for sample in samples])
+        item_states_bLD = _stacked(list(self.item_states_NLD[rows]))
+        users = self._users(samples)
+        items = self._items(rows, np.array([crc32(sample.key.encode()) for sample in samples]) / CRCS)
+        targets = LossTargets(
+            torch.tensor([sample.user for sample in samples]),
+            torch.from_numpy(rows),
+            _padded([sample.history_H for sample in samples]),
+            user_states_bLD,
+            item_states_bLD,
+            total,
+        )
+        tokens = int(users.mask_BT.sum() + items.mask_BT.sum())
+        return Batch(users, items, targets, tuple(sample.key for sample in samples), tokens)
+
+    def _users(self, samples: Sequence[Sample]) -> SideBatch:
+        prompts = [Encoded(sample.tokens_T, sample.marks) for sample in samples]
+        vectors = {name: np.stack([sample.vectors[name] for sample in samples]) for name in self.sources}
+        return side_batch(prompts, vectors, self.model.user, self.prompts.tokenizer.filler)
+
+    def _items(self, rows: npt.NDArray[np.int64], draws_b: npt.NDArray[np.float64]) -> SideBatch:
+        kept_b11 = (draws_b >= self.id_dropout)[:, None, None]
+        vectors = {name: source.items_NE[rows][:, None] * kept_b11 for name, source in self.sources.items()}
+        prompts = [self._item(row) for row in rows.tolist()]
+        return side_batch(prompts, vectors, self.model.item, self.prompts.tokenizer.filler)
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """One rank's share of a batch.
+
+    Attributes:
+        numbers: sample numbers of this rank.
+        total: number of samples on all ranks.
+    """
 
     numbers: Numbers
     total: int
@@ -42,73 +138,92 @@ class BatchLoader:
 
     Args:
         stream: reads samples by number.
-        collate: samples to a batch.
-        workers: processes; with 0, a batch is read when it is asked for.
-        world: that share each batch.
-        parts: into which a step's batch is cut, one after the other.
+        collate: turns samples into a batch.
+        workers: number of worker processes; with 0, a batch is read when it is asked for.
+        world: the ranks that share each batch.
+        parts: number of parts that a step's batch is split into, processed one after the other.
     """
 
     def __init__(
         self, stream: SampleStream, collate: Collator, workers: int, world: World = SINGLE, parts: int = 1
     ) -> None:
         self.plan, self.workers, self.world, self.parts = stream.plan, workers, world, parts
-        self._work, self._due = _Work(stream, collate), deque[Numbers]()
+        self._dataset, self._pending = _Batches(stream, collate), deque[Numbers]()
 
     @property
-    def due(self) -> str:
-        """The first numbers of the samples that come next, where they have been asked for."""
-        return f"{', '.join(map(str, self._due[0][:3]))}, ..." if self._due else ""
+    def next_samples(self) -> str:
+        """The first numbers of the next batch's samples, as text; empty if none has been requested."""
+        return f"{', '.join(map(str, self._pending[0][:3]))}, ..." if self._pending else ""
 
     @contextmanager
     def open(self, first: int, last: int) -> Iterator[Iterator[Batch]]:
-        """This rank's shares of steps `first` to `last`, the last not included, part by part. On leaving, workers end.
+        """Yield an iterator over this rank's batches of steps `first` to `last` - 1, part by part.
+
+        Workers end with the context.
 
         Raises:
-            UserError: whatever a worker met, just as it met it; or a worker died, which may interrupt anything.
+            UserError: any error that a worker met; or a worker died, which is raised wherever the main process is.
         """
-        self._due.clear()
+        self._pending.clear()
         shares = (share for batch in self.plan.walk(first, last) for share in self._shares(batch))
         workers = self.workers if first < last else 0
         batches = iter(
             DataLoader(
-                self._work,
+                self._dataset,
                 batch_size=None,
                 sampler=shares,
-                num_workers=workers,  # one set of them for all epochs
-                multiprocessing_context="fork" if workers else None,  # they share what is loaded; nothing is packed
-                worker_init_fn=partial(_belong_to, os.getpid()),
+                num_workers=workers,  # the same workers for all epochs
+                multiprocessing_context="fork" if workers else None,  # they share what is loaded; nothing is pickled
+                worker_init_fn=partial(_prepare_worker, os.getpid()),
             )
         )
         try:
-            yield map(self._come, batches)
+            yield map(self._receive, batches)
         except RuntimeError as error:
-            if _DEAD not in str(error):
+            if _WORKER_DIED not in str(error):
                 raise
-            remedy = "free memory (or /dev/shm), or lower train.stream.workers; the same command goes on from here"
-            raise UserError(f"a process that reads training data died: {error}", remedy) from None
+            remedy = "free memory (or /dev/shm), or lower train.stream.workers; then run the same command to resume"
+            raise UserError(f"a worker process that reads training data died: {error}", remedy) from None
         finally:
-            if workers:  # not left to the garbage collector, which a traceback would keep waiting
+            if workers:  # now, not at garbage collection, which waits while a traceback refers to the iterator
                 batches._shutdown_workers()  # type: ignore[attr-defined]
                 for worker in batches._workers:  # type: ignore[attr-defined]
-                    worker.kill()  # one that hangs: it heeds no SIGTERM
+                    worker.kill()  # a worker that hangs does not react to SIGTERM
 
-    def _shares(self, batch: Numbers) -> Iterator[Share]:
-        """This rank's share of each of the batch's parts."""
+    def _shares(self, batch: Numbers) -> Iterator[RankShare]:
+        """Yield this rank's share of each part of the batch."""
         for part in (batch[at :: self.parts] for at in range(self.parts)):
             numbers = self.plan.share(part, self.world.rank, self.world.size)
-            self._due.append(numbers)
-            yield Share(numbers, len(part))
+            self._pending.append(numbers)
+            yield RankShare(numbers, len(part))
 
-    def _come(self, made: Batch | bytes | Exception) -> Batch:
-        self._due.popleft()
-        return _good(made)
+    def _receive(self, made: Batch | bytes | Exception) -> Batch:
+        self._pending.popleft()
+        if isinstance(made, Exception):
+            raise made
+        batch: Batch = ForkingPickler.loads(made) if isinstance(made, bytes) else made
+        return batch
 
 
-def _belong_to(main: int, worker: int) -> None:
-    """Signals are for the main process alone, which ends its workers; where it is killed, Linux kills them too."""
+class _Batches(Dataset[Batch | bytes | Exception]):
+    """Reads and collates the samples of a share, in a worker."""
+
+    def __init__(self, stream: SampleStream, collate: Collator) -> None:
+        self._stream, self._collate = stream, collate
+
+    def __getitem__(self, share: RankShare) -> Batch | bytes | Exception:
+        try:
+            made = self._collate(self._stream.read(share.numbers), share.total)
+            return _pickled(made) if get_worker_info() else made
+        except (UserError, OSError) as error:  # returned: if raised, its message would hold the worker's traceback
+            return error
+
+
+def _prepare_worker(main: int, worker: int) -> None:
+    """Leave signals to the main process, which ends its workers; if it is killed, Linux kills them too."""
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
-    # Only the thread that hands over shared memory gets here, when the main process is stopped while it takes some.
+    # Reached only by the thread that passes shared memory on, if the main process stops while it receives.
     sys.excepthook = lambda *_: None
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -116,34 +231,26 @@ def _belong_to(main: int, worker: int) -> None:
         os._exit(1)
 
 
-class _Work(Dataset[Batch | bytes | Exception]):
-    """What workers do with the sample numbers of a batch."""
+def _pickled(made: Batch) -> bytes:
+    """Pickle a batch with its tensors in shared memory: here, not in the queue's thread, where an error would be lost.
 
-    def __init__(self, stream: SampleStream, collate: Collator) -> None:
-        self._stream, self._collate = stream, collate
-
-    def __getitem__(self, share: Share) -> Batch | bytes | Exception:
-        try:
-            made = self._collate(self._stream.read(share.numbers), share.total)
-            return _packed(made) if get_worker_info() else made
-        except (UserError, OSError) as error:  # returned: raised, it would come with a traceback for its message
-            return error
-
-
-def _packed(made: Batch) -> bytes:
-    """A batch, its tensors moved to shared memory: here, not in the queue's thread, where an error would be lost.
-
-    This pickle crosses a pipe between our own forks, and never lies on a disk.
+    The pickle goes through a pipe between a process and its own fork, never to a disk.
     """
     try:
         return bytes(ForkingPickler.dumps(made))
     except (RuntimeError, OSError) as error:
         remedy = "raise /dev/shm or the limit of open files (ulimit -n), or set train.stream.workers=0"
-        raise UserError(f"a batch finds no room in shared memory: {error}", remedy) from None
+        raise UserError(f"not enough shared memory for a batch: {error}", remedy) from None
 
 
-def _good(made: Batch | bytes | Exception) -> Batch:
-    if isinstance(made, Exception):
-        raise made
-    batch: Batch = ForkingPickler.loads(made) if isinstance(made, bytes) else made
-    return batch
+def _stacked(states: list[npt.NDArray[np.floating]]) -> torch.Tensor:
+    """Stack b arrays (L, D) to (b, L, D) in float32."""
+    return torch.from_numpy(np.stack(states).astype(np.float32))
+
+
+def _padded(histories: list[npt.NDArray[np.int32]]) -> torch.Tensor:
+    """Pad histories with -1 to (b, H)."""
+    result = np.full((len(histories), max(map(len, histories))), -1, np.int64)
+    for row, history in enumerate(histories):
+        result[row, : len(history)] = history
+    return torch.from_numpy(result)

@@ -10,35 +10,33 @@ import torch
 
 from rarec.config.schema import Train
 from rarec.errors import Stopped, UserError
-from rarec.models.objective import Objective
+from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking.metrics import SELECTED_BY
-from rarec.training.batches import Batch
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.engines import Optimisation, norms
-from rarec.training.loader import BatchLoader
-from rarec.training.log import TrainingLog
-from rarec.training.metrics import Machine, Step, StepOfAll
-from rarec.training.schedule import rate_at
-from rarec.training.stopping import StopSignals
+from rarec.training.loader import Batch, BatchLoader
+from rarec.training.optimizer import rate_at
+from rarec.training.signals import StopSignals
+from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics, TrainingLog
 from rarec.world import World
 
 
 @dataclass
 class Trainer:
-    """Everything one variant's training needs.
+    """Trains one variant.
 
     Attributes:
         config: the section `train`.
-        seed: with (step, rank) it determines every random number, with (epoch, step) the data's order.
-        model: under training.
-        optimisation: by the engine.
-        objective: the loss of a batch.
-        loader: this rank's shares of batches, in their order.
-        validate: metrics of the model as it is, on the validation users.
-        checkpoints: where they go.
-        world: all of them.
-        steps: how many there are to take.
+        seed: with (step, rank) it determines every random number, with (epoch, step) the order of the data.
+        model: the model to train.
+        optimisation: the model under an engine.
+        objective: computes the losses of a batch.
+        loader: opens this rank's batches.
+        validate: returns the ranking metrics of the model on the validation users.
+        checkpoints: reads and writes checkpoints.
+        world: all ranks.
+        steps: number of steps to take.
     """
 
     config: Train
@@ -53,31 +51,31 @@ class Trainer:
     steps: int
 
     def run(self, state: TrainingState, log: Callable[[int, int], TrainingLog], signals: StopSignals) -> TrainingState:
-        """Train to the end or until validation stops it.
+        """Train to the last step, or until validation stops improving.
 
         Args:
-            state: where to go on; its moments are taken from its checkpoint.
-            log: opens the log, given all steps and those already done.
-            signals: that have it stop, after a checkpoint.
+            state: where to resume; the moments are read from its checkpoint.
+            log: opens the log, given the number of steps and of those already done.
+            signals: if one arrives, training stops after a checkpoint.
 
         Raises:
-            UserError: the loss is no number; the message names the batch, and the last good checkpoint stays.
-            Stopped: by a signal.
+            UserError: the loss is not finite; the message names the batch, and the last good checkpoint stays.
+            Stopped: a signal has arrived.
         """
         if state.step:
             self.optimisation.resume(self.checkpoints.moments(state.step), state.step)
-        records, machine = log(self.steps, state.step), Machine.of(self.model, self.world.device)
+        records, meter = log(self.steps, state.step), DeviceMeter.of(self.model, self.world.device)
         self.model.train()
         try:
             with self.loader.open(state.step, self.steps) as batches:
                 while state.step < self.steps and state.worse < self.config.patience:
-                    step, gradient_norms = self._step(batches, state, signals)
+                    metrics, gradient_norms = self._step(batches, state, signals)
                     epoch = self.loader.plan.place(state.step - 1)[0]
                     rate = self.config.lr * rate_at(state.step - 1, self.steps, self.config.warmup)
-                    figures = step.figures(gradient_norms) | machine.figures(step)
+                    figures = metrics.figures(gradient_norms) | meter.figures(metrics)
                     records.step(state.step, epoch=epoch, lr=rate, **figures)
-                    self._validate_and_save(records, state, step.stops)
-            if state.best_step is None:  # no step was to be taken, or the best was torn and all steps are done
+                    self._validate_and_save(records, state, metrics.stops)
+            if state.best_step is None:  # there was no step to take, or the best checkpoint of a whole training is lost
                 self._validate_and_save(records, state, False)
         finally:
             records.close()
@@ -85,11 +83,11 @@ class Trainer:
 
     def _step(
         self, batches: Iterator[Batch], state: TrainingState, signals: StopSignals
-    ) -> tuple[StepOfAll, dict[str, float]]:
-        """One optimizer step: the method."""
-        step = Step()
+    ) -> tuple[StepMetrics, dict[str, float]]:
+        """Take one optimizer step; return its metrics and gradient norms."""
+        step = StepAccumulator()
         for part in range(self.config.accumulate):
-            self.world.report("reading samples " + self.loader.due, state.step + 1)
+            self.world.report("reading samples " + self.loader.next_samples, state.step + 1)
             batch = self._next(batches, step)
             self.world.report("forward and backward")
             self._seed(state.step, part)
@@ -100,27 +98,27 @@ class Trainer:
             step.add(batch, losses)
         self.world.report("summing up and updating")
         gradient_norms = norms(self.optimisation.gradients())
-        of_all = step.over(self.world, signals.came)
-        self._raise_if_not_finite(step, of_all, gradient_norms, state)
+        metrics = step.reduce(self.world, signals.received)
+        self._raise_if_not_finite(step, metrics, gradient_norms, state)
         self.optimisation.update(rate_at(state.step, self.steps, self.config.warmup))
-        of_all = replace(of_all, seconds=time.monotonic() - step.started)
+        metrics = replace(metrics, seconds=time.monotonic() - step.started)
         state.step += 1
-        state.seconds += of_all.seconds
-        return of_all, gradient_norms
+        state.seconds += metrics.seconds
+        return metrics, gradient_norms
 
-    def _next(self, batches: Iterator[Batch], step: Step) -> Batch:
+    def _next(self, batches: Iterator[Batch], step: StepAccumulator) -> Batch:
         started = time.monotonic()
         batch = next(batches).to(self.world.device)
         step.waited += time.monotonic() - started
         return batch
 
     def _seed(self, step: int, part: int) -> None:
-        """LoRA's dropout depends on the place alone, so a resume repeats it."""
+        """Seed LoRA's dropout from the position alone, so that a resumed training repeats it."""
         entropy = np.random.SeedSequence([self.seed, step, part, self.world.rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def _validate_and_save(self, records: TrainingLog, state: TrainingState, stops: bool) -> None:
-        """Validate when due and at the end; write a checkpoint then, when one is due of itself, and before stopping."""
+        """Validate if it is due; write a checkpoint then, after every `checkpoint_every` steps, and before stopping."""
         every = self.config.checkpoint_every
         if self._validation_is_due(state.step):
             self._validate(records, state)
@@ -145,26 +143,26 @@ class Trainer:
         records.record(state.step, validation=metrics)
 
     def _validation_is_due(self, step: int) -> bool:
-        """At the end, and every so many steps; by default at the end of each epoch."""
+        """Return whether this is the last step, or `validate_every` steps (by default an epoch) have passed."""
         every = self.config.validate_every
         within = step % every if every else self.loader.plan.place(step)[1]
         return step == self.steps or within == 0
 
     def _raise_if_not_finite(
-        self, step: Step, of_all: StepOfAll, gradient_norms: dict[str, float], state: TrainingState
+        self, step: StepAccumulator, metrics: StepMetrics, gradient_norms: dict[str, float], state: TrainingState
     ) -> None:
-        """All ranks see the same sums, so all are here together; the first whose own part is bad names its samples."""
+        """Raise on all ranks, which all see the same sums; the first rank whose own part is bad names its samples."""
         norm = gradient_norms.get("all", 0.0)
-        if math.isfinite(of_all.loss) and math.isfinite(norm):
+        if math.isfinite(metrics.loss) and math.isfinite(norm):
             return
-        what = "gradient" if math.isfinite(of_all.loss) else "loss"
+        what = "gradient" if math.isfinite(metrics.loss) else "loss"
         keys = ", ".join(step.keys[:5]) + (", ..." if len(step.keys) > 5 else "")
-        kept = self.checkpoints.steps()
-        good = str(self.checkpoints.path(kept[-1])) if kept else "none yet"
+        saved = self.checkpoints.steps()
+        good = str(self.checkpoints.path(saved[-1])) if saved else "none yet"
         error = UserError(
-            f"the {what} of step {state.step} is not a number (recommendation {of_all.recommendation}, "
-            f"align {of_all.align}); batch of samples user-position {keys}",
-            "lower train.lr, train.lr_slots or train.clip and begin again: rarec train CONFIG --fresh; "
+            f"the {what} of step {state.step} is not finite (recommendation {metrics.recommendation}, "
+            f"align {metrics.align}); batch of samples user-position {keys}",
+            "lower train.lr, train.lr_slots or train.clip and start again: rarec train CONFIG --fresh; "
             f"the last good checkpoint is {good}",
         )
 
@@ -173,4 +171,4 @@ class Trainer:
                 raise error
 
         self.world.run_on_all(name_the_samples)
-        raise error  # the parts are numbers, but not their sum
+        raise error  # each rank's part is finite, but not their sum

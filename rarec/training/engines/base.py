@@ -1,4 +1,4 @@
-"""What the loop asks of an engine. Which one runs is a choice of the launcher's file, and the loop knows no more."""
+"""The interface between the training loop and the engines. The launcher's file chooses the engine."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -16,106 +16,109 @@ from rarec.world import World
 
 
 class Optimisation(Protocol):
-    """A model under training: an optimizer step in its parts. All ranks must ask for the same at the same time."""
+    """A model under training, with an optimizer step in its parts. All ranks call the same method at the same time."""
 
     def part(self, last: bool) -> AbstractContextManager[None]:
-        """Around one part of a step, forward and backward; after the `last`, gradients are those of all ranks."""
+        """Return the context of one part of a step, forward and backward.
+
+        After the `last` part, gradients are those of all ranks.
+        """
 
     def __call__(self, sides: Mapping[str, SideBatch]) -> dict[str, Encoding]:
-        """The model."""
+        """Encode both sides, as the model does."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss of which every rank has its part; the parts add up."""
+        """Add the gradients of a loss; every rank passes its part of the loss, and the parts add up."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The step's gradients by the parameter's name, whole and unclipped, before the update."""
+        """Yield the whole gradients of the step with the names of their parameters, before clipping and update."""
 
     def update(self, rate: float) -> None:
-        """Clip, step with every group's learning rate times this, and forget the gradients."""
+        """Clip the gradients, take a step with every group's learning rate times `rate`, and clear the gradients."""
 
     def weights(self) -> dict[str, Tensor]:
-        """What trains, by name, whole."""
+        """Return the whole trainable parameters by name."""
 
     def moments(self) -> dict[str, Tensor]:
-        """Adam's moments, `NAME/exp_avg` and `NAME/exp_avg_sq`, whole."""
+        """Return Adam's whole moments, as `NAME/exp_avg` and `NAME/exp_avg_sq`."""
 
     def resume(self, moments: Mapping[str, Tensor], step: int) -> None:
-        """Take up the moments that were saved after so many steps."""
+        """Load the moments that were saved after `step` steps."""
 
     def end(self) -> None:
-        """Leave the model, with its last weights, to others."""
+        """Release the model, which keeps its last weights."""
 
 
 class Engine(Protocol):
     """Runs models on the ranks.
 
     Attributes:
-        name: for people.
-        world: all of them.
+        name: name for messages.
+        world: all ranks.
     """
 
     name: str
     world: World
 
     def advice(self, llm: Llm) -> str:
-        """What a user should know of this engine with this language model; empty if nothing."""
+        """Return a hint for users of this engine with this language model; empty if there is none."""
 
     def loading(self, llm: Llm) -> AbstractContextManager[None]:
-        """Language models are loaded in it, shard by shard where the engine shards them."""
+        """Return the context in which language models are loaded, in shards if the engine shards them."""
 
     def serving(self, model: nn.Module) -> AbstractContextManager[None]:
-        """In it a model, placed where it belongs, can be called, without being trained."""
+        """Return a context that places a model on its device, in which it can be called without being trained."""
 
     def train(self, model: RaRec, config: Train) -> Optimisation:
-        """Put a model under training.
+        """Prepare a model for training.
 
         Raises:
-            UserError: what was built is not what was asked for.
+            UserError: the library built something else than the configured engine.
         """
 
 
 def refuse_quantised(llm: Llm, engine: str) -> None:
-    """For engines that shard frozen weights: they cannot cut those of 4 bits.
+    """Refuse a quantised language model, for engines that shard frozen weights: they cannot shard 4-bit weights.
 
     Raises:
-        UserError: the language model is to be quantised.
+        UserError: `llm.quantize` is set.
     """
     if llm.quantize != "none":
         remedy = "launch with configs/accelerate/zero2.yaml or ddp.yaml, or set llm.quantize: none"
         raise UserError(f"llm.quantize: {llm.quantize} (QLoRA) cannot be sharded by {engine}", remedy, shared=True)
 
 
-class Trained(nn.Module):
-    """What trains, as a module of its own that computes the whole model.
+class TrainableModule(nn.Module):
+    """A module whose parameters are the trainable ones alone, and whose forward pass is that of the whole model.
 
-    An engine that replicates, casts or averages parameters is given this one: it never sees the frozen ones.
+    It is given to engines that replicate, cast or average parameters, so that they do not touch the frozen ones.
     """
 
     def __init__(self, model: RaRec) -> None:
         super().__init__()
         self.trained = nn.ParameterList(trained_parameters(model).values())
-        self._model = (model,)  # a tuple: not a part of this module
+        self._model = (model,)  # in a tuple, so that it is not registered as a submodule
 
     def forward(self, sides: Mapping[str, SideBatch]) -> dict[str, Encoding]:
-        """As the model's."""
+        """Encode both sides, as the model does."""
         encodings: dict[str, Encoding] = self._model[0](sides)
         return encodings
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's, as PyTorch names them."""
+"""PyTorch's names of Adam's moments."""
 GROUPS = ("alignment", "lora_A", "lora_B", "heads")
-"""Of parameters, as their gradients are watched."""
+"""Groups of parameters whose gradient norms are logged."""
 
 
 def group_of(name: str) -> str:
-    """The group that a trained parameter belongs to."""
+    """Return the group of a trainable parameter."""
     lora = next((group for group in GROUPS if group.startswith("lora") and group in name), None)
     return lora or ("alignment" if ".alignment." in name else "heads")
 
 
 def norms(gradients: Iterator[tuple[str, Tensor]]) -> dict[str, float]:
-    """The gradient norm of each group that is there, and of all of them as `all`."""
+    """Return the gradient norm of each group that has gradients, and of all together as `all`."""
     squares: dict[str, Tensor] = {}
     for name, gradient in gradients:
         square = torch.linalg.vector_norm(gradient.detach()) ** 2

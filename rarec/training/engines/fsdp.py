@@ -1,4 +1,4 @@
-"""FSDP2: the frozen weights lie in shards on the ranks, block by block; what trains is whole on each."""
+"""FSDP2: frozen weights are sharded over the ranks, block by block; trainable parameters are whole on each."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,10 +21,10 @@ from rarec.world import World
 
 
 class Fsdp2Engine:
-    """PyTorch's `fully_shard`, over the frozen weights alone: those that train are megabytes.
+    """PyTorch's `fully_shard`, over the frozen weights alone: the trainable ones are megabytes.
 
     Args:
-        world: all of them.
+        world: all ranks.
     """
 
     name = "FSDP2"
@@ -38,7 +38,7 @@ class Fsdp2Engine:
         return ""
 
     def loading(self, llm: Llm) -> AbstractContextManager[None]:
-        """See `Engine`. Every rank maps the whole file into its memory, and keeps its shard."""
+        """See `Engine`. Every rank memory-maps the whole file, and keeps its shard."""
         refuse_quantised(llm, self.name)
         return nullcontext()
 
@@ -54,7 +54,7 @@ class Fsdp2Engine:
         return _Averaging(model, model, config, self.world)
 
     def _shard(self, model: nn.Module) -> None:
-        """Shard each block, and what the trunk has beside them; once, for a backbone serves many variants."""
+        """Shard each block and the rest of the trunk; once, because variants share the backbone."""
         backbone = next(module for module in model.modules() if isinstance(module, FrozenBackbone))
         trained = {p for p in model.parameters() if p.requires_grad}
         for module in (*backbone.blocks, backbone.trunk):
@@ -63,11 +63,11 @@ class Fsdp2Engine:
         model.to(self.world.device)
         whole = [n for n, p in backbone.trunk.named_parameters() if p not in trained and not isinstance(p, DTensor)]
         if whole:
-            raise UserError(f"FSDP2 left {len(whole)} frozen tensors whole, {whole[0]} first", "try another engine")
+            raise UserError(f"FSDP2 did not shard {len(whole)} frozen tensors, {whole[0]} first", "use another engine")
 
 
 class _Averaging(PlainOptimisation):
-    """Gradients are averaged over the ranks once a step, in one message."""
+    """Averages gradients over the ranks once in each step, in one collective operation."""
 
     @contextmanager
     def part(self, last: bool) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Every rank has the whole model: one process alone, or DDP."""
+"""PyTorch alone: one process, or DDP, where every rank has the whole model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,16 +13,16 @@ from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
-from rarec.training.engines.base import MOMENTS, Trained
-from rarec.training.schedule import build_optimizer, set_rate
+from rarec.training.engines.base import MOMENTS, TrainableModule
+from rarec.training.optimizer import build_optimizer, set_rate
 from rarec.world import World
 
 
 class PlainEngine:
-    """PyTorch alone.
+    """PyTorch without sharding.
 
     Args:
-        world: all of them.
+        world: all ranks.
     """
 
     def __init__(self, world: World) -> None:
@@ -46,20 +46,20 @@ class PlainEngine:
     def train(self, model: RaRec, config: Train) -> "PlainOptimisation":
         """See `Engine`."""
         model.to(self.world.device)
-        wrapped = Accelerator(cpu=self.world.device.type == "cpu").prepare(Trained(model))
+        wrapped = Accelerator(cpu=self.world.device.type == "cpu").prepare(TrainableModule(model))
         if self.world.size > 1 and not isinstance(wrapped, DistributedDataParallel):
             raise UserError(f"Accelerate built {type(wrapped).__name__} for {self.world.size} ranks")
         return PlainOptimisation(model, wrapped, config, self.world)
 
 
 class PlainOptimisation:
-    """A model whose trained parameters are whole on every rank, and whose gradients `wrapped` averages over them.
+    """A model whose trainable parameters are whole on every rank.
 
     Args:
-        model: under training.
-        wrapped: what is called in its stead.
+        model: the model to train.
+        wrapped: called in place of the model; averages gradients over the ranks.
         config: the section `train`.
-        world: all of them.
+        world: all ranks.
     """
 
     def __init__(self, model: RaRec, wrapped: nn.Module, config: Train, world: World) -> None:
@@ -81,7 +81,7 @@ class PlainOptimisation:
 
     def backward(self, loss: Tensor) -> None:
         """See `Optimisation`."""
-        torch.autograd.backward(loss * self.world.size)  # the parts add up, but gradients are averaged
+        torch.autograd.backward(loss * self.world.size)  # losses add up over the ranks, but gradients are averaged
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Optimisation`."""

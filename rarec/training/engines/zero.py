@@ -1,7 +1,7 @@
-"""DeepSpeed: ZeRO-1 and 2 shard the optimizer of what trains, ZeRO-3 the frozen weights too.
+"""DeepSpeed: ZeRO-1 and 2 shard the optimizer of the trainable parameters, ZeRO-3 also the frozen weights.
 
-DeepSpeed's mixed precision stays off: frozen weights have the type that `llm.dtype` says, those that train are float32
-on every engine, and so engines agree.
+DeepSpeed's mixed precision stays off: frozen weights have the dtype `llm.dtype`, and trainable ones are float32 with
+every engine, so that engines give the same results.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,8 +26,8 @@ from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
-from rarec.training.engines.base import MOMENTS, Trained, refuse_quantised
-from rarec.training.schedule import build_optimizer, set_rate
+from rarec.training.engines.base import MOMENTS, TrainableModule, refuse_quantised
+from rarec.training.optimizer import build_optimizer, set_rate
 from rarec.world import World
 
 
@@ -35,8 +35,8 @@ class ZeroEngine:
     """DeepSpeed ZeRO.
 
     Args:
-        world: all of them.
-        config: DeepSpeed's, as the launcher's file has it.
+        world: all ranks.
+        config: DeepSpeed's configuration, from the launcher's file.
     """
 
     def __init__(self, world: World, config: Mapping[str, Any]) -> None:
@@ -48,22 +48,22 @@ class ZeroEngine:
         """See `Engine`."""
         if self.stage != 3 or llm.gradient_checkpointing:
             return ""
-        # as autograd saves what a linear layer multiplied by, and each tower has gathered it anew
+        # autograd saves the gathered weight of each linear layer, once for each tower
         return (
-            "ZeRO-3 keeps gathered weights until the backward pass, twice over: for a large model set "
-            "llm.gradient_checkpointing: true, or take configs/accelerate/fsdp2.yaml"
+            "ZeRO-3 keeps two copies of the gathered weights until the backward pass: for a large model set "
+            "llm.gradient_checkpointing: true, or use configs/accelerate/fsdp2.yaml"
         )
 
     @contextmanager
     def loading(self, llm: Llm) -> Iterator[None]:
-        """See `Engine`. Under stage 3 the first rank alone reads, and each keeps its shard."""
+        """See `Engine`. With stage 3 only rank 0 reads the file, and each rank keeps its shard."""
         if self.stage != 3:
             yield
             return
         refuse_quantised(llm, self.name)
         frozen = {"bf16": {"enabled": llm.dtype == "bfloat16"}}
         config = {**self._filled(1, 1.0, 1), **frozen}
-        known = HfDeepSpeedConfig(config)  # transformers looks for it while it lives
+        known = HfDeepSpeedConfig(config)  # transformers uses it as long as it is referenced
         try:
             yield
         finally:
@@ -91,25 +91,25 @@ class ZeroEngine:
         if self.stage != 3:
             model.to(self.world.device)
         engine, *_ = deepspeed.initialize(
-            model=model if self.stage == 3 else Trained(model),
+            model=model if self.stage == 3 else TrainableModule(model),
             optimizer=build_optimizer(parameters, config),
             config=self._filled(micro, config.clip, parts),
         )
-        self._prove(engine, model)
+        self._check(engine, model)
         return ZeroOptimisation(engine, parameters, self.world, self.stage)
 
     def _filled(self, micro: int, clip: float, parts: int) -> dict[str, Any]:
-        """DeepSpeed's configuration with what the run's own says."""
+        """Return DeepSpeed's configuration, completed by the run's."""
         own = {"train_micro_batch_size_per_gpu": micro, "gradient_clipping": clip, "gradient_accumulation_steps": parts}
         return {**self.config, **own, "steps_per_print": 2**62, "zero_allow_untested_optimizer": True}
 
-    def _prove(self, engine: Any, model: RaRec) -> None:
+    def _check(self, engine: Any, model: RaRec) -> None:
         if engine.zero_optimization_stage() != self.stage or engine.dp_world_size != self.world.size:
             built = f"ZeRO-{engine.zero_optimization_stage()} over {engine.dp_world_size} ranks"
             raise UserError(f"DeepSpeed built {built}, not {self.name} over {self.world.size}")
         whole = [name for name, p in model.backbone.named_parameters() if not hasattr(p, "ds_id")]
         if self.stage == 3 and whole:
-            raise UserError(f"ZeRO-3 left {len(whole)} frozen tensors unsharded, {whole[0]} first")
+            raise UserError(f"ZeRO-3 did not shard {len(whole)} frozen tensors, {whole[0]} first")
 
 
 class ZeroOptimisation:
@@ -124,7 +124,7 @@ class ZeroOptimisation:
         """See `Optimisation`."""
         yield
         if not last:
-            self.engine.step()  # counts the part; the update is made after the last
+            self.engine.step()  # counts the part; `update` takes the step after the last one
 
     def __call__(self, sides: Mapping[str, SideBatch]) -> dict[str, Encoding]:
         """See `Optimisation`."""
@@ -133,7 +133,7 @@ class ZeroOptimisation:
 
     def backward(self, loss: Tensor) -> None:
         """See `Optimisation`."""
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # parts add up, gradients are averaged
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # losses add up, gradients are averaged
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Optimisation`."""
@@ -172,20 +172,20 @@ class ZeroOptimisation:
         self.engine.destroy()
 
     def _link(self) -> None:
-        """Have parameters know their moments: DeepSpeed does so after the first step of the first group alone."""
+        """Link parameters to their moments: DeepSpeed does so only after the first step, for the first group alone."""
         if self.stage != 3:
             for group, flat in zip(self.optimizer.bit16_groups, self._flat, strict=True):
                 lazy_init_hp_params_optimizer_state(group, flat, self._states)
 
     @property
     def _states(self) -> dict[Tensor, Any]:
-        """Of the optimizer that DeepSpeed runs on its flat shards."""
+        """The states of the optimizer that DeepSpeed runs on its flat shards."""
         states: dict[Tensor, Any] = self.optimizer.optimizer.state
         return states
 
     @property
     def _flat(self) -> list[Tensor]:
-        """Those shards."""
+        """The flat shards."""
         own = self.optimizer
         flat: list[Tensor] = (
             own.fp32_partitioned_groups_flat if self.stage == 3 else own.single_partition_of_fp32_groups
@@ -196,6 +196,6 @@ class ZeroOptimisation:
         if self.stage != 3:
             safe_set_full_optimizer_state(parameter, moment, kind)
             return
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # the last shards are filled up, which DeepSpeed's own setter forgets
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # the last shards are padded, which DeepSpeed's own setter ignores
         filled = torch.cat([moment.flatten(), moment.new_zeros(size * self.world.size - moment.numel())])
         safe_set_local_optimizer_state(parameter, filled[self.world.rank * size :][:size], kind)

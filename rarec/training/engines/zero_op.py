@@ -1,8 +1,8 @@
-"""DeepSpeed's own op for CPUs, which is compiled where it is first used.
+"""DeepSpeed's op for CPUs, which is compiled at its first use.
 
-PyTorch marks a directory in which it compiles by a file, and whoever finds that file waits until it is gone: after a
-process that was killed there, every later one waits for ever. So ranks compile under a lock that the kernel lets go
-with its process, in a directory of rarec's own, where a mark that stands while nobody has the lock is nobody's.
+PyTorch marks a directory in which it compiles by a file, and other processes wait until that file is gone: if a process
+is killed there, every later one waits forever. So ranks compile under a lock that the kernel releases when its process
+ends, in a directory of rarec's own. A mark found while holding the lock was left by a killed process, and is deleted.
 """
 
 import os
@@ -17,24 +17,24 @@ from rarec.errors import UserError
 from rarec.files import locked
 
 MARK = "lock"
-"""PyTorch's name for that file."""
+"""PyTorch's name of that file."""
 
 
 def op_directory() -> Path:
-    """Where the op is compiled, apart for each Python and PyTorch."""
+    """Return the directory in which the op is compiled; each version of Python and PyTorch has its own."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     return Path(root, "rarec", f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}")
 
 
 def load_cpu_op() -> None:
-    """Load the op by which DeepSpeed's ranks on one machine reduce through shared memory, compiled if need be.
+    """Load the op by which DeepSpeed's ranks on one machine reduce through shared memory; compile it if necessary.
 
-    DeepSpeed then finds it loaded.
+    DeepSpeed then uses the loaded op.
 
     Raises:
-        UserError: it does not compile, or there is no place for it.
+        UserError: it does not compile, or its directory cannot be created.
     """
-    from deepspeed.accelerator import get_accelerator  # takes seconds, and fixes the accelerator
+    from deepspeed.accelerator import get_accelerator  # slow; it also sets DeepSpeed's accelerator for this process
 
     op = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if op is None or not op.is_compatible():
@@ -43,7 +43,7 @@ def load_cpu_op() -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        problem = f"{directory}, for DeepSpeed's op for CPUs, cannot be made: {error.strerror}"
+        problem = f"cannot create {directory} for DeepSpeed's CPU op: {error.strerror}"
         raise UserError(problem, "set TORCH_EXTENSIONS_DIR to a directory that you may write to", shared=True) from None
     with locked(directory / "rarec.lock"), patch_environment(TORCH_EXTENSIONS_DIR=directory):
         for mark in directory.glob(f"*/{MARK}"):
@@ -52,5 +52,5 @@ def load_cpu_op() -> None:
             op.load()
         except RuntimeError as error:
             causes = [line for line in f"{error}".splitlines() if "error:" in line or "not found" in line]
-            problem = f"DeepSpeed's op for CPUs does not compile: {causes[0] if causes else error}"
-            raise UserError(problem, "rarec doctor says what is missing", shared=True) from None
+            problem = f"DeepSpeed's CPU op does not compile: {causes[0] if causes else error}"
+            raise UserError(problem, "run rarec doctor to see what is missing", shared=True) from None

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from rarec.entry import guarded
 from rarec.errors import EXIT_CODE, Stopped, UserError
-from rarec.training.watch import Watch
+from rarec.training.watchdog import Watchdog
 from rarec.world import SINGLE, World
 from tests.ranks import START, free_port
 
@@ -58,7 +58,7 @@ def run(rank: int, port: str, said: Path, trouble: Callable[[World], None], limi
 
 
 def steps(trouble: Callable[[World], None], world: World, say: Callable[[str], None], limits: dict[str, float]) -> None:
-    with Watch.over(world, say, **limits):
+    with Watchdog.over(world, say, **limits):
         for step in range(1, AT + 1):
             world.report(f"reading samples {step}0, ...", step)
             if step == AT:
@@ -231,6 +231,6 @@ def test_ranks_that_end_together_have_nothing_to_say(
 
 def test_one_rank_alone_is_not_watched() -> None:
     before = threading.enumerate()
-    with Watch.over(SINGLE, print, dead=0.1, stall=0.1):
+    with Watchdog.over(SINGLE, print, dead=0.1, stall=0.1):
         SINGLE.report("reading", 1)
         assert threading.enumerate() == before

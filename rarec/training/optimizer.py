@@ -1,4 +1,4 @@
-"""Learning rates: linear warm-up, then a cosine to zero; readout, alignment and LoRA each at their own rate."""
+"""AdamW and its learning rates: linear warm-up, then a cosine; readout, alignment and LoRA have rates of their own."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,15 @@ from rarec.config.schema import Train
 
 
 def rate_at(step: int, steps: int, warmup: float) -> float:
-    """The factor on the learning rate for the step with this index (0 .. steps-1)."""
+    """Return the factor on the learning rates for one step.
+
+    `transformers.get_cosine_schedule_with_warmup` differs: its first step has rate zero, and so changes nothing.
+
+    Args:
+        step: index of the step, 0 to steps - 1.
+        steps: number of steps.
+        warmup: share of the steps that warm up.
+    """
     warm = max(1, round(steps * warmup)) if warmup else 0
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -19,9 +27,9 @@ def rate_at(step: int, steps: int, warmup: float) -> float:
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: Train) -> torch.optim.AdamW:
-    """AdamW with groups for the readout, the alignment and LoRA, where they are there; no group is ever empty.
+    """Return AdamW with parameter groups for the readout, the alignment and LoRA; no group is empty.
 
-    One-dimensional and scalar parameters do not decay.
+    One-dimensional and scalar parameters have no weight decay.
     """
     groups: list[dict[str, Any]] = []
     for part, rate in (("", config.lr), (".alignment.", config.lr_slots), ("lora_", config.lr_lora)):
@@ -33,11 +41,11 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: Train) -> to
     return torch.optim.AdamW(groups, betas=(0.9, 0.999))
 
 
-def _part(name: str) -> str:
-    return next((part for part in ("lora_", ".alignment.") if part in name), "")
-
-
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate before its step."""
+    """Set the learning rate of every group to its base rate times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def _part(name: str) -> str:
+    return next((part for part in ("lora_", ".alignment.") if part in name), "")

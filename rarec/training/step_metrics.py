@@ -1,0 +1,236 @@
+"""The metrics of a training step over all ranks, and where they go: `log.jsonl`, trackers, a progress bar or lines."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from rarec.files import write_text
+from rarec.hardware import known_device, peak_memory
+from rarec.models.build import whole_size
+from rarec.models.losses import LossTerms
+from rarec.models.towers import RaRec
+from rarec.training.loader import Batch
+from rarec.world import World
+
+LINE_INTERVAL = 15.0
+"""Seconds between progress lines where there is no terminal."""
+
+
+@dataclass
+class StepAccumulator:
+    """The figures of one step on one rank, added up over its parts.
+
+    Attributes:
+        started: start of the step on this machine's clock.
+        waited: seconds spent waiting for data.
+        tokens: text and slots of both sides.
+        padded: the same including padding.
+        keys: keys of the samples.
+        losses: for each part, the total loss and its two terms (3,).
+    """
+
+    started: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    tokens: int = 0
+    padded: int = 0
+    keys: list[str] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+    def add(self, batch: Batch, losses: LossTerms) -> None:
+        """Add one part of the step."""
+        self.tokens += batch.tokens
+        self.padded += batch.users.mask_BT.numel() + batch.items.mask_BT.numel()
+        self.keys += batch.keys
+        self.losses.append(torch.stack([losses.total, losses.recommendation, losses.align]).detach().double())
+
+    def reduce(self, world: World, stopping: bool) -> "StepMetrics":
+        """Return the figures over all ranks, by one collective operation.
+
+        Args:
+            world: all ranks.
+            stopping: whether this rank has received a signal to stop.
+        """
+        losses_3 = torch.stack(self.losses).mean(0)
+        own_5 = losses_3.new_tensor([self.tokens, self.padded, self.waited, float(stopping), len(self.keys)])
+        total_8 = world.all_reduce_sum(torch.cat([losses_3, own_5]).to(world.device))
+        loss, recommendation, align, *sums, samples = total_8.tolist()
+        tokens, padded, waited, stops = (each / world.size for each in sums)
+        return StepMetrics(loss, recommendation, align, tokens, padded, waited, stops > 0, round(samples))
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """The figures of one step over all ranks.
+
+    Attributes:
+        loss: the loss that is minimised.
+        recommendation: its first term.
+        align: its second term, before weighting.
+        tokens: text and slots of both sides, mean over the ranks.
+        padded: the same including padding.
+        waited: seconds spent waiting for data, mean over the ranks.
+        stops: whether a rank has received a signal to stop.
+        samples: number of samples on all ranks.
+        seconds: duration of the step with its update; ranks end it together.
+    """
+
+    loss: float
+    recommendation: float
+    align: float
+    tokens: float
+    padded: float
+    waited: float
+    stops: bool
+    samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second on one device."""
+        return self.tokens / self.seconds
+
+    def figures(self, norms: Mapping[str, float]) -> dict[str, float]:
+        """Return the figures for the log.
+
+        Args:
+            norms: gradient norm of each group before clipping, and of all as `all`.
+        """
+        groups = {f"gradient_norm/{group}": norm for group, norm in norms.items() if group != "all"}
+        return {
+            "loss": self.loss,
+            "recommendation": self.recommendation,
+            "align": self.align,
+            "samples": self.samples,
+            "tokens_per_s": self.tokens_per_s,
+            "data_wait": self.waited / self.seconds,
+            "padding": 1 - self.tokens / self.padded,
+            "gradient_norm": norms.get("all", 0.0),
+            **groups,
+        }
+
+
+@dataclass(frozen=True)
+class DeviceMeter:
+    """Measures the use of a device: model FLOPs utilisation (MFU) and memory.
+
+    Attributes:
+        flops_per_token: 4N for a model whose N weights are frozen: forward 2N, gradients of its inputs 2N.
+        peak: FLOP/s of this device; None if the device is not known.
+        device: this rank's device.
+    """
+
+    flops_per_token: float
+    peak: float | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: RaRec, device: torch.device) -> "DeviceMeter":
+        """Return the meter of a model on a device."""
+        known = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return cls(
+            4.0 * sum(map(whole_size, model.backbone.blocks.parameters())),
+            known.tflops * 1e12 if known else None,
+            device,
+        )
+
+    def figures(self, step: StepMetrics) -> dict[str, float]:
+        """Return the MFU, if the device's peak is known, and this rank's peak memory in bytes."""
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+        mfu = {"mfu": step.tokens_per_s * self.flops_per_token / self.peak} if self.peak else {}
+        return {**mfu, "memory": float(memory)}
+
+
+class TrainingLog:
+    """Writes the records of one variant's training, on rank 0.
+
+    Args:
+        path: `log.jsonl`; records after the resumed step are dropped, because these steps run again.
+        accelerator: holds the trackers; None on other ranks, which write nothing.
+        steps: number of steps of the training.
+        done: number of steps already done.
+        title: label of the progress bar.
+        say: prints one line to the user; used where there is no terminal for a bar.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator | None,
+        steps: int,
+        done: int,
+        title: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self._accelerator, self._steps, self._say, self._title = accelerator, steps, say, title
+        if accelerator is None:
+            return
+        kept = [line for line in _complete_lines(path) if line["step"] <= done]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+        self._printed = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, disable=not sys.stderr.isatty())
+        self._task: TaskID = self._bar.add_task(title, total=steps, completed=done, facts="")
+        self._bar.start()
+
+    def record(self, step: int, **values: Any) -> None:
+        """Write one record to the file and the trackers."""
+        if self._accelerator is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        figures = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        figures |= values.get("validation", {})
+        self._accelerator.log(figures, step=step)
+
+    def step(self, step: int, **figures: float) -> None:
+        """Record a step and advance the bar; without a terminal, print a line every 15 seconds and at the end."""
+        self.record(step, **figures)
+        if self._accelerator is None:
+            return
+        facts = self._facts(step, figures)
+        self._bar.update(self._task, completed=step, facts=facts)
+        if self._bar.disable and (time.monotonic() - self._printed > LINE_INTERVAL or step == self._steps):
+            self._printed = time.monotonic()
+            self._say(f"{self._title}: {facts}")
+
+    def close(self) -> None:
+        """Stop the bar and close the file."""
+        if self._accelerator is not None:
+            self._bar.stop()
+            self._file.close()
+
+    def _facts(self, step: int, figures: Mapping[str, float]) -> str:
+        parts = [f"step {step}/{self._steps} loss {figures['loss']:.4f}", f"{figures['tokens_per_s']:,.0f} tokens/s"]
+        if "mfu" in figures:
+            parts.append(f"MFU {figures['mfu']:.0%}")
+        parts += [f"waiting for data {figures['data_wait']:.0%}", f"{figures['memory'] / 1e9:.1f} GB"]
+        return ", ".join(parts)
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the complete records of a log; a kill may have cut a line short."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
