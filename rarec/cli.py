@@ -179,7 +179,7 @@ def doctor() -> None:
 
 def show_results(context: "Context") -> None:
     """The table of variants and where everything lies, on standard output."""
-    from rarec.evaluation.table import terminal_table
+    from rarec.evaluation.terminal import terminal_table
     from rarec.files import read_json
 
     out = Console() if sys.stdout.isatty() else Console(width=110)

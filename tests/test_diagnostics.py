@@ -15,13 +15,12 @@ from rarec.config import VARIANTS
 from rarec.config.method import Readout as ReadoutConfig
 from rarec.entry import open_context
 from rarec.errors import UserError
-from rarec.evaluation.diagnostic_plots import every
+from rarec.evaluation.diagnostic_sample import SideSample
 from rarec.evaluation.diagnostics import ALIGNMENT_FIGURES, diagnose
-from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine
+from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_words
 from rarec.evaluation.health import NORM_FACTOR, warnings
-from rarec.evaluation.report import write_report
-from rarec.evaluation.sample import SideSample
-from rarec.evaluation.words import nearest_words
+from rarec.evaluation.html_report import write_report
+from rarec.evaluation.plots import every
 from rarec.files import read_json, write_json
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.attention import slot_attention, slot_shares
@@ -104,7 +103,7 @@ def test_mean_cosine_by_hand():
 
 
 def test_nearest_words_over_chunks_are_those_of_the_whole_table(monkeypatch):
-    monkeypatch.setattr("rarec.evaluation.words.ROWS", 7)
+    monkeypatch.setattr("rarec.evaluation.geometry.ROWS", 7)
     table, queries = points(40, 6, 0).to(torch.bfloat16), points(3, 6, 1).float()
     table[11] = 0
     cosines, rows = nearest_words(table, queries, 5)

@@ -17,12 +17,11 @@ from rich.console import Console
 from rarec.artefacts import write_manifest
 from rarec.config import VARIANTS, RunConfig
 from rarec.errors import UserError
-from rarec.evaluation.figures import comparison_rows, metric_rows
+from rarec.evaluation.html_report import write_report
 from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
-from rarec.evaluation.record import read_run
-from rarec.evaluation.report import write_report
-from rarec.evaluation.strata import strata_rows
-from rarec.evaluation.table import terminal_table
+from rarec.evaluation.result_rows import comparison_rows, metric_rows, strata_rows
+from rarec.evaluation.run_files import read_run
+from rarec.evaluation.terminal import terminal_table
 from rarec.evaluation.verdict import Finding, find, sanity_checks, verdict
 from rarec.files import write_json
 from rarec.paths import RunPaths

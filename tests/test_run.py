@@ -19,8 +19,7 @@ from rarec.models.encode import Encoder
 from rarec.models.weights import save_weights
 from rarec.planning.setting import Cluster
 from rarec.ranking import rank_targets
-from rarec.serving.bundle import load_bundle
-from rarec.serving.card import model_card
+from rarec.serving.bundle import load_bundle, model_card
 from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import export, provenance, recommend

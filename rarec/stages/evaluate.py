@@ -13,11 +13,10 @@ from rarec.artefacts import write_manifest
 from rarec.config import VARIANTS
 from rarec.config.identity import evaluate_settings
 from rarec.evaluation.examples import Examples
-from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
 from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
-from rarec.evaluation.strata import strata_rows
+from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
 from rarec.files import new_directory, write_json
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec

@@ -5,7 +5,7 @@ from pathlib import Path
 from rarec.artefacts import is_current
 from rarec.config import VARIANTS
 from rarec.config.identity import variant_settings
-from rarec.evaluation.report import write_report
+from rarec.evaluation.html_report import write_report
 from rarec.stages.context import Context
 from rarec.stages.trained import finished_evaluation
 

@@ -8,7 +8,7 @@ from typing import Any
 import rarec
 from rarec.config import RunConfig, dump_config
 from rarec.errors import UserError
-from rarec.evaluation import diagnostic_plots, plots
+from rarec.evaluation import plots
 from rarec.evaluation.labels import (
     FULL,
     HEADLINE,
@@ -23,7 +23,7 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.record import Row, RunRecord, TrainingRecord, read_run
+from rarec.evaluation.run_files import Row, RunRecord, TrainingRecord, read_run
 from rarec.evaluation.verdict import Finding, sanity_checks, verdict
 from rarec.files import new_directory, write_text
 from rarec.paths import RunPaths
@@ -112,7 +112,7 @@ def _context(record: RunRecord, config: RunConfig, name: str) -> dict[str, Any]:
         "others": sorted((f for f in findings if f not in first), key=lambda f: metric_order(f.metric)),
         "examples": [_example(row) for row in record.examples],
         "diagnostics": record.diagnostics,
-        "diagnosed": [_markup(svg) for svg in diagnostic_plots.every(record.diagnostics)] if record.diagnostics else [],
+        "diagnosed": [_markup(svg) for svg in plots.every(record.diagnostics)] if record.diagnostics else [],
         "counts": record.prepared.get("counts", {}),
         "prepared": _figures(record.prepared),
         "selection": record.selection,
