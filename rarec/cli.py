@@ -184,7 +184,9 @@ def show_results(context: "Context") -> None:
 
     out = Console() if sys.stdout.isatty() else Console(width=110)
     paths = context.paths
-    out.print(terminal_table(read_json(paths.evaluation / "metrics.json"), ["hr@10", "hr@100", "ndcg@10", "mrr"]))
+    out.print(
+        terminal_table(read_json(paths.evaluation / "metrics.json"), ["hr@10", "hr@100", "ndcg@10", "mrr"], out.width)
+    )
     figures = paths.evaluation / "metrics.json"
     print(f"report: {paths.report / 'report.html'}\nbundle: {paths.bundle}\nfigures: {figures}")
 

@@ -20,7 +20,7 @@ from rarec.evaluation.diagnostics import ALIGNMENT_FIGURES, diagnose
 from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_words
 from rarec.evaluation.health import NORM_FACTOR, warnings
 from rarec.evaluation.html_report import write_report
-from rarec.evaluation.plots import every
+from rarec.evaluation.plots import alignment
 from rarec.files import read_json, write_json
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.attention import slot_attention, slot_shares
@@ -261,7 +261,7 @@ def test_instructions_alone_have_norms_and_words_and_no_geometry():
     assert all(row[figure] is None for row in found["blocks"] for figure in ("projection_norm", *ALIGNMENT_FIGURES))
     assert all(row["instruction_norm"] > 0 for row in found["blocks"])
     assert [row["slot"] for row in found["words"]] == ["instruction 1", "instruction 2"]
-    plots = list(every(found))
+    plots = list(alignment(found))
     assert ["alignment-norms" in plots[0], "alignment-attention" in plots[1], len(plots)] == [True, True, 2]
 
 

@@ -1,4 +1,7 @@
-"""From ranks to figures: each with n, its interval, and its protocol in its row."""
+"""From ranks to rows of results: metrics, paired comparisons and strata, each with n and a bootstrap 95% interval.
+
+Shape letters: U users.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,55 +9,68 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rarec.evaluation.labels import FULL, is_external
 from rarec.ranking.intervals import mean_intervals, paired_intervals
 from rarec.ranking.metrics import metric_values
 
 Ranks = Mapping[str, npt.NDArray[np.int64]]
-PROTOCOL = "full"
-"""The whole catalogue is ranked, the user's earlier items excluded, ties against the model."""
+Numbers = npt.NDArray[np.integer]
+BUCKETS = 4
 
 
 def metric_rows(ranks: Ranks, cutoffs: Iterable[int], *, resamples: int, seed: int) -> list[dict[str, Any]]:
-    """Rows {variant, metric, protocol, value, low, high, n}, with bootstrap 95% intervals over users."""
+    """Return the rows of metrics.json: {variant, metric, protocol, value, low, high, n}.
+
+    Args:
+        ranks: ranks of the same users' targets (U,), by row name.
+        cutoffs: each K of HR@K and NDCG@K.
+        resamples: number of bootstrap resamples of the users.
+        seed: seed of the bootstrap.
+    """
     cutoffs = list(cutoffs)
     rows = []
-    for variant, variant_ranks in ranks.items():
-        for metric, (value, low, high) in mean_intervals(
-            metric_values(variant_ranks, cutoffs), resamples, seed
-        ).items():
-            figures = {"value": value, "low": low, "high": high, "n": len(variant_ranks)}
-            rows.append({"variant": variant, "metric": metric, "protocol": PROTOCOL, **figures})
+    for variant, ranks_U in ranks.items():
+        intervals = mean_intervals(metric_values(ranks_U, cutoffs), resamples, seed)
+        for metric, (value, low, high) in intervals.items():
+            numbers = {"value": value, "low": low, "high": high, "n": len(ranks_U)}
+            rows.append({"variant": variant, "metric": metric, "protocol": FULL, **numbers})
     return rows
 
 
 def comparison_rows(
     ranks: Ranks, pairs: Iterable[tuple[str, str]], cutoffs: Iterable[int], *, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Rows {variant, baseline, metric, protocol, difference, low, high, n, differing}: a paired bootstrap over users.
+    """Return the rows of comparisons.json: {variant, baseline, metric, protocol, difference, low, high, n, differing}.
 
-    `differing` counts those for whom the two are not the same.
+    Differences are paired: each user's value of the variant minus that of the baseline.
+
+    Args:
+        ranks: ranks of the same users' targets (U,), by row name.
+        pairs: row names of (variant, baseline).
+        cutoffs: each K of HR@K and NDCG@K.
+        resamples: number of bootstrap resamples of the users.
+        seed: seed of the bootstrap.
     """
     cutoffs = list(cutoffs)
     rows = []
     for variant, baseline in pairs:
-        ours, theirs = metric_values(ranks[variant], cutoffs), metric_values(ranks[baseline], cutoffs)
-        for metric, (difference, low, high) in paired_intervals(ours, theirs, resamples, seed).items():
-            differing = int((ours[metric] != theirs[metric]).sum())
-            figures = {
-                "difference": difference,
-                "low": low,
-                "high": high,
-                "n": len(ranks[variant]),
-                "differing": differing,
-            }
-            rows.append({"variant": variant, "baseline": baseline, "metric": metric, "protocol": PROTOCOL, **figures})
+        values, others = metric_values(ranks[variant], cutoffs), metric_values(ranks[baseline], cutoffs)
+        for metric, (difference, low, high) in paired_intervals(values, others, resamples, seed).items():
+            names = {"variant": variant, "baseline": baseline, "metric": metric, "protocol": FULL}
+            counts = {"n": len(ranks[variant]), "differing": int((values[metric] != others[metric]).sum())}
+            rows.append({**names, "difference": difference, "low": low, "high": high, **counts})
     return rows
 
 
 def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str]]:
-    """What is compared, each pair once: the main variant with all others, its fusions with baselines, sanity checks with it.
+    """Return the pairs (variant, baseline) that are compared, each once.
 
-    And every fusion with that of the text alone; what the text gains by itself, over the ID model and by instructions.
+    The main variant with every other; its fusions with the baselines, alone and with popularity, and with external
+    systems; every fusion with that of the text alone; its sanity checks with it; and what the text gains by itself.
+
+    Args:
+        variants: all row names.
+        main: row name of the exported variant.
     """
     names = list(variants)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
@@ -65,56 +81,48 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     sanity_checks = [(name, main) for name in names if name.startswith(f"{main}/")]
     text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"]
     gains = [("text_only+id", "id_only"), ("prefix_only", "text_only")]
+    external = [(f"{main}+id", name) for name in names if is_external(name)]
     once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in plain + baseline + fused + others + gains + popular + sanity_checks + text:
+    for pair in plain + baseline + fused + others + gains + popular + sanity_checks + text + external:
         once.setdefault(frozenset(pair), pair)
     return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
 
 
-Numbers = npt.NDArray[np.integer]
-BUCKETS = 4
-
-
-def bucket_labels(values: Numbers, buckets: int = BUCKETS) -> tuple[Numbers, list[str]]:
-    """Equal-frequency buckets of whole numbers; equal values share a bucket, and few values have one each.
+def bucket_labels(values_U: Numbers, buckets: int = BUCKETS) -> tuple[Numbers, list[str]]:
+    """Divide whole numbers into buckets of about equal size. Equal values share a bucket; few values have one each.
 
     Returns:
-        The bucket of each value, and labels such as "3-8" by bucket.
+        The bucket of each value (U,), and each bucket's label, such as `3-8`.
     """
-    edges = np.unique(values)[1:]
+    edges = np.unique(values_U)[1:]
     if len(edges) >= buckets:
-        edges = np.unique(np.quantile(values, np.linspace(0, 1, buckets + 1)[1:-1], method="lower"))
-    index = np.unique(np.searchsorted(edges, values, side="right"), return_inverse=True)[1]
-    parts = [values[index == bucket] for bucket in range(index.max() + 1)]
+        edges = np.unique(np.quantile(values_U, np.linspace(0, 1, buckets + 1)[1:-1], method="lower"))
+    index_U = np.unique(np.searchsorted(edges, values_U, side="right"), return_inverse=True)[1]
+    parts = [values_U[index_U == bucket] for bucket in range(index_U.max() + 1)]
     labels = [str(part.min()) if part.min() == part.max() else f"{part.min()}-{part.max()}" for part in parts]
-    return index, labels
+    return index_U, labels
 
 
 def strata_rows(
-    ranks: Mapping[str, npt.NDArray[np.int64]],
-    strata: Mapping[str, Numbers],
-    *,
-    resamples: int,
-    seed: int,
-    cutoffs: tuple[int, ...] = (10, 100),
+    ranks: Ranks, strata: Mapping[str, Numbers], *, resamples: int, seed: int, cutoffs: tuple[int, ...] = (10, 100)
 ) -> list[dict[str, Any]]:
-    """Rows {variant, stratum, bucket, order, metric, value, low, high, n} for every variant, stratum and bucket.
+    """Return the rows of strata.json: {variant, stratum, bucket, order, metric, value, low, high, n}.
 
     Args:
-        ranks: of the same users, by variant.
-        strata: a number for each user, by the stratum's name.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-        cutoffs: K of the metrics.
+        ranks: ranks of the same users' targets (U,), by row name.
+        strata: a whole number for each user (U,), such as the length of the history, by the stratum's name.
+        resamples: number of bootstrap resamples of the users.
+        seed: seed of the bootstrap.
+        cutoffs: each K of HR@K and NDCG@K.
     """
     rows = []
-    for stratum, values in strata.items():
-        index, labels = bucket_labels(values)
-        for variant, variant_ranks in ranks.items():
+    for stratum, values_U in strata.items():
+        index_U, labels = bucket_labels(values_U)
+        for variant, ranks_U in ranks.items():
             for order, label in enumerate(labels):
-                chosen = variant_ranks[index == order]
+                chosen = ranks_U[index_U == order]
+                place = {"variant": variant, "stratum": stratum, "bucket": label, "order": order}
                 intervals = mean_intervals(metric_values(chosen, cutoffs), resamples, seed)
                 for metric, (value, low, high) in intervals.items():
-                    place = {"variant": variant, "stratum": stratum, "bucket": label, "order": order}
                     rows.append({**place, "metric": metric, "value": value, "low": low, "high": high, "n": len(chosen)})
     return rows
