@@ -112,7 +112,7 @@ class Verdict:
         outcome: `better` if the best variant uses slots or ID vectors and is better than both baselines; else the
             exported variant's: `worse` if it is worse than a baseline, `better` if it is better than both.
         headline: one sentence about the exported variant and the best one.
-        sentences: the paragraph.
+        sentences: the reasons, and the limits of what one run can show.
         best: the variant to deploy; None if nothing was evaluated.
     """
 
@@ -171,7 +171,6 @@ def verdict(metrics: Sequence[Row], comparisons: Sequence[Row], variant: str, se
         *_other_metrics(comparisons, variant, primary, findings),
         *_beyond_late_fusion(comparisons, variant, primary),
         *([best.sentence] if best.name != variant or best.better_outside else []),
-        best.advice,
         f"The intervals cover the draw of test users only: each variant was trained once, with seed {seed}. "
         "The comparisons are not corrected for their number, and the highest of several values is slightly too high.",
     ]
