@@ -1,4 +1,4 @@
-"""Paired comparisons and sanity checks, read strictly: a claim needs the whole 95% interval on one side of zero (ours)."""
+"""Paired comparisons and sanity checks in words: a claim needs the whole 95% interval on one side of zero (ours)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +17,7 @@ from rarec.evaluation.labels import (
 Row = Mapping[str, Any]
 Outcome = Literal["better", "worse", "inconclusive"]
 MIN_DIFFERING = 6
-"""Least number of users for whom the two variants differ. With fewer, no sign test reaches 5%, but a bootstrap would."""
+"""Fewest users for whom the variants must differ: with fewer no sign test reaches 5%, though a bootstrap would."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _sanity_check(
     change = f", from {figure(values[variant])} to {figure(values[row])}" if variant in values else ""
     words = {
         "worse": "The variant gets worse, as it must",
-        "inconclusive": f"No significant loss: no evidence that the variant uses what was destroyed",
+        "inconclusive": "No significant loss: no evidence that the variant uses what was destroyed",
         "better": "The variant gets better, so it does not use what was destroyed as it should",
     }
     return SanityCheck(
