@@ -62,7 +62,10 @@ def variant_settings(config: RunConfig, variant: Variant) -> dict[str, Any]:
 
 def evaluate_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that shape an evaluation."""
-    return _sections(config, "evaluate", "report") | {"variants": config.train.variants, "main": config.export.variant}
+    settings = _sections(config, "evaluate", "report")
+    if not config.evaluate.external:  # evaluations older than this field stay current
+        del settings["evaluate"]["external"]
+    return settings | {"variants": config.train.variants, "main": config.export.variant}
 
 
 def bundle_settings(config: RunConfig) -> dict[str, Any]:

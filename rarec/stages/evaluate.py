@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 from rarec.artefacts import write_manifest
 from rarec.config import VARIANTS
 from rarec.config.identity import evaluate_settings
+from rarec.errors import UserError
 from rarec.evaluation.examples import Examples
+from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
 from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
-from rarec.files import new_directory, write_json
+from rarec.files import new_directory, sha256_file, write_json
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
 from rarec.stages.context import Context
@@ -47,6 +49,7 @@ def evaluate(context: Context) -> None:
     _ = context.main  # refused if it is not trained
     made_from: dict[str, str] = {name: variant_hash(context, VARIANTS[name]) for name in context.config.train.variants}
     made_from |= {"prepare": context.dataset.hash, "baseline": context.baseline.hash}
+    made_from |= {f"external/{name}": _sha256(path) for name, path in context.config.evaluate.external.items()}
     settings = evaluate_settings(context.config)
     with context.alone(context.paths.evaluation):
         if not context.is_done(context.paths.evaluation, "evaluate", settings, made_from):
@@ -88,6 +91,13 @@ class _Evaluation:
         self.test = EvalBatch.of(dataset, self.targets)
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
         self.validation = EvalBatch.of(dataset, validation)
+        users = TargetUsers(
+            dataset.user_ids.take(pa.array(self.test.user_rows)),
+            dataset.item_ids,
+            self.test.targets,
+            self.test.histories,
+        )
+        self.external = external_ranks(config.evaluate.external, users, say=context.say)  # before hours of ranking
         self.ids = Ranker.of_source(context.baseline)
         self.weights: dict[str, float] = {}
         self.diagnostics: dict[str, Any] | None = None
@@ -104,7 +114,7 @@ class _Evaluation:
                 ranks |= self._ranks_of(name, model)
                 if name == self.main:
                     self.diagnostics = diagnostics(self.context, model)
-        return ranks
+        return ranks | self.external
 
     def examples(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Rows of examples.json."""
@@ -170,6 +180,12 @@ class _Evaluation:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.context.config.evaluate.batch_size
         return Ranker.of_model(Encoder(model, self.context.prompts, sources, batch_size, self.context.world))
+
+
+def _sha256(path: str) -> str:
+    if not Path(path).is_file():
+        raise UserError(f"field `evaluate.external`: {path} does not exist", "correct the path, or leave it out")
+    return sha256_file(Path(path))
 
 
 def _write_ranks(path: Path, context: Context, test: EvalBatch, ranks: Ranks) -> None:
