@@ -160,14 +160,20 @@ def doctor() -> None:
 
 
 def show_results(run: "Run") -> None:
-    """Print the table of variants, and where everything is, to standard output."""
-    from rarec.evaluation.table import terminal_table
-    from rarec.files import read_json
+    """Print the table of variants, where everything is, and the best variant with the next step."""
+    from rarec.evaluation.labels import HEADLINE
+    from rarec.evaluation.run_files import read_run
+    from rarec.evaluation.terminal import closing_lines, terminal_table
+    from rarec.stages.report import directories
 
     out = Console() if sys.stdout.isatty() else Console(width=110)
-    figures, report = run.directory("evaluate") / "metrics.json", run.directory("report") / "report.html"
-    out.print(terminal_table(read_json(figures), ["hr@10", "hr@100", "ndcg@10", "mrr"]))
-    print(f"report: {report}\nbundle: {run.directory('export')}\nfigures: {figures}")
+    files = read_run(directories(run), say=say)
+    out.print(terminal_table(files.metrics, HEADLINE, out.width))
+    print(f"report: {run.directory('report') / 'report.html'}")
+    print(f"bundle: {run.directory('export')}")
+    print(f"figures: {run.directory('evaluate') / 'metrics.json'}")
+    for line in closing_lines(files, run.config):
+        out.print(line, markup=False, highlight=False)
 
 
 def _version(wanted: bool) -> None:

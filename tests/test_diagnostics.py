@@ -15,13 +15,12 @@ from rarec.config import VARIANTS
 from rarec.config.method import Readout
 from rarec.entry import open_context
 from rarec.errors import UserError
-from rarec.evaluation.diagnostic_plots import every
+from rarec.evaluation.diagnostic_sample import SideSample
 from rarec.evaluation.diagnostics import ALIGNMENT_FIGURES, diagnose
-from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine
+from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_words
 from rarec.evaluation.health import NORM_FACTOR, warnings
-from rarec.evaluation.report import write_report
-from rarec.evaluation.sample import SideSample
-from rarec.evaluation.words import nearest_words
+from rarec.evaluation.html_report import write_report
+from rarec.evaluation.plots import alignment
 from rarec.files import read_json, write_json
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
@@ -104,7 +103,7 @@ def test_mean_cosine_by_hand():
 
 
 def test_nearest_words_over_chunks_are_those_of_the_whole_table(monkeypatch):
-    monkeypatch.setattr("rarec.evaluation.words.ROWS", 7)
+    monkeypatch.setattr("rarec.evaluation.geometry.ROWS", 7)
     table, queries = points(40, 6, 0).to(torch.bfloat16), points(3, 6, 1).float()
     table[11] = 0
     cosines, rows = nearest_words(table, queries, 5)
@@ -262,7 +261,7 @@ def test_instructions_alone_have_norms_and_words_and_no_geometry():
     assert all(row[figure] is None for row in found["blocks"] for figure in ("projection_norm", *ALIGNMENT_FIGURES))
     assert all(row["instruction_norm"] > 0 for row in found["blocks"])
     assert [row["slot"] for row in found["words"]] == ["instruction 1", "instruction 2"]
-    plots = list(every(found))
+    plots = list(alignment(found))
     assert ["alignment-norms" in plots[0], "alignment-attention" in plots[1], len(plots)] == [True, True, 2]
 
 

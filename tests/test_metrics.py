@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ranx import Qrels, Run, evaluate
 
-from rarec.evaluation.strata import bucket_labels
+from rarec.evaluation.result_rows import bucket_labels
 from rarec.ranking import metric_values, rank_targets
 
 

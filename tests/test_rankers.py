@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rarec.evaluation.figures import pairs_of_interest
 from rarec.evaluation.fusion import LIMIT, fuse
 from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
+from rarec.evaluation.result_rows import pairs_of_interest
 
 RNG = np.random.default_rng(0)
 

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from rich.console import Console
 from rarec.artefacts import write_manifest
 from rarec.config import VARIANTS, RunConfig
 from rarec.errors import UserError
-from rarec.evaluation.figures import comparison_rows, metric_rows
+from rarec.evaluation.findings import Finding, find, sanity_checks
+from rarec.evaluation.html_report import write_report
 from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
-from rarec.evaluation.record import read_run
-from rarec.evaluation.report import write_report
-from rarec.evaluation.strata import strata_rows
-from rarec.evaluation.table import terminal_table
-from rarec.evaluation.verdict import Finding, find, sanity_checks, verdict
+from rarec.evaluation.result_rows import comparison_rows, metric_rows, strata_rows
+from rarec.evaluation.run_files import RunFiles, read_run
+from rarec.evaluation.terminal import closing_lines, terminal_table
+from rarec.evaluation.verdict import Verdict, best_variant, verdict
 from rarec.files import write_json
 from rarec.paths import RunPaths
 
@@ -194,75 +195,109 @@ def measured(variant: str, value: float = 0.05, metric: str = "ndcg@10") -> dict
 ID, FUSION = ("per_layer", "id_only"), ("per_layer", "text_only+id")
 
 
+def judged(rows: list[dict[str, Any]], *metrics: dict[str, Any]) -> Verdict:
+    return verdict(list(metrics) or [measured("per_layer")], rows, "per_layer", 17)
+
+
 def test_a_verdict_claims_a_lead_only_where_the_interval_lies_above_zero() -> None:
-    rows = [compared(*ID, 0.001, 0.009), compared(*FUSION, -0.002, 0.006)]
-    said = verdict([measured("per_layer")], rows, "per_layer", 17)
-    assert said.outcome == "open"
-    assert said.headline == (
-        "On NDCG@10, RA-Rec (per layer) beats its own ID model; against the late fusion of text and ID scores, "
-        "no difference can be claimed at n=943."
-    )
+    said = judged([compared(*ID, 0.001, 0.009), compared(*FUSION, -0.002, 0.006)])
+    assert said.outcome == "inconclusive"
+    assert "RA-Rec (per layer) is better than the ID model, and is not significantly different from" in said.headline
+    assert "(n=943)" in said.headline
     text = " ".join(said.sentences)
-    assert "It beats its own ID model (paired difference in NDCG@10 +.0050, 95% interval +.0010 to +.0090)" in text
-    assert "trained once, with seed 17" in text
+    assert "paired difference in NDCG@10 +.0050, 95% interval +.0010 to +.0090" in text
+    assert "with seed 17" in text
 
 
 def test_a_verdict_says_when_the_method_loses() -> None:
-    rows = [compared(*ID, 0.001, 0.009), compared(*FUSION, -0.02, -0.01)]
-    said = verdict([measured("per_layer")], rows, "per_layer", 17)
-    assert said.outcome == "loses"
-    assert "loses to the late fusion of text and ID scores" in said.headline
+    said = judged([compared(*ID, 0.001, 0.009), compared(*FUSION, -0.02, -0.01)])
+    assert said.outcome == "worse"
+    assert "is worse than text only + ID" in said.headline
 
 
 def test_a_verdict_names_what_was_not_compared_or_not_evaluated() -> None:
-    said = verdict([measured("per_layer")], [compared(*ID, 0.001, 0.009)], "per_layer", 17)
-    assert (said.outcome, "was not compared with the late fusion" in said.headline) == ("open", True)
-    assert verdict([measured("id_only")], [], "per_layer", 17).headline.endswith("nothing can be claimed.")
+    said = judged([compared(*ID, 0.001, 0.009)])
+    assert (said.outcome, "was not compared with text only + ID" in said.headline) == ("inconclusive", True)
+    said = judged([], measured("id_only"))
+    assert (said.outcome, said.sentences) == ("inconclusive", ())
+    assert "RA-Rec (per layer) was not evaluated" in said.headline
 
 
 def test_a_metric_that_reads_otherwise_is_not_hidden() -> None:
     rows = [compared(*ID, 0.001, 0.009), compared(*FUSION, 0.001, 0.006)]
     rows += [compared(*ID, -0.03, -0.01, "hr@100"), compared(*FUSION, 0.01, 0.02, "hr@100")]
     rows += [compared(*ID, 0.01, 0.02, "mrr"), compared(*FUSION, 0.01, 0.02, "mrr")]
-    text = " ".join(verdict([measured("per_layer")], rows, "per_layer", 17).sentences)
-    assert "MRR reads the same way, but on HR@100, it loses to its own ID model." in text
+    assert "MRR agrees, but on HR@100 it is worse than the ID model." in judged(rows).sentences
 
 
-def test_a_slot_that_brings_nothing_beyond_late_fusion_is_said_to_bring_nothing() -> None:
+def test_slots_are_said_to_add_nothing_where_late_fusion_does_as_well_without_them() -> None:
     rows = [compared(*ID, 0.01, 0.02), compared(*FUSION, 0.01, 0.02), compared("per_layer+id", FUSION[1], -0.01, 0.01)]
-    text = " ".join(verdict([measured("per_layer")], rows, "per_layer", 17).sentences)
-    assert "the slots are not shown to carry anything that adding the scores does not bring" in text
+    rows += [compared("per_layer+id+popularity", "text_only+id+popularity", 0.01, 0.02)]
+    alone, popular = [text for text in judged(rows).sentences if "the added scores" in text]
+    assert alone.startswith("RA-Rec (per layer) + ID is not significantly different from text only + ID")
+    assert "no evidence that the slots add" in alone
+    assert popular.startswith("RA-Rec (per layer) + ID + popularity is better than text only + ID + popularity")
 
 
-def test_a_slot_that_brings_popularity_alone_is_said_to_bring_no_more() -> None:
-    rows = [compared(*ID, 0.01, 0.02), compared(*FUSION, 0.01, 0.02), compared("per_layer+id", FUSION[1], 0.01, 0.02)]
-    rows += [compared("per_layer+id+popularity", "text_only+id+popularity", -0.01, 0.01)]
-    *_, first, second, _ = verdict([measured("per_layer")], rows, "per_layer", 17).sentences
-    assert first.startswith("With the ID score added to it as well, it beats the late fusion without slots")
-    assert second.startswith("With the items' popularity added to both as well, against the late fusion without slots")
-    assert second.endswith("the slots are not shown to carry anything that adding the scores does not bring.")
+def test_the_best_variant_is_the_highest_but_no_sanity_check_and_no_other_system() -> None:
+    metrics = [measured("id_only", 0.04), measured("per_layer", 0.05), measured("per_layer+id", 0.06)]
+    metrics += [measured("per_layer/shuffled_history", 0.09), measured("external:llara", 0.07)]
+    rows = [compared(*ID, 0.001, 0.009), compared("per_layer+id", "id_only", 0.01, 0.02)]
+    rows += [compared("per_layer+id", "text_only+id", -0.01, 0.02)]
+    best = best_variant(metrics, rows)
+    assert best is not None
+    assert (best.name, best.value, best.metric) == ("per_layer+id", 0.06, "ndcg@10")
+    assert (best.better_than_id, best.better_than_text_and_id, best.outcome) == (True, False, "inconclusive")
+    assert best.better_outside == ("llara (external)", 0.07)
+    assert "llara (external)" in best.sentence
+    assert "text only + ID, which is simpler" in best.advice
+
+
+def test_the_best_variant_with_popularity_is_compared_with_baselines_with_popularity() -> None:
+    rows = [compared("per_layer+id+popularity", f"{name}+popularity", 0.01, 0.02) for name in ("id_only", FUSION[1])]
+    metrics = [measured("per_layer", 0.05), measured("per_layer+id+popularity", 0.06)]
+    best = best_variant(metrics, rows)
+    assert best is not None
+    assert (best.better_than_id, best.better_than_text_and_id, best.outcome) == (True, True, "better")
+    said = judged([*rows, compared(*FUSION, -0.02, -0.01)], *metrics)
+    assert (said.outcome, said.best) == ("better", best)
+    assert "RA-Rec (per layer) + ID + popularity is the best variant" in said.headline
+
+
+def test_a_lead_of_the_text_without_slots_is_no_success_of_the_method() -> None:
+    rows = [compared("text_only+id", "id_only", 0.01, 0.02), compared(*FUSION, -0.02, -0.01)]
+    said = judged(rows, measured("per_layer", 0.05), measured("text_only+id", 0.06))
+    assert said.best is not None
+    assert (said.best.name, said.best.better_than_id, said.outcome) == ("text_only+id", True, "worse")
+
+
+def test_of_equal_variants_the_simpler_one_is_best_and_without_metrics_there_is_none() -> None:
+    best = best_variant([measured("per_layer+id"), measured("per_layer"), measured("id_only")], [])
+    assert best is not None
+    assert (best.name, best.is_baseline) == ("id_only", True)
+    assert best_variant([], []) is None
 
 
 @given(st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(sorted))
-def test_a_finding_beats_or_loses_only_with_its_whole_interval(values: list[float]) -> None:
+def test_a_finding_is_better_or_worse_only_with_its_whole_interval(values: list[float]) -> None:
     low, difference, high = values
     row = {**compared("per_layer", "id_only", low, high), "difference": difference}
     finding = find([row], "per_layer", "id_only", "ndcg@10")
-    turned = find([row], "id_only", "per_layer", "ndcg@10")
+    swapped = find([row], "id_only", "per_layer", "ndcg@10")
     assert finding is not None
-    assert turned is not None
-    assert (finding.outcome == "beats") == (low > 0)
-    assert (finding.outcome == "loses") == (high < 0)
-    opposite = {"beats": "loses", "loses": "beats", "open": "open"}
-    assert turned.outcome == opposite[finding.outcome]
+    assert swapped is not None
+    assert (finding.outcome == "better") == (low > 0)
+    assert (finding.outcome == "worse") == (high < 0)
+    opposite = {"better": "worse", "worse": "better", "inconclusive": "inconclusive"}
+    assert swapped.outcome == opposite[finding.outcome]
 
 
 def test_an_interval_that_touches_zero_allows_no_claim() -> None:
-    assert Finding("a", "b", "mrr", 0.01, 0.0, 0.02, 9, 9).outcome == "open"
-    assert Finding("a", "b", "mrr", -0.01, -0.02, 0.0, 9, 9).outcome == "open"
+    assert Finding("a", "b", "mrr", 0.01, 0.0, 0.02, 9, 9).outcome == "inconclusive"
+    assert Finding("a", "b", "mrr", -0.01, -0.02, 0.0, 9, 9).outcome == "inconclusive"
 
 
-@pytest.mark.parametrize(("differing", "outcome"), [(1, "open"), (5, "open"), (6, "beats")])
+@pytest.mark.parametrize(("differing", "outcome"), [(1, "inconclusive"), (5, "inconclusive"), (6, "better")])
 def test_a_handful_of_users_that_differ_allows_no_claim(differing: int, outcome: str) -> None:
     """The bootstrap's interval lies above zero, though they could have fallen so by chance."""
     ours, theirs = np.full(900, 50), np.full(900, 50)
@@ -284,10 +319,10 @@ def test_probes_pass_only_where_the_variant_gets_worse() -> None:
     rows += [compared("per_layer/permuted_ids", "text_only", -0.004, 0.006)]
     shuffled, permuted = sanity_checks(metrics, rows, "per_layer")
     assert shuffled.passed is False
-    assert "not shown to use what was destroyed" in shuffled.text
+    assert "n=943" in shuffled.text
     assert permuted.passed is True
     assert "from .0600 to .0410" in permuted.text
-    assert "Text only stands at .0400: against it, no difference can be claimed" in permuted.text
+    assert "Text only reaches .0400" in permuted.text
     assert [sanity_check.passed for sanity_check in sanity_checks(metrics, [], "per_layer")] == [None, None]
 
 
@@ -296,9 +331,10 @@ def test_names_and_figures_read_as_people_write_them() -> None:
     assert variant_title("per_layer/permuted_ids") == "RA-Rec (per layer), permuted IDs"
     assert variant_title("per_layer+id+popularity") == "RA-Rec (per layer) + ID + popularity"
     assert variant_title("id_only+popularity") == "ID model + popularity"
+    assert variant_title("external:llara") == "llara (external)"
     last = ["per_layer/permuted_ids", "text_only+id+popularity", "id_only+popularity", "text_only+id"]
-    names = [*last, "per_layer", "id_only", "text_only", "mystery"]
-    assert sorted(names, key=variant_order) == ["id_only", "text_only", "per_layer", "mystery", *reversed(last)]
+    names = [*last, "external:llara", "per_layer", "id_only", "text_only"]
+    assert sorted(names, key=variant_order) == ["id_only", "text_only", "per_layer", "external:llara", *reversed(last)]
     assert [figure(0.05334), figure(1.0), figure(-0.00001, signed=True)] == [".0533", "1.0000", "+.0000"]
     assert figure(-0.0021, signed=True) == "\N{MINUS SIGN}.0021"
     assert [primary_metric(["mrr", "ndcg@10"]), primary_metric(["ndcg@20", "ndcg@5"]), primary_metric([])] == [
@@ -359,22 +395,12 @@ def test_a_tie_that_moves_the_rank_still_marks_the_target(run: RunPaths, tmp_pat
     assert re.search(r"<ol>(<li>[^<]*</li>){2}<li><mark>", page)
 
 
-def test_the_page_tells_figures_protocol_settings_and_cost(page: str, run: RunPaths) -> None:
+def test_the_page_shows_figures_settings_and_cost(page: str, run: RunPaths) -> None:
     rows = json.loads((run.evaluation / "metrics.json").read_text())
     ndcg = next(row for row in rows if (row["variant"], row["metric"]) == ("per_layer", "ndcg@10"))
     assert f"reaches NDCG@10 {figure(ndcg['value'])} (95% interval" in page
-    for told in (
-        "full catalogue",
-        "Ties count against the model",
-        "The evaluation alone reads what the test users chose",
-        "2,000 resamples",
-        "71,234",
-        "3,703,701",
-        "align_weight: 0.1",
-        "min_user_interactions",
-        "Permuted IDs: as it must be.",
-    ):
-        assert told in page
+    for shown in ("2,000", "71,234", "3,703,701", "align_weight: 0.1", "min_user_interactions"):
+        assert shown in page
 
 
 def test_equal_files_give_equal_bytes(run: RunPaths, page: str) -> None:
@@ -383,13 +409,13 @@ def test_equal_files_give_equal_bytes(run: RunPaths, page: str) -> None:
     assert [entry.name for entry in run.report.iterdir()] == ["report.html"]
 
 
-def test_a_resumed_log_counts_each_step_once_and_a_torn_line_is_told(run: RunPaths) -> None:
-    told: list[str] = []
-    record = read_run(run, VARIANTS, say=told.append)
+def test_a_resumed_log_counts_each_step_once_and_an_incomplete_line_is_named(run: RunPaths) -> None:
+    printed: list[str] = []
+    record = read_run(run, VARIANTS, say=printed.append)
     assert [line["step"] for line in record.training["per_layer"].losses] == list(range(1, 401))
     assert len(record.training["per_layer"].validations) == 8
-    assert len(told) == 4
-    assert "log.jsonl, line 201 is torn" in told[0]
+    assert len(printed) == 4
+    assert "log.jsonl, line 201" in printed[0]
 
 
 def test_what_an_variant_left_that_is_trained_no_more_is_not_shown(run: RunPaths) -> None:
@@ -403,12 +429,12 @@ def test_what_was_not_written_is_left_out(tmp_path: Path) -> None:
     page = write_report(run, config(run.root), say=lambda line: None).read_text()
     sections = re.findall(r'<section[^>]* id="(\w+)"', page)
     assert sections == ["verdict", "results", "protocol", "settings"]
-    assert "nothing can be claimed" in page
+    assert "was not evaluated" in page
     assert "HR@7" in page
 
 
 def test_a_run_without_evaluation_is_refused_with_the_next_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no metrics\.json") as caught:
+    with pytest.raises(UserError, match=r"metrics\.json") as caught:
         write_report(RunPaths(tmp_path), config(tmp_path), say=lambda line: None)
     assert "rarec evaluate" in caught.value.remedy
 
@@ -423,28 +449,74 @@ def test_a_row_without_a_field_is_named_and_nothing_is_written(tmp_path: Path) -
     assert not run.report.exists()
 
 
-def test_without_the_extra_the_command_that_brings_it_is_told(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_command_that_installs_it_is_named(
+    run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="matplotlib") as caught:
         write_report(run, config(run.root), say=lambda line: None)
     assert caught.value.remedy == "pip install 'rarec[report]'"
 
 
-def test_the_terminal_table_fits_100_columns_with_every_interval_whole(run: RunPaths) -> None:
+METRICS = ["hr@10", "hr@100", "ndcg@10", "mrr"]
+
+
+def printed_table(rows: list[dict[str, Any]], width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(terminal_table(rows, METRICS, width))
+    return console.export_text()
+
+
+@pytest.mark.parametrize(("width", "with_interval"), [(80, ["ndcg@10"]), (110, METRICS), (60, [])])
+def test_the_terminal_table_is_whole_at_any_width_with_the_intervals_that_fit(
+    run: RunPaths, width: int, with_interval: list[str]
+) -> None:
     rows = json.loads((run.evaluation / "metrics.json").read_text())
-    metrics = ["hr@10", "hr@100", "ndcg@10", "mrr"]
-    console = Console(width=100, file=io.StringIO(), record=True)
-    console.print(terminal_table(rows, metrics))
-    text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 100
-    assert "n=400 test users" in text
+    text = printed_table(rows, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "n=400" in text
+    assert "…" not in text
     for row in rows:
-        if row["metric"] in metrics:
-            assert f"{figure(row['value'])} {figure(row['low'])}–{figure(row['high'])}" in text
+        if row["metric"] in METRICS:
+            shown = f"{figure(row['value'])} {figure(row['low'])}–{figure(row['high'])}"
+            assert figure(row["value"]) in text
+            assert (shown in text) == (row["metric"] in with_interval)
     assert text.index("ID model") < text.index("RA-Rec (per layer)") < text.index("text only + ID")
 
 
 def test_the_terminal_table_leaves_out_other_protocols() -> None:
     rows = [measured("id_only"), {**measured("text_only"), "protocol": "cand20"}]
-    table = terminal_table(rows, ["ndcg@10", "mrr"])
+    table = terminal_table(rows, ["ndcg@10", "mrr"], 80)
     assert table.row_count == 1
+
+
+def test_the_last_lines_name_the_best_variant_and_the_next_step(run: RunPaths) -> None:
+    files = read_run(run, TRAINED, say=lambda line: None)
+    lines = closing_lines(files, config(run.root))
+    assert len(lines) == 3
+    assert lines[0].startswith("RA-Rec (per layer) + ID")
+    assert lines[1].startswith("Deploy: RA-Rec (per layer) + ID")
+    assert "evaluation/manifest.json" in lines[2]
+    other = closing_lines(files, config(run.root, export={"variant": "input"}))
+    assert "export.variant: per_layer" in other[-1]
+    assert closing_lines(replace(files, metrics=[]), config(run.root)) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "field"), [({"epochs": 3}, "train.epochs (now 3)"), ({"max_steps": 400}, "train.max_steps (now 400)")]
+)
+def test_a_training_that_was_still_improving_is_named_with_the_field_to_raise(
+    run: RunPaths, train: dict[str, Any], field: str
+) -> None:
+    files = read_run(run, TRAINED, say=lambda line: None)
+    improving = replace(files.training["per_layer"], done={"step": 400, "best_step": 400})
+    files = replace(files, training={**files.training, "per_layer": improving})
+    line = closing_lines(files, config(run.root, train=train))[0]
+    assert "RA-Rec (per layer)" in line
+    assert field in line
+
+
+def test_a_best_variant_without_slots_is_said_to_need_none() -> None:
+    metrics = [measured("id_only", 0.06), measured("per_layer")]
+    files = RunFiles(metrics, [], [], [], {}, {}, {}, {}, [])
+    assert "no slots are needed" in closing_lines(files, config(Path("runs/x")))[-1]

@@ -26,7 +26,7 @@ from rarec.config.identity import (
     vectors_of,
 )
 from rarec.errors import UserError
-from rarec.evaluation.figures import comparison_rows, metric_rows
+from rarec.evaluation.result_rows import comparison_rows, metric_rows
 from rarec.evaluation.seeds import SeedMeans
 from rarec.files import write_json, write_text
 from rarec.paths import RunPaths

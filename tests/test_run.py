@@ -19,8 +19,7 @@ from rarec.models.encode import Encoder
 from rarec.models.weights import save_weights
 from rarec.planning.setting import Cluster
 from rarec.ranking import rank_targets
-from rarec.serving.bundle import load_bundle
-from rarec.serving.card import model_card
+from rarec.serving.bundle import load_bundle, model_card
 from rarec.stages.context import Context
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import export, provenance, recommend
@@ -271,6 +270,28 @@ def test_new_items_are_ranked_by_their_text(finished, tmp_path):
     asked = {row["bucket"]: row["n"] for row in rows if row["variant"] == "per_layer" and row["metric"] == "hr@10"}
     targets = context.dataset.targets("test").item_rows
     assert asked == {"0": np.isin(targets, new).sum(), "1": (~np.isin(targets, new)).sum()}
+
+
+def test_ranks_of_another_system_become_a_variant_of_the_report(context, finished, tmp_path):
+    """Here they are those of the ID model, so the two must be equal; another file needs another evaluation."""
+    run = shutil.copytree(context.paths.root, tmp_path / "run")
+    ranks = pq.read_table(run / "evaluation" / "ranks.parquet").to_pandas()
+    own = ranks[ranks["variant"] == "id_only"].sample(frac=1, random_state=0)
+    own[["user", "rank"]].to_parquet(tmp_path / "llara.parquet")
+    overrides = [f"run.dir={run}", f"evaluate.external={{llara: {tmp_path}/llara.parquet}}"]
+    again = open_context(finished, overrides)
+    again.fresh = True
+    evaluate(again)
+    values = {(r["variant"], r["metric"]): r["value"] for r in read_json(run / "evaluation" / "metrics.json")}
+    assert values["external:llara", "mrr"] == values["id_only", "mrr"]
+    pairs = {(r["variant"], r["baseline"]) for r in read_json(run / "evaluation" / "comparisons.json")}
+    assert {("per_layer", "external:llara"), ("per_layer+id", "external:llara")} <= pairs
+    assert "external:llara" in {row["variant"] for row in read_json(run / "evaluation" / "strata.json")}
+    STAGES["report"](open_context(finished, overrides))
+    assert "llara (external)" in (run / "report" / "report.html").read_text()
+    own[["user", "rank"]].assign(rank=1).to_parquet(tmp_path / "llara.parquet")
+    with pytest.raises(UserError, match="external/llara"):
+        evaluate(open_context(finished, overrides))
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "export", "report"])

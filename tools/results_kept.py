@@ -30,7 +30,7 @@ from rarec.artefacts import MANIFEST, check_files, differences, read_manifest, w
 from rarec.config import VARIANTS, RunConfig
 from rarec.config.load import validated
 from rarec.errors import UserError
-from rarec.evaluation.record import TrainingRecord, read_run
+from rarec.evaluation.run_files import TrainingRecord, read_run
 from rarec.files import new_directory, read_json, write_json
 from rarec.paths import RunPaths
 from rarec.sweep import SweepRun

@@ -9,7 +9,6 @@ from results_kept import Kept
 
 from rarec.config import RunConfig
 from rarec.errors import UserError
-from rarec.evaluation.figures import pairs_of_interest
 from rarec.evaluation.labels import (
     FUSED,
     HEADLINE,
@@ -20,6 +19,7 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
+from rarec.evaluation.result_rows import pairs_of_interest
 from rarec.evaluation.seeds import SeedMeans
 from rarec.ranking import Interval
 from rarec.sweep import Sweep, SweepRun

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from rarec.config.ids import Ids, Import, Recipe
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
-from rarec.config.section import Blocks, NonNegative, Part, Positive, Rate, Section, Share, SourceName
+from rarec.config.section import Blocks, ExternalName, NonNegative, Part, Positive, Rate, Section, Share, SourceName
 from rarec.config.variants import VARIANTS, Variant, VariantName
 from rarec.errors import UserError
 
@@ -134,6 +134,9 @@ class Evaluate(Section):
     batch_size: Positive = 128
     resamples: Positive = 2000
     """Of the bootstrap."""
+    external: dict[ExternalName, str] = Field(default={})
+    """Ranks of other systems by name, each a Parquet or CSV file with columns `user` and `rank` (1 is best, in the full
+    catalogue), or `user`, `item` and `score`. Each becomes one more variant of the report."""
 
 
 class Report(Section):

@@ -11,6 +11,8 @@ Part = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
 SourceName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,40}$")]
 """A part of file names, and of the names in a tar, which are short and plain."""
+ExternalName = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,40}$")]
+"""Part of a row's name, where `/` and `+` have meanings of their own."""
 Blocks = Annotated[list[NonNegative], Field(min_length=1)]
 
 

@@ -1,1 +1,1 @@
-"""Ranks of every variant, their figures and intervals, sanity checks, strata, and the report. Knows nothing of training."""
+"""Ranks of every variant; metrics with intervals, comparisons, sanity checks, diagnostics; the report. No training."""

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine
-from rarec.evaluation.passes import Passes, SoftTokens, TextStates, slot_pass, text_pass
-from rarec.evaluation.sample import SideSample
-from rarec.evaluation.words import nearest_words
+from rarec.evaluation.diagnostic_sample import Passes, SideSample, SoftTokens, TextStates, slot_pass, text_pass
+from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_words
 from rarec.models.llm_attention import slot_shares
 from rarec.models.towers import RaRec, Tower
 from rarec.prompts import TextTokenizer

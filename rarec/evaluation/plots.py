@@ -1,69 +1,40 @@
-"""Inline SVG plots that follow the page: its colours (light or dark) and its typeface. Equal data give equal bytes.
+"""The plots of the report, each as inline SVG."""
 
-matplotlib draws with sentinel colours, which are then replaced by the page's CSS variables.
-"""
-
-import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from html import escape
 from typing import TYPE_CHECKING, Any
 
+from rarec.evaluation.findings import Finding
 from rarec.evaluation.labels import ID_ONLY, base_variant, figure, metric_title, tick, variant_title
-from rarec.evaluation.record import Row, TrainingRecord
-from rarec.evaluation.verdict import Finding
+from rarec.evaluation.run_files import Row, TrainingRecord
+from rarec.evaluation.svg import COLOURS, INK, MUTED, OUTCOMES, RULE, SURFACE, WIDTH, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-INK, MUTED, RULE, SURFACE = "#000001", "#000002", "#000003", "#000004"
-COLOURS = {
-    ID_ONLY: "#000005",
-    "text_only": "#000006",
-    "prefix_only": "#000007",
-    "input": "#000008",
-    "per_layer": "#000009",
-    "per_layer_lora": "#00000a",
-    "readout": "#00000d",
-}
-_OUTCOMES = {"beats": "#00000b", "loses": "#00000c", "open": MUTED}
-THEME = {INK: "ink", MUTED: "muted", RULE: "rule", SURFACE: "surface", "#00000b": "good", "#00000c": "bad"} | {
-    colour: variant.replace("_", "-") for variant, colour in COLOURS.items()
-}
-"""Sentinel colours and the CSS variables that stand for them on the page."""
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": RULE,
-    "grid.color": RULE,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-}
-WIDTH = 9.6
-"""Of a full plot, in inches."""
 _POINTS = 160
-"""Most points of a loss curve: each is the mean of its share of the steps."""
+"""Most points of a loss curve; each is the mean over an equal share of the steps."""
+Lines = Mapping[str, tuple[str, str]]
+"""From a line's label to the field that it shows and its colour."""
+NORMS: Lines = {
+    "projections p": ("projection_norm", COLOURS["per_layer"]),
+    "instructions c": ("instruction_norm", COLOURS["prefix_only"]),
+    "text": ("text_norm", COLOURS["text_only"]),
+}
+CKA: Lines = {
+    "ID vectors (before)": ("cka_before", COLOURS["id_only"]),
+    "projections": ("cka_after", COLOURS["per_layer"]),
+}
+ATTENTION: Lines = {"share of slots": ("share", INK), "even attention": ("even", MUTED)}
 
 
 def forest(metrics: Sequence[Row], variants: Sequence[str], names: Sequence[str]) -> str:
-    """Every variant's value and interval, one panel a metric; the ID model's interval is the grey band."""
+    """Plot every variant's value and interval, one panel per metric; a grey band marks the ID model's interval.
+
+    Args:
+        metrics: rows of metrics.json.
+        variants: row names, from top to bottom.
+        names: metrics, from left to right.
+    """
     cells = {(row["variant"], row["metric"]): row for row in metrics}
     lines = [
         f"{variant_title(variant)} {metric_title(name)} {figure(cells[variant, name]['value'])}"
@@ -92,7 +63,7 @@ def forest(metrics: Sequence[Row], variants: Sequence[str], names: Sequence[str]
 
 
 def differences(findings: Sequence[Finding]) -> str:
-    """Paired differences of one metric with their intervals, against the line of no difference."""
+    """Plot paired differences in one metric with their intervals."""
     labels = [f"{variant_title(f.variant)} vs {variant_title(f.baseline)}" for f in findings]
     lines = [f"{label} {f.evidence()}, {f.reading}" for label, f in zip(labels, findings, strict=True)]
     alt = f"Paired differences with 95% intervals. {'; '.join(lines)}."
@@ -100,7 +71,7 @@ def differences(findings: Sequence[Finding]) -> str:
         panel = canvas.subplots()
         panel.axvline(0, color=INK, linewidth=1)
         for height, finding in enumerate(reversed(findings)):
-            colour = _OUTCOMES[finding.outcome]
+            colour = OUTCOMES[finding.outcome]
             panel.plot([finding.low, finding.high], [height, height], color=colour, linewidth=1.8)
             panel.plot(finding.difference, height, "o", color=colour, markersize=5)
         panel.set_yticks(range(len(findings)), reversed(labels))
@@ -112,7 +83,12 @@ def differences(findings: Sequence[Finding]) -> str:
 
 
 def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
-    """Losses over steps, and the validation metric with the kept step marked."""
+    """Plot losses over steps, and the validation metric with a point at the best step.
+
+    Args:
+        training: trainings by variant.
+        metric: the validation metric that chose the best step.
+    """
     panels = {
         "recommendation loss": {variant: _series(r.losses, "recommendation") for variant, r in training.items()},
         "alignment loss": {variant: _series(r.losses, "align") for variant, r in training.items()},
@@ -137,7 +113,14 @@ def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
 
 
 def strata(rows: Sequence[Row], stratum: str, metric: str, variants: Sequence[str]) -> str:
-    """A metric by bucket of users or items, the variants side by side, each with its interval."""
+    """Plot a metric by bucket of users or items, variants side by side, each with its interval.
+
+    Args:
+        rows: rows of strata.json, of one stratum and metric.
+        stratum: its name.
+        metric: its metric.
+        variants: row names, from left to right.
+    """
     buckets = {row["bucket"]: row for row in sorted(rows, key=lambda row: row["order"])}
     place = {bucket: index for index, bucket in enumerate(buckets)}
     lines = [
@@ -186,7 +169,7 @@ def _line(panel: "Axes", variant: str, steps: list[float], values: list[float], 
 
 
 def _series(lines: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values, thinned to the means of equal shares of the steps; nothing where the value is always zero."""
+    """Return steps and values, as means over equal shares of the steps; empty lists where the value is always zero."""
     known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if not any(value for _, value in known):
         return [], []
@@ -205,33 +188,62 @@ def _colour(variant: str) -> str:
     return COLOURS.get(base_variant(variant), INK)
 
 
-@contextmanager
-def drawing(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iterator[tuple["Figure", list[str]]]:
-    """A figure to draw on, and a list that holds its SVG once it is drawn. No global state of matplotlib is touched."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own matplotlibrc must not change the report
-        matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": name})
-        canvas = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-        made: list[str] = []
-        yield canvas, made
-        for panel in canvas.axes:
-            panel.set_facecolor("none")
-        buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", metadata={"Date": None})
-        made.append(_inline(buffer.getvalue(), name, alt))
+def alignment(diagnostics: Mapping[str, Any]) -> Iterator[str]:
+    """Plot norms, CKA and attention by block, each if diagnostics.json holds it."""
+    blocks, attention = diagnostics["blocks"], diagnostics["attention"]
+    kinds = (
+        ("norms", "norm by block", NORMS, blocks),
+        ("cka", "CKA with the text by block", CKA, blocks),
+        ("attention", "attention of the text by block", ATTENTION, attention),
+    )
+    for name, title, lines, rows in kinds:
+        if any(row[field] is not None for row in rows for field, _ in lines.values()):
+            yield _by_block(name, title, lines, rows)
 
 
-def _inline(svg: str, name: str, alt: str) -> str:
-    """A standalone SVG as part of the page: its ids apart from other plots', its look the page's, with alt text."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub(r"#0000[0-9a-f]{2}\b", lambda found: f"var(--{THEME[found[0]]})", svg)
-    svg = re.sub(r"font: ((?:bold |[67]00 )?)([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", svg)
-    svg = re.sub(r" ?font-family: [^;\"]*;", "", svg)
-    box = re.search(r'viewBox="[^"]+"', svg)
-    opening = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(alt)}">'
-    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1).strip()
+def _by_block(name: str, title: str, lines: Lines, rows: Sequence[Row]) -> str:
+    """Plot lines over blocks, one panel per side (and source, where rows have one); norms on a logarithmic scale."""
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(" ".join([row["side"], *([row["source"]] if "source" in row else [])]), []).append(row)
+    alt = f"{title[0].upper()}{title[1:]}. {'; '.join(_ends(lines, own, place) for place, own in panels.items())}."
+    with drawing(f"alignment-{name}", alt, width=WIDTH / 2, height=2.6) as (canvas, made):
+        axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for panel, (place, own) in zip(axes, panels.items(), strict=True):
+            for label, (field, colour) in lines.items():
+                known = [(row["block"], row[field]) for row in own if row[field] is not None]
+                xy = ([block for block, _ in known], [value for _, value in known])
+                panel.plot(*xy, "o-", color=colour, markersize=3.5, linewidth=1.6, label=label)
+            panel.set_title(f"{title.partition(' by ')[0]}, {place}")
+            panel.set_xlabel("block")
+            panel.locator_params(axis="x", nbins=5, integer=True)
+        if name == "norms":
+            _logarithmic(axes)
+        else:
+            axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # last, since it fixes the top as well
+        handles = {line.get_label(): line for panel in axes for line in panel.get_lines() if len(line.get_xdata())}
+        canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(handles))
+    return made[0]
+
+
+def _logarithmic(axes: Sequence["Axes"]) -> None:
+    """Set a logarithmic scale with plain numbers at its ticks, also over less than a decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for panel in axes:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _ends(lines: Lines, rows: Sequence[Row], place: str) -> str:
+    """Return the values at the first and the last block, for the alt text."""
+    ends = {row["block"]: row for row in (rows[0], rows[-1])}
+    known = [
+        f"{label} {row[field]:.3g} at block {block}"
+        for label, (field, _) in lines.items()
+        for block, row in ends.items()
+        if row[field] is not None
+    ]
+    return f"{place}: {', '.join(known) or 'none'}"

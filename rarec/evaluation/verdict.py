@@ -1,9 +1,9 @@
-"""What the paired intervals allow one to say, in plain words, and nothing more (ours)."""
+"""The verdict of a run in plain words, and the variant to deploy: no claim goes beyond the paired intervals (ours)."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from rarec.evaluation.findings import Finding, Outcome, Row, find
 from rarec.evaluation.labels import (
     FULL,
     FUSED,
@@ -11,89 +11,97 @@ from rarec.evaluation.labels import (
     ID_ONLY,
     LATE_FUSION,
     POPULAR,
-    SANITY_CHECKS,
+    base_variant,
     figure,
     interval,
+    is_external,
     listed,
     metric_title,
     primary_metric,
+    title_in_sentence,
+    variant_order,
     variant_title,
 )
 
-Row = Mapping[str, Any]
-Outcome = Literal["beats", "loses", "open"]
-DECIDING = 6
-"""Of fewer users no sign test at 5% can say anything, but a bootstrap of them would."""
-BASELINES = {ID_ONLY: "its own ID model", LATE_FUSION: "the late fusion of text and ID scores"}
+BASELINES = (ID_ONLY, LATE_FUSION)
+"""The two baselines of every verdict: the ID model, and the language model's score without slots plus the ID score."""
+Findings = Mapping[str, Finding | None]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A paired comparison of two variants over the same test users, and how it reads.
+class BestVariant:
+    """The variant to deploy: the row with the highest primary metric.
 
     Attributes:
-        variant: the one that is judged.
-        baseline: its baseline.
-        metric: such as `ndcg@10`.
-        difference: mean over users of variant minus baseline.
-        low: of the 95% interval of the difference.
-        high: of the same.
-        n: test users.
-        differing: those for whom the two are not the same.
+        name: its row name, such as `per_layer+id`.
+        metric: the primary metric.
+        value: its value.
+        findings: its paired comparison with each baseline other than itself; None where they were not compared. A row
+            with popularity is compared with the baselines with popularity.
+        better_outside: title and value of the best external row, if that is higher.
     """
 
-    variant: str
-    baseline: str
+    name: str
     metric: str
-    difference: float
-    low: float
-    high: float
-    n: int
-    differing: int
-
-    @classmethod
-    def of(cls, row: Row) -> "Finding":
-        """From a row of comparisons.json; older ones did not count who differs."""
-        figures = {field.name: row[field.name] for field in fields(cls) if field.name in row}
-        return cls(**{"differing": row["n"], **figures})
+    value: float
+    findings: Findings
+    better_outside: tuple[str, float] | None = None
 
     @property
-    def turned(self) -> "Finding":
-        """The same with variant and baseline exchanged."""
-        low, high = -self.high, -self.low
-        return replace(
-            self, variant=self.baseline, baseline=self.variant, difference=-self.difference, low=low, high=high
-        )
+    def title(self) -> str:
+        """Its title in the report."""
+        return variant_title(self.name)
+
+    @property
+    def is_baseline(self) -> bool:
+        """True if no slots and no ID vectors enter the language model: RA-Rec adds nothing here."""
+        return base_variant(self.name) in (ID_ONLY, "text_only")
+
+    @property
+    def better_than_id(self) -> bool:
+        """True if it is significantly better than the ID model."""
+        return self._is_better_than(ID_ONLY)
+
+    @property
+    def better_than_text_and_id(self) -> bool:
+        """True if it is significantly better than text only + ID."""
+        return self._is_better_than(LATE_FUSION)
 
     @property
     def outcome(self) -> Outcome:
-        """`beats` only with the whole interval above zero, `loses` only with it below; else `open`.
-
-        Also `open` where fewer than `DECIDING` users differ.
-        """
-        if self.differing < DECIDING:
-            return "open"
-        return "beats" if self.low > 0 else "loses" if self.high < 0 else "open"
+        """`better` if it is significantly better than every baseline other than itself."""
+        outcomes = {finding.outcome if finding else "inconclusive" for finding in self.findings.values()}
+        if "worse" in outcomes:
+            return "worse"
+        return "better" if outcomes == {"better"} else "inconclusive"
 
     @property
-    def reading(self) -> str:
-        """The outcome in words."""
-        words = {"beats": "beats", "loses": "loses to", "open": f"no difference can be claimed at n={self.n:,}"}
-        return words[self.outcome]
+    def sentence(self) -> str:
+        """Which variant is best, by how much, and whether that is significant."""
+        opening = f"{self.title} is the best variant ({metric_title(self.metric)} {figure(self.value)})"
+        outside = ""
+        if self.better_outside:
+            title, value = self.better_outside
+            outside = f" {title} is higher, at {figure(value)}."
+        return f"{opening}{': it ' + _clauses(self.findings) if self.findings else ''}.{outside}"
 
-    def clause(self, baseline: str) -> str:
-        """`beats BASELINE`, `loses to BASELINE`, or that no difference can be claimed."""
-        if self.outcome == "open":
-            return f"against {baseline}, {self.reading}"
-        return f"it {self.reading} {baseline}"
+    @property
+    def advice(self) -> str:
+        """What to deploy, with the simplest baseline that is not significantly worse."""
+        as_good = [
+            title_in_sentence(name)
+            for name, finding in self.findings.items()
+            if finding and finding.outcome == "inconclusive"
+        ]
+        simpler = f", or {as_good[0]}, which is simpler and not significantly worse" if as_good else ""
+        return f"Deploy: {self.title}{simpler}."
 
-    def evidence(self) -> str:
-        """The figures behind the clause."""
-        size = figure(self.difference, signed=True)
-        return f"paired difference in {metric_title(self.metric)} {size}, 95% interval {self._interval()}"
-
-    def _interval(self) -> str:
-        return interval(self.low, self.high, signed=True)
+    def _is_better_than(self, baseline: str) -> bool:
+        return any(
+            finding is not None and finding.outcome == "better"
+            for name, finding in self.findings.items()
+            if name.removesuffix(POPULAR) == baseline
+        )
 
 
 @dataclass(frozen=True)
@@ -101,175 +109,141 @@ class Verdict:
     """The report's first paragraph.
 
     Attributes:
-        outcome: `beats` if the variant beats all of its baselines, `loses` if it loses to one, else `open`.
-        headline: one sentence.
-        sentences: the paragraph.
+        outcome: `better` if the best variant uses slots or ID vectors and is better than both baselines; else the
+            exported variant's: `worse` if it is worse than a baseline, `better` if it is better than both.
+        headline: one sentence about the exported variant and the best one.
+        sentences: the reasons, and the limits of what one run can show.
+        best: the variant to deploy; None if nothing was evaluated.
     """
 
     outcome: Outcome
     headline: str
     sentences: tuple[str, ...]
+    best: BestVariant | None = None
 
 
-@dataclass(frozen=True)
-class SanityCheck:
-    """A test of honesty: the same trained variant, ranked again with one source of information destroyed.
+def best_variant(metrics: Sequence[Row], comparisons: Sequence[Row]) -> BestVariant | None:
+    """Return the variant to deploy: the highest primary metric, without sanity checks and external systems.
 
-    Attributes:
-        title: what was destroyed.
-        passed: whether the variant became worse, as it must; None where that was not compared in pairs.
-        text: the reading.
-    """
-
-    title: str
-    passed: bool | None
-    text: str
-
-
-def find(comparisons: Iterable[Row], variant: str, baseline: str, metric: str) -> Finding | None:
-    """The full-ranking comparison of two variants, whichever way round it was written; None if there is none."""
-    for row in comparisons:
-        if row["metric"] != metric or row["protocol"] != FULL:
-            continue
-        if (row["variant"], row["baseline"]) == (variant, baseline):
-            return Finding.of(row)
-        if (row["variant"], row["baseline"]) == (baseline, variant):
-            return Finding.of(row).turned
-    return None
-
-
-def verdict(metrics: Sequence[Row], comparisons: Sequence[Row], variant: str, seed: int) -> Verdict:
-    """Whether a variant beats its own ID model and the late fusion of text and ID scores.
+    Equal values go to the simpler variant.
 
     Args:
         metrics: rows of metrics.json.
         comparisons: rows of comparisons.json.
-        variant: the variant that is exported.
-        seed: of the run, named as the limit of what one run can show.
+    """
+    full = [row for row in metrics if row["protocol"] == FULL and "/" not in row["variant"]]
+    primary = primary_metric(row["metric"] for row in full)
+    ranked = [row for row in full if row["metric"] == primary]
+    ranked.sort(key=lambda row: (-row["value"], variant_order(row["variant"])))
+    best = next((row for row in ranked if not is_external(row["variant"])), None)
+    if best is None:
+        return None
+    name, value = best["variant"], best["value"]
+    popular = POPULAR if name.endswith(POPULAR) else ""
+    baselines = [baseline + popular for baseline in BASELINES if baseline + popular != name]
+    findings = {baseline: find(comparisons, name, baseline, primary) for baseline in baselines}
+    above = ranked[0] if ranked[0]["value"] > value else None
+    return BestVariant(
+        name, primary, value, findings, (variant_title(above["variant"]), above["value"]) if above else None
+    )
+
+
+def verdict(metrics: Sequence[Row], comparisons: Sequence[Row], variant: str, seed: int) -> Verdict:
+    """Judge the exported variant against the ID model and text only + ID, and name the variant to deploy.
+
+    Args:
+        metrics: rows of metrics.json.
+        comparisons: rows of comparisons.json.
+        variant: row name of the exported variant.
+        seed: seed of the run, named since one run cannot show how results vary between seeds.
     """
     full = [row for row in metrics if row["protocol"] == FULL]
     primary = primary_metric(row["metric"] for row in full)
     own = next((row for row in full if row["variant"] == variant and row["metric"] == primary), None)
-    title = variant_title(variant)
-    if own is None:
-        return Verdict("open", f"{title} was not evaluated: nothing can be claimed.", ())
-    findings = {baseline: find(comparisons, variant, baseline, primary) for baseline in BASELINES}
+    title, best = variant_title(variant), best_variant(metrics, comparisons)
+    if own is None or best is None:
+        return Verdict("inconclusive", f"{title} was not evaluated.", (), best)
+    findings = {name: find(comparisons, variant, name, primary) for name in BASELINES if name != variant}
     sentences = [
         f"{title} reaches {metric_title(primary)} {figure(own['value'])} (95% interval "
         f"{interval(own['low'], own['high'])}) over n={own['n']:,} test users, ranking the full catalogue.",
-        *(_about(finding, BASELINES[baseline]) for baseline, finding in findings.items()),
+        *(_sentence(finding, baseline) for baseline, finding in findings.items()),
         *_other_metrics(comparisons, variant, primary, findings),
-        *_complement(comparisons, variant, primary),
-        f"The intervals cover the draw of test users only: each variant was trained once, with seed {seed}, and the "
-        "comparisons are not corrected for their number.",
+        *_beyond_late_fusion(comparisons, variant, primary),
+        *([best.sentence] if best.name != variant or best.better_outside else []),
+        f"The intervals cover the draw of test users only: each variant was trained once, with seed {seed}. "
+        "The comparisons are not corrected for their number, and the highest of several values is slightly too high.",
     ]
-    return Verdict(_overall(findings.values()), _headline(title, primary, findings), tuple(sentences))
+    return Verdict(_overall(findings, best), _headline(title, primary, findings, best, variant), tuple(sentences), best)
 
 
-def sanity_checks(metrics: Sequence[Row], comparisons: Sequence[Row], variant: str) -> list[SanityCheck]:
-    """How a variant fared under each sanity check that was run."""
-    full = [row for row in metrics if row["protocol"] == FULL]
-    primary = primary_metric(row["metric"] for row in full)
-    values = {row["variant"]: row["value"] for row in full if row["metric"] == primary}
-    return [
-        _sanity_check(values, comparisons, variant, name, primary)
-        for name in SANITY_CHECKS
-        if f"{variant}/{name}" in values
-    ]
+def _headline(title: str, metric: str, findings: Findings, best: BestVariant, variant: str) -> str:
+    about_best = "It is the best variant." if best.name == variant else f"{best.title} is the best variant."
+    return f"On {metric_title(metric)}, {title} {_clauses(findings)}. {about_best}"
 
 
-def _sanity_check(
-    values: Mapping[str, float], comparisons: Sequence[Row], variant: str, name: str, metric: str
-) -> SanityCheck:
-    row = f"{variant}/{name}"
-    finding = find(comparisons, row, variant, metric)
-    landing = _landing(values, comparisons, row, metric) if name == "permuted_ids" else ""
+def _overall(findings: Findings, best: BestVariant) -> Outcome:
+    if best.outcome == "better" and not best.is_baseline:
+        return "better"
+    outcomes = {finding.outcome if finding else "inconclusive" for finding in findings.values()}
+    if "worse" in outcomes:
+        return "worse"
+    return "better" if outcomes == {"better"} else "inconclusive"
+
+
+def _sentence(finding: Finding | None, baseline: str) -> str:
     if finding is None:
-        text = f"{metric_title(metric)} is {figure(values[row])}. It was not compared in pairs: nothing is claimed."
-        return SanityCheck(SANITY_CHECKS[name], None, text + landing)
-    before = f", from {figure(values[variant])} to {figure(values[row])}" if variant in values else ""
-    said = {
-        "loses": "The variant gets worse, as it must",
-        "open": f"No loss can be claimed at n={finding.n:,}: the variant is not shown to use what was destroyed",
-        "beats": "The variant gets better, as an honest one must not",
-    }
-    text = f"{said[finding.outcome]} ({finding.evidence()}{before})."
-    return SanityCheck(SANITY_CHECKS[name], finding.outcome == "loses", text + landing)
+        return f"It was not compared with {title_in_sentence(baseline)}."
+    return f"It {finding.clause(title_in_sentence(baseline))} ({finding.evidence()})."
 
 
-def _landing(values: Mapping[str, float], comparisons: Sequence[Row], row: str, metric: str) -> str:
-    """Where permuted IDs leave the variant, seen from text only."""
-    if "text_only" not in values:
-        return ""
-    finding = find(comparisons, row, "text_only", metric)
-    compared = f": {finding.clause('it')} ({finding.evidence()})" if finding else ""
-    return f" Text only stands at {figure(values['text_only'])}{compared}."
-
-
-def _about(finding: Finding | None, baseline: str) -> str:
-    if finding is None:
-        return f"It was not compared with {baseline}."
-    clause = finding.clause(baseline)
-    return f"{clause[0].upper()}{clause[1:]} ({finding.evidence()})."
-
-
-def _readings(findings: Mapping[str, Finding | None]) -> str:
-    """Clauses without a subject, baselines of one reading together: `beats A; against B, no difference can be claimed`."""
+def _clauses(findings: Findings) -> str:
+    """Join outcomes, grouping baselines by outcome: `is better than A and B, and is worse than C`."""
     baselines: dict[str, list[str]] = {}
+    counts: dict[str, str] = {}
     for baseline, finding in findings.items():
-        baselines.setdefault(finding.reading if finding else "was not compared with", []).append(BASELINES[baseline])
-    openings = {reading: reading.startswith("no difference") for reading in baselines}
-    ordered = sorted(baselines.items(), key=lambda item: openings[item[0]])
-    return "; ".join(f"against {listed(n)}, {r}" if openings[r] else f"{r} {listed(n)}" for r, n in ordered)
+        predicate = finding.predicate if finding else "was not compared with"
+        baselines.setdefault(predicate, []).append(title_in_sentence(baseline))
+        if finding and finding.outcome == "inconclusive":
+            counts[predicate] = f" (n={finding.n:,})"
+    return ", and ".join(f"{words} {listed(names)}{counts.get(words, '')}" for words, names in baselines.items())
 
 
-def _headline(title: str, metric: str, findings: Mapping[str, Finding | None]) -> str:
-    said = _readings(findings)
-    return f"On {metric_title(metric)}, {title}{': ' if said.startswith('against') else ' '}{said}."
-
-
-def _overall(findings: Iterable[Finding | None]) -> Outcome:
-    outcomes = {finding.outcome if finding else "open" for finding in findings}
-    if "loses" in outcomes:
-        return "loses"
-    return "beats" if outcomes == {"beats"} else "open"
-
-
-def _other_metrics(
-    comparisons: Sequence[Row], variant: str, primary: str, findings: Mapping[str, Finding | None]
-) -> list[str]:
-    """One sentence: the other headline metrics read the same, or which of them read otherwise."""
+def _other_metrics(comparisons: Sequence[Row], variant: str, primary: str, findings: Findings) -> list[str]:
+    """Say in one sentence which of the other headline metrics agree with the primary one, and which do not."""
     same, otherwise = [], []
     for metric in HEADLINE:
-        there = {baseline: find(comparisons, variant, baseline, metric) for baseline in findings}
-        known = {baseline: found for baseline, found in there.items() if found and findings[baseline]}
+        there = {name: find(comparisons, variant, name, metric) for name, finding in findings.items() if finding}
+        known = {name: finding for name, finding in there.items() if finding}
         if metric == primary or not known:
             continue
-        firsts = {baseline: finding.outcome for baseline, finding in findings.items() if finding}
-        differing = {baseline: found for baseline, found in known.items() if found.outcome != firsts[baseline]}
+        differing = {
+            name: finding
+            for name, finding in known.items()
+            if (first := findings[name]) is not None and finding.outcome != first.outcome
+        }
         if differing:
-            said = _readings(differing)
-            otherwise.append(f"on {metric_title(metric)}, {'' if said.startswith('against') else 'it '}{said}")
+            otherwise.append(f"on {metric_title(metric)} it {_clauses(differing)}")
         else:
             same.append(metric_title(metric))
-    agreeing = [f"{listed(same)} read{'s' if len(same) == 1 else ''} the same way"] if same else []
-    opening = "but " if same else "other metrics read otherwise: "
-    parts = agreeing + ([opening + "; ".join(otherwise)] if otherwise else [])
-    sentence = ", ".join(parts)
-    return [f"{sentence[0].upper()}{sentence[1:]}."] if parts else []
+    agreeing = [f"{listed(same)} agree{'s' if len(same) == 1 else ''}"] if same else []
+    sentence = ", but ".join(agreeing + (["; ".join(otherwise)] if otherwise else []))
+    return [f"{sentence[0].upper()}{sentence[1:]}."] if sentence else []
 
 
-def _complement(comparisons: Sequence[Row], variant: str, metric: str) -> list[str]:
-    """With the ID score added to both, and popularity: do the slots carry anything that late fusion lacks?"""
-    carried = {
-        "beats": "the slots carry something that adding the scores does not bring",
-        "open": "the slots are not shown to carry anything that adding the scores does not bring",
-        "loses": "beside these scores, the slots cost more than they bring",
+def _beyond_late_fusion(comparisons: Sequence[Row], variant: str, metric: str) -> list[str]:
+    """Compare both sides with the ID score added, and with popularity added as well: what do the slots add?"""
+    meaning = {
+        "better": "the slots add information that the added scores do not have",
+        "inconclusive": "no evidence that the slots add information beyond the added scores",
+        "worse": "next to the added scores, the slots do harm",
     }
+    if variant + FUSED == LATE_FUSION:
+        return []
     sentences = []
-    for added, opening in (("", "the ID score added to it"), (POPULAR, "the items' popularity added to both")):
+    for added in ("", POPULAR):
         finding = find(comparisons, variant + FUSED + added, LATE_FUSION + added, metric)
-        if finding is not None and variant + FUSED != LATE_FUSION:
-            clause = finding.clause("the late fusion without slots")
-            sentences.append(f"With {opening} as well, {clause} ({finding.evidence()}): {carried[finding.outcome]}.")
+        if finding is not None:
+            title = variant_title(finding.variant)
+            sentences.append(f"{title} {finding.clause()} ({finding.evidence()}): {meaning[finding.outcome]}.")
     return sentences

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from rarec.evaluation.diagnostic_sample import SideSample
 from rarec.evaluation.diagnostics import diagnose
 from rarec.evaluation.health import warnings
-from rarec.evaluation.sample import SideSample
 from rarec.models.towers import RaRec
 from rarec.stages.run import Run
 

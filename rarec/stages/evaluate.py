@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rarec.files import write_json
+from rarec.errors import UserError
+from rarec.files import sha256_file, write_json
 from rarec.stages.stage import Built, Stage
 
 
@@ -33,9 +34,9 @@ class EvaluateStage(Stage):
         return {**trained, "prepare": run.stage("prepare"), "baseline": run.stage("ids", baseline)}
 
     def outside_inputs(self) -> dict[str, str]:
-        """See `Stage`. The shards must be of the language model and the prompt as they are now."""
+        """See `Stage`: hashes of outside ranks. The shards must be of the language model and prompt as they are now."""
         self.run.stage("shards").require(outside=True)
-        return {}
+        return {f"external/{name}": _sha256(path) for name, path in self.run.config.evaluate.external.items()}
 
     def build(self, directory: Path) -> Built:
         """See `Stage`. Ranks share the work, and rank 0 writes."""
@@ -58,3 +59,9 @@ class EvaluateStage(Stage):
         self.run.world.run_on_main(write)
         seconds = time.monotonic() - started
         return Built({"n": len(evaluation.test.targets), "seconds": seconds, "fusion": evaluation.weights})
+
+
+def _sha256(path: str) -> str:
+    if not Path(path).is_file():
+        raise UserError(f"field `evaluate.external`: {path} does not exist", "correct the path, or leave it out")
+    return sha256_file(Path(path))

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.evaluation.examples import Examples
-from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
+from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
 from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
-from rarec.evaluation.strata import strata_rows
+from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
 from rarec.stages.diagnose import diagnostics
@@ -43,6 +43,13 @@ class Evaluator:
         self.test = EvalBatch.of(dataset, self.targets)
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
         self.validation = EvalBatch.of(dataset, validation)
+        users = TargetUsers(
+            dataset.user_ids.take(pa.array(self.test.user_rows)),
+            dataset.item_ids,
+            self.test.targets,
+            self.test.histories,
+        )
+        self.external = external_ranks(config.evaluate.external, users, say=run.say)  # before hours of ranking
         self.ids = Ranker.of_source(run.baseline)
         self.weights: dict[str, float] = {}
         self.diagnostics: dict[str, Any] | None = None
@@ -59,7 +66,7 @@ class Evaluator:
                 ranks |= self._ranks_of(name, model)
                 if name == self.main:
                     self.diagnostics = diagnostics(self.run, model)
-        return ranks
+        return ranks | self.external
 
     def examples(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Rows of examples.json."""

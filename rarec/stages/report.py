@@ -1,11 +1,15 @@
 """`rarec report`: one HTML file from what the run left."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rarec.config import dump_config
 from rarec.stages.stage import Built, Stage
 from rarec.version import source
+
+if TYPE_CHECKING:
+    from rarec.evaluation.run_files import RunDirectories
+    from rarec.stages.run import Run
 
 
 class ReportStage(Stage):
@@ -26,15 +30,18 @@ class ReportStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
-        from rarec.evaluation.record import RunDirectories
-        from rarec.evaluation.report import write_report
+        from rarec.evaluation.html_report import write_report
 
         run = self.run
         run.stage("evaluate").check_files()
-        training = {stage.part: stage.directory for stage in run.stages("train")}
-        directories = RunDirectories(
-            run.directory("evaluate"), run.directory("prepare"), run.directory("shards"), training
-        )
-        write_report(directory, directories, run.config, say=run.say)
+        write_report(directory, directories(run), run.config, say=run.say)
         run.say(f"report: {self.directory / 'report.html'}")
         return Built()
+
+
+def directories(run: "Run") -> "RunDirectories":
+    """Return where a run has the files that its report and the terminal show."""
+    from rarec.evaluation.run_files import RunDirectories
+
+    training = {stage.part: stage.directory for stage in run.stages("train")}
+    return RunDirectories(run.directory("evaluate"), run.directory("prepare"), run.directory("shards"), training)

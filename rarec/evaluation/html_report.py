@@ -1,6 +1,6 @@
-"""The HTML report: one self-contained file, made only from what a run left on disk."""
+"""The HTML report: one self-contained file, rendered only from the files of a run."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -8,13 +8,15 @@ from typing import Any
 import rarec
 from rarec.config import RunConfig, dump_config
 from rarec.errors import UserError
-from rarec.evaluation import diagnostic_plots, plots
+from rarec.evaluation import plots
+from rarec.evaluation.findings import Finding, sanity_checks
 from rarec.evaluation.labels import (
     FULL,
-    HEADLINE,
+    GROUPS,
     ID_ONLY,
     LATE_FUSION,
     figure,
+    headline_metrics,
     interval,
     metric_order,
     metric_title,
@@ -23,32 +25,27 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.record import Row, RunDirectories, RunRecord, TrainingRecord, read_run
-from rarec.evaluation.verdict import Finding, sanity_checks, verdict
+from rarec.evaluation.run_files import Row, RunDirectories, RunFiles, TrainingRecord, read_run
+from rarec.evaluation.verdict import verdict
 from rarec.files import write_text
 from rarec.ranking.metrics import SELECTED_BY
 
 REPORT = "report.html"
 _IDENTITY = ("kind", "schema", "settings", "made_from", "files", "hash")
-_GROUPS = (
-    "Each variant alone",
-    "With the ID model's score added (late fusion)",
-    "With the log of an item's popularity added as well",
-    "Sanity checks",
-)
+"""Fields of a manifest that identify an artefact; the report shows the others."""
 
 
 def write_report(directory: Path, run: RunDirectories, config: RunConfig, *, say: Callable[[str], None]) -> None:
-    """Write `report.html` from the files of a run; equal files give equal bytes.
+    """Write `report.html` from the files of a run. Equal files give equal bytes.
 
     Args:
-        directory: to write to.
-        run: evaluated; what it lacks is left out of the report.
-        config: of the run.
-        say: prints what was skipped.
+        directory: directory to write to.
+        run: directories of the run, which must be evaluated. Sections whose files are missing are left out.
+        config: the run's configuration.
+        say: prints one line to the user.
 
     Raises:
-        UserError: the extra `report` is not installed, metrics.json is missing, or a file is not as it should be.
+        UserError: the extra `report` is not installed, metrics.json is missing, or a file is damaged.
     """
     template = _template()
     page = template.render(_context(read_run(run, say=say), config, Path(config.run.dir).name))
@@ -58,7 +55,7 @@ def write_report(directory: Path, run: RunDirectories, config: RunConfig, *, say
 def _template() -> Any:
     try:
         import jinja2
-        import matplotlib  # noqa: F401 - said now rather than half-way
+        import matplotlib  # noqa: F401 - refused now rather than half-way
     except ImportError as error:
         raise UserError(
             f"the report needs {error.name}, which is not installed", "pip install 'rarec[report]'"
@@ -82,10 +79,10 @@ def _template() -> Any:
     return environment.get_template("report.html.j2")
 
 
-def _context(record: RunRecord, config: RunConfig, name: str) -> dict[str, Any]:
+def _context(files: RunFiles, config: RunConfig, name: str) -> dict[str, Any]:
     main, seed = config.export.variant, config.run.seed
-    full = [row for row in record.metrics if row["protocol"] == FULL]
-    findings = [Finding.of(row) for row in record.comparisons if row["protocol"] == FULL]
+    full = [row for row in files.metrics if row["protocol"] == FULL]
+    findings = [Finding.of(row) for row in files.comparisons if row["protocol"] == FULL]
     primary = primary_metric(row["metric"] for row in full)
     first = [f for f in findings if f.metric == primary and "/" not in f.variant + f.baseline]
     return {
@@ -96,59 +93,48 @@ def _context(record: RunRecord, config: RunConfig, name: str) -> dict[str, Any]:
         "main": main,
         "primary": primary,
         "users": max((row["n"] for row in full), default=0),
-        "verdict": verdict(record.metrics, record.comparisons, main, seed),
-        "sanity_checks": sanity_checks(record.metrics, record.comparisons, main),
-        "headline": _table(full, _headline_metrics(full), with_sanity_checks=False),
+        "verdict": verdict(files.metrics, files.comparisons, main, seed),
+        "sanity_checks": sanity_checks(files.metrics, files.comparisons, main),
+        "headline": _table(full, headline_metrics(row["metric"] for row in full), with_sanity_checks=False),
         "everything": _table(full, sorted({row["metric"] for row in full}, key=metric_order), with_sanity_checks=True),
         "first": first,
         "others": sorted((f for f in findings if f not in first), key=lambda f: metric_order(f.metric)),
-        "examples": [_example(row) for row in record.examples],
-        "diagnostics": record.diagnostics,
-        "diagnosed": [_markup(svg) for svg in diagnostic_plots.every(record.diagnostics)] if record.diagnostics else [],
-        "counts": record.prepared.get("counts", {}),
-        "prepared": _figures(record.prepared),
-        "selection": record.selection,
-        "evaluation": _figures(record.evaluation),
-        "evaluation_hash": record.evaluation.get("hash", ""),
-        "training": [_training(variant, training) for variant, training in record.training.items() if training.done],
-        "plots": _plots(record, full, first),
-        "strata": _strata(record, (ID_ONLY, "text_only", LATE_FUSION, main)),
+        "examples": [_example(row) for row in files.examples],
+        "diagnostics": files.diagnostics,
+        "counts": files.prepared.get("counts", {}),
+        "prepared": _shown(files.prepared),
+        "selection": files.selection,
+        "evaluation": _shown(files.evaluation),
+        "evaluation_hash": files.evaluation.get("hash", ""),
+        "training": [_training(variant, training) for variant, training in files.training.items() if training.done],
+        "plots": _plots(files, full, first, (ID_ONLY, "text_only", LATE_FUSION, main)),
     }
 
 
-def _plots(record: RunRecord, full: Sequence[Row], findings: Sequence[Finding]) -> dict[str, Any]:
-    """Every plot of the whole run that there is data for."""
+def _plots(files: RunFiles, full: Sequence[Row], findings: Sequence[Finding], compared: Sequence[str]) -> Row:
+    """Draw every plot for which there is data; None or an empty list for the others."""
+    from markupsafe import Markup  # plots escape their texts themselves
+
     variants = _variants(full, with_sanity_checks=False)
-    logged = {variant: t for variant, t in record.training.items() if t.losses or t.validations}
+    metrics = headline_metrics(row["metric"] for row in full)
+    logged = {variant: t for variant, t in files.training.items() if t.losses or t.validations}
     return {
-        "forest": _markup(plots.forest(full, variants, _headline_metrics(full))) if variants else None,
-        "differences": _markup(plots.differences(findings)) if findings else None,
-        "curves": _markup(plots.curves(logged, SELECTED_BY)) if logged else None,
+        "forest": Markup(plots.forest(full, variants, metrics)) if variants else None,
+        "differences": Markup(plots.differences(findings)) if findings else None,
+        "curves": Markup(plots.curves(logged, SELECTED_BY)) if logged else None,
+        "strata": [Markup(svg) for svg in _strata(files.strata, compared)],
+        "alignment": [Markup(svg) for svg in plots.alignment(files.diagnostics)] if files.diagnostics else [],
     }
 
 
-def _strata(record: RunRecord, wanted: Sequence[str]) -> list[Any]:
-    """One plot a stratum, of the variants that matter most."""
-    metric = primary_metric(row["metric"] for row in record.strata)
-    rows = [row for row in record.strata if row["metric"] == metric]
+def _strata(rows: Sequence[Row], compared: Sequence[str]) -> Iterator[str]:
+    """Draw one plot per stratum, of the variants to compare."""
+    metric = primary_metric(row["metric"] for row in rows)
+    rows = [row for row in rows if row["metric"] == metric]
     there = {row["variant"] for row in rows}
-    variants = [variant for variant in dict.fromkeys(wanted) if variant in there]
-    names = dict.fromkeys(row["stratum"] for row in rows)
-    return [_markup(plots.strata([r for r in rows if r["stratum"] == name], name, metric, variants)) for name in names]
-
-
-def _markup(svg: str) -> Any:
-    """Drawn here from escaped texts, so the template may take it as it is."""
-    from markupsafe import Markup
-
-    return Markup(svg)
-
-
-def _headline_metrics(rows: Iterable[Row]) -> list[str]:
-    """The four that everyone reads; with other cutoffs, the first four that there are."""
-    there = {row["metric"] for row in rows}
-    known = [metric for metric in HEADLINE if metric in there]
-    return known if len(known) > 1 else sorted(there, key=metric_order)[:4]
+    variants = [variant for variant in dict.fromkeys(compared) if variant in there]
+    for name in dict.fromkeys(row["stratum"] for row in rows):
+        yield plots.strata([row for row in rows if row["stratum"] == name], name, metric, variants)
 
 
 def _variants(rows: Iterable[Row], *, with_sanity_checks: bool) -> list[str]:
@@ -158,34 +144,28 @@ def _variants(rows: Iterable[Row], *, with_sanity_checks: bool) -> list[str]:
 
 
 def _table(rows: Sequence[Row], metrics: Sequence[str], *, with_sanity_checks: bool) -> dict[str, Any]:
-    """Variants x metrics in groups, and the highest value of every column (sanity checks do not compete)."""
+    """Lay out variants and metrics in groups; `best` holds the highest cell of each column, sanity checks aside."""
     cells = {(row["variant"], row["metric"]): row for row in rows}
     variants = _variants(rows, with_sanity_checks=with_sanity_checks)
-    groups = [
-        (title, [variant for variant in variants if variant_group(variant) == place])
-        for place, title in enumerate(_GROUPS)
-    ]
+    groups = [(title, [v for v in variants if variant_group(v) == place]) for place, title in enumerate(GROUPS)]
     best = set()
     for metric in metrics:
-        baselines = [
-            (row["value"], row["variant"]) for row in rows if row["metric"] == metric and "/" not in row["variant"]
-        ]
-        best |= {(variant, metric) for value, variant in baselines if value == max(baselines)[0]}
+        column = {row["variant"]: row["value"] for row in rows if row["metric"] == metric and "/" not in row["variant"]}
+        best |= {(variant, metric) for variant, value in column.items() if value == max(column.values())}
     return {"metrics": metrics, "cells": cells, "groups": [g for g in groups if g[1]], "best": best}
 
 
 def _example(row: Row) -> Row:
-    """One user; each list says which of its places holds the target."""
-    variants = sorted(row["top"], key=variant_order)
+    """Lay out one user: a list per variant, with the places of the target in it."""
     lists = [
         {"variant": variant, "rank": row["target_rank"][variant], "titles": titles, "hits": _hits(titles, row, variant)}
-        for variant, titles in ((variant, row["top"][variant]) for variant in variants)
+        for variant, titles in sorted(row["top"].items(), key=lambda item: variant_order(item[0]))
     ]
     return {**{name: row[name] for name in ("user", "history", "target")}, "lists": lists}
 
 
 def _hits(titles: Sequence[str], row: Row, variant: str) -> set[int]:
-    """Places of the target: where its rank says, else (ties count against the model) wherever its title stands."""
+    """Return the target's places: its rank, or, since a tie may give it a lower one, every place with its title."""
     rank = row["target_rank"][variant]
     same = {place for place, title in enumerate(titles, start=1) if title == row["target"]}
     return {rank} if rank in same else same
@@ -206,13 +186,12 @@ def _training(variant: str, training: TrainingRecord) -> dict[str, Any]:
     }
 
 
-def _figures(manifest: Row) -> Row:
-    """What a manifest tells beyond its identity."""
+def _shown(manifest: Row) -> Row:
     return {name: value for name, value in manifest.items() if name not in _IDENTITY}
 
 
 def _number(value: Any) -> str:
-    """Free-form figures as people read them."""
+    """Format a value of free-form JSON."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -225,7 +204,7 @@ def _number(value: Any) -> str:
 
 
 def _is_rows(value: Any) -> bool:
-    """Whether a JSON value is a table: a list of objects with the same fields."""
+    """Return True for a table: a list of JSON objects with the same fields."""
     return (
         isinstance(value, list)
         and bool(value)

@@ -1,4 +1,4 @@
-"""What a finished run left on disk, read back for its report."""
+"""Read back the files of an evaluated run, for its report and the terminal."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from rarec.files import read_json
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
-_REMEDY = "make it again: rarec evaluate CONFIG --fresh"
+_REMEDY = "evaluate again: rarec evaluate CONFIG --fresh"
 _INTERVAL = ("low", "high", "n")
 METRIC_FIELDS = ("variant", "metric", "protocol", "value", *_INTERVAL)
 COMPARISON_FIELDS = ("variant", "baseline", "metric", "protocol", "difference", *_INTERVAL)
@@ -33,18 +33,18 @@ DIAGNOSTIC_FIELDS = {
     "words": ("side", "source", "slot", "words", "cosines"),
     "warnings": ("what", "text", "advice"),
 }
-"""What the report reads of each list in diagnostics.json."""
+"""Fields that the report reads, by list in diagnostics.json."""
 
 
 @dataclass(frozen=True)
 class RunDirectories:
-    """Where a run has what its report shows.
+    """Directories of a run whose files the report shows.
 
     Attributes:
-        evaluation: of the evaluation.
-        prepare: of the prepared dataset.
-        shards: of the training samples.
-        training: of each trained variant.
+        evaluation: the evaluation.
+        prepare: the prepared dataset.
+        shards: the training samples.
+        training: each trained variant, by name.
     """
 
     evaluation: Path
@@ -58,19 +58,37 @@ class TrainingRecord:
     """One variant's training.
 
     Attributes:
-        done: its manifest; empty while it is not finished.
-        losses: log lines with a loss, by step, in order.
-        validations: log lines with a validation, by step, in order.
+        done: the manifest; empty until the training ends.
+        losses: log lines with a loss, one per step, in order.
+        validations: log lines with a validation, one per step, in order.
     """
 
     done: Row = field(default_factory=dict)
     losses: list[Row] = field(default_factory=list)
     validations: list[Row] = field(default_factory=list)
 
+    @property
+    def still_improving(self) -> bool:
+        """True if the training ended with its best validation."""
+        step = self.done.get("step")
+        return bool(step) and self.done.get("best_step") == step
+
 
 @dataclass(frozen=True)
-class RunRecord:
-    """A run as its files tell it; what was not written is empty."""
+class RunFiles:
+    """The contents of a run's files; empty for a file that was not written.
+
+    Attributes:
+        metrics: rows of metrics.json.
+        comparisons: rows of comparisons.json.
+        strata: rows of strata.json.
+        examples: rows of examples.json.
+        diagnostics: contents of diagnostics.json.
+        training: trainings by variant.
+        evaluation: the evaluation's manifest.
+        prepared: the prepared dataset's manifest.
+        selection: contents of the shards' selection.json.
+    """
 
     metrics: list[Row]
     comparisons: list[Row]
@@ -83,19 +101,19 @@ class RunRecord:
     selection: Any
 
 
-def read_run(run: RunDirectories, *, say: Say) -> RunRecord:
+def read_run(run: RunDirectories, *, say: Say) -> RunFiles:
     """Read every file that the report shows.
 
     Args:
-        run: evaluated; trainings that are not there are left out.
-        say: told what is torn.
+        run: directories of the run, which must be evaluated; a training that is not there is left out.
+        say: prints a line about each damaged line of a log.
 
     Raises:
-        UserError: metrics.json is missing, a file is not JSON, or a row lacks a field.
+        UserError: metrics.json is missing, a file is not valid JSON, or a row lacks a field.
     """
     if not (run.evaluation / "metrics.json").exists():
-        raise UserError(f"{run.evaluation} has no metrics.json", "make it first: rarec evaluate CONFIG")
-    return RunRecord(
+        raise UserError(f"{run.evaluation} has no metrics.json", "evaluate first: rarec evaluate CONFIG")
+    return RunFiles(
         metrics=_rows(run.evaluation / "metrics.json", METRIC_FIELDS),
         comparisons=_rows(run.evaluation / "comparisons.json", COMPARISON_FIELDS),
         strata=_rows(run.evaluation / "strata.json", STRATUM_FIELDS),
@@ -113,12 +131,12 @@ def _optional(path: Path, otherwise: Any) -> Any:
 
 
 def _rows(path: Path, fields: tuple[str, ...]) -> list[Row]:
-    """A list of records, each with every field that the report reads."""
+    """Read a list of records and check that each has every field that the report reads."""
     return _checked(_optional(path, []), fields, str(path))
 
 
 def _diagnostics(path: Path) -> Row:
-    """The main variant's alignment; empty where it has no slots, or the evaluation is older than diagnostics are."""
+    """Read diagnostics.json; empty if the exported variant has no slots, or the evaluation predates diagnostics."""
     found = _optional(path, {})
     if not isinstance(found, dict):
         raise UserError(f"{path} is not an object", _REMEDY)
@@ -140,7 +158,7 @@ def _checked(rows: Any, fields: tuple[str, ...], where: str) -> list[Row]:
 
 
 def _training(directory: Path, say: Say) -> TrainingRecord:
-    """One variant's log; a step written again after a resume counts once, and a line torn by a kill is skipped and told."""
+    """Read one variant's log. A step that a resumed training wrote again counts once; an incomplete line is skipped."""
     lines: list[Row] = []
     log = directory / "log.jsonl"
     for number, line in enumerate(log.read_text(encoding="utf-8").splitlines() if log.exists() else [], start=1):
@@ -148,7 +166,7 @@ def _training(directory: Path, say: Say) -> TrainingRecord:
             entry = json.loads(line)
             lines.append({**entry, "step": int(entry["step"])})
         except (ValueError, TypeError, KeyError):
-            say(f"{log}, line {number} is torn: skipped")
+            say(f"{log}, line {number} is incomplete: skipped")
     lines.sort(key=lambda entry: entry["step"])
     losses = {entry["step"]: entry for entry in lines if "loss" in entry}
     validations = {entry["step"]: entry for entry in lines if "validation" in entry}

@@ -1,0 +1,128 @@
+"""From ranks to rows of results: metrics, paired comparisons and strata, each with n and a bootstrap 95% interval.
+
+Shape letters: U users.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.evaluation.labels import FULL, is_external
+from rarec.ranking.intervals import mean_intervals, paired_intervals
+from rarec.ranking.metrics import metric_values
+
+Ranks = Mapping[str, npt.NDArray[np.int64]]
+Numbers = npt.NDArray[np.integer]
+BUCKETS = 4
+
+
+def metric_rows(ranks: Ranks, cutoffs: Iterable[int], *, resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Return the rows of metrics.json: {variant, metric, protocol, value, low, high, n}.
+
+    Args:
+        ranks: ranks of the same users' targets (U,), by row name.
+        cutoffs: each K of HR@K and NDCG@K.
+        resamples: number of bootstrap resamples of the users.
+        seed: seed of the bootstrap.
+    """
+    cutoffs = list(cutoffs)
+    rows = []
+    for variant, ranks_U in ranks.items():
+        intervals = mean_intervals(metric_values(ranks_U, cutoffs), resamples, seed)
+        for metric, (value, low, high) in intervals.items():
+            numbers = {"value": value, "low": low, "high": high, "n": len(ranks_U)}
+            rows.append({"variant": variant, "metric": metric, "protocol": FULL, **numbers})
+    return rows
+
+
+def comparison_rows(
+    ranks: Ranks, pairs: Iterable[tuple[str, str]], cutoffs: Iterable[int], *, resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return the rows of comparisons.json: {variant, baseline, metric, protocol, difference, low, high, n, differing}.
+
+    Differences are paired: each user's value of the variant minus that of the baseline.
+
+    Args:
+        ranks: ranks of the same users' targets (U,), by row name.
+        pairs: row names of (variant, baseline).
+        cutoffs: each K of HR@K and NDCG@K.
+        resamples: number of bootstrap resamples of the users.
+        seed: seed of the bootstrap.
+    """
+    cutoffs = list(cutoffs)
+    rows = []
+    for variant, baseline in pairs:
+        values, others = metric_values(ranks[variant], cutoffs), metric_values(ranks[baseline], cutoffs)
+        for metric, (difference, low, high) in paired_intervals(values, others, resamples, seed).items():
+            names = {"variant": variant, "baseline": baseline, "metric": metric, "protocol": FULL}
+            counts = {"n": len(ranks[variant]), "differing": int((values[metric] != others[metric]).sum())}
+            rows.append({**names, "difference": difference, "low": low, "high": high, **counts})
+    return rows
+
+
+def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str]]:
+    """Return the pairs (variant, baseline) that are compared, each once.
+
+    The main variant with every other; its fusions with the baselines, alone and with popularity, and with external
+    systems; every fusion with that of the text alone; its sanity checks with it; and what the text gains by itself.
+
+    Args:
+        variants: all row names.
+        main: row name of the exported variant.
+    """
+    names = list(variants)
+    plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
+    baseline = [(main, "text_only+id")] if main != "text_only" else []
+    fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", "readout+id", "input+id", main)]
+    others = [(name, "text_only+id") for name in names if name.endswith("+id")]
+    popular = [(f"{main}+id+popularity", f"{name}+popularity") for name in ("id_only", "text_only+id")]
+    sanity_checks = [(name, main) for name in names if name.startswith(f"{main}/")]
+    text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"]
+    gains = [("text_only+id", "id_only"), ("prefix_only", "text_only")]
+    external = [(f"{main}+id", name) for name in names if is_external(name)]
+    once: dict[frozenset[str], tuple[str, str]] = {}
+    for pair in plain + baseline + fused + others + gains + popular + sanity_checks + text + external:
+        once.setdefault(frozenset(pair), pair)
+    return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
+
+
+def bucket_labels(values_U: Numbers, buckets: int = BUCKETS) -> tuple[Numbers, list[str]]:
+    """Divide whole numbers into buckets of about equal size. Equal values share a bucket; few values have one each.
+
+    Returns:
+        The bucket of each value (U,), and each bucket's label, such as `3-8`.
+    """
+    edges = np.unique(values_U)[1:]
+    if len(edges) >= buckets:
+        edges = np.unique(np.quantile(values_U, np.linspace(0, 1, buckets + 1)[1:-1], method="lower"))
+    index_U = np.unique(np.searchsorted(edges, values_U, side="right"), return_inverse=True)[1]
+    parts = [values_U[index_U == bucket] for bucket in range(index_U.max() + 1)]
+    labels = [str(part.min()) if part.min() == part.max() else f"{part.min()}-{part.max()}" for part in parts]
+    return index_U, labels
+
+
+def strata_rows(
+    ranks: Ranks, strata: Mapping[str, Numbers], *, resamples: int, seed: int, cutoffs: tuple[int, ...] = (10, 100)
+) -> list[dict[str, Any]]:
+    """Return the rows of strata.json: {variant, stratum, bucket, order, metric, value, low, high, n}.
+
+    Args:
+        ranks: ranks of the same users' targets (U,), by row name.
+        strata: a whole number for each user (U,), such as the length of the history, by the stratum's name.
+        resamples: number of bootstrap resamples of the users.
+        seed: seed of the bootstrap.
+        cutoffs: each K of HR@K and NDCG@K.
+    """
+    rows = []
+    for stratum, values_U in strata.items():
+        index_U, labels = bucket_labels(values_U)
+        for variant, ranks_U in ranks.items():
+            for order, label in enumerate(labels):
+                chosen = ranks_U[index_U == order]
+                place = {"variant": variant, "stratum": stratum, "bucket": label, "order": order}
+                intervals = mean_intervals(metric_values(chosen, cutoffs), resamples, seed)
+                for metric, (value, low, high) in intervals.items():
+                    rows.append({**place, "metric": metric, "value": value, "low": low, "high": high, "n": len(chosen)})
+    return rows

@@ -1,0 +1,111 @@
+"""What ends a run in the terminal: the table of variants and metrics, the best variant, and what to do next."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from rarec.config import RunConfig
+from rarec.evaluation.labels import (
+    FULL,
+    FUSED,
+    base_variant,
+    figure,
+    listed,
+    metric_title,
+    primary_metric,
+    variant_group,
+    variant_order,
+    variant_title,
+)
+from rarec.evaluation.run_files import RunFiles
+from rarec.evaluation.verdict import BestVariant, best_variant
+
+Row = Mapping[str, Any]
+
+
+def terminal_table(rows: Sequence[Row], metrics: Sequence[str], width: int) -> Table:
+    """Return the table of variants and metrics under full ranking.
+
+    Intervals are shown for every metric if the width allows it, else for the primary metric alone, else for none.
+
+    Args:
+        rows: rows of metrics.json; those of other protocols or metrics are left out.
+        metrics: the columns, such as `ndcg@10`.
+        width: columns of the terminal.
+    """
+    cells = {(row["variant"], row["metric"]): row for row in rows if row["protocol"] == FULL}
+    variants = sorted({variant for variant, metric in cells if metric in metrics}, key=variant_order)
+    with_interval = _with_interval(variants, metrics, width)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", caption=_caption(cells))
+    table.add_column("")
+    for metric in metrics:
+        table.add_column(metric_title(metric), no_wrap=True)
+    for index, variant in enumerate(variants):
+        if index and variant_group(variant) != variant_group(variants[index - 1]):
+            table.add_row()
+        shown = (_cell(cells.get((variant, metric)), metric in with_interval) for metric in metrics)
+        table.add_row(Text(variant_title(variant)), *shown)
+    return table
+
+
+def closing_lines(files: RunFiles, config: RunConfig) -> list[str]:
+    """Return a run's last lines: trainings that should go on, the best variant, what to deploy, and the next step.
+
+    Args:
+        files: what the run left; see `read_run`.
+        config: the run's configuration.
+    """
+    best = best_variant(files.metrics, files.comparisons)
+    if best is None:
+        return []
+    return [*_still_improving(files, config), best.sentence, best.advice, f"Next: {_next_step(best, config)}"]
+
+
+def _still_improving(files: RunFiles, config: RunConfig) -> list[str]:
+    """Name the variants whose best validation was the last one, and the field that ended their training."""
+    names = [name for name in config.train.variants if name in files.training and files.training[name].still_improving]
+    if not names:
+        return []
+    limit = config.train.max_steps
+    steps = max(files.training[name].done["step"] for name in names)
+    field = f"train.max_steps (now {limit})" if limit == steps else f"train.epochs (now {config.train.epochs})"
+    return [f"Still improving at the last step: {listed([variant_title(name) for name in names])}. Raise {field}."]
+
+
+def _next_step(best: BestVariant, config: RunConfig) -> str:
+    base, exported = base_variant(best.name), config.export.variant
+    if best.is_baseline and base != exported:
+        return "see the training curves and the alignment in the report; no slots are needed for the best variant."
+    if base != exported:
+        return f"to export it, set export.variant: {base} and run again."
+    if FUSED in best.name:
+        title, weights = variant_title(exported), "`fusion` in evaluation/manifest.json"
+        return f"serve the bundle, which holds {title}, and add the ID model's score to it ({weights})."
+    return "try the bundle: rarec recommend CONFIG --user USER."
+
+
+def _with_interval(variants: Sequence[str], metrics: Sequence[str], width: int) -> set[str]:
+    """Return the metrics whose intervals fit."""
+    name = max((len(variant_title(variant)) for variant in variants), default=0)
+    value, with_interval = len("1.0000"), len(".0000 .0000–.0000")
+    for shown in (set(metrics), {primary_metric(metrics)}):
+        if name + sum(1 + (with_interval if metric in shown else value) for metric in metrics) <= width:
+            return shown
+    return set()
+
+
+def _caption(cells: Mapping[tuple[str, str], Row]) -> str:
+    users = sorted({row["n"] for row in cells.values()})
+    if not users:
+        return "no metrics"
+    counted = " to ".join(f"{n:,}" for n in dict.fromkeys((users[0], users[-1])))
+    return f"full catalogue, n={counted} test users, bootstrap 95% intervals"
+
+
+def _cell(row: Row | None, with_interval: bool) -> Text:
+    if row is None:
+        return Text("")
+    ends = (f" {figure(row['low'])}–{figure(row['high'])}", "dim") if with_interval else ""
+    return Text.assemble(figure(row["value"]), ends)
