@@ -63,16 +63,12 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     trainer = _trainer(run, variant, feed, stream, checkpoints, state)
     trained = sum(map(whole_size, trained_parameters(trainer.model).values()))
     stopped = _fit(run, variant, directory / "log.jsonl", trainer, state, accelerator)
-    _say_result(run.say, variant, state, trainer.steps)
+    run.say(
+        f"{variant.title}: best validation NDCG@100 {state.best_value:.4f} at step {state.best_step} of {state.step}"
+    )
     told = "stopped by a signal before what comes next" if world.all_reduce_max(int(stopped)) else ""
     figures = {**asdict(state), "trainable_parameters": trained, "skipped_samples": len(excluded)}
     return figures, f"{variant.title} is trained; {told}" if told else ""
-
-
-def _say_result(say: Say, variant: Variant, state: TrainingState, steps: int) -> None:
-    say(f"{variant.title}: best validation NDCG@100 {state.best_value:.4f} at step {state.best_step} of {steps}")
-    if state.best_step == steps and steps:
-        say(f"{variant.title} was still improving at the last step: raise train.epochs")
 
 
 def _fit(
