@@ -34,6 +34,18 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Build anew; what is there 
 
 
 @app.command(rich_help_panel="Before")
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to start; made if need be.")],
+    example: Annotated[str, typer.Option(help="demo, mine (your own log) or beauty.")] = "mine",
+) -> None:
+    """Write a commented configuration to start from, and what launchers and SLURM need. Next: rarec run"""
+    from rarec.init import init as write_files
+
+    config = write_files(directory, example)
+    print(f"{config}: read it, then:\n  cd {shlex.quote(str(directory))} && rarec run {config.name}")
+
+
+@app.command(rich_help_panel="Before")
 def plan(
     config: Config,
     overrides: Overrides = None,

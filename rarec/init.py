@@ -1,0 +1,47 @@
+"""`rarec init`: a directory to start from, with a commented configuration and what launchers and SLURM need."""
+
+from pathlib import Path
+
+from rarec.errors import UserError
+from rarec.files import write_text
+from rarec.shipped import shipped_files
+
+EXAMPLES = {
+    "demo": "real purchases with titles, inside this package; minutes on a laptop",
+    "mine": "your own log: name two files and their columns",
+    "beauty": "the headline of the results, on Amazon Beauty",
+}
+"""Configurations to start from, each with a line about it."""
+BESIDE = ("configs/accelerate/*.yaml", "configs/deepspeed/*.json", "launch/*.py", "launch/slurm/*")
+"""Files that commands of the documentation name; they are copied to the same relative paths."""
+
+
+def init(directory: Path, example: str) -> Path:
+    """Write a configuration to start from, with what `accelerate launch` and `sbatch` need beside it.
+
+    Args:
+        directory: made if need be; files that are there already and equal are left alone.
+        example: one of `EXAMPLES`.
+
+    Returns:
+        The configuration's path.
+
+    Raises:
+        UserError: there is no such example, or a file of that name is there and differs. Nothing is written then.
+    """
+    if example not in EXAMPLES:
+        raise UserError(f"there is no example {example!r}", f"choose one of {', '.join(EXAMPLES)}")
+    root = shipped_files()
+    found = [path for pattern in BESIDE for path in sorted(root.glob(pattern)) if path.is_file()]
+    copies = {directory / path.relative_to(root): path for path in found}
+    copies[directory / f"{example}.yaml"] = root / "configs" / "runs" / f"{example}.yaml"
+    texts = {to: path.read_text(encoding="utf-8") for to, path in copies.items()}
+    missing = {to: text for to, text in texts.items() if not to.exists()}
+    differing = [
+        to for to, text in texts.items() if to.exists() and (to.is_dir() or to.read_text(errors="replace") != text)
+    ]
+    if differing:
+        raise UserError(f"{differing[0]} is there already, with other content", "choose another directory")
+    for to, text in missing.items():
+        write_text(to, text)
+    return directory / f"{example}.yaml"
