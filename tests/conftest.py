@@ -66,11 +66,10 @@ def make_world(root: Path, kind: str = "bert") -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a finished run; tests read it and change nothing."""
-    from rarec.entry import open_context
-    from rarec.stages.run import run
+    from rarec.entry import open_run
 
     config = make_world(tmp_path_factory.mktemp("world"))
-    run(open_context(config, []))
+    open_run(config).run()
     return config
 
 
@@ -78,10 +77,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a run up to its shards, over a tiny Llama."""
     config = make_world(tmp_path_factory.mktemp("decoder"), "llama")
-    from rarec.entry import open_context
-    from rarec.stages.run import STAGES
+    from rarec.entry import open_run
 
-    context = open_context(config, ["run.device=cpu"])
-    for stage in ("prepare", "ids", "shards"):
-        STAGES[stage](context)
+    open_run(config, ["run.device=cpu"]).run(["prepare", "ids", "shards"])
     return config

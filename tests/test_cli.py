@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 
 from rarec import cli, entry
 from rarec.cli import app
-from rarec.entry import guarded, open_context
+from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
-from rarec.files import read_json
-from rarec.stages.run import STAGES
+from rarec.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 RAREC = Path(sys.executable).parent / "rarec"
@@ -43,7 +42,6 @@ def test_help_shows_every_stage_in_order_and_each_names_the_next_command():
     assert starts == sorted(starts)
     for name, following in zip(STAGES, [*list(STAGES)[1:], None], strict=True):
         text = " ".join(CliRunner().invoke(app, [name, "--help"]).output.split())
-        following = f"launch/{following}.py" if following in ("train", "evaluate") else following
         assert "Next: " in text
         assert following is None or following in text.split("Next: ")[1].split("Arguments")[0]
 
@@ -77,8 +75,9 @@ def test_recommend_prints_items_alone_on_standard_output(finished, capsys, monke
 
 def test_a_user_error_names_the_command_to_type_and_makes_nothing(finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rarec", "ids", str(finished), f"run.dir={tmp_path / 'none'}"])
-    problem = f"error: {tmp_path / 'none' / 'prepare'} has no manifest.json\n"
-    assert refused(capsys, app) == problem + "  -> make it first: rarec prepare CONFIG\n"
+    message = refused(capsys, app)
+    assert message.startswith(f"error: {tmp_path / 'none' / 'prepare'} has no manifest.json\n")
+    assert "rarec prepare CONFIG" in message
     assert not (tmp_path / "none").exists()
 
 
@@ -145,7 +144,7 @@ def test_trouble_with_the_machine_is_one_message(capsys, number, remedy):
 
 def test_a_file_that_stands_where_the_run_should_is_named(finished, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
-    message = refused(capsys, lambda: cli.run_stage("prepare", finished, [f"run.dir={tmp_path / 'run'}"]))
+    message = refused(capsys, lambda: entry.run_stage("prepare", finished, [f"run.dir={tmp_path / 'run'}"]))
     assert str(tmp_path / "run") in message
     assert (tmp_path / "run").read_text() == "mine"
 
@@ -166,25 +165,24 @@ def test_ctrl_c_says_that_the_same_command_goes_on(finished, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    assert err.rstrip().endswith("stopped; the same command goes on from here")
+    assert err.rstrip().endswith("run the same command to resume")
     assert "Traceback" not in err
 
 
 def test_reading_a_run_writes_nothing_into_it(finished, capsys):
-    root = Path(open_context(finished, []).config.run.dir)
+    root = Path(open_run(finished, []).config.run.dir)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    cli.run_stage("evaluate", finished, [])
+    entry.run_stage("evaluate", finished, [])
     cli.recommend(finished, ["evaluate.batch_size=128"], "u002", 1)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_the_results_end_with_whole_paths(finished, capsys):
-    context = open_context(finished, [])
-    cli.show_results(context)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-3:] == [
-        f"report: {context.paths.report / 'report.html'}",
-        f"bundle: {context.paths.bundle}",
-        f"figures: {context.paths.evaluation / 'metrics.json'}",
-    ]
-    assert read_json(Path(lines[-1].removeprefix("figures: ")))
+def test_the_results_end_with_whole_paths_the_best_variant_and_the_next_step(finished, capsys):
+    run = open_run(finished)
+    cli.show_results(run)
+    out = capsys.readouterr().out
+    assert f"\nreport: {run.directory('report') / 'report.html'}\n" in out
+    assert f"\nbundle: {run.directory('export')}\n" in out
+    assert f"\nfigures: {run.directory('evaluate') / 'metrics.json'}\n" in out
+    assert "Deploy: " in out
+    assert out.splitlines()[-1].startswith("Next: ")

@@ -93,7 +93,7 @@ class Stage(ABC):
 
     def __init_subclass__(cls) -> None:
         for attribute in ("kind", "folder"):
-            if not hasattr(cls, attribute):
+            if "name" in cls.__dict__ and attribute not in cls.__dict__:
                 setattr(cls, attribute, cls.name)
 
     def __init__(self, run: "Run", part: str = "") -> None:
@@ -203,14 +203,16 @@ class Stage(ABC):
             Stopped: a signal asked to stop.
         """
         world = self.run.world
+        for stage in self.inputs().values():
+            stage.require()  # what is missing is named before anything is written
         with self._alone(fresh):
             if not fresh and self._is_current():
                 world.run_on_main(lambda: _drop_notes(self.directory))  # a kill may have come before that
                 self.run.say(f"{self.directory} is up to date")
                 world.run_on_main(lambda: self.run.write_config(only_if_there=True))
                 return False
-            identity = self._identity()
             world.run_on_main(self._refuse_foreign)
+            identity = self._identity()
             world.run_on_main(self.run.write_config)
             self.run.changed()
             with self._workspace(identity, fresh) as directory:
