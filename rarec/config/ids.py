@@ -48,7 +48,7 @@ class Recipe(Section):
 
 
 class SasRec(Recipe):
-    """Self-attention (ours: the paper's main ID model is ComiRec)."""
+    """Self-attention [D]; the paper's main ID model is ComiRec [N]."""
 
     kind, title = "sasrec", "SASRec"
     dropout: Part = 0.4
@@ -124,7 +124,7 @@ class Ids(Section):
     comirec: ComiRec = ComiRec()
     holdout: Part | None = None
     """Share of each user's newest training interactions, at least one, that the ID model in the slots does not see.
-    The alignment trains on these alone, since a vector that has seen a target is over-confident about it (ours). A
+    The alignment trains on these alone, since a vector that has seen a target is over-confident about it [D]. A
     second ID model, trained on all, is the baseline and the partner in late fusion. Default: 0.1 if the ID model is
     trained here, 0 for imported vectors; set it if yours were trained without the newest interactions (this is not
     checked)."""

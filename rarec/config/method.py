@@ -1,6 +1,6 @@
 """The sections of the method: `llm`, `prompt`, `alignment`, `lora`, `readout` and `loss`.
 
-[P], [N] and "ours" say where a choice comes from, as in `schema.py`.
+[P], [N] and [D] say where a choice comes from, as in `schema.py`.
 """
 
 from typing import Annotated, Literal
@@ -35,7 +35,7 @@ class Prompt(Section):
     """The hybrid prompt: hard text and named soft slots. `{soft:NAME}` stands for the slots of source NAME."""
 
     user: str = "{soft:id} {history}"
-    """Template of the user prompt, with {history} and {soft:NAME}. Titles alone are ours; the paper's example is in
+    """Template of the user prompt, with {history} and {soft:NAME}. Titles alone are [D]; the paper's example is in
     `configs/runs/paper.yaml`."""
     item: str = "{soft:id} {title}. {text}"
     """Template of the item prompt, with {title}, {text} and {soft:NAME}."""
@@ -60,14 +60,14 @@ class Alignment(Section):
     instructions: NonNegative = 2
     """Number of contextual instruction vectors c in each block (m in the paper's notation)."""
     init: Literal["random", "ridge"] = "ridge"
-    """How W starts: by ridge regression of text-only states on ID vectors, in closed form (ours), or random. In
+    """How W starts: by ridge regression of text-only states on ID vectors, in closed form [D], or random. In
     both cases b and c start at the mean text-only state; in a decoder at the states of the most typical
     position."""
     ridge: Rate = 1.0
     """Penalty of the ridge regression, relative to the mean variance of the standardised ID vectors."""
     id_dropout: Part = 0.05
     """Share of the training samples that use the learned vector for new items instead of their item's own vector, to
-    train it (ours)."""
+    train it [D]."""
 
 
 class Lora(Section):
@@ -84,7 +84,7 @@ class Lora(Section):
 
 
 class Readout(Section):
-    """From the final hidden states of the text to the vector that is scored (all ours)."""
+    """From the final hidden states of the text to the vector that is scored [D]."""
 
     pool: Literal["mean", "last"] = "mean"
     """How the text's states are pooled: their mean, or the last one."""
@@ -108,7 +108,7 @@ class Loss(Section):
 
     recommendation: Literal["bpr", "softmax"] = "softmax"
     """Recommendation loss: BPR over in-batch pairs is the paper's [N]; in-batch softmax with logQ correction is
-    ours."""
+    [D]."""
     temperature: Rate = 0.1
     """Initial temperature of the scores; learned if `readout.normalise` is on. Unused by BPR without it."""
     logq: bool = True

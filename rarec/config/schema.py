@@ -1,7 +1,7 @@
 """The run configuration: one typed tree, strict, with every default in sight, here and in the files beside this one.
 
-A section bears the name of the stage that reads it. [P], [N] and "ours" say where a choice comes from:
-the paper's abstract, a reader's notes on the full paper, or this project (METHOD.md).
+A section bears the name of the stage that reads it. [P], [N] and [D] say where a choice comes from:
+the paper's abstract, a reader's notes on the full paper, or this project (docs/method.md).
 """
 
 from collections.abc import Collection
