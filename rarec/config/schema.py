@@ -83,7 +83,8 @@ class Train(Section):
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Samples in a step, over all processes."""
     tokens_per_batch: Positive | None = None
-    """Replaces `batch_size`: a step takes as many samples as keep its padded user prompts within this many tokens."""
+    """Replaces `batch_size`: a step takes as many samples as keep its padded user prompts, slots included, within
+    this many tokens."""
     accumulate: Positive = 1
     """Number of parts into which a step's batch is cut, one after the other, to save memory. In-batch negatives
     come from one part, so this changes the result; more processes do not."""
