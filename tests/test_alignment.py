@@ -1,4 +1,4 @@
-"""The alignment module and its first values (METHOD.md, section 2).
+"""The alignment module and its first values (docs/method.md, section 2).
 
 In every block: p = W e + b for each vector of a source, c instructions, slots d = [c || p], one source after the other.
 """

@@ -1,4 +1,4 @@
-"""Every variant builds what it says, over one frozen model (METHOD.md, sections 3, 6 and 7)."""
+"""Every variant builds what it says, over one frozen model (docs/method.md, sections 3, 6 and 7)."""
 
 import numpy as np
 import pytest

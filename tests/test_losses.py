@@ -1,4 +1,4 @@
-"""The losses, by hand, against autograd, and with text-only states stored, not computed (METHOD.md, section 4)."""
+"""The losses, by hand, against autograd, and with text-only states stored, not computed (docs/method.md, section 4)."""
 
 from math import exp, log
 

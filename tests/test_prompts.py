@@ -1,4 +1,4 @@
-"""Hybrid prompts: templates to tokens and slot positions (METHOD.md, section 1)."""
+"""Hybrid prompts: templates to tokens and slot positions (docs/method.md, section 1)."""
 
 import numpy as np
 import pytest

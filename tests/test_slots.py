@@ -1,4 +1,4 @@
-"""Slots by overwriting hidden states are the paper's equation, on every kind of backbone (METHOD.md, section 2).
+"""Slots by overwriting hidden states are the paper's equation, on every kind of backbone (docs/method.md, section 2).
 
 In block l the text h attends over the slots d and itself, and slots ask nothing:
 

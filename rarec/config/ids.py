@@ -14,14 +14,20 @@ class Recipe(Section):
     """
 
     dim: Positive = 64
+    """Dimension of the item and user vectors."""
     max_history: Positive = 50
-    """The newest interactions it reads."""
+    """Number of newest interactions that the model reads."""
     dropout: Part = 0.2
+    """Dropout rate."""
     negatives: Positive = 4096
-    """Uniform negatives of the items met in training, shared by a batch; all of these, once, if they are no more."""
+    """Number of negatives, drawn uniformly from the items of the training part and shared by a batch; all of these
+    items, once, if there are no more."""
     batch_size: Positive = 128
+    """Windows of histories in a step."""
     lr: Rate = 1e-3
+    """Learning rate."""
     epochs: Positive = 100
+    """Largest number of passes over the training part."""
     patience: Positive = 10
     """Stop after this many epochs without a better validation NDCG@100."""
 
@@ -42,12 +48,15 @@ class Recipe(Section):
 
 
 class SasRec(Recipe):
-    """Self-attention (ours: the paper's main ID model is ComiRec)."""
+    """Self-attention [D]; the paper's main ID model is ComiRec [N]."""
 
     kind, title = "sasrec", "SASRec"
     dropout: Part = 0.4
+    """Dropout rate."""
     blocks: Positive = 1
+    """Number of transformer blocks."""
     heads: Positive = 1
+    """Attention heads in each block."""
 
 
 class Gru4Rec(Recipe):
@@ -55,8 +64,11 @@ class Gru4Rec(Recipe):
 
     kind, title = "gru4rec", "GRU4Rec"
     dropout: Part = 0.6
+    """Dropout rate."""
     hidden: Positive = 128
+    """Hidden size of the recurrent layers."""
     layers: Positive = 1
+    """Number of recurrent layers."""
 
 
 class ComiRec(Recipe):
@@ -64,8 +76,11 @@ class ComiRec(Recipe):
 
     kind, title = "comirec", "ComiRec"
     dropout: Part = 0.5
+    """Dropout rate."""
     interests: Positive = 4
+    """Number of vectors of a user; each gets a slot of its own."""
     hidden: Positive = 256
+    """Hidden size of the self-attention that finds the interests."""
 
     @property
     def per_user(self) -> int:
@@ -88,33 +103,37 @@ class Import(Section):
     item_ids: str | None = None
     """One id a row, in order: a text file, `.npy`, or Parquet (first column). Not for Parquet vectors."""
     missing: Literal["refuse", "fallback"] = "refuse"
-    """Items that the vectors do not name: refused, or slots of theirs hold what `alignment.id_dropout` learns for such."""
+    """For items without a vector: refuse, or treat them as new items, with the vector that `alignment.id_dropout`
+    trains."""
     users: str | None = None
     """User vectors, in the same formats; without it they are made from the history by `user_rule`."""
     user_ids: str | None = None
     """One id a row of `users`."""
     user_rule: Literal["mean", "last", "recency"] = "recency"
-    """From the history's item vectors: their mean, the last one, or a mean with weights halving every `half_life`."""
+    """How a user vector is made from the history's item vectors: their mean, the last one, or a mean whose weights
+    halve every `half_life` interactions."""
     half_life: Rate = 5.0
-    """In interactions, for `recency`."""
+    """Number of interactions after which a weight halves, for `recency`."""
     max_history: Positive = 50
-    """The newest interactions that the rule reads."""
+    """Number of newest interactions that `user_rule` reads."""
 
 
 class Ids(Section):
     """The ID embeddings, the method's source `id`: trained here, or imported."""
 
     model: Literal["sasrec", "gru4rec", "comirec", "import"] = "sasrec"
+    """The ID model to train, or `import` for vectors made elsewhere."""
     sasrec: SasRec = SasRec()
     gru4rec: Gru4Rec = Gru4Rec()
     comirec: ComiRec = ComiRec()
     holdout: Part | None = None
-    """Share of each user's training interactions, the newest and at least one, that the vectors in the slots are not
-    trained on; the alignment is trained on these alone, since a vector that has seen a target is over-confident about
-    it (ours). A second ID model, trained on all, is then the baseline and the partner in a fusion. By default a tenth
-    where the ID model is trained here, and 0 for imported vectors: set it if they were trained so, they are taken at
-    their word."""
+    """Share of each user's newest training interactions, at least one, that the ID model in the slots does not see.
+    The alignment trains on these alone, since a vector that has seen a target is over-confident about it [D]. A
+    second ID model, trained on all, is the baseline and the partner in late fusion. Default: 0.1 if the ID model is
+    trained here, 0 for imported vectors; set it if yours were trained without the newest interactions (this is not
+    checked)."""
     imported: Import | None = None
+    """Vectors made elsewhere, for `model: import`."""
 
     @model_validator(mode="after")
     def _import_is_named(self) -> "Ids":

@@ -52,20 +52,20 @@ class Items(Table):
     text: list[str] = Field(default=[])
     """Further text columns, appended to the title in the item prompt."""
     untitled: str = "untitled item"
-    """The text that stands for a missing title."""
+    """Text used in place of a missing title."""
 
 
 class Split(Section):
     """Which interactions train, validate and test."""
 
     kind: Literal["leave_one_out", "temporal"] = "leave_one_out"
-    """Last item tests and the one before it validates; or two global cuts in time."""
+    """Each user's last item tests and the one before it validates; or two global cuts in time."""
     validation_users: Positive | None = None
-    """Leave-one-out only: a fixed random subset of the users validates, and of the others the item before the last
-    trains; all validate by default, as in most published tables."""
+    """Leave-one-out only: number of users who validate, a fixed random subset; the item before the last of all others
+    trains. By default all validate, as in most published tables."""
     new_items: Part = 0.0
-    """Leave-one-out only, to see how new items fare: of about this share of the items, chosen by a hash of their ids,
-    only those interactions stay that are a user's last. So they are met in no training, but in the test."""
+    """Leave-one-out only, to measure new items: share of the items, chosen by a hash of their ids, that are removed
+    from training. Only interactions that are a user's last are kept of them, so they occur in the test alone."""
     validation_share: Share = 0.1
     """Temporal only: share of the interactions, in time order, in the validation window."""
     test_share: Share = 0.1
@@ -81,20 +81,19 @@ class Prepare(Section):
     spark: dict[str, str] = Field(default={})
     """Settings of the Spark session, such as `spark.master: yarn`; local on all cores by default."""
     memory: str | None = None
-    """Most memory that DuckDB takes before it spills, such as `8GB`; 80% of the machine's by default."""
+    """Largest memory of DuckDB before it spills to disk, such as `8GB`; 80% of the machine's by default."""
     scratch: str | None = None
-    """Directory for what an engine spills or keeps between steps; for Spark one that every executor sees. Inside
-    `run.dir` by default."""
+    """Folder of an engine's temporary files; for Spark one that every executor sees. Inside `run.dir` by default."""
     interactions: Interactions
     items: Items
     min_user_interactions: Positive = 5
-    """Users with fewer are dropped and counted."""
+    """Users with fewer interactions are dropped and counted."""
     min_item_interactions: NonNegative = 0
-    """Items with fewer are dropped with their interactions; 0 keeps the whole catalogue."""
+    """Items with fewer interactions are dropped together with these; 0 keeps the whole catalogue."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """Rows of the same user, item and time: written twice, or three bought at once. `keep` tells only beside
-    `repeats: keep`: all others leave one of them anyway."""
+    """Rows of the same user, item and time, such as a row written twice: drop all but one, or keep them. `keep` has an
+    effect only with `repeats: keep`; the other choices of `repeats` leave one of them anyway."""
     repeats: Literal["first", "last", "runs", "keep"] = "first"
-    """When a user meets an item again at another time: keep the first or the last, collapse runs with nothing between
-    (to their first), or keep all."""
+    """When a user meets an item again at another time: keep the first or the last, keep the first of each uninterrupted
+    run, or keep all."""
     split: Split = Split()

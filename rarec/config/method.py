@@ -1,6 +1,6 @@
 """The sections of the method: `llm`, `prompt`, `alignment`, `lora`, `readout` and `loss`.
 
-[P], [N] and "ours" say where a choice comes from, as in `schema.py`.
+[P], [N] and [D] say where a choice comes from, as in `schema.py`.
 """
 
 from typing import Annotated, Literal
@@ -20,94 +20,103 @@ class Llm(Section):
     kind: Literal["auto", "decoder", "encoder"] = "auto"
     """Causal models are decoders, whose prompts begin with a token that is not read; others are encoders."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen weights. What trains stays float32."""
+    """Type of the frozen weights. Trainable parameters stay float32."""
     quantize: Literal["none", "nf4"] = "none"
-    """Frozen linear layers in 4 bits, computed in `dtype` (QLoRA; extra `qlora`). Not for engines that shard them."""
+    """`nf4` holds frozen linear layers in 4 bits and computes in `dtype` (QLoRA; extra `qlora`). Not with engines that
+    shard frozen weights."""
     gradient_checkpointing: bool = False
     """Recompute a block in the backward pass: less memory, about a third more time."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """By default what transformers chooses; on a CPU with bfloat16 weights its `sdpa` in float32, faster there."""
+    """Attention implementation: by default what transformers chooses; on a CPU with bfloat16 weights `sdpa` computed in
+    float32, which is faster there."""
 
 
 class Prompt(Section):
     """The hybrid prompt: hard text and named soft slots. `{soft:NAME}` stands for the slots of source NAME."""
 
     user: str = "{soft:id} {history}"
-    """Fields: {history}, {soft:NAME}. The titles alone (ours); the paper's example is in configs/runs/paper.yaml."""
+    """Template of the user prompt, with {history} and {soft:NAME}. Titles alone are [D]; the paper's example is in
+    `configs/runs/paper.yaml`."""
     item: str = "{soft:id} {title}. {text}"
-    """Fields: {title}, {text}, {soft:NAME}."""
+    """Template of the item prompt, with {title}, {text} and {soft:NAME}."""
     separator: str = ", "
-    """Between the titles of the history."""
+    """Text between the titles of the history."""
     order: Literal["auto", "oldest_first", "newest_first"] = "auto"
-    """Of the titles in the history. By default an encoder gets the newest first, for it gives what stands first more
-    weight; a decoder gets the newest last."""
+    """Order of the titles in the history. By default an encoder gets the newest first, since it weighs the beginning
+    more; a decoder gets the newest last."""
     max_history: Positive = 8
-    """The newest items whose titles are written out."""
+    """Number of newest items whose titles are in the prompt."""
     max_title_tokens: Positive = 12
-    """A longer title is cut here inside the history."""
+    """Largest length of one title inside the history; longer ones are cut."""
     max_text_tokens: Positive = 24
-    """Title and further text of an item are cut here in its own prompt."""
+    """Largest length of title and further text in an item's own prompt; longer ones are cut."""
     max_tokens: Positive | None = None
-    """Of a whole prompt, slots included; the model's context length by default."""
+    """Largest length of a whole prompt, slots included; by default the model's context length."""
 
 
 class Alignment(Section):
     """The alignment module: for each block, side and source, W e + b and contextual instructions [N]."""
 
     instructions: NonNegative = 2
-    """Contextual instruction vectors c in each block (m in the paper's notation)."""
+    """Number of contextual instruction vectors c in each block (m in the paper's notation)."""
     init: Literal["random", "ridge"] = "ridge"
-    """W from a ridge regression of text-only states on ID vectors, in closed form (ours), or random. With either, b and
-    c start at the mean text-only state; in a decoder at the states of the most typical position."""
+    """How W starts: by ridge regression of text-only states on ID vectors, in closed form [D], or random. In
+    both cases b and c start at the mean text-only state; in a decoder at the states of the most typical
+    position."""
     ridge: Rate = 1.0
-    """Penalty, relative to the mean variance of the standardised ID vectors."""
+    """Penalty of the ridge regression, relative to the mean variance of the standardised ID vectors."""
     id_dropout: Part = 0.05
-    """Share of the training samples whose item stands without its vectors, so that what takes the place of a new item's
-    is learned (ours)."""
+    """Share of the training samples that use the learned vector for new items instead of their item's own vector, to
+    train it [D]."""
 
 
 class Lora(Section):
     """Low-rank adapters on the language model, trained with the alignment and saved apart from it."""
 
     rank: Positive = 8
+    """Rank of the adapters (`r` in PEFT)."""
     alpha: Positive = 16
+    """Scale of the adapters (`lora_alpha` in PEFT)."""
     dropout: Part = 0.0
+    """Dropout rate on the adapters' input."""
     targets: list[str] | None = None
-    """Module names; by default the query and value projections of the architecture."""
+    """Names of the modules with adapters; by default the query and value projections of the architecture."""
 
 
 class Readout(Section):
-    """From the final hidden states of the text to the vector that is scored (all ours)."""
+    """From the final hidden states of the text to the vector that is scored [D]."""
 
     pool: Literal["mean", "last"] = "mean"
-    """Of the text's states: their mean, or the last of them."""
+    """How the text's states are pooled: their mean, or the last one."""
     whiten: bool = True
-    """Move what is read, of the text and of the slots, to its mean, and stretch it until no direction stands out, by
-    users and items as they are before the first step. A language model's states point nearly one way; what tells texts
-    apart is small in them."""
+    """Whiten the pooled states of text and slots: subtract the mean and make all directions equally long, by
+    statistics of users and items before the first step. Otherwise a language model's states all point nearly the
+    same way."""
     size: Positive = 384
-    """With `whiten`, the most dimensions that are read: of a wider model, the directions that vary most."""
+    """With `whiten`: largest number of dimensions to keep; of a wider model, the directions that vary most."""
     normalise: bool = True
-    """L2-normalise, then a learned scale multiplies the score."""
+    """L2-normalise the vectors; a learned scale then multiplies the score."""
     head: bool = True
-    """A learned linear map of each part that is read, on each side, before they are added and normalised; starts at the
-    identity."""
+    """Learn a linear map of each part on each side before they are added and normalised; it starts at the identity."""
     slots: bool = True
-    """Add what the last block makes of the slots: the mean of those that hold vectors, and that of the instructions. In
-    a decoder, where they see nothing, what one more map makes of the vectors."""
+    """Add the final states of the slots: the mean of those with ID vectors, and the mean of the instructions. In a
+    decoder, where slots see no text, the ID vectors through one more map."""
 
 
 class Loss(Section):
     """The training loss: L_rec + weight (L_align,user + L_align,item) [N]."""
 
     recommendation: Literal["bpr", "softmax"] = "softmax"
-    """BPR over in-batch pairs is the paper's [N]; in-batch softmax with logQ correction is ours."""
+    """Recommendation loss: BPR over in-batch pairs is the paper's [N]; in-batch softmax with logQ correction is
+    [D]."""
     temperature: Rate = 0.1
-    """Divides the scores at the start; learned from there when `readout.normalise` is on. BPR without it has none."""
+    """Initial temperature of the scores; learned if `readout.normalise` is on. Unused by BPR without it."""
     logq: bool = True
-    """Softmax: subtract the log of each in-batch item's chance to be drawn."""
+    """Softmax only: subtract the log of each in-batch item's chance to be drawn."""
     align_weight: Annotated[float, Field(ge=0)] = 0.1
-    """lambda [N]."""
+    """Weight of the alignment loss, lambda [N]."""
     align_temperature: Rate = 0.1
+    """Temperature of the alignment loss, tau."""
     align_pool: Literal["projected", "all"] = "projected"
-    """What is compared with the text-only state: the slots W e + b, or the mean of all slots with the instructions."""
+    """The vector that is compared with the text-only state: the slots W e + b, or the mean of all slots with the
+    instructions."""

@@ -1,7 +1,7 @@
 """The run configuration: one typed tree, strict, with every default in sight, here and in the files beside this one.
 
-A section bears the name of the stage that reads it. [P], [N] and "ours" say where a choice comes from:
-the paper's abstract, a reader's notes on the full paper, or this project (METHOD.md).
+A section bears the name of the stage that reads it. [P], [N] and [D] say where a choice comes from:
+the paper's abstract, a reader's notes on the full paper, or this project (docs/method.md).
 """
 
 from collections.abc import Collection
@@ -26,16 +26,17 @@ class RunSection(Section):
     """Where a run is kept, and what seeds it."""
 
     dir: str
-    """Directory of every artefact of this run, relative to the current directory."""
+    """Folder of everything this run writes, relative to the current directory."""
     shared: str | None = None
-    """Directory of prepared data, ID vectors and shards that runs have in common, each under a name with a digest of
-    what shapes it: whichever run needs one first makes it. By default each run has its own."""
+    """Folder of prepared data, ID vectors and shards that several runs share, each under a digest of the settings that
+    shape it. The first run that needs one builds it. By default each run has its own."""
     seed: NonNegative = 17
-    """Seeds every random choice; each stage derives its own stream from it."""
+    """Seed of every random choice; each stage derives its own random stream from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run: by default on a GPU if there is one. Several ranks are for GPUs unless it is `cpu`."""
+    """Where models run: by default on a GPU if there is one. Set `cpu` to start several processes on CPUs."""
     num_processes: Positive | None = None
-    """Processes that the launcher is to start; any other number is refused. Whatever it starts is taken by default."""
+    """Number of processes that the launcher must start; any other number is refused. By default any number is
+    accepted."""
 
 
 class Shards(Section):
@@ -46,31 +47,34 @@ class Shards(Section):
     diversify: bool = False
     """Draw evenly over buckets of users by the length of their history, and of items by popularity [N]."""
     length_buckets: Positive = 5
+    """Number of buckets of users, for `diversify`."""
     popularity_buckets: Positive = 5
+    """Number of buckets of items, for `diversify`."""
     share: Share = 1.0
-    """Of all training samples, what to keep at most (the paper's headline: 6% [N])."""
+    """Largest share of all training samples to keep (the paper's headline: 6% [N])."""
     samples_per_shard: Positive = 1024
+    """Samples in one tar file."""
     writers: Positive = 2
-    """Shards packed, hashed and flushed at a time, while the model computes the next; changes nothing in them."""
+    """Number of shards written in parallel while the model computes the next. Does not change their content."""
     state_blocks: Blocks | None = None
-    """Blocks whose text-only states are stored, for the alignment loss and for where slots start; all by default. A
-    block that is not stored starts from the nearest that is."""
+    """Blocks whose text-only states are stored, for the alignment loss and the initialisation; all by default. A block
+    that is not stored is initialised from the nearest one that is."""
     state_dtype: Literal["float16", "float32"] = "float16"
-    """Of the stored states."""
+    """Type of the stored states."""
 
 
 class Stream(Section):
     """How training reads its shards. Nothing here changes what is trained, but for `damaged: skip`."""
 
     workers: NonNegative = 1
-    """Processes that read and collate ahead; 0 reads between the steps."""
+    """Number of processes that read and collate ahead; with 0 the training process reads between the steps."""
     damaged: Literal["refuse", "skip"] = "refuse"
-    """Samples that are not what the manifest says: end with an error, or check all of them before the first step, leave
-    the damaged ones out on every rank and say how many."""
+    """For samples that differ from the manifest: `refuse` ends with an error; `skip` checks all samples before the
+    first step, leaves the damaged ones out on every process, and prints their number."""
     remote: str | None = None
     """An fsspec URL of a copy of `run.dir/shards`, such as `s3://bucket/mine/shards`: tars are read from there."""
     cache_gb: Rate = 10.0
-    """Most that fetched tars take on the local disk; the least recently read go first."""
+    """Largest size of the local cache of fetched tars, in GB; the least recently read are deleted first."""
 
 
 class Train(Section):
@@ -79,41 +83,45 @@ class Train(Section):
     variants: Annotated[list[VariantName], Field(min_length=1)] = Field(
         default=["text_only", "prefix_only", "input", "per_layer"]
     )
-    """Which variants are trained, each at this same budget."""
+    """Variants to train, each with the same budget."""
     blocks: Blocks | None = None
-    """Blocks that `per_layer`, `per_layer_lora` and `prefix_only` inject into; all of them by default."""
+    """Blocks with slots, for `per_layer`, `per_layer_lora` and `prefix_only`; all by default."""
     batch_size: Annotated[int, Field(ge=2)] = 128
-    """Samples in a step, over all ranks."""
+    """Samples in a step, over all processes."""
     tokens_per_batch: Positive | None = None
-    """Instead of `batch_size`: as many samples as keep the padded user prompts of a step within this many tokens."""
+    """Replaces `batch_size`: a step takes as many samples as keep its padded user prompts, slots included, within
+    this many tokens."""
     accumulate: Positive = 1
-    """Parts into which a step's batch is cut, one after the other, to save memory. Negatives are those of a part: so
-    this changes what is trained, and more ranks do not."""
+    """Number of parts into which a step's batch is cut, one after the other, to save memory. In-batch negatives
+    come from one part, so this changes the result; more processes do not."""
     epochs: Positive = 2
+    """Passes over the kept samples."""
     max_steps: Positive | None = None
-    """Fewer than the epochs have."""
+    """Largest number of steps, if fewer than the epochs have."""
     lr: Rate = 2e-3
-    """For heads and scale."""
+    """Learning rate of heads and scale."""
     lr_slots: Rate = 5e-3
-    """For the alignment, in units of how far a block's states stray."""
+    """Learning rate of the alignment, in units of the standard deviation of each block's text-only states."""
     lr_lora: Rate = 2e-4
+    """Learning rate of LoRA."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
     warmup: Part = 0.1
-    """Share of all steps."""
+    """Share of all steps over which the learning rates rise linearly; then they fall as a cosine."""
     clip: Rate = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; longer gradients are scaled down."""
     validate_every: Positive | None = None
-    """Steps between validations (an epoch by default); each also writes a checkpoint."""
+    """Steps between validations, an epoch by default; each also writes a checkpoint."""
     validation_users: Positive = 1000
-    """A fixed random subset."""
+    """Number of validation users that are ranked, a fixed random subset."""
     patience: Positive = 5
     """Stop after this many validations without a better NDCG@100."""
     keep: Positive = 2
-    """Newest checkpoints kept, beside the best."""
+    """Number of newest checkpoints to keep, beside the best."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; by default only at validations."""
     trackers: list[str] = Field(default=["tensorboard"])
-    """Accelerate's trackers, by name."""
+    """Names of Accelerate's trackers, such as `tensorboard`."""
     stream: Stream = Stream()
 
     def steps(self, every: int, trained: Collection[str]) -> int:
@@ -125,15 +133,18 @@ class Evaluate(Section):
     """Ranking of the whole catalogue on the test users."""
 
     cutoffs: Annotated[list[Positive], Field(min_length=1)] = Field(default=[1, 5, 10, 20, 50, 100])
+    """The K of HR@K and NDCG@K."""
     users: Positive | None = None
-    """A fixed random subset of the test users, the same for every seed; all of them by default."""
+    """Number of test users to rank, a fixed random subset that is the same for every seed; all by default."""
     sanity_checks: bool = True
-    """Rank again with shuffled histories, and with ID vectors permuted among items."""
+    """Rank again with shuffled histories, and with ID vectors permuted among items: both must give worse figures."""
     fusion: bool = True
-    """Add the ID model's score to each variant's, by the weight likeliest on validation users: the honest baseline."""
+    """Add rows of late fusion: the variant's score plus the ID model's, by the weight that makes validation users'
+    targets most likely."""
     batch_size: Positive = 128
+    """Prompts in one forward pass."""
     resamples: Positive = 2000
-    """Of the bootstrap."""
+    """Resamples of the bootstrap behind each interval."""
     external: dict[ExternalName, str] = Field(default={})
     """Ranks of other systems by name, each a Parquet or CSV file with columns `user` and `rank` (1 is best, in the full
     catalogue), or `user`, `item` and `score`. Each becomes one more variant of the report."""
@@ -143,15 +154,16 @@ class Report(Section):
     """The HTML report."""
 
     examples: NonNegative = 5
-    """Users shown with their history and top-10 lists."""
+    """Number of users shown with their history and top-10 lists."""
 
 
 class Export(Section):
     """The bundle that a user takes away."""
 
     variant: VariantName = "per_layer"
+    """The variant to export. It must be among `train.variants`; sanity checks and diagnostics are of this one."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of what trained in it, but for LoRA. It is computed with in float32 again; float16 halves it."""
+    """Type of the trained weights in the bundle, except LoRA. They are used in float32; float16 halves the file."""
 
 
 class RunConfig(Section):

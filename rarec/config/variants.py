@@ -1,4 +1,4 @@
-"""Variants: the variants of the method that are trained at one budget and compared (METHOD.md, section 7)."""
+"""Variants: the variants of the method that are trained at one budget and compared (docs/method.md, section 7)."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Late fusion of a variant's score with the ID model's: the honest baseline of soft prompts (METHOD.md, section 7; ours).
+"""Late fusion of a variant's score with the ID model's: the honest baseline of soft prompts (docs/method.md, section 7; ours).
 
 How much the ID score counts is the likeliest on validation users: both scores, weighted and added, are taken as logits
 of a softmax over what a user has not seen, and the weights maximise the likelihood of the targets. A metric of the top

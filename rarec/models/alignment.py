@@ -1,4 +1,4 @@
-"""The alignment module: ID vectors and contextual instructions become slots in every block (METHOD.md, section 2).
+"""The alignment module: ID vectors and contextual instructions become slots in every block (docs/method.md, section 2).
 
 Shape letters: B batch, L blocks, M instructions, K vectors of a source, E source dimension, S slots of all sources,
 D hidden size.

@@ -80,7 +80,7 @@ class FrozenBackbone(nn.Module):
     def text_states(self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
         """Return the pooled hidden states (L, B, D) that enter each of `blocks`, of prompts without slots.
 
-        They are the h~ of METHOD.md, section 4.
+        They are the h~ of docs/method.md, section 4.
         """
         text_BT = self.read(mask_BT)
         return torch.stack(self.entering(ids_BT, mask_BT, blocks, lambda h_BTD: pool_text(h_BTD, text_BT, self.pool)))

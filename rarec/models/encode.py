@@ -123,7 +123,7 @@ def text_states(
 ) -> npt.NDArray[np.floating]:
     """Return text-only states, the pooled hidden states of prompts without slots entering `blocks`, as (N, L, D).
 
-    They are the h~ of METHOD.md, section 4. Prompts with the same tokens are computed once.
+    They are the h~ of docs/method.md, section 4. Prompts with the same tokens are computed once.
 
     Args:
         backbone: the frozen model; LoRA is switched off.

@@ -1,4 +1,4 @@
-"""The losses: L = L_rec + weight (L_align,user + L_align,item) (METHOD.md, section 4).
+"""The losses: L = L_rec + weight (L_align,user + L_align,item) (docs/method.md, section 4).
 
 Shape letters: b rows of this rank, B rows of the whole batch, L blocks, D hidden size, K slots, H history, N catalogue.
 
@@ -184,7 +184,7 @@ def sampled_softmax(scores_bB: Tensor, masked_bB: Tensor, own_b: Tensor, log_q_B
 
 
 def align(pooled_LbD: Tensor, states_LBD: Tensor, same_bB: Tensor, own_b: Tensor, temperature: float) -> PartialMean:
-    """Sum the InfoNCE loss between pooled slots and text-only states, in every block (METHOD.md, section 4 [N]).
+    """Sum the InfoNCE loss between pooled slots and text-only states, in every block (docs/method.md, section 4 [N]).
 
     -log( exp(cos(d_k, h_k) / tau) / sum_j exp(cos(d_k, h_j) / tau) ), with k against every j of the batch. The mean
     over blocks and rows is [ours].

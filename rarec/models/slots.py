@@ -1,4 +1,4 @@
-"""Slots: positions whose hidden states are overwritten at the input of chosen blocks (METHOD.md, section 2).
+"""Slots: positions whose hidden states are overwritten at the input of chosen blocks (docs/method.md, section 2).
 
 Shape letters: B batch, T positions, L injected blocks, K slots, D hidden size.
 

@@ -1,4 +1,4 @@
-"""Which training samples are kept: denoise, diversify, share (METHOD.md, section 5 [N]), and a report of what went.
+"""Which training samples are kept: denoise, diversify, share (docs/method.md, section 5 [N]), and a report of what went.
 
 Shape letters: S samples, C candidates (what denoise leaves), U users, N items, G buckets of the grid.
 """

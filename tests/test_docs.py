@@ -1,0 +1,175 @@
+"""The pages are true: links, paths, fields, options and names in them exist, and their `bash` blocks run."""
+
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from rarec.cli import app
+from rarec.config import RunConfig
+from rarec.config.load import validated
+from tests.pages import DOCS, ROOT, blocks, lines, make_place, mine, pages, prose, runnable, shell
+
+sys.path.append(str(ROOT / "tools"))
+from make_config_reference import PAGE, reference, section_of
+
+COMING = {"init", "evaluate.external"}
+"""Commands and fields that pages may name before they are there."""
+NAMES = [page.relative_to(ROOT).as_posix() for page in pages()]
+SECTIONS = "|".join(RunConfig.model_fields)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("docs"))
+
+
+def code(page: Path) -> Iterator[str]:
+    """Yield what stands in backticks outside of blocks."""
+    yield from re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and MkDocs name them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.strip().lower())) for heading in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{name}: {link}"
+        if page.is_relative_to(DOCS):
+            assert target.is_relative_to(DOCS), f"{name}: {link} leads out of the site"
+        if anchor:
+            assert anchor in anchors(target), f"{name}: {link}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_of_this_repository_exist(name):
+    if name == "CHANGELOG.md":
+        pytest.skip("it tells of the past")
+    page = ROOT / name
+    words = [*code(page), *(word for line in lines(page, "bash", "sh") for word in line.split())]
+    paths = [re.match(r"(?:rarec|tests|tools|configs|launch)/[\w./-]*", word) for word in words]
+    assert [path[0] for path in paths if path and not (ROOT / path[0]).exists()] == []
+
+
+def field_names(model: Any = RunConfig, place: str = "") -> Iterator[str]:
+    """Yield every field of the configuration, and every section."""
+    for name, field in model.model_fields.items():
+        yield f"{place}{name}"
+        section = section_of(field.annotation)
+        if section is not None:
+            yield from field_names(section, f"{place}{name}.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fields_exist(name):
+    if name == "CHANGELOG.md":
+        pytest.skip("it tells of the past")
+    known = set(field_names()) | COMING
+    found = [
+        match[0]
+        for text in code(ROOT / name)
+        for match in re.finditer(rf"(?<![\w./:-])(?:{SECTIONS})(?:\.[a-z][a-z0-9_]*)+(?![\w(/])", text)
+    ]
+    unknown = {field for field in found if field not in known and not field.endswith((".yaml", ".json", ".py"))}
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_and_their_options_exist(name):
+    cli = typer.main.get_command(app)
+    texts = [*lines(ROOT / name, "bash", "sh"), *code(ROOT / name)]
+    for words in (shlex.split(text) for text in texts if re.match(r"rarec [a-z]", text)):
+        if words[1] in COMING:
+            continue
+        assert words[1] in cli.commands, " ".join(words)
+        known = {option for each in cli.commands[words[1]].params for option in each.opts} | {"--help"}
+        given = {word.partition("=")[0] for word in words[2:] if word.startswith("-") and " " not in word}
+        assert given <= known, " ".join(words)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if blocks(ROOT / name, "yaml")])
+def test_yaml_blocks_are_valid(name, tmp_path):
+    from rarec.sweep import load_sweep
+
+    for text in blocks(ROOT / name, "yaml"):
+        tree = yaml.safe_load(text)
+        if "runs" in tree:
+            path = tmp_path / "configs" / "sweeps" / "page.yaml"
+            path.parent.mkdir(parents=True)
+            (tmp_path / "configs" / "runs").symlink_to(ROOT / "configs" / "runs")
+            path.write_text(text)
+            assert load_sweep(path).runs
+        elif set(tree) <= set(RunConfig.model_fields):
+            base: dict[str, Any] = mine()
+            for section, fields in tree.items():
+                base[section] = {**base.get(section, {}), **fields}
+            validated(RunConfig, base, name)
+
+
+def test_the_configuration_page_is_current():
+    assert PAGE.read_text(encoding="utf-8") == reference(), "run python tools/make_config_reference.py"
+
+
+def test_every_field_says_what_it_means():
+    rows = re.findall(r"^\| `(\w+)` \| .* \|  \|$", reference(), re.MULTILINE)
+    assert rows == []
+
+
+def test_the_results_page_is_short():
+    assert len((ROOT / "RESULTS.md").read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def test_names_of_the_api_page_exist():
+    for name in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE):
+        module, _, attribute = name.rpartition(".")
+        if name != "rarec.Run":
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_every_page_is_in_the_navigation():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in DOCS.glob("*.md") if f" {page.name}\n" not in menu] == []
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], "Apache-2.0")
+    assert {"cff-version", "title", "message", "authors"} <= set(citation)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="needs the extra docs")
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "site" / "index.html").exists()
+
+
+def test_commands_run_in_the_order_of_the_pages(place):
+    for page in ("training", "distributed", "sweeps", "data"):
+        for command in runnable(DOCS / f"{page}.md"):
+            shell(command, place)
+    assert (place / "runs" / "mine" / "bundle" / "alignment.safetensors").exists()
