@@ -114,7 +114,7 @@ def test_a_batch_that_finds_no_room_in_shared_memory_is_one_clear_error_not_a_wa
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(20)
     try:
-        with pytest.raises(UserError, match="no room") as error, loader(shards, 1, collate).open(0, 3) as batches:
+        with pytest.raises(UserError, match="shared memory") as error, loader(shards, 1, collate).open(0, 3) as batches:
             list(batches)
     finally:
         signal.alarm(0)
@@ -137,7 +137,7 @@ def test_a_killed_worker_is_one_clear_error_wherever_the_main_process_is(shards)
 
     for busy in (True, False):
         started = time.monotonic()
-        with pytest.raises(UserError, match="a process that reads training data died") as error:
+        with pytest.raises(UserError, match="worker process") as error:
             train(busy)
         assert "train.stream.workers" in error.value.remedy
         assert time.monotonic() - started < 20

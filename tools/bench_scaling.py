@@ -1,20 +1,20 @@
-"""Speed of training on two ranks, each with a core of its own, beside one process on one core.
+"""Measure the speed of training on two ranks, each on a core of its own, relative to one process on one core.
 
     python tools/bench_scaling.py [--rounds 3] [--steps 16] [--batch 8]
 
-Every training is the project's own, as `accelerate launch --config_file configs/accelerate/X.yaml launch/train.py`
-starts it, over a small log and a frozen Llama of 26M random weights, both made here. A rank has one thread and, however
-many ranks there are, the same number of samples in a step: with two ranks the step's batch doubles. Prompts are nearly
-all of one length. Run it alone on the machine.
+Every training is started as `accelerate launch --config_file configs/accelerate/X.yaml launch/train.py`, over a small
+log and a frozen Llama of 26M random weights, both generated here. A rank has one thread and a fixed number of samples
+in a step: with two ranks the step's batch doubles. Nearly all prompts have the same length. Run it alone on the
+machine.
 
 one process: one rank, pinned to one core.
-two apart:   two such trainings at a time that know nothing of each other, each pinned to a core: what the machine has.
+two apart:   two such trainings at a time, independent of each other, each pinned to a core: the limit of the machine.
 DDP ...:     two ranks of one training, pinned to those two cores.
 
-All take turns. Printed are, for each, the samples a second of all ranks together, and the share of a step that went
-into waiting for data; then how many times faster than one process it was. Speed is the batch over the time from a step
-to the next, with update, exchange and log; the first steps and the validation are not counted. Medians over steps, over
-rounds, and of the ratios within each round.
+They take turns. For each, the samples per second of all ranks together are printed, and the share of a step spent
+waiting for data; then the speedup over one process. Speed is the batch divided by the time from one step to the next,
+with update, communication and log; the first steps and the validation are not counted. Figures are medians over steps,
+over rounds, and of the ratios within each round.
 """
 
 import argparse
@@ -42,10 +42,10 @@ from rarec.config.method import Prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANT, SKIPPED = "per_layer", 4
-"""Steps in the beginning that are not counted."""
+"""Steps at the beginning that are not counted."""
 ONE, APART = "one process", "two apart"
 ENGINES = {ONE: "one", "DDP": "cpu", "ZeRO-2": "zero2", "FSDP2": "fsdp2", "ZeRO-3": "zero3"}
-"""The launcher's file of each."""
+"""The launcher's file of each engine."""
 GOALS = {"DDP": 1.6, "ZeRO-2": 1.6}
 CONFIG = """
 run: {{dir: {root}/run, device: cpu}}
@@ -68,22 +68,25 @@ LLAMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one training."""
+    """The speed of one training.
+
+    Attributes:
+        samples: samples per second over all ranks.
+        waiting: share of a step spent waiting for data.
+    """
 
     samples: float
-    """A second, over all ranks."""
     waiting: float
-    """Share of a step's time."""
 
     @classmethod
     def both(cls, trainings: Sequence["Training"]) -> "Speed":
-        """Of trainings that run at the same time: their sum, and the most waiting."""
+        """Return the speed of trainings that run at the same time: the sum of samples, and the longest waiting."""
         own = [training.speed() for training in trainings]
         return cls(sum(one.samples for one in own), max(one.waiting for one in own))
 
 
 def write_tokenizer(directory: Path, texts: Iterable[str]) -> int:
-    """Save a tokenizer of the words of these texts; returns how many tokens it has."""
+    """Save a tokenizer of the words of these texts; return the size of its vocabulary."""
     lower, split = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text.lower())}
     vocabulary = {word: token for token, word in enumerate(["<s>", "</s>", "<unk>", *sorted(words)])}
@@ -94,33 +97,33 @@ def write_tokenizer(directory: Path, texts: Iterable[str]) -> int:
     return len(vocabulary)
 
 
-def launch(engine: str, script: Sequence[str | Path], cores: Sequence[int], told: Path) -> subprocess.Popen[bytes]:
-    """Start a script on as many ranks as cores, of one thread each, pinned to those; what they say goes into a file."""
+def launch(engine: str, script: Sequence[str | Path], cores: Sequence[int], output: Path) -> subprocess.Popen[bytes]:
+    """Start a script on one rank for each core, pinned to it, with one thread; its output goes into a file."""
     file = ROOT / "configs" / "accelerate" / f"{engine}.yaml"
     options: list[str | Path] = ["--config_file", file, "--num_processes", str(len(cores)), "--main_process_port", "0"]
     command: list[str | Path] = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # which the process inherits
+    os.sched_setaffinity(0, cores)  # the process inherits it
     try:
-        with told.open("wb") as output:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        with output.open("wb") as stream:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
     finally:
         os.sched_setaffinity(0, before)
 
 
-def finish(process: subprocess.Popen[bytes], told: Path) -> None:
-    """Wait for it, and end with what it said if it failed."""
+def finish(process: subprocess.Popen[bytes], output: Path) -> None:
+    """Wait for a process; if it failed, exit with its output."""
     if process.wait():
-        raise SystemExit(told.read_text())
+        raise SystemExit(output.read_text())
 
 
-class World:
-    """A run up to its shards, of which every training gets a copy.
+class PreparedRun:
+    """A run with its shards; every training gets a copy.
 
     Args:
-        root: a directory for it.
-        steps: of each training.
+        root: directory of the run.
+        steps: number of steps of each training.
         batch: samples of a rank in a step.
     """
 
@@ -141,14 +144,14 @@ class World:
             run.make(stage)
 
     def speed(self, way: str) -> Speed:
-        """Train once that way."""
+        """Train once in one of the ways, and return its speed."""
         cores = sorted(os.sched_getaffinity(0))[:2]
         if way == APART:
             return Speed.both([self._start(ENGINES[ONE], cores[at : at + 1], f"{way} {at}") for at in range(2)])
         return Speed.both([self._start(ENGINES[way], cores[: 1 if way == ONE else 2], way)])
 
     def _start(self, engine: str, cores: list[int], name: str) -> "Training":
-        """Start a training in a copy of the run, on as many ranks as cores."""
+        """Start a training in a copy of the run, on one rank for each core."""
         run, batch = self.root / name, self.batch * len(cores)
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(self.root / "run", run)
@@ -159,23 +162,22 @@ class World:
             f"run.dir={run}",
             f"train.batch_size={batch}",
         ]
-        told = self.root / f"{name}.txt"
-        return Training(launch(engine, script, cores, told), told, run / "train" / VARIANT, batch)
+        output = self.root / f"{name}.txt"
+        return Training(launch(engine, script, cores, output), output, run / "train" / VARIANT, batch)
 
 
 @dataclass(frozen=True)
 class Training:
-    """Under way."""
+    """A running training."""
 
     process: subprocess.Popen[bytes]
-    told: Path
+    output: Path
     directory: Path
     batch: int
-    """Of all ranks."""
 
     def speed(self) -> Speed:
-        """Once it is finished: the times are those at which TensorBoard's events of each step were written."""
-        finish(self.process, self.told)
+        """Wait for the end and return the speed, from the times of TensorBoard's events."""
+        finish(self.process, self.output)
         lines = [json.loads(line) for line in (self.directory / "log.jsonl").read_text().splitlines()]
         events = EventAccumulator(str(self.directory / "log"))
         events.Reload()
@@ -186,7 +188,7 @@ class Training:
 
 
 def table(speeds: Mapping[str, list[Speed]]) -> list[Figure]:
-    """Of all rounds."""
+    """Return the figures of all rounds."""
     figures, unit = [], " x"
     for way, own in speeds.items():
         samples, waiting = statistics.median(s.samples for s in own), statistics.median(s.waiting for s in own)
@@ -199,7 +201,7 @@ def table(speeds: Mapping[str, list[Speed]]) -> list[Figure]:
 
 
 def main() -> None:
-    """Make the world, train in turns, print the table."""
+    """Prepare the run, train in turns, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help=f"of each training; the first {SKIPPED} are not counted")
@@ -209,10 +211,10 @@ def main() -> None:
         parser.error(f"this takes two cores, and {SKIPPED + 2} steps")
     speeds: dict[str, list[Speed]] = {way: [] for way in (ONE, APART, *list(ENGINES)[1:])}
     with tempfile.TemporaryDirectory() as scratch:
-        world = World(Path(scratch), arguments.steps, arguments.batch)
+        prepared = PreparedRun(Path(scratch), arguments.steps, arguments.batch)
         for _ in range(arguments.rounds):
             for way, own in speeds.items():
-                own.append(world.speed(way))
+                own.append(prepared.speed(way))
                 print(f"{way}: {own[-1].samples:,.2f} samples/s", file=sys.stderr)
     print(f"bench_scaling.py: {arguments.batch} samples a rank and step, {arguments.rounds} rounds")
     print_table(table(speeds))

@@ -1,14 +1,14 @@
-"""Speed of a training step beside a bare loop and a naive one, on the same prompts and threads, in one run.
+"""Measure the speed of a training step beside a bare loop and a naive one, on the same prompts and threads.
 
     python tools/bench_step.py [--llm PATH] [--dtype float32] [--batch 64] [--rounds 5]
 
-bare:  forward of the frozen model and backward to its inputs, on the shapes of our batches: what no trainer can beat.
-ours:  collation, alignment in every block, both towers, all losses, clipping, AdamW.
-sdpa:  with bfloat16, ours under transformers' own fused attention instead of that in float32.
+bare:  forward of the frozen model and backward to its inputs, on the same shapes: an upper bound for any trainer.
+rarec: collation, alignment in every block, both towers, all losses, clipping, AdamW.
+sdpa:  with bfloat16, the same with transformers' fused attention instead of that in float32.
 naive: padded to the longest prompt, a text-only pass beside the hybrid one in every step, logits over the vocabulary.
 
-Prompts have the lengths of real ones (histories of 1 to 10 titles of 2 to 12 words). Rounds are interleaved, so that a
-busy machine slows all alike; medians are reported.
+Prompts have realistic lengths (histories of 1 to 10 titles of 2 to 12 words). Rounds are interleaved, so that a busy
+machine slows all of them equally; medians are reported.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Vectors:
     items_NE: np.ndarray
 
 
-class World:
+class Workload:
     """A model, its prompts and random samples of realistic lengths."""
 
     def __init__(self, llm: str, dtype: str, batch: int, rounds: int) -> None:
@@ -107,63 +107,63 @@ class World:
         return Sample(user, len(history), target, history, prompt.tokens_T, prompt.marks, states, {"id": vector})
 
 
-def bare_step(world: World, batch: Batch) -> None:
-    """Frozen forward, backward to the inputs."""
+def bare_step(workload: Workload, batch: Batch) -> None:
+    """Run the frozen model forward, and backward to its inputs."""
     for side in (batch.users, batch.items):
-        trunk: Any = world.loaded.backbone.trunk
+        trunk: Any = workload.loaded.backbone.trunk
         embedded = trunk.get_input_embeddings()(side.ids_BT).requires_grad_()
         trunk(inputs_embeds=embedded, attention_mask=side.mask_BT).last_hidden_state.sum().backward()
 
 
-def our_step(
-    world: World, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
+def rarec_step(
+    workload: Workload, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
 ) -> None:
-    """What the training loop does with a batch."""
+    """Take a step as the training loop does."""
     batch = collate(samples, len(samples))
-    encoded = world.model({"user": batch.users, "item": batch.items})
-    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()
-    torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
+    encoded = workload.model({"user": batch.users, "item": batch.items})
+    objective(workload.model, encoded["user"], encoded["item"], batch.targets).total.backward()
+    torch.nn.utils.clip_grad_norm_(trained_parameters(workload.model).values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def own_attention_step(world: World, step: Callable[[], None]) -> None:
-    """The same step under transformers' own fused attention."""
-    trunk: Any = world.loaded.backbone.trunk
+def sdpa_step(workload: Workload, step: Callable[[], None]) -> None:
+    """Take the same step with transformers' fused attention."""
+    trunk: Any = workload.loaded.backbone.trunk
     trunk.set_attn_implementation("sdpa")
     step()
     trunk.set_attn_implementation(SDPA_FLOAT32)
 
 
 def naive_step(
-    world: World, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
+    workload: Workload, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
 ) -> None:
-    """The same loss, as a first implementation has it."""
+    """Take a step as a first implementation would."""
     batch = collate(samples, len(samples))
-    longest = max(len(sample.tokens_T) for sample in world.samples) + sum(world.model.user.slots.values())
-    users, items = (pad(side, longest, world.filler) for side in (batch.users, batch.items))
-    encoded = world.model({"user": users, "item": items})
-    backbone, trunk = world.loaded.backbone, cast(Any, world.loaded.backbone.trunk)
+    longest = max(len(sample.tokens_T) for sample in workload.samples) + sum(workload.model.user.slots.values())
+    users, items = (pad(side, longest, workload.filler) for side in (batch.users, batch.items))
+    encoded = workload.model({"user": users, "item": items})
+    backbone, trunk = workload.loaded.backbone, cast(Any, workload.loaded.backbone.trunk)
     table = trunk.get_input_embeddings().weight
     with torch.no_grad():
         for side in (users, items):
-            backbone.text_states(side.ids_BT, side.mask_BT, world.blocks)
+            backbone.text_states(side.ids_BT, side.mask_BT, workload.blocks)
             backbone(side.ids_BT, side.mask_BT) @ table.T
-    objective(world.model, encoded["user"], encoded["item"], batch.targets).total.backward()
-    torch.nn.utils.clip_grad_norm_(trained_parameters(world.model).values(), 1.0)
+    objective(workload.model, encoded["user"], encoded["item"], batch.targets).total.backward()
+    torch.nn.utils.clip_grad_norm_(trained_parameters(workload.model).values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
 def pad(side: SideBatch, length: int, filler: int) -> SideBatch:
-    """The same prompts, padded on."""
+    """Return the same prompts, padded to a length."""
     more = length - side.ids_BT.shape[1]
     ids = torch.nn.functional.pad(side.ids_BT, (0, more), value=filler)
     return SideBatch(ids, torch.nn.functional.pad(side.mask_BT, (0, more)), side.positions_BK, side.vectors)
 
 
 def timed(step: Callable[[], None]) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
@@ -177,23 +177,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    world = World(arguments.llm, arguments.dtype, arguments.batch, arguments.rounds)
-    prompts = [world.prompts.item(row) for row in range(ITEMS)]
-    states = text_states(world.loaded.backbone, prompts, world.blocks, world.filler)
-    sources = cast(Mapping[str, Source], world.vectors)
-    collate = Collator(world.model, world.prompts, sources, states, id_dropout=0.0)
-    objective = Objective(Loss(), torch.ones(ITEMS), world.blocks)
-    optimizer = build_optimizer(trained_parameters(world.model), Train())
-    batches = [world.samples[at : at + arguments.batch] for at in range(0, len(world.samples), arguments.batch)]
+    workload = Workload(arguments.llm, arguments.dtype, arguments.batch, arguments.rounds)
+    prompts = [workload.prompts.item(row) for row in range(ITEMS)]
+    states = text_states(workload.loaded.backbone, prompts, workload.blocks, workload.filler)
+    sources = cast(Mapping[str, Source], workload.vectors)
+    collate = Collator(workload.model, workload.prompts, sources, states, id_dropout=0.0)
+    objective = Objective(Loss(), torch.ones(ITEMS), workload.blocks)
+    optimizer = build_optimizer(trained_parameters(workload.model), Train())
+    batches = [workload.samples[at : at + arguments.batch] for at in range(0, len(workload.samples), arguments.batch)]
     steps = {
-        "bare": lambda samples, batch: bare_step(world, batch),
-        "ours": lambda samples, batch: our_step(world, collate, objective, samples, optimizer),
-        "naive": lambda samples, batch: naive_step(world, collate, objective, samples, optimizer),
+        "bare": lambda samples, batch: bare_step(workload, batch),
+        "rarec": lambda samples, batch: rarec_step(workload, collate, objective, samples, optimizer),
+        "naive": lambda samples, batch: naive_step(workload, collate, objective, samples, optimizer),
     }
-    trunk: Any = world.loaded.backbone.trunk
+    trunk: Any = workload.loaded.backbone.trunk
     if trunk.config._attn_implementation == SDPA_FLOAT32:
-        steps["sdpa"] = lambda samples, batch: own_attention_step(world, lambda: steps["ours"](samples, batch))
-    world.model.train()
+        steps["sdpa"] = lambda samples, batch: sdpa_step(workload, lambda: steps["rarec"](samples, batch))
+    workload.model.train()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     tokens = [collate(samples, len(samples)).tokens for samples in batches]
     for samples in [batches[0], *batches]:  # the first round warms up
@@ -208,12 +208,12 @@ def main() -> None:
     for name, values in rates.items():
         per_second = arguments.batch * len(batches) / sum(seconds[name][1:])
         print(f"{name:6} {statistics.median(values):10,.0f} tokens/s {per_second:8.1f} samples/s")
-    ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True))
-    naive = sum(seconds["naive"][1:]) / sum(seconds["ours"][1:])
-    print(f"ours / bare, tokens/s: {ratio:.2f} (goal 0.85)   ours / naive, samples/s: {naive:.2f} (goal 3)")
+    ratio = statistics.median(a / b for a, b in zip(rates["rarec"], rates["bare"], strict=True))
+    naive = sum(seconds["naive"][1:]) / sum(seconds["rarec"][1:])
+    print(f"rarec / bare, tokens/s: {ratio:.2f} (goal 0.85)   rarec / naive, samples/s: {naive:.2f} (goal 3)")
     if "sdpa" in seconds:
-        own = sum(seconds["sdpa"][1:]) / sum(seconds["ours"][1:])
-        print(f"ours / ours under transformers' own sdpa, samples/s: {own:.2f}")
+        own = sum(seconds["sdpa"][1:]) / sum(seconds["rarec"][1:])
+        print(f"rarec / rarec with transformers' sdpa, samples/s: {own:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Kill a training again and again, and see whether it ends with the weights of one that nobody disturbed, bit for bit.
+"""Kill a training many times, and check that its weights are equal, bit for bit, to those of an undisturbed training.
 
     python tools/check_kills.py RUN.yaml [section.field=value ...] [--engine FILE] [--ranks 2] [--kills 20]
 
-RUN must have its shards. They are copied to a temporary directory and trained there twice: undisturbed, and with that
-many blows at random steps: `kill -9` of a random rank, every third time SIGTERM to all. Each sitting is the same
-command, `accelerate launch` with FILE (configs/accelerate/cpu.yaml). Told: where each blow fell, and the newest
-checkpoint then; printed: the comparison.
+The shards of RUN must exist. They are copied to a temporary directory and trained there twice: undisturbed, and with
+`--kills` interruptions at random steps: `kill -9` of a random rank, every third time SIGTERM to all. Each start is the
+same command, `accelerate launch` with FILE (configs/accelerate/cpu.yaml). Standard error lists each interruption and
+the newest checkpoint at that time; standard output is the comparison.
 """
 
 import argparse
@@ -34,8 +34,8 @@ class Training:
     """One training in a directory of its own.
 
     Args:
-        arguments: of this tool.
-        directory: of the run; its shards are copied there.
+        arguments: arguments of this tool.
+        directory: directory of the run, to which its shards are copied.
     """
 
     def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
@@ -50,36 +50,36 @@ class Training:
         self.command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", "0", *run]
 
     def start(self) -> subprocess.Popen[bytes]:
-        """A sitting."""
+        """Start or resume the training."""
         return subprocess.Popen(self.command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     @property
     def step(self) -> int:
-        """The last one in the log."""
+        """The last step in the log."""
         log = self.directory / "log.jsonl"
         steps = [line.split(",")[0] for line in log.read_text().splitlines()] if log.exists() else []
         return int(steps[-1].rpartition(":")[2]) if steps else 0
 
     @property
     def done(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the training is finished."""
         return (self.directory / "done.json").exists()
 
     def checkpoint(self) -> Path | None:
-        """The newest."""
+        """Return the newest checkpoint."""
         return max((self.directory / "checkpoints").glob("step-*"), default=None)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What trains and its moments, as the newest checkpoint has them."""
+        """Return the trained weights and their moments from the newest checkpoint."""
         newest = self.checkpoint()
         files = sorted(newest.rglob("*.safetensors")) if newest else []
         return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def disturb(training: Training, blows: list[int], rng: np.random.Generator) -> int:
-    """Let it run, and strike when each of these steps is reached; returns how often that was."""
-    struck = 0
-    for number, step in enumerate(blows):
+def disturb(training: Training, steps: list[int], rng: np.random.Generator) -> int:
+    """Interrupt a training when it reaches each of these steps; return the number of interruptions."""
+    interrupted = 0
+    for number, step in enumerate(steps):
         launcher = training.start()
         while launcher.poll() is None and training.step < step:
             time.sleep(0.01)
@@ -89,15 +89,15 @@ def disturb(training: Training, blows: list[int], rng: np.random.Generator) -> i
             for victim in ranks.values() if gently else [ranks[chosen]]:
                 with suppress(psutil.NoSuchProcess):
                     victim.send_signal(signal.SIGTERM if gently else signal.SIGKILL)
-            struck += 1
+            interrupted += 1
             what = "SIGTERM to all" if gently else f"kill -9 of rank {chosen}"
             print(f"step {training.step}: {what}; newest checkpoint {training.checkpoint()}", file=sys.stderr)
         launcher.wait()
-    return struck
+    return interrupted
 
 
 def ranks_of(launcher: int) -> dict[int, psutil.Process]:
-    """The ranks that a launcher has started; what these fork to read data has their command line, and is none."""
+    """Return the ranks that a launcher has started, without the data workers that they fork (same command line)."""
     found = {}
     with suppress(psutil.Error):
         for process in psutil.Process(launcher).children(recursive=True):
@@ -109,7 +109,7 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
 
 
 def main() -> None:
-    """Train undisturbed and disturbed, and compare."""
+    """Train with and without interruptions, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--engine", type=Path, default=Path("configs/accelerate/cpu.yaml"))
@@ -124,8 +124,8 @@ def main() -> None:
         whole, disturbed = (Training(arguments, Path(scratch) / name) for name in ("whole", "disturbed"))
         if whole.start().wait() or not whole.done:
             sys.exit("the undisturbed training failed: " + " ".join(whole.command))
-        blows = sorted(rng.integers(1, max(2, whole.step - 1), arguments.kills).tolist())
-        struck = disturb(disturbed, blows, rng)
+        steps = sorted(rng.integers(1, max(2, whole.step - 1), arguments.kills).tolist())
+        interrupted = disturb(disturbed, steps, rng)
         while not disturbed.done and disturbed.start().wait() == 0:
             pass
         expected, found = whole.weights(), disturbed.weights()
@@ -133,9 +133,9 @@ def main() -> None:
         print(f"check_kills.py: {arguments.engine.stem}, {arguments.ranks} ranks, {whole.step} steps")
         print_table(
             [
-                Figure("times it was struck", str(struck), f"{arguments.kills}", struck == arguments.kills),
+                Figure("interruptions", str(interrupted), f"{arguments.kills}", interrupted == arguments.kills),
                 Figure("tensors compared, weights and moments", str(len(expected))),
-                Figure("equal bit for bit to the undisturbed", "yes" if same else "no", "yes", same),
+                Figure("equal bit for bit to the undisturbed training", "yes" if same else "no", "yes", same),
             ]
         )
     sys.exit(not same)

@@ -1,20 +1,20 @@
-"""What a rank holds of a frozen language model of 1.04B parameters, what loading it takes, and how small the bundle is.
+"""Measure the memory of each rank for a frozen model of 1.04B parameters, its loading, and the size of the bundle.
 
     python tools/check_sharding.py DIR [--keep-activations]
 
-DIR/llm is made if it is not there: a Llama of random bfloat16 weights (16 blocks of Llama 3.2 1B, 32,000 tokens) in
-files of at most 500 MB. Then ZeRO-3 and FSDP2 on two ranks, and one process for comparison, each load it by rarec's own
-code, put RA-Rec in every block under training, and make two small steps, all on the CPU with a thread a rank. Blocks
-are recomputed (llm.gradient_checkpointing) but for --keep-activations, with which ZeRO-3 takes 13 GB rather than 9.
+DIR/llm is generated if it does not exist: a Llama of random bfloat16 weights (16 blocks of Llama 3.2 1B, 32,000 tokens)
+in files of at most 500 MB. Then ZeRO-3 and FSDP2 on two ranks, and one process for comparison, load it with rarec's own
+code, build RA-Rec in every block for training, and take two small steps, all on the CPU with one thread for each rank.
+Blocks are recomputed (llm.gradient_checkpointing) unless --keep-activations is set; then ZeRO-3 takes 13 GB, not 9.
 
-holds:   bytes of the frozen weights that lie in this process once it is ready to train, of all there are: the storage
-         of each tensor, be it a shard, a small weight that is kept whole, or a part of a file that is mapped.
-loading: how long it took until ready, and the most memory until then: anonymous (RssAnon, sampled: the process's own)
-         and resident (VmHWM: with the pages of the model's files, which the system may take back at any time).
-steps:   the most anonymous memory in them, and what of the frozen weights is held when they are over.
+holds:   share of the bytes of the frozen weights that this process holds when it is ready to train: the storage of each
+         tensor, be it a shard, a small weight that is kept whole, or a part of a memory-mapped file.
+loading: seconds until it is ready, and peak memory until then: anonymous (RssAnon, sampled; memory of the process
+         itself) and resident (VmHWM; with pages of the model's files, which the system may reclaim at any time).
+steps:   peak anonymous memory in them, and the share of the frozen weights held afterwards.
 bundle:  bytes of the bundle with `export.dtype: float16`, and their share of the language model's.
 
-Memory is told less what the process had before it loaded: Python and its libraries.
+Memory is counted without what Python and its libraries took before loading.
 """
 
 import argparse
@@ -48,9 +48,9 @@ from rarec.training.accelerator import build_engine, start_world
 from rarec.training.engines import Engine, Optimisation
 
 WAYS = {"ZeRO-3": ("zero3", 2), "FSDP2": ("fsdp2", 2), "one process": ("one", 1)}
-"""The launcher's file, and how many ranks."""
+"""The launcher's file and the number of ranks."""
 GOALS = {"ZeRO-3": 100 * 1.05 / 2}
-"""For what a rank holds, in percent."""
+"""Goal for the share that a rank holds, in percent."""
 FILE, MIB, DIM = 500e6, 2**20, 64
 VARIANT, SOURCES = VARIANTS["per_layer"], {"id": SourceShape(DIM, 1)}
 LLAMA: dict[str, Any] = {
@@ -68,24 +68,31 @@ LLAMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """On one rank, in bytes and seconds."""
+    """The figures of one rank, in bytes and seconds.
+
+    Attributes:
+        whole: bytes of all frozen weights.
+        holds: bytes of them in this process before the steps.
+        holds_after: the same after the steps.
+        seconds: duration of loading.
+        resident: peak resident memory of loading.
+        loading: peak anonymous memory of loading.
+        steps: peak anonymous memory of the steps.
+        bundle: bytes of the bundle, which one process alone writes.
+    """
 
     whole: int
     holds: int
     holds_after: int
-    """The steps."""
     seconds: float
     resident: float
     loading: float
-    """Most anonymous memory in it."""
     steps: float
-    """The same."""
     bundle: int
-    """Made by one process alone."""
 
 
 def make_llm(directory: Path) -> None:
-    """Write the model file by file; no more than a file of it is ever in memory."""
+    """Write the model file by file, with one file in memory at a time."""
     config, generator = LlamaConfig(**LLAMA), torch.Generator().manual_seed(0)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
@@ -106,23 +113,23 @@ def make_llm(directory: Path) -> None:
 
 
 def weights(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Random, but for the weights of norms."""
+    """Return random weights; ones for norms."""
     made = torch.ones(shape, dtype=torch.bfloat16)
     return made.normal_(std=0.02, generator=generator) if len(shape) > 1 else made
 
 
 def frozen(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the language model, none of which trains."""
+    """Return the frozen parameters."""
     return [parameter for parameter in model.parameters() if not parameter.requires_grad]
 
 
 def whole_bytes(model: nn.Module) -> int:
-    """Of all frozen weights, whole."""
+    """Return the bytes of all frozen weights."""
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in frozen(model))
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Of the storages in which frozen weights or shards of them lie in this process."""
+    """Return the bytes of the storages of frozen weights, or shards of them, in this process."""
     parts = [p.to_local() if isinstance(p, DTensor) else p.data for p in frozen(model)]
     parts += [p.ds_tensor for p in frozen(model) if hasattr(p, "ds_tensor")]
     storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
@@ -131,7 +138,7 @@ def held_bytes(model: nn.Module) -> int:
 
 @contextmanager
 def sampled() -> Iterator[list[float]]:
-    """In it this process's anonymous memory is sampled, in MiB."""
+    """Sample this process's anonymous memory within the context, in MiB."""
     samples, over = [memory("RssAnon")], threading.Event()
 
     def sample() -> None:
@@ -148,7 +155,7 @@ def sampled() -> Iterator[list[float]]:
 
 
 def measure(llm: Path, out: Path, recompute: bool) -> None:
-    """On a rank: load, train, and write down what that took."""
+    """Load and train on one rank, and write its figures to a file."""
     config = configured(llm, recompute)
     world = start_world(config)
     engine = build_engine(world, config)
@@ -174,7 +181,7 @@ def measure(llm: Path, out: Path, recompute: bool) -> None:
 
 
 def under_training(config: RunConfig, engine: Engine) -> tuple[LoadedModel, RaRec, Optimisation]:
-    """The language model, and RA-Rec around it before its first step."""
+    """Return the language model, and RA-Rec over it before its first step."""
     with engine.loading(config.llm):
         loaded = load_model(config.llm, Path(config.run.dir))
     model = build_model(config, VARIANT, loaded, SOURCES, dict.fromkeys(SIDES, tuple(SOURCES)))
@@ -186,7 +193,7 @@ def under_training(config: RunConfig, engine: Engine) -> tuple[LoadedModel, RaRe
 
 
 def step(model: RaRec, optimisation: Optimisation) -> None:
-    """Train on two short prompts, slots first."""
+    """Take a step on two short prompts that begin with slots."""
     ids_BT, slots = torch.zeros(2, 12, dtype=torch.int64), torch.arange(model.user.slots["id"])
     side = SideBatch(ids_BT, torch.ones_like(ids_BT), slots.expand(2, -1), {"id": torch.randn(2, 1, DIM)})
     with optimisation.part(last=True):
@@ -196,7 +203,7 @@ def step(model: RaRec, optimisation: Optimisation) -> None:
 
 
 def configured(llm: Path, recompute: bool) -> RunConfig:
-    """A run's configuration, of which no more than the language model counts."""
+    """Return a configuration of which only the language model matters."""
     log = {"path": "-", "user": "-", "item": "-", "time": "-"}
     prepare = {"interactions": log, "items": {"path": "-", "item": "-", "title": "-"}}
     model = {"path": str(llm), "dtype": "bfloat16", "gradient_checkpointing": recompute}
@@ -205,24 +212,24 @@ def configured(llm: Path, recompute: bool) -> RunConfig:
 
 
 def bundle_bytes(model: RaRec, config: RunConfig, loaded: LoadedModel, directory: Path) -> int:
-    """Of a bundle, written as `rarec export` does."""
+    """Write a bundle as `rarec export` does, and return its bytes."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     write_bundle(directory, model, VARIANT, config, Provenance({}, loaded.identity, SOURCES), [], trained)
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def on_all_ranks(way: str, llm: Path, options: list[str]) -> list[Measured]:
-    """Start this script on the ranks of an engine; what each measured."""
+    """Start this script on the ranks of an engine, and return the figures of each."""
     file, ranks = WAYS[way]
     cores = sorted(os.sched_getaffinity(0))[:ranks]
     with tempfile.TemporaryDirectory() as scratch:
-        out, told = Path(scratch), Path(scratch) / "told.txt"
-        finish(launch(file, [__file__, llm, "--rank", out, *options], cores, told), told)
+        out, output = Path(scratch), Path(scratch) / "output.txt"
+        finish(launch(file, [__file__, llm, "--rank", out, *options], cores, output), output)
         return [Measured(**json.loads((out / f"{rank}.json").read_text())) for rank in range(ranks)]
 
 
 def lines(what: str, one: Measured, goal: float | None) -> list[Figure]:
-    """Of one rank."""
+    """Return the rows of one rank."""
     share, after = 100 * one.holds / one.whole, 100 * one.holds_after / one.whole
     loading = f"{one.seconds:.0f} s, {one.loading / 1e6:,.0f} MB, resident {one.resident / 1e6:,.0f} MB"
     return [
@@ -233,7 +240,7 @@ def lines(what: str, one: Measured, goal: float | None) -> list[Figure]:
 
 
 def main() -> None:
-    """Make the model, start each engine in turn, print the table."""
+    """Generate the model, start each engine in turn, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--keep-activations", action="store_true", help="rather than recompute blocks")

@@ -1,4 +1,4 @@
-"""What the benchmarks of data share: a table of figures beside their goals, and fresh processes to measure in."""
+"""Shared by the benchmarks: a table of figures beside their goals, timing, memory, and separate processes."""
 
 import multiprocessing
 import re
@@ -14,7 +14,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table; `met` is None where there is no goal."""
+    """One row of the table.
+
+    Attributes:
+        what: name of the figure.
+        figure: its value as text.
+        goal: its goal as text; empty if there is none.
+        met: whether the goal is met; None if there is none.
+    """
 
     what: str
     figure: str
@@ -23,17 +30,17 @@ class Figure:
 
 
 def at_most(what: str, value: float, goal: float, unit: str = "") -> Figure:
-    """A figure that should not be above its goal."""
+    """Return a figure whose goal is a maximum."""
     return Figure(what, f"{value:,.2f}{unit}", f"at most {goal:g}{unit}", value <= goal)
 
 
 def at_least(what: str, value: float, goal: float, unit: str = "") -> Figure:
-    """A figure that should not be below its goal."""
+    """Return a figure whose goal is a minimum."""
     return Figure(what, f"{value:,.2f}{unit}", f"at least {goal:g}{unit}", value >= goal)
 
 
 def print_table(figures: list[Figure]) -> None:
-    """Print the table."""
+    """Print figures as a table."""
     rows = [("what", "figure", "goal", "met")]
     rows += [(one.what, one.figure, one.goal, {None: "", True: "yes", False: "NO"}[one.met]) for one in figures]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -42,20 +49,20 @@ def print_table(figures: list[Figure]) -> None:
 
 
 def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a fresh process, which holds nothing of what was done here."""
+    """Call a function in a new process, whose memory holds nothing of this one."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Return the wall-clock seconds of one call."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 def memory(field: str) -> float:
-    """Of this process, in MiB: `VmHWM` (the most that was resident), `VmRSS` (resident), `RssAnon` (not of files)."""
+    """Return memory of this process in MiB: `VmHWM` (peak resident), `VmRSS` (resident) or `RssAnon` (anonymous)."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024

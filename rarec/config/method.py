@@ -11,112 +11,111 @@ from rarec.config.section import NonNegative, Part, Positive, Rate, Section
 
 
 class Llm(Section):
-    """The frozen language model: any Hugging Face decoder or encoder that keeps its blocks in one list."""
+    """The frozen language model: a Hugging Face decoder or encoder that keeps its blocks in one list."""
 
     path: str
     """A local directory, a hub name, `package:NAME/DIR` inside an installed package, or a `.gguf` file."""
     revision: str | None = None
-    """Hub revision; ignored for local models."""
+    """Revision on the hub. Ignored for local models."""
     kind: Literal["auto", "decoder", "encoder"] = "auto"
-    """Causal models are decoders, whose prompts begin with a token that is not read; others are encoders."""
+    """Kind of architecture. Set it if the model is refused as neither. A decoder's prompts begin with a special token
+    that is not read out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the frozen weights. Trainable parameters stay float32."""
+    """Type of the frozen weights. Trainable weights are float32."""
     quantize: Literal["none", "nf4"] = "none"
-    """`nf4` holds frozen linear layers in 4 bits and computes in `dtype` (QLoRA; extra `qlora`). Not with engines that
-    shard frozen weights."""
+    """`nf4` stores frozen linear layers in 4 bits and computes in `dtype` (QLoRA). It needs the extra `qlora`, and does
+    not work with engines that shard frozen weights (ZeRO-3, FSDP2)."""
     gradient_checkpointing: bool = False
-    """Recompute a block in the backward pass: less memory, about a third more time."""
+    """Recompute blocks in the backward pass. It takes less memory and about a third more time."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention implementation: by default what transformers chooses; on a CPU with bfloat16 weights `sdpa` computed in
-    float32, which is faster there."""
+    """Attention implementation of transformers. `auto` is its default; on a CPU with bfloat16 weights, `sdpa` computed
+    in float32, which is faster there."""
 
 
 class Prompt(Section):
-    """The hybrid prompt: hard text and named soft slots. `{soft:NAME}` stands for the slots of source NAME."""
+    """The hybrid prompt: text with named places for slots. `{soft:NAME}` is the place of the slots of source NAME."""
 
     user: str = "{soft:id} {history}"
-    """Template of the user prompt, with {history} and {soft:NAME}. Titles alone are [D]; the paper's example is in
-    `configs/runs/paper.yaml`."""
+    """Template of a user's prompt. Fields: {history}, {soft:NAME}. The default, titles alone, is [D]; the paper's
+    example is in configs/runs/paper.yaml."""
     item: str = "{soft:id} {title}. {text}"
-    """Template of the item prompt, with {title}, {text} and {soft:NAME}."""
+    """Template of an item's prompt. Fields: {title}, {text}, {soft:NAME}."""
     separator: str = ", "
-    """Text between the titles of the history."""
+    """Text between the titles of a history."""
     order: Literal["auto", "oldest_first", "newest_first"] = "auto"
-    """Order of the titles in the history. By default an encoder gets the newest first, since it weighs the beginning
-    more; a decoder gets the newest last."""
+    """Order of the titles in a history. `auto` is newest first for an encoder, which gives the beginning more weight,
+    and oldest first for a decoder."""
     max_history: Positive = 8
-    """Number of newest items whose titles are in the prompt."""
+    """Number of items of a history whose titles are written out; the newest ones are."""
     max_title_tokens: Positive = 12
-    """Largest length of one title inside the history; longer ones are cut."""
+    """Tokens of a title within a history. Longer titles are truncated."""
     max_text_tokens: Positive = 24
-    """Largest length of title and further text in an item's own prompt; longer ones are cut."""
+    """Tokens of title and text in an item's own prompt. Longer ones are truncated."""
     max_tokens: Positive | None = None
-    """Largest length of a whole prompt, slots included; by default the model's context length."""
+    """Tokens of a whole prompt, with its slots. The default is the model's context length."""
 
 
 class Alignment(Section):
-    """The alignment module: for each block, side and source, W e + b and contextual instructions [N]."""
+    """The alignment module: W e + b and contextual instructions for each block, side and source [N]."""
 
     instructions: NonNegative = 2
     """Number of contextual instruction vectors c in each block (m in the paper's notation)."""
     init: Literal["random", "ridge"] = "ridge"
-    """How W starts: by ridge regression of text-only states on ID vectors, in closed form [D], or random. In
-    both cases b and c start at the mean text-only state; in a decoder at the states of the most typical
-    position."""
-    ridge: Rate = 1.0
-    """Penalty of the ridge regression, relative to the mean variance of the standardised ID vectors."""
+    """First values of W: a ridge regression of text-only states on ID vectors [D], or random. In both cases b and c
+    start at the mean text-only state; in a decoder, at the states of the most typical position."""
     id_dropout: Part = 0.05
-    """Share of the training samples that use the learned vector for new items instead of their item's own vector, to
-    train it [D]."""
+    """Share of the training samples whose item's vectors are hidden. On these, the vector that replaces missing ones,
+    as of new items, is trained [D]."""
 
 
 class Lora(Section):
     """Low-rank adapters on the language model, trained with the alignment and saved apart from it."""
 
     rank: Positive = 8
-    """Rank of the adapters (`r` in PEFT)."""
+    """Rank of the adapters."""
     alpha: Positive = 16
-    """Scale of the adapters (`lora_alpha` in PEFT)."""
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: Part = 0.0
-    """Dropout rate on the adapters' input."""
+    """Dropout on the adapters' input."""
     targets: list[str] | None = None
-    """Names of the modules with adapters; by default the query and value projections of the architecture."""
+    """Names of the linear modules that get adapters. The default is the query and value projections."""
 
 
 class Readout(Section):
-    """From the final hidden states of the text to the vector that is scored [D]."""
+    """From final hidden states to the vector that is scored [D]."""
 
     pool: Literal["mean", "last"] = "mean"
-    """How the text's states are pooled: their mean, or the last one."""
+    """Pooling of the text's states: their mean, or the last one."""
     whiten: bool = True
-    """Whiten the pooled states of text and slots: subtract the mean and make all directions equally long, by
-    statistics of users and items before the first step. Otherwise a language model's states all point nearly the
+    """Whiten the states of text and slots: subtract their mean and equalise their variances. Mean and variances are
+    computed from users and items before the first step. Without it, all states of a language model point nearly the
     same way."""
     size: Positive = 384
-    """With `whiten`: largest number of dimensions to keep; of a wider model, the directions that vary most."""
+    """Dimensions that are kept by `whiten`, at most. A wider model keeps its directions of largest variance."""
     normalise: bool = True
-    """L2-normalise the vectors; a learned scale then multiplies the score."""
+    """L2-normalise the vector, and multiply scores by a learned scale."""
     head: bool = True
-    """Learn a linear map of each part on each side before they are added and normalised; it starts at the identity."""
+    """Map each part by a learned linear map, which starts at the identity, before the parts are added."""
     slots: bool = True
-    """Add the final states of the slots: the mean of those with ID vectors, and the mean of the instructions. In a
-    decoder, where slots see no text, the ID vectors through one more map."""
+    """Read the slots' states beside the text: the mean over those that hold vectors, and over the instructions. In a
+    decoder, the output of one more map of the vectors is read in their place."""
 
 
 class Loss(Section):
-    """The training loss: L_rec + weight (L_align,user + L_align,item) [N]."""
+    """The training loss: L_rec + align_weight (L_align,user + L_align,item) [N]."""
 
     recommendation: Literal["bpr", "softmax"] = "softmax"
-    """Recommendation loss: BPR over in-batch pairs is the paper's [N]; in-batch softmax with logQ correction is
-    [D]."""
+    """L_rec: BPR over in-batch pairs [N], or in-batch softmax [D]."""
     temperature: Rate = 0.1
-    """Initial temperature of the scores; learned if `readout.normalise` is on. Unused by BPR without it."""
+    """Divides the scores at the first step. With `readout.normalise` it is learned from there. `bpr` without
+    `readout.normalise` does not use it."""
     logq: bool = True
-    """Softmax only: subtract the log of each in-batch item's chance to be drawn."""
+    """With `softmax`, subtract the log of each in-batch item's chance to be drawn, so that popular items are not
+    penalised."""
     align_weight: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the alignment loss, lambda [N]."""
+    """Weight of the alignment losses (lambda [N]); 0 switches them off."""
     align_temperature: Rate = 0.1
-    """Temperature of the alignment loss, tau."""
+    """Temperature of the alignment losses (tau [N]). A lower one contrasts more sharply."""
     align_pool: Literal["projected", "all"] = "projected"
-    """The vector that is compared with the text-only state: the slots W e + b, or the mean of all slots with the
-    instructions."""
+    """Slots that are compared with the text-only state: the mean of the projected vectors W e + b, or of all slots
+    including the instructions."""

@@ -42,6 +42,8 @@ WHITENING_SIZE = 2048
 """Users, and items, that are encoded to fit the whitening, at most."""
 TYPICAL_TEXTS = 32
 """Item texts among which the most typical position is searched."""
+RIDGE_PENALTY = 1.0
+"""Penalty of the ridge regression, relative to the mean variance of the standardised ID vectors."""
 
 Floats = npt.NDArray[np.floating]
 Rows = npt.NDArray[np.integer]
@@ -149,7 +151,7 @@ class Initialiser:
     def _initialise_alignment(self, model: RaRec, data: InitialData) -> None:
         """Set each source's alignment from its vectors and texts: items' own texts, for users their targets' texts."""
         config, stored = self.config.alignment, np.array(self.state_blocks)
-        penalty = config.ridge if config.init == "ridge" else None
+        penalty = RIDGE_PENALTY if config.init == "ridge" else None
         start_LD = self._decoder_start(model, data)
         for side, rows_N in (("user", data.targets_N), ("item", data.items_N)):
             alignment: AlignmentModule | None = getattr(model, side).alignment
