@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -547,10 +548,10 @@ def test_a_picture_shows_the_figures_that_a_text_lists(path):
     pytest.importorskip("matplotlib")
     finish(load_sweep(path).runs[0], RANKS[17])
     collected(path)
-    words("<!-- plot: best hr@10\nID model = sweep:plain:id_only\nOurs = sweep:plain:per_layer\n-->", "RESULTS.md")
+    words("<!-- plot: best hr@10\nID model = sweep:plain:id_only\nRA-Rec = sweep:plain:per_layer\n-->", "RESULTS.md")
     made = pages()
     assert "](docs/results/best.svg)" in made["RESULTS.md"]
-    assert all(f">{label}<" in made["docs/results/best.svg"] for label in ("ID model", "Ours"))
+    assert all(f">{label}<" in made["docs/results/best.svg"] for label in ("ID model", "RA-Rec"))
     words("<!-- plot: best hr@10\nID model = sweep:plan:id_only\n-->", "RESULTS.md")
     with pytest.raises(UserError, match=r"RESULTS.md.*best.*`plan`"):
         pages()
@@ -621,3 +622,23 @@ def test_the_headlines_ranks_give_its_figures():
     for variant, values in run["figures"].items():
         hits = [np.mean(table[f"{variant}@{seed}"].to_numpy() <= 100) for seed in run["seeds"]]
         assert np.mean(hits) == pytest.approx(values[3 * kept["metrics"].index("hr@100")], abs=1e-8)
+
+
+def test_links_of_the_projects_own_pages_lead_somewhere():
+    pages = [ROOT / "RESULTS.md", *(ROOT / "docs").glob("results*.md"), *(ROOT / "docs" / "results").glob("*.md")]
+    for page in [*pages, ROOT / "docs" / "experiments.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_site_shows_the_page_with_links_from_its_own_place(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from results_site import on_page_markdown
+
+    def shown(source: str, text: str) -> str:
+        return on_page_markdown(text, page=SimpleNamespace(file=SimpleNamespace(src_uri=source)))
+
+    for target in re.findall(r"\]\(([^)#]+)\)", shown("results.md", "")):
+        assert target.startswith("http") or (ROOT / "docs" / target).exists(), target
+    assert shown("results/beauty.md", "[Summary](../../RESULTS.md)") == "[Summary](../results.md)"
+    assert shown("experiments.md", "[Results](../RESULTS.md)") == "[Results](results.md)"

@@ -138,8 +138,8 @@ def _across(run: Run, other: Run) -> Summary:
     one, another = run.shared(seeds), other.shared(seeds)
     try:
         pairs = {
-            f"{mine} - {yours}": one.against(another, mine, yours)
-            for mine, yours in _pairs_across(list(one.values), list(another.values))
+            f"{own} - {its}": one.against(another, own, its)
+            for own, its in _pairs_across(list(one.values), list(another.values))
         }
     except UserError as error:
         return {"not_compared": error.problem}
@@ -147,7 +147,7 @@ def _across(run: Run, other: Run) -> Summary:
         return {"not_compared": "no variants of the same kind"}
     common = next(iter(pairs.values()))
     values = {
-        pair: {metric: both.values["ours"][metric] - both.values["theirs"][metric] for metric in HEADLINE}
+        pair: {metric: both.values["one"][metric] - both.values["other"][metric] for metric in HEADLINE}
         for pair, both in pairs.items()
     }
     return {"users": common.n, "seeds": len(seeds), "differences": _intervals(values, common)}
@@ -158,8 +158,8 @@ def _pairs_across(own: Sequence[str], others: Sequence[str]) -> Iterator[tuple[s
     for one in sorted(own, key=variant_order):
         for other in sorted(others, key=variant_order):
             kind = variant_group(one)
-            alike = kind == variant_group(other) != SANITY_CHECK
-            if alike and (one == other or one not in others or other not in own):
+            same_kind = kind == variant_group(other) != SANITY_CHECK
+            if same_kind and (one == other or one not in others or other not in own):
                 yield one, other
 
 

@@ -121,7 +121,8 @@ class Tables:
             for name, run in self.runs.items()
             for seed, made in run["made"].items()
         ]
-        return table(["run", "commit", "hardware", "wall time", "steps and samples seen"], rows)
+        how = f"Run one again: `rarec sweep {self.figures_of.sweep(self.sweep)['sweep']} --only RUN`.\n\n"
+        return how + table(["run", "commit", "hardware", "wall time", "steps and samples seen"], rows)
 
 
 def _counts(run: Mapping[str, Any]) -> list[str]:
