@@ -269,10 +269,24 @@ def test_a_run_whose_settings_have_changed_is_dropped_and_named(path):
     collected(path)
     path.write_text(SWEEP.replace("plain: {}", "plain: {train.lr: 0.5}"))
     (dropped,) = collect(load_sweep(path), Path("results"))
-    assert dropped.startswith("plain:")
+    assert dropped.startswith("dropped plain")
     kept = json.loads(Path("results/sweep.json").read_text())
     assert list(kept["runs"]) == ["share/shards.share=0.5"]
     assert "plain/seed-17" in kept["missing"]
+
+
+def test_a_run_collected_without_another_is_not_compared_with_what_is_kept_of_it(path):
+    runs = load_sweep(path).runs
+    for run in runs:
+        finish(run, RANKS[17])
+    collected(path)
+    for run in runs[:3]:
+        shutil.rmtree(run.directory)
+    pairs = collected(path)["across"]
+    half, hundredth = "share/shards.share=0.5", "share/shards.share=0.01"
+    assert "differences" in pairs[f"plain - {half}"]
+    assert "not_compared" in pairs[f"plain - {hundredth}"]
+    assert "not_compared" in pairs[f"{half} - {hundredth}"]
 
 
 def test_what_is_kept_names_no_user_and_no_item(path):

@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     root = Path.cwd()
     if asked.command == "collect":
         for line in collect(load_sweep(asked.sweep), root / "results", asked.ranks):
-            print(f"dropped {line}")
+            print(line)
     for page, text in Pages(root).texts.items():
         if not (root / page).exists() or (root / page).read_text(encoding="utf-8") != text:
             write_text(root / page, text)

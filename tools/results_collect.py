@@ -37,7 +37,7 @@ def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[s
         keep_ranks: names of runs whose ranks are kept as well, in `SWEEP.RUN.parquet`.
 
     Returns:
-        One line for each entry that was dropped from the file.
+        One line for each entry of the file that was dropped, or that is not replaced.
 
     Raises:
         UserError: the sweep does not evaluate, nothing is finished, or a file of a run is missing or altered.
@@ -53,14 +53,14 @@ def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[s
         raise UserError(f"--ranks: no finished run is called {min(unknown)}", "name one of the sweep's finished runs")
     made = summarise(sweep, finished)
     file = place / f"{sweep.path.stem}.json"
-    dropped = merge(made, read_json(file), sweep) if file.exists() else []
+    notes = merge(made, read_json(file), sweep) if file.exists() else []
     made["missing"] = {
         label: stage for label, stage in left.items() if stage and not _has(made, label.rpartition("/seed-"))
     }
     write_text(file, dumped(made))
     for name in keep_ranks:
         write_ranks([one for one in finished if one.run.name == name], place / f"{sweep.path.stem}.{name}.parquet")
-    return dropped
+    return notes
 
 
 def read_finished(run: SweepRun) -> Finished:
@@ -88,7 +88,7 @@ def _seen(training: TrainingRecord) -> tuple[int, int | None]:
 
 
 def _has(made: Summary, label: tuple[str, str, str]) -> bool:
-    """Whether a run with this name and seed is in the file."""
+    """Return whether a run with this name and seed is in the file."""
     name, _, seed = label
     return name in made["runs"] and int(seed) in made["runs"][name]["seeds"]
 
@@ -96,27 +96,36 @@ def _has(made: Summary, label: tuple[str, str, str]) -> bool:
 def merge(made: Summary, before: Summary, sweep: Sweep) -> list[str]:
     """Add to `made` what an earlier file has of runs that are not finished here, and put runs in the sweep's order.
 
+    A run of which fewer seeds are finished here than the earlier file has stays as it is there.
+
     Returns:
-        One line for each run whose settings have changed since, and which is dropped.
+        One line for each run of the earlier file that is dropped, or stays though a part of it is finished here.
     """
-    order = {run.name: run for run in reversed(sweep.runs)}
-    dropped = []
+    planned = {run.name: settings_of(run) for run in sweep.runs}
+    notes, kept = [], set()
     for name, run in before["runs"].items():
-        own = made["runs"].get(name)
-        now = settings_of(order[name]) if name in order else None
-        if own is not None and len(own["seeds"]) >= len(run["seeds"]):
-            continue
-        if now != run["settings"]:
-            dropped.append(f"{name}: {'its settings have changed' if now else 'the sweep has no such run'}")
-            continue
-        made["runs"][name] = run
-        made["across"] = {pair: found for pair, found in made["across"].items() if name not in pair.split(" - ")}
-    names = [name for name in reversed(order) if name in made["runs"]]
+        seeds = len(made["runs"][name]["seeds"]) if name in made["runs"] else 0
+        if name not in planned:
+            notes.append(f"dropped {name}: the sweep has no such run")
+        elif planned[name] != run["settings"]:
+            notes.append(f"dropped {name} as it was before: its settings have changed")
+        elif seeds < len(run["seeds"]):
+            made["runs"][name] = run
+            kept.add(name)
+            notes += [f"kept {name} as it was: the file has more of its seeds than are finished here"] if seeds else []
+    names = [name for name in planned if name in made["runs"]]
     made["runs"] = {name: made["runs"][name] for name in names}
-    pairs = [f"{one} - {other}" for one, other in combinations(names, 2)]
-    both = before["across"] | made["across"]
-    made["across"] = {pair: both.get(pair, {"not_compared": "collected on different machines"}) for pair in pairs}
-    return dropped
+    made["across"] = {
+        f"{one} - {other}": _pair_of(f"{one} - {other}", len({one, other} & kept), made, before)
+        for one, other in combinations(names, 2)
+    }
+    return notes
+
+
+def _pair_of(pair: str, kept: int, made: Summary, before: Summary) -> Summary:
+    """Return the differences between two runs, of which `kept` are as they were in the earlier file."""
+    source = {0: made, 2: before}.get(kept, {"across": {}})["across"]
+    return dict(source.get(pair, {"not_compared": "the runs were collected one without the other"}))
 
 
 def write_ranks(finished: Sequence[Finished], file: Path) -> None:
