@@ -1,12 +1,13 @@
-"""Results of sweeps: figures worked out by hand, intervals over users of their seed-means, nothing left out unsaid."""
+"""Results of sweeps: figures computed by hand, intervals over users of their means over seeds, current pages."""
 
+import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,23 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import read_manifest, write_manifest
-from rarec.config import VARIANTS, dump_config
-from rarec.config.identity import (
-    baseline_of,
-    evaluate_settings,
-    prepare_settings,
-    shard_settings,
-    source_settings,
-    variant_settings,
-    vectors_of,
-)
+from rarec.artefacts import write_manifest
+from rarec.config import dump_config
 from rarec.errors import UserError
 from rarec.evaluation.result_rows import comparison_rows, metric_rows
 from rarec.evaluation.seeds import SeedMeans
 from rarec.files import write_json, write_text
-from rarec.paths import RunPaths
 from rarec.ranking import mean_interval
+from rarec.stages.run import Run
 from rarec.sweep import SweepRun, load_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -73,11 +65,6 @@ def write_ranks(
     return file
 
 
-def artefact(directory: Path, kind: str, settings: Mapping[str, Any], made_from: Mapping[str, str]) -> str:
-    directory.mkdir(parents=True, exist_ok=True)
-    return write_manifest(directory, kind, settings=settings, made_from=made_from)["hash"]
-
-
 def finish(
     run: SweepRun,
     ranks: Mapping[str, Sequence[int]],
@@ -86,29 +73,22 @@ def finish(
     **of: Sequence[str],
 ) -> None:
     """A run with the files that finished stages leave, its ranks made by hand."""
-    config, paths = run.config, RunPaths.of(run.config)
-    prepare = artefact(paths.prepare, "prepare", prepare_settings(config.prepare, run.seed), {})
-    ids = {
-        name: artefact(paths.source(name), "ids", source_settings(section, run.seed), {"prepare": prepare})
-        for name, section in vectors_of(config).items()
-    }
-    shards = artefact(paths.shards, "shards", shard_settings(config), {"prepare": prepare, "ids/id": ids["id"]})
-    write_text(paths.config, dump_config(config))
-    for name in config.train.variants:
-        artefact(paths.train(name), "train", variant_settings(config, VARIANTS[name]), {"shards": shards})
-        write_json(paths.train(name) / "done.json", {"step": 2, "best_step": 2, "seconds": 1.0})
-        lines = [f'{{"step": {step}, "loss": 1.0, "samples": {count}}}\n' for step, count in ((1, 1000), (2, 500))]
-        write_text(paths.train(name) / "log.jsonl", "".join(lines))
-    from rarec.training.finished import training_hash
-
-    made_from = {name: training_hash(paths.train(name)) for name in config.train.variants}
-    made_from |= {"prepare": prepare, "baseline": ids[baseline_of(config)[0]]}
-    write_ranks(paths.evaluation / "ranks.parquet", ranks, **of)
-    write_json(paths.evaluation / "metrics.json", [])
-    write_json(paths.evaluation / "strata.json", strata or [])
-    artefact(paths.evaluation, "evaluate", evaluate_settings(config), made_from)
+    opened = Run(run.config)
+    write_text(opened.config_file, dump_config(run.config))
+    for stage in opened.all_stages(("prepare", "ids", "shards", "train", "evaluate")):
+        figures = {"step": 2, "best_step": 2, "seconds": 1.0} if stage.name == "train" else {}
+        if stage.name == "train":
+            lines = [f'{{"step": {step}, "loss": 1.0, "samples": {count}}}\n' for step, count in ((1, 1000), (2, 500))]
+            write_text(stage.directory / "log.jsonl", "".join(lines))
+        if stage.name == "evaluate":
+            write_ranks(stage.directory / "ranks.parquet", ranks, **of)
+            write_json(stage.directory / "metrics.json", [])
+            write_json(stage.directory / "strata.json", strata or [])
+        stage.directory.mkdir(parents=True, exist_ok=True)
+        made_from = {name: each.hash for name, each in stage.inputs().items()}
+        write_manifest(stage.directory, stage.kind, settings=stage.settings(), made_from=made_from, **figures)
     if record is not None:
-        write_json(paths.record, record)
+        write_json(opened.record_file, record)
 
 
 @pytest.fixture
@@ -121,15 +101,32 @@ def path(tmp_path, monkeypatch) -> Path:
     return Path("sweep.yaml")
 
 
-def page(path: Path) -> str:
-    from make_results import results
+def collected(path: Path, *keep_ranks: str) -> dict[str, Any]:
+    """Collect what is finished and read the sweep's file."""
+    from results_collect import collect
 
-    return results([path], Path("results"))
+    collect(load_sweep(path), Path("results"), keep_ranks)
+    return json.loads(Path("results", f"{path.stem}.json").read_text())
+
+
+def pages() -> dict[str, str]:
+    from make_results import Pages
+
+    return {page.as_posix(): text for page, text in Pages(Path()).texts.items()}
+
+
+def page(path: Path) -> str:
+    collected(path)
+    return pages()[f"docs/results/{path.stem}.md"]
+
+
+def words(text: str, name: str = "sweep.md") -> None:
+    write_text(Path("results/text", name), text)
 
 
 def rows_of(page: str, heading: str) -> list[list[str]]:
     """Cells of the table under a heading, without its head."""
-    part = page.split(f"### {heading}\n")[1].split("\n### ")[0]
+    part = page.split(f"## {heading}\n")[1].split("\n## ")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if "|" in line][2:]
 
 
@@ -156,7 +153,7 @@ def test_one_seed_gives_the_figures_of_the_runs_own_metrics(tmp_path):
         assert means.differences(*pairs[0])[row["metric"]] == (row["difference"], row["low"], row["high"])
 
 
-def test_seeds_are_paired_by_user_in_whatever_order_and_the_others_are_counted(tmp_path):
+def test_seeds_are_paired_by_user_in_any_order_and_the_others_are_counted(tmp_path):
     one = write_ranks(tmp_path / "1.parquet", {"id_only": [1, 2, 4]}, "abc", "xyz")
     two = write_ranks(tmp_path / "2.parquet", {"id_only": [8, 2, 1]}, "cbe", "zyv")
     means = SeedMeans.read([one, two])
@@ -167,10 +164,10 @@ def test_seeds_are_paired_by_user_in_whatever_order_and_the_others_are_counted(t
 def test_seeds_of_other_splits_are_refused(tmp_path):
     one = write_ranks(tmp_path / "1.parquet", {"id_only": [1, 2]}, "ab", "xy")
     other = write_ranks(tmp_path / "2.parquet", {"id_only": [1, 2]}, "ab", "xz")
-    with pytest.raises(UserError, match=r"2.parquet: user 'b' has another target"):
+    with pytest.raises(UserError, match=r"2.parquet"):
         SeedMeans.read([one, other])
     strangers = write_ranks(tmp_path / "3.parquet", {"id_only": [1, 2]}, "cd", "xy")
-    with pytest.raises(UserError, match="no user was ranked in all of"):
+    with pytest.raises(UserError, match=r"3.parquet"):
         SeedMeans.read([one, strangers])
 
 
@@ -191,112 +188,110 @@ def test_the_page_has_every_finished_run_and_names_every_other(path):
     pairs = {row[1]: row[2] for row in rows_of(made, "Paired differences")}
     assert pairs["RA-Rec (per layer) + ID minus ID model"].startswith("+.3750 (")
     assert pairs["RA-Rec (per layer) + ID minus text only + ID"].startswith("+.2500 (")
-    assert "- `share/shards.share=0.5/seed-17` is not finished: shards is next" in made
-    assert "- `share/shards.share=0.01/seed-17` is not finished: shards is next" in made
+    missing = made.split("## Missing\n")[1]
+    assert "`share/shards.share=0.5/seed-17`" in missing
+    assert "`share/shards.share=0.01/seed-17`" in missing
 
 
 def test_a_run_of_which_a_seed_is_missing_says_so(path):
     finish(load_sweep(path).runs[0], RANKS[17])
     made = page(path)
     assert rows_of(made, "Figures")[0][6:] == ["4", "1 of 2"]
-    assert "- `plain/seed-18` is not finished: prepare is next" in made
+    assert "`plain/seed-18` is not finished: prepare" in made
 
 
-def test_nothing_finished_and_no_evaluation_are_told(path):
-    assert page(path).count("No run is finished.") == 3
+def test_a_sweep_without_finished_runs_or_evaluation_is_refused(path):
+    with pytest.raises(UserError, match=r"sweep.yaml") as refused:
+        collected(path)
+    assert "rarec sweep sweep.yaml" in refused.value.remedy
     path.write_text(SWEEP + "stages: [prepare, ids]\n")
     with pytest.raises(UserError, match=r"sweep.yaml: `stages` lacks evaluate"):
-        page(path)
+        collected(path)
 
 
 def test_figures_of_altered_files_are_refused(path):
     run = load_sweep(path).runs[0]
     finish(run, RANKS[17])
     write_ranks(run.directory / "evaluation" / "ranks.parquet", RANKS[18])
-    with pytest.raises(UserError, match=r"ranks.parquet is missing or altered"):
-        page(path)
+    with pytest.raises(UserError, match=r"ranks.parquet"):
+        collected(path)
 
 
-def test_a_run_that_is_gone_is_told_from_what_was_kept_of_it(path):
-    for run in load_sweep(path).runs:
+def test_every_pair_of_variants_is_kept_with_its_interval_in_both_directions(path):
+    from results_figures import Figures
+
+    finish(load_sweep(path).runs[0], RANKS[17])
+    kept = collected(path)["runs"]["plain"]
+    assert len(kept["differences"]) == 6
+    means = SeedMeans.read([load_sweep(path).runs[0].directory / "evaluation" / "ranks.parquet"], 300, 17)
+    found = Figures(Path("results"))
+    for one, other in (("id_only", "per_layer+id"), ("per_layer+id", "id_only")):
+        expected = means.differences(one, other)["mrr"]
+        assert found.difference("sweep", ("plain", one), ("plain", other), "mrr") == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_run_that_is_gone_keeps_its_figures_while_its_settings_are_the_same(path):
+    runs = load_sweep(path).runs
+    for run in runs:
         finish(run, RANKS[17])
-    made = page(path)
-    shutil.rmtree("all")
-    assert page(path) == made
-    assert "Every run of the sweep is finished." in made
+    before = collected(path)
+    for run in runs[1:]:
+        shutil.rmtree(run.directory)
+    assert collected(path) == before  # of `plain` one seed is left here, and the file has two
+
+
+def test_a_run_whose_settings_have_changed_is_dropped_and_named(path):
+    from results_collect import collect
+
+    for at in (0, 2):
+        finish(load_sweep(path).runs[at], RANKS[17])
+    collected(path)
+    path.write_text(SWEEP.replace("plain: {}", "plain: {train.lr: 0.5}"))
+    (dropped,) = collect(load_sweep(path), Path("results"))
+    assert dropped.startswith("dropped plain")
+    kept = json.loads(Path("results/sweep.json").read_text())
+    assert list(kept["runs"]) == ["share/shards.share=0.5"]
+    assert "plain/seed-17" in kept["missing"]
+
+
+def test_a_run_collected_without_another_is_not_compared_with_what_is_kept_of_it(path):
+    runs = load_sweep(path).runs
+    for run in runs:
+        finish(run, RANKS[17])
+    collected(path)
+    for run in runs[:3]:
+        shutil.rmtree(run.directory)
+    pairs = collected(path)["across"]
+    half, hundredth = "share/shards.share=0.5", "share/shards.share=0.01"
+    assert "differences" in pairs[f"plain - {half}"]
+    assert "not_compared" in pairs[f"plain - {hundredth}"]
+    assert "not_compared" in pairs[f"{half} - {hundredth}"]
 
 
 def test_what_is_kept_names_no_user_and_no_item(path):
     users, items = [f"customer-{one}" for one in "abcd"], [f"article-{one}" for one in "wxyz"]
     finish(load_sweep(path).runs[0], RANKS[17], users=users, targets=items)
-    page(path)
+    collected(path, "plain")
     for file in Path("results").rglob("*.*"):
         assert not any(text in file.read_bytes() for text in (b"customer", b"article"))
-    table = pq.read_table("results/sweep/plain/seed-17/ranks.parquet")
+    table = pq.read_table("results/sweep.plain.parquet")
     assert len(set(table["user"].to_pylist())) == 4
-    assert table["rank"].to_pylist() == [rank for ranks in RANKS[17].values() for rank in ranks]
+    assert sorted(table["id_only@17"].to_pylist()) == sorted(RANKS[17]["id_only"])
 
 
-def test_what_was_kept_of_other_settings_is_not_shown(path):
-    for at in (0, 2):
-        finish(load_sweep(path).runs[at], RANKS[17])
-    page(path)
-    path.write_text(SWEEP.replace("plain: {}", "plain: {train.lr: 0.5}"))
-    made = page(path)
-    assert "| share/shards.share=0.5 | ID model |" in made
-    assert "| plain |" not in made
-    assert "- `plain/seed-17` is not finished: train is next; what is kept of it was made with other settings:" in made
-    assert "variants.per_layer.train.lr: 0.002 -> 0.5" in made
+def test_ranks_of_two_seeds_are_kept_user_by_user(path):
+    first, second, *_ = load_sweep(path).runs
+    finish(first, RANKS[17])
+    finish(second, {name: ranks[::-1] for name, ranks in RANKS[18].items()}, users="dcba", targets="zyxw")
+    collected(path, "plain")
+    table = pq.read_table("results/sweep.plain.parquet").to_pylist()
+    pairs = sorted((row["id_only@17"], row["id_only@18"]) for row in table)
+    assert pairs == sorted(zip(RANKS[17]["id_only"], RANKS[18]["id_only"], strict=True))
+    with pytest.raises(UserError, match="--ranks"):
+        collected(path, "plan")
 
 
-def test_what_was_kept_of_other_vectors_is_not_shown(path):
-    entry = "plain: {ids: {model: import, imported: {items: a.npy, item_ids: ids.txt}}}"
-    path.write_text(SWEEP.replace("plain: {}", entry))
-    finish(load_sweep(path).runs[0], RANKS[17])
-    page(path)
-    shutil.rmtree("all")
-    assert "No run is finished." not in page(path)
-    path.write_text(SWEEP.replace("plain: {}", entry.replace("a.npy", "b.npy")))
-    with pytest.raises(UserError, match=r'imported.id: \["a.npy", "ids.txt", null, null\] -> \["b.npy"'):
-        page(path)
-
-
-def test_tables_are_not_replaced_by_none_since_the_settings_have_changed(path):
-    finish(load_sweep(path).runs[0], RANKS[17])
-    page(path)
-    path.write_text(SWEEP.replace("plain: {}", "plain: {train.lr: 0.5}"))
-    with pytest.raises(
-        UserError, match=r"none of its runs is finished.*variants\.per_layer\.train\.lr: 0\.002 -> 0\.5"
-    ):
-        page(path)
-
-
-def test_a_field_that_came_after_a_run_was_kept_counts_as_its_default(path):
-    finish(load_sweep(path).runs[0], RANKS[17])
-    made = page(path)
-    shutil.rmtree("all")
-    kept = Path("results/sweep/plain/seed-17")
-    settings = read_manifest(kept, "results")["settings"]
-    del settings["alignment"]["missing"]
-    write_manifest(kept, "results", settings=settings, made_from={})
-    assert rows_of(page(path), "Figures") == rows_of(made, "Figures")
-    write_manifest(kept, "results", settings=settings | {"gone": 1}, made_from={})
-    with pytest.raises(UserError, match=r"manifest\.json: unknown field `gone`"):
-        page(path)
-
-
-@pytest.mark.parametrize("file", ["run.json", "ranks.parquet", "manifest.json"])
-def test_what_was_kept_and_is_altered_is_refused(path, file):
-    finish(load_sweep(path).runs[0], RANKS[17])
-    page(path)
-    shutil.rmtree("all")
-    Path("results/sweep/plain/seed-17", file).write_text("{}")
-    with pytest.raises(UserError, match=file) as told:
-        page(path)
-    assert "fetch it again" in told.value.remedy
-
-
-def test_each_run_tells_how_it_was_made(path):
+def test_each_run_shows_how_it_was_made(path):
     stage = {"seconds": 30.4, "hardware": "Some CPU, 2 cores", "ranks": 1, "version": "0.1.0"}
     record = {
         "train": {**stage, "commit": "0123456789abcdef0123-dirty"},
@@ -309,73 +304,99 @@ def test_each_run_tells_how_it_was_made(path):
     rows = rows_of(page(path), "How it was made")
     assert rows[0] == [
         "plain/seed-17",
-        "`rarec sweep sweep.yaml --only plain/seed-17`",
         "`0123456789ab-dirty`, `abcdef012345`",
         "Some CPU, 2 cores, Some CPU, 2 cores x 2",
         "prepare shared, ids shared, shards shared, train 30 s, evaluate 1,200 s",
         "text only: 2, 1,500; RA-Rec (per layer): 2, 1,500",
     ]
-    assert rows[1][2:4] == ["not recorded"] * 2
-    assert rows[1][4].endswith("train not recorded, evaluate not recorded")
+    assert rows[1][1:3] == ["not recorded"] * 2
+    assert rows[1][3].endswith("train not recorded, evaluate not recorded")
 
 
-def test_a_page_of_its_own_has_the_tables_where_its_markers_stand(path):
+def test_the_page_lists_the_settings_of_each_run(path):
     for run in load_sweep(path).runs:
         finish(run, RANKS[17])
-    Path("sweep.md").write_text("## Mine\n\nBy hand.\n\n<!-- results: differences -->\n\nAnd so it is.\n")
+    rows = rows_of(page(path), "Runs")
+    assert rows[0] == ["plain", "nothing", "2"]
+    assert rows[1] == ["share/shards.share=0.5", "`shards.share: 0.5`", "1"]
+
+
+def test_the_words_of_a_sweep_have_the_tables_where_their_markers_are(path):
+    for run in load_sweep(path).runs:
+        finish(run, RANKS[17])
+    words("# Mine\n\nBy hand.\n\n<!-- results: differences -->\n\nThe end.\n")
     made = page(path)
-    assert "## Mine" in made
-    assert "## sweep" not in made
-    hand, rest = made.split("And so it is.")
+    hand, rest = made.split("The end.")
+    assert "# Mine" in hand
     assert "minus ID model" in hand
     assert "minus ID model" not in rest
-    assert [line for line in rest.splitlines() if line.startswith("#")] == [
-        "### Figures",
-        "### HR@100 by who hits; behind the comma, by the fusion as well",
-        "### Curves",
-        "### Missing",
-        "### How it was made",
-    ]
-    Path("sweep.md").write_text("<!-- results: figure -->")
-    with pytest.raises(UserError, match=r"sweep.md: there is no block `figure`"):
-        page(path)
+    titles = [line for line in rest.splitlines() if line.startswith("#")]
+    assert titles == ["## Runs", "## Figures", "## Who hits", "## Curves", "## How it was made"]
+    words("<!-- results: figure -->")
+    with pytest.raises(UserError, match=r"sweep.md.*`figure`"):
+        pages()
 
 
-def test_figures_in_the_running_text_are_those_of_the_tables(path):
+def test_figures_in_the_text_are_those_of_the_tables(path):
     for run, ranks in zip(load_sweep(path).runs[:3], (RANKS[17], RANKS[18], RANKS[18]), strict=True):
         finish(run, ranks)
     Path("other.yaml").write_text(SWEEP.replace("dir: all", "dir: others"))
     finish(load_sweep(Path("other.yaml")).runs[0], {**RANKS[17], "id_only": [200] * 4})
-    page(Path("other.yaml"))
+    collected(Path("other.yaml"))
     cited = ["plain:id_only hr@10", "plain:id_only hr@10 mean", "plain:id_only - per_layer+id mrr"]
-    cited += ["other:plain:id_only - plain:id_only hr@100", "share/shards.share=0.5:id_only - plain:id_only hr@10 mean"]
-    Path("sweep.md").write_text("".join(f"- {{{{{one}}}}}, so.\n" for one in cited))
+    cited += ["other:plain:id_only hr@100 mean", "share/shards.share=0.5:id_only - plain:id_only hr@10 mean"]
+    cited += ["plain:id_only hr@10,hr@100 mean", "plain users", "plain seeds"]
+    words("".join(f"- {{{{{one}}}}}, so.\n" for one in cited))
     made = page(path)
     found = [line.removeprefix("- ").removesuffix(", so.") for line in made.splitlines()[:40] if line.endswith(", so.")]
     table = {tuple(row[:2]): row for row in rows_of(made, "Figures")}
     assert found[0] == table["plain", "ID model"][2]
     assert found[1] == ".6250"
     assert found[2].startswith("\N{MINUS SIGN}66.8 (")  # 1.33 of 4 less than four firsts
-    assert found[3].startswith("\N{MINUS SIGN}75.0 (")  # seed 17 alone is in both
+    assert found[3] == ".0000"
     assert found[4] == "25.0"  # three quarters, and by that seed of the other a half
+    assert found[5:] == [".6250 | .7500", "4", "2"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "named"),
     [
-        ("hr@10", "not a figure"),
-        ("plan:id_only hr@10", "there is no finished run `plan`"),
-        ("plain:id hr@10", "there is no variant `id`"),
-        ("plain:id_only - text_onyl+id hr@10", r"there is no variant `text_onyl\+id`"),
-        ("plain:id_only hr@11", "there is no metric `hr@11`"),
-        ("others:plain:id_only hr@10", r"others.yaml"),
+        ("hr@10", "hr@10"),
+        ("plan:id_only hr@10", "run `plan`"),
+        ("plain:id hr@10", "variant `id`"),
+        ("plain:id_only - text_onyl+id hr@10", r"variant `text_onyl\+id`"),
+        ("plain:id_only - plan:id_only hr@10", "run `plan`"),
+        ("plain:id_only hr@11", "metric `hr@11`"),
+        ("plain:id_only hr@100 in popularity 7", "stratum `popularity 7`"),
+        ("plain:id_only mrr in popularity 7", "mrr"),
+        ("others:plain:id_only hr@10", "sweep `others`"),
+        ("plain:id_only - other:plain:id_only hr@10", "two sweeps"),
     ],
 )
-def test_a_figure_that_there_is_not_is_refused(path, asked, told):
+def test_an_unknown_figure_is_refused_with_what_is_wrong(path, asked, named):
+    finish(load_sweep(path).runs[0], RANKS[17], strata=[stratum("id_only", "0-3", 0.5)])
+    collected(path)
+    shutil.copy("results/sweep.json", "results/other.json")
+    words(f"It is {{{{{asked}}}}}.")
+    with pytest.raises(UserError, match=named):
+        pages()
+
+
+@pytest.mark.parametrize("name", ["sweep.md", "RESULTS.md", "blocks/table.md", "README.md"])
+def test_an_unknown_figure_is_refused_with_file_and_placeholder(path, name):
     finish(load_sweep(path).runs[0], RANKS[17])
-    Path("sweep.md").write_text(f"It is {{{{{asked}}}}}.")
-    with pytest.raises(UserError, match=told):
-        page(path)
+    collected(path)
+    figure = "{{sweep:plan:id_only hr@10}}"
+    if name == "README.md":
+        Path(name).write_text(f"It is <!-- results: {figure} --><!-- /results -->.")
+    else:
+        words(f"It is {figure}.", name)
+    if name.startswith("blocks"):
+        words("<!-- results: table -->", "RESULTS.md")
+    with pytest.raises(UserError) as refused:
+        pages()
+    assert name in refused.value.problem
+    assert figure in refused.value.problem
 
 
 def test_runs_are_compared_with_the_one_called_base_over_the_users_that_both_ranked(path):
@@ -386,20 +407,20 @@ def test_runs_are_compared_with_the_one_called_base_over_the_users_that_both_ran
     finish(runs["plain/seed-17"], {"per_layer": [20, 2, 2, 2, 1], "id_only": [1] * 5}, users="dabce", targets="zwxyv")
     ((difference, variant, hits, *_, users, seeds),) = rows_of(page(path), "Against the base")
     assert (difference, variant, users, seeds) == ("plain minus base", "RA-Rec (per layer)", "4", "1")
-    assert hits.startswith("−.2500 ")  # d alone is lost, and e stands in one of them only
+    assert hits.startswith("−.2500 ")  # d alone is lost, and e is in one of them only
 
 
-def test_a_page_names_another_run_that_the_others_are_compared_with(path):
+def test_the_words_name_another_run_that_the_others_are_compared_with(path):
     runs = {run.label: run for run in load_sweep(path).runs}
     for label in ("plain/seed-17", "share/shards.share=0.5/seed-17", "share/shards.share=0.01/seed-17"):
         finish(runs[label], RANKS[17])
-    Path("sweep.md").write_text("<!-- results: against share/shards.share=0.5 -->\n\n<!-- results: figures -->")
+    words("<!-- results: against share/shards.share=0.5 -->\n\n<!-- results: figures -->")
     table = page(path).split("| run |")[0]
     assert "| plain minus share/shards.share=0.5 |" in table
     assert "| share/shards.share=0.01 minus share/shards.share=0.5 |" in table
-    Path("sweep.md").write_text("<!-- results: against share/shards.share=5 -->")
-    with pytest.raises(UserError, match=r"sweep.md: sweep.yaml has no run `share/shards.share=5`"):
-        page(path)
+    words("<!-- results: against share/shards.share=5 -->")
+    with pytest.raises(UserError, match=r"sweep.md.*`share/shards.share=5`"):
+        pages()
 
 
 def test_runs_are_compared_over_the_seeds_that_both_have(path):
@@ -413,26 +434,24 @@ def test_runs_are_compared_over_the_seeds_that_both_have(path):
 
 
 @pytest.mark.parametrize(
-    ("other", "why"),
+    ("seed", "other", "why"),
     [
-        ({"targets": "wxyy"}, "other test targets"),
-        ({"users": "efgh"}, "no test user in common"),
+        (17, {"targets": "wxyy"}, "target"),
+        (17, {"users": "efgh"}, "user"),
+        (18, {}, "seed"),
     ],
 )
-def test_runs_on_other_targets_or_users_are_not_compared_and_the_page_says_why(path, other, why):
+def test_runs_with_other_targets_users_or_seeds_are_not_compared_and_the_page_says_why(path, seed, other, why):
     path.write_text(SWEEP.replace("plain: {}", "base: {}\n  plain: {}"))
     runs = {run.label: run for run in load_sweep(path).runs}
     finish(runs["base/seed-17"], RANKS[17])
-    finish(runs["plain/seed-17"], RANKS[17], **other)
-    assert rows_of(page(path), "Against the base")[0][2] == f"not compared: {why}"
-
-
-def test_runs_without_a_seed_in_common_are_not_compared(path):
-    path.write_text(SWEEP.replace("plain: {}", "base: {}\n  plain: {}"))
-    runs = {run.label: run for run in load_sweep(path).runs}
-    finish(runs["base/seed-17"], RANKS[17])
-    finish(runs["plain/seed-18"], RANKS[18])
-    assert rows_of(page(path), "Against the base")[0][2] == "not compared: no seed in common"
+    finish(runs[f"plain/seed-{seed}"], RANKS[seed], **other)
+    cell = rows_of(page(path), "Against the base")[0][2]
+    assert cell.startswith("not compared")
+    assert why in cell
+    words("{{plain:per_layer - base:per_layer hr@10}}")
+    with pytest.raises(UserError, match=why):
+        pages()
 
 
 def test_the_fusion_of_the_first_run_is_compared_with_that_of_a_run_with_another_main_variant(path):
@@ -449,27 +468,31 @@ def test_the_fusion_of_the_first_run_is_compared_with_that_of_a_run_with_another
     assert last[-2:] == ["4", "2"]
 
 
-def test_strata_are_those_of_each_seed_of_the_first_run(path):
-    def row(variant: str, bucket: str, value: float, metric: str = "hr@100") -> dict[str, Any]:
-        place = {"variant": variant, "stratum": "popularity", "bucket": bucket, "order": 0, "metric": metric}
-        return {**place, "value": value, "low": value - 0.1, "high": value + 0.1, "n": 30}
+def stratum(variant: str, bucket: str, value: float, metric: str = "hr@100") -> dict[str, Any]:
+    place = {"variant": variant, "stratum": "popularity", "bucket": bucket, "order": 0, "metric": metric}
+    return {**place, "value": value, "low": value - 0.1, "high": value + 0.1, "n": 30}
 
-    both = [row(variant, bucket, 0.5) for variant in ("id_only", "per_layer") for bucket in ("0-3", "4-9")]
-    first, second, *_ = load_sweep(path).runs
-    finish(first, RANKS[17], strata=[*both, row("id_only", "0-3", 0.9, "hr@10")])
-    finish(second, RANKS[18], strata=[row(variant, "0-3", 0.1) for variant in ("id_only", "per_layer")])
-    shown = rows_of(page(path), "By history and popularity")
+
+def test_strata_are_those_of_each_seed_of_the_first_run(path):
+    both = [stratum(variant, bucket, 0.5) for variant in ("id_only", "per_layer") for bucket in ("0-3", "4-9")]
+    first, second, third, _ = load_sweep(path).runs
+    finish(first, RANKS[17], strata=[*both, stratum("id_only", "0-3", 0.9, "hr@10")])
+    finish(second, RANKS[18], strata=[stratum(variant, "0-3", 0.1) for variant in ("id_only", "per_layer")])
+    finish(third, RANKS[17], strata=both)
+    one, several = "share/shards.share=0.5:id_only", "plain:id_only"
+    words(f"# A\n\n{{{{{one} hr@100 in popularity 4-9}}}}; {{{{{several} hr@100 in popularity 0-3}}}}\n")
+    made = page(path)
+    shown = rows_of(made, "By history and popularity")
     cells = [".5000 (.4000 to .6000)", ".5000 (.4000 to .6000)", "30"]
     assert shown[:2] == [["plain/seed-17", f"popularity {bucket}", *cells] for bucket in ("0-3", "4-9")]
     assert [row[:2] for row in shown[2:]] == [["plain/seed-18", "popularity 0-3"]]
+    assert ".5000 (.4000 to .6000); .3000\n" in made  # several seeds: their mean
 
 
-def test_hits_are_told_by_who_has_them_and_what_the_fusion_makes_of_them(path):
+def test_hits_are_counted_by_who_has_them_and_by_what_the_fusion_keeps(path):
     first, *_ = load_sweep(path).runs
     finish(first, {"id_only": [1, 1, 999, 999], "per_layer": [1, 999, 2, 999], "per_layer+id": [1, 999, 2, 50]})
-    ((*_, either, both, ids, own, neither, users),) = rows_of(
-        page(path), "HR@100 by who hits; behind the comma, by the fusion as well"
-    )
+    ((*_, either, both, ids, own, neither, users),) = rows_of(page(path), "Who hits")
     assert (either, both) == (".7500, .5000", ".2500, .2500")
     assert (ids, own, neither) == (".2500, .0000", ".2500, .2500", ".2500, .2500")
     assert users == "4"
@@ -479,23 +502,22 @@ def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
     pytest.importorskip("matplotlib")
     *_, first, second = load_sweep(path).runs
     finish(first, RANKS[17])
-    assert not list(Path().rglob("*.svg"))
+    assert "svg" not in page(path)
     finish(second, RANKS[18])
-    assert "![HR@100 over shards.share: share](results/sweep/shards.share.svg)" in page(path)
-    drawn = Path("results/sweep/shards.share.svg").read_text()
-    for text in ("shards.share", "HR@100", "ID model", "RA-Rec (per layer) + ID", "dasharray"):
+    assert "](sweep.shards.share.svg)" in page(path)
+    drawn = pages()["docs/results/sweep.shards.share.svg"]
+    for text in ("shards.share", "HR@100", "ID model", "share + ID", "dasharray"):
         assert text in drawn
-    page(path)
-    assert Path("results/sweep/shards.share.svg").read_text() == drawn
+    assert pages()["docs/results/sweep.shards.share.svg"] == drawn
 
 
-def test_a_grid_over_lists_is_drawn_with_each_as_it_is_written_and_joins_none(path):
+def test_a_grid_over_lists_is_drawn_with_each_value_and_joins_none(path):
     pytest.importorskip("matplotlib")
     path.write_text(SWEEP.replace("grid: {shards.share: [0.5, 0.01]}", "grid: {train.blocks: [[0], [0, 1]]}"))
     for run in load_sweep(path).runs[2:]:
         finish(run, RANKS[17])
-    page(path)
-    drawn = Path("results/sweep/train.blocks.svg").read_text()
+    collected(path)
+    drawn = pages()["docs/results/sweep.train.blocks.svg"]
     assert "[0]" in drawn
     assert "[0, 1]" in drawn
     assert "dasharray" not in drawn, "no line of a fusion"
@@ -508,49 +530,108 @@ def test_grids_over_the_same_field_are_drawn_together(path):
     path.write_text(text.rstrip("\n") + entry)
     for run, ranks in zip((run for run in load_sweep(path).runs if run.grid), cycle(RANKS.values()), strict=False):
         finish(run, ranks)
-    assert "![HR@100 over shards.share: share, other](results/sweep/shards.share.svg)" in page(path)
-    drawn = Path("results/sweep/shards.share.svg").read_text()
+    collected(path)
+    drawn = pages()["docs/results/sweep.shards.share.svg"]
     assert [drawn.count(f">{label}<") for label in ("ID model", "share", "share + ID", "other", "other + ID")] == [
         1
     ] * 5
 
 
-def test_the_tool_makes_its_section_anew_and_keeps_the_others(path, monkeypatch):
+def test_a_picture_shows_the_figures_that_a_text_lists(path):
+    pytest.importorskip("matplotlib")
+    finish(load_sweep(path).runs[0], RANKS[17])
+    collected(path)
+    words("<!-- plot: best hr@10\nID model = sweep:plain:id_only\nRA-Rec = sweep:plain:per_layer\n-->", "RESULTS.md")
+    made = pages()
+    assert "](docs/results/best.svg)" in made["RESULTS.md"]
+    assert all(f">{label}<" in made["docs/results/best.svg"] for label in ("ID model", "RA-Rec"))
+    words("<!-- plot: best hr@10\nID model = sweep:plan:id_only\n-->", "RESULTS.md")
+    with pytest.raises(UserError, match=r"RESULTS.md.*best.*`plan`"):
+        pages()
+
+
+def test_the_readme_is_filled_between_its_markers_and_nowhere_else(path):
+    finish(load_sweep(path).runs[0], RANKS[17])
+    collected(path)
+    words("| a |\n| --- |\n| {{sweep:plain:per_layer hr@10 mean}} |", "blocks/table.md")
+    asked = "{{{{sweep:plain:id_only hr@10 mean}}}}"  # doubled for `format`
+    text = (
+        "Top\n\n<!-- results: table -->{}<!-- /results -->\n\n.1 and <!-- results: "
+        + asked
+        + " -->{}<!-- /results -->\n"
+    )
+    Path("README.md").write_text(text.format("old\n", ".9"))
+    filled = pages()["README.md"]
+    assert filled == text.format("\n| a |\n| --- |\n| 1.0000 |\n", ".5000")
+    Path("README.md").write_text(filled)
+    assert pages()["README.md"] == filled
+    Path("README.md").write_text("<!-- results: table -->\n")
+    with pytest.raises(UserError, match=r"README.md") as refused:
+        pages()
+    assert "<!-- /results -->" in refused.value.remedy
+
+
+def test_the_command_collects_and_writes_only_what_has_changed(path, capsys):
     from make_results import main
 
     for run in load_sweep(path).runs:
         finish(run, RANKS[17])
-    monkeypatch.setattr(sys, "argv", ["make_results.py", "sweep.yaml"])
-    main()
-    made = Path("RESULTS.md").read_text()
-    assert made.startswith("# Results\n")
-    assert "Made by `python tools/make_results.py sweep.yaml`" in made
-    theirs = "\n<!-- sweep: other -->\n\n## Others, by hand\n\nFrom elsewhere.\n"
-    head, own = made.split("\n<!-- sweep: sweep -->\n")
-    Path("RESULTS.md").write_text("old head\n" + theirs + "\n<!-- sweep: sweep -->\n\nold\n")
-    main()
-    contents = "- [sweep](#sweep)\n"
-    assert head.endswith("\n\n" + contents)
-    head = head.removesuffix(contents) + "- [Others, by hand](#others-by-hand)\n" + contents
-    assert Path("RESULTS.md").read_text() == head + theirs + "\n<!-- sweep: sweep -->\n" + own
+    main(["collect", "sweep.yaml"])
+    assert "docs/results/sweep.md" in capsys.readouterr().out
+    assert Path("docs/results/sweep.md").read_text() == pages()["docs/results/sweep.md"]
+    main([])
+    assert capsys.readouterr().out == ""
 
 
-def test_a_page_by_another_hand_is_left_alone(path, monkeypatch):
-    from make_results import main
+def test_the_projects_own_pages_are_those_that_the_tool_makes(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from make_results import Pages
 
-    Path("RESULTS.md").write_text("# My results\n")
-    monkeypatch.setattr(sys, "argv", ["make_results.py", "sweep.yaml"])
-    with pytest.raises(UserError, match="another hand"):
-        main()
-    assert Path("RESULTS.md").read_text() == "# My results\n"
+    remedy = "run: python tools/make_results.py"
+    for page, text in Pages(ROOT).texts.items():
+        assert (ROOT / page).exists(), f"{page}: {remedy}"
+        there = (ROOT / page).read_text()
+        if page.suffix == ".svg" and f"Matplotlib v{matplotlib.__version__}" not in there:
+            continue  # another version draws other bytes
+        assert there == text, f"{page}: {remedy}"
 
 
-def test_the_projects_own_page_has_the_text_of_its_sweeps():
-    _, *pairs = re.split(r"<!-- sweep: (.+) -->", (ROOT / "RESULTS.md").read_text())
-    sections = dict(zip(pairs[::2], pairs[1::2], strict=True))
-    pages = {page.stem: page.read_text() for page in (ROOT / "configs" / "sweeps").glob("*.md")}
-    assert sections.keys() == pages.keys()
-    for name, text in pages.items():
-        parts = re.split(r"<!-- results: .+? -->|{{.+?}}", text.strip())
-        made = r"[\s\S]*?".join(re.escape(part.strip("\n")) for part in parts)
-        assert re.search(made, sections[name]), f"make the section of {name} again"
+def test_the_projects_own_results_are_short_and_small():
+    assert len((ROOT / "RESULTS.md").read_text().splitlines()) <= 300
+    assert sum(file.stat().st_size for file in (ROOT / "results").rglob("*")) < 6 * 2**20
+
+
+def test_the_projects_own_words_have_no_typed_figures_but_those_with_a_source():
+    for file in (ROOT / "results" / "text").rglob("*.md"):
+        for line in re.sub(r"\{\{.+?\}\}", "", file.read_text()).splitlines():
+            assert "http" in line or not re.search(r"\.\d{3,4}\b", line), f"{file.name}: {line}"
+
+
+def test_the_headlines_ranks_give_its_figures():
+    kept = json.loads((ROOT / "results" / "beauty.json").read_text())
+    run, table = kept["runs"]["headline"], pq.read_table(ROOT / "results" / "beauty.headline.parquet")
+    assert table.num_rows == run["users"]
+    for variant, values in run["figures"].items():
+        hits = [np.mean(table[f"{variant}@{seed}"].to_numpy() <= 100) for seed in run["seeds"]]
+        assert np.mean(hits) == pytest.approx(values[3 * kept["metrics"].index("hr@100")], abs=1e-8)
+
+
+def test_links_of_the_projects_own_pages_lead_somewhere():
+    pages = [ROOT / "RESULTS.md", *(ROOT / "docs").glob("results*.md"), *(ROOT / "docs" / "results").glob("*.md")]
+    for page in [*pages, ROOT / "docs" / "experiments.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_site_shows_the_page_with_links_from_its_own_place(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from results_site import on_page_markdown
+
+    def shown(source: str, text: str) -> str:
+        return on_page_markdown(text, page=SimpleNamespace(file=SimpleNamespace(src_uri=source)))
+
+    for target in re.findall(r"\]\(([^)#]+)\)", shown("results.md", "")):
+        assert target.startswith("http") or (ROOT / "docs" / target).exists(), target
+    assert shown("results/beauty.md", "[Summary](../../RESULTS.md)") == "[Summary](../results.md)"
+    assert shown("experiments.md", "[Results](../RESULTS.md)") == "[Results](results.md)"

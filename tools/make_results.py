@@ -1,210 +1,208 @@
-"""RESULTS.md from the files of finished sweeps: no figure on it is typed.
+"""RESULTS.md, docs/results/ and README's figures, from the files of finished sweeps: no figure on them is typed.
 
-    python tools/make_results.py configs/sweeps/demo.yaml ...
+    python tools/make_results.py collect configs/sweeps/demo.yaml    # finished runs -> results/demo.json
+    python tools/make_results.py                                     # results/ -> the pages
 
-Each sweep has a section, which is made anew; those of other sweeps stay. What the page needs of a finished run is kept
-under `--kept` (see `results_kept.py`), where it is found when the run itself is gone or was made on another machine.
+`results/` has a file of figures for each sweep (`results_collect.py`), and in `results/text/` the words around them:
 
-A sweep may have a page of its own beside its file, `configs/sweeps/NAME.md`, in which `<!-- results: BLOCK -->` stands
-for what is generated: `figures`, `differences`, `against` (the others beside the run called `base`), `strata` and
-`overlap` (of the first run), `curves`, `missing` or `making`. `<!-- results: against RUN -->` takes another run for the
-base. Blocks that the page does not place follow at its end. `{{RUN:VARIANT METRIC}}` stands for a figure (see
-`results_cited.py`). Entries with a grid over one field are drawn together, under `--kept` too.
+- `RESULTS.md` becomes RESULTS.md.
+- `SWEEP.md` becomes docs/results/SWEEP.md, with the sweep's tables where `<!-- results: TABLE -->` stands: `settings`,
+  `figures`, `differences`, `against RUN` (the other runs minus this one), `strata` and `overlap` (of the first run),
+  `curves`, `missing` or `making`. Tables that the text does not place follow at its end.
+- `blocks/NAME.md` is put wherever README.md, or a text, has `<!-- results: NAME -->`. In README.md it fills what is
+  between that marker and `<!-- /results -->`; instead of NAME there may be a figure: `<!-- results: {{...}} -->`.
+
+Figures stand in double braces (`results_figures.py`). A picture of some figures:
+
+    <!-- plot: FILE METRIC
+    label = SWEEP:RUN:VARIANT
+    -->
 """
 
 import argparse
-import json
+import os
 import re
-import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from results_cited import cited
-from results_curve import METRIC, draw
-from results_kept import Kept, changed, keep, kept
-from results_tables import Variants, against, differences, figures, making, missing, overlap, strata
+from results_collect import collect
+from results_figures import Figures
+from results_plots import Line, colours, curve_svg, rows_svg
+from results_summary import HITS
+from results_tables import Tables
 
 from rarec.entry import guarded
 from rarec.errors import UserError
-from rarec.evaluation.labels import metric_title
+from rarec.evaluation.labels import FUSED, ID_ONLY, metric_title
 from rarec.files import write_text
-from rarec.sweep import Sweep, SweepRun, first_to_do, load_sweep
+from rarec.sweep import load_sweep
 
-HEAD = """# Results
-
-Tables of runs, and the text's figures of their variants, are made by a tool from the files of their sweeps. By hand are
-words, figures of parts of the users or of trainings, and what the text calls computed, tried or of an earlier commit.
-
-The full catalogue is ranked; the user's earlier items are excluded, ties count against the model, choices are made on
-validation users. A figure is the mean over seeds and users, with the bootstrap 95% interval over users of each user's
-mean over seeds: it covers the draw of users, not that of seeds. Differences are paired over the same users, and not
-corrected for their number.
-"""
 TITLES = {
+    "settings": "Runs",
     "figures": "Figures",
     "differences": "Paired differences",
     "against": "Against the base",
     "strata": "By history and popularity",
-    "overlap": "HR@100 by who hits; behind the comma, by the fusion as well",
+    "overlap": "Who hits",
     "curves": "Curves",
     "missing": "Missing",
     "making": "How it was made",
 }
-_HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
-_SECTION = re.compile(r"^<!-- sweep: (.+) -->$", re.MULTILINE)
-_MARKER = re.compile(r"<!-- results: ([\w-]+)(?:(?<=against) \S+)? -->")
-_BASE = re.compile(r"<!-- results: against (\S+) -->")
+BEFORE = {
+    "overlap": "Share of users by who has the target in the first hundred; behind the comma, the fusion as well.\n\n"
+}
+PLACE = Path("docs/results")
+"""Of the pages of sweeps and of all pictures."""
+_MARKER = re.compile(r"<!-- results: (?P<block>[\w-]+)(?: (?P<run>\S+))? -->")
+_MARKER_IN_README = re.compile(r"<!-- results: ")
+_FILLED = re.compile(
+    r"(?P<open><!-- results: (?P<what>[\w-]+|\{\{.+?\}\}) -->)(?P<old>.*?)(?P<close><!-- /results -->)", re.DOTALL
+)
+_PLOT = re.compile(r"<!-- plot: (?P<name>[\w-]+) (?P<metric>\S+)\n(?P<rows>.+?)\n-->", re.DOTALL)
 
 
-def results(sweeps: Sequence[Path], place: Path, before: str = "") -> str:
-    """The whole page.
+class Pages:
+    """All pages that are made from `results/`, as their texts.
 
     Args:
-        sweeps: their files.
-        place: where finished runs are kept and curves are drawn, each sweep in a directory of its own.
-        before: the page as it was; its sections of other sweeps stay in their places.
+        root: of the repository; `results/` and README.md are in it.
 
-    Raises:
-        UserError: a sweep, its page or a file of a finished run is not as it should be, or the page is not one of ours.
+    Attributes:
+        texts: of each page and picture, by its path from the root.
     """
-    _, *pairs = _SECTION.split(before)
-    if before and not pairs:
-        raise UserError("the page has no section of a sweep: it was written by another hand", "choose another --page")
-    sections = dict(zip(pairs[::2], pairs[1::2], strict=True))
-    for path in sweeps:
-        how = f"Made by `python tools/make_results.py {shlex.quote(str(path))}`."
-        sections[path.stem] = f"{section(load_sweep(path), place / path.stem)}\n{how}\n"
-    parts = (f"\n<!-- sweep: {name} -->\n\n{text.strip()}\n" for name, text in sections.items())
-    return HEAD + "\n" + "".join(_contents(sections.values())) + "".join(parts)
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.words = root / "results" / "text"
+        self.figures = Figures(root / "results")
+        self.texts: dict[Path, str] = {}
+        for sweep in self.figures.sweeps:
+            self._sweep(sweep)
+        if (self.words / "RESULTS.md").exists():
+            page = Path("RESULTS.md")
+            self.texts[page] = self._written(page, self.words / page.name, {})
+        readme = root / "README.md"
+        if readme.exists():
+            self.texts[Path("README.md")] = self._filled(readme.read_text(encoding="utf-8"))
+
+    def _sweep(self, sweep: str) -> None:
+        """Make the page of a sweep."""
+        page, words, tables = PLACE / f"{sweep}.md", self.words / f"{sweep}.md", Tables(self.figures, sweep)
+        made = {name: getattr(tables, name)() for name in TITLES if name not in ("against", "curves")}
+        made["curves"] = "\n".join(self._curves(sweep))
+        made["against"] = tables.against("base") if "base" in tables.runs else ""
+        self.texts[page] = self._written(page, words, made, tables)
+
+    def _written(self, page: Path, words: Path, made: Mapping[str, str], tables: Tables | None = None) -> str:
+        """Return the text of a page with its figures, pictures and tables; tables that it does not place come last."""
+        text = words.read_text(encoding="utf-8") if words.exists() else f"# {page.stem}\n"
+        placed = [match["block"] for match in _MARKER.finditer(text)]
+        text = self.figures.cited(words, text, page.stem if made else "")
+        text = _MARKER.sub(lambda match: self._placed(match, words, made, tables).rstrip("\n"), text)
+        text = _PLOT.sub(lambda match: self._rows(page, words, match), text)
+        left = [block for block in TITLES if made.get(block) and block not in placed]
+        rest = "".join(f"\n## {TITLES[block]}\n\n{BEFORE.get(block, '')}{made[block]}" for block in left)
+        head = f"<!-- Made by tools/make_results.py from results/; words: {words.relative_to(self.root).as_posix()} -->"
+        return f"{head}\n\n{text.strip()}\n{rest}"
+
+    def _placed(self, match: re.Match[str], words: Path, made: Mapping[str, str], tables: Tables | None) -> str:
+        """Return what a marker asks for: a table of the page's sweep, or a block."""
+        block, run = match["block"], match["run"]
+        if run is None:
+            return made[block] if block in made else self._block(block, words)
+        if tables is None or block != "against" or run not in tables.runs:
+            there = ", ".join(tables.runs) if tables else "none on this page"
+            raise UserError(f"{words}: {match[0]}: there is no run `{run}`", f"there are: {there}")
+        return tables.against(run)
+
+    def _block(self, name: str, where: Path) -> str:
+        """Return a block of `blocks/` with its figures."""
+        file = self.words / "blocks" / f"{name}.md"
+        if not file.exists():
+            there = sorted([*TITLES, *(each.stem for each in file.parent.glob("*.md"))])
+            raise UserError(f"{where}: there is no block `{name}`", f"there are: {', '.join(there)}")
+        return self.figures.cited(file, file.read_text(encoding="utf-8")).strip()
+
+    def _filled(self, text: str) -> str:
+        """Fill README's markers."""
+
+        def put(match: re.Match[str]) -> str:
+            what, readme = match["what"], Path("README.md")
+            found = self.figures.cited(readme, what) if what.startswith("{{") else self._block(what, readme)
+            found = f"\n{found}\n" if "\n" in found else found
+            return match["open"] + found + match["close"]
+
+        if len(_MARKER_IN_README.findall(text)) != len(_FILLED.findall(text)):
+            raise UserError("README.md: a `<!-- results: ... -->` is not closed", "end it with <!-- /results -->")
+        return _FILLED.sub(put, text)
+
+    def _picture(self, page: Path, name: str, svg: str, title: str) -> str:
+        """Keep a picture and return the Markdown that shows it on a page."""
+        self.texts[PLACE / f"{name}.svg"] = svg
+        return f"![{title}]({Path(os.path.relpath(PLACE / f'{name}.svg', page.parent)).as_posix()})"
+
+    def _rows(self, page: Path, words: Path, match: re.Match[str]) -> str:
+        """Draw the figures that a `plot` marker lists."""
+        rows = []
+        for line in match["rows"].splitlines():
+            label, _, reference = (part.strip() for part in line.rpartition("="))
+            try:
+                sweep, run, variant = reference.rsplit(":", 2)
+                rows.append((label, self.figures.interval(sweep, run, variant, match["metric"])))
+            except ValueError:
+                raise UserError(f"{words}: plot {match['name']}: {line}", "write label = SWEEP:RUN:VARIANT") from None
+            except UserError as error:
+                raise UserError(f"{words}: plot {match['name']}: {line}: {error.problem}", error.remedy) from None
+        title = f"{metric_title(match['metric'])} of {', '.join(label for label, _ in rows)}"
+        return self._picture(page, match["name"], rows_svg(rows, match["metric"]), title)
+
+    def _curves(self, sweep: str) -> Iterator[str]:
+        """Draw a curve for each field over which alone some entries have a grid of two points or more."""
+        entries: dict[str, dict[str, dict[Any, str]]] = {}
+        for name, run in self.figures.sweep(sweep)["runs"].items():
+            if len(run["grid"]) == 1:
+                [(field, value)] = run["grid"].items()
+                value = value if isinstance(value, int | float | str) else str(value)
+                entries.setdefault(field, {}).setdefault(run["entry"], {})[value] = name
+        for field, of_field in entries.items():
+            drawn = {entry: points for entry, points in of_field.items() if len(points) > 1}
+            if drawn:
+                svg = curve_svg(list(self._lines(sweep, drawn)), field, HITS)
+                title = f"{metric_title(HITS)} over {field}: {', '.join(drawn)}"
+                yield self._picture(PLACE / f"{sweep}.md", f"{sweep}.{field}", svg, title) + "\n"
+
+    def _lines(self, sweep: str, entries: Mapping[str, Mapping[Any, str]]) -> Iterator[Line]:
+        """Yield the ID model of the first entry, and of each entry its main variant, alone and fused."""
+        first = next(iter(entries.values()))
+        wanted = [("ID model", ID_ONLY, 0, first)]
+        for (entry, points), colour in zip(entries.items(), colours(), strict=False):
+            main = self.figures.run(sweep, next(iter(points.values())))["main"]
+            wanted += [(entry, main, colour, points), (f"{entry} + ID", main + FUSED, colour, points)]
+        for label, variant, colour, points in wanted:
+            if all(variant in self.figures.run(sweep, run)["figures"] for run in points.values()):
+                found = {value: self.figures.interval(sweep, run, variant, HITS) for value, run in points.items()}
+                yield Line(label, colour, variant.endswith(FUSED), found)
 
 
-def _contents(sections: Iterable[str]) -> Iterator[str]:
-    """A link to each section, as GitHub names its heading."""
-    for title in (match[1] for text in sections if (match := _HEADING.search(text))):
-        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-        yield f"- [{title}](#{anchor})\n"
-
-
-def section(sweep: Sweep, place: Path) -> str:
-    """One sweep's part of the page; what is finished here and now is kept first."""
-    if "evaluate" not in sweep.stages:
-        raise UserError(f"{sweep.path}: `stages` lacks evaluate: there are no figures", "add it, and run the sweep")
-    left = {run.label: first_to_do(run.config, sweep.stages) for run in sweep.runs}
-    for run in sweep.runs:
-        if left[run.label] is None:
-            keep(run, place)
-    variants = _variants(sweep, place)
-    if not variants:
-        _refuse_older(sweep, place)
-    page = sweep.path.with_suffix(".md")
-    text = page.read_text(encoding="utf-8") if page.exists() else f"## {sweep.path.stem}\n"
-
-    @cache
-    def find(other: str) -> Mapping[str, Variants]:
-        return (
-            _variants(load_sweep(sweep.path.with_name(f"{other}.yaml")), place.with_name(other)) if other else variants
-        )
-
-    return placed(page, cited(page, text, find), _blocks(sweep, place, variants, left, _base(sweep, text)))
-
-
-def _blocks(
-    sweep: Sweep, place: Path, variants: Mapping[str, Variants], left: Mapping[str, str | None], base: str
-) -> dict[str, str]:
-    """What is generated, by its name in a page."""
-    finished = [one for run in variants.values() for one in run.finished.values()]
-    there = [one.run for one in finished]
-    first = [one for one in finished if one.run.name == finished[0].run.name]
-    return {
-        "figures": figures(variants.values()),
-        "differences": differences(list(variants.values())),
-        "against": against(variants, base),
-        "strata": strata(first),
-        "overlap": overlap(first),
-        "curves": "\n".join(_curves(sweep, variants, place)),
-        "missing": missing([_lack(run, left[run.label], place) for run in sweep.runs if run not in there]),
-        "making": making(sweep, finished),
-    }
-
-
-def _refuse_older(sweep: Sweep, place: Path) -> None:
-    """Tables of runs that were made with other settings are not replaced by none."""
-    older = {run.label: other for run in sweep.runs if (other := changed(run, place))}
-    if older:
-        label, other = next(iter(older.items()))
-        raise UserError(
-            f"{sweep.path}: none of its runs is finished, and what is kept in {place} was made with other settings, as "
-            f"{label}: {'; '.join(other)}",
-            "run the sweep, or make its section at the commit that it names",
-        )
-
-
-def _base(sweep: Sweep, text: str) -> str:
-    """The run that the sweep's page wants the others compared with."""
-    named = _BASE.search(text)
-    if named and named[1] not in {run.name for run in sweep.runs}:
-        raise UserError(f"{sweep.path.with_suffix('.md')}: {sweep.path} has no run `{named[1]}`", "as in its tables")
-    return named[1] if named else "base"
-
-
-def placed(page: Path, text: str, blocks: Mapping[str, str]) -> str:
-    """The blocks where the sweep's own page wants them.
-
-    Raises:
-        UserError: the page has a marker for what there is not.
-    """
-    wanted = _MARKER.findall(text)
-    unknown = [marker for marker in wanted if marker not in blocks]
-    if unknown:
-        raise UserError(f"{page}: there is no block `{unknown[0]}`", f"there are: {', '.join(blocks)}")
-    text = _MARKER.sub(lambda marker: blocks[marker[1]].rstrip("\n"), text)
-    rest = [f"\n### {TITLES[block]}\n\n{blocks[block]}" for block in blocks if block not in wanted and blocks[block]]
-    return text.rstrip("\n") + "\n" + "".join(rest)
-
-
-def _lack(run: SweepRun, stage: str | None, place: Path) -> str:
-    """What is said of a run that is not on the page."""
-    other = changed(run, place)
-    older = f"; what is kept of it was made with other settings: {'; '.join(other)}" if other else ""
-    return f"`{run.label}` is not finished: {stage} is next{older}"
-
-
-def _variants(sweep: Sweep, place: Path) -> dict[str, Variants]:
-    """Its runs over their finished seeds, by name, from what is kept."""
-    seeds: dict[str, dict[int, Kept | None]] = {run.name: {} for run in sweep.runs}
-    for run in sweep.runs:
-        seeds[run.name][run.seed] = kept(run, place)
-    found = {name: {seed: one for seed, one in of.items() if one is not None} for name, of in seeds.items()}
-    return {name: Variants(name, finished, len(seeds[name])) for name, finished in found.items() if finished}
-
-
-def _curves(sweep: Sweep, variants: Mapping[str, Variants], place: Path) -> Iterator[str]:
-    """A plot for each field over which alone some entries have a grid, of those of which two points are finished."""
-    entries: dict[str, dict[str, dict[Any, Variants]]] = {}
-    for run in sweep.runs:
-        if len(run.grid) == 1 and run.name in variants:
-            [(field, value)] = run.grid.items()
-            value = value if isinstance(value, int | float | str) else json.dumps(value)
-            entries.setdefault(field, {}).setdefault(run.entry, {})[value] = variants[run.name]
-    for field, of_field in entries.items():
-        drawn = {entry: list(points.items()) for entry, points in of_field.items() if len(points) > 1}
-        if drawn:
-            file = place / f"{field}.svg"
-            draw(file, field, drawn)
-            yield f"![{metric_title(METRIC)} over {field}: {', '.join(drawn)}]({file.as_posix()})\n"
-
-
-def main() -> None:
-    """Write the page."""
-    parser = argparse.ArgumentParser(description="RESULTS.md from the files of finished sweeps.")
-    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml")
-    parser.add_argument("--page", type=Path, default=Path("RESULTS.md"), help="other sections of it stay as they are")
-    parser.add_argument("--kept", type=Path, default=Path("results"), help="finished runs, and their curves")
-    arguments = parser.parse_args()
-    before = arguments.page.read_text(encoding="utf-8") if arguments.page.exists() else ""
-    write_text(arguments.page, results(arguments.sweeps, arguments.kept, before))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Collect finished runs, or write the pages."""
+    parser = argparse.ArgumentParser(description="The results pages from the files of finished sweeps.")
+    commands = parser.add_subparsers(dest="command")
+    collecting = commands.add_parser("collect", help="put a sweep's finished runs into results/")
+    collecting.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    collecting.add_argument(
+        "--ranks", nargs="*", default=[], metavar="RUN", help="keep the ranks of these runs as well"
+    )
+    asked = parser.parse_args(arguments)
+    root = Path.cwd()
+    if asked.command == "collect":
+        for line in collect(load_sweep(asked.sweep), root / "results", asked.ranks):
+            print(line)
+    for page, text in Pages(root).texts.items():
+        if not (root / page).exists() or (root / page).read_text(encoding="utf-8") != text:
+            write_text(root / page, text)
+            print(f"wrote {page}")
 
 
 if __name__ == "__main__":

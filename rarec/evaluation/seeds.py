@@ -1,6 +1,6 @@
-"""One run trained with several seeds: each user's metrics averaged over them, and intervals over users (ours).
+"""Average a run over its seeds: each user's metrics over the seeds, then means and intervals over users.
 
-A bootstrap over users of these means says what another draw of users would have brought, and nothing of other seeds.
+The bootstrap resamples users, so an interval covers the choice of users and not the choice of seeds.
 
 Shape letters: U users.
 """
@@ -19,21 +19,21 @@ from rarec.ranking.intervals import Floats, Interval, mean_intervals, paired_int
 from rarec.ranking.metrics import metric_values
 
 CUTOFFS = (10, 100)
-"""Of the headline's metrics."""
+"""The cutoffs of the headline's metrics."""
 
 
 @dataclass(frozen=True)
 class SeedMeans:
-    """The variants of a run, user by user, averaged over seeds.
+    """The metrics of each user under each variant of a run, averaged over seeds.
 
     Attributes:
-        values: of each variant and metric, (U,); the same users in the same order everywhere.
-        users: their ids, in that order.
-        targets: theirs, in that order.
-        seeds: how many were averaged.
-        left_out: users that only some of the seeds ranked.
-        resamples: of the bootstrap.
-        seed: of its draws.
+        values: variant -> metric -> (U,), for the same users in the same order.
+        users: ids of the users, in that order.
+        targets: the users' targets, in that order.
+        seeds: number of seeds averaged.
+        left_out: number of users that only some of the seeds ranked.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
     """
 
     values: Mapping[str, Mapping[str, Floats]]
@@ -68,36 +68,36 @@ class SeedMeans:
 
     @property
     def n(self) -> int:
-        """U."""
+        """The number of users."""
         return len(self.users)
 
     def figures(self, variant: str) -> dict[str, Interval]:
-        """Every metric of a variant."""
+        """Return every metric of a variant with its interval."""
         return mean_intervals(self.values[variant], self.resamples, self.seed)
 
     def differences(self, variant: str, baseline: str) -> dict[str, Interval]:
-        """Every metric of a variant minus that of another, user by user."""
+        """Return every metric of a variant minus that of another, paired by user."""
         return paired_intervals(self.values[variant], self.values[baseline], self.resamples, self.seed)
 
     def against(self, other: "SeedMeans", variant: str, others: str) -> "SeedMeans":
-        """A variant of this run as `ours` and one of another run as `theirs`, over the users that both ranked.
+        """Pair a variant of this run, as `one`, with a variant of another run, as `other`, over the users of both.
 
         Raises:
-            UserError: there is none, or the target of one is not the same in both.
+            UserError: the two runs have no user in common, or a user has different targets.
         """
-        theirs = {user: at for at, user in enumerate(other.users)}
-        own = {user: at for at, user in enumerate(self.users)}
-        common = [user for user in self.users if user in theirs]
+        its_rows = {user: at for at, user in enumerate(other.users)}
+        own_rows = {user: at for at, user in enumerate(self.users)}
+        common = [user for user in self.users if user in its_rows]
         if not common:
             raise UserError("no test user in common", "give both runs the same seed and evaluate.users")
-        if any(self.targets[own[user]] != other.targets[theirs[user]] for user in common):
+        if any(self.targets[own_rows[user]] != other.targets[its_rows[user]] for user in common):
             raise UserError("other test targets", "compare runs of one split of one log")
-        rows = {"ours": (self.values[variant], own), "theirs": (other.values[others], theirs)}
+        rows = {"one": (self.values[variant], own_rows), "other": (other.values[others], its_rows)}
         values = {
             side: {name: each[[at[user] for user in common]] for name, each in metrics.items()}
             for side, (metrics, at) in rows.items()
         }
-        targets = [self.targets[own[user]] for user in common]
+        targets = [self.targets[own_rows[user]] for user in common]
         return SeedMeans(values, common, targets, self.seeds, 0, self.resamples, self.seed)
 
 
@@ -110,7 +110,7 @@ def _variants(table: pa.Table) -> list[str]:
 
 
 def _metrics(table: pa.Table, variant: str, users: Sequence[object]) -> dict[str, Floats]:
-    """Of these users, in this order."""
+    """Return each metric of a variant for these users, in this order."""
     own = table.filter(pc.equal(table["variant"], variant))
     ranks = dict(zip(*_columns(own, "user", "rank"), strict=True))
     return metric_values(np.array([ranks[user] for user in users], np.int64), CUTOFFS)

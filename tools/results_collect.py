@@ -1,0 +1,181 @@
+"""Turn the finished runs of a sweep into one compact file of figures, `results/SWEEP.json`.
+
+The file holds no user and no item: only means with their intervals, paired differences, figures by stratum, how often
+which ranking hits (`results_summary.py`), and where each run was made. The pages are made from it alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from results_summary import Finished, Summary, settings_of, summarise
+
+from rarec.errors import UserError
+from rarec.evaluation.run_files import TrainingRecord, read_run
+from rarec.files import read_json, write_text
+from rarec.stages.report import directories
+from rarec.stages.run import Run
+from rarec.sweep import Sweep, SweepRun, first_to_do
+
+
+def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[str]:
+    """Write `SWEEP.json` from the runs that are finished on this machine.
+
+    A run that is not finished here keeps what the file already has of it, as long as its settings in the sweep are the
+    same.
+
+    Args:
+        sweep: with its runs' configurations.
+        place: the directory of all sweeps' files.
+        keep_ranks: names of runs whose ranks are kept as well, in `SWEEP.RUN.parquet`.
+
+    Returns:
+        One line for each entry of the file that was dropped, or that is not replaced.
+
+    Raises:
+        UserError: the sweep does not evaluate, nothing is finished, or a file of a run is missing or altered.
+    """
+    if "evaluate" not in sweep.stages:
+        raise UserError(f"{sweep.path}: `stages` lacks evaluate: there are no figures", "add it, and run the sweep")
+    left = {run.label: first_to_do(run.config, sweep.stages) for run in sweep.runs}
+    finished = [read_finished(run) for run in sweep.runs if left[run.label] is None]
+    if not finished:
+        raise UserError(f"{sweep.path}: none of its runs is finished", f"run: rarec sweep {sweep.path}")
+    unknown = set(keep_ranks) - {one.run.name for one in finished}
+    if unknown:
+        raise UserError(f"--ranks: no finished run is called {min(unknown)}", "name one of the sweep's finished runs")
+    made = summarise(sweep, finished)
+    file = place / f"{sweep.path.stem}.json"
+    notes = merge(made, read_json(file), sweep) if file.exists() else []
+    made["missing"] = {
+        label: stage for label, stage in left.items() if stage and not _has(made, label.rpartition("/seed-"))
+    }
+    write_text(file, dumped(made))
+    for name in keep_ranks:
+        write_ranks([one for one in finished if one.run.name == name], place / f"{sweep.path.stem}.{name}.parquet")
+    return notes
+
+
+def read_finished(run: SweepRun) -> Finished:
+    """Read what the pages need of a finished run.
+
+    Raises:
+        UserError: a file of the evaluation is missing or altered.
+    """
+    opened = Run(run.config)
+    evaluation = opened.stage("evaluate")
+    evaluation.check_files()
+    trained = read_run(directories(opened), say=lambda line: None).training
+    return Finished(
+        run,
+        evaluation.directory / "ranks.parquet",
+        read_json(evaluation.directory / "strata.json"),
+        read_json(opened.record_file) if opened.record_file.exists() else {},
+        {variant: _seen(training) for variant, training in trained.items()},
+    )
+
+
+def _seen(training: TrainingRecord) -> tuple[int, int | None]:
+    counted = all("samples" in line for line in training.losses)
+    samples = sum(line["samples"] for line in training.losses) if counted else None
+    return training.done.get("step", 0), samples
+
+
+def _has(made: Summary, label: tuple[str, str, str]) -> bool:
+    """Return whether a run with this name and seed is in the file."""
+    name, _, seed = label
+    return name in made["runs"] and int(seed) in made["runs"][name]["seeds"]
+
+
+def merge(made: Summary, before: Summary, sweep: Sweep) -> list[str]:
+    """Add to `made` what an earlier file has of runs that are not finished here, and put runs in the sweep's order.
+
+    A run of which fewer seeds are finished here than the earlier file has stays as it is there.
+
+    Returns:
+        One line for each run of the earlier file that is dropped, or stays though a part of it is finished here.
+    """
+    planned = {run.name: settings_of(run) for run in sweep.runs}
+    notes, kept = [], set()
+    for name, run in before["runs"].items():
+        seeds = len(made["runs"][name]["seeds"]) if name in made["runs"] else 0
+        if name not in planned:
+            notes.append(f"dropped {name}: the sweep has no such run")
+        elif planned[name] != run["settings"]:
+            notes.append(f"dropped {name} as it was before: its settings have changed")
+        elif seeds < len(run["seeds"]):
+            made["runs"][name] = run
+            kept.add(name)
+            notes += [f"kept {name} as it was: the file has more of its seeds than are finished here"] if seeds else []
+    names = [name for name in planned if name in made["runs"]]
+    made["runs"] = {name: made["runs"][name] for name in names}
+    made["across"] = {
+        f"{one} - {other}": _pair_of(f"{one} - {other}", len({one, other} & kept), made, before)
+        for one, other in combinations(names, 2)
+    }
+    return notes
+
+
+def _pair_of(pair: str, kept: int, made: Summary, before: Summary) -> Summary:
+    """Return the differences between two runs, of which `kept` are as they were in the earlier file."""
+    source = {0: made, 2: before}.get(kept, {"across": {}})["across"]
+    return dict(source.get(pair, {"not_compared": "the runs were collected one without the other"}))
+
+
+def write_ranks(finished: Sequence[Finished], file: Path) -> None:
+    """Write the ranks of all seeds of a run, one row a user and one column `VARIANT@SEED`.
+
+    Users are sorted by a digest of 8 bytes that takes the place of their id; targets have a digest of one byte, enough
+    to see that two splits differ. (Who knows a user's id can find that user's row.)
+
+    Raises:
+        UserError: the seeds did not rank the same users.
+    """
+    columns: dict[str, pa.Array] = {}
+    for one in finished:
+        table = pq.read_table(one.ranks)
+        for variant in dict.fromkeys(table["variant"].to_pylist()):
+            rows = table.filter(pc.equal(table["variant"], variant))
+            users = np.array(_digests(rows["user"].to_pylist(), 8), np.uint64)
+            order = np.argsort(users)
+            known = columns.setdefault("user", pa.array(users[order]))
+            if not np.array_equal(users[order], known.to_numpy()):
+                raise UserError(
+                    f"{one.run.label}: its users are not those of the first seed", "leave evaluate.users out"
+                )
+            if "target" not in columns:
+                targets = np.array(_digests(rows["target"].to_pylist(), 1), np.uint8)
+                columns["target"] = pa.array(targets[order])
+            ranks = rows["rank"].to_numpy()[order]
+            columns[f"{variant}@{one.run.seed}"] = pa.array(ranks.astype(np.min_scalar_type(int(ranks.max()))))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(
+        pa.table(columns),
+        file,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=False,
+        use_byte_stream_split=[name for name in columns if name != "target"],
+    )
+
+
+def _digests(ids: Sequence[object], size: int) -> list[int]:
+    known = {one: hashlib.blake2b(str(one).encode(), digest_size=size).digest() for one in set(ids)}
+    return [int.from_bytes(known[one], "little") for one in ids]
+
+
+def dumped(value: Any, depth: int = 0) -> str:
+    """Return JSON with one line for each row of figures, so that a change of the file can be read."""
+    flat = not isinstance(value, dict) or not any(isinstance(each, dict | list) for each in value.values())
+    if flat:
+        return json.dumps(value, ensure_ascii=False) + ("" if depth else "\n")
+    indent = "\n" + " " * (depth + 1)
+    rows = ",".join(f"{indent}{json.dumps(key)}: {dumped(each, depth + 1)}" for key, each in value.items())
+    return "{" + rows + "\n" + " " * depth + "}" + ("" if depth else "\n")
