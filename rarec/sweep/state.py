@@ -24,7 +24,7 @@ from rarec.config.identity import (
 from rarec.config.load import read_tree
 from rarec.errors import UserError
 from rarec.paths import RunPaths
-from rarec.sweep.expand import SweepRun
+from rarec.sweep.definition import SweepRun
 from rarec.training.finished import training_hash
 
 State = Literal["done", "begun", "to do"]
