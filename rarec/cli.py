@@ -59,13 +59,14 @@ def plan(
 
     Nothing is loaded but the language model's config.json. Next: the command that it prints
     """
-    from rarec.planning.setting import Cluster, stage_of
+    from rarec.planning.cluster import Cluster, parse_engine
 
     cluster = Cluster.of(gpus, machines, memory, device)
-    made = import_module("rarec.stages.plan").plan(open_run(config, overrides), cluster, zero and stage_of(zero))
+    engine = parse_engine(zero) if zero else None
+    made = import_module("rarec.stages.plan").plan(open_run(config, overrides), cluster, engine)
     out = Console() if sys.stdout.isatty() else Console(width=120)
     words = shlex.join([str(config), *(overrides or [])])
-    for part in import_module("rarec.planning.table").show(made, words):
+    for part in import_module("rarec.planning.plan_table").render(made, words):
         print(part) if isinstance(part, str) else out.print(part)
 
 

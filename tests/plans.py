@@ -1,4 +1,4 @@
-"""Plans of tiny models, and of large ones that are nothing but a config.json."""
+"""Helpers of the tests of plans: tiny models, and large ones of which only config.json exists."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +7,12 @@ import yaml
 
 from rarec.config import RunConfig
 from rarec.models.build import SourceShape
-from rarec.planning.blueprint import Blueprint
 from rarec.planning.calculator import Calculator
-from rarec.planning.setting import Cluster
+from rarec.planning.cluster import Cluster
+from rarec.planning.meta_model import MetaModelBuilder
 
 D, F, V, E, M, BLOCKS, HEADS = 32, 64, 200, 6, 2, 2, 4
-"""Of the tiny Llama: hidden, feed-forward, vocabulary; dimension of the source, instructions, blocks, heads."""
+"""Sizes of the tiny Llama: hidden, feed-forward, vocabulary; dimension of the source, instructions, blocks, heads."""
 SOURCES = {"id": SourceShape(E, 1)}
 GPU = Cluster.of(1, 1, "80GB", "H100")
 LLAMA_8B = {
@@ -38,7 +38,7 @@ def tree(llm: Path, /, **sections) -> dict:
 
 def calculator(llm: Path, /, **sections) -> Calculator:
     config = RunConfig.model_validate(tree(llm, **sections))
-    return Calculator(config, Blueprint(config, SOURCES, Path("none")))
+    return Calculator(config, MetaModelBuilder(config, SOURCES, Path("none")))
 
 
 def written(directory: Path, llm: Path, /, **sections) -> Path:
@@ -48,5 +48,5 @@ def written(directory: Path, llm: Path, /, **sections) -> Path:
 
 
 def room(made: Calculator, total: int, **more) -> Cluster:
-    """A cluster whose GPUs have room for exactly so much."""
+    """Return a cluster whose GPUs have room for exactly `total` bytes."""
     return replace(GPU, memory=round((total + 2e9) / 0.95) + 2, **more)

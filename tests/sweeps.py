@@ -1,4 +1,4 @@
-"""Sweeps over a small world, for tests: their files, and `rarec sweep` as a process."""
+"""Helpers of the tests of sweeps: files of small sweeps, and `rarec sweep` as a process."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ SMALL = {
 
 
 def write_sweep(config: Path, runs: dict[str, object], **fields: object) -> Path:
-    """A sweep beside a run configuration, of which it makes small runs; returns its file."""
+    """Write a sweep beside a run configuration, with that as its base, made small; return the sweep's file."""
     small = config.with_name("small.yaml")
     if not small.exists():
         tree = read_tree(config)
@@ -36,12 +36,12 @@ def write_sweep(config: Path, runs: dict[str, object], **fields: object) -> Path
 
 
 def sweep(path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`rarec sweep` to its end."""
+    """Run `rarec sweep` to its end."""
     return subprocess.run(command(path, *arguments), env=own(environment), capture_output=True, text=True, timeout=300)
 
 
 def begin(path: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """`rarec sweep`, under way."""
+    """Start `rarec sweep`."""
     return subprocess.Popen(command(path, *arguments), env=own({}), stderr=subprocess.PIPE, text=True)
 
 
@@ -50,6 +50,6 @@ def command(path: Path, *arguments: str) -> list[str]:
 
 
 def own(environment: dict[str, str]) -> dict[str, str]:
-    """This checkout is what processes import, wherever they run; a thread is enough for tiny tensors."""
+    """Return an environment in which processes import this checkout from any directory and use one thread."""
     path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}

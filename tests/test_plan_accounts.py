@@ -1,4 +1,4 @@
-"""What `rarec plan` counts: accounts worked by hand, what may never be, lengths and samples."""
+"""Figures of `rarec plan`, checked by hand: memory, invariants, lengths of prompts, samples."""
 
 import json
 from dataclasses import replace
@@ -15,15 +15,14 @@ from rarec.config import VARIANTS, RunConfig
 from rarec.data.shards.index import INDEX
 from rarec.entry import open_context
 from rarec.models.build import SourceShape
-from rarec.planning.lengths import estimated
-from rarec.planning.live import Live
-from rarec.planning.memory import SHIPPED, STAGES, Peaks, account
-from rarec.planning.samples import Samples
-from rarec.planning.step import StepShape, step_activations
-from rarec.planning.traffic import traffic
+from rarec.planning.activations import MemoryTracker, StepShape, step_activations
+from rarec.planning.cluster import ENGINES
+from rarec.planning.inputs import SampleStats, prompt_length_bounds
+from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, rank_memory
+from rarec.planning.step_time import step_traffic
+from rarec.stages.feed import Feed
 from rarec.stages.plan import plan
 from rarec.stages.shards import finished_shards
-from rarec.stages.train import open_feed, open_stream
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
 from tests.synthetic import write_llm
 
@@ -36,69 +35,74 @@ def llama(tmp_path_factory) -> Path:
 
 
 def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
-    variant = calculator(llama).variant("per_layer", False)
+    variant = calculator(llama).meta_model("per_layer", False)
     block = 2 * D * D + 2 * D * (D // 2) + 3 * D * F + 2 * D  # q and o, k and v of half the heads, feed-forward, norms
-    assert sum(weight.bytes for weight in variant.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
-    assert variant.in_blocks == BLOCKS * block
+    assert sum(weight.nbytes for weight in variant.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
+    assert variant.block_numel == BLOCKS * block
     maps = BLOCKS + 1  # one behind the last block, which is read
     side = maps * (M * D + D * E + D) + E + 2 * D * D + D  # what stands for a missing vector; heads, one with a bias
-    assert sum(weight.count for weight in variant.trained) == 2 * side + 1
+    assert sum(weight.numel for weight in variant.trainable) == 2 * side + 1
     fixed = 2 * E + maps + 2 * (D + D * D)  # vectors' mean and spread; units of maps; means and whitening of states
-    assert variant.fixed == 4 * 2 * fixed
-    assert variant.saved == {"alignment": 4 * (2 * side + 1 + 2 * fixed), "lora": 0}
-    assert account(variant, "3", 2, Peaks(0, 0, False)).fixed == variant.fixed  # engines do not shard it
+    assert variant.buffer_bytes == 4 * 2 * fixed
+    assert variant.file_bytes == {"alignment": 4 * (2 * side + 1 + 2 * fixed), "lora": 0}
+    assert (
+        rank_memory(variant, "3", 2, ActivationPeaks(0, 0, False)).buffers == variant.buffer_bytes
+    )  # engines do not shard it
 
 
 def test_of_a_wide_model_the_directions_are_held_once_a_side(llama):
-    narrow = calculator(llama, readout={"size": 8}).variant("per_layer", False)
+    narrow = calculator(llama, readout={"size": 8}).meta_model("per_layer", False)
     fixed = 2 * E + BLOCKS + 1 + 8 * D + 2 * (D + 8 * 8)
-    assert narrow.fixed == 4 * 2 * fixed
+    assert narrow.buffer_bytes == 4 * 2 * fixed
 
 
 def test_lora_trains_in_float32_beside_a_model_in_bfloat16(llama):
     made = calculator(llama, llm={"dtype": "bfloat16"})
-    plain, lora = (made.variant(name, False) for name in ("per_layer", "per_layer_lora"))
+    plain, lora = (made.meta_model(name, False) for name in ("per_layer", "per_layer_lora"))
     more = BLOCKS * 8 * (D + D + D + D // 2)  # rank 8 on the queries, and on the values of half the heads
-    assert sum(w.count for w in lora.trained) - sum(w.count for w in plain.trained) == more
-    assert lora.saved["lora"] == 4 * more
-    assert {weight.width for weight in lora.frozen} == {2}
-    assert {weight.width for weight in lora.trained} == {4}
+    assert sum(w.numel for w in lora.trainable) - sum(w.numel for w in plain.trainable) == more
+    assert lora.file_bytes["lora"] == 4 * more
+    assert {weight.element_bytes for weight in lora.frozen} == {2}
+    assert {weight.element_bytes for weight in lora.trainable} == {4}
 
 
 def test_engines_hold_what_their_table_says(llama):
-    variant = calculator(llama).variant("per_layer", False)
-    frozen, trained = (sum(w.bytes for w in part) for part in (variant.frozen, variant.trained))
-    of = {stage: account(variant, stage, 4, Peaks(0, 0, False), replace(SHIPPED, persistent=0)) for stage in STAGES}
-    share = 4 * sum(-(-weight.count // 4) for weight in variant.trained)
+    variant = calculator(llama).meta_model("per_layer", False)
+    frozen, trained = (sum(w.nbytes for w in part) for part in (variant.frozen, variant.trainable))
+    of = {
+        stage: rank_memory(variant, stage, 4, ActivationPeaks(0, 0, False), replace(SHIPPED_ZERO, persistent=0))
+        for stage in ENGINES
+    }
+    share = 4 * sum(-(-weight.numel // 4) for weight in variant.trainable)
     assert [of[stage].frozen for stage in ("0", "1", "2")] == [frozen] * 3
-    assert of["3"].frozen == 4 * sum(-(-weight.count // 4) for weight in variant.frozen)
+    assert of["3"].frozen == 4 * sum(-(-weight.numel // 4) for weight in variant.frozen)
     assert of["fsdp2"].frozen == frozen / 4
-    assert [of[stage].trained for stage in STAGES] == [trained, trained, trained, share, trained]
-    assert [of[stage].gradients for stage in STAGES] == [trained, trained, share, share, trained]
-    assert [of[stage].optimizer for stage in STAGES] == [2 * trained, 3 * share, 3 * share, 3 * share, 2 * trained]
-    assert [of[stage].buckets for stage in STAGES] == [trained, 200_000_000, 200_000_000, 200_000_000, 0]
+    assert [of[stage].trainable for stage in ENGINES] == [trained, trained, trained, share, trained]
+    assert [of[stage].gradients for stage in ENGINES] == [trained, trained, share, share, trained]
+    assert [of[stage].optimizer for stage in ENGINES] == [2 * trained, 3 * share, 3 * share, 3 * share, 2 * trained]
+    assert [of[stage].buckets for stage in ENGINES] == [trained, 200_000_000, 200_000_000, 200_000_000, 0]
 
 
 def test_zero_3_keeps_small_tensors_whole_beside_their_shards(llama):
-    variant = calculator(llama).variant("text_only", False)
-    whole = sum(weight.bytes for weight in variant.frozen)
-    sharded = account(variant, "3", 2, Peaks(0, 0, False), replace(SHIPPED, persistent=0)).frozen
-    assert max(weight.count for weight in variant.frozen) < SHIPPED.persistent
-    assert account(variant, "3", 2, Peaks(0, 0, False)).frozen == sharded + whole
+    variant = calculator(llama).meta_model("text_only", False)
+    whole = sum(weight.nbytes for weight in variant.frozen)
+    sharded = rank_memory(variant, "3", 2, ActivationPeaks(0, 0, False), replace(SHIPPED_ZERO, persistent=0)).frozen
+    assert max(weight.numel for weight in variant.frozen) < SHIPPED_ZERO.persistent
+    assert rank_memory(variant, "3", 2, ActivationPeaks(0, 0, False)).frozen == sharded + whole
 
 
 def test_fsdp2_fills_up_the_rows_that_ranks_do_not_divide(tmp_path):
     path = write_llm(tmp_path / "llm", "gpt2")
-    variant = calculator(path).variant("text_only", False)
-    rows = sum(-(-weight.shape[0] // 3) * weight.count // weight.shape[0] for weight in variant.frozen)
-    assert account(variant, "fsdp2", 3, Peaks(0, 0, False)).frozen == 4 * rows
+    variant = calculator(path).meta_model("text_only", False)
+    rows = sum(-(-weight.shape[0] // 3) * weight.numel // weight.shape[0] for weight in variant.frozen)
+    assert rank_memory(variant, "fsdp2", 3, ActivationPeaks(0, 0, False)).frozen == 4 * rows
 
 
 def test_weights_in_four_bits_are_those_of_frozen_linear_layers(llama):
-    variant = calculator(llama, llm={"dtype": "bfloat16", "quantize": "nf4"}).variant("per_layer_lora", False)
+    variant = calculator(llama, llm={"dtype": "bfloat16", "quantize": "nf4"}).meta_model("per_layer_lora", False)
     linear = BLOCKS * (2 * D * D + 2 * D * (D // 2) + 3 * D * F)
     norms, table = BLOCKS * 2 * D + D, V * D
-    assert sum(weight.bytes for weight in variant.frozen) == linear * (0.5 + 4 / 64) + 2 * (norms + table)
+    assert sum(weight.nbytes for weight in variant.frozen) == linear * (0.5 + 4 / 64) + 2 * (norms + table)
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", 4 * D), ("bfloat16", 2 * D)])
@@ -109,7 +113,7 @@ def test_a_block_saves_what_the_docstring_says(tmp_path, dtype, kept):
             write_llm(path, "llama", blocks=blocks)
         made = calculator(path, llm={"dtype": dtype}, train={"blocks": [0]})
         shape = StepShape(3, 3, 1, {"user": 20, "item": 10}, (0,), {"id": (1, E)})
-        return step_activations(made.variant("per_layer", checkpointing), made.config.loss, shape).saved
+        return step_activations(made.meta_model("per_layer", checkpointing), made.config.loss, shape).saved
 
     def positions(of_position) -> int:
         lengths = [text + M + 1 for text in (20, 10)]  # with the slots
@@ -125,36 +129,39 @@ def test_a_block_saves_what_the_docstring_says(tmp_path, dtype, kept):
 
 def test_live_bytes_are_counted_until_they_are_freed():
     there = torch.empty(100, device="meta")
-    with Live([there]) as live:
+    with MemoryTracker([there]) as live:
         first = there + 1
         view = first.view(10, 10)
         second = first * 2
-        assert (live.now, live.peak) == (800, 800)
+        assert (live.current, live.peak) == (800, 800)
         del first
-        assert live.now == 800  # a view holds it
+        assert live.current == 800  # a view holds it
         del view
-        assert (live.now, live.peak) == (400, 800)
+        assert (live.current, live.peak) == (400, 800)
         del second
-    assert live.now == 0
+    assert live.current == 0
 
 
 @pytest.mark.parametrize("variant", ["text_only", "per_layer", "per_layer_lora"])
 def test_under_zero_3_more_ranks_never_need_more_memory_on_each(llama, variant):
     made = calculator(llama)
-    totals = [made.account(variant, made.setting(replace(GPU, gpus=ranks), "3")).total for ranks in (1, 2, 3, 4, 8, 16)]
+    totals = [made.memory(variant, made.setup(replace(GPU, gpus=ranks), "3")).peak for ranks in (1, 2, 3, 4, 8, 16)]
     assert totals == sorted(totals, reverse=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 8])
 def test_sharding_never_holds_more_frozen_bytes(tmp_path, ranks):
     path = write_llm(tmp_path / "llm", "llama", vocabulary=4000)
-    variant = calculator(path).variant("per_layer", False)
-    of = {s: account(variant, s, ranks, Peaks(0, 0, False), replace(SHIPPED, persistent=D)) for s in ("2", "3")}
-    assert of["3"].frozen <= of["2"].frozen + 4 * sum(w.count for w in variant.frozen if w.count <= D) + 4 * len(
+    variant = calculator(path).meta_model("per_layer", False)
+    of = {
+        s: rank_memory(variant, s, ranks, ActivationPeaks(0, 0, False), replace(SHIPPED_ZERO, persistent=D))
+        for s in ("2", "3")
+    }
+    assert of["3"].frozen <= of["2"].frozen + 4 * sum(w.numel for w in variant.frozen if w.numel <= D) + 4 * len(
         variant.frozen
     )
     assert ranks == 1 or of["3"].frozen < of["2"].frozen
-    assert of["3"].stays <= of["2"].stays + 4 * len(variant.weights) + 4 * D * len(variant.frozen)
+    assert of["3"].static <= of["2"].static + 4 * len(variant.weights) + 4 * D * len(variant.frozen)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "qwen3", "llama"])
@@ -162,30 +169,32 @@ def test_sharding_never_holds_more_frozen_bytes(tmp_path, ranks):
 def test_every_architecture_and_attention_is_traced(tmp_path, kind, attention):
     path = write_llm(tmp_path / "llm", kind)
     made = calculator(path, llm={"attention": attention})
-    setting = made.setting(GPU, "0")
-    plain = made.account("per_layer", setting)
-    recomputed = made.account("per_layer", replace(setting, checkpointing=True))
-    assert recomputed.training < plain.training
-    assert made.account("text_only", setting).training < plain.training
+    setting = made.setup(GPU, "0")
+    plain = made.memory("per_layer", setting)
+    recomputed = made.memory("per_layer", replace(setting, checkpointing=True))
+    assert recomputed.activations < plain.activations
+    assert made.memory("text_only", setting).activations < plain.activations
     assert plain.frozen == recomputed.frozen
 
 
 def test_no_gradient_reaches_the_language_model_of_an_variant_without_slots(llama):
     made = calculator(llama)
-    variant = made.variant("text_only", False)
-    assert (variant.first_block, made.steps("text_only")) == (None, None)  # as many as there are samples
+    variant = made.meta_model("text_only", False)
+    assert (variant.first_grad_block, made.steps("text_only")) == (None, None)  # as many as there are samples
     assert calculator(llama, readout={"head": False}).steps("text_only") == 0
-    sent = traffic(variant, "3", 2, 1, made.step("text_only", made.setting(replace(GPU, gpus=2), "3")), False)
-    trunk = sum(weight.bytes for weight in variant.frozen if weight.in_trunk)
+    sent = step_traffic(variant, "3", 2, 1, made.activations("text_only", made.setup(replace(GPU, gpus=2), "3")), False)
+    trunk = sum(weight.nbytes for weight in variant.frozen if weight.in_llm)
     assert sent.weights == trunk  # both towers, forward alone, and half of it is away
 
 
 def test_zero_3_saves_gathered_matrices_unless_blocks_are_recomputed(tmp_path):
     path = write_llm(tmp_path / "llm", "llama", blocks=4)
-    variant = calculator(path).variant("per_layer", False)
-    few = replace(SHIPPED, persistent=0, live=1000)
-    matrices = 2 * sum(weight.bytes for weight in variant.frozen if weight.linear and weight.block is not None)
-    kept, recomputed = (account(variant, "3", 2, Peaks(0, 0, again), few).gathered for again in (False, True))
+    variant = calculator(path).meta_model("per_layer", False)
+    few = replace(SHIPPED_ZERO, persistent=0, live=1000)
+    matrices = 2 * sum(weight.nbytes for weight in variant.frozen if weight.linear and weight.block is not None)
+    kept, recomputed = (
+        rank_memory(variant, "3", 2, ActivationPeaks(0, 0, again), few).gathered for again in (False, True)
+    )
     assert kept >= matrices
     assert recomputed < matrices / 4
 
@@ -193,10 +202,10 @@ def test_zero_3_saves_gathered_matrices_unless_blocks_are_recomputed(tmp_path):
 def test_deepspeed_is_planned_as_it_is_shipped():
     for stage in ("1", "2", "3"):
         shipped = json.loads((ROOT / "configs" / "deepspeed" / f"zero{stage}.json").read_text())["zero_optimization"]
-        assert shipped.get("reduce_bucket_size", 500_000_000) == SHIPPED.bucket[stage]
+        assert shipped.get("reduce_bucket_size", 500_000_000) == SHIPPED_ZERO.bucket[stage]
         assert shipped.get("memory_efficient_linear", False) is False
-    assert shipped["stage3_max_live_parameters"] == shipped["stage3_max_reuse_distance"] == SHIPPED.live
-    assert shipped["stage3_param_persistence_threshold"] == SHIPPED.persistent
+    assert shipped["stage3_max_live_parameters"] == shipped["stage3_max_reuse_distance"] == SHIPPED_ZERO.live
+    assert shipped["stage3_param_persistence_threshold"] == SHIPPED_ZERO.persistent
 
 
 def test_prompts_are_bounded_by_the_configuration(llama):
@@ -205,9 +214,9 @@ def test_prompts_are_bounded_by_the_configuration(llama):
         tree(llama, prompt={**prompt, "max_history": 3, "max_title_tokens": 5, "max_text_tokens": 7})
     )
     user = 2 + 4 + 3 * (5 + 1)  # specials; two words, colon and dot; three titles, each with a comma
-    bounds = estimated(config, {"user": 3, "item": 0}, 128)
+    bounds = prompt_length_bounds(config, {"user": 3, "item": 0}, 128)
     assert {side: prompts.longest for side, prompts in bounds.items()} == {"user": user, "item": 2 + 1 + 7}
-    assert estimated(config, {"user": 3, "item": 0}, 10)["user"].longest == 10 - 3
+    assert prompt_length_bounds(config, {"user": 3, "item": 0}, 10)["user"].longest == 10 - 3
 
 
 def test_samples_and_lengths_are_those_of_the_shards(finished):
@@ -215,7 +224,7 @@ def test_samples_and_lengths_are_those_of_the_shards(finished):
     index = np.load(finished.parent / "run" / "shards" / INDEX)
     samples = made.calculator.samples
     assert samples.count == len(index)
-    assert index["tokens"].max() <= samples.users.longest < index["tokens"].max() + 16
+    assert index["tokens"].max() <= samples.user_prompts.longest < index["tokens"].max() + 16
     steps = json.loads((finished.parent / "run" / "train" / "per_layer" / "done.json").read_text())["step"]
     assert made.calculator.steps("per_layer") >= steps
     assert made.calculator.steps("text_only") == made.calculator.steps("per_layer")
@@ -226,17 +235,17 @@ def test_samples_and_lengths_are_those_of_the_shards(finished):
 def test_shards_of_other_settings_do_not_count(finished, capsys):
     made = plan(open_context(finished, ["prompt.max_history=3"]), GPU, None)
     assert made.calculator.samples is None
-    assert "made with other settings" in capsys.readouterr().err
+    assert "other settings" in capsys.readouterr().err
 
 
 def test_checkpoint_and_bundle_are_as_large_as_planned(finished):
-    variant = plan(open_context(finished, []), GPU, None).calculator.variant("per_layer", False)
+    variant = plan(open_context(finished, []), GPU, None).calculator.meta_model("per_layer", False)
     checkpoint = next((finished.parent / "run" / "train" / "per_layer" / "checkpoints").glob("step-*"))
     header = 4096
     for file, planned in (
-        (checkpoint / "alignment.safetensors", variant.saved["alignment"]),
-        (checkpoint / "optimizer.safetensors", 2 * sum(weight.bytes for weight in variant.trained)),
-        (finished.parent / "run" / "bundle" / "alignment.safetensors", variant.saved["alignment"]),
+        (checkpoint / "alignment.safetensors", variant.file_bytes["alignment"]),
+        (checkpoint / "optimizer.safetensors", 2 * sum(weight.nbytes for weight in variant.trainable)),
+        (finished.parent / "run" / "bundle" / "alignment.safetensors", variant.file_bytes["alignment"]),
     ):
         assert planned <= file.stat().st_size <= planned + header
 
@@ -254,36 +263,38 @@ def test_the_dimension_of_imported_vectors_is_read_from_their_header(llama, tmp_
     imported = {"items": str(file), "users": str(tmp_path / "users.npy")}
     path = written(tmp_path, llama, ids={"model": "import", "imported": imported})
     made = plan(open_context(path, []), GPU, None)
-    assert made.calculator.blueprint.sources == {"id": SourceShape(7, 3)}
+    assert made.calculator.builder.sources == {"id": SourceShape(7, 3)}
 
 
 def test_under_a_token_budget_steps_and_the_largest_batch_are_those_of_the_training(finished):
     """Short prompts make batches of more samples than the budget holds of the longest."""
     context = open_context(finished, ["train.tokens_per_batch=700"])
     made = plan(context, GPU, None).calculator
-    stream = open_stream(context, open_feed(context, finished_shards(context)), np.array([], np.int64))
+    stream = Feed(context, finished_shards(context)).stream(np.array([], np.int64))
     sizes = [len(batch) for batch in stream.plan.batches(0)]
     assert (made.batches.count, made.batches.smallest) == (len(sizes), min(sizes))
-    assert made.batches.samples == pytest.approx(np.mean(sizes))
+    assert made.batches.mean_size == pytest.approx(np.mean(sizes))
     assert made.batches.largest[0][0] == max(sizes) > 700 // made.prompts["user"].longest
     assert made.batches.largest[-1][1] == made.prompts["user"].longest
-    planned = made.shape("per_layer", made.setting(GPU, "0"))
-    assert (planned.total, planned.text["user"]) == made.batches.largest[0], "here that of most samples takes most"
+    planned = made.step_shape("per_layer", made.setup(GPU, "0"))
+    assert (planned.total, planned.text["user"]) == made.batches.largest[0], (
+        "in this run, the batch with most samples needs the most memory"
+    )
 
 
 def test_without_shards_a_token_budget_is_planned_by_the_longest_prompts(llama):
     made = calculator(llama, train={"tokens_per_batch": 4000})
     size = 4000 // (made.prompts["user"].longest + M + 1)
-    assert (made.batches.count, made.batches.samples) == (None, size)
+    assert (made.batches.count, made.batches.mean_size) == (None, size)
     assert made.steps("per_layer") is None
 
 
 def test_samples_are_counted_over_shards():
-    samples = Samples.of(np.array([16, 16, 32, 16]))
-    assert (samples.count, samples.users.longest, samples.users.mean) == (4, 32, 20)
+    samples = SampleStats.from_lengths(np.array([16, 16, 32, 16]))
+    assert (samples.count, samples.user_prompts.longest, samples.user_prompts.mean) == (4, 32, 20)
 
 
 def test_every_variant_has_shapes(llama):
     made = calculator(llama)
-    counts = {name: sum(weight.count for weight in made.variant(name, False).trained) for name in VARIANTS}
+    counts = {name: sum(weight.numel for weight in made.meta_model(name, False).trainable) for name in VARIANTS}
     assert counts["text_only"] < counts["prefix_only"] < counts["per_layer"] < counts["per_layer_lora"]

@@ -1,4 +1,4 @@
-"""`rarec plan`: advice that holds what it says, what is printed, models known by config.json alone, bad input."""
+"""`rarec plan`: its advice, its output, models of which only config.json exists, bad input."""
 
 import json
 import subprocess
@@ -16,11 +16,13 @@ from rarec.errors import UserError
 from rarec.hardware import known_device
 from rarec.planning.advice import advise, smallest_change
 from rarec.planning.calculator import Calculator
-from rarec.planning.setting import Cluster, stage_of
-from rarec.planning.table import show
+from rarec.planning.cluster import Cluster, parse_engine
+from rarec.planning.plan_table import render
 from rarec.stages.plan import plan
 from tests.plans import BLOCKS, GPU, HEADS, LLAMA_8B, D, F, V, calculator, room, written
 from tests.synthetic import write_llm
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Calculator:
-    """A model whose frozen weights outweigh DeepSpeed's buckets: 32 wide blocks, of which nothing is read."""
+    """A model whose frozen weights are larger than DeepSpeed's buckets: 16 wide blocks; only config.json is read."""
     path = tmp_path_factory.mktemp("large")
     (path / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": 16}))
     dtype = {"path": str(path), "dtype": "bfloat16"}
@@ -38,29 +40,27 @@ def large(tmp_path_factory) -> Calculator:
 
 
 def test_a_replicated_engine_is_advised_wherever_it_fits(large):
-    setting = large.setting(replace(GPU, gpus=2), "0")
-    total = large.account("per_layer", setting).total
+    setting = large.setup(replace(GPU, gpus=2), "0")
+    total = large.memory("per_layer", setting).peak
     advice = advise(large, "per_layer", room(large, total, gpus=2), None)
-    assert (advice.stage, advice.fits, advice.change) == ("0", True, None)
-    assert "sends nothing" in advice.why
+    assert (advice.engine, advice.fits, advice.change) == ("0", True, None)
 
 
 def test_sharding_is_advised_where_the_whole_model_does_not_fit(large):
     recomputed = Calculator(
         large.config.model_copy(update={"llm": large.config.llm.model_copy(update={"gradient_checkpointing": True})}),
-        large.blueprint,
+        large.builder,
     )
-    setting = recomputed.setting(replace(GPU, gpus=8), "0")
-    frozen = recomputed.account("per_layer", setting).frozen
+    setting = recomputed.setup(replace(GPU, gpus=8), "0")
+    frozen = recomputed.memory("per_layer", setting).frozen
     advice = advise(recomputed, "per_layer", room(recomputed, frozen, gpus=8), None)
-    assert (advice.stage, advice.fits) == ("3", True)
-    assert "does not fit" in advice.why
+    assert (advice.engine, advice.fits) == ("3", True)
 
 
 def test_the_smallest_change_fits_and_the_smaller_ones_do_not(large):
-    base = large.setting(replace(GPU, gpus=2), "0")
+    base = large.setup(replace(GPU, gpus=2), "0")
     quarter = replace(base, accumulate=4)
-    cluster = room(large, large.account("per_layer", quarter).total, gpus=2)
+    cluster = room(large, large.memory("per_layer", quarter).peak, gpus=2)
     base, quarter = (replace(setting, cluster=cluster) for setting in (base, quarter))
     assert [large.fits("per_layer", replace(base, accumulate=parts)) for parts in (1, 2, 4)] == [False, False, True]
     found = smallest_change(large, "per_layer", base)
@@ -78,10 +78,10 @@ def test_the_smallest_change_fits_and_the_smaller_ones_do_not(large):
 def test_without_room_for_more_parts_blocks_are_recomputed(large, batch, stage, gpus, changes):
     train = large.config.train.model_copy(update={"batch_size": batch})
     encode = large.config.evaluate.model_copy(update={"batch_size": 1})
-    few = Calculator(large.config.model_copy(update={"train": train, "evaluate": encode}), large.blueprint)
-    setting = few.setting(replace(GPU, gpus=gpus), stage)
-    account = few.account("per_layer", replace(setting, checkpointing=True))
-    cluster = room(few, account.total, gpus=gpus)
+    few = Calculator(large.config.model_copy(update={"train": train, "evaluate": encode}), large.builder)
+    setting = few.setup(replace(GPU, gpus=gpus), stage)
+    account = few.memory("per_layer", replace(setting, checkpointing=True))
+    cluster = room(few, account.peak, gpus=gpus)
     assert smallest_change(few, "per_layer", replace(setting, cluster=cluster)).checkpointing
     assert setting.changes(smallest_change(few, "per_layer", replace(setting, cluster=cluster))) == changes
 
@@ -89,54 +89,55 @@ def test_without_room_for_more_parts_blocks_are_recomputed(large, batch, stage, 
 def test_smaller_chunks_are_the_change_where_encoding_is_what_does_not_fit(large):
     encode = large.config.evaluate.model_copy(update={"batch_size": 1024})
     llm = large.config.llm.model_copy(update={"gradient_checkpointing": True})
-    wide = Calculator(large.config.model_copy(update={"evaluate": encode, "llm": llm}), large.blueprint)
-    setting = wide.setting(replace(GPU, gpus=2), "0")
-    assert wide.account("per_layer", setting).highest == "encoding"
-    total = wide.account("per_layer", replace(setting, encoding=256)).total
+    wide = Calculator(large.config.model_copy(update={"evaluate": encode, "llm": llm}), large.builder)
+    setting = wide.setup(replace(GPU, gpus=2), "0")
+    assert wide.memory("per_layer", setting).peak_phase == "encoding"
+    total = wide.memory("per_layer", replace(setting, eval_batch=256)).peak
     setting = replace(setting, cluster=room(wide, total, gpus=2))
     assert setting.changes(smallest_change(wide, "per_layer", setting)) == ["evaluate.batch_size=256"]
 
 
 def test_where_nothing_helps_it_says_so(large):
     advice = advise(large, "per_layer", replace(GPU, memory=2_200_000_000), None)
-    assert (advice.stage, advice.fits, advice.change) == (None, False, None)
+    assert (advice.engine, advice.fits, advice.change) == (None, False, None)
 
 
 def lines(path: Path, cluster: Cluster, asked: str | None = None, overrides: tuple[str, ...] = ()) -> str:
-    made = plan(open_context(path, list(overrides)), cluster, stage_of(asked) if asked else None)
-    return "\n".join(part for part in show(made, "mine.yaml run.seed=3") if isinstance(part, str))
+    made = plan(open_context(path, list(overrides)), cluster, parse_engine(asked) if asked else None)
+    return "\n".join(part for part in render(made, "mine.yaml run.seed=3") if isinstance(part, str))
 
 
 def test_the_command_prints_variants_engines_advice_and_how_to_start(llama, tmp_path, capsys, monkeypatch):
     path = written(tmp_path, llama, train={"variants": ["text_only", "per_layer"]})
     arguments = ["rarec", "plan", str(path), "llm.dtype=bfloat16", "--gpus", "2", "--memory", "80GB"]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         cli.guarded(cli.app)
     assert end.value.code == 0
     told = capsys.readouterr().out
-    for words in ("RA-Rec (per layer) (decides)", "ZeRO-3", "FSDP2", "advised: DDP", "hours for each 100,000 samples"):
+    for words in ("RA-Rec (per layer) *", "ZeRO-3", "FSDP2", "recommended: DDP", "100,000 samples"):
         assert words in told
-    assert "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 launch/train.py" in told
+    launch = f"accelerate launch --config_file {ROOT}/configs/accelerate/ddp.yaml --num_processes 2 -m rarec train"
+    assert f"{launch} {path} llm.dtype=bfloat16" in told
     assert not (tmp_path / "none").exists()
 
 
 def test_one_gpu_needs_no_engine(llama, tmp_path):
     told = lines(written(tmp_path, llama), GPU)
-    assert "advised: one process" in told
+    assert "recommended: one process" in told
     assert "configs/accelerate/one.yaml" in told
-    assert "only the peak of bfloat16 is known" in told
+    assert "llm.dtype=bfloat16" in told
 
 
 def test_a_change_is_told_with_the_command_that_makes_it(llama, tmp_path):
     path = written(tmp_path, llama, evaluate={"batch_size": 1}, train={"variants": ["per_layer"]})
     made = calculator(llama, evaluate={"batch_size": 1})
-    setting = replace(made.setting(replace(GPU, gpus=2), "0"), accumulate=2)
-    told = lines(path, room(made, made.account("per_layer", setting).total, gpus=2), "0")
+    setting = replace(made.setup(replace(GPU, gpus=2), "0"), accumulate=2)
+    told = lines(path, room(made, made.memory("per_layer", setting).peak, gpus=2), "0")
     assert "DDP lacks" in told
     assert "smallest change that makes it fit: train.accumulate=2 (" in told
-    assert "this changes what is trained" in told
-    assert "launch/train.py --config mine.yaml run.seed=3 train.accumulate=2" in told
+    assert "-m rarec train mine.yaml run.seed=3 train.accumulate=2" in told
 
 
 def test_a_plan_of_8b_reads_config_json_alone_and_takes_seconds_and_little_memory(tmp_path):
@@ -173,8 +174,8 @@ def test_a_gguf_file_is_planned_from_its_metadata(llama, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    variant = calculator(file).variant("per_layer", False)
-    assert variant.in_blocks == calculator(llama).variant("per_layer", False).in_blocks
+    variant = calculator(file).meta_model("per_layer", False)
+    assert variant.block_numel == calculator(llama).meta_model("per_layer", False).block_numel
 
 
 @pytest.mark.parametrize(
@@ -204,12 +205,12 @@ def test_memory_has_units_of_both_kinds_and_the_devices_own_by_default():
 @pytest.mark.parametrize(
     ("sections", "zero", "problem", "remedy"),
     [
-        ({"llm": {"path": "/nowhere/model"}}, None, "/nowhere/model holds no config.json", "directory of a model"),
-        ({"llm": {"path": "/nowhere/model.gguf"}}, None, "model.gguf does not exist", ".gguf file"),
-        ({"train": {"batch_size": 4}}, None, "cannot be cut into 8", "train.batch_size"),
-        ({"train": {"blocks": [7]}}, None, "train.blocks: the model has blocks 0 to 1", ""),
-        ({"shards": {"state_blocks": [7]}}, None, "shards.state_blocks: the model has blocks 0 to 1", ""),
-        ({"ids": {"model": "import", "imported": {"items": "no.npy"}}}, None, "no.npy does not exist", "relative"),
+        ({"llm": {"path": "/nowhere/model"}}, None, "llm.path: /nowhere/model", "config.json"),
+        ({"llm": {"path": "/nowhere/model.gguf"}}, None, "llm.path: /nowhere/model.gguf", ".gguf file"),
+        ({"train": {"batch_size": 4}}, None, "train.accumulate", "train.batch_size"),
+        ({"train": {"blocks": [7]}}, None, "train.blocks", ""),
+        ({"shards": {"state_blocks": [7]}}, None, "shards.state_blocks", ""),
+        ({"ids": {"model": "import", "imported": {"items": "no.npy"}}}, None, "no.npy", ""),
     ],
 )
 def test_runs_that_cannot_be_planned_are_refused_with_the_remedy(llama, tmp_path, sections, zero, problem, remedy):
@@ -222,13 +223,14 @@ def test_runs_that_cannot_be_planned_are_refused_with_the_remedy(llama, tmp_path
 
 def test_four_bits_are_refused_where_weights_are_sharded(llama, tmp_path):
     path = written(tmp_path, llama, llm={"quantize": "nf4"})
-    with pytest.raises(UserError, match="4 bits cannot be sharded"):
+    with pytest.raises(UserError, match=r"llm\.quantize: --zero 3") as error:
         plan(open_context(path, []), replace(GPU, gpus=2), "3")
-    assert set(plan(open_context(path, []), replace(GPU, gpus=2), None).accounts) == {"0", "1", "2"}
+    assert "--zero 2" in error.value.remedy
+    assert set(plan(open_context(path, []), replace(GPU, gpus=2), None).memories) == {"0", "1", "2"}
 
 
 def test_a_stage_that_is_none_is_refused():
-    assert [stage_of(name) for name in ("0", "3", "FSDP2")] == ["0", "3", "fsdp2"]
+    assert [parse_engine(name) for name in ("0", "3", "FSDP2")] == ["0", "3", "fsdp2"]
     with pytest.raises(UserError, match="--zero 4") as error:
-        stage_of("4")
+        parse_engine("4")
     assert "fsdp2" in error.value.remedy

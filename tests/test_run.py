@@ -17,7 +17,7 @@ from rarec.errors import UserError
 from rarec.files import read_json
 from rarec.models.encode import Encoder
 from rarec.models.weights import save_weights
-from rarec.planning.setting import Cluster
+from rarec.planning.cluster import Cluster
 from rarec.ranking import rank_targets
 from rarec.serving.bundle import load_bundle, model_card
 from rarec.stages.context import Context
@@ -235,7 +235,7 @@ def test_an_variant_without_slots_in_the_model_goes_the_whole_way(finished, tmp_
     assert len(recommend(context, "u001", 5)) == 5
     calculator = plan(context, Cluster.of(1, 1, None, "H100"), "0").calculator
     assert calculator.slots("readout") == {"user": 0, "item": 0}
-    assert calculator.variant("readout", False).first_block is None
+    assert calculator.meta_model("readout", False).first_grad_block is None
 
 
 def test_the_papers_choices_go_the_whole_way(finished, tmp_path):

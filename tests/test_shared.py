@@ -13,7 +13,7 @@ from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.files import read_json, write_json
 from rarec.paths import RunPaths
-from rarec.planning.setting import Cluster
+from rarec.planning.cluster import Cluster
 from rarec.stages.plan import plan
 from rarec.stages.run import STAGES
 from tests.conftest import make_world

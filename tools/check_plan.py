@@ -1,19 +1,19 @@
-"""What `rarec plan` says, beside what ranks really hold: the real engines, taking real steps on two CPU ranks.
+"""Compare `rarec plan` with measured memory and traffic: the real engines, taking real steps on two CPU ranks.
 
     python tools/check_plan.py [--blocks 8] [--hidden 256] [--batch 64]
 
-The model is a Llama of random weights with slots in every block and LoRA; a step has two parts. Measured on rank 0:
+The model is a Llama with random weights, slots in every block and LoRA; a step has two micro-batches. On rank 0:
 
-weights, gradients, Adam: the storages that parameters, their shards, DeepSpeed's flat copies and the optimizer's states
-    have. A storage of several tensors counts once. Gradients are looked at after each part, and the larger is taken.
-saved: what autograd packs in the forward pass (`saved_tensors_hooks`), storages once, without parameters. For one
-    process, and where blocks are not recomputed, for then autograd packs nothing but placeholders.
-step: the most that a whole step has allocated at once beyond what was there when it began, told by PyTorch's profiler
-    from the allocator: activations, gathered weights, buckets, gradients of the parts.
-sent: what goes through torch.distributed in a step (not DDP's and FSDP2's own messages, which bypass it).
+weights, gradients, Adam: the storages of parameters, of their shards, of DeepSpeed's flat copies and of the optimizer's
+    states. A storage of several tensors counts once. Gradients are read after each micro-batch: the larger counts.
+saved: what autograd packs in the forward pass (`saved_tensors_hooks`), each storage once, without parameters. Only for
+    one process without recomputed blocks: with them, autograd packs nothing but placeholders.
+step: the most bytes allocated at once in a step beyond those at its start, by PyTorch's profiler of the allocator:
+    activations, gathered weights, buckets, gradients of the micro-batches.
+sent: the bytes of calls to torch.distributed in a step (DDP's and FSDP2's own messages bypass it and are not measured).
 
-DeepSpeed runs with buckets of 200,000 elements, a million live parameters and no persistent ones, for the shipped
-limits are beyond so small a model; and the plan is made for the same.
+DeepSpeed runs with buckets of 200,000 elements, a million live parameters and no persistent ones, because the shipped
+limits are larger than so small a model; the plan uses the same values.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from measuring import Figure, print_table
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rarec.planning.traffic import traffic
+from rarec.planning.step_time import step_traffic
 
 LIMITS = {
     "reduce_bucket_size": LIMIT,
@@ -39,20 +39,20 @@ LIMITS = {
     "stage3_max_reuse_distance": LIVE,
     "stage3_param_persistence_threshold": 0,
 }
-HELD, COMES = 0.15, 0.25
-"""How far the plan may be off, of what is measured."""
+STATIC, TEMPORARY = 0.15, 0.25
+"""Allowed relative errors of the plan."""
 ROOT = Path(__file__).parents[1]
 
 
 CASES = (
     *(Case("0", 1, recomputed, dtype) for dtype in ("float32", "bfloat16") for recomputed in (False, True)),
-    *(Case(stage, 2, False) for stage in ("0", "1", "2", "3", "fsdp2")),
-    *(Case(stage, 2, True) for stage in ("3", "fsdp2")),
+    *(Case(engine, 2, False) for engine in ("0", "1", "2", "3", "fsdp2")),
+    *(Case(engine, 2, True) for engine in ("3", "fsdp2")),
 )
 
 
 def main() -> None:
-    """Print the table; exit code 1 where the plan is too far off."""
+    """Print the table; exit with code 1 if an error of the plan is too large."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("blocks", 8), ("hidden", 256), ("batch", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def write_llm(path: Path, blocks: int, hidden: int) -> None:
-    """A Llama of random weights, and a tokenizer of few words."""
+    """Write a Llama with random weights, and a tokenizer of few words."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "num_hidden_layers": blocks,
@@ -81,7 +81,7 @@ def write_llm(path: Path, blocks: int, hidden: int) -> None:
 
 
 def run_tree(scratch: Path, case: Case, batch: int) -> dict[str, Any]:
-    """The run's configuration."""
+    """Return the configuration of a run."""
     llm = {"path": str(scratch / "llm"), "dtype": case.dtype, "gradient_checkpointing": case.checkpointing}
     return {
         "run": {"dir": str(scratch / "run"), "device": "cpu"},
@@ -95,43 +95,44 @@ def run_tree(scratch: Path, case: Case, batch: int) -> dict[str, Any]:
 
 
 def planned(case: Case, tree: dict[str, Any]) -> dict[str, int]:
-    """What the plan says of the figures that are measured."""
-    calculator, setting = calculator_of(case, tree)
-    account, step = calculator.account(VARIANT, setting), calculator.step(VARIANT, setting)
-    passing = account.buckets if case.stage in ("1", "2") else 0
-    parts = account.gradients if case.stage in ("0", "1", "fsdp2") else 0  # made in a step, and forgotten at its end
-    sent = traffic(calculator.variant(VARIANT, case.checkpointing), case.stage, case.ranks, 2, step, case.checkpointing)
+    """Return the plan's values of the figures that are measured."""
+    calculator, setup = calculator_of(case, tree)
+    memory, step = calculator.memory(VARIANT, setup), calculator.activations(VARIANT, setup)
+    buckets = memory.buckets if case.engine in ("1", "2") else 0
+    gradients = memory.gradients if case.engine in ("0", "1", "fsdp2") else 0  # allocated in a step, freed at its end
+    model = calculator.meta_model(VARIANT, case.checkpointing)
+    sent = step_traffic(model, case.engine, case.ranks, 2, step, case.checkpointing)
     return {
-        "frozen weights": account.frozen,
-        "whitening, units": account.fixed,
-        "what trains": account.trained,
-        "gradients": account.gradients,
-        "Adam": account.optimizer,
+        "frozen weights": memory.frozen,
+        "buffers": memory.buffers,
+        "trainable parameters": memory.trainable,
+        "gradients": memory.gradients,
+        "Adam states": memory.optimizer,
         "saved": step.saved,
-        "step": account.training + account.gathered + passing + parts,
+        "step": memory.activations + memory.gathered + buckets + gradients,
         "sent": sent.total,
     }
 
 
 def compared(case: Case, plan: dict[str, int], found: dict[str, int]) -> list[Figure]:
-    """A line for each figure that was measured."""
+    """Return a line for each measured figure."""
     lines = []
     for what, value in found.items():
-        off, goal = plan[what] / value - 1, COMES if what in ("saved", "step", "sent") else HELD
+        off, goal = plan[what] / value - 1, TEMPORARY if what in ("saved", "step", "sent") else STATIC
         figure = f"{value / 1e6:,.2f} MB, planned {plan[what] / 1e6:,.2f} ({off:+.1%})"
         lines.append(Figure(f"{case.name}: {what}", figure, f"within {goal:.0%}", abs(off) <= goal))
     return lines
 
 
 def measured(case: Case, tree: dict[str, Any], scratch: Path) -> dict[str, int]:
-    """What rank 0 of a training has."""
+    """Run a training and return the figures of rank 0."""
     out = scratch / "found.json"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     deepspeed = scratch / "deepspeed.json"
-    if case.stage in ("1", "2", "3"):
-        shipped = json.loads((ROOT / "configs" / "deepspeed" / f"zero{case.stage}.json").read_text())
+    if case.engine in ("1", "2", "3"):
+        shipped = json.loads((ROOT / "configs" / "deepspeed" / f"zero{case.engine}.json").read_text())
         deepspeed.write_text(json.dumps({"zero_optimization": shipped["zero_optimization"] | LIMITS}))
     processes.spawn(  # type: ignore[attr-defined, no-untyped-call]
         train_on, (case, tree, port, str(deepspeed), str(out)), nprocs=case.ranks

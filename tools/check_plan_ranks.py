@@ -1,4 +1,4 @@
-"""One rank of `tools/check_plan.py`: a training by the project's own engine, and what it holds."""
+"""One rank of `tools/check_plan.py`: train with one of the engines and measure memory and traffic."""
 
 import json
 import os
@@ -18,18 +18,18 @@ from rarec.config import VARIANTS, RunConfig
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.losses import LossTargets, Objective
 from rarec.models.towers import RaRec, SideBatch
-from rarec.planning.blueprint import Blueprint
+from rarec.planning.activations import HISTORY, StepShape
 from rarec.planning.calculator import Calculator
-from rarec.planning.lengths import Prompts
-from rarec.planning.memory import Stage, ZeroSettings
-from rarec.planning.setting import Cluster, Setting
-from rarec.planning.step import HISTORY, StepShape
+from rarec.planning.cluster import Cluster, EngineName, TrainingSetup
+from rarec.planning.inputs import PromptLengths
+from rarec.planning.memory import ZeroSettings
+from rarec.planning.meta_model import MetaModelBuilder
 from rarec.stages.run import Run
 
 VARIANT, SOURCES, TEXT = (
     "per_layer_lora",
     {"id": SourceShape(64, 1)},
-    {"user": Prompts(60, 60), "item": Prompts(20, 20)},
+    {"user": PromptLengths(60, 60), "item": PromptLengths(20, 20)},
 )
 LIMIT, LIVE = 200_000, 1_000_000
 ZERO = ZeroSettings(dict.fromkeys(("1", "2", "3"), LIMIT), live=LIVE, persistent=0)
@@ -37,44 +37,44 @@ ZERO = ZeroSettings(dict.fromkeys(("1", "2", "3"), LIMIT), live=LIVE, persistent
 
 @dataclass(frozen=True)
 class Case:
-    """One training: engine, ranks, whether blocks are recomputed, and the frozen weights' type."""
+    """One training: engine, number of ranks, gradient checkpointing, and dtype of the frozen weights."""
 
-    stage: Stage
+    engine: EngineName
     ranks: int
     checkpointing: bool
     dtype: str = "float32"
 
     @property
     def name(self) -> str:
-        """For the table."""
+        """The name in the table."""
         engine = (
-            {"0": "DDP", "fsdp2": "FSDP2"}.get(self.stage, f"ZeRO-{self.stage}") if self.ranks > 1 else "one process"
+            {"0": "DDP", "fsdp2": "FSDP2"}.get(self.engine, f"ZeRO-{self.engine}") if self.ranks > 1 else "one process"
         )
         return engine + (", recomputed" if self.checkpointing else "") + (", bf16" if self.dtype == "bfloat16" else "")
 
 
-def calculator_of(case: Case, tree: dict[str, Any]) -> tuple[Calculator, Setting]:
-    """The calculator, with the prompts that are measured."""
+def calculator_of(case: Case, tree: dict[str, Any]) -> tuple[Calculator, TrainingSetup]:
+    """Return the calculator with the prompt lengths that are measured, and the setup."""
     config = RunConfig.model_validate(tree)
-    calculator = Calculator(config, Blueprint(config, SOURCES, Path("-")), zero=ZERO)
+    calculator = Calculator(config, MetaModelBuilder(config, SOURCES, Path("-")), zero=ZERO)
     calculator.prompts = TEXT
-    return calculator, calculator.setting(Cluster.of(case.ranks, 1, None, "H100"), case.stage)
+    return calculator, calculator.setup(Cluster.of(case.ranks, 1, None, "H100"), case.engine)
 
 
 def train_on(rank: int, case: Case, tree: dict[str, Any], port: str, deepspeed: str, out: str) -> None:
-    """One rank, in a process of its own."""
+    """Run one rank, in its own process, and write the figures of rank 0 to a file."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-    os.environ["ACCELERATE_USE_FSDP"] = str(case.stage == "fsdp2")
-    if case.stage in ("1", "2", "3"):
+    os.environ["ACCELERATE_USE_FSDP"] = str(case.engine == "fsdp2")
+    if case.engine in ("1", "2", "3"):
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": deepspeed}
     sent = counted()
     run = Run(RunConfig.model_validate(tree), say=lambda line: None)
     named = dict.fromkeys(SIDES, tuple(SOURCES))
-    calculator, setting = calculator_of(case, tree)
+    calculator, setup = calculator_of(case, tree)
     model = build_model(run.config, VARIANTS[VARIANT], run.load_llm(VARIANTS[VARIANT]), SOURCES, named)
-    training = Training(case, run, model, calculator.shape(VARIANT, setting), sent)
+    training = Training(case, run, model, calculator.step_shape(VARIANT, setup), sent)
     found = training.found()
     if rank == 0:
         Path(out).write_text(json.dumps(found))
@@ -82,7 +82,7 @@ def train_on(rank: int, case: Case, tree: dict[str, Any], port: str, deepspeed: 
 
 
 def counted() -> dict[str, int]:
-    """Bytes that this rank sends, counted from now on by wrapping torch.distributed."""
+    """Wrap torch.distributed to count the bytes that this rank sends; return the counter."""
     sent, rings = (
         {"bytes": 0},
         {"all_reduce": 2, "all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
@@ -103,14 +103,14 @@ def counted() -> dict[str, int]:
 
 
 class Training:
-    """Steps of a variant, and what they hold.
+    """Train a variant for some steps and measure them.
 
     Args:
-        case: what runs.
-        run: of the variant.
-        model: under training.
-        shape: of a part of a step.
-        sent: bytes that this rank has sent, counted on.
+        case: engine and settings.
+        run: the run.
+        model: model to train.
+        shape: sizes of a micro-batch.
+        sent: counter of the bytes that this rank sends.
     """
 
     def __init__(self, case: Case, run: Run, model: RaRec, shape: StepShape, sent: dict[str, int]) -> None:
@@ -126,7 +126,7 @@ class Training:
         model.train()
 
     def found(self) -> dict[str, int]:
-        """The figures, after steps enough for DeepSpeed to know the order of its gathers."""
+        """Measure a step, after enough steps for DeepSpeed to know the order of its gathers."""
         for _ in range(3):
             before = self.sent["bytes"]
             self.step()
@@ -140,10 +140,10 @@ class Training:
             saving = Saving(self.model.parameters())
             self.step(saving)
             found["saved"] = saving.bytes
-        return found | ({"sent": sent} if self.case.stage in ("1", "2", "3") else {})
+        return found | ({"sent": sent} if self.case.engine in ("1", "2", "3") else {})
 
     def step(self, forward: AbstractContextManager[Any] | None = None) -> None:
-        """Two parts and an update, as the training loop has them; the last forward pass in a run."""
+        """Run two micro-batches and an update, as the training loop does; the last forward pass inside a context."""
         for last in (False, True):
             with self.optimisation.part(last):
                 users, items, targets = self.batch()
@@ -158,24 +158,24 @@ class Training:
         self.optimisation.update(1.0)
 
     def held(self) -> dict[str, int]:
-        """What stays from step to step."""
+        """Return the bytes that are allocated throughout the training."""
         every = list(self.model.parameters())
-        frozen, trained = ([p for p in every if p.requires_grad == trains] for trains in (False, True))
-        fixed = [*self.model.user.buffers(), *self.model.item.buffers()]
+        frozen, trainable = ([p for p in every if p.requires_grad == wanted] for wanted in (False, True))
+        buffers = [*self.model.user.buffers(), *self.model.item.buffers()]
         own = self.optimizer
         optimizer = getattr(own, "optimizer", own)
         states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         flat = getattr(own, "single_partition_of_fp32_groups", getattr(own, "fp32_partitioned_groups_flat", []))
         return {
             "frozen weights": bytes_of(local(frozen)),
-            "whitening, units": bytes_of(fixed),
-            "what trains": bytes_of(local(trained)),
+            "buffers": bytes_of(buffers),
+            "trainable parameters": bytes_of(local(trainable)),
             "gradients": self.gradients,
-            "Adam": bytes_of([*states, *flat]),
+            "Adam states": bytes_of([*states, *flat]),
         }
 
     def gradient_tensors(self) -> list[Tensor]:
-        """Those of parameters, and where DeepSpeed keeps its own."""
+        """Return the gradients of parameters, and DeepSpeed's own buffers of gradients."""
         own = self.optimizer
         kept = [own.grad_partitions_flat_buffer] if hasattr(own, "grad_partitions_flat_buffer") else []
         for name in ("averaged_gradients", "all_grad_tensors"):
@@ -184,15 +184,15 @@ class Training:
         return [tensor for tensor in every if tensor.untyped_storage().nbytes() != 4 * LIMIT]  # a view of a bucket
 
     def batch(self) -> tuple[SideBatch, SideBatch, LossTargets]:
-        """A part for this rank, with some padding."""
+        """Return a micro-batch of this rank, with some padding."""
         shape, width = self.shape, self.model.backbone.hidden_size
-        rows_b = torch.arange(shape.rows) * shape.ranks + self.world.rank
+        rows_b = torch.arange(shape.rows) * shape.world_size + self.world.rank
         users, items = (torch.randn(shape.rows, len(shape.state_blocks), width) for _ in SIDES)
         targets = LossTargets(rows_b, rows_b.clone(), torch.full((shape.rows, HISTORY), -1), users, items, shape.total)
         return self.side("user"), self.side("item"), targets
 
     def side(self, side: str) -> SideBatch:
-        """Its prompts, slots first."""
+        """Return one side's prompts, slots first."""
         tower, rows = getattr(self.model, side), self.shape.rows
         slots = sum(tower.slots.values())
         mask_BT = torch.ones(rows, self.shape.text[side] + slots, dtype=torch.long)
@@ -202,10 +202,10 @@ class Training:
 
 
 class Saving(saved_tensors_hooks):
-    """Counts what autograd saves.
+    """Count the bytes that autograd saves.
 
     Args:
-        weights: that are there anyhow.
+        weights: parameters, which are not counted.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -222,24 +222,24 @@ class Saving(saved_tensors_hooks):
 
     @property
     def bytes(self) -> int:
-        """Of all."""
+        """The bytes of all saved storages."""
         return sum(self.seen.values())
 
 
 def local(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """What of them lies on this rank: whole, or as a shard of FSDP2 or ZeRO-3."""
+    """Return the tensors of this rank: whole parameters, or shards of FSDP2 or ZeRO-3."""
     whole = [p.to_local() if hasattr(p, "to_local") else p.data for p in parameters]
     return whole + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def highest(profiler: Any) -> int:
-    """The most bytes allocated while `measured` was recorded, beyond those at its start."""
+    """Return the most bytes allocated while `measured` was recorded, beyond those at its start."""
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     start = next(event.start_ns() for event in events if event.name() == "measured")
     now = base = most = 0

@@ -1,1 +1,1 @@
-"""What a training will take on each rank: memory, traffic, hours; told by modules on the meta device alone."""
+"""Estimate the memory, traffic and hours of a training from models on the meta device; no weights are loaded."""

@@ -1,119 +1,167 @@
-"""Which engine to take, and the smallest change that makes a training fit: tried one by one in the same calculator."""
+"""Plan a run: recommend an engine, and find the smallest change that makes a training fit, by trying one at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rarec.planning.calculator import Calculator
-from rarec.planning.memory import REPLICATED, Stage
-from rarec.planning.setting import Cluster, Setting
+from rarec.planning.calculator import Calculator, Estimate
+from rarec.planning.cluster import ENGINES, REPLICATED, Cluster, EngineName, TrainingSetup
+from rarec.planning.memory import RankMemory
 
-PREFERRED: tuple[Stage, ...] = ("0", "2", "3")
-IN_A_MACHINE, MOST_MACHINES = 8, 64
-"""More GPUs are looked for up to here."""
-SMALL = 8
-"""Prompts of a chunk that is encoded, in the last resort."""
+PREFERENCE: tuple[EngineName, ...] = ("0", "2", "3")
+MAX_GPUS, MAX_MACHINES = 8, 64
+"""Limits of the search for a larger cluster: GPUs in a machine, machines."""
+SMALL_CHUNK = 8
+"""Prompts encoded at a time, as the last resort."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do.
+    """The recommended engine and setup.
 
     Attributes:
-        stage: the engine that is advised; None where none fits.
-        why: in a sentence.
-        setting: that is planned: with the stage asked for, the advised one, or the first.
-        fits: whether it does.
-        change: the nearest setting that fits, where the planned one does not; None where none was found.
+        engine: recommended engine; None where none fits.
+        reason: why, in a sentence.
+        setup: planned setup: with the requested engine, the recommended one, or the first.
+        fits: whether the planned setup fits.
+        change: nearest setup that fits, where the planned one does not; None where none was found.
     """
 
-    stage: Stage | None
-    why: str
-    setting: Setting
+    engine: EngineName | None
+    reason: str
+    setup: TrainingSetup
     fits: bool
-    change: Setting | None
+    change: TrainingSetup | None
 
 
-def advise(calculator: Calculator, variant: str, cluster: Cluster, asked: Stage | None) -> Advice:
-    """For the variant that decides, on this cluster.
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of a run, for every variant and engine.
+
+    Attributes:
+        calculator: calculator of the run.
+        estimates: estimate of each variant in the planned setup.
+        largest: variant that needs the most memory; the advice is for it.
+        memories: memory of that variant by engine.
+        advice: recommended engine and setup.
+    """
+
+    calculator: Calculator
+    estimates: Mapping[str, Estimate]
+    largest: str
+    memories: Mapping[EngineName, RankMemory]
+    advice: Advice
+
+
+def plan_variants(
+    calculator: Calculator, variants: Sequence[str], cluster: Cluster, engine: EngineName | None
+) -> RunPlan:
+    """Plan every variant of a run; the largest decides on engine and changes.
 
     Args:
-        calculator: of the run.
-        variant: the largest.
-        cluster: where to train.
-        asked: the stage to plan; None for the one that is advised.
+        calculator: calculator of the run.
+        variants: names of the variants to train.
+        cluster: GPUs to train on.
+        engine: engine to plan for; None for the recommended one.
 
     Raises:
-        UserError: the batch is too small for the ranks, or the stage asked for cannot take the weights.
+        UserError: the batch is too small for the ranks, or the engine cannot shard the weights.
     """
-    base = calculator.setting(cluster, asked or PREFERRED[0])
-    tried = (replace(base, stage=stage) for stage in PREFERRED)
-    advised = next((each for each in tried if calculator.possible(each) and calculator.fits(variant, each)), None)
-    planned = base if asked or advised is None else advised
-    fits = advised is planned or calculator.fits(variant, planned)
+    first = calculator.setup(cluster, engine or PREFERENCE[0])
+    largest = max(dict.fromkeys(variants), key=lambda variant: calculator.memory(variant, first).peak)
+    advice = advise(calculator, largest, cluster, engine)
+    setups = [replace(advice.setup, engine=each) for each in ENGINES]
+    memories = {each.engine: calculator.memory(largest, each) for each in setups if calculator.is_possible(each)}
+    estimates = {variant: calculator.estimate(variant, advice.setup) for variant in dict.fromkeys(variants)}
+    return RunPlan(calculator, estimates, largest, memories, advice)
+
+
+def advise(calculator: Calculator, variant: str, cluster: Cluster, engine: EngineName | None) -> Advice:
+    """Recommend an engine for a variant on a cluster.
+
+    Args:
+        calculator: calculator of the run.
+        variant: name of the largest variant.
+        cluster: GPUs to train on.
+        engine: engine to plan for; None for the recommended one.
+
+    Raises:
+        UserError: the batch is too small for the ranks, or the engine cannot shard the weights.
+    """
+    base = calculator.setup(cluster, engine or PREFERENCE[0])
+    candidates = (replace(base, engine=each) for each in PREFERENCE)
+    best = next((each for each in candidates if calculator.is_possible(each) and calculator.fits(variant, each)), None)
+    planned = base if engine or best is None else best
+    fits = best is planned or calculator.fits(variant, planned)
     change = None if fits else smallest_change(calculator, variant, planned)
-    why = _why(calculator, variant, base, advised)
-    return Advice(advised.stage if advised else None, why, planned, fits, change)
+    reason = _reason(calculator, variant, base, best)
+    return Advice(best.engine if best else None, reason, planned, fits, change)
 
 
-def smallest_change(calculator: Calculator, variant: str, setting: Setting) -> Setting | None:
-    """The first change that makes it fit. If none does alone: with recomputed blocks, then sharded, in small chunks."""
-    recomputed = replace(setting, checkpointing=True)
-    sharded = replace(recomputed, stage=setting.stage if setting.stage == "fsdp2" else "3")
-    for base in dict.fromkeys((setting, recomputed, sharded, replace(sharded, encoding=min(SMALL, setting.encoding)))):
-        for tried in (base, *_changes(calculator, variant, base)):
-            if calculator.possible(tried) and calculator.fits(variant, tried):
-                return tried
+def smallest_change(calculator: Calculator, variant: str, setup: TrainingSetup) -> TrainingSetup | None:
+    """Return the first change that makes a setup fit; None if there is none.
+
+    Single changes are tried first; then the same with recomputed blocks, with sharding too, and with small chunks too.
+    """
+    recomputed = replace(setup, checkpointing=True)
+    sharded = replace(recomputed, engine=setup.engine if setup.engine == "fsdp2" else "3")
+    chunked = replace(sharded, eval_batch=min(SMALL_CHUNK, setup.eval_batch))
+    for base in dict.fromkeys((setup, recomputed, sharded, chunked)):
+        for changed in (base, *_changes(calculator, variant, base)):
+            if calculator.is_possible(changed) and calculator.fits(variant, changed):
+                return changed
     return None
 
 
-def _changes(calculator: Calculator, variant: str, base: Setting) -> Iterator[Setting]:
-    """One at a time: smaller chunks, if they are what is too large, more parts, recomputed blocks, sharding, GPUs."""
-    if calculator.possible(base) and calculator.account(variant, base).highest == "encoding":
-        yield from (replace(base, encoding=size) for size in _halved(base.encoding))
-    yield from (replace(base, accumulate=parts) for parts in _doubled(base.accumulate, calculator.batches.smallest))
+def _changes(calculator: Calculator, variant: str, base: TrainingSetup) -> Iterator[TrainingSetup]:
+    """Yield single changes: smaller chunks (if encoding has the peak), micro-batches, recomputing, sharding, GPUs."""
+    if calculator.is_possible(base) and calculator.memory(variant, base).peak_phase == "encoding":
+        yield from (replace(base, eval_batch=size) for size in _halvings(base.eval_batch))
+    yield from (replace(base, accumulate=number) for number in _doublings(base.accumulate, calculator.batches.smallest))
     yield replace(base, checkpointing=True)
-    yield from (replace(base, stage=stage) for stage in PREFERRED if base.stage in REPLICATED and stage > base.stage)
-    yield from (replace(base, cluster=cluster) for cluster in _larger(base.cluster))
+    yield from (replace(base, engine=each) for each in PREFERENCE if base.engine in REPLICATED and each > base.engine)
+    yield from (replace(base, cluster=cluster) for cluster in _larger_clusters(base.cluster))
 
 
-def _larger(cluster: Cluster) -> Iterator[Cluster]:
-    for gpus in _doubled(cluster.gpus, IN_A_MACHINE):
+def _larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
+    for gpus in _doublings(cluster.gpus, MAX_GPUS):
         cluster = replace(cluster, gpus=gpus)
         yield cluster
-    yield from (replace(cluster, machines=machines) for machines in _doubled(cluster.machines, MOST_MACHINES))
+    yield from (replace(cluster, machines=machines) for machines in _doublings(cluster.machines, MAX_MACHINES))
 
 
-def _doubled(number: int, most: int) -> Iterator[int]:
-    while number * 2 <= most:
+def _doublings(number: int, limit: int) -> Iterator[int]:
+    while number * 2 <= limit:
         number *= 2
         yield number
 
 
-def _halved(number: int) -> Iterator[int]:
+def _halvings(number: int) -> Iterator[int]:
     while number > 1:
         number //= 2
         yield number
 
 
-def _why(calculator: Calculator, variant: str, base: Setting, advised: Setting | None) -> str:
-    """In words."""
-    if advised is None:
-        return "no engine has room for it as it is configured"
-    ranks = advised.cluster.ranks
-    if ranks == 1:
-        return "one GPU holds all of it"
-    sharded = calculator.estimate(variant, replace(base, stage="3")).traffic.weights / 1e9 if _shards(calculator) else 0
-    spared = f"; under ZeRO-3 each rank would send {sharded:,.1f} GB of weights in a step" if sharded else ""
-    if advised.stage == "0":
-        return f"each GPU holds the whole language model beside its activations, and sends nothing of it{spared}"
-    if advised.stage == "2":
-        return f"it fits once Adam and gradients of what trains are sharded, and no frozen weight is sent{spared}"
-    whole = calculator.account(variant, replace(base, stage="2"))
+def _reason(calculator: Calculator, variant: str, base: TrainingSetup, best: TrainingSetup | None) -> str:
+    if best is None:
+        return "the run as configured fits with no engine"
+    if best.cluster.world_size == 1:
+        return "it fits on one GPU"
+    sharded = _zero3_traffic(calculator, variant, base)
+    saving = f"; ZeRO-3 would send {sharded:,.1f} GB of weights per rank and step" if sharded else ""
+    if best.engine == "0":
+        return f"each GPU holds the whole language model and its activations, and sends no frozen weights{saving}"
+    if best.engine == "2":
+        return f"it fits with sharded gradients and Adam states, and sends no frozen weights{saving}"
+    whole = calculator.memory(variant, replace(base, engine="2"))
     return (
-        f"a whole language model on each GPU does not fit (peak {whole.total / 1e9:,.1f} GB, {whole.frozen / 1e9:,.1f} "
-        f"of it frozen weights); sharded it does, for {sharded:,.1f} GB of weights that each rank sends in a step"
+        f"the whole language model does not fit on each GPU (peak {whole.peak / 1e9:,.1f} GB, "
+        f"{whole.frozen / 1e9:,.1f} GB of it frozen weights); sharded it fits, and each rank sends "
+        f"{sharded:,.1f} GB of weights per step"
     )
 
 
-def _shards(calculator: Calculator) -> bool:
-    return calculator.config.llm.quantize == "none"
+def _zero3_traffic(calculator: Calculator, variant: str, base: TrainingSetup) -> float:
+    """Return the GB of weights that a rank would send in a step under ZeRO-3; 0 where weights cannot be sharded."""
+    if calculator.config.llm.quantize != "none":
+        return 0
+    return calculator.estimate(variant, replace(base, engine="3")).traffic.weights / 1e9

@@ -1,4 +1,4 @@
-"""What a setting of a run takes on a rank: memory, traffic, time. Changes are tried by the same calculator."""
+"""Estimate memory, traffic and time of one rank, for any setup of a run; changes are tried with the same calculator."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,197 +8,194 @@ from typing import Any, TypeVar
 from rarec.config import VARIANTS, RunConfig
 from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
-from rarec.planning.blueprint import Blueprint
-from rarec.planning.lengths import Prompts, estimated
-from rarec.planning.memory import REPLICATED, SHIPPED, Account, Peaks, Stage, ZeroSettings, account
-from rarec.planning.samples import Batches, Samples
-from rarec.planning.setting import Cluster, Setting
-from rarec.planning.shapes import VariantShapes
-from rarec.planning.step import Activations, StepShape, encoding_activations, step_activations
-from rarec.planning.traffic import Speed, Traffic, speed, traffic
+from rarec.planning.activations import Activations, StepShape, encoding_peak, step_activations
+from rarec.planning.cluster import REPLICATED, Cluster, EngineName, TrainingSetup
+from rarec.planning.inputs import EpochBatches, PromptLengths, SampleStats, prompt_length_bounds
+from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, RankMemory, ZeroSettings, rank_memory
+from rarec.planning.meta_model import MetaModel, MetaModelBuilder
+from rarec.planning.step_time import StepTime, Traffic, step_time, step_traffic
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one variant in one setting.
+    """Memory, traffic and time of one variant in one setup.
 
     Attributes:
-        account: bytes of a rank.
-        step: bytes of a step's activations.
-        traffic: bytes of a step.
-        speed: None where the device's peak is not known for `llm.dtype`.
-        hours: of the variant's training; None where it takes no step, or where speed or samples are not known.
+        memory: bytes of a rank.
+        activations: bytes of a micro-batch's activations.
+        traffic: bytes that a rank sends in a step.
+        time: duration of a step; None where the device's peak for `llm.dtype` is not listed.
+        hours: duration of the variant's training; None where it takes no step, or the time or the number of samples is
+            unknown.
     """
 
-    account: Account
-    step: Activations
+    memory: RankMemory
+    activations: Activations
     traffic: Traffic
-    speed: Speed | None
+    time: StepTime | None
     hours: float | None
 
 
 class Calculator:
-    """Estimates for one run.
+    """Estimate what a run needs.
 
     Args:
-        config: of the run.
-        blueprint: makes its models.
-        samples: that are selected; None where that is not known yet.
+        config: configuration of the run.
+        builder: builder of its models.
+        samples: samples of its shards; None where there are none yet.
         zero: DeepSpeed's settings.
     """
 
     def __init__(
-        self, config: RunConfig, blueprint: Blueprint, samples: Samples | None = None, zero: ZeroSettings = SHIPPED
+        self,
+        config: RunConfig,
+        builder: MetaModelBuilder,
+        samples: SampleStats | None = None,
+        zero: ZeroSettings = SHIPPED_ZERO,
     ) -> None:
-        self.config, self.blueprint, self.samples, self.zero = config, blueprint, samples, zero
-        self._made: dict[Any, Any] = {}
+        self.config, self.builder, self.samples, self.zero = config, builder, samples, zero
+        self._cache: dict[Any, Any] = {}
 
     @cached_property
-    def prompts(self) -> dict[str, Prompts]:
-        """Text lengths of each side: those of users as they are, if samples are there."""
-        reserved = slots_reserved(self.config, self.blueprint.sources)
-        slots = {side: sum(reserved[side][name] for name in self.blueprint.named[side]) for side in SIDES}
-        bounds = estimated(self.config, slots, self.blueprint.context_length)
-        return bounds | ({"user": self.samples.users} if self.samples else {})
+    def prompts(self) -> dict[str, PromptLengths]:
+        """The prompt lengths of each side: of users from the shards where there are any, otherwise upper bounds."""
+        reserved = slots_reserved(self.config, self.builder.sources)
+        slots = {side: sum(reserved[side][name] for name in self.builder.slot_sources[side]) for side in SIDES}
+        bounds = prompt_length_bounds(self.config, slots, self.builder.context_length)
+        return bounds | ({"user": self.samples.user_prompts} if self.samples else {})
 
     @cached_property
-    def batches(self) -> Batches:
-        """Of an epoch. Under a token budget without samples: each of as many of the longest prompts as it holds."""
+    def batches(self) -> EpochBatches:
+        """The batches of an epoch; under a token budget without shards, as many of the longest prompts as it holds."""
         if self.samples and self.samples.batches:
             return self.samples.batches
         train, longest = self.config.train, self.prompts["user"].longest
-        slots = sum(slots_reserved(self.config, self.blueprint.sources)["user"].values())
+        slots = sum(slots_reserved(self.config, self.builder.sources)["user"].values())
         budget = train.tokens_per_batch
         size = max(2, budget // (longest + slots)) if budget else train.batch_size
         count = -(-self.samples.count // size) if self.samples else None
-        return Batches(count, size, size, ((size, longest),))
+        return EpochBatches(count, size, size, ((size, longest),))
 
-    def setting(self, cluster: Cluster, stage: Stage) -> Setting:
-        """As the configuration has it.
+    def setup(self, cluster: Cluster, engine: EngineName) -> TrainingSetup:
+        """Return the setup of the configuration on a cluster.
 
         Raises:
-            UserError: some rank would have nothing to do, or the engine cannot shard weights in 4 bits.
+            UserError: a rank would have no sample, or the engine cannot shard 4-bit weights.
         """
         train, llm = self.config.train, self.config.llm
-        encoding = self.config.evaluate.batch_size
-        chosen = Setting(cluster, stage, train.accumulate, llm.gradient_checkpointing, encoding)
-        if self.possible(chosen):
+        eval_batch = self.config.evaluate.batch_size
+        chosen = TrainingSetup(cluster, engine, train.accumulate, llm.gradient_checkpointing, eval_batch)
+        if self.is_possible(chosen):
             return chosen
-        parts = cluster.ranks * train.accumulate
-        least = self.batches.smallest
-        if parts > least:
-            problem = f"a step of {least} samples cannot be cut into {parts}, one for each rank and part"
+        pieces, smallest = cluster.world_size * train.accumulate, self.batches.smallest
+        if pieces > smallest:
+            problem = f"a batch of {smallest} samples cannot be split into {pieces} (GPUs x train.accumulate)"
             raise UserError(problem, "raise train.batch_size, or plan with fewer --gpus")
-        raise UserError(f"llm.quantize: weights in 4 bits cannot be sharded (--zero {stage})", "plan with --zero 2")
+        raise UserError(f"llm.quantize: --zero {engine} cannot shard 4-bit weights", "plan with --zero 2")
 
-    def possible(self, setting: Setting) -> bool:
-        """Whether every rank has a sample in every part, and the engine can take the weights."""
-        quantised = self.config.llm.quantize != "none" and setting.stage not in REPLICATED
-        return setting.cluster.ranks * setting.accumulate <= self.batches.smallest and not quantised
+    def is_possible(self, setup: TrainingSetup) -> bool:
+        """Return whether every rank has a sample in every micro-batch, and the engine supports the weights."""
+        sharded_nf4 = self.config.llm.quantize != "none" and setup.engine not in REPLICATED
+        return setup.cluster.world_size * setup.accumulate <= self.batches.smallest and not sharded_nf4
 
-    def fits(self, variant: str, setting: Setting) -> bool:
-        """Whether a rank has room for it. A step is traced only where what stays leaves any."""
-        nothing = Peaks(0, 0, setting.checkpointing)
-        usable = setting.cluster.usable
-        return (
-            self._account(variant, setting, nothing).stays <= usable and self.account(variant, setting).total <= usable
+    def fits(self, variant: str, setup: TrainingSetup) -> bool:
+        """Return whether a GPU has enough memory. A step is traced only where the static memory alone fits."""
+        usable = setup.cluster.usable
+        nothing = ActivationPeaks(0, 0, setup.checkpointing)
+        static = self._memory(variant, setup, nothing).static
+        return static <= usable and self.memory(variant, setup).peak <= usable
+
+    def memory(self, variant: str, setup: TrainingSetup) -> RankMemory:
+        """Return the memory of a rank."""
+        model, longest = self.meta_model(variant, setup.checkpointing), self._step_shapes(variant, setup)[-1]
+        key = ("encoding", variant, setup.eval_batch)
+        encoding = self._cached(key, lambda: encoding_peak(model, longest, setup.eval_batch))
+        peaks = ActivationPeaks(self.activations(variant, setup).peak, encoding, setup.checkpointing)
+        return self._memory(variant, setup, peaks)
+
+    def activations(self, variant: str, setup: TrainingSetup) -> Activations:
+        """Trace a step with the batch that needs the most memory."""
+        return self._trace(variant, setup, self.step_shape(variant, setup))
+
+    def _trace(self, variant: str, setup: TrainingSetup, shape: StepShape) -> Activations:
+        model = self.meta_model(variant, setup.checkpointing)
+        key = ("step", variant, setup.checkpointing, shape.rows, shape.total, shape.world_size, shape.text["user"])
+        return self._cached(key, lambda: step_activations(model, self.config.loss, shape))
+
+    def estimate(self, variant: str, setup: TrainingSetup) -> Estimate:
+        """Return memory, traffic and time of a variant."""
+        step = self.activations(variant, setup)
+        model, world_size = self.meta_model(variant, setup.checkpointing), setup.cluster.world_size
+        sent = step_traffic(model, setup.engine, world_size, setup.accumulate, step, setup.checkpointing)
+        time, steps = self._step_time(variant, setup, sent), self.steps(variant)
+        hours = steps * time.seconds / 3600 if time and steps else None
+        return Estimate(self.memory(variant, setup), step, sent, time, hours)
+
+    def _step_time(self, variant: str, setup: TrainingSetup, sent: Traffic) -> StepTime | None:
+        """Return the duration of a step; None unless the weights are in bfloat16, whose peak is listed."""
+        if self.config.llm.dtype != "bfloat16":
+            return None
+        samples, cluster = self.batches.mean_size, setup.cluster
+        return step_time(
+            self.meta_model(variant, setup.checkpointing),
+            sent,
+            cluster.device,
+            tokens=self._tokens(variant) * samples / cluster.world_size,
+            samples=samples,
+            checkpointing=setup.checkpointing,
+            machines=cluster.machines,
         )
-
-    def account(self, variant: str, setting: Setting) -> Account:
-        """Bytes of a rank."""
-        shapes, longest = self.variant(variant, setting.checkpointing), self._shapes(variant, setting)[-1]
-        encoding = self._once(
-            ("encoding", variant, setting.encoding), lambda: encoding_activations(shapes, longest, setting.encoding)
-        )
-        return self._account(variant, setting, Peaks(self.step(variant, setting).peak, encoding, setting.checkpointing))
-
-    def step(self, variant: str, setting: Setting) -> Activations:
-        """A traced step, of the batch that takes most."""
-        return self._traced(variant, setting, self.shape(variant, setting))
-
-    def _traced(self, variant: str, setting: Setting, shape: StepShape) -> Activations:
-        shapes = self.variant(variant, setting.checkpointing)
-        key = ("step", variant, setting.checkpointing, shape.rows, shape.total, shape.ranks, shape.text["user"])
-        return self._once(key, lambda: step_activations(shapes, self.config.loss, shape))
-
-    def estimate(self, variant: str, setting: Setting) -> Estimate:
-        """All of it."""
-        shapes, step, cluster = (
-            self.variant(variant, setting.checkpointing),
-            self.step(variant, setting),
-            setting.cluster,
-        )
-        recomputes = setting.checkpointing
-        sent = traffic(shapes, setting.stage, cluster.ranks, setting.accumulate, step, recomputes)
-        samples = self.batches.samples
-        tokens = self._tokens(variant) * samples / cluster.ranks
-        known, steps = self.config.llm.dtype == "bfloat16", self.steps(variant)
-        fast = (
-            speed(
-                shapes,
-                sent,
-                cluster.device,
-                tokens=tokens,
-                samples=samples,
-                recomputes=recomputes,
-                machines=cluster.machines,
-            )
-            if known
-            else None
-        )
-        hours = steps * fast.seconds / 3600 if fast and steps else None
-        return Estimate(self.account(variant, setting), step, sent, fast, hours)
 
     def steps(self, variant: str) -> int | None:
-        """How many steps a variant takes; None where samples are not known."""
-        trained = [weight.name for weight in self.variant(variant, self.config.llm.gradient_checkpointing).trained]
+        """Return the number of steps of a variant's training; None where the number of samples is unknown."""
+        names = [weight.name for weight in self.meta_model(variant, self.config.llm.gradient_checkpointing).trainable]
         if self.batches.count is None:
-            return None if self.config.train.steps(1, trained) else 0
-        return self.config.train.steps(self.batches.count * self.config.train.epochs, trained)
+            return None if self.config.train.steps(1, names) else 0
+        return self.config.train.steps(self.batches.count * self.config.train.epochs, names)
 
-    def variant(self, variant: str, checkpointing: bool) -> VariantShapes:
-        """A variant's model."""
-        return self._once(
-            ("variant", variant, checkpointing), lambda: self.blueprint.variant(VARIANTS[variant], checkpointing)
-        )
+    def meta_model(self, variant: str, checkpointing: bool) -> MetaModel:
+        """Return a variant's model on the meta device."""
+        key = ("variant", variant, checkpointing)
+        return self._cached(key, lambda: self.builder.build(VARIANTS[variant], checkpointing))
 
     def slots(self, variant: str) -> dict[str, int]:
-        """How many there are in a prompt of each side."""
-        model = self.variant(variant, self.config.llm.gradient_checkpointing).model
+        """Return the number of slots in a prompt of each side."""
+        model = self.meta_model(variant, self.config.llm.gradient_checkpointing).model
         return {"user": sum(model.user.slots.values()), "item": sum(model.item.slots.values())}
 
-    def shape(self, variant: str, setting: Setting) -> StepShape:
-        """Of a part of a step on one rank, of the batch that takes most."""
-        tried = self._shapes(variant, setting)
-        return tried[0] if len(tried) == 1 else max(tried, key=lambda shape: self._traced(variant, setting, shape).peak)
+    def step_shape(self, variant: str, setup: TrainingSetup) -> StepShape:
+        """Return the sizes of a rank's micro-batch, of the batch that needs the most memory."""
+        shapes = self._step_shapes(variant, setup)
+        if len(shapes) == 1:
+            return shapes[0]
+        return max(shapes, key=lambda shape: self._trace(variant, setup, shape).peak)
 
-    def _shapes(self, variant: str, setting: Setting) -> list[StepShape]:
-        """Of those that may, the longest prompts last."""
-        count = len(self.variant(variant, setting.checkpointing).model.backbone.blocks)
+    def _step_shapes(self, variant: str, setup: TrainingSetup) -> list[StepShape]:
+        """Return the sizes of micro-batches that may need the most memory, the one with the longest prompts last."""
+        count = len(self.meta_model(variant, setup.checkpointing).model.backbone.blocks)
         blocks = tuple(sorted(set(self.config.shards.state_blocks or range(count))))
         if blocks[-1] >= count:
             raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
-        vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.blueprint.sources.items()}
-        ranks, item = setting.cluster.ranks, self.prompts["item"].longest
-        found = []
+        vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.builder.sources.items()}
+        world_size, item = setup.cluster.world_size, self.prompts["item"].longest
+        shapes = []
         for size, longest in self.batches.largest:
-            total, text = -(-size // setting.accumulate), {"user": longest, "item": item}
-            found.append(StepShape(-(-total // ranks), total, ranks, text, blocks, vectors))
-        return found
+            total, text = -(-size // setup.accumulate), {"user": longest, "item": item}
+            shapes.append(StepShape(-(-total // world_size), total, world_size, text, blocks, vectors))
+        return shapes
 
-    def _account(self, variant: str, setting: Setting, peaks: Peaks) -> Account:
-        shapes = self.variant(variant, setting.checkpointing)
-        return account(shapes, setting.stage, setting.cluster.ranks, peaks, self.zero)
+    def _memory(self, variant: str, setup: TrainingSetup, peaks: ActivationPeaks) -> RankMemory:
+        model = self.meta_model(variant, setup.checkpointing)
+        return rank_memory(model, setup.engine, setup.cluster.world_size, peaks, self.zero)
 
     def _tokens(self, variant: str) -> float:
-        """Of a sample, both sides."""
+        """Return the tokens of a sample, both sides, on average."""
         return sum(self.prompts[side].mean + slots for side, slots in self.slots(variant).items())
 
-    def _once(self, key: Any, make: Callable[[], T]) -> T:
-        """Made at the first time it is asked for."""
-        if key not in self._made:
-            self._made[key] = make()
-        made: T = self._made[key]
+    def _cached(self, key: Any, make: Callable[[], T]) -> T:
+        if key not in self._cache:
+            self._cache[key] = make()
+        made: T = self._cache[key]
         return made

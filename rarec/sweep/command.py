@@ -1,4 +1,4 @@
-"""`rarec sweep`: list a sweep's runs, run them here, or submit them."""
+"""`rarec sweep`: list the runs of a sweep, run them on this machine, or submit them to SLURM."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from rarec.sweep.expand import Sweep, SweepRun, load_sweep
+from rarec.sweep.definition import Sweep, SweepRun, load_sweep
 from rarec.sweep.local import run_locally
 from rarec.sweep.slurm import submit
 from rarec.sweep.state import state_of
@@ -17,20 +17,20 @@ Say = Callable[[str], None]
 def sweep(
     file: Path, overrides: Sequence[str], only: str | None, say: Say, console: Console, listed: bool, sbatch: str | None
 ) -> bool:
-    """Do what the command line asks for; returns whether a run failed.
+    """List, submit or run a sweep; return whether a run failed.
 
     Args:
-        file: of the sweep.
-        overrides: for all runs.
-        only: a glob over their names.
-        say: tells the user a line.
-        console: on a terminal, for what the run in progress is at.
-        listed: print the runs with their states on standard output, and run nothing.
-        sbatch: submit to SLURM with these options; None runs here.
+        file: the sweep's file.
+        overrides: overrides for all runs.
+        only: glob pattern over the names of runs; None for all runs.
+        say: prints a line to the user.
+        console: shows what the current run is doing, on a terminal.
+        listed: print the runs and their states on standard output, and run nothing.
+        sbatch: submit to SLURM with these options of `sbatch`; None runs here.
 
     Raises:
-        UserError: sweep, base or a run is not as it should be; then nothing was started.
-        Stopped: a signal ended it.
+        UserError: the sweep, its base or a run is invalid; nothing was started.
+        Stopped: a signal ended the sweep.
     """
     whole = load_sweep(file, overrides)
     runs = whole.matching(only)
@@ -52,5 +52,5 @@ def _states(whole: Sweep, runs: Sequence[SweepRun]) -> list[str]:
     lines = []
     for run in runs:
         state, stage = state_of(run, whole.stages)
-        lines.append(f"{run.label:{width}}  {state}" + (f", {stage} is next" if state == "begun" else ""))
+        lines.append(f"{run.label:{width}}  {state}" + (f", next: {stage}" if state == "begun" else ""))
     return lines

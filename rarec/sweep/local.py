@@ -1,4 +1,4 @@
-"""A sweep on this machine: one run after the other, each a process of its own, so that none takes others with it."""
+"""Run a sweep on this machine: one run after the other, each in its own process, so that a crash ends one run only."""
 
 import ctypes
 import shlex
@@ -13,35 +13,36 @@ from pathlib import Path
 from rarec.config.load import format_override
 from rarec.errors import Stopped
 from rarec.files import lock_file, try_lock
-from rarec.sweep.expand import Sweep, SweepRun
+from rarec.sweep.definition import Sweep, SweepRun
 from rarec.sweep.state import first_to_do, state_of
 from rarec.training.signals import StopSignals
 
 LOG = "sweep.log"
-"""In a run's directory: what its process said, each sitting behind the command that began it."""
+"""File in a run's directory: the output of its processes, each after the command that started it."""
 _LOCK = ".sweep.lock"
-_LOOK = 0.1
-"""Seconds between looks at a run in progress."""
+_POLL_SECONDS = 0.1
+_STATE_SECONDS = 1
+"""Seconds between looks at the stage of the current run."""
 _PR_SET_PDEATHSIG = 1
 Say = Callable[[str], None]
 Show = Callable[[str], None]
 
 
 def run_locally(sweep: Sweep, runs: Sequence[SweepRun], say: Say, show: Show) -> list[str]:
-    """Make what is not done of these runs, one line told of each.
+    """Run what is not done of these runs; print one line for each.
 
     Args:
-        sweep: that they are of.
-        runs: in the order in which they are made.
-        say: tells the user a line that stays.
-        show: what the run in progress is at, for a line that does not stay.
+        sweep: sweep that the runs belong to.
+        runs: runs, in order.
+        say: prints a line to the user.
+        show: replaces the status line with what the current run is doing.
 
     Returns:
-        A line for each run that failed: its name, how it ended, and the last that it said.
+        A line for each run that failed: its label, how it ended, and the end of its log.
 
     Raises:
-        Stopped: by SIGTERM or SIGUSR1; the run in progress has saved and ended.
-        KeyboardInterrupt: by Ctrl-C; likewise.
+        Stopped: SIGTERM or SIGUSR1 came; the current run has saved a checkpoint and ended.
+        KeyboardInterrupt: Ctrl-C; likewise.
     """
     failed = []
     with StopSignals().recorded() as signals:
@@ -52,88 +53,92 @@ def run_locally(sweep: Sweep, runs: Sequence[SweepRun], say: Say, show: Show) ->
     return failed
 
 
-def command_of(sweep: Sweep, run: SweepRun) -> list[str]:
-    """What makes a run, by itself."""
+def run_arguments(sweep: Sweep, run: SweepRun) -> list[str]:
+    """Return the arguments of the `rarec` command that makes a run."""
     overrides = [format_override(field, value) for field, value in run.overrides.items()]
     return ["run", str(sweep.base), *overrides, "--stages", " ".join(sweep.stages)]
 
 
-def last_words(log: Path) -> str:
-    """The last line of a log; if it is a remedy, the problem stands before it."""
+def last_message(log: Path) -> str:
+    """Return the last line of a log; if that is a remedy, the problem before it as well."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return " ".join(lines[-2:] if lines[-1:] and lines[-1].startswith("->") else lines[-1:])
 
 
 def _run(sweep: Sweep, run: SweepRun, signals: StopSignals, say: Say, show: Show) -> str | None:
-    """Make one run; None if it is done, else how it ended."""
+    """Make one run; return None if it is done, otherwise how it ended."""
     if first_to_do(run.config, sweep.stages) is None:
         say(_line(run, sweep.stages[-1], 0, "skipped, done before"))
         return None
-    with _alone(run, signals, say) as handle:
+    with _locked(run, signals, say) as lock:
         started = time.monotonic()
-        code = _sit(sweep, run, handle, signals, lambda stage: show(_line(run, stage, time.monotonic() - started, "")))
+        code = _execute(sweep, run, lock, signals, lambda stage: show(_line(run, stage, _since(started), "")))
         state, stage = state_of(run, sweep.stages)
         done = state == "done"
-        say(_line(run, stage, time.monotonic() - started, "done" if done else "failed"))
-    return None if done else f"{_ending(code)}: {last_words(run.directory / LOG)}"
+        say(_line(run, stage, _since(started), "done" if done else "failed"))
+    return None if done else f"{_describe_exit(code)}: {last_message(run.directory / LOG)}"
+
+
+def _since(started: float) -> float:
+    return time.monotonic() - started
 
 
 @contextmanager
-def _alone(run: SweepRun, signals: StopSignals, say: Say) -> Iterator[int]:
-    """Hold the run against another sweep, or what a killed one has left running; yields the handle that holds it."""
-    with lock_file(run.directory / _LOCK) as handle:
-        told = False
-        while not try_lock(handle):
-            if not told:
-                say(f"{run.label}: another process is at it, waiting for it to end")
-            told = True
-            _stop_if_told(signals)
-            time.sleep(_LOOK)
-        yield handle
+def _locked(run: SweepRun, signals: StopSignals, say: Say) -> Iterator[int]:
+    """Lock a run against other sweeps and against a process that a killed sweep left running; yield the handle."""
+    with lock_file(run.directory / _LOCK) as lock:
+        reported = False
+        while not try_lock(lock):
+            if not reported:
+                say(f"{run.label}: waiting for another process that works on this run")
+            reported = True
+            _raise_if_stopped(signals)
+            time.sleep(_POLL_SECONDS)
+        yield lock
 
 
-def _sit(sweep: Sweep, run: SweepRun, held: int, signals: StopSignals, show: Show) -> int:
-    """One process from its start to its end; returns its exit code, negative for a signal."""
-    command = [sys.executable, "-m", "rarec", *command_of(sweep, run)]
+def _execute(sweep: Sweep, run: SweepRun, lock: int, signals: StopSignals, show: Show) -> int:
+    """Make a run in a process of its own; return the exit code, negative for a signal."""
+    arguments = run_arguments(sweep, run)
     with (run.directory / LOG).open("a") as log:
-        log.write(f"\n$ rarec {shlex.join(command[3:])}\n")
+        log.write(f"\n$ rarec {shlex.join(arguments)}\n")
         log.flush()
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "rarec", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a terminal's Ctrl-C is the sweep's, which has the run save first
-            pass_fds=[held],  # so that the run is held until its process ends, whatever befalls the sweep
-            preexec_fn=_end_with_the_sweep,
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which then lets the run save a checkpoint
+            pass_fds=[lock],  # the run stays locked until its process ends, even if the sweep is killed
+            preexec_fn=_terminate_with_parent,
         )
     try:
-        return _watched(process, run, sweep.stages, signals, show)
+        return _wait(process, run, sweep.stages, signals, show)
     except (KeyboardInterrupt, Stopped):
-        _end(process)
+        _terminate(process)
         raise
 
 
-def _watched(
+def _wait(
     process: "subprocess.Popen[bytes]", run: SweepRun, stages: Sequence[str], signals: StopSignals, show: Show
 ) -> int:
     looked = 0.0
     while process.poll() is None:
-        _stop_if_told(signals)
-        if time.monotonic() - looked > 1:
+        _raise_if_stopped(signals)
+        if _since(looked) > _STATE_SECONDS:
             show(first_to_do(run.config, stages) or stages[-1])
             looked = time.monotonic()
-        time.sleep(_LOOK)
+        time.sleep(_POLL_SECONDS)
     return process.returncode
 
 
-def _stop_if_told(signals: StopSignals) -> None:
+def _raise_if_stopped(signals: StopSignals) -> None:
     if signals.received:
         raise Stopped("the sweep was stopped by a signal")
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Have a run save and end; another Ctrl-C does not wait for that."""
+def _terminate(process: "subprocess.Popen[bytes]") -> None:
+    """Let a run save a checkpoint and end; a second Ctrl-C kills it."""
     process.terminate()
     try:
         process.wait()
@@ -142,8 +147,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def _end_with_the_sweep() -> None:
-    """In the new process: a sweep that is killed takes its run with it, which saves and ends. Linux alone has this."""
+def _terminate_with_parent() -> None:
+    """Have the kernel terminate the new process when the sweep is killed; it saves a checkpoint. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -152,7 +157,7 @@ def _line(run: SweepRun, stage: str, seconds: float, outcome: str) -> str:
     return "  ".join(part for part in (run.label, stage, f"{seconds:.0f} s" if seconds else "", outcome) if part)
 
 
-def _ending(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
-    return f"{signal.Signals(-code).name}" + (", as where memory has run out" if code == -signal.SIGKILL else "")
+    return f"{signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

@@ -11,7 +11,7 @@ from rarec.config.load import read_tree
 from rarec.errors import UserError
 from rarec.stages.run import Run
 from rarec.stages.shards import LLM
-from rarec.sweep.expand import SweepRun
+from rarec.sweep.definition import SweepRun
 
 State = Literal["done", "begun", "to do"]
 

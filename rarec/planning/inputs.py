@@ -1,0 +1,161 @@
+"""Describe the inputs of a training: lengths of prompts, numbers of samples and batches, shapes of source vectors.
+
+Shape letters: S samples, b samples of one batch.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from safetensors import safe_open
+
+from rarec.config import RunConfig
+from rarec.config.ids import Ids, Import, Recipe
+from rarec.errors import UserError
+from rarec.ids.imports import existing
+from rarec.models.build import SIDES, SourceShape
+
+SPECIAL_TOKENS = 2
+"""The most tokens that a tokenizer puts around a text."""
+_WORD = re.compile(r"\w+|[^\w\s]")
+_FIELD = re.compile(r"\{[^{}]*\}")
+
+
+@dataclass(frozen=True)
+class PromptLengths:
+    """Text tokens of one side's prompts, without slots.
+
+    Attributes:
+        longest: tokens of the longest prompt, which decides on memory.
+        mean: tokens of a prompt on average, which decides on time.
+    """
+
+    longest: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class EpochBatches:
+    """Sizes of the batches of an epoch.
+
+    Attributes:
+        count: number of batches; None where it is unknown.
+        mean_size: samples of a batch on average.
+        smallest: samples of the smallest batch.
+        largest: (samples, tokens of the longest user prompt) of the batches that may need the most memory: the one with
+            most samples first, the one with the longest prompts last.
+    """
+
+    count: int | None
+    mean_size: float
+    smallest: int
+    largest: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_lengths(cls, batches: Iterable[npt.NDArray[np.integer]]) -> "EpochBatches":
+        """Summarize batches, each given by the lengths of its user prompts (b)."""
+        shapes = [(len(tokens_b), int(tokens_b.max())) for tokens_b in batches]
+        sizes = [size for size, _ in shapes]
+        largest = max(shapes), max(shapes, key=lambda shape: shape[::-1])
+        return cls(len(shapes), sum(sizes) / len(shapes), min(sizes), tuple(dict.fromkeys(largest)))
+
+
+@dataclass(frozen=True)
+class SampleStats:
+    """The samples of existing shards.
+
+    Attributes:
+        count: number of samples in an epoch.
+        user_prompts: lengths of their user prompts.
+        batches: batches under a token budget; None where a batch is a number of samples.
+    """
+
+    count: int
+    user_prompts: PromptLengths
+    batches: EpochBatches | None = None
+
+    @classmethod
+    def from_lengths(cls, tokens_S: npt.NDArray[np.integer], batches: EpochBatches | None = None) -> "SampleStats":
+        """Summarize samples by the lengths of their user prompts (S), as the shards' index has them."""
+        return cls(len(tokens_S), PromptLengths(int(tokens_S.max()), float(tokens_S.mean())), batches)
+
+
+def prompt_length_bounds(config: RunConfig, slots: Mapping[str, int], context_length: int) -> dict[str, PromptLengths]:
+    """Return upper bounds of both sides' prompt lengths: full histories, titles and texts at their longest.
+
+    A word or sign of the template counts as one token; a prompt is cut to `prompt.max_tokens` or the context length,
+    slots included.
+
+    Args:
+        config: configuration of the run.
+        slots: number of slots reserved on each side.
+        context_length: context length of the language model, in tokens.
+    """
+    limit = min(config.prompt.max_tokens or context_length, context_length)
+    bounds = {"user": _user_tokens(config), "item": _item_tokens(config)}
+    longest = {side: max(1, min(bounds[side], limit - slots[side])) for side in SIDES}
+    return {side: PromptLengths(longest[side], longest[side]) for side in SIDES}
+
+
+def _user_tokens(config: RunConfig) -> int:
+    prompt = config.prompt
+    title = prompt.max_title_tokens + _words(prompt.separator)
+    return SPECIAL_TOKENS + _words(prompt.user) + prompt.max_history * title * ("{history}" in prompt.user)
+
+
+def _item_tokens(config: RunConfig) -> int:
+    prompt = config.prompt
+    has_text = "{title}" in prompt.item or "{text}" in prompt.item
+    return SPECIAL_TOKENS + _words(prompt.item) + prompt.max_text_tokens * has_text
+
+
+def _words(template: str) -> int:
+    return len(_WORD.findall(_FIELD.sub(" ", template)))
+
+
+def source_shape(section: Ids | Import) -> SourceShape:
+    """Return the dimension and vectors per user of a source, from its recipe or the headers of its files.
+
+    Raises:
+        UserError: a file is missing, unreadable, or of the wrong shape.
+    """
+    chosen = section.chosen if isinstance(section, Ids) else section
+    if isinstance(chosen, Recipe):
+        return SourceShape(chosen.dim, chosen.per_user)
+    users = _file_shape(chosen.users, "users") if chosen.users is not None else ()
+    return SourceShape(_file_shape(chosen.items, "items")[-1], users[1] if len(users) == 3 else 1)
+
+
+def _file_shape(path: str, field: str) -> tuple[int, ...]:
+    file = existing(path, field)
+    readers = {".npy": _npy_shape, ".safetensors": _safetensors_shape, ".parquet": _parquet_shape}
+    if file.suffix not in readers:
+        raise UserError(f"field `{field}`: {path} has an unknown format", f"give one of {', '.join(readers)}")
+    try:
+        shape = readers[file.suffix](file)
+    except Exception as error:
+        remedy = f"write the vectors again, as one of {', '.join(readers)}"
+        raise UserError(f"field `{field}`: cannot read {path}: {error}", remedy) from None
+    if len(shape) < 2:
+        raise UserError(f"field `{field}`: {path} has shape {shape}", "give vectors of two axes: rows, dimension")
+    return shape
+
+
+def _npy_shape(file: Path) -> tuple[int, ...]:
+    return tuple(np.load(file, mmap_mode="r", allow_pickle=False).shape)
+
+
+def _safetensors_shape(file: Path) -> tuple[int, ...]:
+    with safe_open(file, "np") as tensors:
+        return tuple(tensors.get_slice(next(iter(tensors.keys()))).get_shape())
+
+
+def _parquet_shape(file: Path) -> tuple[int, ...]:
+    table: Any = pq.ParquetFile(file)
+    first = next(table.iter_batches(batch_size=1, columns=["vector"]))
+    return table.metadata.num_rows, len(first.column(0)[0].as_py())

@@ -1,0 +1,217 @@
+"""Print a plan in the terminal: a table of variants, a table of engines, the advice and the command to start."""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rich.table import Table
+
+from rarec.config import VARIANTS
+from rarec.planning.advice import RunPlan
+from rarec.planning.calculator import Calculator, Estimate
+from rarec.planning.cluster import EngineName, TrainingSetup
+from rarec.planning.step_time import MFU
+from rarec.shipped import shipped_file
+
+TITLES: dict[EngineName, str] = {"0": "DDP", "1": "ZeRO-1", "2": "ZeRO-2", "3": "ZeRO-3", "fsdp2": "FSDP2"}
+FILES: dict[EngineName, str] = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3", "fsdp2": "fsdp2"}
+"""Names of the files in `configs/accelerate/` and `configs/deepspeed/`."""
+ROWS = {
+    "frozen weights": "frozen",
+    "buffers (whitening)": "buffers",
+    "trainable parameters": "trainable",
+    "gradients": "gradients",
+    "Adam states": "optimizer",
+    "communication buckets": "buckets",
+    "activations (peak)": "activations",
+    "gathered weights (peak)": "gathered",
+    "or: encoding": "encoding",
+    "or: update, checkpoint": "update",
+}
+"""Rows of the table of engines: fields of `RankMemory`."""
+PER_SAMPLES = 100_000
+"""Number of samples for which hours are printed."""
+
+
+def render(plan: RunPlan, run: str) -> Iterator[Table | str]:
+    """Yield the tables and lines of a plan, in order.
+
+    Args:
+        plan: plan to print.
+        run: configuration file and overrides, as a shell reads them, for the command that starts the training.
+    """
+    yield _heading(plan) + "\n"
+    yield _variant_table(plan)
+    yield "\n* needs the most memory; what follows is for this variant\n"
+    yield _engine_table(plan)
+    yield "\n" + "\n".join((*_advice(plan, run), *_facts(plan)))
+
+
+def engine_title(setup: TrainingSetup) -> str:
+    """Return the name of a setup's engine, for people."""
+    return "one process" if setup.engine == "0" and setup.cluster.world_size == 1 else TITLES[setup.engine]
+
+
+def _heading(plan: RunPlan) -> str:
+    config, cluster = plan.calculator.config, plan.advice.setup.cluster
+    machines = f"{cluster.machines} machines of " if cluster.machines > 1 else ""
+    memory = f"{cluster.memory / 1e9:,.1f} GB each ({cluster.usable / 1e9:,.1f} GB usable)"
+    return f"{config.llm.path} in {config.llm.dtype} on {machines}{cluster.gpus} x {cluster.device.name}, {memory}"
+
+
+def _variant_table(plan: RunPlan) -> Table:
+    title = f"variants, {engine_title(plan.advice.setup)}"
+    table = _table(title, "trainable", "peak", "steps", "hours", "checkpoint", "bundle")
+    for name, estimate in plan.estimates.items():
+        largest = name == plan.largest
+        cells = _variant_cells(plan.calculator, name, estimate, plan.advice.setup.checkpointing)
+        table.add_row(VARIANTS[name].title + (" *" if largest else ""), *cells, style="bold" if largest else "")
+    return table
+
+
+def _variant_cells(calculator: Calculator, name: str, estimate: Estimate, checkpointing: bool) -> list[str]:
+    model, steps = calculator.meta_model(name, checkpointing), calculator.steps(name)
+    checkpoint = sum(model.file_bytes.values()) + 2 * sum(weight.nbytes for weight in model.trainable)
+    return [
+        f"{sum(weight.numel for weight in model.trainable):,}",
+        _size(estimate.memory.peak),
+        f"{steps:,}" if steps is not None else "?",
+        f"{estimate.hours:,.1f}" if estimate.hours else "0" if steps == 0 else "?",
+        _size(checkpoint),
+        _size(model.bundle_bytes(calculator.config.export.dtype)),
+    ]
+
+
+def _engine_table(plan: RunPlan) -> Table:
+    planned, usable = plan.advice.setup, plan.advice.setup.cluster.usable
+    titles = [engine_title(planned) if engine == planned.engine else TITLES[engine] for engine in plan.memories]
+    table = _table("memory of each GPU", *titles)
+    memories = plan.memories.values()
+    for row, field in ROWS.items():
+        table.add_row(row, *(_size(getattr(memory, field)) for memory in memories))
+    table.add_row("peak", *(_size(memory.peak) for memory in memories), style="bold")
+    table.add_row("fits", *("yes" if memory.peak <= usable else "NO" for memory in memories), style="bold")
+    return table
+
+
+def _advice(plan: RunPlan, run: str) -> Iterator[str]:
+    advice, planned = plan.advice, plan.advice.setup
+    engine = "no engine" if advice.engine is None else engine_title(replace(planned, engine=advice.engine))
+    yield f"recommended: {engine}; {advice.reason}."
+    if not advice.fits:
+        yield from _change(plan)
+    chosen = advice.change or planned
+    if chosen.engine == "3":
+        yield from _zero3_hints(plan, chosen)
+    if advice.fits or advice.change:
+        overrides = [word for word in planned.changes(chosen) if not word.startswith("--")]
+        yield f"start: {' '.join([launch_command(chosen), run, *overrides])}"
+
+
+def _zero3_hints(plan: RunPlan, chosen: TrainingSetup) -> Iterator[str]:
+    model = plan.calculator.meta_model(plan.largest, chosen.checkpointing)
+    if not chosen.checkpointing and model.first_grad_block is not None:
+        yield "ZeRO-3 keeps each gathered matrix until its backward pass; llm.gradient_checkpointing=true avoids this"
+    if chosen.cluster.machines > 1:
+        second = _size(sum(weight.nbytes for weight in model.frozen) / chosen.cluster.gpus)
+        file = f"{shipped_file('configs/accelerate/zero3_hpz.yaml')}"
+        setting = f"zero_hpz_partition_size: {chosen.cluster.gpus}"
+        yield f"{file} ({setting}) gathers weights inside each machine alone, for {second} more on each GPU"
+
+
+def _change(plan: RunPlan) -> Iterator[str]:
+    advice, planned = plan.advice, plan.advice.setup
+    memory = plan.memories[planned.engine]
+    missing = _size(memory.peak - planned.cluster.usable)
+    yield f"{engine_title(planned)} lacks {missing} on each GPU; the peak is in the phase {memory.peak_phase!r}."
+    if advice.change is None:
+        yield "No change that was tried makes it fit: use GPUs with more memory, or another language model."
+        return
+    peak = plan.calculator.memory(plan.largest, advice.change).peak
+    yield f"smallest change that makes it fit: {' '.join(planned.changes(advice.change))} (peak {_size(peak)})"
+    if planned.accumulate != advice.change.accumulate:
+        yield "  this changes the training: in-batch negatives come from one micro-batch"
+
+
+def _facts(plan: RunPlan) -> Iterator[str]:
+    calculator, setup = plan.calculator, plan.advice.change or plan.advice.setup
+    estimate = calculator.estimate(plan.largest, setup)
+    sent = estimate.traffic
+    parts = {"gradients": sent.gradients, "weights": sent.weights, "vectors and states of the batch": sent.batch}
+    yield f"sent by each rank per step: {_list_sizes(parts)}"
+    if estimate.time is None:
+        yield "speed: not estimated; only the peak of bfloat16 is listed (set llm.dtype=bfloat16)"
+    else:
+        time, hours = estimate.time, PER_SAMPLES / estimate.time.samples_per_s / 3600
+        yield (
+            f"speed: {_digits(time.seconds)} s per step, {time.tokens_per_s:,.0f} tokens/s per GPU, "
+            f"{_digits(hours)} hours per {PER_SAMPLES:,} samples, without validation, at {MFU:.0%} of the peak"
+        )
+    yield _micro_batch(calculator, plan.largest, setup)
+    yield _saved_activations(calculator, plan.largest, setup)
+
+
+def _micro_batch(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
+    shape, slots = calculator.step_shape(variant, setup), calculator.slots(variant)
+    lengths = ", ".join(f"{side} {shape.text[side] + slots[side]}" for side in shape.text)
+    line = f"micro-batch of a rank: {shape.rows} of {shape.total} samples, prompts of {lengths} tokens "
+    if calculator.samples:
+        return line + f"(user prompts as in the shards); {calculator.samples.count:,} samples per epoch"
+    line += "(upper bounds from the configuration); unknown number of samples"
+    if calculator.config.train.tokens_per_batch:
+        line += "; batches of shorter prompts have more samples and may need more memory: plan again after rarec shards"
+    return line
+
+
+def _saved_activations(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
+    """Describe the activations that wait for the backward pass, and the part outside the language model."""
+    shape, model = calculator.step_shape(variant, setup), calculator.meta_model(variant, setup.checkpointing).model
+    width = model.backbone.hidden_size
+    alignments = [tower.alignment for tower in (model.user, model.item) if tower.alignment is not None]
+    slots = sum(len(alignment.blocks) * sum(alignment.slots.values()) for alignment in alignments)
+    states = shape.rows + shape.total * (shape.world_size > 1)
+    sizes = {
+        "slots": 4 * width * shape.rows * slots,
+        "text-only states": 2 * 4 * width * len(shape.state_blocks) * states,
+        "scores": 4 * shape.rows * shape.total,
+    }
+    saved = _size(calculator.activations(variant, setup).saved)
+    return f"activations saved for the backward pass: {saved}, including {_list_sizes(sizes)}"
+
+
+def launch_command(setup: TrainingSetup) -> str:
+    """Return the command that starts a training, up to the configuration's file.
+
+    Accelerate's files name DeepSpeed's relative to the repository's root; elsewhere its path is given as an option.
+    """
+    cluster = setup.cluster
+    file = "one" if engine_title(setup) == "one process" else FILES[setup.engine]
+    words = ["accelerate", "launch", "--config_file", str(shipped_file(f"configs/accelerate/{file}.yaml"))]
+    deepspeed = f"configs/deepspeed/{file}.json"
+    if setup.engine in ("1", "2", "3") and not Path(deepspeed).is_file():
+        words += ["--deepspeed_config_file", str(shipped_file(deepspeed))]
+    words += ["--num_processes", str(cluster.world_size)]
+    words += ["--num_machines", str(cluster.machines)] if cluster.machines > 1 else []
+    return shlex.join([*words, "-m", "rarec", "train"])
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(title)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _list_sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.2f}" if number >= 1 else f"{number:.2g}"
+
+
+def _size(size: float) -> str:
+    unit, factor = next(((u, b) for u, b in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= b), ("B", 1))
+    return f"{size / factor:,.2f} {unit}" if factor > 1 else f"{size:.0f} B"

@@ -1,0 +1,261 @@
+"""Read a sweep's file and expand it into runs, each with its resolved configuration; invalid runs are refused here."""
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import Field, model_validator
+
+from rarec.config import RunConfig
+from rarec.config.load import parse_override, read_tree, set_field, validated
+from rarec.config.section import NonNegative, Section
+from rarec.errors import UserError
+from rarec.stages.run import Run
+
+StageName = Literal["prepare", "ids", "shards", "train", "evaluate", "export", "report"]
+SHARED = "shared"
+"""Name of the directory, beside the runs, for the artefacts that they share."""
+RESERVED = (SHARED, "slurm")
+"""Names of directories beside the runs, which no run may have."""
+ENTRY_FIELDS = ("seeds", "grid")
+"""Fields of an entry that are not fields of the configuration."""
+Seeds = Annotated[list[NonNegative], Field(min_length=1)]
+T = TypeVar("T")
+_SET_BY_SWEEP = {"run.dir": "the sweep sets it for each run", "run.seed": "list `seeds`, of the sweep or of the run"}
+_NAME = re.compile(r"[A-Za-z0-9][\w.+=,@-]*")
+
+
+class Entry(Section):
+    """An entry of `runs`: overrides of the base's fields, dotted or nested, beside `seeds` and `grid`."""
+
+    seeds: Seeds | None = None
+    """Seeds of this run; default: those of the sweep."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
+    """Lists of values by field: one run for each combination."""
+    overrides: dict[str, Any] = Field({})
+    """All other fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_overrides(cls, value: Any) -> Any:
+        if value is None:  # a name alone: the base without overrides
+            return {}
+        if not isinstance(value, dict):
+            return value
+        rest = {str(name): each for name, each in value.items() if name not in ENTRY_FIELDS}
+        return {**{name: value[name] for name in ENTRY_FIELDS if name in value}, "overrides": rest}
+
+
+class SweepFile(Section):
+    """The fields of a sweep's file."""
+
+    dir: str
+    """Directory of the runs, relative to the current one: each run in NAME/seed-SEED, shared artefacts in `shared`."""
+    base: str
+    """Run configuration that all runs start from, relative to this file."""
+    seeds: Seeds = Field([17])
+    stages: Annotated[list[StageName], Field(min_length=1)] = Field(["prepare", "ids", "shards", "train", "evaluate"])
+    """Stages of each run; they run in the order of `rarec run`."""
+    runs: Annotated[dict[str, Entry], Field(min_length=1)]
+    """Entries by name."""
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep, with one seed.
+
+    Attributes:
+        entry: name of its entry in the file.
+        name: the same, followed by a slash and the point of the grid if there is a grid.
+        seed: seed of the run.
+        grid: fields of the grid with this run's values.
+        overrides: all fields that differ from the base, dotted.
+        config: resolved configuration.
+    """
+
+    entry: str
+    name: str
+    seed: int
+    grid: Mapping[str, Any]
+    overrides: Mapping[str, Any]
+    config: RunConfig
+
+    @property
+    def label(self) -> str:
+        """The name and seed, which are also the run's directory inside the sweep's."""
+        return f"{self.name}/seed-{self.seed}"
+
+    @property
+    def directory(self) -> Path:
+        """The directory `run.dir`."""
+        return Path(self.config.run.dir)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A valid sweep.
+
+    Attributes:
+        path: path of its file.
+        directory: directory of all its runs.
+        base: path of the base configuration.
+        stages: stages of each run, in the order of `rarec run`.
+        runs: runs in the file's order, grids expanded, the seeds of a run together.
+    """
+
+    path: Path
+    directory: Path
+    base: Path
+    stages: tuple[str, ...]
+    runs: tuple[SweepRun, ...]
+
+    def matching(self, pattern: str | None) -> list[SweepRun]:
+        """Return the runs whose name or label matches a glob pattern; all runs for None.
+
+        Raises:
+            UserError: no run matches.
+        """
+        if pattern is None:
+            return list(self.runs)
+        found = [run for run in self.runs if fnmatchcase(run.name, pattern) or fnmatchcase(run.label, pattern)]
+        if not found:
+            names = ", ".join(dict.fromkeys(run.name for run in self.runs))
+            raise UserError(f"{self.path}: no run matches {pattern!r}", f"names of runs: {names}")
+        return found
+
+
+def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
+    """Read a sweep's file and expand it.
+
+    Args:
+        path: path of the file.
+        overrides: `section.field=value` for every run, applied after its own.
+
+    Raises:
+        UserError: the file, its base or a run is invalid; the message names the file and the run.
+    """
+    file = validated(SweepFile, read_tree(path), str(path))
+    base, common = path.parent / file.base, dict(map(parse_override, overrides))
+    if not base.is_file():
+        raise UserError(f"{path}, field `base`: {base} does not exist", "give its path relative to the sweep's file")
+    _refuse_fields_of_the_sweep(common, f"{path}, override for all runs")
+    runs = list(_runs(file, path, base, common))
+    duplicate = _first_duplicate(run.label for run in runs)
+    if duplicate is not None:
+        raise UserError(f"{path}: two runs are called {duplicate}", "list each value of a grid once")
+    stages = tuple(stage for stage in get_args(StageName) if stage in file.stages)
+    return Sweep(path, Path(file.dir), base, stages, tuple(runs))
+
+
+def _runs(file: SweepFile, path: Path, base: Path, common: Mapping[str, Any]) -> Iterator[SweepRun]:
+    """Yield every run of a sweep, with its validated configuration."""
+    tree = read_tree(base)
+    sets_shared = isinstance(tree.get("run"), dict) and tree["run"].get("shared")
+    shared = {} if sets_shared else {"run.shared": str(Path(file.dir, SHARED))}
+    for entry in file.runs:
+        for name, seed, grid, fields in _points(file, entry, common, f"{path}: run {entry!r}"):
+            overrides = {**shared, **fields}
+            config = _resolve(tree, overrides, f"{path}: run {name!r} over {base}")
+            _check_stages(config, file.stages, f"{path}: run {name!r}")
+            yield SweepRun(entry, name, seed, grid, overrides, config)
+
+
+def _check_stages(config: RunConfig, stages: Iterable[str], where: str) -> None:
+    """Refuse what a stage would refuse of this configuration, before any run is started."""
+    for stage in Run(config).all_stages(stages):
+        try:
+            stage.settings()
+        except UserError as error:
+            raise UserError(f"{where}: {error.problem}", error.remedy) from None
+
+
+def _points(
+    file: SweepFile, name: str, common: Mapping[str, Any], where: str
+) -> Iterator[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+    """Yield each run of an entry: name with the point of the grid, seed, fields of the grid, all fields."""
+    _check_name(name, where)
+    entry = file.runs[name]
+    own = _own_fields(entry, where)
+    repeated = next((field for field in entry.grid if field in own or field in common), None)
+    if repeated is not None:
+        raise UserError(f"{where}: field `{repeated}` is in its grid, and set beside it", "set it once")
+    seeds = entry.seeds or file.seeds
+    duplicate = _first_duplicate(seeds)
+    if duplicate is not None:
+        raise UserError(f"{where}: seed {duplicate} is listed twice", "list each seed once")
+    for values in product(*entry.grid.values()):
+        grid = dict(zip(entry.grid, values, strict=True))
+        full_name = name + (f"/{_point_name(grid)}" if grid else "")
+        for seed in seeds:
+            place = {"run.dir": str(Path(file.dir, full_name, f"seed-{seed}")), "run.seed": seed}
+            yield full_name, seed, grid, {**own, **grid, **common, **place}
+
+
+def _check_name(name: str, where: str) -> None:
+    """Refuse a name that cannot be a directory beside the sweep's own."""
+    if name in RESERVED:
+        raise UserError(f"{where}: `{name}` is a directory of the sweep itself", "choose another name")
+    if not _NAME.fullmatch(name):
+        problem = f"{where}: the name is not valid as a directory"
+        raise UserError(problem, "start with a letter or digit; then letters, digits and . _ + = , @ - are allowed")
+
+
+def _first_duplicate(values: Iterable[T]) -> T | None:
+    return next((value for value, count in Counter(values).items() if count > 1), None)
+
+
+def _own_fields(entry: Entry, where: str) -> dict[str, Any]:
+    """Return the fields that an entry overrides, dotted."""
+    fields = list(_flatten(entry.overrides, RunConfig))
+    duplicate = _first_duplicate(name for name, _ in fields)
+    if duplicate is not None:
+        raise UserError(f"{where}: field `{duplicate}` is set twice", "set it once, dotted or nested")
+    _refuse_fields_of_the_sweep({**dict(fields), **entry.grid}, where)
+    return dict(fields)
+
+
+def _refuse_fields_of_the_sweep(fields: Mapping[str, Any], where: str) -> None:
+    for field in fields:
+        if field in _SET_BY_SWEEP:
+            raise UserError(f"{where}: `{field}` cannot be overridden in a sweep", _SET_BY_SWEEP[field])
+
+
+def _flatten(values: Mapping[str, Any], section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested overrides as dotted fields. Only mappings that are sections of the configuration are split."""
+    for name, value in values.items():
+        inside = section
+        for part in name.split("."):
+            fields = inside.model_fields if isinstance(inside, type) and issubclass(inside, Section) else {}
+            inside = fields[part].annotation if part in fields else None
+        if isinstance(value, dict) and isinstance(inside, type) and issubclass(inside, Section):
+            yield from _flatten({str(key): each for key, each in value.items()}, inside, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _resolve(tree: dict[str, Any], overrides: Mapping[str, Any], where: str) -> RunConfig:
+    """Return the base's configuration with overrides applied."""
+    own = copy.deepcopy(tree)
+    for field, value in overrides.items():
+        try:
+            set_field(own, field, copy.deepcopy(value))
+        except UserError as error:
+            raise UserError(f"{where}: {error.problem}", error.remedy) from None
+    return validated(RunConfig, own, where)
+
+
+def _point_name(grid: Mapping[str, Any]) -> str:
+    """Return the directory name of a point of a grid, such as `shards.share=0.06`."""
+    text = ",".join(f"{field}={_plain(value)}" for field, value in grid.items())
+    return re.sub(r"[^\w.+=,@-]", "-", text)
+
+
+def _plain(value: Any) -> str:
+    return re.sub(r"[\"\[\]{} ]", "", json.dumps(value, ensure_ascii=False))
