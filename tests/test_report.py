@@ -418,7 +418,7 @@ def test_a_resumed_log_counts_each_step_once_and_an_incomplete_line_is_named(run
     assert "log.jsonl, line 201" in printed[0]
 
 
-def test_what_an_variant_left_that_is_trained_no_more_is_not_shown(run: RunPaths) -> None:
+def test_what_a_variant_left_that_is_trained_no_more_is_not_shown(run: RunPaths) -> None:
     assert set(read_run(run, VARIANTS, say=lambda line: None).training) > {"per_layer"}
     assert set(read_run(run, ["per_layer"], say=lambda line: None).training) == {"per_layer"}
 

@@ -13,6 +13,7 @@ from rarec.artefacts import write_manifest
 from rarec.config import VARIANTS
 from rarec.config.identity import evaluate_settings
 from rarec.errors import UserError
+from rarec.evaluation.diagnostics import variant_diagnostics
 from rarec.evaluation.examples import Examples
 from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
@@ -23,7 +24,6 @@ from rarec.files import new_directory, sha256_file, write_json
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
 from rarec.stages.context import Context
-from rarec.stages.diagnose import diagnostics
 from rarec.stages.shards import finished_shards
 from rarec.stages.trained import best_model, variant_hash
 
@@ -113,8 +113,13 @@ class _Evaluation:
             with self.context.engine.serving(model):
                 ranks |= self._ranks_of(name, model)
                 if name == self.main:
-                    self.diagnostics = diagnostics(self.context, model)
+                    self.diagnostics = self._diagnosed(name, model)
         return ranks | self.external
+
+    def _diagnosed(self, name: str, model: RaRec) -> dict[str, Any] | None:
+        context = self.context
+        inputs = (context.config, context.dataset, context.prompts, context.sources)
+        return variant_diagnostics(model, name, *inputs, say=context.say, world=context.world)
 
     def examples(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Rows of examples.json."""
