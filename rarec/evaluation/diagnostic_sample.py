@@ -93,7 +93,7 @@ class SideSample:
 
 @dataclass(frozen=True)
 class Passes:
-    """What a pass of a sample needs.
+    """A model with what a pass of a sample needs.
 
     Attributes:
         model: the trained variant, ready for inference.

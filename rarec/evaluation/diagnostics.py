@@ -1,4 +1,4 @@
-"""Alignment diagnostics: measures of the trained slots beside the text states of the frozen blocks (ours).
+"""Alignment diagnostics: measures of the trained slots beside the text states of the frozen blocks.
 
 Shape letters: N items or users of the sample, L blocks with slots, M instructions, K vectors of a source, D hidden
 size, E source dimension, Q soft tokens, W words.

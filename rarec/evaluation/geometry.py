@@ -1,4 +1,4 @@
-"""Measures of sets of vectors: similarity of two sets, effective rank, mean cosine, nearest rows of a table (ours).
+"""Measures of sets of vectors: similarity of two sets, effective rank, mean cosine, nearest rows of a table.
 
 Shape letters: N vectors, D and E dimensions, V rows of a table, Q queries, W rows asked for.
 """

@@ -1,4 +1,4 @@
-"""Warnings about a collapsed alignment, each with the value behind it and a field to change (ours)."""
+"""Warnings about a collapsed alignment, each with the value behind it and a field to change."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -27,7 +27,7 @@ from rarec.evaluation.labels import (
     variant_title,
 )
 from rarec.evaluation.run_files import Row, RunFiles, TrainingRecord, read_run
-from rarec.evaluation.verdict import verdict
+from rarec.evaluation.verdict import still_improving, verdict
 from rarec.files import new_directory, write_text
 from rarec.paths import RunPaths
 from rarec.ranking.metrics import SELECTED_BY
@@ -116,6 +116,7 @@ def _context(files: RunFiles, config: RunConfig, name: str) -> dict[str, Any]:
         "evaluation": _shown(files.evaluation),
         "evaluation_hash": files.evaluation.get("hash", ""),
         "training": [_training(variant, training) for variant, training in files.training.items() if training.done],
+        "improving": still_improving(files.training, config),
         "plots": _plots(files, full, first, main),
     }
 

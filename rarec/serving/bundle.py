@@ -52,7 +52,7 @@ and active users best. Items without text are not covered.
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a bundle's model belongs to.
+    """The identity of a bundle's model: its inputs and language model.
 
     Attributes:
         inputs: hashes of dataset, catalogue, sources, language model and prompt, by name.
