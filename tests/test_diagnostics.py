@@ -16,8 +16,8 @@ from rarec.config.method import Readout
 from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.evaluation.diagnostic_sample import SideSample
-from rarec.evaluation.diagnostics import ALIGNMENT_FIGURES, diagnose
-from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_words
+from rarec.evaluation.diagnostics import ALIGNMENT_FIELDS, diagnose, variant_diagnostics
+from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_rows
 from rarec.evaluation.health import NORM_FACTOR, warnings
 from rarec.evaluation.html_report import write_report
 from rarec.evaluation.plots import alignment
@@ -29,7 +29,6 @@ from rarec.models.slots import Slots
 from rarec.models.towers import RaRec, ReadoutModule, SideBatch, Tower
 from rarec.prompts import Encoded, TextTokenizer
 from rarec.stages.context import Context
-from rarec.stages.diagnose import diagnostics
 from rarec.stages.trained import best_model
 from tests.synthetic import tiny_model, tiny_tokenizer
 
@@ -102,16 +101,16 @@ def test_mean_cosine_by_hand():
     assert mean_cosine(torch.tensor([[1.0, 0], [-2, 0]])) == pytest.approx(-1)
 
 
-def test_nearest_words_over_chunks_are_those_of_the_whole_table(monkeypatch):
-    monkeypatch.setattr("rarec.evaluation.geometry.ROWS", 7)
+def test_nearest_rows_over_chunks_are_those_of_the_whole_table(monkeypatch):
+    monkeypatch.setattr("rarec.evaluation.geometry.TABLE_ROWS", 7)
     table, queries = points(40, 6, 0).to(torch.bfloat16), points(3, 6, 1).float()
     table[11] = 0
-    cosines, rows = nearest_words(table, queries, 5)
+    cosines, rows = nearest_rows(table, queries, 5)
     whole = torch.nn.functional.cosine_similarity(queries[:, None], table.float()[None], dim=-1)
     expected = whole.topk(5)
     assert torch.equal(rows, expected.indices)
     torch.testing.assert_close(cosines, expected.values)
-    assert nearest_words(table[:2], queries, 5)[1].shape == (3, 2)
+    assert nearest_rows(table[:2], queries, 5)[1].shape == (3, 2)
 
 
 # ---- attention
@@ -258,7 +257,7 @@ def test_word_embeddings_narrower_than_the_blocks_are_compared_with_no_slot():
 def test_instructions_alone_have_norms_and_words_and_no_geometry():
     model = make_model(projections=False)
     found = diagnose(model, [make_sample()], TextTokenizer(tiny_tokenizer(encoder=False)), 4)
-    assert all(row[figure] is None for row in found["blocks"] for figure in ("projection_norm", *ALIGNMENT_FIGURES))
+    assert all(row[figure] is None for row in found["blocks"] for figure in ("projection_norm", *ALIGNMENT_FIELDS))
     assert all(row["instruction_norm"] > 0 for row in found["blocks"])
     assert [row["slot"] for row in found["words"]] == ["instruction 1", "instruction 2"]
     plots = list(alignment(found))
@@ -284,6 +283,11 @@ def test_a_token_reads_as_its_word():
 # ---- warnings
 
 
+def diagnostics(context: Context, model: RaRec, say: Any = print) -> dict[str, Any] | None:
+    shared = (context.config, context.dataset, context.prompts, context.sources)
+    return variant_diagnostics(model, "per_layer", *shared, say=say, world=context.world)
+
+
 def block(**figures: Any) -> dict[str, Any]:
     """A healthy block."""
     healthy = {
@@ -294,7 +298,7 @@ def block(**figures: Any) -> dict[str, Any]:
     return {**healthy, **figures}
 
 
-def told(context: Context, blocks: list[dict[str, Any]], share: float = 0.1) -> list[dict[str, str]]:
+def warned(context: Context, blocks: list[dict[str, Any]], share: float = 0.1) -> list[dict[str, str]]:
     attention = [{"side": "item", "block": 0, "share": share, "even": 0.2}]
     return warnings({"blocks": blocks, "attention": attention}, context.config)
 
@@ -305,9 +309,9 @@ def context(finished: Path) -> Context:
 
 
 def test_a_healthy_alignment_is_not_warned_about(context):
-    assert told(context, [block(), block(block=1)]) == []
-    prefix = dict.fromkeys(("projection_norm", *ALIGNMENT_FIGURES))
-    assert told(context, [block(**prefix)]) == []
+    assert warned(context, [block(), block(block=1)]) == []
+    prefix = dict.fromkeys(("projection_norm", *ALIGNMENT_FIELDS))
+    assert warned(context, [block(**prefix)]) == []
 
 
 @pytest.mark.parametrize(
@@ -315,18 +319,23 @@ def test_a_healthy_alignment_is_not_warned_about(context):
     [
         ("norm", {"projection_norm": 2 * NORM_FACTOR + 1}, "5.5 times", "train.lr_slots"),
         ("norm", {"instruction_norm": 0.2}, "0.1 times", "train.lr_slots"),
-        ("alike", {"projection_cosine": 0.9999}, "mean cosine 0.999900, their texts' 0.5000", "loss.align_weight"),
+        (
+            "alike",
+            {"projection_cosine": 0.9999},
+            "mean cosine 0.999900, that of their texts 0.5000",
+            "loss.align_weight",
+        ),
         (
             "flat",
             {"projection_rank": 1.5},
-            "effective rank 1.5, the ID vectors' 30 (block 0)",
+            "effective rank 1.5, that of the ID vectors 30 (block 0)",
             "loss.align_temperature",
         ),
         ("cka", {"cka_after": 0.3}, "0.300", "loss.align_weight"),
     ],
 )
 def test_each_warning_names_its_figure_and_a_field(context, what, figures, said, field):
-    found = told(context, [block(**figures)])
+    found = warned(context, [block(**figures)])
     assert [warning["what"] for warning in found] == [what]
     assert said in found[0]["text"]
     assert field in found[0]["advice"]
@@ -335,17 +344,17 @@ def test_each_warning_names_its_figure_and_a_field(context, what, figures, said,
 
 @pytest.mark.parametrize(("share", "what"), [(0.003, ["unseen"]), (0.005, []), (0.95, ["blinding"])])
 def test_attention_on_slots_is_nearly_nil_or_nearly_all(context, share, what):
-    assert [warning["what"] for warning in told(context, [block()], share)] == what
+    assert [warning["what"] for warning in warned(context, [block()], share)] == what
 
 
 def test_a_random_start_is_advised_against(context, finished):
     random = open_context(finished, ["alignment.init=random"])
-    assert "alignment.init: ridge (now random)" in told(random, [block(instruction_norm=0.2)])[0]["advice"]
+    assert "alignment.init: ridge (now random)" in warned(random, [block(instruction_norm=0.2)])[0]["advice"]
 
 
 def test_a_warning_counts_the_blocks_together(context):
     rows = [block(block=at, projection_norm=100.0 if at in (0, 2, 3, 4, 7, 8) else 2.0) for at in range(10)]
-    assert "blocks 0, 2 to 4 and 7, 8: projections" in told(context, rows)[0]["text"]
+    assert "blocks 0, 2 to 4 and 7, 8: projections" in warned(context, rows)[0]["text"]
 
 
 def test_a_collapsed_alignment_is_warned_about(context):
@@ -357,15 +366,13 @@ def test_a_collapsed_alignment_is_warned_about(context):
                 source.weight_LDE.mul_(1e-3)
                 source.instructions_LMD.mul_(100)
     said: list[str] = []
-    other = open_context(Path(context.paths.root).parent / "config.yaml", [])
-    other.say = said.append
-    found = diagnostics(other, model)
+    found = diagnostics(context, model, said.append)
     assert found is not None
     alike = [warning for warning in found["warnings"] if warning["what"] == "alike"]
     assert len(alike) == 2
-    assert "slots of different users are nearly alike" in alike[0]["text"]
-    assert any("instructions are up to" in warning["text"] for warning in found["warnings"])
-    assert any("nearly alike" in line and "loss.align_weight (now 0.1)" in line for line in said)
+    assert "user side" in alike[0]["text"]
+    assert any(warning["what"] == "norm" and "instructions" in warning["text"] for warning in found["warnings"])
+    assert all(any(warning["text"] in line for line in said) for warning in found["warnings"])
 
 
 # ---- a run
@@ -397,11 +404,10 @@ def test_the_report_shows_the_alignment(context):
     section = page[page.index('<section id="alignment">') :]
     section = section[: section.index("</section>")]
     assert section.count("<svg") == 3
-    assert "Words nearest to the slots at block 0" in section
     assert "60 users and 40 items" in section
     warned = read_json(context.paths.evaluation / "diagnostics.json")["warnings"]
-    assert section.count('class="sanity_check loses"') == len(warned)
-    assert ("No sign of collapse" in section) == (not warned)
+    assert section.count('class="sanity_check worse"') == len(warned)
+    assert section.count('class="sanity_check better"') == (not warned)
 
 
 def evaluation_with(context: Context, tmp_path: Path, change: Any) -> Context:
@@ -424,8 +430,9 @@ def test_an_older_evaluation_is_reported_without(context, tmp_path):
 def test_a_healthy_run_says_so_and_a_missing_figure_is_left_out(context, tmp_path):
     copy = evaluation_with(context, tmp_path, lambda found: {**found, "warnings": [], "attention": [], "words": []})
     page = write_report(copy.paths, copy.config, say=lambda line: None).read_text()
-    assert page.count("No sign of collapse") == 1
-    assert "gives no attention weights: that figure is left out" in page
+    section = page[page.index('<section id="alignment">') :]
+    assert section[: section.index("</section>")].count('class="sanity_check better"') == 1
+    assert "no attention weights" in section
     assert page.count("<svg") == (context.paths.report / "report.html").read_text().count("<svg") - 1
 
 
@@ -451,5 +458,5 @@ def test_a_row_that_lacks_a_figure_is_named(context, tmp_path):
         write_report(copy.paths, copy.config, say=lambda line: None)
 
 
-def test_an_variant_without_slots_has_no_diagnostics(context):
+def test_a_variant_without_slots_has_no_diagnostics(context):
     assert diagnostics(context, best_model(context, VARIANTS["text_only"])) is None

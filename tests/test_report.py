@@ -1,4 +1,4 @@
-"""The HTML report and the terminal table: honest about what the intervals allow, self-contained, safe, reproducible."""
+"""The HTML report and the terminal table: no claim beyond the intervals; self-contained, safe, reproducible."""
 
 import io
 import json
@@ -85,7 +85,7 @@ def write_evaluation(run: RunPaths, users: int = 400) -> None:
 
 
 def example(user: int) -> dict[str, Any]:
-    """A user whose target stands third with one variant and nowhere with the others."""
+    """A user whose target is third with one variant and in no list of the others."""
     others = [f"Film {number} ({1950 + number})" for number in range(20)]
     top = {"per_layer": [*others[:2], TITLES[3], *others[2:9]], "id_only": others[:10], "text_only": others[5:15]}
     rank = {"per_layer": 3, "id_only": 31, "text_only": 1204}
@@ -99,7 +99,7 @@ def example(user: int) -> dict[str, Any]:
 
 
 def write_training(run: RunPaths) -> None:
-    """Logs of four variants; one was killed and went on, and its log holds a torn line and a step twice."""
+    """Logs of four variants; one was killed and went on, and its log holds an incomplete line and a step twice."""
     for number, variant in enumerate(TRAINED):
         lines = []
         for step in range(1, 401):
@@ -299,10 +299,10 @@ def test_an_interval_that_touches_zero_allows_no_claim() -> None:
 
 @pytest.mark.parametrize(("differing", "outcome"), [(1, "inconclusive"), (5, "inconclusive"), (6, "better")])
 def test_a_handful_of_users_that_differ_allows_no_claim(differing: int, outcome: str) -> None:
-    """The bootstrap's interval lies above zero, though they could have fallen so by chance."""
-    ours, theirs = np.full(900, 50), np.full(900, 50)
-    ours[:differing] = 3
-    ranks = {"per_layer": ours, "id_only": theirs}
+    """The bootstrap's interval is above zero, although so few users could differ by chance."""
+    better, same = np.full(900, 50), np.full(900, 50)
+    better[:differing] = 3
+    ranks = {"per_layer": better, "id_only": same}
     rows = comparison_rows(ranks, [("per_layer", "id_only")], [10], resamples=2000, seed=0)
     finding = find(rows, "per_layer", "id_only", "hr@10")
     assert finding is not None
@@ -418,7 +418,7 @@ def test_a_resumed_log_counts_each_step_once_and_an_incomplete_line_is_named(run
     assert "log.jsonl, line 201" in printed[0]
 
 
-def test_what_an_variant_left_that_is_trained_no_more_is_not_shown(run: RunPaths) -> None:
+def test_what_a_variant_left_that_is_trained_no_more_is_not_shown(run: RunPaths) -> None:
     assert set(read_run(run, VARIANTS, say=lambda line: None).training) > {"per_layer"}
     assert set(read_run(run, ["per_layer"], say=lambda line: None).training) == {"per_layer"}
 

@@ -1,4 +1,4 @@
-"""Variants: the variants of the method that are trained at one budget and compared (docs/method.md, section 7)."""
+"""The variants of the method, trained with one budget and compared (docs/method.md, section 7)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,16 +8,16 @@ VariantName = Literal["text_only", "prefix_only", "readout", "input", "per_layer
 
 @dataclass(frozen=True)
 class Variant:
-    """What a variant puts into the frozen model.
+    """One variant of the method.
 
     Attributes:
-        name: as in the configuration, the directories and the report.
-        title: for people.
-        blocks: which blocks get slots: all that the configuration names, only the input, or none; or whether they
-            enter beside the text at the readout alone.
-        instructions: whether the slots hold the contextual instructions c.
-        projections: whether the slots hold the projected vectors p = W e + b.
-        lora: whether LoRA weights train beside.
+        name: its name in the configuration, in directories and in results.
+        title: its name in tables and reports.
+        blocks: the blocks that get slots: `all` that `train.blocks` names, the `input` alone, or `none`; with
+            `readout`, vectors do not enter the model, but are added to the text at the readout.
+        instructions: True if slots hold the contextual instructions c.
+        projections: True if slots hold the projected vectors p = W e + b.
+        lora: True if LoRA weights are trained as well.
     """
 
     name: str

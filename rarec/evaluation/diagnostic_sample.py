@@ -1,6 +1,11 @@
-"""The items and users that alignment diagnostics look at: few, at random, fixed by the seed; never the test targets.
+"""The sample of items and users for alignment diagnostics, and its two passes through a trained variant.
 
-Shape letters: N items or users, K vectors of a source, E source dimension, B of a batch.
+One pass is of the text only, one with slots (docs/method.md, section 4). Users are read up to their validation target, so no
+test target is seen. Every rank computes the whole sample, which is small: a model in shards needs the same calls on all
+ranks, and nothing has to be gathered.
+
+Shape letters: N items or users of the sample, B of a batch, T positions, L blocks with slots, M instructions, K vectors
+of a source, D hidden size, E source dimension, S slots.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,19 +27,19 @@ from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import Encoded, PromptPair
 
 Rows = npt.NDArray[np.int64]
-SAMPLE = 256
-"""Items, and as many users: chance moves CKA by less than .01 then, and a pass of them is little beside the ranking."""
+SAMPLE_SIZE = 256
+"""Most items, and most users: chance moves CKA by less than .01 then, and the passes take little time."""
 
 
 @dataclass(frozen=True)
 class SideSample:
-    """One side's sample.
+    """The sample of one side.
 
     Attributes:
         side: `user` or `item`.
-        names: for people: titles, or the users' own ids (N).
-        prompts: filled (N).
-        vectors: for each source, (N, K, E).
+        names: titles of items or ids of users (N).
+        prompts: filled prompts (N).
+        vectors: vectors of each source, (N, K, E).
     """
 
     side: str
@@ -46,11 +51,11 @@ class SideSample:
     def of_items(
         cls, dataset: PreparedDataset, prompts: PromptPair, sources: Mapping[str, Source], seed: int
     ) -> "SideSample":
-        """Items of the catalogue that have all of their vectors."""
+        """Draw items at random; of these, take those that have a vector in every source, if there are any."""
         rng = np.random.default_rng([seed, *b"diagnostics"])
-        rows = np.sort(rng.choice(dataset.n_items, min(SAMPLE, dataset.n_items), replace=False))
-        there = np.all([source.items_NE[rows].any(-1) for source in sources.values()], axis=0)
-        rows = rows[there] if there.any() else rows
+        rows = np.sort(rng.choice(dataset.n_items, min(SAMPLE_SIZE, dataset.n_items), replace=False))
+        complete = np.all([source.items_NE[rows].any(-1) for source in sources.values()], axis=0)
+        rows = rows[complete] if complete.any() else rows
         vectors = {name: source.items_NE[rows][:, None] for name, source in sources.items()}
         return cls("item", [dataset.titles[row] for row in rows], [prompts.item(int(row)) for row in rows], vectors)
 
@@ -58,9 +63,9 @@ class SideSample:
     def of_users(
         cls, dataset: PreparedDataset, prompts: PromptPair, sources: Mapping[str, Source], seed: int
     ) -> "SideSample":
-        """Validation users, with what stands before their validation target."""
-        asked = EvalBatch.of(dataset, dataset.targets("validation", SAMPLE, seed))
-        rows, histories = asked.user_rows, asked.histories[:]
+        """Draw validation users at random, with their history before the validation target."""
+        batch = EvalBatch.of(dataset, dataset.targets("validation", SAMPLE_SIZE, seed))
+        rows, histories = batch.user_rows, batch.histories[:]
         vectors = {name: source.user_vectors(rows, histories) for name, source in sources.items()}
         names = [str(dataset.user_ids[int(row)]) for row in rows]
         return cls("user", names, [prompts.user(history) for history in histories], vectors)
@@ -68,17 +73,17 @@ class SideSample:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def few(self, count: int) -> Rows:
-        """Places of at most so many of them, evenly spread."""
+    def spread(self, count: int) -> Rows:
+        """Return at most `count` indices of the sample, evenly spread."""
         return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
 
-    def take(self, places: Rows) -> "SideSample":
-        """Only these."""
-        names, prompts = [self.names[at] for at in places], [self.prompts[at] for at in places]
-        return SideSample(self.side, names, prompts, {name: array[places] for name, array in self.vectors.items()})
+    def take(self, indices: Rows) -> "SideSample":
+        """Return the sample at these indices."""
+        names, prompts = [self.names[at] for at in indices], [self.prompts[at] for at in indices]
+        return SideSample(self.side, names, prompts, {name: array[indices] for name, array in self.vectors.items()})
 
     def batches(self, tower: Tower, size: int, filler: int) -> Iterator[SideBatch]:
-        """In order, laid out with a tower's slots."""
+        """Yield batches in order, laid out with the tower's slots."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             vectors = {name: array[part] for name, array in self.vectors.items()}
@@ -87,13 +92,13 @@ class SideSample:
 
 @dataclass(frozen=True)
 class Passes:
-    """How a sample goes through a model.
+    """A model with what a pass of a sample needs.
 
     Attributes:
-        model: the variant, served.
+        model: the trained variant, ready for inference.
         filler: token id for slots and padding.
         batch_size: prompts at a time.
-        device: the model's.
+        device: the model's device.
     """
 
     model: RaRec
@@ -104,13 +109,13 @@ class Passes:
 
 @dataclass(frozen=True)
 class TextStates:
-    """What one block gets of prompts without slots.
+    """The states of text-only prompts that enter one block.
 
     Attributes:
-        pooled_ND: h~.
-        norm: the median norm of a text position's state. At block 0 that is a word embedding, as the architecture hands
-            it on (scaled, with its position, normalised). The median, since a position that serves as attention sink
-            can be a thousand times as long as the others.
+        pooled_ND: the pooled states.
+        norm: median norm over text positions. At block 0 these are word embeddings, as the architecture passes them on
+            (scaled, with positions, normalised). The median, because a position that serves as attention sink can be a
+            thousand times as long as the others.
     """
 
     pooled_ND: Tensor
@@ -119,11 +124,11 @@ class TextStates:
 
 @dataclass(frozen=True)
 class SoftTokens:
-    """A source's slots on one side, in float32 on the CPU.
+    """The slots of one source on one side, in float32 on the CPU.
 
     Attributes:
-        projections_LNKD: p; None where the variant has none.
-        instructions_LMD: c; None where there are none.
+        projections_LNKD: the projections p; None if the variant has none.
+        instructions_LMD: the instructions c; None if the variant has none.
     """
 
     projections_LNKD: Tensor | None
@@ -132,21 +137,20 @@ class SoftTokens:
 
 @torch.no_grad()
 def text_pass(passes: Passes, sample: SideSample, blocks: tuple[int, ...]) -> list[TextStates]:
-    """What each of `blocks` gets without slots."""
+    """Return the text-only states that enter each of `blocks`."""
     backbone, parts = passes.model.backbone, []
     for start in range(0, len(sample), passes.batch_size):
         prompts = sample.prompts[start : start + passes.batch_size]
         ids_BT, mask_BT = text_batch(prompts, passes.filler, passes.device)
-        parts.append(
-            backbone.entering(ids_BT, mask_BT, blocks, partial(_reduced, backbone.read(mask_BT), backbone.pool))
-        )
+        reduce = partial(_pool_and_norms, backbone.read(mask_BT), backbone.pool)
+        parts.append(backbone.entering(ids_BT, mask_BT, blocks, reduce))
     whole = [[torch.cat(same) for same in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)]
     return [TextStates(pooled_ND, float(norms.median())) for pooled_ND, norms in whole]
 
 
 @torch.no_grad()
 def slot_pass(passes: Passes, sample: SideSample, tower: Tower, alignment: AlignmentModule) -> dict[str, SoftTokens]:
-    """Each source's slots. The whole model is called, since an engine that shards it gathers weights by calls."""
+    """Return the slots of each source. Calls the whole model, since a sharded one gathers its weights when called."""
     projected: dict[str, list[Tensor]] = {name: [] for name in alignment.slots}
     first_LSD = torch.empty(0)
     for batch in sample.batches(tower, passes.batch_size, passes.filler):
@@ -156,7 +160,7 @@ def slot_pass(passes: Passes, sample: SideSample, tower: Tower, alignment: Align
         for name, projected_LBKD in encoding.projected.items():
             projected[name].append(projected_LBKD.float().cpu())
     tokens, start = {}, 0
-    for name, source in alignment.named_sources():  # in this order they share the slots, each [c || p]
+    for name, source in alignment.named_sources():  # the slots hold [c || p] of each source, in this order
         own_LSD, start = first_LSD[:, start : start + source.count], start + source.count
         instructions_LMD = own_LSD[:, : source.count - source.shape.vectors * source.projections]
         p_LNKD = torch.cat(projected[name], 1) if projected[name] else None
@@ -164,7 +168,7 @@ def slot_pass(passes: Passes, sample: SideSample, tower: Tower, alignment: Align
     return tokens
 
 
-def _reduced(text_BT: Tensor, pool: Pool, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled states (B, D), and the norms of all text positions in a row."""
+def _pool_and_norms(text_BT: Tensor, pool: Pool, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pooled states (B, D), and the norms of all text positions as one vector."""
     norms_BT = torch.linalg.vector_norm(hidden_BTD, dim=-1, dtype=torch.float32)
     return pool_text(hidden_BTD, text_BT, pool).cpu(), norms_BT[text_BT.bool()].cpu()

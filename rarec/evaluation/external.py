@@ -49,7 +49,7 @@ class ExternalRanks:
 
     @property
     def notes(self) -> list[str]:
-        """What was counted, in words; empty if nothing was unusual."""
+        """The counts in words; empty if all are zero."""
         counts = {
             "test targets are not listed: they get the worst rank": self.unlisted,
             "users are no test users: ignored": self.unknown_users,

@@ -1,4 +1,4 @@
-"""Paired comparisons and sanity checks in words: a claim needs the whole 95% interval on one side of zero (ours)."""
+"""Paired comparisons and sanity checks in words: a claim needs the whole 95% interval on one side of zero."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -99,7 +99,7 @@ class Finding:
 
 
 def find(comparisons: Iterable[Row], variant: str, baseline: str, metric: str) -> Finding | None:
-    """Return the full-catalogue comparison of two variants, in whichever order it was written, or None."""
+    """Return the full-catalogue comparison of two variants, in either order, or None if there is none."""
     for row in comparisons:
         if row["metric"] != metric or row["protocol"] != FULL:
             continue

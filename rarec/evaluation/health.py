@@ -1,4 +1,4 @@
-"""Whether an alignment has collapsed: warnings in words, with the figure behind each and a field to change (ours)."""
+"""Warnings about a collapsed alignment, each with the value behind it and a field to change."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,19 +10,19 @@ from rarec.evaluation.labels import listed
 
 Row = Mapping[str, Any]
 NORM_FACTOR = 5.0
-"""Slots whose median norm is so many times the text's, or its inverse, are strange to the block. A choice: ridge
-initialisation starts near 1. A post-norm block takes the norm as it is; a pre-norm one divides it away."""
-ALIKE = 0.01
-"""Slots of different items are alike where 1 - their mean cosine is this share of that of their texts: they then differ
-a tenth as much (it goes with the square). Even a poor ridge fit, of R^2 = .05, starts at .05."""
-FLAT = 0.1
-"""Least effective rank of the projections, as a share of the ID vectors'. A linear map may well favour the directions
-that the text knows; with less than one in ten, items that the ID model tells apart share a slot."""
-UNSEEN = 0.02
-"""Least attention on slots, as a share of even attention, in the mean over blocks. Not higher: in a healthy block an
-attention sink may take nine tenths of all attention, and leave the slots a tenth of their even share."""
-BLINDING = 0.9
-"""Most attention on slots, in the mean over blocks: beyond it nearly nothing is left for the text."""
+"""Most that the median norm of slots may be above or below that of the text. A choice: ridge initialisation starts near
+1. A post-norm block sees the norm; a pre-norm block divides it away."""
+MIN_SPREAD = 0.01
+"""Least 1 - mean cosine of the slots of different items, as a share of that of their texts. At .01 slots differ a tenth
+as much as texts (it goes with the square). Even a poor ridge fit, of R^2 = .05, starts at .05."""
+MIN_RANK = 0.1
+"""Least effective rank of the projections, as a share of the ID vectors'. A linear map may favour directions that the
+text also has; below a tenth, items that the ID model distinguishes share a slot."""
+MIN_ATTENTION = 0.02
+"""Least attention on slots, as a share of even attention, mean over blocks. Not higher, because in a healthy block an
+attention sink may take nine tenths of all attention, which leaves the slots a tenth of their even share."""
+MAX_ATTENTION = 0.9
+"""Most attention on slots, mean over blocks: above it nearly none is left for the text."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Warned:
     """One warning.
 
     Attributes:
-        what: `norm`, `alike`, `flat`, `unseen`, `blinding` or `cka`.
-        text: where, and the figure.
-        advice: which field to change.
+        what: the kind: `norm`, `alike` (slots hardly differ), `flat` (low rank), `cka`, `unseen` (little attention) or
+            `blinding` (nearly all attention).
+        text: the place and the value.
+        advice: the field to change.
     """
 
     what: str
@@ -41,14 +42,19 @@ class Warned:
 
 
 def warnings(diagnostics: Mapping[str, Any], config: RunConfig) -> list[dict[str, str]]:
-    """What should worry a reader of `diagnose`'s figures; none for a healthy alignment."""
+    """Return the warnings about an alignment; none if it is healthy.
+
+    Args:
+        diagnostics: the results of `diagnose`.
+        config: the run's configuration, whose values the advice names.
+    """
     found: list[Warned] = []
     places = dict.fromkeys((row["side"], row["source"]) for row in diagnostics["blocks"])
     for side, source in places:
         rows = [row for row in diagnostics["blocks"] if (row["side"], row["source"]) == (side, source)]
         where = f"{side} side, source {source}"
-        found += [*_norms(rows, where, config), *_alike(rows, where, config)]
-        found += [*_flat(rows, where, config), *_cka(rows, where, config)]
+        found += [*_norms(rows, where, config), *_spread(rows, where, config)]
+        found += [*_rank(rows, where, config), *_cka(rows, where, config)]
     for side in dict.fromkeys(row["side"] for row in diagnostics["attention"]):
         found += _attention([row for row in diagnostics["attention"] if row["side"] == side], f"{side} side", config)
     return [asdict(each) for each in found]
@@ -68,39 +74,37 @@ def _norms(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warne
             yield _warned("norm", where, short, text, _start(config))
 
 
-def _alike(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
-    def alike(row: Row) -> bool:
-        ours, texts = row["projection_cosine"], row["text_cosine"]
-        return ours is not None and texts is not None and 1 - ours < ALIKE * (1 - texts)
+def _spread(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
+    def is_low(row: Row) -> bool:
+        slots, texts = row["projection_cosine"], row["text_cosine"]
+        return slots is not None and texts is not None and 1 - slots < MIN_SPREAD * (1 - texts)
 
-    sick = [row for row in rows if alike(row)]
-    if sick:
-        worst = max(sick, key=lambda row: float(row["projection_cosine"]))
-        cosines = f"mean cosine {worst['projection_cosine']:.6f}, their texts' {worst['text_cosine']:.4f}"
-        text = f"slots of different {worst['side']}s are nearly alike: {cosines} (block {worst['block']})"
-        advice = f"raise loss.align_weight (now {config.loss.align_weight:g}), whose contrast parts them, or"
-        yield _warned("alike", where, (row["block"] for row in sick), text, f"{advice} {_start(config)}")
+    bad = [row for row in rows if is_low(row)]
+    if bad:
+        worst = max(bad, key=lambda row: float(row["projection_cosine"]))
+        cosines = f"mean cosine {worst['projection_cosine']:.6f}, that of their texts {worst['text_cosine']:.4f}"
+        text = f"slots of different {worst['side']}s are nearly equal: {cosines} (block {worst['block']})"
+        advice = f"raise loss.align_weight (now {config.loss.align_weight:g}), whose contrast separates them, or"
+        yield _warned("alike", where, (row["block"] for row in bad), text, f"{advice} {_start(config)}")
 
 
-def _flat(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
+def _rank(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
     ratios = {row["block"]: _ratio(row["projection_rank"], row["id_rank"]) for row in rows}
-    sick = [row for row in rows if (ratio := ratios[row["block"]]) is not None and ratio < FLAT]
-    if sick:
-        worst = min(sick, key=lambda row: float(row["projection_rank"]))
-        ranks = f"effective rank {worst['projection_rank']:.3g}, the ID vectors' {worst['id_rank']:.3g}"
+    bad = [row for row in rows if (ratio := ratios[row["block"]]) is not None and ratio < MIN_RANK]
+    if bad:
+        worst = min(bad, key=lambda row: float(row["projection_rank"]))
+        ranks = f"effective rank {worst['projection_rank']:.3g}, that of the ID vectors {worst['id_rank']:.3g}"
         text = f"projections vary in few directions: {ranks} (block {worst['block']})"
         advice = f"lower loss.align_temperature (now {config.loss.align_temperature:g}), for a sharper contrast"
-        yield _warned("flat", where, (row["block"] for row in sick), text, f"{advice}, or {_start(config)}")
+        yield _warned("flat", where, (row["block"] for row in bad), text, f"{advice}, or {_start(config)}")
 
 
 def _cka(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
-    """Over the mean of the blocks: one alone may lie further from the text than the ID vectors did."""
+    """Judge the mean over blocks: in a single block projections may be less similar to the text than ID vectors."""
     both = [(row["cka_before"], row["cka_after"]) for row in rows if None not in (row["cka_before"], row["cka_after"])]
     before, after = (mean(side) for side in zip(*both, strict=True)) if both else (0.0, 1.0)
     if after <= before:
-        text = (
-            f"{where}: CKA with the text is {after:.3f} in the mean over blocks, not above the ID vectors' {before:.3f}"
-        )
+        text = f"{where}: CKA with the text, mean over blocks, is {after:.3f}, not above the ID vectors' {before:.3f}"
         weight, epochs = config.loss.align_weight, config.train.epochs
         advice = f"raise loss.align_weight (now {weight:g}) or train.epochs (now {epochs})"
         yield Warned("cka", text, advice)
@@ -108,13 +112,13 @@ def _cka(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]
 
 def _attention(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[Warned]:
     share, even = mean(row["share"] for row in rows), mean(row["even"] for row in rows)
-    told = f"attention of the text on slots is {share:.4g} in the mean over blocks (even attention: {even:.4g})"
-    if share < UNSEEN * even:
+    text = f"{where}: attention of the text on slots, mean over blocks, is {share:.4g} (even attention: {even:.4g})"
+    if share < MIN_ATTENTION * even:
         advice = f"inject elsewhere (train.blocks, export.variant), or {_start(config)}"
-        yield Warned("unseen", f"{where}: {told}, nearly nil", advice)
-    if share > BLINDING:
+        yield Warned("unseen", f"{text}, nearly none", advice)
+    if share > MAX_ATTENTION:
         advice = f"lower alignment.instructions (now {config.alignment.instructions}) or train.lr_slots"
-        yield Warned("blinding", f"{where}: {told}, nearly all", f"{advice} (now {config.train.lr_slots:g})")
+        yield Warned("blinding", f"{text}, nearly all", f"{advice} (now {config.train.lr_slots:g})")
 
 
 def _warned(what: str, where: str, blocks: Iterable[int], text: str, advice: str) -> Warned:
@@ -122,9 +126,9 @@ def _warned(what: str, where: str, blocks: Iterable[int], text: str, advice: str
 
 
 def _start(config: RunConfig) -> str:
-    """Ridge initialisation starts with slots that the blocks know: take it, or stay nearer to it."""
+    """Advise ridge initialisation, whose slots resemble the text's states, or to stay closer to it."""
     if config.alignment.init == "ridge":
-        return f"lower train.lr_slots (now {config.train.lr_slots:g}): training has left a start at the text's states"
+        return f"lower train.lr_slots (now {config.train.lr_slots:g}): training has moved far from the start"
     return f"set alignment.init: ridge (now {config.alignment.init}), which starts at the text's states"
 
 
@@ -133,7 +137,7 @@ def _ratio(value: float | None, to: float | None) -> float | None:
 
 
 def _ranges(blocks: Sequence[int]) -> str:
-    """`block 3`, or `blocks 0, 2 to 5 and 7`."""
+    """Return `block 3`, or `blocks 0, 2 to 5 and 7`."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:

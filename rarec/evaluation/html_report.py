@@ -18,6 +18,7 @@ from rarec.evaluation.labels import (
     figure,
     headline_metrics,
     interval,
+    is_external,
     metric_order,
     metric_title,
     primary_metric,
@@ -26,7 +27,7 @@ from rarec.evaluation.labels import (
     variant_title,
 )
 from rarec.evaluation.run_files import Row, RunDirectories, RunFiles, TrainingRecord, read_run
-from rarec.evaluation.verdict import verdict
+from rarec.evaluation.verdict import still_improving, verdict
 from rarec.files import write_text
 from rarec.ranking.metrics import SELECTED_BY
 
@@ -107,16 +108,18 @@ def _context(files: RunFiles, config: RunConfig, name: str) -> dict[str, Any]:
         "evaluation": _shown(files.evaluation),
         "evaluation_hash": files.evaluation.get("hash", ""),
         "training": [_training(variant, training) for variant, training in files.training.items() if training.done],
-        "plots": _plots(files, full, first, (ID_ONLY, "text_only", LATE_FUSION, main)),
+        "improving": still_improving(files.training, config),
+        "plots": _plots(files, full, first, main),
     }
 
 
-def _plots(files: RunFiles, full: Sequence[Row], findings: Sequence[Finding], compared: Sequence[str]) -> Row:
+def _plots(files: RunFiles, full: Sequence[Row], findings: Sequence[Finding], main: str) -> Row:
     """Draw every plot for which there is data; None or an empty list for the others."""
     from markupsafe import Markup  # plots escape their texts themselves
 
     variants = _variants(full, with_sanity_checks=False)
     metrics = headline_metrics(row["metric"] for row in full)
+    compared = (ID_ONLY, "text_only", LATE_FUSION, main, *filter(is_external, variants))
     logged = {variant: t for variant, t in files.training.items() if t.losses or t.validations}
     return {
         "forest": Markup(plots.forest(full, variants, metrics)) if variants else None,

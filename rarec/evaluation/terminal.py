@@ -1,4 +1,4 @@
-"""What ends a run in the terminal: the table of variants and metrics, the best variant, and what to do next."""
+"""The end of a run in the terminal: the table of variants and metrics, the best variant, and the next step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,6 @@ from rarec.evaluation.labels import (
     FUSED,
     base_variant,
     figure,
-    listed,
     metric_title,
     primary_metric,
     variant_group,
@@ -20,7 +19,7 @@ from rarec.evaluation.labels import (
     variant_title,
 )
 from rarec.evaluation.run_files import RunFiles
-from rarec.evaluation.verdict import BestVariant, best_variant
+from rarec.evaluation.verdict import BestVariant, best_variant, still_improving
 
 Row = Mapping[str, Any]
 
@@ -60,18 +59,8 @@ def closing_lines(files: RunFiles, config: RunConfig) -> list[str]:
     best = best_variant(files.metrics, files.comparisons)
     if best is None:
         return []
-    return [*_still_improving(files, config), best.sentence, best.advice, f"Next: {_next_step(best, config)}"]
-
-
-def _still_improving(files: RunFiles, config: RunConfig) -> list[str]:
-    """Name the variants whose best validation was the last one, and the field that ended their training."""
-    names = [name for name in config.train.variants if name in files.training and files.training[name].still_improving]
-    if not names:
-        return []
-    limit = config.train.max_steps
-    steps = max(files.training[name].done["step"] for name in names)
-    field = f"train.max_steps (now {limit})" if limit == steps else f"train.epochs (now {config.train.epochs})"
-    return [f"Still improving at the last step: {listed([variant_title(name) for name in names])}. Raise {field}."]
+    improving = still_improving(files.training, config)
+    return [*([improving] if improving else []), best.sentence, best.advice, f"Next: {_next_step(best, config)}"]
 
 
 def _next_step(best: BestVariant, config: RunConfig) -> str:

@@ -1,8 +1,9 @@
-"""The verdict of a run in plain words, and the variant to deploy: no claim goes beyond the paired intervals (ours)."""
+"""The verdict of a run in words, and the variant to deploy: no claim goes beyond the paired intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rarec.config import RunConfig
 from rarec.evaluation.findings import Finding, Outcome, Row, find
 from rarec.evaluation.labels import (
     FULL,
@@ -22,6 +23,7 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
+from rarec.evaluation.run_files import TrainingRecord
 
 BASELINES = (ID_ONLY, LATE_FUSION)
 """The two baselines of every verdict: the ID model, and the language model's score without slots plus the ID score."""
@@ -77,7 +79,7 @@ class BestVariant:
 
     @property
     def sentence(self) -> str:
-        """Which variant is best, by how much, and whether that is significant."""
+        """The best variant, its value, and the outcome of its comparisons, in words."""
         opening = f"{self.title} is the best variant ({metric_title(self.metric)} {figure(self.value)})"
         outside = ""
         if self.better_outside:
@@ -87,7 +89,7 @@ class BestVariant:
 
     @property
     def advice(self) -> str:
-        """What to deploy, with the simplest baseline that is not significantly worse."""
+        """The variant to deploy, in words, with the simplest baseline that is not significantly worse."""
         as_good = [
             title_in_sentence(name)
             for name, finding in self.findings.items()
@@ -175,6 +177,21 @@ def verdict(metrics: Sequence[Row], comparisons: Sequence[Row], variant: str, se
         "The comparisons are not corrected for their number, and the highest of several values is slightly too high.",
     ]
     return Verdict(_overall(findings, best), _headline(title, primary, findings, best, variant), tuple(sentences), best)
+
+
+def still_improving(training: Mapping[str, TrainingRecord], config: RunConfig) -> str | None:
+    """Name the variants whose last validation was their best, and the field that ended their training, or return None.
+
+    Args:
+        training: trainings by variant.
+        config: the run's configuration.
+    """
+    names = [name for name in config.train.variants if name in training and training[name].still_improving]
+    if not names:
+        return None
+    limit, steps = config.train.max_steps, max(training[name].done["step"] for name in names)
+    field = f"train.max_steps (now {limit})" if limit == steps else f"train.epochs (now {config.train.epochs})"
+    return f"Still improving at the last step: {listed([variant_title(name) for name in names])}. Raise {field}."
 
 
 def _headline(title: str, metric: str, findings: Findings, best: BestVariant, variant: str) -> str:

@@ -189,7 +189,7 @@ def _side_batch(tower: Tower, side: str, shape: StepShape, rows: int) -> SideBat
     return SideBatch(ids_BT, torch.empty_like(ids_BT), torch.empty(rows, slots, dtype=torch.long), vectors)
 
 
-def _targets(shape: StepShape, hidden: int) -> Targets:
+def _targets(shape: StepShape, hidden: int) -> LossTargets:
     rows_b, histories_bH = (torch.empty(shape.rows, *more, dtype=torch.long) for more in ((), (HISTORY,)))
     users_bLD, items_bLD = (torch.empty(shape.rows, len(shape.state_blocks), hidden) for _ in range(2))
     return LossTargets(rows_b, rows_b.clone(), histories_bH, users_bLD, items_bLD, shape.total)

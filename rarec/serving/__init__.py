@@ -1,1 +1,1 @@
-"""The bundle that a user takes away: written, checked against what it is used with, and loaded. Knows no training."""
+"""Bundles of a trained variant: written, checked against what they are used with, and loaded. No training."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 
 from rarec.artefacts import check_files, differences, read_manifest
 from rarec.config import MODEL_SECTIONS, VARIANTS, RunConfig, Variant, dump_config
@@ -18,11 +19,39 @@ from rarec.models.weights import load_weights, save_weights
 
 PROMPT = "prompt.yaml"
 CARD = "README.md"
+_CARD = """---
+{front_matter}
+---
+# {title} on {base}
+
+Alignment weights of RA-Rec (arXiv 2402.04527): pre-trained ID embeddings become soft prompts in the blocks of a frozen
+language model. This bundle holds the {parameters:,} trained parameters, and none of the language model's.
+
+## What it needs
+- the base model `{base}`, revision {revision}, in {dtype} (weights fingerprint `{fingerprint}`)
+- the catalogue, ID embeddings and prompt whose hashes are in `manifest.json`; others are refused when it is loaded
+
+## Training
+Loss {loss} + {weight} x alignment; {slots}; seed {seed}.
+Training samples: share {share} of all{selection}. All settings are in `manifest.json`.
+
+## Evaluation
+The full catalogue is ranked without the user's earlier items; ties count against the model. Intervals: bootstrap over
+users.
+
+| metric | value | 95% interval | n |
+| --- | --- | --- | --- |
+{rows}
+
+## Limits
+Measured on one log with one protocol. A ranking learned from past behaviour repeats its biases: it serves popular items
+and active users best. Items without text are not covered.
+"""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a bundle's model belongs to.
+    """The identity of a bundle's model: its inputs and language model.
 
     Attributes:
         inputs: hashes of dataset, catalogue, sources, language model and prompt, by name.
@@ -47,15 +76,15 @@ def write_bundle(
     """Write a bundle's files; return the figures for its manifest.
 
     Args:
-        directory: to write to.
-        model: trained.
-        variant: which variant it is.
-        config: the run's.
-        provenance: what it belongs to.
-        metrics: rows of the evaluation for this variant.
-        trainable_parameters: the real count.
+        directory: directory to write to.
+        model: the trained model.
+        variant: the model's variant.
+        config: the run's configuration.
+        provenance: what the model belongs to.
+        metrics: rows of metrics.json for this variant.
+        trainable_parameters: number of trained parameters.
     """
-    figures: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "llm": dict(provenance.llm),
         "sources": {name: vars(shape) for name, shape in provenance.shapes.items()},
         "metrics": [dict(row) for row in metrics],
@@ -63,8 +92,8 @@ def write_bundle(
     }
     save_weights(model, directory, dtype=getattr(torch, config.export.dtype))
     write_text(directory / PROMPT, dump_config(config.prompt))
-    write_text(directory / CARD, model_card(variant, config, figures))
-    return figures
+    write_text(directory / CARD, model_card(variant, config, facts))
+    return facts
 
 
 def load_bundle(
@@ -74,17 +103,18 @@ def load_bundle(
     provenance: Provenance,
     named: Mapping[str, Sequence[str]],
 ) -> RaRec:
-    """Put a bundle's weights around the language model, after checking that all belong together.
+    """Load a bundle's weights around the language model, after checking that they belong together.
 
     Args:
-        directory: of the bundle.
-        config: any run's configuration; the bundle's own sections take the place of its.
-        load: the language model for a variant.
-        provenance: what lies here.
+        directory: where the bundle is.
+        config: any run's configuration; sections that the bundle has replace its own.
+        load: returns the language model for a variant.
+        provenance: the inputs, the language model and the sources of this run.
         named: sources that each side's template names.
 
     Raises:
-        UserError: a file is altered, or the language model, catalogue, ID embeddings or prompt are not the bundle's.
+        UserError: a file is altered, or the bundle belongs to another language model, catalogue, ID embeddings or
+            prompt.
     """
     manifest = read_manifest(directory, "bundle")
     check_files(directory, manifest)
@@ -103,13 +133,58 @@ def load_bundle(
     return model.eval()
 
 
+def model_card(variant: Variant, config: RunConfig, facts: Mapping[str, Any]) -> str:
+    """Return the model card: Markdown with the front matter that model hubs read.
+
+    Args:
+        variant: the model's variant.
+        config: the run's configuration.
+        facts: `llm`, `sources`, `metrics` and `trainable_parameters`, as in the bundle's manifest.
+    """
+    rows = [
+        "| {metric}/{protocol} | {value:.4f} | {low:.4f} to {high:.4f} | {n} |".format(**row)
+        for row in facts["metrics"]
+    ]
+    chosen = [name for name in ("denoise", "diversify") if getattr(config.shards, name)]
+    base, tags = facts["llm"], ["recommendation", "soft-prompt", "ra-rec"]
+    return _CARD.format(
+        front_matter=ModelCardData(base_model=base["name"], library_name="rarec", tags=tags).to_yaml(),
+        base=base["name"],
+        title=variant.title,
+        parameters=facts["trainable_parameters"],
+        revision=base["revision"],
+        dtype=base["dtype"],
+        fingerprint=base["fingerprint"][:16],
+        loss=config.loss.recommendation,
+        weight=config.loss.align_weight,
+        slots=_slots(variant, config, facts["sources"]),
+        seed=config.run.seed,
+        share=config.shards.share,
+        selection=f", {' and '.join(chosen)}" if chosen else "",
+        rows="\n".join(rows),
+    )
+
+
+def _slots(variant: Variant, config: RunConfig, sources: Iterable[str]) -> str:
+    """Describe the slots of a variant, and the blocks that they enter."""
+    if variant.blocks == "none":
+        return "no slots"
+    every = "every block" if config.train.blocks is None else f"the blocks {', '.join(map(str, config.train.blocks))}"
+    where = {"all": f"at the input of {every}", "input": "at the input of block 0", "readout": "at the readout alone"}
+    parts = [f"{config.alignment.instructions} contextual instructions"] if variant.instructions else []
+    parts += [f"vectors of {', '.join(sources)}"] if variant.projections else []
+    return f"{' and '.join(parts)} {where[variant.blocks]}"
+
+
 def _check_loading(directory: Path, settings: Mapping[str, Any], config: RunConfig, variant: Variant) -> None:
-    """The language model is loaded as the run's configuration says: its pooling and LoRA must be the bundle's."""
+    """Check pooling and LoRA: the language model is loaded with the run's, which must be the bundle's."""
     here = config.model_dump(mode="json")
     changed = differences(settings["readout"]["pool"], here["readout"]["pool"], "readout.pool")
     changed += differences(settings["lora"], here["lora"], "lora") if variant.lora else []
     if changed:
-        raise UserError(f"{directory} was made with other settings: {'; '.join(changed)}", "set them as they were")
+        raise UserError(
+            f"{directory} was exported with other settings: {'; '.join(changed)}", "set these fields to the first value"
+        )
 
 
 def _check_belongs(directory: Path, manifest: Mapping[str, Any], here: Provenance) -> None:
@@ -125,80 +200,7 @@ def _check_belongs(directory: Path, manifest: Mapping[str, Any], here: Provenanc
         belongs = name in ("catalogue", "prompt") or name.startswith("ids/")
         if belongs and here.inputs.get(name) != digest:
             raise UserError(
-                f"{directory} belongs to another {name} ({digest[:12]}, but here is {str(here.inputs.get(name))[:12]})",
-                "use the one it was trained with, or train again",
+                f"{directory} belongs to another {name} ({digest[:12]}; this run's is "
+                f"{str(here.inputs.get(name))[:12]})",
+                f"use the {name} that the bundle was trained with, or train and export again",
             )
-
-
-_CARD = """---
-library_name: rarec
-base_model: {base}
-tags: [recommendation, soft-prompt, ra-rec]
----
-# {title} on {base}
-
-Alignment weights of RA-Rec (arXiv 2402.04527): pre-trained ID embeddings become soft prompts in the blocks of a frozen
-language model. This bundle holds what was trained, {parameters:,} parameters, and none of the language model's.
-
-## What it needs
-- the base model `{base}`, revision {revision}, in {dtype} (weights fingerprint `{fingerprint}`)
-- the catalogue, ID embeddings and prompt whose hashes stand in `manifest.json`; loading refuses others
-
-## How it was trained
-Loss {loss} + {weight} x alignment; {slots}; seed {seed}.
-Training samples: share {share} of all{selection}. The settings are in `manifest.json`.
-
-## How good it is
-Ranking of the whole catalogue, the user's earlier items excluded, ties against the model; bootstrap 95% intervals over
-users.
-
-| metric | value | 95% interval | n |
-| --- | --- | --- | --- |
-{rows}
-
-## Limits
-Measured on one log with one protocol. A ranking learnt from past behaviour repeats its biases: popular items and active
-users are served best. Items without text are not covered.
-"""
-
-
-def _slots(variant: Variant, config: RunConfig, sources: Iterable[str]) -> str:
-    """What the variant puts where."""
-    if variant.blocks == "none":
-        return "no slots"
-    every = "every block" if config.train.blocks is None else f"the blocks {', '.join(map(str, config.train.blocks))}"
-    where = {"all": f"at the input of {every}", "input": "at the input of block 0", "readout": "at the readout alone"}
-    parts = [f"{config.alignment.instructions} contextual instructions"] if variant.instructions else []
-    parts += [f"vectors of {', '.join(sources)}"] if variant.projections else []
-    return f"{' and '.join(parts)} {where[variant.blocks]}"
-
-
-def model_card(variant: Variant, config: RunConfig, figures: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read.
-
-    Args:
-        variant: the variant.
-        config: the run's.
-        figures: `llm`, `sources`, `metrics` and `trainable_parameters`, as in the manifest.
-    """
-    rows = [
-        "| {metric}/{protocol} | {value:.4f} | {low:.4f} to {high:.4f} | {n} |".format(**row)
-        for row in figures["metrics"]
-    ]
-    chosen = [name for name in ("denoise", "diversify") if getattr(config.shards, name)]
-    base = figures["llm"]
-    return _CARD.format(
-        base=base["name"],
-        title=variant.title,
-        parameters=figures["trainable_parameters"],
-        revision=base["revision"],
-        dtype=base["dtype"],
-        fingerprint=base["fingerprint"][:16],
-        loss=config.loss.recommendation,
-        weight=config.loss.align_weight,
-        slots=_slots(variant, config, figures["sources"]),
-        seed=config.run.seed,
-        share=config.shards.share,
-        selection=f", {' and '.join(chosen)}" if chosen else "",
-        rows="\n".join(rows),
-    )

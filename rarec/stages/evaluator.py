@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rarec.evaluation.diagnostics import variant_diagnostics
 from rarec.evaluation.examples import Examples
 from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
@@ -16,7 +17,6 @@ from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
-from rarec.stages.diagnose import diagnostics
 from rarec.stages.run import Run
 from rarec.stages.train import TrainStage
 
@@ -65,8 +65,13 @@ class Evaluator:
             with self.run.engine.serving(model):
                 ranks |= self._ranks_of(name, model)
                 if name == self.main:
-                    self.diagnostics = diagnostics(self.run, model)
+                    self.diagnostics = self._diagnose(name, model)
         return ranks | self.external
+
+    def _diagnose(self, name: str, model: RaRec) -> dict[str, Any] | None:
+        run = self.run
+        inputs = (run.config, run.dataset, run.prompts, run.sources)
+        return variant_diagnostics(model, name, *inputs, say=run.say, world=run.world)
 
     def examples(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Rows of examples.json."""
