@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.prepare import prepare
+from rarec.data.preparation.pipeline import prepare
 from tests.synthetic import write_log
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from rarec.config.logs import Prepare
 from rarec.data.engines import Engine
-from rarec.data.engines.embedded import EmbeddedEngine
+from rarec.data.engines.duckdb_engine import EmbeddedEngine
 
 SPARK = {
     "spark.master": "local[2]",
@@ -50,7 +50,7 @@ def start(name: str, spill: Path) -> Engine:
     """An engine of that name."""
     if name == "duckdb":
         return EmbeddedEngine(spill)
-    from rarec.data.engines.spark import SparkEngine
+    from rarec.data.engines.spark_engine import SparkEngine
 
     spark_session()
     return SparkEngine(str(spill), {})

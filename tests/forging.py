@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from rarec.artefacts import MANIFEST, read_manifest, sha256_json
-from rarec.data.shards.form import Form
+from rarec.data.shards.batch_plan import Plan
+from rarec.data.shards.checks import verify_shards
+from rarec.data.shards.expected import Truth
 from rarec.data.shards.index import ENTRY, INDEX, open_index
-from rarec.data.shards.plan import Plan
-from rarec.data.shards.samples import Sample
-from rarec.data.shards.stream import LocalTars, SampleStream
-from rarec.data.shards.truth import Truth
-from rarec.data.shards.verify import verify_shards
+from rarec.data.shards.samples import Form, Sample
+from rarec.data.shards.stream import SampleStream
+from rarec.data.shards.tars import LocalTars
 from rarec.data.shards.writing import finish_shards, repair_shards, write_shards
 from rarec.files import read_json, sha256_file, write_json
 from tests.datasets import by_hand

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from rarec.data.shards.batch_plan import Plan
 from rarec.data.shards.index import open_index, tar_name, write_index
-from rarec.data.shards.plan import Plan
 from rarec.data.shards.samples import Sample, write_shard
-from rarec.data.shards.stream import LocalTars, SampleStream, Tars
+from rarec.data.shards.stream import SampleStream
+from rarec.data.shards.tars import LocalTars, Tars
 from rarec.data.shards.writing import finish_shards
 
 ITEMS = 13

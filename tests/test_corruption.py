@@ -25,11 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarec.artefacts import MANIFEST
-from rarec.data.shards.damage import damaged_samples
 from rarec.data.shards.index import INDEX, digest_of
-from rarec.data.shards.members import MOST_SAMPLE
 from rarec.data.shards.samples import read_sample
-from rarec.data.shards.stream import LocalTars
+from rarec.data.shards.stream import damaged_samples
+from rarec.data.shards.tar_members import MOST_SAMPLE
+from rarec.data.shards.tars import LocalTars
 from rarec.entry import machine_trouble
 from rarec.errors import UserError
 from tests import forging

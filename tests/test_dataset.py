@@ -8,7 +8,7 @@ import pytest
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.prepare import prepare
+from rarec.data.preparation.pipeline import prepare
 from rarec.errors import UserError
 from rarec.files import read_json, write_json
 from tests.datasets import by_hand

@@ -16,8 +16,8 @@ import pytest
 from rarec.config import dump_config
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.identity import identity
-from rarec.data.preparation.prepare import prepare
+from rarec.data.preparation.inputs import identity
+from rarec.data.preparation.pipeline import prepare
 from rarec.errors import UserError
 from rarec.files import read_json
 from tests.engines import needs_spark, on, spark_session

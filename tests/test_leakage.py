@@ -10,7 +10,7 @@ import pytest
 
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.leakage import refuse_leaks, training_part
-from rarec.data.selection.select import select_samples
+from rarec.data.selection.sampling import select_samples
 from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.stages.ids import ids

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarec.data.shards.plan import Plan
+from rarec.data.shards.batch_plan import Plan
 from rarec.errors import UserError
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rarec.artefacts import is_current
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.identity import identity
-from rarec.data.preparation.prepare import prepare
+from rarec.data.preparation.inputs import identity
+from rarec.data.preparation.pipeline import prepare
 from rarec.errors import UserError
 from tests.test_readers import FORMATS, write_table
 

@@ -15,8 +15,8 @@ import pytest
 
 from rarec.config.logs import Interactions
 from rarec.data.engines import Engine, value
-from rarec.data.engines.embedded import EmbeddedEngine
-from rarec.data.engines.files import digest, find_files
+from rarec.data.engines.duckdb_engine import EmbeddedEngine
+from rarec.data.engines.table_files import digest, find_files
 from rarec.data.preparation.inputs import place_of, read_log
 from rarec.errors import UserError
 from tests.engines import ENGINES, start

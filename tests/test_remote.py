@@ -10,9 +10,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rarec.artefacts import IDENTITY, sha256_json
-from rarec.data.shards import remote as stores
-from rarec.data.shards.remote import RemoteTars, fetch_description
-from rarec.data.shards.stream import OPEN
+from rarec.data.shards import tars as stores
+from rarec.data.shards.tars import OPEN, RemoteTars, fetch_description
 from rarec.errors import UserError
 from rarec.files import read_json, write_json
 from tests.shards import open_stream, users, write_shards

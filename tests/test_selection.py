@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from rarec.config.logs import Prepare
 from rarec.config.schema import Shards
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.prepare import prepare
-from rarec.data.selection.buckets import Buckets, draw_evenly
-from rarec.data.selection.select import Selection, select_samples
-from rarec.data.selection.words import TitleWords, words
+from rarec.data.preparation.pipeline import prepare
+from rarec.data.selection.sampling import Buckets, Selection, draw_evenly, select_samples
+from rarec.data.selection.title_words import TitleWords, words
 from rarec.errors import UserError
 from tests.synthetic import write_log
 from tests.test_readers import write_table
@@ -110,7 +109,7 @@ def test_sharing_a_word_is_what_sets_say(titles: list[list[str]], lengths: list[
 
 def test_denoise_in_parts_is_denoise_at_once(synthetic: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pairs(select_samples(synthetic, Shards(denoise=True), seed=0))
-    monkeypatch.setattr("rarec.data.selection.select.USERS_AT_A_TIME", 7)
+    monkeypatch.setattr("rarec.data.selection.sampling.USERS_AT_A_TIME", 7)
     assert pairs(select_samples(synthetic, Shards(denoise=True), seed=0)) == whole
     assert 0 < len(whole) < synthetic.manifest["counts"]["training_samples"]
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarec.artefacts import read_manifest
+from rarec.data.shards.checks import scan
+from rarec.data.shards.expected import leak
 from rarec.data.shards.index import ENTRY, INDEX, key_of, open_index, write_index
 from rarec.data.shards.samples import Sample, read_sample, write_shard
-from rarec.data.shards.tar_check import scan
-from rarec.data.shards.truth import leak
 from rarec.data.shards.writing import finish_shards, write_shards
 from rarec.entry import open_context
 from rarec.errors import UserError

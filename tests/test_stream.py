@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.data.shards.damage import damaged_samples, name_samples, read_named
+from rarec.data.shards.batch_plan import Plan
 from rarec.data.shards.index import ENTRY, key_of, open_index
-from rarec.data.shards.plan import Plan
 from rarec.data.shards.samples import write_shard
-from rarec.data.shards.stream import OPEN, LocalTars, SampleStream
+from rarec.data.shards.stream import SampleStream, damaged_samples, name_samples, read_named
+from rarec.data.shards.tars import OPEN, LocalTars
 from rarec.errors import UserError
 from rarec.files import write_json
 from tests.shards import ITEMS, made_sample, open_stream, users, write_shards

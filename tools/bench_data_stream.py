@@ -20,10 +20,11 @@ import numpy as np
 from measuring import Figure, apart, at_least, at_most, memory, seconds
 
 from rarec.artefacts import check_files, read_manifest
+from rarec.data.shards.batch_plan import Plan
 from rarec.data.shards.index import INDEX, open_index, tar_name, write_index
-from rarec.data.shards.plan import Plan
 from rarec.data.shards.samples import Sample
-from rarec.data.shards.stream import LocalTars, SampleStream
+from rarec.data.shards.stream import SampleStream
+from rarec.data.shards.tars import LocalTars
 from rarec.data.shards.writing import finish_shards, write_shards
 
 BLOCKS, HIDDEN, DIM, ITEMS = 7, 384, 64, 12_000

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.prepare import prepare
+from rarec.data.preparation.pipeline import prepare
 
 Counts = dict[str, int]
 """Interactions, users, items met."""

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 
 from rarec.config import RunConfig
-from rarec.data.shards.cuts import Numbers
-from rarec.data.shards.damage import damaged_samples, name_samples, read_named
-from rarec.data.shards.form import Form
+from rarec.data.shards.batch_plan import Numbers, Plan
 from rarec.data.shards.index import Entries, map_npy, open_index
-from rarec.data.shards.plan import Plan
-from rarec.data.shards.remote import RemoteTars
-from rarec.data.shards.stream import LocalTars, SampleStream, Tars
+from rarec.data.shards.samples import Form
+from rarec.data.shards.stream import SampleStream, damaged_samples, name_samples, read_named
+from rarec.data.shards.tars import LocalTars, RemoteTars, Tars
 from rarec.errors import UserError
 from rarec.files import write_json
 from rarec.models.build import SourceShape, slots_reserved

@@ -1,7 +1,7 @@
 """`rarec prepare`: logs to a prepared dataset."""
 
-from rarec.data.preparation.identity import identity
-from rarec.data.preparation.prepare import prepare as prepare_dataset
+from rarec.data.preparation.inputs import identity
+from rarec.data.preparation.pipeline import prepare as prepare_dataset
 from rarec.stages.context import Context
 
 

@@ -9,11 +9,10 @@ import numpy.typing as npt
 
 from rarec.artefacts import is_current, read_manifest, sha256_json
 from rarec.config.identity import shard_settings
-from rarec.data.selection.select import select_samples
-from rarec.data.shards.form import Form
-from rarec.data.shards.remote import fetch_description
-from rarec.data.shards.samples import Sample
-from rarec.data.shards.truth import Truth, leak
+from rarec.data.selection.sampling import select_samples
+from rarec.data.shards.expected import Truth, leak
+from rarec.data.shards.samples import Form, Sample
+from rarec.data.shards.tars import fetch_description
 from rarec.data.shards.writing import drop_notes, finish_shards, write_shards
 from rarec.errors import UserError
 from rarec.files import write_aside, write_json

@@ -11,10 +11,9 @@ import numpy as np
 
 from rarec.artefacts import IDENTITY, is_current, read_manifest
 from rarec.config.identity import shard_settings
+from rarec.data.shards.checks import Problem, verify_shards
 from rarec.data.shards.index import FRESH, INDEX, REMAKE, is_tar_name, map_npy
-from rarec.data.shards.members import finite
-from rarec.data.shards.tar_check import Problem
-from rarec.data.shards.verify import verify_shards
+from rarec.data.shards.tar_members import finite
 from rarec.data.shards.writing import finish_shards, repair_shards
 from rarec.errors import UserError
 from rarec.files import read_json

@@ -17,7 +17,7 @@ from multiprocessing.reduction import ForkingPickler
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.batch_plan import Numbers
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
 from rarec.training.batches import Batch, Collator

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rarec.config.logs import Prepare
-from rarec.data.engines.base import DELIMITED, Engine, Named, Place, Read, describe, value
+from rarec.data.engines.base import Engine, Named, Place, Read, describe, value
 from rarec.errors import UserError
 
-__all__ = ["DELIMITED", "Engine", "Named", "Place", "Read", "describe", "open_engine", "value"]
+__all__ = ["Engine", "Named", "Place", "Read", "describe", "open_engine", "value"]
 
 DUCKDB_FILE = "duckdb://"
 
@@ -34,16 +34,16 @@ def open_engine(config: Prepare, spill: Path) -> Iterator[Engine]:
 
 def _start(config: Prepare, spill: str) -> Engine:
     if config.engine == "duckdb" or config.engine.startswith(DUCKDB_FILE):
-        from rarec.data.engines.embedded import EmbeddedEngine
+        from rarec.data.engines.duckdb_engine import EmbeddedEngine
 
         database = config.engine.removeprefix(DUCKDB_FILE) if "://" in config.engine else None
         return EmbeddedEngine(Path(spill), config.memory, database)
     if config.engine == "spark":
-        from rarec.data.engines.spark import SparkEngine
+        from rarec.data.engines.spark_engine import SparkEngine
 
         return SparkEngine(spill, config.spark)
     if "://" in config.engine:
-        from rarec.data.engines.named import NamedEngine
+        from rarec.data.engines.duckdb_engine import NamedEngine
 
         return NamedEngine(config.engine, Path(spill), config.memory)
     raise UserError(

@@ -7,9 +7,12 @@ from typing import Any
 import ibis
 import ibis.expr.types as ir
 
-from rarec.config.logs import Interactions, Items, Table
+from rarec.artefacts import sha256_json
+from rarec.config.identity import prepare_settings
+from rarec.config.load import without_password
+from rarec.config.logs import Interactions, Items, Prepare, Table
 from rarec.data.engines import Engine, Named, Place, Read, describe, value
-from rarec.data.engines.files import find_files
+from rarec.data.engines.table_files import digest, find_files
 from rarec.data.preparation import columns, steps
 from rarec.errors import UserError
 
@@ -21,6 +24,24 @@ def place_of(table: Table, field: str) -> Place:
         UserError: its files are not there, or not of one known format.
     """
     return Named(table.table) if table.table is not None else find_files(str(table.path), f"{field}.path")
+
+
+def identity(config: Prepare, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a prepared dataset is made by and from: settings, and hashes of the log and of the catalogue.
+
+    A table of an engine is known by its name and its engine alone: `--fresh` makes it again when its rows have changed.
+
+    Raises:
+        UserError: the files are not there.
+    """
+    hashes = {}
+    for name in ("interactions", "items"):
+        place = place_of(getattr(config, name), f"prepare.{name}")
+        if isinstance(place, Named):
+            hashes[name] = sha256_json([without_password(config.engine), place.name])
+        else:
+            hashes[name] = digest(place)
+    return prepare_settings(config, seed), hashes
 
 
 @dataclass(frozen=True)

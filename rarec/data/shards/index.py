@@ -6,6 +6,7 @@ Shape letters: S samples.
 """
 
 import hashlib
+import mmap
 import re
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import MANIFEST
-from rarec.data.shards.mapped import release
 from rarec.errors import UserError
 from rarec.files import write_aside
 
@@ -156,3 +156,14 @@ def _record_problem(record: Any, name: str, files: Mapping[str, str]) -> str | N
     if not record["samples"] or sum(counts) != record["samples"]:
         return f"its record says {record['samples']} samples, and {sum(counts)} lengths"
     return None
+
+
+def release(array: object) -> None:
+    """Let go of the pages of a mapped array that were looked at; an array in memory stays as it is.
+
+    They count as this process's memory, though the operating system holds them anyway, and gives them back at once.
+    """
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap):
+        array.madvise(mmap.MADV_DONTNEED)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import webdataset
 
 from rarec.data.shards.index import ENTRY, REMAKE, Entries, digest_of, key_of, sample_key
-from rarec.data.shards.members import members, npy
+from rarec.data.shards.tar_members import members, npy
 from rarec.errors import UserError
 from rarec.files import write_aside
 
@@ -88,6 +88,43 @@ class Sample:
         if sample.key != key:
             raise ValueError(f"field json says that it is {sample.key}")
         return sample
+
+
+@dataclass(frozen=True)
+class Form:
+    """Types, shapes and names that all samples share.
+
+    Attributes:
+        states: (L, D) of the text-only states; (L,) where the width is not known.
+        state_dtype: their type.
+        vectors: (K, E) of each source's vectors.
+        marks: the sources whose slots the user prompt has.
+        vocabulary: of the language model; None where it is not loaded.
+    """
+
+    states: tuple[int, ...]
+    state_dtype: np.dtype[Any]
+    vectors: Mapping[str, tuple[int, int]]
+    marks: frozenset[str]
+    vocabulary: int | None = None
+
+    def unlike(self, sample: Sample) -> str | None:
+        """What of a sample is otherwise, if anything."""
+        states_LD, shapes = sample.states_LD, {name: array.shape for name, array in sample.vectors.items()}
+        if states_LD.dtype != self.state_dtype or states_LD.shape[: len(self.states)] != self.states:
+            return (
+                f"field states.npy is {states_LD.dtype} of {states_LD.shape}, not {self.state_dtype} of {self.states}"
+            )
+        if shapes != self.vectors:
+            return f"it has vectors of {shapes}, not of {self.vectors}"
+        if sample.marks.keys() != self.marks:
+            return f"field json marks slots of {sorted(sample.marks)}, not of {sorted(self.marks)}"
+        return self._unlike_text(sample.tokens_T)
+
+    def _unlike_text(self, tokens_T: npt.NDArray[np.int32]) -> str | None:
+        if tokens_T.min(initial=0) < 0 or (self.vocabulary and tokens_T.max(initial=0) >= self.vocabulary):
+            return f"field tokens.npy holds what is no token of a vocabulary of {self.vocabulary or 'any size'}"
+        return None
 
 
 def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[str, Any], Entries]:

@@ -7,66 +7,25 @@ Shape letters: S samples, n samples of a batch.
 """
 
 import os
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 
-from rarec.data.shards.cuts import Numbers
-from rarec.data.shards.form import Form
-from rarec.data.shards.index import FRESH, REMAKE, Entries, key_of, tar_name
-from rarec.data.shards.mapped import release
-from rarec.data.shards.members import finite
-from rarec.data.shards.plan import SHUFFLED_TOGETHER, Plan
-from rarec.data.shards.samples import Sample, read_sample
+from rarec.data.shards.batch_plan import Numbers, Plan
+from rarec.data.shards.index import FRESH, REMAKE, Entries, digest_of, key_of, release, tar_name
+from rarec.data.shards.samples import Form, Sample, read_sample
+from rarec.data.shards.tar_members import finite
+from rarec.data.shards.tars import OPEN, LocalTars, Tars
 from rarec.errors import UserError
+from rarec.files import read_json
 
-OPEN = 2 * SHUFFLED_TOGETHER
-"""Tars held open: a window of the plan lies in two groups of shards, unless they are tiny."""
-
-
-class Tars(Protocol):
-    """Where the tars are."""
-
-    def name(self, shard: int) -> str:
-        """Of a tar, for messages."""
-
-    def open(self, shard: int) -> BinaryIO:
-        """A tar, opened for reading."""
-
-    def renew(self, shard: int) -> bool:
-        """Get a tar that proved bad anew; False where there is no other copy."""
-
-
-class LocalTars:
-    """Tars in a directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def name(self, shard: int) -> str:
-        """Its path."""
-        return str(self.directory / tar_name(shard))
-
-    def open(self, shard: int) -> BinaryIO:
-        """A tar, opened for reading.
-
-        Raises:
-            UserError: it is missing or may not be read.
-        """
-        try:
-            handle = os.open(self.name(shard), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever
-            return os.fdopen(handle, "rb")
-        except FileNotFoundError:
-            raise UserError(f"shard {self.name(shard)} is missing", REMAKE) from None
-        except OSError as error:
-            raise UserError(f"shard {self.name(shard)} cannot be read: {error.strerror}", REMAKE) from None
-
-    def renew(self, shard: int) -> bool:
-        """There is no other copy."""
-        return False
+Named = dict[str, dict[str, int]]
+"""Samples by the file that they are in and their key, with their number."""
 
 
 class SampleStream:
@@ -144,3 +103,57 @@ class SampleStream:
         if not all(finite(values) for values in (sample.states_LD, *sample.vectors.values())):
             return "a state or a vector is not a finite number"
         return self._form.unlike(sample) if self._form else None
+
+
+def damaged_samples(index_S: Entries, tars: LocalTars, threads: int) -> Numbers:
+    """The numbers of all damaged samples: each is read once, several shards at a time. A missing tar's all are.
+
+    Raises:
+        UserError: a tar may not be read.
+    """
+    shards = int(index_S["shard"][-1]) + 1
+
+    def check(shard: int) -> list[int]:
+        rows = range(*(bisect_left(index_S["shard"], edge) for edge in (shard, shard + 1)))
+        if not os.path.lexists(tars.name(shard)):
+            return list(rows)
+        with tars.open(shard) as file:
+            return [row for row in rows if not _whole(file, index_S[row])]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return np.array([row for part in pool.map(check, range(shards)) for row in part], np.int64)
+
+
+def name_samples(index_S: Entries, numbers: Numbers) -> Named:
+    """Samples as people name them."""
+    named: Named = {}
+    for number in numbers.tolist():
+        named.setdefault(tar_name(int(index_S[number]["shard"])), {})[key_of(index_S[number])] = number
+    return named
+
+
+def read_named(path: Path, index_S: Entries) -> Numbers:
+    """The numbers in a file of `Named`.
+
+    Raises:
+        UserError: it is garbled, or names samples that the index has elsewhere.
+    """
+    named = read_json(path)
+    try:
+        numbers = np.array(sorted(number for keys in named.values() for number in keys.values()), np.int64)
+        agrees = numbers.min(initial=0) >= 0 and name_samples(index_S, numbers) == named
+    except (AttributeError, TypeError, ValueError, IndexError, OverflowError):
+        agrees = False
+    if not agrees:
+        raise UserError(
+            f"{path} names samples that these shards do not hold", "train it again: rarec train CONFIG --fresh"
+        )
+    return numbers
+
+
+def _whole(file: BinaryIO, entry: np.void) -> bool:
+    try:
+        extent = os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
+    except (OSError, OverflowError):  # a bad sector; an offset beyond every file
+        return False
+    return bool(digest_of(extent) == entry["digest"])

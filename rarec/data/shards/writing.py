@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rarec.artefacts import write_manifest
+from rarec.data.shards.checks import scan
 from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, is_tar_name, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample, write_shard
-from rarec.data.shards.tar_check import scan
 from rarec.files import drop_stale, read_json, sha256_file, write_json
 from rarec.world import SINGLE, World
 

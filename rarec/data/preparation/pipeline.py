@@ -4,7 +4,7 @@ Bounded memory: the engine holds the tables and spills, and results stream to di
 same bytes, on whatever engine, in whatever order the rows of the log stand.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -18,10 +18,8 @@ from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import Engine, describe, open_engine, value
 from rarec.data.preparation import split, steps
-from rarec.data.preparation.identity import identity
-from rarec.data.preparation.inputs import Catalogue, place_of, read_catalogue, read_log, span, unordered
+from rarec.data.preparation.inputs import Catalogue, identity, place_of, read_catalogue, read_log, span, unordered
 from rarec.data.preparation.leakage import refuse_leaks
-from rarec.data.preparation.ledger import Ledger
 from rarec.errors import UserError
 from rarec.files import new_directory
 
@@ -69,6 +67,66 @@ def _check(config: Prepare) -> None:
     if config.split.validation_share + config.split.test_share >= 1:
         problem = "prepare.split: validation_share and test_share leave nothing to train on"
         raise UserError(problem, "their sum must be below 1")
+
+
+class Ledger:
+    """Counts a log before and after each step, and refuses a step that leaves nothing.
+
+    Args:
+        engine: counts.
+        log: the first log.
+        name: of the log's table, for messages.
+        say: tells the user one line.
+
+    Attributes:
+        log: what is left.
+        counts: of its interactions, users and items.
+        steps: the account, one entry a step, plain JSON.
+    """
+
+    def __init__(self, engine: Engine, log: ir.Table, name: str, say: Callable[[str], None]) -> None:
+        self.engine, self.log, self.steps = engine, log, list[dict[str, Any]]()
+        self._name, self._say = name, say
+        self.counts = engine.rows(log.agg(**_aggregates(log, ("interactions", "users", "items"))))[0]
+        say("read " + name + ": " + ", ".join(f"{count:,} {what}" for what, count in self.counts.items()))
+
+    def apply(self, step: str, log: ir.Table, note: str, remedy: str, **known: int) -> None:
+        """Take the log that a step gives.
+
+        Args:
+            step: what it is called, the configuration's field where there is one.
+            log: cheap to read again: kept by the engine, or close to what is.
+            note: why rows were dropped.
+            remedy: what to do if it leaves nothing.
+            **known: users or items that are left, where the step says so: to count them takes a pass over the log.
+
+        Raises:
+            UserError: no interaction is left.
+        """
+        before, after = self.counts, self._count(log, known)
+        lost = {what: before[what] - after[what] for what in before if before[what] > after[what]}
+        counts = {f"{what}_before": count for what, count in before.items()}
+        counts |= {f"{what}_after": count for what, count in after.items()}
+        self.steps.append({"step": step, **counts, "note": note})
+        if lost:
+            self._say(f"{step}: dropped {', '.join(f'{count:,} {what}' for what, count in lost.items())} ({note})")
+        if not after["interactions"]:
+            problem = f"{self._name}: no user and no item is left after the step {step} ({note})"
+            raise UserError(f"{problem}; before it: {before}", remedy)
+        self.log, self.counts = log, after
+
+    def _count(self, log: ir.Table, known: Mapping[str, int]) -> dict[str, int]:
+        interactions = int(value(self.engine, log.count()))
+        if interactions == self.counts["interactions"]:
+            return self.counts
+        wanted = [what for what in ("users", "items") if what not in known]
+        counted = self.engine.rows(log.agg(**_aggregates(log, wanted)))[0] if wanted else {}
+        return {"interactions": interactions, **{what: {**counted, **known}[what] for what in ("users", "items")}}
+
+
+def _aggregates(log: ir.Table, wanted: Iterable[str]) -> dict[str, ir.Scalar]:
+    every = {"interactions": log.count(), "users": log.user.nunique(), "items": log["item"].nunique()}
+    return {what: every[what] for what in wanted}
 
 
 class _Preparation:

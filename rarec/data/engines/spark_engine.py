@@ -4,6 +4,8 @@ Results that later steps read again, and those that are streamed out, are writte
 the driver and every executor see: nothing is recomputed, plans stay short, and a lost executor loses nothing.
 """
 
+import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,29 +19,38 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from rarec.data.engines.base import (
-    DELIMITED,
-    Place,
-    Read,
-    check_columns,
-    check_parquet,
-    describe,
-    refuse_nested,
-)
-from rarec.data.engines.files import Files
+from rarec.data.engines.base import Place, Read, check_columns, describe, refuse_nested
+from rarec.data.engines.table_files import DELIMITED, Files, check_parquet
 from rarec.errors import UserError
 
 try:
     from py4j.protocol import Py4JError
     from pyspark import SparkContext
     from pyspark.errors import PySparkException
-    from pyspark.sql import DataFrame
+    from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql import functions as F
 
-    from rarec.data.engines.spark_readers import hadoop, quoted, refuse_other_than_utf8, scan
-    from rarec.data.engines.spark_session import ALWAYS, end, start
+    from rarec.data.engines.spark_scan import hadoop, quoted, refuse_other_than_utf8, scan
 except ImportError as missing:
     raise UserError(f"prepare.engine: spark needs PySpark ({missing})", "pip install 'rarec[spark]'") from None
+
+ALWAYS = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.caseSensitive": "true",
+    "spark.sql.parquet.binaryAsString": "true",
+    # with pruning on, rows with too few fields go unnoticed
+    "spark.sql.csv.parser.columnPruning.enabled": "false",
+}
+LOCAL = {
+    "spark.master": "local[*]",
+    "spark.driver.memory": "4g",
+    "spark.driver.bindAddress": "127.0.0.1",  # the host's own name may not resolve
+    "spark.driver.host": "127.0.0.1",
+    "spark.sql.shuffle.partitions": str(4 * (os.cpu_count() or 2)),  # Spark's own 200 are for clusters
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}
+"""Unless the settings name a cluster."""
 
 
 class SparkEngine:
@@ -189,3 +200,39 @@ def _computing() -> Iterator[None]:
         raise UserError(
             f"Spark: {_reason(error)}", "see prepare.spark for memory; mend the table that it names"
         ) from None
+
+
+def start(settings: Mapping[str, str], ours: bool) -> SparkSession:
+    """The session that runs, or a new one.
+
+    Args:
+        settings: of the session, before ours.
+        ours: whether it is a new one.
+
+    Raises:
+        UserError: Spark does not start.
+    """
+    builder = SparkSession.builder.appName("rarec prepare")
+    local = LOCAL if ours and settings.get("spark.master", "local").startswith("local") else {}
+    for name, setting in {**local, **settings}.items():
+        builder = builder.config(name, setting)
+    try:
+        session = builder.getOrCreate()
+    except Exception as error:  # no Java, or no such master: PySpark raises of many kinds
+        raise UserError(
+            f"prepare.engine: Spark does not start: {error}", "install Java 17 or 21; see prepare.spark"
+        ) from None
+    if ours:  # what fails is raised, once
+        session.sparkContext.setLogLevel("FATAL")
+        logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
+    return session
+
+
+def end(session: SparkSession) -> None:
+    """Stop a session and its JVM, which would otherwise keep its gigabytes while models train."""
+    session.stop()
+    gateway, SparkContext._gateway, SparkContext._jvm = SparkContext._gateway, None, None
+    if gateway is not None:
+        gateway.shutdown()
+        gateway.proc.stdin.close()  # the JVM lives as long as this is open
+        gateway.proc.wait()

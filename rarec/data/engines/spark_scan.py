@@ -8,8 +8,8 @@ import fsspec
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from rarec.data.engines.base import DELIMITED, Place, describe, header
-from rarec.data.engines.files import Files
+from rarec.data.engines.base import Place, describe
+from rarec.data.engines.table_files import DELIMITED, Files, header
 from rarec.errors import UserError
 
 SCHEMES = {"s3": "s3a", "gcs": "gs", "az": "abfs"}

@@ -3,11 +3,18 @@
 Paths are local, or URLs of any file system that fsspec knows (`s3://`, `gs://`, `hdfs://`, `https://`, ...).
 """
 
+import csv
+import gzip
+import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from rarec.artefacts import sha256_json
@@ -36,6 +43,20 @@ DRIVERS = {
     "https": "aiohttp requests",
 }
 """The package that opens a kind of URL, where fsspec itself does not."""
+FOOTERS = 16
+"""Parquet files looked at together."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a delimited text format is written."""
+
+    delimiter: str
+    quote: str
+    """Empty where a quotation mark is a plain character."""
+
+
+DELIMITED = {"csv": Dialect(",", '"'), "tsv": Dialect("\t", '"'), "recbole": Dialect("\t", "")}
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,51 @@ def digest(files: Files) -> str:
     return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
 
 
+def header(files: Files) -> list[str]:
+    """The columns of delimited files; RecBole's without their types.
+
+    Nothing is sniffed: every file is taken the same way.
+
+    Raises:
+        UserError: a header is missing, or differs between files.
+    """
+    first = _header(files, files.paths[0])
+    for path in files.paths[1:]:
+        other = _header(files, path)
+        if other != first:
+            raise UserError(
+                f"{path} has the columns {', '.join(other)}, but {files.paths[0]} has {', '.join(first)}",
+                "the files of one table need one header",
+            )
+    names = [name.rpartition(":")[0] or name for name in first] if files.format == "recbole" else first
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{files.paths[0]} has two columns {twice[0]!r}", "give each column a name of its own")
+    return names
+
+
+def check_parquet(files: Files, names: Iterable[str]) -> None:
+    """Refuse a file that lacks a column which others have: its rows would have nothing there, and fall out.
+
+    Raises:
+        UserError: naming the file and the column; or a file is not Parquet.
+    """
+
+    def lacking(path: str) -> tuple[str, list[str]]:
+        try:
+            with fsspec.open(path) as file:
+                own = pq.read_schema(file).names
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path} cannot be read: {error}", "convert the file again") from None
+        return path, sorted(set(names) - set(own))
+
+    with ThreadPoolExecutor(FOOTERS) as pool:
+        for path, missing in pool.map(lacking, files.paths if len(files.paths) > 1 else ()):
+            if missing:
+                problem = f"{path} has no column {missing[0]!r}, but other files of {files.path} have"
+                raise UserError(problem, "the files of one table need the same columns")
+
+
 def _version(system: fsspec.AbstractFileSystem, path: str) -> list[str]:
     """Size and mark of a file's version."""
     known = system.info(path)
@@ -154,3 +220,19 @@ def _format(path: str) -> str | None:
     if suffixes[-1:] == [".gz"] and suffixes[-2:-1] != [".parquet"]:
         suffixes.pop()
     return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def _header(files: Files, path: str) -> list[str]:
+    dialect = DELIMITED[files.format]
+    style: dict[str, Any] = {"quotechar": dialect.quote} if dialect.quote else {"quoting": csv.QUOTE_NONE}
+    text = {"mode": "rt", "encoding": "utf-8-sig", "errors": "replace", "newline": "", "compression": "infer"}
+    try:
+        with fsspec.open(path, **text) as file:
+            names = next(csv.reader(file, delimiter=dialect.delimiter, **style), [])
+    except (OSError, EOFError, zlib.error, gzip.BadGzipFile, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}", "make the file again") from None
+    if any("\ufffd" in name for name in names):
+        raise UserError(f"{path}, row 1: the header is not UTF-8 text", "save the file as UTF-8")
+    if not any(name.strip() for name in names):
+        raise UserError(f"{path} has no header in its first row", "put the names of the columns there")
+    return [name.strip() for name in names]

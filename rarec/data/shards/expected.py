@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.dataset import Int32, PreparedDataset
-from rarec.data.shards.form import Form
 from rarec.data.shards.index import sample_key
-from rarec.data.shards.members import finite
-from rarec.data.shards.samples import Sample
+from rarec.data.shards.samples import Form, Sample
+from rarec.data.shards.tar_members import finite
 
 
 def leak(dataset: PreparedDataset, user_rows_S: Int32, positions_S: Int32) -> str | None:

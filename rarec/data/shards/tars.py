@@ -9,16 +9,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import fsspec
 
 from rarec.artefacts import MANIFEST, read_manifest
-from rarec.data.shards.index import tar_name
-from rarec.data.shards.stream import OPEN
+from rarec.data.shards.batch_plan import SHUFFLED_TOGETHER
+from rarec.data.shards.index import REMAKE, tar_name
 from rarec.errors import UserError
 from rarec.files import locked, new_directory, write_aside
 
+OPEN = 2 * SHUFFLED_TOGETHER
+"""Tars held open: a window of the plan lies in two groups of shards, unless they are tiny."""
 _BLOCK = 2**22
 _LOCKS = 64
 """Fetches of different tars that do not wait for each other."""
@@ -28,22 +30,46 @@ _REACH = "check train.stream.remote, the network, and the credentials that fsspe
 _AGAIN = "copy run.dir/shards there again, whole, or fetch its description anew: rarec shards CONFIG --fresh"
 
 
-def fetch_description(url: str, directory: Path) -> None:
-    """Fetch everything of remote shards but the tars into `directory`, verified, unless their manifest is there.
+class Tars(Protocol):
+    """Where the tars are."""
 
-    Raises:
-        UserError: they cannot be read or are not what their manifest says, or shards are half made in `directory`.
-    """
-    with locked(directory.with_name(f".{directory.name}.fetch")):
-        if (directory / MANIFEST).exists():
-            return
-        if directory.exists():
-            remedy = "finish them with train.stream.remote=null, or move them away"
-            raise UserError(f"{directory} holds shards that were begun here", remedy)
-        with new_directory(directory) as aside:
-            _fetch(f"{_place(url)}/{MANIFEST}", aside / MANIFEST)
-            for name, digest in _sidecars(url, aside).items():
-                _fetch(f"{_place(url)}/{name}", aside / name, digest)
+    def name(self, shard: int) -> str:
+        """Of a tar, for messages."""
+
+    def open(self, shard: int) -> BinaryIO:
+        """A tar, opened for reading."""
+
+    def renew(self, shard: int) -> bool:
+        """Get a tar that proved bad anew; False where there is no other copy."""
+
+
+class LocalTars:
+    """Tars in a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def name(self, shard: int) -> str:
+        """Its path."""
+        return str(self.directory / tar_name(shard))
+
+    def open(self, shard: int) -> BinaryIO:
+        """A tar, opened for reading.
+
+        Raises:
+            UserError: it is missing or may not be read.
+        """
+        try:
+            handle = os.open(self.name(shard), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever
+            return os.fdopen(handle, "rb")
+        except FileNotFoundError:
+            raise UserError(f"shard {self.name(shard)} is missing", REMAKE) from None
+        except OSError as error:
+            raise UserError(f"shard {self.name(shard)} cannot be read: {error.strerror}", REMAKE) from None
+
+    def renew(self, shard: int) -> bool:
+        """There is no other copy."""
+        return False
 
 
 class RemoteTars:
@@ -110,6 +136,24 @@ class RemoteTars:
                     path.unlink(missing_ok=True)
                     total -= each
             file.truncate(size)
+
+
+def fetch_description(url: str, directory: Path) -> None:
+    """Fetch everything of remote shards but the tars into `directory`, verified, unless their manifest is there.
+
+    Raises:
+        UserError: they cannot be read or are not what their manifest says, or shards are half made in `directory`.
+    """
+    with locked(directory.with_name(f".{directory.name}.fetch")):
+        if (directory / MANIFEST).exists():
+            return
+        if directory.exists():
+            remedy = "finish them with train.stream.remote=null, or move them away"
+            raise UserError(f"{directory} holds shards that were begun here", remedy)
+        with new_directory(directory) as aside:
+            _fetch(f"{_place(url)}/{MANIFEST}", aside / MANIFEST)
+            for name, digest in _sidecars(url, aside).items():
+                _fetch(f"{_place(url)}/{name}", aside / name, digest)
 
 
 def _place(url: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rarec.data.engines.base import DELIMITED, Named, Place, describe, header
-from rarec.data.engines.files import Files
+from rarec.data.engines.base import Named, Place, describe
+from rarec.data.engines.table_files import DELIMITED, Files, header
 from rarec.errors import UserError
 
 Query = Callable[[str], list[tuple[Any, ...]]]
