@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.pipeline import prepare
+from rarec.data.preparation.pipeline import prepare_dataset
 from tests.synthetic import write_log
 
 
@@ -22,7 +22,7 @@ def prepared(root: Path, users: int = 60, items: int = 40, **more: Any) -> Prepa
             **more,
         }
     )
-    return prepare(config, root / "prepare", seed=0, say=lambda line: None)
+    return prepare_dataset(config, root / "prepare", seed=0, say=lambda line: None)
 
 
 def by_hand(sequences: list[list[int]], item_ids: pa.Array, user_ids: pa.Array) -> PreparedDataset:

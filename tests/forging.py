@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from rarec.artefacts import MANIFEST, read_manifest, sha256_json
-from rarec.data.shards.batch_plan import Plan
+from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.checks import verify_shards
-from rarec.data.shards.expected import Truth
+from rarec.data.shards.expected import Expected
 from rarec.data.shards.index import ENTRY, INDEX, open_index
-from rarec.data.shards.samples import Form, Sample
+from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.data.shards.stream import SampleStream
 from rarec.data.shards.tars import LocalTars
 from rarec.data.shards.writing import finish_shards, repair_shards, write_shards
@@ -28,29 +28,29 @@ Member = tuple[tarfile.TarInfo, bytes]
 Change = Callable[[list[Member]], list[Member]]
 
 
-def true_shards() -> Truth:
+def expected_shards() -> Expected:
     """Ten users whose every training interaction is selected: 32 samples."""
     rng = np.random.default_rng(0)
     sequences = [rng.choice(ITEMS, 5 + user % 4, replace=False).tolist() for user in range(10)]
     dataset = by_hand(sequences, pa.array(range(ITEMS)), pa.array(range(10)))
-    form = Form((2, 4), np.dtype(np.float16), {"id": (1, 3)}, frozenset({"id"}), vocabulary=20)
-    return Truth(dataset, *dataset.training_samples(), PER_SHARD, form)
+    spec = SampleSpec((2, 4), np.dtype(np.float16), {"id": (1, 3)}, frozenset({"id"}), vocabulary=20)
+    return Expected(dataset, *dataset.training_samples(), PER_SHARD, spec)
 
 
-TRUTH = true_shards()
-TOTAL = len(TRUTH.user_rows_S)
+EXPECTED = expected_shards()
+TOTAL = len(EXPECTED.user_rows_S)
 
 
 def make(places: range) -> Iterator[Sample]:
     """The honest samples."""
     for place in places:
-        user, position = int(TRUTH.user_rows_S[place]), int(TRUTH.positions_S[place])
+        user, position = int(EXPECTED.user_rows_S[place]), int(EXPECTED.positions_S[place])
         yield honest(user, position)
 
 
 def honest(user: int, position: int) -> Sample:
     """The sample of any position of a user, as the dataset has it."""
-    history, target = TRUTH.dataset.history(user, position), int(TRUTH.dataset.sequence(user)[position])
+    history, target = EXPECTED.dataset.history(user, position), int(EXPECTED.dataset.sequence(user)[position])
     states, vectors = np.full((2, 4), user + position / 8, np.float16), {"id": np.full((1, 3), user, np.float32)}
     return Sample(user, position, target, history, np.arange(9 + position, dtype=np.int32), {"id": 1}, states, vectors)
 
@@ -63,13 +63,13 @@ def write_honest(directory: Path) -> dict[str, Any]:
 
 def problems(directory: Path, deep: bool = True) -> list[str]:
     """What verification says, one line a file."""
-    return [problem.line for problem in verify_shards(directory, read_manifest(directory, "shards"), TRUTH, 2, deep)]
+    return [problem.line for problem in verify_shards(directory, read_manifest(directory, "shards"), EXPECTED, 2, deep)]
 
 
 def repair(directory: Path) -> None:
     """Make what is broken again."""
     manifest = read_manifest(directory, "shards")
-    broken = {problem.file for problem in verify_shards(directory, manifest, TRUTH, 2, deep=True)}
+    broken = {problem.file for problem in verify_shards(directory, manifest, EXPECTED, 2, deep=True)}
     records = repair_shards(directory, manifest, broken, TOTAL, PER_SHARD, make, lambda line: None)
     finish_shards(directory, records, manifest["settings"], manifest["made_from"])
 
@@ -77,8 +77,8 @@ def repair(directory: Path) -> None:
 def stream(directory: Path) -> list[Sample]:
     """An epoch, as training reads it."""
     index_S = open_index(directory, read_manifest(directory, "shards"))
-    plan = Plan(index_S["shard"], index_S["tokens"], 0, batch_size=4)
-    reader = SampleStream(plan, index_S, LocalTars(directory), ITEMS, TRUTH.form)
+    plan = BatchPlan(index_S["shard"], index_S["tokens"], 0, batch_size=4)
+    reader = SampleStream(plan, index_S, LocalTars(directory), ITEMS, EXPECTED.spec)
     return [sample for batch in reader.epoch(0) for sample in batch]
 
 

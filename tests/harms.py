@@ -22,10 +22,10 @@ from rarec.data.shards.index import ENTRY, INDEX
 from rarec.data.shards.samples import Sample
 from rarec.files import read_json, write_json
 from tests import forging
-from tests.forging import ITEMS, PER_SHARD, TOTAL, TRUTH, Change, honest, in_all, in_field, member, members_of, retar
+from tests.forging import EXPECTED, ITEMS, PER_SHARD, TOTAL, Change, honest, in_all, in_field, member, members_of, retar
 
 SHARD, OTHER = "000001.tar", "000002.tar"
-KEYS = TRUTH.keys(1)
+KEYS = EXPECTED.keys(1)
 BEFORE, KEY, AFTER, LAST = KEYS[1], KEYS[2], KEYS[3], KEYS[-1]
 NAMED = rf"shard \S*{SHARD}, sample {KEY}: "
 LOST = "its bytes are not those that were written"
@@ -195,7 +195,7 @@ RAN = Path(tempfile.gettempdir()) / f"rarec-ran-{os.getpid()}"
 PICKLE = pickle.dumps(Payload(RAN))
 OBJECTS = npy(np.array([Payload(RAN)], object))
 TRUE = honest(3, 2)
-LEAK = int(TRUTH.dataset.validation_U[4])
+LEAK = int(EXPECTED.dataset.validation_U[4])
 ENDLESS, BEYOND = "is not a finite number", "is beyond the catalogue of 30"
 
 STALE: dict[str, tuple[Harm, str, str | None]] = {
@@ -217,7 +217,7 @@ STALE: dict[str, tuple[Harm, str, str | None]] = {
     "renamed": (lambda d: (d / SHARD).rename(d / "000009.tar"), rf"shard {SHARD} is missing", rf"{SHARD} is missing"),
     "swapped": (
         swap,
-        rf"{SHARD}, sample {TRUTH.keys(2)[0]}: it was not .* but {KEYS[0]}",
+        rf"{SHARD}, sample {EXPECTED.keys(2)[0]}: it was not .* but {KEYS[0]}",
         r"\.tar, sample \S*: " + LOST,
     ),
     "a sample more": (
@@ -372,7 +372,7 @@ REARRANGED: dict[str, tuple[Harm, str, int]] = {
         1,
     ),
     "samples turned round": (tar(turned_round), rf"{SHARD}, sample {LAST}: it was not .* but {KEYS[0]}", 1),
-    "shards swapped": (swap, rf"sample {TRUTH.keys(2)[0]}: it was not selected for this place, but {KEYS[0]}", 2),
+    "shards swapped": (swap, rf"sample {EXPECTED.keys(2)[0]}: it was not selected for this place, but {KEYS[0]}", 2),
     "the last shard less": (
         lambda d: (d / "000004.tar").unlink(),
         "000004.tar is missing, and manifest.json does not",

@@ -28,7 +28,7 @@ from rarec.artefacts import MANIFEST
 from rarec.data.shards.index import INDEX, digest_of
 from rarec.data.shards.samples import read_sample
 from rarec.data.shards.stream import damaged_samples
-from rarec.data.shards.tar_members import MOST_SAMPLE
+from rarec.data.shards.tar_members import MAX_SAMPLE_BYTES
 from rarec.data.shards.tars import LocalTars
 from rarec.entry import machine_trouble
 from rarec.errors import UserError
@@ -135,8 +135,8 @@ def test_a_tar_that_was_written_anew_in_another_form_is_named_though_its_samples
 
 def test_a_tar_that_claims_to_be_huge_is_named_and_never_held_in_memory(harmed):
     header = tarfile.TarInfo(f"{KEYS[0]}.zzz")
-    header.size = 2 * MOST_SAMPLE
-    path, most, written = harmed / SHARD, MOST_SAMPLE, (harmed / SHARD).stat().st_size
+    header.size = 2 * MAX_SAMPLE_BYTES
+    path, most, written = harmed / SHARD, MAX_SAMPLE_BYTES, (harmed / SHARD).stat().st_size
     path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT))
     os.truncate(path, header.size + 4 * 512)
     tracemalloc.start()

@@ -8,7 +8,7 @@ import pytest
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.pipeline import prepare
+from rarec.data.preparation.pipeline import prepare_dataset
 from rarec.errors import UserError
 from rarec.files import read_json, write_json
 from tests.datasets import by_hand
@@ -25,7 +25,7 @@ def make(folder: Path) -> PreparedDataset:
     interactions = {"path": str(log), "user": "user", "item": "item", "time": "time"}
     catalogue = {"path": str(items), "item": "item", "title": "title", "text": ["brand"]}
     config = Prepare.model_validate({"interactions": interactions, "items": catalogue})
-    return prepare(config, folder / "prepare", seed=0, say=lambda line: None)
+    return prepare_dataset(config, folder / "prepare", seed=0, say=lambda line: None)
 
 
 def test_arrays_have_their_shapes_and_types(dataset: PreparedDataset) -> None:

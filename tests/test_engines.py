@@ -16,8 +16,8 @@ import pytest
 from rarec.config import dump_config
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.inputs import identity
-from rarec.data.preparation.pipeline import prepare
+from rarec.data.preparation.inputs import dataset_identity
+from rarec.data.preparation.pipeline import prepare_dataset
 from rarec.errors import UserError
 from rarec.files import read_json
 from tests.engines import needs_spark, on, spark_session
@@ -33,7 +33,7 @@ POLICIES: list[dict[str, Any]] = [
 
 
 def run(config: Prepare, to: Path, told: list[str] | None = None) -> PreparedDataset:
-    return prepare(config, to, seed=0, say=(told if told is not None else []).append)
+    return prepare_dataset(config, to, seed=0, say=(told if told is not None else []).append)
 
 
 @needs_spark
@@ -189,9 +189,9 @@ def test_files_behind_a_url_give_the_same_dataset(tmp_path: Path) -> None:
         )
         found = run(config, tmp_path / "remote")
         assert found.manifest["files"] == local.manifest["files"]
-    before = identity(config, 0)
+    before = dataset_identity(config, 0)
     memory.pipe("/shop/items.csv", b"item,title,brand,year\na,t,,\n")
-    assert identity(config, 0) != before, "another version of the file is noticed"
+    assert dataset_identity(config, 0) != before, "another version of the file is noticed"
 
 
 def test_a_url_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
@@ -207,7 +207,9 @@ def at(path: str) -> dict[str, str]:
 def test_a_dataset_does_not_remember_what_computed_it(tmp_path: Path) -> None:
     write(tmp_path)
     config = configure(tmp_path)
-    assert identity(config, 1) == identity(config.model_copy(update={"memory": "2GB", "scratch": "/tmp/x"}), 1)
+    assert dataset_identity(config, 1) == dataset_identity(
+        config.model_copy(update={"memory": "2GB", "scratch": "/tmp/x"}), 1
+    )
     run(config.model_copy(update={"memory": "1GB", "scratch": str(tmp_path / "scratch")}), tmp_path / "out")
     assert list((tmp_path / "scratch").glob("*")) == []
     assert read_json(tmp_path / "out" / "manifest.json")["engine"] == "duckdb"
@@ -277,7 +279,7 @@ def test_a_password_is_written_nowhere(tmp_path: Path) -> None:
     assert "s3/cr@t" not in dump_config(config)
     assert "nosuch://me:...@host/shop" in dump_config(config)
     rotated = config.model_copy(update={"engine": "nosuch://me:other@host/shop"})
-    assert identity(config, 0) == identity(rotated, 0)
+    assert dataset_identity(config, 0) == dataset_identity(rotated, 0)
     with pytest.raises(UserError) as caught:
         run(config, tmp_path / "out")
     assert "s3/cr@t" not in str(caught.value)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rarec.artefacts import is_current
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.inputs import identity
-from rarec.data.preparation.pipeline import prepare
+from rarec.data.preparation.inputs import dataset_identity
+from rarec.data.preparation.pipeline import prepare_dataset
 from rarec.errors import UserError
 from tests.test_readers import FORMATS, write_table
 
@@ -59,7 +59,9 @@ def write(folder: Path, log: list[Any] = LOG, items: list[Any] = CATALOGUE, suff
 
 
 def make(folder: Path, told: list[str] | None = None, **more: Any) -> PreparedDataset:
-    return prepare(configure(folder, **more), folder / "out", seed=1, say=(told if told is not None else []).append)
+    return prepare_dataset(
+        configure(folder, **more), folder / "out", seed=1, say=(told if told is not None else []).append
+    )
 
 
 def ids(dataset: PreparedDataset) -> dict[Any, list[Any]]:
@@ -260,10 +262,10 @@ def test_the_same_input_gives_the_same_artefact_and_a_stage_can_ask_whether_it_i
     bytes_of = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert make(tmp_path).hash == first
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == bytes_of
-    assert is_current(tmp_path / "out", "prepare", *identity(config, 1))
+    assert is_current(tmp_path / "out", "prepare", *dataset_identity(config, 1))
     write(tmp_path, LOG[:-1])
     with pytest.raises(UserError, match="another interactions"):
-        is_current(tmp_path / "out", "prepare", *identity(config, 1))
+        is_current(tmp_path / "out", "prepare", *dataset_identity(config, 1))
 
 
 def refuse(folder: Path, *parts: str, **more: Any) -> None:

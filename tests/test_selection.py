@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rarec.config.logs import Prepare
 from rarec.config.schema import Shards
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.pipeline import prepare
+from rarec.data.preparation.pipeline import prepare_dataset
 from rarec.data.selection.sampling import Buckets, Selection, draw_evenly, select_samples
-from rarec.data.selection.title_words import TitleWords, words
+from rarec.data.selection.title_words import TitleWords, split_words
 from rarec.errors import UserError
 from tests.synthetic import write_log
 from tests.test_readers import write_table
@@ -35,7 +35,7 @@ def make(folder: Path, log: Path, items: Path) -> PreparedDataset:
     interactions = {"path": str(log), "user": "user", "item": "item", "time": "time"}
     catalogue = {"path": str(items), "item": "item", "title": "title"}
     config = Prepare.model_validate({"interactions": interactions, "items": catalogue})
-    return prepare(config, folder / "prepare", seed=0, say=lambda line: None)
+    return prepare_dataset(config, folder / "prepare", seed=0, say=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,11 @@ def pairs(selection: Selection) -> list[tuple[int, int]]:
 
 
 def test_words_are_case_folded_without_punctuation_and_stop_words() -> None:
-    assert words("The Lord of the Rings: LORD-like (2002)") == ["lord", "rings", "like", "2002"]
-    assert words("Straße, ÉCOLE ﬁne") == words("STRASSE école fine") == ["strasse", "école", "fine"]
-    assert words("'Rock’n’Roll' isn't") == ["rock'n'roll", "isn't"]
-    assert words("हिन्दी फ़िल्म") == ["हिन्दी", words("फ़िल्म")[0]]
-    assert words("— of the !?") == []
+    assert split_words("The Lord of the Rings: LORD-like (2002)") == ["lord", "rings", "like", "2002"]
+    assert split_words("Straße, ÉCOLE ﬁne") == split_words("STRASSE école fine") == ["strasse", "école", "fine"]
+    assert split_words("'Rock’n’Roll' isn't") == ["rock'n'roll", "isn't"]
+    assert split_words("हिन्दी फ़िल्म") == ["हिन्दी", split_words("फ़िल्म")[0]]
+    assert split_words("— of the !?") == []
 
 
 def test_denoise_by_hand(small: PreparedDataset) -> None:

@@ -15,7 +15,7 @@ from prepare_by_hand import FEWEST, prepare_by_hand
 
 from rarec.artefacts import read_manifest
 from rarec.config.logs import Prepare
-from rarec.data.preparation.pipeline import prepare
+from rarec.data.preparation.pipeline import prepare_dataset
 
 ROWS_OF_A_USER, ROWS_OF_AN_ITEM = 10, 200
 JUNK = {"ties": 0.3, "nulls": 0.001, "unknown": 0.001, "duplicates": 0.01, "shuffled": True}
@@ -94,7 +94,7 @@ def ours_of(log: Path, out: Path, limit: str) -> Cost:
     interactions = {"path": str(log / "interactions"), "user": "user", "item": "item", "time": "time"}
     fewest = {"min_user_interactions": FEWEST, "min_item_interactions": FEWEST}
     config = Prepare.model_validate({"interactions": interactions, "items": items, "memory": limit, **fewest})
-    spent = seconds(partial(prepare, config, out, seed=0, say=lambda line: None))
+    spent = seconds(partial(prepare_dataset, config, out, seed=0, say=lambda line: None))
     peak, steps = memory("VmHWM") * GB, read_manifest(out, "prepare")["steps"]
     dropping = [step for step in steps if step["interactions_after"] < step["interactions_before"]]
     counts = [counts_of(steps[0], "before"), *(counts_of(step, "after") for step in dropping)]

@@ -20,7 +20,7 @@ import numpy as np
 from measuring import Figure, apart, at_least, at_most, memory, seconds
 
 from rarec.artefacts import check_files, read_manifest
-from rarec.data.shards.batch_plan import Plan
+from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.index import INDEX, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample
 from rarec.data.shards.stream import SampleStream
@@ -116,7 +116,11 @@ def stream_of(directory: Path, by: str) -> SampleStream:
     index_S = open_index(directory, manifest)
     shards, tokens = index_S["shard"], index_S["tokens"]
     by_size = by == "batch_size"
-    plan = Plan(shards, tokens, 0, batch_size=BATCH) if by_size else Plan(shards, tokens, 0, tokens_per_batch=BUDGET)
+    plan = (
+        BatchPlan(shards, tokens, 0, batch_size=BATCH)
+        if by_size
+        else BatchPlan(shards, tokens, 0, tokens_per_batch=BUDGET)
+    )
     return SampleStream(plan, index_S, LocalTars(directory), ITEMS)
 
 

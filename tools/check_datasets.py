@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.pipeline import prepare
+from rarec.data.preparation.pipeline import prepare_dataset
 
 Counts = dict[str, int]
 """Interactions, users, items met."""
@@ -188,7 +188,7 @@ def differences(dataset: PreparedDataset, second: SecondComputation, known: Know
 
 def check(directory: Path, known: Known, policy: str, scratch: Path) -> bool:
     """Prepare a log by both, print what came out, and return whether all is as it should be."""
-    dataset = prepare(configure(directory, known, policy), scratch, seed=0, say=lambda line: None)
+    dataset = prepare_dataset(configure(directory, known, policy), scratch, seed=0, say=lambda line: None)
     second = SecondComputation(directory, known, policy)
     found = list(differences(dataset, second, known))
     tied, untied = second.ties()

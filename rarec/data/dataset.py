@@ -22,7 +22,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Targets:
+class EvalTargets:
     """What one part of the split asks: for each of S users, in the order of the rows, the item at a position.
 
     Attributes:
@@ -164,14 +164,14 @@ class PreparedDataset:
         items: Int32 = self.item_rows_I[self.starts_U[user_rows] + positions]
         return items
 
-    def targets(self, part: Literal["validation", "test"], limit: int | None = None, seed: int = 0) -> Targets:
+    def targets(self, part: Literal["validation", "test"], limit: int | None = None, seed: int = 0) -> EvalTargets:
         """The users that a part of the split asks about, or a fixed random `limit` of them, by row."""
         positions_U = self.validation_U if part == "validation" else self.test_U
         user_rows = np.flatnonzero(positions_U >= 0).astype(np.int32)
         if limit is not None and limit < len(user_rows):
             user_rows = np.sort(np.random.default_rng(seed).choice(user_rows, limit, replace=False))
         positions = positions_U[user_rows]
-        return Targets(user_rows, positions, self.items_at(user_rows, positions))
+        return EvalTargets(user_rows, positions, self.items_at(user_rows, positions))
 
 
 def _tables(directory: Path) -> tuple[pa.Table, pa.Table, pa.Table]:

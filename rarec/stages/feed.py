@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from rarec.config import RunConfig
-from rarec.data.shards.batch_plan import Numbers, Plan
+from rarec.data.shards.batch_plan import BatchPlan, Numbers
 from rarec.data.shards.index import Entries, map_npy, open_index
-from rarec.data.shards.samples import Form
-from rarec.data.shards.stream import SampleStream, damaged_samples, name_samples, read_named
+from rarec.data.shards.samples import SampleSpec
+from rarec.data.shards.stream import SampleStream, damaged_samples, name_samples, read_names
 from rarec.data.shards.tars import LocalTars, RemoteTars, Tars
 from rarec.errors import UserError
 from rarec.files import write_json
@@ -31,13 +31,13 @@ _NAMED = 5
 
 def batch_plan(
     config: RunConfig, sources: Mapping[str, SourceShape], index_S: Entries, excluded: Iterable[int] = ()
-) -> Plan:
+) -> BatchPlan:
     """The batches that the configuration asks for.
 
     Raises:
         UserError: they cannot be made of these samples.
     """
-    return Plan(
+    return BatchPlan(
         index_S["shard"],
         index_S["tokens"],
         config.run.seed,
@@ -75,7 +75,7 @@ class Feed:
             UserError: `train.stream.damaged` is `skip`, and samples were damaged since training began.
         """
         path = directory / SKIPPED
-        recorded = read_named(path, self.index_S) if begun and path.exists() else np.array([], np.int64)
+        recorded = read_names(path, self.index_S) if begun and path.exists() else np.array([], np.int64)
         if self.context.config.train.stream.damaged == "refuse":
             return recorded
         new = np.setdiff1d(self._damaged, recorded)
@@ -104,7 +104,7 @@ class Feed:
         return SampleStream(plan, self.index_S, self._tars, self.context.dataset.n_items, self._form)
 
     @property
-    def _form(self) -> Form:
+    def _form(self) -> SampleSpec:
         states_NLD = map_npy(self.context.paths.shards / ITEM_STATES)
         embeddings = self.context.llm.backbone.model.get_input_embeddings()
         return sample_form(self.context, states_NLD.shape[1:], embeddings.num_embeddings)

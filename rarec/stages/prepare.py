@@ -1,7 +1,7 @@
 """`rarec prepare`: logs to a prepared dataset."""
 
-from rarec.data.preparation.inputs import identity
-from rarec.data.preparation.pipeline import prepare as prepare_dataset
+from rarec.data.preparation.inputs import dataset_identity
+from rarec.data.preparation.pipeline import prepare_dataset
 from rarec.stages.context import Context
 
 
@@ -11,5 +11,5 @@ def prepare(context: Context) -> None:
     directory = context.paths.prepare
     seed = context.config.run.seed
     with context.alone(directory):
-        if not context.is_done(directory, "prepare", *identity(config, seed)):
+        if not context.is_done(directory, "prepare", *dataset_identity(config, seed)):
             prepare_dataset(config, directory, seed=seed, say=context.say)

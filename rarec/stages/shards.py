@@ -10,10 +10,10 @@ import numpy.typing as npt
 from rarec.artefacts import is_current, read_manifest, sha256_json
 from rarec.config.identity import shard_settings
 from rarec.data.selection.sampling import select_samples
-from rarec.data.shards.expected import Truth, leak
-from rarec.data.shards.samples import Form, Sample
+from rarec.data.shards.expected import Expected, first_leak
+from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.data.shards.tars import fetch_description
-from rarec.data.shards.writing import drop_notes, finish_shards, write_shards
+from rarec.data.shards.writing import drop_progress, finish_shards, write_shards
 from rarec.errors import UserError
 from rarec.files import write_aside, write_json
 from rarec.models.text_states import Schedule, text_states
@@ -43,7 +43,7 @@ def _shards(context: Context) -> None:
         return
     settings, made_from = _identity(context)
     if context.is_done(directory, "shards", settings, made_from):
-        drop_notes(directory)  # a kill may have come between the manifest and this
+        drop_progress(directory)  # a kill may have come between the manifest and this
         return
     parts, world = ShardParts(context), context.world
     parts.tell_size()
@@ -86,7 +86,7 @@ def finished_shards(context: Context) -> dict[str, Any]:
     return manifest
 
 
-def sample_form(context: Context, states: tuple[int, ...], vocabulary: int | None = None) -> Form:
+def sample_form(context: Context, states: tuple[int, ...], vocabulary: int | None = None) -> SampleSpec:
     """What each sample is made of; no model is loaded for it.
 
     Args:
@@ -98,7 +98,7 @@ def sample_form(context: Context, states: tuple[int, ...], vocabulary: int | Non
     vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in context.shapes.items()}
     parts = parse_template(config.prompt.user, ["history"], list(vectors), "prompt.user")
     marks = frozenset(part.value for part in parts if part.kind == "soft")
-    return Form(states, np.dtype(config.shards.state_dtype), vectors, marks, vocabulary)
+    return SampleSpec(states, np.dtype(config.shards.state_dtype), vectors, marks, vocabulary)
 
 
 class ShardParts:
@@ -115,7 +115,7 @@ class ShardParts:
         self.context = context
         config = context.config
         self.selection = select_samples(context.dataset, config.shards, config.run.seed, config.ids.held_out)
-        stray = leak(context.dataset, self.selection.user_rows, self.selection.positions)
+        stray = first_leak(context.dataset, self.selection.user_rows, self.selection.positions)
         if stray:
             problem = f"the selected sample {stray} is no training interaction with a history: validation or test leaks"
             raise UserError(problem, "this is a defect of rarec: please report it, with the configuration")
@@ -130,10 +130,10 @@ class ShardParts:
         """Number of samples."""
         return len(self.selection.user_rows)
 
-    def truth(self, form: Form) -> Truth:
+    def truth(self, form: SampleSpec) -> Expected:
         """What the tars should hold, given what each sample is made of."""
         selection, per_shard = self.selection, self.context.config.shards.samples_per_shard
-        return Truth(self.context.dataset, selection.user_rows, selection.positions, per_shard, form)
+        return Expected(self.context.dataset, selection.user_rows, selection.positions, per_shard, form)
 
     @cached_property
     def blocks(self) -> list[int]:

@@ -51,7 +51,7 @@ def gather(context: Context, stream: SampleStream, users: int) -> Start:
     passed_N = generator.permutation(items_N)[:PASSED]
     targets, prompts = list[int](), list[Encoded]()
     vectors: dict[str, list[Floats]] = {name: [] for name in context.sources}
-    for number in stream.plan.first(users):
+    for number in stream.plan.first_samples(users):
         (sample,) = stream.read(np.array([number]))  # of which little is kept
         targets.append(sample.target)
         for name, vectors_KE in sample.vectors.items():

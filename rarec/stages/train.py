@@ -67,7 +67,7 @@ def train_variant(context: Context, variant: Variant, feed: Feed) -> None:
     checkpoints = checkpoints_of(context, variant)
     excluded = feed.exclusions(directory, begun=begun and bool(checkpoints.steps()))
     stream = feed.stream(excluded)
-    stream.plan.check_ranks(world.size * config.accumulate, config.epochs)
+    stream.plan.check_world_size(world.size * config.accumulate, config.epochs)
     accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None
     if not begun:  # nothing was written or thrown away before all that can be refused was
         context.start_over(directory)
@@ -150,7 +150,7 @@ def _trainer(
         validation(context, model),
         checkpoints,
         world,
-        config.train.steps(stream.plan.total(config.train.epochs), trained_parameters(model)),
+        config.train.steps(stream.plan.total_steps(config.train.epochs), trained_parameters(model)),
     )
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from rarec.artefacts import IDENTITY, is_current, read_manifest
 from rarec.config.identity import shard_settings
 from rarec.data.shards.checks import Problem, verify_shards
-from rarec.data.shards.index import FRESH, INDEX, REMAKE, is_tar_name, map_npy
-from rarec.data.shards.tar_members import finite
+from rarec.data.shards.index import INDEX, REBUILD, REPAIR, is_tar_name, map_npy
+from rarec.data.shards.tar_members import all_finite
 from rarec.data.shards.writing import finish_shards, repair_shards
 from rarec.errors import UserError
 from rarec.files import read_json
@@ -63,7 +63,7 @@ def verify(context: Context, repair: bool = False, deep: bool = False) -> str:
     lines = "".join(f"\n  {problem.line}" for problem in problems)
     told = f"{directory} is not as it should be:{lines}"
     if not repair:
-        raise UserError(told, REMAKE)
+        raise UserError(told, REPAIR)
     context.say(told)
     return _repair(parts, manifest, {problem.file for problem in problems})
 
@@ -74,14 +74,14 @@ def _manifest(context: Context) -> dict[str, Any]:
     try:
         manifest = read_manifest(directory, "shards")
     except UserError as error:
-        raise UserError(f"{error.problem}; without it nothing can be verified or repaired", FRESH) from None
+        raise UserError(f"{error.problem}; without it nothing can be verified or repaired", REBUILD) from None
     is_current(directory, "shards", shard_settings(context.config), {"prepare": context.dataset.hash})
     beside = sorted(name for name in manifest["files"] if not name.endswith(".tar"))
     if beside != sorted([INDEX, ITEM_STATES, SELECTION, TARGET_COUNTS]):
-        raise UserError(f"the manifest of {directory} names the files {', '.join(beside)} beside tars", FRESH)
+        raise UserError(f"the manifest of {directory} names the files {', '.join(beside)} beside tars", REBUILD)
     blocks, chosen = manifest.get("state_blocks"), context.config.shards.state_blocks
     if not isinstance(blocks, list) or blocks != (list(range(len(blocks))) if chosen is None else sorted(set(chosen))):
-        raise UserError(f"the manifest of {directory}: `state_blocks` is {blocks}", FRESH)
+        raise UserError(f"the manifest of {directory}: `state_blocks` is {blocks}", REBUILD)
     return manifest
 
 
@@ -104,7 +104,7 @@ def _item_states(parts: ShardParts, path: Path, manifest: Mapping[str, Any]) -> 
         return f"{states_NLD.dtype} of shape {states_NLD.shape}, not {wanted} of {shape} and a width"
     for start in range(0, len(states_NLD), _ROWS):
         part_nLD = states_NLD[start : start + _ROWS]
-        if not finite(part_nLD):
+        if not all_finite(part_nLD):
             row = start + int(np.flatnonzero(~np.isfinite(part_nLD).all((1, 2)))[0])
             return f"item row {row} holds NaN or infinity"
     return None

@@ -67,7 +67,7 @@ class BatchLoader:
             UserError: whatever a worker met, just as it met it; or a worker died, which may interrupt anything.
         """
         self._due.clear()
-        shares = (share for batch in self.plan.walk(first, last) for share in self._shares(batch))
+        shares = (share for batch in self.plan.batches_between(first, last) for share in self._shares(batch))
         workers = self.workers if first < last else 0
         batches = iter(
             DataLoader(

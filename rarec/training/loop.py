@@ -72,7 +72,7 @@ class Trainer:
             with self.loader.open(state.step, self.steps) as batches:
                 while state.step < self.steps and state.worse < self.config.patience:
                     step, gradient_norms = self._step(batches, state, signals)
-                    epoch = self.loader.plan.place(state.step - 1)[0]
+                    epoch = self.loader.plan.epoch_and_step(state.step - 1)[0]
                     rate = self.config.lr * rate_at(state.step - 1, self.steps, self.config.warmup)
                     figures = step.figures(gradient_norms) | machine.figures(step)
                     records.step(state.step, epoch=epoch, lr=rate, **figures)
@@ -147,7 +147,7 @@ class Trainer:
     def _validation_is_due(self, step: int) -> bool:
         """At the end, and every so many steps; by default at the end of each epoch."""
         every = self.config.validate_every
-        within = step % every if every else self.loader.plan.place(step)[1]
+        within = step % every if every else self.loader.plan.epoch_and_step(step)[1]
         return step == self.steps or within == 0
 
     def _raise_if_not_finite(

@@ -6,16 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rarec.config.logs import Prepare
-from rarec.data.engines.base import Engine, Named, Place, Read, describe, value
+from rarec.data.engines.base import InputTable, NamedTable, PrepareEngine, TableLocation, compute_value, display_name
 from rarec.errors import UserError
 
-__all__ = ["Engine", "Named", "Place", "Read", "describe", "open_engine", "value"]
+__all__ = ["InputTable", "NamedTable", "PrepareEngine", "TableLocation", "compute_value", "display_name", "open_engine"]
 
 DUCKDB_FILE = "duckdb://"
 
 
 @contextmanager
-def open_engine(config: Prepare, spill: Path) -> Iterator[Engine]:
+def open_engine(config: Prepare, spill: Path) -> Iterator[PrepareEngine]:
     """The engine of a configuration, for the length of a `with`.
 
     Args:
@@ -32,20 +32,20 @@ def open_engine(config: Prepare, spill: Path) -> Iterator[Engine]:
         engine.close()
 
 
-def _start(config: Prepare, spill: str) -> Engine:
+def _start(config: Prepare, spill: str) -> PrepareEngine:
     if config.engine == "duckdb" or config.engine.startswith(DUCKDB_FILE):
-        from rarec.data.engines.duckdb_engine import EmbeddedEngine
+        from rarec.data.engines.duckdb_engine import DuckDBEngine
 
         database = config.engine.removeprefix(DUCKDB_FILE) if "://" in config.engine else None
-        return EmbeddedEngine(Path(spill), config.memory, database)
+        return DuckDBEngine(Path(spill), config.memory, database)
     if config.engine == "spark":
         from rarec.data.engines.spark_engine import SparkEngine
 
         return SparkEngine(spill, config.spark)
     if "://" in config.engine:
-        from rarec.data.engines.duckdb_engine import NamedEngine
+        from rarec.data.engines.duckdb_engine import DatabaseEngine
 
-        return NamedEngine(config.engine, Path(spill), config.memory)
+        return DatabaseEngine(config.engine, Path(spill), config.memory)
     raise UserError(
         f"field `prepare.engine`: no engine {config.engine!r}",
         "use duckdb, spark, or a URL: duckdb:///path/to/file, postgres://user:password@host/database, ...",

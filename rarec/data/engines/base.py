@@ -8,23 +8,23 @@ from typing import Any, Protocol
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from rarec.data.engines.table_files import Files
+from rarec.data.engines.table_files import TableFiles
 from rarec.errors import UserError
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedTable:
     """A table that the engine has under a name."""
 
     name: str
 
 
-Place = Files | Named
+TableLocation = TableFiles | NamedTable
 """Where a table lies."""
 
 
 @dataclass(frozen=True)
-class Read:
+class InputTable:
     """Columns of a table as it has them.
 
     Attributes:
@@ -37,14 +37,16 @@ class Read:
     untyped: frozenset[str] = frozenset()
 
 
-class Engine(Protocol):
+class PrepareEngine(Protocol):
     """Reads tables, keeps intermediate results, and streams expressions out."""
 
-    def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
+    def read(
+        self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
+    ) -> InputTable:
         """Read columns of a table.
 
         Args:
-            place: the table.
+            location: the table.
             roles: each column's name in the table, by the role it plays.
             section: the configuration's section, for messages.
             lines: number the rows: of files in their order, of a table, which has none, by these columns.
@@ -66,17 +68,17 @@ class Engine(Protocol):
         """Give up everything kept."""
 
 
-def value(engine: Engine, scalar: ir.Scalar) -> Any:
+def compute_value(engine: PrepareEngine, scalar: ir.Scalar) -> Any:
     """Compute one value."""
     return engine.rows(scalar.name("value").as_table())[0]["value"]
 
 
-def describe(place: Place) -> str:
+def display_name(location: TableLocation) -> str:
     """What an error message calls a table."""
-    return place.name if isinstance(place, Files) else f"table {place.name}"
+    return location.name if isinstance(location, TableFiles) else f"table {location.name}"
 
 
-def check_columns(columns: Iterable[str], roles: Mapping[str, str], place: Place, section: str) -> None:
+def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: TableLocation, section: str) -> None:
     """Refuse a role whose column is missing, naming the nearest and those which are there."""
     columns = list(columns)
     for role, name in roles.items():
@@ -87,14 +89,16 @@ def check_columns(columns: Iterable[str], roles: Mapping[str, str], place: Place
         hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
         field = f"{section}.{role.partition('_')[0]}"
         raise UserError(
-            f"{describe(place)} has no column {name!r} ({field}){hint}", f"its columns: {', '.join(columns)}"
+            f"{display_name(location)} has no column {name!r} ({field}){hint}", f"its columns: {', '.join(columns)}"
         )
 
 
-def refuse_nested(table: ir.Table, roles: Mapping[str, str], place: Place, section: str) -> None:
+def raise_if_nested(table: ir.Table, roles: Mapping[str, str], location: TableLocation, section: str) -> None:
     """Refuse lists and structures: engines write them differently."""
     for role, name in roles.items():
         kind = table[role].type()
         if kind.is_nested() or kind.is_time():
             field = f"{section}.{role.partition('_')[0]}"
-            raise UserError(f"{describe(place)}: column {name!r} ({field}) holds {kind}", "write it as text or numbers")
+            raise UserError(
+                f"{display_name(location)}: column {name!r} ({field}) holds {kind}", "write it as text or numbers"
+            )

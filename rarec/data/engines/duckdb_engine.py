@@ -13,13 +13,13 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rarec.data.engines.base import Named, Place, Read, check_columns, describe, refuse_nested
+from rarec.data.engines.base import InputTable, NamedTable, TableLocation, check_columns, display_name, raise_if_nested
 from rarec.data.engines.duckdb_scan import DATABASE, identifier, quoted, scan
-from rarec.data.engines.table_files import Files, check_parquet
+from rarec.data.engines.table_files import TableFiles, check_parquet_columns
 from rarec.errors import UserError
 
 
-class EmbeddedEngine:
+class DuckDBEngine:
     """DuckDB.
 
     Args:
@@ -46,38 +46,40 @@ class EmbeddedEngine:
             with _told(f"prepare.engine: {database}", "name a DuckDB file: duckdb:///path/to/file"):
                 self._execute(f"ATTACH {quoted(database)} AS {DATABASE} (READ_ONLY)")
 
-    def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
-        """See `Engine`. Columns of Parquet and of tables are read where they lie; others are kept."""
-        if isinstance(place, Named) and self._database is None:
-            problem = f"{section}.table: {place.name}: the engine duckdb alone has no tables"
+    def read(
+        self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
+    ) -> InputTable:
+        """See `PrepareEngine`. Columns of Parquet and of tables are read where they lie; others are kept."""
+        if isinstance(location, NamedTable) and self._database is None:
+            problem = f"{section}.table: {location.name}: the engine duckdb alone has no tables"
             raise UserError(problem, "use prepare.engine: duckdb:///path/to/file, or another, or name a path")
-        with _readable(place):
-            if isinstance(place, Files) and place.system is not None:
-                self._register(place)
-            source = scan(place, self._query)
-            check_columns(source.columns, roles, place, section)
-            if isinstance(place, Files) and place.format == "parquet":
-                check_parquet(place, roles.values())
+        with _readable(location):
+            if isinstance(location, TableFiles) and location.system is not None:
+                self._register(location)
+            source = scan(location, self._query)
+            check_columns(source.columns, roles, location, section)
+            if isinstance(location, TableFiles) and location.format == "parquet":
+                check_parquet_columns(location, roles.values())
             select = [f"{source.columns[name]} AS {identifier(role)}" for role, name in roles.items()]
             if lines:
                 # the order of a scan is then the order of the rows in the files
                 self._execute("SET preserve_insertion_order = true")
                 order = f"ORDER BY {', '.join(source.columns[name] for name in roles.values())}"
-                select.insert(0, f"row_number() OVER ({order if isinstance(place, Named) else ''}) AS line")
+                select.insert(0, f"row_number() OVER ({order if isinstance(location, NamedTable) else ''}) AS line")
             made = f"SELECT {', '.join(select)} FROM {source.relation}"
             name = section.rpartition(".")[2]
             table = self._view(name, made) if source.columnar and not lines else self._keep(name, made)
             self._execute("SET preserve_insertion_order = false")
-        refuse_nested(table, roles, place, section)
-        return Read(table, frozenset(role for role, name in roles.items() if name in source.untyped))
+        raise_if_nested(table, roles, location, section)
+        return InputTable(table, frozenset(role for role, name in roles.items() if name in source.untyped))
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
-        """See `Engine`."""
+        """See `PrepareEngine`."""
         with _computing():
             return self._keep(name, _sql(expression))
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
-        """See `Engine`."""
+        """See `PrepareEngine`."""
         with _computing():
             found = self._stream(expression).read_all()
         # DuckDB sums integers to 128 bits, which arrive as decimals
@@ -85,12 +87,12 @@ class EmbeddedEngine:
         return rows
 
     def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
-        """See `Engine`."""
+        """See `PrepareEngine`."""
         with _computing():
             yield from self._stream(expression)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """See `PrepareEngine`."""
         self._ibis.disconnect()
         shutil.rmtree(self._spill, ignore_errors=True)
 
@@ -103,7 +105,7 @@ class EmbeddedEngine:
     def _stream(self, expression: ir.Table) -> pa.RecordBatchReader:
         return pa.RecordBatchReader.from_stream(self._duckdb.sql(_sql(expression)))
 
-    def _register(self, files: Files) -> None:
+    def _register(self, files: TableFiles) -> None:
         """Let DuckDB read through fsspec."""
         protocol = files.paths[0].partition("://")[0]
         if protocol not in self._systems:
@@ -127,13 +129,13 @@ class EmbeddedEngine:
         return table
 
 
-class NamedEngine(EmbeddedEngine):
+class DatabaseEngine(DuckDBEngine):
     """DuckDB, fed by a connection of Ibis.
 
     Args:
         url: as `ibis.connect` takes it.
-        spill: see `EmbeddedEngine`.
-        memory: see `EmbeddedEngine`.
+        spill: see `DuckDBEngine`.
+        memory: see `DuckDBEngine`.
 
     Raises:
         UserError: Ibis knows no such engine, its driver is not installed, or the connection is refused.
@@ -151,37 +153,39 @@ class NamedEngine(EmbeddedEngine):
             said = str(error).replace(url, shown)
             raise UserError(f"prepare.engine: {shown} does not connect: {said}", remedy) from None
 
-    def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
-        """See `Engine`. Rows of a database have no order: where lines are asked for, they follow the columns."""
-        if not isinstance(place, Named):
-            return super().read(place, roles, section, lines=lines)
-        schema, _, name = place.name.rpartition(".")
+    def read(
+        self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
+    ) -> InputTable:
+        """See `PrepareEngine`. Rows of a database have no order: where lines are asked for, they follow the columns."""
+        if not isinstance(location, NamedTable):
+            return super().read(location, roles, section, lines=lines)
+        schema, _, name = location.name.rpartition(".")
         try:
             table = self._source.table(name, database=schema or None)
-            check_columns(table.columns, roles, place, section)
+            check_columns(table.columns, roles, location, section)
             table = table.select(*dict.fromkeys(roles.values()))
             copied = self._copy(table.order_by(*table.columns) if lines else table, section)
         except UserError:
             raise
         except Exception as error:  # every driver raises of its own kind
-            problem = f"{section}: {describe(place)}: {self._scheme} says {type(error).__name__}: {error}"
+            problem = f"{section}: {display_name(location)}: {self._scheme} says {type(error).__name__}: {error}"
             raise UserError(problem, "is it there, as NAME or SCHEMA.NAME, and may you read it?") from None
         return super().read(copied, roles, section, lines=lines)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """See `PrepareEngine`."""
         super().close()
         if hasattr(self, "_source"):
             self._source.disconnect()
 
-    def _copy(self, table: ir.Table, section: str) -> Files:
+    def _copy(self, table: ir.Table, section: str) -> TableFiles:
         """The columns as Parquet in the spill directory."""
         self._spill.mkdir(parents=True, exist_ok=True)
         path, schema = self._spill / f"{section}.parquet", table.schema().to_pyarrow()
         with pq.ParquetWriter(path, schema) as writer:
             for batch in table.to_pyarrow_batches():
                 writer.write_table(pa.Table.from_batches([batch]).cast(schema))
-        return Files(section, (str(path),), "parquet")
+        return TableFiles(section, (str(path),), "parquet")
 
 
 def _sql(expression: ir.Table) -> str:
@@ -211,13 +215,13 @@ def _computing() -> Iterator[None]:
 
 
 @contextmanager
-def _readable(place: Place) -> Iterator[None]:
+def _readable(location: TableLocation) -> Iterator[None]:
     """Turn the engine's complaint about a table into one that names the file and the line."""
     try:
         yield
     except duckdb.Error as error:
         text = re.split(r"\n\s*Possible|\n\s*file = ", str(error))[0]
         where = re.search(r"file = (.+)", str(error))
-        name = where[1].strip() if where else describe(place)
+        name = where[1].strip() if where else display_name(location)
         problem = re.sub(r"^[A-Za-z ]+Error: ", "", text).strip().replace("\n", "; ")
         raise UserError(f"{name} cannot be read: {problem}", "mend or remove that row, or convert the file") from None

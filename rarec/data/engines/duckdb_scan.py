@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rarec.data.engines.base import Named, Place, describe
-from rarec.data.engines.table_files import DELIMITED, Files, header
+from rarec.data.engines.base import NamedTable, TableLocation, display_name
+from rarec.data.engines.table_files import DELIMITED, TableFiles, read_header
 from rarec.errors import UserError
 
 Query = Callable[[str], list[tuple[Any, ...]]]
@@ -31,21 +31,21 @@ class Scan:
     """Whether a few columns are read at little cost, so that they need not be kept."""
 
 
-def scan(place: Place, query: Query) -> Scan:
+def scan(location: TableLocation, query: Query) -> Scan:
     """Find out the columns of a table, reading no more of it than that takes.
 
     Raises:
         UserError: a header is missing, or differs between files; lines are no JSON objects.
     """
-    if isinstance(place, Named):
-        schema, _, name = place.name.rpartition(".")
+    if isinstance(location, NamedTable):
+        schema, _, name = location.name.rpartition(".")
         return _columnar(".".join(identifier(part) for part in (DATABASE, schema or "main", name)), query)
-    if place.format in DELIMITED:
-        return _delimited(place)
-    if place.format == "jsonl":
-        return _jsonl(place, query)
+    if location.format in DELIMITED:
+        return _delimited(location)
+    if location.format == "jsonl":
+        return _jsonl(location, query)
     options = "hive_partitioning=false, binary_as_string=true"
-    return _columnar(f"read_parquet({_list(place)}, {options})", query)
+    return _columnar(f"read_parquet({_list(location)}, {options})", query)
 
 
 def quoted(text: str) -> str:
@@ -58,14 +58,14 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _list(files: Files) -> str:
+def _list(files: TableFiles) -> str:
     # DuckDB would take the names of local files for patterns
     paths = files.paths if files.system else [re.sub(r"([\[*?])", r"[\1]", path) for path in files.paths]
     return "[" + ", ".join(quoted(path) for path in paths) + "]"
 
 
-def _delimited(files: Files) -> Scan:
-    names, dialect = header(files), DELIMITED[files.format]
+def _delimited(files: TableFiles) -> Scan:
+    names, dialect = read_header(files), DELIMITED[files.format]
     # by position: DuckDB takes `Item` and `item` for one name
     types = ", ".join(f"c{index}: 'VARCHAR'" for index in range(len(names)))
     quote = quoted(dialect.quote)
@@ -74,11 +74,11 @@ def _delimited(files: Files) -> Scan:
     return Scan(relation, {name: f"c{index}" for index, name in enumerate(names)}, frozenset(names))
 
 
-def _jsonl(files: Files, query: Query) -> Scan:
+def _jsonl(files: TableFiles, query: Query) -> Scan:
     relation = f"read_ndjson_objects({_list(files)})"
     structure = json.loads(query(f"SELECT json_group_structure(json) FROM {relation}")[0][0] or "{}")
     if not isinstance(structure, dict):
-        raise UserError(f"{describe(files)} holds lines that are no JSON objects", "write one {...} a line")
+        raise UserError(f"{display_name(files)} holds lines that are no JSON objects", "write one {...} a line")
     columns = {name: _json_value(name, kind) for name, kind in structure.items()}
     return Scan(relation, columns, frozenset(name for name, kind in structure.items() if kind in JSON_INTEGERS))
 

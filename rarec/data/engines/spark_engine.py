@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from rarec.data.engines.base import Place, Read, check_columns, describe, refuse_nested
-from rarec.data.engines.table_files import DELIMITED, Files, check_parquet
+from rarec.data.engines.base import InputTable, TableLocation, check_columns, display_name, raise_if_nested
+from rarec.data.engines.table_files import DELIMITED, TableFiles, check_parquet_columns
 from rarec.errors import UserError
 
 try:
@@ -30,7 +30,7 @@ try:
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql import functions as F
 
-    from rarec.data.engines.spark_scan import hadoop, quoted, refuse_other_than_utf8, scan
+    from rarec.data.engines.spark_scan import hadoop, quoted, raise_if_not_utf8, scan
 except ImportError as missing:
     raise UserError(f"prepare.engine: spark needs PySpark ({missing})", "pip install 'rarec[spark]'") from None
 
@@ -76,40 +76,42 @@ class SparkEngine:
         self._kept: dict[str, int] = {}
         self._views: set[str] = set()
 
-    def read(self, place: Place, roles: Mapping[str, str], section: str, *, lines: bool = False) -> Read:
-        """See `Engine`. Columns of Parquet and of tables are read where they lie; others are kept."""
-        with _readable(place):
-            columnar = not isinstance(place, Files) or place.format == "parquet"
-            frame, names = scan(self._session, place)
-            check_columns(names, roles, place, section)
-            if isinstance(place, Files) and place.format == "parquet":
-                check_parquet(place, roles.values())
+    def read(
+        self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
+    ) -> InputTable:
+        """See `PrepareEngine`. Columns of Parquet and of tables are read where they lie; others are kept."""
+        with _readable(location):
+            columnar = not isinstance(location, TableFiles) or location.format == "parquet"
+            frame, names = scan(self._session, location)
+            check_columns(names, roles, location, section)
+            if isinstance(location, TableFiles) and location.format == "parquet":
+                check_parquet_columns(location, roles.values())
             own = [F.col(quoted(names[name])).alias(role) for role, name in roles.items()]
             name = section.rpartition(".")[2]
             if lines:
-                table = self._numbered(frame, own, name, isinstance(place, Files))
+                table = self._numbered(frame, own, name, isinstance(location, TableFiles))
             else:
                 table = self._view(name, frame.select(*own)) if columnar else self._write(name, frame.select(*own))
-        untyped = isinstance(place, Files) and place.format in DELIMITED
-        refuse_nested(table, roles, place, section)
-        if isinstance(place, Files) and untyped and self._marks(table):
-            refuse_other_than_utf8(place)
-        return Read(table, frozenset(roles) if untyped else frozenset())
+        untyped = isinstance(location, TableFiles) and location.format in DELIMITED
+        raise_if_nested(table, roles, location, section)
+        if isinstance(location, TableFiles) and untyped and self._marks(table):
+            raise_if_not_utf8(location)
+        return InputTable(table, frozenset(roles) if untyped else frozenset())
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
-        """See `Engine`."""
+        """See `PrepareEngine`."""
         with _computing():
             return self._write(name, self._sql(expression))
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
-        """See `Engine`."""
+        """See `PrepareEngine`."""
         with _computing():
             found = self._sql(expression).toArrow()
         rows: list[dict[str, Any]] = found.cast(expression.schema().to_pyarrow()).to_pylist()
         return rows
 
     def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
-        """See `Engine`. Spark names the parts of an ordered result in its order."""
+        """See `PrepareEngine`. Spark names the parts of an ordered result in its order."""
         with _computing():
             self._write("result", self._sql(expression))
         folder = self._path("result")
@@ -118,7 +120,7 @@ class SparkEngine:
                 yield from pq.ParquetFile(file).iter_batches()
 
     def close(self) -> None:
-        """See `Engine`."""
+        """See `PrepareEngine`."""
         for view in self._views:
             self._session.catalog.dropTempView(view)
         if self._system.exists(self._scratch):
@@ -166,11 +168,11 @@ class SparkEngine:
         return self._session.sql(str(ibis.to_sql(expression, dialect="pyspark")))
 
 
-def _file_system(place: str) -> fsspec.AbstractFileSystem:
+def _file_system(location: str) -> fsspec.AbstractFileSystem:
     try:
-        return url_to_fs(place)[0]
+        return url_to_fs(location)[0]
     except (ImportError, ValueError, OSError) as error:
-        problem = f"prepare.scratch: {place} cannot be opened: {error}"
+        problem = f"prepare.scratch: {location} cannot be opened: {error}"
         raise UserError(
             problem, "install fsspec's driver for it, or name a directory that every executor sees"
         ) from None
@@ -183,12 +185,12 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _readable(place: Place) -> Iterator[None]:
+def _readable(location: TableLocation) -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JError) as error:
         raise UserError(
-            f"{describe(place)} cannot be read: {_reason(error)}", "mend or remove that row, or convert the file"
+            f"{display_name(location)} cannot be read: {_reason(error)}", "mend or remove that row, or convert the file"
         ) from None
 
 

@@ -8,41 +8,41 @@ import fsspec
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from rarec.data.engines.base import Place, describe
-from rarec.data.engines.table_files import DELIMITED, Files, header
+from rarec.data.engines.base import TableLocation, display_name
+from rarec.data.engines.table_files import DELIMITED, TableFiles, read_header
 from rarec.errors import UserError
 
 SCHEMES = {"s3": "s3a", "gcs": "gs", "az": "abfs"}
 """fsspec's name of a file system to Hadoop's, where they differ."""
 
 
-def scan(session: SparkSession, place: Place) -> tuple[DataFrame, dict[str, str]]:
+def scan(session: SparkSession, location: TableLocation) -> tuple[DataFrame, dict[str, str]]:
     """A table, and its columns: name in the table to name in the frame."""
-    if not isinstance(place, Files):
-        frame = session.table(place.name)
+    if not isinstance(location, TableFiles):
+        frame = session.table(location.name)
         return frame, {name: name for name in frame.columns}
-    paths = [_pattern(path) for path in place.paths]
-    if place.format in DELIMITED:
-        return _delimited(session, place, paths)
-    frame = _jsonl(session, place, paths) if place.format == "jsonl" else session.read.parquet(*paths)
+    paths = [_pattern(path) for path in location.paths]
+    if location.format in DELIMITED:
+        return _delimited(session, location, paths)
+    frame = _jsonl(session, location, paths) if location.format == "jsonl" else session.read.parquet(*paths)
     return frame, {name: name for name in frame.columns}
 
 
-def _jsonl(session: SparkSession, files: Files, paths: list[str]) -> DataFrame:
+def _jsonl(session: SparkSession, files: TableFiles, paths: list[str]) -> DataFrame:
     """Lists become their JSON text. Of two objects on a line Spark would read the first and lose the other."""
     lines = session.read.text(paths)
     double = lines.filter(F.col("value").rlike(r"\}\s*\{\s*\"")).limit(1).collect()
     if double:
-        problem = f"{describe(files)} holds a line that looks like two objects: {double[0]['value'][:80]}"
+        problem = f"{display_name(files)} holds a line that looks like two objects: {double[0]['value'][:80]}"
         raise UserError(problem, "write one {...} a line")
     frame = session.read.json(paths, mode="FAILFAST")
     lists = {name for name, kind in frame.dtypes if kind.startswith("array")}
     return frame.select(*[F.to_json(quoted(n)).alias(n) if n in lists else F.col(quoted(n)) for n in frame.columns])
 
 
-def _delimited(session: SparkSession, files: Files, paths: list[str]) -> tuple[DataFrame, dict[str, str]]:
+def _delimited(session: SparkSession, files: TableFiles, paths: list[str]) -> tuple[DataFrame, dict[str, str]]:
     """Texts by position. A quoted text may hold newlines, so a file is read by one task: give many, or Parquet."""
-    names, dialect = header(files), DELIMITED[files.format]
+    names, dialect = read_header(files), DELIMITED[files.format]
     schema = ", ".join(f"c{index} STRING" for index in range(len(names)))
     reader = session.read.options(sep=dialect.delimiter, quote=dialect.quote)
     if dialect.quote:
@@ -51,7 +51,7 @@ def _delimited(session: SparkSession, files: Files, paths: list[str]) -> tuple[D
     return frame, {name: f"c{index}" for index, name in enumerate(names)}
 
 
-def refuse_other_than_utf8(files: Files) -> None:
+def raise_if_not_utf8(files: TableFiles) -> None:
     """Read text files as Spark does not, strictly.
 
     Raises:

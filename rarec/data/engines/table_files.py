@@ -60,7 +60,7 @@ DELIMITED = {"csv": Dialect(",", '"'), "tsv": Dialect("\t", '"'), "recbole": Dia
 
 
 @dataclass(frozen=True)
-class Files:
+class TableFiles:
     """One table spread over files of one format, in the order in which their rows count: by name.
 
     Attributes:
@@ -81,7 +81,7 @@ class Files:
         return self.paths[0] if len(self.paths) == 1 else f"{self.path} ({len(self.paths)} files)"
 
 
-def find_files(path: str, field: str) -> Files:
+def find_files(path: str, field: str) -> TableFiles:
     """Find the files of a table.
 
     Args:
@@ -92,9 +92,9 @@ def find_files(path: str, field: str) -> Files:
     Raises:
         UserError: nothing is there, a file is empty, or the format is unknown or not one and the same.
     """
-    place = resolve(path).removeprefix("file://")
-    system = _file_system(place, field) if "://" in place else None
-    found = _list(place) if system is None else _list_remote(place, system)
+    location = resolve(path).removeprefix("file://")
+    system = _file_system(location, field) if "://" in location else None
+    found = _list(location) if system is None else _list_remote(location, system)
     if not found:
         raise UserError(
             f"{field}: {path} does not exist, or holds no table",
@@ -112,10 +112,10 @@ def find_files(path: str, field: str) -> Files:
     if len(set(formats.values())) > 1:
         kinds = ", ".join(sorted({str(kind) for kind in formats.values()}))
         raise UserError(f"{field}: {path} holds files of several formats ({kinds})", "name one of them by a glob")
-    return Files(path, tuple(found), str(formats[found[0]]), system)
+    return TableFiles(path, tuple(found), str(formats[found[0]]), system)
 
 
-def digest(files: Files) -> str:
+def hash_files(files: TableFiles) -> str:
     """The hash of a table: of a local file's bytes, or of the list of the files' own hashes.
 
     A file behind a URL is not read for it: its name, its size and the store's own mark of a version (ETag, time) stand
@@ -127,7 +127,7 @@ def digest(files: Files) -> str:
     return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
 
 
-def header(files: Files) -> list[str]:
+def read_header(files: TableFiles) -> list[str]:
     """The columns of delimited files; RecBole's without their types.
 
     Nothing is sniffed: every file is taken the same way.
@@ -135,9 +135,9 @@ def header(files: Files) -> list[str]:
     Raises:
         UserError: a header is missing, or differs between files.
     """
-    first = _header(files, files.paths[0])
+    first = _read_one_header(files, files.paths[0])
     for path in files.paths[1:]:
-        other = _header(files, path)
+        other = _read_one_header(files, path)
         if other != first:
             raise UserError(
                 f"{path} has the columns {', '.join(other)}, but {files.paths[0]} has {', '.join(first)}",
@@ -150,7 +150,7 @@ def header(files: Files) -> list[str]:
     return names
 
 
-def check_parquet(files: Files, names: Iterable[str]) -> None:
+def check_parquet_columns(files: TableFiles, names: Iterable[str]) -> None:
     """Refuse a file that lacks a column which others have: its rows would have nothing there, and fall out.
 
     Raises:
@@ -187,11 +187,11 @@ def _file_system(url: str, field: str) -> fsspec.AbstractFileSystem:
         raise UserError(f"{field}: {url} cannot be opened: {error}", remedy) from None
 
 
-def _list(place: str) -> list[str]:
+def _list(location: str) -> list[str]:
     """The file; or what a directory or a glob holds, by name."""
-    path = Path(place)
+    path = Path(location)
     if path.is_file():
-        return [place]
+        return [location]
     if path.is_dir():
         return _tables(str(path), (str(file) for file in path.rglob("*") if file.is_file()))
     pattern = str(path.relative_to(path.anchor))
@@ -222,7 +222,7 @@ def _format(path: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _header(files: Files, path: str) -> list[str]:
+def _read_one_header(files: TableFiles, path: str) -> list[str]:
     dialect = DELIMITED[files.format]
     style: dict[str, Any] = {"quotechar": dialect.quote} if dialect.quote else {"quoting": csv.QUOTE_NONE}
     text = {"mode": "rt", "encoding": "utf-8-sig", "errors": "replace", "newline": "", "compression": "infer"}

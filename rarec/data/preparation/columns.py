@@ -7,7 +7,7 @@ and numbers are written out by rules of ours. Patterns do not end in a dollar: t
 import ibis
 import ibis.expr.types as ir
 
-CANONICAL = r"^(0|-?[1-9][0-9]{0,18})\z"
+CANONICAL_INTEGER = r"^(0|-?[1-9][0-9]{0,18})\z"
 """An integer in its one spelling; whether it fits in int64 is asked apart."""
 NUMBER = r"^[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?\z"
 ISO = (
@@ -15,14 +15,14 @@ ISO = (
     r" ?(Z|[+-](0[0-9]|1[0-4])(:?[0-5][0-9])?)?)?\z"
 )
 """ISO 8601: a date, or a date and a time to the minute or finer, in UTC or with its offset."""
-EXACT = 2.0**53
+MAX_EXACT = 2.0**53
 """Floats up to here are exact integers when they have no fraction."""
 
 UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (float("inf"), 1e9))
 """Largest magnitude of a column of epoch times, and what divides it: seconds, milliseconds, micro-, nanoseconds."""
 
 
-def finite(number: ir.FloatingColumn) -> ir.BooleanColumn:
+def is_finite(number: ir.FloatingColumn) -> ir.BooleanColumn:
     """Whether a float is neither NaN nor infinite.
 
     By arithmetic: over Parquet, DuckDB folds `isnan` and comparisons by statistics that do not count NaN, and Ibis
@@ -31,9 +31,9 @@ def finite(number: ir.FloatingColumn) -> ir.BooleanColumn:
     return number * 0 == 0
 
 
-def whole(number: ir.FloatingColumn) -> ir.BooleanColumn:
+def is_integer(number: ir.FloatingColumn) -> ir.BooleanColumn:
     """Whether a float stands for an integer, exactly."""
-    return finite(number) & (number.abs() < EXACT) & (number % 1 == 0)
+    return is_finite(number) & (number.abs() < MAX_EXACT) & (number % 1 == 0)
 
 
 def as_text(column: ir.Column) -> ir.StringColumn:
@@ -48,16 +48,16 @@ def as_text(column: ir.Column) -> ir.StringColumn:
         return column.cast("string").re_replace(r"[.]0+\z", "")
     if kind.is_floating():
         number = column.cast("float64")
-        integer = whole(number).ifelse(number, 0.0).cast("int64").cast("string")
-        near = (finite(number) & (number.abs() < EXACT)).ifelse(number, ibis.null("float64"))
+        integer = is_integer(number).ifelse(number, 0.0).cast("int64").cast("string")
+        near = (is_finite(number) & (number.abs() < MAX_EXACT)).ifelse(number, ibis.null("float64"))
         decimals = near.cast("decimal(38, 6)").cast("string").re_replace(r"[.]?0+\z", "")
-        return whole(number).ifelse(integer, decimals)
+        return is_integer(number).ifelse(integer, decimals)
     return column.cast("string")
 
 
-def canonical(text: ir.StringColumn) -> ir.BooleanScalar:
+def all_canonical_integers(text: ir.StringColumn) -> ir.BooleanScalar:
     """Whether every value is a canonical integer (`7`, `-3`; not `007`, `+7` or `7.0`): if not, all stay text."""
-    integer = text.re_search(CANONICAL) & text.try_cast("int64").notnull()
+    integer = text.re_search(CANONICAL_INTEGER) & text.try_cast("int64").notnull()
     return (text.isnull() | integer).all()
 
 
@@ -66,7 +66,7 @@ def as_number(column: ir.Column) -> ir.FloatingColumn:
     if column.type().is_string():
         column = column.re_search(NUMBER).ifelse(column, ibis.null("string"))
     number = column.cast("float64")
-    return finite(number).ifelse((number == 0).ifelse(0.0, number), ibis.null("float64"))  # -0 is 0
+    return is_finite(number).ifelse((number == 0).ifelse(0.0, number), ibis.null("float64"))  # -0 is 0
 
 
 def as_seconds(column: ir.Column, divisor: float) -> ir.FloatingColumn:
@@ -106,11 +106,11 @@ def clean_text(column: ir.Column) -> ir.StringColumn:
     return as_text(column).re_replace(r"[ \t\n\r\f\x0B]+", " ").strip().nullif("")
 
 
-HASHES = 16**7
+HASH_RANGE = 16**7
 """How many hashes there are."""
 
 
-def hashed(text: ir.StringColumn) -> ir.IntegerColumn:
-    """A number below `HASHES` that any engine gives alike: the first seven hex digits of the text's md5."""
+def text_hash(text: ir.StringColumn) -> ir.IntegerColumn:
+    """A number below `HASH_RANGE` that any engine gives alike: the first seven hex digits of the text's md5."""
     digest, digits = text.hexdigest("md5"), ibis.literal("0123456789abcdef")
     return sum((digits.find(digest.substr(at, 1)).cast("int64") * 16 ** (6 - at) for at in range(7)), ibis.literal(0))

@@ -16,11 +16,11 @@ from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 
-PIECE = 1 << 24
+CHUNK = 1 << 24
 """Interactions looked at together: what is computed of them takes no more memory on a large log."""
 
 
-def refuse_leaks(dataset: PreparedDataset) -> None:
+def check_no_leaks(dataset: PreparedDataset) -> None:
     """Prove a prepared dataset clean.
 
     Raises:
@@ -29,17 +29,17 @@ def refuse_leaks(dataset: PreparedDataset) -> None:
     """
     if not np.array_equal(dataset.starts_U, np.cumsum(dataset.lengths_U, dtype=np.int64) - dataset.lengths_U):
         raise _leak(f"{tables.USERS}: the users' slices do not follow each other")
-    _refuse_targets_in_training(dataset)
-    training_I = training_part(dataset)
+    _check_targets(dataset)
+    training_I = training_mask(dataset)
     counts_N = np.zeros(dataset.n_items, np.int64)
-    for piece in _pieces(training_I):
+    for piece in _chunks(training_I):
         counts_N += np.bincount(dataset.item_rows_I[piece][training_I[piece]], minlength=dataset.n_items)
     if not np.array_equal(counts_N, dataset.train_counts_N):
         raise _leak(f"{tables.ITEMS}: train_count counts something else than the training interactions")
-    _refuse_disorder(dataset, training_I)
+    _check_order(dataset, training_I)
 
 
-def training_part(dataset: PreparedDataset) -> npt.NDArray[np.bool_]:
+def training_mask(dataset: PreparedDataset) -> npt.NDArray[np.bool_]:
     """Which of the (I,) interactions train: the first `train_length` of each user."""
     trained = dataset.train_length_U > 0
     steps_I = np.zeros(len(dataset.item_rows_I) + 1, np.int8)
@@ -49,11 +49,11 @@ def training_part(dataset: PreparedDataset) -> npt.NDArray[np.bool_]:
     return mask_I
 
 
-def _pieces(array: npt.NDArray[Any]) -> list[slice]:
-    return [slice(start, start + PIECE) for start in range(0, len(array), PIECE)]
+def _chunks(array: npt.NDArray[Any]) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, len(array), CHUNK)]
 
 
-def _refuse_targets_in_training(dataset: PreparedDataset) -> None:
+def _check_targets(dataset: PreparedDataset) -> None:
     validation_U, test_U = dataset.validation_U, dataset.test_U
     targets = {"validation": validation_U, "test": test_U}
     for part, position_U in targets.items():
@@ -65,28 +65,28 @@ def _refuse_targets_in_training(dataset: PreparedDataset) -> None:
         raise _leak(f"user {dataset.user_ids[int(bad[0])]} is validated on what comes at or after the test target")
 
 
-def _refuse_disorder(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]) -> None:
+def _check_order(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]) -> None:
     """Within each user time never goes back; and a temporal split trains on nothing at or after its first cut."""
     order = dataset.order
     order_I = pq.read_table(dataset.directory / tables.INTERACTIONS, columns=[order])[order].to_numpy()
     first_I = np.zeros(len(order_I), bool)
     first_I[dataset.starts_U[dataset.lengths_U > 0]] = True
-    for piece in _pieces(order_I):
+    for piece in _chunks(order_I):
         after = slice(piece.start + 1, piece.stop + 1)
         back = np.flatnonzero((order_I[after] < order_I[piece][: len(order_I[after])]) & ~first_I[after])
         if back.size:
             user = int(np.searchsorted(dataset.starts_U, after.start + back[0], side="right")) - 1
             raise _leak(f"the interactions of user {dataset.user_ids[user]} are not in the order of {order}")
     if dataset.manifest["settings"]["prepare"]["split"]["kind"] == "temporal":
-        _refuse_future(dataset, order_I, training_I)
+        _check_windows(dataset, order_I, training_I)
 
 
-def _refuse_future(
+def _check_windows(
     dataset: PreparedDataset, order_I: npt.NDArray[np.float64], training_I: npt.NDArray[np.bool_]
 ) -> None:
     """A temporal split trains before its first cut, validates from there to the second, and tests from there on."""
     first, second = dataset.manifest["cut_times"]
-    if any((order_I[piece][training_I[piece]] >= first).any() for piece in _pieces(order_I)):
+    if any((order_I[piece][training_I[piece]] >= first).any() for piece in _chunks(order_I)):
         raise _leak(f"training holds an interaction at or after the first cut, {first}")
     for part, position_U, since, until in (
         ("validation", dataset.validation_U, first, second),

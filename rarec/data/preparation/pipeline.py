@@ -16,17 +16,25 @@ from rarec.artefacts import write_manifest
 from rarec.config.logs import Prepare
 from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
-from rarec.data.engines import Engine, describe, open_engine, value
+from rarec.data.engines import PrepareEngine, compute_value, display_name, open_engine
 from rarec.data.preparation import split, steps
-from rarec.data.preparation.inputs import Catalogue, identity, place_of, read_catalogue, read_log, span, unordered
-from rarec.data.preparation.leakage import refuse_leaks
+from rarec.data.preparation.inputs import (
+    Catalogue,
+    dataset_identity,
+    id_range,
+    missing_order_error,
+    read_catalogue,
+    read_log,
+    table_location,
+)
+from rarec.data.preparation.leakage import check_no_leaks
 from rarec.errors import UserError
 from rarec.files import new_directory
 
 Say = Callable[[str], None]
 
 
-def prepare(config: Prepare, directory: Path, *, seed: int, say: Say) -> PreparedDataset:
+def prepare_dataset(config: Prepare, directory: Path, *, seed: int, say: Say) -> PreparedDataset:
     """Make a prepared dataset.
 
     Args:
@@ -39,23 +47,21 @@ def prepare(config: Prepare, directory: Path, *, seed: int, say: Say) -> Prepare
         UserError: the input is not as it should be (file, row or field, and remedy named), or nothing is left of it.
     """
     _check(config)
-    settings, made_from = identity(config, seed)
+    settings, made_from = dataset_identity(config, seed)
     with new_directory(directory) as aside:
         with open_engine(config, aside / "spill") as engine:
             figures = _Preparation(config, engine, say).write(aside)
         write_manifest(aside, "prepare", settings=settings, made_from=made_from, **figures)
         dataset = PreparedDataset.open(aside)
-        refuse_leaks(dataset)
+        check_no_leaks(dataset)
     return replace(dataset, directory=directory)
 
 
 def _check(config: Prepare) -> None:
     """What a temporal split needs, and what new items do."""
-    if config.split.new_items and config.min_user_interactions < split.LEAST_SPLIT:
-        problem = (
-            f"prepare.split.new_items: users with fewer than {split.LEAST_SPLIT} interactions would train on their last"
-        )
-        raise UserError(problem, f"set prepare.min_user_interactions to {split.LEAST_SPLIT} or more")
+    if config.split.new_items and config.min_user_interactions < split.MIN_INTERACTIONS:
+        problem = f"prepare.split.new_items: users with fewer than {split.MIN_INTERACTIONS} interactions would train on their last"
+        raise UserError(problem, f"set prepare.min_user_interactions to {split.MIN_INTERACTIONS} or more")
     if config.split.kind != "temporal":
         return
     if config.split.new_items:
@@ -69,7 +75,7 @@ def _check(config: Prepare) -> None:
         raise UserError(problem, "their sum must be below 1")
 
 
-class Ledger:
+class StepCounts:
     """Counts a log before and after each step, and refuses a step that leaves nothing.
 
     Args:
@@ -84,7 +90,7 @@ class Ledger:
         steps: the account, one entry a step, plain JSON.
     """
 
-    def __init__(self, engine: Engine, log: ir.Table, name: str, say: Callable[[str], None]) -> None:
+    def __init__(self, engine: PrepareEngine, log: ir.Table, name: str, say: Callable[[str], None]) -> None:
         self.engine, self.log, self.steps = engine, log, list[dict[str, Any]]()
         self._name, self._say = name, say
         self.counts = engine.rows(log.agg(**_aggregates(log, ("interactions", "users", "items"))))[0]
@@ -116,7 +122,7 @@ class Ledger:
         self.log, self.counts = log, after
 
     def _count(self, log: ir.Table, known: Mapping[str, int]) -> dict[str, int]:
-        interactions = int(value(self.engine, log.count()))
+        interactions = int(compute_value(self.engine, log.count()))
         if interactions == self.counts["interactions"]:
             return self.counts
         wanted = [what for what in ("users", "items") if what not in known]
@@ -132,26 +138,26 @@ def _aggregates(log: ir.Table, wanted: Iterable[str]) -> dict[str, ir.Scalar]:
 class _Preparation:
     """One preparation on one engine."""
 
-    def __init__(self, config: Prepare, engine: Engine, say: Say) -> None:
+    def __init__(self, config: Prepare, engine: PrepareEngine, say: Say) -> None:
         self.config, self.engine, self.say = config, engine, say
-        self.log_place = place_of(config.interactions, "prepare.interactions")
-        self.items_place = place_of(config.items, "prepare.items")
+        self.log_location = table_location(config.interactions, "prepare.interactions")
+        self.items_location = table_location(config.items, "prepare.items")
 
     def write(self, to: Path) -> dict[str, Any]:
         """Write the three tables; returns the manifest's figures."""
-        catalogue = read_catalogue(self.engine, self.config.items, self.items_place, self.say)
-        ledger, user_codes = self._read()
-        item_codes = self._code(ledger, catalogue, user_codes)
-        self._filter(ledger, item_codes)
-        users = self.engine.keep("users", steps.renumbered(user_codes, ledger.log.user))
-        items = self._items(item_codes, ledger.log)
-        sequences = self.engine.keep("sequences", steps.sequences(ledger.log, users, items))
-        places, cuts = self._split(sequences, ledger.counts["interactions"])
+        catalogue = read_catalogue(self.engine, self.config.items, self.items_location, self.say)
+        counter, user_codes = self._read()
+        item_codes = self._code(counter, catalogue, user_codes)
+        self._filter(counter, item_codes)
+        users = self.engine.keep("users", steps.dense_rows(user_codes, counter.log.user))
+        items = self._items(item_codes, counter.log)
+        sequences = self.engine.keep("sequences", steps.build_sequences(counter.log, users, items))
+        places, cuts = self._split(sequences, counter.counts["interactions"])
         users = self.engine.keep("users", users.inner_join(places, "row"))
         counts = self._tables(users, items, catalogue, sequences, to)
-        self._refuse_empty_parts(counts)
+        self._check_parts(counts)
         self.say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
-        figures = {"counts": counts, "steps": ledger.steps, "catalogue": catalogue.counts}
+        figures = {"counts": counts, "steps": counter.steps, "catalogue": catalogue.counts}
         return {
             **figures,
             "tie_rule": steps.TIE_RULE,
@@ -159,72 +165,72 @@ class _Preparation:
             "engine": self.config.engine.partition(":")[0],
         }
 
-    def _read(self) -> tuple[Ledger, ir.Table]:
+    def _read(self) -> tuple[StepCounts, ir.Table]:
         """The raw log, rows without ids dropped, each other with its place in time; and the users' numbering."""
-        config, engine, name = self.config.interactions, self.engine, describe(self.log_place)
-        ledger = Ledger(engine, read_log(engine, config, self.log_place), name, self.say)
-        log = steps.with_ids(ledger.log)
-        bad = value(engine, log.order.isnull().sum())
+        config, engine, name = self.config.interactions, self.engine, display_name(self.log_location)
+        counter = StepCounts(engine, read_log(engine, config, self.log_location), name, self.say)
+        log = steps.drop_missing_ids(counter.log)
+        bad = compute_value(engine, log.order.isnull().sum())
         if bad:
-            raise unordered(engine, config, self.log_place, bad)
-        users = engine.keep("user_codes", steps.numbering(log.user))
+            raise missing_order_error(engine, config, self.log_location, bad)
+        users = engine.keep("user_codes", steps.number_ids(log.user))
         remedy = f"do the columns {config.user!r} and {config.item!r} hold the ids?"
-        ledger.apply("ids", log, "no user or no item id", remedy, users=value(engine, users.count()))
-        ledger.apply("order", log, f"every row has its {'place in time' if config.time else 'position'}", "")
-        return ledger, users
+        counter.apply("ids", log, "no user or no item id", remedy, users=compute_value(engine, users.count()))
+        counter.apply("order", log, f"every row has its {'place in time' if config.time else 'position'}", "")
+        return counter, users
 
-    def _code(self, ledger: Ledger, catalogue: Catalogue, users: ir.Table) -> ir.Table:
+    def _code(self, counter: StepCounts, catalogue: Catalogue, users: ir.Table) -> ir.Table:
         """From ids to codes; items that the catalogue lacks fall out. Returns the items' numbering."""
-        items = self.engine.keep("item_codes", steps.numbering(catalogue.table["item"]))
-        raw, known = ledger.log, self.engine.keep("log", steps.coded(ledger.log, users, items))
+        items = self.engine.keep("item_codes", steps.number_ids(catalogue.table["item"]))
+        raw, known = counter.log, self.engine.keep("log", steps.encode_ids(counter.log, users, items))
         remedy = ""
-        if not value(self.engine, known.count()):
+        if not compute_value(self.engine, known.count()):
             ids = {"the log has": raw["item"], "the catalogue": catalogue.table["item"]}
-            spans = {of: span(self.engine, column) for of, column in ids.items()}
+            spans = {of: id_range(self.engine, column) for of, column in ids.items()}
             said = ", ".join(f"{of} {ends['least']!r} to {ends['greatest']!r}" for of, ends in spans.items())
             remedy = f"do the ids agree? {said}"
-        ledger.apply("catalogue", known, "item not in the catalogue", remedy)
+        counter.apply("catalogue", known, "item not in the catalogue", remedy)
         return items
 
-    def _filter(self, ledger: Ledger, item_codes: ir.Table) -> None:
+    def _filter(self, counter: StepCounts, item_codes: ir.Table) -> None:
         """Duplicates, repeats, items held back, and then users and items with too few interactions."""
         config, keep = self.config, self.engine.keep
-        same = {what: ledger.counts[what] for what in ("users", "items")}  # of each pair something stays
+        same = {what: counter.counts[what] for what in ("users", "items")}  # of each pair something stays
         if config.duplicates == "drop":
-            log = keep("log", steps.without_duplicates(ledger.log))
-            ledger.apply("duplicates", log, "same user, item and time again", "", **same)
+            log = keep("log", steps.drop_duplicates(counter.log))
+            counter.apply("duplicates", log, "same user, item and time again", "", **same)
         if config.repeats != "keep":
-            log = keep("log", steps.without_repeats(ledger.log, config.repeats))
-            ledger.apply("repeats", log, f"same user and item again: {config.repeats} kept", "", **same)
+            log = keep("log", steps.drop_repeats(counter.log, config.repeats))
+            counter.apply("repeats", log, f"same user and item again: {config.repeats} kept", "", **same)
         if config.split.new_items:
-            log = keep("log", steps.without_new(ledger.log, item_codes, config.split.new_items))
+            log = keep("log", steps.hold_back_new_items(counter.log, item_codes, config.split.new_items))
             note = "items taken as new, but where they are a user's last"
-            ledger.apply("new_items", log, note, "lower prepare.split.new_items", users=ledger.counts["users"])
+            counter.apply("new_items", log, note, "lower prepare.split.new_items", users=counter.counts["users"])
         columns: Iterable[steps.Column] = cycle(("item", "user"))
         for turn, column in enumerate(columns):  # each drop may make another of the other kind
-            if not self._drop_small(ledger, column) and turn:
+            if not self._drop_small(counter, column) and turn:
                 break
 
-    def _drop_small(self, ledger: Ledger, column: steps.Column) -> bool:
+    def _drop_small(self, counter: StepCounts, column: steps.Column) -> bool:
         """Drop items (or users) with too few interactions; returns whether there were any."""
         field, what = f"min_{column}_interactions", f"{column}s"
         fewest = getattr(self.config, field)
         if fewest <= 1:
             return False
         note = f"{column} with fewer than {fewest} interactions"
-        dropped = self.engine.keep("dropped", steps.too_few(ledger.log, column, fewest))
-        count = value(self.engine, dropped.count())
-        if count or all(field != entry["step"] for entry in ledger.steps):
-            log = self.engine.keep("log", steps.without(ledger.log, dropped, column)) if count else ledger.log
-            left = {what: ledger.counts[what] - count}
+        dropped = self.engine.keep("dropped", steps.below_minimum(counter.log, column, fewest))
+        count = compute_value(self.engine, dropped.count())
+        if count or all(field != entry["step"] for entry in counter.steps):
+            log = self.engine.keep("log", steps.drop_ids(counter.log, dropped, column)) if count else counter.log
+            left = {what: counter.counts[what] - count}
             others = " or prepare.split.new_items" if self.config.split.new_items else ""
-            ledger.apply(field, log, note, f"lower prepare.{field}{others}, or give a longer log", **left)
+            counter.apply(field, log, note, f"lower prepare.{field}{others}, or give a longer log", **left)
         return bool(count)
 
     def _items(self, codes: ir.Table, log: ir.Table) -> ir.Table:
         """Items with their rows. Without a minimum the whole catalogue stays, met or not."""
         met = log["item"] if self.config.min_item_interactions else codes.code
-        return self.engine.keep("items", steps.renumbered(codes, met))
+        return self.engine.keep("items", steps.dense_rows(codes, met))
 
     def _split(self, sequences: ir.Table, interactions: int) -> tuple[ir.Table, list[float]]:
         """The users' places in the split, and the cuts of a temporal one."""
@@ -254,9 +260,9 @@ class _Preparation:
         }
         return {**rows, **self.engine.rows(split.part_sizes(users))[0]}
 
-    def _refuse_empty_parts(self, counts: dict[str, int]) -> None:
+    def _check_parts(self, counts: dict[str, int]) -> None:
         """A run needs something to train on, to choose by, and to be judged by."""
         for part in ("training_samples", "validation_users", "test_users"):
             if not counts[part]:
-                problem = f"{describe(self.log_place)}: the split leaves no {part.replace('_', ' ')}"
+                problem = f"{display_name(self.log_location)}: the split leaves no {part.replace('_', ' ')}"
                 raise UserError(f"{problem} ({counts})", "give a longer log, or change prepare.split")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import ibis
 import ibis.expr.types as ir
 
-from rarec.data.preparation.columns import hashed
+from rarec.data.preparation.columns import text_hash
 
-NONE = -1
-LEAST_SPLIT = 3
+NO_TARGET = -1
+MIN_INTERACTIONS = 3
 """Interactions of a user that a leave-one-out split needs; of fewer, all train."""
 
 
@@ -28,17 +28,17 @@ def leave_one_out(sequences: ir.Table, validating: int | None = None) -> ir.Tabl
         One row a user: `row`, `length`, `train_length`, `validation`, `test`.
     """
     users = sequences.group_by(row="user_row").agg(length=sequences.count())
-    enough = validates = users.length >= LEAST_SPLIT
+    enough = validates = users.length >= MIN_INTERACTIONS
     if validating is not None:
-        users = users.mutate(tested=enough, drawn=hashed(users.row.cast("string")))
+        users = users.mutate(tested=enough, drawn=text_hash(users.row.cast("string")))
         users = users.mutate(turn=ibis.row_number().over(order_by=[users.tested.desc(), users.drawn, users.row]))
         enough, validates = users.tested, users.tested & (users.turn < validating)
     return users.select(
         "row",
         "length",
         train_length=users.length - enough.cast("int64") - validates.cast("int64"),
-        validation=validates.ifelse(users.length - 2, NONE),
-        test=enough.ifelse(users.length - 1, NONE),
+        validation=validates.ifelse(users.length - 2, NO_TARGET),
+        test=enough.ifelse(users.length - 1, NO_TARGET),
     )
 
 
@@ -64,8 +64,8 @@ def temporal(sequences: ir.Table, cuts: tuple[float, float]) -> ir.Table:
     validation = ibis.greatest(users.train_length, 1)
     test = ibis.greatest(users.before_test, 1)
     return users.mutate(
-        validation=(validation < users.before_test).ifelse(validation, NONE),
-        test=(test < users.length).ifelse(test, NONE),
+        validation=(validation < users.before_test).ifelse(validation, NO_TARGET),
+        test=(test < users.length).ifelse(test, NO_TARGET),
     ).drop("before_test")
 
 

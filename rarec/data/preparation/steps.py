@@ -17,7 +17,7 @@ from typing import Literal
 import ibis
 import ibis.expr.types as ir
 
-from rarec.data.preparation.columns import HASHES, hashed
+from rarec.data.preparation.columns import HASH_RANGE, text_hash
 
 PRIME = 2**31 - 1
 TIE_RULE = (
@@ -31,25 +31,25 @@ pattern that a sequence model learns and that no user ever followed (half of Mov
 Column = Literal["user", "item"]
 
 
-def with_ids(log: ir.Table) -> ir.Table:
+def drop_missing_ids(log: ir.Table) -> ir.Table:
     """Rows of the raw log that name a user and an item."""
     return log.filter(log.user.notnull(), log["item"].notnull())
 
 
-def first_of_each_item(catalogue: ir.Table) -> ir.Table:
+def first_row_per_item(catalogue: ir.Table) -> ir.Table:
     """One row an item id: the first in the table."""
     place = ibis.row_number().over(ibis.window(group_by=catalogue["item"], order_by=catalogue.line))
     return catalogue.mutate(place=place).filter(ibis._.place == 0).drop("place")
 
 
-def numbering(ids: ir.Column) -> ir.Table:
+def number_ids(ids: ir.Column) -> ir.Table:
     """A code and a hash for each distinct id of a column; codes follow the order of the ids (text by code point)."""
     distinct = ids.name("id").as_table().distinct().filter(ibis._.id.notnull())
     code = ibis.row_number().over(ibis.window(order_by=distinct.id)).cast("int32")
-    return distinct.mutate(code=code, hash=hashed(distinct.id.cast("string")))
+    return distinct.mutate(code=code, hash=text_hash(distinct.id.cast("string")))
 
 
-def coded(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
+def encode_ids(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
     """The log in codes, without the rows whose user or item has no number.
 
     Args:
@@ -69,22 +69,22 @@ def coded(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
     return joined.select("order", user=joined.user_code, item=joined.item_code, tie=tie.cast("int32"))
 
 
-def without_duplicates(log: ir.Table) -> ir.Table:
+def drop_duplicates(log: ir.Table) -> ir.Table:
     """One row for each user, item and time."""
     return log.distinct()
 
 
-def without_repeats(log: ir.Table, keep: Literal["first", "last", "runs"]) -> ir.Table:
+def drop_repeats(log: ir.Table, keep: Literal["first", "last", "runs"]) -> ir.Table:
     """One row for each pair of user and item, the user's first or last; or for each run of one item, its first."""
     if keep == "runs":
-        before = log["item"].lag().over(ibis.window(group_by=log.user, order_by=ordering(log)))
+        before = log["item"].lag().over(ibis.window(group_by=log.user, order_by=user_order(log)))
         marked = log.mutate(before=before)
         return marked.filter(marked.before.isnull() | (marked.before != marked["item"])).drop("before")
     order = log.order.min() if keep == "first" else log.order.max()
     return log.group_by("user", "item", "tie").agg(order=order)
 
 
-def without_new(log: ir.Table, items: ir.Table, share: float) -> ir.Table:
+def hold_back_new_items(log: ir.Table, items: ir.Table, share: float) -> ir.Table:
     """Of about this share of the items, chosen by a hash of their ids, only those rows that are a user's last.
 
     Args:
@@ -93,30 +93,30 @@ def without_new(log: ir.Table, items: ir.Table, share: float) -> ir.Table:
         share: of the items.
     """
     # not the ids' own hash: it orders ties already
-    new = items.filter(hashed("new item " + items.id.cast("string")) < share * HASHES).select(item="code")
-    newest_first = [column.desc() for column in ordering(log)]
+    new = items.filter(text_hash("new item " + items.id.cast("string")) < share * HASH_RANGE).select(item="code")
+    newest_first = [column.desc() for column in user_order(log)]
     age = ibis.row_number().over(ibis.window(group_by=log.user, order_by=newest_first))
     aged = log.mutate(age=age)
     return aged.filter(aged.age == 0).union(aged.filter(aged.age > 0).anti_join(new, "item")).drop("age")
 
 
-def too_few(log: ir.Table, column: Column, fewest: int) -> ir.Table:
+def below_minimum(log: ir.Table, column: Column, fewest: int) -> ir.Table:
     """The users (or items) that have fewer rows than that."""
     counts = log.group_by(column).agg(rows=log.count())
     return counts.filter(counts.rows < fewest).select(column)
 
 
-def without(log: ir.Table, dropped: ir.Table, column: Column) -> ir.Table:
+def drop_ids(log: ir.Table, dropped: ir.Table, column: Column) -> ir.Table:
     """The log without these users (or items)."""
     return log.anti_join(dropped, column)
 
 
-def ordering(log: ir.Table) -> list[ir.Column]:
+def user_order(log: ir.Table) -> list[ir.Column]:
     """The order of a user's interactions (`TIE_RULE`); rows that still tie are the same."""
     return [log.order, log.tie, log["item"]]
 
 
-def renumbered(numbering: ir.Table, codes: ir.Column) -> ir.Table:
+def dense_rows(numbering: ir.Table, codes: ir.Column) -> ir.Table:
     """The ids whose codes are met, with dense rows from 0 in the order of the ids: `id`, `code`, `row`."""
     met = codes.name("code").as_table().distinct()
     kept = numbering.semi_join(met, "code")
@@ -124,9 +124,9 @@ def renumbered(numbering: ir.Table, codes: ir.Column) -> ir.Table:
     return kept.select("id", "code", row=row)
 
 
-def sequences(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
+def build_sequences(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
     """Every interaction by row numbers, with its position in its user's sequence."""
-    position = ibis.row_number().over(ibis.window(group_by=log.user, order_by=ordering(log))).cast("int32")
+    position = ibis.row_number().over(ibis.window(group_by=log.user, order_by=user_order(log))).cast("int32")
     placed = log.select("user", "item", "order", position=position)
     users = users.select(user="code", user_row="row")
     items = items.select(item="code", item_row="row")

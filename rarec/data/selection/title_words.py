@@ -35,7 +35,7 @@ STOP_WORDS = frozenset(_STOP.split())
 """English function words: to share one of these says nothing about two titles (ours)."""
 
 
-def words(title: str) -> list[str]:
+def split_words(title: str) -> list[str]:
     """The distinct words of a title, case-folded, without punctuation and stop words, in order of appearance.
 
     A word is a run of letters and digits of any script, apostrophes inside it included; a script that puts nothing
@@ -66,7 +66,7 @@ class TitleWords:
     def of(cls, titles: Sequence[str], untitled: str) -> "TitleWords":
         """Split titles; the text that stands for a missing one has no words."""
         numbers: dict[str, int] = {}
-        split = [[] if title == untitled else words(title) for title in titles]
+        split = [[] if title == untitled else split_words(title) for title in titles]
         words_W = np.array([numbers.setdefault(word, len(numbers)) for item in split for word in item], np.int64)
         counts_N = np.array([len(item) for item in split], np.int64)
         return cls(np.cumsum(counts_N) - counts_N, counts_N, words_W, len(numbers))

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.shards.index import REMAKE, release
+from rarec.data.shards.index import REPAIR, release_pages
 from rarec.errors import UserError
 
 Numbers = npt.NDArray[np.int64]
@@ -25,13 +25,13 @@ SHUFFLED_TOGETHER = 4
 """Shards whose samples are mixed."""
 SORTED_TOGETHER = 16
 """Batches of a window."""
-_AT_ONCE = 2**20
+_LENGTHS_AT_ONCE = 2**20
 """Samples whose lengths are looked at together."""
 _SHARDS, _GROUP, _WINDOW = 1, 2, 3
 """Tell generators apart; none is 0, for NumPy takes [1, 2] and [1, 2, 0] for the same seed."""
 
 
-class Plan:
+class BatchPlan:
     """Batches of sample numbers (rows of the index), planned as they are asked for.
 
     Args:
@@ -59,14 +59,14 @@ class Plan:
         excluded: Iterable[int] = (),
     ) -> None:
         self._tokens_S, self.seed = tokens_S, seed
-        self._shards = _Shards(np.asarray(shard_S), np.unique(np.fromiter(excluded, np.int64)))
+        self._shards = _KeptSamples(np.asarray(shard_S), np.unique(np.fromiter(excluded, np.int64)))
         self.samples = int(self._shards.counts_P.sum())
         if not self.samples:
-            raise UserError(f"none of {len(shard_S)} samples is left to train on", REMAKE)
-        self._cut: Cut = (
-            ByTokens(self.samples, tokens_S, tokens_per_batch, slots)
+            raise UserError(f"none of {len(shard_S)} samples is left to train on", REPAIR)
+        self._batching: _Batching = (
+            _TokenBudget(self.samples, tokens_S, tokens_per_batch, slots)
             if tokens_per_batch
-            else BySize(self.samples, batch_size)
+            else _FixedSize(self.samples, batch_size)
         )
         self._surveys: dict[int, tuple[Numbers, int]] = {}
 
@@ -74,11 +74,11 @@ class Plan:
         """Batches of an epoch; with a token budget they are counted by planning it once."""
         return int(self._survey(epoch)[0][-1])
 
-    def total(self, epochs: int) -> int:
+    def total_steps(self, epochs: int) -> int:
         """Steps of so many epochs."""
         return sum(self.steps(epoch) for epoch in range(epochs))
 
-    def place(self, step: int) -> tuple[int, int]:
+    def epoch_and_step(self, step: int) -> tuple[int, int]:
         """The epoch of a step counted over all epochs, and the step in it."""
         epoch = 0
         while step and step >= self.steps(epoch):
@@ -91,26 +91,26 @@ class Plan:
         first = int(np.searchsorted(ends_W, first_step, side="right"))
         skipped = first_step - int(ends_W[first - 1] if first else 0)
         for window, (numbers_n, tokens_n) in enumerate(self._windows(epoch, first), first):
-            batches = np.split(numbers_n, np.cumsum(self._cut.sizes(window, tokens_n))[:-1])
+            batches = np.split(numbers_n, np.cumsum(self._batching.sizes(window, tokens_n))[:-1])
             mixed = np.random.default_rng([self.seed, epoch, _WINDOW, window]).permutation(len(batches))
             yield from (batches[at] for at in mixed[skipped:])
             skipped = 0
 
-    def walk(self, first: int, last: int) -> Iterator[Numbers]:
+    def batches_between(self, first: int, last: int) -> Iterator[Numbers]:
         """The batches of steps `first` to `last`, the last not included, over all epochs."""
-        begun, step = self.place(first)
+        begun, step = self.epoch_and_step(first)
         every = (self.batches(epoch, step if epoch == begun else 0) for epoch in count(begun))
         return islice(chain.from_iterable(every), last - first)
 
-    def first(self, most: int) -> Numbers:
+    def first_samples(self, most: int) -> Numbers:
         """So many of the first epoch's samples, at most: the first of its order, before batches are made by length."""
-        return _Order(self._shards, self.seed, 0).between(0, min(most, self.samples))
+        return _EpochOrder(self._shards, self.seed, 0).between(0, min(most, self.samples))
 
     def share(self, batch: Numbers, rank: int, world: int) -> Numbers:
         """What one of `world` ranks takes of a batch; together they take all of it."""
         return batch[rank::world]
 
-    def check_ranks(self, world: int, epochs: int) -> None:
+    def check_world_size(self, world: int, epochs: int) -> None:
         """Refuse more ranks than the smallest batch has samples.
 
         Raises:
@@ -124,22 +124,22 @@ class Plan:
     def _survey(self, epoch: int) -> tuple[Numbers, int]:
         """Of an epoch: how many steps there are up to the end of each window (W), and the smallest batch."""
         if epoch not in self._surveys:
-            counts_W, smallest = self._cut.survey(tokens_n for _, tokens_n in self._windows(epoch))
+            counts_W, smallest = self._batching.survey(tokens_n for _, tokens_n in self._windows(epoch))
             self._surveys[epoch] = np.cumsum(counts_W), smallest
         return self._surveys[epoch]
 
     def _windows(self, epoch: int, first: int = 0) -> Iterator[tuple[Numbers, Column]]:
         """Each window from `first` on: its samples and the lengths of their prompts, the shortest first."""
-        order = _Order(self._shards, self.seed, epoch)
-        for window in range(first, self._cut.windows):
-            numbers_n = order.between(self._cut.edge(window), self._cut.edge(window + 1))
+        order = _EpochOrder(self._shards, self.seed, epoch)
+        for window in range(first, self._batching.windows):
+            numbers_n = order.between(self._batching.edge(window), self._batching.edge(window + 1))
             tokens_n = self._tokens_S[numbers_n]
-            release(self._tokens_S)
+            release_pages(self._tokens_S)
             by_length = np.argsort(tokens_n, kind="stable")
             yield numbers_n[by_length], tokens_n[by_length]
 
 
-class _Shards:
+class _KeptSamples:
     """Which samples of each shard are kept."""
 
     def __init__(self, shard_S: Column, excluded: Numbers) -> None:
@@ -155,10 +155,10 @@ class _Shards:
         return np.delete(np.arange(start, stop), without - start)
 
 
-class _Order:
+class _EpochOrder:
     """One epoch's samples in their order; a group of shards is mixed when it is asked for."""
 
-    def __init__(self, shards: _Shards, seed: int, epoch: int) -> None:
+    def __init__(self, shards: _KeptSamples, seed: int, epoch: int) -> None:
         self._shards, self._key = shards, (seed, epoch)
         self._order_P = np.random.default_rng([seed, epoch, _SHARDS]).permutation(len(shards.counts_P))
         starts = np.arange(0, len(self._order_P), SHUFFLED_TOGETHER)
@@ -179,7 +179,7 @@ class _Order:
         return np.random.default_rng([*self._key, _GROUP, at]).permutation(numbers)
 
 
-class Cut(Protocol):
+class _Batching(Protocol):
     """How the order is cut into windows, and a window into batches."""
 
     windows: int
@@ -194,7 +194,7 @@ class Cut(Protocol):
         """How many batches each window has (W), and the size of the smallest, given each window's lengths."""
 
 
-class BySize:
+class _FixedSize:
     """Batches whose sizes differ by at most one."""
 
     def __init__(self, samples: int, batch_size: int) -> None:
@@ -218,12 +218,12 @@ class BySize:
         return np.diff(ends_W, prepend=0), self._small
 
 
-class ByTokens:
+class _TokenBudget:
     """Batches as large as a budget of padded tokens allows."""
 
     def __init__(self, samples: int, tokens_S: Column, budget: int, slots: int) -> None:
         self._samples, self._budget, self._slots = samples, budget, slots
-        parts = [tokens_S[at : at + _AT_ONCE] for at in range(0, len(tokens_S), _AT_ONCE)]
+        parts = [tokens_S[at : at + _LENGTHS_AT_ONCE] for at in range(0, len(tokens_S), _LENGTHS_AT_ONCE)]
         longest = max(int(part.max()) for part in parts) + slots
         if longest > budget:
             problem = f"the longest user prompt has {longest} tokens, more than train.tokens_per_batch = {budget}"
@@ -236,7 +236,7 @@ class ByTokens:
         return self._samples * window // self.windows
 
     def sizes(self, window: int, tokens_n: Column) -> Numbers:
-        """Cut from the longest prompt down; the last two batches share evenly, so that none is a small remainder."""
+        """_Batching from the longest prompt down; the last two batches share evenly, so that none is a small remainder."""
         sizes, left = [], len(tokens_n)
         while left:
             sizes.append(min(left, self._budget // max(1, int(tokens_n[left - 1]) + self._slots)))

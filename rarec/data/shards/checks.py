@@ -16,20 +16,20 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from rarec.artefacts import MANIFEST
-from rarec.data.shards.expected import Truth
+from rarec.data.shards.expected import Expected
 from rarec.data.shards.index import (
     ENTRY,
     INDEX,
     Entries,
-    by_shard,
     digest_of,
     key_of,
     open_index,
     shard_records,
+    split_by_shard,
     tar_name,
 )
 from rarec.data.shards.samples import Sample, shard_record
-from rarec.data.shards.tar_members import BLOCK, MOST_SAMPLE, members, walk
+from rarec.data.shards.tar_members import BLOCK, MAX_SAMPLE_BYTES, iterate_samples, split_members
 from rarec.errors import UserError
 from rarec.files import sha256_file
 
@@ -45,14 +45,14 @@ class Problem(NamedTuple):
 
 
 def verify_shards(
-    directory: Path, manifest: Mapping[str, Any], truth: Truth, threads: int, deep: bool = False
+    directory: Path, manifest: Mapping[str, Any], expected: Expected, threads: int, deep: bool = False
 ) -> list[Problem]:
     """What is wrong with a directory of shards: the first thing of each file, by file.
 
     Args:
         directory: of the shards.
         manifest: theirs, as `read_manifest` read it.
-        truth: what they should hold.
+        expected: what they should hold.
         threads: files read at a time.
         deep: look into every sample.
 
@@ -62,15 +62,15 @@ def verify_shards(
     records = shard_records(directory, manifest)
     index, found = _index(directory, manifest)
     if index is not None and _as_written(directory / INDEX, manifest["files"].get(INDEX, "")):
-        found += [] if deep else [_stranger(index, truth)]
+        found += [] if deep else [_unexpected_row(index, expected)]
     else:
         deep = True  # the tars tell which row it is
-    indexed = [None] * len(records) if index is None else by_shard(index, records)
+    indexed = [None] * len(records) if index is None else split_by_shard(index, records)
 
     def tar(shard: int) -> Problem | None:
         if not deep and _as_written(directory / tar_name(shard), records[shard]["sha256"]):
             return None
-        return TarCheck(directory, records[shard], shard, truth, indexed[shard]).problem()
+        return TarCheck(directory, records[shard], shard, expected, indexed[shard]).problem()
 
     def other(name: str) -> Problem | None:
         return _file_problem(directory / name, name, manifest["files"][name])
@@ -78,7 +78,7 @@ def verify_shards(
     with ThreadPoolExecutor(threads) as pool:
         found += pool.map(tar, range(len(records)))
         found += pool.map(other, sorted(set(manifest["files"]) - {record["file"] for record in records}))
-    found += _misplaced(directory, manifest, truth)
+    found += _misplaced(directory, manifest, expected)
     first: dict[str, Problem] = {}
     for problem in filter(None, found):
         first.setdefault(problem.file, problem)
@@ -92,9 +92,9 @@ def _index(directory: Path, manifest: Mapping[str, Any]) -> tuple[Entries | None
         return None, [Problem(INDEX, error.problem)]
 
 
-def _stranger(index_S: Entries, truth: Truth) -> Problem | None:
+def _unexpected_row(index_S: Entries, expected: Expected) -> Problem | None:
     """An index row of a sample that should not be there."""
-    row = truth.stranger(index_S["user"], index_S["position"])
+    row = expected.first_unexpected(index_S["user"], index_S["position"])
     if row is None:
         return None
     shard, key = tar_name(int(index_S[row]["shard"])), key_of(index_S[row])
@@ -115,21 +115,21 @@ def _as_written(path: Path, digest: str) -> bool:
     return _file_problem(path, path.name, digest) is None
 
 
-def _misplaced(directory: Path, manifest: Mapping[str, Any], truth: Truth) -> Iterator[Problem]:
+def _misplaced(directory: Path, manifest: Mapping[str, Any], expected: Expected) -> Iterator[Problem]:
     """Files that the manifest does not know, and shards that it should know."""
     for path in directory.iterdir():
         if path.name not in {*manifest["files"], MANIFEST} and not path.name.startswith("."):
             yield Problem(path.name, f"{path.name} is no part of these shards")
-    for name in map(tar_name, range(len(manifest["shards"]), truth.shards)):
+    for name in map(tar_name, range(len(manifest["shards"]), expected.shards)):
         yield Problem(name, f"shard {name} is missing, and {MANIFEST} does not know of it")
 
 
-def scan(path: Path, shard: int) -> Entries:
+def index_tar(path: Path, shard: int) -> Entries:
     """The index rows of an intact tar, from the tar alone; (S,) of `ENTRY`."""
     rows, offset = [], 0
     with path.open("rb") as file:
-        for key, extent in walk(file):
-            rows.append(_row(Sample.parse(key, members(extent, key)), extent, offset, shard))
+        for key, extent in iterate_samples(file):
+            rows.append(_row(Sample.parse(key, split_members(extent, key)), extent, offset, shard))
             offset += len(extent)
     return np.array(rows, ENTRY)
 
@@ -141,15 +141,15 @@ class TarCheck:
         directory: of the shards.
         record: the tar's, from the manifest.
         shard: its number.
-        truth: what all shards should hold.
+        expected: what all shards should hold.
         indexed_S: the tar's rows of the index, where that can be read.
     """
 
     def __init__(
-        self, directory: Path, record: Mapping[str, Any], shard: int, truth: Truth, indexed_S: Entries | None
+        self, directory: Path, record: Mapping[str, Any], shard: int, expected: Expected, indexed_S: Entries | None
     ) -> None:
-        self.path, self.record, self.shard, self.truth = directory / tar_name(shard), record, shard, truth
-        self.keys = truth.keys(shard)
+        self.path, self.record, self.shard, self.expected = directory / tar_name(shard), record, shard, expected
+        self.keys = expected.keys(shard)
         self.indexed = None if indexed_S is None else indexed_S.tolist()
         self.rows: list[tuple[int, ...]] = []
         self.unlike_index: str | None = None
@@ -170,9 +170,9 @@ class TarCheck:
     def _read(self, file: BinaryIO) -> dict[str, Any]:
         """The tar's record. A ValueError names the first sample that is not what it should be."""
         whole, offset, size = hashlib.sha256(), 0, os.fstat(file.fileno()).st_size
-        if size > self.record["bytes"] + MOST_SAMPLE:
+        if size > self.record["bytes"] + MAX_SAMPLE_BYTES:
             raise ValueError(f"it has {size} bytes, but {self.record['bytes']} were written")
-        for key, extent in walk(file):
+        for key, extent in iterate_samples(file):
             whole.update(extent)
             self._sample(key, extent, offset)
             offset += len(extent)
@@ -195,17 +195,17 @@ class TarCheck:
     def _sample(self, key: str, extent: bytes, offset: int) -> None:
         place = len(self.rows)
         try:
-            sample = Sample.parse(key, members(extent, key))
+            sample = Sample.parse(key, split_members(extent, key))
         except ValueError as error:
             raise ValueError(f"sample {key}: {error}") from None
         if key not in self.keys[place : place + 1]:
             wanted = self.keys[place] if place < len(self.keys) else "none"
-            what = self.truth.lie(sample) or f"it was not selected for this place, but {wanted}"
+            what = self.expected.mismatch(sample) or f"it was not selected for this place, but {wanted}"
             raise ValueError(f"sample {key}: {what}")
         self.rows.append(_row(sample, extent, offset, self.shard))
         if self.indexed is not None and self.indexed[place : place + 1] != self.rows[-1:]:
             self.unlike_index = self.unlike_index or key
-        lie = None if self.unlike_index else self.truth.lie(sample)
+        lie = None if self.unlike_index else self.expected.mismatch(sample)
         if lie:
             raise ValueError(f"sample {key}: {lie}")
 

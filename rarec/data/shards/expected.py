@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from rarec.data.dataset import Int32, PreparedDataset
 from rarec.data.shards.index import sample_key
-from rarec.data.shards.samples import Form, Sample
-from rarec.data.shards.tar_members import finite
+from rarec.data.shards.samples import Sample, SampleSpec
+from rarec.data.shards.tar_members import all_finite
 
 
-def leak(dataset: PreparedDataset, user_rows_S: Int32, positions_S: Int32) -> str | None:
+def first_leak(dataset: PreparedDataset, user_rows_S: Int32, positions_S: Int32) -> str | None:
     """The key of the first sample outside the training part, or without a history before it; None if all are in."""
     lengths_S = dataset.train_length_U[user_rows_S]
     leaks = np.flatnonzero((positions_S < 1) | (positions_S >= lengths_S))
@@ -22,7 +22,7 @@ def leak(dataset: PreparedDataset, user_rows_S: Int32, positions_S: Int32) -> st
 
 
 @dataclass(frozen=True)
-class Truth:
+class Expected:
     """The training interactions that were selected, in the order of the shards.
 
     Attributes:
@@ -30,14 +30,14 @@ class Truth:
         user_rows_S: of all shards' samples.
         positions_S: of the targets.
         per_shard: samples in a tar.
-        form: of every sample.
+        spec: of every sample.
     """
 
     dataset: PreparedDataset
     user_rows_S: Int32
     positions_S: Int32
     per_shard: int
-    form: Form
+    spec: SampleSpec
 
     @property
     def shards(self) -> int:
@@ -50,7 +50,9 @@ class Truth:
         rows = zip(self.user_rows_S[part].tolist(), self.positions_S[part].tolist(), strict=True)
         return [sample_key(*row) for row in rows]
 
-    def stranger(self, user_rows_S: npt.NDArray[np.integer], positions_S: npt.NDArray[np.integer]) -> int | None:
+    def first_unexpected(
+        self, user_rows_S: npt.NDArray[np.integer], positions_S: npt.NDArray[np.integer]
+    ) -> int | None:
         """The first of these samples, in the order of the shards, that was not selected for its place."""
         least = min(len(user_rows_S), len(self.user_rows_S))
         other_S = (user_rows_S[:least] != self.user_rows_S[:least]) | (positions_S[:least] != self.positions_S[:least])
@@ -58,7 +60,7 @@ class Truth:
             return int(other_S.argmax())
         return least if len(user_rows_S) > least else None
 
-    def lie(self, sample: Sample) -> str | None:
+    def mismatch(self, sample: Sample) -> str | None:
         """What of a sample is not so, if anything."""
         user, position, dataset = sample.user, sample.position, self.dataset
         if user >= dataset.n_users or not 1 <= position < dataset.train_length_U[user]:
@@ -67,7 +69,7 @@ class Truth:
             return f"field history.npy {self._beyond(sample.history_H)}is not the user's history"
         if sample.target != dataset.sequence(user)[position]:
             return f"field json: the target {self._beyond([sample.target])}is not the user's item at that position"
-        return self.form.unlike(sample) or _endless(sample)
+        return self.spec.mismatch(sample) or _endless(sample)
 
     def _beyond(self, item_rows: npt.ArrayLike) -> str:
         beyond = [row for row in np.ravel(item_rows).tolist() if not 0 <= row < self.dataset.n_items]
@@ -76,5 +78,5 @@ class Truth:
 
 def _endless(sample: Sample) -> str | None:
     arrays = {"states": sample.states_LD, **{f"vector-{name}": array for name, array in sample.vectors.items()}}
-    endless = [name for name, array in arrays.items() if not finite(array)]
+    endless = [name for name, array in arrays.items() if not all_finite(array)]
     return f"field {endless[0]}.npy holds NaN or infinity" if endless else None

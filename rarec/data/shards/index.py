@@ -34,8 +34,8 @@ ENTRY = np.dtype(
 )
 """`offset` and `size`: the sample's members in its tar, from the first header to the end of the last padding. `tokens`:
 of the user prompt's text. `digest`: of that extent, see `digest_of`."""
-REMAKE = "make what is broken again: rarec shards CONFIG --verify --repair"
-FRESH = "make them again: rarec shards CONFIG --fresh"
+REPAIR = "make what is broken again: rarec shards CONFIG --verify --repair"
+REBUILD = "make them again: rarec shards CONFIG --fresh"
 
 _NO_ARRAY = (OSError, EOFError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, RecursionError)
 """What NumPy raises at headers that are none, beside `tokenize.TokenError`."""
@@ -87,16 +87,16 @@ def open_index(directory: Path, manifest: Mapping[str, Any]) -> Entries:
     index_S: Entries = map_npy(path)
     if index_S.dtype != ENTRY or index_S.shape != (manifest["samples"],):
         found = f"{index_S.dtype.name} of shape {index_S.shape}"
-        raise UserError(f"{path} is no index of {manifest['samples']} samples, but {found}", REMAKE)
+        raise UserError(f"{path} is no index of {manifest['samples']} samples, but {found}", REPAIR)
     start = 0
     for shard, record in enumerate(records):  # one by one: memory does not grow with the index
         wrong = np.flatnonzero(index_S["shard"][start : start + record["samples"]] != shard)
         if len(wrong):
             row = start + int(wrong[0])
             problem = f"{path}, row {row}: sample {key_of(index_S[row])} is not in shard {record['file']}"
-            raise UserError(f"{problem}, which the manifest puts there", REMAKE)
+            raise UserError(f"{problem}, which the manifest puts there", REPAIR)
         start += record["samples"]
-        release(index_S)
+        release_pages(index_S)
     return index_S
 
 
@@ -107,15 +107,15 @@ def map_npy(path: Path) -> npt.NDArray[Any]:
         UserError: the file is missing, or something else.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing", REMAKE)
+        raise UserError(f"{path} is missing", REPAIR)
     try:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except (*_NO_ARRAY, tokenize.TokenError) as error:
-        raise UserError(f"{path} cannot be read: {error}", REMAKE) from None
+        raise UserError(f"{path} cannot be read: {error}", REPAIR) from None
     return array
 
 
-def by_shard(index_S: Entries, records: Sequence[Mapping[str, Any]]) -> list[Entries]:
+def split_by_shard(index_S: Entries, records: Sequence[Mapping[str, Any]]) -> list[Entries]:
     """Views of the index, one a shard."""
     return np.split(index_S, np.cumsum([record["samples"] for record in records])[:-1])
 
@@ -128,17 +128,17 @@ def shard_records(directory: Path, manifest: Mapping[str, Any]) -> list[dict[str
     """
     path, records, files = directory / MANIFEST, manifest.get("shards"), manifest["files"]
     if not isinstance(records, list) or not records:
-        raise UserError(f"{path}: `shards` is not a list of shards", FRESH)
+        raise UserError(f"{path}: `shards` is not a list of shards", REBUILD)
     for shard, record in enumerate(records):
         problem = _record_problem(record, tar_name(shard), files)
         if problem:
-            raise UserError(f"{path}, shard {tar_name(shard)}: {problem}", FRESH)
+            raise UserError(f"{path}, shard {tar_name(shard)}: {problem}", REBUILD)
     total = sum(record["samples"] for record in records)
     if manifest.get("samples") != total:
-        raise UserError(f"{path}: `samples` is {manifest.get('samples')}, its shards hold {total}", FRESH)
+        raise UserError(f"{path}: `samples` is {manifest.get('samples')}, its shards hold {total}", REBUILD)
     beyond = sorted(name for name in files if name.endswith(".tar") and name not in {r["file"] for r in records})
     if beyond:
-        raise UserError(f"{path}: {beyond[0]} is among `files`, but not among `shards`", FRESH)
+        raise UserError(f"{path}: {beyond[0]} is among `files`, but not among `shards`", REBUILD)
     return records
 
 
@@ -158,7 +158,7 @@ def _record_problem(record: Any, name: str, files: Mapping[str, str]) -> str | N
     return None
 
 
-def release(array: object) -> None:
+def release_pages(array: object) -> None:
     """Let go of the pages of a mapped array that were looked at; an array in memory stays as it is.
 
     They count as this process's memory, though the operating system holds them anyway, and gives them back at once.

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from rarec.data.shards.index import ENTRY, REMAKE, Entries, digest_of, key_of, sample_key
-from rarec.data.shards.tar_members import members, npy
+from rarec.data.shards.index import ENTRY, REPAIR, Entries, digest_of, key_of, sample_key
+from rarec.data.shards.tar_members import parse_npy, split_members
 from rarec.errors import UserError
 from rarec.files import write_aside
 
@@ -91,7 +91,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Form:
+class SampleSpec:
     """Types, shapes and names that all samples share.
 
     Attributes:
@@ -108,7 +108,7 @@ class Form:
     marks: frozenset[str]
     vocabulary: int | None = None
 
-    def unlike(self, sample: Sample) -> str | None:
+    def mismatch(self, sample: Sample) -> str | None:
         """What of a sample is otherwise, if anything."""
         states_LD, shapes = sample.states_LD, {name: array.shape for name, array in sample.vectors.items()}
         if states_LD.dtype != self.state_dtype or states_LD.shape[: len(self.states)] != self.states:
@@ -119,9 +119,9 @@ class Form:
             return f"it has vectors of {shapes}, not of {self.vectors}"
         if sample.marks.keys() != self.marks:
             return f"field json marks slots of {sorted(sample.marks)}, not of {sorted(self.marks)}"
-        return self._unlike_text(sample.tokens_T)
+        return self._token_mismatch(sample.tokens_T)
 
-    def _unlike_text(self, tokens_T: npt.NDArray[np.int32]) -> str | None:
+    def _token_mismatch(self, tokens_T: npt.NDArray[np.int32]) -> str | None:
         if tokens_T.min(initial=0) < 0 or (self.vocabulary and tokens_T.max(initial=0) >= self.vocabulary):
             return f"field tokens.npy holds what is no token of a vocabulary of {self.vocabulary or 'any size'}"
         return None
@@ -174,11 +174,11 @@ def read_sample(extent: bytes | memoryview, entry: np.void, shard: str) -> Sampl
     try:
         if len(extent) != entry["size"] or digest_of(extent) != entry["digest"]:
             raise ValueError("its bytes are not those that were written")
-        sample = Sample.parse(key, members(extent, key))
+        sample = Sample.parse(key, split_members(extent, key))
         if len(sample.tokens_T) != entry["tokens"]:
             raise ValueError(f"it has {len(sample.tokens_T)} tokens, the index says {entry['tokens']}")
     except ValueError as error:
-        raise UserError(f"shard {shard}, sample {key}: {error}", REMAKE) from None
+        raise UserError(f"shard {shard}, sample {key}: {error}", REPAIR) from None
     return sample
 
 
@@ -206,7 +206,7 @@ def _array(field: str, data: memoryview) -> npt.NDArray[Any]:
     if kind is None or name == field:
         raise ValueError(f"it holds an unknown field {field!r}")
     try:
-        array = npy(data)
+        array = parse_npy(data)
     except ValueError as error:
         raise ValueError(f"field {field} {error}") from None
     types, rank = kind

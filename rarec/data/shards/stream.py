@@ -16,15 +16,15 @@ from typing import BinaryIO
 
 import numpy as np
 
-from rarec.data.shards.batch_plan import Numbers, Plan
-from rarec.data.shards.index import FRESH, REMAKE, Entries, digest_of, key_of, release, tar_name
-from rarec.data.shards.samples import Form, Sample, read_sample
-from rarec.data.shards.tar_members import finite
+from rarec.data.shards.batch_plan import BatchPlan, Numbers
+from rarec.data.shards.index import REBUILD, REPAIR, Entries, digest_of, key_of, release_pages, tar_name
+from rarec.data.shards.samples import Sample, SampleSpec, read_sample
+from rarec.data.shards.tar_members import all_finite
 from rarec.data.shards.tars import OPEN, LocalTars, Tars
 from rarec.errors import UserError
 from rarec.files import read_json
 
-Named = dict[str, dict[str, int]]
+SampleNames = dict[str, dict[str, int]]
 """Samples by the file that they are in and their key, with their number."""
 
 
@@ -36,11 +36,13 @@ class SampleStream:
         index_S: where each sample lies, from `open_index`.
         tars: where the shards are.
         items: size of the catalogue.
-        form: of every sample, where a model waits for it.
+        spec: of every sample, where a model waits for it.
     """
 
-    def __init__(self, plan: Plan, index_S: Entries, tars: Tars, items: int, form: Form | None = None) -> None:
-        self.plan, self._items, self._form = plan, items, form
+    def __init__(
+        self, plan: BatchPlan, index_S: Entries, tars: Tars, items: int, spec: SampleSpec | None = None
+    ) -> None:
+        self.plan, self._items, self._spec = plan, items, spec
         self._index_S, self._tars = index_S, tars
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
 
@@ -60,7 +62,7 @@ class SampleStream:
             UserError: one is not what the index says; names shard and key.
         """
         entries_n = self._index_S[numbers_n]
-        release(self._index_S)
+        release_pages(self._index_S)
         return [self._sample(entry) for entry in entries_n]
 
     def _sample(self, entry: np.void) -> Sample:
@@ -69,12 +71,12 @@ class SampleStream:
             sample = read_sample(self._extent(entry), entry, name)
         except UserError:
             self._close(int(entry["shard"]))
-            if not self._tars.renew(int(entry["shard"])):
+            if not self._tars.drop_cached(int(entry["shard"])):
                 raise
             sample = read_sample(self._extent(entry), entry, name)
         problem = self._problem(sample)
         if problem:
-            raise UserError(f"shard {name}, sample {sample.key}: {problem}", FRESH)
+            raise UserError(f"shard {name}, sample {sample.key}: {problem}", REBUILD)
         return sample
 
     def _extent(self, entry: np.void) -> bytes:
@@ -89,7 +91,7 @@ class SampleStream:
             return os.pread(self._open[shard].fileno(), int(entry["size"]), int(entry["offset"]))
         except (OSError, OverflowError) as error:  # a bad sector; an offset beyond every file
             problem = f"shard {self._tars.name(shard)}, sample {key_of(entry)}: {error}"
-            raise UserError(problem, REMAKE) from None
+            raise UserError(problem, REPAIR) from None
 
     def _close(self, shard: int) -> None:
         if shard in self._open:
@@ -100,9 +102,9 @@ class SampleStream:
         rows_H = sample.history_H
         if sample.target >= self._items or rows_H.min(initial=0) < 0 or rows_H.max(initial=0) >= self._items:
             return f"an item's row is beyond the catalogue of {self._items}"
-        if not all(finite(values) for values in (sample.states_LD, *sample.vectors.values())):
+        if not all(all_finite(values) for values in (sample.states_LD, *sample.vectors.values())):
             return "a state or a vector is not a finite number"
-        return self._form.unlike(sample) if self._form else None
+        return self._spec.mismatch(sample) if self._spec else None
 
 
 def damaged_samples(index_S: Entries, tars: LocalTars, threads: int) -> Numbers:
@@ -124,16 +126,16 @@ def damaged_samples(index_S: Entries, tars: LocalTars, threads: int) -> Numbers:
         return np.array([row for part in pool.map(check, range(shards)) for row in part], np.int64)
 
 
-def name_samples(index_S: Entries, numbers: Numbers) -> Named:
+def name_samples(index_S: Entries, numbers: Numbers) -> SampleNames:
     """Samples as people name them."""
-    named: Named = {}
+    named: SampleNames = {}
     for number in numbers.tolist():
         named.setdefault(tar_name(int(index_S[number]["shard"])), {})[key_of(index_S[number])] = number
     return named
 
 
-def read_named(path: Path, index_S: Entries) -> Numbers:
-    """The numbers in a file of `Named`.
+def read_names(path: Path, index_S: Entries) -> Numbers:
+    """The numbers in a file of `SampleNames`.
 
     Raises:
         UserError: it is garbled, or names samples that the index has elsewhere.

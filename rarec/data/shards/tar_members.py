@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 BLOCK = 512
 """Tars count in these."""
-MOST_SAMPLE = 2**26
+MAX_SAMPLE_BYTES = 2**26
 """No sample comes near so many bytes; a tar that claims it would only fill the memory."""
 _PLAIN_FILE = b"0"
 _KEY = re.compile(rb"(\d{9,}-\d{6,})\.")
@@ -40,7 +40,7 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def members(extent: bytes | memoryview, key: str) -> dict[str, memoryview]:
+def split_members(extent: bytes | memoryview, key: str) -> dict[str, memoryview]:
     """The fields of a sample by name, from the extent of its members in the tar.
 
     Raises:
@@ -61,7 +61,7 @@ def members(extent: bytes | memoryview, key: str) -> dict[str, memoryview]:
     return fields
 
 
-def walk(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+def iterate_samples(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """The key and extent of each sample of a tar, from header to header; ends where no intact member follows.
 
     A member of another name counts to the sample before it, where `members` refuses it.
@@ -76,14 +76,14 @@ def walk(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
             yield key, b"".join(parts)
             parts = []
         key = own
-        if sum(map(len, parts)) + length > MOST_SAMPLE:
-            raise ValueError(f"sample {key}: it is larger than {MOST_SAMPLE} bytes")
+        if sum(map(len, parts)) + length > MAX_SAMPLE_BYTES:
+            raise ValueError(f"sample {key}: it is larger than {MAX_SAMPLE_BYTES} bytes")
         parts.append(member[1] + file.read(member[2]))
     if key:
         yield key, b"".join(parts)
 
 
-def npy(data: memoryview) -> npt.NDArray[Any]:
+def parse_npy(data: memoryview) -> npt.NDArray[Any]:
     """The array in the bytes of a `.npy`; a view, so read-only where the bytes are.
 
     Raises:
@@ -96,7 +96,7 @@ def npy(data: memoryview) -> npt.NDArray[Any]:
     return np.ndarray(header.shape, header.dtype, data, start)
 
 
-def finite(values: npt.NDArray[np.floating]) -> bool:
+def all_finite(values: npt.NDArray[np.floating]) -> bool:
     """Whether no value is NaN or infinite."""
     if values.dtype != np.float16:
         return bool(np.isfinite(values).all())

@@ -15,7 +15,7 @@ import fsspec
 
 from rarec.artefacts import MANIFEST, read_manifest
 from rarec.data.shards.batch_plan import SHUFFLED_TOGETHER
-from rarec.data.shards.index import REMAKE, tar_name
+from rarec.data.shards.index import REPAIR, tar_name
 from rarec.errors import UserError
 from rarec.files import locked, new_directory, write_aside
 
@@ -39,7 +39,7 @@ class Tars(Protocol):
     def open(self, shard: int) -> BinaryIO:
         """A tar, opened for reading."""
 
-    def renew(self, shard: int) -> bool:
+    def drop_cached(self, shard: int) -> bool:
         """Get a tar that proved bad anew; False where there is no other copy."""
 
 
@@ -63,11 +63,11 @@ class LocalTars:
             handle = os.open(self.name(shard), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever
             return os.fdopen(handle, "rb")
         except FileNotFoundError:
-            raise UserError(f"shard {self.name(shard)} is missing", REMAKE) from None
+            raise UserError(f"shard {self.name(shard)} is missing", REPAIR) from None
         except OSError as error:
-            raise UserError(f"shard {self.name(shard)} cannot be read: {error.strerror}", REMAKE) from None
+            raise UserError(f"shard {self.name(shard)} cannot be read: {error.strerror}", REPAIR) from None
 
-    def renew(self, shard: int) -> bool:
+    def drop_cached(self, shard: int) -> bool:
         """There is no other copy."""
         return False
 
@@ -112,7 +112,7 @@ class RemoteTars:
             except FileNotFoundError:  # not yet there, or gone again to make room
                 self._fetch(shard, path)
 
-    def renew(self, shard: int) -> bool:
+    def drop_cached(self, shard: int) -> bool:
         """Drop a cached tar that proved bad; the next opening fetches it again."""
         (self._cache / tar_name(shard)).unlink(missing_ok=True)
         return True

@@ -15,13 +15,22 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rarec.artefacts import write_manifest
-from rarec.data.shards.checks import scan
-from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, is_tar_name, open_index, tar_name, write_index
+from rarec.data.shards.checks import index_tar
+from rarec.data.shards.index import (
+    ENTRY,
+    INDEX,
+    Entries,
+    is_tar_name,
+    open_index,
+    split_by_shard,
+    tar_name,
+    write_index,
+)
 from rarec.data.shards.samples import Sample, write_shard
 from rarec.files import drop_stale, read_json, sha256_file, write_json
 from rarec.world import SINGLE, World
 
-Make = Callable[[range], Iterable[Sample]]
+MakeSamples = Callable[[range], Iterable[Sample]]
 """The samples at these places among all, in order."""
 Say = Callable[[str], None]
 _Job = TypeVar("_Job")
@@ -33,7 +42,7 @@ def write_shards(
     directory: Path,
     total: int,
     per_shard: int,
-    make: Make,
+    make: MakeSamples,
     identity: str,
     say: Say,
     writers: int = 2,
@@ -56,21 +65,21 @@ def write_shards(
     Returns:
         The records of all shards, for the manifest.
     """
-    notes, shards = _Notes(directory, identity), range(-(-total // per_shard))
+    progress, shards = _Progress(directory, identity), range(-(-total // per_shard))
     (directory / _PROGRESS).mkdir(parents=True, exist_ok=True)
     world.run_on_main(lambda: _drop_beyond(directory, len(shards)))
 
     def write(job: tuple[int, list[Sample]]) -> str:
         record, rows_S = write_shard(directory / tar_name(job[0]), job[1], job[0])
-        notes.write(job[0], record, rows_S)
+        progress.write(job[0], record, rows_S)
         return _told(record)
 
-    missing = world.run_on_all(lambda: [shard for shard in shards if not notes.holds(shard)])
+    missing = world.run_on_all(lambda: [shard for shard in shards if not progress.holds(shard)])
     for line in _in_threads(write, _made(make, world.split_in_lockstep(missing), total, per_shard), writers):
         say(f"{line} (of {len(shards)} shards)")
     world.barrier()
-    world.run_on_main(lambda: write_index(directory, map(notes.rows, shards), total))
-    return [notes.record(shard) for shard in shards]
+    world.run_on_main(lambda: write_index(directory, map(progress.rows, shards), total))
+    return [progress.record(shard) for shard in shards]
 
 
 def repair_shards(
@@ -79,7 +88,7 @@ def repair_shards(
     broken: Container[str],
     total: int,
     per_shard: int,
-    make: Make,
+    make: MakeSamples,
     say: Say,
     writers: int = 2,
 ) -> list[dict[str, Any]]:
@@ -111,9 +120,13 @@ def repair_shards(
         records[shard], rows[shard] = record, rows_S
         say(_told(record))
     if rows or INDEX in broken:
-        old = {} if INDEX in broken else dict(enumerate(by_shard(open_index(directory, manifest), manifest["shards"])))
+        old = (
+            {}
+            if INDEX in broken
+            else dict(enumerate(split_by_shard(open_index(directory, manifest), manifest["shards"])))
+        )
         known = old | rows
-        parts = (known[shard] if shard in known else scan(directory / tar_name(shard), shard) for shard in shards)
+        parts = (known[shard] if shard in known else index_tar(directory / tar_name(shard), shard) for shard in shards)
         write_index(directory, parts, total)
     return [records[shard] for shard in shards]
 
@@ -123,33 +136,33 @@ def finish_shards(
     records: list[dict[str, Any]],
     settings: Mapping[str, Any],
     made_from: Mapping[str, str],
-    beside: Iterable[str] = (),
+    sidecars: Iterable[str] = (),
     **figures: Any,
 ) -> dict[str, Any]:
-    """Write the manifest, which makes the directory an artefact, and then drop the notes of progress.
+    """Write the manifest, which makes the directory an artefact, and then drop the progress of progress.
 
     Args:
         directory: of the shards.
         records: of all tars.
         settings: that shaped them.
         made_from: hashes of what they were made from.
-        beside: files beside the tars and their index; what else lies there is no part of the shards.
+        sidecars: files beside the tars and their index; what else lies there is no part of the shards.
         **figures: for the manifest.
     """
     figures |= {"shards": records, "samples": sum(record["samples"] for record in records)}
-    files = dict.fromkeys([INDEX, *beside]) | {record["file"]: record["sha256"] for record in records}
+    files = dict.fromkeys([INDEX, *sidecars]) | {record["file"]: record["sha256"] for record in records}
     manifest = write_manifest(directory, "shards", settings=settings, made_from=made_from, files=files, **figures)
-    drop_notes(directory)
+    drop_progress(directory)
     return manifest
 
 
-def drop_notes(directory: Path) -> None:
-    """Drop the notes of progress, which finished shards need no more."""
+def drop_progress(directory: Path) -> None:
+    """Drop the progress of progress, which finished shards need no more."""
     shutil.rmtree(directory / _PROGRESS, ignore_errors=True)
 
 
 @dataclass(frozen=True)
-class _Notes:
+class _Progress:
     """What is finished: for each tar a note of its record and its rows of the index.
 
     The rows are noted, and not read back from the tar, so that going on costs no more than the tars' hashes.
@@ -193,7 +206,7 @@ def _in_threads(work: Callable[[_Job], _Result], jobs: Iterable[_Job], threads: 
 
 
 def _made(
-    make: Make, shards: Iterable[tuple[bool, int]], total: int, per_shard: int
+    make: MakeSamples, shards: Iterable[tuple[bool, int]], total: int, per_shard: int
 ) -> Iterator[tuple[int, list[Sample]]]:
     """The samples of each shard; one that is another rank's is made as well, to stay in step, and dropped."""
     for mine, shard in shards:
