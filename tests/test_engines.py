@@ -145,7 +145,7 @@ def test_a_table_or_column_that_a_database_lacks_is_named(tmp_path: Path, kind: 
     url = database(tmp_path, kind)
     with pytest.raises(UserError, match="table logs"):
         run(of_tables(url, table="logs"), tmp_path / "out")
-    with pytest.raises(UserError, match=r"table log has no column 'whom' \(prepare.interactions.user\); .* 'who'"):
+    with pytest.raises(UserError, match=r"table log .*'whom' \(prepare.interactions.user\).* 'who'"):
         run(of_tables(url, user="whom"), tmp_path / "out")
 
 
@@ -161,8 +161,8 @@ def test_a_registered_table_of_spark_is_read_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "said"),
     [
-        ("sparks", "no engine 'sparks'"),
-        ("nosuch://host/db", "nosuch://... does not connect"),
+        ("sparks", "engine 'sparks'"),
+        ("nosuch://host/db", "nosuch://..."),
         ("duckdb:///nowhere/shop.db", "prepare.engine: /nowhere/shop.db"),
     ],
 )
@@ -197,7 +197,7 @@ def test_files_behind_a_url_give_the_same_dataset(tmp_path: Path) -> None:
 def test_a_url_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     refuse(tmp_path, "memory://none.csv does not exist", log="x", interactions=at("memory://none.csv"))
-    refuse(tmp_path, "nosuch://", "fsspec knows", interactions=at("nosuch://bucket/log.csv"))
+    refuse(tmp_path, "nosuch://", "fsspec", interactions=at("nosuch://bucket/log.csv"))
 
 
 def at(path: str) -> dict[str, str]:
@@ -270,7 +270,7 @@ def test_a_duckdb_table_may_have_any_name_and_a_schema(tmp_path: Path, name: str
         connection.executemany("INSERT INTO items VALUES (?, ?)", [row[:2] for row in CATALOGUE])
     dataset = run(of_tables(f"duckdb://{tmp_path}/the.db", table=name), tmp_path / "out")
     assert dataset.item_rows_I.tolist() == [0, 1, 2, 3, 1, 0, 2]
-    with pytest.raises(UserError, match="the engine duckdb alone has no tables"):
+    with pytest.raises(UserError, match=r"prepare\.items\.table"):
         run(of_tables("duckdb", table=name), tmp_path / "out")
 
 

@@ -134,7 +134,7 @@ def test_a_budget_makes_batches_of_many_sizes_and_validates_at_the_end_of_each_e
 
 
 def test_a_budget_too_small_is_refused_before_anything_is_made(run):
-    with pytest.raises(UserError, match=r"more than train\.tokens_per_batch = 9"):
+    with pytest.raises(UserError, match=r"train\.tokens_per_batch = 9"):
         run.train("train.tokens_per_batch=9")
     assert not run.variant.exists()
 
@@ -233,7 +233,7 @@ def test_the_first_values_hold_no_sample_while_the_next_are_read():
 def test_nothing_whole_is_refused_before_anything_is_made(run):
     for path in (run.directory / "shards").glob("*.tar"):
         path.unlink()
-    with pytest.raises(UserError, match="is left to train on"):
+    with pytest.raises(UserError, match="samples"):
         run.train(*SKIP)
     assert not run.variant.exists()
 
@@ -265,10 +265,10 @@ def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tm
     run.damage(3)
     shutil.copytree(run.directory / "shards", tmp_path / "far")
     remote = f"train.stream.remote=file://{tmp_path}/far"
-    with pytest.raises(UserError, match="must be whole"):
+    with pytest.raises(UserError, match=r"train\.stream"):
         run.train(remote, *SKIP)
     assert not run.variant.exists()
-    with pytest.raises(UserError, match=r"file://\S+/far/000000\.tar is not what its manifest says"):
+    with pytest.raises(UserError, match=r"file://\S+/far/000000\.tar .*sha256"):
         run.train(remote)
 
 

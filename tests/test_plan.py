@@ -172,23 +172,23 @@ def test_memory_does_not_depend_on_the_number_of_samples():
 def test_a_prompt_beyond_the_budget_is_refused_with_its_slots():
     made = world([20], tokens_per_batch=42, slots=2)
     made.tokens_S[7] = 41
-    with pytest.raises(UserError, match=r"43 tokens, more than train\.tokens_per_batch = 42"):
+    with pytest.raises(UserError, match=r"43 .*train\.tokens_per_batch = 42"):
         made.plan()
 
 
 def test_more_ranks_than_a_batch_has_samples_are_refused():
     plan = world([20], batch_size=8).plan()
     plan.check_world_size(6, 1)
-    with pytest.raises(UserError, match=r"smallest batch, of 6, is too small for 7 ranks"):
+    with pytest.raises(UserError, match=r"smallest batch, of 6, .*7"):
         plan.check_world_size(7, 1)
     made = world([20], longest=1, tokens_per_batch=40)
     made.tokens_S[3] = 40
-    with pytest.raises(UserError, match=r"smallest batch, of 1, is too small for 2 ranks"):
+    with pytest.raises(UserError, match=r"smallest batch, of 1, .*2"):
         made.plan().check_world_size(2, 2)
 
 
 def test_nothing_left_to_train_on_is_refused():
     made = world([3, 2])
     made.excluded = [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match="none of 5 samples is left"):
+    with pytest.raises(UserError, match="none of 5 samples"):
         made.plan()

@@ -187,7 +187,7 @@ def test_diversify_is_even_over_history_length_and_popularity(synthetic: Prepare
 @pytest.mark.parametrize("denoise", [True, False])
 def test_a_log_without_a_sample_is_not_blamed_on_denoise(small: PreparedDataset, denoise: bool) -> None:
     short = replace(small, train_length_U=np.ones_like(small.train_length_U))
-    with pytest.raises(UserError, match="no user has two training interactions"):
+    with pytest.raises(UserError, match="training interactions"):
         select_samples(short, Shards(denoise=denoise), seed=0)
 
 
@@ -195,5 +195,5 @@ def test_denoise_that_leaves_nothing_says_so(tmp_path: Path) -> None:
     log = [("u", f"i{at}", at) for at in range(6)]
     items = write_table(tmp_path / "items.csv", ["item", "title"], [(f"i{at}", f"word{at}") for at in range(6)])
     dataset = make(tmp_path, write_table(tmp_path / "log.csv", ["user", "item", "time"], log), items)
-    with pytest.raises(UserError, match="denoise drops all 3 training samples"):
+    with pytest.raises(UserError, match=r"shards\.denoise .*3 training samples"):
         select_samples(dataset, Shards(denoise=True), seed=0)

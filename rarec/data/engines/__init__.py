@@ -1,4 +1,4 @@
-"""Where the preparation is computed: embedded DuckDB, Spark, or whatever else Ibis reaches by a URL."""
+"""Engines that run the preparation: DuckDB, Spark, or any database that Ibis reaches by URL."""
 
 import uuid
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ DUCKDB_FILE = "duckdb://"
 
 @contextmanager
 def open_engine(config: Prepare, spill: Path) -> Iterator[PrepareEngine]:
-    """The engine of a configuration, for the length of a `with`.
+    """Open the engine of a configuration for the length of a `with` block.
 
     Args:
         config: the section `prepare`.
-        spill: a directory of its own, made when needed and removed in the end; `prepare.scratch` goes before it.
+        spill: scratch directory, created on demand and removed at the end; `prepare.scratch` takes precedence.
 
     Raises:
-        UserError: there is no such engine, or it does not start.
+        UserError: the engine is unknown or does not start.
     """
     engine = _start(config, f"{config.scratch.rstrip('/')}/rarec-{uuid.uuid4().hex}" if config.scratch else str(spill))
     try:
@@ -47,6 +47,6 @@ def _start(config: Prepare, spill: str) -> PrepareEngine:
 
         return DatabaseEngine(config.engine, Path(spill), config.memory)
     raise UserError(
-        f"field `prepare.engine`: no engine {config.engine!r}",
+        f"field `prepare.engine`: unknown engine {config.engine!r}",
         "use duckdb, spark, or a URL: duckdb:///path/to/file, postgres://user:password@host/database, ...",
     )

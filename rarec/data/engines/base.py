@@ -1,4 +1,4 @@
-"""What the preparation asks of an engine. Its steps are Ibis expressions and know no more than this."""
+"""The interface between the preparation and its engines: the steps are Ibis expressions and use nothing else."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -14,23 +14,22 @@ from rarec.errors import UserError
 
 @dataclass(frozen=True)
 class NamedTable:
-    """A table that the engine has under a name."""
+    """A table of a database, by name."""
 
     name: str
 
 
 TableLocation = TableFiles | NamedTable
-"""Where a table lies."""
+"""Where a table is read from."""
 
 
 @dataclass(frozen=True)
 class InputTable:
-    """Columns of a table as it has them.
+    """Columns of an input table, with the types of its source.
 
     Attributes:
-        table: one column for each role, of the type that the file gives; with `line` (from 1, in the order of the
-            files), where it was asked for.
-        untyped: the roles whose text may stand for numbers: CSV and its kin hold nothing else.
+        table: one column for each role; also `line` (from 1, in the order of the files) where it was requested.
+        untyped: roles whose text may represent numbers, because the format (CSV and the like) has text only.
     """
 
     table: ir.Table
@@ -38,7 +37,7 @@ class InputTable:
 
 
 class PrepareEngine(Protocol):
-    """Reads tables, keeps intermediate results, and streams expressions out."""
+    """Read tables, keep intermediate results, and stream expressions out."""
 
     def read(
         self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
@@ -46,40 +45,47 @@ class PrepareEngine(Protocol):
         """Read columns of a table.
 
         Args:
-            location: the table.
-            roles: each column's name in the table, by the role it plays.
-            section: the configuration's section, for messages.
-            lines: number the rows: of files in their order, of a table, which has none, by these columns.
+            location: files or a named table.
+            roles: column name in the table, by role.
+            section: section of the configuration, for messages.
+            lines: number the rows: in file order, or, for a named table, sorted by these columns.
 
         Raises:
-            UserError: a column is missing, or something cannot be read (found now, or when rows are asked for).
+            UserError: a column is missing or the table cannot be read (raised now, or when rows are fetched).
         """
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
-        """Compute an expression and keep its rows under a name; what the name held before is given up."""
+        """Compute an expression and store its rows under a name, replacing what the name held before."""
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
-        """Compute a table that is known to be small."""
+        """Compute a small table and return its rows."""
 
     def batches(self, expression: ir.Table) -> Iterable[pa.RecordBatch]:
-        """Stream an expression's rows in its order; to be read to the end before the engine is asked anything else."""
+        """Stream the rows of an expression in its order.
+
+        Read the stream to its end before using the engine again.
+        """
 
     def close(self) -> None:
-        """Give up everything kept."""
+        """Release everything that was kept."""
 
 
 def compute_value(engine: PrepareEngine, scalar: ir.Scalar) -> Any:
-    """Compute one value."""
+    """Compute a scalar expression."""
     return engine.rows(scalar.name("value").as_table())[0]["value"]
 
 
 def display_name(location: TableLocation) -> str:
-    """What an error message calls a table."""
+    """Return the name of a table in messages."""
     return location.name if isinstance(location, TableFiles) else f"table {location.name}"
 
 
 def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: TableLocation, section: str) -> None:
-    """Refuse a role whose column is missing, naming the nearest and those which are there."""
+    """Check that the column of every role exists.
+
+    Raises:
+        UserError: a column is missing; the message suggests the nearest name and lists the columns.
+    """
     columns = list(columns)
     for role, name in roles.items():
         if name in columns:
@@ -94,7 +100,11 @@ def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: Ta
 
 
 def raise_if_nested(table: ir.Table, roles: Mapping[str, str], location: TableLocation, section: str) -> None:
-    """Refuse lists and structures: engines write them differently."""
+    """Refuse lists, structures and times of day, which engines write differently.
+
+    Raises:
+        UserError: a column has such a type.
+    """
     for role, name in roles.items():
         kind = table[role].type()
         if kind.is_nested() or kind.is_time():

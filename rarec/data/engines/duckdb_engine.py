@@ -1,4 +1,4 @@
-"""The embedded engine: DuckDB in this process, out of core: it spills to a directory when memory runs short."""
+"""The DuckDB engine, which runs in this process and spills to disk, and its variant that reads tables of a database."""
 
 import re
 import shutil
@@ -20,15 +20,15 @@ from rarec.errors import UserError
 
 
 class DuckDBEngine:
-    """DuckDB.
+    """Run the preparation on DuckDB.
 
     Args:
-        spill: a directory of its own, made when needed and removed in the end.
-        memory: most that it takes, such as `8GB`; 80% of the machine's by default.
-        database: a DuckDB file whose tables may be read by name.
+        spill: scratch directory, created on demand and removed at the end.
+        memory: memory limit, such as `8GB`; 80% of the machine's memory by default.
+        database: DuckDB file whose tables can be read by name.
 
     Raises:
-        UserError: the memory is no amount, or the database cannot be opened.
+        UserError: the memory limit is malformed, or the database cannot be opened.
     """
 
     def __init__(self, spill: Path, memory: str | None = None, database: str | None = None) -> None:
@@ -40,19 +40,19 @@ class DuckDBEngine:
         self._kept: dict[str, int] = {}
         self._systems: set[str] = set()
         if memory is not None:
-            with _told("prepare.memory", "write it as in 8GB"):
+            with _setting("prepare.memory", "write it like 8GB"):
                 self._execute(f"SET memory_limit = {quoted(memory)}")
         if database is not None:
-            with _told(f"prepare.engine: {database}", "name a DuckDB file: duckdb:///path/to/file"):
+            with _setting(f"prepare.engine: {database}", "name a DuckDB file: duckdb:///path/to/file"):
                 self._execute(f"ATTACH {quoted(database)} AS {DATABASE} (READ_ONLY)")
 
     def read(
         self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
     ) -> InputTable:
-        """See `PrepareEngine`. Columns of Parquet and of tables are read where they lie; others are kept."""
+        """See `PrepareEngine`. Parquet and database tables are scanned in place; other formats are copied first."""
         if isinstance(location, NamedTable) and self._database is None:
-            problem = f"{section}.table: {location.name}: the engine duckdb alone has no tables"
-            raise UserError(problem, "use prepare.engine: duckdb:///path/to/file, or another, or name a path")
+            problem = f"{section}.table: {location.name}: the engine duckdb has no named tables"
+            raise UserError(problem, "use prepare.engine: duckdb:///path/to/file, or another database, or set a path")
         with _readable(location):
             if isinstance(location, TableFiles) and location.system is not None:
                 self._register(location)
@@ -62,13 +62,13 @@ class DuckDBEngine:
                 check_parquet_columns(location, roles.values())
             select = [f"{source.columns[name]} AS {identifier(role)}" for role, name in roles.items()]
             if lines:
-                # the order of a scan is then the order of the rows in the files
+                # makes a scan return rows in file order
                 self._execute("SET preserve_insertion_order = true")
                 order = f"ORDER BY {', '.join(source.columns[name] for name in roles.values())}"
                 select.insert(0, f"row_number() OVER ({order if isinstance(location, NamedTable) else ''}) AS line")
-            made = f"SELECT {', '.join(select)} FROM {source.relation}"
+            query = f"SELECT {', '.join(select)} FROM {source.relation}"
             name = section.rpartition(".")[2]
-            table = self._view(name, made) if source.columnar and not lines else self._keep(name, made)
+            table = self._view(name, query) if source.columnar and not lines else self._keep(name, query)
             self._execute("SET preserve_insertion_order = false")
         raise_if_nested(table, roles, location, section)
         return InputTable(table, frozenset(role for role, name in roles.items() if name in source.untyped))
@@ -82,7 +82,7 @@ class DuckDBEngine:
         """See `PrepareEngine`."""
         with _computing():
             found = self._stream(expression).read_all()
-        # DuckDB sums integers to 128 bits, which arrive as decimals
+        # DuckDB sums integers in 128 bits, which Arrow returns as decimals
         rows: list[dict[str, Any]] = found.cast(expression.schema().to_pyarrow()).to_pylist()
         return rows
 
@@ -106,7 +106,7 @@ class DuckDBEngine:
         return pa.RecordBatchReader.from_stream(self._duckdb.sql(_sql(expression)))
 
     def _register(self, files: TableFiles) -> None:
-        """Let DuckDB read through fsspec."""
+        """Register the files' fsspec file system with DuckDB."""
         protocol = files.paths[0].partition("://")[0]
         if protocol not in self._systems:
             self._duckdb.register_filesystem(files.system)
@@ -130,33 +130,35 @@ class DuckDBEngine:
 
 
 class DatabaseEngine(DuckDBEngine):
-    """DuckDB, fed by a connection of Ibis.
+    """Read tables of a database with Ibis, and compute on DuckDB.
+
+    The database only needs to return columns: no write permission and no particular SQL function is required.
 
     Args:
-        url: as `ibis.connect` takes it.
+        url: URL for `ibis.connect`.
         spill: see `DuckDBEngine`.
         memory: see `DuckDBEngine`.
 
     Raises:
-        UserError: Ibis knows no such engine, its driver is not installed, or the connection is refused.
+        UserError: Ibis has no such backend, its driver is not installed, or the connection is refused.
     """
 
     def __init__(self, url: str, spill: Path, memory: str | None = None) -> None:
         super().__init__(spill, memory)
-        self._scheme = url.partition("://")[0]  # what follows may hold a password: it is not shown
+        self._scheme = url.partition("://")[0]  # the rest may contain a password: never shown
         try:
             self._source = ibis.connect(url)
-        except Exception as error:  # every driver raises of its own kind
+        except Exception as error:  # every driver has its own exceptions
             self.close()
             remedy = f"pip install 'ibis-framework[{self._scheme}]'; check host, user, password and database"
             shown = f"{self._scheme}://..."
-            said = str(error).replace(url, shown)
-            raise UserError(f"prepare.engine: {shown} does not connect: {said}", remedy) from None
+            message = str(error).replace(url, shown)
+            raise UserError(f"prepare.engine: {shown} does not connect: {message}", remedy) from None
 
     def read(
         self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
     ) -> InputTable:
-        """See `PrepareEngine`. Rows of a database have no order: where lines are asked for, they follow the columns."""
+        """See `PrepareEngine`. Database rows have no order: numbered rows are sorted by their columns."""
         if not isinstance(location, NamedTable):
             return super().read(location, roles, section, lines=lines)
         schema, _, name = location.name.rpartition(".")
@@ -167,9 +169,11 @@ class DatabaseEngine(DuckDBEngine):
             copied = self._copy(table.order_by(*table.columns) if lines else table, section)
         except UserError:
             raise
-        except Exception as error:  # every driver raises of its own kind
-            problem = f"{section}: {display_name(location)}: {self._scheme} says {type(error).__name__}: {error}"
-            raise UserError(problem, "is it there, as NAME or SCHEMA.NAME, and may you read it?") from None
+        except Exception as error:  # every driver has its own exceptions
+            problem = f"{section}: {display_name(location)}: {self._scheme} raised {type(error).__name__}: {error}"
+            raise UserError(
+                problem, "check that the table exists (NAME or SCHEMA.NAME) and that you may read it"
+            ) from None
         return super().read(copied, roles, section, lines=lines)
 
     def close(self) -> None:
@@ -179,7 +183,7 @@ class DatabaseEngine(DuckDBEngine):
             self._source.disconnect()
 
     def _copy(self, table: ir.Table, section: str) -> TableFiles:
-        """The columns as Parquet in the spill directory."""
+        """Copy the columns to Parquet in the scratch directory."""
         self._spill.mkdir(parents=True, exist_ok=True)
         path, schema = self._spill / f"{section}.parquet", table.schema().to_pyarrow()
         with pq.ParquetWriter(path, schema) as writer:
@@ -193,7 +197,7 @@ def _sql(expression: ir.Table) -> str:
 
 
 @contextmanager
-def _told(what: str, remedy: str) -> Iterator[None]:
+def _setting(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
@@ -202,7 +206,7 @@ def _told(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _computing() -> Iterator[None]:
-    """What can go wrong after a table was opened: it is torn farther down, or memory and disk do not suffice."""
+    """Turn a DuckDB error during computation (broken input, no memory, no disk space) into a `UserError`."""
     try:
         yield
     except duckdb.OutOfMemoryException as error:
@@ -210,13 +214,13 @@ def _computing() -> Iterator[None]:
             f"the preparation ran out of memory: {error}", "raise prepare.memory, or use fewer threads"
         ) from None
     except duckdb.Error as error:
-        remedy = "mend the file that it names, or convert it again; is there room in prepare.scratch?"
+        remedy = "repair or rewrite the file named above; check that prepare.scratch has free space"
         raise UserError(f"the preparation failed: {error}", remedy) from None
 
 
 @contextmanager
 def _readable(location: TableLocation) -> Iterator[None]:
-    """Turn the engine's complaint about a table into one that names the file and the line."""
+    """Turn a DuckDB error about a table into a `UserError` that names the file and the line."""
     try:
         yield
     except duckdb.Error as error:
@@ -224,4 +228,4 @@ def _readable(location: TableLocation) -> Iterator[None]:
         where = re.search(r"file = (.+)", str(error))
         name = where[1].strip() if where else display_name(location)
         problem = re.sub(r"^[A-Za-z ]+Error: ", "", text).strip().replace("\n", "; ")
-        raise UserError(f"{name} cannot be read: {problem}", "mend or remove that row, or convert the file") from None
+        raise UserError(f"{name} cannot be read: {problem}", "repair or remove that row, or convert the file") from None

@@ -1,7 +1,7 @@
-"""The Spark engine: the same steps on a cluster, or on every core of this machine.
+"""The Spark engine: the same steps on a cluster, or on all cores of this machine.
 
-Results that later steps read again, and those that are streamed out, are written as Parquet to a scratch directory that
-the driver and every executor see: nothing is recomputed, plans stay short, and a lost executor loses nothing.
+Intermediate and streamed results are written as Parquet to a scratch directory that the driver and all executors can
+reach: nothing is computed twice, query plans stay short, and the loss of an executor loses no result.
 """
 
 import logging
@@ -30,35 +30,37 @@ try:
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql import functions as F
 
-    from rarec.data.engines.spark_scan import hadoop, quoted, raise_if_not_utf8, scan
+    from rarec.data.engines.spark_scan import hadoop_path, identifier, raise_if_not_utf8, scan
 except ImportError as missing:
     raise UserError(f"prepare.engine: spark needs PySpark ({missing})", "pip install 'rarec[spark]'") from None
 
-ALWAYS = {
+REQUIRED_SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.caseSensitive": "true",
     "spark.sql.parquet.binaryAsString": "true",
-    # with pruning on, rows with too few fields go unnoticed
+    # with pruning, rows with too few fields would pass unnoticed
     "spark.sql.csv.parser.columnPruning.enabled": "false",
 }
-LOCAL = {
+LOCAL_SETTINGS = {
     "spark.master": "local[*]",
     "spark.driver.memory": "4g",
-    "spark.driver.bindAddress": "127.0.0.1",  # the host's own name may not resolve
+    "spark.driver.bindAddress": "127.0.0.1",  # the host name may not resolve
     "spark.driver.host": "127.0.0.1",
-    "spark.sql.shuffle.partitions": str(4 * (os.cpu_count() or 2)),  # Spark's own 200 are for clusters
+    "spark.sql.shuffle.partitions": str(4 * (os.cpu_count() or 2)),  # Spark's default of 200 is for clusters
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }
-"""Unless the settings name a cluster."""
+"""Settings of a new session, unless the configuration names a cluster."""
 
 
 class SparkEngine:
-    """A Spark session: the caller's own where there is one, else one that ends with the engine.
+    """Run the preparation on Spark, in the active session if there is one, else in a new session.
+
+    A new session is stopped with the engine; an existing one gets its settings back.
 
     Args:
-        scratch: a directory or URL of its own, which executors see; removed in the end.
-        settings: of the session, before ours.
+        scratch: scratch directory or URL that all executors can reach; removed at the end.
+        settings: settings of the session, applied after the defaults.
 
     Raises:
         UserError: Spark does not start.
@@ -67,10 +69,12 @@ class SparkEngine:
     def __init__(self, scratch: str, settings: Mapping[str, str]) -> None:
         self._scratch = scratch if "://" in scratch else str(Path(scratch).absolute())
         self._system = _file_system(self._scratch)
-        self._ours = SparkContext._active_spark_context is None
-        self._session = start(settings, self._ours)
-        self._theirs = {} if self._ours else {name: self._session.conf.get(name, None) for name in ALWAYS}
-        for name, setting in ALWAYS.items():
+        self._own_session = SparkContext._active_spark_context is None
+        self._session = _start_session(settings, self._own_session)
+        self._former_settings = (
+            {} if self._own_session else {name: self._session.conf.get(name, None) for name in REQUIRED_SETTINGS}
+        )
+        for name, setting in REQUIRED_SETTINGS.items():
             self._session.conf.set(name, setting)
         self._ibis = ibis.pyspark.connect(self._session)
         self._kept: dict[str, int] = {}
@@ -79,14 +83,14 @@ class SparkEngine:
     def read(
         self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
     ) -> InputTable:
-        """See `PrepareEngine`. Columns of Parquet and of tables are read where they lie; others are kept."""
+        """See `PrepareEngine`. Parquet and catalog tables are read in place; other formats are copied first."""
         with _readable(location):
             columnar = not isinstance(location, TableFiles) or location.format == "parquet"
             frame, names = scan(self._session, location)
             check_columns(names, roles, location, section)
             if isinstance(location, TableFiles) and location.format == "parquet":
                 check_parquet_columns(location, roles.values())
-            own = [F.col(quoted(names[name])).alias(role) for role, name in roles.items()]
+            own = [F.col(identifier(names[name])).alias(role) for role, name in roles.items()]
             name = section.rpartition(".")[2]
             if lines:
                 table = self._numbered(frame, own, name, isinstance(location, TableFiles))
@@ -111,7 +115,7 @@ class SparkEngine:
         return rows
 
     def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
-        """See `PrepareEngine`. Spark names the parts of an ordered result in its order."""
+        """See `PrepareEngine`. Spark numbers the part files of a sorted result in its order."""
         with _computing():
             self._write("result", self._sql(expression))
         folder = self._path("result")
@@ -125,13 +129,13 @@ class SparkEngine:
             self._session.catalog.dropTempView(view)
         if self._system.exists(self._scratch):
             self._system.rm(self._scratch, recursive=True)
-        if self._ours:
-            end(self._session)
-        for name, setting in self._theirs.items():
+        if self._own_session:
+            _stop_session(self._session)
+        for name, setting in self._former_settings.items():
             self._session.conf.unset(name) if setting is None else self._session.conf.set(name, setting)
 
     def _numbered(self, frame: DataFrame, own: list[Any], name: str, files: bool) -> ir.Table:
-        """With `line`. One task numbers all, so this is for catalogues, not for logs."""
+        """Add `line`. A single task numbers all rows, so use this for catalogues, not for logs."""
         path = F.expr("url_decode(replace(_metadata.file_path, '+', '%2B'))")
         places = {"_file": path, "_block": F.col("_metadata.file_block_start"), "_row": F.monotonically_increasing_id()}
         keys = [place.alias(key) for key, place in places.items()] if files else []
@@ -141,7 +145,7 @@ class SparkEngine:
         return table.mutate(line=line).drop(*places) if files else table.mutate(line=line)
 
     def _marks(self, table: ir.Table) -> int:
-        """How many texts hold the mark that Spark puts for bytes that are no UTF-8; it may stand for itself."""
+        """Count texts with U+FFFD, which Spark writes for bytes that are not UTF-8 (and which text may contain)."""
         texts = [table[name] for name in table.columns if table[name].type().is_string()]
         marks = sum((text.contains("\ufffd").sum().fill_null(0) for text in texts), ibis.literal(0))
         return int(self.rows(table.agg(marks=marks))[0]["marks"])
@@ -149,10 +153,10 @@ class SparkEngine:
     def _write(self, name: str, frame: DataFrame) -> ir.Table:
         number = self._kept.get(name, 0)
         self._kept[name] = number + 1
-        frame.write.mode("overwrite").parquet(hadoop(self._path(name)))
+        frame.write.mode("overwrite").parquet(hadoop_path(self._path(name)))
         if number:
             self._system.rm(self._path(name, number), recursive=True)
-        return self._view(name, self._session.read.parquet(hadoop(self._path(name))))
+        return self._view(name, self._session.read.parquet(hadoop_path(self._path(name))))
 
     def _path(self, name: str, number: int | None = None) -> str:
         return f"{self._scratch}/{name}_{self._kept[name] if number is None else number}"
@@ -173,13 +177,11 @@ def _file_system(location: str) -> fsspec.AbstractFileSystem:
         return url_to_fs(location)[0]
     except (ImportError, ValueError, OSError) as error:
         problem = f"prepare.scratch: {location} cannot be opened: {error}"
-        raise UserError(
-            problem, "install fsspec's driver for it, or name a directory that every executor sees"
-        ) from None
+        raise UserError(problem, "install its fsspec driver, or use a directory that all executors can reach") from None
 
 
 def _reason(error: Exception) -> str:
-    """The first line that says something of a Java exception, the deepest cause first."""
+    """Return the message of the deepest cause of a Java exception."""
     causes = re.findall(r"^(?:Caused by)?: ?[\w.$]+: (.+)", str(error), re.MULTILINE)
     return (causes[-1] if causes else str(error).strip().splitlines()[0]).strip()
 
@@ -190,7 +192,8 @@ def _readable(location: TableLocation) -> Iterator[None]:
         yield
     except (PySparkException, Py4JError) as error:
         raise UserError(
-            f"{display_name(location)} cannot be read: {_reason(error)}", "mend or remove that row, or convert the file"
+            f"{display_name(location)} cannot be read: {_reason(error)}",
+            "repair or remove that row, or convert the file",
         ) from None
 
 
@@ -200,41 +203,41 @@ def _computing() -> Iterator[None]:
         yield
     except (PySparkException, Py4JError) as error:
         raise UserError(
-            f"Spark: {_reason(error)}", "see prepare.spark for memory; mend the table that it names"
+            f"Spark: {_reason(error)}", "raise memory in prepare.spark, or repair the table named above"
         ) from None
 
 
-def start(settings: Mapping[str, str], ours: bool) -> SparkSession:
-    """The session that runs, or a new one.
+def _start_session(settings: Mapping[str, str], own: bool) -> SparkSession:
+    """Return the active session, or start a new one.
 
     Args:
-        settings: of the session, before ours.
-        ours: whether it is a new one.
+        settings: settings of the session; they override the defaults.
+        own: True if the session is new.
 
     Raises:
         UserError: Spark does not start.
     """
     builder = SparkSession.builder.appName("rarec prepare")
-    local = LOCAL if ours and settings.get("spark.master", "local").startswith("local") else {}
+    local = LOCAL_SETTINGS if own and settings.get("spark.master", "local").startswith("local") else {}
     for name, setting in {**local, **settings}.items():
         builder = builder.config(name, setting)
     try:
         session = builder.getOrCreate()
-    except Exception as error:  # no Java, or no such master: PySpark raises of many kinds
+    except Exception as error:  # no Java, or an unknown master: PySpark raises various types
         raise UserError(
             f"prepare.engine: Spark does not start: {error}", "install Java 17 or 21; see prepare.spark"
         ) from None
-    if ours:  # what fails is raised, once
+    if own:  # failures are raised, so Spark need not log them
         session.sparkContext.setLogLevel("FATAL")
         logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     return session
 
 
-def end(session: SparkSession) -> None:
-    """Stop a session and its JVM, which would otherwise keep its gigabytes while models train."""
+def _stop_session(session: SparkSession) -> None:
+    """Stop a session and its JVM, which would otherwise keep gigabytes of memory during training."""
     session.stop()
     gateway, SparkContext._gateway, SparkContext._jvm = SparkContext._gateway, None, None
     if gateway is not None:
         gateway.shutdown()
-        gateway.proc.stdin.close()  # the JVM lives as long as this is open
+        gateway.proc.stdin.close()  # the JVM runs until this is closed
         gateway.proc.wait()

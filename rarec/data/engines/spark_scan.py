@@ -1,4 +1,4 @@
-"""How Spark scans a table of each format."""
+"""Scan a table of each format with Spark."""
 
 import collections
 import re
@@ -13,11 +13,11 @@ from rarec.data.engines.table_files import DELIMITED, TableFiles, read_header
 from rarec.errors import UserError
 
 SCHEMES = {"s3": "s3a", "gcs": "gs", "az": "abfs"}
-"""fsspec's name of a file system to Hadoop's, where they differ."""
+"""URL schemes that Hadoop spells differently from fsspec."""
 
 
 def scan(session: SparkSession, location: TableLocation) -> tuple[DataFrame, dict[str, str]]:
-    """A table, and its columns: name in the table to name in the frame."""
+    """Return a table as a data frame, and the frame's column for each column name of the table."""
     if not isinstance(location, TableFiles):
         frame = session.table(location.name)
         return frame, {name: name for name in frame.columns}
@@ -29,19 +29,27 @@ def scan(session: SparkSession, location: TableLocation) -> tuple[DataFrame, dic
 
 
 def _jsonl(session: SparkSession, files: TableFiles, paths: list[str]) -> DataFrame:
-    """Lists become their JSON text. Of two objects on a line Spark would read the first and lose the other."""
+    """Read JSON lines, with lists as JSON text.
+
+    Spark would silently keep only the first of two objects on a line, so such lines are refused.
+    """
     lines = session.read.text(paths)
     double = lines.filter(F.col("value").rlike(r"\}\s*\{\s*\"")).limit(1).collect()
     if double:
-        problem = f"{display_name(files)} holds a line that looks like two objects: {double[0]['value'][:80]}"
-        raise UserError(problem, "write one {...} a line")
+        problem = f"{display_name(files)} has a line with two objects: {double[0]['value'][:80]}"
+        raise UserError(problem, "write one {...} per line")
     frame = session.read.json(paths, mode="FAILFAST")
     lists = {name for name, kind in frame.dtypes if kind.startswith("array")}
-    return frame.select(*[F.to_json(quoted(n)).alias(n) if n in lists else F.col(quoted(n)) for n in frame.columns])
+    return frame.select(
+        *[F.to_json(identifier(n)).alias(n) if n in lists else F.col(identifier(n)) for n in frame.columns]
+    )
 
 
 def _delimited(session: SparkSession, files: TableFiles, paths: list[str]) -> tuple[DataFrame, dict[str, str]]:
-    """Texts by position. A quoted text may hold newlines, so a file is read by one task: give many, or Parquet."""
+    """Read all columns as text, by position.
+
+    A quoted text may contain newlines, so one task reads a whole file: for speed, provide many files, or Parquet.
+    """
     names, dialect = read_header(files), DELIMITED[files.format]
     schema = ", ".join(f"c{index} STRING" for index in range(len(names)))
     reader = session.read.options(sep=dialect.delimiter, quote=dialect.quote)
@@ -52,36 +60,42 @@ def _delimited(session: SparkSession, files: TableFiles, paths: list[str]) -> tu
 
 
 def raise_if_not_utf8(files: TableFiles) -> None:
-    """Read text files as Spark does not, strictly.
+    """Decode text files strictly, which Spark does not.
 
     Raises:
-        UserError: one is no UTF-8; it says where.
+        UserError: a file is not UTF-8; the message says where.
     """
     for path in files.paths:
         with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
             try:
                 collections.deque(file, maxlen=0)
             except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not utf-8 text: {error}", "save the file as UTF-8") from None
+                raise UserError(f"{path} is not UTF-8 text: {error}", "save the file as UTF-8") from None
 
 
-def hadoop(path: str) -> str:
-    """A path or URL as Hadoop spells it."""
+def hadoop_path(path: str) -> str:
+    """Return a path or URL in Hadoop's spelling."""
     scheme, separator, rest = path.partition("://")
     if not separator:
         return f"file://{Path(path).absolute()}"
     if scheme == "memory":
-        raise UserError(f"{path} lies in this process, where Spark cannot read it", "use another place, or duckdb")
+        raise UserError(
+            f"{path} is in the memory of this process, where Spark cannot read it",
+            "store the file elsewhere, or use duckdb",
+        )
     return f"{SCHEMES.get(scheme, scheme)}://{rest}"
 
 
 def _pattern(path: str) -> str:
-    """The pattern of one file; Hadoop takes names for patterns, and passes over hidden files in silence."""
+    """Return the Hadoop pattern that matches one file exactly.
+
+    Hadoop reads names as patterns, and skips hidden files silently.
+    """
     if path.rpartition("/")[2].startswith(("_", ".")):
-        raise UserError(f"{path} is hidden from Spark by its first character", "give it another name, or use duckdb")
-    return re.sub(r"([][{}*?\\])", r"\\\1", hadoop(path))
+        raise UserError(f"{path} is skipped by Spark because of its first character", "rename it, or use duckdb")
+    return re.sub(r"([][{}*?\\])", r"\\\1", hadoop_path(path))
 
 
-def quoted(name: str) -> str:
-    """A SQL name."""
+def identifier(name: str) -> str:
+    """Return a quoted SQL identifier."""
     return "`" + name.replace("`", "``") + "`"

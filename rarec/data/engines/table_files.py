@@ -1,6 +1,6 @@
-"""The files behind a path of the configuration: which they are, what format they hold, and their hash.
+"""Find the files of an input table, detect their format, read their headers, and hash them.
 
-Paths are local, or URLs of any file system that fsspec knows (`s3://`, `gs://`, `hdfs://`, `https://`, ...).
+Paths are local, or URLs of any file system that fsspec supports (`s3://`, `gs://`, `hdfs://`, `https://`, ...).
 """
 
 import csv
@@ -31,7 +31,7 @@ FORMATS = {
     ".inter": "recbole",
     ".item": "recbole",
 }
-"""File name suffix to format; every one but Parquet may have `.gz` after it."""
+"""File name suffix to format; all but Parquet may be followed by `.gz`."""
 DRIVERS = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -42,18 +42,18 @@ DRIVERS = {
     "http": "aiohttp requests",
     "https": "aiohttp requests",
 }
-"""The package that opens a kind of URL, where fsspec itself does not."""
+"""Package to install for a URL scheme that fsspec does not open by itself."""
 FOOTERS = 16
-"""Parquet files looked at together."""
+"""Number of Parquet footers read in parallel."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a delimited text format is written."""
+    """Delimiter and quote character of a delimited text format."""
 
     delimiter: str
     quote: str
-    """Empty where a quotation mark is a plain character."""
+    """Empty if a quotation mark is an ordinary character."""
 
 
 DELIMITED = {"csv": Dialect(",", '"'), "tsv": Dialect("\t", '"'), "recbole": Dialect("\t", "")}
@@ -61,13 +61,13 @@ DELIMITED = {"csv": Dialect(",", '"'), "tsv": Dialect("\t", '"'), "recbole": Dia
 
 @dataclass(frozen=True)
 class TableFiles:
-    """One table spread over files of one format, in the order in which their rows count: by name.
+    """The files of one table, all of one format, in the order of their names.
 
     Attributes:
-        path: as the configuration has it, for messages.
+        path: path in the configuration, for messages.
         paths: local paths, or URLs.
-        format: one of `FORMATS`.
-        system: the fsspec file system of URLs; None for local files.
+        format: one of the values of `FORMATS`.
+        system: fsspec file system of URLs; None for local files.
     """
 
     path: str
@@ -77,7 +77,7 @@ class TableFiles:
 
     @property
     def name(self) -> str:
-        """What an error message calls it: the file itself where there is only one."""
+        """The name in messages: the file itself if there is only one."""
         return self.paths[0] if len(self.paths) == 1 else f"{self.path} ({len(self.paths)} files)"
 
 
@@ -85,19 +85,19 @@ def find_files(path: str, field: str) -> TableFiles:
     """Find the files of a table.
 
     Args:
-        path: a file, a directory (everything in it, however deep, with a known suffix; names that start with
-            `.` or `_` are passed over), a glob, a URL of any of these, or `package:NAME/FILE`.
-        field: the configuration's field that holds the path, for messages.
+        path: a file, a directory (searched recursively for known suffixes, without names that start with
+            `.` or `_`), a glob, a URL of any of these, or `package:NAME/FILE`.
+        field: configuration field that holds the path, for messages.
 
     Raises:
-        UserError: nothing is there, a file is empty, or the format is unknown or not one and the same.
+        UserError: nothing is found, a file is empty, or the format is unknown or mixed.
     """
     location = resolve(path).removeprefix("file://")
     system = _file_system(location, field) if "://" in location else None
     found = _list(location) if system is None else _list_remote(location, system)
     if not found:
         raise UserError(
-            f"{field}: {path} does not exist, or holds no table",
+            f"{field}: {path} does not exist or contains no table",
             f"paths are relative to the current directory; known suffixes: {', '.join(FORMATS)}",
         )
     formats = {file: _format(file) for file in found}
@@ -111,15 +111,14 @@ def find_files(path: str, field: str) -> TableFiles:
             raise UserError(f"{field}: {file} is empty", "give a table with at least one row")
     if len(set(formats.values())) > 1:
         kinds = ", ".join(sorted({str(kind) for kind in formats.values()}))
-        raise UserError(f"{field}: {path} holds files of several formats ({kinds})", "name one of them by a glob")
+        raise UserError(f"{field}: {path} contains several formats ({kinds})", "select one of them with a glob")
     return TableFiles(path, tuple(found), str(formats[found[0]]), system)
 
 
 def hash_files(files: TableFiles) -> str:
-    """The hash of a table: of a local file's bytes, or of the list of the files' own hashes.
+    """Return the hash of a table: of the bytes of a local file, or of the list of the files' hashes.
 
-    A file behind a URL is not read for it: its name, its size and the store's own mark of a version (ETag, time) stand
-    for its bytes.
+    Files behind a URL are not read: their names, sizes and version marks (ETag or time) are hashed instead.
     """
     if files.system is not None:
         return sha256_json([[path, *_version(files.system, path)] for path in files.paths])
@@ -128,12 +127,12 @@ def hash_files(files: TableFiles) -> str:
 
 
 def read_header(files: TableFiles) -> list[str]:
-    """The columns of delimited files; RecBole's without their types.
+    """Read the column names of delimited files; type suffixes of RecBole headers are removed.
 
-    Nothing is sniffed: every file is taken the same way.
+    The dialect depends on the format alone, so every file is parsed the same way.
 
     Raises:
-        UserError: a header is missing, or differs between files.
+        UserError: a header is missing, differs between files, or repeats a name.
     """
     first = _read_one_header(files, files.paths[0])
     for path in files.paths[1:]:
@@ -141,39 +140,41 @@ def read_header(files: TableFiles) -> list[str]:
         if other != first:
             raise UserError(
                 f"{path} has the columns {', '.join(other)}, but {files.paths[0]} has {', '.join(first)}",
-                "the files of one table need one header",
+                "give all files of a table the same header",
             )
     names = [name.rpartition(":")[0] or name for name in first] if files.format == "recbole" else first
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{files.paths[0]} has two columns {twice[0]!r}", "give each column a name of its own")
+        raise UserError(f"{files.paths[0]} has two columns named {twice[0]!r}", "give each column its own name")
     return names
 
 
 def check_parquet_columns(files: TableFiles, names: Iterable[str]) -> None:
-    """Refuse a file that lacks a column which others have: its rows would have nothing there, and fall out.
+    """Check that every Parquet file of a table has the given columns.
+
+    Rows of a file without a column would have nulls there and would be dropped silently.
 
     Raises:
-        UserError: naming the file and the column; or a file is not Parquet.
+        UserError: a file lacks a column that others have, or is not Parquet.
     """
 
-    def lacking(path: str) -> tuple[str, list[str]]:
+    def missing_columns(path: str) -> tuple[str, list[str]]:
         try:
             with fsspec.open(path) as file:
                 own = pq.read_schema(file).names
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path} cannot be read: {error}", "convert the file again") from None
+            raise UserError(f"{path} cannot be read: {error}", "write the file again") from None
         return path, sorted(set(names) - set(own))
 
     with ThreadPoolExecutor(FOOTERS) as pool:
-        for path, missing in pool.map(lacking, files.paths if len(files.paths) > 1 else ()):
+        for path, missing in pool.map(missing_columns, files.paths if len(files.paths) > 1 else ()):
             if missing:
-                problem = f"{path} has no column {missing[0]!r}, but other files of {files.path} have"
-                raise UserError(problem, "the files of one table need the same columns")
+                problem = f"{path} has no column {missing[0]!r}, which other files of {files.path} have"
+                raise UserError(problem, "give all files of a table the same columns")
 
 
 def _version(system: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """Size and mark of a file's version."""
+    """Return the size and the version mark of a remote file."""
     known = system.info(path)
     return [str(known["size"]), str(known.get("ETag") or system.ukey(path))]
 
@@ -183,12 +184,12 @@ def _file_system(url: str, field: str) -> fsspec.AbstractFileSystem:
         return url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
         driver = DRIVERS.get(url.partition("://")[0])
-        remedy = f"pip install {driver}" if driver else "use a local path, or a kind of URL that fsspec knows"
+        remedy = f"pip install {driver}" if driver else "use a local path, or a URL scheme that fsspec supports"
         raise UserError(f"{field}: {url} cannot be opened: {error}", remedy) from None
 
 
 def _list(location: str) -> list[str]:
-    """The file; or what a directory or a glob holds, by name."""
+    """List a file, the tables in a directory, or the matches of a glob, sorted by name."""
     path = Path(location)
     if path.is_file():
         return [location]
@@ -207,7 +208,7 @@ def _list_remote(url: str, system: fsspec.AbstractFileSystem) -> list[str]:
 
 
 def _tables(root: str, inside: Iterable[str]) -> list[str]:
-    """What in a directory is a table, hidden files passed over."""
+    """Return the table files of a directory, without hidden files."""
     return sorted(file for file in inside if _format(file) and not _hidden(file.removeprefix(root)))
 
 
@@ -230,9 +231,9 @@ def _read_one_header(files: TableFiles, path: str) -> list[str]:
         with fsspec.open(path, **text) as file:
             names = next(csv.reader(file, delimiter=dialect.delimiter, **style), [])
     except (OSError, EOFError, zlib.error, gzip.BadGzipFile, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}", "make the file again") from None
+        raise UserError(f"{path} cannot be read: {error}", "write the file again") from None
     if any("\ufffd" in name for name in names):
         raise UserError(f"{path}, row 1: the header is not UTF-8 text", "save the file as UTF-8")
     if not any(name.strip() for name in names):
-        raise UserError(f"{path} has no header in its first row", "put the names of the columns there")
+        raise UserError(f"{path} has no header in its first row", "write the column names there")
     return [name.strip() for name in names]

@@ -1,4 +1,4 @@
-"""The two inputs of a preparation, the log and the catalogue, as its steps expect them."""
+"""Read the two inputs of a preparation, the log and the catalogue, in the form that the steps need."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,21 +18,24 @@ from rarec.errors import UserError
 
 
 def table_location(table: Table, field: str) -> TableLocation:
-    """Where a table of the configuration lies.
+    """Return the location of a table of the configuration.
 
     Raises:
-        UserError: its files are not there, or not of one known format.
+        UserError: its files do not exist, or are not of one known format.
     """
     return NamedTable(table.table) if table.table is not None else find_files(str(table.path), f"{field}.path")
 
 
 def dataset_identity(config: Prepare, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a prepared dataset is made by and from: settings, and hashes of the log and of the catalogue.
+    """Return the settings and the input hashes that identify a prepared dataset.
 
-    A table of an engine is known by its name and its engine alone: `--fresh` makes it again when its rows have changed.
+    A database table is identified by its name and engine alone; run with `--fresh` when its rows have changed.
+
+    Returns:
+        The settings, and the hashes of the log and of the catalogue.
 
     Raises:
-        UserError: the files are not there.
+        UserError: the files do not exist.
     """
     hashes = {}
     for name in ("interactions", "items"):
@@ -46,12 +49,12 @@ def dataset_identity(config: Prepare, seed: int) -> tuple[dict[str, Any], dict[s
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items, one row each, and what was wrong with the rest.
+    """The items, one row each, and the counts of rows that were dropped or changed.
 
     Attributes:
-        table: `line`, `item`, `title`, `text`.
+        table: columns `line`, `item`, `title`, `text`.
         counts: rows, rows_without_id, repeated_ids, untitled.
-        name: of the table, for messages.
+        name: name of the table, for messages.
     """
 
     table: ir.Table
@@ -62,10 +65,16 @@ class Catalogue:
 def read_catalogue(
     engine: PrepareEngine, config: Items, location: TableLocation, say: Callable[[str], None]
 ) -> Catalogue:
-    """Read the items: the first row of each id counts, and a missing title is replaced; both are counted and told.
+    """Read the items; keep the first row of each id, and fill in missing titles.
+
+    Args:
+        engine: engine that reads.
+        config: the section `prepare.items`.
+        location: the table.
+        say: print one line to the user.
 
     Raises:
-        UserError: no row has an id; or as `PrepareEngine.read`.
+        UserError: no row has an id; or see `PrepareEngine.read`.
     """
     texts = {f"text_{index}": name for index, name in enumerate(config.text)}
     roles = {"item": config.item, "title": config.title, **texts}
@@ -82,7 +91,9 @@ def read_catalogue(
     if not rows["rows"]:
         raise _empty_table_error(name)
     if not rows["ids"]:
-        raise UserError(f"{name}: column {config.item!r} is empty in every row", "see prepare.items.item")
+        raise UserError(
+            f"{name}: column {config.item!r} is empty in every row", "set prepare.items.item to the column of item ids"
+        )
     table = steps.first_row_per_item(table.filter(table["item"].notnull()))
     table = table.mutate(title=table.given.fill_null(config.untitled), untitled=table.given.isnull()).drop("given")
     kept = engine.keep("catalogue", table)
@@ -94,21 +105,21 @@ def read_catalogue(
 
 
 def _report_problems(catalogue: Catalogue, config: Items, say: Callable[[str], None]) -> None:
-    told = {
+    messages = {
         "rows_without_id": "rows without an item id: dropped",
-        "repeated_ids": "rows repeat an item id: the first row of each is kept",
-        "untitled": f"items have no title: they are called {config.untitled!r} (prepare.items.untitled)",
+        "repeated_ids": "rows repeat an item id: only the first row of each id is kept",
+        "untitled": f"items have no title: replaced by {config.untitled!r} (prepare.items.untitled)",
     }
-    for what, text in told.items():
+    for what, text in messages.items():
         if catalogue.counts[what]:
             say(f"{catalogue.name}: {catalogue.counts[what]:,} {text}")
 
 
 def read_log(engine: PrepareEngine, config: Interactions, location: TableLocation, *, lines: bool = False) -> ir.Table:
-    """Read the interactions as a raw log (see `steps`), with `line` where it is asked for.
+    """Read the interactions as a raw log (see `steps`), with the column `line` if requested.
 
     Raises:
-        UserError: as `PrepareEngine.read`; or the table has no rows.
+        UserError: the table has no rows; or see `PrepareEngine.read`.
     """
     role, name = ("time", config.time) if config.time is not None else ("position", str(config.position))
     read = engine.read(
@@ -128,14 +139,21 @@ def read_log(engine: PrepareEngine, config: Interactions, location: TableLocatio
         order = columns.as_number(given)
         if (known.get("largest") or 0.0) > columns.MAX_EXACT:
             problem = f"{display_name(location)}: prepare.interactions.position {name!r} holds numbers above 2**53"
-            raise UserError(f"{problem}, which lose their order", "give ranks within the user, or use time")
+            raise UserError(f"{problem}, which lose their order", "use ranks within the user, or a time column")
     named = {role: _id_column(engine, read, role, f"prepare.interactions.{role}") for role in ("user", "item")}
     kept = ["line"] if lines else []
     return read.table.select(*kept, **named, given=given.cast("string"), order=order)
 
 
 def missing_order_error(engine: PrepareEngine, config: Interactions, location: TableLocation, count: int) -> UserError:
-    """Why a log is refused in which that many rows have ids but no place in time; it names the first."""
+    """Return the error for a log whose rows lack a valid time or position; it names the first such row.
+
+    Args:
+        engine: engine that reads.
+        config: the section `prepare.interactions`.
+        location: the log.
+        count: number of such rows.
+    """
     log = steps.drop_missing_ids(read_log(engine, config, location, lines=True))
     row = engine.rows(log.filter(log.order.isnull()).order_by("line").limit(1))[0]
     role, name = ("time", config.time) if config.time is not None else ("position", config.position)
@@ -144,16 +162,15 @@ def missing_order_error(engine: PrepareEngine, config: Interactions, location: T
     where = f"{display_name(location)}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
     return UserError(
         f"{where}: {name} {what}; {count} such rows",
-        f"prepare.interactions.{role} needs {wanted} in every row: mend them or take them out",
+        f"prepare.interactions.{role} needs {wanted} in every row: correct or remove these rows",
     )
 
 
 def _id_column(engine: PrepareEngine, read: InputTable, role: str, field: str) -> ir.Column:
-    """A column of ids as int64 where all of it are integers, else as text.
+    """Return a column of ids as int64 if all values are integers, else as text.
 
     Raises:
-        UserError: ids are floats that stand for no integer: engines write them differently, and different ones may
-            look alike.
+        UserError: the ids are floats with a fraction, which engines format differently and which may collide.
     """
     column = read.table[role]
     kind = column.type()
@@ -170,18 +187,20 @@ def _id_column(engine: PrepareEngine, read: InputTable, role: str, field: str) -
 
 def _raise_if_fractional(engine: PrepareEngine, column: ir.FloatingColumn, field: str) -> None:
     number = column.cast("float64")
-    there = columns.is_finite(number) | number.cast("string").lower().contains("inf")  # NaN is nothing, as in pandas
-    bad = compute_value(engine, (there & ~columns.is_integer(number)).sum())
+    present = columns.is_finite(number) | number.cast("string").lower().contains(
+        "inf"
+    )  # NaN is a missing value, as in pandas
+    bad = compute_value(engine, (present & ~columns.is_integer(number)).sum())
     if bad:
-        problem = f"{field}: the column holds floats, and {bad} of them are no integers up to 2**53"
+        problem = f"{field}: the column holds floats, {bad} of them not integers up to 2**53"
         raise UserError(problem, "write ids as integers or as text")
 
 
 def _empty_table_error(name: str) -> UserError:
-    return UserError(f"{name} has a header but no rows", "give a table with at least one row")
+    return UserError(f"{name} has a header but no rows", "provide a table with at least one row")
 
 
 def id_range(engine: PrepareEngine, ids: ir.Column) -> dict[str, Any]:
-    """The least and the greatest id, for messages."""
+    """Return the smallest and the largest id, for messages."""
     text = ids.cast("string")
     return engine.rows(text.name("id").as_table().agg(least=ibis._.id.min(), greatest=ibis._.id.max()))[0]

@@ -1,7 +1,7 @@
-"""Logs to a prepared dataset: read, filter, number, split, write; every step counted.
+"""Prepare a dataset: read, filter, number, split and write the tables; every step is counted.
 
-Bounded memory: the engine holds the tables and spills, and results stream to disk. The same input and settings give the
-same bytes, on whatever engine, in whatever order the rows of the log stand.
+Memory is bounded: the engine holds the tables and spills to disk, and results are streamed. The same input and settings
+give the same bytes on every engine and for every order of the log's rows.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -35,16 +35,16 @@ Say = Callable[[str], None]
 
 
 def prepare_dataset(config: Prepare, directory: Path, *, seed: int, say: Say) -> PreparedDataset:
-    """Make a prepared dataset.
+    """Prepare a dataset from the log and the catalogue.
 
     Args:
         config: the section `prepare`.
-        directory: of the artefact; what stands there is replaced once the new one is whole.
-        seed: the run's, recorded with the settings; nothing here is random.
-        say: tells the user one line.
+        directory: directory of the artefact; an existing one is replaced once the new one is complete.
+        seed: seed of the run, recorded with the settings; nothing here is random.
+        say: print one line to the user.
 
     Raises:
-        UserError: the input is not as it should be (file, row or field, and remedy named), or nothing is left of it.
+        UserError: the input is invalid (the message names file, row or field, and a remedy), or no data is left.
     """
     _check(config)
     settings, made_from = dataset_identity(config, seed)
@@ -58,36 +58,38 @@ def prepare_dataset(config: Prepare, directory: Path, *, seed: int, say: Say) ->
 
 
 def _check(config: Prepare) -> None:
-    """What a temporal split needs, and what new items do."""
+    """Check the settings of a temporal split and of new items."""
     if config.split.new_items and config.min_user_interactions < split.MIN_INTERACTIONS:
-        problem = f"prepare.split.new_items: users with fewer than {split.MIN_INTERACTIONS} interactions would train on their last"
+        problem = (
+            f"prepare.split.new_items: users with fewer than {split.MIN_INTERACTIONS} interactions train on all of them"
+        )
         raise UserError(problem, f"set prepare.min_user_interactions to {split.MIN_INTERACTIONS} or more")
     if config.split.kind != "temporal":
         return
     if config.split.new_items:
-        remedy = "set it to 0: what first comes after the cut is new anyway; or choose leave_one_out"
-        raise UserError("prepare.split.new_items: a temporal split takes no items as new", remedy)
+        remedy = "set it to 0 (items after the cut are new anyway), or use leave_one_out"
+        raise UserError("prepare.split.new_items: not available for a temporal split", remedy)
     if config.interactions.time is None:
-        remedy = "name prepare.interactions.time, or choose leave_one_out"
-        raise UserError("prepare.split.kind: a temporal split cuts in time, but the log has only positions", remedy)
+        remedy = "set prepare.interactions.time, or use leave_one_out"
+        raise UserError("prepare.split.kind: a temporal split needs times, but the log has positions only", remedy)
     if config.split.validation_share + config.split.test_share >= 1:
-        problem = "prepare.split: validation_share and test_share leave nothing to train on"
+        problem = "prepare.split: validation_share and test_share leave no training interactions"
         raise UserError(problem, "their sum must be below 1")
 
 
 class StepCounts:
-    """Counts a log before and after each step, and refuses a step that leaves nothing.
+    """Count a log before and after each step, report losses, and refuse a step that leaves nothing.
 
     Args:
-        engine: counts.
+        engine: engine that counts.
         log: the first log.
-        name: of the log's table, for messages.
-        say: tells the user one line.
+        name: name of the log's table, for messages.
+        say: print one line to the user.
 
     Attributes:
-        log: what is left.
-        counts: of its interactions, users and items.
-        steps: the account, one entry a step, plain JSON.
+        log: the log after the last step.
+        counts: its number of interactions, users and items.
+        steps: one record per step, plain JSON, for the manifest.
     """
 
     def __init__(self, engine: PrepareEngine, log: ir.Table, name: str, say: Callable[[str], None]) -> None:
@@ -97,14 +99,14 @@ class StepCounts:
         say("read " + name + ": " + ", ".join(f"{count:,} {what}" for what, count in self.counts.items()))
 
     def apply(self, step: str, log: ir.Table, note: str, remedy: str, **known: int) -> None:
-        """Take the log that a step gives.
+        """Record a step and take over its log.
 
         Args:
-            step: what it is called, the configuration's field where there is one.
-            log: cheap to read again: kept by the engine, or close to what is.
-            note: why rows were dropped.
-            remedy: what to do if it leaves nothing.
-            **known: users or items that are left, where the step says so: to count them takes a pass over the log.
+            step: name of the step: the configuration field if there is one.
+            log: log after the step; must be cheap to read again, so kept by the engine or derived from a kept table.
+            note: reason for dropped rows.
+            remedy: what to do if nothing is left.
+            **known: number of users or items left, if the step knows it: counting takes a pass over the log.
 
         Raises:
             UserError: no interaction is left.
@@ -117,7 +119,7 @@ class StepCounts:
         if lost:
             self._say(f"{step}: dropped {', '.join(f'{count:,} {what}' for what, count in lost.items())} ({note})")
         if not after["interactions"]:
-            problem = f"{self._name}: no user and no item is left after the step {step} ({note})"
+            problem = f"{self._name}: no interaction is left after the step {step} ({note})"
             raise UserError(f"{problem}; before it: {before}", remedy)
         self.log, self.counts = log, after
 
@@ -144,7 +146,7 @@ class _Preparation:
         self.items_location = table_location(config.items, "prepare.items")
 
     def write(self, to: Path) -> dict[str, Any]:
-        """Write the three tables; returns the manifest's figures."""
+        """Write the three tables and return the figures for the manifest."""
         catalogue = read_catalogue(self.engine, self.config.items, self.items_location, self.say)
         counter, user_codes = self._read()
         item_codes = self._code(counter, catalogue, user_codes)
@@ -166,7 +168,7 @@ class _Preparation:
         }
 
     def _read(self) -> tuple[StepCounts, ir.Table]:
-        """The raw log, rows without ids dropped, each other with its place in time; and the users' numbering."""
+        """Read the raw log, drop rows without ids, check that all rows have an order, and number the users."""
         config, engine, name = self.config.interactions, self.engine, display_name(self.log_location)
         counter = StepCounts(engine, read_log(engine, config, self.log_location), name, self.say)
         log = steps.drop_missing_ids(counter.log)
@@ -174,28 +176,28 @@ class _Preparation:
         if bad:
             raise missing_order_error(engine, config, self.log_location, bad)
         users = engine.keep("user_codes", steps.number_ids(log.user))
-        remedy = f"do the columns {config.user!r} and {config.item!r} hold the ids?"
+        remedy = f"check that the columns {config.user!r} and {config.item!r} contain the ids"
         counter.apply("ids", log, "no user or no item id", remedy, users=compute_value(engine, users.count()))
         counter.apply("order", log, f"every row has its {'place in time' if config.time else 'position'}", "")
         return counter, users
 
     def _code(self, counter: StepCounts, catalogue: Catalogue, users: ir.Table) -> ir.Table:
-        """From ids to codes; items that the catalogue lacks fall out. Returns the items' numbering."""
+        """Replace ids by codes, drop items that are not in the catalogue, and return the numbering of the items."""
         items = self.engine.keep("item_codes", steps.number_ids(catalogue.table["item"]))
         raw, known = counter.log, self.engine.keep("log", steps.encode_ids(counter.log, users, items))
         remedy = ""
         if not compute_value(self.engine, known.count()):
             ids = {"the log has": raw["item"], "the catalogue": catalogue.table["item"]}
             spans = {of: id_range(self.engine, column) for of, column in ids.items()}
-            said = ", ".join(f"{of} {ends['least']!r} to {ends['greatest']!r}" for of, ends in spans.items())
-            remedy = f"do the ids agree? {said}"
+            ranges = ", ".join(f"{of} {ends['least']!r} to {ends['greatest']!r}" for of, ends in spans.items())
+            remedy = f"check that both use the same ids: {ranges}"
         counter.apply("catalogue", known, "item not in the catalogue", remedy)
         return items
 
     def _filter(self, counter: StepCounts, item_codes: ir.Table) -> None:
-        """Duplicates, repeats, items held back, and then users and items with too few interactions."""
+        """Drop duplicates, repeats and held-back items; then users and items with too few interactions, repeatedly."""
         config, keep = self.config, self.engine.keep
-        same = {what: counter.counts[what] for what in ("users", "items")}  # of each pair something stays
+        same = {what: counter.counts[what] for what in ("users", "items")}  # every user and item keeps a row
         if config.duplicates == "drop":
             log = keep("log", steps.drop_duplicates(counter.log))
             counter.apply("duplicates", log, "same user, item and time again", "", **same)
@@ -207,12 +209,12 @@ class _Preparation:
             note = "items taken as new, but where they are a user's last"
             counter.apply("new_items", log, note, "lower prepare.split.new_items", users=counter.counts["users"])
         columns: Iterable[steps.Column] = cycle(("item", "user"))
-        for turn, column in enumerate(columns):  # each drop may make another of the other kind
+        for turn, column in enumerate(columns):  # dropping items may leave users with too few, and the reverse
             if not self._drop_small(counter, column) and turn:
                 break
 
     def _drop_small(self, counter: StepCounts, column: steps.Column) -> bool:
-        """Drop items (or users) with too few interactions; returns whether there were any."""
+        """Drop items (or users) with too few interactions; return True if there were any."""
         field, what = f"min_{column}_interactions", f"{column}s"
         fewest = getattr(self.config, field)
         if fewest <= 1:
@@ -224,16 +226,16 @@ class _Preparation:
             log = self.engine.keep("log", steps.drop_ids(counter.log, dropped, column)) if count else counter.log
             left = {what: counter.counts[what] - count}
             others = " or prepare.split.new_items" if self.config.split.new_items else ""
-            counter.apply(field, log, note, f"lower prepare.{field}{others}, or give a longer log", **left)
+            counter.apply(field, log, note, f"lower prepare.{field}{others}, or provide a longer log", **left)
         return bool(count)
 
     def _items(self, codes: ir.Table, log: ir.Table) -> ir.Table:
-        """Items with their rows. Without a minimum the whole catalogue stays, met or not."""
+        """Give the items their rows. Without a minimum, the whole catalogue is kept, including unused items."""
         met = log["item"] if self.config.min_item_interactions else codes.code
         return self.engine.keep("items", steps.dense_rows(codes, met))
 
     def _split(self, sequences: ir.Table, interactions: int) -> tuple[ir.Table, list[float]]:
-        """The users' places in the split, and the cuts of a temporal one."""
+        """Return the users' positions in the split, and the cut times of a temporal split."""
         chosen = self.config.split
         if chosen.kind == "leave_one_out":
             return split.leave_one_out(sequences, chosen.validation_users), []
@@ -245,7 +247,7 @@ class _Preparation:
     def _tables(
         self, users: ir.Table, items: ir.Table, catalogue: Catalogue, sequences: ir.Table, to: Path
     ) -> dict[str, int]:
-        """Write the tables; returns what they count."""
+        """Write the tables and return their counts."""
         user_id, item_id = (tables.id_type(table.id) for table in (users, items))
         order = "time" if self.config.interactions.time is not None else "position"
         met = split.train_counts(sequences, users)
@@ -261,8 +263,8 @@ class _Preparation:
         return {**rows, **self.engine.rows(split.part_sizes(users))[0]}
 
     def _check_parts(self, counts: dict[str, int]) -> None:
-        """A run needs something to train on, to choose by, and to be judged by."""
+        """Check that training, validation and test are not empty."""
         for part in ("training_samples", "validation_users", "test_users"):
             if not counts[part]:
                 problem = f"{display_name(self.log_location)}: the split leaves no {part.replace('_', ' ')}"
-                raise UserError(f"{problem} ({counts})", "give a longer log, or change prepare.split")
+                raise UserError(f"{problem} ({counts})", "provide a longer log, or change prepare.split")

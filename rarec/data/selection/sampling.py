@@ -1,6 +1,6 @@
-"""Which training samples are kept: denoise, diversify, share (METHOD.md, section 5 [N]), and a report of what went.
+"""Select training samples: denoise, diversify, draw a share (METHOD.md, section 5 [N]), and report what was dropped.
 
-Shape letters: S samples, C candidates (what denoise leaves), U users, N items, G buckets of the grid.
+Shape letters: S samples, C candidates (after denoising), U users, N items, V values, G buckets of the grid.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,20 @@ Int64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 EXAMPLES, EXAMPLE_HISTORY = 5, 5
 USERS_AT_A_TIME = 1 << 14
-"""Bounds the memory of denoising."""
+"""Users denoised at a time, which bounds memory."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples to train on, in random order.
+    """The selected samples, in random order.
 
-    A user's samples lie apart: the stream mixes a few shards at a time, and otherwise a batch would be of few users.
+    The order spreads a user's samples over the shards: the stream mixes only a few shards at a time, and a batch would
+    otherwise contain few users.
 
     Attributes:
         user_rows: (S,).
-        positions: (S,) of the target in the user's sequence.
-        report: counts, drops with reasons, buckets before and after, examples; plain JSON.
+        positions: (S,) position of the target in the user's sequence.
+        report: counts, drops by reason, buckets before and after, and examples; plain JSON.
     """
 
     user_rows: Int32
@@ -39,20 +40,20 @@ class Selection:
 
 
 def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout: float = 0.0) -> Selection:
-    """Choose training samples.
+    """Select training samples.
 
-    Denoise drops a sample whose target's title shares no word with the titles of the whole history before it. The share
-    is of *all* training samples, drawn from those that are left: evenly over the grid of buckets, or plainly at random
-    where diversify is off. Where fewer are left than the share asks for, all of them are kept.
+    Denoising drops a sample if no earlier title of the user shares a word with the target's title. The share refers to
+    *all* training samples and is drawn from the remaining ones: evenly over the grid of buckets, or uniformly if
+    `diversify` is off. If fewer remain than the share asks for, all of them are kept.
 
     Args:
-        dataset: prepared.
+        dataset: prepared dataset.
         config: the section `shards`.
-        seed: of the draw.
-        holdout: of each user's training interactions only this share, the newest, are targets; 0 for all.
+        seed: seed of the draw.
+        holdout: only this share of each user's training interactions, the newest, become targets; 0 for all.
 
     Raises:
-        UserError: there is nothing, or denoise leaves nothing.
+        UserError: there is no sample, or denoising leaves none.
     """
     rng = np.random.default_rng([seed, *b"shards"])
     users_S, positions_S = dataset.training_samples()
@@ -63,12 +64,12 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
     open_S = positions_S >= seen_U[users_S]
     candidates_C = np.flatnonzero(sharing_S & open_S)
     if not len(users_S):
-        raise UserError("no user has two training interactions: there is no sample", "prepare a larger log")
+        raise UserError("no user has two training interactions, so there is no sample", "provide a larger log")
     if not len(candidates_C):
         problem = (
-            f"shards.denoise drops all {open_S.sum()} training samples: no target's title has a word of its history"
+            f"shards.denoise drops all {open_S.sum()} training samples: no target shares a title word with its history"
         )
-        raise UserError(problem, "set shards.denoise to false, or name a column of words: prepare.items.title")
+        raise UserError(problem, "set shards.denoise to false, or set prepare.items.title to a column of words")
     grid = _Grid.of(dataset, config)
     buckets_S = grid.bucket(users_S, targets_S)
     wanted = max(1, round(config.share * len(users_S)))
@@ -89,11 +90,11 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Numbers sorted into buckets.
+    """Values sorted into buckets.
 
     Attributes:
-        of_V: each number's bucket.
-        ranges: smallest and largest number of each bucket; None where no number fell.
+        of_V: bucket of each value.
+        ranges: smallest and largest value of each bucket; None if it is empty.
     """
 
     of_V: Int64
@@ -101,7 +102,7 @@ class Buckets:
 
     @classmethod
     def equal_frequency(cls, values_V: npt.NDArray[np.integer], count: int) -> "Buckets":
-        """Cut into buckets of equally many numbers; equal numbers share a bucket, so some may stay empty."""
+        """Cut values into buckets of equal size; equal values share a bucket, so some may be empty."""
         ordered = np.sort(values_V)
         edges = ordered[np.arange(1, count) * len(ordered) // count]
         of_V = np.searchsorted(edges, values_V, side="right").astype(np.int64)
@@ -110,17 +111,17 @@ class Buckets:
 
 
 def draw_evenly(buckets_S: Int64, wanted: int, rng: np.random.Generator) -> Int64:
-    """Draw without replacement, one from each bucket in turn; a bucket that is exhausted gives way to the others.
+    """Draw without replacement from the buckets in turn; when a bucket is exhausted, the others continue.
 
-    Which sample of a bucket is drawn, and which buckets come first in the last round, is random.
+    The order within a bucket, and the buckets that come first in the last round, are random.
 
     Args:
-        buckets_S: each sample's bucket.
-        wanted: how many; all where there are no more.
-        rng: of the draw.
+        buckets_S: bucket of each sample.
+        wanted: number of samples to draw; all if there are fewer.
+        rng: random generator of the draw.
 
     Returns:
-        Places in `buckets_S`.
+        Indices into `buckets_S`.
     """
     shuffled = rng.permutation(len(buckets_S))
     by_bucket = shuffled[np.argsort(buckets_S[shuffled], kind="stable")]
@@ -132,7 +133,7 @@ def draw_evenly(buckets_S: Int64, wanted: int, rng: np.random.Generator) -> Int6
 
 
 def _sharing(dataset: PreparedDataset, titles: TitleWords) -> Mask:
-    """Which training samples share a word with their history, some users at a time."""
+    """Return (S,) True for training samples that share a word with their history, some users at a time."""
     parts: list[Mask] = []
     for start in range(0, dataset.n_users, USERS_AT_A_TIME):
         lengths = dataset.train_length_U[start : start + USERS_AT_A_TIME].astype(np.int64)
@@ -144,15 +145,15 @@ def _sharing(dataset: PreparedDataset, titles: TitleWords) -> Mask:
 
 
 def _draw(buckets_C: Int64, wanted: int, evenly: bool, rng: np.random.Generator) -> Int64:
-    """Places of the candidates drawn: evenly over the buckets, or as if there were only one."""
+    """Draw candidates evenly over the buckets, or uniformly as if there were one bucket."""
     return draw_evenly(buckets_C if evenly else np.zeros_like(buckets_C), wanted, rng)
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Users by training length and items by training popularity, in equal-frequency buckets (ours).
+    """Equal-frequency buckets of users by training length and of items by training popularity (our choice).
 
-    Only those count that can be in a sample: users with one, and items met in training.
+    Only users with a sample and items that occur in training are counted.
     """
 
     lengths: Buckets
@@ -168,12 +169,12 @@ class _Grid:
         return cls(lengths, popularity, _spread(lengths.of_V, users), _spread(popularity.of_V, items))
 
     def bucket(self, users_S: Int32, items_S: Int32) -> Int64:
-        """The sample's place in the grid."""
+        """Return the bucket of each sample."""
         buckets_S: Int64 = self.users_U[users_S] * len(self.popularity.ranges) + self.items_N[items_S]
         return buckets_S
 
     def report(self, **buckets: Int64) -> list[dict[str, Any]]:
-        """One row for each place that has samples: the ranges it stands for, and how many samples of each kind."""
+        """Return one row per non-empty bucket: its ranges, and the number of samples of each kind."""
         columns, size = len(self.popularity.ranges), len(self.lengths.ranges) * len(self.popularity.ranges)
         counts = {name: np.bincount(of_S, minlength=size).tolist() for name, of_S in buckets.items()}
         return [
@@ -188,14 +189,14 @@ class _Grid:
 
 
 def _spread(buckets: Int64, where: Mask) -> Int64:
-    """Buckets of the rows that have one, back at those rows; -1 elsewhere."""
+    """Scatter buckets back to the rows selected by `where`; -1 elsewhere."""
     rows = np.full(len(where), -1)
     rows[where] = buckets
     return rows
 
 
 def _examples(dataset: PreparedDataset, users_S: Int32, positions_S: Int32, rows: Int64) -> list[dict[str, Any]]:
-    """A few dropped pairs, as people read them."""
+    """Return a few dropped samples with titles instead of rows."""
     pairs = [(int(users_S[row]), int(positions_S[row])) for row in rows]
     return [
         {

@@ -1,9 +1,9 @@
-"""The plan: which samples make which batch, in every epoch. It needs two columns of the index, and opens no file.
+"""Plan the batches of every epoch from two columns of the index, without opening a tar.
 
-The order is a function of seed and epoch, and a place in it is a number, the step; so a run goes on anywhere, and
-global batches are the same whatever reads them. Shards come in random order and are mixed in groups; samples are sorted
-by length in windows, so that little of a batch is padding, and a window's batches come in random order. Groups and
-windows have generators of their own: any window is planned without those before it, and only one is held.
+The order is a function of seed and epoch, and a position in it is one number, the step: a run can resume anywhere, and
+global batches do not depend on the number of readers. Shards are shuffled and mixed in groups; samples are sorted by
+length within windows, which reduces padding, and the batches of a window are shuffled. Groups and windows have random
+generators of their own, so any window can be planned alone, and only one is kept in memory.
 
 Shape letters: S samples, P shards, W windows, n samples of one window.
 """
@@ -22,29 +22,29 @@ from rarec.errors import UserError
 Numbers = npt.NDArray[np.int64]
 Column = npt.NDArray[np.integer]
 SHUFFLED_TOGETHER = 4
-"""Shards whose samples are mixed."""
+"""Number of shards whose samples are mixed."""
 SORTED_TOGETHER = 16
-"""Batches of a window."""
+"""Number of batches in a window."""
 _LENGTHS_AT_ONCE = 2**20
-"""Samples whose lengths are looked at together."""
+"""Samples whose lengths are read at a time."""
 _SHARDS, _GROUP, _WINDOW = 1, 2, 3
-"""Tell generators apart; none is 0, for NumPy takes [1, 2] and [1, 2, 0] for the same seed."""
+"""Stream ids of the random generators; never 0, because NumPy treats [1, 2] and [1, 2, 0] as the same seed."""
 
 
 class BatchPlan:
-    """Batches of sample numbers (rows of the index), planned as they are asked for.
+    """Plan batches of sample numbers (rows of the index) on demand.
 
     Args:
-        shard_S: each sample's shard, ascending; may be memory-mapped.
-        tokens_S: of each sample's user prompt; may be memory-mapped.
-        seed: of every order.
-        batch_size: the largest batch; sizes differ by at most one, none is a small remainder.
-        tokens_per_batch: instead of it, a budget: samples in a batch times its longest prompt is at most this.
-        slots: positions that every prompt has beside its text; the budget counts them.
-        excluded: numbers of samples that no batch takes.
+        shard_S: shard of each sample, ascending; may be memory-mapped.
+        tokens_S: number of text tokens of each user prompt; may be memory-mapped.
+        seed: seed of every order.
+        batch_size: largest batch; sizes differ by at most one, so there is no small last batch.
+        tokens_per_batch: token budget instead of `batch_size`: batch size times longest prompt is at most this.
+        slots: soft-prompt positions that every prompt has besides its text; the budget includes them.
+        excluded: sample numbers that no batch contains.
 
     Raises:
-        UserError: no sample is left, or a single prompt is longer than the budget.
+        UserError: no sample is left, or a single prompt exceeds the budget.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class BatchPlan:
         self._shards = _KeptSamples(np.asarray(shard_S), np.unique(np.fromiter(excluded, np.int64)))
         self.samples = int(self._shards.counts_P.sum())
         if not self.samples:
-            raise UserError(f"none of {len(shard_S)} samples is left to train on", REPAIR)
+            raise UserError(f"none of {len(shard_S)} samples is left for training", REPAIR)
         self._batching: _Batching = (
             _TokenBudget(self.samples, tokens_S, tokens_per_batch, slots)
             if tokens_per_batch
@@ -71,22 +71,22 @@ class BatchPlan:
         self._surveys: dict[int, tuple[Numbers, int]] = {}
 
     def steps(self, epoch: int) -> int:
-        """Batches of an epoch; with a token budget they are counted by planning it once."""
+        """Return the number of batches of an epoch; with a token budget, plan the epoch once to count them."""
         return int(self._survey(epoch)[0][-1])
 
     def total_steps(self, epochs: int) -> int:
-        """Steps of so many epochs."""
+        """Return the number of steps of `epochs` epochs."""
         return sum(self.steps(epoch) for epoch in range(epochs))
 
     def epoch_and_step(self, step: int) -> tuple[int, int]:
-        """The epoch of a step counted over all epochs, and the step in it."""
+        """Convert a global step to its epoch and the step within it."""
         epoch = 0
         while step and step >= self.steps(epoch):
             step, epoch = step - self.steps(epoch), epoch + 1
         return epoch, step
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Numbers]:
-        """The epoch's batches from `first_step` on."""
+        """Yield the batches of an epoch from `first_step` on."""
         ends_W, _ = self._survey(epoch)
         first = int(np.searchsorted(ends_W, first_step, side="right"))
         skipped = first_step - int(ends_W[first - 1] if first else 0)
@@ -97,39 +97,39 @@ class BatchPlan:
             skipped = 0
 
     def batches_between(self, first: int, last: int) -> Iterator[Numbers]:
-        """The batches of steps `first` to `last`, the last not included, over all epochs."""
+        """Yield the batches of the global steps `first` to `last` (exclusive)."""
         begun, step = self.epoch_and_step(first)
         every = (self.batches(epoch, step if epoch == begun else 0) for epoch in count(begun))
         return islice(chain.from_iterable(every), last - first)
 
     def first_samples(self, most: int) -> Numbers:
-        """So many of the first epoch's samples, at most: the first of its order, before batches are made by length."""
+        """Return up to `most` samples of the first epoch, in the order before batches are formed by length."""
         return _EpochOrder(self._shards, self.seed, 0).between(0, min(most, self.samples))
 
     def share(self, batch: Numbers, rank: int, world: int) -> Numbers:
-        """What one of `world` ranks takes of a batch; together they take all of it."""
+        """Return one rank's part of a batch; the ranks' parts together are the batch."""
         return batch[rank::world]
 
     def check_world_size(self, world: int, epochs: int) -> None:
-        """Refuse more ranks than the smallest batch has samples.
+        """Check that the smallest batch has a sample for every rank.
 
         Raises:
-            UserError: some rank would have nothing to do in some step.
+            UserError: some rank would have no sample in some step.
         """
         smallest = min(self._survey(epoch)[1] for epoch in range(epochs))
         if smallest < world:
-            problem = f"the smallest batch, of {smallest}, is too small for {world} ranks"
-            raise UserError(problem, "raise train.batch_size or train.tokens_per_batch, or start fewer ranks")
+            problem = f"the smallest batch, of {smallest}, is smaller than the number of ranks, {world}"
+            raise UserError(problem, "raise train.batch_size or train.tokens_per_batch, or start fewer processes")
 
     def _survey(self, epoch: int) -> tuple[Numbers, int]:
-        """Of an epoch: how many steps there are up to the end of each window (W), and the smallest batch."""
+        """Return the cumulative number of steps after each window (W), and the size of the smallest batch."""
         if epoch not in self._surveys:
             counts_W, smallest = self._batching.survey(tokens_n for _, tokens_n in self._windows(epoch))
             self._surveys[epoch] = np.cumsum(counts_W), smallest
         return self._surveys[epoch]
 
     def _windows(self, epoch: int, first: int = 0) -> Iterator[tuple[Numbers, Column]]:
-        """Each window from `first` on: its samples and the lengths of their prompts, the shortest first."""
+        """Yield the samples of each window from `first` on and the lengths of their prompts, shortest first."""
         order = _EpochOrder(self._shards, self.seed, epoch)
         for window in range(first, self._batching.windows):
             numbers_n = order.between(self._batching.edge(window), self._batching.edge(window + 1))
@@ -140,7 +140,7 @@ class BatchPlan:
 
 
 class _KeptSamples:
-    """Which samples of each shard are kept."""
+    """The samples of each shard without the excluded ones."""
 
     def __init__(self, shard_S: Column, excluded: Numbers) -> None:
         shards = int(shard_S[-1]) + 1 if len(shard_S) else 0
@@ -149,14 +149,14 @@ class _KeptSamples:
         self.counts_P: Numbers = np.diff(self._edges) - np.diff(np.searchsorted(excluded, self._edges))
 
     def kept(self, shard: int) -> Numbers:
-        """The numbers of a shard's samples but the excluded ones."""
+        """Return the numbers of a shard's samples without the excluded ones."""
         start, stop = self._edges[shard : shard + 2]
         without = self._excluded[slice(*np.searchsorted(self._excluded, [start, stop]))]
         return np.delete(np.arange(start, stop), without - start)
 
 
 class _EpochOrder:
-    """One epoch's samples in their order; a group of shards is mixed when it is asked for."""
+    """The order of the samples of one epoch; a group of shards is shuffled on demand."""
 
     def __init__(self, shards: _KeptSamples, seed: int, epoch: int) -> None:
         self._shards, self._key = shards, (seed, epoch)
@@ -166,7 +166,7 @@ class _EpochOrder:
         self._held: dict[int, Numbers] = {}
 
     def between(self, start: int, stop: int) -> Numbers:
-        """The samples at these places of the order; memory holds the groups that they are in."""
+        """Return the samples at these positions of the order; only their groups are kept in memory."""
         first, last = int(np.searchsorted(self._ends, start, side="right")), int(np.searchsorted(self._ends, stop))
         groups = {at: self._held[at] if at in self._held else self._group(at) for at in range(first, last + 1)}
         self._held = {last: groups[last]}
@@ -185,13 +185,13 @@ class _Batching(Protocol):
     windows: int
 
     def edge(self, window: int) -> int:
-        """Where a window begins in the order."""
+        """Return the position in the order where a window begins."""
 
     def sizes(self, window: int, tokens_n: Column) -> Numbers:
-        """Of a window's batches, given the lengths of its prompts, the shortest first."""
+        """Return the sizes of the batches of a window, given the lengths of its prompts, shortest first."""
 
     def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
-        """How many batches each window has (W), and the size of the smallest, given each window's lengths."""
+        """Return the number of batches of each window (W) and the smallest batch, given each window's lengths."""
 
 
 class _FixedSize:
@@ -203,17 +203,17 @@ class _FixedSize:
         self.windows = -(-self._steps // SORTED_TOGETHER)
 
     def edge(self, window: int) -> int:
-        """Where a window begins in the order."""
+        """See `_Batching`."""
         step = min(window * SORTED_TOGETHER, self._steps)
         return step * self._small + min(step, self._larger)
 
     def sizes(self, window: int, tokens_n: Column) -> Numbers:
-        """Known without the lengths."""
+        """See `_Batching`; does not depend on the lengths."""
         steps = np.arange(window * SORTED_TOGETHER, min((window + 1) * SORTED_TOGETHER, self._steps))
         return self._small + (steps < self._larger)
 
     def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
-        """Known without the lengths: no window is planned for it."""
+        """See `_Batching`; no window is planned for it."""
         ends_W = np.minimum(np.arange(1, self.windows + 1) * SORTED_TOGETHER, self._steps)
         return np.diff(ends_W, prepend=0), self._small
 
@@ -227,16 +227,16 @@ class _TokenBudget:
         longest = max(int(part.max()) for part in parts) + slots
         if longest > budget:
             problem = f"the longest user prompt has {longest} tokens, more than train.tokens_per_batch = {budget}"
-            raise UserError(problem, "raise train.tokens_per_batch, or cut prompts with prompt.max_tokens")
+            raise UserError(problem, "raise train.tokens_per_batch, or shorten prompts with prompt.max_tokens")
         mean = sum(int(part.sum(dtype=np.int64)) for part in parts) / len(tokens_S) + slots
         self.windows = -(-samples // (SORTED_TOGETHER * max(1, int(budget / mean))))
 
     def edge(self, window: int) -> int:
-        """Where a window begins in the order."""
+        """See `_Batching`."""
         return self._samples * window // self.windows
 
     def sizes(self, window: int, tokens_n: Column) -> Numbers:
-        """_Batching from the longest prompt down; the last two batches share evenly, so that none is a small remainder."""
+        """See `_Batching`. Cut from the longest prompt down; the last two batches are balanced, so none is small."""
         sizes, left = [], len(tokens_n)
         while left:
             sizes.append(min(left, self._budget // max(1, int(tokens_n[left - 1]) + self._slots)))
@@ -247,6 +247,6 @@ class _TokenBudget:
         return np.array(sizes[::-1])
 
     def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
-        """How many batches each window has (W), and the size of the smallest."""
+        """See `_Batching`."""
         sizes = [self.sizes(window, tokens_n) for window, tokens_n in enumerate(windows)]
         return np.array([len(part) for part in sizes]), min(int(part.min()) for part in sizes)

@@ -1,7 +1,7 @@
-"""Are shards what their manifest, their index and the prepared dataset say? One pass over each file, some at a time.
+"""Verify shards against their manifest, their index and the prepared dataset, in one pass over each file.
 
-Hashes alone are checked at the speed of the disk, and only a tar that is not as it was written is looked into. To look
-into every sample takes several times longer, and finds what was written wrong, whatever the hashes say.
+Checking hashes runs at the speed of the disk, and only tars with a wrong hash are parsed. A deep check parses every
+sample: it takes several times longer, and finds wrong content whatever the hashes are.
 
 Shape letters: S samples.
 """
@@ -33,12 +33,12 @@ from rarec.data.shards.tar_members import BLOCK, MAX_SAMPLE_BYTES, iterate_sampl
 from rarec.errors import UserError
 from rarec.files import sha256_file
 
-_MOST_AFTER = 40 * BLOCK
-"""Two of tar's records: more zeros never follow the last sample."""
+_MAX_PADDING = 40 * BLOCK
+"""Two tar records: the largest number of zero bytes after the last sample."""
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong: the file that must be made again, and a line that says what it is."""
+    """One problem: the file to rebuild, and a line that describes what is wrong."""
 
     file: str
     line: str
@@ -47,28 +47,28 @@ class Problem(NamedTuple):
 def verify_shards(
     directory: Path, manifest: Mapping[str, Any], expected: Expected, threads: int, deep: bool = False
 ) -> list[Problem]:
-    """What is wrong with a directory of shards: the first thing of each file, by file.
+    """Verify a directory of shards; return the first problem of each file, sorted by file.
 
     Args:
-        directory: of the shards.
-        manifest: theirs, as `read_manifest` read it.
-        expected: what they should hold.
-        threads: files read at a time.
-        deep: look into every sample.
+        directory: directory of the shards.
+        manifest: its manifest, from `read_manifest`.
+        expected: expected content.
+        threads: number of files read in parallel.
+        deep: parse every sample.
 
     Raises:
-        UserError: the manifest itself is garbled.
+        UserError: the manifest itself is malformed.
     """
     records = shard_records(directory, manifest)
     index, found = _index(directory, manifest)
-    if index is not None and _as_written(directory / INDEX, manifest["files"].get(INDEX, "")):
+    if index is not None and _is_unchanged(directory / INDEX, manifest["files"].get(INDEX, "")):
         found += [] if deep else [_unexpected_row(index, expected)]
     else:
-        deep = True  # the tars tell which row it is
+        deep = True  # parse the tars to find the wrong row
     indexed = [None] * len(records) if index is None else split_by_shard(index, records)
 
     def tar(shard: int) -> Problem | None:
-        if not deep and _as_written(directory / tar_name(shard), records[shard]["sha256"]):
+        if not deep and _is_unchanged(directory / tar_name(shard), records[shard]["sha256"]):
             return None
         return TarCheck(directory, records[shard], shard, expected, indexed[shard]).problem()
 
@@ -93,7 +93,7 @@ def _index(directory: Path, manifest: Mapping[str, Any]) -> tuple[Entries | None
 
 
 def _unexpected_row(index_S: Entries, expected: Expected) -> Problem | None:
-    """An index row of a sample that should not be there."""
+    """Report the first index row whose sample was not selected for its place."""
     row = expected.first_unexpected(index_S["user"], index_S["position"])
     if row is None:
         return None
@@ -108,24 +108,24 @@ def _file_problem(path: Path, name: str, digest: str) -> Problem | None:
         altered = sha256_file(path) != digest
     except OSError as error:
         return Problem(name, f"{name} cannot be read: {error.strerror}")
-    return Problem(name, f"{name}: its bytes are not those that were written (sha256 differs)") if altered else None
+    return Problem(name, f"{name}: its bytes differ from what was written (sha256 differs)") if altered else None
 
 
-def _as_written(path: Path, digest: str) -> bool:
+def _is_unchanged(path: Path, digest: str) -> bool:
     return _file_problem(path, path.name, digest) is None
 
 
 def _misplaced(directory: Path, manifest: Mapping[str, Any], expected: Expected) -> Iterator[Problem]:
-    """Files that the manifest does not know, and shards that it should know."""
+    """Report files that are not in the manifest, and expected shards that the manifest lacks."""
     for path in directory.iterdir():
         if path.name not in {*manifest["files"], MANIFEST} and not path.name.startswith("."):
-            yield Problem(path.name, f"{path.name} is no part of these shards")
+            yield Problem(path.name, f"{path.name} is not one of these shards' files")
     for name in map(tar_name, range(len(manifest["shards"]), expected.shards)):
-        yield Problem(name, f"shard {name} is missing, and {MANIFEST} does not know of it")
+        yield Problem(name, f"shard {name} is missing, and not listed in {MANIFEST}")
 
 
 def index_tar(path: Path, shard: int) -> Entries:
-    """The index rows of an intact tar, from the tar alone; (S,) of `ENTRY`."""
+    """Return the index rows of an intact tar, from the tar alone; (S,) of `ENTRY`."""
     rows, offset = [], 0
     with path.open("rb") as file:
         for key, extent in iterate_samples(file):
@@ -135,14 +135,14 @@ def index_tar(path: Path, shard: int) -> Entries:
 
 
 class TarCheck:
-    """Reads one tar from its first byte to its last, without help of the index, and compares.
+    """Read one tar from start to end without the index, and compare it with what is expected.
 
     Args:
-        directory: of the shards.
-        record: the tar's, from the manifest.
-        shard: its number.
-        expected: what all shards should hold.
-        indexed_S: the tar's rows of the index, where that can be read.
+        directory: directory of the shards.
+        record: record of the tar in the manifest.
+        shard: number of the tar.
+        expected: expected content of all shards.
+        indexed_S: rows of the index for this tar; None if the index cannot be read.
     """
 
     def __init__(
@@ -152,23 +152,23 @@ class TarCheck:
         self.keys = expected.keys(shard)
         self.indexed = None if indexed_S is None else indexed_S.tolist()
         self.rows: list[tuple[int, ...]] = []
-        self.unlike_index: str | None = None
+        self.index_mismatch: str | None = None
 
     def problem(self) -> Problem | None:
-        """What is wrong first, if anything."""
+        """Return the first problem, or None."""
         name = self.path.name
         try:
             if not self.path.is_file():
                 return Problem(name, f"shard {name} is missing")
             with self.path.open("rb") as file:
-                return self._unlike_manifest(self._read(file))
+                return self._compare_manifest(self._read(file))
         except OSError as error:
             return Problem(name, f"shard {name} cannot be read: {error.strerror}")
         except ValueError as error:
             return Problem(name, f"shard {name}, {error}")
 
     def _read(self, file: BinaryIO) -> dict[str, Any]:
-        """The tar's record. A ValueError names the first sample that is not what it should be."""
+        """Return the record of the tar. Raise ValueError for the first sample that is not as expected."""
         whole, offset, size = hashlib.sha256(), 0, os.fstat(file.fileno()).st_size
         if size > self.record["bytes"] + MAX_SAMPLE_BYTES:
             raise ValueError(f"it has {size} bytes, but {self.record['bytes']} were written")
@@ -177,20 +177,20 @@ class TarCheck:
             self._sample(key, extent, offset)
             offset += len(extent)
         file.seek(offset)
-        rest = file.read(_MOST_AFTER + 1)
+        rest = file.read(_MAX_PADDING + 1)
         whole.update(rest)
         if len(self.rows) < len(self.keys):
-            raise ValueError(self._absence(rest))
-        if not 2 * BLOCK <= len(rest) <= _MOST_AFTER or rest.strip(b"\0"):
-            raise ValueError("after its last sample: something else than the end of a tar")
+            raise ValueError(self._missing_sample(rest))
+        if not 2 * BLOCK <= len(rest) <= _MAX_PADDING or rest.strip(b"\0"):
+            raise ValueError("after its last sample: the end of the tar is malformed")
         return shard_record(self.path.name, np.array(self.rows, ENTRY), offset + len(rest), whole.hexdigest())
 
-    def _absence(self, rest: bytes) -> str:
-        """Of the sample that should come next, where instead this does."""
-        key, stands = self.keys[len(self.rows)], rest[:40].rstrip(b"\0")
-        if stands.startswith(f"{key}.".encode()):
-            return f"sample {key}: it is torn"
-        return f"sample {key}: it is missing" + (f"; in its place stands {stands!r}" if stands else "")
+    def _missing_sample(self, rest: bytes) -> str:
+        """Describe the missing sample that should come next, given the bytes in its place."""
+        key, found = self.keys[len(self.rows)], rest[:40].rstrip(b"\0")
+        if found.startswith(f"{key}.".encode()):
+            return f"sample {key}: it is truncated"
+        return f"sample {key}: it is missing" + (f"; found {found!r} instead" if found else "")
 
     def _sample(self, key: str, extent: bytes, offset: int) -> None:
         place = len(self.rows)
@@ -204,23 +204,23 @@ class TarCheck:
             raise ValueError(f"sample {key}: {what}")
         self.rows.append(_row(sample, extent, offset, self.shard))
         if self.indexed is not None and self.indexed[place : place + 1] != self.rows[-1:]:
-            self.unlike_index = self.unlike_index or key
-        lie = None if self.unlike_index else self.expected.mismatch(sample)
-        if lie:
-            raise ValueError(f"sample {key}: {lie}")
+            self.index_mismatch = self.index_mismatch or key
+        mismatch = None if self.index_mismatch else self.expected.mismatch(sample)
+        if mismatch:
+            raise ValueError(f"sample {key}: {mismatch}")
 
-    def _unlike_manifest(self, record: dict[str, Any]) -> Problem | None:
-        name, key = record["file"], self.unlike_index
+    def _compare_manifest(self, record: dict[str, Any]) -> Problem | None:
+        name, key = record["file"], self.index_mismatch
         if record["sha256"] != self.record["sha256"]:
             what = f"shard {name}, sample {key}" if key else f"shard {name}"
-            return Problem(name, f"{what}: its bytes are not those that were written (sha256 differs)")
+            return Problem(name, f"{what}: its bytes differ from what was written (sha256 differs)")
         if key:
-            return Problem(INDEX, f"{INDEX}, shard {name}, sample {key}: the row is not what the tar gives")
+            return Problem(INDEX, f"{INDEX}, shard {name}, sample {key}: the row does not match the tar")
         if record != self.record:
-            return Problem(name, f"shard {name}: its record in {MANIFEST} is not what the tar gives")
+            return Problem(name, f"shard {name}: its record in {MANIFEST} does not match the tar")
         return None
 
 
 def _row(sample: Sample, extent: bytes, offset: int, shard: int) -> tuple[int, ...]:
-    """What `ENTRY` holds."""
+    """Return the values of an `ENTRY`."""
     return shard, offset, len(extent), len(sample.tokens_T), sample.user, sample.position, digest_of(extent)

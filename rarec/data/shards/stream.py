@@ -1,7 +1,7 @@
-"""The stream: samples in the plan's order, read from the tars one by one, each checked against the index.
+"""Read samples from the tars in the order of a batch plan, and verify each against the index.
 
-No tar is read whole, nor opened before a sample of it is due: beginning in the middle costs what beginning does, and a
-rank reads its own samples only.
+No tar is read completely, or opened before it is needed: to start in the middle of an epoch costs as much as to start
+at its beginning, and a rank reads only its own samples.
 
 Shape letters: S samples, n samples of a batch.
 """
@@ -20,23 +20,23 @@ from rarec.data.shards.batch_plan import BatchPlan, Numbers
 from rarec.data.shards.index import REBUILD, REPAIR, Entries, digest_of, key_of, release_pages, tar_name
 from rarec.data.shards.samples import Sample, SampleSpec, read_sample
 from rarec.data.shards.tar_members import all_finite
-from rarec.data.shards.tars import OPEN, LocalTars, Tars
+from rarec.data.shards.tars import MAX_OPEN, LocalTars, Tars
 from rarec.errors import UserError
 from rarec.files import read_json
 
 SampleNames = dict[str, dict[str, int]]
-"""Samples by the file that they are in and their key, with their number."""
+"""Sample numbers by file and key."""
 
 
 class SampleStream:
-    """Reads the batches of a plan.
+    """Read the batches of a plan.
 
     Args:
-        plan: who comes when.
-        index_S: where each sample lies, from `open_index`.
-        tars: where the shards are.
-        items: size of the catalogue.
-        spec: of every sample, where a model waits for it.
+        plan: batch plan.
+        index_S: location of each sample, from `open_index`.
+        tars: access to the shards.
+        items: number of items in the catalogue.
+        spec: types and shapes of every sample; not checked if None.
     """
 
     def __init__(
@@ -47,19 +47,25 @@ class SampleStream:
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def epoch(self, epoch: int, first_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Sample]]:
-        """A rank's part of the epoch's batches from `first_step` on.
+        """Yield a rank's part of each batch of an epoch, from `first_step` on.
+
+        Args:
+            epoch: number of the epoch.
+            first_step: first step within the epoch.
+            rank: rank of the reader.
+            world: number of ranks.
 
         Raises:
-            UserError: a sample is not what the index says; names shard and key.
+            UserError: a sample does not match the index; the message names its shard and key.
         """
         for batch in self.plan.batches(epoch, first_step):
             yield self.read(self.plan.share(batch, rank, world))
 
     def read(self, numbers_n: Numbers) -> list[Sample]:
-        """These samples.
+        """Return the samples with these numbers.
 
         Raises:
-            UserError: one is not what the index says; names shard and key.
+            UserError: a sample does not match the index; the message names its shard and key.
         """
         entries_n = self._index_S[numbers_n]
         release_pages(self._index_S)
@@ -80,16 +86,16 @@ class SampleStream:
         return sample
 
     def _extent(self, entry: np.void) -> bytes:
-        """What stands at a sample's place; shorter where the tar ends before it."""
+        """Return the bytes at a sample's place; fewer if the tar ends earlier."""
         shard = int(entry["shard"])
         if shard not in self._open:
             self._open[shard] = self._tars.open(shard)
-            if len(self._open) > OPEN:
+            if len(self._open) > MAX_OPEN:
                 self._close(next(iter(self._open)))
         self._open.move_to_end(shard)
         try:
             return os.pread(self._open[shard].fileno(), int(entry["size"]), int(entry["offset"]))
-        except (OSError, OverflowError) as error:  # a bad sector; an offset beyond every file
+        except (OSError, OverflowError) as error:  # a bad sector, or an offset beyond the file
             problem = f"shard {self._tars.name(shard)}, sample {key_of(entry)}: {error}"
             raise UserError(problem, REPAIR) from None
 
@@ -98,20 +104,28 @@ class SampleStream:
             self._open.pop(shard).close()
 
     def _problem(self, sample: Sample) -> str | None:
-        """What a step would stumble over, or not notice, though the bytes are those that were written."""
+        """Return a defect that would break a training step, or pass unnoticed, though the bytes are as written."""
         rows_H = sample.history_H
         if sample.target >= self._items or rows_H.min(initial=0) < 0 or rows_H.max(initial=0) >= self._items:
-            return f"an item's row is beyond the catalogue of {self._items}"
+            return f"an item row is beyond the catalogue of {self._items}"
         if not all(all_finite(values) for values in (sample.states_LD, *sample.vectors.values())):
-            return "a state or a vector is not a finite number"
+            return "a state or a vector has NaN or infinity"
         return self._spec.mismatch(sample) if self._spec else None
 
 
 def damaged_samples(index_S: Entries, tars: LocalTars, threads: int) -> Numbers:
-    """The numbers of all damaged samples: each is read once, several shards at a time. A missing tar's all are.
+    """Find all samples whose bytes do not match the index; all samples of a missing tar count as damaged.
+
+    Args:
+        index_S: index of the shards.
+        tars: local shards.
+        threads: number of shards read in parallel.
+
+    Returns:
+        The numbers of the damaged samples.
 
     Raises:
-        UserError: a tar may not be read.
+        UserError: a tar cannot be read.
     """
     shards = int(index_S["shard"][-1]) + 1
 
@@ -120,14 +134,14 @@ def damaged_samples(index_S: Entries, tars: LocalTars, threads: int) -> Numbers:
         if not os.path.lexists(tars.name(shard)):
             return list(rows)
         with tars.open(shard) as file:
-            return [row for row in rows if not _whole(file, index_S[row])]
+            return [row for row in rows if not _is_intact(file, index_S[row])]
 
     with ThreadPoolExecutor(threads) as pool:
         return np.array([row for part in pool.map(check, range(shards)) for row in part], np.int64)
 
 
 def name_samples(index_S: Entries, numbers: Numbers) -> SampleNames:
-    """Samples as people name them."""
+    """Group sample numbers by file and key."""
     named: SampleNames = {}
     for number in numbers.tolist():
         named.setdefault(tar_name(int(index_S[number]["shard"])), {})[key_of(index_S[number])] = number
@@ -135,10 +149,10 @@ def name_samples(index_S: Entries, numbers: Numbers) -> SampleNames:
 
 
 def read_names(path: Path, index_S: Entries) -> Numbers:
-    """The numbers in a file of `SampleNames`.
+    """Read sample numbers from a file written with `name_samples`.
 
     Raises:
-        UserError: it is garbled, or names samples that the index has elsewhere.
+        UserError: the file is malformed, or does not match the index.
     """
     named = read_json(path)
     try:
@@ -147,15 +161,13 @@ def read_names(path: Path, index_S: Entries) -> Numbers:
     except (AttributeError, TypeError, ValueError, IndexError, OverflowError):
         agrees = False
     if not agrees:
-        raise UserError(
-            f"{path} names samples that these shards do not hold", "train it again: rarec train CONFIG --fresh"
-        )
+        raise UserError(f"{path} names samples that are not in these shards", "retrain: rarec train CONFIG --fresh")
     return numbers
 
 
-def _whole(file: BinaryIO, entry: np.void) -> bool:
+def _is_intact(file: BinaryIO, entry: np.void) -> bool:
     try:
         extent = os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
-    except (OSError, OverflowError):  # a bad sector; an offset beyond every file
+    except (OSError, OverflowError):  # a bad sector, or an offset beyond the file
         return False
     return bool(digest_of(extent) == entry["digest"])

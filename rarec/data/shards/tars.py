@@ -1,7 +1,8 @@
-"""Shards that lie elsewhere, behind an fsspec URL: what describes them is fetched whole, tars when they are due.
+"""Open the tars of shards, in a local directory or behind an fsspec URL.
 
-Fetched tars stay in a directory of bounded size that processes share. What is there is whole and was verified; what is
-least recently opened goes first. A tar that goes while another process reads it stays readable there until closed.
+Behind a URL, the files that describe the shards are fetched first, tars on demand into a directory of bounded size that
+processes share. Every cached tar is complete and verified; the least recently opened one is evicted first. A tar
+that is evicted while another process reads it remains readable there until it is closed.
 """
 
 import hashlib
@@ -19,28 +20,32 @@ from rarec.data.shards.index import REPAIR, tar_name
 from rarec.errors import UserError
 from rarec.files import locked, new_directory, write_aside
 
-OPEN = 2 * SHUFFLED_TOGETHER
-"""Tars held open: a window of the plan lies in two groups of shards, unless they are tiny."""
+MAX_OPEN = 2 * SHUFFLED_TOGETHER
+"""Number of tars kept open: a window of the plan spans two groups of shards, unless they are tiny."""
 _BLOCK = 2**22
 _LOCKS = 64
-"""Fetches of different tars that do not wait for each other."""
+"""Number of locks, and so of tars that can be fetched in parallel."""
 _ABANDONED = 3600
-"""Seconds without a byte written, after which a fetch is taken for dead."""
-_REACH = "check train.stream.remote, the network, and the credentials that fsspec finds; the same command goes on"
-_AGAIN = "copy run.dir/shards there again, whole, or fetch its description anew: rarec shards CONFIG --fresh"
+"""Seconds without a write after which a fetch counts as dead."""
+_CHECK_ACCESS = (
+    "check train.stream.remote, the network, and the credentials that fsspec finds; then run the same command to resume"
+)
+_COPY_AGAIN = (
+    "copy the complete run.dir/shards there again, or fetch its description again: rarec shards CONFIG --fresh"
+)
 
 
 class Tars(Protocol):
-    """Where the tars are."""
+    """Open the tars of some shards by number."""
 
     def name(self, shard: int) -> str:
-        """Of a tar, for messages."""
+        """Return the name of a tar in messages."""
 
     def open(self, shard: int) -> BinaryIO:
-        """A tar, opened for reading."""
+        """Open a tar for reading."""
 
     def drop_cached(self, shard: int) -> bool:
-        """Get a tar that proved bad anew; False where there is no other copy."""
+        """Drop the cached copy of a damaged tar; return False if there is no other copy."""
 
 
 class LocalTars:
@@ -50,17 +55,17 @@ class LocalTars:
         self.directory = directory
 
     def name(self, shard: int) -> str:
-        """Its path."""
+        """See `Tars`: the path."""
         return str(self.directory / tar_name(shard))
 
     def open(self, shard: int) -> BinaryIO:
-        """A tar, opened for reading.
+        """See `Tars`.
 
         Raises:
-            UserError: it is missing or may not be read.
+            UserError: the tar is missing or cannot be read.
         """
         try:
-            handle = os.open(self.name(shard), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever
+            handle = os.open(self.name(shard), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block forever
             return os.fdopen(handle, "rb")
         except FileNotFoundError:
             raise UserError(f"shard {self.name(shard)} is missing", REPAIR) from None
@@ -68,69 +73,69 @@ class LocalTars:
             raise UserError(f"shard {self.name(shard)} cannot be read: {error.strerror}", REPAIR) from None
 
     def drop_cached(self, shard: int) -> bool:
-        """There is no other copy."""
+        """See `Tars`: there is no other copy."""
         return False
 
 
 class RemoteTars:
-    """Tars behind a URL, fetched into a cache as they are opened.
+    """Tars behind a URL, fetched into a cache when they are opened.
 
     Args:
-        url: of the directory of shards.
-        records: of the shards, from their manifest.
+        url: URL of the directory of shards.
+        records: records of the shards, from their manifest.
         cache: directory of the fetched tars, shared by processes.
-        most: bytes that they may take.
+        max_bytes: largest size of the cache in bytes.
 
     Raises:
-        UserError: the cache is too small for the tars that are read at the same time.
+        UserError: the cache is too small for the tars that are open at the same time.
     """
 
-    def __init__(self, url: str, records: Sequence[Mapping[str, Any]], cache: Path, most: int) -> None:
-        needed = sum(sorted(record["bytes"] for record in records)[-OPEN:])
-        if needed > most:
-            problem = f"train.stream.cache_gb = {most / 1e9:g} is too small: {OPEN} tars are read at the same time"
+    def __init__(self, url: str, records: Sequence[Mapping[str, Any]], cache: Path, max_bytes: int) -> None:
+        needed = sum(sorted(record["bytes"] for record in records)[-MAX_OPEN:])
+        if needed > max_bytes:
+            problem = f"train.stream.cache_gb = {max_bytes / 1e9:g} is too small for {MAX_OPEN} open tars"
             raise UserError(problem, f"raise it to {needed / 1e9:.3g} or more, or lower shards.samples_per_shard")
-        self._url, self._records, self._cache, self._most = _place(url), records, cache, most
+        self._url, self._records, self._cache, self._max_bytes = _base_url(url), records, cache, max_bytes
         self._locks = cache / "locks"
         self._locks.mkdir(parents=True, exist_ok=True)
 
     def name(self, shard: int) -> str:
-        """Its URL."""
+        """See `Tars`: the URL."""
         return f"{self._url}/{tar_name(shard)}"
 
     def open(self, shard: int) -> BinaryIO:
-        """A tar, opened for reading; fetched if it is not in the cache.
+        """See `Tars`; fetch the tar if it is not cached.
 
         Raises:
-            UserError: it cannot be fetched, or is not what the manifest says.
+            UserError: the tar cannot be fetched, or does not match the manifest.
         """
         path = self._cache / tar_name(shard)
         while True:
             try:
-                os.utime(path)  # the time of the last opening
+                os.utime(path)  # records the last use
                 return path.open("rb")
-            except FileNotFoundError:  # not yet there, or gone again to make room
+            except FileNotFoundError:  # not yet fetched, or evicted
                 self._fetch(shard, path)
 
     def drop_cached(self, shard: int) -> bool:
-        """Drop a cached tar that proved bad; the next opening fetches it again."""
+        """See `Tars`; the next `open` fetches the tar again."""
         (self._cache / tar_name(shard)).unlink(missing_ok=True)
         return True
 
     def _fetch(self, shard: int, path: Path) -> None:
         with locked(self._locks / str(shard % _LOCKS)):
-            if not path.exists():  # another process may just have fetched it
+            if not path.exists():  # another process may have fetched it meanwhile
                 record = self._records[shard]
                 size = record["bytes"]
                 _fetch(self.name(shard), path, record["sha256"], size, lambda file: self._reserve(file, size))
 
     def _reserve(self, file: BinaryIO, size: int) -> None:
-        """Make room for a tar and take it, so that no other process counts on it."""
+        """Evict tars to make room, and reserve it by extending the file, so that other processes count it."""
         with locked(self._locks / "room"):
             present = list(_present(self._cache))
             total = size + sum(each for _, each, _ in present)
             for used, each, path in sorted(present):
-                if total <= self._most:
+                if total <= self._max_bytes:
                     break
                 if path.suffix == ".tar" or time.time() - used > _ABANDONED:
                     path.unlink(missing_ok=True)
@@ -139,41 +144,45 @@ class RemoteTars:
 
 
 def fetch_description(url: str, directory: Path) -> None:
-    """Fetch everything of remote shards but the tars into `directory`, verified, unless their manifest is there.
+    """Fetch and verify all files of remote shards except the tars, unless their manifest is already there.
+
+    Args:
+        url: URL of the directory of shards.
+        directory: local directory for the files.
 
     Raises:
-        UserError: they cannot be read or are not what their manifest says, or shards are half made in `directory`.
+        UserError: a file cannot be read or does not match the manifest, or `directory` has unfinished local shards.
     """
     with locked(directory.with_name(f".{directory.name}.fetch")):
         if (directory / MANIFEST).exists():
             return
         if directory.exists():
             remedy = "finish them with train.stream.remote=null, or move them away"
-            raise UserError(f"{directory} holds shards that were begun here", remedy)
+            raise UserError(f"{directory} contains unfinished shards of this machine", remedy)
         with new_directory(directory) as aside:
-            _fetch(f"{_place(url)}/{MANIFEST}", aside / MANIFEST)
+            _fetch(f"{_base_url(url)}/{MANIFEST}", aside / MANIFEST)
             for name, digest in _sidecars(url, aside).items():
-                _fetch(f"{_place(url)}/{name}", aside / name, digest)
+                _fetch(f"{_base_url(url)}/{name}", aside / name, digest)
 
 
-def _place(url: str) -> str:
+def _base_url(url: str) -> str:
     return url.rstrip("/")
 
 
 def _sidecars(url: str, directory: Path) -> dict[str, str]:
-    """What lies beside the tars, name to sha256, by the manifest that was just fetched."""
+    """Return name and sha256 of the files besides the tars, from the fetched manifest."""
     try:
         files: dict[str, str] = read_manifest(directory, "shards")["files"]
     except UserError as error:
-        raise UserError(error.problem.replace(str(directory), _place(url)), _AGAIN) from None
+        raise UserError(error.problem.replace(str(directory), _base_url(url)), _COPY_AGAIN) from None
     strange = [name for name in files if "/" in name or name.startswith(".")]
     if strange:
-        raise UserError(f"{_place(url)}/{MANIFEST}: {strange[0]!r} is no name of a file of shards", _AGAIN)
+        raise UserError(f"{_base_url(url)}/{MANIFEST}: {strange[0]!r} is not a valid file name of shards", _COPY_AGAIN)
     return {name: digest for name, digest in files.items() if not name.endswith(".tar")}
 
 
 def _present(cache: Path) -> Iterator[tuple[float, int, Path]]:
-    """Time, size and path of each file in the cache; those being fetched have their full size at once."""
+    """Yield time, size and path of each file in the cache; files being fetched already have their full size."""
     for path in cache.iterdir():
         try:
             stat = path.stat()
@@ -187,38 +196,38 @@ def _fetch(
     url: str,
     path: Path,
     digest: str | None = None,
-    most: int | None = None,
+    max_bytes: int | None = None,
     reserve: Callable[[BinaryIO], None] | None = None,
 ) -> None:
-    """Fetch a file, verify and rename it; a fetch that fails is tried once more."""
+    """Fetch a file, verify it and rename it; try once more on failure."""
     try:
-        _copy(url, path, digest, most, reserve)
+        _copy(url, path, digest, max_bytes, reserve)
     except UserError:
-        _copy(url, path, digest, most, reserve)
+        _copy(url, path, digest, max_bytes, reserve)
 
 
 def _copy(
-    url: str, path: Path, digest: str | None, most: int | None, reserve: Callable[[BinaryIO], None] | None
+    url: str, path: Path, digest: str | None, max_bytes: int | None, reserve: Callable[[BinaryIO], None] | None
 ) -> None:
     fetched = hashlib.sha256()
     with write_aside(path) as file:
         if reserve:
             reserve(file)
         for block in _blocks(url):
-            if most is not None and file.tell() + len(block) > most:
-                raise UserError(f"{url} is not what its manifest says (more than {most} bytes)", _AGAIN)
+            if max_bytes is not None and file.tell() + len(block) > max_bytes:
+                raise UserError(f"{url} does not match its manifest (more than {max_bytes} bytes)", _COPY_AGAIN)
             fetched.update(block)
             file.write(block)
         if digest is not None and fetched.hexdigest() != digest:
-            raise UserError(f"{url} is not what its manifest says (sha256 differs)", _AGAIN)
+            raise UserError(f"{url} does not match its manifest (sha256 differs)", _COPY_AGAIN)
 
 
 def _blocks(url: str) -> Iterator[bytes]:
     try:
-        with fsspec.open(url, "rb") as file:  # no file system is kept: most do not survive a fork
+        with fsspec.open(url, "rb") as file:  # not reused: most file systems do not survive a fork
             while block := file.read(_BLOCK):
                 yield block
     except FileNotFoundError:
-        raise UserError(f"{url} does not exist", _AGAIN) from None
-    except Exception as error:  # every kind of store raises its own
-        raise UserError(f"{url} cannot be read: {type(error).__name__}: {error}", _REACH) from None
+        raise UserError(f"{url} does not exist", _COPY_AGAIN) from None
+    except Exception as error:  # every store has its own exceptions
+        raise UserError(f"{url} cannot be read: {type(error).__name__}: {error}", _CHECK_ACCESS) from None
