@@ -5,9 +5,9 @@
 PATH contains, each with interactions.parquet and items.parquet: amazon-beauty-2014 (5-core), ml-1m, ml-100k and
 uci-online-retail-2009-2011. Missing datasets are skipped, but one must exist. The exit code is 1 if anything differs.
 
-The second implementation uses pandas and hashlib and shares no code with rarec. It covers the counts after each step,
-the fixed point of the k-core, every user's items in the order of time and of the documented tie rule, the split, and the
-number of training interactions of each item.
+The second implementation uses pandas and hashlib and shares no code with rarec. It covers the counts after each
+step, the fixed point of the k-core, every user's items in the order of time and of the documented tie rule, the split,
+and the number of training interactions of each item.
 """
 
 import argparse

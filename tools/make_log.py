@@ -6,8 +6,8 @@ DIR/interactions/part-00000.parquet ... have user, item, time; DIR/items.parquet
 The options are the fields of `Log`.
 
 Every item belongs to a taste, and popularity follows Zipf's law. A user drifts from one taste to another. An item
-either follows from the previous one (each has a few successors, some more likely than others) or is drawn from the current
-taste, sometimes from the whole catalogue. So a sequence model, or a model that reads titles, beats popularity.
+either follows from the previous one (each has a few successors, some more likely than others) or is drawn from the
+current taste, sometimes from the whole catalogue. So a sequence model, or a model that reads titles, beats popularity.
 
 Users are generated in blocks, each from the seed and the block's position. Memory holds one block, the item ids and
 their successors. Letters: U users of a block, I its interactions, F the interactions drawn anew, N items.

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rarec.config.logs import Prepare
-from rarec.data.engines.base import InputTable, NamedTable, PrepareEngine, TableLocation, compute_value, display_name
+from rarec.data.engines.prepare_engine import (
+    InputTable,
+    NamedTable,
+    PrepareEngine,
+    TableLocation,
+    compute_value,
+    display_name,
+)
 from rarec.errors import UserError
 
 __all__ = ["InputTable", "NamedTable", "PrepareEngine", "TableLocation", "compute_value", "display_name", "open_engine"]

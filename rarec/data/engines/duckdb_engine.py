@@ -13,8 +13,15 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rarec.data.engines.base import InputTable, NamedTable, TableLocation, check_columns, display_name, raise_if_nested
 from rarec.data.engines.duckdb_scan import DATABASE, identifier, quoted, scan
+from rarec.data.engines.prepare_engine import (
+    InputTable,
+    NamedTable,
+    TableLocation,
+    check_columns,
+    display_name,
+    raise_if_nested,
+)
 from rarec.data.engines.table_files import TableFiles, check_parquet_columns
 from rarec.errors import UserError
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rarec.data.engines.base import NamedTable, TableLocation, display_name
+from rarec.data.engines.prepare_engine import NamedTable, TableLocation, display_name
 from rarec.data.engines.table_files import DELIMITED, TableFiles, read_header
 from rarec.errors import UserError
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from rarec.data.engines.base import InputTable, TableLocation, check_columns, display_name, raise_if_nested
+from rarec.data.engines.prepare_engine import InputTable, TableLocation, check_columns, display_name, raise_if_nested
 from rarec.data.engines.table_files import DELIMITED, TableFiles, check_parquet_columns
 from rarec.errors import UserError
 

@@ -8,7 +8,7 @@ import fsspec
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from rarec.data.engines.base import TableLocation, display_name
+from rarec.data.engines.prepare_engine import TableLocation, display_name
 from rarec.data.engines.table_files import DELIMITED, TableFiles, read_header
 from rarec.errors import UserError
 

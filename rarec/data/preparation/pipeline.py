@@ -48,11 +48,11 @@ def prepare_dataset(config: Prepare, directory: Path, *, seed: int, say: Say) ->
     """
     _check(config)
     settings, made_from = dataset_identity(config, seed)
-    with new_directory(directory) as aside:
-        with open_engine(config, aside / "spill") as engine:
-            figures = _Preparation(config, engine, say).write(aside)
-        write_manifest(aside, "prepare", settings=settings, made_from=made_from, **figures)
-        dataset = PreparedDataset.open(aside)
+    with new_directory(directory) as temporary:
+        with open_engine(config, temporary / "spill") as engine:
+            figures = _Preparation(config, engine, say).write(temporary)
+        write_manifest(temporary, "prepare", settings=settings, made_from=made_from, **figures)
+        dataset = PreparedDataset.open(temporary)
         check_no_leaks(dataset)
     return replace(dataset, directory=directory)
 
@@ -60,9 +60,8 @@ def prepare_dataset(config: Prepare, directory: Path, *, seed: int, say: Say) ->
 def _check(config: Prepare) -> None:
     """Check the settings of a temporal split and of new items."""
     if config.split.new_items and config.min_user_interactions < split.MIN_INTERACTIONS:
-        problem = (
-            f"prepare.split.new_items: users with fewer than {split.MIN_INTERACTIONS} interactions train on all of them"
-        )
+        short = f"users with fewer than {split.MIN_INTERACTIONS} interactions"
+        problem = f"prepare.split.new_items: {short} train on their last one, which may be a new item"
         raise UserError(problem, f"set prepare.min_user_interactions to {split.MIN_INTERACTIONS} or more")
     if config.split.kind != "temporal":
         return
@@ -92,7 +91,7 @@ class StepCounts:
         steps: one record per step, plain JSON, for the manifest.
     """
 
-    def __init__(self, engine: PrepareEngine, log: ir.Table, name: str, say: Callable[[str], None]) -> None:
+    def __init__(self, engine: PrepareEngine, log: ir.Table, name: str, say: Say) -> None:
         self.engine, self.log, self.steps = engine, log, list[dict[str, Any]]()
         self._name, self._say = name, say
         self.counts = engine.rows(log.agg(**_aggregates(log, ("interactions", "users", "items"))))[0]

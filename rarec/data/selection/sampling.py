@@ -60,25 +60,18 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
     targets_S = dataset.items_at(users_S, positions_S)
     titles = TitleWords.of(dataset.titles, dataset.untitled)
     sharing_S = _sharing(dataset, titles) if config.denoise else np.ones(len(users_S), bool)
-    seen_U = dataset.train_length_U - dataset.held_out_U(holdout) if holdout else np.zeros_like(dataset.train_length_U)
-    open_S = positions_S >= seen_U[users_S]
-    candidates_C = np.flatnonzero(sharing_S & open_S)
-    if not len(users_S):
-        raise UserError("no user has two training interactions, so there is no sample", "provide a larger log")
-    if not len(candidates_C):
-        problem = (
-            f"shards.denoise drops all {open_S.sum()} training samples: no target shares a title word with its history"
-        )
-        raise UserError(problem, "set shards.denoise to false, or set prepare.items.title to a column of words")
+    eligible_S = _eligible(dataset, holdout, users_S, positions_S)
+    candidates_C = np.flatnonzero(sharing_S & eligible_S)
+    _raise_if_empty(users_S, eligible_S, candidates_C)
     grid = _Grid.of(dataset, config)
     buckets_S = grid.bucket(users_S, targets_S)
     wanted = max(1, round(config.share * len(users_S)))
     drawn = _draw(buckets_S[candidates_C], wanted, config.diversify, rng)
     chosen = candidates_C[rng.permutation(drawn)]
-    noise = np.flatnonzero(~sharing_S & open_S)
+    noise = np.flatnonzero(~sharing_S & eligible_S)
     wordless = int((titles.counts_N[targets_S[noise]] == 0).sum())
     dropped = {"target_without_words": wordless, "no_shared_word": len(noise) - wordless}
-    dropped["trains_the_id_model"] = int((~open_S).sum())
+    dropped["trains_the_id_model"] = int((~eligible_S).sum())
     report = {
         "samples": {"all": len(users_S), "after_denoise": len(candidates_C), "wanted": wanted, "kept": len(chosen)},
         "dropped": {**dropped, "not_drawn": len(candidates_C) - len(chosen)},
@@ -86,6 +79,24 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
         "noise": _examples(dataset, users_S, positions_S, rng.permutation(noise)[:EXAMPLES]),
     }
     return Selection(users_S[chosen], positions_S[chosen], report)
+
+
+def _eligible(dataset: PreparedDataset, holdout: float, users_S: Int32, positions_S: Int32) -> Mask:
+    """Return (S,) True for the samples whose target the ID model does not train on."""
+    if not holdout:
+        return np.ones(len(users_S), bool)
+    trained_U = dataset.train_length_U - dataset.held_out_U(holdout)
+    eligible_S: Mask = positions_S >= trained_U[users_S]
+    return eligible_S
+
+
+def _raise_if_empty(users_S: Int32, eligible_S: Mask, candidates_C: Int64) -> None:
+    if not len(users_S):
+        raise UserError("no user has two training interactions, so there is no sample", "provide a larger log")
+    if not len(candidates_C):
+        dropped = f"shards.denoise drops all {eligible_S.sum()} training samples"
+        remedy = "set shards.denoise to false, or set prepare.items.title to a column of words"
+        raise UserError(f"{dropped}: no target shares a title word with its history", remedy)
 
 
 @dataclass(frozen=True)

@@ -108,24 +108,20 @@ def repair_shards(
         The records of all shards, for the manifest.
     """
     records, shards = dict(enumerate(manifest["shards"])), range(-(-total // per_shard))
-    again = [shard for shard in shards if shard not in records or tar_name(shard) in broken]
+    missing = [shard for shard in shards if shard not in records or tar_name(shard) in broken]
     rows: dict[int, Entries] = {}
 
     def write(job: tuple[int, list[Sample]]) -> tuple[int, dict[str, Any], Entries]:
         return job[0], *write_shard(directory / tar_name(job[0]), job[1], job[0])
 
     _drop_leftovers(directory, len(shards))
-    made = _compute(make, SINGLE.split_in_lockstep(again), total, per_shard)
-    for shard, record, rows_S in _in_threads(write, made, writers):
+    samples = _compute(make, SINGLE.split_in_lockstep(missing), total, per_shard)
+    for shard, record, rows_S in _in_threads(write, samples, writers):
         records[shard], rows[shard] = record, rows_S
         say(_summary(record))
     if rows or INDEX in broken:
-        old = (
-            {}
-            if INDEX in broken
-            else dict(enumerate(split_by_shard(open_index(directory, manifest), manifest["shards"])))
-        )
-        known = old | rows
+        intact = [] if INDEX in broken else split_by_shard(open_index(directory, manifest), manifest["shards"])
+        known = dict(enumerate(intact)) | rows
         parts = (known[shard] if shard in known else index_tar(directory / tar_name(shard), shard) for shard in shards)
         write_index(directory, parts, total)
     return [records[shard] for shard in shards]
@@ -212,9 +208,9 @@ def _compute(
     make: MakeSamples, shards: Iterable[tuple[bool, int]], total: int, per_shard: int
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Yield the samples of each shard; those of other ranks are computed to stay in step, and dropped."""
-    for mine, shard in shards:
+    for is_own, shard in shards:
         samples = list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
-        if mine:
+        if is_own:
             yield shard, samples
 
 

@@ -110,5 +110,5 @@ def raise_if_nested(table: ir.Table, roles: Mapping[str, str], location: TableLo
         if kind.is_nested() or kind.is_time():
             field = f"{section}.{role.partition('_')[0]}"
             raise UserError(
-                f"{display_name(location)}: column {name!r} ({field}) holds {kind}", "write it as text or numbers"
+                f"{display_name(location)}: column {name!r} ({field}) has type {kind}", "write it as text or numbers"
             )
