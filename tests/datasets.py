@@ -1,4 +1,4 @@
-"""Prepared datasets for tests: the synthetic log through the real preparation, and sequences written out by hand."""
+"""Prepared datasets for tests: the synthetic log, and hand-written sequences."""
 
 from pathlib import Path
 from typing import Any

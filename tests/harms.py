@@ -1,7 +1,8 @@
-"""Harm to shards, by name: what does it, what verification then says, and what reading says.
+"""Ways to damage shards, by name: the change, what verification must report, and what reading must report.
 
-Stale harm leaves the hashes as they were; forged harm is followed by `forging.forge`, so that every hash agrees.
-Reading may say the same as verification (True) or other words, or it cannot notice (None, False).
+Stale damage leaves the recorded hashes alone; forged damage is followed by `forging.forge`, so that every hash agrees.
+Reading reports the same as verification (True), something else (a pattern), or cannot notice (None, False). Patterns hold
+the file, the sample and the field, not the wording.
 """
 
 import gzip
@@ -35,7 +36,7 @@ Harm = Callable[[Path], object]
 
 
 def place(directory: Path, key: str = KEY) -> tuple[int, int]:
-    """Offset and size of a sample in its tar."""
+    """Return offset and size of a sample in its tar."""
     with tarfile.open(directory / SHARD) as tar:
         own = [info for info in tar if info.name.startswith(f"{key}.")]
     end = own[-1].offset_data + -(-own[-1].size // 512) * 512
@@ -43,12 +44,12 @@ def place(directory: Path, key: str = KEY) -> tuple[int, int]:
 
 
 def cut(at: Callable[[int, int], int]) -> Harm:
-    """End the tar at some byte, given where a sample begins and how long it is."""
+    """Truncate the tar at a position computed from the offset and size of a sample."""
     return lambda directory: os.truncate(directory / SHARD, at(*place(directory)))
 
 
 def flip(at: Callable[[int, int], int], name: str = SHARD) -> Harm:
-    """Change one bit of a byte."""
+    """Flip one bit of a byte."""
 
     def harm(directory: Path) -> None:
         data = bytearray((directory / name).read_bytes())
@@ -59,7 +60,7 @@ def flip(at: Callable[[int, int], int], name: str = SHARD) -> Harm:
 
 
 def flip_row(field: str) -> Harm:
-    """Change one bit of a sample's row in the index."""
+    """Flip one bit of a sample's index row."""
     row = PER_SHARD + KEYS.index(KEY)
     return flip(lambda offset, size: -ENTRY.itemsize * (TOTAL - row) + ENTRY.fields[field][1], INDEX)
 
@@ -75,7 +76,7 @@ def tar(change: Change) -> Harm:
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Harm:
-    """Something else where a file was."""
+    """Replace a file by something else."""
 
     def harm(directory: Path) -> None:
         (directory / name).unlink()
@@ -109,7 +110,7 @@ def field(name: str, change: Callable[[bytes], bytes]) -> Change:
 
 
 def array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """Change the array in a field, to whatever NumPy can save."""
+    """Change the array in a field, to anything that NumPy can save."""
     return field(name, lambda data: npy(change(np.load(io.BytesIO(data)))))
 
 
@@ -133,7 +134,7 @@ def arrays(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
 
 
 def also(*more: forging.Member) -> Change:
-    """More members at the end of the sample."""
+    """Append members to the sample."""
 
     def change(members: list[forging.Member]) -> list[forging.Member]:
         after = max(at for at, (info, _) in enumerate(members) if info.name.startswith(f"{KEY}.")) + 1
@@ -143,7 +144,7 @@ def also(*more: forging.Member) -> Change:
 
 
 def another(sample: Sample) -> Change:
-    """Another sample's content under the key."""
+    """Store another sample's content under the key."""
 
     def change(members: list[forging.Member]) -> list[forging.Member]:
         kept = also(*members_of(sample, KEY))(members)
@@ -162,7 +163,7 @@ def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def manifest_of(change: Callable[[dict], object]) -> Harm:
-    """Change the manifest, and make its own hash agree."""
+    """Change the manifest and update its own hash."""
 
     def harm(directory: Path) -> None:
         manifest = read_json(directory / MANIFEST)
@@ -182,7 +183,7 @@ def stale_hash(directory: Path) -> None:
 
 
 class Payload:
-    """Unpickling it creates a file."""
+    """Create a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

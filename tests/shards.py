@@ -1,4 +1,4 @@
-"""Shards of made-up samples, and what reads them."""
+"""Write shards of synthetic samples, and open streams over them."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Shards, tables and manifests harmed on purpose: each harm is one clear error, from verification and from reading.
+"""Damaged shards, tables and manifests: verification and reading must each report one clear error.
 
-Verification knows the dataset and reads every byte; reading knows the index. So verification names every harm, and
-reading refuses all that would give it other samples than were written, or samples that no step can take.
+Verification knows the dataset and reads every byte; reading knows the index only. So verification reports all damage, and
+reading refuses everything that would return samples other than those written, or samples that a step cannot use.
 """
 
 import os
@@ -78,7 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def harmed(whole: Path, tmp_path: Path) -> Path:
-    """A copy to harm."""
+    """A copy to damage."""
     return Path(shutil.copytree(whole, tmp_path / "shards"))
 
 
@@ -93,7 +93,7 @@ def test_index_and_manifest_are_what_tarfile_finds(whole, harmed):
 
 
 def refused(directory: Path, told: str, read: str | None, files: int = 1) -> None:
-    """Verification says one line a harmed file, and reading raises."""
+    """Check that verification reports one line per damaged file, and that reading raises."""
     lines = problems(directory)
     assert any(re.search(told, line) for line in lines), lines
     assert len(lines) == files, lines
@@ -292,7 +292,7 @@ def test_a_tar_changed_anywhere_is_named(whole, tmp_path_factory, at, length, pu
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Root may read anything: be someone else."""
+    """Drop root, which may read everything."""
     mine = os.geteuid()
     if mine == 0:
         os.seteuid(NOBODY)
@@ -352,7 +352,7 @@ def test_a_full_disk_keeps_the_whole_tars_and_goes_on_when_there_is_room(whole, 
 
 
 def until_killed(work: Callable[[Path], object], directory: Path, renames: int) -> None:
-    """In a process of its own: killed as it is about to rename a file for the nth time."""
+    """Run in a process that is killed at its nth rename of a file."""
     be_killed_at_rename(renames)
     work(directory)
 

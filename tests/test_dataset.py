@@ -1,4 +1,4 @@
-"""What an opened dataset answers, and that it refuses files that are not its own."""
+"""Test the opened dataset, and that it refuses changed files."""
 
 from pathlib import Path
 

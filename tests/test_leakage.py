@@ -1,4 +1,4 @@
-"""Nothing of validation and test reaches training: other targets change nothing, and a forged leak is refused."""
+"""Test that validation and test targets do not reach training, and that a forged leak is refused."""
 
 import csv
 from dataclasses import replace

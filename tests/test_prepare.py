@@ -1,4 +1,4 @@
-"""Logs to a prepared dataset: a twelve-row table worked by hand, then what must hold of any log."""
+"""Test the preparation: a table of twelve rows worked out by hand, then properties of random logs."""
 
 import hashlib
 import random

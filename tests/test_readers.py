@@ -1,4 +1,4 @@
-"""Tables of any format arrive alike, ids as they are, and what cannot be read is named."""
+"""Test that tables of all formats are read the same way, and that unreadable input is named."""
 
 import csv
 import gzip

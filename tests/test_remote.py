@@ -1,4 +1,4 @@
-"""Shards behind a URL: verified as they come, kept in a bounded cache that processes share."""
+"""Test shards behind a URL: verified on arrival, in a bounded cache that processes share."""
 
 import multiprocessing
 import os

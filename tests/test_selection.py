@@ -1,4 +1,4 @@
-"""Which samples are kept: denoise against a plain reading of the definition, an even draw, and an honest report."""
+"""Test the selection: denoising against a direct implementation, an even draw, and the report."""
 
 import json
 from dataclasses import replace

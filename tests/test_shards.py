@@ -1,4 +1,4 @@
-"""The shards: samples that come back as they were, tars that depend on nothing else, an index that is true."""
+"""Test shards: samples survive a round trip, tars depend on the samples alone, the index is correct."""
 
 import hashlib
 import io

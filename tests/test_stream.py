@@ -1,4 +1,4 @@
-"""The stream: the plan's samples from the tars, each checked, none read or opened before it is due."""
+"""Test the stream: samples in the order of the plan, verified, and read only when needed."""
 
 import os
 import shutil
