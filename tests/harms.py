@@ -1,8 +1,8 @@
 """Ways to damage shards, by name: the change, what verification must report, and what reading must report.
 
 Stale damage leaves the recorded hashes alone; forged damage is followed by `forging.forge`, so that every hash agrees.
-Reading reports the same as verification (True), something else (a pattern), or cannot notice (None, False). Patterns hold
-the file, the sample and the field, not the wording.
+Reading reports the same as verification (True), something else (a pattern), or cannot notice (None, False). Patterns
+hold the file, the sample and the field, not the wording.
 """
 
 import gzip

@@ -1,7 +1,7 @@
 """Damaged shards, tables and manifests: verification and reading must each report one clear error.
 
-Verification knows the dataset and reads every byte; reading knows the index only. So verification reports all damage, and
-reading refuses everything that would return samples other than those written, or samples that a step cannot use.
+Verification knows the dataset and reads every byte; reading knows the index only. So verification reports all damage,
+and reading refuses everything that would return samples other than those written, or samples that a step cannot use.
 """
 
 import os

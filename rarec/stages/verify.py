@@ -82,8 +82,11 @@ def _manifest(context: Context) -> dict[str, Any]:
         raise UserError(f"{error.problem}; shards cannot be verified or repaired without it", REBUILD) from None
     is_current(directory, "shards", shard_settings(context.config), {"prepare": context.dataset.hash})
     beside = sorted(name for name in manifest["files"] if not name.endswith(".tar"))
-    if beside != sorted([INDEX, ITEM_STATES, SELECTION, TARGET_COUNTS]):
-        raise UserError(f"the manifest of {directory} has unexpected files besides tars: {', '.join(beside)}", REBUILD)
+    known = sorted([INDEX, ITEM_STATES, SELECTION, TARGET_COUNTS])
+    if beside != known:
+        raise UserError(
+            f"the manifest of {directory} lists {', '.join(beside)} besides tars, not {', '.join(known)}", REBUILD
+        )
     blocks, chosen = manifest.get("state_blocks"), context.config.shards.state_blocks
     if not isinstance(blocks, list) or blocks != (list(range(len(blocks))) if chosen is None else sorted(set(chosen))):
         raise UserError(f"the manifest of {directory}: `state_blocks` is {blocks}", REBUILD)
