@@ -68,14 +68,14 @@ def test_all_but_the_tars_is_fetched_once_and_verified(url, made, tmp_path):
 
 
 def test_a_remote_epoch_is_the_local_one_within_a_bounded_cache(url, made, tmp_path, monkeypatch):
-    manifest, cache, real = read_json(made / "manifest.json"), tmp_path / "cache", stores._blocks
+    manifest, cache, real = read_json(made / "manifest.json"), tmp_path / "cache", stores.read_blocks
 
     def bounded(url):
         for block in real(url):
             yield block
             assert sum(path.stat().st_size for path in cached(cache)) <= largest(manifest), "while it is fetched too"
 
-    monkeypatch.setattr(stores, "_blocks", bounded)
+    monkeypatch.setattr(stores, "read_blocks", bounded)
     expected = [users(open_stream(made, manifest).epoch(epoch)) for epoch in range(2)]
     stream = open_stream(made, manifest, remote(url, manifest, cache))
     for epoch in range(2):
@@ -189,7 +189,7 @@ def test_a_fetch_ends_where_more_comes_than_the_manifest_says(made, tmp_path, mo
             came.append(4096)
             yield bytes(4096)
 
-    monkeypatch.setattr(stores, "_blocks", endless)
+    monkeypatch.setattr(stores, "read_blocks", endless)
     with pytest.raises(UserError, match=r"000001\.tar .*\d+ bytes") as error:
         remote(f"file://{made}", manifest, tmp_path / "cache").open(1)
     assert "rarec shards CONFIG --fresh" in error.value.remedy

@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.config.schema import Shards
-from rarec.data.dataset import Int32, PreparedDataset
+from rarec.data.dataset import Int32, Int64, PreparedDataset
 from rarec.data.selection.title_words import TitleWords
 from rarec.errors import UserError
 
-Int64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 EXAMPLES, EXAMPLE_HISTORY = 5, 5
 USERS_AT_A_TIME = 1 << 14

@@ -213,7 +213,7 @@ def _copy(
     with write_aside(path) as file:
         if reserve:
             reserve(file)
-        for block in _blocks(url):
+        for block in read_blocks(url):
             if max_bytes is not None and file.tell() + len(block) > max_bytes:
                 raise UserError(f"{url} does not match its manifest (more than {max_bytes} bytes)", _COPY_AGAIN)
             fetched.update(block)
@@ -222,7 +222,12 @@ def _copy(
             raise UserError(f"{url} does not match its manifest (sha256 differs)", _COPY_AGAIN)
 
 
-def _blocks(url: str) -> Iterator[bytes]:
+def read_blocks(url: str) -> Iterator[bytes]:
+    """Yield the content of a URL in blocks.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         with fsspec.open(url, "rb") as file:  # not reused: most file systems do not survive a fork
             while block := file.read(_BLOCK):
