@@ -21,12 +21,14 @@ from rarec.data.preparation.columns import HASH_RANGE, text_hash
 
 PRIME = 2**31 - 1
 TIE_RULE = (
-    "a user's interactions are sorted by time (or position); those at the same time by (U + 1)(I + 1) mod "
+    "a user's interactions stand in the order of time (or position); those at the same time by (U + 1)(I + 1) mod "
     "2147483647, where U and I are the first seven hex digits of the md5 of the user's and the item's id, and then by "
-    "the item's id: neither the order of rows in the file nor the order of ids shows"
+    "the item's id: the order of the rows in the file does not matter, and that of the ids does not show"
 )
-"""Our own rule. Log files are often sorted by item id, and ids by age or category: either order among ties would be a
-pattern that a sequence model learns and that no user followed (half of MovieLens-100K's steps are ties).
+"""Our own rule. Its text is part of every manifest: a change would change the bytes of prepared datasets.
+
+Log files are often sorted by item id, and ids by age or category: either order among ties would be a pattern that a
+sequence model learns and that no user followed (half of MovieLens-100K's steps are ties).
 """
 
 Column = Literal["user", "item"]
