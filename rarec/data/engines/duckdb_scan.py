@@ -16,7 +16,7 @@ Query = Callable[[str], list[tuple[Any, ...]]]
 DATABASE = "given"
 """Alias of the user's attached database."""
 JSON_INTEGERS = ("UBIGINT", "BIGINT", "HUGEINT")
-"""DuckDB's integer types of JSON values; they are read as text, whatever their length."""
+"""DuckDB's integer types of JSON values; read as text, because they may exceed 64 bits."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class NamedTable:
 
 
 TableLocation = TableFiles | NamedTable
-"""Where a table is read from."""
+"""Location of an input table: files, or a table of a database."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-r"""Convert log columns to ids, numbers, times and clean text, whatever types the file has.
+r"""Convert log columns to ids, numbers, times and clean text, from any column type.
 
 All engines return the same values: text is parsed by the patterns below, never by an engine's own cast, and numbers are
 formatted by rules defined here. Patterns end in `\z`, because in Java `$` also matches before a final newline.

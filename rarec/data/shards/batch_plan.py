@@ -180,7 +180,7 @@ class _EpochOrder:
 
 
 class _Batching(Protocol):
-    """How the order is cut into windows, and a window into batches."""
+    """Cut the order into windows, and a window into batches."""
 
     windows: int
 

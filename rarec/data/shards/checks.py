@@ -1,7 +1,7 @@
 """Verify shards against their manifest, their index and the prepared dataset, in one pass over each file.
 
 Checking hashes runs at the speed of the disk, and only tars with a wrong hash are parsed. A deep check parses every
-sample: it takes several times longer, and finds wrong content whatever the hashes are.
+sample: it takes several times longer, and also finds wrong content whose hashes match.
 
 Shape letters: S samples.
 """
