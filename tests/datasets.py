@@ -1,14 +1,16 @@
-"""Prepared datasets for tests: the synthetic log through the real preparation, and sequences written out by hand."""
+"""Prepared datasets for tests: the synthetic log, and hand-written sequences."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from rarec.config import RunConfig
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.prepare import prepare
+from rarec.stages.run import Run
 from tests.synthetic import write_log
 
 
@@ -22,7 +24,26 @@ def prepared(root: Path, users: int = 60, items: int = 40, **more: Any) -> Prepa
             **more,
         }
     )
-    return prepare(config, root / "prepare", seed=0, say=lambda line: None)
+    return prepare_dataset(config, root)
+
+
+def run_of(config: Prepare, root: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Run:
+    """A run of which only the dataset is wanted, in `root`."""
+    tree = {"run": {"dir": str(root), "seed": seed}, "prepare": config.model_dump(mode="json"), "llm": {"path": "-"}}
+    return Run(RunConfig.model_validate(tree), say=say)
+
+
+def prepare_dataset(config: Prepare, root: Path, **more: Any) -> PreparedDataset:
+    """The dataset in `root/prepare`, made anew; arguments as of `run_of`."""
+    run = run_of(config, root, **more)
+    run.make("prepare", fresh=True)
+    return run.dataset
+
+
+def identity_of(config: Prepare, seed: int = 0) -> list[Any]:
+    """What a dataset of this configuration is known by: settings, and hashes of its inputs."""
+    stage = run_of(config, Path("nowhere"), seed=seed).stage("prepare")
+    return [stage.settings(), stage.outside_inputs()]
 
 
 def by_hand(sequences: list[list[int]], item_ids: pa.Array, user_ids: pa.Array) -> PreparedDataset:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rarec.config.logs import Prepare
-from rarec.data.engines import Engine
-from rarec.data.engines.embedded import EmbeddedEngine
+from rarec.data.engines import PrepareEngine
+from rarec.data.engines.duckdb_engine import DuckDBEngine
 
 SPARK = {
     "spark.master": "local[2]",
@@ -46,11 +46,11 @@ def spark_session() -> Any:
     return session
 
 
-def start(name: str, spill: Path) -> Engine:
+def start(name: str, spill: Path) -> PrepareEngine:
     """An engine of that name."""
     if name == "duckdb":
-        return EmbeddedEngine(spill)
-    from rarec.data.engines.spark import SparkEngine
+        return DuckDBEngine(spill)
+    from rarec.data.engines.spark_engine import SparkEngine
 
     spark_session()
     return SparkEngine(str(spill), {})

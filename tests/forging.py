@@ -1,4 +1,4 @@
-"""Shards to be harmed: a small honest directory, and the means to change it, hashes included or not."""
+"""Small valid shards for tests, and tools to change them with or without updating the hashes."""
 
 import hashlib
 import io
@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from rarec.artefacts import MANIFEST, read_manifest, sha256_json
-from rarec.data.shards.form import Form
+from rarec.data.shards.batch_plan import BatchPlan
+from rarec.data.shards.checks import verify_shards
+from rarec.data.shards.expected import Expected
 from rarec.data.shards.index import ENTRY, INDEX, open_index
-from rarec.data.shards.plan import Plan
-from rarec.data.shards.samples import Sample
-from rarec.data.shards.stream import LocalTars, SampleStream
-from rarec.data.shards.truth import Truth
-from rarec.data.shards.verify import verify_shards
+from rarec.data.shards.samples import Sample, SampleSpec
+from rarec.data.shards.stream import SampleStream
+from rarec.data.shards.tars import LocalTars
 from rarec.data.shards.writing import finish_shards, repair_shards, write_shards
 from rarec.files import read_json, sha256_file, write_json
 from tests.datasets import by_hand
@@ -28,67 +28,67 @@ Member = tuple[tarfile.TarInfo, bytes]
 Change = Callable[[list[Member]], list[Member]]
 
 
-def true_shards() -> Truth:
-    """Ten users whose every training interaction is selected: 32 samples."""
+def expected_shards() -> Expected:
+    """Return ten users whose training interactions are all selected: 32 samples."""
     rng = np.random.default_rng(0)
     sequences = [rng.choice(ITEMS, 5 + user % 4, replace=False).tolist() for user in range(10)]
     dataset = by_hand(sequences, pa.array(range(ITEMS)), pa.array(range(10)))
-    form = Form((2, 4), np.dtype(np.float16), {"id": (1, 3)}, frozenset({"id"}), vocabulary=20)
-    return Truth(dataset, *dataset.training_samples(), PER_SHARD, form)
+    spec = SampleSpec((2, 4), np.dtype(np.float16), {"id": (1, 3)}, frozenset({"id"}), vocabulary=20)
+    return Expected(dataset, *dataset.training_samples(), PER_SHARD, spec)
 
 
-TRUTH = true_shards()
-TOTAL = len(TRUTH.user_rows_S)
+EXPECTED = expected_shards()
+TOTAL = len(EXPECTED.user_rows_S)
 
 
 def make(places: range) -> Iterator[Sample]:
-    """The honest samples."""
+    """Yield the valid samples."""
     for place in places:
-        user, position = int(TRUTH.user_rows_S[place]), int(TRUTH.positions_S[place])
+        user, position = int(EXPECTED.user_rows_S[place]), int(EXPECTED.positions_S[place])
         yield honest(user, position)
 
 
 def honest(user: int, position: int) -> Sample:
-    """The sample of any position of a user, as the dataset has it."""
-    history, target = TRUTH.dataset.history(user, position), int(TRUTH.dataset.sequence(user)[position])
+    """Return the valid sample of any position of a user."""
+    history, target = EXPECTED.dataset.history(user, position), int(EXPECTED.dataset.sequence(user)[position])
     states, vectors = np.full((2, 4), user + position / 8, np.float16), {"id": np.full((1, 3), user, np.float32)}
     return Sample(user, position, target, history, np.arange(9 + position, dtype=np.int32), {"id": 1}, states, vectors)
 
 
 def write_honest(directory: Path) -> dict[str, Any]:
-    """Shards as they should be; returns the manifest."""
+    """Write valid shards; return the manifest."""
     records = write_shards(directory, TOTAL, PER_SHARD, make, "honest", lambda line: None)
     return finish_shards(directory, records, {}, {"prepare": "by hand"})
 
 
 def problems(directory: Path, deep: bool = True) -> list[str]:
-    """What verification says, one line a file."""
-    return [problem.line for problem in verify_shards(directory, read_manifest(directory, "shards"), TRUTH, 2, deep)]
+    """Return the lines that verification reports, one per file."""
+    return [problem.line for problem in verify_shards(directory, read_manifest(directory, "shards"), EXPECTED, 2, deep)]
 
 
 def repair(directory: Path) -> None:
-    """Make what is broken again."""
+    """Repair broken files."""
     manifest = read_manifest(directory, "shards")
-    broken = {problem.file for problem in verify_shards(directory, manifest, TRUTH, 2, deep=True)}
+    broken = {problem.file for problem in verify_shards(directory, manifest, EXPECTED, 2, deep=True)}
     records = repair_shards(directory, manifest, broken, TOTAL, PER_SHARD, make, lambda line: None)
     finish_shards(directory, records, manifest["settings"], manifest["made_from"])
 
 
 def stream(directory: Path) -> list[Sample]:
-    """An epoch, as training reads it."""
+    """Read an epoch as training does."""
     index_S = open_index(directory, read_manifest(directory, "shards"))
-    plan = Plan(index_S["shard"], index_S["tokens"], 0, batch_size=4)
-    reader = SampleStream(plan, index_S, LocalTars(directory), ITEMS, TRUTH.form)
+    plan = BatchPlan(index_S["shard"], index_S["tokens"], 0, batch_size=4)
+    reader = SampleStream(plan, index_S, LocalTars(directory), ITEMS, EXPECTED.spec)
     return [sample for batch in reader.epoch(0) for sample in batch]
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
-    """All files, by name."""
+    """Return the content of all files, by name."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def retar(path: Path, change: Change) -> None:
-    """Write a tar again with other members."""
+    """Rewrite a tar with other members."""
     with tarfile.open(path) as tar:
         members = [(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -108,7 +108,7 @@ def in_all(field: str, change: Callable[[bytes], bytes]) -> Change:
 
 
 def member(name: str, data: bytes = b"", **info: Any) -> Member:
-    """A member of any kind."""
+    """Create a tar member of any type."""
     result = tarfile.TarInfo(name)
     for field, value in info.items():
         setattr(result, field, value)
@@ -116,12 +116,12 @@ def member(name: str, data: bytes = b"", **info: Any) -> Member:
 
 
 def members_of(sample: Sample, key: str | None = None) -> list[Member]:
-    """A sample's members, under its own key or another."""
+    """Return the members of a sample, under its own key or another."""
     return [member(f"{key or sample.key}.{field}", data) for field, data in sorted(sample.fields().items())]
 
 
 def forge(directory: Path) -> None:
-    """Make index and manifest agree with whatever the tars now hold."""
+    """Update index and manifest to match the tars."""
     records, rows = [], []
     for shard, path in enumerate(sorted(directory.glob("*.tar"))):
         found = [(shard, *row) for row in _extents(path)]
@@ -136,20 +136,20 @@ def forge(directory: Path) -> None:
 
 
 def sign(directory: Path, **figures: Any) -> None:
-    """Make the manifest agree with the files as they are."""
+    """Update the manifest to match the files."""
     manifest = read_json(directory / MANIFEST) | figures
     manifest["files"] = {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST}
     seal(directory, manifest)
 
 
 def seal(directory: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest whose own hash is right."""
+    """Write a manifest with a correct hash of its own."""
     identity = {name: manifest[name] for name in ("kind", "schema", "settings", "made_from", "files")}
     write_json(directory / MANIFEST, manifest | {"hash": sha256_json(identity)})
 
 
 def _extents(path: Path) -> Iterator[tuple[int, ...]]:
-    """Index rows but for the shard, by `tarfile`; strange members count to the sample before them."""
+    """Yield index rows without the shard, read with `tarfile`; unexpected members belong to the sample before them."""
     data, starts, end = path.read_bytes(), [], 0
     with tarfile.open(path) as tar:
         for info in tar:

@@ -1,4 +1,4 @@
-"""Shards of made-up samples, and what reads them."""
+"""Write shards of synthetic samples, and open streams over them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.index import open_index, tar_name, write_index
-from rarec.data.shards.plan import Plan
 from rarec.data.shards.samples import Sample, write_shard
-from rarec.data.shards.stream import LocalTars, SampleStream, Tars
+from rarec.data.shards.stream import SampleStream
+from rarec.data.shards.tars import LocalTars, Tars
 from rarec.data.shards.writing import finish_shards
 
 ITEMS = 13
@@ -49,7 +50,7 @@ def write_shards(directory: Path, sizes: Iterable[int], sidecars: dict[str, byte
 def open_stream(directory: Path, manifest: dict[str, Any], tars: Tars | None = None, **plan: Any) -> SampleStream:
     """A stream over shards on disk."""
     index_S = open_index(directory, manifest)
-    made = Plan(index_S["shard"], index_S["tokens"], plan.pop("seed", 3), **{"batch_size": 8} | plan)
+    made = BatchPlan(index_S["shard"], index_S["tokens"], plan.pop("seed", 3), **{"batch_size": 8} | plan)
     return SampleStream(made, index_S, tars or LocalTars(directory), ITEMS)
 
 

@@ -1,4 +1,4 @@
-"""What an opened dataset answers, and that it refuses files that are not its own."""
+"""Test the opened dataset, and that it refuses changed files."""
 
 from pathlib import Path
 
@@ -8,10 +8,9 @@ import pytest
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.prepare import prepare
 from rarec.errors import UserError
 from rarec.files import read_json, write_json
-from tests.datasets import by_hand
+from tests.datasets import by_hand, prepare_dataset
 from tests.synthetic import write_log
 
 
@@ -25,7 +24,7 @@ def make(folder: Path) -> PreparedDataset:
     interactions = {"path": str(log), "user": "user", "item": "item", "time": "time"}
     catalogue = {"path": str(items), "item": "item", "title": "title", "text": ["brand"]}
     config = Prepare.model_validate({"interactions": interactions, "items": catalogue})
-    return prepare(config, folder / "prepare", seed=0, say=lambda line: None)
+    return prepare_dataset(config, folder)
 
 
 def test_arrays_have_their_shapes_and_types(dataset: PreparedDataset) -> None:
@@ -93,11 +92,11 @@ def test_opening_refuses_what_is_missing_changed_or_something_else(tmp_path: Pat
     content = bytearray(items.read_bytes())
     content[100] ^= 1
     items.write_bytes(content)
-    with pytest.raises(UserError, match=r"items\.parquet is not the file that was prepared"):
+    with pytest.raises(UserError, match=r"items\.parquet .*sha256"):
         PreparedDataset.open(directory)
     items.unlink()
     with pytest.raises(UserError, match=r"items\.parquet"):
         PreparedDataset.open(directory)
     write_json(directory / "manifest.json", read_json(directory / "manifest.json") | {"kind": "shards"})
-    with pytest.raises(UserError, match="not prepare"):
+    with pytest.raises(UserError, match="prepare"):
         PreparedDataset.open(directory)

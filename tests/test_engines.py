@@ -16,10 +16,9 @@ import pytest
 from rarec.config import dump_config
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.identity import identity
-from rarec.data.preparation.prepare import prepare
 from rarec.errors import UserError
 from rarec.files import read_json
+from tests.datasets import identity_of, prepare_dataset
 from tests.engines import needs_spark, on, spark_session
 from tests.test_prepare import CATALOGUE, LOG, any_log, configure, refuse, write
 from tools.make_log import make_log
@@ -33,7 +32,7 @@ POLICIES: list[dict[str, Any]] = [
 
 
 def run(config: Prepare, to: Path, told: list[str] | None = None) -> PreparedDataset:
-    return prepare(config, to, seed=0, say=(told if told is not None else []).append)
+    return prepare_dataset(config, to, seed=0, say=(told if told is not None else []).append)
 
 
 @needs_spark
@@ -145,7 +144,7 @@ def test_a_table_or_column_that_a_database_lacks_is_named(tmp_path: Path, kind: 
     url = database(tmp_path, kind)
     with pytest.raises(UserError, match="table logs"):
         run(of_tables(url, table="logs"), tmp_path / "out")
-    with pytest.raises(UserError, match=r"table log has no column 'whom' \(prepare.interactions.user\); .* 'who'"):
+    with pytest.raises(UserError, match=r"table log .*'whom' \(prepare.interactions.user\).* 'who'"):
         run(of_tables(url, user="whom"), tmp_path / "out")
 
 
@@ -161,8 +160,8 @@ def test_a_registered_table_of_spark_is_read_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "said"),
     [
-        ("sparks", "no engine 'sparks'"),
-        ("nosuch://host/db", "nosuch://... does not connect"),
+        ("sparks", "engine 'sparks'"),
+        ("nosuch://host/db", "nosuch://..."),
         ("duckdb:///nowhere/shop.db", "prepare.engine: /nowhere/shop.db"),
     ],
 )
@@ -189,15 +188,15 @@ def test_files_behind_a_url_give_the_same_dataset(tmp_path: Path) -> None:
         )
         found = run(config, tmp_path / "remote")
         assert found.manifest["files"] == local.manifest["files"]
-    before = identity(config, 0)
+    before = identity_of(config, 0)
     memory.pipe("/shop/items.csv", b"item,title,brand,year\na,t,,\n")
-    assert identity(config, 0) != before, "another version of the file is noticed"
+    assert identity_of(config, 0) != before, "another version of the file is noticed"
 
 
 def test_a_url_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     refuse(tmp_path, "memory://none.csv does not exist", log="x", interactions=at("memory://none.csv"))
-    refuse(tmp_path, "nosuch://", "fsspec knows", interactions=at("nosuch://bucket/log.csv"))
+    refuse(tmp_path, "nosuch://", "fsspec", interactions=at("nosuch://bucket/log.csv"))
 
 
 def at(path: str) -> dict[str, str]:
@@ -207,7 +206,7 @@ def at(path: str) -> dict[str, str]:
 def test_a_dataset_does_not_remember_what_computed_it(tmp_path: Path) -> None:
     write(tmp_path)
     config = configure(tmp_path)
-    assert identity(config, 1) == identity(config.model_copy(update={"memory": "2GB", "scratch": "/tmp/x"}), 1)
+    assert identity_of(config, 1) == identity_of(config.model_copy(update={"memory": "2GB", "scratch": "/tmp/x"}), 1)
     run(config.model_copy(update={"memory": "1GB", "scratch": str(tmp_path / "scratch")}), tmp_path / "out")
     assert list((tmp_path / "scratch").glob("*")) == []
     assert read_json(tmp_path / "out" / "manifest.json")["engine"] == "duckdb"
@@ -268,7 +267,7 @@ def test_a_duckdb_table_may_have_any_name_and_a_schema(tmp_path: Path, name: str
         connection.executemany("INSERT INTO items VALUES (?, ?)", [row[:2] for row in CATALOGUE])
     dataset = run(of_tables(f"duckdb://{tmp_path}/the.db", table=name), tmp_path / "out")
     assert dataset.item_rows_I.tolist() == [0, 1, 2, 3, 1, 0, 2]
-    with pytest.raises(UserError, match="the engine duckdb alone has no tables"):
+    with pytest.raises(UserError, match=r"prepare\.items\.table"):
         run(of_tables("duckdb", table=name), tmp_path / "out")
 
 
@@ -277,7 +276,7 @@ def test_a_password_is_written_nowhere(tmp_path: Path) -> None:
     assert "s3/cr@t" not in dump_config(config)
     assert "nosuch://me:...@host/shop" in dump_config(config)
     rotated = config.model_copy(update={"engine": "nosuch://me:other@host/shop"})
-    assert identity(config, 0) == identity(rotated, 0)
+    assert identity_of(config, 0) == identity_of(rotated, 0)
     with pytest.raises(UserError) as caught:
         run(config, tmp_path / "out")
     assert "s3/cr@t" not in str(caught.value)

@@ -261,7 +261,7 @@ def test_a_path_may_hold_what_means_something_elsewhere(finished, tmp_path):
 
 
 def test_memory_of_a_ranking_does_not_grow_with_the_users(finished, monkeypatch):
-    from rarec.data.dataset import Targets
+    from rarec.data.dataset import EvalTargets
     from rarec.evaluation import variants
 
     monkeypatch.setattr(variants, "USERS_AT_A_TIME", 256)
@@ -272,7 +272,7 @@ def test_memory_of_a_ranking_does_not_grow_with_the_users(finished, monkeypatch)
     def peak(users: int) -> int:
         known = dataset.targets("test")
         rows = np.resize(known.user_rows, users)
-        targets = Targets(rows, np.resize(known.positions, users), np.resize(known.item_rows, users))
+        targets = EvalTargets(rows, np.resize(known.positions, users), np.resize(known.item_rows, users))
         tracemalloc.start()
         for shuffled_by in (None, 1):
             rank_all(EvalBatch.of(dataset, targets, shuffled_by), {"a": ranker})

@@ -1,4 +1,4 @@
-"""Nothing of validation and test reaches training: other targets change nothing, and a forged leak is refused."""
+"""Test that validation and test targets do not reach training, and that a forged leak is refused."""
 
 import csv
 from dataclasses import replace
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.leakage import refuse_leaks, training_part
-from rarec.data.selection.select import select_samples
+from rarec.data.preparation.leakage import check_no_leaks, training_mask
+from rarec.data.selection.sampling import select_samples
 from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.stages.ids import ids
@@ -83,37 +83,37 @@ def forged(dataset: PreparedDataset, field: str, user: int, value: int) -> Prepa
 
 
 def test_a_clean_dataset_passes(dataset: PreparedDataset) -> None:
-    refuse_leaks(dataset)
+    check_no_leaks(dataset)
 
 
 def test_a_target_that_is_trained_on_is_refused_by_user(dataset: PreparedDataset) -> None:
     for part in ("validation", "test"):
-        with pytest.raises(UserError, match=f"the {part} target of user u003 is trained on"):
-            refuse_leaks(forged(dataset, f"{part}_U", 3, int(dataset.train_length_U[3]) - 1))
+        with pytest.raises(UserError, match=f"{part} target of user u003"):
+            check_no_leaks(forged(dataset, f"{part}_U", 3, int(dataset.train_length_U[3]) - 1))
 
 
 def test_a_validation_that_comes_after_the_test_is_refused(dataset: PreparedDataset) -> None:
-    with pytest.raises(UserError, match="u002 is validated on what comes at or after"):
-        refuse_leaks(forged(dataset, "validation_U", 2, int(dataset.test_U[2])))
+    with pytest.raises(UserError, match="u002"):
+        check_no_leaks(forged(dataset, "validation_U", 2, int(dataset.test_U[2])))
 
 
 def test_popularity_that_counts_targets_is_refused(dataset: PreparedDataset) -> None:
     everything = np.bincount(dataset.item_rows_I, minlength=dataset.n_items)
     with pytest.raises(UserError, match="train_count"):
-        refuse_leaks(replace(dataset, train_counts_N=everything))
+        check_no_leaks(replace(dataset, train_counts_N=everything))
 
 
 def test_interactions_out_of_order_are_refused(dataset: PreparedDataset) -> None:
     shifted = np.array(dataset.starts_U)
     shifted[1] -= 1
-    with pytest.raises(UserError, match="slices do not follow each other"):
-        refuse_leaks(replace(dataset, starts_U=shifted))
+    with pytest.raises(UserError, match=r"users\.parquet"):
+        check_no_leaks(replace(dataset, starts_U=shifted))
     longer, lengths = np.array(dataset.lengths_U), np.array(dataset.lengths_U)
     longer[1], longer[2] = lengths[1] + 1, lengths[2] - 1  # the first of user 2, the oldest, stands last of user 1
     moved = replace(dataset, lengths_U=longer, starts_U=np.cumsum(longer, dtype=np.int64) - longer)
-    counts_N = np.bincount(moved.item_rows_I[training_part(moved)], minlength=moved.n_items)
-    with pytest.raises(UserError, match="interactions of user u001 are not in the order of time"):
-        refuse_leaks(replace(moved, train_counts_N=counts_N))
+    counts_N = np.bincount(moved.item_rows_I[training_mask(moved)], minlength=moved.n_items)
+    with pytest.raises(UserError, match=r"user u001 .*time"):
+        check_no_leaks(replace(moved, train_counts_N=counts_N))
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +123,12 @@ def temporal(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
 
 
 def test_a_temporal_split_that_trains_or_asks_outside_its_windows_is_refused(temporal: PreparedDataset) -> None:
-    refuse_leaks(temporal)
+    check_no_leaks(temporal)
     first, second = temporal.manifest["cut_times"]
     for cuts, told in (
-        ([first - 5 * 86_400, second], "training holds an interaction at or after the first cut"),
-        ([first, first + 1], "the validation target of user u[0-9]+ is outside its window"),
-        ([first, second + 20 * 86_400], "the test target of user u[0-9]+ is outside its window"),
+        ([first - 5 * 86_400, second], f"first cut, {first - 5 * 86_400}"),
+        ([first, first + 1], "validation target of user u[0-9]+"),
+        ([first, second + 20 * 86_400], "test target of user u[0-9]+"),
     ):
         with pytest.raises(UserError, match=told):
-            refuse_leaks(replace(temporal, manifest={**temporal.manifest, "cut_times": cuts}))
+            check_no_leaks(replace(temporal, manifest={**temporal.manifest, "cut_times": cuts}))

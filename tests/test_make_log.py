@@ -158,11 +158,11 @@ def test_memory_does_not_grow_with_the_interactions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"users": 10, "interactions": 49}, "need more interactions"),
-        ({"users": 10, "interactions": 50, "duplicates": 0.1}, "need more interactions"),
-        ({"items": 31}, "two items each"),
-        ({"tastes": 257}, "1 to 256"),
-        ({"users": 1, "nulls": 0.5, "duplicates": 0.3}, "more than there are rows"),
+        ({"users": 10, "interactions": 49}, "interactions"),
+        ({"users": 10, "interactions": 50, "duplicates": 0.1}, "interactions"),
+        ({"items": 31}, "tastes"),
+        ({"tastes": 257}, "tastes"),
+        ({"users": 1, "nulls": 0.5, "duplicates": 0.3}, "duplicates"),
     ],
 )
 def test_what_cannot_be_made_is_refused(settings: dict[str, Any], said: str) -> None:
@@ -180,4 +180,4 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
     assert str(pq.read_schema(tmp_path / "items.parquet").field("item").type) == "string"
     wrong = subprocess.run([*command, "--users", "1000000"], capture_output=True, text=True)
     assert wrong.returncode == 2
-    assert "need more interactions" in wrong.stderr
+    assert "1,000,000 users" in wrong.stderr

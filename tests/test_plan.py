@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarec.data.shards.plan import Plan
+from rarec.data.shards.batch_plan import BatchPlan
 from rarec.errors import UserError
 
 
@@ -24,8 +24,8 @@ class World:
     excluded: list[int] = field(default_factory=list)
     cut: dict[str, Any] = field(default_factory=dict)
 
-    def plan(self) -> Plan:
-        return Plan(self.shard_S, self.tokens_S, self.seed, excluded=self.excluded, **self.cut)
+    def plan(self) -> BatchPlan:
+        return BatchPlan(self.shard_S, self.tokens_S, self.seed, excluded=self.excluded, **self.cut)
 
     @property
     def kept(self) -> list[int]:
@@ -88,14 +88,14 @@ def test_ranks_share_every_batch_whatever_their_number(made, ranks):
 def test_a_run_goes_on_at_any_step_of_any_epoch(made, data):
     plan, epochs = made.plan(), 3
     whole = [batch for epoch in range(epochs) for batch in lists(plan.batches(epoch))]
-    assert plan.total(epochs) == len(whole)
+    assert plan.total_steps(epochs) == len(whole)
     first = data.draw(st.integers(0, len(whole)))
     last = data.draw(st.integers(first, len(whole)))
     again = made.plan()
-    epoch, step = again.place(first)
+    epoch, step = again.epoch_and_step(first)
     assert sum(again.steps(before) for before in range(epoch)) + step == first
     assert lists(again.batches(epoch, step)) == lists(plan.batches(epoch))[step:]
-    assert lists(again.walk(first, last)) == whole[first:last]
+    assert lists(again.batches_between(first, last)) == whole[first:last]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -147,10 +147,10 @@ class Watched:
 def test_a_step_in_the_middle_is_found_without_planning_what_lies_before():
     made = world([64] * 1000)
     column = Watched(made.tokens_S)
-    plan = Plan(made.shard_S, column, 5, batch_size=32)
+    plan = BatchPlan(made.shard_S, column, 5, batch_size=32)
     next(plan.batches(1, 1500))
     assert len(column.seen) == 16 * 32
-    next(plan.walk(2000 * 3 + 700, 2000 * 3 + 701))
+    next(plan.batches_between(2000 * 3 + 700, 2000 * 3 + 701))
     assert len(column.seen) <= 2 * 16 * 32
 
 
@@ -172,23 +172,23 @@ def test_memory_does_not_depend_on_the_number_of_samples():
 def test_a_prompt_beyond_the_budget_is_refused_with_its_slots():
     made = world([20], tokens_per_batch=42, slots=2)
     made.tokens_S[7] = 41
-    with pytest.raises(UserError, match=r"43 tokens, more than train\.tokens_per_batch = 42"):
+    with pytest.raises(UserError, match=r"43 .*train\.tokens_per_batch = 42"):
         made.plan()
 
 
 def test_more_ranks_than_a_batch_has_samples_are_refused():
     plan = world([20], batch_size=8).plan()
-    plan.check_ranks(6, 1)
-    with pytest.raises(UserError, match=r"smallest batch, of 6, is too small for 7 ranks"):
-        plan.check_ranks(7, 1)
+    plan.check_world_size(6, 1)
+    with pytest.raises(UserError, match=r"smallest batch, of 6, .*7"):
+        plan.check_world_size(7, 1)
     made = world([20], longest=1, tokens_per_batch=40)
     made.tokens_S[3] = 40
-    with pytest.raises(UserError, match=r"smallest batch, of 1, is too small for 2 ranks"):
-        made.plan().check_ranks(2, 2)
+    with pytest.raises(UserError, match=r"smallest batch, of 1, .*2"):
+        made.plan().check_world_size(2, 2)
 
 
 def test_nothing_left_to_train_on_is_refused():
     made = world([3, 2])
     made.excluded = [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match="none of 5 samples is left"):
+    with pytest.raises(UserError, match="none of 5 samples"):
         made.plan()

@@ -1,4 +1,4 @@
-"""Logs to a prepared dataset: a twelve-row table worked by hand, then what must hold of any log."""
+"""Test the preparation: a table of twelve rows worked out by hand, then properties of random logs."""
 
 import hashlib
 import random
@@ -12,12 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from rarec.artefacts import is_current
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.identity import identity
-from rarec.data.preparation.prepare import prepare
 from rarec.errors import UserError
+from tests.datasets import prepare_dataset, run_of
 from tests.test_readers import FORMATS, write_table
 
 LOG = [
@@ -59,7 +57,9 @@ def write(folder: Path, log: list[Any] = LOG, items: list[Any] = CATALOGUE, suff
 
 
 def make(folder: Path, told: list[str] | None = None, **more: Any) -> PreparedDataset:
-    return prepare(configure(folder, **more), folder / "out", seed=1, say=(told if told is not None else []).append)
+    return prepare_dataset(
+        configure(folder, **more), folder / "out", seed=1, say=(told if told is not None else []).append
+    )
 
 
 def ids(dataset: PreparedDataset) -> dict[Any, list[Any]]:
@@ -257,13 +257,14 @@ def test_the_same_input_gives_the_same_artefact_and_a_stage_can_ask_whether_it_i
     write(tmp_path)
     config = configure(tmp_path)
     first = make(tmp_path).hash
-    bytes_of = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    bytes_of = {path.name: path.read_bytes() for path in (tmp_path / "out" / "prepare").iterdir()}
     assert make(tmp_path).hash == first
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == bytes_of
-    assert is_current(tmp_path / "out", "prepare", *identity(config, 1))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "prepare").iterdir()} == bytes_of
+    stage = run_of(config, tmp_path / "out", seed=1).stage("prepare")
+    assert not stage.make()
     write(tmp_path, LOG[:-1])
-    with pytest.raises(UserError, match="another interactions"):
-        is_current(tmp_path / "out", "prepare", *identity(config, 1))
+    with pytest.raises(UserError, match="interactions"):
+        stage.make()
 
 
 def refuse(folder: Path, *parts: str, **more: Any) -> None:
@@ -271,41 +272,39 @@ def refuse(folder: Path, *parts: str, **more: Any) -> None:
         make(folder, **more)
     for part in parts:
         assert part in str(caught.value), (part, str(caught.value))
-    assert [path.name for path in folder.iterdir() if "out" in path.name] == [], "nothing half-written"
+    assert not [path for path in (folder / "out").rglob("*") if "prepare" in path.name and path.suffix != ".lock"]
 
 
 @pytest.mark.parametrize("bad", [None, "yesterday", "nan", "inf", "2024-13-01"])
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_a_time_that_is_none_names_the_row(tmp_path: Path, bad: Any, suffix: str) -> None:
     write(tmp_path, [("u", "a", "1"), ("u", "b", bad), ("v", "d", bad), ("u", "d", "3")], CATALOGUE, suffix)
-    said = "time is missing" if bad is None else f"time is {bad!r}"
+    said = "missing" if bad is None else repr(bad)
     where = f"log.{suffix}, data row 2 (user 'u', item 'b')"
     more = {"log": f"log.{suffix}", "items": f"items.{suffix}"}
-    refuse(tmp_path, where, said, "2 such rows", "prepare.interactions.time needs epoch seconds", **more)
-    refuse(tmp_path, "prepare.interactions.position needs a number", order="position", **more)
+    refuse(tmp_path, where, said, "; 2 ", "prepare.interactions.time", **more)
+    refuse(tmp_path, "prepare.interactions.position", order="position", **more)
 
 
 def test_what_leaves_nothing_says_which_step_and_what_to_do(tmp_path: Path) -> None:
     write(tmp_path)
-    refuse(
-        tmp_path, "log.csv", "after the step min_user_interactions", "lower prepare.min_user", min_user_interactions=9
-    )
-    refuse(tmp_path, "after the step min_item_interactions", "lower prepare.min_item", min_item_interactions=9)
+    refuse(tmp_path, "log.csv", "step min_user_interactions", "prepare.min_user", min_user_interactions=9)
+    refuse(tmp_path, "step min_item_interactions", "prepare.min_item", min_item_interactions=9)
     nothing_tests = {"kind": "temporal", "validation_share": 0.9, "test_share": 0.05}
-    refuse(tmp_path, "the split leaves no training samples", "change prepare.split", split=nothing_tests)
+    refuse(tmp_path, "log.csv", "training samples", "prepare.split", split=nothing_tests)
     write(tmp_path, [("u", f"I{row}", row) for row in range(5)])
-    refuse(tmp_path, "after the step catalogue", "the log has 'I0' to 'I4', the catalogue 'a' to 'e'")
+    refuse(tmp_path, "step catalogue", "'I0' to 'I4'", "'a' to 'e'")
     write(tmp_path, [(None, "a", 1), ("", "b", 1)])
-    refuse(tmp_path, "after the step ids", "'user' and 'item'")
+    refuse(tmp_path, "step ids", "'user' and 'item'")
     write(tmp_path, LOG, [(None, "x", "", "")])
-    refuse(tmp_path, "items.csv: column 'item' is empty in every row")
+    refuse(tmp_path, "items.csv", "'item'", "prepare.items.item")
 
 
 def test_a_temporal_split_needs_time_and_something_before_the_windows(tmp_path: Path) -> None:
     write(tmp_path)
     refuse(tmp_path, "prepare.split.kind", "time", order="position", split={"kind": "temporal"})
     shares = {"kind": "temporal", "validation_share": 0.5, "test_share": 0.5}
-    refuse(tmp_path, "leave nothing to train on", "below 1", split=shares)
+    refuse(tmp_path, "prepare.split", "below 1", split=shares)
 
 
 def test_an_error_leaves_the_earlier_dataset_as_it_was(tmp_path: Path) -> None:
@@ -313,7 +312,7 @@ def test_an_error_leaves_the_earlier_dataset_as_it_was(tmp_path: Path) -> None:
     first = make(tmp_path).hash
     with pytest.raises(UserError):
         make(tmp_path, min_user_interactions=9)
-    assert PreparedDataset.open(tmp_path / "out").hash == first
+    assert PreparedDataset.open(tmp_path / "out" / "prepare").hash == first
 
 
 SEEDS = st.integers(0, 2**32)
@@ -431,8 +430,8 @@ def test_new_items_are_met_as_a_users_last_alone(
 @pytest.mark.parametrize(
     ("split", "least", "said"),
     [
-        ({"new_items": 0.1}, 2, "would train on their last"),
-        ({"new_items": 0.1, "kind": "temporal"}, 3, "a temporal split takes no items as new"),
+        ({"new_items": 0.1}, 2, "prepare.min_user_interactions"),
+        ({"new_items": 0.1, "kind": "temporal"}, 3, "prepare.split.new_items"),
     ],
 )
 def test_new_items_need_a_last_interaction_apart(tmp_path: Path, split: dict[str, Any], least: int, said: str) -> None:

@@ -1,4 +1,4 @@
-"""The stream: the plan's samples from the tars, each checked, none read or opened before it is due."""
+"""Test the stream: samples in the order of the plan, verified, and read only when needed."""
 
 import os
 import shutil
@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.data.shards.damage import damaged_samples, name_samples, read_named
+from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.index import ENTRY, key_of, open_index
-from rarec.data.shards.plan import Plan
 from rarec.data.shards.samples import write_shard
-from rarec.data.shards.stream import OPEN, LocalTars, SampleStream
+from rarec.data.shards.stream import SampleStream, damaged_samples, name_samples, read_names
+from rarec.data.shards.tars import MAX_OPEN, LocalTars
 from rarec.errors import UserError
 from rarec.files import write_json
 from tests.shards import ITEMS, made_sample, open_stream, users, write_shards
@@ -52,7 +52,7 @@ def test_any_ranks_and_any_kill_point_give_the_same_epoch(tmp_path_factory, size
 def test_the_first_samples_do_not_depend_on_batches(tmp_path_factory, sizes, cuts, most):
     directory, total = tmp_path_factory.mktemp("shards"), sum(sizes)
     manifest = write_shards(directory, sizes)
-    first, again = (open_stream(directory, manifest, excluded={0}, **cut).plan.first(most) for cut in cuts)
+    first, again = (open_stream(directory, manifest, excluded={0}, **cut).plan.first_samples(most) for cut in cuts)
     assert len(set(first)) == len(first) == min(most, total - 1)
     assert list(first) == list(again)
     assert 0 not in first
@@ -95,13 +95,13 @@ def test_beginning_in_the_middle_of_a_thousand_shards_opens_those_of_the_batch(t
     for shard in range(1, shards):
         (tmp_path / f"{shard:06d}.tar").symlink_to("000000.tar")
     tars = Counted(tmp_path)
-    plan = Plan(index_S["shard"], index_S["tokens"], 0, batch_size=16)
+    plan = BatchPlan(index_S["shard"], index_S["tokens"], 0, batch_size=16)
     batch = next(plan.batches(1, 120))
     stream = SampleStream(plan, index_S, tars, ITEMS)
     next(stream.epoch(1, 120))
     assert sorted(tars.opened) == sorted(set(index_S["shard"][batch].tolist()))
     for _ in stream.epoch(1, 121):
-        assert tars.held <= OPEN
+        assert tars.held <= MAX_OPEN
     assert record["samples"] == each
     assert index_S.dtype == ENTRY
 
@@ -156,18 +156,18 @@ def test_a_harmed_shard_is_refused_by_name(tmp_path, harm, what):
 @pytest.mark.parametrize(
     ("field", "value", "what"),
     [
-        ("target", ITEMS, "beyond the catalogue of 13"),
-        ("history_H", np.array([0, -1], np.int32), "beyond the catalogue"),
-        ("history_H", np.array([5, ITEMS], np.int32), "beyond the catalogue"),
-        ("states_LD", np.array([[1, np.nan]], np.float16), "not a finite number"),
-        ("states_LD", np.array([[-np.inf, 1]], np.float32), "not a finite number"),
-        ("vectors", {"id": np.array([[np.inf]], np.float32)}, "not a finite number"),
+        ("target", ITEMS, "catalogue of 13"),
+        ("history_H", np.array([0, -1], np.int32), "catalogue"),
+        ("history_H", np.array([5, ITEMS], np.int32), "catalogue"),
+        ("states_LD", np.array([[1, np.nan]], np.float16), "NaN"),
+        ("states_LD", np.array([[-np.inf, 1]], np.float32), "NaN"),
+        ("vectors", {"id": np.array([[np.inf]], np.float32)}, "NaN"),
     ],
 )
 def test_what_a_step_would_stumble_over_is_refused_though_it_was_written_so(tmp_path, field, value, what):
     wrong = made_sample(4, **{field: value})
     _, index_S = write_shard(tmp_path / "000000.tar", [made_sample(3), wrong], 0)
-    stream = SampleStream(Plan(index_S["shard"], index_S["tokens"], 0), index_S, LocalTars(tmp_path), ITEMS)
+    stream = SampleStream(BatchPlan(index_S["shard"], index_S["tokens"], 0), index_S, LocalTars(tmp_path), ITEMS)
     with pytest.raises(UserError, match=rf"000000\.tar, sample {wrong.key}: .*{what}"):
         users(stream.epoch(0))
 
@@ -195,12 +195,12 @@ def test_damaged_samples_are_named_on_record_and_a_garbled_record_is_refused(tmp
     assert named == {"000000.tar": {key_of(index_S[1]): 1}, "000001.tar": {key_of(index_S[4]): 4}}
     path = tmp_path / "skipped.json"
     write_json(path, named)
-    assert read_named(path, index_S).tolist() == [1, 4]
+    assert read_names(path, index_S).tolist() == [1, 4]
     last = {"000001.tar": {key_of(index_S[5]): -1}}
     for garbled in ([], {"000000.tar": []}, {"000000.tar": {"x": 1}}, {"000000.tar": {key_of(index_S[1]): 99}}, last):
         write_json(path, garbled)
-        with pytest.raises(UserError, match=r"skipped\.json names samples that these shards do not hold"):
-            read_named(path, index_S)
+        with pytest.raises(UserError, match=r"skipped\.json"):
+            read_names(path, index_S)
 
 
 def test_memory_is_flat_over_an_epoch_of_many_shards(tmp_path):
@@ -210,7 +210,7 @@ def test_memory_is_flat_over_an_epoch_of_many_shards(tmp_path):
         samples = (made_sample(number, states_LD=states_LD) for number in range(shard * each, (shard + 1) * each))
         rows.append(write_shard(directory / f"{shard:06d}.tar", samples, shard)[1])
     index_S = np.concatenate(rows)
-    stream = SampleStream(Plan(index_S["shard"], index_S["tokens"], 0), index_S, LocalTars(directory), ITEMS)
+    stream = SampleStream(BatchPlan(index_S["shard"], index_S["tokens"], 0), index_S, LocalTars(directory), ITEMS)
     resident = psutil.Process().memory_info
     batches, sizes = stream.epoch(0), []
     for _ in batches:

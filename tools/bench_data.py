@@ -1,14 +1,14 @@
-"""Speed and memory of everything that moves data: ratios in one run, beside their goals.
+"""Measure speed and memory of the data pipeline, as ratios within one run, against their goals.
 
     python tools/bench_data.py prepare DIR [--rows 10000000 100000000] [--memory 6GB]
     python tools/bench_data.py stream [--shards 20] [--rounds 3]
     python tools/bench_data.py ids [--rows 10000000]
 
-prepare: logs of two sizes from make_log.py through the real preparation, and through SQL written by hand.
-stream:  shards of realistic samples; beside a bare `tarfile` read, and beside what a frozen language model consumes.
-ids:     a large table of ID embeddings, opened and gathered from; beside a bare `np.memmap`.
+prepare: prepare logs of two sizes from make_log.py with rarec, and with SQL written by hand.
+stream:  stream shards of realistic samples; compare with a bare `tarfile` read and with the speed of a frozen model.
+ids:     open a large table of ID embeddings and gather rows; compare with a bare `np.memmap`.
 
-A figure without a goal is there to be read. Run it alone on the machine.
+A figure without a goal is for information. Run it on an otherwise idle machine.
 """
 
 import argparse
@@ -21,7 +21,7 @@ COMMANDS = ("prepare", "stream", "ids")
 
 
 def main() -> None:
-    """Run what the command names, and print its table."""
+    """Run a sub-command and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
     modules = {name: import_module(f"bench_data_{name}") for name in COMMANDS}  # not in the processes that measure

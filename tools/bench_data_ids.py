@@ -1,4 +1,4 @@
-"""`bench_data.py ids`: a large table of ID embeddings, opened and gathered from; beside a bare `np.memmap`.
+"""`bench_data.py ids`: open a large table of ID embeddings and gather rows; compare with a bare `np.memmap`.
 
 Shape letters: N items, E dimension, G rows of a gather.
 """
@@ -26,16 +26,14 @@ Floats = npt.NDArray[np.float32]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the sub-command."""
+    """Add the options of the sub-command."""
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--batches", type=int, default=200, help="gathers of 64 histories of 50 items in a round")
-    parser.add_argument(
-        "--directory", type=Path, help="where the table is written and removed; by default for temporary files"
-    )
+    parser.add_argument("--batches", type=int, default=200, help="gathers of 64 histories of 50 items per round")
+    parser.add_argument("--directory", type=Path, help="scratch directory; the default is the one for temporary files")
 
 
 def run(arguments: argparse.Namespace) -> list[Figure]:
-    """Write the table, open it, gather from it, remove it."""
+    """Write the table, open it, gather from it, and delete it."""
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         directory = Path(scratch)
         write_table(directory, arguments.rows)
@@ -43,8 +41,8 @@ def run(arguments: argparse.Namespace) -> list[Figure]:
         opening, held = apart(memory_of, directory, arguments.batches)
         figures = [
             Figure(f"table of {arguments.rows:,} x {DIM}", f"{size:,.0f} MB"),
-            at_most("memory taken by opening it", opening, 10, " MiB"),
-            at_most(f"memory, but for pages of the file, after {arguments.batches} gathers", held, 50, " MiB"),
+            at_most("memory used by opening it", opening, 10, " MiB"),
+            at_most(f"memory without pages of the file, after {arguments.batches} gathers", held, 50, " MiB"),
         ]
         for cold in (True, False):
             figures += apart(speed_of, directory, arguments.batches // (20 if cold else 1), cold)
@@ -52,7 +50,7 @@ def run(arguments: argparse.Namespace) -> list[Figure]:
 
 
 def write_table(directory: Path, rows: int) -> None:
-    """An artefact of `rarec ids` with imported vectors."""
+    """Write an artefact of `rarec ids` with imported vectors."""
     block = np.random.default_rng(0).standard_normal((CHUNK, DIM), dtype=np.float32)
     table_NE = np.lib.format.open_memmap(directory / ITEMS_FILE, mode="w+", dtype=np.float32, shape=(rows, DIM))
     for start in range(0, rows, CHUNK):
@@ -62,7 +60,7 @@ def write_table(directory: Path, rows: int) -> None:
 
 
 def memory_of(directory: Path, batches: int) -> tuple[float, float]:
-    """MiB taken by opening the table; and, but for pages of the file, after user vectors of random histories."""
+    """Return MiB used by opening the table, and, without pages of the file, after computing user vectors."""
     resident, own = memory("VmRSS"), memory("RssAnon")
     source = open_source(directory)
     opening = memory("VmRSS") - resident
@@ -73,9 +71,9 @@ def memory_of(directory: Path, batches: int) -> tuple[float, float]:
 
 
 def speed_of(directory: Path, batches: int, cold: bool) -> list[Figure]:
-    """Gathers of random rows, ours and bare in turns; cold: from a file that the page cache has dropped."""
+    """Measure gathers of random rows, rarec and bare in turns; cold: after dropping the file from the page cache."""
     openers: dict[str, Callable[[], Floats]] = {
-        "ours": lambda: open_source(directory).items_NE,
+        "rarec": lambda: open_source(directory).items_NE,
         "bare": lambda: np.load(directory / ITEMS_FILE, mmap_mode="r"),
     }
     rates: dict[str, list[float]] = {name: [] for name in openers}
@@ -85,15 +83,15 @@ def speed_of(directory: Path, batches: int, cold: bool) -> list[Figure]:
                 drop_from_cache(directory / ITEMS_FILE)
             rows_G = np.random.default_rng(turn).integers(len(opened()), size=(batches, BATCH * HISTORY))
             rates[name].append(rate(opened(), rows_G))
-    per_second = statistics.median(rates["ours"])
-    ratio = statistics.median(ours / bare for ours, bare in zip(rates["ours"], rates["bare"], strict=True))
+    per_second = statistics.median(rates["rarec"])
+    ratio = statistics.median(rarec / bare for rarec, bare in zip(rates["rarec"], rates["bare"], strict=True))
     state = "from the disk" if cold else "from the page cache"
     figure = f"{per_second / BATCH / HISTORY:,.0f} batches/s, {per_second * DIM * 4 / 1e6:,.0f} MB/s"
-    return [Figure(f"gathers {state}", figure), at_least(f"gathers {state}, ours / bare np.memmap", ratio, 0.9)]
+    return [Figure(f"gathers {state}", figure), at_least(f"gathers {state}, rarec / bare np.memmap", ratio, 0.9)]
 
 
 def rate(table_NE: Floats, batches: npt.NDArray[np.int64]) -> float:
-    """Rows a second."""
+    """Return gathered rows per second."""
     started = time.perf_counter()
     for rows_G in batches:
         table_NE[rows_G]
@@ -101,7 +99,7 @@ def rate(table_NE: Floats, batches: npt.NDArray[np.int64]) -> float:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Let the kernel forget a file's pages, where no one has it mapped."""
+    """Drop the pages of an unmapped file from the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

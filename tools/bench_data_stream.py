@@ -1,7 +1,7 @@
-"""`bench_data.py stream`: the stream beside a bare `tarfile` read and a frozen model; its memory; its restart.
+"""`bench_data.py stream`: compare the stream with a bare `tarfile` read and a frozen model; measure memory and restart.
 
-Speed is measured on shards that all differ. For memory and restart, where only their number counts, many shards are one
-tar under many names, with the index and the manifest of as many full shards.
+Speed is measured on shards that all differ. For memory and restart only the number of shards matters, so many shards
+are hard links to one tar, with the index and manifest of as many full shards.
 """
 
 import argparse
@@ -20,31 +20,32 @@ import numpy as np
 from measuring import Figure, apart, at_least, at_most, memory, seconds
 
 from rarec.artefacts import check_files, read_manifest
+from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.index import INDEX, open_index, tar_name, write_index
-from rarec.data.shards.plan import Plan
 from rarec.data.shards.samples import Sample
-from rarec.data.shards.stream import LocalTars, SampleStream
+from rarec.data.shards.stream import SampleStream
+from rarec.data.shards.tars import LocalTars
 from rarec.data.shards.writing import finish_shards, write_shards
 
 BLOCKS, HIDDEN, DIM, ITEMS = 7, 384, 64, 12_000
 BATCH, BUDGET = 64, 64 * 80
 """Samples, or padded tokens, of a step."""
 MANY = 1_000
-"""Shards at which a restart is measured."""
+"""Number of shards for the restart."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the sub-command."""
-    parser.add_argument("--shards", type=int, default=20, help="that all differ; each of --samples, 10 kB a sample")
-    parser.add_argument("--samples", type=int, default=1024, help="in each shard")
-    parser.add_argument("--rounds", type=int, default=3)
+    """Add the options of the sub-command."""
     parser.add_argument(
-        "--directory", type=Path, help="where shards are written and removed; by default for temporary files"
+        "--shards", type=int, default=20, help="number of different shards, each of --samples, 10 kB per sample"
     )
+    parser.add_argument("--samples", type=int, default=1024, help="samples per shard")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="scratch directory; the default is the one for temporary files")
 
 
 def run(arguments: argparse.Namespace) -> list[Figure]:
-    """Make the shards, measure, remove them."""
+    """Create the shards, measure, and delete them."""
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         shards, samples = arguments.shards, arguments.samples
         places = {count: Path(scratch) / str(count) for count in (shards, 10 * shards, MANY)}
@@ -59,20 +60,20 @@ def run(arguments: argparse.Namespace) -> list[Figure]:
         figures += [
             Figure("memory before an epoch", f"{resident[0][0]:.0f} MiB"),
             at_most(
-                f"resident memory over an epoch of {shards} shards, most - least",
+                f"resident memory over an epoch of {shards} shards, maximum - minimum",
                 resident[0][2] - resident[0][1],
                 20,
                 " MiB",
             ),
-            at_most(f"the same of {10 * shards} shards", resident[1][2] - resident[1][1], 20, " MiB"),
-            at_most("most with ten times the shards - most", resident[1][2] - resident[0][2], 20, " MiB"),
+            at_most(f"same with {10 * shards} shards", resident[1][2] - resident[1][1], 20, " MiB"),
+            at_most("maximum with ten times the shards - maximum", resident[1][2] - resident[0][2], 20, " MiB"),
         ]
         figures += apart(speeds, places[shards], arguments.rounds)
     return figures
 
 
 def made_samples(places: range) -> Iterator[Sample]:
-    """Random samples of realistic sizes; the states differ everywhere."""
+    """Yield random samples of realistic sizes, all different."""
     for number in places:
         rng = np.random.default_rng(number)
         history = rng.integers(ITEMS, size=rng.integers(8, 51)).astype(np.int32)
@@ -83,13 +84,13 @@ def made_samples(places: range) -> Iterator[Sample]:
 
 
 def write_different(directory: Path, shards: int, samples: int) -> None:
-    """Shards as `rarec shards` writes them."""
+    """Write shards as `rarec shards` does."""
     records = write_shards(directory, shards * samples, samples, made_samples, "bench", lambda line: None)
     finish_shards(directory, records, settings={}, made_from={})
 
 
 def write_same(directory: Path, source: Path, shards: int) -> None:
-    """Many shards: the first one of `source` under as many names."""
+    """Link the first shard of `source` under many names."""
     directory.mkdir()
     manifest = read_manifest(source, "shards")
     first = manifest["shards"][0]
@@ -103,30 +104,34 @@ def write_same(directory: Path, source: Path, shards: int) -> None:
 
 
 def with_shard(rows_S: np.ndarray, shard: int) -> np.ndarray:
-    """The same rows of an index in another shard."""
+    """Assign index rows to another shard."""
     rows_S["shard"] = shard
     return rows_S
 
 
 def stream_of(directory: Path, by: str) -> SampleStream:
-    """A stream opened as training opens it, in batches by size or by tokens."""
+    """Open a stream as training does, with batches by size or by tokens."""
     manifest = read_manifest(directory, "shards")
     check_files(directory, {**manifest, "files": {INDEX: manifest["files"][INDEX]}})
     index_S = open_index(directory, manifest)
     shards, tokens = index_S["shard"], index_S["tokens"]
     by_size = by == "batch_size"
-    plan = Plan(shards, tokens, 0, batch_size=BATCH) if by_size else Plan(shards, tokens, 0, tokens_per_batch=BUDGET)
+    plan = (
+        BatchPlan(shards, tokens, 0, batch_size=BATCH)
+        if by_size
+        else BatchPlan(shards, tokens, 0, tokens_per_batch=BUDGET)
+    )
     return SampleStream(plan, index_S, LocalTars(directory), ITEMS)
 
 
 def restarts(directory: Path, rounds: int) -> Iterator[tuple[str, float]]:
-    """For each way to cut batches, the slowest restart in fresh processes."""
+    """Yield, for both kinds of batches, the slowest restart in fresh processes."""
     for by in ("batch_size", "tokens_per_batch"):
         yield by, max(apart(restart, directory, by) for _ in range(rounds))
 
 
 def restart(directory: Path, by: str) -> float:
-    """Seconds from opening the shards to the batch in the middle of an epoch."""
+    """Return the seconds from opening the shards to the batch in the middle of an epoch."""
     started = time.perf_counter()
     stream = stream_of(directory, by)
     next(stream.epoch(1, stream.plan.steps(1) // 2))
@@ -134,7 +139,7 @@ def restart(directory: Path, by: str) -> float:
 
 
 def resident_over_an_epoch(directory: Path) -> tuple[float, float, float]:
-    """MiB: resident before; the least and the most of it over an epoch, from its tenth part on."""
+    """Return resident MiB before an epoch, and the minimum and maximum during it, after its first tenth."""
     before, stream, seen = memory("VmRSS"), stream_of(directory, "batch_size"), []
     for step, _ in enumerate(stream.epoch(0)):
         if step >= stream.plan.steps(0) // 10:
@@ -143,31 +148,31 @@ def resident_over_an_epoch(directory: Path) -> tuple[float, float, float]:
 
 
 def speeds(directory: Path, rounds: int) -> list[Figure]:
-    """Whole epochs and whole bare reads in turns; then what a frozen model consumes."""
+    """Measure whole epochs and whole bare reads in turns, then the speed of a frozen model."""
     stream = stream_of(directory, "batch_size")
-    samples, ours, bare = stream.plan.samples, [], []
+    samples, rarec, bare = stream.plan.samples, [], []
     for epoch in range(rounds + 1):
         bare.append(samples / seconds(partial(read_bare, directory)))
-        ours.append(samples / seconds(partial(read_epoch, stream, epoch)))
-    ratio = statistics.median(a / b for a, b in zip(ours[1:], bare[1:], strict=True))  # the first round warms up
+        rarec.append(samples / seconds(partial(read_epoch, stream, epoch)))
+    ratio = statistics.median(a / b for a, b in zip(rarec[1:], bare[1:], strict=True))  # the first round warms up
     consumed = step_rate()
     return [
         Figure("bare tarfile read, decoded", f"{statistics.median(bare[1:]):,.0f} samples/s"),
-        Figure("stream, checked and in random order", f"{statistics.median(ours[1:]):,.0f} samples/s"),
+        Figure("stream, checked and in random order", f"{statistics.median(rarec[1:]):,.0f} samples/s"),
         at_least("stream / bare", ratio, 0.9),
         Figure("a frozen model of 110M parameters, forward and backward", f"{consumed:,.2f} samples/s"),
-        at_least("stream / frozen model", statistics.median(ours[1:]) / consumed, 20),
+        at_least("stream / frozen model", statistics.median(rarec[1:]) / consumed, 20),
     ]
 
 
 def read_epoch(stream: SampleStream, epoch: int) -> None:
-    """All of an epoch, nothing kept."""
+    """Read an epoch and keep nothing."""
     for _ in stream.epoch(epoch):
         pass
 
 
 def read_bare(directory: Path) -> None:
-    """Every member of every tar, decoded, nothing checked or kept."""
+    """Decode every member of every tar without checks."""
     for path in sorted(directory.glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -181,8 +186,8 @@ def read_bare(directory: Path) -> None:
 
 
 def step_rate(batch: int = 16, length: int = 70, steps: int = 3) -> float:
-    """Samples a second through a frozen BERT base at random weights: forward, and backward to its inputs."""
-    import torch  # only here: the processes that measure memory do without it
+    """Return samples per second of a frozen BERT base with random weights, forward and backward to its inputs."""
+    import torch  # imported here: not in the processes that measure memory
     from transformers import BertConfig, BertModel
 
     model = BertModel(BertConfig()).requires_grad_(False)

@@ -1,13 +1,13 @@
-"""Prepare real logs; assert that the result is the known one, and to the row the one that a second computation gives.
+"""Prepare real logs; check the result against published counts and, row by row, against a second implementation.
 
     python tools/check_datasets.py PATH
 
-PATH holds, each with interactions.parquet and items.parquet: amazon-beauty-2014 (5-core), ml-1m, ml-100k and
-uci-online-retail-2009-2011. What is not there is skipped; one at least must be. Exit code 1 where anything differs.
+PATH contains, each with interactions.parquet and items.parquet: amazon-beauty-2014 (5-core), ml-1m, ml-100k and
+uci-online-retail-2009-2011. Missing datasets are skipped, but one must exist. The exit code is 1 if anything differs.
 
-The second computation is pandas and hashlib over the same files and shares no code with rarec: counts after each step,
-the fixed point of the k-core, every user's items in the order of time and of the stated tie rule, the split, and how
-often each item trains.
+The second implementation uses pandas and hashlib and shares no code with rarec. It covers the counts after each
+step, the fixed point of the k-core, every user's items in the order of time and of the documented tie rule, the split,
+and the number of training interactions of each item.
 """
 
 import argparse
@@ -22,34 +22,34 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from measuring import prepare_dataset
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.prepare import prepare
 
 Counts = dict[str, int]
-"""Interactions, users, items met."""
+"""Interactions, users, items."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a log, and how to prepare it."""
+    """Published counts of a log, and its settings."""
 
     users: int
     items: int
     interactions: int
     order: str
-    """Column of the time or position."""
+    """Column with the time or position."""
     fewest: tuple[int, int] = (5, 0)
-    """Interactions of a user and of an item; 0 keeps the whole catalogue."""
+    """Minimum interactions of a user and of an item; 0 keeps the whole catalogue."""
     clean: bool = True
-    """Whether nothing may be dropped."""
+    """True if no row may be dropped."""
     policies: tuple[str, ...] = ("first",)
-    """What to do with repeats, one after the other."""
+    """Values of `prepare.repeats` to check."""
 
     @property
     def counts(self) -> Counts:
-        """Of the log as it was published."""
+        """The counts of the published log."""
         return {"interactions": self.interactions, "users": self.users, "items": self.items}
 
 
@@ -67,14 +67,14 @@ class SecondComputation:
     """The same steps in pandas.
 
     Args:
-        directory: of the log.
-        known: how to prepare it.
-        policy: what to do with repeats.
+        directory: directory of the log.
+        known: settings of the log.
+        policy: value of `prepare.repeats`.
 
     Attributes:
-        steps: counts by step, the rounds of the k-core as one.
-        log: what is left: `user`, `item`, `order`, in its final order.
-        catalogue: the ids that are left.
+        steps: counts by step; the rounds of the k-core are one step.
+        log: remaining rows `user`, `item`, `order`, in their final order.
+        catalogue: remaining item ids.
     """
 
     def __init__(self, directory: Path, known: Known, policy: str) -> None:
@@ -95,7 +95,7 @@ class SecondComputation:
         return log
 
     def tables(self) -> Iterator[tuple[str, Any]]:
-        """What is written: users and their split (the last tests, the one before validates), items, interactions."""
+        """Yield the written columns: users and their split, items, interactions."""
         users = self.log.groupby("user").size()
         enough = users >= 3
         train = (users - 2).where(enough, users)
@@ -112,26 +112,26 @@ class SecondComputation:
         yield "train_counts_N", trained.reindex(self.catalogue, fill_value=0)
 
     def ties(self) -> tuple[int, int]:
-        """Interactions that share their moment with another of the user's; users whose two targets do not."""
+        """Count interactions with the same time as another of the user, and users whose targets have none."""
         tied = self.log.duplicated(["user", "order"], keep=False)
         targets = self.log.groupby("user").cumcount(ascending=False) < 2
         return int(tied.sum()), self.log.user.nunique() - self.log.user[tied & targets].nunique()
 
 
 def in_order(log: pd.DataFrame) -> pd.DataFrame:
-    """By user and time; in a tie by (U + 1)(I + 1) mod 2**31 - 1 of the ids' hashes, then by item."""
+    """Sort by user and time; ties by (U + 1)(I + 1) mod 2**31 - 1 of the hashes of the ids, then by item."""
     hashed = {name: log[name].map({one: hash_of(one) for one in log[name].unique()}) for name in ("user", "item")}
     tie = (hashed["user"] + 1) * (hashed["item"] + 1) % (2**31 - 1)
     return log.assign(tie=tie).sort_values(["user", "order", "tie", "item"], ignore_index=True).drop(columns="tie")
 
 
 def hash_of(name: object) -> int:
-    """The first seven hex digits of an id's md5."""
+    """Return the first seven hex digits of the md5 of an id."""
     return int(hashlib.md5(str(name).encode()).hexdigest()[:7], 16)
 
 
 def without_repeats(log: pd.DataFrame, policy: str) -> pd.DataFrame:
-    """By the policy of `prepare.repeats`."""
+    """Drop repeats according to `prepare.repeats`."""
     pairs = log[["user", "item"]]
     match policy:
         case "first" | "last":
@@ -142,7 +142,7 @@ def without_repeats(log: pd.DataFrame, policy: str) -> pd.DataFrame:
 
 
 def core(log: pd.DataFrame, fewest: dict[str, int]) -> pd.DataFrame:
-    """The largest part in which every user and every item has enough: users and items are dropped at once."""
+    """Return the k-core: the largest part in which all users and items have enough interactions."""
     while True:
         enough = [log.groupby(name)[name].transform("size") >= least for name, least in fewest.items()]
         if np.all(enough):
@@ -151,7 +151,7 @@ def core(log: pd.DataFrame, fewest: dict[str, int]) -> pd.DataFrame:
 
 
 def configure(directory: Path, known: Known, policy: str) -> Prepare:
-    """The real preparation's settings."""
+    """Return the settings for rarec."""
     role = "time" if known.order == "timestamp" else "position"
     log = {"path": str(directory / "interactions.parquet"), "user": "user_id", "item": "item_id", role: known.order}
     items = {"path": str(directory / "items.parquet"), "item": "item_id", "title": "title"}
@@ -160,7 +160,7 @@ def configure(directory: Path, known: Known, policy: str) -> Prepare:
 
 
 def steps_of(dataset: PreparedDataset) -> dict[str, Counts]:
-    """The counts in the manifest, as `SecondComputation.steps` has them; a step that was left out changes none."""
+    """Return the manifest's counts in the form of `SecondComputation.steps`."""
     entries = dataset.manifest["steps"]
     counts = {"read": {what: entries[0][f"{what}_before"] for what in ("interactions", "users", "items")}}
     after = {entry["step"]: {what: entry[f"{what}_after"] for what in counts["read"]} for entry in entries}
@@ -170,11 +170,11 @@ def steps_of(dataset: PreparedDataset) -> dict[str, Counts]:
 
 
 def differences(dataset: PreparedDataset, second: SecondComputation, known: Known) -> Iterator[str]:
-    """One line for each thing that is not as it should be."""
+    """Yield one line for each difference."""
     steps = steps_of(dataset)
     for step in ("read", "core") if known.clean else ("read",):
         if steps[step] != known.counts:
-            yield f"{step}: {steps[step]}, but {known.counts} is known"
+            yield f"{step}: {steps[step]}, but {known.counts} was published"
     for step, counts in second.steps.items():
         if steps[step] != counts:
             yield f"{step}: {steps[step]}, but the second computation gives {counts}"
@@ -183,12 +183,12 @@ def differences(dataset: PreparedDataset, second: SecondComputation, known: Know
     for name, wanted in [*second.tables(), (order, second.log.order)]:
         found = orders if name == order else getattr(dataset, name)
         if not np.array_equal(np.asarray(found), np.asarray(wanted)):
-            yield f"{name} is not what the second computation gives"
+            yield f"{name} differs from the second computation"
 
 
 def check(directory: Path, known: Known, policy: str, scratch: Path) -> bool:
-    """Prepare a log by both, print what came out, and return whether all is as it should be."""
-    dataset = prepare(configure(directory, known, policy), scratch, seed=0, say=lambda line: None)
+    """Prepare a log with both, print the result, and return True if nothing differs."""
+    dataset = prepare_dataset(configure(directory, known, policy), scratch)
     second = SecondComputation(directory, known, policy)
     found = list(differences(dataset, second, known))
     tied, untied = second.ties()
@@ -203,7 +203,7 @@ def check(directory: Path, known: Known, policy: str, scratch: Path) -> bool:
 
 
 def main() -> int:
-    """Check every log that is there."""
+    """Check every log that exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
     path, right = parser.parse_args().path, []

@@ -1,16 +1,16 @@
-"""Make a synthetic interaction log of any size in bounded memory; the same sizes and seed give the same bytes.
+"""Write a synthetic interaction log of any size in bounded memory; the same sizes and seed give the same bytes.
 
     python tools/make_log.py DIR --users 100000 --items 10000 --interactions 1000000 [--seed 0] [--ties 0.3] ...
 
-DIR/interactions/part-00000.parquet ... hold user, item, time; DIR/items.parquet holds item, title, brand, category.
+DIR/interactions/part-00000.parquet ... have user, item, time; DIR/items.parquet has item, title, brand, category.
 The options are the fields of `Log`.
 
-Items belong to tastes and are met by Zipf's law. A user drifts from one taste to another. An item either follows from
-the one before (each has a few successors, some likelier than others) or is drawn from the taste of the moment, now and
-then from the whole catalogue. So a sequence model beats popularity, and so does a reader of the titles.
+Every item belongs to a taste, and popularity follows Zipf's law. A user drifts from one taste to another. An item
+either follows from the previous one (each has a few successors, some more likely than others) or is drawn from the
+current taste, sometimes from the whole catalogue. So a sequence model, or a model that reads titles, beats popularity.
 
-Users are made block by block, each block from the seed and its own place. Held in memory: one block, the items' ids and
-their successors. Letters: U users of a block, I its interactions, F those of them that are drawn anew, N items.
+Users are generated in blocks, each from the seed and the block's position. Memory holds one block, the item ids and
+their successors. Letters: U users of a block, I its interactions, F the interactions drawn anew, N items.
 """
 
 import argparse
@@ -35,9 +35,9 @@ SUCCESSORS = 4
 WANDER, DRIFT = 0.1, 0.6
 """Shares of the items drawn anew: from the whole catalogue; from the second taste, at the end of a user's log."""
 FIRST_TIME, YEAR = 1_420_070_400, 31_536_000
-"""Users begin within that year."""
+"""Unix time and length of the year in which users start."""
 SESSION, AWAY, PAUSE = 0.25, 3 * 86_400, 90
-"""Share of interactions that open a session; mean seconds before them, and before the others."""
+"""Share of interactions that open a session; mean seconds before these, and before the others."""
 STUFFS, PLACES, KINDS, MOODS = (
     line.split()
     for line in """\
@@ -50,34 +50,34 @@ bold bright calm classic deep fine gentle light modern plain quiet rustic soft t
 
 @dataclass(frozen=True)
 class Log:
-    """What to make. Shares of rows are exact, but for `follow` and `ties`, which are chances."""
+    """Size and shape of the log. Shares of rows are exact, except `follow` and `ties`, which are probabilities."""
 
     users: int = 100_000
     items: int = 10_000
     interactions: int = 1_000_000
-    """Rows of the log, junk included."""
+    """Rows of the log, including junk."""
     seed: int = 0
     tastes: int = 16
     fewest: int = 5
-    """Interactions of every user, before junk takes some."""
+    """Minimum interactions per user, before junk replaces some."""
     zipf: float = 1.0
-    """Exponent of popularity."""
+    """Exponent of the popularity distribution."""
     follow: float = 0.5
-    """Share of interactions that follow from the one before."""
+    """Share of interactions that follow from the previous one."""
     ties: float = 0.1
-    """Share of interactions in the same second as the one before."""
+    """Share of interactions in the same second as the previous one."""
     nulls: float = 0.0
     """Share of rows without a user or without an item."""
     unknown: float = 0.0
     """Share of rows whose item is not in the catalogue."""
     duplicates: float = 0.0
-    """Share of rows that repeat another row. Without it no user meets an item twice in one second."""
+    """Share of rows that repeat another row. Without it, no user has an item twice in one second."""
     shuffled: bool = False
-    """Rows stand in no order within half a million, rather than by user and time."""
+    """Shuffle rows within blocks of half a million instead of sorting them by user and time."""
     iso: bool = False
-    """Times as ISO 8601 text rather than Unix seconds."""
+    """Write times as ISO 8601 text instead of Unix seconds."""
     text_items: bool = False
-    """Item ids as text rather than integers."""
+    """Write item ids as text instead of integers."""
 
     def __post_init__(self) -> None:
         if self.users * self.fewest > self.interactions - self.rows(self.duplicates):
@@ -88,22 +88,22 @@ class Log:
             raise ValueError("nulls, unknown and duplicates are more than there are rows")
 
     def rows(self, share: float) -> int:
-        """How many rows a share of them is."""
+        """Convert a share to a number of rows."""
         return round(share * self.interactions)
 
     def blocks(self) -> Iterator[range]:
-        """The users of each block."""
+        """Yield the users of each block."""
         count = min(self.users, -(-self.interactions // BLOCK_ROWS))
         for block in range(count):
             yield range(self.users * block // count, self.users * (block + 1) // count)
 
     def part(self, total: int, users: range) -> int:
-        """How many of a total fall to a block's users, so that over all blocks it is the total."""
+        """Return a block's part of a total; the parts of all blocks add up to the total."""
         return total * users.stop // self.users - total * users.start // self.users
 
 
 def zipf_ranks(uniform: npt.NDArray[np.float64], count: int | Ints, exponent: float) -> Ints:
-    """Ranks from 0 below `count`, by inverting a power law: the chance of a rank falls as (rank + 1) ** -exponent."""
+    """Draw ranks below `count` by inverting a power law: the probability of a rank is about (rank + 1) ** -exponent."""
     top = np.add(count, 1.0)
     if exponent == 1:
         drawn = np.exp(uniform * np.log(top))
@@ -114,7 +114,7 @@ def zipf_ranks(uniform: npt.NDArray[np.float64], count: int | Ints, exponent: fl
 
 
 class Catalogue:
-    """The items by rank of popularity: rank r has the taste r modulo their number, and any row of the table."""
+    """The items by popularity rank: rank r has taste r modulo the number of tastes, and a random row of the table."""
 
     def __init__(self, log: Log) -> None:
         rng = np.random.default_rng([log.seed, 0])
@@ -124,22 +124,22 @@ class Catalogue:
         self.successors_NK = np.stack([self._another(rng) for _ in range(SUCCESSORS)], axis=1)
         numbers = range(1, log.items + log.items // 10 + 2)
         self.ids = pa.array([f"B{number:09d}" for number in numbers] if log.text_items else numbers)
-        """By row; those beyond the last item are unknown."""
+        """Ids by row; those beyond the last item are not in the catalogue."""
 
     def draw(self, tastes: Ints, rng: np.random.Generator) -> Ints:
-        """The rank of an item of each taste, by popularity."""
+        """Draw the rank of an item of each taste, by popularity."""
         sizes = self.sizes_of_tastes[tastes]
         return zipf_ranks(rng.random(len(tastes)), sizes, self.log.zipf) * self.log.tastes + tastes
 
     def write(self, path: Path) -> None:
-        """Write the table."""
+        """Write the item table."""
         ranks_N = np.argsort(self.rows_N)
         with write_aside(path) as file, pq.ParquetWriter(file, self._table(ranks_N, range(0)).schema) as writer:
             for start in range(0, self.log.items, BLOCK_ROWS):
                 writer.write_table(self._table(ranks_N, range(start, min(start + BLOCK_ROWS, self.log.items))))
 
     def _another(self, rng: np.random.Generator) -> Ints:
-        """For each rank another one of its taste."""
+        """Return, for each rank, another rank of the same taste."""
         step, ranks_N = self.log.tastes, np.arange(self.log.items)
         others_N = self.draw(ranks_N % step, rng)
         beside_N = np.where(ranks_N + step < self.log.items, ranks_N + step, ranks_N - step)
@@ -159,17 +159,17 @@ class Catalogue:
 
 
 def lengths_of(log: Log, users: range, rng: np.random.Generator) -> Ints:
-    """(U,) how many interactions each user has: the fewest, and a long-tailed share of the rest."""
+    """(U,) Draw the number of interactions of each user: the minimum, plus a long-tailed share of the rest."""
     clean = log.part(log.interactions, users) - log.part(log.rows(log.duplicates), users)
     weights_U = rng.lognormal(size=len(users))
     return log.fewest + rng.multinomial(clean - log.fewest * len(users), weights_U / weights_U.sum())
 
 
 def ranks_of(catalogue: Catalogue, users_I: Ints, starts_U: Ints, lengths_U: Ints, rng: np.random.Generator) -> Ints:
-    """(I,) the items, by rank: first those drawn anew, then what follows from them, link by link."""
+    """(I,) Draw the items by rank: first those drawn anew, then their successors, link by link."""
     log, total = catalogue.log, len(users_I)
     fresh = rng.random(total + 1) >= log.follow
-    fresh[starts_U] = fresh[total] = True  # the last one, beyond the rows, ends the last chain
+    fresh[starts_U] = fresh[total] = True  # the last entry, beyond the rows, ends the last chain
     rows_F = np.flatnonzero(fresh[:total])
     users_F = users_I[rows_F]
     share_F = (rows_F - starts_U[users_F]) / lengths_U[users_F]
@@ -187,7 +187,7 @@ def ranks_of(catalogue: Catalogue, users_I: Ints, starts_U: Ints, lengths_U: Int
 
 
 def times_of(log: Log, ranks_I: Ints, users_I: Ints, starts_U: Ints, rng: np.random.Generator) -> Ints:
-    """(I,) Unix seconds, never falling for a user; an item that is in its second already waits for the next one."""
+    """(I,) Draw non-decreasing Unix seconds per user; an item that already occurs in a second moves to a later one."""
     mean_I = np.where(rng.random(len(ranks_I)) < SESSION, AWAY, PAUSE)
     gaps_I = 1 + (mean_I * rng.standard_exponential(len(ranks_I))).astype(np.int64)
     tied_I = rng.random(len(ranks_I)) < log.ties
@@ -204,7 +204,7 @@ def times_of(log: Log, ranks_I: Ints, users_I: Ints, starts_U: Ints, rng: np.ran
 
 
 def block_of(catalogue: Catalogue, users: range) -> pa.Table:
-    """Everything that a block's users did, junk included."""
+    """Generate the interactions of a block, including junk."""
     log = catalogue.log
     rng = np.random.default_rng([log.seed, 1, users.start])
     lengths_U = lengths_of(log, users, rng)
@@ -232,14 +232,14 @@ def block_of(catalogue: Catalogue, users: range) -> pa.Table:
 
 
 def _chosen(log: Log, users: range, rows: int, rng: np.random.Generator) -> list[Ints]:
-    """Rows without an id, rows of unknown items, rows written twice: none is two of these."""
+    """Choose disjoint rows without id, with unknown items, and to be repeated."""
     counts = [log.part(log.rows(share), users) for share in (log.nulls, log.unknown, log.duplicates)]
     chosen = rng.choice(rows, sum(counts), replace=False)
     return np.split(chosen, np.cumsum(counts)[:-1])
 
 
 def _scattered(count: int, numbers: range) -> Ints:
-    """Other numbers below `count` in their place, one for one: ids must not rise with the order of the rows."""
+    """Permute numbers below `count`, so that ids do not rise with the order of rows."""
     step = int(count * 0.618) | 1
     while np.gcd(step, count) > 1:
         step += 2
@@ -247,11 +247,11 @@ def _scattered(count: int, numbers: range) -> Ints:
 
 
 def make_log(directory: Path, **settings: Any) -> Log:
-    """Write a log and its catalogue; what stands in their place is replaced, the log once it is whole.
+    """Write a log and its catalogue; an existing log is replaced once the new one is complete.
 
     Args:
-        directory: gets `interactions/` and `items.parquet`.
-        settings: the fields of `Log`.
+        directory: directory for `interactions/` and `items.parquet`.
+        settings: fields of `Log`.
     """
     log = Log(**settings)
     catalogue = Catalogue(log)
@@ -266,7 +266,7 @@ def make_log(directory: Path, **settings: Any) -> Log:
 
 
 def _write(path: Path, tables: Iterator[pa.Table]) -> None:
-    """One row group a table."""
+    """Write one row group per table."""
     table = next(tables)
     with pq.ParquetWriter(path, table.schema) as writer:
         writer.write_table(table, row_group_size=table.num_rows)
@@ -275,7 +275,7 @@ def _write(path: Path, tables: Iterator[pa.Table]) -> None:
 
 
 def main() -> None:
-    """Make what the command asks for, and say what was made."""
+    """Write the log that the command asks for, and print its size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     for field in fields(Log):

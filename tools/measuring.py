@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rarec.config import RunConfig
+from rarec.config.logs import Prepare
+from rarec.data.dataset import PreparedDataset
+from rarec.stages.run import Run
+
 T = TypeVar("T")
 
 
@@ -66,3 +71,11 @@ def memory(field: str) -> float:
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
+
+
+def prepare_dataset(config: Prepare, directory: Path) -> PreparedDataset:
+    """Prepare a dataset as `rarec prepare` does, in `directory/prepare`."""
+    tree = {"run": {"dir": str(directory)}, "prepare": config.model_dump(mode="json"), "llm": {"path": "-"}}
+    run = Run(RunConfig.model_validate(tree), say=lambda line: None)
+    run.make("prepare", fresh=True)
+    return run.dataset

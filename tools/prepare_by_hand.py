@@ -1,9 +1,10 @@
-"""The preparation as one would write it by hand for one log, in DuckDB's SQL: the yardstick of `bench_data.py prepare`.
+"""Prepare one log with hand-written DuckDB SQL: the baseline of `bench_data.py prepare`.
 
     python tools/prepare_by_hand.py LOG OUT [--memory 6GB]
 
-LOG is what `make_log.py` made; OUT gets users.parquet, items.parquet and interactions.parquet, as `rarec prepare` gives
-them for the same log with a 5-core, the first of repeated items, and the brand as further text. Prints the counts.
+LOG is a directory from `make_log.py`; OUT gets users.parquet, items.parquet and interactions.parquet, equal to those of
+`rarec prepare` for the same log with a 5-core, the first of repeated items, and the brand as further text. Prints the
+counts.
 """
 
 import argparse
@@ -69,7 +70,7 @@ COPY (SELECT user_row, item_row, time FROM sequences ORDER BY user_row, position
 
 
 def prepare_by_hand(log: Path, out: Path, memory: str) -> list[dict[str, int]]:
-    """Write the three tables; returns interactions, users and items at first and after each step that dropped some."""
+    """Write the three tables; return the initial counts and those after each step that dropped rows."""
     out.mkdir(parents=True)
     counts: list[dict[str, int]] = []
     with duckdb.connect() as connection:

@@ -1,4 +1,4 @@
-"""A prepared dataset, opened: plain arrays.
+"""Open a prepared dataset as plain arrays.
 
 Shape letters: U users, N items, I interactions, S samples or targets.
 """
@@ -22,12 +22,12 @@ Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What one part of the split asks: for each of S users, in the order of the rows, the item at a position.
+class EvalTargets:
+    """The evaluation targets of one part of the split: one item for each of S users, in the order of user rows.
 
     Attributes:
         user_rows: (S,).
-        positions: (S,) of the target in the user's sequence; what stands before it is the history.
+        positions: (S,) position of the target in the user's sequence; the items before it are the history.
         item_rows: (S,) the target.
     """
 
@@ -38,23 +38,23 @@ class Targets:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """Users, items and the split. Rows are dense, from 0; ids are the user's own.
+    """Users, items and the split. Rows are dense integers from 0; ids are the ones of the log.
 
     Attributes:
-        directory: of the artefact.
-        manifest: with counts, steps and settings.
-        hash: of the artefact.
+        directory: directory of the artefact.
+        manifest: its manifest, with counts, steps and settings.
+        hash: hash of the artefact.
         user_ids: (U,) int64 or string.
         item_ids: (N,) int64 or string.
-        titles: (N,) none is empty.
+        titles: (N,) titles, none of them empty.
         texts: (N,) further text, possibly empty.
-        train_counts_N: training interactions of each item.
-        starts_U: where a user's interactions begin in `item_rows_I`.
-        lengths_U: how many the user has.
-        train_length_U: how many of them train, from the first on.
+        train_counts_N: number of training interactions of each item.
+        starts_U: index of a user's first interaction in `item_rows_I`.
+        lengths_U: number of interactions of each user.
+        train_length_U: number of training interactions of each user, counted from the first.
         validation_U: position of the validation target in the user's sequence, or -1.
         test_U: position of the test target, or -1.
-        item_rows_I: every interaction's item, user by user in the order of the rows, each in the user's own order.
+        item_rows_I: item of every interaction, grouped by user row, in each user's order.
     """
 
     directory: Path
@@ -74,17 +74,21 @@ class PreparedDataset:
 
     @classmethod
     def open(cls, directory: Path) -> "PreparedDataset":
-        """Read a prepared dataset, checking every file against the manifest.
+        """Read a prepared dataset and check every file against the manifest.
+
+        Args:
+            directory: directory of the artefact.
 
         Raises:
-            UserError: it is missing, of another kind or schema, or a file in it is not the one that was written.
+            UserError: the dataset is missing, has another kind or schema, or a file differs from what was written.
         """
         manifest = read_manifest(directory, "prepare")
         for name, digest in manifest["files"].items():
             path = directory / name
             if not path.exists() or sha256_file(path) != digest:
                 raise UserError(
-                    f"{path} is not the file that was prepared", "make it again: rarec prepare CONFIG --fresh"
+                    f"{path} was changed after it was written (sha256 differs)",
+                    "rebuild it: rarec prepare CONFIG --fresh",
                 )
         users, items, interactions = _tables(directory)
         return cls(
@@ -106,17 +110,17 @@ class PreparedDataset:
 
     @property
     def n_users(self) -> int:
-        """U."""
+        """The number of users."""
         return len(self.user_ids)
 
     @property
     def n_items(self) -> int:
-        """N."""
+        """The number of items."""
         return len(self.item_ids)
 
     @property
     def untitled(self) -> str:
-        """The text that stands for a missing title."""
+        """The text that replaces a missing title."""
         return str(self.manifest["settings"]["prepare"]["items"]["untitled"])
 
     @property
@@ -125,7 +129,14 @@ class PreparedDataset:
         return "time" if self.manifest["settings"]["prepare"]["interactions"]["time"] is not None else "position"
 
     def held_out_U(self, share: float) -> Int32:
-        """How many of each user's training interactions, the newest, make up this share: at least one, never all."""
+        """Return the number of each user's newest training interactions that make up a share.
+
+        Args:
+            share: fraction of the training interactions; 0 holds out none.
+
+        Returns:
+            (U,) at least one for each user with two or more training interactions, and never all of them.
+        """
         if not share:
             return np.zeros_like(self.train_length_U)
         wanted_U = np.maximum(np.floor(self.train_length_U * share), 1).astype(np.int32)
@@ -133,9 +144,12 @@ class PreparedDataset:
         return held_U
 
     def holding_out(self, share: float) -> "PreparedDataset":
-        """The same, with this share of each user's training interactions, the newest, out of the training part.
+        """Return the dataset without each user's newest training interactions.
 
-        What is asked for validation and test, and its history, stays.
+        Validation and test targets and their histories stay as they are.
+
+        Args:
+            share: fraction of each user's training interactions to hold out.
         """
         train_length_U = self.train_length_U - self.held_out_U(share)
         trains_I = np.arange(len(self.item_rows_I)) < np.repeat(self.starts_U + train_length_U, self.lengths_U)
@@ -143,16 +157,16 @@ class PreparedDataset:
         return replace(self, train_length_U=train_length_U, train_counts_N=counts_N)
 
     def sequence(self, user_row: int) -> Int32:
-        """Item rows of all the user's interactions, oldest first; a view."""
+        """Return the item rows of all interactions of a user, oldest first, as a view."""
         start = int(self.starts_U[user_row])
         return self.item_rows_I[start : start + int(self.lengths_U[user_row])]
 
     def history(self, user_row: int, position: int) -> Int32:
-        """Item rows of what stands before `position` in the user's sequence, oldest first; a view."""
+        """Return the item rows before `position` in the user's sequence, oldest first, as a view."""
         return self.sequence(user_row)[:position]
 
     def training_samples(self) -> tuple[Int32, Int32]:
-        """Every training position that has a history, as (user_rows_S, positions_S), by user and then position."""
+        """Return all training positions with a history: (user_rows_S, positions_S), sorted by user, then position."""
         counts_U = np.maximum(self.train_length_U - 1, 0)
         user_rows_S = np.repeat(np.arange(self.n_users, dtype=np.int32), counts_U)
         before_U = np.cumsum(counts_U, dtype=np.int64) - counts_U
@@ -160,22 +174,28 @@ class PreparedDataset:
         return user_rows_S, positions_S.astype(np.int32)
 
     def items_at(self, user_rows: Int32, positions: Int32) -> Int32:
-        """The item row at each of (S,) positions of (S,) users."""
+        """Return the item row at each of (S,) positions of (S,) users."""
         items: Int32 = self.item_rows_I[self.starts_U[user_rows] + positions]
         return items
 
-    def targets(self, part: Literal["validation", "test"], limit: int | None = None, seed: int = 0) -> Targets:
-        """The users that a part of the split asks about, or a fixed random `limit` of them, by row."""
+    def targets(self, part: Literal["validation", "test"], limit: int | None = None, seed: int = 0) -> EvalTargets:
+        """Return the targets of one part of the split, in the order of user rows.
+
+        Args:
+            part: `validation` or `test`.
+            limit: largest number of users; a fixed random subset is drawn if there are more.
+            seed: seed of that draw.
+        """
         positions_U = self.validation_U if part == "validation" else self.test_U
         user_rows = np.flatnonzero(positions_U >= 0).astype(np.int32)
         if limit is not None and limit < len(user_rows):
             user_rows = np.sort(np.random.default_rng(seed).choice(user_rows, limit, replace=False))
         positions = positions_U[user_rows]
-        return Targets(user_rows, positions, self.items_at(user_rows, positions))
+        return EvalTargets(user_rows, positions, self.items_at(user_rows, positions))
 
 
 def _tables(directory: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Users, items, and the interactions' items."""
+    """Read users, items, and the item column of the interactions."""
     users = [tables.users_schema(kind) for kind in tables.ID_TYPES]
     items = [tables.items_schema(kind) for kind in tables.ID_TYPES]
     interactions = [tables.interactions_schema(order) for order in ("time", "position")]

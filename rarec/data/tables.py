@@ -1,4 +1,4 @@
-"""The prepared dataset's tables on disk: their schemas, and Parquet whose bytes depend on the rows alone."""
+"""Schemas of the prepared tables, and Parquet files whose bytes depend on the rows alone."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,60 +10,77 @@ import pyarrow.parquet as pq
 from rarec.errors import UserError
 
 ROW_GROUP = 1 << 17
-"""Rows; how an engine happens to cut its batches must not show in the file."""
+"""Rows of a row group: fixed, so that an engine's batch size does not change the file."""
 
 ITEMS, USERS, INTERACTIONS = "items.parquet", "users.parquet", "interactions.parquet"
 ID_TYPES = (pa.int64(), pa.string())
 
 
 def id_type(column: ir.Column) -> pa.DataType:
-    """How ids are written: as they were given, numbers or text."""
+    """Return the Arrow type in which ids are stored: text stays text, numbers are int64."""
     return pa.string() if column.type().is_string() else pa.int64()
 
 
 def items_schema(item_id: pa.DataType) -> pa.Schema:
-    """One row an item, in the order of the rows; `cold` ones were never met in training."""
+    """Return the schema of `items.parquet`: one row per item; a `cold` item has no training interaction."""
     texts = {"title": pa.string(), "text": pa.string()}
     return _schema({"row": pa.int32(), "item_id": item_id, **texts, "train_count": pa.int64(), "cold": pa.bool_()})
 
 
 def users_schema(user_id: pa.DataType) -> pa.Schema:
-    """One row a user; `start` and `length` are the user's slice of the interactions; `cold` ones have no sample."""
+    """Return the schema of `users.parquet`: one row per user.
+
+    `start` and `length` are the user's slice of the interactions; a `cold` user has no training sample.
+    """
     places = dict.fromkeys(("length", "train_length", "validation", "test"), pa.int32())
     return _schema({"row": pa.int32(), "user_id": user_id, "start": pa.int64(), **places, "cold": pa.bool_()})
 
 
 def interactions_schema(order: str) -> pa.Schema:
-    """One row an interaction, by user and then in the user's order."""
+    """Return the schema of `interactions.parquet`: one row per interaction, by user, in the user's order."""
     return _schema({"user_row": pa.int32(), "item_row": pa.int32(), order: pa.float64()})
 
 
 def write_rows(rows: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema) -> int:
-    """Stream rows into a Parquet file, in row groups of one size; returns how many there were."""
-    total, waiting = 0, pa.table({name: pa.array([], kind) for name, kind in _types(schema)}, schema=schema)
-    # dictionaries of rows and ids only cost: half the time and two thirds of the bytes without them
+    """Stream record batches into a Parquet file with row groups of a fixed size.
+
+    Args:
+        rows: record batches with at least the columns of the schema.
+        path: file to write.
+        schema: columns and types of the file.
+
+    Returns:
+        The number of rows.
+    """
+    total, pending = 0, pa.table({name: pa.array([], kind) for name, kind in _types(schema)}, schema=schema)
+    # without dictionary encoding: half the time and two thirds of the bytes
     with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
         for batch in rows:
             part = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
-            total, waiting = total + part.num_rows, pa.concat_tables([waiting, part])
-            while waiting.num_rows >= ROW_GROUP:
-                writer.write_table(waiting.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
-                waiting = waiting.slice(ROW_GROUP)
-        if waiting.num_rows:
-            writer.write_table(waiting.combine_chunks(), row_group_size=ROW_GROUP)
+            total, pending = total + part.num_rows, pa.concat_tables([pending, part])
+            while pending.num_rows >= ROW_GROUP:
+                writer.write_table(pending.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
+                pending = pending.slice(ROW_GROUP)
+        if pending.num_rows:
+            writer.write_table(pending.combine_chunks(), row_group_size=ROW_GROUP)
     return total
 
 
 def read_rows(path: Path, schemas: list[pa.Schema], columns: list[str]) -> pa.Table:
-    """Some columns of a table that was written in one of these schemas.
+    """Read columns of a table.
+
+    Args:
+        path: Parquet file.
+        schemas: the schemas that the file may have.
+        columns: columns to read.
 
     Raises:
-        UserError: it was not, or is no Parquet.
+        UserError: the file has another schema, or is not Parquet.
     """
-    remedy = "make it again: rarec prepare CONFIG --fresh"
+    remedy = "rebuild it: rarec prepare CONFIG --fresh"
     try:
         if pq.read_schema(path) not in schemas:
-            raise UserError(f"{path} has other columns than {', '.join(schemas[0].names)}, or of other types", remedy)
+            raise UserError(f"{path} does not have the columns {', '.join(schemas[0].names)}, or their types", remedy)
         return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}", remedy) from None

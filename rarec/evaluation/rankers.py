@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.dataset import PreparedDataset, Targets
+from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.ids.source import Source
 from rarec.models.encode import Encoder
 from rarec.ranking.rank import rank_shared, top_k
@@ -25,7 +25,7 @@ USERS_AT_A_TIME = 2048
 class Histories(Sequence[Rows]):
     """What stands before each user's target, made when asked for: a list of them would grow with the users."""
 
-    def __init__(self, dataset: PreparedDataset, targets: Targets, shuffled_by: int | None = None) -> None:
+    def __init__(self, dataset: PreparedDataset, targets: EvalTargets, shuffled_by: int | None = None) -> None:
         self.dataset, self.targets, self.shuffled_by = dataset, targets, shuffled_by
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class EvalBatch:
     targets: Rows
 
     @classmethod
-    def of(cls, dataset: PreparedDataset, targets: Targets, shuffled_by: int | None = None) -> "EvalBatch":
+    def of(cls, dataset: PreparedDataset, targets: EvalTargets, shuffled_by: int | None = None) -> "EvalBatch":
         """The question that a part of the split asks; with a seed, every history in random order (sanity check)."""
         return cls(targets.user_rows, Histories(dataset, targets, shuffled_by), targets.item_rows)
 

@@ -6,7 +6,7 @@ Shape letters: U users, N items, K vectors a user, E dimension.
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.dataset import PreparedDataset, Targets
+from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.source import with_mean
 from rarec.ids.users import UserVectors
@@ -45,7 +45,7 @@ class Validation:
 
 
 def ranks_of(
-    targets: Targets, dataset: PreparedDataset, items_NE: npt.NDArray[np.float32], users: UserVectors
+    targets: EvalTargets, dataset: PreparedDataset, items_NE: npt.NDArray[np.float32], users: UserVectors
 ) -> npt.NDArray[np.int64]:
     """Ranks (U,) of these targets in the full catalogue, the user's earlier items excluded."""
     ranks, scored_NE = [], with_mean(items_NE)

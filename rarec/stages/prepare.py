@@ -35,16 +35,16 @@ class PrepareStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
-        from rarec.data.preparation.prepare import write_dataset
+        from rarec.data.preparation.pipeline import write_dataset
 
         return Built(write_dataset(self.run.config.prepare, directory, self.run.say))
 
     def verify(self, directory: Path) -> None:
         """Prove that nothing of validation, test or the future can enter training."""
         from rarec.data.dataset import PreparedDataset
-        from rarec.data.preparation.leakage import refuse_leaks
+        from rarec.data.preparation.leakage import check_no_leaks
 
-        refuse_leaks(PreparedDataset.open(directory))
+        check_no_leaks(PreparedDataset.open(directory))
 
 
 def engine_of_tables(config: Prepare) -> str | None:

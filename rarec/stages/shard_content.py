@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.selection.select import select_samples
-from rarec.data.shards.form import Form
-from rarec.data.shards.samples import Sample
-from rarec.data.shards.truth import Truth, leak
+from rarec.data.selection.sampling import select_samples
+from rarec.data.shards.expected import Expected, first_leak
+from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.errors import UserError
 from rarec.files import write_aside, write_json
 from rarec.models.encode import Split, text_states
@@ -28,7 +27,7 @@ TARGET_COUNTS = "target_counts.npy"
 SELECTION = "selection.json"
 
 
-def sample_form(run: Run, states: tuple[int, ...], vocabulary: int | None = None) -> Form:
+def sample_spec(run: Run, states: tuple[int, ...], vocabulary: int | None = None) -> SampleSpec:
     """What each sample is made of; no model is loaded for it.
 
     Args:
@@ -40,7 +39,7 @@ def sample_form(run: Run, states: tuple[int, ...], vocabulary: int | None = None
     vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in run.shapes.items()}
     parts = parse_template(config.prompt.user, ["history"], list(vectors), "prompt.user")
     marks = frozenset(part.value for part in parts if part.kind == "soft")
-    return Form(states, np.dtype(config.shards.state_dtype), vectors, marks, vocabulary)
+    return SampleSpec(states, np.dtype(config.shards.state_dtype), vectors, marks, vocabulary)
 
 
 class ShardContent:
@@ -57,7 +56,7 @@ class ShardContent:
         self.run = run
         config = run.config
         self.selection = select_samples(run.dataset, config.shards, config.run.seed, config.ids.held_out)
-        stray = leak(run.dataset, self.selection.user_rows, self.selection.positions)
+        stray = first_leak(run.dataset, self.selection.user_rows, self.selection.positions)
         if stray:
             problem = f"the selected sample {stray} is no training interaction with a history: validation or test leaks"
             raise UserError(problem, "this is a defect of rarec: please report it, with the configuration")
@@ -72,10 +71,10 @@ class ShardContent:
         """Number of samples."""
         return len(self.selection.user_rows)
 
-    def truth(self, form: Form) -> Truth:
+    def expected(self, spec: SampleSpec) -> Expected:
         """What the tars should hold, given what each sample is made of."""
         selection, per_shard = self.selection, self.run.config.shards.samples_per_shard
-        return Truth(self.run.dataset, selection.user_rows, selection.positions, per_shard, form)
+        return Expected(self.run.dataset, selection.user_rows, selection.positions, per_shard, spec)
 
     @cached_property
     def blocks(self) -> list[int]:

@@ -97,6 +97,6 @@ class ShardsStage(Stage):
     def _fetch_description(self, directory: Path) -> None:
         remote = self.run.config.train.stream.remote
         if remote:
-            from rarec.data.shards.remote import fetch_description
+            from rarec.data.shards.tars import fetch_description
 
             fetch_description(remote, directory)

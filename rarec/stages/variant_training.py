@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from rarec.artefacts import check_files
 from rarec.config import Variant
-from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.batch_plan import Numbers
 from rarec.data.shards.index import INDEX, map_npy
 from rarec.data.shards.stream import SampleStream
 from rarec.models.build import aligned_blocks, trained_parameters, whole_size
@@ -23,7 +23,7 @@ from rarec.models.towers import RaRec
 from rarec.ranking.metrics import SELECTION_CUTOFFS, metric_values
 from rarec.ranking.rank import rank_shared
 from rarec.stages.run import Run, Say
-from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_form
+from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_spec
 from rarec.training.accelerator import build_accelerator
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.feed import Feed, first_samples
@@ -54,7 +54,7 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     feed = Feed(run.config, run.directory("shards"), manifest, run.tar_cache, run.shapes, run.say)
     excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
     stream = open_stream(run, feed, excluded)
-    stream.plan.check_ranks(world.size * config.accumulate, config.epochs)
+    stream.plan.check_world_size(world.size * config.accumulate, config.epochs)
     accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None
     if run.engine.advice(run.config.llm):
         run.say(run.engine.advice(run.config.llm))
@@ -127,7 +127,7 @@ def _trainer(
         validation(run, model),
         checkpoints,
         world,
-        config.train.steps(stream.plan.total(config.train.epochs), trained_parameters(model)),
+        config.train.steps(stream.plan.total_steps(config.train.epochs), trained_parameters(model)),
     )
 
 
@@ -135,7 +135,7 @@ def open_stream(run: Run, feed: Feed, excluded: Numbers) -> SampleStream:
     """Return the stream of training samples without the excluded."""
     states_NLD = map_npy(run.directory("shards") / ITEM_STATES)
     vocabulary = run.llm.backbone.model.get_input_embeddings().num_embeddings
-    return feed.stream(excluded, run.dataset.n_items, sample_form(run, states_NLD.shape[1:], vocabulary))
+    return feed.stream(excluded, run.dataset.n_items, sample_spec(run, states_NLD.shape[1:], vocabulary))
 
 
 def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:

@@ -1,4 +1,4 @@
-"""`rarec shards --verify`: are they what was written, and what the dataset says? `--repair` makes the others again."""
+"""`rarec shards --verify`: check shards against the manifest and the dataset; `--repair` rebuilds broken files."""
 
 import json
 import os
@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from rarec.artefacts import check_made_from, check_settings, read_manifest
-from rarec.data.shards.index import FRESH, INDEX, REMAKE, is_tar_name, map_npy
-from rarec.data.shards.members import finite
-from rarec.data.shards.tar_check import Problem
-from rarec.data.shards.verify import verify_shards
+from rarec.data.shards.checks import Problem, verify_shards
+from rarec.data.shards.index import INDEX, REBUILD, REPAIR, is_tar_name, map_npy
+from rarec.data.shards.tar_members import all_finite
 from rarec.data.shards.writing import finish_shards, repair_shards
 from rarec.errors import UserError
 from rarec.files import read_json
@@ -23,69 +22,77 @@ from rarec.stages.shard_content import (
     SELECTION,
     TARGET_COUNTS,
     ShardContent,
-    sample_form,
+    sample_spec,
     write_sidecar,
 )
 
 MOST_THREADS = 8
 _ROWS = 4096
-"""Item states looked at together."""
+"""Item states checked at a time."""
 
 
 def verify(run: Run, repair: bool = False, deep: bool = False) -> str:
-    """Check `shards/` and, if asked to, make again what is broken; returns what was done.
+    """Check `shards/` and, on request, rebuild broken files.
 
     Args:
         run: the run.
-        repair: make again what is broken.
-        deep: look into every sample, not only where a hash differs.
+        repair: rebuild broken files.
+        deep: parse every sample, not only those with a wrong hash.
+
+    Returns:
+        A summary for the user.
 
     Raises:
-        UserError: something is broken (one line a file) and is not to be repaired, or cannot be: the manifest is
-            missing or garbled, or the shards were made by other settings or from another dataset.
+        UserError: a file is broken (one line per file) and `repair` is off, or repair is impossible: the manifest is
+            missing or malformed, or the shards were made with other settings or from another dataset.
     """
     remote = run.config.train.stream.remote
     if remote is not None:
-        raise UserError(f"the tars lie at {remote}", "verify them where they were made; what is fetched is verified")
+        raise UserError(
+            f"the tars are at {remote}", "verify them on the machine that made them; fetched tars are always verified"
+        )
     directory, manifest, parts = run.directory("shards"), _manifest(run), ShardContent(run)
     began = time.monotonic()
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     beside = {problem.file: problem for problem in _sidecar_problems(parts, directory, manifest)}
     sound = ITEM_STATES not in beside
     states = map_npy(directory / ITEM_STATES).shape[1:] if sound else (len(manifest["state_blocks"]),)
-    problems = verify_shards(directory, manifest, parts.truth(sample_form(run, states)), threads, deep)
+    problems = verify_shards(directory, manifest, parts.expected(sample_spec(run, states)), threads, deep)
     known = {problem.file for problem in problems}
     problems += [beside[file] for file in beside.keys() - known]
     if not problems:
         return _summary(directory, manifest, time.monotonic() - began, deep)
     lines = "".join(f"\n  {problem.line}" for problem in problems)
-    told = f"{directory} is not as it should be:{lines}"
+    report = f"{directory} is damaged:{lines}"
     if not repair:
-        raise UserError(told, REMAKE)
-    run.say(told)
+        raise UserError(report, REPAIR)
+    run.say(report)
     return _repair(parts, manifest, {problem.file for problem in problems})
 
 
 def _manifest(run: Run) -> dict[str, Any]:
-    """The manifest of shards that the configuration and the dataset could have made."""
+    """Read the manifest, and check that this configuration and dataset could have produced it."""
     directory = run.directory("shards")
     try:
         manifest = read_manifest(directory, "shards")
     except UserError as error:
-        raise UserError(f"{error.problem}; without it nothing can be verified or repaired", FRESH) from None
+        raise UserError(f"{error.problem}; shards cannot be verified or repaired without it", REBUILD) from None
     check_made_from(directory, manifest, {"prepare": run.dataset.hash})
     check_settings(directory, manifest, run.stage("shards").settings())
     beside = sorted(name for name in manifest["files"] if not name.endswith(".tar"))
-    if beside != sorted([INDEX, ITEM_STATES, SELECTION, TARGET_COUNTS]):
-        raise UserError(f"the manifest of {directory} names the files {', '.join(beside)} beside tars", FRESH)
+    known = sorted([INDEX, ITEM_STATES, SELECTION, TARGET_COUNTS])
+    if beside != known:
+        raise UserError(
+            f"the manifest of {directory} lists {', '.join(beside)} besides tars, not {', '.join(known)}", REBUILD
+        )
     blocks, chosen = manifest.get("state_blocks"), run.config.shards.state_blocks
     if not isinstance(blocks, list) or blocks != (list(range(len(blocks))) if chosen is None else sorted(set(chosen))):
-        raise UserError(f"the manifest of {directory}: `state_blocks` is {blocks}", FRESH)
+        raise UserError(f"the manifest of {directory}: `state_blocks` is {blocks}", REBUILD)
     return manifest
 
 
 def _sidecar_problems(parts: ShardContent, directory: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """What is wrong inside the files beside the tars, where their hashes tell nothing."""
+    """Yield problems of the files besides the tars that their hashes do not show."""
     checks = {ITEM_STATES: _item_states, TARGET_COUNTS: _target_counts, SELECTION: _selection}
     for name, check in checks.items():
         try:
@@ -103,56 +110,56 @@ def _item_states(parts: ShardContent, path: Path, manifest: Mapping[str, Any]) -
         return f"{states_NLD.dtype} of shape {states_NLD.shape}, not {wanted} of {shape} and a width"
     for start in range(0, len(states_NLD), _ROWS):
         part_nLD = states_NLD[start : start + _ROWS]
-        if not finite(part_nLD):
+        if not all_finite(part_nLD):
             row = start + int(np.flatnonzero(~np.isfinite(part_nLD).all((1, 2)))[0])
-            return f"item row {row} holds NaN or infinity"
+            return f"item row {row} has NaN or infinity"
     return None
 
 
 def _target_counts(parts: ShardContent, path: Path, manifest: Mapping[str, Any]) -> str | None:
     counts_N, wanted_N = map_npy(path), parts.target_counts_N
     same = counts_N.dtype == wanted_N.dtype and np.array_equal(counts_N, wanted_N)
-    return None if same else "not the counts of the selected samples' targets"
+    return None if same else "differs from the target counts of the selected samples"
 
 
 def _selection(parts: ShardContent, path: Path, manifest: Mapping[str, Any]) -> str | None:
     same = read_json(path) == json.loads(json.dumps(parts.selection.report))
-    return None if same else "not the report of the selection"
+    return None if same else "differs from the report of the selection"
 
 
 def _repair(parts: ShardContent, manifest: Mapping[str, Any], broken: set[str]) -> str:
-    """Make the broken files again; returns which, and whether they came out as they were."""
+    """Rebuild the broken files; return which, and whether they are the same as before."""
     run, config = parts.run, parts.run.config.shards
     directory = run.directory("shards")
     foreign = sorted(name for name in broken - manifest["files"].keys() if not is_tar_name(name))
     if foreign:
-        raise UserError(f"{directory / foreign[0]} is no part of the shards", "move it away, and repair again")
+        raise UserError(f"{directory / foreign[0]} is not one of the shards' files", "move it away, and repair again")
     run.stage("shards").require(outside=True)
-    with run.engine.serving(run.llm.backbone):  # where they were made, not elsewhere: there it rounds otherwise
+    with run.engine.serving(run.llm.backbone):  # on the device that made them: others round differently
         for name in parts.sidecars.keys() & broken:
             write_sidecar(directory / name, parts.sidecars[name]())
         size, samples = config.samples_per_shard, parts.samples
         records = repair_shards(directory, manifest, broken, parts.total, size, samples, run.say, config.writers)
     kept = {"state_blocks": parts.blocks, "cut_prompts": manifest.get("cut_prompts")}
     new = finish_shards(directory, records, manifest["settings"], manifest["made_from"], parts.sidecars, **kept)
-    return _told(manifest["files"], new["files"], broken)
+    return _repair_summary(manifest["files"], new["files"], broken)
 
 
-def _told(old: Mapping[str, str], new: Mapping[str, str], broken: set[str]) -> str:
+def _repair_summary(old: Mapping[str, str], new: Mapping[str, str], broken: set[str]) -> str:
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    done = f"made again: {', '.join(sorted(broken & new.keys()))}"
+    done = f"rebuilt: {', '.join(sorted(broken & new.keys()))}"
     gone = sorted(broken - new.keys())
-    done += f"; dropped: {', '.join(gone)}" if gone else ""
+    done += f"; deleted: {', '.join(gone)}" if gone else ""
     if not changed:
-        return f"{done}; every file is again what the manifest names"
+        return f"{done}; every file matches the manifest again"
     return (
-        f"{done}\nnot what the manifest named (another machine rounds otherwise): {', '.join(changed)}\n"
-        "the manifest is written anew; what was trained from the old shards will be refused"
+        f"{done}\ndifferent from before (another machine rounds differently): {', '.join(changed)}\n"
+        "the manifest was updated; training from the old shards will be refused"
     )
 
 
 def _summary(directory: Path, manifest: Mapping[str, Any], seconds: float, deep: bool) -> str:
     size = sum((directory / name).stat().st_size for name in manifest["files"])
     counts = f"{len(manifest['shards'])} shards, {manifest['samples']} samples, {size} bytes"
-    found = "all as written" + (", and every sample as the dataset says" if deep else "")
+    found = "all files unchanged" + (", all samples match the dataset" if deep else "")
     return f"{counts}: {found} ({size / 1e6 / seconds:.0f} MB/s)"

@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 
 from rarec.config import RunConfig
-from rarec.data.shards.cuts import Numbers
-from rarec.data.shards.damage import damaged_samples, name_samples, read_named
-from rarec.data.shards.form import Form
+from rarec.data.shards.batch_plan import BatchPlan, Numbers
 from rarec.data.shards.index import Entries, open_index
-from rarec.data.shards.plan import Plan
 from rarec.data.shards.remote import RemoteTars
 from rarec.data.shards.samples import Sample
 from rarec.data.shards.stream import LocalTars, SampleStream, Tars
@@ -32,7 +29,7 @@ _NAMED = 5
 
 def batch_plan(
     config: RunConfig, shapes: Mapping[str, SourceShape], index_S: Entries, excluded: Iterable[int] = ()
-) -> Plan:
+) -> BatchPlan:
     """Return the plan of the training batches.
 
     Args:
@@ -44,7 +41,7 @@ def batch_plan(
     Raises:
         UserError: the configured batches cannot be made of these samples.
     """
-    return Plan(
+    return BatchPlan(
         index_S["shard"],
         index_S["tokens"],
         config.run.seed,
@@ -57,7 +54,7 @@ def batch_plan(
 
 def first_samples(stream: SampleStream, count: int) -> Iterator[Sample]:
     """Read the first `count` samples of a training one by one, or all if there are fewer."""
-    return (stream.read(np.array([number]))[0] for number in stream.plan.first(count))
+    return (stream.read(np.array([number]))[0] for number in stream.plan.first_samples(count))
 
 
 class Feed:
@@ -99,7 +96,7 @@ class Feed:
             UserError: `train.stream.damaged` is `skip`, and samples were damaged since training began.
         """
         path = variant / SKIPPED
-        recorded = read_named(path, self.index_S) if begun and path.exists() else np.array([], np.int64)
+        recorded = read_names(path, self.index_S) if begun and path.exists() else np.array([], np.int64)
         if self.config.train.stream.damaged == "refuse":
             return recorded
         new = np.setdiff1d(self._damaged, recorded)
@@ -118,19 +115,19 @@ class Feed:
         else:
             path.unlink(missing_ok=True)
 
-    def stream(self, excluded: Numbers, items: int, form: Form) -> SampleStream:
+    def stream(self, excluded: Numbers, items: int, spec: SampleSpec) -> SampleStream:
         """Return the samples in the order that the seed gives, without the excluded.
 
         Args:
             excluded: numbers of samples to leave out.
             items: size of the catalogue.
-            form: what each sample consists of.
+            spec: what each sample consists of.
 
         Raises:
             UserError: the configured batches cannot be made of these samples.
         """
         plan = batch_plan(self.config, self.shapes, self.index_S, excluded)
-        return SampleStream(plan, self.index_S, self._tars, items, form)
+        return SampleStream(plan, self.index_S, self._tars, items, spec)
 
     @cached_property
     def _damaged(self) -> Numbers:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from rarec.data.shards.cuts import Numbers
+from rarec.data.shards.batch_plan import Numbers
 from rarec.data.shards.samples import Sample
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
@@ -165,7 +165,7 @@ class BatchLoader:
             UserError: any error that a worker met; or a worker died, which is raised wherever the main process is.
         """
         self._pending.clear()
-        shares = (share for batch in self.plan.walk(first, last) for share in self._shares(batch))
+        shares = (share for batch in self.plan.batches_between(first, last) for share in self._shares(batch))
         workers = self.workers if first < last else 0
         batches = iter(
             DataLoader(

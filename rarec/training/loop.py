@@ -70,7 +70,7 @@ class Trainer:
             with self.loader.open(state.step, self.steps) as batches:
                 while state.step < self.steps and state.worse < self.config.patience:
                     metrics, gradient_norms = self._step(batches, state, signals)
-                    epoch = self.loader.plan.place(state.step - 1)[0]
+                    epoch = self.loader.plan.epoch_and_step(state.step - 1)[0]
                     rate = self.config.lr * rate_at(state.step - 1, self.steps, self.config.warmup)
                     figures = metrics.figures(gradient_norms) | meter.figures(metrics)
                     records.step(state.step, epoch=epoch, lr=rate, **figures)
@@ -145,7 +145,7 @@ class Trainer:
     def _validation_is_due(self, step: int) -> bool:
         """Return whether this is the last step, or `validate_every` steps (by default an epoch) have passed."""
         every = self.config.validate_every
-        within = step % every if every else self.loader.plan.place(step)[1]
+        within = step % every if every else self.loader.plan.epoch_and_step(step)[1]
         return step == self.steps or within == 0
 
     def _raise_if_not_finite(

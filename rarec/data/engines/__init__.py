@@ -1,4 +1,4 @@
-"""Where the preparation is computed: embedded DuckDB, Spark, or whatever else Ibis reaches by a URL."""
+"""Engines that run the preparation: DuckDB, Spark, or any database that Ibis reaches by URL."""
 
 import uuid
 from collections.abc import Iterator
@@ -6,24 +6,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rarec.config.logs import Prepare
-from rarec.data.engines.base import DELIMITED, Engine, Named, Place, Read, describe, value
+from rarec.data.engines.prepare_engine import (
+    InputTable,
+    NamedTable,
+    PrepareEngine,
+    TableLocation,
+    compute_value,
+    display_name,
+)
 from rarec.errors import UserError
 
-__all__ = ["DELIMITED", "Engine", "Named", "Place", "Read", "describe", "open_engine", "value"]
+__all__ = ["InputTable", "NamedTable", "PrepareEngine", "TableLocation", "compute_value", "display_name", "open_engine"]
 
 DUCKDB_FILE = "duckdb://"
 
 
 @contextmanager
-def open_engine(config: Prepare, spill: Path) -> Iterator[Engine]:
-    """The engine of a configuration, for the length of a `with`.
+def open_engine(config: Prepare, spill: Path) -> Iterator[PrepareEngine]:
+    """Open the engine of a configuration for the length of a `with` block.
 
     Args:
         config: the section `prepare`.
-        spill: a directory of its own, made when needed and removed in the end; `prepare.scratch` goes before it.
+        spill: scratch directory, created on demand and removed at the end; `prepare.scratch` takes precedence.
 
     Raises:
-        UserError: there is no such engine, or it does not start.
+        UserError: the engine is unknown or does not start.
     """
     engine = _start(config, f"{config.scratch.rstrip('/')}/rarec-{uuid.uuid4().hex}" if config.scratch else str(spill))
     try:
@@ -32,21 +39,21 @@ def open_engine(config: Prepare, spill: Path) -> Iterator[Engine]:
         engine.close()
 
 
-def _start(config: Prepare, spill: str) -> Engine:
+def _start(config: Prepare, spill: str) -> PrepareEngine:
     if config.engine == "duckdb" or config.engine.startswith(DUCKDB_FILE):
-        from rarec.data.engines.embedded import EmbeddedEngine
+        from rarec.data.engines.duckdb_engine import DuckDBEngine
 
         database = config.engine.removeprefix(DUCKDB_FILE) if "://" in config.engine else None
-        return EmbeddedEngine(Path(spill), config.memory, database)
+        return DuckDBEngine(Path(spill), config.memory, database)
     if config.engine == "spark":
-        from rarec.data.engines.spark import SparkEngine
+        from rarec.data.engines.spark_engine import SparkEngine
 
         return SparkEngine(spill, config.spark)
     if "://" in config.engine:
-        from rarec.data.engines.named import NamedEngine
+        from rarec.data.engines.duckdb_engine import DatabaseEngine
 
-        return NamedEngine(config.engine, Path(spill), config.memory)
+        return DatabaseEngine(config.engine, Path(spill), config.memory)
     raise UserError(
-        f"field `prepare.engine`: no engine {config.engine!r}",
+        f"field `prepare.engine`: unknown engine {config.engine!r}",
         "use duckdb, spark, or a URL: duckdb:///path/to/file, postgres://user:password@host/database, ...",
     )

@@ -1,1 +1,1 @@
-"""Logs to a prepared dataset: read, filter, number, order, split; written once, for every engine."""
+"""From logs to a prepared dataset: read, filter, number, order, split. Written once, for all engines."""

@@ -1,45 +1,45 @@
-"""Columns of logs as the steps want them: ids, numbers, times and clean text, from whatever a file holds.
+r"""Convert log columns to ids, numbers, times and clean text, from any column type.
 
-Written so that engines cannot differ: what a text means is decided by the patterns here, never by an engine's own cast,
-and numbers are written out by rules of ours. Patterns do not end in a dollar: to Java it also stands before a newline.
+All engines return the same values: text is parsed by the patterns below, never by an engine's own cast, and numbers are
+formatted by rules defined here. Patterns end in `\z`, because in Java `$` also matches before a final newline.
 """
 
 import ibis
 import ibis.expr.types as ir
 
-CANONICAL = r"^(0|-?[1-9][0-9]{0,18})\z"
-"""An integer in its one spelling; whether it fits in int64 is asked apart."""
+CANONICAL_INTEGER = r"^(0|-?[1-9][0-9]{0,18})\z"
+"""An integer in its only spelling; whether it fits in int64 is checked separately."""
 NUMBER = r"^[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?\z"
 ISO = (
     r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?"
     r" ?(Z|[+-](0[0-9]|1[0-4])(:?[0-5][0-9])?)?)?\z"
 )
-"""ISO 8601: a date, or a date and a time to the minute or finer, in UTC or with its offset."""
-EXACT = 2.0**53
-"""Floats up to here are exact integers when they have no fraction."""
+"""ISO 8601: a date, or a date and time to the minute or finer, in UTC or with an offset."""
+MAX_EXACT = 2.0**53
+"""Floats without a fraction are exact integers up to this value."""
 
 UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (float("inf"), 1e9))
-"""Largest magnitude of a column of epoch times, and what divides it: seconds, milliseconds, micro-, nanoseconds."""
+"""(limit, divisor): the largest magnitude in a column of epoch times selects its unit (s, ms, us, ns)."""
 
 
-def finite(number: ir.FloatingColumn) -> ir.BooleanColumn:
-    """Whether a float is neither NaN nor infinite.
+def is_finite(number: ir.FloatingColumn) -> ir.BooleanColumn:
+    """Return True where a float is neither NaN nor infinite.
 
-    By arithmetic: over Parquet, DuckDB folds `isnan` and comparisons by statistics that do not count NaN, and Ibis
-    takes `isinf` for false on Spark.
+    Computed by arithmetic: over Parquet, DuckDB simplifies `isnan` and comparisons with statistics that ignore NaN, and
+    Ibis returns False for `isinf` on Spark.
     """
     return number * 0 == 0
 
 
-def whole(number: ir.FloatingColumn) -> ir.BooleanColumn:
-    """Whether a float stands for an integer, exactly."""
-    return finite(number) & (number.abs() < EXACT) & (number % 1 == 0)
+def is_integer(number: ir.FloatingColumn) -> ir.BooleanColumn:
+    """Return True where a float equals an integer exactly."""
+    return is_finite(number) & (number.abs() < MAX_EXACT) & (number % 1 == 0)
 
 
 def as_text(column: ir.Column) -> ir.StringColumn:
-    """A value as text; null where there is none.
+    """Convert values to text; missing values are null.
 
-    A whole float is written as the integer it stands for, another with up to six decimals; one beyond 2**53 is null.
+    A whole float is written as an integer, any other with up to six decimals; one beyond 2**53 becomes null.
     """
     kind = column.type()
     if kind.is_string():
@@ -48,33 +48,33 @@ def as_text(column: ir.Column) -> ir.StringColumn:
         return column.cast("string").re_replace(r"[.]0+\z", "")
     if kind.is_floating():
         number = column.cast("float64")
-        integer = whole(number).ifelse(number, 0.0).cast("int64").cast("string")
-        near = (finite(number) & (number.abs() < EXACT)).ifelse(number, ibis.null("float64"))
+        integer = is_integer(number).ifelse(number, 0.0).cast("int64").cast("string")
+        near = (is_finite(number) & (number.abs() < MAX_EXACT)).ifelse(number, ibis.null("float64"))
         decimals = near.cast("decimal(38, 6)").cast("string").re_replace(r"[.]?0+\z", "")
-        return whole(number).ifelse(integer, decimals)
+        return is_integer(number).ifelse(integer, decimals)
     return column.cast("string")
 
 
-def canonical(text: ir.StringColumn) -> ir.BooleanScalar:
-    """Whether every value is a canonical integer (`7`, `-3`; not `007`, `+7` or `7.0`): if not, all stay text."""
-    integer = text.re_search(CANONICAL) & text.try_cast("int64").notnull()
+def all_canonical_integers(text: ir.StringColumn) -> ir.BooleanScalar:
+    """Return True if every value is a canonical integer (`7`, `-3`; not `007`, `+7` or `7.0`) or null."""
+    integer = text.re_search(CANONICAL_INTEGER) & text.try_cast("int64").notnull()
     return (text.isnull() | integer).all()
 
 
 def as_number(column: ir.Column) -> ir.FloatingColumn:
-    """The column as float64; null where it is no finite number."""
+    """Convert a column to float64; null where it is not a finite number."""
     if column.type().is_string():
         column = column.re_search(NUMBER).ifelse(column, ibis.null("string"))
     number = column.cast("float64")
-    return finite(number).ifelse((number == 0).ifelse(0.0, number), ibis.null("float64"))  # -0 is 0
+    return is_finite(number).ifelse((number == 0).ifelse(0.0, number), ibis.null("float64"))  # -0 is 0
 
 
 def as_seconds(column: ir.Column, divisor: float) -> ir.FloatingColumn:
-    """Epoch seconds of a column of times.
+    """Convert a column of times to epoch seconds.
 
     Args:
-        column: numbers, divided by `divisor`; text of numbers or ISO 8601; timestamps or dates (UTC unless zoned).
-        divisor: from `UNITS`.
+        column: numbers, divided by `divisor`; text with numbers or ISO 8601; timestamps or dates (UTC unless zoned).
+        divisor: divisor from `UNITS`.
     """
     kind = column.type()
     if kind.is_timestamp() or kind.is_date():
@@ -86,7 +86,7 @@ def as_seconds(column: ir.Column, divisor: float) -> ir.FloatingColumn:
 
 
 def _iso_seconds(text: ir.StringColumn) -> ir.FloatingColumn:
-    """Epoch seconds of ISO 8601 text, read by its digits; null for anything else, and for days that never were."""
+    """Parse ISO 8601 text into epoch seconds by its digits; null for anything else and for dates that do not exist."""
     iso = text.re_search(ISO).ifelse(text, ibis.null("string"))
     day = iso.left(10).try_cast("date").cast("timestamp").epoch_seconds().cast("float64")
     hours, minutes = (_part(iso, pattern) for pattern in ("^.{10}[T ]([0-9]{2})", "^.{10}[T ][0-9]{2}:([0-9]{2})"))
@@ -97,20 +97,20 @@ def _iso_seconds(text: ir.StringColumn) -> ir.FloatingColumn:
 
 
 def _part(text: ir.StringColumn, pattern: str) -> ir.FloatingColumn:
-    """The first group of a pattern as a number; 0 where the text has no such part."""
+    """Return the first group of a pattern as a number; 0 where the text does not match."""
     return ibis.coalesce(text.re_extract(pattern, 1).nullif("").cast("float64"), 0.0)
 
 
 def clean_text(column: ir.Column) -> ir.StringColumn:
-    """Runs of white space become one space, none at the ends; null where nothing is left."""
+    """Collapse runs of white space to one space and strip the ends; null where nothing is left."""
     return as_text(column).re_replace(r"[ \t\n\r\f\x0B]+", " ").strip().nullif("")
 
 
-HASHES = 16**7
-"""How many hashes there are."""
+HASH_RANGE = 16**7
+"""Number of distinct hash values."""
 
 
-def hashed(text: ir.StringColumn) -> ir.IntegerColumn:
-    """A number below `HASHES` that any engine gives alike: the first seven hex digits of the text's md5."""
+def text_hash(text: ir.StringColumn) -> ir.IntegerColumn:
+    """Return the first seven hex digits of the md5 of a text as an integer, the same on every engine."""
     digest, digits = text.hexdigest("md5"), ibis.literal("0123456789abcdef")
     return sum((digits.find(digest.substr(at, 1)).cast("int64") * 16 ** (6 - at) for at in range(7)), ibis.literal(0))

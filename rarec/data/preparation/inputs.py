@@ -1,4 +1,4 @@
-"""The two inputs of a preparation, the log and the catalogue, as its steps expect them."""
+"""Read the two inputs of a preparation, the log and the catalogue, in the form that the steps need."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,47 +10,47 @@ import ibis.expr.types as ir
 from rarec.artefacts import sha256_json
 from rarec.config.load import without_password
 from rarec.config.logs import Interactions, Items, Prepare, Table
-from rarec.data.engines import Engine, Named, Place, Read, describe, value
-from rarec.data.engines.files import digest, find_files
+from rarec.data.engines import InputTable, NamedTable, PrepareEngine, TableLocation, compute_value, display_name
+from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation import columns, steps
 from rarec.errors import UserError
 
 
-def place_of(table: Table, field: str) -> Place:
-    """Where a table of the configuration lies.
+def table_location(table: Table, field: str) -> TableLocation:
+    """Return the location of a table of the configuration.
 
     Raises:
-        UserError: its files are not there, or not of one known format.
+        UserError: its files do not exist, or are not of one known format.
     """
-    return Named(table.table) if table.table is not None else find_files(str(table.path), f"{field}.path")
+    return NamedTable(table.table) if table.table is not None else find_files(str(table.path), f"{field}.path")
 
 
 def input_hashes(config: Prepare) -> dict[str, str]:
     """Return the hashes of the log and of the catalogue.
 
-    A table of an engine is known by its name and its engine alone: if its rows have changed, `--fresh` builds anew.
+    A database table is identified by its name and engine alone; run with `--fresh` when its rows have changed.
 
     Raises:
-        UserError: the files are not there.
+        UserError: the files do not exist.
     """
     hashes = {}
     for name in ("interactions", "items"):
-        place = place_of(getattr(config, name), f"prepare.{name}")
-        if isinstance(place, Named):
-            hashes[name] = sha256_json([without_password(config.engine), place.name])
+        location = table_location(getattr(config, name), f"prepare.{name}")
+        if isinstance(location, NamedTable):
+            hashes[name] = sha256_json([without_password(config.engine), location.name])
         else:
-            hashes[name] = digest(place)
+            hashes[name] = hash_files(location)
     return hashes
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items, one row each, and what was wrong with the rest.
+    """The items, one row each, and the counts of rows that were dropped or changed.
 
     Attributes:
-        table: `line`, `item`, `title`, `text`.
+        table: columns `line`, `item`, `title`, `text`.
         counts: rows, rows_without_id, repeated_ids, untitled.
-        name: of the table, for messages.
+        name: name of the table, for messages.
     """
 
     table: ir.Table
@@ -58,58 +58,68 @@ class Catalogue:
     name: str
 
 
-def read_catalogue(engine: Engine, config: Items, place: Place, say: Callable[[str], None]) -> Catalogue:
-    """Read the items: the first row of each id counts, and a missing title is replaced; both are counted and told.
+def read_catalogue(
+    engine: PrepareEngine, config: Items, location: TableLocation, say: Callable[[str], None]
+) -> Catalogue:
+    """Read the items; keep the first row of each id, and fill in missing titles.
+
+    Args:
+        engine: engine that reads.
+        config: the section `prepare.items`.
+        location: the table.
+        say: print one line to the user.
 
     Raises:
-        UserError: no row has an id; or as `Engine.read`.
+        UserError: no row has an id; or see `PrepareEngine.read`.
     """
     texts = {f"text_{index}": name for index, name in enumerate(config.text)}
     roles = {"item": config.item, "title": config.title, **texts}
-    read = engine.read(place, roles, "prepare.items", lines=True)
+    read = engine.read(location, roles, "prepare.items", lines=True)
     further = [columns.clean_text(read.table[role]) for role in texts]
     table = read.table.select(
         "line",
-        item=_ids(engine, read, "item", "prepare.items.item"),
+        item=_id_column(engine, read, "item", "prepare.items.item"),
         given=columns.clean_text(read.table.title),
         text=ibis.literal(", ").join(further).fill_null("") if further else ibis.literal(""),
     )
-    name, ids = describe(place), table["item"]
+    name, ids = display_name(location), table["item"]
     rows = engine.rows(table.agg(rows=table.count(), rows_without_id=ids.isnull().sum(), ids=ids.nunique()))[0]
     if not rows["rows"]:
-        raise _no_rows(name)
+        raise _empty_table_error(name)
     if not rows["ids"]:
-        raise UserError(f"{name}: column {config.item!r} is empty in every row", "see prepare.items.item")
-    table = steps.first_of_each_item(table.filter(table["item"].notnull()))
+        raise UserError(
+            f"{name}: column {config.item!r} is empty in every row", "set prepare.items.item to the column of item ids"
+        )
+    table = steps.first_row_per_item(table.filter(table["item"].notnull()))
     table = table.mutate(title=table.given.fill_null(config.untitled), untitled=table.given.isnull()).drop("given")
     kept = engine.keep("catalogue", table)
     repeated = rows["rows"] - rows["rows_without_id"] - rows.pop("ids")
-    counts = {**rows, "repeated_ids": repeated, "untitled": value(engine, kept.untitled.sum())}
+    counts = {**rows, "repeated_ids": repeated, "untitled": compute_value(engine, kept.untitled.sum())}
     found = Catalogue(kept.drop("untitled"), counts, name)
-    _tell(found, config, say)
+    _report_problems(found, config, say)
     return found
 
 
-def _tell(catalogue: Catalogue, config: Items, say: Callable[[str], None]) -> None:
-    told = {
+def _report_problems(catalogue: Catalogue, config: Items, say: Callable[[str], None]) -> None:
+    messages = {
         "rows_without_id": "rows without an item id: dropped",
-        "repeated_ids": "rows repeat an item id: the first row of each is kept",
-        "untitled": f"items have no title: they are called {config.untitled!r} (prepare.items.untitled)",
+        "repeated_ids": "rows repeat an item id: only the first row of each id is kept",
+        "untitled": f"items have no title: replaced by {config.untitled!r} (prepare.items.untitled)",
     }
-    for what, text in told.items():
+    for what, text in messages.items():
         if catalogue.counts[what]:
             say(f"{catalogue.name}: {catalogue.counts[what]:,} {text}")
 
 
-def read_log(engine: Engine, config: Interactions, place: Place, *, lines: bool = False) -> ir.Table:
-    """Read the interactions as a raw log (see `steps`), with `line` where it is asked for.
+def read_log(engine: PrepareEngine, config: Interactions, location: TableLocation, *, lines: bool = False) -> ir.Table:
+    """Read the interactions as a raw log (see `steps`), with the column `line` if requested.
 
     Raises:
-        UserError: as `Engine.read`; or the table has no rows.
+        UserError: the table has no rows; or see `PrepareEngine.read`.
     """
     role, name = ("time", config.time) if config.time is not None else ("position", str(config.position))
     read = engine.read(
-        place, {"user": config.user, "item": config.item, role: name}, "prepare.interactions", lines=lines
+        location, {"user": config.user, "item": config.item, role: name}, "prepare.interactions", lines=lines
     )
     given = read.table[role]
     found = {"rows": read.table.count()}
@@ -117,68 +127,76 @@ def read_log(engine: Engine, config: Interactions, place: Place, *, lines: bool 
         found["largest"] = columns.as_number(given).abs().max()
     known = engine.rows(read.table.agg(**found))[0]
     if not known["rows"]:
-        raise _no_rows(describe(place))
+        raise _empty_table_error(display_name(location))
     if role == "time" or given.type().is_temporal():
         divisor = next(divisor for limit, divisor in columns.UNITS if (known.get("largest") or 0.0) < limit)
         order = columns.as_seconds(given, divisor)
     else:
         order = columns.as_number(given)
-        if (known.get("largest") or 0.0) > columns.EXACT:
-            problem = f"{describe(place)}: prepare.interactions.position {name!r} holds numbers above 2**53"
-            raise UserError(f"{problem}, which lose their order", "give ranks within the user, or use time")
-    named = {role: _ids(engine, read, role, f"prepare.interactions.{role}") for role in ("user", "item")}
+        if (known.get("largest") or 0.0) > columns.MAX_EXACT:
+            problem = f"{display_name(location)}: prepare.interactions.position {name!r} holds numbers above 2**53"
+            raise UserError(f"{problem}, which lose their order", "use ranks within the user, or a time column")
+    named = {role: _id_column(engine, read, role, f"prepare.interactions.{role}") for role in ("user", "item")}
     kept = ["line"] if lines else []
     return read.table.select(*kept, **named, given=given.cast("string"), order=order)
 
 
-def unordered(engine: Engine, config: Interactions, place: Place, count: int) -> UserError:
-    """Why a log is refused in which that many rows have ids but no place in time; it names the first."""
-    log = steps.with_ids(read_log(engine, config, place, lines=True))
+def missing_order_error(engine: PrepareEngine, config: Interactions, location: TableLocation, count: int) -> UserError:
+    """Return the error for a log whose rows lack a valid time or position; it names the first such row.
+
+    Args:
+        engine: engine that reads.
+        config: the section `prepare.interactions`.
+        location: the log.
+        count: number of such rows.
+    """
+    log = steps.drop_missing_ids(read_log(engine, config, location, lines=True))
     row = engine.rows(log.filter(log.order.isnull()).order_by("line").limit(1))[0]
     role, name = ("time", config.time) if config.time is not None else ("position", config.position)
     what = f"is {row['given']!r}" if row["given"] is not None else "is missing"
     wanted = "epoch seconds or milliseconds, or ISO 8601" if role == "time" else "a number"
-    where = f"{describe(place)}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
+    where = f"{display_name(location)}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
     return UserError(
         f"{where}: {name} {what}; {count} such rows",
-        f"prepare.interactions.{role} needs {wanted} in every row: mend them or take them out",
+        f"prepare.interactions.{role} needs {wanted} in every row: correct or remove these rows",
     )
 
 
-def _ids(engine: Engine, read: Read, role: str, field: str) -> ir.Column:
-    """A column of ids as int64 where all of it are integers, else as text.
+def _id_column(engine: PrepareEngine, read: InputTable, role: str, field: str) -> ir.Column:
+    """Return a column of ids as int64 if all values are integers, else as text.
 
     Raises:
-        UserError: ids are floats that stand for no integer: engines write them differently, and different ones may
-            look alike.
+        UserError: the ids are floats with a fraction, which engines format differently and which may collide.
     """
     column = read.table[role]
     kind = column.type()
     if kind.is_signed_integer():
         return column.cast("int64")
     if kind.is_floating():
-        _refuse_fractions(engine, column, field)
+        _raise_if_fractional(engine, column, field)
     text = columns.as_text(column)
     numbers = kind.is_numeric() or role in read.untyped
-    if numbers and value(engine, columns.canonical(text)):
+    if numbers and compute_value(engine, columns.all_canonical_integers(text)):
         return text.cast("int64")
     return text
 
 
-def _refuse_fractions(engine: Engine, column: ir.FloatingColumn, field: str) -> None:
+def _raise_if_fractional(engine: PrepareEngine, column: ir.FloatingColumn, field: str) -> None:
     number = column.cast("float64")
-    there = columns.finite(number) | number.cast("string").lower().contains("inf")  # NaN is nothing, as in pandas
-    bad = value(engine, (there & ~columns.whole(number)).sum())
+    present = columns.is_finite(number) | number.cast("string").lower().contains(
+        "inf"
+    )  # NaN is a missing value, as in pandas
+    bad = compute_value(engine, (present & ~columns.is_integer(number)).sum())
     if bad:
-        problem = f"{field}: the column holds floats, and {bad} of them are no integers up to 2**53"
+        problem = f"{field}: the column holds floats, {bad} of them not integers up to 2**53"
         raise UserError(problem, "write ids as integers or as text")
 
 
-def _no_rows(name: str) -> UserError:
-    return UserError(f"{name} has a header but no rows", "give a table with at least one row")
+def _empty_table_error(name: str) -> UserError:
+    return UserError(f"{name} has a header but no rows", "provide a table with at least one row")
 
 
-def span(engine: Engine, ids: ir.Column) -> dict[str, Any]:
-    """The least and the greatest id, for messages."""
+def id_range(engine: PrepareEngine, ids: ir.Column) -> dict[str, Any]:
+    """Return the smallest and the largest id, for messages."""
     text = ids.cast("string")
     return engine.rows(text.name("id").as_table().agg(least=ibis._.id.min(), greatest=ibis._.id.max()))[0]

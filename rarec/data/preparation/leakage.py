@@ -1,7 +1,6 @@
-"""The check that nothing of validation and test, and nothing of the future, can enter training.
+"""Verify that no validation or test target, and nothing from the future, can enter training.
 
-The split makes it so: training reads a user's first `train_length` interactions and no others. This proves it of the
-dataset as it was written, from the tables alone.
+Training reads a user's first `train_length` interactions only. This check proves it from the written tables alone.
 
 Shape letters: U users, N items, I interactions, T training interactions.
 """
@@ -16,31 +15,31 @@ from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 
-PIECE = 1 << 24
-"""Interactions looked at together: what is computed of them takes no more memory on a large log."""
+CHUNK = 1 << 24
+"""Interactions processed at a time, which bounds memory on large logs."""
 
 
-def refuse_leaks(dataset: PreparedDataset) -> None:
-    """Prove a prepared dataset clean.
+def check_no_leaks(dataset: PreparedDataset) -> None:
+    """Check that a prepared dataset does not leak.
 
     Raises:
-        UserError: a target lies in its user's training part, popularity counts something else than training, a user's
-            interactions are out of order, or a temporal split trains or asks outside its windows.
+        UserError: a target is in its user's training part, popularity counts more than training interactions, a user's
+            interactions are not sorted, or a temporal split has an interaction outside its window.
     """
     if not np.array_equal(dataset.starts_U, np.cumsum(dataset.lengths_U, dtype=np.int64) - dataset.lengths_U):
-        raise _leak(f"{tables.USERS}: the users' slices do not follow each other")
-    _refuse_targets_in_training(dataset)
-    training_I = training_part(dataset)
+        raise _leak(f"{tables.USERS}: the slices of users overlap or have gaps")
+    _check_targets(dataset)
+    training_I = training_mask(dataset)
     counts_N = np.zeros(dataset.n_items, np.int64)
-    for piece in _pieces(training_I):
+    for piece in _chunks(training_I):
         counts_N += np.bincount(dataset.item_rows_I[piece][training_I[piece]], minlength=dataset.n_items)
     if not np.array_equal(counts_N, dataset.train_counts_N):
-        raise _leak(f"{tables.ITEMS}: train_count counts something else than the training interactions")
-    _refuse_disorder(dataset, training_I)
+        raise _leak(f"{tables.ITEMS}: train_count is not the number of training interactions")
+    _check_order(dataset, training_I)
 
 
-def training_part(dataset: PreparedDataset) -> npt.NDArray[np.bool_]:
-    """Which of the (I,) interactions train: the first `train_length` of each user."""
+def training_mask(dataset: PreparedDataset) -> npt.NDArray[np.bool_]:
+    """Return (I,) True for the training interactions: the first `train_length` of each user."""
     trained = dataset.train_length_U > 0
     steps_I = np.zeros(len(dataset.item_rows_I) + 1, np.int8)
     steps_I[dataset.starts_U[trained]] += 1
@@ -49,45 +48,45 @@ def training_part(dataset: PreparedDataset) -> npt.NDArray[np.bool_]:
     return mask_I
 
 
-def _pieces(array: npt.NDArray[Any]) -> list[slice]:
-    return [slice(start, start + PIECE) for start in range(0, len(array), PIECE)]
+def _chunks(array: npt.NDArray[Any]) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, len(array), CHUNK)]
 
 
-def _refuse_targets_in_training(dataset: PreparedDataset) -> None:
+def _check_targets(dataset: PreparedDataset) -> None:
     validation_U, test_U = dataset.validation_U, dataset.test_U
     targets = {"validation": validation_U, "test": test_U}
     for part, position_U in targets.items():
         bad = np.flatnonzero((position_U >= 0) & (position_U < np.maximum(dataset.train_length_U, 1)))
         if bad.size:
-            raise _leak(f"the {part} target of user {dataset.user_ids[int(bad[0])]} is trained on")
+            raise _leak(f"the {part} target of user {dataset.user_ids[int(bad[0])]} is in the training part")
     bad = np.flatnonzero((validation_U >= 0) & (test_U >= 0) & (validation_U >= test_U))
     if bad.size:
-        raise _leak(f"user {dataset.user_ids[int(bad[0])]} is validated on what comes at or after the test target")
+        raise _leak(f"user {dataset.user_ids[int(bad[0])]} has a validation target at or after the test target")
 
 
-def _refuse_disorder(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]) -> None:
-    """Within each user time never goes back; and a temporal split trains on nothing at or after its first cut."""
+def _check_order(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]) -> None:
+    """Check that times do not decrease within a user, and check the windows of a temporal split."""
     order = dataset.order
     order_I = pq.read_table(dataset.directory / tables.INTERACTIONS, columns=[order])[order].to_numpy()
     first_I = np.zeros(len(order_I), bool)
     first_I[dataset.starts_U[dataset.lengths_U > 0]] = True
-    for piece in _pieces(order_I):
+    for piece in _chunks(order_I):
         after = slice(piece.start + 1, piece.stop + 1)
         back = np.flatnonzero((order_I[after] < order_I[piece][: len(order_I[after])]) & ~first_I[after])
         if back.size:
             user = int(np.searchsorted(dataset.starts_U, after.start + back[0], side="right")) - 1
-            raise _leak(f"the interactions of user {dataset.user_ids[user]} are not in the order of {order}")
+            raise _leak(f"the interactions of user {dataset.user_ids[user]} are not sorted by {order}")
     if dataset.manifest["settings"]["prepare"]["split"]["kind"] == "temporal":
-        _refuse_future(dataset, order_I, training_I)
+        _check_windows(dataset, order_I, training_I)
 
 
-def _refuse_future(
+def _check_windows(
     dataset: PreparedDataset, order_I: npt.NDArray[np.float64], training_I: npt.NDArray[np.bool_]
 ) -> None:
-    """A temporal split trains before its first cut, validates from there to the second, and tests from there on."""
+    """Check that a temporal split trains before its first cut, validates up to the second, and tests after it."""
     first, second = dataset.manifest["cut_times"]
-    if any((order_I[piece][training_I[piece]] >= first).any() for piece in _pieces(order_I)):
-        raise _leak(f"training holds an interaction at or after the first cut, {first}")
+    if any((order_I[piece][training_I[piece]] >= first).any() for piece in _chunks(order_I)):
+        raise _leak(f"a training interaction is at or after the first cut, {first}")
     for part, position_U, since, until in (
         ("validation", dataset.validation_U, first, second),
         ("test", dataset.test_U, second, np.inf),
@@ -100,6 +99,4 @@ def _refuse_future(
 
 
 def _leak(problem: str) -> UserError:
-    return UserError(
-        f"the prepared dataset leaks: {problem}", "this is a defect of rarec: please report it, with the log"
-    )
+    return UserError(f"the prepared dataset leaks: {problem}", "this is a bug in rarec: please report it with the log")

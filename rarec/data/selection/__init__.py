@@ -1,1 +1,1 @@
-"""Which training samples are kept: denoise, diversify, share."""
+"""Select training samples: denoise, diversify, and draw a share."""

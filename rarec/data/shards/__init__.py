@@ -1,1 +1,1 @@
-"""Samples on disk and in motion: written, indexed, verified, and streamed in an order that is planned."""
+"""Training samples on disk (WebDataset tars with an index), their checks, and their stream in planned batches."""

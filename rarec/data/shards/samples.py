@@ -1,4 +1,4 @@
-"""Training samples in WebDataset tars: one sample, its fields, one shard (plain JSON and `.npy`, never pickle).
+"""Training samples, their specification, and their storage in WebDataset tars (JSON and `.npy`, no pickle).
 
 Shape letters: S samples, T tokens, H history, L stored blocks, D hidden size, K vectors of a source, E their width.
 """
@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from rarec.data.shards.index import ENTRY, REMAKE, Entries, digest_of, key_of, sample_key
-from rarec.data.shards.members import members, npy
+from rarec.data.shards.index import ENTRY, REPAIR, Entries, digest_of, key_of, sample_key
+from rarec.data.shards.tar_members import parse_npy, split_members
 from rarec.errors import UserError
 from rarec.files import write_aside
 
 LENGTHS = 8
-"""Width of the bins of a shard's histogram of prompt lengths."""
+"""Bin width of a shard's histogram of prompt lengths."""
 _VECTOR = "vector-"
 _FACTS = {"user", "position", "target", "marks"}
 _ROWS, _HALF, _FLOAT = np.dtype(np.int32), np.dtype(np.float16), np.dtype(np.float32)
@@ -37,11 +37,11 @@ class Sample:
 
     Attributes:
         user: user row.
-        position: of the target in the user's sequence.
+        position: position of the target in the user's sequence.
         target: item row.
-        history_H: item rows before the target, oldest first, all of them: the loss masks them as negatives.
-        tokens_T: the user prompt's text tokens.
-        marks: for each source, where its slots go among the tokens.
+        history_H: all item rows before the target, oldest first: the loss masks them as negatives.
+        tokens_T: text tokens of the user prompt.
+        marks: for each source, the position of its slots among the tokens.
         states_LD: pooled text-only states of the user prompt.
         vectors: for each source, the user's frozen vectors (K, E) after this history.
     """
@@ -57,11 +57,11 @@ class Sample:
 
     @property
     def key(self) -> str:
-        """Names the sample in its shard and in messages."""
+        """The name of the sample in its shard and in messages."""
         return sample_key(self.user, self.position)
 
     def fields(self) -> dict[str, bytes]:
-        """The sample as files of a tar."""
+        """Return the sample as files of a tar, by field."""
         facts = {"user": self.user, "position": self.position, "target": self.target, "marks": self.marks}
         arrays = {"history": self.history_H, "tokens": self.tokens_T, "states": self.states_LD}
         arrays |= {_VECTOR + name: vectors for name, vectors in self.vectors.items()}
@@ -69,34 +69,75 @@ class Sample:
 
     @classmethod
     def parse(cls, key: str, fields: Mapping[str, memoryview]) -> "Sample":
-        """The sample of this key back from its files; its arrays are views of them.
+        """Parse a sample from its files; its arrays are views of them.
+
+        Args:
+            key: expected key of the sample.
+            fields: content of each file.
 
         Raises:
-            ValueError: a field is missing, unknown, or not what it should be.
+            ValueError: a field is missing, unknown, or malformed.
         """
         arrays = {field.removesuffix(".npy"): _array(field, data) for field, data in fields.items() if field != "json"}
         missing = [name for name in ("json", *(f"{name}.npy" for name in _KINDS)) if name not in fields]
         if missing:
-            raise ValueError(f"it lacks the field {missing[0]}")
+            raise ValueError(f"it has no field {missing[0]}")
         facts = _facts(fields["json"], len(arrays["tokens"]))
         slotless = [name for name in facts["marks"] if _VECTOR + name not in arrays]
         if slotless:
-            raise ValueError(f"it lacks the field {_VECTOR}{slotless[0]}.npy")
+            raise ValueError(f"it has no field {_VECTOR}{slotless[0]}.npy")
         vectors = {name.removeprefix(_VECTOR): a for name, a in arrays.items() if name.startswith(_VECTOR)}
         rows = facts["user"], facts["position"], facts["target"]
         sample = cls(*rows, arrays["history"], arrays["tokens"], facts["marks"], arrays["states"], vectors)
         if sample.key != key:
-            raise ValueError(f"field json says that it is {sample.key}")
+            raise ValueError(f"field json has the key {sample.key}")
         return sample
 
 
+@dataclass(frozen=True)
+class SampleSpec:
+    """Types, shapes and names that all samples of some shards share.
+
+    Attributes:
+        states: (L, D) shape of the text-only states; (L,) if the width is unknown.
+        state_dtype: type of the states.
+        vectors: (K, E) shape of each source's vectors.
+        marks: sources with slots in the user prompt.
+        vocabulary: vocabulary size of the language model; None if it is not loaded.
+    """
+
+    states: tuple[int, ...]
+    state_dtype: np.dtype[Any]
+    vectors: Mapping[str, tuple[int, int]]
+    marks: frozenset[str]
+    vocabulary: int | None = None
+
+    def mismatch(self, sample: Sample) -> str | None:
+        """Return the first difference between a sample and the specification, or None."""
+        states_LD, shapes = sample.states_LD, {name: array.shape for name, array in sample.vectors.items()}
+        if states_LD.dtype != self.state_dtype or states_LD.shape[: len(self.states)] != self.states:
+            return (
+                f"field states.npy is {states_LD.dtype} of {states_LD.shape}, not {self.state_dtype} of {self.states}"
+            )
+        if shapes != self.vectors:
+            return f"it has vectors of shape {shapes}, not {self.vectors}"
+        if sample.marks.keys() != self.marks:
+            return f"field json has slots of {sorted(sample.marks)}, not of {sorted(self.marks)}"
+        return self._token_mismatch(sample.tokens_T)
+
+    def _token_mismatch(self, tokens_T: npt.NDArray[np.int32]) -> str | None:
+        if tokens_T.min(initial=0) < 0 or (self.vocabulary and tokens_T.max(initial=0) >= self.vocabulary):
+            return f"field tokens.npy has a token outside the vocabulary of {self.vocabulary or 'any size'}"
+        return None
+
+
 def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[str, Any], Entries]:
-    """Write one tar aside, fsync and rename it. The bytes depend on the samples alone.
+    """Write one tar to a temporary file, fsync it and rename it. Its bytes depend on the samples alone.
 
     Args:
-        path: of the tar.
-        samples: to write, in this order.
-        shard: the tar's number, for the index.
+        path: path of the tar.
+        samples: samples in order.
+        shard: number of the tar, for the index.
 
     Returns:
         The record for the manifest (file, samples, bytes, sha256, lengths), and the (S,) rows of the index.
@@ -116,37 +157,37 @@ def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict
 
 
 def shard_record(file: str, rows_S: Entries, size: int, digest: str) -> dict[str, Any]:
-    """What the manifest says of a tar; `lengths` counts prompts by the upper bound of their bin."""
+    """Return the manifest's record of a tar; `lengths` counts prompts by the upper bound of their bin."""
     bounds_S = -(-rows_S["tokens"].astype(np.int64) // LENGTHS) * LENGTHS
     lengths = {str(bound): count for bound, count in sorted(Counter(bounds_S.tolist()).items())}
     return {"file": file, "samples": len(rows_S), "bytes": size, "sha256": digest, "lengths": lengths}
 
 
 def read_sample(extent: bytes | memoryview, entry: np.void, shard: str) -> Sample:
-    """The sample in the bytes that its index row points at; its arrays are views of them.
+    """Parse the sample of an index row; its arrays are views of the bytes.
 
     Args:
-        extent: what stands in the tar at the row's offset.
-        entry: the row.
-        shard: names the tar in messages.
+        extent: bytes of the tar at the row's offset.
+        entry: row of the index.
+        shard: name of the tar, for messages.
 
     Raises:
-        UserError: the bytes are not those that were indexed, or not a sample.
+        UserError: the bytes differ from what was indexed, or are not a sample.
     """
     key = key_of(entry)
     try:
         if len(extent) != entry["size"] or digest_of(extent) != entry["digest"]:
-            raise ValueError("its bytes are not those that were written")
-        sample = Sample.parse(key, members(extent, key))
+            raise ValueError("its bytes differ from what was written")
+        sample = Sample.parse(key, split_members(extent, key))
         if len(sample.tokens_T) != entry["tokens"]:
-            raise ValueError(f"it has {len(sample.tokens_T)} tokens, the index says {entry['tokens']}")
+            raise ValueError(f"it has {len(sample.tokens_T)} tokens, but the index has {entry['tokens']}")
     except ValueError as error:
-        raise UserError(f"shard {shard}, sample {key}: {error}", REMAKE) from None
+        raise UserError(f"shard {shard}, sample {key}: {error}", REPAIR) from None
     return sample
 
 
 def _digest(path: Path, rows_S: Entries) -> str:
-    """The sha256 of a tar; fills in those of its samples."""
+    """Return the sha256 of a tar, and fill in the digests of its samples."""
     whole = hashlib.sha256()
     with path.open("rb") as file:
         for row in rows_S:
@@ -167,9 +208,9 @@ def _array(field: str, data: memoryview) -> npt.NDArray[Any]:
     name = field.removesuffix(".npy")
     kind = _VECTORS if name.startswith(_VECTOR) else _KINDS.get(name)
     if kind is None or name == field:
-        raise ValueError(f"it holds an unknown field {field!r}")
+        raise ValueError(f"it has an unknown field {field!r}")
     try:
-        array = npy(data)
+        array = parse_npy(data)
     except ValueError as error:
         raise ValueError(f"field {field} {error}") from None
     types, rank = kind
@@ -183,12 +224,12 @@ def _facts(data: memoryview, tokens: int) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(bytes(data))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"field json is no JSON: {error}") from None
+        raise ValueError(f"field json is not JSON: {error}") from None
     if not isinstance(facts, dict) or facts.keys() != _FACTS:
         raise ValueError(f"field json is not an object of {', '.join(sorted(_FACTS))}")
     marks = facts["marks"]
     if not isinstance(marks, dict) or not all(type(mark) is int and 0 <= mark <= tokens for mark in marks.values()):
-        raise ValueError("field json: `marks` are not places among the tokens")
+        raise ValueError("field json: `marks` are not positions among the tokens")
     if not all(type(facts[name]) is int and facts[name] >= 0 for name in ("user", "position", "target")):
-        raise ValueError("field json: user, position or target is not a row")
+        raise ValueError("field json: user, position or target is not a non-negative integer")
     return facts

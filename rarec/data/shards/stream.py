@@ -1,107 +1,74 @@
-"""The stream: samples in the plan's order, read from the tars one by one, each checked against the index.
+"""Read samples from the tars in the order of a batch plan, and verify each against the index.
 
-No tar is read whole, nor opened before a sample of it is due: beginning in the middle costs what beginning does, and a
-rank reads its own samples only.
+No tar is read completely, or opened before it is needed: to start in the middle of an epoch costs as much as to start
+at its beginning, and a rank reads only its own samples.
 
 Shape letters: S samples, n samples of a batch.
 """
 
 import os
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 
-from rarec.data.shards.cuts import Numbers
-from rarec.data.shards.form import Form
-from rarec.data.shards.index import FRESH, REMAKE, Entries, key_of, tar_name
-from rarec.data.shards.mapped import release
-from rarec.data.shards.members import finite
-from rarec.data.shards.plan import SHUFFLED_TOGETHER, Plan
-from rarec.data.shards.samples import Sample, read_sample
+from rarec.data.shards.batch_plan import BatchPlan, Numbers
+from rarec.data.shards.index import REBUILD, REPAIR, Entries, digest_of, key_of, release_pages, tar_name
+from rarec.data.shards.samples import Sample, SampleSpec, read_sample
+from rarec.data.shards.tar_members import all_finite
+from rarec.data.shards.tars import MAX_OPEN, LocalTars, Tars
 from rarec.errors import UserError
+from rarec.files import read_json
 
-OPEN = 2 * SHUFFLED_TOGETHER
-"""Tars held open: a window of the plan lies in two groups of shards, unless they are tiny."""
-
-
-class Tars(Protocol):
-    """Where the tars are."""
-
-    def name(self, shard: int) -> str:
-        """Of a tar, for messages."""
-
-    def open(self, shard: int) -> BinaryIO:
-        """A tar, opened for reading."""
-
-    def renew(self, shard: int) -> bool:
-        """Get a tar that proved bad anew; False where there is no other copy."""
-
-
-class LocalTars:
-    """Tars in a directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def name(self, shard: int) -> str:
-        """Its path."""
-        return str(self.directory / tar_name(shard))
-
-    def open(self, shard: int) -> BinaryIO:
-        """A tar, opened for reading.
-
-        Raises:
-            UserError: it is missing or may not be read.
-        """
-        try:
-            handle = os.open(self.name(shard), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever
-            return os.fdopen(handle, "rb")
-        except FileNotFoundError:
-            raise UserError(f"shard {self.name(shard)} is missing", REMAKE) from None
-        except OSError as error:
-            raise UserError(f"shard {self.name(shard)} cannot be read: {error.strerror}", REMAKE) from None
-
-    def renew(self, shard: int) -> bool:
-        """There is no other copy."""
-        return False
+SampleNames = dict[str, dict[str, int]]
+"""Sample numbers by file and key."""
 
 
 class SampleStream:
-    """Reads the batches of a plan.
+    """Read the batches of a plan.
 
     Args:
-        plan: who comes when.
-        index_S: where each sample lies, from `open_index`.
-        tars: where the shards are.
-        items: size of the catalogue.
-        form: of every sample, where a model waits for it.
+        plan: batch plan.
+        index_S: location of each sample, from `open_index`.
+        tars: access to the shards.
+        items: number of items in the catalogue.
+        spec: types and shapes of every sample; not checked if None.
     """
 
-    def __init__(self, plan: Plan, index_S: Entries, tars: Tars, items: int, form: Form | None = None) -> None:
-        self.plan, self._items, self._form = plan, items, form
+    def __init__(
+        self, plan: BatchPlan, index_S: Entries, tars: Tars, items: int, spec: SampleSpec | None = None
+    ) -> None:
+        self.plan, self._items, self._spec = plan, items, spec
         self._index_S, self._tars = index_S, tars
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def epoch(self, epoch: int, first_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Sample]]:
-        """A rank's part of the epoch's batches from `first_step` on.
+        """Yield a rank's part of each batch of an epoch, from `first_step` on.
+
+        Args:
+            epoch: number of the epoch.
+            first_step: first step within the epoch.
+            rank: rank of the reader.
+            world: number of ranks.
 
         Raises:
-            UserError: a sample is not what the index says; names shard and key.
+            UserError: a sample does not match the index; the message names its shard and key.
         """
         for batch in self.plan.batches(epoch, first_step):
             yield self.read(self.plan.share(batch, rank, world))
 
     def read(self, numbers_n: Numbers) -> list[Sample]:
-        """These samples.
+        """Return the samples with these numbers.
 
         Raises:
-            UserError: one is not what the index says; names shard and key.
+            UserError: a sample does not match the index; the message names its shard and key.
         """
         entries_n = self._index_S[numbers_n]
-        release(self._index_S)
+        release_pages(self._index_S)
         return [self._sample(entry) for entry in entries_n]
 
     def _sample(self, entry: np.void) -> Sample:
@@ -110,37 +77,97 @@ class SampleStream:
             sample = read_sample(self._extent(entry), entry, name)
         except UserError:
             self._close(int(entry["shard"]))
-            if not self._tars.renew(int(entry["shard"])):
+            if not self._tars.drop_cached(int(entry["shard"])):
                 raise
             sample = read_sample(self._extent(entry), entry, name)
         problem = self._problem(sample)
         if problem:
-            raise UserError(f"shard {name}, sample {sample.key}: {problem}", FRESH)
+            raise UserError(f"shard {name}, sample {sample.key}: {problem}", REBUILD)
         return sample
 
     def _extent(self, entry: np.void) -> bytes:
-        """What stands at a sample's place; shorter where the tar ends before it."""
+        """Return the bytes at a sample's place; fewer if the tar ends earlier."""
         shard = int(entry["shard"])
         if shard not in self._open:
             self._open[shard] = self._tars.open(shard)
-            if len(self._open) > OPEN:
+            if len(self._open) > MAX_OPEN:
                 self._close(next(iter(self._open)))
         self._open.move_to_end(shard)
         try:
             return os.pread(self._open[shard].fileno(), int(entry["size"]), int(entry["offset"]))
-        except (OSError, OverflowError) as error:  # a bad sector; an offset beyond every file
+        except (OSError, OverflowError) as error:  # a bad sector, or an offset beyond the file
             problem = f"shard {self._tars.name(shard)}, sample {key_of(entry)}: {error}"
-            raise UserError(problem, REMAKE) from None
+            raise UserError(problem, REPAIR) from None
 
     def _close(self, shard: int) -> None:
         if shard in self._open:
             self._open.pop(shard).close()
 
     def _problem(self, sample: Sample) -> str | None:
-        """What a step would stumble over, or not notice, though the bytes are those that were written."""
+        """Return a defect that would break a training step, or pass unnoticed, though the bytes are as written."""
         rows_H = sample.history_H
         if sample.target >= self._items or rows_H.min(initial=0) < 0 or rows_H.max(initial=0) >= self._items:
-            return f"an item's row is beyond the catalogue of {self._items}"
-        if not all(finite(values) for values in (sample.states_LD, *sample.vectors.values())):
-            return "a state or a vector is not a finite number"
-        return self._form.unlike(sample) if self._form else None
+            return f"an item row is beyond the catalogue of {self._items}"
+        if not all(all_finite(values) for values in (sample.states_LD, *sample.vectors.values())):
+            return "a state or a vector has NaN or infinity"
+        return self._spec.mismatch(sample) if self._spec else None
+
+
+def damaged_samples(index_S: Entries, tars: LocalTars, threads: int) -> Numbers:
+    """Find all samples whose bytes do not match the index; all samples of a missing tar count as damaged.
+
+    Args:
+        index_S: index of the shards.
+        tars: local shards.
+        threads: number of shards read in parallel.
+
+    Returns:
+        The numbers of the damaged samples.
+
+    Raises:
+        UserError: a tar cannot be read.
+    """
+    shards = int(index_S["shard"][-1]) + 1
+
+    def check(shard: int) -> list[int]:
+        rows = range(*(bisect_left(index_S["shard"], edge) for edge in (shard, shard + 1)))
+        if not os.path.lexists(tars.name(shard)):
+            return list(rows)
+        with tars.open(shard) as file:
+            return [row for row in rows if not _is_intact(file, index_S[row])]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return np.array([row for part in pool.map(check, range(shards)) for row in part], np.int64)
+
+
+def name_samples(index_S: Entries, numbers: Numbers) -> SampleNames:
+    """Group sample numbers by file and key."""
+    named: SampleNames = {}
+    for number in numbers.tolist():
+        named.setdefault(tar_name(int(index_S[number]["shard"])), {})[key_of(index_S[number])] = number
+    return named
+
+
+def read_names(path: Path, index_S: Entries) -> Numbers:
+    """Read sample numbers from a file written with `name_samples`.
+
+    Raises:
+        UserError: the file is malformed, or does not match the index.
+    """
+    named = read_json(path)
+    try:
+        numbers = np.array(sorted(number for keys in named.values() for number in keys.values()), np.int64)
+        agrees = numbers.min(initial=0) >= 0 and name_samples(index_S, numbers) == named
+    except (AttributeError, TypeError, ValueError, IndexError, OverflowError):
+        agrees = False
+    if not agrees:
+        raise UserError(f"{path} names samples that are not in these shards", "retrain: rarec train CONFIG --fresh")
+    return numbers
+
+
+def _is_intact(file: BinaryIO, entry: np.void) -> bool:
+    try:
+        extent = os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
+    except (OSError, OverflowError):  # a bad sector, or an offset beyond the file
+        return False
+    return bool(digest_of(extent) == entry["digest"])

@@ -1,6 +1,6 @@
-"""Writing the shards: each tar whole or not there, so that a killed stage goes on where it stopped.
+"""Write the shards. Each tar is complete or absent, so that an interrupted stage resumes with the missing ones.
 
-Samples are made one shard after the other, where the model is; threads pack, hash and flush the shards made before.
+Samples are computed shard by shard in the thread of the model; worker threads pack, hash and flush earlier shards.
 
 Shape letters: S samples.
 """
@@ -15,14 +15,23 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rarec.artefacts import Manifest, write_manifest
-from rarec.data.shards.index import ENTRY, INDEX, Entries, by_shard, is_tar_name, open_index, tar_name, write_index
+from rarec.data.shards.checks import index_tar
+from rarec.data.shards.index import (
+    ENTRY,
+    INDEX,
+    Entries,
+    is_tar_name,
+    open_index,
+    split_by_shard,
+    tar_name,
+    write_index,
+)
 from rarec.data.shards.samples import Sample, write_shard
-from rarec.data.shards.tar_check import scan
 from rarec.files import drop_stale, read_json, sha256_file, write_json
 from rarec.world import SINGLE, World
 
-Make = Callable[[range], Iterable[Sample]]
-"""The samples at these places among all, in order."""
+MakeSamples = Callable[[range], Iterable[Sample]]
+"""Compute the samples at a range of places, in order."""
 Say = Callable[[str], None]
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -33,44 +42,44 @@ def write_shards(
     directory: Path,
     total: int,
     per_shard: int,
-    make: Make,
+    make: MakeSamples,
     identity: str,
     say: Say,
     writers: int = 2,
     world: World = SINGLE,
 ) -> list[dict[str, Any]]:
-    """Write samples 0 .. total-1 as tars and their index, but for tars that a killed run of this identity finished.
+    """Write samples 0 to total-1 as tars with an index; skip tars that an interrupted run with this identity completed.
 
-    An error, in `make` or in a writer, ends it after the tars under way; they and all before them stay.
+    An error in `make` or in a writer ends the run after the tars in progress; they and all earlier ones are kept.
 
     Args:
-        directory: of the shards.
+        directory: directory of the shards.
         total: number of samples.
-        per_shard: samples in a tar.
-        make: called in this thread, for one shard after the other.
-        identity: hash of all that shapes the samples.
-        say: told of progress.
-        writers: tars written at a time; at most so many, and one that is being made, are in memory.
-        world: that write together, each its share of the tars; the first writes the index.
+        per_shard: samples per tar.
+        make: compute samples; called in this thread, one shard after the other.
+        identity: hash of everything that determines the samples.
+        say: print one line to the user.
+        writers: tars written in parallel; at most one more is in memory.
+        world: processes that share the tars; the main process writes the index.
 
     Returns:
         The records of all shards, for the manifest.
     """
-    notes, shards = _Notes(directory, identity), range(-(-total // per_shard))
+    progress, shards = _Progress(directory, identity), range(-(-total // per_shard))
     (directory / PROGRESS).mkdir(parents=True, exist_ok=True)
-    world.run_on_main(lambda: _drop_beyond(directory, len(shards)))
+    world.run_on_main(lambda: _drop_leftovers(directory, len(shards)))
 
     def write(job: tuple[int, list[Sample]]) -> str:
         record, rows_S = write_shard(directory / tar_name(job[0]), job[1], job[0])
-        notes.write(job[0], record, rows_S)
-        return _told(record)
+        progress.write(job[0], record, rows_S)
+        return _summary(record)
 
-    missing = world.run_on_all(lambda: [shard for shard in shards if not notes.holds(shard)])
-    for line in _in_threads(write, _made(make, world.split_in_lockstep(missing), total, per_shard), writers):
+    missing = world.run_on_all(lambda: [shard for shard in shards if not progress.holds(shard)])
+    for line in _in_threads(write, _compute(make, world.split_in_lockstep(missing), total, per_shard), writers):
         say(f"{line} (of {len(shards)} shards)")
     world.barrier()
-    world.run_on_main(lambda: write_index(directory, map(notes.rows, shards), total))
-    return [notes.record(shard) for shard in shards]
+    world.run_on_main(lambda: write_index(directory, map(progress.rows, shards), total))
+    return [progress.record(shard) for shard in shards]
 
 
 def repair_shards(
@@ -79,53 +88,53 @@ def repair_shards(
     broken: Container[str],
     total: int,
     per_shard: int,
-    make: Make,
+    make: MakeSamples,
     say: Say,
     writers: int = 2,
 ) -> list[dict[str, Any]]:
-    """Write the broken tars again, and the index where it or a tar is broken.
+    """Rewrite the broken tars, and the index if it or a tar is broken.
 
     Args:
-        directory: of the shards.
-        manifest: theirs, before.
-        broken: names of files.
-        total: number of samples, as `per_shard`, `make`, `say` and `writers` in `write_shards`.
-        per_shard: samples in a tar.
-        make: called in this thread, for one shard after the other.
-        say: told of progress.
-        writers: tars written at a time.
+        directory: directory of the shards.
+        manifest: manifest before the repair.
+        broken: names of broken files.
+        total: number of samples.
+        per_shard: samples per tar.
+        make: see `write_shards`.
+        say: print one line to the user.
+        writers: tars written in parallel.
 
     Returns:
         The records of all shards, for the manifest.
     """
     records, shards = dict(enumerate(manifest["shards"])), range(-(-total // per_shard))
-    again = [shard for shard in shards if shard not in records or tar_name(shard) in broken]
+    missing = [shard for shard in shards if shard not in records or tar_name(shard) in broken]
     rows: dict[int, Entries] = {}
 
     def write(job: tuple[int, list[Sample]]) -> tuple[int, dict[str, Any], Entries]:
         return job[0], *write_shard(directory / tar_name(job[0]), job[1], job[0])
 
-    _drop_beyond(directory, len(shards))
-    made = _made(make, SINGLE.split_in_lockstep(again), total, per_shard)
-    for shard, record, rows_S in _in_threads(write, made, writers):
+    _drop_leftovers(directory, len(shards))
+    samples = _compute(make, SINGLE.split_in_lockstep(missing), total, per_shard)
+    for shard, record, rows_S in _in_threads(write, samples, writers):
         records[shard], rows[shard] = record, rows_S
-        say(_told(record))
+        say(_summary(record))
     if rows or INDEX in broken:
-        old = {} if INDEX in broken else dict(enumerate(by_shard(open_index(directory, manifest), manifest["shards"])))
-        known = old | rows
-        parts = (known[shard] if shard in known else scan(directory / tar_name(shard), shard) for shard in shards)
+        intact = [] if INDEX in broken else split_by_shard(open_index(directory, manifest), manifest["shards"])
+        known = dict(enumerate(intact)) | rows
+        parts = (known[shard] if shard in known else index_tar(directory / tar_name(shard), shard) for shard in shards)
         write_index(directory, parts, total)
     return [records[shard] for shard in shards]
 
 
-def files_of(records: Iterable[Mapping[str, Any]], beside: Iterable[str]) -> dict[str, str | None]:
-    """Return the names of all files of some shards, with the sha256 of the tars: their manifest's `files`.
+def files_of(records: Iterable[Mapping[str, Any]], sidecars: Iterable[str]) -> dict[str, str | None]:
+    """Return the manifest's `files`: the names of the shards' files, with the sha256 of the tars.
 
     Args:
-        records: of all tars.
-        beside: files beside the tars and their index; whatever else is there is no part of the shards.
+        records: records of all tars.
+        sidecars: files besides the tars and their index; other files in the directory are not part of the shards.
     """
-    return dict.fromkeys([INDEX, *beside]) | {record["file"]: record["sha256"] for record in records}
+    return dict.fromkeys([INDEX, *sidecars]) | {record["file"]: record["sha256"] for record in records}
 
 
 def finish_shards(
@@ -133,36 +142,39 @@ def finish_shards(
     records: list[dict[str, Any]],
     settings: Mapping[str, Any],
     made_from: Mapping[str, str],
-    beside: Iterable[str] = (),
+    sidecars: Iterable[str] = (),
     **figures: Any,
 ) -> Manifest:
-    """Write the manifest of some shards and return it; notes of progress are dropped then.
+    """Write the manifest, which completes the artefact, then delete the progress notes.
 
     Args:
-        directory: of the shards.
-        records: of all tars.
-        settings: that shaped them.
-        made_from: hashes of what they were made from.
-        beside: files beside the tars and their index.
-        **figures: for the manifest.
+        directory: directory of the shards.
+        records: records of all tars.
+        settings: settings that determine the shards.
+        made_from: hashes of their inputs.
+        sidecars: files besides the tars and their index; other files in the directory are not part of the shards.
+        **figures: further fields of the manifest.
+
+    Returns:
+        The manifest.
     """
     figures |= shard_figures(records)
-    files = files_of(records, beside)
+    files = files_of(records, sidecars)
     manifest = write_manifest(directory, "shards", settings=settings, made_from=made_from, files=files, **figures)
     shutil.rmtree(directory / PROGRESS, ignore_errors=True)
     return manifest
 
 
 def shard_figures(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a manifest holds of the tars: their records, and how many samples they have."""
+    """Return the manifest's fields about the tars: their records, and the number of samples."""
     return {"shards": records, "samples": sum(record["samples"] for record in records)}
 
 
 @dataclass(frozen=True)
-class _Notes:
-    """What is finished: for each tar a note of its record and its rows of the index.
+class _Progress:
+    """Notes on completed tars: the record and the index rows of each.
 
-    The rows are noted, and not read back from the tar, so that going on costs no more than the tars' hashes.
+    The rows are stored here instead of read back from the tar, so that resuming costs only the hashes of the tars.
     """
 
     directory: Path
@@ -179,7 +191,7 @@ class _Notes:
         return np.frombuffer(bytes.fromhex(read_json(self._path(shard))["rows"]), ENTRY)
 
     def holds(self, shard: int) -> bool:
-        """Whether the shard is finished, and is what this run would make."""
+        """Return True if the shard is complete and matches this run."""
         tar, path = self.directory / tar_name(shard), self._path(shard)
         if not tar.is_file() or not path.is_file():
             return False
@@ -191,7 +203,7 @@ class _Notes:
 
 
 def _in_threads(work: Callable[[_Job], _Result], jobs: Iterable[_Job], threads: int) -> Iterator[_Result]:
-    """The results as they come; the next job is made while at most `threads` are worked on."""
+    """Yield results as they complete; the next job is created while at most `threads` are running."""
     under_way: set[Future[_Result]] = set()
     with ThreadPoolExecutor(threads) as pool:
         for job in jobs:
@@ -202,22 +214,22 @@ def _in_threads(work: Callable[[_Job], _Result], jobs: Iterable[_Job], threads: 
         yield from (future.result() for future in under_way)
 
 
-def _made(
-    make: Make, shards: Iterable[tuple[bool, int]], total: int, per_shard: int
+def _compute(
+    make: MakeSamples, shards: Iterable[tuple[bool, int]], total: int, per_shard: int
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """The samples of each shard; one that is another rank's is made as well, to stay in step, and dropped."""
-    for mine, shard in shards:
+    """Yield the samples of each shard; those of other ranks are computed to stay in step, and dropped."""
+    for is_own, shard in shards:
         samples = list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
-        if mine:
+        if is_own:
             yield shard, samples
 
 
-def _told(record: Mapping[str, Any]) -> str:
+def _summary(record: Mapping[str, Any]) -> str:
     return f"shard {record['file']}: {record['samples']} samples, {record['bytes'] / 1e6:.1f} MB"
 
 
-def _drop_beyond(directory: Path, count: int) -> None:
-    """Drop what a killed run left that is no part of this one: more tars than there will be, and what stood aside."""
+def _drop_leftovers(directory: Path, count: int) -> None:
+    """Delete leftovers of an interrupted run: surplus tars and temporary files."""
     wanted = {tar_name(shard) for shard in range(count)}
     for path in directory.glob("*.tar"):
         if path.is_file() and is_tar_name(path.name) and path.name not in wanted:

@@ -1,6 +1,6 @@
-"""The bytes of one sample taken apart: tar headers and `.npy` headers by slicing, strictly, nothing evaluated or run.
+"""Parse the bytes of a sample: tar headers and `.npy` headers, strictly and without evaluating anything.
 
-Much faster than `tarfile` and `np.load`, which must be ready for anything: here only what `write_shard` writes passes.
+Much faster than `tarfile` and `np.load`, which accept many variants: only what `write_shard` writes passes here.
 """
 
 import math
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 512
-"""Tars count in these."""
-MOST_SAMPLE = 2**26
-"""No sample comes near so many bytes; a tar that claims it would only fill the memory."""
+"""Block size of tar files, in bytes."""
+MAX_SAMPLE_BYTES = 2**26
+"""Upper limit on the size of a sample; a tar that claims more would only fill the memory."""
 _PLAIN_FILE = b"0"
 _KEY = re.compile(rb"(\d{9,}-\d{6,})\.")
 _SHAPE = rb"\((|\d{1,9},|\d{1,9}(?:, \d{1,9})+)\)"
@@ -27,24 +27,24 @@ _NPY = re.compile(
 
 
 class NpyHeader(NamedTuple):
-    """What a `.npy` says of itself: never an object array, always little endian and in C order."""
+    """Type and shape of a `.npy` array: never objects, always little endian and in C order."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     bytes: int
-    """Of the data, which must be all that follows."""
+    """Size of the data, which must be the rest of the file."""
 
 
 def padded(size: int) -> int:
-    """A member's bytes in the tar."""
+    """Round the size of a member up to whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
-def members(extent: bytes | memoryview, key: str) -> dict[str, memoryview]:
-    """The fields of a sample by name, from the extent of its members in the tar.
+def split_members(extent: bytes | memoryview, key: str) -> dict[str, memoryview]:
+    """Split the bytes of a sample into its fields, by name.
 
     Raises:
-        ValueError: a member is not a plain file `KEY.FIELD`, comes twice, or does not end within the extent.
+        ValueError: a member is not a plain file `KEY.FIELD`, occurs twice, or exceeds the bytes.
     """
     view, fields, at = memoryview(extent), {}, 0
     while at < len(view):
@@ -54,20 +54,20 @@ def members(extent: bytes | memoryview, key: str) -> dict[str, memoryview]:
         begin, size = at + BLOCK, int(digits, 8) if digits.isdigit() else len(view)
         at = begin + padded(size)
         if at > len(view):
-            raise ValueError(f"field {field} does not end within it")
+            raise ValueError(f"field {field} exceeds the sample")
         if field in fields:
-            raise ValueError(f"field {field} comes twice")
+            raise ValueError(f"field {field} occurs twice")
         fields[field] = view[begin : begin + size]
     return fields
 
 
-def walk(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """The key and extent of each sample of a tar, from header to header; ends where no intact member follows.
+def iterate_samples(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Yield the key and the bytes of each sample of a tar by reading headers; stop where no intact member follows.
 
-    A member of another name counts to the sample before it, where `members` refuses it.
+    A member with an unexpected name belongs to the sample before it, and `split_members` then refuses it.
 
     Raises:
-        ValueError: a sample is larger than any is.
+        ValueError: a sample exceeds `MAX_SAMPLE_BYTES`.
     """
     end, key, parts = os.fstat(file.fileno()).st_size, "", list[bytes]()
     while (member := _member(file, end)) is not None:
@@ -76,47 +76,47 @@ def walk(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
             yield key, b"".join(parts)
             parts = []
         key = own
-        if sum(map(len, parts)) + length > MOST_SAMPLE:
-            raise ValueError(f"sample {key}: it is larger than {MOST_SAMPLE} bytes")
+        if sum(map(len, parts)) + length > MAX_SAMPLE_BYTES:
+            raise ValueError(f"sample {key}: it exceeds {MAX_SAMPLE_BYTES} bytes")
         parts.append(member[1] + file.read(member[2]))
     if key:
         yield key, b"".join(parts)
 
 
-def npy(data: memoryview) -> npt.NDArray[Any]:
-    """The array in the bytes of a `.npy`; a view, so read-only where the bytes are.
+def parse_npy(data: memoryview) -> npt.NDArray[Any]:
+    """Return the array in the bytes of a `.npy` file as a view, read-only if the bytes are.
 
     Raises:
-        ValueError: they are something else: objects (which would be pickles), big endian, torn.
+        ValueError: the bytes are not such an array: objects (pickles), big endian, or truncated.
     """
     start = 10 + int.from_bytes(data[8:10], "little")
     header = _npy_header(bytes(data[:start]))
     if len(data) != start + header.bytes:
-        raise ValueError(f"is torn: {len(data) - start} bytes for shape {header.shape} of {header.dtype}")
+        raise ValueError(f"is truncated: {len(data) - start} bytes for shape {header.shape} of {header.dtype}")
     return np.ndarray(header.shape, header.dtype, data, start)
 
 
-def finite(values: npt.NDArray[np.floating]) -> bool:
-    """Whether no value is NaN or infinite."""
+def all_finite(values: npt.NDArray[np.floating]) -> bool:
+    """Return True if no value is NaN or infinite."""
     if values.dtype != np.float16:
         return bool(np.isfinite(values).all())
-    exponent = np.uint16(0x7C00)  # all its bits are set in those alone; ten times faster than np.isfinite
+    exponent = np.uint16(0x7C00)  # all bits set only for NaN and infinity; ten times faster than np.isfinite
     return not ((values.view(np.uint16) & exponent) == exponent).any()
 
 
 def _field(header: bytes, key: str) -> str:
     name = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
     if len(header) < BLOCK or header[257:262] != b"ustar":
-        raise ValueError("it is torn: no tar header where a member should begin")
+        raise ValueError("it is truncated: a tar header is missing")
     if header[156:157] != _PLAIN_FILE or header[345]:
-        raise ValueError(f"member {name!r} is not a plain file of its own name")
+        raise ValueError(f"member {name!r} is not a plain file")
     if not name.startswith(f"{key}."):
-        raise ValueError(f"it holds a member {name!r}")
+        raise ValueError(f"it contains a member {name!r}")
     return name[len(key) + 1 :]
 
 
 def _member(file: BinaryIO, end: int) -> tuple[str, bytes, int] | None:
-    """The next member's key, its header, and how many bytes follow that, padding included, if a whole one is there."""
+    """Return the key, the header, and the padded size of the next member, or None if no intact one follows."""
     header = file.read(BLOCK)
     digits, key = header[124:135], _KEY.match(header)
     if not digits.isdigit() or header[148:154] != b"%06o" % _checksum(header):
@@ -128,7 +128,7 @@ def _member(file: BinaryIO, end: int) -> tuple[str, bytes, int] | None:
 
 
 def _checksum(header: bytes) -> int:
-    """Of a tar header: the sum of its bytes, its own field taken as spaces."""
+    """Return the checksum of a tar header: the sum of its bytes, with its own field counted as spaces."""
     return sum(header) - sum(header[148:156]) + 8 * ord(" ")
 
 
@@ -136,6 +136,6 @@ def _checksum(header: bytes) -> int:
 def _npy_header(header: bytes) -> NpyHeader:
     match = _NPY.fullmatch(header)
     if match is None:
-        raise ValueError("is no plain `.npy` of numbers")
+        raise ValueError("is not a plain `.npy` of numbers")
     dtype, shape = np.dtype(match[1].decode()), tuple(int(size) for size in match[2].split(b",") if size.strip())
     return NpyHeader(dtype, shape, math.prod(shape) * dtype.itemsize)

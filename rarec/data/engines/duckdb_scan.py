@@ -1,4 +1,4 @@
-"""How embedded DuckDB scans a table of each format."""
+"""Scan a table of each format with DuckDB."""
 
 import json
 import re
@@ -6,67 +6,67 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rarec.data.engines.base import DELIMITED, Named, Place, describe, header
-from rarec.data.engines.files import Files
+from rarec.data.engines.prepare_engine import NamedTable, TableLocation, display_name
+from rarec.data.engines.table_files import DELIMITED, TableFiles, read_header
 from rarec.errors import UserError
 
 Query = Callable[[str], list[tuple[Any, ...]]]
-"""Runs SQL on the engine and returns its rows."""
+"""Run SQL on the engine and return its rows."""
 
 DATABASE = "given"
-"""What a database of the user's is attached as."""
+"""Alias of the user's attached database."""
 JSON_INTEGERS = ("UBIGINT", "BIGINT", "HUGEINT")
-"""What DuckDB calls the integers of JSON; they are read as text, however long."""
+"""DuckDB's integer types of JSON values; read as text, because they may exceed 64 bits."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What to select from, and the SQL of each column's value by its name in the table."""
+    """The relation to select from, and the SQL expression of each column by its name in the table."""
 
     relation: str
     columns: dict[str, str]
     untyped: frozenset[str] = frozenset()
-    """Columns read as text that may stand for numbers."""
+    """Columns read as text that may represent numbers."""
     columnar: bool = False
-    """Whether a few columns are read at little cost, so that they need not be kept."""
+    """True if single columns are cheap to read, so that the table need not be copied."""
 
 
-def scan(place: Place, query: Query) -> Scan:
-    """Find out the columns of a table, reading no more of it than that takes.
+def scan(location: TableLocation, query: Query) -> Scan:
+    """Find the columns of a table; only as much of the table as that needs is read.
 
     Raises:
-        UserError: a header is missing, or differs between files; lines are no JSON objects.
+        UserError: a header is missing or differs between files, or lines are not JSON objects.
     """
-    if isinstance(place, Named):
-        schema, _, name = place.name.rpartition(".")
+    if isinstance(location, NamedTable):
+        schema, _, name = location.name.rpartition(".")
         return _columnar(".".join(identifier(part) for part in (DATABASE, schema or "main", name)), query)
-    if place.format in DELIMITED:
-        return _delimited(place)
-    if place.format == "jsonl":
-        return _jsonl(place, query)
+    if location.format in DELIMITED:
+        return _delimited(location)
+    if location.format == "jsonl":
+        return _jsonl(location, query)
     options = "hive_partitioning=false, binary_as_string=true"
-    return _columnar(f"read_parquet({_list(place)}, {options})", query)
+    return _columnar(f"read_parquet({_list(location)}, {options})", query)
 
 
 def quoted(text: str) -> str:
-    """A SQL string literal."""
+    """Return a SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def identifier(name: str) -> str:
-    """A SQL name."""
+    """Return a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
-def _list(files: Files) -> str:
-    # DuckDB would take the names of local files for patterns
+def _list(files: TableFiles) -> str:
+    # escaped: DuckDB would read local file names as patterns
     paths = files.paths if files.system else [re.sub(r"([\[*?])", r"[\1]", path) for path in files.paths]
     return "[" + ", ".join(quoted(path) for path in paths) + "]"
 
 
-def _delimited(files: Files) -> Scan:
-    names, dialect = header(files), DELIMITED[files.format]
-    # by position: DuckDB takes `Item` and `item` for one name
+def _delimited(files: TableFiles) -> Scan:
+    names, dialect = read_header(files), DELIMITED[files.format]
+    # by position: to DuckDB, `Item` and `item` are the same name
     types = ", ".join(f"c{index}: 'VARCHAR'" for index in range(len(names)))
     quote = quoted(dialect.quote)
     options = f"delim={quoted(dialect.delimiter)}, quote={quote}, escape={quote}, columns={{{types}}}"
@@ -74,11 +74,11 @@ def _delimited(files: Files) -> Scan:
     return Scan(relation, {name: f"c{index}" for index, name in enumerate(names)}, frozenset(names))
 
 
-def _jsonl(files: Files, query: Query) -> Scan:
+def _jsonl(files: TableFiles, query: Query) -> Scan:
     relation = f"read_ndjson_objects({_list(files)})"
     structure = json.loads(query(f"SELECT json_group_structure(json) FROM {relation}")[0][0] or "{}")
     if not isinstance(structure, dict):
-        raise UserError(f"{describe(files)} holds lines that are no JSON objects", "write one {...} a line")
+        raise UserError(f"{display_name(files)} has lines that are not JSON objects", "write one {...} per line")
     columns = {name: _json_value(name, kind) for name, kind in structure.items()}
     return Scan(relation, columns, frozenset(name for name, kind in structure.items() if kind in JSON_INTEGERS))
 
@@ -94,6 +94,6 @@ def _columnar(relation: str, query: Query) -> Scan:
 
 
 def _native(name: str, kind: str) -> str:
-    """A column as it is, but for times in nanoseconds, as pandas writes them: microseconds will do."""
+    """Return a column's SQL; timestamps in nanoseconds, which pandas writes, are reduced to microseconds."""
     to = {"TIMESTAMP_NS": "TIMESTAMP", "TIMESTAMPTZ_NS": "TIMESTAMPTZ"}
     return f"CAST({identifier(name)} AS {to[kind]})" if kind in to else identifier(name)

@@ -1,4 +1,4 @@
-"""Words of titles, and which interactions share one with what their user met before.
+"""Split titles into words, and find interactions that share a word with the user's earlier titles.
 
 Shape letters: N items, W word occurrences over all items, E word occurrences over interactions, I interactions.
 """
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Int64 = npt.NDArray[np.int64]
+from rarec.data.dataset import Int64
 
 
 class _Letters(dict[int, str]):
-    """For `str.translate`: letters, marks, digits and apostrophes as they are, everything else a space."""
+    """Table for `str.translate`: keeps letters, marks, digits and apostrophes, and maps the rest to spaces."""
 
     def __missing__(self, code: int) -> str:
         character = "'" if chr(code) == "’" else chr(code)
@@ -32,14 +32,14 @@ should so some such than that the their theirs them then there these they this t
 until up very was we were what when where which while who whom why will with would you your yours
 """
 STOP_WORDS = frozenset(_STOP.split())
-"""English function words: to share one of these says nothing about two titles (ours)."""
+"""English function words, which say nothing about the similarity of two titles (our list)."""
 
 
-def words(title: str) -> list[str]:
-    """The distinct words of a title, case-folded, without punctuation and stop words, in order of appearance.
+def split_words(title: str) -> list[str]:
+    """Return the distinct words of a title in order of appearance: case-folded, no punctuation, no stop words.
 
-    A word is a run of letters and digits of any script, apostrophes inside it included; a script that puts nothing
-    between its words gives whole phrases.
+    A word is a run of letters and digits of any script, with apostrophes inside it; in a script without word separators
+    whole phrases are returned.
     """
     folded = unicodedata.normalize("NFKC", title).casefold().translate(_LETTERS)
     distinct = dict.fromkeys(word.strip("'") for word in folded.split())
@@ -48,13 +48,13 @@ def words(title: str) -> list[str]:
 
 @dataclass(frozen=True)
 class TitleWords:
-    """Every item's words as numbers, one item after another.
+    """The words of all items as integers, stored item after item.
 
     Attributes:
-        starts_N: where an item's words begin in `words_W`.
-        counts_N: how many it has.
+        starts_N: index of an item's first word in `words_W`.
+        counts_N: number of words of each item.
         words_W: word numbers.
-        total: distinct words.
+        total: number of distinct words.
     """
 
     starts_N: Int64
@@ -64,26 +64,26 @@ class TitleWords:
 
     @classmethod
     def of(cls, titles: Sequence[str], untitled: str) -> "TitleWords":
-        """Split titles; the text that stands for a missing one has no words."""
+        """Split titles into words; the placeholder for a missing title has none."""
         numbers: dict[str, int] = {}
-        split = [[] if title == untitled else words(title) for title in titles]
+        split = [[] if title == untitled else split_words(title) for title in titles]
         words_W = np.array([numbers.setdefault(word, len(numbers)) for item in split for word in item], np.int64)
         counts_N = np.array([len(item) for item in split], np.int64)
         return cls(np.cumsum(counts_N) - counts_N, counts_N, words_W, len(numbers))
 
     def shared_with_earlier(self, user_rows_I: Int64, item_rows_I: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
-        """Whether an interaction's title has a word that an earlier title of the same user has.
+        """Return (I,) True where a title shares a word with an earlier title of the same user.
 
         Args:
-            user_rows_I: ascending.
-            item_rows_I: in each user's own order.
+            user_rows_I: ascending user rows.
+            item_rows_I: item rows, in each user's order.
         """
         counts_I = self.counts_N[item_rows_I]
         interactions_E = np.repeat(np.arange(len(item_rows_I)), counts_I)
         within_E = np.arange(len(interactions_E)) - np.repeat(np.cumsum(counts_I) - counts_I, counts_I)
         words_E = self.words_W[self.starts_N[item_rows_I[interactions_E]] + within_E]
         keys_E = user_rows_I[interactions_E] * self.total + words_E
-        # np.unique gives the first occurrence of each user's word: any later one shares it
+        # np.unique returns the first occurrence of each (user, word); later ones share it
         _, first, of_E = np.unique(keys_E, return_index=True, return_inverse=True)
         repeats_E = interactions_E[first][of_E] < interactions_E
         shared: npt.NDArray[np.bool_] = np.bincount(interactions_E[repeats_E], minlength=len(item_rows_I)) > 0

@@ -1,0 +1,114 @@
+"""The interface between the preparation and its engines: the steps are Ibis expressions and use nothing else."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ibis.expr.types as ir
+import pyarrow as pa
+
+from rarec.data.engines.table_files import TableFiles
+from rarec.errors import UserError
+
+
+@dataclass(frozen=True)
+class NamedTable:
+    """A table of a database, by name."""
+
+    name: str
+
+
+TableLocation = TableFiles | NamedTable
+"""Location of an input table: files, or a table of a database."""
+
+
+@dataclass(frozen=True)
+class InputTable:
+    """Columns of an input table, with the types of its source.
+
+    Attributes:
+        table: one column for each role; also `line` (from 1, in the order of the files) where it was requested.
+        untyped: roles whose text may represent numbers, because the format (CSV and the like) has text only.
+    """
+
+    table: ir.Table
+    untyped: frozenset[str] = frozenset()
+
+
+class PrepareEngine(Protocol):
+    """Read tables, keep intermediate results, and stream expressions out."""
+
+    def read(
+        self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
+    ) -> InputTable:
+        """Read columns of a table.
+
+        Args:
+            location: files or a named table.
+            roles: column name in the table, by role.
+            section: section of the configuration, for messages.
+            lines: number the rows: in file order, or, for a named table, sorted by these columns.
+
+        Raises:
+            UserError: a column is missing or the table cannot be read (raised now, or when rows are fetched).
+        """
+
+    def keep(self, name: str, expression: ir.Table) -> ir.Table:
+        """Compute an expression and store its rows under a name, replacing what the name held before."""
+
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """Compute a small table and return its rows."""
+
+    def batches(self, expression: ir.Table) -> Iterable[pa.RecordBatch]:
+        """Stream the rows of an expression in its order.
+
+        Read the stream to its end before using the engine again.
+        """
+
+    def close(self) -> None:
+        """Release everything that was kept."""
+
+
+def compute_value(engine: PrepareEngine, scalar: ir.Scalar) -> Any:
+    """Compute a scalar expression."""
+    return engine.rows(scalar.name("value").as_table())[0]["value"]
+
+
+def display_name(location: TableLocation) -> str:
+    """Return the name of a table in messages."""
+    return location.name if isinstance(location, TableFiles) else f"table {location.name}"
+
+
+def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: TableLocation, section: str) -> None:
+    """Check that the column of every role exists.
+
+    Raises:
+        UserError: a column is missing; the message suggests the nearest name and lists the columns.
+    """
+    columns = list(columns)
+    for role, name in roles.items():
+        if name in columns:
+            continue
+        folded = {known.casefold(): known for known in columns}
+        close = difflib.get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.5)
+        hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
+        field = f"{section}.{role.partition('_')[0]}"
+        raise UserError(
+            f"{display_name(location)} has no column {name!r} ({field}){hint}", f"its columns: {', '.join(columns)}"
+        )
+
+
+def raise_if_nested(table: ir.Table, roles: Mapping[str, str], location: TableLocation, section: str) -> None:
+    """Refuse lists, structures and times of day, which engines write differently.
+
+    Raises:
+        UserError: a column has such a type.
+    """
+    for role, name in roles.items():
+        kind = table[role].type()
+        if kind.is_nested() or kind.is_time():
+            field = f"{section}.{role.partition('_')[0]}"
+            raise UserError(
+                f"{display_name(location)}: column {name!r} ({field}) has type {kind}", "write it as text or numbers"
+            )

@@ -1,0 +1,252 @@
+"""Plan the batches of every epoch from two columns of the index, without opening a tar.
+
+The order is a function of seed and epoch, and a position in it is one number, the step: a run can resume anywhere, and
+global batches do not depend on the number of readers. Shards are shuffled and mixed in groups; samples are sorted by
+length within windows, which reduces padding, and the batches of a window are shuffled. Groups and windows have random
+generators of their own, so any window can be planned alone, and only one is kept in memory.
+
+Shape letters: S samples, P shards, W windows, n samples of one window.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from itertools import chain, count, islice
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.data.shards.index import REPAIR, release_pages
+from rarec.errors import UserError
+
+Numbers = npt.NDArray[np.int64]
+Column = npt.NDArray[np.integer]
+SHUFFLED_TOGETHER = 4
+"""Number of shards whose samples are mixed."""
+SORTED_TOGETHER = 16
+"""Number of batches in a window."""
+_LENGTHS_AT_ONCE = 2**20
+"""Samples whose lengths are read at a time."""
+_SHARDS, _GROUP, _WINDOW = 1, 2, 3
+"""Stream ids of the random generators; never 0, because NumPy treats [1, 2] and [1, 2, 0] as the same seed."""
+
+
+class BatchPlan:
+    """Plan batches of sample numbers (rows of the index) on demand.
+
+    Args:
+        shard_S: shard of each sample, ascending; may be memory-mapped.
+        tokens_S: number of text tokens of each user prompt; may be memory-mapped.
+        seed: seed of every order.
+        batch_size: largest batch; sizes differ by at most one, so there is no small last batch.
+        tokens_per_batch: token budget instead of `batch_size`: batch size times longest prompt is at most this.
+        slots: soft-prompt positions that every prompt has besides its text; the budget includes them.
+        excluded: sample numbers that no batch contains.
+
+    Raises:
+        UserError: no sample is left, or a single prompt exceeds the budget.
+    """
+
+    def __init__(
+        self,
+        shard_S: Column,
+        tokens_S: Column,
+        seed: int,
+        *,
+        batch_size: int = 64,
+        tokens_per_batch: int | None = None,
+        slots: int = 0,
+        excluded: Iterable[int] = (),
+    ) -> None:
+        self._tokens_S, self.seed = tokens_S, seed
+        self._shards = _KeptSamples(np.asarray(shard_S), np.unique(np.fromiter(excluded, np.int64)))
+        self.samples = int(self._shards.counts_P.sum())
+        if not self.samples:
+            raise UserError(f"none of {len(shard_S)} samples is left for training", REPAIR)
+        self._batching: _Batching = (
+            _TokenBudget(self.samples, tokens_S, tokens_per_batch, slots)
+            if tokens_per_batch
+            else _FixedSize(self.samples, batch_size)
+        )
+        self._surveys: dict[int, tuple[Numbers, int]] = {}
+
+    def steps(self, epoch: int) -> int:
+        """Return the number of batches of an epoch; with a token budget, plan the epoch once to count them."""
+        return int(self._survey(epoch)[0][-1])
+
+    def total_steps(self, epochs: int) -> int:
+        """Return the number of steps of `epochs` epochs."""
+        return sum(self.steps(epoch) for epoch in range(epochs))
+
+    def epoch_and_step(self, step: int) -> tuple[int, int]:
+        """Convert a global step to its epoch and the step within it."""
+        epoch = 0
+        while step and step >= self.steps(epoch):
+            step, epoch = step - self.steps(epoch), epoch + 1
+        return epoch, step
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Numbers]:
+        """Yield the batches of an epoch from `first_step` on."""
+        ends_W, _ = self._survey(epoch)
+        first = int(np.searchsorted(ends_W, first_step, side="right"))
+        skipped = first_step - int(ends_W[first - 1] if first else 0)
+        for window, (numbers_n, tokens_n) in enumerate(self._windows(epoch, first), first):
+            batches = np.split(numbers_n, np.cumsum(self._batching.sizes(window, tokens_n))[:-1])
+            mixed = np.random.default_rng([self.seed, epoch, _WINDOW, window]).permutation(len(batches))
+            yield from (batches[at] for at in mixed[skipped:])
+            skipped = 0
+
+    def batches_between(self, first: int, last: int) -> Iterator[Numbers]:
+        """Yield the batches of the global steps `first` to `last` (exclusive)."""
+        begun, step = self.epoch_and_step(first)
+        every = (self.batches(epoch, step if epoch == begun else 0) for epoch in count(begun))
+        return islice(chain.from_iterable(every), last - first)
+
+    def first_samples(self, most: int) -> Numbers:
+        """Return up to `most` samples of the first epoch, in the order before batches are formed by length."""
+        return _EpochOrder(self._shards, self.seed, 0).between(0, min(most, self.samples))
+
+    def share(self, batch: Numbers, rank: int, world: int) -> Numbers:
+        """Return one rank's part of a batch; the ranks' parts together are the batch."""
+        return batch[rank::world]
+
+    def check_world_size(self, world: int, epochs: int) -> None:
+        """Check that the smallest batch has a sample for every rank.
+
+        Raises:
+            UserError: some rank would have no sample in some step.
+        """
+        smallest = min(self._survey(epoch)[1] for epoch in range(epochs))
+        if smallest < world:
+            problem = f"the smallest batch, of {smallest}, is smaller than the number of ranks, {world}"
+            raise UserError(problem, "raise train.batch_size or train.tokens_per_batch, or start fewer processes")
+
+    def _survey(self, epoch: int) -> tuple[Numbers, int]:
+        """Return the cumulative number of steps after each window (W), and the size of the smallest batch."""
+        if epoch not in self._surveys:
+            counts_W, smallest = self._batching.survey(tokens_n for _, tokens_n in self._windows(epoch))
+            self._surveys[epoch] = np.cumsum(counts_W), smallest
+        return self._surveys[epoch]
+
+    def _windows(self, epoch: int, first: int = 0) -> Iterator[tuple[Numbers, Column]]:
+        """Yield the samples of each window from `first` on and the lengths of their prompts, shortest first."""
+        order = _EpochOrder(self._shards, self.seed, epoch)
+        for window in range(first, self._batching.windows):
+            numbers_n = order.between(self._batching.edge(window), self._batching.edge(window + 1))
+            tokens_n = self._tokens_S[numbers_n]
+            release_pages(self._tokens_S)
+            by_length = np.argsort(tokens_n, kind="stable")
+            yield numbers_n[by_length], tokens_n[by_length]
+
+
+class _KeptSamples:
+    """The samples of each shard without the excluded ones."""
+
+    def __init__(self, shard_S: Column, excluded: Numbers) -> None:
+        shards = int(shard_S[-1]) + 1 if len(shard_S) else 0
+        edges = [bisect_left(shard_S, shard) for shard in range(shards)]
+        self._edges, self._excluded = np.array([*edges, len(shard_S)]), excluded
+        self.counts_P: Numbers = np.diff(self._edges) - np.diff(np.searchsorted(excluded, self._edges))
+
+    def kept(self, shard: int) -> Numbers:
+        """Return the numbers of a shard's samples without the excluded ones."""
+        start, stop = self._edges[shard : shard + 2]
+        without = self._excluded[slice(*np.searchsorted(self._excluded, [start, stop]))]
+        return np.delete(np.arange(start, stop), without - start)
+
+
+class _EpochOrder:
+    """The order of the samples of one epoch; a group of shards is shuffled on demand."""
+
+    def __init__(self, shards: _KeptSamples, seed: int, epoch: int) -> None:
+        self._shards, self._key = shards, (seed, epoch)
+        self._order_P = np.random.default_rng([seed, epoch, _SHARDS]).permutation(len(shards.counts_P))
+        starts = np.arange(0, len(self._order_P), SHUFFLED_TOGETHER)
+        self._ends = np.cumsum(np.add.reduceat(shards.counts_P[self._order_P], starts))
+        self._held: dict[int, Numbers] = {}
+
+    def between(self, start: int, stop: int) -> Numbers:
+        """Return the samples at these positions of the order; only their groups are kept in memory."""
+        first, last = int(np.searchsorted(self._ends, start, side="right")), int(np.searchsorted(self._ends, stop))
+        groups = {at: self._held[at] if at in self._held else self._group(at) for at in range(first, last + 1)}
+        self._held = {last: groups[last]}
+        before = int(self._ends[first - 1]) if first else 0
+        return np.concatenate(list(groups.values()))[start - before : stop - before]
+
+    def _group(self, at: int) -> Numbers:
+        shards = self._order_P[at * SHUFFLED_TOGETHER : (at + 1) * SHUFFLED_TOGETHER]
+        numbers = np.concatenate([self._shards.kept(int(shard)) for shard in shards])
+        return np.random.default_rng([*self._key, _GROUP, at]).permutation(numbers)
+
+
+class _Batching(Protocol):
+    """Cut the order into windows, and a window into batches."""
+
+    windows: int
+
+    def edge(self, window: int) -> int:
+        """Return the position in the order where a window begins."""
+
+    def sizes(self, window: int, tokens_n: Column) -> Numbers:
+        """Return the sizes of the batches of a window, given the lengths of its prompts, shortest first."""
+
+    def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
+        """Return the number of batches of each window (W) and the smallest batch, given each window's lengths."""
+
+
+class _FixedSize:
+    """Batches whose sizes differ by at most one."""
+
+    def __init__(self, samples: int, batch_size: int) -> None:
+        self._steps = -(-samples // batch_size)
+        self._small, self._larger = divmod(samples, self._steps)
+        self.windows = -(-self._steps // SORTED_TOGETHER)
+
+    def edge(self, window: int) -> int:
+        """See `_Batching`."""
+        step = min(window * SORTED_TOGETHER, self._steps)
+        return step * self._small + min(step, self._larger)
+
+    def sizes(self, window: int, tokens_n: Column) -> Numbers:
+        """See `_Batching`; does not depend on the lengths."""
+        steps = np.arange(window * SORTED_TOGETHER, min((window + 1) * SORTED_TOGETHER, self._steps))
+        return self._small + (steps < self._larger)
+
+    def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
+        """See `_Batching`; no window is planned for it."""
+        ends_W = np.minimum(np.arange(1, self.windows + 1) * SORTED_TOGETHER, self._steps)
+        return np.diff(ends_W, prepend=0), self._small
+
+
+class _TokenBudget:
+    """Batches as large as a budget of padded tokens allows."""
+
+    def __init__(self, samples: int, tokens_S: Column, budget: int, slots: int) -> None:
+        self._samples, self._budget, self._slots = samples, budget, slots
+        parts = [tokens_S[at : at + _LENGTHS_AT_ONCE] for at in range(0, len(tokens_S), _LENGTHS_AT_ONCE)]
+        longest = max(int(part.max()) for part in parts) + slots
+        if longest > budget:
+            problem = f"the longest user prompt has {longest} tokens, more than train.tokens_per_batch = {budget}"
+            raise UserError(problem, "raise train.tokens_per_batch, or shorten prompts with prompt.max_tokens")
+        mean = sum(int(part.sum(dtype=np.int64)) for part in parts) / len(tokens_S) + slots
+        self.windows = -(-samples // (SORTED_TOGETHER * max(1, int(budget / mean))))
+
+    def edge(self, window: int) -> int:
+        """See `_Batching`."""
+        return self._samples * window // self.windows
+
+    def sizes(self, window: int, tokens_n: Column) -> Numbers:
+        """See `_Batching`. Cut from the longest prompt down; the last two batches are balanced, so none is small."""
+        sizes, left = [], len(tokens_n)
+        while left:
+            sizes.append(min(left, self._budget // max(1, int(tokens_n[left - 1]) + self._slots)))
+            left -= sizes[-1]
+        if len(sizes) > 1 and sizes[-1] < sizes[-2]:
+            rest = sizes[-2] + sizes[-1]
+            sizes[-2:] = [rest - rest // 2, rest // 2]
+        return np.array(sizes[::-1])
+
+    def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
+        """See `_Batching`."""
+        sizes = [self.sizes(window, tokens_n) for window, tokens_n in enumerate(windows)]
+        return np.array([len(part) for part in sizes]), min(int(part.min()) for part in sizes)
