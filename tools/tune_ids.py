@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from rarec.config.ids import Recipe
-from rarec.data.dataset import PreparedDataset, Targets
+from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.entry import guarded, open_run
 from rarec.ids.source import Source, open_source
 from rarec.ids.validation import ranks_of
@@ -61,7 +61,7 @@ def figures(dataset: PreparedDataset, source: Source) -> Iterator[str]:
     """Means and intervals of how it ranks each user's newest training interaction."""
     users = np.flatnonzero(dataset.train_length_U > 1).astype(np.int32)
     positions = dataset.train_length_U[users] - 1
-    targets = Targets(users, positions, dataset.items_at(users, positions))
+    targets = EvalTargets(users, positions, dataset.items_at(users, positions))
     values = metric_values(ranks_of(targets, dataset, source.items_NE, source.users), (10, 100))
     intervals = mean_intervals({name: values[name] for name in METRICS})
     return (f"{one.mean:.4f} ({one.low:.4f} to {one.high:.4f})" for one in intervals.values())

@@ -14,9 +14,9 @@ import numpy as np
 from rarec.config import RunConfig
 from rarec.data.shards.batch_plan import BatchPlan, Numbers
 from rarec.data.shards.index import Entries, open_index
-from rarec.data.shards.remote import RemoteTars
-from rarec.data.shards.samples import Sample
-from rarec.data.shards.stream import LocalTars, SampleStream, Tars
+from rarec.data.shards.samples import Sample, SampleSpec
+from rarec.data.shards.stream import SampleStream, damaged_samples, name_samples, read_names
+from rarec.data.shards.tars import LocalTars, RemoteTars, Tars
 from rarec.errors import UserError
 from rarec.files import write_json
 from rarec.models.build import SourceShape, slots_reserved
