@@ -16,8 +16,8 @@ import yaml
 from rarec.artefacts import read_manifest
 from rarec.entry import guarded, open_context
 from rarec.errors import EXIT_CODE, UserError
-from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 from rarec.files import read_json
+from rarec.ranking import EvalBatch, Ranker
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import recommend
 from rarec.stages.report import report
@@ -260,11 +260,9 @@ def test_a_path_may_hold_what_means_something_elsewhere(finished, tmp_path):
     assert read_manifest(place / "train" / "per_layer", "train")
 
 
-def test_memory_of_a_ranking_does_not_grow_with_the_users(finished, monkeypatch):
+def test_memory_of_a_ranking_does_not_grow_with_the_users(finished):
     from rarec.data.dataset import Targets
-    from rarec.evaluation import variants
 
-    monkeypatch.setattr(variants, "USERS_AT_A_TIME", 256)
     dataset = open_context(finished, []).dataset
     items_NZ = np.random.default_rng(0).standard_normal((dataset.n_items, 8)).astype(np.float32)
     ranker = Ranker(items_NZ, lambda rows, histories: items_NZ[[history[-1] for history in histories]])
@@ -275,7 +273,7 @@ def test_memory_of_a_ranking_does_not_grow_with_the_users(finished, monkeypatch)
         targets = Targets(rows, np.resize(known.positions, users), np.resize(known.item_rows, users))
         tracemalloc.start()
         for shuffled_by in (None, 1):
-            rank_all(EvalBatch.of(dataset, targets, shuffled_by), {"a": ranker})
+            ranker.ranks(EvalBatch.of(dataset, targets, shuffled_by), users_at_a_time=256)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rarec.ranking import EvalBatch, Ranker, rank_users
 
 from rarec.evaluation.figures import pairs_of_interest
 from rarec.evaluation.fusion import LIMIT, fuse
-from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 
 RNG = np.random.default_rng(0)
 
@@ -82,7 +82,7 @@ def test_an_variant_that_tells_nothing_leaves_the_order_to_the_id_model(interest
     batch = EvalBatch(np.arange(6), [np.array([8])] * 6, np.arange(6))
     fused, weight = fuse(flat, ranker(users, np.eye(9)), batch)
     assert weight == LIMIT
-    assert (rank_all(batch, {"fused": fused})["fused"] == 1).all()
+    assert (rank_users(batch, {"fused": fused})["fused"] == 1).all()
 
 
 def test_an_id_model_that_tells_nothing_changes_no_order():
@@ -91,7 +91,7 @@ def test_an_id_model_that_tells_nothing_changes_no_order():
     histories = [np.array([], int)] * 40
     batch = EvalBatch(np.arange(40), histories, drawn(rng, variant, flat, (1.0, 0.0), histories))
     fused, weight = fuse(ranker(*variant), ranker(*flat), batch)
-    ranks = rank_all(batch, {"fused": fused, "variant": ranker(*variant)})
+    ranks = rank_users(batch, {"fused": fused, "variant": ranker(*variant)})
     assert weight == pytest.approx(0, abs=1e-3)
     assert (ranks["fused"] == ranks["variant"]).all()
 
@@ -104,7 +104,7 @@ def test_an_variant_whose_scores_differ_by_rounding_alone_tells_nothing(constant
     histories = [np.array([], int)] * 300
     batch = EvalBatch(np.arange(300), histories, drawn(rng, (users, items), (users, items), (1.0, 0.0), histories))
     fused, _ = fuse(ranker(*same), ranker(users, items), batch)
-    ranks = rank_all(batch, {"fused": fused, "ids": ranker(users, items)})
+    ranks = rank_users(batch, {"fused": fused, "ids": ranker(users, items)})
     assert (ranks["fused"] == ranks["ids"]).mean() > 0.99
 
 
@@ -121,7 +121,7 @@ def test_the_scale_of_the_id_vectors_changes_no_fusion(scale):
 def test_popularity_ranks_what_was_met_most_often_first():
     batch = EvalBatch(np.arange(2), [np.array([1]), np.array([3])], np.array([3, 1]))
     popularity = Ranker.of_counts(np.array([0, 7, 2, 5]))
-    assert popularity.best(batch, 3).tolist() == [[3, 2, 0], [1, 2, 0]]
+    assert popularity.top_k(batch, 3).tolist() == [[3, 2, 0], [1, 2, 0]]
     assert popularity.scores(batch) == pytest.approx(np.log([[1, 8, 3, 6]] * 2))
 
 

@@ -112,8 +112,7 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_it_is_used(decoder, traine
     again = open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT])
     again.say = told.append
     STAGES["train"](again)
-    said = f"step-00000004/{name} is missing or altered: dropped, going on from step-00000002"
-    assert any(said in line for line in told)
+    assert any(f"step-00000004/{name}" in line and "from step-00000002" in line for line in told)
     found = {path.name: sha256_file(path) for path in (directory / "checkpoints" / "step-00000004").iterdir()}
     for file in ("alignment.safetensors", "optimizer.safetensors"):
         assert found[file] == whole[file]
@@ -124,7 +123,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew_in_silence(decoder, 
     for step in ("step-00000002", "step-00000004"):
         flip(directory / "checkpoints" / step / "alignment.safetensors")
     for _ in range(2):  # not the second time either
-        with pytest.raises(UserError, match="none of 2 checkpoints is whole") as error:
+        with pytest.raises(UserError, match="none of 2 checkpoints") as error:
             STAGES["train"](open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT]))
         assert "--fresh" in error.value.remedy
 
@@ -153,7 +152,9 @@ def test_a_best_that_is_torn_is_dropped_and_is_the_best_no_more(tmp_path):
     assert checkpoints.state(checkpoints.newest(print)) == TrainingState(4, 2, 0.5)
     flip(torn)
     assert checkpoints.state(checkpoints.newest(told.append)) == TrainingState(4)
-    assert told == [f"{torn} is missing or altered: dropped, going on from step-00000004"]
+    (line,) = told
+    assert str(torn) in line
+    assert "from step-00000004" in line
     assert checkpoints.steps() == [4]
 
 
@@ -212,7 +213,7 @@ def test_a_checkpoint_of_another_training_is_refused(decoder, trained, tmp_path,
     place = directory / "checkpoints" / "step-00000004"
     shutil.rmtree(place)
     shutil.copytree(theirs, place)
-    with pytest.raises(UserError, match="is a checkpoint of another training"):
+    with pytest.raises(UserError, match="belongs to another training"):
         STAGES["train"](open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT]))
     assert checkpoints_of(foreign, VARIANTS["per_layer"]).newest(print) == 4
 

@@ -19,9 +19,8 @@ from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset, Targets
 from rarec.entry import guarded, open_context
 from rarec.ids.source import Source, open_source
-from rarec.ids.validation import ranks_of
-from rarec.ranking.intervals import mean_intervals
-from rarec.ranking.metrics import metric_values
+from rarec.ids.trainer import VALIDATION_CHUNK
+from rarec.ranking import EvalBatch, mean_intervals, metric_values
 from rarec.stages.ids import make
 from rarec.stages.prepare import prepare
 
@@ -63,7 +62,8 @@ def figures(dataset: PreparedDataset, source: Source) -> Iterator[str]:
     users = np.flatnonzero(dataset.train_length_U > 1).astype(np.int32)
     positions = dataset.train_length_U[users] - 1
     targets = Targets(users, positions, dataset.items_at(users, positions))
-    values = metric_values(ranks_of(targets, dataset, source.items_NE, source.users), (10, 100))
+    ranks = source.ranker().ranks(EvalBatch.of(dataset, targets), users_at_a_time=VALIDATION_CHUNK)
+    values = metric_values(ranks, (10, 100))
     intervals = mean_intervals({name: values[name] for name in METRICS})
     return (f"{one.mean:.4f} ({one.low:.4f} to {one.high:.4f})" for one in intervals.values())
 

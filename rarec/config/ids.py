@@ -41,7 +41,7 @@ class Recipe(Section):
         return 1
 
 
-class SasRec(Recipe):
+class SasRecConfig(Recipe):
     """Self-attention (ours: the paper's main ID model is ComiRec)."""
 
     kind, title = "sasrec", "SASRec"
@@ -50,7 +50,7 @@ class SasRec(Recipe):
     heads: Positive = 1
 
 
-class Gru4Rec(Recipe):
+class Gru4RecConfig(Recipe):
     """A recurrent net."""
 
     kind, title = "gru4rec", "GRU4Rec"
@@ -59,7 +59,7 @@ class Gru4Rec(Recipe):
     layers: Positive = 1
 
 
-class ComiRec(Recipe):
+class ComiRecConfig(Recipe):
     """Several interests of a user, each a vector, by self-attention (ComiRec-SA)."""
 
     kind, title = "comirec", "ComiRec"
@@ -73,7 +73,7 @@ class ComiRec(Recipe):
         return self.interests
 
 
-RECIPES: dict[str, type[Recipe]] = {recipe.kind: recipe for recipe in (SasRec, Gru4Rec, ComiRec)}
+RECIPES: dict[str, type[Recipe]] = {recipe.kind: recipe for recipe in (SasRecConfig, Gru4RecConfig, ComiRecConfig)}
 
 
 class Import(Section):
@@ -101,9 +101,9 @@ class Ids(Section):
     """The ID embeddings, the method's source `id`: trained here, or imported."""
 
     model: Literal["sasrec", "gru4rec", "comirec", "import"] = "sasrec"
-    sasrec: SasRec = SasRec()
-    gru4rec: Gru4Rec = Gru4Rec()
-    comirec: ComiRec = ComiRec()
+    sasrec: SasRecConfig = SasRecConfig()
+    gru4rec: Gru4RecConfig = Gru4RecConfig()
+    comirec: ComiRecConfig = ComiRecConfig()
     holdout: Part | None = None
     """Share of each user's training interactions, the newest and at least one, that the vectors in the slots are not
     trained on; the alignment is trained on these alone, since a vector that has seen a target is over-confident about

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.dataset import PreparedDataset
-from rarec.evaluation.rankers import EvalBatch, Ranker
+from rarec.ranking import EvalBatch, Ranker
 
 SHOWN_HISTORY = 10
 TOP = 10
@@ -36,7 +36,7 @@ class Examples:
 
     def best(self, ranker: Ranker) -> npt.NDArray[np.int64]:
         """The items that a variant puts first for each of them."""
-        return ranker.best(self.few, TOP) if len(self.rows) else np.empty((0, TOP), np.int64)
+        return ranker.top_k(self.few, TOP) if len(self.rows) else np.empty((0, TOP), np.int64)
 
     def table(
         self,

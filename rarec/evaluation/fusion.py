@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarec.evaluation.rankers import EvalBatch, Ranker
+from rarec.ranking import EvalBatch, Ranker
 
 COMPARED_USERS = 64
 FLAT = 1e-5

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.dataset import PreparedDataset
-from rarec.evaluation.rankers import EvalBatch
 from rarec.ids.source import Source
 from rarec.models.encode import Vectors, side_batch
 from rarec.models.towers import SideBatch, Tower
 from rarec.prompts import Encoded, PromptPair
+from rarec.ranking import EvalBatch
 
 Rows = npt.NDArray[np.int64]
 SAMPLE = 256

@@ -1,4 +1,4 @@
-"""ID embeddings: import them, or train SASRec, GRU4Rec or ComiRec, and know their own ranking score. Knows no LLM."""
+"""ID embeddings: import them, or train SASRec, GRU4Rec or ComiRec, and rank with them. Knows no LLM."""
 
 from rarec.ids.make import make_source, source_identity
 from rarec.ids.source import Source, open_source

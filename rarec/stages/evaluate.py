@@ -16,11 +16,11 @@ from rarec.evaluation.examples import Examples
 from rarec.evaluation.figures import comparison_rows, metric_rows, pairs_of_interest
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
-from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 from rarec.evaluation.strata import strata_rows
 from rarec.files import new_directory, write_json
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
+from rarec.ranking import EvalBatch, Ranker, rank_users
 from rarec.stages.context import Context
 from rarec.stages.diagnose import diagnostics
 from rarec.stages.shards import finished_shards
@@ -89,7 +89,7 @@ class _Evaluation:
         self.test = EvalBatch.of(dataset, self.targets)
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
         self.validation = EvalBatch.of(dataset, validation)
-        self.ids = Ranker.of_source(context.baseline)
+        self.ids = context.baseline.ranker()
         self.weights: dict[str, float] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
@@ -160,7 +160,7 @@ class _Evaluation:
         return {name + POPULAR: fused}
 
     def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker]) -> Ranks:
-        ranks = rank_all(batch, rankers, self.context.world)
+        ranks = rank_users(batch, rankers, self.context.world)
         for name in rankers:
             self.context.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
         return ranks
@@ -170,7 +170,8 @@ class _Evaluation:
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.context.config.evaluate.batch_size
-        return Ranker.of_model(Encoder(model, self.context.prompts, sources, batch_size, self.context.world))
+        encoder = Encoder(model, self.context.prompts, sources, batch_size, self.context.world)
+        return Ranker(encoder.items(), encoder.users).cached()
 
 
 def _write_ranks(path: Path, context: Context, test: EvalBatch, ranks: Ranks) -> None:

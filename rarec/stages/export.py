@@ -7,9 +7,9 @@ import numpy as np
 from rarec.artefacts import sha256_json
 from rarec.config.identity import bundle_settings
 from rarec.errors import UserError
-from rarec.evaluation.rankers import EvalBatch, Ranker
 from rarec.files import read_json
 from rarec.models.encode import Encoder
+from rarec.ranking import EvalBatch, Ranker
 from rarec.serving.bundle import Provenance, load_bundle, write_bundle
 from rarec.stages.context import Context
 from rarec.stages.trained import best_model, finished_evaluation, variant_hash
@@ -56,6 +56,6 @@ def recommend(context: Context, user: str, k: int, bundle: Path | None = None) -
     sequence = dataset.sequence(row)
     batch = EvalBatch(np.array([row]), [sequence], sequence[-1:])
     with context.engine.serving(model):
-        ranker = Ranker.of_model(Encoder(model, context.prompts, context.sources, batch_size, context.world))
-        best = [int(item) for item in ranker.best(batch, k)[0] if item >= 0]
+        encoder = Encoder(model, context.prompts, context.sources, batch_size, context.world)
+        best = [int(item) for item in Ranker(encoder.items(), encoder.users).top_k(batch, k)[0] if item >= 0]
     return [(str(dataset.item_ids[item]), dataset.titles[item]) for item in best]

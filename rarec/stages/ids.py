@@ -2,7 +2,7 @@
 
 from rarec.config.identity import vectors_of
 from rarec.config.ids import Ids, Import
-from rarec.ids.make import make_source, progress_file, source_identity
+from rarec.ids.make import drop_progress, make_source, source_identity
 from rarec.stages.context import Context
 
 
@@ -20,5 +20,5 @@ def make(context: Context, name: str, section: Ids | Import) -> None:
         if context.is_done(directory, "ids", settings, made_from):
             return
         if context.fresh:
-            progress_file(directory).unlink(missing_ok=True)
+            drop_progress(directory)
         make_source(name, section, context.dataset, directory, seed, context.say)

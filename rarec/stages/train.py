@@ -19,8 +19,7 @@ from rarec.models.build import aligned_blocks, trained_parameters, whole_size
 from rarec.models.encode import Encoder
 from rarec.models.objective import Objective
 from rarec.models.towers import RaRec
-from rarec.ranking.metrics import SELECTION_CUTOFFS, metric_values
-from rarec.ranking.rank import rank_shared
+from rarec.ranking import EvalBatch, Ranker, validation_metrics
 from rarec.stages.context import Context, Say
 from rarec.stages.feed import Feed
 from rarec.stages.fresh import bare_model, fresh_model
@@ -155,15 +154,8 @@ def _trainer(
 
 
 def validation(context: Context, model: RaRec) -> Callable[[], dict[str, float]]:
-    """Ranking metrics of the model as it is, over the full catalogue, on a fixed random subset of validation users."""
+    """Return a function that ranks a fixed random subset of validation users with the model in its current state."""
     dataset, config = context.dataset, context.config
-    targets = dataset.targets("validation", config.train.validation_users, config.run.seed)
-    histories = [dataset.history(int(u), int(p)) for u, p in zip(targets.user_rows, targets.positions, strict=True)]
+    batch = EvalBatch.of(dataset, dataset.targets("validation", config.train.validation_users, config.run.seed))
     encoder = Encoder(model, context.prompts, context.sources, config.evaluate.batch_size, context.world)
-
-    def validate() -> dict[str, float]:
-        users_BZ, items_NZ = encoder.users(targets.user_rows, histories), encoder.items()
-        ranks_B = rank_shared(users_BZ, items_NZ, targets.item_rows, histories, context.world)
-        return {name: float(values.mean()) for name, values in metric_values(ranks_B, SELECTION_CUTOFFS).items()}
-
-    return validate
+    return lambda: validation_metrics(Ranker(encoder.items(), encoder.users).ranks(batch, context.world))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rarec.artefacts import check_files, is_current, read_manifest, sha256_json
+from rarec.checkpoint_store import Torn
 from rarec.config import Variant
 from rarec.config.identity import evaluate_settings, variant_settings
 from rarec.errors import UserError
@@ -10,7 +11,7 @@ from rarec.models.towers import RaRec
 from rarec.stages.context import Context
 from rarec.stages.fresh import bare_model
 from rarec.stages.shards import finished_shards
-from rarec.training.checkpoints import Checkpoints, Torn
+from rarec.training.checkpoints import Checkpoints
 from rarec.training.finished import read_done, training_hash
 
 
