@@ -1,4 +1,4 @@
-"""SASRec, GRU4Rec, ComiRec: causality, the loss by hand, windows, learning, determinism, going on after a kill."""
+"""SASRec, GRU4Rec, ComiRec: causality, the loss by hand, windows, learning, determinism, resuming after a kill."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from rarec.ids.models import SequenceModel, build
-from rarec.ids.sampled_softmax import ModelWithItems, Windows, draw_negatives
-from rarec.ids.trainer import Validation
 
 from rarec.config.ids import RECIPES, ComiRecConfig, Gru4RecConfig, Ids, Recipe, SasRecConfig
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids import make_source, open_source
+from rarec.ids.models import SequenceModel, build
+from rarec.ids.sampled_softmax import ModelWithItems, Windows, draw_negatives
+from rarec.ids.trainer import Validation
 from rarec.ranking import metric_values, rank_targets
 from tests.datasets import by_hand, prepared
 
@@ -310,7 +310,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_training_goes_on_to_the_same_weights(kind, dataset, tmp_path):
+def test_a_killed_training_resumes_to_the_same_weights(kind, dataset, tmp_path):
     whole = make_source("id", ids(kind), dataset, tmp_path / "whole" / "id", 0, lambda line: None)
     directory = tmp_path / "killed" / "id"
     progress = killed(kind, dataset, directory, 12)

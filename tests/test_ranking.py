@@ -122,7 +122,7 @@ def test_vectors_without_an_order_are_refused(poison, side):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="2 dimensions.* 1"):
+    with pytest.raises(UserError, match=r"2 dimensions.* 1"):
         rank_targets(np.zeros((1, 2), dtype=np.float32), LINE, np.array([0]), NONE)
     with pytest.raises(ValueError, match="1 users but 2 targets"):
         rank_targets(np.zeros((1, 1), dtype=np.float32), LINE, np.array([0, 1]), NONE)

@@ -1,4 +1,4 @@
-"""Sources: vectors imported in every format, rules and tables of users, the permuted probe, and faults on purpose."""
+"""Sources: vectors imported in every format, rules and tables of users, permuted sources, and faults on purpose."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rarec.ids.source import HistoryRule
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
@@ -17,6 +16,7 @@ from rarec.config.ids import Ids, Import, SasRecConfig
 from rarec.errors import UserError
 from rarec.ids import make_source, open_source, source_identity
 from rarec.ids.imports import read_ids, read_vectors
+from rarec.ids.source import HistoryRule
 from tests.datasets import by_hand
 
 ITEMS = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.5]], dtype=np.float32)
@@ -254,12 +254,12 @@ def test_a_torn_source_is_named(dataset, files):
 
 def test_permuting_moves_vectors_among_items_and_users_follow(dataset, files):
     source = make(dataset, user_rule="last")
-    probe = source.permuted(0)
-    assert sorted(probe.items_NE.tolist()) == sorted(source.items_NE.tolist())
-    assert probe.items_NE.tolist() != source.items_NE.tolist()
-    assert probe.user_vectors(np.array([0]), [np.array([2])])[0, 0].tolist() == probe.items_NE[2].tolist()
-    assert probe.hash != source.hash
-    assert probe.hash == source.permuted(0).hash != source.permuted(1).hash
+    shuffled = source.permuted(0)
+    assert sorted(shuffled.items_NE.tolist()) == sorted(source.items_NE.tolist())
+    assert shuffled.items_NE.tolist() != source.items_NE.tolist()
+    assert shuffled.user_vectors(np.array([0]), [np.array([2])])[0, 0].tolist() == shuffled.items_NE[2].tolist()
+    assert shuffled.hash != source.hash
+    assert shuffled.hash == source.permuted(0).hash != source.permuted(1).hash
     assert source.items_NE.tolist() == ALIGNED.tolist()
 
 

@@ -1,12 +1,13 @@
-"""Recipes of an ID model, compared on each user's newest training interaction, which no trial saw. Test targets rest.
+"""Compare recipes of an ID model on each user's newest training interaction, which no trial was trained on.
 
     python tools/tune_ids.py CONFIG DIR ids.model=gru4rec ids.gru4rec.dropout=.2,.4
 
-Every combination of the values is a trial. Each is trained as a run trains the vectors in its slots: on all but the
-newest share of each user's training interactions (`ids.holdout`), until the validation users say stop. Then it ranks
-the full catalogue for every user: so many tell recipes apart that a few thousand validation users do not.
-What is made lies in DIR, where runs and sweeps with this `run.shared` find it; a trial is not made twice, and one that
-was cut short goes on. Figures carry bootstrap 95% intervals.
+Every combination of the values is a trial. A trial is trained like the ID model in a run's slots: on all but the newest
+share of each user's training interactions (`ids.holdout`), with early stopping on the validation users. Then it ranks
+the full catalogue for every user, which separates recipes that a few thousand validation users cannot. Test targets are
+not read.
+Trials are stored in DIR, where runs and sweeps with this `run.shared` find them. A finished trial is not repeated, and
+an interrupted one resumes. Intervals are 95% bootstrap intervals over users.
 """
 
 import argparse
@@ -28,7 +29,7 @@ METRICS = ("hr@10", "ndcg@10", "hr@100", "ndcg@100")
 
 
 def main() -> None:
-    """Train what is not there, print the table."""
+    """Train the missing trials and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("directory", metavar="DIR")
@@ -39,7 +40,7 @@ def main() -> None:
     for trial in trials(arguments.choices):
         context = open_context(arguments.config, [*place, *trial])
         if not (isinstance(context.config.ids.chosen, Recipe) and context.config.ids.held_out):
-            parser.error("a trial is an ID model that is trained here (ids.model), and ids.holdout above 0")
+            parser.error("set ids.model to an ID model that is trained here, and ids.holdout above 0")
         prepare(context)
         make(context, "id", context.config.ids)
         source = open_source(context.paths.source("id"))
@@ -51,14 +52,14 @@ def main() -> None:
 
 
 def trials(choices: list[str]) -> Iterator[list[str]]:
-    """The overrides of each."""
+    """Yield the configuration overrides of each trial."""
     pairs = [choice.partition("=") for choice in choices]
     named = [[f"{name}={value}" for value in values.split(",")] for name, _, values in pairs]
     yield from map(list, itertools.product(*named))
 
 
 def figures(dataset: PreparedDataset, source: Source) -> Iterator[str]:
-    """Means and intervals of how it ranks each user's newest training interaction."""
+    """Yield the means and intervals of METRICS on each user's newest training interaction."""
     users = np.flatnonzero(dataset.train_length_U > 1).astype(np.int32)
     positions = dataset.train_length_U[users] - 1
     targets = Targets(users, positions, dataset.items_at(users, positions))

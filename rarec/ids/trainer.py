@@ -85,7 +85,7 @@ def train_ids(
         Figures of the training, for the manifest.
 
     Raises:
-        UserError: the loss is not finite (the message has epoch and batch), or there is nothing to train or validate on.
+        UserError: the loss is not finite (the message names epoch and batch), or no user can train or validate.
     """
     windows, validation = Windows(dataset, settings.max_history), Validation(dataset, seed)
     if not windows.targets_U.size:

@@ -147,7 +147,7 @@ class Ranker:
         return rank_users(batch, {"": self}, world, users_at_a_time)[""]
 
     def top_k(self, batch: EvalBatch, k: int) -> npt.NDArray[np.int64]:
-        """Return the rows of the k best unseen items of each user, best first, (B, min(k, N)); -1 where none is left."""
+        """Return item rows of each user's k best unseen items, best first, (B, min(k, N)); -1 where none is left."""
         users = self.users(batch.user_rows, batch.histories)
         return top_k(users, self.items_NZ, k, batch.histories)[0]
 
@@ -160,7 +160,7 @@ def rank_users(
 ) -> dict[str, Ranks]:
     """Return the rank of each target in the full catalogue, by every ranker.
 
-    Seen items do not compete, and ties count against the model (see `rank_targets`). All rankers rank one chunk of users
+    Seen items do not compete, and ties count against the model (see `rank_targets`). All rankers rank a chunk of users
     before the next chunk begins.
 
     Args:
