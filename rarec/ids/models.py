@@ -26,8 +26,9 @@ Rows = npt.NDArray[np.integer]
 class SequenceModel(nn.Module, ABC):
     """Base class of ID models: item vectors in order -> K states after each position.
 
-    The score of item i is the largest (state) . e_i, without a bias. A subclass implements `forward`, and its
-    constructor takes the fields of its configuration section (`Recipe.shape`) as keyword arguments.
+    The score of item i is the largest (state) . e_i, without a bias. A new ID model is a subclass of `Recipe`, its
+    configuration section, and a subclass of this one, registered in `RECIPES` and `MODELS` under the same name. It
+    implements `forward`, and its constructor takes the fields of `Recipe.shape` as keyword arguments.
 
     The item table is not part of the module: inputs and scores share it, the artefact stores it as a file of its own
     for readers of item vectors, and the sanity check `permuted_ids` replaces it.

@@ -5,7 +5,7 @@ User vectors come from an ID model that reads the history, from a rule over the 
 Shape letters: N items, U users, B users of a batch, K vectors a user, E dimension, T history.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -225,23 +225,19 @@ def open_source(directory: Path) -> Source:
     try:
         # Copy on write: the file cannot change, yet torch takes the array without a copy.
         items_NE = np.load(directory / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
-        users = OPENERS[manifest["settings"]["users"]["kind"]](directory, manifest["settings"]["users"])
+        users = _open_users(directory, manifest["settings"]["users"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory} is damaged: {error}", f"rebuild it: rarec {KIND} CONFIG --fresh") from None
     return Source(manifest["name"], items_NE, users, manifest["hash"], manifest)
 
 
-def _open_model(directory: Path, settings: dict[str, Any]) -> UserVectors:
-    return SequenceUsers.open(directory, RECIPES[settings["kind"]](**_without_kind(settings)))
-
-
-def _without_kind(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "kind"}
-
-
-OPENERS: dict[str, Callable[[Path, dict[str, Any]], UserVectors]] = {
-    **dict.fromkeys(RECIPES, _open_model),
-    "rule": lambda directory, settings: HistoryRule.of(**_without_kind(settings)),
-    "table": lambda directory, settings: UserTable.open(directory),
-}
-"""Readers of user vectors, by the kind in the manifest's settings."""
+def _open_users(directory: Path, settings: Mapping[str, Any]) -> UserVectors:
+    """Read user vectors by the kind in the manifest's settings: a rule, a table, or an ID model's section name."""
+    fields = {name: value for name, value in settings.items() if name != "kind"}
+    match settings["kind"]:
+        case "rule":
+            return HistoryRule.of(**fields)
+        case "table":
+            return UserTable.open(directory)
+        case kind:
+            return SequenceUsers.open(directory, RECIPES[kind](**fields))
