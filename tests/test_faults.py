@@ -16,8 +16,8 @@ import yaml
 from rarec.artefacts import read_manifest
 from rarec.entry import guarded, open_context
 from rarec.errors import EXIT_CODE, UserError
-from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 from rarec.files import read_json
+from rarec.ranking import EvalBatch, Ranker
 from rarec.stages.evaluate import evaluate
 from rarec.stages.export import recommend
 from rarec.stages.report import report
@@ -27,7 +27,7 @@ from rarec.stages.train import train
 from tests.processes import be_killed_at_rename
 
 START = multiprocessing.get_context("forkserver")  # imports once, in a process without threads
-START.set_forkserver_preload(["tests.test_faults", "rarec.models.language_model", "rarec.evaluation.report"])
+START.set_forkserver_preload(["tests.test_faults", "rarec.models.load", "rarec.evaluation.report"])
 
 
 @pytest.fixture
@@ -260,11 +260,9 @@ def test_a_path_may_hold_what_means_something_elsewhere(finished, tmp_path):
     assert read_manifest(place / "train" / "per_layer", "train")
 
 
-def test_memory_of_a_ranking_does_not_grow_with_the_users(finished, monkeypatch):
-    from rarec.data.dataset import EvalTargets
-    from rarec.evaluation import variants
+def test_memory_of_a_ranking_does_not_grow_with_the_users(finished):
+    from rarec.data.dataset import Targets
 
-    monkeypatch.setattr(variants, "USERS_AT_A_TIME", 256)
     dataset = open_context(finished, []).dataset
     items_NZ = np.random.default_rng(0).standard_normal((dataset.n_items, 8)).astype(np.float32)
     ranker = Ranker(items_NZ, lambda rows, histories: items_NZ[[history[-1] for history in histories]])
@@ -272,10 +270,10 @@ def test_memory_of_a_ranking_does_not_grow_with_the_users(finished, monkeypatch)
     def peak(users: int) -> int:
         known = dataset.targets("test")
         rows = np.resize(known.user_rows, users)
-        targets = EvalTargets(rows, np.resize(known.positions, users), np.resize(known.item_rows, users))
+        targets = Targets(rows, np.resize(known.positions, users), np.resize(known.item_rows, users))
         tracemalloc.start()
         for shuffled_by in (None, 1):
-            rank_all(EvalBatch.of(dataset, targets, shuffled_by), {"a": ranker})
+            ranker.ranks(EvalBatch.of(dataset, targets, shuffled_by), users_at_a_time=256)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most

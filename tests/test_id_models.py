@@ -1,9 +1,11 @@
-"""SASRec, GRU4Rec, ComiRec: causality, the loss by hand, windows, learning, determinism, going on after a kill."""
+"""SASRec, GRU4Rec, ComiRec: causality, the loss by hand, windows, learning, determinism, resuming after a kill."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +13,21 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rarec.config.ids import RECIPES, ComiRec, Gru4Rec, Ids, Recipe, SasRec
+from rarec.config.ids import RECIPES, ComiRecConfig, Gru4RecConfig, Ids, Recipe, SasRecConfig
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids import make_source, open_source
-from rarec.ids.objective import WithItems, draw_negatives
-from rarec.ids.sequence import SequenceModel
-from rarec.ids.users import build
-from rarec.ids.validation import Validation
-from rarec.ids.windows import Windows
+from rarec.ids.models import SequenceModel, build
+from rarec.ids.sampled_softmax import ModelWithItems, Windows, draw_negatives
+from rarec.ids.trainer import Validation
 from rarec.ranking import metric_values, rank_targets
 from tests.datasets import by_hand, prepared
 
 SMALL = {"dim": 16, "epochs": 4, "negatives": 16, "batch_size": 16, "max_history": 8}
 TINY: list[Recipe] = [
-    SasRec(dim=8, blocks=2, heads=2, max_history=6, dropout=0.5),
-    Gru4Rec(dim=8, hidden=12, layers=2, max_history=6, dropout=0.5),
-    ComiRec(dim=8, interests=3, hidden=12, max_history=6, dropout=0.5),
+    SasRecConfig(dim=8, blocks=2, heads=2, max_history=6, dropout=0.5),
+    Gru4RecConfig(dim=8, hidden=12, layers=2, max_history=6, dropout=0.5),
+    ComiRecConfig(dim=8, interests=3, hidden=12, max_history=6, dropout=0.5),
 ]
 KINDS = list(RECIPES)
 
@@ -87,13 +87,13 @@ def test_encoding_is_without_dropout_and_leaves_the_mode(model):
 
 
 def test_heads_must_divide_the_dimension():
-    with pytest.raises(UserError, match="3 heads do not divide dim 8"):
-        build(SasRec(dim=8, heads=3))
+    with pytest.raises(UserError, match=r"ids\.sasrec\.heads"):
+        build(SasRecConfig(dim=8, heads=3))
 
 
 def test_interests_are_means_of_what_was_read_weighted_by_item_and_age():
     """ComiRec's equations 5 and 6, with logits set by hand: two interests, three items."""
-    recipe = ComiRec(dim=2, interests=2, hidden=4, max_history=3, dropout=0.0)
+    recipe = ComiRecConfig(dim=2, interests=2, hidden=4, max_history=3, dropout=0.0)
     model = build(recipe).eval()
     items = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
     torch.nn.init.zeros_(model.attention[2].weight)
@@ -109,7 +109,7 @@ def test_interests_are_means_of_what_was_read_weighted_by_item_and_age():
 
 def test_a_small_catalogue_makes_the_softmax_a_full_one():
     torch.manual_seed(0)
-    model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
+    model = ModelWithItems(SasRecConfig(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
     rows = torch.tensor([[1, 2, 3]])
     states_TE = model.encoder(model.items(rows[:, :2]), torch.tensor([2]))[0, :, 0]
     full = torch.nn.functional.cross_entropy(states_TE @ model.items.weight.T, torch.tensor([2, 3]))
@@ -120,9 +120,9 @@ def test_a_small_catalogue_makes_the_softmax_a_full_one():
 
 
 def test_of_several_interests_the_one_that_scores_the_target_best_answers():
-    recipe = ComiRec(**{**SMALL, "dropout": 0.0}, interests=3)
+    recipe = ComiRecConfig(**{**SMALL, "dropout": 0.0}, interests=3)
     torch.manual_seed(0)
-    model = WithItems(recipe, torch.ones(10, dtype=torch.bool))
+    model = ModelWithItems(recipe, torch.ones(10, dtype=torch.bool))
     torch.nn.init.normal_(model.items.weight)
     states_KE = model.encoder(model.items(torch.tensor([[1, 2]])), torch.tensor([2]))[0, 1]
     state_E = states_KE[(states_KE @ model.items.weight[3]).argmax()]
@@ -136,10 +136,10 @@ def test_of_several_interests_the_one_that_scores_the_target_best_answers():
 
 @pytest.mark.parametrize("piece", [1, 2, 256])
 def test_the_loss_by_hand(piece, monkeypatch):
-    monkeypatch.setattr("rarec.ids.objective.PIECE", piece)
+    monkeypatch.setattr("rarec.ids.sampled_softmax.PIECE", piece)
     """Every target's softmax over itself and the shared negatives, but for a negative that is the target."""
     torch.manual_seed(0)
-    model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
+    model = ModelWithItems(SasRecConfig(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
     torch.nn.init.normal_(model.items.weight)
     rows = torch.tensor([[1, 2, 3], [4, 5, 5]])  # the second has one target, then padding
     lengths, negatives = torch.tensor([2, 1]), torch.tensor([3, 7, 7])
@@ -154,7 +154,7 @@ def test_the_loss_by_hand(piece, monkeypatch):
 
 
 def test_a_target_whose_only_negative_is_itself_costs_nothing_and_moves_nothing():
-    model = WithItems(SasRec(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
+    model = ModelWithItems(SasRecConfig(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
     loss = model.loss(torch.tensor([[1, 3]]), torch.tensor([1]), torch.tensor([3, 3]))
     loss.backward()
     assert loss.item() == 0.0
@@ -278,33 +278,90 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from rarec.data.dataset import PreparedDataset
-from rarec.ids import make_source, train
+from rarec.ids import make_source
+from rarec.ids.sampled_softmax import ModelWithItems
 from tests.test_id_models import ids
-step, steps = train._Training.step, []
+loss, steps = ModelWithItems.loss, []
 def dying(self, *args):
     steps.append(1)
-    if len(steps) == 12:  # of five an epoch
+    if len(steps) == int(sys.argv[4]):  # of five an epoch
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *args)
-train._Training.step = dying
+    return loss(self, *args)
+ModelWithItems.loss = dying
 make_source("id", ids(sys.argv[3]), PreparedDataset.open(Path(sys.argv[1])), Path(sys.argv[2]), 0, print)
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_training_goes_on_to_the_same_weights(kind, dataset, tmp_path):
-    whole = make_source("id", ids(kind), dataset, tmp_path / "whole" / "id", 0, lambda line: None)
-    directory = tmp_path / "killed" / "id"
-    command = [sys.executable, "-c", KILLED, str(dataset.directory), str(directory), kind]
+def killed(kind: str, dataset: PreparedDataset, directory: Path, step: int) -> Path:
+    """Train in a process that is killed before a step, of five an epoch; returns the checkpoints' directory."""
+    command = [sys.executable, "-c", KILLED, str(dataset.directory), str(directory), kind, str(step)]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not directory.exists()
+    return directory.with_name(f".{directory.name}.progress")
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_training_resumes_to_the_same_weights(kind, dataset, tmp_path):
+    whole = make_source("id", ids(kind), dataset, tmp_path / "whole" / "id", 0, lambda line: None)
+    directory = tmp_path / "killed" / "id"
+    progress = killed(kind, dataset, directory, 12)
+    assert {path.suffix for path in progress.rglob("*") if path.is_file()} == {".safetensors", ".json"}
     lines: list[str] = []
-    resumed = make_source("id", ids(kind), dataset, directory, 0, lines.append)
-    assert lines[0].startswith("going on after epoch 2")
-    assert resumed.hash == whole.hash
+    source = make_source("id", ids(kind), dataset, directory, 0, lines.append)
+    assert lines[0] == "resuming after epoch 2"
+    assert source.hash == whole.hash
     assert [path.name for path in directory.parent.iterdir()] == ["id"]
+
+
+@pytest.fixture(scope="module")
+def interrupted(dataset, tmp_path_factory) -> tuple[Path, str]:
+    """The checkpoints of a training that was killed in its fourth epoch, and the hash that it should end with."""
+    root = tmp_path_factory.mktemp("interrupted")
+    whole = make_source("id", ids(), dataset, root / "whole" / "id", 0, lambda line: None)
+    return killed("sasrec", dataset, root / "id", 18), whole.hash
+
+
+def resumed(interrupted: Path, dataset: PreparedDataset, directory: Path, harm: Callable[[Path], object]):
+    """Resume a copy of the training after harm to its checkpoints; returns the hash and what was printed."""
+    progress = directory / ".id.progress"
+    shutil.copytree(interrupted, progress)
+    assert sorted(path.name for path in progress.iterdir()) == ["step-00000002", "step-00000003"]
+    harm(progress)
+    lines: list[str] = []
+    source = make_source("id", ids(), dataset, directory / "id", 0, lines.append)
+    assert [path.name for path in directory.iterdir()] == ["id"]
+    return source.hash, lines
+
+
+@pytest.mark.parametrize("file", ["training.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(b"torn"), Path.unlink])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(file, harm, interrupted, dataset, tmp_path):
+    progress, expected = interrupted
+    found, lines = resumed(progress, dataset, tmp_path, lambda path: harm(path / "step-00000003" / file))
+    assert "step-00000003" in lines[0]
+    assert lines[1] == "resuming after epoch 2"
+    assert found == expected
+
+
+def test_where_every_checkpoint_is_damaged_training_starts_again_and_says_so(interrupted, dataset, tmp_path):
+    def harm(path: Path) -> None:
+        for checkpoint in path.iterdir():
+            flip(checkpoint / "training.safetensors")
+
+    progress, expected = interrupted
+    found, lines = resumed(progress, dataset, tmp_path, harm)
+    assert "none of 2 checkpoints" in lines[0]
+    assert not any("resuming" in line for line in lines)
+    assert found == expected
 
 
 def test_progress_of_other_settings_is_not_taken_over(dataset, tmp_path, monkeypatch):
@@ -317,12 +374,6 @@ def test_progress_of_other_settings_is_not_taken_over(dataset, tmp_path, monkeyp
     other = make_source("id", ids(lr=0.002), dataset, tmp_path / "other" / "id", 0, lines.append)
     assert "another training" in lines[0]
     assert other.hash == plain.hash
-
-
-def test_a_torn_progress_file_is_named(dataset, tmp_path):
-    (tmp_path / ".id.progress.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"\.id\.progress\.safetensors is not a training's progress"):
-        make_source("id", ids(), dataset, tmp_path / "id", 0, lambda line: None)
 
 
 def test_a_diverging_training_stops_and_names_epoch_and_batch(dataset, tmp_path):

@@ -19,10 +19,10 @@ def no_warnings():
 def test_equal_to_scipy_on_the_values_themselves():
     """We resample users and weigh; scipy resamples values and averages. Same seed, same draws, same interval."""
     values = np.random.default_rng(3).exponential(size=37)
-    theirs = bootstrap((values,), np.mean, n_resamples=500, method="percentile", rng=np.random.default_rng(5))
-    ours = mean_interval(values, resamples=500, seed=5)
-    assert ours.mean == pytest.approx(values.mean())
-    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval))
+    scipys = bootstrap((values,), np.mean, n_resamples=500, method="percentile", rng=np.random.default_rng(5))
+    found = mean_interval(values, resamples=500, seed=5)
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(scipys.confidence_interval))
 
 
 def test_a_hit_rate_has_the_interval_of_a_binomial():

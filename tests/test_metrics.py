@@ -24,7 +24,7 @@ def test_ranks_start_at_one():
 
 
 def test_equal_to_ranx():
-    """From vectors to metrics: our ranks, and a run of all scores given to ranx."""
+    """From vectors to metrics: our ranks, and ranx on a run of all scores."""
     rng = np.random.default_rng(0)
     users, items = (rng.standard_normal((size, 8)).astype(np.float32) for size in (40, 30))
     targets = rng.integers(30, size=40)
@@ -39,9 +39,9 @@ def test_equal_to_ranx():
         }
         for user in range(40)
     }
-    theirs = evaluate(Qrels(qrels), Run(run), ["hit_rate@5", "hit_rate@10", "ndcg@5", "ndcg@10", "mrr"])
-    ours = metric_values(rank_targets(users, items, targets, seen), [5, 10])
-    for (name, column), figure in zip(ours.items(), theirs.values(), strict=True):
+    expected = evaluate(Qrels(qrels), Run(run), ["hit_rate@5", "hit_rate@10", "ndcg@5", "ndcg@10", "mrr"])
+    found = metric_values(rank_targets(users, items, targets, seen), [5, 10])
+    for (name, column), figure in zip(found.items(), expected.values(), strict=True):
         assert column.mean() == pytest.approx(figure), name
 
 

@@ -101,8 +101,8 @@ def test_a_space_skips_over_slots_and_is_used_once():
         ("{}", "unknown field {}"),
         ("{title}, {title}", "{title} is used twice"),
         ("{soft:id}{title}{soft:id}", "{soft:id} is used twice"),
-        ("{title", "a brace without its partner"),
-        ("title} {text}", "a brace without its partner"),
+        ("{title", "unmatched brace"),
+        ("title} {text}", "unmatched brace"),
     ],
 )
 def test_faulty_templates_are_refused(template, problem):
@@ -329,9 +329,7 @@ def test_the_models_context_is_a_limit_too():
 
 
 def test_no_room_at_all_is_refused():
-    with pytest.raises(
-        UserError, match=r"prompt\.user: fixed text and slots take 8 tokens of the 8 there are"
-    ) as caught:
+    with pytest.raises(UserError, match=r"prompt\.user: .* 8 of 8 tokens") as caught:
         make_pair(**TIGHT, max_tokens=8)
     assert "alignment.instructions" in caught.value.remedy
 

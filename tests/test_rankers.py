@@ -1,25 +1,44 @@
-"""Ranking of variants and their late fusion: one dot product of what stands side by side, the best of K where there are."""
+"""Ranking of variants and late fusion: one dot product of concatenated vectors, the best of K interests."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from rarec.evaluation.figures import pairs_of_interest
 from rarec.evaluation.fusion import LIMIT, fuse
-from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
-from rarec.evaluation.result_rows import pairs_of_interest
+from rarec.ranking import EvalBatch, Ranker, rank_targets, rank_users
 
 RNG = np.random.default_rng(0)
 
 
 def ranker(users: np.ndarray, items: np.ndarray) -> Ranker:
-    """Of fixed vectors, whatever the histories."""
+    """A ranker of fixed vectors that reads no history."""
     return Ranker(items.astype(np.float32), lambda rows, histories: users[rows].astype(np.float32))
 
 
 @pytest.fixture
 def text() -> Ranker:
     return ranker(RNG.standard_normal((5, 3)), RNG.standard_normal((7, 3)))
+
+
+@pytest.mark.parametrize("users_at_a_time", [1, 3, 99])
+def test_ranks_do_not_depend_on_the_chunks_and_a_cached_ranker_encodes_each_chunk_once(users_at_a_time):
+    users, items = RNG.standard_normal((7, 2, 3)), RNG.standard_normal((9, 3))
+    batch = EvalBatch(np.arange(7), [np.array([at, 8]) for at in range(7)], RNG.integers(9, size=7))
+    encoded: list[int] = []
+
+    def encode(rows, histories):
+        encoded.extend(rows.tolist())
+        return users[rows].astype(np.float32)
+
+    model = Ranker(items.astype(np.float32), encode).cached()
+    ranks = rank_users(batch, {"a": model, "b": model}, users_at_a_time=users_at_a_time)
+    assert encoded == list(range(7))
+    expected = rank_targets(users, items, batch.targets, batch.histories)
+    assert ranks["a"].tolist() == ranks["b"].tolist() == expected.tolist()
+    nobody = EvalBatch(np.empty(0, int), [], np.empty(0, int))
+    assert model.ranks(nobody).shape == (0,)
 
 
 @pytest.mark.parametrize("interests", [1, 4])
@@ -51,7 +70,7 @@ def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_variant_
 
 
 def drawn(rng, variant, ids, weights, histories):
-    """For each user a target drawn from the softmax of both scores, so weighted, over what was not seen."""
+    """For each user, a target drawn from the softmax of the weighted sum of both scores, over unseen items."""
     scores_UN = weights[0] * variant[0] @ variant[1].T + weights[1] * ids[0] @ ids[1].T
     for user, history in enumerate(histories):
         scores_UN[user, history] = -np.inf
@@ -75,14 +94,14 @@ def test_the_weight_is_the_one_that_makes_the_validation_targets_likeliest(weigh
 
 
 @pytest.mark.parametrize("interests", [1, 3])
-def test_an_variant_that_tells_nothing_leaves_the_order_to_the_id_model(interests):
+def test_a_variant_that_tells_nothing_leaves_the_order_to_the_id_model(interests):
     flat = ranker(np.zeros((6, 2)), RNG.standard_normal((9, 2)))
     users = np.zeros((6, interests, 9))
     users[:, interests - 1] = np.eye(9)[:6]
     batch = EvalBatch(np.arange(6), [np.array([8])] * 6, np.arange(6))
     fused, weight = fuse(flat, ranker(users, np.eye(9)), batch)
     assert weight == LIMIT
-    assert (rank_all(batch, {"fused": fused})["fused"] == 1).all()
+    assert (rank_users(batch, {"fused": fused})["fused"] == 1).all()
 
 
 def test_an_id_model_that_tells_nothing_changes_no_order():
@@ -91,20 +110,20 @@ def test_an_id_model_that_tells_nothing_changes_no_order():
     histories = [np.array([], int)] * 40
     batch = EvalBatch(np.arange(40), histories, drawn(rng, variant, flat, (1.0, 0.0), histories))
     fused, weight = fuse(ranker(*variant), ranker(*flat), batch)
-    ranks = rank_all(batch, {"fused": fused, "variant": ranker(*variant)})
+    ranks = rank_users(batch, {"fused": fused, "variant": ranker(*variant)})
     assert weight == pytest.approx(0, abs=1e-3)
     assert (ranks["fused"] == ranks["variant"]).all()
 
 
 @pytest.mark.parametrize("constant", [1.0, 20.0])
-def test_an_variant_whose_scores_differ_by_rounding_alone_tells_nothing(constant):
+def test_a_variant_whose_scores_differ_by_rounding_alone_tells_nothing(constant):
     rng = np.random.default_rng(4)
     users, items = rng.standard_normal((300, 8)), rng.standard_normal((60, 8))
     same = constant * rng.dirichlet(np.ones(64), 300), np.ones((60, 64)) + 1e-7 * rng.standard_normal((60, 64))
     histories = [np.array([], int)] * 300
     batch = EvalBatch(np.arange(300), histories, drawn(rng, (users, items), (users, items), (1.0, 0.0), histories))
     fused, _ = fuse(ranker(*same), ranker(users, items), batch)
-    ranks = rank_all(batch, {"fused": fused, "ids": ranker(users, items)})
+    ranks = rank_users(batch, {"fused": fused, "ids": ranker(users, items)})
     assert (ranks["fused"] == ranks["ids"]).mean() > 0.99
 
 
@@ -121,7 +140,7 @@ def test_the_scale_of_the_id_vectors_changes_no_fusion(scale):
 def test_popularity_ranks_what_was_met_most_often_first():
     batch = EvalBatch(np.arange(2), [np.array([1]), np.array([3])], np.array([3, 1]))
     popularity = Ranker.of_counts(np.array([0, 7, 2, 5]))
-    assert popularity.best(batch, 3).tolist() == [[3, 2, 0], [1, 2, 0]]
+    assert popularity.top_k(batch, 3).tolist() == [[3, 2, 0], [1, 2, 0]]
     assert popularity.scores(batch) == pytest.approx(np.log([[1, 8, 3, 6]] * 2))
 
 

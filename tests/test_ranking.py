@@ -114,7 +114,7 @@ def test_inputs_are_left_as_they_were(tmp_path):
 def test_vectors_without_an_order_are_refused(poison, side):
     users, items = np.full((3, 2), 2.0, dtype=np.float32), np.full((3, 2), 2.0, dtype=np.float32)
     (users if side == "user" else items)[1, 0] = poison
-    problem = "overflow" if np.isfinite(poison) else f"{side} vectors are not finite .first at row 1"
+    problem = "overflow" if np.isfinite(poison) else f"{side} vectors are not finite .*row 1"
     with pytest.raises(UserError, match=problem):
         rank_targets(users, items, np.arange(3), NONE * 3)
     with pytest.raises(UserError, match=problem):
@@ -122,7 +122,7 @@ def test_vectors_without_an_order_are_refused(poison, side):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="2 dimensions, item vectors 1"):
+    with pytest.raises(UserError, match=r"2 dimensions.* 1"):
         rank_targets(np.zeros((1, 2), dtype=np.float32), LINE, np.array([0]), NONE)
     with pytest.raises(ValueError, match="1 users but 2 targets"):
         rank_targets(np.zeros((1, 1), dtype=np.float32), LINE, np.array([0, 1]), NONE)

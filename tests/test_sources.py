@@ -1,4 +1,4 @@
-"""Sources: vectors imported in every format, rules and tables of users, the permuted probe, and faults on purpose."""
+"""Sources: vectors imported in every format, rules and tables of users, permuted sources, and faults on purpose."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from rarec.artefacts import is_current
-from rarec.config.ids import Ids, Import, SasRec
+from rarec.config.ids import Ids, Import, SasRecConfig
 from rarec.errors import UserError
 from rarec.ids import make_source, open_source, source_identity
 from rarec.ids.imports import read_ids, read_vectors
-from rarec.ids.users import HistoryRule
+from rarec.ids.source import HistoryRule
 from tests.datasets import by_hand
 
 ITEMS = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.5]], dtype=np.float32)
@@ -119,7 +119,7 @@ def test_extra_rows_are_counted_and_may_hold_anything(dataset, files):
     source = make(dataset, say=lines.append)
     assert source.items_NE.tolist() == ALIGNED.tolist()
     assert source.manifest["left_out"] == {"items": 1}
-    assert "1 rows belong to no item" in lines[0]
+    assert "items.npy: 1 rows" in lines[0]
 
 
 def test_whether_gaps_are_refused_makes_another_source(dataset, files):
@@ -137,7 +137,7 @@ def test_items_without_a_vector_may_be_left_to_the_fallback(dataset, files):
     source = make(dataset, missing="fallback", say=lines.append)
     assert source.items_NE.tolist() == [[0, 0], ITEMS[1].tolist(), [0, 0], ITEMS[0].tolist()]
     assert source.scored_NE[0].tolist() == ITEMS[:2].mean(axis=0).tolist()
-    assert "no vector for 2 of 4 items" in lines[0]
+    assert "2 of 4 items" in lines[0]
 
 
 # -- users ----------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_identity_follows_contents_not_paths(dataset, files):
 
 
 def test_identity_of_a_trained_source_is_its_recipe(dataset, files):
-    settings, made_from = source_identity("id", Ids(sasrec=SasRec(dim=8)), dataset, 5)
+    settings, made_from = source_identity("id", Ids(sasrec=SasRecConfig(dim=8)), dataset, 5)
     assert (settings["seed"], settings["users"]["dim"], made_from) == (5, 8, {"prepare": "by hand"})
     imported = Ids(model="import", imported=Import(items="items.npy", item_ids="ids.txt"))
     assert source_identity("id", imported, dataset, 5)[0]["users"]["kind"] == "rule"
@@ -248,18 +248,18 @@ def test_a_torn_source_is_named(dataset, files):
     make(dataset)
     file = Path("out/items.npy")
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"out is torn"):
+    with pytest.raises(UserError, match=r"out .*\n.*rarec ids CONFIG --fresh"):
         open_source(Path("out"))
 
 
 def test_permuting_moves_vectors_among_items_and_users_follow(dataset, files):
     source = make(dataset, user_rule="last")
-    probe = source.permuted(0)
-    assert sorted(probe.items_NE.tolist()) == sorted(source.items_NE.tolist())
-    assert probe.items_NE.tolist() != source.items_NE.tolist()
-    assert probe.user_vectors(np.array([0]), [np.array([2])])[0, 0].tolist() == probe.items_NE[2].tolist()
-    assert probe.hash != source.hash
-    assert probe.hash == source.permuted(0).hash != source.permuted(1).hash
+    shuffled = source.permuted(0)
+    assert sorted(shuffled.items_NE.tolist()) == sorted(source.items_NE.tolist())
+    assert shuffled.items_NE.tolist() != source.items_NE.tolist()
+    assert shuffled.user_vectors(np.array([0]), [np.array([2])])[0, 0].tolist() == shuffled.items_NE[2].tolist()
+    assert shuffled.hash != source.hash
+    assert shuffled.hash == source.permuted(0).hash != source.permuted(1).hash
     assert source.items_NE.tolist() == ALIGNED.tolist()
 
 
@@ -289,27 +289,24 @@ def refuse(dataset, match, **fields):
 def test_missing_items_are_counted_and_named(dataset, files):
     np.save("items.npy", ITEMS[:2])
     Path("ids.txt").write_text("d\nb")
-    refuse(dataset, r"items\.npy: no vector for 2 of 4 items \(first: 'a', 'c'\)\n.*every item")
+    refuse(dataset, r"items\.npy: .*2 of 4 items .*'a', 'c'")
 
 
 def test_a_file_that_names_no_item_at_all_is_refused(dataset, files):
     np.save("items.npy", ITEMS[:2])
     Path("ids.txt").write_text("y\nz")
-    refuse(dataset, r"its ids \(.*\) are none of the items' \('a', 'b', 'c', 'd'\)", missing="fallback")
+    refuse(dataset, r"items\.npy: .*'y', 'z'.*'a', 'b', 'c', 'd'", missing="fallback")
 
 
 def test_zero_vectors_are_refused_as_none(dataset, files):
     np.save("items.npy", ITEMS * np.array([[1], [0], [1], [1]], np.float32))
-    problem = (
-        r"items\.npy: the vectors of 1 of 4 items \(first: 'b'\) are zero.*\n.*`sources\.image\.missing: fallback`"
-    )
-    refuse(dataset, problem)
+    refuse(dataset, r"items\.npy: .*1 of 4 items .*'b'.*\n.*`sources\.image\.missing: fallback`")
     assert make(dataset, missing="fallback").items_NE[1].tolist() == [0, 0]
 
 
 def test_missing_users_are_counted_and_named(dataset, files):
     Path("user_ids.txt").write_text("10\n30")
-    refuse(dataset, r"users\.npy: no vector for 1 of 2 users \(first: .*20", users="users.npy", user_ids="user_ids.txt")
+    refuse(dataset, r"users\.npy: .*1 of 2 users .*20", users="users.npy", user_ids="user_ids.txt")
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e300])
@@ -317,42 +314,42 @@ def test_values_that_are_not_finite_name_row_and_id(dataset, files, poison):
     bad = ITEMS.astype(np.float64)
     bad[3, 1] = poison
     np.save("items.npy", bad)
-    refuse(dataset, r"items\.npy: the vector of item 'c' \(row 3\) holds NaN or infinity")
+    refuse(dataset, r"items\.npy: .*item 'c' \(row 3\).* NaN")
 
 
 def test_a_null_inside_a_parquet_vector_is_not_finite(dataset, files):
     vectors = [*ITEMS[:3].tolist(), [None, 1.0]]
     pq.write_table(pa.table({"id": IDS, "vector": vectors}), "items.parquet")
-    refuse(dataset, r"the vector of item 'c' \(row 3\)", items="items.parquet", item_ids=None)
+    refuse(dataset, r"items\.parquet: .*item 'c' \(row 3\)", items="items.parquet", item_ids=None)
 
 
 @pytest.mark.parametrize("last", [[1.0, 2.0, 3.0], [], None])
 def test_ragged_vectors_name_row_and_id(dataset, files, last):
     pq.write_table(pa.table({"id": IDS, "vector": [*ITEMS[:3].tolist(), last]}), "items.parquet")
-    refuse(dataset, r"vector of id 'c' \(row 3\) has \d numbers, row 0 has 2", items="items.parquet", item_ids=None)
+    refuse(dataset, r"items\.parquet: .*id 'c' \(row 3\) has \d .*2", items="items.parquet", item_ids=None)
 
 
 def test_duplicate_ids_are_named(dataset, files):
     Path("ids.txt").write_text("a\nb\na\nc")
-    refuse(dataset, r"ids\.txt: 1 ids occur more than once \(first: 'a'\)")
+    refuse(dataset, r"ids\.txt: .*'a'.*\n.*one row per id")
 
 
 def test_a_row_without_id_is_named(dataset, files):
     pq.write_table(pa.table({"id": ["a", None, "b", "c"], "vector": ITEMS.tolist()}), "items.parquet")
-    refuse(dataset, r"items\.parquet: row 1 has no id", items="items.parquet", item_ids=None)
+    refuse(dataset, r"items\.parquet: row 1 ", items="items.parquet", item_ids=None)
 
 
 def test_the_number_of_ids_must_be_the_number_of_rows(dataset, files):
     Path("ids.txt").write_text("a\nb\nc")
-    refuse(dataset, r"ids\.txt names 3 ids, but items\.npy has 4 rows")
+    refuse(dataset, r"ids\.txt .*3 ids.*items\.npy .*4 rows")
 
 
 def test_pickled_arrays_are_refused(dataset, files):
     np.save("items.npy", np.array([{"evil": 1}] * 4), allow_pickle=True)
-    refuse(dataset, r"items\.npy is not a plain \.npy array")
+    refuse(dataset, r"items\.npy is not .*\n.*np\.save")
     np.save("items.npy", ITEMS)
     np.save("ids.npy", np.array(IDS, dtype=object), allow_pickle=True)
-    refuse(dataset, r"ids\.npy is not a plain \.npy array", item_ids="ids.npy")
+    refuse(dataset, r"ids\.npy is not .*\n.*np\.save", item_ids="ids.npy")
 
 
 @pytest.mark.parametrize(
@@ -362,7 +359,7 @@ def test_pickled_arrays_are_refused(dataset, files):
         (np.zeros((4, 2, 2), dtype=np.float32), r"shape \(4, 2, 2\)"),
         (np.zeros((4, 0), dtype=np.float32), r"shape \(4, 0\)"),
         (np.float32(1), r"shape \(\)"),
-        (np.array([["x"]] * 4), "not numbers"),
+        (np.array([["x"]] * 4), "items.npy .*numbers"),
     ],
 )
 def test_arrays_of_another_shape_or_type_are_refused(dataset, files, array, match):
@@ -372,36 +369,36 @@ def test_arrays_of_another_shape_or_type_are_refused(dataset, files, array, matc
 
 def test_users_and_items_must_share_a_dimension(dataset, files):
     np.save("users.npy", np.zeros((2, 3), dtype=np.float32))
-    match = r"users\.npy has shape \(2, 3\), but the vectors of items\.npy have dimension 2"
+    match = r"users\.npy .*\(2, 3\).* items\.npy .*2"
     refuse(dataset, match, users="users.npy", user_ids="user_ids.txt")
 
 
 @pytest.mark.parametrize("name", ["items.npy", "items.safetensors", "items.parquet"])
 def test_files_that_are_not_what_they_are_called_are_named(dataset, files, name):
     Path(name).write_bytes(b"something else")
-    refuse(dataset, rf"{name} is not ", items=name, item_ids=None if name.endswith("parquet") else "ids.txt")
+    refuse(dataset, rf"{name} is not .*\n.*save", items=name, item_ids=None if name.endswith("parquet") else "ids.txt")
 
 
 def test_safetensors_must_hold_one_tensor(dataset, files):
     save_file({"a": ITEMS, "b": ITEMS}, "items.safetensors")
-    refuse(dataset, r"holds 2 tensors \(a, b\)", items="items.safetensors")
+    refuse(dataset, r"items\.safetensors .*2 tensors \(a, b\)", items="items.safetensors")
 
 
 def test_parquet_needs_its_columns(dataset, files):
     pq.write_table(pa.table({"item": IDS, "vector": ITEMS.tolist()}), "items.parquet")
-    refuse(dataset, r"items\.parquet has columns item, vector", items="items.parquet", item_ids=None)
+    refuse(dataset, r"items\.parquet .*item, vector.*\n.*`id` and `vector`", items="items.parquet", item_ids=None)
     pq.write_table(pa.table({"id": IDS, "vector": [1.0] * 4}), "items.parquet")
-    refuse(dataset, r"column `vector` is double", items="items.parquet", item_ids=None)
+    refuse(dataset, r"items\.parquet: column `vector` is double", items="items.parquet", item_ids=None)
 
 
 def test_ids_are_named_once(dataset, files):
-    refuse(dataset, r"name a list of ids as `sources\.image\.item_ids`", item_ids=None)
-    refuse(dataset, r"`sources.image.item_ids`: items\.parquet has ids of its own", items="items.parquet")
+    refuse(dataset, r"items\.npy .*\n.*`sources\.image\.item_ids`", item_ids=None)
+    refuse(dataset, r"`sources.image.item_ids`: items\.parquet ", items="items.parquet")
 
 
 def test_text_ids_must_be_text(dataset, files):
     Path("ids.txt").write_bytes(b"\xff\xfe\xff")
-    refuse(dataset, r"ids\.txt is not UTF-8 text")
+    refuse(dataset, r"ids\.txt is not UTF-8.*\n.*UTF-8")
 
 
 @pytest.mark.parametrize(
@@ -409,7 +406,7 @@ def test_text_ids_must_be_text(dataset, files):
     [
         ({"items": "none.npy"}, r"`sources.image.items`: none\.npy does not exist"),
         ({"item_ids": "none.txt"}, r"`sources.image.item_ids`: none\.txt does not exist"),
-        ({"items": "ids.txt"}, r"`sources.image.items`: ids\.txt is of no known format"),
+        ({"items": "ids.txt"}, r"`sources.image.items`: ids\.txt .*\n.*\.npy, \.safetensors, \.parquet"),
     ],
 )
 def test_missing_files_and_unknown_formats_name_the_field(dataset, files, fields, match):

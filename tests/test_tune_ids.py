@@ -1,4 +1,4 @@
-"""The tool that compares recipes of ID models: on what it ranks, and that no trial is made twice."""
+"""The tool that compares recipes of ID models: what it ranks, and that no trial is repeated."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from tools import tune_ids
 
 
 class Thinks:
-    """Of each user, that the item after the last known one is the next higher; histories are kept."""
+    """User vectors that predict the item with the next higher row; records the histories."""
 
     per_user = 1
 

@@ -1,4 +1,4 @@
-"""Full-catalogue ranking against the bare matrix product of the same shapes, chunks and threads; and its memory.
+"""Compare full-catalogue ranking with a bare matrix product of the same shapes, chunks and threads; measure memory.
 
 Usage: python tools/bench_ranking.py [--users 20000] [--items 12000] [--dim 384] [--seen 10] [--rounds 3]
 Goal: a ratio of at most 1.5, and a peak memory that does not grow with the number of users.
@@ -18,13 +18,13 @@ from rarec.hardware import peak_memory
 from rarec.ranking.rank import BLOCK_BYTES, rank_targets
 
 STREAM = 1000
-"""Users made and ranked at a time where memory is measured, as an evaluation does batch by batch."""
+"""Users generated and ranked at a time in the memory measurement, as in an evaluation."""
 
 Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]
 
 
 def batches(args: argparse.Namespace, users: int, size: int) -> Iterator[Batch]:
-    """Random user vectors, targets and seen items, `size` users at a time."""
+    """Yield random user vectors, targets and seen items, `size` users at a time."""
     rng = np.random.default_rng(1)
     for start in range(0, users, size):
         count = min(size, users - start)
@@ -37,12 +37,12 @@ def batches(args: argparse.Namespace, users: int, size: int) -> Iterator[Batch]:
 
 
 def catalogue(args: argparse.Namespace) -> npt.NDArray[np.float32]:
-    """Random item vectors."""
+    """Return random item vectors."""
     return np.random.default_rng(0).standard_normal((args.items, args.dim), dtype=np.float32)
 
 
 def bare_product(users: npt.NDArray[np.float32], items: npt.NDArray[np.float32]) -> None:
-    """Nothing but the scores, into one buffer, in the chunks that `rank_targets` uses."""
+    """Compute the scores alone, into one buffer, in the chunks of `rank_targets`."""
     chunk = BLOCK_BYTES // (4 * len(items))
     out = torch.empty(chunk, len(items))
     items_DN = torch.from_numpy(items).T
@@ -51,28 +51,28 @@ def bare_product(users: npt.NDArray[np.float32], items: npt.NDArray[np.float32])
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Return the wall-clock seconds of one call."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Time both, in turns so that a busy machine slows both, and print the fastest of each."""
+    """Time both in turns, so that a busy machine slows both, and print the fastest of each."""
     items = catalogue(args)
     users, targets, seen = next(batches(args, args.users, args.users))
-    bare, ours = [], []
+    bare, ranking = [], []
     for _ in range(args.rounds):
         bare.append(seconds(lambda: bare_product(users, items)))
-        ours.append(seconds(lambda: rank_targets(users, items, targets, seen)))
+        ranking.append(seconds(lambda: rank_targets(users, items, targets, seen)))
     flops = 2 * args.users * args.items * args.dim
     print(f"{args.users} users x {args.items} items x {args.dim}, {torch.get_num_threads()} threads")
     print(f"bare matrix product  {min(bare):7.2f} s  {flops / min(bare) / 1e9:6.0f} GFLOP/s")
-    print(f"ranking              {min(ours):7.2f} s  ratio {min(ours) / min(bare):.2f} (goal: at most 1.5)")
+    print(f"ranking              {min(ranking):7.2f} s  ratio {min(ranking) / min(bare):.2f} (goal: at most 1.5)")
 
 
 def print_peak(args: argparse.Namespace) -> None:
-    """In a process of its own: rank a stream of users, print the peak resident memory in MiB."""
+    """Rank a stream of users and print the peak resident memory in MiB; run in a process of its own."""
     items = catalogue(args)
     for users, targets, seen in batches(args, args.peak_of, STREAM):
         rank_targets(users, items, targets, seen)

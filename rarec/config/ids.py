@@ -8,87 +8,87 @@ from rarec.config.section import Part, Positive, Rate, Section
 
 
 class Recipe(Section):
-    """What ID models trained here share: sampled softmax, the strong recipe of 2024-25, and when to stop.
+    """An ID model trained here with sampled softmax and early stopping, the strong recipe of 2024-25.
 
-    The dropout of each is the best that was tried on held-out interactions of Amazon Beauty (`RESULTS.md`).
+    The default dropout of each model was the best on held-out interactions of Amazon Beauty (`docs/experiments.md`).
     """
 
     dim: Positive = 64
-    """Dimension of the item and user vectors."""
+    """Dimension of the item vectors."""
     max_history: Positive = 50
     """Number of newest interactions that the model reads."""
     dropout: Part = 0.2
-    """Dropout rate."""
+    """Dropout probability in training."""
     negatives: Positive = 4096
-    """Number of negatives, drawn uniformly from the items of the training part and shared by a batch; all of these
-    items, once, if there are no more."""
+    """Negatives shared by a batch, drawn uniformly from the items that occur in training. If there are no more items
+    than this, all are used."""
     batch_size: Positive = 128
-    """Windows of histories in a step."""
+    """Training sequences in a batch."""
     lr: Rate = 1e-3
-    """Learning rate."""
+    """Learning rate of Adam."""
     epochs: Positive = 100
-    """Largest number of passes over the training part."""
+    """Maximum number of epochs."""
     patience: Positive = 10
     """Stop after this many epochs without a better validation NDCG@100."""
 
     kind: ClassVar[str]
-    """The name of its section."""
+    """Name of its configuration section."""
     title: ClassVar[str]
-    """For people."""
+    """Name in messages and reports."""
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What makes the model; the rest is about its training."""
+        """The fields that determine the model's architecture, without those of its training."""
         return self.model_dump(exclude={"negatives", "batch_size", "lr", "epochs", "patience"})
 
     @property
     def per_user(self) -> int:
-        """Vectors that a user has."""
+        """The number of vectors of a user."""
         return 1
 
 
-class SasRec(Recipe):
-    """Self-attention [D]; the paper's main ID model is ComiRec [N]."""
+class SasRecConfig(Recipe):
+    """SASRec: self-attention over the history."""
 
     kind, title = "sasrec", "SASRec"
     dropout: Part = 0.4
-    """Dropout rate."""
+    """Dropout probability in training."""
     blocks: Positive = 1
-    """Number of transformer blocks."""
+    """Number of self-attention blocks."""
     heads: Positive = 1
-    """Attention heads in each block."""
+    """Number of attention heads; must divide `dim`."""
 
 
-class Gru4Rec(Recipe):
-    """A recurrent net."""
+class Gru4RecConfig(Recipe):
+    """GRU4Rec: a recurrent network over the history."""
 
     kind, title = "gru4rec", "GRU4Rec"
     dropout: Part = 0.6
-    """Dropout rate."""
+    """Dropout probability in training."""
     hidden: Positive = 128
-    """Hidden size of the recurrent layers."""
+    """Size of the recurrent state."""
     layers: Positive = 1
     """Number of recurrent layers."""
 
 
-class ComiRec(Recipe):
-    """Several interests of a user, each a vector, by self-attention (ComiRec-SA)."""
+class ComiRecConfig(Recipe):
+    """ComiRec-SA: several interest vectors for each user, by self-attention. The paper's main ID model."""
 
     kind, title = "comirec", "ComiRec"
     dropout: Part = 0.5
-    """Dropout rate."""
+    """Dropout probability in training."""
     interests: Positive = 4
-    """Number of vectors of a user; each gets a slot of its own."""
+    """Number of interest vectors of a user; each gets its own slots in the user prompt."""
     hidden: Positive = 256
-    """Hidden size of the self-attention that finds the interests."""
+    """Size of the attention's hidden layer."""
 
     @property
     def per_user(self) -> int:
-        """Its interests."""
+        """The number of interests."""
         return self.interests
 
 
-RECIPES: dict[str, type[Recipe]] = {recipe.kind: recipe for recipe in (SasRec, Gru4Rec, ComiRec)}
+RECIPES: dict[str, type[Recipe]] = {recipe.kind: recipe for recipe in (SasRecConfig, Gru4RecConfig, ComiRecConfig)}
 
 
 IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
@@ -96,59 +96,60 @@ IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
 
 
 class Import(Section):
-    """Vectors made elsewhere."""
+    """Vectors imported from files."""
 
     items: str
-    """Item vectors: `.npy` or `.safetensors` (one tensor, rows named by `item_ids`), or Parquet of id and vector."""
+    """File of item vectors: `.npy`, `.safetensors` with one tensor, or `.parquet` with columns `id` and `vector`."""
     item_ids: str | None = None
-    """One id a row, in order: a text file, `.npy`, or Parquet (first column). Not for Parquet vectors."""
+    """File with the item id of each row of `items`, in order: text, `.npy`, or Parquet (first column). Leave it out if
+    `items` is Parquet, which has its own ids."""
     missing: Literal["refuse", "fallback"] = "refuse"
-    """For items without a vector: refuse, or treat them as new items, with the vector that `alignment.id_dropout`
-    trains."""
+    """What to do about catalogue items without a vector: `refuse` stops with an error, `fallback` uses a vector that
+    the alignment learns (see `alignment.id_dropout`)."""
     users: str | None = None
-    """User vectors, in the same formats; without it they are made from the history by `user_rule`."""
+    """File of user vectors, in the same formats. If left out, `user_rule` makes user vectors from the history."""
     user_ids: str | None = None
-    """One id a row of `users`."""
+    """File with the user id of each row of `users`, in the same formats as `item_ids`."""
     user_rule: Literal["mean", "last", "recency"] = "recency"
-    """How a user vector is made from the history's item vectors: their mean, the last one, or a mean whose weights
-    halve every `half_life` interactions."""
+    """How to make a user vector from the item vectors of the history: their `mean`, the `last` one, or `recency`, a
+    mean with weights that halve every `half_life` interactions."""
     half_life: Rate = 5.0
-    """Number of interactions after which a weight halves, for `recency`."""
+    """Half-life of the weights of `user_rule: recency`, in interactions."""
     max_history: Positive = 50
     """Number of newest interactions that `user_rule` reads."""
 
 
 class Ids(Section):
-    """The ID embeddings, the method's source `id`: trained here, or imported."""
+    """The ID embeddings (source `id`): an ID model to train, or vectors to import."""
 
     model: Literal["sasrec", "gru4rec", "comirec", "import"] = "sasrec"
-    """The ID model to train, or `import` for vectors made elsewhere."""
-    sasrec: SasRec = SasRec()
-    gru4rec: Gru4Rec = Gru4Rec()
-    comirec: ComiRec = ComiRec()
+    """The ID model to train, or `import` for vectors from files."""
+    sasrec: SasRecConfig = SasRecConfig()
+    gru4rec: Gru4RecConfig = Gru4RecConfig()
+    comirec: ComiRecConfig = ComiRecConfig()
     holdout: Part | None = None
-    """Share of each user's newest training interactions, at least one, that the ID model in the slots does not see.
-    The alignment trains on these alone, since a vector that has seen a target is over-confident about it [D]. A
-    second ID model, trained on all, is the baseline and the partner in late fusion. Default: 0.1 if the ID model is
-    trained here, 0 for imported vectors; set it if yours were trained without the newest interactions (this is not
-    checked)."""
+    """Share of each user's training interactions, the newest and at least one, that the ID model in the slots is not
+    trained on. The alignment is trained on these alone, because an ID model is over-confident about targets that it was
+    trained on. A second ID model, trained on all interactions, is then the baseline and the partner of late fusion.
+    Default: 0.1 for an ID model that is trained here, 0 for imported vectors. Set it for imported vectors that were
+    trained without these interactions."""
     imported: Import | None = None
-    """Vectors made elsewhere, for `model: import`."""
+    """The vectors to import; needed for `model: import`."""
 
     @model_validator(mode="after")
-    def _import_is_named(self) -> "Ids":
+    def _check_imported(self) -> "Ids":
         if self.model == "import" and self.imported is None:
-            raise ValueError("`model: import` needs a section `imported` that names the vectors")
+            raise ValueError("`model: import` needs a section `imported` with the files of the vectors")
         return self
 
     @property
     def chosen(self) -> Recipe | Import:
-        """The section that `model` names."""
+        """The section that `model` selects."""
         section: Recipe | Import = getattr(self, "imported" if self.model == "import" else self.model)
         return section
 
     @property
     def held_out(self) -> float:
-        """The share that is held out."""
-        usual = 0.1 if isinstance(self.chosen, Recipe) else 0.0
-        return usual if self.holdout is None else self.holdout
+        """The share of training interactions that is held out."""
+        default = 0.1 if isinstance(self.chosen, Recipe) else 0.0
+        return default if self.holdout is None else self.holdout

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from rarec.data.dataset import PreparedDataset
-from rarec.evaluation.rankers import EvalBatch
 from rarec.ids.source import Source
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import Pool, pool_text
 from rarec.models.encode import Vectors, side_batch, text_batch
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import Encoded, PromptPair
+from rarec.ranking import EvalBatch
 
 Rows = npt.NDArray[np.int64]
 SAMPLE_SIZE = 256

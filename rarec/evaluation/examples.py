@@ -1,4 +1,4 @@
-"""A few test users as people see them: history, target, and the top 10 by title from several variants side by side."""
+"""Examples for the report: a few test users with history, target, and the top 10 titles of several variants."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.dataset import PreparedDataset
-from rarec.evaluation.rankers import EvalBatch, Ranker
+from rarec.ranking import EvalBatch, Ranker
 
 SHOWN_HISTORY = 10
 TOP = 10
@@ -16,11 +16,11 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Examples:
-    """Users drawn at random among those of a batch: nobody picks the flattering ones.
+    """Users drawn at random from a batch, so that nobody picks flattering ones.
 
     Attributes:
-        rows: theirs in the batch.
-        few: what it asks of them.
+        rows: their rows in the batch.
+        few: the batch of these users alone.
     """
 
     rows: npt.NDArray[np.int64]
@@ -28,15 +28,15 @@ class Examples:
 
     @classmethod
     def drawn(cls, batch: EvalBatch, count: int, seed: int) -> "Examples":
-        """At most so many of the batch's users."""
+        """Draw at most `count` of the batch's users."""
         total = len(batch.targets)
         rows = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
         histories = [batch.histories[at] for at in rows]
         return cls(rows, EvalBatch(batch.user_rows[rows], histories, batch.targets[rows]))
 
     def best(self, ranker: Ranker) -> npt.NDArray[np.int64]:
-        """The items that a variant puts first for each of them."""
-        return ranker.best(self.few, TOP) if len(self.rows) else np.empty((0, TOP), np.int64)
+        """Return the item rows of each user's top 10, (users, 10)."""
+        return ranker.top_k(self.few, TOP) if len(self.rows) else np.empty((0, TOP), np.int64)
 
     def table(
         self,
@@ -44,12 +44,12 @@ class Examples:
         best: Mapping[str, npt.NDArray[np.int64]],
         ranks: Mapping[str, npt.NDArray[np.int64]],
     ) -> list[dict[str, Any]]:
-        """Rows {user, history, target, target_rank, top}.
+        """Return one row {user, history, target, target_rank, top} per user.
 
         Args:
             dataset: for ids and titles.
-            best: of each variant that is shown.
-            ranks: of all the batch's targets, by variant.
+            best: top 10 of each variant to show, from `best`.
+            ranks: ranks of all the batch's targets, by variant.
         """
         titles, few = dataset.titles, self.few
         return [

@@ -1,8 +1,8 @@
-"""Late fusion of a variant's score with the ID model's: the honest baseline of soft prompts (docs/method.md, section 7; ours).
+"""Late fusion: the weighted sum of a variant's score and the ID model's (docs/method.md, section 7; our choice).
 
-How much the ID score counts is the likeliest on validation users: both scores, weighted and added, are taken as logits
-of a softmax over what a user has not seen, and the weights maximise the likelihood of the targets. A metric of the top
-of the list would do as well, but is nearly flat over the weights: which of them is best, few users decide.
+Late fusion of text and ID scores is the baseline that soft prompts must beat. The weights are fitted by maximum
+likelihood on validation users: the weighted sum is the logit of a softmax over the items that a user has not seen. A
+top-k metric would serve as well, but is nearly flat over the weights, so a few users would decide.
 
 Shape letters: U users, B users of a block, N catalogue, Z and E sizes of vectors, K vectors of a user.
 """
@@ -16,19 +16,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarec.evaluation.rankers import EvalBatch, Ranker
+from rarec.ranking import EvalBatch, Ranker
 
 COMPARED_USERS = 64
 FLAT = 1e-5
-"""Of the largest score: scores that spread less are all alike, and what tells them apart is rounding."""
+"""Smallest spread of scores, relative to the largest score: a smaller spread is rounding, and counts as none."""
 LIMIT = 100.0
-"""The greatest weight, relative to the spread of the two scores: that of a variant which tells nothing."""
+"""Largest weight, relative to the spreads of the two scores: the weight if the variant carries no information."""
 _BLOCK = 1 << 22
-"""Scores of a block."""
+"""Number of scores in a block."""
 _PENALTY = 1e-4
-"""Of squared weights, a user: it keeps them finite where the targets are always first."""
+"""Penalty on squared weights, per user: it keeps them finite if the targets are always first."""
 _STEPS, _CLOSE = 50, 1e-3
-"""Of Newton's method: how many at the most, and how short one is that ends it."""
+"""Newton's method: the maximum number of steps, and the length of a step at which it has converged."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -38,10 +38,10 @@ def fuse(variant: Ranker, ids: Ranker, validation: EvalBatch) -> tuple[Ranker, f
     Args:
         variant: a trained variant.
         ids: the ID model.
-        validation: users that decide; never the test users.
+        validation: users to fit the weight on; never the test users.
 
     Returns:
-        The fused ranker and the weight, relative to the ratio of the two scores' spreads; from 0 to `LIMIT`.
+        The fused ranker, and the weight relative to the ratio of the two scores' spreads, from 0 to `LIMIT`.
     """
     compared = _compared(variant, ids, validation)
     both = variant.fused(ids, compared.variant / compared.ids, compared.slope)
@@ -51,7 +51,13 @@ def fuse(variant: Ranker, ids: Ranker, validation: EvalBatch) -> tuple[Ranker, f
 
 
 class _Compared(NamedTuple):
-    """How both score the items that the ID model knows: their spreads, and how much of ID score goes with the variant's."""
+    """Statistics of both scores over the items that have an ID vector.
+
+    Attributes:
+        variant: spread of the variant's score.
+        ids: spread of the ID score.
+        slope: least-squares slope of the ID score over the variant's.
+    """
 
     variant: float
     ids: float
@@ -59,7 +65,7 @@ class _Compared(NamedTuple):
 
 
 def _compared(variant: Ranker, ids: Ranker, batch: EvalBatch) -> _Compared:
-    """For some users; the slope is by least squares."""
+    """Compare both scores on a few users."""
     some = EvalBatch(batch.user_rows[:COMPARED_USERS], batch.histories[:COMPARED_USERS], batch.targets)
     known = slice(None) if ids.lacking_N is None else ~ids.lacking_N
     variant_BN, ids_BN = (ranker.scores(some)[:, known].astype(np.float64) for ranker in (variant, ids))
@@ -70,16 +76,17 @@ def _compared(variant: Ranker, ids: Ranker, batch: EvalBatch) -> _Compared:
 
 
 def _spread(scores_BN: Floats) -> float:
-    """The standard deviation over the items, a mean over users; 0 where the scores are all alike."""
+    """Return the standard deviation over items, averaged over users; 0 if all scores are equal up to rounding."""
     spread = float(scores_BN.std(1).mean())
     return spread if spread > FLAT * np.abs(scores_BN).max() else 0.0
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Both scores of the validation users, made anew in each pass: they may not fit in memory.
+    """Both scores of the validation users, recomputed in each pass because they may not fit in memory.
 
-    The ID score is in the variant's spread, or float32 would not hold their sum; both are then divided by that.
+    The ID score is scaled to the variant's spread, so that float32 can represent their sum; then both are divided by
+    that spread.
     """
 
     own_UZ: Tensor
@@ -91,17 +98,17 @@ class _Scores:
 
     @classmethod
     def of(cls, variant: Ranker, both: Ranker, batch: EvalBatch, spread: float) -> "_Scores":
-        """Of the variant, and of the sum of both."""
+        """Compute the user vectors of the variant and of the sum of both."""
         parts = [
             [torch.from_numpy(ranker.users(part.user_rows, part.histories)) for ranker in (variant, both)]
-            for part in batch.chunks()  # both of one chunk at a time, for which the variant encodes it once
+            for part in batch.chunks()  # both on one chunk before the next, so that the variant encodes it once
         ]
         own_UZ, both_UKE = (torch.cat(vectors) for vectors in zip(*parts, strict=True))
         items_NZ, items_NE = (torch.from_numpy(ranker.items_NZ) for ranker in (variant, both))
         return cls(own_UZ, items_NZ, both_UKE, items_NE, batch, spread)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Scores of both (2, B, N), which items a user has seen (B, N), and the targets (B,)."""
+        """Yield both scores (2, B, N), a mask of seen items (B, N), and the targets (B,)."""
         size = max(_BLOCK // len(self.items_NZ), 1)
         for start in range(0, len(self.own_UZ), size):
             part = slice(start, start + size)
@@ -116,7 +123,7 @@ class _Scores:
 
 
 def _fitted(scores: _Scores) -> Floats:
-    """The two weights, by Newton's method; the likelihood is concave, and steps that overshoot are halved."""
+    """Return the two weights, by Newton's method; the likelihood is concave, and steps that overshoot are halved."""
     weights: Floats = np.ones(2)
     step: Floats = np.zeros(2)
     best = -np.inf
@@ -133,7 +140,7 @@ def _fitted(scores: _Scores) -> Floats:
 
 
 class _Likelihood(NamedTuple):
-    """Log of the likelihood a user, less the penalty; its slope, and its negative curvature."""
+    """Log-likelihood per user minus the penalty, its gradient, and its negative Hessian."""
 
     value: float
     slope: Floats

@@ -1,4 +1,4 @@
-"""Vectors made elsewhere, read and laid out in the prepared dataset's rows.
+"""Import vectors from files: read them, check them, and write them in the order of the prepared dataset's rows.
 
 Shape letters: R rows of a file, N rows of the dataset (items or users), K vectors a row, E dimension.
 """
@@ -21,17 +21,17 @@ from rarec.paths import resolve
 CHUNK = 1 << 16
 """Rows copied at a time."""
 SHOWN = 5
-"""Ids named in an error."""
+"""Number of ids shown in a message."""
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """Vectors as a file holds them.
+    """The vectors of a file.
 
     Attributes:
-        path: as the user named it.
+        path: from the configuration.
         rows: (R, E), or (R, K, E); memory-mapped where the format allows it.
-        ids: (R,) the original id of each row.
+        ids: original id of each row, (R,).
     """
 
     path: str
@@ -45,16 +45,16 @@ class Vectors:
 
         Args:
             to: the file to write.
-            wanted: (N,) original ids; compared as text where the two types differ.
-            of: what the ids name, `item` or `user`, for messages.
-            remedy: what to do about missing ids.
-            gaps: some may be missing: theirs are zero vectors.
+            wanted: original ids, (N,); compared as text where the two types differ.
+            of: `item` or `user`, for messages.
+            remedy: of missing ids, for messages.
+            gaps: allow missing ids, and give them zero vectors.
 
         Returns:
-            How many rows of the file were not wanted, and which of N have a zero vector, as in the file or for a gap.
+            The number of rows of the file that were not wanted, and the places of zero vectors among N.
 
         Raises:
-            UserError: a wanted id has no row (with `gaps`: none has), or its vector is not finite.
+            UserError: a wanted id has no row (with `gaps`: no wanted id has one), or its vector is not finite.
         """
         place_N = self._places(wanted, of, remedy, gaps)
         out = np.lib.format.open_memmap(to, mode="w+", dtype=np.float32, shape=(len(wanted), *self.rows.shape[1:]))
@@ -77,12 +77,12 @@ class Vectors:
         return len(self.ids) - int((place_N >= 0).sum()), np.concatenate(zero)
 
     def _places(self, wanted: pa.Array, of: str, remedy: str, gaps: bool) -> npt.NDArray[np.int64]:
-        """The file's row of each wanted id; -1 for a gap."""
+        """Return the file's row of each wanted id; -1 for a gap."""
         wanted, own = _comparable(wanted, self.ids)
         place_N = pc.index_in(wanted, value_set=own)
         if place_N.null_count == len(wanted):
-            problem = f"{self.path}: its ids ({_shown(own)}) are none of the {of}s' ({_shown(wanted)})"
-            raise UserError(problem, f"name each row by the {of}'s id as the log has it")
+            problem = f"{self.path}: none of its ids ({_shown(own)}) matches the dataset's {of} ids ({_shown(wanted)})"
+            raise UserError(problem, f"use the {of} ids of the interaction log")
         if place_N.null_count and not gaps:
             missing = wanted.filter(place_N.is_null())
             raise UserError(
@@ -96,43 +96,41 @@ def read_vectors(path: str, ids_path: str | None, field: str, ids_field: str) ->
 
     Args:
         path: `.npy`, `.safetensors` with one tensor, or `.parquet` with columns `id` and `vector`.
-        ids_path: one id a row, in order; needed unless the vectors are Parquet, and only then.
-        field: of the configuration, for messages.
-        ids_field: likewise.
+        ids_path: file with one id per row, in order; needed unless the vectors are Parquet, and only then.
+        field: configuration field of `path`, for messages.
+        ids_field: configuration field of `ids_path`, for messages.
 
     Raises:
-        UserError: a file is missing, of another format or pickled, rows are ragged, or ids and rows do not match.
+        UserError: a file is missing, of another format or pickled, rows differ in length, or ids and rows do not match.
     """
     suffix = existing(path, field).suffix
     if suffix not in READERS:
-        raise UserError(f"field `{field}`: {path} is of no known format", f"give one of {', '.join(READERS)}")
+        raise UserError(f"field `{field}`: {path} has an unknown format", f"use one of {', '.join(READERS)}")
     rows, ids = READERS[suffix](path)
     if ids is not None and ids_path is not None:
-        raise UserError(
-            f"field `{ids_field}`: {path} has ids of its own, in its column `id`", f"leave `{ids_field}` out"
-        )
+        raise UserError(f"field `{ids_field}`: {path} already has ids, in its column `id`", f"leave `{ids_field}` out")
     if ids is None:
         if ids_path is None:
-            raise UserError(
-                f"{path}: nothing says which id each row belongs to", f"name a list of ids as `{ids_field}`"
-            )
+            raise UserError(f"{path} has no ids", f"set `{ids_field}` to a file with one id per row")
         existing(ids_path, ids_field)
         ids = read_ids(ids_path)
     if rows.dtype.kind not in "fiu":
         raise UserError(f"{path} holds {rows.dtype}, not numbers", "save the vectors as float32")
     if rows.ndim < 2 or 0 in rows.shape:
-        raise UserError(f"{path} has shape {rows.shape}", "vectors have two axes: rows, dimension")
+        raise UserError(f"{path} has shape {rows.shape}", "save vectors with two axes: rows, dimension")
     if len(ids) != len(rows):
-        raise UserError(f"{ids_path} names {len(ids)} ids, but {path} has {len(rows)} rows", "one id a row, in order")
-    _refuse_bad_ids(ids, ids_path or path)
+        raise UserError(
+            f"{ids_path} has {len(ids)} ids, but {path} has {len(rows)} rows", "give one id per row, in order"
+        )
+    _raise_if_bad(ids, ids_path or path)
     return Vectors(path, rows, ids)
 
 
 def read_ids(path: str) -> pa.Array:
-    """One id a row: the first column of a Parquet file, a `.npy` file of one axis, or the lines of a text file.
+    """Read one id per row: the first column of a Parquet file, a `.npy` file of one axis, or the lines of a text file.
 
     Raises:
-        UserError: the file is not of the format that its name says.
+        UserError: the file does not have the format of its suffix.
     """
     file = Path(resolve(path))
     if file.suffix == ".parquet":
@@ -140,20 +138,20 @@ def read_ids(path: str) -> pa.Array:
     if file.suffix == ".npy":
         array = _npy(path)
         if array.ndim != 1:
-            raise UserError(f"{path} has shape {array.shape}", "a list of ids has one axis")
-        return pa.array(array.astype(array.dtype.newbyteorder("=")))  # Arrow takes this machine's order of bytes alone
-    try:  # lines end where Unix and Windows end them: an id may hold what Python takes for other ends
+            raise UserError(f"{path} has shape {array.shape}", "save a list of ids with one axis")
+        return pa.array(array.astype(array.dtype.newbyteorder("=")))  # Arrow needs native byte order
+    try:  # split at \n only: an id may contain other characters that Python's splitlines would split at
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         return pa.array(lines if lines != [""] else [], type=pa.string())
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8, one id a line") from None
+        raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8, one id per line") from None
 
 
 def existing(path: str, field: str) -> Path:
-    """The file that a field of the configuration names.
+    """Return the file that a field of the configuration names.
 
     Raises:
-        UserError: it does not exist.
+        UserError: the file does not exist.
     """
     file = Path(resolve(path))
     if not file.is_file():
@@ -165,7 +163,7 @@ def _npy(path: str) -> npt.NDArray[np.generic]:
     try:
         array: npt.NDArray[np.generic] = np.load(resolve(path), mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        remedy = "save a plain array: np.save(file, np.asarray(values)), not objects and not pickled"
+        remedy = "save a plain array of numbers: np.save(file, np.asarray(values))"
         raise UserError(f"{path} is not a plain .npy array: {error}", remedy) from None
     return array
 
@@ -174,7 +172,7 @@ def _parquet(path: str) -> pa.Table:
     try:
         return pq.read_table(resolve(path))
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not Parquet: {error}") from None
+        raise UserError(f"{path} is not Parquet: {error}", "save it again as Parquet") from None
 
 
 def _read_npy(path: str) -> tuple[npt.NDArray[np.generic], None]:
@@ -187,21 +185,21 @@ def _read_safetensors(path: str) -> tuple[npt.NDArray[np.generic], None]:
             names = list(file.keys())
             if len(names) != 1:
                 shown = ", ".join(names[:SHOWN])
-                raise UserError(f"{path} holds {len(names)} tensors ({shown})", "save the one tensor of vectors alone")
+                raise UserError(f"{path} holds {len(names)} tensors ({shown})", "save one tensor, the vectors")
             return file.get_tensor(names[0]).float().numpy(), None
     except SafetensorError as error:
-        raise UserError(f"{path} is not safetensors: {error}") from None
+        raise UserError(f"{path} is not safetensors: {error}", "save it again as safetensors") from None
 
 
 def _read_parquet(path: str) -> tuple[npt.NDArray[np.generic], pa.Array]:
     table = _parquet(path)
     if not {"id", "vector"} <= set(table.column_names):
         found = ", ".join(table.column_names)
-        raise UserError(f"{path} has columns {found}", "vectors need the columns `id` and `vector`")
+        raise UserError(f"{path} has columns {found}", "save the columns `id` and `vector`")
     ids, vectors = (table[name].combine_chunks() for name in ("id", "vector"))
     if not (pa.types.is_list(vectors.type) or pa.types.is_large_list(vectors.type)):
         if not pa.types.is_fixed_size_list(vectors.type):
-            raise UserError(f"{path}: column `vector` is {vectors.type}", "it must be a list of numbers")
+            raise UserError(f"{path}: column `vector` is {vectors.type}", "save it as a list of numbers")
         vectors = vectors.cast(pa.large_list(vectors.type.value_type))
     lengths = pc.fill_null(pc.list_value_length(vectors), 0).to_numpy()
     ragged = np.flatnonzero(lengths != lengths[0]) if len(lengths) else np.empty(0, dtype=np.int64)
@@ -210,8 +208,8 @@ def _read_parquet(path: str) -> tuple[npt.NDArray[np.generic], pa.Array]:
         problem = (
             f"the vector of id {ids[row].as_py()!r} (row {row}) has {lengths[row]} numbers, row 0 has {lengths[0]}"
         )
-        raise UserError(f"{path}: {problem}", "every vector needs the same dimension")
-    flat = vectors.flatten().to_numpy(zero_copy_only=False)  # a null number becomes NaN, and is refused as one
+        raise UserError(f"{path}: {problem}", "save vectors of one dimension")
+    flat = vectors.flatten().to_numpy(zero_copy_only=False)  # a null number becomes NaN, which is refused later
     return flat.reshape(len(ids), lengths[0] if len(lengths) else 0), ids
 
 
@@ -220,18 +218,18 @@ READERS: dict[str, Callable[[str], tuple[npt.NDArray[np.generic], pa.Array | Non
     ".safetensors": _read_safetensors,
     ".parquet": _read_parquet,
 }
-"""Vectors, and their ids where the format holds them, by the file's suffix."""
+"""Readers of vectors, and of their ids if the format has them, by the file's suffix."""
 
 
 def _comparable(one: pa.Array, other: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Both as integers where both are, else both as text."""
+    """Convert both to integers if both are integers, else both to text."""
     if all(pa.types.is_integer(ids.type) for ids in (one, other)):
-        with suppress(pa.ArrowInvalid):  # unsigned ones may be too large
+        with suppress(pa.ArrowInvalid):  # unsigned integers may be too large
             return one.cast(pa.int64()), other.cast(pa.int64())
     return one.cast(pa.string()), other.cast(pa.string())
 
 
-def _refuse_bad_ids(ids: pa.Array, path: str) -> None:
+def _raise_if_bad(ids: pa.Array, path: str) -> None:
     if ids.null_count:
         row = int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
         raise UserError(f"{path}: row {row} has no id", "give every row an id")
@@ -239,7 +237,7 @@ def _refuse_bad_ids(ids: pa.Array, path: str) -> None:
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
         raise UserError(
-            f"{path}: {len(repeated)} ids occur more than once (first: {_shown(repeated)})", "keep one row an id"
+            f"{path}: {len(repeated)} ids occur more than once (first: {_shown(repeated)})", "keep one row per id"
         )
 
 

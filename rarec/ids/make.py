@@ -1,4 +1,4 @@
-"""Make a source: train it here, or import it. Both end as the same kind of artefact."""
+"""Make the files of a source: train an ID model, or import vectors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from rarec.checkpoint_store import CheckpointStore
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.files import sha256_file
 from rarec.ids.imports import Vectors, existing, read_vectors
-from rarec.ids.source import ITEMS_FILE
-from rarec.ids.train import train_ids
-from rarec.ids.users import USERS_FILE, HistoryRule, UserTable, UserVectors
-from rarec.ids.validation import Validation
+from rarec.ids.source import ITEMS_FILE, KIND, USERS_FILE, HistoryRule, UserTable, UserVectors
+from rarec.ids.trainer import KEPT, Validation, train_ids
 
 Say = Callable[[str], None]
 
@@ -44,28 +43,27 @@ def write_source(
     """Train or import a source and write its files; return the figures for its manifest.
 
     Args:
-        name: of the source, as templates name its slots.
+        name: of the source, by which templates refer to its slots.
         config: the section `ids`, or one of `sources`.
         dataset: prepared; its rows are the source's rows.
         directory: to write to.
         seed: of the training and of the validation subset.
-        progress: where a training keeps its state until it ends; the same call resumes from it.
-        identity: of the training: state of another one is not resumed.
-        say: prints a line.
+        progress: directory of a training's checkpoints, for the caller to delete; the same call resumes from it.
+        identity: of the training: checkpoints of another one are reported and deleted.
+        say: prints one line to the user.
 
     Raises:
-        UserError: files to import are not as they should be, or training fails.
+        UserError: a file to import is missing or invalid, or training fails.
     """
     chosen = _chosen(config)
     if isinstance(chosen, Recipe):
-        held_out = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
-        figures = _train(chosen, held_out, directory, seed, progress, identity, say)
+        training_set = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
+        figures = train_ids(training_set, chosen, seed, CheckpointStore(progress, KEPT, identity, KIND), directory, say)
     else:
         figures = _import(name, chosen, dataset, directory, seed, say)
-    progress.unlink(missing_ok=True)
     validation = figures["validation"]
     say(
-        f"{name}: its own full ranking of {validation['n']} validation users: "
+        f"{name}: full ranking of {validation['n']} validation users: "
         f"hr@10 {validation['hr@10']:.4f}, ndcg@10 {validation['ndcg@10']:.4f}"
     )
     return figures
@@ -76,55 +74,56 @@ def _chosen(config: Ids | Import) -> Recipe | Import:
 
 
 def _field(name: str, field: str) -> str:
-    """What a field of an import is called in the configuration."""
+    """Return the configuration's name of a field of an import."""
     return f"ids.imported.{field}" if name == "id" else f"sources.{name}.{field}"
 
 
-def _train(
-    config: Recipe, dataset: PreparedDataset, aside: Path, seed: int, progress: Path, identity: str, say: Say
-) -> dict[str, Any]:
-    trained = train_ids(dataset, config, seed, progress, identity, say)
-    np.save(aside / ITEMS_FILE, trained.items_NE)
-    trained.users.save(aside)
-    return trained.figures
-
-
 def _import(name: str, config: Import, dataset: PreparedDataset, aside: Path, seed: int, say: Say) -> dict[str, Any]:
-    items = read_vectors(config.items, config.item_ids, _field(name, "items"), _field(name, "item_ids"))
-    if items.rows.ndim != 2:
-        raise UserError(f"{config.items} has shape {items.rows.shape}", "item vectors have two axes: items, dimension")
-    remedy = "import a vector for every item of the catalogue, drop those items from it, or set "
-    remedy += f"`{_field(name, 'missing')}: fallback`"
-    gaps = config.missing == "fallback"
-    unwanted, lacking = items.write_aligned(aside / ITEMS_FILE, dataset.item_ids, "item", remedy, gaps=gaps)
-    if lacking.size and not gaps:
-        first = dataset.item_ids[int(lacking[0])].as_py()
-        of = f"{lacking.size} of {dataset.n_items} items (first: {first!r})"
-        raise UserError(f"{config.items}: the vectors of {of} are zero, which says that there are none", remedy)
-    if lacking.size:
-        say(f"{config.items}: no vector for {lacking.size} of {dataset.n_items} items; a learned one takes its place")
-    extra = {"items": unwanted}
+    """Write imported item and user vectors; return figures for the manifest."""
+    left_out = {"items": _import_items(name, config, dataset, aside, say)}
     items_NE = np.load(aside / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
     users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)
     if config.users is not None:
-        table = read_vectors(config.users, config.user_ids, _field(name, "users"), _field(name, "user_ids"))
-        remedy = "import a vector for every user, or leave `users` out: a rule makes them from the history"
-        table = _per_user(table, items_NE.shape[1], config.items)
-        extra["users"], _ = table.write_aligned(aside / USERS_FILE, dataset.user_ids, "user", remedy)
+        left_out["users"] = _import_users(name, config, dataset, aside, items_NE.shape[1])
         users = UserTable.open(aside)
-    for of, count in extra.items():
+    for of, count in left_out.items():
         if count:
-            say(f"{getattr(config, of)}: {count} rows belong to no {of[:-1]} of the dataset and were left out")
+            say(f"{getattr(config, of)}: {count} rows are left out, their ids are no {of} of the dataset")
     files = {field: getattr(config, field) for field in IMPORTED_FILES if getattr(config, field) is not None}
-    return {"validation": Validation(dataset, seed)(items_NE, users), "imported": files, "left_out": extra}
+    return {"validation": Validation(dataset, seed)(items_NE, users), "imported": files, "left_out": left_out}
 
 
-def _per_user(table: Vectors, dim: int, items_path: str) -> Vectors:
-    """User vectors as (U, K, E), K = 1 where the file has two axes."""
+def _import_items(name: str, config: Import, dataset: PreparedDataset, aside: Path, say: Say) -> int:
+    """Write the item vectors; return the number of rows left out."""
+    items = read_vectors(config.items, config.item_ids, _field(name, "items"), _field(name, "item_ids"))
+    if items.rows.ndim != 2:
+        raise UserError(
+            f"{config.items} has shape {items.rows.shape}", "save item vectors with two axes: items, dimension"
+        )
+    remedy = "import a vector for every item of the catalogue, remove those items from it, or set "
+    remedy += f"`{_field(name, 'missing')}: fallback`"
+    gaps = config.missing == "fallback"
+    left_out, lacking = items.write_aligned(aside / ITEMS_FILE, dataset.item_ids, "item", remedy, gaps=gaps)
+    if lacking.size and not gaps:
+        first = dataset.item_ids[int(lacking[0])].as_py()
+        of = f"{lacking.size} of {dataset.n_items} items (first: {first!r})"
+        raise UserError(f"{config.items}: the vectors of {of} are zero, which means that they have none", remedy)
+    if lacking.size:
+        say(f"{config.items}: no vector for {lacking.size} of {dataset.n_items} items; a learned vector replaces it")
+    return left_out
+
+
+def _import_users(name: str, config: Import, dataset: PreparedDataset, aside: Path, dim: int) -> int:
+    """Write the user vectors, (U, K, E), K = 1 where the file has two axes; return the number of rows left out."""
+    path = str(config.users)
+    table = read_vectors(path, config.user_ids, _field(name, "users"), _field(name, "user_ids"))
     rows = table.rows[:, None] if table.rows.ndim == 2 else table.rows
     if rows.ndim != 3 or rows.shape[2] != dim:
         raise UserError(
-            f"{table.path} has shape {table.rows.shape}, but the vectors of {items_path} have dimension {dim}",
-            "users and items need vectors of one space: (users, dimension), or (users, K, dimension)",
+            f"{path} has shape {table.rows.shape}, but the vectors of {config.items} have dimension {dim}",
+            "import users and items of one vector space: (users, dimension), or (users, K, dimension)",
         )
-    return Vectors(table.path, rows, table.ids)
+    remedy = "import a vector for every user, or leave `users` out: a rule makes user vectors from the history"
+    table = Vectors(path, rows, table.ids)
+    left_out, _ = table.write_aligned(aside / USERS_FILE, dataset.user_ids, "user", remedy)
+    return left_out

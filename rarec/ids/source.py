@@ -1,39 +1,155 @@
-"""A source: a named table of frozen vectors, one an item, and a way to make a user's.
+"""A source: a named table of frozen vectors, one per item, and a way to make user vectors.
 
-Shape letters: N items, B users of a batch, K vectors a user, E dimension.
+User vectors come from an ID model that reads the history, from a rule over the history's item vectors, or from a table.
+
+Shape letters: N items, U users, B users of a batch, K vectors a user, E dimension, T history.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.torch import load_file, save_file
 
 from rarec.artefacts import read_manifest, sha256_json
-from rarec.config.ids import RECIPES
+from rarec.config.ids import RECIPES, Recipe
 from rarec.errors import UserError
-from rarec.ids.users import HistoryRule, SequenceUsers, UserTable, UserVectors
+from rarec.ids.models import SequenceModel, build, pad
+from rarec.ranking import Ranker
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
 
 KIND = "ids"
 ITEMS_FILE = "items.npy"
+USERS_FILE = "users.npy"
+MODEL_FILE = "model.safetensors"
+
+
+class UserVectors(Protocol):
+    """A way to make user vectors."""
+
+    @property
+    def per_user(self) -> int:
+        """K."""
+
+    def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
+        """Return the users' vectors, (B, K, E).
+
+        Args:
+            items_NE: the source's item vectors.
+            user_rows: rows of the users in the prepared dataset, (B,).
+            histories: item rows of each user, oldest first.
+        """
+
+    def permuted(self, rng: np.random.Generator) -> "UserVectors":
+        """Return the user vectors that belong to permuted item vectors."""
+
+
+@dataclass(frozen=True)
+class SequenceUsers:
+    """User vectors by an ID model: the states after the last interaction of the history."""
+
+    model: SequenceModel
+
+    @property
+    def per_user(self) -> int:
+        """K."""
+        return self.model.per_user
+
+    @classmethod
+    def open(cls, directory: Path, settings: Recipe) -> "SequenceUsers":
+        """Read a trained model."""
+        model = build(settings)
+        model.load_state_dict(load_file(directory / MODEL_FILE))
+        return cls(model.eval())
+
+    def save(self, directory: Path) -> None:
+        """Write the model, without the item table."""
+        save_file(self.model.state_dict(), directory / MODEL_FILE)
+
+    def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
+        """See `UserVectors`."""
+        return self.model.encode(items_NE, histories)
+
+    def permuted(self, rng: np.random.Generator) -> "SequenceUsers":
+        """Return itself: it reads the item vectors."""
+        return self
+
+
+@dataclass(frozen=True)
+class HistoryRule:
+    """User vectors by a weighted mean of the history's item vectors; the weights depend on age alone; K = 1.
+
+    Attributes:
+        weights_T: weights by age, the newest item first; items older than T are not read.
+    """
+
+    weights_T: npt.NDArray[np.float64]
+    per_user: int = 1
+
+    @classmethod
+    def of(cls, rule: Literal["mean", "last", "recency"], half_life: float, max_history: int) -> "HistoryRule":
+        """Build the configured rule: equal weights, the newest item alone, or weights that halve every `half_life`."""
+        age_T = np.arange(max_history)
+        weights = {"mean": np.ones(max_history), "last": (age_T == 0) * 1.0, "recency": 0.5 ** (age_T / half_life)}
+        return cls(weights[rule])
+
+    def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
+        """See `UserVectors`. Items without a vector are skipped; a history without any vector gives zeros."""
+        known = [history[(items_NE[history] != 0).any(-1)] for history in histories]
+        rows_BT, lengths_B = pad(known, len(self.weights_T))
+        age_BT = lengths_B[:, None] - 1 - np.arange(rows_BT.shape[1])
+        weights_BT = np.where(age_BT >= 0, self.weights_T[age_BT], 0.0)
+        weights_BT /= np.maximum(weights_BT.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        users_BE: npt.NDArray[np.float64] = np.einsum("bt,bte->be", weights_BT, items_NE[rows_BT])
+        return users_BE[:, None].astype(np.float32)
+
+    def permuted(self, rng: np.random.Generator) -> "HistoryRule":
+        """Return itself: it reads the item vectors."""
+        return self
+
+
+@dataclass(frozen=True)
+class UserTable:
+    """Imported user vectors, one row per user; the history is not read."""
+
+    users_UKE: Floats
+
+    @property
+    def per_user(self) -> int:
+        """K."""
+        return int(self.users_UKE.shape[1])
+
+    @classmethod
+    def open(cls, directory: Path) -> "UserTable":
+        """Memory-map the table, copy on write."""
+        return cls(np.load(directory / USERS_FILE, mmap_mode="c", allow_pickle=False))
+
+    def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
+        """See `UserVectors`."""
+        users_BKE: Floats = np.asarray(self.users_UKE[user_rows])
+        return users_BKE
+
+    def permuted(self, rng: np.random.Generator) -> "UserTable":
+        """Return the table with its rows permuted, a copy in memory."""
+        return UserTable(self.users_UKE[rng.permutation(len(self.users_UKE))])
 
 
 @dataclass(frozen=True)
 class Source:
-    """Frozen vectors of items and users. Score of a user and an item: the largest of K dot products.
+    """Frozen vectors of items and users. The score of a user and an item is the largest of K dot products.
 
     Attributes:
-        name: as templates name its slots.
-        items_NE: memory-mapped; row = the prepared dataset's item row. A zero vector says that there is none, as of an
-            item that was not met in training.
-        users: how user vectors are made.
-        hash: of the artefact, and different for a permuted source.
-        manifest: what made it and how well it ranks the validation users.
+        name: by which templates refer to its slots.
+        items_NE: item vectors by the prepared dataset's item rows, memory-mapped. A zero vector means that the item has
+            none, for example because it does not occur in training.
+        users: makes user vectors.
+        hash: of the artefact; a permuted source has another one.
+        manifest: settings, inputs, and metrics on the validation users.
     """
 
     name: str
@@ -49,27 +165,31 @@ class Source:
 
     @property
     def vectors_per_user(self) -> int:
-        """K: 1, or as many as an imported user table has."""
+        """K: 1, or more for ComiRec and imported user tables of three axes."""
         return self.users.per_user
 
     def user_vectors(self, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
-        """User vectors, (B, K, E).
+        """Return user vectors, (B, K, E).
 
         Args:
-            user_rows: (B,) rows of the prepared dataset.
-            histories: for each of them, the item rows that are known, oldest first; may be empty.
+            user_rows: rows of the users in the prepared dataset, (B,).
+            histories: known item rows of each user, oldest first; may be empty.
         """
         return self.users.vectors(self.items_NE, user_rows, histories)
 
     @property
     def scored_NE(self) -> Floats:
-        """Item vectors to score with: an item that has none is scored as the mean item."""
+        """The item vectors to score with: an item without a vector is scored as the mean item."""
         return with_mean(self.items_NE)
 
-    def permuted(self, seed: int) -> "Source":
-        """A sanity check: item vectors permuted among items, and users made from the permuted ones (or permuted as well).
+    def ranker(self) -> Ranker:
+        """Return the ID model as a ranker."""
+        return ranker_of(self.items_NE, self.users)
 
-        Every vector stays what it was, but tells nothing of its item. The permuted table is a copy in memory.
+    def permuted(self, seed: int) -> "Source":
+        """Return the source with its item vectors permuted among items, and user vectors that follow (sanity check).
+
+        Every vector stays the same, but says nothing about its item. The permuted table is a copy in memory.
         """
         rng = np.random.default_rng(seed)
         items_NE = self.items_NE[rng.permutation(len(self.items_NE))]
@@ -78,40 +198,46 @@ class Source:
 
 
 def with_mean(items_NE: Floats) -> Floats:
-    """The same, the mean of the others in place of each zero vector: such an item is scored as the mean item is."""
-    there_N = (items_NE != 0).any(axis=1)
-    if there_N.all() or not there_N.any():
+    """Replace each zero vector by the mean of the other vectors."""
+    known_N = (items_NE != 0).any(axis=1)
+    if known_N.all() or not known_N.any():
         return items_NE
-    return np.where(there_N[:, None], items_NE, items_NE[there_N].mean(axis=0))
+    return np.where(known_N[:, None], items_NE, items_NE[known_N].mean(axis=0))
+
+
+def ranker_of(items_NE: Floats, users: UserVectors) -> Ranker:
+    """Return a ranker over item vectors, of which some may be zero, and their user vectors."""
+    lacking_N = (items_NE == 0).all(1)
+    return Ranker(
+        np.asarray(with_mean(items_NE)),
+        lambda rows, histories: users.vectors(items_NE, rows, histories),
+        lacking_N if lacking_N.any() else None,
+    )
 
 
 def open_source(directory: Path) -> Source:
-    """Open an artefact of kind `ids`; nothing is read but its header, until vectors are asked for.
+    """Open an artefact of kind `ids`; vectors are read from disk when they are used.
 
     Raises:
-        UserError: it is missing, of another kind or schema, or its files are torn.
+        UserError: it is missing, of another kind or schema, or its files are damaged.
     """
     manifest = read_manifest(directory, KIND)
     try:
         # Copy on write: the file cannot change, yet torch takes the array without a copy.
         items_NE = np.load(directory / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
-        users = OPENERS[manifest["settings"]["users"]["kind"]](directory, manifest["settings"]["users"])
+        users = _open_users(directory, manifest["settings"]["users"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory} is torn: {error}", f"make it again: rarec {KIND} CONFIG --fresh") from None
+        raise UserError(f"{directory} is damaged: {error}", f"rebuild it: rarec {KIND} CONFIG --fresh") from None
     return Source(manifest["name"], items_NE, users, manifest["hash"], manifest)
 
 
-def _open_model(directory: Path, settings: dict[str, Any]) -> UserVectors:
-    return SequenceUsers.open(directory, RECIPES[settings["kind"]](**_but_kind(settings)))
-
-
-def _but_kind(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "kind"}
-
-
-OPENERS: dict[str, Callable[[Path, dict[str, Any]], UserVectors]] = {
-    **dict.fromkeys(RECIPES, _open_model),
-    "rule": lambda directory, settings: HistoryRule.of(**_but_kind(settings)),
-    "table": lambda directory, settings: UserTable.open(directory),
-}
-"""How each kind of user vectors, named in the manifest's settings, is read."""
+def _open_users(directory: Path, settings: Mapping[str, Any]) -> UserVectors:
+    """Read user vectors by the kind in the manifest's settings: a rule, a table, or an ID model's section name."""
+    fields = {name: value for name, value in settings.items() if name != "kind"}
+    match settings["kind"]:
+        case "rule":
+            return HistoryRule.of(**fields)
+        case "table":
+            return UserTable.open(directory)
+        case kind:
+            return SequenceUsers.open(directory, RECIPES[kind](**fields))

@@ -1,7 +1,6 @@
-"""Hybrid prompt templates: hard text and named soft slots to token ids and slot positions. Knows no torch."""
+"""Hybrid prompts: templates of hard text and named soft slots -> token ids and slot positions. Needs no torch."""
 
-from rarec.prompts.hybrid import Encoded
-from rarec.prompts.layout import LaidOut, by_length, lay_out
+from rarec.prompts.hybrid import Encoded, LaidOut, by_length, lay_out
 from rarec.prompts.pair import PromptPair
 from rarec.prompts.tokens import TextTokenizer
 

@@ -1,4 +1,4 @@
-"""The two prompts of RA-Rec over a catalogue: a user's history, and an item's own text."""
+"""The two prompts of RA-Rec: a user's history, and an item's text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,19 +15,23 @@ Int32 = npt.NDArray[np.int32]
 
 
 class PromptPair:
-    """User and item prompts over the titles of a catalogue, each title tokenised once.
+    """User and item prompts of a catalogue; each title is tokenised once.
 
     Args:
         config: the templates and their limits.
         tokenizer: of the language model.
-        titles: of the catalogue, by item row.
-        texts: further text of the items, by item row; "" where there is none.
-        slots: slots of each source, for the side "user" and "item".
+        titles: of all items, by item row.
+        texts: further text of all items, by item row; "" where there is none.
+        slots: number of slots of each source, for the sides "user" and "item".
         context_length: of the language model, in tokens.
-        kind: of the language model, `encoder` or `decoder`: which end of the history is written first by default.
+        kind: of the language model, `encoder` or `decoder`. By default an encoder gets the newest title first, a
+            decoder the oldest.
+
+    Attributes:
+        cut: number of prompts of each side whose text was cut.
 
     Raises:
-        UserError: a template names an unknown field or source, or leaves no room.
+        UserError: a template has an unknown field or source, or leaves no room.
     """
 
     def __init__(
@@ -58,19 +62,22 @@ class PromptPair:
 
     @property
     def sources(self) -> dict[str, tuple[str, ...]]:
-        """The sources whose slots each side's template names."""
+        """The sources whose slots each side's template has."""
         return {"user": self._user.sources, "item": self._item.sources}
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the templates, their limits, the order of titles and the tokenizer."""
+        """The sha256 of the templates, their limits, the order of titles and the tokenizer."""
         prompt = {**self.config.model_dump(mode="json"), "order": self.newest_first}
         return sha256_json({"prompt": prompt, "tokenizer": self.tokenizer.fingerprint})
 
     def user(self, history: Sequence[int] | npt.NDArray[np.integer]) -> Encoded:
-        """The prompt of a user with this history (item rows, oldest first).
+        """Return the prompt of a user.
 
-        The newest `max_history` titles are written; where the model's context is too short the oldest of them go.
+        It has the newest `max_history` titles; where the model's context is too short, the oldest of them are left out.
+
+        Args:
+            history: item rows, oldest first.
         """
         written = self.config.max_history if "history" in self._spaced else 0
         wanted = [int(item) for item in history[::-1][:written]]
@@ -84,7 +91,7 @@ class PromptPair:
         return encoded
 
     def item(self, item: int) -> Encoded:
-        """The prompt of an item."""
+        """Return the prompt of an item."""
         most = self.config.max_text_tokens
         title = self.tokenizer(self.titles[item], self._spaced.get("title", False), most)
         text = self.tokenizer(self.texts[item], self._spaced.get("text", False), most - len(title))
@@ -95,16 +102,16 @@ class PromptPair:
         return encoded
 
     def _newest_that_fit(self, wanted: list[int]) -> list[int]:
-        """As many of these items, newest first, as have room; at least the newest, whose title may be cut."""
+        """Return the items, newest first, that have room; at least the newest, whose title may be cut."""
         if not wanted:
             return []
         later, first = (np.array([len(self._title(item, start)) for item in wanted]) for start in (False, True))
-        saved = later - first  # the title that is written first needs no separator
+        saved = later - first  # the first title needs no separator
         fit = np.cumsum(later) - (saved[0] if self.newest_first else saved) <= self._user.room
         return wanted[: max(int(fit.sum()), 1)]
 
     def _title(self, item: int, first: bool) -> Int32:
-        """A title inside a history: the first as the template has it, a later one behind the separator."""
+        """Return a title's tokens inside a history; all but the first title start with the separator."""
         cache = self._first if first else self._later
         if item not in cache:
             spaced = self._spaced.get("history", False) if first else self._separator_spaced

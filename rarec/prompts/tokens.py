@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as prompts need it: pieces of text to token ids, and the special tokens around them."""
+"""A Hugging Face tokenizer for prompts that are built from pieces of text, with the special tokens around them."""
 
 import hashlib
 from typing import Any
@@ -9,23 +9,23 @@ import numpy.typing as npt
 Int32 = npt.NDArray[np.int32]
 _SPACES = ("▁", "Ġ")
 _ANCHOR = "\n"
-"""Text that merges with nothing: behind it a tokenizer that adds spaces adds none."""
+"""Text that merges with nothing. A tokenizer that adds a space at the start of a text adds none after it."""
 
 
 class TextTokenizer:
-    """Tokenises pieces of text that will be joined.
+    """Tokenise pieces of text that will be joined.
 
     Args:
         tokenizer: of the language model.
-        opens: begin every text with a special token, also where the tokenizer itself puts none, as decoders want it:
-            attention rests on the first position, and a slot there would take that away from all blocks.
+        opens: start every text with a special token, even if the tokenizer adds none. Decoders need it: their attention
+            concentrates on the first position (attention sink), which a slot must not replace.
 
     Attributes:
         prefix: special tokens before a text, such as [CLS].
-        suffix: those it puts after, such as [SEP].
+        suffix: special tokens after a text, such as [SEP].
         filler: a token id for positions that are never read.
-        adds_space: whether the tokenizer itself puts a space before a text, as SentencePiece mostly does.
-        fingerprint: sha256 of the tokenizer, vocabulary and rules, and of what it puts around a text.
+        adds_space: whether the tokenizer adds a space before a text, as SentencePiece mostly does.
+        fingerprint: sha256 of the tokenizer's vocabulary and rules, prefix and suffix.
     """
 
     def __init__(self, tokenizer: Any, opens: bool = False) -> None:
@@ -43,18 +43,22 @@ class TextTokenizer:
         self.fingerprint = hashlib.sha256(f"{self._spelling()} {around}".encode()).hexdigest()
 
     def __call__(self, text: str, spaced: bool = False, most: int | None = None, plain: bool = True) -> Int32:
-        """Token ids of a piece of text, with a space before it if it is `spaced`, cut after `most` tokens.
+        """Return the token ids of a piece of text.
 
-        What reads like a special token is one only where the text is not `plain`: in a template, but in no title.
+        Args:
+            text: may be empty.
+            spaced: put a space before it.
+            most: cut after this many tokens.
+            plain: read special tokens such as `[SEP]` as plain text; set for titles, but not for templates.
         """
         return np.array(self._piece(text, spaced, plain)[:most] if text else [], np.int32)
 
     def __len__(self) -> int:
-        """The ids that it knows. A model's table of embeddings may have more rows, which stand for nothing."""
+        """Return the size of the vocabulary. A model's embedding table may have more rows, which are unused."""
         return len(self._tokenizer)
 
     def word(self, token: int) -> str:
-        """What a token id reads as; its bare token where that is white space, or no whole character."""
+        """Return a token id as text; as the raw token if the text is white space or an incomplete character."""
         text = str(self._tokenizer.decode([token])).strip()
         return (
             text

@@ -1,4 +1,4 @@
-"""Percentile bootstrap over users. Shape letters: U users, M metrics, R resamples in a batch."""
+"""Percentile bootstrap intervals over users. Shape letters: U users, M metrics, R resamples in a batch."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from scipy.stats import bootstrap
 Floats = npt.NDArray[np.float64]
 
 BATCH_BYTES = 64 << 20
-"""Of the resampled user indices held at a time."""
+"""Bytes of resampled user indices held at a time."""
 
 
 class Interval(NamedTuple):
@@ -22,11 +22,11 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values_U: npt.ArrayLike, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean over users with its percentile bootstrap 95% interval.
+    """Return the mean over users with its percentile bootstrap 95% interval.
 
     Args:
-        values_U: one value a user.
-        resamples: how many times the users are drawn again, with replacement.
+        values_U: one value per user.
+        resamples: number of resamples of the users, drawn with replacement.
         seed: of the resampling.
 
     Raises:
@@ -36,22 +36,22 @@ def mean_interval(values_U: npt.ArrayLike, resamples: int = 2000, seed: int = 0)
 
 
 def paired_interval(a_U: npt.ArrayLike, b_U: npt.ArrayLike, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean over the same users of a - b, with its interval: it excludes 0 where a and b differ."""
+    """Return the mean of a - b over the same users, with its interval; an interval without 0 is a difference."""
     return mean_interval(np.asarray(a_U, dtype=np.float64) - np.asarray(b_U, dtype=np.float64), resamples, seed)
 
 
 def paired_intervals(
     a: Mapping[str, Floats], b: Mapping[str, Floats], resamples: int = 2000, seed: int = 0
 ) -> dict[str, Interval]:
-    """`paired_interval` of every metric of `a`, all on the same resamples of the users."""
+    """Return `paired_interval` of every metric of `a`, all on the same resamples of the users."""
     return mean_intervals({name: a[name] - b[name] for name in a}, resamples, seed)
 
 
 def mean_intervals(values: Mapping[str, Floats], resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
-    """`mean_interval` of many metrics of the same users, all on the same resamples.
+    """Return `mean_interval` of many metrics of the same users, all on the same resamples.
 
-    A resample is drawn once, as indices of users; its means are (how often each user was drawn) x (values), one
-    matrix product for all metrics. The same number of users and seed give the same draws, whatever the values.
+    A resample is drawn once, as indices of users. Its means are (number of draws of each user) x (values), one matrix
+    product for all metrics. The draws depend on the number of users and the seed alone, not on the values.
     """
     values_UM = np.stack([np.asarray(column, dtype=np.float64) for column in values.values()], axis=1)
     n_users = len(values_UM)

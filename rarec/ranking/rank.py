@@ -10,22 +10,21 @@ import numpy.typing as npt
 import torch
 
 from rarec.errors import UserError
-from rarec.world import World
 
 Array = npt.NDArray[np.float32] | torch.Tensor
 Rows = npt.NDArray[np.integer]
 
 BLOCK_BYTES = 16 << 20
-"""Of one block of scores: small enough to be still in cache when it is counted."""
+"""Size of one block of scores: small enough to be still in cache when its scores are counted."""
 
 
 def rank_targets(
     users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
 ) -> npt.NDArray[np.int64]:
-    """The rank of each user's target among all items that the user has not seen.
+    """Return the rank of each user's target among all items that the user has not seen.
 
-    A tie counts against the model: rank = 1 + number of other, unseen items whose score >= the target's. So a
-    model that scores everything alike gets the worst rank, not the best.
+    Ties count against the model: rank = 1 + number of other unseen items whose score >= the target's. So a model that
+    gives all items the same score gets the worst rank, not the best.
 
     Args:
         users: user vectors, (B, D); or (B, K, D) for K interest vectors, whose best score counts (ComiRec, Cen et
@@ -36,7 +35,7 @@ def rank_targets(
         block_bytes: bound on the block of scores held at a time; memory does not depend on B.
 
     Returns:
-        Ranks, 1 the best, at most N.
+        Ranks (B,), 1 the best, at most N.
 
     Raises:
         UserError: a vector is not finite, or so large that scores would overflow.
@@ -46,7 +45,7 @@ def rank_targets(
     targets = torch.as_tensor(np.asarray(targets_B, dtype=np.int64))
     ranks_B = np.empty(scorer.n_users, dtype=np.int64)
     for chunk, scores_CN in scorer.blocks():
-        # The target's score comes from the block itself, else rounding would part it from its ties.
+        # The target's score is read from the block itself: computed apart, rounding could separate it from its ties.
         threshold_C1 = scores_CN.gather(1, targets[chunk, None].to(scores_CN.device))
         at_least_C = (scores_CN >= threshold_C1).sum(dim=1).cpu().numpy()  # counts the target itself: the 1
         user_S, item_S = _seen_pairs(seen[chunk], scorer.n_items)
@@ -57,25 +56,15 @@ def rank_targets(
     return ranks_B
 
 
-def rank_shared(
-    users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], world: World
-) -> npt.NDArray[np.int64]:
-    """As `rank_targets`, each of the processes its share of the users; all of them get all ranks."""
-    own = slice(world.rank, None, world.size)
-    ranks_B = np.zeros(len(users), np.int64)
-    ranks_B[own] = rank_targets(users[own], items_ND, targets_B[own], seen[own])
-    return world.all_reduce_sum_(ranks_B)
-
-
 def top_k(
     users: Array, items_ND: Array, k: int, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """The k best unseen items of each user.
+    """Return the k best unseen items of each user.
 
     Args:
         users: user vectors, (B, D) or (B, K, D) as in `rank_targets`.
         items_ND: item vectors.
-        k: how many; at most N are returned.
+        k: number of items; at most N are returned.
         seen: for each user, item rows that must not be returned.
         block_bytes: bound on the block of scores held at a time.
 
@@ -100,7 +89,7 @@ def top_k(
 
 
 class _Scorer:
-    """Scores in blocks of whole catalogue rows. A block is overwritten by the next one."""
+    """Compute scores in blocks of whole catalogue rows. Each block overwrites the one before it."""
 
     def __init__(self, users: Array, items_ND: Array, block_bytes: int) -> None:
         self.items_ND = _tensor(items_ND)
@@ -108,7 +97,10 @@ class _Scorer:
         self.n_users, self.per_user, dim = (int(size) for size in self.users.shape)
         self.n_items = len(self.items_ND)
         if dim != self.items_ND.shape[1]:
-            raise UserError(f"user vectors have {dim} dimensions, item vectors {self.items_ND.shape[1]}")
+            raise UserError(
+                f"user vectors have {dim} dimensions, item vectors {self.items_ND.shape[1]}",
+                "use user and item vectors of the same model",
+            )
         self.chunk = max(1, block_bytes // (4 * self.n_items * self.per_user))
         self.item_peak = _peak(self.items_ND, "item")
 
@@ -119,24 +111,24 @@ class _Scorer:
         for start in range(0, self.n_users, self.chunk):
             chunk = slice(start, min(start + self.chunk, self.n_users))
             users_CKD = _tensor(self.users[chunk]).to(self.items_ND.device)
-            self._refuse_overflow(_peak(users_CKD, "user"))
+            self._raise_if_overflow(_peak(users_CKD, "user"))
             rows = users_CKD.flatten(0, 1)
             scores = torch.mm(rows, items_DN, out=out[: len(rows)])
             if self.per_user > 1:
                 scores = scores.view(-1, self.per_user, self.n_items).amax(dim=1)
             yield chunk, scores
 
-    def _refuse_overflow(self, user_peak: float) -> None:
-        """Two finite vectors may still have a score of inf or NaN, which compares as nothing does."""
+    def _raise_if_overflow(self, user_peak: float) -> None:
+        """Check a bound of the scores: the product of two finite vectors may be infinite or NaN, which has no rank."""
         if user_peak * self.item_peak * self.items_ND.shape[1] > torch.finfo(torch.float32).max:
             raise UserError(
                 f"scores overflow: vectors reach {user_peak:.3g} (users) and {self.item_peak:.3g} (items)",
-                "training diverged, or imported vectors are of a wrong scale: rescale them",
+                "lower the learning rate if training diverged; rescale imported vectors",
             )
 
 
 def _tensor(array: Array) -> torch.Tensor:
-    """Float32, without a copy where that is possible; torch warns about arrays it may not write to."""
+    """Convert to float32, without a copy where possible; torch warns about arrays that it may not write to."""
     if isinstance(array, torch.Tensor):
         return array.detach().to(torch.float32)
     array = np.asarray(array, dtype=np.float32)
@@ -144,17 +136,20 @@ def _tensor(array: Array) -> torch.Tensor:
 
 
 def _peak(vectors: torch.Tensor, of: str) -> float:
-    """The largest magnitude, in one pass that NaN and infinity survive."""
+    """Return the largest magnitude, in one pass that NaN and infinity survive."""
     low, high = (float(value) for value in vectors.aminmax()) if vectors.numel() else (0.0, 0.0)
     peak = max(abs(low), abs(high))
     if not np.isfinite([low, high]).all():
         bad = int((~torch.isfinite(vectors.flatten(1)).all(dim=1)).nonzero()[0])
-        raise UserError(f"{of} vectors are not finite (first at row {bad} of those ranked)", "NaN has no rank")
+        raise UserError(
+            f"{of} vectors are not finite (first: row {bad} of this chunk)",
+            "lower the learning rate if training diverged; check imported vectors",
+        )
     return peak
 
 
 def _seen_pairs(seen: Sequence[Rows], n_items: int) -> tuple[Rows, Rows]:
-    """All (user in the chunk, item) pairs, each once: an item seen twice must not be subtracted twice."""
+    """Return all (user in the chunk, item) pairs, each once: an item seen twice must not be subtracted twice."""
     lengths = [len(rows) for rows in seen]
     user_S = np.repeat(np.arange(len(seen)), lengths)
     item_S = np.concatenate(seen).astype(np.int64) if sum(lengths) else np.empty(0, dtype=np.int64)

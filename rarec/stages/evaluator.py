@@ -13,10 +13,10 @@ from rarec.evaluation.examples import Examples
 from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
-from rarec.evaluation.rankers import EvalBatch, Ranker, rank_all
 from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
+from rarec.ranking import EvalBatch, Ranker, rank_users
 from rarec.stages.run import Run
 from rarec.stages.train import TrainStage
 
@@ -50,7 +50,7 @@ class Evaluator:
             self.test.histories,
         )
         self.external = external_ranks(config.evaluate.external, users, say=run.say)  # before hours of ranking
-        self.ids = Ranker.of_source(run.baseline)
+        self.ids = run.baseline.ranker()
         self.weights: dict[str, float] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
@@ -126,7 +126,7 @@ class Evaluator:
         return {name + POPULAR: fused}
 
     def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker]) -> Ranks:
-        ranks = rank_all(batch, rankers, self.run.world)
+        ranks = rank_users(batch, rankers, self.run.world)
         for name in rankers:
             self.run.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
         return ranks
@@ -136,7 +136,8 @@ class Evaluator:
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.run.config.evaluate.batch_size
-        return Ranker.of_model(Encoder(model, self.run.prompts, sources, batch_size, self.run.world))
+        encoder = Encoder(model, self.run.prompts, sources, batch_size, self.run.world)
+        return Ranker(encoder.items(), encoder.users).cached()
 
 
 def write_ranks(path: Path, run: Run, test: EvalBatch, ranks: Ranks) -> None:

@@ -79,7 +79,7 @@ class TrainStage(Stage):
         Raises:
             UserError: it is not trained, or not as the configuration says now; or its best checkpoint is damaged.
         """
-        from rarec.training.checkpoints import Torn
+        from rarec.checkpoint_store import Torn
 
         best = self.require()["best_step"]
         model = self.run.build_model(self.variant)

@@ -20,8 +20,7 @@ from rarec.models.encode import Encoder
 from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
-from rarec.ranking.metrics import SELECTION_CUTOFFS, metric_values
-from rarec.ranking.rank import rank_shared
+from rarec.ranking import EvalBatch, Ranker, validation_metrics
 from rarec.stages.run import Run, Say
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_spec
 from rarec.training.accelerator import build_accelerator
@@ -156,13 +155,6 @@ def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:
 def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:
     """Return a function that ranks the full catalogue with the model as it is, for a fixed subset of validation users."""
     dataset, config = run.dataset, run.config
-    targets = dataset.targets("validation", config.train.validation_users, config.run.seed)
-    histories = [dataset.history(int(u), int(p)) for u, p in zip(targets.user_rows, targets.positions, strict=True)]
+    batch = EvalBatch.of(dataset, dataset.targets("validation", config.train.validation_users, config.run.seed))
     encoder = Encoder(model, run.prompts, run.sources, config.evaluate.batch_size, run.world)
-
-    def validate() -> dict[str, float]:
-        users_BZ, items_NZ = encoder.users(targets.user_rows, histories), encoder.items()
-        ranks_B = rank_shared(users_BZ, items_NZ, targets.item_rows, histories, run.world)
-        return {name: float(values.mean()) for name, values in metric_values(ranks_B, SELECTION_CUTOFFS).items()}
-
-    return validate
+    return lambda: validation_metrics(Ranker(encoder.items(), encoder.users).ranks(batch, run.world))

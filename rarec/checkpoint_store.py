@@ -1,0 +1,119 @@
+"""Checkpoint directories: written whole, checked by hash, free of pickle. ID models and variants both use them.
+
+A checkpoint is a directory `step-00000040` with tensors in safetensors, `state.json` with the loop's state, and a
+manifest with the sha256 of every file and the hash of the training that it belongs to.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rarec.artefacts import check_files, read_manifest, write_manifest
+from rarec.errors import UserError
+from rarec.files import new_directory, read_json, write_json
+
+KIND = "checkpoint"
+STATE = "state.json"
+_PREFIX = "step-"
+Say = Callable[[str], None]
+
+
+class Torn(UserError):
+    """A checkpoint with a missing or altered file."""
+
+
+class CheckpointStore:
+    """The checkpoints of one training.
+
+    Args:
+        directory: holds one directory per checkpoint.
+        keep: number of newest checkpoints to keep, beside the best.
+        belongs_to: hash of the training's settings and inputs.
+        command: the `rarec` command that trains, for messages.
+    """
+
+    def __init__(self, directory: Path, keep: int, belongs_to: str, command: str = "train") -> None:
+        self.directory, self.keep, self.belongs_to, self.command = directory, keep, belongs_to, command
+
+    def path(self, step: int) -> Path:
+        """Return the directory of the checkpoint after `step` steps."""
+        return self.directory / f"{_PREFIX}{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, oldest first; each was whole when it was written."""
+        return sorted(int(path.name.removeprefix(_PREFIX)) for path in self.directory.glob(f"{_PREFIX}*"))
+
+    @contextmanager
+    def writing(self, step: int, state: Mapping[str, Any], best: int | None = None) -> Iterator[Path]:
+        """Yield a directory for the tensors; then write the rest, fsync, rename, and delete checkpoints to drop.
+
+        Args:
+            step: of the checkpoint.
+            state: of the loop, as plain JSON values.
+            best: a step whose checkpoint is kept however old it is.
+        """
+        with new_directory(self.path(step)) as aside:
+            yield aside
+            write_json(aside / STATE, dict(state))
+            write_manifest(aside, KIND, settings={}, made_from={"train": self.belongs_to})
+        kept = {*self.steps()[-self.keep :], best}
+        for other in self.steps():
+            if other not in kept:
+                shutil.rmtree(self.path(other))
+
+    def newest(self, say: Say) -> int | None:
+        """Return the step of the newest whole checkpoint; report and delete torn ones.
+
+        Only one process may call this. If none is whole, none is deleted: training never restarts silently.
+
+        Returns:
+            The step, or None where there is no checkpoint at all.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole; or one belongs to another training.
+        """
+        torn: dict[int, str] = {}
+        whole: list[int] = []
+        for step in self.steps():
+            try:
+                self.verify(step)
+            except Torn as error:
+                torn[step] = error.problem
+            else:
+                whole.append(step)
+        if torn and not whole:
+            remedy = f"start again: rarec {self.command} CONFIG --fresh"
+            raise UserError(f"{self.directory}: none of {len(torn)} checkpoints is whole", remedy)
+        for step, problem in torn.items():
+            say(f"{problem}: dropped, resuming from {self.path(whole[-1]).name}")
+            shutil.rmtree(self.path(step))
+        return max(whole, default=None)
+
+    def verify(self, step: int) -> None:
+        """Check every file of a checkpoint against its manifest, and that it belongs to this training.
+
+        Raises:
+            Torn: a file is missing or altered.
+            UserError: it belongs to another training: other data, another model, or other settings.
+        """
+        directory = self.path(step)
+        try:
+            manifest = read_manifest(directory, KIND)
+            check_files(directory, manifest)
+        except UserError as error:
+            raise Torn(error.problem, f"delete {directory} to use the checkpoint before it") from None
+        if manifest["made_from"].get("train") != self.belongs_to:
+            problem = f"{directory} belongs to another training: other data, another model, or other settings"
+            raise UserError(problem, f"move it away; {self.directory} holds only checkpoints of this training")
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        """Read the state of the loop."""
+        state: dict[str, Any] = read_json(self.path(step) / STATE)
+        return state
+
+    def digests(self, step: int) -> dict[str, str]:
+        """Return the sha256 of each file except the state, which contains how long training took."""
+        files: dict[str, str] = read_manifest(self.path(step), KIND)["files"]
+        return {name: digest for name, digest in files.items() if name != STATE}
