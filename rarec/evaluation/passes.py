@@ -73,7 +73,9 @@ def text_pass(passes: Passes, sample: SideSample, blocks: tuple[int, ...]) -> li
         prompts = sample.prompts[start : start + passes.batch_size]
         ids_BT, mask_BT = text_batch(prompts, passes.filler, passes.device)
         parts.append(
-            backbone.entering(ids_BT, mask_BT, blocks, partial(_reduced, backbone.read(mask_BT), backbone.pool))
+            backbone.block_inputs(
+                ids_BT, mask_BT, blocks, partial(_reduced, backbone.read_mask(mask_BT), backbone.pool)
+            )
         )
     whole = [[torch.cat(same) for same in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)]
     return [TextStates(pooled_ND, float(norms.median())) for pooled_ND, norms in whole]
