@@ -1,4 +1,4 @@
-"""Processes in tests: which a process has forked, and one that is killed on purpose."""
+"""Processes in tests: the forks of a process, and a process that kills itself."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ import psutil
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    """Its living forks: other children (Spark's JVM, a fork server) have command lines of their own."""
+    """Return the living forks of a process; other children (Spark's JVM, a fork server) have other command lines."""
     children = [child for child in process.children() if child.status() != psutil.STATUS_ZOMBIE]
     return [child for child in children if child.cmdline() == process.cmdline()]
 
 
 def be_killed_at_rename(number: int) -> None:
-    """Kill this process, as kill -9 does, when it is about to rename for the nth time from now; never, if below 1."""
+    """Kill this process with SIGKILL right before its nth rename from now; never if `number` is below 1."""
     left = [number]
 
     def count(event: str, _: object) -> None:

@@ -1,6 +1,6 @@
-"""Several ranks in tests: the project's own stages in processes as a launcher starts them, engine and all.
+"""Stages on several ranks in tests, started with the environment of a launcher, with any engine.
 
-They are forked from a server that has imported everything once, so a start costs a second and not ten.
+The processes are forked from a server that has imported everything once, so a start takes a second, not ten.
 """
 
 import json
@@ -32,18 +32,18 @@ VARIANT = "per_layer_lora"
 
 @dataclass
 class Job:
-    """Ranks under way.
+    """Running ranks.
 
     Attributes:
-        processes: by rank.
-        told: where each writes what it says.
+        processes: processes by rank.
+        told: the file of each rank's standard error.
     """
 
     processes: list[BaseProcess]
     told: list[Path]
 
     def codes(self, timeout: float = 240) -> list[int | None]:
-        """Wait for all; their exit codes. What still runs then is killed, and has None."""
+        """Wait for all and return their exit codes; None for a process that is killed after the timeout."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -54,7 +54,7 @@ class Job:
         return codes
 
     def said(self, rank: int = 0) -> str:
-        """All that a rank wrote to standard error."""
+        """Return the standard error of a rank."""
         return self.told[rank].read_text()
 
 
@@ -69,17 +69,17 @@ def start(
     deepspeed: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
 ) -> Job:
-    """Start a stage on so many ranks of this machine's CPU.
+    """Start a stage on several ranks on this machine's CPU.
 
     Args:
-        stage: as in `rarec STAGE`.
-        config: of the run.
-        overrides: of its fields.
+        stage: name of the stage.
+        config: configuration of the run.
+        overrides: overrides of its fields.
         engine: one of `ENGINES`.
-        ranks: how many processes.
-        scratch: for a DeepSpeed configuration and what the ranks say.
-        deepspeed: more of DeepSpeed's configuration. It is the shipped one, but nothing stays whole for being small.
-        environment: more of the environment.
+        ranks: number of processes.
+        scratch: directory for a DeepSpeed configuration and the ranks' output.
+        deepspeed: changes to the shipped DeepSpeed configuration, in which small parameters are sharded too.
+        environment: further environment variables.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     common = {
@@ -111,7 +111,7 @@ def start(
 
 
 def finish(*arguments: Any, **keywords: Any) -> Job:
-    """Start a stage, wait for all ranks, and expect that all ended well."""
+    """Start a stage, wait for all ranks, and assert that they succeed."""
     job = start(*arguments, **keywords)
     codes = job.codes()
     assert codes == [0] * len(codes), (codes, [job.said(rank)[-3000:] for rank in range(len(codes))])
@@ -119,7 +119,7 @@ def finish(*arguments: Any, **keywords: Any) -> Job:
 
 
 def wait_for_step(run: Path, step: int, job: Job, variant: str = VARIANT) -> None:
-    """Until the log has that step, or the job has ended."""
+    """Wait until the log has a step, or the job has ended."""
     log, deadline = run / "train" / variant / "log.jsonl", time.monotonic() + 60
     while time.monotonic() < deadline and all(process.is_alive() for process in job.processes):
         if log.exists() and f'"step": {step},' in log.read_text():
@@ -128,20 +128,20 @@ def wait_for_step(run: Path, step: int, job: Job, variant: str = VARIANT) -> Non
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def copied(config: Path, to: Path) -> str:
-    """A copy of the run that a configuration stands beside; the override that points there."""
+    """Copy the run beside a configuration; return the override that points to the copy."""
     shutil.copytree(config.parent / "run", to)
     return f"run.dir={to}"
 
 
 def losses(run: Path, variant: str = VARIANT) -> list[float]:
-    """Of every step, each of which is in the log once."""
+    """Return the loss of every step; each step is in the log once."""
     lines = [json.loads(line) for line in (run / "train" / variant / "log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
@@ -149,7 +149,7 @@ def losses(run: Path, variant: str = VARIANT) -> list[float]:
 
 
 def weights(run: Path, variant: str = VARIANT) -> dict[str, torch.Tensor]:
-    """What trains and its moments, as the newest checkpoint has them."""
+    """Return the trained weights and their moments from the newest checkpoint."""
     newest = sorted((run / "train" / variant / "checkpoints").glob("step-*"))[-1]
     files = [newest / "alignment.safetensors", newest / "optimizer.safetensors"]
     adapter = newest / "lora" / "adapter_model.safetensors"
@@ -162,6 +162,6 @@ def _run(stage: str, config: Path, overrides: list[str], environment: dict[str, 
 
     torch.set_num_threads(1)
     with told.open("w") as file:
-        os.dup2(file.fileno(), 2)  # what libraries write, as well
+        os.dup2(file.fileno(), 2)  # also what libraries write
     sys.stderr = cli.console.file = os.fdopen(os.dup(2), "w", buffering=1)
     cli.guarded(lambda: launch.run(stage, config, overrides))

@@ -112,7 +112,7 @@ def test_slots_are_told_apart_by_their_roles(missing):
     module, vectors = make_module(), make_vectors()
     for name in missing:
         vectors[name][0] = 0
-    roles = module.by_role(vectors)
+    roles = module.role_masks(vectors)
     id_there, image_there = ("id" not in missing), ("image" not in missing)
     assert roles["instructions"][0].tolist() == [True, True, False, False, True, True, False]
     assert roles["vectors"][0].tolist() == [False, False, id_there, id_there, False, False, image_there]
@@ -121,8 +121,8 @@ def test_slots_are_told_apart_by_their_roles(missing):
 
 def test_without_vectors_or_instructions_a_role_is_not_there():
     blind = make_module(projections=False)
-    assert list(blind.by_role(make_vectors())) == ["instructions"]
-    assert blind.by_role(make_vectors())["instructions"].all()
+    assert list(blind.role_masks(make_vectors())) == ["instructions"]
+    assert blind.role_masks(make_vectors())["instructions"].all()
     assert make_module(instructions=0).roles == ("vectors",)
 
 

@@ -338,7 +338,7 @@ def test_pooling_by_hand():
 def test_a_decoder_is_read_behind_its_first_token():
     backbone = FrozenBackbone(tiny_model("llama", blocks=1), "mean", sink=True)
     mask_BT = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    assert backbone.read(mask_BT).tolist() == [[0, 1, 1, 0], [0, 1, 0, 0]]
+    assert backbone.read_mask(mask_BT).tolist() == [[0, 1, 1, 0], [0, 1, 0, 0]]
     ids_BT = torch.tensor([[5, 6, 7, 0], [5, 8, 0, 0]])
     words_BTD = backbone.model.get_input_embeddings()(ids_BT)
     expected_BD = torch.stack([words_BTD[0, 1:3].mean(0), words_BTD[1, 1]])

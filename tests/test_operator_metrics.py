@@ -10,7 +10,7 @@ import torch
 
 from rarec.hardware import DEVICES, known_device, peak_memory
 from rarec.training.engines import norms
-from rarec.training.engines.base import GROUPS, group_of
+from rarec.training.engines.interface import GROUPS, group_of
 from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics
 from rarec.world import SINGLE
 from tests.ranks import VARIANT, copied, finish

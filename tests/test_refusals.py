@@ -44,17 +44,17 @@ def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
 @pytest.mark.parametrize(
     ("overrides", "keywords", "said"),
     [
-        (["run.num_processes=4"], {}, ["run.num_processes is 4, but 2 processes were started", "--num_processes 4"]),
-        (["run.device=cuda"], {}, ["run.device is cuda, but PyTorch sees no GPU", "run.device=cpu"]),
-        (["run.device=auto"], {}, ["2 ranks are for GPUs, but PyTorch sees", "run.device=cpu"]),
-        (["train.batch_size=3", "train.accumulate=2"], {}, ["too small for 4 ranks", "raise train.batch_size"]),
+        (["run.num_processes=4"], {}, ["run.num_processes", "--num_processes 4"]),
+        (["run.device=cuda"], {}, ["run.device is cuda", "run.device=cpu"]),
+        (["run.device=auto"], {}, ["GPU", "run.device=cpu"]),
+        (["train.batch_size=3", "train.accumulate=2"], {}, ["4 ranks", "train.batch_size"]),
         ([], {"deepspeed": {"gradient_accumulation_steps": 3}}, ["gradient_accumulation_steps: 3", "train.accumulate"]),
-        ([], {"deepspeed": {"gradient_clipping": 9.0}}, ["gradient_clipping: 9.0", "train.clip", "take gradient_clip"]),
+        ([], {"deepspeed": {"gradient_clipping": 9.0}}, ["gradient_clipping: 9.0", "train.clip", "zero2.json"]),
         ([], {"deepspeed": {"train_batch_size": 64}}, ["train_batch_size: 64", "train.batch_size"]),
         ([], {"deepspeed": {"bf16": {"enabled": True}}}, ["bf16", "llm.dtype"]),
-        ([], {"deepspeed": {"optimizer": {"type": "Adam"}}}, ["optimizer", "the run's own to say"]),
+        ([], {"deepspeed": {"optimizer": {"type": "Adam"}}}, ["optimizer", "zero2.json"]),
         ([], {"environment": {"ACCELERATE_MIXED_PRECISION": "bf16"}}, ["mixed_precision: bf16", "llm.dtype"]),
-        ([], {"environment": {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}}, ["without a configuration", "zero2.yaml"]),
+        ([], {"environment": {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}}, ["deepspeed_config_file", "zero2.yaml"]),
     ],
 )
 def test_what_does_not_fit_is_refused_by_all_and_told_by_the_first(decoder, tmp_path, overrides, keywords, said):

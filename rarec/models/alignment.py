@@ -98,7 +98,7 @@ class SourceAlignment(nn.Module):
         has = {INSTRUCTIONS: self.instructions_LMD is not None, VECTORS: self.projections}
         return tuple(role for role in ROLES if has[role])
 
-    def of_role(self, role: str, vectors_BKE: Tensor) -> Tensor:
+    def role_mask(self, role: str, vectors_BKE: Tensor) -> Tensor:
         """Return a mask (B, M + K) of the slots with a role; for `vectors`, without those whose vector is missing."""
         count = self.shape.vectors if self.projections else 0
         are_BS = vectors_BKE.new_full((len(vectors_BKE), self.count), role == INSTRUCTIONS, dtype=torch.bool)
@@ -164,10 +164,12 @@ class AlignmentModule(nn.Module):
         """The roles of its slots, which are the same for every source."""
         return self.named_sources()[0][1].roles
 
-    def by_role(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def role_masks(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a mask (B, S) for each role; for `vectors`, without slots whose vector is missing."""
         sources = self.named_sources()
-        return {role: torch.cat([one.of_role(role, vectors[name]) for name, one in sources], 1) for role in self.roles}
+        return {
+            role: torch.cat([one.role_mask(role, vectors[name]) for name, one in sources], 1) for role in self.roles
+        }
 
     def forward(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return slots (L, B, S, D), and the projections p (L, B, K, D) of each source that has them."""

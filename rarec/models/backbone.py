@@ -82,10 +82,12 @@ class FrozenBackbone(nn.Module):
 
         They are the h~ of docs/method.md, section 4.
         """
-        text_BT = self.read(mask_BT)
-        return torch.stack(self.entering(ids_BT, mask_BT, blocks, lambda h_BTD: pool_text(h_BTD, text_BT, self.pool)))
+        text_BT = self.read_mask(mask_BT)
+        return torch.stack(
+            self.block_inputs(ids_BT, mask_BT, blocks, lambda h_BTD: pool_text(h_BTD, text_BT, self.pool))
+        )
 
-    def read(self, mask_BT: Tensor) -> Tensor:
+    def read_mask(self, mask_BT: Tensor) -> Tensor:
         """Return the mask (B, T) of positions that are read out: all of `mask_BT` but the attention sink.
 
         The state of a sink can be a hundred times as long as others, and holds nothing of the text.
@@ -93,7 +95,7 @@ class FrozenBackbone(nn.Module):
         return mask_BT * (torch.arange(mask_BT.shape[1], device=mask_BT.device) >= self.sink)
 
     @torch.no_grad()
-    def entering(
+    def block_inputs(
         self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int], reduce: Callable[[Tensor], T]
     ) -> list[T]:
         """Apply `reduce` to the hidden states (B, T, D) that enter each of `blocks`, of prompts without slots.
@@ -122,7 +124,7 @@ class FrozenBackbone(nn.Module):
         In some encoders it is narrower than hidden states.
         """
         weight = self.model.get_input_embeddings().weight
-        with whole(weight), torch.no_grad():
+        with gathered(weight), torch.no_grad():
             yield weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
 
     def fingerprint(self) -> str:
@@ -133,7 +135,7 @@ class FrozenBackbone(nn.Module):
         digest = hashlib.sha256(config_hash(self.model.config).encode())
         for name, parameter in self.trunk.named_parameters():
             if "lora_" not in name and not name.startswith("pooler."):
-                with whole(parameter):
+                with gathered(parameter):
                     flat = parameter.detach().flatten()
                     chosen = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
                     digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
@@ -194,14 +196,14 @@ def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:
     return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B].float()
 
 
-def whole(parameter: nn.Parameter) -> AbstractContextManager[None]:
+def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
     """Gather a parameter that ZeRO-3 has sharded, for reading within the context; all ranks call together."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    gathered: AbstractContextManager[None] = GatheredParameters([parameter])
-    return gathered
+    context: AbstractContextManager[None] = GatheredParameters([parameter])
+    return context
 
 
 def config_hash(config: Any) -> str:

@@ -54,21 +54,21 @@ def build_model(
         named: the sources that each side's template names.
     """
     backbone = loaded.backbone
-    count, beside = len(backbone.blocks), variant.blocks == "readout"
+    count, at_readout = len(backbone.blocks), variant.blocks == "readout"
     blocks = aligned_blocks(config, variant, count)
     # In a decoder slots come first and attend to nothing, so their last states hold nothing but the vector.
-    through = not (beside or (backbone.sink and variant.projections and config.readout.slots))
+    slots_from_blocks = not (at_readout or (backbone.sink and variant.projections and config.readout.slots))
 
     def tower(side: str) -> Tower:
-        chosen = {name: shapes[name].side(side) for name in named[side]} if blocks or not through else {}
+        chosen = {name: shapes[name].side(side) for name in named[side]} if blocks or not slots_from_blocks else {}
         m = config.alignment.instructions if variant.instructions else 0
         useful = bool(chosen) and (m > 0 or variant.projections)
-        mapped = blocks if through else (*blocks, count)
+        mapped = blocks if slots_from_blocks else (*blocks, count)
         alignment = AlignmentModule(chosen, mapped, backbone.hidden_size, m, variant.projections) if useful else None
-        reads = alignment.roles if alignment is not None and (config.readout.slots or beside) else ()
+        reads = alignment.roles if alignment is not None and (config.readout.slots or at_readout) else ()
         if backbone.sink:  # and those of instructions are the same for all users and items
             reads = tuple(role for role in reads if role != INSTRUCTIONS)
-        return Tower(alignment, ReadoutModule(backbone.hidden_size, config.readout, reads), through)
+        return Tower(alignment, ReadoutModule(backbone.hidden_size, config.readout, reads), slots_from_blocks)
 
     user, item = tower("user"), tower("item")
     plain = not config.readout.normalise

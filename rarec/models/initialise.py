@@ -176,7 +176,7 @@ class Initialiser:
         prompts = [self.prompts.item(int(row)) for row in data.encoded_N[:TYPICAL_TEXTS]]
         ids_BT, mask_BT = text_batch(prompts, self.prompts.tokenizer.filler, model.backbone.device)
         states_LD = typical_states(model.backbone, ids_BT, mask_BT, blocks)
-        return states_LD if model.user.through else torch.cat([states_LD, states_LD[-1:]])
+        return states_LD if model.user.slots_from_blocks else torch.cat([states_LD, states_LD[-1:]])
 
     def _fit_whitening(self, model: RaRec, data: InitialData) -> None:
         """Fit the whitening of every part of both readouts to users and items encoded by the variant as it is."""
@@ -194,7 +194,7 @@ class Initialiser:
                 readout.directions_ZD.copy_(directions_ZD)
             for part, whitening in readout.white.items():
                 cast(Whitening, whitening).fit(found[f"{side}.{part}"], directions_ZD)
-            if not tower.through:
+            if not tower.slots_from_blocks:
                 _rescale_last_map(tower)
 
     def moments(self, model: RaRec, side: str, data: InitialData) -> dict[str, Moments]:
@@ -291,8 +291,8 @@ def typical_states(backbone: FrozenBackbone, ids_BT: Tensor, mask_BT: Tensor, bl
 
     It is the position whose states have the largest mean cosine with those of all others, over the blocks.
     """
-    text_BT = backbone.read(mask_BT).bool()
-    states_LMD = torch.stack(backbone.entering(ids_BT, mask_BT, blocks, lambda h_BTD: h_BTD[text_BT].float()))
+    text_BT = backbone.read_mask(mask_BT).bool()
+    states_LMD = torch.stack(backbone.block_inputs(ids_BT, mask_BT, blocks, lambda h_BTD: h_BTD[text_BT].float()))
     units_LMD = F.normalize(states_LMD, dim=-1)
     cosines_M = torch.einsum("lmd,ld->m", units_LMD, units_LMD.sum(1))
     return states_LMD[:, cosines_M.argmax()]

@@ -135,13 +135,15 @@ class Tower(nn.Module):
     Args:
         alignment: the alignment module; None for text only.
         readout: the readout.
-        through: whether the states of slots after the last block are read. If not, the alignment has one more map, and
-            its output is read in their place.
+        slots_from_blocks: whether the slots' states after the last block are read. If not, the alignment has one more
+            map, and its output is read in their place.
     """
 
-    def __init__(self, alignment: AlignmentModule | None, readout: ReadoutModule, through: bool = True) -> None:
+    def __init__(
+        self, alignment: AlignmentModule | None, readout: ReadoutModule, slots_from_blocks: bool = True
+    ) -> None:
         super().__init__()
-        self.alignment, self.readout, self.through = alignment, readout, through
+        self.alignment, self.readout, self.slots_from_blocks = alignment, readout, slots_from_blocks
 
     @property
     def slots(self) -> dict[str, int]:
@@ -152,21 +154,21 @@ class Tower(nn.Module):
     def alignment_blocks(self) -> tuple[int, ...]:
         """The blocks that get slots."""
         blocks = self.alignment.blocks if self.alignment is not None else ()
-        return blocks if self.through else blocks[:-1]
+        return blocks if self.slots_from_blocks else blocks[:-1]
 
     def forward(self, backbone: FrozenBackbone, batch: SideBatch) -> Encoding:
         """Compute slots from the sources' vectors, run the frozen model, and read out text and slots."""
         if self.alignment is None:
             hidden_BTD = backbone(batch.ids_BT, batch.mask_BT)
-            text_BT = backbone.read(batch.mask_BT)
+            text_BT = backbone.read_mask(batch.mask_BT)
             return Encoding(self.readout(hidden_BTD, text_BT, hidden_BTD[:, :0], {}), None, {})
         slots_LBKD, projected = self.alignment(batch.vectors)
         blocks = self.alignment_blocks
         slots = Slots(slots_LBKD[: len(blocks)], batch.positions_BK, blocks) if blocks else None
         hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
-        text_BT = backbone.read(batch.mask_BT).scatter(1, batch.positions_BK, 0)
-        last_BKD = _at(hidden_BTD, batch.positions_BK) if self.through else slots_LBKD[-1]
-        vectors_BZ = self.readout(hidden_BTD, text_BT, last_BKD, self.alignment.by_role(batch.vectors))
+        text_BT = backbone.read_mask(batch.mask_BT).scatter(1, batch.positions_BK, 0)
+        last_BKD = _at(hidden_BTD, batch.positions_BK) if self.slots_from_blocks else slots_LBKD[-1]
+        vectors_BZ = self.readout(hidden_BTD, text_BT, last_BKD, self.alignment.role_masks(batch.vectors))
         return Encoding(vectors_BZ, slots_LBKD, projected)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 SHRINK = 0.1
 """Share of the mean variance that is added to the variance of every direction before its root is inverted, so that
 directions with next to no variance stay short. On validation users .03, .1 and .3 gave the same (RESULTS.md)."""
-FLAT = 1e-5
+CONSTANT_SHARE = 1e-5
 """States whose variance is below this share of their mean square count as constant, as those of a prompt without any
 field; otherwise rounding errors would be amplified."""
 
@@ -60,7 +60,7 @@ class Whitening(nn.Module):
 
         A part that is missing or constant in all of them holds no information, and is read as zero from then on.
         """
-        if moments.flat:
+        if moments.constant:
             self.stretch_ZZ.zero_()
             return
         found_Z, vectors_ZZ = torch.linalg.eigh(directions_ZD @ moments.covariance_DD @ directions_ZD.T)
@@ -108,15 +108,15 @@ class Moments:
         return squares_DD - torch.outer(self.mean_D, self.mean_D)
 
     @property
-    def flat(self) -> bool:
+    def constant(self) -> bool:
         """Whether there are no states, or they are constant."""
         squares = self.sums.diagonal()[:-1].sum()
-        return not self.count or float(self.covariance_DD.trace()) <= FLAT * squares / self.count
+        return not self.count or float(self.covariance_DD.trace()) <= CONSTANT_SHARE * squares / self.count
 
 
 def directions(moments: Mapping[str, Moments], hidden: int, size: int) -> Tensor:
     """Return the directions (Z, D) of largest variance, float64, with equal weight of each part; all if `size` >= D."""
-    found = [of.covariance_DD for of in moments.values() if not of.flat]
+    found = [of.covariance_DD for of in moments.values() if not of.constant]
     if size >= hidden or not found:
         return torch.eye(min(size, hidden), hidden, dtype=torch.float64)
     vectors_DD: Tensor = torch.linalg.eigh(sum(c / c.trace() for c in found)).eigenvectors

@@ -1,1 +1,1 @@
-"""Accelerator, step loop, schedule, checkpoints, resume. Knows no dataset's format."""
+"""Training: engines, data loading, the step loop, checkpoints and the watchdog; no dataset formats."""

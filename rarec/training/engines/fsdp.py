@@ -15,7 +15,7 @@ from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec
-from rarec.training.engines.base import refuse_quantised
+from rarec.training.engines.interface import refuse_quantised
 from rarec.training.engines.plain import PlainOptimisation
 from rarec.world import World
 

@@ -26,7 +26,7 @@ from rarec.config.schema import Train
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
-from rarec.training.engines.base import MOMENTS, TrainableModule, refuse_quantised
+from rarec.training.engines.interface import MOMENTS, TrainableModule, refuse_quantised
 from rarec.training.optimizer import build_optimizer, set_rate
 from rarec.world import World
 

@@ -1,4 +1,4 @@
-"""The interface between the training loop and the engines. The launcher's file chooses the engine."""
+"""The interface between the training loop and the engines; the launcher's file chooses the engine."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
