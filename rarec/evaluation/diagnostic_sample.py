@@ -142,8 +142,8 @@ def text_pass(passes: Passes, sample: SideSample, blocks: tuple[int, ...]) -> li
     for start in range(0, len(sample), passes.batch_size):
         prompts = sample.prompts[start : start + passes.batch_size]
         ids_BT, mask_BT = text_batch(prompts, passes.filler, passes.device)
-        reduce = partial(_pool_and_norms, backbone.read(mask_BT), backbone.pool)
-        parts.append(backbone.entering(ids_BT, mask_BT, blocks, reduce))
+        reduce = partial(_pool_and_norms, backbone.read_mask(mask_BT), backbone.pool)
+        parts.append(backbone.block_inputs(ids_BT, mask_BT, blocks, reduce))
     whole = [[torch.cat(same) for same in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)]
     return [TextStates(pooled_ND, float(norms.median())) for pooled_ND, norms in whole]
 
