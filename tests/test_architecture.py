@@ -38,7 +38,9 @@ def test_every_room_is_known():
     assert folders == set(ROOMS)
 
 
-@pytest.mark.parametrize("module", ["rarec.cli", "rarec.config", "rarec.doctor", "rarec.prompts", "rarec.stages", "rarec.sweep"])
+@pytest.mark.parametrize(
+    "module", ["rarec.cli", "rarec.config", "rarec.doctor", "rarec.prompts", "rarec.stages", "rarec.sweep"]
+)
 def test_light_modules_do_not_load_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

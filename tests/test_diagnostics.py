@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from rarec.artefacts import read_manifest
-from rarec.config import VARIANTS
 from rarec.config.method import Readout
-from rarec.entry import open_context
+from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.evaluation.diagnostic_sample import SideSample
 from rarec.evaluation.diagnostics import ALIGNMENT_FIELDS, diagnose, variant_diagnostics
@@ -28,8 +27,7 @@ from rarec.models.llm_attention import slot_attention, slot_shares
 from rarec.models.slots import Slots
 from rarec.models.towers import RaRec, ReadoutModule, SideBatch, Tower
 from rarec.prompts import Encoded, TextTokenizer
-from rarec.stages.context import Context
-from rarec.stages.trained import best_model
+from rarec.stages.run import Run
 from tests.synthetic import tiny_model, tiny_tokenizer
 
 HIDDEN, BLOCKS = 32, 2
@@ -283,7 +281,7 @@ def test_a_token_reads_as_its_word():
 # ---- warnings
 
 
-def diagnostics(context: Context, model: RaRec, say: Any = print) -> dict[str, Any] | None:
+def diagnostics(context: Run, model: RaRec, say: Any = print) -> dict[str, Any] | None:
     shared = (context.config, context.dataset, context.prompts, context.sources)
     return variant_diagnostics(model, "per_layer", *shared, say=say, world=context.world)
 
@@ -298,14 +296,14 @@ def block(**figures: Any) -> dict[str, Any]:
     return {**healthy, **figures}
 
 
-def warned(context: Context, blocks: list[dict[str, Any]], share: float = 0.1) -> list[dict[str, str]]:
+def warned(context: Run, blocks: list[dict[str, Any]], share: float = 0.1) -> list[dict[str, str]]:
     attention = [{"side": "item", "block": 0, "share": share, "even": 0.2}]
     return warnings({"blocks": blocks, "attention": attention}, context.config)
 
 
 @pytest.fixture(scope="module")
-def context(finished: Path) -> Context:
-    return open_context(finished, [])
+def context(finished: Path) -> Run:
+    return open_run(finished, [])
 
 
 def test_a_healthy_alignment_is_not_warned_about(context):
@@ -348,7 +346,7 @@ def test_attention_on_slots_is_nearly_nil_or_nearly_all(context, share, what):
 
 
 def test_a_random_start_is_advised_against(context, finished):
-    random = open_context(finished, ["alignment.init=random"])
+    random = open_run(finished, ["alignment.init=random"])
     assert "alignment.init: ridge (now random)" in warned(random, [block(instruction_norm=0.2)])[0]["advice"]
 
 
@@ -359,7 +357,7 @@ def test_a_warning_counts_the_blocks_together(context):
 
 def test_a_collapsed_alignment_is_warned_about(context):
     """W all but nothing: every item has nearly the same slot."""
-    model = best_model(context, VARIANTS["per_layer"])
+    model = context.stage("train", "per_layer").best_model()
     with torch.no_grad():
         for tower in (model.user, model.item):
             for _, source in tower.alignment.named_sources():
@@ -379,7 +377,7 @@ def test_a_collapsed_alignment_is_warned_about(context):
 
 
 def test_a_run_leaves_diagnostics_of_validation_users_and_items(context):
-    found = read_json(context.paths.evaluation / "diagnostics.json")
+    found = read_json(context.directory("evaluate") / "diagnostics.json")
     assert (found["variant"], found["n"]) == ("per_layer", {"user": 60, "item": 40})
     assert [(row["side"], row["source"], row["block"]) for row in found["blocks"]] == [
         ("user", "id", 0), ("user", "id", 1), ("item", "id", 0), ("item", "id", 1),
@@ -389,7 +387,7 @@ def test_a_run_leaves_diagnostics_of_validation_users_and_items(context):
         assert 1 <= row["projection_rank"] <= 16
     assert all(0 < row["share"] < 1 for row in found["attention"])
     assert len(found["words"]) == 2 * (context.config.alignment.instructions + 5)
-    assert "diagnostics.json" in read_manifest(context.paths.evaluation, "evaluate")["files"]
+    assert "diagnostics.json" in read_manifest(context.directory("evaluate"), "evaluate")["files"]
 
 
 def test_users_are_read_up_to_their_validation_target_only(context):
@@ -400,25 +398,25 @@ def test_users_are_read_up_to_their_validation_target_only(context):
 
 
 def test_the_report_shows_the_alignment(context):
-    page = (context.paths.report / "report.html").read_text()
+    page = (context.directory("report") / "report.html").read_text()
     section = page[page.index('<section id="alignment">') :]
     section = section[: section.index("</section>")]
     assert section.count("<svg") == 3
     assert "60 users and 40 items" in section
-    warned = read_json(context.paths.evaluation / "diagnostics.json")["warnings"]
+    warned = read_json(context.directory("evaluate") / "diagnostics.json")["warnings"]
     assert section.count('class="sanity_check worse"') == len(warned)
     assert section.count('class="sanity_check better"') == (not warned)
 
 
-def evaluation_with(context: Context, tmp_path: Path, change: Any) -> Context:
+def evaluation_with(context: Run, tmp_path: Path, change: Any) -> Run:
     """A copy of the run with another diagnostics.json, or without it."""
-    run = shutil.copytree(context.paths.root, tmp_path / "run")
+    run = shutil.copytree(context.root, tmp_path / "run")
     path = run / "evaluation" / "diagnostics.json"
     found = change(read_json(path))
     path.unlink()
     if found is not None:
         write_json(path, found)
-    return open_context(context.paths.root.parent / "config.yaml", [f"run.dir={run}"])
+    return open_run(context.root.parent / "config.yaml", [f"run.dir={run}"])
 
 
 def test_an_older_evaluation_is_reported_without(context, tmp_path):
@@ -433,7 +431,7 @@ def test_a_healthy_run_says_so_and_a_missing_figure_is_left_out(context, tmp_pat
     section = page[page.index('<section id="alignment">') :]
     assert section[: section.index("</section>")].count('class="sanity_check better"') == 1
     assert "no attention weights" in section
-    assert page.count("<svg") == (context.paths.report / "report.html").read_text().count("<svg") - 1
+    assert page.count("<svg") == (context.directory("report") / "report.html").read_text().count("<svg") - 1
 
 
 def test_a_side_without_a_figure_leaves_its_panel_empty(context, tmp_path):
@@ -459,4 +457,4 @@ def test_a_row_that_lacks_a_figure_is_named(context, tmp_path):
 
 
 def test_a_variant_without_slots_has_no_diagnostics(context):
-    assert diagnostics(context, best_model(context, VARIANTS["text_only"])) is None
+    assert diagnostics(context, context.stage("train", "text_only").best_model()) is None

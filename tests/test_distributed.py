@@ -7,10 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rarec.entry import open_context
+from rarec.entry import open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.files import read_json
-from rarec.stages.run import STAGES
 from rarec.training.engines.zero_op import MARK, load_cpu_op, op_directory
 from tests.ranks import ENGINES, VARIANT, copied, finish, losses, start, weights
 from tests.synthetic import write_llm
@@ -28,7 +27,7 @@ TRAIN = [
 def alone(decoder, tmp_path_factory) -> Path:
     """A run trained by one process without a launcher."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    STAGES["train"](open_context(decoder, [copied(decoder, run), *TRAIN]))
+    open_run(decoder, [copied(decoder, run), *TRAIN]).make("train")
     return run
 
 
@@ -77,7 +76,7 @@ def half(decoder, tmp_path_factory) -> Path:
     place = copied(decoder, run)
     shutil.rmtree(run / "shards")
     for stage in ("shards", "train"):
-        STAGES[stage](open_context(decoder, [place, "run.device=cpu", *HALF]))
+        open_run(decoder, [place, "run.device=cpu", *HALF]).make(stage)
     return run
 
 
@@ -100,9 +99,9 @@ def test_a_model_in_four_bits_trains_alike(decoder, tmp_path, engine):
     one, two = tmp_path / "one", tmp_path / "two"
     place = copied(decoder, one)
     shutil.rmtree(one / "shards")
-    STAGES["shards"](open_context(decoder, [place, "run.device=cpu", *few]))
+    open_run(decoder, [place, "run.device=cpu", *few]).make("shards")
     shutil.copytree(one, two)
-    STAGES["train"](open_context(decoder, [place, "run.device=cpu", *few]))
+    open_run(decoder, [place, "run.device=cpu", *few]).make("train")
     finish("train", decoder, [f"run.dir={two}", *few], engine=engine, scratch=tmp_path)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert any(tensor.abs().max() > 0 for name, tensor in weights(two).items() if "lora_B" in name)
@@ -122,7 +121,7 @@ def judged(decoder, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("judged") / "run"
     place = copied(decoder, run)
     for stage in ("train", "evaluate"):
-        STAGES[stage](open_context(decoder, [place, *FIGURES]))
+        open_run(decoder, [place, *FIGURES]).make(stage)
     return run
 
 

@@ -11,10 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from rarec.config import VARIANTS
-from rarec.entry import open_context
-from rarec.stages.run import STAGES
-from rarec.stages.trained import best_model, checkpoints_of
+from rarec.entry import open_run
 from tests.ranks import VARIANT, copied, finish, losses, start, wait_for_step, weights
 
 TRAIN = [
@@ -49,7 +46,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decode
         wait_for_step(killed, step, job)
         os.kill(job.processes[int(rng.integers(2))].pid, signal.SIGKILL)
         job.codes(timeout=0.5)
-        assert not (killed / "train" / VARIANT / "done.json").exists()
+        assert not (killed / "train" / VARIANT / "manifest.json").exists()
     finish(*arguments, engine=engine, scratch=tmp_path)
     assert_equal(weights(killed), weights(whole))
     assert losses(killed) == losses(whole)
@@ -59,7 +56,7 @@ def test_from_two_ranks_to_one_and_back_over_engines_in_mid_epoch(decoder, tmp_p
     """ZeRO-3 on two ranks, ZeRO-2 on one, none, ZeRO-3 on two again: SIGTERM to one rank stops all after their step."""
     still = [*TRAIN[:-1], "lora.dropout=0.0"]  # dropout depends on the rank
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    STAGES["train"](open_context(decoder, [copied(decoder, whole), "run.device=cpu", *still]))
+    open_run(decoder, [copied(decoder, whole), "run.device=cpu", *still]).make("train")
     arguments = "train", decoder, [copied(decoder, moved), *still]
     for step, engine, ranks in ((7, "zero3", 2), (19, "zero2", 1), (33, "ddp", 1)):
         job = start(*arguments, engine=engine, ranks=ranks, scratch=tmp_path)
@@ -92,7 +89,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(decoder,
             ballast.write_bytes(bytes(8 << 20))
         assert job.codes() == [2, 2], job.said()
         assert "No space left on device" in job.said()
-        checkpoints = checkpoints_of(open_context(decoder, [place, *TRAIN]), VARIANTS[VARIANT])
+        checkpoints = open_run(decoder, [place, *TRAIN]).stage("train", VARIANT).checkpoints()
         for step in checkpoint_steps(small):
             checkpoints.verify(step)
         ballast.unlink()
@@ -106,13 +103,13 @@ def test_an_adapter_saved_under_zero_3_is_whole_and_loads_in_stock_peft(decoder,
     run = tmp_path / "run"
     overrides = [copied(decoder, run), *TRAIN[:1], "train.max_steps=4", "lora.dropout=0.0"]
     finish("train", decoder, overrides, engine="zero3", scratch=tmp_path)
-    context = open_context(decoder, [*overrides, "run.device=cpu"])
+    context = open_run(decoder, [*overrides, "run.device=cpu"])
     adapter = sorted((run / "train" / VARIANT / "checkpoints").glob("step-*"))[-1] / "lora"
     saved = load_file(adapter / "adapter_model.safetensors")
     assert saved
     assert all(tensor.numel() for tensor in saved.values())
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
-    ours = best_model(context, VARIANTS[VARIANT]).backbone
+    ours = context.stage("train", VARIANT).best_model().backbone
     from transformers import AutoModelForCausalLM
 
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder.parent / "llm"), adapter).eval()

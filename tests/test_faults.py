@@ -14,16 +14,12 @@ import torch
 import yaml
 
 from rarec.artefacts import read_manifest
-from rarec.entry import guarded, open_context
+from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.files import read_json
 from rarec.ranking import EvalBatch, Ranker
-from rarec.stages.evaluate import evaluate
 from rarec.stages.export import recommend
-from rarec.stages.report import report
-from rarec.stages.run import STAGES, run
-from rarec.stages.shards import ShardParts, finished_shards, shards
-from rarec.stages.train import train
+from rarec.stages.shard_content import ShardContent
 from tests.processes import be_killed_at_rename
 
 START = multiprocessing.get_context("forkserver")  # imports once, in a process without threads
@@ -38,7 +34,7 @@ def copied(finished: Path, tmp_path: Path) -> str:
 
 
 def run_directory(config: Path) -> Path:
-    return Path(open_context(config, []).config.run.dir)
+    return Path(open_run(config, []).config.run.dir)
 
 
 def run_until(config: Path, overrides: list[str], renames: int, file_bytes: int) -> None:
@@ -50,7 +46,7 @@ def run_until(config: Path, overrides: list[str], renames: int, file_bytes: int)
     from rarec import cli
 
     cli.console.file = sys.stderr
-    guarded(lambda: run(open_context(config, overrides)))
+    guarded(lambda: run(open_run(config, overrides)))
 
 
 def outcome(config: Path, overrides: list[str], renames: int = -1, file_bytes: int = resource.RLIM_INFINITY) -> int:
@@ -122,8 +118,8 @@ def test_a_json_file_that_is_torn_or_something_else_is_refused_by_name(finished,
 def use_everything(config: Path, place: str) -> None:
     for name, stage in STAGES.items():
         if name != "report":
-            stage(open_context(config, [place]))
-    recommend(open_context(config, [place]), "u001", 1)
+            stage(open_run(config, [place]))
+    recommend(open_run(config, [place]), "u001", 1)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +141,7 @@ def test_a_file_with_one_byte_changed_is_refused_by_name(finished, copied, file,
     data[len(data) // 2] ^= 1
     (place / file).write_bytes(data)
     with pytest.raises(UserError, match=file.replace(".", r"\.")):
-        stage(open_context(finished, [copied]))
+        stage(open_run(finished, [copied]))
 
 
 @pytest.mark.parametrize(
@@ -165,31 +161,31 @@ def test_a_file_with_one_byte_changed_is_refused_by_name(finished, copied, file,
 )
 def test_a_stage_refuses_what_was_made_by_another_configuration(finished, copied, override, stage, match):
     with pytest.raises(UserError, match=match) as error:
-        STAGES[stage](open_context(finished, [copied, override]))
+        open_run(finished, [copied, override]).make(stage)
     assert "--fresh" in str(error.value)
 
 
 def test_a_retrained_variant_makes_its_evaluation_stale_and_an_equal_one_does_not(finished, copied):
-    train(open_context(finished, [copied], fresh=True))
-    evaluate(open_context(finished, [copied]))
-    train(open_context(finished, [copied, "train.lr=0.02"], fresh=True))
+    open_run(finished, [copied], fresh=True).make("train")
+    open_run(finished, [copied]).make("evaluate")
+    open_run(finished, [copied, "train.lr=0.02"], fresh=True).make("train")
     with pytest.raises(UserError, match=r"was made from another (text_only|per_layer)"):
-        evaluate(open_context(finished, [copied, "train.lr=0.02"]))
+        open_run(finished, [copied, "train.lr=0.02"]).make("evaluate")
 
 
 def test_a_bundle_is_used_with_the_pooling_it_was_trained_with(finished, copied):
     with pytest.raises(UserError, match=r"readout\.pool: \"mean\" -> \"last\""):
-        recommend(open_context(finished, [copied, "readout.pool=last"]), "u001", 1)
+        recommend(open_run(finished, [copied, "readout.pool=last"]), "u001", 1)
 
 
 def test_an_variant_that_is_exported_but_not_trained_is_refused_before_anything_is_made(finished, tmp_path):
     with pytest.raises(UserError, match=r"`export\.variant`: input is not among train\.variants"):
-        run(open_context(finished, [f"run.dir={tmp_path / 'run'}", "export.variant=input"]))
+        run(open_run(finished, [f"run.dir={tmp_path / 'run'}", "export.variant=input"]))
     assert not (tmp_path / "run").exists()
 
 
 def test_stages_that_need_no_exported_variant_do_not_ask_for_it(finished, tmp_path):
-    context = open_context(finished, [f"run.dir={tmp_path / 'run'}", "export.variant=input"])
+    context = open_run(finished, [f"run.dir={tmp_path / 'run'}", "export.variant=input"])
     run(context, ["prepare", "ids"])
     assert context.dataset.hash == context.sources["id"].manifest["made_from"]["prepare"]
     for stages in (["shards", "evaluate"], ["train", "export"], ["report"]):
@@ -200,13 +196,13 @@ def test_stages_that_need_no_exported_variant_do_not_ask_for_it(finished, tmp_pa
 
 def test_prompts_without_slots_are_refused(finished, copied):
     with pytest.raises(UserError, match="source 'id' stands in neither"):
-        shards(open_context(finished, [copied, "prompt.user='{history}'", "prompt.item='{title}'"], fresh=True))
+        open_run(finished, [copied, "prompt.user='{history}'", "prompt.item='{title}'"], fresh=True).make("shards")
 
 
 @pytest.mark.parametrize(("field", "stage"), [("shards.state_blocks", shards), ("train.blocks", train)])
 def test_a_block_that_the_model_lacks_is_refused(finished, copied, field, stage):
     with pytest.raises(UserError, match=rf"{field}: the model has blocks 0 to 1, not 2"):
-        stage(open_context(finished, [copied, f"{field}=[2]"], fresh=True))
+        stage(open_run(finished, [copied, f"{field}=[2]"], fresh=True))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +218,7 @@ def test_a_fresh_stage_that_fails_leaves_what_was_made_before(finished, copied, 
     place = Path(copied.removeprefix("run.dir=")) / stage
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     with pytest.raises(UserError):
-        STAGES[stage](open_context(finished, [copied, override], fresh=True))
+        open_run(finished, [copied, override], fresh=True).make(stage)
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
 
 
@@ -230,18 +226,18 @@ def test_killed_shards_of_other_settings_leave_no_tar_behind(finished, copied):
     place = Path(copied.removeprefix("run.dir="))
     (place / "shards" / "manifest.json").unlink()
     (place / "shards" / ".000009.tar.aside-1").write_bytes(b"torn")
-    shards(open_context(finished, [copied, "shards.samples_per_shard=200"]))
+    open_run(finished, [copied, "shards.samples_per_shard=200"]).make("shards")
     assert sorted(path.name for path in (place / "shards").glob("*.tar")) == ["000000.tar", "000001.tar"]
     assert not asides(place / "shards")
 
 
 def test_cut_prompts_are_counted_whoever_made_the_samples(finished, copied):
     """After a kill and for all that it left: the manifest says what one sitting would have said."""
-    context = open_context(finished, [copied, "prompt.max_tokens=24"], fresh=True)
-    shards(context)
-    told = finished_shards(context)["cut_prompts"]["user"]
-    assert 0 < told < finished_shards(context)["samples"]
-    parts = ShardParts(context)
+    context = open_run(finished, [copied, "prompt.max_tokens=24"], fresh=True)
+    context.make("shards")
+    told = context.stage("shards").require(outside=True)["cut_prompts"]["user"]
+    assert 0 < told < context.stage("shards").require(outside=True)["samples"]
+    parts = ShardContent(context)
     assert parts.cut_users() == told  # nothing of it made here
     list(parts.samples(range(10, 30)))
     assert parts.cut_users() == told
@@ -255,15 +251,15 @@ def test_a_path_may_hold_what_means_something_elsewhere(finished, tmp_path):
     tree["run"]["dir"] = str(place)
     config = tmp_path / "with spaces.yaml"
     config.write_text(yaml.safe_dump(tree))
-    train(open_context(config, []))
-    report(open_context(config, []))
+    open_run(config, []).make("train")
+    open_run(config, []).make("report")
     assert read_manifest(place / "train" / "per_layer", "train")
 
 
 def test_memory_of_a_ranking_does_not_grow_with_the_users(finished):
     from rarec.data.dataset import Targets
 
-    dataset = open_context(finished, []).dataset
+    dataset = open_run(finished, []).dataset
     items_NZ = np.random.default_rng(0).standard_normal((dataset.n_items, 8)).astype(np.float32)
     ranker = Ranker(items_NZ, lambda rows, histories: items_NZ[[history[-1] for history in histories]])
 

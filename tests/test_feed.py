@@ -19,16 +19,15 @@ import torch
 
 from rarec.config import VARIANTS
 from rarec.data.shards.index import key_of, map_npy, open_index
-from rarec.entry import STOPPED, open_context
+from rarec.entry import STOPPED, open_run
 from rarec.errors import UserError
 from rarec.files import read_json
 from rarec.models import initialise
 from rarec.models.initialise import collect_initial_data
 from rarec.models.losses import Objective
-from rarec.stages.context import Context
-from rarec.stages.shards import ITEM_STATES, finished_shards, shards
-from rarec.stages.train import open_feed, open_initialiser, open_stream, train
-from rarec.stages.trained import finished_training
+from rarec.stages.run import Run
+from rarec.stages.shard_content import ITEM_STATES
+from rarec.stages.train import open_feed, open_initialiser, open_stream
 from rarec.training.checkpoints import Checkpoints
 from rarec.training.feed import first_samples
 from tests.processes import workers_of
@@ -49,13 +48,13 @@ class Run:
         self.finished, self.directory, self.told = finished, directory, []
         self.place = untrained(finished, directory)
 
-    def context(self, *overrides: str) -> Context:
-        context = open_context(self.finished, [self.place, *SHORT, *overrides])
+    def context(self, *overrides: str) -> Run:
+        context = open_run(self.finished, [self.place, *SHORT, *overrides])
         context.say = self.told.append
         return context
 
     def train(self, *overrides: str) -> "Run":
-        train(self.context(*overrides))
+        self.context(*overrides).make("train")
         return self
 
     @property
@@ -64,7 +63,7 @@ class Run:
 
     @property
     def done(self) -> dict:
-        return read_json(self.variant / "done.json")
+        return read_json(self.variant / "manifest.json")
 
     def damage(self, *numbers: int) -> list[str]:
         """Flip a byte in each of these samples, or flip it back; returns their names."""
@@ -145,7 +144,7 @@ def test_a_damaged_sample_ends_the_training_by_name_and_a_mended_one_lets_it_go_
     with pytest.raises(UserError, match=rf"{file}, sample {key}: ") as error:
         run.train("train.epochs=1")
     assert "--verify --repair" in error.value.remedy
-    assert not (run.variant / "done.json").exists()
+    assert not (run.variant / "manifest.json").exists()
     run.damage(5)
     whole = Run(finished, tmp_path / "whole").train("train.epochs=1")
     assert equal(whole, run.train("train.epochs=1"))
@@ -251,7 +250,7 @@ def test_training_from_afar_is_training_here(finished, tmp_path):
     far = tmp_path / "far"
     (there.directory / "shards").rename(far)
     remote = f"train.stream.remote=file://{far}"
-    shards(there.context(remote))
+    there.context(remote).make("shards")
     assert equal(here, there.train(remote))
     assert not list((there.directory / "shards").glob("*.tar"))
     assert len(list((there.directory / "cache").glob("*.tar"))) == len(list(far.glob("*.tar")))
@@ -274,7 +273,7 @@ def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeyp
     monkeypatch.setattr(initialise, "ALIGNMENT_ITEMS", 10)
     monkeypatch.setattr(initialise, "WHITENING_SIZE", 3)
     context = run.context()
-    feed = open_feed(context, finished_shards(context))
+    feed = open_feed(context, context.stage("shards").require(outside=True))
     stream, items = open_stream(context, feed, np.array([], np.int64)), context.dataset.n_items
     starts = [collect_initial_data(first_samples(stream, 4), context.sources, items, 17) for _ in range(2)]
     rows = starts[0].items_N
@@ -314,11 +313,11 @@ def test_a_variant_starts_with_every_part_white(finished, tmp_path, kind):
     context = run.context()
     if kind == "decoder":
         context = run.context(f"llm.path={write_llm(tmp_path / 'llama', 'llama')}")
-        shutil.rmtree(context.paths.shards)
-        shards(context)
+        shutil.rmtree(context.directory("shards"))
+        context.make("shards")
     assert context.llm.identity["kind"] == kind
-    feed = open_feed(context, finished_shards(context))
-    states_NLD = map_npy(context.paths.shards / ITEM_STATES)
+    feed = open_feed(context, context.stage("shards").require(outside=True))
+    states_NLD = map_npy(context.directory("shards") / ITEM_STATES)
     stream = open_stream(context, feed, np.array([], np.int64))
     initialiser = open_initialiser(context, feed.manifest["state_blocks"], states_NLD)
     model = initialiser.new_model(VARIANTS[VARIANT], partial(first_samples, stream)).eval()

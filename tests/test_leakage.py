@@ -11,11 +11,8 @@ import pytest
 from rarec.data.dataset import PreparedDataset
 from rarec.data.preparation.leakage import check_no_leaks, training_mask
 from rarec.data.selection.sampling import select_samples
-from rarec.entry import open_context
+from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.stages.ids import ids
-from rarec.stages.prepare import prepare
-from rarec.stages.shards import shards
 from tests.conftest import make_world
 from tests.datasets import prepared
 
@@ -42,17 +39,17 @@ def change_last(log: Path, places: tuple[int, ...]) -> None:
 
 def trained_from(config: Path) -> dict[str, Any]:
     """Everything that training reads, after the stages that make it."""
-    context = open_context(config, FIXED)
+    context = open_run(config, FIXED)
     for stage in (prepare, ids, shards):
         stage(context)
-    shard_files = sorted(context.paths.shards.glob("*.tar"))
+    shard_files = sorted(context.directory("shards").glob("*.tar"))
     selection = select_samples(context.dataset, context.config.shards, 17)
     return {
         "counts": context.dataset.train_counts_N.tolist(),
         "selection": (selection.user_rows.tolist(), selection.positions.tolist()),
-        "ID vectors": (context.paths.source("id") / "items.npy").read_bytes(),
+        "ID vectors": (context.directory("ids", "id") / "items.npy").read_bytes(),
         "tars": [path.read_bytes() for path in shard_files],
-        "states": (context.paths.shards / "item_states.npy").read_bytes(),
+        "states": (context.directory("shards") / "item_states.npy").read_bytes(),
     }
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from rarec.config import VARIANTS, RunConfig
 from rarec.data.shards.index import INDEX
-from rarec.entry import open_context
+from rarec.entry import open_run
 from rarec.models.build import SourceShape
 from rarec.planning.activations import MemoryTracker, StepShape, step_activations
 from rarec.planning.cluster import ENGINES
@@ -22,7 +22,7 @@ from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, rank_memory
 from rarec.planning.step_time import step_traffic
 from rarec.stages.feed import Feed
 from rarec.stages.plan import plan
-from rarec.stages.shards import finished_shards
+from rarec.stages.shard_content import 
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
 from tests.synthetic import write_llm
 
@@ -220,26 +220,26 @@ def test_prompts_are_bounded_by_the_configuration(llama):
 
 
 def test_samples_and_lengths_are_those_of_the_shards(finished):
-    made = plan(open_context(finished, []), GPU, None)
+    made = plan(open_run(finished, []), GPU, None)
     index = np.load(finished.parent / "run" / "shards" / INDEX)
     samples = made.calculator.samples
     assert samples.count == len(index)
     assert index["tokens"].max() <= samples.user_prompts.longest < index["tokens"].max() + 16
-    steps = json.loads((finished.parent / "run" / "train" / "per_layer" / "done.json").read_text())["step"]
+    steps = json.loads((finished.parent / "run" / "train" / "per_layer" / "manifest.json").read_text())["step"]
     assert made.calculator.steps("per_layer") >= steps
     assert made.calculator.steps("text_only") == made.calculator.steps("per_layer")
-    bare = plan(open_context(finished, ["readout.head=false"]), GPU, None)
+    bare = plan(open_run(finished, ["readout.head=false"]), GPU, None)
     assert bare.calculator.steps("text_only") == 0
 
 
 def test_shards_of_other_settings_do_not_count(finished, capsys):
-    made = plan(open_context(finished, ["prompt.max_history=3"]), GPU, None)
+    made = plan(open_run(finished, ["prompt.max_history=3"]), GPU, None)
     assert made.calculator.samples is None
     assert "other settings" in capsys.readouterr().err
 
 
 def test_checkpoint_and_bundle_are_as_large_as_planned(finished):
-    variant = plan(open_context(finished, []), GPU, None).calculator.meta_model("per_layer", False)
+    variant = plan(open_run(finished, []), GPU, None).calculator.meta_model("per_layer", False)
     checkpoint = next((finished.parent / "run" / "train" / "per_layer" / "checkpoints").glob("step-*"))
     header = 4096
     for file, planned in (
@@ -262,15 +262,15 @@ def test_the_dimension_of_imported_vectors_is_read_from_their_header(llama, tmp_
     np.save(tmp_path / "users.npy", np.zeros((4, 3, 7), np.float32))
     imported = {"items": str(file), "users": str(tmp_path / "users.npy")}
     path = written(tmp_path, llama, ids={"model": "import", "imported": imported})
-    made = plan(open_context(path, []), GPU, None)
+    made = plan(open_run(path, []), GPU, None)
     assert made.calculator.builder.sources == {"id": SourceShape(7, 3)}
 
 
 def test_under_a_token_budget_steps_and_the_largest_batch_are_those_of_the_training(finished):
     """Short prompts make batches of more samples than the budget holds of the longest."""
-    context = open_context(finished, ["train.tokens_per_batch=700"])
+    context = open_run(finished, ["train.tokens_per_batch=700"])
     made = plan(context, GPU, None).calculator
-    stream = Feed(context, finished_shards(context)).stream(np.array([], np.int64))
+    stream = Feed(context, context.stage("shards").require(outside=True)).stream(np.array([], np.int64))
     sizes = [len(batch) for batch in stream.plan.batches(0)]
     assert (made.batches.count, made.batches.smallest) == (len(sizes), min(sizes))
     assert made.batches.mean_size == pytest.approx(np.mean(sizes))

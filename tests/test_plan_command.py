@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from rarec import cli
-from rarec.entry import open_context
+from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.hardware import known_device
 from rarec.planning.advice import advise, plan_variants, smallest_change
@@ -105,7 +105,7 @@ def test_where_nothing_helps_it_says_so(large):
 
 
 def lines(path: Path, cluster: Cluster, asked: str | None = None, overrides: tuple[str, ...] = ()) -> str:
-    made = plan(open_context(path, list(overrides)), cluster, parse_engine(asked) if asked else None)
+    made = plan(open_run(path, list(overrides)), cluster, parse_engine(asked) if asked else None)
     return "\n".join(part for part in render(made, "mine.yaml run.seed=3") if isinstance(part, str))
 
 
@@ -234,7 +234,7 @@ def test_memory_has_units_of_both_kinds_and_the_devices_own_by_default():
 def test_runs_that_cannot_be_planned_are_refused_with_the_remedy(llama, tmp_path, sections, zero, problem, remedy):
     path = written(tmp_path, llama, **sections)
     with pytest.raises(UserError) as error:
-        plan(open_context(path, []), replace(GPU, gpus=8), zero)
+        plan(open_run(path, []), replace(GPU, gpus=8), zero)
     assert problem in error.value.problem
     assert remedy in error.value.remedy
 
@@ -242,9 +242,9 @@ def test_runs_that_cannot_be_planned_are_refused_with_the_remedy(llama, tmp_path
 def test_four_bits_are_refused_where_weights_are_sharded(llama, tmp_path):
     path = written(tmp_path, llama, llm={"quantize": "nf4"})
     with pytest.raises(UserError, match=r"llm\.quantize: --zero 3") as error:
-        plan(open_context(path, []), replace(GPU, gpus=2), "3")
+        plan(open_run(path, []), replace(GPU, gpus=2), "3")
     assert "--zero 2" in error.value.remedy
-    assert set(plan(open_context(path, []), replace(GPU, gpus=2), None).memories) == {"0", "1", "2"}
+    assert set(plan(open_run(path, []), replace(GPU, gpus=2), None).memories) == {"0", "1", "2"}
 
 
 def test_a_stage_that_is_none_is_refused():

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from rarec.evaluation.figures import pairs_of_interest
+
 from rarec.evaluation.fusion import LIMIT, fuse
 from rarec.ranking import EvalBatch, Ranker, rank_targets, rank_users
 

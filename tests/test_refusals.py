@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rarec.config import VARIANTS
-from rarec.entry import open_context
+from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import read_json, sha256_file
-from rarec.stages.run import STAGES
-from rarec.stages.trained import checkpoints_of
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from tests.ranks import copied, start, wait_for_step
 from tests.test_diagnostics import make_model
@@ -96,9 +93,9 @@ def test_four_bits_are_not_for_engines_that_shard_frozen_weights(decoder, tmp_pa
 def trained(decoder, tmp_path):
     """A finished short training with checkpoints of steps 2 and 4, as if it had been killed after the last of them."""
     overrides = [copied(decoder, tmp_path / "run"), *SHORT]
-    context = open_context(decoder, overrides)
-    STAGES["train"](context)
-    (tmp_path / "run" / "train" / "per_layer" / "done.json").unlink()
+    context = open_run(decoder, overrides)
+    context.make("train")
+    (tmp_path / "run" / "train" / "per_layer" / "manifest.json").unlink()
     return tmp_path / "run" / "train" / "per_layer"
 
 
@@ -109,9 +106,9 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_it_is_used(decoder, traine
     whole = {path.name: sha256_file(path) for path in (directory / "checkpoints" / "step-00000004").iterdir()}
     harm(directory / "checkpoints" / "step-00000004" / name)
     told: list[str] = []
-    again = open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT])
+    again = open_run(decoder, [f"run.dir={directory.parents[1]}", *SHORT])
     again.say = told.append
-    STAGES["train"](again)
+    again.make("train")
     assert any(f"step-00000004/{name}" in line and line.endswith("step-00000002") for line in told)
     found = {path.name: sha256_file(path) for path in (directory / "checkpoints" / "step-00000004").iterdir()}
     for file in ("alignment.safetensors", "optimizer.safetensors"):
@@ -124,7 +121,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew_in_silence(decoder, 
         flip(directory / "checkpoints" / step / "alignment.safetensors")
     for _ in range(2):  # not the second time either
         with pytest.raises(UserError, match="2 checkpoints") as error:
-            STAGES["train"](open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT]))
+            open_run(decoder, [f"run.dir={directory.parents[1]}", *SHORT]).make("train")
         assert "--fresh" in error.value.remedy
 
 
@@ -164,38 +161,38 @@ FIRST_IS_BEST = [*SHORT, "train.lr=1e-12", "train.lr_slots=1e-12"]
 def test_where_the_best_is_torn_training_ends_with_one_that_is_there(decoder, tmp_path):
     """Killed at its end: no step is left to be taken, so what is there is validated again."""
     overrides = [copied(decoder, tmp_path / "run"), *FIRST_IS_BEST]
-    STAGES["train"](open_context(decoder, overrides))
-    done = tmp_path / "run" / "train" / "per_layer" / "done.json"
+    open_run(decoder, overrides).make("train")
+    done = tmp_path / "run" / "train" / "per_layer" / "manifest.json"
     assert (read_json(done)["best_step"], read_json(done)["step"]) == (2, 4)
     done.unlink()
     flip(done.parent / "checkpoints" / "step-00000002" / "alignment.safetensors")
-    STAGES["train"](open_context(decoder, overrides))
+    open_run(decoder, overrides).make("train")
     assert read_json(done)["best_step"] == 4
-    STAGES["evaluate"](open_context(decoder, overrides))
+    open_run(decoder, overrides).make("evaluate")
 
 
 def test_a_finished_training_whose_best_is_torn_is_refused_and_what_is_advised_helps(decoder, tmp_path):
     overrides = [copied(decoder, tmp_path / "run"), *FIRST_IS_BEST]
-    STAGES["train"](open_context(decoder, overrides))
+    open_run(decoder, overrides).make("train")
     directory = tmp_path / "run" / "train" / "per_layer"
-    before = read_json(directory / "done.json")
+    before = read_json(directory / "manifest.json")
     flip(directory / "checkpoints" / "step-00000002" / "alignment.safetensors")
-    STAGES["train"](open_context(decoder, overrides))  # it is finished, and stays as it is
+    open_run(decoder, overrides).make("train")  # it is finished, and stays as it is
     with pytest.raises(UserError, match=r"step-00000002/alignment\.safetensors") as error:
-        STAGES["evaluate"](open_context(decoder, overrides))
+        open_run(decoder, overrides).make("evaluate")
     assert str(directory) in error.value.remedy
     assert "rarec train CONFIG" in error.value.remedy
     shutil.rmtree(directory)
-    STAGES["train"](open_context(decoder, overrides))
-    STAGES["evaluate"](open_context(decoder, overrides))
-    assert {**read_json(directory / "done.json"), "seconds": 0} == {**before, "seconds": 0}
+    open_run(decoder, overrides).make("train")
+    open_run(decoder, overrides).make("evaluate")
+    assert {**read_json(directory / "manifest.json"), "seconds": 0} == {**before, "seconds": 0}
 
 
 @pytest.mark.parametrize("other", ["readout.pool=last", "alignment.instructions=1"])
 def test_shards_with_states_pooled_otherwise_or_prompts_cut_otherwise_are_refused(decoder, trained, other):
     field = other.partition("=")[0].partition(".")[2]
     with pytest.raises(UserError, match=rf"shards .*{field}") as error:
-        STAGES["train"](open_context(decoder, [f"run.dir={trained.parents[1]}", *SHORT, other]))
+        open_run(decoder, [f"run.dir={trained.parents[1]}", *SHORT, other]).make("train")
     assert "rarec shards CONFIG --fresh" in error.value.remedy
 
 
@@ -203,20 +200,20 @@ def test_shards_with_states_pooled_otherwise_or_prompts_cut_otherwise_are_refuse
 def test_a_checkpoint_of_another_training_is_refused(decoder, trained, tmp_path, other):
     """Another alignment shape, other data (the seed selects them), other settings."""
     directory = trained
-    foreign = open_context(decoder, [copied(decoder, tmp_path / "other"), *SHORT, other])
+    foreign = open_run(decoder, [copied(decoder, tmp_path / "other"), *SHORT, other])
     if not other.startswith("train."):
         for stage in ("prepare", "ids", "shards"):
             foreign.fresh = True
-            STAGES[stage](foreign)
+            foreign.make(stage)
         foreign.fresh = False
-    STAGES["train"](foreign)
+    foreign.make("train")
     theirs = tmp_path / "other" / "train" / "per_layer" / "checkpoints" / "step-00000004"
     place = directory / "checkpoints" / "step-00000004"
     shutil.rmtree(place)
     shutil.copytree(theirs, place)
     with pytest.raises(UserError, match="step-00000004"):
-        STAGES["train"](open_context(decoder, [f"run.dir={directory.parents[1]}", *SHORT]))
-    assert checkpoints_of(foreign, VARIANTS["per_layer"]).newest(print) == 4
+        open_run(decoder, [f"run.dir={directory.parents[1]}", *SHORT]).make("train")
+    assert foreign.stage("train", "per_layer").checkpoints().newest(print) == 4
 
 
 def test_a_checkpoint_names_no_ranks_and_holds_no_frozen_weight(trained):

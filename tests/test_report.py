@@ -119,7 +119,7 @@ def write_training(run: RunPaths) -> None:
         run.train(variant).mkdir(parents=True)
         (run.train(variant) / "log.jsonl").write_text("\n".join(lines) + "\n")
         done = {"step": 400, "best_step": 300, "seconds": 93.4, "trainable_parameters": 1_234_567 * (number + 1)}
-        write_json(run.train(variant) / "done.json", done)
+        write_json(run.train(variant) / "manifest.json", done)
 
 
 def write_data(run: RunPaths) -> None:

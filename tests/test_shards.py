@@ -21,7 +21,7 @@ from rarec.data.shards.expected import first_leak
 from rarec.data.shards.index import ENTRY, INDEX, key_of, open_index, write_index
 from rarec.data.shards.samples import Sample, read_sample, write_shard
 from rarec.data.shards.writing import finish_shards, write_shards
-from rarec.entry import open_context
+from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import sha256_file
 from rarec.stages import shards as stage
@@ -262,9 +262,9 @@ def test_a_selection_outside_the_training_part_is_a_leak(users, positions, found
 
 
 def test_a_leaking_selection_is_refused_before_anything_is_made(finished, monkeypatch):
-    context = open_context(finished, [])
+    context = open_run(finished, [])
     honest = stage.select_samples(context.dataset, context.config.shards, context.config.run.seed)
     honest.positions[5] = context.dataset.validation_U[honest.user_rows[5]]
     monkeypatch.setattr(stage, "select_samples", lambda *args: honest)
     with pytest.raises(UserError, match=r"sample 000000\d{3}-\d{6} "):
-        stage.ShardParts(context)
+        stage.ShardContent(context)

@@ -9,13 +9,12 @@ import pytest
 from rarec.artefacts import MANIFEST
 from rarec.config import load_config
 from rarec.config.load import format_override
-from rarec.entry import open_context
+from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import read_json, write_json
 from rarec.paths import RunPaths
 from rarec.planning.cluster import Cluster
 from rarec.stages.plan import plan
-from rarec.stages.run import STAGES
 from tests.conftest import make_world
 from tests.ranks import START
 from tests.sweeps import SMALL
@@ -38,7 +37,7 @@ def paths(config: Path, *overrides: str) -> tuple[str, str, str]:
 
 def opened(config: Path, name: str, *overrides: str):
     root = config.parent
-    return open_context(config, [f"run.dir={root / name}", f"run.shared={root / 'shared'}", *SMALLER, *overrides])
+    return open_run(config, [f"run.dir={root / name}", f"run.shared={root / 'shared'}", *SMALLER, *overrides])
 
 
 def test_without_a_shared_directory_all_lies_in_the_runs_own(world):
@@ -93,23 +92,23 @@ def test_tables_are_known_by_their_engine_too_but_not_by_its_password(world):
 
 def test_a_second_run_makes_nothing_that_it_shares_and_ends_with_the_same_shards(world):
     for name in SHARED:
-        STAGES[name](opened(world, "first"))
+        opened(world, "first").make(name)
     made = {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")}
     kinds = [path.parent.name.partition("-")[0] for path in made if path.name == MANIFEST]
     assert sorted(kinds) == ["ids", "prepare", "shards"]
     second = opened(world, "second", "train.lr=0.01")
     for name in SHARED:
-        STAGES[name](second)
+        second.make(name)
     assert not second.made
     assert {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")} == made
     assert not (world.parent / "second").exists()
-    STAGES["train"](second)
+    second.make("train")
     assert sorted(path.name for path in (world.parent / "second").iterdir()) == ["config.yaml", "train"]
 
 
 def test_a_plan_counts_the_shared_shards(world):
     for name in SHARED:
-        STAGES[name](opened(world, "first"))
+        opened(world, "first").make(name)
     counted = plan(opened(world, "second"), ONE, "0").calculator.samples
     other = plan(opened(world, "third", "shards.share=0.5"), ONE, "0").calculator.samples
     assert counted is not None
@@ -117,15 +116,15 @@ def test_a_plan_counts_the_shared_shards(world):
 
 
 def test_what_was_altered_or_made_from_another_log_is_refused_as_in_a_run_of_its_own(world):
-    STAGES["prepare"](opened(world, "first"))
+    opened(world, "first").make("prepare")
     log = world.parent / "log" / "interactions.csv"
     log.write_text(log.read_text() + "u000,i039,1800000000\n")
     with pytest.raises(UserError, match="made from another interactions"):
-        STAGES["prepare"](opened(world, "second"))
+        opened(world, "second").make("prepare")
     manifest = RunPaths.of(opened(world, "first").config).prepare / MANIFEST
     write_json(manifest, {**read_json(manifest), "made_from": {}})
     with pytest.raises(UserError, match="altered"):
-        STAGES["ids"](opened(world, "second"))
+        opened(world, "second").make("ids")
 
 
 def _make(config: Path, name: str, told: Path, stages: tuple[str, ...] = SHARED) -> None:
@@ -135,7 +134,7 @@ def _make(config: Path, name: str, told: Path, stages: tuple[str, ...] = SHARED)
         context.say = lambda line: print(line, file=file)
         for stage in stages:
             print(f"{stage} begins", file=file)
-            STAGES[stage](context)
+            context.make(stage)
         print(f"made: {context.made}", file=file)
 
 

@@ -78,7 +78,7 @@ def test_a_job_of_two_nodes_trains_to_its_end(slurm, two_nodes):
     job = slurm.job(jobs["whole"])
     assert (job["JobState"], job["Restarts"], job["NumNodes"]) == ("COMPLETED", "0", "2"), slurm.said(jobs["whole"])
     assert SAVED not in slurm.said(jobs["whole"])
-    assert json.loads((runs["whole"] / "train" / VARIANT / "done.json").read_text())["step"] == len(
+    assert json.loads((runs["whole"] / "train" / VARIANT / "manifest.json").read_text())["step"] == len(
         losses(runs["whole"])
     )
 

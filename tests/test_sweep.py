@@ -13,7 +13,6 @@ from rarec.config import load_config
 from rarec.config.load import format_override, parse_override
 from rarec.errors import UserError
 from rarec.files import read_json
-from rarec.stages.run import STAGES
 from rarec.sweep import load_sweep, state_of
 from rarec.sweep.definition import StageName
 from rarec.sweep.local import LOG, last_message
@@ -244,7 +243,7 @@ def test_a_run_is_not_done_by_other_settings(swept, override):
 def test_damage_is_something_to_do(swept, tmp_path):
     path, _ = swept
     run = load_sweep(path).runs[0]
-    done = run.directory / "train" / "per_layer" / "done.json"
+    done = run.directory / "train" / "per_layer" / "manifest.json"
     whole = done.read_text()
     for harm in (whole[:20], json.dumps({**json.loads(whole), "best_step": 999}), None):
         done.unlink() if harm is None else done.write_text(harm)

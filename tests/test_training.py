@@ -14,15 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rarec.config import VARIANTS
 from rarec.config.schema import Train
-from rarec.entry import open_context
+from rarec.entry import open_run
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json
 from rarec.models.losses import LossTerms
 from rarec.stages import train as train_stage
-from rarec.stages.train import train
-from rarec.stages.trained import checkpoints_of
 from rarec.training.checkpoints import Checkpoints, Torn
 from rarec.training.optimizer import build_optimizer, rate_at, set_rate
 
@@ -32,7 +29,7 @@ LONG = ["train.variants=[per_layer_lora]", "train.epochs=6", "train.checkpoint_e
 
 def untrained(finished: Path, directory: Path) -> str:
     """A copy of a finished run up to its shards; returns the override that points there."""
-    run = Path(open_context(finished, []).config.run.dir)
+    run = Path(open_run(finished, []).config.run.dir)
     for stage in ("prepare", "ids", "shards"):
         shutil.copytree(run / stage, directory / stage)
     return f"run.dir={directory}"
@@ -67,7 +64,7 @@ def test_readout_alignment_and_lora_have_rates_of_their_own_and_no_group_is_empt
 
 def test_kill_9_and_resume_ends_with_the_same_weights_bit_for_bit(finished, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(open_context(finished, [untrained(finished, whole), *LONG]))
+    open_run(finished, [untrained(finished, whole), *LONG]).make("train")
     command = [sys.executable, str(LAUNCH), "--config", str(finished), untrained(finished, killed), *LONG]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     checkpoints = Checkpoints(killed / "train" / "per_layer_lora" / "checkpoints", 1, "")
@@ -77,7 +74,7 @@ def test_kill_9_and_resume_ends_with_the_same_weights_bit_for_bit(finished, tmp_
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (killed / "train" / "per_layer_lora" / "done.json").exists()
+    assert not (killed / "train" / "per_layer_lora" / "manifest.json").exists()
     subprocess.run(command, env=environment, check=True)
     expected, found = final_weights(whole), final_weights(killed)
     assert expected.keys() == found.keys()
@@ -91,8 +88,8 @@ def log_lines(run: Path, variant: str = "per_layer_lora") -> list[dict]:
 
 
 def test_what_trains_is_saved_apart_and_nothing_frozen_with_it(finished, tmp_path):
-    train(
-        open_context(finished, [untrained(finished, tmp_path), "train.variants=[per_layer_lora]", "train.max_steps=3"])
+    open_run(finished, [untrained(finished, tmp_path), "train.variants=[per_layer_lora]", "train.max_steps=3"]).make(
+        "train"
     )
     newest = Checkpoints(tmp_path / "train" / "per_layer_lora" / "checkpoints", 1, "")
     directory = newest.path(newest.steps()[-1])
@@ -113,9 +110,9 @@ def test_the_newest_and_the_best_checkpoint_are_kept(finished, tmp_path):
         "train.keep=2",
         "train.patience=99",
     ]
-    train(open_context(finished, [untrained(finished, tmp_path), *overrides]))
+    open_run(finished, [untrained(finished, tmp_path), *overrides]).make("train")
     directory = tmp_path / "train" / "per_layer"
-    done = read_json(directory / "done.json")
+    done = read_json(directory / "manifest.json")
     validations = {
         line["step"]: line["validation"]["ndcg@100"]
         for line in log_lines(tmp_path, "per_layer")
@@ -135,8 +132,8 @@ def test_validation_that_gets_no_better_stops_the_run(finished, tmp_path):
         "train.lr=1e-12",
         "train.lr_slots=1e-12",
     ]
-    train(open_context(finished, [untrained(finished, tmp_path), *overrides]))
-    done = read_json(tmp_path / "train" / "per_layer" / "done.json")
+    open_run(finished, [untrained(finished, tmp_path), *overrides]).make("train")
+    done = read_json(tmp_path / "train" / "per_layer" / "manifest.json")
     assert (done["best_step"], done["step"]) == (1, 3)
 
 
@@ -153,17 +150,17 @@ def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_last_good_checkp
     monkeypatch.setattr(Objective, "__call__", poisoned)
     overrides = ["train.variants=[per_layer]", "train.checkpoint_every=2"]
     with pytest.raises(UserError, match=r"step 5 .* samples user-position 0000\d+-\d+") as error:
-        train(open_context(finished, [untrained(finished, tmp_path), *overrides]))
+        open_run(finished, [untrained(finished, tmp_path), *overrides]).make("train")
     assert "step-00000004" in str(error.value)
-    checkpoints_of(open_context(finished, [f"run.dir={tmp_path}", *overrides]), VARIANTS["per_layer"]).verify(4)
+    open_run(finished, [f"run.dir={tmp_path}", *overrides]).stage("train", "per_layer").checkpoints().verify(4)
     weights = load_file(tmp_path / "train" / "per_layer" / "checkpoints" / "step-00000004" / "alignment.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_a_harmed_checkpoint_is_refused(finished, tmp_path):
-    context = open_context(finished, [untrained(finished, tmp_path), "train.variants=[per_layer]", "train.max_steps=2"])
-    train(context)
-    checkpoints = checkpoints_of(context, VARIANTS["per_layer"])
+    context = open_run(finished, [untrained(finished, tmp_path), "train.variants=[per_layer]", "train.max_steps=2"])
+    context.make("train")
+    checkpoints = context.stage("train", "per_layer").checkpoints()
     checkpoints.verify(2)
     path = checkpoints.path(2) / "alignment.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
@@ -174,11 +171,11 @@ def test_a_harmed_checkpoint_is_refused(finished, tmp_path):
 def test_other_settings_are_refused_unless_the_user_says_fresh(finished, tmp_path):
     place = untrained(finished, tmp_path)
     short = [place, "train.variants=[per_layer]", "train.max_steps=2"]
-    train(open_context(finished, short))
+    open_run(finished, short).make("train")
     with pytest.raises(UserError, match=r"train\.lr: 0\.002 -> 0\.5") as error:
-        train(open_context(finished, [*short, "train.lr=0.5"]))
+        open_run(finished, [*short, "train.lr=0.5"]).make("train")
     assert "--fresh" in str(error.value)
-    train(open_context(finished, [*short, "train.lr=0.5"], fresh=True))
+    open_run(finished, [*short, "train.lr=0.5"], fresh=True).make("train")
 
 
 def test_shards_of_another_language_model_are_refused(finished, tmp_path):
@@ -186,12 +183,12 @@ def test_shards_of_another_language_model_are_refused(finished, tmp_path):
 
     other = write_llm(tmp_path / "other", "bert", seed=9)
     with pytest.raises(UserError, match="llm"):
-        train(open_context(finished, [untrained(finished, tmp_path / "run"), f"llm.path={other}"]))
+        open_run(finished, [untrained(finished, tmp_path / "run"), f"llm.path={other}"]).make("train")
 
 
 def test_an_unknown_tracker_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match=r"train\.trackers"):
-        train(open_context(finished, [untrained(finished, tmp_path), "train.trackers=[abacus]"]))
+        open_run(finished, [untrained(finished, tmp_path), "train.trackers=[abacus]"]).make("train")
 
 
 def test_a_signal_in_the_last_validation_stops_what_would_come_next(finished, tmp_path, monkeypatch):
@@ -204,8 +201,8 @@ def test_a_signal_in_the_last_validation_stops_what_would_come_next(finished, tm
     monkeypatch.setattr(train_stage, "validation", signalled)
     overrides = [untrained(finished, tmp_path), "train.variants=[text_only,per_layer]", "train.max_steps=1"]
     with pytest.raises(Stopped, match="text only"):
-        train(open_context(finished, overrides))
-    assert (tmp_path / "train" / "text_only" / "done.json").exists()
+        open_run(finished, overrides).make("train")
+    assert (tmp_path / "train" / "text_only" / "manifest.json").exists()
     assert not (tmp_path / "train" / "per_layer").exists()
 
 
@@ -213,5 +210,5 @@ def test_a_signal_in_the_last_validation_stops_what_would_come_next(finished, tm
 def test_text_only_without_a_head_has_nothing_to_train_but_a_scale(finished, tmp_path, normalise):
     """Not even that where it is not normalised, as in `configs/runs/paper.yaml`."""
     plain = ["readout.head=false", f"readout.normalise={normalise}", "train.variants=[text_only]"]
-    train(open_context(finished, [untrained(finished, tmp_path), *plain]))
-    assert read_json(tmp_path / "train" / "text_only" / "done.json")["step"] == 0
+    open_run(finished, [untrained(finished, tmp_path), *plain]).make("train")
+    assert read_json(tmp_path / "train" / "text_only" / "manifest.json")["step"] == 0

@@ -14,13 +14,12 @@ from rarec.artefacts import MANIFEST
 from rarec.cli import app
 from rarec.data.dataset import PreparedDataset
 from rarec.data.shards.index import INDEX
-from rarec.entry import guarded, open_context
+from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.files import read_json, write_json
 from rarec.stages import shards as stage
-from rarec.stages.context import Context
-from rarec.stages.shards import ITEM_STATES, SELECTION, TARGET_COUNTS, finished_shards
-from rarec.stages.train import train
+from rarec.stages.run import Run
+from rarec.stages.shard_content import ITEM_STATES, SELECTION, TARGET_COUNTS
 from rarec.stages.verify import verify
 from tests import forging
 from tests.forging import bytes_of
@@ -31,12 +30,12 @@ TAR = "000001.tar"
 @pytest.fixture
 def shards(finished: Path, tmp_path: Path) -> Path:
     """The shards in a copy of the finished run."""
-    shutil.copytree(open_context(finished, []).config.run.dir, tmp_path / "run")
+    shutil.copytree(open_run(finished, []).config.run.dir, tmp_path / "run")
     return tmp_path / "run" / "shards"
 
 
-def context(finished: Path, shards: Path, *overrides: str) -> Context:
-    return open_context(finished, [f"run.dir={shards.parent}", *overrides])
+def context(finished: Path, shards: Path, *overrides: str) -> Run:
+    return open_run(finished, [f"run.dir={shards.parent}", *overrides])
 
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -122,13 +121,13 @@ def test_a_repair_computes_where_the_shards_were_made(finished, shards, monkeypa
             served.append(None)
 
     monkeypatch.setattr(run.engine, "serving", noted)
-    parts = stage.ShardParts.samples
+    parts = stage.ShardContent.samples
 
     def samples(self, *arguments):
         assert served[-1] is run.llm.backbone
         return parts(self, *arguments)
 
-    monkeypatch.setattr(stage.ShardParts, "samples", samples)
+    monkeypatch.setattr(stage.ShardContent, "samples", samples)
     flip(shards / TAR)
     assert TAR in verify(run, repair=True)
     assert served[-1] is None
@@ -139,7 +138,7 @@ def test_honest_shards_are_counted_without_loading_a_model_whoever_wrote_them(fi
     assert verify(run).startswith("5 shards, 288 samples, ")
     assert verify(run, deep=True).startswith("5 shards, 288 samples, ")
     assert "llm" not in vars(run)
-    assert finished_shards(run)
+    assert run.stage("shards").require(outside=True)
 
 
 def test_the_command_prints_a_line_a_problem_and_exits_with_2_until_it_has_repaired(
@@ -228,7 +227,7 @@ def test_another_machines_floats_make_other_shards_and_the_user_is_told(finished
     assert {name for name in after["files"] if after["files"][name] != before["files"][name]} == {TAR, INDEX}
     assert {**after, "hash": 0, "files": 0, "shards": 0} == {**before, "hash": 0, "files": 0, "shards": 0}
     with pytest.raises(UserError, match="shards"):
-        train(context(finished, shards))
+        context(finished, shards).make("train")
 
 
 @pytest.mark.parametrize("file", [INDEX, ITEM_STATES, TARGET_COUNTS, TAR])
@@ -236,7 +235,7 @@ def test_training_refuses_a_changed_file_by_name(finished, shards, file):
     shutil.rmtree(shards.parent / "train")
     flip(shards / file)
     with pytest.raises(UserError, match=file) as error:
-        train(context(finished, shards))
+        context(finished, shards).make("train")
     assert error.value.remedy
 
 
@@ -266,7 +265,7 @@ TABLES: list[tuple[str, Callable[[Path], object]]] = [
 @pytest.mark.parametrize(("file", "harm"), TABLES)
 @pytest.mark.parametrize("signed", [False, True])
 def test_a_harmed_table_is_refused_by_name_though_its_hash_agrees(finished, tmp_path, file, harm, signed):
-    directory = Path(shutil.copytree(open_context(finished, []).paths.prepare, tmp_path / "prepare"))
+    directory = Path(shutil.copytree(open_run(finished, []).directory("prepare"), tmp_path / "prepare"))
     harm(directory / file)
     if signed and (directory / file).exists() and harm is not flip:
         forging.sign(directory)
