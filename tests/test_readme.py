@@ -38,7 +38,7 @@ def test_the_two_commands_come_first():
 def test_what_make_demo_runs_is_a_valid_run(tmp_path):
     recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
     command = next(line.strip() for line in recipe.splitlines() if "rarec run" in line)
-    small = {**SMALL, "shards.share": 0.002, "prepare.min_item_interactions": 200, "run.dir": str(tmp_path / "run")}
+    small = {**SMALL, "shards.share": 0.002, "prepare.min_item_interactions": 150, "run.dir": str(tmp_path / "run")}
     overrides = " ".join(f"'{name}={str(value).lower() if value is False else value}'" for name, value in small.items())
     shell(f"{command.replace('$(BIN)', str(BIN))} {overrides}", ROOT)
     assert (tmp_path / "run" / "bundle" / "alignment.safetensors").exists()
