@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from rarec.stages.run import Run
 
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-"""How a full disk, a spent quota and too small a file limit read."""
+"""Messages of a full disk, a used-up quota and a file-size limit."""
 STOPPED = 130
-"""The exit code that shells give a command ended by Ctrl-C."""
+"""Exit code of a command ended by Ctrl-C."""
 
 
 def say(line: str) -> None:
-    """Tell the user one line, on standard error: standard output is for results. The first rank speaks for all."""
+    """Print one line to standard error, on rank 0 alone. Standard output is for results."""
     if rank() == 0:
         console.print(line, soft_wrap=True, markup=False)
 
 
 def rank() -> int:
-    """Of this process among those that a launcher started."""
+    """Return the rank of this process among those that a launcher started."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -83,9 +83,9 @@ def print_from_any_rank(line: str) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C ends with one line and exit code 130: what is made stays, the same command goes on.
+    """End Ctrl-C with one line and exit code 130; the same command resumes.
 
-    A signal that asks training to end does so with exit code 0: a batch system is to see a job that did as it was told.
+    A signal that asks training to stop ends it with exit code 0, so that a batch system sees a job that obeyed.
     """
     try:
         yield
@@ -98,7 +98,7 @@ def stoppable() -> Iterator[None]:
 
 
 def guarded(command: Callable[[], object]) -> None:
-    """Call a command; a `UserError`, a full disk or a refused file becomes one clear message and exit code 2."""
+    """Call a command; turn a `UserError`, a full disk or a refused file into one message and exit code 2."""
     try:
         command()
     except Exception as error:
@@ -112,15 +112,15 @@ def guarded(command: Callable[[], object]) -> None:
 
 
 def machine_trouble(error: Exception) -> str | None:
-    """What to say where the machine, not the program, is at fault; None otherwise."""
+    """Return the message for an error of the machine, such as a full disk; None for an error of the program."""
     where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-    # Looked for in the text: safetensors, DuckDB and Arrow raise types of their own.
+    # Searched in the text: safetensors, DuckDB and Arrow raise exceptions of their own.
     full = next((text for text in FULL if text in str(error)), None)
     if full:
-        remedy = "make room where run.dir lies; what is whole stays, and the same command goes on from here"
+        remedy = "free space on the disk of run.dir, then run the same command to resume"
         return f"{full}{where}\n  -> {remedy}"
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         return f"{error.strerror}{where}\n  -> choose a run.dir that you may write to, and inputs that you may read"
     if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
-        return f"{error.strerror}{where}\n  -> something else stands there: move it away, or choose another run.dir"
+        return f"{error.strerror}{where}\n  -> another file has that name: move it away, or choose another run.dir"
     return None

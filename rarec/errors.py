@@ -1,4 +1,4 @@
-"""The one error a user can cause: what is wrong, where, and what to do about it; and an end that is no error."""
+"""The error that a user can cause, with its remedy; and the exception of a stage that was asked to stop."""
 
 EXIT_CODE = 2
 
@@ -18,4 +18,4 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """A stage ended before its end as it was told to, and in good order."""
+    """A signal asked a stage to stop, and it has saved what it needs to resume."""

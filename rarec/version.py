@@ -1,4 +1,4 @@
-"""Which rarec this is: its version and, where it runs from a checkout, the commit."""
+"""The version of rarec and, in a checkout, the commit."""
 
 import subprocess
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ _CHECKOUT = Path(rarec.__file__).parents[1]
 
 @cache
 def source() -> Mapping[str, str | None]:
-    """`version`, and `commit` with `-dirty` behind it where tracked files were changed; None outside a checkout.
+    """Return `version`, and `commit` with `-dirty` if tracked files were changed; None outside a checkout.
 
-    A process looks once.
+    The first call of a process decides.
     """
     return {"version": rarec.__version__, "commit": _commit()}
 
 
 def _commit() -> str | None:
-    if not (_CHECKOUT / ".git").exists():  # a repository further up would not be ours
+    if not (_CHECKOUT / ".git").exists():  # a repository further up is another project's
         return None
     command = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

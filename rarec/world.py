@@ -37,7 +37,7 @@ class Place:
 
     @property
     def doing(self) -> str:
-        """What was reported last."""
+        """The activity that was reported last."""
         return self.now[1]
 
     def report(self, doing: str, step: int | None) -> None:

@@ -1,4 +1,4 @@
-"""YAML in, overrides `a.b=c`, one strict `RunConfig` out; errors name the file, the field and the nearest name."""
+"""Read a configuration from YAML and overrides `a.b=c`; errors name the file, the field and the nearest name."""
 
 import difflib
 import json
@@ -15,14 +15,15 @@ from rarec.config.schema import RunConfig
 from rarec.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
-RENAMED = {
+RENAMED: dict[str, str | None] = {
     "train.arms": "train.variants",
     "export.arm": "export.variant",
     "evaluate.probes": "evaluate.sanity_checks",
     "alignment.missing": "alignment.id_dropout",
     "run.ranks": "run.num_processes",
+    "alignment.ridge": None,
 }
-"""Fields that had another name in earlier versions: they are refused, and the new name is given."""
+"""Fields that earlier versions called otherwise, with their new names; None for those that are gone. All are refused."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,8 +57,8 @@ def _parse(text: str, where: str, remedy: str = "") -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: it builds plain values only
     except yaml.YAMLError as error:
-        told = str(error).replace('in "<unicode string>", ', "in ")
-        raise UserError(f"{where} is not valid YAML: {told}", remedy) from None
+        message = str(error).replace('in "<unicode string>", ', "in ")
+        raise UserError(f"{where} is not valid YAML: {message}", remedy) from None
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -79,7 +80,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """The fields of a configuration file, not yet looked at.
+    """Read the fields of a configuration file, without validation.
 
     Raises:
         UserError: the file is missing or not YAML, or holds no fields.
@@ -88,7 +89,8 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         problem = "is a directory, not a file" if path.is_dir() else "does not exist"
         raise UserError(
-            f"configuration {path} {problem}", "our own lie in configs/runs/, and sweeps in configs/sweeps/"
+            f"configuration {path} {problem}",
+            "write one to start from: rarec init DIR; examples are in configs/runs/ and configs/sweeps/",
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -101,7 +103,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """`section.field=value` as the field's name and its value, read as YAML.
+    """Split `section.field=value` into the field's name and its value, read as YAML.
 
     Raises:
         UserError: it is not of that form.
@@ -114,13 +116,13 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def format_override(name: str, value: Any) -> str:
-    """The override that gives a field this value, without a space in it: `parse_override` reads it back."""
+    """Return the override that sets a field to a value, without spaces; `parse_override` reads it back."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return f"{name}={text}".replace(" ", "\\u0020")  # a space can only stand inside a quoted text
 
 
 def set_field(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Set a field, named as `section.field`, in the fields of a file.
+    """Set a field, given as `section.field`, in the fields of a file.
 
     Raises:
         UserError: the name goes through a value as though it were a section.
@@ -134,7 +136,7 @@ def set_field(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def validated(model: type[Model], tree: dict[str, Any], where: str, given: Mapping[str, str] | None = None) -> Model:
-    """The fields of a file as what they should be.
+    """Validate the fields of a file.
 
     Args:
         model: the strict type of the file.
@@ -168,7 +170,7 @@ def without_password(text: str) -> str:
 
 
 def _place(detail: ErrorDetails, given: Mapping[str, str], where: str) -> str:
-    """Where the field was given, or the section that it stands in."""
+    """Return where the field, or a section around it, was set: an override or the file."""
     names = [".".join(map(str, detail["loc"][:depth])) for depth in range(len(detail["loc"]), 0, -1)]
     return next((given[name] for name in names if name in given), where)
 
@@ -176,7 +178,8 @@ def _place(detail: ErrorDetails, given: Mapping[str, str], where: str) -> str:
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     field = ".".join(str(part) for part in detail["loc"])
     if field in RENAMED:
-        return f"field `{field}` is now called `{RENAMED[field]}`: rename it"
+        new = RENAMED[field]
+        return f"field `{field}` is now called `{new}`: rename it" if new else f"field `{field}` is gone: leave it out"
     if detail["type"] == "extra_forbidden":
         return f"unknown field `{field}`{_nearest(detail['loc'], model)}"
     if detail["type"] == "missing":
@@ -186,7 +189,7 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def _nearest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    """`; did you mean ...`, from the fields of the section that the unknown field stands in."""
+    """Return `; did you mean ...`, from the fields of the unknown field's section."""
     section: Any = model
     for part in location[:-1]:
         fields = getattr(section, "model_fields", {})

@@ -8,7 +8,7 @@ from rarec.config.section import NonNegative, Part, Positive, Section, Share
 
 
 class Table(Section):
-    """Where a table lies: in files, or in the engine under a name."""
+    """Location of a table: files, or a name that the engine knows."""
 
     path: str | None = None
     """A file, a directory or a glob, local or an fsspec URL (`s3://bucket/log/*.parquet`); `package:NAME/FILE` is a

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: strict models, and types of numbers and names."""
+"""The base of all configuration sections, and types of numbers and names."""
 
 from typing import Annotated
 

@@ -34,9 +34,9 @@ class SourceAlignment(nn.Module):
     """Slots d = [c || p], p = W e + b, for one source on one side, with separate maps for every block.
 
     The vectors are standardised first (a fixed affine map, which W and b could absorb), so that one learning rate fits
-    all ID models. A zero vector stands for a missing one, as of a new item: a learned vector replaces it (ours), which
+    all ID models. A zero vector stands for a missing one, as of a new item: a learned vector replaces it [D], which
     starts at the mean of all. W, b and c are in units of each block, the standard deviation of its hidden states
-    (ours), for the same reason: states can be a hundred times as long in one model, or block, as in another. A map
+    [D], for the same reason: states can be a hundred times as long in one model, or block, as in another. A map
     behind the last block is in the unit of the whitening that follows it.
 
     Args:

@@ -187,7 +187,7 @@ class FrozenBackbone(nn.Module):
 
 
 def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:
-    """Pool the hidden states at text positions to one vector (B, D), float32: their mean, or the last one (ours)."""
+    """Pool the hidden states at text positions to one vector (B, D), float32: their mean, or the last one [D]."""
     if pool == "mean":
         weights_BT = text_BT.float()
         return torch.einsum("btd,bt->bd", hidden_BTD.float(), weights_BT) / weights_BT.sum(1, keepdim=True)

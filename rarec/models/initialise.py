@@ -1,4 +1,4 @@
-"""Build a variant before its first step: first values of the alignment in closed form, then a whitened readout (ours).
+"""Build a variant before its first step: first values of the alignment in closed form, then a whitened readout [D].
 
 Shape letters: N items, users or texts, K vectors of a user, L blocks, E source dimension, D hidden size, B prompts,
 T positions, M positions of text.

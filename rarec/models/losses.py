@@ -170,7 +170,7 @@ def bpr(scores_bB: Tensor, masked_bB: Tensor, own_b: Tensor) -> PartialMean:
 
 
 def sampled_softmax(scores_bB: Tensor, masked_bB: Tensor, own_b: Tensor, log_q_B: Tensor | None) -> PartialMean:
-    """Sum the in-batch softmax loss, the cross-entropy of each positive [ours].
+    """Sum the in-batch softmax loss, the cross-entropy of each positive [D].
 
     Args:
         scores_bB: user i against item j, temperature already applied.
@@ -187,7 +187,7 @@ def align(pooled_LbD: Tensor, states_LBD: Tensor, same_bB: Tensor, own_b: Tensor
     """Sum the InfoNCE loss between pooled slots and text-only states, in every block (docs/method.md, section 4 [N]).
 
     -log( exp(cos(d_k, h_k) / tau) / sum_j exp(cos(d_k, h_j) / tau) ), with k against every j of the batch. The mean
-    over blocks and rows is [ours].
+    over blocks and rows is [D].
 
     Args:
         pooled_LbD: one vector for each block and row: the pooled slots.

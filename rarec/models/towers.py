@@ -63,7 +63,7 @@ class Encoding(NamedTuple):
 
 
 class ReadoutModule(nn.Module):
-    """Computes the scored vector from final hidden states (all ours).
+    """Computes the scored vector from final hidden states [D].
 
     Its parts are the pooled states of the text and, optionally, the mean state of the slots that hold vectors and of
     the slots that hold instructions. Each part is whitened and mapped by a head that starts at the identity; the parts

@@ -88,7 +88,7 @@ class Evaluator:
 
     def strata(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Rows of strata.json, without the sanity checks."""
-        lengths = self.targets.positions  # a target's position is the length of what stands before it
+        lengths = self.targets.positions  # a target's position is the length of the history before it
         popularity = self.run.dataset.train_counts_N[self.test.targets]
         strata: dict[str, npt.NDArray[Any]] = {"history length": lengths, "popularity": popularity}
         if (popularity == 0).any():

@@ -26,7 +26,7 @@ class IdsStage(Stage):
 
     @property
     def section(self) -> Ids | Import:
-        """Of the configuration."""
+        """The configuration's section of this source."""
         return self.run.config.vectors_by_name[self.part]
 
     def settings(self) -> dict[str, Any]:

@@ -150,7 +150,7 @@ class Run:
 
     @property
     def record_file(self) -> Path:
-        """What each stage took, on what machine, by which commit."""
+        """`record.json`: the time, machine and commit of each stage."""
         return self.root / "record.json"
 
     @property
@@ -178,7 +178,7 @@ class Run:
 
     @cached_property
     def engine(self) -> "Engine":
-        """What runs models on the ranks."""
+        """The engine that runs models on the ranks."""
         from rarec.training.accelerator import build_engine
 
         return build_engine(self.world, self.config)

@@ -1,4 +1,4 @@
-"""What the shards of a run hold: the selected samples, their prompts and text-only states, and the files beside the tars.
+"""The content of a run's shards: selected samples with their prompts and text-only states, and the files beside the tars.
 
 Shape letters: S samples, B samples of a shard, N items, L stored blocks, D hidden size.
 """
@@ -23,17 +23,17 @@ from rarec.stages.run import Run
 
 ITEM_STATES = "item_states.npy"
 TARGET_COUNTS = "target_counts.npy"
-"""How often each item is the target of a selected sample, (N,): its chance to be drawn into a batch."""
+"""Number of selected samples with each item as target, (N,): the item's chance to be drawn into a batch."""
 SELECTION = "selection.json"
 
 
 def sample_spec(run: Run, states: tuple[int, ...], vocabulary: int | None = None) -> SampleSpec:
-    """What each sample is made of; no model is loaded for it.
+    """Return the types and shapes of a sample's fields; no model is loaded.
 
     Args:
         run: the run.
-        states: shape of the text-only states: blocks and, if it is known, width.
-        vocabulary: of the language model, if it is loaded.
+        states: shape of the text-only states: blocks and, if known, width.
+        vocabulary: vocabulary size of the language model, if it is loaded.
     """
     config = run.config
     vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in run.shapes.items()}
@@ -46,33 +46,33 @@ class ShardContent:
     """Makes the samples of a run's shards, and the files beside the tars.
 
     Args:
-        run: whose they are.
+        run: the run.
 
     Raises:
-        UserError: the selection holds something else than training interactions.
+        UserError: the selection has something other than training interactions.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         config = run.config
         self.selection = select_samples(run.dataset, config.shards, config.run.seed, config.ids.held_out)
-        stray = first_leak(run.dataset, self.selection.user_rows, self.selection.positions)
-        if stray:
-            problem = f"the selected sample {stray} is no training interaction with a history: validation or test leaks"
+        leak = first_leak(run.dataset, self.selection.user_rows, self.selection.positions)
+        if leak:
+            problem = f"the selected sample {leak} is no training interaction with a history: validation or test leaks"
             raise UserError(problem, "this is a defect of rarec: please report it, with the configuration")
 
     @cached_property
     def cut_S(self) -> npt.NDArray[np.int8]:
-        """Which samples' prompts were cut; -1 where they were not made here."""
+        """For each sample, whether its prompt was cut; -1 if it was not made in this process."""
         return np.full(self.total, -1, np.int8)
 
     @property
     def total(self) -> int:
-        """Number of samples."""
+        """The number of samples."""
         return len(self.selection.user_rows)
 
     def expected(self, spec: SampleSpec) -> Expected:
-        """What the tars should hold, given what each sample is made of."""
+        """Return the expected content of the tars, given a sample's types and shapes."""
         selection, per_shard = self.selection, self.run.config.shards.samples_per_shard
         return Expected(self.run.dataset, selection.user_rows, selection.positions, per_shard, spec)
 
@@ -91,13 +91,13 @@ class ShardContent:
 
     @property
     def target_counts_N(self) -> npt.NDArray[np.int64]:
-        """How often each item is a target."""
+        """The number of selected samples with each item as target."""
         dataset, selection = self.run.dataset, self.selection
         return np.bincount(dataset.items_at(selection.user_rows, selection.positions), minlength=dataset.n_items)
 
     @property
     def sidecars(self) -> dict[str, Callable[[], Any]]:
-        """What makes each file beside the tars and their index: an array, or JSON."""
+        """For each file beside the tars and their index, a function that computes it: an array, or JSON."""
         return {
             ITEM_STATES: self._item_states,
             TARGET_COUNTS: lambda: self.target_counts_N,
@@ -105,7 +105,7 @@ class ShardContent:
         }
 
     def samples(self, places: range) -> Iterator[Sample]:
-        """The samples at these places of the selection."""
+        """Yield the samples at these places of the selection."""
         run, dataset = self.run, self.run.dataset
         users = self.selection.user_rows[places.start : places.stop]
         positions = self.selection.positions[places.start : places.stop]
@@ -121,7 +121,7 @@ class ShardContent:
             yield Sample(user, position, target, histories[at].astype(np.int32), tokens, marks, states_BLD[at], own)
 
     def cut_users(self) -> int:
-        """Number of samples whose prompt was cut; those that a killed run made are looked at again."""
+        """Return the number of samples whose prompt was cut; prompts that an earlier process made are made again."""
         cut_S = self.run.world.all_reduce_max_(self.cut_S)
         for place in np.flatnonzero(cut_S < 0):
             user, position = int(self.selection.user_rows[place]), int(self.selection.positions[place])
@@ -129,7 +129,7 @@ class ShardContent:
         return int(cut_S.sum())
 
     def say_size(self) -> None:
-        """Say what the stored states will take."""
+        """Print the size of the stored states."""
         config, items = self.run.config.shards, self.run.dataset.n_items
         width = np.dtype(config.state_dtype).itemsize * self.run.llm.backbone.hidden_size * len(self.blocks)
         sizes = f"{self.total * width / 1e6:.0f} MB for users, {items * width / 1e6:.0f} MB for items"

@@ -1,8 +1,8 @@
-"""A stage of a run: what shapes its artefact, what the artefact is made from, and how it is built.
+"""A stage of a run: the settings that shape its artefact, the inputs it is made from, and how it is built.
 
-`Stage.make` is the one place that locks, decides whether anything is to be done, builds aside, resumes, writes the
-manifest and replaces what was there, for every stage and on any number of ranks. A sweep and a plan ask the same
-objects how far a run is: so the modules of stages import what is heavy (torch, models) where they build, not on top.
+`Stage.make` locks, decides whether anything is to be done, builds in a separate directory, resumes, writes the manifest
+and replaces the previous artefact, for every stage and on any number of ranks. Sweeps and plans ask the same objects
+how far a run is. So the modules of stages import what is heavy (torch, models) inside the functions that need it.
 """
 
 import json
@@ -43,24 +43,24 @@ if TYPE_CHECKING:
     from rarec.stages.run import Run
 
 BEGUN = ".begun.json"
-"""In the directory of a resumable stage while it is built: kind, settings and inputs, as its manifest will have them."""
+"""File in a resumable stage's directory while it is built: kind, settings and inputs, as its manifest will have them."""
 PROGRESS = ".progress"
-"""In that directory, what a stage needs to resume; dropped when the artefact is whole."""
+"""File or directory in there, with what the stage needs to resume; deleted when the artefact is finished."""
 POLL = 0.5
 """Seconds between looks at a lock that another process holds."""
 _DIGITS = 16
-"""Of a digest in a directory's name."""
+"""Length of a digest in a directory's name."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a stage has built.
+    """The result of building a stage.
 
     Attributes:
         figures: counts and other facts for the manifest.
         files: names of the artefact's files, with the sha256 of those that are hashed already; None for every file in
             the directory.
-        stop: a message, if a signal asked to stop before the stage after this one.
+        stop: message, if a signal asked the run to stop after this stage.
     """
 
     figures: dict[str, Any] = field(default_factory=dict)
@@ -69,27 +69,27 @@ class Built:
 
 
 class Stage(ABC):
-    """One artefact of a run. A stage of several artefacts (`ids`, `train`) has one object for each, its part.
+    """One artefact of a run. A stage with several artefacts (`ids`, `train`) has one object for each part.
 
     Args:
-        run: that it belongs to.
-        part: which of the stage's artefacts, such as a variant's name; empty for a stage of one.
+        run: the run that it belongs to.
+        part: name of the artefact within the stage, such as a variant's; empty if the stage has one artefact.
     """
 
     name: ClassVar[str]
-    """As the command, the configuration's section and the record have it."""
+    """Name of the command, of the configuration's section, and in `record.json`."""
     kind: ClassVar[str]
-    """Of artefact, as its manifest has it; by default the stage's name."""
+    """Kind of artefact in its manifest; default: the stage's name."""
     folder: ClassVar[str]
-    """Inside `run.dir`; by default the stage's name."""
+    """Directory inside `run.dir`; default: the stage's name."""
     summary: ClassVar[str]
     """One line for `rarec --help`."""
     resumable: ClassVar[bool] = False
-    """Whether an interrupted build is resumed. It is then built in its own directory, and otherwise aside."""
+    """Whether an interrupted build is resumed. It is then built in its own directory, otherwise in a temporary one."""
     cheap: ClassVar[bool] = False
-    """Whether one that was made otherwise is rebuilt. Others are refused: what took hours is not replaced unasked."""
+    """Whether an outdated artefact is rebuilt. Others are refused: what took hours is replaced on request only."""
     shareable: ClassVar[bool] = False
-    """Whether it is kept in `run.shared`, where the configuration has that."""
+    """Whether the artefact is kept in `run.shared`, if the configuration sets that."""
 
     def __init_subclass__(cls) -> None:
         for attribute in ("kind", "folder"):
@@ -142,7 +142,7 @@ class Stage(ABC):
 
     @property
     def directory(self) -> Path:
-        """Of the artefact."""
+        """The artefact's directory."""
         shared = self.run.config.run.shared
         if shared is not None and self.shareable:
             return Path(shared, "-".join(filter(None, [self.folder, self.part, self.digest])))
@@ -150,9 +150,9 @@ class Stage(ABC):
 
     @property
     def digest(self) -> str:
-        """Of all that the configuration says of the artefact and of its inputs: its name in `run.shared`.
+        """A hash of everything the configuration says about the artefact and its inputs, for its name in `run.shared`.
 
-        Files are known by their names here; whether their contents are the same, the manifest tells.
+        Files enter by their names; the manifest has the hashes of their contents.
         """
         below = {name: stage.digest for name, stage in self.inputs().items()}
         return sha256_json([self.settings(), self.location_key(), below])[:_DIGITS]
@@ -177,7 +177,7 @@ class Stage(ABC):
 
     @property
     def hash(self) -> str:
-        """Of the finished artefact, from its manifest alone."""
+        """The hash of the finished artefact, from its manifest."""
         return str(read_manifest(self.directory, self.kind)["hash"])
 
     def check_files(self) -> None:
