@@ -1,8 +1,8 @@
 """Parts that a user adds by name: an ID model, a variant, a readout, an alignment map, a loss.
 
 A field of the configuration names a part in one of three ways: one that rarec brings (`sasrec`), one that an installed
-package offers as an entry point of the group `rarec.KIND`, or any object by its dotted name (`my_package.models:Decay`).
-The last is looked up in the current directory as well. Code that the configuration does not name is never imported.
+package offers as an entry point of the group `rarec.KIND`, or any object by its dotted name
+(`my_package.models:Decay`). The last is looked up in the current directory as well. Code that the configuration does not name is never imported.
 """
 
 import importlib

@@ -23,7 +23,7 @@ RENAMED: dict[str, str | None] = {
     "run.ranks": "run.num_processes",
     "alignment.ridge": None,
 }
-"""Fields that earlier versions called otherwise, with their new names; None for those that are gone. All are refused."""
+"""Old names of fields, with the new ones; None for fields that are gone. All are refused, with the new name."""
 
 
 class _Loader(yaml.SafeLoader):

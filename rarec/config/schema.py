@@ -125,7 +125,7 @@ class Train(Section):
     stream: Stream = Stream()
 
     def steps(self, every: int, trained: Collection[str]) -> int:
-        """Return the number of steps to take of all in the epochs: none if only a scale trains, which changes no ranking."""
+        """Return the number of steps to take of all in the epochs: 0 if only a scale trains, which changes no rank."""
         return min(every, self.max_steps or every) if set(trained) - {"log_scale"} else 0
 
 

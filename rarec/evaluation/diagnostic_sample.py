@@ -1,8 +1,8 @@
 """The sample of items and users for alignment diagnostics, and its two passes through a trained variant.
 
-One pass is of the text only, one with slots (docs/method.md, section 4). Users are read up to their validation target, so no
-test target is seen. Every rank computes the whole sample, which is small: a model in shards needs the same calls on all
-ranks, and nothing has to be gathered.
+One pass is of the text only, one with slots (docs/method.md, section 4). Users are read up to their validation target,
+so no test target is seen. Every rank computes the whole sample, which is small: a sharded model needs the same calls on
+all ranks, and nothing has to be gathered.
 
 Shape letters: N items or users of the sample, B of a batch, T positions, L blocks with slots, M instructions, K vectors
 of a source, D hidden size, E source dimension, S slots.

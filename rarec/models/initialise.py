@@ -5,9 +5,9 @@ T positions, M positions of text.
 
 A slot should look to a frozen block like a hidden state it knows. So c and b start at the mean text-only state of the
 block, and W at a ridge regression of text-only states on standardised source vectors: items on their own text, users
-on their target's. The mean of word embeddings is not a word, and in a decoder slots that start there erase most of what
-distinguishes the texts (docs/method.md, section 2). So in decoders c and b start at the states of one position of a text,
-the most typical.
+on their target's. The mean of word embeddings is not a word, and in a decoder slots that start there erase most of
+what distinguishes the texts (docs/method.md, section 2). So in decoders c and b start at the states of one position
+of a text, the most typical.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

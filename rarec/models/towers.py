@@ -1,4 +1,4 @@
-"""Two towers through one frozen language model: prompt, slots, blocks, readout, score (docs/method.md, sections 1 to 3).
+"""Two towers through one frozen language model: prompt, slots, blocks, readout, score (docs/method.md, 1 to 3).
 
 Shape letters: B batch, T positions, K slots or vectors, L blocks, D hidden size, E source dimension, Z size of a
 scored vector.

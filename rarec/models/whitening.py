@@ -1,4 +1,4 @@
-"""Whitening of the states that are read out, so that one readout fits any language model (docs/method.md, section 3 [D]).
+"""Whitening of the states that are read out, so that one readout fits any language model (docs/method.md, 3 [D]).
 
 The states of a language model share a long mean, and the differences between texts are small beside it. So their mean
 is subtracted, and they are multiplied by the inverse root of their covariance, as in whitened sentence embeddings (Su

@@ -1,4 +1,4 @@
-"""Hybrid prompts: a template of hard text and named soft slots, filled, tokenised and batched (docs/method.md, section 1).
+"""Hybrid prompts: a template of hard text and named soft slots, filled, tokenised and batched (docs/method.md, 1).
 
 Shape letters: T tokens of a prompt, K slots, B batch.
 

@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.dataset import PreparedDataset, EvalTargets
+from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.ranking.rank import rank_targets, top_k
 from rarec.world import SINGLE, World
 

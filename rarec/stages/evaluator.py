@@ -34,7 +34,7 @@ class Bootstrap(TypedDict):
 
 
 class Evaluator:
-    """The variants in order, each ranked on the same test users."""
+    """Ranks the same test users with every variant, one after the other."""
 
     def __init__(self, run: Run) -> None:
         self.run, config, dataset = run, run.config, run.dataset
@@ -57,7 +57,7 @@ class Evaluator:
         self._best: dict[str, npt.NDArray[np.int64]] = {ID_ONLY: self._examples.best(self.ids)}
 
     def ranks(self) -> Ranks:
-        """Ranks of the test targets by variant: the ID model, the trained variants, their fusions, the sanity checks."""
+        """Rank the test targets by every row: ID model, trained variants, fusions, sanity checks, outside systems."""
         popular = self._with_popularity(ID_ONLY, self.ids) if self.run.config.evaluate.fusion else {}
         ranks = self._rank(self.test, {ID_ONLY: self.ids, **popular})
         for name in self.run.config.train.variants:  # one trained variant is loaded at a time
@@ -74,20 +74,20 @@ class Evaluator:
         return variant_diagnostics(model, name, *inputs, say=run.say, world=run.world)
 
     def examples(self, ranks: Ranks) -> list[dict[str, Any]]:
-        """Rows of examples.json."""
+        """Return the rows of examples.json."""
         return self._examples.table(self.run.dataset, self._best, ranks)
 
     def metrics(self, ranks: Ranks) -> list[dict[str, Any]]:
-        """Rows of metrics.json."""
+        """Return the rows of metrics.json."""
         return metric_rows(ranks, self.run.config.evaluate.cutoffs, **self._bootstrap)
 
     def comparisons(self, ranks: Ranks) -> list[dict[str, Any]]:
-        """Rows of comparisons.json."""
+        """Return the rows of comparisons.json."""
         pairs = pairs_of_interest(ranks, self.main)
         return comparison_rows(ranks, pairs, self.run.config.evaluate.cutoffs, **self._bootstrap)
 
     def strata(self, ranks: Ranks) -> list[dict[str, Any]]:
-        """Rows of strata.json, without the sanity checks."""
+        """Return the rows of strata.json, without the sanity checks."""
         lengths = self.targets.positions  # a target's position is the length of the history before it
         popularity = self.run.dataset.train_counts_N[self.test.targets]
         strata: dict[str, npt.NDArray[Any]] = {"history length": lengths, "popularity": popularity}
@@ -101,7 +101,7 @@ class Evaluator:
         return {"resamples": self.run.config.evaluate.resamples, "seed": self.seed}
 
     def _ranks_of(self, name: str, model: RaRec) -> Ranks:
-        """One trained variant, its fusion, and the sanity checks of the main one."""
+        """Rank by one trained variant, by its fusions, and by the sanity checks of the main one."""
         config, run = self.run.config, self.run
         ranker = self._of(model)
         if name in ("text_only", self.main):
@@ -120,7 +120,7 @@ class Evaluator:
         return ranks
 
     def _with_popularity(self, name: str, ranker: Ranker) -> dict[str, Ranker]:
-        """The cheapest baseline of all that slots may bring: how often items were met, added to the score."""
+        """Return a ranker's fusion with popularity, the cheapest baseline of what slots may bring."""
         popularity = Ranker.of_counts(self.run.dataset.train_counts_N)
         fused, self.weights[name + POPULAR] = fuse(popularity, ranker, self.validation)
         return {name + POPULAR: fused}
@@ -141,7 +141,7 @@ class Evaluator:
 
 
 def write_ranks(path: Path, run: Run, test: EvalBatch, ranks: Ranks) -> None:
-    """One row a test user and variant: variant, user and target by their own ids, rank. A variant is a row group."""
+    """Write one row for each test user and variant: ids of user and target, rank. Each variant is a row group."""
     users = run.dataset.user_ids.take(pa.array(test.user_rows))
     targets = run.dataset.item_ids.take(pa.array(test.targets))
     columns = {"variant": pa.string(), "user": users.type, "target": targets.type, "rank": pa.int64()}

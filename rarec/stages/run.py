@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rarec.world import World
 
 Say = Callable[[str], None]
+OPENED = {"prepare": ("dataset", "sources", "baseline", "prompts"), "ids": ("sources", "baseline", "prompts")}
+"""Properties of a run that hold opened artefacts, by the stage that makes these."""
 HEADER = "# The resolved configuration of this run, written by rarec. Edit the file that it comes from instead.\n"
 
 
@@ -268,9 +270,9 @@ class Run:
         identity = {key: value for key, value in self.llm.identity.items() if key not in ("name", "revision")}
         return {"llm": sha256_json(identity), "prompt": self.prompts.fingerprint}
 
-    def changed(self) -> None:
-        """Forget opened artefacts: one of them is being replaced."""
-        for name in ("dataset", "sources", "baseline", "prompts"):
+    def forget(self, stage: str) -> None:
+        """Close what was opened of a stage's artefacts, and what depends on it: they are being replaced."""
+        for name in OPENED.get(stage, ()):
             self.__dict__.pop(name, None)
 
     def write_config(self, *, only_if_there: bool = False) -> None:
@@ -317,7 +319,7 @@ class Run:
             return
         from rarec.hardware import machine
 
-        record = read_json(self.record_file, f"delete it: only notes are lost") if self.record_file.exists() else {}
+        record = read_json(self.record_file, "delete it: only notes are lost") if self.record_file.exists() else {}
         before = {} if fresh else record.get(name, {})
         here = {"hardware": machine(self.world.device), "ranks": self.world.size, **source()}
         others = _earlier(before, here)

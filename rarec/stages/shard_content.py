@@ -1,4 +1,4 @@
-"""The content of a run's shards: selected samples with their prompts and text-only states, and the files beside the tars.
+"""The content of a run's shards: selected samples with prompts and text-only states, and the files beside the tars.
 
 Shape letters: S samples, B samples of a shard, N items, L stored blocks, D hidden size.
 """

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from rarec.stages.run import Run
 
 BEGUN = ".begun.json"
-"""File in a resumable stage's directory while it is built: kind, settings and inputs, as its manifest will have them."""
+"""File in a resumable stage's directory while it is built: the kind, settings and inputs of the manifest to come."""
 PROGRESS = ".progress"
 """File or directory in there, with what the stage needs to resume; deleted when the artefact is finished."""
 POLL = 0.5
@@ -132,7 +132,7 @@ class Stage(ABC):
             directory: to write to; of a resumable stage, with what an interrupted build has left there.
         """
 
-    def verify(self, directory: Path) -> None:
+    def verify(self, directory: Path) -> None:  # noqa: B027 - most stages have nothing to check
         """Check what was built, manifest and all, before it takes its place."""
 
     @property
@@ -214,12 +214,11 @@ class Stage(ABC):
             world.run_on_main(self._refuse_foreign)
             identity = self._identity()
             world.run_on_main(self.run.write_config)
-            self.run.changed()
             with self._workspace(identity, fresh) as directory:
                 built = self.build(directory)
                 world.report(f"finishing {self.directory}")
                 world.run_on_main(lambda: self._finish(directory, identity, built))
-        self.run.changed()
+        self.run.forget(self.name)
         if built.stop:
             raise Stopped(built.stop)
         return True

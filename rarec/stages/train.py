@@ -1,4 +1,4 @@
-"""`rarec train`, `accelerate launch launch/train.py`: train every variant of the configuration, each at the same budget."""
+"""`rarec train`, `accelerate launch launch/train.py`: train every variant of the configuration at the same budget."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -36,7 +36,7 @@ def first_to_do(config: RunConfig, stages: Sequence[str]) -> str | None:
 
 
 def _same_llm(run: Run) -> bool:
-    """Return whether the run's resolved configuration names the same language model: to compare it, it must be loaded."""
+    """Return whether the run's resolved configuration names the same language model; its weights are not compared."""
     try:
         recorded = read_tree(run.config_file).get("llm")
     except UserError:
