@@ -1,4 +1,4 @@
-"""The plan: every sample once an epoch, the same batches on any layout, and any step found without those before it."""
+"""The order of training samples: each once per epoch, the same batches on any number of ranks, access to any step."""
 
 import tracemalloc
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from rarec.errors import UserError
 
 
 @dataclass
-class World:
-    """Shards of some sizes, prompts of some lengths, and how a plan is to be made of them."""
+class Shards:
+    """Shards with sizes, prompts with lengths, and the settings of a plan."""
 
     shard_S: np.ndarray
     tokens_S: np.ndarray
@@ -32,14 +32,14 @@ class World:
         return sorted(set(range(len(self.shard_S))) - set(self.excluded))
 
 
-def world(sizes: list[int], seed: int = 0, longest: int = 40, **cut: Any) -> World:
+def world(sizes: list[int], seed: int = 0, longest: int = 40, **cut: Any) -> Shards:
     shard_S = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)
     tokens_S = np.random.default_rng(seed).integers(1, longest + 1, len(shard_S)).astype(np.uint32)
-    return World(shard_S, tokens_S, seed, cut=cut)
+    return Shards(shard_S, tokens_S, seed, cut=cut)
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> World:
+def worlds(draw: st.DrawFn) -> Shards:
     made = world(draw(st.lists(st.integers(1, 40), min_size=1, max_size=14)), draw(st.integers(0, 2**40)))
     total = len(made.shard_S)
     made.excluded = draw(st.lists(st.integers(0, total - 1), max_size=total - 1))
@@ -134,7 +134,7 @@ def test_a_budget_leaves_little_padding_and_no_small_remainder():
 
 
 class Watched:
-    """A column that tells which of its rows were looked at."""
+    """A column that records which of its rows were read."""
 
     def __init__(self, values: np.ndarray) -> None:
         self.values, self.seen = values, set()
@@ -172,23 +172,23 @@ def test_memory_does_not_depend_on_the_number_of_samples():
 def test_a_prompt_beyond_the_budget_is_refused_with_its_slots():
     made = world([20], tokens_per_batch=42, slots=2)
     made.tokens_S[7] = 41
-    with pytest.raises(UserError, match=r"43 tokens, more than train\.tokens_per_batch = 42"):
+    with pytest.raises(UserError, match=r"43 tokens.*train\.tokens_per_batch"):
         made.plan()
 
 
 def test_more_ranks_than_a_batch_has_samples_are_refused():
     plan = world([20], batch_size=8).plan()
     plan.check_ranks(6, 1)
-    with pytest.raises(UserError, match=r"smallest batch, of 6, is too small for 7 ranks"):
+    with pytest.raises(UserError, match=r"6.* 7 ranks"):
         plan.check_ranks(7, 1)
     made = world([20], longest=1, tokens_per_batch=40)
     made.tokens_S[3] = 40
-    with pytest.raises(UserError, match=r"smallest batch, of 1, is too small for 2 ranks"):
+    with pytest.raises(UserError, match=r"1.* 2 ranks"):
         made.plan().check_ranks(2, 2)
 
 
 def test_nothing_left_to_train_on_is_refused():
     made = world([3, 2])
     made.excluded = [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match="none of 5 samples is left"):
+    with pytest.raises(UserError, match="5 samples"):
         made.plan()
