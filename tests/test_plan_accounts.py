@@ -17,7 +17,7 @@ from rarec.entry import open_run
 from rarec.models.build import SourceShape
 from rarec.planning.activations import MemoryTracker, StepShape, step_activations
 from rarec.planning.cluster import ENGINES
-from rarec.planning.inputs import SampleStats, prompt_length_bounds
+from rarec.planning.input_sizes import SampleStats, prompt_length_bounds
 from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, rank_memory
 from rarec.planning.step_time import step_traffic
 from rarec.stages.feed import Feed

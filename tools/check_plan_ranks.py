@@ -21,7 +21,7 @@ from rarec.models.towers import RaRec, SideBatch
 from rarec.planning.activations import HISTORY, StepShape
 from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import Cluster, EngineName, TrainingSetup
-from rarec.planning.inputs import PromptLengths
+from rarec.planning.input_sizes import PromptLengths
 from rarec.planning.memory import ZeroSettings
 from rarec.planning.meta_model import MetaModelBuilder
 from rarec.stages.run import Run

@@ -10,7 +10,7 @@ from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
 from rarec.planning.activations import Activations, StepShape, encoding_peak, step_activations
 from rarec.planning.cluster import REPLICATED, Cluster, EngineName, TrainingSetup
-from rarec.planning.inputs import EpochBatches, PromptLengths, SampleStats, prompt_length_bounds
+from rarec.planning.input_sizes import EpochBatches, PromptLengths, SampleStats, prompt_length_bounds
 from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, RankMemory, ZeroSettings, rank_memory
 from rarec.planning.meta_model import MetaModel, MetaModelBuilder
 from rarec.planning.step_time import StepTime, Traffic, step_time, step_traffic

@@ -9,7 +9,7 @@ from rarec.models.build import SourceShape
 from rarec.planning.advice import RunPlan, plan_variants
 from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import Cluster, EngineName
-from rarec.planning.inputs import EpochBatches, SampleStats, source_shape
+from rarec.planning.input_sizes import EpochBatches, SampleStats, source_shape
 from rarec.planning.meta_model import MetaModelBuilder
 from rarec.stages.run import Run
 from rarec.training.feed import batch_plan
