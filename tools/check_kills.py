@@ -63,7 +63,7 @@ class Training:
     @property
     def done(self) -> bool:
         """Whether the training is finished."""
-        return (self.directory / "done.json").exists()
+        return (self.directory / "manifest.json").exists()
 
     def checkpoint(self) -> Path | None:
         """Return the newest checkpoint."""
