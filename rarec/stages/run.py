@@ -1,10 +1,7 @@
 """A run: its configuration, its stages, and what they have made, opened when it is asked for."""
 
-import logging
-import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -173,7 +170,6 @@ class Run:
     @cached_property
     def world(self) -> "World":
         """This process among those that the launcher has started, if any."""
-        _silence_libraries()
         from rarec.training.accelerator import start_world
 
         return start_world(self.config)
@@ -348,13 +344,3 @@ def _earlier(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[dict[st
     """Return where else, and by what else, a stage was built in part, each once."""
     places = [*before.get("earlier", []), {name: before.get(name) for name in here}] if before else []
     return [one for one in places if one != here]
-
-
-def _silence_libraries() -> None:
-    """Keep notices of the libraries below off the user's terminal: they say nothing about the run."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed)\.")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

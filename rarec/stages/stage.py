@@ -279,9 +279,7 @@ class Stage(ABC):
         except BaseException:
             if world.is_main and [path.name for path in directory.iterdir()] == [BEGUN]:
                 with suppress(OSError):
-                    shutil.rmtree(
-                        directory
-                    )  # refused before anything was built: the next attempt may be configured otherwise
+                    shutil.rmtree(directory)  # refused before anything was built: the next attempt may differ
             raise
         if directory != final:
             world.run_on_main(lambda: replace_directory(directory, final))
@@ -324,7 +322,7 @@ class Stage(ABC):
         """
         world, directory = self.run.world, self.directory
         with ExitStack() as stack:
-            wanted = world.is_main and (fresh or not (directory / MANIFEST).exists())
+            wanted = world.is_main and (fresh or not self.is_done())
             lock = directory.with_name(f".{directory.name}.lock")
             handle = stack.enter_context(lock_file(lock)) if wanted else None
             said = False

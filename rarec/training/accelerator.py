@@ -5,7 +5,9 @@ device. Accelerate itself does not notice when they contradict each other: it th
 without the engine.
 """
 
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def start_world(config: RunConfig) -> World:
     Raises:
         UserError: a GPU is required and there is none, or the number of processes is not `run.num_processes`.
     """
+    _silence_libraries()
     world, wanted = int(os.environ.get("WORLD_SIZE", "1")), config.run.num_processes
     if wanted is not None and world != wanted:
         remedy = f"accelerate launch --num_processes {wanted} ..., or change run.num_processes"
@@ -49,6 +52,16 @@ def start_world(config: RunConfig) -> World:
     if state.num_processes != world or dist.get_world_size() != world:
         raise UserError(f"the launcher started {world} processes, but Accelerate found {state.num_processes}")
     return World(state.process_index, world, state.device)
+
+
+def _silence_libraries() -> None:
+    """Keep notices of the libraries below off the user's terminal: they say nothing about the run."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed)\.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _on_gpu(config: RunConfig, world: int) -> bool:

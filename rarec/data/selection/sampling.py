@@ -1,4 +1,4 @@
-"""Select training samples: denoise, diversify, draw a share (docs/method.md, section 5 [N]), and report what was dropped.
+"""Select training samples: denoise, diversify, draw a share, report what was dropped (docs/method.md, section 5 [N]).
 
 Shape letters: S samples, C candidates (after denoising), U users, N items, V values, G buckets of the grid.
 """
