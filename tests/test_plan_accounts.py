@@ -20,9 +20,8 @@ from rarec.planning.cluster import ENGINES
 from rarec.planning.inputs import SampleStats, prompt_length_bounds
 from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, rank_memory
 from rarec.planning.step_time import step_traffic
-from rarec.stages.feed import Feed
 from rarec.stages.plan import plan
-from rarec.stages.shard_content import 
+from rarec.stages.variant_training import open_feed, open_stream
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
 from tests.synthetic import write_llm
 
@@ -268,9 +267,9 @@ def test_the_dimension_of_imported_vectors_is_read_from_their_header(llama, tmp_
 
 def test_under_a_token_budget_steps_and_the_largest_batch_are_those_of_the_training(finished):
     """Short prompts make batches of more samples than the budget holds of the longest."""
-    context = open_run(finished, ["train.tokens_per_batch=700"])
-    made = plan(context, GPU, None).calculator
-    stream = Feed(context, context.stage("shards").require(outside=True)).stream(np.array([], np.int64))
+    run = open_run(finished, ["train.tokens_per_batch=700"])
+    made = plan(run, GPU, None).calculator
+    stream = open_stream(run, open_feed(run), np.array([], np.int64))
     sizes = [len(batch) for batch in stream.plan.batches(0)]
     assert (made.batches.count, made.batches.smallest) == (len(sizes), min(sizes))
     assert made.batches.mean_size == pytest.approx(np.mean(sizes))

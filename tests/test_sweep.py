@@ -13,6 +13,7 @@ from rarec.config import load_config
 from rarec.config.load import format_override, parse_override
 from rarec.errors import UserError
 from rarec.files import read_json
+from rarec.stages import STAGES
 from rarec.sweep import load_sweep, state_of
 from rarec.sweep.definition import StageName
 from rarec.sweep.local import LOG, last_message
