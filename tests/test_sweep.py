@@ -124,12 +124,12 @@ def test_an_override_is_one_word_and_reads_back_equal(value):
         (
             {"a": {"export.variant": "input"}},
             {},
-            r"run 'a': export.variant is input.*train.variants",
+            r"run 'a': field `export.variant`.*\n  -> .*train.variants",
         ),
         (
             {"a": {"export.variant": "input"}},
             {"stages": ["train", "export"]},
-            r"run 'a': export.variant is input",
+            r"run 'a': field `export.variant`",
         ),
     ],
 )
@@ -199,8 +199,8 @@ def test_a_second_sweep_makes_nothing_and_loads_nothing_heavy(swept):
     path, _ = swept
     before, started = stamps(path), time.monotonic()
     again = sweep(path, PYTHONPROFILEIMPORTTIME="1")
-    told = [line for line in again.stderr.splitlines() if "skipped, done before" in line]
-    assert (again.returncode, len(told), stamps(path)) == (0, 2, before)
+    skipped = [line for line in again.stderr.splitlines() if "skipped, done before" in line]
+    assert (again.returncode, len(skipped), stamps(path)) == (0, 2, before)
     assert not [line for line in again.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "transformers")]
     assert time.monotonic() - started < 20
     runs, started = load_sweep(path).runs, time.monotonic()
@@ -246,7 +246,7 @@ def test_damage_is_something_to_do(swept, tmp_path):
     run = load_sweep(path).runs[0]
     done = run.directory / "train" / "per_layer" / "manifest.json"
     whole = done.read_text()
-    for harm in (whole[:20], json.dumps({**json.loads(whole), "best_step": 999}), None):
+    for harm in (whole[:20], json.dumps({**json.loads(whole), "made_from": {}}), None):
         done.unlink() if harm is None else done.write_text(harm)
         assert state_of(run, ["train", "evaluate"])[0] == "begun"
         done.write_text(whole)
