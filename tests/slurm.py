@@ -1,6 +1,6 @@
-"""A SLURM cluster of two nodes on this host: real daemons with a key of their own, up in seconds, gone at the end.
+"""A SLURM cluster of two nodes on this host: real daemons with their own key, started in seconds, stopped at the end.
 
-CI sets RAREC_REQUIRE to name `slurm`, so that there nothing is skipped in silence. Root is not needed.
+With `slurm` in RAREC_REQUIRE, as in CI, nothing is skipped where SLURM is missing. Root is not needed.
 """
 
 import ctypes
@@ -48,12 +48,12 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
-"""A requeued job waits for as long as `cred_expire` says. No host bears the name of a node."""
+"""A requeued job waits for `cred_expire` seconds. The names of the nodes are not names of hosts."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 OWN = ("SLURM_", "SBATCH_", "RAREC_")
-"""So begin names of variables that jobs of this cluster do not inherit."""
+"""Prefixes of environment variables that jobs of this cluster do not inherit."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 _installed = all(shutil.which(program, path=PATH) for program in PROGRAMS)
@@ -65,7 +65,7 @@ class Cluster:
     """Two nodes, n1 and n2.
 
     Args:
-        root: directory of all that it writes.
+        root: directory for its files.
     """
 
     def __init__(self, root: Path) -> None:
@@ -76,35 +76,35 @@ class Cluster:
     def submit(
         self, script: str, *arguments: str, options: Sequence[str] = (), where: Path = ROOT, **settings: str
     ) -> str:
-        """`sbatch OPTIONS launch/slurm/SCRIPT ARGUMENTS`, called in `where`, with settings; the job's number."""
+        """Run `sbatch OPTIONS launch/slurm/SCRIPT ARGUMENTS` in `where`, with settings; return the job's number."""
         command = ["sbatch", "--parsable", "--time=60", f"--output={self.root}/said-%j.txt", *options]
         command += [str(ROOT / "launch" / "slurm" / script), *arguments]
         return self.call(command, where, RAREC_VENV=sys.prefix, **settings).strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What SLURM says of a job, or of a task `JOB_TASK` of an array, as it stands."""
+        """Return SLURM's record of a job, or of a task `JOB_TASK` of an array."""
         words = self.call(["scontrol", "--oneliner", "show", "job", job]).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def ended(self, job: str) -> dict[str, str]:
-        """The same, when it has ended."""
+        """Wait for the end of a job; return its record."""
         self.until(lambda: self.job(job)["JobState"] in ENDED, job)
         return self.job(job)
 
     def until(self, condition: Callable[[], bool], job: str) -> None:
-        """Wait for what a job is to bring about."""
+        """Wait until a condition holds, which the job brings about."""
         deadline = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < deadline, (self.job(job), self.said(job)[-3000:])
             time.sleep(0.2)
 
     def said(self, job: str) -> str:
-        """What a job has written, each time that it ran."""
+        """Return the output of a job, of all its starts."""
         path = Path(self.job(job)["StdOut"])
         return path.read_text() if path.exists() else ""
 
     def call(self, command: Sequence[str], where: Path = ROOT, **environment: str) -> str:
-        """What one of SLURM's programs answers."""
+        """Run one of SLURM's programs; return its output."""
         own = {**self.environment, **environment}
         called = subprocess.run(command, env=own, cwd=where, capture_output=True, text=True, timeout=60)
         assert called.returncode == 0, (command, called.stderr)
@@ -113,7 +113,7 @@ class Cluster:
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Bring one up; at the end nothing of it runs, and nothing of it is left."""
+    """Start a cluster; at the end, stop its processes and delete its files."""
     root = Path(tempfile.mkdtemp(prefix="slurm-"))  # not pytest's: the path of a socket must be short
     own = Cluster(root)
     _adopt_orphans(True)
@@ -159,13 +159,13 @@ def _await(own: Cluster, condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def _adopt_orphans(ours: bool) -> None:
-    """Whether they become children of this process: the keepers of SLURM's job steps, who leave their parents, do."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(ours))
+def _adopt_orphans(adopt: bool) -> None:
+    """Make orphaned processes children of this one, or stop that: SLURM's `slurmstepd` leaves its parent."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
 
 
 def _end(own: Cluster) -> None:
-    """The daemons, and the jobs that still run."""
+    """Terminate the daemons, and the jobs that still run."""
     for end in (psutil.Process.terminate, psutil.Process.kill):
         left = [process for process in psutil.process_iter() if _is_of(own, process)]
         for process in left:
@@ -175,8 +175,8 @@ def _end(own: Cluster) -> None:
 
 
 def _is_of(own: Cluster, process: psutil.Process) -> bool:
-    """All but the keepers, who overwrite theirs, have the cluster's configuration in their environment."""
+    """Return whether a process is of the cluster, by its environment; `slurmstepd` overwrites that, so by its name."""
     with suppress(psutil.Error, OSError):
-        keeper = process.ppid() == os.getpid() and process.name().startswith("slurmstepd")
-        return keeper or process.environ().get("SLURM_CONF") == own.environment["SLURM_CONF"]
+        step_daemon = process.ppid() == os.getpid() and process.name().startswith("slurmstepd")
+        return step_daemon or process.environ().get("SLURM_CONF") == own.environment["SLURM_CONF"]
     return False
