@@ -39,7 +39,7 @@ def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
     assert sum(weight.nbytes for weight in variant.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
     assert variant.block_numel == BLOCKS * block
     maps = BLOCKS + 1  # one behind the last block, which is read
-    side = maps * (M * D + D * E + D) + E + 2 * D * D + D  # what stands for a missing vector; heads, one with a bias
+    side = maps * (M * D + D * E + D) + E + 2 * D * D + D  # M, W, b; vector for missing IDs; heads, one bias
     assert sum(weight.numel for weight in variant.trainable) == 2 * side + 1
     fixed = 2 * E + maps + 2 * (D + D * D)  # vectors' mean and spread; units of maps; means and whitening of states
     assert variant.buffer_bytes == 4 * 2 * fixed

@@ -327,7 +327,7 @@ def test_a_handful_of_users_that_differ_allows_no_claim(differing: int, outcome:
     assert finding.outcome == outcome
 
 
-def test_probes_pass_only_where_the_variant_gets_worse() -> None:
+def test_sanity_checks_pass_only_where_the_variant_gets_worse() -> None:
     metrics = [measured("per_layer", 0.06), measured("text_only", 0.04)]
     metrics += [measured("per_layer/shuffled_history", 0.06), measured("per_layer/permuted_ids", 0.041)]
     rows = [compared("per_layer/shuffled_history", "per_layer", -0.001, 0.001)]

@@ -153,7 +153,7 @@ def test_a_bundle_of_half_precision_is_smaller_and_scores_nearly_the_same(run, f
 def test_what_half_precision_cannot_hold_is_refused(run, tmp_path):
     model = run.stage("train", "per_layer").best_model()
     model.item.readout.heads["text"].bias.data[0] = 1e5
-    with pytest.raises(UserError, match=r"item\.readout\.heads\.text\.bias overflows float16"):
+    with pytest.raises(UserError, match=r"item\.readout\.heads\.text\.bias.*float16"):
         save_weights(model, tmp_path, dtype=torch.float16)
     assert not any(tmp_path.iterdir())
 
@@ -176,7 +176,7 @@ def test_recommendations_are_new_to_the_user(run):
     seen = {str(run.dataset.item_ids[int(item)]) for item in run.dataset.sequence(1)}
     assert len(best) == 5
     assert not seen & {item for item, _ in best}
-    with pytest.raises(UserError, match="'nobody' is not in"):
+    with pytest.raises(UserError, match="'nobody'"):
         recommend(run, "nobody", 5)
 
 

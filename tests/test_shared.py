@@ -1,4 +1,4 @@
-"""Artefacts that runs have in common: whose names differ, who makes them; and two processes at the same ones."""
+"""Artefacts that several runs share: their names, who builds them, and two processes that build the same ones."""
 
 import re
 import time
