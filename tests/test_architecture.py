@@ -1,4 +1,4 @@
-"""The house: a room imports only from rooms before it, and light modules stay light."""
+"""Rooms (folders of the package) import only from rooms before them, and light modules do not load torch."""
 
 import ast
 import subprocess
@@ -12,11 +12,11 @@ import rarec
 ROOT = Path(rarec.__file__).parent
 ROOMS = "config data ranking ids prompts models training planning evaluation serving stages sweep".split()
 UNRELATED = {("evaluation", "training"), ("serving", "training"), ("serving", "evaluation")}
-"""Later in the list, and yet they know nothing of each other."""
+"""Pairs of rooms that are ordered in the list, and yet independent."""
 
 
 def imports(path: Path) -> set[str]:
-    """Rooms of this package that a module imports from."""
+    """Return the rooms of this package that a module imports from."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -1,4 +1,4 @@
-"""The command itself: what it prints where, its exit codes, and that its help teaches."""
+"""The command line: standard output and error, exit codes, help."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ RAREC = Path(sys.executable).parent / "rarec"
 
 
 def refused(capsys: pytest.CaptureFixture[str], command) -> str:
-    """The message of a command that must end with exit code 2."""
+    """Run a command that must end with exit code 2 and return its message."""
     with pytest.raises(SystemExit) as end:
         guarded(command)
     assert end.value.code == EXIT_CODE
@@ -98,18 +98,18 @@ def test_a_script_that_accelerate_launches_ends_in_the_same_way(finished, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["run", "nowhere.yaml"], "configuration nowhere.yaml does not exist"),
-        (["run", "CONFIG", "train.epoch=3"], "unknown field `train.epoch`; did you mean `epochs`"),
+        (["run", "nowhere.yaml"], "nowhere.yaml"),
+        (["run", "CONFIG", "train.epoch=3"], "`train.epoch`; did you mean `epochs`"),
         (["run", "CONFIG", "train.epochs=many"], "override 'train.epochs=many': field `train.epochs`"),
         (["run", "CONFIG", "prompt.user={soft:id} {history}"], 'prompt.user="..."'),
-        (["run", "."], "configuration . is a directory, not a file"),
-        (["sweep", "x.yaml", "--list", "--slurm"], "give one of the two"),
-        (["run", "CONFIG", "epochs"], "not of the form section.field=value"),
-        (["run", "CONFIG", "export.variant=input"], "`export.variant`: input is not among train.variants"),
-        (["recommend", "CONFIG", "--user", "7"], "user '7' is not in"),
+        (["run", "."], "configuration . "),
+        (["sweep", "x.yaml", "--list", "--slurm"], "--list"),
+        (["run", "CONFIG", "epochs"], "section.field=value"),
+        (["run", "CONFIG", "export.variant=input"], "field `export.variant`"),
+        (["recommend", "CONFIG", "--user", "7"], "user '7'"),
     ],
 )
-def test_wrong_arguments_are_told_from_the_command_line(finished, capsys, monkeypatch, arguments, match):
+def test_wrong_arguments_are_named(finished, capsys, monkeypatch, arguments, match):
     monkeypatch.setattr(sys, "argv", ["rarec", *(str(finished) if a == "CONFIG" else a for a in arguments)])
     assert match in refused(capsys, app)
 
@@ -125,36 +125,32 @@ def test_paths_with_brackets_are_no_markup(capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"),
-    [
-        (errno.ENOSPC, "make room"),
-        (errno.EDQUOT, "make room"),
-        (errno.EACCES, "choose a run.dir that you may write to"),
-        (errno.EROFS, "choose a run.dir that you may write to"),
-    ],
+    "number",
+    [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS],
 )
-def test_trouble_with_the_machine_is_one_message(capsys, number, remedy):
+def test_trouble_with_the_machine_is_one_message(capsys, number):
     def fail() -> None:
         raise OSError(number, os.strerror(number), "/some/file")
 
     message = refused(capsys, fail)
-    assert "/some/file" in message
-    assert remedy in message
+    problem, remedy = message.split("->")
+    assert "/some/file" in problem
+    assert "run.dir" in remedy
 
 
-def test_a_file_that_stands_where_the_run_should_is_named(finished, tmp_path, capsys):
+def test_a_file_in_the_place_of_the_run_is_named(finished, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
     message = refused(capsys, lambda: entry.run_stage("prepare", finished, [f"run.dir={tmp_path / 'run'}"]))
     assert str(tmp_path / "run") in message
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_an_error_of_ours_stays_an_error():
+def test_a_defect_of_the_program_stays_an_exception():
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 / 0)
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(finished, tmp_path):
+def test_ctrl_c_says_that_the_same_command_resumes(finished, tmp_path):
     command = [str(RAREC), "run", str(finished), f"run.dir={tmp_path / 'run'}", "ids.sasrec.epochs=100000"]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits a SIGINT that is ignored
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)

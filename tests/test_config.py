@@ -45,21 +45,22 @@ def test_overrides_are_yaml(small):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.epoch=3", r"override .train.epoch=3.: unknown field `train.epoch`; did you mean `epochs`\?"),
-        ("trian.epochs=3", r"unknown field `trian`; did you mean `train`\?"),
-        ("ids.sasrec.dims=3", r"unknown field `ids.sasrec.dims`; did you mean `dim`\?"),
+        ("train.epoch=3", r"train\.epoch=3.*`train\.epoch`; did you mean `epochs`"),
+        ("trian.epochs=3", r"`trian`; did you mean `train`"),
+        ("ids.sasrec.dims=3", r"`ids\.sasrec\.dims`; did you mean `dim`"),
         ("train.epochs=three", r"field `train.epochs`: .*integer.*'three'"),
         ("train.epochs=2.5", r"field `train.epochs`"),
         ("train.variants=[perlayer]", r"field `train.variants.0`: .*per_layer"),
-        ("shards.share=1.5", r"field `shards.share`: .*less than or equal to 1"),
+        ("shards.share=1.5", r"field `shards\.share`"),
         ("prepare.items.title=null", r"field `prepare.items.title`"),
-        ("prepare.interactions.position=p", r"exactly one of `time` and `position`"),
-        ("ids.model=import", r"needs a section `imported`"),
+        ("prepare.interactions.position=p", r"`time` and `position`"),
+        ("ids.model=import", r"`imported`"),
         ("sources.größe.items=x.npy", r"field `sources.größe"),
-        ("sources.id.items=x.npy", r"`id` is the name of the ID embeddings"),
-        ("prompt.item={{title}}", r"the name of a field is a list or a section"),
-        ("train.epochs", r"not of the form section.field=value"),
-        ("run.dir.x=3", r"dir is a value, not a section"),
+        ("sources.id.items=x.npy", r"`sources`.*`id`"),
+        ("prompt.item={{title}}", r"prompt\.item"),
+        ("train.epochs", r"section\.field=value"),
+        ("alignment.missing=0.1", r"`alignment\.missing`.*`alignment\.id_dropout`"),
+        ("run.dir.x=3", r"run\.dir\.x=3"),
     ],
 )
 def test_a_wrong_field_is_named(small, override, message):
@@ -79,9 +80,9 @@ def test_missing_fields_are_all_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "not valid YAML"),
-        ("- 1\n", "holds no fields"),
-        ("run: {dir: a}\nrun: {dir: b}\n", "'run' is given twice"),
+        ("a: [1", r"bad\.yaml"),
+        ("- 1\n", r"bad\.yaml"),
+        ("run: {dir: a}\nrun: {dir: b}\n", r"bad\.yaml.*'run'"),
     ],
 )
 def test_a_file_that_is_no_configuration(tmp_path, text, message):
@@ -96,7 +97,7 @@ def test_merged_fields_give_way_to_a_mappings_own(tmp_path):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"none\.yaml"):
         load_config(tmp_path / "none.yaml")
 
 
@@ -116,7 +117,7 @@ def test_accelerate_reads_every_shipped_launch_file(path):
 
 
 def test_no_other_configuration_escapes_these_tests():
-    """Those of DeepSpeed are trained with, in test_distributed.py."""
+    """test_distributed.py trains with the DeepSpeed configurations."""
     folders = {path.parent.name for path in (ROOT / "configs").rglob("*.*") if path.is_file()}
     assert folders == {"runs", "accelerate", "deepspeed", "sweeps"}
     assert {path.stem for path in (ROOT / "configs" / "deepspeed").iterdir()} < {*ENGINES}
@@ -125,5 +126,5 @@ def test_no_other_configuration_escapes_these_tests():
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     path = tmp_path / "latin.yaml"
     path.write_bytes("run: {dir: Müller}".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin.yaml is not UTF-8 text.*\n.*save it as UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.yaml.*\n.*UTF-8"):
         load_config(path)

@@ -18,7 +18,7 @@ from rarec.evaluation.diagnostic_sample import SideSample
 from rarec.evaluation.diagnostics import ALIGNMENT_FIELDS, diagnose, variant_diagnostics
 from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_rows
 from rarec.evaluation.health import NORM_FACTOR, warnings
-from rarec.evaluation.html_report import write_report
+from rarec.evaluation.html_report import REPORT, write_report
 from rarec.evaluation.plots import alignment
 from rarec.files import read_json, write_json
 from rarec.models.alignment import AlignmentModule, SlotShape
@@ -27,6 +27,7 @@ from rarec.models.llm_attention import slot_attention, slot_shares
 from rarec.models.slots import Slots
 from rarec.models.towers import RaRec, ReadoutModule, SideBatch, Tower
 from rarec.prompts import Encoded, TextTokenizer
+from rarec.stages.report import directories
 from rarec.stages.run import Run
 from tests.synthetic import tiny_model, tiny_tokenizer
 
@@ -281,9 +282,9 @@ def test_a_token_reads_as_its_word():
 # ---- warnings
 
 
-def diagnostics(context: Run, model: RaRec, say: Any = print) -> dict[str, Any] | None:
-    shared = (context.config, context.dataset, context.prompts, context.sources)
-    return variant_diagnostics(model, "per_layer", *shared, say=say, world=context.world)
+def diagnostics(run: Run, model: RaRec, say: Any = print) -> dict[str, Any] | None:
+    shared = (run.config, run.dataset, run.prompts, run.sources)
+    return variant_diagnostics(model, "per_layer", *shared, say=say, world=run.world)
 
 
 def block(**figures: Any) -> dict[str, Any]:
@@ -296,20 +297,20 @@ def block(**figures: Any) -> dict[str, Any]:
     return {**healthy, **figures}
 
 
-def warned(context: Run, blocks: list[dict[str, Any]], share: float = 0.1) -> list[dict[str, str]]:
+def warned(run: Run, blocks: list[dict[str, Any]], share: float = 0.1) -> list[dict[str, str]]:
     attention = [{"side": "item", "block": 0, "share": share, "even": 0.2}]
-    return warnings({"blocks": blocks, "attention": attention}, context.config)
+    return warnings({"blocks": blocks, "attention": attention}, run.config)
 
 
 @pytest.fixture(scope="module")
-def context(finished: Path) -> Run:
+def run(finished: Path) -> Run:
     return open_run(finished, [])
 
 
-def test_a_healthy_alignment_is_not_warned_about(context):
-    assert warned(context, [block(), block(block=1)]) == []
+def test_a_healthy_alignment_is_not_warned_about(run):
+    assert warned(run, [block(), block(block=1)]) == []
     prefix = dict.fromkeys(("projection_norm", *ALIGNMENT_FIELDS))
-    assert warned(context, [block(**prefix)]) == []
+    assert warned(run, [block(**prefix)]) == []
 
 
 @pytest.mark.parametrize(
@@ -332,8 +333,8 @@ def test_a_healthy_alignment_is_not_warned_about(context):
         ("cka", {"cka_after": 0.3}, "0.300", "loss.align_weight"),
     ],
 )
-def test_each_warning_names_its_figure_and_a_field(context, what, figures, said, field):
-    found = warned(context, [block(**figures)])
+def test_each_warning_names_its_figure_and_a_field(run, what, figures, said, field):
+    found = warned(run, [block(**figures)])
     assert [warning["what"] for warning in found] == [what]
     assert said in found[0]["text"]
     assert field in found[0]["advice"]
@@ -341,30 +342,30 @@ def test_each_warning_names_its_figure_and_a_field(context, what, figures, said,
 
 
 @pytest.mark.parametrize(("share", "what"), [(0.003, ["unseen"]), (0.005, []), (0.95, ["blinding"])])
-def test_attention_on_slots_is_nearly_nil_or_nearly_all(context, share, what):
-    assert [warning["what"] for warning in warned(context, [block()], share)] == what
+def test_attention_on_slots_is_nearly_nil_or_nearly_all(run, share, what):
+    assert [warning["what"] for warning in warned(run, [block()], share)] == what
 
 
-def test_a_random_start_is_advised_against(context, finished):
+def test_a_random_start_is_advised_against(run, finished):
     random = open_run(finished, ["alignment.init=random"])
     assert "alignment.init: ridge (now random)" in warned(random, [block(instruction_norm=0.2)])[0]["advice"]
 
 
-def test_a_warning_counts_the_blocks_together(context):
+def test_a_warning_counts_the_blocks_together(run):
     rows = [block(block=at, projection_norm=100.0 if at in (0, 2, 3, 4, 7, 8) else 2.0) for at in range(10)]
-    assert "blocks 0, 2 to 4 and 7, 8: projections" in warned(context, rows)[0]["text"]
+    assert "blocks 0, 2 to 4 and 7, 8: projections" in warned(run, rows)[0]["text"]
 
 
-def test_a_collapsed_alignment_is_warned_about(context):
+def test_a_collapsed_alignment_is_warned_about(run):
     """W all but nothing: every item has nearly the same slot."""
-    model = context.stage("train", "per_layer").best_model()
+    model = run.stage("train", "per_layer").best_model()
     with torch.no_grad():
         for tower in (model.user, model.item):
             for _, source in tower.alignment.named_sources():
                 source.weight_LDE.mul_(1e-3)
                 source.instructions_LMD.mul_(100)
     said: list[str] = []
-    found = diagnostics(context, model, said.append)
+    found = diagnostics(run, model, said.append)
     assert found is not None
     alike = [warning for warning in found["warnings"] if warning["what"] == "alike"]
     assert len(alike) == 2
@@ -376,8 +377,8 @@ def test_a_collapsed_alignment_is_warned_about(context):
 # ---- a run
 
 
-def test_a_run_leaves_diagnostics_of_validation_users_and_items(context):
-    found = read_json(context.directory("evaluate") / "diagnostics.json")
+def test_a_run_leaves_diagnostics_of_validation_users_and_items(run):
+    found = read_json(run.directory("evaluate") / "diagnostics.json")
     assert (found["variant"], found["n"]) == ("per_layer", {"user": 60, "item": 40})
     assert [(row["side"], row["source"], row["block"]) for row in found["blocks"]] == [
         ("user", "id", 0), ("user", "id", 1), ("item", "id", 0), ("item", "id", 1),
@@ -386,75 +387,81 @@ def test_a_run_leaves_diagnostics_of_validation_users_and_items(context):
         assert -0.1 < row["cka_before"] < 1.1
         assert 1 <= row["projection_rank"] <= 16
     assert all(0 < row["share"] < 1 for row in found["attention"])
-    assert len(found["words"]) == 2 * (context.config.alignment.instructions + 5)
-    assert "diagnostics.json" in read_manifest(context.directory("evaluate"), "evaluate")["files"]
+    assert len(found["words"]) == 2 * (run.config.alignment.instructions + 5)
+    assert "diagnostics.json" in read_manifest(run.directory("evaluate"), "evaluate")["files"]
 
 
-def test_users_are_read_up_to_their_validation_target_only(context):
-    sample = SideSample.of_users(context.dataset, context.prompts, context.sources, 17)
-    user = int(context.dataset.targets("validation").user_rows[0])
-    known = context.dataset.sequence(user)[: int(context.dataset.validation_U[user])]
-    assert np.array_equal(sample.prompts[0].tokens_T, context.prompts.user(known).tokens_T)
+def test_users_are_read_up_to_their_validation_target_only(run):
+    sample = SideSample.of_users(run.dataset, run.prompts, run.sources, 17)
+    user = int(run.dataset.targets("validation").user_rows[0])
+    known = run.dataset.sequence(user)[: int(run.dataset.validation_U[user])]
+    assert np.array_equal(sample.prompts[0].tokens_T, run.prompts.user(known).tokens_T)
 
 
-def test_the_report_shows_the_alignment(context):
-    page = (context.directory("report") / "report.html").read_text()
+def test_the_report_shows_the_alignment(run):
+    page = (run.directory("report") / "report.html").read_text()
     section = page[page.index('<section id="alignment">') :]
     section = section[: section.index("</section>")]
     assert section.count("<svg") == 3
     assert "60 users and 40 items" in section
-    warned = read_json(context.directory("evaluate") / "diagnostics.json")["warnings"]
+    warned = read_json(run.directory("evaluate") / "diagnostics.json")["warnings"]
     assert section.count('class="sanity_check worse"') == len(warned)
     assert section.count('class="sanity_check better"') == (not warned)
 
 
-def evaluation_with(context: Run, tmp_path: Path, change: Any) -> Run:
-    """A copy of the run with another diagnostics.json, or without it."""
-    run = shutil.copytree(context.root, tmp_path / "run")
-    path = run / "evaluation" / "diagnostics.json"
+def page_of(run: Run) -> str:
+    """Write the report of a run whose manifests may be out of date, and return it."""
+    write_report(run.directory("report"), directories(run), run.config, say=lambda line: None)
+    return (run.directory("report") / REPORT).read_text()
+
+
+def evaluation_with(run: Run, tmp_path: Path, change: Any) -> Run:
+    """Copy a run with another diagnostics.json, or without it."""
+    copy = shutil.copytree(run.root, tmp_path / "run")
+    path = copy / "evaluation" / "diagnostics.json"
     found = change(read_json(path))
     path.unlink()
     if found is not None:
         write_json(path, found)
-    return open_run(context.root.parent / "config.yaml", [f"run.dir={run}"])
+    return open_run(run.root.parent / "config.yaml", [f"run.dir={copy}"])
 
 
-def test_an_older_evaluation_is_reported_without(context, tmp_path):
-    copy = evaluation_with(context, tmp_path, lambda found: None)
-    page = write_report(copy.paths, copy.config, say=lambda line: None).read_text()
+def test_an_older_evaluation_is_reported_without(run, tmp_path):
+    copy = evaluation_with(run, tmp_path, lambda found: None)
+    page = page_of(copy)
     assert 'id="alignment"' not in page
 
 
-def test_a_healthy_run_says_so_and_a_missing_figure_is_left_out(context, tmp_path):
-    copy = evaluation_with(context, tmp_path, lambda found: {**found, "warnings": [], "attention": [], "words": []})
-    page = write_report(copy.paths, copy.config, say=lambda line: None).read_text()
+def test_a_healthy_run_says_so_and_a_missing_figure_is_left_out(run, tmp_path):
+    copy = evaluation_with(run, tmp_path, lambda found: {**found, "warnings": [], "attention": [], "words": []})
+    page = page_of(copy)
     section = page[page.index('<section id="alignment">') :]
     assert section[: section.index("</section>")].count('class="sanity_check better"') == 1
     assert "no attention weights" in section
-    assert page.count("<svg") == (context.directory("report") / "report.html").read_text().count("<svg") - 1
+    assert page.count("<svg") == (run.directory("report") / "report.html").read_text().count("<svg") - 1
 
 
-def test_a_side_without_a_figure_leaves_its_panel_empty(context, tmp_path):
+def test_a_side_without_a_figure_leaves_its_panel_empty(run, tmp_path):
     def change(found: dict[str, Any]) -> dict[str, Any]:
         rows = [
             row | {"cka_before": None, "cka_after": None} if row["side"] == "user" else row for row in found["blocks"]
         ]
         return {**found, "blocks": rows}
 
-    copy = evaluation_with(context, tmp_path, change)
-    page = write_report(copy.paths, copy.config, say=lambda line: None).read_text()
+    copy = evaluation_with(run, tmp_path, change)
+    page = page_of(copy)
     assert "CKA with the text by block. user id: none; item id: ID vectors (before)" in page
 
 
-def test_a_row_that_lacks_a_figure_is_named(context, tmp_path):
+def test_a_row_that_lacks_a_figure_is_named(run, tmp_path):
     def harm(found: dict[str, Any]) -> dict[str, Any]:
         del found["blocks"][1]["cka_after"]
         return found
 
-    copy = evaluation_with(context, tmp_path, harm)
+    copy = evaluation_with(run, tmp_path, harm)
     with pytest.raises(UserError, match=r"diagnostics\.json, blocks, row 2 lacks `cka_after`"):
-        write_report(copy.paths, copy.config, say=lambda line: None)
+        page_of(copy)
 
 
-def test_a_variant_without_slots_has_no_diagnostics(context):
-    assert diagnostics(context, context.stage("train", "text_only").best_model()) is None
+def test_a_variant_without_slots_has_no_diagnostics(run):
+    assert diagnostics(run, run.stage("train", "text_only").best_model()) is None

@@ -1,4 +1,4 @@
-"""The plan: every sample once an epoch, the same batches on any layout, and any step found without those before it."""
+"""`BatchPlan`: each sample once an epoch, equal batches on any layout, direct access to any step."""
 
 import tracemalloc
 from dataclasses import dataclass, field

@@ -20,9 +20,8 @@ from rarec.planning.cluster import ENGINES
 from rarec.planning.input_sizes import SampleStats, prompt_length_bounds
 from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, rank_memory
 from rarec.planning.step_time import step_traffic
-from rarec.stages.feed import Feed
 from rarec.stages.plan import plan
-from rarec.stages.shard_content import 
+from rarec.stages.variant_training import open_feed, open_stream
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
 from tests.synthetic import write_llm
 
@@ -40,7 +39,7 @@ def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
     assert sum(weight.nbytes for weight in variant.frozen) == 4 * (V * D + BLOCKS * block + D)  # no head
     assert variant.block_numel == BLOCKS * block
     maps = BLOCKS + 1  # one behind the last block, which is read
-    side = maps * (M * D + D * E + D) + E + 2 * D * D + D  # what stands for a missing vector; heads, one with a bias
+    side = maps * (M * D + D * E + D) + E + 2 * D * D + D  # M, W, b; vector for missing IDs; heads, one bias
     assert sum(weight.numel for weight in variant.trainable) == 2 * side + 1
     fixed = 2 * E + maps + 2 * (D + D * D)  # vectors' mean and spread; units of maps; means and whitening of states
     assert variant.buffer_bytes == 4 * 2 * fixed
@@ -268,9 +267,9 @@ def test_the_dimension_of_imported_vectors_is_read_from_their_header(llama, tmp_
 
 def test_under_a_token_budget_steps_and_the_largest_batch_are_those_of_the_training(finished):
     """Short prompts make batches of more samples than the budget holds of the longest."""
-    context = open_run(finished, ["train.tokens_per_batch=700"])
-    made = plan(context, GPU, None).calculator
-    stream = Feed(context, context.stage("shards").require(outside=True)).stream(np.array([], np.int64))
+    run = open_run(finished, ["train.tokens_per_batch=700"])
+    made = plan(run, GPU, None).calculator
+    stream = open_stream(run, open_feed(run), np.array([], np.int64))
     sizes = [len(batch) for batch in stream.plan.batches(0)]
     assert (made.batches.count, made.batches.smallest) == (len(sizes), min(sizes))
     assert made.batches.mean_size == pytest.approx(np.mean(sizes))

@@ -117,11 +117,11 @@ def test_the_command_prints_variants_engines_advice_and_how_to_start(llama, tmp_
     with pytest.raises(SystemExit) as end:
         cli.guarded(cli.app)
     assert end.value.code == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for words in ("RA-Rec (per layer) *", "ZeRO-3", "FSDP2", "recommended: DDP", "100,000 samples"):
-        assert words in told
+        assert words in printed
     launch = f"accelerate launch --config_file {ROOT}/configs/accelerate/ddp.yaml --num_processes 2 -m rarec train"
-    assert f"{launch} {path} llm.dtype=bfloat16" in told
+    assert f"{launch} {path} llm.dtype=bfloat16" in printed
     assert not (tmp_path / "none").exists()
 
 
@@ -142,20 +142,20 @@ def test_the_tables_are_whole_on_80_columns(large):
 
 
 def test_one_gpu_needs_no_engine(llama, tmp_path):
-    told = lines(written(tmp_path, llama), GPU)
-    assert "recommended: one process" in told
-    assert "configs/accelerate/one.yaml" in told
-    assert "llm.dtype=bfloat16" in told
+    printed = lines(written(tmp_path, llama), GPU)
+    assert "recommended: one process" in printed
+    assert "configs/accelerate/one.yaml" in printed
+    assert "llm.dtype=bfloat16" in printed
 
 
-def test_a_change_is_told_with_the_command_that_makes_it(llama, tmp_path):
+def test_a_change_is_printed_with_the_command_that_makes_it(llama, tmp_path):
     path = written(tmp_path, llama, evaluate={"batch_size": 1}, train={"variants": ["per_layer"]})
     made = calculator(llama, evaluate={"batch_size": 1})
     setting = replace(made.setup(replace(GPU, gpus=2), "0"), accumulate=2)
-    told = lines(path, room(made, made.memory("per_layer", setting).peak, gpus=2), "0")
-    assert "DDP lacks" in told
-    assert "smallest change that makes it fit: train.accumulate=2 (" in told
-    assert "-m rarec train mine.yaml run.seed=3 train.accumulate=2" in told
+    printed = lines(path, room(made, made.memory("per_layer", setting).peak, gpus=2), "0")
+    assert "DDP lacks" in printed
+    assert "smallest change that makes it fit: train.accumulate=2 (" in printed
+    assert "-m rarec train mine.yaml run.seed=3 train.accumulate=2" in printed
 
 
 def test_a_plan_of_8b_reads_config_json_alone_and_takes_seconds_and_little_memory(tmp_path):

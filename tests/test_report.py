@@ -16,17 +16,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rarec.artefacts import write_manifest
-from rarec.config import VARIANTS, RunConfig
+from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.evaluation.findings import Finding, find, sanity_checks
-from rarec.evaluation.html_report import write_report
+from rarec.evaluation.html_report import REPORT, write_report
 from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
 from rarec.evaluation.result_rows import comparison_rows, metric_rows, strata_rows
-from rarec.evaluation.run_files import RunFiles, read_run
+from rarec.evaluation.run_files import RunDirectories, RunFiles, read_run
 from rarec.evaluation.terminal import closing_lines, terminal_table
 from rarec.evaluation.verdict import Verdict, best_variant, verdict
 from rarec.files import write_json
-from rarec.paths import RunPaths
 
 CUTOFFS = [1, 5, 10, 20, 50, 100]
 TRAINED = ("text_only", "prefix_only", "input", "per_layer")
@@ -49,7 +48,7 @@ TITLES = ["Fargo (1996)", "Alien & Aliens", "Star Wars (1977)", "<script>alert('
 
 
 def config(directory: Path, **sections: Any) -> RunConfig:
-    """A run's configuration."""
+    """Return a run's configuration."""
     prepare = {
         "interactions": {"path": "log.csv", "user": "user", "item": "item", "time": "time"},
         "items": {"path": "items.csv", "item": "item", "title": "title"},
@@ -58,8 +57,25 @@ def config(directory: Path, **sections: Any) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def write_evaluation(run: RunPaths, users: int = 400) -> None:
-    """What an evaluation of simulated ranks leaves, through the project's own functions."""
+def directories(root: Path) -> RunDirectories:
+    """Return the directories of a run in `root`."""
+    training = {variant: root / "train" / variant for variant in TRAINED}
+    return RunDirectories(root / "evaluation", root / "prepare", root / "shards", training)
+
+
+def root_of(run: RunDirectories) -> Path:
+    return run.evaluation.parent
+
+
+def write_page(run: RunDirectories) -> Path:
+    """Write the report of a run and return its path."""
+    directory = root_of(run) / "report"
+    write_report(directory, run, config(root_of(run)), say=lambda line: None)
+    return directory / REPORT
+
+
+def write_evaluation(run: RunDirectories, users: int = 400) -> None:
+    """Write the evaluation of simulated ranks, through the project's own functions."""
     rng = np.random.default_rng(3)
     taste_U = rng.exponential(size=users) ** 2
     ranks = {
@@ -85,7 +101,7 @@ def write_evaluation(run: RunPaths, users: int = 400) -> None:
 
 
 def example(user: int) -> dict[str, Any]:
-    """A user whose target is third with one variant and in no list of the others."""
+    """Return a user whose target is third with one variant and in no list of the others."""
     others = [f"Film {number} ({1950 + number})" for number in range(20)]
     top = {"per_layer": [*others[:2], TITLES[3], *others[2:9]], "id_only": others[:10], "text_only": others[5:15]}
     rank = {"per_layer": 3, "id_only": 31, "text_only": 1204}
@@ -98,8 +114,8 @@ def example(user: int) -> dict[str, Any]:
     }
 
 
-def write_training(run: RunPaths) -> None:
-    """Logs of four variants; one was killed and went on, and its log holds an incomplete line and a step twice."""
+def write_training(run: RunDirectories) -> None:
+    """Write logs of four variants that were killed and resumed: an incomplete line, and a step twice."""
     for number, variant in enumerate(TRAINED):
         lines = []
         for step in range(1, 401):
@@ -116,14 +132,14 @@ def write_training(run: RunPaths) -> None:
                 quality = 0.03 + number / 200 + step / 2e4 - (step / 5e3) ** 2 * 4
                 lines.append(json.dumps({"step": step, "validation": {"ndcg@10": quality}}))
         lines[200:200] = ['{"step": 180, "lo', lines[199]]
-        run.train(variant).mkdir(parents=True)
-        (run.train(variant) / "log.jsonl").write_text("\n".join(lines) + "\n")
+        run.training[variant].mkdir(parents=True)
+        (run.training[variant] / "log.jsonl").write_text("\n".join(lines) + "\n")
         done = {"step": 400, "best_step": 300, "seconds": 93.4, "trainable_parameters": 1_234_567 * (number + 1)}
-        write_json(run.train(variant) / "manifest.json", done)
+        write_json(run.training[variant] / "manifest.json", done)
 
 
-def write_data(run: RunPaths) -> None:
-    """The accounts of preparation and selection."""
+def write_data(run: RunDirectories) -> None:
+    """Write the reports of preparation and selection."""
     steps = [
         {
             "step": "duplicates",
@@ -148,21 +164,21 @@ def write_data(run: RunPaths) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
-    paths = RunPaths(tmp_path_factory.mktemp("runs") / "movies")
-    write_evaluation(paths)
-    write_training(paths)
-    write_data(paths)
-    return paths
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectories:
+    made = directories(tmp_path_factory.mktemp("runs") / "movies")
+    write_evaluation(made)
+    write_training(made)
+    write_data(made)
+    return made
 
 
 @pytest.fixture(scope="module")
-def page(run: RunPaths) -> str:
-    return write_report(run, config(run.root), say=lambda line: None).read_text()
+def page(run: RunDirectories) -> str:
+    return write_page(run).read_text()
 
 
 class Tags(HTMLParser):
-    """What a page is made of."""
+    """The tags of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -311,7 +327,7 @@ def test_a_handful_of_users_that_differ_allows_no_claim(differing: int, outcome:
     assert finding.outcome == outcome
 
 
-def test_probes_pass_only_where_the_variant_gets_worse() -> None:
+def test_sanity_checks_pass_only_where_the_variant_gets_worse() -> None:
     metrics = [measured("per_layer", 0.06), measured("text_only", 0.04)]
     metrics += [measured("per_layer/shuffled_history", 0.06), measured("per_layer/permuted_ids", 0.041)]
     rows = [compared("per_layer/shuffled_history", "per_layer", -0.001, 0.001)]
@@ -386,16 +402,16 @@ def test_the_target_is_marked_where_its_rank_says(page: str) -> None:
     assert "target at rank 1,204" in page
 
 
-def test_a_tie_that_moves_the_rank_still_marks_the_target(run: RunPaths, tmp_path: Path) -> None:
+def test_a_tie_that_moves_the_rank_still_marks_the_target(tmp_path: Path) -> None:
     row = {**example(1), "target_rank": {"per_layer": 5, "id_only": 31, "text_only": 1204}}
-    paths = RunPaths(tmp_path)
-    write_json(paths.evaluation / "metrics.json", [measured("per_layer")])
-    write_json(paths.evaluation / "examples.json", [row])
-    page = write_report(paths, config(tmp_path), say=lambda line: None).read_text()
+    run = directories(tmp_path)
+    write_json(run.evaluation / "metrics.json", [measured("per_layer")])
+    write_json(run.evaluation / "examples.json", [row])
+    page = write_page(run).read_text()
     assert re.search(r"<ol>(<li>[^<]*</li>){2}<li><mark>", page)
 
 
-def test_the_page_shows_figures_settings_and_cost(page: str, run: RunPaths) -> None:
+def test_the_page_shows_figures_settings_and_cost(page: str, run: RunDirectories) -> None:
     rows = json.loads((run.evaluation / "metrics.json").read_text())
     ndcg = next(row for row in rows if (row["variant"], row["metric"]) == ("per_layer", "ndcg@10"))
     assert f"reaches NDCG@10 {figure(ndcg['value'])} (95% interval" in page
@@ -403,30 +419,31 @@ def test_the_page_shows_figures_settings_and_cost(page: str, run: RunPaths) -> N
         assert shown in page
 
 
-def test_equal_files_give_equal_bytes(run: RunPaths, page: str) -> None:
-    again = write_report(run, config(run.root), say=lambda line: None)
+def test_equal_files_give_equal_bytes(run: RunDirectories, page: str) -> None:
+    again = write_page(run)
     assert again.read_text() == page
-    assert [entry.name for entry in run.report.iterdir()] == ["report.html"]
+    assert [entry.name for entry in again.parent.iterdir()] == ["report.html"]
 
 
-def test_a_resumed_log_counts_each_step_once_and_an_incomplete_line_is_named(run: RunPaths) -> None:
+def test_a_resumed_log_counts_each_step_once_and_an_incomplete_line_is_named(run: RunDirectories) -> None:
     printed: list[str] = []
-    record = read_run(run, VARIANTS, say=printed.append)
+    record = read_run(run, say=printed.append)
     assert [line["step"] for line in record.training["per_layer"].losses] == list(range(1, 401))
     assert len(record.training["per_layer"].validations) == 8
     assert len(printed) == 4
     assert "log.jsonl, line 201" in printed[0]
 
 
-def test_what_a_variant_left_that_is_trained_no_more_is_not_shown(run: RunPaths) -> None:
-    assert set(read_run(run, VARIANTS, say=lambda line: None).training) > {"per_layer"}
-    assert set(read_run(run, ["per_layer"], say=lambda line: None).training) == {"per_layer"}
+def test_what_a_variant_left_that_is_trained_no_more_is_not_shown(run: RunDirectories) -> None:
+    assert set(read_run(run, say=lambda line: None).training) > {"per_layer"}
+    alone = replace(run, training={"per_layer": run.training["per_layer"]})
+    assert set(read_run(alone, say=lambda line: None).training) == {"per_layer"}
 
 
 def test_what_was_not_written_is_left_out(tmp_path: Path) -> None:
-    run = RunPaths(tmp_path / "small")
+    run = directories(tmp_path / "small")
     write_json(run.evaluation / "metrics.json", [measured("id_only", 0.04), measured("id_only", 0.03, "hr@7")])
-    page = write_report(run, config(run.root), say=lambda line: None).read_text()
+    page = write_page(run).read_text()
     sections = re.findall(r'<section[^>]* id="(\w+)"', page)
     assert sections == ["verdict", "results", "protocol", "settings"]
     assert "was not evaluated" in page
@@ -435,26 +452,26 @@ def test_what_was_not_written_is_left_out(tmp_path: Path) -> None:
 
 def test_a_run_without_evaluation_is_refused_with_the_next_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.json") as caught:
-        write_report(RunPaths(tmp_path), config(tmp_path), say=lambda line: None)
+        write_page(directories(tmp_path))
     assert "rarec evaluate" in caught.value.remedy
 
 
 def test_a_row_without_a_field_is_named_and_nothing_is_written(tmp_path: Path) -> None:
-    run = RunPaths(tmp_path)
+    run = directories(tmp_path)
     row = measured("per_layer")
     del row["low"]
     write_json(run.evaluation / "metrics.json", [measured("id_only"), row])
     with pytest.raises(UserError, match=r"metrics\.json, row 2 lacks `low`"):
-        write_report(run, config(tmp_path), say=lambda line: None)
-    assert not run.report.exists()
+        write_page(run)
+    assert not (tmp_path / "report").exists()
 
 
 def test_without_the_extra_the_command_that_installs_it_is_named(
-    run: RunPaths, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="matplotlib") as caught:
-        write_report(run, config(run.root), say=lambda line: None)
+        write_page(run)
     assert caught.value.remedy == "pip install 'rarec[report]'"
 
 
@@ -469,7 +486,7 @@ def printed_table(rows: list[dict[str, Any]], width: int) -> str:
 
 @pytest.mark.parametrize(("width", "with_interval"), [(80, ["ndcg@10"]), (110, METRICS), (60, [])])
 def test_the_terminal_table_is_whole_at_any_width_with_the_intervals_that_fit(
-    run: RunPaths, width: int, with_interval: list[str]
+    run: RunDirectories, width: int, with_interval: list[str]
 ) -> None:
     rows = json.loads((run.evaluation / "metrics.json").read_text())
     text = printed_table(rows, width)
@@ -490,28 +507,28 @@ def test_the_terminal_table_leaves_out_other_protocols() -> None:
     assert table.row_count == 1
 
 
-def test_the_last_lines_name_the_best_variant_and_the_next_step(run: RunPaths) -> None:
-    files = read_run(run, TRAINED, say=lambda line: None)
-    lines = closing_lines(files, config(run.root))
+def test_the_last_lines_name_the_best_variant_and_the_next_step(run: RunDirectories) -> None:
+    files = read_run(run, say=lambda line: None)
+    lines = closing_lines(files, config(root_of(run)))
     assert len(lines) == 3
     assert lines[0].startswith("RA-Rec (per layer) + ID")
     assert lines[1].startswith("Deploy: RA-Rec (per layer) + ID")
     assert "evaluation/manifest.json" in lines[2]
-    other = closing_lines(files, config(run.root, export={"variant": "input"}))
+    other = closing_lines(files, config(root_of(run), export={"variant": "input"}))
     assert "export.variant: per_layer" in other[-1]
-    assert closing_lines(replace(files, metrics=[]), config(run.root)) == []
+    assert closing_lines(replace(files, metrics=[]), config(root_of(run))) == []
 
 
 @pytest.mark.parametrize(
     ("train", "field"), [({"epochs": 3}, "train.epochs (now 3)"), ({"max_steps": 400}, "train.max_steps (now 400)")]
 )
 def test_a_training_that_was_still_improving_is_named_with_the_field_to_raise(
-    run: RunPaths, train: dict[str, Any], field: str
+    run: RunDirectories, train: dict[str, Any], field: str
 ) -> None:
-    files = read_run(run, TRAINED, say=lambda line: None)
+    files = read_run(run, say=lambda line: None)
     improving = replace(files.training["per_layer"], done={"step": 400, "best_step": 400})
     files = replace(files, training={**files.training, "per_layer": improving})
-    line = closing_lines(files, config(run.root, train=train))[0]
+    line = closing_lines(files, config(root_of(run), train=train))[0]
     assert "RA-Rec (per layer)" in line
     assert field in line
 

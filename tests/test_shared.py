@@ -1,4 +1,4 @@
-"""Artefacts that runs have in common: whose names differ, who makes them; and two processes at the same ones."""
+"""Artefacts that several runs share: their names, who builds them, and two processes that build the same ones."""
 
 import re
 import time
@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from rarec.artefacts import MANIFEST
-from rarec.config import load_config
 from rarec.config.load import format_override
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import read_json, write_json
-from rarec.paths import RunPaths
 from rarec.planning.cluster import Cluster
 from rarec.stages.plan import plan
+from rarec.stages.run import Run
 from tests.conftest import make_world
 from tests.ranks import START
 from tests.sweeps import SMALL
@@ -30,9 +29,9 @@ def world(tmp_path: Path) -> Path:
 
 
 def paths(config: Path, *overrides: str) -> tuple[str, str, str]:
-    """Names of prepared data, ID vectors and shards."""
-    found = RunPaths.of(load_config(config, ["run.shared=x", *overrides]))
-    return found.prepare.name, found.source("id").name, found.shards.name
+    """Return the names of prepared data, ID vectors and shards."""
+    run = Run(config, ["run.shared=x", *overrides])
+    return run.directory("prepare").name, run.directory("ids", "id").name, run.directory("shards").name
 
 
 def opened(config: Path, name: str, *overrides: str):
@@ -40,10 +39,10 @@ def opened(config: Path, name: str, *overrides: str):
     return open_run(config, [f"run.dir={root / name}", f"run.shared={root / 'shared'}", *SMALLER, *overrides])
 
 
-def test_without_a_shared_directory_all_lies_in_the_runs_own(world):
-    found = RunPaths.of(load_config(world))
-    root = world.parent / "run"
-    assert (found.prepare, found.source("id"), found.shards) == (root / "prepare", root / "ids" / "id", root / "shards")
+def test_without_a_shared_directory_all_is_in_the_runs_own(world):
+    run, root = Run(world), world.parent / "run"
+    found = [run.directory("prepare"), run.directory("ids", "id"), run.directory("shards")]
+    assert found == [root / "prepare", root / "ids" / "id", root / "shards"]
 
 
 @pytest.mark.parametrize(
@@ -78,9 +77,10 @@ def test_a_further_source_has_a_name_of_its_own_and_enters_that_of_the_shards(wo
     with_image = ["sources.image.items=a.npy"]
     assert paths(world, *with_image)[:2] == paths(world)[:2]
     assert paths(world, *with_image)[2] != paths(world)[2]
-    first, second = (load_config(world, ["run.shared=x", f"sources.image.items={f}.npy"]) for f in "ab")
-    assert RunPaths.of(first).source("image").name.startswith("ids-image-")
-    assert RunPaths.of(first).source("image") != RunPaths.of(second).source("image")
+    runs = [Run(world, ["run.shared=x", f"sources.image.items={file}.npy"]) for file in "ab"]
+    first, second = (run.directory("ids", "image") for run in runs)
+    assert first.name.startswith("ids-image-")
+    assert first != second
 
 
 def test_tables_are_known_by_their_engine_too_but_not_by_its_password(world):
@@ -91,24 +91,20 @@ def test_tables_are_known_by_their_engine_too_but_not_by_its_password(world):
 
 
 def test_a_second_run_makes_nothing_that_it_shares_and_ends_with_the_same_shards(world):
-    for name in SHARED:
-        opened(world, "first").make(name)
+    opened(world, "first").run(SHARED)
     made = {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")}
     kinds = [path.parent.name.partition("-")[0] for path in made if path.name == MANIFEST]
     assert sorted(kinds) == ["ids", "prepare", "shards"]
     second = opened(world, "second", "train.lr=0.01")
-    for name in SHARED:
-        second.make(name)
-    assert not second.made
+    assert [second.make(name) for name in SHARED] == [False] * 3
     assert {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")} == made
     assert not (world.parent / "second").exists()
     second.make("train")
-    assert sorted(path.name for path in (world.parent / "second").iterdir()) == ["config.yaml", "train"]
+    assert sorted(path.name for path in (world.parent / "second").iterdir()) == ["config.yaml", "record.json", "train"]
 
 
 def test_a_plan_counts_the_shared_shards(world):
-    for name in SHARED:
-        opened(world, "first").make(name)
+    opened(world, "first").run(SHARED)
     counted = plan(opened(world, "second"), ONE, "0").calculator.samples
     other = plan(opened(world, "third", "shards.share=0.5"), ONE, "0").calculator.samples
     assert counted is not None
@@ -121,62 +117,62 @@ def test_what_was_altered_or_made_from_another_log_is_refused_as_in_a_run_of_its
     log.write_text(log.read_text() + "u000,i039,1800000000\n")
     with pytest.raises(UserError, match="made from another interactions"):
         opened(world, "second").make("prepare")
-    manifest = RunPaths.of(opened(world, "first").config).prepare / MANIFEST
+    manifest = opened(world, "first").directory("prepare") / MANIFEST
     write_json(manifest, {**read_json(manifest), "made_from": {}})
     with pytest.raises(UserError, match="altered"):
         opened(world, "second").make("ids")
 
 
-def _make(config: Path, name: str, told: Path, stages: tuple[str, ...] = SHARED) -> None:
-    """All that is shared, or more, in another process."""
-    with told.open("w", buffering=1) as file:
-        context = opened(config, name)
-        context.say = lambda line: print(line, file=file)
+def _make(config: Path, name: str, output: Path, stages: tuple[str, ...] = SHARED) -> None:
+    """Build the stages of a run, in another process, and write its lines to a file."""
+    with output.open("w", buffering=1) as file:
+        run, built = opened(config, name), []
+        run.say = lambda line: print(line, file=file)
         for stage in stages:
             print(f"{stage} begins", file=file)
-            context.make(stage)
-        print(f"made: {context.made}", file=file)
+            built += [stage] if run.make(stage) else []
+        print(f"built: {' '.join(built)}", file=file)
 
 
 def _race(config: Path, names: list[str], stages: tuple[str, ...] = SHARED) -> list[str]:
-    """What each of these runs said, started at the same time."""
-    told = [config.parent / f"{at}.txt" for at in range(len(names))]
-    racing = [START.Process(target=_make, args=(config, *pair, stages)) for pair in zip(names, told, strict=True)]
+    """Start these runs at the same time and return the lines of each."""
+    outputs = [config.parent / f"{at}.txt" for at in range(len(names))]
+    racing = [START.Process(target=_make, args=(config, *pair, stages)) for pair in zip(names, outputs, strict=True)]
     for process in racing:
         process.start()
     for process in racing:
         process.join(120)
     assert [process.exitcode for process in racing] == [0] * len(racing)
-    return [path.read_text() for path in told]
+    return [path.read_text() for path in outputs]
 
 
 def test_two_that_want_the_same_at_the_same_time_make_it_once(world):
     said = _race(world, ["a", "b"])
     for artefact in ("prepare-", "ids-id-", "shards-"):
-        ready = [re.search(rf"{artefact}\w+ is there already", text) is not None for text in said]
+        ready = [re.search(rf"{artefact}\w+ is up to date", text) is not None for text in said]
         assert sorted(ready) == [False, True], said
     left = [path.name for path in (world.parent / "shared").iterdir()]
-    assert not [name for name in left if ".aside-" in name or "progress" in name]
+    assert not [name for name in left if ".aside-" in name or "progress" in name or name.endswith(".fresh")]
 
 
 def test_two_in_one_run_directory_train_and_evaluate_once(world):
     _make(world, "same", world.parent / "before.txt")
     said = _race(world, ["same", "same"], ("train", "evaluate"))
     for artefact in ("per_layer", "evaluation"):
-        ready = [f"{artefact} is there already" in text for text in said]
+        ready = [f"{artefact} is up to date" in text for text in said]
         assert sorted(ready) == [False, True], said
 
 
 def test_who_is_killed_at_it_leaves_it_to_the_next(world):
-    told = [world.parent / f"{name}.txt" for name in "ab"]
-    slow, next_one = (START.Process(target=_make, args=(world, path.stem, path)) for path in told)
+    outputs = [world.parent / f"{name}.txt" for name in "ab"]
+    slow, next_one = (START.Process(target=_make, args=(world, path.stem, path)) for path in outputs)
     slow.start()
     deadline = time.monotonic() + 60
-    while not (told[0].exists() and "ids begins" in told[0].read_text()) and time.monotonic() < deadline:
+    while not (outputs[0].exists() and "ids begins" in outputs[0].read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
     slow.kill()
     slow.join()
     next_one.start()
     next_one.join(120)
     assert next_one.exitcode == 0
-    assert "made: True" in told[1].read_text()
+    assert re.search("built: (ids )?shards", outputs[1].read_text())

@@ -26,7 +26,7 @@ DDP = "configs/accelerate/ddp.yaml"
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch) -> Path:
-    """A package as a wheel installs it, which the code takes for its own; the current directory is elsewhere."""
+    """The package as a wheel installs it, in the place of the checkout; the current directory is elsewhere."""
     package = tmp_path / "site-packages" / "rarec"
     package.mkdir(parents=True)
     for module in ("__init__", "errors", "shipped", "version"):
@@ -40,7 +40,7 @@ def installed(tmp_path, monkeypatch) -> Path:
 
 
 def launched(engine: EngineName, gpus: int) -> list[str]:
-    """The words of the command that starts a training."""
+    """Return the words of the command that starts a training."""
     return shlex.split(launch_command(TrainingSetup(Cluster.of(gpus, 1, None, "H100"), engine, 1, False, 8)))
 
 
@@ -71,7 +71,7 @@ def test_in_an_installed_wheel_commands_name_files_that_exist(installed, engine)
     assert all(Path(name).is_file() and Path(name).is_relative_to(installed / "data_files") for name in named)
 
 
-def test_a_shell_asks_for_the_directory(installed):
+def test_the_module_prints_the_directory_for_shells(installed):
     environment = {**os.environ, "PYTHONPATH": str(installed.parent)}
     asked = [sys.executable, "-m", "rarec.shipped"]
     done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True)

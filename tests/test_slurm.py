@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rarec.paths import RunPaths
+from rarec.stages.run import Run
 from rarec.sweep import load_sweep, state_of
 from tests.conftest import make_world
 from tests.ranks import ROOT, VARIANT, copied, losses, weights
@@ -161,7 +161,7 @@ def test_a_shared_part_that_fails_stops_only_the_runs_that_need_it(slurm, tmp_pa
     sweep = load_sweep(path)
     logs = {log.name: log.read_text() for log in (tmp_path / "all" / "slurm").glob("*.log")}
     assert [state_of(run, sweep.stages) for run in sweep.runs] == [("begun", "shards"), ("done", "evaluate")], logs
-    missing = RunPaths.of(sweep.runs[0].config).shards
+    missing = Run(sweep.runs[0].config).directory("shards")
     errors = [line for name in sorted(logs) for line in logs[name].splitlines() if line.startswith("error:")]
     assert len(errors) == 2
     assert errors[0].startswith("error: shards.state_blocks: ")

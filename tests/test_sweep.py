@@ -13,6 +13,7 @@ from rarec.config import load_config
 from rarec.config.load import format_override, parse_override
 from rarec.errors import UserError
 from rarec.files import read_json
+from rarec.stages import STAGES
 from rarec.sweep import load_sweep, state_of
 from rarec.sweep.definition import StageName
 from rarec.sweep.local import LOG, last_message
@@ -123,12 +124,12 @@ def test_an_override_is_one_word_and_reads_back_equal(value):
         (
             {"a": {"export.variant": "input"}},
             {},
-            r"run 'a': export.variant is input.*train.variants",
+            r"run 'a': field `export.variant`.*\n  -> .*train.variants",
         ),
         (
             {"a": {"export.variant": "input"}},
             {"stages": ["train", "export"]},
-            r"run 'a': export.variant is input",
+            r"run 'a': field `export.variant`",
         ),
     ],
 )
@@ -160,7 +161,7 @@ def test_every_shipped_sweep_is_valid(monkeypatch):
 
 
 def test_the_papers_choices_are_measured_as_they_are_shipped():
-    """The sweep cannot start from `paper.yaml`, whose tables are the user's own; it says the same again."""
+    """The sweep cannot start from `paper.yaml`, whose tables are the user's own, so it repeats its sections."""
     measured = load_sweep(ROOT / "configs" / "sweeps" / "beauty_paper.yaml").runs[0].config
     shipped = load_config(ROOT / "configs" / "runs" / "paper.yaml")
     for section in ("ids", "prompt", "shards", "alignment", "lora", "readout", "loss"):
@@ -183,7 +184,7 @@ def test_each_run_is_made_in_its_directory_and_what_they_share_once(swept):
         assert "$ rarec run " in (run / LOG).read_text()
 
 
-def test_the_record_tells_time_machine_and_commit_of_what_the_run_itself_made(swept):
+def test_the_record_has_time_machine_and_commit_of_each_stage_that_the_run_built(swept):
     path, _ = swept
     first, second = (read_json(path.parent / "all" / name / "seed-17" / "record.json") for name in ("fast", "slow"))
     assert list(first) == ["prepare", "ids", "shards", "train", "evaluate"]
@@ -194,12 +195,12 @@ def test_the_record_tells_time_machine_and_commit_of_what_the_run_itself_made(sw
         assert "core" in stage["hardware"]
 
 
-def test_a_second_sweep_makes_nothing_and_loads_nothing_heavy(swept):
+def test_a_second_sweep_builds_nothing_and_loads_nothing_heavy(swept):
     path, _ = swept
     before, started = stamps(path), time.monotonic()
     again = sweep(path, PYTHONPROFILEIMPORTTIME="1")
-    told = [line for line in again.stderr.splitlines() if "skipped, done before" in line]
-    assert (again.returncode, len(told), stamps(path)) == (0, 2, before)
+    skipped = [line for line in again.stderr.splitlines() if "skipped, done before" in line]
+    assert (again.returncode, len(skipped), stamps(path)) == (0, 2, before)
     assert not [line for line in again.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "transformers")]
     assert time.monotonic() - started < 20
     runs, started = load_sweep(path).runs, time.monotonic()
@@ -215,7 +216,7 @@ def test_seeds_rank_the_same_users_of_a_subset(world):
     assert (first, len(first)) == (second, 9)
 
 
-def test_the_list_tells_states_and_runs_nothing(swept, unswept):
+def test_the_list_prints_states_and_runs_nothing(swept, unswept):
     path, _ = swept
     assert sweep(path, "--list").stdout.splitlines() == ["fast/seed-17  done", "slow/seed-17  done"]
     fresh = write_sweep(unswept, LEARN)
@@ -245,7 +246,7 @@ def test_damage_is_something_to_do(swept, tmp_path):
     run = load_sweep(path).runs[0]
     done = run.directory / "train" / "per_layer" / "manifest.json"
     whole = done.read_text()
-    for harm in (whole[:20], json.dumps({**json.loads(whole), "best_step": 999}), None):
+    for harm in (whole[:20], json.dumps({**json.loads(whole), "made_from": {}}), None):
         done.unlink() if harm is None else done.write_text(harm)
         assert state_of(run, ["train", "evaluate"])[0] == "begun"
         done.write_text(whole)
@@ -275,7 +276,7 @@ def test_a_sweep_that_compares_no_variants_needs_none_to_export(world):
     assert [state_of(run, ["prepare", "ids"]) for run in load_sweep(path).runs] == [("done", "ids")]
 
 
-def test_a_sweep_that_is_killed_goes_on_where_it_was(world):
+def test_a_sweep_that_is_killed_resumes(world):
     path = write_sweep(
         world, {"long": {"train.epochs": 60, "train.validate_every": 5, "train.patience": 1000}, "short": None}
     )
@@ -293,7 +294,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(world):
     assert ended.returncode == 0, ended.stderr
     log = (path.parent / "all" / "long" / "seed-17" / LOG).read_text()
     assert log.count("$ rarec run") == 2
-    assert "stopped by a signal at step" in log.split("$ rarec run")[1]  # its run did not outlive it
+    assert "stopped by a signal at step" in log.split("$ rarec run")[1]  # the run ended with the sweep
     shared = [file for file in before if "shared" in file.parts and file.name == MANIFEST]
     assert {file: file.stat().st_mtime_ns for file in shared} == {file: before[file] for file in shared}
     found = path.parent / "all" / "long" / "seed-17" / "train" / "per_layer" / "log.jsonl"

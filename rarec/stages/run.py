@@ -109,7 +109,7 @@ class Run:
     def comparisons(self) -> "pd.DataFrame":
         """Return paired differences between variants over the same test users, with bootstrap 95% intervals.
 
-        Columns: variant, baseline, metric, protocol, difference, low, high, n.
+        Columns: variant, baseline, metric, protocol, difference, low, high, n, differing (users whose values differ).
         """
         return self._frame("comparisons.json")
 

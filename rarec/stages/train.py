@@ -59,11 +59,7 @@ class TrainStage(Stage):
 
         checkpoints = self.checkpoints(directory)
         figures, stop = train_variant(self.run, self.variant, directory, checkpoints)
-        best = checkpoints.digests(figures["best_step"])
-        names = {
-            f"{CHECKPOINTS}/{checkpoints.path(figures['best_step']).name}/{name}": sha for name, sha in best.items()
-        }
-        return Built(figures, names, stop)
+        return Built(figures, _files(checkpoints, figures["best_step"]), stop)
 
     def checkpoints(self, directory: Path | None = None) -> "Checkpoints":
         """Return the checkpoints in a directory, by default that of the finished training."""
@@ -77,14 +73,24 @@ class TrainStage(Stage):
         """Return the trained variant at its best validation, for the run's engine to serve.
 
         Raises:
-            UserError: it is not trained, or not as the configuration says now; or its best checkpoint is damaged.
+            UserError: it is not trained, or not as the configuration says now; or its best checkpoint is damaged, or
+                not the one that the training's manifest names.
         """
         from rarec.checkpoint_store import Torn
 
-        best = self.require()["best_step"]
+        manifest, checkpoints = self.require(), self.checkpoints()
+        best, remedy = manifest["best_step"], "train it again: rarec train CONFIG --fresh"
         model = self.run.build_model(self.variant)
         try:
-            self.checkpoints().load(model, best)
+            checkpoints.load(model, best)
         except Torn as torn:  # a later checkpoint is another model: it must not take the place of this one
-            raise UserError(torn.problem, "train it again: rarec train CONFIG --fresh") from None
+            raise UserError(torn.problem, remedy) from None
+        if _files(checkpoints, best) != manifest["files"]:
+            raise UserError(f"{checkpoints.path(best)} is not the best checkpoint of {self.directory}", remedy)
         return model.eval()
+
+
+def _files(checkpoints: "Checkpoints", step: int) -> dict[str, str]:
+    """Return the sha256 of each file of a checkpoint, as the training's manifest names them."""
+    place = f"{CHECKPOINTS}/{checkpoints.path(step).name}"
+    return {f"{place}/{name}": digest for name, digest in checkpoints.digests(step).items()}

@@ -50,7 +50,7 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
         aligned_blocks(run.config, each, len(run.llm.backbone.blocks))
     read_whole = (ITEM_STATES, TARGET_COUNTS, INDEX)  # samples are checked one by one
     world.run_on_main(lambda: check_files(run.directory("shards"), manifest, names=read_whole))
-    feed = Feed(run.config, run.directory("shards"), manifest, run.tar_cache, run.shapes, run.say)
+    feed = open_feed(run)
     excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
     stream = open_stream(run, feed, excluded)
     stream.plan.check_world_size(world.size * config.accumulate, config.epochs)
@@ -128,6 +128,12 @@ def _trainer(
         world,
         config.train.steps(stream.plan.total_steps(config.train.epochs), trained_parameters(model)),
     )
+
+
+def open_feed(run: Run) -> Feed:
+    """Return the feed of the run's shards, which must be finished."""
+    directory, manifest = run.directory("shards"), run.stage("shards").require()
+    return Feed(run.config, directory, manifest, run.tar_cache, run.shapes, run.say)
 
 
 def open_stream(run: Run, feed: Feed, excluded: Numbers) -> SampleStream:

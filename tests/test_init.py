@@ -1,0 +1,70 @@
+"""`rarec init`: a directory to start from; files of the user are never replaced."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rarec.cli import app
+from rarec.config import load_config
+from rarec.errors import UserError
+from rarec.init import EXAMPLES, init
+
+ROOT = Path(__file__).parents[1]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of every file, by relative path."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_is_copied_with_what_launchers_need(tmp_path, example):
+    config = init(tmp_path / "new" / "place", example)
+    assert config == tmp_path / "new" / "place" / f"{example}.yaml"
+    load_config(config)
+    copied = contents(config.parent)
+    assert copied.pop(config.name) == (ROOT / "configs" / "runs" / config.name).read_bytes()
+    assert copied == {name: (ROOT / name).read_bytes() for name in copied}
+    for pattern in ("configs/accelerate/*", "configs/deepspeed/*", "launch/*.py", "launch/slurm/*"):
+        assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)} <= set(copied)
+
+
+def test_a_second_example_is_added_and_equal_files_are_left_alone(tmp_path):
+    first = init(tmp_path, "mine")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    init(tmp_path, "mine")
+    second = init(tmp_path, "beauty")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert first.is_file()
+    assert second.is_file()
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "configs/deepspeed/zero3.json", "launch/slurm/common.sh"])
+@pytest.mark.parametrize("content", [b"mine", b"\xff\xfe", None])
+def test_a_file_that_differs_is_refused_and_nothing_is_written(tmp_path, name, content):
+    place = tmp_path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.mkdir() if content is None else place.write_bytes(content)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=str(place)) as error:
+        init(tmp_path, "mine")
+    assert "directory" in error.value.remedy
+    assert contents(tmp_path) == before
+
+
+def test_an_unknown_example_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match="'yours'") as error:
+        init(tmp_path / "new", "yours")
+    assert all(name in error.value.remedy for name in EXAMPLES)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_prints_the_configuration_and_the_next_command(tmp_path):
+    place = tmp_path / "a place"
+    printed = CliRunner().invoke(app, ["init", str(place), "--example", "beauty"]).output
+    assert str(place / "beauty.yaml") in printed
+    assert f"cd '{place}' && rarec run beauty.yaml" in printed
+    mine = CliRunner().invoke(app, ["init", str(place)]).output
+    assert "rarec run mine.yaml" in mine
