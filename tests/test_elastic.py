@@ -103,18 +103,18 @@ def test_an_adapter_saved_under_zero_3_is_whole_and_loads_in_stock_peft(decoder,
     run = tmp_path / "run"
     overrides = [copied(decoder, run), *TRAIN[:1], "train.max_steps=4", "lora.dropout=0.0"]
     finish("train", decoder, overrides, engine="zero3", scratch=tmp_path)
-    context = open_run(decoder, [*overrides, "run.device=cpu"])
+    opened = open_run(decoder, [*overrides, "run.device=cpu"])
     adapter = sorted((run / "train" / VARIANT / "checkpoints").glob("step-*"))[-1] / "lora"
     saved = load_file(adapter / "adapter_model.safetensors")
     assert saved
     assert all(tensor.numel() for tensor in saved.values())
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
-    ours = context.stage("train", VARIANT).best_model().backbone
+    model = opened.stage("train", VARIANT).best_model().backbone
     from transformers import AutoModelForCausalLM
 
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder.parent / "llm"), adapter).eval()
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder.parent / "llm"), adapter).eval()
     ids = torch.arange(5, 17)[None]
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        expected = theirs.get_base_model().model(input_ids=ids, attention_mask=mask).last_hidden_state
-        torch.testing.assert_close(ours(ids, mask), expected, rtol=1e-5, atol=1e-6)
+        expected = stock.get_base_model().model(input_ids=ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(model(ids, mask), expected, rtol=1e-5, atol=1e-6)

@@ -11,6 +11,7 @@ from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import read_json, sha256_file
 from rarec.training.checkpoints import Checkpoints, TrainingState
+from tests.processes import unfinish
 from tests.ranks import copied, start, wait_for_step
 from tests.test_diagnostics import make_model
 
@@ -27,7 +28,7 @@ def flip(path: Path, of_the_way: float = 1.0) -> None:
 
 
 def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
-    """What the first rank says; the others say nothing of it."""
+    """Return what the first rank prints; the others print no error."""
     run = copied(decoder, tmp_path / "run")
     job = start("train", decoder, [run, *SHORT, *overrides], scratch=tmp_path, **keywords)
     assert job.codes() == [2, 2], [job.said(rank) for rank in (0, 1)]
@@ -93,9 +94,8 @@ def test_four_bits_are_not_for_engines_that_shard_frozen_weights(decoder, tmp_pa
 def trained(decoder, tmp_path):
     """A finished short training with checkpoints of steps 2 and 4, as if it had been killed after the last of them."""
     overrides = [copied(decoder, tmp_path / "run"), *SHORT]
-    context = open_run(decoder, overrides)
-    context.make("train")
-    (tmp_path / "run" / "train" / "per_layer" / "manifest.json").unlink()
+    open_run(decoder, overrides).make("train")
+    unfinish(tmp_path / "run" / "train" / "per_layer")
     return tmp_path / "run" / "train" / "per_layer"
 
 
@@ -164,7 +164,7 @@ def test_where_the_best_is_torn_training_ends_with_one_that_is_there(decoder, tm
     open_run(decoder, overrides).make("train")
     done = tmp_path / "run" / "train" / "per_layer" / "manifest.json"
     assert (read_json(done)["best_step"], read_json(done)["step"]) == (2, 4)
-    done.unlink()
+    unfinish(done.parent)
     flip(done.parent / "checkpoints" / "step-00000002" / "alignment.safetensors")
     open_run(decoder, overrides).make("train")
     assert read_json(done)["best_step"] == 4
@@ -202,10 +202,7 @@ def test_a_checkpoint_of_another_training_is_refused(decoder, trained, tmp_path,
     directory = trained
     foreign = open_run(decoder, [copied(decoder, tmp_path / "other"), *SHORT, other])
     if not other.startswith("train."):
-        for stage in ("prepare", "ids", "shards"):
-            foreign.fresh = True
-            foreign.make(stage)
-        foreign.fresh = False
+        foreign.run(["prepare", "ids", "shards"], fresh=True)
     foreign.make("train")
     theirs = tmp_path / "other" / "train" / "per_layer" / "checkpoints" / "step-00000004"
     place = directory / "checkpoints" / "step-00000004"
