@@ -216,7 +216,7 @@ def test_the_first_values_hold_no_sample_while_the_next_are_read():
     seen = []
 
     class Reader:
-        plan = SimpleNamespace(first=np.arange)
+        plan = SimpleNamespace(first_samples=np.arange)
 
         def read(self, numbers_n):
             assert sum(ref() is not None for ref in seen) <= 1

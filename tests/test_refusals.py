@@ -12,7 +12,7 @@ from rarec.errors import UserError
 from rarec.files import read_json, sha256_file
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from tests.processes import unfinish
-from tests.ranks import copied, start, wait_for_step
+from tests.ranks import Job, copied, start, wait_for_step
 from tests.test_diagnostics import make_model
 
 SHORT = ["train.variants=[per_layer]", "train.max_steps=4", "train.validate_every=2", "train.keep=2", "run.device=cpu"]
@@ -30,12 +30,17 @@ def flip(path: Path, of_the_way: float = 1.0) -> None:
 def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
     """Return what the first rank prints; the others print no error."""
     run = copied(decoder, tmp_path / "run")
-    job = start("train", decoder, [run, *SHORT, *overrides], scratch=tmp_path, **keywords)
+    said = refused_alike(start("train", decoder, [run, *SHORT, *overrides], scratch=tmp_path, **keywords))
+    assert not (tmp_path / "run" / "train" / "per_layer").exists(), "nothing was begun"
+    return said
+
+
+def refused_alike(job: Job) -> str:
+    """Return what the first of two ranks prints; the other ends with the same code and prints no error."""
     assert job.codes() == [2, 2], [job.said(rank) for rank in (0, 1)]
     errors = [[line for line in job.said(rank).splitlines() if line.startswith("error:")] for rank in (0, 1)]
     assert [len(lines) for lines in errors] == [1, 0]
     assert "Traceback" not in job.said()
-    assert not (tmp_path / "run" / "train" / "per_layer").exists(), "nothing was begun"
     return job.said()
 
 
@@ -45,7 +50,7 @@ def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
         (["run.num_processes=4"], {}, ["run.num_processes", "--num_processes 4"]),
         (["run.device=cuda"], {}, ["run.device is cuda", "run.device=cpu"]),
         (["run.device=auto"], {}, ["GPU", "run.device=cpu"]),
-        (["train.batch_size=3", "train.accumulate=2"], {}, ["4 ranks", "train.batch_size"]),
+        (["train.batch_size=3", "train.accumulate=2"], {}, ["ranks, 4", "train.batch_size"]),
         ([], {"deepspeed": {"gradient_accumulation_steps": 3}}, ["gradient_accumulation_steps: 3", "train.accumulate"]),
         ([], {"deepspeed": {"gradient_clipping": 9.0}}, ["gradient_clipping: 9.0", "train.clip", "zero2.json"]),
         ([], {"deepspeed": {"train_batch_size": 64}}, ["train_batch_size: 64", "train.batch_size"]),
@@ -97,6 +102,18 @@ def trained(decoder, tmp_path):
     open_run(decoder, overrides).make("train")
     unfinish(tmp_path / "run" / "train" / "per_layer")
     return tmp_path / "run" / "train" / "per_layer"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_ranks_refuse_alike_a_training_with_other_settings_and_leave_it(decoder, trained, tmp_path, finished):
+    place = f"run.dir={trained.parents[1]}"
+    if finished:
+        open_run(decoder, [place, *SHORT]).make("train")
+    before = {path: path.read_bytes() for path in trained.parents[1].rglob("*") if path.is_file()}
+    said = refused_alike(start("train", decoder, [place, *SHORT, "train.lr=0.5"], scratch=tmp_path / "scratch"))
+    assert "train.lr: 0.002 -> 0.5" in said
+    assert "rarec train CONFIG --fresh" in said
+    assert {path: path.read_bytes() for path in trained.parents[1].rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["alignment.safetensors", "optimizer.safetensors", "state.json"])
@@ -180,10 +197,8 @@ def test_a_finished_training_whose_best_is_torn_is_refused_and_what_is_advised_h
     open_run(decoder, overrides).make("train")  # it is finished, and stays as it is
     with pytest.raises(UserError, match=r"step-00000002/alignment\.safetensors") as error:
         open_run(decoder, overrides).make("evaluate")
-    assert str(directory) in error.value.remedy
-    assert "rarec train CONFIG" in error.value.remedy
-    shutil.rmtree(directory)
-    open_run(decoder, overrides).make("train")
+    assert "rarec train CONFIG --fresh train.variants=[per_layer]" in error.value.remedy
+    open_run(decoder, [*overrides, "train.variants=[per_layer]"]).make("train", fresh=True)
     open_run(decoder, overrides).make("evaluate")
     assert {**read_json(directory / "manifest.json"), "seconds": 0} == {**before, "seconds": 0}
 

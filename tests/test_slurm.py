@@ -162,7 +162,7 @@ def test_a_shared_part_that_fails_stops_only_the_runs_that_need_it(slurm, tmp_pa
     assert [state_of(run, sweep.stages) for run in sweep.runs] == [("begun", "shards"), ("done", "evaluate")], logs
     missing = RunPaths.of(sweep.runs[0].config).shards
     assert [line for name in sorted(logs) for line in logs[name].splitlines() if line.startswith("error:")] == [
-        "error: shards.state_blocks: the model has blocks 0 to 1, not 99",
+        "error: shards.state_blocks: the model has no block 99",
         f"error: {missing} has no manifest.json",
     ]
 

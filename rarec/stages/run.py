@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarec.artefacts import sha256_json
+from rarec.artefacts import check_files, sha256_json
 from rarec.config import RunConfig, Variant, dump_config, load_config
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json, write_json, write_text
@@ -299,8 +299,11 @@ class Run:
         return open_source(stage.directory)
 
     def _evaluated(self, name: str) -> Path:
+        """Return a file of the evaluation, checked to be of the variants as they are configured."""
         stage = self.stage("evaluate")
-        stage.require()
+        for made_from in stage.inputs().values():
+            made_from.require()
+        check_files(stage.directory, stage.require(), names=[name])
         return stage.directory / name
 
     def _frame(self, name: str) -> "pd.DataFrame":
@@ -317,7 +320,7 @@ class Run:
             return
         from rarec.hardware import machine
 
-        record = read_json(self.record_file, f"delete it: only notes are lost") if self.record_file.exists() else {}
+        record = read_json(self.record_file, "delete it: only notes are lost") if self.record_file.exists() else {}
         before = {} if fresh else record.get(name, {})
         here = {"hardware": machine(self.world.device), "ranks": self.world.size, **source()}
         others = _earlier(before, here)

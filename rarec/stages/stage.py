@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from rarec.stages.run import Run
 
 BEGUN = ".begun.json"
-"""In the directory of a resumable stage while it is built: kind, settings and inputs, as its manifest will have them."""
+"""In the directory of a resumable stage while it is built: kind, settings and inputs, as in its manifest later."""
 PROGRESS = ".progress"
 """In that directory, what a stage needs to resume; dropped when the artefact is whole."""
 POLL = 0.5
@@ -133,7 +133,7 @@ class Stage(ABC):
             directory: to write to; of a resumable stage, with what an interrupted build has left there.
         """
 
-    def verify(self, directory: Path) -> None:
+    def verify(self, directory: Path) -> None:  # noqa: B027 - most stages have nothing to check
         """Check what was built, manifest and all, before it takes its place."""
 
     @property

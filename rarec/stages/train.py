@@ -1,4 +1,4 @@
-"""`rarec train`, `accelerate launch launch/train.py`: train every variant of the configuration, each at the same budget."""
+"""`rarec train`, `accelerate launch launch/train.py`: train every variant of the configuration at the same budget."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,5 +86,6 @@ class TrainStage(Stage):
         try:
             self.checkpoints().load(model, best)
         except Torn as torn:  # a later checkpoint is another model: it must not take the place of this one
-            raise UserError(torn.problem, "train it again: rarec train CONFIG --fresh") from None
+            remedy = f"train it again: rarec train CONFIG --fresh train.variants=[{self.part}]"
+            raise UserError(torn.problem, remedy) from None
         return model.eval()

@@ -153,7 +153,7 @@ def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:
 
 
 def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:
-    """Return a function that ranks the full catalogue with the model as it is, for a fixed subset of validation users."""
+    """Return a function that ranks the full catalogue with the model as it is, for some validation users."""
     dataset, config = run.dataset, run.config
     batch = EvalBatch.of(dataset, dataset.targets("validation", config.train.validation_users, config.run.seed))
     encoder = Encoder(model, run.prompts, run.sources, config.evaluate.batch_size, run.world)
