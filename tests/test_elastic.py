@@ -97,7 +97,7 @@ def test_from_two_ranks_to_one_and_back_over_engines_in_mid_epoch(decoder, tmp_p
 
 
 def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(decoder, tmp_path):
-    """A real file system of two megabytes, filled up in mid-run."""
+    """A real file system of a few megabytes, filled up during training."""
     whole, small = tmp_path / "whole", tmp_path / "small"
     finish("train", decoder, [copied(decoder, whole), *TRAIN], scratch=tmp_path)
     place = copied(decoder, small)

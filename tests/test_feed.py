@@ -142,7 +142,7 @@ def test_a_budget_too_small_is_refused_before_anything_is_made(run):
     assert not run.variant.exists()
 
 
-def test_a_damaged_sample_ends_the_training_by_name_and_a_mended_one_lets_it_go_on(finished, tmp_path, run):
+def test_a_damaged_sample_ends_the_training_by_name_and_a_repaired_one_lets_it_resume(finished, tmp_path, run):
     (name,) = run.damage(5)
     file, key = name.split()
     with pytest.raises(UserError, match=rf"{file}, sample {key}: ") as error:
@@ -154,7 +154,7 @@ def test_a_damaged_sample_ends_the_training_by_name_and_a_mended_one_lets_it_go_
     assert equal(whole, run.train("train.epochs=1"))
 
 
-def test_skipped_samples_are_told_recorded_and_stay_out_through_a_resume(finished, tmp_path, run, monkeypatch):
+def test_skipped_samples_are_printed_recorded_and_stay_out_through_a_resume(finished, tmp_path, run, monkeypatch):
     names = run.damage(3, 7, 70)
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
@@ -164,7 +164,7 @@ def test_skipped_samples_are_told_recorded_and_stay_out_through_a_resume(finishe
     assert f"{', '.join(names)}; " in line
     recorded = read_json(run.variant / "skipped.json")
     assert sorted(f"{file} {key}" for file, keys in recorded.items() for key in keys) == sorted(names)
-    run.damage(7)  # mended meanwhile: the plan stays what it was
+    run.damage(7)  # repaired meanwhile: the plan does not change
     run.train(*SKIP)
     assert run.manifest["skipped_samples"] == 3
     undisturbed = Untrained(finished, tmp_path / "undisturbed")
@@ -249,7 +249,7 @@ def test_an_altered_index_is_refused_before_anything_is_made(run):
     assert not run.variant.exists()
 
 
-def test_training_from_afar_is_training_here(finished, tmp_path):
+def test_training_from_remote_shards_equals_training_from_local_ones(finished, tmp_path):
     here, there = Untrained(finished, tmp_path / "here").train(), Untrained(finished, tmp_path / "there")
     far = tmp_path / "far"
     (there.directory / "shards").rename(far)
@@ -261,7 +261,7 @@ def test_training_from_afar_is_training_here(finished, tmp_path):
     assert there.open().stage("train", VARIANT).require()["files"] == here.manifest["files"]
 
 
-def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tmp_path):
+def test_damage_of_remote_shards_is_an_error_with_the_url_and_cannot_be_skipped(finished, tmp_path):
     run = Untrained(finished, tmp_path / "run")
     run.damage(3)
     shutil.copytree(run.directory / "shards", tmp_path / "far")

@@ -27,8 +27,8 @@ def change_last(log: Path, places: tuple[int, ...]) -> None:
     for row in sorted(rows, key=lambda row: int(row["time"])):
         of_user.setdefault(row["user"], []).append(row)
     for own in of_user.values():
-        met = {row["item"] for row in own}
-        fresh = (f"i{item:03d}" for item in range(40) if f"i{item:03d}" not in met)
+        seen = {row["item"] for row in own}
+        fresh = (f"i{item:03d}" for item in range(40) if f"i{item:03d}" not in seen)
         for place in places:
             own[-place]["item"] = next(fresh)
     with log.open("w", newline="") as file:
@@ -121,10 +121,10 @@ def temporal(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
 def test_a_temporal_split_that_trains_or_asks_outside_its_windows_is_refused(temporal: PreparedDataset) -> None:
     check_no_leaks(temporal)
     first, second = temporal.manifest["cut_times"]
-    for cuts, told in (
+    for cuts, named in (
         ([first - 5 * 86_400, second], f"first cut, {first - 5 * 86_400}"),
         ([first, first + 1], "validation target of user u[0-9]+"),
         ([first, second + 20 * 86_400], "test target of user u[0-9]+"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=named):
             check_no_leaks(replace(temporal, manifest={**temporal.manifest, "cut_times": cuts}))
