@@ -151,15 +151,20 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 def replace_directory(new: Path, path: Path) -> None:
     """Fsync a directory and rename it to `path`, in place of what is there."""
-    for entry in new.rglob("*"):
-        _fsync(entry)
-    _fsync(new)
+    sync_directory(new)
     old = _replaced(path)
     if path.exists():
         path.rename(old)
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
     _fsync(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Fsync a directory and everything in it."""
+    for entry in directory.rglob("*"):
+        _fsync(entry)
+    _fsync(directory)
 
 
 def restore_replaced(path: Path) -> None:

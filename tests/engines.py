@@ -1,6 +1,6 @@
 """The engines that the tests run the preparation on: DuckDB always, Spark where it is installed.
 
-CI sets RAREC_REQUIRE=spark, so that there nothing is skipped in silence.
+CI sets RAREC_REQUIRE=spark, so that nothing is skipped there without notice.
 """
 
 import functools
@@ -35,7 +35,7 @@ ENGINES = ["duckdb", pytest.param("spark", marks=needs_spark)]
 
 @functools.cache
 def spark_session() -> Any:
-    """One session for all tests, which the engine finds and leaves."""
+    """Return the session that all tests share; the engine uses it and does not stop it."""
     from pyspark.sql import SparkSession
 
     builder = SparkSession.builder
@@ -47,7 +47,7 @@ def spark_session() -> Any:
 
 
 def start(name: str, spill: Path) -> PrepareEngine:
-    """An engine of that name."""
+    """Return an engine by its name."""
     if name == "duckdb":
         return DuckDBEngine(spill)
     from rarec.data.engines.spark_engine import SparkEngine
@@ -57,7 +57,7 @@ def start(name: str, spill: Path) -> PrepareEngine:
 
 
 def on(name: str, config: Prepare) -> Prepare:
-    """The same preparation on another engine."""
+    """Return the preparation, configured for another engine."""
     if name == "spark":
         spark_session()
     return config.model_copy(update={"engine": name})

@@ -1,4 +1,4 @@
-"""Ways to damage shards, by name: the change, what verification must report, and what reading must report.
+"""Damage to shards, by name: the change, what verification must report, and what reading must report.
 
 Stale damage leaves the recorded hashes alone; forged damage is followed by `forging.forge`, so that every hash agrees.
 Reading reports the same as verification (True), something else (a pattern), or cannot notice (None, False). Patterns
@@ -284,7 +284,7 @@ FORGED: dict[str, tuple[Change, str, bool | str]] = {
     "columns first": (array("states.npy", np.asfortranarray), "field states.npy", True),
     "a torn array": (field("tokens.npy", lambda data: data[:-4]), "field tokens.npy", True),
     "no bytes": (field("tokens.npy", lambda data: b""), "field tokens.npy", True),
-    "a shape that lies": (
+    "a shape that is too large": (
         field("tokens.npy", lambda data: data.replace(b"(11,)", b"(99,)")),
         "field tokens.npy .*44 bytes",
         True,

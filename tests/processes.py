@@ -1,10 +1,18 @@
-"""Processes in tests: the forks of a process, and a process that kills itself."""
+"""Processes in tests: the forks of a process, a process that kills itself, and what a killed one leaves."""
 
 import os
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
 import psutil
+
+from rarec.artefacts import MANIFEST
+from rarec.files import read_json, write_json
+from rarec.stages.stage import BEGUN
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
@@ -19,6 +27,28 @@ def be_killed_at_rename(number: int) -> None:
 
     def count(event: str, _: object) -> None:
         if event == "os.rename":
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def unfinish(directory: Path) -> None:
+    """Turn a finished artefact into one whose process was killed right before it wrote the manifest."""
+    manifest = read_json(directory / MANIFEST)
+    write_json(directory / BEGUN, {name: manifest[name] for name in ("kind", "schema", "settings", "made_from")})
+    (directory / MANIFEST).unlink()
+
+
+def be_killed_at_change(number: int, root: Path) -> None:
+    """Kill this process with SIGKILL right before its nth change to the files below a directory."""
+    left = [number]
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        opened = event == "open" and arguments[2] & _WRITES and str(arguments[0]).startswith(str(root))
+        # shutil.rmtree names files relative to an open directory: the process changes no others
+        if opened or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -36,11 +36,11 @@ class Job:
 
     Attributes:
         processes: processes by rank.
-        told: the file of each rank's standard error.
+        stderr: the file of each rank's standard error.
     """
 
     processes: list[BaseProcess]
-    told: list[Path]
+    stderr: list[Path]
 
     def codes(self, timeout: float = 240) -> list[int | None]:
         """Wait for all and return their exit codes; None for a process that is killed after the timeout."""
@@ -55,7 +55,7 @@ class Job:
 
     def said(self, rank: int = 0) -> str:
         """Return the standard error of a rank."""
-        return self.told[rank].read_text()
+        return self.stderr[rank].read_text()
 
 
 def start(
@@ -65,6 +65,7 @@ def start(
     *,
     engine: str = "ddp",
     ranks: int = 2,
+    fresh: bool = False,
     scratch: Path,
     deepspeed: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
@@ -77,6 +78,7 @@ def start(
         overrides: overrides of its fields.
         engine: one of `ENGINES`.
         ranks: number of processes.
+        fresh: build anew, as `--fresh` does.
         scratch: directory for a DeepSpeed configuration and the ranks' output.
         deepspeed: changes to the shipped DeepSpeed configuration, in which small parameters are sharded too.
         environment: further environment variables.
@@ -99,15 +101,15 @@ def start(
         tree = {"zero_optimization": {**shipped["zero_optimization"], **few}, **(deepspeed or {})}
         path.write_text(json.dumps(tree))
         common |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
-    told = [scratch / f"said-{rank}.txt" for rank in range(ranks)]
+    stderr = [scratch / f"said-{rank}.txt" for rank in range(ranks)]
     processes: list[BaseProcess] = []
     for rank in range(ranks):
         own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
-        arguments = (stage, config, ["run.device=cpu", *overrides], own, told[rank])
+        arguments = (stage, config, ["run.device=cpu", *overrides], own, fresh, stderr[rank])
         processes.append(START.Process(target=_run, args=arguments))
     for process in processes:
         process.start()
-    return Job(processes, told)
+    return Job(processes, stderr)
 
 
 def finish(*arguments: Any, **keywords: Any) -> Job:
@@ -118,9 +120,9 @@ def finish(*arguments: Any, **keywords: Any) -> Job:
     return job
 
 
-def wait_for_step(run: Path, step: int, job: Job, variant: str = VARIANT) -> None:
-    """Wait until the log has a step, or the job has ended."""
-    log, deadline = run / "train" / variant / "log.jsonl", time.monotonic() + 60
+def wait_for_step(run: Path, step: int, job: Job, variant: str = VARIANT, folder: str = "") -> None:
+    """Wait until the log of a variant (in `folder`, by default the variant's) has a step, or the job has ended."""
+    log, deadline = run / "train" / (folder or variant) / "log.jsonl", time.monotonic() + 60
     while time.monotonic() < deadline and all(process.is_alive() for process in job.processes):
         if log.exists() and f'"step": {step},' in log.read_text():
             return
@@ -156,12 +158,14 @@ def weights(run: Path, variant: str = VARIANT) -> dict[str, torch.Tensor]:
     return {name: tensor for file in [*files, adapter] if file.exists() for name, tensor in load_file(file).items()}
 
 
-def _run(stage: str, config: Path, overrides: list[str], environment: dict[str, str], told: Path) -> None:
+def _run(
+    stage: str, config: Path, overrides: list[str], environment: dict[str, str], fresh: bool, stderr: Path
+) -> None:
     os.environ.update(environment)
-    from rarec import cli, launch
+    from rarec import entry
 
     torch.set_num_threads(1)
-    with told.open("w") as file:
+    with stderr.open("w") as file:
         os.dup2(file.fileno(), 2)  # also what libraries write
-    sys.stderr = cli.console.file = os.fdopen(os.dup(2), "w", buffering=1)
-    cli.guarded(lambda: launch.run(stage, config, overrides))
+    sys.stderr = entry.console.file = os.fdopen(os.dup(2), "w", buffering=1)
+    entry.guarded(lambda: entry.run_stage(stage, config, overrides, fresh))

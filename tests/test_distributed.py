@@ -81,9 +81,11 @@ def half(decoder, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-def test_a_frozen_model_in_bfloat16_trains_alike_within_its_rounding(decoder, half, tmp_path, engine):
-    """What trains stays float32. bfloat16 keeps 8 bits, and a batch that is cut is padded, and rounded, otherwise; the
-    readout stretches what is small in states, and rounding with it."""
+def test_a_frozen_model_in_bfloat16_trains_equally_within_its_rounding(decoder, half, tmp_path, engine):
+    """Trained parameters stay float32.
+
+    bfloat16 keeps 8 bits: a batch that is split is padded, and so rounded, otherwise, and the readout enlarges that.
+    """
     run = tmp_path / "run"
     shutil.copytree(half, run, ignore=shutil.ignore_patterns("train"))
     finish("train", decoder, [f"run.dir={run}", *HALF], engine=engine, scratch=tmp_path)
@@ -92,7 +94,7 @@ def test_a_frozen_model_in_bfloat16_trains_alike_within_its_rounding(decoder, ha
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_a_model_in_four_bits_trains_alike(decoder, tmp_path, engine):
+def test_a_model_in_four_bits_trains_equally(decoder, tmp_path, engine):
     """QLoRA: layers as wide as the 64 weights that share a scale; shards are made with the same frozen model."""
     llm = write_llm(tmp_path / "llm", "llama", hidden=64)
     few = [*TRAIN, f"llm.path={llm}", "llm.quantize=nf4", "train.max_steps=6"]
@@ -132,9 +134,9 @@ def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, t
     shutil.rmtree(run / "shards")
     for stage in ("shards", "train", "evaluate"):
         finish(stage, decoder, [place, *FIGURES], engine=engine, scratch=tmp_path)
-    ours, theirs = (read_json(root / "shards" / "manifest.json") for root in (run, judged))
-    assert ours["files"] == theirs["files"]
-    assert ours["cut_prompts"] == theirs["cut_prompts"]
+    many, one = (read_json(root / "shards" / "manifest.json") for root in (run, judged))
+    assert many["files"] == one["files"]
+    assert many["cut_prompts"] == one["cut_prompts"]
     ranks, single = (pq.read_table(root / "evaluation" / "ranks.parquet").to_pandas() for root in (run, judged))
     assert ranks[["variant", "user", "target"]].equals(single[["variant", "user", "target"]])
     apart = (ranks["rank"] - single["rank"]).abs()
@@ -154,5 +156,5 @@ def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, t
     assert [row["words"] for row in own["words"]] == [row["words"] for row in other["words"]]
     for name, figure in (("blocks", "projection_norm"), ("blocks", "cka_after"), ("attention", "share")):
         pairs = [(one[figure], two[figure]) for one, two in zip(own[name], other[name], strict=True)]
-        assert all((one is None) == (two is None) for one, two in pairs), figure  # CKA of texts that all end alike
+        assert all((one is None) == (two is None) for one, two in pairs), figure  # CKA of texts with equal ends
         assert all(one is None or one == pytest.approx(two, rel=1e-3) for one, two in pairs), figure

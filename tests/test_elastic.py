@@ -1,5 +1,6 @@
-"""Training that is killed, stopped, moved to other ranks and engines, or short of disk ends as if it had not been."""
+"""A training that is killed, stopped, resumed on other ranks and engines, or short of disk ends as if undisturbed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -36,7 +37,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decoder, tmp_path, engine):
-    """kill -9 of a random rank at a random step; the others are ended as a launcher does."""
+    """kill -9 of a random rank at a random step; the others are ended as by a launcher."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish("train", decoder, [copied(decoder, whole), *TRAIN], engine=engine, scratch=tmp_path)
     arguments = "train", decoder, [copied(decoder, killed), *TRAIN]
@@ -50,6 +51,29 @@ def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decode
     finish(*arguments, engine=engine, scratch=tmp_path)
     assert_equal(weights(killed), weights(whole))
     assert losses(killed) == losses(whole)
+
+
+def test_killed_while_trained_anew_the_old_stays_usable_and_the_same_command_resumes(decoder, tmp_path):
+    """kill -9 of one of two ranks during `--fresh` with other settings."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish("train", decoder, [copied(decoder, whole), *TRAIN], scratch=tmp_path)
+    old = [copied(decoder, killed), *TRAIN[:1], "train.max_steps=2", "run.device=cpu"]
+    open_run(decoder, old).make("train")
+    before, fresh = weights(killed), killed / "train" / f".{VARIANT}.fresh"
+    job = start("train", decoder, [old[0], *TRAIN], scratch=tmp_path, fresh=True)
+    wait_for_step(killed, 20, job, folder=fresh.name)
+    os.kill(job.processes[1].pid, signal.SIGKILL)
+    job.codes(timeout=0.5)
+    assert_equal(weights(killed), before)
+    assert open_run(decoder, old).stage("train", VARIANT).best_model() is not None
+    saved = max(int(path.name[5:]) for path in (fresh / "checkpoints").glob("step-*"))
+    lines = (fresh / "log.jsonl").read_text().splitlines()[:-1]  # the last may be torn
+    log = [line for line in lines if json.loads(line)["step"] <= saved]
+    finish("train", decoder, [old[0], *TRAIN], scratch=tmp_path, fresh=True)
+    assert (killed / "train" / VARIANT / "log.jsonl").read_text().splitlines()[: len(log)] == log, "it was resumed"
+    assert_equal(weights(killed), weights(whole))
+    assert losses(killed) == losses(whole)
+    assert {path.name for path in (killed / "train").iterdir()} == {VARIANT, f".{VARIANT}.lock"}
 
 
 def test_from_two_ranks_to_one_and_back_over_engines_in_mid_epoch(decoder, tmp_path):
@@ -73,7 +97,7 @@ def test_from_two_ranks_to_one_and_back_over_engines_in_mid_epoch(decoder, tmp_p
 
 
 def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(decoder, tmp_path):
-    """A real file system of two megabytes, filled up in mid-run."""
+    """A real file system of a few megabytes, filled up during training."""
     whole, small = tmp_path / "whole", tmp_path / "small"
     finish("train", decoder, [copied(decoder, whole), *TRAIN], scratch=tmp_path)
     place = copied(decoder, small)
@@ -103,18 +127,18 @@ def test_an_adapter_saved_under_zero_3_is_whole_and_loads_in_stock_peft(decoder,
     run = tmp_path / "run"
     overrides = [copied(decoder, run), *TRAIN[:1], "train.max_steps=4", "lora.dropout=0.0"]
     finish("train", decoder, overrides, engine="zero3", scratch=tmp_path)
-    context = open_run(decoder, [*overrides, "run.device=cpu"])
+    opened = open_run(decoder, [*overrides, "run.device=cpu"])
     adapter = sorted((run / "train" / VARIANT / "checkpoints").glob("step-*"))[-1] / "lora"
     saved = load_file(adapter / "adapter_model.safetensors")
     assert saved
     assert all(tensor.numel() for tensor in saved.values())
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
-    ours = context.stage("train", VARIANT).best_model().backbone
+    model = opened.stage("train", VARIANT).best_model().backbone
     from transformers import AutoModelForCausalLM
 
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder.parent / "llm"), adapter).eval()
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder.parent / "llm"), adapter).eval()
     ids = torch.arange(5, 17)[None]
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        expected = theirs.get_base_model().model(input_ids=ids, attention_mask=mask).last_hidden_state
-        torch.testing.assert_close(ours(ids, mask), expected, rtol=1e-5, atol=1e-6)
+        expected = stock.get_base_model().model(input_ids=ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(model(ids, mask), expected, rtol=1e-5, atol=1e-6)

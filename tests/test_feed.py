@@ -1,4 +1,4 @@
-"""Training on its stream: equal on any number of workers, from afar, and without damaged samples if so chosen."""
+"""Training on its stream: equal on any number of workers, from remote shards, and without damaged samples."""
 
 import os
 import re
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from rarec.config import VARIANTS
-from rarec.data.shards.index import key_of, map_npy, open_index
+from rarec.data.shards.index import key_of, open_index
 from rarec.entry import STOPPED, open_run
 from rarec.errors import UserError
 from rarec.files import read_json
@@ -26,10 +26,9 @@ from rarec.models import initialise
 from rarec.models.initialise import collect_initial_data
 from rarec.models.losses import Objective
 from rarec.stages.run import Run
-from rarec.stages.shard_content import ITEM_STATES
-from rarec.stages.train import open_feed, open_initialiser, open_stream
+from rarec.stages.variant_training import open_initialiser, open_stream
 from rarec.training.checkpoints import Checkpoints
-from rarec.training.feed import first_samples
+from rarec.training.feed import Feed, first_samples
 from tests.processes import workers_of
 from tests.shards import made_sample
 from tests.synthetic import write_llm
@@ -41,20 +40,20 @@ BUDGET = ["train.tokens_per_batch=900"]
 SKIP = ["train.stream.damaged=skip"]
 
 
-class Run:
-    """A run whose shards are made and whose training is not."""
+class Untrained:
+    """A run whose shards are built, and whose training is not."""
 
     def __init__(self, finished: Path, directory: Path) -> None:
-        self.finished, self.directory, self.told = finished, directory, []
+        self.finished, self.directory, self.said = finished, directory, []
         self.place = untrained(finished, directory)
 
-    def context(self, *overrides: str) -> Run:
-        context = open_run(self.finished, [self.place, *SHORT, *overrides])
-        context.say = self.told.append
-        return context
+    def open(self, *overrides: str) -> Run:
+        run = open_run(self.finished, [self.place, *SHORT, *overrides])
+        run.say = self.said.append
+        return run
 
-    def train(self, *overrides: str) -> "Run":
-        self.context(*overrides).make("train")
+    def train(self, *overrides: str) -> "Untrained":
+        self.open(*overrides).make("train")
         return self
 
     @property
@@ -62,7 +61,7 @@ class Run:
         return self.directory / "train" / VARIANT
 
     @property
-    def done(self) -> dict:
+    def manifest(self) -> dict:
         return read_json(self.variant / "manifest.json")
 
     def damage(self, *numbers: int) -> list[str]:
@@ -79,15 +78,20 @@ class Run:
 
 
 @pytest.fixture
-def run(finished, tmp_path) -> Run:
-    return Run(finished, tmp_path / "run")
+def run(finished, tmp_path) -> Untrained:
+    return Untrained(finished, tmp_path / "run")
 
 
-def equal(one: Run, other: Run) -> bool:
+def equal(one: Untrained, other: Untrained) -> bool:
     expected, found = final_weights(one.directory, VARIANT), final_weights(other.directory, VARIANT)
     same = expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     losses = [[line["loss"] for line in log_lines(each.directory, VARIANT) if "loss" in line] for each in (one, other)]
     return same and losses[0] == losses[1]
+
+
+def open_feed(run: Run) -> Feed:
+    manifest = run.stage("shards").require(outside=True)
+    return Feed(run.config, run.directory("shards"), manifest, run.tar_cache, run.shapes, run.say)
 
 
 def stop_after(monkeypatch, steps: int) -> None:
@@ -105,8 +109,8 @@ def stop_after(monkeypatch, steps: int) -> None:
 
 @pytest.mark.parametrize("cut", [[], BUDGET])
 def test_weights_are_equal_bit_for_bit_on_any_workers_and_through_a_resume(finished, tmp_path, monkeypatch, cut):
-    none = Run(finished, tmp_path / "none").train(*cut, "train.stream.workers=0")
-    stopped = Run(finished, tmp_path / "stopped")
+    none = Untrained(finished, tmp_path / "none").train(*cut, "train.stream.workers=0")
+    stopped = Untrained(finished, tmp_path / "stopped")
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
@@ -115,9 +119,9 @@ def test_weights_are_equal_bit_for_bit_on_any_workers_and_through_a_resume(finis
     assert Checkpoints(stopped.variant / "checkpoints", 1, "").steps()[-1] == 4
     stopped.train(*cut, "train.stream.workers=2")
     assert equal(none, stopped)
-    assert none.done["skipped_samples"] == 0
-    stopped.train(*cut, "train.stream.workers=0")  # finished: nothing here makes it another training
-    assert "is there already" in stopped.told[-1]
+    assert none.manifest["skipped_samples"] == 0
+    stopped.train(*cut, "train.stream.workers=0")  # finished: the number of workers is none of its settings
+    assert "is up to date" in stopped.said[-1]
 
 
 def test_a_budget_makes_batches_of_many_sizes_and_validates_at_the_end_of_each_epoch(run):
@@ -129,7 +133,7 @@ def test_a_budget_makes_batches_of_many_sizes_and_validates_at_the_end_of_each_e
     assert set(epochs) == {0, 1, 2}
     ends = [step for step in range(1, len(epochs) + 1) if step == len(epochs) or epochs[step] > epochs[step - 1]]
     assert [line["step"] for line in lines if "validation" in line] == ends
-    assert run.done["step"] == len(epochs)
+    assert run.manifest["step"] == len(epochs)
 
 
 def test_a_budget_too_small_is_refused_before_anything_is_made(run):
@@ -138,7 +142,7 @@ def test_a_budget_too_small_is_refused_before_anything_is_made(run):
     assert not run.variant.exists()
 
 
-def test_a_damaged_sample_ends_the_training_by_name_and_a_mended_one_lets_it_go_on(finished, tmp_path, run):
+def test_a_damaged_sample_ends_the_training_by_name_and_a_repaired_one_lets_it_resume(finished, tmp_path, run):
     (name,) = run.damage(5)
     file, key = name.split()
     with pytest.raises(UserError, match=rf"{file}, sample {key}: ") as error:
@@ -146,27 +150,27 @@ def test_a_damaged_sample_ends_the_training_by_name_and_a_mended_one_lets_it_go_
     assert "--verify --repair" in error.value.remedy
     assert not (run.variant / "manifest.json").exists()
     run.damage(5)
-    whole = Run(finished, tmp_path / "whole").train("train.epochs=1")
+    whole = Untrained(finished, tmp_path / "whole").train("train.epochs=1")
     assert equal(whole, run.train("train.epochs=1"))
 
 
-def test_skipped_samples_are_told_recorded_and_stay_out_through_a_resume(finished, tmp_path, run, monkeypatch):
+def test_skipped_samples_are_printed_recorded_and_stay_out_through_a_resume(finished, tmp_path, run, monkeypatch):
     names = run.damage(3, 7, 70)
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             run.train(*SKIP)
-    (line,) = [line for line in run.told if "left out" in line]
+    (line,) = [line for line in run.said if "left out" in line]
     assert f"{', '.join(names)}; " in line
     recorded = read_json(run.variant / "skipped.json")
     assert sorted(f"{file} {key}" for file, keys in recorded.items() for key in keys) == sorted(names)
-    run.damage(7)  # mended meanwhile: the plan stays what it was
+    run.damage(7)  # repaired meanwhile: the plan does not change
     run.train(*SKIP)
-    assert run.done["skipped_samples"] == 3
-    undisturbed = Run(finished, tmp_path / "undisturbed")
+    assert run.manifest["skipped_samples"] == 3
+    undisturbed = Untrained(finished, tmp_path / "undisturbed")
     undisturbed.damage(3, 7, 70)
     assert equal(undisturbed.train(*SKIP), run)
-    assert finished_training(run.context(), VARIANTS[VARIANT])["skipped_samples"] == 3
+    assert run.open(*SKIP).stage("train", VARIANT).require()["skipped_samples"] == 3
 
 
 def test_samples_damaged_after_the_training_began_are_refused_with_the_remedy(run, monkeypatch):
@@ -181,7 +185,7 @@ def test_samples_damaged_after_the_training_began_are_refused_with_the_remedy(ru
     assert "--verify --repair" in error.value.remedy
     run.damage(40)
     run.train(*SKIP)
-    assert run.done["skipped_samples"] == 1
+    assert run.manifest["skipped_samples"] == 1
 
 
 def test_before_the_first_step_the_damaged_are_those_of_now(run, monkeypatch):
@@ -192,7 +196,7 @@ def test_before_the_first_step_the_damaged_are_those_of_now(run, monkeypatch):
             run.train(*SKIP)
     run.damage(3, 4, 5)
     run.train(*SKIP)
-    assert run.done["skipped_samples"] == 2
+    assert run.manifest["skipped_samples"] == 2
     assert [len(keys) for keys in read_json(run.variant / "skipped.json").values()] == [2]
 
 
@@ -204,7 +208,7 @@ def test_a_record_of_a_training_that_never_began_leaves_nothing_out(run, monkeyp
             run.train(*SKIP)
     run.damage(3)
     run.train()
-    assert run.done["skipped_samples"] == 0
+    assert run.manifest["skipped_samples"] == 0
     assert not (run.variant / "skipped.json").exists()
 
 
@@ -212,7 +216,7 @@ def test_the_first_values_hold_no_sample_while_the_next_are_read():
     seen = []
 
     class Reader:
-        plan = SimpleNamespace(first=np.arange)
+        plan = SimpleNamespace(first_samples=np.arange)
 
         def read(self, numbers_n):
             assert sum(ref() is not None for ref in seen) <= 1
@@ -245,20 +249,20 @@ def test_an_altered_index_is_refused_before_anything_is_made(run):
     assert not run.variant.exists()
 
 
-def test_training_from_afar_is_training_here(finished, tmp_path):
-    here, there = Run(finished, tmp_path / "here").train(), Run(finished, tmp_path / "there")
+def test_training_from_remote_shards_equals_training_from_local_ones(finished, tmp_path):
+    here, there = Untrained(finished, tmp_path / "here").train(), Untrained(finished, tmp_path / "there")
     far = tmp_path / "far"
     (there.directory / "shards").rename(far)
     remote = f"train.stream.remote=file://{far}"
-    there.context(remote).make("shards")
+    there.open(remote).make("shards")
     assert equal(here, there.train(remote))
     assert not list((there.directory / "shards").glob("*.tar"))
     assert len(list((there.directory / "cache").glob("*.tar"))) == len(list(far.glob("*.tar")))
-    assert finished_training(there.context(), VARIANTS[VARIANT])["best_files"] == here.done["best_files"]
+    assert there.open().stage("train", VARIANT).require()["files"] == here.manifest["files"]
 
 
-def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tmp_path):
-    run = Run(finished, tmp_path / "run")
+def test_damage_of_remote_shards_is_an_error_with_the_url_and_cannot_be_skipped(finished, tmp_path):
+    run = Untrained(finished, tmp_path / "run")
     run.damage(3)
     shutil.copytree(run.directory / "shards", tmp_path / "far")
     remote = f"train.stream.remote=file://{tmp_path}/far"
@@ -272,12 +276,12 @@ def test_damage_afar_is_an_error_with_the_url_and_cannot_be_skipped(finished, tm
 def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeypatch):
     monkeypatch.setattr(initialise, "ALIGNMENT_ITEMS", 10)
     monkeypatch.setattr(initialise, "WHITENING_SIZE", 3)
-    context = run.context()
-    feed = open_feed(context, context.stage("shards").require(outside=True))
-    stream, items = open_stream(context, feed, np.array([], np.int64)), context.dataset.n_items
-    starts = [collect_initial_data(first_samples(stream, 4), context.sources, items, 17) for _ in range(2)]
+    opened = run.open()
+    feed = open_feed(opened)
+    stream, items = open_stream(opened, feed, np.array([], np.int64)), opened.dataset.n_items
+    starts = [collect_initial_data(first_samples(stream, 4), opened.sources, items, 17) for _ in range(2)]
     rows = starts[0].items_N
-    assert len(rows) == 10 < context.dataset.n_items
+    assert len(rows) == 10 < items
     assert np.all(np.diff(rows) > 0)
     np.testing.assert_array_equal(starts[1].items_N, rows)
     assert len(starts[0].targets_N) == 4 < len(feed.index_S)
@@ -298,10 +302,10 @@ def test_ctrl_c_ends_with_one_line_and_no_process(run):
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == STOPPED, told
-    assert len(re.findall("^.*stopped.*$", told, re.MULTILINE)) == 1
-    assert "Traceback" not in told
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, said
+    assert len(re.findall("^.*interrupted.*$", said, re.MULTILINE)) == 1
+    assert "Traceback" not in said
     assert len(children) >= 2
     assert psutil.wait_procs(children, timeout=2)[1] == []
 
@@ -309,21 +313,20 @@ def test_ctrl_c_ends_with_one_line_and_no_process(run):
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_a_variant_starts_with_every_part_white(finished, tmp_path, kind):
     """Passed through it again, users and items come out around zero, about as long in every part."""
-    run = Run(finished, tmp_path / "run")
-    context = run.context()
+    untrained_run = Untrained(finished, tmp_path / "run")
+    run = untrained_run.open()
     if kind == "decoder":
-        context = run.context(f"llm.path={write_llm(tmp_path / 'llama', 'llama')}")
-        shutil.rmtree(context.directory("shards"))
-        context.make("shards")
-    assert context.llm.identity["kind"] == kind
-    feed = open_feed(context, context.stage("shards").require(outside=True))
-    states_NLD = map_npy(context.directory("shards") / ITEM_STATES)
-    stream = open_stream(context, feed, np.array([], np.int64))
-    initialiser = open_initialiser(context, feed.manifest["state_blocks"], states_NLD)
+        run = untrained_run.open(f"llm.path={write_llm(tmp_path / 'llama', 'llama')}")
+        shutil.rmtree(run.directory("shards"))
+        run.make("shards")
+    assert run.llm.identity["kind"] == kind
+    feed = open_feed(run)
+    stream = open_stream(run, feed, np.array([], np.int64))
+    initialiser = open_initialiser(run, feed.manifest["state_blocks"])
     model = initialiser.new_model(VARIANTS[VARIANT], partial(first_samples, stream)).eval()
     assert any("lora_" in name for name, _ in model.named_parameters())
     samples = first_samples(stream, initialise.ALIGNMENT_SAMPLES)
-    data = collect_initial_data(samples, context.sources, context.dataset.n_items, context.config.run.seed)
+    data = collect_initial_data(samples, run.sources, run.dataset.n_items, run.config.run.seed)
     for side in ("user", "item"):
         with torch.no_grad():
             readout, passed = getattr(model, side).readout, initialiser.moments(model, side, data)

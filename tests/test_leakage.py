@@ -27,8 +27,8 @@ def change_last(log: Path, places: tuple[int, ...]) -> None:
     for row in sorted(rows, key=lambda row: int(row["time"])):
         of_user.setdefault(row["user"], []).append(row)
     for own in of_user.values():
-        met = {row["item"] for row in own}
-        fresh = (f"i{item:03d}" for item in range(40) if f"i{item:03d}" not in met)
+        seen = {row["item"] for row in own}
+        fresh = (f"i{item:03d}" for item in range(40) if f"i{item:03d}" not in seen)
         for place in places:
             own[-place]["item"] = next(fresh)
     with log.open("w", newline="") as file:
@@ -38,18 +38,17 @@ def change_last(log: Path, places: tuple[int, ...]) -> None:
 
 
 def trained_from(config: Path) -> dict[str, Any]:
-    """Everything that training reads, after the stages that make it."""
-    context = open_run(config, FIXED)
-    for stage in (prepare, ids, shards):
-        stage(context)
-    shard_files = sorted(context.directory("shards").glob("*.tar"))
-    selection = select_samples(context.dataset, context.config.shards, 17)
+    """Run the stages before training; return everything that training reads."""
+    run = open_run(config, FIXED)
+    run.run(["prepare", "ids", "shards"])
+    shard_files = sorted(run.directory("shards").glob("*.tar"))
+    selection = select_samples(run.dataset, run.config.shards, 17)
     return {
-        "counts": context.dataset.train_counts_N.tolist(),
+        "counts": run.dataset.train_counts_N.tolist(),
         "selection": (selection.user_rows.tolist(), selection.positions.tolist()),
-        "ID vectors": (context.directory("ids", "id") / "items.npy").read_bytes(),
+        "ID vectors": (run.directory("ids", "id") / "items.npy").read_bytes(),
         "tars": [path.read_bytes() for path in shard_files],
-        "states": (context.directory("shards") / "item_states.npy").read_bytes(),
+        "states": (run.directory("shards") / "item_states.npy").read_bytes(),
     }
 
 
@@ -106,7 +105,7 @@ def test_interactions_out_of_order_are_refused(dataset: PreparedDataset) -> None
     with pytest.raises(UserError, match=r"users\.parquet"):
         check_no_leaks(replace(dataset, starts_U=shifted))
     longer, lengths = np.array(dataset.lengths_U), np.array(dataset.lengths_U)
-    longer[1], longer[2] = lengths[1] + 1, lengths[2] - 1  # the first of user 2, the oldest, stands last of user 1
+    longer[1], longer[2] = lengths[1] + 1, lengths[2] - 1  # user 1 ends with the oldest of user 2
     moved = replace(dataset, lengths_U=longer, starts_U=np.cumsum(longer, dtype=np.int64) - longer)
     counts_N = np.bincount(moved.item_rows_I[training_mask(moved)], minlength=moved.n_items)
     with pytest.raises(UserError, match=r"user u001 .*time"):
@@ -122,10 +121,10 @@ def temporal(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
 def test_a_temporal_split_that_trains_or_asks_outside_its_windows_is_refused(temporal: PreparedDataset) -> None:
     check_no_leaks(temporal)
     first, second = temporal.manifest["cut_times"]
-    for cuts, told in (
+    for cuts, named in (
         ([first - 5 * 86_400, second], f"first cut, {first - 5 * 86_400}"),
         ([first, first + 1], "validation target of user u[0-9]+"),
         ([first, second + 20 * 86_400], "test target of user u[0-9]+"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=named):
             check_no_leaks(replace(temporal, manifest={**temporal.manifest, "cut_times": cuts}))

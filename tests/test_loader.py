@@ -1,4 +1,4 @@
-"""Worker processes: the same batches whatever their number, errors as they were raised, and none left behind."""
+"""Worker processes: the same batches for any number of them, errors as they were raised, none left running."""
 
 import multiprocessing
 import os
@@ -36,7 +36,7 @@ def _no_process_is_left() -> Iterator[None]:
 
 
 def keys(samples, total: int = 0) -> list[int]:
-    """In place of a collator."""
+    """Return the users of the samples, in place of a batch."""
     return [sample.user for sample in samples]
 
 
@@ -52,7 +52,9 @@ def loader(shards, workers: int, collate=keys, rank: int = 0, world: int = 1, **
     seed=st.integers(0, 99),
     data=st.data(),
 )
-def test_batches_are_those_of_the_plan_over_all_epochs_whatever_the_workers(shards, workers, ranks, cut, seed, data):
+def test_batches_are_those_of_the_plan_over_all_epochs_for_any_number_of_workers(
+    shards, workers, ranks, cut, seed, data
+):
     plan = open_stream(*shards, seed=seed, **cut).plan
     whole = [batch.tolist() for epoch in range(3) for batch in plan.batches(epoch)]
     first = data.draw(st.integers(0, len(whole) - 1))
@@ -144,7 +146,7 @@ def test_a_killed_worker_is_one_clear_error_wherever_the_main_process_is(shards)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError, RuntimeError, ZeroDivisionError])
-def test_whatever_ends_the_training_ends_the_workers(shards, error):
+def test_any_end_of_the_training_ends_the_workers(shards, error):
     children = []
 
     def train() -> None:
@@ -167,11 +169,11 @@ def test_a_killed_main_process_takes_its_workers_along(shards):
 
     process = multiprocessing.get_context("fork").Process(target=main)
     process.start()
-    ours = psutil.Process(process.pid)
+    main_process = psutil.Process(process.pid)
     deadline = time.monotonic() + 20
-    while len(ours.children()) < 2 and time.monotonic() < deadline:
+    while len(main_process.children()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    children = ours.children()
+    children = main_process.children()
     time.sleep(0.3)  # they are past their first lines
     process.kill()
     process.join()

@@ -1,4 +1,4 @@
-"""What several ranks refuse before they begin: one message, from the first of them, and all end with exit code 2."""
+"""Refusals on several ranks: one message, from the first rank, and exit code 2 on all; damaged checkpoints."""
 
 import json
 import shutil
@@ -11,14 +11,15 @@ from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import read_json, sha256_file
 from rarec.training.checkpoints import Checkpoints, TrainingState
-from tests.ranks import copied, start, wait_for_step
+from tests.processes import unfinish
+from tests.ranks import Job, copied, start, wait_for_step
 from tests.test_diagnostics import make_model
 
 SHORT = ["train.variants=[per_layer]", "train.max_steps=4", "train.validate_every=2", "train.keep=2", "run.device=cpu"]
 
 
 def flip(path: Path, of_the_way: float = 1.0) -> None:
-    """One bit, at the end or before it."""
+    """Flip one bit of a file, at its end or before it."""
     with path.open("r+b") as file:
         file.seek(int((path.stat().st_size - 1) * of_the_way))
         byte = file.read(1)[0]
@@ -27,14 +28,19 @@ def flip(path: Path, of_the_way: float = 1.0) -> None:
 
 
 def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
-    """What the first rank says; the others say nothing of it."""
+    """Return what the first rank prints; the others print no error."""
     run = copied(decoder, tmp_path / "run")
-    job = start("train", decoder, [run, *SHORT, *overrides], scratch=tmp_path, **keywords)
+    said = refused_alike(start("train", decoder, [run, *SHORT, *overrides], scratch=tmp_path, **keywords))
+    assert not (tmp_path / "run" / "train" / "per_layer").exists(), "nothing was begun"
+    return said
+
+
+def refused_alike(job: Job) -> str:
+    """Return what the first of two ranks prints; the other ends with the same code and prints no error."""
     assert job.codes() == [2, 2], [job.said(rank) for rank in (0, 1)]
     errors = [[line for line in job.said(rank).splitlines() if line.startswith("error:")] for rank in (0, 1)]
     assert [len(lines) for lines in errors] == [1, 0]
     assert "Traceback" not in job.said()
-    assert not (tmp_path / "run" / "train" / "per_layer").exists(), "nothing was begun"
     return job.said()
 
 
@@ -44,7 +50,7 @@ def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
         (["run.num_processes=4"], {}, ["run.num_processes", "--num_processes 4"]),
         (["run.device=cuda"], {}, ["run.device is cuda", "run.device=cpu"]),
         (["run.device=auto"], {}, ["GPU", "run.device=cpu"]),
-        (["train.batch_size=3", "train.accumulate=2"], {}, ["4 ranks", "train.batch_size"]),
+        (["train.batch_size=3", "train.accumulate=2"], {}, ["ranks, 4", "train.batch_size"]),
         ([], {"deepspeed": {"gradient_accumulation_steps": 3}}, ["gradient_accumulation_steps: 3", "train.accumulate"]),
         ([], {"deepspeed": {"gradient_clipping": 9.0}}, ["gradient_clipping: 9.0", "train.clip", "zero2.json"]),
         ([], {"deepspeed": {"train_batch_size": 64}}, ["train_batch_size: 64", "train.batch_size"]),
@@ -54,15 +60,15 @@ def refused(decoder: Path, tmp_path: Path, *overrides: str, **keywords) -> str:
         ([], {"environment": {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}}, ["deepspeed_config_file", "zero2.yaml"]),
     ],
 )
-def test_what_does_not_fit_is_refused_by_all_and_told_by_the_first(decoder, tmp_path, overrides, keywords, said):
+def test_what_does_not_fit_is_refused_by_all_and_printed_by_the_first(decoder, tmp_path, overrides, keywords, said):
     text = refused(decoder, tmp_path, *overrides, engine="zero2", **keywords)
     for part in said:
         assert part in text, text
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_an_error_of_one_rank_ends_all_with_its_name_and_its_words(decoder, tmp_path, engine):
-    """A sample that is damaged in mid-run is met by the rank that it falls to; the other must not wait for ever."""
+def test_an_error_of_one_rank_ends_all_with_its_name_and_message(decoder, tmp_path, engine):
+    """A sample damaged during training is found by the rank that reads it; the other must not wait for ever."""
     run = tmp_path / "run"
     overrides = [copied(decoder, run), "train.variants=[per_layer]", "train.epochs=40", "train.validate_every=999"]
     job = start("train", decoder, overrides, engine=engine, scratch=tmp_path)
@@ -71,11 +77,11 @@ def test_an_error_of_one_rank_ends_all_with_its_name_and_its_words(decoder, tmp_
     started = time.monotonic()
     assert job.codes() == [2, 2]
     assert time.monotonic() - started < 60
-    told = [job.said(rank) for rank in (0, 1)]
-    met = ["\nerror: " in f"\n{said}" and "000001.tar, sample" in said for said in told]
-    assert sorted(met) == [False, True]
-    other = told[met.index(False)]
-    assert f"rank {met.index(True)} stopped at step" in other
+    printed = [job.said(rank) for rank in (0, 1)]
+    found = ["\nerror: " in f"\n{said}" and "000001.tar, sample" in said for said in printed]
+    assert sorted(found) == [False, True]
+    other = printed[found.index(False)]
+    assert f"rank {found.index(True)} stopped at step" in other
     assert "000001.tar, sample" in other
 
 
@@ -91,31 +97,42 @@ def test_four_bits_are_not_for_engines_that_shard_frozen_weights(decoder, tmp_pa
 
 @pytest.fixture
 def trained(decoder, tmp_path):
-    """A finished short training with checkpoints of steps 2 and 4, as if it had been killed after the last of them."""
+    """A short training with checkpoints of steps 2 and 4, as if killed after the last."""
     overrides = [copied(decoder, tmp_path / "run"), *SHORT]
-    context = open_run(decoder, overrides)
-    context.make("train")
-    (tmp_path / "run" / "train" / "per_layer" / "manifest.json").unlink()
+    open_run(decoder, overrides).make("train")
+    unfinish(tmp_path / "run" / "train" / "per_layer")
     return tmp_path / "run" / "train" / "per_layer"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_ranks_refuse_alike_a_training_with_other_settings_and_leave_it(decoder, trained, tmp_path, finished):
+    place = f"run.dir={trained.parents[1]}"
+    if finished:
+        open_run(decoder, [place, *SHORT]).make("train")
+    before = {path: path.read_bytes() for path in trained.parents[1].rglob("*") if path.is_file()}
+    said = refused_alike(start("train", decoder, [place, *SHORT, "train.lr=0.5"], scratch=tmp_path / "scratch"))
+    assert "train.lr: 0.002 -> 0.5" in said
+    assert "rarec train CONFIG --fresh" in said
+    assert {path: path.read_bytes() for path in trained.parents[1].rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["alignment.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(path.read_bytes()[:-9]), Path.unlink])
-def test_a_torn_checkpoint_is_told_and_the_one_before_it_is_used(decoder, trained, name, harm):
+def test_a_torn_checkpoint_is_reported_and_the_one_before_it_is_used(decoder, trained, name, harm):
     directory = trained
     whole = {path.name: sha256_file(path) for path in (directory / "checkpoints" / "step-00000004").iterdir()}
     harm(directory / "checkpoints" / "step-00000004" / name)
-    told: list[str] = []
+    lines: list[str] = []
     again = open_run(decoder, [f"run.dir={directory.parents[1]}", *SHORT])
-    again.say = told.append
+    again.say = lines.append
     again.make("train")
-    assert any(f"step-00000004/{name}" in line and line.endswith("step-00000002") for line in told)
+    assert any(f"step-00000004/{name}" in line and line.endswith("step-00000002") for line in lines)
     found = {path.name: sha256_file(path) for path in (directory / "checkpoints" / "step-00000004").iterdir()}
     for file in ("alignment.safetensors", "optimizer.safetensors"):
         assert found[file] == whole[file]
 
 
-def test_where_no_checkpoint_is_whole_nothing_is_begun_anew_in_silence(decoder, trained):
+def test_where_no_checkpoint_is_whole_training_does_not_start_again_silently(decoder, trained):
     directory = trained
     for step in ("step-00000002", "step-00000004"):
         flip(directory / "checkpoints" / step / "alignment.safetensors")
@@ -126,7 +143,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew_in_silence(decoder, 
 
 
 def save(checkpoints: Checkpoints, step: int, best: int | None = None) -> Path:
-    """A checkpoint as a training writes it; returns the file with its weights."""
+    """Write a checkpoint as a training does; return the file with its weights."""
     checkpoints.save(make_model(), {}, {}, TrainingState(step, best, 0.5))
     return checkpoints.path(step) / "alignment.safetensors"
 
@@ -143,13 +160,13 @@ def test_a_torn_checkpoint_takes_the_place_of_none_that_is_written_later(tmp_pat
 
 
 def test_a_best_that_is_torn_is_dropped_and_is_the_best_no_more(tmp_path):
-    checkpoints, told = Checkpoints(tmp_path, 1, "this training"), []
+    checkpoints, lines = Checkpoints(tmp_path, 1, "this training"), []
     torn = save(checkpoints, 2, best=2)
     save(checkpoints, 4, best=2)
     assert checkpoints.state(checkpoints.newest(print)) == TrainingState(4, 2, 0.5)
     flip(torn)
-    assert checkpoints.state(checkpoints.newest(told.append)) == TrainingState(4)
-    (line,) = told
+    assert checkpoints.state(checkpoints.newest(lines.append)) == TrainingState(4)
+    (line,) = lines
     assert line.startswith(f"{torn} ")
     assert line.endswith("step-00000004")
     assert checkpoints.steps() == [4]
@@ -164,7 +181,7 @@ def test_where_the_best_is_torn_training_ends_with_one_that_is_there(decoder, tm
     open_run(decoder, overrides).make("train")
     done = tmp_path / "run" / "train" / "per_layer" / "manifest.json"
     assert (read_json(done)["best_step"], read_json(done)["step"]) == (2, 4)
-    done.unlink()
+    unfinish(done.parent)
     flip(done.parent / "checkpoints" / "step-00000002" / "alignment.safetensors")
     open_run(decoder, overrides).make("train")
     assert read_json(done)["best_step"] == 4
@@ -177,13 +194,11 @@ def test_a_finished_training_whose_best_is_torn_is_refused_and_what_is_advised_h
     directory = tmp_path / "run" / "train" / "per_layer"
     before = read_json(directory / "manifest.json")
     flip(directory / "checkpoints" / "step-00000002" / "alignment.safetensors")
-    open_run(decoder, overrides).make("train")  # it is finished, and stays as it is
+    open_run(decoder, overrides).make("train")  # finished: nothing is read
     with pytest.raises(UserError, match=r"step-00000002/alignment\.safetensors") as error:
         open_run(decoder, overrides).make("evaluate")
-    assert str(directory) in error.value.remedy
-    assert "rarec train CONFIG" in error.value.remedy
-    shutil.rmtree(directory)
-    open_run(decoder, overrides).make("train")
+    assert "rarec train CONFIG --fresh train.variants=[per_layer]" in error.value.remedy
+    open_run(decoder, [*overrides, "train.variants=[per_layer]"]).make("train", fresh=True)
     open_run(decoder, overrides).make("evaluate")
     assert {**read_json(directory / "manifest.json"), "seconds": 0} == {**before, "seconds": 0}
 
@@ -202,15 +217,12 @@ def test_a_checkpoint_of_another_training_is_refused(decoder, trained, tmp_path,
     directory = trained
     foreign = open_run(decoder, [copied(decoder, tmp_path / "other"), *SHORT, other])
     if not other.startswith("train."):
-        for stage in ("prepare", "ids", "shards"):
-            foreign.fresh = True
-            foreign.make(stage)
-        foreign.fresh = False
+        foreign.run(["prepare", "ids", "shards"], fresh=True)
     foreign.make("train")
-    theirs = tmp_path / "other" / "train" / "per_layer" / "checkpoints" / "step-00000004"
+    other_step_4 = tmp_path / "other" / "train" / "per_layer" / "checkpoints" / "step-00000004"
     place = directory / "checkpoints" / "step-00000004"
     shutil.rmtree(place)
-    shutil.copytree(theirs, place)
+    shutil.copytree(other_step_4, place)
     with pytest.raises(UserError, match="step-00000004"):
         open_run(decoder, [f"run.dir={directory.parents[1]}", *SHORT]).make("train")
     assert foreign.stage("train", "per_layer").checkpoints().newest(print) == 4

@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rarec.checkpoint_store import Torn
 from rarec.config.schema import Train
 from rarec.entry import open_run
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json
 from rarec.models.losses import LossTerms
-from rarec.stages import train as train_stage
-from rarec.training.checkpoints import Checkpoints, Torn
+from rarec.stages import variant_training
+from rarec.training.checkpoints import Checkpoints
 from rarec.training.optimizer import build_optimizer, rate_at, set_rate
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "train.py"
@@ -28,7 +29,7 @@ LONG = ["train.variants=[per_layer_lora]", "train.epochs=6", "train.checkpoint_e
 
 
 def untrained(finished: Path, directory: Path) -> str:
-    """A copy of a finished run up to its shards; returns the override that points there."""
+    """Copy a finished run up to its shards; return the override that points to the copy."""
     run = Path(open_run(finished, []).config.run.dir)
     for stage in ("prepare", "ids", "shards"):
         shutil.copytree(run / stage, directory / stage)
@@ -158,9 +159,9 @@ def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_last_good_checkp
 
 
 def test_a_harmed_checkpoint_is_refused(finished, tmp_path):
-    context = open_run(finished, [untrained(finished, tmp_path), "train.variants=[per_layer]", "train.max_steps=2"])
-    context.make("train")
-    checkpoints = context.stage("train", "per_layer").checkpoints()
+    run = open_run(finished, [untrained(finished, tmp_path), "train.variants=[per_layer]", "train.max_steps=2"])
+    run.make("train")
+    checkpoints = run.stage("train", "per_layer").checkpoints()
     checkpoints.verify(2)
     path = checkpoints.path(2) / "alignment.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
@@ -175,7 +176,7 @@ def test_other_settings_are_refused_unless_the_user_says_fresh(finished, tmp_pat
     with pytest.raises(UserError, match=r"train\.lr: 0\.002 -> 0\.5") as error:
         open_run(finished, [*short, "train.lr=0.5"]).make("train")
     assert "--fresh" in str(error.value)
-    open_run(finished, [*short, "train.lr=0.5"], fresh=True).make("train")
+    open_run(finished, [*short, "train.lr=0.5"]).make("train", fresh=True)
 
 
 def test_shards_of_another_language_model_are_refused(finished, tmp_path):
@@ -192,13 +193,13 @@ def test_an_unknown_tracker_is_refused(finished, tmp_path):
 
 
 def test_a_signal_in_the_last_validation_stops_what_would_come_next(finished, tmp_path, monkeypatch):
-    validation = train_stage.validation
+    validation = variant_training.validation
 
-    def signalled(context, model):
-        validate = validation(context, model)
+    def signalled(run, model):
+        validate = validation(run, model)
         return lambda: os.kill(os.getpid(), signal.SIGTERM) or validate()
 
-    monkeypatch.setattr(train_stage, "validation", signalled)
+    monkeypatch.setattr(variant_training, "validation", signalled)
     overrides = [untrained(finished, tmp_path), "train.variants=[text_only,per_layer]", "train.max_steps=1"]
     with pytest.raises(Stopped, match="text only"):
         open_run(finished, overrides).make("train")

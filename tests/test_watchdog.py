@@ -1,4 +1,4 @@
-"""Ranks look after one another: in real processes that are killed, stopped, fail or stand still."""
+"""The watchdog in real processes that are killed, suspended, fail or hang."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ KILLED = -signal.SIGKILL
 def job(
     trouble: Callable[[World], None], said: Path, *, dead: float = 2.0, stall: float = 60.0
 ) -> Iterator[list[BaseProcess]]:
-    """Ranks that meet a trouble; what they say is in `said`, one line each, with the rank that said it."""
+    """Start ranks that run into trouble; `said` gets what they print, a line each, with the rank that printed it."""
     said.touch()
     limits = {"dead": dead, "stall": stall}
     arguments = (str(free_port()), said, trouble, limits)
@@ -75,7 +75,7 @@ def codes(processes: list[BaseProcess], within: float = 15) -> list[int | None]:
 
 
 def awaited(said: Path, within: float = 15) -> str:
-    """What is said, once something is."""
+    """Return what is printed, once something is."""
     end = time.monotonic() + within
     while not said.read_text() and time.monotonic() < end:
         time.sleep(0.05)
@@ -83,13 +83,13 @@ def awaited(said: Path, within: float = 15) -> str:
 
 
 def killed_1(world: World) -> None:
-    time.sleep(0.5)  # until all are known to be here
+    time.sleep(0.5)  # until every rank has sent a heartbeat
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_1_unnoticed(world: World) -> None:
-    """As on GPUs, where nothing tells the others that their peer is gone."""
+    """As on GPUs, where the others do not notice that a rank is gone."""
     killed_1(world)
     time.sleep(60)
 
@@ -100,7 +100,7 @@ def killed_0(world: World) -> None:
 
 
 def frozen_0(world: World) -> None:
-    """As if its machine were gone: connections stay, and nobody answers."""
+    """As if its machine were gone: connections stay open, and nobody answers."""
     if world.rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -138,7 +138,7 @@ def stopped_together(world: World) -> None:
 
 
 def forking(world: World) -> None:
-    """Well, and reading by workers; the ranks end one after the other."""
+    """Read with worker processes, without trouble; the ranks end one after the other."""
     for _ in range(3):
         assert len(list(DataLoader(range(8), num_workers=2, multiprocessing_context="fork"))) == 8
     world.barrier()
@@ -173,7 +173,7 @@ def test_where_the_first_rank_is_gone_all_others_say_so(
 
 
 @pytest.mark.parametrize(("trouble", "failed"), [(refused_2, 2), (refused_0, 0)])
-def test_an_error_of_one_rank_ends_all_and_is_said_by_another(
+def test_an_error_of_one_rank_ends_all_and_is_printed_by_another(
     trouble: Callable[[World], None], failed: int, tmp_path: Path
 ) -> None:
     with job(trouble, tmp_path / "said") as processes:
@@ -207,7 +207,7 @@ def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("trouble", "rank"), [(asleep_1, 1), (asleep_while_all_are_there, 0)])
-def test_a_rank_that_stands_still_is_named_once_and_no_other(
+def test_a_rank_that_hangs_is_named_once_and_no_other(
     trouble: Callable[[World], None], rank: int, tmp_path: Path
 ) -> None:
     with job(trouble, tmp_path / "said", stall=1.0) as processes:

@@ -177,7 +177,8 @@ class Calculator:
         count = len(self.meta_model(variant, setup.checkpointing).model.backbone.blocks)
         blocks = tuple(sorted(set(self.config.shards.state_blocks or range(count))))
         if blocks[-1] >= count:
-            raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
+            problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
+            raise UserError(problem, f"choose from blocks 0 to {count - 1}")
         vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.builder.sources.items()}
         world_size, item = setup.cluster.world_size, self.prompts["item"].longest
         shapes = []

@@ -25,8 +25,8 @@ class ReportStage(Stage):
         return {"version": source()["version"], "main": config.main_variant.name, "config": dump_config(config)}
 
     def inputs(self) -> dict[str, Stage]:
-        """See `Stage`."""
-        return {"evaluate": self.run.stage("evaluate")}
+        """See `Stage`: the evaluation, and the variants whose curves are shown."""
+        return {"evaluate": self.run.stage("evaluate"), **{stage.part: stage for stage in self.run.stages("train")}}
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""

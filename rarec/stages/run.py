@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarec.artefacts import sha256_json
+from rarec.artefacts import check_files, sha256_json
 from rarec.config import RunConfig, Variant, dump_config, load_config
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json, write_json, write_text
@@ -297,8 +297,11 @@ class Run:
         return open_source(stage.directory)
 
     def _evaluated(self, name: str) -> Path:
+        """Return a file of the evaluation, checked to be of the variants as they are configured."""
         stage = self.stage("evaluate")
-        stage.require()
+        for made_from in stage.inputs().values():
+            made_from.require()
+        check_files(stage.directory, stage.require(), names=[name])
         return stage.directory / name
 
     def _frame(self, name: str) -> "pd.DataFrame":

@@ -86,7 +86,8 @@ class ShardContent:
         count, chosen = len(self.run.llm.backbone.blocks), self.run.config.shards.state_blocks
         blocks = sorted(set(chosen)) if chosen is not None else list(range(count))
         if blocks[-1] >= count:
-            raise UserError(f"shards.state_blocks: the model has blocks 0 to {count - 1}, not {blocks[-1]}")
+            problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
+            raise UserError(problem, f"choose from blocks 0 to {count - 1}")
         return blocks
 
     @property

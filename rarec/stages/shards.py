@@ -1,11 +1,12 @@
 """`rarec shards`: select training samples, compute text-only states once, write the tars."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rarec.artefacts import MANIFEST, Manifest, sha256_json
-from rarec.files import replace_directory
+from rarec.artefacts import Manifest, sha256_json
+from rarec.files import drop_stale, replace_directory
 from rarec.stages.stage import Built, Stage
 
 LLM = ("path", "revision", "kind", "dtype", "quantize")
@@ -56,10 +57,8 @@ class ShardsStage(Stage):
         remote, directory = self.run.config.train.stream.remote, self.directory
         if not remote:
             return super().make(fresh)
-        if fresh and (directory / MANIFEST).exists():
-            new = directory.with_name(f".{directory.name}.fresh")
-            self._fetch_description(new)
-            replace_directory(new, directory)
+        if fresh:
+            self.run.world.run_on_main(self._replace_description)
         self.require(outside=True)
         self.run.say(f"{directory} describes the shards at {remote}")
         return False
@@ -93,6 +92,14 @@ class ShardsStage(Stage):
         run.say(f"prompts cut to the context length: {cut['user']} of users, {cut['item']} of items")
         figures = {"state_blocks": content.blocks, "cut_prompts": cut, **shard_figures(records)}
         return Built(figures, files_of(records, content.sidecars))
+
+    def _replace_description(self) -> None:
+        self._refuse_foreign()
+        new = self.directory.with_name(f".{self.directory.name}.fresh")
+        shutil.rmtree(new, ignore_errors=True)
+        self._fetch_description(new)
+        drop_stale(self.directory.parent, self.directory.name)
+        replace_directory(new, self.directory)
 
     def _fetch_description(self, directory: Path) -> None:
         remote = self.run.config.train.stream.remote

@@ -10,7 +10,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,6 +35,7 @@ from rarec.files import (
     read_json,
     replace_directory,
     restore_replaced,
+    sync_directory,
     try_lock,
     write_json,
 )
@@ -206,6 +207,7 @@ class Stage(ABC):
         for stage in self.inputs().values():
             stage.require()  # what is missing is named before anything is written
         with self._alone(fresh):
+            world.run_on_main(lambda: restore_replaced(self.directory))
             if not fresh and self._is_current():
                 world.run_on_main(lambda: _drop_notes(self.directory))  # a kill may have come before that
                 self.run.say(f"{self.directory} is up to date")
@@ -213,8 +215,9 @@ class Stage(ABC):
                 return False
             world.run_on_main(self._refuse_foreign)
             identity = self._identity()
-            world.run_on_main(self.run.write_config)
             with self._workspace(identity, fresh) as directory:
+                world.run_on_main(self.run.write_config)
+                self.run.changed()
                 built = self.build(directory)
                 world.report(f"finishing {self.directory}")
                 world.run_on_main(lambda: self._finish(directory, identity, built))
@@ -229,7 +232,9 @@ class Stage(ABC):
         Raises:
             UserError: it was made otherwise, and is not cheap.
         """
-        if not (self.directory / MANIFEST).exists():
+        world = self.run.world
+        # Rank 0 decides for all: another machine may not list yet what was written a moment ago.
+        if not world.all_reduce_max(int(world.is_main and (self.directory / MANIFEST).exists())):
             return False
         try:
             self.require(outside=True)
@@ -246,8 +251,8 @@ class Stage(ABC):
         return {"settings": settings, "made_from": made_from | self.outside_inputs()}
 
     def _finish(self, directory: Path, identity: Mapping[str, Any], built: Built) -> None:
+        sync_directory(directory)  # the manifest must not outlive a power failure that the files do not
         write_manifest(directory, self.kind, **identity, files=built.files, **built.figures)
-        _drop_notes(directory)
         self.verify(directory)
 
     @contextmanager
@@ -259,30 +264,27 @@ class Stage(ABC):
     @contextmanager
     def _aside(self) -> Iterator[Path]:
         """Yield a new directory, which takes its place at the end; other ranks than 0 do not write to it."""
-        if not self.run.world.is_main:
-            yield self.directory
-            return
-        with new_directory(self.directory) as aside:
-            yield aside
+        world = self.run.world
+        with ExitStack() as stack:
+            yield stack.enter_context(new_directory(self.directory)) if world.is_main else self.directory
+            world.run_on_main(stack.close)  # the other ranks go on when it is in its place
 
     @contextmanager
     def _resumed(self, identity: Mapping[str, Any], fresh: bool) -> Iterator[Path]:
         """Yield the directory in which the build goes on; what is replaced stays until the build is whole."""
-        world = self.run.world
-        final, directory = self.directory, self.directory
-        if fresh and final.exists():
-            directory = final.with_name(f".{final.name}.fresh")
+        world, final = self.run.world, self.directory
+        directory = final.with_name(f".{final.name}.fresh") if fresh else final
         begun = {"kind": self.kind, "schema": SCHEMA, **identity}
         world.run_on_main(lambda: self._begin(directory, begun))
         try:
             yield directory
         except BaseException:
-            if world.is_main and [path.name for path in directory.iterdir()] == [BEGUN]:
-                with suppress(OSError):
-                    shutil.rmtree(directory)  # refused before anything was built: the next attempt may differ
+            if world.is_main and _is_only_begun(directory):  # refused: the next attempt may be configured otherwise
+                shutil.rmtree(directory, ignore_errors=True)
             raise
-        if directory != final:
+        if fresh:
             world.run_on_main(lambda: replace_directory(directory, final))
+        world.run_on_main(lambda: _drop_notes(final))  # last: until then, the same command resumes
 
     def _begin(self, directory: Path, begun: Mapping[str, Any]) -> None:
         """Note what is built here, or check that what was begun here is the same.
@@ -290,18 +292,29 @@ class Stage(ABC):
         Raises:
             UserError: another build was begun here.
         """
-        restore_replaced(self.directory)
-        drop_stale(self.directory.parent, self.directory.name)
-        path = directory / BEGUN
-        if path.exists():
-            found = read_json(path, rebuild(self.kind))
-            if directory != self.directory and found != begun:
-                shutil.rmtree(directory)  # an abandoned --fresh with other settings
-            elif found.get("schema") == SCHEMA:
-                check_made_from(directory, found, begun["made_from"])
-                check_settings(directory, found, begun["settings"])
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(path, begun)
+        for name in {self.directory.name, directory.name}:
+            drop_stale(directory.parent, name)
+        if (directory / BEGUN).exists() and not _is_only_begun(directory):
+            found = read_json(directory / BEGUN, rebuild(self.kind))
+            if found == begun:
+                return
+            if directory == self.directory:
+                self._refuse_begun(found, begun)
+        # Written aside: a directory without this file would not be known as rarec's. An abandoned --fresh goes.
+        with new_directory(directory) as aside:
+            write_json(aside / BEGUN, begun)
+
+    def _refuse_begun(self, found: Any, begun: Mapping[str, Any]) -> None:
+        """Refuse to go on with another build.
+
+        Raises:
+            UserError: naming the difference.
+        """
+        directory = self.directory
+        if isinstance(found, dict) and found.get("schema") == SCHEMA:
+            check_made_from(directory, found, begun["made_from"])
+            check_settings(directory, found, begun["settings"])
+        raise UserError(f"{directory / BEGUN} is damaged, or of another version of rarec", rebuild(self.kind))
 
     def _refuse_foreign(self) -> None:
         """Refuse to build over a directory or file that rarec has not made.
@@ -314,6 +327,10 @@ class Stage(ABC):
         if path.exists() and not mine and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} is there, and rarec has not made it", "move it away, or choose another run.dir")
 
+    def _seems_finished(self) -> bool:
+        """Return whether nothing is to be built, as far as this rank can tell without its inputs from outside."""
+        return self.is_done() if self.cheap else (self.directory / MANIFEST).exists()
+
     @contextmanager
     def _alone(self, fresh: bool) -> Iterator[None]:
         """Keep other processes from building the same; one that comes second waits, and then finds it finished.
@@ -322,7 +339,7 @@ class Stage(ABC):
         """
         world, directory = self.run.world, self.directory
         with ExitStack() as stack:
-            wanted = world.is_main and (fresh or not self.is_done())
+            wanted = world.is_main and (fresh or not self._seems_finished())
             lock = directory.with_name(f".{directory.name}.lock")
             handle = stack.enter_context(lock_file(lock)) if wanted else None
             said = False
@@ -336,10 +353,12 @@ class Stage(ABC):
             yield
 
 
+def _is_only_begun(directory: Path) -> bool:
+    """Return whether nothing was built yet."""
+    return [path.name for path in directory.iterdir()] == [BEGUN]
+
+
 def _drop_notes(directory: Path) -> None:
     """Drop what a finished artefact needs no more."""
     (directory / BEGUN).unlink(missing_ok=True)
-    progress = directory / PROGRESS
-    if progress.is_dir():
-        shutil.rmtree(progress)
-    progress.unlink(missing_ok=True)
+    shutil.rmtree(directory / PROGRESS, ignore_errors=True)

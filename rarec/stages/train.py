@@ -79,7 +79,8 @@ class TrainStage(Stage):
         from rarec.checkpoint_store import Torn
 
         manifest, checkpoints = self.require(), self.checkpoints()
-        best, remedy = manifest["best_step"], "train it again: rarec train CONFIG --fresh"
+        best = manifest["best_step"]
+        remedy = f"train it again: rarec train CONFIG --fresh train.variants=[{self.part}]"
         model = self.run.build_model(self.variant)
         try:
             checkpoints.load(model, best)
