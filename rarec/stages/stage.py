@@ -84,7 +84,7 @@ class Stage(ABC):
     """Inside `run.dir`; by default the stage's name."""
     summary: ClassVar[str]
     """One line for `rarec --help`."""
-    resumable: ClassVar[bool] = False
+    resumable: bool = False
     """Whether an interrupted build is resumed. It is then built in its own directory, and otherwise aside."""
     cheap: ClassVar[bool] = False
     """Whether one that was made otherwise is rebuilt. Others are refused: what took hours is not replaced unasked."""
