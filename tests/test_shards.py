@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarec.artefacts import read_manifest
+from rarec.data.selection.sampling import select_samples
 from rarec.data.shards.checks import index_tar
 from rarec.data.shards.expected import first_leak
 from rarec.data.shards.index import ENTRY, INDEX, key_of, open_index, write_index
@@ -24,7 +25,7 @@ from rarec.data.shards.writing import finish_shards, write_shards
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import sha256_file
-from rarec.stages import shards as stage
+from rarec.stages.shard_content import ShardContent
 from tests.datasets import by_hand
 from tests.shards import made_sample
 
@@ -267,9 +268,9 @@ def test_a_selection_outside_the_training_part_is_a_leak(users, positions, found
 
 
 def test_a_leaking_selection_is_refused_before_anything_is_made(finished, monkeypatch):
-    context = open_run(finished, [])
-    honest = stage.select_samples(context.dataset, context.config.shards, context.config.run.seed)
-    honest.positions[5] = context.dataset.validation_U[honest.user_rows[5]]
-    monkeypatch.setattr(stage, "select_samples", lambda *args: honest)
+    run = open_run(finished, [])
+    honest = select_samples(run.dataset, run.config.shards, run.config.run.seed)
+    honest.positions[5] = run.dataset.validation_U[honest.user_rows[5]]
+    monkeypatch.setattr("rarec.stages.shard_content.select_samples", lambda *args: honest)
     with pytest.raises(UserError, match=r"sample 000000\d{3}-\d{6} "):
-        stage.ShardContent(context)
+        ShardContent(run)

@@ -94,7 +94,7 @@ def train_ids(
         torch.manual_seed(seed)
         training = _Training(settings, torch.from_numpy(dataset.train_counts_N > 0), seed)
         training.resume(checkpoints, say)
-        with task(f"{settings.title} epochs", settings.epochs, len(training.curve)) as shown:
+        with task(f"epochs of {settings.title}", settings.epochs, len(training.curve)) as shown:
             while not training.is_done:
                 training.epoch(windows, validation)
                 training.save(checkpoints)
