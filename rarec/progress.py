@@ -46,7 +46,7 @@ class Task:
         self._speaks = os.environ.get("RANK", "0") == "0"
 
     def update(self, done: int, facts: str = "") -> None:
-        """Show that so many steps are done, with a few facts behind the bar."""
+        """Show the number of steps done, with a few facts behind the bar: 32 characters fit 80 columns."""
         self._done = done
         now = time.monotonic()
         if not self._speaks or now - self._started < self._patience:
@@ -56,8 +56,8 @@ class Task:
         elif now - self._said > SPARSE or (done == self._total and now - self._started > SPARSE):
             self._said = now
             left = (now - self._started) / max(1, done - self._first) * (self._total - done)
-            text = f"{self._title}: {facts or f'{done}/{self._total}'}"
-            console.print(text + (f", about {_clock(left)} left" if left else ""), markup=False, soft_wrap=True)
+            parts = [f"{done}/{self._total}", facts, f"about {_clock(left)} left" if left else ""]
+            console.print(f"{self._title}: {', '.join(filter(None, parts))}", markup=False, soft_wrap=True)
 
     def end(self) -> None:
         """Take the bar away."""

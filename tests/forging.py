@@ -57,7 +57,7 @@ def honest(user: int, position: int) -> Sample:
 
 def write_honest(directory: Path) -> dict[str, Any]:
     """Write valid shards; return the manifest."""
-    records = write_shards(directory, TOTAL, PER_SHARD, make, "honest", lambda line: None)
+    records = write_shards(directory, TOTAL, PER_SHARD, make, "honest")
     return finish_shards(directory, records, {}, {"prepare": "by hand"})
 
 

@@ -199,7 +199,9 @@ def test_forged_shards_are_made_again_too(whole, harmed, name):
     assert bytes_of(harmed) == bytes_of(whole)
 
 
-@pytest.mark.parametrize("content", [PICKLE, OBJECTS, b"PK\x03\x04", b"\x93NUMPY\x01\x00v\x00{"])
+@pytest.mark.parametrize(
+    "content", [PICKLE, OBJECTS, b"PK\x03\x04", b"\x93NUMPY\x01\x00v\x00{"], ids=["pickle", "objects", "zip", "header"]
+)
 def test_an_index_that_is_a_pickle_or_half_a_header_is_not_run(harmed, content):
     (harmed / INDEX).write_bytes(content)
     refused(harmed, r"samples\.npy ", r"samples\.npy ")

@@ -13,15 +13,19 @@ import pyarrow as pa
 import pytest
 import torch
 
+from rarec.artefacts import MANIFEST
 from rarec.config.ids import RECIPES, ComiRecConfig, Gru4RecConfig, Ids, Recipe, SasRecConfig
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
-from rarec.ids import make_source, open_source
+from rarec.ids.make import write_source
 from rarec.ids.models import SequenceModel, build
 from rarec.ids.sampled_softmax import ModelWithItems, Windows, draw_negatives
+from rarec.ids.source import open_source
 from rarec.ids.trainer import Validation
 from rarec.ranking import metric_values, rank_targets
+from rarec.stages.stage import PROGRESS
 from tests.datasets import by_hand, prepared
+from tests.sources import ids_stage, make_source
 
 SMALL = {"dim": 16, "epochs": 4, "negatives": 16, "batch_size": 16, "max_history": 8}
 TINY: list[Recipe] = [
@@ -195,7 +199,7 @@ def test_it_learns_what_popularity_does_not_know(kind, tmp_path):
     """The next item follows the user's taste: a quarter of the catalogue, whatever is popular."""
     dataset = prepared(tmp_path, users=300)
     recipe = ids(kind, epochs=40, max_history=20, lr=3e-3)
-    source = make_source("id", recipe, dataset, tmp_path / "id", 0, lambda line: None)
+    source = make_source("id", recipe, dataset, tmp_path)
     targets = dataset.targets("test")
     places = zip(targets.user_rows, targets.positions, strict=True)
     histories = [dataset.history(user, position) for user, position in places]
@@ -210,14 +214,14 @@ def test_it_learns_what_popularity_does_not_know(kind, tmp_path):
 
 
 def test_the_best_epoch_is_kept_and_training_stops(dataset, tmp_path):
-    source = make_source("id", ids(epochs=60, patience=2, lr=0.02), dataset, tmp_path / "id", 0, lambda line: None)
+    source = make_source("id", ids(epochs=60, patience=2, lr=0.02), dataset, tmp_path)
     curve = [point["ndcg@100"] for point in source.manifest["curve"]]
     best = source.manifest["best_epoch"]
     assert curve[best - 1] == max(curve)
     assert len(curve) == source.manifest["epochs"] == best + 2 < 60
     again = Validation(dataset, 0)(np.asarray(source.items_NE), source.users)
     assert again == pytest.approx(source.manifest["validation"])
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.rglob(".[!i]*"))  # but for the lock
 
 
 def test_the_test_targets_never_train(dataset, tmp_path):
@@ -227,8 +231,7 @@ def test_the_test_targets_never_train(dataset, tmp_path):
     other[at] = (other[at] + 1) % dataset.n_items
     changed = PreparedDataset(**{**vars(dataset), "item_rows_I": other})
     one, two = (
-        make_source("id", ids(), data, tmp_path / str(number), 0, lambda line: None)
-        for number, data in enumerate((dataset, changed))
+        make_source("id", ids(), data, tmp_path / str(number)) for number, data in enumerate((dataset, changed))
     )
     assert one.hash == two.hash
 
@@ -241,8 +244,7 @@ def test_held_out_interactions_do_not_train_but_stand_in_the_history_of_what_val
     changed = PreparedDataset(**{**vars(dataset), "item_rows_I": other})
     recipe = ids(epochs=1).model_copy(update={"holdout": 0.01})
     one, two = (
-        make_source("id", recipe, data, tmp_path / str(number), 0, lambda line: None)
-        for number, data in enumerate((dataset, changed))
+        make_source("id", recipe, data, tmp_path / str(number)) for number, data in enumerate((dataset, changed))
     )
     assert one.hash == two.hash
     assert one.manifest["validation"] != two.manifest["validation"]
@@ -257,7 +259,7 @@ def test_an_item_not_met_in_training_has_no_vector_and_is_scored_as_the_mean(dat
     rows[trains & (rows == 5)] = 6
     counts_N = np.bincount(rows[trains], minlength=dataset.n_items)
     changed = PreparedDataset(**{**vars(dataset), "item_rows_I": rows, "train_counts_N": counts_N})
-    source = make_source("id", ids(), changed, tmp_path / "id", 3, lambda line: None)
+    source = make_source("id", ids(), changed, tmp_path, seed=3)
     assert np.flatnonzero((source.items_NE == 0).all(axis=1)).tolist() == np.flatnonzero(counts_N == 0).tolist()
     mean_E = source.items_NE[counts_N > 0].mean(axis=0)
     assert np.allclose(source.scored_NE[5], mean_E)
@@ -266,7 +268,7 @@ def test_an_item_not_met_in_training_has_no_vector_and_is_scored_as_the_mean(dat
 
 def test_the_seed_decides(dataset, tmp_path):
     hashes = [
-        make_source("id", ids(), dataset, tmp_path / str(number), seed, lambda line: None).manifest["files"]
+        make_source("id", ids(), dataset, tmp_path / str(number), seed=seed).manifest["files"]
         for number, seed in enumerate((3, 3, 4))
     ]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -278,8 +280,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from rarec.data.dataset import PreparedDataset
-from rarec.ids import make_source
 from rarec.ids.sampled_softmax import ModelWithItems
+from tests.sources import make_source
 from tests.test_id_models import ids
 loss, steps = ModelWithItems.loss, []
 def dying(self, *args):
@@ -288,18 +290,24 @@ def dying(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     return loss(self, *args)
 ModelWithItems.loss = dying
-make_source("id", ids(sys.argv[3]), PreparedDataset.open(Path(sys.argv[1])), Path(sys.argv[2]), 0, print)
+make_source("id", ids(sys.argv[3]), PreparedDataset.open(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
 def killed(kind: str, dataset: PreparedDataset, directory: Path, step: int) -> Path:
-    """Train in a process that is killed before a step, of five an epoch; returns the checkpoints' directory."""
+    """Train in a process that is killed before a step, of five an epoch; return the checkpoints' directory."""
     command = [sys.executable, "-c", KILLED, str(dataset.directory), str(directory), kind, str(step)]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not directory.exists()
-    return directory.with_name(f".{directory.name}.progress")
+    assert not (directory / "ids" / "id" / MANIFEST).exists()
+    return directory / "ids" / "id" / PROGRESS
+
+
+def files_of(root: Path) -> set[str]:
+    """The names of all files of the artefact, hidden ones too."""
+    directory = root / "ids" / "id"
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
 def flip(path: Path) -> None:
@@ -311,34 +319,34 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_training_resumes_to_the_same_weights(kind, dataset, tmp_path):
-    whole = make_source("id", ids(kind), dataset, tmp_path / "whole" / "id", 0, lambda line: None)
-    directory = tmp_path / "killed" / "id"
+    whole = make_source("id", ids(kind), dataset, tmp_path / "whole")
+    directory = tmp_path / "killed"
     progress = killed(kind, dataset, directory, 12)
     assert {path.suffix for path in progress.rglob("*") if path.is_file()} == {".safetensors", ".json"}
     lines: list[str] = []
-    source = make_source("id", ids(kind), dataset, directory, 0, lines.append)
+    source = make_source("id", ids(kind), dataset, directory, say=lines.append)
     assert lines[0] == "resuming after epoch 2"
     assert source.hash == whole.hash
-    assert [path.name for path in directory.parent.iterdir()] == ["id"]
+    assert files_of(directory) == {MANIFEST, "items.npy", "model.safetensors"}
 
 
 @pytest.fixture(scope="module")
 def interrupted(dataset, tmp_path_factory) -> tuple[Path, str]:
-    """The checkpoints of a training that was killed in its fourth epoch, and the hash that it should end with."""
+    """The run directory of a training that was killed in its fourth epoch, and the hash that it should end with."""
     root = tmp_path_factory.mktemp("interrupted")
-    whole = make_source("id", ids(), dataset, root / "whole" / "id", 0, lambda line: None)
-    return killed("sasrec", dataset, root / "id", 18), whole.hash
+    whole = make_source("id", ids(), dataset, root / "whole")
+    return killed("sasrec", dataset, root / "killed", 18).parents[2], whole.hash
 
 
 def resumed(interrupted: Path, dataset: PreparedDataset, directory: Path, harm: Callable[[Path], object]):
-    """Resume a copy of the training after harm to its checkpoints; returns the hash and what was printed."""
-    progress = directory / ".id.progress"
-    shutil.copytree(interrupted, progress)
+    """Resume a copy of the training after harm to its checkpoints; return the hash and what was printed."""
+    shutil.copytree(interrupted, directory, dirs_exist_ok=True)
+    progress = directory / "ids" / "id" / PROGRESS
     assert sorted(path.name for path in progress.iterdir()) == ["step-00000002", "step-00000003"]
     harm(progress)
     lines: list[str] = []
-    source = make_source("id", ids(), dataset, directory / "id", 0, lines.append)
-    assert [path.name for path in directory.iterdir()] == ["id"]
+    source = make_source("id", ids(), dataset, directory, say=lines.append)
+    assert files_of(directory) == {MANIFEST, "items.npy", "model.safetensors"}
     return source.hash, lines
 
 
@@ -364,22 +372,33 @@ def test_where_every_checkpoint_is_damaged_training_starts_again_and_says_so(int
     assert found == expected
 
 
-def test_progress_of_other_settings_is_not_taken_over(dataset, tmp_path, monkeypatch):
-    plain = make_source("id", ids(lr=0.002), dataset, tmp_path / "plain" / "id", 0, lambda line: None)
-    monkeypatch.setattr("rarec.ids.make.write_manifest", lambda *args, **more: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        make_source("id", ids(), dataset, tmp_path / "other" / "id", 0, lambda line: None)
-    monkeypatch.undo()
+def test_a_training_begun_with_other_settings_is_refused_and_fresh_begins_anew(interrupted, dataset, tmp_path):
+    plain = make_source("id", ids(lr=0.002), dataset, tmp_path / "plain")
+    shutil.copytree(interrupted[0], tmp_path / "other")
+    with pytest.raises(UserError, match=r"users\.lr: 0\.001 -> 0\.002[^$]*rarec ids CONFIG --fresh"):
+        make_source("id", ids(lr=0.002), dataset, tmp_path / "other")
     lines: list[str] = []
-    other = make_source("id", ids(lr=0.002), dataset, tmp_path / "other" / "id", 0, lines.append)
+    stage = ids_stage("id", ids(lr=0.002), dataset, tmp_path / "other", say=lines.append)
+    assert stage.make(fresh=True)
+    assert not any("resuming" in line for line in lines)
+    assert stage.hash == plain.hash
+    assert files_of(tmp_path / "other") == {MANIFEST, "items.npy", "model.safetensors"}
+
+
+def test_checkpoints_of_another_training_are_never_taken_over(interrupted, dataset, tmp_path):
+    """Such as ones that were copied there."""
+    make_source("id", ids(lr=0.002), dataset, tmp_path / "plain")
+    shutil.copytree(interrupted[0] / "ids" / "id" / PROGRESS, tmp_path / PROGRESS)
+    lines: list[str] = []
+    write_source("id", ids(lr=0.002), dataset, tmp_path, 0, tmp_path / PROGRESS, "of the other", lines.append)
     assert "another training" in lines[0]
-    assert other.hash == plain.hash
+    assert (tmp_path / "items.npy").read_bytes() == (tmp_path / "plain/ids/id/items.npy").read_bytes()
 
 
 def test_a_diverging_training_stops_and_names_epoch_and_batch(dataset, tmp_path):
     with pytest.raises(UserError, match=r"loss is nan in epoch \d+, batch \d+"):
-        make_source("id", ids(lr=1e38), dataset, tmp_path / "id", 0, lambda line: None)
-    assert not (tmp_path / "id").exists()
+        make_source("id", ids(lr=1e38), dataset, tmp_path)
+    assert not (tmp_path).exists()
 
 
 @pytest.mark.parametrize(
@@ -387,8 +406,8 @@ def test_a_diverging_training_stops_and_names_epoch_and_batch(dataset, tmp_path)
     [("sasrec", {"blocks": 2, "heads": 2}), ("gru4rec", {"layers": 2}), ("comirec", {"interests": 3})],
 )
 def test_a_trained_source_reopens_exactly(kind, shape, dataset, tmp_path):
-    made = make_source("id", ids(kind, **shape), dataset, tmp_path / "id", 0, lambda line: None)
-    opened = open_source(tmp_path / "id")
+    made = make_source("id", ids(kind, **shape), dataset, tmp_path)
+    opened = open_source(tmp_path)
     history = [np.array([1, 2, 3])]
     rows = np.array([0])
     per_user = shape.get("interests", 1)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rarec.evaluation.figures import pairs_of_interest
 
 from rarec.evaluation.fusion import LIMIT, fuse
+from rarec.evaluation.result_rows import pairs_of_interest
 from rarec.ranking import EvalBatch, Ranker, rank_targets, rank_users
 
 RNG = np.random.default_rng(0)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarec.artefacts import read_manifest
+from rarec.data.selection.sampling import select_samples
 from rarec.data.shards.checks import index_tar
 from rarec.data.shards.expected import first_leak
 from rarec.data.shards.index import ENTRY, INDEX, key_of, open_index, write_index
@@ -24,14 +25,14 @@ from rarec.data.shards.writing import finish_shards, write_shards
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import sha256_file
-from rarec.stages import shards as stage
+from rarec.stages.shard_content import ShardContent
 from tests.datasets import by_hand
 from tests.shards import made_sample
 
 
 def write(directory: Path, total: int, per_shard: int, writers: int = 2, **more) -> list[dict]:
-    make, identity, say = (more.get(k, d) for k, d in (("make", make_samples), ("identity", "one"), ("say", print)))
-    return write_shards(directory, total, per_shard, make, identity, say, writers)
+    make, identity = more.get("make", make_samples), more.get("identity", "one")
+    return write_shards(directory, total, per_shard, make, identity, writers)
 
 
 def make_samples(places: range):
@@ -189,7 +190,7 @@ def test_a_writer_that_fails_stops_the_maker_and_keeps_the_other_shards(tmp_path
 
 @pytest.mark.parametrize("harm", ["identity", "flip", "cut", "unlink"])
 def test_a_finished_tar_is_kept_only_if_it_is_what_this_run_makes(tmp_path, harm):
-    whole, told = write(tmp_path, 20, 10), []
+    whole, made = write(tmp_path, 20, 10), []
     tar = tmp_path / "000000.tar"
     if harm == "flip":
         data = bytearray(tar.read_bytes())
@@ -199,8 +200,13 @@ def test_a_finished_tar_is_kept_only_if_it_is_what_this_run_makes(tmp_path, harm
         tar.write_bytes(tar.read_bytes()[:5120])
     elif harm == "unlink":
         tar.unlink()
-    assert write(tmp_path, 20, 10, identity="other" if harm == "identity" else "one", say=told.append) == whole
-    assert len(told) == (2 if harm == "identity" else 1)
+
+    def make(places):
+        made.append(places.start)
+        return make_samples(places)
+
+    assert write(tmp_path, 20, 10, identity="other" if harm == "identity" else "one", make=make) == whole
+    assert made == ([0, 10] if harm == "identity" else [0])
 
 
 def test_the_manifest_names_every_file_and_hashes_no_tar_again(tmp_path, monkeypatch):
@@ -262,9 +268,9 @@ def test_a_selection_outside_the_training_part_is_a_leak(users, positions, found
 
 
 def test_a_leaking_selection_is_refused_before_anything_is_made(finished, monkeypatch):
-    context = open_run(finished, [])
-    honest = stage.select_samples(context.dataset, context.config.shards, context.config.run.seed)
-    honest.positions[5] = context.dataset.validation_U[honest.user_rows[5]]
-    monkeypatch.setattr(stage, "select_samples", lambda *args: honest)
+    run = open_run(finished, [])
+    honest = select_samples(run.dataset, run.config.shards, run.config.run.seed)
+    honest.positions[5] = run.dataset.validation_U[honest.user_rows[5]]
+    monkeypatch.setattr("rarec.stages.shard_content.select_samples", lambda *args: honest)
     with pytest.raises(UserError, match=r"sample 000000\d{3}-\d{6} "):
-        stage.ShardContent(context)
+        ShardContent(run)

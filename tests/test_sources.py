@@ -11,13 +11,12 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from rarec.artefacts import is_current
 from rarec.config.ids import Ids, Import, SasRecConfig
 from rarec.errors import UserError
-from rarec.ids import make_source, open_source, source_identity
 from rarec.ids.imports import read_ids, read_vectors
-from rarec.ids.source import HistoryRule
+from rarec.ids.source import HistoryRule, open_source
 from tests.datasets import by_hand
+from tests.sources import ids_stage, make_source
 
 ITEMS = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.5]], dtype=np.float32)
 IDS = ["d", "b", "a", "c"]  # of the file's rows; the dataset's rows are a, b, c, d
@@ -45,9 +44,12 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make(dataset, directory="out", say=lambda line: None, **fields):
+OUT = Path("out/ids/image")
+
+
+def make(dataset, root="out", say=lambda line: None, **fields):
     config = Import(**{"items": "items.npy", "item_ids": "ids.txt", **fields})
-    return make_source("image", config, dataset, Path(directory), 0, say)
+    return make_source("image", config, dataset, Path(root), say=say)
 
 
 # -- what comes in --------------------------------------------------------------------------------------------------
@@ -125,9 +127,8 @@ def test_extra_rows_are_counted_and_may_hold_anything(dataset, files):
 def test_whether_gaps_are_refused_makes_another_source(dataset, files):
     make(dataset)
     lenient = Import(items="items.npy", item_ids="ids.txt", missing="fallback")
-    settings, made_from = source_identity("image", lenient, dataset, seed=0)
     with pytest.raises(UserError, match='missing: "refuse" -> "fallback"'):
-        is_current(Path("out"), "ids", settings, made_from)
+        ids_stage("image", lenient, dataset, Path("out")).make()
 
 
 def test_items_without_a_vector_may_be_left_to_the_fallback(dataset, files):
@@ -208,8 +209,8 @@ def test_its_own_ranking_score_is_kept_and_said(dataset, files):
 
 def test_a_source_reopens_exactly(dataset, files):
     for number, fields in enumerate(({"half_life": 3.0}, {"users": "users.npy", "user_ids": "user_ids.txt"})):
-        made = make(dataset, directory=f"out{number}", **fields)
-        opened = open_source(Path(f"out{number}"))
+        made = make(dataset, root=f"out{number}", **fields)
+        opened = open_source(Path(f"out{number}/ids/image"))
         rows, histories = np.array([0, 1]), [np.array([0, 3, 1]), np.array([2])]
         assert opened.user_vectors(rows, histories).tolist() == made.user_vectors(rows, histories).tolist()
         assert (opened.hash, opened.manifest) == (made.hash, made.manifest)
@@ -219,37 +220,46 @@ def test_writing_to_a_source_leaves_its_file(dataset, files):
     """Memory-mapped copy-on-write: torch takes it without a copy, and the artefact cannot change."""
     source = make(dataset)
     torch.from_numpy(np.asarray(source.items_NE)).zero_()
-    assert open_source(Path("out")).items_NE.tolist() == ALIGNED.tolist()
+    assert open_source(OUT).items_NE.tolist() == ALIGNED.tolist()
 
 
 def test_identity_follows_contents_not_paths(dataset, files):
-    config = Import(items="items.npy", item_ids="ids.txt")
     make(dataset)
-    assert is_current(Path("out"), "ids", *source_identity("image", config, dataset, 0))
+    assert not ids_stage("image", Import(items="items.npy", item_ids="ids.txt"), dataset, Path("out")).make()
     Path("items.npy").rename("moved.npy")
-    moved = Import(items="moved.npy", item_ids="ids.txt")
-    assert is_current(Path("out"), "ids", *source_identity("image", moved, dataset, 0))
+    moved = ids_stage("image", Import(items="moved.npy", item_ids="ids.txt"), dataset, Path("out"))
+    assert not moved.make()
     np.save("moved.npy", ITEMS + 1)
     with pytest.raises(UserError, match="another items"):
-        is_current(Path("out"), "ids", *source_identity("image", moved, dataset, 0))
+        moved.make()
     Path("moved.npy").unlink()
     with pytest.raises(UserError, match=r"`sources.image.items`: moved.npy does not exist"):
-        source_identity("image", moved, dataset, 0)
+        moved.make()
 
 
 def test_identity_of_a_trained_source_is_its_recipe(dataset, files):
-    settings, made_from = source_identity("id", Ids(sasrec=SasRecConfig(dim=8)), dataset, 5)
-    assert (settings["seed"], settings["users"]["dim"], made_from) == (5, 8, {"prepare": "by hand"})
+    stage = ids_stage("id", Ids(sasrec=SasRecConfig(dim=8)), dataset, Path("out"), seed=5)
+    assert (stage.settings()["seed"], stage.settings()["users"]["dim"], stage.outside_inputs()) == (5, 8, {})
+    assert set(stage.inputs()) == {"prepare"}
     imported = Ids(model="import", imported=Import(items="items.npy", item_ids="ids.txt"))
-    assert source_identity("id", imported, dataset, 5)[0]["users"]["kind"] == "rule"
+    assert ids_stage("id", imported, dataset, Path("out"), seed=5).settings()["users"]["kind"] == "rule"
+
+
+def test_a_refused_import_may_be_corrected_and_is_made_then(dataset, files):
+    """Though its items were written before its users were refused."""
+    Path("user_ids.txt").write_text("10\n30")
+    with pytest.raises(UserError, match=r"users\.npy"):
+        make(dataset, users="users.npy", user_ids="user_ids.txt")
+    Path("user_ids.txt").write_text("10\n20")
+    assert make(dataset, users="users.npy", user_ids="user_ids.txt").manifest["left_out"] == {"items": 0, "users": 0}
 
 
 def test_a_torn_source_is_named(dataset, files):
     make(dataset)
-    file = Path("out/items.npy")
+    file = OUT / "items.npy"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"out .*\n.*rarec ids CONFIG --fresh"):
-        open_source(Path("out"))
+    with pytest.raises(UserError, match=rf"{OUT} .*\n.*rarec ids CONFIG --fresh"):
+        open_source(OUT)
 
 
 def test_permuting_moves_vectors_among_items_and_users_follow(dataset, files):
@@ -282,8 +292,8 @@ def refuse(dataset, match, **fields):
     """The import is refused, and nothing is left behind."""
     with pytest.raises(UserError, match=match):
         make(dataset, **fields)
-    assert not Path("out").exists()
-    assert not list(Path().glob(".out*"))
+    assert not OUT.exists()
+    assert not [path for path in OUT.parent.glob("*") if path.name != ".image.lock"]
 
 
 def test_missing_items_are_counted_and_named(dataset, files):
@@ -415,6 +425,6 @@ def test_missing_files_and_unknown_formats_name_the_field(dataset, files, fields
 
 def test_the_manifest_is_plain_json(dataset, files):
     make(dataset)
-    manifest = json.loads(Path("out/manifest.json").read_text())
+    manifest = json.loads((OUT / "manifest.json").read_text())
     assert manifest["imported"] == {"items": "items.npy", "item_ids": "ids.txt"}
     assert set(manifest["made_from"]) == {"prepare", "items", "item_ids"}

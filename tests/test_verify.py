@@ -17,9 +17,9 @@ from rarec.data.shards.index import INDEX
 from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.files import read_json, write_json
-from rarec.stages import shards as stage
+from rarec.stages import shard_content
 from rarec.stages.run import Run
-from rarec.stages.shard_content import ITEM_STATES, SELECTION, TARGET_COUNTS
+from rarec.stages.shard_content import ITEM_STATES, SELECTION, TARGET_COUNTS, ShardContent
 from rarec.stages.verify import verify
 from tests import forging
 from tests.forging import bytes_of
@@ -34,7 +34,7 @@ def shards(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "run" / "shards"
 
 
-def context(finished: Path, shards: Path, *overrides: str) -> Run:
+def run_of(finished: Path, shards: Path, *overrides: str) -> Run:
     return open_run(finished, [f"run.dir={shards.parent}", *overrides])
 
 
@@ -94,23 +94,23 @@ def test_what_is_broken_in_a_run_is_named_and_only_that_is_made_again(finished, 
     harm(shards / file)
     left = {path.name: path.stat().st_ino for path in shards.iterdir()}
     with pytest.raises(UserError, match=told) as error:
-        verify(context(finished, shards))
+        verify(run_of(finished, shards))
     with pytest.raises(UserError) as deep:
-        verify(context(finished, shards), deep=True)
+        verify(run_of(finished, shards), deep=True)
     assert deep.value.problem == error.value.problem
     assert error.value.problem.count("\n") == 1
     assert "--verify --repair" in error.value.remedy
-    assert file in verify(context(finished, shards), repair=True)
+    assert file in verify(run_of(finished, shards), repair=True)
     assert bytes_of(shards) == before
     again = {path.name for path in shards.iterdir() if left.get(path.name) != path.stat().st_ino}
     assert file in again
     assert again <= {file, INDEX, MANIFEST}
-    assert verify(context(finished, shards)).startswith("5 shards, 288 samples, ")
+    assert verify(run_of(finished, shards)).startswith("5 shards, 288 samples, ")
 
 
 def test_a_repair_computes_where_the_shards_were_made(finished, shards, monkeypatch):
     """On the ranks' device: elsewhere it would round otherwise, and what was trained would be refused."""
-    run, served = context(finished, shards), []
+    run, served = run_of(finished, shards), []
     serving = run.engine.serving
 
     @contextmanager
@@ -121,20 +121,20 @@ def test_a_repair_computes_where_the_shards_were_made(finished, shards, monkeypa
             served.append(None)
 
     monkeypatch.setattr(run.engine, "serving", noted)
-    parts = stage.ShardContent.samples
+    real = ShardContent.samples
 
     def samples(self, *arguments):
         assert served[-1] is run.llm.backbone
-        return parts(self, *arguments)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(stage.ShardContent, "samples", samples)
+    monkeypatch.setattr(ShardContent, "samples", samples)
     flip(shards / TAR)
     assert TAR in verify(run, repair=True)
     assert served[-1] is None
 
 
 def test_honest_shards_are_counted_without_loading_a_model_whoever_wrote_them(finished, shards):
-    run = context(finished, shards, "shards.writers=7")
+    run = run_of(finished, shards, "shards.writers=7")
     assert verify(run).startswith("5 shards, 288 samples, ")
     assert verify(run, deep=True).startswith("5 shards, 288 samples, ")
     assert "llm" not in vars(run)
@@ -166,14 +166,14 @@ def test_the_command_prints_a_line_a_problem_and_exits_with_2_until_it_has_repai
 def test_a_strange_file_is_never_dropped(finished, shards, name):
     (shards / name).write_text("mine")
     with pytest.raises(UserError, match=name) as error:
-        verify(context(finished, shards), repair=True)
+        verify(run_of(finished, shards), repair=True)
     assert error.value.remedy
     assert (shards / name).read_text() == "mine"
 
 
 def test_notes_of_progress_that_a_kill_left_are_dropped(finished, shards):
     (shards / ".progress").mkdir()
-    stage.shards(context(finished, shards))
+    assert not run_of(finished, shards).make("shards")
     assert not (shards / ".progress").exists()
 
 
@@ -207,27 +207,27 @@ def with_other_blocks(shards: Path) -> None:
 def test_without_an_honest_manifest_only_fresh_shards_help(finished, shards, harm, told, repair):
     harm(shards)
     with pytest.raises(UserError, match=told) as error:
-        verify(context(finished, shards), repair)
+        verify(run_of(finished, shards), repair)
     assert "--fresh" in error.value.remedy
 
 
 def test_shards_of_other_settings_are_refused(finished, shards):
     with pytest.raises(UserError, match=r"shards\.share: 0\.7 -> 0\.5"):
-        verify(context(finished, shards, "shards.share=0.5"))
+        verify(run_of(finished, shards, "shards.share=0.5"))
 
 
 def test_another_machines_floats_make_other_shards_and_the_user_is_told(finished, shards, monkeypatch):
     flip(shards / TAR)
-    real, before = stage.text_states, read_json(shards / MANIFEST)
-    monkeypatch.setattr(stage, "text_states", lambda *args, **more: real(*args, **more) + np.float16(0.5))
-    told = verify(context(finished, shards), repair=True)
+    real, before = shard_content.text_states, read_json(shards / MANIFEST)
+    monkeypatch.setattr(shard_content, "text_states", lambda *args, **more: real(*args, **more) + np.float16(0.5))
+    told = verify(run_of(finished, shards), repair=True)
     assert f"{TAR}, {INDEX}" in told
-    verify(context(finished, shards))
+    verify(run_of(finished, shards))
     after = read_json(shards / MANIFEST)
     assert {name for name in after["files"] if after["files"][name] != before["files"][name]} == {TAR, INDEX}
     assert {**after, "hash": 0, "files": 0, "shards": 0} == {**before, "hash": 0, "files": 0, "shards": 0}
     with pytest.raises(UserError, match="shards"):
-        context(finished, shards).make("train")
+        run_of(finished, shards).make("train")
 
 
 @pytest.mark.parametrize("file", [INDEX, ITEM_STATES, TARGET_COUNTS, TAR])
@@ -235,7 +235,7 @@ def test_training_refuses_a_changed_file_by_name(finished, shards, file):
     shutil.rmtree(shards.parent / "train")
     flip(shards / file)
     with pytest.raises(UserError, match=file) as error:
-        context(finished, shards).make("train")
+        run_of(finished, shards).make("train")
     assert error.value.remedy
 
 
@@ -279,5 +279,5 @@ def test_a_harmed_table_is_refused_by_name_though_its_hash_agrees(finished, tmp_
 
 def test_shards_that_lie_elsewhere_are_verified_there(finished, shards):
     with pytest.raises(UserError, match="memory://bucket") as error:
-        verify(context(finished, shards, "train.stream.remote=memory://bucket"))
+        verify(run_of(finished, shards, "train.stream.remote=memory://bucket"))
     assert error.value.remedy

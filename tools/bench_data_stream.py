@@ -85,7 +85,7 @@ def made_samples(places: range) -> Iterator[Sample]:
 
 def write_different(directory: Path, shards: int, samples: int) -> None:
     """Write shards as `rarec shards` does."""
-    records = write_shards(directory, shards * samples, samples, made_samples, "bench", lambda line: None)
+    records = write_shards(directory, shards * samples, samples, made_samples, "bench")
     finish_shards(directory, records, settings={}, made_from={})
 
 

@@ -21,13 +21,12 @@ from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.sampled_softmax import ModelWithItems, Windows, draw_negatives
 from rarec.ids.source import ITEMS_FILE, SequenceUsers, UserVectors, ranker_of
+from rarec.progress import task
 from rarec.ranking import EvalBatch, validation_metrics
 from rarec.ranking.metrics import SELECTED_BY
 
 Say = Callable[[str], None]
 Floats = npt.NDArray[np.float32]
-SAY_EVERY = 10.0
-"""Seconds between lines about the progress."""
 VALIDATION_LIMIT = 10_000
 """Validation users, a fixed random subset: with this many, NDCG@100 is known to better than 0.003."""
 VALIDATION_CHUNK = 1024
@@ -95,13 +94,11 @@ def train_ids(
         torch.manual_seed(seed)
         training = _Training(settings, torch.from_numpy(dataset.train_counts_N > 0), seed)
         training.resume(checkpoints, say)
-        said = time.monotonic()
-        while not training.is_done:
-            training.epoch(windows, validation)
-            training.save(checkpoints)
-            if time.monotonic() - said > SAY_EVERY:
-                said = time.monotonic()
-                say(training.line)
+        with task(f"epochs of {settings.title}", settings.epochs, len(training.curve)) as shown:
+            while not training.is_done:
+                training.epoch(windows, validation)
+                training.save(checkpoints)
+                shown.update(len(training.curve), training.facts)
         say(training.line)
         training.write_best(directory)
         return training.figures
@@ -135,6 +132,11 @@ class _Training:
             f"validation {SELECTED_BY} {last[SELECTED_BY]:.4f} "
             f"(best {best[SELECTED_BY]:.4f} at epoch {self.best_epoch + 1}), {self.seconds:.0f} s"
         )
+
+    @property
+    def facts(self) -> str:
+        last = self.curve[-1]
+        return f"loss {last['loss']:.3f}, {SELECTED_BY} {last[SELECTED_BY]:.4f}"
 
     @property
     def figures(self) -> dict[str, Any]:

@@ -16,8 +16,12 @@ class IdsStage(Stage):
 
     name = "ids"
     summary = "Train or import ID embeddings."
-    resumable = True
     shareable = True
+
+    def __init__(self, run: "Run", part: str) -> None:
+        super().__init__(run, part)
+        # An import is quick, and built aside: what was refused in the midst of it leaves nothing behind.
+        self.resumable = isinstance(self._chosen, Recipe)
 
     @classmethod
     def parts(cls, run: "Run") -> list[str]:

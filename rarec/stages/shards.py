@@ -83,7 +83,6 @@ class ShardsStage(Stage):
                 config.samples_per_shard,
                 content.samples,
                 identity,
-                run.say,
                 config.writers,
                 world,
             )

@@ -85,7 +85,7 @@ class Stage(ABC):
     """Directory inside `run.dir`; default: the stage's name."""
     summary: ClassVar[str]
     """One line for `rarec --help`."""
-    resumable: ClassVar[bool] = False
+    resumable: bool = False
     """Whether an interrupted build is resumed. It is then built in its own directory, otherwise in a temporary one."""
     cheap: ClassVar[bool] = False
     """Whether an outdated artefact is rebuilt. Others are refused: what took hours is replaced on request only."""

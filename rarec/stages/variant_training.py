@@ -83,9 +83,7 @@ def _fit(
         accelerator.init_trackers("log")
     try:
         with StopSignals().recorded() as signals:
-            trainer.run(
-                state, lambda steps, done: TrainingLog(log, accelerator, steps, done, variant.title, run.say), signals
-            )
+            trainer.run(state, lambda steps, done: TrainingLog(log, accelerator, steps, done, variant.name), signals)
             return signals.received
     finally:
         trainer.optimisation.end()

@@ -1,16 +1,14 @@
-"""The metrics of a training step over all ranks, and where they go: `log.jsonl`, trackers, a progress bar or lines."""
+"""The metrics of a training step over all ranks, and where they go: `log.jsonl`, trackers, the progress bar."""
 
 import json
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from rarec.files import write_text
@@ -18,11 +16,9 @@ from rarec.hardware import known_device, peak_memory
 from rarec.models.build import whole_size
 from rarec.models.losses import LossTerms
 from rarec.models.towers import RaRec
+from rarec.progress import Task
 from rarec.training.loader import Batch
 from rarec.world import World
-
-LINE_INTERVAL = 15.0
-"""Seconds between progress lines where there is no terminal."""
 
 
 @dataclass
@@ -159,34 +155,16 @@ class TrainingLog:
         steps: number of steps of the training.
         done: number of steps already done.
         title: label of the progress bar.
-        say: prints one line to the user; used where there is no terminal for a bar.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        accelerator: Accelerator | None,
-        steps: int,
-        done: int,
-        title: str,
-        say: Callable[[str], None],
-    ) -> None:
-        self._accelerator, self._steps, self._say, self._title = accelerator, steps, say, title
+    def __init__(self, path: Path, accelerator: Accelerator | None, steps: int, done: int, title: str) -> None:
+        self._accelerator = accelerator
         if accelerator is None:
             return
         kept = [line for line in _complete_lines(path) if line["step"] <= done]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
-        self._printed = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, disable=not sys.stderr.isatty())
-        self._task: TaskID = self._bar.add_task(title, total=steps, completed=done, facts="")
-        self._bar.start()
+        self._task = Task(title, steps, done)
 
     def record(self, step: int, **values: Any) -> None:
         """Write one record to the file and the trackers."""
@@ -199,28 +177,23 @@ class TrainingLog:
         self._accelerator.log(figures, step=step)
 
     def step(self, step: int, **figures: float) -> None:
-        """Record a step and advance the bar; without a terminal, print a line every 15 seconds and at the end."""
+        """Record a step and show it."""
         self.record(step, **figures)
-        if self._accelerator is None:
-            return
-        facts = self._facts(step, figures)
-        self._bar.update(self._task, completed=step, facts=facts)
-        if self._bar.disable and (time.monotonic() - self._printed > LINE_INTERVAL or step == self._steps):
-            self._printed = time.monotonic()
-            self._say(f"{self._title}: {facts}")
+        if self._accelerator is not None:
+            self._task.update(step, _facts(figures))
 
     def close(self) -> None:
         """Stop the bar and close the file."""
         if self._accelerator is not None:
-            self._bar.stop()
+            self._task.end()
             self._file.close()
 
-    def _facts(self, step: int, figures: Mapping[str, float]) -> str:
-        parts = [f"step {step}/{self._steps} loss {figures['loss']:.4f}", f"{figures['tokens_per_s']:,.0f} tokens/s"]
-        if "mfu" in figures:
-            parts.append(f"MFU {figures['mfu']:.0%}")
-        parts += [f"waiting for data {figures['data_wait']:.0%}", f"{figures['memory'] / 1e9:.1f} GB"]
-        return ", ".join(parts)
+
+def _facts(figures: Mapping[str, float]) -> str:
+    """Return what is shown of a step: loss, speed, memory. All else is in the log."""
+    speed, memory = figures["tokens_per_s"], figures["memory"] / 1e9
+    shown = f"{speed / 1e3:.0f}k" if speed >= 10_000 else f"{speed:.0f}"
+    return f"loss {figures['loss']:.3f} {shown} tokens/s {memory:.1f} GB"
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Shape letters: S samples.
 """
 
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,6 @@ def write_shards(
     per_shard: int,
     make: MakeSamples,
     identity: str,
-    say: Say,
     writers: int = 2,
     world: World = SINGLE,
 ) -> list[dict[str, Any]]:
@@ -58,7 +57,6 @@ def write_shards(
         per_shard: samples per tar.
         make: compute samples; called in this thread, one shard after the other.
         identity: hash of everything that determines the samples.
-        say: print one line to the user.
         writers: tars written in parallel; at most one more is in memory.
         world: processes that share the tars; the main process writes the index.
 
@@ -69,14 +67,13 @@ def write_shards(
     (directory / PROGRESS).mkdir(parents=True, exist_ok=True)
     world.run_on_main(lambda: _drop_leftovers(directory, len(shards)))
 
-    def write(job: tuple[int, list[Sample]]) -> str:
+    def write(job: tuple[int, list[Sample]]) -> None:
         record, rows_S = write_shard(directory / tar_name(job[0]), job[1], job[0])
         progress.write(job[0], record, rows_S)
-        return _summary(record)
 
     missing = world.run_on_all(lambda: [shard for shard in shards if not progress.holds(shard)])
-    for line in _in_threads(write, _compute(make, world.split_in_lockstep(missing), total, per_shard), writers):
-        say(f"{line} (of {len(shards)} shards)")
+    for _ in _in_threads(write, _compute(make, world, missing, total, per_shard), writers):
+        pass
     world.barrier()
     world.run_on_main(lambda: write_index(directory, map(progress.rows, shards), total))
     return [progress.record(shard) for shard in shards]
@@ -115,10 +112,10 @@ def repair_shards(
         return job[0], *write_shard(directory / tar_name(job[0]), job[1], job[0])
 
     _drop_leftovers(directory, len(shards))
-    samples = _compute(make, SINGLE.split_in_lockstep(missing), total, per_shard)
+    samples = _compute(make, SINGLE, missing, total, per_shard)
     for shard, record, rows_S in _in_threads(write, samples, writers):
         records[shard], rows[shard] = record, rows_S
-        say(_summary(record))
+        say(f"shard {record['file']}: {record['samples']} samples, {record['bytes'] / 1e6:.1f} MB")
     if rows or INDEX in broken:
         intact = [] if INDEX in broken else split_by_shard(open_index(directory, manifest), manifest["shards"])
         known = dict(enumerate(intact)) | rows
@@ -215,17 +212,15 @@ def _in_threads(work: Callable[[_Job], _Result], jobs: Iterable[_Job], threads: 
 
 
 def _compute(
-    make: MakeSamples, shards: Iterable[tuple[bool, int]], total: int, per_shard: int
+    make: MakeSamples, world: World, shards: Sequence[int], total: int, per_shard: int
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """Yield the samples of each shard; those of other ranks are computed to stay in step, and dropped."""
-    for is_own, shard in shards:
+    """Yield the samples of this rank's shards; those of other ranks are computed to stay in step, and dropped."""
+    world.report("writing shards")  # the title of the bar over the shards
+    for is_own, shard in world.split_in_lockstep(shards):
+        world.report(f"computing {tar_name(shard)}")
         samples = list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
         if is_own:
             yield shard, samples
-
-
-def _summary(record: Mapping[str, Any]) -> str:
-    return f"shard {record['file']}: {record['samples']} samples, {record['bytes'] / 1e6:.1f} MB"
 
 
 def _drop_leftovers(directory: Path, count: int) -> None:
