@@ -147,7 +147,7 @@ class Ids(Section):
     """The vectors to import; needed for `model: import`."""
     settings: dict[str, Any] = Field(default={}, validate_default=True)
     """Settings of an ID model of your own: the fields of its `Config`, and those of `ids.sasrec` without `blocks` and
-    `heads`."""
+    `heads` (docs/extend.md)."""
 
     @field_validator("settings")
     @classmethod
