@@ -1,5 +1,6 @@
 """The pages, as tests read them: their fenced blocks, links and commands, and a place where the commands run."""
 
+import importlib
 import os
 import re
 import shutil
@@ -41,6 +42,17 @@ def pages() -> list[Path]:
 def blocks(page: Path, language: str) -> list[str]:
     """Return the fenced blocks of a language. `bash` is run by tests, `sh` needs a cluster or hours."""
     return [text for found, text in _FENCE.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def write_files(page: Path, directory: Path) -> dict[str, str]:
+    """Write the Python blocks of a page that begin with their file's name; return the texts by that name."""
+    named = {text.partition("\n")[0].removeprefix("# "): text for text in blocks(page, "python")}
+    files = {name: text for name, text in named.items() if name.endswith(".py")}
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    importlib.invalidate_caches()
+    return files
 
 
 def prose(page: Path) -> str:

@@ -19,13 +19,11 @@ import yaml
 from rarec.cli import app
 from rarec.config import RunConfig
 from rarec.config.load import validated
-from tests.pages import DOCS, ROOT, blocks, lines, make_place, mine, pages, prose, runnable, shell
+from tests.pages import DOCS, ROOT, blocks, lines, make_place, mine, pages, prose, runnable, shell, write_files
 
 sys.path.append(str(ROOT / "tools"))
 from make_config_reference import PAGE, reference, section_of
 
-COMING = {"init", "evaluate.external"}
-"""Commands and fields that pages may name before they are there."""
 NAMES = [page.relative_to(ROOT).as_posix() for page in pages()]
 SECTIONS = "|".join(RunConfig.model_fields)
 
@@ -85,7 +83,7 @@ def field_names(model: Any = RunConfig, place: str = "") -> Iterator[str]:
 def test_fields_exist(name):
     if name == "CHANGELOG.md":
         pytest.skip("it tells of the past")
-    known = set(field_names()) | COMING
+    known = set(field_names())
     found = [
         match[0]
         for text in code(ROOT / name)
@@ -100,8 +98,6 @@ def test_commands_and_their_options_exist(name):
     cli = typer.main.get_command(app)
     texts = [*lines(ROOT / name, "bash", "sh"), *code(ROOT / name)]
     for words in (shlex.split(text) for text in texts if re.match(r"rarec [a-z]", text)):
-        if words[1] in COMING:
-            continue
         assert words[1] in cli.commands, " ".join(words)
         known = {option for each in cli.commands[words[1]].params for option in each.opts} | {"--help"}
         given = {word.partition("=")[0] for word in words[2:] if word.startswith("-") and " " not in word}
@@ -109,9 +105,11 @@ def test_commands_and_their_options_exist(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if blocks(ROOT / name, "yaml")])
-def test_yaml_blocks_are_valid(name, tmp_path):
+def test_yaml_blocks_are_valid(name, tmp_path, monkeypatch):
     from rarec.sweep import load_sweep
 
+    write_files(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
     for text in blocks(ROOT / name, "yaml"):
         tree = yaml.safe_load(text)
         if "runs" in tree:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rarec.config.ids import Recipe
 from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.entry import guarded, open_run
 from rarec.ids.source import Source, open_source
@@ -37,12 +36,13 @@ def main() -> None:
     lines: list[tuple[str, ...]] = [("trial", "best epoch", "seconds", *METRICS)]
     for trial in trials(arguments.choices):
         run = open_run(arguments.config, [*place, *trial])
-        if not (isinstance(run.config.ids.chosen, Recipe) and run.config.ids.held_out):
+        recipe = run.config.ids.recipe
+        if not (recipe and run.config.ids.held_out):
             parser.error("set ids.model to an ID model that is trained here, and ids.holdout above 0")
         run.make("prepare")
         stage = run.stage("ids", "id")
         stage.make()
-        source = open_source(stage.directory)
+        source = open_source(stage.directory, recipe)
         training = (str(source.manifest[name]) for name in ("best_epoch", "seconds"))
         lines.append((" ".join(trial), *training, *figures(run.dataset, source)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

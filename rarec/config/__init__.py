@@ -2,6 +2,6 @@
 
 from rarec.config.load import dump_config, load_config
 from rarec.config.schema import MODEL_SECTIONS, RunConfig
-from rarec.config.variants import VARIANTS, Variant, VariantName
+from rarec.config.variants import VARIANTS, Variant
 
-__all__ = ["MODEL_SECTIONS", "VARIANTS", "RunConfig", "Variant", "VariantName", "dump_config", "load_config"]
+__all__ = ["MODEL_SECTIONS", "VARIANTS", "RunConfig", "Variant", "dump_config", "load_config"]

@@ -1,16 +1,21 @@
 """The section `ids`: an ID model to train, or vectors to import."""
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rarec.config.section import Part, Positive, Rate, Section
+from rarec.errors import nearest
+from rarec.registry import check, find
 
 
 class Recipe(Section):
     """An ID model trained here with sampled softmax and early stopping, the strong recipe of 2024-25.
 
     The default dropout of each model was the best on held-out interactions of Amazon Beauty (`docs/experiments.md`).
+    The `Config` of an ID model of your own is a subclass: its fields are set in `ids.settings` (docs/extend.md).
     """
 
     dim: Positive = 64
@@ -31,10 +36,12 @@ class Recipe(Section):
     patience: Positive = 10
     """Stop after this many epochs without a better validation NDCG@100."""
 
-    kind: ClassVar[str]
+    kind: ClassVar[str] = "settings"
     """Name of its configuration section."""
-    title: ClassVar[str]
-    """Name in messages and reports."""
+    title: ClassVar[str] = "ID model"
+    """Name in messages."""
+    builds: ClassVar[Callable[..., Any]]
+    """The class of the model, a `SequenceModel`, which sets this when it is defined."""
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -91,6 +98,8 @@ class ComiRecConfig(Recipe):
 RECIPES: dict[str, type[Recipe]] = {recipe.kind: recipe for recipe in (SasRecConfig, Gru4RecConfig, ComiRecConfig)}
 
 
+IMPORT = "import"
+"""The value of `ids.model` for vectors from files."""
 IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
 """Fields of an import that name files."""
 
@@ -122,8 +131,9 @@ class Import(Section):
 class Ids(Section):
     """The ID embeddings (source `id`): an ID model to train, or vectors to import."""
 
-    model: Literal["sasrec", "gru4rec", "comirec", "import"] = "sasrec"
-    """The ID model to train, or `import` for vectors from files."""
+    model: Annotated[str, AfterValidator(check("id_models", [*RECIPES, IMPORT]))] = "sasrec"
+    """The ID model to train: `sasrec`, `gru4rec`, `comirec`, or one of your own as `package.module:Name`; `import` for
+    vectors from files."""
     sasrec: SasRecConfig = SasRecConfig()
     gru4rec: Gru4RecConfig = Gru4RecConfig()
     comirec: ComiRecConfig = ComiRecConfig()
@@ -135,21 +145,65 @@ class Ids(Section):
     trained without these interactions."""
     imported: Import | None = None
     """The vectors to import; needed for `model: import`."""
+    settings: dict[str, Any] = Field(default={}, validate_default=True)
+    """Settings of an ID model of your own: the fields of its `Config`, and those of `ids.sasrec` without `blocks` and
+    `heads` (docs/extend.md)."""
+
+    @field_validator("settings")
+    @classmethod
+    def _check_settings(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Validate the settings by the `Config` of the user's ID model, and fill in its defaults."""
+        model = info.data.get("model")  # absent if it is wrong itself
+        if model is None or model in (*RECIPES, IMPORT):
+            if model and given:
+                section = "imported" if model == IMPORT else model
+                raise ValueError(
+                    f"they are for an ID model of your own; those of `model: {model}` are in ids.{section}"
+                )
+            return given
+        config = _config_of(model)
+        try:
+            return config.model_validate(given).model_dump(mode="json")
+        except ValidationError as error:
+            raise _with_hints(error, config) from None
 
     @model_validator(mode="after")
     def _check_imported(self) -> "Ids":
-        if self.model == "import" and self.imported is None:
+        if self.model == IMPORT and self.imported is None:
             raise ValueError("`model: import` needs a section `imported` with the files of the vectors")
         return self
 
     @property
     def chosen(self) -> Recipe | Import:
-        """The section that `model` selects."""
-        section: Recipe | Import = getattr(self, "imported" if self.model == "import" else self.model)
-        return section
+        """The settings of the model that `model` selects."""
+        if self.model in (*RECIPES, IMPORT):
+            return cast(Recipe | Import, getattr(self, "imported" if self.model == IMPORT else self.model))
+        return _config_of(self.model).model_validate(self.settings)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The settings of the ID model that is trained here; None for imported vectors."""
+        return self.chosen if isinstance(self.chosen, Recipe) else None
 
     @property
     def held_out(self) -> float:
         """The share of training interactions that is held out."""
-        default = 0.1 if isinstance(self.chosen, Recipe) else 0.0
+        default = 0.1 if self.recipe else 0.0
         return default if self.holdout is None else self.holdout
+
+
+def _config_of(model: str) -> type[Recipe]:
+    """Return the `Config` of an ID model of the user's own."""
+    return cast(type[Recipe], find("id_models", model).Config)
+
+
+def _with_hints(error: ValidationError, config: type[Recipe]) -> ValidationError:
+    """Return the same errors; those about an unknown field name the nearest one."""
+    details: list[InitErrorDetails] = []
+    for each in error.errors():
+        kind, message = str(each["type"]), each["msg"]
+        if kind == "extra_forbidden":
+            kind, message = "unknown_setting", f"unknown{nearest(str(each['loc'][-1]), config.model_fields)}"
+        error_type = PydanticCustomError(cast(Any, kind), "{message}", {"message": message})
+        details.append({"type": error_type, "loc": each["loc"], "input": each["input"]})
+    return ValidationError.from_exception_data(error.title, details)

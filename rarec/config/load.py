@@ -1,6 +1,5 @@
 """Read a configuration from YAML and overrides `a.b=c`; errors name the file, the field and the nearest name."""
 
-import difflib
 import json
 import re
 from collections.abc import Hashable, Iterable, Mapping
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rarec.config.schema import RunConfig
-from rarec.errors import UserError
+from rarec.errors import UserError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 RENAMED: dict[str, str | None] = {
@@ -194,7 +193,4 @@ def _nearest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
     for part in location[:-1]:
         fields = getattr(section, "model_fields", {})
         section = fields[part].annotation if part in fields else None
-    names = list(getattr(section, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-    hint = f"; did you mean `{close[0]}`?" if close else ""
-    return f"{hint} (known here: {', '.join(names)})" if names else hint
+    return nearest(str(location[-1]), getattr(section, "model_fields", {}))

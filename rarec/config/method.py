@@ -5,9 +5,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rarec.config.section import NonNegative, Part, Positive, Rate, Section
+from rarec.registry import check
 
 
 class Llm(Section):
@@ -66,6 +67,8 @@ class Alignment(Section):
     id_dropout: Part = 0.05
     """Share of the training samples whose item's vectors are hidden. On these, the vector that replaces missing ones,
     as of new items, is trained [D]."""
+    map: Annotated[str, AfterValidator(check("alignment_maps"))] = "linear"
+    """Map of vectors to slots: `linear` is W e + b [N]; or one of your own as `package.module:Name`."""
 
 
 class Lora(Section):
@@ -99,13 +102,15 @@ class Readout(Section):
     slots: bool = True
     """Read the slots' states beside the text: the mean over those that hold vectors, and over the instructions. In a
     decoder, the output of one more map of the vectors is read in their place."""
+    module: Annotated[str, AfterValidator(check("readouts"))] = "sum"
+    """The readout: `sum` adds what the fields above describe; or one of your own as `package.module:Name`."""
 
 
 class Loss(Section):
     """The training loss: L_rec + align_weight (L_align,user + L_align,item) [N]."""
 
-    recommendation: Literal["bpr", "softmax"] = "softmax"
-    """L_rec: BPR over in-batch pairs [N], or in-batch softmax [D]."""
+    recommendation: Annotated[str, AfterValidator(check("losses"))] = "softmax"
+    """L_rec: `bpr` over in-batch pairs [N], in-batch `softmax` [D], or one of your own as `package.module:name`."""
     temperature: Rate = 0.1
     """Divides the scores at the first step. With `readout.normalise` it is learned from there. `bpr` without
     `readout.normalise` does not use it."""

@@ -7,13 +7,13 @@ the paper's abstract, a reader's notes on the full paper, or this project (docs/
 from collections.abc import Collection
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from rarec.config.ids import Ids, Import, Recipe
+from rarec.config.ids import Ids, Import
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
 from rarec.config.section import Blocks, ExternalName, NonNegative, Part, Positive, Rate, Section, Share, SourceName
-from rarec.config.variants import VARIANTS, Variant, VariantName
+from rarec.config.variants import VARIANTS, Variant, check_variant, variant_of
 from rarec.errors import UserError
 
 MODEL_SECTIONS = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
@@ -80,10 +80,11 @@ class Stream(Section):
 class Train(Section):
     """The loop: one optimizer, warm-up and cosine, early stopping on a validation ranking metric."""
 
-    variants: Annotated[list[VariantName], Field(min_length=1)] = Field(
+    variants: Annotated[list[Annotated[str, AfterValidator(check_variant)]], Field(min_length=1)] = Field(
         default=["text_only", "prefix_only", "input", "per_layer"]
     )
-    """Variants to train, each with the same budget."""
+    """Variants to train, each with the same budget: `text_only`, `prefix_only`, `readout`, `input`, `per_layer`,
+    `per_layer_lora`, or ones of your own as `package.module:NAME`."""
     blocks: Blocks | None = None
     """Blocks with slots, for `per_layer`, `per_layer_lora` and `prefix_only`; all by default."""
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -124,6 +125,15 @@ class Train(Section):
     """Names of Accelerate's trackers, such as `tensorboard`."""
     stream: Stream = Stream()
 
+    @field_validator("variants")
+    @classmethod
+    def _check_names(cls, given: list[str]) -> list[str]:
+        seen: dict[str, Variant] = {}
+        for variant in map(variant_of, given):
+            if seen.setdefault(variant.name, variant) != variant:
+                raise ValueError(f"two variants have the name {variant.name!r}: rename one")
+        return given
+
     def steps(self, every: int, trained: Collection[str]) -> int:
         """Return the number of steps to take of all in the epochs: 0 if only a scale trains, which changes no rank."""
         return min(every, self.max_steps or every) if set(trained) - {"log_scale"} else 0
@@ -160,8 +170,9 @@ class Report(Section):
 class Export(Section):
     """The bundle that a user takes away."""
 
-    variant: VariantName = "per_layer"
-    """The variant to export. It must be among `train.variants`; sanity checks and diagnostics are of this one."""
+    variant: str = "per_layer"
+    """Name of the variant to export. It must be among `train.variants`; sanity checks and diagnostics are of this
+    one."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the trained weights in the bundle, except LoRA. They are used in float32; float16 halves the file."""
 
@@ -204,7 +215,7 @@ class RunConfig(Section):
 
         Where the one in the slots was trained without the newest interactions, it is a second one, trained on all.
         """
-        apart = self.ids.held_out and isinstance(self.ids.chosen, Recipe)
+        apart = self.ids.held_out and self.ids.recipe
         return (BASELINE, self.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", self.ids)
 
     @property
@@ -214,9 +225,13 @@ class RunConfig(Section):
         return {**self.sources_by_name, name: section}
 
     @property
-    def trained_variants(self) -> list[Variant]:
-        """The variants of `train.variants`."""
-        return [VARIANTS[name] for name in self.train.variants]
+    def variants(self) -> dict[str, Variant]:
+        """The variants of `train.variants`, by name."""
+        return {variant.name: variant for variant in map(variant_of, self.train.variants)}
+
+    def variant(self, name: str) -> Variant:
+        """Return the variant of a name: one of `train.variants`, or one that rarec brings."""
+        return {**VARIANTS, **self.variants}[name]
 
     @property
     def main_variant(self) -> Variant:
@@ -225,11 +240,11 @@ class RunConfig(Section):
         Raises:
             UserError: it is not trained.
         """
-        name, trained = self.export.variant, self.train.variants
+        name, trained = self.export.variant, self.variants
         if name not in trained:
             problem = f"field `export.variant`: {name} is not among train.variants ({', '.join(trained)})"
             raise UserError(problem, "add it to train.variants, or set export.variant to one of them")
-        return VARIANTS[name]
+        return trained[name]
 
     def sections(self, *names: str) -> dict[str, object]:
         """Return some sections as plain JSON values."""

@@ -1,9 +1,15 @@
 """The variants of the method, trained with one budget and compared (docs/method.md, section 7)."""
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
 
-VariantName = Literal["text_only", "prefix_only", "readout", "input", "per_layer", "per_layer_lora"]
+from rarec.registry import find
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
+_RESERVED = ("id_only",)
+"""Names of rows that are no variants."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +17,7 @@ class Variant:
     """One variant of the method.
 
     Attributes:
-        name: its name in the configuration, in directories and in results.
+        name: its name in directories and in results: letters, digits, `_` and `-`.
         title: its name in tables and reports.
         blocks: the blocks that get slots: `all` that `train.blocks` names, the `input` alone, or `none`; with
             `readout`, vectors do not enter the model, but are added to the text at the readout.
@@ -27,6 +33,13 @@ class Variant:
     projections: bool = True
     lora: bool = False
 
+    @property
+    def identity(self) -> str | dict[str, Any]:
+        """What manifests record: the name of a variant that rarec brings, all but the title of any other."""
+        if VARIANTS.get(self.name) == self:
+            return self.name
+        return {field: value for field, value in asdict(self).items() if field != "title"}
+
 
 VARIANTS = {
     variant.name: variant
@@ -39,3 +52,33 @@ VARIANTS = {
         Variant("per_layer_lora", "RA-Rec + LoRA", "all", lora=True),
     )
 }
+"""The variants that rarec brings, by name."""
+_TITLES = {name: variant.title for name, variant in VARIANTS.items()}
+
+
+def variant_of(given: str) -> Variant:
+    """Return the variant that an entry of `train.variants` names: one above, or one of the user's own.
+
+    Raises:
+        ValueError: there is none, or its name cannot be used.
+    """
+    if given in VARIANTS:
+        return VARIANTS[given]
+    variant = cast(Variant, find("variants", given, VARIANTS))
+    if not _NAME.fullmatch(variant.name):
+        raise ValueError(f"{given} has the name {variant.name!r}: use letters, digits, _ and -, at most 40")
+    if variant.name in (*VARIANTS, *_RESERVED):
+        raise ValueError(f"{given} has the name {variant.name!r}, which is taken: give it another one")
+    _TITLES[variant.name] = variant.title
+    return variant
+
+
+def check_variant(given: str) -> str:
+    """Validate an entry of `train.variants`, and return it."""
+    variant_of(given)
+    return given
+
+
+def variant_titles() -> Mapping[str, str]:
+    """Return the titles of all variants that this process has met, by name."""
+    return _TITLES

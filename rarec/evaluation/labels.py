@@ -6,7 +6,7 @@ A row of the results is named `VARIANT`; `VARIANT+id` (late fusion: the ID model
 
 from collections.abc import Iterable
 
-from rarec.config import VARIANTS
+from rarec.config.variants import variant_titles
 
 ID_ONLY = "id_only"
 FUSED = "+id"
@@ -26,7 +26,7 @@ GROUPS = (
 )
 """Headings of the groups of rows, by `variant_group`."""
 _ADDED = {"id": "ID"}
-_TITLES = {ID_ONLY: "ID model"} | {name: variant.title for name, variant in VARIANTS.items()}
+_ID_TITLE = "ID model"
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -46,18 +46,18 @@ def variant_title(variant: str) -> str:
         return f"{variant.removeprefix(EXTERNAL)} (external)"
     name, _, sanity_check = variant.partition("/")
     base, *added = name.split("+")
-    title = " + ".join([_TITLES.get(base, base), *(_ADDED.get(each, each) for each in added)])
+    title = " + ".join([_titles().get(base, base), *(_ADDED.get(each, each) for each in added)])
     return f"{title}, {SANITY_CHECKS.get(sanity_check, sanity_check)}" if sanity_check else title
 
 
 def title_in_sentence(variant: str) -> str:
     """Return a row's title with the article that a sentence needs: `the ID model`."""
-    return f"the {_TITLES[ID_ONLY]}" if variant == ID_ONLY else variant_title(variant)
+    return f"the {_ID_TITLE}" if variant == ID_ONLY else variant_title(variant)
 
 
 def variant_order(variant: str) -> tuple[int, int, str]:
     """Return a sort key: by group (see `variant_group`); within a group the ID model first, external systems last."""
-    known = list(_TITLES)
+    known = list(_titles())
     base = base_variant(variant)
     return variant_group(variant), known.index(base) if base in known else len(known), variant
 
@@ -114,3 +114,7 @@ def interval(low: float, high: float, signed: bool = False) -> str:
 def listed(parts: list[str]) -> str:
     """Join words: `a, b and c`."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+
+
+def _titles() -> dict[str, str]:
+    return {ID_ONLY: _ID_TITLE, **variant_titles()}

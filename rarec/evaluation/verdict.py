@@ -186,7 +186,7 @@ def still_improving(training: Mapping[str, TrainingRecord], config: RunConfig) -
         training: trainings by variant.
         config: the run's configuration.
     """
-    names = [name for name in config.train.variants if name in training and training[name].still_improving]
+    names = [name for name in config.variants if name in training and training[name].still_improving]
     if not names:
         return None
     limit, steps = config.train.max_steps, max(training[name].done["step"] for name in names)

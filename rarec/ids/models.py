@@ -6,14 +6,17 @@ H attention heads, N catalogue.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from inspect import signature
+from typing import ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import create_model
 from torch import nn
 from torch.nn import functional
 
-from rarec.config.ids import Recipe
+from rarec.config.ids import ComiRecConfig, Gru4RecConfig, Recipe, SasRecConfig
 from rarec.errors import UserError
 
 ENCODE_BATCH = 1024
@@ -26,24 +29,47 @@ Rows = npt.NDArray[np.integer]
 class SequenceModel(nn.Module, ABC):
     """Base class of ID models: item vectors in order -> K states after each position.
 
-    The score of item i is the largest (state) . e_i, without a bias. A new ID model is a subclass of `Recipe`, its
-    configuration section, and a subclass of this one, registered in `RECIPES` and `MODELS` under the same name. It
-    implements `forward`, and its constructor takes the fields of `Recipe.shape` as keyword arguments.
+    The score of item i is the largest (state) . e_i, without a bias. A subclass implements `forward`, and may have
+
+    - a `Config`, a subclass of `Recipe`: its fields are the model's settings in the YAML, and their defaults;
+    - a constructor that takes `dim`, `max_history`, `dropout` and the fields of its `Config` as keyword arguments.
 
     The item table is not part of the module: inputs and scores share it, the artefact stores it as a file of its own
-    for readers of item vectors, and the sanity check `permuted_ids` replaces it.
+    for readers of item vectors, and the sanity check `permuted_ids` replaces it. rarec trains both together.
 
-    Attributes:
+    Args:
         max_history: number of newest interactions that are read.
-        per_user: K.
+        per_user: K; the same as `Config.per_user`.
     """
 
-    max_history: int
-    per_user: int = 1
+    Config: ClassVar[type[Recipe]] = Recipe
+
+    def __init__(self, max_history: int, per_user: int = 1) -> None:
+        super().__init__()
+        self.max_history, self.per_user = max_history, per_user
+
+    def __init_subclass__(cls) -> None:
+        """Bind the class and its `Config` to each other.
+
+        Raises:
+            TypeError: the `Config` belongs to another model, or has a field `kind`.
+        """
+        super().__init_subclass__()
+        if "Config" not in cls.__dict__:
+            cls.Config = create_model("Config", __base__=cls.Config)
+        config, own = cls.Config, cls.Config.__dict__
+        other = own.get("builds", cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__name__}.Config is that of {other.__name__}: give it a subclass")
+        if "kind" in config.model_fields:
+            raise TypeError(f"{cls.__name__}.Config: a setting cannot be called `kind`")
+        config.builds, config.title = cls, own.get("title", cls.__name__)
 
     @abstractmethod
     def forward(self, items_BTE: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Return the states after each position, (B, T, K, E); none may depend on a later item.
+
+        State t is trained to score item t + 1 above others, so a state that sees later items learns nothing of use.
 
         Args:
             items_BTE: item vectors, oldest first, padded on the right: a causal state never sees the padding.
@@ -86,14 +112,15 @@ class SASRec(SequenceModel):
         UserError: `heads` does not divide `dim`.
     """
 
+    Config = SasRecConfig
+
     def __init__(self, dim: int, blocks: int, heads: int, max_history: int, dropout: float) -> None:
-        super().__init__()
+        super().__init__(max_history)
         if dim % heads:
             raise UserError(
                 f"ids.sasrec.heads: {heads} heads do not divide ids.sasrec.dim: {dim}",
                 "set ids.sasrec.heads to a divisor of ids.sasrec.dim",
             )
-        self.max_history = max_history
         self.positions = nn.Embedding(max_history, dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(_SASRecBlock(dim, heads, dropout) for _ in range(blocks))
@@ -152,9 +179,10 @@ class GRU4Rec(SequenceModel):
         dropout: on the embeddings, between layers and on the state.
     """
 
+    Config = Gru4RecConfig
+
     def __init__(self, dim: int, hidden: int, layers: int, max_history: int, dropout: float) -> None:
-        super().__init__()
-        self.max_history = max_history
+        super().__init__(max_history)
         between = dropout if layers > 1 else 0.0
         self.gru = nn.GRU(dim, hidden, layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
@@ -183,9 +211,10 @@ class ComiRec(SequenceModel):
         dropout: on the item vectors.
     """
 
+    Config = ComiRecConfig
+
     def __init__(self, dim: int, interests: int, hidden: int, max_history: int, dropout: float) -> None:
-        super().__init__()
-        self.max_history, self.per_user = max_history, interests
+        super().__init__(max_history, interests)
         self.attention = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, interests, bias=False))
         self.ages = nn.Embedding(max_history, interests)
         self.dropout = nn.Dropout(dropout)
@@ -202,13 +231,24 @@ class ComiRec(SequenceModel):
         return torch.einsum("btsk,bse->btke", weights_BTSK, items_BSE)
 
 
-MODELS: dict[str, type[SequenceModel]] = {"sasrec": SASRec, "gru4rec": GRU4Rec, "comirec": ComiRec}
-"""ID models that can be trained here, by the name of their configuration section."""
-
-
 def build(settings: Recipe) -> SequenceModel:
-    """Build a model of the configured shape, with random weights."""
-    return MODELS[settings.kind](**settings.shape)
+    """Build the model that settings belong to, with random weights.
+
+    Raises:
+        UserError: the constructor of a model of the user's own does not take its settings, or its K is not theirs.
+    """
+    made_by = settings.builds
+    name, remedy = f"{made_by.__module__}.{made_by.__qualname__}", "see docs/extend.md, An ID model"
+    try:
+        signature(made_by).bind(**settings.shape)
+    except TypeError as error:
+        problem = f"field `ids.model`: {name} cannot be built with {', '.join(settings.shape)}: {error}"
+        raise UserError(problem, f"let its constructor take these as keyword arguments: {remedy}") from None
+    model = cast(SequenceModel, made_by(**settings.shape))
+    if model.per_user != settings.per_user:
+        problem = f"field `ids.model`: {name} has per_user {model.per_user}, and its Config {settings.per_user}"
+        raise UserError(problem, f"return the same number from both: {remedy}")
+    return model
 
 
 def pad(histories: Sequence[Rows], max_history: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

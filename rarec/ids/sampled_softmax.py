@@ -14,7 +14,8 @@ from torch import nn
 
 from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset
-from rarec.ids.models import build
+from rarec.errors import UserError
+from rarec.ids.models import SequenceModel, build
 
 Ints = npt.NDArray[np.int64]
 
@@ -142,7 +143,12 @@ class _LengthGroup:
         real_BT = torch.arange(longest) < lengths_B[:, None]
         return cls(rows[:, :longest], rows[:, 1 : longest + 1][real_BT], lengths_B, real_BT)
 
-    def states(self, encoder: nn.Module, inputs_E: torch.Tensor) -> torch.Tensor:
+    def states(self, encoder: SequenceModel, inputs_E: torch.Tensor) -> torch.Tensor:
         """Return the encoder's states of the targets, (P, K, E), from the vectors of all inputs."""
-        states_BTKE: torch.Tensor = encoder(inputs_E.view(*self.inputs_BT.shape, -1), self.lengths_B)
+        inputs_BTE = inputs_E.view(*self.inputs_BT.shape, -1)
+        states_BTKE: torch.Tensor = encoder(inputs_BTE, self.lengths_B)
+        expected = (*inputs_BTE.shape[:2], encoder.per_user, inputs_BTE.shape[2])
+        if states_BTKE.shape != expected:  # of a model of the user's own
+            problem = f"{type(encoder).__name__}.forward returns states of shape {tuple(states_BTKE.shape)}"
+            raise UserError(f"field `ids.model`: {problem}", f"return (B, T, K, E), here {expected}")
         return states_BTKE[self.real_BT]

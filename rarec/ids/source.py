@@ -215,29 +215,40 @@ def ranker_of(items_NE: Floats, users: UserVectors) -> Ranker:
     )
 
 
-def open_source(directory: Path) -> Source:
+def open_source(directory: Path, recipe: Recipe | None = None) -> Source:
     """Open an artefact of kind `ids`; vectors are read from disk when they are used.
 
+    Args:
+        directory: the artefact.
+        recipe: settings of the ID model, as the configuration has them. Only an ID model of the user's own needs them:
+            the manifest names it too, but code that the configuration does not name is never imported.
+
     Raises:
-        UserError: it is missing, of another kind or schema, or its files are damaged.
+        UserError: it is missing, of another kind or schema, or its files are damaged; or it was made by an ID model of
+            the user's own that `recipe` is not of.
     """
     manifest = read_manifest(directory, KIND)
     try:
         # Copy on write: the file cannot change, yet torch takes the array without a copy.
         items_NE = np.load(directory / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
-        users = _open_users(directory, manifest["settings"]["users"])
+        users = _open_users(directory, manifest["settings"]["users"], recipe)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory} is damaged: {error}", f"rebuild it: rarec {KIND} CONFIG --fresh") from None
     return Source(manifest["name"], items_NE, users, manifest["hash"], manifest)
 
 
-def _open_users(directory: Path, settings: Mapping[str, Any]) -> UserVectors:
-    """Read user vectors by the kind in the manifest's settings: a rule, a table, or an ID model's section name."""
+def _open_users(directory: Path, settings: Mapping[str, Any], recipe: Recipe | None) -> UserVectors:
+    """Read user vectors by the kind in the manifest's settings: a rule, a table, or an ID model's name."""
     fields = {name: value for name, value in settings.items() if name != "kind"}
     match settings["kind"]:
         case "rule":
             return HistoryRule.of(**fields)
         case "table":
             return UserTable.open(directory)
-        case kind:
+        case kind if kind in RECIPES:
             return SequenceUsers.open(directory, RECIPES[kind](**fields))
+        case kind if recipe is None or recipe.model_dump(mode="json") != fields:
+            problem = f"{directory} was made by the ID model {kind}, which the configuration does not name"
+            raise UserError(problem, f"set ids.model: {kind} and its ids.settings, if you trust that code")
+        case _:
+            return SequenceUsers.open(directory, recipe)

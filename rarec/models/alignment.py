@@ -39,6 +39,10 @@ class SourceAlignment(nn.Module):
     [D], for the same reason: states can be a hundred times as long in one model, or block, as in another. A map
     behind the last block is in the unit of the whitening that follows it.
 
+    A subclass overrides `project` to map vectors otherwise (docs/extend.md). What it adds to W e + b should be zero at
+    first, so that training starts at the ridge regression, and in the units of `unit_L`. Its parameters are trained
+    with the rate `train.lr_slots`, and saved in `alignment.safetensors`.
+
     Args:
         blocks: L.
         hidden: D.
@@ -85,12 +89,20 @@ class SourceAlignment(nn.Module):
         self.unit_L[-1] = unit
 
     def project(self, vectors_BKE: Tensor) -> Tensor:
-        """Return p = W e + b in every block, as (L, B, K, D)."""
-        there_BK1 = (vectors_BKE != 0).any(-1, keepdim=True)
-        standard_BKE = (vectors_BKE.to(self.weight_LDE.dtype) - self.center_E) / self.scale_E
-        standard_BKE = torch.where(there_BK1, standard_BKE, self.fallback_E)
+        """Return p = W e + b in every block, as (L, B, K, D).
+
+        Args:
+            vectors_BKE: vectors of users or items; zeros where one is missing.
+        """
+        standard_BKE = self.standardised(vectors_BKE)
         projected_LBKD = torch.einsum("lde,bke->lbkd", self.weight_LDE, standard_BKE) + self.bias_LD[:, None, None]
         return projected_LBKD * self.unit_L[:, None, None, None]
+
+    def standardised(self, vectors_BKE: Tensor) -> Tensor:
+        """Return standardised vectors (B, K, E), with the learned vector in the place of missing ones."""
+        there_BK1 = (vectors_BKE != 0).any(-1, keepdim=True)
+        standard_BKE = (vectors_BKE.to(self.weight_LDE.dtype) - self.center_E) / self.scale_E
+        return torch.where(there_BK1, standard_BKE, self.fallback_E)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -127,6 +139,7 @@ class AlignmentModule(nn.Module):
         hidden: D.
         instructions: number of contextual instructions of each source in each block.
         projections: whether slots hold projected vectors; if not, instructions alone.
+        source_class: the class that maps one source.
 
     Raises:
         UserError: a source has a name that torch reserves.
@@ -139,6 +152,7 @@ class AlignmentModule(nn.Module):
         hidden: int,
         instructions: int,
         projections: bool,
+        source_class: type[SourceAlignment] = SourceAlignment,
     ) -> None:
         super().__init__()
         self.blocks = blocks
@@ -147,7 +161,7 @@ class AlignmentModule(nn.Module):
                 raise UserError(f"sources: {name!r} is a reserved name", "choose another name")
         count = len(blocks)
         self.sources = nn.ModuleDict(
-            {name: SourceAlignment(count, hidden, of, instructions, projections) for name, of in shapes.items()}
+            {name: source_class(count, hidden, of, instructions, projections) for name, of in shapes.items()}
         )
 
     @property

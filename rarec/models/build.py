@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from rarec.config import RunConfig, Variant
 from rarec.errors import UserError
 from rarec.models.alignment import INSTRUCTIONS, AlignmentModule, SlotShape
 from rarec.models.language_model import LoadedModel
-from rarec.models.towers import RaRec, ReadoutModule, Tower
+from rarec.models.towers import RaRec, Tower
+from rarec.registry import find
 
 SIDES = ("user", "item")
 
@@ -54,6 +56,7 @@ def build_model(
         named: the sources that each side's template names.
     """
     backbone = loaded.backbone
+    source_class, readout_class = find("alignment_maps", config.alignment.map), find("readouts", config.readout.module)
     count, at_readout = len(backbone.blocks), variant.blocks == "readout"
     blocks = aligned_blocks(config, variant, count)
     # In a decoder slots come first and attend to nothing, so their last states hold nothing but the vector.
@@ -64,13 +67,17 @@ def build_model(
         m = config.alignment.instructions if variant.instructions else 0
         useful = bool(chosen) and (m > 0 or variant.projections)
         mapped = blocks if slots_from_blocks else (*blocks, count)
-        alignment = AlignmentModule(chosen, mapped, backbone.hidden_size, m, variant.projections) if useful else None
+        hidden = backbone.hidden_size
+        shape = (chosen, mapped, hidden, m, variant.projections)
+        alignment = AlignmentModule(*shape, source_class) if useful else None
         reads = alignment.roles if alignment is not None and (config.readout.slots or at_readout) else ()
         if backbone.sink:  # and those of instructions are the same for all users and items
             reads = tuple(role for role in reads if role != INSTRUCTIONS)
-        return Tower(alignment, ReadoutModule(backbone.hidden_size, config.readout, reads), slots_from_blocks)
+        return Tower(alignment, readout_class(hidden, config.readout, reads), slots_from_blocks)
 
-    user, item = tower("user"), tower("item")
+    with torch.random.fork_rng(devices=[]):  # for random parameters of the user's own maps and readouts
+        torch.manual_seed(config.run.seed)
+        user, item = tower("user"), tower("item")
     plain = not config.readout.normalise
     scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature
     # engines need a trainable parameter; with a scale alone, no step is taken

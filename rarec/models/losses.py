@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarec.config.method import Loss
+from rarec.errors import UserError
 from rarec.models.towers import Encoding, RaRec
+from rarec.registry import find
 from rarec.world import SINGLE, World
 
 
@@ -92,6 +94,7 @@ class Objective:
 
     def __init__(self, config: Loss, counts_N: Tensor, state_blocks: tuple[int, ...], world: World = SINGLE) -> None:
         self.config, self.state_blocks, self.world = config, state_blocks, world
+        self.recommendation = find("losses", config.recommendation)
         self.log_q_N = (counts_N.double().clamp_min(1) / counts_N.sum().clamp_min(1)).log().float()
 
     def __call__(self, model: RaRec, users: Encoding, items: Encoding, targets: LossTargets) -> LossTerms:
@@ -129,10 +132,12 @@ class Objective:
         items_B = self.world.gather_rows(targets.items_b, targets.total)
         scores_bB = users.vectors_BZ @ self.world.gather_rows(items.vectors_BZ, targets.total).T
         masked_bB = false_negatives(targets.items_b, targets.histories_bH, items_B, own_b)
-        if self.config.recommendation == "bpr":
-            return self._mean(bpr(scores_bB, masked_bB, own_b))
         log_q_B = self.log_q_N.to(scores_bB.device)[items_B] if self.config.logq else None
-        return self._mean(sampled_softmax(scores_bB, masked_bB, own_b, log_q_B))
+        part = self.recommendation(scores_bB, masked_bB, own_b, log_q_B)
+        if not isinstance(part, PartialMean):  # of a loss of the user's own
+            problem = f"{self.config.recommendation} returns {type(part).__name__}, not a PartialMean"
+            raise UserError(f"field `loss.recommendation`: {problem}", "return PartialMean(summed, terms)")
+        return self._mean(part)
 
     def _pooled(self, slots_LBKD: Tensor | None, projected: Mapping[str, Tensor]) -> Tensor | None:
         """Return the vectors (L, b, D) compared with the text: the mean of all projections p, or of all slots."""
@@ -161,8 +166,15 @@ def false_negatives(targets_b: Tensor, histories_bH: Tensor, targets_B: Tensor, 
     return (same_bB | known_bB).scatter(1, own_b[:, None], False)
 
 
-def bpr(scores_bB: Tensor, masked_bB: Tensor, own_b: Tensor) -> PartialMean:
-    """Sum the BPR loss over in-batch pairs [N]: -ln sigmoid(s(u,i+) - s(u,i-)) for each unmasked negative."""
+def bpr(scores_bB: Tensor, masked_bB: Tensor, own_b: Tensor, log_q_B: Tensor | None = None) -> PartialMean:
+    """Sum the BPR loss over in-batch pairs [N]: -ln sigmoid(s(u,i+) - s(u,i-)) for each unmasked negative.
+
+    Args:
+        scores_bB: user i against item j, temperature already applied.
+        masked_bB: false negatives.
+        own_b: the positives' columns.
+        log_q_B: not used.
+    """
     kept_bB = (~masked_bB).scatter(1, own_b[:, None], False)
     margins_bB = scores_bB.gather(1, own_b[:, None]) - scores_bB
     losses_bB = -F.logsigmoid(margins_bB).masked_fill(~kept_bB, 0.0)

@@ -70,6 +70,9 @@ class ReadoutModule(nn.Module):
     are added, and the sum is L2-normalised. The section `readout` switches each of these steps. Slots of a missing
     vector are not read: they are the same for all users or items without a vector, and would dominate the norm.
 
+    A subclass overrides `read`, which maps one part, or `combine`, which joins the parts (docs/extend.md). Its
+    parameters are trained with the rate `train.lr`, and saved in `alignment.safetensors`.
+
     Args:
         hidden: D.
         config: the section `readout`.
@@ -97,8 +100,9 @@ class ReadoutModule(nn.Module):
             roles: for each role, a mask of its slots (B, K).
         """
         parts = self.parts(hidden_BTD, text_BT, slots_BKD, roles)
-        read_BZ = torch.stack([self._read(part, states_BD) * there_B1 for part, (states_BD, there_B1) in parts.items()])
-        return F.normalize(read_BZ.sum(0), dim=-1) if self.config.normalise else read_BZ.sum(0)
+        read = {part: self.read(part, states_BD) * there_B1 for part, (states_BD, there_B1) in parts.items()}
+        vectors_BZ = self.combine(read)
+        return F.normalize(vectors_BZ, dim=-1) if self.config.normalise else vectors_BZ
 
     def parts(
         self, hidden_BTD: Tensor, text_BT: Tensor, slots_BKD: Tensor, roles: Mapping[str, Tensor]
@@ -109,10 +113,24 @@ class ReadoutModule(nn.Module):
             role: _mean(slots_BKD.float(), roles[role].float()) for role in self.reads
         }
 
-    def _read(self, part: str, states_BD: Tensor) -> Tensor:
+    def read(self, part: str, states_BD: Tensor) -> Tensor:
+        """Return one part as it is combined with the others (B, Z): whitened, then mapped by its head.
+
+        Args:
+            part: `text`, `vectors` or `instructions`.
+            states_BD: its pooled states.
+        """
         white_BZ = self.white[part](states_BD, self.directions_ZD) if self.config.whiten else states_BD
         read_BZ: Tensor = self.heads[part](white_BZ) if self.config.head else white_BZ
         return read_BZ
+
+    def combine(self, read: Mapping[str, Tensor]) -> Tensor:
+        """Return the vectors (B, Z), before they are normalised: the sum of the parts.
+
+        Args:
+            read: each part (B, Z) by its name, `text` first; zeros in rows where it is missing.
+        """
+        return torch.stack(list(read.values())).sum(0)
 
 
 def _mean(slots_BKD: Tensor, which_BK: Tensor) -> tuple[Tensor, Tensor]:

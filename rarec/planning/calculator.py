@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from rarec.config import VARIANTS, RunConfig
+from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
 from rarec.planning.activations import Activations, StepShape, encoding_peak, step_activations
@@ -158,7 +158,7 @@ class Calculator:
     def meta_model(self, variant: str, checkpointing: bool) -> MetaModel:
         """Return a variant's model on the meta device."""
         key = ("variant", variant, checkpointing)
-        return self._cached(key, lambda: self.builder.build(VARIANTS[variant], checkpointing))
+        return self._cached(key, lambda: self.builder.build(self.config.variant(variant), checkpointing))
 
     def slots(self, variant: str) -> dict[str, int]:
         """Return the number of slots in a prompt of each side."""

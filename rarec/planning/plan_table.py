@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.table import Table
 
-from rarec.config import VARIANTS
 from rarec.planning.advice import RunPlan
 from rarec.planning.calculator import Calculator, Estimate
 from rarec.planning.cluster import EngineName, TrainingSetup
@@ -66,7 +65,8 @@ def _variant_table(plan: RunPlan) -> Table:
     for name, estimate in plan.estimates.items():
         largest = name == plan.largest
         cells = _variant_cells(plan.calculator, name, estimate, plan.advice.setup.checkpointing)
-        table.add_row(VARIANTS[name].title + (" *" if largest else ""), *cells, style="bold" if largest else "")
+        variant_title = plan.calculator.config.variant(name).title
+        table.add_row(variant_title + (" *" if largest else ""), *cells, style="bold" if largest else "")
     return table
 
 

@@ -16,6 +16,7 @@ from rarec.models.build import SourceShape, build_model
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec
 from rarec.models.weights import load_weights, save_weights
+from rarec.registry import KINDS
 
 PROMPT = "prompt.yaml"
 CARD = "README.md"
@@ -119,9 +120,12 @@ def load_bundle(
     manifest = read_manifest(directory, "bundle")
     check_files(directory, manifest)
     _check_belongs(directory, manifest, provenance)
-    variant = VARIANTS[manifest["settings"]["variant"]]
-    _check_loading(directory, manifest["settings"], config, variant)
-    sections = {section: manifest["settings"][section] for section in MODEL_SECTIONS}
+    settings = manifest["settings"]
+    variant = _variant(directory, settings["variant"], config)
+    _check_loading(directory, settings, config, variant)
+    _check_named(directory, settings, config)
+    sections = {section: settings[section] for section in MODEL_SECTIONS}
+    sections["train"] = {**sections["train"], "variants": config.train.variants}
     model = build_model(
         RunConfig.model_validate({**config.model_dump(mode="json"), **sections}),
         variant,
@@ -185,6 +189,27 @@ def _check_loading(directory: Path, settings: Mapping[str, Any], config: RunConf
         raise UserError(
             f"{directory} was exported with other settings: {'; '.join(changed)}", "set these fields to the first value"
         )
+
+
+def _variant(directory: Path, identity: Any, config: RunConfig) -> Variant:
+    """Return the bundle's variant: one that rarec brings, or one that the configuration names."""
+    for variant in (*VARIANTS.values(), *config.variants.values()):
+        if variant.identity == identity:
+            return variant
+    name = identity["name"] if isinstance(identity, dict) else identity
+    problem = f"{directory} holds the variant {name}, which train.variants does not name as it was"
+    raise UserError(problem, "name it in train.variants, as package.module:NAME")
+
+
+def _check_named(directory: Path, settings: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse parts of the user's own that the configuration does not name: their code is not imported."""
+    here = config.model_dump(mode="json")
+    for kind in ("alignment_maps", "readouts", "losses"):
+        section, field = KINDS[kind].field.split(".")
+        name = settings[section][field]
+        if name not in KINDS[kind].built_in and name != here[section][field]:
+            problem = f"{directory} was exported with {section}.{field}: {name}, which the configuration does not name"
+            raise UserError(problem, f"set {section}.{field}: {name}, if you trust that code")
 
 
 def _check_belongs(directory: Path, manifest: Mapping[str, Any], here: Provenance) -> None:

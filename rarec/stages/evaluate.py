@@ -23,13 +23,13 @@ class EvaluateStage(Stage):
         """See `Stage`."""
         config = self.run.config
         sections = config.sections("evaluate", "report")
-        variants = {"variants": config.train.variants, "main": config.main_variant.name}
+        variants = {"variants": list(config.variants), "main": config.main_variant.name}
         return {"seed": config.run.seed, **sections, **variants}
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
         run = self.run
-        trained: dict[str, Stage] = {name: run.stage("train", name) for name in run.config.train.variants}
+        trained: dict[str, Stage] = {name: run.stage("train", name) for name in run.config.variants}
         baseline, _ = run.config.baseline
         return {**trained, "prepare": run.stage("prepare"), "baseline": run.stage("ids", baseline)}
 

@@ -60,7 +60,7 @@ class Evaluator:
         """Rank the test targets by every row: ID model, trained variants, fusions, sanity checks, outside systems."""
         popular = self._with_popularity(ID_ONLY, self.ids) if self.run.config.evaluate.fusion else {}
         ranks = self._rank(self.test, {ID_ONLY: self.ids, **popular})
-        for name in self.run.config.train.variants:  # one trained variant is loaded at a time
+        for name in self.run.config.variants:  # one trained variant is loaded at a time
             model = TrainStage(self.run, name).best_model()
             with self.run.engine.serving(model):
                 ranks |= self._ranks_of(name, model)

@@ -26,7 +26,11 @@ class ExportStage(Stage):
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""
         config = self.run.config
-        return {"variant": config.main_variant.name, "dtype": config.export.dtype, **config.sections(*MODEL_SECTIONS)}
+        return {
+            "variant": config.main_variant.identity,
+            "dtype": config.export.dtype,
+            **config.sections(*MODEL_SECTIONS),
+        }
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""

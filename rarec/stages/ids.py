@@ -1,7 +1,7 @@
 """`rarec ids`: train or import the ID embeddings, and import every further source."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rarec.artefacts import sha256_json
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
@@ -37,8 +37,9 @@ class IdsStage(Stage):
         """See `Stage`: a recipe and the seed, or how an import makes its user vectors."""
         chosen, seed = self._chosen, self.run.config.run.seed
         if isinstance(chosen, Recipe):
-            holdout = self.section.held_out if isinstance(self.section, Ids) else 0.0
-            return {"seed": seed, "holdout": holdout, "users": {"kind": chosen.kind, **chosen.model_dump(mode="json")}}
+            section = cast(Ids, self.section)  # sources beside `id` are imported
+            holdout, model = section.held_out, section.model
+            return {"seed": seed, "holdout": holdout, "users": {"kind": model, **chosen.model_dump(mode="json")}}
         if chosen.users is not None:
             return {"missing": chosen.missing, "users": {"kind": "table"}}
         rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}

@@ -30,7 +30,7 @@ def plan(run: Run, cluster: Cluster, engine: EngineName | None) -> RunPlan:
     sources = {name: source_shape(section) for name, section in config.sources_by_name.items()}
     builder = MetaModelBuilder(config, sources, run.converted_llm)
     calculator = Calculator(config, builder, _sample_stats(run, sources))
-    return plan_variants(calculator, config.train.variants, cluster, engine)
+    return plan_variants(calculator, list(config.variants), cluster, engine)
 
 
 def _sample_stats(run: Run, sources: Mapping[str, SourceShape]) -> SampleStats | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rarec.artefacts import check_files, sha256_json
 from rarec.config import RunConfig, Variant, dump_config, load_config
+from rarec.config.ids import Ids
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json, write_json, write_text
 from rarec.stages.stage import Stage
@@ -294,7 +295,8 @@ class Run:
         stage = self.stage("ids", name)
         stage.require()
         stage.check_files()
-        return open_source(stage.directory)
+        section = self.config.vectors_by_name[name]
+        return open_source(stage.directory, section.recipe if isinstance(section, Ids) else None)
 
     def _evaluated(self, name: str) -> Path:
         """Return a file of the evaluation, checked to be of the variants as they are configured."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rarec.artefacts import sha256_json
-from rarec.config import VARIANTS, Variant
+from rarec.config import Variant
 from rarec.errors import UserError
 from rarec.stages.stage import Built, Stage
 
@@ -28,18 +28,22 @@ class TrainStage(Stage):
     @classmethod
     def parts(cls, run: "Run") -> list[str]:
         """See `Stage`."""
-        return list(run.config.train.variants)
+        return list(run.config.variants)
 
     @property
     def variant(self) -> Variant:
         """The variant that is trained."""
-        return VARIANTS[self.part]
+        return self.run.config.variant(self.part)
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""
         config = self.run.config
         sections = ["alignment", "readout", "loss", "train", *(["lora"] if self.variant.lora else [])]
-        settings: dict[str, Any] = {"seed": config.run.seed, **config.sections(*sections), "variant": self.part}
+        settings: dict[str, Any] = {
+            "seed": config.run.seed,
+            **config.sections(*sections),
+            "variant": self.variant.identity,
+        }
         for field in OUTSIDE:
             del settings["train"][field]
         return settings

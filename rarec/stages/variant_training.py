@@ -46,7 +46,7 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     """
     config, world, manifest = run.config.train, run.world, run.stage("shards").require()
     world.report(f"loading the model of variant {variant.name}", 0)
-    for each in run.config.trained_variants:
+    for each in run.config.variants.values():
         aligned_blocks(run.config, each, len(run.llm.backbone.blocks))
     read_whole = (ITEM_STATES, TARGET_COUNTS, INDEX)  # samples are checked one by one
     world.run_on_main(lambda: check_files(run.directory("shards"), manifest, names=read_whole))

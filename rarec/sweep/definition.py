@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -17,9 +17,13 @@ from rarec.config import RunConfig
 from rarec.config.load import parse_override, read_tree, set_field, validated
 from rarec.config.section import NonNegative, Section
 from rarec.errors import UserError
+from rarec.stages import STAGES
 from rarec.stages.run import Run
 
-StageName = Literal["prepare", "ids", "shards", "train", "evaluate", "export", "report"]
+if TYPE_CHECKING:
+    StageName = str
+else:
+    StageName = Literal[tuple(STAGES)]
 SHARED = "shared"
 """Name of the directory, beside the runs, for the artefacts that they share."""
 RESERVED = (SHARED, "slurm")
@@ -150,7 +154,7 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
     duplicate = _first_duplicate(run.label for run in runs)
     if duplicate is not None:
         raise UserError(f"{path}: two runs are called {duplicate}", "list each value of a grid once")
-    stages = tuple(stage for stage in get_args(StageName) if stage in file.stages)
+    stages = tuple(stage for stage in STAGES if stage in file.stages)
     return Sweep(path, Path(file.dir), base, stages, tuple(runs))
 
 
