@@ -1,4 +1,4 @@
-"""The tool that cuts the demo's slice, on tables written by hand, and the slice itself as a new user's YAML names it."""
+"""The tool that cuts the demo's slice, on tables written by hand, and the slice as a new user's YAML names it."""
 
 import csv
 import gzip
