@@ -217,7 +217,6 @@ class Stage(ABC):
             identity = self._identity()
             with self._workspace(identity, fresh) as directory:
                 world.run_on_main(self.run.write_config)
-                self.run.changed()
                 built = self.build(directory)
                 world.report(f"finishing {self.directory}")
                 world.run_on_main(lambda: self._finish(directory, identity, built))
