@@ -29,6 +29,18 @@ report: {{examples: 2}}
 """
 
 
+ENGINES = {"needs PySpark": "spark", "needs SLURM": "slurm"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of Spark and SLURM: those that are skipped without them."""
+    for item in items:
+        for skip in item.iter_markers("skipif"):
+            for reason, marker in ENGINES.items():
+                if skip.kwargs["reason"].startswith(reason):
+                    item.add_marker(marker)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
     """Tiny tensors are faster on one thread."""

@@ -14,6 +14,8 @@ from rarec.training.engines.zero_op import MARK, load_cpu_op, op_directory
 from tests.ranks import ENGINES, VARIANT, copied, finish, losses, start, weights
 from tests.synthetic import write_llm
 
+pytestmark = pytest.mark.multiprocess
+
 TRAIN = [
     f"train.variants=[{VARIANT}]",
     "train.epochs=4",

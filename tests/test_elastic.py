@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from rarec.entry import open_run
 from tests.ranks import VARIANT, copied, finish, losses, start, wait_for_step, weights
 
+pytestmark = pytest.mark.multiprocess
+
 TRAIN = [
     f"train.variants=[{VARIANT}]",
     "train.epochs=8",

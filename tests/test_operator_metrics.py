@@ -109,6 +109,7 @@ def test_shares_and_speed_are_of_the_whole_step():
     assert (figures["gradient_norm"], figures["gradient_norm/heads"]) == (5.0, 4.0)
 
 
+@pytest.mark.multiprocess
 def test_every_step_on_several_ranks_tells_all_of_it(decoder, tmp_path):
     run = tmp_path / "run"
     overrides = [copied(decoder, run), f"train.variants=[{VARIANT}]", "train.max_steps=3", "train.accumulate=2"]

@@ -44,6 +44,7 @@ def refused_alike(job: Job) -> str:
     return job.said()
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("overrides", "keywords", "said"),
     [
@@ -66,6 +67,7 @@ def test_what_does_not_fit_is_refused_by_all_and_printed_by_the_first(decoder, t
         assert part in text, text
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_an_error_of_one_rank_ends_all_with_its_name_and_message(decoder, tmp_path, engine):
     """A sample damaged during training is found by the rank that reads it; the other must not wait for ever."""
@@ -85,6 +87,7 @@ def test_an_error_of_one_rank_ends_all_with_its_name_and_message(decoder, tmp_pa
     assert "000001.tar, sample" in other
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_four_bits_are_not_for_engines_that_shard_frozen_weights(decoder, tmp_path, engine):
     said = refused(decoder, tmp_path, "llm.quantize=nf4", engine=engine)
@@ -104,6 +107,7 @@ def trained(decoder, tmp_path):
     return tmp_path / "run" / "train" / "per_layer"
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("finished", [True, False])
 def test_ranks_refuse_alike_a_training_with_other_settings_and_leave_it(decoder, trained, tmp_path, finished):
     place = f"run.dir={trained.parents[1]}"

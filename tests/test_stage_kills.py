@@ -165,6 +165,7 @@ def make_on_ranks(tmp_path: Path, *arguments: object, delay: float = 0.0) -> tup
     return [process.exitcode for process in processes], [path.read_text() for path in stderr]
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("kind", [Shared, SlowlyBuilt])
 def test_ranks_build_in_one_place_and_go_on_when_the_artefact_is_in_its_own(tmp_path, kind):
     root = tmp_path / "run"
@@ -175,6 +176,7 @@ def test_ranks_build_in_one_place_and_go_on_when_the_artefact_is_in_its_own(tmp_
     assert files(root) == {"config.yaml", f"{kind.name}/value", f"{kind.name}/{MANIFEST}"}
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("kind", [Shared, SlowlyBuilt])
 @pytest.mark.parametrize("state", ["finished", "begun", "not rarec's"])
 def test_ranks_refuse_alike(tmp_path, kind, state):
@@ -197,6 +199,7 @@ def test_ranks_refuse_alike(tmp_path, kind, state):
     assert files(root) == before
 
 
+@pytest.mark.multiprocess
 def test_an_error_of_one_rank_leaves_what_was_begun_and_the_old(tmp_path):
     root = tmp_path / "run"
     stage_in(root, Slow, 1).make()
