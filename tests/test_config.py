@@ -56,11 +56,11 @@ def test_overrides_are_yaml(small):
         ("prepare.interactions.position=p", r"`time` and `position`"),
         ("ids.model=import", r"`imported`"),
         ("sources.größe.items=x.npy", r"field `sources.größe"),
-        ("sources.id.items=x.npy", r"`sources`.*`id`"),
+        ("sources.id.items=x.npy", r"sources: `id`"),
         ("prompt.item={{title}}", r"prompt\.item"),
         ("train.epochs", r"section\.field=value"),
         ("alignment.missing=0.1", r"`alignment\.missing`.*`alignment\.id_dropout`"),
-        ("run.dir.x=3", r"run\.dir\.x=3"),
+        ("run.dir.x=3", r"`run\.dir\.x`"),
     ],
 )
 def test_a_wrong_field_is_named(small, override, message):
