@@ -15,8 +15,8 @@ from rarec.artefacts import MANIFEST
 from rarec.config import RunConfig
 from rarec.entry import guarded, watched
 from rarec.errors import EXIT_CODE, UserError
-from rarec.stages import stage as runner
 from rarec.stages.run import Run
+from rarec.stages.stage import BEGUN, PROGRESS, Built
 from rarec.world import World
 from tests.processes import be_killed_at_change
 from tests.ranks import START, free_port
@@ -25,8 +25,8 @@ from tests.test_stage import TREE, Slow, Toy
 RANKS = 2
 
 
-def stage_in(root: Path, kind: type[Toy], value: int) -> Toy:
-    tree = {**TREE, "run": {"dir": str(root), "device": "cpu"}}
+def stage_in(root: Path, kind: type[Toy], value: int, seed: int = 0) -> Toy:
+    tree = {**TREE, "run": {"dir": str(root), "device": "cpu", "seed": seed}}
     stage = kind(Run(RunConfig.model_validate(tree), say=lambda line: None))
     stage.value = value
     return stage
@@ -96,6 +96,64 @@ def test_killed_before_any_change_of_a_fresh_build_the_old_stays_usable_and_the_
     assert change > 10
 
 
+def fail(directory: Path) -> None:
+    raise RuntimeError("half-way")
+
+
+def test_a_fresh_build_where_nothing_was_is_resumed_by_the_same_command(tmp_path):
+    stage = stage_in(tmp_path / "run", Slow, 1)
+    stage.during = fail
+    for steps in (1, 2):
+        with pytest.raises(RuntimeError):
+            stage.make(fresh=True)
+        assert len(list((stage.run.root / ".slow.fresh" / PROGRESS).iterdir())) == steps
+    stage.during = None
+    stage.make(fresh=True)
+    assert_whole(stage, 1)
+    assert files(stage.run.root) == {"config.yaml", "slow/value", f"slow/{MANIFEST}"}
+
+
+def test_what_was_begun_and_holds_nothing_yet_belongs_to_no_settings(tmp_path):
+    root = tmp_path / "run"
+    killed = stage_in(root, Slow, 1)
+    killed.during = fail
+    with pytest.raises(RuntimeError):
+        killed.make()
+    for path in (killed.directory / PROGRESS, killed.directory / "value"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stage = stage_in(root, Slow, 2)
+    stage.make()
+    assert_whole(stage, 2)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"kind": "slow", "schema": 1, "settings": {}, "made_from": {}}'])
+def test_a_note_that_is_damaged_or_of_another_version_is_refused_by_name(tmp_path, content):
+    stage = stage_in(tmp_path / "run", Slow, 1)
+    stage.during = fail
+    with pytest.raises(RuntimeError):
+        stage.make()
+    (stage.directory / BEGUN).write_text(content)
+    with pytest.raises(UserError, match=r"slow/\.begun\.json") as error:
+        stage.make()
+    assert "rarec slow CONFIG --fresh" in error.value.remedy
+    stage.during = None
+    stage.make(fresh=True)
+    assert_whole(stage, 1)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_is_refused_leaves_the_configuration_of_what_is_there(tmp_path, begun):
+    stage = stage_in(tmp_path / "run", Slow, 1)
+    stage.during = fail if begun else None
+    with suppress(RuntimeError):
+        stage.make()
+    written = stage.run.config_file.read_text()
+    other = stage_in(tmp_path / "run", Slow, 2, seed=1)
+    with pytest.raises(UserError, match=r"section\.value: 1 -> 2"):
+        other.make()
+    assert stage.run.config_file.read_text() == written
+
+
 class SlowlyBuilt(Slow):
     """Begun by every rank, rank 1 a moment after rank 0."""
 
@@ -104,7 +162,7 @@ class SlowlyBuilt(Slow):
         time.sleep(0.2 * world.rank)
         assert directory.is_dir()
         world.run_on_main(lambda: super(SlowlyBuilt, self).build(directory))
-        return runner.Built()
+        return Built()
 
 
 class Shared(Toy):
@@ -112,7 +170,7 @@ class Shared(Toy):
 
     def build(self, directory):
         self.run.world.run_on_main(lambda: super(Shared, self).build(directory))
-        return runner.Built()
+        return Built()
 
 
 class FailsOnOne(SlowlyBuilt):
@@ -187,8 +245,8 @@ def test_ranks_refuse_alike(tmp_path, kind, state):
         (stage.directory / "notes").write_text("mine")
         named = str(stage.directory)
     else:
-        stage.during = (lambda directory: 1 / 0) if state == "begun" else None
-        with suppress(ZeroDivisionError):
+        stage.during = fail if state == "begun" else None
+        with suppress(RuntimeError):
             stage.make()
         named = "section.value: 1 -> 2"
     before = files(root)

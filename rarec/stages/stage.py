@@ -206,12 +206,10 @@ class Stage(ABC):
         world = self.run.world
         for stage in self.inputs().values():
             stage.require()  # what is missing is named before anything is written
-        with self._alone(fresh):
-            world.run_on_main(lambda: restore_replaced(self.directory))
-            if not fresh and self._is_current():
-                world.run_on_main(lambda: _drop_notes(self.directory))  # a kill may have come before that
-                self.run.say(f"{self.directory} is up to date")
-                world.run_on_main(lambda: self.run.write_config(only_if_there=True))
+        if not fresh and self._is_up_to_date():  # what is finished is only read: nobody waits for that
+            return False
+        with self._alone():
+            if not fresh and self._is_up_to_date():
                 return False
             world.run_on_main(self._refuse_foreign)
             identity = self._identity()
@@ -225,8 +223,8 @@ class Stage(ABC):
             raise Stopped(built.stop)
         return True
 
-    def _is_current(self) -> bool:
-        """Return whether the artefact is finished, made as the configuration says, from what is here now.
+    def _is_up_to_date(self) -> bool:
+        """Return whether the artefact is finished, made as the configuration says, from what is here now; print it.
 
         Raises:
             UserError: it was made otherwise, and is not cheap.
@@ -241,6 +239,9 @@ class Stage(ABC):
             if self.cheap:
                 return False
             raise
+        world.run_on_main(lambda: _drop_notes(self.directory))  # a kill may have come before that
+        self.run.say(f"{self.directory} is up to date")
+        world.run_on_main(lambda: self.run.write_config(only_if_there=True))
         return True
 
     def _identity(self) -> dict[str, Any]:
@@ -326,21 +327,13 @@ class Stage(ABC):
         if path.exists() and not mine and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} is there, and rarec has not made it", "move it away, or choose another run.dir")
 
-    def _seems_finished(self) -> bool:
-        """Return whether nothing is to be built, as far as this rank can tell without its inputs from outside."""
-        return self.is_done() if self.cheap else (self.directory / MANIFEST).exists()
-
     @contextmanager
-    def _alone(self, fresh: bool) -> Iterator[None]:
-        """Keep other processes from building the same; one that comes second waits, and then finds it finished.
-
-        What is finished is only read, and for that nobody waits, so nothing is locked.
-        """
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from building the same; one that comes second waits, and then finds it finished."""
         world, directory = self.run.world, self.directory
         with ExitStack() as stack:
-            wanted = world.is_main and (fresh or not self._seems_finished())
             lock = directory.with_name(f".{directory.name}.lock")
-            handle = stack.enter_context(lock_file(lock)) if wanted else None
+            handle = stack.enter_context(lock_file(lock)) if world.is_main else None
             said = False
             # Every rank asks again and again: one long wait in a collective would look like a hang.
             while world.all_reduce_max(int(handle is not None and not try_lock(handle))):
@@ -349,6 +342,7 @@ class Stage(ABC):
                 said = True
                 world.report(f"waiting for {directory}")
                 time.sleep(POLL)
+            world.run_on_main(lambda: restore_replaced(directory))  # of a process that was killed between two renames
             yield
 
 
