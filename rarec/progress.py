@@ -18,7 +18,7 @@ console = Console(stderr=True, highlight=False)
 """For messages and bars: standard output is for results."""
 _bars = Progress(
     TextColumn("{task.description}"),
-    BarColumn(bar_width=12),
+    BarColumn(bar_width=10),
     MofNCompleteColumn(),
     TextColumn("{task.fields[facts]}"),
     TimeRemainingColumn(compact=True),
@@ -46,7 +46,7 @@ class Task:
         self._speaks = os.environ.get("RANK", "0") == "0"
 
     def update(self, done: int, facts: str = "") -> None:
-        """Show the number of steps done, with a few facts behind the bar: 32 characters fit 80 columns."""
+        """Show the number of steps done, with a few facts behind the bar: 34 characters fit 80 columns."""
         self._done = done
         now = time.monotonic()
         if not self._speaks or now - self._started < self._patience:

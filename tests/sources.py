@@ -64,8 +64,10 @@ def ids_stage(
     return IdsStage(SourceRun(RunConfig.model_validate(tree), dataset, say), name)
 
 
-def make_source(name: str, section: Ids | Import, dataset: PreparedDataset, root: Path, **more) -> Source:
+def make_source(
+    name: str, section: Ids | Import, dataset: PreparedDataset, root: Path, *, fresh=False, **more
+) -> Source:
     """Make a source in `root/ids/name` and open it; arguments as of `ids_stage`."""
     stage = ids_stage(name, section, dataset, root, **more)
-    stage.make()
+    stage.make(fresh)
     return open_source(stage.directory)

@@ -136,7 +136,9 @@ def test_tables_of_a_database_are_read_by_name(tmp_path: Path, kind: str) -> Non
     of_files = run(configure(tmp_path), tmp_path / "files")
     assert dataset.item_rows_I.tolist() == of_files.item_rows_I.tolist()
     assert dataset.user_ids == of_files.user_ids
-    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text(), "a URL may hold a password"
+    assert str(tmp_path) not in (tmp_path / "out" / "prepare" / "manifest.json").read_text(), (
+        "a URL may hold a password"
+    )
 
 
 @pytest.mark.parametrize("kind", ["duckdb", "sqlite"])
@@ -209,7 +211,7 @@ def test_a_dataset_does_not_remember_what_computed_it(tmp_path: Path) -> None:
     assert identity_of(config, 1) == identity_of(config.model_copy(update={"memory": "2GB", "scratch": "/tmp/x"}), 1)
     run(config.model_copy(update={"memory": "1GB", "scratch": str(tmp_path / "scratch")}), tmp_path / "out")
     assert list((tmp_path / "scratch").glob("*")) == []
-    assert read_json(tmp_path / "out" / "manifest.json")["engine"] == "duckdb"
+    assert read_json(tmp_path / "out" / "prepare" / "manifest.json")["engine"] == "duckdb"
     with pytest.raises(UserError, match=r"prepare\.memory"):
         run(config.model_copy(update={"memory": "plenty"}), tmp_path / "other")
 
@@ -233,7 +235,7 @@ def test_timestamps_and_days_of_parquet_are_times(tmp_path: Path, engine: str) -
         config = configure(tmp_path, log="log.parquet", items="items.parquet")
         dataset = run(on(engine, config), tmp_path / "out")
         first = -86_400.0 if kind == pa.date32() else -0.75
-        found = pq.read_table(tmp_path / "out" / "interactions.parquet")["time"].to_pylist()
+        found = pq.read_table(tmp_path / "out" / "prepare" / "interactions.parquet")["time"].to_pylist()
         assert found == [first, 1_699_920_000.0, 1_709_164_800.0, 1_709_251_200.0]
         assert dataset.item_rows_I.tolist() == [1, 2, 0, 3]
 

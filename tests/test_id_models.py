@@ -398,7 +398,7 @@ def test_checkpoints_of_another_training_are_never_taken_over(interrupted, datas
 def test_a_diverging_training_stops_and_names_epoch_and_batch(dataset, tmp_path):
     with pytest.raises(UserError, match=r"loss is nan in epoch \d+, batch \d+"):
         make_source("id", ids(lr=1e38), dataset, tmp_path)
-    assert not (tmp_path).exists()
+    assert not (tmp_path / "ids" / "id").exists()
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_a_diverging_training_stops_and_names_epoch_and_batch(dataset, tmp_path)
 )
 def test_a_trained_source_reopens_exactly(kind, shape, dataset, tmp_path):
     made = make_source("id", ids(kind, **shape), dataset, tmp_path)
-    opened = open_source(tmp_path)
+    opened = open_source(tmp_path / "ids" / "id")
     history = [np.array([1, 2, 3])]
     rows = np.array([0])
     per_user = shape.get("interests", 1)

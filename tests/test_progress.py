@@ -16,7 +16,7 @@ LONGEST = """
 import time
 from rarec.progress import Task
 shown = Task("{title}", 20000, 12000, patience=0.0)
-shown.update(12345, "loss 5.432 123k tokens/s 41.2 GB")
+shown.update(12345, "loss 12.345, 9999 tokens/s, 9.9 GB")
 time.sleep(0.5)
 shown.end()
 """
@@ -45,7 +45,7 @@ def test_the_bar_of_a_training_fits_80_columns():
     lines = re.split(r"[\r\n]+", on_a_terminal(LONGEST.format(title=title)))
     bar = next(line.rstrip() for line in lines if "12345/20000" in line)
     assert bar.startswith(f"{title} ")
-    assert "12345/20000 loss 5.432 123k tokens/s 41.2 GB" in bar
+    assert "12345/20000 loss 12.345, 9999 tokens/s, 9.9 GB" in bar
     assert max(map(len, lines)) <= 80
     assert re.search(r" \S+:\S+$", bar), "the time left"
 

@@ -49,7 +49,7 @@ OUT = Path("out/ids/image")
 
 def make(dataset, root="out", say=lambda line: None, **fields):
     config = Import(**{"items": "items.npy", "item_ids": "ids.txt", **fields})
-    return make_source("image", config, dataset, Path(root), say=say)
+    return make_source("image", config, dataset, Path(root), say=say, fresh=True)
 
 
 # -- what comes in --------------------------------------------------------------------------------------------------

@@ -192,8 +192,9 @@ class TrainingLog:
 def _facts(figures: Mapping[str, float]) -> str:
     """Return what is shown of a step: loss, speed, memory. All else is in the log."""
     speed, memory = figures["tokens_per_s"], figures["memory"] / 1e9
-    shown = f"{speed / 1e3:.0f}k" if speed >= 10_000 else f"{speed:.0f}"
-    return f"loss {figures['loss']:.3f} {shown} tokens/s {memory:.1f} GB"
+    tokens = f"{speed / 1e3:.0f}k" if speed >= 10_000 else f"{speed:.0f}"
+    gigabytes = f"{memory:.0f}" if memory >= 10 else f"{memory:.1f}"
+    return f"loss {figures['loss']:.3f}, {tokens} tokens/s, {gigabytes} GB"
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
