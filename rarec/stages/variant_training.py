@@ -65,9 +65,9 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     run.say(
         f"{variant.title}: best validation NDCG@100 {state.best_value:.4f} at step {state.best_step} of {state.step}"
     )
-    told = "stopped by a signal before what comes next" if world.all_reduce_max(int(stopped)) else ""
+    stop = "stopped by a signal before what comes next" if world.all_reduce_max(int(stopped)) else ""
     figures = {**asdict(state), "trainable_parameters": trained, "skipped_samples": len(excluded)}
-    return figures, f"{variant.title} is trained; {told}" if told else ""
+    return figures, f"{variant.title} is trained; {stop}" if stop else ""
 
 
 def _fit(
