@@ -18,7 +18,7 @@ METADATA = (
 WHOLE = {
     "Beauty.txt": b"1 1 2\n2 2 1 3\n",
     "datamaps.json": json.dumps({"id2user": {}, "id2item": {"10": "B10", "1": "B1", "2": "B2"}}).encode(),
-    "meta.json.gz": gzip.compress(METADATA.encode()),
+    "meta.json.gz": gzip.compress(METADATA.encode(), mtime=0),
 }
 
 
@@ -59,7 +59,7 @@ def test_a_line_is_a_user_and_an_item_is_known_by_its_asin(run, tmp_path, capsys
         ("meta.json.gz", b"{'asin': 'B1'}", "gzip"),
         ("meta.json.gz", WHOLE["meta.json.gz"][:-20], "metadata"),
         ("meta.json.gz", WHOLE["meta.json.gz"][:40] + b"\0" * 60, "metadata"),
-        ("meta.json.gz", gzip.compress(b"import os"), "metadata"),
+        ("meta.json.gz", gzip.compress(b"import os", mtime=0), "metadata"),
     ],
 )
 def test_the_file_at_fault_is_named_and_nothing_written(run, tmp_path, name, content, said):
