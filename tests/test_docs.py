@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def code(page: Path) -> Iterator[str]:
-    """Yield what stands in backticks outside of blocks."""
+    """Yield the texts in backticks outside of blocks."""
     yield from re.findall(r"`([^`\n]+)`", prose(page))
 
 
