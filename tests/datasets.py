@@ -15,7 +15,7 @@ from tests.synthetic import write_log
 
 
 def prepared(root: Path, users: int = 60, items: int = 40, **more: Any) -> PreparedDataset:
-    """The synthetic log, prepared."""
+    """Return the synthetic log, prepared."""
     interactions, catalogue = write_log(root / "log", users, items)
     config = Prepare.model_validate(
         {
@@ -28,20 +28,20 @@ def prepared(root: Path, users: int = 60, items: int = 40, **more: Any) -> Prepa
 
 
 def run_of(config: Prepare, root: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Run:
-    """A run of which only the dataset is wanted, in `root`."""
+    """Return a run in `root` that is used for its dataset only."""
     tree = {"run": {"dir": str(root), "seed": seed}, "prepare": config.model_dump(mode="json"), "llm": {"path": "-"}}
     return Run(RunConfig.model_validate(tree), say=say)
 
 
 def prepare_dataset(config: Prepare, root: Path, **more: Any) -> PreparedDataset:
-    """The dataset in `root/prepare`, made anew; arguments as of `run_of`."""
+    """Build the dataset in `root/prepare` and return it; arguments as of `run_of`."""
     run = run_of(config, root, **more)
     run.make("prepare", fresh=True)
     return run.dataset
 
 
 def identity_of(config: Prepare, seed: int = 0) -> list[Any]:
-    """What a dataset of this configuration is known by: settings, and hashes of its inputs."""
+    """Return the identity of a dataset with this configuration: settings, and hashes of its inputs."""
     stage = run_of(config, Path("nowhere"), seed=seed).stage("prepare")
     return [stage.settings(), stage.outside_inputs()]
 

@@ -18,7 +18,7 @@ class FinishedPrepare(PrepareStage):
 
     @property
     def hash(self) -> str:
-        """Of the dataset."""
+        """The hash of the dataset."""
         return self.run.dataset.hash
 
     def require(self, *, outside: bool = False) -> Manifest:

@@ -1,4 +1,4 @@
-"""Artefacts: written aside and renamed whole; what stood there before survives every way of failing."""
+"""Artefacts: written aside and renamed whole; the earlier version survives every failure."""
 
 import multiprocessing
 import os
@@ -94,7 +94,7 @@ def test_what_another_user_left_fails_no_write(tmp_path):
 
 
 def write_both_as_nobody(root):
-    os.chdir(root)  # the directories above it are ours alone
+    os.chdir(root)  # the directories above it are closed to another user
     if os.geteuid() == 0:
         os.seteuid(65534)
     write_both(Path())

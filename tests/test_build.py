@@ -124,7 +124,7 @@ def test_no_instructions(saved, variant):
 def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, variant, readout):
     world = World(saved["llama"], variant, readout=readout)
     for array in (*world.users.values(), *world.items.values()):
-        array[::2] = 0  # some have no vector, so that what stands for it trains as well
+        array[::2] = 0  # some items have no vector, so that the learned fallback trains as well
     trained = trained_parameters(world.model.train())
     assert all("lora_" in name for name in trained if name.startswith("backbone."))
     roots = {name.split(".")[0] if "." not in name else ".".join(name.split(".")[:2]) for name in trained}
@@ -140,8 +140,8 @@ def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, variant, readout
         world.scores().log_softmax(1).diagonal().sum().neg().backward()
         optimizer.step()
     unmoved = {name for name, parameter in trained.items() if not parameter.grad.abs().max() > 0}
-    idle = {"item.readout.heads.text.bias"}  # without a norm it shifts all scores of a user alike
-    if variant == "readout":  # what stands for a missing vector is not read out, and goes nowhere else
+    idle = {"item.readout.heads.text.bias"}  # without a norm it shifts all scores of a user by the same amount
+    if variant == "readout":  # the learned fallback of a missing vector is not read out, and used nowhere else
         idle |= {name for name in trained if name.endswith("fallback_E")}
     assert unmoved <= idle
     for name, parameter in world.model.named_parameters():
@@ -149,7 +149,7 @@ def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, variant, readout
 
 
 def test_variants_see_no_more_than_they_should(saved):
-    """Whether scores follow the ID vectors: text-only and prefix-only do not."""
+    """Scores depend on the ID vectors, but for the variants text_only and prefix_only."""
     for variant in VARIANTS:
         world = World(saved["bert"], variant)
         before = world.scores()

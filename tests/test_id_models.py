@@ -196,7 +196,7 @@ def test_every_training_interaction_is_a_target_once_and_nothing_else_is():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_what_popularity_does_not_know(kind, tmp_path):
-    """The next item follows the user's taste: a quarter of the catalogue, whatever is popular."""
+    """The next item follows the user's taste: a quarter of the catalogue, independent of popularity."""
     dataset = prepared(tmp_path, users=300)
     recipe = ids(kind, epochs=40, max_history=20, lr=3e-3)
     source = make_source("id", recipe, dataset, tmp_path)
@@ -225,7 +225,7 @@ def test_the_best_epoch_is_kept_and_training_stops(dataset, tmp_path):
 
 
 def test_the_test_targets_never_train(dataset, tmp_path):
-    """Whatever stands at the test positions, the weights are the same."""
+    """The weights do not depend on the items at the test positions."""
     other = dataset.item_rows_I.copy()
     at = dataset.starts_U + dataset.test_U
     other[at] = (other[at] + 1) % dataset.n_items

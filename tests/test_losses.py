@@ -29,7 +29,7 @@ def mask(*pairs):
 
 
 def mean(part):
-    """Of one rank that has all rows."""
+    """Return the mean on one rank that has all rows."""
     return part.summed / part.terms.clamp_min(1)
 
 
@@ -54,7 +54,7 @@ def test_false_negatives_by_hand():
     histories_BH = torch.tensor([[1, 2, -1], [7, -1, -1], [5, 7, 3]])
     assert false_negatives(targets_B, histories_BH, targets_B, OWN).tolist() == [
         [False, False, True],  # 5 is a negative of user 0; item 2 is its own target again
-        [True, False, True],  # 7 stands in the history of user 1
+        [True, False, True],  # 7 is in the history of user 1
         [True, True, False],  # its own target again, and 5 from the history; the positive itself is never masked
     ]
 
@@ -89,7 +89,7 @@ def test_softmax_without_false_negatives():
 
 
 def test_logq_by_hand():
-    """An item drawn often stands in many batches as a negative; -ln q takes that back.
+    """An item drawn often is a negative in many batches; -ln q corrects for that.
 
     q = 1/2, 1/4, 1/4, so ln 2 and ln 4 are added to the columns: e^score is multiplied by 2, 4, 4.
     """
@@ -210,7 +210,7 @@ class Step:
         return module
 
     def states(self, prompts, dtype):
-        """As a training step reads them back."""
+        """Return the prompts' text-only states as a training step reads them."""
         stored_BLD = text_states(self.model.backbone, prompts, BLOCKS, 0, dtype=dtype, batch_size=2)
         return torch.from_numpy(stored_BLD.astype(np.float32))
 
@@ -303,7 +303,7 @@ def test_what_is_compared_with_the_text_is_a_choice():
 
 
 def test_slots_that_know_no_vectors_are_not_aligned():
-    """Text only and prefix only: nothing of theirs stands for a user or an item."""
+    """Text only has no slots, prefix only has none that depend on a user or an item."""
     objective = Objective(Loss(), torch.ones(9), (0,))
     prefix = Encoding(torch.randn(3, 5), torch.randn(1, 3, 2, 5), {})
     text = Encoding(torch.randn(3, 5), None, {})

@@ -34,7 +34,7 @@ def in_order(log: pd.DataFrame) -> pd.DataFrame:
 
 
 def same_as_before(log: pd.DataFrame, *columns: str) -> pd.Series:
-    """Whether a row has these values in common with the row before."""
+    """Return whether each row has the same values in these columns as the row before."""
     return (log[list(columns)] == log[list(columns)].shift()).all(axis=1)
 
 
@@ -127,7 +127,7 @@ def test_the_item_before_and_the_title_tell_more_of_the_next_item_than_popularit
 
 
 def same_taste(log: pd.DataFrame, words: pd.Series) -> float:
-    """How often an item has its word in common with the item before."""
+    """Return the share of items that have the same word as the item before."""
     return float(same_as_before(log.assign(word=log["item"].map(words)), "word")[same_as_before(log, "user")].mean())
 
 

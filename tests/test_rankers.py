@@ -53,7 +53,7 @@ def test_a_fused_score_is_the_sum_of_both(text, interests):
 
 
 def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_variant_lets_expect():
-    """ID scores are 5 - 2 x the variant's, but item 3 has no vector: as if it had one, it lies on the same line."""
+    """ID scores are 5 - 2 x the variant's, but item 3 has no vector: its score is the one on the same line."""
     variant_N, lacking_N = np.array([1.0, 4.0, 7.0, 9.0, -3.0]), np.arange(5) == 3
     id_N = 5 - 2 * variant_N
     variant = ranker(np.ones((6, 1)), variant_N[:, None])

@@ -29,7 +29,7 @@ def test_a_hand_worked_example():
 
 
 def test_ties_count_against_the_model():
-    """A model that scores everything alike ranks last among what the user has not seen."""
+    """A model that gives all items the same score ranks the target last among what the user has not seen."""
     zeros = np.zeros((1, 1), dtype=np.float32)
     assert rank_targets(zeros, LINE, np.array([1]), NONE).tolist() == [4]
     assert rank_targets(zeros, LINE, np.array([1]), [np.array([0, 3])]).tolist() == [2]
@@ -97,7 +97,7 @@ def test_a_target_is_never_parted_from_itself_by_rounding():
 
 
 def test_inputs_are_left_as_they_were(tmp_path):
-    """Tensors, plain arrays and read-only memory maps rank alike, and nobody's vectors or scores are written to."""
+    """Tensors, plain arrays and read-only memory maps give the same ranks, and none of them is changed."""
     rng = np.random.default_rng(0)
     users, items = (rng.standard_normal((6, 4)).astype(np.float32) for _ in range(2))
     targets, seen = np.arange(6), [np.array([0, 5])] * 6

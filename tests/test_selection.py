@@ -169,7 +169,7 @@ def test_everything_is_kept_by_default_and_a_users_samples_lie_apart(synthetic: 
     assert sum(selection.report["dropped"].values()) == 0
     own = np.bincount(users) / len(users)
     beside = (selection.user_rows[1:] == selection.user_rows[:-1]).mean()
-    assert (users[1:] == users[:-1]).mean() > 0.8  # as they stand in the dataset
+    assert (users[1:] == users[:-1]).mean() > 0.8  # in the order of the dataset
     assert beside < 4 * (own**2).sum() < 0.1  # as in a draw
 
 

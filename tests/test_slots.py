@@ -190,7 +190,7 @@ def test_who_sees_a_slot_in_the_middle(kind):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_block_0_alone_is_input_injection(kind):
-    """What a serving engine takes as prompt embeddings."""
+    """Return the prompt embeddings that a serving engine accepts."""
     backbone, ids_BP = make_backbone(kind), make_ids(TEXT)
     slots = make_slots([0, 1], blocks=(0,))
     embedded = torch.cat([slots.slots_LBKD[0], backbone.trunk.embed_tokens(ids_BP[:, 2:])], 1)
@@ -284,7 +284,7 @@ class Toy(nn.Module):
 
 
 def toy_gradients(recompute):
-    """Of two towers through toy blocks, twice; `recompute` checkpoints whole calls, hooks and all."""
+    """Return the gradients of two towers through toy blocks; `recompute` checkpoints whole calls, hooks included."""
     torch.manual_seed(0)
     blocks = nn.ModuleList([Toy(), Toy()])
     injector = SlotInjector(blocks)

@@ -71,7 +71,7 @@ def test_a_sample_comes_back_as_it_was(tmp_path):
 
 
 class Counted(LocalTars):
-    """Tells which tars were opened, and keeps them in sight."""
+    """Tars that record which of them were opened, with the open files."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)

@@ -33,7 +33,7 @@ def fitted(size, *every_ND):
 
 
 def map_of(whiten):
-    """What it multiplies moved states by, (Z, D)."""
+    """Return the matrix by which a whitening multiplies centred states, (Z, D)."""
     return whiten.func.stretch_ZZ @ whiten.keywords["directions_ZD"]
 
 
@@ -88,7 +88,7 @@ def test_of_a_wide_model_the_directions_that_vary_most_are_read_the_same_in_all_
 
 @pytest.mark.parametrize("count", [5, 20, 100, 2000])
 def test_unseen_states_are_as_long_as_those_seen_however_few_those_were(count):
-    """In 64 directions, some of which hardly vary; with the covariance of 20 as it is they would be far longer."""
+    """In 64 directions, some of which hardly vary; with the plain covariance of 20 they would be far longer."""
     spreads = np.geomspace(10, 0.1, 64)
     (whiten,) = fitted(64, states(count, *spreads))
     unseen_NZ = whiten(states(5000, *spreads, seed=1))
