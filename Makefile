@@ -13,10 +13,10 @@ demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
 fast: .venv/dev
-	$(BIN)/python -m pytest -n auto -m "not (slow or $(ALONE))"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not (slow or $(ALONE))"
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto -m "not ($(ALONE))"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not ($(ALONE))"
 	$(BIN)/python -m pytest -m "$(ALONE)"
 
 check: .venv/dev

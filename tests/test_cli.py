@@ -63,6 +63,7 @@ def test_the_command_starts_without_loading_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_recommend_prints_items_alone_on_standard_output(finished, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rarec", "recommend", str(finished), "--user", "u001", "-k", "3"])
     with pytest.raises(SystemExit) as end:
@@ -81,6 +82,7 @@ def test_a_user_error_names_the_command_to_type_and_makes_nothing(finished, tmp_
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_script_that_accelerate_launches_ends_in_the_same_way(finished, tmp_path):
     command = [
         sys.executable,
@@ -150,6 +152,7 @@ def test_a_defect_of_the_program_stays_an_exception():
         guarded(lambda: 1 / 0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_that_the_same_command_resumes(finished, tmp_path):
     command = [str(RAREC), "run", str(finished), f"run.dir={tmp_path / 'run'}", "ids.sasrec.epochs=100000"]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits a SIGINT that is ignored

@@ -327,7 +327,7 @@ def test_too_small_a_file_limit_leaves_no_torn_tar(whole, tmp_path):
             forging.write_honest(tmp_path / "shards")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "make room" in str(machine_trouble(refusal.value))
+    assert "free space" in str(machine_trouble(refusal.value))
     assert not [path for path in (tmp_path / "shards").iterdir() if path.is_file()]
     forging.write_honest(tmp_path / "shards")
     assert bytes_of(tmp_path / "shards") == bytes_of(whole)
@@ -342,7 +342,7 @@ def test_a_full_disk_keeps_the_whole_tars_and_goes_on_when_there_is_room(whole, 
     try:
         with pytest.raises(OSError, match="No space left") as refusal:
             forging.write_honest(disk / "shards")
-        assert "make room" in str(machine_trouble(refusal.value))
+        assert "free space" in str(machine_trouble(refusal.value))
         tars = sorted((disk / "shards").glob("*.tar"))
         assert [path.read_bytes() for path in tars] == [(whole / path.name).read_bytes() for path in tars]
         assert not list((disk / "shards").glob(".*aside*"))

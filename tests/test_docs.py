@@ -166,6 +166,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert (tmp_path / "site" / "index.html").exists()
 
 
+@pytest.mark.slow
 def test_commands_run_in_the_order_of_the_pages(place):
     for page in ("training", "distributed", "sweeps", "data"):
         for command in runnable(DOCS / f"{page}.md"):

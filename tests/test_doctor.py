@@ -40,6 +40,7 @@ def test_a_package_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch
     assert versions()["torch"] == "not installed"
 
 
+@pytest.mark.slow
 def test_doctor_finds_what_the_tests_themselves_need(here: dict[str, Check]) -> None:
     for name in ("python", "python packages", "DuckDB", "extra report"):
         assert here[name].status == "ok", here[name]
@@ -60,6 +61,7 @@ def test_a_bare_path_shows_missing_tools_with_their_commands(monkeypatch: pytest
     assert (found["SLURM"].status, found["SLURM"].remedy) == ("note", "apt-get install -y slurm-client")
 
 
+@pytest.mark.slow
 def test_the_compiler_is_the_one_that_pytorch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     compiler = {check.name: check for check in GROUPS["DeepSpeed"]()}["C++ compiler"]

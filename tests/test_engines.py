@@ -87,6 +87,7 @@ NO_TIMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["duckdb", pytest.param("spark", marks=needs_spark)])
 def test_what_a_text_means_as_a_time_is_ours_to_say(tmp_path: Path, engine: str) -> None:
     names = [f"i{at:02d}" for at in range(len(TIMES))]
@@ -173,6 +174,7 @@ def test_an_engine_that_is_none_is_refused(tmp_path: Path, engine: str, said: st
         run(configure(tmp_path, engine=engine), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_files_behind_a_url_give_the_same_dataset(tmp_path: Path) -> None:
     write(tmp_path)
     memory = fsspec.filesystem("memory")

@@ -98,6 +98,7 @@ def test_the_table_has_every_kind_of_part():
 # -- an ID model ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_id_model_of_ones_own_goes_through_every_stage(here):
     run, lines = opened(), []
     assert {"id_only", "per_layer", "per_layer+id"} <= set(run.metrics()["variant"])
@@ -111,6 +112,7 @@ def test_an_id_model_of_ones_own_goes_through_every_stage(here):
     assert sum("is up to date" in line for line in lines) == 8
 
 
+@pytest.mark.slow
 def test_the_command_finds_modules_in_the_current_directory(here):
     """Which Python's own path of an installed command lacks."""
     command = [str(BIN / "rarec"), "recommend", "mine.yaml", *AS_IN_PYTHON, "--user", "u001", "-k", "3"]
@@ -246,6 +248,7 @@ def test_parts_of_ones_own_train_alike_on_two_ranks(here, tmp_path, engine):
     assert losses(together.root, "per_layer") == pytest.approx(losses(alone.root, "per_layer"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_variant_of_ones_own_has_its_name_in_rows_and_its_title_in_tables(here, tmp_path):
     run = copied(tmp_path / "run", *parts("train"), *parts("export"), "train.max_steps=3", "train.validate_every=3")
     run.run(["train", "evaluate", "export", "report"])

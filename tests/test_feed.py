@@ -107,6 +107,7 @@ def stop_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(Objective, "__call__", interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [[], BUDGET])
 def test_weights_are_equal_bit_for_bit_on_any_workers_and_through_a_resume(finished, tmp_path, monkeypatch, cut):
     none = Untrained(finished, tmp_path / "none").train(*cut, "train.stream.workers=0")
@@ -249,6 +250,7 @@ def test_an_altered_index_is_refused_before_anything_is_made(run):
     assert not run.variant.exists()
 
 
+@pytest.mark.slow
 def test_training_from_remote_shards_equals_training_from_local_ones(finished, tmp_path):
     here, there = Untrained(finished, tmp_path / "here").train(), Untrained(finished, tmp_path / "there")
     far = tmp_path / "far"
@@ -290,6 +292,7 @@ def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeyp
     run.train("train.max_steps=2")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_one_line_and_no_process(run):
     command = [sys.executable, str(LAUNCH), "--config", str(run.finished), run.place, *SHORT, "train.epochs=200"]
     command += ["train.patience=999", "train.stream.workers=2"]

@@ -194,6 +194,7 @@ def test_every_training_interaction_is_a_target_once_and_nothing_else_is():
         assert inputs == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_what_popularity_does_not_know(kind, tmp_path):
     """The next item follows the user's taste: a quarter of the catalogue, independent of popularity."""
@@ -317,6 +318,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_training_resumes_to_the_same_weights(kind, dataset, tmp_path):
     whole = make_source("id", ids(kind), dataset, tmp_path / "whole")
@@ -350,6 +352,7 @@ def resumed(interrupted: Path, dataset: PreparedDataset, directory: Path, harm: 
     return source.hash, lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["training.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(b"torn"), Path.unlink])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(file, harm, interrupted, dataset, tmp_path):

@@ -52,6 +52,7 @@ def trained_from(config: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_other_validation_and_test_targets_change_nothing_that_is_trained_on(tmp_path: Path) -> None:
     first = trained_from(make_world(tmp_path / "a"))
     other = make_world(tmp_path / "b")
@@ -59,6 +60,7 @@ def test_other_validation_and_test_targets_change_nothing_that_is_trained_on(tmp
     assert trained_from(other) == first
 
 
+@pytest.mark.slow
 def test_other_training_interactions_do_change_it(tmp_path: Path) -> None:
     first = trained_from(make_world(tmp_path / "a"))
     other = make_world(tmp_path / "b")

@@ -218,6 +218,7 @@ def test_prompts_are_bounded_by_the_configuration(llama):
     assert prompt_length_bounds(config, {"user": 3, "item": 0}, 10)["user"].longest == 10 - 3
 
 
+@pytest.mark.slow
 def test_samples_and_lengths_are_those_of_the_shards(finished):
     made = plan(open_run(finished, []), GPU, None)
     index = np.load(finished.parent / "run" / "shards" / INDEX)

@@ -158,6 +158,7 @@ def test_a_change_is_printed_with_the_command_that_makes_it(llama, tmp_path):
     assert "-m rarec train mine.yaml run.seed=3 train.accumulate=2" in printed
 
 
+@pytest.mark.slow
 def test_a_plan_of_8b_reads_config_json_alone_and_takes_seconds_and_little_memory(tmp_path):
     llm = tmp_path / "llm"
     llm.mkdir()

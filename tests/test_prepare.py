@@ -113,6 +113,7 @@ def test_the_files_say_what_the_arrays_say(tmp_path: Path) -> None:
     assert interactions["user_row"].to_pylist() == [0] * 4 + [1] * 3
 
 
+@pytest.mark.slow
 def test_every_format_gives_the_same_files(tmp_path: Path) -> None:
     items = [row for row in CATALOGUE if row[0] != "a"] + [
         ("a", "Red shoes", "Acme", "1999")
@@ -286,6 +287,7 @@ def test_a_time_that_is_none_names_the_row(tmp_path: Path, bad: Any, suffix: str
     refuse(tmp_path, "prepare.interactions.position", order="position", **more)
 
 
+@pytest.mark.slow
 def test_what_leaves_nothing_says_which_step_and_what_to_do(tmp_path: Path) -> None:
     write(tmp_path)
     refuse(tmp_path, "log.csv", "step min_user_interactions", "prepare.min_user", min_user_interactions=9)
@@ -344,6 +346,7 @@ def order_of(dataset: PreparedDataset) -> np.ndarray[Any, np.dtype[np.float64]]:
     return times
 
 
+@pytest.mark.slow
 @FEW
 @given(seed=SEEDS, shares=st.tuples(st.sampled_from([0.1, 0.3]), st.sampled_from([0.1, 0.3])))
 def test_a_temporal_split_never_trains_on_what_comes_after_a_target(
@@ -370,6 +373,7 @@ def test_a_temporal_split_never_trains_on_what_comes_after_a_target(
         assert (before <= mine[earlier]).all()
 
 
+@pytest.mark.slow
 @FEW
 @given(seed=SEEDS, repeats=st.sampled_from(["first", "last", "runs", "keep"]))
 def test_leave_one_out_never_leaks_and_knows_no_order_of_rows(
@@ -394,6 +398,7 @@ def test_leave_one_out_never_leaks_and_knows_no_order_of_rows(
     assert len(dataset.item_rows_I) == distinct or (repeats == "runs" and len(dataset.item_rows_I) < distinct)
 
 
+@pytest.mark.slow
 @FEW
 @given(seed=SEEDS, validating=st.integers(1, 12))
 def test_users_who_do_not_validate_train_on_all_but_their_last(
@@ -411,6 +416,7 @@ def test_users_who_do_not_validate_train_on_all_but_their_last(
     assert (some.train_length_U - every.train_length_U).tolist() == (eligible & ~validates).astype(int).tolist()
 
 
+@pytest.mark.slow
 @FEW
 @given(seed=SEEDS, share=st.sampled_from([0.2, 0.5]))
 def test_new_items_are_met_as_a_users_last_alone(

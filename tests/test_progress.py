@@ -58,8 +58,7 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def test_lines_in_a_file_are_sparse_and_name_steps_facts_and_the_time_left(clock, capsys, monkeypatch):
-    monkeypatch.setattr("rarec.progress.console.file", sys.stderr)
+def test_lines_in_a_file_are_sparse_and_name_steps_facts_and_the_time_left(clock, capsys):
     shown = Task("per_layer", 100)
     for step in range(1, 101):
         clock[0] += 1.0
@@ -74,7 +73,6 @@ def test_lines_in_a_file_are_sparse_and_name_steps_facts_and_the_time_left(clock
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_short_loop_and_another_rank_show_nothing(rank, clock, capsys, monkeypatch):
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr("rarec.progress.console.file", sys.stderr)
     shown = Task("per_layer", 100)
     for step in range(1, 100):
         clock[0] += 0.1 if rank == "0" else 10.0

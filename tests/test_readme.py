@@ -35,6 +35,7 @@ def test_the_two_commands_come_first():
     assert [line.split()[:2] for line in lines(README, "bash")[:2]] == [["make", "demo"], ["make", "test"]]
 
 
+@pytest.mark.slow
 def test_what_make_demo_runs_is_a_valid_run(tmp_path):
     recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
     command = next(line.strip() for line in recipe.splitlines() if "rarec run" in line)
@@ -44,10 +45,12 @@ def test_what_make_demo_runs_is_a_valid_run(tmp_path):
     assert (tmp_path / "run" / "bundle" / "alignment.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_every_command_runs(ran):
     assert (ran / "runs" / "mine" / "report" / "report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(rarec, "Run"), reason="rarec.Run is not there yet")
 def test_the_python_lines_run_after_the_commands(ran):
     result = subprocess.run(

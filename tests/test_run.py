@@ -343,7 +343,7 @@ def test_results_are_read_as_tables(finished):
 def test_results_of_other_settings_or_of_no_evaluation_are_refused(finished, tmp_path, table):
     with pytest.raises(UserError, match=r"evaluate\.resamples: 200 -> 50"):
         getattr(rarec.Run(finished, ["evaluate.resamples=50"]), table)()
-    with pytest.raises(UserError, match="rarec evaluate CONFIG"):
+    with pytest.raises(UserError, match="rarec train CONFIG"):
         getattr(rarec.Run(finished, [f"run.dir={tmp_path}"]), table)()
 
 

@@ -146,6 +146,7 @@ def _race(config: Path, names: list[str], stages: tuple[str, ...] = SHARED) -> l
     return [path.read_text() for path in outputs]
 
 
+@pytest.mark.slow
 def test_two_that_want_the_same_at_the_same_time_make_it_once(world):
     said = _race(world, ["a", "b"])
     for artefact in ("prepare-", "ids-id-", "shards-"):
@@ -155,6 +156,7 @@ def test_two_that_want_the_same_at_the_same_time_make_it_once(world):
     assert not [name for name in left if ".aside-" in name or "progress" in name or name.endswith(".fresh")]
 
 
+@pytest.mark.slow
 def test_two_in_one_run_directory_train_and_evaluate_once(world):
     _make(world, "same", world.parent / "before.txt")
     said = _race(world, ["same", "same"], ("train", "evaluate"))
@@ -163,6 +165,7 @@ def test_two_in_one_run_directory_train_and_evaluate_once(world):
         assert sorted(ready) == [False, True], said
 
 
+@pytest.mark.slow
 def test_who_is_killed_at_it_leaves_it_to_the_next(world):
     outputs = [world.parent / f"{name}.txt" for name in "ab"]
     slow, next_one = (START.Process(target=_make, args=(world, path.stem, path)) for path in outputs)

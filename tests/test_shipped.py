@@ -85,6 +85,7 @@ def test_a_package_without_its_files_is_refused(installed):
     assert "pip install" in error.value.remedy
 
 
+@pytest.mark.slow
 def test_the_command_starts_the_entry_from_any_directory(monkeypatch, tmp_path):
     """The launcher takes the file and the module; `--help` ends before anything is trained."""
     monkeypatch.chdir(tmp_path)

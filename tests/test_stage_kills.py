@@ -56,6 +56,7 @@ def assert_whole(stage: Toy, value: int) -> None:
     assert (stage.directory / "value").read_text() == str(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Toy, Slow])
 def test_killed_before_any_change_to_the_disk_the_same_command_builds_the_same(tmp_path, kind):
     for change in count(1):
@@ -71,6 +72,7 @@ def test_killed_before_any_change_to_the_disk_the_same_command_builds_the_same(t
     assert change > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Toy, Slow])
 def test_killed_before_any_change_of_a_fresh_build_the_old_stays_usable_and_the_same_command_builds_the_new(
     tmp_path, kind

@@ -169,6 +169,7 @@ def test_the_papers_choices_are_measured_as_they_are_shipped():
     assert (measured.train.variants, measured.train.epochs) == (shipped.train.variants, shipped.train.epochs)
 
 
+@pytest.mark.slow
 def test_each_run_is_made_in_its_directory_and_what_they_share_once(swept):
     path, ended = swept
     assert ended.returncode == 0, ended.stderr
@@ -208,6 +209,7 @@ def test_a_second_sweep_builds_nothing_and_loads_nothing_heavy(swept):
     assert time.monotonic() - started < 0.5
 
 
+@pytest.mark.slow
 def test_seeds_rank_the_same_users_of_a_subset(world):
     path = write_sweep(world, {"few": {"evaluate.users": 9}}, seeds=[17, 18])
     assert sweep(path).returncode == 0
@@ -253,6 +255,7 @@ def test_damage_is_something_to_do(swept, tmp_path):
     assert state_of(run, ["train", "evaluate"])[0] == "done"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_at_the_end_and_stops_no_other(world):
     runs = {"a-bad": {"train.blocks": [99]}, "b-good": {}, "c-bad": {"llm.path": str(world.parent / "none")}}
     path = write_sweep(world, runs)
@@ -269,6 +272,7 @@ def test_a_run_that_fails_is_named_at_the_end_and_stops_no_other(world):
     assert (mended.returncode, mended.stderr.count("failed: ")) == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_compares_no_variants_needs_none_to_export(world):
     path = write_sweep(world, {"a": {"export.variant": "input"}}, stages=["prepare", "ids"])
     ended = sweep(path)
@@ -276,6 +280,7 @@ def test_a_sweep_that_compares_no_variants_needs_none_to_export(world):
     assert [state_of(run, ["prepare", "ids"]) for run in load_sweep(path).runs] == [("done", "ids")]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_resumes(world):
     path = write_sweep(
         world, {"long": {"train.epochs": 60, "train.validate_every": 5, "train.patience": 1000}, "short": None}
@@ -302,6 +307,7 @@ def test_a_sweep_that_is_killed_resumes(world):
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_sweep_that_is_stopped_has_its_run_save_first(world, number, code):
     path = write_sweep(world, {"long": {"train.epochs": 100000, "train.validate_every": 100000}})

@@ -63,6 +63,7 @@ def test_readout_alignment_and_lora_have_rates_of_their_own_and_no_group_is_empt
     assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25, 0.5, 0.125]
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_ends_with_the_same_weights_bit_for_bit(finished, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     open_run(finished, [untrained(finished, whole), *LONG]).make("train")
@@ -103,6 +104,7 @@ def test_what_trains_is_saved_apart_and_nothing_frozen_with_it(finished, tmp_pat
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
+@pytest.mark.slow
 def test_the_newest_and_the_best_checkpoint_are_kept(finished, tmp_path):
     overrides = [
         "train.variants=[per_layer]",

@@ -19,6 +19,7 @@ VARIANT = "per_layer_lora"
 SHORT = [f"train.variants=[{VARIANT}]", f"export.variant={VARIANT}", "train.max_steps=2", "run.device=cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["absent", "present"])
 def test_a_run_on_one_process_does_not_need_or_import_deepspeed(finished, tmp_path, deepspeed):
     command = [sys.executable, "-c", RUN, deepspeed, "run", str(finished), untrained(finished, tmp_path), *SHORT]
