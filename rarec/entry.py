@@ -99,6 +99,8 @@ def stoppable() -> Iterator[None]:
 
 def guarded(command: Callable[[], object]) -> None:
     """Call a command; turn a `UserError`, a full disk or a refused file into one message and exit code 2."""
+    # Before torch is loaded: threads that spin while they wait for others take the cores of a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command()
     except Exception as error:

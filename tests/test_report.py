@@ -531,6 +531,9 @@ def test_a_training_that_was_still_improving_is_named_with_the_field_to_raise(
     line = closing_lines(files, config(root_of(run), train=train))[0]
     assert "RA-Rec (per layer)" in line
     assert field in line
+    once = replace(improving, validations=improving.validations[:1])  # nothing to compare with
+    lines = closing_lines(replace(files, training={"per_layer": once}), config(root_of(run), train=train))
+    assert not any(field in line for line in lines)
 
 
 def test_a_best_variant_without_slots_is_said_to_need_none() -> None:

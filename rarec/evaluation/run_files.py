@@ -69,9 +69,9 @@ class TrainingRecord:
 
     @property
     def still_improving(self) -> bool:
-        """True if the training ended with its best validation."""
+        """True if the training ended with the best of several validations."""
         step = self.done.get("step")
-        return bool(step) and self.done.get("best_step") == step
+        return bool(step) and self.done.get("best_step") == step and len(self.validations) > 1
 
 
 @dataclass(frozen=True)
