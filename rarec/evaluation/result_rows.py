@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.evaluation.labels import FULL, is_external
+from rarec.evaluation.labels import FULL, POPULAR, is_external
 from rarec.ranking.intervals import mean_intervals, paired_intervals
 from rarec.ranking.metrics import metric_values
 
@@ -66,7 +66,8 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     """Return the pairs (variant, baseline) that are compared, each once.
 
     The main variant with every other; its fusions with the baselines, alone and with popularity, and with external
-    systems; every fusion with that of the text alone; its sanity checks with it; and what the text gains by itself.
+    systems; its sanity checks with it; what the text gains by itself; and, as any of them may be the best, every variant
+    with the ID model and with text only + ID, with popularity on both sides or on none.
 
     Args:
         variants: all row names.
@@ -74,16 +75,15 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     """
     names = list(variants)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
-    baseline = [(main, "text_only+id")] if main != "text_only" else []
-    fused = [(f"{main}+id", name) for name in ("id_only", "text_only+id", "readout+id", "input+id", main)]
-    others = [(name, "text_only+id") for name in names if name.endswith("+id")]
-    popular = [(f"{main}+id+popularity", f"{name}+popularity") for name in ("id_only", "text_only+id")]
+    fused = [(f"{main}+id", name) for name in ("readout+id", "input+id", main)]
     sanity_checks = [(name, main) for name in names if name.startswith(f"{main}/")]
-    text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"]
-    gains = [("text_only+id", "id_only"), ("prefix_only", "text_only")]
+    text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"] + [("prefix_only", "text_only")]
     external = [(f"{main}+id", name) for name in names if is_external(name)]
+    best = [name for name in names if "/" not in name and not is_external(name) and not name.startswith("id_only")]
+    popular = {name: POPULAR if name.endswith(POPULAR) else "" for name in best}
+    baselines = [(name, baseline + popular[name]) for name in best for baseline in ("id_only", "text_only+id")]
     once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in plain + baseline + fused + others + gains + popular + sanity_checks + text + external:
+    for pair in plain + fused + sanity_checks + text + external + baselines:
         once.setdefault(frozenset(pair), pair)
     return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
 
