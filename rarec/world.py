@@ -66,7 +66,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes files and prints for all."""
+        """Return whether this is rank 0, which writes files and prints for all."""
         return self.rank == 0
 
     def report(self, doing: str, step: int | None = None) -> None:

@@ -62,7 +62,7 @@ class Training:
 
     @property
     def done(self) -> bool:
-        """Whether the training is finished."""
+        """Return whether the training is finished."""
         return (self.directory / "manifest.json").exists()
 
     def checkpoint(self) -> Path | None:

@@ -189,7 +189,7 @@ def _hits(one: Finished) -> dict[str, list[float]]:
 
 
 def _made(one: Finished, stages: Iterable[str]) -> Summary:
-    """Where, when and with how much one run was made; a stage that was shared with an earlier run has no time."""
+    """Return the commits and machines of one run, and the seconds of each stage; a shared stage has none of its own."""
     record, shares = one.record, bool(one.run.config.run.shared)
     parts = [part for stage in record.values() for part in (*stage.get("earlier", []), stage)]
     machines = [part["hardware"] + (f" x {part['ranks']}" if part["ranks"] > 1 else "") for part in parts]

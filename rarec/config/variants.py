@@ -35,7 +35,7 @@ class Variant:
 
     @property
     def identity(self) -> str | dict[str, Any]:
-        """What manifests record: the name of a variant that rarec brings, all but the title of any other."""
+        """Return what manifests record: the name of a variant of rarec's; of a user's own, all fields but the title."""
         if VARIANTS.get(self.name) == self:
             return self.name
         return {field: value for field, value in asdict(self).items() if field != "title"}

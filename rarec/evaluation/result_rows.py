@@ -65,9 +65,9 @@ def comparison_rows(
 def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str]]:
     """Return the pairs (variant, baseline) that are compared, each once.
 
-    The main variant with every other; its fusions with the baselines, alone and with popularity, and with external
-    systems; its sanity checks with it; what the text gains by itself; and, as any of them may be the best, every variant
-    with the ID model and with text only + ID, with popularity on both sides or on none.
+    The main variant with every other; its fusion with other fusions and external systems; its sanity checks with it;
+    and, as any of them may be the best, every variant with the ID model and with text only + ID, both with popularity
+    where the variant has it.
 
     Args:
         variants: all row names.

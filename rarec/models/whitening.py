@@ -109,7 +109,7 @@ class Moments:
 
     @property
     def constant(self) -> bool:
-        """Whether there are no states, or they are constant."""
+        """Return whether there are no states, or all are equal."""
         squares = self.sums.diagonal()[:-1].sum()
         return not self.count or float(self.covariance_DD.trace()) <= CONSTANT_SHARE * squares / self.count
 
