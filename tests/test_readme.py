@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import rarec
 from tests.pages import BIN, README, ROOT, SMALL, blocks, lines, make_place, runnable, shell
 
 TEXT = README.read_text(encoding="utf-8")
@@ -51,7 +50,6 @@ def test_every_command_runs(ran):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(rarec, "Run"), reason="rarec.Run is not there yet")
 def test_the_python_lines_run_after_the_commands(ran):
     result = subprocess.run(
         [sys.executable, "-c", blocks(README, "python")[0]],

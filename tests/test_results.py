@@ -499,7 +499,6 @@ def test_hits_are_counted_by_who_has_them_and_by_what_the_fusion_keeps(path):
 
 
 def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
-    pytest.importorskip("matplotlib")
     *_, first, second = load_sweep(path).runs
     finish(first, RANKS[17])
     assert "svg" not in page(path)
@@ -512,7 +511,6 @@ def test_a_grid_over_one_field_is_drawn_the_same_each_time(path):
 
 
 def test_a_grid_over_lists_is_drawn_with_each_value_and_joins_none(path):
-    pytest.importorskip("matplotlib")
     path.write_text(SWEEP.replace("grid: {shards.share: [0.5, 0.01]}", "grid: {train.blocks: [[0], [0, 1]]}"))
     for run in load_sweep(path).runs[2:]:
         finish(run, RANKS[17])
@@ -524,7 +522,6 @@ def test_a_grid_over_lists_is_drawn_with_each_value_and_joins_none(path):
 
 
 def test_grids_over_the_same_field_are_drawn_together(path):
-    pytest.importorskip("matplotlib")
     text = path.read_text()
     entry = "\n  other: {grid: {shards.share: [1.0, 0.5]}, shards.denoise: true}\n"
     path.write_text(text.rstrip("\n") + entry)
@@ -538,7 +535,6 @@ def test_grids_over_the_same_field_are_drawn_together(path):
 
 
 def test_a_picture_shows_the_figures_that_a_text_lists(path):
-    pytest.importorskip("matplotlib")
     finish(load_sweep(path).runs[0], RANKS[17])
     collected(path)
     words("<!-- plot: best hr@10\nID model = sweep:plain:id_only\nRA-Rec = sweep:plain:per_layer\n-->", "RESULTS.md")
@@ -584,8 +580,8 @@ def test_the_command_collects_and_writes_only_what_has_changed(path, capsys):
 
 
 def test_the_projects_own_pages_are_those_that_the_tool_makes(monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import matplotlib
     from make_results import Pages
 
     remedy = "run: python tools/make_results.py"

@@ -75,15 +75,16 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     """
     names = list(variants)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
-    fused = [(f"{main}+id", name) for name in ("readout+id", "input+id", main)]
+    baselines = ("id_only", "text_only+id")
+    fused = [(f"{main}+id", name) for name in (*baselines, "readout+id", "input+id", main)]
     sanity_checks = [(name, main) for name in names if name.startswith(f"{main}/")]
-    text = [(name, "text_only") for name in names if name == f"{main}/permuted_ids"] + [("prefix_only", "text_only")]
+    text = [(name, "text_only") for name in (f"{main}/permuted_ids", "prefix_only")]
     external = [(f"{main}+id", name) for name in names if is_external(name)]
-    best = [name for name in names if "/" not in name and not is_external(name) and not name.startswith("id_only")]
-    popular = {name: POPULAR if name.endswith(POPULAR) else "" for name in best}
-    baselines = [(name, baseline + popular[name]) for name in best for baseline in ("id_only", "text_only+id")]
+    own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith("id_only")]
+    popular = {name: POPULAR if name.endswith(POPULAR) else "" for name in own}
+    others = [(name, baseline + popular[name]) for name in own for baseline in baselines]
     once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in plain + fused + sanity_checks + text + external + baselines:
+    for pair in plain + fused + others + sanity_checks + text + external:
         once.setdefault(frozenset(pair), pair)
     return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
 
