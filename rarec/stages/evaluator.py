@@ -103,7 +103,7 @@ class Evaluator:
     def _ranks_of(self, name: str, model: RaRec) -> Ranks:
         """Rank by one trained variant, by its fusions, and by the sanity checks of the main one."""
         config, run = self.run.config, self.run
-        ranker = self._of(model)
+        ranker = self._ranker_of(model)
         if name in ("text_only", self.main):
             self._best[name] = self._examples.best(ranker)
         rankers: dict[str, Ranker] = {name: ranker}
@@ -116,7 +116,7 @@ class Evaluator:
         if name == self.main and config.evaluate.sanity_checks:
             shuffled = EvalBatch.of(run.dataset, self.targets, self.seed)
             ranks |= self._rank(shuffled, {f"{name}/shuffled_history": ranker})
-            ranks |= self._rank(self.test, {f"{name}/permuted_ids": self._of(model, permuted=True)})
+            ranks |= self._rank(self.test, {f"{name}/permuted_ids": self._ranker_of(model, permuted=True)})
         return ranks
 
     def _with_popularity(self, name: str, ranker: Ranker) -> dict[str, Ranker]:
@@ -131,7 +131,7 @@ class Evaluator:
             self.run.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
         return ranks
 
-    def _of(self, model: RaRec, permuted: bool = False) -> Ranker:
+    def _ranker_of(self, model: RaRec, permuted: bool = False) -> Ranker:
         sources = self.run.sources
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}

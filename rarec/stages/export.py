@@ -36,8 +36,8 @@ class ExportStage(Stage):
         """See `Stage`."""
         run = self.run
         sources = {f"ids/{name}": run.stage("ids", name) for name in run.config.sources_by_name}
-        made = {"prepare": run.stage("prepare"), **sources, "evaluate": run.stage("evaluate")}
-        return {**made, "train": self._trained}
+        others = {name: run.stage(name) for name in ("prepare", "evaluate")}
+        return {**others, **sources, "train": self._trained}
 
     def outside_inputs(self) -> dict[str, str]:
         """See `Stage`: hashes of the language model, the prompt and the catalogue."""
