@@ -1,0 +1,107 @@
+"""Measure how OpenMP's threads should wait for each other, on an idle machine and beside other busy processes.
+
+    python tools/bench_waiting.py [--busy 1] [--rounds 2]
+
+Each way of waiting is measured in a process of its own: seconds for 40 training steps of SASRec, whose operations last
+microseconds, and for a forward and backward pass of a language model of MiniLM's shape, whose operations last
+milliseconds. `rarec` sets the one called `rarec`; `spin` is what GNU's OpenMP does by itself, `passive` is
+OMP_WAIT_POLICY=PASSIVE. Rounds are interleaved; medians are reported, and ratios to `spin`.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from measuring import seconds
+from transformers import BertConfig, BertModel
+
+from rarec.config.ids import SasRecConfig
+from rarec.entry import WAITING
+from rarec.ids.sampled_softmax import ModelWithItems, draw_negatives
+
+WAYS = {"spin": {}, "rarec": WAITING, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
+ITEMS, WINDOWS, STEPS = 3500, 64, 40
+TOKENS = (64, 100)
+
+
+def measure() -> None:
+    """Print the seconds of both workloads."""
+    torch.manual_seed(0)
+    id_model = ModelWithItems(SasRecConfig(), torch.ones(ITEMS, dtype=torch.bool))
+    rows, lengths_B = torch.randint(ITEMS, (WINDOWS, 51)), torch.randint(1, 51, (WINDOWS,))
+
+    def id_step() -> None:
+        id_model.loss(rows, lengths_B, draw_negatives(torch.arange(ITEMS), 512)).backward()
+
+    shape = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    llm = BertModel(shape).requires_grad_(False)
+    embedded = torch.randn(*TOKENS, 384, requires_grad=True)
+
+    def llm_pass() -> None:
+        llm(inputs_embeds=embedded).last_hidden_state.square().mean().backward()
+
+    def id_steps() -> None:
+        for _ in range(STEPS):
+            id_step()
+
+    for action in (id_steps, llm_pass):
+        action()
+        print(seconds(action))
+
+
+def spin_forever() -> None:
+    """Keep one core busy."""
+    while True:
+        pass
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Keep as many cores busy as there are processes."""
+    others = [multiprocessing.Process(target=spin_forever, daemon=True) for _ in range(processes)]
+    for other in others:
+        other.start()
+    yield
+    for other in others:
+        other.kill()
+
+
+def rounds(count: int) -> dict[str, tuple[float, ...]]:
+    """Return the median seconds of both workloads, by way of waiting."""
+    found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for _ in range(count):
+        for way, variables in WAYS.items():
+            command = [sys.executable, __file__, "--measure"]
+            out = subprocess.run(command, env=unset | variables, check=True, capture_output=True, text=True).stdout
+            found[way].append([float(line) for line in out.split()])
+    return {way: tuple(map(statistics.median, zip(*times, strict=True))) for way, times in found.items()}
+
+
+def main() -> None:
+    """Measure alone and beside busy processes, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--busy", type=int, default=1, help="number of other busy processes")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure()
+        return
+    print(f"{'machine':16}{'waiting':10}{'SASRec, s':>10}{'ratio':>8}{'LLM, s':>10}{'ratio':>8}")
+    for name, others in (("idle", 0), (f"{arguments.busy} busy", arguments.busy)):
+        with busy(others):
+            figures = rounds(arguments.rounds)
+        for way, times in figures.items():
+            cells = (f"{time:10.2f}{time / spin:8.2f}" for time, spin in zip(times, figures["spin"], strict=True))
+            print(f"{name:16}{way:10}{''.join(cells)}")
+
+
+if __name__ == "__main__":
+    main()
