@@ -2,7 +2,7 @@
 
 A manifest holds `kind`, `schema`, `settings` (the configuration that shaped the artefact), `made_from` (hashes of the
 artefacts it was made from), `files` (sha256 of each file), and figures worth keeping. Its `hash` is the sha256 of all
-of these but the figures, which may differ between equal runs.
+of these but the figures, which may differ between equal runs; its `seal` that of the whole.
 """
 
 import hashlib
@@ -14,13 +14,16 @@ from typing import Any
 from rarec.errors import UserError
 from rarec.files import read_json, sha256_file, write_json
 
-SCHEMA = 2
-"""Of manifests. 1 called variants `arms` and sanity checks `probes`, and had a `done.json` beside a training's."""
+SCHEMA = 3
+"""Of manifests. 1 called variants `arms` and sanity checks `probes`, and had a `done.json` beside a training's; 2 had
+no seal, and no markers in directories."""
 MAKERS = {"bundle": "export", "checkpoint": "train"}
 """The command that makes a kind of artefact, where it is not the kind's own name."""
 MANIFEST = "manifest.json"
 IDENTITY = ("kind", "schema", "settings", "made_from", "files")
 """The fields of a manifest that its hash covers."""
+SEAL = "seal"
+"""The field of a JSON object with the sha256 of all others."""
 
 Manifest = dict[str, Any]
 
@@ -66,12 +69,30 @@ def write_manifest(
         "files": {name: files[name] or sha256_file(directory / name) for name in sorted(files)},
     }
     manifest = {**identity, "hash": sha256_json(identity), **figures}
-    write_json(directory / MANIFEST, manifest)
+    write_sealed(directory / MANIFEST, manifest)
     return manifest
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its seal, by which damage shows when it is read back."""
+    write_json(path, {**value, SEAL: sha256_json(value)})
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """Read what `write_sealed` has written, without the seal.
+
+    Raises:
+        UserError: it is missing or damaged; the message names it.
+    """
+    sealed = read_json(path, remedy)
+    plain = {name: value for name, value in sealed.items() if name != SEAL} if isinstance(sealed, dict) else {}
+    if not plain or sealed.get(SEAL) != sha256_json(plain):
+        raise UserError(f"{path} is damaged: its content does not match its `{SEAL}`", remedy)
+    return plain
+
+
 def read_manifest(directory: Path, kind: str) -> Manifest:
-    """Read an artefact's manifest and check its kind, schema and hash.
+    """Read an artefact's manifest and check its kind, schema and seal.
 
     Raises:
         UserError: the artefact is missing (the message names the command that makes it), damaged, or of another kind
@@ -80,19 +101,19 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
     path = directory / MANIFEST
     if not path.exists():
         raise UserError(f"{directory} has no {MANIFEST}", f"build it first: rarec {MAKERS.get(kind, kind)} CONFIG")
-    manifest = read_json(path, rebuild(kind))
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path} is not a manifest", rebuild(kind))
+    found = read_json(path, rebuild(kind))
+    schema = found.get("schema", SCHEMA) if isinstance(found, dict) else SCHEMA
+    if isinstance(schema, int) and schema < SCHEMA:
+        problem = f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}"
+        raise UserError(problem, f"move {directory} away, and build it again")
+    manifest = read_sealed(path, rebuild(kind))
     if manifest.get("kind") != kind:
         raise UserError(f"{path} is of kind {manifest.get('kind')!r}, not {kind!r}", rebuild(kind))
-    if manifest.get("schema") != SCHEMA:
-        problem = f"{path} has schema {manifest.get('schema')}, this version of rarec reads schema {SCHEMA}"
-        raise UserError(problem, rebuild(kind))
-    damaged = [name for name in ("settings", "made_from", "files") if not _maps_names(manifest.get(name), name)]
-    if damaged:
-        raise UserError(f"{path}: field `{damaged[0]}` is damaged", rebuild(kind))
-    if manifest.get("hash") != sha256_json({name: manifest.get(name) for name in IDENTITY}):
-        raise UserError(f"{path} was altered: its hash does not match its content", rebuild(kind))
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}", "update rarec")
+    malformed = [name for name in ("settings", "made_from", "files") if not _maps_names(manifest.get(name), name)]
+    if malformed:
+        raise UserError(f"{path}: field `{malformed[0]}` is malformed", rebuild(kind))
     return manifest
 
 

@@ -4,19 +4,21 @@ A checkpoint is a directory `step-00000040` with tensors in safetensors, `state.
 manifest with the sha256 of every file and the hash of the training that it belongs to.
 """
 
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rarec.artefacts import check_files, read_manifest, write_manifest
+from rarec.directories import discard, new_directory
 from rarec.errors import UserError
-from rarec.files import new_directory, read_json, write_json
+from rarec.files import drop_stale, read_json, write_json
 
 KIND = "checkpoint"
 STATE = "state.json"
 _PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}(\d{{8,18}})", re.ASCII)
 Say = Callable[[str], None]
 
 
@@ -43,7 +45,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, oldest first; each was whole when it was written."""
-        return sorted(int(path.name.removeprefix(_PREFIX)) for path in self.directory.glob(f"{_PREFIX}*"))
+        named = (_NAME.fullmatch(path.name) for path in self.directory.glob(f"{_PREFIX}*"))
+        return sorted(int(found[1]) for found in named if found)
 
     @contextmanager
     def writing(self, step: int, state: Mapping[str, Any], best: int | None = None) -> Iterator[Path]:
@@ -61,10 +64,10 @@ class CheckpointStore:
         kept = {*self.steps()[-self.keep :], best}
         for other in self.steps():
             if other not in kept:
-                shutil.rmtree(self.path(other))
+                discard(self.path(other))
 
     def newest(self, say: Say) -> int | None:
-        """Return the step of the newest whole checkpoint; report and delete torn ones.
+        """Return the step of the newest whole checkpoint; report torn ones, and delete them if rarec made all in them.
 
         Only one process may call this. If none is whole, none is deleted: training never restarts silently.
 
@@ -74,6 +77,7 @@ class CheckpointStore:
         Raises:
             UserError: there are checkpoints, but none is whole; or one belongs to another training.
         """
+        drop_stale(self.directory)
         torn: dict[int, str] = {}
         whole: list[int] = []
         for step in self.steps():
@@ -87,8 +91,8 @@ class CheckpointStore:
             remedy = f"start again: rarec {self.command} CONFIG --fresh"
             raise UserError(f"{self.directory}: none of {len(torn)} checkpoints is whole", remedy)
         for step, problem in torn.items():
-            say(f"{problem}: dropped, resuming from {self.path(whole[-1]).name}")
-            shutil.rmtree(self.path(step))
+            say(f"{problem}: not used, resuming from {self.path(whole[-1]).name}")
+            discard(self.path(step))
         return max(whole, default=None)
 
     def verify(self, step: int) -> None:

@@ -1,10 +1,11 @@
-"""Files and directories written aside and renamed when whole, and locks that the kernel frees with their process."""
+"""Files written aside and renamed when whole, and locks that the kernel frees with their process."""
 
 import fcntl
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,8 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -35,7 +37,7 @@ def write_aside(path: Path) -> Iterator[BinaryIO]:
     What a killed process left aside under the same name is removed.
     """
     drop_stale(path.parent, path.name)
-    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
+    aside = aside_path(path)
     try:
         with aside.open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -45,7 +47,29 @@ def write_aside(path: Path) -> Iterator[BinaryIO]:
             aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    _fsync(path.parent)
+    fsync(path.parent)
+
+
+def aside_path(path: Path, tag: str = "") -> Path:
+    """Return where `path` is kept aside: hidden, beside it, by a name that nobody else gives to a file.
+
+    Args:
+        path: of the file or directory.
+        tag: tells what is aside; by default, what this process is writing.
+    """
+    tag = tag or str(os.getpid())
+    return path.with_name(f".{path.name}.aside-{tag}-{_check(path.name, tag)}")
+
+
+def is_aside(path: Path) -> bool:
+    """Return whether a name is one of `aside_path`."""
+    found = re.fullmatch(r"\.(.+)\.aside-(\w+)-(\w+)", path.name, re.DOTALL)
+    return found is not None and found[3] == _check(found[1], found[2])
+
+
+def _check(name: str, tag: str) -> str:
+    """Return digits that tell an aside of rarec from a file of the user's with a similar name."""
+    return hashlib.sha256(f"rarec {name} {tag}".encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 def drop_stale(directory: Path, name: str | None = None) -> None:
@@ -53,7 +77,7 @@ def drop_stale(directory: Path, name: str | None = None) -> None:
     for aside in directory.glob(f".{'*' if name is None else glob.escape(name)}.aside-*"):
         # gone by now, or another user's: tidying up must not fail a write
         with suppress(OSError), open_to_lock(aside) as handle:
-            if try_lock(handle):
+            if is_aside(aside) and try_lock(handle):
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
 
@@ -126,52 +150,3 @@ def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what
         raise UserError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}", remedy) from None
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a directory beside `path`; on success fsync every file in it and rename it to `path`.
-
-    What was at `path` is replaced. On an error nothing is left, and `path` is as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    restore_replaced(path)
-    drop_stale(path.parent, path.name)
-    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
-    aside.mkdir()
-    handle = os.open(aside, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield aside
-        replace_directory(aside, path)
-    finally:
-        os.close(handle)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def replace_directory(new: Path, path: Path) -> None:
-    """Fsync a directory and rename it to `path`, in place of what is there."""
-    sync_directory(new)
-    old = _replaced(path)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-    _fsync(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Fsync a directory and everything in it."""
-    for entry in directory.rglob("*"):
-        _fsync(entry)
-    _fsync(directory)
-
-
-def restore_replaced(path: Path) -> None:
-    """Put a directory back that a process was replacing when it was killed between the two renames."""
-    if _replaced(path).exists() and not path.exists():
-        _replaced(path).rename(path)
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}.aside-old")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rarec.artefacts import MANIFEST, read_manifest, sha256_json
+from rarec.artefacts import MANIFEST, SEAL, read_manifest, sha256_json, write_sealed
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.checks import verify_shards
 from rarec.data.shards.expected import Expected
@@ -20,7 +20,8 @@ from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.data.shards.stream import SampleStream
 from rarec.data.shards.tars import LocalTars
 from rarec.data.shards.writing import finish_shards, repair_shards, write_shards
-from rarec.files import read_json, sha256_file, write_json
+from rarec.directories import MARKER
+from rarec.files import read_json, sha256_file
 from tests.datasets import by_hand
 
 ITEMS, PER_SHARD = 30, 8
@@ -138,14 +139,17 @@ def forge(directory: Path) -> None:
 def sign(directory: Path, **figures: Any) -> None:
     """Update the manifest to match the files."""
     manifest = read_json(directory / MANIFEST) | figures
-    manifest["files"] = {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST}
+    manifest["files"] = {
+        path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name not in (MANIFEST, MARKER)
+    }
     seal(directory, manifest)
 
 
 def seal(directory: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest with a correct hash of its own."""
+    """Write a manifest with a correct hash and seal."""
     identity = {name: manifest[name] for name in ("kind", "schema", "settings", "made_from", "files")}
-    write_json(directory / MANIFEST, manifest | {"hash": sha256_json(identity)})
+    forged = {name: value for name, value in manifest.items() if name != SEAL} | {"hash": sha256_json(identity)}
+    write_sealed(directory / MANIFEST, forged)
 
 
 def _extents(path: Path) -> Iterator[tuple[int, ...]]:

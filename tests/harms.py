@@ -392,7 +392,7 @@ MANIFESTS: dict[str, tuple[Harm, str]] = {
     "no bytes": (instead(MANIFEST, Path.touch), r"manifest\.json "),
     "a list": (instead(MANIFEST, lambda path: path.write_text("[]")), r"manifest\.json "),
     "of another kind": (manifest_of(lambda m: m.update(kind="prepare")), r"manifest\.json .*'prepare', not 'shards'"),
-    "of another schema": (manifest_of(lambda m: m.update(schema=99)), r"manifest\.json .*schema 99, .* schema 2"),
+    "of another schema": (manifest_of(lambda m: m.update(schema=99)), r"manifest\.json .*schema 99, .* schema 3"),
     "with a stale hash": (stale_hash, r"manifest\.json "),
     "without shards": (manifest_of(lambda m: m.update(shards=[])), "`shards`"),
     "with shards of the old form": (

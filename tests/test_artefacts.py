@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rarec.artefacts import check_settings, read_manifest, write_manifest
+from rarec.directories import new_directory
 from rarec.errors import UserError
-from rarec.files import new_directory, write_aside, write_json, write_text
+from rarec.files import aside_path, write_aside, write_json, write_text
 
 
 def write(directory, text):
@@ -26,8 +27,8 @@ def test_an_error_leaves_what_was_there(tmp_path):
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     write(tmp_path / "a", "old")
-    (tmp_path / "a").rename(tmp_path / ".a.aside-old")
-    (tmp_path / ".a.aside-99").mkdir()
+    (tmp_path / "a").rename(aside_path(tmp_path / "a", "old"))
+    aside_path(tmp_path / "a", "99").mkdir()
     with pytest.raises(RuntimeError), new_directory(tmp_path / "a"):
         raise RuntimeError
     assert (tmp_path / "a" / "file").read_text() == "old"
@@ -37,7 +38,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 def test_a_manifest_that_was_altered_is_refused(tmp_path):
     manifest = write_manifest(tmp_path, "prepare", settings={"a": 1}, made_from={})
     write_json(tmp_path / "manifest.json", {**manifest, "settings": {"a": 2}})
-    with pytest.raises(UserError, match="altered"):
+    with pytest.raises(UserError, match=r"manifest\.json .*seal"):
         read_manifest(tmp_path, "prepare")
 
 
@@ -66,9 +67,10 @@ def test_no_json_that_is_not_json(tmp_path):
 
 @pytest.mark.usefixtures("locks")
 def test_what_a_killed_writer_left_is_dropped_and_what_a_living_one_writes_stays(tmp_path):
-    (tmp_path / ".a.aside-1").write_text("torn")
-    (tmp_path / ".d.aside-1").mkdir()
-    (tmp_path / ".notes").write_text("mine")
+    aside_path(tmp_path / "a", "1").write_text("torn")
+    aside_path(tmp_path / "d", "1").mkdir()
+    for mine in (".notes", ".a.aside-1"):
+        (tmp_path / mine).write_text("mine")
     with write_aside(tmp_path / "a") as file, new_directory(tmp_path / "d") as directory:
         file.write(b"first")
         (directory / "file").write_text("first")
@@ -76,13 +78,13 @@ def test_what_a_killed_writer_left_is_dropped_and_what_a_living_one_writes_stays
             pool.apply(write_both, (tmp_path,))
         assert (tmp_path / "a").read_text() == "second"
     assert (tmp_path / "a").read_text() == (tmp_path / "d" / "file").read_text() == "first"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes", "a", "d"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.aside-1", ".notes", "a", "d"]
 
 
 def test_what_another_user_left_fails_no_write(tmp_path):
-    theirs = tmp_path / ".d.aside-1"
+    theirs = aside_path(tmp_path / "d", "1")
     theirs.mkdir()
-    for file in (tmp_path / ".a.aside-1", theirs / "file"):
+    for file in (aside_path(tmp_path / "a", "1"), theirs / "file"):
         file.write_text("theirs")
         file.chmod(0o444)
     theirs.chmod(0o555)

@@ -14,9 +14,10 @@ import torch
 import yaml
 
 from rarec.artefacts import read_manifest
+from rarec.directories import MARKER
 from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
-from rarec.files import read_json
+from rarec.files import aside_path, read_json
 from rarec.ranking import EvalBatch, Ranker
 from rarec.stages import STAGES
 from rarec.stages.export import recommend
@@ -66,7 +67,7 @@ def identities(run: Path) -> dict[str, str]:
 
 def asides(run: Path) -> list[Path]:
     """Return the paths of what was begun and is not whole; locks stay by design."""
-    return [path for path in run.rglob(".*") if path.suffix != ".lock"]
+    return [path for path in run.rglob(".*") if path.suffix != ".lock" and path.name != MARKER]
 
 
 @pytest.mark.slow
@@ -229,7 +230,7 @@ def test_a_fresh_stage_that_fails_leaves_what_was_made_before(finished, copied, 
 def test_killed_shards_of_other_settings_are_refused_and_replaced_by_fresh_with_no_tar_left(finished, copied):
     place = Path(copied.removeprefix("run.dir="))
     unfinish(place / "shards")
-    (place / "shards" / ".000009.tar.aside-1").write_bytes(b"torn")
+    aside_path(place / "shards" / "000009.tar", "1").write_bytes(b"torn")
     run = open_run(finished, [copied, "shards.samples_per_shard=200"])
     with pytest.raises(UserError, match=r"shards\.samples_per_shard") as error:
         run.make("shards")

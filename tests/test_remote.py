@@ -9,11 +9,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rarec.artefacts import IDENTITY, sha256_json
 from rarec.data.shards import tars as stores
 from rarec.data.shards.tars import MAX_OPEN, RemoteTars, fetch_description
+from rarec.directories import MARKER
 from rarec.errors import UserError
-from rarec.files import read_json, write_json
+from rarec.files import aside_path, read_json
+from tests import forging
 from tests.shards import open_stream, users, write_shards
 
 SIZES = [6, 3, 9, 5] * 5
@@ -53,13 +54,14 @@ def remote(url: str, manifest: dict, cache: Path, most: int | None = None) -> Re
 
 
 def cached(cache: Path) -> list[Path]:
-    return [path for path in cache.iterdir() if path.is_file()]
+    return [path for path in cache.iterdir() if path.is_file() and path.name != MARKER]
 
 
 def test_all_but_the_tars_is_fetched_once_and_verified(url, made, tmp_path):
     directory = tmp_path / "run" / "shards"
     fetch_description(url, directory)
-    assert sorted(path.name for path in directory.iterdir()) == ["item_states.npy", "manifest.json", "samples.npy"]
+    fetched = {path.name for path in directory.iterdir()} - {MARKER}
+    assert fetched == {"item_states.npy", "manifest.json", "samples.npy"}
     assert read_json(directory / "manifest.json") == read_json(made / "manifest.json")
     fs, root = far(url)
     fs.rm(root, recursive=True)
@@ -223,8 +225,7 @@ def test_no_file_is_written_outside_the_directory(made, tmp_path):
     shutil.copytree(made, tmp_path / "far")
     manifest = read_json(made / "manifest.json")
     manifest["files"]["../stolen"] = "0" * 64
-    manifest["hash"] = sha256_json({name: manifest[name] for name in IDENTITY})
-    write_json(tmp_path / "far" / "manifest.json", manifest)
+    forging.seal(tmp_path / "far", manifest)
     with pytest.raises(UserError, match=r"'\.\./stolen'"):
         fetch_description(f"file://{tmp_path}/far", tmp_path / "run" / "shards")
 
@@ -253,7 +254,7 @@ def test_processes_share_a_cache_and_one_killed_while_fetching_harms_nobody(made
     manifest, cache, url = read_json(made / "manifest.json"), tmp_path / "cache", f"file://{made}"
     expected = [users(open_stream(made, manifest).epoch(epoch)) for epoch in range(3)]
     cache.mkdir()
-    torn = cache / ".000007.tar.aside-999999"  # of a process that was killed
+    torn = aside_path(cache / "000007.tar", "999999")  # of a process that was killed
     torn.write_bytes(b"x" * 5000)
 
     def read(epoch: int) -> None:

@@ -100,7 +100,11 @@ def test_a_second_run_makes_nothing_that_it_shares_and_ends_with_the_same_shards
     assert {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")} == made
     assert not (world.parent / "second").exists()
     second.make("train")
-    assert sorted(path.name for path in (world.parent / "second").iterdir()) == ["config.yaml", "record.json", "train"]
+    assert sorted(path.name for path in (world.parent / "second").iterdir()) == [
+        "record.json",
+        "resolved.yaml",
+        "train",
+    ]
 
 
 def test_a_plan_counts_the_shared_shards(world):

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from rarec.artefacts import MANIFEST, read_manifest
+from rarec.artefacts import MANIFEST, read_manifest, write_sealed
 from rarec.config import RunConfig
+from rarec.directories import MARKER
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json, write_json
 from rarec.stages.run import Run
@@ -46,6 +47,7 @@ class Slow(Toy):
 
     name = "slow"
     resumable = True
+    claims = ("value",)
 
     def build(self, directory):
         (directory / PROGRESS).mkdir(exist_ok=True)
@@ -102,7 +104,7 @@ def test_a_stage_is_built_once_and_left_alone_then(run, said, kind):
     assert not stage.make()
     assert str(stage.directory) in said[-1]
     assert {path: path.stat().st_mtime_ns for path in run.root.rglob("*")} == before
-    assert everything(run.root) == {"config.yaml", f"{stage.name}/value", f"{stage.name}/{MANIFEST}"}
+    assert everything(run.root) == {"resolved.yaml", *(f"{stage.name}/{name}" for name in ("value", MANIFEST, MARKER))}
 
 
 @pytest.mark.parametrize("kind", [Toy, Slow])
@@ -263,7 +265,7 @@ def test_a_manifest_of_another_version_names_the_way_out(run):
     stage.make()
     manifest = read_json(stage.directory / MANIFEST)
     write_json(stage.directory / MANIFEST, {**manifest, "schema": 1})
-    with pytest.raises(UserError, match=r"schema 1[^$]*rarec toy CONFIG --fresh"):
+    with pytest.raises(UserError, match=r"schema 1[^$]*toy away"):
         stage.make()
 
 
@@ -292,7 +294,7 @@ def test_a_stage_that_was_built_in_part_elsewhere_names_both_places(recorded):
     here = read_json(recorded.record_file)["toy"]
     assert {"seconds", "hardware", "ranks", "version", "commit"} == set(here)
     other = {**here, "seconds": 100.0, "hardware": "Another CPU", "commit": "0123"}
-    write_json(recorded.record_file, {"toy": other})
+    write_sealed(recorded.record_file, {"toy": other})
     (recorded.directory("toy") / MANIFEST).unlink()
     (recorded.directory("toy") / "value").unlink()
     recorded.make("toy")

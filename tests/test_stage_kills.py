@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from rarec.artefacts import MANIFEST
 from rarec.config import RunConfig
+from rarec.directories import MARKER
 from rarec.entry import guarded, watched
 from rarec.errors import EXIT_CODE, UserError
 from rarec.stages.run import Run
@@ -66,7 +67,7 @@ def test_killed_before_any_change_to_the_disk_the_same_command_builds_the_same(t
         stage = stage_in(root, kind, 1)
         stage.make()
         assert_whole(stage, 1)
-        assert files(root) == {"config.yaml", f"{kind.name}/value", f"{kind.name}/{MANIFEST}"}
+        assert files(root) == {"resolved.yaml", *(f"{kind.name}/{name}" for name in ("value", MANIFEST, MARKER))}
         if code == 0:
             break
     assert change > 10
@@ -112,7 +113,7 @@ def test_a_fresh_build_where_nothing_was_is_resumed_by_the_same_command(tmp_path
     stage.during = None
     stage.make(fresh=True)
     assert_whole(stage, 1)
-    assert files(stage.run.root) == {"config.yaml", "slow/value", f"slow/{MANIFEST}"}
+    assert files(stage.run.root) == {"resolved.yaml", *(f"slow/{name}" for name in ("value", MANIFEST, MARKER))}
 
 
 def test_what_was_begun_and_holds_nothing_yet_belongs_to_no_settings(tmp_path):
@@ -233,7 +234,7 @@ def test_ranks_build_in_one_place_and_go_on_when_the_artefact_is_in_its_own(tmp_
         codes, stderr = make_on_ranks(tmp_path, root, kind, value, fresh, delay=0.3)
         assert codes == [0] * RANKS, stderr
         assert_whole(stage_in(root, kind, value), value)
-    assert files(root) == {"config.yaml", f"{kind.name}/value", f"{kind.name}/{MANIFEST}"}
+    assert files(root) == {"resolved.yaml", *(f"{kind.name}/{name}" for name in ("value", MANIFEST, MARKER))}
 
 
 @pytest.mark.multiprocess

@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.config import VARIANTS, RunConfig
 from rarec.config.method import Prompt
-from rarec.files import new_directory
+from rarec.directories import new_directory
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.language_model import LoadedModel, load_model
 from rarec.models.towers import RaRec, SideBatch

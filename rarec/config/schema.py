@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from rarec.config.ids import Ids, Import
+from rarec.config.ids import IMPORTED_FILES, Ids, Import
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
 from rarec.config.section import Blocks, ExternalName, NonNegative, Part, Positive, Rate, Section, Share, SourceName
@@ -197,6 +197,18 @@ class RunConfig(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     report: Report = Report()
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The paths and names of everything that a run reads, by field."""
+        tables = {"prepare.interactions": self.prepare.interactions, "prepare.items": self.prepare.items}
+        found = {f"{field}.path": table.path for field, table in tables.items()}
+        imports = {f"sources.{name}": section for name, section in self.sources.items()}
+        imports |= {"ids.imported": self.ids.imported} if self.ids.imported else {}
+        found |= {f"{field}.{name}": getattr(one, name) for field, one in imports.items() for name in IMPORTED_FILES}
+        found |= {f"evaluate.external.{name}": path for name, path in self.evaluate.external.items()}
+        found["llm.path"] = self.llm.path
+        return {field: path for field, path in found.items() if path is not None}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

@@ -4,7 +4,6 @@ Shape letters: N items, R items that occur in training, B windows, E dimension.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from rarec.checkpoint_store import CheckpointStore
 from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset
+from rarec.directories import discard
 from rarec.errors import UserError
 from rarec.ids.sampled_softmax import ModelWithItems, Windows, draw_negatives
 from rarec.ids.source import ITEMS_FILE, SequenceUsers, UserVectors, ranker_of
@@ -216,7 +216,8 @@ def _newest(checkpoints: CheckpointStore, say: Say) -> int | None:
         return checkpoints.newest(say)
     except UserError as error:
         say(f"{error.problem}: starting again")
-        shutil.rmtree(checkpoints.directory)
+        for step in checkpoints.steps():
+            discard(checkpoints.path(step))
         return None
 
 

@@ -20,8 +20,9 @@ from transformers.models.auto.modeling_auto import (
 
 from rarec.artefacts import MANIFEST, read_manifest, write_manifest
 from rarec.config.method import Llm, Lora
+from rarec.directories import new_directory
 from rarec.errors import UserError
-from rarec.files import new_directory, sha256_file
+from rarec.files import sha256_file
 from rarec.models.backbone import FrozenBackbone, Pool, config_hash
 from rarec.models.llm_attention import use_float32_attention
 from rarec.paths import resolve

@@ -16,6 +16,7 @@ class IdsStage(Stage):
 
     name = "ids"
     summary = "Train or import ID embeddings."
+    claims = ("items.npy", "model.safetensors")
     shareable = True
 
     def __init__(self, run: "Run", part: str) -> None:

@@ -2,16 +2,17 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rarec.artefacts import check_files, sha256_json
-from rarec.config import RunConfig, Variant, dump_config, load_config
+from rarec.config import RunConfig, Variant, load_config
 from rarec.config.ids import Ids
 from rarec.errors import Stopped, UserError
-from rarec.files import read_json, write_json, write_text
+from rarec.files import read_json
+from rarec.stages import run_folder
 from rarec.stages.stage import Stage
 from rarec.version import source
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 OPENED = {"prepare": ("dataset", "sources", "baseline", "prompts"), "ids": ("sources", "baseline", "prompts")}
 """Properties of a run that hold opened artefacts, by the stage that makes these."""
-HEADER = "# The resolved configuration of this run, written by rarec. Edit the file that it comes from instead.\n"
 
 
 def print_line(line: str) -> None:
@@ -58,6 +58,7 @@ class Run:
 
     def __init__(self, config: str | Path | RunConfig, overrides: Iterable[str] = (), *, say: Say = print_line) -> None:
         self.config = config if isinstance(config, RunConfig) else load_config(config, overrides)
+        self.file = None if isinstance(config, RunConfig) else config
         self.say = say
 
     def run(self, stages: Sequence[str] | None = None, *, fresh: bool = False) -> None:
@@ -89,6 +90,7 @@ class Run:
         """
         source()  # the commit as it was when the code was loaded, not as it may be hours later
         started, built = time.monotonic(), False
+        self.world.run_on_main(lambda: run_folder.check(self))
         try:
             for stage in self.stages(name):
                 built |= stage.make(fresh)
@@ -96,8 +98,8 @@ class Run:
             built = True
             raise
         finally:
-            if built:
-                self._record(name, time.monotonic() - started, fresh)
+            if built and self.world.is_main:
+                run_folder.record(self, name, time.monotonic() - started, fresh)
         return built
 
     def metrics(self) -> "pd.DataFrame":
@@ -156,7 +158,7 @@ class Run:
     @property
     def config_file(self) -> Path:
         """The resolved configuration, written by every stage that builds something."""
-        return self.root / "config.yaml"
+        return self.root / "resolved.yaml"
 
     @property
     def converted_llm(self) -> Path:
@@ -272,23 +274,6 @@ class Run:
         for name in OPENED.get(stage, ()):
             self.__dict__.pop(name, None)
 
-    def write_config(self, *, only_if_there: bool = False) -> None:
-        """Write the resolved configuration to `run.dir`.
-
-        Args:
-            only_if_there: only in place of one that differs: nothing is built.
-
-        Raises:
-            UserError: another file has its name.
-        """
-        text, path = HEADER + dump_config(self.config), self.config_file
-        before = path.read_text(encoding="utf-8") if path.exists() else None
-        if before is not None and not before.startswith(HEADER):
-            problem = f"{path} is not rarec's: the run's resolved configuration would replace it"
-            raise UserError(problem, "choose another run.dir, or move that file away")
-        if before != text and (before is not None or not only_if_there):
-            write_text(path, text)
-
     def _source(self, name: str) -> "Source":
         from rarec.ids.source import open_source
 
@@ -311,23 +296,6 @@ class Run:
 
         return pd.DataFrame(read_json(self._evaluated(name)))
 
-    def _record(self, name: str, seconds: float, fresh: bool) -> None:
-        """Add a stage's time, machine and commit to `record.json`.
-
-        The time of a process that was killed is not known here; a training's own manifest counts it.
-        """
-        if not self.world.is_main:
-            return
-        from rarec.hardware import machine
-
-        record = read_json(self.record_file, "delete it: only notes are lost") if self.record_file.exists() else {}
-        before = {} if fresh else record.get(name, {})
-        here = {"hardware": machine(self.world.device), "ranks": self.world.size, **source()}
-        others = _earlier(before, here)
-        seconds = round(before.get("seconds", 0.0) + seconds, 2)
-        record[name] = {"seconds": seconds, **here, **({"earlier": others} if others else {})}
-        write_json(self.record_file, record)
-
 
 def named_stages(names: Iterable[str]) -> list[str]:
     """Return stages in their order.
@@ -343,9 +311,3 @@ def named_stages(names: Iterable[str]) -> list[str]:
         problem = f"unknown stage {unknown[0]!r}" if unknown else "no stage is named"
         raise UserError(problem, f"there are: {' '.join(STAGES)}")
     return [name for name in STAGES if name in names]
-
-
-def _earlier(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return where else, and by what else, a stage was built in part, each once."""
-    places = [*before.get("earlier", []), {name: before.get(name) for name in here}] if before else []
-    return [one for one in places if one != here]

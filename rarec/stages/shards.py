@@ -1,12 +1,12 @@
 """`rarec shards`: select training samples, compute text-only states once, write the tars."""
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rarec.artefacts import Manifest, sha256_json
-from rarec.files import drop_stale, replace_directory
+from rarec.directories import claim, discard, replace_directory
+from rarec.files import drop_stale
 from rarec.stages.stage import Built, Stage
 
 LLM = ("path", "revision", "kind", "dtype", "quantize")
@@ -65,13 +65,16 @@ class ShardsStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`. Tars that an interrupted build has finished are kept."""
-        from rarec.data.shards.writing import files_of, shard_figures, write_shards
+        from rarec.data.shards.index import INDEX
+        from rarec.data.shards.writing import files_of, shard_figures, tar_names, write_shards
         from rarec.stages.shard_content import ShardContent, write_sidecar
 
         run, config, world = self.run, self.run.config.shards, self.run.world
         content = ShardContent(run)
         content.say_size()
         identity = sha256_json([self.settings(), run.model_inputs, run.dataset.hash])
+        names = [INDEX, *content.sidecars, *tar_names(content.total, config.samples_per_shard)]
+        world.run_on_main(lambda: claim(directory, names))
         with run.engine.serving(run.llm.backbone):
             for name, make in content.sidecars.items():
                 world.report(f"making {name}")
@@ -93,9 +96,8 @@ class ShardsStage(Stage):
         return Built(figures, files_of(records, content.sidecars))
 
     def _replace_description(self) -> None:
-        self._refuse_foreign()
         new = self.directory.with_name(f".{self.directory.name}.fresh")
-        shutil.rmtree(new, ignore_errors=True)
+        discard(new)
         self._fetch_description(new)
         drop_stale(self.directory.parent, self.directory.name)
         replace_directory(new, self.directory)

@@ -23,22 +23,25 @@ from rarec.artefacts import (
     check_made_from,
     check_settings,
     read_manifest,
+    read_sealed,
     rebuild,
     sha256_json,
     write_manifest,
+    write_sealed,
 )
-from rarec.errors import Stopped, UserError
-from rarec.files import (
-    drop_stale,
-    lock_file,
+from rarec.directories import (
+    MARKER,
+    claim,
+    discard,
     new_directory,
-    read_json,
+    refuse_foreign,
     replace_directory,
     restore_replaced,
     sync_directory,
-    try_lock,
-    write_json,
 )
+from rarec.errors import Stopped, UserError
+from rarec.files import drop_stale, lock_file, try_lock
+from rarec.stages import run_folder
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run
@@ -87,6 +90,8 @@ class Stage(ABC):
     """One line for `rarec --help`."""
     resumable: bool = False
     """Whether an interrupted build is resumed. It is then built in its own directory, otherwise in a temporary one."""
+    claims: ClassVar[tuple[str, ...]] = ()
+    """Names of the files of a resumable build, `name/` for all in a directory: others of these names are refused."""
     cheap: ClassVar[bool] = False
     """Whether an outdated artefact is rebuilt. Others are refused: what took hours is replaced on request only."""
     shareable: ClassVar[bool] = False
@@ -211,10 +216,11 @@ class Stage(ABC):
         with self._alone():
             if not fresh and self._is_up_to_date():
                 return False
-            world.run_on_main(self._refuse_foreign)
+            if fresh or not (self.directory / BEGUN).exists():  # a build that goes on replaces nothing
+                world.run_on_main(lambda: refuse_foreign(self.directory))
             identity = self._identity()
             with self._workspace(identity, fresh) as directory:
-                world.run_on_main(self.run.write_config)
+                world.run_on_main(lambda: run_folder.write_config(self.run))
                 built = self.build(directory)
                 world.report(f"finishing {self.directory}")
                 world.run_on_main(lambda: self._finish(directory, identity, built))
@@ -234,14 +240,16 @@ class Stage(ABC):
         if not world.all_reduce_max(int(world.is_main and (self.directory / MANIFEST).exists())):
             return False
         try:
-            self.require(outside=True)
-        except UserError:
-            if self.cheap:
-                return False
-            raise
+            manifest = self.require(outside=True)
+            world.run_on_main(lambda: check_files(self.directory, manifest))
+        except UserError as error:
+            if not self.cheap:
+                raise
+            self.run.say(f"{error.problem}: built anew")
+            return False
         world.run_on_main(lambda: _drop_notes(self.directory))  # a kill may have come before that
         self.run.say(f"{self.directory} is up to date")
-        world.run_on_main(lambda: self.run.write_config(only_if_there=True))
+        world.run_on_main(lambda: run_folder.write_config(self.run, only_if_there=True))
         return True
 
     def _identity(self) -> dict[str, Any]:
@@ -280,7 +288,7 @@ class Stage(ABC):
             yield directory
         except BaseException:
             if world.is_main and _is_only_begun(directory):  # refused: the next attempt may be configured otherwise
-                shutil.rmtree(directory, ignore_errors=True)
+                discard(directory)
             raise
         if fresh:
             world.run_on_main(lambda: replace_directory(directory, final))
@@ -295,37 +303,27 @@ class Stage(ABC):
         for name in {self.directory.name, directory.name}:
             drop_stale(directory.parent, name)
         if (directory / BEGUN).exists() and not _is_only_begun(directory):
-            found = read_json(directory / BEGUN, rebuild(self.kind))
+            found = read_sealed(directory / BEGUN, rebuild(self.kind))
             if found == begun:
+                claim(directory, self.claims)
                 return
             if directory == self.directory:
                 self._refuse_begun(found, begun)
         # Written aside: a directory without this file would not be known as rarec's. An abandoned --fresh goes.
-        with new_directory(directory) as aside:
-            write_json(aside / BEGUN, begun)
+        with new_directory(directory, [MANIFEST, f"{PROGRESS}/", *self.claims]) as aside:
+            write_sealed(aside / BEGUN, begun)
 
-    def _refuse_begun(self, found: Any, begun: Mapping[str, Any]) -> None:
+    def _refuse_begun(self, found: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
         """Refuse to go on with another build.
 
         Raises:
             UserError: naming the difference.
         """
         directory = self.directory
-        if isinstance(found, dict) and found.get("schema") == SCHEMA:
+        if found.get("schema") == SCHEMA:
             check_made_from(directory, found, begun["made_from"])
             check_settings(directory, found, begun["settings"])
-        raise UserError(f"{directory / BEGUN} is damaged, or of another version of rarec", rebuild(self.kind))
-
-    def _refuse_foreign(self) -> None:
-        """Refuse to build over a directory or file that rarec has not made.
-
-        Raises:
-            UserError: naming it.
-        """
-        path = self.directory
-        mine = any((path / name).is_file() for name in (MANIFEST, BEGUN))
-        if path.exists() and not mine and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} is there, and rarec has not made it", "move it away, or choose another run.dir")
+        raise UserError(f"{directory / BEGUN} is of another version of rarec", rebuild(self.kind))
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -348,7 +346,7 @@ class Stage(ABC):
 
 def _is_only_begun(directory: Path) -> bool:
     """Return whether nothing was built yet."""
-    return [path.name for path in directory.iterdir()] == [BEGUN]
+    return {path.name for path in directory.iterdir()} == {BEGUN, MARKER}
 
 
 def _drop_notes(directory: Path) -> None:

@@ -24,6 +24,7 @@ class TrainStage(Stage):
     name = "train"
     summary = "Train every variant (as launch/train.py does on several ranks)."
     resumable = True
+    claims = ("log.jsonl", "skipped.json", "log/")  # the last is of trackers
 
     @classmethod
     def parts(cls, run: "Run") -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rarec.artefacts import check_made_from, check_settings, read_manifest
 from rarec.data.shards.checks import Problem, verify_shards
-from rarec.data.shards.index import INDEX, REBUILD, REPAIR, is_tar_name, map_npy
+from rarec.data.shards.index import INDEX, REBUILD, REPAIR, map_npy
 from rarec.data.shards.tar_members import all_finite
 from rarec.data.shards.writing import finish_shards, repair_shards
 from rarec.errors import UserError
@@ -131,7 +131,7 @@ def _repair(parts: ShardContent, manifest: Mapping[str, Any], broken: set[str]) 
     """Rebuild the broken files; return which, and whether they are the same as before."""
     run, config = parts.run, parts.run.config.shards
     directory = run.directory("shards")
-    foreign = sorted(name for name in broken - manifest["files"].keys() if not is_tar_name(name))
+    foreign = sorted(broken - manifest["files"].keys())
     if foreign:
         raise UserError(f"{directory / foreign[0]} is not one of the shards' files", "move it away, and repair again")
     run.stage("shards").require(outside=True)
@@ -147,9 +147,7 @@ def _repair(parts: ShardContent, manifest: Mapping[str, Any], broken: set[str]) 
 
 def _repair_summary(old: Mapping[str, str], new: Mapping[str, str], broken: set[str]) -> str:
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    done = f"rebuilt: {', '.join(sorted(broken & new.keys()))}"
-    gone = sorted(broken - new.keys())
-    done += f"; deleted: {', '.join(gone)}" if gone else ""
+    done = f"rebuilt: {', '.join(sorted(broken))}"
     if not changed:
         return f"{done}; every file matches the manifest again"
     return (

@@ -16,9 +16,10 @@ import fsspec
 
 from rarec.artefacts import MANIFEST, read_manifest
 from rarec.data.shards.batch_plan import SHUFFLED_TOGETHER
-from rarec.data.shards.index import REPAIR, tar_name
+from rarec.data.shards.index import REPAIR, is_tar_name, tar_name
+from rarec.directories import MARKER, new_directory
 from rarec.errors import UserError
-from rarec.files import locked, new_directory, write_aside
+from rarec.files import is_aside, locked, write_aside
 
 MAX_OPEN = 2 * SHUFFLED_TOGETHER
 """Number of tars kept open: a window of the plan spans two groups of shards, unless they are tiny."""
@@ -97,7 +98,11 @@ class RemoteTars:
             raise UserError(problem, f"raise it to {needed / 1e9:.3g} or more, or lower shards.samples_per_shard")
         self._url, self._records, self._cache, self._max_bytes = _base_url(url), records, cache, max_bytes
         self._locks = cache / "locks"
-        self._locks.mkdir(parents=True, exist_ok=True)
+        with locked(cache.with_name(f".{cache.name}.lock")):
+            if not (cache / MARKER).exists():
+                with new_directory(cache, ["locks/"]):  # refuses what rarec has not made
+                    pass
+        self._locks.mkdir(exist_ok=True)
 
     def name(self, shard: int) -> str:
         """See `Tars`: the URL."""
@@ -182,8 +187,10 @@ def _sidecars(url: str, directory: Path) -> dict[str, str]:
 
 
 def _present(cache: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield time, size and path of each file in the cache; files being fetched already have their full size."""
+    """Yield time, size and path of each tar in the cache; those being fetched already have their full size."""
     for path in cache.iterdir():
+        if not (is_tar_name(path.name) or is_aside(path)):
+            continue
         try:
             stat = path.stat()
         except FileNotFoundError:  # renamed by another process

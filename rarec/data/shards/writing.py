@@ -14,20 +14,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rarec.artefacts import Manifest, write_manifest
+from rarec.artefacts import Manifest, read_sealed, write_manifest, write_sealed
 from rarec.data.shards.checks import index_tar
 from rarec.data.shards.index import (
     ENTRY,
     INDEX,
     Entries,
-    is_tar_name,
     open_index,
     split_by_shard,
     tar_name,
     write_index,
 )
 from rarec.data.shards.samples import Sample, write_shard
-from rarec.files import drop_stale, read_json, sha256_file, write_json
+from rarec.errors import UserError
+from rarec.files import drop_stale, read_json, sha256_file
 from rarec.world import SINGLE, World
 
 MakeSamples = Callable[[range], Iterable[Sample]]
@@ -65,7 +65,7 @@ def write_shards(
     """
     progress, shards = _Progress(directory, identity), range(-(-total // per_shard))
     (directory / PROGRESS).mkdir(parents=True, exist_ok=True)
-    world.run_on_main(lambda: _drop_leftovers(directory, len(shards)))
+    world.run_on_main(lambda: drop_stale(directory))
 
     def write(job: tuple[int, list[Sample]]) -> None:
         record, rows_S = write_shard(directory / tar_name(job[0]), job[1], job[0])
@@ -111,7 +111,7 @@ def repair_shards(
     def write(job: tuple[int, list[Sample]]) -> tuple[int, dict[str, Any], Entries]:
         return job[0], *write_shard(directory / tar_name(job[0]), job[1], job[0])
 
-    _drop_leftovers(directory, len(shards))
+    drop_stale(directory)
     samples = _compute(make, SINGLE, missing, total, per_shard)
     for shard, record, rows_S in _in_threads(write, samples, writers):
         records[shard], rows[shard] = record, rows_S
@@ -122,6 +122,11 @@ def repair_shards(
         parts = (known[shard] if shard in known else index_tar(directory / tar_name(shard), shard) for shard in shards)
         write_index(directory, parts, total)
     return [records[shard] for shard in shards]
+
+
+def tar_names(total: int, per_shard: int) -> list[str]:
+    """Return the names of all tars."""
+    return [tar_name(shard) for shard in range(-(-total // per_shard))]
 
 
 def files_of(records: Iterable[Mapping[str, Any]], sidecars: Iterable[str]) -> dict[str, str | None]:
@@ -178,7 +183,8 @@ class _Progress:
     identity: str
 
     def write(self, shard: int, record: dict[str, Any], rows_S: Entries) -> None:
-        write_json(self._path(shard), {"identity": self.identity, "record": record, "rows": rows_S.tobytes().hex()})
+        rows = rows_S.tobytes().hex()
+        write_sealed(self._path(shard), {"identity": self.identity, "record": record, "rows": rows})
 
     def record(self, shard: int) -> dict[str, Any]:
         record: dict[str, Any] = read_json(self._path(shard))["record"]
@@ -192,7 +198,10 @@ class _Progress:
         tar, path = self.directory / tar_name(shard), self._path(shard)
         if not tar.is_file() or not path.is_file():
             return False
-        note = read_json(path)
+        try:
+            note = read_sealed(path, "")
+        except UserError:  # torn: the tar is written again
+            return False
         return bool(note["identity"] == self.identity and sha256_file(tar) == note["record"]["sha256"])
 
     def _path(self, shard: int) -> Path:
@@ -221,12 +230,3 @@ def _compute(
         samples = list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
         if is_own:
             yield shard, samples
-
-
-def _drop_leftovers(directory: Path, count: int) -> None:
-    """Delete leftovers of an interrupted run: surplus tars and temporary files."""
-    wanted = {tar_name(shard) for shard in range(count)}
-    for path in directory.glob("*.tar"):
-        if path.is_file() and is_tar_name(path.name) and path.name not in wanted:
-            path.unlink()
-    drop_stale(directory)

@@ -1,0 +1,177 @@
+"""Directories that rarec makes: written aside, renamed when whole, and marked, so that nothing else is ever replaced.
+
+The marker in a directory lists the files that rarec has made there. A directory without one, or one that holds anything
+else, is somebody else's: it is neither replaced nor deleted.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rarec.errors import UserError
+from rarec.files import aside_path, drop_stale, fsync, is_aside, write_json
+
+MARKER = ".rarec.json"
+"""File in a directory that rarec has made: the names of its files; `name/` stands for all that is in a directory."""
+_MOVE = "move it away, or choose another run.dir"
+
+
+@contextmanager
+def new_directory(path: Path, claims: Iterable[str] = ()) -> Iterator[Path]:
+    """Yield a directory beside `path`; on success mark it, fsync every file in it and rename it to `path`.
+
+    What was at `path` is replaced. On an error nothing is left, and `path` is as it was.
+
+    Args:
+        path: of the directory to make.
+        claims: names of files that will be written there later.
+
+    Raises:
+        UserError: there is something at `path` that rarec has not made.
+    """
+    refuse_foreign(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    restore_replaced(path)
+    drop_stale(path.parent, path.name)
+    aside = aside_path(path)
+    aside.mkdir()
+    handle = os.open(aside, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield aside
+        _mark(aside, {*claims, *(file.relative_to(aside).as_posix() for file in _files(aside))})
+        replace_directory(aside, path)
+    finally:
+        os.close(handle)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Fsync a directory and rename it to `path`, in place of what rarec has made there.
+
+    Raises:
+        UserError: there is something at `path` that rarec has not made; it stays, and `new` as well.
+    """
+    sync_directory(new)
+    refuse_foreign(path)
+    old = _replaced(path)
+    if path.exists():
+        path.rename(old)
+        if foreign(old) is not None:  # written a moment ago
+            old.rename(path)
+            refuse_foreign(path)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+    fsync(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Delete a directory that rarec has made; leave it if it holds anything else, or is not there."""
+    if path.is_dir() and foreign(path) is None:
+        drop_stale(path.parent, path.name)
+        going = _replaced(path)
+        path.rename(going)  # at once: half a directory would look damaged
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def claim(directory: Path, names: Iterable[str]) -> None:
+    """List files in a directory's marker before they are written there; those that are listed may be written again.
+
+    Args:
+        directory: made by `new_directory`.
+        names: of the files; `name/` for all that is in a directory.
+
+    Raises:
+        UserError: a file of that name is there, and rarec has not made it; or the marker is damaged.
+    """
+    listed = _listed(directory)
+    if listed is None:
+        raise UserError(f"{directory / MARKER} is missing or damaged", f"move {directory} away")
+    new = set(names) - listed
+    for name in sorted(new):
+        if os.path.lexists(directory / name):
+            raise _refusal(directory / name)
+    if new:
+        _mark(directory, listed | new)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse to replace what rarec has not made.
+
+    Raises:
+        UserError: naming it.
+    """
+    found = foreign(path)
+    if found is not None:
+        raise _refusal(found)
+
+
+def foreign(path: Path) -> Path | None:
+    """Return the first thing at a path, or inside it, that rarec has not made; None if there is none.
+
+    An empty directory may be used as one's own. A link may not: what it points to is elsewhere.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return path if os.path.lexists(path) else None
+    listed = _listed(path)
+    if listed is None:
+        return None if all(map(is_aside, path.iterdir())) else path
+    return _foreign_in(path, path, listed)
+
+
+def restore_replaced(path: Path) -> None:
+    """Put a directory back that a process was replacing when it was killed between the two renames."""
+    if _replaced(path).exists() and not os.path.lexists(path):
+        _replaced(path).rename(path)
+
+
+def sync_directory(directory: Path) -> None:
+    """Fsync a directory and everything in it."""
+    for entry in directory.rglob("*"):
+        if not entry.is_symlink() and (entry.is_file() or entry.is_dir()):  # opening a pipe would block
+            fsync(entry)
+    fsync(directory)
+
+
+def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
+    """Return the first file below a directory that the marker of `root`, or one nearer to the file, does not list."""
+    for entry in sorted(directory.iterdir()):
+        name = entry.relative_to(root).as_posix()
+        if name == MARKER or name in listed or f"{name}/" in listed or is_aside(entry):
+            continue
+        if entry.is_symlink() or not entry.is_dir():
+            return entry
+        marked = (entry / MARKER).exists()
+        found = foreign(entry) if marked else _foreign_in(root, entry, listed)
+        if found is not None:
+            return found
+    return None
+
+
+def _listed(directory: Path) -> set[str] | None:
+    """Return the names in a directory's marker; None if it has none that can be read."""
+    try:
+        names = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return set(map(str, names)) if isinstance(names, list) else None
+
+
+def _mark(directory: Path, names: Iterable[str]) -> None:
+    write_json(directory / MARKER, {"made_by": "rarec", "files": sorted(names)})
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (entry for entry in directory.rglob("*") if not entry.is_dir())
+
+
+def _refusal(path: Path) -> UserError:
+    return UserError(f"{path} is there, and rarec has not made it", _MOVE)
+
+
+def _replaced(path: Path) -> Path:
+    return aside_path(path, "old")
