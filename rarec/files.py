@@ -142,11 +142,13 @@ def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what
     """Read a JSON file.
 
     Raises:
-        UserError: it is missing or not JSON; the message names it.
+        UserError: it is missing, cannot be read, or is not JSON; the message names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", remedy) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}", remedy) from None

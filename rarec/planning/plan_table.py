@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from rarec.planning.advice import RunPlan
@@ -30,7 +31,9 @@ ROWS = {
 }
 """Rows of the table of engines: fields of `RankMemory`."""
 PER_SAMPLES = 100_000
-"""Number of samples for which hours are printed."""
+"""Number of samples for which hours and bytes are printed."""
+SAMPLE_OVERHEAD = 6_000
+"""Bytes of a sample in a tar beside its states and tokens: headers, padding, history, vectors. The demo has 5,400."""
 
 
 def render(plan: RunPlan, run: str) -> Iterator[Table | str]:
@@ -150,6 +153,26 @@ def _facts(plan: RunPlan) -> Iterator[str]:
         )
     yield _micro_batch(calculator, plan.largest, setup)
     yield _saved_activations(calculator, plan.largest, setup)
+    yield _disk(calculator, plan.largest, setup)
+
+
+def _disk(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
+    """Describe the space that `run.dir` needs: what stands stays until its replacement is whole."""
+    config, model = calculator.config, calculator.meta_model(variant, setup.checkpointing)
+    weights = sum(weight.numel for weight in model.trainable)
+    checkpoint = 3 * 4 * weights  # weights and Adam's two moments, in float32
+    shape, width = calculator.step_shape(variant, setup), model.model.backbone.hidden_size
+    states = len(shape.state_blocks) * width * np.dtype(config.shards.state_dtype).itemsize
+    sample = states + 4 * shape.text["user"] + SAMPLE_OVERHEAD
+    shards = (
+        f"shards {_size(sample * calculator.samples.count)}"
+        if calculator.samples
+        else f"shards {_size(sample * PER_SAMPLES)} per {PER_SAMPLES:,} samples"
+    )
+    return (
+        f"disk: {shards}; checkpoints {_size(checkpoint)} each, at most {config.train.keep + 2} of a variant; "
+        "with --fresh, both the old and the new at the same time"
+    )
 
 
 def _micro_batch(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:

@@ -75,8 +75,9 @@ class Run:
         from rarec.stages import STAGES
 
         wanted = named_stages(stages) if stages is not None else list(STAGES)
-        for stage in self.all_stages(wanted):
-            stage.settings()  # a contradiction in the configuration is refused now, not after hours of training
+        for stage in self.all_stages(wanted):  # what is refused is refused now, not after hours of training
+            stage.settings()
+            stage.check_place(fresh)
         for name in wanted:
             self.say(f"\n{name}")
             started = time.monotonic()
@@ -90,9 +91,10 @@ class Run:
         """
         source()  # the commit as it was when the code was loaded, not as it may be hours later
         started, built = time.monotonic(), False
-        self.world.run_on_main(lambda: run_folder.check(self))
+        stages = self.stages(name)
+        self.world.run_on_main(lambda: self._check_places(stages, fresh))
         try:
-            for stage in self.stages(name):
+            for stage in stages:
                 built |= stage.make(fresh)
         except Stopped:
             built = True
@@ -124,6 +126,11 @@ class Run:
         import pandas as pd
 
         return pd.read_parquet(self._evaluated("ranks.parquet"))
+
+    def _check_places(self, stages: Sequence[Stage], fresh: bool) -> None:
+        run_folder.check(self)
+        for stage in stages:
+            stage.check_place(fresh)
 
     @property
     def root(self) -> Path:

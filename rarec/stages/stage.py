@@ -216,8 +216,7 @@ class Stage(ABC):
         with self._alone():
             if not fresh and self._is_up_to_date():
                 return False
-            if fresh or not (self.directory / BEGUN).exists():  # a build that goes on replaces nothing
-                world.run_on_main(lambda: refuse_foreign(self.directory))
+            world.run_on_main(lambda: self.check_place(fresh))
             identity = self._identity()
             with self._workspace(identity, fresh) as directory:
                 world.run_on_main(lambda: run_folder.write_config(self.run))
@@ -228,6 +227,16 @@ class Stage(ABC):
         if built.stop:
             raise Stopped(built.stop)
         return True
+
+    def check_place(self, fresh: bool) -> None:
+        """Check that making the artefact replaces nothing that rarec has not made.
+
+        Raises:
+            UserError: naming what is in the way.
+        """
+        done, begun = ((self.directory / name).exists() for name in (MANIFEST, BEGUN))
+        if fresh or not (done or begun):  # what is done is left alone, and a build that goes on replaces nothing
+            refuse_foreign(self.directory)
 
     def _is_up_to_date(self) -> bool:
         """Return whether the artefact is finished, made as the configuration says, from what is here now; print it.
