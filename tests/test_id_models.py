@@ -16,6 +16,7 @@ import torch
 from rarec.artefacts import MANIFEST
 from rarec.config.ids import RECIPES, ComiRecConfig, Gru4RecConfig, Ids, Recipe, SasRecConfig
 from rarec.data.dataset import PreparedDataset
+from rarec.directories import MARKER
 from rarec.errors import UserError
 from rarec.ids.make import write_source
 from rarec.ids.models import SequenceModel, build
@@ -222,7 +223,7 @@ def test_the_best_epoch_is_kept_and_training_stops(dataset, tmp_path):
     assert len(curve) == source.manifest["epochs"] == best + 2 < 60
     again = Validation(dataset, 0)(np.asarray(source.items_NE), source.users)
     assert again == pytest.approx(source.manifest["validation"])
-    assert not list(tmp_path.rglob(".[!i]*"))  # but for the lock
+    assert {path.name for path in tmp_path.rglob(".*")} == {".id.lock", MARKER}
 
 
 def test_the_test_targets_never_train(dataset, tmp_path):
@@ -308,7 +309,7 @@ def killed(kind: str, dataset: PreparedDataset, directory: Path, step: int) -> P
 def files_of(root: Path) -> set[str]:
     """The names of all files of the artefact, hidden ones too."""
     directory = root / "ids" / "id"
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} - {MARKER}
 
 
 def flip(path: Path) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from rarec.directories import MARKER
 from tools import make_log as module
 from tools.make_log import Log, make_log
 
@@ -25,7 +26,7 @@ def made(directory: Path, **settings: Any) -> pd.DataFrame:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MARKER)
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -48,7 +49,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_log(tmp_pat
 def test_counts_are_exact_over_several_blocks_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_ROWS", 1_000)
     log = made(tmp_path, **SMALL, **JUNK, fewest=4)
-    assert sorted(path.name for path in (tmp_path / "interactions").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "interactions").glob("[!.]*")) == [
         f"part-{part:05d}.parquet" for part in range(3)
     ]
     assert len(log) == 20_000

@@ -25,7 +25,7 @@ from rarec.evaluation.result_rows import comparison_rows, metric_rows, strata_ro
 from rarec.evaluation.run_files import RunDirectories, RunFiles, read_run
 from rarec.evaluation.terminal import closing_lines, terminal_table
 from rarec.evaluation.verdict import Verdict, best_variant, verdict
-from rarec.files import write_json
+from rarec.files import sha256_file, write_json
 
 CUTOFFS = [1, 5, 10, 20, 50, 100]
 TRAINED = ("text_only", "prefix_only", "input", "per_layer")
@@ -133,8 +133,15 @@ def write_training(run: RunDirectories) -> None:
                 lines.append(json.dumps({"step": step, "validation": {"ndcg@10": quality}}))
         lines[200:200] = ['{"step": 180, "lo', lines[199]]
         run.training[variant].mkdir(parents=True)
-        (run.training[variant] / "log.jsonl").write_text("\n".join(lines) + "\n")
-        done = {"step": 400, "best_step": 300, "seconds": 93.4, "trainable_parameters": 1_234_567 * (number + 1)}
+        log = run.training[variant] / "log.jsonl"
+        log.write_text("\n".join(lines) + "\n")
+        done = {
+            "log": sha256_file(log),
+            "step": 400,
+            "best_step": 300,
+            "seconds": 93.4,
+            "trainable_parameters": 1_234_567 * (number + 1),
+        }
         write_json(run.training[variant] / "manifest.json", done)
 
 

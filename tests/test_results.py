@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import write_manifest
+from rarec.artefacts import write_manifest, write_sealed
 from rarec.config import dump_config
 from rarec.errors import UserError
 from rarec.evaluation.result_rows import comparison_rows, metric_rows
 from rarec.evaluation.seeds import SeedMeans
-from rarec.files import write_json, write_text
+from rarec.files import sha256_file, write_json, write_text
 from rarec.ranking import mean_interval
 from rarec.stages.run import Run
 from rarec.sweep import SweepRun, load_sweep
@@ -80,6 +80,7 @@ def finish(
         if stage.name == "train":
             lines = [f'{{"step": {step}, "loss": 1.0, "samples": {count}}}\n' for step, count in ((1, 1000), (2, 500))]
             write_text(stage.directory / "log.jsonl", "".join(lines))
+            figures["log"] = sha256_file(stage.directory / "log.jsonl")
         if stage.name == "evaluate":
             write_ranks(stage.directory / "ranks.parquet", ranks, **of)
             write_json(stage.directory / "metrics.json", [])
@@ -88,7 +89,7 @@ def finish(
         made_from = {name: each.hash for name, each in stage.inputs().items()}
         write_manifest(stage.directory, stage.kind, settings=stage.settings(), made_from=made_from, **figures)
     if record is not None:
-        write_json(opened.record_file, record)
+        write_sealed(opened.record_file, record)
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 import rarec
-from rarec.artefacts import IDENTITY, read_manifest, write_manifest
+from rarec.artefacts import IDENTITY, read_manifest, read_sealed, write_manifest, write_sealed
 from rarec.config import VARIANTS
+from rarec.directories import MARKER
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import read_json, write_json
+from rarec.files import read_json
 from rarec.models.encode import Encoder
 from rarec.models.weights import save_weights
 from rarec.planning.cluster import Cluster
@@ -90,7 +91,7 @@ def test_the_bundle_holds_what_was_trained_and_no_pickle(run):
         for path in run.directory("export").rglob("*")
         if path.is_file()
     }
-    assert names == {"alignment.safetensors", "manifest.json", "prompt.yaml", "README.md"}
+    assert names - {MARKER} == {"alignment.safetensors", "manifest.json", "prompt.yaml", "README.md"}
     manifest = read_manifest(run.directory("export"), "bundle")
     assert {"prepare", "catalogue", "ids/id", "llm", "prompt"} <= set(manifest["made_from"])
     assert {"name", "revision", "config_sha256", "fingerprint"} <= set(manifest["llm"])
@@ -309,12 +310,12 @@ def test_another_checkpoint_does_not_take_the_place_of_the_best(run, finished, t
     steps, best = other.checkpoints().steps(), other.require()["best_step"]
     newest = next(step for step in reversed(steps) if step != best)
     manifest = other.directory / "manifest.json"
-    whole = read_json(manifest)
-    write_json(manifest, {**whole, "best_step": newest})
+    whole = read_sealed(manifest, "")
+    write_sealed(manifest, {**whole, "best_step": newest})
     with pytest.raises(UserError, match=f"{newest:08d}") as error:
         other.best_model()
     assert "rarec train CONFIG --fresh" in error.value.remedy
-    write_json(manifest, whole)
+    write_sealed(manifest, whole)
     shutil.rmtree(other.checkpoints().path(best))
     shutil.copytree(other.checkpoints().path(newest), other.checkpoints().path(best))
     with pytest.raises(UserError, match=f"{best:08d}"):

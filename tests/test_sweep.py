@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import MANIFEST
+from rarec.artefacts import MANIFEST, read_sealed
 from rarec.config import load_config
 from rarec.config.load import format_override, parse_override
 from rarec.errors import UserError
@@ -187,7 +187,8 @@ def test_each_run_is_made_in_its_directory_and_what_they_share_once(swept):
 
 def test_the_record_has_time_machine_and_commit_of_each_stage_that_the_run_built(swept):
     path, _ = swept
-    first, second = (read_json(path.parent / "all" / name / "seed-17" / "record.json") for name in ("fast", "slow"))
+    records = (path.parent / "all" / name / "seed-17" / "record.json" for name in ("fast", "slow"))
+    first, second = (read_sealed(record, "") for record in records)
     assert list(first) == ["prepare", "ids", "shards", "train", "evaluate"]
     assert list(second) == ["train", "evaluate"]
     for stage in (*first.values(), *second.values()):

@@ -22,6 +22,7 @@ from rarec.evaluation.run_files import TrainingRecord, read_run
 from rarec.files import read_json, write_text
 from rarec.stages.report import directories
 from rarec.stages.run import Run
+from rarec.stages.run_folder import read_record
 from rarec.sweep import Sweep, SweepRun, first_to_do
 
 
@@ -77,7 +78,7 @@ def read_finished(run: SweepRun) -> Finished:
         run,
         evaluation.directory / "ranks.parquet",
         read_json(evaluation.directory / "strata.json"),
-        read_json(opened.record_file) if opened.record_file.exists() else {},
+        read_record(opened.record_file),
         {variant: _seen(training) for variant, training in trained.items()},
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rarec.artefacts import MANIFEST
 from rarec.errors import UserError
-from rarec.files import read_json
+from rarec.files import read_json, sha256_file
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -158,9 +158,15 @@ def _checked(rows: Any, fields: tuple[str, ...], where: str) -> list[Row]:
 
 
 def _training(directory: Path, say: Say) -> TrainingRecord:
-    """Read one variant's log. A step that a resumed training wrote again counts once; an incomplete line is skipped."""
+    """Read one variant's manifest and log. A step that a resumed training wrote again counts once.
+
+    An incomplete line is skipped, and a log that differs from the one in the manifest left out, with a line each.
+    """
     lines: list[Row] = []
-    log = directory / "log.jsonl"
+    log, done = directory / "log.jsonl", _optional(directory / MANIFEST, {})
+    if done and log.exists() and sha256_file(log) != done.get("log"):
+        say(f"{log} was altered since the training: its curve is left out")
+        return TrainingRecord(done)
     for number, line in enumerate(log.read_text(encoding="utf-8").splitlines() if log.exists() else [], start=1):
         try:
             entry = json.loads(line)
@@ -170,5 +176,4 @@ def _training(directory: Path, say: Say) -> TrainingRecord:
     lines.sort(key=lambda entry: entry["step"])
     losses = {entry["step"]: entry for entry in lines if "loss" in entry}
     validations = {entry["step"]: entry for entry in lines if "validation" in entry}
-    done = _optional(directory / MANIFEST, {})
     return TrainingRecord(done, list(losses.values()), list(validations.values()))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rarec.artefacts import MANIFEST, check_files, read_manifest
 from rarec.config import dump_config
 from rarec.stages.stage import Built, Stage
 from rarec.version import source
@@ -34,6 +35,10 @@ class ReportStage(Stage):
 
         run = self.run
         run.stage("evaluate").check_files()
+        for stage, files in (("prepare", []), ("shards", ["selection.json"])):  # which may be elsewhere by now
+            place = run.directory(stage)
+            if (place / MANIFEST).exists():
+                check_files(place, read_manifest(place, stage), names=files)
         write_report(directory, directories(run), run.config, say=run.say)
         run.say(f"report: {self.directory / 'report.html'}")
         return Built()

@@ -26,7 +26,7 @@ def check(run: "Run") -> None:
         UserError: an input lies where rarec replaces files, or a file of the user's has the name of one of rarec's.
     """
     _check_config_file(run.config_file)
-    _read_record(run.record_file)
+    read_record(run.record_file)
     for field, path in _inputs(run):
         for place in _replaced(run):
             if path.is_relative_to(place):
@@ -60,7 +60,7 @@ def record(run: "Run", name: str, seconds: float, fresh: bool) -> None:
     Raises:
         UserError: the file is damaged, or not rarec's.
     """
-    noted = _read_record(run.record_file)
+    noted = read_record(run.record_file)
     before = {} if fresh else noted.get(name, {})
     here = {"hardware": machine(run.world.device), "ranks": run.world.size, **source()}
     others = _earlier(before, here)
@@ -92,8 +92,12 @@ def _check_config_file(path: Path) -> None:
         raise UserError(problem, "choose another run.dir, or move that file away")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """Return what `record.json` has already; refuse it if it is damaged, or not rarec's."""
+def read_record(path: Path) -> dict[str, Any]:
+    """Return each stage's time, machine and commit, as `record.json` has it; nothing if there is none.
+
+    Raises:
+        UserError: the file is damaged, or not rarec's.
+    """
     remedy = f"move {path} away: only notes of times and machines are lost"
     return read_sealed(path, remedy) if os.path.lexists(path) else {}
 

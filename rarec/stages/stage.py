@@ -142,6 +142,11 @@ class Stage(ABC):
         """Check what was built, manifest and all, before it takes its place."""
 
     @property
+    def remedy(self) -> str:
+        """What to do about a damaged file of the artefact."""
+        return rebuild(self.kind)
+
+    @property
     def label(self) -> str:
         """The stage's name, and its part if it has several."""
         return f"{self.name} {self.part}".strip()
@@ -250,7 +255,7 @@ class Stage(ABC):
             return False
         try:
             manifest = self.require(outside=True)
-            world.run_on_main(lambda: check_files(self.directory, manifest))
+            world.run_on_main(lambda: check_files(self.directory, manifest, self.remedy))
         except UserError as error:
             if not self.cheap:
                 raise

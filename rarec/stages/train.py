@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rarec.artefacts import sha256_json
 from rarec.config import Variant
 from rarec.errors import UserError
+from rarec.files import sha256_file
 from rarec.stages.stage import Built, Stage
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 OUTSIDE = ("variants", "trackers", "keep", "stream")
 """Fields of `train` that do not shape a variant's weights."""
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
 
 
 class TrainStage(Stage):
@@ -24,7 +25,7 @@ class TrainStage(Stage):
     name = "train"
     summary = "Train every variant (as launch/train.py does on several ranks)."
     resumable = True
-    claims = ("log.jsonl", "skipped.json", "log/")  # the last is of trackers
+    claims = (LOG, "skipped.json", "log/")  # the last is of trackers
 
     @classmethod
     def parts(cls, run: "Run") -> list[str]:
@@ -64,7 +65,8 @@ class TrainStage(Stage):
 
         checkpoints = self.checkpoints(directory)
         figures, stop = train_variant(self.run, self.variant, directory, checkpoints)
-        return Built(figures, _files(checkpoints, figures["best_step"]), stop)
+        log = sha256_file(directory / LOG) if self.run.world.is_main else ""
+        return Built({**figures, "log": log}, _files(checkpoints, figures["best_step"]), stop)
 
     def checkpoints(self, directory: Path | None = None) -> "Checkpoints":
         """Return the checkpoints in a directory, by default that of the finished training."""
@@ -73,6 +75,11 @@ class TrainStage(Stage):
         belongs_to = sha256_json([self.settings(), self.run.stage("shards").require()["hash"]])
         place = (directory or self.directory) / CHECKPOINTS
         return Checkpoints(place, self.run.config.train.keep, belongs_to)
+
+    @property
+    def remedy(self) -> str:
+        """See `Stage`: the other variants need not be trained again."""
+        return f"train it again: rarec train CONFIG --fresh train.variants=[{self.part}]"
 
     def best_model(self) -> "RaRec":
         """Return the trained variant at its best validation, for the run's engine to serve.
@@ -85,14 +92,13 @@ class TrainStage(Stage):
 
         manifest, checkpoints = self.require(), self.checkpoints()
         best = manifest["best_step"]
-        remedy = f"train it again: rarec train CONFIG --fresh train.variants=[{self.part}]"
         model = self.run.build_model(self.variant)
         try:
             checkpoints.load(model, best)
         except Torn as torn:  # a later checkpoint is another model: it must not take the place of this one
-            raise UserError(torn.problem, remedy) from None
+            raise UserError(torn.problem, self.remedy) from None
         if _files(checkpoints, best) != manifest["files"]:
-            raise UserError(f"{checkpoints.path(best)} is not the best checkpoint of {self.directory}", remedy)
+            raise UserError(f"{checkpoints.path(best)} is not the best checkpoint of {self.directory}", self.remedy)
         return model.eval()
 
 

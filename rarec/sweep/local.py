@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rarec.config.load import format_override
-from rarec.errors import Stopped
+from rarec.errors import Stopped, UserError
 from rarec.files import lock_file, try_lock
 from rarec.sweep.definition import Sweep, SweepRun
 from rarec.sweep.state import first_to_do, state_of
@@ -19,6 +19,8 @@ from rarec.training.signals import StopSignals
 
 LOG = "sweep.log"
 """File in a run's directory: the output of its processes, each after the command that started it."""
+HEAD = "\n$ rarec "
+"""What precedes each command in it."""
 _LOCK = ".sweep.lock"
 _POLL_SECONDS = 0.1
 _STATE_SECONDS = 1
@@ -99,9 +101,12 @@ def _locked(run: SweepRun, signals: StopSignals, say: Say) -> Iterator[int]:
 
 def _execute(sweep: Sweep, run: SweepRun, lock: int, signals: StopSignals, show: Show) -> int:
     """Make a run in a process of its own; return the exit code, negative for a signal."""
-    arguments = run_arguments(sweep, run)
-    with (run.directory / LOG).open("a") as log:
-        log.write(f"\n$ rarec {shlex.join(arguments)}\n")
+    arguments, path = run_arguments(sweep, run), run.directory / LOG
+    with path.open("a+", errors="replace") as log:
+        log.seek(0)
+        if log.read(len(HEAD)) not in ("", HEAD):
+            raise UserError(f"{path} is there, and rarec has not written it", "move it away")
+        log.write(f"{HEAD}{shlex.join(arguments)}\n")
         log.flush()
         process = subprocess.Popen(
             [sys.executable, "-m", "rarec", *arguments],

@@ -92,6 +92,8 @@ class _Queue:
         file = (
             self.directory / f"{what}-{sha256_json(lines)[:8]}.txt"
         )  # named by content: a requeued task reads it again
+        if file.exists() and file.read_text(errors="replace") != lines:
+            raise UserError(f"{file} is there, and is not this sweep's", "move it away")
         write_text(file, lines)
         # not `afterok`: one failed task would block all runs; a run whose shared part is missing fails by itself
         dependencies = [f"--dependency=afterany:{job}" for job in after]
