@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from rarec.config.section import Part, Positive, Rate, Section
+from rarec.config.section import Count, Few, Location, Part, Positive, Rate, Section
 from rarec.errors import nearest
 from rarec.registry import check, find
 
@@ -24,7 +24,7 @@ class Recipe(Section):
     """Number of newest interactions that the model reads."""
     dropout: Part = 0.2
     """Dropout probability in training."""
-    negatives: Positive = 4096
+    negatives: Count = 4096
     """Negatives shared by a batch, drawn uniformly from the items that occur in training. If there are no more items
     than this, all are used."""
     batch_size: Positive = 128
@@ -33,7 +33,7 @@ class Recipe(Section):
     """Learning rate of Adam."""
     epochs: Positive = 100
     """Maximum number of epochs."""
-    patience: Positive = 10
+    patience: Count = 10
     """Stop after this many epochs without a better validation NDCG@100."""
 
     kind: ClassVar[str] = "settings"
@@ -60,9 +60,9 @@ class SasRecConfig(Recipe):
     kind, title = "sasrec", "SASRec"
     dropout: Part = 0.4
     """Dropout probability in training."""
-    blocks: Positive = 1
+    blocks: Few = 1
     """Number of self-attention blocks."""
-    heads: Positive = 1
+    heads: Few = 1
     """Number of attention heads; must divide `dim`."""
 
 
@@ -74,7 +74,7 @@ class Gru4RecConfig(Recipe):
     """Dropout probability in training."""
     hidden: Positive = 128
     """Size of the recurrent state."""
-    layers: Positive = 1
+    layers: Few = 1
     """Number of recurrent layers."""
 
 
@@ -84,7 +84,7 @@ class ComiRecConfig(Recipe):
     kind, title = "comirec", "ComiRec"
     dropout: Part = 0.5
     """Dropout probability in training."""
-    interests: Positive = 4
+    interests: Few = 4
     """Number of interest vectors of a user; each gets its own slots in the user prompt."""
     hidden: Positive = 256
     """Size of the attention's hidden layer."""
@@ -107,17 +107,17 @@ IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
 class Import(Section):
     """Vectors imported from files."""
 
-    items: str
+    items: Location
     """File of item vectors: `.npy`, `.safetensors` with one tensor, or `.parquet` with columns `id` and `vector`."""
-    item_ids: str | None = None
+    item_ids: Location | None = None
     """File with the item id of each row of `items`, in order: text, `.npy`, or Parquet (first column). Leave it out if
     `items` is Parquet, which has its own ids."""
     missing: Literal["refuse", "fallback"] = "refuse"
     """What to do about catalogue items without a vector: `refuse` stops with an error, `fallback` uses a vector that
     the alignment learns (see `alignment.id_dropout`)."""
-    users: str | None = None
+    users: Location | None = None
     """File of user vectors, in the same formats. If left out, `user_rule` makes user vectors from the history."""
-    user_ids: str | None = None
+    user_ids: Location | None = None
     """File with the user id of each row of `users`, in the same formats as `item_ids`."""
     user_rule: Literal["mean", "last", "recency"] = "recency"
     """How to make a user vector from the item vectors of the history: their `mean`, the `last` one, or `recency`, a

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Hashable, Iterable, Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from rarec.config.plain_yaml import MAX_BYTES, MAX_OVERRIDE, SHOWN, Dumper, parse
 from rarec.config.schema import RunConfig
 from rarec.errors import UserError, nearest
 
@@ -23,41 +25,7 @@ RENAMED: dict[str, str | None] = {
     "alignment.ridge": None,
 }
 """Old names of fields, with the new ones; None for fields that are gone. All are refused, with the new name."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-3 is a number, and a key given twice is an error; merged ones (`<<`) give way."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                problem = "the name of a field is a list or a section"
-                raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(None, None, f"field {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would take for something else."""
-
-
-_EXPONENT = "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-_Loader.add_implicit_resolver(*_EXPONENT)
-_Dumper.add_implicit_resolver(*_EXPONENT)
-
-
-def _parse(text: str, where: str, remedy: str = "") -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader: it builds plain values only
-    except yaml.YAMLError as error:
-        message = str(error).replace('in "<unicode string>", ', "in ")
-        raise UserError(f"{where} is not valid YAML: {message}", remedy) from None
+_EXAMPLES = "write one to start from: rarec init DIR; examples are in configs/runs/ and configs/sweeps/"
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -74,7 +42,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         name, value = parse_override(override)
         set_field(tree, name, value)
-        given[name] = f"override {override!r}"
+        given[name] = f"override {_shown(override)}"
     return validated(RunConfig, tree, str(path), given)
 
 
@@ -84,21 +52,34 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or not YAML, or holds no fields.
     """
-    path = Path(path)
-    if not path.is_file():
-        problem = "is a directory, not a file" if path.is_dir() else "does not exist"
-        raise UserError(
-            f"configuration {path} {problem}",
-            "write one to start from: rarec init DIR; examples are in configs/runs/ and configs/sweeps/",
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8") from None
-    tree = _parse(text, str(path))
+    text = _read_text(Path(path))
+    tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no fields", "see configs/runs/demo.yaml for an example")
     return tree
+
+
+def _read_text(path: Path) -> str:
+    """Read a configuration file; a pipe or a device, which may never end, is not opened."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"configuration {path} does not exist", _EXAMPLES) from None
+    except (OSError, ValueError) as error:  # the path is too long, goes through a file or a loop, or may not be read
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"configuration {_shown(str(path))}: {reason}", _EXAMPLES) from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "directory" if stat.S_ISDIR(found.st_mode) else "pipe or a device"
+        raise UserError(f"configuration {path} is a {kind}, not a file", _EXAMPLES)
+    if found.st_size > MAX_BYTES:
+        problem = f"configuration {path} has {found.st_size:,} bytes, more than {MAX_BYTES:,}"
+        raise UserError(problem, "name the YAML file of the run; data belong in files of their own")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8") from None
+    except PermissionError:
+        raise UserError(f"configuration {path} may not be read by this user", f"chmod u+r {path}") from None
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -108,10 +89,13 @@ def parse_override(override: str) -> tuple[str, Any]:
         UserError: it is not of that form.
     """
     name, separator, value = override.partition("=")
-    if not separator or not name:
-        raise UserError(f"override {override!r} is not of the form section.field=value")
+    if not separator or not name or not name.isprintable():
+        raise UserError(f"override {_shown(override)} is not of the form section.field=value")
+    if len(override) > MAX_OVERRIDE:
+        problem = f"override of `{name[:SHOWN]}` has {len(override):,} characters, more than {MAX_OVERRIDE:,}"
+        raise UserError(problem, "write it into the configuration file")
     remedy = f"put a text with braces, colons or the like in quotes of its own: '{name}=\"...\"'"
-    return name, _parse(value, f"override {override!r}", remedy)
+    return name, parse(value, f"override {_shown(override)}", remedy)
 
 
 def format_override(name: str, value: Any) -> str:
@@ -159,7 +143,7 @@ def dump_config(config: BaseModel) -> str:
     But for passwords in URLs: it goes into reports, which are passed on.
     """
     tree = config.model_dump(mode="json")
-    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    text: str = yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
     return without_password(text)
 
 
@@ -174,8 +158,17 @@ def _place(detail: ErrorDetails, given: Mapping[str, str], where: str) -> str:
     return next((given[name] for name in names if name in given), where)
 
 
+def _shown(value: object) -> str:
+    """Return a value as Python writes it, but no more of it than a line holds."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    field = ".".join(str(part) for part in detail["loc"])
+    field = ".".join(str(part) for part in detail["loc"])[:SHOWN]
     if field in RENAMED:
         new = RENAMED[field]
         return f"field `{field}` is now called `{new}`: rename it" if new else f"field `{field}` is gone: leave it out"
@@ -184,7 +177,7 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if detail["type"] == "missing":
         return f"missing field `{field}`"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"field `{field}`: {message} (got {detail['input']!r})" if field else message
+    return f"field `{field}`: {message} (got {_shown(detail['input'])})" if field else message
 
 
 def _nearest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:

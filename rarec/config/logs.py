@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rarec.config.section import NonNegative, Part, Positive, Section, Share
+from rarec.config.section import Count, Location, NonNegative, Part, Section, Share
 
 
 class Table(Section):
     """Location of a table: files, or a name that the engine knows."""
 
-    path: str | None = None
+    path: Location | None = None
     """A file, a directory or a glob, local or an fsspec URL (`s3://bucket/log/*.parquet`); `package:NAME/FILE` is a
     file inside an installed Python package. Formats: CSV, TSV, Parquet, JSONL, RecBole's `.inter` and `.item`."""
     table: str | None = None
@@ -60,7 +60,7 @@ class Split(Section):
 
     kind: Literal["leave_one_out", "temporal"] = "leave_one_out"
     """Each user's last item tests and the one before it validates; or two global cuts in time."""
-    validation_users: Positive | None = None
+    validation_users: Count | None = None
     """Leave-one-out only: number of users who validate, a fixed random subset; the item before the last of all others
     trains. By default all validate, as in most published tables."""
     new_items: Part = 0.0
@@ -82,11 +82,11 @@ class Prepare(Section):
     """Settings of the Spark session, such as `spark.master: yarn`; local on all cores by default."""
     memory: str | None = None
     """Largest memory of DuckDB before it spills to disk, such as `8GB`; 80% of the machine's by default."""
-    scratch: str | None = None
+    scratch: Location | None = None
     """Folder of an engine's temporary files; for Spark one that every executor sees. Inside `run.dir` by default."""
     interactions: Interactions
     items: Items
-    min_user_interactions: Positive = 5
+    min_user_interactions: Count = 5
     """Users with fewer interactions are dropped and counted."""
     min_item_interactions: NonNegative = 0
     """Items with fewer interactions are dropped together with these; 0 keeps the whole catalogue."""

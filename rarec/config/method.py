@@ -5,16 +5,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
-from rarec.config.section import NonNegative, Part, Positive, Rate, Section
+from rarec.config.section import Count, Location, NonNegativeFew, Part, Positive, Rate, Section, Weight
 from rarec.registry import check
 
 
 class Llm(Section):
     """The frozen language model: a Hugging Face decoder or encoder that keeps its blocks in one list."""
 
-    path: str
+    path: Location
     """A local directory, a hub name, `package:NAME/DIR` inside an installed package, or a `.gguf` file."""
     revision: str | None = None
     """Revision on the hub. Ignored for local models."""
@@ -52,14 +52,14 @@ class Prompt(Section):
     """Tokens of a title within a history. Longer titles are truncated."""
     max_text_tokens: Positive = 24
     """Tokens of title and text in an item's own prompt. Longer ones are truncated."""
-    max_tokens: Positive | None = None
+    max_tokens: Count | None = None
     """Tokens of a whole prompt, with its slots. The default is the model's context length."""
 
 
 class Alignment(Section):
     """The alignment module: W e + b and contextual instructions for each block, side and source [N]."""
 
-    instructions: NonNegative = 2
+    instructions: NonNegativeFew = 2
     """Number of contextual instruction vectors c in each block (m in the paper's notation)."""
     init: Literal["random", "ridge"] = "ridge"
     """First values of W: a ridge regression of text-only states on ID vectors [D], or random. In both cases b and c
@@ -117,7 +117,7 @@ class Loss(Section):
     logq: bool = True
     """With `softmax`, subtract the log of each in-batch item's chance to be drawn, so that popular items are not
     penalised."""
-    align_weight: Annotated[float, Field(ge=0)] = 0.1
+    align_weight: Weight = 0.1
     """Weight of the alignment losses (lambda [N]); 0 switches them off."""
     align_temperature: Rate = 0.1
     """Temperature of the alignment losses (tau [N]). A lower one contrasts more sharply."""

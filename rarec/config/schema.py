@@ -12,7 +12,23 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from rarec.config.ids import IMPORTED_FILES, Ids, Import
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
-from rarec.config.section import Blocks, ExternalName, NonNegative, Part, Positive, Rate, Section, Share, SourceName
+from rarec.config.section import (
+    Blocks,
+    Count,
+    ExternalName,
+    Few,
+    Folder,
+    Location,
+    NonNegativeFew,
+    Part,
+    Positive,
+    Rate,
+    Section,
+    Seed,
+    Share,
+    SourceName,
+    Weight,
+)
 from rarec.config.variants import VARIANTS, Variant, check_variant, variant_of
 from rarec.errors import UserError
 
@@ -25,12 +41,12 @@ BASELINE = "id.all"
 class RunSection(Section):
     """Where a run is kept, and what seeds it."""
 
-    dir: str
+    dir: Folder
     """Folder of everything this run writes, relative to the current directory."""
-    shared: str | None = None
+    shared: Folder | None = None
     """Folder of prepared data, ID vectors and shards that several runs share, each under a digest of the settings that
     shape it. The first run that needs one builds it. By default each run has its own."""
-    seed: NonNegative = 17
+    seed: Seed = 17
     """Seed of every random choice; each stage derives its own random stream from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run: by default on a GPU if there is one. Set `cpu` to start several processes on CPUs."""
@@ -52,9 +68,9 @@ class Shards(Section):
     """Number of buckets of items, for `diversify`."""
     share: Share = 1.0
     """Largest share of all training samples to keep (the paper's headline: 6% [N])."""
-    samples_per_shard: Positive = 1024
+    samples_per_shard: Count = 1024
     """Samples in one tar file."""
-    writers: Positive = 2
+    writers: Few = 2
     """Number of shards written in parallel while the model computes the next. Does not change their content."""
     state_blocks: Blocks | None = None
     """Blocks whose text-only states are stored, for the alignment loss and the initialisation; all by default. A block
@@ -66,12 +82,12 @@ class Shards(Section):
 class Stream(Section):
     """How training reads its shards. Nothing here changes what is trained, but for `damaged: skip`."""
 
-    workers: NonNegative = 1
+    workers: NonNegativeFew = 1
     """Number of processes that read and collate ahead; with 0 the training process reads between the steps."""
     damaged: Literal["refuse", "skip"] = "refuse"
     """For samples that differ from the manifest: `refuse` ends with an error; `skip` checks all samples before the
     first step, leaves the damaged ones out on every process, and prints their number."""
-    remote: str | None = None
+    remote: Location | None = None
     """An fsspec URL of a copy of `run.dir/shards`, such as `s3://bucket/mine/shards`: tars are read from there."""
     cache_gb: Rate = 10.0
     """Largest size of the local cache of fetched tars, in GB; the least recently read are deleted first."""
@@ -87,9 +103,9 @@ class Train(Section):
     `per_layer_lora`, or ones of your own as `package.module:NAME`."""
     blocks: Blocks | None = None
     """Blocks with slots, for `per_layer`, `per_layer_lora` and `prefix_only`; all by default."""
-    batch_size: Annotated[int, Field(ge=2)] = 128
+    batch_size: Annotated[Positive, Field(ge=2)] = 128
     """Samples in a step, over all processes."""
-    tokens_per_batch: Positive | None = None
+    tokens_per_batch: Count | None = None
     """Replaces `batch_size`: a step takes as many samples as keep its padded user prompts, slots included, within
     this many tokens."""
     accumulate: Positive = 1
@@ -97,7 +113,7 @@ class Train(Section):
     come from one part, so this changes the result; more processes do not."""
     epochs: Positive = 2
     """Passes over the kept samples."""
-    max_steps: Positive | None = None
+    max_steps: Count | None = None
     """Largest number of steps, if fewer than the epochs have."""
     lr: Rate = 2e-3
     """Learning rate of heads and scale."""
@@ -105,21 +121,21 @@ class Train(Section):
     """Learning rate of the alignment, in units of the standard deviation of each block's text-only states."""
     lr_lora: Rate = 2e-4
     """Learning rate of LoRA."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Weight = 0.0
     """Weight decay of AdamW."""
     warmup: Part = 0.1
     """Share of all steps over which the learning rates rise linearly; then they fall as a cosine."""
     clip: Rate = 1.0
     """Largest gradient norm; longer gradients are scaled down."""
-    validate_every: Positive | None = None
+    validate_every: Count | None = None
     """Steps between validations, an epoch by default; each also writes a checkpoint."""
-    validation_users: Positive = 1000
+    validation_users: Count = 1000
     """Number of validation users that are ranked, a fixed random subset."""
-    patience: Positive = 5
+    patience: Count = 5
     """Stop after this many validations without a better NDCG@100."""
-    keep: Positive = 2
+    keep: Few = 2
     """Number of newest checkpoints to keep, beside the best."""
-    checkpoint_every: Positive | None = None
+    checkpoint_every: Count | None = None
     """Steps between checkpoints; by default only at validations."""
     trackers: list[str] = Field(default=["tensorboard"])
     """Names of Accelerate's trackers, such as `tensorboard`."""
@@ -142,9 +158,9 @@ class Train(Section):
 class Evaluate(Section):
     """Ranking of the whole catalogue on the test users."""
 
-    cutoffs: Annotated[list[Positive], Field(min_length=1)] = Field(default=[1, 5, 10, 20, 50, 100])
+    cutoffs: Annotated[list[Count], Field(min_length=1, max_length=1_000)] = Field(default=[1, 5, 10, 20, 50, 100])
     """The K of HR@K and NDCG@K."""
-    users: Positive | None = None
+    users: Count | None = None
     """Number of test users to rank, a fixed random subset that is the same for every seed; all by default."""
     sanity_checks: bool = True
     """Rank again with shuffled histories, and with ID vectors permuted among items: both must give worse figures."""
@@ -155,7 +171,7 @@ class Evaluate(Section):
     """Prompts in one forward pass."""
     resamples: Positive = 2000
     """Resamples of the bootstrap behind each interval."""
-    external: dict[ExternalName, str] = Field(default={})
+    external: dict[ExternalName, Location] = Field(default={})
     """Ranks of other systems by name, each a Parquet or CSV file with columns `user` and `rank` (1 is best, in the full
     catalogue), or `user`, `item` and `score`. Each becomes one more variant of the report."""
 
@@ -163,7 +179,7 @@ class Evaluate(Section):
 class Report(Section):
     """The HTML report."""
 
-    examples: NonNegative = 5
+    examples: NonNegativeFew = 5
     """Number of users shown with their history and top-10 lists."""
 
 

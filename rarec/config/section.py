@@ -1,22 +1,90 @@
-"""The base of all configuration sections, and types of numbers and names."""
+"""The base of all configuration sections, and types of numbers, names and places.
 
+Numbers have upper bounds that no honest run meets: a slip of the finger is refused when the file is read, not after
+hours, and not by a machine out of memory.
+"""
+
+import os
+import re
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Few = Annotated[int, Field(gt=0, le=1_000)]
+"""Number of layers, heads, processes, things kept or shown."""
+NonNegativeFew = Annotated[int, Field(ge=0, le=1_000)]
+Positive = Annotated[int, Field(gt=0, le=100_000)]
+"""Size of a vector, a batch or a history; number of epochs."""
+Count = Annotated[int, Field(gt=0, le=100_000_000)]
+"""Number of users, interactions, steps or tokens: as many as a log may have."""
+NonNegative = Annotated[int, Field(ge=0, le=100_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1e12)]
+Weight = Annotated[float, Field(ge=0, le=1e12)]
 SourceName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,40}$")]
 """A part of file names, and of the names in a tar, which are short and plain."""
 ExternalName = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,40}$")]
 """Part of a row's name, where `/` and `+` have meanings of their own."""
-Blocks = Annotated[list[NonNegative], Field(min_length=1)]
+Blocks = Annotated[list[NonNegativeFew], Field(min_length=1, max_length=1_000)]
+
+_MAX_NAME, _MAX_PATH = 255, 4_000
+"""Bytes of a file's name, and of a path to it, that file systems take; Linux's limit of 4,096 less a few names."""
+
+
+def _check_location(given: str) -> str:
+    """Refuse a text that no file system takes as a path."""
+    if not given.strip():
+        raise ValueError("it is empty: name a place")
+    if any(ord(char) < ord(" ") for char in given):
+        raise ValueError("a path holds a line break or a control character: choose another name")
+    longest = max(len(os.fsencode(name)) for name in given.split("/"))
+    if longest > _MAX_NAME or len(os.fsencode(given)) > _MAX_PATH:
+        limits = f"a name in a path has at most {_MAX_NAME} bytes, and a path {_MAX_PATH}"
+        raise ValueError(f"{limits}: shorten it")
+    return given
+
+
+def _check_folder(given: str) -> str:
+    """Refuse what is no local folder and cannot become one."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", given):
+        raise ValueError("a URL, but results are written to a local folder: name one, and copy it afterwards")
+    if given.startswith("~"):
+        full = os.path.expanduser(given)  # noqa: PTH111 - that of Path raises where it finds no such user
+        raise ValueError(f"`~` has no meaning in a configuration: write the path out ({full})")
+    if len(os.fsencode(Path(given).absolute())) > _MAX_PATH:
+        raise ValueError(f"from the current directory it is longer than {_MAX_PATH} bytes: shorten it")
+    _raise_if_blocked(Path(given))
+    return given
+
+
+def _raise_if_blocked(folder: Path) -> None:
+    """Refuse a folder where something else is in its way: a file, or a loop of symbolic links."""
+    for path in (folder, *folder.parents):
+        try:
+            if not path.is_symlink() and not path.exists():
+                continue
+            path.stat()  # follows links
+        except PermissionError:
+            return  # whoever opens it says so
+        except OSError as error:
+            raise ValueError(f"{path} leads nowhere ({error.strerror}): remove that link, or choose another") from None
+        if not path.is_dir():
+            raise ValueError(f"{path} is a file, not a folder: move it away, or choose another")
+        return
+
+
+Location = Annotated[str, AfterValidator(_check_location)]
+"""A path or URL of something that is read."""
+Folder = Annotated[Location, AfterValidator(_check_folder)]
+"""A local folder that is written, made if it does not exist."""
 
 
 class Section(BaseModel):
-    """A strict part of the configuration: unknown fields and wrong types are refused."""
+    """A strict part of the configuration: unknown fields, wrong types, NaN and infinity are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

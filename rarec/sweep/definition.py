@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from pydantic import Field, model_validator
 
 from rarec.config import RunConfig
 from rarec.config.load import parse_override, read_tree, set_field, validated
-from rarec.config.section import NonNegative, Section
+from rarec.config.section import Folder, Section, Seed
 from rarec.errors import UserError
 from rarec.stages import STAGES
 from rarec.stages.run import Run
@@ -28,9 +29,11 @@ SHARED = "shared"
 """Name of the directory, beside the runs, for the artefacts that they share."""
 RESERVED = (SHARED, "slurm")
 """Names of directories beside the runs, which no run may have."""
+MAX_RUNS = 10_000
+"""Largest number of runs of a sweep. They are counted before any is listed."""
 ENTRY_FIELDS = ("seeds", "grid")
 """Fields of an entry that are not fields of the configuration."""
-Seeds = Annotated[list[NonNegative], Field(min_length=1)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 T = TypeVar("T")
 _SET_BY_SWEEP = {"run.dir": "the sweep sets it for each run", "run.seed": "list `seeds`, of the sweep or of the run"}
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=,@-]*")
@@ -60,7 +63,7 @@ class Entry(Section):
 class SweepFile(Section):
     """The fields of a sweep's file."""
 
-    dir: str
+    dir: Folder
     """Directory of the runs, relative to the current one: each run in NAME/seed-SEED, shared artefacts in `shared`."""
     base: str
     """Run configuration that all runs start from, relative to this file."""
@@ -150,6 +153,7 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
     if not base.is_file():
         raise UserError(f"{path}, field `base`: {base} does not exist", "give its path relative to the sweep's file")
     _refuse_fields_of_the_sweep(common, f"{path}, override for all runs")
+    _refuse_too_many(file, path)
     runs = list(_runs(file, path, base, common))
     duplicate = _first_duplicate(run.label for run in runs)
     if duplicate is not None:
@@ -169,6 +173,17 @@ def _runs(file: SweepFile, path: Path, base: Path, common: Mapping[str, Any]) ->
             config = _resolve(tree, overrides, f"{path}: run {name!r} over {base}")
             _check_stages(config, file.stages, f"{path}: run {name!r}")
             yield SweepRun(entry, name, seed, grid, overrides, config)
+
+
+def _refuse_too_many(file: SweepFile, path: Path) -> None:
+    counts = {
+        name: math.prod(map(len, entry.grid.values())) * len(entry.seeds or file.seeds)
+        for name, entry in file.runs.items()
+    }
+    if sum(counts.values()) > MAX_RUNS:
+        largest = max(counts, key=counts.__getitem__)
+        problem = f"{path}: {sum(counts.values()):,} runs, {counts[largest]:,} of them of {largest!r}"
+        raise UserError(problem, f"list fewer values in its `grid`, or fewer seeds: at most {MAX_RUNS:,} runs")
 
 
 def _check_stages(config: RunConfig, stages: Iterable[str], where: str) -> None:
