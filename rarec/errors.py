@@ -1,9 +1,17 @@
-"""The error that a user can cause, with its remedy; and the exception of a stage that was asked to stop."""
+"""The error that a user can cause, with its remedy; and the exceptions of a stage that was asked to stop."""
 
 import difflib
+import re
+import signal
 from collections.abc import Iterable
 
 EXIT_CODE = 2
+LONGEST = 200
+"""Characters of data that a message shows."""
+_LONGEST_LINE, _MOST_LINES = 1_000, 20
+_QUOTED = re.compile(rf"(?<!\w)(['\"`])((?:(?!\1)[^\n]){{{LONGEST + 1},}})\1(?!\w)")
+_WORD = re.compile(r"[^\s/]{256,}")
+"""Longer than any name of a file."""
 
 
 class UserError(Exception):
@@ -17,11 +25,48 @@ class UserError(Exception):
 
     def __init__(self, problem: str, remedy: str = "", *, shared: bool = False) -> None:
         self.problem, self.remedy, self.shared = problem, remedy, shared
-        super().__init__(f"{problem}\n  -> {remedy}" if remedy else problem)
+        said = in_short(problem)
+        super().__init__(f"{said}\n  -> {remedy}" if remedy else said)
 
 
 class Stopped(Exception):
     """A signal asked a stage to stop, and it has saved what it needs to resume."""
+
+
+class Terminated(BaseException):
+    """A signal ends the command, wherever it is: what is half-written is removed on the way out.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+
+
+def in_short(text: str) -> str:
+    """Return a message in which long data are cut, each with a mark that says by how much.
+
+    Cut are quoted texts and words, then lines, then the number of lines, from the middle: the reason is at the start
+    of a message, and a log ends with what went wrong.
+    """
+    text = _QUOTED.sub(lambda found: f"{found[1]}{_cut(found[2])}{found[1]}", text)
+    lines = [_cut(line, _LONGEST_LINE, LONGEST) for line in _WORD.sub(lambda found: _cut(found[0]), text).split("\n")]
+    left = len(lines) - _MOST_LINES
+    if left > 0:
+        lines[_MOST_LINES // 2 : -(_MOST_LINES // 2)] = [f"... ({left:,} more lines)"]
+    return "\n".join(lines)
+
+
+def _cut(text: str, longest: int = LONGEST, end: int = 0) -> str:
+    """Return a text of at most so many characters, of which some are its end, and a mark."""
+    left = len(text) - longest
+    return (
+        f"{text[: longest - end]}... ({left:,} more characters) {text[len(text) - end :]}".rstrip()
+        if left > 0
+        else text
+    )
 
 
 def nearest(name: str, names: Iterable[str], *, listed: bool = True) -> str:

@@ -161,7 +161,12 @@ def replace_directory(new: Path, path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Fsync a directory and everything in it."""
+    """Fsync a directory and everything in it; tensors get the mode of the other files, which follows the umask."""
+    mask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(mask)
+    for tensors in directory.rglob("*.safetensors"):  # written by way of a private temporary file
+        with suppress(PermissionError):  # begun by another user, in a shared directory
+            tensors.chmod(0o666 & ~mask)
     for entry in directory.rglob("*"):
         _fsync(entry)
     _fsync(directory)

@@ -13,6 +13,7 @@ from pathlib import Path
 from rarec.config.load import format_override
 from rarec.errors import Stopped
 from rarec.files import lock_file, try_lock
+from rarec.inert import inert
 from rarec.sweep.definition import Sweep, SweepRun
 from rarec.sweep.state import first_to_do, state_of
 from rarec.training.signals import StopSignals
@@ -101,7 +102,7 @@ def _execute(sweep: Sweep, run: SweepRun, lock: int, signals: StopSignals, show:
     """Make a run in a process of its own; return the exit code, negative for a signal."""
     arguments = run_arguments(sweep, run)
     with (run.directory / LOG).open("a") as log:
-        log.write(f"\n$ rarec {shlex.join(arguments)}\n")
+        log.write(inert(f"\n$ rarec {shlex.join(arguments)}\n"))
         log.flush()
         process = subprocess.Popen(
             [sys.executable, "-m", "rarec", *arguments],
