@@ -32,7 +32,7 @@ def crash_line(error: BaseException, config: str, directory: Path | None, rank: 
         directory: `run.dir`, if it is known.
         rank: this process.
     """
-    stage = _stage(error) or Path(sys.argv[0]).name
+    stage = _stage(error) or _command()
     reason = in_short(f"{type(error).__name__}: {error}".strip(": ").replace("\n", " "))
     place = _place(error)
     report = _report(error, stage, config)
@@ -63,6 +63,11 @@ def _stage(error: BaseException) -> str:
     """Return the stage, with its part, that was being made; empty if none was."""
     made = [frame.f_locals.get("self") for frame in _frames(error) if frame.f_code.co_name == "make"]
     return next((str(one.label) for one in reversed(made) if hasattr(one, "label")), "")
+
+
+def _command() -> str:
+    name = Path(sys.argv[0]).name
+    return " ".join(["rarec", *sys.argv[1:2]]) if name in ("rarec", "__main__.py") else name
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 """Messages of a full disk, a used-up quota and a file-size limit."""
+_ANOTHER = "another file has that name: move it away, or choose another run.dir"
+_REMEDIES = {
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _ANOTHER),
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the link that leads back to itself, or name another path",
+}
+"""Remedies for errors of a path."""
 WAITING = {"GOMP_SPINCOUNT": "1000"}
 """How long an OpenMP thread spins for the others before it sleeps. GNU's own default, milliseconds, takes the cores of
 a busy machine; not spinning at all makes small operations 1.6 times slower (`tools/bench_waiting.py`)."""
@@ -219,7 +226,6 @@ def machine_trouble(error: BaseException) -> str | None:
         what = "may not be read" if unreadable else "may not be written"
         remedy = "choose a run.dir that you may write to, and inputs that you may read"
         return in_short(f"{path or 'a file'} {what}: {error.strerror}") + f"\n  -> {remedy}"
-    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
-        remedy = "another file has that name: move it away, or choose another run.dir"
-        return in_short(f"{error.strerror}{where}") + f"\n  -> {remedy}"
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return in_short(f"{error.strerror}{where}") + f"\n  -> {_REMEDIES[error.errno]}"
     return None

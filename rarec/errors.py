@@ -3,12 +3,12 @@
 import difflib
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_CODE = 2
 LONGEST = 200
 """Characters of data that a message shows."""
-_LONGEST_LINE, _MOST_LINES = 1_000, 20
+_LONGEST_LINE = 1_000
 _QUOTED = re.compile(rf"(?<!\w)(['\"`])((?:(?!\1)[^\n]){{{LONGEST + 1},}})\1(?!\w)")
 _WORD = re.compile(r"[^\s/]{256,}")
 """Longer than any name of a file."""
@@ -18,15 +18,16 @@ class UserError(Exception):
     """Bad input. `rarec` prints it without a traceback and exits with code 2.
 
     Args:
-        problem: what is wrong, naming the file and the row or field.
+        problem: what is wrong, naming the file and the row or field; a list for several problems, each a line.
         remedy: what the user can do about it.
         shared: whether every rank raises it, so that the first alone should tell.
     """
 
-    def __init__(self, problem: str, remedy: str = "", *, shared: bool = False) -> None:
-        self.problem, self.remedy, self.shared = problem, remedy, shared
-        said = in_short(problem)
-        super().__init__(f"{said}\n  -> {remedy}" if remedy else said)
+    def __init__(self, problem: str | Sequence[str], remedy: str = "", *, shared: bool = False) -> None:
+        lines = [problem] if isinstance(problem, str) else problem
+        self.problem, self.remedy, self.shared = "\n".join(lines), remedy, shared
+        said = in_short("\n".join(map(_in_one_line, lines)))
+        super().__init__(f"{said}\n  -> {_in_one_line(remedy)}" if remedy else said)
 
 
 class Stopped(Exception):
@@ -48,15 +49,16 @@ class Terminated(BaseException):
 def in_short(text: str) -> str:
     """Return a message in which long data are cut, each with a mark that says by how much.
 
-    Cut are quoted texts and words, then lines, then the number of lines, from the middle: the reason is at the start
-    of a message, and a log ends with what went wrong.
+    Cut are quoted texts and words; then lines, from the middle: the reason is at the start of a message, or at the end
+    of a library's.
     """
     text = _QUOTED.sub(lambda found: f"{found[1]}{_cut(found[2])}{found[1]}", text)
     lines = [_cut(line, _LONGEST_LINE, LONGEST) for line in _WORD.sub(lambda found: _cut(found[0]), text).split("\n")]
-    left = len(lines) - _MOST_LINES
-    if left > 0:
-        lines[_MOST_LINES // 2 : -(_MOST_LINES // 2)] = [f"... ({left:,} more lines)"]
     return "\n".join(lines)
+
+
+def _in_one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text)
 
 
 def _cut(text: str, longest: int = LONGEST, end: int = 0) -> str:

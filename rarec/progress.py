@@ -31,8 +31,8 @@ class Console(rich_console.Console):
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
-    @property
-    def file(self) -> IO[str]:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def file(self) -> IO[str]:
         """The stream below those that escape, or that print above a bar: rich writes controls of its own."""
         stream = super().file
         return getattr(stream, "rich_proxied_file", stream)
