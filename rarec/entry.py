@@ -4,11 +4,11 @@ Its own imports are light, so that whatever goes wrong later, while the rest is 
 """
 
 import argparse
-import atexit
 import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -40,7 +40,9 @@ SIGNALLED = 128
 """Exit code of a command ended by a signal, less the number of the signal: 130 for Ctrl-C, as a shell reports it."""
 CRASHED = 70
 """Exit code after an error that rarec did not expect: EX_SOFTWARE of sysexits.h."""
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+AGAIN = 1.0
+"""Seconds after which a second Ctrl-C is somebody who cannot wait for what is being tidied up."""
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _opened: dict[str, Path] = {}
 """For the report of a crash: the configuration of this command's run, and `run.dir`."""
 
@@ -129,52 +131,64 @@ def guarded(command: Callable[[], object]) -> None:
     if not {"OMP_WAIT_POLICY", *WAITING} & os.environ.keys():
         os.environ |= WAITING  # before torch is loaded
     _opened.clear()
+    signals = _Signals()
     with inert_streams():
         try:
-            code = _exit_code(command)
-        except KeyboardInterrupt:  # in the very moment in which another error is reported
-            code = SIGNALLED + signal.SIGINT
+            code = _exit_code(command, signals)
+        except (KeyboardInterrupt, Terminated) as error:  # in the very moment in which another error is caught
+            signals.ignore()
+            code = _report(error)
+    signals.ignore()  # all is said; while Python ends, a signal would only cost the exit code
     if code:
         sys.exit(code)
 
 
-def _exit_code(command: Callable[[], object]) -> int:
+def _exit_code(command: Callable[[], object], signals: "_Signals") -> int:
     try:
-        with _terminable():
-            check_launcher()
-            command()
-            sys.stdout.flush()  # now, while an error of standard output can be reported
+        signals.listen()
+        check_launcher()
+        command()
+        sys.stdout.flush()  # now, while an error of standard output can be reported
         return 0
-    except SystemExit:
-        raise
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException as error:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the line short
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-        try:
-            return _report(error)
-        finally:
-            signal.signal(signal.SIGINT, before)
+        signals.ignore()  # a second Ctrl-C must not cut the line short
+        return _report(signals.cause or error)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Raise `Terminated` when the process is asked to end, so that nothing half-written stays behind."""
-    owner, own = os.getpid(), [number for number in _ENDING if signal.getsignal(number) == signal.SIG_DFL]
+class _Signals:
+    """The signals that end a command, wherever it is: raised, so that nothing half-written stays behind.
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a fork has nothing to tidy up
+    Attributes:
+        cause: what was raised; libraries turn it into errors of their own, such as `Query interrupted`.
+    """
+
+    def __init__(self) -> None:
+        defaults = (signal.SIG_DFL, signal.default_int_handler)  # one that is ignored, as by nohup, stays so
+        self._own = [number for number in _ENDING if signal.getsignal(number) in defaults]
+        self._owner, self._since = os.getpid(), 0.0
+        self.cause: BaseException | None = None
+
+    def listen(self) -> None:
+        for number in self._own:
+            signal.signal(number, self._raise)
+
+    def ignore(self) -> None:
+        for number in self._own:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a fork has nothing to tidy up
             os._exit(SIGNALLED + number)
-        for each in own:
-            signal.signal(each, signal.SIG_IGN)
-        raise Terminated(number)
-
-    for number in own:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in own:
-            signal.signal(number, signal.SIG_DFL)
+        again = time.monotonic() - self._since < AGAIN or number != signal.SIGINT
+        if self.cause is not None and again:  # batch systems and launchers repeat it
+            return
+        self.cause, self._since = (
+            KeyboardInterrupt() if number == signal.SIGINT else Terminated(number),
+            time.monotonic(),
+        )
+        raise self.cause
 
 
 def _report(error: BaseException) -> int:
@@ -183,13 +197,28 @@ def _report(error: BaseException) -> int:
         return SIGNALLED + signal.SIGPIPE
     if isinstance(error, KeyboardInterrupt | Terminated | Stopped):
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        say(f"{ended}; run the same command to resume")
+        if _rank() == 0:
+            _print_safely(f"{ended}; run the same command to resume")
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         return 0 if isinstance(error, Stopped) else SIGNALLED + number
     message = str(error) if isinstance(error, UserError) else machine_trouble(error)
     if _rank() == 0 or not getattr(error, "shared", False):
-        _print_error(message or crash_line(error, str(_opened.get("config", "")), _opened.get("directory"), _rank()))
+        line = message or crash_line(error, str(_opened.get("config", "")), _opened.get("directory"), _rank())
+        where = f"rank {_rank()}: " if _rank() else ""
+        _print_safely(f"{where}{line}", "error:")
     return EXIT_CODE if message else CRASHED
+
+
+def _print_safely(line: str, sign: str = "") -> None:
+    """Print one line to standard error, whatever is broken, rich included."""
+    try:
+        from rich.text import Text
+
+        from rarec.progress import console
+
+        console.print(Text.assemble((sign, "bold red"), " " if sign else "", line), soft_wrap=True)
+    except Exception:
+        print_from_any_rank(f"{sign} {line}".strip())
 
 
 def _rank() -> int:
@@ -198,18 +227,6 @@ def _rank() -> int:
         return rank()
     except UserError:
         return 0
-
-
-def _print_error(message: str) -> None:
-    where = f"rank {_rank()}: " if _rank() else ""
-    try:
-        from rich.text import Text
-
-        from rarec.progress import console
-
-        console.print(Text.assemble(("error:", "bold red"), f" {where}{message}"), soft_wrap=True)
-    except Exception:  # rich itself may be what is broken, or need more memory than there is
-        print_from_any_rank(f"error: {where}{message}")
 
 
 def machine_trouble(error: BaseException) -> str | None:

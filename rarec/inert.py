@@ -8,11 +8,12 @@ visible; it is called where output leaves: by the standard streams (`inert_strea
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
-from rarec.errors import UserError
+from rarec.errors import UserError, in_short
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """C0 but for tab and line feed, C1, separators of lines, overrides of the direction of text, lone surrogates."""
@@ -97,10 +98,20 @@ def inert_streams() -> Iterator[None]:
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - a handle, for as long as the process lives
     sys.stdout = _Inert(_Results(sys.stdout or open(1, "w", closefd=False)))  # noqa: SIM115
     sys.stderr = _Inert(_Messages(sys.stderr or open(2, "w", closefd=False)))  # noqa: SIM115
+    hooks = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = threading.excepthook = _aside
     try:
         yield
     finally:
         sys.stdin, sys.stdout, sys.stderr = before
+        sys.unraisablehook, threading.excepthook = hooks
+
+
+def _aside(error: Any) -> None:
+    """Print one line about an error that ends nothing, where Python would print a traceback."""
+    if error.exc_type is not SystemExit:
+        where = getattr(error, "thread", None) or getattr(error, "object", None)
+        print(f"ignored: {error.exc_type.__name__}: {error.exc_value} in {in_short(repr(where))}", file=sys.stderr)
 
 
 def _open_closed() -> None:
