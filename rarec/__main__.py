@@ -1,5 +1,5 @@
 """`python -m rarec`: the command, where it is not on the path."""
 
-from rarec.cli import main
+from rarec.entry import main
 
 main()

@@ -1,26 +1,29 @@
 """The `rarec` command: one thin sub-command a stage. Heavy imports wait until a command needs them."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from rarec.entry import guarded, open_run, run_stage, say, stoppable, watched
-from rarec.errors import UserError
-from rarec.progress import console
+from rarec.entry import main, open_run, run_stage, say, watched
+from rarec.errors import EXIT_CODE, UserError
+from rarec.inert import in_one_line
+from rarec.progress import Console, console
 from rarec.stages import STAGES
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run
 
 IN_ORDER = "Stages, in order"
+_NAME, _COMPLETE = "rarec", "_RAREC_COMPLETE"
+_UsageError: Any = typer.BadParameter.__base__
+"""Any mistake in the arguments; Typer does not export it."""
 app = typer.Typer(
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="""RA-Rec: ID embeddings become soft prompts in every block of a frozen language model.
@@ -103,8 +106,7 @@ def shards(
     if not verify:
         run_stage("shards", config, overrides, fresh)
         return
-    with stoppable():
-        print(import_module("rarec.stages.verify").verify(open_run(config, overrides), repair, deep))
+    print(import_module("rarec.stages.verify").verify(open_run(config, overrides), repair, deep))
 
 
 for _name in STAGES:
@@ -120,12 +122,11 @@ def run(
     stages: Annotated[str | None, typer.Option(help="Only these, as in 'prepare ids'; all by default.")] = None,
 ) -> None:
     """Run every stage in order; what is finished stays. Ends with the table, and where report and bundle are."""
-    with stoppable():
-        opened = open_run(config, overrides)
-        with watched(opened):
-            opened.run(stages.split() if stages is not None else None, fresh=fresh)
-        if stages is None and opened.world.is_main:
-            show_results(opened)
+    opened = open_run(config, overrides)
+    with watched(opened):
+        opened.run(stages.split() if stages is not None else None, fresh=fresh)
+    if stages is None and opened.world.is_main:
+        show_results(opened)
 
 
 @app.command(rich_help_panel="All at once")
@@ -142,10 +143,9 @@ def sweep(
         raise UserError("--sbatch is for jobs", "give it together with --slurm")
     if listed and slurm:
         raise UserError("--list prints the runs and --slurm submits them", "give one of the two")
-    from rarec.sweep import command
+    from rarec.sweep import command as sweeping
 
-    with stoppable():
-        failed = command.sweep(file, overrides or [], only, say, console, listed, sbatch if slurm else None)
+    failed = sweeping.sweep(file, overrides or [], only, say, console, listed, sbatch if slurm else None)
     if failed:
         raise typer.Exit(1)
 
@@ -161,7 +161,7 @@ def recommend(
     """Print the best new items for one user, by the bundle."""
     opened = open_run(config, overrides)
     for item, title in import_module("rarec.stages.export").recommend(opened, user, k, bundle):
-        print(f"{item}\t{title}")
+        print(f"{in_one_line(str(item))}\t{in_one_line(title)}")
 
 
 @app.command(rich_help_panel="Before")
@@ -186,7 +186,7 @@ def show_results(run: "Run") -> None:
     print(f"bundle: {run.directory('export')}")
     print(f"figures: {run.directory('evaluate') / 'metrics.json'}")
     for line in closing_lines(files, run.config):
-        out.print(line, markup=False, highlight=False)
+        out.print(line)
 
 
 def _version(wanted: bool) -> None:
@@ -206,6 +206,21 @@ def _options(
     pass
 
 
-def main() -> None:
-    """Run the `rarec` command."""
-    guarded(app)
+def command() -> None:
+    """Run the command that the arguments name; what is wrong with them is a `UserError`."""
+    if _COMPLETE in os.environ:  # the shell asks for the next word
+        app(prog_name=_NAME)
+    group, arguments = typer.main.get_command(app), sys.argv[1:]
+    try:  # not `app()`, which ends Ctrl-C and broken pipes by itself, in silence
+        with group.make_context(_NAME, arguments or ["--help"]) as context:
+            group.invoke(context)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code if arguments else EXIT_CODE)
+    except _UsageError as error:
+        problem = " ".join(error.format_message().split("\n"))
+        where = error.ctx.command_path if error.ctx else _NAME
+        raise UserError(problem, f"see {where} --help", shared=True) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rarec.errors import UserError
@@ -130,7 +130,12 @@ def restore_replaced(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Fsync a directory and everything in it."""
+    """Fsync a directory and everything in it; tensors get the mode of the other files, which follows the umask."""
+    mask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(mask)
+    for tensors in directory.rglob("*.safetensors"):  # written by way of a private temporary file
+        with suppress(PermissionError):  # begun by another user, in a shared directory
+            tensors.chmod(0o666 & ~mask)
     for entry in directory.rglob("*"):
         if not entry.is_symlink() and (entry.is_file() or entry.is_dir()):  # opening a pipe would block
             fsync(entry)

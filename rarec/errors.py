@@ -1,27 +1,74 @@
-"""The error that a user can cause, with its remedy; and the exception of a stage that was asked to stop."""
+"""The error that a user can cause, with its remedy; and the exceptions of a stage that was asked to stop."""
 
 import difflib
-from collections.abc import Iterable
+import re
+import signal
+from collections.abc import Iterable, Sequence
 
 EXIT_CODE = 2
+LONGEST = 200
+"""Characters of data that a message shows."""
+_LONGEST_LINE = 1_000
+_QUOTED = re.compile(rf"(?<!\w)(['\"`])((?:(?!\1)[^\n]){{{LONGEST + 1},}})\1(?!\w)")
+_WORD = re.compile(r"[^\s/]{256,}")
+"""Longer than any name of a file."""
 
 
 class UserError(Exception):
     """Bad input. `rarec` prints it without a traceback and exits with code 2.
 
     Args:
-        problem: what is wrong, naming the file and the row or field.
+        problem: what is wrong, naming the file and the row or field; a list for several problems, each a line.
         remedy: what the user can do about it.
         shared: whether every rank raises it, so that the first alone should tell.
     """
 
-    def __init__(self, problem: str, remedy: str = "", *, shared: bool = False) -> None:
-        self.problem, self.remedy, self.shared = problem, remedy, shared
-        super().__init__(f"{problem}\n  -> {remedy}" if remedy else problem)
+    def __init__(self, problem: str | Sequence[str], remedy: str = "", *, shared: bool = False) -> None:
+        lines = [problem] if isinstance(problem, str) else problem
+        self.problem, self.remedy, self.shared = "\n".join(lines), remedy, shared
+        said = in_short("\n".join(map(_in_one_line, lines)))
+        super().__init__(f"{said}\n  -> {_in_one_line(remedy)}" if remedy else said)
 
 
 class Stopped(Exception):
     """A signal asked a stage to stop, and it has saved what it needs to resume."""
+
+
+class Terminated(BaseException):
+    """A signal ends the command, wherever it is: what is half-written is removed on the way out.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+
+
+def in_short(text: str) -> str:
+    """Return a message in which long data are cut, each with a mark that says by how much.
+
+    Cut are quoted texts and words; then lines, from the middle: the reason is at the start of a message, or at the end
+    of a library's.
+    """
+    text = _QUOTED.sub(lambda found: f"{found[1]}{_cut(found[2])}{found[1]}", text)
+    lines = [_cut(line, _LONGEST_LINE, LONGEST) for line in _WORD.sub(lambda found: _cut(found[0]), text).split("\n")]
+    return "\n".join(lines)
+
+
+def _in_one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text)
+
+
+def _cut(text: str, longest: int = LONGEST, end: int = 0) -> str:
+    """Return a text of at most so many characters, of which some are its end, and a mark."""
+    left = len(text) - longest
+    return (
+        f"{text[: longest - end]}... ({left:,} more characters) {text[len(text) - end :]}".rstrip()
+        if left > 0
+        else text
+    )
 
 
 def nearest(name: str, names: Iterable[str], *, listed: bool = True) -> str:

@@ -1,26 +1,55 @@
-"""Progress of long loops: a bar with the time left on a terminal, sparse lines elsewhere; nothing for short ones."""
+"""The console, and progress of long loops: a bar with the time left on a terminal, sparse lines elsewhere."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import IO, TypeVar
 
-from rich.console import Console
+from rich import console as rich_console
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+from rarec.inert import inert
+from rarec.launcher import rank
 
 T = TypeVar("T")
 PATIENCE = 5.0
 """Seconds after which a loop's progress is shown."""
 SPARSE = 15.0
 """Seconds between lines where there is no terminal."""
-console = Console(stderr=True, highlight=False)
+
+
+class Console(rich_console.Console):
+    """A console on which data are text: no markup, no emoji codes, and control characters are escaped.
+
+    Args:
+        stderr: print to standard error, otherwise to standard output.
+        width: columns; by default those of the terminal.
+    """
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+    @property  # type: ignore[misc]
+    def file(self) -> IO[str]:
+        """The stream below those that escape, or that print above a bar: rich writes controls of its own."""
+        stream = super().file
+        return getattr(stream, "rich_proxied_file", stream)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Render anything: all that is printed passes here, and only rich's own segments are controls."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(inert(segment.text), segment.style)
+
+
+console = Console(stderr=True)
 """For messages and bars: standard output is for results."""
 _bars = Progress(
-    TextColumn("{task.description}"),
+    TextColumn("{task.description}", markup=False),
     BarColumn(bar_width=10),
     MofNCompleteColumn(),
-    TextColumn("{task.fields[facts]}"),
+    TextColumn("{task.fields[facts]}", markup=False),
     TimeRemainingColumn(compact=True),
     console=console,
     transient=True,
@@ -43,7 +72,7 @@ class Task:
         self._first, self._started = done, time.monotonic()
         self._said = self._started
         self._bar: TaskID | None = None
-        self._speaks = os.environ.get("RANK", "0") == "0"
+        self._speaks = rank() == 0
 
     def update(self, done: int, facts: str = "") -> None:
         """Show the number of steps done, with a few facts behind the bar: 34 characters fit 80 columns."""
@@ -57,7 +86,7 @@ class Task:
             self._said = now
             left = (now - self._started) / max(1, done - self._first) * (self._total - done)
             parts = [f"{done}/{self._total}", facts, f"about {_clock(left)} left" if left else ""]
-            console.print(f"{self._title}: {', '.join(filter(None, parts))}", markup=False, soft_wrap=True)
+            console.print(f"{self._title}: {', '.join(filter(None, parts))}", soft_wrap=True)
 
     def end(self) -> None:
         """Take the bar away."""

@@ -149,7 +149,7 @@ class World:
             if self.size == 1:
                 raise
             error = caught
-        messages = self._exchange(f"{error or type(error).__name__}" if error is not None else "")
+        messages = self._exchange("" if error is None else str(error) or type(error).__name__)
         failed = next((rank for rank, text in enumerate(messages) if text), None)
         if failed is None:
             return result  # type: ignore[return-value]
@@ -176,7 +176,7 @@ class World:
         """Return every rank's text."""
         if self.size == 1:
             return [text]
-        own = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        own = torch.frombuffer(bytearray(text.encode(errors="backslashreplace") or b"\0"), dtype=torch.uint8)
         padded = torch.zeros(self.all_reduce_max(len(own)), dtype=torch.uint8, device=self.device)
         padded[: len(own)] = own.to(self.device)
         return [bytes(each.cpu().tolist()).rstrip(b"\0").decode() for each in self.all_gather(padded)]

@@ -134,7 +134,7 @@ def validated(model: type[Model], tree: dict[str, Any], where: str, given: Mappi
         return model.model_validate(tree)
     except ValidationError as error:
         lines = [f"{_place(detail, given or {}, where)}: {_explain(detail, model)}" for detail in error.errors()]
-        raise UserError("\n".join(lines)) from None
+        raise UserError(lines) from None
 
 
 def dump_config(config: BaseModel) -> str:

@@ -29,6 +29,7 @@ from rarec.evaluation.labels import (
 from rarec.evaluation.run_files import Row, RunDirectories, RunFiles, TrainingRecord, read_run
 from rarec.evaluation.verdict import still_improving, verdict
 from rarec.files import write_text
+from rarec.inert import inert
 from rarec.ranking.metrics import SELECTED_BY
 
 REPORT = "report.html"
@@ -50,7 +51,7 @@ def write_report(directory: Path, run: RunDirectories, config: RunConfig, *, say
     """
     template = _template()
     page = template.render(_context(read_run(run, say=say), config, Path(config.run.dir).name))
-    write_text(directory / REPORT, page)
+    write_text(directory / REPORT, inert(page))
 
 
 def _template() -> Any:

@@ -12,6 +12,7 @@ from rarec.config import RunConfig, Variant, load_config
 from rarec.config.ids import Ids
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json
+from rarec.inert import inert
 from rarec.stages import run_folder
 from rarec.stages.stage import Stage
 from rarec.version import source
@@ -35,7 +36,7 @@ OPENED = {"prepare": ("dataset", "sources", "baseline", "prompts"), "ids": ("sou
 
 def print_line(line: str) -> None:
     """Print one line to standard error."""
-    print(line, file=sys.stderr, flush=True)
+    print(inert(line), file=sys.stderr, flush=True)
 
 
 class Run:

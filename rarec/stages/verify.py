@@ -62,11 +62,10 @@ def verify(run: Run, repair: bool = False, deep: bool = False) -> str:
     problems += [beside[file] for file in beside.keys() - known]
     if not problems:
         return _summary(directory, manifest, time.monotonic() - began, deep)
-    lines = "".join(f"\n  {problem.line}" for problem in problems)
-    report = f"{directory} is damaged:{lines}"
+    report = [f"{directory} is damaged:", *(f"  {problem.line}" for problem in problems)]
     if not repair:
         raise UserError(report, REPAIR)
-    run.say(report)
+    run.say("\n".join(report))
     return _repair(parts, manifest, {problem.file for problem in problems})
 
 

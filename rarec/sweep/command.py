@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from rarec.sweep.definition import Sweep, SweepRun, load_sweep
 from rarec.sweep.local import run_locally
@@ -41,7 +41,7 @@ def sweep(
         submit(whole, runs, sbatch, say)
         return False
     with console.status("") as status:
-        failed = run_locally(whole, runs, say, lambda line: status.update(escape(line)))
+        failed = run_locally(whole, runs, say, lambda line: status.update(Text(line)))
     for line in failed:
         say(f"failed: {line}")
     return bool(failed)

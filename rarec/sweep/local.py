@@ -13,6 +13,7 @@ from pathlib import Path
 from rarec.config.load import format_override
 from rarec.errors import Stopped, UserError
 from rarec.files import lock_file, try_lock
+from rarec.inert import inert
 from rarec.sweep.definition import Sweep, SweepRun
 from rarec.sweep.state import first_to_do, state_of
 from rarec.training.signals import StopSignals
@@ -106,7 +107,7 @@ def _execute(sweep: Sweep, run: SweepRun, lock: int, signals: StopSignals, show:
         log.seek(0)
         if log.read(len(HEAD)) not in ("", HEAD):
             raise UserError(f"{path} is there, and rarec has not written it", "move it away")
-        log.write(f"{HEAD}{shlex.join(arguments)}\n")
+        log.write(inert(f"{HEAD}{shlex.join(arguments)}\n"))
         log.flush()
         process = subprocess.Popen(
             [sys.executable, "-m", "rarec", *arguments],

@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.files import read_json
+from rarec.launcher import world_size
 from rarec.training.engines import Engine
 from rarec.world import World
 
@@ -41,7 +42,7 @@ def start_world(config: RunConfig) -> World:
         UserError: a GPU is required and there is none, or the number of processes is not `run.num_processes`.
     """
     _silence_libraries()
-    world, wanted = int(os.environ.get("WORLD_SIZE", "1")), config.run.num_processes
+    world, wanted = world_size(), config.run.num_processes
     if wanted is not None and world != wanted:
         remedy = f"accelerate launch --num_processes {wanted} ..., or change run.num_processes"
         raise UserError(f"run.num_processes is {wanted}, but {world} processes were started", remedy, shared=True)

@@ -201,7 +201,7 @@ class Watchdog:
             while self._exchange():
                 self._wake.wait(self._interval / 10 if self._left_at else self._interval)
                 self._wake.clear()
-        except RuntimeError:  # PyTorch raises it for any failure of the store
+        except Exception:  # of the store, or of this machine: a rank that is not watched must not wait for others
             self._lose_store()
         if self._condemned:
             os._exit(EXIT_CODE)  # the main thread may be in a call that no exception can interrupt
