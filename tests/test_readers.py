@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.config.logs import Interactions
+from rarec.config.logs import Interactions, Items
 from rarec.data.engines import PrepareEngine, compute_value
 from rarec.data.engines.duckdb_engine import DuckDBEngine
 from rarec.data.engines.table_files import find_files, hash_files
-from rarec.data.preparation.inputs import read_log, table_location
+from rarec.data.preparation.inputs import read_catalogue, read_log, table_location
 from rarec.errors import UserError
 from tests.engines import ENGINES, start
 
@@ -132,13 +132,13 @@ def test_a_path_is_no_pattern_and_may_hold_anything(engine: PrepareEngine, tmp_p
 
 
 def test_lists_of_json_are_json_and_those_of_parquet_are_refused(engine: PrepareEngine, tmp_path: Path) -> None:
-    rows = [(["A", "B c"], "i", 1), (["D"], "j", 2)]
-    assert [row["user"] for row in read(engine, write_table(tmp_path / "a.jsonl", ["user", "item", "time"], rows))] == [
-        '["A","B c"]',
-        '["D"]',
-    ]
-    path = write_table(tmp_path / "a.parquet", ["user", "item", "time"], rows)
-    refuse(engine, path, "'user' (prepare.interactions.user)", "array")
+    rows = [("i", ["A", "B c"]), ("j", ["D"])]
+    config = Items(path=str(write_table(tmp_path / "a.jsonl", ["item", "title"], rows)), item="item", title="title")
+    catalogue = read_catalogue(engine, config, table_location(config, "prepare.items"), print).table
+    assert [row["title"] for row in engine.rows(catalogue.order_by("line"))] == ['["A","B c"]', '["D"]']
+    config = Items(path=str(write_table(tmp_path / "a.parquet", ["item", "title"], rows)), item="item", title="title")
+    with pytest.raises(UserError, match=r"a\.parquet.*'title' \(prepare.items.title\).*array"):
+        read_catalogue(engine, config, table_location(config, "prepare.items"), print)
 
 
 def test_two_objects_on_a_line_are_not_read_as_one(engine: PrepareEngine, tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ class Interactions(Table):
     """Column of the item's id, integers or text."""
     time: str | None = None
     """Column of the time: epoch seconds or milliseconds, ISO 8601, or a timestamp of the file's own."""
+    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
+    """Unit of times that are numbers. `auto` finds it by their size, and refuses a column that mixes sizes of several
+    units."""
     position: str | None = None
     """Column of the rank in the user's own order, where there is no time."""
 

@@ -18,6 +18,9 @@ class Llm(Section):
     """A local directory, a hub name, `package:NAME/DIR` inside an installed package, or a `.gguf` file."""
     revision: str | None = None
     """Revision on the hub. Ignored for local models."""
+    allow_pickle_weights: bool = False
+    """Read weights that are a pickle (`pytorch_model.bin`) if there are none in safetensors, with PyTorch's reader for
+    plain tensors. A pickle can be made to run code: set it only for a model whose origin you trust."""
     kind: Literal["auto", "decoder", "encoder"] = "auto"
     """Kind of architecture. Set it if the model is refused as neither. A decoder's prompts begin with a special token
     that is not read out."""

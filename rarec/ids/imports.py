@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError, safe_open
 
 from rarec.errors import UserError
@@ -22,6 +23,9 @@ CHUNK = 1 << 16
 """Rows copied at a time."""
 SHOWN = 5
 """Number of ids shown in a message."""
+WIDTH = 40
+"""Characters of an id shown in a message."""
+_ID_REMEDY = "save the ids as integers or as text, as they are in the interaction log"
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,9 @@ def read_vectors(path: str, ids_path: str | None, field: str, ids_field: str) ->
         ids = read_ids(ids_path)
     if rows.dtype.kind not in "fiu":
         raise UserError(f"{path} holds {rows.dtype}, not numbers", "save the vectors as float32")
-    if rows.ndim < 2 or 0 in rows.shape:
-        raise UserError(f"{path} has shape {rows.shape}", "save vectors with two axes: rows, dimension")
+    if rows.ndim not in (2, 3) or 0 in rows.shape:
+        remedy = "save vectors with two axes: rows, dimension (three for users: rows, vectors of a user, dimension)"
+        raise UserError(f"{path} has shape {rows.shape}", remedy)
     if len(ids) != len(rows):
         raise UserError(
             f"{ids_path} has {len(ids)} ids, but {path} has {len(rows)} rows", "give one id per row, in order"
@@ -139,10 +144,16 @@ def read_ids(path: str) -> pa.Array:
         array = _npy(path)
         if array.ndim != 1:
             raise UserError(f"{path} has shape {array.shape}", "save a list of ids with one axis")
-        return pa.array(array.astype(array.dtype.newbyteorder("=")))  # Arrow needs native byte order
-    try:  # split at \n only: an id may contain other characters that Python's splitlines would split at
+        try:
+            return pa.array(array.astype(array.dtype.newbyteorder("=")))  # Arrow needs native byte order
+        except pa.ArrowException:
+            raise UserError(f"{path} holds {array.dtype}, which are no ids", _ID_REMEDY) from None
+    try:
+        # split at \n only: an id may contain other characters that Python's splitlines would split at
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         return pa.array(lines if lines != [""] else [], type=pa.string())
+    except PermissionError:
+        raise _unreadable(path) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8, one id per line") from None
 
@@ -161,18 +172,39 @@ def existing(path: str, field: str) -> Path:
 
 def _npy(path: str) -> npt.NDArray[np.generic]:
     try:
-        array: npt.NDArray[np.generic] = np.load(resolve(path), mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        # not `np.load`, which also reads archives and pickles
+        array: npt.NDArray[np.generic] = np.lib.format.open_memmap(resolve(path), mode="r")
+    except PermissionError:
+        raise _unreadable(path) from None
+    except Exception as error:  # a header is Python code, which NumPy parses: anything may be raised
         remedy = "save a plain array of numbers: np.save(file, np.asarray(values))"
-        raise UserError(f"{path} is not a plain .npy array: {error}", remedy) from None
+        raise UserError(f"{path} is not a plain .npy array: {_first_line(error)}", remedy) from None
     return array
+
+
+def _unreadable(path: str) -> UserError:
+    return UserError(f"{path} may not be read by this user", "change its permissions: chmod a+r")
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a library's message; some go on with advice to switch its protection off."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _parquet(path: str) -> pa.Table:
     try:
-        return pq.read_table(resolve(path))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not Parquet: {error}", "save it again as Parquet") from None
+        with pq.ParquetFile(resolve(path), page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"{path} has two columns named {twice!r}", "give each column its own name")
+            if not names:
+                raise UserError(f"{path} has no columns", "save it again, with a column of ids")
+            return file.read()
+    except PermissionError:
+        raise _unreadable(path) from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not Parquet: {_first_line(error)}", "save it again as Parquet") from None
 
 
 def _read_npy(path: str) -> tuple[npt.NDArray[np.generic], None]:
@@ -186,9 +218,14 @@ def _read_safetensors(path: str) -> tuple[npt.NDArray[np.generic], None]:
             if len(names) != 1:
                 shown = ", ".join(names[:SHOWN])
                 raise UserError(f"{path} holds {len(names)} tensors ({shown})", "save one tensor, the vectors")
-            return file.get_tensor(names[0]).float().numpy(), None
-    except SafetensorError as error:
-        raise UserError(f"{path} is not safetensors: {error}", "save it again as safetensors") from None
+            tensor = file.get_tensor(names[0])
+            if tensor.dtype == torch.bool or tensor.is_complex():
+                raise UserError(f"{path} holds {tensor.dtype}, not numbers", "save the vectors as float32")
+            return tensor.float().numpy(), None
+    except PermissionError:
+        raise _unreadable(path) from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not safetensors: {_first_line(error)}", "save it again as safetensors") from None
 
 
 def _read_parquet(path: str) -> tuple[npt.NDArray[np.generic], pa.Array]:
@@ -230,6 +267,17 @@ def _comparable(one: pa.Array, other: pa.Array) -> tuple[pa.Array, pa.Array]:
 
 
 def _raise_if_bad(ids: pa.Array, path: str) -> None:
+    """Refuse ids that are neither whole numbers nor text, missing ones, and repeated ones."""
+    kind = ids.type.value_type if pa.types.is_dictionary(ids.type) else ids.type
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string)
+    if not any(test(kind) for test in (*tests, pa.types.is_binary, pa.types.is_decimal, pa.types.is_null)):
+        raise UserError(f"{path}: the ids are of type {kind}", _ID_REMEDY)
+    if pa.types.is_floating(kind) and not all(float(value).is_integer() for value in ids.drop_null().to_pylist()):
+        raise UserError(f"{path}: the ids are fractions, NaN or infinite ({_shown(ids)})", _ID_REMEDY)
+    try:
+        ids = pc.if_else(pc.equal(ids.cast(pa.string()), ""), None, ids)
+    except pa.ArrowInvalid:
+        raise UserError(f"{path}: an id is not UTF-8 text", _ID_REMEDY) from None
     if ids.null_count:
         row = int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
         raise UserError(f"{path}: row {row} has no id", "give every row an id")
@@ -242,4 +290,4 @@ def _raise_if_bad(ids: pa.Array, path: str) -> None:
 
 
 def _shown(ids: pa.Array) -> str:
-    return ", ".join(repr(value) for value in ids[:SHOWN].to_pylist())
+    return ", ".join(repr(value)[:WIDTH] for value in ids[:SHOWN].to_pylist())

@@ -4,14 +4,13 @@ LoRA weights are added through PEFT.
 """
 
 import importlib.util
+import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -25,6 +24,7 @@ from rarec.errors import UserError
 from rarec.files import sha256_file
 from rarec.models.backbone import FrozenBackbone, Pool, config_hash
 from rarec.models.llm_attention import use_float32_attention
+from rarec.models.model_folder import check_folder, check_loaded, check_tokenizer
 from rarec.paths import resolve
 from rarec.prompts import TextTokenizer
 
@@ -92,6 +92,8 @@ def load_model(
         UserError: the model cannot be found or read, lacks weights, or is neither an encoder nor a decoder.
     """
     path = _locate(config.path, converted)
+    if Path(path).is_dir():
+        check_folder(Path(path), config.allow_pickle_weights)
     settings = read_with(AutoConfig, config.path, path, revision=config.revision)
     kind = config.kind if config.kind != "auto" else kind_of(settings, config.path)
     model = _load_trunk(config, path, kind)
@@ -99,7 +101,9 @@ def load_model(
         use_float32_attention(model)
     context_length = context_length_of(model)
     decodes = kind == "decoder"
-    tokenizer = TextTokenizer(read_with(AutoTokenizer, config.path, path, revision=config.revision), opens=decodes)
+    words = read_with(AutoTokenizer, config.path, path, revision=config.revision)
+    check_tokenizer(words, len(model.get_input_embeddings().weight), config.path)
+    tokenizer = TextTokenizer(words, opens=decodes)
     backbone = FrozenBackbone(model, pool, config.gradient_checkpointing, sink=decodes).eval()
     identity = {
         "name": config.path,
@@ -170,9 +174,21 @@ def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
     """
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **keywords)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"llm.path: cannot load {name!r}: {first_line}", _REMEDY) from None
+    except MemoryError:
+        raise
+    except PermissionError as error:
+        problem = f"llm.path: {error.filename or name} may not be read by this user"
+        raise UserError(problem, "change its permissions: chmod a+r") from None
+    except Exception as error:  # every library that reads a part of a model has exceptions of its own
+        raise UserError(f"llm.path: cannot load {name!r}: {_reason(error)}", _REMEDY) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of a library's message, without advice to switch a protection off."""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    if re.search("weights_only|trust_remote_code|pickle", first_line):
+        return "its weights are a pickle that holds more than plain tensors, or code; neither is loaded"
+    return f"{type(error).__name__}: {first_line}"[:200]
 
 
 def context_length_of(model: Any) -> int:
@@ -210,23 +226,15 @@ def _load_trunk(config: Llm, path: str, kind: str) -> Any:
         keywords["attn_implementation"] = config.attention
     if config.quantize != "none":
         keywords["quantization_config"] = _quantisation(config)
+    if not config.allow_pickle_weights:
+        keywords["use_safetensors"] = True
     loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
-    model, info = read_with(loader, config.path, path, output_loading_info=True, **keywords)
-    _check_complete(model.eval(), info["missing_keys"], config.path)
+    keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # looked at below, with their names
+    model, info = read_with(loader, config.path, path, **keywords)
+    check_loaded(model.eval(), info, config.path)
     model = headless(model)
     _keep_unpacked(model)
     return model
-
-
-def _check_complete(model: Any, missing: Iterable[str], name: str) -> None:
-    """Refuse a model with missing weights: transformers fills them with random numbers.
-
-    Heads and poolers are not used here, so they may be missing.
-    """
-    trunk = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
-    absent = sorted(key for key in missing if key.startswith(trunk) and "pooler." not in key)
-    if absent:
-        raise UserError(f"llm.path: {name!r} lacks {len(absent)} weights, {absent[0]} first", "get the whole model")
 
 
 def _keep_unpacked(model: Any) -> None:

@@ -22,6 +22,7 @@ from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.language_model import LoadedModel, context_length_of, headless, kind_of, read_with, with_adapter
+from rarec.models.model_folder import check_settings
 from rarec.models.towers import RaRec
 from rarec.paths import resolve
 from rarec.prompts import TextTokenizer
@@ -208,6 +209,8 @@ def _read_llm_config(config: RunConfig, converted: Path) -> Any:
     if resolve(name).startswith((".", "/")) and not (path / "config.json").is_file():
         remedy = "give the directory of a model; its config.json is enough"
         raise UserError(f"llm.path: {path} contains no config.json", remedy)
+    if path.is_dir():
+        check_settings(path / "config.json")
     return read_with(AutoConfig, name, resolve(name), revision=config.llm.revision)
 
 

@@ -14,15 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.data.engines.duckdb_scan import DATABASE, identifier, quoted, scan
+from rarec.data.engines.file_checks import check_parquet_columns, raise_if_damaged
 from rarec.data.engines.prepare_engine import (
     InputTable,
     NamedTable,
     TableLocation,
     check_columns,
+    check_types,
     display_name,
-    raise_if_nested,
 )
-from rarec.data.engines.table_files import TableFiles, check_parquet_columns
+from rarec.data.engines.table_files import TableFiles
 from rarec.errors import UserError
 
 
@@ -63,10 +64,13 @@ class DuckDBEngine:
         with _readable(location):
             if isinstance(location, TableFiles) and location.system is not None:
                 self._register(location)
+            if isinstance(location, TableFiles) and location.format != "parquet":
+                raise_if_damaged(location, ())
             source = scan(location, self._query)
             check_columns(source.columns, roles, location, section)
             if isinstance(location, TableFiles) and location.format == "parquet":
                 check_parquet_columns(location, roles.values())
+                raise_if_damaged(location, roles.values())
             select = [f"{source.columns[name]} AS {identifier(role)}" for role, name in roles.items()]
             if lines:
                 # makes a scan return rows in file order
@@ -77,7 +81,7 @@ class DuckDBEngine:
             name = section.rpartition(".")[2]
             table = self._view(name, query) if source.columnar and not lines else self._keep(name, query)
             self._execute("SET preserve_insertion_order = false")
-        raise_if_nested(table, roles, location, section)
+        check_types(table, roles, location, section, source.unfit)
         return InputTable(table, frozenset(role for role, name in roles.items() if name in source.untyped))
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from rarec.data.engines.prepare_engine import NamedTable, TableLocation, display_name
+from rarec.data.engines.prepare_engine import MIXED, NamedTable, TableLocation, display_name
 from rarec.data.engines.table_files import DELIMITED, TableFiles, read_header
 from rarec.errors import UserError
 
@@ -27,6 +27,8 @@ class Scan:
     columns: dict[str, str]
     untyped: frozenset[str] = frozenset()
     """Columns read as text that may represent numbers."""
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    """Columns whose values are no ids and no times, with what they are."""
     columnar: bool = False
     """True if single columns are cheap to read, so that the table need not be copied."""
 
@@ -76,11 +78,24 @@ def _delimited(files: TableFiles) -> Scan:
 
 def _jsonl(files: TableFiles, query: Query) -> Scan:
     relation = f"read_ndjson_objects({_list(files)})"
-    structure = json.loads(query(f"SELECT json_group_structure(json) FROM {relation}")[0][0] or "{}")
+    twice = "CASE WHEN len(json_keys(json)) > len(list_distinct(json_keys(json))) THEN json END"
+    shape, double = query(f"SELECT json_group_structure(json), any_value({twice}) FROM {relation}")[0]
+    structure = json.loads(shape or "{}")
     if not isinstance(structure, dict):
         raise UserError(f"{display_name(files)} has lines that are not JSON objects", "write one {...} per line")
+    if double is not None:
+        problem = f"{display_name(files)} has a line with two fields of one name: {str(double)[:200]}"
+        raise UserError(problem, "give each field its own name")
     columns = {name: _json_value(name, kind) for name, kind in structure.items()}
-    return Scan(relation, columns, frozenset(name for name, kind in structure.items() if kind in JSON_INTEGERS))
+    unfit = {name: what for name, kind in structure.items() if (what := _unfit(kind))}
+    return Scan(relation, columns, frozenset(name for name, kind in structure.items() if kind in JSON_INTEGERS), unfit)
+
+
+def _unfit(kind: Any) -> str | None:
+    """Return what a JSON column holds, if it holds neither text nor numbers alone."""
+    if isinstance(kind, str):
+        return {"JSON": MIXED, "BOOLEAN": "truth values"}.get(kind)
+    return "objects" if isinstance(kind, dict) else "lists"
 
 
 def _json_value(name: str, kind: Any) -> str:

@@ -19,6 +19,9 @@ class NamedTable:
     name: str
 
 
+MIXED = "values of several types"
+KEYS = ("user", "item", "time", "position")
+"""Roles whose values are compared, and so must be of one type."""
 TableLocation = TableFiles | NamedTable
 """Location of an input table: files, or a table of a database."""
 
@@ -99,16 +102,32 @@ def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: Ta
         )
 
 
-def raise_if_nested(table: ir.Table, roles: Mapping[str, str], location: TableLocation, section: str) -> None:
-    """Refuse lists, structures and times of day, which engines write differently.
+def check_types(
+    table: ir.Table, roles: Mapping[str, str], location: TableLocation, section: str, unfit: Mapping[str, str]
+) -> None:
+    """Refuse types that are not what a role needs, or that engines write differently.
+
+    Lists, structures and times of day are refused everywhere; ids are text or numbers, and an order is not a truth.
+
+    Args:
+        table: one column for each role.
+        roles: column name in the table, by role.
+        location: the table, for messages.
+        section: section of the configuration, for messages.
+        unfit: what a column holds that can be shown as text, but is no id and no time, by its name in the table.
 
     Raises:
         UserError: a column has such a type.
     """
     for role, name in roles.items():
         kind = table[role].type()
-        if kind.is_nested() or kind.is_time():
+        wrong = kind.is_nested() or kind.is_time()
+        if role in ("user", "item"):
+            wrong = wrong or kind.is_boolean() or kind.is_temporal()
+        elif role in ("time", "position"):
+            wrong = wrong or kind.is_boolean()
+        found = unfit.get(name) if role in KEYS else None
+        if wrong or found:
             field = f"{section}.{role.partition('_')[0]}"
-            raise UserError(
-                f"{display_name(location)}: column {name!r} ({field}) has type {kind}", "write it as text or numbers"
-            )
+            problem = f"{display_name(location)}: column {name!r} ({field}) holds {found or f'values of type {kind}'}"
+            raise UserError(problem, "write it as text in every row, or as numbers in every row")

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from rarec.data.engines.prepare_engine import InputTable, TableLocation, check_columns, display_name, raise_if_nested
-from rarec.data.engines.table_files import DELIMITED, TableFiles, check_parquet_columns
+from rarec.data.engines.file_checks import check_parquet_columns, raise_if_damaged
+from rarec.data.engines.prepare_engine import InputTable, TableLocation, check_columns, check_types, display_name
+from rarec.data.engines.table_files import DELIMITED, TableFiles
 from rarec.errors import UserError
 
 try:
@@ -30,7 +31,7 @@ try:
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql import functions as F
 
-    from rarec.data.engines.spark_scan import hadoop_path, identifier, raise_if_not_utf8, scan
+    from rarec.data.engines.spark_scan import hadoop_path, identifier, json_unfit, raise_if_not_utf8, scan
 except ImportError as missing:
     raise UserError(f"prepare.engine: spark needs PySpark ({missing})", "pip install 'rarec[spark]'") from None
 
@@ -96,8 +97,9 @@ class SparkEngine:
                 table = self._numbered(frame, own, name, isinstance(location, TableFiles))
             else:
                 table = self._view(name, frame.select(*own)) if columnar else self._write(name, frame.select(*own))
+            unfit = json_unfit(self._session, location, roles) if isinstance(location, TableFiles) else {}
+        check_types(table, roles, location, section, unfit)
         untyped = isinstance(location, TableFiles) and location.format in DELIMITED
-        raise_if_nested(table, roles, location, section)
         if isinstance(location, TableFiles) and untyped and self._marks(table):
             raise_if_not_utf8(location)
         return InputTable(table, frozenset(roles) if untyped else frozenset())
@@ -191,8 +193,10 @@ def _readable(location: TableLocation) -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JError) as error:
+        if isinstance(location, TableFiles) and location.format != "parquet":
+            raise_if_damaged(location, ())  # names the file, which Spark may not
         raise UserError(
-            f"{display_name(location)} cannot be read: {_reason(error)}",
+            f"{display_name(location)} cannot be read: {_reason(error)[:200]}",
             "repair or remove that row, or convert the file",
         ) from None
 

@@ -7,14 +7,11 @@ import csv
 import gzip
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from rarec.artefacts import sha256_json
@@ -147,30 +144,6 @@ def read_header(files: TableFiles) -> list[str]:
     if twice:
         raise UserError(f"{files.paths[0]} has two columns named {twice[0]!r}", "give each column its own name")
     return names
-
-
-def check_parquet_columns(files: TableFiles, names: Iterable[str]) -> None:
-    """Check that every Parquet file of a table has the given columns.
-
-    Rows of a file without a column would have nulls there and would be dropped silently.
-
-    Raises:
-        UserError: a file lacks a column that others have, or is not Parquet.
-    """
-
-    def missing_columns(path: str) -> tuple[str, list[str]]:
-        try:
-            with fsspec.open(path) as file:
-                own = pq.read_schema(file).names
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path} cannot be read: {error}", "write the file again") from None
-        return path, sorted(set(names) - set(own))
-
-    with ThreadPoolExecutor(FOOTERS) as pool:
-        for path, missing in pool.map(missing_columns, files.paths if len(files.paths) > 1 else ()):
-            if missing:
-                problem = f"{path} has no column {missing[0]!r}, which other files of {files.path} have"
-                raise UserError(problem, "give all files of a table the same columns")
 
 
 def _version(system: fsspec.AbstractFileSystem, path: str) -> list[str]:

@@ -18,8 +18,12 @@ ISO = (
 MAX_EXACT = 2.0**53
 """Floats without a fraction are exact integers up to this value."""
 
-UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (float("inf"), 1e9))
-"""(limit, divisor): the largest magnitude in a column of epoch times selects its unit (s, ms, us, ns)."""
+UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+"""Units of epoch times, with their number in a second."""
+UNIT_LIMITS = {"s": 1e11, "ms": 1e14, "us": 1e17, "ns": float("inf")}
+"""Where the unit is not given: all magnitudes of a column lie between the limit of the unit before and its own."""
+EARLIEST, LATEST = -2_208_988_800.0, 7_258_118_400.0
+"""Epoch seconds of 1900 and 2200, which bound all times. Others, such as 0001-01-01, stand for a missing time."""
 
 
 def is_finite(number: ir.FloatingColumn) -> ir.BooleanColumn:
@@ -70,22 +74,27 @@ def as_number(column: ir.Column) -> ir.FloatingColumn:
 
 
 def as_seconds(column: ir.Column, divisor: float) -> ir.FloatingColumn:
-    """Convert a column of times to epoch seconds.
+    """Convert a column of times to epoch seconds; null where it is no time between `EARLIEST` and `LATEST`.
+
+    Numbers count from 1970 and are not negative: -1 stands for a missing time.
 
     Args:
         column: numbers, divided by `divisor`; text with numbers or ISO 8601; timestamps or dates (UTC unless zoned).
-        divisor: divisor from `UNITS`.
+        divisor: value of `UNITS`.
     """
     kind = column.type()
     if kind.is_timestamp() or kind.is_date():
         zoned = kind.is_timestamp() and kind.timezone
         moment = (column.cast("timestamp('UTC')") if zoned else column).cast("timestamp")
-        return moment.truncate("s").epoch_seconds().cast("float64") + moment.strftime("%f").cast("float64") / 1e6
-    seconds = as_number(column) / divisor
-    return ibis.coalesce(seconds, _iso_seconds(column)) if kind.is_string() else seconds
+        seconds = moment.truncate("s").epoch_seconds().cast("float64") + moment.strftime("%f").cast("float64") / 1e6
+    else:
+        number = as_number(column) / divisor
+        seconds = (number >= 0).ifelse(number, ibis.null("float64"))
+        seconds = ibis.coalesce(seconds, iso_seconds(column)) if kind.is_string() else seconds
+    return seconds.between(EARLIEST, LATEST).ifelse(seconds, ibis.null("float64"))
 
 
-def _iso_seconds(text: ir.StringColumn) -> ir.FloatingColumn:
+def iso_seconds(text: ir.StringColumn) -> ir.FloatingColumn:
     """Parse ISO 8601 text into epoch seconds by its digits; null for anything else and for dates that do not exist."""
     iso = text.re_search(ISO).ifelse(text, ibis.null("string"))
     day = iso.left(10).try_cast("date").cast("timestamp").epoch_seconds().cast("float64")

@@ -1,6 +1,6 @@
 """Read the two inputs of a preparation, the log and the catalogue, in the form that the steps need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ def read_catalogue(
     further = [columns.clean_text(read.table[role]) for role in texts]
     table = read.table.select(
         "line",
-        item=_id_column(engine, read, "item", "prepare.items.item"),
+        item=_id_column(engine, read, "item", "prepare.items.item", display_name(location)),
         given=columns.clean_text(read.table.title),
         text=ibis.literal(", ").join(further).fill_null("") if further else ibis.literal(""),
     )
@@ -122,23 +122,75 @@ def read_log(engine: PrepareEngine, config: Interactions, location: TableLocatio
         location, {"user": config.user, "item": config.item, role: name}, "prepare.interactions", lines=lines
     )
     given = read.table[role]
-    found = {"rows": read.table.count()}
+    found = {"rows": read.table.count(), "given": given.count()}
     if not given.type().is_temporal():
-        found["largest"] = columns.as_number(given).abs().max()
+        size = columns.as_number(given).abs()
+        found |= {"numbers": size.count(), "smallest": size.min(), "largest": size.max()}
     known = engine.rows(read.table.agg(**found))[0]
     if not known["rows"]:
         raise _empty_table_error(display_name(location))
     if role == "time" or given.type().is_temporal():
-        divisor = next(divisor for limit, divisor in columns.UNITS if (known.get("largest") or 0.0) < limit)
-        order = columns.as_seconds(given, divisor)
+        unit = config.time_unit if config.time_unit != "auto" else _unit(known.get("largest"))
+        order = columns.as_seconds(given, columns.UNITS[unit])
+        if not lines and "numbers" in known and (mixed := _mixed(engine, given, known, config, unit)):
+            raise _mixed_error(engine, config, location, *mixed)
     else:
         order = columns.as_number(given)
         if (known.get("largest") or 0.0) > columns.MAX_EXACT:
             problem = f"{display_name(location)}: prepare.interactions.position {name!r} holds numbers above 2**53"
             raise UserError(f"{problem}, which lose their order", "use ranks within the user, or a time column")
-    named = {role: _id_column(engine, read, role, f"prepare.interactions.{role}") for role in ("user", "item")}
+    named = {
+        role: _id_column(engine, read, role, f"prepare.interactions.{role}", display_name(location))
+        for role in ("user", "item")
+    }
     kept = ["line"] if lines else []
     return read.table.select(*kept, **named, given=given.cast("string"), order=order)
+
+
+def _unit(largest: float | None) -> str:
+    """Return the unit of a column of epoch times, by its largest magnitude."""
+    return next(unit for unit, limit in columns.UNIT_LIMITS.items() if (largest or 0.0) < limit)
+
+
+def _mixed(
+    engine: PrepareEngine, given: ir.Column, known: Mapping[str, Any], config: Interactions, unit: str
+) -> tuple[str, str, Callable[[ir.Column], ir.BooleanColumn]] | None:
+    """Return what a column of times mixes, the remedy, and a test for the one kind; None if all are of one."""
+    partly = given.type().is_string() and 0 < known["numbers"] < known["given"]
+    if partly and compute_value(engine, _is_date(given).sum()):
+        return "numbers and dates", "write all times as dates, or all as numbers", _is_date
+    units = list(columns.UNITS)
+    smaller = units[: units.index(unit)]
+    if config.time_unit == "auto" and smaller and known["smallest"] < columns.UNIT_LIMITS[smaller[-1]]:
+        other = _unit(known["smallest"])
+        remedy = f"write all in one unit; if all are in {unit}, say so: prepare.interactions.time_unit={unit}"
+        return f"epoch times in {other} and in {unit}", remedy, lambda text: _is_smaller(text, smaller[-1])
+    return None
+
+
+def _is_date(text: ir.Column) -> ir.BooleanColumn:
+    return columns.iso_seconds(text).notnull()
+
+
+def _is_smaller(text: ir.Column, unit: str) -> ir.BooleanColumn:
+    return columns.as_number(text).abs() < columns.UNIT_LIMITS[unit]
+
+
+def _mixed_error(
+    engine: PrepareEngine,
+    config: Interactions,
+    location: TableLocation,
+    what: str,
+    remedy: str,
+    which: Callable[[ir.Column], ir.BooleanColumn],
+) -> UserError:
+    """Return the error for a column of times of two kinds; it names a row of each."""
+    log = read_log(engine, config, location, lines=True)
+    log = log.filter(log.given.notnull()).mutate(one=which(log.given))
+    rows = [engine.rows(log.filter(part).order_by("line").limit(1))[0] for part in (log.one, ~log.one)]
+    examples = " and ".join(f"{row['given']!r} in data row {row['line']}" for row in rows)
+    problem = f"{display_name(location)}: prepare.interactions.time {config.time!r} mixes {what}: {examples}"
+    return UserError(problem, remedy)
 
 
 def missing_order_error(engine: PrepareEngine, config: Interactions, location: TableLocation, count: int) -> UserError:
@@ -154,7 +206,7 @@ def missing_order_error(engine: PrepareEngine, config: Interactions, location: T
     row = engine.rows(log.filter(log.order.isnull()).order_by("line").limit(1))[0]
     role, name = ("time", config.time) if config.time is not None else ("position", config.position)
     what = f"is {row['given']!r}" if row["given"] is not None else "is missing"
-    wanted = "epoch seconds or milliseconds, or ISO 8601" if role == "time" else "a number"
+    wanted = "epoch seconds or milliseconds, or ISO 8601, from 1900 to 2200," if role == "time" else "a number"
     where = f"{display_name(location)}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
     return UserError(
         f"{where}: {name} {what}; {count} such rows",
@@ -162,7 +214,7 @@ def missing_order_error(engine: PrepareEngine, config: Interactions, location: T
     )
 
 
-def _id_column(engine: PrepareEngine, read: InputTable, role: str, field: str) -> ir.Column:
+def _id_column(engine: PrepareEngine, read: InputTable, role: str, field: str, name: str) -> ir.Column:
     """Return a column of ids as int64 if all values are integers, else as text.
 
     Raises:
@@ -173,7 +225,7 @@ def _id_column(engine: PrepareEngine, read: InputTable, role: str, field: str) -
     if kind.is_signed_integer():
         return column.cast("int64")
     if kind.is_floating():
-        _raise_if_fractional(engine, column, field)
+        _raise_if_fractional(engine, column, name, field)
     text = columns.as_text(column)
     numbers = kind.is_numeric() or role in read.untyped
     if numbers and compute_value(engine, columns.all_canonical_integers(text)):
@@ -181,15 +233,15 @@ def _id_column(engine: PrepareEngine, read: InputTable, role: str, field: str) -
     return text
 
 
-def _raise_if_fractional(engine: PrepareEngine, column: ir.FloatingColumn, field: str) -> None:
+def _raise_if_fractional(engine: PrepareEngine, column: ir.FloatingColumn, name: str, field: str) -> None:
     number = column.cast("float64")
     present = columns.is_finite(number) | number.cast("string").lower().contains(
         "inf"
     )  # NaN is a missing value, as in pandas
     bad = compute_value(engine, (present & ~columns.is_integer(number)).sum())
     if bad:
-        problem = f"{field}: the column holds floats, {bad} of them not integers up to 2**53"
-        raise UserError(problem, "write ids as integers or as text")
+        problem = f"{name}: {field}: the column holds floats, {bad} of them not integers up to 2**53"
+        raise UserError(problem, "write ids as integers of up to 18 digits, or as text, in quotes in JSON")
 
 
 def _empty_table_error(name: str) -> UserError:
