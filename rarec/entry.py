@@ -130,14 +130,13 @@ def guarded(command: Callable[[], object]) -> None:
     """
     if not {"OMP_WAIT_POLICY", *WAITING} & os.environ.keys():
         os.environ |= WAITING  # before torch is loaded
-    _opened.clear()
     signals = _Signals()
-    with inert_streams():
-        try:
+    try:
+        with inert_streams():
             code = _exit_code(command, signals)
-        except (KeyboardInterrupt, Terminated) as error:  # in the very moment in which another error is caught
-            signals.ignore()
-            code = _report(error)
+    except (KeyboardInterrupt, Terminated) as error:  # in the very moment in which another error is caught
+        signals.ignore()
+        code = _report(error)
     signals.ignore()  # all is said; while Python ends, a signal would only cost the exit code
     if code:
         sys.exit(code)
@@ -146,6 +145,7 @@ def guarded(command: Callable[[], object]) -> None:
 def _exit_code(command: Callable[[], object], signals: "_Signals") -> int:
     try:
         signals.listen()
+        _opened.clear()
         check_launcher()
         command()
         sys.stdout.flush()  # now, while an error of standard output can be reported

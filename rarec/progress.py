@@ -3,12 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from rich import console as rich_console
 from rich.console import ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.text import Text
 
 from rarec.inert import inert
 from rarec.launcher import rank
@@ -36,6 +37,10 @@ class Console(rich_console.Console):
         """The stream below those that escape, or that print above a bar: rich writes controls of its own."""
         stream = super().file
         return getattr(stream, "rich_proxied_file", stream)
+
+    def render_str(self, text: str, **keywords: Any) -> Text:
+        """Return a text that is measured as it is shown."""
+        return super().render_str(inert(text), **keywords)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """Render anything: all that is printed passes here, and only rich's own segments are controls."""

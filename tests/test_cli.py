@@ -66,9 +66,7 @@ def test_the_command_starts_without_loading_torch():
 @pytest.mark.slow
 def test_recommend_prints_items_alone_on_standard_output(finished, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rarec", "recommend", str(finished), "--user", "u001", "-k", "3"])
-    with pytest.raises(SystemExit) as end:
-        guarded(app)
-    assert end.value.code == 0
+    guarded(cli.command)
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 3
     assert all(re.fullmatch(r"i\d{3}", item) and item.removeprefix("i").lstrip("0") in title for item, title in rows)
@@ -76,7 +74,7 @@ def test_recommend_prints_items_alone_on_standard_output(finished, capsys, monke
 
 def test_a_user_error_names_the_command_to_type_and_makes_nothing(finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rarec", "ids", str(finished), f"run.dir={tmp_path / 'none'}"])
-    message = refused(capsys, app)
+    message = refused(capsys, cli.command)
     assert message.startswith(f"error: {tmp_path / 'none' / 'prepare'} has no manifest.json\n")
     assert "rarec prepare CONFIG" in message
     assert not (tmp_path / "none").exists()
@@ -113,7 +111,7 @@ def test_a_script_that_accelerate_launches_ends_in_the_same_way(finished, tmp_pa
 )
 def test_wrong_arguments_are_named(finished, capsys, monkeypatch, arguments, match):
     monkeypatch.setattr(sys, "argv", ["rarec", *(str(finished) if a == "CONFIG" else a for a in arguments)])
-    assert match in refused(capsys, app)
+    assert match in refused(capsys, cli.command)
 
 
 def test_paths_with_brackets_are_no_markup(capsys):
@@ -147,9 +145,30 @@ def test_a_file_in_the_place_of_the_run_is_named(finished, tmp_path, capsys):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_a_defect_of_the_program_stays_an_exception():
-    with pytest.raises(ZeroDivisionError):
-        guarded(lambda: 1 / 0)
+@pytest.mark.parametrize(
+    ("arguments", "named", "remedy"),
+    [
+        (["trian"], "'train'", "rarec --help"),
+        (["run", "x.yaml", "--frsh"], "--fresh", "rarec run --help"),
+        (["run"], "config", "rarec run --help"),
+        (["recommend", "x.yaml", "--user", "1", "-k", "many"], "-k", "rarec recommend --help"),
+        (["\x1b[31m" + 9_000 * "x"], "\\x1b[31m", "rarec --help"),
+    ],
+)
+def test_a_mistyped_command_is_one_line_with_the_nearest_name(capsys, monkeypatch, arguments, named, remedy):
+    monkeypatch.setattr(sys, "argv", ["rarec", *arguments])
+    problem, hint = refused(capsys, cli.command).splitlines()
+    assert named in problem
+    assert remedy in hint
+    assert len(problem) < 400
+
+
+def test_the_command_alone_shows_its_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rarec"])
+    with pytest.raises(SystemExit) as end:
+        guarded(cli.command)
+    assert end.value.code == EXIT_CODE
+    assert "Usage" in capsys.readouterr().out
 
 
 @pytest.mark.slow

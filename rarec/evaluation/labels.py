@@ -7,6 +7,7 @@ A row of the results is named `VARIANT`; `VARIANT+id` (late fusion: the ID model
 from collections.abc import Iterable
 
 from rarec.config.variants import variant_titles
+from rarec.inert import inert
 
 ID_ONLY = "id_only"
 FUSED = "+id"
@@ -43,7 +44,7 @@ def base_variant(variant: str) -> str:
 def variant_title(variant: str) -> str:
     """Return a row's title: `RA-Rec (per layer) + ID` for `per_layer+id`, `llara (external)` for `external:llara`."""
     if is_external(variant):
-        return f"{variant.removeprefix(EXTERNAL)} (external)"
+        return inert(f"{variant.removeprefix(EXTERNAL)} (external)")  # plots cannot draw every character
     name, _, sanity_check = variant.partition("/")
     base, *added = name.split("+")
     title = " + ".join([_titles().get(base, base), *(_ADDED.get(each, each) for each in added)])
