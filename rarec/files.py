@@ -148,6 +148,8 @@ def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except PermissionError:
+        raise  # it is not damaged: `machine_trouble` says so
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", remedy) from None
     except (ValueError, RecursionError) as error:

@@ -205,7 +205,7 @@ def test_a_finished_training_whose_best_is_torn_is_refused_and_what_is_advised_h
         assert "rarec train CONFIG --fresh train.variants=[per_layer]" in error.value.remedy
     open_run(decoder, [*overrides, "train.variants=[per_layer]"]).make("train", fresh=True)
     open_run(decoder, overrides).make("evaluate")
-    changing = {"seconds": 0, "seal": 0}
+    changing = {"seconds": 0, "log": 0, "seal": 0}
     assert {**read_json(directory / "manifest.json"), **changing} == {**before, **changing}
 
 

@@ -1,9 +1,11 @@
 """`rarec shards --verify` and `--repair` on the shards of a run, and the tables that they are checked against."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rarec.artefacts import MANIFEST
-from rarec.cli import app
+from rarec.cli import command
 from rarec.data.dataset import PreparedDataset
 from rarec.data.shards.index import INDEX
 from rarec.entry import guarded, open_run
@@ -40,9 +42,13 @@ def run_of(finished: Path, shards: Path, *overrides: str) -> Run:
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
     """A command's exit code and what it printed where."""
-    with pytest.raises(SystemExit) as end:
-        guarded(lambda: app(["shards", *arguments]))
-    return int(end.value.code or 0), *capsys.readouterr()
+    code = 0
+    with patch.object(sys, "argv", ["rarec", "shards", *arguments]):
+        try:
+            guarded(command)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, *capsys.readouterr()
 
 
 def flip(path: Path) -> None:
