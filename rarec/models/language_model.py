@@ -4,6 +4,7 @@ LoRA weights are added through PEFT.
 """
 
 import importlib.util
+import logging
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -102,8 +103,9 @@ def load_model(
     context_length = context_length_of(model)
     decodes = kind == "decoder"
     words = read_with(AutoTokenizer, config.path, path, revision=config.revision)
-    check_tokenizer(words, len(model.get_input_embeddings().weight), config.path)
     tokenizer = TextTokenizer(words, opens=decodes)
+    around = {*tokenizer.prefix.tolist(), *tokenizer.suffix.tolist(), tokenizer.filler}
+    check_tokenizer(words, around, len(model.get_input_embeddings().weight), config.path)
     backbone = FrozenBackbone(model, pool, config.gradient_checkpointing, sink=decodes).eval()
     identity = {
         "name": config.path,
@@ -172,6 +174,9 @@ def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
     Raises:
         UserError: it cannot be read.
     """
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)  # its report of a load that is refused here is a line for each weight
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **keywords)
     except MemoryError:
@@ -181,6 +186,8 @@ def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
         raise UserError(problem, "change its permissions: chmod a+r") from None
     except Exception as error:  # every library that reads a part of a model has exceptions of its own
         raise UserError(f"llm.path: cannot load {name!r}: {_reason(error)}", _REMEDY) from None
+    finally:
+        log.setLevel(level)
 
 
 def _reason(error: Exception) -> str:

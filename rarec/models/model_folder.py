@@ -5,7 +5,7 @@ A library that loads a model fills gaps with random numbers and reads pickles; w
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,14 @@ def check_loaded(model: Any, info: dict[str, Any], name: str) -> None:
             raise UserError(problem, "get the model again, or another one: this one computes nothing")
 
 
-def check_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
-    """Check that a tokenizer has words, and that the model has a vector for each.
+def check_tokenizer(tokenizer: Any, around: Collection[int], rows: int, name: str) -> None:
+    """Check that a tokenizer has words, and that the model has a vector for each token that a prompt can hold.
+
+    Special tokens beyond are left alone: transformers adds some that the model never had, and no title holds one.
 
     Args:
         tokenizer: of transformers.
+        around: the special tokens around a prompt.
         rows: number of the model's word vectors.
         name: `llm.path`, for messages.
 
@@ -109,10 +112,12 @@ def check_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
         UserError: it has special tokens only, as where its files are missing; or more tokens than the model.
     """
     vocabulary = tokenizer.get_vocab()
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    words = {word: token for word, token in vocabulary.items() if token not in special or token in around}
     if not vocabulary.keys() - {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
         problem = f"llm.path: {name!r} has no tokenizer: its files (tokenizer.json or the like) are missing or empty"
         raise UserError(problem, "copy the tokenizer's files of the model into the folder")
-    word, last = max(vocabulary.items(), key=lambda each: int(each[1]))
+    word, last = max(words.items(), key=lambda each: int(each[1]))
     if last >= rows:
         problem = (
             f"llm.path: {name!r}: the tokenizer's token {last} ({word[:40]!r}) has no vector: the model has {rows}"
@@ -167,6 +172,7 @@ def _shards(directory: Path) -> dict[str, str]:
 def _tensors(path: Path) -> set[str]:
     """Return the names in a safetensors file. Its header is compared with its size, so a torn one is noticed."""
     try:
+        path.open("rb").close()  # says why it cannot be read, which safetensors does not
         with safe_open(path, "pt") as file:
             return set(file.keys())
     except FileNotFoundError:
