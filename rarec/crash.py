@@ -33,7 +33,7 @@ def crash_line(error: BaseException, config: str, directory: Path | None, rank: 
         rank: this process.
     """
     stage = _stage(error) or _command()
-    reason = in_short(f"{type(error).__name__}: {error}".strip(": ").replace("\n", " "))
+    reason = in_short(without_secrets(f"{type(error).__name__}: {error}".strip(": ").replace("\n", " ")))
     place = _place(error)
     report = _report(error, stage, config)
     _free(error)  # what the failed frames hold: memory and open files, which writing needs

@@ -19,6 +19,8 @@ PATIENCE = 5.0
 """Seconds after which a loop's progress is shown."""
 SPARSE = 15.0
 """Seconds between lines where there is no terminal."""
+NARROWEST, WIDEST = 20, 1_000
+"""Columns of a console."""
 
 
 class Console(rich_console.Console):
@@ -31,6 +33,8 @@ class Console(rich_console.Console):
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+        if not NARROWEST <= self.width <= WIDEST:  # as COLUMNS may say: at width 0, rich prints nothing
+            self.width = min(max(self.width, NARROWEST), WIDEST)
 
     @property  # type: ignore[misc]
     def file(self) -> IO[str]:

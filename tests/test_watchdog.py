@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from rarec.entry import guarded
+from rarec.entry import CRASHED, guarded
 from rarec.errors import EXIT_CODE, Stopped, UserError
 from rarec.training.watchdog import Watchdog
 from rarec.world import SINGLE, World
@@ -192,9 +192,14 @@ def test_an_error_of_one_rank_ends_all_and_is_printed_by_another(
 )
 def test_a_defect_on_one_rank_ends_all(trouble: Callable[[World], None], text: str, tmp_path: Path) -> None:
     with job(trouble, tmp_path / "said", dead=1.5) as processes:
-        assert codes(processes) == [EXIT_CODE, 1, EXIT_CODE]
+        assert codes(processes) == [EXIT_CODE, CRASHED, EXIT_CODE]
     assert (tmp_path / "said").read_text() == f"0: rank 1 stopped at step 2: {text}\n"
-    assert f"in {trouble.__name__}" in (tmp_path / "stderr-1").read_text()
+    (line,) = (line for line in (tmp_path / "stderr-1").read_text().splitlines() if line.startswith("error: "))
+    assert line.startswith("error: rank 1: ")
+    assert text in line
+    report = Path(line.partition("traceback is in ")[2].partition(")")[0])
+    assert f"in {trouble.__name__}" in report.read_text()
+    report.unlink()
 
 
 def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
@@ -222,7 +227,7 @@ def test_a_rank_that_hangs_is_named_once_and_no_other(
     assert line.count("rank ") == 1
 
 
-@pytest.mark.parametrize(("trouble", "code"), [(forking, 0), (refused_together, EXIT_CODE), (stopped_together, 1)])
+@pytest.mark.parametrize(("trouble", "code"), [(forking, 0), (refused_together, EXIT_CODE), (stopped_together, 0)])
 def test_ranks_that_end_together_have_nothing_to_say(
     trouble: Callable[[World], None], code: int, tmp_path: Path
 ) -> None:
