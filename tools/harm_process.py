@@ -1,0 +1,280 @@
+"""Run `rarec` commands quickly, in odd surroundings: forked from a process that has imported everything once.
+
+`Server` starts this file as a script. Each line on its standard input is a command as JSON; it forks, runs the command
+in the child as `python -m rarec` does, and answers with the exit code and the CPU time.
+"""
+
+import atexit
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TextIO
+
+PRELOADED = (
+    "rarec.cli",
+    "rarec.stages.run",
+    "rarec.stages.variant_training",
+    "rarec.stages.evaluator",
+    "rarec.stages.export",
+    "rarec.stages.verify",
+    "rarec.data.engines.duckdb_engine",
+    "rarec.data.preparation.pipeline",
+    "rarec.ids.trainer",
+    "rarec.models.language_model",
+    "rarec.evaluation.html_report",
+    "rarec.training.loop",
+    "transformers.models.bert.modeling_bert",
+    "torch.distributed.nn",
+)
+TIMEOUT = 120.0
+"""Seconds after which a command is said to hang."""
+HUNG = "hung"
+NOBODY = 65534
+"""The user without rights."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One `rarec` command, and what surrounds it.
+
+    Attributes:
+        words: arguments of `rarec`.
+        cwd: current directory.
+        environment: changes to the environment; None removes a variable.
+        limits: soft limits by their names in `resource`; RLIMIT_AS is what comes on top of the memory at the start.
+        stdout: `file`, `closed`, `ascii` (its encoding), `full` (no byte can be written) or `broken` (a closed pipe).
+        umask: of new files; None leaves it as it is.
+        nobody: whether root gives up its rights first, so that permissions count.
+        lost_cwd: whether the current directory is deleted before the command starts.
+        kill: signal to send to itself, and when: `[signal, renames, path]`: before its nth rename, or before the first
+            rename to a path with this end.
+        kill_after: signal to send, and after how many seconds.
+        timeout: in seconds.
+    """
+
+    words: list[str]
+    cwd: str
+    environment: dict[str, str | None] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+    stdout: str = "file"
+    umask: int | None = None
+    nobody: bool = False
+    lost_cwd: bool = False
+    kill: tuple[int, int, str] | None = None
+    kill_after: tuple[int, float] | None = None
+    timeout: float = TIMEOUT
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a command.
+
+    Attributes:
+        code: exit code; -N where signal N ended it; None where it hung.
+        stdout: what it printed.
+        stderr: its messages.
+        cpu: seconds of CPU time.
+        wall: seconds.
+    """
+
+    code: int | None
+    stdout: str
+    stderr: str
+    cpu: float
+    wall: float
+
+
+class Server:
+    """A process that has imported everything, and forks one that runs a command at a time.
+
+    Args:
+        scratch: directory for the output of commands.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        scratch.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, text=True
+        )
+
+    def run(self, command: Command) -> Outcome:
+        """Run a command to its end."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        out, err = self._scratch / "stdout", self._scratch / "stderr"
+        print(json.dumps([asdict(command), str(out), str(err)]), file=self._process.stdin, flush=True)
+        code, cpu, wall = json.loads(self._process.stdout.readline())
+        texts = (path.read_bytes().decode(errors="backslashreplace") for path in (out, err))
+        return Outcome(None if code == HUNG else code, *texts, cpu, wall)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve() -> None:
+    """Fork for each line on standard input; answer with `[exit code, CPU seconds, seconds]`."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing that is imported may print among the answers
+    for module in PRELOADED:
+        import_module(module)
+    import_module("torch").set_num_threads(1)
+    for line in sys.stdin:
+        tree, out, err = json.loads(line)
+        command = Command(**tree)
+        started = time.monotonic()
+        child = os.fork()
+        if not child:
+            answers.close()
+            _become(command, out, err)
+        code, cpu = _wait(child, command)
+        print(json.dumps([code, cpu, time.monotonic() - started]), file=answers, flush=True)
+
+
+def _wait(child: int, command: Command) -> tuple[int | str, float]:
+    """Wait for a child; kill it, with what it has started, at its moment or after the time limit."""
+    signals = [(command.timeout, signal.SIGKILL)]
+    if command.kill_after:
+        signals.insert(0, (command.kill_after[1], signal.Signals(command.kill_after[0])))
+    started, hung = time.monotonic(), False
+    while True:
+        done, status, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return HUNG if hung else code, usage.ru_utime + usage.ru_stime
+        if signals and time.monotonic() - started > signals[0][0]:
+            hung = len(signals) == 1
+            _send(child, signals.pop(0)[1], group=hung)
+        time.sleep(0.002)
+
+
+def _send(child: int, number: signal.Signals, group: bool) -> None:
+    try:
+        (os.killpg if group else os.kill)(child, number)
+    except ProcessLookupError:
+        pass
+
+
+def _become(command: Command, out: str, err: str) -> None:
+    """Turn this forked process into `python -m rarec WORDS`; does not return."""
+    os.setpgid(0, 0)
+    code = 1
+    try:
+        _surround(command, out, err)
+        sys.argv = ["rarec", *command.words]
+        runpy.run_module("rarec", run_name="__main__", alter_sys=False)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        _leave(code)
+
+
+def _leave(code: int) -> None:
+    """End this process as the interpreter does: 120 where standard output cannot be flushed."""
+    atexit._run_exitfuncs()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        code = 120
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    if code == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code)
+
+
+def _surround(command: Command, out: str, err: str) -> None:
+    """Set up streams, environment and limits."""
+    errors = os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    os.dup2(errors, 2)
+    Path(out).write_bytes(b"")
+    _STDOUT[command.stdout](out)
+    encoding = "ascii" if command.stdout == "ascii" else "utf-8"
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # not the pipe of commands
+    sys.stderr = _stream(2, encoding, "backslashreplace", buffering=1)
+    closed = command.stdout == "closed"
+    sys.stdout = None if closed else _stream(1, encoding, "strict")  # type: ignore[assignment]
+    os.chdir(command.cwd)
+    for name, value in command.environment.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    if command.umask is not None:
+        os.umask(command.umask)
+    if command.nobody:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    if command.lost_cwd:
+        lost = Path(command.cwd, "lost")
+        lost.mkdir()
+        os.chdir(lost)
+        lost.rmdir()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if command.kill:
+        _kill_at_rename(*command.kill)
+    for name, value in command.limits.items():
+        number = getattr(resource, name)
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(number, (value + now * (name == "RLIMIT_AS"), resource.getrlimit(number)[1]))
+
+
+def _stream(number: int, encoding: str, errors: str, buffering: int = -1) -> TextIO:
+    return os.fdopen(number, "w", buffering, encoding=encoding, errors=errors, closefd=False)
+
+
+def _to(path: str) -> Callable[[str], None]:
+    return lambda out: os.dup2(os.open(path or out, os.O_WRONLY), 1) and None
+
+
+def _broken(out: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+
+
+_STDOUT: dict[str, Callable[[str], Any]] = {
+    "file": _to(""),
+    "ascii": _to(""),
+    "full": _to("/dev/full"),
+    "closed": lambda out: os.close(1),
+    "broken": _broken,
+}
+
+
+def _kill_at_rename(number: int, renames: int, path: str) -> None:
+    """Send a signal to this process before its nth rename, or before the first to a path with this end."""
+    left = [renames]
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and (not path or str(arguments[1]).endswith(path)):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+
+    sys.addaudithook(count)
+
+
+if __name__ == "__main__":
+    serve()
