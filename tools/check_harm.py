@@ -76,7 +76,7 @@ class Examples:
     """
 
     def __init__(self, scratch: Path, keep: bool = False) -> None:
-        self.server = Server(scratch / "output")
+        self.server = Server()
         self.world = World(scratch / "world", self.server)
         self._place, self._keep = scratch / "copy", keep
 
@@ -155,7 +155,7 @@ def seeds_from(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
     kinds = [arguments.only] if arguments.only else list(CLASSES)
     end = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
     for number in count():
-        if end is None and number >= arguments.examples or end is not None and time.monotonic() > end:
+        if (end is None and number >= arguments.examples) or (end is not None and time.monotonic() > end):
             return
         yield kinds[number % len(kinds)], arguments.seed + number // len(kinds)
 

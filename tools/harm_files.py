@@ -8,20 +8,49 @@ from pathlib import Path
 
 from harm_oracle import Harm
 from harm_process import Command
-from harm_world import FOLDERS, HALF, RUN, STAGES, World
+from harm_world import FOLDERS, HALF, RUN, STAGES, World, next_stage
 
-NAMES = """
-prepare ids ids/id shards train train/per_layer evaluation bundle report llm cache config.yaml resolved.yaml record.json
-crash.txt manifest.json notes.txt .lock .prepare.lock .report.lock ids/.id.lock train/.per_layer.lock .rarec
-.prepare.aside-1 .prepare.aside-old .report.aside-99999 .record.json.aside-7 .shards.fresh train/.per_layer.fresh
-ids/.id.fresh prepare/notes.txt prepare/manifest.json prepare/.begun.json prepare/.progress ids/id/mine.npy
-shards/notes.txt shards/mine.tar shards/000000.tar shards/000099.tar shards/.progress shards/.000009.tar.aside-1
-train/per_layer/notes.txt train/per_layer/log.jsonl train/per_layer/checkpoints/notes.txt train/mine
-train/per_layer/checkpoints/step-abc train/per_layer/checkpoints/step-00000099 train/per_layer/checkpoints/step-
-train/per_layer/checkpoints/step-00000001.old train/per_layer/checkpoints/.step-00000001.aside-3
-evaluation/notes.txt evaluation/ranks.parquet bundle/notes.txt bundle/README.md report/notes.txt report/report.html
-report/manifest.json
-""".split()
+INSIDE: dict[str, list[str]] = {
+    "": [
+        "prepare",
+        "ids",
+        "shards",
+        "train",
+        "evaluation",
+        "bundle",
+        "report",
+        "llm",
+        "cache",
+        "notes.txt",
+        "manifest.json",
+    ],
+    ".": [
+        "config.yaml",
+        "resolved.yaml",
+        "record.json",
+        "crash.txt",
+        ".lock",
+        ".prepare.lock",
+        ".report.lock",
+        ".rarec",
+    ],
+    "./": [".prepare.aside-1", ".prepare.aside-old", ".report.aside-99999", ".record.json.aside-7", ".shards.fresh"],
+    "prepare": ["notes.txt", "manifest.json", ".begun.json", ".progress"],
+    "ids": ["id", ".id.lock", ".id.fresh", "id/mine.npy"],
+    "shards": ["notes.txt", "mine.tar", "000000.tar", "000099.tar", ".progress", ".000009.tar.aside-1"],
+    "train": ["per_layer", "mine", ".per_layer.lock", ".per_layer.fresh", "per_layer/notes.txt", "per_layer/log.jsonl"],
+    "train/per_layer/checkpoints": [
+        "step-abc",
+        "step-",
+        "step-00000099",
+        "step-00000001.old",
+        ".step-00000001.aside-3",
+    ],
+    "evaluation": ["notes.txt", "ranks.parquet"],
+    "bundle": ["notes.txt", "README.md"],
+    "report": ["notes.txt", "report.html", "manifest.json"],
+}
+NAMES = [Path(folder, name).as_posix() for folder, names in INSIDE.items() for name in names]
 """Names of rarec's, and names beside them, in which the user may have something, relative to `run.dir`."""
 TEXT = b"the user's own words\n"
 
@@ -128,13 +157,12 @@ def _clear(path: Path) -> None:
 
 
 def _words(generator: random.Random, folder: str, state: str, config: str = "config.yaml") -> list[str]:
-    """Return a command: the stage of a directory, or all; from a new state mostly the first stage, which is quick."""
+    """Return a command: the stage of a directory if its inputs are there, or another that is possible, or all."""
     stages = {made.split("/")[0]: stage for stage, folders in FOLDERS.items() for made in folders}
     stage = stages.get(folder.lstrip(".").split(".")[0])
-    if state == "new":
-        stage = generator.choice(["prepare", "prepare", "run"]) if stage in (None, "prepare") else "run"
-    elif stage is None or generator.random() < 0.4:
-        stage = generator.choice(["run", *STAGES])
+    possible = STAGES if state == "finished" else STAGES[: STAGES.index(next_stage(state)) + 1]
+    if stage not in possible or generator.random() < 0.3:
+        stage = generator.choice(["run", possible[-1], *possible])
     fresh = generator.random() < (0.2 if stage == "run" else 0.5)
     return [stage, config, *["--fresh"] * fresh]
 
@@ -153,7 +181,8 @@ def _inputs_inside(generator: random.Random, world: World, place: Path) -> Harm:
     stage = generator.choice(["prepare", "run"])
     words = [stage, "config.yaml", *overrides, *["--fresh"] * (generator.random() < 0.5)]
     planted = tuple(f"{inside}/{name}" for name in ("interactions.csv", "items.csv"))
-    return Harm(f"the log is in {inside} ({state})", Command(words, str(place)), ("interactions", folder), planted)
+    command, names = Command(words, str(place)), ("interactions", folder)
+    return Harm(f"the log is in {inside} ({state})", command, names, planted, expect="tables")
 
 
 def _config_inside(generator: random.Random, world: World, place: Path) -> Harm:
@@ -227,11 +256,8 @@ def damage(generator: random.Random, world: World, place: Path) -> Harm:
     files = sorted(path for path in (place / RUN).rglob("*") if path.is_file())
     if state != "finished" and generator.random() < 0.7:
         parent, _, last = HALF[half].rpartition("/")
-        files = [
-            path
-            for path in files
-            if f"{parent}/.{last}.fresh/".lstrip("/") in str(path) or f"{HALF[half]}/" in str(path)
-        ]
+        begun = (f"{parent}/.{last}.fresh/".lstrip("/"), f"{HALF[half]}/")
+        files = [path for path in files if path.relative_to(place / RUN).as_posix().startswith(begun)]
     path, other = generator.choice(files), generator.choice(files)
     what = generator.choice([*DAMAGES, "removed", "a directory", "a pipe", "mode 0"])
     if what in DAMAGES:

@@ -76,10 +76,8 @@ def _write(rows: Rows, path: Path) -> None:
 
 def _rows(path: Path) -> Rows:
     with path.open() as file:
-        return [
-            {name: int(value) if name == "time" else value for name, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        rows: Rows = list(csv.DictReader(file))
+    return [row | ({"time": int(row["time"])} if "time" in row else {}) for row in rows]
 
 
 def _log(generator: random.Random, place: Path) -> tuple[str, Path, Rows]:
@@ -102,11 +100,8 @@ def _odd_value(generator: random.Random, world: World, place: Path) -> Harm:
     many = generator.choice([1, 1, len(rows) // 2, len(rows)])
     for row in generator.sample(rows, many):
         row[column] = VALUES[kind]
-    refused = (
-        column == "time" and table == "interactions" and kind in ("milliseconds", "nanoseconds") and many < len(rows)
-    )
-    if kind in ("an object", "a list") and column in ("user", "item") and ".jsonl" in path.name:
-        refused = True
+    mixed = column == "time" and kind in ("milliseconds", "nanoseconds") and many < len(rows)
+    nested = column in ("user", "item") and kind in ("an object", "a list") and ".jsonl" in path.name
     try:
         _write(rows, path)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError):  # this format cannot hold it
@@ -114,10 +109,9 @@ def _odd_value(generator: random.Random, world: World, place: Path) -> Harm:
         _write(rows, path)
     stage = "run" if column in ("title", "brand") and generator.random() < 0.2 else "prepare"
     what = f"{path.name}, column {column}: {kind} in {many} of {len(rows)} rows"
-    expect = "refusal" if refused else "any"
-    return Harm(
-        what, _command(place, table, path, stage), (path.name, column, f"prepare.{table}", "log"), expect=expect
-    )
+    names = (path.name, column, f"prepare.{table}", "log")
+    expect = "refusal" if mixed or nested else "any"
+    return Harm(what, _command(place, table, path, stage), names, expect=expect)
 
 
 def _odd_bytes(generator: random.Random, world: World, place: Path) -> Harm:
@@ -240,9 +234,7 @@ def _odd_model(generator: random.Random, world: World, place: Path) -> Harm:
 
 def _reshaped(generator: random.Random, path: Path) -> str:
     tree = json.loads(path.read_text())
-    field = generator.choice(
-        ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
-    )
+    field = generator.choice(["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
     tree[field] = generator.choice([tree[field] + 1, 10**9, 0, -1, "many", None, 1e308, [2]])
     path.write_text(json.dumps(tree))
     return f"{field} is {tree[field]}"

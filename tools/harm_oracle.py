@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import re
+import signal
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from harm_process import Command, Outcome
@@ -21,6 +22,8 @@ from rarec.artefacts import IDENTITY, MANIFEST, sha256_json
 
 LAST_RESORT = 70
 """Exit code of what no message of its own foresees, where memory or files run out."""
+NATIVE = (127, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
+"""Exit codes of a process that native code ended, which no Python code can prevent."""
 LONGEST = 2_000
 """Largest number of characters of a message."""
 EARLY = 4.0
@@ -80,6 +83,7 @@ class Harm:
         expect: `same` results as undisturbed, the same `tables` of prepared data, `any` results, or a `refusal`.
         early: whether a refusal must come when the configuration is read: within seconds, and nothing is written.
         last_resort: whether exit code 70 is a way to end.
+        native: whether native code may end the process, as where it gets no memory.
         elsewhere: whether the harm lets rarec write outside `run.dir`.
         again: whether the same command, in ordinary surroundings, must then succeed.
         restore: undoes the harm before that.
@@ -93,6 +97,7 @@ class Harm:
     expect: str = "same"
     early: bool = False
     last_resort: bool = False
+    native: bool = False
     elsewhere: bool = False
     again: bool = False
     restore: Callable[[], object] = lambda: None
@@ -135,6 +140,8 @@ class Judge:
         if outcome.code is None:
             return [*self.faults, f"it hangs: killed after {outcome.wall:.0f} s"]
         allowed = [0, 2] + [LAST_RESORT] * self.harm.last_resort
+        if self.harm.native and outcome.code in NATIVE and outcome.stderr:
+            return self.faults
         if outcome.code not in allowed:
             self.faults.append(f"exit code {outcome.code}: {_last_line(outcome.stderr)}")
         self._output(outcome)
@@ -160,9 +167,7 @@ class Judge:
                 if now.kind != entry.kind:
                     self.faults.append(f"the user's directory {path} was replaced")
             elif now != entry:
-                changed = [
-                    name for name in ("kind", "content", "mode", "mtime") if getattr(now, name) != getattr(entry, name)
-                ]
+                changed = [name for name, value in asdict(entry).items() if asdict(now)[name] != value]
                 self.faults.append(f"the user's {path} has another {', '.join(changed)}")
         if not self.harm.elsewhere:
             new = [path for path in self.after if path not in self.before and path.split("/")[0] not in (RUN, "home")]
@@ -238,7 +243,7 @@ class Judge:
         if self.harm.expect == "refusal":
             self.faults.append("exit code 0, although it must be refused")
         elif self.harm.expect == "tables":
-            reference = self.world.manifests()["prepare"]
+            files = self.world.manifests()["prepare"]["files"]
             self.faults += [
                 f"run/prepare/{name} differs from the undisturbed one"
                 for name, digest in files.items()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +38,6 @@ PRELOADED = (
 )
 TIMEOUT = 120.0
 """Seconds after which a command is said to hang."""
-HUNG = "hung"
 NOBODY = 65534
 """The user without rights."""
 
@@ -51,7 +51,7 @@ class Command:
         cwd: current directory.
         environment: changes to the environment; None removes a variable.
         limits: soft limits by their names in `resource`; RLIMIT_AS is what comes on top of the memory at the start.
-        stdout: `file`, `closed`, `ascii` (its encoding), `full` (no byte can be written) or `broken` (a closed pipe).
+        stdout: `pipe`, `closed`, `ascii` (its encoding), `full` (no byte can be written) or `broken` (a closed pipe).
         umask: of new files; None leaves it as it is.
         nobody: whether root gives up its rights first, so that permissions count.
         lost_cwd: whether the current directory is deleted before the command starts.
@@ -65,7 +65,7 @@ class Command:
     cwd: str
     environment: dict[str, str | None] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
-    stdout: str = "file"
+    stdout: str = "pipe"
     umask: int | None = None
     nobody: bool = False
     lost_cwd: bool = False
@@ -94,15 +94,9 @@ class Outcome:
 
 
 class Server:
-    """A process that has imported everything, and forks one that runs a command at a time.
+    """A process that has imported everything, and forks one that runs a command at a time."""
 
-    Args:
-        scratch: directory for the output of commands.
-    """
-
-    def __init__(self, scratch: Path) -> None:
-        self._scratch = scratch
-        scratch.mkdir(parents=True, exist_ok=True)
+    def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
@@ -113,11 +107,8 @@ class Server:
         """Run a command to its end."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        out, err = self._scratch / "stdout", self._scratch / "stderr"
-        print(json.dumps([asdict(command), str(out), str(err)]), file=self._process.stdin, flush=True)
-        code, cpu, wall = json.loads(self._process.stdout.readline())
-        texts = (path.read_bytes().decode(errors="backslashreplace") for path in (out, err))
-        return Outcome(None if code == HUNG else code, *texts, cpu, wall)
+        print(json.dumps(asdict(command)), file=self._process.stdin, flush=True)
+        return Outcome(**json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
         """End the process."""
@@ -127,49 +118,64 @@ class Server:
 
 
 def serve() -> None:
-    """Fork for each line on standard input; answer with `[exit code, CPU seconds, seconds]`."""
+    """Fork for each line on standard input; answer with its outcome."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that is imported may print among the answers
     for module in PRELOADED:
         import_module(module)
     import_module("torch").set_num_threads(1)
     for line in sys.stdin:
-        tree, out, err = json.loads(line)
-        command = Command(**tree)
-        started = time.monotonic()
+        command = Command(**json.loads(line))
+        out, err = os.pipe(), os.pipe()  # not files: their size is limited in some examples
         child = os.fork()
         if not child:
             answers.close()
-            _become(command, out, err)
-        code, cpu = _wait(child, command)
-        print(json.dumps([code, cpu, time.monotonic() - started]), file=answers, flush=True)
+            _become(command, out[1], err[1])
+        for _, writing in (out, err):
+            os.close(writing)
+        print(json.dumps(asdict(_wait(child, command, out[0], err[0]))), file=answers, flush=True)
 
 
-def _wait(child: int, command: Command) -> tuple[int | str, float]:
+def _wait(child: int, command: Command, out: int, err: int) -> Outcome:
     """Wait for a child; kill it, with what it has started, at its moment or after the time limit."""
+    texts = {out: b"", err: b""}
+    for handle in texts:
+        os.set_blocking(handle, False)
     signals = [(command.timeout, signal.SIGKILL)]
     if command.kill_after:
         signals.insert(0, (command.kill_after[1], signal.Signals(command.kill_after[0])))
     started, hung = time.monotonic(), False
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
+        for handle in texts:
+            while more := _read(handle):
+                texts[handle] += more
         if done:
-            code = os.waitstatus_to_exitcode(status)
-            return HUNG if hung else code, usage.ru_utime + usage.ru_stime
+            for handle in texts:
+                os.close(handle)
+            _send(child, signal.SIGKILL, group=True)  # workers that a killed process leaves
+            stdout, stderr = (text.decode(errors="backslashreplace") for text in texts.values())
+            code = None if hung else os.waitstatus_to_exitcode(status)
+            return Outcome(code, stdout, stderr, usage.ru_utime + usage.ru_stime, time.monotonic() - started)
         if signals and time.monotonic() - started > signals[0][0]:
             hung = len(signals) == 1
             _send(child, signals.pop(0)[1], group=hung)
         time.sleep(0.002)
 
 
-def _send(child: int, number: signal.Signals, group: bool) -> None:
+def _read(handle: int) -> bytes:
     try:
+        return os.read(handle, 2**16)
+    except BlockingIOError:
+        return b""
+
+
+def _send(child: int, number: signal.Signals, group: bool) -> None:
+    with suppress(ProcessLookupError):
         (os.killpg if group else os.kill)(child, number)
-    except ProcessLookupError:
-        pass
 
 
-def _become(command: Command, out: str, err: str) -> None:
+def _become(command: Command, out: int, err: int) -> None:
     """Turn this forked process into `python -m rarec WORDS`; does not return."""
     os.setpgid(0, 0)
     code = 1
@@ -206,17 +212,15 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _surround(command: Command, out: str, err: str) -> None:
+def _surround(command: Command, out: int, err: int) -> None:
     """Set up streams, environment and limits."""
-    errors = os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    os.dup2(errors, 2)
-    Path(out).write_bytes(b"")
+    os.dup2(err, 2)
     _STDOUT[command.stdout](out)
     encoding = "ascii" if command.stdout == "ascii" else "utf-8"
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # not the pipe of commands
     sys.stderr = _stream(2, encoding, "backslashreplace", buffering=1)
     closed = command.stdout == "closed"
-    sys.stdout = None if closed else _stream(1, encoding, "strict")  # type: ignore[assignment]
+    sys.stdout = None if closed else _stream(1, encoding, "strict")
     os.chdir(command.cwd)
     for name, value in command.environment.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
@@ -234,30 +238,30 @@ def _surround(command: Command, out: str, err: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if command.kill:
         _kill_at_rename(*command.kill)
-    for name, value in command.limits.items():
-        number = getattr(resource, name)
+    for limit, most in command.limits.items():
+        number = getattr(resource, limit)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(number, (value + now * (name == "RLIMIT_AS"), resource.getrlimit(number)[1]))
+        resource.setrlimit(number, (most + now * (limit == "RLIMIT_AS"), resource.getrlimit(number)[1]))
 
 
 def _stream(number: int, encoding: str, errors: str, buffering: int = -1) -> TextIO:
     return os.fdopen(number, "w", buffering, encoding=encoding, errors=errors, closefd=False)
 
 
-def _to(path: str) -> Callable[[str], None]:
-    return lambda out: os.dup2(os.open(path or out, os.O_WRONLY), 1) and None
+def _full(out: int) -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
-def _broken(out: str) -> None:
+def _broken(out: int) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     os.dup2(writing, 1)
 
 
-_STDOUT: dict[str, Callable[[str], Any]] = {
-    "file": _to(""),
-    "ascii": _to(""),
-    "full": _to("/dev/full"),
+_STDOUT: dict[str, Callable[[int], object]] = {
+    "pipe": lambda out: os.dup2(out, 1),
+    "ascii": lambda out: os.dup2(out, 1),
+    "full": _full,
     "closed": lambda out: os.close(1),
     "broken": _broken,
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harm_oracle import Harm
 from harm_process import NOBODY, Command
-from harm_world import RUN, STAGES, World
+from harm_world import RUN, STAGES, World, next_stage
 
 VARIABLES: dict[str, list[str | None]] = {
     "RANK": ["x", "-1", "", "3", "1e3", "0x1", "\u0663"],
@@ -54,17 +54,11 @@ def surround(generator: random.Random, world: World, place: Path) -> Harm:
     """Choose an odd environment for a command that builds the next stage, or all over again."""
     state = generator.choice(_STATES)
     world.copy(state, place)
-    stage = (
-        "prepare"
-        if state == "new"
-        else STAGES[min(STAGES.index(state.removeprefix("upto-")) + 1, 6)]
-        if "-" in state
-        else "run"
-    )
-    if generator.random() < 0.15:
+    stage = generator.choice([*STAGES, "run"]) if state == "finished" else next_stage(state)
+    if state != "finished" and generator.random() < 0.15:
         stage = "run"
-    fresh = state == "finished" or generator.random() < 0.1
-    command = Command([stage, "config.yaml", *["--fresh"] * (fresh and stage != "run")], str(place))
+    fresh = stage != "run" and state == "finished"
+    command = Command([stage, "config.yaml", *["--fresh"] * fresh], str(place))
     makers: list[Callable[..., Harm]] = [_variable, _variable, _stream, _limit, _limit, _umask, _lost_cwd]
     if os.geteuid() == 0:
         makers += [_forbidden, _forbidden, _small_disk, _small_disk]
@@ -89,7 +83,8 @@ def _stream(generator: random.Random, place: Path, command: Command) -> Harm:
 def _limit(generator: random.Random, place: Path, command: Command) -> Harm:
     name = generator.choice(list(LIMITS))
     value = LIMITS[name](generator)
-    return Harm(f"{name} {value}", replace(command, limits={name: value}), last_resort=True)
+    limited = replace(command, limits={name: value})
+    return Harm(f"{name} {value}", limited, last_resort=True, native=name == "RLIMIT_AS")
 
 
 def _umask(generator: random.Random, place: Path, command: Command) -> Harm:
@@ -112,9 +107,8 @@ def _forbidden(generator: random.Random, place: Path, command: Command) -> Harm:
     path.chmod(mode)
     names = (path.name, path.parent.name, "ermission")
     what = f"mode {mode:03o} of {path.relative_to(place)}"
-    return Harm(
-        what, replace(command, nobody=True), names, restore=lambda: path.chmod(0o755 if path.is_dir() else 0o644)
-    )
+    right = 0o755 if path.is_dir() else 0o644
+    return Harm(what, replace(command, nobody=True), names, restore=lambda: path.chmod(right))
 
 
 def _small_disk(generator: random.Random, place: Path, command: Command) -> Harm:
@@ -137,6 +131,5 @@ def _small_disk(generator: random.Random, place: Path, command: Command) -> Harm
     def release() -> None:
         subprocess.run(["umount", "--lazy", str(run)], check=True)
 
-    return Harm(
-        f"a disk with {free} bytes left", command, ("space",), last_resort=True, restore=restore, release=release
-    )
+    what = f"a disk with {free} bytes left"
+    return Harm(what, command, ("space",), last_resort=True, restore=restore, release=release)

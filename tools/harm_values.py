@@ -21,14 +21,14 @@ NUMBERS: dict[str, Any] = {
     "inf": float("inf"),
     "-inf": float("-inf"),
     "1e308": 1e308,
-    "10^9": 10**9,
-    "10^12": 10**12,
     "10^30": 10**30,
     "-10^30": -(10**30),
     "10^400": 10**400,
 }
 """Numbers that are refused when the configuration is read, or can be worked with: in no case later."""
 ODD: dict[str, Any] = {
+    "10^9": 10**9,
+    "10^12": 10**12,
     "-1": -1,
     "0": 0,
     "-0.0": -0.0,
@@ -66,15 +66,8 @@ ODD: dict[str, Any] = {
     "a section": {"a": {"b": 1}},
     "a date": "2020-01-01",
 }
-_STAGES = {
-    "run": "prepare",
-    "sources": "ids",
-    "llm": "shards",
-    "prompt": "shards",
-    "alignment": "train",
-    "lora": "train",
-}
-_STAGES |= {"readout": "shards", "loss": "train"}
+_STAGES = {"run": "prepare", "sources": "ids", "llm": "shards", "prompt": "shards", "readout": "shards"}
+_STAGES |= {"alignment": "train", "lora": "train", "loss": "train"}
 """Stages that read a section first, where it does not bear the stage's name."""
 _ELSEWHERE = ("run.dir", "run.shared", "prepare.scratch")
 """Fields that say where rarec writes."""

@@ -45,7 +45,7 @@ FOLDERS = {
 }
 """Directories in `run.dir`, by the stage that makes them."""
 STAGES = list(FOLDERS)
-WORDS = "river stone cloud ember lamp chair shirt watch bag".split()
+WORDS = ["river", "stone", "cloud", "ember", "lamp", "chair", "shirt", "watch", "bag"]
 HALF = {"ids": "ids/id", "shards": "shards", "train": "train/per_layer"}
 """Stages that resume, with the artefact that is killed right before its manifest is written."""
 
@@ -125,6 +125,14 @@ def _folders(stages: list[str]) -> Iterator[str]:
     return (folder for stage in stages for folder in FOLDERS[stage])
 
 
+def next_stage(state: str) -> str:
+    """Return the stage that a state comes to next; the last one, if it is finished."""
+    if state == "new":
+        return STAGES[0]
+    done = STAGES[-1] if state == "finished" else state.removeprefix("upto-")
+    return STAGES[min(STAGES.index(done) + 1, len(STAGES) - 1)]
+
+
 def write_inputs(place: Path) -> None:
     """Write a log, a language model and a configuration."""
     (place / "log").mkdir(parents=True)
@@ -135,9 +143,8 @@ def write_inputs(place: Path) -> None:
         for step, item in enumerate(generator.sample(range(24), generator.randint(6, 10)))
     ]
     (place / "log" / "interactions.csv").write_text("\n".join(["user,item,time", *rows, ""]))
-    titles = [
-        f"i{item:02d},{WORDS[item % 4]} {WORDS[4 + item % 5]} {item},{WORDS[item % 4].upper()}" for item in range(24)
-    ]
+    words = [(WORDS[item % 4], WORDS[4 + item % 5]) for item in range(24)]
+    titles = [f"i{item:02d},{taste} {kind} {item},{taste.upper()}" for item, (taste, kind) in enumerate(words)]
     (place / "log" / "items.csv").write_text("\n".join(["item,title,brand", *titles, ""]))
     write_llm(place / "llm")
     (place / "config.yaml").write_text(CONFIG)
@@ -154,6 +161,6 @@ def write_llm(place: Path) -> None:
     special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
     PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(place)
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=96, **shape)
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=96, intermediate_size=32, **shape)
     BertModel(config).save_pretrained(place)
