@@ -25,7 +25,7 @@ from pathlib import Path
 
 from harm_files import damage, plant
 from harm_inputs import harm_input
-from harm_oracle import Harm, Judge, Tree, snapshot
+from harm_oracle import Harm, Judge, Tree, snapshot, users_files
 from harm_process import Outcome, Server
 from harm_remedies import Patient, Wide
 from harm_surroundings import surround
@@ -107,29 +107,28 @@ class Examples:
         return replace(harm, command=replace(harm.command, environment={**own, **harm.command.environment}))
 
     def _judged(self, harm: Harm, follow: bool) -> Verdict:
-        outcome, faults = self._attempt(harm)
+        original = snapshot(self.world.state(self.world.copied))
+        users = users_files(snapshot(self._place), original, harm.planted)
+        outcome, faults = self._attempt(harm, original, users)
         if not faults and outcome.code and harm.again:
             harm.restore()
-            again, more = self._attempt(replace(harm.then(harm.command.words), names=()))
+            again, more = self._attempt(replace(harm.then(harm.command.words), names=()), original, users)
             said = f" ({again.stderr.strip().splitlines()[-1][:200]})" if again.code and again.stderr.strip() else ""
             faults = [f"the same command afterwards{said}: {one}" for one in more]
             if again.code and not more:
                 faults = [f"the same command afterwards: exit code {again.code}{said}"]
         elif not faults and outcome.code == 2 and follow:
-            faults = self._follow(harm, outcome)
+            faults = self._follow(harm, outcome, original)
         return Verdict(harm.what, harm.line, outcome.code, faults, outcome.stderr)
 
-    def _attempt(self, harm: Harm) -> tuple[Outcome, list[str]]:
+    def _attempt(self, harm: Harm, original: Tree, users: Tree) -> tuple[Outcome, list[str]]:
         """Run the command of a harm, and return what is wrong with its end."""
         before = snapshot(self._place)
         outcome = self.server.run(harm.command)
-        return outcome, self._judge(harm, before).judge(outcome)
+        judge = Judge(self.world, self._place, harm, original, users, before, snapshot(self._place))
+        return outcome, judge.judge(outcome)
 
-    def _judge(self, harm: Harm, before: Tree) -> Judge:
-        original = snapshot(self.world.state(self.world.copied))
-        return Judge(self.world, self._place, harm, original, before, snapshot(self._place))
-
-    def _follow(self, harm: Harm, outcome: Outcome) -> list[str]:
+    def _follow(self, harm: Harm, outcome: Outcome, original: Tree) -> list[str]:
         """Carry out remedies until the command succeeds; return what is wrong."""
         patient, done = Patient(self.server, self._place, harm.then(harm.command.words).command), list[str]()
         for _ in range(ROUNDS):
@@ -143,7 +142,8 @@ class Examples:
             patient = followed[1]
             outcome = patient.again()
             if outcome.code == 0:
-                judge = self._judge(harm, snapshot(self._place))
+                now = snapshot(self._place)
+                judge = Judge(self.world, self._place, harm, original, {}, now, now)
                 if patient.command.words == harm.command.words:
                     judge.results()
                 return [f"{'; '.join(done)}: {fault}" for fault in judge.faults]

@@ -61,6 +61,16 @@ def snapshot(root: Path) -> Tree:
     return {path.relative_to(root).as_posix(): _entry(path) for path in sorted(root.rglob("*"))}
 
 
+def users_files(tree: Tree, original: Tree, planted: tuple[str, ...]) -> Tree:
+    """Return what is the user's right after the harm: all outside `run`, and what was put inside."""
+
+    def is_mine(path: str) -> bool:
+        inside = any(path == one or path.startswith(f"{one}/") for one in planted)
+        return inside or path not in original or not path.startswith(f"{RUN}/")
+
+    return {path: entry for path, entry in tree.items() if path != RUN and is_mine(path)}
+
+
 def _entry(path: Path) -> Entry:
     status = path.lstat()
     content = ""
@@ -122,6 +132,7 @@ class Judge:
         root: the copy.
         harm: what was done.
         original: the state before the harm.
+        users: what is the user's, from `users_files`.
         before: the tree after the harm and before the command.
         after: the tree after the command.
     """
@@ -130,6 +141,7 @@ class Judge:
     root: Path
     harm: Harm
     original: Tree
+    users: Tree
     before: Tree
     after: Tree
     faults: list[str] = field(default_factory=list)
@@ -155,10 +167,7 @@ class Judge:
     # ---- what is the user's
 
     def _users_files(self) -> None:
-        for path, entry in self.before.items():
-            mine = path.startswith(f"{RUN}/") and path in self.original and not self._is_planted(path)
-            if mine or path == RUN:
-                continue
+        for path, entry in self.users.items():
             now = self.after.get(path)
             if now is None:
                 if not (stat.S_ISDIR(entry.kind) and self._is_empty(path)):
@@ -173,11 +182,8 @@ class Judge:
             new = [path for path in self.after if path not in self.before and path.split("/")[0] not in (RUN, "home")]
             self.faults += [f"it wrote {path}, outside run.dir" for path in new[:3]]
 
-    def _is_planted(self, path: str) -> bool:
-        return any(path == one or path.startswith(f"{one}/") for one in self.harm.planted)
-
     def _is_empty(self, path: str) -> bool:
-        return not any(other.startswith(f"{path}/") for other in self.before)
+        return not any(other.startswith(f"{path}/") for other in self.users)
 
     # ---- what is printed
 
