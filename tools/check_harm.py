@@ -71,7 +71,7 @@ class Examples:
     """Makes examples, one at a time.
 
     Args:
-        scratch: directory for the world and the copies, open to all users.
+        scratch: directory for the world and the copies.
         keep: whether the last copy stays.
     """
 
@@ -102,7 +102,6 @@ class Examples:
         """Give the command a home and a directory for temporary files of its own."""
         for name in ("home", "tmp"):
             (self._place / name).mkdir(exist_ok=True)
-            (self._place / name).chmod(0o777)
         own = {"HOME": str(self._place / "home"), "TMPDIR": str(self._place / "tmp")}
         return replace(harm, command=replace(harm.command, environment={**own, **harm.command.environment}))
 
@@ -184,7 +183,6 @@ def main() -> None:
     arguments = parser.parse_args()
     scratch = arguments.keep or Path(tempfile.mkdtemp(prefix="rarec-harm-"))
     scratch.mkdir(exist_ok=True)
-    scratch.chmod(0o755)  # examples without root's rights work in there
     examples, ends = Examples(scratch, keep=arguments.keep is not None), list[tuple[str, int | None, bool]]()
     try:
         for kind, seed in seeds_from(arguments):

@@ -5,6 +5,7 @@ in the child as `python -m rarec` does, and answers with the exit code and the C
 """
 
 import atexit
+import ctypes
 import json
 import os
 import resource
@@ -38,8 +39,8 @@ PRELOADED = (
 )
 TIMEOUT = 120.0
 """Seconds after which a command is said to hang."""
-NOBODY = 65534
-"""The user without rights."""
+CAPABILITIES = 0x20080522, 0b1110
+"""Version of the structures of `capset`, and root's rights to ignore permissions and owners."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Command:
         limits: soft limits by their names in `resource`; RLIMIT_AS is what comes on top of the memory at the start.
         stdout: `pipe`, `closed`, `ascii` (its encoding), `full` (no byte can be written) or `broken` (a closed pipe).
         umask: of new files; None leaves it as it is.
-        nobody: whether root gives up its rights first, so that permissions count.
+        obeys: whether root gives up its right to ignore permissions.
         lost_cwd: whether the current directory is deleted before the command starts.
         kill: signal to send to itself, and when: `[signal, renames, path]`: before its nth rename, or before the first
             rename to a path with this end.
@@ -67,7 +68,7 @@ class Command:
     limits: dict[str, int] = field(default_factory=dict)
     stdout: str = "pipe"
     umask: int | None = None
-    nobody: bool = False
+    obeys: bool = False
     lost_cwd: bool = False
     kill: tuple[int, int, str] | None = None
     kill_after: tuple[int, float] | None = None
@@ -226,10 +227,8 @@ def _surround(command: Command, out: int, err: int) -> None:
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     if command.umask is not None:
         os.umask(command.umask)
-    if command.nobody:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+    if command.obeys:
+        _obey_permissions()
     if command.lost_cwd:
         lost = Path(command.cwd, "lost")
         lost.mkdir()
@@ -242,6 +241,18 @@ def _surround(command: Command, out: int, err: int) -> None:
         number = getattr(resource, limit)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(number, (most + now * (limit == "RLIMIT_AS"), resource.getrlimit(number)[1]))
+
+
+def _obey_permissions() -> None:
+    """Give up root's right to ignore permissions."""
+    version, rights = CAPABILITIES
+    libc, header, sets = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), "capget")
+    for number in range(3):  # effective, permitted, inheritable
+        sets[number] &= ~rights
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def _stream(number: int, encoding: str, errors: str, buffering: int = -1) -> TextIO:

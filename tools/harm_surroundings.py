@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harm_oracle import Harm
-from harm_process import NOBODY, Command
+from harm_process import Command
 from harm_world import RUN, STAGES, World, next_stage
 
 VARIABLES: dict[str, list[str | None]] = {
@@ -60,8 +60,9 @@ def surround(generator: random.Random, world: World, place: Path) -> Harm:
     fresh = stage != "run" and state == "finished"
     command = Command([stage, "config.yaml", *["--fresh"] * fresh], str(place))
     makers: list[Callable[..., Harm]] = [_variable, _variable, _stream, _limit, _limit, _umask, _lost_cwd]
+    makers += [_forbidden, _forbidden]
     if os.geteuid() == 0:
-        makers += [_forbidden, _forbidden, _small_disk, _small_disk]
+        makers += [_small_disk, _small_disk]
     return replace(generator.choice(makers)(generator, place, command), again=True)
 
 
@@ -101,14 +102,12 @@ def _forbidden(generator: random.Random, place: Path, command: Command) -> Harm:
     """Take the rights to one path from the user who runs the command."""
     paths = [path for path in place.rglob("*") if path.name != "config.yaml" or path.parent == place]
     path = generator.choice(sorted(paths))
-    for each in (place, *place.rglob("*")):
-        os.lchown(each, NOBODY, NOBODY)
     mode = generator.choice([0, 0o444, 0o555] if path.is_dir() else [0, 0o222, 0o444])
     path.chmod(mode)
     names = (path.name, path.parent.name, "ermission")
     what = f"mode {mode:03o} of {path.relative_to(place)}"
     right = 0o755 if path.is_dir() else 0o644
-    return Harm(what, replace(command, nobody=True), names, restore=lambda: path.chmod(right))
+    return Harm(what, replace(command, obeys=True), names, restore=lambda: path.chmod(right))
 
 
 def _small_disk(generator: random.Random, place: Path, command: Command) -> Harm:
