@@ -1,12 +1,13 @@
 """Harm runs in thousands of ways, and check that nothing is lost, nothing damaged passes, and every refusal helps.
 
-    python tools/check_harm.py [--minutes N | --examples N] [--seed S] [--only CLASS] [--follow]
+    python tools/check_harm.py [--minutes N | --examples N] [--seed S] [--only CLASS] [--follow] [--quick] [--keep DIR]
 
 Classes of harm: files of the user's in rarec's way (trees), damaged files of rarec's (bytes), fields of the
 configuration (values), logs and language models (inputs), and what surrounds the command (surroundings). Each example
 copies a tiny run, harms the copy, runs one command and judges the end (harm_oracle.py). An example is determined by its
 class and its seed: `--only CLASS --seed S --examples 1` repeats it, and `--keep DIR` keeps what it leaves. With
-`--follow` the remedies of refusals are carried out, and the command must then succeed.
+`--follow` the remedies of refusals are carried out, and the command must then succeed. With `--quick`, as in
+tests/test_harm.py, no command builds more than one stage.
 
 Standard error lists each failure as it is found; standard output is a table. The exit code is 1 if there is any.
 """
@@ -30,7 +31,7 @@ from harm_process import Outcome, Server
 from harm_remedies import Patient, Wide
 from harm_surroundings import surround
 from harm_values import set_value
-from harm_world import World
+from harm_world import World, next_stage
 
 CLASSES: dict[str, Callable[[random.Random, World, Path], Harm]] = {
     "trees": plant,
@@ -39,6 +40,8 @@ CLASSES: dict[str, Callable[[random.Random, World, Path], Harm]] = {
     "inputs": harm_input,
     "surroundings": surround,
 }
+SLOW = ("run", "train", "report")
+"""Commands that take more than half a second."""
 FOLLOWED = ("trees", "bytes")
 """Classes whose remedies lead to the undisturbed results."""
 ROUNDS = 6
@@ -80,11 +83,19 @@ class Examples:
         self.world = World(scratch / "world", self.server)
         self._place, self._keep = scratch / "copy", keep
 
-    def run(self, kind: str, seed: int, follow: bool = False) -> Verdict:
-        """Make the example of a class and a seed, and judge it."""
+    def run(self, kind: str, seed: int, follow: bool = False, quick: bool = False) -> Verdict:
+        """Make the example of a class and a seed, and judge it.
+
+        Args:
+            kind: a class.
+            seed: any number.
+            follow: carry out remedies.
+            quick: build one stage at most.
+        """
         self._clear()
         harm = CLASSES[kind](random.Random(f"{kind} {seed}"), self.world, self._place)
         try:
+            harm = self._quicker(harm) if quick else harm
             return self._judged(self._at_home(harm), follow and kind in FOLLOWED)
         finally:
             harm.release()
@@ -97,6 +108,16 @@ class Examples:
 
     def _clear(self) -> None:
         shutil.rmtree(self._place, ignore_errors=True)
+
+    def _quicker(self, harm: Harm) -> Harm:
+        """Return the same harm before a command that builds one stage, and none of the slow ones anew."""
+        stage, *rest = harm.command.words
+        state = self.world.copied
+        if stage == "run" and state != "finished":
+            stage = state.split("-")[-1] if state.startswith("half") else next_stage(state)
+        if stage in SLOW:
+            rest = [word for word in rest if word != "--fresh"]
+        return replace(harm, command=replace(harm.command, words=[stage, *rest]))
 
     def _at_home(self, harm: Harm) -> Harm:
         """Give the command a home and a directory for temporary files of its own."""
@@ -180,13 +201,14 @@ def main() -> None:
     parser.add_argument("--only", choices=CLASSES)
     parser.add_argument("--follow", action="store_true", help="carry out remedies")
     parser.add_argument("--keep", type=Path, help="an empty directory for the world and the last copy, which stay")
+    parser.add_argument("--quick", action="store_true", help="build one stage at most")
     arguments = parser.parse_args()
     scratch = arguments.keep or Path(tempfile.mkdtemp(prefix="rarec-harm-"))
     scratch.mkdir(exist_ok=True)
     examples, ends = Examples(scratch, keep=arguments.keep is not None), list[tuple[str, int | None, bool]]()
     try:
         for kind, seed in seeds_from(arguments):
-            verdict = examples.run(kind, seed, arguments.follow)
+            verdict = examples.run(kind, seed, arguments.follow, arguments.quick)
             ends.append((kind, verdict.code, bool(verdict.faults)))
             if verdict.faults:
                 print(f"{kind} {seed}: {verdict}", file=sys.stderr, flush=True)

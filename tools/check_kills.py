@@ -106,15 +106,15 @@ class Killer:
     """Brings tasks to their ends, undisturbed and with interruptions.
 
     Args:
-        scratch: directory for the world and the copies.
+        world: has the states that tasks start from.
+        place: where they are copied to.
         engine: configuration of `accelerate launch`.
         seed: of everything random.
     """
 
-    def __init__(self, scratch: Path, engine: Path, seed: int) -> None:
-        self.server = Server()
-        self.world = World(scratch / "world", self.server)
-        self.engine, self.place = engine.resolve(), scratch / "copy"
+    def __init__(self, world: World, place: Path, engine: Path, seed: int) -> None:
+        self.world, self.server = world, world.server
+        self.engine, self.place = engine.resolve(), place
         self.generator = random.Random(seed)
         self.interrupted: Counter[str] = Counter()
         self._undisturbed: dict[Task, tuple[dict[str, str], float]] = {}
@@ -302,13 +302,15 @@ def main() -> None:
         parser.error(f"{arguments.only} is not launched on {arguments.ranks} ranks")
     end = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory(prefix="rarec-kills-") as scratch:
-        killer = Killer(Path(scratch), arguments.engine, arguments.seed)
+        server = Server()
+        world = World(Path(scratch) / "world", server)
+        killer = Killer(world, Path(scratch) / "copy", arguments.engine, arguments.seed)
         while (kills := killer.interrupted.total()) < arguments.kills and time.monotonic() < end:
             task = killer.generator.choice(every)
             new = killer.disturb(task, min(killer.generator.randint(1, PER_TASK), arguments.kills - kills))
             print("\n".join(new), file=sys.stderr, flush=True, end="\n" * bool(new))
             faults, done = faults + new, done + 1
-        killer.server.close()
+        server.close()
     print(f"check_kills.py: {arguments.engine.stem}, seed {arguments.seed}, {done} tasks")
     enough = kills >= arguments.kills
     print_table(

@@ -45,7 +45,7 @@ VARIABLES: dict[str, list[str | None]] = {
 LIMITS: dict[str, Callable[[random.Random], int]] = {
     "RLIMIT_FSIZE": lambda generator: int(10 ** generator.uniform(0, 5.5)),
     "RLIMIT_NOFILE": lambda generator: generator.randint(4, 40),
-    "RLIMIT_AS": lambda generator: int(10 ** generator.uniform(5, 8.7)),
+    "RLIMIT_AS": lambda generator: int(10 ** generator.uniform(7, 8.7)),
 }
 _STATES = ["new", "upto-prepare", "upto-ids", "upto-shards", "upto-train", "upto-evaluate", "upto-export", "finished"]
 
