@@ -5,32 +5,24 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENGINE = ROOT / "configs" / "accelerate" / "cpu.yaml"
 sys.path.append(str(ROOT / "tools"))
 
-from check_harm import CLASSES, Examples  # noqa: E402
+from check_harm import CLASSES  # noqa: E402
 from check_kills import Killer, Task  # noqa: E402
 from harm_files import NAMES  # noqa: E402
 from harm_oracle import Harm, Judge, snapshot, users_files  # noqa: E402
 from harm_process import Command, Outcome  # noqa: E402
 from harm_values import FIELDS  # noqa: E402
 
+ENGINE = ROOT / "configs" / "accelerate" / "cpu.yaml"
 EXAMPLES = 20
 """Examples of each class."""
 GOOD = "error: run/prepare/items.parquet is damaged\n  -> rebuild it: rarec prepare CONFIG --fresh\n"
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examples]:
-    made = Examples(tmp_path_factory.mktemp("harm"))
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("kind", CLASSES)

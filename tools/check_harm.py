@@ -28,7 +28,7 @@ from harm_files import damage, plant
 from harm_inputs import harm_input
 from harm_oracle import Harm, Judge, Tree, snapshot, users_files
 from harm_process import Outcome, Server
-from harm_remedies import Patient, Wide
+from harm_remedies import Patient, Useless
 from harm_surroundings import surround
 from harm_values import set_value
 from harm_world import World, next_stage
@@ -44,8 +44,6 @@ SLOW = ("run", "train", "report")
 """Commands that take more than half a second."""
 FOLLOWED = ("trees", "bytes")
 """Classes whose remedies lead to the undisturbed results."""
-ROUNDS = 6
-"""Largest number of remedies that one harm may take."""
 
 
 @dataclass(frozen=True)
@@ -150,24 +148,17 @@ class Examples:
 
     def _follow(self, harm: Harm, outcome: Outcome, original: Tree) -> list[str]:
         """Carry out remedies until the command succeeds; return what is wrong."""
-        patient, done = Patient(self.server, self._place, harm.then(harm.command.words).command), list[str]()
-        for _ in range(ROUNDS):
-            try:
-                followed = patient.follow(outcome.stderr)
-            except Wide as wide:
-                return [str(wide)]
-            if followed is None:
-                return []
-            done.append(followed[0])
-            patient = followed[1]
-            outcome = patient.again()
-            if outcome.code == 0:
-                now = snapshot(self._place)
-                judge = Judge(self.world, self._place, harm, original, {}, now, now)
-                if patient.command.words == harm.command.words:
-                    judge.results()
-                return [f"{'; '.join(done)}: {fault}" for fault in judge.faults]
-        return [f"{'; '.join(done)}: does not help: {outcome.stderr.strip()[-300:]}"]
+        command = harm.then(harm.command.words).command
+        try:
+            recovered = Patient(self.server, self._place, command).recover(outcome.stderr)
+        except Useless as useless:
+            return [str(useless)]
+        if recovered is None or recovered[1].command != command:
+            return []
+        now = snapshot(self._place)
+        judge = Judge(self.world, self._place, harm, original, {}, now, now)
+        judge.results()
+        return [f"{'; '.join(recovered[0])}: {fault}" for fault in judge.faults]
 
 
 def seeds_from(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harm_oracle import remedies
-from harm_process import Command, Outcome, Server
+from harm_process import Command, Server
 
 COMMAND = re.compile(r"\brarec (\w+) (?:CONFIG|\S+\.yaml)((?: (?:--[\w-]+|[\w.]+=[^\s;,]+))*)")
 DELETE = re.compile(r"\b(?:delete|remove) (\S+?)[,;:.]?(?= |$)")
@@ -16,8 +16,12 @@ _PATH = re.compile(r"[^\s'\"`,;:()]*[/.][^\s'\"`,;:()]*")
 ASIDE = "moved-away"
 
 
-class Wide(Exception):
-    """A remedy deletes more than the file that is damaged."""
+ROUNDS = 6
+"""Largest number of remedies that one command may take."""
+
+
+class Useless(Exception):
+    """A remedy deletes more than the file that is damaged, or does not help."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,31 @@ class Patient:
     root: Path
     command: Command
 
+    def recover(self, stderr: str) -> "tuple[list[str], Patient] | None":
+        """Carry out remedies until the command succeeds.
+
+        Args:
+            stderr: what it said.
+
+        Returns:
+            What was done, and the command that succeeded; None if a program cannot carry out what is said.
+
+        Raises:
+            Useless: the remedies do not help, or are too wide.
+        """
+        done, patient = list[str](), self
+        for _ in range(ROUNDS):
+            followed = patient.follow(stderr[stderr.find("error: ") :])
+            if followed is None:
+                return None
+            done.append(followed[0])
+            patient = followed[1]
+            outcome = self.server.run(patient.command)
+            if outcome.code == 0:
+                return done, patient
+            stderr = outcome.stderr
+        raise Useless(f"{'; '.join(done)}: does not help: {stderr.strip()[-300:]}")
+
     def follow(self, message: str) -> "tuple[str, Patient] | None":
         """Carry out the remedy of a message.
 
@@ -41,18 +70,14 @@ class Patient:
             What was done and the command to type next; None if the remedy cannot be carried out by a program.
 
         Raises:
-            Wide: it would delete a directory.
+            Useless: it would delete a directory.
         """
         for text in remedies(message):
-            for step in (self._run, self._delete, self._move, self._set, self._other_run):
+            for step in (self._run, self._delete, self._move, self._set, self._other_run, self._same):
                 done = step(text, message)
                 if done:
                     return done
         return None
-
-    def again(self) -> Outcome:
-        """Run the command."""
-        return self.server.run(self.command)
 
     def _run(self, text: str, message: str) -> "tuple[str, Patient] | None":
         found = COMMAND.search(text)
@@ -60,8 +85,10 @@ class Patient:
             return None
         config, *rest = self.command.words[1:]
         words = [found[1], config, *found[2].split(), *(word for word in rest if "=" in word)]
-        self.server.run(Command(words, self.command.cwd))
-        return " ".join(["rarec", *words]), self
+        inner = replace(self, command=Command(words, self.command.cwd))
+        outcome = self.server.run(inner.command)
+        then = inner.recover(outcome.stderr) if outcome.code else None
+        return " ".join(["rarec", *words, *(f"({step})" for step in (then[0] if then else []))]), self
 
     def _delete(self, text: str, message: str) -> "tuple[str, Patient] | None":
         found = DELETE.search(text)
@@ -71,7 +98,7 @@ class Patient:
         if path is None:
             return None
         if path.is_dir() and not path.is_symlink() and any(path.iterdir()):
-            raise Wide(f"the remedy deletes the directory {path}: {text}")
+            raise Useless(f"the remedy deletes the directory {path}: {text}")
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         return f"delete {path}", self
 
@@ -93,6 +120,9 @@ class Patient:
 
     def _other_run(self, text: str, message: str) -> "tuple[str, Patient] | None":
         return self._with("run.dir=another") if OTHER_RUN.search(text) else None
+
+    def _same(self, text: str, message: str) -> "tuple[str, Patient] | None":
+        return ("the same command", self) if "the same command" in text else None
 
     def _with(self, override: str) -> "tuple[str, Patient]":
         words = [*self.command.words, override]
