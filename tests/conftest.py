@@ -5,14 +5,18 @@ import fcntl
 import os
 import signal
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import pytest
 import torch
 
 from tests.synthetic import write_llm, write_log
+
+if TYPE_CHECKING:
+    from check_harm import Examples
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -93,6 +97,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = make_world(tmp_path_factory.mktemp("world"))
     open_run(config).run()
     return config
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Examples"]:
+    """Make harmed runs over a tinier world; see tools/check_harm.py."""
+    sys.path.append(str(Path(__file__).parents[1] / "tools"))
+    from check_harm import Examples
+
+    made = Examples(tmp_path_factory.mktemp("harm"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")
