@@ -2,6 +2,11 @@
 
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
@@ -311,3 +316,58 @@ def test_a_parquet_file_with_two_columns_of_a_name_is_refused(engine: PrepareEng
     table = pa.table([[1], [2], ["i"], [1]], names=["user", "user", "item", "time"])
     pq.write_table(table, tmp_path / "log.parquet")
     refuse(engine, tmp_path / "log.parquet", "log.parquet", "user")
+
+
+AS_NOBODY = """
+import os, sys
+from rarec.config import load_config
+from rarec.data.engines.table_files import find_files
+from rarec.errors import UserError
+from rarec.ids.imports import read_vectors
+what, path = sys.argv[1:]
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    if what == "config":
+        load_config(path)
+    elif what == "vectors":
+        read_vectors(path, None, "items", "item_ids")
+    else:
+        find_files(path, "prepare.items.path")
+except UserError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("what", "name", "closed"),
+    [
+        ("config", "run.yaml", "run.yaml"),
+        ("config", "inside/run.yaml", "inside"),
+        ("vectors", "x.npy", "x.npy"),
+        ("vectors", "x.parquet", "x.parquet"),
+        ("vectors", "x.safetensors", "x.safetensors"),
+        ("log", "log.csv.gz", "log.csv.gz"),
+        ("log", "log.parquet", "log.parquet"),
+        ("log", "inside", "inside"),
+        ("log", "inside", "inside/a.csv"),
+        ("log", "above", "above/inside"),
+    ],
+)
+def test_what_another_user_closed_may_not_be_read_which_is_what_is_said(what: str, name: str, closed: str) -> None:
+    root = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are closed to others
+    try:
+        root.chmod(0o755)
+        (root / "above" / "inside").mkdir(parents=True)
+        (root / "inside").mkdir()
+        for file in (name, "inside/a.csv", "above/b.csv", "above/inside/c.csv"):
+            if not (root / file).is_dir():
+                (root / file).write_bytes(b"user,item,time\n1,2,3\n")
+        (root / closed).chmod(0o700 if (root / closed).is_dir() else 0o600)
+        command = [sys.executable, "-c", AS_NOBODY, what, str(root / name)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stderr.startswith("refused: "), done.stderr
+        assert str(root / closed) in done.stderr
+        assert "ermission" in done.stderr or "may not be read" in done.stderr
+    finally:
+        shutil.rmtree(root)

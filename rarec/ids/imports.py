@@ -3,6 +3,7 @@
 Shape letters: R rows of a file, N rows of the dataset (items or users), K vectors a row, E dimension.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -152,8 +153,6 @@ def read_ids(path: str) -> pa.Array:
         # split at \n only: an id may contain other characters that Python's splitlines would split at
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         return pa.array(lines if lines != [""] else [], type=pa.string())
-    except PermissionError:
-        raise _unreadable(path) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8, one id per line") from None
 
@@ -162,11 +161,13 @@ def existing(path: str, field: str) -> Path:
     """Return the file that a field of the configuration names.
 
     Raises:
-        UserError: the file does not exist.
+        UserError: the file does not exist, or may not be read.
     """
     file = Path(resolve(path))
     if not file.is_file():
         raise UserError(f"field `{field}`: {path} does not exist", "paths are relative to the current directory")
+    if not os.access(file, os.R_OK):
+        raise UserError(f"field `{field}`: {path} may not be read by this user", "change its permissions: chmod a+r")
     return file
 
 
@@ -174,16 +175,10 @@ def _npy(path: str) -> npt.NDArray[np.generic]:
     try:
         # not `np.load`, which also reads archives and pickles
         array: npt.NDArray[np.generic] = np.lib.format.open_memmap(resolve(path), mode="r")
-    except PermissionError:
-        raise _unreadable(path) from None
     except Exception as error:  # a header is Python code, which NumPy parses: anything may be raised
         remedy = "save a plain array of numbers: np.save(file, np.asarray(values))"
         raise UserError(f"{path} is not a plain .npy array: {_first_line(error)}", remedy) from None
     return array
-
-
-def _unreadable(path: str) -> UserError:
-    return UserError(f"{path} may not be read by this user", "change its permissions: chmod a+r")
 
 
 def _first_line(error: Exception) -> str:
@@ -201,8 +196,6 @@ def _parquet(path: str) -> pa.Table:
             if not names:
                 raise UserError(f"{path} has no columns", "save it again, with a column of ids")
             return file.read()
-    except PermissionError:
-        raise _unreadable(path) from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not Parquet: {_first_line(error)}", "save it again as Parquet") from None
 
@@ -222,8 +215,6 @@ def _read_safetensors(path: str) -> tuple[npt.NDArray[np.generic], None]:
             if tensor.dtype == torch.bool or tensor.is_complex():
                 raise UserError(f"{path} holds {tensor.dtype}, not numbers", "save the vectors as float32")
             return tensor.float().numpy(), None
-    except PermissionError:
-        raise _unreadable(path) from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not safetensors: {_first_line(error)}", "save it again as safetensors") from None
 

@@ -5,6 +5,7 @@ Paths are local, or URLs of any file system that fsspec supports (`s3://`, `gs:/
 
 import csv
 import gzip
+import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -91,7 +92,10 @@ def find_files(path: str, field: str) -> TableFiles:
     """
     location = resolve(path).removeprefix("file://")
     system = _file_system(location, field) if "://" in location else None
-    found = _list(location) if system is None else _list_remote(location, system)
+    try:
+        found = _list(location, field) if system is None else _list_remote(location, system)
+    except PermissionError as error:
+        raise _unreadable(str(error.filename or location), field) from None
     if not found:
         raise UserError(
             f"{field}: {path} does not exist or contains no table",
@@ -104,6 +108,8 @@ def find_files(path: str, field: str) -> TableFiles:
                 f"{field}: {file} has no known suffix",
                 f"known suffixes: {', '.join(FORMATS)}",
             )
+        if system is None and not os.access(file, os.R_OK):
+            raise _unreadable(file, field)
         if not (system.size(file) if system else Path(file).stat().st_size):
             raise UserError(f"{field}: {file} is empty", "give a table with at least one row")
     if len(set(formats.values())) > 1:
@@ -161,13 +167,21 @@ def _file_system(url: str, field: str) -> fsspec.AbstractFileSystem:
         raise UserError(f"{field}: {url} cannot be opened: {error}", remedy) from None
 
 
-def _list(location: str) -> list[str]:
+def _unreadable(path: str, field: str) -> UserError:
+    return UserError(f"{field}: {path} may not be read by this user", "change its permissions: chmod -R a+rX")
+
+
+def _list(location: str, field: str) -> list[str]:
     """List a file, the tables in a directory, or the matches of a glob, sorted by name."""
     path = Path(location)
     if path.is_file():
         return [location]
     if path.is_dir():
-        return _tables(str(path), (str(file) for file in path.rglob("*") if file.is_file()))
+        inside = [path, *path.rglob("*")]
+        closed = next((each for each in inside if each.is_dir() and not os.access(each, os.R_OK | os.X_OK)), None)
+        if closed is not None:  # its files would be passed over without a word
+            raise _unreadable(str(closed), field)
+        return _tables(str(path), (str(file) for file in inside if file.is_file()))
     pattern = str(path.relative_to(path.anchor))
     return sorted(str(match) for match in Path(path.anchor).glob(pattern) if match.is_file())
 
