@@ -167,5 +167,5 @@ def _run(
     torch.set_num_threads(1)
     with stderr.open("w") as file:
         os.dup2(file.fileno(), 2)  # also what libraries write
-    sys.stderr = entry.console.file = os.fdopen(os.dup(2), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     entry.guarded(lambda: entry.run_stage(stage, config, overrides, fresh))

@@ -45,9 +45,7 @@ def run_until(config: Path, overrides: list[str], renames: int, file_bytes: int)
     sys.stderr = Path(overrides[0].removeprefix("run.dir=")).with_suffix(".stderr").open("w")
     be_killed_at_rename(renames)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
-    from rarec import entry
 
-    entry.console.file = sys.stderr
     guarded(lambda: open_run(config, overrides).run())
 
 
