@@ -173,6 +173,8 @@ class Killer:
         launcher = ["--config_file", str(self.engine), "--num_processes", str(task.ranks), "--main_process_port", "0"]
         script = [str(ROOT / "launch" / f"{task.stage}.py"), "--config", "config.yaml", *["--fresh"] * task.fresh]
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *script]
+        if not (self.place / "configs").is_symlink():  # the engine's file names one of DeepSpeed's there
+            (self.place / "configs").symlink_to(ROOT / "configs")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         return subprocess.Popen(
             command, cwd=self.place, env=environment, stdout=said, stderr=said, start_new_session=True
