@@ -151,12 +151,17 @@ def test_the_judge_of_another_result(examples, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["ids", "train", "run"])
-def test_a_stage_that_is_interrupted_five_times_ends_as_one_that_is_not(examples, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "fresh"), [("ids", True), ("train", False), ("run", True)])
+def test_a_stage_that_is_interrupted_five_times_ends_as_one_that_is_not(examples, tmp_path, stage, fresh):
     killer = Killer(examples.world, tmp_path / "copy", ENGINE, seed=1)
-    for fresh in (False, True):
+    while killer.interrupted.total() < 5:
         assert killer.disturb(Task(stage, fresh, 1), 5) == []
-    assert killer.interrupted.total() >= 4
+
+
+@pytest.mark.multiprocess
+def test_a_launched_training_that_is_interrupted_ends_as_one_that_is_not(examples, tmp_path):
+    killer = Killer(examples.world, tmp_path / "copy", ENGINE, seed=1)
+    assert killer.disturb(Task("train", True, 2), 2) == []
 
 
 def test_kills_notice_another_result_and_what_is_lost_or_left(examples, tmp_path):

@@ -29,6 +29,7 @@ from pathlib import Path
 import psutil
 from harm_oracle import snapshot
 from harm_process import Command, Outcome, Server
+from harm_surroundings import Disk
 from harm_world import FOLDERS, RUN, STAGES, World
 from measuring import Figure, print_table
 
@@ -38,8 +39,8 @@ ROOT = Path(__file__).parents[1]
 LAUNCHED = ("shards", "train", "evaluate")
 """Stages that `accelerate launch` starts."""
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-ROOM, LIMIT = 64_000_000, 180.0
-"""Bytes of the disk when it is not full; seconds after which a command hangs."""
+LIMIT = 180.0
+"""Seconds after which a command hangs."""
 PER_TASK = 5
 """Largest number of interruptions of one task."""
 CHANGING = ("record.json", "config.yaml", ".lock")
@@ -69,37 +70,6 @@ class Task:
 
     def __str__(self) -> str:
         return f"{self.stage}{' --fresh' * self.fresh}, {self.ranks} rank{'s' * (self.ranks > 1)}"
-
-
-class Disk:
-    """The disk of `run.dir`, whose room can be taken away: a tmpfs for root, else nothing.
-
-    Args:
-        place: directory with the run.
-    """
-
-    def __init__(self, place: Path) -> None:
-        self.path = place / RUN
-        aside = place / "aside"
-        self.path.mkdir(exist_ok=True)
-        self.path.rename(aside)
-        self.path.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(self.path)]
-        self.small = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
-        shutil.copytree(aside, self.path, dirs_exist_ok=True)
-        shutil.rmtree(aside)
-
-    def leave(self, free: int | None) -> None:
-        """Leave so many bytes free; None for enough."""
-        if self.small:
-            used = sum(-(-path.lstat().st_size // 4096) * 4096 + 4096 for path in self.path.rglob("*"))
-            size = ROOM if free is None else used + free
-            subprocess.run(["mount", "-o", f"remount,size={size}", str(self.path)], capture_output=True)
-
-    def release(self) -> None:
-        """Take it away."""
-        if self.small:
-            subprocess.run(["umount", "--lazy", str(self.path)], check=True)
 
 
 class Killer:
@@ -203,6 +173,8 @@ class Killer:
         launcher = ["--config_file", str(self.engine), "--num_processes", str(task.ranks), "--main_process_port", "0"]
         script = [str(ROOT / "launch" / f"{task.stage}.py"), "--config", "config.yaml", *["--fresh"] * task.fresh]
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *script]
+        if not (self.place / "configs").is_symlink():  # the engine's file names one of DeepSpeed's there
+            (self.place / "configs").symlink_to(ROOT / "configs")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         return subprocess.Popen(
             command, cwd=self.place, env=environment, stdout=said, stderr=said, start_new_session=True

@@ -119,6 +119,9 @@ PLANTS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
+FILES = [kind for kind, make in PLANTS.items() if make in (_file, _private, _empty_file, _object)]
+
+
 def plant(generator: random.Random, world: World, place: Path) -> Harm:
     """Put something of the user's where rarec writes, or inputs of the user's inside `run.dir`."""
     if generator.random() < 0.2:
@@ -129,6 +132,7 @@ def plant(generator: random.Random, world: World, place: Path) -> Harm:
     kind = generator.choice(list(PLANTS))
     path = place / RUN / name
     planted = _topmost_new(path, place / RUN)
+    damage = path.is_file() and kind in FILES  # nobody can tell who wrote these bytes into a file of rarec's
     _clear(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     PLANTS[kind](path, place)
@@ -137,7 +141,7 @@ def plant(generator: random.Random, world: World, place: Path) -> Harm:
         f"{kind} at run/{name} ({state})",
         Command(words, str(place)),
         (path.name, *([] if planted == path else [planted.name]), str(path.parent.relative_to(place))),
-        (planted.relative_to(place).as_posix(),),
+        () if damage else (planted.relative_to(place).as_posix(),),
     )
 
 

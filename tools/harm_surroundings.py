@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from harm_oracle import Harm
 from harm_process import Command
@@ -42,6 +43,8 @@ VARIABLES: dict[str, list[str | None]] = {
     "GIT_DIR": ["/nowhere"],
     "PYTHONWARNINGS": ["error"],
 }
+ROOM = 64_000_000
+"""Bytes of a small disk before its room is taken away."""
 LIMITS: dict[str, Callable[[random.Random], int]] = {
     "RLIMIT_FSIZE": lambda generator: int(10 ** generator.uniform(0, 5.5)),
     "RLIMIT_NOFILE": lambda generator: generator.randint(4, 40),
@@ -112,23 +115,41 @@ def _forbidden(generator: random.Random, place: Path, command: Command) -> Harm:
 
 def _small_disk(generator: random.Random, place: Path, command: Command) -> Harm:
     """Put `run` onto a disk with little room left."""
-    run, aside = place / RUN, place / "aside"
-    run.mkdir(exist_ok=True)
-    shutil.copytree(run, aside)
-    used = sum(-(-path.stat().st_size // 4096) * 4096 + 4096 for path in aside.rglob("*"))
-    free = int(10 ** generator.uniform(3.6, 6))
-    size = f"size={used + free}"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(run)], capture_output=True).returncode:
-        shutil.rmtree(aside)
+    disk, free = Disk(place), int(10 ** generator.uniform(3.6, 6))
+    if not disk.small:
         return _umask(generator, place, command)
-    shutil.copytree(aside, run, dirs_exist_ok=True)
-    shutil.rmtree(aside)
-
-    def restore() -> None:
-        subprocess.run(["mount", "-o", "remount,size=50m", str(run)], check=True)
-
-    def release() -> None:
-        subprocess.run(["umount", "--lazy", str(run)], check=True)
-
+    disk.leave(free)
     what = f"a disk with {free} bytes left"
-    return Harm(what, command, ("space",), last_resort=True, restore=restore, release=release)
+    keywords: dict[str, Any] = {"restore": lambda: disk.leave(None), "release": disk.release}
+    return Harm(what, command, ("space",), last_resort=True, **keywords)
+
+
+class Disk:
+    """The disk of `run.dir`, whose room can be taken away: a tmpfs for root, else nothing.
+
+    Args:
+        place: directory with the run.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.path = place / RUN
+        aside = place / "aside"
+        self.path.mkdir(exist_ok=True)
+        self.path.rename(aside)
+        self.path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(self.path)]
+        self.small = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+        shutil.copytree(aside, self.path, dirs_exist_ok=True)
+        shutil.rmtree(aside)
+
+    def leave(self, free: int | None) -> None:
+        """Leave so many bytes free; None for enough."""
+        if self.small:
+            used = sum(-(-path.lstat().st_size // 4096) * 4096 + 4096 for path in self.path.rglob("*"))
+            size = ROOM if free is None else used + free
+            subprocess.run(["mount", "-o", f"remount,size={size}", str(self.path)], capture_output=True)
+
+    def release(self) -> None:
+        """Take it away."""
+        if self.small:
+            subprocess.run(["umount", "--lazy", str(self.path)], check=True)
