@@ -400,7 +400,7 @@ def test_checkpoints_of_another_training_are_never_taken_over(interrupted, datas
 
 def test_a_diverging_training_stops_and_names_epoch_and_batch(dataset, tmp_path):
     with pytest.raises(UserError, match=r"loss is nan in epoch \d+, batch \d+"):
-        make_source("id", ids(lr=1e38), dataset, tmp_path)
+        make_source("id", ids(lr=1e12), dataset, tmp_path)
     assert not (tmp_path / "ids" / "id").exists()
 
 
