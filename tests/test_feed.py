@@ -19,7 +19,7 @@ import torch
 
 from rarec.config import VARIANTS
 from rarec.data.shards.index import key_of, open_index
-from rarec.entry import STOPPED, open_run
+from rarec.entry import SIGNALLED, open_run
 from rarec.errors import UserError
 from rarec.files import read_json
 from rarec.models import initialise
@@ -306,7 +306,7 @@ def test_ctrl_c_ends_with_one_line_and_no_process(run):
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == STOPPED, said
+    assert process.returncode == SIGNALLED + signal.SIGINT, said
     assert len(re.findall("^.*interrupted.*$", said, re.MULTILINE)) == 1
     assert "Traceback" not in said
     assert len(children) >= 2
