@@ -138,18 +138,18 @@ def guarded(command: Callable[[], object]) -> None:
         signals.ignore()
         code = _report(error)
     signals.ignore()  # all is said; while Python ends, a signal would only cost the exit code
-    if code:
+    if code is not None:
         sys.exit(code)
 
 
-def _exit_code(command: Callable[[], object], signals: "_Signals") -> int:
+def _exit_code(command: Callable[[], object], signals: "_Signals") -> int | None:
     try:
         signals.listen()
         _opened.clear()
         check_launcher()
         command()
         sys.stdout.flush()  # now, while an error of standard output can be reported
-        return 0
+        return None
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException as error:

@@ -3,7 +3,6 @@
 import io
 import re
 import sys
-from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -171,17 +170,17 @@ def page_of(directory: Path, title: str) -> str:
     return write_page(run).read_text()
 
 
-@cache
-def harmless(directories: pytest.TempPathFactory) -> list[tuple[str, ...]]:
-    return Shape(page_of(directories.mktemp("page"), "a title")).elements
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, ...]]:
+    return Shape(page_of(tmp_path_factory.mktemp("page"), "a title")).elements
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @settings(deadline=None, max_examples=8)
 @example_of(text="".join(ATTACKS))
 @given(text=texts)
-def test_no_element_or_attribute_of_the_report_arises_from_data(tmp_path_factory, text):
+def test_no_element_or_attribute_of_the_report_arises_from_data(tmp_path_factory, harmless, text):
     directory = tmp_path_factory.mktemp("page")
     page = page_of(directory, text)
     assert not CONTROLS.search(page)
-    assert Shape(page).elements == harmless(tmp_path_factory)
+    assert Shape(page).elements == harmless
