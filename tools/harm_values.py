@@ -113,7 +113,7 @@ def set_value(generator: random.Random, world: World, place: Path) -> Harm:
     return Harm(
         f"{field}: {kind} ({'an override' if override else 'in the file'})",
         Command(words, str(place)),
-        (parts[-1] if parts else section, field, section),
+        (parts[-1] if parts else section, field, section, "config.yaml, line"),
         expect="any",
         early=number,
         elsewhere=field in _ELSEWHERE,

@@ -25,6 +25,7 @@ RENAMED: dict[str, str | None] = {
     "alignment.ridge": None,
 }
 """Old names of fields, with the new ones; None for fields that are gone. All are refused, with the new name."""
+_FIELDS = "correct it: docs/configuration.md has every field, with its type and meaning"
 _EXAMPLES = "write one to start from: rarec init DIR; examples are in configs/runs/ and configs/sweeps/"
 
 
@@ -53,7 +54,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         UserError: the file is missing or not YAML, or holds no fields.
     """
     text = _read_text(Path(path))
-    tree = parse(text, str(path))
+    tree = parse(text, str(path), "correct it there")
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no fields", "see configs/runs/demo.yaml for an example")
     return tree
@@ -90,7 +91,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     """
     name, separator, value = override.partition("=")
     if not separator or not name or not name.isprintable():
-        raise UserError(f"override {_shown(override)} is not of the form section.field=value")
+        problem = f"override {_shown(override)} is not of the form section.field=value"
+        raise UserError(problem, "write it so: train.epochs=3")
     if len(override) > MAX_OVERRIDE:
         problem = f"override of `{name[:SHOWN]}` has {len(override):,} characters, more than {MAX_OVERRIDE:,}"
         raise UserError(problem, "write it into the configuration file")
@@ -114,7 +116,7 @@ def set_field(tree: dict[str, Any], name: str, value: Any) -> None:
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise UserError(f"override of `{name}`: {parent} is a value, not a section")
+            raise UserError(f"override of `{name}`: {parent} is a value, not a section", _FIELDS)
     tree[leaf] = value
 
 
@@ -134,7 +136,7 @@ def validated(model: type[Model], tree: dict[str, Any], where: str, given: Mappi
         return model.model_validate(tree)
     except ValidationError as error:
         lines = [f"{_place(detail, given or {}, where)}: {_explain(detail, model)}" for detail in error.errors()]
-        raise UserError(lines) from None
+        raise UserError(lines, _FIELDS) from None
 
 
 def dump_config(config: BaseModel) -> str:
