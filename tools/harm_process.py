@@ -39,6 +39,7 @@ PRELOADED = (
 )
 TIMEOUT = 120.0
 """Seconds after which a command is said to hang."""
+PR_SET_PDEATHSIG = 1
 CAPABILITIES = 0x20080522, 0b1110
 """Version of the structures of `capset`, and root's rights to ignore permissions and owners."""
 
@@ -120,6 +121,7 @@ class Server:
 
 def serve() -> None:
     """Fork for each line on standard input; answer with its outcome."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that is imported may print among the answers
     for module in PRELOADED:
@@ -179,6 +181,7 @@ def _send(child: int, number: signal.Signals, group: bool) -> None:
 def _become(command: Command, out: int, err: int) -> None:
     """Turn this forked process into `python -m rarec WORDS`; does not return."""
     os.setpgid(0, 0)
+    _end_with_parent()
     code = 1
     try:
         _surround(command, out, err)
@@ -195,6 +198,11 @@ def _become(command: Command, out: int, err: int) -> None:
         traceback.print_exc()
     finally:
         _leave(code)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends: a command that hangs must not outlive the tool."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _leave(code: int) -> None:
