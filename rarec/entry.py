@@ -243,6 +243,16 @@ def machine_trouble(error: BaseException) -> str | None:
         what = "may not be read" if unreadable else "may not be written"
         remedy = "choose a run.dir that you may write to, and inputs that you may read"
         return in_short(f"{path or 'a file'} {what}: {error.strerror}") + f"\n  -> {remedy}"
+    if isinstance(error, FileNotFoundError) and not path and not _is_somewhere():
+        return "the current directory does not exist any more\n  -> cd to one that does"
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         return in_short(f"{error.strerror}{where}") + f"\n  -> {_REMEDIES[error.errno]}"
     return None
+
+
+def _is_somewhere() -> bool:
+    """Return whether there is a current directory."""
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False

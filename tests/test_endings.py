@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from rarec import __version__, entry
 from rarec.crash import CRASH
+from rarec.directories import new_directory
 from rarec.entry import CRASHED, guarded
 from rarec.errors import EXIT_CODE, UserError
-from rarec.files import new_directory
 from rarec.launcher import check_launcher
 from rarec.world import World
 from tests.conftest import make_world

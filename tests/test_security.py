@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import rarec
-from rarec.config.load import _Loader
+from rarec.config.plain_yaml import _Loader
 
 ROOT = Path(rarec.__file__).parents[1]
 SOURCES = sorted(path for room in ("rarec", "launch", "tools") for path in (ROOT / room).rglob("*.py"))
@@ -22,6 +22,8 @@ CALLS = {
 SAFE_LOADERS = {"SafeLoader", "CSafeLoader", "yaml.SafeLoader", "yaml.CSafeLoader", _Loader.__name__}
 OFF = ("shell", "trust_remote_code", "allow_pickle")
 """Keywords that may only be False."""
+ON_REQUEST = {"torch.load", "torch.save"}
+"""Calls that are allowed in a function that names `ALLOWED`: it reads such weights, or makes some to be refused."""
 ALLOWED = "allow_pickle_weights"
 """The field of the configuration by which a user asks for weights that are pickled."""
 
@@ -44,8 +46,8 @@ def dangers(source: str) -> list[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             found += imported(node)
         elif isinstance(node, ast.Call):
-            found += [name for name in called(node) if not (name == "torch.load" and id(node) in by_request)]
-        elif isinstance(node, ast.Attribute) and name_of(node) in CALLS - {"torch.load"}:
+            found += [name for name in called(node) if not (name in ON_REQUEST and id(node) in by_request)]
+        elif isinstance(node, ast.Attribute) and name_of(node) in CALLS - ON_REQUEST:
             found.append(name_of(node))
     return found
 
