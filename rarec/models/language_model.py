@@ -105,7 +105,8 @@ def load_model(
     words = read_with(AutoTokenizer, config.path, path, revision=config.revision)
     tokenizer = TextTokenizer(words, opens=decodes)
     around = {*tokenizer.prefix.tolist(), *tokenizer.suffix.tolist(), tokenizer.filler}
-    check_tokenizer(words, around, len(model.get_input_embeddings().weight), config.path)
+    rows = model.get_input_embeddings().num_embeddings  # ZeRO-3 leaves an empty tensor in the place of the weight
+    check_tokenizer(words, around, rows, config.path)
     backbone = FrozenBackbone(model, pool, config.gradient_checkpointing, sink=decodes).eval()
     identity = {
         "name": config.path,
