@@ -332,7 +332,7 @@ def wrong(here, tmp_path, monkeypatch) -> Path:
 def test_a_wrong_part_is_refused_with_field_and_remedy(wrong, override, message):
     with pytest.raises(UserError) as error:
         load_config("mine.yaml", [override])
-    (line,) = str(error.value).splitlines()
+    line, _ = str(error.value).splitlines()
     assert line.startswith(("override", "mine.yaml"))
     assert re.search(message, line), line
 
