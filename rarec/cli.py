@@ -210,12 +210,12 @@ def command() -> None:
     """Run the command that the arguments name; what is wrong with them is a `UserError`."""
     if _COMPLETE in os.environ:  # the shell asks for the next word
         app(prog_name=_NAME)
-    group, arguments = typer.main.get_command(app), sys.argv[1:]
+    group = typer.main.get_command(app)
     try:  # not `app()`, which ends Ctrl-C and broken pipes by itself, in silence
-        with group.make_context(_NAME, arguments or ["--help"]) as context:
+        with group.make_context(_NAME, sys.argv[1:] or ["--help"]) as context:
             group.invoke(context)
     except typer.Exit as ended:
-        sys.exit(ended.exit_code if arguments else EXIT_CODE)
+        sys.exit(ended.exit_code if sys.argv[1:] else EXIT_CODE)
     except _UsageError as error:
         problem = " ".join(error.format_message().split("\n"))
         where = error.ctx.command_path if error.ctx else _NAME

@@ -5,7 +5,6 @@ else, is somebody else's: it is neither replaced nor deleted.
 """
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rarec.errors import UserError
-from rarec.files import aside_path, drop_stale, fsync, is_aside, write_json
+from rarec.files import aside_path, drop_stale, fsync, is_aside, read_json, write_json
 
 MARKER = ".rarec.json"
 """File in a directory that rarec has made: the names of its files; `name/` stands for all that is in a directory."""
@@ -160,8 +159,8 @@ def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
 def _listed(directory: Path) -> set[str] | None:
     """Return the names in a directory's marker; None if it has none that can be read."""
     try:
-        names = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = read_json(directory / MARKER)["files"]
+    except (UserError, OSError, KeyError, TypeError):
         return None
     return set(map(str, names)) if isinstance(names, list) else None
 

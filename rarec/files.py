@@ -1,5 +1,6 @@
 """Files written aside and renamed when whole, and locks that the kernel frees with their process."""
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -7,17 +8,32 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rarec.errors import UserError
 
 
+def open_file(path: Path) -> BufferedReader:
+    """Open a file for reading; refuse a pipe or a device, which could block forever.
+
+    Raises:
+        OSError: it is missing, may not be read, or is not a file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    raise FileExistsError(errno.EEXIST, "it is not a file", str(path))
+
+
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes, read in blocks."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -145,7 +161,8 @@ def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what
         UserError: it is missing, cannot be read, or is not JSON; the message names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            return json.loads(file.read().decode())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except PermissionError:
@@ -154,3 +171,9 @@ def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what
         raise UserError(f"{path} cannot be read: {error.strerror}", remedy) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}", remedy) from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file; bytes that are not UTF-8 are replaced."""
+    with open_file(path) as file:
+        return file.read().decode("utf-8", errors="replace").splitlines()

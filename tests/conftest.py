@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import pytest
 import torch
 
+from rarec.data.engines import PrepareEngine
+from rarec.data.engines.duckdb_engine import DuckDBEngine
+from tests.engines import ENGINES as PREPARE_ENGINES
+from tests.engines import start
 from tests.synthetic import write_llm, write_log
 
 if TYPE_CHECKING:
@@ -118,3 +122,19 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     open_run(config, ["run.device=cpu"]).run(["prepare", "ids", "shards"])
     return config
+
+
+@pytest.fixture(params=PREPARE_ENGINES)
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[PrepareEngine]:
+    """Every engine of preparation, one after the other."""
+    opened = start(request.param, tmp_path / "spill")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Iterator[PrepareEngine]:
+    """DuckDB alone, for what no engine does otherwise."""
+    opened = DuckDBEngine(tmp_path / "spill")
+    yield opened
+    opened.close()

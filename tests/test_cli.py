@@ -163,12 +163,16 @@ def test_a_mistyped_command_is_one_line_with_the_nearest_name(capsys, monkeypatc
     assert len(problem) < 400
 
 
-def test_the_command_alone_shows_its_help(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["rarec"])
+@pytest.mark.parametrize(
+    ("arguments", "code", "shown"),
+    [([], EXIT_CODE, "Usage"), (["--help"], 0, "Usage"), (["run", "--help"], 0, "stages"), (["--version"], 0, "torch")],
+)
+def test_help_is_a_success_where_it_was_asked_for(capsys, monkeypatch, arguments, code, shown):
+    monkeypatch.setattr(sys, "argv", ["rarec", *arguments])
     with pytest.raises(SystemExit) as end:
         guarded(cli.command)
-    assert end.value.code == EXIT_CODE
-    assert "Usage" in capsys.readouterr().out
+    assert end.value.code == code
+    assert shown in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -22,32 +22,16 @@ from hypothesis import strategies as st
 
 from rarec.config.logs import Interactions
 from rarec.data.engines import PrepareEngine
-from rarec.data.engines.duckdb_engine import DuckDBEngine
 from rarec.data.engines.file_checks import raise_if_damaged
 from rarec.data.engines.table_files import find_files
 from rarec.data.preparation.inputs import missing_order_error, read_log, table_location
 from rarec.errors import UserError
-from tests.engines import ENGINES, start
 
 CSV = "user,item,time\n" + "".join(f"{row % 7},{row % 11},{1_500_000_000 + row}\n" for row in range(3_000))
 JSONL = "".join(
     json.dumps({"user": row % 7, "item": f"i{row % 11}", "time": 1_500_000_000 + row}) + "\n" for row in range(3_000)
 )
 TEXTS = {"csv.gz": CSV, "jsonl.gz": JSONL, "tsv.gz": CSV.replace(",", "\t"), "inter.gz": CSV.replace(",", "\t")}
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[PrepareEngine]:
-    opened = start(request.param, tmp_path / "spill")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def embedded(tmp_path: Path) -> Iterator[PrepareEngine]:
-    opened = DuckDBEngine(tmp_path / "spill")
-    yield opened
-    opened.close()
 
 
 def read(engine: PrepareEngine, path: Path | str, **fields: Any) -> list[dict[str, Any]]:

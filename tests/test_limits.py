@@ -17,15 +17,9 @@ from rarec.config import RunConfig, load_config
 from rarec.config.plain_yaml import MAX_BYTES, MAX_OVERRIDE
 from rarec.errors import UserError
 from rarec.sweep.definition import load_sweep
+from tests.test_config import SMALL
 from tools.make_config_reference import section_of
 
-SMALL = """
-run: {dir: runs/x}
-prepare:
-  interactions: {path: a.csv, user: u, item: i, time: t}
-  items: {path: b.csv, item: i, title: t}
-llm: {path: x}
-"""
 SECONDS = 2.0
 
 

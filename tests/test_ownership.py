@@ -281,6 +281,22 @@ def test_a_damaged_report_is_written_again_and_said_so(run):
     assert "RA-Rec" in (root / "report" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("file", [f"prepare/{MANIFEST}", f"bundle/{MANIFEST}", "record.json"])
+def test_a_pipe_in_the_place_of_a_file_is_named_and_nothing_waits_for_it(run, file):
+    config, root = run
+    (root / file).unlink()
+    os.mkfifo(root / file)
+    refused(config, STAGE_OF.get(file.split("/")[0], "report"), file, fresh=file == "record.json")
+
+
+def test_what_a_killed_process_left_beside_the_artefacts_goes_with_the_next_command(run):
+    config, root = run
+    for name in ("record.json", "resolved.yaml"):
+        aside_path(root / name, "1").write_text("torn")
+    open_run(config).make("prepare")
+    assert not [path.name for path in root.iterdir() if "aside" in path.name]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"prepare": {"seconds": 1}}', b"\xff"])
 def test_a_damaged_record_is_named_and_moving_it_away_is_enough(run, content):
     config, root = run

@@ -3,7 +3,7 @@
 import csv
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +19,6 @@ from rarec.data.engines.duckdb_engine import DuckDBEngine
 from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation.inputs import read_catalogue, read_log, table_location
 from rarec.errors import UserError
-from tests.engines import ENGINES, start
 
 FORMATS = ("csv", "csv.gz", "tsv", "parquet", "jsonl", "ndjson", "inter")
 
@@ -42,20 +41,6 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]
             writer = csv.writer(file, delimiter="\t" if kind == "tsv" else ",")
             writer.writerows([columns, *rows])
     return path
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[PrepareEngine]:
-    opened = start(request.param, tmp_path / "spill")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def embedded(tmp_path: Path) -> Iterator[PrepareEngine]:
-    opened = DuckDBEngine(tmp_path / "spill")
-    yield opened
-    opened.close()
 
 
 def read(engine: PrepareEngine, path: Path | str, time: str = "time", user: str = "user") -> list[dict[str, Any]]:

@@ -139,8 +139,11 @@ def test_a_note_that_is_damaged_or_of_another_version_is_refused_by_name(tmp_pat
     with pytest.raises(UserError, match=r"slow/\.begun\.json") as error:
         stage.make()
     assert "rarec slow CONFIG --fresh" in error.value.remedy
+    with pytest.raises(RuntimeError):
+        stage.make(fresh=True)
+    (tmp_path / "run" / ".slow.fresh" / BEGUN).write_text(content)
     stage.during = None
-    stage.make(fresh=True)
+    stage.make(fresh=True)  # that of an abandoned --fresh stands in nobody's way
     assert_whole(stage, 1)
 
 

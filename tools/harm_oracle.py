@@ -6,7 +6,6 @@ every file that rarec has not made is untouched, output is inert text, and nothi
 """
 
 import hashlib
-import json
 import os
 import re
 import signal
@@ -19,6 +18,8 @@ from harm_process import Command, Outcome
 from harm_world import FOLDERS, HALF, RUN, STAGES, World
 
 from rarec.artefacts import IDENTITY, MANIFEST, sha256_json
+from rarec.errors import UserError
+from rarec.files import read_json
 
 LAST_RESORT = 70
 """Exit code of what no message of its own foresees, where memory or files run out."""
@@ -272,10 +273,10 @@ class Judge:
         if f"{place}/{MANIFEST}" not in self.after:
             return f"{place}/{MANIFEST} is missing"
         try:
-            manifest = json.loads((self.root / place / MANIFEST).read_bytes())
+            manifest = read_json(self.root / place / MANIFEST)
             identity = {name: manifest[name] for name in IDENTITY}
             files = dict(manifest["files"])
-        except (ValueError, KeyError, TypeError, OSError):
+        except (UserError, KeyError, TypeError, ValueError):
             return f"{place}/{MANIFEST} is damaged"
         if manifest.get("hash") != sha256_json(identity):
             return f"{place}/{MANIFEST} does not match its hash"

@@ -32,11 +32,13 @@ class Patient:
         server: runs commands.
         root: the directory with the run.
         command: the command.
+        depth: how many remedies it is the remedy of.
     """
 
     server: Server
     root: Path
     command: Command
+    depth: int = 0
 
     def recover(self, stderr: str) -> "tuple[list[str], Patient] | None":
         """Carry out remedies until the command succeeds.
@@ -85,7 +87,9 @@ class Patient:
             return None
         config, *rest = self.command.words[1:]
         words = [found[1], config, *found[2].split(), *(word for word in rest if "=" in word)]
-        inner = replace(self, command=Command(words, self.command.cwd))
+        if self.depth == ROUNDS:
+            raise Useless(f"rarec {' '.join(words)} does not help: {message.strip()[-300:]}")
+        inner = replace(self, command=Command(words, self.command.cwd), depth=self.depth + 1)
         outcome = self.server.run(inner.command)
         then = inner.recover(outcome.stderr) if outcome.code else None
         return " ".join(["rarec", *words, *(f"({step})" for step in (then[0] if then else []))]), self

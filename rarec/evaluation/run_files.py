@@ -8,7 +8,7 @@ from typing import Any
 
 from rarec.artefacts import MANIFEST
 from rarec.errors import UserError
-from rarec.files import read_json, sha256_file
+from rarec.files import read_json, read_lines, sha256_file
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -167,7 +167,7 @@ def _training(directory: Path, say: Say) -> TrainingRecord:
     if done and log.exists() and sha256_file(log) != done.get("log"):
         say(f"{log} was altered since the training: its curve is left out")
         return TrainingRecord(done)
-    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines() if log.exists() else [], start=1):
+    for number, line in enumerate(read_lines(log) if log.exists() else [], start=1):
         try:
             entry = json.loads(line)
             lines.append({**entry, "step": int(entry["step"])})

@@ -3,7 +3,6 @@
 A library that loads a model fills gaps with random numbers and reads pickles; what is refused here is refused before.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rarec.errors import UserError
+from rarec.files import open_file, read_json
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -39,12 +39,12 @@ def check_folder(directory: Path, allow_pickle: bool) -> None:
         raise UserError(problem, "merge it into its model and save that (PEFT: merge_and_unload), or remove that file")
     settings = check_settings(directory / "config.json")
     for path in sorted(directory.glob("*.json")):
-        _read_json(path)
+        _read(path)
     shards = _shards(directory)
     if not shards:
         _check_pickles(directory, allow_pickle)
         return
-    tensors = {shard: _tensors(directory / shard) for shard in dict.fromkeys(shards.values())} if shards else {}
+    tensors = {shard: _tensors(directory / shard) for shard in dict.fromkeys(shards.values())}
     lost = next((name for name, shard in shards.items() if name and name not in tensors[shard]), None)
     if lost is not None:
         raise UserError(f"llm.path: {directory / shards[lost]} lacks {lost}, which {INDEX} says it has", _REMEDY)
@@ -126,21 +126,28 @@ def check_tokenizer(tokenizer: Any, around: Collection[int], rows: int, name: st
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    found = _read_json(path)
+    found = _read(path)
     if not isinstance(found, dict):
         raise UserError(f"llm.path: {path} is not a JSON object", _REMEDY)
     return found
 
 
-def _read_json(path: Path) -> Any:
+def _read(path: Path) -> Any:
+    _check_readable(path)
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path)
+    except UserError as error:
+        raise UserError(f"llm.path: {error.problem}", _REMEDY) from None
+
+
+def _check_readable(path: Path) -> None:
+    """Open a file for a moment: safetensors does not say why it cannot."""
+    try:
+        open_file(path).close()
     except FileNotFoundError:
         raise UserError(f"llm.path: {path} does not exist", _REMEDY) from None
     except PermissionError:
         raise UserError(f"llm.path: {path} may not be read by this user", "change its permissions: chmod a+r") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"llm.path: {path} is not valid JSON: {str(error)[:200]}", _REMEDY) from None
 
 
 def _check_sizes(settings: dict[str, Any], path: Path) -> None:
@@ -171,14 +178,10 @@ def _shards(directory: Path) -> dict[str, str]:
 
 def _tensors(path: Path) -> set[str]:
     """Return the names in a safetensors file. Its header is compared with its size, so a torn one is noticed."""
+    _check_readable(path)
     try:
-        path.open("rb").close()  # says why it cannot be read, which safetensors does not
         with safe_open(path, "pt") as file:
             return set(file.keys())
-    except FileNotFoundError:
-        raise UserError(f"llm.path: {path} does not exist", _REMEDY) from None
-    except PermissionError:
-        raise UserError(f"llm.path: {path} may not be read by this user", "change its permissions: chmod a+r") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"llm.path: {path} is no whole safetensors file: {str(error)[:200]}", _REMEDY) from None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rarec.artefacts import read_sealed, write_sealed
 from rarec.config import dump_config
 from rarec.errors import UserError
-from rarec.files import write_text
+from rarec.files import drop_stale, write_text
 from rarec.hardware import machine
 from rarec.version import source
 
@@ -25,6 +25,8 @@ def check(run: "Run") -> None:
     Raises:
         UserError: an input lies where rarec replaces files, or a file of the user's has the name of one of rarec's.
     """
+    for path in (run.config_file, run.record_file):
+        drop_stale(path.parent, path.name)
     _check_config_file(run.config_file)
     read_record(run.record_file)
     for field, path in _inputs(run):

@@ -143,7 +143,7 @@ class Stage(ABC):
 
     @property
     def remedy(self) -> str:
-        """What to do about a damaged file of the artefact."""
+        """The command that makes the artefact again where a file of it is damaged."""
         return rebuild(self.kind)
 
     @property
@@ -317,7 +317,12 @@ class Stage(ABC):
         for name in {self.directory.name, directory.name}:
             drop_stale(directory.parent, name)
         if (directory / BEGUN).exists() and not _is_only_begun(directory):
-            found = read_sealed(directory / BEGUN, rebuild(self.kind))
+            try:
+                found = read_sealed(directory / BEGUN, rebuild(self.kind))
+            except UserError:
+                if directory == self.directory:
+                    raise
+                found = {}  # of an abandoned --fresh
             if found == begun:
                 claim(directory, self.claims)
                 return

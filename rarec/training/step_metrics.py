@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rarec.files import write_text
+from rarec.files import read_lines, write_text
 from rarec.hardware import known_device, peak_memory
 from rarec.models.build import whole_size
 from rarec.models.losses import LossTerms
@@ -200,7 +200,7 @@ def _facts(figures: Mapping[str, float]) -> str:
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
     """Return the complete records of a log; a kill may have cut a line short."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for text in read_lines(path) if path.exists() else []:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

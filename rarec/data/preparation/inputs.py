@@ -235,9 +235,8 @@ def _id_column(engine: PrepareEngine, read: InputTable, role: str, field: str, n
 
 def _raise_if_fractional(engine: PrepareEngine, column: ir.FloatingColumn, name: str, field: str) -> None:
     number = column.cast("float64")
-    present = columns.is_finite(number) | number.cast("string").lower().contains(
-        "inf"
-    )  # NaN is a missing value, as in pandas
+    infinite = number.cast("string").lower().contains("inf")
+    present = columns.is_finite(number) | infinite  # NaN is a missing value, as in pandas
     bad = compute_value(engine, (present & ~columns.is_integer(number)).sum())
     if bad:
         problem = f"{name}: {field}: the column holds floats, {bad} of them not integers up to 2**53"
