@@ -20,7 +20,6 @@ from rarec.inert import inert
 CRASH = "crash.txt"
 """File in `run.dir`; other ranks than 0 add their number."""
 _FIRST_LINE = "rarec ended with an error that it did not expect.\n"
-_FULL_TABLE = (errno.EMFILE, errno.ENFILE)
 
 
 def crash_line(error: BaseException, config: str, directory: Path | None, rank: int) -> str:
@@ -107,12 +106,10 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _remedy(error: BaseException) -> str:
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or _number(error) == errno.ENOMEM:
+    if (
+        isinstance(error, MemoryError)
+        or "OutOfMemory" in type(error).__name__
+        or getattr(error, "errno", 0) == errno.ENOMEM
+    ):
         return "use a machine with more memory or lower train.batch_size, then run the same command to resume"
-    if _number(error) in _FULL_TABLE or os.strerror(errno.EMFILE) in str(error):
-        return "allow more open files (ulimit -n 4096), then run the same command to resume"
     return "run the same command to resume; if it fails again, report it with that file"
-
-
-def _number(error: BaseException) -> int | None:
-    return error.errno if isinstance(error, OSError) else None

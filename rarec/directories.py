@@ -7,6 +7,7 @@ else, is somebody else's: it is neither replaced nor deleted.
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,6 +99,16 @@ def claim(directory: Path, names: Iterable[str]) -> None:
         _mark(directory, listed | new)
 
 
+def drop(directory: Path, names: Iterable[str]) -> None:
+    """Delete files and directories (`name/`) that a directory's marker lists; leave what it does not list."""
+    for name in (_listed(directory) or set()).intersection(names):
+        path = directory / name
+        if name.endswith("/"):
+            shutil.rmtree(path, ignore_errors=True)
+        elif not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
 def refuse_foreign(path: Path) -> None:
     """Refuse to replace what rarec has not made.
 
@@ -145,9 +156,11 @@ def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
     """Return the first file below a directory that the marker of `root`, or one nearer to the file, does not list."""
     for entry in sorted(directory.iterdir()):
         name = entry.relative_to(root).as_posix()
-        if name == MARKER or name in listed or f"{name}/" in listed or is_aside(entry):
+        if f"{name}/" in listed or is_aside(entry):
             continue
         if entry.is_symlink() or not entry.is_dir():
+            if (name == MARKER or name in listed) and stat.S_ISREG(entry.lstat().st_mode):
+                continue
             return entry
         marked = (entry / MARKER).exists()
         found = foreign(entry) if marked else _foreign_in(root, entry, listed)

@@ -24,8 +24,11 @@ from rarec.launcher import check_launcher, rank
 if TYPE_CHECKING:
     from rarec.stages.run import Run
 
-FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-"""Messages of a full disk, a used-up quota and a file-size limit."""
+FULL = {
+    **dict.fromkeys(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "free space on the disk of run.dir"),
+    **dict.fromkeys(map(os.strerror, (errno.EMFILE, errno.ENFILE)), "allow more open files (ulimit -n 4096)"),
+}
+"""Messages of a full disk, a used-up quota, a file-size limit and a limit of open files, with what to do."""
 _ANOTHER = "another file has that name: move it away, or choose another run.dir"
 _REMEDIES = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _ANOTHER),
@@ -201,7 +204,8 @@ def _report(error: BaseException) -> int:
             _print_safely(f"{ended}; run the same command to resume")
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         return 0 if isinstance(error, Stopped) else SIGNALLED + number
-    message = str(error) if isinstance(error, UserError) else machine_trouble(error)
+    starved = os.strerror(errno.EMFILE) in str(error)  # then the file that a reader names is not damaged
+    message = str(error) if isinstance(error, UserError) and not starved else machine_trouble(error)
     if _rank() == 0 or not getattr(error, "shared", False):
         line = message or crash_line(error, str(_opened.get("config", "")), _opened.get("directory"), _rank())
         where = f"rank {_rank()}: " if _rank() else ""
@@ -236,18 +240,24 @@ def machine_trouble(error: BaseException) -> str | None:
     # Searched in the text: safetensors, DuckDB and Arrow raise exceptions of their own.
     full = next((text for text in FULL if text in str(error)), None)
     if full:
-        remedy = "free space on the disk of run.dir, then run the same command to resume"
-        return f"{full}{where}\n  -> {remedy}"
+        return f"{full}{where}\n  -> {FULL[full]}, then run the same command to resume"
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
-        unreadable = path and Path(path).exists() and not os.access(path, os.R_OK)
-        what = "may not be read" if unreadable else "may not be written"
         remedy = "choose a run.dir that you may write to, and inputs that you may read"
-        return in_short(f"{path or 'a file'} {what}: {error.strerror}") + f"\n  -> {remedy}"
+        return in_short(f"{_not_allowed(path)}: {error.strerror}") + f"\n  -> {remedy}"
     if isinstance(error, FileNotFoundError) and not path and not _is_somewhere():
         return "the current directory does not exist any more\n  -> cd to one that does"
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         return in_short(f"{error.strerror}{where}") + f"\n  -> {_REMEDIES[error.errno]}"
     return None
+
+
+def _not_allowed(path: str) -> str:
+    """Return what this user may not do with a path."""
+    closed = [folder for folder in Path(path).parents if os.path.lexists(folder) and not os.access(folder, os.X_OK)]
+    if closed:
+        return f"{closed[-1]} may not be entered"
+    unreadable = path and Path(path).exists() and not os.access(path, os.R_OK)
+    return f"{path or 'a file'} may not be {'read' if unreadable else 'written'}"
 
 
 def _is_somewhere() -> bool:

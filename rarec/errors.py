@@ -27,7 +27,7 @@ class UserError(Exception):
         lines = [problem] if isinstance(problem, str) else problem
         self.problem, self.remedy, self.shared = "\n".join(lines), remedy, shared
         said = in_short("\n".join(map(_in_one_line, lines)))
-        super().__init__(f"{said}\n  -> {_in_one_line(remedy)}" if remedy else said)
+        super().__init__(f"{said}\n  -> {in_short(_in_one_line(remedy))}" if remedy else said)
 
 
 class Stopped(Exception):

@@ -145,6 +145,16 @@ def test_a_file_in_the_place_of_the_run_is_named(finished, tmp_path, capsys):
     assert (tmp_path / "run").read_text() == "mine"
 
 
+def test_links_that_go_round_in_a_circle_are_named(finished, tmp_path, capsys):
+    circle = tmp_path / "run" / "prepare"
+    circle.parent.mkdir()
+    circle.symlink_to(circle)
+    message = refused(capsys, lambda: open_run(finished, [f"run.dir={tmp_path / 'run'}"]).make("prepare"))
+    assert str(circle) in message.replace("\n", "")
+    assert "move it away" in message
+    assert circle.is_symlink()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named", "remedy"),
     [

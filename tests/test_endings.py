@@ -99,7 +99,6 @@ FAILURES = {
     "memory": "raise MemoryError",
     "memory of a device": "raise type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory')",
     "a lot of memory": "bytearray(1 << 60)",
-    "files": "files = [open(os.devnull) for _ in range(1 << 20)]",
     "depth": "f = lambda: f(); f()",
     "an encoding": "'\\udc80'.encode()",
     "another pipe": "raise BrokenPipeError(32, 'Broken pipe')",
@@ -124,6 +123,19 @@ def test_what_nobody_foresaw_is_one_line_that_names_the_file_with_the_traceback(
     assert report.parent == tmp_path
     assert "Traceback" in report.read_text()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_too_many_open_files_are_named_whatever_a_reader_makes_of_them(wrapped):
+    code = "files = [open(os.devnull) for _ in range(1 << 20)]"
+    if wrapped:
+        code = (
+            f"try: {code}\n except OSError as error: raise UserError(f'x.npy cannot be read: {{error}}', 'rebuild it')"
+        )
+    result = python(f"from rarec.errors import UserError\n {code}")
+    assert result.returncode == EXIT_CODE
+    assert "ulimit -n" in result.stderr
+    assert "rebuild" not in result.stderr
 
 
 def test_a_crash_of_a_stage_is_reported_in_its_run_without_secrets(finished, tmp_path, capsys, monkeypatch):

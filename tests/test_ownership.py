@@ -13,6 +13,7 @@ from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import aside_path, read_json, write_json
 from rarec.stages import STAGES
+from rarec.stages.stage import BEGUN, PROGRESS
 from tests.conftest import make_world
 from tests.processes import unfinish
 
@@ -238,6 +239,27 @@ def test_only_asides_of_rarecs_own_names_are_tidied_away(tmp_path):
         with new_directory(tmp_path / "made"):
             pass
     assert sorted(tmp_path.iterdir()) == sorted([*theirs, tmp_path / "made"])
+
+
+@pytest.mark.parametrize(
+    "file", ["prepare/items.parquet", f"prepare/{MANIFEST}", "shards/000001.tar", "bundle/README.md"]
+)
+def test_a_link_in_the_place_of_a_file_of_rarecs_is_somebody_elses(run, tmp_path, file):
+    config, root = run
+    (tmp_path / "elsewhere").write_bytes((root / file).read_bytes())
+    (root / file).unlink()
+    (root / file).symlink_to(tmp_path / "elsewhere")
+    refused(config, STAGE_OF[file.split("/")[0]], file, fresh=True)
+    assert (root / file).is_symlink()
+
+
+@pytest.mark.parametrize("name", [BEGUN, PROGRESS])
+def test_a_file_of_the_users_that_is_called_like_a_note_of_a_build_stays(run, name):
+    config, root = run
+    (root / "prepare" / name).write_text("mine")
+    open_run(config).make("prepare")
+    refused(config, "prepare", name, fresh=True)
+    assert (root / "prepare" / name).read_text() == "mine"
 
 
 # ---- what is read back

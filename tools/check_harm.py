@@ -130,6 +130,8 @@ class Examples:
         outcome, faults = self._attempt(harm, original, users)
         if not faults and outcome.code and harm.again:
             harm.restore()
+            now = snapshot(self._place)  # what is restored may have another mode
+            users = {path: now.get(path, entry) for path, entry in users.items()}
             again, more = self._attempt(replace(harm.then(harm.command.words), names=()), original, users)
             said = f" ({again.stderr.strip().splitlines()[-1][:200]})" if again.code and again.stderr.strip() else ""
             faults = [f"the same command afterwards{said}: {one}" for one in more]

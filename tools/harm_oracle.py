@@ -196,11 +196,11 @@ class Judge:
             self.faults.append(f"it printed the control character {found[0]!r}")
 
     def _refusal(self, outcome: Outcome) -> None:
-        errors = re.findall(r"^error: .*(?:\n .*)*", outcome.stderr, re.MULTILINE)
+        errors = re.findall(r"^error: .*(?:\n(?!error: ).*)*", outcome.stderr, re.MULTILINE)  # it is what comes last
         if len(errors) != 1:
             self.faults.append(f"{len(errors)} lines `error:`; the last line: {_last_line(outcome.stderr)}")
             return
-        message = errors[0]
+        message = errors[0].strip()
         if len(message) > LONGEST:
             self.faults.append(f"a message of {len(message)} characters")
         if not remedies(message) and outcome.code == 2:

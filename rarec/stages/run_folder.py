@@ -76,7 +76,7 @@ def _inputs(run: "Run") -> Iterator[tuple[str, Path]]:
     named = {f"field `{field}`": path for field, path in run.config.inputs.items()}
     for field, path in {**named, "the configuration": str(run.file or "")}.items():
         for found in [path] if os.path.lexists(path) else glob.iglob(path, recursive=True):  # noqa: PTH207
-            yield field, Path(found).resolve()
+            yield field, _real(found)
 
 
 def _replaced(run: "Run") -> set[Path]:
@@ -84,7 +84,12 @@ def _replaced(run: "Run") -> set[Path]:
     from rarec.stages import STAGES
 
     places = [stage.directory for stage in run.all_stages(STAGES)]
-    return {place.resolve() for place in (*places, run.converted_llm, run.tar_cache)}
+    return {_real(place) for place in (*places, run.converted_llm, run.tar_cache)}
+
+
+def _real(path: str | Path) -> Path:
+    """Return the path without links; not `Path.resolve`, which raises where links go round in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _check_config_file(path: Path) -> None:

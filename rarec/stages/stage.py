@@ -6,7 +6,6 @@ how far a run is. So the modules of stages import what is heavy (torch, models) 
 """
 
 import json
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -33,6 +32,7 @@ from rarec.directories import (
     MARKER,
     claim,
     discard,
+    drop,
     new_directory,
     refuse_foreign,
     replace_directory,
@@ -49,7 +49,9 @@ if TYPE_CHECKING:
 BEGUN = ".begun.json"
 """File in a resumable stage's directory while it is built: the kind, settings and inputs of the manifest to come."""
 PROGRESS = ".progress"
-"""File or directory in there, with what the stage needs to resume; deleted when the artefact is finished."""
+"""Directory in there, with what the stage needs to resume."""
+_NOTES = (BEGUN, f"{PROGRESS}/")
+"""What a finished artefact needs no more."""
 POLL = 0.5
 """Seconds between looks at a lock that another process holds."""
 _DIGITS = 16
@@ -215,7 +217,7 @@ class Stage(ABC):
         """
         world = self.run.world
         for stage in self.inputs().values():
-            stage.require()  # what is missing is named before anything is written
+            world.run_on_all(stage.require)  # what is missing is named before anything is written
         if not fresh and self._is_up_to_date():  # what is finished is only read: nobody waits for that
             return False
         with self._alone():
@@ -254,14 +256,14 @@ class Stage(ABC):
         if not world.all_reduce_max(int(world.is_main and (self.directory / MANIFEST).exists())):
             return False
         try:
-            manifest = self.require(outside=True)
+            manifest = world.run_on_all(lambda: self.require(outside=True))
             world.run_on_main(lambda: check_files(self.directory, manifest, self.remedy))
         except UserError as error:
             if not self.cheap:
                 raise
             self.run.say(f"{error.problem}: built anew")
             return False
-        world.run_on_main(lambda: _drop_notes(self.directory))  # a kill may have come before that
+        world.run_on_main(lambda: drop(self.directory, _NOTES))  # a kill may have come before that
         self.run.say(f"{self.directory} is up to date")
         world.run_on_main(lambda: run_folder.write_config(self.run, only_if_there=True))
         return True
@@ -306,7 +308,7 @@ class Stage(ABC):
             raise
         if fresh:
             world.run_on_main(lambda: replace_directory(directory, final))
-        world.run_on_main(lambda: _drop_notes(final))  # last: until then, the same command resumes
+        world.run_on_main(lambda: drop(final, _NOTES))  # last: until then, the same command resumes
 
     def _begin(self, directory: Path, begun: Mapping[str, Any]) -> None:
         """Note what is built here, or check that what was begun here is the same.
@@ -366,9 +368,3 @@ class Stage(ABC):
 def _is_only_begun(directory: Path) -> bool:
     """Return whether nothing was built yet."""
     return {path.name for path in directory.iterdir()} == {BEGUN, MARKER}
-
-
-def _drop_notes(directory: Path) -> None:
-    """Drop what a finished artefact needs no more."""
-    (directory / BEGUN).unlink(missing_ok=True)
-    shutil.rmtree(directory / PROGRESS, ignore_errors=True)
