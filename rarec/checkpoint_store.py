@@ -33,11 +33,10 @@ class CheckpointStore:
         directory: holds one directory per checkpoint.
         keep: number of newest checkpoints to keep, beside the best.
         belongs_to: hash of the training's settings and inputs.
-        command: the `rarec` command that trains, for messages.
     """
 
-    def __init__(self, directory: Path, keep: int, belongs_to: str, command: str = "train") -> None:
-        self.directory, self.keep, self.belongs_to, self.command = directory, keep, belongs_to, command
+    def __init__(self, directory: Path, keep: int, belongs_to: str) -> None:
+        self.directory, self.keep, self.belongs_to = directory, keep, belongs_to
 
     def path(self, step: int) -> Path:
         """Return the directory of the checkpoint after `step` steps."""
@@ -67,33 +66,44 @@ class CheckpointStore:
                 discard(self.path(other))
 
     def newest(self, say: Say) -> int | None:
-        """Return the step of the newest whole checkpoint; report torn ones, and delete them if rarec made all in them.
+        """Return the step of the newest checkpoint from which the training ends as if nothing had happened.
 
-        Only one process may call this. If none is whole, none is deleted: training never restarts silently.
+        Torn ones, and those whose best is lost, are reported and, if rarec made all in them, deleted. Only one process
+        may call this. If none can be used, none is deleted: training never restarts silently.
 
         Returns:
             The step, or None where there is no checkpoint at all.
 
         Raises:
-            UserError: there are checkpoints, but none is whole; or one belongs to another training.
+            UserError: there are checkpoints, but none can be used; or one belongs to another training.
         """
         drop_stale(self.directory)
-        torn: dict[int, str] = {}
-        whole: list[int] = []
+        lost = self._lost()
+        usable = [step for step in self.steps() if step not in lost]
+        if lost and not usable:
+            problem = f"{next(iter(lost.values()))}; no other checkpoint can be used either"
+            remedy = f"move {self.directory} away, and run the same command: it trains from the beginning"
+            raise UserError(problem, remedy)
+        for step, problem in sorted(lost.items()):
+            say(f"{problem}: not used, resuming from {self.path(usable[-1]).name}")
+            discard(self.path(step))
+        return max(usable, default=None)
+
+    def _lost(self) -> dict[int, str]:
+        """Return what is wrong with each checkpoint that cannot be used."""
+        lost: dict[int, str] = {}
         for step in self.steps():
             try:
                 self.verify(step)
             except Torn as error:
-                torn[step] = error.problem
-            else:
-                whole.append(step)
-        if torn and not whole:
-            remedy = f"start again: rarec {self.command} CONFIG --fresh"
-            raise UserError(f"{self.directory}: none of {len(torn)} checkpoints is whole", remedy)
-        for step, problem in torn.items():
-            say(f"{problem}: not used, resuming from {self.path(whole[-1]).name}")
-            discard(self.path(step))
-        return max(whole, default=None)
+                lost[step] = error.problem
+        last_torn, whole = max(lost, default=0), set(self.steps()) - set(lost)
+        for step in sorted(whole):
+            best = self.read_state(step).get("best_step")
+            replaced = best not in lost and step < last_torn  # by a better one, which was kept in its stead
+            if best is not None and best not in whole and not replaced:
+                lost[step] = f"{self.path(step)} needs {self.path(best).name}, the best, which is torn or missing"
+        return lost
 
     def verify(self, step: int) -> None:
         """Check every file of a checkpoint against its manifest, and that it belongs to this training.
@@ -107,7 +117,7 @@ class CheckpointStore:
             manifest = read_manifest(directory, KIND)
             check_files(directory, manifest)
         except UserError as error:
-            raise Torn(error.problem, f"delete {directory} to use the checkpoint before it") from None
+            raise Torn(error.problem, f"move {directory} away to use the checkpoint before it") from None
         if manifest["made_from"].get("train") != self.belongs_to:
             problem = f"{directory} belongs to another training: other data, another model, or other settings"
             raise UserError(problem, f"move it away; {self.directory} holds only checkpoints of this training")

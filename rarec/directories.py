@@ -86,15 +86,16 @@ def claim(directory: Path, names: Iterable[str]) -> None:
         names: of the files; `name/` for all that is in a directory.
 
     Raises:
-        UserError: a file of that name is there, and rarec has not made it; or the marker is damaged.
+        UserError: something of such a name is there, and rarec has not made it; or the marker is damaged.
     """
     listed = _listed(directory)
     if listed is None:
         raise UserError(f"{directory / MARKER} is missing or damaged", f"move {directory} away")
     new = set(names) - listed
-    for name in sorted(new):
-        if os.path.lexists(directory / name):
-            raise _refusal(directory / name)
+    for name in sorted(listed | new):
+        path = directory / name
+        if os.path.lexists(path) and (name in new or not (name.endswith("/") or _is_file(path))):
+            raise _refusal(path)
     if new:
         _mark(directory, listed | new)
 
@@ -159,7 +160,7 @@ def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
         if f"{name}/" in listed or is_aside(entry):
             continue
         if entry.is_symlink() or not entry.is_dir():
-            if (name == MARKER or name in listed) and stat.S_ISREG(entry.lstat().st_mode):
+            if (name == MARKER or name in listed) and _is_file(entry):
                 continue
             return entry
         marked = (entry / MARKER).exists()
@@ -180,6 +181,11 @@ def _listed(directory: Path) -> set[str] | None:
 
 def _mark(directory: Path, names: Iterable[str]) -> None:
     write_json(directory / MARKER, {"made_by": "rarec", "files": sorted(names)})
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether there is a file, and no link to one: rarec makes no links."""
+    return stat.S_ISREG(path.lstat().st_mode)
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -118,7 +118,7 @@ def lock_file(path: Path) -> Iterator[int]:
     The file is never deleted: another process may be waiting for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # a link may lead anywhere
     try:
         yield handle
     finally:

@@ -126,6 +126,13 @@ def test_lists_of_json_are_json_and_those_of_parquet_are_refused(engine: Prepare
         read_catalogue(engine, config, table_location(config, "prepare.items"), print)
 
 
+def test_a_header_between_the_rows_of_a_catalogue_is_refused(engine: PrepareEngine, tmp_path: Path) -> None:
+    rows = [("i", "A"), ("item", "title"), ("j", "B")]
+    config = Items(path=str(write_table(tmp_path / "a.csv", ["item", "title"], rows)), item="item", title="title")
+    with pytest.raises(UserError, match=r"a\.csv, data row 2\b"):
+        read_catalogue(engine, config, table_location(config, "prepare.items"), print)
+
+
 def test_two_objects_on_a_line_are_not_read_as_one(engine: PrepareEngine, tmp_path: Path) -> None:
     line = '{"user": "u", "item": "i", "time": 1}'
     (tmp_path / "log.jsonl").write_text(f"{line}\n{line}{line}\n")

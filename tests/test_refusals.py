@@ -59,6 +59,7 @@ def refused_alike(job: Job) -> str:
         ([], {"deepspeed": {"bf16": {"enabled": True}}}, ["bf16", "llm.dtype"]),
         ([], {"deepspeed": {"optimizer": {"type": "Adam"}}}, ["optimizer", "zero2.json"]),
         ([], {"environment": {"ACCELERATE_MIXED_PRECISION": "bf16"}}, ["mixed_precision: bf16", "llm.dtype"]),
+        ([], {"environment": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}}, ["_steps: x", "train.accumulate"]),
         ([], {"environment": {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}}, ["deepspeed_config_file", "zero2.yaml"]),
     ],
 )
@@ -142,9 +143,9 @@ def test_where_no_checkpoint_is_whole_training_does_not_start_again_silently(dec
     for step in ("step-00000002", "step-00000004"):
         flip(directory / "checkpoints" / step / "alignment.safetensors")
     for _ in range(2):  # not the second time either
-        with pytest.raises(UserError, match="2 checkpoints") as error:
+        with pytest.raises(UserError, match="step-00000002") as error:
             open_run(decoder, [f"run.dir={directory.parents[1]}", *SHORT]).make("train")
-        assert "--fresh" in error.value.remedy
+        assert f"move {directory / 'checkpoints'} away" in error.value.remedy
 
 
 def save(checkpoints: Checkpoints, step: int, best: int | None = None) -> Path:
@@ -164,33 +165,51 @@ def test_a_torn_checkpoint_takes_the_place_of_none_that_is_written_later(tmp_pat
     assert checkpoints.newest(print) == 4
 
 
-def test_a_best_that_is_torn_is_dropped_and_is_the_best_no_more(tmp_path):
-    checkpoints, lines = Checkpoints(tmp_path, 1, "this training"), []
-    torn = save(checkpoints, 2, best=2)
-    save(checkpoints, 4, best=2)
-    assert checkpoints.state(checkpoints.newest(print)) == TrainingState(4, 2, 0.5)
-    flip(torn)
-    assert checkpoints.state(checkpoints.newest(lines.append)) == TrainingState(4)
-    (line,) = lines
-    assert line.startswith(f"{torn} ")
-    assert line.endswith("step-00000004")
-    assert checkpoints.steps() == [4]
+@pytest.mark.parametrize(
+    ("bests", "harmed", "used"),
+    [
+        ({2: 2, 4: 2, 6: 2}, [6], 4),
+        ({2: 2, 4: 4, 6: 4}, [4], 2),
+        ({4: 2, 6: 6}, [6], 4),  # 2 was replaced by 6, which the next validation will find again
+        ({2: 2, 4: 2, 6: 2}, [2], None),
+        ({4: 2, 6: 2}, [], None),  # 2 was deleted by hand
+        ({2: 2, 4: 2}, [2, 4], None),
+    ],
+)
+def test_training_resumes_only_where_it_ends_as_if_nothing_had_happened(tmp_path, bests, harmed, used):
+    checkpoints, lines = Checkpoints(tmp_path, 9, "this training"), []
+    for step, best in bests.items():
+        path = save(checkpoints, step, best)
+        if step in harmed:
+            flip(path)
+    if used is None:
+        with pytest.raises(UserError, match=f"step-0000000{min(harmed, default=2)}") as error:
+            checkpoints.newest(print)
+        assert f"move {tmp_path} away" in error.value.remedy
+        assert checkpoints.steps() == list(bests)
+    else:
+        assert checkpoints.newest(lines.append) == used
+        assert checkpoints.steps() == [step for step in bests if step <= used]
+        assert all(line.endswith(f"step-0000000{used}") for line in lines)
 
 
 FIRST_IS_BEST = [*SHORT, "train.lr=1e-12", "train.lr_slots=1e-12"]
 
 
-def test_where_the_best_is_torn_training_ends_with_one_that_is_there(decoder, tmp_path):
-    """Killed at its end: no step is left to be taken, so what is there is validated again."""
+def test_where_the_best_is_torn_training_goes_on_from_the_beginning_once_that_is_said(decoder, tmp_path):
     overrides = [copied(decoder, tmp_path / "run"), *FIRST_IS_BEST]
     open_run(decoder, overrides).make("train")
-    done = tmp_path / "run" / "train" / "per_layer" / "manifest.json"
-    assert (read_json(done)["best_step"], read_json(done)["step"]) == (2, 4)
-    unfinish(done.parent)
-    flip(done.parent / "checkpoints" / "step-00000002" / "alignment.safetensors")
+    directory = tmp_path / "run" / "train" / "per_layer"
+    before = read_json(directory / "manifest.json")
+    assert (before["best_step"], before["step"]) == (2, 4)
+    unfinish(directory)
+    flip(directory / "checkpoints" / "step-00000002" / "alignment.safetensors")
+    with pytest.raises(UserError, match="step-00000002") as error:
+        open_run(decoder, overrides).make("train")
+    assert f"move {directory / 'checkpoints'} away" in error.value.remedy
+    (directory / "checkpoints").rename(tmp_path / "away")
     open_run(decoder, overrides).make("train")
-    assert read_json(done)["best_step"] == 4
-    open_run(decoder, overrides).make("evaluate")
+    assert read_json(directory / "manifest.json")["files"] == before["files"]
 
 
 def test_a_finished_training_whose_best_is_torn_is_refused_and_what_is_advised_helps(decoder, tmp_path):

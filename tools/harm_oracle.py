@@ -34,6 +34,7 @@ UMASK = os.umask(0)
 os.umask(UMASK)
 _KEPT = (".safetensors", ".tar", ".npy", ".parquet")
 """Ends of files with finished work in an artefact that is half built."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -191,7 +192,10 @@ class Judge:
     def _output(self, outcome: Outcome) -> None:
         if "Traceback (most recent call last)" in outcome.stderr + outcome.stdout:
             self.faults.append(f"a traceback: {_last_line(outcome.stderr)}")
-        found = _CONTROL.search(outcome.stderr + outcome.stdout)
+        printed = outcome.stderr + outcome.stdout
+        if "FORCE_COLOR" in self.harm.command.environment:
+            printed = _COLOUR.sub("", printed)
+        found = _CONTROL.search(printed)
         if found:
             self.faults.append(f"it printed the control character {found[0]!r}")
 

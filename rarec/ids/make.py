@@ -12,7 +12,7 @@ from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.files import sha256_file
 from rarec.ids.imports import Vectors, existing, read_vectors
-from rarec.ids.source import ITEMS_FILE, KIND, USERS_FILE, HistoryRule, UserTable, UserVectors
+from rarec.ids.source import ITEMS_FILE, USERS_FILE, HistoryRule, UserTable, UserVectors
 from rarec.ids.trainer import KEPT, Validation, train_ids
 
 Say = Callable[[str], None]
@@ -58,7 +58,7 @@ def write_source(
     chosen = _chosen(config)
     if isinstance(chosen, Recipe):
         training_set = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
-        figures = train_ids(training_set, chosen, seed, CheckpointStore(progress, KEPT, identity, KIND), directory, say)
+        figures = train_ids(training_set, chosen, seed, CheckpointStore(progress, KEPT, identity), directory, say)
     else:
         figures = _import(name, chosen, dataset, directory, seed, say)
     validation = figures["validation"]

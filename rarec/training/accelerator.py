@@ -103,9 +103,7 @@ def build_engine(world: World, config: RunConfig) -> Engine:
     Raises:
         UserError: the file's settings contradict the run's configuration.
     """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", ""):
-        raise _set_twice("mixed_precision", precision, "llm.dtype", "the launcher's file")
+    _check_launcher_settings(config)
     if _launched_with("DEEPSPEED"):
         from rarec.training.engines.zero import ZeroEngine
 
@@ -117,6 +115,20 @@ def build_engine(world: World, config: RunConfig) -> Engine:
     from rarec.training.engines.plain import PlainEngine
 
     return PlainEngine(world)
+
+
+def _check_launcher_settings(config: RunConfig) -> None:
+    """Refuse what the launcher's file, or a variable, sets beside the run's configuration."""
+    ours = {
+        "mixed_precision": ("llm.dtype", ("no", "")),
+        "gradient_accumulation_steps": ("train.accumulate", ("1", str(config.train.accumulate))),
+    }
+    for name, (field, agreeing) in ours.items():
+        variable = f"ACCELERATE_{name.upper()}"
+        given = os.environ.get(variable, agreeing[0])
+        if given not in agreeing:
+            problem = f"the launcher's file or {variable} sets {name}: {given}, which the run's {field} sets"
+            raise UserError(problem, f"remove {name} from the launcher's file, or unset {variable}", shared=True)
 
 
 def build_accelerator(world: World, trackers: list[str], logs: Path) -> Accelerator:
@@ -158,10 +170,6 @@ def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
     for key, field in SET_BY_RUN.items():
         given = tree.get(key, "auto")
         if given not in ("auto", same.get(key), {"enabled": False}):
-            raise _set_twice(key, given, field, str(path))
+            problem = f"{path} sets {key}: {given}, but the run's configuration sets it, in {field}"
+            raise UserError(problem, f"remove {key} from {path}", shared=True)
     return {key: value for key, value in tree.items() if key not in SET_BY_RUN}
-
-
-def _set_twice(key: str, given: object, field: str, where: str) -> UserError:
-    problem = f"{where} sets {key}: {given}, but the run's configuration sets it, in {field}"
-    return UserError(problem, f"remove {key} from {where}", shared=True)

@@ -83,9 +83,14 @@ def read_catalogue(
         text=ibis.literal(", ").join(further).fill_null("") if further else ibis.literal(""),
     )
     name, ids = display_name(location), table["item"]
-    rows = engine.rows(table.agg(rows=table.count(), rows_without_id=ids.isnull().sum(), ids=ids.nunique()))[0]
+    again = (ids.cast("string") == config.item) & (table.given == config.title)
+    counted = {"rows": table.count(), "rows_without_id": ids.isnull().sum(), "ids": ids.nunique()}
+    rows = engine.rows(table.agg(**counted, header=table.line.min(where=again)))[0]
     if not rows["rows"]:
         raise _empty_table_error(name)
+    if rows["header"] is not None:
+        problem = f"{name}, data row {rows['header']}: the header again, as where files were joined to one"
+        raise UserError(problem, "name the files by a pattern such as items-*.csv, or remove that row")
     if not rows["ids"]:
         raise UserError(
             f"{name}: column {config.item!r} is empty in every row", "set prepare.items.item to the column of item ids"
@@ -93,8 +98,9 @@ def read_catalogue(
     table = steps.first_row_per_item(table.filter(table["item"].notnull()))
     table = table.mutate(title=table.given.fill_null(config.untitled), untitled=table.given.isnull()).drop("given")
     kept = engine.keep("catalogue", table)
-    repeated = rows["rows"] - rows["rows_without_id"] - rows.pop("ids")
-    counts = {**rows, "repeated_ids": repeated, "untitled": compute_value(engine, kept.untitled.sum())}
+    repeated = rows["rows"] - rows["rows_without_id"] - rows["ids"]
+    counts = {name: rows[name] for name in ("rows", "rows_without_id")}
+    counts |= {"repeated_ids": repeated, "untitled": compute_value(engine, kept.untitled.sum())}
     found = Catalogue(kept.drop("untitled"), counts, name)
     _report_problems(found, config, say)
     return found
