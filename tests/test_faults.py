@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from rarec.artefacts import read_manifest
 from rarec.directories import MARKER
@@ -23,6 +24,7 @@ from rarec.stages import STAGES
 from rarec.stages.export import recommend
 from rarec.stages.shard_content import ShardContent
 from tests.processes import be_killed_at_rename, unfinish
+from tests.synthetic import write_llm
 
 START = multiprocessing.get_context("forkserver")  # imports once, in a process without threads
 START.set_forkserver_preload(["tests.test_faults", "rarec.models.language_model", "rarec.evaluation.html_report"])
@@ -223,6 +225,23 @@ def test_a_fresh_stage_that_fails_leaves_what_was_made_before(finished, copied, 
     with pytest.raises(UserError):
         open_run(finished, [copied, override]).make(stage, fresh=True)
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("stage", ["train", "shards"])
+def test_a_fresh_stage_whose_input_is_damaged_leaves_what_was_made_before(finished, copied, tmp_path, stage):
+    place, overrides = Path(copied.removeprefix("run.dir=")), [copied]
+    if stage == "train":
+        (place / "shards" / "000001.tar").unlink()
+    else:
+        write_llm(tmp_path / "llm", "llama")
+        weights = load_file(tmp_path / "llm" / "model.safetensors")
+        next(weight for name, weight in weights.items() if "layers" in name).fill_(torch.nan)
+        save_file(weights, tmp_path / "llm" / "model.safetensors", {"format": "pt"})
+        overrides.append(f"llm.path={tmp_path / 'llm'}")
+    before = {path: path.read_bytes() for path in (place / stage).rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="000001.tar" if stage == "train" else "NaN"):
+        open_run(finished, overrides).make(stage, fresh=True)
+    assert {path: path.read_bytes() for path in (place / stage).rglob("*") if path.is_file()} == before
 
 
 def test_killed_shards_of_other_settings_are_refused_and_replaced_by_fresh_with_no_tar_left(finished, copied):

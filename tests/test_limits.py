@@ -46,6 +46,8 @@ HOSTILE = {
     "a date that is none": SMALL + "x: 2020-99-99\n",
     "a number of 5,000 digits": SMALL + "report: {examples: " + "9" * 5_000 + "}\n",
     "a hexadecimal number of 5,000 digits": SMALL + "report: {examples: 0x" + "f" * 5_000 + "}\n",
+    "a number to the base of 60": SMALL + "report: {examples: 1:30}\n",
+    "a number to the base of 8": SMALL + "report: {examples: 010}\n",
     "an escape sequence": SMALL + 'report: {examples: "\\e[31m"}\n',
     "a zero byte": SMALL + 'report: {examples: "a\\0b"}\n',
     "half a character": SMALL + 'report: {examples: "\\ud800"}\n',

@@ -253,6 +253,16 @@ def test_a_link_in_the_place_of_a_file_of_rarecs_is_somebody_elses(run, tmp_path
     assert (root / file).is_symlink()
 
 
+@pytest.mark.parametrize("stage", ["ids", "train"])
+def test_a_link_in_the_place_of_a_folder_of_artefacts_is_refused(begun, tmp_path, stage):
+    root = open_run(begun).root
+    open_run(begun).run(["prepare"] if stage == "ids" else ["prepare", "ids", "shards"])
+    (tmp_path / "elsewhere").mkdir()
+    (root / stage).symlink_to(tmp_path / "elsewhere")
+    refused(begun, stage, str(root / stage))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 @pytest.mark.parametrize("name", [BEGUN, PROGRESS])
 def test_a_file_of_the_users_that_is_called_like_a_note_of_a_build_stays(run, name):
     config, root = run

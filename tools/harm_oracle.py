@@ -25,6 +25,8 @@ LAST_RESORT = 70
 """Exit code of what no message of its own foresees, where memory or files run out."""
 NATIVE = (127, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 """Exit codes of a process that native code ended, which no Python code can prevent."""
+BROKEN_PIPE = 128 + signal.SIGPIPE
+"""Exit code of a command whose results nobody reads."""
 LONGEST = 2_000
 """Largest number of characters of a message."""
 EARLY = 4.0
@@ -155,6 +157,8 @@ class Judge:
             return [*self.faults, f"it hangs: killed after {outcome.wall:.0f} s"]
         allowed = [0, 2] + [LAST_RESORT] * self.harm.last_resort
         if self.harm.native and outcome.code in NATIVE and outcome.stderr:
+            return self.faults
+        if outcome.code == BROKEN_PIPE and self.harm.command.stdout == "broken":
             return self.faults
         if outcome.code not in allowed:
             self.faults.append(f"exit code {outcome.code}: {_last_line(outcome.stderr)}")

@@ -45,6 +45,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and _UNEXPECTED.search(node.value):
+            what = "a number to the base of 60, or of 8: write it as people do, or in quotes"
+            raise _error(f"{_cut(node.value)} is, in YAML, {what}", node.start_mark)
         try:
             value = super().construct_object(node, deep)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # such as 2020-99-99, !!int x
@@ -72,6 +75,9 @@ class Dumper(yaml.SafeDumper):
     """Quotes what the loader would take for something else."""
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_UNEXPECTED = re.compile(r":|^[-+]?0[0-7_]+$")
+"""Numbers that YAML 1.1 reads otherwise than people do: 1:30 is 90, and 010 is 8."""
 _EXPONENT = "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 _Loader.add_implicit_resolver(*_EXPONENT)
 Dumper.add_implicit_resolver(*_EXPONENT)

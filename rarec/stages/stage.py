@@ -243,7 +243,8 @@ class Stage(ABC):
         """
         done, begun = ((self.directory / name).exists() for name in (MANIFEST, BEGUN))
         if fresh or not (done or begun):  # what is done is left alone, and a build that goes on replaces nothing
-            refuse_foreign(self.directory)
+            folder = self.run.root / self.folder
+            refuse_foreign(folder if folder.is_symlink() else self.directory)
 
     def _is_up_to_date(self) -> bool:
         """Return whether the artefact is finished, made as the configuration says, from what is here now; print it.
