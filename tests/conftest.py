@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import pytest
 import torch
+from hypothesis import settings
 
 from rarec.data.engines import PrepareEngine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from check_harm import Examples
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("rarec", deadline=None)  # a busy machine fails no test
+settings.load_profile("rarec")
 
 CONFIG = """
 run: {{dir: {root}/run}}

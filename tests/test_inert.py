@@ -176,7 +176,7 @@ def harmless(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @example_of(text="".join(ATTACKS))
 @given(text=texts)
 def test_no_element_or_attribute_of_the_report_arises_from_data(tmp_path_factory, harmless, text):

@@ -271,7 +271,7 @@ LONG = {"max_title_tokens": 200, "max_text_tokens": 400}
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(titles=st.lists(TEXT, min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pieces_give_the_tokens_of_the_whole_text(name, titles):
     tokenizer = TOKENIZERS[name]
     pair = make_pair(tokenizer, titles, ["Watch 12"] * len(titles), user="purchase history: {history}.", **LONG)
@@ -347,7 +347,6 @@ def test_an_item_loses_its_further_text_first():
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(9, 60), st.sampled_from(["encoder", "decoder"]))
-@settings(deadline=None)
 def test_whatever_the_history_the_prompt_fits_and_its_end_is_there(history, max_tokens, name):
     pair = make_pair(TOKENIZERS[name], **TIGHT, max_tokens=max_tokens)
     encoded = pair.user(history)

@@ -50,7 +50,7 @@ def test_by_hand():
     torch.testing.assert_close(map_of(whiten), torch.diag(stretch / length))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 99), scale=st.floats(0.01, 1000), size=st.integers(1, 6))
 def test_white_states_have_mean_zero_and_mean_square_length_one_whatever_the_scale(seed, scale, size):
     both = [states(200, 9, 3, 1, 1, 0.5, 0.1, seed=seed + at) * scale for at in (0, 100)]
