@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from check_harm import Examples
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # in the background, or under nohup: what is started inherits it
+        signal.signal(number, handler)
 settings.register_profile("rarec", deadline=None)  # a busy machine fails no test
 settings.load_profile("rarec")
 
