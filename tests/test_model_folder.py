@@ -235,6 +235,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS, "tokenizer.json"])
 def test_a_file_of_another_user_may_not_be_read_which_is_what_is_said(saved: Path, name: str) -> None:

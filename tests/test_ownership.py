@@ -36,16 +36,25 @@ def refused(config: Path, stage: str, *named: str, fresh: bool = False, override
     return error.value.remedy
 
 
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A configuration, and the directory of its finished run."""
+@pytest.fixture(scope="module")
+def pristine(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a configuration, its finished run, and a copy of that."""
+    base = tmp_path_factory.mktemp("pristine")
     tree = yaml.safe_load(finished.read_text())
-    shutil.copytree(tree["run"]["dir"], tmp_path / "run")
-    tree["run"]["dir"] = str(tmp_path / "run")
-    config = tmp_path / "mine.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    open_run(config).make("report")  # it names run.dir
-    return config, tmp_path / "run"
+    shutil.copytree(tree["run"]["dir"], base / "run")
+    tree["run"]["dir"] = str(base / "run")
+    (base / "mine.yaml").write_text(yaml.safe_dump(tree))
+    open_run(base / "mine.yaml").make("report")  # it names run.dir
+    shutil.copytree(base / "run", base / "copy")
+    return base
+
+
+@pytest.fixture
+def run(pristine: Path) -> tuple[Path, Path]:
+    """A configuration, and the directory of its finished run."""
+    shutil.rmtree(pristine / "run")
+    shutil.copytree(pristine / "copy", pristine / "run")
+    return pristine / "mine.yaml", pristine / "run"
 
 
 @pytest.fixture
