@@ -100,7 +100,7 @@ def claim(directory: Path, names: Iterable[str]) -> None:
         _mark(directory, listed | new)
 
 
-def drop(directory: Path, names: Iterable[str]) -> None:
+def drop_listed(directory: Path, names: Iterable[str]) -> None:
     """Delete files and directories (`name/`) that a directory's marker lists; leave what it does not list."""
     for name in (_listed(directory) or set()).intersection(names):
         path = directory / name

@@ -24,7 +24,7 @@ from rarec.launcher import check_launcher, rank
 if TYPE_CHECKING:
     from rarec.stages.run import Run
 
-FULL = {
+EXHAUSTED = {
     **dict.fromkeys(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "free space on the disk of run.dir"),
     **dict.fromkeys(map(os.strerror, (errno.EMFILE, errno.ENFILE)), "allow more open files (ulimit -n 4096)"),
 }
@@ -238,9 +238,9 @@ def machine_trouble(error: BaseException) -> str | None:
     path = str(error.filename) if isinstance(error, OSError) and error.filename else ""
     where = f": {path}" if path else ""
     # Searched in the text: safetensors, DuckDB and Arrow raise exceptions of their own.
-    full = next((text for text in FULL if text in str(error)), None)
-    if full:
-        return f"{full}{where}\n  -> {FULL[full]}, then run the same command to resume"
+    end = next((text for text in EXHAUSTED if text in str(error)), None)
+    if end:
+        return f"{end}{where}\n  -> {EXHAUSTED[end]}, then run the same command to resume"
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         remedy = "choose a run.dir that you may write to, and inputs that you may read"
         return in_short(f"{_not_allowed(path)}: {error.strerror}") + f"\n  -> {remedy}"

@@ -190,6 +190,7 @@ def test_training_resumes_only_where_it_ends_as_if_nothing_had_happened(tmp_path
     else:
         assert checkpoints.newest(lines.append) == used
         assert checkpoints.steps() == [step for step in bests if step <= used]
+        assert lines
         assert all(line.endswith(f"step-0000000{used}") for line in lines)
 
 

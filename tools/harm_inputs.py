@@ -204,14 +204,12 @@ def _odd_columns(generator: random.Random, world: World, place: Path) -> Harm:
 
 # ---- language models
 
-PICKLED = "pickled"
-
 
 def _odd_model(generator: random.Random, world: World, place: Path) -> Harm:
-    """Damage or remove a file of the model, change its shape, or pickle it, without `allow_pickle_weights`."""
+    """Damage or remove a file of the model, change its shape, or pickle it."""
     world.copy("upto-ids", place)
     path = generator.choice(sorted((place / "llm").iterdir()))
-    kind = generator.choice([*DAMAGES, "removed", PICKLED, "no tokenizer", "another shape"])
+    kind = generator.choice([*DAMAGES, "removed", "pickled", "no tokenizer", "another shape"])
     expect = "any"
     if kind in DAMAGES:
         path.write_bytes(DAMAGES[kind](generator, path.read_bytes(), (place / "config.yaml").read_bytes()))
@@ -222,7 +220,7 @@ def _odd_model(generator: random.Random, world: World, place: Path) -> Harm:
         for file in (place / "llm").glob("tokenizer*"):
             file.unlink()
         expect = "refusal"
-    elif kind == PICKLED:
+    elif kind == "pickled":
         path = place / "llm" / "model.safetensors"
         torch.save(load_file(path), path.with_name("pytorch_model.bin"))
         path.unlink()

@@ -48,6 +48,7 @@ ROOM = 64_000_000
 LIMITS: dict[str, Callable[[random.Random], int]] = {
     "RLIMIT_FSIZE": lambda generator: int(10 ** generator.uniform(0, 5.5)),
     "RLIMIT_NOFILE": lambda generator: generator.randint(12, 48),  # with fewer, Python itself cannot start
+    # beyond what is loaded already; with less, torch's own clean-up prints a traceback
     "RLIMIT_AS": lambda generator: int(10 ** generator.uniform(7.7, 8.7)),
 }
 _STATES = ["new", "upto-prepare", "upto-ids", "upto-shards", "upto-train", "upto-evaluate", "upto-export", "finished"]

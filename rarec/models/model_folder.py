@@ -148,6 +148,8 @@ def _check_readable(path: Path) -> None:
         raise UserError(f"llm.path: {path} does not exist", _REMEDY) from None
     except PermissionError:
         raise UserError(f"llm.path: {path} may not be read by this user", "change its permissions: chmod a+r") from None
+    except FileExistsError as error:
+        raise UserError(f"llm.path: {path}: {error.strerror}", _REMEDY) from None
 
 
 def _check_sizes(settings: dict[str, Any], path: Path) -> None:

@@ -32,7 +32,7 @@ from rarec.directories import (
     MARKER,
     claim,
     discard,
-    drop,
+    drop_listed,
     new_directory,
     refuse_foreign,
     replace_directory,
@@ -264,7 +264,7 @@ class Stage(ABC):
                 raise
             self.run.say(f"{error.problem}: built anew")
             return False
-        world.run_on_main(lambda: drop(self.directory, _NOTES))  # a kill may have come before that
+        world.run_on_main(lambda: drop_listed(self.directory, _NOTES))  # a kill may have come before that
         self.run.say(f"{self.directory} is up to date")
         world.run_on_main(lambda: run_folder.write_config(self.run, only_if_there=True))
         return True
@@ -309,7 +309,7 @@ class Stage(ABC):
             raise
         if fresh:
             world.run_on_main(lambda: replace_directory(directory, final))
-        world.run_on_main(lambda: drop(final, _NOTES))  # last: until then, the same command resumes
+        world.run_on_main(lambda: drop_listed(final, _NOTES))  # last: until then, the same command resumes
 
     def _begin(self, directory: Path, begun: Mapping[str, Any]) -> None:
         """Note what is built here, or check that what was begun here is the same.
