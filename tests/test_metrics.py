@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from ranx import Qrels, Run, evaluate
 
 from rarec.evaluation.result_rows import bucket_labels
 from rarec.ranking import metric_values, rank_targets
@@ -23,8 +22,11 @@ def test_ranks_start_at_one():
         metric_values(np.array([1, 0]), [10])
 
 
+@pytest.mark.slow
 def test_equal_to_ranx():
     """From vectors to metrics: our ranks, and ranx on a run of all scores."""
+    from ranx import Qrels, Run, evaluate  # seconds
+
     rng = np.random.default_rng(0)
     users, items = (rng.standard_normal((size, 8)).astype(np.float32) for size in (40, 30))
     targets = rng.integers(30, size=40)

@@ -146,7 +146,7 @@ CASES = {
 
 
 def is_slow(case: Case) -> bool:
-    return case.command.split()[0] in ("run", "train", "evaluate", "report") or "train" in case.command
+    return case.command.split()[0] in ("run", "ids", "train", "evaluate", "report") or "train" in case.command
 
 
 @pytest.mark.parametrize(
