@@ -4,21 +4,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
+from scipy.special import softmax
 
-from rarec.evaluation.fusion import LIMIT, fuse
+from rarec.evaluation.fusion import Likelihood, fuse, maximise
 from rarec.evaluation.result_rows import pairs_of_interest
-from rarec.ranking import EvalBatch, Ranker, rank_targets, rank_users
+from rarec.ranking import EvalBatch, FusedRanker, Ranker, VectorRanker, rank_targets, rank_users
 
 RNG = np.random.default_rng(0)
 
 
-def ranker(users: np.ndarray, items: np.ndarray) -> Ranker:
+def ranker(users: np.ndarray, items: np.ndarray) -> VectorRanker:
     """A ranker of fixed vectors that reads no history."""
-    return Ranker(items.astype(np.float32), lambda rows, histories: users[rows].astype(np.float32))
+    return VectorRanker(items.astype(np.float32), lambda rows, histories: users[rows].astype(np.float32))
 
 
 @pytest.fixture
-def text() -> Ranker:
+def text() -> VectorRanker:
     return ranker(RNG.standard_normal((5, 3)), RNG.standard_normal((7, 3)))
 
 
@@ -32,7 +34,7 @@ def test_ranks_do_not_depend_on_the_chunks_and_a_cached_ranker_encodes_each_chun
         encoded.extend(rows.tolist())
         return users[rows].astype(np.float32)
 
-    model = Ranker(items.astype(np.float32), encode).cached()
+    model = VectorRanker(items.astype(np.float32), encode).cached()
     ranks = rank_users(batch, {"a": model, "b": model}, users_at_a_time=users_at_a_time)
     assert encoded == list(range(7))
     expected = rank_targets(users, items, batch.targets, batch.histories)
@@ -44,12 +46,10 @@ def test_ranks_do_not_depend_on_the_chunks_and_a_cached_ranker_encodes_each_chun
 @pytest.mark.parametrize("interests", [1, 4])
 def test_a_fused_score_is_the_sum_of_both(text, interests):
     ids = ranker(RNG.standard_normal((5, interests, 2)), RNG.standard_normal((7, 2)))
-    rows, histories = np.arange(5), [np.array([], int)] * 5
-    fused = text.fused(ids, 0.7, 0.0)
-    scores_BN = (fused.users(rows, histories) @ fused.items_NZ.T).max(1)
-    own_BN = text.users(rows, histories) @ text.items_NZ.T
-    others_BN = (ids.users(rows, histories) @ ids.items_NZ.T).max(1)
-    assert np.allclose(scores_BN, own_BN + 0.7 * others_BN, atol=1e-5)
+    batch = EvalBatch(np.arange(5), [np.array([], int)] * 5, np.zeros(5, int))
+    fused = FusedRanker((text, ids, text), (1.0, 0.7, 2.0), (1.0, 0.0, 0.0))
+    own_BN, others_BN = text.scores(batch), ids.scores(batch)
+    assert np.allclose(fused.scores(batch), 3 * own_BN + 0.7 * others_BN, atol=1e-5)
 
 
 def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_variant_lets_expect():
@@ -62,11 +62,9 @@ def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_variant_
     batch = EvalBatch(
         np.arange(6), [np.array([], int)] * 6, np.full(6, 4)
     )  # the lowest of the variant's: weight counts
-    fused, weight = fuse(variant, ids, batch)
-    assert weight > 0
-    ratio = variant_N[~lacking_N].std() / id_N[~lacking_N].std()
-    expected_N = variant_N + weight * ratio * id_N
-    assert np.allclose(fused.scores(batch), expected_N, atol=1e-5)
+    fused = fuse({"variant": variant, "id": ids}, batch).ranker
+    assert fused.weights[1] > 0
+    assert np.allclose(fused.scores(batch), fused.weights[0] * variant_N + fused.weights[1] * id_N, atol=1e-5)
 
 
 def drawn(rng, variant, ids, weights, histories):
@@ -86,11 +84,11 @@ def test_the_weight_is_the_one_that_makes_the_validation_targets_likeliest(weigh
     variant[1][7] = ids[1][7] = 50.0  # would drown all others, but everyone has seen it
     histories = [np.array([7, 7])] * users
     batch = EvalBatch(np.arange(users), histories, drawn(rng, variant, ids, weights, histories))
-    fused, weight = fuse(ranker(*variant), ranker(*ids), batch)
-    first = EvalBatch(batch.user_rows[:1], histories[:1], batch.targets[:1])
-    own, others, sum_of_both = (each.scores(first)[0, 0] for each in (ranker(*variant), ranker(*ids), fused))
-    assert (sum_of_both - own) / others == pytest.approx(max(weights[1] / weights[0], 0), rel=0.1)
-    assert (weight == 0) == (weights[1] < 0)
+    fusion = fuse({"variant": ranker(*variant), "id": ranker(*ids)}, batch)
+    own, others = fusion.ranker.weights
+    assert others / own == pytest.approx(max(weights[1] / weights[0], 0), rel=0.1)
+    assert (fusion.weights["id"] == 0) == (weights[1] < 0)
+    assert sum(fusion.weights.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("interests", [1, 3])
@@ -99,9 +97,9 @@ def test_a_variant_that_tells_nothing_leaves_the_order_to_the_id_model(interests
     users = np.zeros((6, interests, 9))
     users[:, interests - 1] = np.eye(9)[:6]
     batch = EvalBatch(np.arange(6), [np.array([8])] * 6, np.arange(6))
-    fused, weight = fuse(flat, ranker(users, np.eye(9)), batch)
-    assert weight == LIMIT
-    assert (rank_users(batch, {"fused": fused})["fused"] == 1).all()
+    fusion = fuse({"flat": flat, "id": ranker(users, np.eye(9))}, batch)
+    assert fusion.weights == {"flat": 0, "id": 1}
+    assert (fusion.ranker.ranks(batch) == 1).all()
 
 
 def test_an_id_model_that_tells_nothing_changes_no_order():
@@ -109,9 +107,9 @@ def test_an_id_model_that_tells_nothing_changes_no_order():
     variant, flat = (rng.standard_normal((40, 3)), rng.standard_normal((9, 3))), (np.ones((40, 1)), np.ones((9, 1)))
     histories = [np.array([], int)] * 40
     batch = EvalBatch(np.arange(40), histories, drawn(rng, variant, flat, (1.0, 0.0), histories))
-    fused, weight = fuse(ranker(*variant), ranker(*flat), batch)
-    ranks = rank_users(batch, {"fused": fused, "variant": ranker(*variant)})
-    assert weight == pytest.approx(0, abs=1e-3)
+    fusion = fuse({"variant": ranker(*variant), "flat": ranker(*flat)}, batch)
+    ranks = rank_users(batch, {"fused": fusion.ranker, "variant": ranker(*variant)})
+    assert fusion.weights["flat"] == pytest.approx(0, abs=1e-3)
     assert (ranks["fused"] == ranks["variant"]).all()
 
 
@@ -122,7 +120,7 @@ def test_a_variant_whose_scores_differ_by_rounding_alone_tells_nothing(constant)
     same = constant * rng.dirichlet(np.ones(64), 300), np.ones((60, 64)) + 1e-7 * rng.standard_normal((60, 64))
     histories = [np.array([], int)] * 300
     batch = EvalBatch(np.arange(300), histories, drawn(rng, (users, items), (users, items), (1.0, 0.0), histories))
-    fused, _ = fuse(ranker(*same), ranker(users, items), batch)
+    fused = fuse({"same": ranker(*same), "id": ranker(users, items)}, batch).ranker
     ranks = rank_users(batch, {"fused": fused, "ids": ranker(users, items)})
     assert (ranks["fused"] == ranks["ids"]).mean() > 0.99
 
@@ -133,13 +131,14 @@ def test_the_scale_of_the_id_vectors_changes_no_fusion(scale):
     variant, ids = ((rng.standard_normal((users, 4)), rng.standard_normal((30, 4))) for _ in range(2))
     histories = [np.array([], int)] * users
     batch = EvalBatch(np.arange(users), histories, drawn(rng, variant, ids, (1.0, 1.0), histories))
-    weights = [fuse(ranker(*variant), ranker(ids[0], ids[1] * each), batch)[1] for each in (1.0, scale)]
+    parts = [{"variant": ranker(*variant), "id": ranker(ids[0], ids[1] * each)} for each in (1.0, scale)]
+    weights = [fuse(each, batch).weights["id"] for each in parts]
     assert weights[1] == pytest.approx(weights[0], rel=1e-3)
 
 
 def test_popularity_ranks_what_was_met_most_often_first():
     batch = EvalBatch(np.arange(2), [np.array([1]), np.array([3])], np.array([3, 1]))
-    popularity = Ranker.of_counts(np.array([0, 7, 2, 5]))
+    popularity = VectorRanker.of_counts(np.array([0, 7, 2, 5]))
     assert popularity.top_k(batch, 3).tolist() == [[3, 2, 0], [1, 2, 0]]
     assert popularity.scores(batch) == pytest.approx(np.log([[1, 8, 3, 6]] * 2))
 
@@ -153,11 +152,9 @@ def test_an_id_model_that_knows_no_popularity_gains_by_as_much_as_the_targets_fo
     scores_UN = 0.5 * (ids[0] @ ids[1].T).max(1) + 2 * np.log1p(counts_N)
     targets = (scores_UN + rng.gumbel(size=scores_UN.shape)).argmax(1)
     batch = EvalBatch(np.arange(users), [np.array([], int)] * users, targets)
-    popularity, model = Ranker.of_counts(counts_N), ranker(*ids)
-    fused, _ = fuse(popularity, model, batch)
-    first = EvalBatch(batch.user_rows[:1], batch.histories[:1], batch.targets[:1])
-    others, both = model.scores(first)[0], fused.scores(first)[0]
-    assert np.allclose((both - np.log1p(counts_N)) / others, 0.25, rtol=0.1)
+    popularity, model = VectorRanker.of_counts(counts_N), ranker(*ids)
+    weights = fuse({"popularity": popularity, "id": model}, batch).ranker.weights
+    assert weights[1] / weights[0] == pytest.approx(0.25, rel=0.1)
 
 
 @pytest.mark.parametrize("main", ["text_only", "input", "per_layer"])
@@ -186,3 +183,33 @@ def test_any_variant_that_may_be_the_best_is_compared_with_the_id_model_and_with
     assert ("text_only+id+popularity", "id_only+popularity") in pairs
     assert ("per_layer+id+popularity", "text_only+id+popularity") in pairs
     assert ("per_layer/permuted_ids", "id_only") not in pairs
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_weights_of_many_parts_are_the_optimum_that_scipy_finds(seed):
+    """Of a logistic model of choices; where weights below zero would fit better, the bound holds."""
+    rng, users, parts = np.random.default_rng(seed), 800, 6
+    scores_PUN = rng.standard_normal((parts, users, 12))
+    wanted = rng.normal(0.3, 0.7, parts)
+    targets = (np.tensordot(wanted, scores_PUN, 1) + rng.gumbel(size=(users, 12))).argmax(1)
+
+    def likelihood(weights):
+        logits_UN = np.tensordot(weights, scores_PUN, 1)
+        chance_UN = softmax(logits_UN, 1)
+        mean_PU = (scores_PUN * chance_UN).sum(2)
+        value = np.log(chance_UN[np.arange(users), targets]).mean()
+        slope = (scores_PUN[:, np.arange(users), targets] - mean_PU).mean(1)
+        apart = scores_PUN - mean_PU[:, :, None]
+        return Likelihood(value, slope, np.einsum("pun,qun,un->pq", apart, apart, chance_UN) / users)
+
+    found = maximise(likelihood, np.ones(parts))
+    best = minimize(
+        lambda weights: -likelihood(weights).value,
+        np.ones(parts),
+        jac=lambda weights: -likelihood(weights).slope,
+        bounds=[(0, None)] * parts,
+        method="L-BFGS-B",
+    )
+    assert found == pytest.approx(best.x, abs=2e-3)
+    assert (found >= 0).all()
+    assert (wanted < -0.3).any() == (found == 0).any()

@@ -96,7 +96,7 @@ def write_evaluation(run: RunDirectories, users: int = 400) -> None:
         run.evaluation / "strata.json", strata_rows({a: ranks[a] for a in ["per_layer", *plain]}, strata, **drawn)
     )
     write_json(run.evaluation / "examples.json", [example(user) for user in (196, 22)])
-    figures = {"n": users, "seconds": 41.27, "fusion": {"text_only": 0.75, "per_layer": 0.5}}
+    figures = {"n": users, "seconds": 41.27, "fusion": {"per_layer+id": {"per_layer": 0.75, "id": 0.25}}}
     write_manifest(run.evaluation, "evaluate", settings={}, made_from={}, **figures)
 
 

@@ -1,13 +1,13 @@
-"""Late fusion: the weighted sum of a variant's score and the ID model's (docs/method.md, section 7; our choice).
+"""Late fusion: the weighted sum of several models' scores (docs/method.md, section 7; our choice).
 
 Late fusion of text and ID scores is the baseline that soft prompts must beat. The weights are fitted by maximum
 likelihood on validation users: the weighted sum is the logit of a softmax over the items that a user has not seen. A
 top-k metric would serve as well, but is nearly flat over the weights, so a few users would decide.
 
-Shape letters: U users, B users of a block, N catalogue, Z and E sizes of vectors, K vectors of a user.
+Shape letters: P parts, B users of a block, N catalogue.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarec.ranking import EvalBatch, Ranker
+from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, with_expected
 
 COMPARED_USERS = 64
 FLAT = 1e-5
 """Smallest spread of scores, relative to the largest score: a smaller spread is rounding, and counts as none."""
-LIMIT = 100.0
-"""Largest weight, relative to the spreads of the two scores: the weight if the variant carries no information."""
 _BLOCK = 1 << 22
 """Number of scores in a block."""
 _PENALTY = 1e-4
@@ -32,47 +30,49 @@ _STEPS, _CLOSE = 50, 1e-3
 Floats = npt.NDArray[np.float64]
 
 
-def fuse(variant: Ranker, ids: Ranker, validation: EvalBatch) -> tuple[Ranker, float]:
-    """Fit the weight of the ID score on the validation users.
-
-    Args:
-        variant: a trained variant.
-        ids: the ID model.
-        validation: users to fit the weight on; never the test users.
-
-    Returns:
-        The fused ranker, and the weight relative to the ratio of the two scores' spreads, from 0 to `LIMIT`.
-    """
-    compared = _compared(variant, ids, validation)
-    both = variant.fused(ids, compared.variant / compared.ids, compared.slope)
-    own, others = _fitted(_Scores.of(variant, both, validation, compared.variant))
-    weight = float(np.clip(others / own, 0.0, LIMIT)) if own > 0 else LIMIT
-    return variant.fused(ids, weight * compared.variant / compared.ids, compared.slope), weight
-
-
-class _Compared(NamedTuple):
-    """Statistics of both scores over the items that have an ID vector.
+@dataclass(frozen=True)
+class Fusion:
+    """A late fusion, and what went into it.
 
     Attributes:
-        variant: spread of the variant's score.
-        ids: spread of the ID score.
-        slope: least-squares slope of the ID score over the variant's.
+        ranker: the fused model.
+        weights: of each part's score, each relative to the spread of that score; not negative, their sum is 1.
     """
 
-    variant: float
-    ids: float
-    slope: float
+    ranker: FusedRanker
+    weights: dict[str, float]
 
 
-def _compared(variant: Ranker, ids: Ranker, batch: EvalBatch) -> _Compared:
-    """Compare both scores on a few users."""
+def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
+    """Fit the weights of several models' scores on the validation users.
+
+    Args:
+        parts: by name; the first has a score of its own for every item.
+        validation: users to fit the weights on; never the test users.
+    """
+    rankers = tuple(parts.values())
+    spreads, slopes = _compared(rankers, validation)
+    fitted = _Scores(rankers, spreads, slopes, validation).fitted()
+    shares = fitted / fitted.sum() if fitted.any() else np.full(len(rankers), 1 / len(rankers))
+    weights = tuple(float(share / spread) for share, spread in zip(shares, spreads, strict=True))
+    largest = max(weights) or 1.0  # so that float32 can represent the sum, whatever the scales
+    fused = FusedRanker(rankers, tuple(weight / largest for weight in weights), slopes)
+    return Fusion(fused, dict(zip(parts, map(float, shares), strict=True)))
+
+
+def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Compare the parts' scores on a few users: their spreads, and their least-squares slopes over the first one's."""
     some = EvalBatch(batch.user_rows[:COMPARED_USERS], batch.histories[:COMPARED_USERS], batch.targets)
-    known = slice(None) if ids.lacking_N is None else ~ids.lacking_N
-    variant_BN, ids_BN = (ranker.scores(some)[:, known].astype(np.float64) for ranker in (variant, ids))
-    own, others = _spread(variant_BN), _spread(ids_BN)
-    variant_BN -= variant_BN.mean(1, keepdims=True)
-    slope = float((variant_BN * ids_BN).sum() / (variant_BN * variant_BN).sum()) if own else 0.0
-    return _Compared(own or 1.0, others or 1.0, slope)
+    first_BN = rankers[0].scores(some).astype(np.float64)
+    spreads, slopes = [], []
+    for ranker in rankers:
+        known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
+        scores_BN, own_BN = ranker.scores(some)[:, known].astype(np.float64), first_BN[:, known]
+        own_BN = own_BN - own_BN.mean(1, keepdims=True)
+        square = float((own_BN * own_BN).sum()) if _spread(own_BN) else 0.0
+        spreads.append(_spread(scores_BN) or np.inf)  # a part that is constant adds nothing
+        slopes.append(float((own_BN * scores_BN).sum()) / square if square else 0.0)
+    return tuple(spreads), tuple(slopes)
 
 
 def _spread(scores_BN: Floats) -> float:
@@ -81,88 +81,98 @@ def _spread(scores_BN: Floats) -> float:
     return spread if spread > FLAT * np.abs(scores_BN).max() else 0.0
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Both scores of the validation users, recomputed in each pass because they may not fit in memory.
-
-    The ID score is scaled to the variant's spread, so that float32 can represent their sum; then both are divided by
-    that spread.
-    """
-
-    own_UZ: Tensor
-    items_NZ: Tensor
-    both_UKE: Tensor
-    items_NE: Tensor
-    batch: EvalBatch
-    spread: float
-
-    @classmethod
-    def of(cls, variant: Ranker, both: Ranker, batch: EvalBatch, spread: float) -> "_Scores":
-        """Compute the user vectors of the variant and of the sum of both."""
-        parts = [
-            [torch.from_numpy(ranker.users(part.user_rows, part.histories)) for ranker in (variant, both)]
-            for part in batch.chunks()  # both on one chunk before the next, so that the variant encodes it once
-        ]
-        own_UZ, both_UKE = (torch.cat(vectors) for vectors in zip(*parts, strict=True))
-        items_NZ, items_NE = (torch.from_numpy(ranker.items_NZ) for ranker in (variant, both))
-        return cls(own_UZ, items_NZ, both_UKE, items_NE, batch, spread)
-
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield both scores (2, B, N), a mask of seen items (B, N), and the targets (B,)."""
-        size = max(_BLOCK // len(self.items_NZ), 1)
-        for start in range(0, len(self.own_UZ), size):
-            part = slice(start, start + size)
-            own_BN = self.own_UZ[part] @ self.items_NZ.T
-            others_BN = (self.both_UKE[part] @ self.items_NE.T).amax(1) - own_BN
-            targets_B = torch.as_tensor(np.asarray(self.batch.targets[part], np.int64))
-            seen_BN = torch.zeros(own_BN.shape, dtype=torch.bool)
-            for row, history in enumerate(self.batch.histories[part]):
-                seen_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = True
-            seen_BN[torch.arange(len(targets_B)), targets_B] = False
-            yield torch.stack([own_BN, others_BN]) / self.spread, seen_BN, targets_B
-
-
-def _fitted(scores: _Scores) -> Floats:
-    """Return the two weights, by Newton's method; the likelihood is concave, and steps that overshoot are halved."""
-    weights: Floats = np.ones(2)
-    step: Floats = np.zeros(2)
-    best = -np.inf
-    for _ in range(_STEPS):
-        found = _likelihood(scores, weights + step)
-        if found.value < best:
-            step = step / 2
-        else:
-            weights, best = weights + step, found.value
-            step = np.asarray(np.linalg.solve(found.curve, found.slope), np.float64)
-        if np.abs(step).max() < _CLOSE:
-            break
-    return weights
-
-
-class _Likelihood(NamedTuple):
-    """Log-likelihood per user minus the penalty, its gradient, and its negative Hessian."""
+class Likelihood(NamedTuple):
+    """Log-likelihood per user minus the penalty, its gradient (P), and its negative Hessian (P, P)."""
 
     value: float
     slope: Floats
     curve: Floats
 
 
-def _likelihood(scores: _Scores, weights: Floats) -> _Likelihood:
-    value, users = 0.0, 0
-    slope: Floats = np.zeros(2)
-    curve: Floats = np.zeros((2, 2))
-    for both_2BN, seen_BN, targets_B in scores.blocks():
-        logits_BN = torch.einsum("s,sbn->bn", torch.from_numpy(weights).float(), both_2BN)
-        log_BN = logits_BN.masked_fill(seen_BN, -torch.inf).log_softmax(1)
-        at_B = torch.arange(len(targets_B))
-        chance_BN = log_BN.exp()
-        mean_2B = torch.einsum("bn,sbn->sb", chance_BN, both_2BN).double()
-        square_22 = torch.einsum("bn,sbn,tbn->st", chance_BN, both_2BN, both_2BN).double()
-        value += float(log_BN[at_B, targets_B].double().sum())
-        slope += (both_2BN[:, at_B, targets_B] - mean_2B).sum(1).numpy()
-        curve += (square_22 - mean_2B @ mean_2B.T).numpy()
-        users += len(targets_B)
-    penalty = _PENALTY * float(weights @ weights) / 2
-    return _Likelihood(
-        value / users - penalty, slope / users - _PENALTY * weights, curve / users + _PENALTY * np.eye(2)
-    )
+class _Scores:
+    """All parts' scores of the validation users, recomputed in each pass because they may not fit in memory."""
+
+    def __init__(
+        self,
+        rankers: tuple[Ranker, ...],
+        spreads: tuple[float, ...],
+        slopes: tuple[float, ...],
+        validation: EvalBatch,
+    ) -> None:
+        self._rankers, self._spreads, self._slopes = rankers, spreads, slopes
+        self._chunks: list[tuple[EvalBatch, list[Scores]]] = [
+            (chunk, [ranker.scored(chunk) for ranker in rankers]) for chunk in validation.chunks()
+        ]
+
+    def fitted(self) -> Floats:
+        """Return the weights (P) that make the targets likeliest, none below 0."""
+        return maximise(self._likelihood, np.ones(len(self._rankers)))
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield scores (P, B, N), a mask of seen items (B, N), and the targets (B,)."""
+        for chunk, scores in self._chunks:
+            size = max(_BLOCK // scores[0].n_items, 1)
+            for start in range(0, len(chunk.targets), size):
+                part = slice(start, start + size)
+                targets_B = torch.as_tensor(np.asarray(chunk.targets[part], np.int64))
+                seen_BN = torch.zeros(len(targets_B), scores[0].n_items, dtype=torch.bool)
+                for row, history in enumerate(chunk.histories[part]):
+                    seen_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = True
+                seen_BN[torch.arange(len(targets_B)), targets_B] = False
+                yield self._standardised(scores, part), seen_BN, targets_B
+
+    def _standardised(self, scores: list[Scores], part: slice) -> Tensor:
+        """Return every part's scores, divided by their spread, (P, B, N)."""
+        first_BN = scores[0].block(part)
+        found = [first_BN / self._spreads[0]]
+        rest = zip(scores, self._rankers, self._spreads, self._slopes, strict=True)
+        for each, ranker, spread, slope in list(rest)[1:]:
+            scores_BN = each.block(part)
+            if ranker.lacking_N is not None:
+                scores_BN = with_expected(scores_BN, first_BN, slope, ranker.lacking_N)
+            found.append(scores_BN / spread)
+        return torch.stack(found)
+
+    def _likelihood(self, weights: Floats) -> Likelihood:
+        count = len(weights)
+        value, users, slope, curve = 0.0, 0, np.zeros(count), np.zeros((count, count))
+        for scores_PBN, seen_BN, targets_B in self._blocks():
+            at_B = torch.arange(len(targets_B))
+            logits_BN = torch.tensordot(torch.from_numpy(weights).float(), scores_PBN, 1)
+            log_BN = logits_BN.masked_fill(seen_BN, -torch.inf).log_softmax(1)
+            chance_BN = log_BN.exp()
+            mean_PB = (scores_PBN * chance_BN).sum(2)
+            apart_PBN = scores_PBN - mean_PB[:, :, None]
+            value += float(log_BN[at_B, targets_B].double().sum())
+            slope += apart_PBN[:, at_B, targets_B].double().sum(1).numpy()
+            curve += ((apart_PBN * chance_BN).flatten(1) @ apart_PBN.flatten(1).T).double().numpy()
+            users += len(targets_B)
+        penalty = _PENALTY * float(weights @ weights) / 2
+        return Likelihood(
+            value / users - penalty, slope / users - _PENALTY * weights, curve / users + _PENALTY * np.eye(count)
+        )
+
+
+def maximise(likelihood: Callable[[Floats], Likelihood], weights: Floats) -> Floats:
+    """Maximise a concave likelihood over weights that are not negative, by Newton's method.
+
+    Weights at 0 whose slope points below stay there (projected Newton, Bertsekas 1982); steps that overshoot are
+    halved.
+    """
+    found = likelihood(weights)
+    for _ in range(_STEPS):
+        free = (weights > 0) | (found.slope > 0)
+        step = np.zeros(len(weights))
+        step[free] = np.linalg.solve(found.curve[np.ix_(free, free)], found.slope[free])
+        while True:
+            there = np.maximum(weights + step, 0.0)
+            then = likelihood(there)
+            moved = float(np.abs(there - weights).max(initial=0.0))
+            if then.value >= found.value or moved < _CLOSE:
+                break
+            step /= 2
+        if then.value >= found.value:
+            weights, found = there, then
+        if moved < _CLOSE:
+            break
+    return weights

@@ -18,7 +18,7 @@ from rarec.artefacts import read_manifest, sha256_json
 from rarec.config.ids import RECIPES, Recipe
 from rarec.errors import UserError
 from rarec.ids.models import SequenceModel, build, pad
-from rarec.ranking import Ranker
+from rarec.ranking import VectorRanker
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
@@ -182,7 +182,7 @@ class Source:
         """The item vectors to score with: an item without a vector is scored as the mean item."""
         return with_mean(self.items_NE)
 
-    def ranker(self) -> Ranker:
+    def ranker(self) -> VectorRanker:
         """Return the ID model as a ranker."""
         return ranker_of(self.items_NE, self.users)
 
@@ -205,10 +205,10 @@ def with_mean(items_NE: Floats) -> Floats:
     return np.where(known_N[:, None], items_NE, items_NE[known_N].mean(axis=0))
 
 
-def ranker_of(items_NE: Floats, users: UserVectors) -> Ranker:
+def ranker_of(items_NE: Floats, users: UserVectors) -> VectorRanker:
     """Return a ranker over item vectors, of which some may be zero, and their user vectors."""
     lacking_N = (items_NE == 0).all(1)
-    return Ranker(
+    return VectorRanker(
         np.asarray(with_mean(items_NE)),
         lambda rows, histories: users.vectors(items_NE, rows, histories),
         lacking_N if lacking_N.any() else None,

@@ -2,20 +2,27 @@
 
 from rarec.ranking.intervals import Interval, mean_interval, mean_intervals, paired_interval, paired_intervals
 from rarec.ranking.metrics import metric_values, validation_metrics
-from rarec.ranking.rank import rank_targets, top_k
-from rarec.ranking.rankers import EvalBatch, Ranker, rank_users
+from rarec.ranking.rank import Scores, VectorScores, best_scores, rank_scores, rank_targets, top_k
+from rarec.ranking.rankers import EvalBatch, FusedRanker, Ranker, VectorRanker, rank_users, with_expected
 
 __all__ = [
     "EvalBatch",
+    "FusedRanker",
     "Interval",
     "Ranker",
+    "Scores",
+    "VectorRanker",
+    "VectorScores",
+    "best_scores",
     "mean_interval",
     "mean_intervals",
     "metric_values",
     "paired_interval",
     "paired_intervals",
+    "rank_scores",
     "rank_targets",
     "rank_users",
     "top_k",
     "validation_metrics",
+    "with_expected",
 ]

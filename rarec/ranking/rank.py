@@ -1,9 +1,10 @@
-"""Rank targets, or find the best k, in the full catalogue by one chunked matrix product.
+"""Rank targets, or find the best k, in the full catalogue: scores are computed a block of users at a time.
 
-Shape letters: B users, N catalogue, D dimension, K interest vectors a user, C users of a chunk, S seen pairs.
+Shape letters: B users, N catalogue, D dimension, K interest vectors a user, C users of a block, S seen pairs.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,39 @@ BLOCK_BYTES = 16 << 20
 """Size of one block of scores: small enough to be still in cache when its scores are counted."""
 
 
+class Scores(Protocol):
+    """The scores of B users for the whole catalogue, computed a block at a time.
+
+    Attributes:
+        n_users: B.
+        n_items: N.
+        width: number of arrays of (C, N) that a block takes while it is computed.
+    """
+
+    n_users: int
+    n_items: int
+    width: int
+
+    def block(self, users: slice) -> torch.Tensor:
+        """Return the scores of some users, (C, N). They may be changed, and the next call may overwrite them."""
+
+
 def rank_targets(
     users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
+) -> npt.NDArray[np.int64]:
+    """Return `rank_scores` of the dot products of user and item vectors."""
+    return rank_scores(VectorScores(users, items_ND), targets_B, seen, block_bytes=block_bytes)
+
+
+def top_k(
+    users: Array, items_ND: Array, k: int, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return `best_scores` of the dot products of user and item vectors."""
+    return best_scores(VectorScores(users, items_ND), k, seen, block_bytes=block_bytes)
+
+
+def rank_scores(
+    scores: Scores, targets_B: Rows, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
 ) -> npt.NDArray[np.int64]:
     """Return the rank of each user's target among all items that the user has not seen.
 
@@ -27,12 +59,10 @@ def rank_targets(
     gives all items the same score gets the worst rank, not the best.
 
     Args:
-        users: user vectors, (B, D); or (B, K, D) for K interest vectors, whose best score counts (ComiRec, Cen et
-            al. 2020).
-        items_ND: item vectors.
+        scores: of B users.
         targets_B: item row of each target.
         seen: each user's item rows that do not compete, in any order, repeated or not. A target always competes.
-        block_bytes: bound on the block of scores held at a time; memory does not depend on B.
+        block_bytes: bound on the scores held at a time; memory does not depend on B.
 
     Returns:
         Ranks (B,), 1 the best, at most N.
@@ -40,33 +70,31 @@ def rank_targets(
     Raises:
         UserError: a vector is not finite, or so large that scores would overflow.
     """
-    scorer = _Scorer(users, items_ND, block_bytes)
-    _check_lengths(scorer.n_users, targets=targets_B, seen=seen)
+    _check_lengths(scores.n_users, targets=targets_B, seen=seen)
     targets = torch.as_tensor(np.asarray(targets_B, dtype=np.int64))
-    ranks_B = np.empty(scorer.n_users, dtype=np.int64)
-    for chunk, scores_CN in scorer.blocks():
+    ranks_B = np.empty(scores.n_users, dtype=np.int64)
+    for part, scores_CN in _blocks(scores, block_bytes):
         # The target's score is read from the block itself: computed apart, rounding could separate it from its ties.
-        threshold_C1 = scores_CN.gather(1, targets[chunk, None].to(scores_CN.device))
+        threshold_C1 = scores_CN.gather(1, targets[part, None].to(scores_CN.device))
         at_least_C = (scores_CN >= threshold_C1).sum(dim=1).cpu().numpy()  # counts the target itself: the 1
-        user_S, item_S = _seen_pairs(seen[chunk], scorer.n_items)
-        others = item_S != targets[chunk].numpy()[user_S]
+        user_S, item_S = _seen_pairs(seen[part], scores.n_items)
+        others = item_S != targets[part].numpy()[user_S]
         user_S, item_S = user_S[others], item_S[others]
         hit_S = (scores_CN[user_S, item_S] >= threshold_C1[user_S, 0]).cpu().numpy()
-        ranks_B[chunk] = at_least_C - np.bincount(user_S[hit_S], minlength=len(at_least_C))
+        ranks_B[part] = at_least_C - np.bincount(user_S[hit_S], minlength=len(at_least_C))
     return ranks_B
 
 
-def top_k(
-    users: Array, items_ND: Array, k: int, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
+def best_scores(
+    scores: Scores, k: int, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return the k best unseen items of each user.
 
     Args:
-        users: user vectors, (B, D) or (B, K, D) as in `rank_targets`.
-        items_ND: item vectors.
+        scores: of B users.
         k: number of items; at most N are returned.
         seen: for each user, item rows that must not be returned.
-        block_bytes: bound on the block of scores held at a time.
+        block_bytes: bound on the scores held at a time.
 
     Returns:
         Item rows and scores, both (B, min(k, N)), best first. Where fewer than k unseen items are left, the row is
@@ -75,54 +103,66 @@ def top_k(
     Raises:
         UserError: a vector is not finite, or so large that scores would overflow.
     """
-    scorer = _Scorer(users, items_ND, block_bytes)
-    _check_lengths(scorer.n_users, seen=seen)
-    k = min(k, scorer.n_items)
-    rows_BK = np.empty((scorer.n_users, k), dtype=np.int64)
-    scores_BK = np.empty((scorer.n_users, k), dtype=np.float32)
-    for chunk, scores_CN in scorer.blocks():
-        scores_CN[_seen_pairs(seen[chunk], scorer.n_items)] = -torch.inf
+    _check_lengths(scores.n_users, seen=seen)
+    k = min(k, scores.n_items)
+    rows_BK = np.empty((scores.n_users, k), dtype=np.int64)
+    scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
+    for part, scores_CN in _blocks(scores, block_bytes):
+        scores_CN[_seen_pairs(seen[part], scores.n_items)] = -torch.inf
         best_CK, where_CK = scores_CN.topk(k, dim=1)
         where_CK[best_CK == -torch.inf] = -1
-        rows_BK[chunk], scores_BK[chunk] = where_CK.cpu().numpy(), best_CK.cpu().numpy()
+        rows_BK[part], scores_BK[part] = where_CK.cpu().numpy(), best_CK.cpu().numpy()
     return rows_BK, scores_BK
 
 
-class _Scorer:
-    """Compute scores in blocks of whole catalogue rows. Each block overwrites the one before it."""
+def _blocks(scores: Scores, block_bytes: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    size = max(1, block_bytes // (4 * scores.n_items * scores.width))
+    for start in range(0, scores.n_users, size):
+        part = slice(start, min(start + size, scores.n_users))
+        yield part, scores.block(part)
 
-    def __init__(self, users: Array, items_ND: Array, block_bytes: int) -> None:
-        self.items_ND = _tensor(items_ND)
-        self.users = users if users.ndim == 3 else users[:, None]
-        self.n_users, self.per_user, dim = (int(size) for size in self.users.shape)
-        self.n_items = len(self.items_ND)
-        if dim != self.items_ND.shape[1]:
+
+class VectorScores:
+    """Scores that are dot products; of a user with several vectors, the best one (ComiRec, Cen et al. 2020).
+
+    Args:
+        users: user vectors, (B, D), or (B, K, D).
+        items_ND: item vectors.
+
+    Raises:
+        UserError: dimensions differ, or an item vector is not finite.
+    """
+
+    def __init__(self, users: Array, items_ND: Array) -> None:
+        self._items_ND = _tensor(items_ND)
+        self._users = users if users.ndim == 3 else users[:, None]
+        self.n_users, self.width, dim = (int(size) for size in self._users.shape)
+        self.n_items = len(self._items_ND)
+        if dim != self._items_ND.shape[1]:
             raise UserError(
-                f"user vectors have {dim} dimensions, item vectors {self.items_ND.shape[1]}",
+                f"user vectors have {dim} dimensions, item vectors {self._items_ND.shape[1]}",
                 "use user and item vectors of the same model",
             )
-        self.chunk = max(1, block_bytes // (4 * self.n_items * self.per_user))
-        self.item_peak = _peak(self.items_ND, "item")
+        self._item_peak = _peak(self._items_ND, "item")
+        self._out = self._items_ND.new_empty(0, self.n_items)
 
-    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield each chunk of users with its scores (C, N)."""
-        items_DN = self.items_ND.T
-        out = self.items_ND.new_empty(min(self.chunk, self.n_users) * self.per_user, self.n_items)
-        for start in range(0, self.n_users, self.chunk):
-            chunk = slice(start, min(start + self.chunk, self.n_users))
-            users_CKD = _tensor(self.users[chunk]).to(self.items_ND.device)
-            self._raise_if_overflow(_peak(users_CKD, "user"))
-            rows = users_CKD.flatten(0, 1)
-            scores = torch.mm(rows, items_DN, out=out[: len(rows)])
-            if self.per_user > 1:
-                scores = scores.view(-1, self.per_user, self.n_items).amax(dim=1)
-            yield chunk, scores
+    def block(self, users: slice) -> torch.Tensor:
+        """See `Scores`."""
+        users_CKD = _tensor(self._users[users]).to(self._items_ND.device)
+        self._raise_if_overflow(_peak(users_CKD, "user"))
+        rows = users_CKD.flatten(0, 1)
+        if len(self._out) < len(rows):
+            self._out = self._items_ND.new_empty(len(rows), self.n_items)
+        scores = torch.mm(rows, self._items_ND.T, out=self._out[: len(rows)])
+        if self.width > 1:
+            scores = scores.view(-1, self.width, self.n_items).amax(dim=1)
+        return scores
 
     def _raise_if_overflow(self, user_peak: float) -> None:
         """Check a bound of the scores: the product of two finite vectors may be infinite or NaN, which has no rank."""
-        if user_peak * self.item_peak * self.items_ND.shape[1] > torch.finfo(torch.float32).max:
+        if user_peak * self._item_peak * self._items_ND.shape[1] > torch.finfo(torch.float32).max:
             raise UserError(
-                f"scores overflow: vectors reach {user_peak:.3g} (users) and {self.item_peak:.3g} (items)",
+                f"scores overflow: vectors reach {user_peak:.3g} (users) and {self._item_peak:.3g} (items)",
                 "lower the learning rate if training diverged; rescale imported vectors",
             )
 

@@ -6,15 +6,17 @@ the report, and recommendation.
 Shape letters: B users of a chunk, U all users, N catalogue, K vectors of a user, Z size of a scored vector.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from rarec.data.dataset import EvalTargets, PreparedDataset
-from rarec.ranking.rank import rank_targets, top_k
+from rarec.ranking.rank import Scores, VectorScores, best_scores, rank_scores
 from rarec.world import SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
@@ -83,14 +85,42 @@ class EvalBatch:
             yield EvalBatch(self.user_rows[part], self.histories[part], self.targets[part])
 
 
+class Ranker(ABC):
+    """A model as ranking sees it.
+
+    Attributes:
+        lacking_N: marks items that it knows nothing of, such as those without an ID vector, which it scores as the mean
+            item; None if there are none.
+    """
+
+    lacking_N: npt.NDArray[np.bool_] | None = None
+
+    @abstractmethod
+    def scored(self, chunk: EvalBatch) -> Scores:
+        """Compute what the users of a chunk need once, such as their vectors; return their scores."""
+
+    def scores(self, batch: EvalBatch) -> Float32:
+        """Return the scores of the whole catalogue, (B, N)."""
+        found: Float32 = self.scored(batch).block(slice(0, len(batch.user_rows))).numpy(force=True)
+        return found.copy()
+
+    def ranks(self, batch: EvalBatch, world: World = SINGLE, users_at_a_time: int = USERS_AT_A_TIME) -> Ranks:
+        """Return the rank of each target, (U,); see `rank_users`."""
+        return rank_users(batch, {"": self}, world, users_at_a_time)[""]
+
+    def top_k(self, batch: EvalBatch, k: int) -> npt.NDArray[np.int64]:
+        """Return item rows of each user's k best unseen items, best first, (B, min(k, N)); -1 where none is left."""
+        return best_scores(self.scored(batch), k, batch.histories)[0]
+
+
 @dataclass(frozen=True)
-class Ranker:
-    """A model as ranking sees it: item vectors, and a function that makes user vectors. Score = dot product.
+class VectorRanker(Ranker):
+    """Scores are dot products of user and item vectors.
 
     Attributes:
         items_NZ: the catalogue's vectors.
         users: maps user rows and histories to user vectors, (B, Z); or (B, K, Z), where the best of K scores counts.
-        lacking_N: marks items without a vector of their own, which are scored as the mean item; None if there are none.
+        lacking_N: see `Ranker`.
     """
 
     items_NZ: Float32
@@ -98,12 +128,12 @@ class Ranker:
     lacking_N: npt.NDArray[np.bool_] | None = None
 
     @classmethod
-    def of_counts(cls, counts_N: Rows) -> "Ranker":
+    def of_counts(cls, counts_N: Rows) -> "VectorRanker":
         """Rank by popularity: the log of how often each item occurs in training, the same for all users."""
         logs_N1 = np.log1p(counts_N, dtype=np.float32)[:, None]
         return cls(logs_N1, lambda rows, histories: np.ones((len(rows), 1), np.float32))
 
-    def cached(self) -> "Ranker":
+    def cached(self) -> "VectorRanker":
         """Return a ranker that keeps the last chunk's user vectors, for a fusion that ranks the same chunk next."""
         last: list[tuple[Sequence[Rows], Float32]] = []
 
@@ -114,42 +144,59 @@ class Ranker:
 
         return replace(self, users=users)
 
-    def fused(self, other: "Ranker", weight: float, slope: float) -> "Ranker":
-        """Return the late fusion of two rankers: this one's score plus `weight` times the other's.
+    def scored(self, chunk: EvalBatch) -> Scores:
+        """See `Ranker`."""
+        return VectorScores(self.users(chunk.user_rows, chunk.histories), self.items_NZ)
 
-        Args:
-            other: its score is the best of its K.
-            weight: not negative.
-            slope: of the other's score over this one's. For an item that the other has no vector of, the other's score
-                is predicted: its deviation from the user's mean is `slope` times the deviation of this one's score.
-        """
 
-        def users(rows: Rows, histories: Sequence[Rows]) -> Float32:
-            others_BKE = other.users(rows, histories).reshape(len(rows), -1, other.items_NZ.shape[1])
-            own_BKZ = np.repeat(self.users(rows, histories)[:, None], others_BKE.shape[1], 1)
-            return np.concatenate([own_BKZ, weight * others_BKE], 2, dtype=np.float32)
+@dataclass(frozen=True)
+class FusedRanker(Ranker):
+    """Late fusion: the weighted sum of several models' scores.
 
-        own_NZ = self.items_NZ
-        if other.lacking_N is not None:
-            mean_Z = own_NZ[~other.lacking_N].mean(0)
-            expected_NZ = own_NZ + weight * slope * (own_NZ - mean_Z)
-            own_NZ = np.where(other.lacking_N[:, None], expected_NZ, own_NZ)
-        return Ranker(np.concatenate([own_NZ, other.items_NZ], 1), users)
+    Attributes:
+        parts: the models.
+        weights: of their scores.
+        slopes: of each model's score over the first one's. Of an item that a model lacks, the score is predicted: its
+            deviation from the user's mean is the slope times the deviation of the first model's score.
+    """
 
-    def scores(self, batch: EvalBatch) -> Float32:
-        """Return the scores of the whole catalogue, (B, N)."""
-        users = self.users(batch.user_rows, batch.histories)
-        scores_BN: Float32 = (users.reshape(len(users), -1, self.items_NZ.shape[1]) @ self.items_NZ.T).max(1)
-        return scores_BN
+    parts: tuple[Ranker, ...]
+    weights: tuple[float, ...]
+    slopes: tuple[float, ...]
 
-    def ranks(self, batch: EvalBatch, world: World = SINGLE, users_at_a_time: int = USERS_AT_A_TIME) -> Ranks:
-        """Return the rank of each target, (U,); see `rank_users`."""
-        return rank_users(batch, {"": self}, world, users_at_a_time)[""]
+    def scored(self, chunk: EvalBatch) -> Scores:
+        """See `Ranker`."""
+        return FusedScores([part.scored(chunk) for part in self.parts], self)
 
-    def top_k(self, batch: EvalBatch, k: int) -> npt.NDArray[np.int64]:
-        """Return item rows of each user's k best unseen items, best first, (B, min(k, N)); -1 where none is left."""
-        users = self.users(batch.user_rows, batch.histories)
-        return top_k(users, self.items_NZ, k, batch.histories)[0]
+
+class FusedScores:
+    """Scores of a `FusedRanker`."""
+
+    def __init__(self, parts: list[Scores], ranker: FusedRanker) -> None:
+        self._parts, self._ranker = parts, ranker
+        self.n_users, self.n_items = parts[0].n_users, parts[0].n_items
+        self.width = sum(part.width for part in parts) + 1
+
+    def block(self, users: slice) -> torch.Tensor:
+        """See `Scores`."""
+        first_CN = self._parts[0].block(users)
+        sum_CN = first_CN * self._ranker.weights[0]
+        rest = zip(self._parts, self._ranker.parts, self._ranker.weights, self._ranker.slopes, strict=True)
+        for scores, ranker, weight, slope in list(rest)[1:]:
+            part_CN = scores.block(users)
+            if ranker.lacking_N is not None:
+                part_CN = with_expected(part_CN, first_CN, slope, ranker.lacking_N)
+            sum_CN.add_(part_CN, alpha=weight)
+        return sum_CN
+
+
+def with_expected(
+    scores_CN: torch.Tensor, first_CN: torch.Tensor, slope: float, lacking_N: npt.NDArray[np.bool_]
+) -> torch.Tensor:
+    """Return scores to which, for items that are lacking, the deviation is added that the first model lets expect."""
+    lacking = torch.from_numpy(lacking_N).to(first_CN.device)
+    mean_C1 = first_CN[:, ~lacking].mean(1, keepdim=True)
+    return scores_CN + slope * (first_CN - mean_C1) * lacking
 
 
 def rank_users(
@@ -184,7 +231,21 @@ def rank_users(
 
 def _ranks_of_chunk(chunk: EvalBatch, ranker: Ranker, world: World) -> Ranks:
     """Rank this process's share of the chunk; exchange the ranks."""
-    users, own = ranker.users(chunk.user_rows, chunk.histories), slice(world.rank, None, world.size)
-    ranks_B = np.zeros(len(users), np.int64)
-    ranks_B[own] = rank_targets(users[own], ranker.items_NZ, chunk.targets[own], chunk.histories[own])
+    own = slice(world.rank, None, world.size)
+    scores = ranker.scored(chunk)  # by all ranks together: a sharded model must be called equally often
+    ranks_B = np.zeros(len(chunk.user_rows), np.int64)
+    ranks_B[own] = rank_scores(_Share(scores, own), chunk.targets[own], chunk.histories[own])
     return world.all_reduce_sum_(ranks_B)
+
+
+class _Share:
+    """The scores of one process's users, of every `step`-th."""
+
+    def __init__(self, scores: Scores, own: slice) -> None:
+        self._scores, self._own = scores, range(scores.n_users)[own]
+        self.n_users, self.n_items, self.width = len(self._own), scores.n_items, scores.width
+
+    def block(self, users: slice) -> torch.Tensor:
+        """See `Scores`."""
+        mine = self._own[users]
+        return self._scores.block(slice(mine.start, mine.stop, mine.step))

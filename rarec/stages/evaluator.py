@@ -16,7 +16,7 @@ from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
 from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
-from rarec.ranking import EvalBatch, Ranker, rank_users
+from rarec.ranking import EvalBatch, Ranker, VectorRanker, rank_users
 from rarec.stages.run import Run
 from rarec.stages.train import TrainStage
 
@@ -51,15 +51,18 @@ class Evaluator:
         )
         self.external = external_ranks(config.evaluate.external, users, say=run.say)  # before hours of ranking
         self.ids = run.baseline.ranker()
-        self.weights: dict[str, float] = {}
+        self.popularity = VectorRanker.of_counts(dataset.train_counts_N)
+        self.weights: dict[str, dict[str, float]] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
         self._best: dict[str, npt.NDArray[np.int64]] = {ID_ONLY: self._examples.best(self.ids)}
 
     def ranks(self) -> Ranks:
         """Rank the test targets by every row: ID model, trained variants, fusions, sanity checks, outside systems."""
-        popular = self._with_popularity(ID_ONLY, self.ids) if self.run.config.evaluate.fusion else {}
-        ranks = self._rank(self.test, {ID_ONLY: self.ids, **popular})
+        rankers: dict[str, Ranker] = {ID_ONLY: self.ids}
+        if self.run.config.evaluate.fusion:
+            rankers |= self._fused(ID_ONLY + POPULAR, {"popularity": self.popularity, "id": self.ids})
+        ranks = self._rank(self.test, rankers)
         for name in self.run.config.variants:  # one trained variant is loaded at a time
             model = TrainStage(self.run, name).best_model()
             with self.run.engine.serving(model):
@@ -108,10 +111,10 @@ class Evaluator:
             self._best[name] = self._examples.best(ranker)
         rankers: dict[str, Ranker] = {name: ranker}
         if config.evaluate.fusion:
-            fused, self.weights[name] = fuse(ranker, self.ids, self.validation)
-            rankers[name + FUSED] = fused
+            parts: dict[str, Ranker] = {name: ranker, "id": self.ids}
+            rankers |= self._fused(name + FUSED, parts)
             if name in ("text_only", self.main):
-                rankers |= self._with_popularity(name + FUSED, fused)
+                rankers |= self._fused(name + FUSED + POPULAR, {**parts, "popularity": self.popularity})
         ranks = self._rank(self.test, rankers)
         if name == self.main and config.evaluate.sanity_checks:
             shuffled = EvalBatch.of(run.dataset, self.targets, self.seed)
@@ -119,11 +122,11 @@ class Evaluator:
             ranks |= self._rank(self.test, {f"{name}/permuted_ids": self._ranker_of(model, permuted=True)})
         return ranks
 
-    def _with_popularity(self, name: str, ranker: Ranker) -> dict[str, Ranker]:
-        """Return a ranker's fusion with popularity, the cheapest baseline of what slots may bring."""
-        popularity = Ranker.of_counts(self.run.dataset.train_counts_N)
-        fused, self.weights[name + POPULAR] = fuse(popularity, ranker, self.validation)
-        return {name + POPULAR: fused}
+    def _fused(self, row: str, parts: dict[str, Ranker]) -> dict[str, Ranker]:
+        """Return the late fusion of some models, as the row of that name."""
+        fusion = fuse(parts, self.validation)
+        self.weights[row] = fusion.weights
+        return {row: fusion.ranker}
 
     def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker]) -> Ranks:
         ranks = rank_users(batch, rankers, self.run.world)
@@ -131,13 +134,13 @@ class Evaluator:
             self.run.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
         return ranks
 
-    def _ranker_of(self, model: RaRec, permuted: bool = False) -> Ranker:
+    def _ranker_of(self, model: RaRec, permuted: bool = False) -> VectorRanker:
         sources = self.run.sources
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.run.config.evaluate.batch_size
         encoder = Encoder(model, self.run.prompts, sources, batch_size, self.run.world)
-        return Ranker(encoder.items(), encoder.users).cached()
+        return VectorRanker(encoder.items(), encoder.users).cached()
 
 
 def write_ranks(path: Path, run: Run, test: EvalBatch, ranks: Ranks) -> None:

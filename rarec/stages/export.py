@@ -89,7 +89,7 @@ def recommend(run: "Run", user: str, k: int, bundle: Path | None = None) -> list
     import numpy as np
 
     from rarec.models.encode import Encoder
-    from rarec.ranking import EvalBatch, Ranker
+    from rarec.ranking import EvalBatch, VectorRanker
     from rarec.serving.bundle import load_bundle
 
     dataset = run.dataset
@@ -103,5 +103,5 @@ def recommend(run: "Run", user: str, k: int, bundle: Path | None = None) -> list
     batch = EvalBatch(np.array([row]), [sequence], sequence[-1:])
     with run.engine.serving(model):
         encoder = Encoder(model, run.prompts, run.sources, run.config.evaluate.batch_size, run.world)
-        best = [int(item) for item in Ranker(encoder.items(), encoder.users).top_k(batch, k)[0] if item >= 0]
+        best = [int(item) for item in VectorRanker(encoder.items(), encoder.users).top_k(batch, k)[0] if item >= 0]
     return [(str(dataset.item_ids[item]), dataset.titles[item]) for item in best]
