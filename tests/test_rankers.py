@@ -9,7 +9,7 @@ from scipy.special import softmax
 
 from rarec.evaluation.fusion import Likelihood, fuse, maximise
 from rarec.evaluation.result_rows import pairs_of_interest
-from rarec.ranking import EvalBatch, FusedRanker, Ranker, VectorRanker, rank_targets, rank_users
+from rarec.ranking import EvalBatch, FusedRanker, VectorRanker, rank_targets, rank_users
 
 RNG = np.random.default_rng(0)
 
