@@ -162,7 +162,7 @@ def test_no_variant_is_compared_with_itself_or_twice_with_another(main):
     variants = [
         "id_only",
         *(name + part for name in ("text_only", "prefix_only", "input", "per_layer") for part in ("", "+id")),
-        *(f"{name}+popularity" for name in ("id_only", "text_only+id", f"{main}+id")),
+        *(f"{name}+cheap" for name in ("id_only", "text_only+id", f"{main}+id")),
     ]
     pairs = pairs_of_interest(variants, main)
     assert len({frozenset(pair) for pair in pairs}) == len(pairs)
@@ -175,13 +175,13 @@ def test_no_variant_is_compared_with_itself_or_twice_with_another(main):
 
 def test_any_variant_that_may_be_the_best_is_compared_with_the_id_model_and_with_text_and_id():
     names = ["text_only", "text_only+id", "input", "input+id", "per_layer", "per_layer+id"]
-    popular = ["id_only+popularity", "text_only+id+popularity", "per_layer+id+popularity"]
+    popular = ["id_only+cheap", "text_only+id+cheap", "per_layer+id+cheap"]
     pairs = pairs_of_interest(["id_only", *names, *popular, "per_layer/permuted_ids"], "per_layer")
     assert {(name, "id_only") for name in names} <= set(pairs)
     assert {frozenset((name, "text_only+id")) for name in names if name != "text_only+id"} <= set(map(frozenset, pairs))
-    assert ("per_layer+id+popularity", "id_only+popularity") in pairs
-    assert ("text_only+id+popularity", "id_only+popularity") in pairs
-    assert ("per_layer+id+popularity", "text_only+id+popularity") in pairs
+    assert ("per_layer+id+cheap", "id_only+cheap") in pairs
+    assert ("text_only+id+cheap", "id_only+cheap") in pairs
+    assert ("per_layer+id+cheap", "text_only+id+cheap") in pairs
     assert ("per_layer/permuted_ids", "id_only") not in pairs
 
 

@@ -42,7 +42,7 @@ def test_metrics_carry_variant_protocol_interval_and_n(run):
     rows = read_json(run.directory("evaluate") / "metrics.json")
     variants = {row["variant"] for row in rows}
     assert {"id_only", "text_only", "per_layer", "text_only+id", "per_layer+id"} <= variants
-    assert {"id_only+popularity", "text_only+id+popularity", "per_layer+id+popularity"} <= variants
+    assert {"id_only+cheap", "text_only+id+cheap", "per_layer+id+cheap"} <= variants
     assert {"per_layer/shuffled_history", "per_layer/permuted_ids"} <= variants
     for row in rows:
         assert set(row) == {"variant", "metric", "protocol", "value", "low", "high", "n"}
@@ -68,8 +68,8 @@ def test_paired_comparisons_are_differences_of_the_same_users(run):
     assert {(row["variant"], row["baseline"]) for row in rows} >= {
         ("per_layer", "id_only"),
         ("per_layer+id", "text_only+id"),
-        ("per_layer+id+popularity", "text_only+id+popularity"),
-        ("per_layer+id+popularity", "id_only+popularity"),
+        ("per_layer+id+cheap", "text_only+id+cheap"),
+        ("per_layer+id+cheap", "id_only+cheap"),
     }
     for row in rows:
         expected = values[row["variant"], row["metric"]] - values[row["baseline"], row["metric"]]

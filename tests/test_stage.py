@@ -324,7 +324,7 @@ def test_the_commit_is_asked_for_before_the_work(recorded, monkeypatch):
 
 
 def test_stages_are_named_in_their_order_and_unknown_ones_are_refused(run):
-    with pytest.raises(UserError, match="there are: prepare ids shards train evaluate export report"):
+    with pytest.raises(UserError, match="there are: prepare ids neighbours shards train evaluate export report"):
         run.run(["prepare", "bake"])
     with pytest.raises(UserError, match="there are"):
         run.run([])

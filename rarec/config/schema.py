@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from rarec.config.ids import IMPORTED_FILES, Ids, Import
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
+from rarec.config.neighbours import Neighbours
 from rarec.config.section import (
     Blocks,
     Count,
@@ -201,6 +202,7 @@ class RunConfig(Section):
     ids: Ids = Ids()
     sources: dict[SourceName, Import] = Field(default={})
     """Further frozen vectors by name (image, text, ...), beside `id`."""
+    neighbours: Neighbours = Neighbours()
     llm: Llm
     prompt: Prompt = Prompt()
     shards: Shards = Shards()

@@ -1,7 +1,8 @@
 """Row names, titles and number formats of results, and the one order in which variants are shown.
 
-A row of the results is named `VARIANT`; `VARIANT+id` (late fusion: the ID model's score added); `VARIANT+id+popularity`
-(the log of the item's popularity added as well); `VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system).
+A row of the results is named `VARIANT`; `VARIANT+id` (late fusion: the ID model's score added); `VARIANT+id+cheap`
+(neighbour models and the log of the item's popularity added as well; in earlier results `+popularity`, that alone);
+`VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system).
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,9 @@ from rarec.inert import inert
 
 ID_ONLY = "id_only"
 FUSED = "+id"
-POPULAR = "+popularity"
+CHEAP, POPULAR = "+cheap", "+popularity"
+ALL_CHEAP = "cheap"
+"""Row of all that needs no training: neighbour models and popularity, fused."""
 LATE_FUSION = "text_only" + FUSED
 """The strong baseline: scores of the language model without slots and of the ID model, added."""
 EXTERNAL = "external:"
@@ -22,12 +25,18 @@ FULL = "full"
 GROUPS = (
     "Each variant alone",
     "With the ID model's score added (late fusion)",
-    "With the log of an item's popularity added as well",
+    "With all that is cheap added as well: neighbours and popularity, which need no training",
     "Sanity checks",
 )
 """Headings of the groups of rows, by `variant_group`."""
 _ADDED = {"id": "ID"}
 _ID_TITLE = "ID model"
+_CHEAP_TITLES = {
+    "cooccurrence": "bought together (item-kNN)",
+    "transition": "bought next",
+    "lexical": "similar words (TF-IDF)",
+    ALL_CHEAP: "all that is cheap",
+}
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -64,8 +73,13 @@ def variant_order(variant: str) -> tuple[int, int, str]:
 
 
 def variant_group(variant: str) -> int:
-    """Return 0 for a plain variant, 1 for a late fusion, 2 for one with popularity, 3 for a sanity check."""
-    return 3 if "/" in variant else 2 if variant.endswith(POPULAR) else 1 if "+" in variant else 0
+    """Return 0 for a plain variant, 1 for a late fusion, 2 for one with all that is cheap, 3 for a sanity check."""
+    return 3 if "/" in variant else 2 if cheap_suffix(variant) else 1 if "+" in variant else 0
+
+
+def cheap_suffix(variant: str) -> str:
+    """Return `+cheap` or `+popularity` if the row's name ends so."""
+    return next((suffix for suffix in (CHEAP, POPULAR) if variant.endswith(suffix)), "")
 
 
 def metric_title(metric: str) -> str:
@@ -118,4 +132,4 @@ def listed(parts: list[str]) -> str:
 
 
 def _titles() -> dict[str, str]:
-    return {ID_ONLY: _ID_TITLE, **variant_titles()}
+    return {**_CHEAP_TITLES, ID_ONLY: _ID_TITLE, **variant_titles()}

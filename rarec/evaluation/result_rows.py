@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.evaluation.labels import FULL, POPULAR, is_external
+from rarec.evaluation.labels import FULL, cheap_suffix, is_external
 from rarec.ranking.intervals import mean_intervals, paired_intervals
 from rarec.ranking.metrics import metric_values
 
@@ -66,8 +66,8 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     """Return the pairs (variant, baseline) that are compared, each once.
 
     The main variant with every other; its fusion with other fusions and external systems; its sanity checks with it;
-    and, as any of them may be the best, every variant with the ID model and with text only + ID, both with popularity
-    where the variant has it.
+    and, as any of them may be the best, every variant with the ID model and with text only + ID, both with all that
+    is cheap where the variant has it.
 
     Args:
         variants: all row names.
@@ -81,8 +81,8 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     text = [(name, "text_only") for name in (f"{main}/permuted_ids", "prefix_only")]
     external = [(f"{main}+id", name) for name in names if is_external(name)]
     own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith("id_only")]
-    popular = {name: POPULAR if name.endswith(POPULAR) else "" for name in own}
-    others = [(name, baseline + popular[name]) for name in own for baseline in baselines]
+    cheap = {name: cheap_suffix(name) for name in own}
+    others = [(name, baseline + cheap[name]) for name in own for baseline in baselines]
     once: dict[frozenset[str], tuple[str, str]] = {}
     for pair in plain + fused + others + sanity_checks + text + external:
         once.setdefault(frozenset(pair), pair)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rarec.config import RunConfig
 from rarec.evaluation.findings import Finding, Outcome, Row, find
 from rarec.evaluation.labels import (
+    CHEAP,
     FULL,
     FUSED,
     HEADLINE,
@@ -13,6 +14,7 @@ from rarec.evaluation.labels import (
     LATE_FUSION,
     POPULAR,
     base_variant,
+    cheap_suffix,
     figure,
     interval,
     is_external,
@@ -39,7 +41,7 @@ class BestVariant:
         metric: the primary metric.
         value: its value.
         findings: its paired comparison with each baseline other than itself; None where they were not compared. A row
-            with popularity is compared with the baselines with popularity.
+            with all that is cheap is compared with the baselines with it.
         better_outside: title and value of the best external row, if that is higher.
     """
 
@@ -102,7 +104,7 @@ class BestVariant:
         return any(
             finding is not None and finding.outcome == "better"
             for name, finding in self.findings.items()
-            if name.removesuffix(POPULAR) == baseline
+            if name.removesuffix(cheap_suffix(name)) == baseline
         )
 
 
@@ -141,8 +143,8 @@ def best_variant(metrics: Sequence[Row], comparisons: Sequence[Row]) -> BestVari
     if best is None:
         return None
     name, value = best["variant"], best["value"]
-    popular = POPULAR if name.endswith(POPULAR) else ""
-    baselines = [baseline + popular for baseline in BASELINES if baseline + popular != name]
+    cheap = cheap_suffix(name)
+    baselines = [baseline + cheap for baseline in BASELINES if baseline + cheap != name]
     findings = {baseline: find(comparisons, name, baseline, primary) for baseline in baselines}
     above = ranked[0] if ranked[0]["value"] > value else None
     return BestVariant(
@@ -249,7 +251,7 @@ def _other_metrics(comparisons: Sequence[Row], variant: str, primary: str, findi
 
 
 def _beyond_late_fusion(comparisons: Sequence[Row], variant: str, metric: str) -> list[str]:
-    """Compare both sides with the ID score added, and with popularity added as well: what do the slots add?"""
+    """Compare both sides with the ID score added, and with all that is cheap added as well: what do the slots add?"""
     meaning = {
         "better": "the slots add information that the added scores do not have",
         "inconclusive": "no evidence that the slots add information beyond the added scores",
@@ -258,7 +260,7 @@ def _beyond_late_fusion(comparisons: Sequence[Row], variant: str, metric: str) -
     if variant + FUSED == LATE_FUSION:
         return []
     sentences = []
-    for added in ("", POPULAR):
+    for added in ("", POPULAR, CHEAP):
         finding = find(comparisons, variant + FUSED + added, LATE_FUSION + added, metric)
         if finding is not None:
             title = variant_title(finding.variant)

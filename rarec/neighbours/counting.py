@@ -59,19 +59,20 @@ def transition(log: ir.Table, top: int, steps: int, decay: float, shrinkage: flo
         decay: factor for each further step.
         shrinkage: number of interactions.
     """
-    sizes = log.group_by("item").agg(size=log.count())
-    later = log.select(user="user", neighbour="item", then="position")
-    pairs = log.inner_join(later, "user")
-    gap = pairs.then - pairs.position
-    pairs = pairs.mutate(gap=gap).filter(ibis._.gap >= 1, ibis._.gap <= steps, ibis._["item"] != ibis._.neighbour)
+    sizes = log.group_by("item").agg(rows=log.count())
+    later = [
+        log.select(user="user", neighbour="item", position=log.position - step, gap=ibis.literal(step))
+        for step in range(1, steps + 1)
+    ]
+    pairs = log.inner_join(ibis.union(*later), ["user", "position"]).filter(ibis._["item"] != ibis._.neighbour)
     counts = {f"at_{step}": (pairs.gap == step).sum() for step in range(1, steps + 1)}
     counted = pairs.group_by("item", "neighbour").agg(**counts)
     weight = counted.at_1.cast("float64")
     for step in range(2, steps + 1):
         weight = weight + counted[f"at_{step}"].cast("float64") * decay ** (step - 1)
     counted = counted.mutate(weight=weight).inner_join(sizes, "item")
-    counted = counted.inner_join(sizes.select(neighbour="item", others="size"), "neighbour")
-    size = (counted.size.cast("float64") * counted.others.cast("float64")).sqrt() + shrinkage
+    counted = counted.inner_join(sizes.select(neighbour="item", others="rows"), "neighbour")
+    size = (counted["rows"].cast("float64") * counted.others.cast("float64")).sqrt() + shrinkage
     return best(counted.select("item", "neighbour", score=counted.weight / size), top)
 
 

@@ -3,6 +3,7 @@
 from rarec.stages.evaluate import EvaluateStage
 from rarec.stages.export import ExportStage
 from rarec.stages.ids import IdsStage
+from rarec.stages.neighbours import NeighboursStage
 from rarec.stages.prepare import PrepareStage
 from rarec.stages.report import ReportStage
 from rarec.stages.shards import ShardsStage
@@ -14,6 +15,7 @@ STAGES: dict[str, type[Stage]] = {
     for stage in (
         PrepareStage,
         IdsStage,
+        NeighboursStage,
         ShardsStage,
         TrainStage,
         EvaluateStage,

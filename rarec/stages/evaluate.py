@@ -22,7 +22,7 @@ class EvaluateStage(Stage):
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""
         config = self.run.config
-        sections = config.sections("evaluate", "report")
+        sections = config.sections("evaluate", "report", "neighbours")
         variants = {"variants": list(config.variants), "main": config.main_variant.name}
         return {"seed": config.run.seed, **sections, **variants}
 
@@ -31,7 +31,8 @@ class EvaluateStage(Stage):
         run = self.run
         trained: dict[str, Stage] = {name: run.stage("train", name) for name in run.config.variants}
         baseline, _ = run.config.baseline
-        return {**trained, "prepare": run.stage("prepare"), "baseline": run.stage("ids", baseline)}
+        counted = {f"neighbours/{name}": run.stage("neighbours", name) for name in run.config.neighbours.models}
+        return {**trained, **counted, "prepare": run.stage("prepare"), "baseline": run.stage("ids", baseline)}
 
     def outside_inputs(self) -> dict[str, str]:
         """See `Stage`: hashes of outside ranks. The shards must be of the language model and prompt as they are now."""

@@ -12,7 +12,7 @@ from rarec.evaluation.diagnostics import variant_diagnostics
 from rarec.evaluation.examples import Examples
 from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
-from rarec.evaluation.labels import FUSED, ID_ONLY, POPULAR
+from rarec.evaluation.labels import ALL_CHEAP, CHEAP, FUSED, ID_ONLY
 from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
@@ -51,7 +51,10 @@ class Evaluator:
         )
         self.external = external_ranks(config.evaluate.external, users, say=run.say)  # before hours of ranking
         self.ids = run.baseline.ranker()
-        self.popularity = VectorRanker.of_counts(dataset.train_counts_N)
+        self.cheap: dict[str, Ranker] = {
+            **run.neighbours,
+            "popularity": VectorRanker.of_counts(dataset.train_counts_N),
+        }
         self.weights: dict[str, dict[str, float]] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
@@ -61,7 +64,8 @@ class Evaluator:
         """Rank the test targets by every row: ID model, trained variants, fusions, sanity checks, outside systems."""
         rankers: dict[str, Ranker] = {ID_ONLY: self.ids}
         if self.run.config.evaluate.fusion:
-            rankers |= self._fused(ID_ONLY + POPULAR, {"popularity": self.popularity, "id": self.ids})
+            rankers |= self.run.neighbours | self._fused(ALL_CHEAP, self.cheap)
+            rankers |= self._fused(ID_ONLY + CHEAP, {**self.cheap, "id": self.ids})
         ranks = self._rank(self.test, rankers)
         for name in self.run.config.variants:  # one trained variant is loaded at a time
             model = TrainStage(self.run, name).best_model()
@@ -113,8 +117,7 @@ class Evaluator:
         if config.evaluate.fusion:
             parts: dict[str, Ranker] = {name: ranker, "id": self.ids}
             rankers |= self._fused(name + FUSED, parts)
-            if name in ("text_only", self.main):
-                rankers |= self._fused(name + FUSED + POPULAR, {**parts, "popularity": self.popularity})
+            rankers |= self._fused(name + FUSED + CHEAP, {**parts, **self.cheap})
         ranks = self._rank(self.test, rankers)
         if name == self.main and config.evaluate.sanity_checks:
             shuffled = EvalBatch.of(run.dataset, self.targets, self.seed)

@@ -25,12 +25,17 @@ if TYPE_CHECKING:
     from rarec.models.build import SourceShape
     from rarec.models.language_model import LoadedModel
     from rarec.models.towers import RaRec
+    from rarec.neighbours.ranker import NeighbourRanker
     from rarec.prompts import PromptPair
     from rarec.training.engines import Engine
     from rarec.world import World
 
 Say = Callable[[str], None]
-OPENED = {"prepare": ("dataset", "sources", "baseline", "prompts"), "ids": ("sources", "baseline", "prompts")}
+OPENED = {
+    "prepare": ("dataset", "sources", "baseline", "prompts", "neighbours"),
+    "ids": ("sources", "baseline", "prompts"),
+    "neighbours": ("neighbours",),
+}
 """Properties of a run that hold opened artefacts, by the stage that makes these."""
 
 
@@ -215,6 +220,11 @@ class Run:
         name, _ = self.config.baseline
         return self.sources["id"] if name == "id" else self._source(name)
 
+    @cached_property
+    def neighbours(self) -> "dict[str, NeighbourRanker]":
+        """Every neighbour model as a ranker."""
+        return {name: self._neighbours(name) for name in self.config.neighbours.models}
+
     @property
     def shapes(self) -> dict[str, "SourceShape"]:
         """The dimension, and the vectors per user, of every source."""
@@ -290,6 +300,19 @@ class Run:
         stage.check_files()
         section = self.config.vectors_by_name[name]
         return open_source(stage.directory, section.recipe if isinstance(section, Ids) else None)
+
+    def _neighbours(self, name: str) -> "NeighbourRanker":
+        from rarec.neighbours.make import TABLE
+        from rarec.neighbours.ranker import NeighbourRanker, read_table
+
+        stage, config = self.stage("neighbours", name), self.config.neighbours
+        stage.require()
+        stage.check_files()
+        lacking_N = None if name == "lexical" else self.dataset.train_counts_N == 0
+        table = read_table(stage.directory / TABLE, self.dataset.n_items)
+        return NeighbourRanker(
+            table, config.newest, config.decay, lacking_N if lacking_N is not None and lacking_N.any() else None
+        )
 
     def _evaluated(self, name: str) -> Path:
         """Return a file of the evaluation, checked to be of the variants as they are configured."""

@@ -1,0 +1,38 @@
+"""The section `neighbours`: models that only count, and need no training."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from rarec.config.section import Few, NonNegative, Positive, Section, Share, Weight
+
+NeighbourModel = Literal["cooccurrence", "transition", "lexical"]
+
+
+class Neighbours(Section):
+    """Item-item tables of the nearest neighbours: the cheapest rivals of every model here, and parts of late fusion."""
+
+    models: list[NeighbourModel] = Field(default=["cooccurrence", "transition", "lexical"])
+    """Tables to make; `[]` makes none. `cooccurrence` (item-kNN): bought by the same users; `transition`: bought soon
+    after; `lexical`: similar words in title and text (TF-IDF)."""
+    top: Positive = 200
+    """Neighbours kept for each item."""
+    newest: Positive = 10
+    """Newest items of a history that score their neighbours."""
+    decay: Share = 0.7
+    """Factor on the score by each older item of the history."""
+    steps: Few = 3
+    """Largest distance of the two interactions of a transition."""
+    step_decay: Share = 0.5
+    """Factor on a transition by each further step."""
+    shrinkage: Weight = 0.0
+    """Number of users (of interactions, for transitions) added to a score's denominator: it holds rare items back."""
+    longest: NonNegative = 200
+    """Newest training interactions of a user that are counted: it bounds the pairs of a very active user."""
+
+    @field_validator("models")
+    @classmethod
+    def _check_models(cls, given: list[NeighbourModel]) -> list[NeighbourModel]:
+        if len(set(given)) < len(given):
+            raise ValueError("a model is named twice")
+        return given

@@ -1,0 +1,68 @@
+"""Make a neighbour table from a prepared dataset, and write it as Parquet."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import ibis.expr.types as ir
+import pyarrow as pa
+
+from rarec.config.logs import Prepare
+from rarec.config.neighbours import Neighbours
+from rarec.data import tables
+from rarec.data.dataset import PreparedDataset
+from rarec.data.engines import PrepareEngine, open_engine
+from rarec.data.engines.table_files import find_files
+from rarec.neighbours import counting
+from rarec.neighbours.lexical import lexical
+
+TABLE, SECTION = "neighbours.parquet", "neighbours"
+SCHEMA = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in {"item_row": pa.int32(), "neighbour_row": pa.int32(), "score": pa.float32()}.items()
+    ]
+)
+
+
+def write_neighbours(
+    model: str, config: Neighbours, prepare: Prepare, dataset: PreparedDataset, directory: Path
+) -> dict[str, int]:
+    """Write the table of one model; return the figures for its manifest.
+
+    Args:
+        model: one of `Neighbours.models`.
+        config: the section `neighbours`.
+        prepare: the section `prepare`: its engine counts.
+        dataset: prepared.
+        directory: to write to.
+    """
+    if model == "lexical":
+        texts = [f"{title} {text}" for title, text in zip(dataset.titles, dataset.texts, strict=True)]
+        pairs = _write(lexical([text.replace(dataset.untitled, "") for text in texts], config.top), directory)
+    else:
+        with open_engine(prepare, directory / "spill") as engine:
+            log = read_training_log(engine, dataset.directory, config.longest)
+            pairs = _write(engine.batches(_expression(model, config, engine.keep("training_log", log))), directory)
+    return {"pairs": pairs}
+
+
+def read_training_log(engine: PrepareEngine, directory: Path, longest: int) -> ir.Table:
+    """Return each user's newest training interactions (see `counting`) from the files of a prepared dataset."""
+    roles = {tables.INTERACTIONS: ("user_row", "item_row"), tables.USERS: ("row", "start", "train_length")}
+    interactions, users = (
+        engine.read(
+            find_files(str(directory / file), SECTION), {name: name for name in names}, Path(file).stem, lines=True
+        ).table
+        for file, names in roles.items()
+    )
+    return counting.training_log(interactions, users.drop("line"), longest)
+
+
+def _expression(model: str, config: Neighbours, log: ir.Table) -> ir.Table:
+    if model == "cooccurrence":
+        return counting.cooccurrence(log, config.top, config.shrinkage)
+    return counting.transition(log, config.top, config.steps, config.step_decay, config.shrinkage)
+
+
+def _write(batches: Iterable[pa.RecordBatch], directory: Path) -> int:
+    return tables.write_rows(batches, directory / TABLE, SCHEMA)

@@ -1,0 +1,52 @@
+"""`rarec neighbours`: item-item tables that are counted, not trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rarec.stages.stage import Built, Stage
+
+if TYPE_CHECKING:
+    from rarec.stages.run import Run
+
+FIELDS = {
+    "cooccurrence": ("top", "longest", "shrinkage"),
+    "transition": ("top", "longest", "shrinkage", "steps", "step_decay"),
+    "lexical": ("top",),
+}
+"""Fields of the section `neighbours` that shape the table of each model; the others say how users are scored by it."""
+
+
+class NeighboursStage(Stage):
+    """The neighbour table of one model."""
+
+    name = "neighbours"
+    summary = "Count which items are neighbours: bought together, one after the other, or alike in their words."
+    shareable = True
+
+    @classmethod
+    def parts(cls, run: "Run") -> list[str]:
+        """See `Stage`."""
+        return list(run.config.neighbours.models)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Stage`."""
+        section = self.run.config.neighbours.model_dump(mode="json", include=set(FIELDS[self.part]))
+        return {"model": self.part, **section}
+
+    def inputs(self) -> dict[str, Stage]:
+        """See `Stage`."""
+        return {"prepare": self.run.stage("prepare")}
+
+    def build(self, directory: Path) -> Built:
+        """See `Stage`."""
+        from rarec.neighbours.make import write_neighbours
+
+        run, config = self.run, self.run.config
+        figures: dict[str, Any] = {}
+
+        def write() -> None:
+            figures.update(write_neighbours(self.part, config.neighbours, config.prepare, run.dataset, directory))
+            run.say(f"{self.part}: {figures['pairs']:,} neighbours of {run.dataset.n_items:,} items")
+
+        run.world.run_on_main(write)
+        return Built(figures)

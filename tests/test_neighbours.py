@@ -1,0 +1,122 @@
+"""Neighbour tables, by hand and against the plain definition, the same on every engine; and ranking by them."""
+
+import tempfile
+from collections import defaultdict
+from itertools import permutations
+from math import sqrt
+from pathlib import Path
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import sparse
+
+from rarec.data.engines import PrepareEngine
+from rarec.data.engines.duckdb_engine import DuckDBEngine
+from rarec.data.engines.table_files import find_files
+from rarec.neighbours import counting
+from rarec.neighbours.lexical import lexical
+from rarec.neighbours.ranker import NeighbourRanker
+from rarec.ranking import EvalBatch
+
+A, B, C, D = range(4)
+HISTORIES = [[A, B, C], [B, A], [A, B, A], [D]]
+"""Four users: A and B are bought together three times, A and C, and B and C, once; nobody buys anything with D."""
+
+
+def log_of(engine: PrepareEngine, histories: list[list[int]], scratch: Path) -> ibis.Table:
+    """Return a training log."""
+    rows = [(user, item, at) for user, history in enumerate(histories) for at, item in enumerate(history)]
+    columns = dict(zip(("user", "item", "position"), zip(*rows, strict=True), strict=True))
+    pq.write_table(pa.table({name: pa.array(column, pa.int64()) for name, column in columns.items()}), scratch)
+    read = engine.read(find_files(str(scratch), "neighbours"), {name: name for name in columns}, "neighbours")
+    return engine.keep("log", read.table)
+
+
+def rows_of(engine: PrepareEngine, table: ibis.Table) -> list[tuple[int, int, float]]:
+    """Return the rows of a neighbour table."""
+    return [
+        (row["item_row"], row["neighbour_row"], row["score"])
+        for batch in engine.batches(table)
+        for row in batch.to_pylist()
+    ]
+
+
+def test_items_of_the_same_users_are_neighbours(engine: PrepareEngine, tmp_path: Path) -> None:
+    """Users: A 3, B 3, C 1, D 1. Who buys an item twice counts once."""
+    found = rows_of(engine, counting.cooccurrence(log_of(engine, HISTORIES, tmp_path / "log.parquet"), 9, 0.0))
+    near, far = 3 / 3, 1 / sqrt(3)
+    expected = [(A, B, near), (A, C, far), (B, A, near), (B, C, far), (C, A, far), (C, B, far)]
+    assert found == [(item, neighbour, pytest.approx(score)) for item, neighbour, score in expected]
+
+
+def test_what_follows_within_a_few_steps_is_a_neighbour(engine: PrepareEngine, tmp_path: Path) -> None:
+    """A to B twice, at one step; A to C once, at two; B to A twice; B to C once. Interactions: A 4, B 3, C 1."""
+    found = rows_of(engine, counting.transition(log_of(engine, HISTORIES, tmp_path / "log.parquet"), 9, 2, 0.5, 1.0))
+    expected = [
+        (A, B, 2 / (sqrt(12) + 1)),
+        (A, C, 0.5 / (sqrt(4) + 1)),
+        (B, A, 2 / (sqrt(12) + 1)),
+        (B, C, 1 / (sqrt(3) + 1)),
+    ]
+    assert found == [(item, neighbour, pytest.approx(score)) for item, neighbour, score in expected]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=6),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 2.5]),
+)
+def test_tables_equal_their_definition(histories, top, steps, shrinkage):
+    both, follow = defaultdict(float), defaultdict(float)
+    users, size = defaultdict(int), defaultdict(int)
+    for history in histories:
+        for item in history:
+            size[item] += 1
+        for item in set(history):
+            users[item] += 1
+        for pair in permutations(set(history), 2):
+            both[pair] += 1
+        for at, item in enumerate(history):
+            for gap in range(1, steps + 1):
+                if at + gap < len(history) and history[at + gap] != item:
+                    follow[item, history[at + gap]] += 0.5 ** (gap - 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = DuckDBEngine(Path(scratch) / "spill")
+        log = log_of(engine, histories, Path(scratch) / "log.parquet")
+    for counted, counts, table in (
+        (both, users, counting.cooccurrence(log, top, shrinkage)),
+        (follow, size, counting.transition(log, top, steps, 0.5, shrinkage)),
+    ):
+        scored = [
+            (one, other, np.float32(value / (sqrt(counts[one] * counts[other]) + shrinkage)))
+            for (one, other), value in counted.items()
+        ]
+        scored.sort(key=lambda row: (row[0], -row[2], row[1]))
+        best = [row for at, row in enumerate(scored) if at < top or scored[at - top][0] != row[0]]
+        assert rows_of(engine, table) == [(one, other, pytest.approx(score)) for one, other, score in best]
+    engine.close()
+
+
+def test_items_whose_texts_share_words_are_neighbours():
+    texts = ["red Lamp", "Lamp, green", "a chair", "", "red lamp!"]
+    rows = [row for batch in lexical(texts, 2) for row in batch.to_pylist()]
+    near = {(row["item_row"], row["neighbour_row"]): row["score"] for row in rows}
+    assert set(near) == {(0, 4), (0, 1), (1, 0), (1, 4), (4, 0), (4, 1)}
+    assert near[0, 4] == pytest.approx(1)
+    assert 0 < near[0, 1] == near[1, 0] < 1
+    assert list(lexical(["", " "], 2)) == []
+
+
+def test_the_newest_items_score_their_neighbours():
+    table = sparse.csr_matrix(np.array([[0, 0.5, 0], [0, 0, 0.25], [0, 0, 0]], np.float32))
+    batch = EvalBatch(np.arange(3), [np.array([1, 0]), np.array([], int), np.array([0, 1])], np.zeros(3, int))
+    scores_BN = NeighbourRanker(table, newest=2, decay=0.5).scores(batch)
+    assert scores_BN**2 == pytest.approx(np.array([[0, 0.5, 0.125], [0, 0, 0], [0, 0.25, 0.25]]))
+    newest = NeighbourRanker(table, newest=1, decay=0.5).scores(batch)
+    assert newest**2 == pytest.approx(np.array([[0, 0.5, 0], [0, 0, 0], [0, 0, 0.25]]))
