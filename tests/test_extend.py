@@ -108,7 +108,7 @@ def test_an_id_model_of_ones_own_goes_through_every_stage(here):
     assert run.sources["id"].vectors_per_user == 1
     assert run.baseline is not run.sources["id"]  # trained on all interactions, by the same model
     assert len(recommend(run, "u001", 5)) == 5
-    opened(say=lines.append).run(["prepare", "ids", "shards", "train", "evaluate", "export"])
+    opened(say=lines.append).run(["prepare", "ids", "neighbours", "shards", "train", "evaluate", "export"])
     assert sum("is up to date" in line for line in lines) == 8
 
 

@@ -54,7 +54,7 @@ def test_an_example_is_determined_by_its_class_and_seed(examples, tmp_path):
 
 def test_harms_reach_every_field_and_every_directory():
     assert {"run.dir", "train.lr", "ids.sasrec.dim", "prepare.interactions.path"} <= set(FIELDS)
-    places = ("prepare", "ids", "shards", "train", "evaluation", "bundle", "report")
+    places = ("prepare", "ids", "neighbours", "shards", "train", "evaluation", "bundle", "report")
     assert {name.split("/")[0] for name in NAMES} >= set(places)
 
 

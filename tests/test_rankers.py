@@ -9,7 +9,7 @@ from scipy.special import softmax
 
 from rarec.evaluation.fusion import Likelihood, fuse, maximise
 from rarec.evaluation.result_rows import pairs_of_interest
-from rarec.ranking import EvalBatch, FusedRanker, VectorRanker, rank_targets, rank_users
+from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, VectorRanker, rank_targets, rank_users
 
 RNG = np.random.default_rng(0)
 
@@ -34,9 +34,13 @@ def test_ranks_do_not_depend_on_the_chunks_and_a_cached_ranker_encodes_each_chun
         encoded.extend(rows.tolist())
         return users[rows].astype(np.float32)
 
-    model = VectorRanker(items.astype(np.float32), encode).cached()
+    model = CachedRanker(VectorRanker(items.astype(np.float32), encode))
     ranks = rank_users(batch, {"a": model, "b": model}, users_at_a_time=users_at_a_time)
     assert encoded == list(range(7))
+    kept = batch.keeping_chunks()
+    for _ in range(2):
+        assert model.ranks(kept).tolist() == ranks["a"].tolist()
+    assert encoded == 2 * list(range(7))
     expected = rank_targets(users, items, batch.targets, batch.histories)
     assert ranks["a"].tolist() == ranks["b"].tolist() == expected.tolist()
     nobody = EvalBatch(np.empty(0, int), [], np.empty(0, int))

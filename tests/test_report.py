@@ -18,10 +18,10 @@ from rich.console import Console
 from rarec.artefacts import write_manifest
 from rarec.config import RunConfig
 from rarec.errors import UserError
-from rarec.evaluation.findings import Finding, find, sanity_checks
+from rarec.evaluation.findings import Finding, find, parts_worth, sanity_checks
 from rarec.evaluation.html_report import REPORT, write_report
 from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
-from rarec.evaluation.result_rows import comparison_rows, metric_rows, strata_rows
+from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
 from rarec.evaluation.run_files import RunDirectories, RunFiles, read_run
 from rarec.evaluation.terminal import closing_lines, terminal_table
 from rarec.evaluation.verdict import Verdict, best_variant, verdict
@@ -37,13 +37,19 @@ SKILL = {
     "per_layer": 36,
     "text_only+id": 37,
     "per_layer+id": 33,
-    "id_only+popularity": 44,
-    "text_only+id+popularity": 36,
-    "per_layer+id+popularity": 33,
+    "lexical": 70,
+    "cheap": 48,
+    "id_only+cheap": 35,
+    "text_only+id+cheap": 33,
+    "per_layer+id+cheap": 30,
+    "per_layer+id+cheap/without_id": 31,
+    "per_layer+id+cheap/without_lexical": 30,
+    "per_layer/or_cheap": 28,
     "per_layer/shuffled_history": 55,
     "per_layer/permuted_ids": 66,
 }
 """Typical rank of the target, of 1,000 items."""
+WEIGHTS = {"per_layer": 0.5, "id": 0.25, "lexical": 0.25}
 TITLES = ["Fargo (1996)", "Alien & Aliens", "Star Wars (1977)", "<script>alert('x')</script>", "L'Avventura", "$9.99"]
 
 
@@ -84,19 +90,17 @@ def write_evaluation(run: RunDirectories, users: int = 400) -> None:
     }
     drawn = {"resamples": 200, "seed": 17}
     plain = [variant for variant in SKILL if "/" not in variant and variant != "per_layer"]
-    pairs = [("per_layer", variant) for variant in plain] + [
-        ("per_layer+id", "text_only+id"),
-        ("per_layer+id", "id_only"),
-    ]
-    pairs += [(variant, "per_layer") for variant in SKILL if "/" in variant]
     strata = {"history length": rng.geometric(0.05, users) + 3, "popularity": rng.geometric(0.01, users)}
     write_json(run.evaluation / "metrics.json", metric_rows(ranks, CUTOFFS, **drawn))
+    validated = {variant: ranks_U for variant, ranks_U in ranks.items() if "/" not in variant}
+    write_json(run.evaluation / "validation.json", metric_rows(validated, CUTOFFS, **drawn))
+    pairs = pairs_of_interest(ranks, "per_layer")
     write_json(run.evaluation / "comparisons.json", comparison_rows(ranks, pairs, CUTOFFS, **drawn))
     write_json(
         run.evaluation / "strata.json", strata_rows({a: ranks[a] for a in ["per_layer", *plain]}, strata, **drawn)
     )
     write_json(run.evaluation / "examples.json", [example(user) for user in (196, 22)])
-    figures = {"n": users, "seconds": 41.27, "fusion": {"per_layer+id": {"per_layer": 0.75, "id": 0.25}}}
+    figures = {"n": users, "seconds": 41.27, "fusion": {"per_layer+id+cheap": WEIGHTS}}
     write_manifest(run.evaluation, "evaluate", settings={}, made_from={}, **figures)
 
 
@@ -219,7 +223,13 @@ ID, FUSION = ("per_layer", "id_only"), ("per_layer", "text_only+id")
 
 
 def judged(rows: list[dict[str, Any]], *metrics: dict[str, Any]) -> Verdict:
-    return verdict(list(metrics) or [measured("per_layer")], rows, "per_layer", 17)
+    measures = list(metrics) or [measured("per_layer")]
+    return verdict(measures, rows, deployable(measures), "per_layer", 17)
+
+
+def deployable(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of validation.json of equal values."""
+    return [row for row in metrics if "/" not in row["variant"] and not row["variant"].startswith("external:")]
 
 
 def test_a_verdict_claims_a_lead_only_where_the_interval_lies_above_zero() -> None:
@@ -262,43 +272,73 @@ def test_slots_are_said_to_add_nothing_where_late_fusion_does_as_well_without_th
     assert popular.startswith("RA-Rec (per layer) + ID + popularity is better than text only + ID + popularity")
 
 
-def test_the_best_variant_is_the_highest_but_no_sanity_check_and_no_other_system() -> None:
+def test_the_verdict_says_first_whether_the_slots_add_to_all_that_is_cheap() -> None:
+    whole = "per_layer+id+cheap"
+    metrics = [measured("per_layer", 0.05), measured(whole, 0.06), measured("id_only+cheap", 0.055)]
+    against_id, against_text = compared(whole, "id_only+cheap", 0.01, 0.02), compared(whole, "text_only+id+cheap", 0, 0.02)
+    said = judged([against_id, against_text], *metrics)
+    assert said.outcome == "inconclusive"
+    assert said.headline.startswith("No evidence that RA-Rec (per layer) adds to all that is cheap")
+    assert "is better than ID model + cheap, and is not significantly different from text only + ID" in said.headline
+    said = judged([against_id, {**against_text, "low": 0.001}], *metrics)
+    assert said.outcome == "better"
+    assert said.headline.startswith("RA-Rec (per layer) adds to all that is cheap: on NDCG@10,")
+    assert said.sentences[0].startswith("RA-Rec (per layer) + ID + cheap reaches NDCG@10 .0600")
+    assert said.sentences[1].startswith("RA-Rec (per layer) reaches NDCG@10 .0500")
+    assert judged([{**against_id, "high": -0.001, "low": -0.1}, against_text], *metrics).outcome == "worse"
+
+
+def test_the_variant_to_deploy_is_the_best_on_validation_users() -> None:
     metrics = [measured("id_only", 0.04), measured("per_layer", 0.05), measured("per_layer+id", 0.06)]
     metrics += [measured("per_layer/shuffled_history", 0.09), measured("external:llara", 0.07)]
+    validation = [measured("id_only", 0.05), measured("per_layer", 0.08), measured("per_layer+id", 0.07)]
+    best = best_variant(metrics, [], validation)
+    assert best is not None
+    assert (best.name, best.chosen, best.value, best.metric) == ("per_layer", 0.08, 0.05, "ndcg@10")
     rows = [compared(*ID, 0.001, 0.009), compared("per_layer+id", "id_only", 0.01, 0.02)]
     rows += [compared("per_layer+id", "text_only+id", -0.01, 0.02)]
-    best = best_variant(metrics, rows)
+    best = best_variant(metrics, rows, deployable(metrics))
     assert best is not None
-    assert (best.name, best.value, best.metric) == ("per_layer+id", 0.06, "ndcg@10")
-    assert (best.better_than_id, best.better_than_text_and_id, best.outcome) == (True, False, "inconclusive")
+    assert (best.name, best.outcome) == ("per_layer+id", "inconclusive")
     assert best.better_outside == ("llara (external)", 0.07)
     assert "llara (external)" in best.sentence
     assert "text only + ID, which is simpler" in best.advice
 
 
-def test_the_best_variant_with_popularity_is_compared_with_baselines_with_popularity() -> None:
-    rows = [compared("per_layer+id+popularity", f"{name}+popularity", 0.01, 0.02) for name in ("id_only", FUSION[1])]
-    metrics = [measured("per_layer", 0.05), measured("per_layer+id+popularity", 0.06)]
-    best = best_variant(metrics, rows)
+def test_the_best_variant_with_all_that_is_cheap_is_compared_with_baselines_with_it() -> None:
+    rows = [compared("per_layer+id+cheap", f"{name}+cheap", 0.01, 0.02) for name in ("id_only", FUSION[1])]
+    metrics = [measured("per_layer", 0.05), measured("per_layer+id+cheap", 0.06)]
+    best = best_variant(metrics, rows, metrics)
     assert best is not None
-    assert (best.better_than_id, best.better_than_text_and_id, best.outcome) == (True, True, "better")
+    assert (list(best.findings), best.outcome) == (["id_only+cheap", "text_only+id+cheap"], "better")
     said = judged([*rows, compared(*FUSION, -0.02, -0.01)], *metrics)
     assert (said.outcome, said.best) == ("better", best)
-    assert "RA-Rec (per layer) + ID + popularity is the best variant" in said.headline
+    assert "It is the best variant on validation users" in said.headline
 
 
 def test_a_lead_of_the_text_without_slots_is_no_success_of_the_method() -> None:
     rows = [compared("text_only+id", "id_only", 0.01, 0.02), compared(*FUSION, -0.02, -0.01)]
     said = judged(rows, measured("per_layer", 0.05), measured("text_only+id", 0.06))
     assert said.best is not None
-    assert (said.best.name, said.best.better_than_id, said.outcome) == ("text_only+id", True, "worse")
+    assert (said.best.name, said.best.outcome, said.outcome) == ("text_only+id", "better", "worse")
 
 
 def test_of_equal_variants_the_simpler_one_is_best_and_without_metrics_there_is_none() -> None:
-    best = best_variant([measured("per_layer+id"), measured("per_layer"), measured("id_only")], [])
+    metrics = [measured("per_layer+id"), measured("per_layer"), measured("id_only")]
+    best = best_variant(metrics, [], metrics)
     assert best is not None
     assert (best.name, best.is_baseline) == ("id_only", True)
-    assert best_variant([], []) is None
+    assert best_variant([], [], []) is None
+
+
+def test_a_part_is_worth_what_is_lost_without_it() -> None:
+    whole = "per_layer+id+cheap"
+    rows = [compared(whole, f"{whole}/without_id", 0.01, 0.02), compared(whole, "id_only+cheap", 0.02, 0.03)]
+    own, ids, words = parts_worth(rows, {whole: WEIGHTS}, "per_layer", ["ndcg@10", "mrr"])
+    assert (own.title, own.weight, ids.title, words.title) == ("RA-Rec (per layer)", 0.5, "ID", "similar words (TF-IDF)")
+    assert (own.findings["ndcg@10"].difference, ids.findings["ndcg@10"].low) == (0.025, 0.01)
+    assert (list(own.findings), words.findings) == (["ndcg@10"], {})
+    assert parts_worth(rows, {}, "per_layer", ["ndcg@10"]) == []
 
 
 @given(st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(sorted))
@@ -518,12 +558,12 @@ def test_the_last_lines_name_the_best_variant_and_the_next_step(run: RunDirector
     files = read_run(run, say=lambda line: None)
     lines = closing_lines(files, config(root_of(run)))
     assert len(lines) == 3
-    assert lines[0].startswith("RA-Rec (per layer) + ID")
-    assert lines[1].startswith("Deploy: RA-Rec (per layer) + ID")
+    assert lines[0].startswith("RA-Rec (per layer) + ID + cheap is best on validation users")
+    assert lines[1].startswith("Deploy: RA-Rec (per layer) + ID + cheap")
     assert "evaluation/manifest.json" in lines[2]
     other = closing_lines(files, config(root_of(run), export={"variant": "input"}))
     assert "export.variant: per_layer" in other[-1]
-    assert closing_lines(replace(files, metrics=[]), config(root_of(run))) == []
+    assert closing_lines(replace(files, validation=[]), config(root_of(run))) == []
 
 
 @pytest.mark.parametrize(
@@ -545,5 +585,5 @@ def test_a_training_that_was_still_improving_is_named_with_the_field_to_raise(
 
 def test_a_best_variant_without_slots_is_said_to_need_none() -> None:
     metrics = [measured("id_only", 0.06), measured("per_layer")]
-    files = RunFiles(metrics, [], [], [], {}, {}, {}, {}, [])
+    files = RunFiles(metrics, metrics, [], [], [], {}, {}, {}, {}, [])
     assert "no slots are needed" in closing_lines(files, config(Path("runs/x")))[-1]

@@ -75,7 +75,7 @@ def finish(
     """A run with the files that finished stages leave, its ranks made by hand."""
     opened = Run(run.config)
     write_text(opened.config_file, dump_config(run.config))
-    for stage in opened.all_stages(("prepare", "ids", "shards", "train", "evaluate")):
+    for stage in opened.all_stages(("prepare", "ids", "neighbours", "shards", "train", "evaluate")):
         figures = {"step": 2, "best_step": 2, "seconds": 1.0} if stage.name == "train" else {}
         if stage.name == "train":
             lines = [f'{{"step": {step}, "loss": 1.0, "samples": {count}}}\n' for step, count in ((1, 1000), (2, 500))]

@@ -252,7 +252,7 @@ def test_new_items_are_ranked_by_their_text(finished, tmp_path):
     """They have no ID vector and still differ, and the strata count them."""
     overrides = [f"run.dir={tmp_path}", "prepare.split.new_items=0.2", "train.variants=[text_only,per_layer]"]
     run = open_run(finished, overrides)
-    run.run(["prepare", "ids", "shards", "train", "evaluate"])
+    run.run(["prepare", "ids", "neighbours", "shards", "train", "evaluate"])
     new = np.flatnonzero(run.dataset.train_counts_N == 0)
     assert len(new) > 2
     assert (run.sources["id"].items_NE[new] == 0).all()
@@ -351,7 +351,7 @@ def test_results_of_other_settings_or_of_no_evaluation_are_refused(finished, tmp
 def test_alignment_trains_on_what_its_id_vectors_have_not_seen(finished, tmp_path):
     """The slots' ID model is another than the baseline, and every sample's target was held out from it."""
     run = open_run(finished, [f"run.dir={tmp_path}", "ids.holdout=0.01", "train.variants=[per_layer]"])
-    run.run(["prepare", "ids", "shards", "train", "evaluate"])
+    run.run(["prepare", "ids", "neighbours", "shards", "train", "evaluate"])
     dataset, samples = run.dataset, ShardContent(run).selection
     assert (samples.positions == dataset.train_length_U[samples.user_rows] - 1).all()
     assert run.baseline.hash != run.sources["id"].hash

@@ -19,7 +19,7 @@ from tests.ranks import START
 from tests.sweeps import SMALL
 
 SMALLER = [format_override(name, value) for name, value in SMALL.items()]
-SHARED = ("prepare", "ids", "shards")
+SHARED = ("prepare", "ids", "neighbours", "shards")
 ONE = Cluster.of(1, 1, None, "H100")
 
 
@@ -96,7 +96,7 @@ def test_a_second_run_makes_nothing_that_it_shares_and_ends_with_the_same_shards
     kinds = [path.parent.name.partition("-")[0] for path in made if path.name == MANIFEST]
     assert sorted(kinds) == ["ids", "prepare", "shards"]
     second = opened(world, "second", "train.lr=0.01")
-    assert [second.make(name) for name in SHARED] == [False] * 3
+    assert [second.make(name) for name in SHARED] == [False] * 4
     assert {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")} == made
     assert not (world.parent / "second").exists()
     second.make("train")

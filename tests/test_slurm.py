@@ -143,7 +143,7 @@ def test_a_sweep_submits_what_is_shared_and_behind_it_what_is_not_done(slurm, tm
     ]  # the shards of seed 18; all runs but the one that is done
     await_queue(slurm)
     runs = load_sweep(path, ["prompt.separator=' and '"]).runs
-    states = [state_of(run, ["prepare", "ids", "shards", "train", "evaluate"]) for run in runs]
+    states = [state_of(run, ["prepare", "ids", "neighbours", "shards", "train", "evaluate"]) for run in runs]
     logs = {log.name: log.read_text() for log in (tmp_path / "all" / "slurm").glob("*.log")}
     assert states == [("done", "evaluate")] * 4, logs
     assert all(json.loads((run.directory / "record.json").read_text())["train"]["seconds"] > 0 for run in runs)

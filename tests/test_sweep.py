@@ -189,7 +189,7 @@ def test_the_record_has_time_machine_and_commit_of_each_stage_that_the_run_built
     path, _ = swept
     records = (path.parent / "all" / name / "seed-17" / "record.json" for name in ("fast", "slow"))
     first, second = (read_sealed(record, "") for record in records)
-    assert list(first) == ["prepare", "ids", "shards", "train", "evaluate"]
+    assert list(first) == ["prepare", "ids", "neighbours", "shards", "train", "evaluate"]
     assert list(second) == ["train", "evaluate"]
     for stage in (*first.values(), *second.values()):
         assert set(stage) == {"seconds", "hardware", "ranks", "version", "commit"}
@@ -241,7 +241,7 @@ def test_the_list_prints_states_and_runs_nothing(swept, unswept):
 def test_a_run_is_not_done_by_other_settings(swept, override):
     path, _ = swept
     for run in load_sweep(path, [override]).runs:
-        assert state_of(run, ["prepare", "ids", "shards", "train", "evaluate"])[0] == "begun"
+        assert state_of(run, ["prepare", "ids", "neighbours", "shards", "train", "evaluate"])[0] == "begun"
 
 
 def test_damage_is_something_to_do(swept, tmp_path):

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rarec.errors import UserError
-from rarec.evaluation.labels import FUSED, HEADLINE, ID_ONLY, variant_group, variant_order
+from rarec.evaluation.labels import FUSED, HEADLINE, ID_ONLY, SANITY_GROUP, variant_group, variant_order
 from rarec.evaluation.seeds import SeedMeans
 from rarec.ranking.intervals import Floats, mean_intervals
+from rarec.stages import STAGES
 from rarec.sweep import Sweep, SweepRun
 
 HITS = "hr@100"
 """The metric of the tables by stratum and by who hits."""
 DECIMALS = 9
-SANITY_CHECK = 3
-"""The group of `variant_group` that is compared inside its own run only."""
 COLUMNS = 1024
 """Values that are resampled together; bounds memory."""
 
@@ -158,7 +157,7 @@ def _pairs_across(own: Sequence[str], others: Sequence[str]) -> Iterator[tuple[s
     for one in sorted(own, key=variant_order):
         for other in sorted(others, key=variant_order):
             kind = variant_group(one)
-            same_kind = kind == variant_group(other) != SANITY_CHECK
+            same_kind = kind == variant_group(other) != SANITY_GROUP
             if same_kind and (one == other or one not in others or other not in own):
                 yield one, other
 
@@ -167,7 +166,7 @@ def _strata(rows: Iterable[Mapping[str, Any]]) -> Summary:
     """Return {stratum: {"users": n, variant: [mean, low, high]}} of `HITS`, without sanity checks."""
     found: dict[str, Summary] = {}
     for row in rows:
-        if row["metric"] == HITS and variant_group(row["variant"]) != SANITY_CHECK:
+        if row["metric"] == HITS and variant_group(row["variant"]) != SANITY_GROUP:
             cell = found.setdefault(f"{row['stratum']} {row['bucket']}", {"users": row["n"]})
             cell[row["variant"]] = _rounded(row[name] for name in ("value", "low", "high"))
     return found
@@ -205,7 +204,7 @@ def _made(one: Finished, stages: Iterable[str]) -> Summary:
 def _seconds(record: Mapping[str, Mapping[str, Any]], stage: str, shares: bool) -> int | str:
     if stage in record:
         return round(float(record[stage]["seconds"]))
-    return "shared" if shares and stage in ("prepare", "ids", "shards") else "not recorded"
+    return "shared" if shares and STAGES[stage].shareable else "not recorded"
 
 
 def _short(commit: str) -> str:

@@ -5,11 +5,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from rarec.evaluation.labels import (
+    CHEAP,
     FULL,
+    FUSED,
+    ID_ONLY,
     SANITY_CHECKS,
+    WITHOUT,
     figure,
     interval,
     metric_title,
+    part_title,
     primary_metric,
     variant_title,
 )
@@ -108,6 +113,42 @@ def find(comparisons: Iterable[Row], variant: str, baseline: str, metric: str) -
         if (row["variant"], row["baseline"]) == (baseline, variant):
             return Finding.of(row).swapped
     return None
+
+
+@dataclass(frozen=True)
+class PartWorth:
+    """What one part of a late fusion is worth beside all the others.
+
+    Attributes:
+        title: the part's title.
+        weight: of its standardised score; the weights of all parts sum to 1.
+        findings: the whole fusion against the one without the part, with weights of its own, by metric.
+    """
+
+    title: str
+    weight: float
+    findings: Mapping[str, Finding]
+
+
+def parts_worth(
+    comparisons: Sequence[Row], fusions: Mapping[str, Mapping[str, float]], variant: str, metrics: Sequence[str]
+) -> list[PartWorth]:
+    """Return the worth of each part of a variant's fusion with all that is cheap; nothing if there is none.
+
+    Args:
+        comparisons: rows of comparisons.json.
+        fusions: weights of each fusion's parts, by row name; from the evaluation's manifest.
+        variant: row name of the variant.
+        metrics: such as `ndcg@10`.
+    """
+    whole = variant + FUSED + CHEAP
+    found = []
+    for part, weight in fusions.get(whole, {}).items():
+        rest = ID_ONLY + CHEAP if part == variant else f"{whole}{WITHOUT}{part}"
+        by_metric = {metric: find(comparisons, whole, rest, metric) for metric in metrics}
+        known = {metric: finding for metric, finding in by_metric.items() if finding}
+        found.append(PartWorth(part_title(part), weight, known))
+    return found
 
 
 @dataclass(frozen=True)

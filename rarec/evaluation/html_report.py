@@ -9,7 +9,7 @@ import rarec
 from rarec.config import RunConfig, dump_config
 from rarec.errors import UserError
 from rarec.evaluation import plots
-from rarec.evaluation.findings import Finding, sanity_checks
+from rarec.evaluation.findings import Finding, parts_worth, sanity_checks
 from rarec.evaluation.labels import (
     FULL,
     GROUPS,
@@ -87,6 +87,7 @@ def _context(files: RunFiles, config: RunConfig, name: str) -> dict[str, Any]:
     findings = [Finding.of(row) for row in files.comparisons if row["protocol"] == FULL]
     primary = primary_metric(row["metric"] for row in full)
     first = [f for f in findings if f.metric == primary and "/" not in f.variant + f.baseline]
+    headline = headline_metrics(row["metric"] for row in full)
     return {
         "name": name,
         "version": rarec.__version__,
@@ -95,10 +96,11 @@ def _context(files: RunFiles, config: RunConfig, name: str) -> dict[str, Any]:
         "main": main,
         "primary": primary,
         "users": max((row["n"] for row in full), default=0),
-        "verdict": verdict(files.metrics, files.comparisons, main, seed),
+        "verdict": verdict(files.metrics, files.comparisons, files.validation, main, seed),
         "sanity_checks": sanity_checks(files.metrics, files.comparisons, main),
-        "headline": _table(full, headline_metrics(row["metric"] for row in full), with_sanity_checks=False),
+        "headline": _table(full, headline, with_sanity_checks=False),
         "everything": _table(full, sorted({row["metric"] for row in full}, key=metric_order), with_sanity_checks=True),
+        "parts": parts_worth(files.comparisons, files.evaluation.get("fusion", {}), main, headline),
         "first": first,
         "others": sorted((f for f in findings if f not in first), key=lambda f: metric_order(f.metric)),
         "examples": [_example(row) for row in files.examples],

@@ -2,7 +2,8 @@
 
 A row of the results is named `VARIANT`; `VARIANT+id` (late fusion: the ID model's score added); `VARIANT+id+cheap`
 (neighbour models and the log of the item's popularity added as well; in earlier results `+popularity`, that alone);
-`VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system).
+`VARIANT+id+cheap/without_PART`; `VARIANT/or_cheap` (for each user the better rank of the variant and of `id_only+cheap`);
+`VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system). No row with a `/` can be deployed.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ LATE_FUSION = "text_only" + FUSED
 """The strong baseline: scores of the language model without slots and of the ID model, added."""
 EXTERNAL = "external:"
 SANITY_CHECKS = {"shuffled_history": "shuffled history", "permuted_ids": "permuted IDs"}
+WITHOUT, ORACLE = "/without_", "/or_cheap"
 HEADLINE = ("hr@10", "hr@100", "ndcg@10", "mrr")
 FULL = "full"
 """The protocol: the full catalogue is ranked, without the user's earlier items; ties count against the model."""
@@ -26,15 +28,18 @@ GROUPS = (
     "Each variant alone",
     "With the ID model's score added (late fusion)",
     "With all that is cheap added as well: neighbours and popularity, which need no training",
+    "Bounds: one part left out; the better of two lists for each user",
     "Sanity checks",
 )
 """Headings of the groups of rows, by `variant_group`."""
+SANITY_GROUP = len(GROUPS) - 1
 _ADDED = {"id": "ID"}
 _ID_TITLE = "ID model"
 _CHEAP_TITLES = {
     "cooccurrence": "bought together (item-kNN)",
     "transition": "bought next",
     "lexical": "similar words (TF-IDF)",
+    "popularity": "popularity",
     ALL_CHEAP: "all that is cheap",
 }
 _MINUS = "\N{MINUS SIGN}"
@@ -54,10 +59,19 @@ def variant_title(variant: str) -> str:
     """Return a row's title: `RA-Rec (per layer) + ID` for `per_layer+id`, `llara (external)` for `external:llara`."""
     if is_external(variant):
         return inert(f"{variant.removeprefix(EXTERNAL)} (external)")  # plots cannot draw every character
-    name, _, sanity_check = variant.partition("/")
+    name, _, change = variant.partition("/")
     base, *added = name.split("+")
     title = " + ".join([_titles().get(base, base), *(_ADDED.get(each, each) for each in added)])
-    return f"{title}, {SANITY_CHECKS.get(sanity_check, sanity_check)}" if sanity_check else title
+    if variant.endswith(ORACLE):
+        return f"the better of {title} and {variant_title(ID_ONLY + CHEAP)} for each user (oracle)"
+    if WITHOUT in variant:
+        return f"{title}, without {part_title(change.removeprefix(WITHOUT[1:]))}"
+    return f"{title}, {SANITY_CHECKS.get(change, change)}" if change else title
+
+
+def part_title(part: str) -> str:
+    """Return the title of a part of a fusion, as `Evaluator` names it."""
+    return _ADDED.get(part) or variant_title(part)
 
 
 def title_in_sentence(variant: str) -> str:
@@ -73,8 +87,10 @@ def variant_order(variant: str) -> tuple[int, int, str]:
 
 
 def variant_group(variant: str) -> int:
-    """Return 0 for a plain variant, 1 for a late fusion, 2 for one with all that is cheap, 3 for a sanity check."""
-    return 3 if "/" in variant else 2 if cheap_suffix(variant) else 1 if "+" in variant else 0
+    """Return the row's place in `GROUPS`."""
+    if "/" in variant:
+        return SANITY_GROUP - 1 if WITHOUT in variant or variant.endswith(ORACLE) else SANITY_GROUP
+    return 2 if cheap_suffix(variant) else 1 if "+" in variant else 0
 
 
 def cheap_suffix(variant: str) -> str:

@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.evaluation.labels import FULL, cheap_suffix, is_external
+from rarec.evaluation.labels import (
+    ALL_CHEAP,
+    CHEAP,
+    FULL,
+    FUSED,
+    ID_ONLY,
+    LATE_FUSION,
+    ORACLE,
+    SANITY_CHECKS,
+    WITHOUT,
+    cheap_suffix,
+    is_external,
+)
 from rarec.ranking.intervals import mean_intervals, paired_intervals
 from rarec.ranking.metrics import metric_values
 
@@ -65,26 +77,28 @@ def comparison_rows(
 def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str]]:
     """Return the pairs (variant, baseline) that are compared, each once.
 
-    The main variant with every other; its fusion with other fusions and external systems; its sanity checks with it;
-    and, as any of them may be the best, every variant with the ID model and with text only + ID, both with all that
-    is cheap where the variant has it.
+    The main variant with every other; its fusions with other fusions, with what they are without one part, and with
+    external systems; its sanity checks with it; and, as any of them may be the best, every variant with the ID model
+    and with text only + ID, both with all that is cheap where the variant has it.
 
     Args:
         variants: all row names.
         main: row name of the exported variant.
     """
     names = list(variants)
+    fused, whole = main + FUSED, main + FUSED + CHEAP
+    baselines = (ID_ONLY, LATE_FUSION)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
-    baselines = ("id_only", "text_only+id")
-    fused = [(f"{main}+id", name) for name in (*baselines, "readout+id", "input+id", main)]
-    sanity_checks = [(name, main) for name in names if name.startswith(f"{main}/")]
+    fusions = [(fused, name) for name in (*baselines, "readout+id", "input+id", main)]
+    cheap = [(ID_ONLY + CHEAP, name) for name in (ID_ONLY, ALL_CHEAP, fused)] + [(whole, fused)]
+    bounds = [(whole, name) for name in names if name.startswith(whole + WITHOUT)] + [(main + ORACLE, whole)]
+    sanity_checks = [(f"{main}/{name}", main) for name in SANITY_CHECKS]
     text = [(name, "text_only") for name in (f"{main}/permuted_ids", "prefix_only")]
-    external = [(f"{main}+id", name) for name in names if is_external(name)]
-    own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith("id_only")]
-    cheap = {name: cheap_suffix(name) for name in own}
-    others = [(name, baseline + cheap[name]) for name in own for baseline in baselines]
+    external = [(row, name) for row in (fused, whole) for name in names if is_external(name)]
+    own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith(ID_ONLY)]
+    others = [(name, baseline + cheap_suffix(name)) for name in own for baseline in baselines]
     once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in plain + fused + others + sanity_checks + text + external:
+    for pair in plain + fusions + others + cheap + bounds + sanity_checks + text + external:
         once.setdefault(frozenset(pair), pair)
     return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
 

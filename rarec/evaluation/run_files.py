@@ -80,6 +80,7 @@ class RunFiles:
 
     Attributes:
         metrics: rows of metrics.json.
+        validation: rows of validation.json, in the form of `metrics`: the rows that can be deployed.
         comparisons: rows of comparisons.json.
         strata: rows of strata.json.
         examples: rows of examples.json.
@@ -91,6 +92,7 @@ class RunFiles:
     """
 
     metrics: list[Row]
+    validation: list[Row]
     comparisons: list[Row]
     strata: list[Row]
     examples: list[Row]
@@ -115,6 +117,7 @@ def read_run(run: RunDirectories, *, say: Say) -> RunFiles:
         raise UserError(f"{run.evaluation} has no metrics.json", "evaluate first: rarec evaluate CONFIG")
     return RunFiles(
         metrics=_rows(run.evaluation / "metrics.json", METRIC_FIELDS),
+        validation=_rows(run.evaluation / "validation.json", METRIC_FIELDS),
         comparisons=_rows(run.evaluation / "comparisons.json", COMPARISON_FIELDS),
         strata=_rows(run.evaluation / "strata.json", STRATUM_FIELDS),
         examples=_rows(run.evaluation / "examples.json", EXAMPLE_FIELDS),

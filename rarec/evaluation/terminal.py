@@ -10,6 +10,7 @@ from rarec.config import RunConfig
 from rarec.evaluation.labels import (
     FULL,
     FUSED,
+    WITHOUT,
     base_variant,
     figure,
     metric_title,
@@ -30,11 +31,13 @@ def terminal_table(rows: Sequence[Row], metrics: Sequence[str], width: int) -> T
     Intervals are shown for every metric if the width allows it, else for the primary metric alone, else for none.
 
     Args:
-        rows: rows of metrics.json; those of other protocols or metrics are left out.
+        rows: rows of metrics.json; those of other protocols or metrics are left out, and
+            fusions without one part.
         metrics: the columns, such as `ndcg@10`.
         width: columns of the terminal.
     """
-    cells = {(row["variant"], row["metric"]): row for row in rows if row["protocol"] == FULL}
+    shown = [row for row in rows if row["protocol"] == FULL and WITHOUT not in row["variant"]]
+    cells = {(row["variant"], row["metric"]): row for row in shown}
     variants = sorted({variant for variant, metric in cells if metric in metrics}, key=variant_order)
     with_interval = _with_interval(variants, metrics, width)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", caption=_caption(cells))
@@ -44,8 +47,8 @@ def terminal_table(rows: Sequence[Row], metrics: Sequence[str], width: int) -> T
     for index, variant in enumerate(variants):
         if index and variant_group(variant) != variant_group(variants[index - 1]):
             table.add_row()
-        shown = (_cell(cells.get((variant, metric)), metric in with_interval) for metric in metrics)
-        table.add_row(Text(variant_title(variant)), *shown)
+        values = (_cell(cells.get((variant, metric)), metric in with_interval) for metric in metrics)
+        table.add_row(Text(variant_title(variant)), *values)
     return table
 
 
@@ -56,7 +59,7 @@ def closing_lines(files: RunFiles, config: RunConfig) -> list[str]:
         files: what the run left; see `read_run`.
         config: the run's configuration.
     """
-    best = best_variant(files.metrics, files.comparisons)
+    best = best_variant(files.metrics, files.comparisons, files.validation)
     if best is None:
         return []
     improving = still_improving(files.training, config)
@@ -71,7 +74,7 @@ def _next_step(best: BestVariant, config: RunConfig) -> str:
         return f"to export it, set export.variant: {base} and run again."
     if FUSED in best.name:
         title, weights = variant_title(exported), "`fusion` in evaluation/manifest.json"
-        return f"serve the bundle, which holds {title}, and add the ID model's score to it ({weights})."
+        return f"serve the bundle, which holds {title}, and add the other parts' scores to it ({weights})."
     return "try the bundle: rarec recommend CONFIG --user USER."
 
 

@@ -1,4 +1,8 @@
-"""The verdict of a run in words, and the variant to deploy: no claim goes beyond the paired intervals."""
+"""The verdict of a run in words, and the variant to deploy: no claim goes beyond the paired intervals.
+
+The question that it answers first: does the exported variant add to all that is cheap? Both sides have the ID model's
+score and every model that needs no training.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,12 +38,13 @@ Findings = Mapping[str, Finding | None]
 
 @dataclass(frozen=True)
 class BestVariant:
-    """The variant to deploy: the row with the highest primary metric.
+    """The variant to deploy: the row with the highest primary metric on validation users.
 
     Attributes:
         name: its row name, such as `per_layer+id`.
         metric: the primary metric.
-        value: its value.
+        chosen: its value on validation users, by which it was chosen.
+        value: its value on test users.
         findings: its paired comparison with each baseline other than itself; None where they were not compared. A row
             with all that is cheap is compared with the baselines with it.
         better_outside: title and value of the best external row, if that is higher.
@@ -47,6 +52,7 @@ class BestVariant:
 
     name: str
     metric: str
+    chosen: float
     value: float
     findings: Findings
     better_outside: tuple[str, float] | None = None
@@ -62,31 +68,19 @@ class BestVariant:
         return base_variant(self.name) in (ID_ONLY, "text_only")
 
     @property
-    def better_than_id(self) -> bool:
-        """True if it is significantly better than the ID model."""
-        return self._is_better_than(ID_ONLY)
-
-    @property
-    def better_than_text_and_id(self) -> bool:
-        """True if it is significantly better than text only + ID."""
-        return self._is_better_than(LATE_FUSION)
-
-    @property
     def outcome(self) -> Outcome:
         """`better` if it is significantly better than every baseline other than itself."""
-        outcomes = {finding.outcome if finding else "inconclusive" for finding in self.findings.values()}
-        if "worse" in outcomes:
-            return "worse"
-        return "better" if outcomes == {"better"} else "inconclusive"
+        return _overall(self.findings)
 
     @property
     def sentence(self) -> str:
         """The best variant, its value, and the outcome of its comparisons, in words."""
-        opening = f"{self.title} is the best variant ({metric_title(self.metric)} {figure(self.value)})"
+        values = f"{metric_title(self.metric)} {figure(self.chosen)}; on test users {figure(self.value)}"
+        opening = f"{self.title} is best on validation users ({values})"
         outside = ""
         if self.better_outside:
             title, value = self.better_outside
-            outside = f" {title} is higher, at {figure(value)}."
+            outside = f" On test users, {title} is higher, at {figure(value)}."
         return f"{opening}{': it ' + _clauses(self.findings) if self.findings else ''}.{outside}"
 
     @property
@@ -100,21 +94,13 @@ class BestVariant:
         simpler = f", or {as_good[0]}, which is simpler and not significantly worse" if as_good else ""
         return f"Deploy: {self.title}{simpler}."
 
-    def _is_better_than(self, baseline: str) -> bool:
-        return any(
-            finding is not None and finding.outcome == "better"
-            for name, finding in self.findings.items()
-            if name.removesuffix(cheap_suffix(name)) == baseline
-        )
-
 
 @dataclass(frozen=True)
 class Verdict:
     """The report's first paragraph.
 
     Attributes:
-        outcome: `better` if the best variant uses slots or ID vectors and is better than both baselines; else the
-            exported variant's: `worse` if it is worse than a baseline, `better` if it is better than both.
+        outcome: `better` if the judged row is better than both baselines, `worse` if it is worse than one of them.
         headline: one sentence about the exported variant and the best one.
         sentences: the reasons, and the limits of what one run can show.
         best: the variant to deploy; None if nothing was evaluated.
@@ -126,59 +112,75 @@ class Verdict:
     best: BestVariant | None = None
 
 
-def best_variant(metrics: Sequence[Row], comparisons: Sequence[Row]) -> BestVariant | None:
-    """Return the variant to deploy: the highest primary metric, without sanity checks and external systems.
+def best_variant(metrics: Sequence[Row], comparisons: Sequence[Row], validation: Sequence[Row]) -> BestVariant | None:
+    """Return the variant to deploy: the highest primary metric on validation users.
 
     Equal values go to the simpler variant.
 
     Args:
         metrics: rows of metrics.json.
         comparisons: rows of comparisons.json.
+        validation: rows of validation.json.
     """
-    full = [row for row in metrics if row["protocol"] == FULL and "/" not in row["variant"]]
-    primary = primary_metric(row["metric"] for row in full)
-    ranked = [row for row in full if row["metric"] == primary]
-    ranked.sort(key=lambda row: (-row["value"], variant_order(row["variant"])))
-    best = next((row for row in ranked if not is_external(row["variant"])), None)
-    if best is None:
+    primary = primary_metric(row["metric"] for row in metrics if row["protocol"] == FULL)
+    chosen, values = _values(validation, primary), _values(metrics, primary)
+    name = min(set(chosen) & set(values), key=lambda row: (-chosen[row], variant_order(row)), default=None)
+    if name is None:
         return None
-    name, value = best["variant"], best["value"]
     cheap = cheap_suffix(name)
     baselines = [baseline + cheap for baseline in BASELINES if baseline + cheap != name]
     findings = {baseline: find(comparisons, name, baseline, primary) for baseline in baselines}
-    above = ranked[0] if ranked[0]["value"] > value else None
-    return BestVariant(
-        name, primary, value, findings, (variant_title(above["variant"]), above["value"]) if above else None
-    )
+    outside = max(filter(is_external, values), key=values.__getitem__, default=name)
+    better = (variant_title(outside), values[outside]) if values[outside] > values[name] else None
+    return BestVariant(name, primary, chosen[name], values[name], findings, better)
 
 
-def verdict(metrics: Sequence[Row], comparisons: Sequence[Row], variant: str, seed: int) -> Verdict:
-    """Judge the exported variant against the ID model and text only + ID, and name the variant to deploy.
+def _values(rows: Sequence[Row], metric: str) -> dict[str, float]:
+    return {row["variant"]: row["value"] for row in rows if (row["protocol"], row["metric"]) == (FULL, metric)}
+
+
+def verdict(
+    metrics: Sequence[Row], comparisons: Sequence[Row], validation: Sequence[Row], variant: str, seed: int
+) -> Verdict:
+    """Judge what the exported variant adds to all that is cheap, and name the variant to deploy.
+
+    The judged row is the variant's fusion with all that is cheap; the variant alone where that was not evaluated.
 
     Args:
         metrics: rows of metrics.json.
         comparisons: rows of comparisons.json.
+        validation: rows of validation.json.
         variant: row name of the exported variant.
         seed: seed of the run, named since one run cannot show how results vary between seeds.
     """
     full = [row for row in metrics if row["protocol"] == FULL]
     primary = primary_metric(row["metric"] for row in full)
-    own = next((row for row in full if row["variant"] == variant and row["metric"] == primary), None)
-    title, best = variant_title(variant), best_variant(metrics, comparisons)
-    if own is None or best is None:
+    own = {row["variant"]: row for row in full if row["metric"] == primary}
+    title, best = variant_title(variant), best_variant(metrics, comparisons, validation)
+    if variant not in own or best is None:
         return Verdict("inconclusive", f"{title} was not evaluated.", (), best)
-    findings = {name: find(comparisons, variant, name, primary) for name in BASELINES if name != variant}
+    whole = variant + FUSED + CHEAP
+    judged = whole if whole in own else variant
+    names = [name + cheap_suffix(judged) for name in BASELINES]
+    findings = {name: find(comparisons, judged, name, primary) for name in names if name != judged}
     sentences = [
-        f"{title} reaches {metric_title(primary)} {figure(own['value'])} (95% interval "
-        f"{interval(own['low'], own['high'])}) over n={own['n']:,} test users, ranking the full catalogue.",
+        *(_reached(own[name], primary) for name in dict.fromkeys((judged, variant))),
         *(_sentence(finding, baseline) for baseline, finding in findings.items()),
-        *_other_metrics(comparisons, variant, primary, findings),
+        *_other_metrics(comparisons, judged, primary, findings),
         *_beyond_late_fusion(comparisons, variant, primary),
-        *([best.sentence] if best.name != variant or best.better_outside else []),
+        *([best.sentence] if best.name != judged or best.better_outside else []),
         f"The intervals cover the draw of test users only: each variant was trained once, with seed {seed}. "
-        "The comparisons are not corrected for their number, and the highest of several values is slightly too high.",
+        "The comparisons are not corrected for their number.",
     ]
-    return Verdict(_overall(findings, best), _headline(title, primary, findings, best, variant), tuple(sentences), best)
+    outcome = _overall(findings)
+    return Verdict(outcome, _headline(variant, judged, primary, findings, best), tuple(sentences), best)
+
+
+def _reached(row: Row, metric: str) -> str:
+    return (
+        f"{variant_title(row['variant'])} reaches {metric_title(metric)} {figure(row['value'])} (95% interval "
+        f"{interval(row['low'], row['high'])}) over n={row['n']:,} test users, ranking the full catalogue."
+    )
 
 
 def still_improving(training: Mapping[str, TrainingRecord], config: RunConfig) -> str | None:
@@ -196,14 +198,21 @@ def still_improving(training: Mapping[str, TrainingRecord], config: RunConfig) -
     return f"Still improving at the last step: {listed([variant_title(name) for name in names])}. Raise {field}."
 
 
-def _headline(title: str, metric: str, findings: Findings, best: BestVariant, variant: str) -> str:
-    about_best = "It is the best variant." if best.name == variant else f"{best.title} is the best variant."
-    return f"On {metric_title(metric)}, {title} {_clauses(findings)}. {about_best}"
+def _headline(variant: str, judged: str, metric: str, findings: Findings, best: BestVariant) -> str:
+    title = variant_title(judged)
+    about_best = "It is" if best.name == judged else f"{best.title} is"
+    compared = f"on {metric_title(metric)}, {title} {_clauses(findings)}"
+    if judged != variant:
+        adds = {
+            "better": f"{variant_title(variant)} adds to all that is cheap",
+            "worse": f"{variant_title(variant)} harms what is cheap",
+            "inconclusive": f"No evidence that {variant_title(variant)} adds to all that is cheap",
+        }
+        compared = f"{adds[_overall(findings)]}: {compared}"
+    return f"{compared[0].upper()}{compared[1:]}. {about_best} the best variant on validation users."
 
 
-def _overall(findings: Findings, best: BestVariant) -> Outcome:
-    if best.outcome == "better" and not best.is_baseline:
-        return "better"
+def _overall(findings: Findings) -> Outcome:
     outcomes = {finding.outcome if finding else "inconclusive" for finding in findings.values()}
     if "worse" in outcomes:
         return "worse"
@@ -251,7 +260,7 @@ def _other_metrics(comparisons: Sequence[Row], variant: str, primary: str, findi
 
 
 def _beyond_late_fusion(comparisons: Sequence[Row], variant: str, metric: str) -> list[str]:
-    """Compare both sides with the ID score added, and with all that is cheap added as well: what do the slots add?"""
+    """Compare both sides with the ID score added, and in older results popularity as well: what do the slots add?"""
     meaning = {
         "better": "the slots add information that the added scores do not have",
         "inconclusive": "no evidence that the slots add information beyond the added scores",
@@ -260,7 +269,7 @@ def _beyond_late_fusion(comparisons: Sequence[Row], variant: str, metric: str) -
     if variant + FUSED == LATE_FUSION:
         return []
     sentences = []
-    for added in ("", POPULAR, CHEAP):
+    for added in ("", POPULAR):
         finding = find(comparisons, variant + FUSED + added, LATE_FUSION + added, metric)
         if finding is not None:
             title = variant_title(finding.variant)

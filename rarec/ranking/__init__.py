@@ -3,9 +3,18 @@
 from rarec.ranking.intervals import Interval, mean_interval, mean_intervals, paired_interval, paired_intervals
 from rarec.ranking.metrics import metric_values, validation_metrics
 from rarec.ranking.rank import Scores, VectorScores, best_scores, rank_scores, rank_targets, top_k
-from rarec.ranking.rankers import EvalBatch, FusedRanker, Ranker, VectorRanker, rank_users, with_expected
+from rarec.ranking.rankers import (
+    CachedRanker,
+    EvalBatch,
+    FusedRanker,
+    Ranker,
+    VectorRanker,
+    rank_users,
+    with_expected,
+)
 
 __all__ = [
+    "CachedRanker",
     "EvalBatch",
     "FusedRanker",
     "Interval",

@@ -8,8 +8,9 @@ Shape letters: B users of a chunk, U all users, N catalogue, K vectors of a user
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ class Histories(Sequence[Rows]):
         return np.random.default_rng([self.shuffled_by, user]).permutation(history)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EvalBatch:
     """Users to rank for, with the items each has seen and the target that follows.
 
@@ -61,11 +62,13 @@ class EvalBatch:
         user_rows: rows of the users in the prepared dataset, (U,).
         histories: item rows before each target, oldest first: the model's input, and the items that do not compete.
         targets: item row of each user's target, (U,).
+        kept: its chunks, if they were kept; see `keeping_chunks`.
     """
 
     user_rows: Rows
     histories: Sequence[Rows]
     targets: Rows
+    kept: tuple["EvalBatch", ...] = ()
 
     @classmethod
     def of(cls, dataset: PreparedDataset, targets: EvalTargets, shuffled_by: int | None = None) -> "EvalBatch":
@@ -78,8 +81,15 @@ class EvalBatch:
         """
         return cls(targets.user_rows, Histories(dataset, targets, shuffled_by), targets.item_rows)
 
+    def keeping_chunks(self) -> "EvalBatch":
+        """Return the same users with the same chunks at every call, so that a cached ranker computes each once."""
+        return EvalBatch(self.user_rows, self.histories, self.targets, tuple(self.chunks()))
+
     def chunks(self, size: int = USERS_AT_A_TIME) -> Iterator["EvalBatch"]:
         """Yield the users in order, at most `size` at a time."""
+        if self.kept and size == USERS_AT_A_TIME:
+            yield from self.kept
+            return
         for start in range(0, len(self.user_rows), size):
             part = slice(start, start + size)
             yield EvalBatch(self.user_rows[part], self.histories[part], self.targets[part])
@@ -133,20 +143,34 @@ class VectorRanker(Ranker):
         logs_N1 = np.log1p(counts_N, dtype=np.float32)[:, None]
         return cls(logs_N1, lambda rows, histories: np.ones((len(rows), 1), np.float32))
 
-    def cached(self) -> "VectorRanker":
-        """Return a ranker that keeps the last chunk's user vectors, for a fusion that ranks the same chunk next."""
-        last: list[tuple[Sequence[Rows], Float32]] = []
-
-        def users(rows: Rows, histories: Sequence[Rows]) -> Float32:
-            if not last or last[0][0] is not histories:
-                last[:] = [(histories, self.users(rows, histories))]
-            return last[0][1]
-
-        return replace(self, users=users)
-
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
         return VectorScores(self.users(chunk.user_rows, chunk.histories), self.items_NZ)
+
+
+@dataclass(frozen=True)
+class CachedRanker(Ranker):
+    """A ranker that computes what a chunk's users need once, for all fusions that it is a part of.
+
+    What it computed is dropped with the chunk.
+
+    Attributes:
+        ranker: the model.
+    """
+
+    ranker: Ranker
+    _found: "WeakKeyDictionary[EvalBatch, Scores]" = field(default_factory=WeakKeyDictionary, init=False)
+
+    @property
+    def lacking_N(self) -> npt.NDArray[np.bool_] | None:  # type: ignore[override]
+        """See `Ranker`."""
+        return self.ranker.lacking_N
+
+    def scored(self, chunk: EvalBatch) -> Scores:
+        """See `Ranker`."""
+        if chunk not in self._found:
+            self._found[chunk] = self.ranker.scored(chunk)
+        return self._found[chunk]
 
 
 @dataclass(frozen=True)

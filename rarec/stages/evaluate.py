@@ -10,7 +10,7 @@ from rarec.stages.stage import Built, Stage
 
 
 class EvaluateStage(Stage):
-    """ranks.parquet, metrics.json, comparisons.json, strata.json, examples.json, diagnostics.json.
+    """ranks.parquet, metrics.json, validation.json, comparisons.json, strata.json, examples.json, diagnostics.json.
 
     The last is about the alignment of the main variant, and missing where that has no slots.
     """
@@ -50,6 +50,7 @@ class EvaluateStage(Stage):
         def write() -> None:
             write_ranks(directory / "ranks.parquet", self.run, evaluation.test, ranks)
             write_json(directory / "metrics.json", evaluation.metrics(ranks))
+            write_json(directory / "validation.json", evaluation.validation_metrics())
             write_json(directory / "comparisons.json", evaluation.comparisons(ranks))
             write_json(directory / "strata.json", evaluation.strata(ranks))
             write_json(directory / "examples.json", evaluation.examples(ranks))

@@ -12,11 +12,11 @@ from rarec.evaluation.diagnostics import variant_diagnostics
 from rarec.evaluation.examples import Examples
 from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
-from rarec.evaluation.labels import ALL_CHEAP, CHEAP, FUSED, ID_ONLY
+from rarec.evaluation.labels import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, ORACLE, WITHOUT
 from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
-from rarec.ranking import EvalBatch, Ranker, VectorRanker, rank_users
+from rarec.ranking import CachedRanker, EvalBatch, Ranker, VectorRanker, rank_users
 from rarec.stages.run import Run
 from rarec.stages.train import TrainStage
 
@@ -42,7 +42,7 @@ class Evaluator:
         self.targets = dataset.targets("test", config.evaluate.users, USERS_SEED)
         self.test = EvalBatch.of(dataset, self.targets)
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
-        self.validation = EvalBatch.of(dataset, validation)
+        self.validation = EvalBatch.of(dataset, validation).keeping_chunks()
         users = TargetUsers(
             dataset.user_ids.take(pa.array(self.test.user_rows)),
             dataset.item_ids,
@@ -50,29 +50,30 @@ class Evaluator:
             self.test.histories,
         )
         self.external = external_ranks(config.evaluate.external, users, say=run.say)  # before hours of ranking
-        self.ids = run.baseline.ranker()
-        self.cheap: dict[str, Ranker] = {
-            **run.neighbours,
-            "popularity": VectorRanker.of_counts(dataset.train_counts_N),
-        }
+        self.ids: Ranker = CachedRanker(run.baseline.ranker())
+        popularity = VectorRanker.of_counts(dataset.train_counts_N)
+        self.cheap: dict[str, Ranker] = {**run.neighbours, "popularity": popularity}
         self.weights: dict[str, dict[str, float]] = {}
+        self.validation_ranks: Ranks = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
         self._best: dict[str, npt.NDArray[np.int64]] = {ID_ONLY: self._examples.best(self.ids)}
 
     def ranks(self) -> Ranks:
-        """Rank the test targets by every row: ID model, trained variants, fusions, sanity checks, outside systems."""
+        """Rank the test targets by every row: ID model, trained variants, fusions, bounds, sanity checks, outside."""
         rankers: dict[str, Ranker] = {ID_ONLY: self.ids}
         if self.run.config.evaluate.fusion:
             rankers |= self.run.neighbours | self._fused(ALL_CHEAP, self.cheap)
             rankers |= self._fused(ID_ONLY + CHEAP, {**self.cheap, "id": self.ids})
-        ranks = self._rank(self.test, rankers)
+        ranks = self._rank_both(rankers)
         for name in self.run.config.variants:  # one trained variant is loaded at a time
             model = TrainStage(self.run, name).best_model()
             with self.run.engine.serving(model):
                 ranks |= self._ranks_of(name, model)
                 if name == self.main:
                     self.diagnostics = self._diagnose(name, model)
+        if {self.main, ID_ONLY + CHEAP} <= set(ranks):
+            ranks[self.main + ORACLE] = np.minimum(ranks[self.main], ranks[ID_ONLY + CHEAP])
         return ranks | self.external
 
     def _diagnose(self, name: str, model: RaRec) -> dict[str, Any] | None:
@@ -87,6 +88,10 @@ class Evaluator:
     def metrics(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Return the rows of metrics.json."""
         return metric_rows(ranks, self.run.config.evaluate.cutoffs, **self._bootstrap)
+
+    def validation_metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of validation.json: the metrics of every row that can be deployed, on validation users."""
+        return metric_rows(self.validation_ranks, self.run.config.evaluate.cutoffs, **self._bootstrap)
 
     def comparisons(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Return the rows of comparisons.json."""
@@ -108,9 +113,9 @@ class Evaluator:
         return {"resamples": self.run.config.evaluate.resamples, "seed": self.seed}
 
     def _ranks_of(self, name: str, model: RaRec) -> Ranks:
-        """Rank by one trained variant, by its fusions, and by the sanity checks of the main one."""
-        config, run = self.run.config, self.run
-        ranker = self._ranker_of(model)
+        """Rank by a trained variant, alone and in fusions; the main one also with a part left out, and destroyed."""
+        run, config = self.run, self.run.config
+        ranker = CachedRanker(self._ranker_of(model))
         if name in ("text_only", self.main):
             self._best[name] = self._examples.best(ranker)
         rankers: dict[str, Ranker] = {name: ranker}
@@ -118,18 +123,35 @@ class Evaluator:
             parts: dict[str, Ranker] = {name: ranker, "id": self.ids}
             rankers |= self._fused(name + FUSED, parts)
             rankers |= self._fused(name + FUSED + CHEAP, {**parts, **self.cheap})
-        ranks = self._rank(self.test, rankers)
-        if name == self.main and config.evaluate.sanity_checks:
+        ranks = self._rank_both(rankers)
+        if name != self.main:
+            return ranks
+        if config.evaluate.fusion:
+            ranks |= self._rank(self.test, self._without_one(name + FUSED + CHEAP, {**parts, **self.cheap}))
+        if config.evaluate.sanity_checks:
             shuffled = EvalBatch.of(run.dataset, self.targets, self.seed)
             ranks |= self._rank(shuffled, {f"{name}/shuffled_history": ranker})
             ranks |= self._rank(self.test, {f"{name}/permuted_ids": self._ranker_of(model, permuted=True)})
         return ranks
+
+    def _without_one(self, row: str, parts: dict[str, Ranker]) -> dict[str, Ranker]:
+        """Return the fusions of all parts but one; without the first, the variant itself, it is a row of its own."""
+        rankers: dict[str, Ranker] = {}
+        for part in list(parts)[1:]:
+            rest = {name: ranker for name, ranker in parts.items() if name != part}
+            rankers |= self._fused(f"{row}{WITHOUT}{part}", rest)
+        return rankers
 
     def _fused(self, row: str, parts: dict[str, Ranker]) -> dict[str, Ranker]:
         """Return the late fusion of some models, as the row of that name."""
         fusion = fuse(parts, self.validation)
         self.weights[row] = fusion.weights
         return {row: fusion.ranker}
+
+    def _rank_both(self, rankers: dict[str, Ranker]) -> Ranks:
+        """Return ranks of the test users by rows that can be deployed; those of the validation users are kept."""
+        self.validation_ranks |= rank_users(self.validation, rankers, self.run.world)
+        return self._rank(self.test, rankers)
 
     def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker]) -> Ranks:
         ranks = rank_users(batch, rankers, self.run.world)
@@ -143,7 +165,7 @@ class Evaluator:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.run.config.evaluate.batch_size
         encoder = Encoder(model, self.run.prompts, sources, batch_size, self.run.world)
-        return VectorRanker(encoder.items(), encoder.users).cached()
+        return VectorRanker(encoder.items(), encoder.users)
 
 
 def write_ranks(path: Path, run: Run, test: EvalBatch, ranks: Ranks) -> None:

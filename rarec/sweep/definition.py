@@ -68,7 +68,9 @@ class SweepFile(Section):
     base: str
     """Run configuration that all runs start from, relative to this file."""
     seeds: Seeds = Field([17])
-    stages: Annotated[list[StageName], Field(min_length=1)] = Field(["prepare", "ids", "shards", "train", "evaluate"])
+    stages: Annotated[list[StageName], Field(min_length=1)] = Field(
+        ["prepare", "ids", "neighbours", "shards", "train", "evaluate"]
+    )
     """Stages of each run; they run in the order of `rarec run`."""
     runs: Annotated[dict[str, Entry], Field(min_length=1)]
     """Entries by name."""

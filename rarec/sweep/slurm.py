@@ -15,12 +15,12 @@ from rarec.config.load import format_override
 from rarec.errors import UserError
 from rarec.files import write_text
 from rarec.shipped import shipped_files
+from rarec.stages import STAGES
 from rarec.stages.run import Run
 from rarec.sweep.definition import Sweep, SweepRun
 from rarec.sweep.state import first_to_do
 
 SCRIPT = Path("launch", "slurm", "sweep.sbatch")
-SHARED_STAGES = ("prepare", "ids", "shards")
 _DIRECTORY_FIELDS = ("run.dir", "run.shared")
 
 
@@ -42,9 +42,9 @@ def submit(sweep: Sweep, runs: Sequence[SweepRun], options: str, say: Callable[[
         return []
     queue = _Queue(sweep, shlex.split(options))
     queue.raise_if_queued()
-    shared = [stage for stage in sweep.stages if stage in SHARED_STAGES]
-    own = [stage for stage in sweep.stages if stage not in SHARED_STAGES]
-    makers = _one_run_per_shards([run for run in due if first_to_do(run.config, shared) is not None])
+    shared = [stage for stage in sweep.stages if STAGES[stage].shareable]
+    own = [stage for stage in sweep.stages if not STAGES[stage].shareable]
+    makers = _one_run_per_set([run for run in due if first_to_do(run.config, shared) is not None], shared)
     jobs = []
     if makers:
         jobs.append(queue.submit("shared", makers, shared))
@@ -55,9 +55,10 @@ def submit(sweep: Sweep, runs: Sequence[SweepRun], options: str, say: Callable[[
     return jobs
 
 
-def _one_run_per_shards(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """Return one run for each set of shards; making its shards makes all that is shared."""
-    return list({Run(run.config).directory("shards"): run for run in reversed(runs)}.values())[::-1]
+def _one_run_per_set(runs: Sequence[SweepRun], stages: Sequence[str]) -> list[SweepRun]:
+    """Return one run for each set of artefacts that these stages share."""
+    sets = {tuple(stage.directory for stage in Run(run.config).all_stages(stages)): run for run in reversed(runs)}
+    return list(sets.values())[::-1]
 
 
 def _tasks(runs: Sequence[SweepRun]) -> str:
