@@ -225,6 +225,64 @@ def test_several_sources_stand_where_the_template_says_and_come_in_the_models_or
     assert pair.sources == {"user": ("elsewhere",), "item": ("b", "a", "c")}
 
 
+def test_slots_at_titles_are_laid_out_by_hand():
+    """The second prompt lacks a title: its slot is where every prompt has padding."""
+    prompts = [
+        Encoded(np.array([10, 11, 12], np.int32), {"id": 1, "id@titles": [1, 3]}),
+        Encoded(np.array([20, 21], np.int32), {"id": 0, "id@titles": [1]}),
+    ]
+    laid = lay_out(prompts, {"id@titles": 2, "id": 1}, filler=9)
+    assert laid.ids_BT.tolist() == [[10, 9, 9, 11, 12, 9, 9], [9, 20, 9, 21, 9, 9, 9]]
+    assert laid.mask_BT.tolist() == [[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]]
+    assert laid.positions_BK.tolist() == [[2, 5, 1], [2, 6, 0]]
+    assert lay_out(prompts[:1], {"id@titles": 2}, filler=9).mask_BT.all()
+    with pytest.raises(ValueError, match="no place"):
+        lay_out(prompts, {"image": 1}, filler=9)
+
+
+def test_items_of_a_history_have_slots_at_their_titles():
+    title = "{soft:image} {title}: {soft:id}"
+    pair = make_pair(slots={"id": 3, "image": 2}, user="{soft:id} history: {history}.", title=title)
+    encoded = pair.user([3, 0, 2])
+    assert words(encoded) == "[CLS] history : ember watch 3 : , river lamp 0 : , cloud shirt 2 : . [SEP]"
+    #                           0      1    2   3     4   5 6 7   8    9  10 11 12 13    14  15 16 17
+    assert encoded.marks == {"id": 1, "image@titles": [3, 8, 13], "id@titles": [7, 12, 17]}
+    assert encoded.titles_H.tolist() == [3, 0, 2]
+    assert pair.sources == {"user": ("id", "image@titles", "id@titles"), "item": ()}
+    again = pair.stored(encoded.tokens_T, encoded.marks, np.array([1, 3, 0, 2], np.int32))
+    assert again.titles_H.tolist() == [3, 0, 2]
+    assert pair.user([]).marks == {"id": 1, "image@titles": [], "id@titles": []}
+
+
+def test_vectors_may_stand_in_the_place_of_titles():
+    pair = make_pair(title="{soft:id}", separator="", kind="encoder")
+    encoded = pair.user([3, 0, 2])
+    assert (words(encoded), encoded.marks, encoded.titles_H.tolist()) == (
+        "[CLS] . [SEP]",
+        {"id@titles": [1] * 3},
+        [2, 0, 3],
+    )
+
+
+def test_slots_at_titles_leave_the_text_as_it_is_and_count_for_its_room():
+    plain, marked = make_pair(), make_pair(title="{title} {soft:id}")
+    assert marked.user([0, 1]).tokens_T.tolist() == plain.user([0, 1]).tokens_T.tolist()
+    assert marked.item(0).tokens_T.tolist() == plain.item(0).tokens_T.tolist()
+    history, room = [0, 1, 2, 3], 2 + 3 + 4 + 4  # three titles with separators
+    assert plain.user([0]).marks == {}
+    assert len(make_pair(max_tokens=room).user(history).titles_H) == 3
+    cut = make_pair(max_tokens=room, title="{title} {soft:id}").user(history)
+    assert (cut.titles_H.tolist(), cut.cut) == ([2, 3], True)
+    assert make_pair(max_tokens=4, title="{title} {soft:id}").user([0]).marks == {"id@titles": [2]}
+
+
+def test_slots_at_titles_need_a_history():
+    with pytest.raises(UserError, match=r"prompt\.title .*\n.*\{history\}"):
+        make_pair(user="{soft:id}", title="{title} {soft:id}")
+    with pytest.raises(UserError, match=r"prompt\.title: unknown field \{text\}"):
+        make_pair(title="{text}")
+
+
 NAMES = ("a", "b", "c")
 PROMPTS = st.lists(
     st.integers(1, 6).flatmap(

@@ -44,6 +44,9 @@ class Prompt(Section):
     example is in configs/runs/paper.yaml."""
     item: str = "{soft:id} {title}. {text}"
     """Template of an item's prompt. Fields: {title}, {text}, {soft:NAME}."""
+    title: str = "{title}"
+    """Template of an item of the history. Fields: {title}, {soft:NAME}. With `"{title} {soft:id}"` the item's own ID
+    vector follows its title, in a slot of its own [D]; with `"{soft:id}"` it stands alone."""
     separator: str = ", "
     """Text between the titles of a history."""
     order: Literal["auto", "oldest_first", "newest_first"] = "auto"

@@ -21,7 +21,7 @@ from rarec.data.dataset import PreparedDataset
 from rarec.ids.source import Source
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import Pool, pool_text
-from rarec.models.encode import Vectors, side_batch, text_batch
+from rarec.models.encode import Vectors, side_batch, text_batch, title_vectors
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import Encoded, PromptPair
 from rarec.ranking import EvalBatch
@@ -68,7 +68,8 @@ class SideSample:
         rows, histories = batch.user_rows, batch.histories[:]
         vectors = {name: source.user_vectors(rows, histories) for name, source in sources.items()}
         names = [str(dataset.user_ids[int(row)]) for row in rows]
-        return cls("user", names, [prompts.user(history) for history in histories], vectors)
+        encoded = [prompts.user(history) for history in histories]
+        return cls("user", names, encoded, vectors | dict(title_vectors(encoded, prompts, sources)))
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -150,7 +151,10 @@ def text_pass(passes: Passes, sample: SideSample, blocks: tuple[int, ...]) -> li
 
 @torch.no_grad()
 def slot_pass(passes: Passes, sample: SideSample, tower: Tower, alignment: AlignmentModule) -> dict[str, SoftTokens]:
-    """Return the slots of each source. Calls the whole model, since a sharded one gathers its weights when called."""
+    """Return the slots of each source, without those at titles.
+
+    It calls the whole model, since a sharded one gathers its weights when called.
+    """
     projected: dict[str, list[Tensor]] = {name: [] for name in alignment.slots}
     first_LSD = torch.empty(0)
     for batch in sample.batches(tower, passes.batch_size, passes.filler):
@@ -162,6 +166,8 @@ def slot_pass(passes: Passes, sample: SideSample, tower: Tower, alignment: Align
     tokens, start = {}, 0
     for name, source in alignment.named_sources():  # the slots hold [c || p] of each source, in this order
         own_LSD, start = first_LSD[:, start : start + source.count], start + source.count
+        if source.shape.at_titles:
+            continue
         instructions_LMD = own_LSD[:, : source.count - source.shape.vectors * source.projections]
         p_LNKD = torch.cat(projected[name], 1) if projected[name] else None
         tokens[name] = SoftTokens(p_LNKD, instructions_LMD if instructions_LMD.shape[1] else None)

@@ -2,8 +2,9 @@
 
 A row of the results is named `VARIANT`; `VARIANT+id` (late fusion: the ID model's score added); `VARIANT+id+cheap`
 (neighbour models and the log of the item's popularity added as well; in earlier results `+popularity`, that alone);
-`VARIANT+id+cheap/without_PART`; `VARIANT/or_cheap` (for each user the better rank of the variant and of `id_only+cheap`);
-`VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system). No row with a `/` can be deployed.
+`VARIANT+id+cheap/without_PART`; `VARIANT/or_cheap` (for each user the better rank of the variant and of
+`id_only+cheap`); `VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system). No row with a `/` can be
+deployed.
 """
 
 from collections.abc import Iterable
@@ -28,11 +29,11 @@ GROUPS = (
     "Each variant alone",
     "With the ID model's score added (late fusion)",
     "With all that is cheap added as well: neighbours and popularity, which need no training",
-    "Bounds: one part left out; the better of two lists for each user",
+    "One part left out; oracle: the better of two lists for each user",
     "Sanity checks",
 )
 """Headings of the groups of rows, by `variant_group`."""
-SANITY_GROUP = len(GROUPS) - 1
+BOUNDS_GROUP, SANITY_GROUP = len(GROUPS) - 2, len(GROUPS) - 1
 _ADDED = {"id": "ID"}
 _ID_TITLE = "ID model"
 _CHEAP_TITLES = {
@@ -63,7 +64,7 @@ def variant_title(variant: str) -> str:
     base, *added = name.split("+")
     title = " + ".join([_titles().get(base, base), *(_ADDED.get(each, each) for each in added)])
     if variant.endswith(ORACLE):
-        return f"the better of {title} and {variant_title(ID_ONLY + CHEAP)} for each user (oracle)"
+        return f"oracle of {title} and {variant_title(ID_ONLY + CHEAP)}"
     if WITHOUT in variant:
         return f"{title}, without {part_title(change.removeprefix(WITHOUT[1:]))}"
     return f"{title}, {SANITY_CHECKS.get(change, change)}" if change else title
@@ -89,7 +90,7 @@ def variant_order(variant: str) -> tuple[int, int, str]:
 def variant_group(variant: str) -> int:
     """Return the row's place in `GROUPS`."""
     if "/" in variant:
-        return SANITY_GROUP - 1 if WITHOUT in variant or variant.endswith(ORACLE) else SANITY_GROUP
+        return BOUNDS_GROUP if WITHOUT in variant or variant.endswith(ORACLE) else SANITY_GROUP
     return 2 if cheap_suffix(variant) else 1 if "+" in variant else 0
 
 

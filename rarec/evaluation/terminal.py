@@ -8,9 +8,9 @@ from rich.text import Text
 
 from rarec.config import RunConfig
 from rarec.evaluation.labels import (
+    BOUNDS_GROUP,
     FULL,
     FUSED,
-    WITHOUT,
     base_variant,
     figure,
     metric_title,
@@ -32,11 +32,11 @@ def terminal_table(rows: Sequence[Row], metrics: Sequence[str], width: int) -> T
 
     Args:
         rows: rows of metrics.json; those of other protocols or metrics are left out, and
-            fusions without one part.
+            fusions without one part and oracles.
         metrics: the columns, such as `ndcg@10`.
         width: columns of the terminal.
     """
-    shown = [row for row in rows if row["protocol"] == FULL and WITHOUT not in row["variant"]]
+    shown = [row for row in rows if row["protocol"] == FULL and variant_group(row["variant"]) != BOUNDS_GROUP]
     cells = {(row["variant"], row["metric"]): row for row in shown}
     variants = sorted({variant for variant, metric in cells if metric in metrics}, key=variant_order)
     with_interval = _with_interval(variants, metrics, width)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from rarec.errors import UserError
 
-INSTRUCTIONS, VECTORS = ROLES = ("instructions", "vectors")
-"""What a slot holds: an instruction c, or the projection p of a vector."""
+INSTRUCTIONS, VECTORS, TITLES = ROLES = ("instructions", "vectors", "titles")
+"""What a slot holds: an instruction c, the projection p of the user's or item's vector, or that of an item at its title
+in a history."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class SlotShape:
     """The vectors of one source on one side: K vectors of dimension E for each user or item.
 
     Attributes:
-        vectors: K.
+        vectors: K; at titles the most titles of a history. Zeros stand for those that a history lacks.
         dim: E.
+        at_titles: whether they are the vectors of the items of a history. Their slots have no instructions, and are no
+            part of the alignment loss.
     """
 
     vectors: int
     dim: int
+    at_titles: bool = False
 
 
 class SourceAlignment(nn.Module):
@@ -106,15 +110,17 @@ class SourceAlignment(nn.Module):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles of its slots: `instructions`, `vectors`, or both."""
-        has = {INSTRUCTIONS: self.instructions_LMD is not None, VECTORS: self.projections}
-        return tuple(role for role in ROLES if has[role])
+        """The roles of its slots: `instructions`, and `vectors` or `titles`."""
+        projected = TITLES if self.shape.at_titles else VECTORS
+        has = {INSTRUCTIONS: self.instructions_LMD is not None, projected: self.projections}
+        return tuple(role for role in ROLES if has.get(role))
 
     def role_mask(self, role: str, vectors_BKE: Tensor) -> Tensor:
-        """Return a mask (B, M + K) of the slots with a role; for `vectors`, without those whose vector is missing."""
+        """Return a mask (B, M + K) of the slots with a role, without those whose vector is missing."""
         count = self.shape.vectors if self.projections else 0
         are_BS = vectors_BKE.new_full((len(vectors_BKE), self.count), role == INSTRUCTIONS, dtype=torch.bool)
-        are_BS[:, self.count - count :] = (vectors_BKE != 0).any(-1) if role == VECTORS else False
+        own = role != INSTRUCTIONS and role in self.roles
+        are_BS[:, self.count - count :] = (vectors_BKE != 0).any(-1) if own else False
         return are_BS
 
     def forward(self, vectors_BKE: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -161,7 +167,10 @@ class AlignmentModule(nn.Module):
                 raise UserError(f"sources: {name!r} is a reserved name", "choose another name")
         count = len(blocks)
         self.sources = nn.ModuleDict(
-            {name: source_class(count, hidden, of, instructions, projections) for name, of in shapes.items()}
+            {
+                name: source_class(count, hidden, of, 0 if of.at_titles else instructions, projections)
+                for name, of in shapes.items()
+            }
         )
 
     @property
@@ -175,22 +184,23 @@ class AlignmentModule(nn.Module):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles of its slots, which are the same for every source."""
-        return self.named_sources()[0][1].roles
+        """The roles of its slots."""
+        roles = {role for _, source in self.named_sources() for role in source.roles}
+        return tuple(role for role in ROLES if role in roles)
 
     def role_masks(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a mask (B, S) for each role; for `vectors`, without slots whose vector is missing."""
+        """Return a mask (B, S) for each role, without slots whose vector is missing."""
         sources = self.named_sources()
         return {
             role: torch.cat([one.role_mask(role, vectors[name]) for name, one in sources], 1) for role in self.roles
         }
 
     def forward(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return slots (L, B, S, D), and the projections p (L, B, K, D) of each source that has them."""
+        """Return slots (L, B, S, D), and the projections p (L, B, K, D) of each source for the alignment loss."""
         slots, projected = [], {}
         for name, source in self.named_sources():
             slots_LBKD, projected_LBKD = source(vectors[name])
             slots.append(slots_LBKD)
-            if projected_LBKD is not None:
+            if projected_LBKD is not None and not source.shape.at_titles:
                 projected[name] = projected_LBKD
         return torch.cat(slots, 2), projected

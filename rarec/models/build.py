@@ -11,6 +11,7 @@ from rarec.errors import UserError
 from rarec.models.alignment import INSTRUCTIONS, AlignmentModule, SlotShape
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec, Tower
+from rarec.prompts import TITLES, slot_names
 from rarec.registry import find
 
 SIDES = ("user", "item")
@@ -34,9 +35,15 @@ class SourceShape:
 
 
 def slots_reserved(config: RunConfig, shapes: Mapping[str, SourceShape]) -> dict[str, dict[str, int]]:
-    """Return the most slots of each source on each side in any variant: truncated prompts leave room for them."""
+    """Return the most slots of each source on each side in any variant: truncated prompts leave room for them.
+
+    Those at titles are named by `at_titles`, and are as many as a history may have titles.
+    """
     m = config.alignment.instructions
-    return {side: {name: m + shape.side(side).vectors for name, shape in shapes.items()} for side in SIDES}
+    reserved = {side: {name: m + shape.side(side).vectors for name, shape in shapes.items()} for side in SIDES}
+    named = slot_names(config.prompt, "user", list(shapes))
+    at = {name: config.prompt.max_history for name in named if name.endswith(TITLES)}
+    return {"user": reserved["user"] | at, "item": reserved["item"]}
 
 
 def build_model(
@@ -62,8 +69,11 @@ def build_model(
     # In a decoder slots come first and attend to nothing, so their last states hold nothing but the vector.
     slots_from_blocks = not (at_readout or (backbone.sink and variant.projections and config.readout.slots))
 
+    inside = variant.projections and not at_readout  # slots at titles hold vectors alone, and those of text alone
+
     def tower(side: str) -> Tower:
-        chosen = {name: shapes[name].side(side) for name in named[side]} if blocks or not slots_from_blocks else {}
+        places = [name for name in named[side] if inside or not name.endswith(TITLES)]
+        chosen = {name: _slot_shape(config, name, side, shapes) for name in places if blocks or not slots_from_blocks}
         m = config.alignment.instructions if variant.instructions else 0
         useful = bool(chosen) and (m > 0 or variant.projections)
         mapped = blocks if slots_from_blocks else (*blocks, count)
@@ -83,6 +93,14 @@ def build_model(
     # engines need a trainable parameter; with a scale alone, no step is taken
     nothing_else = not variant.lora and not trained_parameters(nn.ModuleList([user, item]))
     return RaRec(backbone, user, item, scale=scale, learn_scale=not plain or nothing_else)
+
+
+def _slot_shape(config: RunConfig, name: str, side: str, shapes: Mapping[str, SourceShape]) -> SlotShape:
+    """Return the shape of a source, or of its slots at titles."""
+    source = name.removesuffix(TITLES)
+    if source != name:
+        return SlotShape(config.prompt.max_history, shapes[source].dim, at_titles=True)
+    return shapes[source].side(side)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

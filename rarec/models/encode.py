@@ -14,7 +14,7 @@ from rarec.errors import UserError
 from rarec.ids.source import Source
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, SideBatch, Tower
-from rarec.prompts import Encoded, PromptPair, by_length, lay_out
+from rarec.prompts import TITLES, Encoded, PromptPair, by_length, lay_out
 from rarec.world import SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
@@ -53,6 +53,24 @@ def side_batches(
         yield mine, rows, side_batch([prompts[row] for row in rows], own, tower, filler).to(world.device)
 
 
+def title_vectors(prompts: Sequence[Encoded], pair: PromptPair, sources: Mapping[str, Source]) -> Vectors:
+    """Return the vectors of the items of histories, (B, H, E), where the prompts have slots for them.
+
+    Args:
+        prompts: of users (B).
+        pair: their templates.
+        sources: every source by name.
+    """
+    names = [name for name in pair.sources["user"] if name.endswith(TITLES)]
+    if not names:
+        return {}
+    rows_BH = np.full((len(prompts), pair.config.max_history), -1)
+    for row, prompt in enumerate(prompts):
+        rows_BH[row, : len(prompt.titles_H)] = prompt.titles_H
+    there_BH1 = (rows_BH >= 0)[:, :, None]
+    return {name: sources[name.removesuffix(TITLES)].items_NE[rows_BH] * there_BH1 for name in names}
+
+
 class Encoder:
     """Encodes users and items with one model. Memory depends on the chunk, not on the number of users or items.
 
@@ -86,6 +104,7 @@ class Encoder:
         """Return user vectors (B, Z) after these histories (item rows, oldest first); every rank gets all of them."""
         encoded = [self.prompts.user(history) for history in histories]
         vectors = {name: source.user_vectors(rows, histories) for name, source in self.sources.items()}
+        vectors |= title_vectors(encoded, self.prompts, self.sources)
         return self._encode("user", self.model.user, encoded, vectors)
 
     @torch.no_grad()

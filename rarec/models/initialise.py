@@ -27,11 +27,11 @@ from rarec.ids.source import Source
 from rarec.models.alignment import VECTORS, AlignmentModule, SourceAlignment
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.encode import side_batches, text_batch
+from rarec.models.encode import side_batches, text_batch, title_vectors
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec, Tower
 from rarec.models.whitening import Moments, Whitening, directions
-from rarec.prompts import Encoded, PromptPair
+from rarec.prompts import TITLES, Encoded, PromptPair
 from rarec.world import World
 
 ALIGNMENT_SAMPLES = 8192
@@ -68,30 +68,33 @@ class InitialData:
     prompts: list[Encoded]
 
 
-def collect_initial_data(samples: Iterable[Sample], sources: Iterable[str], n_items: int, seed: int) -> InitialData:
+def collect_initial_data(
+    samples: Iterable[Sample], sources: Mapping[str, Source], prompts: PromptPair, seed: int
+) -> InitialData:
     """Draw items at random, and copy from training samples what is needed; one sample is in memory at a time.
 
     Args:
         samples: the training samples to use.
-        sources: names of the sources.
-        n_items: size of the catalogue.
+        sources: every source by name.
+        prompts: the prompts over the catalogue's titles.
         seed: `run.seed`.
     """
+    n_items = len(prompts.titles)
     generator = np.random.default_rng([seed, *b"start"])
     items_N = np.arange(n_items)
     if n_items > ALIGNMENT_ITEMS:
         items_N = np.sort(generator.choice(n_items, ALIGNMENT_ITEMS, replace=False))
     encoded_N = generator.permutation(items_N)[:WHITENING_SIZE]
-    targets, prompts = list[int](), list[Encoded]()
+    targets, encoded = list[int](), list[Encoded]()
     vectors: dict[str, list[Floats]] = {name: [] for name in sources}
     for sample in samples:
         targets.append(sample.target)
         for name, vectors_KE in sample.vectors.items():
             vectors[name].append(vectors_KE.copy())
-        if len(prompts) < WHITENING_SIZE:
-            prompts.append(Encoded(sample.tokens_T.copy(), sample.marks))
+        if len(encoded) < WHITENING_SIZE:
+            encoded.append(prompts.stored(sample.tokens_T.copy(), sample.marks, sample.history_H))
     stacked = {name: np.stack(of) for name, of in vectors.items()}
-    return InitialData(items_N, encoded_N, np.array(targets), stacked, prompts)
+    return InitialData(items_N, encoded_N, np.array(targets), stacked, encoded)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class Initialiser:
         aligned = model.user.alignment is not None or model.item.alignment is not None
         if aligned or whiten:
             samples = read_samples(ALIGNMENT_SAMPLES if aligned else WHITENING_SIZE)
-            data = collect_initial_data(samples, self.sources, len(self.prompts.titles), self.config.run.seed)
+            data = collect_initial_data(samples, self.sources, self.prompts, self.config.run.seed)
             with self.serving(model.backbone), torch.no_grad():
                 self._initialise_alignment(model, data)
                 if whiten:
@@ -149,20 +152,27 @@ class Initialiser:
         return build_model(self.config, variant, self.load_llm(variant), shapes, self.prompts.sources)
 
     def _initialise_alignment(self, model: RaRec, data: InitialData) -> None:
-        """Set each source's alignment from its vectors and texts: items' own texts, for users their targets' texts."""
+        """Set each source's alignment from its vectors and texts: items' own texts, for users their targets' texts.
+
+        At titles, vectors are those of items.
+        """
         config, stored = self.config.alignment, np.array(self.state_blocks)
         penalty = RIDGE_PENALTY if config.init == "ridge" else None
         start_LD = self._decoder_start(model, data)
-        for side, rows_N in (("user", data.targets_N), ("item", data.items_N)):
+        for side in SIDES:
             alignment: AlignmentModule | None = getattr(model, side).alignment
             if alignment is None:
                 continue
             generator = torch.Generator().manual_seed(self.config.run.seed + (side == "item"))
             nearest = [int(np.abs(stored - block).argmin()) for block in alignment.blocks]
-            states_LND = torch.from_numpy(self.item_states_NLD[rows_N][:, nearest].astype(np.float32)).transpose(0, 1)
             for name, source in alignment.named_sources():
-                vectors_NE = self.sources[name].items_NE[rows_N] if side == "item" else data.vectors[name].mean(1)
+                of_users = side == "user" and not source.shape.at_titles
+                rows_N = data.targets_N if of_users else data.items_N
+                states_NLD = torch.from_numpy(self.item_states_NLD[rows_N][:, nearest].astype(np.float32))
+                items_NE = self.sources[name.removesuffix(TITLES)].items_NE
+                vectors_NE = data.vectors[name].mean(1) if of_users else items_NE[rows_N]
                 vectors = torch.from_numpy(np.ascontiguousarray(vectors_NE, np.float32))
+                states_LND = states_NLD.transpose(0, 1)
                 initialise(source, vectors, states_LND, penalty=penalty, generator=generator, start_LD=start_LD)
 
     def _decoder_start(self, model: RaRec, data: InitialData) -> Tensor | None:
@@ -203,7 +213,9 @@ class Initialiser:
         found = {part: Moments(model.backbone.hidden_size) for part in tower.readout.white}
         seen: list[dict[str, tuple[Tensor, Tensor]]] = []
         hook = tower.readout.register_forward_hook(lambda readout, given, _: seen.append(readout.parts(*given)))
-        prompts, vectors = data.prompts, data.vectors
+        prompts = data.prompts
+        vectors = {name: of[: len(prompts)] for name, of in data.vectors.items()}
+        vectors |= title_vectors(prompts, self.prompts, self.sources)
         if side == "item":
             prompts = [self.prompts.item(int(row)) for row in data.encoded_N]
             vectors = {name: source.items_NE[data.encoded_N][:, None] for name, source in self.sources.items()}

@@ -186,6 +186,8 @@ def _side_batch(tower: Tower, side: str, shape: StepShape, rows: int) -> SideBat
     slots = sum(tower.slots.values())
     ids_BT = torch.empty(rows, shape.text[side] + slots, dtype=torch.long)
     vectors = {n: torch.empty(rows, k if side == "user" else 1, e) for n, (k, e) in shape.vectors.items()}
+    if tower.alignment is not None:  # at titles
+        vectors |= {n: torch.empty(rows, of.shape.vectors, of.shape.dim) for n, of in tower.alignment.named_sources()}
     return SideBatch(ids_BT, torch.empty_like(ids_BT), torch.empty(rows, slots, dtype=torch.long), vectors)
 
 

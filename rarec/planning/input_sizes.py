@@ -104,7 +104,7 @@ def prompt_length_bounds(config: RunConfig, slots: Mapping[str, int], context_le
 
 def _user_tokens(config: RunConfig) -> int:
     prompt = config.prompt
-    title = prompt.max_title_tokens + _words(prompt.separator)
+    title = prompt.max_title_tokens * ("{title}" in prompt.title) + _words(prompt.title) + _words(prompt.separator)
     return SPECIAL_TOKENS + _words(prompt.user) + prompt.max_history * title * ("{history}" in prompt.user)
 
 

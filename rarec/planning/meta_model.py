@@ -25,8 +25,7 @@ from rarec.models.language_model import LoadedModel, context_length_of, headless
 from rarec.models.model_folder import check_settings
 from rarec.models.towers import RaRec
 from rarec.paths import resolve
-from rarec.prompts import TextTokenizer
-from rarec.prompts.hybrid import parse_template
+from rarec.prompts import TextTokenizer, slot_names
 
 META = torch.device("meta")
 NF4_BYTES = 0.5 + 4 / 64
@@ -158,7 +157,7 @@ class MetaModelBuilder:
     @cached_property
     def slot_sources(self) -> dict[str, tuple[str, ...]]:
         """The sources whose slots each side's template names."""
-        return {side: self._slot_sources(side) for side in SIDES}
+        return {side: slot_names(self.config.prompt, side, list(self.sources)) for side in SIDES}
 
     @cached_property
     def context_length(self) -> int:
@@ -189,11 +188,6 @@ class MetaModelBuilder:
             except (ValueError, KeyError, ImportError) as error:
                 problem = str(error).strip().splitlines()[0]
         raise UserError(f"llm.path: cannot build a model from {llm.path!r}: {problem}", "choose another architecture")
-
-    def _slot_sources(self, side: str) -> tuple[str, ...]:
-        fields = {"user": ["history"], "item": ["title", "text"]}[side]
-        parts = parse_template(getattr(self.config.prompt, side), fields, list(self.sources), f"prompt.{side}")
-        return tuple(part.value for part in parts if part.kind == "soft")
 
 
 def _read_llm_config(config: RunConfig, converted: Path) -> Any:

@@ -4,12 +4,13 @@ Shape letters: T tokens of a prompt, K slots, B batch.
 
 A filled prompt (`Encoded`) has its text tokens and, for each source, the position of that source's slots. The model
 decides the number of slots (`lay_out`), so one tokenised prompt serves every variant; without slots it is the text-only
-prompt.
+prompt. The items of a history may have slots of their own, one for each item and source (`at_titles`).
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,10 @@ from rarec.errors import UserError
 from rarec.prompts.tokens import TextTokenizer
 
 Int32 = npt.NDArray[np.int32]
+Marks = dict[str, int | list[int]]
+"""For each source, the index of the token before which its slots are inserted; of slots at titles, a list of these, one
+for each title."""
+TITLES = "@titles"
 _NOTHING: Int32 = np.empty(0, np.int32)
 _PART = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
 
@@ -28,14 +33,21 @@ class Encoded:
 
     Attributes:
         tokens_T: text tokens, (T,).
-        marks: for each source, the index in `tokens_T` before which its slots are inserted. Sources with the same index
-            are inserted in the order of the mapping.
+        marks: where each source's slots are inserted in `tokens_T`. Sources with the same index are inserted in the
+            order of the mapping.
         cut: whether text was cut for lack of room.
+        titles_H: item rows of the titles, in the order of the text.
     """
 
     tokens_T: Int32
-    marks: dict[str, int]
+    marks: Marks
     cut: bool = False
+    titles_H: Int32 = field(default_factory=lambda: _NOTHING)
+
+
+def at_titles(source: str) -> str:
+    """Return the name of a source's slots at the titles of a history, as marks and alignments have it."""
+    return source + TITLES
 
 
 @dataclass(frozen=True)
@@ -126,33 +138,46 @@ class HybridPrompt:
                 "shorten the template, use fewer alignment.instructions, or raise prompt.max_tokens",
             )
 
-    def fill(self, **fields: Int32) -> Encoded:
+    def fill(self, fields: Mapping[str, Int32], inside: Mapping[str, Sequence[int]] = MappingProxyType({})) -> Encoded:
         """Fill the fields with token ids.
 
         Text that exceeds the room is cut from the end of the last field, never from slots or fixed text. A prompt
         without any text token gets a full stop: the readout needs a position.
+
+        Args:
+            fields: token ids by field.
+            inside: marks inside the field `history`.
         """
-        excess = sum(map(len, fields.values())) - self.room
+        room = self.room - sum(map(len, inside.values()))
+        excess = sum(map(len, fields.values())) - room
         kept = dict(fields)
         for name in reversed(fields):
             if excess > 0:
                 kept[name] = kept[name][: max(0, len(kept[name]) - excess)]
                 excess -= len(fields[name]) - len(kept[name])
         tokens: list[Int32] = [self.tokenizer.prefix]
-        marks: dict[str, int] = {}
+        marks: Marks = {}
         for part, literal in zip(self.parts, self._literals, strict=True):
             if part.kind == "soft":
                 marks[part.value] = sum(map(len, tokens))
-            else:
-                tokens.append(literal if literal is not None else kept.get(part.value, _NOTHING))
-        cut = sum(map(len, fields.values())) > self.room
+                continue
+            own = literal if literal is not None else kept.get(part.value, _NOTHING)
+            if part.value == "history" and literal is None:
+                before = sum(map(len, tokens))
+                marks |= {source: [before + min(mark, len(own)) for mark in of] for source, of in inside.items()}
+            tokens.append(own)
+        cut = sum(map(len, fields.values())) > room
         text = tokens if sum(map(len, tokens)) > len(self.tokenizer.prefix) else [*tokens, self._least]
         return Encoded(np.concatenate([*text, self.tokenizer.suffix]).astype(np.int32), marks, cut)
 
 
 @dataclass(frozen=True)
 class LaidOut:
-    """Prompts of a batch with their slots: ids and mask (B, T), slot positions (B, K)."""
+    """Prompts of a batch with their slots: ids and mask (B, T), slot positions (B, K).
+
+    Where a prompt has fewer titles than others may have, the slots of the titles that it lacks are at the last
+    position, which is padding in every prompt of the batch.
+    """
 
     ids_BT: npt.NDArray[np.int64]
     mask_BT: npt.NDArray[np.int64]
@@ -175,27 +200,38 @@ def lay_out(prompts: Sequence[Encoded], slots: Mapping[str, int], filler: int) -
         filler: token id at slots and padding, which the model never reads as text.
     """
     wanted = {source: count for source, count in slots.items() if count}
-    lengths = [len(prompt.tokens_T) + sum(wanted.values()) for prompt in prompts]
-    ids_BT = np.full((len(prompts), max(lengths)), filler, np.int64)
-    mask_BT = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
-    positions_BK = np.zeros((len(prompts), sum(wanted.values())), np.int64)
-    for row, prompt in enumerate(prompts):
-        positions_K, is_text = _slot_positions(prompt, wanted, lengths[row])
-        ids_BT[row, : lengths[row]][is_text] = prompt.tokens_T
-        positions_BK[row] = positions_K
+    places = [_slot_positions(prompt, wanted) for prompt in prompts]
+    own = [sum(map(len, groups.values())) for groups in places]
+    lengths = [len(prompt.tokens_T) + count for prompt, count in zip(prompts, own, strict=True)]
+    most = sum(wanted.values())
+    width = max(lengths) + any(count < most for count in own)
+    ids_BT = np.full((len(prompts), width), filler, np.int64)
+    mask_BT = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)
+    positions_BK = np.full((len(prompts), most), width - 1, np.int64)
+    starts = dict(zip(wanted, np.cumsum([0, *wanted.values()]), strict=False))
+    for row, (prompt, groups) in enumerate(zip(prompts, places, strict=True)):
+        is_text = np.arange(width) < lengths[row]
+        for source, positions in groups.items():
+            positions_BK[row, starts[source] : starts[source] + len(positions)] = positions
+            is_text[positions] = False
+        ids_BT[row, is_text] = prompt.tokens_T
     return LaidOut(ids_BT, mask_BT, positions_BK)
 
 
-def _slot_positions(
-    prompt: Encoded, wanted: Mapping[str, int], length: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return the slot positions in the model's order of sources, and which of the prompt's positions are text."""
-    groups, shift = {}, 0
-    is_text = np.ones(length, bool)
-    in_order = [source for source in prompt.marks if source in wanted]
-    for source in sorted(in_order, key=lambda name: prompt.marks[name]):
-        start = prompt.marks[source] + shift
-        groups[source] = np.arange(start, start + wanted[source])
-        is_text[groups[source]] = False
-        shift += wanted[source]
-    return np.concatenate([groups[source] for source in wanted] or [np.empty(0, np.int64)]), is_text
+def _slot_positions(prompt: Encoded, wanted: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return the positions of each source's slots among a prompt's tokens and slots."""
+    missing = wanted.keys() - prompt.marks.keys()
+    if missing:
+        raise ValueError(f"a prompt has no place for the slots of {', '.join(sorted(missing))}")
+    places: list[tuple[int, int, str, int]] = []
+    for order, (source, marks) in enumerate(prompt.marks.items()):
+        if isinstance(marks, list):
+            places += [(mark, order, source, 1) for mark in marks[: wanted.get(source, 0)]]
+        elif source in wanted:
+            places.append((marks, order, source, wanted[source]))
+    groups: dict[str, list[int]] = {source: [] for source in wanted}
+    shift = 0
+    for mark, _, source, count in sorted(places):
+        groups[source] += range(mark + shift, mark + shift + count)
+        shift += count
+    return groups

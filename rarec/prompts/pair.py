@@ -1,17 +1,29 @@
 """The two prompts of RA-Rec: a user's history, and an item's text."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import sha256_json
 from rarec.config.method import Prompt
-from rarec.prompts.hybrid import Encoded, HybridPrompt, parse_template
+from rarec.errors import UserError
+from rarec.prompts.hybrid import Encoded, HybridPrompt, Marks, TemplatePart, at_titles, parse_template
 from rarec.prompts.tokens import TextTokenizer
 
 Int32 = npt.NDArray[np.int32]
+FIELDS = {"user": ["history"], "item": ["title", "text"]}
+"""Fields of each side's template."""
+_PLAIN_TITLE = "{title}"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """An item of a history: its tokens, and where slots are inserted in them, by the name of `at_titles`."""
+
+    tokens_T: Int32
+    marks: dict[str, int]
 
 
 class PromptPair:
@@ -22,7 +34,7 @@ class PromptPair:
         tokenizer: of the language model.
         titles: of all items, by item row.
         texts: further text of all items, by item row; "" where there is none.
-        slots: number of slots of each source, for the sides "user" and "item".
+        slots: largest number of slots of each source, for the sides "user" and "item".
         context_length: of the language model, in tokens.
         kind: of the language model, `encoder` or `decoder`. By default an encoder gets the newest title first, a
             decoder the oldest.
@@ -47,28 +59,35 @@ class PromptPair:
         self.config, self.tokenizer, self.titles, self.texts = config, tokenizer, titles, texts
         self.newest_first = config.order == "newest_first" or (config.order == "auto" and kind == "encoder")
         most = min(config.max_tokens or context_length, context_length)
-        sources = list(slots["user"])
+        sources = list(slots["item"])
         start = tokenizer.adds_space
-        user = parse_template(config.user, ["history"], sources, "prompt.user", start)
-        item = parse_template(config.item, ["title", "text"], sources, "prompt.item", start)
+        user = parse_template(config.user, FIELDS["user"], sources, "prompt.user", start)
+        item = parse_template(config.item, FIELDS["item"], sources, "prompt.item", start)
         self._user = HybridPrompt(user, tokenizer, slots["user"], most, "prompt.user")
         self._item = HybridPrompt(item, tokenizer, slots["item"], most, "prompt.item")
         self._spaced = {part.value: part.spaced for part in (*user, *item) if part.kind == "field"}
         self._separator = tokenizer(config.separator.removesuffix(" "), plain=False)
-        self._separator_spaced = config.separator.endswith(" ")
-        self._first: dict[int, Int32] = {}
-        self._later: dict[int, Int32] = {}
+        spaced = {True: self._spaced.get("history", False), False: config.separator.endswith(" ")}
+        self._title_parts = {
+            first: parse_template(config.title, ["title"], sources, "prompt.title", spaced[first]) for first in spaced
+        }
+        self._at_titles = [at_titles(source) for source in _sources(self._title_parts[True])]
+        if self._at_titles and "history" not in self._spaced:
+            raise UserError("prompt.title has slots, but prompt.user has no {history}", "write {history} there")
+        self._pieces: dict[tuple[int, bool], _Piece] = {}
         self.cut = {"user": 0, "item": 0}
 
     @property
     def sources(self) -> dict[str, tuple[str, ...]]:
-        """The sources whose slots each side's template has."""
-        return {"user": self._user.sources, "item": self._item.sources}
+        """The sources whose slots each side's prompt has; those at titles by the name of `at_titles`."""
+        return {"user": (*self._user.sources, *self._at_titles), "item": self._item.sources}
 
     @property
     def fingerprint(self) -> str:
         """The sha256 of the templates, their limits, the order of titles and the tokenizer."""
         prompt = {**self.config.model_dump(mode="json"), "order": self.newest_first}
+        if prompt["title"] == _PLAIN_TITLE:  # as it was before there was a choice
+            del prompt["title"]
         return sha256_json({"prompt": prompt, "tokenizer": self.tokenizer.fingerprint})
 
     def user(self, history: Sequence[int] | npt.NDArray[np.integer]) -> Encoded:
@@ -82,22 +101,40 @@ class PromptPair:
         written = self.config.max_history if "history" in self._spaced else 0
         wanted = [int(item) for item in history[::-1][:written]]
         kept = self._newest_that_fit(wanted)
-        in_order = kept if self.newest_first else kept[::-1]
-        pieces = [self._title(item, first=at == 0) for at, item in enumerate(in_order)]
-        encoded = self._user.fill(history=np.concatenate(pieces)) if pieces else self._user.fill()
+        encoded = self._filled(self._in_order(kept))
         if len(kept) < len(wanted):
             encoded = replace(encoded, cut=True)
         self.cut["user"] += encoded.cut
         return encoded
+
+    def stored(self, tokens_T: Int32, marks: Marks, history: Int32) -> Encoded:
+        """Return a user's prompt that was filled before, from what shards have of it."""
+        counts = [len(of) for of in marks.values() if isinstance(of, list)]
+        newest = [int(item) for item in history[::-1][: max(counts, default=0)]]
+        return Encoded(tokens_T, marks, titles_H=np.array(self._in_order(newest), np.int32))
+
+    def _in_order(self, newest: list[int]) -> list[int]:
+        """Return items, newest first, in the order of the text."""
+        return newest if self.newest_first else newest[::-1]
+
+    def _filled(self, items: list[int]) -> Encoded:
+        """Return the user prompt with these items in this order."""
+        pieces = [self._piece(item, at == 0) for at, item in enumerate(items)]
+        starts = np.cumsum([0, *(len(piece.tokens_T) for piece in pieces)]).tolist()
+        inside = {
+            source: [start + piece.marks[source] for start, piece in zip(starts, pieces, strict=False)]
+            for source in self._at_titles
+        }
+        history = np.concatenate([self.tokenizer(""), *(piece.tokens_T for piece in pieces)])
+        return replace(self._user.fill({"history": history}, inside), titles_H=np.array(items, np.int32))
 
     def item(self, item: int) -> Encoded:
         """Return the prompt of an item."""
         most = self.config.max_text_tokens
         title = self.tokenizer(self.titles[item], self._spaced.get("title", False), most)
         text = self.tokenizer(self.texts[item], self._spaced.get("text", False), most - len(title))
-        encoded = self._item.fill(
-            **{name: tokens for name, tokens in (("title", title), ("text", text)) if name in self._spaced}
-        )
+        fields = {"title": title, "text": text}
+        encoded = self._item.fill({name: tokens for name, tokens in fields.items() if name in self._spaced})
         self.cut["item"] += encoded.cut
         return encoded
 
@@ -105,16 +142,44 @@ class PromptPair:
         """Return the items, newest first, that have room; at least the newest, whose title may be cut."""
         if not wanted:
             return []
-        later, first = (np.array([len(self._title(item, start)) for item in wanted]) for start in (False, True))
+        later, first = (
+            np.array([len(self._piece(item, start).tokens_T) for item in wanted]) + len(self._at_titles)
+            for start in (False, True)
+        )
         saved = later - first  # the first title needs no separator
         fit = np.cumsum(later) - (saved[0] if self.newest_first else saved) <= self._user.room
         return wanted[: max(int(fit.sum()), 1)]
 
-    def _title(self, item: int, first: bool) -> Int32:
-        """Return a title's tokens inside a history; all but the first title start with the separator."""
-        cache = self._first if first else self._later
-        if item not in cache:
-            spaced = self._spaced.get("history", False) if first else self._separator_spaced
-            tokens = self.tokenizer(self.titles[item], spaced, self.config.max_title_tokens)
-            cache[item] = tokens if first else np.concatenate([self._separator, tokens])
-        return cache[item]
+    def _piece(self, item: int, first: bool) -> _Piece:
+        """Return an item of a history; all but the first start with the separator."""
+        if (item, first) not in self._pieces:
+            tokens = [self.tokenizer("") if first else self._separator]
+            marks: dict[str, int] = {}
+            for part in self._title_parts[first]:
+                if part.kind == "soft":
+                    marks[at_titles(part.value)] = sum(map(len, tokens))
+                else:
+                    tokens.append(self._title_tokens(part, item))
+            self._pieces[item, first] = _Piece(np.concatenate(tokens), marks)
+        return self._pieces[item, first]
+
+    def _title_tokens(self, part: TemplatePart, item: int) -> Int32:
+        if part.kind == "text":
+            return self.tokenizer(part.value, part.spaced, plain=False)
+        return self.tokenizer(self.titles[item], part.spaced, self.config.max_title_tokens)
+
+
+def slot_names(config: Prompt, side: str, sources: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the slots in one side's prompt, `user` or `item`; those at titles as `at_titles` names them.
+
+    Raises:
+        UserError: a template has an unknown field or source, or an unmatched brace.
+    """
+    names = _sources(parse_template(getattr(config, side), FIELDS[side], sources, f"prompt.{side}"))
+    if side == "item":
+        return names
+    return names + tuple(map(at_titles, _sources(parse_template(config.title, ["title"], sources, "prompt.title"))))
+
+
+def _sources(parts: Iterable[TemplatePart]) -> tuple[str, ...]:
+    return tuple(part.value for part in parts if part.kind == "soft")

@@ -177,6 +177,7 @@ def _slots(variant: Variant, config: RunConfig, sources: Iterable[str]) -> str:
     where = {"all": f"at the input of {every}", "input": "at the input of block 0", "readout": "at the readout alone"}
     parts = [f"{config.alignment.instructions} contextual instructions"] if variant.instructions else []
     parts += [f"vectors of {', '.join(sources)}"] if variant.projections else []
+    parts += ["vectors of the history's items"] if variant.projections and "{soft:" in config.prompt.title else []
     return f"{' and '.join(parts)} {where[variant.blocks]}"
 
 

@@ -267,17 +267,17 @@ class Run:
             UserError: a source is in neither prompt.
         """
         from rarec.models.build import slots_reserved
-        from rarec.prompts import PromptPair
+        from rarec.prompts import TITLES, PromptPair
 
         llm, dataset, config = self.llm, self.dataset, self.config
         reserved, kind = slots_reserved(config, self.shapes), llm.identity["kind"]
         pair = PromptPair(
             config.prompt, llm.tokenizer, dataset.titles, dataset.texts, reserved, llm.context_length, kind
         )
-        named = {name for side in pair.sources.values() for name in side}
+        named = {name.removesuffix(TITLES) for side in pair.sources.values() for name in side}
         for name in self.shapes:
             if name not in named and not (name == "id" and named):  # another source may take the place of the IDs
-                problem = f"source {name!r} is in neither prompt.user nor prompt.item"
+                problem = f"source {name!r} is in none of prompt.user, prompt.title and prompt.item"
                 raise UserError(problem, f"write {{soft:{name}}} where its slots should go")
         return pair
 

@@ -17,8 +17,7 @@ from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.errors import UserError
 from rarec.files import write_aside, write_json
 from rarec.models.encode import Split, text_states
-from rarec.prompts import Encoded
-from rarec.prompts.hybrid import parse_template
+from rarec.prompts import Encoded, slot_names
 from rarec.stages.run import Run
 
 ITEM_STATES = "item_states.npy"
@@ -37,8 +36,7 @@ def sample_spec(run: Run, states: tuple[int, ...], vocabulary: int | None = None
     """
     config = run.config
     vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in run.shapes.items()}
-    parts = parse_template(config.prompt.user, ["history"], list(vectors), "prompt.user")
-    marks = frozenset(part.value for part in parts if part.kind == "soft")
+    marks = frozenset(slot_names(config.prompt, "user", list(vectors)))
     return SampleSpec(states, np.dtype(config.shards.state_dtype), vectors, marks, vocabulary)
 
 

@@ -28,10 +28,10 @@ from rarec.data.shards.samples import Sample
 from rarec.data.shards.stream import SampleStream
 from rarec.errors import UserError
 from rarec.ids.source import Source
-from rarec.models.encode import side_batch
+from rarec.models.encode import Vectors, side_batch, title_vectors
 from rarec.models.losses import LossTargets
 from rarec.models.towers import RaRec, SideBatch
-from rarec.prompts import Encoded, PromptPair
+from rarec.prompts import PromptPair
 from rarec.training.signals import SIGNALS
 from rarec.world import SINGLE, World
 
@@ -109,8 +109,9 @@ class Collator:
         return Batch(users, items, targets, tuple(sample.key for sample in samples), tokens)
 
     def _users(self, samples: Sequence[Sample]) -> SideBatch:
-        prompts = [Encoded(sample.tokens_T, sample.marks) for sample in samples]
-        vectors = {name: np.stack([sample.vectors[name] for sample in samples]) for name in self.sources}
+        prompts = [self.prompts.stored(sample.tokens_T, sample.marks, sample.history_H) for sample in samples]
+        vectors: Vectors = {name: np.stack([sample.vectors[name] for sample in samples]) for name in self.sources}
+        vectors = {**vectors, **title_vectors(prompts, self.prompts, self.sources)}
         return side_batch(prompts, vectors, self.model.user, self.prompts.tokenizer.filler)
 
     def _items(self, rows: npt.NDArray[np.int64], draws_b: npt.NDArray[np.float64]) -> SideBatch:

@@ -41,7 +41,7 @@ class Sample:
         target: item row.
         history_H: all item rows before the target, oldest first: the loss masks them as negatives.
         tokens_T: text tokens of the user prompt.
-        marks: for each source, the position of its slots among the tokens.
+        marks: for each source, the position of its slots among the tokens; of slots at titles, a list.
         states_LD: pooled text-only states of the user prompt.
         vectors: for each source, the user's frozen vectors (K, E) after this history.
     """
@@ -51,7 +51,7 @@ class Sample:
     target: int
     history_H: npt.NDArray[np.int32]
     tokens_T: npt.NDArray[np.int32]
-    marks: dict[str, int]
+    marks: dict[str, int | list[int]]
     states_LD: npt.NDArray[np.floating[Any]]
     vectors: dict[str, npt.NDArray[np.float32]]
 
@@ -83,7 +83,8 @@ class Sample:
         if missing:
             raise ValueError(f"it has no field {missing[0]}")
         facts = _facts(fields["json"], len(arrays["tokens"]))
-        slotless = [name for name in facts["marks"] if _VECTOR + name not in arrays]
+        single = [name for name, mark in facts["marks"].items() if not isinstance(mark, list)]
+        slotless = [name for name in single if _VECTOR + name not in arrays]
         if slotless:
             raise ValueError(f"it has no field {_VECTOR}{slotless[0]}.npy")
         vectors = {name.removeprefix(_VECTOR): a for name, a in arrays.items() if name.startswith(_VECTOR)}
@@ -228,7 +229,12 @@ def _facts(data: memoryview, tokens: int) -> dict[str, Any]:
     if not isinstance(facts, dict) or facts.keys() != _FACTS:
         raise ValueError(f"field json is not an object of {', '.join(sorted(_FACTS))}")
     marks = facts["marks"]
-    if not isinstance(marks, dict) or not all(type(mark) is int and 0 <= mark <= tokens for mark in marks.values()):
+    places = (
+        [mark for of in marks.values() for mark in (of if isinstance(of, list) else [of])]
+        if isinstance(marks, dict)
+        else [None]
+    )
+    if not all(type(mark) is int and 0 <= mark <= tokens for mark in places):
         raise ValueError("field json: `marks` are not positions among the tokens")
     if not all(type(facts[name]) is int and facts[name] >= 0 for name in ("user", "position", "target")):
         raise ValueError("field json: user, position or target is not a non-negative integer")
