@@ -106,6 +106,34 @@ def test_every_shipped_run_is_valid(path):
     assert load_config(path).run.dir == f"runs/{path.stem}"
 
 
+PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_sets_what_its_file_says(small, path):
+    config, plain = load_config(small, [f"preset={path.stem}"]).model_dump(), load_config(small).model_dump()
+    for section, fields in read_tree(path).items():
+        plain[section] |= {name: value for name, value in fields.items()}
+    assert config == plain
+
+
+def test_a_preset_lies_under_the_fields_of_its_file_and_over_those_before_an_override(small, tmp_path):
+    (tmp_path / "mine.yaml").write_text("prompt: {title: '{soft:id}', max_history: 3}\ntrain: {epochs: 9}\n")
+    file = tmp_path / "named.yaml"
+    file.write_text(f"preset: {tmp_path}/mine.yaml\n{small.read_text()}\nprompt: {{max_history: 4}}\n")
+    config = load_config(file)
+    assert (config.prompt.title, config.prompt.max_history, config.train.epochs) == ("{soft:id}", 4, 9)
+    given = [f"preset={tmp_path}/mine.yaml", "train.epochs=2"]
+    config = load_config(file, given)
+    assert (config.prompt.max_history, config.train.epochs) == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["llara", "3", "[a]", "none.yaml"])
+def test_a_preset_that_is_not_there_is_refused(small, name):
+    with pytest.raises(UserError, match="none.yaml" if "yaml" in name else "preset"):
+        load_config(small, [f"preset={name}"])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_every_shipped_launch_file(path):
     from accelerate.commands.config.config_args import load_config_from_file
@@ -119,7 +147,7 @@ def test_accelerate_reads_every_shipped_launch_file(path):
 def test_no_other_configuration_escapes_these_tests():
     """test_distributed.py trains with the DeepSpeed configurations."""
     folders = {path.parent.name for path in (ROOT / "configs").rglob("*.*") if path.is_file()}
-    assert folders == {"runs", "accelerate", "deepspeed", "sweeps"}
+    assert folders == {"runs", "accelerate", "deepspeed", "sweeps", "presets"}
     assert {path.stem for path in (ROOT / "configs" / "deepspeed").iterdir()} < {*ENGINES}
 
 

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from rarec.config.plain_yaml import MAX_BYTES, MAX_OVERRIDE, SHOWN, Dumper, parse
 from rarec.config.schema import RunConfig
 from rarec.errors import UserError, nearest
+from rarec.shipped import shipped_files
 
 Model = TypeVar("Model", bound=BaseModel)
 RENAMED: dict[str, str | None] = {
@@ -25,6 +26,8 @@ RENAMED: dict[str, str | None] = {
     "alignment.ridge": None,
 }
 """Old names of fields, with the new ones; None for fields that are gone. All are refused, with the new name."""
+PRESET = "preset"
+"""Field beside the sections: a file of fields, such as `llara_input` (configs/presets/)."""
 _FIELDS = "correct it: docs/configuration.md has every field, with its type and meaning"
 _EXAMPLES = "write one to start from: rarec init DIR; examples are in configs/runs/ and configs/sweeps/"
 
@@ -39,7 +42,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or not YAML, or a field is unknown, missing or of the wrong type.
     """
-    tree, given = read_tree(path), dict[str, str]()
+    tree, given = above_preset(read_tree(path)), dict[str, str]()
     for override in overrides:
         name, value = parse_override(override)
         set_field(tree, name, value)
@@ -106,18 +109,51 @@ def format_override(name: str, value: Any) -> str:
     return f"{name}={text}".replace(" ", "\\u0020")  # a space can only stand inside a quoted text
 
 
-def set_field(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Set a field, given as `section.field`, in the fields of a file.
+def above_preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a file with those of the preset that it names, where it does not set them itself.
 
     Raises:
-        UserError: the name goes through a value as though it were a section.
+        UserError: there is no such preset.
     """
+    return _merged(_preset(tree.pop(PRESET)), tree) if PRESET in tree else tree
+
+
+def set_field(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set a field, given as `section.field`, in the fields of a file; `preset` sets all of the preset's fields.
+
+    Raises:
+        UserError: the name goes through a value as though it were a section, or there is no such preset.
+    """
+    if name == PRESET:
+        merged = _merged(tree, _preset(value))
+        tree.clear()
+        tree.update(merged)
+        return
     *parents, leaf = name.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise UserError(f"override of `{name}`: {parent} is a value, not a section", _FIELDS)
     tree[leaf] = value
+
+
+def _preset(name: Any) -> dict[str, Any]:
+    """Return the fields of a preset that rarec brings, by its name, or of a file, by its path."""
+    folder = shipped_files() / "configs" / "presets"
+    known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if not isinstance(name, str):
+        raise UserError(f"field `{PRESET}`: {_shown(name)} is no name", f"name one of {', '.join(known)}, or a file")
+    if name in known or Path(name).suffix in (".yaml", ".yml"):
+        return read_tree(known.get(name, name))
+    problem = f"field `{PRESET}`: there is no preset {_shown(name)}{nearest(name, known)}"
+    raise UserError(problem, "name one of these, or the path of a YAML file")
+
+
+def _merged(under: Any, over: Any) -> Any:
+    """Return `over`, and what `under` has beside it, section by section."""
+    if not isinstance(under, dict) or not isinstance(over, dict):
+        return over
+    return {**under, **{name: _merged(under.get(name), value) for name, value in over.items()}}
 
 
 def validated(model: type[Model], tree: dict[str, Any], where: str, given: Mapping[str, str] | None = None) -> Model:

@@ -48,6 +48,7 @@ VARIANTS = {
         Variant("prefix_only", "prefix only", "all", projections=False),
         Variant("readout", "ID vectors at the readout", "readout", instructions=False),
         Variant("input", "input injection", "input"),
+        Variant("input_lora", "input injection + LoRA", "input", lora=True),
         Variant("per_layer", "RA-Rec (per layer)", "all"),
         Variant("per_layer_lora", "RA-Rec + LoRA", "all", lora=True),
     )

@@ -138,7 +138,7 @@ class HybridPrompt:
                 "shorten the template, use fewer alignment.instructions, or raise prompt.max_tokens",
             )
 
-    def fill(self, fields: Mapping[str, Int32], inside: Mapping[str, Sequence[int]] = MappingProxyType({})) -> Encoded:
+    def fill(self, fields: dict[str, Int32], inside: Mapping[str, Sequence[int]] = MappingProxyType({})) -> Encoded:
         """Fill the fields with token ids.
 
         Text that exceeds the room is cut from the end of the last field, never from slots or fixed text. A prompt

@@ -46,7 +46,8 @@ class NeighboursStage(Stage):
 
         def write() -> None:
             figures.update(write_neighbours(self.part, config.neighbours, config.prepare, run.dataset, directory))
-            run.say(f"{self.part}: {figures['pairs']:,} neighbours of {run.dataset.n_items:,} items")
+            nothing = "" if figures["pairs"] else ": it will add nothing"
+            run.say(f"{self.part}: {figures['pairs']:,} neighbours of {run.dataset.n_items:,} items{nothing}")
 
         run.world.run_on_main(write)
         return Built(figures)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from rarec.config import RunConfig
-from rarec.config.load import parse_override, read_tree, set_field, validated
+from rarec.config.load import PRESET, above_preset, parse_override, read_tree, set_field, validated
 from rarec.config.section import Folder, Section, Seed
 from rarec.errors import UserError
 from rarec.stages import STAGES
@@ -166,7 +166,7 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
 
 def _runs(file: SweepFile, path: Path, base: Path, common: Mapping[str, Any]) -> Iterator[SweepRun]:
     """Yield every run of a sweep, with its validated configuration."""
-    tree = read_tree(base)
+    tree = above_preset(read_tree(base))
     sets_shared = isinstance(tree.get("run"), dict) and tree["run"].get("shared")
     shared = {} if sets_shared else {"run.shared": str(Path(file.dir, SHARED))}
     for entry in file.runs:
@@ -264,7 +264,7 @@ def _flatten(values: Mapping[str, Any], section: Any, prefix: str = "") -> Itera
 def _resolve(tree: dict[str, Any], overrides: Mapping[str, Any], where: str) -> RunConfig:
     """Return the base's configuration with overrides applied."""
     own = copy.deepcopy(tree)
-    for field, value in overrides.items():
+    for field, value in sorted(overrides.items(), key=lambda item: item[0] != PRESET):  # the preset first
         try:
             set_field(own, field, copy.deepcopy(value))
         except UserError as error:
