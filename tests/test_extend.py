@@ -393,6 +393,32 @@ def test_a_configuration_without_parts_of_ones_own_imports_none(tmp_path):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+# -- ranks of another system ----------------------------------------------------------------------------------------
+
+
+def test_scores_of_another_system_become_ranks_of_the_report(here, tmp_path):
+    script = (here / "next_item.py").read_text().replace("runs/mine", str(opened().root))
+    opened().run(["prepare"])
+    exec(script, {})
+    found = copied(tmp_path, *SHORT, "evaluate.external.next_item=next_item.parquet")
+    found.run(["ids", "neighbours", "shards", "train", "evaluate"])
+    ranks = found.ranks()
+    own = ranks[ranks.variant == "external:next_item"].set_index("user")["rank"]
+    dataset = found.dataset
+    for user, row in zip(dataset.user_ids.to_pylist()[:5], range(5), strict=True):
+        sequence = dataset.sequence(row)
+        followed = np.zeros(dataset.n_items)
+        for other, length in enumerate(dataset.train_length_U):
+            trained = dataset.sequence(other)[:length]
+            np.add.at(followed, trained[1:][trained[:-1] == sequence[-2]], 1)
+        competes = np.ones(dataset.n_items, bool)
+        competes[sequence[:-1]] = False
+        target = sequence[-1]
+        competes[target] = True
+        listed = followed[target] > 0
+        assert own[user] == ((followed >= followed[target]) & competes).sum() if listed else dataset.n_items
+
+
 # -- a stage --------------------------------------------------------------------------------------------------------
 
 
