@@ -10,7 +10,7 @@ import pytest
 import rarec
 
 ROOT = Path(rarec.__file__).parent
-ROOMS = "config data ranking ids neighbours prompts models training planning evaluation serving stages sweep".split()
+ROOMS = "config data ranking neighbours ids prompts models training planning evaluation serving stages sweep".split()
 UNRELATED = {("evaluation", "training"), ("serving", "training"), ("serving", "evaluation")}
 """Pairs of rooms that are ordered in the list, and yet independent."""
 

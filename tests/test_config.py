@@ -113,7 +113,7 @@ PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 def test_every_preset_sets_what_its_file_says(small, path):
     config, plain = load_config(small, [f"preset={path.stem}"]).model_dump(), load_config(small).model_dump()
     for section, fields in read_tree(path).items():
-        plain[section] |= {name: value for name, value in fields.items()}
+        plain[section] |= fields
     assert config == plain
 
 

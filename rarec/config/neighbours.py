@@ -9,6 +9,17 @@ from rarec.config.section import Few, NonNegative, Positive, Section, Share, Wei
 NeighbourModel = Literal["cooccurrence", "transition", "lexical"]
 
 
+class Graph(Section):
+    """A second source of vectors for slots, `{soft:graph}`: a truncated SVD of the graph of transitions.
+
+    An item's vector says what comes before it; a user's is the sum of what follows the newest items of the history,
+    with the decay of the section `neighbours`. Interactions that `ids.holdout` holds out are not counted.
+    """
+
+    dim: Positive = 64
+    """Singular vectors that are kept."""
+
+
 class Neighbours(Section):
     """Item-item tables of the nearest neighbours: the cheapest rivals of every model here, and parts of late fusion."""
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from rarec.config.ids import IMPORTED_FILES, Ids, Import
 from rarec.config.logs import Prepare
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
-from rarec.config.neighbours import Neighbours
+from rarec.config.neighbours import Graph, Neighbours
 from rarec.config.section import (
     Blocks,
     Count,
@@ -203,6 +203,8 @@ class RunConfig(Section):
     sources: dict[SourceName, Import] = Field(default={})
     """Further frozen vectors by name (image, text, ...), beside `id`."""
     neighbours: Neighbours = Neighbours()
+    graph: Graph | None = None
+    """Off by default; `graph: {}` makes it."""
     llm: Llm
     prompt: Prompt = Prompt()
     shards: Shards = Shards()
@@ -232,12 +234,14 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         if "id" in self.sources:
             raise ValueError("sources: `id` is the name of the ID embeddings themselves; choose another name")
+        if "graph" in self.sources and self.graph:
+            raise ValueError("sources: `graph` is the name of what the section `graph` makes; choose another name")
         return self
 
     @property
-    def sources_by_name(self) -> dict[str, Ids | Import]:
+    def sources_by_name(self) -> dict[str, Ids | Graph | Import]:
         """The section of every source whose vectors become slots, `id` first."""
-        return {"id": self.ids, **self.sources}
+        return {"id": self.ids, **({"graph": self.graph} if self.graph else {}), **self.sources}
 
     @property
     def baseline(self) -> tuple[str, Ids]:
@@ -249,7 +253,7 @@ class RunConfig(Section):
         return (BASELINE, self.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", self.ids)
 
     @property
-    def vectors_by_name(self) -> dict[str, Ids | Import]:
+    def vectors_by_name(self) -> dict[str, Ids | Graph | Import]:
         """The section of everything that `rarec ids` makes: the sources and the baseline."""
         name, section = self.baseline
         return {**self.sources_by_name, name: section}

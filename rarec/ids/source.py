@@ -26,6 +26,7 @@ Rows = npt.NDArray[np.integer]
 KIND = "ids"
 ITEMS_FILE = "items.npy"
 USERS_FILE = "users.npy"
+LEFT_FILE = "left.npy"
 MODEL_FILE = "model.safetensors"
 
 
@@ -111,6 +112,37 @@ class HistoryRule:
     def permuted(self, rng: np.random.Generator) -> "HistoryRule":
         """Return itself: it reads the item vectors."""
         return self
+
+
+@dataclass(frozen=True)
+class GraphUsers:
+    """User vectors by the graph: the mean of the left singular vectors of the newest items, older ones decayed.
+
+    The inner product of a user's and an item's vector is the decayed mean of the transitions to the item, up to what
+    the SVD leaves out.
+
+    Attributes:
+        left_NE: left singular vectors by item row.
+        rule: weights by age.
+    """
+
+    left_NE: Floats
+    rule: HistoryRule
+    per_user: int = 1
+
+    @classmethod
+    def open(cls, directory: Path, newest: int, decay: float) -> "GraphUsers":
+        """Read the left singular vectors."""
+        left_NE = np.load(directory / LEFT_FILE, mmap_mode="c", allow_pickle=False)
+        return cls(left_NE, HistoryRule(np.power(decay, np.arange(newest), dtype=np.float64)))
+
+    def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
+        """See `UserVectors`."""
+        return self.rule.vectors(self.left_NE, user_rows, histories)
+
+    def permuted(self, rng: np.random.Generator) -> "GraphUsers":
+        """Return the user vectors of permuted items, a copy in memory."""
+        return GraphUsers(self.left_NE[rng.permutation(len(self.left_NE))], self.rule)
 
 
 @dataclass(frozen=True)
@@ -245,6 +277,8 @@ def _open_users(directory: Path, settings: Mapping[str, Any], recipe: Recipe | N
             return HistoryRule.of(**fields)
         case "table":
             return UserTable.open(directory)
+        case "graph":
+            return GraphUsers.open(directory, **fields)
         case kind if kind in RECIPES:
             return SequenceUsers.open(directory, RECIPES[kind](**fields))
         case kind if recipe is None or recipe.model_dump(mode="json") != fields:

@@ -12,14 +12,19 @@ import ibis
 import ibis.expr.types as ir
 
 
-def training_log(interactions: ir.Table, users: ir.Table, newest: int) -> ir.Table:
+def training_log(interactions: ir.Table, users: ir.Table, newest: int, holdout: float = 0.0) -> ir.Table:
     """Return each user's newest training interactions.
 
     Args:
         interactions: `line` (from 1, in the order of the file), `user_row`, `item_row`.
         users: `row`, `start`, `train_length`.
         newest: largest number for each user: it bounds the pairs that a user adds.
+        holdout: leave out the newest interactions that make up this share, as `PreparedDataset.holding_out` does.
     """
+    if holdout:
+        wanted = (users.train_length.cast("float64") * holdout).floor().cast("int64")
+        held = ibis.least(ibis.greatest(wanted, 1), ibis.greatest(users.train_length - 1, 0))
+        users = users.mutate(train_length=users.train_length - held)
     log = interactions.inner_join(users, interactions.user_row == users.row)
     log = log.mutate(position=log.line - 1 - log.start)
     kept = log.filter(log.position < log.train_length, log.position >= log.train_length - newest)

@@ -40,13 +40,34 @@ def write_neighbours(
         texts = [f"{title} {text}" for title, text in zip(dataset.titles, dataset.texts, strict=True)]
         pairs = _write(lexical([text.replace(dataset.untitled, "") for text in texts], config.top), directory)
     else:
-        with open_engine(prepare, directory / "spill") as engine:
-            log = read_training_log(engine, dataset.directory, config.longest)
-            pairs = _write(engine.batches(_expression(model, config, engine.keep("training_log", log))), directory)
+        pairs = write_counts(model, config, prepare, dataset, directory)
     return {"pairs": pairs}
 
 
-def read_training_log(engine: PrepareEngine, directory: Path, longest: int) -> ir.Table:
+def write_counts(
+    model: str,
+    config: Neighbours,
+    prepare: Prepare,
+    dataset: PreparedDataset,
+    directory: Path,
+    holdout: float = 0.0,
+) -> int:
+    """Write the table of `cooccurrence` or `transition`; return the number of its rows.
+
+    Args:
+        model: see `write_neighbours`, as for all but the last.
+        config: the section `neighbours`.
+        prepare: the section `prepare`.
+        dataset: prepared.
+        directory: to write to.
+        holdout: the newest share of each user's training interactions, which is not counted.
+    """
+    with open_engine(prepare, directory / "spill") as engine:
+        log = read_training_log(engine, dataset.directory, config.longest, holdout)
+        return _write(engine.batches(_expression(model, config, engine.keep("training_log", log))), directory)
+
+
+def read_training_log(engine: PrepareEngine, directory: Path, longest: int, holdout: float = 0.0) -> ir.Table:
     """Return each user's newest training interactions (see `counting`) from the files of a prepared dataset."""
     roles = {tables.INTERACTIONS: ("user_row", "item_row"), tables.USERS: ("row", "start", "train_length")}
     interactions, users = (
@@ -55,7 +76,7 @@ def read_training_log(engine: PrepareEngine, directory: Path, longest: int) -> i
         ).table
         for file, names in roles.items()
     )
-    return counting.training_log(interactions, users.drop("line"), longest)
+    return counting.training_log(interactions, users.drop("line"), longest, holdout)
 
 
 def _expression(model: str, config: Neighbours, log: ir.Table) -> ir.Table:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from rarec.config import RunConfig
 from rarec.config.ids import Ids, Import, Recipe
+from rarec.config.neighbours import Graph
 from rarec.errors import UserError
 from rarec.ids.imports import existing
 from rarec.models.build import SIDES, SourceShape
@@ -118,13 +119,15 @@ def _words(template: str) -> int:
     return len(_WORD.findall(_FIELD.sub(" ", template)))
 
 
-def source_shape(section: Ids | Import) -> SourceShape:
+def source_shape(section: Ids | Graph | Import) -> SourceShape:
     """Return the dimension and vectors per user of a source, from its recipe or the headers of its files.
 
     Raises:
         UserError: a file is missing, unreadable, or of the wrong shape.
     """
     chosen = section.chosen if isinstance(section, Ids) else section
+    if isinstance(chosen, Graph):
+        return SourceShape(chosen.dim, 1)
     if isinstance(chosen, Recipe):
         return SourceShape(chosen.dim, chosen.per_user)
     users = _file_shape(chosen.users, "users") if chosen.users is not None else ()

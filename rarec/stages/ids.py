@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rarec.artefacts import sha256_json
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
+from rarec.config.neighbours import Graph
+from rarec.stages.neighbours import table_settings
 from rarec.stages.stage import PROGRESS, Built, Stage
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class IdsStage(Stage):
         return list(run.config.vectors_by_name)
 
     @property
-    def section(self) -> Ids | Import:
+    def section(self) -> Ids | Graph | Import:
         """The configuration's section of this source."""
         return self.run.config.vectors_by_name[self.part]
 
@@ -38,9 +40,16 @@ class IdsStage(Stage):
         """See `Stage`: a recipe and the seed, or how an import makes its user vectors."""
         chosen, seed = self._chosen, self.run.config.run.seed
         if isinstance(chosen, Recipe):
-            section = cast(Ids, self.section)  # sources beside `id` are imported
+            section = cast(Ids, self.section)  # sources beside `id` have no recipe
             holdout, model = section.held_out, section.model
             return {"seed": seed, "holdout": holdout, "users": {"kind": model, **chosen.model_dump(mode="json")}}
+        if isinstance(chosen, Graph):
+            counted = {
+                "holdout": self.run.config.ids.held_out,
+                **table_settings("transition", self.run.config.neighbours),
+            }
+            rule = self.run.config.neighbours.model_dump(mode="json", include={"newest", "decay"})
+            return {"dim": chosen.dim, "counts": counted, "users": {"kind": "graph", **rule}}
         if chosen.users is not None:
             return {"missing": chosen.missing, "users": {"kind": "table"}}
         rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}
@@ -60,14 +69,23 @@ class IdsStage(Stage):
         """See `Stage`: the names of imported files, and that of a source, but for the baseline, which is an `id`."""
         name = self.part if self.part in self.run.config.sources_by_name else "id"
         chosen = self._chosen
-        files = [] if isinstance(chosen, Recipe) else [getattr(chosen, field) for field in IMPORTED_FILES]
+        files = [getattr(chosen, field) for field in IMPORTED_FILES] if isinstance(chosen, Import) else []
         return [name, files]
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
+        from rarec.ids.graph import write_graph
         from rarec.ids.make import write_source
 
-        run, dataset = self.run, self.run.dataset
+        run, dataset, config = self.run, self.run.dataset, self.run.config
+        if isinstance(self.section, Graph):
+            made = (config.neighbours, config.prepare, config.ids.held_out, dataset, directory, config.run.seed)
+            figures = write_graph(self.section, *made)
+            run.say(
+                f"{self.part}: full ranking of {figures['validation']['n']} validation users: "
+                f"hr@10 {figures['validation']['hr@10']:.4f}"
+            )
+            return Built({"name": self.part, **figures})
         identity = sha256_json([self.settings(), dataset.hash])
         progress = directory / PROGRESS
         figures = write_source(
@@ -76,6 +94,6 @@ class IdsStage(Stage):
         return Built({"name": self.part, **figures})
 
     @property
-    def _chosen(self) -> Recipe | Import:
+    def _chosen(self) -> Recipe | Graph | Import:
         section = self.section
         return section.chosen if isinstance(section, Ids) else section

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rarec.config.neighbours import Neighbours
 from rarec.stages.stage import Built, Stage
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ FIELDS = {
     "lexical": ("top",),
 }
 """Fields of the section `neighbours` that shape the table of each model; the others say how users are scored by it."""
+
+
+def table_settings(model: str, config: Neighbours) -> dict[str, Any]:
+    """Return what shapes the table of a neighbour model."""
+    return {"model": model, **config.model_dump(mode="json", include=set(FIELDS[model]))}
 
 
 class NeighboursStage(Stage):
@@ -30,8 +36,7 @@ class NeighboursStage(Stage):
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""
-        section = self.run.config.neighbours.model_dump(mode="json", include=set(FIELDS[self.part]))
-        return {"model": self.part, **section}
+        return table_settings(self.part, self.run.config.neighbours)
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
