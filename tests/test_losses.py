@@ -228,6 +228,21 @@ class Step:
         return torch.cat([g.flatten() for g in torch.autograd.grad(terms.total, parameters)])
 
 
+def test_distillation_draws_each_user_to_the_own_id_vector_by_hand():
+    step = Step("bert", distil_weight=0.5, align_weight=0.0, align_temperature=0.2)
+    step.model.user.student = torch.nn.Linear(32, 6, bias=False)
+    states = [step.states(prompts, "float32") for prompts in step.prompts]
+    terms = step.loss(*states)
+    student = torch.nn.functional.normalize(step.model.user.student(step.encoded()["user"].vectors_BZ), dim=1)
+    teacher = torch.nn.functional.normalize(step.batches[0].vectors["id"].mean(1), dim=1)
+    chances = (student @ teacher.T / 0.2).softmax(1).diagonal()
+    assert terms.distil.item() == pytest.approx(-chances.log().mean().item(), rel=1e-5)
+    assert terms.total.item() == pytest.approx(terms.recommendation.item() + 0.5 * terms.distil.item(), rel=1e-5)
+    assert torch.autograd.grad(terms.distil, step.model.user.student.weight)[0].abs().sum() > 0
+    step.model.eval()
+    assert step.encoded()["user"].taught is None
+
+
 @pytest.mark.parametrize("recommendation", ["bpr", "softmax"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_the_loss_equals_that_of_two_passes(kind, recommendation):

@@ -65,7 +65,15 @@ def test_peak_memory_is_what_this_process_has_had_and_not_the_one_that_started_i
 
 
 def step_of_all(**more) -> StepMetrics:
-    values = {"loss": 1.0, "recommendation": 0.8, "align": 2.0, "tokens": 500.0, "padded": 800.0, "waited": 0.1}
+    values = {
+        "loss": 1.0,
+        "recommendation": 0.8,
+        "align": 2.0,
+        "distil": 0.0,
+        "tokens": 500.0,
+        "padded": 800.0,
+        "waited": 0.1,
+    }
     return StepMetrics(**{**values, "seconds": 0.5, "stops": False, **more})
 
 
@@ -95,10 +103,10 @@ def test_gradient_norms_by_group():
 
 def test_a_step_is_the_mean_of_its_parts():
     step = StepAccumulator()
-    step.losses = [torch.tensor([1.0, 0.5, 0.2]).double(), torch.tensor([3.0, 1.5, 0.4]).double()]
+    step.losses = [torch.tensor([1.0, 0.5, 0.2, 0.1]).double(), torch.tensor([3.0, 1.5, 0.4, 0.5]).double()]
     step.tokens, step.padded, step.waited, step.keys = 75, 100, 0.5, ["1-2", "1-3"]
     of_all = step.reduce(SINGLE, stopping=True)
-    assert (of_all.loss, of_all.recommendation, of_all.align) == pytest.approx((2.0, 1.0, 0.3))
+    assert (of_all.loss, of_all.recommendation, of_all.align, of_all.distil) == pytest.approx((2.0, 1.0, 0.3, 0.3))
     assert (of_all.tokens, of_all.padded, of_all.waited, of_all.samples) == (75, 100, 0.5, 2)
     assert of_all.stops
 

@@ -1,5 +1,6 @@
 """A whole run on the small world: its files and tables, what stages refuse, the bundle's scores."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from rarec.stages.plan import plan
 from rarec.stages.run import Run
 from rarec.stages.shard_content import ShardContent
 from rarec.stages.variant_training import open_feed, open_stream
+from rarec.stages.verify import verify
 from rarec.training.loader import Collator
 
 ROOT = Path(__file__).parents[1]
@@ -246,6 +248,24 @@ def test_the_papers_choices_go_the_whole_way(finished, tmp_path):
     assert {"text_only", "prefix_only", "input", "per_layer"} <= variants
     assert read_json(run.directory("train", "text_only") / "manifest.json")["step"] == 0
     assert read_json(run.directory("train", "per_layer") / "manifest.json")["step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["llara_input", "e4srec_input", "llmsrec"])
+def test_a_preset_goes_the_whole_way(finished, tmp_path, preset):
+    """Its shards are checked, its training resumes nothing, and its bundle recommends."""
+    overrides = [f"run.dir={tmp_path}", f"preset={preset}", "lora.targets=[query]"]
+    run = open_run(finished, overrides)
+    run.run()
+    assert "all samples match" in verify(run, deep=True)
+    main = run.config.main_variant
+    assert "id@titles" in run.build_model(main).user.slots
+    metrics = run.metrics().set_index(["variant", "metric"]).value
+    assert metrics[main.name + "+id+cheap", "hr@100"] > 0
+    assert len(recommend(run, str(run.dataset.user_ids[0]), 3)) == 3
+    losses = [json.loads(line) for line in (run.directory("train", main.name) / "log.jsonl").read_text().splitlines()]
+    distilled = [line["distil"] for line in losses if "loss" in line]
+    assert (min(distilled) > 0) == (preset == "llmsrec")
 
 
 def test_new_items_are_ranked_by_their_text(finished, tmp_path):

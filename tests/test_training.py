@@ -148,7 +148,11 @@ def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_last_good_checkp
     def poisoned(self, *arguments):
         calls.append(1)
         terms = honest(self, *arguments)
-        return LossTerms(terms.total * float("nan"), terms.recommendation, terms.align) if len(calls) == 6 else terms
+        return (
+            LossTerms(terms.total * float("nan"), terms.recommendation, terms.align, terms.distil)
+            if len(calls) == 6
+            else terms
+        )
 
     monkeypatch.setattr(Objective, "__call__", poisoned)
     overrides = ["train.variants=[per_layer]", "train.checkpoint_every=2"]

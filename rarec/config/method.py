@@ -113,7 +113,7 @@ class Readout(Section):
 
 
 class Loss(Section):
-    """The training loss: L_rec + align_weight (L_align,user + L_align,item) [N]."""
+    """The training loss: L_rec + align_weight (L_align,user + L_align,item) [N] + distil_weight L_distil [D]."""
 
     recommendation: Annotated[str, AfterValidator(check("losses"))] = "softmax"
     """L_rec: `bpr` over in-batch pairs [N], in-batch `softmax` [D], or one of your own as `package.module:name`."""
@@ -127,6 +127,9 @@ class Loss(Section):
     """Weight of the alignment losses (lambda [N]); 0 switches them off."""
     align_temperature: Rate = 0.1
     """Temperature of the alignment losses (tau [N]). A lower one contrasts more sharply."""
+    distil_weight: Weight = 0.0
+    """Weight of a distillation in the manner of LLM-SRec [D]: an InfoNCE over the batch, with `align_temperature`,
+    between a linear map of the user's vector and the ID model's. 0 switches it off."""
     align_pool: Literal["projected", "all"] = "projected"
     """Slots that are compared with the text-only state: the mean of the projected vectors W e + b, or of all slots
     including the instructions."""

@@ -108,7 +108,7 @@ def diagnose(
         tokens = slot_pass(passes, sample, tower, tower.alignment)
         found["blocks"] += _block_rows(sample, tokens, states, tower.alignment_blocks)
         found["attention"] += _attention_rows(passes, sample, tower)
-        if tower.alignment_blocks[0] == 0:
+        if tokens and tower.alignment_blocks[0] == 0:
             found["words"] += _word_rows(model, tokenizer, sample, tokens)
     return found
 

@@ -10,7 +10,7 @@ from rarec.config import RunConfig, Variant
 from rarec.errors import UserError
 from rarec.models.alignment import INSTRUCTIONS, AlignmentModule, SlotShape
 from rarec.models.language_model import LoadedModel
-from rarec.models.towers import RaRec, Tower
+from rarec.models.towers import IDS, RaRec, Tower
 from rarec.prompts import TITLES, slot_names
 from rarec.registry import find
 
@@ -83,7 +83,11 @@ def build_model(
         reads = alignment.roles if alignment is not None and (config.readout.slots or at_readout) else ()
         if backbone.sink:  # and those of instructions are the same for all users and items
             reads = tuple(role for role in reads if role != INSTRUCTIONS)
-        return Tower(alignment, readout_class(hidden, config.readout, reads), slots_from_blocks)
+        readout = readout_class(hidden, config.readout, reads)
+        size = min(hidden, config.readout.size) if config.readout.whiten else hidden
+        taught = side == "user" and config.loss.distil_weight > 0
+        student = nn.Linear(size, shapes[IDS].dim, bias=False) if taught else None
+        return Tower(alignment, readout, slots_from_blocks, student)
 
     with torch.random.fork_rng(devices=[]):  # for random parameters of the user's own maps and readouts
         torch.manual_seed(config.run.seed)

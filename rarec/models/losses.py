@@ -62,11 +62,13 @@ class LossTerms:
         total: the sum that is minimised.
         recommendation: L_rec.
         align: L_align,user + L_align,item.
+        distil: L_distil.
     """
 
     total: Tensor
     recommendation: Tensor
     align: Tensor
+    distil: Tensor
 
 
 class PartialMean(NamedTuple):
@@ -82,7 +84,7 @@ class PartialMean(NamedTuple):
 
 
 class Objective:
-    """L_rec + weight (L_align,user + L_align,item).
+    """L_rec + align_weight (L_align,user + L_align,item) + distil_weight L_distil.
 
     Args:
         config: the section `loss`.
@@ -103,7 +105,9 @@ class Objective:
         user_blocks, item_blocks = model.user.alignment_blocks, model.item.alignment_blocks
         aligned = self.align(user_blocks, users, targets.user_states_bLD, targets.users_b, targets.total)
         aligned = aligned + self.align(item_blocks, items, targets.item_states_bLD, targets.items_b, targets.total)
-        return LossTerms(recommendation + self.config.align_weight * aligned, recommendation, aligned)
+        distilled = self._distil(users, targets)
+        total = recommendation + self.config.align_weight * aligned + self.config.distil_weight * distilled
+        return LossTerms(total, recommendation, aligned, distilled)
 
     def align(self, blocks: tuple[int, ...], side: Encoding, states_bLD: Tensor, rows_b: Tensor, total: int) -> Tensor:
         """Return one side's alignment loss, over the blocks that have both slots and stored states.
@@ -126,6 +130,16 @@ class Objective:
         same_bB = rows_b[:, None] == self.world.gather_rows(rows_b, total)[None, :]
         same_bB = same_bB.scatter(1, own_b[:, None], False)
         return self._mean(align(pooled_LbD, states_LBD, same_bB, own_b, self.config.align_temperature))
+
+    def _distil(self, users: Encoding, targets: LossTargets) -> Tensor:
+        if users.taught is None:
+            return torch.zeros((), device=users.vectors_BZ.device)
+        student_bE, teacher_bE = users.taught
+        own_b = self.world.local_rows(targets.total)
+        same_bB = targets.users_b[:, None] == self.world.gather_rows(targets.users_b, targets.total)[None, :]
+        same_bB = same_bB.scatter(1, own_b[:, None], False)
+        teacher_BE = self.world.gather_rows(teacher_bE, targets.total)
+        return self._mean(align(student_bE[None], teacher_BE[None], same_bB, own_b, self.config.align_temperature))
 
     def _recommend(self, users: Encoding, items: Encoding, targets: LossTargets) -> Tensor:
         own_b = self.world.local_rows(targets.total)

@@ -18,6 +18,8 @@ from rarec.models.backbone import FrozenBackbone, pool_text
 from rarec.models.slots import Slots
 from rarec.models.whitening import Whitening
 
+IDS = "id"
+"""The source that is distilled."""
 TEXT = "text"
 """Name of the readout's part that reads the text; every variant has it."""
 
@@ -55,11 +57,14 @@ class Encoding(NamedTuple):
         vectors_BZ: the vectors that are scored.
         slots_LBKD: all slots, for the alignment loss; None for text only.
         projected: the projections p of each source (L, B, K, D), for the alignment loss.
+        taught: the vectors that are distilled, and the ID vectors that they are drawn to (B, E); None without
+            distillation.
     """
 
     vectors_BZ: Tensor
     slots_LBKD: Tensor | None
     projected: Mapping[str, Tensor]
+    taught: tuple[Tensor, Tensor] | None = None
 
 
 class ReadoutModule(nn.Module):
@@ -155,13 +160,19 @@ class Tower(nn.Module):
         readout: the readout.
         slots_from_blocks: whether the slots' states after the last block are read. If not, the alignment has one more
             map, and its output is read in their place.
+        student: map of the scored vectors to ID vectors that are distilled into them; used in training alone.
     """
 
     def __init__(
-        self, alignment: AlignmentModule | None, readout: ReadoutModule, slots_from_blocks: bool = True
+        self,
+        alignment: AlignmentModule | None,
+        readout: ReadoutModule,
+        slots_from_blocks: bool = True,
+        student: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.alignment, self.readout, self.slots_from_blocks = alignment, readout, slots_from_blocks
+        self.student = student
 
     @property
     def slots(self) -> dict[str, int]:
@@ -179,7 +190,8 @@ class Tower(nn.Module):
         if self.alignment is None:
             hidden_BTD = backbone(batch.ids_BT, batch.mask_BT)
             text_BT = backbone.read_mask(batch.mask_BT)
-            return Encoding(self.readout(hidden_BTD, text_BT, hidden_BTD[:, :0], {}), None, {})
+            vectors_BZ = self.readout(hidden_BTD, text_BT, hidden_BTD[:, :0], {})
+            return Encoding(vectors_BZ, None, {}, self._taught(vectors_BZ, batch))
         slots_LBKD, projected = self.alignment(batch.vectors)
         blocks = self.alignment_blocks
         slots = Slots(slots_LBKD[: len(blocks)], batch.positions_BK, blocks) if blocks else None
@@ -187,7 +199,12 @@ class Tower(nn.Module):
         text_BT = backbone.read_mask(batch.mask_BT).scatter(1, batch.positions_BK, 0)
         last_BKD = _at(hidden_BTD, batch.positions_BK) if self.slots_from_blocks else slots_LBKD[-1]
         vectors_BZ = self.readout(hidden_BTD, text_BT, last_BKD, self.alignment.role_masks(batch.vectors))
-        return Encoding(vectors_BZ, slots_LBKD, projected)
+        return Encoding(vectors_BZ, slots_LBKD, projected, self._taught(vectors_BZ, batch))
+
+    def _taught(self, vectors_BZ: Tensor, batch: SideBatch) -> tuple[Tensor, Tensor] | None:
+        if self.student is None or not self.training:
+            return None
+        return self.student(vectors_BZ), batch.vectors[IDS].mean(1)
 
 
 def _at(hidden_BTD: Tensor, positions_BK: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from rarec.prompts.tokens import TextTokenizer
 Int32 = npt.NDArray[np.int32]
 FIELDS = {"user": ["history"], "item": ["title", "text"]}
 """Fields of each side's template."""
-_PLAIN_TITLE = "{title}"
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,6 @@ class PromptPair:
     def fingerprint(self) -> str:
         """The sha256 of the templates, their limits, the order of titles and the tokenizer."""
         prompt = {**self.config.model_dump(mode="json"), "order": self.newest_first}
-        if prompt["title"] == _PLAIN_TITLE:  # as it was before there was a choice
-            del prompt["title"]
         return sha256_json({"prompt": prompt, "tokenizer": self.tokenizer.fingerprint})
 
     def user(self, history: Sequence[int] | npt.NDArray[np.integer]) -> Encoded:

@@ -161,7 +161,7 @@ class Trainer:
         good = str(self.checkpoints.path(saved[-1])) if saved else "none yet"
         error = UserError(
             f"the {what} of step {state.step} is not finite (recommendation {metrics.recommendation}, "
-            f"align {metrics.align}); batch of samples user-position {keys}",
+            f"align {metrics.align}, distil {metrics.distil}); batch of samples user-position {keys}",
             "lower train.lr, train.lr_slots or train.clip and start again: rarec train CONFIG --fresh; "
             f"the last good checkpoint is {good}",
         )

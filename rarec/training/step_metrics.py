@@ -31,7 +31,7 @@ class StepAccumulator:
         tokens: text and slots of both sides.
         padded: the same including padding.
         keys: keys of the samples.
-        losses: for each part, the total loss and its two terms (3,).
+        losses: for each part, the total loss and its three terms (4,).
     """
 
     started: float = field(default_factory=time.monotonic)
@@ -46,7 +46,8 @@ class StepAccumulator:
         self.tokens += batch.tokens
         self.padded += batch.users.mask_BT.numel() + batch.items.mask_BT.numel()
         self.keys += batch.keys
-        self.losses.append(torch.stack([losses.total, losses.recommendation, losses.align]).detach().double())
+        terms = [losses.total, losses.recommendation, losses.align, losses.distil]
+        self.losses.append(torch.stack(terms).detach().double())
 
     def reduce(self, world: World, stopping: bool) -> "StepMetrics":
         """Return the figures over all ranks, by one collective operation.
@@ -55,12 +56,12 @@ class StepAccumulator:
             world: all ranks.
             stopping: whether this rank has received a signal to stop.
         """
-        losses_3 = torch.stack(self.losses).mean(0)
-        own_5 = losses_3.new_tensor([self.tokens, self.padded, self.waited, float(stopping), len(self.keys)])
-        total_8 = world.all_reduce_sum(torch.cat([losses_3, own_5]).to(world.device))
-        loss, recommendation, align, *sums, samples = total_8.tolist()
+        losses_4 = torch.stack(self.losses).mean(0)
+        own_5 = losses_4.new_tensor([self.tokens, self.padded, self.waited, float(stopping), len(self.keys)])
+        total_9 = world.all_reduce_sum(torch.cat([losses_4, own_5]).to(world.device))
+        loss, recommendation, align, distil, *sums, samples = total_9.tolist()
         tokens, padded, waited, stops = (each / world.size for each in sums)
-        return StepMetrics(loss, recommendation, align, tokens, padded, waited, stops > 0, round(samples))
+        return StepMetrics(loss, recommendation, align, distil, tokens, padded, waited, stops > 0, round(samples))
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class StepMetrics:
         loss: the loss that is minimised.
         recommendation: its first term.
         align: its second term, before weighting.
+        distil: its third term, before weighting.
         tokens: text and slots of both sides, mean over the ranks.
         padded: the same including padding.
         waited: seconds spent waiting for data, mean over the ranks.
@@ -82,6 +84,7 @@ class StepMetrics:
     loss: float
     recommendation: float
     align: float
+    distil: float
     tokens: float
     padded: float
     waited: float
@@ -105,6 +108,7 @@ class StepMetrics:
             "loss": self.loss,
             "recommendation": self.recommendation,
             "align": self.align,
+            "distil": self.distil,
             "samples": self.samples,
             "tokens_per_s": self.tokens_per_s,
             "data_wait": self.waited / self.seconds,
