@@ -126,7 +126,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = make_world(tmp_path_factory.mktemp("decoder"), "llama")
     from rarec.entry import open_run
 
-    open_run(config, ["run.device=cpu"]).run(["prepare", "ids", "shards"])
+    open_run(config, ["run.device=cpu"]).run(["prepare", "ids", "neighbours", "shards"])
     return config
 
 

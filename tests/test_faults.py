@@ -19,7 +19,7 @@ from rarec.directories import MARKER
 from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.files import aside_path, read_json
-from rarec.ranking import EvalBatch, Ranker
+from rarec.ranking import EvalBatch, VectorRanker
 from rarec.stages import STAGES
 from rarec.stages.export import recommend
 from rarec.stages.shard_content import ShardContent
@@ -289,7 +289,7 @@ def test_memory_of_a_ranking_does_not_grow_with_the_users(finished):
 
     dataset = open_run(finished, []).dataset
     items_NZ = np.random.default_rng(0).standard_normal((dataset.n_items, 8)).astype(np.float32)
-    ranker = Ranker(items_NZ, lambda rows, histories: items_NZ[[history[-1] for history in histories]])
+    ranker = VectorRanker(items_NZ, lambda rows, histories: items_NZ[[history[-1] for history in histories]])
 
     def peak(users: int) -> int:
         known = dataset.targets("test")

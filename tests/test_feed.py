@@ -25,6 +25,7 @@ from rarec.files import read_json
 from rarec.models import initialise
 from rarec.models.initialise import collect_initial_data
 from rarec.models.losses import Objective
+from rarec.prompts import Encoded
 from rarec.stages.run import Run
 from rarec.stages.variant_training import open_initialiser, open_stream
 from rarec.training.checkpoints import Checkpoints
@@ -225,7 +226,8 @@ def test_the_first_values_hold_no_sample_while_the_next_are_read():
             seen.extend(weakref.ref(sample) for sample in samples)
             return samples
 
-    found = collect_initial_data(first_samples(Reader(), 40), ["id"], n_items=5, seed=17)
+    pair = SimpleNamespace(titles=["title"] * 5, stored=lambda tokens_T, marks, history_H: Encoded(tokens_T, marks))
+    found = collect_initial_data(first_samples(Reader(), 40), {"id": None}, pair, seed=17)
     assert found.vectors["id"][:, 0, 0].tolist() == list(range(40))
     assert [len(prompt.tokens_T) for prompt in found.prompts] == [len(made_sample(at).tokens_T) for at in range(40)]
     assert found.targets_N.tolist() == [made_sample(number).target for number in range(40)]
@@ -281,7 +283,7 @@ def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeyp
     opened = run.open()
     feed = open_feed(opened)
     stream, items = open_stream(opened, feed, np.array([], np.int64)), opened.dataset.n_items
-    starts = [collect_initial_data(first_samples(stream, 4), opened.sources, items, 17) for _ in range(2)]
+    starts = [collect_initial_data(first_samples(stream, 4), opened.sources, opened.prompts, 17) for _ in range(2)]
     rows = starts[0].items_N
     assert len(rows) == 10 < items
     assert np.all(np.diff(rows) > 0)
@@ -329,7 +331,7 @@ def test_a_variant_starts_with_every_part_white(finished, tmp_path, kind):
     model = initialiser.new_model(VARIANTS[VARIANT], partial(first_samples, stream)).eval()
     assert any("lora_" in name for name, _ in model.named_parameters())
     samples = first_samples(stream, initialise.ALIGNMENT_SAMPLES)
-    data = collect_initial_data(samples, run.sources, run.dataset.n_items, run.config.run.seed)
+    data = collect_initial_data(samples, run.sources, run.prompts, run.config.run.seed)
     for side in ("user", "item"):
         with torch.no_grad():
             readout, passed = getattr(model, side).readout, initialiser.moments(model, side, data)

@@ -307,7 +307,7 @@ def test_each_run_shows_how_it_was_made(path):
         "plain/seed-17",
         "`0123456789ab-dirty`, `abcdef012345`",
         "Some CPU, 2 cores, Some CPU, 2 cores x 2",
-        "prepare shared, ids shared, shards shared, train 30 s, evaluate 1,200 s",
+        "prepare shared, ids shared, neighbours shared, shards shared, train 30 s, evaluate 1,200 s",
         "text only: 2, 1,500; RA-Rec (per layer): 2, 1,500",
     ]
     assert rows[1][1:3] == ["not recorded"] * 2

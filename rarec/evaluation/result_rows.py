@@ -92,7 +92,7 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     fusions = [(fused, name) for name in (*baselines, "readout+id", "input+id", main)]
     cheap = [(ID_ONLY + CHEAP, name) for name in (ID_ONLY, ALL_CHEAP, fused)] + [(whole, fused)]
     bounds = [(whole, name) for name in names if name.startswith(whole + WITHOUT)] + [(main + ORACLE, whole)]
-    sanity_checks = [(f"{main}/{name}", main) for name in SANITY_CHECKS]
+    sanity_checks = [(name, main) for name in names if name.removeprefix(f"{main}/") in SANITY_CHECKS]
     text = [(name, "text_only") for name in (f"{main}/permuted_ids", "prefix_only")]
     external = [(row, name) for row in (fused, whole) for name in names if is_external(name)]
     own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith(ID_ONLY)]
