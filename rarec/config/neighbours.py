@@ -1,10 +1,10 @@
 """The section `neighbours`: models that only count, and need no training."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from rarec.config.section import Few, NonNegative, Positive, Section, Share, Weight
+from rarec.config.section import Positive, Section, Share, Weight
 
 NeighbourModel = Literal["cooccurrence", "transition", "lexical"]
 
@@ -32,13 +32,13 @@ class Neighbours(Section):
     """Newest items of a history that score their neighbours."""
     decay: Share = 0.7
     """Factor on the score by each older item of the history."""
-    steps: Few = 3
+    steps: Annotated[int, Field(gt=0, le=20)] = 3
     """Largest distance of the two interactions of a transition."""
     step_decay: Share = 0.5
     """Factor on a transition by each further step."""
     shrinkage: Weight = 0.0
     """Number of users (of interactions, for transitions) added to a score's denominator: it holds rare items back."""
-    longest: NonNegative = 200
+    longest: Positive = 200
     """Newest training interactions of a user that are counted: it bounds the pairs of a very active user."""
 
     @field_validator("models")
