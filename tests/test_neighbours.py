@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from itertools import permutations
 from math import sqrt
 from pathlib import Path
@@ -118,5 +119,7 @@ def test_the_newest_items_score_their_neighbours():
     batch = EvalBatch(np.arange(3), [np.array([1, 0]), np.array([], int), np.array([0, 1])], np.zeros(3, int))
     scores_BN = NeighbourRanker(table, newest=2, decay=0.5).scores(batch)
     assert scores_BN**2 == pytest.approx(np.array([[0, 0.5, 0.125], [0, 0, 0], [0, 0.25, 0.25]]))
+    listed = replace(batch, targets=np.array([1, 1, 2]))
+    assert NeighbourRanker(table, newest=2, decay=0.5).lists_targets(listed).tolist() == [True, False, True]
     newest = NeighbourRanker(table, newest=1, decay=0.5).scores(batch)
     assert newest**2 == pytest.approx(np.array([[0, 0.5, 0], [0, 0, 0], [0, 0, 0.25]]))

@@ -11,7 +11,9 @@ from rarec.errors import UserError
 from rarec.evaluation import plots
 from rarec.evaluation.findings import Finding, parts_worth, sanity_checks
 from rarec.evaluation.labels import (
+    CHEAP,
     FULL,
+    FUSED,
     GROUPS,
     ID_ONLY,
     LATE_FUSION,
@@ -122,7 +124,8 @@ def _plots(files: RunFiles, full: Sequence[Row], findings: Sequence[Finding], ma
 
     variants = _variants(full, with_sanity_checks=False)
     metrics = headline_metrics(row["metric"] for row in full)
-    compared = (ID_ONLY, "text_only", LATE_FUSION, main, *filter(is_external, variants))
+    fusions = (row + CHEAP for row in (ID_ONLY, LATE_FUSION, main + FUSED))
+    compared = (ID_ONLY, main, *fusions, *filter(is_external, variants))
     logged = {variant: t for variant, t in files.training.items() if t.losses or t.validations}
     return {
         "forest": Markup(plots.forest(full, variants, metrics)) if variants else None,

@@ -14,6 +14,9 @@ from scipy import sparse
 
 from rarec.ranking import EvalBatch, Ranker, Scores
 
+BLOCK = 1 << 22
+"""Number of scores in a block."""
+
 
 @dataclass(frozen=True)
 class NeighbourRanker(Ranker):
@@ -43,6 +46,17 @@ class NeighbourRanker(Ranker):
         weights = (self.decay**ages).astype(np.float32)
         histories_BN = sparse.csr_matrix((weights, rows, starts), (len(recent), self.table_NN.shape[0]))
         return NeighbourScores(histories_BN, self.table_NN)
+
+    def lists_targets(self, batch: EvalBatch) -> npt.NDArray[np.bool_]:
+        """Return whether each user's target is a neighbour of the newest items of the history, (U,)."""
+        found = [np.empty(0, np.bool_)]
+        for chunk in batch.chunks():
+            scores, targets_B = self.scored(chunk), torch.as_tensor(np.asarray(chunk.targets, np.int64))
+            size = max(BLOCK // scores.n_items, 1)
+            for start in range(0, scores.n_users, size):
+                part = slice(start, min(start + size, scores.n_users))
+                found.append((scores.block(part).gather(1, targets_B[part, None])[:, 0] > 0).numpy())
+        return np.concatenate(found)
 
 
 class NeighbourScores:

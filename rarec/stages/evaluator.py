@@ -105,6 +105,9 @@ class Evaluator:
         strata: dict[str, npt.NDArray[Any]] = {"history length": lengths, "popularity": popularity}
         if (popularity == 0).any():
             strata["met in training"] = (popularity > 0).astype(np.int64)
+        if self.run.neighbours:
+            listed = [ranker.lists_targets(self.test) for ranker in self.run.neighbours.values()]
+            strata["neighbour models that list the target"] = np.sum(listed, axis=0)
         plain = {name: value for name, value in ranks.items() if "/" not in name}
         return strata_rows(plain, strata, **self._bootstrap)
 
