@@ -19,10 +19,13 @@ from scipy import sparse
 from rarec.data.engines import PrepareEngine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
 from rarec.data.engines.table_files import find_files
+from rarec.entry import open_run
 from rarec.neighbours import counting
+from rarec.neighbours.ease import ease, training_matrix
 from rarec.neighbours.lexical import lexical
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import EvalBatch
+from rarec.stages.run import Run
 
 A, B, C, D = range(4)
 HISTORIES = [[A, B, C], [B, A], [A, B, A], [D]]
@@ -102,6 +105,36 @@ def test_tables_equal_their_definition(histories, top, steps, shrinkage):
         best = [row for at, row in enumerate(scored) if at < top or scored[at - top][0] != row[0]]
         assert rows_of(engine, table) == [(one, other, pytest.approx(score)) for one, other, score in best]
     engine.close()
+
+
+def test_ease_is_the_closed_form():
+    """Row i of B is what a user's having item i says of the others."""
+    seen_UN = sparse.csr_matrix(np.random.default_rng(0).random((30, 7)) < 0.3, dtype=float)
+    inverse = np.linalg.inv(seen_UN.T @ seen_UN.toarray() + 2.5 * np.eye(7))
+    expected = -inverse / inverse.diagonal()
+    np.fill_diagonal(expected, 0)
+    rows = [row for batch in ease(seen_UN, 2.5, 3) for row in batch.to_pylist()]
+    found = {(row["item_row"], row["neighbour_row"]): row["score"] for row in rows}
+    best = {(i, j) for i in range(7) for j in np.argsort(-expected[i])[:3] if expected[i, j] > 0}
+    assert set(found) == best
+    assert all(found[pair] == pytest.approx(expected[pair], rel=1e-5) for pair in best)
+
+
+def test_ease_reads_each_training_item_of_a_user_once(finished):
+    dataset = open_run(finished).dataset
+    seen_UN = training_matrix(dataset)
+    for user in range(5):
+        trained = dataset.sequence(user)[: dataset.train_length_U[user]]
+        assert seen_UN[user].nonzero()[1].tolist() == sorted(set(trained.tolist()))
+    assert seen_UN.max() == 1
+
+
+def test_a_catalogue_too_large_for_ease_has_a_table_without_rows(finished, tmp_path):
+    said = []
+    run = Run(finished, [f"run.dir={tmp_path}", "neighbours.models=[ease]", "neighbours.ease_items=3"], say=said.append)
+    run.run(["prepare", "neighbours"])
+    assert not run.neighbours["ease"].table_NN.nnz
+    assert any("it will add nothing" in line for line in said)
 
 
 def test_items_whose_texts_share_words_are_neighbours():

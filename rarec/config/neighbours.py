@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from rarec.config.section import Positive, Section, Share, Weight
+from rarec.config.section import Count, Positive, Rate, Section, Share, Weight
 
-NeighbourModel = Literal["cooccurrence", "transition", "lexical"]
+NeighbourModel = Literal["cooccurrence", "transition", "ease", "lexical"]
 
 
 class Graph(Section):
@@ -23,9 +23,9 @@ class Graph(Section):
 class Neighbours(Section):
     """Item-item tables of the nearest neighbours: the cheapest rivals of every model here, and parts of late fusion."""
 
-    models: list[NeighbourModel] = Field(default=["cooccurrence", "transition", "lexical"])
+    models: list[NeighbourModel] = Field(default=["cooccurrence", "transition", "ease", "lexical"])
     """Tables to make; `[]` makes none. `cooccurrence` (item-kNN): bought by the same users; `transition`: bought soon
-    after; `lexical`: similar words in title and text (TF-IDF)."""
+    after; `ease`: a linear item-item model in closed form; `lexical`: similar words in title and text (TF-IDF)."""
     top: Positive = 200
     """Neighbours kept for each item."""
     newest: Positive = 10
@@ -38,6 +38,11 @@ class Neighbours(Section):
     """Factor on a transition by each further step."""
     shrinkage: Weight = 0.0
     """Number of users (of interactions, for transitions) added to a score's denominator: it holds rare items back."""
+    ease_penalty: Rate = 200.0
+    """Penalty of `ease` on squared weights, in users of an item."""
+    ease_items: Count = 15_000
+    """Largest catalogue for `ease`, which takes 16 bytes for each pair of items: 3.6 GB for this many. In a larger one
+    it adds nothing."""
     longest: Positive = 200
     """Newest training interactions of a user that are counted: it bounds the pairs of a very active user."""
 

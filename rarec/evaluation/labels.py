@@ -39,6 +39,7 @@ _ID_TITLE = "ID model"
 _CHEAP_TITLES = {
     "cooccurrence": "bought together (item-kNN)",
     "transition": "bought next",
+    "ease": "EASE",
     "lexical": "similar words (TF-IDF)",
     "popularity": "popularity",
     ALL_CHEAP: "all that is cheap",

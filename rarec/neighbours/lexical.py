@@ -32,12 +32,12 @@ def lexical(texts: Sequence[str], top: int) -> Iterator[pa.RecordBatch]:
         scores_CN = np.asarray((vectors[start : start + size] @ vectors.T).todense())
         scores_CN[np.arange(len(scores_CN)), start + np.arange(len(scores_CN))] = 0
         for row, scores_N in enumerate(scores_CN):
-            found = _best(scores_N, top)
+            found = best_of_row(scores_N, top)
             columns = {"item_row": np.full(len(found), start + row), "neighbour_row": found, "score": scores_N[found]}
             yield pa.RecordBatch.from_pydict(columns)
 
 
-def _best(scores_N: npt.NDArray[np.float32], top: int) -> npt.NDArray[np.int64]:
+def best_of_row(scores_N: npt.NDArray[np.float32], top: int) -> npt.NDArray[np.int64]:
     """Return the rows of the best scores above 0, best first; equal scores go to the smaller row."""
     least = np.partition(scores_N, -top)[-top] if top < len(scores_N) else 0.0
     near = np.flatnonzero((scores_N >= least) & (scores_N > 0))

@@ -13,6 +13,7 @@ from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import PrepareEngine, open_engine
 from rarec.data.engines.table_files import find_files
 from rarec.neighbours import counting
+from rarec.neighbours.ease import ease, training_matrix
 from rarec.neighbours.lexical import lexical
 
 TABLE, SECTION = "neighbours.parquet", "neighbours"
@@ -39,6 +40,10 @@ def write_neighbours(
     if model == "lexical":
         texts = [f"{title} {text}" for title, text in zip(dataset.titles, dataset.texts, strict=True)]
         pairs = _write(lexical([text.replace(dataset.untitled, "") for text in texts], config.top), directory)
+    elif model == "ease":
+        small = dataset.n_items <= config.ease_items
+        rows = ease(training_matrix(dataset), config.ease_penalty, config.top) if small else ()
+        pairs = _write(rows, directory)
     else:
         pairs = write_counts(model, config, prepare, dataset, directory)
     return {"pairs": pairs}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 FIELDS = {
     "cooccurrence": ("top", "longest", "shrinkage"),
     "transition": ("top", "longest", "shrinkage", "steps", "step_decay"),
+    "ease": ("top", "ease_penalty", "ease_items"),
     "lexical": ("top",),
 }
 """Fields of the section `neighbours` that shape the table of each model; the others say how users are scored by it."""
