@@ -1,4 +1,4 @@
-"""The section `neighbours`: models that only count, and need no training."""
+"""The section `neighbours`: models that are counted or solved, not trained; and the section `graph`."""
 
 from typing import Annotated, Literal
 
