@@ -164,7 +164,8 @@ def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what
         with open_file(path) as file:
             return json.loads(file.read().decode())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        problem = "is a link to nothing" if path.is_symlink() else "does not exist"
+        raise UserError(f"{path} {problem}", remedy) from None
     except PermissionError:
         raise  # it is not damaged: `machine_trouble` says so
     except OSError as error:

@@ -17,7 +17,8 @@ from rarec.stages.stage import BEGUN, PROGRESS
 from tests.conftest import make_world
 from tests.processes import unfinish
 
-STAGE_OF = {"prepare": "prepare", "ids": "ids", "shards": "shards", "evaluation": "evaluate", "bundle": "export"}
+STAGE_OF = {name: name for name in ("prepare", "ids", "neighbours", "shards")}
+STAGE_OF |= {"evaluation": "evaluate", "bundle": "export"}
 
 
 def state(root: Path) -> dict[str, tuple[bytes, int, int]]:

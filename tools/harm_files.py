@@ -14,6 +14,7 @@ INSIDE: dict[str, list[str]] = {
     "": [
         "prepare",
         "ids",
+        "neighbours",
         "shards",
         "train",
         "evaluation",
@@ -37,6 +38,7 @@ INSIDE: dict[str, list[str]] = {
     "./": [".prepare.aside-1", ".prepare.aside-old", ".report.aside-99999", ".record.json.aside-7", ".shards.fresh"],
     "prepare": ["notes.txt", "manifest.json", ".begun.json", ".progress"],
     "ids": ["id", ".id.lock", ".id.fresh", "id/mine.npy"],
+    "neighbours": ["lexical", "mine", ".ease.lock", ".transition.fresh", "cooccurrence/mine.parquet"],
     "shards": ["notes.txt", "mine.tar", "000000.tar", "000099.tar", ".progress", ".000009.tar.aside-1"],
     "train": ["per_layer", "mine", ".per_layer.lock", ".per_layer.fresh", "per_layer/notes.txt", "per_layer/log.jsonl"],
     "train/per_layer/checkpoints": [

@@ -51,7 +51,7 @@ LIMITS: dict[str, Callable[[random.Random], int]] = {
     # beyond what is loaded already; with less, torch's own clean-up prints a traceback
     "RLIMIT_AS": lambda generator: int(10 ** generator.uniform(7.7, 8.7)),
 }
-_STATES = ["new", "upto-prepare", "upto-ids", "upto-shards", "upto-train", "upto-evaluate", "upto-export", "finished"]
+_STATES = ["new", *(f"upto-{stage}" for stage in STAGES[:-1]), "finished"]
 
 
 def surround(generator: random.Random, world: World, place: Path) -> Harm:

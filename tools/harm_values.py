@@ -66,7 +66,7 @@ ODD: dict[str, Any] = {
     "a section": {"a": {"b": 1}},
     "a date": "2020-01-01",
 }
-_STAGES = {"run": "prepare", "sources": "ids", "llm": "shards", "prompt": "shards", "readout": "shards"}
+_STAGES = {"run": "prepare", "sources": "ids", "graph": "ids", "llm": "shards", "prompt": "shards", "readout": "shards"}
 _STAGES |= {"alignment": "train", "lora": "train", "loss": "train"}
 """Stages that read a section first, where it does not bear the stage's name."""
 _ELSEWHERE = ("run.dir", "run.shared", "prepare.scratch")

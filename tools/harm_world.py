@@ -37,6 +37,7 @@ RUN = "run"
 FOLDERS = {
     "prepare": ["prepare"],
     "ids": ["ids/id"],
+    "neighbours": ["neighbours/cooccurrence", "neighbours/transition", "neighbours/ease", "neighbours/lexical"],
     "shards": ["shards"],
     "train": ["train/text_only", "train/per_layer"],
     "evaluate": ["evaluation"],
