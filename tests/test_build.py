@@ -18,7 +18,7 @@ from tests.synthetic import title, write_llm
 BLOCKS, HIDDEN, BATCH, INSTRUCTIONS = 3, 32, 4, 2
 SHAPES = {"id": SourceShape(dim=6, vectors_per_user=3), "image": SourceShape(dim=5, vectors_per_user=1)}
 PROMPTS = {"user": "{soft:id} history: {history}.", "item": "{soft:id} {title}{soft:image}."}
-ALIGNED = ("prefix_only", "readout", "input", "per_layer", "per_layer_lora")
+ALIGNED = tuple(name for name in VARIANTS if name != "text_only")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_what_trains_is_never_frozen_and_gets_a_gradient(saved, variant, readout
     roots = {name.split(".")[0] if "." not in name else ".".join(name.split(".")[:2]) for name in trained}
     expected = {"user.readout", "item.readout"} if "normalise" in readout else {"log_scale"}
     expected |= {"user.alignment", "item.alignment"} if variant in ALIGNED else set()
-    expected |= {"backbone.model"} if variant == "per_layer_lora" else set()
+    expected |= {"backbone.model"} if VARIANTS[variant].lora else set()
     assert roots == expected
 
     frozen = {name: p.clone() for name, p in world.model.named_parameters() if name not in trained}

@@ -72,7 +72,7 @@ def opened(*overrides: str, say=lambda line: None) -> Run:
 def copied(directory: Path, *overrides: str) -> Run:
     """Return a run in another directory, with what was prepared before training."""
     run = opened(f"run.dir={directory}", *overrides)
-    for name in ("prepare", "ids", "shards"):
+    for name in ("prepare", "ids", "neighbours", "shards"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).symlink_to(opened().root / name)
     return run
@@ -109,7 +109,7 @@ def test_an_id_model_of_ones_own_goes_through_every_stage(here):
     assert run.baseline is not run.sources["id"]  # trained on all interactions, by the same model
     assert len(recommend(run, "u001", 5)) == 5
     opened(say=lines.append).run(["prepare", "ids", "neighbours", "shards", "train", "evaluate", "export"])
-    assert sum("is up to date" in line for line in lines) == 8
+    assert sum("is up to date" in line for line in lines) == 12
 
 
 @pytest.mark.slow

@@ -182,4 +182,4 @@ def test_who_is_killed_at_it_leaves_it_to_the_next(world):
     next_one.start()
     next_one.join(120)
     assert next_one.exitcode == 0
-    assert re.search("built: (ids )?shards", outputs[1].read_text())
+    assert re.search("built: (ids )?(neighbours )?shards", outputs[1].read_text())

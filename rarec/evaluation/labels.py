@@ -150,4 +150,4 @@ def listed(parts: list[str]) -> str:
 
 
 def _titles() -> dict[str, str]:
-    return {**_CHEAP_TITLES, ID_ONLY: _ID_TITLE, **variant_titles()}
+    return {ID_ONLY: _ID_TITLE, **_CHEAP_TITLES, **variant_titles()}
