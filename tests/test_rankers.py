@@ -71,6 +71,22 @@ def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_variant_
     assert np.allclose(fused.scores(batch), fused.weights[0] * variant_N + fused.weights[1] * id_N, atol=1e-5)
 
 
+def test_the_first_part_that_lacks_nothing_lets_expect_what_another_lacks():
+    """Whatever their order: a part that itself lacks the item cannot."""
+    text_N, lacking_N = np.array([1.0, 4.0, 7.0, 9.0, -3.0]), np.arange(5) == 3
+    line_N = 5 + 2 * text_N
+    text = ranker(np.ones((6, 1)), text_N[:, None])
+    gapped = replace(
+        ranker(np.ones((6, 1)), np.where(lacking_N, line_N[~lacking_N].mean(), line_N)[:, None]), lacking_N=lacking_N
+    )
+    batch = EvalBatch(np.arange(6), [np.array([], int)] * 6, np.full(6, 2))
+    fusion = fuse({"gapped": gapped, "text": text}, batch)
+    assert list(fusion.weights) == ["gapped", "text"]
+    assert fusion.weights["gapped"] > 0
+    of_text, of_gapped = fusion.ranker.weights
+    assert np.allclose(fusion.ranker.scores(batch), of_text * text_N + of_gapped * line_N, atol=1e-5)
+
+
 def drawn(rng, variant, ids, weights, histories):
     """For each user, a target drawn from the softmax of the weighted sum of both scores, over unseen items."""
     scores_UN = weights[0] * variant[0] @ variant[1].T + weights[1] * ids[0] @ ids[1].T

@@ -8,7 +8,7 @@ Shape letters: P parts, B users of a block, N catalogue.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, with_expected
+from rarec.ranking import EvalBatch, FusedRanker, Ranker
 
 COMPARED_USERS = 64
 FLAT = 1e-5
@@ -46,18 +46,23 @@ class Fusion:
 def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
     """Fit the weights of several models' scores on the validation users.
 
+    Where a part lacks an item, its score is predicted from that of the first part that lacks none.
+
     Args:
-        parts: by name; the first has a score of its own for every item.
+        parts: by name.
         validation: users to fit the weights on; never the test users.
     """
-    rankers = tuple(parts.values())
+    names = sorted(parts, key=lambda name: parts[name].lacking_N is not None)
+    rankers = tuple(parts[name] for name in names)
     spreads, slopes = _compared(rankers, validation)
-    fitted = _Scores(rankers, spreads, slopes, validation).fitted()
-    shares = fitted / fitted.sum() if fitted.any() else np.full(len(rankers), 1 / len(rankers))
-    weights = tuple(float(share / spread) for share, spread in zip(shares, spreads, strict=True))
+    plain = FusedRanker(rankers, tuple(1 / spread for spread in spreads), slopes)
+    fitted = _ValidationScores(plain, validation).fitted()
+    shares = fitted / fitted.sum() if fitted.any() else np.full(len(names), 1 / len(names))
+    weights = [float(share / spread) for share, spread in zip(shares, spreads, strict=True)]
     largest = max(weights) or 1.0  # so that float32 can represent the sum, whatever the scales
-    fused = FusedRanker(rankers, tuple(weight / largest for weight in weights), slopes)
-    return Fusion(fused, dict(zip(parts, map(float, shares), strict=True)))
+    fused = replace(plain, weights=tuple(weight / largest for weight in weights))
+    found = dict(zip(names, map(float, shares), strict=True))
+    return Fusion(fused, {name: found[name] for name in parts})
 
 
 def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -89,49 +94,35 @@ class Likelihood(NamedTuple):
     curve: Floats
 
 
-class _Scores:
-    """All parts' scores of the validation users, recomputed in each pass because they may not fit in memory."""
+class _ValidationScores:
+    """All parts' scores of the validation users, recomputed in each pass because they may not fit in memory.
 
-    def __init__(
-        self,
-        rankers: tuple[Ranker, ...],
-        spreads: tuple[float, ...],
-        slopes: tuple[float, ...],
-        validation: EvalBatch,
-    ) -> None:
-        self._rankers, self._spreads, self._slopes = rankers, spreads, slopes
-        self._chunks: list[tuple[EvalBatch, list[Scores]]] = [
-            (chunk, [ranker.scored(chunk) for ranker in rankers]) for chunk in validation.chunks()
-        ]
+    Args:
+        ranker: its weights standardise the scores of its parts.
+        validation: the users.
+    """
+
+    def __init__(self, ranker: FusedRanker, validation: EvalBatch) -> None:
+        self._scales = ranker.weights
+        self._chunks = [(chunk, ranker.scored(chunk)) for chunk in validation.chunks()]
 
     def fitted(self) -> Floats:
         """Return the weights (P) that make the targets likeliest, none below 0."""
-        return maximise(self._likelihood, np.ones(len(self._rankers)))
+        return maximise(self._likelihood, np.ones(len(self._scales)))
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield scores (P, B, N), a mask of seen items (B, N), and the targets (B,)."""
+        """Yield standardised scores (P, B, N), a mask of seen items (B, N), and the targets (B,)."""
         for chunk, scores in self._chunks:
-            size = max(_BLOCK // scores[0].n_items, 1)
+            size = max(_BLOCK // scores.n_items, 1)
             for start in range(0, len(chunk.targets), size):
                 part = slice(start, start + size)
                 targets_B = torch.as_tensor(np.asarray(chunk.targets[part], np.int64))
-                seen_BN = torch.zeros(len(targets_B), scores[0].n_items, dtype=torch.bool)
+                seen_BN = torch.zeros(len(targets_B), scores.n_items, dtype=torch.bool)
                 for row, history in enumerate(chunk.histories[part]):
                     seen_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = True
                 seen_BN[torch.arange(len(targets_B)), targets_B] = False
-                yield self._standardised(scores, part), seen_BN, targets_B
-
-    def _standardised(self, scores: list[Scores], part: slice) -> Tensor:
-        """Return every part's scores, divided by their spread, (P, B, N)."""
-        first_BN = scores[0].block(part)
-        found = [first_BN / self._spreads[0]]
-        rest = zip(scores, self._rankers, self._spreads, self._slopes, strict=True)
-        for each, ranker, spread, slope in list(rest)[1:]:
-            scores_BN = each.block(part)
-            if ranker.lacking_N is not None:
-                scores_BN = with_expected(scores_BN, first_BN, slope, ranker.lacking_N)
-            found.append(scores_BN / spread)
-        return torch.stack(found)
+                scaled = [scale * own_BN for own_BN, scale in zip(scores.parts(part), self._scales, strict=True)]
+                yield torch.stack(scaled), seen_BN, targets_B
 
     def _likelihood(self, weights: Floats) -> Likelihood:
         count = len(weights)

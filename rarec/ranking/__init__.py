@@ -10,7 +10,6 @@ from rarec.ranking.rankers import (
     Ranker,
     VectorRanker,
     rank_users,
-    with_expected,
 )
 
 __all__ = [
@@ -33,5 +32,4 @@ __all__ = [
     "rank_users",
     "top_k",
     "validation_metrics",
-    "with_expected",
 ]

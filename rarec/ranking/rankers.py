@@ -8,7 +8,7 @@ Shape letters: B users of a chunk, U all users, N catalogue, K vectors of a user
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import overload
 from weakref import WeakKeyDictionary
 
@@ -148,28 +148,23 @@ class VectorRanker(Ranker):
         return VectorScores(self.users(chunk.user_rows, chunk.histories), self.items_NZ)
 
 
-@dataclass(frozen=True)
 class CachedRanker(Ranker):
     """A ranker that computes what a chunk's users need once, for all fusions that it is a part of.
 
     What it computed is dropped with the chunk.
 
-    Attributes:
+    Args:
         ranker: the model.
     """
 
-    ranker: Ranker
-    _found: "WeakKeyDictionary[EvalBatch, Scores]" = field(default_factory=WeakKeyDictionary, init=False)
-
-    @property
-    def lacking_N(self) -> npt.NDArray[np.bool_] | None:  # type: ignore[override]
-        """See `Ranker`."""
-        return self.ranker.lacking_N
+    def __init__(self, ranker: Ranker) -> None:
+        self._ranker, self.lacking_N = ranker, ranker.lacking_N
+        self._found: WeakKeyDictionary[EvalBatch, Scores] = WeakKeyDictionary()
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
         if chunk not in self._found:
-            self._found[chunk] = self.ranker.scored(chunk)
+            self._found[chunk] = self._ranker.scored(chunk)
         return self._found[chunk]
 
 
@@ -188,7 +183,7 @@ class FusedRanker(Ranker):
     weights: tuple[float, ...]
     slopes: tuple[float, ...]
 
-    def scored(self, chunk: EvalBatch) -> Scores:
+    def scored(self, chunk: EvalBatch) -> "FusedScores":
         """See `Ranker`."""
         return FusedScores([part.scored(chunk) for part in self.parts], self)
 
@@ -201,20 +196,25 @@ class FusedScores:
         self.n_users, self.n_items = parts[0].n_users, parts[0].n_items
         self.width = sum(part.width for part in parts) + 1
 
-    def block(self, users: slice) -> torch.Tensor:
-        """See `Scores`."""
+    def parts(self, users: slice) -> Iterator[torch.Tensor]:
+        """Yield the scores of each part, (C, N), with those that are predicted for the items that it lacks."""
         first_CN = self._parts[0].block(users)
-        sum_CN = first_CN * self._ranker.weights[0]
-        rest = zip(self._parts, self._ranker.parts, self._ranker.weights, self._ranker.slopes, strict=True)
-        for scores, ranker, weight, slope in list(rest)[1:]:
+        yield first_CN
+        for scores, ranker, slope in zip(self._parts[1:], self._ranker.parts[1:], self._ranker.slopes[1:], strict=True):
             part_CN = scores.block(users)
             if ranker.lacking_N is not None:
-                part_CN = with_expected(part_CN, first_CN, slope, ranker.lacking_N)
-            sum_CN.add_(part_CN, alpha=weight)
+                part_CN = _with_expected(part_CN, first_CN, slope, ranker.lacking_N)
+            yield part_CN
+
+    def block(self, users: slice) -> torch.Tensor:
+        """See `Scores`."""
+        sum_CN = torch.zeros(())
+        for part_CN, weight in zip(self.parts(users), self._ranker.weights, strict=True):
+            sum_CN = sum_CN + weight * part_CN
         return sum_CN
 
 
-def with_expected(
+def _with_expected(
     scores_CN: torch.Tensor, first_CN: torch.Tensor, slope: float, lacking_N: npt.NDArray[np.bool_]
 ) -> torch.Tensor:
     """Return scores to which, for items that are lacking, the deviation is added that the first model lets expect."""
