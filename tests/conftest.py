@@ -121,6 +121,13 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Examples"]:
 
 
 @pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny encoder and a tiny decoder of three blocks, by architecture."""
+    root = tmp_path_factory.mktemp("models")
+    return {kind: write_llm(root / kind, kind, blocks=3) for kind in ("bert", "llama")}
+
+
+@pytest.fixture(scope="session")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a run up to its shards, over a tiny Llama."""
     config = make_world(tmp_path_factory.mktemp("decoder"), "llama")

@@ -13,18 +13,12 @@ from rarec.models.initialise import initialise
 from rarec.models.language_model import load_model
 from rarec.models.slots import Slots
 from rarec.prompts import PromptPair
-from tests.synthetic import title, write_llm
+from tests.synthetic import title
 
-BLOCKS, HIDDEN, BATCH, INSTRUCTIONS = 3, 32, 4, 2
+HIDDEN, BATCH, INSTRUCTIONS = 32, 4, 2
 SHAPES = {"id": SourceShape(dim=6, vectors_per_user=3), "image": SourceShape(dim=5, vectors_per_user=1)}
 PROMPTS = {"user": "{soft:id} history: {history}.", "item": "{soft:id} {title}{soft:image}."}
 ALIGNED = tuple(name for name in VARIANTS if name != "text_only")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {kind: write_llm(root / kind, kind, blocks=BLOCKS) for kind in ("bert", "llama")}
 
 
 def make_config(path, **sections):

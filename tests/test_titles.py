@@ -12,7 +12,7 @@ from rarec.models.encode import Encoder, side_batch, title_vectors
 from rarec.models.initialise import initialise
 from rarec.models.language_model import load_model
 from rarec.prompts import PromptPair
-from tests.test_build import HIDDEN, SHAPES, make_config, saved  # noqa: F401 - a fixture
+from tests.test_build import HIDDEN, SHAPES, make_config
 
 HISTORIES = [[0, 1, 2], [3], [], [5, 6, 7, 0, 2, 4, 1, 3, 6]]
 NAMES = ("id", "id@titles", "image@titles")
@@ -57,13 +57,13 @@ def users(encoder):
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("variant", ["input", "per_layer"])
-def test_a_batch_of_histories_of_any_length_is_encoded_as_one_by_one(saved, kind, variant):  # noqa: F811
+def test_a_batch_of_histories_of_any_length_is_encoded_as_one_by_one(saved, kind, variant):
     together, alone = (make_encoder(saved[kind], variant, size=size) for size in (8, 1))
     assert np.allclose(users(together), users(alone), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_the_vectors_of_the_written_items_are_seen_and_no_others(saved, kind):  # noqa: F811
+def test_the_vectors_of_the_written_items_are_seen_and_no_others(saved, kind):
     encoder = make_encoder(saved[kind])
     before = users(encoder)
     encoder.sources["image"].items_NE[1] += 1  # in the first history; in the last, the eighth newest, which is not
@@ -74,7 +74,7 @@ def test_the_vectors_of_the_written_items_are_seen_and_no_others(saved, kind):  
     assert (np.abs(users(encoder) - before).max(1) > 1e-6).tolist() == [True, False, False, True]
 
 
-def test_each_title_has_the_vector_of_its_own_item(saved):  # noqa: F811
+def test_each_title_has_the_vector_of_its_own_item(saved):
     encoder = make_encoder(saved["bert"])
     prompts = [encoder.prompts.user(history) for history in HISTORIES]
     vectors_BHE = title_vectors(prompts, encoder.prompts, encoder.sources)["id@titles"]
@@ -84,14 +84,14 @@ def test_each_title_has_the_vector_of_its_own_item(saved):  # noqa: F811
     assert not vectors_BHE[2].any()
 
 
-def test_variants_without_vectors_in_the_model_have_no_slots_at_titles(saved):  # noqa: F811
+def test_variants_without_vectors_in_the_model_have_no_slots_at_titles(saved):
     for variant, own in {"text_only": {}, "prefix_only": {"id": 2}, "readout": {}}.items():
         assert make_encoder(saved["bert"], variant).model.user.slots == own
     slots = make_encoder(saved["bert"]).model.user.slots
     assert slots == {"id": 5, "id@titles": 8, "image@titles": 8}
 
 
-def test_slots_at_titles_may_stand_alone(saved):  # noqa: F811
+def test_slots_at_titles_may_stand_alone(saved):
     encoder = make_encoder(saved["bert"], user="{history}", title="{soft:id}", item="{title}", separator="")
     assert encoder.model.user.slots == {"id@titles": 8}
     found = users(encoder)
@@ -99,7 +99,7 @@ def test_slots_at_titles_may_stand_alone(saved):  # noqa: F811
     assert len(np.unique(found.round(5), axis=0)) == len(HISTORIES)
 
 
-def test_slots_at_titles_are_read_apart_and_not_in_the_alignment_loss(saved):  # noqa: F811
+def test_slots_at_titles_are_read_apart_and_not_in_the_alignment_loss(saved):
     encoder = make_encoder(saved["bert"])
     tower = encoder.model.user
     assert tower.readout.reads == ("instructions", "vectors", "titles")

@@ -28,6 +28,8 @@ rarec run mine.yaml train.epochs=3 shards.share=0.1
 
 - The file is strict: an unknown field, a wrong type or a field given twice is refused, with the nearest known name.
 - A field that was renamed is refused with its new name.
+- `preset: NAME`, beside the sections, takes the fields of that file of `configs/presets/`, or of one of yours. Fields
+  that the file sets itself win.
 - The resolved configuration, every default written out, is saved as `resolved.yaml` in `run.dir`.
 - [P], [N] and [D] say where a choice comes from: the paper's abstract, a reader's notes on the full paper, or this
   project (see [the method](method.md)).

@@ -100,8 +100,8 @@ def _context(files: RunFiles, config: RunConfig, name: str) -> dict[str, Any]:
         "users": max((row["n"] for row in full), default=0),
         "verdict": verdict(files.metrics, files.comparisons, files.validation, main, seed),
         "sanity_checks": sanity_checks(files.metrics, files.comparisons, main),
-        "headline": _table(full, headline, with_sanity_checks=False),
-        "everything": _table(full, sorted({row["metric"] for row in full}, key=metric_order), with_sanity_checks=True),
+        "headline": _table(full, headline, every_row=False),
+        "everything": _table(full, sorted({row["metric"] for row in full}, key=metric_order), every_row=True),
         "parts": parts_worth(files.comparisons, files.evaluation.get("fusion", {}), main, headline),
         "first": first,
         "others": sorted((f for f in findings if f not in first), key=lambda f: metric_order(f.metric)),
@@ -122,7 +122,7 @@ def _plots(files: RunFiles, full: Sequence[Row], findings: Sequence[Finding], ma
     """Draw every plot for which there is data; None or an empty list for the others."""
     from markupsafe import Markup  # plots escape their texts themselves
 
-    variants = _variants(full, with_sanity_checks=False)
+    variants = _variants(full, every_row=False)
     metrics = headline_metrics(row["metric"] for row in full)
     fusions = (row + CHEAP for row in (ID_ONLY, LATE_FUSION, main + FUSED))
     compared = (ID_ONLY, main, *fusions, *filter(is_external, variants))
@@ -146,16 +146,14 @@ def _strata(rows: Sequence[Row], compared: Sequence[str]) -> Iterator[str]:
         yield plots.strata([row for row in rows if row["stratum"] == name], name, metric, variants)
 
 
-def _variants(rows: Iterable[Row], *, with_sanity_checks: bool) -> list[str]:
-    return sorted(
-        {row["variant"] for row in rows if with_sanity_checks or "/" not in row["variant"]}, key=variant_order
-    )
+def _variants(rows: Iterable[Row], *, every_row: bool) -> list[str]:
+    return sorted({row["variant"] for row in rows if every_row or "/" not in row["variant"]}, key=variant_order)
 
 
-def _table(rows: Sequence[Row], metrics: Sequence[str], *, with_sanity_checks: bool) -> dict[str, Any]:
-    """Lay out variants and metrics in groups; `best` holds the highest cell of each column, sanity checks aside."""
+def _table(rows: Sequence[Row], metrics: Sequence[str], *, every_row: bool) -> dict[str, Any]:
+    """Lay out variants and metrics in groups; `best` holds each column's highest cell of a row without `/`."""
     cells = {(row["variant"], row["metric"]): row for row in rows}
-    variants = _variants(rows, with_sanity_checks=with_sanity_checks)
+    variants = _variants(rows, every_row=every_row)
     groups = [(title, [v for v in variants if variant_group(v) == place]) for place, title in enumerate(GROUPS)]
     best = set()
     for metric in metrics:

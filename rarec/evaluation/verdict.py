@@ -16,7 +16,6 @@ from rarec.evaluation.labels import (
     HEADLINE,
     ID_ONLY,
     LATE_FUSION,
-    POPULAR,
     base_variant,
     cheap_suffix,
     figure,
@@ -260,18 +259,13 @@ def _other_metrics(comparisons: Sequence[Row], variant: str, primary: str, findi
 
 
 def _beyond_late_fusion(comparisons: Sequence[Row], variant: str, metric: str) -> list[str]:
-    """Compare both sides with the ID score added, and in older results popularity as well: what do the slots add?"""
-    meaning = {
-        "better": "the slots add information that the added scores do not have",
-        "inconclusive": "no evidence that the slots add information beyond the added scores",
-        "worse": "next to the added scores, the slots do harm",
-    }
-    if variant + FUSED == LATE_FUSION:
+    """Compare both sides with the ID score alone added: what do the slots add?"""
+    finding = find(comparisons, variant + FUSED, LATE_FUSION, metric)
+    if finding is None:
         return []
-    sentences = []
-    for added in ("", POPULAR):
-        finding = find(comparisons, variant + FUSED + added, LATE_FUSION + added, metric)
-        if finding is not None:
-            title = variant_title(finding.variant)
-            sentences.append(f"{title} {finding.clause()} ({finding.evidence()}): {meaning[finding.outcome]}.")
-    return sentences
+    meaning = {
+        "better": "the slots add information that the ID score does not have",
+        "inconclusive": "no evidence that the slots add information beyond the ID score",
+        "worse": "next to the ID score, the slots do harm",
+    }
+    return [f"{variant_title(finding.variant)} {finding.clause()} ({finding.evidence()}): {meaning[finding.outcome]}."]

@@ -17,8 +17,8 @@ from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.source import ITEMS_FILE, LEFT_FILE, Floats, GraphUsers
 from rarec.ids.trainer import Validation
-from rarec.neighbours.make import TABLE, write_counts
-from rarec.neighbours.ranker import read_table
+from rarec.neighbours.make import write_counts
+from rarec.neighbours.table import TABLE, read_table
 
 
 def write_graph(
@@ -45,7 +45,7 @@ def write_graph(
         UserError: there are fewer items than dimensions, or no user has a validation target.
     """
     write_counts("transition", neighbours, prepare, dataset, directory, holdout)
-    table_NN = read_table(directory / TABLE, dataset.n_items)
+    table_NN = read_table(directory, dataset.n_items)
     (directory / TABLE).unlink()
     left_NE, right_NE = factors(table_NN, graph.dim)
     np.save(directory / LEFT_FILE, left_NE)

@@ -61,11 +61,6 @@ def write_source(
         figures = train_ids(training_set, chosen, seed, CheckpointStore(progress, KEPT, identity), directory, say)
     else:
         figures = _import(name, chosen, dataset, directory, seed, say)
-    validation = figures["validation"]
-    say(
-        f"{name}: full ranking of {validation['n']} validation users: "
-        f"hr@10 {validation['hr@10']:.4f}, ndcg@10 {validation['ndcg@10']:.4f}"
-    )
     return figures
 
 

@@ -11,7 +11,7 @@ from rarec.errors import UserError
 from rarec.models.alignment import INSTRUCTIONS, AlignmentModule, SlotShape
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import IDS, RaRec, Tower
-from rarec.prompts import TITLES, slot_names
+from rarec.prompts import AT_TITLES, slot_names
 from rarec.registry import find
 
 SIDES = ("user", "item")
@@ -42,7 +42,7 @@ def slots_reserved(config: RunConfig, shapes: Mapping[str, SourceShape]) -> dict
     m = config.alignment.instructions
     reserved = {side: {name: m + shape.side(side).vectors for name, shape in shapes.items()} for side in SIDES}
     named = slot_names(config.prompt, "user", list(shapes))
-    at = {name: config.prompt.max_history for name in named if name.endswith(TITLES)}
+    at = {name: config.prompt.max_history for name in named if name.endswith(AT_TITLES)}
     return {"user": reserved["user"] | at, "item": reserved["item"]}
 
 
@@ -69,10 +69,10 @@ def build_model(
     # In a decoder slots come first and attend to nothing, so their last states hold nothing but the vector.
     slots_from_blocks = not (at_readout or (backbone.sink and variant.projections and config.readout.slots))
 
-    inside = variant.projections and not at_readout  # slots at titles hold vectors alone, and those of text alone
+    inside = variant.projections and not at_readout  # slots at titles hold nothing but vectors, inside the model
 
     def tower(side: str) -> Tower:
-        places = [name for name in named[side] if inside or not name.endswith(TITLES)]
+        places = [name for name in named[side] if inside or not name.endswith(AT_TITLES)]
         chosen = {name: _slot_shape(config, name, side, shapes) for name in places if blocks or not slots_from_blocks}
         m = config.alignment.instructions if variant.instructions else 0
         useful = bool(chosen) and (m > 0 or variant.projections)
@@ -101,7 +101,7 @@ def build_model(
 
 def _slot_shape(config: RunConfig, name: str, side: str, shapes: Mapping[str, SourceShape]) -> SlotShape:
     """Return the shape of a source, or of its slots at titles."""
-    source = name.removesuffix(TITLES)
+    source = name.removesuffix(AT_TITLES)
     if source != name:
         return SlotShape(config.prompt.max_history, shapes[source].dim, at_titles=True)
     return shapes[source].side(side)

@@ -14,7 +14,7 @@ from rarec.errors import UserError
 from rarec.ids.source import Source
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, SideBatch, Tower
-from rarec.prompts import TITLES, Encoded, PromptPair, by_length, lay_out
+from rarec.prompts import AT_TITLES, Encoded, PromptPair, by_length, lay_out
 from rarec.world import SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
@@ -61,14 +61,14 @@ def title_vectors(prompts: Sequence[Encoded], pair: PromptPair, sources: Mapping
         pair: their templates.
         sources: every source by name.
     """
-    names = [name for name in pair.sources["user"] if name.endswith(TITLES)]
+    names = [name for name in pair.sources["user"] if name.endswith(AT_TITLES)]
     if not names:
         return {}
     rows_BH = np.full((len(prompts), pair.config.max_history), -1)
     for row, prompt in enumerate(prompts):
         rows_BH[row, : len(prompt.titles_H)] = prompt.titles_H
     there_BH1 = (rows_BH >= 0)[:, :, None]
-    return {name: sources[name.removesuffix(TITLES)].items_NE[rows_BH] * there_BH1 for name in names}
+    return {name: sources[name.removesuffix(AT_TITLES)].items_NE[rows_BH] * there_BH1 for name in names}
 
 
 class Encoder:

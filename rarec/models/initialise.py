@@ -31,7 +31,7 @@ from rarec.models.encode import side_batches, text_batch, title_vectors
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec, Tower
 from rarec.models.whitening import Moments, Whitening, directions
-from rarec.prompts import TITLES, Encoded, PromptPair
+from rarec.prompts import AT_TITLES, Encoded, PromptPair
 from rarec.world import World
 
 ALIGNMENT_SAMPLES = 8192
@@ -169,7 +169,7 @@ class Initialiser:
                 of_users = side == "user" and not source.shape.at_titles
                 rows_N = data.targets_N if of_users else data.items_N
                 states_NLD = torch.from_numpy(self.item_states_NLD[rows_N][:, nearest].astype(np.float32))
-                items_NE = self.sources[name.removesuffix(TITLES)].items_NE
+                items_NE = self.sources[name.removesuffix(AT_TITLES)].items_NE
                 vectors_NE = data.vectors[name].mean(1) if of_users else items_NE[rows_N]
                 vectors = torch.from_numpy(np.ascontiguousarray(vectors_NE, np.float32))
                 states_LND = states_NLD.transpose(0, 1)

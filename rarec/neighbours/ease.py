@@ -15,11 +15,11 @@ from scipy import sparse
 from scipy.linalg import lapack
 
 from rarec.data.dataset import PreparedDataset
-from rarec.neighbours.lexical import best_of_row
+from rarec.neighbours.table import nearest
 
 
 def ease(seen_UN: sparse.csr_matrix, penalty: float, top: int) -> Iterator[pa.RecordBatch]:
-    """Yield a neighbour table (see `counting`): the M items that each item speaks for most.
+    """Yield the neighbour table of the M items that each item speaks for most.
 
     Memory is that of two dense matrices of N x N.
 
@@ -35,11 +35,7 @@ def ease(seen_UN: sparse.csr_matrix, penalty: float, top: int) -> Iterator[pa.Re
     diagonal_N = inverse_NN.diagonal().copy()
     for row in range(len(diagonal_N)):
         own_N = np.concatenate([inverse_NN[row, :row], inverse_NN[row:, row]])
-        scores_N = (-own_N / diagonal_N).astype(np.float32)
-        scores_N[row] = 0
-        found = best_of_row(scores_N, top)
-        columns = {"item_row": np.full(len(found), row), "neighbour_row": found, "score": scores_N[found]}
-        yield pa.RecordBatch.from_pydict(columns)
+        yield nearest(row, (-own_N / diagonal_N).astype(np.float32), top)
 
 
 def training_matrix(dataset: PreparedDataset) -> sparse.csr_matrix:

@@ -1,10 +1,8 @@
 """Make a neighbour table from a prepared dataset, and write it as Parquet."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import ibis.expr.types as ir
-import pyarrow as pa
 
 from rarec.config.logs import Prepare
 from rarec.config.neighbours import Neighbours
@@ -15,14 +13,9 @@ from rarec.data.engines.table_files import find_files
 from rarec.neighbours import counting
 from rarec.neighbours.ease import ease, training_matrix
 from rarec.neighbours.lexical import lexical
+from rarec.neighbours.table import write_table
 
-TABLE, SECTION = "neighbours.parquet", "neighbours"
-SCHEMA = pa.schema(
-    [
-        pa.field(name, kind, nullable=False)
-        for name, kind in {"item_row": pa.int32(), "neighbour_row": pa.int32(), "score": pa.float32()}.items()
-    ]
-)
+SECTION = "neighbours"
 
 
 def write_neighbours(
@@ -39,11 +32,11 @@ def write_neighbours(
     """
     if model == "lexical":
         texts = [f"{title} {text}" for title, text in zip(dataset.titles, dataset.texts, strict=True)]
-        pairs = _write(lexical([text.replace(dataset.untitled, "") for text in texts], config.top), directory)
+        pairs = write_table(lexical([text.replace(dataset.untitled, "") for text in texts], config.top), directory)
     elif model == "ease":
         small = dataset.n_items <= config.ease_items
         rows = ease(training_matrix(dataset), config.ease_penalty, config.top) if small else ()
-        pairs = _write(rows, directory)
+        pairs = write_table(rows, directory)
     else:
         pairs = write_counts(model, config, prepare, dataset, directory)
     return {"pairs": pairs}
@@ -69,7 +62,7 @@ def write_counts(
     """
     with open_engine(prepare, directory / "spill") as engine:
         log = read_training_log(engine, dataset.directory, config.longest, holdout)
-        return _write(engine.batches(_expression(model, config, engine.keep("training_log", log))), directory)
+        return write_table(engine.batches(_expression(model, config, engine.keep("training_log", log))), directory)
 
 
 def read_training_log(engine: PrepareEngine, directory: Path, longest: int, holdout: float = 0.0) -> ir.Table:
@@ -88,7 +81,3 @@ def _expression(model: str, config: Neighbours, log: ir.Table) -> ir.Table:
     if model == "cooccurrence":
         return counting.cooccurrence(log, config.top, config.shrinkage)
     return counting.transition(log, config.top, config.steps, config.step_decay, config.shrinkage)
-
-
-def _write(batches: Iterable[pa.RecordBatch], directory: Path) -> int:
-    return tables.write_rows(batches, directory / TABLE, SCHEMA)

@@ -1,21 +1,16 @@
-"""Rank by a neighbour table: an item's score is the sum over the newest items of the history that it is near to.
+"""Rank by a neighbour table: the root of an item's summed scores as a neighbour of the newest items of the history.
 
-Shape letters: B users of a chunk, C users of a block, N catalogue.
+Shape letters: U all users, B users of a chunk, N catalogue.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import torch
 from scipy import sparse
 
 from rarec.ranking import EvalBatch, Ranker, Scores
-
-BLOCK = 1 << 22
-"""Number of scores in a block."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +33,24 @@ class NeighbourRanker(Ranker):
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
-        recent = [history[-self.newest :][::-1] for history in chunk.histories]
-        lengths = [len(history) for history in recent]
-        ages = np.concatenate([np.arange(length) for length in lengths]) if recent else np.empty(0, np.int64)
-        rows = np.concatenate(recent) if recent else ages
-        starts = np.cumsum([0, *lengths])
-        weights = (self.decay**ages).astype(np.float32)
-        histories_BN = sparse.csr_matrix((weights, rows, starts), (len(recent), self.table_NN.shape[0]))
-        return NeighbourScores(histories_BN, self.table_NN)
+        return NeighbourScores(self._newest_BN(chunk), self.table_NN)
 
     def lists_targets(self, batch: EvalBatch) -> npt.NDArray[np.bool_]:
         """Return whether each user's target is a neighbour of the newest items of the history, (U,)."""
         found = [np.empty(0, np.bool_)]
         for chunk in batch.chunks():
-            scores, targets_B = self.scored(chunk), torch.as_tensor(np.asarray(chunk.targets, np.int64))
-            size = max(BLOCK // scores.n_items, 1)
-            for start in range(0, scores.n_users, size):
-                part = slice(start, min(start + size, scores.n_users))
-                found.append((scores.block(part).gather(1, targets_B[part, None])[:, 0] > 0).numpy())
+            near_BN = self._newest_BN(chunk) @ self.table_NN
+            found.append(np.asarray(near_BN[np.arange(len(chunk.targets)), chunk.targets]).ravel() > 0)
         return np.concatenate(found)
+
+    def _newest_BN(self, chunk: EvalBatch) -> sparse.csr_matrix:
+        """Return the weight of each item in each user's history: 1 for the newest, smaller for older ones."""
+        recent = [history[-self.newest :][::-1] for history in chunk.histories]
+        lengths = [len(history) for history in recent]
+        ages = np.concatenate([np.arange(length) for length in lengths]) if recent else np.empty(0, np.int64)
+        rows = np.concatenate(recent) if recent else ages
+        weights = (self.decay**ages).astype(np.float32)
+        return sparse.csr_matrix((weights, rows, np.cumsum([0, *lengths])), (len(recent), self.table_NN.shape[0]))
 
 
 class NeighbourScores:
@@ -72,10 +66,3 @@ class NeighbourScores:
         """See `Scores`."""
         found = (self._histories_BN[users] @ self._table_NN).toarray()
         return torch.from_numpy(np.sqrt(found, out=found))
-
-
-def read_table(path: Path, n_items: int) -> sparse.csr_matrix:
-    """Read a neighbour table as a sparse matrix, (N, N)."""
-    table = pq.read_table(path)
-    rows, columns, scores = (table[name].to_numpy() for name in ("item_row", "neighbour_row", "score"))
-    return sparse.csr_matrix((scores, (rows, columns)), (n_items, n_items))

@@ -22,7 +22,7 @@ Int32 = npt.NDArray[np.int32]
 Marks = dict[str, int | list[int]]
 """For each source, the index of the token before which its slots are inserted; of slots at titles, a list of these, one
 for each title."""
-TITLES = "@titles"
+AT_TITLES = "@titles"
 _NOTHING: Int32 = np.empty(0, np.int32)
 _PART = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
 
@@ -47,7 +47,7 @@ class Encoded:
 
 def at_titles(source: str) -> str:
     """Return the name of a source's slots at the titles of a history, as marks and alignments have it."""
-    return source + TITLES
+    return source + AT_TITLES
 
 
 @dataclass(frozen=True)

@@ -77,19 +77,18 @@ class IdsStage(Stage):
         from rarec.ids.graph import write_graph
         from rarec.ids.make import write_source
 
-        run, dataset, config = self.run, self.run.dataset, self.run.config
-        if isinstance(self.section, Graph):
-            made = (config.neighbours, config.prepare, config.ids.held_out, dataset, directory, config.run.seed)
-            figures = write_graph(self.section, *made)
-            run.say(
-                f"{self.part}: full ranking of {figures['validation']['n']} validation users: "
-                f"hr@10 {figures['validation']['hr@10']:.4f}"
-            )
-            return Built({"name": self.part, **figures})
-        identity = sha256_json([self.settings(), dataset.hash])
-        progress = directory / PROGRESS
-        figures = write_source(
-            self.part, self.section, dataset, directory, run.config.run.seed, progress, identity, run.say
+        run, config, section, seed = self.run, self.run.config, self.section, self.run.config.run.seed
+        if isinstance(section, Graph):
+            counts = (config.neighbours, config.prepare, config.ids.held_out)
+            figures = write_graph(section, *counts, run.dataset, directory, seed)
+        else:
+            identity = sha256_json([self.settings(), run.dataset.hash])
+            progress = directory / PROGRESS
+            figures = write_source(self.part, section, run.dataset, directory, seed, progress, identity, run.say)
+        reached = figures["validation"]
+        run.say(
+            f"{self.part}: full ranking of {reached['n']} validation users: "
+            f"hr@10 {reached['hr@10']:.4f}, ndcg@10 {reached['ndcg@10']:.4f}"
         )
         return Built({"name": self.part, **figures})
 

@@ -267,14 +267,14 @@ class Run:
             UserError: a source is in neither prompt.
         """
         from rarec.models.build import slots_reserved
-        from rarec.prompts import TITLES, PromptPair
+        from rarec.prompts import AT_TITLES, PromptPair
 
         llm, dataset, config = self.llm, self.dataset, self.config
         reserved, kind = slots_reserved(config, self.shapes), llm.identity["kind"]
         pair = PromptPair(
             config.prompt, llm.tokenizer, dataset.titles, dataset.texts, reserved, llm.context_length, kind
         )
-        named = {name.removesuffix(TITLES) for side in pair.sources.values() for name in side}
+        named = {name.removesuffix(AT_TITLES) for side in pair.sources.values() for name in side}
         for name in self.shapes:
             if name not in named and not (name == "id" and named):  # another source may take the place of the IDs
                 problem = f"source {name!r} is in none of prompt.user, prompt.title and prompt.item"
@@ -302,17 +302,15 @@ class Run:
         return open_source(stage.directory, section.recipe if isinstance(section, Ids) else None)
 
     def _neighbours(self, name: str) -> "NeighbourRanker":
-        from rarec.neighbours.make import TABLE
-        from rarec.neighbours.ranker import NeighbourRanker, read_table
+        from rarec.neighbours.ranker import NeighbourRanker
+        from rarec.neighbours.table import read_table
 
         stage, config = self.stage("neighbours", name), self.config.neighbours
         stage.require()
         stage.check_files()
-        lacking_N = None if name == "lexical" else self.dataset.train_counts_N == 0
-        table = read_table(stage.directory / TABLE, self.dataset.n_items)
-        return NeighbourRanker(
-            table, config.newest, config.decay, lacking_N if lacking_N is not None and lacking_N.any() else None
-        )
+        table_NN, new_N = read_table(stage.directory, self.dataset.n_items), self.dataset.train_counts_N == 0
+        lacking_N = new_N if name != "lexical" and new_N.any() else None
+        return NeighbourRanker(table_NN, config.newest, config.decay, lacking_N)
 
     def _evaluated(self, name: str) -> Path:
         """Return a file of the evaluation, checked to be of the variants as they are configured."""

@@ -221,6 +221,13 @@ def _array(field: str, data: memoryview) -> npt.NDArray[Any]:
     return array
 
 
+def _is_mark(mark: Any, tokens: int) -> bool:
+    """Return whether this is a position among the tokens, or a list of them."""
+    if isinstance(mark, list):
+        return all(type(each) is int and 0 <= each <= tokens for each in mark)
+    return type(mark) is int and 0 <= mark <= tokens
+
+
 def _facts(data: memoryview, tokens: int) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(bytes(data))
@@ -229,12 +236,7 @@ def _facts(data: memoryview, tokens: int) -> dict[str, Any]:
     if not isinstance(facts, dict) or facts.keys() != _FACTS:
         raise ValueError(f"field json is not an object of {', '.join(sorted(_FACTS))}")
     marks = facts["marks"]
-    places = (
-        [mark for of in marks.values() for mark in (of if isinstance(of, list) else [of])]
-        if isinstance(marks, dict)
-        else [None]
-    )
-    if not all(type(mark) is int and 0 <= mark <= tokens for mark in places):
+    if not isinstance(marks, dict) or not all(_is_mark(mark, tokens) for mark in marks.values()):
         raise ValueError("field json: `marks` are not positions among the tokens")
     if not all(type(facts[name]) is int and facts[name] >= 0 for name in ("user", "position", "target")):
         raise ValueError("field json: user, position or target is not a non-negative integer")
