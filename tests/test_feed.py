@@ -156,6 +156,7 @@ def test_a_damaged_sample_ends_the_training_by_name_and_a_repaired_one_lets_it_r
     assert equal(whole, run.train("train.epochs=1"))
 
 
+@pytest.mark.slow
 def test_skipped_samples_are_printed_recorded_and_stay_out_through_a_resume(finished, tmp_path, run, monkeypatch):
     names = run.damage(3, 7, 70)
     with monkeypatch.context() as patch:

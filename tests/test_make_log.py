@@ -142,6 +142,7 @@ def test_the_catalogue_has_every_item_once_and_titles_that_differ(tmp_path: Path
     assert tastes.nunique() == 256
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_interactions(tmp_path: Path) -> None:
     peaks = []
     for interactions in (1_500_000, 4_500_000):

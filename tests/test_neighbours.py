@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -76,6 +76,7 @@ def test_what_follows_within_a_few_steps_is_a_neighbour(engine: PrepareEngine, t
     st.integers(1, 3),
     st.sampled_from([0.0, 2.5]),
 )
+@settings(max_examples=30)
 def test_tables_equal_their_definition(histories, top, steps, shrinkage):
     both, follow = defaultdict(float), defaultdict(float)
     users, size = defaultdict(int), defaultdict(int)

@@ -1,5 +1,7 @@
 """Hybrid prompts: templates to tokens and slot positions (docs/method.md, section 1)."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,7 +37,8 @@ def sentence_piece():
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", *bytes_], show_progress=False)
-    core.train_from_iterator([word for line in CORPUS * 9 for word in line.split()], trainer)
+    # no token has both a digit or a letter and a full stop, as none of Llama 2's has
+    core.train_from_iterator([part for line in CORPUS * 9 for part in re.findall(r"\w+|[^\w\s]", line)], trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>", pad_token="<unk>")
 

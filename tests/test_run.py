@@ -222,6 +222,7 @@ def test_id_dropout_leaves_out_vectors_by_sample(finished, tmp_path):
     assert (whole.items.vectors["id"] != 0).any(-1).all()
 
 
+@pytest.mark.slow
 def test_a_variant_without_slots_in_the_model_goes_the_whole_way(finished, tmp_path):
     """From its shards to a bundle that recommends; there are no slots to diagnose."""
     run = open_run(finished, [f"run.dir={tmp_path}", "train.variants=[readout]", "export.variant=readout"])
@@ -235,6 +236,7 @@ def test_a_variant_without_slots_in_the_model_goes_the_whole_way(finished, tmp_p
     assert calculator.meta_model("readout", False).first_grad_block is None
 
 
+@pytest.mark.slow
 def test_the_papers_choices_go_the_whole_way(finished, tmp_path):
     """`configs/runs/paper.yaml` as it is shipped, over the small world's log and language model."""
     shipped = yaml.safe_load((ROOT / "configs" / "runs" / "paper.yaml").read_text())

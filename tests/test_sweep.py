@@ -35,7 +35,7 @@ def unswept(tmp_path_factory) -> Path:
     return make_world(tmp_path_factory.mktemp("unswept"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("swept", marks=pytest.mark.slow)])
 def swept(tmp_path_factory):
     """A finished sweep of two runs, and its output."""
     path = write_sweep(make_world(tmp_path_factory.mktemp("swept")), LEARN)

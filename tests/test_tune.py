@@ -39,6 +39,7 @@ def test_the_newest_training_interaction_is_ranked_after_what_stands_before_it()
     assert ndcg_10.startswith(f"{(1 + 1 / math.log2(11)) / 2:.4f} ")
 
 
+@pytest.mark.slow
 def test_every_combination_is_a_trial_and_none_is_made_twice(finished, tmp_path, monkeypatch, capsys):
     choices = ["ids.holdout=.1", "ids.sasrec.epochs=1,2", "ids.sasrec.dropout=.1,.2"]
     monkeypatch.setattr(sys, "argv", ["tune.py", str(finished), str(tmp_path), *choices])
@@ -54,6 +55,7 @@ def test_every_combination_is_a_trial_and_none_is_made_twice(finished, tmp_path,
     assert "SASRec epoch" not in again.err
 
 
+@pytest.mark.slow
 def test_neighbour_models_are_trials_alone_and_added_up(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tune.py", str(finished), str(tmp_path), "neighbours.decay=.5,1"])
     tune.main()

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from rarec.artefacts import MANIFEST, read_manifest, write_manifest
 from rarec.config.method import Llm, Lora
@@ -175,6 +176,7 @@ def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
     Raises:
         UserError: it cannot be read.
     """
+    disable_progress_bar()  # and those of `save_pretrained`: they say nothing about the run
     log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.ERROR)  # its report of a load that is refused here is a line for each weight
