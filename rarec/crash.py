@@ -106,10 +106,7 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _remedy(error: BaseException) -> str:
-    if (
-        isinstance(error, MemoryError)
-        or "OutOfMemory" in type(error).__name__
-        or getattr(error, "errno", 0) == errno.ENOMEM
-    ):
+    out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    if out_of_memory or os.strerror(errno.ENOMEM) in str(error):  # PyTorch and Arrow have errors of their own
         return "use a machine with more memory or lower train.batch_size, then run the same command to resume"
     return "run the same command to resume; if it fails again, report it with that file"

@@ -4,6 +4,7 @@ Its own imports are light, so that whatever goes wrong later, while the rest is 
 """
 
 import argparse
+import atexit
 import errno
 import os
 import signal
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 EXHAUSTED = {
     **dict.fromkeys(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "free space on the disk of run.dir"),
     **dict.fromkeys(map(os.strerror, (errno.EMFILE, errno.ENFILE)), "allow more open files (ulimit -n 4096)"),
+    **dict.fromkeys((os.strerror(errno.EAGAIN), "can't start new thread"), "free memory, or allow more processes"),
 }
-"""Messages of a full disk, a used-up quota, a file-size limit and a limit of open files, with what to do."""
+"""Messages of a full disk, a used-up quota, a file-size limit, limits of open files and threads; with what to do."""
+STARVED = tuple(map(os.strerror, (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)))
+"""Messages of a process that gets nothing more: a file that it cannot read then is not damaged."""
 _ANOTHER = "another file has that name: move it away, or choose another run.dir"
 _REMEDIES = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _ANOTHER),
@@ -195,7 +199,8 @@ class _Signals:
 
 
 def _report(error: BaseException) -> int:
-    """Print one line about what ended a command; return the exit code."""
+    """Print one line about what ended a command, and nothing else; return the exit code."""
+    _fall_silent()
     if isinstance(error, OutputClosed):
         return SIGNALLED + signal.SIGPIPE
     if isinstance(error, KeyboardInterrupt | Terminated | Stopped):
@@ -204,13 +209,19 @@ def _report(error: BaseException) -> int:
             _print_safely(f"{ended}; run the same command to resume")
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         return 0 if isinstance(error, Stopped) else SIGNALLED + number
-    starved = os.strerror(errno.EMFILE) in str(error)  # then the file that a reader names is not damaged
+    starved = any(text in str(error) for text in STARVED)
     message = str(error) if isinstance(error, UserError) and not starved else machine_trouble(error)
     if _rank() == 0 or not getattr(error, "shared", False):
         line = message or crash_line(error, str(_opened.get("config", "")), _opened.get("directory"), _rank())
         where = f"rank {_rank()}: " if _rank() else ""
         _print_safely(f"{where}{line}", "error:")
     return EXIT_CODE if message else CRASHED
+
+
+def _fall_silent() -> None:
+    """What is broken when it is let go of, or while Python ends, is no news: all follows from the error."""
+    sys.unraisablehook = lambda _: None  # until `inert_streams` ends
+    atexit.register(lambda: setattr(sys, "stderr", None))
 
 
 def _print_safely(line: str, sign: str = "") -> None:

@@ -181,6 +181,15 @@ def test_a_file_of_the_users_with_the_name_of_the_report_stays(tmp_path, capsys)
     assert str(mine) in capsys.readouterr().err
 
 
+def test_nothing_is_printed_after_the_last_line():
+    """What is let go of while Python ends may find itself broken."""
+    broken = "type('Broken', (), {'__del__': lambda self: 1 / 0})()"
+    result = python(f"import atexit; atexit.register(lambda: 1 / 0); half_made = {broken}; raise MemoryError")
+    assert result.returncode == CRASHED
+    (line,) = result.stderr.splitlines()
+    assert "MemoryError" in line
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("times", [1, 5])
 def test_a_signal_ends_in_order_however_often_it_comes(name, times, tmp_path):

@@ -81,9 +81,18 @@ def read_rows(path: Path, schemas: list[pa.Schema], columns: list[str]) -> pa.Ta
     try:
         if pq.read_schema(path) not in schemas:
             raise UserError(f"{path} does not have the columns {', '.join(schemas[0].names)}, or their types", remedy)
-        return pq.read_table(path, columns=columns)
+        return read_columns(path, columns)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}", remedy) from None
+
+
+def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read columns of a Parquet file, all of them by default.
+
+    `pq.read_table` reads as a data set of many files, and waits for ever where its threads cannot be started.
+    """
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
 
 
 def _schema(fields: dict[str, pa.DataType]) -> pa.Schema:

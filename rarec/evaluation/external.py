@@ -21,8 +21,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
+from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.evaluation.labels import EXTERNAL
 
@@ -121,7 +121,7 @@ def _read(path: Path) -> pa.Table:
             as_text = {"user": pa.string(), "item": pa.string()}  # else 007 would be read as 7
             table = pa.csv.read_csv(path, convert_options=pa.csv.ConvertOptions(column_types=as_text))
         else:
-            table = pq.read_table(path)
+            table = read_columns(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}", f"write Parquet, or CSV, with columns {FORMS}") from None
     there = {"user", "item", "score", "rank"} & set(table.column_names)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.ranking.intervals import Floats, Interval, mean_intervals, paired_intervals
 from rarec.ranking.metrics import metric_values
@@ -51,7 +51,7 @@ class SeedMeans:
         Raises:
             UserError: a user's target differs between seeds, or no user was ranked under all of them.
         """
-        tables = [pq.read_table(file) for file in files]
+        tables = [read_columns(file) for file in files]
         everyone = [dict(zip(*_columns(table, "user", "target"), strict=True)) for table in tables]
         users = [user for user in everyone[0] if all(user in one for one in everyone)]
         for file, one in zip(files, everyone, strict=True):

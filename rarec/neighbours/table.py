@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy import sparse
 
 from rarec.data import tables
@@ -46,6 +45,6 @@ def write_table(batches: Iterable[pa.RecordBatch], directory: Path) -> int:
 
 def read_table(directory: Path, n_items: int) -> sparse.csr_matrix:
     """Read a table as a sparse matrix, (N, N)."""
-    table = pq.read_table(directory / TABLE)
+    table = tables.read_columns(directory / TABLE)
     rows, columns, scores = (table[name].to_numpy() for name in ("item_row", "neighbour_row", "score"))
     return sparse.csr_matrix((scores, (rows, columns)), (n_items, n_items))

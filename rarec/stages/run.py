@@ -129,9 +129,9 @@ class Run:
 
         Columns: variant, user, target (ids as in the log), rank (1 is the best).
         """
-        import pandas as pd
+        from rarec.data.tables import read_columns
 
-        return pd.read_parquet(self._evaluated("ranks.parquet"))
+        return read_columns(self._evaluated("ranks.parquet")).to_pandas()
 
     def _check_places(self, stages: Sequence[Stage], fresh: bool) -> None:
         run_folder.check(self)

@@ -11,11 +11,14 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -168,28 +171,27 @@ class BatchLoader:
         self._pending.clear()
         shares = (share for batch in self.plan.batches_between(first, last) for share in self._shares(batch))
         workers = self.workers if first < last else 0
-        batches = iter(
-            DataLoader(
-                self._dataset,
-                batch_size=None,
-                sampler=shares,
-                num_workers=workers,  # the same workers for all epochs
-                multiprocessing_context="fork" if workers else None,  # they share what is loaded; nothing is pickled
-                worker_init_fn=partial(_prepare_worker, os.getpid()),
-            )
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=shares,
+            num_workers=workers,  # the same workers for all epochs
+            multiprocessing_context="fork" if workers else None,  # they share what is loaded; nothing is pickled
+            worker_init_fn=partial(_prepare_worker, os.getpid()),
         )
+        batches, others = None, set(active_children())
         try:
+            batches = iter(loader)
             yield map(self._receive, batches)
         except RuntimeError as error:
             if _WORKER_DIED not in str(error):
                 raise
-            remedy = "free memory (or /dev/shm), or lower train.stream.workers; then run the same command to resume"
+            remedy = "free memory, or lower train.stream.workers; then run the same command to resume"
             raise UserError(f"a worker process that reads training data died: {error}", remedy) from None
         finally:
-            if workers:  # now, not at garbage collection, which waits while a traceback refers to the iterator
+            if batches is not None and workers:  # not at garbage collection, which a traceback puts off
                 batches._shutdown_workers()  # type: ignore[attr-defined]
-                for worker in batches._workers:  # type: ignore[attr-defined]
-                    worker.kill()  # a worker that hangs does not react to SIGTERM
+            _kill(set(active_children()) - others)  # hanging ones, or those started before one could not be
 
     def _shares(self, batch: Numbers) -> Iterator[RankShare]:
         """Yield this rank's share of each part of the batch."""
@@ -202,7 +204,7 @@ class BatchLoader:
         self._pending.popleft()
         if isinstance(made, Exception):
             raise made
-        batch: Batch = ForkingPickler.loads(made) if isinstance(made, bytes) else made
+        batch: Batch = _Pickler.loads(made) if isinstance(made, bytes) else made
         return batch
 
 
@@ -215,33 +217,40 @@ class _Batches(Dataset[Batch | bytes | Exception]):
     def __getitem__(self, share: RankShare) -> Batch | bytes | Exception:
         try:
             made = self._collate(self._stream.read(share.numbers), share.total)
-            return _pickled(made) if get_worker_info() else made
+            return bytes(_Pickler.dumps(made)) if get_worker_info() else made
         except (UserError, OSError) as error:  # returned: if raised, its message would hold the worker's traceback
             return error
+
+
+def _kill(workers: Collection[BaseProcess]) -> None:
+    """End workers, which do not react to SIGTERM."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        with suppress(RuntimeError):  # PyTorch's, as soon as it hears that one is dead
+            worker.join()
 
 
 def _prepare_worker(main: int, worker: int) -> None:
     """Leave signals to the main process, which ends its workers; if it is killed, Linux kills them too."""
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
-    # Reached only by the thread that passes shared memory on, if the main process stops while it receives.
-    sys.excepthook = lambda *_: None
+    # A traceback, as at the end of memory or of the main process, is none for the user: the main process says what is.
+    sys.stderr = None
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != main:  # it was killed before this line
         os._exit(1)
 
 
-def _pickled(made: Batch) -> bytes:
-    """Pickle a batch with its tensors in shared memory: here, not in the queue's thread, where an error would be lost.
+class _Pickler(ForkingPickler):
+    """Pickles tensors by their values, for a pipe between a process and its own fork, never for a disk.
 
-    The pickle goes through a pipe between a process and its own fork, never to a disk.
+    PyTorch's own way, a handle for shared memory, waits for ever where no further file may be opened.
     """
-    try:
-        return bytes(ForkingPickler.dumps(made))
-    except (RuntimeError, OSError) as error:
-        remedy = "raise /dev/shm or the limit of open files (ulimit -n), or set train.stream.workers=0"
-        raise UserError(f"not enough shared memory for a batch: {error}", remedy) from None
+
+    def reducer_override(self, made: object) -> Any:
+        return (torch.from_numpy, (made.numpy(),)) if isinstance(made, torch.Tensor) else NotImplemented
 
 
 def _stacked(states: list[npt.NDArray[np.floating]]) -> torch.Tensor:

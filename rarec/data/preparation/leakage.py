@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from rarec.data import tables
 from rarec.data.dataset import PreparedDataset
@@ -67,7 +66,7 @@ def _check_targets(dataset: PreparedDataset) -> None:
 def _check_order(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]) -> None:
     """Check that times do not decrease within a user, and check the windows of a temporal split."""
     order = dataset.order
-    order_I = pq.read_table(dataset.directory / tables.INTERACTIONS, columns=[order])[order].to_numpy()
+    order_I = tables.read_columns(dataset.directory / tables.INTERACTIONS, [order])[order].to_numpy()
     first_I = np.zeros(len(order_I), bool)
     first_I[dataset.starts_U[dataset.lengths_U > 0]] = True
     for piece in _chunks(order_I):
