@@ -94,20 +94,25 @@ def claim(directory: Path, names: Iterable[str]) -> None:
     new = set(names) - listed
     for name in sorted(listed | new):
         path = directory / name
-        if os.path.lexists(path) and (name in new or not (name.endswith("/") or _is_file(path))):
+        fits = _is_folder if name.endswith("/") else _is_file
+        if os.path.lexists(path) and (name in new or not fits(path)):
             raise _refusal(path)
     if new:
         _mark(directory, listed | new)
 
 
 def drop_listed(directory: Path, names: Iterable[str]) -> None:
-    """Delete files and directories (`name/`) that a directory's marker lists; leave what it does not list."""
-    for name in (_listed(directory) or set()).intersection(names):
+    """Delete files and folders (`name/`) that a directory's marker lists, and list them no more; leave all others."""
+    listed = _listed(directory) or set()
+    there = [name for name in listed.intersection(names) if os.path.lexists(directory / name)]
+    for name in there:
         path = directory / name
         if name.endswith("/"):
-            shutil.rmtree(path, ignore_errors=True)
-        elif not path.is_symlink():
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)  # not what a link leads to, nor a file
+        elif _is_file(path):
+            path.unlink()
+    if there:  # what gets such a name later is somebody else's
+        _mark(directory, listed.difference(names))
 
 
 def refuse_foreign(path: Path) -> None:
@@ -157,7 +162,7 @@ def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
     """Return the first file below a directory that the marker of `root`, or one nearer to the file, does not list."""
     for entry in sorted(directory.iterdir()):
         name = entry.relative_to(root).as_posix()
-        if f"{name}/" in listed or is_aside(entry):
+        if (f"{name}/" in listed and _is_folder(entry)) or is_aside(entry):
             continue
         if entry.is_symlink() or not entry.is_dir():
             if (name == MARKER or name in listed) and _is_file(entry):
@@ -186,6 +191,11 @@ def _mark(directory: Path, names: Iterable[str]) -> None:
 def _is_file(path: Path) -> bool:
     """Return whether there is a file, and no link to one: rarec makes no links."""
     return stat.S_ISREG(path.lstat().st_mode)
+
+
+def _is_folder(path: Path) -> bool:
+    """Return whether there is a folder, and no link to one."""
+    return stat.S_ISDIR(path.lstat().st_mode)
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -273,13 +273,17 @@ def test_a_link_in_the_place_of_a_folder_of_artefacts_is_refused(begun, tmp_path
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("name", [BEGUN, PROGRESS])
-def test_a_file_of_the_users_that_is_called_like_a_note_of_a_build_stays(run, name):
+@pytest.mark.parametrize("name", [BEGUN, PROGRESS, f"{PROGRESS}/notes.txt"])
+@pytest.mark.parametrize("stage", ["prepare", "shards"])
+def test_what_the_user_calls_like_a_note_of_a_build_stays(run, stage, name):
+    """Of `shards`, which are built in their place, the notes were rarec's until they were finished."""
     config, root = run
-    (root / "prepare" / name).write_text("mine")
-    open_run(config).make("prepare")
-    refused(config, "prepare", name, fresh=True)
-    assert (root / "prepare" / name).read_text() == "mine"
+    mine = root / stage / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    open_run(config).make(stage)
+    refused(config, stage, str(mine), fresh=True)
+    assert mine.read_text() == "mine"
 
 
 # ---- what is read back
