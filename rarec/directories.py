@@ -168,6 +168,8 @@ def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
             if (name == MARKER or name in listed) and _is_file(entry):
                 continue
             return entry
+        if name in listed:  # in the place of a file, and be it empty
+            return entry
         marked = (entry / MARKER).exists()
         found = foreign(entry) if marked else _foreign_in(root, entry, listed)
         if found is not None:
