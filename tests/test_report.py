@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -593,3 +596,13 @@ def test_a_best_variant_without_slots_is_said_to_need_none() -> None:
     metrics = [measured("id_only", 0.06), measured("per_layer")]
     files = RunFiles(metrics, metrics, [], [], [], {}, {}, {}, {}, [])
     assert "no slots are needed" in closing_lines(files, config(Path("runs/x")))[-1]
+
+
+@pytest.mark.slow
+def test_a_variable_that_matplotlib_cannot_read_is_named(finished, tmp_path) -> None:
+    run = shutil.copytree(finished.parent / "run", tmp_path / "run")
+    command = [sys.executable, "-m", "rarec", "report", str(finished), f"run.dir={run}", "--fresh"]
+    environment = {**os.environ, "MPLBACKEND": "nonsense"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "MPLBACKEND" in result.stderr

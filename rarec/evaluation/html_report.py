@@ -64,6 +64,8 @@ def _template() -> Any:
         raise UserError(
             f"the report needs {error.name}, which is not installed", "pip install 'rarec[report]'"
         ) from None
+    except ValueError as error:  # matplotlib reads it while it is loaded
+        raise UserError(f"MPLBACKEND: {error}", "unset that variable: the report needs none") from None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rarec", "evaluation"),
         autoescape=True,
