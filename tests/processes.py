@@ -9,8 +9,9 @@ from typing import Any
 import psutil
 
 from rarec.artefacts import MANIFEST, write_sealed
+from rarec.directories import claim
 from rarec.files import read_json
-from rarec.stages.stage import BEGUN
+from rarec.stages.stage import BEGUN, PROGRESS
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -37,6 +38,7 @@ def be_killed_at_rename(number: int) -> None:
 def unfinish(directory: Path) -> None:
     """Turn a finished artefact into one whose process was killed right before it wrote the manifest."""
     manifest = read_json(directory / MANIFEST)
+    claim(directory, [BEGUN, f"{PROGRESS}/"])
     write_sealed(directory / BEGUN, {name: manifest[name] for name in ("kind", "schema", "settings", "made_from")})
     (directory / MANIFEST).unlink()
 

@@ -16,6 +16,7 @@ from rarec.artefacts import MANIFEST
 from rarec.cli import command
 from rarec.data.dataset import PreparedDataset
 from rarec.data.shards.index import INDEX
+from rarec.directories import claim
 from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.files import read_json, write_json
@@ -181,6 +182,7 @@ def test_a_strange_file_is_never_dropped(finished, shards, name):
 
 
 def test_notes_of_progress_that_a_kill_left_are_dropped(finished, shards):
+    claim(shards, [".progress/"])
     (shards / ".progress").mkdir()
     assert not run_of(finished, shards).make("shards")
     assert not (shards / ".progress").exists()
