@@ -103,6 +103,7 @@ def claim(directory: Path, names: Iterable[str]) -> None:
 
 def drop_listed(directory: Path, names: Iterable[str]) -> None:
     """Delete files and folders (`name/`) that a directory's marker lists, and list them no more; leave all others."""
+    drop_stale(directory, MARKER)  # of a process that was killed while it did the same
     listed = _listed(directory) or set()
     there = [name for name in listed.intersection(names) if os.path.lexists(directory / name)]
     for name in there:
