@@ -71,3 +71,11 @@ def test_neighbour_models_are_trials_alone_and_added_up(finished, tmp_path, monk
     steady = replace(run.neighbours["cooccurrence"], decay=1.0)
     assert hits["neighbours.decay=1", "cooccurrence"] == pytest.approx((steady.ranks(users) <= 10).mean(), abs=1e-4)
     assert hits["neighbours.decay=.5", "cooccurrence"] != hits["neighbours.decay=1", "cooccurrence"]
+
+
+def test_choices_of_both_kinds_are_refused(finished, tmp_path, monkeypatch, capsys):
+    choices = ["neighbours.decay=.5", "ids.sasrec.dropout=.1"]
+    monkeypatch.setattr(sys, "argv", ["tune.py", str(finished), str(tmp_path), *choices])
+    with pytest.raises(SystemExit, match="2"):
+        tune.main()
+    assert "two calls" in capsys.readouterr().err

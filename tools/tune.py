@@ -41,7 +41,10 @@ def main() -> None:
     parser.add_argument("choices", nargs="*", metavar="SECTION.FIELD=VALUE[,VALUE]")
     arguments = parser.parse_args()
     place = [f"run.{name}={arguments.directory}" for name in ("dir", "shared")]
-    ids = not any(choice.startswith(NEIGHBOURS) for choice in arguments.choices)
+    of_neighbours = [choice.startswith(NEIGHBOURS) for choice in arguments.choices]
+    ids = not any(of_neighbours)
+    if not (ids or all(of_neighbours)):
+        parser.error("compare neighbour models and ID models in two calls")
     lines: list[tuple[str, ...]] = [("trial", *(("best epoch", "seconds") if ids else ("model",)), *METRICS)]
     for trial in trials(arguments.choices):
         run = open_run(arguments.config, [*place, *trial])

@@ -1,5 +1,6 @@
 """The HTML report: one self-contained file, rendered only from the files of a run."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -64,7 +65,9 @@ def _template() -> Any:
         raise UserError(
             f"the report needs {error.name}, which is not installed", "pip install 'rarec[report]'"
         ) from None
-    except ValueError as error:  # matplotlib reads it while it is loaded
+    except ValueError as error:
+        if "MPLBACKEND" not in os.environ or "backend" not in str(error):  # which matplotlib reads at its import
+            raise
         raise UserError(f"MPLBACKEND: {error}", "unset that variable: the report needs none") from None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rarec", "evaluation"),

@@ -189,9 +189,11 @@ class BatchLoader:
             remedy = "free memory, or lower train.stream.workers; then run the same command to resume"
             raise UserError(f"a worker process that reads training data died: {error}", remedy) from None
         finally:
-            if batches is not None and workers:  # not at garbage collection, which a traceback puts off
+            if batches is None:  # a worker could not be started: end those that were
+                _kill(set(active_children()) - others)
+            elif workers:  # now, not at garbage collection, which waits while a traceback refers to the iterator
                 batches._shutdown_workers()  # type: ignore[attr-defined]
-            _kill(set(active_children()) - others)  # hanging ones, or those started before one could not be
+                _kill(batches._workers)  # type: ignore[attr-defined]
 
     def _shares(self, batch: Numbers) -> Iterator[RankShare]:
         """Yield this rank's share of each part of the batch."""
