@@ -102,17 +102,17 @@ def claim(directory: Path, names: Iterable[str]) -> None:
 
 
 def drop_listed(directory: Path, names: Iterable[str]) -> None:
-    """Delete files and folders (`name/`) that a directory's marker lists, and list them no more; leave all others."""
-    drop_stale(directory, MARKER)  # of a process that was killed while it did the same
+    """Delete files and folders (`name/`) that a directory's marker lists, and remove them from the list."""
+    drop_stale(directory, MARKER)  # left by a process that was killed while it did the same
     listed = _listed(directory) or set()
     there = [name for name in listed.intersection(names) if os.path.lexists(directory / name)]
     for name in there:
         path = directory / name
         if name.endswith("/"):
-            shutil.rmtree(path, ignore_errors=True)  # not what a link leads to, nor a file
+            shutil.rmtree(path, ignore_errors=True)  # it leaves links and files
         elif _is_file(path):
             path.unlink()
-    if there:  # what gets such a name later is somebody else's
+    if there:  # from now on, a file of such a name is the user's
         _mark(directory, listed.difference(names))
 
 
@@ -169,7 +169,7 @@ def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
             if (name == MARKER or name in listed) and _is_file(entry):
                 continue
             return entry
-        if name in listed:  # in the place of a file, and be it empty
+        if name in listed:  # a folder, even an empty one, where a file should be
             return entry
         marked = (entry / MARKER).exists()
         found = foreign(entry) if marked else _foreign_in(root, entry, listed)

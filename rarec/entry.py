@@ -32,7 +32,7 @@ EXHAUSTED = {
 }
 """Messages of a full disk, a used-up quota, a file-size limit, limits of open files and threads; with what to do."""
 STARVED = tuple(map(os.strerror, (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)))
-"""Messages of a process that gets nothing more: a file that it cannot read then is not damaged."""
+"""Messages of a process that is out of memory, threads or open files. A file that it fails to read is not damaged."""
 _ANOTHER = "another file has that name: move it away, or choose another run.dir"
 _REMEDIES = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _ANOTHER),
@@ -200,7 +200,7 @@ class _Signals:
 
 def _report(error: BaseException) -> int:
     """Print one line about what ended a command, and nothing else; return the exit code."""
-    _fall_silent()
+    _suppress_later_errors()
     if isinstance(error, OutputClosed):
         return SIGNALLED + signal.SIGPIPE
     if isinstance(error, KeyboardInterrupt | Terminated | Stopped):
@@ -218,8 +218,8 @@ def _report(error: BaseException) -> int:
     return EXIT_CODE if message else CRASHED
 
 
-def _fall_silent() -> None:
-    """What is broken when it is let go of, or while Python ends, is no news: all follows from the error."""
+def _suppress_later_errors() -> None:
+    """Suppress errors of destructors and of Python's shutdown: they follow from the error that is reported."""
     sys.unraisablehook = lambda _: None  # until `inert_streams` ends
     atexit.register(lambda: setattr(sys, "stderr", None))
 

@@ -182,7 +182,7 @@ def test_a_file_of_the_users_with_the_name_of_the_report_stays(tmp_path, capsys)
 
 
 def test_nothing_is_printed_after_the_last_line():
-    """What is let go of while Python ends may find itself broken."""
+    """Destructors and exit handlers may fail after an error."""
     broken = "type('Broken', (), {'__del__': lambda self: 1 / 0})()"
     result = python(f"import atexit; atexit.register(lambda: 1 / 0); half_made = {broken}; raise MemoryError")
     assert result.returncode == CRASHED

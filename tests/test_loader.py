@@ -107,15 +107,14 @@ def test_a_damaged_sample_read_by_a_worker_is_named(tmp_path):
 def test_a_batch_of_many_tensors_needs_no_files(shards):
     def collate(samples, total) -> list[torch.Tensor]:
         most = len(list(Path("/proc/self/fd").iterdir())) + 2
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-        )  # the worker's
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))  # in the worker
         return [torch.full((2, 3), number) for number in range(20)]
 
     with loader(shards, 1, collate).open(0, 3) as batches:
         for tensors in batches:
             assert all(torch.equal(tensor, torch.full((2, 3), number)) for number, tensor in enumerate(tensors))
-            tensors[0] += 1  # it may be written to
+            tensors[0] += 1  # not read-only
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what PyTorch has half built

@@ -276,7 +276,7 @@ def test_a_link_in_the_place_of_a_folder_of_artefacts_is_refused(begun, tmp_path
 @pytest.mark.parametrize("name", [BEGUN, PROGRESS, f"{PROGRESS}/notes.txt"])
 @pytest.mark.parametrize("stage", ["prepare", "shards"])
 def test_what_the_user_calls_like_a_note_of_a_build_stays(run, stage, name):
-    """Of `shards`, which are built in their place, the notes were rarec's until they were finished."""
+    """Shards are built in their place, so rarec itself had notes of these names there until they were finished."""
     config, root = run
     mine = root / stage / name
     mine.parent.mkdir(exist_ok=True)

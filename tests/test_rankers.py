@@ -71,8 +71,8 @@ def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_variant_
     assert np.allclose(fused.scores(batch), fused.weights[0] * variant_N + fused.weights[1] * id_N, atol=1e-5)
 
 
-def test_the_first_part_that_lacks_nothing_lets_expect_what_another_lacks():
-    """Whatever their order: a part that itself lacks the item cannot."""
+def test_the_first_part_that_lacks_nothing_predicts_what_another_lacks():
+    """In any order: a part that lacks the item itself cannot predict it."""
     text_N, lacking_N = np.array([1.0, 4.0, 7.0, 9.0, -3.0]), np.arange(5) == 3
     line_N = 5 + 2 * text_N
     text = ranker(np.ones((6, 1)), text_N[:, None])

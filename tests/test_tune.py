@@ -56,7 +56,7 @@ def test_every_combination_is_a_trial_and_none_is_made_twice(finished, tmp_path,
 
 
 @pytest.mark.slow
-def test_neighbour_models_are_trials_alone_and_added_up(finished, tmp_path, monkeypatch, capsys):
+def test_neighbour_models_are_trials_alone_and_fused(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tune.py", str(finished), str(tmp_path), "neighbours.decay=.5,1"])
     tune.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

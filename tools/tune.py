@@ -6,7 +6,7 @@
 Every combination of the values is a trial. An ID model is trained as for a run's slots: on all but the newest share of
 each user's training interactions (`ids.holdout`), with early stopping on the validation users. Then it ranks the newest
 training interaction of every user, which separates recipes that a few thousand validation users cannot. Neighbour
-models rank the validation users, alone and added up with popularity. All rank the full catalogue.
+models rank the validation users, alone and fused with popularity. All rank the full catalogue.
 
 Trials are stored in DIR, where runs and sweeps with this `run.shared` find them. A finished trial is not repeated, and
 an interrupted one resumes. Intervals are 95% bootstrap intervals over users.

@@ -12,8 +12,9 @@ NeighbourModel = Literal["cooccurrence", "transition", "ease", "lexical"]
 class Graph(Section):
     """A second source of vectors for slots, `{soft:graph}`: a truncated SVD of the graph of transitions.
 
-    An item's vector says what it follows; a user's, what follows the newest items of the history: their mean, with the
-    decay of the section `neighbours`. Interactions that `ids.holdout` holds out are not counted.
+    An item's vector describes the items that precede it. A user's vector describes what follows the newest items of the
+    history: it is a mean over them, older ones decayed as in `neighbours`. Interactions that `ids.holdout` holds out
+    are not counted.
     """
 
     dim: Positive = 64

@@ -89,7 +89,7 @@ def read_rows(path: Path, schemas: list[pa.Schema], columns: list[str]) -> pa.Ta
 def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read columns of a Parquet file, all of them by default.
 
-    `pq.read_table` reads as a data set of many files, and waits for ever where its threads cannot be started.
+    `pq.read_table` uses Arrow's dataset scanner, which hangs if its threads cannot be started.
     """
     with pq.ParquetFile(path) as file:
         return file.read(columns)

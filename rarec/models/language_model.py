@@ -176,7 +176,7 @@ def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
     Raises:
         UserError: it cannot be read.
     """
-    disable_progress_bar()  # and those of `save_pretrained`: they say nothing about the run
+    disable_progress_bar()  # of loading here and of saving later: neither is progress of the run
     log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.ERROR)  # its report of a load that is refused here is a line for each weight

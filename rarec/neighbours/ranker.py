@@ -1,4 +1,4 @@
-"""Rank by a neighbour table: the root of an item's summed scores as a neighbour of the newest items of the history.
+"""Rank by a neighbour table: an item's score is the root of its summed scores as a neighbour of the newest items.
 
 Shape letters: U all users, B users of a chunk, N catalogue.
 """

@@ -203,7 +203,7 @@ class FusedScores:
         for scores, ranker, slope in zip(self._parts[1:], self._ranker.parts[1:], self._ranker.slopes[1:], strict=True):
             part_CN = scores.block(users)
             if ranker.lacking_N is not None:
-                part_CN = _with_expected(part_CN, first_CN, slope, ranker.lacking_N)
+                part_CN = _with_predicted(part_CN, first_CN, slope, ranker.lacking_N)
             yield part_CN
 
     def block(self, users: slice) -> torch.Tensor:
@@ -214,10 +214,10 @@ class FusedScores:
         return sum_CN
 
 
-def _with_expected(
+def _with_predicted(
     scores_CN: torch.Tensor, first_CN: torch.Tensor, slope: float, lacking_N: npt.NDArray[np.bool_]
 ) -> torch.Tensor:
-    """Return scores to which, for items that are lacking, the deviation is added that the first model lets expect."""
+    """Add the deviation that the first model's scores predict to the scores of the items that a model lacks."""
     lacking = torch.from_numpy(lacking_N).to(first_CN.device)
     mean_C1 = first_CN[:, ~lacking].mean(1, keepdim=True)
     return scores_CN + slope * (first_CN - mean_C1) * lacking

@@ -176,7 +176,7 @@ class BatchLoader:
             batch_size=None,
             sampler=shares,
             num_workers=workers,  # the same workers for all epochs
-            multiprocessing_context="fork" if workers else None,  # they share what is loaded; nothing is pickled
+            multiprocessing_context="fork" if workers else None,  # they share what is loaded already
             worker_init_fn=partial(_prepare_worker, os.getpid()),
         )
         batches, others = None, set(active_children())
@@ -229,7 +229,7 @@ def _kill(workers: Collection[BaseProcess]) -> None:
     for worker in workers:
         worker.kill()
     for worker in workers:
-        with suppress(RuntimeError):  # PyTorch's, as soon as it hears that one is dead
+        with suppress(RuntimeError):  # raised by PyTorch's handler of SIGCHLD
             worker.join()
 
 
@@ -237,7 +237,7 @@ def _prepare_worker(main: int, worker: int) -> None:
     """Leave signals to the main process, which ends its workers; if it is killed, Linux kills them too."""
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
-    # A traceback, as at the end of memory or of the main process, is none for the user: the main process says what is.
+    # No traceback from here, such as of a MemoryError: the main process reports what happened.
     sys.stderr = None
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -246,9 +246,9 @@ def _prepare_worker(main: int, worker: int) -> None:
 
 
 class _Pickler(ForkingPickler):
-    """Pickles tensors by their values, for a pipe between a process and its own fork, never for a disk.
+    """Pickle tensors by value, for the pipe from a worker to the process that forked it; nothing reaches a disk.
 
-    PyTorch's own way, a handle for shared memory, waits for ever where no further file may be opened.
+    PyTorch sends handles of shared memory instead, and hangs at the limit of open files.
     """
 
     def reducer_override(self, made: object) -> Any:
