@@ -15,13 +15,13 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.artefacts import read_manifest
+from rarec.artefacts import read_manifest, write_sealed
 from rarec.data.selection.sampling import select_samples
 from rarec.data.shards.checks import index_tar
 from rarec.data.shards.expected import first_leak
 from rarec.data.shards.index import ENTRY, INDEX, key_of, open_index, write_index
 from rarec.data.shards.samples import Sample, read_sample, write_shard
-from rarec.data.shards.writing import finish_shards, write_shards
+from rarec.data.shards.writing import PROGRESS, finish_shards, write_shards
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import sha256_file
@@ -274,3 +274,17 @@ def test_a_leaking_selection_is_refused_before_anything_is_made(finished, monkey
     monkeypatch.setattr("rarec.stages.shard_content.select_samples", lambda *args: honest)
     with pytest.raises(UserError, match=r"sample 000000\d{3}-\d{6} "):
         ShardContent(run)
+
+
+@pytest.mark.parametrize("content", ["of another tar", "of another build", "a manifest", "torn"])
+def test_a_note_that_is_not_that_of_its_tar_costs_only_that_tar(tmp_path, content):
+    write(tmp_path, 25, 10)
+    note, made = tmp_path / PROGRESS / "000001.json", []
+    if content == "of another tar":
+        note.write_bytes((tmp_path / PROGRESS / "000002.json").read_bytes())
+    elif content == "torn":
+        note.write_bytes(note.read_bytes()[:-9])
+    else:
+        write_sealed(note, {"identity": "two"} if content == "of another build" else {"kind": "shards"})
+    write(tmp_path, 25, 10, make=lambda places: made.extend(places) or map(made_sample, places))
+    assert made == list(range(10, 20))

@@ -202,7 +202,7 @@ class _Progress:
             note = read_sealed(path, "")
         except UserError:  # torn: the tar is written again
             return False
-        return bool(note["identity"] == self.identity and sha256_file(tar) == note["record"]["sha256"])
+        return bool(note.get("identity") == self.identity and sha256_file(tar) == note["record"]["sha256"])
 
     def _path(self, shard: int) -> Path:
         return self.directory / PROGRESS / f"{shard:06d}.json"
