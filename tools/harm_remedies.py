@@ -16,8 +16,8 @@ _PATH = re.compile(r"[^\s'\"`,;:()]*[/.][^\s'\"`,;:()]*")
 ASIDE = "moved-away"
 
 
-ROUNDS = 6
-"""Largest number of remedies that one command may take."""
+ROUNDS = 10
+"""Largest number of remedies that one command may take: another log makes each of the eight stages stale."""
 
 
 class Useless(Exception):
