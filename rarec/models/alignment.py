@@ -118,7 +118,7 @@ class SourceAlignment(nn.Module):
     def role_mask(self, role: str, vectors_BKE: Tensor) -> Tensor:
         """Return a mask (B, M + K) of the slots with a role, without those whose vector is missing."""
         count = self.shape.vectors if self.projections else 0
-        are_BS = vectors_BKE.new_full((len(vectors_BKE), self.count), role == INSTRUCTIONS, dtype=torch.bool)
+        are_BS = vectors_BKE.new_full((vectors_BKE.shape[0], self.count), role == INSTRUCTIONS, dtype=torch.bool)
         own = role != INSTRUCTIONS and role in self.roles
         are_BS[:, self.count - count :] = (vectors_BKE != 0).any(-1) if own else False
         return are_BS

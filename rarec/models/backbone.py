@@ -193,7 +193,7 @@ def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:
         return torch.einsum("btd,bt->bd", hidden_BTD.float(), weights_BT) / weights_BT.sum(1, keepdim=True)
     order_T = torch.arange(1, text_BT.shape[1] + 1, device=text_BT.device)
     last_B = (text_BT * order_T).argmax(1)
-    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B].float()
+    return hidden_BTD[torch.arange(last_B.shape[0], device=last_B.device), last_B].float()
 
 
 def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:

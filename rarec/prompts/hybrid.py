@@ -138,6 +138,16 @@ class HybridPrompt:
                 "shorten the template, use fewer alignment.instructions, or raise prompt.max_tokens",
             )
 
+    @property
+    def start(self) -> int:
+        """The index of the token at which the field `history` begins; the end of the text without one."""
+        tokens = len(self.tokenizer.prefix)
+        for part, literal in zip(self.parts, self._literals, strict=True):
+            if part.kind == "field" and part.value == "history":
+                break
+            tokens += len(literal) if literal is not None else 0
+        return tokens
+
     def fill(self, fields: dict[str, Int32], inside: Mapping[str, Sequence[int]] = MappingProxyType({})) -> Encoded:
         """Fill the fields with token ids.
 

@@ -25,6 +25,23 @@ class _Piece:
     marks: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A user's prompt around a history of one token.
+
+    Attributes:
+        encoded: the prompt.
+        start: index of that token.
+        room: most tokens of a history, slots at titles included.
+        titles: most titles; 0 if the prompt has no history.
+    """
+
+    encoded: Encoded
+    start: int
+    room: int
+    titles: int
+
+
 class PromptPair:
     """User and item prompts of a catalogue; each title is tokenised once.
 
@@ -103,6 +120,23 @@ class PromptPair:
             encoded = replace(encoded, cut=True)
         self.cut["user"] += encoded.cut
         return encoded
+
+    def frame(self) -> "Frame":
+        """Return what a user's prompt is around its history."""
+        inside = {source: [0] for source in self._at_titles}
+        around = self._user.fill({"history": np.array([self.tokenizer.filler], np.int32)}, inside)
+        titles = self.config.max_history if "history" in self._spaced else 0
+        return Frame(around, self._user.start, self._user.room, titles)
+
+    def title(self, item: int, first: bool) -> tuple[Int32, list[int]]:
+        """Return an item as it stands in a history: its tokens, and where the slots at titles are inserted in them.
+
+        Args:
+            item: item row.
+            first: whether it is the first of the text; all others start with the separator.
+        """
+        piece = self._piece(item, first)
+        return piece.tokens_T, [piece.marks[source] for source in self._at_titles]
 
     def stored(self, tokens_T: Int32, marks: Marks, history: Int32) -> Encoded:
         """Return a user's prompt that was filled before, from what shards have of it."""

@@ -1,6 +1,7 @@
 """A Hugging Face tokenizer for prompts that are built from pieces of text, with the special tokens around them."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,12 @@ class TextTokenizer:
     def __len__(self) -> int:
         """Return the size of the vocabulary. A model's embedding table may have more rows, which are unused."""
         return len(self._tokenizer)
+
+    def save(self, path: Path) -> None:
+        """Write it in the format of the package `tokenizers`, if it has one."""
+        core = getattr(self._tokenizer, "backend_tokenizer", None)
+        if core is not None:
+            core.save(str(path))
 
     def word(self, token: int) -> str:
         """Return a token id as text; as the raw token if the text is white space or an incomplete character."""

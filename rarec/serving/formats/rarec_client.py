@@ -1,0 +1,81 @@
+"""Recommend from a folder of `rarec export --to onnx --to faiss`: `python rarec_client.py FOLDER ITEM,ITEM`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import onnxruntime
+import pyarrow.parquet as pq
+
+
+class Client:
+    """`Client(folder).recommend([["sku-1", "sku-7"]], k=10)`: for each history the best new (id, title, score)."""
+
+    def __init__(self, folder: Path | str, threads: int = 0, graph: str = "query.onnx") -> None:
+        folder, options = Path(folder), onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        self.graph = onnxruntime.InferenceSession(str(folder / graph), options, providers=["CPUExecutionProvider"])
+        self.facts = json.loads((folder / "client.json").read_text(encoding="utf-8"))
+        self.index, self.prompt = faiss.read_index(str(folder / "index.faiss")), self.facts["prompt"]
+        items = pq.read_table(folder / "items.parquet", columns=["id", "title"])
+        self.ids, self.titles = items["id"].to_pylist(), items["title"].to_pylist()
+        self.row_of = {str(item): row for row, item in enumerate(self.ids)}
+        files = {name: folder / "neighbours" / f"{name}.parquet" for name in self.facts["neighbours"]}
+        self.near = {name: [of.to_numpy() for of in pq.read_table(file).columns] for name, file in files.items()}
+        texts = pq.read_table(folder / "titles.parquet").combine_chunks() if self.prompt["most"] else None
+        self.pieces = {name: texts[name].chunk(0) for name in texts.column_names} if texts else {}
+
+    def recommend(self, histories: Any, k: int = 10) -> list[list[tuple[Any, str, float]]]:
+        """Return each user's k best new items; ids that are not in the catalogue are passed over."""
+        rows = [[self.row_of[str(item)] for item in history if str(item) in self.row_of] for history in histories]
+        given = dict(self._inputs(rows))
+        queries = self.graph.run(None, {of.name: given[of.name] for of in self.graph.get_inputs()})[0]
+        return [self._best(query, history, k) for query, history in zip(queries, rows, strict=True)]
+
+    def _best(self, query: Any, history: list[int], k: int) -> list[tuple[Any, str, float]]:
+        added = np.zeros(len(self.ids))
+        for name, weight in self.facts["neighbours"].items():
+            (rows, columns, values), sums = self.near[name], np.zeros(len(self.ids))
+            for age, row in enumerate(history[::-1][: self.facts["newest"]]):
+                part = slice(*np.searchsorted(rows, [row, row + 1]))
+                sums[columns[part]] += self.facts["decay"] ** age * values[part]
+            added += weight * sums**0.5
+        _, found = self.index.search(query, min(self.index.ntotal, k + len(set(history))))
+        rows = np.setdiff1d(np.union1d(found[found >= 0], np.flatnonzero(added)), history)
+        scores = (self.index.reconstruct_batch(rows) @ query.T).max(1) + added[rows] if len(rows) else rows
+        best = sorted(zip(-scores, rows, strict=True))[:k]
+        return [(self.ids[row], self.titles[row], -float(score)) for score, row in best]
+
+    def _inputs(self, rows: list[list[int]]) -> Any:
+        texts, slots, titles = zip(*map(self._prompt, rows), strict=True)
+        longest = {"history": (rows, 1), "input_ids": (texts, max(map(len, texts)) + 1), "slot_positions": (slots, 0)}
+        for name, (lists, least) in {**longest, "titles": (titles, self.prompt["most"])}.items():
+            width = max([least, *map(len, lists)])
+            yield name, np.array([[*of, *[-1] * (width - len(of))] for of in lists], np.int64)
+
+    def _prompt(self, history: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Return token ids, the index of each slot (-1 for those that the history lacks), the items of the titles."""
+        prompt, wanted = self.prompt, history[::-1][: self.prompt["most"]]
+        ids, slots, items = list(prompt["empty"]), prompt["empty_slots"], []
+        if wanted:
+            later, first = (np.array([len(self.pieces[name][row]) for row in wanted]) for name in ("later", "first"))
+            saved = (later - first)[0] if prompt["newest_first"] else later - first
+            items = wanted[: max(1, int((np.cumsum(later) - saved <= prompt["room"]).sum()))]
+            items = items if prompt["newest_first"] else items[::-1]
+            ids, slots = list(prompt["before"]), prompt["before_slots"]
+            for at, row in enumerate(items):
+                name = "later" if at else "first"
+                inside = zip(prompt["titles_first"], self.pieces[f"{name}_slots"][row].as_py(), strict=True)
+                slots = slots + [[place + at, len(ids) + index] for place, index in inside]
+                ids += self.pieces[name][row].as_py()
+            slots, ids = slots + [[place, len(ids) + at] for place, at in prompt["after_slots"]], ids + prompt["after"]
+        return ids, [dict(slots).get(place, -1) for place in range(prompt["count"])], items
+
+
+if __name__ == "__main__":
+    print(
+        "\n".join("{}\t{}\t{:.4f}".format(*one) for one in Client(sys.argv[1]).recommend([sys.argv[2].split(",")])[0])
+    )

@@ -1,0 +1,309 @@
+"""Every form of a bundle recommends what the bundle recommends; the client does so without torch and rarec."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+
+import rarec
+from rarec.entry import open_run
+from rarec.errors import UserError
+from rarec.files import read_json
+from rarec.serving.bundle import Bundle
+from rarec.serving.formats import rarec_client_path
+from rarec.serving.formats.hub import upload
+from rarec.serving.formats.write import write_formats
+from rarec.serving.parts import Parts
+from tests.conftest import CONFIG
+from tests.engines import needs_spark, spark_session
+from tests.recommending import exported, histories
+from tests.synthetic import write_llm, write_log
+
+BOTH = ["faiss", "onnx"]
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path):
+    return open_run(finished)
+
+
+@pytest.fixture(scope="module")
+def recommender(run):
+    return rarec.load(run.directory("export"))
+
+
+@pytest.fixture(scope="module")
+def everyone(run):
+    users = histories(run, list(map(str, run.dataset.user_ids.to_pylist())))
+    return [*users, [], users[0][:1], ["unknown", *users[1]]]
+
+
+@pytest.fixture(scope="module")
+def served(run, tmp_path_factory) -> Path:
+    """The folder of the default row."""
+    return write(rarec.load(run.directory("export")), tmp_path_factory.mktemp("served") / "served", BOTH, int8=True)
+
+
+def write(recommender, directory: Path, formats, **options) -> Path:
+    write_formats(recommender, formats, directory, say=lambda line: None, **options)
+    return directory
+
+
+def client(folder: Path):
+    from rarec.serving.formats.rarec_client import Client
+
+    return Client(folder, threads=1)
+
+
+def same(found, expected) -> bool:
+    """Return whether two lists for each user are the same, but for items of equal scores."""
+    return all(
+        [item for item, *_ in one] == [item for item, *_ in other]
+        or np.allclose([score for *_, score in one], [score for *_, score in other], rtol=1e-4)
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.slow
+def test_the_client_recommends_what_the_bundle_recommends(served, recommender, everyone):
+    found, expected = client(served).recommend(everyone, 10), recommender.recommend(everyone, 10)
+    assert same(found, expected)
+    assert (
+        sum(
+            [item for item, *_ in one] == [item for item, *_ in other]
+            for one, other in zip(found, expected, strict=True)
+        )
+        > 55
+    )
+    alone = [client(served).recommend([history], 10)[0] for history in everyone[:5]]
+    assert same(alone, expected.items[:5])
+
+
+@pytest.mark.slow
+def test_the_client_runs_without_torch_and_rarec(served, recommender, everyone, tmp_path):
+    moved = shutil.copytree(served, tmp_path / "moved")
+    hidden = "import sys; sys.modules.update(dict.fromkeys(['torch', 'rarec', 'transformers', 'tokenizers']))"
+    code = f"{hidden}; sys.argv = ['rarec_client.py', '.', sys.argv[1]]; exec(open('rarec_client.py').read())"
+    history = everyone[0]
+    result = subprocess.run(
+        [sys.executable, "-c", code, ",".join(history)], cwd=moved, capture_output=True, text=True, check=True
+    )
+    items = [line.split("\t")[0] for line in result.stdout.splitlines()]
+    assert items == [one.item for one in recommender.recommend([history], 10)[0]]
+
+
+def test_the_client_is_short():
+    lines = rarec_client_path().read_text().splitlines()
+    assert sum(bool(line.strip()) for line in lines) < 80
+
+
+@pytest.mark.slow
+def test_the_manifest_has_what_was_measured(served):
+    manifest = read_json(served / "manifest.json")
+    assert manifest["recall@10"] == 1
+    assert manifest["query_difference"] < 1e-4
+    assert manifest["item_difference"] < 1e-4
+    assert 0.5 < manifest["int8"]["overlap@10"] <= 1
+
+
+@pytest.mark.slow
+def test_slots_reach_the_graph(run, tmp_path):
+    """A graph in which slots are lost raises no error: its query must depend on the items' ID vectors."""
+    from rarec.serving.formats.graph import query_graph, query_inputs, session, write_graph
+
+    parts = rarec.load(exported(run, tmp_path, "export.variant=per_layer").directory("export")).parts
+    history = [np.arange(4), np.arange(7, 9)]
+    found = []
+    for blank in (False, True):
+        graph = query_graph(parts)
+        if blank:
+            for source in graph.sources:
+                source.items_NE.zero_()
+        inputs = query_inputs(graph, parts.encoder, history)
+        write_graph(graph, inputs, graph.inputs, "query", tmp_path / "query.onnx")
+        opened = session(tmp_path / "query.onnx")
+        found.append(opened.run(None, {n: t.numpy() for n, t in zip(graph.inputs, inputs, strict=True)})[0])
+    assert np.allclose(found[0][:, 0], parts.dense.users(history), atol=1e-3)
+    assert not np.allclose(*found, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        (
+            "llama",
+            [
+                "train.variants=[per_layer_lora]",
+                "export.variant=per_layer_lora+id",
+                "ids.model=comirec",
+                "ids.comirec.dim=8",
+                "ids.comirec.epochs=2",
+            ],
+        ),
+        ("gpt2", ["preset=llmsrec", "export.variant=input+id+cheap"]),
+        (
+            "bert",
+            [
+                "train.variants=[text_only]",
+                "export.variant=text_only+id+cheap",
+                "ids.model=gru4rec",
+                "ids.gru4rec.dim=8",
+                "ids.gru4rec.epochs=2",
+                "prepare.split.new_items=0.2",
+            ],
+        ),
+        (
+            "electra",
+            [
+                "graph={}",
+                "graph.dim=8",
+                "prompt.user='{history} {soft:id} then {soft:graph}'",
+                "prompt.item='{soft:id} {soft:graph} {title}'",
+                "train.variants=[per_layer]",
+                "export.variant=per_layer",
+            ],
+        ),
+        ("bert", ["train.variants=[text_only]", "export.variant=id_only+cheap"]),
+    ],
+    ids=["LoRA, four interests", "slots at titles", "text, new items", "two sources", "ID model alone"],
+)
+def test_other_bundles(tmp_path, kind, overrides):
+    write_log(tmp_path / "log")
+    write_llm(tmp_path / "llm", kind)
+    (tmp_path / "run.yaml").write_text(CONFIG.format(root=tmp_path))
+    run = open_run(tmp_path / "run.yaml", ["evaluate.sanity_checks=false", "train.max_steps=4", *overrides])
+    run.run(["prepare", "ids", "neighbours", "shards", "train", "evaluate", "export"])
+    recommender = rarec.load(run.directory("export"))
+    folder = write(recommender, tmp_path / "served", BOTH)
+    users = [*histories(run, list(map(str, run.dataset.user_ids.to_pylist())))[:12], [], ["i003"]]
+    expected = rarec.load(run.directory("export")).recommend(users, 10)
+    assert same(client(folder).recommend(users, 10), expected)
+
+
+def test_vectors_are_a_table_that_a_database_takes(recommender, everyone, tmp_path):
+    folder = write(recommender, tmp_path / "vectors", ["vectors"])
+    table = pq.read_table(folder / "items.parquet")
+    assert table.column_names == ["id", "values", "title", "text", "train_count"]
+    values = np.stack(table["values"].to_numpy(zero_copy_only=False))
+    queries, expected = recommender.query_vectors(everyone), recommender.recommend(everyone, 5)
+    ids = np.array(table["id"].to_pylist())
+    nearest = [
+        ids[np.argsort(-(values @ query))][: 5 + len(history)] for query, history in zip(queries, everyone, strict=True)
+    ]
+    assert same(recommender.rerank(everyone, nearest, 5), expected)
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf", "sqfp16"])
+def test_an_index_says_what_it_finds(recommender, tmp_path, kind):
+    folder = write(recommender, tmp_path / kind, ["faiss"], index=kind)
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["index"] == kind
+    assert 0.5 < manifest["recall@10"] <= 1
+
+
+def test_a_hubs_repository_is_a_bundle_with_a_card(recommender, everyone, tmp_path):
+    folder = write(recommender, tmp_path / "repository", ["hub"])
+    assert same(rarec.load(folder).recommend(everyone[:3]), recommender.recommend(everyone[:3]))
+    data = ModelCard.load(folder / "README.md").data
+    assert data.license == "other"
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    rows = recommender.bundle.manifest["metrics"]
+    assert found["hr@10"] == next(
+        row["value"] for row in rows if (row["variant"], row["metric"]) == (recommender.bundle.facts["row"], "hr@10")
+    )
+
+
+def test_an_upload_sends_the_folder_and_names_what_the_hub_refuses(recommender, tmp_path):
+    class Hub:
+        def create_repo(self, repository, **options):
+            if "/" not in repository:
+                raise HFValidationError("no such name")
+            return f"hub/{repository}"
+
+        def upload_folder(self, **options):
+            self.sent = options
+
+    hub, folder = Hub(), write(recommender, tmp_path / "repository", ["hub"])
+    assert upload(folder, "me/mine", hub) == "hub/me/mine"
+    assert hub.sent["folder_path"] == str(folder)
+    with pytest.raises(UserError, match="--push mine"):
+        upload(folder, "mine", hub)
+    with pytest.raises(UserError, match="--to hub"):
+        write(recommender, tmp_path / "other", ["vectors"], push="me/mine")
+
+
+def test_lora_weights_load_in_stock_peft(decoder, tmp_path):
+    """See test_elastic for its training."""
+    run = open_run(decoder, [f"run.dir={shutil.copytree(decoder.parent / 'run', tmp_path / 'run')}"])
+    variants = [
+        "train.variants=[per_layer_lora]",
+        "export.variant=per_layer_lora",
+        "train.max_steps=3",
+        "evaluate.sanity_checks=false",
+    ]
+    run = open_run(decoder, [f"run.dir={run.root}", *variants])
+    run.run()
+    folder = write(rarec.load(run.directory("export")), tmp_path / "adapter", ["peft"])
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("formats", "options", "named"),
+    [
+        (["tensorflow"], {}, "tensorflow"),
+        (["faiss"], {"index": "annoy"}, "annoy"),
+        (["peft"], {}, "LoRA"),
+        (["peft", "faiss"], {}, "own"),
+    ],
+)
+def test_what_cannot_be_written_is_named_and_nothing_is_left(recommender, tmp_path, formats, options, named):
+    with pytest.raises(UserError, match=named):
+        write(recommender, tmp_path / "out", formats, **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_rows_without_vectors_are_refused(run, tmp_path):
+    neighbours = rarec.load(exported(run, tmp_path, "export.variant=cooccurrence").directory("export"))
+    with pytest.raises(UserError, match="no vectors"):
+        write(neighbours, tmp_path / "out", ["faiss"])
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine"):
+        write(neighbours, tmp_path / "mine", ["faiss"])
+
+
+def test_a_bundle_with_its_language_model_needs_nothing_else(run, everyone, recommender, tmp_path):
+    whole = exported(run, tmp_path, "export.with_llm=true")
+    moved = shutil.move(whole.directory("export"), tmp_path / "elsewhere")
+    assert (Path(moved) / "llm" / "model.safetensors").exists()
+    facts = Path(moved) / "recommender.json"
+    assert str(run.config.llm.path) in facts.read_text()
+    assert Parts(Bundle.open(Path(moved)))._llm == f"{moved}/llm"
+    assert same(rarec.load(moved).recommend(everyone[:3]), recommender.recommend(everyone[:3]))
+
+
+@needs_spark
+@pytest.mark.slow
+def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyone, monkeypatch):
+    from rarec.serving.spark import recommend
+
+    session = spark_session()
+    monkeypatch.setattr(session.sparkContext, "pythonExec", sys.executable)  # as PYSPARK_PYTHON does
+    rows = [(f"user {at}", list(history)) for at, history in enumerate(everyone)]
+    histories = session.createDataFrame(rows, "user string, items array<string>").repartition(3)
+    found = recommend(histories, served, k=5).toPandas().sort_values(["user", "rank"])
+    expected = recommender.recommend(everyone, 5)
+    for at, items in enumerate(expected):
+        own = found[found.user == f"user {at}"]
+        assert own["rank"].tolist() == list(range(1, 6))
+        assert same([list(zip(own["item"], own["title"], own["score"], strict=True))], [items])
+    with pytest.raises(UserError, match="'history'"):
+        recommend(histories, served, items="history")
+    with pytest.raises(UserError, match=r"query\.onnx"):
+        recommend(histories, served.parent)
