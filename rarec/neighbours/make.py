@@ -12,7 +12,7 @@ from rarec.data.engines import PrepareEngine, open_engine
 from rarec.data.engines.table_files import find_files
 from rarec.neighbours import counting
 from rarec.neighbours.ease import ease, training_matrix
-from rarec.neighbours.lexical import lexical
+from rarec.neighbours.lexical import lexical, plain_texts
 from rarec.neighbours.table import write_table
 
 SECTION = "neighbours"
@@ -31,8 +31,8 @@ def write_neighbours(
         directory: to write to.
     """
     if model == "lexical":
-        texts = [f"{title} {text}" for title, text in zip(dataset.titles, dataset.texts, strict=True)]
-        pairs = write_table(lexical([text.replace(dataset.untitled, "") for text in texts], config.top), directory)
+        texts = plain_texts(dataset.titles, dataset.texts, dataset.untitled)
+        pairs = write_table(lexical(texts, config.top), directory)
     elif model == "ease":
         small = dataset.n_items <= config.ease_items
         rows = ease(training_matrix(dataset), config.ease_penalty, config.top) if small else ()

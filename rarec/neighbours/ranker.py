@@ -3,6 +3,7 @@
 Shape letters: U all users, B users of a chunk, N catalogue.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,13 @@ class NeighbourRanker(Ranker):
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
         return NeighbourScores(self._newest_BN(chunk), self.table_NN)
+
+    def near(self, histories: Sequence[npt.NDArray[np.integer]]) -> sparse.csr_matrix:
+        """Return the scores after some histories, (B, N): of the few items that are neighbours of one of theirs."""
+        nobody = np.zeros(len(histories), np.int64)
+        found_BN = self._newest_BN(EvalBatch(nobody, histories, nobody)) @ self.table_NN
+        found_BN.data = np.sqrt(found_BN.data)
+        return found_BN
 
     def lists_targets(self, batch: EvalBatch) -> npt.NDArray[np.bool_]:
         """Return whether each user's target is a neighbour of the newest items of the history, (U,)."""

@@ -13,6 +13,8 @@ from scipy import sparse
 
 from rarec.data import tables
 
+Rows = npt.NDArray[np.integer]
+
 TABLE = "neighbours.parquet"
 SCHEMA = pa.schema(
     [
@@ -34,8 +36,12 @@ def nearest(item: int, scores_N: npt.NDArray[np.float32], top: int) -> pa.Record
     least = np.partition(scores_N, -top)[-top] if top < len(scores_N) else 0.0
     near = np.flatnonzero((scores_N >= least) & (scores_N > 0))
     best = near[np.lexsort((near, -scores_N[near]))][:top]
-    columns = {"item_row": np.full(len(best), item), "neighbour_row": best, "score": scores_N[best]}
-    return pa.RecordBatch.from_pydict(columns)
+    return batch_of(np.full(len(best), item), best, scores_N[best])
+
+
+def batch_of(rows: Rows, neighbours: Rows, scores: npt.NDArray[np.float32]) -> pa.RecordBatch:
+    """Return rows of a table."""
+    return pa.RecordBatch.from_pydict({"item_row": rows, "neighbour_row": neighbours, "score": scores})
 
 
 def write_table(batches: Iterable[pa.RecordBatch], directory: Path) -> int:
@@ -43,8 +49,8 @@ def write_table(batches: Iterable[pa.RecordBatch], directory: Path) -> int:
     return tables.write_rows(batches, directory / TABLE, SCHEMA)
 
 
-def read_table(directory: Path, n_items: int) -> sparse.csr_matrix:
+def read_table(path: Path, n_items: int) -> sparse.csr_matrix:
     """Read a table as a sparse matrix, (N, N)."""
-    table = tables.read_columns(directory / TABLE)
+    table = tables.read_columns(path)
     rows, columns, scores = (table[name].to_numpy() for name in ("item_row", "neighbour_row", "score"))
     return sparse.csr_matrix((scores, (rows, columns)), (n_items, n_items))

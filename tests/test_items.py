@@ -1,0 +1,155 @@
+"""New and removed items without training: a new version of a bundle, in which no other item's score changes."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import rarec
+from rarec.entry import open_run
+from rarec.errors import UserError
+from rarec.serving.bundle import FACTS
+from rarec.serving.command import add_items_of, remove_items_of
+from tests.recommending import exported
+
+NEW = """item,title,brand
+n1,"amber lamp, large",acme
+n2,[SEP] lamp,
+n3,,
+"""
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path):
+    return open_run(finished)
+
+
+@pytest.fixture
+def bundle(run, tmp_path) -> Path:
+    """The bundle alone, elsewhere."""
+    return shutil.copytree(run.directory("export"), tmp_path / "bundle")
+
+
+def add(bundle: Path, text: str = NEW, columns: str | None = None, vectors=(), out: Path | None = None) -> Path:
+    table = bundle.parent / "new.csv"
+    table.write_text(text)
+    return add_items_of(rarec.load(bundle), str(table), columns, vectors, out, lambda line: None)
+
+
+def scores(bundle: Path, histories) -> dict[str, list[float]]:
+    """Return the score of every item after some histories."""
+    served = rarec.load(bundle)
+    lists = served.recommend(histories, k=10**6, exclude_seen=False)
+    by_item = [{one.item: one.score for one in items} for items in lists]
+    return {item: [found[item] for found in by_item] for item in served.items}
+
+
+def test_added_items_are_recommended_and_no_other_score_changes(bundle):
+    histories = [rarec.load(bundle).items[:4], rarec.load(bundle).items[7:9], []]
+    before = scores(bundle, histories)
+    added = add(bundle)
+    assert added == bundle.with_name("bundle-2")
+    after = scores(added, histories)
+    assert after.keys() - before.keys() == {"n1", "n2", "n3"}
+    for item, found in before.items():
+        assert after[item] == pytest.approx(found, abs=1e-5)
+    assert all(np.isfinite(after[item]).all() for item in after)
+    assert after["n1"] != after["n2"]
+    served = rarec.load(added)
+    assert served.recommend([["n1", "n2"]], k=3).unknown == [0]
+
+
+def test_an_added_item_is_what_the_same_item_was_before_it_was_removed(run, bundle, tmp_path):
+    """Its text alone says what the text alone said: the vectors of a row without ID vectors are equal."""
+    text_only = exported(run, tmp_path, "export.variant=text_only").directory("export")
+    known = rarec.load(text_only)
+    item, title = known.items[5], known.bundle.catalogue.titles[5]
+    brand = known.bundle.catalogue.texts[5]
+    fewer = remove_items_of(text_only, [item], None, [], lambda line: None)
+    again = add(fewer, f'item,title,brand\n{item},"{title}","{brand}"\n')
+    assert again.name == "bundle-3"
+    assert rarec.load(again).item_vectors([item]) == pytest.approx(known.item_vectors([item]), abs=1e-5)
+
+
+def test_a_given_id_vector_is_taken(bundle, tmp_path):
+    served = rarec.load(bundle)
+    vectors = served.bundle.vectors["ids/id"]
+    pq.write_table(pa.table({"id": ["n1"], "vector": [vectors[3].tolist()]}), tmp_path / "v.parquet")
+    added = rarec.load(add(bundle, vectors=[f"id={tmp_path / 'v.parquet'}"]))
+    assert added.bundle.vectors["ids/id"][-3:] == pytest.approx(np.stack([vectors[3], 0 * vectors[3], 0 * vectors[3]]))
+    plain = rarec.load(add(bundle, out=tmp_path / "plain"))
+    assert not np.allclose(added.item_vectors(["n1"]), plain.item_vectors(["n1"]))
+    assert np.allclose(added.item_vectors(["n2"]), plain.item_vectors(["n2"]))
+
+
+def test_removed_items_are_gone_and_the_others_keep_their_vectors(bundle):
+    known = rarec.load(bundle)
+    gone = known.items[2:5]
+    fewer = rarec.load(remove_items_of(bundle, gone, None, [], lambda line: None))
+    kept = [item for item in known.items if item not in gone]
+    assert fewer.items == kept
+    assert np.array_equal(fewer.item_vectors(), known.item_vectors(kept))
+    found = fewer.recommend([known.items[:8]], k=10**6, exclude_seen=False)
+    assert found.unknown == [3]
+    assert {one.item for one in found[0]} == set(kept)
+
+
+def test_every_version_is_whole_and_says_what_it_was_made_from(bundle):
+    first = rarec.load(bundle).bundle.manifest
+    second = rarec.load(add(bundle)).bundle.manifest
+    assert second["made_from"]["bundle"] == first["hash"]
+    assert second["versions"] == [{"added": 3, "of": first["hash"]}]
+    assert second["metrics"] == first["metrics"]
+    assert rarec.load(bundle).bundle.manifest["hash"] == first["hash"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "named"),
+    [
+        ("item,title,brand\nKNOWN,known,\n", {}, "is in .* already"),
+        ("item,title,brand\nn1,a,\nn1,b,\n", {}, "repeat"),
+        ("item,title,brand\n", {}, "no rows"),
+        ("item,name,brand\nn1,a,\n", {}, "title"),
+        (NEW, {"columns": "name=title"}, "--columns"),
+        (NEW, {"vectors": ["id"]}, "NAME=FILE"),
+        (NEW, {"vectors": ["id=nowhere.parquet"]}, "nowhere.parquet"),
+        (NEW, {"vectors": ["other=VECTORS"]}, "'other'"),
+        (NEW, {"vectors": ["id=VECTORS"]}, "shape"),
+    ],
+)
+def test_what_cannot_be_added_is_named_and_nothing_is_left(bundle, tmp_path, text, options, named):
+    pq.write_table(pa.table({"id": ["n1"], "vector": [[1.0, 2.0]]}), tmp_path / "v.parquet")
+    options = {
+        key: [one.replace("VECTORS", str(tmp_path / "v.parquet")) for one in value] if key == "vectors" else value
+        for key, value in options.items()
+    }
+    with pytest.raises(UserError, match=named):
+        add(bundle, text.replace("KNOWN", str(rarec.load(bundle).items[3])), **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "new.csv", "v.parquet"}
+
+
+def test_a_folder_that_is_there_is_never_replaced(bundle, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine"):
+        add(bundle, out=tmp_path / "mine")
+    with pytest.raises(UserError, match="mine"):
+        remove_items_of(bundle, rarec.load(bundle).items[:1], tmp_path / "mine", [], lambda line: None)
+    assert not any((tmp_path / "mine").iterdir())
+
+
+def test_what_cannot_be_removed_is_named(bundle):
+    everything = rarec.load(bundle).items
+    for items, named in ((["nothing"], "'nothing'"), (everything, "no item")):
+        with pytest.raises(UserError, match=named):
+            remove_items_of(bundle, items, None, [], lambda line: None)
+
+
+def test_a_bundle_of_a_table_of_vectors_alone_takes_new_items(run, tmp_path):
+    """The ID model knows nothing of them: they score as the mean item."""
+    ids = exported(run, tmp_path, "export.variant=id_only").directory("export")
+    added = add(ids)
+    assert (added / FACTS).exists()
+    assert len(rarec.load(added).recommend([rarec.load(ids).items[:3]], k=10**6)[0]) == len(rarec.load(added).items) - 3

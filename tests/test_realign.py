@@ -1,0 +1,138 @@
+"""A retrained ID model in a bundle: mapped into the space of the old one, measured, or refused."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rarec
+from rarec.entry import open_run
+from rarec.errors import UserError
+from rarec.ids.source import Source
+from rarec.serving.command import add_items_of
+from rarec.serving.formats.rarec_client import Client
+from rarec.serving.formats.write import write_formats
+from rarec.serving.realign import NewModel, fit_map, realign
+from tests.recommending import histories
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path):
+    return open_run(finished)
+
+
+@pytest.fixture
+def recommender(run, tmp_path):
+    return rarec.load(shutil.copytree(run.directory("export"), tmp_path / "bundle"))
+
+
+class Rotated:
+    """User vectors of an ID model whose space was rotated and stretched."""
+
+    def __init__(self, inner, back, matrix) -> None:
+        self.inner, self.back, self.matrix = inner, back, matrix
+        self.per_user, self.tensors = inner.per_user, inner.tensors
+
+    def vectors(self, items_NE, rows, given):
+        return (self.inner.vectors((items_NE @ self.back).astype(np.float32), rows, given) @ self.matrix).astype(
+            np.float32
+        )
+
+
+def rotated(source: Source, seed: int, stretch: float, noise: float = 0.0) -> Source:
+    rng = np.random.default_rng(seed)
+    rotation = np.linalg.qr(rng.normal(size=(source.dim, source.dim)))[0]
+    items = source.items_NE @ rotation * stretch + noise * rng.normal(size=source.items_NE.shape)
+    users = Rotated(source.users, rotation.T / stretch, rotation / stretch)
+    return replace(source, items_NE=items.astype(np.float32), users=users)
+
+
+@given(seed=st.integers(0, 10**6), stretch=st.floats(0.1, 10), size=st.integers(2, 6))
+def test_a_rotation_is_found_exactly(seed, stretch, size):
+    rng = np.random.default_rng(seed)
+    new = rng.normal(size=(60, size))
+    old = new @ np.linalg.qr(rng.normal(size=(size, size)))[0] * stretch
+    found = fit_map(new, old)
+    assert found.explained == pytest.approx(1, abs=1e-4)
+    assert np.allclose(found(new), old, atol=1e-2 * stretch)
+
+
+def test_another_number_of_dimensions_takes_a_regression():
+    rng = np.random.default_rng(0)
+    new = rng.normal(size=(200, 6))
+    assert fit_map(new, new @ rng.normal(size=(6, 4))).kind == "ridge"
+    assert fit_map(new, rng.normal(size=(200, 4))).explained < 0.1
+
+
+def test_the_same_model_in_another_space_recommends_the_same(run, recommender, tmp_path):
+    """Rows are another dataset's: in another order, without one item."""
+    ids, order = run.dataset.item_ids.to_pylist(), np.random.default_rng(1).permutation(run.dataset.n_items)[1:]
+    models = {}
+    for name, source in recommender.bundle.sources.items():
+        turned = rotated(source, 3, 2.5)
+        moved = replace(turned, items_NE=turned.items_NE[order])
+        models[name] = NewModel(moved, [ids[row] for row in order])
+    figures = _written(recommender, models, tmp_path / "bundle-2")
+    assert figures["id"]["items_explained"] > 0.99
+    users = histories(run, ["u001", "u002"])
+    assert figures["overlap@10"] > 0.9
+    before, after = recommender.recommend(users, 10), figures["served"].recommend(users, 10)
+    shared = [len({one.item for one in a} & {one.item for one in b}) for a, b in zip(before, after, strict=True)]
+    assert min(shared) >= 8
+
+
+def _written(recommender, models, directory):
+    """Realign, and serve the bundle in memory: a rotated model of a test cannot be read back."""
+    kept = {}
+    with pytest.MonkeyPatch.context() as patch:
+        write = "rarec.serving.realign._write"
+        patch.setattr(write, lambda bundle, to, sources, vectors, _: kept.update(sources=sources, vectors=vectors))
+        figures = realign(recommender.parts, models, directory)
+    served = rarec.load(recommender.bundle.directory)
+    served.bundle.__dict__.update(sources=kept["sources"], vectors=kept["vectors"])
+    return {**figures, "served": served}
+
+
+@pytest.mark.slow
+def test_a_retrained_model_is_taken_over(run, recommender, tmp_path):
+    """Another seed trains another space; a version of the bundle holds the new model and its encoder."""
+    other = open_run(run.file, [f"run.dir={tmp_path / 'run'}", "run.seed=5"])
+    other.run(["prepare", "ids"])
+    ids = other.dataset.item_ids.to_pylist()
+    models = {
+        name: NewModel(source, ids) for name, source in {**other.sources, other.baseline.name: other.baseline}.items()
+    }
+    directory = tmp_path / "bundle-2"
+    figures = realign(recommender.parts, models, directory, least=-10)
+    served = rarec.load(directory)
+    assert served.bundle.manifest["versions"][0]["realigned"] == figures
+    users = [*histories(run, ["u001", "u002"]), []]
+    assert len(served.recommend(users, 10)[0]) == 10
+    assert not np.allclose(served.user_vectors(users[:2]), recommender.user_vectors(users[:2]))
+    folder = tmp_path / "served"
+    write_formats(rarec.load(directory), ["faiss", "onnx"], folder, say=lambda line: None)
+    found = Client(folder).recommend(users, 10)
+    for one, other in zip(found, served.recommend(users, 10), strict=True):
+        assert [score for *_, score in one] == pytest.approx([score for *_, score in other], rel=1e-3)
+    (tmp_path / "new.csv").write_text("item,title,brand\nn1,lamp,\n")
+    added = add_items_of(served, str(tmp_path / "new.csv"), None, [], None, lambda line: None)
+    assert rarec.load(added).recommend([["n1", users[0][0]]], 3).unknown == [0]
+
+
+def test_a_model_that_does_not_fit_is_refused_and_nothing_is_left(run, recommender, tmp_path):
+    ids = run.dataset.item_ids.to_pylist()
+    sources = recommender.bundle.sources
+    noisy = {name: NewModel(rotated(source, 3, 1.0, noise=50.0), ids) for name, source in sources.items()}
+    with pytest.raises(UserError, match="explains") as error:
+        realign(recommender.parts, noisy, tmp_path / "out")
+    assert "--least" in error.value.remedy
+    few = {name: NewModel(replace(source, items_NE=source.items_NE[:5]), ids[:5]) for name, source in sources.items()}
+    with pytest.raises(UserError, match="5 items"):
+        realign(recommender.parts, few, tmp_path / "out")
+    with pytest.raises(UserError, match="no ID model"):
+        realign(recommender.parts, {}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
