@@ -87,6 +87,7 @@ def make_place(directory: Path) -> Path:
     rows = [line.split(",") for line in items.read_text().splitlines()[1:]]
     text = [f'{{"sku": "{sku}", "name": "{name}", "brand": "{brand}", "category": null}}' for sku, name, brand in rows]
     (directory / "catalogue.jsonl").write_text("\n".join(text))
+    (directory / "new.jsonl").write_text('{"sku": "new", "name": "amber lamp", "brand": null, "category": "lamps"}')
     tree = mine()
     for name, value in {**SMALL, "llm.path": str(write_llm(directory / "llm"))}.items():
         set_field(tree, name, value)

@@ -165,7 +165,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 @pytest.mark.slow
 def test_commands_run_in_the_order_of_the_pages(place):
-    for page in ("training", "distributed", "sweeps", "data"):
+    for page in ("training", "serving", "distributed", "sweeps", "data"):
         for command in runnable(DOCS / f"{page}.md"):
             shell(command, place)
-    assert (place / "runs" / "mine" / "bundle" / "alignment.safetensors").exists()
+    assert (place / "runs" / "mine" / "bundle-3" / "recommender.json").exists()
+    python = [text for text in blocks(DOCS / "serving.md", "python") if not text.startswith("#")]
+    (place / "page.py").write_text("\n".join(python))
+    shell("python page.py", place)

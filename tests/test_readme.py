@@ -41,7 +41,7 @@ def test_what_make_demo_runs_is_a_valid_run(tmp_path):
     small = {**SMALL, "shards.share": 0.002, "prepare.min_item_interactions": 150, "run.dir": str(tmp_path / "run")}
     overrides = " ".join(f"'{name}={str(value).lower() if value is False else value}'" for name, value in small.items())
     shell(f"{command.replace('$(BIN)', str(BIN))} {overrides}", ROOT)
-    assert (tmp_path / "run" / "bundle" / "alignment.safetensors").exists()
+    assert (tmp_path / "run" / "bundle" / "recommender.json").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,125 @@
+"""Compare what serving a bundle costs with the least that its work costs, in one run.
+
+    python tools/bench_recommend.py BUNDLE [--users 512] [--rounds 3] [--threads 2] [--client SERVED]
+
+| row | time of | over the time of |
+| --- | --- | --- |
+| batch | recommending to all users | the language model's forward pass over the same prompts, sorted by length |
+| search | scores and the best 10 of each user | the matrix product of their vectors |
+| one user | recommending to one user, warm | the forward pass of that prompt |
+| 100 items | adding 100 items, without writing | the forward pass of their prompts |
+| client | a cold process of `rarec_client.py`, CPU seconds | a cold `rarec recommend` (upside down: how much less) |
+
+SERVED is the folder of `rarec export BUNDLE --to onnx --to faiss`. Rounds are interleaved; medians of seconds, and
+ratios of these.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from measuring import seconds
+
+import rarec
+from rarec.models.encode import text_batch
+from rarec.prompts import Encoded, by_length
+from rarec.ranking.rank import best_scores
+from rarec.ranking.rankers import EvalBatch
+from rarec.serving.parts import Parts
+from rarec.serving.samples import sample_histories
+
+Rows = npt.NDArray[np.int64]
+GOALS = {"batch": 1 / 0.9, "search": 1.3, "one user": 3.0, "100 items": 1.5, "client": 0.1}
+
+
+def forward(parts: Parts, prompts: list[Encoded]) -> Callable[[], None]:
+    """Return a forward pass of the language model over prompts, with fillers where slots would be."""
+    encoder = parts.encoder
+    backbone, filler = encoder.model.backbone, encoder.prompts.tokenizer.filler
+    slots = np.full(sum(encoder.model.user.slots.values()), filler, np.int32)
+    longer = [Encoded(np.concatenate([prompt.tokens_T, slots]), {}) for prompt in prompts]
+    batches = [
+        text_batch([longer[row] for row in chunk], filler, backbone.device)
+        for chunk in by_length(longer, encoder.batch_size)
+    ]
+
+    @torch.no_grad()
+    def run() -> None:
+        for ids_BT, mask_BT in batches:
+            backbone(ids_BT, mask_BT)
+
+    return run
+
+
+def workloads(bundle: Path, users: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Return, by row, what is measured and what it is compared with."""
+    recommender = rarec.load(bundle, device="cpu")
+    parts, items = recommender.parts, recommender.items
+    rows = sample_histories(parts, users)
+    histories = [[items[row] for row in history] for history in rows]
+    prompts = parts.encoder.prompts
+    encoded = [prompts.user(history) for history in rows]
+    batch = EvalBatch(np.zeros(users, np.int64), rows, np.zeros(users, np.int64))
+    scored = parts.ranker.scored(batch)
+    vectors = torch.from_numpy(parts.dense.users(rows).reshape(users, -1, parts.dense.items_NF.shape[1])[:, 0].copy())
+    table = torch.from_numpy(parts.dense.items_NF)
+    new = list(range(min(100, len(items))))
+    titles, texts = ([of[row] for row in new] for of in (prompts.titles, prompts.texts))
+    blank = {name: np.zeros((len(new), source.dim), np.float32) for name, source in parts.encoder.sources.items()}
+    one = max(range(users), key=lambda at: len(encoded[at].tokens_T))
+    return {
+        "batch": (lambda: recommender.recommend(histories, 10), forward(parts, encoded)),
+        "search": (lambda: best_scores(scored, 10, rows), lambda: vectors @ table.T),
+        "one user": (lambda: recommender.recommend([histories[one]], 10), forward(parts, [encoded[one]])),
+        "100 items": (
+            lambda: parts.encode_new(titles, texts, blank),
+            forward(parts, [prompts.item(row) for row in new]),
+        ),
+    }
+
+
+def cold(command: list[str]) -> float:
+    """Return the CPU seconds of a process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--users", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--client", type=Path, help="folder of --to onnx --to faiss")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    pairs = workloads(arguments.bundle, arguments.users)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
+    for own, other in pairs.values():  # warm
+        own(), other()
+    for _ in range(arguments.rounds):
+        for name, (own, other) in pairs.items():
+            found[name].append((seconds(own), seconds(other)))
+    if arguments.client:
+        item = str(rarec.load(arguments.bundle).items[0])
+        client = [sys.executable, str(arguments.client / "rarec_client.py"), str(arguments.client), item]
+        command = [sys.executable, "-m", "rarec.cli", "recommend", str(arguments.bundle), "--history", item]
+        found["client"] = [(cold(client), cold(command)) for _ in range(arguments.rounds)]
+    print(f"{'row':12}{'own, s':>10}{'other, s':>10}{'ratio':>8}{'goal':>8}")
+    for name, times in found.items():
+        own_s, other_s = (statistics.median(of) for of in zip(*times, strict=True))
+        print(f"{name:12}{own_s:10.3f}{other_s:10.3f}{own_s / other_s:8.2f}{GOALS[name]:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
