@@ -6,6 +6,8 @@ import rarec
 run = rarec.Run("mine.yaml")
 run.run()
 run.metrics()
+
+rarec.load("runs/mine/bundle").recommend([["sku-1", "sku-7"]])
 ```
 
 Data flows one way through the rooms of this package; a room imports only from rooms before it:
@@ -16,10 +18,11 @@ config -> data -> ranking -> ids -> prompts -> models -> training -> evaluation 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rarec.serving.recommender import load
     from rarec.stages.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__"]
+__all__ = ["Run", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from rarec.stages.run import Run
 
         return Run
+    if name == "load":
+        from rarec.serving.recommender import load
+
+        return load
     raise AttributeError(f"module 'rarec' has no attribute {name!r}")

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rarec.cli_bundle import LanguageModel, Trust, convert, items, realign, recommend
 from rarec.entry import main, open_run, run_stage, say, watched
 from rarec.errors import EXIT_CODE, UserError
-from rarec.inert import in_one_line
 from rarec.progress import Console, console
 from rarec.stages import STAGES
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run
 
-IN_ORDER = "Stages, in order"
+IN_ORDER, OF_A_BUNDLE = "Stages, in order", "With a bundle"
+SHOWN = 3
+"""Items of the example at the end of a run: of the history, and recommended."""
 _NAME, _COMPLETE = "rarec", "_RAREC_COMPLETE"
 _UsageError: Any = typer.BadParameter.__base__
 """Any mistake in the arguments; Typer does not export it."""
@@ -109,8 +111,29 @@ def shards(
     print(import_module("rarec.stages.verify").verify(open_run(config, overrides), repair, deep))
 
 
+def export(
+    config: Annotated[Path, typer.Argument(help="Run configuration, YAML; with --to a bundle.", show_default=False)],
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    with_llm: Annotated[bool, typer.Option("--with-llm", help="Put the language model into the bundle.")] = False,
+    to: Annotated[list[str] | None, typer.Option(help="Of a bundle: vectors, faiss, onnx, peft or hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --to: folder to write.")] = None,
+    index: Annotated[str, typer.Option(help="With --to faiss: flat, hnsw, ivf or sqfp16.")] = "flat",
+    int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: in 8-bit integers as well.")] = False,
+    push: Annotated[str | None, typer.Option(help="With --to hub: upload to NAME/REPOSITORY.")] = None,
+    llm: LanguageModel = None,
+    trust: Trust = None,
+) -> None:
+    """Write the bundle, or a bundle in other forms."""
+    if to:
+        convert(config, to, out, index, int8, push, llm, trust)
+        return
+    run_stage("export", config, [*(overrides or []), *(["export.with_llm=true"] if with_llm else [])], fresh)
+
+
+_OWN: dict[str, Callable[..., None]] = {"shards": shards, "export": export}
 for _name in STAGES:
-    _does = shards if _name == "shards" else _command(_name)
+    _does = _OWN.get(_name) or _command(_name)
     app.command(_name, help=_help(_name), rich_help_panel=IN_ORDER)(_does)
 
 
@@ -123,7 +146,7 @@ def run(
 ) -> None:
     """Run every stage in order; what is finished stays. Ends with the table, and where report and bundle are."""
     opened = open_run(config, overrides)
-    with watched(opened):
+    with watched(opened.world):
         opened.run(stages.split() if stages is not None else None, fresh=fresh)
     if stages is None and opened.world.is_main:
         show_results(opened)
@@ -150,18 +173,9 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel="Afterwards")
-def recommend(
-    config: Config,
-    overrides: Overrides = None,
-    user: Annotated[str, typer.Option(help="The user's id, as in the log.")] = ...,  # type: ignore[assignment]
-    k: Annotated[int, typer.Option("-k", min=1, help="Number of items.")] = 10,
-    bundle: Annotated[Path | None, typer.Option(help="A bundle directory; by default the run's own.")] = None,
-) -> None:
-    """Print the best new items for one user, by the bundle."""
-    opened = open_run(config, overrides)
-    for item, title in import_module("rarec.stages.export").recommend(opened, user, k, bundle):
-        print(f"{in_one_line(str(item))}\t{in_one_line(title)}")
+for _command_of_a_bundle in (recommend, realign):
+    app.command(rich_help_panel=OF_A_BUNDLE)(_command_of_a_bundle)
+app.add_typer(items, name="items", rich_help_panel=OF_A_BUNDLE)
 
 
 @app.command(rich_help_panel="Before")
@@ -187,6 +201,9 @@ def show_results(run: "Run") -> None:
     print(f"figures: {run.directory('evaluate') / 'metrics.json'}")
     for line in closing_lines(files, run.config):
         out.print(line)
+    history = run.dataset.item_ids.take(run.dataset.sequence(0)[-SHOWN:]).to_pylist()
+    for line in import_module("rarec.serving.command").example(run.directory("export"), history, SHOWN):
+        out.print(line, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:

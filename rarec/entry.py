@@ -24,6 +24,7 @@ from rarec.launcher import check_launcher, rank
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run
+    from rarec.world import World
 
 EXHAUSTED = {
     **dict.fromkeys(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "free space on the disk of run.dir"),
@@ -79,20 +80,20 @@ def open_run(config: Path | str, overrides: Iterable[str] | None = None) -> "Run
 def run_stage(name: str, config: Path | str, overrides: Iterable[str] | None = None, fresh: bool = False) -> "Run":
     """Run one stage on this rank, which watches over the others; return the run."""
     run = open_run(config, overrides)
-    with watched(run):
+    with watched(run.world):
         run.make(name, fresh=fresh)
     return run
 
 
 @contextmanager
-def watched(run: "Run") -> Iterator[None]:
+def watched(world: "World") -> Iterator[None]:
     """Watch over the other ranks while it lasts, if there are any: one that dies, fails or hangs is named."""
-    if run.world.size == 1:
+    if world.size == 1:
         yield
         return
     from rarec.training.watchdog import Watchdog
 
-    with Watchdog.over(run.world, print_from_any_rank):
+    with Watchdog.over(world, print_from_any_rank):
         yield
 
 

@@ -40,6 +40,7 @@ llm: {{path: {root}/llm}}
 shards: {{samples_per_shard: 64, share: 0.7}}
 train: {{batch_size: 32, epochs: 2, validate_every: 4, variants: [text_only, per_layer], validation_users: 30}}
 evaluate: {{resamples: 200}}
+export: {{variant: per_layer+id+cheap}}
 report: {{examples: 2}}
 """
 

@@ -11,7 +11,7 @@ import rarec
 
 ROOT = Path(rarec.__file__).parent
 ROOMS = "config data ranking neighbours ids prompts models training planning evaluation serving stages sweep".split()
-UNRELATED = {("evaluation", "training"), ("serving", "training"), ("serving", "evaluation")}
+UNRELATED = {("evaluation", "training"), ("serving", "training")}
 """Pairs of rooms that are ordered in the list, and yet independent."""
 
 

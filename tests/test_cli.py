@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import rarec
 from rarec import cli, entry
 from rarec.cli import app
 from rarec.entry import guarded, open_run
@@ -65,11 +66,12 @@ def test_the_command_starts_without_loading_torch():
 
 @pytest.mark.slow
 def test_recommend_prints_items_alone_on_standard_output(finished, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["rarec", "recommend", str(finished), "--user", "u001", "-k", "3"])
+    bundle = str(open_run(finished).directory("export"))
+    monkeypatch.setattr(sys, "argv", ["rarec", "recommend", bundle, "--history", "i001,i002", "-k", "3"])
     guarded(cli.command)
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 3
-    assert all(re.fullmatch(r"i\d{3}", item) and item.removeprefix("i").lstrip("0") in title for item, title in rows)
+    assert all(re.fullmatch(r"i\d{3}", item) and item.removeprefix("i").lstrip("0") in title for item, title, _ in rows)
 
 
 def test_a_user_error_names_the_command_to_type_and_makes_nothing(finished, tmp_path, capsys, monkeypatch):
@@ -106,7 +108,7 @@ def test_a_script_that_accelerate_launches_ends_in_the_same_way(finished, tmp_pa
         (["sweep", "x.yaml", "--list", "--slurm"], "--list"),
         (["run", "CONFIG", "epochs"], "section.field=value"),
         (["run", "CONFIG", "export.variant=input"], "field `export.variant`"),
-        (["recommend", "CONFIG", "--user", "7"], "user '7'"),
+        (["recommend", "CONFIG", "--user", "7"], "--log FILE"),
     ],
 )
 def test_wrong_arguments_are_named(finished, capsys, monkeypatch, arguments, match):
@@ -161,7 +163,7 @@ def test_links_that_go_round_in_a_circle_are_named(finished, tmp_path, capsys):
         (["trian"], "'train'", "rarec --help"),
         (["run", "x.yaml", "--frsh"], "--fresh", "rarec run --help"),
         (["run"], "config", "rarec run --help"),
-        (["recommend", "x.yaml", "--user", "1", "-k", "many"], "-k", "rarec recommend --help"),
+        (["recommend", "bundle", "--user", "1", "-k", "many"], "-k", "rarec recommend --help"),
         (["\x1b[31m" + 9_000 * "x"], "\\x1b[31m", "rarec --help"),
     ],
 )
@@ -205,7 +207,7 @@ def test_reading_a_run_writes_nothing_into_it(finished, capsys):
     root = Path(open_run(finished, []).config.run.dir)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     entry.run_stage("evaluate", finished, [])
-    cli.recommend(finished, ["evaluate.batch_size=128"], "u002", 1)
+    cli.recommend(root / "bundle", "i001,i002")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
@@ -217,4 +219,9 @@ def test_the_results_end_with_whole_paths_the_best_variant_and_the_next_step(fin
     assert f"\nbundle: {run.directory('export')}\n" in out
     assert f"\nfigures: {run.directory('evaluate') / 'metrics.json'}\n" in out
     assert "Deploy: " in out
-    assert out.splitlines()[-1].startswith("Next: ")
+    *_, after, first, second, third, more = out.splitlines()
+    assert after.startswith("After ")
+    history = more.split("--history ")[1]
+    assert more.startswith(f"More: rarec recommend {run.directory('export')} --history ")
+    expected = rarec.load(run.directory("export")).recommend([history.split(",")], 3)[0]
+    assert [line.split()[0] for line in (first, second, third)] == [one.item for one in expected]

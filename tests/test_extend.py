@@ -23,7 +23,6 @@ from rarec.ids.trainer import Validation
 from rarec.planning.cluster import Cluster
 from rarec.registry import KINDS
 from rarec.stages import STAGES
-from rarec.stages.export import recommend
 from rarec.stages.plan import plan
 from rarec.stages.run import Run
 from rarec.stages.stage import Stage
@@ -31,6 +30,7 @@ from rarec.sweep import load_sweep
 from tests.conftest import CONFIG, make_world
 from tests.pages import BIN, DOCS, blocks, write_files
 from tests.ranks import finish, losses
+from tests.recommending import recommend
 
 PAGE = DOCS / "extend.md"
 SECTIONS = [yaml.safe_load(text) for text in blocks(PAGE, "yaml")]
@@ -107,7 +107,7 @@ def test_an_id_model_of_ones_own_goes_through_every_stage(here):
     assert yaml.safe_load(run.config_file.read_text())["ids"]["settings"]["dropout"] == 0.2
     assert run.sources["id"].vectors_per_user == 1
     assert run.baseline is not run.sources["id"]  # trained on all interactions, by the same model
-    assert len(recommend(run, "u001", 5)) == 5
+    assert len(recommend(run, "u001", 5, trusted=[DECAY])) == 5
     opened(say=lines.append).run(["prepare", "ids", "neighbours", "shards", "train", "evaluate", "export"])
     assert sum("is up to date" in line for line in lines) == 12
 
@@ -115,7 +115,8 @@ def test_an_id_model_of_ones_own_goes_through_every_stage(here):
 @pytest.mark.slow
 def test_the_command_finds_modules_in_the_current_directory(here):
     """Which Python's own path of an installed command lacks."""
-    command = [str(BIN / "rarec"), "recommend", "mine.yaml", *AS_IN_PYTHON, "--user", "u001", "-k", "3"]
+    bundle = str(opened().directory("export"))
+    command = [str(BIN / "rarec"), "recommend", bundle, "--history", "i001,i002", "-k", "3", "--trust", DECAY]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 3
@@ -207,9 +208,9 @@ def test_a_part_of_ones_own_is_trained_exported_and_reloaded(here, tmp_path, nam
     assert added == {"alignment": more, "readout": 6, "loss": 0}[name]
     planned = plan(run, Cluster.of(1, 1, "80GB", "H100"), None).calculator.meta_model("per_layer", False)
     assert sum(weight.numel for weight in planned.trainable) == manifest["trainable_parameters"]
-    assert len(recommend(run, "u001", 3)) == 3
-    with pytest.raises(UserError, match=rf"{name}\.{field}: {re.escape(value)}"):
-        recommend(copied(tmp_path / "other", *SHORT), "u001", 3, run.directory("export"))
+    assert len(recommend(run, "u001", 3, trusted=[DECAY, value])) == 3
+    with pytest.raises(UserError, match=re.escape(value)):
+        recommend(run, "u001", 3, trusted=[DECAY])
 
 
 def test_an_alignment_map_starts_at_the_ridge_regression_and_leaves_it(here, tmp_path):
@@ -257,9 +258,7 @@ def test_a_variant_of_ones_own_has_its_name_in_rows_and_its_title_in_tables(here
     assert "RA-Rec without instructions" in (run.directory("report") / "report.html").read_text()
     settings = read_manifest(run.directory("train", "no_instructions"), "train")["settings"]["variant"]
     assert (settings["name"], settings["blocks"], settings["instructions"]) == ("no_instructions", "all", False)
-    assert len(recommend(run, "u001", 3)) == 3
-    with pytest.raises(UserError, match=r"no_instructions.*\n.*train\.variants"):
-        recommend(copied(tmp_path / "other", *SHORT), "u001", 3, run.directory("export"))
+    assert len(recommend(run, "u001", 3, trusted=[DECAY])) == 3
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------

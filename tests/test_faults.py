@@ -21,9 +21,9 @@ from rarec.errors import EXIT_CODE, UserError
 from rarec.files import aside_path, read_json
 from rarec.ranking import EvalBatch, VectorRanker
 from rarec.stages import STAGES
-from rarec.stages.export import recommend
 from rarec.stages.shard_content import ShardContent
 from tests.processes import be_killed_at_rename, unfinish
+from tests.recommending import recommend
 from tests.synthetic import write_llm
 
 START = multiprocessing.get_context("forkserver")  # imports once, in a process without threads
@@ -178,13 +178,8 @@ def test_a_retrained_variant_makes_its_evaluation_stale_and_an_equal_one_does_no
         open_run(finished, [copied, "train.lr=0.02"]).make("evaluate")
 
 
-def test_a_bundle_is_used_with_the_pooling_it_was_trained_with(finished, copied):
-    with pytest.raises(UserError, match=r"readout\.pool: \"mean\" -> \"last\""):
-        recommend(open_run(finished, [copied, "readout.pool=last"]), "u001", 1)
-
-
 def test_a_variant_that_is_exported_but_not_trained_is_refused_before_anything_is_made(finished, tmp_path):
-    with pytest.raises(UserError, match=r"`export\.variant`: input is not among train\.variants"):
+    with pytest.raises(UserError, match=r"`export\.variant`: input .*train\.variants"):
         open_run(finished, [f"run.dir={tmp_path / 'run'}", "export.variant=input"]).run()
     assert not (tmp_path / "run").exists()
 
@@ -193,9 +188,8 @@ def test_stages_that_need_no_exported_variant_do_not_ask_for_it(finished, tmp_pa
     run = open_run(finished, [f"run.dir={tmp_path / 'run'}", "export.variant=input"])
     run.run(["prepare", "ids"])
     assert run.dataset.hash == run.sources["id"].manifest["made_from"]["prepare"]
-    for stages in (["shards", "evaluate"], ["train", "export"], ["report"]):
-        with pytest.raises(UserError, match=r"`export\.variant`: input is not among train\.variants"):
-            run.run(stages)
+    with pytest.raises(UserError, match=r"`export\.variant`: input .*train\.variants"):
+        run.run(["train", "export"])
     assert not (tmp_path / "run" / "shards").exists(), "nothing more was begun"
 
 

@@ -10,7 +10,7 @@ from rarec.errors import UserError
 from rarec.ids.graph import factors
 from rarec.ids.source import GraphUsers, HistoryRule
 from rarec.neighbours.make import write_counts
-from rarec.neighbours.table import read_table
+from rarec.neighbours.table import TABLE, read_table
 from tests.conftest import CONFIG
 
 OVERRIDES = ["graph.dim=5", 'prompt.user="{soft:id} {soft:graph} {history}"', "train.variants=[per_layer]"]
@@ -52,7 +52,7 @@ def test_what_is_held_out_is_not_counted(finished, tmp_path):
     run = open_run(finished)
     dataset, config = run.dataset, run.config
     write_counts("transition", config.neighbours, config.prepare, dataset, tmp_path, 0.3)
-    found = read_table(tmp_path, dataset.n_items).toarray()
+    found = read_table(tmp_path / TABLE, dataset.n_items).toarray()
     expected = np.zeros_like(found)
     size = dataset.holding_out(0.3).train_counts_N.astype(float)
     for user, length in enumerate(dataset.holding_out(0.3).train_length_U):

@@ -289,7 +289,7 @@ def test_what_the_user_calls_like_a_note_of_a_build_stays(run, stage, name):
 @pytest.mark.parametrize("stage", ["evaluate", "export"])
 def test_an_empty_folder_in_the_place_of_a_file_is_the_users(run, stage):
     config, root = run
-    mine = root / {"evaluate": "evaluation/ranks.parquet", "export": "bundle/prompt.yaml"}[stage]
+    mine = root / {"evaluate": "evaluation/ranks.parquet", "export": "bundle/recommender.json"}[stage]
     mine.unlink()
     mine.mkdir()
     refused(config, stage, str(mine), fresh=True)

@@ -116,8 +116,12 @@ CASES = {
     ),
     "a tar that verification finds": Case("shards --verify --deep", flip("shards/000002.tar"), named="000002.tar"),
     "a best checkpoint with a flipped bit": Case("evaluate --fresh", lambda run: flip(best(run))(run), named="step-"),
-    "a bundle with a flipped bit": Case("recommend --user u01", flip("bundle/alignment.safetensors"), named="bundle"),
-    "a bundle without its prompt": Case("recommend --user u01", remove("bundle/prompt.yaml"), named="prompt.yaml"),
+    "a bundle with a flipped bit": Case(
+        "recommend run/bundle --history i00,i01", flip("bundle/alignment.safetensors"), named="bundle"
+    ),
+    "a bundle without its facts": Case(
+        "recommend run/bundle --history i00,i01", remove("bundle/recommender.json"), named="recommender.json"
+    ),
     "figures that are torn": Case("report --fresh", cut("evaluation/metrics.json"), named="metrics.json"),
     "a record that is torn": Case("export --fresh", cut("record.json"), named="record.json"),
     # one that is half built
@@ -127,7 +131,7 @@ CASES = {
     "a stage whose input is half built": Case("evaluate", nothing, "half-train", "per_layer"),
     "an input that is not there": Case("shards", nothing, "upto-prepare", "ids/id"),
     "an input that is far away": Case("train", nothing, "upto-prepare", "shards"),
-    "a bundle that is not there": Case("recommend --user u01", nothing, "upto-evaluate", "bundle"),
+    "a bundle that is not there": Case("recommend run/bundle --history i00,i01", nothing, "upto-evaluate", "bundle"),
     # other settings
     "other settings of prepare": Case(
         "ids prepare.min_user_interactions=7", named="min_user_interactions", equal=False
@@ -158,7 +162,7 @@ def test_a_remedy_that_is_carried_out_leads_to_success_and_loses_nothing_else(ex
     case.harm(place / "run")
     before = snapshot(place)
     stage, *rest = case.command.split()
-    command = Command([stage, "config.yaml", *rest], str(place))
+    command = Command([stage, *["config.yaml"] * (stage != "recommend"), *rest], str(place))
     first = examples.server.run(Command(command.words, command.cwd, limits=case.limits))
     assert first.code == 2, first.stderr
     assert case.named in first.stderr

@@ -456,9 +456,7 @@ def test_runs_with_other_targets_users_or_seeds_are_not_compared_and_the_page_sa
 
 
 def test_the_fusion_of_the_first_run_is_compared_with_that_of_a_run_with_another_main_variant(path):
-    path.write_text(
-        SWEEP.replace("plain: {}", "plain: {}\n  text: {train.variants: [text_only], export.variant: text_only}")
-    )
+    path.write_text(SWEEP.replace("plain: {}", "plain: {}\n  text: {train.variants: [text_only]}"))
     runs = {run.label: run for run in load_sweep(path).runs}
     for seed in (17, 18):
         finish(runs[f"plain/seed-{seed}"], RANKS[seed])

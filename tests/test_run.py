@@ -7,30 +7,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
-from huggingface_hub import ModelCard
 
 import rarec
 from rarec.artefacts import IDENTITY, read_manifest, read_sealed, write_manifest, write_sealed
-from rarec.config import VARIANTS
-from rarec.directories import MARKER
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import read_json
 from rarec.models.encode import Encoder
-from rarec.models.weights import save_weights
 from rarec.planning.cluster import Cluster
 from rarec.ranking import rank_targets
-from rarec.serving.bundle import load_bundle, model_card
 from rarec.stages import STAGES
-from rarec.stages.export import provenance, recommend
 from rarec.stages.plan import plan
 from rarec.stages.run import Run
 from rarec.stages.shard_content import ShardContent
 from rarec.stages.variant_training import open_feed, open_stream
 from rarec.stages.verify import verify
 from rarec.training.loader import Collator
+from tests.recommending import recommend
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,102 +79,6 @@ def test_the_report_is_one_file_that_needs_nothing_else(run):
     assert "<svg" in page
     assert 'src="http' not in page
     assert 'href="http' not in page
-
-
-def test_the_bundle_holds_what_was_trained_and_no_pickle(run):
-    names = {
-        path.relative_to(run.directory("export")).as_posix()
-        for path in run.directory("export").rglob("*")
-        if path.is_file()
-    }
-    assert names - {MARKER} == {"alignment.safetensors", "manifest.json", "prompt.yaml", "README.md"}
-    manifest = read_manifest(run.directory("export"), "bundle")
-    assert {"prepare", "catalogue", "ids/id", "llm", "prompt"} <= set(manifest["made_from"])
-    assert {"name", "revision", "config_sha256", "fingerprint"} <= set(manifest["llm"])
-    assert manifest["trainable_parameters"] > 0
-    assert any(row["metric"] == "ndcg@10" for row in manifest["metrics"])
-    card = (run.directory("export") / "README.md").read_text()
-    assert f"{manifest['trainable_parameters']:,}" in card
-    assert "{" not in card
-    assert ModelCard(card).data.base_model == manifest["llm"]["name"]
-
-
-@pytest.mark.parametrize(
-    ("variant", "said"),
-    [
-        ("text_only", ["no slots"]),
-        ("prefix_only", ["2 contextual instructions", "blocks 0, 1"]),
-        ("input", ["2 contextual instructions", "vectors of id", "block 0"]),
-        ("readout", ["vectors of id", "readout"]),
-    ],
-)
-def test_a_model_card_says_what_the_variant_has(run, variant, said):
-    manifest = read_manifest(run.directory("export"), "bundle")
-    config = open_run(run.config_file, ["train.blocks=[0,1]"]).config
-    card = model_card(VARIANTS[variant], config, {**manifest, "sources": ["id"]})
-    training = card[card.index("## Training") : card.index("## Evaluation")]
-    assert [part for part in said if part not in training] == []
-
-
-def vectors(run: Run, model) -> tuple[np.ndarray, np.ndarray]:
-    encoder = Encoder(model, run.prompts, run.sources, 16)
-    rows = np.arange(10)
-    return encoder.users(rows, [run.dataset.sequence(int(row)) for row in rows]), encoder.items()
-
-
-def test_a_reloaded_bundle_gives_the_same_scores_exactly(run, finished, tmp_path):
-    moved = shutil.copytree(run.directory("export"), tmp_path / "elsewhere")
-    other = open_run(finished, [])
-    loaded = load_bundle(moved, other.config, other.load_llm, provenance(other), other.prompts.sources)
-    users, items = vectors(run, run.stage("train", "per_layer").best_model())
-    again_users, again_items = vectors(other, loaded)
-    assert np.array_equal(users @ items.T, again_users @ again_items.T)
-
-
-def test_a_bundle_of_half_precision_is_smaller_and_scores_nearly_the_same(run, finished, tmp_path):
-    half = open_run(finished, [f"run.dir={shutil.copytree(run.root, tmp_path / 'run')}", "export.dtype=float16"])
-    shutil.rmtree(half.directory("export"))
-    half.make("export")
-    sizes = [(of.directory("export") / "alignment.safetensors").stat().st_size for of in (run, half)]
-    trained = read_manifest(half.directory("export"), "bundle")["trainable_parameters"]
-    assert sizes[0] - sizes[1] == pytest.approx(2 * trained, abs=500)  # of names and shapes
-    loaded = load_bundle(half.directory("export"), half.config, half.load_llm, provenance(half), half.prompts.sources)
-    assert {parameter.dtype for parameter in loaded.user.parameters()} == {torch.float32}
-    for whole, again in zip(
-        vectors(run, run.stage("train", "per_layer").best_model()), vectors(half, loaded), strict=True
-    ):
-        assert not np.array_equal(whole, again)
-        assert np.linalg.norm(whole - again) < 0.01 * np.linalg.norm(whole)
-
-
-def test_what_half_precision_cannot_hold_is_refused(run, tmp_path):
-    model = run.stage("train", "per_layer").best_model()
-    model.item.readout.heads["text"].bias.data[0] = 1e5
-    with pytest.raises(UserError, match=r"item\.readout\.heads\.text\.bias.*float16"):
-        save_weights(model, tmp_path, dtype=torch.float16)
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_bundle_refuses_another_base_model_and_altered_files(run, finished, tmp_path):
-    from tests.synthetic import write_llm
-
-    other = write_llm(tmp_path / "llm", "bert", seed=3)
-    with pytest.raises(UserError, match="bundle") as error:
-        recommend(open_run(finished, [f"llm.path={other}"]), "u001", 3)
-    assert "set llm.path" in error.value.remedy
-    moved = shutil.copytree(run.directory("export"), tmp_path / "bundle")
-    (moved / "prompt.yaml").write_text("user: x\n")
-    with pytest.raises(UserError, match=r"prompt\.yaml"):
-        recommend(run, "u001", 3, moved)
-
-
-def test_recommendations_are_new_to_the_user(run):
-    best = recommend(run, "u001", 5)
-    seen = {str(run.dataset.item_ids[int(item)]) for item in run.dataset.sequence(1)}
-    assert len(best) == 5
-    assert not seen & {item for item, _ in best}
-    with pytest.raises(UserError, match="'nobody'"):
-        recommend(run, "nobody", 5)
 
 
 def test_every_stage_leaves_what_is_done_alone(run, finished):
@@ -256,7 +154,7 @@ def test_the_papers_choices_go_the_whole_way(finished, tmp_path):
 @pytest.mark.parametrize("preset", ["llara_input", "e4srec_input", "llmsrec"])
 def test_a_preset_goes_the_whole_way(finished, tmp_path, preset):
     """Its shards are checked, its training resumes nothing, and its bundle recommends."""
-    overrides = [f"run.dir={tmp_path}", f"preset={preset}", "lora.targets=[query]"]
+    overrides = [f"run.dir={tmp_path}", f"preset={preset}", "lora.targets=[query]", "export.variant=null"]
     run = open_run(finished, overrides)
     run.run()
     assert "all samples match" in verify(run, deep=True)

@@ -207,7 +207,7 @@ def make_on_rank(
     Path.rename = slow_rename  # type: ignore[method-assign,assignment]
 
     def make() -> None:
-        with watched(stage.run):
+        with watched(stage.run.world):
             stage.make(fresh)
             stage.require()  # as the next stage does, on every rank
 

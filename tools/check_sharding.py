@@ -1,4 +1,4 @@
-"""Measure the memory of each rank for a frozen model of 1.04B parameters, its loading, and the size of the bundle.
+"""Measure the memory of each rank for a frozen model of 1.04B parameters, its loading, and the trained weights' size.
 
     python tools/check_sharding.py DIR [--keep-activations]
 
@@ -12,7 +12,7 @@ holds:   share of the bytes of the frozen weights that this process holds when i
 loading: seconds until it is ready, and peak memory until then: anonymous (RssAnon, sampled; memory of the process
          itself) and resident (VmHWM; with pages of the model's files, which the system may reclaim at any time).
 steps:   peak anonymous memory in them, and the share of the frozen weights held afterwards.
-bundle:  bytes of the bundle with `export.dtype: float16`, and their share of the language model's.
+weights: bytes of the trained weights in float16, as in a bundle, and their share of the language model's.
 
 Memory is counted without what Python and its libraries took before loading.
 """
@@ -41,9 +41,9 @@ from rarec.config import VARIANTS, RunConfig
 from rarec.config.method import Prompt
 from rarec.directories import new_directory
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.language_model import LoadedModel, load_model
+from rarec.models.language_model import load_model
 from rarec.models.towers import RaRec, SideBatch
-from rarec.serving.bundle import Provenance, write_bundle
+from rarec.models.weights import save_weights
 from rarec.training.accelerator import build_engine, start_world
 from rarec.training.engines import Engine, Optimisation
 
@@ -78,7 +78,7 @@ class Measured:
         resident: peak resident memory of loading.
         loading: peak anonymous memory of loading.
         steps: peak anonymous memory of the steps.
-        bundle: bytes of the bundle, which one process alone writes.
+        weights: bytes of the trained weights, which one process alone writes.
     """
 
     whole: int
@@ -88,7 +88,7 @@ class Measured:
     resident: float
     loading: float
     steps: float
-    bundle: int
+    weights: int
 
 
 def make_llm(directory: Path) -> None:
@@ -161,7 +161,7 @@ def measure(llm: Path, out: Path, recompute: bool) -> None:
     engine = build_engine(world, config)
     before, started = memory("VmRSS"), time.monotonic()
     with sampled() as loading:
-        loaded, model, optimisation = under_training(config, engine)
+        model, optimisation = under_training(config, engine)
     seconds, most, holds = time.monotonic() - started, memory("VmHWM"), held_bytes(model.backbone)
     with sampled() as steps:
         for _ in range(2):
@@ -174,14 +174,14 @@ def measure(llm: Path, out: Path, recompute: bool) -> None:
         (most - before) * MIB,
         (max(loading) - loading[0]) * MIB,
         (max(steps) - loading[0]) * MIB,
-        bundle_bytes(model, config, loaded, out / "bundle") if world.size == 1 else 0,
+        weights_bytes(model, out / "weights") if world.size == 1 else 0,
     )
     (out / f"{world.rank}.json").write_text(json.dumps(asdict(measured)))
     optimisation.end()
 
 
-def under_training(config: RunConfig, engine: Engine) -> tuple[LoadedModel, RaRec, Optimisation]:
-    """Return the language model, and RA-Rec over it before its first step."""
+def under_training(config: RunConfig, engine: Engine) -> tuple[RaRec, Optimisation]:
+    """Return RA-Rec before its first step."""
     with engine.loading(config.llm):
         loaded = load_model(config.llm, Path(config.run.dir))
     model = build_model(config, VARIANT, loaded, SOURCES, dict.fromkeys(SIDES, tuple(SOURCES)))
@@ -189,7 +189,7 @@ def under_training(config: RunConfig, engine: Engine) -> tuple[LoadedModel, RaRe
         assert tower.alignment is not None
         for _, source in tower.alignment.named_sources():
             source.reset(torch.Generator().manual_seed(0))
-    return loaded, model, engine.train(model.train(), config.train)
+    return model, engine.train(model.train(), config.train)
 
 
 def step(model: RaRec, optimisation: Optimisation) -> None:
@@ -207,14 +207,14 @@ def configured(llm: Path, recompute: bool) -> RunConfig:
     log = {"path": "-", "user": "-", "item": "-", "time": "-"}
     prepare = {"interactions": log, "items": {"path": "-", "item": "-", "title": "-"}}
     model = {"path": str(llm), "dtype": "bfloat16", "gradient_checkpointing": recompute}
-    tree = {"run": {"dir": "-", "device": "cpu"}, "prepare": prepare, "llm": model, "export": {"dtype": "float16"}}
+    tree = {"run": {"dir": "-", "device": "cpu"}, "prepare": prepare, "llm": model}
     return RunConfig.model_validate(tree)
 
 
-def bundle_bytes(model: RaRec, config: RunConfig, loaded: LoadedModel, directory: Path) -> int:
-    """Write a bundle as `rarec export` does, and return its bytes."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    write_bundle(directory, model, VARIANT, config, Provenance({}, loaded.identity, SOURCES), [], trained)
+def weights_bytes(model: RaRec, directory: Path) -> int:
+    """Write the trained weights as `rarec export` does, and return their bytes."""
+    directory.mkdir()
+    save_weights(model, directory, dtype=torch.float16)
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
@@ -258,8 +258,8 @@ def main() -> None:
         for rank, one in enumerate(measured):
             figures += lines(f"{way}, rank {rank}" if ranks > 1 else way, one, GOALS.get(way))
     alone = measured[0]
-    figures.append(Figure("bundle", f"{alone.bundle / 1e6:,.1f} MB of {alone.whole / 1e6:,.0f} MB"))
-    print_table([*figures, at_most("  its share", 100 * alone.bundle / alone.whole, 1, "%")])
+    figures.append(Figure("trained weights", f"{alone.weights / 1e6:,.1f} MB of {alone.whole / 1e6:,.0f} MB"))
+    print_table([*figures, at_most("  its share", 100 * alone.weights / alone.whole, 1, "%")])
 
 
 if __name__ == "__main__":

@@ -285,6 +285,7 @@ def _reader(generator: random.Random, half: str, state: str) -> list[str]:
         fresh = state.startswith("half-fresh") and generator.random() < 0.7
         return [half if fresh else generator.choice([half, "run"]), "config.yaml", *["--fresh"] * fresh]
     stage, *options = generator.choice(READERS).split()
-    options += ["--user", "u03"] if stage == "recommend" else []
+    if stage == "recommend":
+        return [stage, f"{RUN}/bundle", "--history", "i00,i01"]
     fresh = stage in STAGES and not options and generator.random() < 0.3
     return [stage, "config.yaml", *options, *["--fresh"] * fresh]

@@ -85,7 +85,8 @@ class Patient:
         found = COMMAND.search(text)
         if not found:
             return None
-        config, *rest = self.command.words[1:]
+        stage, config, *rest = self.command.words
+        config = "config.yaml" if stage == "recommend" else config  # that takes a bundle
         words = [found[1], config, *found[2].split(), *(word for word in rest if "=" in word)]
         if self.depth == ROUNDS:
             raise Useless(f"rarec {' '.join(words)} does not help: {message.strip()[-300:]}")

@@ -97,7 +97,7 @@ def _of_run(run: Run, planned: int, sweep: Sweep) -> Summary:
     }
     alone = {name: {metric: means.values[name][metric] for metric in HEADLINE} for name in names}
     return {
-        "main": first.config.export.variant,
+        "main": first.config.main_variant.name,
         "entry": first.entry,
         "grid": dict(first.grid),
         "settings": settings_of(first),

@@ -30,8 +30,7 @@ from rarec.config.section import (
     SourceName,
     Weight,
 )
-from rarec.config.variants import VARIANTS, Variant, check_variant, variant_of
-from rarec.errors import UserError
+from rarec.config.variants import VARIANTS, Variant, check_row, check_variant, variant_of
 
 MODEL_SECTIONS = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
 """The sections that say what a bundle's model is."""
@@ -101,7 +100,8 @@ class Train(Section):
         default=["text_only", "prefix_only", "input", "per_layer"]
     )
     """Variants to train, each with the same budget: `text_only`, `prefix_only`, `readout`, `input`, `per_layer`,
-    `per_layer_lora`, or ones of your own as `package.module:NAME`."""
+    `per_layer_lora`, or ones of your own as `package.module:NAME`. The last one is the main one: the others are
+    compared with it, and sanity checks and diagnostics are of it."""
     blocks: Blocks | None = None
     """Blocks with slots, for `per_layer`, `per_layer_lora` and `prefix_only`; all by default."""
     batch_size: Annotated[Positive, Field(ge=2)] = 128
@@ -187,11 +187,15 @@ class Report(Section):
 class Export(Section):
     """The bundle that a user takes away."""
 
-    variant: str = "per_layer"
-    """Name of the variant to export. It must be among `train.variants`; sanity checks and diagnostics are of this
-    one."""
+    variant: Annotated[str, AfterValidator(check_row)] | None = None
+    """Row of the results to export: a variant of `train.variants`, `id_only`, `cheap`, a neighbour model, or a fusion
+    such as `per_layer+id` or `per_layer+id+cheap`; by default the row that is best on validation users."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the trained weights in the bundle, except LoRA. They are used in float32; float16 halves the file."""
+    license: str = "other"
+    """Licence of the bundle, as model hubs name it, such as `apache-2.0`; it stands in the card."""
+    with_llm: bool = False
+    """Put the language model's files into the bundle, so that it needs nothing else."""
 
 
 class RunConfig(Section):
@@ -269,16 +273,8 @@ class RunConfig(Section):
 
     @property
     def main_variant(self) -> Variant:
-        """The variant that is exported and that the others are compared with.
-
-        Raises:
-            UserError: it is not trained.
-        """
-        name, trained = self.export.variant, self.variants
-        if name not in trained:
-            problem = f"field `export.variant`: {name} is not among train.variants ({', '.join(trained)})"
-            raise UserError(problem, "add it to train.variants, or set export.variant to one of them")
-        return trained[name]
+        """The variant that the others are compared with: the last of `train.variants`."""
+        return list(self.variants.values())[-1]
 
     def sections(self, *names: str) -> dict[str, object]:
         """Return some sections as plain JSON values."""

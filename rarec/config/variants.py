@@ -8,8 +8,9 @@ from typing import Any, Literal, cast
 from rarec.registry import find
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-_RESERVED = ("id_only",)
-"""Names of rows that are no variants."""
+_ROW = re.compile(r"[^+/]+(\+id)?(\+cheap)?")
+NO_VARIANTS = ("id_only", "cheap")
+"""Rows of the results that are no variants: the ID model, and all that needs no training."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def variant_of(given: str) -> Variant:
     variant = cast(Variant, find("variants", given, VARIANTS))
     if not _NAME.fullmatch(variant.name):
         raise ValueError(f"{given} has the name {variant.name!r}: use letters, digits, _ and -, at most 40")
-    if variant.name in (*VARIANTS, *_RESERVED):
+    if variant.name in (*VARIANTS, *NO_VARIANTS):
         raise ValueError(f"{given} has the name {variant.name!r}, which is taken: give it another one")
     _TITLES[variant.name] = variant.title
     return variant
@@ -77,6 +78,13 @@ def variant_of(given: str) -> Variant:
 def check_variant(given: str) -> str:
     """Validate an entry of `train.variants`, and return it."""
     variant_of(given)
+    return given
+
+
+def check_row(given: str) -> str:
+    """Validate the name of a row of the results, and return it."""
+    if not _ROW.fullmatch(given):
+        raise ValueError(f"{given!r} is no row of the results: write a variant, alone or with +id or +id+cheap")
     return given
 
 

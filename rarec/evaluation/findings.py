@@ -131,23 +131,23 @@ class PartWorth:
 
 
 def parts_worth(
-    comparisons: Sequence[Row], fusions: Mapping[str, Mapping[str, float]], variant: str, metrics: Sequence[str]
+    comparisons: Sequence[Row], fusions: Mapping[str, Mapping[str, Row]], variant: str, metrics: Sequence[str]
 ) -> list[PartWorth]:
     """Return the worth of each part of a variant's fusion with all that is cheap; nothing if there is none.
 
     Args:
         comparisons: rows of comparisons.json.
-        fusions: weights of each fusion's parts, by row name; from the evaluation's manifest.
+        fusions: contents of fusion.json.
         variant: row name of the variant.
         metrics: such as `ndcg@10`.
     """
     whole = variant + FUSED + CHEAP
     found = []
-    for part, weight in fusions.get(whole, {}).items():
+    for part, fitted in fusions.get(whole, {}).items():
         rest = ID_ONLY + CHEAP if part == variant else f"{whole}{WITHOUT}{part}"
         by_metric = {metric: find(comparisons, whole, rest, metric) for metric in metrics}
         known = {metric: finding for metric, finding in by_metric.items() if finding}
-        found.append(PartWorth(part_title(part), weight, known))
+        found.append(PartWorth(part_title(part), fitted["share"], known))
     return found
 
 

@@ -9,7 +9,7 @@ Shape letters: P parts, B users of a block, N catalogue.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +36,21 @@ class Fusion:
 
     Attributes:
         ranker: the fused model.
+        parts: names of its parts, in its order.
         weights: of each part's score, each relative to the spread of that score; not negative, their sum is 1.
     """
 
     ranker: FusedRanker
+    parts: tuple[str, ...]
     weights: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what it takes to score again: for each part its name, share, weight and slope (see `FusedRanker`)."""
+        ranker = self.ranker
+        return {
+            name: {"share": self.weights[name], "weight": weight, "slope": slope}
+            for name, weight, slope in zip(self.parts, ranker.weights, ranker.slopes, strict=True)
+        }
 
 
 def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
@@ -62,7 +72,7 @@ def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
     largest = max(weights) or 1.0  # so that float32 can represent the sum, whatever the scales
     fused = replace(plain, weights=tuple(weight / largest for weight in weights))
     found = dict(zip(names, map(float, shares), strict=True))
-    return Fusion(fused, {name: found[name] for name in parts})
+    return Fusion(fused, tuple(names), {name: found[name] for name in parts})
 
 
 def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[float, ...], tuple[float, ...]]:

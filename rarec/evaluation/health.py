@@ -114,7 +114,7 @@ def _attention(rows: Sequence[Row], where: str, config: RunConfig) -> Iterator[W
     share, even = mean(row["share"] for row in rows), mean(row["even"] for row in rows)
     text = f"{where}: attention of the text on slots, mean over blocks, is {share:.4g} (even attention: {even:.4g})"
     if share < MIN_ATTENTION * even:
-        advice = f"inject elsewhere (train.blocks, export.variant), or {_start(config)}"
+        advice = f"inject elsewhere (train.blocks), or {_start(config)}"
         yield Warned("unseen", f"{text}, nearly none", advice)
     if share > MAX_ATTENTION:
         advice = f"lower alignment.instructions (now {config.alignment.instructions}) or train.lr_slots"

@@ -89,7 +89,7 @@ def _template() -> Any:
 
 
 def _context(files: RunFiles, config: RunConfig, name: str) -> dict[str, Any]:
-    main, seed = config.export.variant, config.run.seed
+    main, seed = config.main_variant.name, config.run.seed
     full = [row for row in files.metrics if row["protocol"] == FULL]
     findings = [Finding.of(row) for row in files.comparisons if row["protocol"] == FULL]
     primary = primary_metric(row["metric"] for row in full)
@@ -107,7 +107,7 @@ def _context(files: RunFiles, config: RunConfig, name: str) -> dict[str, Any]:
         "sanity_checks": sanity_checks(files.metrics, files.comparisons, main),
         "headline": _table(full, headline, every_row=False),
         "everything": _table(full, sorted({row["metric"] for row in full}, key=metric_order), every_row=True),
-        "parts": parts_worth(files.comparisons, files.evaluation.get("fusion", {}), main, headline),
+        "parts": parts_worth(files.comparisons, files.fusion, main, headline),
         "first": first,
         "others": sorted((f for f in findings if f not in first), key=lambda f: metric_order(f.metric)),
         "examples": [_example(row) for row in files.examples],

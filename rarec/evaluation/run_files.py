@@ -83,6 +83,7 @@ class RunFiles:
         validation: rows of validation.json, in the form of `metrics`: the rows that can be deployed.
         comparisons: rows of comparisons.json.
         strata: rows of strata.json.
+        fusion: contents of fusion.json: each fused row's parts.
         examples: rows of examples.json.
         diagnostics: contents of diagnostics.json.
         training: trainings by variant.
@@ -95,6 +96,7 @@ class RunFiles:
     validation: list[Row]
     comparisons: list[Row]
     strata: list[Row]
+    fusion: dict[str, dict[str, Row]]
     examples: list[Row]
     diagnostics: Row
     training: dict[str, TrainingRecord]
@@ -120,6 +122,7 @@ def read_run(run: RunDirectories, *, say: Say) -> RunFiles:
         validation=_rows(run.evaluation / "validation.json", METRIC_FIELDS),
         comparisons=_rows(run.evaluation / "comparisons.json", COMPARISON_FIELDS),
         strata=_rows(run.evaluation / "strata.json", STRATUM_FIELDS),
+        fusion=_optional(run.evaluation / "fusion.json", {}),
         examples=_rows(run.evaluation / "examples.json", EXAMPLE_FIELDS),
         diagnostics=_diagnostics(run.evaluation / "diagnostics.json"),
         training={variant: _training(path, say) for variant, path in run.training.items() if path.is_dir()},

@@ -10,8 +10,6 @@ from rarec.config import RunConfig
 from rarec.evaluation.labels import (
     BOUNDS_GROUP,
     FULL,
-    FUSED,
-    base_variant,
     figure,
     metric_title,
     primary_metric,
@@ -20,7 +18,7 @@ from rarec.evaluation.labels import (
     variant_title,
 )
 from rarec.evaluation.run_files import RunFiles
-from rarec.evaluation.verdict import BestVariant, best_variant, still_improving
+from rarec.evaluation.verdict import best_variant, still_improving
 
 Row = Mapping[str, Any]
 
@@ -53,7 +51,7 @@ def terminal_table(rows: Sequence[Row], metrics: Sequence[str], width: int) -> T
 
 
 def closing_lines(files: RunFiles, config: RunConfig) -> list[str]:
-    """Return a run's last lines: trainings that should go on, the best variant, what to deploy, and the next step.
+    """Return what a run's figures say: trainings that should go on, the best variant, what to deploy.
 
     Args:
         files: what the run left; see `read_run`.
@@ -63,19 +61,9 @@ def closing_lines(files: RunFiles, config: RunConfig) -> list[str]:
     if best is None:
         return []
     improving = still_improving(files.training, config)
-    return [*([improving] if improving else []), best.sentence, best.advice, f"Next: {_next_step(best, config)}"]
-
-
-def _next_step(best: BestVariant, config: RunConfig) -> str:
-    base, exported = base_variant(best.name), config.export.variant
-    if best.is_baseline and base != exported:
-        return "see the training curves and the alignment in the report; no slots are needed for the best variant."
-    if base != exported:
-        return f"to export it, set export.variant: {base} and run again."
-    if FUSED in best.name:
-        title, weights = variant_title(exported), "`fusion` in evaluation/manifest.json"
-        return f"serve the bundle, which holds {title}, and add the other parts' scores to it ({weights})."
-    return "try the bundle: rarec recommend CONFIG --user USER."
+    exported = config.export.variant or best.name
+    other = [f"The bundle holds {variant_title(exported)}: leave out export.variant to export the best row."]
+    return [*([improving] if improving else []), best.sentence, best.advice, *(other if exported != best.name else [])]
 
 
 def _with_interval(variants: Sequence[str], metrics: Sequence[str], width: int) -> set[str]:

@@ -16,7 +16,6 @@ from rarec.evaluation.labels import (
     HEADLINE,
     ID_ONLY,
     LATE_FUSION,
-    base_variant,
     cheap_suffix,
     figure,
     interval,
@@ -60,11 +59,6 @@ class BestVariant:
     def title(self) -> str:
         """Its title in the report."""
         return variant_title(self.name)
-
-    @property
-    def is_baseline(self) -> bool:
-        """True if no slots and no ID vectors enter the language model: RA-Rec adds nothing here."""
-        return base_variant(self.name) in (ID_ONLY, "text_only")
 
     @property
     def outcome(self) -> Outcome:

@@ -45,12 +45,12 @@ def write_graph(
         UserError: there are fewer items than dimensions, or no user has a validation target.
     """
     write_counts("transition", neighbours, prepare, dataset, directory, holdout)
-    table_NN = read_table(directory, dataset.n_items)
+    table_NN = read_table(directory / TABLE, dataset.n_items)
     (directory / TABLE).unlink()
     left_NE, right_NE = factors(table_NN, graph.dim)
     np.save(directory / LEFT_FILE, left_NE)
     np.save(directory / ITEMS_FILE, right_NE)
-    users = GraphUsers.open(directory, neighbours.newest, neighbours.decay)
+    users = GraphUsers.of(left_NE, neighbours.newest, neighbours.decay)
     return {"validation": Validation(dataset, seed)(right_NE, users)}
 
 

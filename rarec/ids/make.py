@@ -80,7 +80,7 @@ def _import(name: str, config: Import, dataset: PreparedDataset, aside: Path, se
     users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)
     if config.users is not None:
         left_out["users"] = _import_users(name, config, dataset, aside, items_NE.shape[1])
-        users = UserTable.open(aside)
+        users = UserTable(np.load(aside / USERS_FILE, mmap_mode="c", allow_pickle=False))
     for of, count in left_out.items():
         if count:
             say(f"{getattr(config, of)}: {count} rows are left out, their ids are no {of} of the dataset")

@@ -12,11 +12,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rarec.artefacts import read_manifest, sha256_json
 from rarec.config.ids import RECIPES, Recipe
 from rarec.errors import UserError
+from rarec.ids.mapped import BIAS, INNER, ITEMS, MATRIX, MappedUsers
 from rarec.ids.models import SequenceModel, build, pad
 from rarec.ranking import VectorRanker
 
@@ -25,8 +28,8 @@ Rows = npt.NDArray[np.integer]
 
 KIND = "ids"
 ITEMS_FILE = "items.npy"
-USERS_FILE = "users.npy"
-LEFT_FILE = "left.npy"
+USERS_FILE, USERS = "users.npy", "users"
+LEFT_FILE, LEFT = "left.npy", "left"
 MODEL_FILE = "model.safetensors"
 
 
@@ -36,6 +39,10 @@ class UserVectors(Protocol):
     @property
     def per_user(self) -> int:
         """K."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What it takes to make them again, beside the item vectors and the settings; see `users_of`."""
 
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
         """Return the users' vectors, (B, K, E).
@@ -62,15 +69,20 @@ class SequenceUsers:
         return self.model.per_user
 
     @classmethod
-    def open(cls, directory: Path, settings: Recipe) -> "SequenceUsers":
-        """Read a trained model."""
+    def of(cls, settings: Recipe, tensors: Mapping[str, Tensor]) -> "SequenceUsers":
+        """Build a trained model from its weights."""
         model = build(settings)
-        model.load_state_dict(load_file(directory / MODEL_FILE))
+        model.load_state_dict(dict(tensors))
         return cls(model.eval())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights, without the item table."""
+        return dict(self.model.state_dict())
 
     def save(self, directory: Path) -> None:
         """Write the model, without the item table."""
-        save_file(self.model.state_dict(), directory / MODEL_FILE)
+        save_file(self.tensors, directory / MODEL_FILE)
 
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
         """See `UserVectors`."""
@@ -91,6 +103,11 @@ class HistoryRule:
 
     weights_T: npt.NDArray[np.float64]
     per_user: int = 1
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing: it has no weights."""
+        return {}
 
     @classmethod
     def of(cls, rule: Literal["mean", "last", "recency"], half_life: float, max_history: int) -> "HistoryRule":
@@ -131,10 +148,14 @@ class GraphUsers:
     per_user: int = 1
 
     @classmethod
-    def open(cls, directory: Path, newest: int, decay: float) -> "GraphUsers":
-        """Read the left singular vectors."""
-        left_NE = np.load(directory / LEFT_FILE, mmap_mode="c", allow_pickle=False)
+    def of(cls, left_NE: Floats, newest: int, decay: float) -> "GraphUsers":
+        """Build the rule over the left singular vectors."""
         return cls(left_NE, HistoryRule(np.power(decay, np.arange(newest), dtype=np.float64)))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The left singular vectors."""
+        return {LEFT: torch.from_numpy(self.left_NE)}
 
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
         """See `UserVectors`."""
@@ -156,10 +177,10 @@ class UserTable:
         """K."""
         return int(self.users_UKE.shape[1])
 
-    @classmethod
-    def open(cls, directory: Path) -> "UserTable":
-        """Memory-map the table, copy on write."""
-        return cls(np.load(directory / USERS_FILE, mmap_mode="c", allow_pickle=False))
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The table."""
+        return {USERS: torch.from_numpy(self.users_UKE)}
 
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
         """See `UserVectors`."""
@@ -263,26 +284,51 @@ def open_source(directory: Path, recipe: Recipe | None = None) -> Source:
     try:
         # Copy on write: the file cannot change, yet torch takes the array without a copy.
         items_NE = np.load(directory / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
-        users = _open_users(directory, manifest["settings"]["users"], recipe)
+        settings = manifest["settings"]["users"]
+        users = users_of(settings, recipe, _read_tensors(directory, settings["kind"]), str(directory))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory} is damaged: {error}", f"rebuild it: rarec {KIND} CONFIG --fresh") from None
     return Source(manifest["name"], items_NE, users, manifest["hash"], manifest)
 
 
-def _open_users(directory: Path, settings: Mapping[str, Any], recipe: Recipe | None) -> UserVectors:
-    """Read user vectors by the kind in the manifest's settings: a rule, a table, or an ID model's name."""
+def _read_tensors(directory: Path, kind: str) -> dict[str, Tensor]:
+    """Read what user vectors of a kind are made by; tables are memory-mapped, copy on write."""
+    tables = {"table": (USERS, USERS_FILE), "graph": (LEFT, LEFT_FILE)}
+    if kind == "rule":
+        return {}
+    if kind not in tables:
+        return load_file(directory / MODEL_FILE)
+    name, file = tables[kind]
+    return {name: torch.from_numpy(np.load(directory / file, mmap_mode="c", allow_pickle=False))}
+
+
+def users_of(
+    settings: Mapping[str, Any], recipe: Recipe | None, tensors: Mapping[str, Tensor], where: str
+) -> UserVectors:
+    """Return the way to make user vectors that settings describe: a rule, a table, a graph, or an ID model.
+
+    Args:
+        settings: `kind` and its fields, as in a manifest.
+        recipe: see `open_source`.
+        tensors: the weights; see `UserVectors.tensors`.
+        where: what the settings are of, for messages.
+    """
     fields = {name: value for name, value in settings.items() if name != "kind"}
     match settings["kind"]:
+        case "mapped":
+            inner = {name.removeprefix(INNER): tensor for name, tensor in tensors.items() if name.startswith(INNER)}
+            tables = (tensors[name].numpy() for name in (ITEMS, MATRIX, BIAS))
+            return MappedUsers(users_of(settings["inner"], recipe, inner, where), *tables)
         case "rule":
             return HistoryRule.of(**fields)
         case "table":
-            return UserTable.open(directory)
+            return UserTable(tensors[USERS].numpy())
         case "graph":
-            return GraphUsers.open(directory, **fields)
+            return GraphUsers.of(tensors[LEFT].numpy(), **fields)
         case kind if kind in RECIPES:
-            return SequenceUsers.open(directory, RECIPES[kind](**fields))
+            return SequenceUsers.of(RECIPES[kind](**fields), tensors)
         case kind if recipe is None or recipe.model_dump(mode="json") != fields:
-            problem = f"{directory} was made by the ID model {kind}, which the configuration does not name"
+            problem = f"{where} was made by the ID model {kind}, which the configuration does not name"
             raise UserError(problem, f"set ids.model: {kind} and its ids.settings, if you trust that code")
-        case _:
-            return SequenceUsers.open(directory, recipe)
+        case kind:
+            return SequenceUsers.of(recipe, tensors)

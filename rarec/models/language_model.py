@@ -6,6 +6,7 @@ LoRA weights are added through PEFT.
 import importlib.util
 import logging
 import re
+import shutil
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from rarec.paths import resolve
 from rarec.prompts import TextTokenizer
 
 DEFAULT_CONTEXT_LENGTH = 512
+_COPIED = (".json", ".safetensors", ".txt", ".model")
 _REMEDY = "give a local directory, a hub name, package:NAME/DIR or a .gguf file; it must hold the whole model"
 _QUERY_AND_VALUE = (
     ["q_proj", "v_proj"],
@@ -69,6 +71,31 @@ def convert(config: Llm, converted: Path) -> None:
         UserError: the file is missing or cannot be read.
     """
     _locate(config.path, converted)
+
+
+def copy_model(config: Llm, converted: Path, to: Path) -> None:
+    """Copy the files of a language model: its configuration, weights in safetensors, and tokenizer.
+
+    Args:
+        config: the section `llm`.
+        converted: see `load_model`.
+        to: folder to make.
+
+    Raises:
+        UserError: its weights are not in safetensors.
+    """
+    path = _locate(config.path, converted)
+    if not Path(path).is_dir():
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(path, revision=config.revision, local_files_only=True)
+    files = [file for file in sorted(Path(path).iterdir()) if file.suffix in _COPIED and file.name != MANIFEST]
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(f"llm.path: {path} has no weights in safetensors", "export without export.with_llm")
+    to.mkdir()
+    for file in files:
+        if not file.name.startswith("."):
+            shutil.copyfile(file, to / file.name)
 
 
 def load_model(

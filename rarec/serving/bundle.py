@@ -1,232 +1,344 @@
-"""Bundles: alignment in safetensors, LoRA in plain PEFT format, manifest, prompt, model card. No pickle."""
+"""A bundle: one folder that is a whole recommender, but for the frozen language model. No pickle.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+| file | what is in it |
+| --- | --- |
+| `manifest.json` | sha256 of every file; settings, inputs, figures of this row and of its rivals |
+| `recommender.json` | the row that is served, weights of its parts, prompt, language model: what it takes to score |
+| `items.parquet` | id, title, text and number of training interactions of every item |
+| `vectors.safetensors` | item vectors: of the variant (`model`), and of every ID model (`ids/NAME`) |
+| `encoders.safetensors` | weights of the ID models that read histories |
+| `alignment.safetensors`, `lora/` | the trained weights of the variant |
+| `neighbours/NAME.parquet` | neighbour tables |
+
+Shape letters: N catalogue, Z size of a scored vector, E source dimension.
+"""
+
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from rarec.artefacts import check_files, differences, read_manifest
-from rarec.config import MODEL_SECTIONS, VARIANTS, RunConfig, Variant, dump_config
+from rarec.artefacts import check_files, read_manifest
+from rarec.config import MODEL_SECTIONS, RunConfig, Variant
+from rarec.config.ids import Ids, Recipe
+from rarec.config.logs import Prepare
+from rarec.data.tables import read_columns
 from rarec.errors import UserError
-from rarec.files import write_text
-from rarec.models.build import SourceShape, build_model
-from rarec.models.language_model import LoadedModel
+from rarec.files import read_json, write_json
+from rarec.ids.source import Source, users_of
+from rarec.models.build import SourceShape
 from rarec.models.towers import RaRec
-from rarec.models.weights import load_weights, save_weights
+from rarec.models.weights import save_weights
+from rarec.neighbours.table import TABLE, read_table
 from rarec.registry import KINDS
+from rarec.serving.checks import check_facts, check_items, check_vectors
 
-PROMPT = "prompt.yaml"
-CARD = "README.md"
-_CARD = """---
-{front_matter}
----
-# {title} on {base}
-
-Alignment weights of RA-Rec (arXiv 2402.04527): pre-trained ID embeddings become soft prompts in the blocks of a frozen
-language model. This bundle holds the {parameters:,} trained parameters, and none of the language model's.
-
-## What it needs
-- the base model `{base}`, revision {revision}, in {dtype} (weights fingerprint `{fingerprint}`)
-- the catalogue, ID embeddings and prompt whose hashes are in `manifest.json`; others are refused when it is loaded
-
-## Training
-Loss {loss} + {weight} x alignment; {slots}; seed {seed}.
-Training samples: share {share} of all{selection}. All settings are in `manifest.json`.
-
-## Evaluation
-The full catalogue is ranked without the user's earlier items; ties count against the model. Intervals: bootstrap over
-users.
-
-| metric | value | 95% interval | n |
-| --- | --- | --- | --- |
-{rows}
-
-## Limits
-Measured on one log with one protocol. A ranking learned from past behaviour repeats its biases: it serves popular items
-and active users best. Items without text are not covered.
-"""
+FACTS, ITEMS, VECTORS, ENCODERS, TABLES = (
+    "recommender.json",
+    "items.parquet",
+    "vectors.safetensors",
+    "encoders.safetensors",
+    "neighbours",
+)
+LLM = "llm"
+"""Folder of the language model, if the bundle was exported with it."""
+SCHEMA = 1
+"""Of `recommender.json`."""
+MODEL, IDS = "model", "ids/"
+"""Names in `vectors.safetensors`: the variant's item vectors, and those of ID models."""
+FIGURES = ("row", "why", "metrics", "trained_parameters")
+"""Fields of the manifest for the reader."""
+_AGAIN = "export it again: rarec export CONFIG --fresh"
+LOG, CATALOGUE = ("user", "item", "time", "position"), ("item", "title", "text")
+"""Roles of the columns of a log, and of a catalogue."""
+NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
+Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """The identity of a bundle's model: its inputs and language model.
+class Catalogue:
+    """The items that are ranked.
 
     Attributes:
-        inputs: hashes of dataset, catalogue, sources, language model and prompt, by name.
-        llm: the language model's identity: name, revision, dtype, hashes.
-        shapes: dimension and vectors per user of each source.
+        ids: (N,) int64 or string, as in the log.
+        titles: (N,).
+        texts: (N,), "" where there is none.
+        counts_N: number of training interactions.
     """
 
-    inputs: Mapping[str, str]
+    ids: pa.Array
+    titles: list[str]
+    texts: list[str]
+    counts_N: npt.NDArray[np.int64]
+
+    def write(self, path: Path) -> None:
+        """Write it as Parquet."""
+        columns = {"item_id": self.ids, "title": self.titles, "text": self.texts, "train_count": self.counts_N}
+        pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained variant, with its vectors of the catalogue.
+
+    Attributes:
+        model: its towers.
+        variant: its definition.
+        items_NZ: item vectors.
+        llm: identity of the language model.
+    """
+
+    model: RaRec
+    variant: Variant
+    items_NZ: Float32
     llm: Mapping[str, str]
-    shapes: Mapping[str, SourceShape]
 
 
-def write_bundle(
-    directory: Path,
-    model: RaRec,
-    variant: Variant,
-    config: RunConfig,
-    provenance: Provenance,
-    metrics: Sequence[Mapping[str, Any]],
-    trainable_parameters: int,
-) -> dict[str, Any]:
-    """Write a bundle's files; return the figures for its manifest.
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a bundle.
+
+    Attributes:
+        row: the row of the results that is served, such as `per_layer+id`.
+        parts: name, weight and slope of each of its parts, in the order of the fusion (see `FusedRanker`).
+        id_model: name of the source that is the part `id`.
+        catalogue: the items.
+        trained: the variant, if it is a part.
+        sources: vectors that the variant's slots take, and the ID model, if it is a part.
+        tables: folders of the neighbour tables that are parts.
+    """
+
+    row: str
+    parts: Mapping[str, Mapping[str, float]]
+    id_model: str
+    catalogue: Catalogue
+    trained: Trained | None
+    sources: Mapping[str, Source]
+    tables: Mapping[str, Path]
+
+
+def write_bundle(directory: Path, contents: Contents, config: RunConfig) -> None:
+    """Write a bundle's files, but for its card and manifest.
 
     Args:
-        directory: directory to write to.
-        model: the trained model.
-        variant: the model's variant.
-        config: the run's configuration.
-        provenance: what the model belongs to.
-        metrics: rows of metrics.json for this variant.
-        trainable_parameters: number of trained parameters.
+        directory: to write to.
+        contents: what goes into it.
+        config: the configuration of the run.
     """
-    facts: dict[str, Any] = {
-        "llm": dict(provenance.llm),
-        "sources": {name: vars(shape) for name, shape in provenance.shapes.items()},
-        "metrics": [dict(row) for row in metrics],
-        "trainable_parameters": trainable_parameters,
+    trained = contents.trained
+    contents.catalogue.write(directory / ITEMS)
+    vectors = {IDS + name: torch.from_numpy(np.ascontiguousarray(s.items_NE)) for name, s in contents.sources.items()}
+    if trained is not None:
+        vectors[MODEL] = torch.from_numpy(trained.items_NZ)
+        save_weights(trained.model, directory, dtype=getattr(torch, config.export.dtype))
+    save_file(vectors, directory / VECTORS)
+    encoders = {f"{name}/{key}": t for name, s in contents.sources.items() for key, t in s.users.tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in encoders.items()}, directory / ENCODERS)
+    for name, folder in contents.tables.items():
+        (directory / TABLES).mkdir(exist_ok=True)
+        shutil.copyfile(folder / TABLE, directory / TABLES / f"{name}.parquet")
+    write_json(directory / FACTS, _facts(contents, config))
+
+
+def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
+    trained = contents.trained
+    neighbours = {name: getattr(config.neighbours, name) for name in ("newest", "decay", "top")}
+    return {
+        "schema": SCHEMA,
+        "row": contents.row,
+        "parts": {name: {key: part[key] for key in ("weight", "slope")} for name, part in contents.parts.items()},
+        "id_model": contents.id_model,
+        "sources": {name: _source_facts(source) for name, source in contents.sources.items()},
+        "neighbours": neighbours if contents.tables else None,
+        "batch_size": config.evaluate.batch_size,
+        "tables": _table_facts(config),
+        "model": _model_facts(trained, config) if trained is not None else None,
     }
-    save_weights(model, directory, dtype=getattr(torch, config.export.dtype))
-    write_text(directory / PROMPT, dump_config(config.prompt))
-    write_text(directory / CARD, model_card(variant, config, facts))
-    return facts
 
 
-def load_bundle(
-    directory: Path,
-    config: RunConfig,
-    load: Callable[[Variant], LoadedModel],
-    provenance: Provenance,
-    named: Mapping[str, Sequence[str]],
-) -> RaRec:
-    """Load a bundle's weights around the language model, after checking that they belong together.
+def _table_facts(config: RunConfig) -> dict[str, Any]:
+    """Return the columns of the log and the catalogue, and which rows are dropped, to read others like them."""
+    prepare = config.prepare
+    columns = {
+        name: table.model_dump(mode="json", exclude={"path", "table"})
+        for name, table in (("interactions", prepare.interactions), ("items", prepare.items))
+    }
+    return {**columns, "duplicates": prepare.duplicates, "repeats": prepare.repeats}
 
-    Args:
-        directory: where the bundle is.
-        config: any run's configuration; sections that the bundle has replace its own.
-        load: returns the language model for a variant.
-        provenance: the inputs, the language model and the sources of this run.
-        named: sources that each side's template names.
 
-    Raises:
-        UserError: a file is altered, or the bundle belongs to another language model, catalogue, ID embeddings or
-            prompt.
+def _source_facts(source: Source) -> dict[str, Any]:
+    shape = {"dim": source.dim, "vectors_per_user": source.vectors_per_user}
+    return {"users": source.manifest["settings"]["users"], **shape, "hash": source.hash}
+
+
+def _model_facts(trained: Trained, config: RunConfig) -> dict[str, Any]:
+    settings = config.sections(*MODEL_SECTIONS)
+    settings["train"] = {"blocks": config.train.blocks}
+    return {"variant": vars(trained.variant), "llm": dict(trained.llm), "seed": config.run.seed, "settings": settings}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was opened; what is large is read when it is asked for.
+
+    Attributes:
+        directory: where it is.
+        manifest: its manifest.
+        facts: contents of `recommender.json`.
+        trusted: names of parts of the user's own, `package.module:Name`, that it may import.
     """
-    manifest = read_manifest(directory, "bundle")
-    check_files(directory, manifest)
-    _check_belongs(directory, manifest, provenance)
-    settings = manifest["settings"]
-    variant = _variant(directory, settings["variant"], config)
-    _check_loading(directory, settings, config, variant)
-    _check_named(directory, settings, config)
-    sections = {section: settings[section] for section in MODEL_SECTIONS}
-    sections["train"] = {**sections["train"], "variants": config.train.variants}
-    model = build_model(
-        RunConfig.model_validate({**config.model_dump(mode="json"), **sections}),
-        variant,
-        load(variant),
-        provenance.shapes,
-        named,
-    )
-    load_weights(model, directory)
-    return model.eval()
 
+    directory: Path
+    manifest: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    trusted: Collection[str] = ()
 
-def model_card(variant: Variant, config: RunConfig, facts: Mapping[str, Any]) -> str:
-    """Return the model card: Markdown with the front matter that model hubs read.
+    @classmethod
+    def open(cls, directory: Path, trusted: Collection[str] = ()) -> "Bundle":
+        """Open a bundle, and check every file of it.
 
-    Args:
-        variant: the model's variant.
-        config: the run's configuration.
-        facts: `llm`, `sources`, `metrics` and `trainable_parameters`, as in the bundle's manifest.
-    """
-    rows = [
-        "| {metric}/{protocol} | {value:.4f} | {low:.4f} to {high:.4f} | {n} |".format(**row)
-        for row in facts["metrics"]
-    ]
-    chosen = [name for name in ("denoise", "diversify") if getattr(config.shards, name)]
-    base, tags = facts["llm"], ["recommendation", "soft-prompt", "ra-rec"]
-    return _CARD.format(
-        front_matter=ModelCardData(base_model=base["name"], library_name="rarec", tags=tags).to_yaml(),
-        base=base["name"],
-        title=variant.title,
-        parameters=facts["trainable_parameters"],
-        revision=base["revision"],
-        dtype=base["dtype"],
-        fingerprint=base["fingerprint"][:16],
-        loss=config.loss.recommendation,
-        weight=config.loss.align_weight,
-        slots=_slots(variant, config, facts["sources"]),
-        seed=config.run.seed,
-        share=config.shards.share,
-        selection=f", {' and '.join(chosen)}" if chosen else "",
-        rows="\n".join(rows),
-    )
+        Raises:
+            UserError: it is missing or damaged, of another version, or needs a part that is not trusted.
+        """
+        manifest = read_manifest(directory, "bundle")
+        if FACTS not in manifest["files"]:
+            raise UserError(f"{directory} was exported by an earlier version: it has no {FACTS}", _AGAIN)
+        check_files(directory, manifest, _AGAIN)
+        facts = read_json(directory / FACTS, _AGAIN)
+        if facts.get("schema") != SCHEMA:
+            problem = f"{directory / FACTS} has schema {facts.get('schema')}, this version of rarec reads {SCHEMA}"
+            raise UserError(problem, "update rarec, or export it again")
+        opened = cls(directory, manifest, facts, trusted)
+        check_facts(directory / FACTS, facts, opened.tables_there, _AGAIN)
+        for name in _parts_of(facts):
+            if name not in trusted:
+                problem = f"{directory} needs {name}, code that does not come with rarec"
+                raise UserError(problem, f"name it, if you trust it: rarec.load(..., trusted=[{name!r}])")
+        count = check_items(directory / ITEMS, _AGAIN)
+        wanted: dict[str, int | None] = {IDS + name: of["dim"] for name, of in facts["sources"].items()}
+        check_vectors(directory / VECTORS, wanted | ({MODEL: None} if facts["model"] else {}), count, _AGAIN)
+        return opened
 
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The items that are ranked."""
+        table = read_columns(self.directory / ITEMS)
+        titles, texts = (table[name].to_pylist() for name in ("title", "text"))
+        return Catalogue(table["item_id"].combine_chunks(), titles, texts, table["train_count"].to_numpy())
 
-def _slots(variant: Variant, config: RunConfig, sources: Iterable[str]) -> str:
-    """Describe the slots of a variant, and the blocks that they enter."""
-    if variant.blocks == "none":
-        return "no slots"
-    every = "every block" if config.train.blocks is None else f"the blocks {', '.join(map(str, config.train.blocks))}"
-    where = {"all": f"at the input of {every}", "input": "at the input of block 0", "readout": "at the readout alone"}
-    parts = [f"{config.alignment.instructions} contextual instructions"] if variant.instructions else []
-    parts += [f"vectors of {', '.join(sources)}"] if variant.projections else []
-    parts += ["vectors of the history's items"] if variant.projections and "{soft:" in config.prompt.title else []
-    return f"{' and '.join(parts)} {where[variant.blocks]}"
+    @cached_property
+    def vectors(self) -> dict[str, Float32]:
+        """Item vectors by name: `model`, `ids/NAME`."""
+        found = {name: tensor.numpy() for name, tensor in _read(self.directory / VECTORS).items()}
+        for name, table in found.items():
+            if not np.isfinite(table).all():
+                raise UserError(f"{self.directory / VECTORS}: a vector of {name!r} is not finite", _AGAIN)
+        return found
 
+    @cached_property
+    def encoders(self) -> dict[str, Tensor]:
+        """Weights of the ID models, as `NAME/weight`."""
+        return _read(self.directory / ENCODERS)
 
-def _check_loading(directory: Path, settings: Mapping[str, Any], config: RunConfig, variant: Variant) -> None:
-    """Check pooling and LoRA: the language model is loaded with the run's, which must be the bundle's."""
-    here = config.model_dump(mode="json")
-    changed = differences(settings["readout"]["pool"], here["readout"]["pool"], "readout.pool")
-    changed += differences(settings["lora"], here["lora"], "lora") if variant.lora else []
-    if changed:
-        raise UserError(
-            f"{directory} was exported with other settings: {'; '.join(changed)}", "set these fields to the first value"
+    @cached_property
+    def sources(self) -> dict[str, Source]:
+        """Every source of vectors, by name."""
+        found = {}
+        for name, facts in self.facts["sources"].items():
+            own = {key.removeprefix(f"{name}/"): t for key, t in self.encoders.items() if key.startswith(f"{name}/")}
+            users = users_of(facts["users"], _recipe(facts["users"]), own, str(self.directory))
+            found[name] = Source(name, self.vectors[IDS + name], users, facts["hash"], {})
+        return found
+
+    @property
+    def shapes(self) -> dict[str, SourceShape]:
+        """Shapes of the sources that slots take."""
+        slots = {name: facts for name, facts in self.facts["sources"].items() if "." not in name}
+        return {name: SourceShape(facts["dim"], facts["vectors_per_user"]) for name, facts in slots.items()}
+
+    @property
+    def tables_there(self) -> list[str]:
+        """Names of the neighbour tables."""
+        files = (Path(file) for file in self.manifest["files"])
+        return sorted(file.stem for file in files if file.parent.name == TABLES)
+
+    def neighbours(self, name: str) -> Any:
+        """Return a neighbour table, (N, N) sparse."""
+        path = self.directory / TABLES / f"{name}.parquet"
+        try:
+            return read_table(path, len(self.catalogue.titles))
+        except (ValueError, KeyError) as error:  # another table's columns, rows beyond the catalogue
+            raise UserError(f"{path} cannot be read: {error}", _AGAIN) from None
+
+    @cached_property
+    def variant(self) -> Variant:
+        """The definition of the variant."""
+        return Variant(**self.facts["model"]["variant"])
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The configuration of the model; sections that say nothing about it are not those of the run."""
+        model = self.facts["model"]
+        run, prepare = {"dir": "none", "seed": model["seed"]}, self.tables().model_dump(mode="json")
+        return RunConfig.model_validate({"run": run, "prepare": prepare, **model["settings"]})
+
+    def tables(self, *, log: str = "none", items: str = "none", columns: Mapping[str, str] = NO_COLUMNS) -> Prepare:
+        """Return how a log and a catalogue are read that are like those that the recommender was trained on.
+
+        Args:
+            log: path of the log.
+            items: path of the catalogue.
+            columns: names of columns that differ, by role: `user`, `item`, `time` or `position`; `title`, `text`.
+        """
+        facts = self.facts["tables"]
+        of_log, of_items = ({role: columns[role] for role in roles if role in columns} for roles in (LOG, CATALOGUE))
+        order = {"time": None, "position": None} if {"time", "position"} & set(of_log) else {}
+        text = {"text": [of_items["text"]]} if "text" in of_items else {}
+        rules = {name: facts[name] for name in ("duplicates", "repeats")}
+        interactions = {**facts["interactions"], **order, **of_log, "path": log}
+        return Prepare.model_validate(
+            {"interactions": interactions, "items": {**facts["items"], **of_items, **text, "path": items}, **rules}
         )
 
 
-def _variant(directory: Path, identity: Any, config: RunConfig) -> Variant:
-    """Return the bundle's variant: one that rarec brings, or one that the configuration names."""
-    for variant in (*VARIANTS.values(), *config.variants.values()):
-        if variant.identity == identity:
-            return variant
-    name = identity["name"] if isinstance(identity, dict) else identity
-    problem = f"{directory} holds the variant {name}, which train.variants does not name as it was"
-    raise UserError(problem, "name it in train.variants, as package.module:NAME")
+def _recipe(users: Mapping[str, Any]) -> Recipe | None:
+    """Return the settings of an ID model of the user's own; None for the others, which need none."""
+    settings = dict(users["inner"] if users["kind"] == "mapped" else users)
+    kind = settings.pop("kind")
+    return Ids(model=kind, settings=settings).recipe if ":" in kind else None
 
 
-def _check_named(directory: Path, settings: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuse parts of the user's own that the configuration does not name: their code is not imported."""
-    here = config.model_dump(mode="json")
-    for kind in ("alignment_maps", "readouts", "losses"):
+def named_parts(directory: Path) -> list[str]:
+    """Return the names of parts of the user's own that a bundle needs: what `trusted` must name."""
+    return _parts_of(read_json(directory / FACTS, _AGAIN))
+
+
+def _parts_of(facts: Mapping[str, Any]) -> list[str]:
+    users = [source["users"] for source in facts["sources"].values()]
+    kinds = [(of["inner"] if of["kind"] == "mapped" else of)["kind"] for of in users]
+    names = [kind for kind in kinds if ":" in kind]
+    settings = facts["model"]["settings"] if facts["model"] else {}
+    for kind in ("alignment_maps", "readouts", "losses") if settings else ():
         section, field = KINDS[kind].field.split(".")
-        name = settings[section][field]
-        if name not in KINDS[kind].built_in and name != here[section][field]:
-            problem = f"{directory} was exported with {section}.{field}: {name}, which the configuration does not name"
-            raise UserError(problem, f"set {section}.{field}: {name}, if you trust that code")
+        if settings[section][field] not in KINDS[kind].built_in:
+            names.append(settings[section][field])
+    return names
 
 
-def _check_belongs(directory: Path, manifest: Mapping[str, Any], here: Provenance) -> None:
-    differing = [key for key, value in manifest["llm"].items() if key != "revision" and here.llm.get(key) != value]
-    if set(differing) - {"name"}:
-        facts = "; ".join(
-            f"{key}: {str(manifest['llm'][key])[:60]} -> {str(here.llm.get(key))[:60]}" for key in differing
-        )
-        raise UserError(
-            f"{directory} belongs to another base model ({facts})", f"set llm.path: {manifest['llm']['name']}"
-        )
-    for name, digest in manifest["made_from"].items():
-        belongs = name in ("catalogue", "prompt") or name.startswith("ids/")
-        if belongs and here.inputs.get(name) != digest:
-            raise UserError(
-                f"{directory} belongs to another {name} ({digest[:12]}; this run's is "
-                f"{str(here.inputs.get(name))[:12]})",
-                f"use the {name} that the bundle was trained with, or train and export again",
-            )
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}", _AGAIN) from None

@@ -10,7 +10,7 @@ from rarec.stages.stage import Built, Stage
 
 
 class EvaluateStage(Stage):
-    """ranks.parquet, metrics.json, validation.json, comparisons.json, strata.json, examples.json, diagnostics.json.
+    """ranks.parquet, and as JSON metrics, validation, comparisons, strata, fusion, examples and diagnostics.
 
     The last is about the alignment of the main variant, and missing where that has no slots.
     """
@@ -53,6 +53,7 @@ class EvaluateStage(Stage):
             write_json(directory / "validation.json", evaluation.validation_metrics())
             write_json(directory / "comparisons.json", evaluation.comparisons(ranks))
             write_json(directory / "strata.json", evaluation.strata(ranks))
+            write_json(directory / "fusion.json", evaluation.fusions)
             write_json(directory / "examples.json", evaluation.examples(ranks))
             if evaluation.diagnostics is not None:
                 write_json(directory / "diagnostics.json", evaluation.diagnostics)
@@ -60,7 +61,7 @@ class EvaluateStage(Stage):
         self.run.world.report("writing the evaluation")
         self.run.world.run_on_main(write)
         seconds = time.monotonic() - started
-        return Built({"n": len(evaluation.test.targets), "seconds": seconds, "fusion": evaluation.weights})
+        return Built({"n": len(evaluation.test.targets), "seconds": seconds})
 
 
 def _sha256(path: str) -> str:

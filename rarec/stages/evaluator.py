@@ -53,7 +53,7 @@ class Evaluator:
         self.ids: Ranker = CachedRanker(run.baseline.ranker())
         popularity = VectorRanker.of_counts(dataset.train_counts_N)
         self.cheap: dict[str, Ranker] = {**run.neighbours, "popularity": popularity}
-        self.weights: dict[str, dict[str, float]] = {}
+        self.fusions: dict[str, dict[str, Any]] = {}
         self.validation_ranks: Ranks = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
@@ -148,7 +148,7 @@ class Evaluator:
     def _fused(self, row: str, parts: dict[str, Ranker]) -> dict[str, Ranker]:
         """Return the late fusion of some models, as the row of that name."""
         fusion = fuse(parts, self.validation)
-        self.weights[row] = fusion.weights
+        self.fusions[row] = fusion.as_json()
         return {row: fusion.ranker}
 
     def _rank_both(self, rankers: dict[str, Ranker]) -> Ranks:

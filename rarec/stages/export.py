@@ -1,107 +1,133 @@
-"""`rarec export` and `rarec recommend`: the bundle that a user takes away, and its first use."""
+"""`rarec export`: the bundle that a user takes away."""
 
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarec.artefacts import sha256_json
+from rarec.artefacts import check_files
 from rarec.config import MODEL_SECTIONS
+from rarec.config.variants import NO_VARIANTS
 from rarec.errors import UserError
-from rarec.files import read_json
+from rarec.files import read_json, write_text
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
 
 if TYPE_CHECKING:
-    from rarec.serving.bundle import Provenance
-    from rarec.stages.run import Run
+    from rarec.ids.source import Source
+    from rarec.serving.bundle import Catalogue, Contents, Trained
+
+Row = dict[str, Any]
+READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
+"""Files of the evaluation that are read."""
 
 
 class ExportStage(Stage):
-    """The bundle of the variant `export.variant` at its best validation, with the evaluation's figures."""
+    """The bundle of one row of the results: by default the one that is best on validation users."""
 
     name = "export"
     kind = folder = "bundle"
-    summary = "Write the bundle to take away."
+    summary = "Write the bundle to take away: a whole recommender, but for the language model."
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""
         config = self.run.config
-        return {
-            "variant": config.main_variant.identity,
-            "dtype": config.export.dtype,
-            **config.sections(*MODEL_SECTIONS),
-        }
+        row, known = config.export.variant, (*config.variants, *NO_VARIANTS, *config.neighbours.models)
+        if row is not None and row.partition("+")[0] not in known:
+            problem = f"field `export.variant`: {row} is of no variant of train.variants ({', '.join(config.variants)})"
+            raise UserError(problem, "add it to train.variants, or leave export.variant out: the best row is exported")
+        of_export = config.export.model_dump(mode="json", exclude={"variant"})
+        return {"row": row, **of_export, **config.sections(*MODEL_SECTIONS)}
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
-        run = self.run
+        run, evaluation = self.run, self.run.stage("evaluate")
         sources = {f"ids/{name}": run.stage("ids", name) for name in run.config.sources_by_name}
-        others = {name: run.stage(name) for name in ("prepare", "evaluate")}
-        return {**others, **sources, "train": self._trained}
+        return {**evaluation.inputs(), **sources, "evaluate": evaluation}
 
     def outside_inputs(self) -> dict[str, str]:
-        """See `Stage`: hashes of the language model, the prompt and the catalogue."""
-        return {**self.run.model_inputs, "catalogue": catalogue_hash(self.run)}
+        """See `Stage`: hashes of the language model and the prompt."""
+        return self.run.model_inputs
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
-        from rarec.serving.bundle import write_bundle
+        from rarec.models.language_model import copy_model
+        from rarec.serving.bundle import LLM, write_bundle
+        from rarec.serving.card import CARD, model_card
 
-        run, variant = self.run, self.run.config.main_variant
-        evaluation = run.stage("evaluate")
-        evaluation.check_files()
-        rows = read_json(evaluation.directory / "metrics.json")
-        metrics = [row for row in rows if row["variant"] == variant.name]
-        count = self._trained.require()["trainable_parameters"]
-        figures = write_bundle(
-            directory, self._trained.best_model(), variant, run.config, provenance(run), metrics, count
-        )
+        run, results = self.run, self._results()
+        row, why = self._row(results)
+        contents = self._contents(row, results["fusion.json"])
+        run.world.run_on_main(lambda: write_bundle(directory, contents, run.config))
+        if run.config.export.with_llm and contents.trained:
+            run.world.run_on_main(lambda: copy_model(run.config.llm, run.converted_llm, directory / LLM))
+        metrics = [found for found in results["metrics.json"] if "/" not in found["variant"]]
+        trained = self._trained_parameters(contents.trained)
+        figures = {"row": row, "why": why, "metrics": metrics, "trained_parameters": trained}
+        run.world.run_on_main(lambda: write_text(directory / CARD, model_card(contents, run.config, figures)))
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-        run.say(f"{self.directory}: {count:,} trained parameters, {size / 1e6:.1f} MB")
+        run.say(f"{self.directory}: {why}, {size / 1e6:.1f} MB")
         return Built(figures)
 
-    @cached_property
-    def _trained(self) -> TrainStage:
-        return TrainStage(self.run, self.run.config.main_variant.name)
+    def _results(self) -> dict[str, Any]:
+        evaluation = self.run.stage("evaluate")
+        check_files(evaluation.directory, evaluation.require(), names=READ)
+        return {name: read_json(evaluation.directory / name) for name in READ}
+
+    def _row(self, results: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the row to export, and why this one."""
+        from rarec.evaluation.labels import figure, metric_title, variant_title
+        from rarec.evaluation.verdict import best_variant
+
+        best = best_variant(*(results[name] for name in READ[:3]))
+        rows, wanted = {found["variant"] for found in results["validation.json"]}, self.run.config.export.variant
+        if wanted is not None and wanted not in rows:
+            problem = f"field `export.variant`: {wanted} is not in the results"
+            raise UserError(problem, f"choose from {', '.join(sorted(rows))}")
+        if best is None or wanted is not None:
+            row = wanted or self.run.config.main_variant.name
+            return row, f"{variant_title(row)}, as export.variant says"
+        value = f"{metric_title(best.metric)} {figure(best.chosen)}"
+        return best.name, f"{best.title}, the best on validation users ({value})"
+
+    def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
+        from rarec.evaluation.labels import ID_ONLY
+        from rarec.serving.bundle import Contents
+
+        run = self.run
+        parts = fusions.get(row) or {"id" if row == ID_ONLY else row: {"weight": 1.0, "slope": 0.0}}
+        trained = next((self._trained(name) for name in parts if name in run.config.variants), None)
+        sources = dict(run.sources) if trained else {}
+        if "id" in parts:
+            sources[run.baseline.name] = run.baseline
+        for name, source in sources.items():
+            _check_servable(name, source)
+        models: list[str] = [name for name in run.config.neighbours.models if name in parts]
+        tables = {name: run.directory("neighbours", name) for name in models}
+        return Contents(row, parts, run.baseline.name, self._catalogue(), trained, sources, tables)
+
+    def _catalogue(self) -> "Catalogue":
+        from rarec.serving.bundle import Catalogue
+
+        dataset = self.run.dataset
+        return Catalogue(dataset.item_ids, dataset.titles, dataset.texts, dataset.train_counts_N)
+
+    def _trained(self, name: str) -> "Trained":
+        """Return a trained variant with its vectors of the catalogue, which all ranks compute."""
+        from rarec.models.encode import Encoder
+        from rarec.serving.bundle import Trained
+
+        run = self.run
+        model = TrainStage(run, name).best_model()
+        with run.engine.serving(model):
+            items_NZ = Encoder(model, run.prompts, run.sources, run.config.evaluate.batch_size, run.world).items()
+        return Trained(model, run.config.variant(name), items_NZ, run.llm.identity)
+
+    def _trained_parameters(self, trained: "Trained | None") -> int:
+        return int(TrainStage(self.run, trained.variant.name).require()["trainable_parameters"]) if trained else 0
 
 
-def catalogue_hash(run: "Run") -> str:
-    """Return the hash of all items' ids, titles and texts."""
-    dataset = run.dataset
-    return sha256_json([[str(i) for i in dataset.item_ids.to_pylist()], dataset.titles, dataset.texts])
-
-
-def provenance(run: "Run") -> "Provenance":
-    """Return what a bundle's model belongs to in this run: hashes by name, the language model, sources' shapes."""
-    from rarec.serving.bundle import Provenance
-
-    sources = {f"ids/{name}": source.hash for name, source in run.sources.items()}
-    hashes = {"prepare": run.dataset.hash, **sources, **run.model_inputs, "catalogue": catalogue_hash(run)}
-    return Provenance(hashes, run.llm.identity, run.shapes)
-
-
-def recommend(run: "Run", user: str, k: int, bundle: Path | None = None) -> list[tuple[str, str]]:
-    """Return the k best new items for a user of the prepared dataset, as (item id, title).
-
-    Raises:
-        UserError: the user is not in the dataset, or the bundle does not belong to this run's data and model.
-    """
-    import numpy as np
-
-    from rarec.models.encode import Encoder
-    from rarec.ranking import EvalBatch, VectorRanker
-    from rarec.serving.bundle import load_bundle
-
-    dataset = run.dataset
-    names = [str(value) for value in dataset.user_ids.to_pylist()]
-    if user not in names:
-        raise UserError(f"user {user!r} is not in {dataset.directory}", f"ids look like {names[0]!r}")
-    directory = bundle or run.directory("export")
-    model = load_bundle(directory, run.config, run.load_llm, provenance(run), run.prompts.sources)
-    row = names.index(user)
-    sequence = dataset.sequence(row)
-    batch = EvalBatch(np.array([row]), [sequence], sequence[-1:])
-    with run.engine.serving(model):
-        encoder = Encoder(model, run.prompts, run.sources, run.config.evaluate.batch_size, run.world)
-        best = [int(item) for item in VectorRanker(encoder.items(), encoder.users).top_k(batch, k)[0] if item >= 0]
-    return [(str(dataset.item_ids[item]), dataset.titles[item]) for item in best]
+def _check_servable(name: str, source: "Source") -> None:
+    """Refuse user vectors that know only the users of the log."""
+    if source.manifest["settings"]["users"]["kind"] == "table":
+        problem = f"the user vectors of `{name}` are a table of the log's users, and a bundle serves any history"
+        raise UserError(problem, "leave out the table, so that `user_rule` makes them, or export a row without them")

@@ -303,12 +303,12 @@ class Run:
 
     def _neighbours(self, name: str) -> "NeighbourRanker":
         from rarec.neighbours.ranker import NeighbourRanker
-        from rarec.neighbours.table import read_table
+        from rarec.neighbours.table import TABLE, read_table
 
         stage, config = self.stage("neighbours", name), self.config.neighbours
         stage.require()
         stage.check_files()
-        table_NN, new_N = read_table(stage.directory, self.dataset.n_items), self.dataset.train_counts_N == 0
+        table_NN, new_N = read_table(stage.directory / TABLE, self.dataset.n_items), self.dataset.train_counts_N == 0
         lacking_N = new_N if name != "lexical" and new_N.any() else None
         return NeighbourRanker(table_NN, config.newest, config.decay, lacking_N)
 

@@ -1,0 +1,113 @@
+"""A fusion as one table of item vectors, what any vector index takes, and the neighbours that are added to it.
+
+The score of a user and an item is the inner product of their vectors here, plus that of the neighbour models, which is
+not zero for the few items alone that they list. So the exact best k are among the best k + seen + listed of the table
+and the listed items.
+
+Shape letters: B users, N catalogue, F size of the fused vectors, K vectors of a user.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.errors import UserError
+from rarec.neighbours.ranker import NeighbourRanker
+from rarec.ranking import FusedRanker, Ranker, VectorRanker
+
+Float32 = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """A fusion's dense parts as one inner product, and its sparse ones.
+
+    Attributes:
+        items_NF: item vectors: those of each dense part times its weight, side by side.
+        dense: the dense parts by name, whose user vectors side by side are the user's.
+        sparse: the neighbour models by name, with their weights.
+    """
+
+    items_NF: Float32
+    dense: Mapping[str, VectorRanker]
+    sparse: Mapping[str, tuple[NeighbourRanker, float]]
+
+    @classmethod
+    def of(cls, ranker: Ranker, names: Sequence[str]) -> "DenseForm":
+        """Return the form of a fusion, or of a single model, whose parts have these names.
+
+        Where a part lacks an item, the score that is predicted from the first part's is put into the first part's item
+        vector: that is linear in the user's vector.
+
+        Raises:
+            UserError: no part is dense; or scores are predicted from a neighbour model's, which no vector can hold.
+        """
+        whole = ranker if isinstance(ranker, FusedRanker) else FusedRanker((ranker,), (1.0,), (0.0,))
+        weighted = list(zip(whole.parts, whole.weights, whole.slopes, strict=True))
+        named = dict(zip(names, whole.parts, strict=True))
+        weights = dict(zip(names, whole.weights, strict=True))
+        dense = {name: part for name, part in named.items() if isinstance(part, VectorRanker)}
+        sparse = {name: (part, weights[name]) for name, part in named.items() if isinstance(part, NeighbourRanker)}
+        lacks = any(part.lacking_N is not None and weight * slope for part, weight, slope in weighted)
+        if not dense or (lacks and not isinstance(whole.parts[0], VectorRanker)):
+            problem = "this row has no vectors" if not dense else "this row predicts scores of items from their words"
+            raise UserError(
+                f"{problem}: no table of vectors has its scores", "export a row with a variant: per_layer+id"
+            )
+        tables = [weights[name] * part.items_NZ for name, part in dense.items()]
+        if lacks:
+            tables[0] = tables[0] + _predicted(whole)
+        return cls(np.concatenate(tables, 1, dtype=np.float32), dense, sparse)
+
+    def users(self, histories: Sequence[Rows]) -> Float32:
+        """Return user vectors, (B, F); or (B, K, F), of which the best score counts."""
+        nobody = np.zeros(len(histories), np.int64)
+        parts = [part.users(nobody, histories) for part in self.dense.values()]
+        most = max(part.shape[1] if part.ndim == 3 else 1 for part in parts)
+        if most == 1:
+            return np.concatenate([part.reshape(len(histories), -1) for part in parts], 1)
+        wide = [
+            np.broadcast_to(part if part.ndim == 3 else part[:, None], (len(part), most, part.shape[-1]))
+            for part in parts
+        ]
+        return np.concatenate(wide, 2)
+
+    def best(
+        self, users: Float32, histories: Sequence[Rows], candidates: Sequence[Rows], k: int
+    ) -> list[tuple[Rows, Float32]]:
+        """Return each user's k best new items among candidates and what the neighbour tables list, with their scores.
+
+        They are the best of the catalogue if the candidates hold the k + seen items of the largest inner product.
+
+        Args:
+            users: as `users` returns them.
+            histories: item rows, oldest first.
+            candidates: item rows of each user.
+            k: number of items.
+        """
+        near = [(weight, part.near(histories)) for part, weight in self.sparse.values()]
+        found = []
+        for at, (history, rows) in enumerate(zip(histories, candidates, strict=True)):
+            listed = [scores[[at]].indices for _, scores in near]
+            among = np.setdiff1d(np.concatenate([rows, *listed]).astype(np.int64), history)
+            scores = (self.items_NF[among] @ users[at].reshape(-1, users.shape[-1]).T).max(1)
+            for weight, scores_BN in near:
+                scores = scores + np.float32(weight) * scores_BN[[at]][:, among].toarray().ravel()
+            order = np.lexsort((among, -scores))[:k]
+            found.append((among[order], scores[order].astype(np.float32)))
+        return found
+
+
+def _predicted(whole: FusedRanker) -> npt.NDArray[np.float64]:
+    """Return what the first part's item vectors get for the items that other parts lack, (N, Z)."""
+    first = whole.parts[0]
+    assert isinstance(first, VectorRanker)
+    added_NZ = np.zeros(first.items_NZ.shape)
+    for part, weight, slope in zip(whole.parts, whole.weights, whole.slopes, strict=True):
+        if part.lacking_N is not None:
+            away_NZ = first.items_NZ - first.items_NZ[~part.lacking_N].mean(0)
+            added_NZ += weight * slope * part.lacking_N[:, None] * away_NZ
+    return added_NZ

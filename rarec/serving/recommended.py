@@ -1,0 +1,74 @@
+"""What a recommender returns."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Id = str | int
+History = Sequence[Id]
+"""Ids of items, oldest first."""
+
+
+class Recommended(NamedTuple):
+    """One item of a list."""
+
+    item: Id
+    title: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """The best items of B users, best first.
+
+    Attributes:
+        items: B lists of at most K items.
+        unknown: for each user, the number of ids in the history that are not in the catalogue; they were passed over.
+    """
+
+    items: list[list[Recommended]]
+    unknown: list[int]
+
+    def __iter__(self) -> Iterator[list[Recommended]]:
+        """Return an iterator over the users' lists."""
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.items)
+
+    def __getitem__(self, user: int) -> list[Recommended]:
+        """Return one user's list."""
+        return self.items[user]
+
+    def to_arrow(self) -> pa.Table:
+        """Return a row for each item: `user` (its place in the histories), `rank` from 1, `item`, `title`, `score`."""
+        rows = [(user, rank, *one) for user, items in enumerate(self.items) for rank, one in enumerate(items, start=1)]
+        names = ("user", "rank", "item", "title", "score")
+        return pa.table({name: [row[at] for row in rows] for at, name in enumerate(names)})
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return `to_arrow` as a DataFrame."""
+        return self.to_arrow().to_pandas()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What speaks for an item after a history.
+
+    Attributes:
+        item: its id.
+        title: its title.
+        parts: what each part of the recommender adds to its score, compared with the average item; by the part's title.
+        nearest: the items of the history that are most like it, with the cosine of their vectors.
+    """
+
+    item: Id
+    title: str
+    parts: dict[str, float]
+    nearest: list[Recommended]

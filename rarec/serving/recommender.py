@@ -1,0 +1,270 @@
+"""A recommender over a bundle: histories of item ids in, ranked items out. It needs no run and no dataset.
+
+Shape letters: B users, N catalogue, K items returned, Z size of a scored vector, H interactions of a history.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from rarec.errors import UserError
+from rarec.evaluation.labels import part_title
+from rarec.ranking import EvalBatch, FusedRanker
+from rarec.ranking.rank import best_scores
+from rarec.ranking.rankers import FusedScores
+from rarec.serving.bundle import IDS, MODEL, Bundle
+from rarec.serving.parts import Parts
+from rarec.serving.recommended import Explanation, History, Id, Recommendations, Recommended
+from rarec.world import World
+
+Rows = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+class Recommender:
+    """Ranks the items of a bundle for any history.
+
+    ```python
+    import rarec
+
+    recommender = rarec.load("runs/demo/bundle")
+    recommender.recommend([["22423", "85123A"]], k=10)[0]
+    ```
+
+    Args:
+        bundle: an opened bundle.
+        device: where the language model runs: `cpu`, `cuda`, `cuda:1` or so, or `auto` for a GPU if there is one.
+        llm: path or name of the language model, if it is elsewhere than at the export.
+        batch_size: prompts in a forward pass; by default as many as in the evaluation.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, device: str = "auto", llm: str | None = None, batch_size: int | None = None
+    ) -> None:
+        self.bundle = bundle
+        self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
+        self._row_of = {str(item): row for row, item in enumerate(bundle.catalogue.ids.to_pylist())}
+
+    @property
+    def items(self) -> list[Id]:
+        """The ids of the catalogue."""
+        found: list[Id] = self.bundle.catalogue.ids.to_pylist()
+        return found
+
+    def recommend(
+        self,
+        histories: Sequence[History],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        allow: Collection[Id] | None = None,
+        deny: Collection[Id] = (),
+        popular_if_empty: bool = False,
+    ) -> Recommendations:
+        """Return the k best items for each history.
+
+        Args:
+            histories: of each user the ids of items, oldest first. Ids that are not in the catalogue are passed over
+                and counted; an empty history gets what the model says of it.
+            k: number of items.
+            exclude_seen: leave out the items of the history.
+            allow: the only items that may be returned; all by default.
+            deny: items that may not be returned.
+            popular_if_empty: rank by popularity where no item of the history is in the catalogue.
+
+        Raises:
+            UserError: k is not positive, or `allow` or `deny` names an item that is not in the catalogue.
+        """
+        if k < 1:
+            raise UserError(f"k is {k}", "ask for at least one item")
+        rows, unknown = self._rows(histories)
+        users = self._ranked(rows, k, exclude_seen, self._hidden(allow, deny), popular_if_empty)
+        return Recommendations(users, unknown)
+
+    def recommend_to(self, histories: Sequence[Rows], k: int = 10) -> list[list[Recommended]]:
+        """Return the k best new items for histories of item rows, as `read_histories` has them."""
+        return self._ranked(histories, k, True, np.empty(0, np.int64), False)
+
+    def _ranked(
+        self, rows: Sequence[Rows], k: int, exclude_seen: bool, hidden: Rows, popular_if_empty: bool
+    ) -> list[list[Recommended]]:
+        empty_B = np.array([popular_if_empty and not len(history) for history in rows], bool)
+        items: list[list[Recommended]] = [[] for _ in rows]
+        for ranker, users in (
+            (self.parts.ranker, np.flatnonzero(~empty_B)),
+            (self.parts.popular, np.flatnonzero(empty_B)),
+        ):
+            batch = EvalBatch(users, [rows[user] for user in users.tolist()], np.zeros(len(users), np.int64))
+            for chunk in batch.chunks():
+                left_out = [np.union1d(hidden, history if exclude_seen else ()) for history in chunk.histories]
+                found = best_scores(ranker.scored(chunk), k, [out.astype(np.int64) for out in left_out])
+                for user, *best in zip(chunk.user_rows, *found, strict=True):
+                    items[user] = self._listed(*best)
+        return items
+
+    def _listed(self, rows_K: Rows, scores_K: Float32) -> list[Recommended]:
+        catalogue, there = self.bundle.catalogue, rows_K >= 0
+        ids = catalogue.ids.take(pa.array(rows_K[there])).to_pylist()
+        titles = [catalogue.titles[row] for row in rows_K[there]]
+        return list(map(Recommended, ids, titles, scores_K[there].tolist()))
+
+    def user_vectors(self, histories: Sequence[History]) -> Float32:
+        """Return the variant's user vectors, (B, Z)."""
+        rows, _ = self._rows(histories)
+        return self.parts.encoder.users(np.zeros(len(rows), np.int64), rows)
+
+    def query_vectors(self, histories: Sequence[History]) -> Float32:
+        """Return what a vector index is searched with, (B, F); (B, K, F) where the best of K scores counts.
+
+        The inner product with an item's `values` in the tables of `rarec export BUNDLE --to vectors` is the score of
+        this row without its neighbour tables; `rerank` adds them.
+
+        Raises:
+            UserError: this row has no vectors.
+        """
+        rows, _ = self._rows(histories)
+        return self.parts.dense.users(rows)
+
+    def rerank(self, histories: Sequence[History], candidates: Sequence[Sequence[Id]], k: int = 10) -> Recommendations:
+        """Return each user's k best new items among candidates, such as a vector index finds, and the neighbours.
+
+        With the k + len(history) best by inner product as candidates, these are the k best of the catalogue.
+
+        Args:
+            histories: ids of items, oldest first.
+            candidates: ids of items, for each user.
+            k: number of items.
+
+        Raises:
+            UserError: a candidate is not in the catalogue, or this row has no vectors.
+        """
+        rows, unknown = self._rows(histories)
+        among = [self._known(items) for items in candidates]
+        best = self.parts.dense.best(self.parts.dense.users(rows), rows, among, k)
+        return Recommendations([self._listed(*one) for one in best], unknown)
+
+    def item_vectors(self, items: Sequence[Id] | None = None) -> Float32:
+        """Return the variant's item vectors, (N, Z), of some items or of all."""
+        vectors = self.bundle.vectors[MODEL]
+        return vectors if items is None else vectors[self._known(items)]
+
+    def similar(self, item: Id, k: int = 10) -> list[Recommended]:
+        """Return the k items whose vectors have the largest cosine with an item's.
+
+        Raises:
+            UserError: the item is not in the catalogue, or this row has no vectors.
+        """
+        (row,) = self._known([item])
+        cosines_N = self._cosines(int(row))
+        cosines_N[row] = -np.inf
+        best = np.argsort(-cosines_N, kind="stable")[: min(k, len(cosines_N) - 1)]
+        return self._listed(best, cosines_N[best])
+
+    def explain(self, history: History, item: Id, k: int = 3) -> Explanation:
+        """Return what speaks for an item after a history: each part's share of the score, the k nearest items.
+
+        Raises:
+            UserError: the item is not in the catalogue.
+        """
+        (rows,), _ = self._rows([history])
+        (row,) = self._known([item]).tolist()
+        scored = self.parts.ranker.scored(EvalBatch(np.zeros(1, np.int64), [rows], np.array([row])))
+        of_parts = scored.parts(slice(0, 1)) if isinstance(scored, FusedScores) else [scored.block(slice(0, 1))]
+        weights = self.parts.ranker.weights if isinstance(self.parts.ranker, FusedRanker) else (1.0,)
+        added = (weight * float(part[0, row] - part[0].mean()) for part, weight in zip(of_parts, weights, strict=True))
+        titles = map(part_title, self.bundle.facts["parts"])
+        title = self.bundle.catalogue.titles[row]
+        return Explanation(item, title, dict(zip(titles, added, strict=True)), self._nearest(rows, row, k))
+
+    def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
+        """Return the items of a history that are most like another; none where there are no vectors."""
+        if self._vectors is None or not len(rows):
+            return []
+        cosines_N = self._cosines(row)
+        best = np.array(sorted(set(rows.tolist()), key=lambda known: -cosines_N[known])[:k])
+        return self._listed(best, cosines_N[best])
+
+    @property
+    def _vectors(self) -> Float32 | None:
+        """The vectors by which items are compared: the variant's, or else the ID model's."""
+        vectors = self.bundle.vectors
+        return vectors.get(MODEL, vectors.get(IDS + self.bundle.facts["id_model"]))
+
+    def _cosines(self, row: int) -> Float32:
+        """Return the cosine of every item's vector with one item's, (N,)."""
+        vectors = self._vectors
+        if vectors is None:
+            problem = f"{self.bundle.facts['row']} has no item vectors"
+            raise UserError(problem, "export a row with a variant or the ID model")
+        lengths_N = np.maximum(np.linalg.norm(vectors, axis=1), np.finfo(np.float32).tiny)
+        cosines_N: Float32 = vectors @ vectors[row] / lengths_N / lengths_N[row]
+        return cosines_N
+
+    def _rows(self, histories: Sequence[History]) -> tuple[list[Rows], list[int]]:
+        """Return the item rows of histories, and how many ids of each are not in the catalogue."""
+        _check_histories(histories)
+        found = [[self._row_of.get(str(item), -1) for item in history] for history in histories]
+        rows = [np.array([row for row in history if row >= 0], np.int64) for history in found]
+        return rows, [len(history) - len(kept) for history, kept in zip(found, rows, strict=True)]
+
+    def _known(self, items: Collection[Id]) -> Rows:
+        """Return the rows of items, all of which must be in the catalogue."""
+        rows = [self._row_of.get(str(item)) for item in items]
+        for item, row in zip(items, rows, strict=True):
+            if row is None:
+                raise UserError(f"item {item!r} is not in {self.bundle.directory}", "leave it out")
+        return np.array(rows, np.int64)
+
+    def _hidden(self, allow: Collection[Id] | None, deny: Collection[Id]) -> Rows:
+        """Return the rows of items that may not be returned."""
+        hidden = np.zeros(len(self._row_of), bool)
+        if allow is not None:
+            hidden[:] = True
+            hidden[self._known(allow)] = False
+        hidden[self._known(deny)] = True
+        return np.flatnonzero(hidden)
+
+
+def _check_histories(histories: Sequence[History]) -> None:
+    """Refuse what is no list of lists of item ids."""
+    remedy = 'give a list of item ids for each user: [["sku-1", "sku-7"], ["sku-2"]]'
+    if isinstance(histories, str | bytes | Mapping) or not isinstance(histories, Iterable):
+        raise UserError(f"histories are no list of lists, but {str(histories)[:50]!r}", remedy)
+    for history in histories:
+        if isinstance(history, str | bytes | Mapping) or not isinstance(history, Iterable):
+            raise UserError(f"a history is no list, but {str(history)[:50]!r}", remedy)
+        for item in history:
+            if not isinstance(item, str | int | np.integer):
+                raise UserError(f"an item of a history is {str(item)[:50]!r}, neither text nor an integer", remedy)
+
+
+def _device(wanted: str) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`."""
+    there = torch.cuda.is_available()
+    if wanted != "auto" and not re.fullmatch(r"(cpu|cuda)(:\d+)?", wanted):
+        raise UserError(f"device {wanted!r} is not known", "choose auto, cpu or cuda")
+    if wanted.startswith("cuda") and not there:
+        raise UserError(f"device {wanted}: there is no GPU that PyTorch can use", "choose auto or cpu")
+    return torch.device(wanted if wanted != "auto" else "cuda" if there else "cpu")
+
+
+def load(
+    bundle: str | Path, *, device: str = "auto", llm: str | None = None, trusted: Collection[str] = ()
+) -> Recommender:
+    """Open a bundle that `rarec export` has written.
+
+    Args:
+        bundle: its folder.
+        device: see `Recommender`.
+        llm: see `Recommender`.
+        trusted: parts of your own that it may import, as `package.module:Name`.
+
+    Raises:
+        UserError: it is missing or damaged, or of another version.
+    """
+    return Recommender(Bundle.open(Path(bundle), trusted), device=device, llm=llm)

@@ -1,0 +1,39 @@
+"""Recommendations for a user of a run's dataset, by its bundle alone."""
+
+import shutil
+from pathlib import Path
+
+import rarec
+from rarec.artefacts import read_manifest, write_manifest
+from rarec.entry import open_run
+from rarec.files import read_json, write_json
+from rarec.serving.bundle import FACTS
+from rarec.serving.recommended import Recommended
+from rarec.stages.run import Run
+
+
+def histories(run: Run, users: list[str]) -> list[list[str]]:
+    """Return all items of some users, as ids, oldest first."""
+    dataset = run.dataset
+    rows = [list(map(str, dataset.user_ids.to_pylist())).index(user) for user in users]
+    return [[dataset.item_ids[int(item)].as_py() for item in dataset.sequence(row)] for row in rows]
+
+
+def recommend(run: Run, user: str, k: int, bundle: Path | None = None, **options) -> list[Recommended]:
+    """Return the best new items for a user."""
+    return rarec.load(bundle or run.directory("export"), **options).recommend(histories(run, [user]), k)[0]
+
+
+def exported(run: Run, directory: Path, *overrides: str) -> Run:
+    """Export a finished run once more, in another folder."""
+    root = shutil.copytree(run.root, directory / "run")
+    other = open_run(run.file, [f"run.dir={root}", *overrides])
+    other.make("export", fresh=True)
+    return other
+
+
+def sealed(bundle: Path, **changes: object) -> None:
+    """Change facts of a bundle, and its manifest with them."""
+    write_json(bundle / FACTS, {**read_json(bundle / FACTS), **changes})
+    manifest = read_manifest(bundle, "bundle")
+    write_manifest(bundle, "bundle", settings=manifest["settings"], made_from=manifest["made_from"])

@@ -1,0 +1,282 @@
+"""What is wrong with a bundle, a history or a table of items is one clear error, and nothing is half-written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file, save_file
+
+import rarec
+from rarec.artefacts import MANIFEST, read_manifest, sha256_json, write_manifest
+from rarec.entry import open_run
+from rarec.errors import UserError
+from rarec.files import read_json, write_json
+from rarec.serving.bundle import FACTS, VECTORS
+from rarec.serving.command import add_items_of, columns_of, print_for_history, print_for_user, write_for_all
+from tests.recommending import sealed
+from tests.synthetic import write_llm
+
+
+@pytest.fixture
+def bundle(finished, tmp_path) -> Path:
+    return shutil.copytree(open_run(finished).directory("export"), tmp_path / "bundle")
+
+
+def flip(name: str, at: float):
+    def harm(bundle: Path) -> None:
+        data = bytearray((bundle / name).read_bytes())
+        data[int(at * (len(data) - 1))] ^= 0x10
+        (bundle / name).write_bytes(data)
+
+    return harm
+
+
+def without(name: str):
+    return lambda bundle: (bundle / name).unlink()
+
+
+def cut(name: str):
+    return lambda bundle: (bundle / name).write_bytes((bundle / name).read_bytes()[:-7])
+
+
+def rewritten(name: str, change):
+    """Change a file and seal the bundle again, as somebody who edits it would."""
+
+    def harm(bundle: Path) -> None:
+        change(bundle / name)
+        sealed(bundle)
+
+    return harm
+
+
+def manifest(**changes):
+    def harm(bundle: Path) -> None:
+        fields = {**json.loads((bundle / MANIFEST).read_text()), **changes}
+        fields.pop("seal")
+        write_json(bundle / MANIFEST, {**fields, "seal": sha256_json(fields)})
+
+    return harm
+
+
+def listed(name: str):
+    """List a file in the manifest that lies outside of the bundle."""
+
+    def harm(bundle: Path) -> None:
+        (bundle.parent / "outside").write_text("secret")
+        found = read_manifest(bundle, "bundle")
+        manifest(files={**found["files"], name: "0" * 64})(bundle)
+
+    return harm
+
+
+def tensors(change):
+    def harm(path: Path) -> None:
+        found = load_file(path)
+        change(found)
+        save_file(found, path)
+
+    return harm
+
+
+def facts(**changes):
+    return lambda bundle: sealed(bundle, **changes)
+
+
+def linked(bundle: Path) -> None:
+    path = bundle / VECTORS
+    target = bundle.parent / "elsewhere.safetensors"
+    path.rename(target)
+    target.write_bytes(target.read_bytes()[:-1] + b"\0\0")
+    path.symlink_to(target)
+
+
+def a_pipe(bundle: Path) -> None:
+    (bundle / VECTORS).unlink()
+    os.mkfifo(bundle / VECTORS)
+
+
+def a_pickle(bundle: Path) -> None:
+    (bundle / "alignment.safetensors").write_bytes(b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")
+    sealed(bundle)
+
+
+HARMS = {
+    "no manifest": (without(MANIFEST), MANIFEST),
+    "no facts": (without(FACTS), FACTS),
+    "no vectors": (without(VECTORS), VECTORS),
+    "no items": (without("items.parquet"), "items.parquet"),
+    "no alignment": (without("alignment.safetensors"), "alignment.safetensors"),
+    "no neighbours": (without("neighbours/ease.parquet"), "ease.parquet"),
+    "no encoders": (without("encoders.safetensors"), "encoders.safetensors"),
+    "flipped manifest": (flip(MANIFEST, 0.3), MANIFEST),
+    "flipped facts": (flip(FACTS, 0.5), FACTS),
+    "flipped vectors": (flip(VECTORS, 0.9), VECTORS),
+    "flipped header": (flip(VECTORS, 0.0), VECTORS),
+    "flipped items": (flip("items.parquet", 0.5), "items.parquet"),
+    "flipped card": (flip("README.md", 0.5), "README.md"),
+    "cut vectors": (cut(VECTORS), VECTORS),
+    "cut items": (cut("items.parquet"), "items.parquet"),
+    "cut manifest": (cut(MANIFEST), MANIFEST),
+    "link": (linked, VECTORS),
+    "pipe": (a_pipe, VECTORS),
+    "pickle": (a_pickle, "alignment.safetensors"),
+    "path out": (listed("../outside"), "../outside"),
+    "absolute path": (listed("/etc/passwd"), "/etc/passwd"),
+    "newer schema": (facts(schema=99), "schema 99"),
+    "no schema": (facts(schema=None), "schema None"),
+    "other kind": (manifest(kind="shards"), "shards"),
+    "newer manifest": (manifest(schema=99), "schema 99"),
+    "code": (
+        facts(sources={"id": {"users": {"kind": "evil:Model"}, "dim": 16, "vectors_per_user": 1, "hash": ""}}),
+        "evil:Model",
+    ),
+    "vectors of another size": (
+        rewritten(VECTORS, tensors(lambda t: t.update({"ids/id": t["ids/id"][:, :3].contiguous()}))),
+        VECTORS,
+    ),
+    "fewer vectors": (rewritten(VECTORS, tensors(lambda t: t.update({"model": t["model"][:5].contiguous()}))), VECTORS),
+    "vectors that are not finite": (rewritten(VECTORS, tensors(lambda t: t["model"].fill_(float("nan")))), VECTORS),
+    "vectors of another type": (rewritten(VECTORS, tensors(lambda t: t.update({"model": t["model"].int()}))), VECTORS),
+    "vectors lacking": (rewritten(VECTORS, tensors(lambda t: t.pop("model"))), VECTORS),
+    "edited weights": (rewritten("alignment.safetensors", tensors(lambda t: t.pop(min(t)))), "alignment.safetensors"),
+    "unknown part": (facts(parts={"mystery": {"weight": 1.0, "slope": 0.0}}), "mystery"),
+    "weight that is no number": (facts(parts={"popularity": {"weight": "a lot", "slope": 0.0}}), "weight"),
+    "repeated ids": (
+        rewritten("items.parquet", lambda path: pq.write_table(_doubled(pq.read_table(path)), path)),
+        "items.parquet",
+    ),
+    "columns lacking": (
+        rewritten("items.parquet", lambda path: pq.write_table(pq.read_table(path).drop(["title"]), path)),
+        "items.parquet",
+    ),
+    "neighbours beyond": (
+        rewritten("neighbours/ease.parquet", lambda path: pq.write_table(_beyond(pq.read_table(path)), path)),
+        "ease.parquet",
+    ),
+}
+
+
+def _doubled(table: pa.Table) -> pa.Table:
+    ids = table["item_id"].to_pylist()
+    return table.set_column(0, "item_id", pa.array([ids[0], *ids[:1], *ids[2:]]))
+
+
+def _beyond(table: pa.Table) -> pa.Table:
+    return table.set_column(1, "neighbour_row", pa.array([10_000] * len(table), pa.int32()))
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_a_harmed_bundle_is_refused_by_name(bundle, tmp_path, monkeypatch, name):
+    harm, named = HARMS[name]
+    monkeypatch.chdir(tmp_path)
+    items = rarec.load(bundle).items
+    harm(bundle)
+    with pytest.raises(UserError) as error:
+        rarec.load(bundle).recommend([items[:3]])
+    assert named in str(error.value)
+    assert error.value.remedy
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("histories", "named"),
+    [
+        ("i001", "list"),
+        ([["i001"], "i002"], "list"),
+        ([[1.5]], "1.5"),
+        ([[None]], "None"),
+        ([[["i001"]]], "i001"),
+        ({"a": ["i001"]}, "list"),
+        (None, "list"),
+    ],
+)
+def test_what_is_no_list_of_histories_is_named(bundle, histories, named):
+    with pytest.raises(UserError, match=named):
+        rarec.load(bundle).recommend(histories)
+
+
+def test_what_is_odd_and_means_something_is_served(bundle):
+    served = rarec.load(bundle)
+    known = served.items
+    long = [known[at % len(known)] for at in range(100_000)]
+    found = served.recommend([long, [known[0]] * 1000, [], [np.str_(known[1])]], k=10**9)
+    assert [len(items) for items in found] == [0, len(known) - 1, len(known), len(known) - 1]
+    assert len(served.recommend([], k=3)) == 0
+    assert served.recommend([["nothing", ""]], k=2).unknown == [2]
+
+
+@pytest.mark.parametrize(
+    ("title", "text"),
+    [("[SEP] [CLS] [PAD]", ""), ("x" * 100_000, "y" * 100_000), ("", ""), ("\x1b[31mred\x00", ""), ("😀", "ä\u202e")],
+)
+def test_odd_titles_are_items_like_others(bundle, title, text):
+    table = bundle.parent / "new.jsonl"
+    table.write_text(json.dumps({"item": "odd", "title": title, "brand": text}))
+    added = rarec.load(add_items_of(rarec.load(bundle), str(table), None, [], None, lambda line: None))
+    assert np.isfinite(added.item_vectors(["odd"])).all()
+    assert "odd" in {one.item for one in added.recommend([added.items[:2]], k=10**6)[0]}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"device": "tpu"}, "tpu"),
+        ({"device": "cuda"}, "cuda"),
+        ({"llm": "/nowhere/model"}, "/nowhere/model"),
+        ({"llm": "OTHER"}, "another language model"),
+    ],
+)
+def test_a_language_model_or_device_that_does_not_fit_is_named(bundle, tmp_path, options, named):
+    if options.get("llm") == "OTHER":
+        options = {"llm": str(write_llm(tmp_path / "other", "bert", hidden=64))}
+    items = rarec.load(bundle).items
+    with pytest.raises(UserError, match=named):
+        rarec.load(bundle, **options).recommend([items[:2]])
+
+
+@pytest.mark.parametrize(
+    ("log", "columns", "named"),
+    [
+        (None, None, "nowhere.csv"),
+        ("user,item,time\n", None, "no rows"),
+        ("user,sku,time\nu,i001,1\n", None, "item"),
+        ("user,item,time\nu,i001,yesterday\n", None, "yesterday"),
+        ("user,item,time\nu,i001,1\n", "item", "--columns"),
+        ("user,item,time\nu,i001,1\n", "price=item", "--columns"),
+        ("user,item,time\nu,i001,1\n", "item=nothing", "nothing"),
+    ],
+)
+def test_a_log_that_cannot_be_read_is_named_and_nothing_is_written(bundle, tmp_path, log, columns, named):
+    path = tmp_path / "nowhere.csv"
+    if log is not None:
+        path = tmp_path / "log.csv"
+        path.write_text(log)
+    before = set(tmp_path.rglob("*"))
+    for use in (
+        lambda: write_for_all(rarec.load(bundle), str(path), columns, tmp_path / "top.csv", 3),
+        lambda: print_for_user(rarec.load(bundle), str(path), columns, "u", 3),
+    ):
+        with pytest.raises(UserError, match=named):
+            use()
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_log_of_unknown_items_gives_an_empty_file_with_its_columns(bundle, tmp_path):
+    (tmp_path / "log.csv").write_text("user,item,time\nu,nothing,1\n")
+    assert write_for_all(rarec.load(bundle), str(tmp_path / "log.csv"), None, tmp_path / "top.parquet", 3) == 0
+    assert pq.read_table(tmp_path / "top.parquet").column_names == ["user", "rank", "item", "title", "score"]
+
+
+def test_commands_say_what_was_passed_over(bundle, capsys):
+    said = []
+    print_for_history(rarec.load(bundle), "nothing, i001,,", 2, said.append)
+    assert said == ["1 of 2 items are not in the catalogue: passed over"]
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert columns_of("user=a, item=b", ("user", "item")) == {"user": "a", "item": "b"}
+    assert read_json(bundle / FACTS)["schema"] == 1
+    write_manifest(bundle, "bundle", settings={}, made_from={})

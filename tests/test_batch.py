@@ -1,0 +1,153 @@
+"""Recommendations for users of any log: their histories, one file for all, kills, ranks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import rarec
+from rarec.entry import open_run
+from rarec.errors import UserError
+from rarec.serving import batch
+from rarec.serving.bundle import ITEMS
+from rarec.serving.command import print_for_user, write_for_all
+from rarec.serving.histories import open_log
+from tests.ranks import ROOT, free_port
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path):
+    return open_run(finished)
+
+
+@pytest.fixture(scope="module")
+def recommender(run):
+    return rarec.load(run.directory("export"))
+
+
+@pytest.fixture(scope="module")
+def log(run) -> str:
+    return str(run.config.prepare.interactions.path)
+
+
+def histories(recommender, log: str, **columns: str) -> dict[str, list[str]]:
+    prepare = recommender.bundle.tables(log=log, columns=columns)
+    with open_log(prepare, recommender.bundle.directory / ITEMS) as found:
+        users = {one.user: [recommender.items[row] for row in one.rows] for one in found}
+        assert len(found) == len(users)
+    return users
+
+
+def test_histories_are_those_of_the_prepared_dataset(run, recommender, log):
+    found, dataset = histories(recommender, log), run.dataset
+    ids = np.array(dataset.item_ids.to_pylist())
+    for row, user in enumerate(dataset.user_ids.to_pylist()):
+        assert found[user] == ids[dataset.sequence(row)].tolist()
+
+
+def test_every_user_is_served_however_few_the_purchases(recommender, tmp_path):
+    known = recommender.items
+    rows = [("b", known[1], 2), ("b", known[0], 1), ("a", known[2], 1), ("a", known[2], 1), ("c", "nothing", 1)]
+    pd.DataFrame(rows, columns=["customer", "item", "time"]).to_csv(tmp_path / "log.csv", index=False)
+    found = histories(recommender, str(tmp_path / "log.csv"), user="customer")
+    assert found == {"a": [known[2]], "b": [known[0], known[1]]}
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_a_file_for_all_users(run, recommender, log, tmp_path, ending):
+    out = tmp_path / f"top.{ending}"
+    rows = write_for_all(recommender, log, None, out, 3)
+    read = {"parquet": pd.read_parquet, "csv": pd.read_csv, "jsonl": lambda path: pd.read_json(path, lines=True)}
+    found = read[ending](out)
+    assert len(found) == rows == 3 * run.dataset.n_users
+    assert list(found.columns) == ["user", "rank", "item", "title", "score"]
+    everyone = histories(recommender, log)
+    first = found[found.user == "u001"]
+    expected = recommender.recommend([everyone["u001"]], 3)[0]
+    assert first["item"].tolist() == [one.item for one in expected]
+    assert first["rank"].tolist() == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_one_user_of_a_log(recommender, log, capsys):
+    print_for_user(recommender, log, None, "u001", 2)
+    lines = capsys.readouterr().out.splitlines()
+    expected = recommender.recommend([histories(recommender, log)["u001"]], 2)[0]
+    assert [line.split("\t")[0] for line in lines] == [one.item for one in expected]
+    with pytest.raises(UserError, match="'nobody'"):
+        print_for_user(recommender, log, None, "nobody", 2)
+
+
+def test_what_was_interrupted_goes_on_to_the_same_bytes(recommender, log, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "USERS_AT_A_TIME", 10)
+    whole, torn = tmp_path / "whole.parquet", tmp_path / "torn.parquet"
+    write_for_all(recommender, log, None, whole, 3)
+    made = []
+
+    def stops(recommender, users, k):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(users[0].user)
+        return table(recommender, users, k)
+
+    table = batch._table
+    monkeypatch.setattr(batch, "_table", stops)
+    with pytest.raises(KeyboardInterrupt):
+        write_for_all(recommender, log, None, torn, 3)
+    assert not torn.exists()
+    again = []
+    monkeypatch.setattr(batch, "_table", lambda *given: again.append(given[1][0].user) or table(*given))
+    write_for_all(recommender, log, None, torn, 3)
+    assert torn.read_bytes() == whole.read_bytes()
+    assert not set(made) & set(again)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.parquet", "torn.parquet"}
+
+
+def test_what_was_begun_from_another_log_is_begun_anew(recommender, log, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "USERS_AT_A_TIME", 10)
+    monkeypatch.setattr(batch, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    out, other = tmp_path / "top.parquet", tmp_path / "log.csv"
+    with pytest.raises(KeyboardInterrupt):
+        write_for_all(recommender, log, None, out, 3)
+    monkeypatch.undo()
+    lines = Path(log).read_text().splitlines()
+    other.write_text("\n".join([lines[0], *(line for line in lines[1:] if line.startswith("u00"))]) + "\n")
+    write_for_all(recommender, str(other), None, out, 3)
+    assert set(pd.read_parquet(out).user) == {line.split(",")[0] for line in lines if line.startswith("u00")}
+
+
+@pytest.mark.parametrize("name", ["top.txt", "there.parquet"])
+def test_a_result_that_cannot_be_written_is_named_before_anything_is_done(recommender, log, tmp_path, name):
+    (tmp_path / "there.parquet").write_text("mine")
+    with pytest.raises(UserError, match=name):
+        write_for_all(recommender, log, None, tmp_path / name, 3)
+    assert (tmp_path / "there.parquet").read_text() == "mine"
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_write_the_bytes_of_one(run, recommender, log, tmp_path):
+    one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
+    write_for_all(recommender, log, None, one, 3)
+    bundle = shutil.copytree(run.directory("export"), tmp_path / "bundle")
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(ROOT / "launch" / "recommend.py"), str(bundle), "--all", "--log", log]
+    options = ["--out", str(two), "-k", "3", "--device", "cpu"]
+    ranks = [
+        subprocess.Popen(
+            [*command, *options],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert two.read_bytes() == one.read_bytes()
+    assert json.dumps(said).count("rows") == 1

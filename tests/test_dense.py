@@ -1,0 +1,72 @@
+"""The dense form of a fusion: one inner product, and the neighbours, give the fusion's scores."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from rarec.errors import UserError
+from rarec.neighbours.ranker import NeighbourRanker
+from rarec.ranking import EvalBatch, FusedRanker, VectorRanker
+from rarec.serving.dense import DenseForm
+
+ITEMS, USERS = 30, 5
+
+
+def vectors(rng, size: int, several: int = 1, lacking=None) -> VectorRanker:
+    """A model whose user vector is drawn for each history."""
+    items = rng.normal(size=(ITEMS, size)).astype(np.float32)
+    if lacking is not None:
+        items[lacking] = items[~lacking].mean(0)
+    table = rng.normal(size=(ITEMS, several, size)).astype(np.float32)
+    shaped = (lambda found: found) if several > 1 else (lambda found: found[:, 0])
+    return VectorRanker(items, lambda rows, histories: shaped(np.stack([table[h[-1]] for h in histories])), lacking)
+
+
+def neighbours(rng, lacking=None) -> NeighbourRanker:
+    table = sparse.random(ITEMS, ITEMS, 0.1, "csr", np.float32, rng)
+    return NeighbourRanker(table, 3, 0.7, lacking)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.sampled_from([1, 3]), st.booleans(), st.booleans())
+def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, listed):
+    rng = np.random.default_rng(seed)
+    lacking = (rng.random(ITEMS) < 0.3) if gaps else None
+    if gaps:
+        lacking[0] = False
+    parts = [vectors(rng, 4), vectors(rng, 3, several, lacking), vectors(rng, 1)]
+    parts += [neighbours(rng, lacking)] * listed
+    ranker = FusedRanker(tuple(parts), tuple(rng.random(len(parts))), (0.0, *rng.normal(size=len(parts) - 1)))
+    histories = [rng.integers(0, ITEMS, 4) for _ in range(USERS)]
+    batch = EvalBatch(np.arange(USERS), histories, np.zeros(USERS, np.int64))
+    form = DenseForm.of(ranker, [str(at) for at in range(len(parts))])
+    users = form.users(histories)
+    scores = users @ form.items_NF.T
+    scores = scores.max(1) if users.ndim == 3 else scores
+    for part, weight in form.sparse.values():
+        scores = scores + weight * part.scores(batch)
+    assert np.allclose(scores, ranker.scores(batch), atol=1e-4)
+    dense = (users @ form.items_NF.T).reshape(USERS, -1, ITEMS).max(1)
+    best = form.best(
+        users, histories, [np.argsort(-of)[: 5 + len(set(h))] for of, h in zip(dense, histories, strict=True)], 5
+    )
+    for (rows, _), expected in zip(best, ranker.top_k(batch, 5), strict=True):
+        assert rows.tolist() == expected.tolist()
+
+
+def test_a_single_model_is_a_form_and_neighbours_alone_are_none():
+    rng = np.random.default_rng(0)
+    model = vectors(rng, 4)
+    assert np.array_equal(DenseForm.of(model, ["id"]).items_NF, model.items_NZ)
+    with pytest.raises(UserError, match="no vectors"):
+        DenseForm.of(neighbours(rng), ["ease"])
+
+
+def test_scores_that_are_predicted_from_words_are_no_vectors():
+    rng = np.random.default_rng(0)
+    lacking = np.arange(ITEMS) < 3
+    ranker = FusedRanker((neighbours(rng), vectors(rng, 4, 1, lacking)), (1.0, 1.0), (0.0, 0.5))
+    with pytest.raises(UserError, match="words"):
+        DenseForm.of(ranker, ["ease", "id"])

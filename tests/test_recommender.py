@@ -1,0 +1,314 @@
+"""A bundle is a whole recommender: what it serves is what was evaluated, for every row, without the run."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import rarec
+from rarec.artefacts import read_manifest, write_manifest
+from rarec.config import VARIANTS
+from rarec.directories import MARKER
+from rarec.entry import open_run
+from rarec.errors import UserError
+from rarec.files import read_json
+from rarec.models.weights import save_weights
+from rarec.ranking import EvalBatch
+from rarec.serving import card
+from rarec.serving.bundle import FACTS, Bundle
+from rarec.stages.run import Run
+from tests.recommending import exported, histories, recommend, sealed
+from tests.synthetic import write_llm
+
+ROWS = [
+    "id_only",
+    "cheap",
+    "lexical",
+    "cooccurrence",
+    "text_only",
+    "per_layer",
+    "text_only+id",
+    "per_layer+id",
+    "id_only+cheap",
+    "text_only+id+cheap",
+    "per_layer+id+cheap",
+]
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path) -> Run:
+    return open_run(finished)
+
+
+@pytest.fixture(scope="module")
+def bundle(run) -> Path:
+    return run.directory("export")
+
+
+@pytest.fixture(scope="module")
+def recommender(bundle):
+    return rarec.load(bundle)
+
+
+@pytest.fixture
+def copied(bundle, tmp_path) -> Path:
+    """The bundle alone, elsewhere."""
+    return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+# ---- what is served is what was evaluated
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_ranks_as_in_the_evaluation(run, tmp_path, row):
+    other = exported(run, tmp_path, f"export.variant={row}")
+    moved = shutil.move(other.directory("export"), tmp_path / "elsewhere")
+    shutil.rmtree(other.root)
+    served = rarec.load(moved)
+    assert served.bundle.facts["row"] == row
+    test = EvalBatch.of(run.dataset, run.dataset.targets("test"))
+    ranks = run.ranks()
+    assert served.parts.ranker.ranks(test).tolist() == ranks[ranks.variant == row]["rank"].tolist()
+
+
+def test_by_default_the_best_row_on_validation_users_is_exported_and_said(run, tmp_path):
+    lines = []
+    root = shutil.copytree(run.root, tmp_path / "run")
+    other = Run(run.file, [f"run.dir={root}", "export.variant=null"], say=lines.append)
+    other.make("export", fresh=True)
+    rows = read_json(run.directory("evaluate") / "validation.json")
+    values = {row["variant"]: row["value"] for row in rows if row["metric"] == "ndcg@10"}
+    best = read_json(other.directory("export") / FACTS)["row"]
+    assert values[best] == max(values.values())
+    assert "best on validation users" in lines[-1]
+
+
+def test_a_row_that_is_not_in_the_results_is_refused_with_those_that_are(run, tmp_path):
+    with pytest.raises(UserError, match=r"`export\.variant`: ease\+id .*\n.*per_layer\+id\+cheap"):
+        exported(run, tmp_path, "export.variant=ease+id")
+
+
+def test_the_slots_reach_the_model(recommender, copied):
+    """A slot that is dropped on the way raises no error: the vectors of the user must depend on those of the items."""
+    from safetensors.torch import load_file, save_file
+
+    vectors = load_file(copied / "vectors.safetensors")
+    vectors["ids/id"] = torch.zeros_like(vectors["ids/id"])
+    save_file(vectors, copied / "vectors.safetensors")
+    sealed(copied)
+    history = [recommender.items[:4]]
+    assert not np.allclose(rarec.load(copied).user_vectors(history), recommender.user_vectors(history), atol=1e-3)
+
+
+# ---- what a caller may ask
+
+
+def test_recommendations_are_new_best_first_and_have_ids_titles_and_scores(run, recommender):
+    history = histories(run, ["u001"])
+    (best,) = recommender.recommend(history, k=5)
+    assert len(best) == 5
+    assert not {one.item for one in best} & set(history[0])
+    assert [one.score for one in best] == sorted((one.score for one in best), reverse=True)
+    titles = dict(zip(run.dataset.item_ids.to_pylist(), run.dataset.titles, strict=True))
+    assert all(one.title == titles[one.item] for one in best)
+
+
+def test_as_a_table(recommender):
+    found = recommender.recommend([recommender.items[:3], recommender.items[5:6]], k=2)
+    assert found.to_arrow().column_names == ["user", "rank", "item", "title", "score"]
+    table = found.to_pandas()
+    assert table.user.tolist() == [0, 0, 1, 1]
+    assert table["rank"].tolist() == [1, 2, 1, 2]
+    assert table["item"].tolist() == [one.item for items in found for one in items]
+
+
+def test_unknown_items_are_passed_over_and_counted(recommender):
+    known = recommender.items[:3]
+    found = recommender.recommend([["no", *known, "such"], known, []])
+    assert found.unknown == [2, 0, 0]
+    assert found[0] == found[1]
+    assert len(found[2]) == 10
+
+
+def test_an_empty_history_may_be_ranked_by_popularity(run, recommender):
+    (best,) = recommender.recommend([["no such item"]], k=3, popular_if_empty=True)
+    counts = dict(zip(run.dataset.item_ids.to_pylist(), run.dataset.train_counts_N.tolist(), strict=True))
+    assert [counts[one.item] for one in best] == sorted(counts.values(), reverse=True)[:3]
+
+
+def test_what_may_be_recommended(recommender):
+    history, all_items = recommender.items[:3], len(recommender.items)
+    assert len(recommender.recommend([history], k=1000)[0]) == all_items - 3
+    assert len(recommender.recommend([history], k=1000, exclude_seen=False)[0]) == all_items
+    allowed = recommender.recommend([history], k=1000, allow=recommender.items[2:6], deny=[recommender.items[4]])[0]
+    assert {one.item for one in allowed} == {recommender.items[3], recommender.items[5]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"k": 0}, "k is 0"),
+        ({"allow": ["nothing"]}, "'nothing'"),
+        ({"deny": ["nothing"]}, "'nothing'"),
+    ],
+)
+def test_what_cannot_be_asked_is_named(recommender, asked, message):
+    with pytest.raises(UserError, match=message):
+        recommender.recommend([recommender.items[:3]], **asked)
+
+
+def test_any_number_of_users_together_are_served_as_each_alone(run, recommender):
+    everyone = histories(run, list(map(str, run.dataset.user_ids.to_pylist())))[:20]
+    together = recommender.recommend(everyone, k=5)
+    for history, items in zip(everyone, together, strict=True):
+        alone = recommender.recommend([history], k=5)[0]
+        assert [one.item for one in alone] == [one.item for one in items]
+
+
+def test_similar_items_are_those_of_the_largest_cosine(recommender):
+    vectors = recommender.item_vectors()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    item = recommender.items[4]
+    found = recommender.similar(item, k=3)
+    cosines = unit @ unit[4]
+    cosines[4] = -1
+    assert [one.item for one in found] == [recommender.items[row] for row in np.argsort(-cosines)[:3]]
+    assert [one.score for one in found] == pytest.approx(np.sort(cosines)[::-1][:3], abs=1e-5)
+
+
+def test_an_explanation_adds_up_and_names_the_nearest_of_the_history(run, recommender):
+    (history,) = histories(run, ["u001"])
+    best, other = recommender.recommend([history], k=2)[0]
+    explained, less = (recommender.explain(history, one.item) for one in (best, other))
+    assert explained.title == best.title
+    assert {"RA-Rec (per layer)", "ID", "popularity"} <= set(explained.parts)
+    difference = sum(explained.parts.values()) - sum(less.parts.values())
+    assert difference == pytest.approx(best.score - other.score, abs=1e-4)
+    assert {one.item for one in explained.nearest} <= set(history)
+    assert explained.nearest[0].score == max(one.score for one in explained.nearest)
+
+
+# ---- the folder
+
+
+def test_the_bundle_holds_what_was_trained_and_no_pickle(bundle):
+    names = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    tables = {f"neighbours/{name}.parquet" for name in ("cooccurrence", "transition", "ease", "lexical")}
+    tensors = {f"{name}.safetensors" for name in ("alignment", "vectors", "encoders")}
+    assert names - {MARKER} == {"manifest.json", FACTS, "items.parquet", "README.md", *tables, *tensors}
+    manifest = read_manifest(bundle, "bundle")
+    assert {"prepare", "ids/id", "llm", "prompt", "evaluate", "per_layer"} <= set(manifest["made_from"])
+    llm = read_json(bundle / FACTS)["model"]["llm"]
+    assert {"name", "revision", "config_sha256", "fingerprint"} <= set(llm)
+
+
+def test_the_card_has_the_figures_of_the_row_and_of_its_rivals(bundle):
+    text = (bundle / "README.md").read_text()
+    manifest = read_manifest(bundle, "bundle")
+    assert f"{manifest['trained_parameters']:,}" in text
+    assert "| **RA-Rec (per layer) + ID + cheap** |" in text
+    assert "| ID model |" in text
+    assert ModelCard(text).data.base_model == read_json(bundle / FACTS)["model"]["llm"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("text_only", ["no slots"]),
+        ("prefix_only", ["2 contextual instructions", "blocks 0, 1"]),
+        ("input", ["2 contextual instructions", "vectors of id", "block 0"]),
+        ("readout", ["vectors of id", "readout"]),
+    ],
+)
+def test_a_card_says_what_the_variant_has(run, variant, said):
+    config = open_run(run.config_file, ["train.blocks=[0,1]"]).config
+    text = card.slots(VARIANTS[variant], config)
+    assert [part for part in said if part not in text] == []
+
+
+def test_half_precision_is_smaller_and_recommends_nearly_the_same(run, recommender, tmp_path):
+    half = exported(run, tmp_path, "export.dtype=float16")
+    sizes = [(of.directory("export") / "alignment.safetensors").stat().st_size for of in (run, half)]
+    trained = read_manifest(half.directory("export"), "bundle")["trained_parameters"]
+    assert sizes[0] - sizes[1] == pytest.approx(2 * trained, abs=500)  # of names and shapes
+    history = histories(run, ["u001", "u002"])
+    whole, again = recommender.user_vectors(history), rarec.load(half.directory("export")).user_vectors(history)
+    assert again.dtype == np.float32
+    assert not np.array_equal(whole, again)
+    assert np.linalg.norm(whole - again) < 0.01 * np.linalg.norm(whole)
+
+
+def test_what_half_precision_cannot_hold_is_refused(run, tmp_path):
+    model = run.stage("train", "per_layer").best_model()
+    model.item.readout.heads["text"].bias.data[0] = 1e5
+    with pytest.raises(UserError, match=r"item\.readout\.heads\.text\.bias.*float16"):
+        save_weights(model, tmp_path, dtype=torch.float16)
+    assert not any(tmp_path.iterdir())
+
+
+# ---- what is refused
+
+
+def test_another_language_model_is_refused(copied, tmp_path):
+    other = write_llm(tmp_path / "llm", "bert", seed=3)
+    served = rarec.load(copied, llm=str(other))
+    with pytest.raises(UserError, match="another language model") as error:
+        served.recommend([served.items[:2]])
+    assert read_json(copied / FACTS)["model"]["llm"]["name"] in error.value.remedy
+
+
+def test_the_same_language_model_elsewhere_is_taken(run, copied, tmp_path):
+    llm = shutil.copytree(run.config.llm.path, tmp_path / "llm")
+    assert recommend(run, "u001", 5, copied, llm=str(llm)) == recommend(run, "u001", 5)
+
+
+@pytest.mark.parametrize(
+    "file", ["alignment.safetensors", "vectors.safetensors", "items.parquet", "neighbours/ease.parquet", FACTS]
+)
+def test_an_altered_file_is_refused_by_name(copied, file):
+    data = bytearray((copied / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / file).write_bytes(data)
+    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+        rarec.load(copied)
+
+
+def test_other_schemas_are_refused_with_the_way_out(copied):
+    sealed(copied, schema=99)
+    with pytest.raises(UserError, match=r"schema 99") as error:
+        rarec.load(copied)
+    assert "update rarec" in error.value.remedy
+    (copied / FACTS).unlink()
+    manifest = read_manifest(copied, "bundle")
+    write_manifest(copied, "bundle", settings=manifest["settings"], made_from=manifest["made_from"])
+    with pytest.raises(UserError, match="earlier version") as error:
+        rarec.load(copied)
+    assert "rarec export CONFIG --fresh" in error.value.remedy
+
+
+def test_code_of_the_users_own_is_not_imported_unasked(copied):
+    facts = read_json(copied / FACTS)
+    facts["model"]["settings"]["alignment"]["map"] = "no_such_package:Map"
+    sealed(copied, model=facts["model"])
+    with pytest.raises(UserError, match=r"no_such_package:Map.*\n.*trusted"):
+        rarec.load(copied)
+    assert Bundle.open(copied, ["no_such_package:Map"])
+
+
+def test_a_table_of_users_cannot_be_served(run):
+    from rarec.stages.export import _check_servable
+
+    source = replace(run.sources["id"], manifest={"settings": {"users": {"kind": "table"}}})
+    with pytest.raises(UserError, match="any history"):
+        _check_servable("id", source)
+
+
+def test_facts_are_plain(bundle):
+    facts = json.loads((bundle / FACTS).read_text())
+    assert facts["parts"].keys() >= {"per_layer", "id", "lexical", "popularity"}
+    assert all(part.keys() == {"weight", "slope"} for part in facts["parts"].values())
