@@ -9,7 +9,7 @@ from scipy import sparse
 from rarec.errors import UserError
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import EvalBatch, FusedRanker, VectorRanker
-from rarec.serving.dense import DenseForm
+from rarec.serving.dense import DenseForm, DenseScores
 
 ITEMS, USERS = 30, 5
 
@@ -48,6 +48,7 @@ def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, liste
     for part, weight in form.sparse.values():
         scores = scores + weight * part.scores(batch)
     assert np.allclose(scores, ranker.scores(batch), atol=1e-4)
+    assert np.allclose(DenseScores(form, histories).block(slice(0, USERS)), ranker.scores(batch), atol=1e-4)
     dense = (users @ form.items_NF.T).reshape(USERS, -1, ITEMS).max(1)
     best = form.best(
         users, histories, [np.argsort(-of)[: 5 + len(set(h))] for of, h in zip(dense, histories, strict=True)], 5

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rarec
+from rarec import cli_bundle
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.ids.source import Source
@@ -100,16 +101,11 @@ def _written(recommender, models, directory):
 @pytest.mark.slow
 def test_a_retrained_model_is_taken_over(run, recommender, tmp_path):
     """Another seed trains another space; a version of the bundle holds the new model and its encoder."""
-    other = open_run(run.file, [f"run.dir={tmp_path / 'run'}", "run.seed=5"])
-    other.run(["prepare", "ids"])
-    ids = other.dataset.item_ids.to_pylist()
-    models = {
-        name: NewModel(source, ids) for name, source in {**other.sources, other.baseline.name: other.baseline}.items()
-    }
-    directory = tmp_path / "bundle-2"
-    figures = realign(recommender.parts, models, directory, least=-10)
+    overrides, directory = [f"run.dir={tmp_path / 'run'}", "run.seed=5"], tmp_path / "bundle-2"
+    open_run(run.file, overrides).run(["prepare", "ids"])
+    cli_bundle.realign(recommender.bundle.directory, run.file, overrides, least=-10, out=directory)
     served = rarec.load(directory)
-    assert served.bundle.manifest["versions"][0]["realigned"] == figures
+    assert -10 < served.bundle.manifest["versions"][0]["realigned"]["id"]["items_explained"] <= 1
     users = [*histories(run, ["u001", "u002"]), []]
     assert len(served.recommend(users, 10)[0]) == 10
     assert not np.allclose(served.user_vectors(users[:2]), recommender.user_vectors(users[:2]))

@@ -31,7 +31,6 @@ import rarec
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length
 from rarec.ranking.rank import best_scores
-from rarec.ranking.rankers import EvalBatch
 from rarec.serving.parts import Parts
 from rarec.serving.samples import sample_histories
 
@@ -66,8 +65,7 @@ def workloads(bundle: Path, users: int) -> dict[str, tuple[Callable[[], object],
     histories = [[items[row] for row in history] for history in rows]
     prompts = parts.encoder.prompts
     encoded = [prompts.user(history) for history in rows]
-    batch = EvalBatch(np.zeros(users, np.int64), rows, np.zeros(users, np.int64))
-    scored = parts.ranker.scored(batch)
+    scored = parts.scored(rows)
     vectors = torch.from_numpy(parts.dense.users(rows).reshape(users, -1, parts.dense.items_NF.shape[1])[:, 0].copy())
     table = torch.from_numpy(parts.dense.items_NF)
     new = list(range(min(100, len(items))))

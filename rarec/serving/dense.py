@@ -12,10 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from scipy import sparse
 
 from rarec.errors import UserError
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import FusedRanker, Ranker, VectorRanker
+from rarec.ranking.rank import VectorScores
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -99,6 +102,29 @@ class DenseForm:
             order = np.lexsort((among, -scores))[:k]
             found.append((among[order], scores[order].astype(np.float32)))
         return found
+
+
+class DenseScores:
+    """The scores of users by a dense form, a block at a time; see `Scores`.
+
+    Args:
+        form: of the row.
+        histories: item rows of each user, oldest first.
+    """
+
+    def __init__(self, form: DenseForm, histories: Sequence[Rows]) -> None:
+        self._dense = VectorScores(form.users(histories), form.items_NF)
+        self.n_users, self.n_items, self.width = len(histories), self._dense.n_items, self._dense.width + 1
+        self._near_BN = sparse.csr_matrix((self.n_users, self.n_items), dtype=np.float32)
+        for part, weight in form.sparse.values():
+            self._near_BN = self._near_BN + np.float32(weight) * part.near(histories)
+
+    def block(self, users: slice) -> torch.Tensor:
+        """See `Scores`."""
+        scores_CN, near_CN = self._dense.block(users), self._near_BN[users].tocoo()
+        at = torch.from_numpy(near_CN.row.astype(np.int64) * self.n_items + near_CN.col)
+        scores_CN.view(-1).index_add_(0, at, torch.from_numpy(near_CN.data))
+        return scores_CN
 
 
 def _predicted(whole: FusedRanker) -> npt.NDArray[np.float64]:

@@ -17,12 +17,13 @@ from rarec.models.language_model import LoadedModel, load_model
 from rarec.models.weights import load_weights
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.prompts import PromptPair
-from rarec.ranking import FusedRanker, Ranker, VectorRanker
+from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, VectorRanker
 from rarec.serving.bundle import LLM, MODEL, Bundle
-from rarec.serving.dense import DenseForm
+from rarec.serving.dense import DenseForm, DenseScores
 from rarec.world import SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
 
 
 class Parts:
@@ -60,6 +61,21 @@ class Parts:
             UserError: it has no such form.
         """
         return DenseForm.of(self.ranker, list(self.bundle.facts["parts"]))
+
+    def scored(self, histories: Sequence[Rows]) -> Scores:
+        """Return the scores of the row after some histories, by its dense form if it has one: that is faster."""
+        return DenseScores(self._form, histories) if self._form is not None else _scored(self.ranker, histories)
+
+    def popular_scored(self, histories: Sequence[Rows]) -> Scores:
+        """Return the popularity of all items, for each history."""
+        return _scored(self.popular, histories)
+
+    @cached_property
+    def _form(self) -> DenseForm | None:
+        try:
+            return self.dense
+        except UserError:
+            return None
 
     @cached_property
     def popular(self) -> VectorRanker:
@@ -129,3 +145,8 @@ class Parts:
             problem = f"{bundle.directory} belongs to another language model ({'; '.join(changed)})"
             raise UserError(problem, f"give the one that it was trained with: {name}")
         return loaded
+
+
+def _scored(ranker: Ranker, histories: Sequence[Rows]) -> Scores:
+    nobody = np.zeros(len(histories), np.int64)
+    return ranker.scored(EvalBatch(nobody, histories, nobody))

@@ -16,7 +16,7 @@ from rarec.errors import UserError
 from rarec.evaluation.labels import part_title
 from rarec.ranking import EvalBatch, FusedRanker
 from rarec.ranking.rank import best_scores
-from rarec.ranking.rankers import FusedScores
+from rarec.ranking.rankers import USERS_AT_A_TIME, FusedScores
 from rarec.serving.bundle import IDS, MODEL, Bundle
 from rarec.serving.parts import Parts
 from rarec.serving.recommended import Explanation, History, Id, Recommendations, Recommended
@@ -95,15 +95,17 @@ class Recommender:
     ) -> list[list[Recommended]]:
         empty_B = np.array([popular_if_empty and not len(history) for history in rows], bool)
         items: list[list[Recommended]] = [[] for _ in rows]
-        for ranker, users in (
-            (self.parts.ranker, np.flatnonzero(~empty_B)),
-            (self.parts.popular, np.flatnonzero(empty_B)),
+        parts = self.parts
+        for users, scored in (
+            (np.flatnonzero(~empty_B), parts.scored),
+            (np.flatnonzero(empty_B), parts.popular_scored),
         ):
-            batch = EvalBatch(users, [rows[user] for user in users.tolist()], np.zeros(len(users), np.int64))
-            for chunk in batch.chunks():
-                left_out = [np.union1d(hidden, history if exclude_seen else ()) for history in chunk.histories]
-                found = best_scores(ranker.scored(chunk), k, [out.astype(np.int64) for out in left_out])
-                for user, *best in zip(chunk.user_rows, *found, strict=True):
+            for start in range(0, len(users), USERS_AT_A_TIME):
+                chunk = users[start : start + USERS_AT_A_TIME].tolist()
+                histories = [rows[user] for user in chunk]
+                left_out = [np.union1d(hidden, history if exclude_seen else ()) for history in histories]
+                found = best_scores(scored(histories), k, [out.astype(np.int64) for out in left_out])
+                for user, *best in zip(chunk, *found, strict=True):
                     items[user] = self._listed(*best)
         return items
 
