@@ -52,7 +52,8 @@ class SourceGraph(nn.Module):
             users = users.inner
         table = users.left_NE if isinstance(users, GraphUsers) else items_NE
         self.register_buffer("read_NE", torch.from_numpy(np.array(table, np.float32)))
-        self.register_buffer("items_NE", torch.from_numpy(np.array(source.items_NE, np.float32)))
+        own = self.read_NE if table is source.items_NE else torch.from_numpy(np.array(source.items_NE, np.float32))
+        self.register_buffer("items_NE", own)  # once, where it is the table that is read
         rule = users.rule if isinstance(users, GraphUsers) else users
         self.model = users.model.float().eval() if isinstance(users, SequenceUsers) else None
         if isinstance(rule, HistoryRule):

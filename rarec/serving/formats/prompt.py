@@ -22,6 +22,7 @@ def prompt_facts(prompts: PromptPair, slots: Mapping[str, int]) -> dict[str, Any
     | field | meaning |
     | --- | --- |
     | `before`, `after`, `empty` | token ids around the history, and of a prompt without history; fillers at slots |
+    | `bare_after` | `after` where no title has a word, and a full stop stands for the text |
     | `before_slots`, `after_slots`, `empty_slots` | pairs: place of a slot among all slots, its index there |
     | `titles_first` | place of the first slot at titles, for each source that has them |
     | `count`, `most`, `room` | number of slots; most titles; most tokens of a history, slots included |
@@ -45,7 +46,7 @@ def prompt_facts(prompts: PromptPair, slots: Mapping[str, int]) -> dict[str, Any
         "after": (tokens[start + 1 :] if frame.titles else tokens[start:], after),
         "empty": (empty.tokens_T.tolist(), alone),
     }
-    facts = dict[str, Any]()
+    facts: dict[str, Any] = {"bare_after": _bare_after(prompts, parts["after"], start)}
     for name, (text, groups) in parts.items():
         facts[name], facts[f"{name}_slots"] = _with_slots(text, groups.values(), filler)
     return facts | {
@@ -55,6 +56,14 @@ def prompt_facts(prompts: PromptPair, slots: Mapping[str, int]) -> dict[str, Any
         "room": frame.room,
         "newest_first": prompts.newest_first,
     }
+
+
+def _bare_after(prompts: PromptPair, after: tuple[list[int], dict[str, tuple[Any, range]]], start: int) -> list[int]:
+    """Return `after` with what stands for the text of a prompt that has none."""
+    tokenizer, (tokens, groups) = prompts.tokenizer, after
+    if start > len(tokenizer.prefix) or len(tokens) > len(tokenizer.suffix):  # the template has words
+        return _with_slots(tokens, groups.values(), tokenizer.filler)[0]
+    return _with_slots([*tokenizer(".")[:1].tolist(), *tokens], groups.values(), tokenizer.filler)[0]
 
 
 def _with_slots(

@@ -71,7 +71,9 @@ class Client:
                 inside = zip(prompt["titles_first"], self.pieces[f"{name}_slots"][row].as_py(), strict=True)
                 slots = slots + [[place + at, len(ids) + index] for place, index in inside]
                 ids += self.pieces[name][row].as_py()
-            slots, ids = slots + [[place, len(ids) + at] for place, at in prompt["after_slots"]], ids + prompt["after"]
+            bare = len(ids) - len(prompt["before"]) == len(slots) - len(prompt["before_slots"])  # no title has a word
+            after = prompt["bare_after" if bare else "after"]
+            slots, ids = slots + [[place, len(ids) + at] for place, at in prompt["after_slots"]], ids + after
         return ids, [dict(slots).get(place, -1) for place in range(prompt["count"])], items
 
 
