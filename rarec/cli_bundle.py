@@ -57,7 +57,7 @@ def _recommend_to_all(
     bundle: Path, llm: str | None, device: str, trust: list[str] | None, arguments: tuple[Any, ...]
 ) -> None:
     """Recommend on all ranks that a launcher has started, which share the users."""
-    world = import_module("rarec.training.accelerator").join_world(device, "--device cpu")
+    world = import_module("rarec.training.accelerator").join_world(device, "--device", "--device cpu")
     with watched(world):
         recommender = world.run_on_all(lambda: _load(bundle, llm, str(world.device), trust))
         rows = _serving("command").write_for_all(recommender, *arguments, world)

@@ -47,22 +47,23 @@ def start_world(config: RunConfig) -> World:
     if wanted is not None and started != wanted:
         remedy = f"accelerate launch --num_processes {wanted} ..., or change run.num_processes"
         raise UserError(f"run.num_processes is {wanted}, but {started} processes were started", remedy, shared=True)
-    return join_world(config.run.device, "run.device=cpu")
+    return join_world(config.run.device, "run.device", "run.device=cpu")
 
 
-def join_world(device: str, on_cpu: str) -> World:
+def join_world(device: str, field: str, on_cpu: str) -> World:
     """Join the other processes that the launcher started, if any.
 
     Args:
         device: where models run: `auto`, `cpu` or `cuda`.
-        on_cpu: what the user writes to have `cpu` there, for messages.
+        field: where the user says so, for messages.
+        on_cpu: what the user writes to have `cpu` there.
 
     Raises:
         UserError: a GPU is required and there is none.
     """
     _silence_libraries()
     world = world_size()
-    on_gpu = _on_gpu(device, on_cpu, world)
+    on_gpu = _on_gpu(device, field, on_cpu, world)
     if world == 1 and not _launched_with("DEEPSPEED"):
         return World(device=torch.device("cuda" if on_gpu else "cpu"))
     state = _state(on_gpu)
@@ -78,7 +79,7 @@ def _silence_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _on_gpu(device: str, on_cpu: str, world: int) -> bool:
+def _on_gpu(device: str, field: str, on_cpu: str, world: int) -> bool:
     """Return whether models run on GPUs.
 
     Raises:
@@ -88,7 +89,7 @@ def _on_gpu(device: str, on_cpu: str, world: int) -> bool:
     if wanted == "auto" and world > 1:
         wanted = "cuda"  # if one of several machines has lost its GPUs, it must not continue on its CPU
     if wanted == "cuda" and not torch.cuda.is_available():
-        reason = "the device is cuda" if device == "cuda" else f"{world} processes run on GPUs by default"
+        reason = f"{field} is cuda" if device == "cuda" else f"{world} processes run on GPUs by default"
         remedy = f"install a PyTorch that supports your GPU, or use CPUs: {on_cpu}"
         raise UserError(f"{reason}, but PyTorch finds no GPU", remedy, shared=True)
     return wanted != "cpu" and torch.cuda.is_available()
