@@ -95,8 +95,8 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
     """Read an artefact's manifest and check its kind, schema and seal.
 
     Raises:
-        UserError: the artefact is missing (the message names the command that makes it), damaged, or of another kind
-            or schema.
+        UserError: the artefact is missing (the message names the command that makes it), damaged, of another kind or
+            schema, or names a file outside of its folder.
     """
     path = directory / MANIFEST
     if not path.exists():
@@ -114,6 +114,9 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
     malformed = [name for name in ("settings", "made_from", "files") if not _maps_names(manifest.get(name), name)]
     if malformed:
         raise UserError(f"{path}: field `{malformed[0]}` is malformed", rebuild(kind))
+    outside = [name for name in manifest["files"] if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise UserError(f"{path} names a file outside of its folder: {outside[0]}", rebuild(kind))
     return manifest
 
 

@@ -148,8 +148,10 @@ def run(
     opened = open_run(config, overrides)
     with watched(opened.world):
         opened.run(stages.split() if stages is not None else None, fresh=fresh)
-    if stages is None and opened.world.is_main:
-        show_results(opened)
+    wanted = stages is None and opened.world.is_main
+    del opened  # and with it the language model, of which the example loads another copy
+    if wanted:
+        show_results(open_run(config, overrides))
 
 
 @app.command(rich_help_panel="All at once")
@@ -187,7 +189,7 @@ def doctor() -> None:
 
 
 def show_results(run: "Run") -> None:
-    """Print the table of variants, where everything is, and the best variant with the next step."""
+    """Print the table of variants, where everything is, the best variant, and recommendations by the bundle."""
     from rarec.evaluation.labels import HEADLINE
     from rarec.evaluation.run_files import read_run
     from rarec.evaluation.terminal import closing_lines, terminal_table
@@ -201,8 +203,12 @@ def show_results(run: "Run") -> None:
     print(f"figures: {run.directory('evaluate') / 'metrics.json'}")
     for line in closing_lines(files, run.config):
         out.print(line)
+    if run.world.size > 1:  # a model that needs several ranks is not loaded by one
+        return
     history = run.dataset.item_ids.take(run.dataset.sequence(0)[-SHOWN:]).to_pylist()
-    for line in import_module("rarec.serving.command").example(run.directory("export"), history, SHOWN):
+    llm = str(run.converted_llm) if run.converted_llm.is_dir() else None
+    serving, bundle = import_module("rarec.serving.command"), run.directory("export")
+    for line in serving.example(bundle, history, SHOWN, llm, run.world.device.type):
         out.print(line, soft_wrap=True)
 
 

@@ -8,12 +8,13 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pytest
 import torch
 from hypothesis import settings
 
+import rarec
 from rarec.data.engines import PrepareEngine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
 from tests.engines import ENGINES as PREPARE_ENGINES
@@ -152,3 +153,17 @@ def embedded(tmp_path: Path) -> Iterator[PrepareEngine]:
     opened = DuckDBEngine(tmp_path / "spill")
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path) -> Any:
+    """The finished run, opened."""
+    from rarec.entry import open_run
+
+    return open_run(finished)
+
+
+@pytest.fixture(scope="module")
+def recommender(run: Any) -> Any:
+    """The recommender of its bundle."""
+    return rarec.load(run.directory("export"))

@@ -15,7 +15,7 @@ import rarec
 from rarec.artefacts import MANIFEST, read_manifest, sha256_json, write_manifest
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import read_json, write_json
+from rarec.files import read_json, sha256_file, write_json
 from rarec.serving.bundle import FACTS, VECTORS
 from rarec.serving.command import add_items_of, columns_of, print_for_history, print_for_user, write_for_all
 from tests.recommending import sealed
@@ -69,7 +69,7 @@ def listed(name: str):
     def harm(bundle: Path) -> None:
         (bundle.parent / "outside").write_text("secret")
         found = read_manifest(bundle, "bundle")
-        manifest(files={**found["files"], name: "0" * 64})(bundle)
+        manifest(files={**found["files"], name: sha256_file(bundle / name)})(bundle)
 
     return harm
 

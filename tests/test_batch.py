@@ -11,24 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import rarec
-from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.serving import batch
 from rarec.serving.bundle import ITEMS
 from rarec.serving.command import print_for_user, write_for_all
 from rarec.serving.histories import open_log
 from tests.ranks import ROOT, free_port
-
-
-@pytest.fixture(scope="module")
-def run(finished: Path):
-    return open_run(finished)
-
-
-@pytest.fixture(scope="module")
-def recommender(run):
-    return rarec.load(run.directory("export"))
 
 
 @pytest.fixture(scope="module")

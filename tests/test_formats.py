@@ -29,16 +29,6 @@ BOTH = ["faiss", "onnx"]
 
 
 @pytest.fixture(scope="module")
-def run(finished: Path):
-    return open_run(finished)
-
-
-@pytest.fixture(scope="module")
-def recommender(run):
-    return rarec.load(run.directory("export"))
-
-
-@pytest.fixture(scope="module")
 def everyone(run):
     users = histories(run, list(map(str, run.dataset.user_ids.to_pylist())))
     return [*users, [], users[0][:1], ["unknown", *users[1]]]

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import rarec
-from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.serving.bundle import FACTS
 from rarec.serving.command import add_items_of, remove_items_of
@@ -20,11 +19,6 @@ n1,"amber lamp, large",acme
 n2,[SEP] lamp,
 n3,,
 """
-
-
-@pytest.fixture(scope="module")
-def run(finished: Path):
-    return open_run(finished)
 
 
 @pytest.fixture

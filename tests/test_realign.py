@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +18,6 @@ from rarec.serving.formats.rarec_client import Client
 from rarec.serving.formats.write import write_formats
 from rarec.serving.realign import NewModel, fit_map, realign
 from tests.recommending import histories
-
-
-@pytest.fixture(scope="module")
-def run(finished: Path):
-    return open_run(finished)
 
 
 @pytest.fixture

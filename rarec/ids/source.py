@@ -42,7 +42,7 @@ class UserVectors(Protocol):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What it takes to make them again, beside the item vectors and the settings; see `users_of`."""
+        """The weights or tables from which `users_of` makes them again, with the settings."""
 
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
         """Return the users' vectors, (B, K, E).

@@ -33,13 +33,13 @@ def print_for_history(recommender: Recommender, history: str, k: int, say: Calla
     _print(found[0])
 
 
-def example(bundle: Path, history: Sequence[Id], k: int) -> list[str]:
+def example(bundle: Path, history: Sequence[Id], k: int, llm: str | None, device: str) -> list[str]:
     """Return lines that show what a bundle recommends after a history, and the command for more.
 
     Parts of the user's own were imported by the run already.
     """
     opened = Bundle.open(bundle, named_parts(bundle))
-    recommender = Recommender(opened)
+    recommender = Recommender(opened, llm=llm, device=device)
     titles = dict(zip(recommender.items, opened.catalogue.titles, strict=True))
     bought = "; ".join(in_one_line(titles[item]) for item in history)
     best = recommender.recommend([history], k)[0]

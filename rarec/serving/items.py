@@ -103,7 +103,7 @@ def add_items(parts: Parts, new: NewItems, directory: Path) -> None:
         old.texts + added.texts,
         np.concatenate([old.counts_N, added.counts_N]),
     )
-    found = {name: _pairs(bundle, name) for name in bundle.tables_there}
+    found = {name: [_batch(bundle.neighbours(name))] for name in bundle.tables_there}
     if LEXICAL in found:
         found[LEXICAL] += _lexical_pairs(bundle, added)
     tensors = {
@@ -189,10 +189,6 @@ def _checked_vectors(bundle: Bundle, given: Mapping[str, Float32], count: int) -
 def _is_table(name: str) -> bool:
     """Return whether a tensor of an ID model has a row for each item."""
     return name.rpartition("/")[2].rpartition(".")[2] in (LEFT, MAPPED)
-
-
-def _pairs(bundle: Bundle, name: str) -> list[pa.RecordBatch]:
-    return [_batch(bundle.neighbours(name))]
 
 
 def _batch(table_NN: sparse.csr_matrix) -> pa.RecordBatch:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from rarec.artefacts import differences
 from rarec.errors import UserError
+from rarec.ids.source import Source
 from rarec.models.build import build_model, slots_reserved
 from rarec.models.encode import Encoder
 from rarec.models.language_model import LoadedModel, load_model
@@ -124,6 +125,12 @@ class Parts:
         prompts = self._prompts(self._loaded, titles, texts)
         sources = {name: replace(source, items_NE=vectors[name]) for name, source in known.sources.items()}
         return Encoder(known.model, prompts, sources, self._batch_size, self._world).items()
+
+    def encoder_over(self, sources: Mapping[str, Source]) -> Encoder:
+        """Return the variant with other vectors of its sources."""
+        known = self.encoder
+        own = {name: sources[name] for name in known.sources}
+        return Encoder(known.model, known.prompts, own, self._batch_size, self._world)
 
     def _prompts(self, loaded: LoadedModel, titles: Sequence[str], texts: Sequence[str]) -> PromptPair:
         config, kind = self.bundle.config, loaded.identity["kind"]

@@ -124,19 +124,12 @@ def realign(parts: Parts, models: Mapping[str, NewModel], directory: Path, least
     vectors = {IDS + name: source.items_NE for name, source in sources.items()}
     if MODEL in bundle.vectors:
         before = [parts.encoder.users(np.zeros(len(histories), np.int64), histories), bundle.vectors[MODEL]]
-        encoder = replace_sources(parts, sources)
+        encoder = parts.encoder_over(sources)
         vectors[MODEL] = encoder.items()
         after = [encoder.users(np.zeros(len(histories), np.int64), histories), vectors[MODEL]]
         figures[f"overlap@{K}"] = _overlap(before, after)
     _write(bundle, directory, sources, vectors, figures)
     return figures
-
-
-def replace_sources(parts: Parts, sources: Mapping[str, Source]) -> Any:
-    """Return the encoder over other vectors of its sources."""
-    known = parts.encoder
-    own = {name: sources[name] for name in known.sources}
-    return type(known)(known.model, known.prompts, own, known.batch_size, known.world)
 
 
 def _realigned(

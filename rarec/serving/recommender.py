@@ -87,7 +87,7 @@ class Recommender:
         return Recommendations(users, unknown)
 
     def recommend_to(self, histories: Sequence[Rows], k: int = 10) -> list[list[Recommended]]:
-        """Return the k best new items for histories of item rows, as `read_histories` has them."""
+        """Return the k best new items for histories of item rows, as `open_log` yields them."""
         return self._ranked(histories, k, True, np.empty(0, np.int64), False)
 
     def _ranked(
