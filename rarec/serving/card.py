@@ -17,7 +17,7 @@ from rarec.evaluation.labels import (
     variant_title,
 )
 from rarec.inert import in_one_line
-from rarec.serving.bundle import Contents, Trained
+from rarec.serving.contents import Contents, Trained
 
 CARD = "README.md"
 _CARD = """---

@@ -14,7 +14,8 @@ from rarec.stages.train import TrainStage
 
 if TYPE_CHECKING:
     from rarec.ids.source import Source
-    from rarec.serving.bundle import Catalogue, Contents, Trained
+    from rarec.serving.bundle import Catalogue
+    from rarec.serving.contents import Contents, Trained
 
 Row = dict[str, Any]
 READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
@@ -51,8 +52,9 @@ class ExportStage(Stage):
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
         from rarec.models.language_model import copy_model
-        from rarec.serving.bundle import LLM, write_bundle
+        from rarec.serving.bundle import LLM
         from rarec.serving.card import CARD, model_card
+        from rarec.serving.contents import write_bundle
 
         run, results = self.run, self._results()
         row, why = self._row(results)
@@ -91,7 +93,7 @@ class ExportStage(Stage):
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
         from rarec.evaluation.labels import ID_ONLY
-        from rarec.serving.bundle import Contents
+        from rarec.serving.contents import Contents
 
         run = self.run
         parts = fusions.get(row) or {"id" if row == ID_ONLY else row: {"weight": 1.0, "slope": 0.0}}
@@ -114,7 +116,7 @@ class ExportStage(Stage):
     def _trained(self, name: str) -> "Trained":
         """Return a trained variant with its vectors of the catalogue, which all ranks compute."""
         from rarec.models.encode import Encoder
-        from rarec.serving.bundle import Trained
+        from rarec.serving.contents import Trained
 
         run = self.run
         model = TrainStage(run, name).best_model()
