@@ -116,7 +116,7 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
         raise UserError(f"{path}: field `{malformed[0]}` is malformed", rebuild(kind))
     outside = [name for name in manifest["files"] if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
-        raise UserError(f"{path} names a file outside of its folder: {outside[0]}", rebuild(kind))
+        raise UserError(f"{path} names a file outside of its folder: {outside[0]!r}", rebuild(kind))
     return manifest
 
 

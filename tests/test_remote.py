@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -221,12 +222,13 @@ def test_a_bad_description_is_refused_and_nothing_is_left(url, made, tmp_path):
     refused(r"://.*far/manifest\.json")
 
 
-def test_no_file_is_written_outside_the_directory(made, tmp_path):
+@pytest.mark.parametrize("name", ["../stolen", "deeper/stolen", ".stolen"])
+def test_no_file_is_written_outside_the_directory_or_hidden_in_it(made, tmp_path, name):
     shutil.copytree(made, tmp_path / "far")
     manifest = read_json(made / "manifest.json")
-    manifest["files"]["../stolen"] = "0" * 64
+    manifest["files"][name] = "0" * 64
     forging.seal(tmp_path / "far", manifest)
-    with pytest.raises(UserError, match=r"'\.\./stolen'"):
+    with pytest.raises(UserError, match=rf"'{re.escape(name)}'"):
         fetch_description(f"file://{tmp_path}/far", tmp_path / "run" / "shards")
 
 

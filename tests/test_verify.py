@@ -196,6 +196,12 @@ def from_another_dataset(shards: Path) -> None:
 
 def with_other_files(shards: Path) -> None:
     manifest = read_json(shards / MANIFEST)
+    manifest["files"]["config.json"] = "0" * 64
+    forging.seal(shards, manifest)
+
+
+def with_a_file_outside(shards: Path) -> None:
+    manifest = read_json(shards / MANIFEST)
     manifest["files"]["../../llm/config.json"] = "0" * 64
     forging.seal(shards, manifest)
 
@@ -211,7 +217,8 @@ def with_other_blocks(shards: Path) -> None:
         (lambda shards: (shards / MANIFEST).write_text('{"kind"'), r"manifest\.json"),
         (from_another_dataset, "was made from another prepare"),
         (with_other_blocks, r"`state_blocks` is \[1, 0\]"),
-        (with_other_files, r"\.\./\.\./llm/config\.json, item_states\.npy"),
+        (with_other_files, r"config\.json, item_states\.npy"),
+        (with_a_file_outside, r"manifest\.json .*'\.\./\.\./llm/config\.json'"),
     ],
 )
 @pytest.mark.parametrize("repair", [False, True])
