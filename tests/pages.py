@@ -3,16 +3,21 @@
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from rarec.config.load import set_field
 from tests.engines import ENGINES_HERE
 from tests.synthetic import write_llm, write_log
+
+if TYPE_CHECKING:
+    from harm_process import Server
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -101,10 +106,23 @@ def mine() -> dict[str, object]:
     return tree
 
 
-def shell(command: str, directory: Path, timeout: float = 600) -> None:
-    """Run a command of a page as a reader would, and fail with what it said."""
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        ["bash", "-c", command], cwd=directory, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+def shell(command: str, directory: Path, server: "Server | None" = None, timeout: float = 600) -> None:
+    """Run a command of a page as a reader would, and fail with what it said.
+
+    Args:
+        command: as on the page.
+        directory: where it runs.
+        server: runs `rarec` commands without the seconds in which Python imports what they need.
+        timeout: in seconds.
+    """
+    if server and command.startswith("rarec ") and not set("|&;<>$`") & set(command):
+        from harm_process import Command
+
+        quick = server.run(Command(shlex.split(command)[1:], str(directory), timeout=timeout))
+        code, said = quick.code, quick.stdout + quick.stderr
+    else:
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+        words = ["bash", "-c", command]
+        result = subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, timeout=timeout)
+        code, said = result.returncode, result.stdout + result.stderr
+    assert code == 0, f"{command}\n{said}"

@@ -248,7 +248,7 @@ def test_a_language_model_or_device_that_does_not_fit_is_named(bundle, tmp_path,
         ("user,item,time\nu,i001,yesterday\n", None, "yesterday"),
         ("user,item,time\nu,i001,1\n", "item", "--columns"),
         ("user,item,time\nu,i001,1\n", "price=item", "--columns"),
-        ("user,item,time\nu,i001,1\n", "item=nothing", "nothing"),
+        ("user,item,time\nu,i001,1\n", "item=nothing", r"log\.csv .*nothing.*--columns item"),
     ],
 )
 def test_a_log_that_cannot_be_read_is_named_and_nothing_is_written(bundle, tmp_path, log, columns, named):

@@ -164,11 +164,15 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_run_in_the_order_of_the_pages(place):
-    for page in ("training", "serving", "distributed", "sweeps", "data"):
+def test_commands_run_in_the_order_of_the_pages(place, examples):
+    for page in ("training", "serving", "vector_databases", "distributed", "sweeps", "data"):
         for command in runnable(DOCS / f"{page}.md"):
-            shell(command, place)
+            shell(command, place, examples.server)
     assert (place / "runs" / "mine" / "bundle-3" / "recommender.json").exists()
     python = [text for text in blocks(DOCS / "serving.md", "python") if not text.startswith("#")]
+    first, last, *databases = blocks(DOCS / "vector_databases.md", "python")
+    same = "assert [one.item for one in top] == [one.item for one in recommender.recommend([history], k=10)[0]]"
+    python += [first, *(f"{database}\n{last}\n{same}" for database in databases)]
     (place / "page.py").write_text("\n".join(python))
     shell("python page.py", place)
+    assert len(databases) == 3

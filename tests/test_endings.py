@@ -7,7 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,21 +224,19 @@ def test_an_error_that_a_library_makes_of_an_interrupt_is_an_interrupt():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_run_that_is_interrupted_at_any_moment_leaves_nothing_half_written(name, finished, tmp_path):
-    moments = random.Random(5)
-    command = [sys.executable, "-c", f"{DEFAULTS}; from rarec.entry import main; main()", "run", str(finished)]
-    command += [f"run.dir={tmp_path / 'run'}", "train.epochs=1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def test_a_run_that_is_interrupted_at_any_moment_leaves_nothing_half_written(name, finished, tmp_path, examples):
+    from harm_process import Command
+
+    number, moments = getattr(signal, name), random.Random(5)
+    command = Command(["run", str(finished), f"run.dir={tmp_path / 'run'}", "train.epochs=1"], str(tmp_path))
     for _ in range(8):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        time.sleep(moments.choice([moments.uniform(0.5, 2), moments.uniform(2, 10)]))
-        process.send_signal(getattr(signal, name))
-        _, err = process.communicate(timeout=120)
-        assert process.returncode in (0, 128 + getattr(signal, name)), err
-        assert "Traceback" not in err
-        assert process.returncode == 0 or err.endswith("run the same command to resume\n")
+        moment = moments.choice([moments.uniform(0.05, 0.5), moments.uniform(0.5, 5)])
+        ended = examples.server.run(replace(command, kill_after=(number, moment)))
+        assert ended.code in (0, 128 + number), ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert ended.code == 0 or ended.stderr.endswith("run the same command to resume\n")
         assert not list(tmp_path.rglob("*.aside-*"))
-    assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode == 0
+    assert examples.server.run(command).code == 0
 
 
 NONSENSE = ["", " ", "abc", "-1", "1.5", "1e3", "0x1", "٣", "1000000000", "9" * 400, "+1", "01"]
@@ -303,11 +301,11 @@ def test_tensors_and_directories_follow_the_umask(mask, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_every_file_of_a_run_follows_the_umask(mask, tmp_path):
+def test_every_file_of_a_run_follows_the_umask(mask, tmp_path, examples):
+    from harm_process import Command
+
     config = make_world(tmp_path)
-    command = [sys.executable, "-m", "rarec", "run", str(config)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, env=environment, umask=mask, check=True, capture_output=True)
+    assert examples.server.run(Command(["run", str(config)], str(tmp_path), umask=mask)).code == 0
     assert_modes(tmp_path / "run", mask)
 
 

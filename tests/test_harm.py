@@ -20,7 +20,7 @@ from harm_process import Command, Outcome  # noqa: E402
 from harm_values import FIELDS  # noqa: E402
 
 ENGINE = ROOT / "configs" / "accelerate" / "cpu.yaml"
-EXAMPLES = {"trees": 20, "bytes": 25, "values": 25, "inputs": 20, "surroundings": 10}
+EXAMPLES = {"trees": 18, "bytes": 22, "values": 22, "inputs": 16, "bundles": 13, "surroundings": 9}
 """Examples of each class, a hundred together: fewer of those that take a process of their own."""
 GOOD = "error: run/prepare/items.parquet is damaged\n  -> rebuild it: rarec prepare CONFIG --fresh\n"
 

@@ -189,8 +189,16 @@ NO_TIMES = [
 
 
 @pytest.mark.parametrize("time", NO_TIMES)
-def test_a_time_that_is_none_is_refused_with_its_row(engine: PrepareEngine, tmp_path: Path, time: str) -> None:
-    refuse(engine, csv_of(tmp_path / "log.csv", time), "log.csv, data row 1 ", repr(time), "prepare.interactions.time")
+def test_a_time_that_is_none_is_refused_with_its_row(embedded: PrepareEngine, tmp_path: Path, time: str) -> None:
+    names = ("log.csv, data row 1 ", repr(time), "prepare.interactions.time")
+    refuse(embedded, csv_of(tmp_path / "log.csv", time), *names)
+
+
+def test_engines_agree_on_what_is_no_time(engine: PrepareEngine, tmp_path: Path) -> None:
+    dates = [time for time in NO_TIMES if "-" in time[1:]]
+    other_units = ["1e30", "20200101123000"]
+    for times in (dates, [time for time in NO_TIMES if time not in (*dates, *other_units)]):
+        refuse(engine, csv_of(tmp_path / "log.csv", *times), "row 1 ", repr(times[0]), f"{len(times)} such rows")
 
 
 @pytest.mark.parametrize("moment", [datetime(1, 1, 1), date(1, 1, 1), datetime(9999, 12, 31), -1, float("inf"), True])

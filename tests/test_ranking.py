@@ -1,5 +1,7 @@
 """Ranks in the full catalogue: by hand, against a naive sort, and on bad vectors."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from rarec.errors import UserError
 from rarec.ranking import rank_targets, top_k
+from rarec.ranking.rank import GROUP
 
 # Four items on a line: a user at +1 orders them 3, 2, 1, 0.
 LINE = np.array([[0.0], [1.0], [2.0], [3.0]], dtype=np.float32)
@@ -71,11 +74,12 @@ def test_rank_equals_a_naive_sort_in_any_chunks(problem, block_bytes):
     assert rank_targets(users, items, targets, seen, block_bytes=block_bytes).tolist() == expected
 
 
-@given(problems(), st.integers(1, 5), st.integers(1, 400))
-def test_top_k_equals_a_naive_sort_in_any_chunks(problem, k, block_bytes):
+@given(problems(), st.integers(1, 5), st.integers(1, 400), st.sampled_from([1, 2, 3, GROUP]))
+def test_top_k_equals_a_naive_sort_in_any_chunks_and_groups(problem, k, block_bytes, group):
     users, items, _, seen = problem
     scores_BN = np.einsum("bkd,nd->bkn", users, items).max(axis=1)
-    rows, best = top_k(users, items, k, seen, block_bytes=block_bytes)
+    with patch("rarec.ranking.rank.GROUP", group):
+        rows, best = top_k(users, items, k, seen, block_bytes=block_bytes)
     for scores, found, values, known in zip(scores_BN, rows, best, seen, strict=True):
         open_items = [item for item in range(len(items)) if item not in set(known.tolist())]
         expected = sorted((scores[item] for item in open_items), reverse=True)[:k]

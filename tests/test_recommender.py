@@ -101,8 +101,15 @@ def test_the_slots_reach_the_model(recommender, copied):
     vectors["ids/id"] = torch.zeros_like(vectors["ids/id"])
     save_file(vectors, copied / "vectors.safetensors")
     sealed(copied)
-    history = [recommender.items[:4]]
-    assert not np.allclose(rarec.load(copied).user_vectors(history), recommender.user_vectors(history), atol=1e-3)
+    history, blank = [recommender.items[:4]], rarec.load(copied)
+    assert not np.allclose(blank.user_vectors(history), recommender.user_vectors(history), atol=1e-3)
+    assert not np.allclose(blank.query_vectors(history), recommender.query_vectors(history), atol=1e-3)
+    sizes = {name: source["dim"] for name, source in recommender.bundle.facts["sources"].items()}
+    of_new = [
+        recommender.parts.encode_new(["lamp"], [""], {name: np.full((1, dim), value) for name, dim in sizes.items()})
+        for value in (np.float32(0), np.float32(1))
+    ]
+    assert not np.allclose(*of_new, atol=1e-3)
 
 
 # ---- what a caller may ask

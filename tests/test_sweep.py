@@ -280,7 +280,7 @@ def test_a_sweep_that_compares_no_variants_needs_none_to_export(world):
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_resumes(world):
     path = write_sweep(
-        world, {"long": {"train.epochs": 60, "train.validate_every": 5, "train.patience": 1000}, "short": None}
+        world, {"long": {"train.epochs": 20, "train.validate_every": 20, "train.patience": 1000}, "short": None}
     )
     killed = begin(path)
     deadline = time.monotonic() + 120

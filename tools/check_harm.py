@@ -3,11 +3,11 @@
     python tools/check_harm.py [--minutes N | --examples N] [--seed S] [--only CLASS] [--follow] [--quick] [--keep DIR]
 
 Classes of harm: files of the user's in rarec's way (trees), damaged files of rarec's (bytes), fields of the
-configuration (values), logs and language models (inputs), and what surrounds the command (surroundings). Each example
-copies a tiny run, harms the copy, runs one command and judges the end (harm_oracle.py). An example is determined by its
-class and its seed: `--only CLASS --seed S --examples 1` repeats it, and `--keep DIR` keeps what it leaves. With
-`--follow` the remedies of refusals are carried out, and the command must then succeed. With `--quick`, as in
-tests/test_harm.py, no command builds more than one stage.
+configuration (values), logs and language models (inputs), bundles and what their commands are given (bundles), and what
+surrounds the command (surroundings). Each example copies a tiny run, harms the copy, runs one command and judges the
+end (harm_oracle.py). An example is determined by its class and its seed: `--only CLASS --seed S --examples 1` repeats
+it, and `--keep DIR` keeps what it leaves. With `--follow` the remedies of refusals are carried out, and the command
+must then succeed. With `--quick`, as in tests/test_harm.py, no command builds more than one stage.
 
 Standard error lists each failure as it is found; standard output is a table. The exit code is 1 if there is any.
 """
@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
+from harm_bundles import harm_bundle
 from harm_files import damage, plant
 from harm_inputs import harm_input
 from harm_oracle import Harm, Judge, Tree, snapshot, users_files
@@ -38,6 +39,7 @@ CLASSES: dict[str, Callable[[random.Random, World, Path], Harm]] = {
     "bytes": damage,
     "values": set_value,
     "inputs": harm_input,
+    "bundles": harm_bundle,
     "surroundings": surround,
 }
 SLOW = ("run", "train", "report")

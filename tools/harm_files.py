@@ -265,6 +265,14 @@ def damage(generator: random.Random, world: World, place: Path) -> Harm:
         begun = (f"{parent}/.{last}.fresh/".lstrip("/"), f"{HALF[half]}/")
         files = [path for path in files if path.relative_to(place / RUN).as_posix().startswith(begun)]
     path, other = generator.choice(files), generator.choice(files)
+    what = ruin(generator, path, other)
+    words = _reader(generator, half, state)
+    name = path.relative_to(place).as_posix()
+    return Harm(f"{name}: {what} ({state})", Command(words, str(place)), (path.name, path.parent.name))
+
+
+def ruin(generator: random.Random, path: Path, other: Path) -> str:
+    """Damage a file, or put something else in its place; return what was done."""
     what = generator.choice([*DAMAGES, "removed", "a directory", "a pipe", "mode 0"])
     if what in DAMAGES:
         path.write_bytes(DAMAGES[what](generator, path.read_bytes(), other.read_bytes()))
@@ -274,9 +282,7 @@ def damage(generator: random.Random, world: World, place: Path) -> Harm:
         path.unlink()
         if what != "removed":
             (Path.mkdir if what == "a directory" else os.mkfifo)(path)
-    words = _reader(generator, half, state)
-    name = path.relative_to(place).as_posix()
-    return Harm(f"{name}: {what} ({state})", Command(words, str(place)), (path.name, path.parent.name))
+    return what
 
 
 def _reader(generator: random.Random, half: str, state: str) -> list[str]:

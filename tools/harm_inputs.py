@@ -58,7 +58,7 @@ def harm_input(generator: random.Random, world: World, place: Path) -> Harm:
     return generator.choice(makers)(generator, world, place)
 
 
-def _write(rows: Rows, path: Path) -> None:
+def write_rows(rows: Rows, path: Path) -> None:
     """Write rows in the format that the name says."""
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -74,7 +74,8 @@ def _write(rows: Rows, path: Path) -> None:
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
-def _rows(path: Path) -> Rows:
+def read_rows(path: Path) -> Rows:
+    """Return the rows of a CSV file of the world."""
     with path.open() as file:
         rows: Rows = list(csv.DictReader(file))
     return [row | ({"time": int(row["time"])} if "time" in row else {}) for row in rows]
@@ -83,7 +84,7 @@ def _rows(path: Path) -> Rows:
 def _log(generator: random.Random, place: Path) -> tuple[str, Path, Rows]:
     """Choose one of the two tables and a format; return table, file and rows."""
     table = generator.choice(["interactions", "items"])
-    rows = _rows(place / "log" / f"{table}.csv")
+    rows = read_rows(place / "log" / f"{table}.csv")
     return table, place / "log" / f"{table}.{generator.choice(FORMATS)}", rows
 
 
@@ -103,10 +104,10 @@ def _odd_value(generator: random.Random, world: World, place: Path) -> Harm:
     mixed = column == "time" and kind in ("milliseconds", "nanoseconds") and many < len(rows)
     nested = column in ("user", "item") and kind in ("an object", "a list") and ".jsonl" in path.name
     try:
-        _write(rows, path)
+        write_rows(rows, path)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError):  # this format cannot hold it
         path = path.with_name(f"{table}.jsonl")
-        _write(rows, path)
+        write_rows(rows, path)
     stage = "run" if column in ("title", "brand") and generator.random() < 0.2 else "prepare"
     what = f"{path.name}, column {column}: {kind} in {many} of {len(rows)} rows"
     names = (path.name, column, f"prepare.{table}", "log")
@@ -118,7 +119,7 @@ def _odd_bytes(generator: random.Random, world: World, place: Path) -> Harm:
     """Damage the bytes of a log."""
     world.copy("new", place)
     table, path, rows = _log(generator, place)
-    _write(rows, path)
+    write_rows(rows, path)
     kind = generator.choice(list(DAMAGES))
     path.write_bytes(DAMAGES[kind](generator, path.read_bytes(), (place / "config.yaml").read_bytes()))
     checked = path.suffix == ".gz" and kind in BROKEN_GZIP
@@ -136,30 +137,30 @@ def _twice(rows: Rows, path: Path) -> str:
 
 
 def _renamed(rows: Rows, path: Path) -> str:
-    _write([{f" {name.upper()}": value for name, value in row.items()} for row in rows], path)
+    write_rows([{f" {name.upper()}": value for name, value in row.items()} for row in rows], path)
     return "refusal"
 
 
 def _ragged(rows: Rows, path: Path) -> str:
-    _write(rows, path)
+    write_rows(rows, path)
     path.write_bytes(path.read_bytes() + b"u00,i00,1700000000,more,and,more\nu01\n")
     return "refusal"
 
 
 def _crlf(rows: Rows, path: Path) -> str:
-    _write(rows, path)
+    write_rows(rows, path)
     path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
     return "tables"
 
 
 def _marked(rows: Rows, path: Path) -> str:
-    _write(rows, path)
+    write_rows(rows, path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     return "tables"
 
 
 def _utf16(rows: Rows, path: Path) -> str:
-    _write(rows, path)
+    write_rows(rows, path)
     path.write_bytes(path.read_bytes().decode().encode("utf-16"))
     return "any"
 
@@ -170,7 +171,7 @@ def _header_only(rows: Rows, path: Path) -> str:
 
 
 def _a_column_more(rows: Rows, path: Path) -> str:
-    _write([{**row, "more\x1b[31m": 1} for row in rows], path)
+    write_rows([{**row, "more\x1b[31m": 1} for row in rows], path)
     return "tables"
 
 
@@ -198,7 +199,7 @@ def _odd_columns(generator: random.Random, world: World, place: Path) -> Harm:
     world.copy("new", place)
     table = generator.choice(["interactions", "items"])
     path, kind = place / "log" / f"{table}.csv", generator.choice(list(COLUMNS))
-    expect = COLUMNS[kind](_rows(path), path)
+    expect = COLUMNS[kind](read_rows(path), path)
     return Harm(f"{path.name}: {kind}", _command(place, table, path), (path.name, f"prepare.{table}"), expect=expect)
 
 

@@ -99,6 +99,7 @@ class Harm:
         last_resort: whether exit code 70 is a way to end.
         native: whether native code may end the process, as where it gets no memory.
         elsewhere: whether the harm lets rarec write outside `run.dir`.
+        check: returns what is wrong with the place and the outcome of a command that ended with exit code 0.
         again: whether the same command, in ordinary surroundings, must then succeed.
         restore: undoes the harm before that.
         release: called when the case is over.
@@ -113,6 +114,7 @@ class Harm:
     last_resort: bool = False
     native: bool = False
     elsewhere: bool = False
+    check: Callable[[Path, Outcome], list[str]] = lambda place, outcome: []
     again: bool = False
     restore: Callable[[], object] = lambda: None
     release: Callable[[], object] = lambda: None
@@ -166,6 +168,7 @@ class Judge:
         self._permissions()
         if outcome.code == 0:
             self.results()
+            self.faults += self.harm.check(self.root, outcome)
         else:
             self._refusal(outcome)
         return self.faults

@@ -34,6 +34,9 @@ PRELOADED = (
     "rarec.models.language_model",
     "rarec.evaluation.html_report",
     "rarec.training.loop",
+    "rarec.serving.command",
+    "rarec.serving.realign",
+    "rarec.serving.formats.write",
     "transformers.models.bert.modeling_bert",
     "torch.distributed.nn",
 )

@@ -63,21 +63,23 @@ def surround(generator: random.Random, world: World, place: Path) -> Harm:
         stage = "run"
     fresh = stage != "run" and state == "finished"
     command = Command([stage, "config.yaml", *["--fresh"] * fresh], str(place))
-    makers: list[Callable[..., Harm]] = [_variable, _variable, _stream, _limit, _limit, _umask, _lost_cwd]
+    makers: list[Callable[..., Harm]] = [set_variable, set_variable, stream, limit, limit, set_umask, _lost_cwd]
     makers += [_forbidden, _forbidden]
     if os.geteuid() == 0:
         makers += [_small_disk, _small_disk]
     return replace(generator.choice(makers)(generator, place, command), again=True)
 
 
-def _variable(generator: random.Random, place: Path, command: Command) -> Harm:
+def set_variable(generator: random.Random, place: Path, command: Command) -> Harm:
+    """Set a variable of the environment to an odd value, or unset it."""
     name = generator.choice(list(VARIABLES))
     value = generator.choice(VARIABLES[name])
     what = f"{name} is unset" if value is None else f"{name}={value!r}"
     return Harm(what, replace(command, environment={name: value}), (name,))
 
 
-def _stream(generator: random.Random, place: Path, command: Command) -> Harm:
+def stream(generator: random.Random, place: Path, command: Command) -> Harm:
+    """Give the command an odd standard output."""
     kind = generator.choice(["closed", "ascii", "full", "broken"])
     if kind == "ascii":  # something to print that ASCII lacks
         text = (place / "config.yaml").read_text()
@@ -85,14 +87,16 @@ def _stream(generator: random.Random, place: Path, command: Command) -> Harm:
     return Harm(f"standard output is {kind}", replace(command, stdout=kind), ("output", "space"), last_resort=True)
 
 
-def _limit(generator: random.Random, place: Path, command: Command) -> Harm:
+def limit(generator: random.Random, place: Path, command: Command) -> Harm:
+    """Limit the size of files, their number, or memory."""
     name = generator.choice(list(LIMITS))
     value = LIMITS[name](generator)
     limited = replace(command, limits={name: value})
     return Harm(f"{name} {value}", limited, last_resort=True, native=name == "RLIMIT_AS")
 
 
-def _umask(generator: random.Random, place: Path, command: Command) -> Harm:
+def set_umask(generator: random.Random, place: Path, command: Command) -> Harm:
+    """Set the umask."""
     umask = generator.choice([0, 0o002, 0o077, 0o027])
     return Harm(f"umask {umask:03o}", replace(command, umask=umask))
 
@@ -118,7 +122,7 @@ def _small_disk(generator: random.Random, place: Path, command: Command) -> Harm
     """Put `run` onto a disk with little room left."""
     disk, free = Disk(place), int(10 ** generator.uniform(3.6, 6))
     if not disk.small:
-        return _umask(generator, place, command)
+        return set_umask(generator, place, command)
     disk.leave(free)
     what = f"a disk with {free} bytes left"
     keywords: dict[str, Any] = {"restore": lambda: disk.leave(None), "release": disk.release}

@@ -99,7 +99,7 @@ class World:
         kind, _, stage = name.rpartition("-")
         if name == "finished":
             self._copy("new", place)
-            self._must(["run", "config.yaml"], place)
+            self.must(["run", "config.yaml"], place)
         elif kind == "upto":
             self._copy("finished", place)
             for folder in _folders(STAGES[STAGES.index(stage) + 1 :]):
@@ -115,7 +115,8 @@ class World:
             code = self.server.run(Command(words, str(place), kill=kill)).code
             assert code == -signal.SIGKILL, (name, code)
 
-    def _must(self, words: list[str], place: Path) -> Outcome:
+    def must(self, words: list[str], place: Path) -> Outcome:
+        """Run a command that must succeed."""
         outcome = self.server.run(Command(words, str(place)))
         if outcome.code:
             raise RuntimeError(f"the undisturbed `rarec {' '.join(words)}` failed: {outcome.stderr}")

@@ -17,6 +17,8 @@ Rows = npt.NDArray[np.integer]
 
 BLOCK_BYTES = 16 << 20
 """Size of one block of scores: small enough to be still in cache when its scores are counted."""
+GROUP = 64
+"""Items of which the best score is found first, at the speed of memory, which `topk` is far from."""
 
 
 class Scores(Protocol):
@@ -109,10 +111,30 @@ def best_scores(
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
     for part, scores_CN in _blocks(scores, block_bytes):
         scores_CN[_seen_pairs(seen[part], scores.n_items)] = -torch.inf
-        best_CK, where_CK = scores_CN.topk(k, dim=1)
+        best_CK, where_CK = _largest(scores_CN, k)
         where_CK[best_CK == -torch.inf] = -1
         rows_BK[part], scores_BK[part] = where_CK.cpu().numpy(), best_CK.cpu().numpy()
     return rows_BK, scores_BK
+
+
+def _largest(scores_CN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k largest scores of each user and their places, as `topk` does, several times faster.
+
+    They are in the k groups of items with the largest maxima: each of these holds a score that none outside exceeds.
+    """
+    users, n_items = scores_CN.shape
+    groups = n_items // GROUP
+    if groups < 2 * k:
+        found = scores_CN.topk(k, dim=1)
+        return found.values, found.indices
+    grouped = scores_CN[:, : groups * GROUP].view(users, groups, GROUP)
+    first_CK = grouped.amax(dim=2).topk(k, dim=1).indices * GROUP
+    device = scores_CN.device
+    in_groups = (first_CK[..., None] + torch.arange(GROUP, device=device)).flatten(1)
+    beyond = torch.arange(groups * GROUP, n_items, device=device).expand(users, -1)
+    among = torch.cat([in_groups, beyond], dim=1)
+    best_CK, at_CK = scores_CN.gather(1, among).topk(k, dim=1)
+    return best_CK, among.gather(1, at_CK)
 
 
 def _blocks(scores: Scores, block_bytes: int) -> Iterator[tuple[slice, torch.Tensor]]:

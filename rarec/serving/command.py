@@ -1,8 +1,10 @@
 """What the commands `rarec recommend` and `rarec items` do with a bundle."""
 
+import re
 import shlex
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,7 @@ def example(bundle: Path, history: Sequence[Id], k: int, llm: str | None, device
 def print_for_user(recommender: Recommender, log: str, columns: str | None, user: str, k: int) -> None:
     """Print the best new items for one user of a log."""
     prepare = recommender.bundle.tables(log=log, columns=columns_of(columns, LOG))
-    with open_log(prepare, recommender.bundle.directory / ITEMS, user) as histories:
+    with _columns_by_option(), open_log(prepare, recommender.bundle.directory / ITEMS, user) as histories:
         one = next(iter(histories), None)
     _print(recommender.recommend_to([one.rows if one else np.empty(0, np.int64)], k)[0])
 
@@ -66,7 +68,7 @@ def write_for_all(
     given = columns_of(columns, LOG)
     prepare = recommender.bundle.tables(log=log, columns=given)
     made_from = {"log": hash_files(find_files(log, "--log")), "columns": str(sorted(given.items()))}
-    with open_log(prepare, recommender.bundle.directory / ITEMS) as histories:
+    with _columns_by_option(), open_log(prepare, recommender.bundle.directory / ITEMS) as histories:
         return recommend_all(recommender, histories, out, k, made_from, world)
 
 
@@ -80,11 +82,12 @@ def add_items_of(
 ) -> Path:
     """Add the items of a table; return the folder of the new version."""
     bundle = recommender.bundle
-    new = read_items(bundle.tables(items=table, columns=columns_of(columns, CATALOGUE)), say)
+    with _columns_by_option():
+        new = read_items(bundle.tables(items=table, columns=columns_of(columns, CATALOGUE)), say)
     given = dict(_vectors_of(pair, new) for pair in vectors)
     directory = out or next_version(bundle.directory)
     add_items(recommender.parts, NewItems(new, given), directory)
-    say(f"{len(new.titles):,} items added; {bundle.directory} is as it was")
+    say(f"{_items(len(new.titles))} added; {bundle.directory} is as it was")
     return directory
 
 
@@ -94,7 +97,7 @@ def remove_items_of(
     """Remove items; return the folder of the new version."""
     directory = out or next_version(bundle)
     remove_items(Bundle.open(bundle, trusted), ids, directory)
-    say(f"{len(set(ids)):,} items removed; {bundle} is as it was")
+    say(f"{_items(len(set(ids)))} removed; {bundle} is as it was")
     return directory
 
 
@@ -121,6 +124,22 @@ def columns_of(given: str | None, roles: Sequence[str]) -> dict[str, str]:
         if role.strip() not in roles or not equals or not name:
             raise UserError(f"--columns: {role}{equals}{name}", f"write ROLE=COLUMN, with {', '.join(roles)} as roles")
     return {role.strip(): name.strip() for role, _, name in pairs}
+
+
+@contextmanager
+def _columns_by_option() -> Iterator[None]:
+    """Name the option `--columns` in messages, where the configuration of a run has fields."""
+    roles = "|".join((*LOG, *CATALOGUE))
+    try:
+        yield
+    except UserError as error:
+        texts = (error.problem, error.remedy)
+        problem, remedy = (re.sub(rf"prepare\.\w+\.({roles})\b", r"--columns \1", text) for text in texts)
+        raise UserError(problem.splitlines(), remedy) from None
+
+
+def _items(count: int) -> str:
+    return f"{count:,} item{'s' * (count != 1)}"
 
 
 def _print(items: list[Recommended]) -> None:

@@ -7,6 +7,7 @@ and the listed items.
 Shape letters: B users, N catalogue, F size of the fused vectors, K vectors of a user.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -121,10 +122,18 @@ class DenseScores:
 
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""
-        scores_CN, near_CN = self._dense.block(users), self._near_BN[users].tocoo()
-        at = torch.from_numpy(near_CN.row.astype(np.int64) * self.n_items + near_CN.col)
-        scores_CN.view(-1).index_add_(0, at, torch.from_numpy(near_CN.data))
-        return scores_CN
+        scores_CN = self._dense.block(users)
+        return scores_CN.add_(_rows_of(self._near_BN, *users.indices(self.n_users)[:2]))
+
+
+def _rows_of(table: sparse.csr_matrix, start: int, end: int) -> torch.Tensor:
+    """Return rows of a sparse table as a sparse tensor, without a copy of its values."""
+    ends = table.indptr[start : end + 1]
+    values = slice(ends[0], ends[-1])
+    parts = (torch.from_numpy(part) for part in (ends - ends[0], table.indices[values], table.data[values]))
+    with warnings.catch_warnings():  # torch says that these tensors are in beta
+        warnings.simplefilter("ignore")
+        return torch.sparse_csr_tensor(*parts, size=(end - start, table.shape[1]), check_invariants=False)
 
 
 def _predicted(whole: FusedRanker) -> npt.NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """The user's prompt as token ids with its slots in place, so that a client needs no tokenizer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,30 @@ TITLES = "titles.parquet"
 NO_PROMPT = {"empty": [], "empty_slots": [], "count": 0, "most": 0}
 """Of a row without a language model."""
 _LISTS = pa.list_(pa.int32())
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A part of a prompt that is the same for all users.
+
+    Attributes:
+        tokens: its token ids.
+        groups: of each source with slots here, the token before which they stand, and their places among all slots.
+    """
+
+    tokens: list[int]
+    groups: list[tuple[int, range]]
+
+    def with_slots(self, filler: int) -> tuple[list[int], list[list[int]]]:
+        """Return the token ids with fillers at slots, and of each slot its place among all slots and its index here."""
+        found, text = list[list[int]](), list[int]()
+        for at in range(len(self.tokens) + 1):
+            for mark, places in self.groups:
+                if mark == at:
+                    found += [[place, len(text) + n] for n, place in enumerate(places)]
+                    text += [filler] * len(places)
+            text += self.tokens[at : at + 1]
+        return text, found
 
 
 def prompt_facts(prompts: PromptPair, slots: Mapping[str, int]) -> dict[str, Any]:
@@ -32,53 +57,49 @@ def prompt_facts(prompts: PromptPair, slots: Mapping[str, int]) -> dict[str, Any
         prompts: of the bundle.
         slots: number of slots of each source in the user's prompt, as the model takes them.
     """
-    wanted = {name: count for name, count in slots.items() if count}
-    first = dict(zip(wanted, np.cumsum([0, *wanted.values()]).tolist(), strict=False))
-    frame, empty = prompts.frame(), prompts.user([])
-    tokens, start, filler = frame.encoded.tokens_T.tolist(), frame.start, prompts.tokenizer.filler
-    marks = {name: mark for name, mark in frame.encoded.marks.items() if name in wanted}
-    own = {name: (mark, range(first[name], first[name] + wanted[name])) for name, mark in marks.items()}
-    before = {name: of for name, of in own.items() if isinstance(of[0], int) and of[0] <= start}
-    after = {name: (of[0] - start - 1, of[1]) for name, of in own.items() if isinstance(of[0], int) and of[0] > start}
-    alone = {name: (mark, own[name][1]) for name, mark in empty.marks.items() if name in {**before, **after}}
-    parts: dict[str, tuple[list[int], dict[str, tuple[Any, range]]]] = {
-        "before": (tokens[:start], before),
-        "after": (tokens[start + 1 :] if frame.titles else tokens[start:], after),
-        "empty": (empty.tokens_T.tolist(), alone),
-    }
-    facts: dict[str, Any] = {"bare_after": _bare_after(prompts, parts["after"], start)}
-    for name, (text, groups) in parts.items():
-        facts[name], facts[f"{name}_slots"] = _with_slots(text, groups.values(), filler)
+    places, frame, filler = _places(slots), prompts.frame(), prompts.tokenizer.filler
+    stretches = _stretches(prompts, places)
+    facts: dict[str, Any] = {}
+    for name, stretch in stretches.items():
+        facts[name], facts[f"{name}_slots"] = stretch.with_slots(filler)
+    facts["bare_after"] = _bare(prompts, stretches["after"]).with_slots(filler)[0]
+    at_titles = [name for name, mark in frame.encoded.marks.items() if name in places and isinstance(mark, list)]
     return facts | {
-        "titles_first": [first[name] for name, mark in marks.items() if isinstance(mark, list)],
-        "count": sum(wanted.values()),
+        "titles_first": [places[name].start for name in at_titles],
+        "count": sum(map(len, places.values())),
         "most": frame.titles,
         "room": frame.room,
         "newest_first": prompts.newest_first,
     }
 
 
-def _bare_after(prompts: PromptPair, after: tuple[list[int], dict[str, tuple[Any, range]]], start: int) -> list[int]:
+def _places(slots: Mapping[str, int]) -> dict[str, range]:
+    """Return the places of each source's slots among all slots."""
+    ends = np.cumsum(list(slots.values())).tolist()
+    return {name: range(end - slots[name], end) for name, end in zip(slots, ends, strict=True) if slots[name]}
+
+
+def _stretches(prompts: PromptPair, places: Mapping[str, range]) -> dict[str, _Stretch]:
+    """Return what stands before and after the history, and the prompt without history."""
+    frame, empty = prompts.frame(), prompts.user([])
+    tokens, start = frame.encoded.tokens_T.tolist(), frame.start
+    marks = {name: mark for name, mark in frame.encoded.marks.items() if name in places and isinstance(mark, int)}
+    before = [(mark, places[name]) for name, mark in marks.items() if mark <= start]
+    after = [(mark - start - 1, places[name]) for name, mark in marks.items() if mark > start]
+    alone = [(mark, places[name]) for name, mark in empty.marks.items() if name in marks and isinstance(mark, int)]
+    return {
+        "before": _Stretch(tokens[:start], before),
+        "after": _Stretch(tokens[start + bool(frame.titles) :], after),  # one token stands for the titles
+        "empty": _Stretch(empty.tokens_T.tolist(), alone),
+    }
+
+
+def _bare(prompts: PromptPair, after: _Stretch) -> _Stretch:
     """Return `after` with what stands for the text of a prompt that has none."""
-    tokenizer, (tokens, groups) = prompts.tokenizer, after
-    if start > len(tokenizer.prefix) or len(tokens) > len(tokenizer.suffix):  # the template has words
-        return _with_slots(tokens, groups.values(), tokenizer.filler)[0]
-    return _with_slots([*tokenizer(".")[:1].tolist(), *tokens], groups.values(), tokenizer.filler)[0]
-
-
-def _with_slots(
-    tokens: list[int], groups: Iterable[tuple[Any, Iterable[int]]], filler: int
-) -> tuple[list[int], list[list[int]]]:
-    """Insert fillers for groups of slots, each before the token at its mark; return (place among all slots, index)."""
-    found, text = list[list[int]](), list[int]()
-    for at, token in enumerate([*tokens, None]):
-        for mark, places in groups:
-            if mark == at:
-                found += [[place, len(text) + n] for n, place in enumerate(places)]
-                text += [filler] * len(list(places))
-        if token is not None:
-            text.append(token)
-    return text, found
+    tokenizer = prompts.tokenizer
+    if prompts.frame().start > len(tokenizer.prefix) or len(after.tokens) > len(tokenizer.suffix):
+        return after  # the template has words
+    return _Stretch([*tokenizer(".")[:1].tolist(), *after.tokens], after.groups)
 
 
 def write_titles(prompts: PromptPair, marks: Marks, path: Path) -> None:
@@ -99,8 +120,8 @@ def write_titles(prompts: PromptPair, marks: Marks, path: Path) -> None:
             tokens, at = prompts.title(item, is_first)
             at = at if with_slots else []
             kept = tokens.tolist()[: max(0, frame.room - len(at))]
-            groups = [(min(mark, len(kept)), [place]) for place, mark in enumerate(at)]
-            text, found = _with_slots(kept, groups, prompts.tokenizer.filler)
+            groups = [(min(mark, len(kept)), range(place, place + 1)) for place, mark in enumerate(at)]
+            text, found = _Stretch(kept, groups).with_slots(prompts.tokenizer.filler)
             columns[name].append(text)
             columns[f"{name}_slots"].append([index for _, index in sorted(found)])
     pq.write_table(pa.table({name: pa.array(of, _LISTS) for name, of in columns.items()}), path, compression="zstd")
