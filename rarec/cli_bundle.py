@@ -79,7 +79,7 @@ def convert(
         raise UserError("--to needs a folder to write to", "name it: --out DIR")
     recommender = _load(bundle, llm, "cpu", trust)
     _serving("formats.write").write_formats(recommender, formats, out, index=index, int8=int8, push=push, say=say)
-    print(out)
+    say(str(out))
 
 
 @items.command("add")
@@ -95,8 +95,7 @@ def add(
 ) -> None:
     """Add items by their text, and by an ID vector where there is one."""
     recommender = _load(bundle, llm, device, trust)
-    made = _serving("command").add_items_of(recommender, table, columns, vectors or [], out, say)
-    print(made)
+    _serving("command").add_items_of(recommender, table, columns, vectors or [], out, say)
 
 
 @items.command("remove")
@@ -107,7 +106,7 @@ def remove(
     trust: Trust = None,
 ) -> None:
     """Remove items."""
-    print(_serving("command").remove_items_of(bundle, ids, out, trust or [], say))
+    _serving("command").remove_items_of(bundle, ids, out, trust or [], say)
 
 
 def realign(
@@ -128,7 +127,7 @@ def realign(
     directory = out or _serving("versions").next_version(bundle)
     for name, value in serving.realign(recommender.parts, models, directory, least).items():
         say(f"{name}: {value}")
-    print(directory)
+    say(str(directory))
 
 
 def _serving(module: str) -> Any:

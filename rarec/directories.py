@@ -31,10 +31,13 @@ def new_directory(path: Path, claims: Iterable[str] = ()) -> Iterator[Path]:
         claims: names of files that will be written there later.
 
     Raises:
-        UserError: there is something at `path` that rarec has not made.
+        UserError: there is something at `path` that rarec has not made, or a file on the way to it.
     """
     refuse_foreign(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # /proc; a file on the way
+        raise UserError(f"{path.parent} cannot be made: {error.strerror}", "name another folder") from None
     restore_replaced(path)
     drop_stale(path.parent, path.name)
     aside = aside_path(path)

@@ -33,7 +33,7 @@ COMMANDS = {
     "remove": ["items", "remove", BUNDLE, "i03", "i05", "--out", OUT],
     "realign": ["realign", BUNDLE, "config.yaml", "--least", "-9", "--out", OUT],
     "vectors": ["export", BUNDLE, "--to", "vectors", "--out", OUT],
-    "peft": ["export", BUNDLE, "--to", "hub", "--out", OUT],
+    "hub": ["export", BUNDLE, "--to", "hub", "--out", OUT],
 }
 ARGUMENTS: list[tuple[list[str], str]] = [
     ([*HISTORY, "-k", "0"], "refusal"),
@@ -51,7 +51,7 @@ ARGUMENTS: list[tuple[list[str], str]] = [
     (["recommend", f"{RUN}/prepare", "--history", "i00"], "refusal"),
     (["recommend", "/nowhere", "--history", "i00"], "refusal"),
     ([*ALL, f"{OUT}.xlsx"], "refusal"),
-    ([*ALL, "/nowhere/out.csv"], "refusal"),
+    ([*ALL, "/proc/nowhere/out.csv"], "refusal"),
     ([*ALL, f"{OUT}.csv", "--columns", "item"], "refusal"),
     ([*ALL, f"{OUT}.csv", "--columns", "item=nothing"], "refusal"),
     ([*ALL, f"{OUT}.csv", "--columns", "price=item"], "refusal"),
@@ -153,7 +153,7 @@ def _same_as(world: World, command: Command, but: tuple[str, ...] = ()) -> Calla
 
 def _check(world: World, words: list[str], but: tuple[str, ...], place: Path, outcome: Outcome) -> list[str]:
     printed, wanted = _undisturbed(world, words)
-    made = {path: content for path, content in _made(place).items() if path not in but}
+    made = {path: content for path, content in _made(place).items() if not path.startswith(but)}
     faults = [f"{path} is not what it is without the harm" for path in wanted if made.get(path) != wanted[path]]
     faults += [f"it wrote {path}" for path in made if path not in wanted]
     if outcome.stdout and outcome.stdout != printed:

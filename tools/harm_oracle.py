@@ -155,6 +155,7 @@ class Judge:
     def judge(self, outcome: Outcome) -> list[str]:
         """Return what is wrong; nothing, if all is as it must be."""
         self._users_files()
+        self._outside(outcome)
         if outcome.code is None:
             return [*self.faults, f"it hangs: killed after {outcome.wall:.0f} s"]
         allowed = [0, 2] + [LAST_RESORT] * self.harm.last_resort
@@ -187,8 +188,11 @@ class Judge:
             elif now != entry:
                 changed = [name for name, value in asdict(entry).items() if asdict(now)[name] != value]
                 self.faults.append(f"the user's {path} has another {', '.join(changed)}")
+
+    def _outside(self, outcome: Outcome) -> None:
         if not self.harm.elsewhere:
-            new = [path for path in self.after if path not in self.before and path.split("/")[0] not in (RUN, "home")]
+            own = (RUN, "home", *["tmp"] * (outcome.code in NATIVE))  # who is ended by native code cannot tidy up
+            new = [path for path in self.after if path not in self.before and path.split("/")[0] not in own]
             self.faults += [f"it wrote {path}, outside run.dir" for path in new[:3]]
 
     def _is_empty(self, path: str) -> bool:

@@ -5,6 +5,7 @@ these are joined. So the bytes of the result depend neither on the ranks nor on 
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -51,7 +52,7 @@ def recommend_all(
     """
     if out.suffix not in _JOIN:
         raise UserError(f"{out} ends in none of {', '.join(_JOIN)}", "name a file that does")
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} is there already", "move it away, or name another file")
     place = out.with_name(f".{out.name}.begun")
     identity = {**made_from, "bundle": recommender.bundle.manifest["hash"], "k": k}

@@ -87,7 +87,7 @@ def add_items_of(
     given = dict(_vectors_of(pair, new) for pair in vectors)
     directory = out or next_version(bundle.directory)
     add_items(recommender.parts, NewItems(new, given), directory)
-    say(f"{_items(len(new.titles))} added; {bundle.directory} is as it was")
+    say(f"{directory}: {_items(len(new.titles))} added; {bundle.directory} is as it was")
     return directory
 
 
@@ -97,7 +97,7 @@ def remove_items_of(
     """Remove items; return the folder of the new version."""
     directory = out or next_version(bundle)
     remove_items(Bundle.open(bundle, trusted), ids, directory)
-    say(f"{_items(len(set(ids)))} removed; {bundle} is as it was")
+    say(f"{directory}: {_items(len(set(ids)))} removed; {bundle} is as it was")
     return directory
 
 

@@ -129,11 +129,12 @@ class DenseScores:
 def _rows_of(table: sparse.csr_matrix, start: int, end: int) -> torch.Tensor:
     """Return rows of a sparse table as a sparse tensor, without a copy of its values."""
     ends = table.indptr[start : end + 1]
-    values = slice(ends[0], ends[-1])
-    parts = (torch.from_numpy(part) for part in (ends - ends[0], table.indices[values], table.data[values]))
+    own = slice(ends[0], ends[-1])
+    starts, columns, values = map(torch.from_numpy, (ends - ends[0], table.indices[own], table.data[own]))
     with warnings.catch_warnings():  # torch says that these tensors are in beta
         warnings.simplefilter("ignore")
-        return torch.sparse_csr_tensor(*parts, size=(end - start, table.shape[1]), check_invariants=False)
+        size = (end - start, table.shape[1])
+        return torch.sparse_csr_tensor(starts, columns, values, size=size, check_invariants=False)
 
 
 def _predicted(whole: FusedRanker) -> npt.NDArray[np.float64]:

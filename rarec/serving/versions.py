@@ -1,5 +1,6 @@
 """Versions of a bundle: a new one is written beside the old one, which stays as it is."""
 
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ def next_version(bundle: Path) -> Path:
     """Return the first free name of a version: `bundle-2` beside `bundle`, then `bundle-3`."""
     stem, _, number = bundle.name.rpartition("-")
     name, at = (stem, int(number)) if stem and number.isdigit() else (bundle.name, 1)
-    while (path := bundle.with_name(f"{name}-{at + 1}")).exists():
+    while os.path.lexists(path := bundle.with_name(f"{name}-{at + 1}")):
         at += 1
     return path
 
@@ -36,7 +37,7 @@ def new_version(bundle: Bundle, directory: Path, changed: Collection[str], what:
     Raises:
         UserError: the folder is there already.
     """
-    if directory.exists():
+    if os.path.lexists(directory):
         raise UserError(f"{directory} is there already", "name another folder: --out")
     manifest = bundle.manifest
     with new_directory(directory) as aside:

@@ -1,5 +1,6 @@
 """Write a bundle in forms for other engines into one folder."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def write_formats(
         raise UserError("--push uploads what --to hub writes", "give it with --to hub alone")
     if len(formats) > 1 and {"peft", "hub"} & set(formats):
         raise UserError("--to peft and --to hub are folders of their own", "write them by commands of their own")
-    if directory.exists():
+    if os.path.lexists(directory):
         raise UserError(f"{directory} is there already", "move it away, or name another folder: --out")
     bundle = recommender.bundle
     if "hub" in formats:
