@@ -1,4 +1,4 @@
-"""Compare full-catalogue ranking with a bare matrix product of the same shapes, chunks and threads; measure memory.
+"""Compare full-catalogue ranking with a bare matrix product of the same shapes and threads; measure memory.
 
 Usage: python tools/bench_ranking.py [--users 20000] [--items 12000] [--dim 384] [--seen 10] [--rounds 3]
 Goal: a ratio of at most 1.5, and a peak memory that does not grow with the number of users.
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from rarec.hardware import peak_memory
-from rarec.ranking.rank import BLOCK_BYTES, rank_targets
+from rarec.ranking.rank import SEARCH_USERS, rank_targets
 
 STREAM = 1000
 """Users generated and ranked at a time in the memory measurement, as in an evaluation."""
@@ -42,8 +42,8 @@ def catalogue(args: argparse.Namespace) -> npt.NDArray[np.float32]:
 
 
 def bare_product(users: npt.NDArray[np.float32], items: npt.NDArray[np.float32]) -> None:
-    """Compute the scores alone, into one buffer, in the chunks of `rank_targets`."""
-    chunk = BLOCK_BYTES // (4 * len(items))
+    """Compute the scores alone, into one buffer."""
+    chunk = SEARCH_USERS
     out = torch.empty(chunk, len(items))
     items_DN = torch.from_numpy(items).T
     for part in torch.from_numpy(users).split(chunk):

@@ -1,11 +1,12 @@
 """Compare what serving a bundle costs with the least that its work costs, in one run.
 
-    python tools/bench_recommend.py BUNDLE [--users 512] [--rounds 3] [--threads 2] [--client SERVED]
+    python tools/bench_recommend.py BUNDLE [--users 512] [--items N] [--rounds 3] [--threads 2] [--client SERVED]
 
 | row | time of | over the time of |
 | --- | --- | --- |
 | batch | recommending to all users | the language model's forward pass over the same prompts, sorted by length |
 | search | scores and the best 10 of each user | the matrix product of their vectors |
+| search N | the same among N random items, without neighbour tables | the same |
 | one user | recommending to one user, warm | the forward pass of that prompt |
 | 100 items | adding 100 items, without writing | the forward pass of their prompts |
 | client | a cold process of `rarec_client.py`, CPU seconds | a cold `rarec recommend` (upside down: how much less) |
@@ -30,12 +31,12 @@ from measuring import seconds
 import rarec
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length
-from rarec.ranking.rank import best_scores
+from rarec.ranking.rank import best_scores, top_k
 from rarec.serving.parts import Parts
 from rarec.serving.samples import sample_histories
 
 Rows = npt.NDArray[np.int64]
-GOALS = {"batch": 1 / 0.9, "search": 1.3, "one user": 3.0, "100 items": 1.5, "client": 0.1}
+GOALS = {"batch": 1 / 0.9, "search": 1.3, "search N": 1.3, "one user": 3.0, "100 items": 1.5, "client": 0.1}
 
 
 def forward(parts: Parts, prompts: list[Encoded]) -> Callable[[], None]:
@@ -57,7 +58,7 @@ def forward(parts: Parts, prompts: list[Encoded]) -> Callable[[], None]:
     return run
 
 
-def workloads(bundle: Path, users: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+def workloads(bundle: Path, users: int, n_items: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """Return, by row, what is measured and what it is compared with."""
     recommender = rarec.load(bundle, device="cpu")
     parts, items = recommender.parts, recommender.items
@@ -68,6 +69,7 @@ def workloads(bundle: Path, users: int) -> dict[str, tuple[Callable[[], object],
     scored = parts.scored(rows)
     vectors = torch.from_numpy(parts.dense.users(rows).reshape(users, -1, parts.dense.items_NF.shape[1])[:, 0].copy())
     table = torch.from_numpy(parts.dense.items_NF)
+    wide = torch.randn(n_items, table.shape[1])
     new = list(range(min(100, len(items))))
     titles, texts = ([of[row] for row in new] for of in (prompts.titles, prompts.texts))
     blank = {name: np.zeros((len(new), source.dim), np.float32) for name, source in parts.encoder.sources.items()}
@@ -75,6 +77,7 @@ def workloads(bundle: Path, users: int) -> dict[str, tuple[Callable[[], object],
     return {
         "batch": (lambda: recommender.recommend(histories, 10), forward(parts, encoded)),
         "search": (lambda: best_scores(scored, 10, rows), lambda: vectors @ table.T),
+        "search N": (lambda: top_k(vectors, wide, 10, rows), lambda: vectors @ wide.T),
         "one user": (lambda: recommender.recommend([histories[one]], 10), forward(parts, [encoded[one]])),
         "100 items": (
             lambda: parts.encode_new(titles, texts, blank),
@@ -96,12 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--users", type=int, default=512)
+    parser.add_argument("--items", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--client", type=Path, help="folder of --to onnx --to faiss")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pairs = workloads(arguments.bundle, arguments.users)
+    pairs = workloads(arguments.bundle, arguments.users, arguments.items)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
     for own, other in pairs.values():  # warm
         own(), other()

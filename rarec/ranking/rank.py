@@ -17,6 +17,8 @@ Rows = npt.NDArray[np.integer]
 
 BLOCK_BYTES = 16 << 20
 """Size of one block of scores: small enough to be still in cache when its scores are counted."""
+SEARCH_USERS, SEARCH_BYTES = 256, 128 << 20
+"""The best k are searched for so many users at a time, up to this size: each block reads the whole table of items."""
 GROUP = 64
 """Items of which the best score is found first, at the speed of memory, which `topk` is far from."""
 
@@ -46,7 +48,7 @@ def rank_targets(
 
 
 def top_k(
-    users: Array, items_ND: Array, k: int, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
+    users: Array, items_ND: Array, k: int, seen: Sequence[Rows], *, block_bytes: int | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return `best_scores` of the dot products of user and item vectors."""
     return best_scores(VectorScores(users, items_ND), k, seen, block_bytes=block_bytes)
@@ -88,7 +90,7 @@ def rank_scores(
 
 
 def best_scores(
-    scores: Scores, k: int, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
+    scores: Scores, k: int, seen: Sequence[Rows], *, block_bytes: int | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return the k best unseen items of each user.
 
@@ -96,7 +98,7 @@ def best_scores(
         scores: of B users.
         k: number of items; at most N are returned.
         seen: for each user, item rows that must not be returned.
-        block_bytes: bound on the scores held at a time.
+        block_bytes: bound on the scores held at a time, at most `SEARCH_BYTES` by default.
 
     Returns:
         Item rows and scores, both (B, min(k, N)), best first. Where fewer than k unseen items are left, the row is
@@ -107,6 +109,8 @@ def best_scores(
     """
     _check_lengths(scores.n_users, seen=seen)
     k = min(k, scores.n_items)
+    if block_bytes is None:
+        block_bytes = max(BLOCK_BYTES, min(SEARCH_USERS * 4 * scores.n_items * scores.width, SEARCH_BYTES))
     rows_BK = np.empty((scores.n_users, k), dtype=np.int64)
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
     for part, scores_CN in _blocks(scores, block_bytes):
