@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rarec.cli_bundle import LanguageModel, Trust, convert, items, realign, recommend
+from rarec.cli_serve import serve
 from rarec.entry import main, open_run, run_stage, say, watched
 from rarec.errors import EXIT_CODE, UserError
 from rarec.progress import Console, console
@@ -175,7 +176,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-for _command_of_a_bundle in (recommend, realign):
+for _command_of_a_bundle in (recommend, serve, realign):
     app.command(rich_help_panel=OF_A_BUNDLE)(_command_of_a_bundle)
 app.add_typer(items, name="items", rich_help_panel=OF_A_BUNDLE)
 

@@ -88,6 +88,21 @@ def test_the_client_runs_without_torch_and_rarec(served, recommender, everyone, 
     assert items == [one.item for one in recommender.recommend([history], 10)[0]]
 
 
+@pytest.mark.slow
+def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, everyone):
+    from rarec.serving.http.onnx_engine import OnnxEngine
+    from rarec.serving.recommended import Request
+
+    engine, known = OnnxEngine(served, threads=1), recommender.items
+    for options in ({}, {"k": 3, "deny": known[:9]}, {"allow": known[5:20]}, {"exclude_seen": False}):
+        requests = [Request(history, **options) for history in everyone]
+        found, expected = engine.answer(requests), recommender.answer(requests)
+        assert same([answer.items for answer in found], expected.items)
+        assert [answer.unknown for answer in found] == expected.unknown
+    vectors = recommender.query_vectors(everyone[:5])
+    assert np.allclose(engine.vectors(everyone[:5]), vectors, atol=1e-4)
+
+
 def test_the_client_is_short():
     lines = rarec_client_path().read_text().splitlines()
     assert sum(bool(line.strip()) for line in lines) < 80

@@ -147,3 +147,18 @@ def test_a_bundle_of_a_table_of_vectors_alone_takes_new_items(run, tmp_path):
     added = add(ids)
     assert (added / FACTS).exists()
     assert len(rarec.load(added).recommend([rarec.load(ids).items[:3]], k=10**6)[0]) == len(rarec.load(added).items) - 3
+
+
+def test_where_a_new_item_would_stand_is_where_it_stands_when_it_is_added(bundle):
+    table = bundle.parent / "new.jsonl"
+    table.write_text('{"item": "new", "title": "amber lamp", "brand": "river"}')
+    before = rarec.load(bundle, device="cpu")
+    after = rarec.load(add_items_of(before, str(table), None, [], None, lambda line: None), device="cpu")
+    for history in ([], before.items[:1], before.items[3:9]):
+        place = before.place(history, "amber lamp", "river", around=2)
+        ranking = after.recommend([history], k=10**6)[0]
+        at = [one.item for one in ranking].index("new")
+        assert (place.rank, place.of) == (at + 1, len(ranking))
+        assert place.score == pytest.approx(ranking[at].score, rel=1e-4, abs=1e-5)
+        for beside, expected in ((place.above, ranking[max(0, at - 2) : at]), (place.below, ranking[at + 1 : at + 3])):
+            assert [one.score for one in beside] == pytest.approx([one.score for one in expected], rel=1e-4, abs=1e-5)

@@ -6,12 +6,15 @@ Shape letters: N catalogue, C items of a block, M neighbours kept, A added items
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from rarec.neighbours.table import batch_of, nearest
 
+Rows = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 BLOCK = 1 << 22
 """Number of scores held at a time."""
 
@@ -37,31 +40,45 @@ def lexical(texts: Sequence[str], top: int) -> Iterator[pa.RecordBatch]:
     yield from _nearest(vectors, vectors, 0, top)
 
 
-def lexical_of_added(
-    texts: Sequence[str], added: Sequence[str], table_NN: sparse.csr_matrix, top: int
-) -> Iterator[pa.RecordBatch]:
-    """Yield what a neighbour table of words gains by new items: their neighbours, and they as neighbours of others.
-
-    Words weigh as before, and no pair of the table is lost, so that the scores of the items that were there stay.
+class Words:
+    """The words of a catalogue, with which new items are compared: they weigh as they did when the table was made.
 
     Args:
         texts: of the catalogue, (N,).
-        added: of the new items, (A,).
-        table_NN: the catalogue's own table.
+        table_NN: its neighbour table of words.
         top: M.
     """
-    try:
-        vectoriser = _vectoriser().fit(texts)
-    except ValueError:
-        return
-    old, new = vectoriser.transform(texts), vectoriser.transform(added)
-    yield from _nearest(new, sparse.vstack([old, new]), len(texts), top)
-    full_N = np.diff(table_NN.indptr) >= top
-    least_N = np.array([table_NN.getrow(row).data.min() if full else 0.0 for row, full in enumerate(full_N)])
-    for row in range(len(added)):
-        scores_N = np.asarray((new[row] @ old.T).todense()).ravel()
-        near = np.flatnonzero((scores_N > 0) & (scores_N >= least_N))
-        yield batch_of(near, np.full(len(near), len(texts) + row), scores_N[near])
+
+    def __init__(self, texts: Sequence[str], table_NN: sparse.csr_matrix, top: int) -> None:
+        self._top, self._vectoriser = top, _vectoriser()
+        try:
+            self._old = self._vectoriser.fit_transform(texts)
+        except ValueError:  # no text has a word
+            self._old = None
+        sizes_N, data = np.diff(table_NN.indptr), np.append(table_NN.data, np.float32(0))
+        least_N = np.minimum.reduceat(data, table_NN.indptr[:-1])
+        self._least_N = np.where(sizes_N >= top, least_N, 0.0)
+
+    def neighbours_of(self, text: str) -> tuple[Rows, Float32]:
+        """Return the items that have a new one as a neighbour, and its scores; no pair of the table is lost to it."""
+        if self._old is None:
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        scores_N = np.asarray((self._vectoriser.transform([text]) @ self._old.T).todense()).ravel()
+        near = np.flatnonzero((scores_N > 0) & (scores_N >= self._least_N))
+        return near, scores_N[near]
+
+    def added(self, texts: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield what the table gains by new items (A,): their neighbours, and they as neighbours of others.
+
+        The scores of the items that were there stay.
+        """
+        if self._old is None:
+            return
+        new, first = self._vectoriser.transform(texts), self._old.shape[0]
+        yield from _nearest(new, sparse.vstack([self._old, new]), first, self._top)
+        for row, text in enumerate(texts):
+            near, scores = self.neighbours_of(text)
+            yield batch_of(near, np.full(len(near), first + row), scores)
 
 
 def _vectoriser() -> TfidfVectorizer:

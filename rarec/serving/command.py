@@ -45,11 +45,12 @@ def example(bundle: Path, history: Sequence[Id], k: int, llm: str | None, device
     titles = dict(zip(recommender.items, opened.catalogue.titles, strict=True))
     bought = "; ".join(in_one_line(titles[item]) for item in history)
     best = recommender.recommend([history], k)[0]
-    more = f"rarec recommend {shlex.quote(str(bundle))} --history {shlex.quote(','.join(map(str, history)))}"
+    where = shlex.quote(str(bundle))
+    more = f"rarec recommend {where} --history {shlex.quote(','.join(map(str, history)))}"
     return [
         f"After {bought}:",
         *(f"  {in_one_line(str(one.item))}  {in_one_line(one.title)}" for one in best),
-        f"More: {more}",
+        f"More: {more}, or in a browser: rarec serve {where}",
     ]
 
 

@@ -23,7 +23,7 @@ from rarec.data.preparation.inputs import read_catalogue, table_location
 from rarec.errors import UserError
 from rarec.ids.mapped import ITEMS as MAPPED
 from rarec.ids.source import LEFT
-from rarec.neighbours.lexical import lexical_of_added, plain_texts
+from rarec.neighbours.lexical import Words, plain_texts
 from rarec.neighbours.table import SCHEMA, batch_of
 from rarec.serving.bundle import ENCODERS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Catalogue
 from rarec.serving.parts import Parts
@@ -199,5 +199,4 @@ def _batch(table_NN: sparse.csr_matrix) -> pa.RecordBatch:
 def _lexical_pairs(bundle: Bundle, added: Catalogue) -> list[pa.RecordBatch]:
     untitled, old = bundle.facts["tables"]["items"]["untitled"], bundle.catalogue
     words, new = (plain_texts(of.titles, of.texts, untitled) for of in (old, added))
-    top = int(bundle.facts["neighbours"]["top"])
-    return list(lexical_of_added(words, new, bundle.neighbours(LEXICAL), top))
+    return list(Words(words, bundle.neighbours(LEXICAL), int(bundle.facts["neighbours"]["top"])).added(new))

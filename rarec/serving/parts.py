@@ -45,13 +45,17 @@ class Parts:
         self._batch_size = batch_size or int(bundle.facts["batch_size"])
 
     @cached_property
+    def rankers(self) -> dict[str, Ranker]:
+        """The parts of the row that is served, by name."""
+        return {name: self._part(name) for name in self.bundle.facts["parts"]}
+
+    @cached_property
     def ranker(self) -> Ranker:
         """The row that is served: one part, or the weighted sum of several."""
-        parts = self.bundle.facts["parts"]
-        rankers = tuple(self._part(name) for name in parts)
+        rankers, parts = tuple(self.rankers.values()), self.bundle.facts["parts"].values()
         if len(rankers) == 1:
             return rankers[0]
-        weights, slopes = (tuple(part[key] for part in parts.values()) for key in ("weight", "slope"))
+        weights, slopes = (tuple(part[key] for part in parts) for key in ("weight", "slope"))
         return FusedRanker(rankers, weights, slopes)
 
     @cached_property

@@ -1,6 +1,6 @@
 """What a recommender returns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +12,18 @@ if TYPE_CHECKING:
 Id = str | int
 History = Sequence[Id]
 """Ids of items, oldest first."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one user asks for; see `Recommender.recommend`."""
+
+    history: History
+    k: int = 10
+    exclude_seen: bool = True
+    allow: Collection[Id] | None = None
+    deny: Collection[Id] = ()
+    popular_if_empty: bool = False
 
 
 class Recommended(NamedTuple):
@@ -72,3 +84,22 @@ class Explanation:
     title: str
     parts: dict[str, float]
     nearest: list[Recommended]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a new item would stand in a user's ranking.
+
+    Attributes:
+        rank: 1 is the best of all items that the user has not seen.
+        of: number of these items, the new one included.
+        score: of the new item.
+        above: the items right above it, best first.
+        below: those right below it.
+    """
+
+    rank: int
+    of: int
+    score: float
+    above: list[Recommended]
+    below: list[Recommended]

@@ -6,6 +6,7 @@ Shape letters: B users, N catalogue, K items returned, Z size of a scored vector
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +14,32 @@ import pyarrow as pa
 import torch
 
 from rarec.errors import UserError
-from rarec.evaluation.labels import part_title
-from rarec.ranking import EvalBatch, FusedRanker
 from rarec.ranking.rank import best_scores
-from rarec.ranking.rankers import USERS_AT_A_TIME, FusedScores
-from rarec.serving.bundle import IDS, MODEL, Bundle
+from rarec.ranking.rankers import USERS_AT_A_TIME
+from rarec.serving.bundle import MODEL, Bundle
+from rarec.serving.insight import Insight
 from rarec.serving.parts import Parts
-from rarec.serving.recommended import Explanation, History, Id, Recommendations, Recommended
+from rarec.serving.recommended import Explanation, History, Id, Place, Recommendations, Recommended, Request
 from rarec.world import World
 
 Rows = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+
+
+class _User(NamedTuple):
+    """One user, by item rows.
+
+    Attributes:
+        history: oldest first.
+        k: number of items.
+        left_out: items that may not be returned.
+        popular: whether to rank by popularity.
+    """
+
+    history: Rows
+    k: int
+    left_out: Rows
+    popular: bool
 
 
 class Recommender:
@@ -48,6 +64,7 @@ class Recommender:
     ) -> None:
         self.bundle = bundle
         self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
+        self._insight = Insight(self.parts)
         self._row_of = {str(item): row for row, item in enumerate(bundle.catalogue.ids.to_pylist())}
 
     @property
@@ -80,33 +97,43 @@ class Recommender:
         Raises:
             UserError: k is not positive, or `allow` or `deny` names an item that is not in the catalogue.
         """
-        if k < 1:
-            raise UserError(f"k is {k}", "ask for at least one item")
-        rows, unknown = self._rows(histories)
-        users = self._ranked(rows, k, exclude_seen, self._hidden(allow, deny), popular_if_empty)
-        return Recommendations(users, unknown)
+        _check_histories(histories)
+        return self.answer([Request(history, k, exclude_seen, allow, deny, popular_if_empty) for history in histories])
+
+    def answer(self, requests: Sequence[Request]) -> Recommendations:
+        """Return what each of several users asks for, in one pass of the model.
+
+        Raises:
+            UserError: see `recommend`.
+        """
+        wrong = next((request.k for request in requests if request.k < 1), None)
+        if wrong is not None:
+            raise UserError(f"k is {wrong}", "ask for at least one item")
+        rows, unknown = self._rows([request.history for request in requests])
+        hidden: dict[tuple[int, int], Rows] = {}  # most requests leave out the same
+        users = []
+        for request, history in zip(requests, rows, strict=True):
+            key = id(request.allow), id(request.deny)
+            if key not in hidden:
+                hidden[key] = self._hidden(request.allow, request.deny)
+            out = np.union1d(hidden[key], history if request.exclude_seen else ()).astype(np.int64)
+            users.append(_User(history, request.k, out, request.popular_if_empty and not len(history)))
+        return Recommendations(self._ranked(users), unknown)
 
     def recommend_to(self, histories: Sequence[Rows], k: int = 10) -> list[list[Recommended]]:
         """Return the k best new items for histories of item rows, as `open_log` yields them."""
-        return self._ranked(histories, k, True, np.empty(0, np.int64), False)
+        return self._ranked([_User(history, k, history, False) for history in histories])
 
-    def _ranked(
-        self, rows: Sequence[Rows], k: int, exclude_seen: bool, hidden: Rows, popular_if_empty: bool
-    ) -> list[list[Recommended]]:
-        empty_B = np.array([popular_if_empty and not len(history) for history in rows], bool)
-        items: list[list[Recommended]] = [[] for _ in rows]
-        parts = self.parts
-        for users, scored in (
-            (np.flatnonzero(~empty_B), parts.scored),
-            (np.flatnonzero(empty_B), parts.popular_scored),
-        ):
-            for start in range(0, len(users), USERS_AT_A_TIME):
-                chunk = users[start : start + USERS_AT_A_TIME].tolist()
-                histories = [rows[user] for user in chunk]
-                left_out = [np.union1d(hidden, history if exclude_seen else ()) for history in histories]
-                found = best_scores(scored(histories), k, [out.astype(np.int64) for out in left_out])
-                for user, *best in zip(chunk, *found, strict=True):
-                    items[user] = self._listed(*best)
+    def _ranked(self, users: Sequence["_User"]) -> list[list[Recommended]]:
+        items: list[list[Recommended]] = [[] for _ in users]
+        for popular, scored in ((False, self.parts.scored), (True, self.parts.popular_scored)):
+            own = [at for at, user in enumerate(users) if user.popular == popular]
+            for start in range(0, len(own), USERS_AT_A_TIME):
+                chunk = own[start : start + USERS_AT_A_TIME]
+                most, left_out = max(users[at].k for at in chunk), [users[at].left_out for at in chunk]
+                found = best_scores(scored([users[at].history for at in chunk]), most, left_out)
+                for at, rows_K, scores_K in zip(chunk, *found, strict=True):
+                    items[at] = self._listed(rows_K[: users[at].k], scores_K[: users[at].k])
         return items
 
     def _listed(self, rows_K: Rows, scores_K: Float32) -> list[Recommended]:
@@ -162,7 +189,7 @@ class Recommender:
             UserError: the item is not in the catalogue, or this row has no vectors.
         """
         (row,) = self._known([item])
-        cosines_N = self._cosines(int(row))
+        cosines_N = self._insight.cosines_N(int(row))
         cosines_N[row] = -np.inf
         best = np.argsort(-cosines_N, kind="stable")[: min(k, len(cosines_N) - 1)]
         return self._listed(best, cosines_N[best])
@@ -175,37 +202,31 @@ class Recommender:
         """
         (rows,), _ = self._rows([history])
         (row,) = self._known([item]).tolist()
-        scored = self.parts.ranker.scored(EvalBatch(np.zeros(1, np.int64), [rows], np.array([row])))
-        of_parts = scored.parts(slice(0, 1)) if isinstance(scored, FusedScores) else [scored.block(slice(0, 1))]
-        weights = self.parts.ranker.weights if isinstance(self.parts.ranker, FusedRanker) else (1.0,)
-        added = (weight * float(part[0, row] - part[0].mean()) for part, weight in zip(of_parts, weights, strict=True))
-        titles = map(part_title, self.bundle.facts["parts"])
         title = self.bundle.catalogue.titles[row]
-        return Explanation(item, title, dict(zip(titles, added, strict=True)), self._nearest(rows, row, k))
+        return Explanation(item, title, self._insight.shares(rows, row), self._nearest(rows, row, k))
+
+    def compare(self, history: History, k: int = 10) -> dict[str, list[Recommended]]:
+        """Return the k best new items by each part of the row alone, by the part's title."""
+        (rows,), _ = self._rows([history])
+        return {title: self._listed(*best) for title, best in self._insight.by_part(rows, k)}
+
+    def place(self, history: History, title: str, text: str = "", around: int = 3) -> Place:
+        """Return where a new item would stand after a history, if `rarec items add` had added it.
+
+        Raises:
+            UserError: this row has no language model.
+        """
+        (rows,), _ = self._rows([history])
+        found = self._insight.place(rows, title, text, around)
+        return Place(found.rank, found.of, found.score, self._listed(*found.above), self._listed(*found.below))
 
     def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
         """Return the items of a history that are most like another; none where there are no vectors."""
-        if self._vectors is None or not len(rows):
+        if self._insight.vectors is None or not len(rows):
             return []
-        cosines_N = self._cosines(row)
+        cosines_N = self._insight.cosines_N(row)
         best = np.array(sorted(set(rows.tolist()), key=lambda known: -cosines_N[known])[:k])
         return self._listed(best, cosines_N[best])
-
-    @property
-    def _vectors(self) -> Float32 | None:
-        """The vectors by which items are compared: the variant's, or else the ID model's."""
-        vectors = self.bundle.vectors
-        return vectors.get(MODEL, vectors.get(IDS + self.bundle.facts["id_model"]))
-
-    def _cosines(self, row: int) -> Float32:
-        """Return the cosine of every item's vector with one item's, (N,)."""
-        vectors = self._vectors
-        if vectors is None:
-            problem = f"{self.bundle.facts['row']} has no item vectors"
-            raise UserError(problem, "export a row with a variant or the ID model")
-        lengths_N = np.maximum(np.linalg.norm(vectors, axis=1), np.finfo(np.float32).tiny)
-        cosines_N: Float32 = vectors @ vectors[row] / lengths_N / lengths_N[row]
-        return cosines_N
 
     def _rows(self, histories: Sequence[History]) -> tuple[list[Rows], list[int]]:
         """Return the item rows of histories, and how many ids of each are not in the catalogue."""

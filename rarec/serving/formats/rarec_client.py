@@ -31,11 +31,16 @@ class Client:
     def recommend(self, histories: Any, k: int = 10) -> list[list[tuple[Any, str, float]]]:
         """Return each user's k best new items; ids that are not in the catalogue are passed over."""
         rows = [[self.row_of[str(item)] for item in history if str(item) in self.row_of] for history in histories]
-        given = dict(self._inputs(rows))
-        queries = self.graph.run(None, {of.name: given[of.name] for of in self.graph.get_inputs()})[0]
-        return [self._best(query, history, k) for query, history in zip(queries, rows, strict=True)]
+        best = (self.best(query, history, k, history) for query, history in zip(self.queries(rows), rows, strict=True))
+        return [[(self.ids[row], self.titles[row], score) for row, score in of] for of in best]
 
-    def _best(self, query: Any, history: list[int], k: int) -> list[tuple[Any, str, float]]:
+    def queries(self, rows: list[list[int]]) -> Any:
+        """Return query vectors, (B, K, F), after histories of item rows."""
+        given = dict(self._inputs(rows))
+        return self.graph.run(None, {of.name: given[of.name] for of in self.graph.get_inputs()})[0]
+
+    def best(self, query: Any, history: list[int], k: int, hidden: Any) -> list[tuple[int, float]]:
+        """Return rows and scores of a user's k best items, without the hidden ones."""
         added = np.zeros(len(self.ids))
         for name, weight in self.facts["neighbours"].items():
             (rows, columns, values), sums = self.near[name], np.zeros(len(self.ids))
@@ -43,11 +48,10 @@ class Client:
                 part = slice(*np.searchsorted(rows, [row, row + 1]))
                 sums[columns[part]] += self.facts["decay"] ** age * values[part]
             added += weight * sums**0.5
-        _, found = self.index.search(query, min(self.index.ntotal, k + len(set(history))))
-        rows = np.setdiff1d(np.union1d(found[found >= 0], np.flatnonzero(added)), history)
+        _, found = self.index.search(query, min(self.index.ntotal, k + len(set(hidden))))
+        rows = np.setdiff1d(np.union1d(found[found >= 0], np.flatnonzero(added)), hidden)
         scores = (self.index.reconstruct_batch(rows) @ query.T).max(1) + added[rows] if len(rows) else rows
-        best = sorted(zip(-scores, rows, strict=True))[:k]
-        return [(self.ids[row], self.titles[row], -float(score)) for score, row in best]
+        return [(int(row), -float(score)) for score, row in sorted(zip(-scores, rows, strict=True))[:k]]
 
     def _inputs(self, rows: list[list[int]]) -> Any:
         texts, slots, titles = zip(*map(self._prompt, rows), strict=True)

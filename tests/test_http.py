@@ -1,0 +1,428 @@
+"""`rarec serve`: the same answers as in Python, limits, refusals, and bundles that are replaced while they serve."""
+
+import json
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+import rarec
+from rarec.artefacts import MANIFEST
+from rarec.errors import UserError
+from rarec.serving.http import fleet as fleets
+from rarec.serving.http.app import PAGE, assemble
+from rarec.serving.http.batcher import Batcher, Busy, Closed
+from rarec.serving.http.engine import Answer
+from rarec.serving.http.guard import Rates
+from rarec.serving.http.settings import ServeSettings, read_settings, settings_of
+from rarec.serving.recommended import Recommended, Request
+from tests.recommending import histories
+
+
+@pytest.fixture(scope="module")
+def bundle(run) -> Path:
+    return run.directory("export")
+
+
+def served(settings: ServeSettings) -> TestClient:
+    """Return a client of a service that has loaded its bundles."""
+    app, fleet = assemble(lambda: settings)
+    fleet.load()
+    return TestClient(app)
+
+
+@pytest.fixture(scope="module")
+def client(bundle) -> Iterator[TestClient]:
+    with served(settings_of(bundle, device="cpu", max_users=50, max_history=100, max_k=60, max_body=20_000)) as client:
+        yield client
+
+
+def post(client: TestClient, path: str, **body: Any) -> Any:
+    answer = client.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def pairs(items: Any) -> list[tuple[Any, str, float]]:
+    return [(one["item"], one["title"], pytest.approx(one["score"], rel=1e-4, abs=1e-4)) for one in items]
+
+
+# ---- what Python says
+
+
+def test_recommendations_are_those_of_the_bundle(run, client, recommender):
+    users = [*histories(run, list(map(str, run.dataset.user_ids.to_pylist())))[:40], [], ["unknown", "i001"]]
+    found, expected = post(client, "recommend", histories=users), recommender.recommend(users)
+    assert [pairs(one["items"]) for one in found["results"]] == [list(map(tuple, one)) for one in expected]
+    assert [one["unknown"] for one in found["results"]] == expected.unknown
+    assert (found["bundle"], found["version"]) == ("default", recommender.bundle.manifest["hash"][:12])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"k": 3}, {"exclude_seen": False}, {"allow": ["i002", "i005"]}, {"deny": ["i002"]}, {"popular_if_empty": True}],
+)
+def test_options_are_those_of_the_bundle(client, recommender, options):
+    users = [recommender.items[:4], []]
+    found, expected = post(client, "recommend", histories=users, **options), recommender.recommend(users, **options)
+    assert [pairs(one["items"]) for one in found["results"]] == [list(map(tuple, one)) for one in expected]
+
+
+def test_the_other_answers_are_those_of_the_bundle(client, recommender):
+    history, item = recommender.items[:4], recommender.items[9]
+    assert pairs(post(client, "items/similar", item=item, k=3)["items"]) == recommender.similar(item, k=3)
+    vectors = post(client, "users/vector", histories=[history])["vectors"]
+    assert vectors == [pytest.approx(recommender.query_vectors([history])[0].tolist(), abs=1e-5)]
+    found, expected = post(client, "explain", history=history, item=item), recommender.explain(history, item)
+    assert found["parts"] == pytest.approx(expected.parts, abs=1e-5)
+    assert pairs(found["nearest"]) == expected.nearest
+    parts = post(client, "compare", history=history, k=4)["parts"]
+    assert {title: pairs(items) for title, items in parts.items()} == recommender.compare(history, 4)
+    place = post(client, "items/place", history=history, title="amber lamp", k=2)
+    expected = recommender.place(history, "amber lamp", around=2)
+    assert (place["rank"], place["of"], place["score"]) == (expected.rank, expected.of, pytest.approx(expected.score))
+    assert pairs(place["above"]) == expected.above
+
+
+def test_titles_are_searched_by_all_words_in_any_case(client, recommender):
+    titles = dict(zip(recommender.items, recommender.bundle.catalogue.titles, strict=True))
+    word, other = titles["i003"].split()[:2]
+    items = client.get("/v1/items", params={"query": f"{other.upper()} {word}", "limit": 5}).json()["items"]
+    assert items
+    assert all(word in one["title"] and other in one["title"] for one in items)
+    assert client.get("/v1/items", params={"query": "no such word"}).json()["items"] == []
+
+
+def test_a_sample_user_has_different_items_of_the_catalogue(client, recommender):
+    items = client.get("/v1/users/sample").json()["items"]
+    assert len({one["item"] for one in items}) == len(items) > 1
+    assert {one["item"] for one in items} <= set(recommender.items)
+
+
+def test_it_says_what_it_serves(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json()["ready"] is True
+    assert client.get("/v1/bundles").json()["bundles"]["default"]["row"] == "per_layer+id+cheap"
+    post(client, "recommend", histories=[["i001"]])
+    text = client.get("/metrics").text
+    assert 'rarec_requests_total{method="POST",route="/v1/recommend",status="200"}' in text
+    assert "rarec_batch_users_bucket" in text
+    assert set(client.get("/openapi.json").json()["paths"]) >= {"/v1/recommend", "/v1/explain", "/ready"}
+
+
+# ---- what is refused
+
+
+BAD: dict[str, tuple[str, bytes]] = {
+    "nothing": ("recommend", b""),
+    "no JSON": ("recommend", b"{"),
+    "a list": ("recommend", b"[]"),
+    "a number": ("recommend", b"3"),
+    "UTF-16": ("recommend", '{"histories": []}'.encode("utf-16")),
+    "bytes": ("recommend", b"\xff\xfe\x00"),
+    "depth": ("recommend", b"[" * 9000 + b"]" * 9000),
+    "depth in a field": ("recommend", b'{"histories": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
+    "an endless number": ("recommend", b'{"histories": [["i001"]], "k": ' + b"9" * 6000 + b"}"),
+    "NaN": ("recommend", b'{"histories": [["i001"]], "k": NaN}'),
+    "infinity": ("recommend", b'{"histories": [["i001"]], "k": 1e999}'),
+    "k of zero": ("recommend", b'{"histories": [["i001"]], "k": 0}'),
+    "negative k": ("recommend", b'{"histories": [["i001"]], "k": -5}'),
+    "k of text": ("recommend", b'{"histories": [["i001"]], "k": "3"}'),
+    "k of truth": ("recommend", b'{"histories": [["i001"]], "k": true}'),
+    "k of a fraction": ("recommend", b'{"histories": [["i001"]], "k": 2.5}'),
+    "k beyond the limit": ("recommend", b'{"histories": [["i001"]], "k": 61}'),
+    "no histories": ("recommend", b"{}"),
+    "no user": ("recommend", b'{"histories": []}'),
+    "a flat history": ("recommend", b'{"histories": ["i001"]}'),
+    "a history of null": ("recommend", b'{"histories": [[null]]}'),
+    "a history of fractions": ("recommend", b'{"histories": [[1.5]]}'),
+    "a history of truth": ("recommend", b'{"histories": [[true]]}'),
+    "a history of objects": ("recommend", b'{"histories": [[{"a": 1}]]}'),
+    "an id beyond 64 bits": ("recommend", b'{"histories": [[9223372036854775808]]}'),
+    "a long id": ("recommend", b'{"histories": [["' + b"x" * 300 + b'"]]}'),
+    "half a character": ("recommend", b'{"histories": [["\\ud800"]]}'),
+    "too many users": ("recommend", json.dumps({"histories": [["i001"]] * 51}).encode()),
+    "too long a history": ("recommend", json.dumps({"histories": [["i001"] * 101]}).encode()),
+    "another field": ("recommend", b'{"histories": [["i001"]], "kk": 3}'),
+    "an unknown item allowed": ("recommend", b'{"histories": [["i001"]], "allow": ["nothing"]}'),
+    "an unknown item denied": ("recommend", b'{"histories": [["i001"]], "deny": ["nothing"]}'),
+    "seen of text": ("recommend", b'{"histories": [["i001"]], "exclude_seen": "no"}'),
+    "a bundle of a path": ("recommend", b'{"histories": [["i001"]], "bundle": "../../etc"}'),
+    "a bundle of a number": ("recommend", b'{"histories": [["i001"]], "bundle": 3}'),
+    "an unknown item": ("items/similar", b'{"item": "nothing"}'),
+    "no item": ("items/similar", b"{}"),
+    "an unknown item explained": ("explain", b'{"history": [], "item": "<script>alert(1)</script>"}'),
+    "no title": ("items/place", b'{"history": []}'),
+    "a long title": ("items/place", json.dumps({"history": [], "title": "x" * 1001}).encode()),
+    "vectors of nobody": ("users/vector", b'{"histories": []}'),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_refused_with_its_name_and_a_remedy(client, name):
+    path, body = BAD[name]
+    answer = client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422), answer.text
+    assert set(answer.json()) == {"problem", "remedy"}
+    assert len(answer.text) < 800
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/recommend", 405),
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/page.js/../../settings.py", 404),
+        ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404),
+        ("GET", "/page/index.html", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/v1/items?limit=0", 422),
+        ("GET", "/v1/items?limit=many", 422),
+        ("GET", f"/v1/items?query={'x' * 300}", 422),
+        ("GET", "/v1/items?bundle=nothing", 404),
+        ("DELETE", "/v1/bundles", 405),
+    ],
+)
+def test_other_paths_and_methods_are_refused(client, method, path, status):
+    assert client.request(method, path).status_code == status
+
+
+def test_a_bundle_that_is_not_there_is_named(client):
+    answer = client.post("/v1/recommend", json={"histories": [["i001"]], "bundle": "other"})
+    assert (answer.status_code, "'other'" in answer.json()["problem"]) == (404, True)
+
+
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(client):
+    assert client.post("/v1/recommend", content=b"x" * 20_001).status_code == 413
+    parts = (b"x" * 1000 for _ in range(100))
+    assert client.post("/v1/recommend", content=parts).status_code == 413
+
+
+def test_answers_have_safe_headers_and_the_page_names_no_other_site(client):
+    answer = client.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "script-src 'self'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    for file in PAGE.iterdir():
+        text = file.read_text()
+        assert "http://" not in text
+        assert "https://" not in text
+        assert "innerHTML" not in text
+        assert client.get("/" if file.name == "index.html" else f"/{file.name}").text == text
+
+
+def test_the_log_has_no_history_item_or_user(client, capsys):
+    post(client, "recommend", histories=[["i001", "i002"]], user="somebody", deny=["i003"])
+    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "/v1/recommend" in line]
+    assert line["status"] == 200
+    assert line["users"] == 1
+    assert not {"i001", "i002", "i003", "somebody"} & set(map(str, line.values()))
+
+
+def test_tokens(bundle, tmp_path):
+    tokens = tmp_path / "tokens"
+    tokens.write_text("a-token-of-24-characters\nanother-token-of-some-length\n")
+    with served(settings_of(bundle, device="cpu", tokens=str(tokens))) as client:
+        for given in (None, "Bearer wrong", "Basic a-token-of-24-characters", "Bearer ", "Bearer \xe9"):
+            headers = {"authorization": given.encode("latin-1")} if given else {}
+            answer = client.post("/v1/recommend", json={"histories": [["i001"]]}, headers=headers)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+        assert client.get("/metrics").status_code == 401
+        assert [client.get(path).status_code for path in ("/", "/health", "/ready")] == [200] * 3
+        own = {"authorization": "bearer another-token-of-some-length"}
+        assert client.post("/v1/recommend", json={"histories": [["i001"]]}, headers=own).status_code == 200
+    tokens.write_text("short\n")
+    with pytest.raises(UserError, match="tokens"):
+        assemble(lambda: settings_of(bundle, tokens=str(tokens)))
+
+
+def test_rates(bundle):
+    with served(settings_of(bundle, device="cpu", rate=1.0)) as client:
+        codes = [client.get("/v1/bundles").status_code for _ in range(4)]
+        assert codes == [200, 200, 429, 429]
+        assert int(client.get("/v1/bundles").headers["retry-after"]) >= 1
+        assert client.get("/health").status_code == 200
+    rates = Rates(1000.0)
+    assert [rates.wait(str(client)) for client in range(20_000)] == [0.0] * 20_000
+    assert len(rates._left) <= 10_000
+
+
+# ---- passes of the model
+
+
+class Slow:
+    """An engine whose passes wait until they may."""
+
+    row, version, ids, titles = "slow", "0" * 64, [], []
+
+    def __init__(self) -> None:
+        self.go, self.passes = threading.Event(), list[list[Any]]()
+
+    def answer(self, requests: list[Request]) -> list[Answer]:
+        self.go.wait(10)
+        self.passes.append([request.history for request in requests])
+        if any("bad" in request.history for request in requests):
+            raise UserError("bad", "leave it out")
+        return [Answer([Recommended(str(request.history[0]), "", 0.0)], 0) for request in requests]
+
+
+def test_requests_that_wait_share_a_pass_and_a_wrong_one_is_alone_with_its_error():
+    engine = Slow()
+    batcher = Batcher(engine, most=4, window=0.0, limit=100)
+    first = batcher.answer([Request(["first"])])
+    while batcher.waiting:
+        time.sleep(0.001)
+    others = [batcher.answer([Request([str(at)])]) for at in range(3)]
+    wrong = batcher.answer([Request(["bad"])])
+    last = batcher.call(lambda: "alone")
+    engine.go.set()
+    assert first.result(10)[0].items[0].item == "first"
+    assert [one.result(10)[0].items[0].item for one in others] == ["0", "1", "2"]
+    with pytest.raises(UserError, match="bad"):
+        wrong.result(10)
+    assert last.result(10) == "alone"
+    assert engine.passes[:2] == [[["first"]], [["0"], ["1"], ["2"], ["bad"]]]
+    batcher.close()
+    with pytest.raises(Closed):
+        batcher.answer([Request(["late"])])
+
+
+def test_who_comes_when_too_many_wait_is_sent_away():
+    engine = Slow()
+    batcher = Batcher(engine, most=2, window=0.0, limit=3)
+    running = batcher.answer([Request(["a"])])
+    while batcher.waiting:
+        time.sleep(0.001)
+    waiting = batcher.answer([Request(["b"])] * 3)
+    with pytest.raises(Busy):
+        batcher.answer([Request(["c"])])
+    waiting.cancel()
+    engine.go.set()
+    running.result(10)
+    batcher.close()
+    assert engine.passes == [[["a"]]], "a request that nobody waits for is not served"
+
+
+def test_a_busy_service_says_when_to_come_again(bundle, monkeypatch):
+    engine = Slow()
+    monkeypatch.setattr("rarec.serving.http.app.load_engine", lambda settings, path: engine)
+    with served(settings_of(bundle, max_queue=1, timeout=0.2)) as client:
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(client.post, "/v1/recommend", json={"histories": [["a"]]}) for _ in range(6)]
+            answers = [one.result() for one in asked]
+        assert {answer.status_code for answer in answers} == {503}
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
+        engine.go.set()
+        wait_for(lambda: client.post("/v1/recommend", json={"histories": [["a"]]}).status_code == 200)
+
+
+# ---- bundles
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(fleets, "LOOK_EVERY", 0.05)
+
+
+def wait_for(what: Any) -> None:
+    end = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def versions(bundle, tmp_path) -> dict[str, Path]:
+    """Two bundles, and a link to the first; the second lacks an item."""
+    from rarec.serving.bundle import Bundle
+    from rarec.serving.items import remove_items
+
+    shutil.copytree(bundle, tmp_path / "one")
+    remove_items(Bundle.open(bundle), ["i003"], tmp_path / "two")
+    (tmp_path / "current").symlink_to("one")
+    return {name: tmp_path / name for name in ("one", "two", "current")}
+
+
+def point(link: Path, to: str) -> None:
+    aside = link.with_name("aside")
+    aside.symlink_to(to)
+    aside.rename(link)
+
+
+def test_bundles_are_swapped_and_rolled_back_while_they_serve(versions, quick):
+    items = {name: set(rarec.load(versions[name], device="cpu").items) for name in ("one", "two")}
+    hashes = {json.loads((versions[name] / MANIFEST).read_text())["hash"][:12]: name for name in ("one", "two")}
+    with served(settings_of(versions["current"], device="cpu")) as client:
+        end, seen = threading.Event(), Counter[str]()
+
+        def load() -> None:
+            while not end.is_set():
+                found = post(client, "recommend", histories=[["i001"], ["i002"]], k=1000)
+                name = hashes[found["version"]]
+                for one, seen_item in zip(found["results"], ("i001", "i002"), strict=True):
+                    assert {item["item"] for item in one["items"]} == items[name] - {seen_item}
+                seen[name] += 1
+
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(load) for _ in range(3)]
+            for name in ("two", "one", "two", "one"):
+                before = seen[name]
+                point(versions["current"], name)
+                wait_for(lambda name=name, before=before: seen[name] > before + 5 or any(one.done() for one in asked))
+            end.set()
+            for one in asked:
+                one.result()
+
+
+def test_a_bundle_that_cannot_be_loaded_changes_nothing_and_ready_tells_the_truth(versions, quick):
+    with served(settings_of(versions["current"], device="cpu")) as client:
+        (versions["two"] / "vectors.safetensors").write_bytes(b"damaged")
+        point(versions["current"], "two")
+        wait_for(lambda: client.get("/ready").json()["bundles"]["default"]["trouble"])
+        ready = client.get("/ready").json()
+        assert ready["ready"] is True
+        assert "vectors.safetensors" in ready["bundles"]["default"]["trouble"]
+        post(client, "recommend", histories=[["i001"]])
+        shutil.rmtree(versions["two"])
+        wait_for(lambda: "no manifest.json" in client.get("/ready").json()["bundles"]["default"]["trouble"])
+        post(client, "recommend", histories=[["i001"]])
+        point(versions["current"], "one")
+        wait_for(lambda: client.get("/ready").json()["bundles"]["default"]["trouble"] is None)
+
+
+def test_users_are_shared_between_bundles_and_keep_theirs(versions, tmp_path):
+    (tmp_path / "serve.yaml").write_text(
+        "bundles: {a: {path: one, share: 3}, b: {path: two}, c: {path: two, share: 0}}"
+    )
+    with served(read_settings(tmp_path / "serve.yaml")) as client:
+        first = [post(client, "recommend", histories=[["i001"]], user=f"user {at}")["bundle"] for at in range(60)]
+        again = [post(client, "recommend", histories=[["i001"]], user=f"user {at}")["bundle"] for at in range(60)]
+        assert first == again
+        assert set(first) == {"a", "b"}
+        assert first.count("a") > first.count("b")
+        assert post(client, "recommend", histories=[["i001"]], bundle="c")["bundle"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("bundles: {}", "bundles"),
+        ("bundles: {a: {path: one}}\nbackend: jax", "backend"),
+        ("bundles: {a: {path: one, share: -1}}", "share"),
+        ("bundles: {a/b: {path: one}}", "bundles"),
+        ("bundles: {a: {path: one}}\nmax_bach: 3", "max_bach"),
+        ("bundles: [", "serve.yaml"),
+        ("3", "serve.yaml"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(tmp_path, text, named):
+    (tmp_path / "serve.yaml").write_text(text)
+    with pytest.raises(UserError, match=named):
+        read_settings(tmp_path / "serve.yaml")

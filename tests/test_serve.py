@@ -1,0 +1,150 @@
+"""`rarec serve` as a process: how it starts and ends, killed workers, clients that are slow, idle or gone."""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.serving import Service, command, own, service
+
+HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+ASKED = {"histories": [["i001", "i002"]], "k": 3}
+
+
+@pytest.fixture(scope="module")
+def bundle(run) -> Path:
+    return run.directory("export")
+
+
+@pytest.fixture(scope="module")
+def serving(bundle) -> Iterator[Service]:
+    with service(bundle, "--device", "cpu") as started:
+        yield started
+
+
+def ask(url: str) -> httpx.Response:
+    return httpx.post(f"{url}/v1/recommend", json=ASKED, timeout=30)
+
+
+def connected(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+@pytest.mark.slow
+def test_it_serves_and_a_thousand_idle_connections_do_not_matter(serving):
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 4096) if most > 0 else 4096, most))
+    idle = [connected(serving.url) for _ in range(1000)]
+    assert ask(serving.url).status_code == 200
+    for one in idle:
+        one.close()
+    assert ask(serving.url).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_client_that_sends_its_body_slowly_is_sent_away_and_others_are_served(serving):
+    with connected(serving.url) as slow:
+        slow.sendall(
+            b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
+        assert ask(serving.url).status_code == 200
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.slow
+def test_clients_that_leave_and_send_nonsense_do_not_matter(serving):
+    for data in (b"", b"GET", b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", HEAD, b"G" * 200_000):
+        with connected(serving.url) as one, suppress(OSError):
+            one.sendall(data)
+    for _ in range(20):
+        with connected(serving.url) as one:
+            one.sendall(HEAD + b"Content-Length: 9\r\n\r\n{}")
+    assert ask(serving.url).status_code == 200
+    assert not serving.events("crash")
+    assert "Traceback" not in "".join(serving.lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_it_answer_what_was_asked_and_end(bundle, tmp_path, number):
+    (tmp_path / "serve.yaml").write_text(f"bundles: {{a: {{path: {bundle}}}}}\ndevice: cpu\nwindow_ms: 1000\n")
+    with service("--settings", tmp_path / "serve.yaml") as started:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, started.url)
+            while "rarec_waiting_users 1.0" not in httpx.get(f"{started.url}/metrics").text:
+                asked = pool.submit(ask, started.url) if asked.done() else asked
+            started.process.send_signal(number)
+            assert asked.result().status_code == 200
+        assert started.process.wait(30) == 0
+        assert started.events("ended")
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced(bundle):
+    with service(bundle, "--device", "cpu", "--workers", "2") as started:
+        _wait(lambda: _status(started.url, "ready") == 200)
+        workers = psutil.Process(started.process.pid).children()
+        victim = max(workers, key=lambda one: one.memory_info().rss)
+        os.kill(victim.pid, signal.SIGKILL)
+        _wait(
+            lambda: (
+                len([one for one in psutil.Process(started.process.pid).children() if one.is_running()]) >= len(workers)
+            )
+        )
+        _wait(lambda: _status(started.url, "ready") == 200)
+        assert ask(started.url).status_code == 200
+        assert "rarec_requests_total" in httpx.get(f"{started.url}/metrics").text
+
+
+def _status(url: str, path: str) -> int:
+    try:
+        return httpx.get(f"{url}/{path}", timeout=5).status_code
+    except httpx.HTTPError:
+        return 0
+
+
+def _wait(what) -> None:
+    end = time.monotonic() + 90
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "BUNDLE"),
+        (["nowhere"], "nowhere"),
+        (["BUNDLE", "--port", "TAKEN"], "Address already in use"),
+        (["BUNDLE", "--host", "203.0.113.9"], "203.0.113.9"),
+        (["BUNDLE", "--tokens", "nowhere"], "nowhere"),
+        (["BUNDLE", "--backend", "onnx"], "onnx"),
+        (["BUNDLE", "--settings", "serve.yaml"], "--settings"),
+        (["BUNDLE", "--device", "tpu"], "tpu"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_nothing_listens(bundle, tmp_path, arguments, named):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = {"BUNDLE": str(bundle), "TAKEN": str(taken.getsockname()[1])}
+        arguments = [words.get(word, word) for word in arguments]
+        port = [] if "--port" in arguments else ["--port", "0"]
+        ended = subprocess.run(
+            command(*arguments, *port), env=own(), cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+    assert ended.returncode == 2, ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert named in ended.stderr
+    assert '"listening"' not in ended.stderr
