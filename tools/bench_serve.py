@@ -1,0 +1,257 @@
+"""Load `rarec serve` on this machine: rate, waiting, memory, overload, swaps of bundles.
+
+    python tools/bench_serve.py BUNDLE [--seconds 300] [--swaps 100] [--clients 32]
+
+| row | what |
+| --- | --- |
+| users/s | answered at saturation, by requests of 1 to 8 users, 1 to 20 items each, over the rate of one call for 512 |
+| p50, p99 | milliseconds of these requests |
+| memory | of the service at the end over that after a fifth of the time |
+| overload | requests of twice as many users as may wait: answered, sent away with Retry-After, and other answers |
+| recovery | seconds from the end of the overload until a request is answered within a second |
+| swaps | requests that failed, or whose answer was not of one bundle, while a link was turned between two bundles |
+
+Clients share the cores with the service.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from measuring import Figure, at_least, at_most, print_table
+
+import rarec
+from rarec.artefacts import MANIFEST
+from rarec.files import read_json
+from rarec.serving.bundle import Bundle
+from rarec.serving.items import remove_items
+from rarec.serving.samples import sample_histories
+
+K = 10
+HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+WAITING = 512
+"""Users who may wait."""
+
+
+@dataclass
+class Seen:
+    """What clients have seen.
+
+    Attributes:
+        users: answered.
+        seconds: of each answered request.
+        statuses: number of answers by status; -1 for a connection that broke.
+        versions: of the answers.
+        after: number of 503s with Retry-After.
+        without: a version, and an item that it lacks.
+    """
+
+    users: int = 0
+    seconds: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    versions: Counter[str] = field(default_factory=Counter)
+    after: int = 0
+    without: tuple[str, Any] = ("", None)
+
+
+class Client:
+    """Sends prepared requests over one connection, which costs next to nothing beside the model.
+
+    Args:
+        port: of the service.
+        seen: is added to.
+    """
+
+    def __init__(self, port: int, seen: Seen) -> None:
+        self._port, self._seen = port, seen
+
+    async def run(self, bodies: list[tuple[int, bytes]], end: float) -> None:
+        """Send requests, one after the other, until a time."""
+        reader: asyncio.StreamReader | None = None
+        while time.monotonic() < end:
+            users, body = random.choice(bodies)
+            try:
+                if reader is None:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                started = time.monotonic()
+                writer.write(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                status, headers, answer = await _answer(reader)
+            except (OSError, asyncio.IncompleteReadError):
+                self._seen.statuses[-1] += 1
+                reader = None
+                continue
+            self._seen.statuses[status] += 1
+            if status == 200:
+                self._seen.users += users
+                self._seen.seconds.append(time.monotonic() - started)
+                self._seen.versions[self._version(answer)] += 1
+            elif status == 503:
+                self._seen.after += "retry-after" in headers
+                await asyncio.sleep(0.05)
+
+    def _version(self, answer: bytes) -> str:
+        """Return the version of an answer; `mixed` where a list is short, or has an item that this version lacks."""
+        found, (version, lacks) = json.loads(answer), self._seen.without
+        lists = [[item["item"] for item in one["items"]] for one in found["results"]]
+        wrong = any(len(items) < K or (found["version"] == version and lacks in items) for items in lists)
+        return "mixed" if wrong else str(found["version"])
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(head.split("content-length: ")[1].split("\r\n")[0])
+    return int(head.split(" ")[1]), head, await reader.readexactly(length)
+
+
+async def load(port: int, clients: int, bodies: list[tuple[int, bytes]], seconds: float) -> Seen:
+    """Send requests for some seconds."""
+    seen, end = Seen(), time.monotonic() + seconds
+    await asyncio.gather(*(Client(port, seen).run(bodies, end) for _ in range(clients)))
+    return seen
+
+
+def requests(histories: list[list[Any]], users: tuple[int, int], count: int = 500) -> list[tuple[int, bytes]]:
+    """Return bodies of requests of a random number of users."""
+    sizes = [random.randint(*users) for _ in range(count)]
+    return [(size, json.dumps({"histories": random.choices(histories, k=size), "k": K}).encode()) for size in sizes]
+
+
+@contextmanager
+def service(bundle: Path) -> Iterator[tuple[int, psutil.Process]]:
+    """Start a service of a bundle; yield its port and process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {"bundles": {"a": {"path": str(bundle.absolute())}}, "max_queue": WAITING}
+        Path(scratch, "serve.yaml").write_text(yaml.safe_dump({**settings, "timeout": 60.0}))
+        command = [sys.executable, "-m", "rarec", "serve", "--settings", f"{scratch}/serve.yaml", "--port", "0"]
+        with Path(scratch, "log").open("w") as log, subprocess.Popen(command, stderr=log) as process:
+            try:
+                yield _port(Path(scratch, "log"), process), psutil.Process(process.pid)
+            finally:
+                process.terminate()
+
+
+def _port(log: Path, process: "subprocess.Popen[bytes]") -> int:
+    while process.poll() is None:
+        for line in log.read_text().splitlines():
+            if '"listening"' in line:
+                return int(json.loads(line)["text"].rstrip("/").rpartition(":")[2])
+        time.sleep(0.1)
+    raise SystemExit(log.read_text())
+
+
+def saturated(bundle: Path, histories: list[list[Any]], seconds: float, clients: int) -> list[Figure]:
+    """Measure the rate, waiting and memory at saturation, then overload and recovery."""
+    recommender = rarec.load(bundle, device="cpu")
+    recommender.recommend(histories[:64], K)
+    started = time.perf_counter()
+    recommender.recommend(histories, K)
+    offline = len(histories) / (time.perf_counter() - started)
+    with service(bundle) as (port, process):
+        bodies = requests(histories, (1, 8))
+        first = asyncio.run(load(port, clients, bodies, seconds / 5))
+        before = process.memory_info().rss
+        seen = asyncio.run(load(port, clients, bodies, seconds * 4 / 5))
+        after = process.memory_info().rss
+        rate = seen.users / (seconds * 4 / 5)
+        failed = sum(count for status, count in (first.statuses + seen.statuses).items() if status != 200)
+        cuts = statistics.quantiles(seen.seconds, n=100)
+        many = asyncio.run(load(port, 2 * WAITING // 64, requests(histories, (64, 64), 50), 20))
+        alone = asyncio.run(load(port, 1, requests(histories, (1, 1), 10), 5))
+        slow = [at for at, one in enumerate(alone.seconds) if one > 1]
+        recovery = sum(alone.seconds[: slow[-1] + 1]) if slow else 0.0
+    other = sum(count for status, count in many.statuses.items() if status not in (200, 503))
+    return [
+        at_least("users/s over offline", rate / offline, 0.8),
+        Figure("users/s, offline", f"{rate:.0f}, {offline:.0f}"),
+        at_most("failed requests", failed, 0),
+        Figure("p50, p99", f"{1000 * cuts[49]:.0f} ms, {1000 * cuts[98]:.0f} ms"),
+        at_most("memory at the end", after / before, 1.05),
+        Figure(
+            "overload", f"{many.statuses[200]} answered, {many.statuses[503]} sent away, {many.after} with Retry-After"
+        ),
+        at_most("overload, other answers", other + many.statuses[503] - many.after, 0),
+        at_most("recovery", recovery, 5, " s"),
+    ]
+
+
+def swapped(bundle: Path, histories: list[list[Any]], swaps: int, clients: int) -> list[Figure]:
+    """Turn a link between two bundles under load."""
+    with tempfile.TemporaryDirectory() as scratch:
+        opened = Bundle.open(bundle)
+        removed = opened.catalogue.ids[int(opened.catalogue.counts_N.argmax())].as_py()
+        shutil.copytree(bundle, Path(scratch, "one"))
+        remove_items(opened, [removed], Path(scratch, "two"))
+        without = read_json(Path(scratch, "two", MANIFEST))["hash"][:12]
+        link = Path(scratch, "current")
+        link.symlink_to("one")
+        with service(link) as (port, _):
+            seen = Seen(without=(without, removed))
+            loaded = asyncio.run(_swap(port, link, seen, requests(histories, (1, 8)), swaps, clients))
+    failed = sum(count for status, count in seen.statuses.items() if status != 200) + seen.versions["mixed"]
+    return [
+        at_most(f"failed or mixed in {sum(seen.statuses.values()):,} requests", failed, 0),
+        at_least("swaps done", loaded, swaps),
+    ]
+
+
+async def _swap(port: int, link: Path, seen: Seen, bodies: list[tuple[int, bytes]], swaps: int, clients: int) -> int:
+    """Turn the link, and wait until the service has loaded the other bundle; return how often it did."""
+    ends, loaded = time.monotonic() + 86_400, 0
+    tasks = [asyncio.create_task(Client(port, seen).run(bodies, ends)) for _ in range(clients)]
+    for turn in range(swaps):
+        aside = link.with_name("aside")
+        aside.symlink_to("two" if turn % 2 == 0 else "one")
+        before = await _loaded(port)
+        aside.rename(link)
+        while (now := await _loaded(port)) == before:
+            await asyncio.sleep(0.1)
+        loaded += int(now - before)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return loaded
+
+
+async def _loaded(port: int) -> float:
+    """Return how many bundles the service has loaded."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    _, _, text = await _answer(reader)
+    writer.close()
+    lines = [line for line in text.decode().splitlines() if line.startswith('rarec_bundles_total{event="loaded"}')]
+    return float(lines[0].split()[1])
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--swaps", type=int, default=100)
+    parser.add_argument("--clients", type=int, default=32)
+    arguments = parser.parse_args()
+    recommender = rarec.load(arguments.bundle, device="cpu")
+    items = recommender.items
+    histories = [[items[row] for row in history] for history in sample_histories(recommender.parts, 512)]
+    figures = saturated(arguments.bundle, histories, arguments.seconds, arguments.clients)
+    figures += swapped(arguments.bundle, histories, arguments.swaps, arguments.clients // 4)
+    print_table(figures)
+
+
+if __name__ == "__main__":
+    main()
