@@ -49,6 +49,11 @@ report: {{examples: 2}}
 ENGINES = {"needs PySpark": "spark", "needs SLURM": "slurm"}
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Start half as many workers again as there are cores: many tests wait for a process, the disk or a clock."""
+    return max(1, (os.cpu_count() or 1) * 3 // 2)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of Spark and SLURM: those that are skipped without them."""
     for item in items:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,17 @@ class Service:
 
 
 @contextmanager
-def service(*arguments: str | Path) -> Iterator[Service]:
-    """Start a service at a free port, and end it."""
-    with subprocess.Popen(command(*arguments, "--port", "0"), stderr=subprocess.PIPE, text=True, env=own()) as process:
+def service(*arguments: str | Path, hidden: Sequence[str] = ()) -> Iterator[Service]:
+    """Start a service at a free port, and end it.
+
+    Args:
+        arguments: of `rarec serve`.
+        hidden: modules that it cannot import.
+    """
+    words = ["rarec", *command(*arguments, "--port", "0")[3:]]
+    code = f"import sys; sys.modules.update(dict.fromkeys({list(hidden)})); sys.argv = {words}"
+    start = [sys.executable, "-c", f"{code}; from rarec.entry import main; main()"]
+    with subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=own()) as process:
         try:
             yield Service(process)
         finally:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,7 @@ from rarec.serving.parts import Parts
 from tests.conftest import CONFIG
 from tests.engines import needs_spark, spark_session
 from tests.recommending import exported, histories
+from tests.serving import service
 from tests.synthetic import write_llm, write_log
 
 BOTH = ["faiss", "onnx"]
@@ -101,6 +103,17 @@ def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, ev
         assert [answer.unknown for answer in found] == expected.unknown
     vectors = recommender.query_vectors(everyone[:5])
     assert np.allclose(engine.vectors(everyone[:5]), vectors, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_service_by_onnx_runtime_needs_no_torch(served, recommender, everyone):
+    hidden = ["torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "sklearn", "scipy"]
+    with service(served, "--backend", "onnx", hidden=hidden) as started:
+        asked = httpx.post(f"{started.url}/v1/recommend", json={"histories": everyone[:20]}, timeout=60).json()
+        refused = httpx.post(f"{started.url}/v1/compare", json={"history": []}, timeout=60)
+    found = [[(one["item"], one["title"], one["score"]) for one in user["items"]] for user in asked["results"]]
+    assert same(found, recommender.recommend(everyone[:20]).items)
+    assert (refused.status_code, "--backend torch" in refused.json()["remedy"]) == (501, True)
 
 
 def test_the_client_is_short():

@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.recommending import exported
 from tests.serving import Service, command, own, service
 
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -105,6 +106,20 @@ def test_a_worker_that_is_killed_is_replaced(bundle):
         _wait(lambda: _status(started.url, "ready") == 200)
         assert ask(started.url).status_code == 200
         assert "rarec_requests_total" in httpx.get(f"{started.url}/metrics").text
+
+
+@pytest.mark.slow
+def test_a_bundle_whose_files_are_cut_short_under_it_goes_on_serving_from_memory(run, tmp_path):
+    bundle = exported(run, tmp_path, "export.with_llm=true").directory("export")
+    with service(bundle, "--device", "cpu") as started:
+        before = ask(started.url).json()
+        for file in bundle.rglob("*"):
+            if file.is_file():
+                os.truncate(file, 0)
+        _wait(lambda: httpx.get(f"{started.url}/ready").json()["bundles"]["default"]["trouble"])
+        assert ask(started.url).json() == before
+        asked = {"history": ["i001"], "item": "i004"}
+        assert httpx.post(f"{started.url}/v1/explain", json=asked, timeout=30).status_code == 200
 
 
 def _status(url: str, path: str) -> int:

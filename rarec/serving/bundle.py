@@ -235,6 +235,9 @@ def _parts_of(facts: Mapping[str, Any]) -> list[str]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        mapped = load_file(path)
+        return {
+            name: tensor.clone() for name, tensor in mapped.items()
+        }  # a file that is cut short would end the process
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}", _AGAIN) from None

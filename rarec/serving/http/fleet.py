@@ -6,6 +6,7 @@ new requests get the new one, and the old one answers those that wait for it. Wh
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from rarec.serving.http.settings import ServedBundle, ServeSettings
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the disk."""
+RETRY_AFTER = 30.0
+"""Seconds after which a bundle that could not be loaded is tried again."""
 Stamp = tuple[str, int, int, int]
 """Path of a manifest without links, inode, time in nanoseconds and size: another bundle has another one."""
 
@@ -74,7 +77,7 @@ class Fleet:
         self.settings = settings()
         self._loaded: Mapping[str, Loaded] = {}
         self._troubles: dict[str, str] = {}
-        self._refused: dict[str, Stamp | None] = {}
+        self._tried: dict[str, tuple[Stamp | None, float]] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fleet", daemon=True)
 
@@ -172,18 +175,19 @@ class Fleet:
         if there and stamp == there.stamp:
             self._troubles.pop(name, None)
             return None
-        if stamp is not None and self._refused.get(name) == stamp:
-            return None  # it was tried
+        tried, at = self._tried.get(name, (None, 0.0))
+        if stamp is not None and tried == stamp and time.monotonic() - at < RETRY_AFTER:
+            return None
         try:
             if stamp is None:
                 raise UserError(f"{bundle.path} has no {MANIFEST}", "put a bundle there")
             engine = self._load(self.settings, Path(bundle.path))
         except Exception as error:  # whatever it is, those that serve go on
-            self._refused[name] = stamp
+            self._tried[name] = (stamp, time.monotonic())
             self._trouble(name, error)
             return error
         self._troubles.pop(name, None)
-        self._refused.pop(name, None)
+        self._tried.pop(name, None)
         settings = self.settings
         batcher = Batcher(engine, settings.max_batch, settings.window_ms / 1000, settings.max_queue, self._observe)
         assert stamp is not None
