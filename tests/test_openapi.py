@@ -12,7 +12,9 @@ from tests.serving import service
 
 POSTS = ["recommend", "users/vector", "items/similar", "items/place", "explain", "compare"]
 GETS = ["items", "users/sample", "bundles"]
-PATHS = [*(("POST", f"/v1/{name}") for name in POSTS), *(("GET", f"/v1/{name}") for name in GETS)]
+PATHS = [("POST", f"/v1/{name}") for name in POSTS] + [("GET", f"/v1/{name}") for name in GETS]
+VALID, WRONG = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+CASES = [(*one, VALID) for one in PATHS] + [(*one, WRONG) for one in PATHS[:-2]]  # the last two take nothing
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +24,7 @@ def description(run) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
-@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize(("method", "path", "mode"), CASES)
 def test_no_request_ends_in_an_error_of_the_service(description, method, path, mode):
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
