@@ -235,9 +235,7 @@ def _parts_of(facts: Mapping[str, Any]) -> list[str]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        mapped = load_file(path)
-        return {
-            name: tensor.clone() for name, tensor in mapped.items()
-        }  # a file that is cut short would end the process
+        # copies, because a mapped file that is cut short would end the process
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}", _AGAIN) from None
