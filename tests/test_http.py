@@ -16,8 +16,8 @@ from starlette.testclient import TestClient
 import rarec
 from rarec.artefacts import MANIFEST
 from rarec.errors import UserError
+from rarec.serving.app import PAGE, assemble
 from rarec.serving.http import fleet as fleets
-from rarec.serving.http.app import PAGE, assemble
 from rarec.serving.http.batcher import Batcher, Busy, Closed
 from rarec.serving.http.engine import Answer
 from rarec.serving.http.guard import Rates
@@ -257,6 +257,13 @@ def test_rates(bundle):
 # ---- passes of the model
 
 
+def wait_for(what: Any) -> None:
+    end = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 class Slow:
     """An engine whose passes wait until they may."""
 
@@ -277,8 +284,7 @@ def test_requests_that_wait_share_a_pass_and_a_wrong_one_is_alone_with_its_error
     engine = Slow()
     batcher = Batcher(engine, most=4, window=0.0, limit=100)
     first = batcher.answer([Request(["first"])])
-    while batcher.waiting:
-        time.sleep(0.001)
+    wait_for(lambda: not batcher.waiting)
     others = [batcher.answer([Request([str(at)])]) for at in range(3)]
     wrong = batcher.answer([Request(["bad"])])
     last = batcher.call(lambda: "alone")
@@ -298,8 +304,7 @@ def test_who_comes_when_too_many_wait_is_sent_away():
     engine = Slow()
     batcher = Batcher(engine, most=2, window=0.0, limit=3)
     running = batcher.answer([Request(["a"])])
-    while batcher.waiting:
-        time.sleep(0.001)
+    wait_for(lambda: not batcher.waiting)
     waiting = batcher.answer([Request(["b"])] * 3)
     with pytest.raises(Busy):
         batcher.answer([Request(["c"])])
@@ -312,7 +317,7 @@ def test_who_comes_when_too_many_wait_is_sent_away():
 
 def test_a_busy_service_says_when_to_come_again(bundle, monkeypatch):
     engine = Slow()
-    monkeypatch.setattr("rarec.serving.http.app.load_engine", lambda settings, path: engine)
+    monkeypatch.setattr("rarec.serving.app.load_engine", lambda settings, path: engine)
     with served(settings_of(bundle, max_queue=1, timeout=0.2)) as client:
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(client.post, "/v1/recommend", json={"histories": [["a"]]}) for _ in range(6)]
@@ -329,13 +334,6 @@ def test_a_busy_service_says_when_to_come_again(bundle, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch) -> None:
     monkeypatch.setattr(fleets, "LOOK_EVERY", 0.05)
-
-
-def wait_for(what: Any) -> None:
-    end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.fixture

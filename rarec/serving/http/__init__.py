@@ -1,1 +1,1 @@
-"""A bundle over HTTP: `rarec serve BUNDLE`, or `rarec.serving.http.app:create` in a server of your own."""
+"""A bundle over HTTP: `rarec serve BUNDLE`, or `rarec.serving.app:create` in a server of your own."""

@@ -59,12 +59,12 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Number of users who wait."""
+        """Return the number of users who wait."""
         return sum(job.users for job in list(self._jobs) if not job.future.cancelled())
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Return whether the thread runs."""
         return self._thread.is_alive()
 
     def answer(self, requests: Sequence[Request]) -> "Future[list[Answer]]":

@@ -22,19 +22,19 @@ class Engine(Protocol):
 
     @property
     def row(self) -> str:
-        """Title of the row that is served."""
+        """Return the name of the row that is served."""
 
     @property
     def version(self) -> str:
-        """Hash of the bundle's manifest."""
+        """Return the hash of the bundle's manifest."""
 
     @property
     def ids(self) -> Sequence[Id]:
-        """Ids of the catalogue."""
+        """Return the ids of the catalogue."""
 
     @property
     def titles(self) -> Sequence[str]:
-        """Titles of the catalogue."""
+        """Return the titles of the catalogue."""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Recommend. Raises `UserError` where a request names what is not there."""

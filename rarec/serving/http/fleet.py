@@ -52,7 +52,7 @@ class Loaded:
 
     @property
     def engine(self) -> Engine:
-        """What answers."""
+        """Return the engine that answers."""
         return self.batcher.engine
 
 
@@ -134,12 +134,12 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether every bundle serves."""
+        """Return whether every bundle serves."""
         return self._thread.is_alive() and all(one["loaded"] for one in self.state().values())
 
     @property
     def waiting(self) -> int:
-        """Number of users who wait."""
+        """Return the number of users who wait."""
         return sum(one.batcher.waiting for one in self._loaded.values())
 
     def _by_share(self, user: str) -> str:

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from rarec.artefacts import Manifest, check_files, read_manifest
 from rarec.errors import UserError
 from rarec.serving.formats.rarec_client import Client
 from rarec.serving.http.engine import Answer, NotOffered
-from rarec.serving.http.onnx_folder import check_served
 from rarec.serving.recommended import Explanation, History, Id, Place, Recommended, Request
 
 CHUNK = 32
 """Histories of about the same length that go through the graph together."""
+AGAIN = "write it again: rarec export BUNDLE --to onnx --to faiss"
 
 
 class OnnxEngine:
@@ -90,3 +91,19 @@ class OnnxEngine:
             if row is None:
                 raise UserError(f"item {item!r} is not in the catalogue", "leave it out")
         return np.array(rows, np.int64)
+
+
+def check_served(folder: Path) -> Manifest:
+    """Check the files of a folder; return its manifest.
+
+    Raises:
+        UserError: it is missing, damaged, or lacks a form.
+    """
+    try:
+        manifest = read_manifest(folder, "served")
+    except UserError as error:
+        raise UserError(error.problem, AGAIN) from None
+    check_files(folder, manifest, AGAIN)
+    if not {"onnx", "faiss"} <= set(manifest["settings"]["formats"]):
+        raise UserError(f"{folder} lacks ONNX or faiss", AGAIN)
+    return manifest

@@ -16,13 +16,12 @@ import yaml
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rarec.errors import Terminated, UserError
+from rarec.serving.app import assemble
 from rarec.serving.http import metrics
-from rarec.serving.http.app import assemble
 from rarec.serving.http.guard import event, read_tokens
-from rarec.serving.http.onnx_folder import check_served
 from rarec.serving.http.settings import VARIABLE, ServeSettings
 
-FACTORY = "rarec.serving.http.app:create"
+FACTORY = "rarec.serving.app:create"
 PATIENCE = 10.0
 """Seconds in which a connection must have sent its first request, and after which an idle one is closed."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -80,7 +79,7 @@ def check(settings: ServeSettings) -> None:
     """
     for bundle in settings.bundles.values():
         if settings.backend == "onnx":
-            check_served(Path(bundle.path))
+            import_module("rarec.serving.http.onnx_engine").check_served(Path(bundle.path))
         else:
             import_module("rarec.serving.bundle").Bundle.open(Path(bundle.path), settings.trusted)
 

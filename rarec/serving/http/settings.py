@@ -11,7 +11,7 @@ from rarec.config.section import Location, Positive, Section
 from rarec.errors import UserError
 
 VARIABLE = "RAREC_SERVE"
-"""Variable of the environment with the path of the settings, for who starts `rarec.serving.http.app:create`."""
+"""Variable of the environment with the path of the settings, for who starts `rarec.serving.app:create`."""
 DEFAULT = "default"
 """Name of a bundle that is served alone."""
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,40}$")]

@@ -26,7 +26,7 @@ from rarec.serving.http.metrics import Metrics
 from rarec.serving.http.settings import ServeSettings, settings_of_environment
 from rarec.serving.recommended import History, Recommended, Request
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "http" / "page"
 FILES = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
