@@ -236,6 +236,7 @@ def test_tokens(bundle, tmp_path):
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert client.get("/metrics").status_code == 401
         assert [client.get(path).status_code for path in ("/", "/health", "/ready")] == [200] * 3
+        assert client.get("/ready").json() == {"ready": True}
         own = {"authorization": "bearer another-token-of-some-length"}
         assert client.post("/v1/recommend", json={"histories": [["i001"]]}, headers=own).status_code == 200
     tokens.write_text("short\n")

@@ -1,6 +1,7 @@
 """Compare what serving a bundle costs with the least that its work costs, in one run.
 
     python tools/bench_recommend.py BUNDLE [--users 512] [--items N] [--rounds 3] [--threads 2] [--client SERVED]
+    python tools/bench_recommend.py BUNDLE --rates BUNDLE-OR-SERVED ...
 
 | row | time of | over the time of |
 | --- | --- | --- |
@@ -11,6 +12,9 @@
 | 100 items | adding 100 items, without writing | the forward pass of their prompts |
 | client | a cold process of `rarec_client.py`, CPU seconds | a cold `rarec recommend` (upside down: how much less) |
 
+With --rates: users a second of one call for all users, and milliseconds of one for one user, by each folder, and by
+`query.int8.onnx` where it has one.
+
 SERVED is the folder of `rarec export BUNDLE --to onnx --to faiss`. Rounds are interleaved; medians of seconds, and
 ratios of these.
 """
@@ -20,8 +24,10 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +38,7 @@ import rarec
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length
 from rarec.ranking.rank import best_scores, top_k
+from rarec.serving.formats.rarec_client import Client
 from rarec.serving.parts import Parts
 from rarec.serving.samples import sample_histories
 
@@ -86,6 +93,28 @@ def workloads(bundle: Path, users: int, n_items: int) -> dict[str, tuple[Callabl
     }
 
 
+def rates(folders: list[Path], histories: list[list[Any]]) -> None:
+    """Print the rate of each folder, a bundle or one with the ONNX client."""
+    print(f"{'folder':40}{'users/s':>10}{'one, ms':>10}{'MB':>8}")
+    for folder in folders:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        for name, recommend in recommenders(folder):
+            recommend(histories[:8])
+            one = statistics.median(seconds(partial(recommend, [history])) for history in histories[:40])
+            rate = len(histories) / seconds(partial(recommend, histories))
+            print(f"{name:40}{rate:10.0f}{1000 * one:10.1f}{size:8.0f}")
+
+
+def recommenders(folder: Path) -> Iterator[tuple[str, Callable[[list[list[Any]]], object]]]:
+    """Yield the recommender of a bundle, or one for each query graph of a folder with the client."""
+    graphs = sorted(path.name for path in folder.glob("query*.onnx"))
+    for graph in graphs:
+        yield f"{folder.name} {graph}", Client(folder, graph=graph).recommend
+    if not graphs:
+        recommender = rarec.load(folder, device="cpu")
+        yield f"{folder.name} {recommender.bundle.facts['row']}", recommender.recommend
+
+
 def cold(command: list[str]) -> float:
     """Return the CPU seconds of a process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -103,8 +132,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--client", type=Path, help="folder of --to onnx --to faiss")
+    parser.add_argument("--rates", type=Path, nargs="+", help="folders to compare instead")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.rates:
+        recommender = rarec.load(arguments.bundle, device="cpu")
+        rows = sample_histories(recommender.parts, arguments.users)
+        rates(arguments.rates, [[recommender.items[row] for row in history] for history in rows])
+        return
     pairs = workloads(arguments.bundle, arguments.users, arguments.items)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
     for own, other in pairs.values():  # warm

@@ -1,4 +1,4 @@
-"""What a recommender's parts say: each part's own ranking, and where a new item would stand.
+"""Look into a ranking: what each part adds, each part's own ranking, and where a new item would stand.
 
 Shape letters: N catalogue, F size of the fused vectors, K vectors of a user.
 """
@@ -17,7 +17,7 @@ from rarec.ranking import EvalBatch, FusedRanker, VectorRanker
 from rarec.ranking.rank import best_scores
 from rarec.ranking.rankers import FusedScores
 from rarec.serving.bundle import IDS, MODEL
-from rarec.serving.items import LEXICAL
+from rarec.serving.items import LEXICAL, words_of
 from rarec.serving.parts import Parts
 
 KNOWN_BY_WORDS = (LEXICAL, "popularity")
@@ -45,7 +45,7 @@ class Standing(NamedTuple):
 
 
 class Insight:
-    """Says what the parts of a bundle's row say of items.
+    """Looks into the ranking of a bundle's row: its parts, its nearest items, the place of a new one.
 
     Args:
         parts: of the bundle.
@@ -70,7 +70,7 @@ class Insight:
 
     @property
     def vectors(self) -> Float32 | None:
-        """The vectors by which items are compared: the variant's, or else the ID model's."""
+        """Return the vectors by which items are compared: the variant's, or else the ID model's."""
         vectors = self._bundle.vectors
         return vectors.get(MODEL, vectors.get(IDS + self._bundle.facts["id_model"]))
 
@@ -143,8 +143,4 @@ class Insight:
 
     @cached_property
     def _words(self) -> Words:
-        bundle = self._bundle
-        texts = plain_texts(
-            bundle.catalogue.titles, bundle.catalogue.texts, bundle.facts["tables"]["items"]["untitled"]
-        )
-        return Words(texts, bundle.neighbours(LEXICAL), int(bundle.facts["neighbours"]["top"]))
+        return words_of(self._bundle)

@@ -197,6 +197,12 @@ def _batch(table_NN: sparse.csr_matrix) -> pa.RecordBatch:
 
 
 def _lexical_pairs(bundle: Bundle, added: Catalogue) -> list[pa.RecordBatch]:
-    untitled, old = bundle.facts["tables"]["items"]["untitled"], bundle.catalogue
-    words, new = (plain_texts(of.titles, of.texts, untitled) for of in (old, added))
-    return list(Words(words, bundle.neighbours(LEXICAL), int(bundle.facts["neighbours"]["top"])).added(new))
+    new = plain_texts(added.titles, added.texts, bundle.facts["tables"]["items"]["untitled"])
+    return list(words_of(bundle).added(new))
+
+
+def words_of(bundle: Bundle) -> Words:
+    """Return the words of a bundle's catalogue, with which new items are compared."""
+    facts, old = bundle.facts, bundle.catalogue
+    texts = plain_texts(old.titles, old.texts, facts["tables"]["items"]["untitled"])
+    return Words(texts, bundle.neighbours(LEXICAL), int(facts["neighbours"]["top"]))
