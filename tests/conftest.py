@@ -47,6 +47,8 @@ report: {{examples: 2}}
 
 
 ENGINES = {"needs PySpark": "spark", "needs SLURM": "slurm"}
+LONG = ("test_slurm", "test_docs", "test_harm", "test_engines")
+"""Files that take minutes. They begin, so that no worker is left with one when the others have ended."""
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -55,12 +57,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of Spark and SLURM: those that are skipped without them."""
+    """Mark the tests of Spark and SLURM, those that are skipped without them; put the long files first."""
     for item in items:
         for skip in item.iter_markers("skipif"):
             for reason, marker in ENGINES.items():
                 if skip.kwargs["reason"].startswith(reason):
                     item.add_marker(marker)
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,19 @@ TRAIN = [
 ]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(decoder, tmp_path_factory) -> Callable[[str], Path]:
+    """For an engine, a run that two ranks train without trouble."""
+
+    @cache
+    def trained(engine: str) -> Path:
+        run = tmp_path_factory.mktemp(engine) / "run"
+        finish("train", decoder, [copied(decoder, run), *TRAIN], engine=engine, scratch=run.parent)
+        return run
+
+    return trained
+
+
 def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run / "train" / VARIANT / "checkpoints").glob("step-*"))
 
@@ -38,12 +53,11 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decoder, tmp_path, engine):
+def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decoder, undisturbed, tmp_path, engine):
     """kill -9 of a random rank at a random step; the others are ended as by a launcher."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish("train", decoder, [copied(decoder, whole), *TRAIN], engine=engine, scratch=tmp_path)
+    whole, killed = undisturbed(engine), tmp_path / "killed"
     arguments = "train", decoder, [copied(decoder, killed), *TRAIN]
-    rng, kills = np.random.default_rng(0), 3
+    rng, kills = np.random.default_rng(0), 2
     for step in sorted(rng.choice(np.arange(5, 50), kills, replace=False).tolist()):
         job = start(*arguments, engine=engine, scratch=tmp_path)
         wait_for_step(killed, step, job)
@@ -55,10 +69,9 @@ def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decode
     assert losses(killed) == losses(whole)
 
 
-def test_killed_while_trained_anew_the_old_stays_usable_and_the_same_command_resumes(decoder, tmp_path):
+def test_killed_while_trained_anew_the_old_stays_usable_and_the_same_command_resumes(decoder, undisturbed, tmp_path):
     """kill -9 of one of two ranks during `--fresh` with other settings."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish("train", decoder, [copied(decoder, whole), *TRAIN], scratch=tmp_path)
+    whole, killed = undisturbed("ddp"), tmp_path / "killed"
     old = [copied(decoder, killed), *TRAIN[:1], "train.max_steps=2", "run.device=cpu"]
     open_run(decoder, old).make("train")
     before, fresh = weights(killed), killed / "train" / f".{VARIANT}.fresh"
@@ -98,10 +111,9 @@ def test_from_two_ranks_to_one_and_back_over_engines_in_mid_epoch(decoder, tmp_p
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=5e-5, msg=name)
 
 
-def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(decoder, tmp_path):
+def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(decoder, undisturbed, tmp_path):
     """A real file system of a few megabytes, filled up during training."""
-    whole, small = tmp_path / "whole", tmp_path / "small"
-    finish("train", decoder, [copied(decoder, whole), *TRAIN], scratch=tmp_path)
+    whole, small = undisturbed("ddp"), tmp_path / "small"
     place = copied(decoder, small)
     (small / "train").mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small / "train"], check=False)

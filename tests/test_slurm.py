@@ -130,22 +130,20 @@ def test_a_task_that_is_preempted_leaves_the_others_of_its_array_alone(slurm, de
 
 @needs_slurm
 def test_a_sweep_submits_what_is_shared_and_behind_it_what_is_not_done(slurm, tmp_path):
-    path = write_sweep(make_world(tmp_path), {"fast": None, "slow": {"train.lr": 1e-4}}, seeds=[17, 18])
+    path = write_sweep(make_world(tmp_path), {"fast": None}, seeds=[17, 18])
     submit = [*command(path, "--slurm", "--sbatch=--time=30"), "prompt.separator=' and '"]
     places = {"PYTHONPATH": own({})["PYTHONPATH"]}
     assert submitted(slurm, [*submit, "--only", "fast/seed-17"], places) == ["1 task", "1 task"]
     with pytest.raises(AssertionError, match=r"sweep\.yaml: jobs .*scancel"):
         slurm.call(submit, **places)
     await_queue(slurm)
-    assert submitted(slurm, submit, places) == [
-        "1 task",
-        "3 tasks",
-    ]  # the shards of seed 18; all runs but the one that is done
+    # the shards of seed 18; all runs but the one that is done
+    assert submitted(slurm, submit, places) == ["1 task", "1 task"]
     await_queue(slurm)
     runs = load_sweep(path, ["prompt.separator=' and '"]).runs
     states = [state_of(run, ["prepare", "ids", "neighbours", "shards", "train", "evaluate"]) for run in runs]
     logs = {log.name: log.read_text() for log in (tmp_path / "all" / "slurm").glob("*.log")}
-    assert states == [("done", "evaluate")] * 4, logs
+    assert states == [("done", "evaluate")] * 2, logs
     assert all(json.loads((run.directory / "record.json").read_text())["train"]["seconds"] > 0 for run in runs)
     (line,) = submitted(slurm, submit, places)
     assert "nothing to submit" in line

@@ -81,7 +81,9 @@ def rank_scores(
         # The target's score is read from the block itself: computed apart, rounding could separate it from its ties.
         threshold_C1 = scores_CN.gather(1, targets[part, None].to(scores_CN.device))
         at_least_C = (scores_CN >= threshold_C1).sum(dim=1).cpu().numpy()  # counts the target itself: the 1
-        user_S, item_S = _seen_pairs(seen[part], scores.n_items)
+        user_S, item_S = _seen_pairs(seen[part])
+        once = np.unique(user_S * scores.n_items + item_S)  # an item seen twice must not be subtracted twice
+        user_S, item_S = np.divmod(once, scores.n_items)
         others = item_S != targets[part].numpy()[user_S]
         user_S, item_S = user_S[others], item_S[others]
         hit_S = (scores_CN[user_S, item_S] >= threshold_C1[user_S, 0]).cpu().numpy()
@@ -114,7 +116,7 @@ def best_scores(
     rows_BK = np.empty((scores.n_users, k), dtype=np.int64)
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
     for part, scores_CN in _blocks(scores, block_bytes):
-        scores_CN[_seen_pairs(seen[part], scores.n_items)] = -torch.inf
+        scores_CN[_seen_pairs(seen[part])] = -torch.inf
         best_CK, where_CK = _largest(scores_CN, k)
         where_CK[best_CK == -torch.inf] = -1
         rows_BK[part], scores_BK[part] = where_CK.cpu().numpy(), best_CK.cpu().numpy()
@@ -132,13 +134,12 @@ def _largest(scores_CN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
         found = scores_CN.topk(k, dim=1)
         return found.values, found.indices
     grouped = scores_CN[:, : groups * GROUP].view(users, groups, GROUP)
-    first_CK = grouped.amax(dim=2).topk(k, dim=1).indices * GROUP
-    device = scores_CN.device
-    in_groups = (first_CK[..., None] + torch.arange(GROUP, device=device)).flatten(1)
-    beyond = torch.arange(groups * GROUP, n_items, device=device).expand(users, -1)
-    among = torch.cat([in_groups, beyond], dim=1)
-    best_CK, at_CK = scores_CN.gather(1, among).topk(k, dim=1)
-    return best_CK, among.gather(1, at_CK)
+    first_CK = grouped.amax(dim=2).topk(k, dim=1, sorted=False).indices
+    user_C1 = torch.arange(users, device=scores_CN.device)[:, None]
+    among = torch.cat([grouped[user_C1, first_CK].flatten(1), scores_CN[:, groups * GROUP :]], dim=1)
+    best_CK, at_CK = among.topk(k, dim=1)
+    group = torch.nn.functional.pad(first_CK, (0, 1), value=groups)  # what is left over is a group, the last
+    return best_CK, group.gather(1, at_CK // GROUP) * GROUP + at_CK % GROUP
 
 
 def _blocks(scores: Scores, block_bytes: int) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -214,12 +215,12 @@ def _peak(vectors: torch.Tensor, of: str) -> float:
     return peak
 
 
-def _seen_pairs(seen: Sequence[Rows], n_items: int) -> tuple[Rows, Rows]:
-    """Return all (user in the chunk, item) pairs, each once: an item seen twice must not be subtracted twice."""
+def _seen_pairs(seen: Sequence[Rows]) -> tuple[Rows, Rows]:
+    """Return all (user in the chunk, item) pairs."""
     lengths = [len(rows) for rows in seen]
     user_S = np.repeat(np.arange(len(seen)), lengths)
     item_S = np.concatenate(seen).astype(np.int64) if sum(lengths) else np.empty(0, dtype=np.int64)
-    return np.divmod(np.unique(user_S * n_items + item_S), n_items)
+    return user_S, item_S
 
 
 def _check_lengths(n_users: int, **sequences: Rows | Sequence[Rows]) -> None:

@@ -116,14 +116,17 @@ class DenseScores:
     def __init__(self, form: DenseForm, histories: Sequence[Rows]) -> None:
         self._dense = VectorScores(form.users(histories), form.items_NF)
         self.n_users, self.n_items, self.width = len(histories), self._dense.n_items, self._dense.width + 1
-        self._near_BN = sparse.csr_matrix((self.n_users, self.n_items), dtype=np.float32)
+        near_BN = sparse.csr_matrix((self.n_users, self.n_items), dtype=np.float32)
         for part, weight in form.sparse.values():
-            self._near_BN = self._near_BN + np.float32(weight) * part.near(histories)
+            near_BN = near_BN + np.float32(weight) * part.near(histories)
+        smaller = 2 * near_BN.nnz > self.n_users * self.n_items  # an entry and its column take twice an entry
+        self._near_BN = torch.from_numpy(near_BN.toarray()) if smaller else near_BN
 
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""
-        scores_CN = self._dense.block(users)
-        return scores_CN.add_(_rows_of(self._near_BN, *users.indices(self.n_users)[:2]))
+        scores_CN, near_BN = self._dense.block(users), self._near_BN
+        near_CN = near_BN[users] if torch.is_tensor(near_BN) else _rows_of(near_BN, *users.indices(self.n_users)[:2])
+        return scores_CN.add_(near_CN)
 
 
 def _rows_of(table: sparse.csr_matrix, start: int, end: int) -> torch.Tensor:
