@@ -312,55 +312,63 @@ def test_a_parquet_file_with_two_columns_of_a_name_is_refused(engine: PrepareEng
 
 AS_NOBODY = """
 import os, sys
-from rarec.config import load_config
+from rarec.config.load import load_config
 from rarec.data.engines.table_files import find_files
 from rarec.errors import UserError
 from rarec.ids.imports import read_vectors
-what, path = sys.argv[1:]
+read = {
+    "config": load_config,
+    "vectors": lambda path: read_vectors(path, None, "items", "item_ids"),
+    "log": lambda path: find_files(path, "prepare.items.path"),
+}
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
-try:
-    if what == "config":
-        load_config(path)
-    elif what == "vectors":
-        read_vectors(path, None, "items", "item_ids")
-    else:
-        find_files(path, "prepare.items.path")
-except UserError as error:
-    sys.exit(f"refused: {error}")
+for what, path in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        read[what](path)
+        print("read")
+    except UserError as error:
+        print("refused:", str(error).replace("\\n", " "))
 """
+CLOSED = [
+    ("config", "run.yaml", "run.yaml"),
+    ("config", "inside/run.yaml", "inside"),
+    ("vectors", "x.npy", "x.npy"),
+    ("vectors", "x.parquet", "x.parquet"),
+    ("vectors", "x.safetensors", "x.safetensors"),
+    ("log", "log.csv.gz", "log.csv.gz"),
+    ("log", "log.parquet", "log.parquet"),
+    ("log", "inside", "inside"),
+    ("log", "inside", "inside/a.csv"),
+    ("log", "above", "above/inside"),
+]
+"""What is read, its name, and the file or folder in it that another user closed."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-@pytest.mark.parametrize(
-    ("what", "name", "closed"),
-    [
-        ("config", "run.yaml", "run.yaml"),
-        ("config", "inside/run.yaml", "inside"),
-        ("vectors", "x.npy", "x.npy"),
-        ("vectors", "x.parquet", "x.parquet"),
-        ("vectors", "x.safetensors", "x.safetensors"),
-        ("log", "log.csv.gz", "log.csv.gz"),
-        ("log", "log.parquet", "log.parquet"),
-        ("log", "inside", "inside"),
-        ("log", "inside", "inside/a.csv"),
-        ("log", "above", "above/inside"),
-    ],
-)
-def test_what_another_user_closed_may_not_be_read_which_is_what_is_said(what: str, name: str, closed: str) -> None:
+def test_what_another_user_closed_may_not_be_read_which_is_what_is_said() -> None:
     root = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are closed to others
     try:
         root.chmod(0o755)
-        (root / "above" / "inside").mkdir(parents=True)
-        (root / "inside").mkdir()
-        for file in (name, "inside/a.csv", "above/b.csv", "above/inside/c.csv"):
-            if not (root / file).is_dir():
-                (root / file).write_bytes(b"user,item,time\n1,2,3\n")
-        (root / closed).chmod(0o700 if (root / closed).is_dir() else 0o600)
-        command = [sys.executable, "-c", AS_NOBODY, what, str(root / name)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.stderr.startswith("refused: "), done.stderr
-        assert str(root / closed) in done.stderr
-        assert "ermission" in done.stderr or "may not be read" in done.stderr
+        given = [closed_example(root / str(number), *example) for number, example in enumerate(CLOSED)]
+        arguments = [
+            word for (what, name, _), place in zip(CLOSED, given, strict=True) for word in (what, place / name)
+        ]
+        done = subprocess.run([sys.executable, "-c", AS_NOBODY, *arguments], capture_output=True, text=True, check=True)
+        for line, (_, _, closed), place in zip(done.stdout.splitlines(), CLOSED, given, strict=True):
+            assert line.startswith("refused: ")
+            assert str(place / closed) in line
+            assert "ermission" in line or "may not be read" in line
     finally:
         shutil.rmtree(root)
+
+
+def closed_example(root: Path, what: str, name: str, closed: str) -> Path:
+    """Make a folder with files of an example, one of them closed to others."""
+    (root / "above" / "inside").mkdir(parents=True)
+    (root / "inside").mkdir()
+    for file in (name, "inside/a.csv", "above/b.csv", "above/inside/c.csv"):
+        if not (root / file).is_dir():
+            (root / file).write_bytes(b"user,item,time\n1,2,3\n")
+    (root / closed).chmod(0o700 if (root / closed).is_dir() else 0o600)
+    return root
