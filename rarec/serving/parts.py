@@ -141,6 +141,16 @@ class Parts:
         reserved = slots_reserved(config, self.bundle.shapes)
         return PromptPair(config.prompt, loaded.tokenizer, titles, texts, reserved, loaded.context_length, kind)
 
+    @property
+    def llm_path(self) -> str:
+        """Path or name of the language model, as `llm.path` has it."""
+        return self._llm or self.bundle.config.llm.path
+
+    @property
+    def context_length(self) -> int:
+        """The longest prompt that the language model takes, in tokens."""
+        return self._loaded.context_length
+
     @cached_property
     def _loaded(self) -> LoadedModel:
         """The language model; another one than the variant was trained with is refused."""

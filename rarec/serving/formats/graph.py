@@ -140,31 +140,46 @@ class QueryGraph(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the vectors; see `inputs`."""
-        given = dict(zip(self.inputs, inputs, strict=True))
-        rows_BS, lengths_B = given["history"].clamp(min=0), (given["history"] >= 0).sum(1)
-        vectors = {name: graph(rows_BS, lengths_B) for name, graph in zip(self.names, self.sources, strict=True)}
+        given, vectors = self.read(*inputs)
         parts = [self._part(name, vectors, given) for name in self.dense]
         most = max(part.shape[1] for part in parts)
         return torch.cat([part.expand(-1, most, -1) for part in parts], 2)
+
+    def read(self, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the inputs by name, and the user vectors of every source (B, K, E)."""
+        given = dict(zip(self.inputs, inputs, strict=True))
+        rows_BS, lengths_B = given["history"].clamp(min=0), (given["history"] >= 0).sum(1)
+        vectors = {name: graph(rows_BS, lengths_B) for name, graph in zip(self.names, self.sources, strict=True)}
+        return given, vectors
 
     def _part(self, name: str, vectors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
         if name == "id":
             return vectors[self.id_model]
         if name != self.variant:  # popularity
             return torch.ones_like(given["history"][:, :1, None], dtype=torch.float32)
+        encoded: Tensor = self.encode(self.slots(vectors, given), given)
+        return encoded[:, None]
+
+    def slots(self, vectors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the vectors that the slots take, (B, K, E) of each source; zeros where there are none."""
         assert self.model is not None
         slots = {source: vectors[source] for source in self.model.user.slots if source in vectors}
         for source in self.at_titles:
             graph = self.sources[self.names.index(source.removesuffix(AT_TITLES))]
             rows_BH = given["titles"]
             slots[source] = cast(SourceGraph, graph).items_NE[rows_BH.clamp(min=0)] * (rows_BH >= 0)[:, :, None]
+        return slots
+
+    def encode(self, slots: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
+        """Return the variant's vectors (B, Z)."""
+        assert self.model is not None
         ids_BT, positions_BK = given["input_ids"], given["slot_positions"]
         mask_BT = (ids_BT >= 0).long()
         ids_BT = torch.where(ids_BT < 0, self.filler, ids_BT)
         positions_BK = torch.where(positions_BK < 0, ids_BT.shape[1] - 1, positions_BK)
         batch = SideBatch(ids_BT, mask_BT, positions_BK, slots)
-        encoded: Tensor = self.model({"user": batch})["user"].vectors_BZ
-        return encoded[:, None]
+        vectors_BZ: Tensor = self.model({"user": batch})["user"].vectors_BZ
+        return vectors_BZ
 
 
 class ItemGraph(nn.Module):
@@ -182,8 +197,12 @@ class ItemGraph(nn.Module):
         return encoded
 
 
-def query_graph(parts: Parts) -> QueryGraph:
+def query_graph(parts: Parts, made: type[QueryGraph] = QueryGraph) -> QueryGraph:
     """Return the query of a bundle's row, in float32.
+
+    Args:
+        parts: of the bundle.
+        made: the class of the graph.
 
     Raises:
         UserError: the row has no dense form.
@@ -196,7 +215,7 @@ def query_graph(parts: Parts) -> QueryGraph:
     sources = {name: SourceGraph(parts.bundle.sources[name]) for name in sorted(wanted)}
     variant = (facts["model"]["variant"]["name"], model) if model is not None else None
     filler = parts.encoder.prompts.tokenizer.filler if model is not None else 0
-    return QueryGraph(list(dense), sources, facts["id_model"], variant, filler).eval().requires_grad_(False)
+    return made(list(dense), sources, facts["id_model"], variant, filler).eval().requires_grad_(False)
 
 
 def query_inputs(graph: QueryGraph, encoder: Encoder | None, histories: Sequence[Rows]) -> tuple[Tensor, ...]:

@@ -36,19 +36,19 @@ def write_onnx(parts: Parts, directory: Path, int8: bool) -> tuple[dict[str, Any
         UserError: ONNX Runtime is not installed; the row has no dense form; a graph differs from the bundle.
     """
     histories = sample_histories(parts, CHECKED)
-    expected = _users(parts, histories)
+    expected = queries_of(parts, histories)
     graph = query_graph(parts)
     encoder = parts.encoder if graph.model is not None else None
     inputs = query_inputs(graph, encoder, histories)
     write_graph(graph, tuple(tensor[:4] for tensor in inputs), graph.inputs, "query", directory / QUERY)
-    found = _run(directory / QUERY, graph, inputs)
-    apart = _apart(found, expected)
-    if apart > CLOSE and not _rounded(parts):
+    found = run_graph(directory / QUERY, graph, inputs)
+    apart = apart_of(found, expected)
+    if apart > CLOSE and not rounded(parts):
         raise UserError(f"the ONNX graph differs from the bundle by {apart:.1e}", "report it: this is a bug")
     figures: dict[str, Any] = {"query_difference": apart}
     if int8:
         _quantise(directory / QUERY, directory / INT8)
-        figures["int8"] = _agreement(_run(directory / INT8, graph, inputs), expected, parts.dense.items_NF)
+        figures["int8"] = _agreement(run_graph(directory / INT8, graph, inputs), expected, parts.dense.items_NF)
     shutil.copyfile(rarec_client_path(), directory / "rarec_client.py")
     if graph.model is None or encoder is None:
         return {"prompt": NO_PROMPT}, figures
@@ -59,13 +59,14 @@ def write_onnx(parts: Parts, directory: Path, int8: bool) -> tuple[dict[str, Any
     return {"prompt": prompt_facts(prompts, slots)}, figures
 
 
-def _users(parts: Parts, histories: list[npt.NDArray[np.int64]]) -> Float32:
+def queries_of(parts: Parts, histories: list[npt.NDArray[np.int64]]) -> Float32:
     """Return the bundle's vectors, (B, K, F)."""
     users = parts.dense.users(histories)
     return users.reshape(len(users), -1, users.shape[-1])
 
 
-def _run(path: Path, graph: QueryGraph, inputs: tuple[torch.Tensor, ...]) -> Float32:
+def run_graph(path: Path, graph: QueryGraph, inputs: tuple[torch.Tensor, ...]) -> Float32:
+    """Return the output of a graph that was written."""
     opened = session(path)
     wanted = {each.name for each in opened.get_inputs()}
     given = {name: tensor.numpy() for name, tensor in zip(graph.inputs, inputs, strict=True) if name in wanted}
@@ -73,13 +74,13 @@ def _run(path: Path, graph: QueryGraph, inputs: tuple[torch.Tensor, ...]) -> Flo
     return found
 
 
-def _apart(found: Float32, expected: Float32) -> float:
+def apart_of(found: Float32, expected: Float32) -> float:
     """Return the largest difference of two vectors, relative to the length of the second."""
     lengths = np.linalg.norm(expected, axis=-1, keepdims=True)
     return float(np.abs((found - expected) / np.maximum(lengths, 1e-6)).max())
 
 
-def _rounded(parts: Parts) -> bool:
+def rounded(parts: Parts) -> bool:
     """Return whether the bundle's model computes in fewer bits than the graph, so that their vectors differ."""
     model = parts.bundle.facts["model"]
     return bool(model) and model["llm"]["dtype"] != "float32"
@@ -115,4 +116,4 @@ def _write_item(parts: Parts, path: Path) -> float:
     opened = session(path)
     wanted = {each.name for each in opened.get_inputs()}
     given = {name: tensor.numpy() for name, tensor in zip(inputs_named, inputs, strict=True) if name in wanted}
-    return _apart(opened.run(None, given)[0], parts.bundle.vectors["model"][rows])
+    return apart_of(opened.run(None, given)[0], parts.bundle.vectors["model"][rows])

@@ -14,7 +14,8 @@ from rarec.serving.formats.tables import FACTS, write_tables
 from rarec.serving.parts import Parts
 from rarec.serving.recommender import Recommender
 
-FORMATS = ("vectors", "faiss", "onnx", "peft", "hub")
+FORMATS = ("vectors", "faiss", "onnx", "vllm", "peft", "hub")
+OWN = {"vllm", "peft", "hub"}
 KIND = "served"
 
 
@@ -47,8 +48,9 @@ def write_formats(
         raise UserError(f"--to {unknown[0]} is unknown", f"choose from {', '.join(FORMATS)}")
     if push is not None and list(formats) != ["hub"]:
         raise UserError("--push uploads what --to hub writes", "give it with --to hub alone")
-    if len(formats) > 1 and {"peft", "hub"} & set(formats):
-        raise UserError("--to peft and --to hub are folders of their own", "write them by commands of their own")
+    if len(formats) > 1 and OWN & set(formats):
+        names = ", ".join(sorted(OWN))
+        raise UserError(f"{names} are folders of their own", "give one --to, and the others in other commands")
     if os.path.lexists(directory):
         raise UserError(f"{directory} is there already", "move it away, or name another folder: --out")
     bundle = recommender.bundle
@@ -70,6 +72,10 @@ def _write(parts: Parts, formats: Sequence[str], aside: Path, index: str, int8: 
         from rarec.serving.formats.adapters import write_adapter
 
         return write_adapter(parts, aside)
+    if "vllm" in formats:
+        from rarec.serving.vllm.export import write_vllm
+
+        return write_vllm(parts, aside)
     facts, figures = write_tables(parts, aside), dict[str, Any]()
     if "faiss" in formats:
         from rarec.serving.formats.index import write_index

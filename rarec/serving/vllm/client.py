@@ -1,0 +1,103 @@
+"""Recommend by a vLLM server, with the folder that it serves: `python rarec_vllm.py FOLDER URL ITEM,ITEM`."""
+
+import base64
+import json
+import os
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from rarec_client import Client  # type: ignore[import-not-found]
+
+AT_ONCE = 64
+"""Requests that are under way together; vLLM batches them."""
+
+
+class VllmClient(Client):  # type: ignore[misc]
+    """`VllmClient(folder, url).recommend([["sku-1", "sku-7"]], k=10)`, as `Client`; the server has the language model.
+
+    Args:
+        folder: of the export.
+        url: of the server, such as http://127.0.0.1:8000.
+        threads: of ONNX Runtime; 0 for as many as there are cores.
+        key: what the server was started with as --api-key.
+        check: whether to compare the server's states with the bundle's first.
+
+    Raises:
+        RuntimeError: the server's states are not those of the bundle: its slots do not arrive, or it is another model.
+    """
+
+    def __init__(self, folder: Path | str, url: str, threads: int = 0, key: str = "", check: bool = True) -> None:
+        super().__init__(folder, threads)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        path = Path(folder) / "slots.onnx"
+        self.slots = onnxruntime.InferenceSession(str(path), options) if path.exists() else None
+        self.served, self.url, self.key = self.facts["vllm"], url.rstrip("/"), key
+        table = Path(folder) / "words.npy"
+        self.words = np.load(table, mmap_mode="r") if table.exists() else None
+        if check:
+            self._check(np.load(Path(folder) / "check.npz"))
+
+    def queries(self, rows: list[list[int]]) -> Any:
+        """Return query vectors, (B, K, F), after histories of item rows."""
+        given = dict(self._inputs(rows))
+        given["state"] = self.states(rows)
+        return self.graph.run(None, {of.name: given[of.name] for of in self.graph.get_inputs()})[0]
+
+    def states(self, rows: list[list[int]]) -> Any:
+        """Return the server's pooled states (B, D) after histories of item rows."""
+        given, slots = dict(self._inputs(rows)), np.zeros((len(rows), 0), np.float32)
+        if self.slots is not None:
+            slots = self.slots.run(None, {of.name: given[of.name] for of in self.slots.get_inputs()})[0]
+        prompts = zip(given["input_ids"], given["slot_positions"], slots, strict=True)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return np.stack(list(pool.map(lambda of: self._state(of[0][of[0] >= 0], *of[1:]), prompts)))
+
+    def _state(self, tokens: Any, places: Any, slots: Any) -> Any:
+        if self.words is None:
+            vectors = base64.urlsafe_b64encode(np.ascontiguousarray(slots, "<f4").tobytes()).decode()
+            request_id = f"slots.{vectors}.{os.urandom(8).hex()}"
+            return self._ask("/v1/embeddings", "embedding", input=tokens.tolist(), request_id=request_id)
+        embeddings, filled = np.array(self.words[tokens], np.float32), places[places >= 0]
+        embeddings[filled] = slots[places >= 0]
+        message = {"role": "user", "content": [_part(embeddings)]}
+        states = self._ask("/pooling", "data", messages=[message], task="token_embed").reshape(len(tokens), -1)
+        text = np.delete(states, [0, *filled], axis=0)  # without the attention sink
+        return text.mean(0) if self.served["pool"] == "mean" else text[-1]
+
+    def _ask(self, path: str, field: str, **request: Any) -> Any:
+        settings = {"model": self.served["name"], "encoding_format": "base64", "add_special_tokens": False}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        asked = urllib.request.Request(self.url + path, json.dumps({**request, **settings}).encode(), headers)
+        with urllib.request.urlopen(asked) as answer:
+            state = np.frombuffer(base64.b64decode(json.load(answer)["data"][0][field]), np.float32)
+        if not np.isfinite(state).all():
+            raise RuntimeError(f"{self.url} has lost a user's slots: its log says why")
+        return state
+
+    def _check(self, expected: Any) -> None:
+        """Compare states with the bundle's: they must be nearer to these than to those without slots."""
+        rows = [row[row >= 0].tolist() for row in expected["histories"]]
+        found, right, bare = self.states(rows), expected["states"], expected["bare"]
+        apart, wrong = (np.linalg.norm(of, axis=1) for of in (found - right, bare - right))
+        if not (apart < np.maximum(wrong / 2, 1e-3 * np.linalg.norm(right, axis=1))).all():
+            raise RuntimeError(f"{self.url} does not answer what the bundle says: start it by the folder's serve.sh")
+
+
+def _part(embeddings: Any) -> dict[str, str]:
+    """Return a prompt of embeddings as a part of a message; vLLM reads a tensor as torch writes it."""
+    import torch
+
+    torch.save(torch.from_numpy(embeddings), file := BytesIO())
+    return {"type": "prompt_embeds", "data": base64.b64encode(file.getvalue()).decode()}
+
+
+if __name__ == "__main__":
+    found = VllmClient(sys.argv[1], sys.argv[2]).recommend([sys.argv[3].split(",")])[0]
+    print("\n".join("{}\t{}\t{:.4f}".format(*one) for one in found))

@@ -1,0 +1,236 @@
+"""`--to vllm`: a folder that stock vLLM is started by, and a client that sends it histories.
+
+Slots of every block go as a prefix of keys and values (`program`), slots at the input alone as embeddings of a prompt.
+
+Shape letters: N users, L blocks, P positions of the prefix, V vocabulary, D hidden size.
+"""
+
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rarec.errors import UserError
+from rarec.files import write_json
+from rarec.models.backbone import pool_text
+from rarec.models.encode import Encoder, side_batch, title_vectors
+from rarec.models.slots import Slots
+from rarec.models.towers import SideBatch
+from rarec.models.weights import LORA
+from rarec.paths import resolve
+from rarec.serving.formats import rarec_client_path
+from rarec.serving.formats.adapters import write_adapter
+from rarec.serving.formats.graph import QueryGraph, query_graph, query_inputs, write_graph
+from rarec.serving.formats.index import write_index
+from rarec.serving.formats.onnx_files import CLOSE, QUERY, apart_of, queries_of, rounded, run_graph
+from rarec.serving.formats.prompt import TITLES, prompt_facts, write_titles
+from rarec.serving.formats.tables import FACTS, write_tables
+from rarec.serving.parts import Parts
+from rarec.serving.samples import sample_histories
+from rarec.serving.vllm.graphs import InputSlots, SlotVectors, StateQuery
+from rarec.serving.vllm.prefix import Program
+from rarec.serving.vllm.program import USE_ONNX, Prefix, cached, write_program
+
+Float32 = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+HERE = Path(__file__).parent
+SLOTS, PROGRAM, WORDS, TEMPLATE = "slots.onnx", "program.safetensors", "words.npy", "words.jinja"
+CHECK, START = "check.npz", "serve.sh"
+CHECKED, ASKED = 64, 8
+"""Histories by which the folder is compared with the bundle, and of these by which a client checks its server."""
+RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks of LoRA weights that vLLM takes."""
+
+
+def write_vllm(parts: Parts, directory: Path) -> dict[str, Any]:
+    """Write the folder; return figures for the manifest.
+
+    Args:
+        parts: of the bundle; its model becomes float32.
+        directory: to write to.
+
+    Raises:
+        UserError: vLLM cannot serve this bundle without losing what it says.
+    """
+    encoder = parts.encoder
+    _refuse(parts, encoder)
+    graph = query_graph(parts, StateQuery)
+    at_input = parts.bundle.variant.blocks == "input" and bool(encoder.model.user.slots)
+    facts, figures = write_tables(parts, directory), write_index(parts, "flat", directory)
+    histories = sample_histories(parts, CHECKED)
+    states, bare = (_states(encoder, histories, slots) for slots in (True, False))
+    prompt = prompt_facts(encoder.prompts, encoder.model.user.slots)
+    marks = encoder.prompts.frame().encoded.marks if graph.at_titles else {}
+    write_titles(encoder.prompts, marks, directory / TITLES)
+    inputs = _inputs(graph, encoder, histories, states)
+    write_graph(graph, _few(inputs), graph.inputs, "query", directory / QUERY)
+    figures["query_difference"] = apart_of(run_graph(directory / QUERY, graph, inputs), queries_of(parts, histories))
+    if encoder.model.user.slots:
+        slots = query_graph(parts, InputSlots if at_input else SlotVectors)
+        write_graph(slots, _few(_inputs(slots, encoder, histories, states)), slots.inputs, "slots", directory / SLOTS)
+    if at_input:
+        (directory / TEMPLATE).write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+        figures["state_difference"] = _write_words(encoder, histories, states, directory / WORDS)
+    else:
+        figures["prefix_difference"] = _write_prefix(
+            parts, Prefix.of(prompt, parts.bundle.config.readout.pool), histories, directory
+        )
+    lora = (parts.bundle.directory / LORA).is_dir()
+    if lora:
+        figures |= write_adapter(parts, directory / LORA)
+    _compare(figures, parts)
+    served = {"name": "rarec-lora" if lora else "rarec", "pool": parts.bundle.config.readout.pool}
+    write_json(directory / FACTS, {**facts, "prompt": prompt, "vllm": served})
+    asked = _padded(histories[:ASKED])
+    np.savez(directory / CHECK, histories=asked, states=states[:ASKED], bare=bare[:ASKED])
+    shutil.copyfile(rarec_client_path(), directory / "rarec_client.py")
+    shutil.copyfile(HERE / "client.py", directory / "rarec_vllm.py")
+    (directory / START).write_text(start_command(parts, at_input, lora))
+    (directory / START).chmod((directory / FACTS).stat().st_mode | 0o111)
+    return figures
+
+
+def start_command(parts: Parts, at_input: bool, lora: bool) -> str:
+    """Return the script that starts vLLM."""
+    config = parts.bundle.config
+    model = resolve(parts.llm_path)
+    longest = config.prompt.max_tokens or parts.context_length
+    pool = {"mean": "MEAN", "last": "LAST"}[config.readout.pool]
+    options = {
+        "--model": f"${{RAREC_LLM:-{shlex.quote(model)}}}",
+        "--served-model-name": "rarec",
+        "--runner": "pooling",
+        "--convert": "embed",
+        "--dtype": config.llm.dtype,
+        "--max-model-len": str(longest),
+        "--max-num-batched-tokens": str(max(longest, 8192)),
+    }
+    pooler: dict[str, Any] = {"pooling_type": pool, "use_activation": False}
+    if config.llm.revision and not Path(model).exists():
+        options["--revision"] = shlex.quote(config.llm.revision)
+    if lora:
+        options |= {"--lora-modules": "rarec-lora=lora", "--max-lora-rank": str(config.lora.rank)}
+    connector = {"kv_connector": "SlotConnector", "kv_connector_module_path": "rarec_connector", "kv_role": "kv_both"}
+    if at_input:
+        pooler = {"task": "token_embed", "use_activation": False}
+        options["--chat-template"] = TEMPLATE
+    else:
+        options["--kv-transfer-config"] = _json(connector)
+    options["--pooler-config"] = _json(pooler)
+    switches = ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
+    switches += ["--enable-lora"] * lora + ["--enable-prompt-embeds"] * at_input
+    lines = [*(f"{name} {value}" for name, value in options.items()), *switches, '"$@"']
+    return SCRIPT + " \\\n  ".join(["exec python -m vllm.entrypoints.openai.api_server", *lines]) + "\n"
+
+
+SCRIPT = """#!/bin/sh
+# Start vLLM for this folder, in an environment that has it: ./serve.sh [--port 8000] [any option of vllm serve].
+# RAREC_LLM: the language model, if it is elsewhere.
+set -eu
+cd "$(dirname "$0")"
+export PYTHONPATH="$PWD"
+"""
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return shlex.quote(json.dumps(fields))
+
+
+def _refuse(parts: Parts, encoder: Encoder) -> None:
+    """Refuse what vLLM would compute otherwise."""
+    config, backbone = parts.bundle.config, encoder.model.backbone
+    if not backbone.sink:
+        raise UserError(f"{config.llm.path} is an encoder, which has no cache of keys and values", USE_ONNX)
+    if config.llm.quantize != "none" or parts.llm_path.endswith(".gguf"):
+        raise UserError(f"{config.llm.path} is quantised here in another way than by vLLM", USE_ONNX)
+    if parts.bundle.variant.lora and config.lora.rank not in RANKS:
+        ranks = ", ".join(map(str, RANKS))
+        raise UserError(f"lora.rank {config.lora.rank}: vLLM takes {ranks}", f"train with one of these; or {USE_ONNX}")
+
+
+def _compare(figures: dict[str, Any], parts: Parts) -> None:
+    """Refuse a folder that says something else than the bundle."""
+    for name in ("query_difference", "state_difference", "prefix_difference"):
+        allowed = np.inf if name == "query_difference" and rounded(parts) else CLOSE
+        if figures.get(name, 0) > allowed:
+            problem = f"{name} is {figures[name]:.1e}: the language model computes in a way that is not known here"
+            raise UserError(problem, USE_ONNX)
+
+
+@torch.no_grad()
+def _states(encoder: Encoder, histories: Sequence[Rows], with_slots: bool) -> Float32:
+    """Return the pooled states of users' texts (N, D); without slots, fillers stand in their places."""
+    batch, tower, backbone = _batch(encoder, histories), encoder.model.user, encoder.model.backbone
+    slots = None
+    if with_slots and tower.slots and tower.alignment is not None:
+        slots_LBKD, blocks = tower.alignment(batch.vectors)[0], tower.alignment_blocks
+        slots = Slots(slots_LBKD[: len(blocks)], batch.positions_BK, blocks)
+    hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
+    text_BT = backbone.read_mask(batch.mask_BT).scatter(1, batch.positions_BK, 0)
+    return pool_text(hidden_BTD, text_BT, tower.readout.config.pool).numpy()
+
+
+def _batch(encoder: Encoder, histories: Sequence[Rows]) -> SideBatch:
+    """Return users' prompts with the vectors of their slots."""
+    prompts, nobody = [encoder.prompts.user(history) for history in histories], np.zeros(len(histories), np.int64)
+    vectors = {name: source.user_vectors(nobody, histories) for name, source in encoder.sources.items()}
+    vectors |= title_vectors(prompts, encoder.prompts, encoder.sources)
+    return side_batch(prompts, vectors, encoder.model.user, encoder.prompts.tokenizer.filler)
+
+
+def _inputs(
+    graph: QueryGraph, encoder: Encoder, histories: Sequence[Rows], states: Float32
+) -> tuple[torch.Tensor, ...]:
+    """Return what a graph takes after some histories."""
+    names = ("history", "input_ids", "slot_positions", "titles")
+    given = dict(zip(names, query_inputs(graph, encoder, histories), strict=False))
+    given["state"] = torch.from_numpy(states)
+    return tuple(given[name] for name in graph.inputs)
+
+
+def _few(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor[:4] for tensor in inputs)
+
+
+def _write_prefix(parts: Parts, prefix: Prefix, histories: Sequence[Rows], directory: Path) -> float:
+    """Write the connector and its program; return how far its keys and values are from the model's."""
+    model = parts.encoder.model
+    write_program(model, prefix, directory / PROGRAM, getattr(torch, parts.bundle.config.llm.dtype))
+    shutil.copyfile(HERE / "connector.py", directory / "rarec_connector.py")
+    shutil.copyfile(HERE / "prefix.py", directory / "rarec_prefix.py")
+    program, batch = Program(directory / PROGRAM), _batch(parts.encoder, histories)
+    vectors = {name: batch.vectors[name] for name in model.user.slots}
+    flat = torch.cat([of.flatten(1) for of in vectors.values()], 1) if vectors else torch.zeros(len(histories), 0)
+    expected = [of.transpose(0, 1) for of in cached(model, prefix, vectors)]
+    found = [torch.stack(of) for of in zip(*map(program.prefix, flat), strict=True)]
+    return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def _write_words(encoder: Encoder, histories: Sequence[Rows], states: Float32, path: Path) -> float:
+    """Write the table of word vectors; return how far states are from the model's when slots are put among these."""
+    backbone, batch = encoder.model.backbone, _batch(encoder, histories)
+    with backbone.word_vectors() as words_VD:
+        np.save(path, words_VD.float().numpy(), allow_pickle=False)
+        embeddings_BTD = words_VD[batch.ids_BT]
+    assert encoder.model.user.alignment is not None
+    slots_BKD = encoder.model.user.alignment(batch.vectors)[0][0]
+    at_BKD = batch.positions_BK[..., None].expand_as(slots_BKD)
+    embeddings_BTD = embeddings_BTD.scatter(1, at_BKD, slots_BKD)
+    output = backbone.trunk(inputs_embeds=embeddings_BTD, attention_mask=batch.mask_BT, use_cache=False)
+    text_BT = backbone.read_mask(batch.mask_BT).scatter(1, batch.positions_BK, 0)
+    found = pool_text(output.last_hidden_state, text_BT, encoder.model.user.readout.config.pool).numpy()
+    return apart_of(found, states)
+
+
+def _padded(histories: Sequence[Rows]) -> Rows:
+    padded = np.full((len(histories), max(map(len, histories))), -1, np.int64)
+    for row, history in enumerate(histories):
+        padded[row, : len(history)] = history
+    return padded
