@@ -92,7 +92,8 @@ def write_vllm(parts: Parts, directory: Path) -> dict[str, Any]:
     shutil.copyfile(rarec_client_path(), directory / "rarec_client.py")
     shutil.copyfile(HERE / "client.py", directory / "rarec_vllm.py")
     (directory / START).write_text(start_command(parts, at_input, lora))
-    (directory / START).chmod((directory / FACTS).stat().st_mode | 0o111)
+    mode = (directory / START).stat().st_mode
+    (directory / START).chmod(mode | (mode & 0o444) >> 2)  # who may read it may run it
     return figures
 
 
@@ -148,7 +149,9 @@ def _refuse(parts: Parts, encoder: Encoder) -> None:
     if not backbone.sink:
         raise UserError(f"{config.llm.path} is an encoder, which has no cache of keys and values", USE_ONNX)
     if config.llm.quantize != "none" or parts.llm_path.endswith(".gguf"):
-        raise UserError(f"{config.llm.path} is quantised here in another way than by vLLM", USE_ONNX)
+        inside = "; or export the bundle with --with-llm, which holds the weights as they are used"
+        remedy = f"{USE_ONNX}{inside * (config.llm.quantize == 'none')}"
+        raise UserError(f"{config.llm.path} is quantised here in another way than by vLLM", remedy)
     if parts.bundle.variant.lora and config.lora.rank not in RANKS:
         ranks = ", ".join(map(str, RANKS))
         raise UserError(f"lora.rank {config.lora.rank}: vLLM takes {ranks}", f"train with one of these; or {USE_ONNX}")

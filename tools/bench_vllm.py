@@ -1,0 +1,51 @@
+"""Compare what a vLLM server answers, and how fast, with the bundle that it serves.
+
+    python tools/bench_vllm.py BUNDLE FOLDER URL [--users 200]
+
+BUNDLE is a bundle, FOLDER what `rarec export BUNDLE --to vllm --out FOLDER` wrote, URL a server that FOLDER/serve.sh
+started. Users are made up: 1 to 20 items each, popular ones more often.
+"""
+
+import argparse
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from measuring import seconds
+
+import rarec
+from rarec.serving.samples import sample_histories
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("url")
+    parser.add_argument("--users", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    sys.path.insert(0, str(arguments.folder))
+    client = importlib.import_module("rarec_vllm").VllmClient(arguments.folder, arguments.url)
+    recommender = rarec.load(arguments.bundle, device="cpu")
+    rows = [[int(row) for row in history] for history in sample_histories(recommender.parts, arguments.users, seed=3)]
+    histories = [[recommender.items[row] for row in history] for history in rows]
+    found, expected = client.recommend(histories), recommender.recommend(histories).items
+    tops = [([item for item, *_ in one], [one[0] for one in other]) for one, other in zip(found, expected, strict=True)]
+    vectors, right = client.queries(rows), recommender.query_vectors(histories)
+    right = right.reshape(vectors.shape)
+    apart = np.linalg.norm(vectors - right, axis=-1) / np.linalg.norm(right, axis=-1)
+    print(f"identical top 10: {sum(one == other for one, other in tops)} of {len(tops)} users")
+    print(f"items shared among the 10: {np.mean([len(set(one) & set(other)) for one, other in tops]) / 10:.4f}")
+    print(f"query vectors apart, relative to their length: median {np.median(apart):.1e}, most {apart.max():.1e}")
+    for name, recommend in (("vLLM", client.recommend), ("rarec, torch", recommender.recommend)):
+        print(f"{name}: {len(histories) / seconds(partial(recommend, histories)):.1f} users/s")
+
+
+if __name__ == "__main__":
+    main()
