@@ -21,6 +21,7 @@ from rarec.serving.formats import rarec_client_path
 from rarec.serving.formats.hub import upload
 from rarec.serving.formats.write import write_formats
 from rarec.serving.parts import Parts
+from rarec.serving.samples import sample_histories
 from tests.conftest import CONFIG
 from tests.engines import needs_spark, spark_session
 from tests.recommending import exported, histories
@@ -96,6 +97,7 @@ def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, ev
     from rarec.serving.recommended import Request
 
     engine, known = OnnxEngine(served, threads=1), recommender.items
+    everyone = [*everyone, *([known[row] for row in rows] for rows in sample_histories(recommender.parts, 150))]
     for options in ({}, {"k": 3, "deny": known[:9]}, {"allow": known[5:20]}, {"exclude_seen": False}):
         requests = [Request(history, **options) for history in everyone]
         found, expected = engine.answer(requests), recommender.answer(requests)

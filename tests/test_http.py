@@ -23,6 +23,7 @@ from rarec.serving.http.engine import Answer
 from rarec.serving.http.guard import Rates
 from rarec.serving.http.settings import ServeSettings, read_settings, settings_of
 from rarec.serving.recommended import Recommended, Request
+from rarec.serving.samples import sample_histories
 from tests.recommending import histories
 
 
@@ -58,10 +59,13 @@ def pairs(items: Any) -> list[tuple[Any, str, float]]:
 
 
 def test_recommendations_are_those_of_the_bundle(run, client, recommender):
-    users = [*histories(run, list(map(str, run.dataset.user_ids.to_pylist())))[:40], [], ["unknown", "i001"]]
-    found, expected = post(client, "recommend", histories=users), recommender.recommend(users)
-    assert [pairs(one["items"]) for one in found["results"]] == [list(map(tuple, one)) for one in expected]
-    assert [one["unknown"] for one in found["results"]] == expected.unknown
+    everyone = histories(run, list(map(str, run.dataset.user_ids.to_pylist())))
+    everyone += [[recommender.items[row] for row in rows] for rows in sample_histories(recommender.parts, 150)]
+    for start in range(0, len(everyone), 48):
+        users = [*everyone[start : start + 48], [], ["unknown", "i001"]]
+        found, expected = post(client, "recommend", histories=users), recommender.recommend(users)
+        assert [pairs(one["items"]) for one in found["results"]] == [list(map(tuple, one)) for one in expected]
+        assert [one["unknown"] for one in found["results"]] == expected.unknown
     assert (found["bundle"], found["version"]) == ("default", recommender.bundle.manifest["hash"][:12])
 
 

@@ -1,14 +1,18 @@
 """The README is short and true: its commands and its Python lines run, its figures are those of the results."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.pages import BIN, README, ROOT, SMALL, blocks, lines, make_place, runnable, shell
+from tests.serving import service
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -61,6 +65,20 @@ def test_the_python_lines_run_after_the_commands(ran):
     )
     assert result.returncode == 0, result.stderr
     assert "ndcg@10" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_service_answers_the_request_of_the_page(ran):
+    (serve,), (curl,) = (
+        [shlex.split(line) for line in lines(README, "bash") if line.startswith(word)]
+        for word in ("rarec serve", "curl")
+    )
+    with service(*(ran / word if word.startswith("runs/") else word for word in serve[2:])) as started:
+        path = curl[1].removeprefix("http://127.0.0.1:8000")
+        answer = httpx.post(started.url + path, json=json.loads(curl[curl.index("-d") + 1]), timeout=60).json()
+        page = httpx.get(started.url, timeout=60)
+    assert len(answer["results"][0]["items"]) == 10
+    assert page.headers["content-type"].startswith("text/html")
 
 
 def test_the_headline_is_of_the_results_pages():

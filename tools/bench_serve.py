@@ -1,16 +1,17 @@
 """Load `rarec serve` on this machine: rate, waiting, memory, overload, swaps of bundles.
 
-    python tools/bench_serve.py BUNDLE [--seconds 300] [--swaps 100] [--clients 32]
+    python tools/bench_serve.py BUNDLE [--onnx SERVED] [--seconds 300] [--swaps 100] [--clients 32]
 
 | row | what |
 | --- | --- |
 | users/s | answered at saturation, by requests of 1 to 8 users, 1 to 20 items each, over the rate of one call for 512 |
 | p50, p99 | milliseconds of these requests |
-| memory | of the service at the end over that after a fifth of the time |
+| memory | of the service at the end, and over that after a fifth of the time |
 | overload | requests of twice as many users as may wait: answered, sent away with Retry-After, and other answers |
 | recovery | seconds from the end of the overload until a request is answered within a second |
 | swaps | requests that failed, or whose answer was not of one bundle, while a link was turned between two bundles |
 
+With --onnx, all but the swaps by ONNX Runtime, and SERVED is the folder of `rarec export BUNDLE --to onnx --to faiss`.
 Clients share the cores with the service.
 """
 
@@ -28,17 +29,20 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 from measuring import Figure, at_least, at_most, print_table
+from measuring import seconds as seconds_of
 
 import rarec
 from rarec.artefacts import MANIFEST
 from rarec.files import read_json
 from rarec.serving.bundle import Bundle
+from rarec.serving.formats.rarec_client import Client
 from rarec.serving.items import remove_items
 from rarec.serving.samples import sample_histories
 
@@ -69,7 +73,7 @@ class Seen:
     without: tuple[str, Any] = ("", None)
 
 
-class Client:
+class Sender:
     """Sends prepared requests over one connection, which costs next to nothing beside the model.
 
     Args:
@@ -121,7 +125,7 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
 async def load(port: int, clients: int, bodies: list[tuple[int, bytes]], seconds: float) -> Seen:
     """Send requests for some seconds."""
     seen, end = Seen(), time.monotonic() + seconds
-    await asyncio.gather(*(Client(port, seen).run(bodies, end) for _ in range(clients)))
+    await asyncio.gather(*(Sender(port, seen).run(bodies, end) for _ in range(clients)))
     return seen
 
 
@@ -132,10 +136,10 @@ def requests(histories: list[list[Any]], users: tuple[int, int], count: int = 50
 
 
 @contextmanager
-def service(bundle: Path) -> Iterator[tuple[int, psutil.Process]]:
-    """Start a service of a bundle; yield its port and process."""
+def service(path: Path, backend: str = "torch") -> Iterator[tuple[int, psutil.Process]]:
+    """Start a service of a bundle, or of a folder for ONNX Runtime; yield its port and process."""
     with tempfile.TemporaryDirectory() as scratch:
-        settings = {"bundles": {"a": {"path": str(bundle.absolute())}}, "max_queue": WAITING}
+        settings = {"bundles": {"a": {"path": str(path.absolute())}}, "max_queue": WAITING, "backend": backend}
         Path(scratch, "serve.yaml").write_text(yaml.safe_dump({**settings, "timeout": 60.0}))
         command = [sys.executable, "-m", "rarec", "serve", "--settings", f"{scratch}/serve.yaml", "--port", "0"]
         with Path(scratch, "log").open("w") as log, subprocess.Popen(command, stderr=log) as process:
@@ -154,14 +158,17 @@ def _port(log: Path, process: "subprocess.Popen[bytes]") -> int:
     raise SystemExit(log.read_text())
 
 
-def saturated(bundle: Path, histories: list[list[Any]], seconds: float, clients: int) -> list[Figure]:
+def offline_rate(path: Path, backend: str, histories: list[list[Any]]) -> float:
+    """Return the users a second of one call for all histories."""
+    recommend = Client(path).recommend if backend == "onnx" else rarec.load(path, device="cpu").recommend
+    recommend(histories[:64], K)
+    return len(histories) / seconds_of(partial(recommend, histories, K))
+
+
+def saturated(path: Path, backend: str, histories: list[list[Any]], seconds: float, clients: int) -> list[Figure]:
     """Measure the rate, waiting and memory at saturation, then overload and recovery."""
-    recommender = rarec.load(bundle, device="cpu")
-    recommender.recommend(histories[:64], K)
-    started = time.perf_counter()
-    recommender.recommend(histories, K)
-    offline = len(histories) / (time.perf_counter() - started)
-    with service(bundle) as (port, process):
+    offline = offline_rate(path, backend, histories)
+    with service(path, backend) as (port, process):
         bodies = requests(histories, (1, 8))
         first = asyncio.run(load(port, clients, bodies, seconds / 5))
         before = process.memory_info().rss
@@ -180,6 +187,7 @@ def saturated(bundle: Path, histories: list[list[Any]], seconds: float, clients:
         Figure("users/s, offline", f"{rate:.0f}, {offline:.0f}"),
         at_most("failed requests", failed, 0),
         Figure("p50, p99", f"{1000 * cuts[49]:.0f} ms, {1000 * cuts[98]:.0f} ms"),
+        Figure("memory", f"{after / 1e6:.0f} MB"),
         at_most("memory at the end", after / before, 1.05),
         Figure(
             "overload", f"{many.statuses[200]} answered, {many.statuses[503]} sent away, {many.after} with Retry-After"
@@ -212,7 +220,7 @@ def swapped(bundle: Path, histories: list[list[Any]], swaps: int, clients: int) 
 async def _swap(port: int, link: Path, seen: Seen, bodies: list[tuple[int, bytes]], swaps: int, clients: int) -> int:
     """Turn the link, and wait until the service has loaded the other bundle; return how often it did."""
     ends, loaded = time.monotonic() + 86_400, 0
-    tasks = [asyncio.create_task(Client(port, seen).run(bodies, ends)) for _ in range(clients)]
+    tasks = [asyncio.create_task(Sender(port, seen).run(bodies, ends)) for _ in range(clients)]
     for turn in range(swaps):
         aside = link.with_name("aside")
         aside.symlink_to("two" if turn % 2 == 0 else "one")
@@ -241,6 +249,7 @@ def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--onnx", type=Path)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--clients", type=int, default=32)
@@ -248,8 +257,10 @@ def main() -> None:
     recommender = rarec.load(arguments.bundle, device="cpu")
     items = recommender.items
     histories = [[items[row] for row in history] for history in sample_histories(recommender.parts, 512)]
-    figures = saturated(arguments.bundle, histories, arguments.seconds, arguments.clients)
-    figures += swapped(arguments.bundle, histories, arguments.swaps, arguments.clients // 4)
+    path, backend = (arguments.onnx, "onnx") if arguments.onnx else (arguments.bundle, "torch")
+    figures = saturated(path, backend, histories, arguments.seconds, arguments.clients)
+    if backend == "torch":
+        figures += swapped(arguments.bundle, histories, arguments.swaps, arguments.clients // 4)
     print_table(figures)
 
 
