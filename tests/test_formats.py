@@ -167,8 +167,9 @@ ids.model=gru4rec ids.gru4rec.dim=8 ids.gru4rec.epochs=2
         ("llama", DECODER),
         ("electra", ENCODER),
         ("bert", ["train.variants=[text_only]", "export.variant=id_only+cheap"]),
+        ("bert", ["train.variants=[readout]", "export.variant=readout+id"]),
     ],
-    ids=["LoRA, slots at titles, four interests", "two sources, new items", "ID model alone"],
+    ids=["LoRA, slots at titles, four interests", "two sources, new items", "ID model alone", "at the readout"],
 )
 def test_other_bundles(tmp_path, kind, overrides):
     write_log(tmp_path / "log")

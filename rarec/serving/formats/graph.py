@@ -19,7 +19,7 @@ from rarec.errors import UserError
 from rarec.ids.mapped import MappedUsers
 from rarec.ids.source import GraphUsers, HistoryRule, SequenceUsers, Source
 from rarec.models.encode import Encoder, side_batch
-from rarec.models.towers import RaRec, SideBatch
+from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import AT_TITLES
 from rarec.serving.parts import Parts
 
@@ -129,8 +129,8 @@ class QueryGraph(nn.Module):
         self.sources = nn.ModuleList(sources.values())
         self.variant = variant[0] if variant else None
         self.model = variant[1] if variant else None
-        titles = self.model.user.slots if self.model else {}
-        self.at_titles = tuple(name for name in titles if name.endswith(AT_TITLES))
+        self.taken = taken(self.model.user) if self.model is not None else []
+        self.at_titles = tuple(name for name in self.taken if name.endswith(AT_TITLES))
 
     @property
     def inputs(self) -> list[str]:
@@ -161,9 +161,8 @@ class QueryGraph(nn.Module):
         return encoded[:, None]
 
     def slots(self, vectors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the vectors that the slots take, (B, K, E) of each source; zeros where there are none."""
-        assert self.model is not None
-        slots = {source: vectors[source] for source in self.model.user.slots if source in vectors}
+        """Return the vectors that the alignment takes, (B, K, E) of each source; zeros where there are none."""
+        slots = {source: vectors[source] for source in self.taken if source in vectors}
         for source in self.at_titles:
             graph = self.sources[self.names.index(source.removesuffix(AT_TITLES))]
             rows_BH = given["titles"]
@@ -180,6 +179,11 @@ class QueryGraph(nn.Module):
         batch = SideBatch(ids_BT, mask_BT, positions_BK, slots)
         vectors_BZ: Tensor = self.model({"user": batch})["user"].vectors_BZ
         return vectors_BZ
+
+
+def taken(tower: Tower) -> list[str]:
+    """Return the sources that a tower's alignment takes, for slots of the prompt or at the readout alone."""
+    return [name for name, _ in tower.alignment.named_sources()] if tower.alignment is not None else []
 
 
 class ItemGraph(nn.Module):
@@ -210,8 +214,8 @@ def query_graph(parts: Parts, made: type[QueryGraph] = QueryGraph) -> QueryGraph
     facts, dense = parts.bundle.facts, parts.dense.dense
     with_model = facts["model"] and facts["model"]["variant"]["name"] in dense
     model = parts.encoder.model.float() if with_model else None
-    taken = model.user.slots if model is not None else {}
-    wanted = {name.removesuffix(AT_TITLES) for name in taken} | ({facts["id_model"]} if "id" in dense else set())
+    names = taken(model.user) if model is not None else []
+    wanted = {name.removesuffix(AT_TITLES) for name in names} | ({facts["id_model"]} if "id" in dense else set())
     sources = {name: SourceGraph(parts.bundle.sources[name]) for name in sorted(wanted)}
     variant = (facts["model"]["variant"]["name"], model) if model is not None else None
     filler = parts.encoder.prompts.tokenizer.filler if model is not None else 0

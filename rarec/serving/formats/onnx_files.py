@@ -1,6 +1,7 @@
 """`--to onnx`: the graphs, what a client needs to call them, and the check that they say what the bundle says."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from rarec.errors import UserError
 from rarec.models.encode import side_batch
 from rarec.serving.formats import rarec_client_path
-from rarec.serving.formats.graph import ItemGraph, QueryGraph, query_graph, query_inputs, session, write_graph
+from rarec.serving.formats.graph import ItemGraph, QueryGraph, query_graph, query_inputs, session, taken, write_graph
 from rarec.serving.formats.prompt import NO_PROMPT, TITLES, prompt_facts, write_titles
 from rarec.serving.parts import Parts
 from rarec.serving.samples import sample_histories
@@ -59,7 +60,7 @@ def write_onnx(parts: Parts, directory: Path, int8: bool) -> tuple[dict[str, Any
     return {"prompt": prompt_facts(prompts, slots)}, figures
 
 
-def queries_of(parts: Parts, histories: list[npt.NDArray[np.int64]]) -> Float32:
+def queries_of(parts: Parts, histories: Sequence[npt.NDArray[np.int64]]) -> Float32:
     """Return the bundle's vectors, (B, K, F)."""
     users = parts.dense.users(histories)
     return users.reshape(len(users), -1, users.shape[-1])
@@ -104,7 +105,7 @@ def _write_item(parts: Parts, path: Path) -> float:
     """Write the item graph; return how far it is from the bundle's vectors."""
     encoder = parts.encoder
     model, sources = encoder.model, encoder.sources
-    names = [name for name in model.item.slots if name in sources]
+    names = [name for name in taken(model.item) if name in sources]
     rows = np.arange(min(CHECKED, len(encoder.prompts.titles)))
     vectors = {name: sources[name].items_NE[rows][:, None] for name in names}
     prompts = [encoder.prompts.item(int(row)) for row in rows]

@@ -51,6 +51,8 @@ class SlotConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.block_size = vllm_config.cache_config.block_size
         if vllm_config.cache_config.enable_prefix_caching:
             raise ValueError("start vLLM with --no-enable-prefix-caching: users of one text would share their slots")
+        if vllm_config.parallel_config.world_size > 1:
+            raise ValueError("start vLLM on one device: a part of a model has a part of the heads or blocks alone")
         _pool_the_text(self.program.length)
         self.wanted: dict[str, tuple[list[float], list[int]]] = {}
 

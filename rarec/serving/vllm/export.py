@@ -60,74 +60,65 @@ def write_vllm(parts: Parts, directory: Path) -> dict[str, Any]:
     """
     encoder = parts.encoder
     _refuse(parts, encoder)
-    graph = query_graph(parts, StateQuery)
+    graph, histories = query_graph(parts, StateQuery), sample_histories(parts, CHECKED)
+    states, bare = (_states(encoder, histories, slots) for slots in (True, False))
     at_input = parts.bundle.variant.blocks == "input" and bool(encoder.model.user.slots)
     facts, figures = write_tables(parts, directory), write_index(parts, "flat", directory)
-    histories = sample_histories(parts, CHECKED)
-    states, bare = (_states(encoder, histories, slots) for slots in (True, False))
-    prompt = prompt_facts(encoder.prompts, encoder.model.user.slots)
+    prompt, pool = prompt_facts(encoder.prompts, encoder.model.user.slots), parts.bundle.config.readout.pool
     marks = encoder.prompts.frame().encoded.marks if graph.at_titles else {}
     write_titles(encoder.prompts, marks, directory / TITLES)
-    inputs = _inputs(graph, encoder, histories, states)
-    write_graph(graph, _few(inputs), graph.inputs, "query", directory / QUERY)
-    figures["query_difference"] = apart_of(run_graph(directory / QUERY, graph, inputs), queries_of(parts, histories))
-    if encoder.model.user.slots:
-        slots = query_graph(parts, InputSlots if at_input else SlotVectors)
-        write_graph(slots, _few(_inputs(slots, encoder, histories, states)), slots.inputs, "slots", directory / SLOTS)
+    figures["query_difference"] = _write_graphs(parts, graph, at_input, histories, states, directory)
     if at_input:
-        (directory / TEMPLATE).write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-        figures["state_difference"] = _write_words(encoder, histories, states, directory / WORDS)
+        figures["state_difference"] = _write_words(encoder, histories, states, directory)
     else:
-        figures["prefix_difference"] = _write_prefix(
-            parts, Prefix.of(prompt, parts.bundle.config.readout.pool), histories, directory
-        )
+        figures["prefix_difference"] = _write_prefix(parts, Prefix.of(prompt, pool), histories, directory)
     lora = (parts.bundle.directory / LORA).is_dir()
-    if lora:
-        figures |= write_adapter(parts, directory / LORA)
+    figures |= write_adapter(parts, directory / LORA) if lora else {}
     _compare(figures, parts)
-    served = {"name": "rarec-lora" if lora else "rarec", "pool": parts.bundle.config.readout.pool}
+    np.savez(directory / CHECK, histories=_padded(histories[:ASKED]), states=states[:ASKED], bare=bare[:ASKED])
+    served = {"name": "rarec-lora" if lora else "rarec", "pool": pool}
     write_json(directory / FACTS, {**facts, "prompt": prompt, "vllm": served})
-    asked = _padded(histories[:ASKED])
-    np.savez(directory / CHECK, histories=asked, states=states[:ASKED], bare=bare[:ASKED])
+    _write_start(parts, at_input, lora, directory / START)
     shutil.copyfile(rarec_client_path(), directory / "rarec_client.py")
     shutil.copyfile(HERE / "client.py", directory / "rarec_vllm.py")
-    (directory / START).write_text(start_command(parts, at_input, lora))
-    mode = (directory / START).stat().st_mode
-    (directory / START).chmod(mode | (mode & 0o444) >> 2)  # who may read it may run it
     return figures
 
 
-def start_command(parts: Parts, at_input: bool, lora: bool) -> str:
-    """Return the script that starts vLLM."""
-    config = parts.bundle.config
-    model = resolve(parts.llm_path)
+def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
+    """Write the script that starts vLLM; who may read it may run it."""
+    config, model = parts.bundle.config, resolve(parts.llm_path)
     longest = config.prompt.max_tokens or parts.context_length
-    pool = {"mean": "MEAN", "last": "LAST"}[config.readout.pool]
+    revision = config.llm.revision if config.llm.revision and not Path(model).exists() else None
     options = {
         "--model": f"${{RAREC_LLM:-{shlex.quote(model)}}}",
+        **({"--revision": shlex.quote(revision)} if revision else {}),
         "--served-model-name": "rarec",
         "--runner": "pooling",
         "--convert": "embed",
         "--dtype": config.llm.dtype,
         "--max-model-len": str(longest),
-        "--max-num-batched-tokens": str(max(longest, 8192)),
+        "--max-num-batched-tokens": str(max(longest, 8192)),  # no text comes in parts
+        **(_of_embeddings() if at_input else _of_prefix(config.readout.pool)),
+        **({"--lora-modules": "rarec-lora=lora", "--max-lora-rank": str(config.lora.rank)} if lora else {}),
     }
-    pooler: dict[str, Any] = {"pooling_type": pool, "use_activation": False}
-    if config.llm.revision and not Path(model).exists():
-        options["--revision"] = shlex.quote(config.llm.revision)
-    if lora:
-        options |= {"--lora-modules": "rarec-lora=lora", "--max-lora-rank": str(config.lora.rank)}
-    connector = {"kv_connector": "SlotConnector", "kv_connector_module_path": "rarec_connector", "kv_role": "kv_both"}
-    if at_input:
-        pooler = {"task": "token_embed", "use_activation": False}
-        options["--chat-template"] = TEMPLATE
-    else:
-        options["--kv-transfer-config"] = _json(connector)
-    options["--pooler-config"] = _json(pooler)
     switches = ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
     switches += ["--enable-lora"] * lora + ["--enable-prompt-embeds"] * at_input
     lines = [*(f"{name} {value}" for name, value in options.items()), *switches, '"$@"']
-    return SCRIPT + " \\\n  ".join(["exec python -m vllm.entrypoints.openai.api_server", *lines]) + "\n"
+    path.write_text(SCRIPT + " \\\n  ".join(["exec python -m vllm.entrypoints.openai.api_server", *lines]) + "\n")
+    mode = path.stat().st_mode
+    path.chmod(mode | (mode & 0o444) >> 2)
+
+
+def _of_embeddings() -> dict[str, str]:
+    """Return options of a server that takes embeddings; the client pools."""
+    return {"--chat-template": TEMPLATE, "--pooler-config": _json({"task": "token_embed", "use_activation": False})}
+
+
+def _of_prefix(pool: str) -> dict[str, str]:
+    """Return options of a server with the connector."""
+    connector = {"kv_connector": "SlotConnector", "kv_connector_module_path": "rarec_connector", "kv_role": "kv_both"}
+    pooler = {"pooling_type": pool.upper(), "use_activation": False}
+    return {"--kv-transfer-config": _json(connector), "--pooler-config": _json(pooler)}
 
 
 SCRIPT = """#!/bin/sh
@@ -215,12 +206,26 @@ def _write_prefix(parts: Parts, prefix: Prefix, histories: Sequence[Rows], direc
     return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, expected, strict=True))
 
 
+def _write_graphs(
+    parts: Parts, graph: QueryGraph, at_input: bool, histories: Sequence[Rows], states: Float32, directory: Path
+) -> float:
+    """Write what a client computes before and after its request; return how far its queries are from the bundle's."""
+    inputs = _inputs(graph, parts.encoder, histories, states)
+    write_graph(graph, _few(inputs), graph.inputs, "query", directory / QUERY)
+    if parts.encoder.model.user.slots:
+        slots = query_graph(parts, InputSlots if at_input else SlotVectors)
+        given = _inputs(slots, parts.encoder, histories, states)
+        write_graph(slots, _few(given), slots.inputs, "slots", directory / SLOTS)
+    return apart_of(run_graph(directory / QUERY, graph, inputs), queries_of(parts, histories))
+
+
 @torch.no_grad()
-def _write_words(encoder: Encoder, histories: Sequence[Rows], states: Float32, path: Path) -> float:
+def _write_words(encoder: Encoder, histories: Sequence[Rows], states: Float32, directory: Path) -> float:
     """Write the table of word vectors; return how far states are from the model's when slots are put among these."""
+    (directory / TEMPLATE).write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     backbone, batch = encoder.model.backbone, _batch(encoder, histories)
     with backbone.word_vectors() as words_VD:
-        np.save(path, words_VD.float().numpy(), allow_pickle=False)
+        np.save(directory / WORDS, words_VD.float().numpy(), allow_pickle=False)
         embeddings_BTD = words_VD[batch.ids_BT]
     assert encoder.model.user.alignment is not None
     slots_BKD = encoder.model.user.alignment(batch.vectors)[0][0]
