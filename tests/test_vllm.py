@@ -14,7 +14,7 @@ import pytest
 from rarec.errors import UserError
 from rarec.serving.formats.write import write_formats
 from rarec.serving.samples import sample_histories
-from tests.vllms import BUNDLES, PYTHON, Served, bundle, environment, needs_vllm, served, server
+from tests.vllm_server import BUNDLES, PYTHON, Served, bundle, environment, needs_vllm, served, server
 
 pytestmark = [pytest.mark.vllm, needs_vllm]
 

@@ -11,18 +11,18 @@ from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, ReadoutModule, Tower
 from rarec.serving.formats.write import write_formats
-from rarec.serving.vllm.prefix import Program
-from rarec.serving.vllm.program import Prefix, cached, write_program
+from rarec.serving.vllm.prefix import Prefix, cached, write_program
+from rarec.serving.vllm.program import Program
 from tests.recommending import exported
 from tests.synthetic import tiny_model
-from tests.vllms import served
+from tests.vllm_server import served
 
 
 @pytest.mark.slow
 def test_the_folder_says_how_it_is_served(tmp_path):
     llama = served(tmp_path, "every block, mean")
     files = {path.name for path in llama.folder.iterdir()}
-    assert {"serve.sh", "rarec_connector.py", "rarec_prefix.py", "program.safetensors", "rarec_vllm.py"} <= files
+    assert {"serve.sh", "rarec_connector.py", "rarec_program.py", "program.safetensors", "rarec_vllm.py"} <= files
     script = (llama.folder / "serve.sh").read_text()
     assert str(llama.recommender.parts.llm_path) in script
     for option in ("--no-enable-prefix-caching", "--kv-transfer-config", '"MEAN"'):

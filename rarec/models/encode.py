@@ -102,10 +102,13 @@ class Encoder:
 
     def users(self, rows: Rows, histories: Sequence[Rows]) -> Float32:
         """Return user vectors (B, Z) after these histories (item rows, oldest first); every rank gets all of them."""
+        return self._encode("user", self.model.user, *self.user_inputs(rows, histories))
+
+    def user_inputs(self, rows: Rows, histories: Sequence[Rows]) -> tuple[list[Encoded], Vectors]:
+        """Return the prompts of users, and the vectors that their slots take."""
         encoded = [self.prompts.user(history) for history in histories]
         vectors = {name: source.user_vectors(rows, histories) for name, source in self.sources.items()}
-        vectors |= title_vectors(encoded, self.prompts, self.sources)
-        return self._encode("user", self.model.user, encoded, vectors)
+        return encoded, {**vectors, **title_vectors(encoded, self.prompts, self.sources)}
 
     @torch.no_grad()
     def _encode(self, side: str, tower: Tower, prompts: list[Encoded], vectors: Vectors) -> Float32:

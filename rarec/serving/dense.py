@@ -119,8 +119,8 @@ class DenseScores:
         near_BN = sparse.csr_matrix((self.n_users, self.n_items), dtype=np.float32)
         for part, weight in form.sparse.values():
             near_BN = near_BN + np.float32(weight) * part.near(histories)
-        smaller = 2 * near_BN.nnz > self.n_users * self.n_items  # an entry and its column take twice an entry
-        self._near_BN = torch.from_numpy(near_BN.toarray()) if smaller else near_BN
+        full = 2 * near_BN.nnz > self.n_users * self.n_items  # a sparse entry takes twice the memory of a dense one
+        self._near_BN = torch.from_numpy(near_BN.toarray()) if full else near_BN
 
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""

@@ -155,7 +155,7 @@ class Parts:
     def _loaded(self) -> LoadedModel:
         """The language model; another one than the variant was trained with is refused."""
         bundle, config = self.bundle, self.bundle.config
-        llm = config.llm.model_copy(update={"path": self._llm} if self._llm else {})
+        llm = config.llm.model_copy(update={"path": self.llm_path})
         lora, device = config.lora if bundle.variant.lora else None, self._world.device.type
         with tempfile.TemporaryDirectory(prefix="rarec-") as scratch:  # for what a GGUF file is converted to
             loaded = load_model(llm, Path(scratch, "llm"), pool=config.readout.pool, lora=lora, device=device)

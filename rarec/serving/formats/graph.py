@@ -224,7 +224,7 @@ def query_graph(parts: Parts, made: type[QueryGraph] = QueryGraph) -> QueryGraph
 
 def query_inputs(graph: QueryGraph, encoder: Encoder | None, histories: Sequence[Rows]) -> tuple[Tensor, ...]:
     """Return the graph's inputs for some histories."""
-    given = [_padded(histories, max(1, *map(len, histories)))]
+    given = [padded(histories)]
     if graph.model is None or encoder is None:
         return tuple(given)
     prompts = [encoder.prompts.user(history) for history in histories]
@@ -232,15 +232,16 @@ def query_inputs(graph: QueryGraph, encoder: Encoder | None, histories: Sequence
     ids_BT = nn.functional.pad(batch.ids_BT.masked_fill(batch.mask_BT == 0, -1), (0, 1), value=-1)
     given += [ids_BT, batch.positions_BK.masked_fill(ids_BT.gather(1, batch.positions_BK) < 0, -1)]
     if graph.at_titles:
-        given.append(_padded([prompt.titles_H for prompt in prompts], encoder.prompts.config.max_history))
+        given.append(padded([prompt.titles_H for prompt in prompts], encoder.prompts.config.max_history))
     return tuple(given)
 
 
-def _padded(lists: Sequence[npt.NDArray[np.integer]], width: int) -> Tensor:
-    padded = np.full((len(lists), width), -1, np.int64)
+def padded(lists: Sequence[npt.NDArray[np.integer]], width: int = 1) -> Tensor:
+    """Return lists of rows as one table, with -1 on the right; of the width of the longest, or of `width` if more."""
+    table = np.full((len(lists), max(width, *map(len, lists))), -1, np.int64)
     for row, values in enumerate(lists):
-        padded[row, : len(values)] = values
-    return torch.from_numpy(padded)
+        table[row, : len(values)] = values
+    return torch.from_numpy(table)
 
 
 def write_graph(module: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], output: str, path: Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from rarec_client import Client  # type: ignore[import-not-found]
+from rarec_client import Client
 
 AT_ONCE = 64
 """Requests that are under way together; vLLM batches them."""
 
 
-class VllmClient(Client):  # type: ignore[misc]
+class VllmClient(Client):
     """`VllmClient(folder, url).recommend([["sku-1", "sku-7"]], k=10)`, as `Client`; the server has the language model.
 
     Args:

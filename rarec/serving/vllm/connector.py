@@ -1,6 +1,6 @@
 """A KV connector for stock vLLM: a user's slots as a prefix whose keys and values are computed already.
 
-`rarec export --to vllm` copies this file beside `rarec_prefix.py` and its program; they need torch, safetensors and
+`rarec export --to vllm` copies this file beside `rarec_program.py` and its program; they need torch, safetensors and
 vLLM, not rarec. A request brings the user's ID vectors in its id, as `slots.VECTORS.`, where VECTORS is base64
 (URL-safe) of little-endian float32; offline, where ids are vLLM's, in its `cache_salt`.
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rarec_prefix import Program  # type: ignore[import-not-found]
+from rarec_program import Program
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, SupportsHMA
 from vllm.logger import init_logger
@@ -30,7 +30,7 @@ VECTORS = re.compile(r"slots\.([\w=-]*)\.", re.ASCII)
 
 
 @dataclass
-class Loads(KVConnectorMetadata):  # type: ignore[misc]
+class Loads(KVConnectorMetadata):
     """What the worker loads before a step.
 
     Attributes:
@@ -42,7 +42,7 @@ class Loads(KVConnectorMetadata):  # type: ignore[misc]
     blocks: list[list[int]] = field(default_factory=list)
 
 
-class SlotConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class SlotConnector(KVConnectorBase_V1, SupportsHMA):
     """Writes the prefix of every request into vLLM's cache; see the head of this file."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:

@@ -19,23 +19,23 @@ import torch
 from rarec.errors import UserError
 from rarec.files import write_json
 from rarec.models.backbone import pool_text
-from rarec.models.encode import Encoder, side_batch, title_vectors
+from rarec.models.encode import Encoder, side_batch
 from rarec.models.slots import Slots
 from rarec.models.towers import SideBatch
 from rarec.models.weights import LORA
 from rarec.paths import resolve
 from rarec.serving.formats import rarec_client_path
 from rarec.serving.formats.adapters import write_adapter
-from rarec.serving.formats.graph import QueryGraph, query_graph, query_inputs, write_graph
+from rarec.serving.formats.graph import QueryGraph, padded, query_graph, query_inputs, write_graph
 from rarec.serving.formats.index import write_index
-from rarec.serving.formats.onnx_files import CLOSE, QUERY, apart_of, queries_of, rounded, run_graph
+from rarec.serving.formats.onnx_files import CLOSE, QUERY, apart_of, queries_of, run_graph
 from rarec.serving.formats.prompt import TITLES, prompt_facts, write_titles
 from rarec.serving.formats.tables import FACTS, write_tables
 from rarec.serving.parts import Parts
 from rarec.serving.samples import sample_histories
 from rarec.serving.vllm.graphs import InputSlots, SlotVectors, StateQuery
-from rarec.serving.vllm.prefix import Program
-from rarec.serving.vllm.program import USE_ONNX, Prefix, cached, write_program
+from rarec.serving.vllm.prefix import USE_ONNX, Prefix, cached, write_program
+from rarec.serving.vllm.program import Program
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -74,8 +74,8 @@ def write_vllm(parts: Parts, directory: Path) -> dict[str, Any]:
         figures["prefix_difference"] = _write_prefix(parts, Prefix.of(prompt, pool), histories, directory)
     lora = (parts.bundle.directory / LORA).is_dir()
     figures |= write_adapter(parts, directory / LORA) if lora else {}
-    _compare(figures, parts)
-    np.savez(directory / CHECK, histories=_padded(histories[:ASKED]), states=states[:ASKED], bare=bare[:ASKED])
+    _compare(figures)
+    np.savez(directory / CHECK, histories=padded(histories[:ASKED]).numpy(), states=states[:ASKED], bare=bare[:ASKED])
     served = {"name": "rarec-lora" if lora else "rarec", "pool": pool}
     write_json(directory / FACTS, {**facts, "prompt": prompt, "vllm": served})
     _write_start(parts, at_input, lora, directory / START)
@@ -148,11 +148,10 @@ def _refuse(parts: Parts, encoder: Encoder) -> None:
         raise UserError(f"lora.rank {config.lora.rank}: vLLM takes {ranks}", f"train with one of these; or {USE_ONNX}")
 
 
-def _compare(figures: dict[str, Any], parts: Parts) -> None:
+def _compare(figures: dict[str, Any]) -> None:
     """Refuse a folder that says something else than the bundle."""
     for name in ("query_difference", "state_difference", "prefix_difference"):
-        allowed = np.inf if name == "query_difference" and rounded(parts) else CLOSE
-        if figures.get(name, 0) > allowed:
+        if figures.get(name, 0) > CLOSE:
             problem = f"{name} is {figures[name]:.1e}: the language model computes in a way that is not known here"
             raise UserError(problem, USE_ONNX)
 
@@ -172,9 +171,7 @@ def _states(encoder: Encoder, histories: Sequence[Rows], with_slots: bool) -> Fl
 
 def _batch(encoder: Encoder, histories: Sequence[Rows]) -> SideBatch:
     """Return users' prompts with the vectors of their slots."""
-    prompts, nobody = [encoder.prompts.user(history) for history in histories], np.zeros(len(histories), np.int64)
-    vectors = {name: source.user_vectors(nobody, histories) for name, source in encoder.sources.items()}
-    vectors |= title_vectors(prompts, encoder.prompts, encoder.sources)
+    prompts, vectors = encoder.user_inputs(np.zeros(len(histories), np.int64), histories)
     return side_batch(prompts, vectors, encoder.model.user, encoder.prompts.tokenizer.filler)
 
 
@@ -193,11 +190,11 @@ def _few(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 
 def _write_prefix(parts: Parts, prefix: Prefix, histories: Sequence[Rows], directory: Path) -> float:
-    """Write the connector and its program; return how far its keys and values are from the model's."""
-    model = parts.encoder.model
-    write_program(model, prefix, directory / PROGRAM, getattr(torch, parts.bundle.config.llm.dtype))
+    """Write the connector and its program; return how far, in float32, its keys and values are from the model's."""
+    model, dtype = parts.encoder.model, getattr(torch, parts.bundle.config.llm.dtype)
+    write_program(model, prefix, directory / PROGRAM, dtype)
     shutil.copyfile(HERE / "connector.py", directory / "rarec_connector.py")
-    shutil.copyfile(HERE / "prefix.py", directory / "rarec_prefix.py")
+    shutil.copyfile(HERE / "program.py", directory / "rarec_program.py")
     program, batch = Program(directory / PROGRAM), _batch(parts.encoder, histories)
     vectors = {name: batch.vectors[name] for name in model.user.slots}
     flat = torch.cat([of.flatten(1) for of in vectors.values()], 1) if vectors else torch.zeros(len(histories), 0)
@@ -235,10 +232,3 @@ def _write_words(encoder: Encoder, histories: Sequence[Rows], states: Float32, d
     text_BT = backbone.read_mask(batch.mask_BT).scatter(1, batch.positions_BK, 0)
     found = pool_text(output.last_hidden_state, text_BT, encoder.model.user.readout.config.pool).numpy()
     return apart_of(found, states)
-
-
-def _padded(histories: Sequence[Rows]) -> Rows:
-    padded = np.full((len(histories), max(map(len, histories))), -1, np.int64)
-    for row, history in enumerate(histories):
-        padded[row, : len(history)] = history
-    return padded

@@ -1,65 +1,199 @@
-"""From ID vectors to the keys and values of a user's prefix, by the program that `rarec export --to vllm` wrote.
+"""The keys and values of a user's prefix: what the connector computes from ID vectors, in every block.
 
-Copied beside the connector, into whose process it is imported; needs torch and safetensors, not rarec.
+A slot is overwritten at the input of every block, so its keys and values are K = rotate(W_k norm(d)) and
+V = W_v norm(d), whatever stands before it. The tokens before the first slot are the same for all users, and so are
+theirs. Text that stands behind attends to a prefix of these keys and values exactly as it attends to the slots.
 
-Shape letters: L blocks, P positions of the prefix, K slots of a source, E source dimension, D hidden size, H heads of
-keys, C size of a head, O = H * C.
+Shape letters: L blocks, B users, P positions of the prefix, K slots of a source, E source dimension, D hidden size,
+H heads of keys, C size of a head, O = H * C.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rarec.errors import UserError
+from rarec.models.alignment import SourceAlignment
+from rarec.models.backbone import FrozenBackbone
+from rarec.models.slots import Slots
+from rarec.models.towers import RaRec
+
+USE_ONNX = "serve it by --to onnx, or by rarec serve"
 
 
-class Program:
-    """What `rarec.serving.vllm.program` wrote: from ID vectors to the keys and values of the prefix.
+@dataclass(frozen=True)
+class Prefix:
+    """What stands before the text in every user's prompt.
 
-    Args:
-        path: of the file.
+    Attributes:
+        tokens: token ids, with fillers at slots.
+        slots: places of all slots, in the order of the alignment; behind one another, and the last of the prefix.
     """
 
-    def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = json.loads(file.metadata()["facts"])
-        self.sources, self.eps = facts["sources"], facts["eps"]
-        self.length = self.tensors["keys_LPHC"].shape[1]
-        self.size = sum(source["count"] * source["dim"] for source in self.sources)
+    tokens: list[int]
+    slots: range
 
-    def to(self, device: torch.device) -> "Program":
-        """Move its tensors."""
-        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return self
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], pool: str) -> "Prefix":
+        """Return the prefix of a prompt by `formats.prompt.prompt_facts`.
 
-    def prefix(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values (L, P, H, C) after the vectors of all sources, one behind the other."""
-        keys, values = self.tensors["keys_LPHC"].clone(), self.tensors["values_LPHC"].clone()
-        start = 0
-        for source in self.sources:
-            end = start + source["count"] * source["dim"]
-            vectors_KE, start = vectors[start:end].view(source["count"], source["dim"]), end
-            given = [at for at, there in enumerate((vectors_KE != 0).any(-1).tolist()) if there]
-            places = [source["places"][at] for at in given]  # at the others stand those of a missing vector
-            if places:
-                keys[:, places], values[:, places] = self._of_slots(source["name"], vectors_KE[given], places)
-        return keys, values
+        Args:
+            facts: of the prompt.
+            pool: `mean`, or `last`.
 
-    def _of_slots(self, name: str, vectors_KE: Tensor, places: list[int]) -> tuple[Tensor, Tensor]:
-        t, heads = self.tensors, self.tensors["keys_LPHC"].shape[-2:]
-        slots_LKD = torch.einsum("lde,ke->lkd", t[f"map_LDE.{name}"], vectors_KE) + t[f"bias_LD.{name}"][:, None]
-        x_LKD = (self._norm(slots_LKD) * t["norm_LD"][:, None]).to(t["wk_LOD"].dtype)
-        keys, values = (
-            (x_LKD @ t[f"w{of}_LOD"].transpose(1, 2)).float().add(t[f"b{of}_LO"][:, None]).unflatten(-1, heads)
-            for of in ("k", "v")
+        Raises:
+            UserError: a slot stands behind or within the history; text stands between slots; or text that is read
+                stands before them.
+        """
+        places = [at for _, at in sorted(facts["before_slots"])]
+        first = min(places, default=1)
+        slots = range(first, first + len(places))
+        same = sorted(facts["before_slots"]) == sorted(facts["empty_slots"])
+        if facts["after_slots"] or facts["titles_first"] or places != list(slots) or not same or first < 1:
+            problem = "vLLM takes slots of every block before the text alone, and behind its first token"
+            raise UserError(f"prompt.user: {problem}", f"put them first, as in {{soft:id}} {{history}}; or {USE_ONNX}")
+        if (pool == "mean" and first > 1) or len(facts["empty"]) <= slots.stop:
+            problem = "the text before the slots is read, and vLLM gives the states behind them alone"
+            raise UserError(f"prompt.user: {problem}", f"put {{soft:NAME}} first; or {USE_ONNX}")
+        return cls(facts["before"][: slots.stop], slots)
+
+
+def write_program(model: RaRec, prefix: Prefix, path: Path, dtype: torch.dtype) -> None:
+    """Write the program of a model whose slots are in every block, or that has none.
+
+    Args:
+        model: in float32, on the CPU.
+        prefix: of its users' prompts.
+        path: to write, safetensors.
+        dtype: of the weights of keys and values; that of the served model.
+
+    Raises:
+        UserError: the model's blocks have no keys and values of a kind that is known here, or a map is the user's own.
+    """
+    tensors, sources = _maps(model, prefix)
+    blank = {name: torch.zeros(1, source["count"], source["dim"]) for name, source in sources.items()}
+    keys, values = cached(model, prefix, blank)
+    tensors |= {"keys_LPHC": keys[:, 0], "values_LPHC": values[:, 0]}
+    if sources:
+        tensors |= _projections(model.backbone, keys.shape[-2:], dtype) | _rotation(model.backbone, len(prefix.tokens))
+    eps = getattr(_norm(model.backbone.blocks[0]), "variance_epsilon", 0.0) if sources else 0.0
+    facts = {"sources": list(sources.values()), "eps": eps}
+    contiguous = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(contiguous, path, {"facts": json.dumps(facts)})
+
+
+@torch.no_grad()
+def cached(model: RaRec, prefix: Prefix, vectors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return keys and values of the prefix as the model itself computes them, (L, B, P, H, C) each.
+
+    Args:
+        model: the two towers.
+        prefix: of its users' prompts.
+        vectors: of each source, (B, K, E).
+    """
+    alignment, backbone = model.user.alignment, model.backbone
+    slots, count = None, 1
+    if alignment is not None and prefix.slots:
+        slots_LBKD, _ = alignment(vectors)
+        blocks, count = model.user.alignment_blocks, slots_LBKD.shape[1]
+        positions_BK = torch.tensor(prefix.slots).expand(count, -1)
+        slots = Slots(slots_LBKD[: len(blocks)], positions_BK, blocks)
+    ids_BP = torch.tensor(prefix.tokens).expand(count, -1)
+    with backbone.injector.inject(slots):
+        output = backbone.trunk(input_ids=ids_BP, use_cache=True)
+    cache = getattr(output, "cache", None) or output.past_key_values
+    if len(getattr(cache, "layers", ())) != len(backbone.blocks):
+        raise _unknown(backbone)
+    keys, values = (torch.stack([getattr(layer, of) for layer in cache.layers]) for of in ("keys", "values"))
+    return keys.transpose(2, 3), values.transpose(2, 3)
+
+
+def _maps(model: RaRec, prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Return each source's map from an ID vector to a slot in every block, and where its slots stand."""
+    alignment, blocks = model.user.alignment, len(model.backbone.blocks)
+    if alignment is None or not prefix.slots:
+        return {}, {}
+    if model.user.alignment_blocks != tuple(range(blocks)):
+        problem = "vLLM keeps slots of every block, or of the input alone"
+        raise UserError(
+            f"this variant has slots in {len(model.user.alignment_blocks)} of {blocks} blocks; {problem}", USE_ONNX
         )
-        if "key_norm_LC" in t:
-            keys = self._norm(keys) * t["key_norm_LC"][:, None, None]
-        half = keys.shape[-1] // 2
-        turned = torch.cat([-keys[..., half:], keys[..., :half]], -1)
-        return keys * t["cos_PC"][places, None] + turned * t["sin_PC"][places, None], values
+    tensors: dict[str, Tensor] = {}
+    sources: dict[str, dict[str, Any]] = {}
+    start = prefix.slots.start
+    for name, source in alignment.named_sources():
+        if type(source).project is not SourceAlignment.project:
+            raise UserError("alignment.map is your own, which vLLM's connector does not know", USE_ONNX)
+        if source.projections:
+            tensors |= {
+                f"{of}.{name}": tensor
+                for of, tensor in zip(("map_LDE", "bias_LD"), affine(source, blocks), strict=True)
+            }
+            shape, end = source.shape, start + source.count
+            places = list(range(end - shape.vectors, end))
+            sources[name] = {"name": name, "count": shape.vectors, "dim": shape.dim, "places": places}
+        start += source.count
+    return tensors, sources
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+def affine(source: SourceAlignment, blocks: int) -> tuple[Tensor, Tensor]:
+    """Return p = A e + a of the first blocks, with standardisation and units inside: (L, D, E) and (L, D)."""
+    weight, bias, center, scale, unit = (
+        of.detach().double()
+        for of in (source.weight_LDE, source.bias_LD, source.center_E, source.scale_E, source.unit_L)
+    )
+    map_LDE = weight / scale * unit[:, None, None]
+    bias_LD = (bias - weight @ (center / scale)) * unit[:, None]
+    return map_LDE[:blocks].float(), bias_LD[:blocks].float()
+
+
+def _projections(backbone: FrozenBackbone, heads: torch.Size, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the weights by which every block makes keys and values of a hidden state, LoRA merged."""
+    tensors: dict[str, list[Tensor]] = {}
+    for block in backbone.blocks:
+        attention: Any = getattr(block, "self_attn", None)
+        if not all(hasattr(attention, of) for of in ("k_proj", "v_proj")) or not hasattr(backbone.trunk, "rotary_emb"):
+            raise _unknown(backbone)
+        own = {"norm_LD": _norm(block).weight}
+        for name in ("k", "v"):
+            weight, bias = _linear(getattr(attention, f"{name}_proj"), backbone.hidden_size)
+            own |= {f"w{name}_LOD": weight.to(dtype), f"b{name}_LO": bias}
+        if hasattr(attention, "k_norm"):
+            own["key_norm_LC"] = attention.k_norm.weight
+        for name, tensor in own.items():
+            tensors.setdefault(name, []).append(tensor)
+    stacked = {name: torch.stack(of) for name, of in tensors.items()}
+    if stacked["wk_LOD"].shape[1] != heads.numel():
+        raise _unknown(backbone)
+    return stacked
+
+
+def _norm(block: nn.Module) -> Any:
+    """Return the norm before a block's attention."""
+    return getattr(block, "input_layernorm", None)
+
+
+def _linear(module: nn.Module, size: int) -> tuple[Tensor, Tensor]:
+    """Return weight (O, D) and bias (O,) of a linear map, whatever it is made of, such as LoRA."""
+    with torch.no_grad():
+        bias: Tensor = module(torch.zeros(1, size))[0]
+        weight: Tensor = module(torch.eye(size)) - bias
+    return weight.T, bias
+
+
+def _rotation(backbone: FrozenBackbone, count: int) -> dict[str, Tensor]:
+    """Return cosines and sines by which keys at the positions of the prefix are rotated."""
+    rotate: Any = backbone.trunk.rotary_emb
+    cos, sin = rotate(torch.zeros(1, count, backbone.hidden_size), position_ids=torch.arange(count)[None])
+    return {"cos_PC": cos[0], "sin_PC": sin[0]}
+
+
+def _unknown(backbone: FrozenBackbone) -> UserError:
+    name = type(backbone.trunk).__name__
+    return UserError(f"{name} makes keys and values in a way that vLLM's connector does not know", USE_ONNX)
