@@ -52,17 +52,6 @@ def assert_the_same(of: Served, url: str) -> None:
     assert (np.abs(vectors - right) / np.linalg.norm(right, axis=-1, keepdims=True)).max() < 1e-3
 
 
-def test_it_recommends_what_the_bundle_recommends(llama, url):
-    assert_the_same(llama, url)
-
-
-@pytest.mark.parametrize("name", [name for name in BUNDLES if name != "every block, mean"])
-def test_other_bundles(tmp_path, name):
-    other = served(tmp_path, name)
-    with server(other.folder) as url:
-        assert_the_same(other, url)
-
-
 OFFLINE = """
 import base64, json, sys
 import numpy as np
@@ -83,10 +72,11 @@ if __name__ == "__main__":
 """
 
 
-def test_offline_it_says_the_same(llama, url, tmp_path):
-    asked = client(llama.folder, url)
-    rows = [[int(row) for row in history] for history in sample_histories(llama.recommender.parts, 20, seed=4)]
-    given = dict(asked._inputs(rows))
+def test_offline_its_states_are_those_of_the_bundle(llama, tmp_path):
+    """First in this file: one vLLM at a time."""
+    check = np.load(llama.folder / "check.npz")
+    asked = client(llama.folder, "", check=False)
+    given = dict(asked._inputs([row[row >= 0].tolist() for row in check["histories"]]))
     vectors = asked.slots.run(None, {"history": given["history"]})[0]
     salts = [f"slots.{base64.urlsafe_b64encode(of.tobytes()).decode()}." for of in vectors]
     prompts = [tokens[tokens >= 0].tolist() for tokens in given["input_ids"]]
@@ -96,8 +86,48 @@ def test_offline_it_says_the_same(llama, url, tmp_path):
     command = [PYTHON, str(tmp_path / "offline.py"), *map(str, paths)]
     own = {**environment(), "PYTHONPATH": str(llama.folder)}
     done = subprocess.run(command, env=own, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    np.testing.assert_allclose(np.load(tmp_path / "states.npy"), asked.states(rows), rtol=1e-4, atol=1e-5)
+    # not the exit code: now and then a thread of vLLM aborts while Python shuts down, when all is written
+    assert (tmp_path / "states.npy").exists(), done.stderr[-3000:]
+    np.testing.assert_allclose(np.load(tmp_path / "states.npy"), check["states"], rtol=1e-4, atol=1e-5)
+
+
+def test_it_recommends_what_the_bundle_recommends(llama, url):
+    assert_the_same(llama, url)
+
+
+EXACT = [name for name in BUNDLES if name not in ("every block, mean", "bfloat16, LoRA")]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_other_bundles(tmp_path, name):
+    other = served(tmp_path, name)
+    with server(other.folder) as url:
+        assert_the_same(other, url)
+
+
+def test_in_bfloat16_its_items_are_mostly_those_of_the_bundle(tmp_path):
+    """Both round, in different places."""
+    other = served(tmp_path, "bfloat16, LoRA")
+    rows = sample_histories(other.recommender.parts, 100, seed=3)
+    histories = [[other.recommender.items[row] for row in history] for history in rows]
+    with server(other.folder) as url:
+        found = client(other.folder, url).recommend(histories, 10)
+    expected = other.recommender.recommend(histories, 10).items
+    shared = [
+        len({one[0] for one in user} & {one[0] for one in own}) for user, own in zip(found, expected, strict=True)
+    ]
+    assert np.mean(shared) > 9
+
+
+def test_the_commands_of_the_page(llama, url):
+    """`rarec export --to vllm`, and the client as a program."""
+    bundle, folder = llama.recommender.bundle.directory, llama.folder.with_name("by command")
+    export = [sys.executable, "-m", "rarec", "export", str(bundle), "--to", "vllm", "--out", str(folder)]
+    subprocess.run(export, check=True, capture_output=True)
+    ask = [sys.executable, str(folder / "rarec_vllm.py"), str(folder), url, "i001,i007"]
+    lines = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.splitlines()
+    expected = llama.recommender.recommend([["i001", "i007"]], 10)[0]
+    assert [line.split("\t")[0] for line in lines] == [one.item for one in expected]
 
 
 def test_a_request_without_its_slots_gets_no_state_and_the_server_goes_on(llama, url):
@@ -118,6 +148,8 @@ def test_a_request_without_its_slots_gets_no_state_and_the_server_goes_on(llama,
     for path, body in wrong:
         answer = httpx.post(url + path, json={"model": "rarec", "encoding_format": "float", **body}, timeout=60)
         assert 400 <= answer.status_code < 500, (body, answer.text[:200])
+    with pytest.raises(RuntimeError, match="slots"):
+        client(llama.folder, url)._ask("/v1/embeddings", "embedding", input=tokens)
     body = {"model": "rarec", "input": tokens, "request_id": right}
     assert np.isfinite(httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()["data"][0]["embedding"]).all()
     assert_the_same(llama, url)

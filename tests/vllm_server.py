@@ -32,6 +32,10 @@ BUNDLES = {
         "prompt.user=Taste:{soft:id}{history}.",
     ),
     "text only": ("llama", "train.variants=[text_only] export.variant=text_only+id+cheap"),
+    "bfloat16, LoRA": (
+        "llama",
+        "llm.dtype=bfloat16 train.variants=[per_layer_lora] export.variant=per_layer_lora+id+cheap",
+    ),
     "input, at titles, LoRA": (
         "llama",
         "preset=llara_input train.variants=[input_lora] export.variant=input_lora+id+cheap",

@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime
 from rarec_client import Client
 
-AT_ONCE = 64
-"""Requests that are under way together; vLLM batches them."""
+AT_ONCE, TIMEOUT = 64, 120.0
+"""Requests that are under way together, which vLLM batches, and the seconds that one may take."""
 
 
 class VllmClient(Client):
@@ -75,7 +75,7 @@ class VllmClient(Client):
         settings = {"model": self.served["name"], "encoding_format": "base64", "add_special_tokens": False}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         asked = urllib.request.Request(self.url + path, json.dumps({**request, **settings}).encode(), headers)
-        with urllib.request.urlopen(asked) as answer:
+        with urllib.request.urlopen(asked, timeout=TIMEOUT) as answer:
             state = np.frombuffer(base64.b64decode(json.load(answer)["data"][0][field]), np.float32)
         if not np.isfinite(state).all():
             raise RuntimeError(f"{self.url} has lost a user's slots: its log says why")

@@ -192,7 +192,7 @@ def _few(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 def _write_prefix(parts: Parts, prefix: Prefix, histories: Sequence[Rows], directory: Path) -> float:
     """Write the connector and its program; return how far, in float32, its keys and values are from the model's."""
     model, dtype = parts.encoder.model, getattr(torch, parts.bundle.config.llm.dtype)
-    write_program(model, prefix, directory / PROGRAM, dtype)
+    write_program(model, prefix, directory / PROGRAM, torch.float32)
     shutil.copyfile(HERE / "connector.py", directory / "rarec_connector.py")
     shutil.copyfile(HERE / "program.py", directory / "rarec_program.py")
     program, batch = Program(directory / PROGRAM), _batch(parts.encoder, histories)
@@ -200,6 +200,8 @@ def _write_prefix(parts: Parts, prefix: Prefix, histories: Sequence[Rows], direc
     flat = torch.cat([of.flatten(1) for of in vectors.values()], 1) if vectors else torch.zeros(len(histories), 0)
     expected = [of.transpose(0, 1) for of in cached(model, prefix, vectors)]
     found = [torch.stack(of) for of in zip(*map(program.prefix, flat), strict=True)]
+    if dtype != torch.float32:
+        write_program(model, prefix, directory / PROGRAM, dtype)
     return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, expected, strict=True))
 
 
