@@ -113,6 +113,19 @@ class World:
         dist.all_gather(parts, tensor)
         return parts
 
+    def broadcast(self, tensor: Tensor | None, source: int, shape: tuple[int, ...]) -> Tensor:
+        """Return one rank's tensor on all ranks.
+
+        Args:
+            tensor: float32, on the rank that has it.
+            source: that rank.
+            shape: of the tensor.
+        """
+        sent = torch.empty(shape, device=self.device) if tensor is None else tensor.contiguous()
+        if self.size > 1:
+            dist.broadcast(sent, source)
+        return sent
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all ranks; no gradient passes."""
         whole = tensor.detach().clone()
@@ -127,7 +140,7 @@ class World:
         """
         return self._all_reduce_(array, dist.ReduceOp.SUM)
 
-    def all_reduce_max_(self, array: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    def all_reduce_max_(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Replace an array, in place, by its elementwise maximum over all ranks."""
         return self._all_reduce_(array, dist.ReduceOp.MAX)
 

@@ -19,7 +19,7 @@ from rarec.config.load import load_config
 from rarec.errors import UserError
 from rarec.evaluation.labels import variant_title
 from rarec.ids.source import open_source
-from rarec.ids.trainer import Validation
+from rarec.ids.validation import Validation
 from rarec.planning.cluster import Cluster
 from rarec.registry import KINDS
 from rarec.stages import STAGES
@@ -140,7 +140,7 @@ def test_its_states_are_means_with_weights_that_fall(here):
 def test_its_training_resumes_to_the_same_weights(here, tmp_path, monkeypatch):
     run = opened(f"run.dir={tmp_path / 'run'}", "ids.settings.epochs=4", "ids.holdout=0")
     run.make("prepare")
-    validate, epochs = Validation.__call__, iter(range(4))
+    validate, epochs = Validation.of_training, iter(range(4))
 
     def interrupted(validation, *arguments):
         if next(epochs) == 2:
@@ -148,7 +148,7 @@ def test_its_training_resumes_to_the_same_weights(here, tmp_path, monkeypatch):
         return validate(validation, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Validation, "__call__", interrupted)
+        patch.setattr(Validation, "of_training", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run.make("ids")
     run.make("ids")

@@ -20,11 +20,14 @@ from rarec.directories import MARKER
 from rarec.errors import UserError
 from rarec.ids.make import write_source
 from rarec.ids.models import SequenceModel, build
-from rarec.ids.sampled_softmax import ModelWithItems, Windows, draw_negatives
+from rarec.ids.sampled_softmax import SampledSoftmax
 from rarec.ids.source import open_source
-from rarec.ids.trainer import Validation
+from rarec.ids.table import ItemTable
+from rarec.ids.validation import Validation
+from rarec.ids.windows import Batch, Windows, draw_negatives
 from rarec.ranking import metric_values, rank_targets
 from rarec.stages.stage import PROGRESS
+from rarec.world import SINGLE, World
 from tests.datasets import by_hand, prepared
 from tests.sources import ids_stage, make_source
 
@@ -44,6 +47,24 @@ def ids(kind: str = "sasrec", **changes) -> Ids:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> PreparedDataset:
     return prepared(tmp_path_factory.mktemp("sasrec"))
+
+
+class Trained:
+    """A model without dropout and random vectors of ten items."""
+
+    def __init__(self, recipe: type[Recipe] = SasRecConfig, **changes) -> None:
+        torch.manual_seed(0)
+        self.encoder = build(recipe(**{**SMALL, "dropout": 0.0, **changes}))
+        self.items = torch.randn(10, 16).requires_grad_()
+
+    def states(self, history: list[int]) -> torch.Tensor:
+        """The states (T, K, E) of one history."""
+        return self.encoder(self.items[torch.tensor([history])], torch.tensor([len(history)]))[0]
+
+    def loss(self, rows: list[list[int]], lengths: list[int], negatives: torch.Tensor, world: World = SINGLE):
+        """A rank's sum of the loss."""
+        batch = Batch(torch.tensor(rows), torch.tensor(lengths))
+        return SampledSoftmax(self.encoder, world)(batch.groups(world), negatives, torch.arange(10), self.items)
 
 
 @pytest.fixture(params=TINY, ids=lambda recipe: recipe.kind)
@@ -113,57 +134,87 @@ def test_interests_are_means_of_what_was_read_weighted_by_item_and_age():
 
 
 def test_a_small_catalogue_makes_the_softmax_a_full_one():
-    torch.manual_seed(0)
-    model = ModelWithItems(SasRecConfig(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
-    rows = torch.tensor([[1, 2, 3]])
-    states_TE = model.encoder(model.items(rows[:, :2]), torch.tensor([2]))[0, :, 0]
-    full = torch.nn.functional.cross_entropy(states_TE @ model.items.weight.T, torch.tensor([2, 3]))
-    assert model.loss(rows, torch.tensor([2]), draw_negatives(torch.arange(10), 10)).item() == pytest.approx(
-        full.item(), abs=1e-5
-    )
+    model = Trained()
+    states_TE = model.states([1, 2])[:, 0]
+    full = torch.nn.functional.cross_entropy(states_TE @ model.items.T, torch.tensor([2, 3]), reduction="sum")
+    loss = model.loss([[1, 2, 3]], [2], draw_negatives(torch.arange(10), 10))
+    assert loss.item() == pytest.approx(full.item(), abs=1e-5)
     assert set(draw_negatives(torch.tensor([3, 8]), 1).tolist()) <= {3, 8}
 
 
 def test_of_several_interests_the_one_that_scores_the_target_best_answers():
-    recipe = ComiRecConfig(**{**SMALL, "dropout": 0.0}, interests=3)
-    torch.manual_seed(0)
-    model = ModelWithItems(recipe, torch.ones(10, dtype=torch.bool))
-    torch.nn.init.normal_(model.items.weight)
-    states_KE = model.encoder(model.items(torch.tensor([[1, 2]])), torch.tensor([2]))[0, 1]
-    state_E = states_KE[(states_KE @ model.items.weight[3]).argmax()]
-    first_E = model.encoder(model.items(torch.tensor([[1]])), torch.tensor([1]))[0, 0, 0]  # of one item all are equal
-    expected = [
-        -(model.items.weight[[target, 7]] @ state).log_softmax(0)[0] for target, state in ((2, first_E), (3, state_E))
-    ]
-    loss = model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([2]), torch.tensor([7]))
-    assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
+    model = Trained(ComiRecConfig, interests=3)
+    states_KE = model.states([1, 2])[1]
+    state_E = states_KE[(states_KE @ model.items[3]).argmax()]
+    first_E = model.states([1])[0, 0]  # of one item all are equal
+    expected = [-(model.items[[target, 7]] @ state).log_softmax(0)[0] for target, state in ((2, first_E), (3, state_E))]
+    loss = model.loss([[1, 2, 3]], [2], torch.tensor([7]))
+    assert loss.item() == pytest.approx(torch.stack(expected).sum().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("piece", [1, 2, 256])
-def test_the_loss_by_hand(piece, monkeypatch):
-    monkeypatch.setattr("rarec.ids.sampled_softmax.PIECE", piece)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_loss_by_hand(piece, ranks, monkeypatch):
     """Every target's softmax over itself and the shared negatives, but for a negative that is the target."""
-    torch.manual_seed(0)
-    model = ModelWithItems(SasRecConfig(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
-    torch.nn.init.normal_(model.items.weight)
-    rows = torch.tensor([[1, 2, 3], [4, 5, 5]])  # the second has one target, then padding
-    lengths, negatives = torch.tensor([2, 1]), torch.tensor([3, 7, 7])
+    monkeypatch.setattr("rarec.ids.sampled_softmax.PIECE", piece)
+    model, negatives = Trained(), torch.tensor([3, 7, 7])
     terms = []
-    for history, length, target in (([1, 2], 2, 2), ([1, 2], 2, 3), ([4], 1, 5)):
-        states = model.encoder(model.items(torch.tensor([history])), torch.tensor([length]))[0]
-        state = states[len(terms) if length == 2 else 0, 0]
+    states = [*model.states([1, 2])[:, 0], model.states([4])[0, 0]]
+    for state_E, target in zip(states, (2, 3, 5), strict=True):
         others = [item for item in negatives.tolist() if item != target]
-        scores = model.items.weight[[target, *others]] @ state
-        terms.append(-scores.log_softmax(0)[0])
-    assert model.loss(rows, lengths, negatives).item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
+        terms.append(-(model.items[[target, *others]] @ state_E).log_softmax(0)[0])
+    # The second window has one target, then padding. A third rank has no window.
+    parts = [model.loss([[1, 2, 3], [4, 5, 5]], [2, 1], negatives, World(rank, ranks)) for rank in range(ranks)]
+    assert sum(parts).item() == pytest.approx(torch.stack(terms).sum().item(), abs=1e-5)
 
 
 def test_a_target_whose_only_negative_is_itself_costs_nothing_and_moves_nothing():
-    model = ModelWithItems(SasRecConfig(**{**SMALL, "dropout": 0.0}), torch.ones(10, dtype=torch.bool))
-    loss = model.loss(torch.tensor([[1, 3]]), torch.tensor([1]), torch.tensor([3, 3]))
+    model = Trained()
+    loss = model.loss([[1, 3]], [1], torch.tensor([3, 3]))
     loss.backward()
     assert loss.item() == 0.0
-    assert all((weight.grad == 0).all() for weight in model.parameters() if weight.grad is not None)
+    assert all((weight.grad == 0).all() for weight in [*model.encoder.parameters(), model.items])
+
+
+@pytest.mark.parametrize("recipe", TINY, ids=lambda recipe: recipe.kind)
+def test_dropout_is_drawn_alike_on_any_number_of_ranks(recipe):
+    """GRU4Rec has dropout between its layers too, which PyTorch draws: one layer here."""
+    recipe = recipe.model_copy(update={"layers": 1} if recipe.kind == "gru4rec" else {})
+    rows, lengths = torch.randint(10, (7, 7)), torch.tensor([6, 1, 2, 5, 3, 3, 4])
+    items, negatives, found = torch.randn(10, 8), torch.tensor([0, 4]), []
+    for ranks in (1, 2, 5):
+        parts = []
+        for rank in range(ranks):
+            torch.manual_seed(0)
+            objective = SampledSoftmax(build(recipe), World(rank, ranks))
+            torch.manual_seed(1)
+            groups = Batch(rows, lengths).groups(World(rank, ranks))
+            parts.append(objective(groups, negatives, torch.arange(10), items).item())
+        found.append(sum(parts))
+    assert found[1:] == pytest.approx([found[0]] * 2, abs=1e-4)
+
+
+def test_a_step_moves_only_the_items_that_it_reads():
+    trained = np.array([True, False, True, True])
+    table = ItemTable(trained, dim=3, lr=0.1, seed=0)
+    before = table.rows_ME.detach().clone()
+    assert (before[1] == 0).all()
+    assert (before[[0, 2, 3]] != 0).all()
+    rows = torch.tensor([0, 3])
+    assert torch.equal(table.look_up(rows), before[rows])
+    table.update(rows, torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.5, 0.5]]))
+    # The first step of Adam is lr times the sign of the gradient.
+    moved = torch.tensor([[0.1, -0.1, 0.0], [0.0] * 3, [0.0] * 3, [0.1] * 3])
+    assert torch.allclose(before - table.rows_ME.detach(), moved, atol=1e-4)
+
+
+def test_the_first_vectors_do_not_depend_on_the_ranks(monkeypatch):
+    monkeypatch.setattr("rarec.ids.table.BLOCK", 4)
+    monkeypatch.setattr("rarec.ids.table.init_device_mesh", lambda *_: None)
+    whole = ItemTable(np.ones(11, bool), 5, 0.1, 3).rows_ME
+    for ranks in (2, 3, 12):
+        parts = [ItemTable(np.ones(11, bool), 5, 0.1, 3, World(rank, ranks)).rows_ME for rank in range(ranks)]
+        assert torch.equal(torch.cat(list(parts)), whole)
 
 
 def test_windows_by_hand():
@@ -187,9 +238,9 @@ def test_every_training_interaction_is_a_target_once_and_nothing_else_is():
     dataset = by_hand(sequences, pa.array(range(40)), pa.array(range(50)))
     for epoch in range(3):
         targets, inputs = [], 0
-        for rows, lengths in Windows(dataset, 7).batches(16, np.random.default_rng(epoch)):
-            inputs = max(inputs, int(lengths.max()))
-            targets += [row[1 : n + 1].tolist() for row, n in zip(rows, lengths, strict=True)]
+        for batch in Windows(dataset, 7).batches(16, np.random.default_rng(epoch)):
+            inputs = max(inputs, int(batch.lengths_B.max()))
+            targets += [row[1 : n + 1].tolist() for row, n in zip(batch.rows_BT, batch.lengths_B, strict=True)]
         expected = [item for sequence in sequences for item in sequence[1:-2]]
         assert sorted(item for part in targets for item in part) == sorted(expected)
         assert inputs == 7
@@ -221,7 +272,7 @@ def test_the_best_epoch_is_kept_and_training_stops(dataset, tmp_path):
     best = source.manifest["best_epoch"]
     assert curve[best - 1] == max(curve)
     assert len(curve) == source.manifest["epochs"] == best + 2 < 60
-    again = Validation(dataset, 0)(np.asarray(source.items_NE), source.users)
+    again = Validation(dataset, 0).of_vectors(np.asarray(source.items_NE), source.users)
     assert again == pytest.approx(source.manifest["validation"])
     assert {path.name for path in tmp_path.rglob(".*")} == {".id.lock", MARKER}
 
@@ -282,16 +333,16 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from rarec.data.dataset import PreparedDataset
-from rarec.ids.sampled_softmax import ModelWithItems
+from rarec.ids.sampled_softmax import SampledSoftmax
 from tests.sources import make_source
 from tests.test_id_models import ids
-loss, steps = ModelWithItems.loss, []
+loss, steps = SampledSoftmax.__call__, []
 def dying(self, *args):
     steps.append(1)
     if len(steps) == int(sys.argv[4]):  # of five an epoch
         os.kill(os.getpid(), signal.SIGKILL)
     return loss(self, *args)
-ModelWithItems.loss = dying
+SampledSoftmax.__call__ = dying
 make_source("id", ids(sys.argv[3]), PreparedDataset.open(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
@@ -325,7 +376,7 @@ def test_a_killed_training_resumes_to_the_same_weights(kind, dataset, tmp_path):
     whole = make_source("id", ids(kind), dataset, tmp_path / "whole")
     directory = tmp_path / "killed"
     progress = killed(kind, dataset, directory, 12)
-    assert {path.suffix for path in progress.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    assert {path.suffix for path in progress.rglob("*") if path.is_file()} == {".safetensors", ".json", ".npy"}
     lines: list[str] = []
     source = make_source("id", ids(kind), dataset, directory, say=lines.append)
     assert lines[0] == "resuming after epoch 2"

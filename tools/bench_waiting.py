@@ -23,7 +23,10 @@ from transformers import BertConfig, BertModel
 
 from rarec.config.ids import SasRecConfig
 from rarec.entry import WAITING
-from rarec.ids.sampled_softmax import ModelWithItems, draw_negatives
+from rarec.ids.models import build
+from rarec.ids.sampled_softmax import SampledSoftmax
+from rarec.ids.windows import Batch, draw_negatives
+from rarec.world import SINGLE
 
 WAYS = {"spin": {}, "rarec": WAITING, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 ITEMS, WINDOWS, STEPS = 3500, 64, 40
@@ -33,11 +36,13 @@ TOKENS = (64, 100)
 def measure() -> None:
     """Print the seconds of both workloads."""
     torch.manual_seed(0)
-    id_model = ModelWithItems(SasRecConfig(), torch.ones(ITEMS, dtype=torch.bool))
-    rows, lengths_B = torch.randint(ITEMS, (WINDOWS, 51)), torch.randint(1, 51, (WINDOWS,))
+    recipe = SasRecConfig()
+    id_loss, items_R = SampledSoftmax(build(recipe)), torch.arange(ITEMS)
+    batch = Batch(torch.randint(ITEMS, (WINDOWS, 51)), torch.randint(1, 51, (WINDOWS,)))
+    vectors_RE = torch.randn(ITEMS, recipe.dim, requires_grad=True)
 
     def id_step() -> None:
-        id_model.loss(rows, lengths_B, draw_negatives(torch.arange(ITEMS), 512)).backward()
+        id_loss(batch.groups(SINGLE), draw_negatives(items_R, 512), items_R, vectors_RE).backward()
 
     shape = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     llm = BertModel(shape).requires_grad_(False)

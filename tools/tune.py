@@ -24,7 +24,7 @@ from rarec.errors import UserError
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import ALL_CHEAP
 from rarec.ids.source import Source, open_source
-from rarec.ids.trainer import VALIDATION_CHUNK
+from rarec.ids.validation import CHUNK
 from rarec.ranking import EvalBatch, Ranker, VectorRanker, mean_intervals, metric_values, rank_users
 from rarec.ranking.rankers import Ranks
 from rarec.stages.run import Run
@@ -91,7 +91,7 @@ def newest(dataset: PreparedDataset, source: Source) -> Ranks:
     users = np.flatnonzero(dataset.train_length_U > 1).astype(np.int32)
     positions = dataset.train_length_U[users] - 1
     targets = EvalTargets(users, positions, dataset.items_at(users, positions))
-    return source.ranker().ranks(EvalBatch.of(dataset, targets), users_at_a_time=VALIDATION_CHUNK)
+    return source.ranker().ranks(EvalBatch.of(dataset, targets), users_at_a_time=CHUNK)
 
 
 def figures(ranks_U: Ranks) -> Iterator[str]:

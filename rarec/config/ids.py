@@ -31,6 +31,9 @@ class Recipe(Section):
     """Training sequences in a batch."""
     lr: Rate = 1e-3
     """Learning rate of Adam."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the encoder and the scores are computed in training, for a device that multiplies it faster. The
+    weights are float32."""
     epochs: Positive = 100
     """Maximum number of epochs."""
     patience: Count = 10
@@ -46,7 +49,7 @@ class Recipe(Section):
     @property
     def shape(self) -> dict[str, Any]:
         """The fields that determine the model's architecture, without those of its training."""
-        return self.model_dump(exclude={"negatives", "batch_size", "lr", "epochs", "patience"})
+        return self.model_dump(exclude={"negatives", "batch_size", "lr", "dtype", "epochs", "patience"})
 
     @property
     def per_user(self) -> int:

@@ -16,7 +16,7 @@ from rarec.config.neighbours import Graph, Neighbours
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.source import ITEMS_FILE, LEFT_FILE, Floats, GraphUsers
-from rarec.ids.trainer import Validation
+from rarec.ids.validation import Validation
 from rarec.neighbours.make import write_counts
 from rarec.neighbours.table import TABLE, read_table
 
@@ -51,7 +51,7 @@ def write_graph(
     np.save(directory / LEFT_FILE, left_NE)
     np.save(directory / ITEMS_FILE, right_NE)
     users = GraphUsers.of(left_NE, neighbours.newest, neighbours.decay)
-    return {"validation": Validation(dataset, seed)(right_NE, users)}
+    return {"validation": Validation(dataset, seed).of_vectors(right_NE, users)}
 
 
 def factors(graph_NN: sparse.csr_matrix, dim: int) -> tuple[Floats, Floats]:

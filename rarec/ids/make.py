@@ -13,7 +13,9 @@ from rarec.errors import UserError
 from rarec.files import sha256_file
 from rarec.ids.imports import Vectors, existing, read_vectors
 from rarec.ids.source import ITEMS_FILE, USERS_FILE, HistoryRule, UserTable, UserVectors
-from rarec.ids.trainer import KEPT, Validation, train_ids
+from rarec.ids.trainer import KEPT, train_ids
+from rarec.ids.validation import Validation
+from rarec.world import SINGLE, World
 
 Say = Callable[[str], None]
 
@@ -39,6 +41,7 @@ def write_source(
     progress: Path,
     identity: str,
     say: Say,
+    world: World = SINGLE,
 ) -> dict[str, Any]:
     """Train or import a source and write its files; return the figures for its manifest.
 
@@ -51,6 +54,7 @@ def write_source(
         progress: directory of a training's checkpoints, for the caller to delete; the same call resumes from it.
         identity: of the training: checkpoints of another one are reported and deleted.
         say: prints one line to the user.
+        world: device and ranks. All of them train; rank 0 alone imports, and alone gets the figures of that.
 
     Raises:
         UserError: a file to import is missing or invalid, or training fails.
@@ -58,10 +62,9 @@ def write_source(
     chosen = _chosen(config)
     if isinstance(chosen, Recipe):
         training_set = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
-        figures = train_ids(training_set, chosen, seed, CheckpointStore(progress, KEPT, identity), directory, say)
-    else:
-        figures = _import(name, chosen, dataset, directory, seed, say)
-    return figures
+        checkpoints = CheckpointStore(progress, KEPT, identity)
+        return train_ids(training_set, chosen, seed, checkpoints, directory, say, world)
+    return world.run_on_all(lambda: _import(name, chosen, dataset, directory, seed, say) if world.is_main else {})
 
 
 def _chosen(config: Ids | Import) -> Recipe | Import:
@@ -85,7 +88,11 @@ def _import(name: str, config: Import, dataset: PreparedDataset, aside: Path, se
         if count:
             say(f"{getattr(config, of)}: {count} rows are left out, their ids are no {of} of the dataset")
     files = {field: getattr(config, field) for field in IMPORTED_FILES if getattr(config, field) is not None}
-    return {"validation": Validation(dataset, seed)(items_NE, users), "imported": files, "left_out": left_out}
+    return {
+        "validation": Validation(dataset, seed).of_vectors(items_NE, users),
+        "imported": files,
+        "left_out": left_out,
+    }
 
 
 def _import_items(name: str, config: Import, dataset: PreparedDataset, aside: Path, say: Say) -> int:

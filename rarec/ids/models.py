@@ -88,12 +88,14 @@ class SequenceModel(nn.Module, ABC):
         users_BKE = np.zeros((len(histories), self.per_user, items_NE.shape[1]), dtype=np.float32)
         known = np.flatnonzero([len(history) > 0 for history in histories])
         training, _ = self.training, self.eval()
+        device = next((weight.device for weight in self.parameters()), None)  # a model of the user's own may have none
         for start in range(0, len(known), ENCODE_BATCH):
             part = known[start : start + ENCODE_BATCH]
-            rows_BT, lengths_B = pad([histories[user] for user in part], self.max_history)
-            lengths = torch.from_numpy(lengths_B)
-            states_BTKE = self(torch.from_numpy(np.asarray(items_NE[rows_BT])), lengths)
-            users_BKE[part] = states_BTKE[torch.arange(len(part)), lengths - 1].numpy()
+            rows_BT, lengths = pad([histories[user] for user in part], self.max_history)
+            lengths_B = torch.from_numpy(lengths).to(device)
+            states_BTKE = self(torch.from_numpy(np.asarray(items_NE[rows_BT])).to(device), lengths_B)
+            at_B = torch.arange(len(part), device=lengths_B.device)
+            users_BKE[part] = states_BTKE[at_B, lengths_B - 1].numpy(force=True)
         self.train(training)
         return users_BKE
 
@@ -129,7 +131,7 @@ class SASRec(SequenceModel):
 
     def forward(self, items_BTE: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """See `SequenceModel`. Positions count back from the newest item, so it always has the same embedding."""
-        steps_T = torch.arange(items_BTE.shape[1])
+        steps_T = torch.arange(items_BTE.shape[1], device=items_BTE.device)
         position_BT = (self.max_history - lengths_B[:, None] + steps_T).clamp(max=self.max_history - 1)
         states_BTE = items_BTE * items_BTE.shape[-1] ** 0.5 + self.positions(position_BT)
         states_BTE = self.dropout(states_BTE)
@@ -223,7 +225,7 @@ class ComiRec(SequenceModel):
     def forward(self, items_BTE: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """See `SequenceModel`."""
         items_BSE = self.dropout(items_BTE)
-        steps = torch.arange(items_BTE.shape[1])
+        steps = torch.arange(items_BTE.shape[1], device=items_BTE.device)
         age_TS = steps[:, None] - steps[None, :]
         scale = items_BTE.shape[-1] ** 0.5
         logits_BTSK = self.attention(items_BSE * scale)[:, None] + self.ages(age_TS.clamp(min=0))

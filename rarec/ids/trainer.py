@@ -1,16 +1,18 @@
 """Train an ID model with sampled softmax: the strong recipe of 2024-25 (Klenitskiy & Vasilev 2023; eSASRec 2025).
 
-Shape letters: N items, R items that occur in training, B windows, E dimension.
+Each rank encodes its share of a batch and holds its share of the item table; the encoder, which is small, is on all.
+
+Shape letters: N items, R items that occur in training, U items of a step, M negatives, E dimension.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,57 +21,38 @@ from rarec.config.ids import Recipe
 from rarec.data.dataset import PreparedDataset
 from rarec.directories import discard
 from rarec.errors import UserError
-from rarec.ids.sampled_softmax import ModelWithItems, Windows, draw_negatives
-from rarec.ids.source import ITEMS_FILE, SequenceUsers, UserVectors, ranker_of
+from rarec.ids.models import build
+from rarec.ids.sampled_softmax import SampledSoftmax
+from rarec.ids.source import ITEMS_FILE, SequenceUsers
+from rarec.ids.table import ItemTable
+from rarec.ids.validation import Validation
+from rarec.ids.windows import Batch, Windows, draw_negatives
 from rarec.progress import task
-from rarec.ranking import EvalBatch, validation_metrics
 from rarec.ranking.metrics import SELECTED_BY
+from rarec.world import SINGLE, World
 
 Say = Callable[[str], None]
-Floats = npt.NDArray[np.float32]
-VALIDATION_LIMIT = 10_000
-"""Validation users, a fixed random subset: with this many, NDCG@100 is known to better than 0.003."""
-VALIDATION_CHUNK = 1024
-"""Validation users ranked at a time. Another size may round scores differently."""
 KEPT = 2
-"""Checkpoints kept: if the newest is damaged, training resumes from the one before it."""
+"""Newest checkpoints kept, beside the best: if the newest is damaged, training resumes from the one before it."""
 _TENSORS = "training.safetensors"
 
 
-class Validation:
-    """Rank the validation targets of a prepared dataset in the full catalogue.
-
-    Args:
-        dataset: prepared.
-        seed: of the random subset of users.
-
-    Raises:
-        UserError: no user has a validation target.
-    """
-
-    def __init__(self, dataset: PreparedDataset, seed: int) -> None:
-        self.batch = EvalBatch.of(dataset, dataset.targets("validation", VALIDATION_LIMIT, seed))
-        if len(self.batch.user_rows) == 0:
-            raise UserError(
-                f"{dataset.directory}: no user has a validation target",
-                "lower prepare.min_user_interactions, or raise prepare.split.validation_share",
-            )
-
-    def __call__(self, items_NE: Floats, users: UserVectors) -> dict[str, float]:
-        """Return mean HR, NDCG and MRR, and `n`, the number of users."""
-        ranks = ranker_of(items_NE, users).ranks(self.batch, users_at_a_time=VALIDATION_CHUNK)
-        return {"n": len(ranks), **validation_metrics(ranks)}
-
-
 def train_ids(
-    dataset: PreparedDataset, settings: Recipe, seed: int, checkpoints: CheckpointStore, directory: Path, say: Say
+    dataset: PreparedDataset,
+    settings: Recipe,
+    seed: int,
+    checkpoints: CheckpointStore,
+    directory: Path,
+    say: Say,
+    world: World = SINGLE,
 ) -> dict[str, Any]:
     """Train on each user's training part with early stopping; write the item table and the model of the best epoch.
 
     Training stops when validation NDCG@100 has not improved for `patience` epochs. After every epoch the whole state is
-    saved as a checkpoint, from which a killed training resumes. The random numbers of an epoch depend on the seed and
-    the epoch's number alone, so a resumed training ends with the same weights, bit for bit, as an uninterrupted one (on
-    the same machine with the same number of threads).
+    saved as a checkpoint, from which a killed training resumes, on any number of ranks. The random numbers of an epoch
+    depend on the seed and the epoch's number alone, so a resumed training ends with the same weights, bit for bit, as
+    an uninterrupted one on as many ranks (on the same machine with the same number of threads); on another number of
+    ranks its losses differ by rounding.
 
     Args:
         dataset: prepared.
@@ -79,6 +62,7 @@ def train_ids(
             training are reported and deleted.
         directory: gets `items.npy` and `model.safetensors`.
         say: prints one line to the user.
+        world: device and ranks; all of them call this.
 
     Returns:
         Figures of the training, for the manifest.
@@ -90,42 +74,56 @@ def train_ids(
     if not windows.targets_U.size:
         remedy = "loosen the split, or set ids.holdout to 0: it takes one interaction of each user"
         raise UserError(f"{dataset.directory}: no user has two training interactions for the ID model", remedy)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        training = _Training(settings, torch.from_numpy(dataset.train_counts_N > 0), seed)
-        training.resume(checkpoints, say)
+        training = Training(settings, dataset.train_counts_N > 0, seed, checkpoints, world)
+        training.resume(say)
         with task(f"epochs of {settings.title}", settings.epochs, len(training.curve)) as shown:
             while not training.is_done:
                 training.epoch(windows, validation)
-                training.save(checkpoints)
                 shown.update(len(training.curve), training.facts)
         say(training.line)
-        training.write_best(directory)
+        world.run_on_main(lambda: training.write_best(directory))
         return training.figures
 
 
-class _Training:
-    """The state of a training, and its steps: epoch, save, resume."""
+class Training:
+    """The state of a training, and its steps: epoch, save, resume.
 
-    def __init__(self, settings: Recipe, trained_N: torch.Tensor, seed: int) -> None:
-        self.settings, self.trained_R, self.seed = settings, torch.nonzero(trained_N)[:, 0], seed
-        self.model = ModelWithItems(settings, trained_N)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=True)
-        self.best_weights: dict[str, torch.Tensor] = {}
+    Args:
+        settings: the recipe.
+        trained_N: marks items that occur in training.
+        seed: of weights and epochs. All ranks must have drawn alike from PyTorch's generator.
+        checkpoints: to save to and resume from.
+        world: device and ranks.
+    """
+
+    def __init__(
+        self, settings: Recipe, trained_N: np.ndarray[Any, Any], seed: int, checkpoints: CheckpointStore, world: World
+    ) -> None:
+        self.settings, self.seed, self.checkpoints, self.world = settings, seed, checkpoints, world
+        self.trained_R = torch.from_numpy(np.flatnonzero(trained_N))
+        self.encoder = build(settings).to(world.device)
+        self.objective = SampledSoftmax(self.encoder, world, getattr(torch, settings.dtype))
+        self.adam = torch.optim.Adam(_weights(self.encoder), lr=settings.lr, fused=True)
+        self.table = ItemTable(trained_N, settings.dim, settings.lr, seed, world)
         self.curve: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.steps, self.seconds = 0, 0.0
 
     @property
     def best_epoch(self) -> int:
+        """The epoch with the best ranking so far, from 0."""
         return max(range(len(self.curve)), key=lambda epoch: self.curve[epoch][SELECTED_BY])
 
     @property
     def is_done(self) -> bool:
+        """Whether all epochs are trained, or none of the last ones was better."""
         epochs = len(self.curve)
         return epochs > 0 and (epochs >= self.settings.epochs or epochs - 1 - self.best_epoch >= self.settings.patience)
 
     @property
     def line(self) -> str:
+        """What to tell the user at the end."""
         last, best = self.curve[-1], self.curve[self.best_epoch]
         return (
             f"{self.settings.title} epoch {len(self.curve)}: loss {last['loss']:.3f}, "
@@ -135,14 +133,17 @@ class _Training:
 
     @property
     def facts(self) -> str:
+        """What to show beside the progress."""
         last = self.curve[-1]
         return f"loss {last['loss']:.3f}, {SELECTED_BY} {last[SELECTED_BY]:.4f}"
 
     @property
     def figures(self) -> dict[str, Any]:
+        """What the manifest says of the training."""
+        weights = sum(weight.numel() for weight in self.encoder.parameters())
         return {
             "validation": {name: value for name, value in self.curve[self.best_epoch].items() if name != "loss"},
-            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "parameters": weights + self.table.n_items * self.settings.dim,
             "seconds": round(self.seconds, 1),
             "epochs": len(self.curve),
             "best_epoch": self.best_epoch + 1,
@@ -150,75 +151,108 @@ class _Training:
         }
 
     def epoch(self, windows: Windows, validation: Validation) -> None:
-        """Train one epoch and validate."""
+        """Train one epoch, validate, and save a checkpoint."""
         start = time.monotonic()
         rng = np.random.default_rng([self.seed, len(self.curve)])
         torch.manual_seed(int(rng.integers(2**62)))
-        losses = [
-            self.step(torch.from_numpy(rows), torch.from_numpy(lengths_B), batch)
-            for batch, (rows, lengths_B) in enumerate(windows.batches(self.settings.batch_size, rng))
-        ]
-        figures = validation(self.model.items.weight.detach().numpy(), SequenceUsers(self.model.encoder))
+        batches = windows.batches(self.settings.batch_size, rng)
+        losses = [self.step(number, batch) for number, batch in enumerate(batches, 1)]
+        self.world.report(f"validating {self.settings.title}")
+        figures = validation.of_training(self.encoder, self.table)
         self.curve.append({"loss": float(np.mean(losses)), **figures})
-        if self.best_epoch == len(self.curve) - 1:
-            self.best_weights = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         self.seconds += time.monotonic() - start
+        self.save()
 
-    def step(self, rows: torch.Tensor, lengths_B: torch.Tensor, batch: int) -> float:
-        """Train on one batch; return its loss."""
-        loss = self.model.loss(rows, lengths_B, draw_negatives(self.trained_R, self.settings.negatives))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise UserError(
-                f"{self.settings.title}: the loss is {value} in epoch {len(self.curve) + 1}, batch {batch + 1}",
-                f"lower ids.{self.settings.kind}.lr (now {self.settings.lr:g})",
-            )
-        self.optimizer.zero_grad()
+    def step(self, number: int, batch: Batch) -> float:
+        """Train on one batch, by its number in the epoch; return its loss."""
+        self.steps += 1
+        self.world.report(f"training {self.settings.title}", self.steps)
+        negatives_M = draw_negatives(self.trained_R, self.settings.negatives)
+        rows_U = torch.cat([batch.rows_BT.flatten(), negatives_M]).unique().to(self.world.device)
+        vectors_UE = self.table.look_up(rows_U).requires_grad_()
+
+        loss = self.objective(batch.groups(self.world), negatives_M.to(self.world.device), rows_U, vectors_UE)
+        loss = loss / batch.n_targets  # this rank's part of the mean
         loss.backward()
-        self.optimizer.step()
+        value = self._checked(float(self.world.all_reduce_sum(loss)), number)
+
+        for weight in self.encoder.parameters():
+            weight.grad = None if weight.grad is None else self.world.all_reduce_sum(weight.grad)
+        self.adam.step()
+        self.adam.zero_grad()
+        assert vectors_UE.grad is not None
+        self.table.update(rows_U, self.world.all_reduce_sum(vectors_UE.grad))
         return value
 
-    def save(self, checkpoints: CheckpointStore) -> None:
-        """Write weights, best weights, Adam's state and the curve."""
-        tensors = {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
-        tensors |= {f"best.{name}": weight for name, weight in self.best_weights.items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
-        with checkpoints.writing(len(self.curve), {"curve": self.curve, "seconds": self.seconds}) as aside:
-            save_file(tensors, aside / _TENSORS)
+    def _checked(self, loss: float, number: int) -> float:
+        """Return a loss that is finite.
 
-    def resume(self, checkpoints: CheckpointStore, say: Say) -> None:
-        """Load the newest whole checkpoint of this training, if there is one."""
-        epoch = _newest(checkpoints, say)
-        if epoch is None:
+        Raises:
+            UserError: it is not, on all ranks alike.
+        """
+        if math.isfinite(loss):
+            return loss
+        settings = self.settings
+        raise UserError(
+            f"{settings.title}: the loss is {loss} in epoch {len(self.curve) + 1}, batch {number}",
+            f"lower ids.{settings.kind}.lr (now {settings.lr:g})",
+            shared=True,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint: the encoder and its moments, the table and its moments, the curve."""
+        best = self.best_epoch + 1
+        if not self.world.is_main:
+            self.table.save(None)
             return
-        tensors, state = load_file(checkpoints.path(epoch) / _TENSORS), checkpoints.read_state(epoch)
-        self.model.load_state_dict(_under("model.", tensors))
-        self.best_weights = _under("best.", tensors)
+        tensors = {f"model.{name}": weight for name, weight in self.encoder.state_dict().items()}
+        for index, moments in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
+        state = {"curve": self.curve, "steps": self.steps, "seconds": self.seconds, "best_step": best}
+        with self.checkpoints.writing(len(self.curve), state, best) as aside:
+            save_file(tensors, aside / _TENSORS)
+            self.table.save(aside)
+
+    def resume(self, say: Say) -> None:
+        """Load the newest whole checkpoint of this training, if there is one."""
+        found = self.world.run_on_all(lambda: _newest(self.checkpoints, say) if self.world.is_main else 0)
+        epoch = self.world.all_reduce_max(found)
+        if not epoch:
+            return
+        tensors, state = load_file(self.checkpoints.path(epoch) / _TENSORS), self.checkpoints.read_state(epoch)
+        self.encoder.load_state_dict(_under("model.", tensors))
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in _under("adam.", tensors).items():
             index, _, field = name.partition(".")
             moments.setdefault(int(index), {})[field] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.curve, self.seconds = state["curve"], state["seconds"]
+        self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
+        self.curve, self.steps, self.seconds = (state[name] for name in ("curve", "steps", "seconds"))
+        self.table.load(self.checkpoints.path(epoch), self.steps)
         say(f"resuming after epoch {epoch}")
 
     def write_best(self, directory: Path) -> None:
-        """Write the item table and the model of the best epoch."""
-        self.model.load_state_dict(self.best_weights)
-        np.save(directory / ITEMS_FILE, self.model.items.weight.detach().numpy())
-        SequenceUsers(self.model.encoder).save(directory)
+        """Write the item table and the model of the best epoch, from its checkpoint."""
+        best = self.best_epoch + 1
+        self.checkpoints.verify(best)
+        shutil.copyfile(self.checkpoints.path(best) / ITEMS_FILE, directory / ITEMS_FILE)
+        self.encoder.load_state_dict(_under("model.", load_file(self.checkpoints.path(best) / _TENSORS)))
+        SequenceUsers(self.encoder).save(directory)
 
 
-def _newest(checkpoints: CheckpointStore, say: Say) -> int | None:
-    """Return the newest whole checkpoint; where all are damaged or of another training, report it and delete them."""
+def _newest(checkpoints: CheckpointStore, say: Say) -> int:
+    """Return the newest whole checkpoint, or 0; all damaged or of another training are reported and deleted."""
     try:
-        return checkpoints.newest(say)
+        return checkpoints.newest(say) or 0
     except UserError as error:
         say(f"{error.problem}: starting again")
         for step in checkpoints.steps():
             discard(checkpoints.path(step))
-        return None
+        return 0
+
+
+def _weights(encoder: torch.nn.Module) -> list[torch.Tensor]:
+    """Return what Adam updates; a model of the user's own may have no weights, which Adam refuses."""
+    return list(encoder.parameters()) or [torch.zeros(0)]
 
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

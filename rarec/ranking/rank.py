@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from rarec.errors import UserError
+from rarec.world import SINGLE, World
 
 Array = npt.NDArray[np.float32] | torch.Tensor
 Rows = npt.NDArray[np.integer]
@@ -55,7 +56,13 @@ def top_k(
 
 
 def rank_scores(
-    scores: Scores, targets_B: Rows, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
+    scores: Scores,
+    targets_B: Rows,
+    seen: Sequence[Rows],
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    first: int = 0,
+    world: World = SINGLE,
 ) -> npt.NDArray[np.int64]:
     """Return the rank of each user's target among all items that the user has not seen.
 
@@ -67,6 +74,8 @@ def rank_scores(
         targets_B: item row of each target.
         seen: each user's item rows that do not compete, in any order, repeated or not. A target always competes.
         block_bytes: bound on the scores held at a time; memory does not depend on B.
+        first: with a catalogue that is spread over ranks, the first of the rows that this rank scores.
+        world: the ranks over which it is spread; all of them call this with the same users.
 
     Returns:
         Ranks (B,), 1 the best, at most N.
@@ -75,20 +84,32 @@ def rank_scores(
         UserError: a vector is not finite, or so large that scores would overflow.
     """
     _check_lengths(scores.n_users, targets=targets_B, seen=seen)
-    targets = torch.as_tensor(np.asarray(targets_B, dtype=np.int64))
+    targets_B = np.asarray(targets_B, dtype=np.int64) - first
     ranks_B = np.empty(scores.n_users, dtype=np.int64)
-    for part, scores_CN in _blocks(scores, block_bytes):
-        # The target's score is read from the block itself: computed apart, rounding could separate it from its ties.
-        threshold_C1 = scores_CN.gather(1, targets[part, None].to(scores_CN.device))
+    for part, scores_CN in _blocks(scores, block_bytes, world.all_reduce_max(scores.n_items)):
+        threshold_C1 = _threshold(scores_CN, targets_B[part], world)
         at_least_C = (scores_CN >= threshold_C1).sum(dim=1).cpu().numpy()  # counts the target itself: the 1
         user_S, item_S = _seen_pairs(seen[part])
-        once = np.unique(user_S * scores.n_items + item_S)  # an item seen twice must not be subtracted twice
+        item_S = item_S - first
+        here = (item_S >= 0) & (item_S < scores.n_items) & (item_S != targets_B[part][user_S])
+        once = np.unique(user_S[here] * scores.n_items + item_S[here])  # none is to be subtracted twice
         user_S, item_S = np.divmod(once, scores.n_items)
-        others = item_S != targets[part].numpy()[user_S]
-        user_S, item_S = user_S[others], item_S[others]
         hit_S = (scores_CN[user_S, item_S] >= threshold_C1[user_S, 0]).cpu().numpy()
         ranks_B[part] = at_least_C - np.bincount(user_S[hit_S], minlength=len(at_least_C))
-    return ranks_B
+    return world.all_reduce_sum_(ranks_B)
+
+
+def _threshold(scores_CN: torch.Tensor, targets_C: Rows, world: World) -> torch.Tensor:
+    """Return the score of each user's target, (C, 1), from the rank that has it.
+
+    It is read from the block itself: computed apart, rounding could separate it from its ties.
+    """
+    here_C1 = torch.from_numpy((targets_C >= 0) & (targets_C < scores_CN.shape[1]))[:, None].to(scores_CN.device)
+    at_C1 = torch.from_numpy(targets_C.clip(0, scores_CN.shape[1] - 1))[:, None].to(scores_CN.device)
+    own_C1 = scores_CN.gather(1, at_C1).masked_fill(~here_C1, -torch.inf)
+    if world.size == 1:
+        return own_C1
+    return torch.from_numpy(world.all_reduce_max_(own_C1.cpu().numpy())).to(scores_CN.device)
 
 
 def best_scores(
@@ -115,7 +136,7 @@ def best_scores(
         block_bytes = max(BLOCK_BYTES, min(SEARCH_USERS * 4 * scores.n_items * scores.width, SEARCH_BYTES))
     rows_BK = np.empty((scores.n_users, k), dtype=np.int64)
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
-    for part, scores_CN in _blocks(scores, block_bytes):
+    for part, scores_CN in _blocks(scores, block_bytes, scores.n_items):
         scores_CN[_seen_pairs(seen[part])] = -torch.inf
         best_CK, where_CK = _largest(scores_CN, k)
         where_CK[best_CK == -torch.inf] = -1
@@ -142,8 +163,8 @@ def _largest(scores_CN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     return best_CK, group.gather(1, at_CK // GROUP) * GROUP + at_CK % GROUP
 
 
-def _blocks(scores: Scores, block_bytes: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    size = max(1, block_bytes // (4 * scores.n_items * scores.width))
+def _blocks(scores: Scores, block_bytes: int, n_items: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    size = max(1, block_bytes // (4 * n_items * scores.width))
     for start in range(0, scores.n_users, size):
         part = slice(start, min(start + size, scores.n_users))
         yield part, scores.block(part)

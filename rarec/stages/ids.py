@@ -1,4 +1,4 @@
-"""`rarec ids`: train or import the ID embeddings, and import every further source."""
+"""`rarec ids`: train or import the ID embeddings, and import every further source. Training uses all ranks."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -78,13 +78,18 @@ class IdsStage(Stage):
         from rarec.ids.make import write_source
 
         run, config, section, seed = self.run, self.run.config, self.section, self.run.config.run.seed
+        world = run.world
         if isinstance(section, Graph):
             counts = (config.neighbours, config.prepare, config.ids.held_out)
-            figures = write_graph(section, *counts, run.dataset, directory, seed)
+            figures = world.run_on_all(
+                lambda: write_graph(section, *counts, run.dataset, directory, seed) if world.is_main else {}
+            )
         else:
             identity = sha256_json([self.settings(), run.dataset.hash])
             progress = directory / PROGRESS
-            figures = write_source(self.part, section, run.dataset, directory, seed, progress, identity, run.say)
+            figures = write_source(self.part, section, run.dataset, directory, seed, progress, identity, run.say, world)
+        if not figures:  # of a rank that has only waited
+            return Built()
         reached = figures["validation"]
         run.say(
             f"{self.part}: full ranking of {reached['n']} validation users: "

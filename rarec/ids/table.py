@@ -1,0 +1,156 @@
+"""The item table of an ID model while it trains: rows spread over the ranks, each with its part of Adam's state.
+
+DTensor looks rows up across ranks, and PyTorch's SparseAdam updates only those that a step has read, so a step costs
+the same for ten million items as for ten thousand. (TorchRec, tried too, has no Adam for CPUs: docs/experiments.md.)
+
+Shape letters: N items, M items of this rank, U items of a step, E dimension.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from rarec.errors import UserError
+from rarec.ids.source import ITEMS_FILE
+from rarec.world import SINGLE, World
+
+MOMENTS = {"exp_avg": "items_first.npy", "exp_avg_sq": "items_second.npy"}
+"""Files of Adam's moments, by their names in PyTorch."""
+FIRST_STD = 0.02
+"""Standard deviation of the first vectors."""
+BLOCK = 1 << 16
+"""Rows that are drawn, or pass from rank to rank, at a time."""
+
+
+class ItemTable:
+    """A table (N, E), of which each rank holds a run of rows.
+
+    Args:
+        trained_N: marks items that occur in training. The vectors of all others are zero and no step changes them: a
+            zero vector means that the item has none.
+        dim: E.
+        lr: learning rate.
+        seed: of the first vectors, which do not depend on the number of ranks.
+        world: all ranks.
+
+    Attributes:
+        rows_ME: the rows of this rank.
+        first: the first of them.
+    """
+
+    def __init__(self, trained_N: npt.NDArray[np.bool_], dim: int, lr: float, seed: int, world: World = SINGLE) -> None:
+        self.world, self.n_items = world, len(trained_N)
+        share = -(-self.n_items // world.size)  # as DTensor cuts
+        self.first = min(world.rank * share, self.n_items)
+        own = slice(self.first, min(self.first + share, self.n_items))
+        rows_ME = _drawn(own, dim, seed).mul_(torch.from_numpy(trained_N[own])[:, None])
+        self.rows_ME = nn.Parameter(rows_ME.to(world.device))
+        self._untrained = torch.from_numpy(np.flatnonzero(~trained_N[own])).to(world.device)
+        self._adam = torch.optim.SparseAdam([self.rows_ME], lr=lr)
+        self._mesh = init_device_mesh(world.device.type, (world.size,)) if world.size > 1 else None
+
+    @torch.no_grad()
+    def look_up(self, rows_U: Tensor) -> Tensor:
+        """Return the vectors of some items, (U, E). All ranks call this with the same rows."""
+        if self._mesh is None:
+            return self.rows_ME[rows_U]
+        dim, mesh = self.rows_ME.shape[1], self._mesh
+        table = DTensor.from_local(
+            self.rows_ME.detach(), mesh, [Shard(0)], shape=torch.Size((self.n_items, dim)), stride=(dim, 1)
+        )
+        found = nn.functional.embedding(DTensor.from_local(rows_U, mesh, [Replicate()]), table)
+        assert isinstance(found, DTensor)
+        vectors_UE: Tensor = found.redistribute(mesh, [Replicate()]).to_local()
+        return vectors_UE
+
+    def update(self, rows_U: Tensor, gradients_UE: Tensor) -> None:
+        """Take a step of Adam on the rows that the step has read; the moments of all others stay as they are.
+
+        Args:
+            rows_U: sorted, each once.
+            gradients_UE: of their vectors, summed over all ranks.
+        """
+        own_U = (rows_U >= self.first) & (rows_U < self.first + len(self.rows_ME))
+        self.rows_ME.grad = torch.sparse_coo_tensor(
+            (rows_U[own_U] - self.first)[None],
+            gradients_UE[own_U],
+            self.rows_ME.shape,
+            is_coalesced=True,
+            check_invariants=False,
+        )
+        self._adam.step()
+        self.rows_ME.grad = None
+
+    def fill_untrained(self, value: Tensor | float) -> None:
+        """Set the vectors of all items that do not occur in training."""
+        self.rows_ME.data[self._untrained] = value
+
+    def mean(self) -> Tensor:
+        """Return the mean vector of the items that occur in training, (E,)."""
+        sums = torch.cat([self.rows_ME.detach().sum(0), self.rows_ME.new_tensor([len(self.rows_ME)])])
+        sums[-1] -= len(self._untrained)
+        sums = self.world.all_reduce_sum(sums)
+        return sums[:-1] / sums[-1]
+
+    def save(self, directory: Path | None) -> None:
+        """Write vectors and moments, rank 0 for all.
+
+        Args:
+            directory: to write to, on rank 0.
+        """
+        for name, rows_ME in {ITEMS_FILE: self.rows_ME.detach(), **self._moments()}.items():
+            self._write(directory and directory / name, rows_ME)
+
+    def load(self, directory: Path, step: int) -> None:
+        """Read this rank's rows from files that any number of ranks may have written.
+
+        Args:
+            directory: that `save` has written to.
+            step: steps that Adam had taken.
+        """
+        own = slice(self.first, self.first + len(self.rows_ME))
+        self._adam.state[self.rows_ME] = {"step": step}
+        self.rows_ME.data.copy_(self._read(directory / ITEMS_FILE)[own])
+        for name, file in MOMENTS.items():
+            self._adam.state[self.rows_ME][name] = self._read(directory / file)[own].to(self.world.device)
+
+    def _moments(self) -> dict[str, Tensor]:
+        state = self._adam.state[self.rows_ME]
+        return {file: state[name] for name, file in MOMENTS.items()}
+
+    def _read(self, file: Path) -> Tensor:
+        table_NE = np.load(file, mmap_mode="c", allow_pickle=False)
+        if table_NE.shape != (self.n_items, self.rows_ME.shape[1]):
+            raise UserError(f"{file} has shape {table_NE.shape}, not {(self.n_items, self.rows_ME.shape[1])}")
+        return torch.from_numpy(table_NE)
+
+    def _write(self, file: Path | None, rows_ME: Tensor) -> None:
+        """Write a table of which each rank has its rows, a block at a time."""
+        shape, share = (self.n_items, rows_ME.shape[1]), -(-self.n_items // self.world.size)
+        out = np.lib.format.open_memmap(file, "w+", np.float32, shape) if file else None
+        for start in range(0, self.n_items, share):
+            end, owner = min(start + share, self.n_items), start // share
+            for low in range(start, end, BLOCK):
+                high = min(low + BLOCK, end)
+                block = rows_ME[low - self.first : high - self.first] if owner == self.world.rank else None
+                block = self.world.broadcast(block, owner, (high - low, shape[1]))
+                if out is not None:
+                    out[low:high] = block.cpu().numpy()
+        if out is not None:
+            out.flush()
+
+
+def _drawn(own: slice, dim: int, seed: int) -> Tensor:
+    """Draw the first vectors of some rows, each block of rows by its own generator."""
+    rows_ME = np.empty((own.stop - own.start, dim), np.float32)
+    for block in range(own.start // BLOCK, -(-own.stop // BLOCK)):
+        begin = block * BLOCK
+        low, high = max(own.start, begin), min(own.stop, begin + BLOCK)
+        drawn = np.random.default_rng([seed, block]).standard_normal((BLOCK, dim), np.float32)
+        rows_ME[low - own.start : high - own.start] = FIRST_STD * drawn[low - begin : high - begin]
+    return torch.from_numpy(rows_ME)
