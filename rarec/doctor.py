@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import rarec
-from rarec.hardware import cores
+from rarec.hardware import cores, memory
 
 GIB = 2**30
 STACK = {
@@ -108,18 +108,11 @@ def check_machine() -> Iterator[Check]:
     """Yield the machine's cores, memory and disk."""
     count = cores()
     yield Check("CPU", "ok" if count >= 2 else "note", f"{count:g} cores, {platform.machine()}")
-    memory = _memory()
-    few = "" if memory >= 4 * GIB else "; the demo needs 4"
-    yield Check("memory", "note" if few else "ok", f"{memory / GIB:.1f} GiB{few}")
+    has = memory()
+    few = "" if has >= 4 * GIB else "; the demo needs 4"
+    yield Check("memory", "note" if few else "ok", f"{has / GIB:.1f} GiB{few}")
     free = shutil.disk_usage(Path.cwd()).free
     yield Check("disk", "ok" if free >= 5 * GIB else "note", f"{free / GIB:.1f} GiB free here")
-
-
-def _memory() -> int:
-    """Return the bytes of memory: the machine's, or its container's if that is less."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _first_line("/sys/fs/cgroup/memory.max")
-    return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 def check_stack() -> Iterator[Check]:
@@ -263,13 +256,6 @@ def _run(*command: str, timeout: float) -> tuple[str, str]:
     output = done.stdout + done.stderr
     last = (output.strip().splitlines() or ["no message"])[-1]
     return output, "" if done.returncode == 0 else last
-
-
-def _first_line(path: str) -> str:
-    try:
-        return Path(path).read_text().splitlines()[0]
-    except (OSError, IndexError, UnicodeDecodeError):
-        return ""
 
 
 def _cpu_flags() -> str:

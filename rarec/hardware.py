@@ -81,6 +81,22 @@ def cores() -> float:
     return min(affinity, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else affinity
 
 
+def memory() -> int:
+    """Return the bytes of memory: the machine's, or its container's if that is less."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _text("/sys/fs/cgroup/memory.max").strip()
+    return min(physical, int(limit)) if limit.isdigit() else physical
+
+
+def memory_of_rank(device: "torch.device") -> int:
+    """Return the bytes that a rank may fill: its GPU's memory, or its share of the machine's."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def peak_memory() -> int:
     """Return the peak resident memory of this process, in bytes."""
     # on Linux, ru_maxrss starts at the value of the parent process

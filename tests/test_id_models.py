@@ -208,6 +208,12 @@ def test_a_step_moves_only_the_items_that_it_reads():
     assert torch.allclose(before - table.rows_ME.detach(), moved, atol=1e-4)
 
 
+def test_a_table_that_does_not_fit_is_refused_with_the_number_of_processes_that_would_do(monkeypatch):
+    monkeypatch.setattr("rarec.ids.table.memory_of_rank", lambda device: 2_500)
+    with pytest.raises(UserError, match=r"3\.84e-06 GB on each of 1 processes.*\n.*start 2 processes"):
+        ItemTable(np.ones(10, bool), 32, 0.1, 0)
+
+
 def test_the_first_vectors_do_not_depend_on_the_ranks(monkeypatch):
     monkeypatch.setattr("rarec.ids.table.BLOCK", 4)
     monkeypatch.setattr("rarec.ids.table.init_device_mesh", lambda *_: None)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from rarec.errors import UserError
+from rarec.hardware import memory_of_rank
 from rarec.ids.source import ITEMS_FILE
 from rarec.world import SINGLE, World
 
@@ -38,6 +39,9 @@ class ItemTable:
         seed: of the first vectors, which do not depend on the number of ranks.
         world: all ranks.
 
+    Raises:
+        UserError: it does not fit into memory.
+
     Attributes:
         rows_ME: the rows of this rank.
         first: the first of them.
@@ -46,6 +50,7 @@ class ItemTable:
     def __init__(self, trained_N: npt.NDArray[np.bool_], dim: int, lr: float, seed: int, world: World = SINGLE) -> None:
         self.world, self.n_items = world, len(trained_N)
         share = -(-self.n_items // world.size)  # as DTensor cuts
+        _check_memory(share, dim, world)
         self.first = min(world.rank * share, self.n_items)
         own = slice(self.first, min(self.first + share, self.n_items))
         rows_ME = _drawn(own, dim, seed).mul_(torch.from_numpy(trained_N[own])[:, None])
@@ -143,6 +148,19 @@ class ItemTable:
                     out[low:high] = block.cpu().numpy()
         if out is not None:
             out.flush()
+
+
+def _check_memory(share: int, dim: int, world: World) -> None:
+    """Refuse a table that does not fit.
+
+    Raises:
+        UserError: with the number of processes that would do.
+    """
+    need, has = 4 * share * dim * (1 + len(MOMENTS)), memory_of_rank(world.device)
+    if need > has:
+        problem = f"the item table and Adam's state take {need / 1e9:.3g} GB on each of {world.size} processes"
+        remedy = f"start {-(-need * world.size // has)} processes or more (launch/ids.py), or lower the ID model's dim"
+        raise UserError(f"{problem}, of which each has {has / 1e9:.3g}", remedy, shared=True)
 
 
 def _drawn(own: slice, dim: int, seed: int) -> Tensor:
