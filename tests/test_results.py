@@ -292,6 +292,23 @@ def test_ranks_of_two_seeds_are_kept_user_by_user(path):
         collected(path, "plan")
 
 
+def test_seeds_of_several_machines_come_together_where_their_ranks_are_kept(path):
+    first, second, *_ = load_sweep(path).runs
+    finish(first, RANKS[17])
+    finish(second, RANKS[18])
+    whole = collected(path, "plain")
+    shutil.rmtree("results")
+    shutil.move(second.directory, "elsewhere")
+    collected(path, "plain")
+    shutil.rmtree(first.directory)
+    shutil.move("elsewhere", second.directory)
+    both = collected(path)
+    assert both["runs"]["plain"]["seeds"] == [17, 18]
+    for name, figures in whole["runs"]["plain"]["figures"].items():
+        assert both["runs"]["plain"]["figures"][name][::3] == figures[::3]  # means; intervals are of other resamples
+    assert {f"id_only@{seed}" for seed in (17, 18)} < set(pq.read_table("results/sweep.plain.parquet").column_names)
+
+
 def test_each_run_shows_how_it_was_made(path):
     stage = {"seconds": 30.4, "hardware": "Some CPU, 2 cores", "ranks": 1, "version": "0.1.0"}
     record = {

@@ -9,13 +9,14 @@ import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from results_summary import Finished, Summary, settings_of, summarise
+from results_summary import Finished, Summary, of_seed, settings_of, summarise
 
 from rarec.errors import UserError
 from rarec.evaluation.run_files import TrainingRecord, read_run
@@ -30,12 +31,13 @@ def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[s
     """Write `SWEEP.json` from the runs that are finished on this machine.
 
     A run that is not finished here keeps what the file already has of it, as long as its settings in the sweep are the
-    same.
+    same. Of a run whose ranks are kept, the seeds that are finished here join those that the files have already: they
+    may come from different machines.
 
     Args:
         sweep: with its runs' configurations.
         place: the directory of all sweeps' files.
-        keep_ranks: names of runs whose ranks are kept as well, in `SWEEP.RUN.parquet`.
+        keep_ranks: names of runs whose ranks are kept as well, in `SWEEP.RUN.parquet`, from now on.
 
     Returns:
         One line for each entry of the file that was dropped, or that is not replaced.
@@ -46,26 +48,42 @@ def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[s
     if "evaluate" not in sweep.stages:
         raise UserError(f"{sweep.path}: `stages` lacks evaluate: there are no figures", "add it, and run the sweep")
     left = {run.label: first_to_do(run.config, sweep.stages) for run in sweep.runs}
-    finished = [read_finished(run) for run in sweep.runs if left[run.label] is None]
-    if not finished:
+    here = [run for run in sweep.runs if left[run.label] is None]
+    if not here:
         raise UserError(f"{sweep.path}: none of its runs is finished", f"run: rarec sweep {sweep.path}")
-    unknown = set(keep_ranks) - {one.run.name for one in finished}
+    unknown = set(keep_ranks) - {run.name for run in here}
     if unknown:
         raise UserError(f"--ranks: no finished run is called {min(unknown)}", "name one of the sweep's finished runs")
-    made = summarise(sweep, finished)
     file = place / f"{sweep.path.stem}.json"
-    notes = merge(made, read_json(file), sweep) if file.exists() else []
+    before = read_json(file) if file.exists() else {"runs": {}}
+    with TemporaryDirectory() as scratch:
+        finished = [read_finished(run, sweep, Path(scratch)) for run in here]
+        keep = {run.name for run in here if run.name in keep_ranks or ranks_file(sweep, run.name, place).exists()}
+        elsewhere = [run for run in sweep.runs if run.name in keep and run not in here]
+        kept = [
+            read_kept(run, before["runs"][run.name], ranks_file(sweep, run.name, place), Path(scratch))
+            for run in elsewhere
+            if _has_kept(run, before, ranks_file(sweep, run.name, place))
+        ]
+        finished = sorted([*finished, *kept], key=lambda one: sweep.runs.index(one.run))
+        made = summarise(sweep, finished)
+        for name in keep:
+            write_ranks([one for one in finished if one.run.name == name], ranks_file(sweep, name, place))
+    notes = merge(made, before, sweep)
     made["missing"] = {
         label: stage for label, stage in left.items() if stage and not _has(made, label.rpartition("/seed-"))
     }
     write_text(file, dumped(made))
-    for name in keep_ranks:
-        write_ranks([one for one in finished if one.run.name == name], place / f"{sweep.path.stem}.{name}.parquet")
     return notes
 
 
-def read_finished(run: SweepRun) -> Finished:
-    """Read what the pages need of a finished run.
+def ranks_file(sweep: Sweep, name: str, place: Path) -> Path:
+    """Return the file of a run's ranks."""
+    return place / f"{sweep.path.stem}.{name}.parquet"
+
+
+def read_finished(run: SweepRun, sweep: Sweep, scratch: Path) -> Finished:
+    """Read what the pages need of a finished run; write its ranks to `scratch`, with digests in place of ids.
 
     Raises:
         UserError: a file of the evaluation is missing or altered.
@@ -74,13 +92,47 @@ def read_finished(run: SweepRun) -> Finished:
     evaluation = opened.stage("evaluate")
     evaluation.check_files()
     trained = read_run(directories(opened), say=lambda line: None).training
-    return Finished(
-        run,
-        evaluation.directory / "ranks.parquet",
-        read_json(evaluation.directory / "strata.json"),
-        read_record(opened.record_file),
-        {variant: _seen(training) for variant, training in trained.items()},
-    )
+    ranks = scratch / f"{sweep.runs.index(run)}.parquet"
+    _write_digested(evaluation.directory / "ranks.parquet", ranks)
+    strata, record = read_json(evaluation.directory / "strata.json"), read_record(opened.record_file)
+    training = {variant: _seen(training) for variant, training in trained.items()}
+    return Finished(run, ranks, of_seed(run, ranks, strata, record, training, sweep.stages))
+
+
+def read_kept(run: SweepRun, before: Summary, file: Path, scratch: Path) -> Finished:
+    """Read the same of a seed that was collected before, from the run's entry in `SWEEP.json` and its ranks."""
+    wide, ranks = pq.read_table(file), scratch / f"{run.name}@{run.seed}.parquet"  # a run of a grid keeps no ranks
+    names = [name for name in wide.column_names if name.endswith(f"@{run.seed}")]
+    long = [
+        pa.table(
+            {
+                "variant": pa.array([name.rpartition("@")[0]] * len(wide)),
+                "user": wide["user"],
+                "target": wide["target"],
+                "rank": wide[name].cast(pa.int64()),
+            }
+        )
+        for name in names
+    ]
+    pq.write_table(pa.concat_tables(long), ranks)
+    return Finished(run, ranks, {part: before[part][str(run.seed)] for part in ("strata", "hits", "made")})
+
+
+def _has_kept(run: SweepRun, before: Summary, file: Path) -> bool:
+    """Return whether a seed was collected before with its ranks, and with the same settings."""
+    known = before["runs"].get(run.name, {"seeds": [], "settings": None})
+    return run.seed in known["seeds"] and known["settings"] == settings_of(run) and file.exists()
+
+
+def _write_digested(file: Path, to: Path) -> None:
+    """Write ranks with a digest of 8 bytes for each user, and of one byte for each target.
+
+    A byte is enough to see that two splits differ. (Who knows a user's id can find that user's row.)
+    """
+    table = pq.read_table(file, columns=["variant", "user", "target", "rank"])
+    table = table.set_column(1, "user", pa.array(_digests(table["user"].to_pylist(), 8), pa.uint64()))
+    table = table.set_column(2, "target", pa.array(_digests(table["target"].to_pylist(), 1), pa.uint8()))
+    pq.write_table(table, to)
 
 
 def _seen(training: TrainingRecord) -> tuple[int, int | None]:
@@ -133,9 +185,6 @@ def _pair_of(pair: str, kept: int, made: Summary, before: Summary) -> Summary:
 def write_ranks(finished: Sequence[Finished], file: Path) -> None:
     """Write the ranks of all seeds of a run, one row a user and one column `VARIANT@SEED`.
 
-    Users are sorted by a digest of 8 bytes that takes the place of their id; targets have a digest of one byte, enough
-    to see that two splits differ. (Who knows a user's id can find that user's row.)
-
     Raises:
         UserError: the seeds did not rank the same users.
     """
@@ -143,18 +192,14 @@ def write_ranks(finished: Sequence[Finished], file: Path) -> None:
     for one in finished:
         table = pq.read_table(one.ranks)
         for variant in dict.fromkeys(table["variant"].to_pylist()):
-            rows = table.filter(pc.equal(table["variant"], variant))
-            users = np.array(_digests(rows["user"].to_pylist(), 8), np.uint64)
-            order = np.argsort(users)
-            known = columns.setdefault("user", pa.array(users[order]))
-            if not np.array_equal(users[order], known.to_numpy()):
+            rows = table.filter(pc.equal(table["variant"], variant)).sort_by("user")
+            known = columns.setdefault("user", rows["user"])
+            if not rows["user"].equals(known):
                 raise UserError(
                     f"{one.run.label}: its users are not those of the first seed", "leave evaluate.users out"
                 )
-            if "target" not in columns:
-                targets = np.array(_digests(rows["target"].to_pylist(), 1), np.uint8)
-                columns["target"] = pa.array(targets[order])
-            ranks = rows["rank"].to_numpy()[order]
+            columns.setdefault("target", rows["target"])
+            ranks = rows["rank"].to_numpy()
             columns[f"{variant}@{one.run.seed}"] = pa.array(ranks.astype(np.min_scalar_type(int(ranks.max()))))
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(

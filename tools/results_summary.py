@@ -36,16 +36,33 @@ class Finished:
     Attributes:
         run: its name, seed and configuration.
         ranks: the file that `SeedMeans` reads.
-        strata: rows of strata.json.
-        record: each stage's time, machine and commit, as in record.json.
-        training: steps and samples seen by each trained variant; None where samples were not counted.
+        alone: what `SWEEP.json` says of this seed alone; see `of_seed`.
     """
 
     run: SweepRun
     ranks: Path
-    strata: Sequence[Mapping[str, Any]]
-    record: Mapping[str, Mapping[str, Any]]
-    training: Mapping[str, tuple[int, int | None]]
+    alone: Mapping[str, Any]
+
+
+def of_seed(
+    run: SweepRun,
+    ranks: Path,
+    strata: Iterable[Mapping[str, Any]],
+    record: Mapping[str, Mapping[str, Any]],
+    training: Mapping[str, tuple[int, int | None]],
+    stages: Iterable[str],
+) -> Summary:
+    """Return what `SWEEP.json` says of one seed alone.
+
+    Args:
+        run: its name, seed and configuration.
+        ranks: the file that `SeedMeans` reads.
+        strata: rows of strata.json.
+        record: each stage's time, machine and commit, as in record.json.
+        training: steps and samples seen by each trained variant; None where samples were not counted.
+        stages: of the sweep.
+    """
+    return {"strata": _strata(strata), "hits": _hits(ranks), "made": _made(run, record, training, stages)}
 
 
 def summarise(sweep: Sweep, finished: Iterable[Finished]) -> Summary:
@@ -58,7 +75,7 @@ def summarise(sweep: Sweep, finished: Iterable[Finished]) -> Summary:
     return {
         "sweep": str(sweep.path),
         "metrics": list(HEADLINE),
-        "runs": {name: _of_run(run, planned[name], sweep) for name, run in runs.items()},
+        "runs": {name: _of_run(run, planned[name]) for name, run in runs.items()},
         "across": {f"{one} - {other}": _across(runs[one], runs[other]) for one, other in combinations(by_name, 2)},
         "missing": {},
     }
@@ -88,7 +105,7 @@ class Run:
         return self.means if len(seeds) == len(self.seeds) else self.over(seeds)
 
 
-def _of_run(run: Run, planned: int, sweep: Sweep) -> Summary:
+def _of_run(run: Run, planned: int) -> Summary:
     means, first = run.means, run.first.run
     names = sorted(means.values, key=variant_order)
     pairs = {
@@ -107,9 +124,9 @@ def _of_run(run: Run, planned: int, sweep: Sweep) -> Summary:
         "left_out": means.left_out,
         "figures": _intervals(alone, means),
         "differences": _intervals(pairs, means),
-        "strata": {str(seed): _strata(one.strata) for seed, one in run.seeds.items()},
-        "hits": {str(seed): _hits(one) for seed, one in run.seeds.items()},
-        "made": {str(seed): _made(one, sweep.stages) for seed, one in run.seeds.items()},
+        **{
+            part: {str(seed): one.alone[part] for seed, one in run.seeds.items()} for part in ("strata", "hits", "made")
+        },
     }
 
 
@@ -172,13 +189,13 @@ def _strata(rows: Iterable[Mapping[str, Any]]) -> Summary:
     return found
 
 
-def _hits(one: Finished) -> dict[str, list[float]]:
+def _hits(ranks: Path) -> dict[str, list[float]]:
     """Return, for each variant with a fusion, the shares of users that the ID model or the variant hits.
 
     Ten numbers: hit by either, both, the ID model alone, the variant alone and neither; each followed by the share
     that the fusion hits as well.
     """
-    hits = {variant: values[HITS] > 0 for variant, values in SeedMeans.read([one.ranks]).values.items()}
+    hits = {variant: values[HITS] > 0 for variant, values in SeedMeans.read([ranks]).values.items()}
     rows = {}
     for variant in sorted((name for name in hits if name + FUSED in hits and ID_ONLY in hits), key=variant_order):
         ids, own, fused = hits[ID_ONLY], hits[variant], hits[variant + FUSED]
@@ -187,9 +204,14 @@ def _hits(one: Finished) -> dict[str, list[float]]:
     return rows
 
 
-def _made(one: Finished, stages: Iterable[str]) -> Summary:
+def _made(
+    run: SweepRun,
+    record: Mapping[str, Mapping[str, Any]],
+    training: Mapping[str, tuple[int, int | None]],
+    stages: Iterable[str],
+) -> Summary:
     """Return the commits and machines of one run, and the seconds of each stage; a shared stage has none of its own."""
-    record, shares = one.record, bool(one.run.config.run.shared)
+    shares = bool(run.config.run.shared)
     parts = [part for stage in record.values() for part in (*stage.get("earlier", []), stage)]
     machines = [part["hardware"] + (f" x {part['ranks']}" if part["ranks"] > 1 else "") for part in parts]
     seconds = {stage: _seconds(record, stage, shares) for stage in stages if stage != "report"}
@@ -197,7 +219,7 @@ def _made(one: Finished, stages: Iterable[str]) -> Summary:
         "commits": list(dict.fromkeys(_short(part["commit"]) if part["commit"] else part["version"] for part in parts)),
         "hardware": list(dict.fromkeys(machines)),
         "seconds": seconds,
-        "trained": {variant: list(counts) for variant, counts in one.training.items()},
+        "trained": {variant: list(counts) for variant, counts in training.items()},
     }
 
 
