@@ -20,7 +20,7 @@ from rarec.directories import MARKER
 from rarec.errors import UserError
 from rarec.ids.make import write_source
 from rarec.ids.models import SequenceModel, build
-from rarec.ids.sampled_softmax import SampledSoftmax
+from rarec.ids.sampled_softmax import SampledSoftmax, _SharedDropout
 from rarec.ids.source import open_source
 from rarec.ids.table import ItemTable
 from rarec.ids.validation import Validation
@@ -192,6 +192,18 @@ def test_dropout_is_drawn_alike_on_any_number_of_ranks(recipe):
             parts.append(objective(groups, negatives, torch.arange(10), items).item())
         found.append(sum(parts))
     assert found[1:] == pytest.approx([found[0]] * 2, abs=1e-4)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    for probability in (0.1, 0.5, 0.9):
+        dropout = _SharedDropout(probability, SINGLE)
+        dropout.total = 1000
+        states = dropout(torch.ones(1000, 7, 13))
+        assert (states == 0).float().mean().item() == pytest.approx(probability, abs=0.01)
+        assert states.mean().item() == pytest.approx(1, abs=0.05)
+        assert ((states == 0).float().mean(0) - probability).abs().max() < 0.1
+    assert torch.equal(_SharedDropout(0.5, SINGLE).eval()(states), states)
 
 
 def test_a_step_moves_only_the_items_that_it_reads():

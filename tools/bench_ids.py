@@ -49,7 +49,7 @@ def train(
     torch.set_num_threads(1)
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ |= {name: str(value) for name, value in launched.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     world = join_world("cpu", "device", "cpu")
     before = memory("RssAnon")
     torch.manual_seed(0)  # ranks draw alike

@@ -4,6 +4,7 @@ Shape letters: b windows of this rank, T positions, P targets of this rank, K st
 of a step, E dimension.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -93,9 +94,15 @@ class _SharedDropout(nn.Module):
     def forward(self, states_b: Tensor) -> Tensor:
         if not self.training or not self.probability:
             return states_b
-        kept = 1 - self.probability
-        drawn_B = states_b.new_empty(self.total, *states_b.shape[1:]).bernoulli_(kept)
-        return states_b * drawn_B[own_rows(self.total, self.world)].div_(kept)
+        dropped_B = _drawn(self.probability, (self.total, *states_b.shape[1:]), states_b.device)
+        return states_b.masked_fill(dropped_B[own_rows(self.total, self.world)], 0.0) / (1 - self.probability)
+
+
+def _drawn(probability: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return a mask that is True with some probability, in steps of 2**-16: four draws cost one random number."""
+    size = math.prod(shape)
+    words = torch.empty(-(-size // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+    return (words.view(torch.int16)[:size] < round(probability * 2**16) - 2**15).view(shape)
 
 
 def _share_dropout(encoder: SequenceModel, world: World) -> list[_SharedDropout]:

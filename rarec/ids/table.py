@@ -6,6 +6,7 @@ the same for ten million items as for ten thousand. (TorchRec, tried too, has no
 Shape letters: N items, M items of this rank, U items of a step, E dimension.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -135,19 +136,26 @@ class ItemTable:
         return torch.from_numpy(table_NE)
 
     def _write(self, file: Path | None, rows_ME: Tensor) -> None:
-        """Write a table of which each rank has its rows, a block at a time."""
-        shape, share = (self.n_items, rows_ME.shape[1]), -(-self.n_items // self.world.size)
-        out = np.lib.format.open_memmap(file, "w+", np.float32, shape) if file else None
+        """Write a table of which each rank has its rows."""
+        if file is None:
+            for _ in self._blocks(rows_ME):
+                pass
+            return
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self.n_items, rows_ME.shape[1])}
+        with file.open("wb") as out:  # not memory-mapped: on a full disk that would end the process without a word
+            np.lib.format.write_array_header_1_0(out, header)
+            for block in self._blocks(rows_ME):
+                out.write(block.cpu().numpy().astype("<f4", copy=False).tobytes())
+
+    def _blocks(self, rows_ME: Tensor) -> Iterator[Tensor]:
+        """Yield the rows of all ranks in order, a block at a time, on all ranks."""
+        share = -(-self.n_items // self.world.size)
         for start in range(0, self.n_items, share):
             end, owner = min(start + share, self.n_items), start // share
             for low in range(start, end, BLOCK):
                 high = min(low + BLOCK, end)
                 block = rows_ME[low - self.first : high - self.first] if owner == self.world.rank else None
-                block = self.world.broadcast(block, owner, (high - low, shape[1]))
-                if out is not None:
-                    out[low:high] = block.cpu().numpy()
-        if out is not None:
-            out.flush()
+                yield self.world.broadcast(block, owner, (high - low, rows_ME.shape[1]))
 
 
 def _check_memory(share: int, dim: int, world: World) -> None:

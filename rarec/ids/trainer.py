@@ -8,7 +8,7 @@ Shape letters: N items, R items that occur in training, U items of a step, M neg
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +174,23 @@ class Training:
         loss = self.objective(batch.groups(self.world), negatives_M.to(self.world.device), rows_U, vectors_UE)
         loss = loss / batch.n_targets  # this rank's part of the mean
         loss.backward()
-        value = self._checked(float(self.world.all_reduce_sum(loss)), number)
+        trained = [weight for weight in self.encoder.parameters() if weight.grad is not None]
+        loss, gradients_UE, *gradients = self._summed(loss, vectors_UE.grad, *(weight.grad for weight in trained))
+        value = self._checked(float(loss), number)
 
-        for weight in self.encoder.parameters():
-            weight.grad = None if weight.grad is None else self.world.all_reduce_sum(weight.grad)
+        for weight, gradient in zip(trained, gradients, strict=True):
+            weight.grad = gradient
         self.adam.step()
         self.adam.zero_grad()
-        assert vectors_UE.grad is not None
-        self.table.update(rows_U, self.world.all_reduce_sum(vectors_UE.grad))
+        self.table.update(rows_U, gradients_UE)
         return value
+
+    def _summed(self, *tensors: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        """Return the sums over all ranks, which exchange them in one message."""
+        here = [tensor for tensor in tensors if tensor is not None]
+        flat = self.world.all_reduce_sum(torch.cat([tensor.flatten() for tensor in here]))
+        parts = flat.split([tensor.numel() for tensor in here])
+        return [part.view_as(tensor) for part, tensor in zip(parts, here, strict=True)]
 
     def _checked(self, loss: float, number: int) -> float:
         """Return a loss that is finite.
