@@ -22,8 +22,8 @@ pytestmark = pytest.mark.multiprocess
 TRAIN = [
     f"train.variants=[{VARIANT}]",
     "train.epochs=8",
-    "train.max_steps=60",
-    "train.validate_every=30",
+    "train.max_steps=40",
+    "train.validate_every=20",
     "train.checkpoint_every=2",
     "train.patience=99",
     "lora.dropout=0.1",
@@ -57,8 +57,8 @@ def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decode
     """kill -9 of a random rank at a random step; the others are ended as by a launcher."""
     whole, killed = undisturbed(engine), tmp_path / "killed"
     arguments = "train", decoder, [copied(decoder, killed), *TRAIN]
-    rng, kills = np.random.default_rng(0), 2
-    for step in sorted(rng.choice(np.arange(5, 50), kills, replace=False).tolist()):
+    rng, kills = np.random.default_rng(0), 2 if engine == "ddp" else 1  # more of them: tools/check_kills.py
+    for step in sorted(rng.choice(np.arange(5, 35), kills, replace=False).tolist()):
         job = start(*arguments, engine=engine, scratch=tmp_path)
         wait_for_step(killed, step, job)
         os.kill(job.processes[int(rng.integers(2))].pid, signal.SIGKILL)
@@ -97,13 +97,13 @@ def test_from_two_ranks_to_one_and_back_over_engines_in_mid_epoch(decoder, tmp_p
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     open_run(decoder, [copied(decoder, whole), "run.device=cpu", *still]).make("train")
     arguments = "train", decoder, [copied(decoder, moved), *still]
-    for step, engine, ranks in ((7, "zero3", 2), (19, "zero2", 1), (33, "ddp", 1)):
+    for step, engine, ranks in ((7, "zero3", 2), (15, "zero2", 1), (23, "ddp", 1)):
         job = start(*arguments, engine=engine, ranks=ranks, scratch=tmp_path)
         wait_for_step(moved, step, job)
         os.kill(job.processes[-1].pid, signal.SIGTERM)
         assert job.codes() == [0] * ranks, job.said()
         assert "stopped by a signal at step" in job.said()
-        assert step <= checkpoint_steps(moved)[-1] < 60
+        assert step <= checkpoint_steps(moved)[-1] < 40
     finish(*arguments, engine="zero3", scratch=tmp_path)
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-4)
     expected = weights(whole)
