@@ -222,7 +222,7 @@ def test_a_step_moves_only_the_items_that_it_reads():
 
 def test_a_table_that_does_not_fit_is_refused_with_the_number_of_processes_that_would_do(monkeypatch):
     monkeypatch.setattr("rarec.ids.table.memory_of_rank", lambda device: 2_500)
-    with pytest.raises(UserError, match=r"3\.84e-06 GB on each of 1 processes.*\n.*start 2 processes"):
+    with pytest.raises(UserError, match=r"3\.84e-06 GB on each of 1 processes.*\n.*start 2 processes.*, 1 on each"):
         ItemTable(np.ones(10, bool), 32, 0.1, 0)
 
 
@@ -335,6 +335,17 @@ def test_an_item_not_met_in_training_has_no_vector_and_is_scored_as_the_mean(dat
     mean_E = source.items_NE[counts_N > 0].mean(axis=0)
     assert np.allclose(source.scored_NE[5], mean_E)
     assert np.array_equal(source.scored_NE[6], source.items_NE[6])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_trains_as_float32_does_within_its_rounding(kind, dataset, tmp_path):
+    whole, half = (
+        make_source("id", ids(kind, dtype=dtype), dataset, tmp_path / dtype) for dtype in ("float32", "bfloat16")
+    )
+    losses = [[epoch["loss"] for epoch in source.manifest["curve"]] for source in (whole, half)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] != losses[1]
+    assert half.items_NE.dtype == np.float32
 
 
 def test_the_seed_decides(dataset, tmp_path):

@@ -6,6 +6,7 @@ the same for ten million items as for ten thousand. (TorchRec, tried too, has no
 Shape letters: N items, M items of this rank, U items of a step, E dimension.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,11 +130,8 @@ class ItemTable:
         state = self._adam.state[self.rows_ME]
         return {file: state[name] for name, file in MOMENTS.items()}
 
-    def _read(self, file: Path) -> Tensor:
-        table_NE = np.load(file, mmap_mode="c", allow_pickle=False)
-        if table_NE.shape != (self.n_items, self.rows_ME.shape[1]):
-            raise UserError(f"{file} has shape {table_NE.shape}, not {(self.n_items, self.rows_ME.shape[1])}")
-        return torch.from_numpy(table_NE)
+    def _read(self, file: Path) -> Tensor:  # its checkpoint is checked by hash, and belongs to this training
+        return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
 
     def _write(self, file: Path | None, rows_ME: Tensor) -> None:
         """Write a table of which each rank has its rows."""
@@ -167,7 +165,10 @@ def _check_memory(share: int, dim: int, world: World) -> None:
     need, has = 4 * share * dim * (1 + len(MOMENTS)), memory_of_rank(world.device)
     if need > has:
         problem = f"the item table and Adam's state take {need / 1e9:.3g} GB on each of {world.size} processes"
-        remedy = f"start {-(-need * world.size // has)} processes or more (launch/ids.py), or lower the ID model's dim"
+        enough = f"{-(-need * world.size // has)} processes or more (launch/ids.py)"
+        if world.device.type == "cpu":  # more of them on one machine would share its memory
+            enough += f", {os.environ.get('LOCAL_WORLD_SIZE', '1')} on each machine"
+        remedy = f"start {enough}, or lower the ID model's dim"
         raise UserError(f"{problem}, of which each has {has / 1e9:.3g}", remedy, shared=True)
 
 
