@@ -6,7 +6,7 @@ which ranking hits (`results_summary.py`), and where each run was made. The page
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,16 +56,9 @@ def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[s
         raise UserError(f"--ranks: no finished run is called {min(unknown)}", "name one of the sweep's finished runs")
     file = place / f"{sweep.path.stem}.json"
     before = read_json(file) if file.exists() else {"runs": {}}
+    keep = {run.name for run in here if run.name in keep_ranks or ranks_file(sweep, run.name, place).exists()}
     with TemporaryDirectory() as scratch:
-        finished = [read_finished(run, sweep, Path(scratch)) for run in here]
-        keep = {run.name for run in here if run.name in keep_ranks or ranks_file(sweep, run.name, place).exists()}
-        elsewhere = [run for run in sweep.runs if run.name in keep and run not in here]
-        kept = [
-            read_kept(run, before["runs"][run.name], ranks_file(sweep, run.name, place), Path(scratch))
-            for run in elsewhere
-            if _has_kept(run, before, ranks_file(sweep, run.name, place))
-        ]
-        finished = sorted([*finished, *kept], key=lambda one: sweep.runs.index(one.run))
+        finished = list(_read_all(sweep, here, keep, before, place, Path(scratch)))
         made = summarise(sweep, finished)
         for name in keep:
             write_ranks([one for one in finished if one.run.name == name], ranks_file(sweep, name, place))
@@ -77,13 +70,25 @@ def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[s
     return notes
 
 
+def _read_all(
+    sweep: Sweep, here: Sequence[SweepRun], keep: Container[str], before: Summary, place: Path, scratch: Path
+) -> Iterator[Finished]:
+    """Yield what is finished here, and the other seeds of runs whose ranks are kept, in the sweep's order."""
+    for at, run in enumerate(sweep.runs):
+        kept, ranks = ranks_file(sweep, run.name, place), scratch / f"{at}.parquet"
+        if run in here:
+            yield read_finished(run, sweep, ranks)
+        elif run.name in keep and _has_kept(run, before, kept):
+            yield read_kept(run, before["runs"][run.name], kept, ranks)
+
+
 def ranks_file(sweep: Sweep, name: str, place: Path) -> Path:
     """Return the file of a run's ranks."""
     return place / f"{sweep.path.stem}.{name}.parquet"
 
 
-def read_finished(run: SweepRun, sweep: Sweep, scratch: Path) -> Finished:
-    """Read what the pages need of a finished run; write its ranks to `scratch`, with digests in place of ids.
+def read_finished(run: SweepRun, sweep: Sweep, ranks: Path) -> Finished:
+    """Read what the pages need of a finished run; write its ranks to `ranks`, with digests in place of ids.
 
     Raises:
         UserError: a file of the evaluation is missing or altered.
@@ -92,16 +97,15 @@ def read_finished(run: SweepRun, sweep: Sweep, scratch: Path) -> Finished:
     evaluation = opened.stage("evaluate")
     evaluation.check_files()
     trained = read_run(directories(opened), say=lambda line: None).training
-    ranks = scratch / f"{sweep.runs.index(run)}.parquet"
     _write_digested(evaluation.directory / "ranks.parquet", ranks)
     strata, record = read_json(evaluation.directory / "strata.json"), read_record(opened.record_file)
     training = {variant: _seen(training) for variant, training in trained.items()}
     return Finished(run, ranks, of_seed(run, ranks, strata, record, training, sweep.stages))
 
 
-def read_kept(run: SweepRun, before: Summary, file: Path, scratch: Path) -> Finished:
+def read_kept(run: SweepRun, before: Summary, file: Path, ranks: Path) -> Finished:
     """Read the same of a seed that was collected before, from the run's entry in `SWEEP.json` and its ranks."""
-    wide, ranks = pq.read_table(file), scratch / f"{run.name}@{run.seed}.parquet"  # a run of a grid keeps no ranks
+    wide = pq.read_table(file)
     names = [name for name in wide.column_names if name.endswith(f"@{run.seed}")]
     long = [
         pa.table(

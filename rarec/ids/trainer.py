@@ -112,18 +112,18 @@ class Training:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch with the best ranking so far, from 0."""
+        """Return the number of the epoch with the best ranking so far, from 0."""
         return max(range(len(self.curve)), key=lambda epoch: self.curve[epoch][SELECTED_BY])
 
     @property
     def is_done(self) -> bool:
-        """Whether all epochs are trained, or none of the last ones was better."""
+        """Return whether all epochs are trained, or none of the last `patience` was better."""
         epochs = len(self.curve)
         return epochs > 0 and (epochs >= self.settings.epochs or epochs - 1 - self.best_epoch >= self.settings.patience)
 
     @property
     def line(self) -> str:
-        """What to tell the user at the end."""
+        """Return the line that the user reads at the end."""
         last, best = self.curve[-1], self.curve[self.best_epoch]
         return (
             f"{self.settings.title} epoch {len(self.curve)}: loss {last['loss']:.3f}, "
@@ -133,13 +133,13 @@ class Training:
 
     @property
     def facts(self) -> str:
-        """What to show beside the progress."""
+        """Return the facts that stand beside the progress bar."""
         last = self.curve[-1]
         return f"loss {last['loss']:.3f}, {SELECTED_BY} {last[SELECTED_BY]:.4f}"
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What the manifest says of the training."""
+        """Return the figures of the training for the manifest."""
         weights = sum(weight.numel() for weight in self.encoder.parameters())
         return {
             "validation": {name: value for name, value in self.curve[self.best_epoch].items() if name != "loss"},
@@ -186,7 +186,7 @@ class Training:
         return value
 
     def _summed(self, *tensors: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        """Return the sums over all ranks, which exchange them in one message."""
+        """Return the sum of each tensor over all ranks, exchanged in one message; None is left out."""
         here = [tensor for tensor in tensors if tensor is not None]
         flat = self.world.all_reduce_sum(torch.cat([tensor.flatten() for tensor in here]))
         parts = flat.split([tensor.numel() for tensor in here])
