@@ -7,10 +7,13 @@ of these but the figures, which may differ between equal runs; its `seal` that o
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rarec.directories import CHECKED
 from rarec.errors import UserError
 from rarec.files import read_json, sha256_file, write_json
 
@@ -22,6 +25,8 @@ MAKERS = {"bundle": "export", "checkpoint": "train"}
 MANIFEST = "manifest.json"
 IDENTITY = ("kind", "schema", "settings", "made_from", "files")
 """The fields of a manifest that its hash covers."""
+_FRESH = 2 * 10**9
+"""Nanoseconds after its last change within which a file may change again without another time."""
 SEAL = "seal"
 """The field of a JSON object with the sha256 of all others."""
 
@@ -126,7 +131,12 @@ def _maps_names(value: Any, field: str) -> bool:
 
 
 def check_files(
-    directory: Path, manifest: Mapping[str, Any], remedy: str = "", *, names: Iterable[str] | None = None
+    directory: Path,
+    manifest: Mapping[str, Any],
+    remedy: str = "",
+    *,
+    names: Iterable[str] | None = None,
+    remember: bool = False,
 ) -> None:
     """Check files of an artefact against the sha256 in its manifest.
 
@@ -135,15 +145,55 @@ def check_files(
         manifest: as `read_manifest` returns it.
         remedy: for the message; by default, to rebuild the artefact.
         names: the files to check; all of them by default.
+        remember: note in the artefact which files were read, and do not read them again while their size, time and
+            inode stay as they are.
 
     Raises:
         UserError: a file is missing or altered.
     """
     files: Mapping[str, str] = manifest["files"]
+    known = _read_checked(directory) if remember else {}
+    found: dict[str, list[Any]] = {}
     for name in files if names is None else names:
         path = directory / name
-        if not path.is_file() or sha256_file(path) != files.get(name):
-            raise UserError(f"{path} is missing or was altered", remedy or rebuild(manifest["kind"]))
+        if not path.is_file():
+            raise UserError(f"{path} is missing", remedy or rebuild(manifest["kind"]))
+        stamp = _stamp(path)
+        if known.get(name) == [*stamp, files.get(name)]:
+            continue
+        if sha256_file(path) != files.get(name):
+            raise UserError(f"{path} was altered", remedy or rebuild(manifest["kind"]))
+        if time.time_ns() - stamp[1] > _FRESH and stamp == _stamp(path):
+            found[name] = [*stamp, files[name]]
+    if remember and found:
+        with suppress(OSError):  # somebody else's folder: the next one reads them again
+            write_json(directory / CHECKED, {**known, **found})
+
+
+def note_checks(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Note that the files of an artefact are as its manifest says, which was written a moment ago."""
+    noted = {name: [*_stamp(directory / name), digest] for name, digest in manifest["files"].items()}
+    write_json(directory / CHECKED, noted)
+
+
+def forget_checks(directory: Path) -> None:
+    """Forget which files of an artefact were read: the next check reads all of them."""
+    (directory / CHECKED).unlink(missing_ok=True)
+
+
+def _read_checked(directory: Path) -> dict[str, Any]:
+    """Return what `check_files` has noted of each file; nothing where that cannot be read."""
+    try:
+        found = read_json(directory / CHECKED)
+    except (UserError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return what changes with a file: its size, the time of its last change, its inode."""
+    now = path.stat()
+    return [now.st_size, now.st_mtime_ns, now.st_ino]
 
 
 def check_made_from(directory: Path, manifest: Mapping[str, Any], expected: Mapping[str, str]) -> None:

@@ -144,11 +144,12 @@ def run(
     overrides: Overrides = None,
     fresh: Fresh = False,
     stages: Annotated[str | None, typer.Option(help="Only these, as in 'prepare ids'; all by default.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and check every finished file again.")] = False,
 ) -> None:
     """Run every stage in order; what is finished stays. Ends with the table, and where report and bundle are."""
     opened = open_run(config, overrides)
     with watched(opened.world):
-        opened.run(stages.split() if stages is not None else None, fresh=fresh)
+        opened.run(stages.split() if stages is not None else None, fresh=fresh, verify=verify)
     wanted = stages is None and opened.world.is_main
     del opened  # and with it the language model, of which the example loads another copy
     if wanted:

@@ -122,7 +122,7 @@ def realign(
     """Take retrained ID models into a bundle without training: a new version beside the bundle, which stays."""
     run, recommender, serving = open_run(config, overrides), _load(bundle, llm, device, trust), _serving("realign")
     sources = {**run.sources, run.baseline.name: run.baseline}
-    ids = run.dataset.item_ids.to_pylist()
+    ids = list(run.dataset.item_ids)
     models = {name: serving.NewModel(source, ids) for name, source in sources.items()}
     directory = out or _serving("versions").next_version(bundle)
     for name, value in serving.realign(recommender.parts, models, directory, least).items():

@@ -17,6 +17,8 @@ from rarec.files import aside_path, drop_stale, fsync, is_aside, read_json, writ
 
 MARKER = ".rarec.json"
 """File in a directory that rarec has made: the names of its files; `name/` stands for all that is in a directory."""
+CHECKED = ".rarec-checked.json"
+"""File beside it: which files were read and found whole, so that they are not read again."""
 _MOVE = "move it away, or choose another run.dir"
 
 
@@ -169,7 +171,7 @@ def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
         if (f"{name}/" in listed and _is_folder(entry)) or is_aside(entry):
             continue
         if entry.is_symlink() or not entry.is_dir():
-            if (name == MARKER or name in listed) and _is_file(entry):
+            if (name in (MARKER, CHECKED) or name in listed) and _is_file(entry):
                 continue
             return entry
         if name in listed:  # a folder, even an empty one, where a file should be

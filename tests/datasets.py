@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from rarec.config import RunConfig
 from rarec.config.logs import Prepare
+from rarec.data.columns import Column
 from rarec.data.dataset import PreparedDataset
 from rarec.stages.run import Run
 from tests.synthetic import write_log
@@ -53,10 +54,10 @@ def by_hand(sequences: list[list[int]], item_ids: pa.Array, user_ids: pa.Array) 
         directory=Path("by hand"),
         manifest={},
         hash="by hand",
-        user_ids=user_ids,
-        item_ids=item_ids,
-        titles=[""] * len(item_ids),
-        texts=[""] * len(item_ids),
+        user_ids=Column.of(user_ids),
+        item_ids=Column.of(item_ids),
+        titles=Column.of([""] * len(item_ids)),
+        texts=Column.of([""] * len(item_ids)),
         train_counts_N=np.zeros(len(item_ids), dtype=np.int64),
         starts_U=(np.cumsum(lengths) - lengths).astype(np.int64),
         lengths_U=lengths,

@@ -20,7 +20,6 @@ from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.data.shards.stream import SampleStream
 from rarec.data.shards.tars import LocalTars
 from rarec.data.shards.writing import finish_shards, repair_shards, write_shards
-from rarec.directories import MARKER
 from rarec.files import read_json, sha256_file
 from tests.datasets import by_hand
 
@@ -140,7 +139,9 @@ def sign(directory: Path, **figures: Any) -> None:
     """Update the manifest to match the files."""
     manifest = read_json(directory / MANIFEST) | figures
     manifest["files"] = {
-        path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name not in (MANIFEST, MARKER)
+        path.relative_to(directory).as_posix(): sha256_file(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
     }
     seal(directory, manifest)
 

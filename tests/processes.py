@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,22 @@ def workers_of(process: psutil.Process) -> list[psutil.Process]:
     """Return the living forks of a process; other children (Spark's JVM, a fork server) have other command lines."""
     children = [child for child in process.children() if child.status() != psutil.STATUS_ZOMBIE]
     return [child for child in children if child.cmdline() == process.cmdline()]
+
+
+def all_end(processes: Iterable[psutil.Process], seconds: float) -> bool:
+    """Return whether all processes end in time. One that nobody has waited for yet has ended: not every init does."""
+    deadline, left = time.monotonic() + seconds, list(processes)
+    while left and time.monotonic() < deadline:
+        left = [process for process in left if _lives(process)]
+        time.sleep(0.02)
+    return not left
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def be_killed_at_rename(number: int) -> None:

@@ -15,7 +15,7 @@ from rarec.stages.run import Run
 def histories(run: Run, users: list[str]) -> list[list[str]]:
     """Return all items of some users, as ids, oldest first."""
     dataset = run.dataset
-    rows = [list(map(str, dataset.user_ids.to_pylist())).index(user) for user in users]
+    rows = [list(map(str, dataset.user_ids)).index(user) for user in users]
     return [[dataset.item_ids[int(item)].as_py() for item in dataset.sequence(row)] for row in rows]
 
 

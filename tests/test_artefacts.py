@@ -2,14 +2,16 @@
 
 import multiprocessing
 import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
 
-from rarec.artefacts import check_settings, read_manifest, write_manifest
-from rarec.directories import new_directory
+from rarec.artefacts import check_files, check_settings, forget_checks, read_manifest, write_manifest
+from rarec.directories import CHECKED, new_directory
 from rarec.errors import UserError
-from rarec.files import aside_path, write_aside, write_json, write_text
+from rarec.files import aside_path, sha256_file, write_aside, write_json, write_text
 
 
 def write(directory, text):
@@ -49,6 +51,60 @@ def test_figures_do_not_enter_the_hash_and_settings_do(tmp_path):
     base = digest(settings={"a": 1}, made_from={}, seconds=1.0)
     assert digest(settings={"a": 1}, made_from={}, seconds=2.0) == base
     assert digest(settings={"a": 2}, made_from={}) != base
+
+
+@pytest.fixture
+def made(tmp_path):
+    """An artefact of two files, which were written a minute ago."""
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, (time.time() - 60,) * 2)
+    write_manifest(tmp_path, "prepare", settings={}, made_from={})
+    return tmp_path
+
+
+def check(directory):
+    check_files(directory, read_manifest(directory, "prepare"), remember=True)
+
+
+def read_by(check, directory, monkeypatch):
+    """Return the files that a check reads."""
+    read, plain = [], sha256_file
+    monkeypatch.setattr("rarec.artefacts.sha256_file", lambda path: read.append(path.name) or plain(path))
+    check(directory)
+    return read
+
+
+def test_a_file_is_read_once_while_its_size_time_and_inode_stay(made, monkeypatch):
+    assert read_by(check, made, monkeypatch) == ["one", "two"]
+    assert read_by(check, made, monkeypatch) == []
+    os.utime(made / "one")
+    assert read_by(check, made, monkeypatch) == ["one"]
+    assert read_by(check, made, monkeypatch) == ["one"], "it was changed a moment ago"
+    shutil.copy2(made / "two", made / "copy")
+    (made / "copy").replace(made / "two")
+    assert "two" in read_by(check, made, monkeypatch)
+    forget_checks(made)
+    assert read_by(check, made, monkeypatch) == ["one", "two"]
+    assert read_by(lambda made: check_files(made, read_manifest(made, "prepare")), made, monkeypatch) == ["one", "two"]
+
+
+@pytest.mark.parametrize("note", ["", "[]", '{"one": 5, "two": [3]}', '{"one": [3, 4, 5, "another hash"]}'])
+def test_a_note_that_is_damaged_hides_nothing(made, note, monkeypatch):
+    (made / CHECKED).write_text(note)
+    assert read_by(check, made, monkeypatch) == ["one", "two"]
+    assert read_by(check, made, monkeypatch) == []
+
+
+def test_what_was_altered_is_refused_with_a_note_and_without(made):
+    for _ in range(2):
+        before = (made / "one").stat()
+        (made / "one").write_text("ten")
+        with pytest.raises(UserError, match="one"):
+            check(made)
+        (made / "one").write_text("one")
+        os.utime(made / "one", ns=(before.st_atime_ns, before.st_mtime_ns))
+        check(made)
 
 
 def test_changed_settings_are_named_leaf_by_leaf(tmp_path):

@@ -34,8 +34,8 @@ def histories(recommender, log: str, **columns: str) -> dict[str, list[str]]:
 
 def test_histories_are_those_of_the_prepared_dataset(run, recommender, log):
     found, dataset = histories(recommender, log), run.dataset
-    ids = np.array(dataset.item_ids.to_pylist())
-    for row, user in enumerate(dataset.user_ids.to_pylist()):
+    ids = np.array(list(dataset.item_ids))
+    for row, user in enumerate(dataset.user_ids):
         assert found[user] == ids[dataset.sequence(row)].tolist()
 
 

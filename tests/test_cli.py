@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,19 @@ def test_reading_a_run_writes_nothing_into_it(finished, capsys):
     entry.run_stage("evaluate", finished, [])
     cli.recommend(root / "bundle", "i001,i002")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_verify_reads_what_was_checked_before(finished, tmp_path):
+    root = Path(shutil.copytree(open_run(finished, []).config.run.dir, tmp_path / "run"))
+    cli.run(finished, [f"run.dir={root}"], stages="neighbours")
+    table = next(root.glob("neighbours/*/neighbours.parquet"))
+    before, content = table.stat(), bytearray(table.read_bytes())
+    content[len(content) // 2] ^= 1
+    table.write_bytes(content)
+    os.utime(table, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk damages it, unseen
+    cli.run(finished, [f"run.dir={root}"], stages="neighbours")
+    with pytest.raises(UserError, match=re.escape(str(table))):
+        cli.run(finished, [f"run.dir={root}"], stages="neighbours", verify=True)
 
 
 def test_the_results_end_with_whole_paths_the_best_variant_and_the_next_step(finished, capsys):

@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rarec.config.logs import Prepare
+from rarec.data.columns import Column
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.files import read_json, write_json
@@ -58,6 +61,29 @@ def test_training_samples_are_every_training_position_with_a_history(dataset: Pr
     assert items.tolist() == [dataset.sequence(user)[position] for user, position in expected]
 
 
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), most=st.integers(1, 30))
+def test_blocks_are_runs_of_users_as_large_as_the_bound_allows(lengths: list[int], most: int) -> None:
+    sequences = [[0] * length for length in lengths]
+    dataset = by_hand(sequences, pa.array([0]), pa.array(range(len(lengths))))
+    blocks = list(dataset.user_blocks(most))
+    assert [user for block in blocks for user in range(len(lengths))[block]] == list(range(len(lengths)))
+    for block in blocks:
+        assert sum(lengths[block]) <= most or block.stop - block.start == 1
+        assert block.stop == len(lengths) or sum(lengths[block.start : block.stop + 1]) > most
+
+
+@pytest.mark.parametrize("values", [list(range(300_000)), [f"title {at}" for at in range(300_000)]])
+def test_a_column_has_its_values_in_any_order_and_in_slices(values: list[int] | list[str]) -> None:
+    column = Column.of(values)
+    assert len(column) == len(values)
+    assert list(column) == column.whole().to_pylist() == values
+    rows = np.array([299_999, 0, 131_072, 131_071, 5, 5, 262_144])
+    assert column.take(rows).to_pylist() == [values[row] for row in rows] == [column[int(row)] for row in rows]
+    assert len(column.take(rows[:0])) == 0
+    assert column[131_070:131_074] == values[131_070:131_074]
+    assert column[-1] == values[-1]
+
+
 def test_holding_out_shortens_the_training_part_alone_and_leaves_one() -> None:
     sequences = [[0, 1, 2, 3, 8, 9], [4, 0, 8, 9], [5, 8, 9]]
     held = by_hand(sequences, pa.array(range(10)), pa.array(range(3))).holding_out(0.5)
@@ -92,7 +118,7 @@ def test_opening_refuses_what_is_missing_changed_or_something_else(tmp_path: Pat
     content = bytearray(items.read_bytes())
     content[100] ^= 1
     items.write_bytes(content)
-    with pytest.raises(UserError, match=r"items\.parquet .*sha256"):
+    with pytest.raises(UserError, match=r"items\.parquet .*altered"):
         PreparedDataset.open(directory)
     items.unlink()
     with pytest.raises(UserError, match=r"items\.parquet"):

@@ -404,7 +404,7 @@ def test_scores_of_another_system_become_ranks_of_the_report(here, tmp_path):
     ranks = found.ranks()
     own = ranks[ranks.variant == "external:next_item"].set_index("user")["rank"]
     dataset = found.dataset
-    for user, row in zip(dataset.user_ids.to_pylist()[:5], range(5), strict=True):
+    for user, row in zip(list(dataset.user_ids)[:5], range(5), strict=True):
         sequence = dataset.sequence(row)
         followed = np.zeros(dataset.n_items)
         for other, length in enumerate(dataset.train_length_U):

@@ -30,7 +30,7 @@ from rarec.stages.run import Run
 from rarec.stages.variant_training import open_initialiser, open_stream
 from rarec.training.checkpoints import Checkpoints
 from rarec.training.feed import Feed, first_samples
-from tests.processes import workers_of
+from tests.processes import all_end, workers_of
 from tests.shards import made_sample
 from tests.synthetic import write_llm
 from tests.test_training import LAUNCH, final_weights, log_lines, untrained
@@ -313,7 +313,7 @@ def test_ctrl_c_ends_with_one_line_and_no_process(run):
     assert len(re.findall("^.*interrupted.*$", said, re.MULTILINE)) == 1
     assert "Traceback" not in said
     assert len(children) >= 2
-    assert psutil.wait_procs(children, timeout=2)[1] == []
+    assert all_end(children, seconds=10)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])

@@ -33,7 +33,7 @@ BOTH = ["faiss", "onnx"]
 
 @pytest.fixture(scope="module")
 def everyone(run):
-    users = histories(run, list(map(str, run.dataset.user_ids.to_pylist())))
+    users = histories(run, list(map(str, run.dataset.user_ids)))
     return [*users, [], users[0][:1], ["unknown", *users[1]]]
 
 
@@ -179,7 +179,7 @@ def test_other_bundles(tmp_path, kind, overrides):
     run.run(["prepare", "ids", "neighbours", "shards", "train", "evaluate", "export"])
     recommender = rarec.load(run.directory("export"))
     folder = write(recommender, tmp_path / "served", BOTH)
-    users = [*histories(run, list(map(str, run.dataset.user_ids.to_pylist())))[:12], [], ["i003"]]
+    users = [*histories(run, list(map(str, run.dataset.user_ids)))[:12], [], ["i003"]]
     expected = rarec.load(run.directory("export")).recommend(users, 10)
     assert same(client(folder).recommend(users, 10), expected)
 

@@ -59,7 +59,7 @@ def pairs(items: Any) -> list[tuple[Any, str, float]]:
 
 
 def test_recommendations_are_those_of_the_bundle(run, client, recommender):
-    everyone = histories(run, list(map(str, run.dataset.user_ids.to_pylist())))
+    everyone = histories(run, list(map(str, run.dataset.user_ids)))
     everyone += [[recommender.items[row] for row in rows] for rows in sample_histories(recommender.parts, 150)]
     for start in range(0, len(everyone), 48):
         users = [*everyone[start : start + 48], [], ["unknown", "i001"]]

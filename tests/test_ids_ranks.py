@@ -107,7 +107,7 @@ def test_what_does_not_train_is_made_by_rank_0(finished, tmp_path):
     overrides = prepared(finished, run)
     open_run(finished, overrides).make("ids")
     source = shutil.copyfile(run / "ids/id/items.npy", tmp_path / "items.npy")
-    ids = open_run(finished, overrides).dataset.item_ids.to_pylist()
+    ids = list(open_run(finished, overrides).dataset.item_ids)
     (tmp_path / "ids.txt").write_text("\n".join(map(str, ids)))
     shutil.rmtree(run / "ids")
     imported = ["ids.model=import", f"ids.imported={{items: {source}, item_ids: {tmp_path / 'ids.txt'}}}", "graph={}"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.leakage import check_no_leaks, training_mask
+from rarec.data.preparation.leakage import check_no_leaks
 from rarec.data.selection.sampling import select_samples
 from rarec.entry import open_run
 from rarec.errors import UserError
@@ -109,7 +109,9 @@ def test_interactions_out_of_order_are_refused(dataset: PreparedDataset) -> None
     longer, lengths = np.array(dataset.lengths_U), np.array(dataset.lengths_U)
     longer[1], longer[2] = lengths[1] + 1, lengths[2] - 1  # user 1 ends with the oldest of user 2
     moved = replace(dataset, lengths_U=longer, starts_U=np.cumsum(longer, dtype=np.int64) - longer)
-    counts_N = np.bincount(moved.item_rows_I[training_mask(moved)], minlength=moved.n_items)
+    places = np.concatenate([np.arange(length) for length in longer])
+    training = places < np.repeat(moved.train_length_U, longer)
+    counts_N = np.bincount(moved.item_rows_I[training], minlength=moved.n_items)
     with pytest.raises(UserError, match=r"user u001 .*time"):
         check_no_leaks(replace(moved, train_counts_N=counts_N))
 

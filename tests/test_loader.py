@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rarec.errors import UserError
 from rarec.training.loader import BatchLoader
 from rarec.world import World
-from tests.processes import workers_of
+from tests.processes import all_end, workers_of
 from tests.shards import open_stream, write_shards
 
 
@@ -186,7 +186,7 @@ def test_a_killed_main_process_takes_its_workers_along(shards):
     process.kill()
     process.join()
     assert len(children) == 2
-    assert psutil.wait_procs(children, timeout=2)[1] == []
+    assert all_end(children, seconds=10)
 
 
 def test_nothing_to_do_starts_no_worker(shards):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rarec.artefacts import IDENTITY, MANIFEST
-from rarec.directories import MARKER, claim, discard, foreign, new_directory
+from rarec.directories import CHECKED, MARKER, claim, discard, foreign, new_directory
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import aside_path, read_json, write_json
@@ -22,8 +22,8 @@ STAGE_OF |= {"evaluation": "evaluate", "bundle": "export"}
 
 
 def state(root: Path) -> dict[str, tuple[bytes, int, int]]:
-    """Return bytes, mode and time of every file."""
-    files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    """Return bytes, mode and time of every file, but for rarec's own notes."""
+    files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != CHECKED]
     return {str(path): (path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns) for path in files}
 
 

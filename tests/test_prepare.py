@@ -64,8 +64,8 @@ def make(folder: Path, told: list[str] | None = None, **more: Any) -> PreparedDa
 
 def ids(dataset: PreparedDataset) -> dict[Any, list[Any]]:
     """Every user's items, by the ids that people see."""
-    items = dataset.item_ids.to_pylist()
-    users = enumerate(dataset.user_ids.to_pylist())
+    items = list(dataset.item_ids)
+    users = enumerate(list(dataset.user_ids))
     return {user: [items[row] for row in dataset.sequence(at)] for at, user in users}
 
 
@@ -75,9 +75,9 @@ def test_twelve_rows_by_hand(tmp_path: Path) -> None:
     dataset = make(tmp_path, told)
     # u2 met a and b at once: tie("u2", "b") = 816752540 < tie("u2", "a") = 1526490818
     assert ids(dataset) == {"u1": ["a", "b", "c", "d"], "u2": ["b", "a", "c"]}
-    assert dataset.item_ids.to_pylist() == ["a", "b", "c", "d", "e"]
-    assert dataset.titles == ["Red shoes", "Blue shoes", "untitled item", "Green hat", "Never met"]
-    assert dataset.texts == ["Acme, 1999", "2001", "Acme", "", ""]
+    assert list(dataset.item_ids) == ["a", "b", "c", "d", "e"]
+    assert list(dataset.titles) == ["Red shoes", "Blue shoes", "untitled item", "Green hat", "Never met"]
+    assert list(dataset.texts) == ["Acme, 1999", "2001", "Acme", "", ""]
     assert (dataset.train_length_U.tolist(), dataset.validation_U.tolist()) == ([2, 1], [2, 1])
     assert dataset.test_U.tolist() == [3, 2]
     assert dataset.train_counts_N.tolist() == [1, 2, 0, 0, 0]
@@ -149,8 +149,8 @@ def test_integer_ids_stay_integers_sort_as_numbers_and_match_whatever_their_type
     )
     for suffix in ("parquet", "csv", "jsonl"):
         dataset = make(tmp_path, log=f"log.{suffix}")
-        assert dataset.user_ids.to_pylist() == [9, 10]
-        assert dataset.item_ids.to_pylist() == [3, 20, 100, 500]
+        assert list(dataset.user_ids) == [9, 10]
+        assert list(dataset.item_ids) == [3, 20, 100, 500]
         assert ids(dataset) == {9: [3, 20, 100, 500], 10: [3, 20, 100, 500]}
 
 
@@ -160,7 +160,7 @@ def test_one_item_id_that_is_no_integer_makes_them_all_text_and_zeros_are_kept(t
     write(tmp_path, log, items)
     dataset = make(tmp_path)
     assert ids(dataset) == {"u": names}
-    assert dataset.item_ids.to_pylist() == ["007", "10", "7", "8"]
+    assert list(dataset.item_ids) == ["007", "10", "7", "8"]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_k_core_goes_on_until_nothing_changes(tmp_path: Path) -> None:
     log += [("u1", "c", 9), ("u3", "c", 1), ("u3", "a", 2), ("u3", "g", 3)]
     write(tmp_path, log, [(name, name, "", "") for name in "abcdefg"])
     dataset = make(tmp_path, min_item_interactions=2)
-    assert dataset.item_ids.to_pylist() == ["a", "b", "e", "f"]
+    assert list(dataset.item_ids) == ["a", "b", "e", "f"]
     assert ids(dataset) == {user: ["a", "b", "e", "f"] for user in ("u1", "u2", "u4")}
     rounds = [(step["step"], step["interactions_after"]) for step in dataset.manifest["steps"][5:]]
     item, user = "min_item_interactions", "min_user_interactions"
@@ -258,9 +258,10 @@ def test_the_same_input_gives_the_same_artefact_and_a_stage_can_ask_whether_it_i
     write(tmp_path)
     config = configure(tmp_path)
     first = make(tmp_path).hash
-    bytes_of = {path.name: path.read_bytes() for path in (tmp_path / "out" / "prepare").iterdir()}
+    written = [path for path in (tmp_path / "out" / "prepare").rglob("*") if path.is_file()]
+    bytes_of = {path: path.read_bytes() for path in written}
     assert make(tmp_path).hash == first
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "prepare").iterdir()} == bytes_of
+    assert {path: path.read_bytes() for path in written} == bytes_of
     stage = run_of(config, tmp_path / "out", seed=1).stage("prepare")
     assert not stage.make()
     write(tmp_path, LOG[:-1])

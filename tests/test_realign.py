@@ -65,7 +65,7 @@ def test_another_number_of_dimensions_takes_a_regression():
 
 def test_the_same_model_in_another_space_recommends_the_same(run, recommender, tmp_path):
     """Rows are another dataset's: in another order, without one item."""
-    ids, order = run.dataset.item_ids.to_pylist(), np.random.default_rng(1).permutation(run.dataset.n_items)[1:]
+    ids, order = list(run.dataset.item_ids), np.random.default_rng(1).permutation(run.dataset.n_items)[1:]
     models = {}
     for name, source in recommender.bundle.sources.items():
         turned = rotated(source, 3, 2.5)
@@ -114,7 +114,7 @@ def test_a_retrained_model_is_taken_over(run, recommender, tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_refused_and_nothing_is_left(run, recommender, tmp_path):
-    ids = run.dataset.item_ids.to_pylist()
+    ids = list(run.dataset.item_ids)
     sources = recommender.bundle.sources
     noisy = {name: NewModel(rotated(source, 3, 1.0, noise=50.0), ids) for name, source in sources.items()}
     with pytest.raises(UserError, match="explains") as error:

@@ -121,7 +121,7 @@ def test_recommendations_are_new_best_first_and_have_ids_titles_and_scores(run, 
     assert len(best) == 5
     assert not {one.item for one in best} & set(history[0])
     assert [one.score for one in best] == sorted((one.score for one in best), reverse=True)
-    titles = dict(zip(run.dataset.item_ids.to_pylist(), run.dataset.titles, strict=True))
+    titles = dict(zip(run.dataset.item_ids, run.dataset.titles, strict=True))
     assert all(one.title == titles[one.item] for one in best)
 
 
@@ -144,7 +144,7 @@ def test_unknown_items_are_passed_over_and_counted(recommender):
 
 def test_an_empty_history_may_be_ranked_by_popularity(run, recommender):
     (best,) = recommender.recommend([["no such item"]], k=3, popular_if_empty=True)
-    counts = dict(zip(run.dataset.item_ids.to_pylist(), run.dataset.train_counts_N.tolist(), strict=True))
+    counts = dict(zip(run.dataset.item_ids, run.dataset.train_counts_N.tolist(), strict=True))
     assert [counts[one.item] for one in best] == sorted(counts.values(), reverse=True)[:3]
 
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_asked_is_named(recommender, asked, message):
 
 
 def test_any_number_of_users_together_are_served_as_each_alone(run, recommender):
-    everyone = histories(run, list(map(str, run.dataset.user_ids.to_pylist())))[:20]
+    everyone = histories(run, list(map(str, run.dataset.user_ids)))[:20]
     together = recommender.recommend(everyone, k=5)
     for history, items in zip(everyone, together, strict=True):
         alone = recommender.recommend([history], k=5)[0]

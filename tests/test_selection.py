@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,13 +14,15 @@ from hypothesis import strategies as st
 from rarec.config.logs import Prepare
 from rarec.config.schema import Shards
 from rarec.data.dataset import PreparedDataset
-from rarec.data.selection.sampling import Buckets, Selection, draw_evenly, select_samples
+from rarec.data.selection.buckets import Buckets, Drawing, even_shares
+from rarec.data.selection.sampling import Selection, select_samples
 from rarec.data.selection.title_words import TitleWords, split_words
 from rarec.errors import UserError
 from tests.datasets import prepare_dataset
 from tests.synthetic import write_log
 from tests.test_readers import write_table
 
+Ints = npt.NDArray[np.int64]
 TITLES = {
     "a": "The Red Lamp",
     "b": "A lamp, of course!",
@@ -109,7 +112,7 @@ def test_sharing_a_word_is_what_sets_say(titles: list[list[str]], lengths: list[
 
 def test_denoise_in_parts_is_denoise_at_once(synthetic: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pairs(select_samples(synthetic, Shards(denoise=True), seed=0))
-    monkeypatch.setattr("rarec.data.selection.sampling.USERS_AT_A_TIME", 7)
+    monkeypatch.setattr("rarec.data.selection.sampling.AT_A_TIME", 50)
     assert pairs(select_samples(synthetic, Shards(denoise=True), seed=0)) == whole
     assert 0 < len(whole) < synthetic.manifest["counts"]["training_samples"]
 
@@ -127,21 +130,38 @@ def test_buckets_hold_equally_many_and_equal_numbers_share_one() -> None:
 def test_an_even_draw_fills_the_buckets_alike_until_they_are_exhausted(
     sizes: list[int], wanted: int, seed: int
 ) -> None:
-    buckets = np.repeat(np.arange(len(sizes)), sizes)
-    drawn = draw_evenly(buckets, wanted, np.random.default_rng(seed))
-    assert len(set(drawn.tolist())) == len(drawn) == min(wanted, len(buckets))
-    counts = np.bincount(buckets[drawn], minlength=len(sizes))
-    fullest = counts.max(initial=0)
-    assert all(count == size or count >= fullest - 1 for count, size in zip(counts.tolist(), sizes, strict=True))
+    shares = even_shares(np.array(sizes), wanted, np.random.default_rng(seed))
+    assert shares.sum() == min(wanted, sum(sizes))
+    assert all(share == size or share >= shares.max() - 1 for share, size in zip(shares, sizes, strict=True))
+    assert (shares <= sizes).all()
 
 
-def test_every_sample_and_every_bucket_has_its_chance() -> None:
-    buckets = np.repeat([0, 1, 2], [2, 10, 10])
-    drawn = [draw_evenly(buckets, 4, np.random.default_rng(seed)) for seed in range(400)]
-    counts = np.bincount(np.concatenate(drawn), minlength=22) / 400
+def draw_from(groups: Ints, wanted: Ints, blocks: int, seed: int) -> Ints:
+    rng = np.random.default_rng(seed)
+    drawing = Drawing(np.bincount(groups[groups >= 0], minlength=len(wanted)), wanted, rng)
+    parts = np.array_split(np.arange(len(groups)), blocks)
+    return np.concatenate([part[0] + drawing.draw(groups[part]) for part in parts])
+
+
+@given(groups=st.lists(st.integers(-1, 2), min_size=8, max_size=40), blocks=st.integers(1, 8), seed=st.integers(0, 99))
+def test_what_passes_by_is_drawn_once_and_as_often_as_wanted(groups: list[int], blocks: int, seed: int) -> None:
+    of, wanted = np.array(groups), np.array([0, 3, 99])
+    drawn = draw_from(of, wanted, blocks, seed)
+    assert sorted(set(drawn.tolist())) == drawn.tolist()
+    there = np.bincount(of[of >= 0], minlength=3)
+    assert np.bincount(of[drawn], minlength=3).tolist() == np.minimum(wanted, there).tolist()
+
+
+def test_each_of_a_group_has_the_same_chance_in_every_block() -> None:
+    groups = np.zeros(12, np.int64)
+    drawn = [draw_from(groups, np.array([4]), 3, seed) for seed in range(900)]
+    assert np.bincount(np.concatenate(drawn), minlength=12) / 900 == pytest.approx([1 / 3] * 12, abs=0.06)
+
+
+def test_which_bucket_gives_one_more_is_random() -> None:
+    shares = [even_shares(np.array([2, 10, 10]), 4, np.random.default_rng(seed)) for seed in range(600)]
     # four of three buckets: one each, and one more from any of them
-    assert counts[:2] == pytest.approx([2 / 3] * 2, abs=0.1)
-    assert counts[2:] == pytest.approx([2 / 15] * 20, abs=0.08)
+    assert np.mean(shares, axis=0) == pytest.approx([4 / 3] * 3, abs=0.07)
 
 
 @pytest.mark.parametrize("choice", [{}, {"diversify": True}, {"denoise": True}, {"denoise": True, "diversify": True}])

@@ -8,7 +8,7 @@ import pytest
 
 from rarec.artefacts import MANIFEST, read_manifest, write_sealed
 from rarec.config import RunConfig
-from rarec.directories import MARKER
+from rarec.directories import CHECKED, MARKER
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json, write_json
 from rarec.stages.run import Run
@@ -88,7 +88,7 @@ def stop(directory: Path) -> None:
 
 
 def everything(root: Path) -> set[str]:
-    hidden = (".lock", ".begun.json")
+    hidden = (".lock", ".begun.json", CHECKED)
     return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.endswith(hidden)}
 
 

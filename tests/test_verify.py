@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -262,6 +263,14 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def saved(array: npt.NDArray[np.generic]) -> Callable[[Path], None]:
+    return lambda path: np.save(path, array)
+
+
+def rewritten_as(kind: type) -> Callable[[Path], None]:
+    return lambda path: np.save(path, np.load(path).astype(kind))
+
+
 def rewritten(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
     return lambda path: pq.write_table(change(pq.read_table(path)), path)
 
@@ -278,6 +287,12 @@ TABLES: list[tuple[str, Callable[[Path], object]]] = [
     ("users.parquet", rewritten(lambda table: table.drop_columns("start"))),
     ("items.parquet", rewritten(lambda table: table.drop_columns("title"))),
     ("interactions.parquet", rewritten(as_floats)),
+    ("columns/users.start.npy", truncate),
+    ("columns/users.length.npy", saved(np.zeros(3, np.int32))),
+    ("columns/users.test.npy", rewritten_as(np.int64)),
+    ("columns/items.title.arrow", truncate),
+    ("columns/items.title.arrow", lambda path: path.write_bytes(path.with_name("items.item_id.arrow").read_bytes())),
+    ("columns/interactions.item_row.npy", Path.unlink),
 ]
 
 

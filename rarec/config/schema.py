@@ -46,6 +46,9 @@ class RunSection(Section):
     shared: Folder | None = None
     """Folder of prepared data, ID vectors and shards that several runs share, each under a digest of the settings that
     shape it. The first run that needs one builds it. By default each run has its own."""
+    memory_gb: Rate = 4.0
+    """Size of the largest table of the catalogue that a stage holds in memory, in GB, such as item vectors or states. A
+    larger one is kept in a file of `run.dir` while it is needed. (DuckDB has `prepare.memory`.)"""
     seed: Seed = 17
     """Seed of every random choice; each stage derives its own random stream from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,24 +1,24 @@
-"""Open a prepared dataset as plain arrays.
+"""Open a prepared dataset as plain arrays and columns, all of them memory-mapped.
 
 Shape letters: U users, N items, I interactions, S samples or targets.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from rarec.artefacts import read_manifest
+from rarec.artefacts import check_files, read_manifest
 from rarec.data import tables
-from rarec.errors import UserError
-from rarec.files import sha256_file
+from rarec.data.columns import Column, TableColumns
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+BLOCK = 1 << 22
+"""Interactions of a block of users."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class PreparedDataset:
     directory: Path
     manifest: Mapping[str, Any]
     hash: str
-    user_ids: pa.Array
-    item_ids: pa.Array
-    titles: list[str]
-    texts: list[str]
+    user_ids: Column[int | str]
+    item_ids: Column[int | str]
+    titles: Column[str]
+    texts: Column[str]
     train_counts_N: Int64
     starts_U: Int64
     lengths_U: Int32
@@ -74,7 +74,7 @@ class PreparedDataset:
 
     @classmethod
     def open(cls, directory: Path) -> "PreparedDataset":
-        """Read a prepared dataset and check every file against the manifest.
+        """Map a prepared dataset into memory, and check every file against the manifest.
 
         Args:
             directory: directory of the artefact.
@@ -83,29 +83,26 @@ class PreparedDataset:
             UserError: the dataset is missing, has another kind or schema, or a file differs from what was written.
         """
         manifest = read_manifest(directory, "prepare")
-        for name, digest in manifest["files"].items():
-            path = directory / name
-            if not path.exists() or sha256_file(path) != digest:
-                raise UserError(
-                    f"{path} was changed after it was written (sha256 differs)",
-                    "rebuild it: rarec prepare CONFIG --fresh",
-                )
-        users, items, interactions = _tables(directory)
+        check_files(directory, manifest, remember=True)
+        orders = map(tables.interactions_schema, ("time", "position"))
+        users = TableColumns(directory, tables.USERS, list(map(tables.users_schema, tables.ID_TYPES)))
+        items = TableColumns(directory, tables.ITEMS, list(map(tables.items_schema, tables.ID_TYPES)))
+        interactions = TableColumns(directory, tables.INTERACTIONS, list(orders))
         return cls(
             directory=directory,
             manifest=manifest,
             hash=manifest["hash"],
-            user_ids=users["user_id"].combine_chunks(),
-            item_ids=items["item_id"].combine_chunks(),
-            titles=items["title"].to_pylist(),
-            texts=items["text"].to_pylist(),
-            train_counts_N=items["train_count"].to_numpy(),
-            starts_U=users["start"].to_numpy(),
-            lengths_U=users["length"].to_numpy(),
-            train_length_U=users["train_length"].to_numpy(),
-            validation_U=users["validation"].to_numpy(),
-            test_U=users["test"].to_numpy(),
-            item_rows_I=interactions["item_row"].to_numpy(),
+            user_ids=users.texts("user_id"),
+            item_ids=items.texts("item_id"),
+            titles=items.texts("title"),
+            texts=items.texts("text"),
+            train_counts_N=items.numbers("train_count"),
+            starts_U=users.numbers("start"),
+            lengths_U=users.numbers("length"),
+            train_length_U=users.numbers("train_length"),
+            validation_U=users.numbers("validation"),
+            test_U=users.numbers("test"),
+            item_rows_I=interactions.numbers("item_row"),
         )
 
     @property
@@ -156,6 +153,16 @@ class PreparedDataset:
         counts_N = np.bincount(self.item_rows_I[trains_I], minlength=self.n_items)
         return replace(self, train_length_U=train_length_U, train_counts_N=counts_N)
 
+    def user_blocks(self, interactions: int = BLOCK) -> Iterator[slice]:
+        """Yield all users in runs with at most so many interactions, or of one user: it bounds the memory of a pass."""
+        start = 0
+        while start < self.n_users:
+            end, stop = self.starts_U[start] + interactions, self.n_users
+            if end < len(self.item_rows_I):
+                stop = max(int(np.searchsorted(self.starts_U, end, side="right")) - 1, start + 1)
+            yield slice(start, stop)
+            start = stop
+
     def sequence(self, user_row: int) -> Int32:
         """Return the item rows of all interactions of a user, oldest first, as a view."""
         start = int(self.starts_U[user_row])
@@ -165,12 +172,17 @@ class PreparedDataset:
         """Return the item rows before `position` in the user's sequence, oldest first, as a view."""
         return self.sequence(user_row)[:position]
 
-    def training_samples(self) -> tuple[Int32, Int32]:
-        """Return all training positions with a history: (user_rows_S, positions_S), sorted by user, then position."""
-        counts_U = np.maximum(self.train_length_U - 1, 0)
-        user_rows_S = np.repeat(np.arange(self.n_users, dtype=np.int32), counts_U)
-        before_U = np.cumsum(counts_U, dtype=np.int64) - counts_U
-        positions_S = np.arange(len(user_rows_S)) - np.repeat(before_U, counts_U) + 1
+    def training_samples(self, users: slice = slice(None)) -> tuple[Int32, Int32]:
+        """Return the training positions with a history, of all users or of some that stand in a row.
+
+        Returns:
+            user_rows_S, positions_S: sorted by user, then position.
+        """
+        rows_u = np.arange(self.n_users, dtype=np.int32)[users]
+        counts_u = np.maximum(self.train_length_U[users] - 1, 0)
+        user_rows_S = np.repeat(rows_u, counts_u)
+        before_u = np.cumsum(counts_u, dtype=np.int64) - counts_u
+        positions_S = np.arange(len(user_rows_S)) - np.repeat(before_u, counts_u) + 1
         return user_rows_S, positions_S.astype(np.int32)
 
     def items_at(self, user_rows: Int32, positions: Int32) -> Int32:
@@ -192,15 +204,3 @@ class PreparedDataset:
             user_rows = np.sort(np.random.default_rng(seed).choice(user_rows, limit, replace=False))
         positions = positions_U[user_rows]
         return EvalTargets(user_rows, positions, self.items_at(user_rows, positions))
-
-
-def _tables(directory: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Read users, items, and the item column of the interactions."""
-    users = [tables.users_schema(kind) for kind in tables.ID_TYPES]
-    items = [tables.items_schema(kind) for kind in tables.ID_TYPES]
-    interactions = [tables.interactions_schema(order) for order in ("time", "position")]
-    return (
-        tables.read_rows(directory / tables.USERS, users, users[0].names),
-        tables.read_rows(directory / tables.ITEMS, items, items[0].names),
-        tables.read_rows(directory / tables.INTERACTIONS, interactions, ["item_row"]),
-    )

@@ -1,6 +1,6 @@
 """Schemas of the prepared tables, and Parquet files whose bytes depend on the rows alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ibis.expr.types as ir
@@ -14,6 +14,7 @@ ROW_GROUP = 1 << 17
 
 ITEMS, USERS, INTERACTIONS = "items.parquet", "users.parquet", "interactions.parquet"
 ID_TYPES = (pa.int64(), pa.string())
+REBUILD = "rebuild it: rarec prepare CONFIG --fresh"
 
 
 def id_type(column: ir.Column) -> pa.DataType:
@@ -66,24 +67,24 @@ def write_rows(rows: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema) ->
     return total
 
 
-def read_rows(path: Path, schemas: list[pa.Schema], columns: list[str]) -> pa.Table:
-    """Read columns of a table.
+def table_shape(path: Path, schemas: Sequence[pa.Schema]) -> tuple[int, pa.Schema]:
+    """Return the number of rows of a table, and its schema.
 
     Args:
-        path: Parquet file.
-        schemas: the schemas that the file may have.
-        columns: columns to read.
+        path: Parquet file; only its end is read.
+        schemas: the schemas that it may have.
 
     Raises:
         UserError: the file has another schema, or is not Parquet.
     """
-    remedy = "rebuild it: rarec prepare CONFIG --fresh"
     try:
-        if pq.read_schema(path) not in schemas:
-            raise UserError(f"{path} does not have the columns {', '.join(schemas[0].names)}, or their types", remedy)
-        return read_columns(path, columns)
+        with pq.ParquetFile(path) as file:
+            rows, schema = file.metadata.num_rows, file.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}", remedy) from None
+        raise UserError(f"{path} cannot be read: {error}", REBUILD) from None
+    if schema not in schemas:
+        raise UserError(f"{path} does not have the columns {', '.join(schemas[0].names)}, or their types", REBUILD)
+    return rows, schema
 
 
 def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:

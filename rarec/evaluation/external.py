@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from rarec.data.columns import Column
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.evaluation.labels import EXTERNAL
@@ -70,7 +71,7 @@ class TargetUsers:
     """
 
     user_ids: pa.Array
-    item_ids: pa.Array
+    item_ids: Column[int | str]
     targets_U: Rows
     seen: Sequence[Rows]
 
@@ -150,7 +151,7 @@ def _from_ranks(path: Path, table: pa.Table, users: TargetUsers) -> ExternalRank
 def _from_scores(path: Path, table: pa.Table, users: TargetUsers) -> ExternalRanks:
     scores_R, n_items = _numbers(path, table, "score"), len(users.item_ids)
     user_R, unknown_users = _places(path, table, "user", users.user_ids)
-    item_R, unknown_items = _places(path, table, "item", users.item_ids)
+    item_R, unknown_items = _places(path, table, "item", users.item_ids.whole())
     _raise_if_missing(path, user_R, users)
     known = np.flatnonzero((user_R >= 0) & (item_R >= 0))
     user_R, item_R, scores_R = user_R[known], item_R[known], scores_R[known]

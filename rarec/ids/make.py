@@ -105,9 +105,9 @@ def _import_items(name: str, config: Import, dataset: PreparedDataset, aside: Pa
     remedy = "import a vector for every item of the catalogue, remove those items from it, or set "
     remedy += f"`{_field(name, 'missing')}: fallback`"
     gaps = config.missing == "fallback"
-    left_out, lacking = items.write_aligned(aside / ITEMS_FILE, dataset.item_ids, "item", remedy, gaps=gaps)
+    left_out, lacking = items.write_aligned(aside / ITEMS_FILE, dataset.item_ids.whole(), "item", remedy, gaps=gaps)
     if lacking.size and not gaps:
-        first = dataset.item_ids[int(lacking[0])].as_py()
+        first = dataset.item_ids[int(lacking[0])]
         of = f"{lacking.size} of {dataset.n_items} items (first: {first!r})"
         raise UserError(f"{config.items}: the vectors of {of} are zero, which means that they have none", remedy)
     if lacking.size:
@@ -127,5 +127,5 @@ def _import_users(name: str, config: Import, dataset: PreparedDataset, aside: Pa
         )
     remedy = "import a vector for every user, or leave `users` out: a rule makes user vectors from the history"
     table = Vectors(path, rows, table.ids)
-    left_out, _ = table.write_aligned(aside / USERS_FILE, dataset.user_ids, "user", remedy)
+    left_out, _ = table.write_aligned(aside / USERS_FILE, dataset.user_ids.whole(), "user", remedy)
     return left_out

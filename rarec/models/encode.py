@@ -15,12 +15,15 @@ from rarec.ids.source import Source
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import AT_TITLES, Encoded, PromptPair, by_length, lay_out
+from rarec.room import IN_MEMORY, Room
 from rarec.world import SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
 Vectors = Mapping[str, npt.NDArray[np.floating]]
 """For each source, the vectors of some users or items (B, K, E)."""
+ITEMS_AT_A_TIME, STATES_AT_A_TIME = 1 << 16, 1 << 12
+"""Items whose prompts are held at a time: to encode them, and for their states of several blocks."""
 Split = Callable[[list[list[int]]], Iterator[tuple[bool, list[int]]]]
 """Splits chunks, each a list of prompts, among the ranks: a method of `World`."""
 
@@ -74,12 +77,15 @@ def title_vectors(prompts: Sequence[Encoded], pair: PromptPair, sources: Mapping
 class Encoder:
     """Encodes users and items with one model. Memory depends on the chunk, not on the number of users or items.
 
+    Vectors of the whole catalogue are kept where there is room.
+
     Args:
         model: the two towers.
         prompts: the prompts over the catalogue's titles.
         sources: every source by name.
         batch_size: prompts in a chunk.
         world: the ranks that encode together. The chunks do not depend on their number; each encodes a share.
+        room: for the vectors of the catalogue.
     """
 
     def __init__(
@@ -89,16 +95,27 @@ class Encoder:
         sources: Mapping[str, Source],
         batch_size: int,
         world: World = SINGLE,
+        room: Room = IN_MEMORY,
     ) -> None:
         self.model, self.prompts, self.sources = model, prompts, sources
-        self.batch_size, self.world = batch_size, world
+        self.batch_size, self.world, self.room = batch_size, world, room
 
     def items(self, rows: Rows | None = None) -> Float32:
         """Return item vectors (N, Z), of the whole catalogue or of these rows; every rank gets all of them."""
         rows = np.arange(len(self.prompts.titles)) if rows is None else rows
-        encoded = [self.prompts.item(int(row)) for row in rows]
-        vectors = {name: source.items_NE[rows][:, None] for name, source in self.sources.items()}
-        return self._encode("item", self.model.item, encoded, vectors)
+        result: Float32 | None = None
+        for start in range(0, len(rows), ITEMS_AT_A_TIME):
+            part = rows[start : start + ITEMS_AT_A_TIME]
+            encoded = [self.prompts.item(int(row)) for row in part]
+            vectors = {name: source.items_NE[part][:, None] for name, source in self.sources.items()}
+            vectors_BZ = self._encode("item", self.model.item, encoded, vectors)
+            if len(part) == len(rows):
+                return vectors_BZ
+            result = self.room.zeros((len(rows), vectors_BZ.shape[1]), np.float32) if result is None else result
+            result[start : start + len(part)] = vectors_BZ
+        if result is None:
+            raise ValueError("nothing to encode")
+        return result
 
     def users(self, rows: Rows, histories: Sequence[Rows]) -> Float32:
         """Return user vectors (B, Z) after these histories (item rows, oldest first); every rank gets all of them."""

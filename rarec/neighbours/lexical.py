@@ -3,7 +3,7 @@
 Shape letters: N catalogue, C items of a block, M neighbours kept, A added items.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,12 @@ BLOCK = 1 << 22
 """Number of scores held at a time."""
 
 
-def plain_texts(titles: Sequence[str], texts: Sequence[str], untitled: str) -> list[str]:
-    """Return the words of items; `untitled` stands for a missing title, and is none of them."""
-    return [f"{title} {text}".replace(untitled, "") for title, text in zip(titles, texts, strict=True)]
+def plain_texts(titles: Iterable[str], texts: Iterable[str], untitled: str) -> Iterator[str]:
+    """Yield the words of items; `untitled` stands for a missing title, and is none of them."""
+    return (f"{title} {text}".replace(untitled, "") for title, text in zip(titles, texts, strict=True))
 
 
-def lexical(texts: Sequence[str], top: int) -> Iterator[pa.RecordBatch]:
+def lexical(texts: Iterable[str], top: int) -> Iterator[pa.RecordBatch]:
     """Yield the neighbour table of items whose texts share words.
 
     Words are case-folded; a word's weight is `(1 + log count) * (1 + log((1 + N) / (1 + items with it)))`.
@@ -49,7 +49,7 @@ class Words:
         top: M.
     """
 
-    def __init__(self, texts: Sequence[str], table_NN: sparse.csr_matrix, top: int) -> None:
+    def __init__(self, texts: Iterable[str], table_NN: sparse.csr_matrix, top: int) -> None:
         self._top, self._vectoriser = top, _vectoriser()
         try:
             self._old = self._vectoriser.fit_transform(texts)

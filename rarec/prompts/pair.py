@@ -13,6 +13,8 @@ from rarec.prompts.hybrid import Encoded, HybridPrompt, Marks, TemplatePart, at_
 from rarec.prompts.tokens import TextTokenizer
 
 Int32 = npt.NDArray[np.int32]
+PIECES = 1 << 18
+"""Titles whose tokens are kept, at most."""
 FIELDS = {"user": ["history"], "item": ["title", "text"]}
 """Fields of each side's template."""
 
@@ -43,7 +45,7 @@ class Frame:
 
 
 class PromptPair:
-    """User and item prompts of a catalogue; each title is tokenised once.
+    """User and item prompts of a catalogue; the tokens of titles are kept.
 
     Args:
         config: the templates and their limits.
@@ -184,6 +186,8 @@ class PromptPair:
     def _piece(self, item: int, first: bool) -> _Piece:
         """Return an item of a history; all but the first start with the separator."""
         if (item, first) not in self._pieces:
+            if len(self._pieces) >= PIECES:  # rarely, and then those that are needed come back soon
+                self._pieces.clear()
             tokens = [self.tokenizer("") if first else self._separator]
             marks: dict[str, int] = {}
             for part in self._title_parts[first]:

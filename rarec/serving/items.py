@@ -197,7 +197,7 @@ def _batch(table_NN: sparse.csr_matrix) -> pa.RecordBatch:
 
 
 def _lexical_pairs(bundle: Bundle, added: Catalogue) -> list[pa.RecordBatch]:
-    new = plain_texts(added.titles, added.texts, bundle.facts["tables"]["items"]["untitled"])
+    new = list(plain_texts(added.titles, added.texts, bundle.facts["tables"]["items"]["untitled"]))
     return list(words_of(bundle).added(new))
 
 

@@ -44,7 +44,7 @@ class Evaluator:
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
         self.validation = EvalBatch.of(dataset, validation).keeping_chunks()
         users = TargetUsers(
-            dataset.user_ids.take(pa.array(self.test.user_rows)),
+            dataset.user_ids.take(self.test.user_rows),
             dataset.item_ids,
             self.test.targets,
             self.test.histories,
@@ -167,14 +167,13 @@ class Evaluator:
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.run.config.evaluate.batch_size
-        encoder = Encoder(model, self.run.prompts, sources, batch_size, self.run.world)
+        encoder = Encoder(model, self.run.prompts, sources, batch_size, self.run.world, self.run.room)
         return VectorRanker(encoder.items(), encoder.users)
 
 
 def write_ranks(path: Path, run: Run, test: EvalBatch, ranks: Ranks) -> None:
     """Write one row for each test user and variant: ids of user and target, rank. Each variant is a row group."""
-    users = run.dataset.user_ids.take(pa.array(test.user_rows))
-    targets = run.dataset.item_ids.take(pa.array(test.targets))
+    users, targets = run.dataset.user_ids.take(test.user_rows), run.dataset.item_ids.take(test.targets)
     columns = {"variant": pa.string(), "user": users.type, "target": targets.type, "rank": pa.int64()}
     with pq.ParquetWriter(path, pa.schema(columns)) as writer:
         for variant, values in ranks.items():

@@ -27,6 +27,7 @@ class ExportStage(Stage):
 
     name = "export"
     kind = folder = "bundle"
+    remembers = False  # a bundle is copied and taken away
     summary = "Write the bundle to take away: a whole recommender, but for the language model."
 
     def settings(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class ExportStage(Stage):
         from rarec.serving.bundle import Catalogue
 
         dataset = self.run.dataset
-        return Catalogue(dataset.item_ids, dataset.titles, dataset.texts, dataset.train_counts_N)
+        return Catalogue(dataset.item_ids.whole(), list(dataset.titles), list(dataset.texts), dataset.train_counts_N)
 
     def _trained(self, name: str) -> "Trained":
         """Return a trained variant with its vectors of the catalogue, which all ranks compute."""
@@ -121,7 +122,8 @@ class ExportStage(Stage):
         run = self.run
         model = TrainStage(run, name).best_model()
         with run.engine.serving(model):
-            items_NZ = Encoder(model, run.prompts, run.sources, run.config.evaluate.batch_size, run.world).items()
+            batch_size = run.config.evaluate.batch_size
+            items_NZ = Encoder(model, run.prompts, run.sources, batch_size, run.world, run.room).items()
         return Trained(model, run.config.variant(name), items_NZ, run.llm.identity)
 
     def _trained_parameters(self, trained: "Trained | None") -> int:

@@ -3,16 +3,17 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rarec.artefacts import check_files, sha256_json
+from rarec.artefacts import check_files, forget_checks, sha256_json
 from rarec.config import RunConfig, Variant, load_config
 from rarec.config.ids import Ids
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json
 from rarec.inert import inert
+from rarec.room import Room
 from rarec.stages import run_folder
 from rarec.stages.stage import Stage
 from rarec.version import source
@@ -67,12 +68,14 @@ class Run:
         self.file = None if isinstance(config, RunConfig) else config
         self.say = say
 
-    def run(self, stages: Sequence[str] | None = None, *, fresh: bool = False) -> None:
+    def run(self, stages: Sequence[str] | None = None, *, fresh: bool = False, verify: bool = False) -> None:
         """Build the stages that are not finished yet, in their order.
 
         Args:
             stages: names, such as `["prepare", "ids"]`; all of them by default.
             fresh: build them anew. What is there stays until its replacement is whole.
+            verify: read every file of what is finished and compare its hash, also where that was done before and the
+                file has the same size, time and inode.
 
         Raises:
             UserError: a name is unknown, the input is not as it should be, or an artefact was made otherwise.
@@ -84,6 +87,8 @@ class Run:
         for stage in self.all_stages(wanted):  # what is refused is refused now, not after hours of training
             stage.settings()
             stage.check_place(fresh)
+            if verify:
+                self.world.run_on_main(partial(forget_checks, stage.directory))
         for name in wanted:
             self.say(f"\n{name}")
             started = time.monotonic()
@@ -177,6 +182,11 @@ class Run:
     def converted_llm(self) -> Path:
         """The language model as a plain directory, where it comes as a GGUF file."""
         return self.root / "llm"
+
+    @property
+    def room(self) -> Room:
+        """Room for the tables of a stage."""
+        return Room(int(self.config.run.memory_gb * 1e9), self.root)
 
     @property
     def tar_cache(self) -> Path:
@@ -317,7 +327,7 @@ class Run:
         stage = self.stage("evaluate")
         for made_from in stage.inputs().values():
             made_from.require()
-        check_files(stage.directory, stage.require(), names=[name])
+        check_files(stage.directory, stage.require(), names=[name], remember=True)
         return stage.directory / name
 
     def _frame(self, name: str) -> "pd.DataFrame":

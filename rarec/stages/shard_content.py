@@ -16,7 +16,7 @@ from rarec.data.shards.expected import Expected, first_leak
 from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.errors import UserError
 from rarec.files import write_aside, write_json
-from rarec.models.encode import Split, text_states
+from rarec.models.encode import STATES_AT_A_TIME, Split, text_states
 from rarec.prompts import Encoded, slot_names
 from rarec.stages.run import Run
 
@@ -135,9 +135,15 @@ class ShardContent:
         self.run.say(f"text-only states of {len(self.blocks)} blocks: {width / 1e3:.1f} kB a text, {sizes}")
 
     def _item_states(self) -> npt.NDArray[np.floating]:
-        prompts, world = self.run.prompts, self.run.world
-        items = [prompts.item(row) for row in range(self.run.dataset.n_items)]
-        return world.all_reduce_sum_(self._states(items, world.split_in_lockstep))
+        """Return the states of the catalogue, (N, L, D), some items at a time."""
+        run, n_items = self.run, self.run.dataset.n_items
+        shape = (n_items, len(self.blocks), run.llm.backbone.hidden_size)
+        states_NLD = run.room.zeros(shape, run.config.shards.state_dtype)
+        for start in range(0, n_items, STATES_AT_A_TIME):
+            part = slice(start, start + STATES_AT_A_TIME)
+            prompts = [run.prompts.item(row) for row in range(n_items)[part]]
+            states_NLD[part] = run.world.all_reduce_sum_(self._states(prompts, run.world.split_in_lockstep))
+        return states_NLD
 
     def _states(self, prompts: list[Encoded], split: Split) -> npt.NDArray[np.floating]:
         llm, dtype = self.run.llm, self.run.config.shards.state_dtype

@@ -21,6 +21,7 @@ from rarec.artefacts import (
     check_files,
     check_made_from,
     check_settings,
+    note_checks,
     read_manifest,
     read_sealed,
     rebuild,
@@ -96,6 +97,8 @@ class Stage(ABC):
     """Names of the files of a resumable build, `name/` for all in a directory: others of these names are refused."""
     cheap: ClassVar[bool] = False
     """Whether an outdated artefact is rebuilt. Others are refused: what took hours is replaced on request only."""
+    remembers: ClassVar[bool] = True
+    """Whether it is noted in the artefact which of its files were checked; see `check_files`."""
     shareable: ClassVar[bool] = False
     """Whether the artefact is kept in `run.shared`, if the configuration sets that."""
 
@@ -195,7 +198,7 @@ class Stage(ABC):
 
     def check_files(self) -> None:
         """Check every file of the finished artefact against its manifest."""
-        check_files(self.directory, read_manifest(self.directory, self.kind))
+        check_files(self.directory, read_manifest(self.directory, self.kind), remember=self.remembers)
 
     def is_done(self) -> bool:
         """Return whether the artefact is finished as the configuration says, as far as manifests tell."""
@@ -258,7 +261,7 @@ class Stage(ABC):
             return False
         try:
             manifest = world.run_on_all(lambda: self.require(outside=True))
-            world.run_on_main(lambda: check_files(self.directory, manifest, self.remedy))
+            world.run_on_main(lambda: check_files(self.directory, manifest, self.remedy, remember=self.remembers))
         except UserError as error:
             if not self.cheap:
                 raise
@@ -277,7 +280,9 @@ class Stage(ABC):
 
     def _finish(self, directory: Path, identity: Mapping[str, Any], built: Built) -> None:
         sync_directory(directory)  # the manifest must not outlive a power failure that the files do not
-        write_manifest(directory, self.kind, **identity, files=built.files, **built.figures)
+        manifest = write_manifest(directory, self.kind, **identity, files=built.files, **built.figures)
+        if self.remembers:
+            note_checks(directory, manifest)
         self.verify(directory)
 
     @contextmanager

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from rarec.artefacts import check_files
 from rarec.config import Variant
+from rarec.data.columns import map_npy
 from rarec.data.shards.batch_plan import Numbers
-from rarec.data.shards.index import INDEX, map_npy
+from rarec.data.shards.index import INDEX, REPAIR
 from rarec.data.shards.stream import SampleStream
 from rarec.models.build import aligned_blocks, trained_parameters, whole_size
 from rarec.models.encode import Encoder
@@ -49,7 +50,7 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     for each in run.config.variants.values():
         aligned_blocks(run.config, each, len(run.llm.backbone.blocks))
     read_whole = (ITEM_STATES, TARGET_COUNTS, INDEX)  # samples are checked one by one
-    world.run_on_main(lambda: check_files(run.directory("shards"), manifest, names=read_whole))
+    world.run_on_main(lambda: check_files(run.directory("shards"), manifest, names=read_whole, remember=True))
     feed = open_feed(run)
     excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
     stream = open_stream(run, feed, excluded)
@@ -136,7 +137,7 @@ def open_feed(run: Run) -> Feed:
 
 def open_stream(run: Run, feed: Feed, excluded: Numbers) -> SampleStream:
     """Return the stream of training samples without the excluded."""
-    states_NLD = map_npy(run.directory("shards") / ITEM_STATES)
+    states_NLD = map_npy(run.directory("shards") / ITEM_STATES, REPAIR)
     vocabulary = run.llm.backbone.model.get_input_embeddings().num_embeddings
     return feed.stream(excluded, run.dataset.n_items, sample_spec(run, states_NLD.shape[1:], vocabulary))
 
@@ -160,5 +161,5 @@ def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:
     """Return a function that ranks the full catalogue for a fixed subset of validation users with the current model."""
     dataset, config = run.dataset, run.config
     batch = EvalBatch.of(dataset, dataset.targets("validation", config.train.validation_users, config.run.seed))
-    encoder = Encoder(model, run.prompts, run.sources, config.evaluate.batch_size, run.world)
+    encoder = Encoder(model, run.prompts, run.sources, config.evaluate.batch_size, run.world, run.room)
     return lambda: validation_metrics(VectorRanker(encoder.items(), encoder.users).ranks(batch, run.world))

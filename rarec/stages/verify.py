@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from rarec.artefacts import check_made_from, check_settings, read_manifest
+from rarec.data.columns import map_npy
 from rarec.data.shards.checks import Problem, verify_shards
-from rarec.data.shards.index import INDEX, REBUILD, REPAIR, map_npy
+from rarec.data.shards.index import INDEX, REBUILD, REPAIR
 from rarec.data.shards.tar_members import all_finite
 from rarec.data.shards.writing import finish_shards, repair_shards
 from rarec.errors import UserError
@@ -56,7 +57,7 @@ def verify(run: Run, repair: bool = False, deep: bool = False) -> str:
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     beside = {problem.file: problem for problem in _sidecar_problems(parts, directory, manifest)}
     sound = ITEM_STATES not in beside
-    states = map_npy(directory / ITEM_STATES).shape[1:] if sound else (len(manifest["state_blocks"]),)
+    states = map_npy(directory / ITEM_STATES, REPAIR).shape[1:] if sound else (len(manifest["state_blocks"]),)
     problems = verify_shards(directory, manifest, parts.expected(sample_spec(run, states)), threads, deep)
     known = {problem.file for problem in problems}
     problems += [beside[file] for file in beside.keys() - known]
@@ -103,7 +104,7 @@ def _sidecar_problems(parts: ShardContent, directory: Path, manifest: Mapping[st
 
 
 def _item_states(parts: ShardContent, path: Path, manifest: Mapping[str, Any]) -> str | None:
-    states_NLD, wanted = map_npy(path), parts.run.config.shards.state_dtype
+    states_NLD, wanted = map_npy(path, REPAIR), parts.run.config.shards.state_dtype
     shape = (parts.run.dataset.n_items, len(manifest["state_blocks"]))
     if states_NLD.ndim != 3 or states_NLD.shape[:2] != shape or states_NLD.dtype != wanted:
         return f"{states_NLD.dtype} of shape {states_NLD.shape}, not {wanted} of {shape} and a width"
@@ -116,7 +117,7 @@ def _item_states(parts: ShardContent, path: Path, manifest: Mapping[str, Any]) -
 
 
 def _target_counts(parts: ShardContent, path: Path, manifest: Mapping[str, Any]) -> str | None:
-    counts_N, wanted_N = map_npy(path), parts.target_counts_N
+    counts_N, wanted_N = map_npy(path, REPAIR), parts.target_counts_N
     same = counts_N.dtype == wanted_N.dtype and np.array_equal(counts_N, wanted_N)
     return None if same else "differs from the target counts of the selected samples"
 

@@ -1,25 +1,41 @@
 """Verify that no validation or test target, and nothing from the future, can enter training.
 
-Training reads a user's first `train_length` interactions only. This check proves it from the written tables alone.
+Training reads a user's first `train_length` interactions only. This check proves it from the written files alone.
 
-Shape letters: U users, N items, I interactions, T training interactions.
+Shape letters: U users, N items, I interactions; those of a block: u users, i interactions.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from rarec.data import tables
-from rarec.data.dataset import PreparedDataset
+from rarec.data.dataset import Int32, PreparedDataset
 from rarec.errors import UserError
 
-CHUNK = 1 << 24
-"""Interactions processed at a time, which bounds memory on large logs."""
+
+@dataclass(frozen=True)
+class _Block:
+    """Some users, one after the other, with their interactions.
+
+    Attributes:
+        users: their rows.
+        places_i: position of each interaction in its user's sequence.
+        trains_i: whether it is a training interaction: one of the first `train_length`.
+        order_i: its time or position in the log.
+    """
+
+    users: slice
+    places_i: npt.NDArray[np.int64]
+    trains_i: npt.NDArray[np.bool_]
+    order_i: npt.NDArray[np.float64]
 
 
 def check_no_leaks(dataset: PreparedDataset) -> None:
-    """Check that a prepared dataset does not leak.
+    """Check that a prepared dataset does not leak, a block of users at a time.
 
     Raises:
         UserError: a target is in its user's training part, popularity counts more than training interactions, a user's
@@ -28,27 +44,35 @@ def check_no_leaks(dataset: PreparedDataset) -> None:
     if not np.array_equal(dataset.starts_U, np.cumsum(dataset.lengths_U, dtype=np.int64) - dataset.lengths_U):
         raise _leak(f"{tables.USERS}: the slices of users overlap or have gaps")
     _check_targets(dataset)
-    training_I = training_mask(dataset)
     counts_N = np.zeros(dataset.n_items, np.int64)
-    for piece in _chunks(training_I):
-        counts_N += np.bincount(dataset.item_rows_I[piece][training_I[piece]], minlength=dataset.n_items)
+    for block in _blocks(dataset):
+        first = int(dataset.starts_U[block.users.start])
+        items_i = dataset.item_rows_I[first : first + len(block.trains_i)]
+        counts_N += np.bincount(items_i[block.trains_i], minlength=dataset.n_items)
+        _check_order(dataset, block)
+        if dataset.manifest["settings"]["prepare"]["split"]["kind"] == "temporal":
+            _check_windows(dataset, block)
     if not np.array_equal(counts_N, dataset.train_counts_N):
         raise _leak(f"{tables.ITEMS}: train_count is not the number of training interactions")
-    _check_order(dataset, training_I)
 
 
-def training_mask(dataset: PreparedDataset) -> npt.NDArray[np.bool_]:
-    """Return (I,) True for the training interactions: the first `train_length` of each user."""
-    trained = dataset.train_length_U > 0
-    steps_I = np.zeros(len(dataset.item_rows_I) + 1, np.int8)
-    steps_I[dataset.starts_U[trained]] += 1
-    steps_I[(dataset.starts_U + dataset.train_length_U)[trained]] -= 1
-    mask_I: npt.NDArray[np.bool_] = np.cumsum(steps_I[:-1], dtype=np.int8).astype(bool)
-    return mask_I
+def _blocks(dataset: PreparedDataset) -> Iterator[_Block]:
+    orders, pending_i = _order_of(dataset), np.empty(0)
+    for users in dataset.user_blocks():
+        lengths_u = dataset.lengths_U[users].astype(np.int64)
+        places_i = np.arange(lengths_u.sum()) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
+        while len(pending_i) < len(places_i):
+            pending_i = np.concatenate([pending_i, next(orders)])
+        trains_i = places_i < np.repeat(dataset.train_length_U[users], lengths_u)
+        yield _Block(users, places_i, trains_i, pending_i[: len(places_i)])
+        pending_i = pending_i[len(places_i) :]
 
 
-def _chunks(array: npt.NDArray[Any]) -> list[slice]:
-    return [slice(start, start + CHUNK) for start in range(0, len(array), CHUNK)]
+def _order_of(dataset: PreparedDataset) -> Iterator[npt.NDArray[np.float64]]:
+    """Yield the column that orders the interactions, a row group at a time."""
+    with pq.ParquetFile(dataset.directory / tables.INTERACTIONS) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, [dataset.order]).column(0).to_numpy()
 
 
 def _check_targets(dataset: PreparedDataset) -> None:
@@ -63,38 +87,32 @@ def _check_targets(dataset: PreparedDataset) -> None:
         raise _leak(f"user {dataset.user_ids[int(bad[0])]} has a validation target at or after the test target")
 
 
-def _check_order(dataset: PreparedDataset, training_I: npt.NDArray[np.bool_]) -> None:
-    """Check that times do not decrease within a user, and check the windows of a temporal split."""
-    order = dataset.order
-    order_I = tables.read_columns(dataset.directory / tables.INTERACTIONS, [order])[order].to_numpy()
-    first_I = np.zeros(len(order_I), bool)
-    first_I[dataset.starts_U[dataset.lengths_U > 0]] = True
-    for piece in _chunks(order_I):
-        after = slice(piece.start + 1, piece.stop + 1)
-        back = np.flatnonzero((order_I[after] < order_I[piece][: len(order_I[after])]) & ~first_I[after])
-        if back.size:
-            user = int(np.searchsorted(dataset.starts_U, after.start + back[0], side="right")) - 1
-            raise _leak(f"the interactions of user {dataset.user_ids[user]} are not sorted by {order}")
-    if dataset.manifest["settings"]["prepare"]["split"]["kind"] == "temporal":
-        _check_windows(dataset, order_I, training_I)
+def _check_order(dataset: PreparedDataset, block: _Block) -> None:
+    """Check that times do not decrease within a user."""
+    back = np.flatnonzero((block.order_i[1:] < block.order_i[:-1]) & (block.places_i[1:] > 0))
+    if back.size:
+        place = dataset.starts_U[block.users.start] + back[0] + 1
+        user = int(np.searchsorted(dataset.starts_U, place, side="right")) - 1
+        raise _leak(f"the interactions of user {dataset.user_ids[user]} are not sorted by {dataset.order}")
 
 
-def _check_windows(
-    dataset: PreparedDataset, order_I: npt.NDArray[np.float64], training_I: npt.NDArray[np.bool_]
-) -> None:
+def _check_windows(dataset: PreparedDataset, block: _Block) -> None:
     """Check that a temporal split trains before its first cut, validates up to the second, and tests after it."""
     first, second = dataset.manifest["cut_times"]
-    if any((order_I[piece][training_I[piece]] >= first).any() for piece in _chunks(order_I)):
+    if (block.order_i[block.trains_i] >= first).any():
         raise _leak(f"a training interaction is at or after the first cut, {first}")
-    for part, position_U, since, until in (
-        ("validation", dataset.validation_U, first, second),
-        ("test", dataset.test_U, second, np.inf),
-    ):
-        users = np.flatnonzero(position_U >= 0)
-        times = order_I[dataset.starts_U[users] + position_U[users]]
+    starts_u = dataset.starts_U[block.users] - dataset.starts_U[block.users.start]
+    windows: dict[str, tuple[Int32, float, float]] = {
+        "validation": (dataset.validation_U[block.users], first, second),
+        "test": (dataset.test_U[block.users], second, np.inf),
+    }
+    for part, (position_u, since, until) in windows.items():
+        users = np.flatnonzero(position_u >= 0)
+        times = block.order_i[starts_u[users] + position_u[users]]
         outside = users[(times < since) | (times >= until)]
         if outside.size:
-            raise _leak(f"the {part} target of user {dataset.user_ids[int(outside[0])]} is outside its window")
+            user = dataset.user_ids[block.users.start + int(outside[0])]
+            raise _leak(f"the {part} target of user {user} is outside its window")
 
 
 def _leak(problem: str) -> UserError:

@@ -13,6 +13,7 @@ import ibis.expr.types as ir
 
 from rarec.config.logs import Prepare
 from rarec.data import tables
+from rarec.data.columns import write_columns
 from rarec.data.engines import PrepareEngine, compute_value, display_name, open_engine
 from rarec.data.preparation import split, steps
 from rarec.data.preparation.inputs import (
@@ -132,7 +133,7 @@ class _Preparation:
         self.items_location = table_location(config.items, "prepare.items")
 
     def write(self, to: Path) -> dict[str, Any]:
-        """Write the three tables and return the figures for the manifest."""
+        """Write the three tables and their columns; return the figures for the manifest."""
         catalogue = read_catalogue(self.engine, self.config.items, self.items_location, self.say)
         counter, user_codes = self._read()
         item_codes = self._code(counter, catalogue, user_codes)
@@ -144,6 +145,7 @@ class _Preparation:
         users = self.engine.keep("users", users.inner_join(places, "row"))
         counts = self._tables(users, items, catalogue, sequences, to)
         self._check_parts(counts)
+        write_columns(to)
         self.say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
         figures = {"counts": counts, "steps": counter.steps, "catalogue": catalogue.counts}
         return {

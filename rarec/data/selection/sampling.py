@@ -1,8 +1,12 @@
 """Select training samples: denoise, diversify, draw a share, report what was dropped (docs/method.md, section 5 [N]).
 
-Shape letters: S samples, C candidates (after denoising), U users, N items, V values, G buckets of the grid.
+All samples pass by twice, a block of users at a time: they are counted, and then drawn. So memory grows with the kept
+samples alone.
+
+Shape letters: S samples of a block, K kept samples, G buckets.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +15,13 @@ import numpy.typing as npt
 
 from rarec.config.schema import Shards
 from rarec.data.dataset import Int32, Int64, PreparedDataset
+from rarec.data.selection.buckets import Drawing, Grid, Mask, even_shares
 from rarec.data.selection.title_words import TitleWords
 from rarec.errors import UserError
 
-Mask = npt.NDArray[np.bool_]
 EXAMPLES, EXAMPLE_HISTORY = 5, 5
-USERS_AT_A_TIME = 1 << 14
-"""Users denoised at a time, which bounds memory."""
+AT_A_TIME = 1 << 20
+"""Interactions of a block."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Selection:
     otherwise contain few users.
 
     Attributes:
-        user_rows: (S,).
-        positions: (S,) position of the target in the user's sequence.
+        user_rows: (K,).
+        positions: (K,) position of the target in the user's sequence.
         report: counts, drops by reason, buckets before and after, and examples; plain JSON.
     """
 
@@ -54,164 +58,143 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
     Raises:
         UserError: there is no sample, or denoising leaves none.
     """
-    rng = np.random.default_rng([seed, *b"shards"])
-    users_S, positions_S = dataset.training_samples()
-    targets_S = dataset.items_at(users_S, positions_S)
-    titles = TitleWords.of(dataset.titles, dataset.untitled)
-    sharing_S = _sharing(dataset, titles) if config.denoise else np.ones(len(users_S), bool)
-    eligible_S = _eligible(dataset, holdout, users_S, positions_S)
-    candidates_C = np.flatnonzero(sharing_S & eligible_S)
-    _raise_if_empty(users_S, eligible_S, candidates_C)
-    grid = _Grid.of(dataset, config)
-    buckets_S = grid.bucket(users_S, targets_S)
-    wanted = max(1, round(config.share * len(users_S)))
-    drawn = _draw(buckets_S[candidates_C], wanted, config.diversify, rng)
-    chosen = candidates_C[rng.permutation(drawn)]
-    noise = np.flatnonzero(~sharing_S & eligible_S)
-    wordless = int((titles.counts_N[targets_S[noise]] == 0).sum())
-    dropped = {"target_without_words": wordless, "no_shared_word": len(noise) - wordless}
-    dropped["trains_the_id_model"] = int((~eligible_S).sum())
-    report = {
-        "samples": {"all": len(users_S), "after_denoise": len(candidates_C), "wanted": wanted, "kept": len(chosen)},
-        "dropped": {**dropped, "not_drawn": len(candidates_C) - len(chosen)},
-        "buckets": grid.report(all=buckets_S, after_denoise=buckets_S[candidates_C], kept=buckets_S[chosen]),
-        "noise": _examples(dataset, users_S, positions_S, rng.permutation(noise)[:EXAMPLES]),
-    }
-    return Selection(users_S[chosen], positions_S[chosen], report)
-
-
-def _eligible(dataset: PreparedDataset, holdout: float, users_S: Int32, positions_S: Int32) -> Mask:
-    """Return (S,) True for the samples whose target the ID model does not train on."""
-    if not holdout:
-        return np.ones(len(users_S), bool)
-    trained_U = dataset.train_length_U - dataset.held_out_U(holdout)
-    eligible_S: Mask = positions_S >= trained_U[users_S]
-    return eligible_S
-
-
-def _raise_if_empty(users_S: Int32, eligible_S: Mask, candidates_C: Int64) -> None:
-    if not len(users_S):
+    if not (dataset.train_length_U > 1).any():
         raise UserError("no user has two training interactions, so there is no sample", "provide a larger log")
-    if not len(candidates_C):
-        dropped = f"shards.denoise drops all {eligible_S.sum()} training samples"
+    rng = np.random.default_rng([seed, *b"shards"])
+    samples = _Samples(dataset, config, holdout)
+    counts = _Counts.of(samples)
+    if not counts.candidates:
+        dropped = f"shards.denoise drops all {counts.eligible} training samples"
         remedy = "set shards.denoise to false, or set prepare.items.title to a column of words"
         raise UserError(f"{dropped}: no target shares a title word with its history", remedy)
+    wanted = max(1, round(config.share * counts.total))
+    candidates_G = counts.candidates_G if config.diversify else counts.candidates_G.sum(keepdims=True)
+    drawing = Drawing(candidates_G, even_shares(candidates_G, wanted, rng), rng)
+    noise = Drawing(np.array([counts.noise]), np.array([EXAMPLES]), np.random.default_rng([seed, *b"noise"]))
+    kept, kept_G, examples = [], np.zeros_like(counts.all_G), []
+    for block in samples.blocks():
+        candidate_S = block.eligible_S & block.sharing_S
+        drawn = drawing.draw(np.where(candidate_S, block.buckets_S if config.diversify else 0, -1))
+        kept.append((block.users_S[drawn], block.positions_S[drawn]))
+        kept_G += np.bincount(block.buckets_S[drawn], minlength=len(kept_G))
+        shown = noise.draw(np.where(block.eligible_S & ~block.sharing_S, 0, -1))
+        examples += [_example(dataset, int(block.users_S[at]), int(block.positions_S[at])) for at in shown]
+    users_K, positions_K = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    order = rng.permutation(len(users_K))
+    kinds = {"all": counts.all_G, "after_denoise": counts.candidates_G, "kept": kept_G}
+    report = {**counts.report(wanted, len(order)), "buckets": samples.grid.report(**kinds), "noise": examples}
+    return Selection(users_K[order], positions_K[order], report)
 
 
 @dataclass(frozen=True)
-class Buckets:
-    """Values sorted into buckets.
+class _Block:
+    """The samples of some users.
 
     Attributes:
-        of_V: bucket of each value.
-        ranges: smallest and largest value of each bucket; None if it is empty.
+        users_S: rows of their users.
+        positions_S: places of the targets in the users' sequences.
+        targets_S: item rows.
+        buckets_S: buckets of the grid.
+        eligible_S: True where the ID model does not train on the target.
+        sharing_S: True where the target's title shares a word with an earlier one; everywhere without denoising.
     """
 
-    of_V: Int64
-    ranges: list[tuple[int, int] | None]
-
-    @classmethod
-    def equal_frequency(cls, values_V: npt.NDArray[np.integer], count: int) -> "Buckets":
-        """Cut values into buckets of equal size; equal values share a bucket, so some may be empty."""
-        ordered = np.sort(values_V)
-        edges = ordered[np.arange(1, count) * len(ordered) // count]
-        of_V = np.searchsorted(edges, values_V, side="right").astype(np.int64)
-        inside = [values_V[of_V == bucket] for bucket in range(count)]
-        return cls(of_V, [(int(part.min()), int(part.max())) if len(part) else None for part in inside])
+    users_S: Int32
+    positions_S: Int32
+    targets_S: Int32
+    buckets_S: Int64
+    eligible_S: Mask
+    sharing_S: Mask
 
 
-def draw_evenly(buckets_S: Int64, wanted: int, rng: np.random.Generator) -> Int64:
-    """Draw without replacement from the buckets in turn; when a bucket is exhausted, the others continue.
+class _Samples:
+    """All training samples, a block at a time; which share a word is found in the first pass, and kept as bits."""
 
-    The order within a bucket, and the buckets that come first in the last round, are random.
+    def __init__(self, dataset: PreparedDataset, config: Shards, holdout: float) -> None:
+        self._dataset, self._holdout = dataset, holdout
+        self.grid = Grid.of(dataset, config)
+        self.words = TitleWords.of(dataset.titles, dataset.untitled) if config.denoise else None
+        self._sharing: dict[int, npt.NDArray[np.uint8]] = {}
 
-    Args:
-        buckets_S: bucket of each sample.
-        wanted: number of samples to draw; all if there are fewer.
-        rng: random generator of the draw.
+    def blocks(self) -> Iterator[_Block]:
+        dataset = self._dataset
+        trained_U = dataset.train_length_U - dataset.held_out_U(self._holdout)
+        for users in dataset.user_blocks(AT_A_TIME):
+            users_S, positions_S = dataset.training_samples(users)
+            targets_S = dataset.items_at(users_S, positions_S)
+            eligible_S = positions_S >= trained_U[users_S] if self._holdout else np.ones(len(users_S), bool)
+            buckets_S = self.grid.bucket(users_S, targets_S)
+            yield _Block(users_S, positions_S, targets_S, buckets_S, eligible_S, self._sharing_of(users, len(users_S)))
 
-    Returns:
-        Indices into `buckets_S`.
-    """
-    shuffled = rng.permutation(len(buckets_S))
-    by_bucket = shuffled[np.argsort(buckets_S[shuffled], kind="stable")]
-    _, starts, counts = np.unique(buckets_S[by_bucket], return_index=True, return_counts=True)
-    round_S = np.arange(len(by_bucket)) - np.repeat(starts, counts)
-    turns = np.lexsort((rng.random(len(by_bucket)), round_S))
-    drawn: Int64 = by_bucket[turns[:wanted]]
-    return drawn
+    def _sharing_of(self, users: slice, samples: int) -> Mask:
+        if self.words is None:
+            return np.ones(samples, bool)
+        if users.start not in self._sharing:
+            self._sharing[users.start] = np.packbits(self._find_sharing(self.words, users))
+        return np.unpackbits(self._sharing[users.start], count=samples).astype(bool)
 
-
-def _sharing(dataset: PreparedDataset, titles: TitleWords) -> Mask:
-    """Return (S,) True for training samples that share a word with their history, some users at a time."""
-    parts: list[Mask] = []
-    for start in range(0, dataset.n_users, USERS_AT_A_TIME):
-        lengths = dataset.train_length_U[start : start + USERS_AT_A_TIME].astype(np.int64)
-        users = np.repeat(np.arange(start, start + len(lengths)), lengths)
-        positions = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        items = dataset.item_rows_I[dataset.starts_U[users] + positions]
-        parts.append(titles.shared_with_earlier(users, items)[positions > 0])
-    return np.concatenate(parts)
-
-
-def _draw(buckets_C: Int64, wanted: int, evenly: bool, rng: np.random.Generator) -> Int64:
-    """Draw candidates evenly over the buckets, or uniformly as if there were one bucket."""
-    return draw_evenly(buckets_C if evenly else np.zeros_like(buckets_C), wanted, rng)
+    def _find_sharing(self, words: TitleWords, users: slice) -> Mask:
+        dataset = self._dataset
+        lengths_u = dataset.train_length_U[users].astype(np.int64)
+        users_i = np.repeat(np.arange(users.start, users.stop), lengths_u)
+        places_i = np.arange(len(users_i)) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
+        items_i = dataset.item_rows_I[dataset.starts_U[users_i] + places_i]
+        return words.shared_with_earlier(users_i, items_i)[places_i > 0]
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """Equal-frequency buckets of users by training length and of items by training popularity (our choice).
+class _Counts:
+    """What the first pass counts.
 
-    Only users with a sample and items that occur in training are counted.
+    Attributes:
+        all_G: samples in each bucket.
+        candidates_G: those that may be drawn.
+        eligible: samples whose target the ID model does not train on.
+        wordless: of these, the ones that are dropped because the target's title has no words.
     """
 
-    lengths: Buckets
-    popularity: Buckets
-    users_U: Int64
-    items_N: Int64
+    all_G: Int64
+    candidates_G: Int64
+    eligible: int
+    wordless: int
 
     @classmethod
-    def of(cls, dataset: PreparedDataset, config: Shards) -> "_Grid":
-        users, items = dataset.train_length_U > 1, dataset.train_counts_N > 0
-        lengths = Buckets.equal_frequency(dataset.train_length_U[users], config.length_buckets)
-        popularity = Buckets.equal_frequency(dataset.train_counts_N[items], config.popularity_buckets)
-        return cls(lengths, popularity, _spread(lengths.of_V, users), _spread(popularity.of_V, items))
+    def of(cls, samples: _Samples) -> "_Counts":
+        all_G, candidates_G = np.zeros((2, samples.grid.size), np.int64)
+        eligible = wordless = 0
+        for block in samples.blocks():
+            candidate_S = block.eligible_S & block.sharing_S
+            all_G += np.bincount(block.buckets_S, minlength=len(all_G))
+            candidates_G += np.bincount(block.buckets_S[candidate_S], minlength=len(all_G))
+            eligible += int(block.eligible_S.sum())
+            if samples.words is not None:
+                noise = block.targets_S[block.eligible_S & ~block.sharing_S]
+                wordless += int((samples.words.counts_N[noise] == 0).sum())
+        return cls(all_G, candidates_G, eligible, wordless)
 
-    def bucket(self, users_S: Int32, items_S: Int32) -> Int64:
-        """Return the bucket of each sample."""
-        buckets_S: Int64 = self.users_U[users_S] * len(self.popularity.ranges) + self.items_N[items_S]
-        return buckets_S
+    @property
+    def total(self) -> int:
+        return int(self.all_G.sum())
 
-    def report(self, **buckets: Int64) -> list[dict[str, Any]]:
-        """Return one row per non-empty bucket: its ranges, and the number of samples of each kind."""
-        columns, size = len(self.popularity.ranges), len(self.lengths.ranges) * len(self.popularity.ranges)
-        counts = {name: np.bincount(of_S, minlength=size).tolist() for name, of_S in buckets.items()}
-        return [
-            {
-                "history_length": self.lengths.ranges[place // columns],
-                "popularity": self.popularity.ranges[place % columns],
-                **{name: count[place] for name, count in counts.items()},
-            }
-            for place in range(size)
-            if any(count[place] for count in counts.values())
-        ]
+    @property
+    def candidates(self) -> int:
+        return int(self.candidates_G.sum())
 
+    @property
+    def noise(self) -> int:
+        return self.eligible - self.candidates
 
-def _spread(buckets: Int64, where: Mask) -> Int64:
-    """Scatter buckets back to the rows selected by `where`; -1 elsewhere."""
-    rows = np.full(len(where), -1)
-    rows[where] = buckets
-    return rows
+    def report(self, wanted: int, kept: int) -> dict[str, dict[str, int]]:
+        numbers = {"all": self.total, "after_denoise": self.candidates, "wanted": wanted, "kept": kept}
+        dropped = {"target_without_words": self.wordless, "no_shared_word": self.noise - self.wordless}
+        dropped |= {"trains_the_id_model": self.total - self.eligible, "not_drawn": self.candidates - kept}
+        return {"samples": numbers, "dropped": dropped}
 
 
-def _examples(dataset: PreparedDataset, users_S: Int32, positions_S: Int32, rows: Int64) -> list[dict[str, Any]]:
-    """Return a few dropped samples with titles instead of rows."""
-    pairs = [(int(users_S[row]), int(positions_S[row])) for row in rows]
-    return [
-        {
-            "history": [dataset.titles[item] for item in dataset.history(user, position)[-EXAMPLE_HISTORY:]],
-            "target": dataset.titles[dataset.sequence(user)[position]],
-        }
-        for user, position in pairs
-    ]
+def _example(dataset: PreparedDataset, user: int, position: int) -> dict[str, Any]:
+    """Return a dropped sample with titles instead of rows."""
+    history = dataset.history(user, position)[-EXAMPLE_HISTORY:]
+    return {
+        "history": [dataset.titles[int(item)] for item in history],
+        "target": dataset.titles[int(dataset.sequence(user)[position])],
+    }

@@ -4,7 +4,8 @@ Shape letters: N items, W word occurrences over all items, E word occurrences ov
 """
 
 import unicodedata
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,13 +64,16 @@ class TitleWords:
     total: int
 
     @classmethod
-    def of(cls, titles: Sequence[str], untitled: str) -> "TitleWords":
+    def of(cls, titles: Iterable[str], untitled: str) -> "TitleWords":
         """Split titles into words; the placeholder for a missing title has none."""
         numbers: dict[str, int] = {}
-        split = [[] if title == untitled else split_words(title) for title in titles]
-        words_W = np.array([numbers.setdefault(word, len(numbers)) for item in split for word in item], np.int64)
-        counts_N = np.array([len(item) for item in split], np.int64)
-        return cls(np.cumsum(counts_N) - counts_N, counts_N, words_W, len(numbers))
+        words, counts = array("q"), array("q")  # a list of objects would take ten times as much
+        for title in titles:
+            own = [] if title == untitled else split_words(title)
+            words.extend(numbers.setdefault(word, len(numbers)) for word in own)
+            counts.append(len(own))
+        counts_N = np.array(counts, np.int64)
+        return cls(np.cumsum(counts_N) - counts_N, counts_N, np.array(words, np.int64), len(numbers))
 
     def shared_with_earlier(self, user_rows_I: Int64, item_rows_I: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
         """Return (I,) True where a title shares a word with an earlier title of the same user.

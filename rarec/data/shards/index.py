@@ -8,7 +8,6 @@ Shape letters: S samples.
 import hashlib
 import mmap
 import re
-import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.artefacts import MANIFEST
+from rarec.data.columns import map_npy
 from rarec.errors import UserError
 from rarec.files import write_aside
 
@@ -37,9 +37,6 @@ number of text tokens of the user prompt. `digest`: hash of those bytes, see `di
 """
 REPAIR = "repair the damaged files: rarec shards CONFIG --verify --repair"
 REBUILD = "rebuild the shards: rarec shards CONFIG --fresh"
-
-_NO_ARRAY = (OSError, EOFError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, RecursionError)
-"""Exceptions that NumPy raises on malformed headers, besides `tokenize.TokenError`."""
 
 Entries = npt.NDArray[np.void]
 
@@ -94,7 +91,7 @@ def open_index(directory: Path, manifest: Mapping[str, Any]) -> Entries:
         UserError: the manifest's records are malformed, or the index is missing, malformed, or of other shards.
     """
     records, path = shard_records(directory, manifest), directory / INDEX
-    index_S: Entries = map_npy(path)
+    index_S: Entries = map_npy(path, REPAIR)
     if index_S.dtype != ENTRY or index_S.shape != (manifest["samples"],):
         found = f"{index_S.dtype.name} of shape {index_S.shape}"
         raise UserError(f"{path} is not an index of {manifest['samples']} samples but {found}", REPAIR)
@@ -108,21 +105,6 @@ def open_index(directory: Path, manifest: Mapping[str, Any]) -> Entries:
         start += record["samples"]
         release_pages(index_S)
     return index_S
-
-
-def map_npy(path: Path) -> npt.NDArray[Any]:
-    """Map a `.npy` array of numbers; nothing in the file is executed.
-
-    Raises:
-        UserError: the file is missing or is not an array.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing", REPAIR)
-    try:
-        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except (*_NO_ARRAY, tokenize.TokenError) as error:
-        raise UserError(f"{path} cannot be read: {error}", REPAIR) from None
-    return array
 
 
 def split_by_shard(index_S: Entries, records: Sequence[Mapping[str, Any]]) -> list[Entries]:

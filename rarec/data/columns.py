@@ -1,0 +1,189 @@
+"""The prepared tables once more, as columns that are memory-mapped: a dataset of any size opens at once.
+
+A column of numbers is a `.npy` file. Ids and texts are an Arrow file of record batches of `ROW_GROUP` rows. Parquet has
+to be decoded and cannot be mapped; it is what other programs read.
+"""
+
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rarec.data.tables import INTERACTIONS, ITEMS, REBUILD, ROW_GROUP, USERS, table_shape
+from rarec.errors import UserError
+
+T = TypeVar("T", covariant=True)
+Rows = npt.NDArray[np.integer]
+Write = Callable[[pa.Table], object]
+"""Appends rows of one column to a file."""
+
+FOLDER = "columns"
+NUMBERS = {
+    USERS: ("start", "length", "train_length", "validation", "test"),
+    ITEMS: ("train_count",),
+    INTERACTIONS: ("item_row",),
+}
+TEXTS = {USERS: ("user_id",), ITEMS: ("item_id", "title", "text"), INTERACTIONS: ()}
+"""Ids, which may be numbers, and texts."""
+_NO_ARRAY = (OSError, EOFError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, RecursionError)
+"""Exceptions that NumPy raises on malformed headers, besides `tokenize.TokenError`."""
+
+
+class Column(Sequence[T]):
+    """A column of ids or texts; a value is read when it is asked for.
+
+    Args:
+        values: in chunks of `ROW_GROUP` rows, but for the last.
+    """
+
+    def __init__(self, values: pa.ChunkedArray) -> None:
+        self._values = values
+
+    @classmethod
+    def of(cls, values: Sequence[Any] | pa.Array) -> "Column[Any]":
+        """Return a column of values in memory."""
+        whole = values if isinstance(values, pa.Array) else pa.array(values)
+        chunks = [whole.slice(start, ROW_GROUP) for start in range(0, len(whole), ROW_GROUP)]
+        return cls(pa.chunked_array(chunks, whole.type))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, at: int) -> T: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[T]: ...
+
+    def __getitem__(self, at: int | slice) -> T | list[T]:
+        if isinstance(at, slice):
+            return [self[row] for row in range(*at.indices(len(self)))]
+        found: T = self._values[at].as_py()
+        return found
+
+    def __iter__(self) -> Iterator[T]:
+        for chunk in self._values.chunks:
+            yield from chunk.to_pylist()
+
+    def take(self, rows: Rows) -> pa.Array:
+        """Return the values of some rows, in their order."""
+        rows = np.asarray(rows, np.int64)
+        chunks = rows // ROW_GROUP
+        order = np.argsort(chunks, kind="stable")
+        found = [
+            self._values.chunk(int(chunk)).take(pa.array(rows[chunks == chunk] - chunk * ROW_GROUP))
+            for chunk in np.unique(chunks)
+        ]
+        return pa.concat_arrays(found).take(pa.array(np.argsort(order))) if found else self._values.slice(0, 0)
+
+    def whole(self) -> pa.Array:
+        """Return all values as one array in memory."""
+        return self._values.combine_chunks()
+
+
+def write_columns(directory: Path) -> None:
+    """Write the columns of a prepared dataset from its tables, a row group at a time."""
+    (directory / FOLDER).mkdir()
+    for table in (USERS, ITEMS, INTERACTIONS):
+        with pq.ParquetFile(directory / table) as file, ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(opened(_path(directory, table, name), file))
+                for names, opened in ((NUMBERS[table], _numbers), (TEXTS[table], _texts))
+                for name in names
+            }
+            for group in range(file.num_row_groups):
+                rows = file.read_row_group(group, list(writers)).combine_chunks()
+                for name, write in writers.items():
+                    write(rows.select([name]))
+
+
+def _path(directory: Path, table: str, name: str) -> Path:
+    return directory / FOLDER / f"{Path(table).stem}.{name}{'.npy' if name in NUMBERS[table] else '.arrow'}"
+
+
+class TableColumns:
+    """The columns of one table, each checked to be of its type and as long as the table.
+
+    Args:
+        directory: of the prepared dataset.
+        table: file name of the table.
+        schemas: the schemas that it may have.
+
+    Raises:
+        UserError: the table has another schema, or is not Parquet.
+    """
+
+    def __init__(self, directory: Path, table: str, schemas: Sequence[pa.Schema]) -> None:
+        self._directory, self._table = directory, table
+        self._rows, self._schema = table_shape(directory / table, schemas)
+
+    def numbers(self, name: str) -> npt.NDArray[Any]:
+        """Map a column of numbers.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path, kind = _path(self._directory, self._table, name), self._schema.field(name).type.to_pandas_dtype()
+        found = np.asarray(map_npy(path, REBUILD))
+        self._check(path, len(found), found.dtype == kind and found.ndim == 1)
+        return found
+
+    def texts(self, name: str) -> Column[Any]:
+        """Map a column of ids or texts.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = _path(self._directory, self._table, name)
+        try:
+            with pa.memory_map(str(path)) as file:
+                values = pa.ipc.open_file(file).read_all().column(name)
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise UserError(f"{path} is damaged: {error}", REBUILD) from None
+        in_groups = all(len(chunk) == ROW_GROUP for chunk in values.chunks[:-1])
+        self._check(path, len(values), values.type == self._schema.field(name).type and in_groups)
+        return Column(values)
+
+    def _check(self, path: Path, rows: int, fits: bool) -> None:
+        if not fits or rows != self._rows:
+            raise UserError(f"{path} is not the column of {self._rows:,} rows that it should be", REBUILD)
+
+
+def map_npy(path: Path, remedy: str) -> npt.NDArray[Any]:
+    """Map a `.npy` array of numbers; nothing in the file is executed.
+
+    Raises:
+        UserError: the file is missing or is not an array.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing", remedy)
+    try:
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except (*_NO_ARRAY, tokenize.TokenError) as error:
+        raise UserError(f"{path} cannot be read: {error}", remedy) from None
+    return array
+
+
+@contextmanager
+def _numbers(path: Path, source: pq.ParquetFile) -> Iterator[Write]:
+    """Yield what appends rows to a `.npy` file of as many numbers as the table has rows."""
+    name = path.stem.partition(".")[2]
+    kind = np.dtype(source.schema_arrow.field(name).type.to_pandas_dtype())
+    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False}
+    with path.open("wb") as file:  # plain writes: on a full disk, a mapped file would kill the process
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (source.metadata.num_rows,)})
+        yield lambda rows: file.write(rows.column(0).to_numpy().tobytes())
+
+
+@contextmanager
+def _texts(path: Path, source: pq.ParquetFile) -> Iterator[Write]:
+    """Yield what appends rows to an Arrow file, a record batch each time."""
+    name = path.stem.partition(".")[2]
+    with pa.ipc.new_file(str(path), pa.schema([source.schema_arrow.field(name)])) as file:
+        yield file.write_table
