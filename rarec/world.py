@@ -162,7 +162,7 @@ class World:
             if self.size == 1:
                 raise
             error = caught
-        messages = self._exchange("" if error is None else str(error) or type(error).__name__)
+        messages = self.exchange("" if error is None else str(error) or type(error).__name__)
         failed = next((rank for rank, text in enumerate(messages) if text), None)
         if failed is None:
             return result  # type: ignore[return-value]
@@ -185,8 +185,8 @@ class World:
             piece[...] = reduced.cpu().numpy()
         return array
 
-    def _exchange(self, text: str) -> list[str]:
-        """Return every rank's text."""
+    def exchange(self, text: str) -> list[str]:
+        """Return every rank's text, in the order of ranks."""
         if self.size == 1:
             return [text]
         own = torch.frombuffer(bytearray(text.encode(errors="backslashreplace") or b"\0"), dtype=torch.uint8)

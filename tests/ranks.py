@@ -69,6 +69,7 @@ def start(
     scratch: Path,
     deepspeed: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
+    apart: dict[int, list[str]] | None = None,
 ) -> Job:
     """Start a stage on several ranks on this machine's CPU.
 
@@ -82,6 +83,7 @@ def start(
         scratch: directory for a DeepSpeed configuration and the ranks' output.
         deepspeed: changes to the shipped DeepSpeed configuration, in which small parameters are sharded too.
         environment: further environment variables.
+        apart: further overrides of some ranks.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     common = {
@@ -105,7 +107,8 @@ def start(
     processes: list[BaseProcess] = []
     for rank in range(ranks):
         own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
-        arguments = (stage, config, ["run.device=cpu", *overrides], own, fresh, stderr[rank])
+        given = ["run.device=cpu", *overrides, *(apart or {}).get(rank, [])]
+        arguments = (stage, config, given, own, fresh, stderr[rank])
         processes.append(START.Process(target=_run, args=arguments))
     for process in processes:
         process.start()

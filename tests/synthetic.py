@@ -15,8 +15,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -54,13 +58,17 @@ def write_log(directory: Path, users: int = 60, items: int = 40, seed: int = 0) 
 
 
 def tiny_model(kind: str, blocks: int = 2, hidden: int = 32, vocabulary: int = 200, seed: int = 0) -> PreTrainedModel:
-    """A randomly initialised Llama, Qwen3, GPT-2, BERT, or ELECTRA with word embeddings narrower than its blocks."""
+    """A randomly initialised decoder, BERT, or ELECTRA with word embeddings narrower than its blocks."""
     torch.manual_seed(seed)
     common = {"vocab_size": vocabulary, "num_hidden_layers": blocks, "hidden_size": hidden}
     rope = {**common, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 2 * hidden}
     rope["max_position_embeddings"] = 128
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**rope)).eval()
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(**rope, sliding_window=None)).eval()
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**rope)).eval()
     if kind == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**rope, head_dim=hidden // 4)).eval()
     if kind == "gpt2":

@@ -101,6 +101,20 @@ def test_a_loss_that_is_not_finite_is_one_error_on_rank_0(finished, tmp_path):
     assert job.said(1) == ""
 
 
+def test_ranks_that_disagree_on_the_catalogue_are_one_error_on_rank_0(finished, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    arguments = prepared(finished, one)
+    prepared(finished, other)
+    open_run(finished, [f"run.dir={other}", "prepare.min_user_interactions=6"]).make("prepare", fresh=True)
+    elsewhere = {1: [f"run.dir={other}", "prepare.min_user_interactions=6"]}
+    job = start("ids", finished, arguments, scratch=tmp_path, apart=elsewhere)
+    assert job.codes(timeout=60) == [EXIT_CODE] * 2
+    assert "rank 1" in job.said(0)
+    assert "prepare" in job.said(0)
+    assert str(one) in job.said(0)
+    assert not (one / "ids" / "id").exists()
+
+
 def test_what_does_not_train_is_made_by_rank_0(finished, tmp_path):
     """An import and a graph."""
     run = tmp_path / "run"

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rarec.errors import UserError
-from rarec.training.loader import BatchLoader
+from rarec.training.loader import BatchLoader, copied_ahead
 from rarec.world import World
 from tests.processes import all_end, workers_of
 from tests.shards import open_stream, write_shards
@@ -216,3 +216,25 @@ def test_taking_a_batch_may_be_stopped_half_way_with_no_word_of_it(shards, capfd
                 taker.connect(batch["door"])  # and gone before the other side has said its first word
         time.sleep(0.2)
     assert capfd.readouterr().err == ""
+
+
+class Moving:
+    """A batch that notes where it is."""
+
+    def __init__(self, number, device=None):
+        self.number, self.device = number, device
+
+    def to(self, device):
+        return Moving(self.number, device)
+
+
+def test_batches_that_are_copied_ahead_are_the_same_in_the_same_order():
+    read, device = [], torch.device("cpu")  # PyTorch has streams that do nothing for it
+    batches = (read.append(number) or Moving(number) for number in range(4))
+    seen = []
+    for batch in copied_ahead(batches, device):
+        assert batch.device == device
+        seen.append(batch.number)
+        assert read == list(range(min(len(seen) + 1, 4)))
+    assert seen == [0, 1, 2, 3]
+    assert list(copied_ahead(iter(()), device)) == []

@@ -3,10 +3,12 @@
     python tools/bench_data.py prepare DIR [--rows 10000000 100000000] [--memory 6GB]
     python tools/bench_data.py stream [--shards 20] [--rounds 3]
     python tools/bench_data.py ids [--rows 10000000]
+    python tools/bench_data.py scale DIR [--interactions 100000000 --users 10000000 --items 10000000] [--stages]
 
 prepare: prepare logs of two sizes from make_log.py with rarec, and with SQL written by hand.
 stream:  stream shards of realistic samples; compare with a bare `tarfile` read and with the speed of a frozen model.
 ids:     open a large table of ID embeddings and gather rows; compare with a bare `np.memmap`.
+scale:   open a large dataset, select samples from it, and run every stage over it, in bounded memory.
 
 A figure without a goal is for information. Run it on an otherwise idle machine.
 """
@@ -17,7 +19,7 @@ from importlib import import_module
 
 from measuring import print_table
 
-COMMANDS = ("prepare", "stream", "ids")
+COMMANDS = ("prepare", "stream", "ids", "scale")
 
 
 def main() -> None:

@@ -31,9 +31,14 @@ class Llm(Section):
     not work with engines that shard frozen weights (ZeRO-3, FSDP2)."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass. It takes less memory and about a third more time."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Attention implementation of transformers. `auto` is its default; on a CPU with bfloat16 weights, `sdpa` computed
-    in float32, which is faster there."""
+    in float32, which is faster there. `flex_attention` does not train on CPUs."""
+    packing: bool = False
+    """Run the prompts of a batch end to end instead of padded. Only for decoders, and faster only with
+    `flash_attention_2` or `flex_attention`, which pass over other prompts' positions."""
+    compile: bool = False
+    """Compile the blocks by `torch.compile`, once, within the first steps. Not for ZeRO-3."""
 
 
 class Prompt(Section):

@@ -132,21 +132,22 @@ class _ValidationScores:
                     seen_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = True
                 seen_BN[torch.arange(len(targets_B)), targets_B] = False
                 scaled = [scale * own_BN for own_BN, scale in zip(scores.parts(part), self._scales, strict=True)]
-                yield torch.stack(scaled), seen_BN, targets_B
+                scores_PBN = torch.stack(scaled)
+                yield scores_PBN, seen_BN.to(scores_PBN.device), targets_B.to(scores_PBN.device)
 
     def _likelihood(self, weights: Floats) -> Likelihood:
         count = len(weights)
         value, users, slope, curve = 0.0, 0, np.zeros(count), np.zeros((count, count))
         for scores_PBN, seen_BN, targets_B in self._blocks():
             at_B = torch.arange(len(targets_B))
-            logits_BN = torch.tensordot(torch.from_numpy(weights).float(), scores_PBN, 1)
+            logits_BN = torch.tensordot(torch.from_numpy(weights).float().to(scores_PBN.device), scores_PBN, 1)
             log_BN = logits_BN.masked_fill(seen_BN, -torch.inf).log_softmax(1)
             chance_BN = log_BN.exp()
             mean_PB = (scores_PBN * chance_BN).sum(2)
             apart_PBN = scores_PBN - mean_PB[:, :, None]
             value += float(log_BN[at_B, targets_B].double().sum())
-            slope += apart_PBN[:, at_B, targets_B].double().sum(1).numpy()
-            curve += ((apart_PBN * chance_BN).flatten(1) @ apart_PBN.flatten(1).T).double().numpy()
+            slope += apart_PBN[:, at_B, targets_B].double().sum(1).numpy(force=True)
+            curve += ((apart_PBN * chance_BN).flatten(1) @ apart_PBN.flatten(1).T).double().numpy(force=True)
             users += len(targets_B)
         penalty = _PENALTY * float(weights @ weights) / 2
         return Likelihood(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rarec.errors import UserError
+from rarec.models.packing import Packing
 from rarec.models.slots import SlotInjector, Slots
 
 Pool = Literal["mean", "last"]
@@ -28,14 +29,17 @@ class FrozenBackbone(nn.Module):
         pool: how text positions are pooled to one vector: their mean, or the last of them.
         sink: whether a prompt's first token is an attention sink, as in decoders; it is not read.
         gradient_checkpointing: recompute blocks in the backward pass (non-reentrant checkpoints).
+        packs: run prompts end to end instead of padded (see `Packing`).
 
     Raises:
         UserError: the model has no list of blocks, one for each layer (ALBERT shares one block among all layers).
     """
 
-    def __init__(self, model: Any, pool: Pool, gradient_checkpointing: bool = False, sink: bool = False) -> None:
+    def __init__(
+        self, model: Any, pool: Pool, gradient_checkpointing: bool = False, sink: bool = False, packs: bool = False
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.packs = model, packs
         self.pool: Pool = pool
         self.sink = sink
         self.hidden_size = int(model.config.hidden_size)
@@ -74,8 +78,21 @@ class FrozenBackbone(nn.Module):
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, slots: Slots | None = None) -> Tensor:
         """Return the final hidden states (B, T, D); `slots`, if given, overwrite hidden states on the way."""
-        with self.injector.inject(slots):
-            return self._hidden(ids_BT, mask_BT)
+        if not self.packs:
+            with self.injector.inject(slots):
+                return self._hidden(input_ids=ids_BT, attention_mask=mask_BT)
+        packing = Packing.of(mask_BT)
+        with self.injector.inject(packing.moved(slots) if slots is not None else None):
+            return packing.unpacked(self._run_packed(packing, ids_BT))
+
+    @contextmanager
+    def padded(self) -> Iterator[None]:
+        """Run prompts padded within the context, also if they are packed otherwise."""
+        before, self.packs = self.packs, False
+        try:
+            yield
+        finally:
+            self.packs = before
 
     def text_states(self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
         """Return the pooled hidden states (L, B, D) that enter each of `blocks`, of prompts without slots.
@@ -103,15 +120,20 @@ class FrozenBackbone(nn.Module):
         LoRA is switched off: these are states of the frozen base model.
         """
         reduced: dict[int, T] = {}
+        packing = Packing.of(mask_BT) if self.packs else None
 
         def keep(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            reduced[index] = reduce(args[0] if args else kwargs["hidden_states"])
+            hidden = args[0] if args else kwargs["hidden_states"]
+            reduced[index] = reduce(packing.unpacked(hidden) if packing is not None else hidden)
 
         chosen = [(index, self.blocks[index]) for index in blocks]
         hooks = [block.register_forward_pre_hook(partial(keep, i), with_kwargs=True) for i, block in chosen]
         try:
             with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else torch.no_grad():
-                self._hidden(ids_BT, mask_BT)
+                if packing is not None:
+                    self._run_packed(packing, ids_BT)
+                else:
+                    self._hidden(input_ids=ids_BT, attention_mask=mask_BT)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -142,9 +164,12 @@ class FrozenBackbone(nn.Module):
                     digest.update(flat[chosen.to(flat.device)].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def _run_packed(self, packing: Packing, ids_BT: Tensor) -> Tensor:
+        return self._hidden(input_ids=packing.packed(ids_BT), position_ids=packing.position_ids_1S)
+
+    def _hidden(self, **inputs: Tensor) -> Tensor:
         with self._blocks_training(self.recomputes and self.training and torch.is_grad_enabled()):
-            output = self.trunk(input_ids=ids_BT, attention_mask=mask_BT, **self._no_cache)
+            output = self.trunk(**inputs, **self._no_cache)
         return cast(Tensor, output.last_hidden_state)
 
     @property

@@ -28,6 +28,7 @@ from rarec.files import sha256_file
 from rarec.models.backbone import FrozenBackbone, Pool, config_hash
 from rarec.models.llm_attention import use_float32_attention
 from rarec.models.model_folder import check_folder, check_loaded, check_tokenizer
+from rarec.models.packing import check_packable
 from rarec.paths import resolve
 from rarec.prompts import TextTokenizer
 
@@ -135,7 +136,11 @@ def load_model(
     around = {*tokenizer.prefix.tolist(), *tokenizer.suffix.tolist(), tokenizer.filler}
     rows = model.get_input_embeddings().num_embeddings  # ZeRO-3 leaves an empty tensor in the place of the weight
     check_tokenizer(words, around, rows, config.path)
-    backbone = FrozenBackbone(model, pool, config.gradient_checkpointing, sink=decodes).eval()
+    if config.packing:
+        check_packable(settings.model_type, config.path)
+    backbone = FrozenBackbone(model, pool, config.gradient_checkpointing, decodes, config.packing).eval()
+    if config.compile:
+        _compile(backbone)
     identity = {
         "name": config.path,
         "revision": getattr(settings, "_commit_hash", None) or config.revision or "local",
@@ -150,6 +155,12 @@ def load_model(
     return with_adapter(loaded, lora, seed) if lora is not None else loaded
 
 
+def _compile(backbone: FrozenBackbone) -> None:
+    """Compile each block: all are alike, so that one compilation serves them all. Slots are set before it, by hooks."""
+    for block in backbone.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
 def with_adapter(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedModel:
     """Return the same language model with new LoRA weights in place of its present ones, or with none.
 
@@ -161,7 +172,8 @@ def with_adapter(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedMod
     adapted = loaded.backbone
     model = adapted.model.unload() if hasattr(adapted.model, "peft_config") else adapted.model
     model = with_lora(model, lora, seed) if lora is not None else model
-    return replace(loaded, backbone=FrozenBackbone(model, adapted.pool, adapted.recomputes, adapted.sink).eval())
+    how = (adapted.pool, adapted.recomputes, adapted.sink, adapted.packs)
+    return replace(loaded, backbone=FrozenBackbone(model, *how).eval())
 
 
 def with_lora(model: Any, config: Lora, seed: int) -> Any:

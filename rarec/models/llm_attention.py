@@ -86,7 +86,7 @@ def slot_shares(model: RaRec, side: str, batches: Iterable[SideBatch]) -> list[S
         sums = slot_attention(attention_BHTT, slots_BT, text_BT)
         totals[block] = totals[block] + sums if block in totals else sums
 
-    with eager_attention(model.backbone.trunk) as eager:
+    with eager_attention(model.backbone.trunk) as eager, model.backbone.padded():
         for batch in batches if eager else ():
             slots_BT = torch.zeros_like(batch.mask_BT).scatter(1, batch.positions_BK, 1)
             text_BT = batch.mask_BT * (1 - slots_BT)

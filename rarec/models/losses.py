@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rarec.config.method import Loss
 from rarec.errors import UserError
-from rarec.models.towers import Encoding, RaRec
+from rarec.models.towers import Encoding, RaRec, moved
 from rarec.registry import find
 from rarec.world import SINGLE, World
 
@@ -45,11 +45,11 @@ class LossTargets:
     def to(self, device: torch.device) -> "LossTargets":
         """Return the same targets on another device."""
         return LossTargets(
-            self.users_b.to(device),
-            self.items_b.to(device),
-            self.histories_bH.to(device),
-            self.user_states_bLD.to(device),
-            self.item_states_bLD.to(device),
+            moved(self.users_b, device),
+            moved(self.items_b, device),
+            moved(self.histories_bH, device),
+            moved(self.user_states_bLD, device),
+            moved(self.item_states_bLD, device),
             self.total,
         )
 

@@ -43,11 +43,16 @@ class SideBatch:
     def to(self, device: torch.device) -> "SideBatch":
         """Return the same batch on another device."""
         return SideBatch(
-            self.ids_BT.to(device),
-            self.mask_BT.to(device),
-            self.positions_BK.to(device),
-            {name: vectors.to(device) for name, vectors in self.vectors.items()},
+            moved(self.ids_BT, device),
+            moved(self.mask_BT, device),
+            moved(self.positions_BK, device),
+            {name: moved(vectors, device) for name, vectors in self.vectors.items()},
         )
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. A GPU reads it from pinned memory, while this process goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Encoding(NamedTuple):

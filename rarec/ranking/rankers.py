@@ -9,6 +9,7 @@ Shape letters: B users of a chunk, U all users, N catalogue, K vectors of a user
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import overload
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ import torch
 
 from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.ranking.rank import Scores, VectorScores, best_scores, rank_scores
-from rarec.world import SINGLE, World
+from rarec.world import CPU, SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]
@@ -131,11 +132,13 @@ class VectorRanker(Ranker):
         items_NZ: the catalogue's vectors.
         users: maps user rows and histories to user vectors, (B, Z); or (B, K, Z), where the best of K scores counts.
         lacking_N: see `Ranker`.
+        device: where scores are computed.
     """
 
     items_NZ: Float32
     users: Callable[[Rows, Sequence[Rows]], Float32]
     lacking_N: npt.NDArray[np.bool_] | None = None
+    device: torch.device = CPU
 
     @classmethod
     def of_counts(cls, counts_N: Rows) -> "VectorRanker":
@@ -145,7 +148,12 @@ class VectorRanker(Ranker):
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
-        return VectorScores(self.users(chunk.user_rows, chunk.histories), self.items_NZ)
+        return VectorScores(self.users(chunk.user_rows, chunk.histories), self._placed)
+
+    @cached_property
+    def _placed(self) -> Float32 | torch.Tensor:
+        """The catalogue's vectors, where scores are computed."""
+        return self.items_NZ if self.device == CPU else torch.from_numpy(self.items_NZ).to(self.device)
 
 
 class CachedRanker(Ranker):
@@ -201,7 +209,7 @@ class FusedScores:
         first_CN = self._parts[0].block(users)
         yield first_CN
         for scores, ranker, slope in zip(self._parts[1:], self._ranker.parts[1:], self._ranker.slopes[1:], strict=True):
-            part_CN = scores.block(users)
+            part_CN = scores.block(users).to(first_CN.device)
             if ranker.lacking_N is not None:
                 part_CN = _with_predicted(part_CN, first_CN, slope, ranker.lacking_N)
             yield part_CN

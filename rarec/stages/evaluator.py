@@ -162,13 +162,13 @@ class Evaluator:
             self.run.say(f"{name}: HR@10 {(ranks[name] <= 10).mean():.4f}, n = {len(ranks[name])}")
         return ranks
 
-    def _ranker_of(self, model: RaRec, permuted: bool = False) -> VectorRanker:
+    def _ranker_of(self, model: RaRec, permuted: bool = False) -> Ranker:
         sources = self.run.sources
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.run.config.evaluate.batch_size
         encoder = Encoder(model, self.run.prompts, sources, batch_size, self.run.world, self.run.room)
-        return VectorRanker(encoder.items(), encoder.users)
+        return self.run.ranker(encoder.items(), encoder.users)
 
 
 def write_ranks(path: Path, run: Run, test: EvalBatch, ranks: Ranks) -> None:

@@ -1,14 +1,17 @@
 """`rarec plan`: estimate what a training needs, before anything is loaded."""
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rarec.artefacts import MANIFEST, check_settings, read_manifest
 from rarec.data.shards.index import open_index
 from rarec.errors import UserError
+from rarec.hardware import DEVICES, memory_of_rank
 from rarec.models.build import SourceShape
 from rarec.planning.advice import RunPlan, plan_variants
 from rarec.planning.calculator import Calculator
-from rarec.planning.cluster import Cluster, EngineName
+from rarec.planning.cluster import ENGINES, Cluster, EngineName
 from rarec.planning.input_sizes import EpochBatches, SampleStats, source_shape
 from rarec.planning.meta_model import MetaModelBuilder
 from rarec.stages.run import Run
@@ -31,6 +34,23 @@ def plan(run: Run, cluster: Cluster, engine: EngineName | None) -> RunPlan:
     builder = MetaModelBuilder(config, sources, run.converted_llm)
     calculator = Calculator(config, builder, _sample_stats(run, sources))
     return plan_variants(calculator, list(config.variants), cluster, engine)
+
+
+def out_of_memory(run: Run, variant: str) -> UserError:
+    """Return the error for a GPU that ran out of memory: what `rarec plan` would have said, and the smallest change."""
+    world = run.world
+    total, local = memory_of_rank(world.device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cluster = replace(Cluster.of(local, max(world.size // local, 1), None, DEVICES[0].name), memory=total)
+    engine: EngineName = "0"
+    for name in ENGINES[1:]:
+        engine = name if run.engine.name.casefold().removeprefix("zero-") == name else engine
+    made = plan(run, cluster, engine)
+    need = made.calculator.memory(variant, made.advice.setup).peak
+    enough = made.advice.change or replace(made.advice.setup, accumulate=2 * made.advice.setup.accumulate)
+    said = f"by `rarec plan` {made.calculator.config.train.batch_size} samples a step take {need / 1e9:,.1f} GB"
+    problem = f"the device, which has {total / 1e9:,.1f} GB, ran out of memory while {variant} was trained; {said}"
+    change = " ".join(made.advice.setup.changes(enough))
+    return UserError(problem, f"start it with {change}, or see rarec plan for others")
 
 
 def _sample_stats(run: Run, sources: Mapping[str, SourceShape]) -> SampleStats | None:

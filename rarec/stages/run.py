@@ -19,6 +19,8 @@ from rarec.stages.stage import Stage
 from rarec.version import source
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pandas as pd
 
     from rarec.data.dataset import PreparedDataset
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from rarec.models.towers import RaRec
     from rarec.neighbours.ranker import NeighbourRanker
     from rarec.prompts import PromptPair
+    from rarec.ranking import Ranker
     from rarec.training.engines import Engine
     from rarec.world import World
 
@@ -187,6 +190,14 @@ class Run:
     def room(self) -> Room:
         """Room for the tables of a stage."""
         return Room(int(self.config.run.memory_gb * 1e9), self.root)
+
+    def ranker(self, items_NZ: "npt.NDArray[np.float32]", users: "Callable[..., npt.NDArray[np.float32]]") -> "Ranker":
+        """Return a ranker over vectors, on this rank's device where its memory has room for a table of that size."""
+        from rarec.ranking import VectorRanker
+        from rarec.world import CPU
+
+        fits = items_NZ.nbytes <= self.room.bytes
+        return VectorRanker(items_NZ, users, device=self.world.device if fits else CPU)
 
     @property
     def tar_cache(self) -> Path:

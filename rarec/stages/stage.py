@@ -21,6 +21,7 @@ from rarec.artefacts import (
     check_files,
     check_made_from,
     check_settings,
+    differences,
     note_checks,
     read_manifest,
     read_sealed,
@@ -228,6 +229,7 @@ class Stage(ABC):
                 return False
             world.run_on_main(lambda: self.check_place(fresh))
             identity = self._identity()
+            self._agree(identity)
             with self._workspace(identity, fresh) as directory:
                 world.run_on_main(lambda: run_folder.write_config(self.run))
                 built = self.build(directory)
@@ -277,6 +279,20 @@ class Stage(ABC):
         made_from = {name: stage.require()["hash"] for name, stage in self.inputs().items()}
         settings = json.loads(json.dumps(self.settings()))
         return {"settings": settings, "made_from": made_from | self.outside_inputs()}
+
+    def _agree(self, identity: Mapping[str, Any]) -> None:
+        """Check that all ranks build the same: on another machine, a path may lead to something else.
+
+        Raises:
+            UserError: naming the first rank that differs, and what.
+        """
+        first, *others = map(json.loads, self.run.world.exchange(json.dumps(identity)))
+        for rank, other in enumerate(others, start=1):
+            lines = differences(first, other)
+            if lines:
+                problem = f"rank {rank} would build another {self.label} than rank 0: {'; '.join(lines)}"
+                remedy = f"start all ranks with one configuration, and let {self.run.root} be one folder for all"
+                raise UserError(problem, remedy, shared=True)
 
     def _finish(self, directory: Path, identity: Mapping[str, Any], built: Built) -> None:
         sync_directory(directory)  # the manifest must not outlive a power failure that the files do not

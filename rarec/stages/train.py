@@ -61,10 +61,16 @@ class TrainStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
+        import torch
+
+        from rarec.stages.plan import out_of_memory
         from rarec.stages.variant_training import train_variant
 
         checkpoints = self.checkpoints(directory)
-        figures, stop = train_variant(self.run, self.variant, directory, checkpoints)
+        try:
+            figures, stop = train_variant(self.run, self.variant, directory, checkpoints)
+        except torch.OutOfMemoryError:
+            raise out_of_memory(self.run, self.part) from None
         log = sha256_file(directory / LOG) if self.run.world.is_main else ""
         return Built({**figures, "log": log}, _files(checkpoints, figures["best_step"]), stop)
 

@@ -21,7 +21,7 @@ from rarec.models.encode import Encoder
 from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
-from rarec.ranking import EvalBatch, VectorRanker, validation_metrics
+from rarec.ranking import EvalBatch, validation_metrics
 from rarec.stages.run import Run, Say
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_spec
 from rarec.training.accelerator import build_accelerator
@@ -162,4 +162,4 @@ def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:
     dataset, config = run.dataset, run.config
     batch = EvalBatch.of(dataset, dataset.targets("validation", config.train.validation_users, config.run.seed))
     encoder = Encoder(model, run.prompts, run.sources, config.evaluate.batch_size, run.world, run.room)
-    return lambda: validation_metrics(VectorRanker(encoder.items(), encoder.users).ranks(batch, run.world))
+    return lambda: validation_metrics(run.ranker(encoder.items(), encoder.users).ranks(batch, run.world))

@@ -182,7 +182,8 @@ class BatchLoader:
         batches, others = None, set(active_children())
         try:
             batches = iter(loader)
-            yield map(self._receive, batches)
+            received, device = map(self._receive, batches), self.world.device
+            yield copied_ahead(received, device) if device.type == "cuda" else received
         except RuntimeError as error:
             if _WORKER_DIED not in str(error):
                 raise
@@ -208,6 +209,24 @@ class BatchLoader:
             raise made
         batch: Batch = _Pickler.loads(made) if isinstance(made, bytes) else made
         return batch
+
+
+def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on a GPU, which copies the next one while it computes with the present one."""
+    streams = torch.get_device_module(device)
+    copies = streams.Stream()
+
+    def copied() -> Batch | None:
+        batch = next(batches, None)
+        copies.wait_stream(streams.current_stream())  # memory that is used again is free by then
+        with streams.stream(copies):
+            return None if batch is None else batch.to(device)
+
+    upcoming = copied()
+    while upcoming is not None:
+        streams.current_stream().wait_stream(copies)
+        present, upcoming = upcoming, copied()
+        yield present
 
 
 class _Batches(Dataset[Batch | bytes | Exception]):

@@ -108,7 +108,7 @@ class Trainer:
 
     def _next(self, batches: Iterator[Batch], step: StepAccumulator) -> Batch:
         started = time.monotonic()
-        batch = next(batches).to(self.world.device)
+        batch = next(batches)
         step.waited += time.monotonic() - started
         return batch
 

@@ -38,7 +38,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: Train) -> to
             if chosen:
                 decay = config.weight_decay if decays else 0.0
                 groups.append({"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

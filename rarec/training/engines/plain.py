@@ -107,7 +107,7 @@ class PlainOptimisation:
         """See `Optimisation`."""
         for name, parameter in self.parameters.items():
             own = {kind: moments[f"{name}/{kind}"].to(parameter.device).clone() for kind in MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **own}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **own}
 
     def end(self) -> None:
         """See `Optimisation`."""

@@ -61,6 +61,9 @@ class ZeroEngine:
             yield
             return
         refuse_quantised(llm, self.name)
+        if llm.compile:  # weights come and go within a block
+            problem = f"llm.compile does not work with {self.name}"
+            raise UserError(problem, "set llm.compile: false, or use configs/accelerate/fsdp2.yaml", shared=True)
         frozen = {"bf16": {"enabled": llm.dtype == "bfloat16"}}
         config = {**self._filled(1, 1.0, 1), **frozen}
         known = HfDeepSpeedConfig(config)  # transformers uses it as long as it is referenced
@@ -161,7 +164,7 @@ class ZeroOptimisation:
         """See `Optimisation`."""
         for flat in self._flat:
             zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-            self._states[flat] = {"step": torch.tensor(float(step)), **zeros}
+            self._states[flat] = {"step": torch.tensor(float(step), device=flat.device), **zeros}
         self._link()
         for name, parameter in self.parameters.items():
             for kind in MOMENTS:

@@ -1,0 +1,221 @@
+"""`bench_data.py scale`: time and memory of opening a large dataset, of selecting samples, and of every stage over it.
+
+The dataset is written as if it had been prepared; the language model is a tiny one with random weights. Memory is a
+process's own, without the pages of mapped files, which the system takes back when it needs them.
+"""
+
+import argparse
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from measuring import Figure, apart, at_most, memory
+
+from rarec.artefacts import write_manifest
+from rarec.config import RunConfig
+from rarec.data import tables
+from rarec.data.columns import write_columns
+from rarec.data.dataset import PreparedDataset
+from rarec.data.selection.sampling import select_samples
+from rarec.directories import new_directory
+from rarec.stages.run import Run
+
+ROWS = 1 << 20
+"""Rows generated at a time."""
+DIM, HIDDEN = 16, 32
+WORDS = ("amber", "birch", "cedar", "coral", "ember", "flint", "heather", "indigo", "jade", "linen", "maple", "ochre")
+STAGES = ("ids", "neighbours", "shards", "train", "evaluate", "export")
+GB = 2**20 / 1e9
+"""Gigabytes per MiB."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the sub-command."""
+    parser.add_argument("directory", type=Path, help="folder for the dataset and the run; replaced")
+    parser.add_argument("--interactions", type=int, default=100_000_000)
+    parser.add_argument("--users", type=int, default=10_000_000)
+    parser.add_argument("--items", type=int, default=10_000_000)
+    parser.add_argument("--memory", type=float, default=1.0, help="run.memory_gb, the bound of a table in memory")
+    parser.add_argument("--most", type=float, default=2.0, help="goal for a stage's own memory, in GB")
+    parser.add_argument("--stages", action="store_true", help="run every stage as well")
+
+
+def run(arguments: argparse.Namespace) -> list[Figure]:
+    """Write the dataset, and measure each step in a process of its own."""
+    shutil.rmtree(arguments.directory, ignore_errors=True)
+    sizes = (arguments.interactions, arguments.users, arguments.items)
+    made = make_run(arguments.directory, arguments.memory)
+    apart(write_dataset, made, *sizes)
+    apart(measured, open_dataset, made)  # the first time, every file is read and compared with its hash
+    seconds, resident, _ = apart(measured, open_dataset, made)
+    figures = [
+        Figure("dataset", "{:,} interactions, {:,} users, {:,} items".format(*sizes)),
+        at_most("opening it", seconds, 2, " s"),
+        at_most("opening it: resident memory", resident * GB * 1000, 300, " MB"),
+    ]
+    for name, choice in {"all": {}, "denoise, diversify": {"denoise": True, "diversify": True}}.items():
+        seconds, _, own = apart(measured, select, made, choice)
+        figures += [
+            Figure(f"selecting one sample in a thousand ({name})", f"{seconds:,.1f} s"),
+            at_most(f"selecting one sample in a thousand ({name}): own memory", own * GB, arguments.most, " GB"),
+        ]
+    for stage in STAGES if arguments.stages else ():
+        seconds, _, own = apart(measured, make_stage, made, stage)
+        figures += [
+            Figure(f"stage {stage}", f"{seconds:,.1f} s"),
+            at_most(f"stage {stage}: own memory", own * GB, arguments.most, " GB"),
+        ]
+    return figures
+
+
+def make_run(directory: Path, memory_gb: float) -> dict[str, Any]:
+    """Return the configuration of the run."""
+    vectors = {"items": str(directory / "vectors.npy"), "item_ids": str(directory / "vector_ids.npy")}
+    few = {"max_steps": 4, "validation_users": 100, "batch_size": 32, "trackers": [], "variants": ["per_layer"]}
+    return {
+        "run": {"dir": str(directory / "run"), "memory_gb": memory_gb, "device": "cpu"},
+        "prepare": {
+            "interactions": {"path": "log.parquet", "user": "user", "item": "item", "position": "position"},
+            "items": {"path": "items.parquet", "item": "item", "title": "title"},
+            "memory": "2GB",
+        },
+        "ids": {"model": "import", "imported": vectors},
+        "neighbours": {"models": ["cooccurrence", "transition"]},  # words and EASE are for catalogues of thousands
+        "llm": {"path": str(directory / "llm")},
+        "prompt": {"max_history": 5},
+        "shards": {"share": 2e-4},
+        "train": few,
+        "evaluate": {"users": 100, "resamples": 10, "sanity_checks": False},
+        "export": {"variant": "per_layer+id+cheap"},
+    }
+
+
+def open_run(config: dict[str, Any]) -> Run:
+    """Return the run."""
+    return Run(RunConfig.model_validate(config), say=lambda line: None)
+
+
+def write_dataset(config: dict[str, Any], interactions: int, users: int, items: int) -> None:
+    """Write the dataset, the vectors to import and the language model."""
+    run = open_run(config)
+    stage, rng = run.stage("prepare"), np.random.default_rng(0)
+    lengths_U = np.full(users, interactions // users, np.int32)
+    lengths_U[: interactions - int(lengths_U.sum())] += 1
+    counts_N = np.zeros(items, np.int64)
+    with new_directory(stage.directory) as aside:
+        rows = interaction_batches(lengths_U, counts_N, rng)
+        tables.write_rows(rows, aside / tables.INTERACTIONS, tables.interactions_schema("position"))
+        tables.write_rows(user_batches(lengths_U), aside / tables.USERS, tables.users_schema(pa.int64()))
+        tables.write_rows(item_batches(counts_N), aside / tables.ITEMS, tables.items_schema(pa.int64()))
+        write_columns(aside)
+        write_manifest(aside, "prepare", settings=stage.settings(), made_from={}, counts={})
+    imported = config["ids"]["imported"]
+    np.save(imported["item_ids"], np.arange(items))
+    table = np.lib.format.open_memmap(imported["items"], mode="w+", dtype=np.float32, shape=(items, DIM))
+    for part in parts(items):
+        table[part] = rng.standard_normal((part.stop - part.start, DIM), dtype=np.float32)
+    write_llm(Path(config["llm"]["path"]))
+
+
+def parts(total: int) -> Iterator[slice]:
+    """Yield slices of rows."""
+    for start in range(0, total, ROWS):
+        yield slice(start, min(start + ROWS, total))
+
+
+def batch(**columns: npt.NDArray[Any] | list[str]) -> pa.RecordBatch:
+    """Return rows of a table."""
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def interaction_batches(
+    lengths_U: npt.NDArray[np.int32], counts_N: npt.NDArray[np.int64], rng: np.random.Generator
+) -> Iterator[pa.RecordBatch]:
+    """Yield interactions of random items, few of them often; count those of the training."""
+    step = max(ROWS // int(lengths_U.max()), 1)
+    for start in range(0, len(lengths_U), step):
+        lengths_u = lengths_U[start : start + step]
+        users_i = np.repeat(np.arange(start, start + len(lengths_u)), lengths_u)
+        places_i = np.arange(len(users_i)) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
+        items_i = (len(counts_N) * rng.random(len(users_i)) ** 3).astype(np.int64)
+        trains_i = places_i < np.repeat(lengths_u, lengths_u) - 2
+        np.add.at(counts_N, items_i[trains_i], 1)
+        yield batch(user_row=users_i, item_row=items_i, position=places_i.astype(np.float64))
+
+
+def user_batches(lengths_U: npt.NDArray[np.int32]) -> Iterator[pa.RecordBatch]:
+    """Yield users whose last interaction tests and whose last but one validates."""
+    starts_U = np.cumsum(lengths_U, dtype=np.int64) - lengths_U
+    for part in parts(len(lengths_U)):
+        rows, length = np.arange(part.start, part.stop), lengths_U[part]
+        ends = {"train_length": length - 2, "validation": length - 2, "test": length - 1, "cold": length < 4}
+        yield batch(row=rows, user_id=rows, start=starts_U[part], length=length, **ends)
+
+
+def item_batches(counts_N: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+    """Yield items with titles of words."""
+    for part in parts(len(counts_N)):
+        rows = range(part.start, part.stop)
+        titles = [f"{WORDS[row % 12]} {WORDS[row // 12 % 12]} no. {row}" for row in rows]
+        counts = counts_N[part]
+        ids = np.arange(part.start, part.stop)
+        yield batch(row=ids, item_id=ids, title=titles, text=[""] * len(rows), train_count=counts, cold=counts == 0)
+
+
+def write_llm(directory: Path) -> None:
+    """Write a tiny encoder with random weights, and a tokenizer of the titles' words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, *WORDS, "no", ".", *map(str, range(10)), *(f"##{digit}" for digit in range(10))]
+    tokenizer = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
+    shape: Any = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": 2}
+    BertModel(BertConfig(vocab_size=len(words), **shape)).save_pretrained(directory)
+
+
+def open_dataset(config: dict[str, Any]) -> None:
+    """Open the dataset, and read a title and a history."""
+    dataset: PreparedDataset = open_run(config).dataset
+    assert dataset.titles[dataset.n_items - 1]
+    assert len(dataset.sequence(dataset.n_users // 2))
+
+
+def select(config: dict[str, Any], choice: dict[str, Any]) -> None:
+    """Select one sample in a thousand."""
+    run = open_run({**config, "shards": {"share": 1e-3, **choice}})
+    assert len(select_samples(run.dataset, run.config.shards, 0).user_rows)
+
+
+def make_stage(config: dict[str, Any], stage: str) -> None:
+    """Run one stage."""
+    open_run(config).run([stage])
+
+
+def measured(action: Callable[..., None], *arguments: Any) -> tuple[float, float, float]:
+    """Return the seconds of a call, the MiB by which it raises resident memory, and its peak of anonymous memory."""
+    resident, own = memory("VmRSS"), memory("RssAnon")
+    peak, done = [own], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak.append(max(peak.pop(), memory("RssAnon")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    partial(action, *arguments)()
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    return seconds, memory("VmRSS") - resident, peak[0] - own
