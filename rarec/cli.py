@@ -157,6 +157,29 @@ def run(
 
 
 @app.command(rich_help_panel="All at once")
+def bench(
+    config: Config,
+    overrides: Overrides = None,
+    variant: Annotated[str | None, typer.Option(help="Which variant; by default the main one.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 10,
+) -> None:
+    """Say where the time of a training step goes, and what to change. Needs shards; trains and writes nothing."""
+    opened = open_run(config, overrides)
+    name = variant or opened.config.main_variant.name
+    if name not in opened.config.variants:
+        raise UserError(
+            f"--variant {name}: train.variants has none of that name", f"give {', '.join(opened.config.variants)}"
+        )
+    with watched(opened.world):
+        profile = import_module("rarec.stages.bench").bench(opened, name, steps)
+    if opened.world.is_main:
+        for what, figure in profile.rows():
+            print(f"{what:21} {figure}")
+        for line in profile.advice:
+            print(f"-> {line}")
+
+
+@app.command(rich_help_panel="All at once")
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Sweep, YAML: a base, seeds, runs.")],
     overrides: Overrides = None,

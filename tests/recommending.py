@@ -16,7 +16,7 @@ def histories(run: Run, users: list[str]) -> list[list[str]]:
     """Return all items of some users, as ids, oldest first."""
     dataset = run.dataset
     rows = [list(map(str, dataset.user_ids)).index(user) for user in users]
-    return [[dataset.item_ids[int(item)].as_py() for item in dataset.sequence(row)] for row in rows]
+    return [[dataset.item_ids[int(item)] for item in dataset.sequence(row)] for row in rows]
 
 
 def recommend(run: Run, user: str, k: int, bundle: Path | None = None, **options) -> list[Recommended]:

@@ -277,7 +277,7 @@ def test_what_launchers_set_passes(monkeypatch):
 class Pair(World):
     """Two ranks, of which the other one has met an error, or nothing."""
 
-    def _exchange(self, text: str) -> list[str]:
+    def exchange(self, text: str) -> list[str]:
         return [text, ""]
 
 

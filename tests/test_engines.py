@@ -99,7 +99,7 @@ def test_what_a_text_means_as_a_time_is_ours_to_say(tmp_path: Path, engine: str)
         log = [("u", name, time) for name, time in zip(names, texts, strict=True)]
         write(tmp_path, log, [(name, "t", "", "") for name in names])
         dataset = run(on(engine, configure(tmp_path)), tmp_path / "out")
-        found = [dataset.item_ids[int(row)].as_py() for row in dataset.sequence(0)]
+        found = [dataset.item_ids[int(row)] for row in dataset.sequence(0)]
         assert found == [name for _, name in sorted(zip(texts.values(), names, strict=True))]
     write(tmp_path, [*LOG, *(("u9", "a", bad) for bad in NO_TIMES)])
     with pytest.raises(UserError, match="time is") as caught:
@@ -134,7 +134,7 @@ def test_tables_of_a_database_are_read_by_name(tmp_path: Path, kind: str) -> Non
     write(tmp_path)
     of_files = run(configure(tmp_path), tmp_path / "files")
     assert dataset.item_rows_I.tolist() == of_files.item_rows_I.tolist()
-    assert dataset.user_ids == of_files.user_ids
+    assert list(dataset.user_ids) == list(of_files.user_ids)
     assert str(tmp_path) not in (tmp_path / "out" / "prepare" / "manifest.json").read_text(), (
         "a URL may hold a password"
     )

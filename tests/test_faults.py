@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from rarec.artefacts import read_manifest
-from rarec.directories import MARKER
+from rarec.directories import CHECKED, MARKER
 from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.files import aside_path, read_json
@@ -67,7 +67,7 @@ def identities(run: Path) -> dict[str, str]:
 
 def asides(run: Path) -> list[Path]:
     """Return the paths of what was begun and is not whole; locks stay by design."""
-    return [path for path in run.rglob(".*") if path.suffix != ".lock" and path.name != MARKER]
+    return [path for path in run.rglob(".*") if path.suffix != ".lock" and path.name not in (MARKER, CHECKED)]
 
 
 @pytest.mark.slow

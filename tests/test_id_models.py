@@ -16,7 +16,7 @@ import torch
 from rarec.artefacts import MANIFEST
 from rarec.config.ids import RECIPES, ComiRecConfig, Gru4RecConfig, Ids, Recipe, SasRecConfig
 from rarec.data.dataset import PreparedDataset
-from rarec.directories import MARKER
+from rarec.directories import CHECKED, MARKER
 from rarec.errors import UserError
 from rarec.ids.make import write_source
 from rarec.ids.models import SequenceModel, build
@@ -292,7 +292,7 @@ def test_the_best_epoch_is_kept_and_training_stops(dataset, tmp_path):
     assert len(curve) == source.manifest["epochs"] == best + 2 < 60
     again = Validation(dataset, 0).of_vectors(np.asarray(source.items_NE), source.users)
     assert again == pytest.approx(source.manifest["validation"])
-    assert {path.name for path in tmp_path.rglob(".*")} == {".id.lock", MARKER}
+    assert {path.name for path in tmp_path.rglob(".*")} == {".id.lock", MARKER, CHECKED}
 
 
 def test_the_test_targets_never_train(dataset, tmp_path):
@@ -389,7 +389,10 @@ def killed(kind: str, dataset: PreparedDataset, directory: Path, step: int) -> P
 def files_of(root: Path) -> set[str]:
     """The names of all files of the artefact, hidden ones too."""
     directory = root / "ids" / "id"
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} - {MARKER}
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} - {
+        MARKER,
+        CHECKED,
+    }
 
 
 def flip(path: Path) -> None:

@@ -23,9 +23,10 @@ def test_ranks_start_at_one():
 
 
 @pytest.mark.slow
-def test_equal_to_ranx():
+def test_equal_to_ranx(monkeypatch):
     """From vectors to metrics: our ranks, and ranx on a run of all scores."""
-    from ranx import Qrels, Run, evaluate  # seconds
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # compiling takes a minute, these few users a moment
+    from ranx import Qrels, Run, evaluate
 
     rng = np.random.default_rng(0)
     users, items = (rng.standard_normal((size, 8)).astype(np.float32) for size in (40, 30))

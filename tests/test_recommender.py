@@ -138,7 +138,8 @@ def test_unknown_items_are_passed_over_and_counted(recommender):
     known = recommender.items[:3]
     found = recommender.recommend([["no", *known, "such"], known, []])
     assert found.unknown == [2, 0, 0]
-    assert found[0] == found[1]
+    assert [one.item for one in found[0]] == [one.item for one in found[1]]
+    assert [one.score for one in found[0]] == pytest.approx([one.score for one in found[1]], rel=1e-5)
     assert len(found[2]) == 10
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rarec.artefacts import MANIFEST
 from rarec.config import RunConfig
-from rarec.directories import MARKER
+from rarec.directories import CHECKED, MARKER
 from rarec.entry import guarded, watched
 from rarec.errors import EXIT_CODE, UserError
 from rarec.stages.run import Run
@@ -47,8 +47,9 @@ def code_of(*arguments: object) -> int | None:
 
 
 def files(root: Path) -> set[str]:
-    """Return all files but the locks, which stay by design."""
-    return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and p.suffix != ".lock"}
+    """Return all files but locks and notes of what was checked, which stay by design."""
+    there = (p for p in root.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != CHECKED)
+    return {p.relative_to(root).as_posix() for p in there}
 
 
 def assert_whole(stage: Toy, value: int) -> None:

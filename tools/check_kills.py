@@ -34,6 +34,7 @@ from harm_world import FOLDERS, RUN, STAGES, World
 from measuring import Figure, print_table
 
 from rarec.artefacts import MANIFEST
+from rarec.directories import CHECKED
 
 ROOT = Path(__file__).parents[1]
 LAUNCHED = ("shards", "train", "evaluate")
@@ -43,7 +44,7 @@ LIMIT = 180.0
 """Seconds after which a command hangs."""
 PER_TASK = 5
 """Largest number of interruptions of one task."""
-CHANGING = ("record.json", "config.yaml", ".lock")
+CHANGING = ("record.json", "config.yaml", ".lock", CHECKED)
 """Ends of files in `run.dir` that any stage may write."""
 
 

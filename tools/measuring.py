@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,53 @@ class Figure:
     figure: str
     goal: str = ""
     met: bool | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of bench.py: this project beside another way to do the same.
+
+    Attributes:
+        name: what is compared.
+        ours: figure of this project.
+        other: figure of the other way, measured in turns with ours.
+        unit: of both.
+        ratio: ours to theirs; of speeds more is better, of times and memory less.
+        goal: the least or the largest ratio.
+        is_least: whether the goal is the least.
+    """
+
+    name: str
+    ours: float
+    other: float
+    unit: str
+    ratio: float
+    goal: float
+    is_least: bool
+
+    @classmethod
+    def least(cls, name: str, ours: float, other: float, goal: float, unit: str) -> "Row":
+        """Return a row whose ratio should be large."""
+        return cls(name, ours, other, unit, ours / other, goal, True)
+
+    @classmethod
+    def most(cls, name: str, ours: float, other: float, goal: float, unit: str) -> "Row":
+        """Return a row whose ratio should be small."""
+        return cls(name, ours, other, unit, ours / other, goal, False)
+
+    def with_ratio(self, ratio: float) -> "Row":
+        """Return the same row with a ratio of its own, such as the median over pairs."""
+        return replace(self, ratio=ratio)
+
+    @property
+    def met(self) -> bool:
+        """Return whether the goal is met."""
+        return self.ratio >= self.goal if self.is_least else self.ratio <= self.goal
+
+    def figure(self) -> Figure:
+        """Return the row of the printed table."""
+        values = f"{self.ours:,.4g} / {self.other:,.4g} {self.unit} = {self.ratio:.2f}"
+        return Figure(self.name, values, f"at {'least' if self.is_least else 'most'} {self.goal:g}", self.met)
 
 
 def at_most(what: str, value: float, goal: float, unit: str = "") -> Figure:

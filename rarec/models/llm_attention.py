@@ -42,7 +42,7 @@ def use_float32_attention(model: Any) -> None:
     """Compute the fused attention of a bfloat16 model in float32; for models on a CPU.
 
     There the backward pass of torch's fused attention is much slower in bfloat16 than in float32, most of all for short
-    prompts; the casts cost little (`tools/bench_step.py --dtype bfloat16`). Other models are left as they are.
+    prompts; the casts cost little. Other models are left as they are.
     """
     if model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(SDPA_FLOAT32)

@@ -60,7 +60,7 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
         run.say(run.engine.advice(run.config.llm))
     world.run_on_main(lambda: feed.record(directory, excluded))
     state = _resumed(checkpoints, world, run.say)
-    trainer = _trainer(run, variant, feed, stream, checkpoints, state)
+    trainer = build_trainer(run, variant, feed, stream, checkpoints, state)
     trained = sum(map(whole_size, trained_parameters(trainer.model).values()))
     stopped = _fit(run, variant, directory / "log.jsonl", trainer, state, accelerator)
     run.say(
@@ -102,9 +102,10 @@ def _resumed(checkpoints: Checkpoints, world: World, say: Say) -> TrainingState:
     return state
 
 
-def _trainer(
+def build_trainer(
     run: Run, variant: Variant, feed: Feed, stream: SampleStream, checkpoints: Checkpoints, state: TrainingState
 ) -> Trainer:
+    """Put a variant's training together: from its first weights, or from the checkpoint of `state`."""
     config, shards, world = run.config, feed.manifest, run.world
     item_states_NLD = np.load(run.directory("shards") / ITEM_STATES, mmap_mode="r")
     counts_N = torch.from_numpy(np.load(run.directory("shards") / TARGET_COUNTS))

@@ -1,0 +1,62 @@
+"""Measure what this project says is fast, in one run, beside what it is compared with.
+
+    python tools/bench.py [PART ...] [--quick] [--json FILE]
+
+Parts: step, ids, ranking, data, start, growth, busy; each in a process of its own. docs/performance.md has the figures
+and what they mean. A ratio comes from repeats in turns, in one run; run it on an otherwise idle machine. --quick takes
+about a minute, with fewer repeats and the small cases alone. RecTools, in an environment of its own: make bench-peers.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+from measuring import Row, apart, print_table
+
+from rarec.files import write_json
+from rarec.hardware import cores
+
+PARTS = {
+    "step": "bench_step",
+    "ids": "bench_ids",
+    "ranking": "bench_ranking",
+    "data": "bench_data_rows",
+    "start": "bench_start",
+    "growth": "bench_growth",
+    "busy": "bench_waiting",
+}
+
+
+def main() -> None:
+    """Run the parts and print the table; the exit code says whether every goal is met."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown part {min(unknown)}: there are {', '.join(PARTS)}")
+    found: list[Row] = []
+    for part in arguments.parts or PARTS:
+        started = time.monotonic()
+        found += apart(rows_of, PARTS[part], arguments.quick)
+        print(f"{part}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+    print(f"bench.py on {cores():g} cores{', quick' if arguments.quick else ''}")
+    print_table([row.figure() for row in found])
+    if arguments.json is not None:
+        write_json(arguments.json, [{**asdict(row), "met": row.met} for row in found])
+    raise SystemExit(not all(row.met for row in found))
+
+
+def rows_of(module: str, quick: bool) -> list[Row]:
+    """Return the rows of a part."""
+    found: list[Row] = import_module(module).rows(quick)
+    return found
+
+
+if __name__ == "__main__":
+    main()

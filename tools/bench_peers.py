@@ -1,0 +1,138 @@
+"""Compare with RecTools, in an environment of its own: training of SASRec by the same recipe, and ranking.
+
+    make bench-peers        # builds .venv-peers, then: python tools/bench_peers.py .venv-peers/bin/python
+
+training: 64 dimensions, one block, one head, dropout .2, batches of 128 sequences of at most 50 items, Adam at .001,
+          softmax over all items, the same log, as many epochs; sequences a second of the median epoch, without the
+          first, and HR@10 of the item after each user's training part, among all items.
+ranking:  the 10 best of 50,000 items for 20,000 users, vectors of 64, 10 seen items left out.
+
+Each runs alone, in turns. Both use PyTorch with the same number of threads.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from make_log import make_log
+from measuring import Row, prepare_dataset, print_table, seconds
+
+from rarec.checkpoint_store import CheckpointStore
+from rarec.config.ids import SasRecConfig
+from rarec.config.logs import Prepare
+from rarec.data.dataset import PreparedDataset
+from rarec.files import write_json
+from rarec.ids.trainer import Training
+from rarec.ids.validation import Validation
+from rarec.ids.windows import Windows
+from rarec.ranking.rank import top_k
+from rarec.world import SINGLE
+
+HERE = Path(__file__).resolve().parent
+RECIPE: dict[str, Any] = {"dim": 64, "dropout": 0.2, "batch_size": 128, "max_history": 50, "lr": 0.001}
+USERS, ITEMS, SEEN, BEST = 20_000, 50_000, 10, 10
+EQUAL = 0.97
+"""Share of the other's HR@10 from which quality counts as equal."""
+
+
+def main() -> None:
+    """Measure both sides and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("python", type=Path, help="of the environment with RecTools")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        dataset = write_inputs(root, arguments.epochs)
+        rows = [*training(root, dataset, arguments), ranking(root, arguments)]
+    print(f"bench_peers.py, {torch.get_num_threads()} threads")
+    print_table([row.figure() for row in rows])
+    if arguments.json is not None:
+        write_json(arguments.json, [row.__dict__ | {"met": row.met} for row in rows])
+    raise SystemExit(not all(row.met for row in rows))
+
+
+def write_inputs(root: Path, epochs: int) -> PreparedDataset:
+    """Prepare a log; write what RecTools reads: training interactions, targets, vectors, settings."""
+    make_log(root / "log", users=8000, items=3000, interactions=80_000, tastes=16)
+    interactions = {"path": str(root / "log" / "interactions"), "user": "user", "item": "item", "time": "time"}
+    items = {"path": str(root / "log" / "items.parquet"), "item": "item", "title": "title"}
+    dataset = prepare_dataset(Prepare.model_validate({"interactions": interactions, "items": items}), root)
+    users, places, rows = list[int](), list[int](), list[int]()
+    for user in range(dataset.n_users):
+        own = dataset.sequence(user)[: int(dataset.train_length_U[user])]
+        users += [user] * len(own)
+        places += range(len(own))
+        rows += own.tolist()
+    pq.write_table(pa.table({"user_id": users, "item_id": rows, "place": places}), root / "train.parquet")
+    targets = dataset.targets("validation")
+    pq.write_table(pa.table({"user_id": targets.user_rows, "item_id": targets.item_rows}), root / "targets.parquet")
+    rng = np.random.default_rng(0)
+    np.save(root / "users.npy", rng.standard_normal((USERS, RECIPE["dim"]), dtype=np.float32))
+    np.save(root / "items.npy", rng.standard_normal((ITEMS, RECIPE["dim"]), dtype=np.float32))
+    np.save(root / "seen.npy", rng.integers(ITEMS, size=(USERS, SEEN)))
+    write_json(root / "settings.json", {**RECIPE, "epochs": epochs, "best": BEST})
+    return dataset
+
+
+def theirs(root: Path, python: Path, part: str) -> dict[str, float]:
+    """Run a part of the other side in its own environment."""
+    command = [str(python), str(HERE / "bench_peers_rectools.py"), part, str(root), str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def training(root: Path, dataset: PreparedDataset, arguments: argparse.Namespace) -> list[Row]:
+    """Train on both sides."""
+    other = theirs(root, arguments.python, "training")
+    recipe = SasRecConfig(**RECIPE, negatives=dataset.n_items, epochs=arguments.epochs)
+    windows, spent = Windows(dataset, recipe.max_history), []
+    torch.manual_seed(0)
+    training = Training(recipe, dataset.train_counts_N > 0, 0, CheckpointStore(root / "none", 1, ""), SINGLE)
+    for epoch in range(arguments.epochs):
+        started = time.perf_counter()
+        for number, batch in enumerate(windows.batches(recipe.batch_size, np.random.default_rng(epoch)), 1):
+            training.step(number, batch)
+        spent.append(time.perf_counter() - started)
+    quality = Validation(dataset, 0).of_training(training.encoder, training.table)["hr@10"]
+    sequences = len(windows.targets_U)
+    return [
+        Row.least(
+            "ID training / RecTools' SASRec",
+            sequences / statistics.median(spent[1:]),
+            sequences / other["seconds"],
+            2,
+            "samples/s",
+        ),
+        Row.least("its HR@10 / RecTools'", quality, other["hr@10"], EQUAL, ""),
+    ]
+
+
+def ranking(root: Path, arguments: argparse.Namespace) -> Row:
+    """Rank on both sides, in turns."""
+    users_BD, items_ND, seen_BS = (np.load(root / f"{name}.npy") for name in ("users", "items", "seen"))
+    spent = []
+    for _ in range(arguments.rounds):
+        other = theirs(root, arguments.python, "ranking")["seconds"]
+        own = min(seconds(lambda: top_k(users_BD, items_ND, BEST, list(seen_BS))) for _ in range(2))
+        spent.append((USERS / own, USERS / other))
+    ours, rectools = (statistics.median(way) for way in zip(*spent, strict=True))
+    return Row.least("ranking / RecTools' ranker", ours, rectools, 1, "users/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Measure training steps of large decoders on one device: tokens/s, MFU, memory, beside plain PEFT and `rarec plan`.
+
+    python tools/check_gpu_speed.py [--device cuda] [--out FILE]
+
+Shapes of Llama 3.2 1B and Llama 3.1 8B, in bfloat16, with random weights that are made on the device; LoRA of rank 16
+on queries and values, slots in every block. A step is the training loop's: both towers, all losses, clipping, AdamW.
+Users have 512 or 2,048 tokens, items 64; nothing is padding.
+
+plain PEFT: the same model with the same LoRA and attention, the same tokens: forward, a loss over the states, backward.
+MFU:        tokens/s times 4N, over the device's peak; N are the frozen weights in blocks: forward 2N, gradients of the
+            inputs 2N. The attention's own products are not counted, so that it is comparable with others' figures.
+planned:    the peak of `rarec plan` for these lengths, beside what PyTorch's allocator has held.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Figure, at_least, print_table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rarec.config import VARIANTS, RunConfig
+from rarec.config.method import Lora
+from rarec.hardware import known_device, peak_memory
+from rarec.models.backbone import FrozenBackbone
+from rarec.models.build import SIDES, SourceShape, build_model, trained_parameters
+from rarec.models.language_model import LoadedModel, with_lora
+from rarec.models.losses import LossTargets, Objective
+from rarec.models.towers import RaRec, SideBatch
+from rarec.planning.calculator import Calculator
+from rarec.planning.cluster import Cluster
+from rarec.planning.input_sizes import PromptLengths
+from rarec.planning.meta_model import MetaModelBuilder
+from rarec.training.engines.plain import PlainEngine
+from rarec.world import World
+
+VARIANT, SOURCES, DIM = VARIANTS["per_layer_lora"], {"id": SourceShape(64, 1)}, 64
+ITEM_TOKENS, ROUNDS = 64, 5
+GOAL = 45.0
+"""Percent of MFU at 8B. The best published figure for LoRA on one H100 is 42.8% (torchtune's and others' reports)."""
+BLOCK: dict[str, Any] = {"head_dim": 128, "vocab_size": 128_256, "rope_theta": 500_000.0}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its batches: (tokens of a user, samples of a step)."""
+
+    name: str
+    llama: dict[str, Any]
+    batches: tuple[tuple[int, int], ...]
+    recompute: bool = False
+
+
+LARGE = (
+    Shape(
+        "1B",
+        BLOCK
+        | {"head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8},
+        ((512, 16), (2048, 4)),
+    ),
+    Shape(
+        "8B",
+        BLOCK
+        | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8},
+        ((512, 8), (2048, 2)),
+    ),
+)
+TINY = (
+    Shape(
+        "tiny",
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2},
+        ((96, 4),),
+    ),
+)
+
+
+def main() -> None:
+    """Measure every shape; print the table, and write it if a file is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device, figures = torch.device(arguments.device), list[Figure]()
+    for shape in LARGE if device.type == "cuda" else TINY:
+        with tempfile.TemporaryDirectory() as scratch:
+            figures += Measurement(shape, device, Path(scratch)).figures()
+    print_table(figures)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps([asdict(one) for one in figures]))
+
+
+class Measurement:
+    """One shape on one device."""
+
+    def __init__(self, shape: Shape, device: torch.device, scratch: Path) -> None:
+        self.shape, self.device, self.scratch = shape, device, scratch
+        config = LlamaConfig(**shape.llama, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+        config.save_pretrained(scratch)
+        self.config = run_config(scratch, shape)
+        with device:
+            llama = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        llama.lm_head = None  # no logits are computed
+        model = with_lora(llama.eval(), self.config.lora, 0).to(device)
+        self.backbone = FrozenBackbone(model, "mean", shape.recompute, sink=True).eval()
+        self.weights = sum(p.numel() for n, p in self.backbone.blocks.named_parameters() if "lora_" not in n)
+
+    def figures(self) -> list[Figure]:
+        """Return the figures of every batch shape."""
+        return [figure for tokens, samples in self.shape.batches for figure in self._of(tokens, samples)]
+
+    def _of(self, tokens: int, samples: int) -> list[Figure]:
+        ours, plain = self._rarec(tokens, samples), self._plain(tokens, samples)
+        count, name = samples * (tokens + ITEM_TOKENS), f"{self.shape.name}, {samples} x {tokens} tokens"
+        seconds = {way: statistics.median(times) for way, times in interleaved({"rarec": ours, "plain": plain}).items()}
+        rates = {way: count / spent for way, spent in seconds.items()}
+        self._reset()
+        ours()
+        peak = self._peak()
+        figures = [
+            Figure(f"{name}: tokens/s", f"{rates['rarec']:,.0f}"),
+            Figure(f"{name}: rarec / plain PEFT", f"{rates['rarec'] / rates['plain']:.2f}"),
+        ]
+        known = known_device(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
+        if known is not None:
+            mfu = 100 * rates["rarec"] * 4 * self.weights / known.tflops / 1e12
+            what = f"{name}: MFU"
+            judged = self.shape.name == "8B"
+            figures.append(at_least(what, mfu, GOAL, "%") if judged else Figure(what, f"{mfu:.1f}%"))
+        planned = self._planned(tokens, samples)
+        off = planned / peak - 1
+        memory = f"{peak / 1e9:,.2f} GB, planned {planned / 1e9:,.2f} ({off:+.0%})"
+        if self.device.type == "cpu":  # it holds Python and its libraries as well
+            return [*figures, Figure(f"{name}: peak memory", memory)]
+        return [*figures, Figure(f"{name}: peak memory", memory, "within 15%", abs(off) <= 0.15)]
+
+    def _rarec(self, tokens: int, samples: int) -> Callable[[], None]:
+        """Return a step of the training loop."""
+        loaded = LoadedModel(self.backbone, None, tokens + 8, {"kind": "decoder"})  # type: ignore[arg-type] # no text
+        model: RaRec = build_model(self.config, VARIANT, loaded, SOURCES, dict.fromkeys(SIDES, ("id",)))
+        with torch.no_grad():
+            for parameter in trained_parameters(model).values():
+                parameter.normal_(std=0.02)
+        optimisation = PlainEngine(World(device=self.device)).train(model.train(), self.config.train)
+        blocks = tuple(range(len(self.backbone.blocks)))
+        objective = Objective(self.config.loss, torch.ones(10_000), blocks)
+        sides = {
+            "user": self._side(model, "user", tokens, samples),
+            "item": self._side(model, "item", ITEM_TOKENS, samples),
+        }
+        states = torch.randn(samples, len(blocks), self.backbone.hidden_size)
+        rows = torch.arange(samples)
+        targets = LossTargets(rows, rows, rows[:, None] + samples, states, states, samples).to(self.device)
+
+        def step() -> None:
+            with optimisation.part(last=True):
+                encoded = optimisation(sides)
+                optimisation.backward(objective(model, encoded["user"], encoded["item"], targets).total)
+            optimisation.update(1.0)
+
+        return step
+
+    def _side(self, model: RaRec, side: str, tokens: int, samples: int) -> SideBatch:
+        """Return prompts of random tokens whose slots follow the first one; `tokens` counts both."""
+        slots = sum(getattr(model, side).slots.values())
+        ids_BT = torch.randint(3, 400, (samples, tokens))
+        places_BK = torch.arange(1, slots + 1).expand(samples, slots)
+        vectors = {"id": torch.randn(samples, 1, DIM)}
+        return SideBatch(ids_BT, torch.ones_like(ids_BT), places_BK, vectors).to(self.device)
+
+    def _plain(self, tokens: int, samples: int) -> Callable[[], None]:
+        """Return a step of the same model under PEFT alone."""
+        trained = [p for p in self.backbone.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        batches = [torch.randint(3, 400, (samples, length), device=self.device) for length in (tokens, ITEM_TOKENS)]
+
+        def step() -> None:
+            for ids_BT in batches:
+                self.backbone.trunk(input_ids=ids_BT, use_cache=False).last_hidden_state.float().mean().backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def _planned(self, tokens: int, samples: int) -> int:
+        """Return what `rarec plan` says of the peak."""
+        config = self.config.model_copy(update={"train": self.config.train.model_copy(update={"batch_size": samples})})
+        calculator = Calculator(config, MetaModelBuilder(config, SOURCES, self.scratch))
+        slots = config.alignment.instructions + 1
+        lengths = {"user": tokens - slots, "item": ITEM_TOKENS - slots}
+        calculator.prompts = {side: PromptLengths(length, length) for side, length in lengths.items()}
+        setup = calculator.setup(Cluster.of(1, 1, None, "H100"), "0")
+        memory = calculator.memory(VARIANT.name, setup)
+        return memory.static + max(memory.activations, memory.update)  # there is no validation here
+
+    def _reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        return peak_memory()
+
+
+def interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Return the seconds of each step, in turns; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(ROUNDS + 1):
+        for name, step in steps.items():
+            synchronise()
+            started = time.perf_counter()
+            step()
+            synchronise()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def run_config(scratch: Path, shape: Shape) -> RunConfig:
+    """Return the configuration."""
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "-"},
+            "prepare": {
+                "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
+                "items": {"path": "-", "item": "-", "title": "-"},
+            },
+            "llm": {"path": str(scratch), "dtype": "bfloat16", "gradient_checkpointing": shape.recompute},
+            "lora": Lora(rank=16, alpha=32).model_dump(),
+            "train": {"variants": [VARIANT.name]},
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
