@@ -49,9 +49,9 @@ def test_duckdb_and_spark_agree_on_every_policy(tmp_path: Path, policy: dict[str
 
 
 @needs_spark
-def test_duckdb_and_spark_agree_on_a_million_rows_with_ties_nulls_and_junk(tmp_path: Path) -> None:
+def test_duckdb_and_spark_agree_on_a_large_log_with_ties_nulls_and_junk(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    make_log(log, users=60_000, items=5_000, interactions=1_000_000, seed=3, ties=0.3, nulls=0.01, duplicates=0.02)
+    make_log(log, users=18_000, items=2_000, interactions=300_000, seed=3, ties=0.3, nulls=0.01, duplicates=0.02)
     config = Prepare.model_validate(
         {
             "interactions": {"path": f"{log}/interactions", "user": "user", "item": "item", "time": "time"},
@@ -61,10 +61,10 @@ def test_duckdb_and_spark_agree_on_a_million_rows_with_ties_nulls_and_junk(tmp_p
         }
     )
     one, other = (run(on(engine, config), tmp_path / engine) for engine in ("duckdb", "spark"))
-    assert one.manifest["counts"]["interactions"] > 800_000
+    assert one.manifest["counts"]["interactions"] > 240_000
     dropped = {step["step"]: step["interactions_before"] - step["interactions_after"] for step in one.manifest["steps"]}
-    assert dropped["ids"] > 5_000
-    assert dropped["duplicates"] > 5_000
+    assert dropped["ids"] > 1_500
+    assert dropped["duplicates"] > 1_500
     assert one.manifest["files"] == other.manifest["files"]
     assert one.manifest["steps"] == other.manifest["steps"]
     assert one.manifest["counts"]["validation_users"] == 2048

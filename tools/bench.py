@@ -41,12 +41,14 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown part {min(unknown)}: there are {', '.join(PARTS)}")
     found: list[Row] = []
+    print(f"bench.py on {cores():g} cores{', quick' if arguments.quick else ''}")
     for part in arguments.parts or PARTS:
         started = time.monotonic()
-        found += apart(rows_of, PARTS[part], arguments.quick)
-        print(f"{part}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-    print(f"bench.py on {cores():g} cores{', quick' if arguments.quick else ''}")
-    print_table([row.figure() for row in found])
+        own = apart(rows_of, PARTS[part], arguments.quick)
+        found += own
+        print(f"\n{part}, {time.monotonic() - started:.0f} s")
+        print_table([row.figure() for row in own])
+        sys.stdout.flush()
     if arguments.json is not None:
         write_json(arguments.json, [{**asdict(row), "met": row.met} for row in found])
     raise SystemExit(not all(row.met for row in found))

@@ -163,7 +163,7 @@ def item_batches(counts_N: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
     """Yield items with titles of words."""
     for part in parts(len(counts_N)):
         rows = range(part.start, part.stop)
-        titles = [f"{WORDS[row % 12]} {WORDS[row // 12 % 12]} no. {row}" for row in rows]
+        titles = [f"{WORDS[row % 12]} {WORDS[row // 12 % 12]} no. {row % 1000}" for row in rows]
         counts = counts_N[part]
         ids = np.arange(part.start, part.stop)
         yield batch(row=ids, item_id=ids, title=titles, text=[""] * len(rows), train_count=counts, cold=counts == 0)

@@ -16,7 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -79,12 +79,13 @@ def busy(processes: int) -> Iterator[None]:
         other.kill()
 
 
-def rounds(count: int) -> dict[str, tuple[float, ...]]:
+def rounds(count: int, ways: Iterable[str] = WAYS) -> dict[str, tuple[float, ...]]:
     """Return the median seconds of both workloads, by way of waiting."""
-    found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    found: dict[str, list[list[float]]] = {way: [] for way in ways}
     unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     for _ in range(count):
-        for way, variables in WAYS.items():
+        for way in found:
+            variables = WAYS[way]
             command = [sys.executable, __file__, "--measure"]
             out = subprocess.run(command, env=unset | variables, check=True, capture_output=True, text=True).stdout
             found[way].append([float(line) for line in out.split()])
@@ -93,9 +94,10 @@ def rounds(count: int) -> dict[str, tuple[float, ...]]:
 
 def rows(quick: bool) -> list[Row]:
     """Return the speed beside a busy process, relative to the idle machine's."""
-    idle = rounds(1 if quick else 3)["rarec"]
+    count = 1 if quick else 3
+    idle = rounds(count, ["rarec"])["rarec"]
     with busy(1):
-        beside = rounds(1 if quick else 3)["rarec"]
+        beside = rounds(count, ["rarec"])["rarec"]
     kinds = ("ID model", "language model")
     return [
         Row.least(f"{kind}: beside a busy process / idle", 1 / slow, 1 / fast, 0.5, "runs/s")
