@@ -108,7 +108,8 @@ def claim(directory: Path, names: Iterable[str]) -> None:
 
 def drop_listed(directory: Path, names: Iterable[str]) -> None:
     """Delete files and folders (`name/`) that a directory's marker lists, and remove them from the list."""
-    drop_stale(directory, MARKER)  # left by a process that was killed while it did the same
+    for own in (MARKER, CHECKED):  # left by a process that was killed while it wrote them
+        drop_stale(directory, own)
     listed = _listed(directory) or set()
     there = [name for name in listed.intersection(names) if os.path.lexists(directory / name)]
     for name in there:

@@ -1,4 +1,4 @@
-"""Check everything that a GPU does, and measure training on it: one command, under eight minutes on one 80 GB GPU.
+"""Check everything that a GPU does, and measure training on it: one command, made to take eight minutes on one GPU.
 
     python tools/check_gpu.py [--device cuda] [--only NAME ...] [--out results/gpu]
 

@@ -80,7 +80,9 @@ class Column(Sequence[T]):
             self._values.chunk(int(chunk)).take(pa.array(rows[chunks == chunk] - chunk * ROW_GROUP))
             for chunk in np.unique(chunks)
         ]
-        return pa.concat_arrays(found).take(pa.array(np.argsort(order))) if found else self._values.slice(0, 0)
+        if not found:
+            return pa.array([], self._values.type)
+        return pa.concat_arrays(found).take(pa.array(np.argsort(order)))
 
     def whole(self) -> pa.Array:
         """Return all values as one array in memory."""
