@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from make_log import make_log
 from measuring import Row, prepare_dataset, print_table, seconds
@@ -75,9 +73,9 @@ def write_inputs(root: Path, epochs: int) -> PreparedDataset:
         users += [user] * len(own)
         places += range(len(own))
         rows += own.tolist()
-    pq.write_table(pa.table({"user_id": users, "item_id": rows, "place": places}), root / "train.parquet")
+    np.save(root / "train.npy", np.array([users, rows, places]).T)
     targets = dataset.targets("validation")
-    pq.write_table(pa.table({"user_id": targets.user_rows, "item_id": targets.item_rows}), root / "targets.parquet")
+    np.save(root / "targets.npy", np.array([targets.user_rows, targets.item_rows]).T)
     rng = np.random.default_rng(0)
     np.save(root / "users.npy", rng.standard_normal((USERS, RECIPE["dim"]), dtype=np.float32))
     np.save(root / "items.npy", rng.standard_normal((ITEMS, RECIPE["dim"]), dtype=np.float32))
