@@ -1,6 +1,8 @@
 """`rarec bench`, and the rows of the harness in tools/."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,9 @@ from rarec import cli
 from rarec.entry import open_run
 from rarec.errors import UserError
 from tests.test_ownership import state
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from measuring import Row
 
 
 def test_bench_says_where_a_steps_time_goes_and_writes_nothing(finished, capsys):
@@ -36,3 +41,11 @@ def test_without_shards_the_command_that_makes_them_is_named(finished, tmp_path)
     with pytest.raises(UserError) as error:
         cli.bench(finished, [f"run.dir={tmp_path / 'none'}"])
     assert "rarec" in error.value.remedy
+
+
+def test_a_row_of_the_harness_is_judged_by_its_ratio():
+    fast, slow = Row.least("a", 30, 10, 2, "users/s"), Row.most("b", 30, 10, 2, "s")
+    assert (fast.ratio, fast.met, slow.met) == (3, True, False)
+    assert slow.with_ratio(2).met
+    assert not fast.with_ratio(1.99).met
+    assert fast.figure().figure == "30 / 10 users/s = 3.00"

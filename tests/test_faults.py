@@ -302,14 +302,14 @@ def test_memory_of_a_ranking_does_not_grow_with_the_users(finished):
     assert large - small < 1.5 * ranks_themselves
 
 
-@pytest.mark.parametrize(("gigabytes", "change"), [(80.0, "train.accumulate=2"), (2.3, "")])
-def test_a_device_out_of_memory_names_what_a_step_takes_and_a_change(finished, copied, monkeypatch, gigabytes, change):
+@pytest.mark.parametrize("gigabytes", [80.0, 2.0])  # by the plan it fits; by the plan no change makes it fit
+def test_a_device_out_of_memory_names_what_a_step_takes_and_a_change(finished, copied, monkeypatch, gigabytes):
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     monkeypatch.setattr("rarec.stages.variant_training.train_variant", fail)
     monkeypatch.setattr("rarec.stages.plan.memory_of_rank", lambda device: int(gigabytes * 1e9))
-    with pytest.raises(UserError, match=rf"{gigabytes} GB.*per_layer|{gigabytes} GB.*text_only") as error:
+    with pytest.raises(UserError, match=rf"{gigabytes} GB.*text_only") as error:
         open_run(finished, [copied, "train.lr=0.5"]).make("train", fresh=True)
     assert "rarec plan" in error.value.remedy
-    assert change in error.value.remedy
+    assert "train.accumulate=2" in error.value.remedy

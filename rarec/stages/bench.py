@@ -48,12 +48,12 @@ class StepProfile:
 
     @property
     def step(self) -> float:
-        """The seconds of a step."""
+        """Return the seconds of a step."""
         return sum(self.seconds.values())
 
     @property
     def of_bare(self) -> float:
-        """The speed in tokens a second, relative to the bare model's."""
+        """Return the speed in tokens a second, relative to the bare model's."""
         return self.bare / self.step
 
     def rows(self) -> list[tuple[str, str]]:
@@ -69,6 +69,8 @@ class StepProfile:
 
 def bench(run: Run, variant: str, steps: int) -> StepProfile:
     """Take some steps of a variant's training from its first weights on, and measure them; nothing is written.
+
+    With `train.accumulate`, what counts as a step here is one of its parts, and an update.
 
     Args:
         run: with finished shards.
