@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rarec.config.logs import Prepare
 from rarec.config.schema import Shards
 from rarec.data.dataset import PreparedDataset
-from rarec.data.selection.buckets import Buckets, Drawing, even_shares
+from rarec.data.selection.buckets import Buckets, GroupSampler, even_shares
 from rarec.data.selection.sampling import Selection, select_samples
 from rarec.data.selection.title_words import TitleWords, split_words
 from rarec.errors import UserError
@@ -138,9 +138,9 @@ def test_an_even_draw_fills_the_buckets_alike_until_they_are_exhausted(
 
 def draw_from(groups: Ints, wanted: Ints, blocks: int, seed: int) -> Ints:
     rng = np.random.default_rng(seed)
-    drawing = Drawing(np.bincount(groups[groups >= 0], minlength=len(wanted)), wanted, rng)
+    sampler = GroupSampler(np.bincount(groups[groups >= 0], minlength=len(wanted)), wanted, rng)
     parts = np.array_split(np.arange(len(groups)), blocks)
-    return np.concatenate([part[0] + drawing.draw(groups[part]) for part in parts])
+    return np.concatenate([part[0] + sampler.draw(groups[part]) for part in parts])
 
 
 @given(groups=st.lists(st.integers(-1, 2), min_size=8, max_size=40), blocks=st.integers(1, 8), seed=st.integers(0, 99))

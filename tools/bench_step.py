@@ -24,7 +24,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import Row, seconds
+from measuring import Row, model_tree, seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.config import VARIANTS
@@ -96,7 +96,7 @@ class Workload:
     def __init__(self, case: Case, scratch: Path) -> None:
         self.case, self.rng = case, np.random.default_rng(0)
         dtype = "bfloat16" if "1B" in case.name else "float32"
-        self.config = run_config(case.llm, dtype)
+        self.config = RunConfig.model_validate(model_tree(llm={"path": case.llm, "dtype": dtype}))
         self.loaded = load_model(self.config.llm, scratch / "converted")
         shapes = {"id": SourceShape(DIM, 1)}
         titles = [" ".join(self.rng.choice(WORDS, self.rng.integers(2, 13))) for _ in range(ITEMS)]
@@ -271,17 +271,3 @@ def updating(model: RaRec) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return update
-
-
-def run_config(llm: str, dtype: str) -> RunConfig:
-    """Return a configuration of which only the model's sections are read."""
-    return RunConfig.model_validate(
-        {
-            "run": {"dir": "-"},
-            "prepare": {
-                "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
-                "items": {"path": "-", "item": "-", "title": "-"},
-            },
-            "llm": {"path": llm, "dtype": dtype},
-        }
-    )

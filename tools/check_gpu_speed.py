@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, at_least, print_table
+from measuring import Figure, at_least, model_tree, print_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.config import VARIANTS, RunConfig
-from rarec.config.method import Lora
 from rarec.hardware import known_device, peak_memory
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model, trained_parameters
@@ -237,18 +236,9 @@ def synchronise() -> None:
 
 def run_config(scratch: Path, shape: Shape) -> RunConfig:
     """Return the configuration."""
-    return RunConfig.model_validate(
-        {
-            "run": {"dir": "-"},
-            "prepare": {
-                "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
-                "items": {"path": "-", "item": "-", "title": "-"},
-            },
-            "llm": {"path": str(scratch), "dtype": "bfloat16", "gradient_checkpointing": shape.recompute},
-            "lora": Lora(rank=16, alpha=32).model_dump(),
-            "train": {"variants": [VARIANT.name]},
-        }
-    )
+    llm = {"path": str(scratch), "dtype": "bfloat16", "gradient_checkpointing": shape.recompute}
+    lora, train = {"rank": 16, "alpha": 32}, {"variants": [VARIANT.name]}
+    return RunConfig.model_validate(model_tree(llm=llm, lora=lora, train=train))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as processes
 from check_plan_ranks import LIMIT, LIVE, VARIANT, Case, calculator_of, train_on
-from measuring import Figure, print_table
+from measuring import Figure, model_tree, print_table
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -83,15 +83,8 @@ def write_llm(path: Path, blocks: int, hidden: int) -> None:
 def run_tree(scratch: Path, case: Case, batch: int) -> dict[str, Any]:
     """Return the configuration of a run."""
     llm = {"path": str(scratch / "llm"), "dtype": case.dtype, "gradient_checkpointing": case.checkpointing}
-    return {
-        "run": {"dir": str(scratch / "run"), "device": "cpu"},
-        "prepare": {
-            "interactions": {"path": "-", "user": "-", "item": "-", "time": "-"},
-            "items": {"path": "-", "item": "-", "title": "-"},
-        },
-        "llm": llm,
-        "train": {"batch_size": batch, "accumulate": 2, "variants": [VARIANT]},
-    }
+    train = {"batch_size": batch, "accumulate": 2, "variants": [VARIANT]}
+    return model_tree(run={"dir": str(scratch / "run"), "device": "cpu"}, llm=llm, train=train)
 
 
 def planned(case: Case, tree: dict[str, Any]) -> dict[str, int]:

@@ -120,6 +120,13 @@ def memory(field: str) -> float:
     return int(found[1]) / 1024
 
 
+def model_tree(**sections: Any) -> dict[str, Any]:
+    """Return a configuration for what reads no data: the sections that are given, and no run and no log."""
+    nothing = {"path": "-", "user": "-", "item": "-", "time": "-"}
+    prepare = {"interactions": nothing, "items": {"path": "-", "item": "-", "title": "-"}}
+    return {"run": {"dir": "-"}, "prepare": prepare, **sections}
+
+
 def prepare_dataset(config: Prepare, directory: Path) -> PreparedDataset:
     """Prepare a dataset as `rarec prepare` does, in `directory/prepare`."""
     tree = {"run": {"dir": str(directory)}, "prepare": config.model_dump(mode="json"), "llm": {"path": "-"}}

@@ -95,7 +95,7 @@ def write_columns(directory: Path) -> None:
     for table in (USERS, ITEMS, INTERACTIONS):
         with pq.ParquetFile(directory / table) as file, ExitStack() as stack:
             writers = {
-                name: stack.enter_context(opened(_path(directory, table, name), file))
+                name: stack.enter_context(opened(_path(directory, table, name), file, name))
                 for names, opened in ((NUMBERS[table], _numbers), (TEXTS[table], _texts))
                 for name in names
             }
@@ -173,9 +173,8 @@ def map_npy(path: Path, remedy: str) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def _numbers(path: Path, source: pq.ParquetFile) -> Iterator[Write]:
+def _numbers(path: Path, source: pq.ParquetFile, name: str) -> Iterator[Write]:
     """Yield what appends rows to a `.npy` file of as many numbers as the table has rows."""
-    name = path.stem.partition(".")[2]
     kind = np.dtype(source.schema_arrow.field(name).type.to_pandas_dtype())
     header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False}
     with path.open("wb") as file:  # plain writes: on a full disk, a mapped file would kill the process
@@ -184,8 +183,7 @@ def _numbers(path: Path, source: pq.ParquetFile) -> Iterator[Write]:
 
 
 @contextmanager
-def _texts(path: Path, source: pq.ParquetFile) -> Iterator[Write]:
+def _texts(path: Path, source: pq.ParquetFile, name: str) -> Iterator[Write]:
     """Yield what appends rows to an Arrow file, a record batch each time."""
-    name = path.stem.partition(".")[2]
     with pa.ipc.new_file(str(path), pa.schema([source.schema_arrow.field(name)])) as file:
         yield file.write_table

@@ -15,7 +15,7 @@ from rarec.ids.source import Source
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import AT_TITLES, Encoded, PromptPair, by_length, lay_out
-from rarec.room import IN_MEMORY, Room
+from rarec.scratch import IN_MEMORY, Scratch
 from rarec.world import SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
@@ -77,7 +77,7 @@ def title_vectors(prompts: Sequence[Encoded], pair: PromptPair, sources: Mapping
 class Encoder:
     """Encodes users and items with one model. Memory depends on the chunk, not on the number of users or items.
 
-    Vectors of the whole catalogue are kept where there is room.
+    Vectors of the whole catalogue are kept in memory or in a scratch file.
 
     Args:
         model: the two towers.
@@ -85,7 +85,7 @@ class Encoder:
         sources: every source by name.
         batch_size: prompts in a chunk.
         world: the ranks that encode together. The chunks do not depend on their number; each encodes a share.
-        room: for the vectors of the catalogue.
+        scratch: for the vectors of the catalogue.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class Encoder:
         sources: Mapping[str, Source],
         batch_size: int,
         world: World = SINGLE,
-        room: Room = IN_MEMORY,
+        scratch: Scratch = IN_MEMORY,
     ) -> None:
         self.model, self.prompts, self.sources = model, prompts, sources
-        self.batch_size, self.world, self.room = batch_size, world, room
+        self.batch_size, self.world, self.scratch = batch_size, world, scratch
 
     def items(self, rows: Rows | None = None) -> Float32:
         """Return item vectors (N, Z), of the whole catalogue or of these rows; every rank gets all of them."""
@@ -111,7 +111,7 @@ class Encoder:
             vectors_BZ = self._encode("item", self.model.item, encoded, vectors)
             if len(part) == len(rows):
                 return vectors_BZ
-            result = self.room.zeros((len(rows), vectors_BZ.shape[1]), np.float32) if result is None else result
+            result = self.scratch.zeros((len(rows), vectors_BZ.shape[1]), np.float32) if result is None else result
             result[start : start + len(part)] = vectors_BZ
         if result is None:
             raise ValueError("nothing to encode")

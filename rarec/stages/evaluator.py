@@ -167,7 +167,7 @@ class Evaluator:
         if permuted:
             sources = {name: source.permuted(self.seed) for name, source in sources.items()}
         batch_size = self.run.config.evaluate.batch_size
-        encoder = Encoder(model, self.run.prompts, sources, batch_size, self.run.world, self.run.room)
+        encoder = Encoder(model, self.run.prompts, sources, batch_size, self.run.world, self.run.scratch)
         return self.run.ranker(encoder.items(), encoder.users)
 
 

@@ -123,7 +123,7 @@ class ExportStage(Stage):
         model = TrainStage(run, name).best_model()
         with run.engine.serving(model):
             batch_size = run.config.evaluate.batch_size
-            items_NZ = Encoder(model, run.prompts, run.sources, batch_size, run.world, run.room).items()
+            items_NZ = Encoder(model, run.prompts, run.sources, batch_size, run.world, run.scratch).items()
         return Trained(model, run.config.variant(name), items_NZ, run.llm.identity)
 
     def _trained_parameters(self, trained: "Trained | None") -> int:

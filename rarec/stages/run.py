@@ -13,7 +13,7 @@ from rarec.config.ids import Ids
 from rarec.errors import Stopped, UserError
 from rarec.files import read_json
 from rarec.inert import inert
-from rarec.room import Room
+from rarec.scratch import Scratch
 from rarec.stages import run_folder
 from rarec.stages.stage import Stage
 from rarec.version import source
@@ -187,16 +187,16 @@ class Run:
         return self.root / "llm"
 
     @property
-    def room(self) -> Room:
-        """Room for the tables of a stage."""
-        return Room(int(self.config.run.memory_gb * 1e9), self.root)
+    def scratch(self) -> Scratch:
+        """Where the large arrays of a stage are kept."""
+        return Scratch(int(self.config.run.memory_gb * 1e9), self.root)
 
     def ranker(self, items_NZ: "npt.NDArray[np.float32]", users: "Callable[..., npt.NDArray[np.float32]]") -> "Ranker":
         """Return a ranker over vectors, on this rank's device where its memory has room for a table of that size."""
         from rarec.ranking import VectorRanker
         from rarec.world import CPU
 
-        fits = items_NZ.nbytes <= self.room.bytes
+        fits = items_NZ.nbytes <= self.scratch.bytes
         return VectorRanker(items_NZ, users, device=self.world.device if fits else CPU)
 
     @property

@@ -138,7 +138,7 @@ class ShardContent:
         """Return the states of the catalogue, (N, L, D), some items at a time."""
         run, n_items = self.run, self.run.dataset.n_items
         shape = (n_items, len(self.blocks), run.llm.backbone.hidden_size)
-        states_NLD = run.room.zeros(shape, run.config.shards.state_dtype)
+        states_NLD = run.scratch.zeros(shape, run.config.shards.state_dtype)
         for start in range(0, n_items, STATES_AT_A_TIME):
             part = slice(start, start + STATES_AT_A_TIME)
             prompts = [run.prompts.item(row) for row in range(n_items)[part]]

@@ -107,7 +107,7 @@ def build_trainer(
 ) -> Trainer:
     """Put a variant's training together: from its first weights, or from the checkpoint of `state`."""
     config, shards, world = run.config, feed.manifest, run.world
-    item_states_NLD = np.load(run.directory("shards") / ITEM_STATES, mmap_mode="r")
+    item_states_NLD = map_npy(run.directory("shards") / ITEM_STATES, REPAIR)
     counts_N = torch.from_numpy(np.load(run.directory("shards") / TARGET_COUNTS))
     if state.step:
         model = run.build_model(variant)
@@ -145,7 +145,7 @@ def open_stream(run: Run, feed: Feed, excluded: Numbers) -> SampleStream:
 
 def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:
     """Return what builds variants before their first step, from the stored states of these blocks."""
-    states_NLD = np.load(run.directory("shards") / ITEM_STATES, mmap_mode="r")
+    states_NLD = map_npy(run.directory("shards") / ITEM_STATES, REPAIR)
     return Initialiser(
         run.config,
         run.load_llm,
@@ -162,5 +162,5 @@ def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:
     """Return a function that ranks the full catalogue for a fixed subset of validation users with the current model."""
     dataset, config = run.dataset, run.config
     batch = EvalBatch.of(dataset, dataset.targets("validation", config.train.validation_users, config.run.seed))
-    encoder = Encoder(model, run.prompts, run.sources, config.evaluate.batch_size, run.world, run.room)
+    encoder = Encoder(model, run.prompts, run.sources, config.evaluate.batch_size, run.world, run.scratch)
     return lambda: validation_metrics(run.ranker(encoder.items(), encoder.users).ranks(batch, run.world))

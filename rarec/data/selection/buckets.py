@@ -107,7 +107,7 @@ def even_shares(counts_G: Int64, wanted: int, rng: np.random.Generator) -> Int64
     return shares_G
 
 
-class Drawing:
+class GroupSampler:
     """Draws from groups of samples without replacement while they pass by in blocks; memory is that of a block.
 
     How many of a block are drawn is hypergeometric, so that every sample of a group has the same chance.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rarec.config.schema import Shards
 from rarec.data.dataset import Int32, Int64, PreparedDataset
-from rarec.data.selection.buckets import Drawing, Grid, Mask, even_shares
+from rarec.data.selection.buckets import Grid, GroupSampler, Mask, even_shares
 from rarec.data.selection.title_words import TitleWords
 from rarec.errors import UserError
 
@@ -69,12 +69,12 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
         raise UserError(f"{dropped}: no target shares a title word with its history", remedy)
     wanted = max(1, round(config.share * counts.total))
     candidates_G = counts.candidates_G if config.diversify else counts.candidates_G.sum(keepdims=True)
-    drawing = Drawing(candidates_G, even_shares(candidates_G, wanted, rng), rng)
-    noise = Drawing(np.array([counts.noise]), np.array([EXAMPLES]), np.random.default_rng([seed, *b"noise"]))
+    sampler = GroupSampler(candidates_G, even_shares(candidates_G, wanted, rng), rng)
+    noise = GroupSampler(np.array([counts.noise]), np.array([EXAMPLES]), np.random.default_rng([seed, *b"noise"]))
     kept, kept_G, examples = [], np.zeros_like(counts.all_G), []
     for block in samples.blocks():
         candidate_S = block.eligible_S & block.sharing_S
-        drawn = drawing.draw(np.where(candidate_S, block.buckets_S if config.diversify else 0, -1))
+        drawn = sampler.draw(np.where(candidate_S, block.buckets_S if config.diversify else 0, -1))
         kept.append((block.users_S[drawn], block.positions_S[drawn]))
         kept_G += np.bincount(block.buckets_S[drawn], minlength=len(kept_G))
         shown = noise.draw(np.where(block.eligible_S & ~block.sharing_S, 0, -1))

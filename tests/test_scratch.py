@@ -5,26 +5,26 @@ import pytest
 
 from rarec.entry import open_run
 from rarec.models.encode import Encoder
-from rarec.room import Room
+from rarec.scratch import Scratch
 from rarec.stages.shard_content import ShardContent
 from rarec.stages.train import TrainStage
 
 
 def test_a_table_beyond_the_bound_takes_no_memory_and_no_name(tmp_path):
-    room = Room(100, tmp_path / "run")
-    small, large = room.zeros((5, 5), np.float32), room.zeros((5, 6), np.float32)
+    scratch = Scratch(100, tmp_path / "run")
+    small, large = scratch.zeros((5, 5), np.float32), scratch.zeros((5, 6), np.float32)
     assert not isinstance(small.base, np.memmap)
     assert isinstance(large.base, np.memmap)
     assert large.sum() == 0
     large[3] = 7
     assert large.sum() == 42
     assert list((tmp_path / "run").iterdir()) == []
-    assert not isinstance(Room().zeros((9, 9), np.float64).base, np.memmap)
+    assert not isinstance(Scratch().zeros((9, 9), np.float64).base, np.memmap)
 
 
 def test_a_disk_without_room_is_an_error_and_not_a_killed_process(tmp_path):
     with pytest.raises(OSError, match=r"space|large"):
-        Room(100, tmp_path).zeros((1 << 56,), np.int8)
+        Scratch(100, tmp_path).zeros((1 << 56,), np.int8)
 
 
 def test_a_catalogue_is_encoded_in_parts_as_at_once(finished, tmp_path, monkeypatch):
@@ -32,11 +32,11 @@ def test_a_catalogue_is_encoded_in_parts_as_at_once(finished, tmp_path, monkeypa
     model = TrainStage(run, "per_layer").best_model()
     whole = Encoder(model, run.prompts, run.sources, 16).items()
     monkeypatch.setattr("rarec.models.encode.ITEMS_AT_A_TIME", 7)
-    parts = Encoder(model, run.prompts, run.sources, 16, room=Room(100, tmp_path)).items()
+    parts = Encoder(model, run.prompts, run.sources, 16, scratch=Scratch(100, tmp_path)).items()
     assert isinstance(parts.base, np.memmap)
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
     rows = np.arange(19)[::-2]
-    some = Encoder(model, run.prompts, run.sources, 16, room=Room(100, tmp_path)).items(rows)
+    some = Encoder(model, run.prompts, run.sources, 16, scratch=Scratch(100, tmp_path)).items(rows)
     np.testing.assert_allclose(some, whole[rows], rtol=1e-4, atol=1e-6)
 
 

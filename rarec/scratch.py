@@ -1,4 +1,4 @@
-"""Room for large tables: in memory while they are small, else in a file that only this process sees."""
+"""Scratch space for large arrays: in memory while they are small, else in a file that only this process sees."""
 
 import os
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True)
-class Room:
-    """How much memory one table may take, and where a larger one is kept.
+class Scratch:
+    """How much memory one array may take, and where a larger one is kept.
 
     Attributes:
-        bytes: size of the largest table in memory.
-        directory: where larger ones are kept; made if need be. Without it, every table is in memory.
+        bytes: size of the largest array in memory.
+        directory: where larger ones are kept; made if need be. Without it, every array is in memory.
     """
 
     bytes: int = 0
@@ -38,5 +38,5 @@ class Room:
             return np.memmap(file, dtype, "r+", shape=tuple(shape)).view(np.ndarray)
 
 
-IN_MEMORY = Room()
-"""Room for whatever there is."""
+IN_MEMORY = Scratch()
+"""Keeps every array in memory."""
