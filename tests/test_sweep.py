@@ -195,15 +195,12 @@ def test_the_record_has_time_machine_and_commit_of_each_stage_that_the_run_built
 
 def test_a_second_sweep_builds_nothing_and_loads_nothing_heavy(swept):
     path, _ = swept
-    before, started = stamps(path), time.monotonic()
+    before = stamps(path)
     again = sweep(path, PYTHONPROFILEIMPORTTIME="1")
     skipped = [line for line in again.stderr.splitlines() if "skipped, done before" in line]
     assert (again.returncode, len(skipped), stamps(path)) == (0, 2, before)
     assert not [line for line in again.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "transformers")]
-    assert time.monotonic() - started < 20
-    runs, started = load_sweep(path).runs, time.monotonic()
-    assert [state_of(run, ["train", "evaluate"]) for run in runs] == [("done", "evaluate")] * 2
-    assert time.monotonic() - started < 0.5
+    assert [state_of(run, ["train", "evaluate"]) for run in load_sweep(path).runs] == [("done", "evaluate")] * 2
 
 
 @pytest.mark.slow
