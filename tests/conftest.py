@@ -23,14 +23,18 @@ from tests.synthetic import write_llm, write_log
 
 if TYPE_CHECKING:
     from check_harm import Examples
+    from harm_process import Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Spark on tables of a few rows: to compile better, or to collect garbage on more threads, takes longer than it saves
+os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:  # in the background, or under nohup: what is started inherits it
         signal.signal(number, handler)
 settings.register_profile("rarec", deadline=None)  # a busy machine fails no test
 settings.load_profile("rarec")
 
+TOOLS = str(Path(__file__).parents[1] / "tools")
 CONFIG = """
 run: {{dir: {root}/run}}
 prepare:
@@ -120,9 +124,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def server() -> Iterator["Server"]:
+    """Run `rarec` commands without the seconds in which Python imports what they need."""
+    sys.path.append(TOOLS)
+    from harm_process import Server
+
+    started = Server()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Examples"]:
     """Make harmed runs over a tinier world; see tools/check_harm.py."""
-    sys.path.append(str(Path(__file__).parents[1] / "tools"))
+    sys.path.append(TOOLS)
     from check_harm import Examples
 
     made = Examples(tmp_path_factory.mktemp("harm"))

@@ -23,7 +23,6 @@ SPARK = {
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.driver.host": "127.0.0.1",
     "spark.ui.enabled": "false",
-    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",  # to compile better takes longer than it saves
 }
 """Small, as the tests' tables are."""
 

@@ -164,10 +164,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_run_in_the_order_of_the_pages(place, examples):
+def test_commands_run_in_the_order_of_the_pages(place, server):
     for page in ("training", "serving", "vector_databases", "distributed", "sweeps", "data"):
         for command in runnable(DOCS / f"{page}.md"):
-            shell(command, place, examples.server)
+            shell(command, place, server)
     assert (place / "runs" / "mine" / "bundle-3" / "recommender.json").exists()
     python = [text for text in blocks(DOCS / "serving.md", "python") if not text.startswith("#")]
     first, last, *databases = blocks(DOCS / "vector_databases.md", "python")

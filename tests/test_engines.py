@@ -51,7 +51,7 @@ def test_duckdb_and_spark_agree_on_every_policy(tmp_path: Path, policy: dict[str
 @needs_spark
 def test_duckdb_and_spark_agree_on_a_large_log_with_ties_nulls_and_junk(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    make_log(log, users=18_000, items=2_000, interactions=300_000, seed=3, ties=0.3, nulls=0.01, duplicates=0.02)
+    make_log(log, users=9_000, items=1_000, interactions=100_000, seed=3, ties=0.3, nulls=0.01, duplicates=0.02)
     config = Prepare.model_validate(
         {
             "interactions": {"path": f"{log}/interactions", "user": "user", "item": "item", "time": "time"},
@@ -61,10 +61,10 @@ def test_duckdb_and_spark_agree_on_a_large_log_with_ties_nulls_and_junk(tmp_path
         }
     )
     one, other = (run(on(engine, config), tmp_path / engine) for engine in ("duckdb", "spark"))
-    assert one.manifest["counts"]["interactions"] > 230_000
+    assert one.manifest["counts"]["interactions"] > 70_000
     dropped = {step["step"]: step["interactions_before"] - step["interactions_after"] for step in one.manifest["steps"]}
-    assert dropped["ids"] > 1_500
-    assert dropped["duplicates"] > 1_500
+    assert dropped["ids"] > 500
+    assert dropped["duplicates"] > 500
     assert one.manifest["files"] == other.manifest["files"]
     assert one.manifest["steps"] == other.manifest["steps"]
     assert one.manifest["counts"]["validation_users"] == 2048
@@ -219,7 +219,7 @@ def test_a_dataset_does_not_remember_what_computed_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["duckdb", pytest.param("spark", marks=needs_spark)])
 def test_timestamps_and_days_of_parquet_are_times(tmp_path: Path, engine: str) -> None:
     items = [(name, "t", "", "") for name in "abde"]
-    for kind in (pa.timestamp("us"), pa.timestamp("us", "Asia/Tokyo"), pa.date32()):
+    for kind in (pa.timestamp("us", "Asia/Tokyo"), pa.date32()):
         write(tmp_path, LOG, items, "parquet")
         moments = pa.array(
             [

@@ -135,17 +135,13 @@ def types(annotation: Any) -> Iterable[Any]:
 NUMBERS = dict(numbers(RunConfig))
 
 
-@pytest.mark.parametrize(
-    "value", ["1000000000000000", "1e15", ".inf", "-.inf", ".nan", "1e400", "true", "'1'", "9" * 30]
-)
 @pytest.mark.parametrize("field", NUMBERS)
-def test_no_number_is_without_bounds(small, field, value):
-    if field == "run.seed" and value == "1000000000000000":
-        return
+def test_no_number_is_without_bounds(small, field):
     listed = list in map(get_origin, types(NUMBERS[field]))
-    given = f"[{value}]" if listed else value
-    with refused(field):
-        load_config(small, [f"{field}={given}"])
+    values = ["1e15", ".inf", "-.inf", ".nan", "1e400", "true", "'1'", "9" * 30]
+    for value in values if field == "run.seed" else [*values, "1000000000000000"]:
+        with refused(field):
+            load_config(small, [f"{field}=[{value}]" if listed else f"{field}={value}"])
 
 
 FOLDERS = {

@@ -1,5 +1,6 @@
 """Jobs on a real SLURM cluster of two nodes: training, preemption and resume, failure, and sweeps."""
 
+import getpass
 import json
 import re
 import subprocess
@@ -129,34 +130,18 @@ def test_a_task_that_is_preempted_leaves_the_others_of_its_array_alone(slurm, de
 
 
 @needs_slurm
-def test_a_sweep_submits_what_is_shared_and_behind_it_what_is_not_done(slurm, tmp_path):
-    path = write_sweep(make_world(tmp_path), {"fast": None}, seeds=[17, 18])
+def test_a_sweep_submits_what_is_not_done_and_a_shared_part_that_fails_stops_only_the_runs_that_need_it(
+    slurm, tmp_path
+):
+    path = write_sweep(make_world(tmp_path), {"bad": {"shards.state_blocks": [99]}, "good": None})
     submit = [*command(path, "--slurm", "--sbatch=--time=30"), "prompt.separator=' and '"]
     places = {"PYTHONPATH": own({})["PYTHONPATH"]}
-    assert submitted(slurm, [*submit, "--only", "fast/seed-17"], places) == ["1 task", "1 task"]
+    assert submitted(slurm, submit, places) == ["2 tasks", "2 tasks"]
     with pytest.raises(AssertionError, match=r"sweep\.yaml: jobs .*scancel"):
         slurm.call(submit, **places)
     await_queue(slurm)
-    # the shards of seed 18; all runs but the one that is done
-    assert submitted(slurm, submit, places) == ["1 task", "1 task"]
-    await_queue(slurm)
-    runs = load_sweep(path, ["prompt.separator=' and '"]).runs
-    states = [state_of(run, ["prepare", "ids", "neighbours", "shards", "train", "evaluate"]) for run in runs]
-    logs = {log.name: log.read_text() for log in (tmp_path / "all" / "slurm").glob("*.log")}
-    assert states == [("done", "evaluate")] * 2, logs
-    assert all(json.loads((run.directory / "record.json").read_text())["train"]["seconds"] > 0 for run in runs)
-    (line,) = submitted(slurm, submit, places)
-    assert "nothing to submit" in line
 
-
-@needs_slurm
-def test_a_shared_part_that_fails_stops_only_the_runs_that_need_it(slurm, tmp_path):
-    runs = {"bad": {"shards.state_blocks": [99]}, "good": None}
-    path = write_sweep(make_world(tmp_path), runs)
-    submit = command(path, "--slurm", "--sbatch=--time=30")
-    assert submitted(slurm, submit, {"PYTHONPATH": own({})["PYTHONPATH"]}) == ["2 tasks", "2 tasks"]
-    await_queue(slurm)
-    sweep = load_sweep(path)
+    sweep = load_sweep(path, ["prompt.separator=' and '"])
     logs = {log.name: log.read_text() for log in (tmp_path / "all" / "slurm").glob("*.log")}
     assert [state_of(run, sweep.stages) for run in sweep.runs] == [("begun", "shards"), ("done", "evaluate")], logs
     missing = Run(sweep.runs[0].config).directory("shards")
@@ -164,6 +149,13 @@ def test_a_shared_part_that_fails_stops_only_the_runs_that_need_it(slurm, tmp_pa
     assert len(errors) == 2
     assert errors[0].startswith("error: shards.state_blocks: ")
     assert str(missing) in errors[1]
+    record = json.loads((sweep.runs[1].directory / "record.json").read_text())
+    assert record["train"]["seconds"] > 0
+
+    (line,) = submitted(slurm, [*submit, "--only", "good/seed-17"], places)
+    assert "nothing to submit" in line
+    assert submitted(slurm, submit, places) == ["1 task", "1 task"]  # what failed is submitted again
+    slurm.call(["scancel", "--user", getpass.getuser()])
 
 
 @needs_slurm

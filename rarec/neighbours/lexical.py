@@ -4,14 +4,17 @@ Shape letters: N catalogue, C items of a block, M neighbours kept, A added items
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from scipy import sparse
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from rarec.neighbours.table import batch_of, nearest
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 Rows = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -81,7 +84,9 @@ class Words:
             yield batch_of(near, np.full(len(near), first + row), scores)
 
 
-def _vectoriser() -> TfidfVectorizer:
+def _vectoriser() -> "TfidfVectorizer":
+    from sklearn.feature_extraction.text import TfidfVectorizer  # takes longer to import than most commands need
+
     return TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\w+", dtype=np.float32)
 
 

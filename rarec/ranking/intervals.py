@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import bootstrap
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,6 +73,8 @@ def _percentiles(values_UM: Floats, resamples: int, seed: int) -> tuple[Floats, 
         drawn = np.bincount((users_RU + offset_R1).ravel(), minlength=users_RU.size)
         means_MR = (drawn.reshape(users_RU.shape) @ values_UM).T / n_users
         return means_MR if users.ndim > 1 else means_MR[:, 0]
+
+    from scipy.stats import bootstrap  # half a second, which no other command should wait for
 
     result = bootstrap(
         (np.arange(n_users),),
