@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from bench_data_stream import read_epoch, resident_over_an_epoch, stream_of, write_different, write_same
 from measuring import Row, apart, memory, seconds
 
@@ -63,7 +64,7 @@ def grown(name: str, action: Callable[[int], Action], size: int, rounds: int) ->
     return Row.most(name, much, little, ALLOWED, "s")
 
 
-def ranked(items: int) -> Action:
+def ranked(items: int) -> "partial[npt.NDArray[np.int64]]":
     """Return a ranking of so many items."""
     rng = np.random.default_rng(0)
     users_BD, items_ND = (rng.standard_normal((count, 64), dtype=np.float32) for count in (512, items))

