@@ -52,12 +52,12 @@ def profiled(action: Action) -> str:
     return f"{wall / ROUNDS * 1e3:9.1f}{flops:9.1f}{shares[0]:10.0%}{shares[1]:8.0%}{shares[2]:8.0%}  {named}"
 
 
-def steps(name: str, llm: str, batch: int) -> Iterator[tuple[str, Action]]:
-    """Yield every kind of training step with a language model; without one, with a random one of 1B."""
+def steps(name: str, llm: str, batch: int, rounds: int) -> Iterator[tuple[str, Action]]:
+    """Yield so many of each kind of training step with a language model; without one, with a random one of 1B."""
     with tempfile.TemporaryDirectory() as scratch:
-        case = Case(name, llm or str(write_llama(Path(scratch) / "llama")), batch, 1)
+        case = Case(name, llm or str(write_llama(Path(scratch) / "llama")), batch, rounds)
         for name, (step, batches) in Workload(case, Path(scratch)).steps().items():
-            yield name, partial(step, batches[0])
+            yield name, partial(lambda step, batches: [step(batch) for batch in batches], step, batches)
 
 
 def ranking() -> Iterator[tuple[str, Action]]:
@@ -81,8 +81,8 @@ def generation() -> Iterator[tuple[str, Action]]:
 
 
 CASES: dict[str, Callable[[], Iterator[tuple[str, Action]]]] = {
-    "step": partial(steps, "22M", MINILM, 64),
-    "step-1b": partial(steps, "1B", "", 4),
+    "step": partial(steps, "22M", MINILM, 64, 8),
+    "step-1b": partial(steps, "1B", "", 4, 3),
     "ranking": ranking,
     "items": items,
     "generation": generation,

@@ -14,7 +14,7 @@ import torch
 from measuring import Row, seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rarec.ranking.rank import SEARCH_USERS, rank_targets, top_k
+from rarec.ranking.rank import BLOCK_USERS, rank_targets, top_k
 
 SHAPES = {"12,000 items of 384": (4096, 12_000, 384), "200,000 items of 64": (1024, 200_000, 64)}
 SEEN, CANDIDATES, TITLE, HISTORY, USERS = 10, 20, 10, 60, 16
@@ -51,9 +51,9 @@ def ranking(name: str, users: int, items: int, dim: int, rounds: int) -> Row:
 
 def bare_product(users_BD: np.ndarray, items_ND: np.ndarray) -> None:
     """Compute the scores alone, into one buffer."""
-    out = torch.empty(SEARCH_USERS, len(items_ND))
+    out = torch.empty(BLOCK_USERS, len(items_ND))
     items_DN = torch.from_numpy(items_ND).T
-    for part in torch.from_numpy(users_BD).split(SEARCH_USERS):
+    for part in torch.from_numpy(users_BD).split(BLOCK_USERS):
         torch.mm(part, items_DN, out=out[: len(part)])
 
 

@@ -16,10 +16,9 @@ from rarec.world import SINGLE, World
 Array = npt.NDArray[np.float32] | torch.Tensor
 Rows = npt.NDArray[np.integer]
 
-BLOCK_BYTES = 16 << 20
-"""Size of one block of scores: small enough to be still in cache when its scores are counted."""
-SEARCH_USERS, SEARCH_BYTES = 256, 128 << 20
-"""The best k are searched for so many users at a time, up to this size: each block reads the whole table of items."""
+BLOCK_BYTES, BLOCK_USERS, MOST_BYTES = 16 << 20, 256, 256 << 20
+"""A block of scores has at least this size, where the processor's cache may hold it, and that of so many users: each
+block reads the whole table of items. It has at most the last size, or that of one user's scores."""
 GROUP = 64
 """Items of which the best score is found first, at the speed of memory, which `topk` is far from."""
 
@@ -42,7 +41,7 @@ class Scores(Protocol):
 
 
 def rank_targets(
-    users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], *, block_bytes: int = BLOCK_BYTES
+    users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], *, block_bytes: int | None = None
 ) -> npt.NDArray[np.int64]:
     """Return `rank_scores` of the dot products of user and item vectors."""
     return rank_scores(VectorScores(users, items_ND), targets_B, seen, block_bytes=block_bytes)
@@ -60,7 +59,7 @@ def rank_scores(
     targets_B: Rows,
     seen: Sequence[Rows],
     *,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     first: int = 0,
     world: World = SINGLE,
 ) -> npt.NDArray[np.int64]:
@@ -73,7 +72,7 @@ def rank_scores(
         scores: of B users.
         targets_B: item row of each target.
         seen: each user's item rows that do not compete, in any order, repeated or not. A target always competes.
-        block_bytes: bound on the scores held at a time; memory does not depend on B.
+        block_bytes: bound on the scores held at a time, at most `MOST_BYTES` by default; memory does not depend on B.
         first: with a catalogue that is spread over ranks, the first of the rows that this rank scores.
         world: the ranks over which it is spread; all of them call this with the same users.
 
@@ -130,7 +129,7 @@ def best_scores(
         scores: of B users.
         k: number of items; at most N are returned.
         seen: for each user, item rows that must not be returned.
-        block_bytes: bound on the scores held at a time, at most `SEARCH_BYTES` by default.
+        block_bytes: bound on the scores held at a time, at most `MOST_BYTES` by default.
 
     Returns:
         Item rows and scores, both (B, min(k, N)), best first. Where fewer than k unseen items are left, the row is
@@ -141,8 +140,6 @@ def best_scores(
     """
     _check_lengths(scores.n_users, seen=seen)
     k = min(k, scores.n_items)
-    if block_bytes is None:
-        block_bytes = max(BLOCK_BYTES, min(SEARCH_USERS * 4 * scores.n_items * scores.width, SEARCH_BYTES))
     rows_BK = np.empty((scores.n_users, k), dtype=np.int64)
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
     for part, scores_CN in _blocks(scores, block_bytes, scores.n_items):
@@ -172,8 +169,11 @@ def _largest(scores_CN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     return best_CK, group.gather(1, at_CK // GROUP) * GROUP + at_CK % GROUP
 
 
-def _blocks(scores: Scores, block_bytes: int, n_items: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    size = max(1, block_bytes // (4 * n_items * scores.width))
+def _blocks(scores: Scores, block_bytes: int | None, n_items: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    user_bytes = 4 * n_items * scores.width
+    if block_bytes is None:
+        block_bytes = max(BLOCK_BYTES, min(BLOCK_USERS * user_bytes, MOST_BYTES))
+    size = max(1, block_bytes // user_bytes)
     for start in range(0, scores.n_users, size):
         part = slice(start, min(start + size, scores.n_users))
         yield part, scores.block(part)
