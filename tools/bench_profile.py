@@ -2,7 +2,7 @@
 
     python tools/bench_profile.py [CASE ...]
 
-Cases: step, step-1b, ranking, items, generation. Each action runs once to warm up and three times under torch.profiler;
+Cases: step, step-1b, ranking, items, generation. Each action runs once to warm up and once under torch.profiler;
 run it on an otherwise idle machine. GFLOP are those of the matrix products alone, as the profiler counts them: the
 quotient of two actions' GFLOP is that of what they must compute, whoever programs it.
 """
@@ -20,7 +20,6 @@ from measuring import seconds
 from torch.profiler import ProfilerActivity, profile
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear")
-ROUNDS = 3
 Action = Callable[[], object]
 
 
@@ -41,15 +40,15 @@ def profiled(action: Action) -> str:
     """Return milliseconds, GFLOP, the shares of the time, and the operations other than products that take longest."""
     action()
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as found:
-        wall = seconds(lambda: [action() for _ in range(ROUNDS)])
+        wall = seconds(action)
     spent = {one.key: one.self_cpu_time_total / 1e6 / wall for one in found.key_averages()}
-    flops = sum(one.flops for one in found.key_averages()) / ROUNDS / 1e9
+    flops = sum(one.flops for one in found.key_averages()) / 1e9
     products = sum(spent.get(name, 0.0) for name in PRODUCTS)
     others = {name: share for name, share in spent.items() if name not in PRODUCTS}
     longest = sorted(others, key=lambda name: -others[name])[:3]
     shares = products, sum(others.values()), 1 - sum(spent.values())
     named = ", ".join(f"{name.removeprefix('aten::')} {others[name]:.0%}" for name in longest)
-    return f"{wall / ROUNDS * 1e3:9.1f}{flops:9.1f}{shares[0]:10.0%}{shares[1]:8.0%}{shares[2]:8.0%}  {named}"
+    return f"{wall * 1e3:9.1f}{flops:9.1f}{shares[0]:10.0%}{shares[1]:8.0%}{shares[2]:8.0%}  {named}"
 
 
 def steps(name: str, llm: str, batch: int, rounds: int) -> Iterator[tuple[str, Action]]:
