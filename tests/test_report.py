@@ -295,6 +295,19 @@ def test_the_verdict_says_first_whether_the_slots_add_to_all_that_is_cheap() -> 
     assert judged([{**against_id, "high": -0.001, "low": -0.1}, against_text], *metrics).outcome == "worse"
 
 
+def test_where_text_is_tuned_by_lora_the_slots_must_beat_it_too() -> None:
+    rows = [
+        compared(*ID, 0.01, 0.02),
+        compared(*FUSION, 0.01, 0.02),
+        compared("per_layer", "text_lora+id", -0.01, 0.01),
+    ]
+    said = judged(rows, measured("per_layer", 0.05), measured("text_lora+id", 0.049))
+    assert said.outcome == "inconclusive"
+    assert "not significantly different from text only + LoRA + ID" in said.headline
+    names = ["id_only", "text_only+id", "text_lora+id", "per_layer", "per_layer+id"]
+    assert ("per_layer+id", "text_lora+id") in pairs_of_interest(names, "per_layer")
+
+
 def test_the_variant_to_deploy_is_the_best_on_validation_users() -> None:
     metrics = [measured("id_only", 0.04), measured("per_layer", 0.05), measured("per_layer+id", 0.06)]
     metrics += [measured("per_layer/shuffled_history", 0.09), measured("external:llara", 0.07)]

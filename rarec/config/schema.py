@@ -102,9 +102,9 @@ class Train(Section):
     variants: Annotated[list[Annotated[str, AfterValidator(check_variant)]], Field(min_length=1)] = Field(
         default=["text_only", "prefix_only", "input", "per_layer"]
     )
-    """Variants to train, each with the same budget: `text_only`, `prefix_only`, `readout`, `input`, `per_layer`,
-    `per_layer_lora`, or ones of your own as `package.module:NAME`. The last one is the main one: the others are
-    compared with it, and sanity checks and diagnostics are of it."""
+    """Variants to train, each with the same budget: `text_only`, `text_lora`, `prefix_only`, `readout`, `input`,
+    `input_lora`, `per_layer`, `per_layer_lora`, or ones of your own as `package.module:NAME`. The last one is the main
+    one: the others are compared with it, and sanity checks and diagnostics are of it."""
     blocks: Blocks | None = None
     """Blocks with slots, for `per_layer`, `per_layer_lora` and `prefix_only`; all by default."""
     batch_size: Annotated[Positive, Field(ge=2)] = 128
@@ -217,7 +217,7 @@ class RunConfig(Section):
     shards: Shards = Shards()
     alignment: Alignment = Alignment()
     lora: Lora = Lora()
-    """Used by the variant `per_layer_lora`."""
+    """Used by the variants whose names end in `_lora`."""
     readout: Readout = Readout()
     loss: Loss = Loss()
     train: Train = Train()

@@ -46,6 +46,7 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("text_only", "text only", "none", instructions=False, projections=False),
+        Variant("text_lora", "text only + LoRA", "none", instructions=False, projections=False, lora=True),
         Variant("prefix_only", "prefix only", "all", projections=False),
         Variant("readout", "ID vectors at the readout", "readout", instructions=False),
         Variant("input", "input injection", "input"),

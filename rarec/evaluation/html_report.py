@@ -17,7 +17,7 @@ from rarec.evaluation.labels import (
     FUSED,
     GROUPS,
     ID_ONLY,
-    LATE_FUSION,
+    baselines,
     figure,
     headline_metrics,
     interval,
@@ -129,7 +129,7 @@ def _plots(files: RunFiles, full: Sequence[Row], findings: Sequence[Finding], ma
 
     variants = _variants(full, every_row=False)
     metrics = headline_metrics(row["metric"] for row in full)
-    fusions = (row + CHEAP for row in (ID_ONLY, LATE_FUSION, main + FUSED))
+    fusions = (row + CHEAP for row in (*baselines(row["variant"] for row in full), main + FUSED))
     compared = (ID_ONLY, main, *fusions, *filter(is_external, variants))
     logged = {variant: t for variant, t in files.training.items() if t.losses or t.validations}
     return {

@@ -19,6 +19,8 @@ ALL_CHEAP = "cheap"
 """Row of all that needs no training: neighbour models and popularity, fused."""
 LATE_FUSION = "text_only" + FUSED
 """The strong baseline: scores of the language model without slots and of the ID model, added."""
+TUNED_TEXT = "text_lora" + FUSED
+"""The same with LoRA: what slots with LoRA must beat."""
 EXTERNAL = "external:"
 SANITY_CHECKS = {"shuffled_history": "shuffled history", "permuted_ids": "permuted IDs"}
 WITHOUT, ORACLE = "/without_", "/or_cheap"
@@ -45,6 +47,11 @@ _CHEAP_TITLES = {
     ALL_CHEAP: "all that is cheap",
 }
 _MINUS = "\N{MINUS SIGN}"
+
+
+def baselines(rows: Iterable[str]) -> list[str]:
+    """Return the baselines of every variant: the ID model, and the language model without slots plus the ID score."""
+    return [ID_ONLY, LATE_FUSION, *(row for row in rows if row == TUNED_TEXT)]
 
 
 def is_external(variant: str) -> bool:

@@ -15,10 +15,10 @@ from rarec.evaluation.labels import (
     FULL,
     FUSED,
     ID_ONLY,
-    LATE_FUSION,
     ORACLE,
     SANITY_CHECKS,
     WITHOUT,
+    baselines,
     cheap_suffix,
     is_external,
 )
@@ -87,16 +87,16 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     """
     names = list(variants)
     fused, whole = main + FUSED, main + FUSED + CHEAP
-    baselines = (ID_ONLY, LATE_FUSION)
+    rivals = baselines(names)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
-    fusions = [(fused, name) for name in (*baselines, "readout+id", "input+id", main)]
+    fusions = [(fused, name) for name in (*rivals, "readout+id", "input+id", main)]
     cheap = [(ID_ONLY + CHEAP, name) for name in (ID_ONLY, ALL_CHEAP, fused)] + [(whole, fused)]
     bounds = [(whole, name) for name in names if name.startswith(whole + WITHOUT)] + [(main + ORACLE, whole)]
     sanity_checks = [(name, main) for name in names if name.removeprefix(f"{main}/") in SANITY_CHECKS]
     text = [(name, "text_only") for name in (f"{main}/permuted_ids", "prefix_only")]
     external = [(row, name) for row in (fused, whole) for name in names if is_external(name)]
     own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith(ID_ONLY)]
-    others = [(name, baseline + cheap_suffix(name)) for name in own for baseline in baselines]
+    others = [(name, baseline + cheap_suffix(name)) for name in own for baseline in rivals]
     once: dict[frozenset[str], tuple[str, str]] = {}
     for pair in plain + fusions + others + cheap + bounds + sanity_checks + text + external:
         once.setdefault(frozenset(pair), pair)

@@ -24,6 +24,7 @@ COLOURS = {
     "per_layer": "#000009",
     "per_layer_lora": "#00000a",
     "readout": "#00000d",
+    "text_lora": "#00000e",
 }
 OUTCOMES = {"better": "#00000b", "worse": "#00000c", "inconclusive": MUTED}
 THEME = {INK: "ink", MUTED: "muted", RULE: "rule", SURFACE: "surface", "#00000b": "good", "#00000c": "bad"} | {

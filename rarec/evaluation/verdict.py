@@ -14,8 +14,8 @@ from rarec.evaluation.labels import (
     FULL,
     FUSED,
     HEADLINE,
-    ID_ONLY,
     LATE_FUSION,
+    baselines,
     cheap_suffix,
     figure,
     interval,
@@ -29,8 +29,6 @@ from rarec.evaluation.labels import (
 )
 from rarec.evaluation.run_files import TrainingRecord
 
-BASELINES = (ID_ONLY, LATE_FUSION)
-"""The two baselines of every verdict: the ID model, and the language model's score without slots plus the ID score."""
 Findings = Mapping[str, Finding | None]
 
 
@@ -93,7 +91,7 @@ class Verdict:
     """The report's first paragraph.
 
     Attributes:
-        outcome: `better` if the judged row is better than both baselines, `worse` if it is worse than one of them.
+        outcome: `better` if the judged row is better than every baseline, `worse` if it is worse than one of them.
         headline: one sentence about the exported variant and the best one.
         sentences: the reasons, and the limits of what one run can show.
         best: the variant to deploy; None if nothing was evaluated.
@@ -121,8 +119,8 @@ def best_variant(metrics: Sequence[Row], comparisons: Sequence[Row], validation:
     if name is None:
         return None
     cheap = cheap_suffix(name)
-    baselines = [baseline + cheap for baseline in BASELINES if baseline + cheap != name]
-    findings = {baseline: find(comparisons, name, baseline, primary) for baseline in baselines}
+    others = [baseline + cheap for baseline in baselines(values) if baseline + cheap != name]
+    findings = {baseline: find(comparisons, name, baseline, primary) for baseline in others}
     outside = max(filter(is_external, values), key=values.__getitem__, default=name)
     better = (variant_title(outside), values[outside]) if values[outside] > values[name] else None
     return BestVariant(name, primary, chosen[name], values[name], findings, better)
@@ -154,7 +152,7 @@ def verdict(
         return Verdict("inconclusive", f"{title} was not evaluated.", (), best)
     whole = variant + FUSED + CHEAP
     judged = whole if whole in own else variant
-    names = [name + cheap_suffix(judged) for name in BASELINES]
+    names = [name + cheap_suffix(judged) for name in baselines(own)]
     findings = {name: find(comparisons, judged, name, primary) for name in names if name != judged}
     sentences = [
         *(_reached(own[name], primary) for name in dict.fromkeys((judged, variant))),
