@@ -219,7 +219,7 @@ def test_a_dataset_does_not_remember_what_computed_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["duckdb", pytest.param("spark", marks=needs_spark)])
 def test_timestamps_and_days_of_parquet_are_times(tmp_path: Path, engine: str) -> None:
     items = [(name, "t", "", "") for name in "abde"]
-    for kind in (pa.timestamp("us", "Asia/Tokyo"), pa.date32()):
+    for kind in (pa.timestamp("us"), pa.timestamp("us", "Asia/Tokyo"), pa.date32()):
         write(tmp_path, LOG, items, "parquet")
         moments = pa.array(
             [

@@ -1,4 +1,4 @@
-"""A configuration is checked at once, whatever is in it; the message names file and field."""
+"""A configuration is checked without a hang, whatever is in it; the message names file and field."""
 
 import os
 import time

@@ -150,7 +150,7 @@ def test_a_killed_worker_is_one_clear_error_wherever_the_main_process_is(shards)
         with pytest.raises(UserError, match="worker process") as error:
             train(busy)
         assert "train.stream.workers" in error.value.remedy
-        assert time.monotonic() - started < 60  # not as long as a step may take
+        assert time.monotonic() - started < 60  # no hang
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError, RuntimeError, ZeroDivisionError])

@@ -1,10 +1,10 @@
-"""Say where the time goes of what bench.py compares: matrix products, other operations, and Python around them.
+"""Say where the time goes of what bench.py compares: matrix products, torch's other operations, or outside torch.
 
     python tools/bench_profile.py [CASE ...]
 
 Cases: step, step-1b, ranking, items, generation. Each action runs once to warm up and once under torch.profiler;
-run it on an otherwise idle machine. GFLOP are those of the matrix products alone, as the profiler counts them: the
-quotient of two actions' GFLOP is that of what they must compute, whoever programs it.
+run it on an otherwise idle machine. GFLOP are those of the matrix products alone, as the profiler counts them: two
+actions whose GFLOP differ do different work, however well each is programmed.
 """
 
 import argparse
@@ -15,9 +15,11 @@ from pathlib import Path
 
 from bench_growth import ranked
 from bench_ranking import USERS, bare_product, generating
-from bench_step import MINILM, Case, Workload, write_llama
+from bench_step import MINILM, Case, Step, Workload, write_llama
 from measuring import seconds
 from torch.profiler import ProfilerActivity, profile
+
+from rarec.data.shards.samples import Sample
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear")
 Action = Callable[[], object]
@@ -27,9 +29,13 @@ def main() -> None:
     """Profile the cases and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", default=list(CASES), help=", ".join(CASES))
-    for case in parser.parse_args().cases:
+    cases = parser.parse_args().cases
+    unknown = set(cases) - set(CASES)
+    if unknown:
+        parser.error(f"unknown case {min(unknown)}: there are {', '.join(CASES)}")
+    for case in cases:
         print(
-            f"\n{case:52}{'ms':>9}{'GFLOP':>9}{'products':>10}{'other':>8}{'Python':>8}  longest of the others",
+            f"\n{case:52}{'ms':>9}{'GFLOP':>9}{'products':>10}{'other':>8}{'outside':>8}  longest of the others",
             flush=True,
         )
         for name, action in CASES[case]():
@@ -55,8 +61,14 @@ def steps(name: str, llm: str, batch: int, rounds: int) -> Iterator[tuple[str, A
     """Yield so many of each kind of training step with a language model; without one, with a random one of 1B."""
     with tempfile.TemporaryDirectory() as scratch:
         case = Case(name, llm or str(write_llama(Path(scratch) / "llama")), batch, rounds)
-        for name, (step, batches) in Workload(case, Path(scratch)).steps().items():
-            yield name, partial(lambda step, batches: [step(batch) for batch in batches], step, batches)
+        for kind, (step, batches) in Workload(case, Path(scratch)).steps().items():
+            yield kind, partial(take_all, step, batches)
+
+
+def take_all(step: Step, batches: list[list[Sample]]) -> None:
+    """Take a step on every batch."""
+    for batch in batches:
+        step(batch)
 
 
 def ranking() -> Iterator[tuple[str, Action]]:

@@ -50,7 +50,7 @@ _MINUS = "\N{MINUS SIGN}"
 
 
 def baselines(rows: Iterable[str]) -> list[str]:
-    """Return the baselines of every variant: the ID model, and the language model without slots plus the ID score."""
+    """Return the baselines among the rows: the ID model, and text only + ID, with LoRA too if a run has that."""
     return [ID_ONLY, LATE_FUSION, *(row for row in rows if row == TUNED_TEXT)]
 
 

@@ -79,7 +79,7 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
 
     The main variant with every other; its fusions with other fusions, with what they are without one part, and with
     external systems; its sanity checks with it; and, as any of them may be the best, every variant with the ID model
-    and with text only + ID, both with all that is cheap where the variant has it.
+    and with text only + ID (with LoRA too, if it is there), both with all that is cheap where the variant has it.
 
     Args:
         variants: all row names.

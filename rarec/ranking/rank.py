@@ -17,8 +17,8 @@ Array = npt.NDArray[np.float32] | torch.Tensor
 Rows = npt.NDArray[np.integer]
 
 BLOCK_BYTES, BLOCK_USERS, MOST_BYTES = 16 << 20, 256, 256 << 20
-"""A block of scores has at least this size, where the processor's cache may hold it, and that of so many users: each
-block reads the whole table of items. It has at most the last size, or that of one user's scores."""
+"""A block holds the scores of `BLOCK_USERS` users: of more where that is under `BLOCK_BYTES`, of fewer, down to one,
+where it is over `MOST_BYTES`. Each block reads the whole table of items, so blocks of few users are slow."""
 GROUP = 64
 """Items of which the best score is found first, at the speed of memory, which `topk` is far from."""
 
@@ -115,7 +115,7 @@ def _at_least(scores_CN: torch.Tensor, threshold_C1: torch.Tensor) -> npt.NDArra
     """Return the number of each user's scores that are at least a threshold, (C,)."""
     if scores_CN.device.type != "cpu":
         return (scores_CN >= threshold_C1).sum(dim=1).cpu().numpy()
-    # twenty times as fast: torch makes integers of a mask's bits before it adds them
+    # numpy counts a mask many times as fast as torch, which sums it as 64-bit integers
     pairs = zip(scores_CN.numpy(), threshold_C1.numpy(), strict=True)
     return np.array([np.count_nonzero(scores_N >= least_1) for scores_N, least_1 in pairs], np.int64)
 

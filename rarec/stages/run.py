@@ -188,7 +188,7 @@ class Run:
 
     @property
     def scratch(self) -> Scratch:
-        """Where the large arrays of a stage are kept."""
+        """Return where the large arrays of a stage are kept."""
         return Scratch(int(self.config.run.memory_gb * 1e9), self.root)
 
     def ranker(self, items_NZ: "npt.NDArray[np.float32]", users: "Callable[..., npt.NDArray[np.float32]]") -> "Ranker":
