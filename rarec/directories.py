@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rarec.errors import UserError
-from rarec.files import aside_path, drop_stale, fsync, is_aside, read_json, write_json
+from rarec.files import aside_path, drop_stale, fsync, is_aside, open_to_lock, read_json, write_json
 
 MARKER = ".rarec.json"
 """File in a directory that rarec has made: the names of its files; `name/` stands for all that is in a directory."""
@@ -43,15 +43,14 @@ def new_directory(path: Path, claims: Iterable[str] = ()) -> Iterator[Path]:
     restore_replaced(path)
     drop_stale(path.parent, path.name)
     aside = aside_path(path)
-    aside.mkdir()
-    handle = os.open(aside, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield aside
-        _mark(aside, {*claims, *(file.relative_to(aside).as_posix() for file in _files(aside))})
-        replace_directory(aside, path)
+        aside.mkdir()  # in here, since Ctrl-C may come at once
+        with open_to_lock(aside) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield aside
+            _mark(aside, {*claims, *(file.relative_to(aside).as_posix() for file in _files(aside))})
+            replace_directory(aside, path)
     finally:
-        os.close(handle)
         shutil.rmtree(aside, ignore_errors=True)
 
 

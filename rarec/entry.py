@@ -162,7 +162,9 @@ def _exit_code(command: Callable[[], object], signals: "_Signals") -> int | None
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException as error:
         signals.ignore()  # a second Ctrl-C must not cut the line short
-        return _report(signals.cause or error)
+        code = _report(signals.cause or error)
+        signals.cause = None  # its frames go too: a `with` that was interrupted on its way in tidies up
+        return code
 
 
 class _Signals:

@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import shutil
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,35 @@ def test_an_error_leaves_what_was_there(tmp_path):
         (aside / "file").write_text(str(1 // 0))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "file").read_text() == "old"
+
+
+def interrupt_at(number):
+    """Let the line of that number, counted from now on in what writes aside, raise KeyboardInterrupt."""
+    lines = iter(range(number))
+
+    def trace(frame, event, _):
+        if Path(frame.f_code.co_filename).name not in ("directories.py", "files.py", "contextlib.py"):
+            return None
+        if event == "line" and next(lines, None) is None:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+
+
+def test_an_interrupt_at_any_line_leaves_nothing_aside(tmp_path):
+    before = sys.gettrace()
+    for number in range(10_000):
+        with suppress(KeyboardInterrupt):
+            interrupt_at(number)
+            write(tmp_path / "a", "new")
+            sys.settrace(before)
+            break
+        assert not list(tmp_path.glob(".*")), number
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+    assert number > 50
+    assert (tmp_path / "a" / "file").read_text() == "new"
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):

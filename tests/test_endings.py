@@ -226,6 +226,21 @@ def test_an_error_that_a_library_makes_of_an_interrupt_is_an_interrupt():
     assert "SIGTERM" in result.stderr
 
 
+def test_an_interrupt_on_the_way_into_a_with_leaves_nothing_aside(tmp_path):
+    lines = [
+        "from rarec.directories import Path, new_directory",
+        "def trace(frame, event, _):",
+        "  if event == 'return': sys.settrace(None); os.kill(os.getpid(), signal.SIGTERM)",
+        "  return trace",
+        "entry.atexit.register(os._exit, 7)",  # at once: Python's own end would tidy up as well
+        f"made = new_directory(Path({str(tmp_path)!r}) / 'made')",
+        "sys.settrace(lambda frame, *_: trace if frame.f_back.f_code.co_name == 'command' else None)",
+        "with made: pass",
+    ]
+    assert python("\n ".join(["", *lines])).returncode == 7
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_run_that_is_interrupted_at_any_moment_leaves_nothing_half_written(name, finished, tmp_path, examples):
