@@ -153,11 +153,10 @@ def restore_replaced(path: Path) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Fsync a directory and everything in it; tensors get the mode of the other files, which follows the umask."""
-    mask = os.umask(0o077)  # it cannot be read without being set
-    os.umask(mask)
+    mode = 0o666 & directory.stat().st_mode  # the umask itself cannot be read without being set
     for tensors in directory.rglob("*.safetensors"):  # written by way of a private temporary file
         with suppress(PermissionError):  # begun by another user, in a shared directory
-            tensors.chmod(0o666 & ~mask)
+            tensors.chmod(mode)
     for entry in directory.rglob("*"):
         if not entry.is_symlink() and (entry.is_file() or entry.is_dir()):  # opening a pipe would block
             fsync(entry)
