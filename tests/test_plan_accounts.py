@@ -14,10 +14,11 @@ from safetensors.numpy import save_file
 from rarec.config import VARIANTS, RunConfig
 from rarec.data.shards.index import INDEX
 from rarec.entry import open_run
+from rarec.errors import UserError
 from rarec.models.build import SourceShape
 from rarec.planning.activations import MemoryTracker, StepShape, step_activations
 from rarec.planning.cluster import ENGINES
-from rarec.planning.input_sizes import SampleStats, prompt_length_bounds
+from rarec.planning.input_sizes import EpochBatches, SampleStats, prompt_length_bounds
 from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, rank_memory
 from rarec.planning.step_time import step_traffic
 from rarec.stages.plan import plan
@@ -292,6 +293,29 @@ def test_without_shards_a_token_budget_is_planned_by_the_longest_prompts(llama):
 def test_samples_are_counted_over_shards():
     samples = SampleStats.from_lengths(np.array([16, 16, 32, 16]))
     assert (samples.count, samples.user_prompts.longest, samples.user_prompts.mean) == (4, 32, 20)
+
+
+def test_packed_prompts_take_their_own_length_and_padded_ones_the_longest(llama):
+    peaks = []
+    for packing, positions in ((False, 32), (True, 20)):
+        made = calculator(llama, llm={"packing": packing})
+        made.samples = SampleStats.from_lengths(np.array([16, 16, 32, 16]))
+        setup = made.setup(GPU, "0")
+        assert made.step_shape("per_layer", setup).text["user"] == positions
+        peaks.append(made.memory("per_layer", setup).peak)
+    assert peaks[0] > peaks[1]
+
+
+@pytest.mark.parametrize(("packed", "largest"), [(False, ((3, 4), (1, 9))), (True, ((3, 3), (1, 9)))])
+def test_of_batches_under_a_token_budget_too(packed, largest):
+    epoch = EpochBatches.from_lengths([np.array([2, 2, 4]), np.array([9])], packed)
+    assert epoch.largest == largest
+
+
+def test_what_cannot_be_packed_is_not_planned_so(tmp_path):
+    path = written(tmp_path, write_llm(tmp_path / "bert", "bert"), llm={"packing": True})
+    with pytest.raises(UserError, match=r"llm\.packing.*bert"):
+        plan(open_run(path, []), GPU, None)
 
 
 def test_every_variant_has_shapes(llama):

@@ -76,7 +76,7 @@ class Calculator:
         budget = train.tokens_per_batch
         size = max(2, budget // (longest + slots)) if budget else train.batch_size
         count = -(-self.samples.count // size) if self.samples else None
-        return EpochBatches(count, size, size, ((size, longest),))
+        return EpochBatches(count, size, size, ((size, self.prompts["user"].in_batch(self.config.llm.packing)),))
 
     def setup(self, cluster: Cluster, engine: EngineName) -> TrainingSetup:
         """Return the setup of the configuration on a cluster.
@@ -180,7 +180,7 @@ class Calculator:
             problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
             raise UserError(problem, f"choose from blocks 0 to {count - 1}")
         vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.builder.sources.items()}
-        world_size, item = setup.cluster.world_size, self.prompts["item"].longest
+        world_size, item = setup.cluster.world_size, self.prompts["item"].in_batch(self.config.llm.packing)
         shapes = []
         for size, longest in self.batches.largest:
             total, text = -(-size // setup.accumulate), {"user": longest, "item": item}

@@ -3,6 +3,7 @@
 Shape letters: S samples, b samples of one batch.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,19 @@ class PromptLengths:
     longest: int
     mean: float
 
+    @classmethod
+    def of(cls, tokens_b: npt.NDArray[np.integer]) -> "PromptLengths":
+        """Summarize lengths (b)."""
+        return cls(int(tokens_b.max()), float(tokens_b.mean()))
+
+    def in_batch(self, packed: bool) -> int:
+        """Return the positions that a prompt takes in a batch: as many as the longest, or packed, its own on average.
+
+        Args:
+            packed: see `llm.packing`.
+        """
+        return math.ceil(self.mean) if packed else self.longest
+
 
 @dataclass(frozen=True)
 class EpochBatches:
@@ -48,8 +62,8 @@ class EpochBatches:
         count: number of batches; None where it is unknown.
         mean_size: samples of a batch on average.
         smallest: samples of the smallest batch.
-        largest: (samples, tokens of the longest user prompt) of the batches that may need the most memory: the one with
-            most samples first, the one with the longest prompts last.
+        largest: (samples, positions that a user prompt takes) of the batches that may need the most memory: the one
+            with most samples first, the one with the longest prompts last.
     """
 
     count: int | None
@@ -58,9 +72,14 @@ class EpochBatches:
     largest: tuple[tuple[int, int], ...]
 
     @classmethod
-    def from_lengths(cls, batches: Iterable[npt.NDArray[np.integer]]) -> "EpochBatches":
-        """Summarize batches, each given by the lengths of its user prompts (b)."""
-        shapes = [(len(tokens_b), int(tokens_b.max())) for tokens_b in batches]
+    def from_lengths(cls, batches: Iterable[npt.NDArray[np.integer]], packed: bool) -> "EpochBatches":
+        """Summarize batches, each given by the lengths of its user prompts (b).
+
+        Args:
+            batches: of an epoch.
+            packed: see `llm.packing`.
+        """
+        shapes = [(len(tokens_b), PromptLengths.of(tokens_b).in_batch(packed)) for tokens_b in batches]
         sizes = [size for size, _ in shapes]
         largest = max(shapes), max(shapes, key=lambda shape: shape[::-1])
         return cls(len(shapes), sum(sizes) / len(shapes), min(sizes), tuple(dict.fromkeys(largest)))
@@ -83,7 +102,7 @@ class SampleStats:
     @classmethod
     def from_lengths(cls, tokens_S: npt.NDArray[np.integer], batches: EpochBatches | None = None) -> "SampleStats":
         """Summarize samples by the lengths of their user prompts (S), as the shards' index has them."""
-        return cls(len(tokens_S), PromptLengths(int(tokens_S.max()), float(tokens_S.mean())), batches)
+        return cls(len(tokens_S), PromptLengths.of(tokens_S), batches)
 
 
 def prompt_length_bounds(config: RunConfig, slots: Mapping[str, int], context_length: int) -> dict[str, PromptLengths]:

@@ -23,6 +23,7 @@ from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.language_model import LoadedModel, context_length_of, headless, kind_of, read_with, with_adapter
 from rarec.models.model_folder import check_settings
+from rarec.models.packing import check_packable
 from rarec.models.towers import RaRec
 from rarec.paths import resolve
 from rarec.prompts import TextTokenizer, slot_names
@@ -146,12 +147,14 @@ class MetaModelBuilder:
         converted: directory of the converted model, where `llm.path` is a GGUF file; it need not exist.
 
     Raises:
-        UserError: the language model's configuration cannot be found or read.
+        UserError: the language model's configuration cannot be found or read, or its prompts cannot be packed.
     """
 
     def __init__(self, config: RunConfig, sources: Mapping[str, SourceShape], converted: Path) -> None:
         self.config, self.sources = config, sources
         self._llm_config = _read_llm_config(config, converted)
+        if config.llm.packing:
+            check_packable(self._llm_config.model_type, config.llm.path)
         self._kind = config.llm.kind if config.llm.kind != "auto" else kind_of(self._llm_config, config.llm.path)
 
     @cached_property

@@ -68,5 +68,5 @@ def _sample_stats(run: Run, sources: Mapping[str, SourceShape]) -> SampleStats |
     tokens_S = index_S["tokens"]
     if not config.train.tokens_per_batch:
         return SampleStats.from_lengths(tokens_S)
-    epoch = batch_plan(config, sources, index_S).batches(0)
-    return SampleStats.from_lengths(tokens_S, EpochBatches.from_lengths(tokens_S[numbers] for numbers in epoch))
+    epoch = (tokens_S[numbers] for numbers in batch_plan(config, sources, index_S).batches(0))
+    return SampleStats.from_lengths(tokens_S, EpochBatches.from_lengths(epoch, config.llm.packing))
