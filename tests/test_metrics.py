@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rarec.evaluation.result_rows import bucket_labels
+from rarec.evaluation.result_rows import bucket_labels, slots_and_rival, strata_rows
 from rarec.ranking import metric_values, rank_targets
 
 
@@ -54,3 +54,30 @@ def test_buckets_hold_about_equally_many_and_few_values_have_one_each():
     assert labels == ["1-3", "4-6", "7-9", "10-13"]
     index, labels = bucket_labels(np.array([0] * 90 + [1] * 2))
     assert (index.tolist(), labels) == ([0] * 90 + [1] * 2, ["0", "1"])
+
+
+def test_a_difference_by_stratum_is_paired():
+    ranks = {"one": np.array([1, 200, 1, 200]), "other": np.array([200, 200, 1, 1])}
+    lengths = {"history length": np.array([1, 1, 2, 2])}
+    rows = strata_rows(ranks, lengths, [("one", "other")], resamples=50, seed=1)
+    found = {row["bucket"]: row for row in rows if (row["variant"], row["metric"]) == ("one - other", "hr@100")}
+    assert {bucket: (row["value"], row["n"]) for bucket, row in found.items()} == {"1": (0.5, 2), "2": (-0.5, 2)}
+    assert (found["1"]["low"], found["1"]["high"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "pair"),
+    [
+        ("per_layer text_only text_only+id per_layer+id", "per_layer+id text_only+id"),
+        ("text_only+id per_layer+id text_only+id+cheap per_layer+id+cheap", "per_layer+id+cheap text_only+id+cheap"),
+        ("text_only+id text_lora+id per_layer+id", "per_layer+id text_lora+id"),
+        ("per_layer+id id_only", ""),
+        ("per_layer text_only", ""),
+    ],
+)
+def test_slots_are_compared_with_the_best_row_without_them(rows, pair):
+    assert slots_and_rival(rows.split(), "per_layer") == [tuple(pair.split())] * bool(pair)
+
+
+def test_text_only_has_no_rival():
+    assert slots_and_rival(["text_only+id", "id_only"], "text_only") == []

@@ -24,7 +24,7 @@ from rarec.errors import UserError
 from rarec.evaluation.findings import Finding, find, parts_worth, sanity_checks
 from rarec.evaluation.html_report import REPORT, write_report
 from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
-from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
+from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
 from rarec.evaluation.run_files import RunDirectories, read_run
 from rarec.evaluation.terminal import closing_lines, terminal_table
 from rarec.evaluation.verdict import Verdict, best_variant, verdict
@@ -102,9 +102,9 @@ def write_evaluation(run: RunDirectories, users: int = 400) -> None:
     write_json(run.evaluation / "validation.json", metric_rows(validated, CUTOFFS, **drawn))
     pairs = pairs_of_interest(ranks, "per_layer")
     write_json(run.evaluation / "comparisons.json", comparison_rows(ranks, pairs, CUTOFFS, **drawn))
-    write_json(
-        run.evaluation / "strata.json", strata_rows({a: ranks[a] for a in ["per_layer", *plain]}, strata, **drawn)
-    )
+    alone = {variant: ranks[variant] for variant in ["per_layer", *plain]}
+    rows = strata_rows(alone, strata, slots_and_rival(alone, "per_layer"), **drawn)
+    write_json(run.evaluation / "strata.json", rows)
     write_json(run.evaluation / "examples.json", [example(user) for user in (196, 22)])
     write_json(run.evaluation / "fusion.json", {"per_layer+id+cheap": PARTS})
     write_manifest(run.evaluation, "evaluate", settings={}, made_from={}, n=users, seconds=41.27)
@@ -451,8 +451,9 @@ def test_the_page_is_well_formed_and_its_plots_speak_and_follow_the_theme(page: 
     parsed = Tags(page)
     assert parsed.open == []
     plots = [attrs for tag, attrs in parsed.tags if tag == "svg"]
-    assert len(plots) == 5
+    assert len(plots) == 6
     assert all(attrs["role"] == "img" and len(attrs["aria-label"] or "") > 40 for attrs in plots)
+    assert any("+ ID + cheap minus text only + ID + cheap" in (attrs["aria-label"] or "") for attrs in plots)
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert not re.search(r"(fill|stroke): ?#", drawn)
     defined = set(re.findall(r"(--[\w-]+):", page))

@@ -505,6 +505,22 @@ def test_strata_are_those_of_each_seed_of_the_first_run(path):
     assert ".5000 (.4000 to .6000); .3000\n" in made  # several seeds: their mean
 
 
+def test_what_the_slots_add_by_stratum_is_drawn(path):
+    first, second, *_ = load_sweep(path).runs
+    row = "per_layer+id - text_only+id"
+    finish(first, RANKS[17], strata=[stratum(row, bucket, 0.02) for bucket in ("0-3", "4-9")])
+    finish(second, RANKS[18], strata=[stratum(row, "0-3", 0.01)])
+    words(f"<!-- strata plot: gain sweep:plain:{row} -->", "RESULTS.md")
+    collected(path)
+    made = pages()["RESULTS.md"]
+    assert "![HR@100 of RA-Rec (per layer) + ID minus text only + ID by stratum](docs/results/gain.svg)" in made
+    drawn = pages()["docs/results/gain.svg"]
+    assert all(text in drawn for text in ("popularity", "0-3", "4-9"))
+    words("<!-- strata plot: gain sweep:plain:per_layer - text_only -->", "RESULTS.md")
+    with pytest.raises(UserError, match=r"RESULTS\.md: strata plot gain: .*per_layer - text_only"):
+        pages()
+
+
 def test_hits_are_counted_by_who_has_them_and_by_what_the_fusion_keeps(path):
     first, *_ = load_sweep(path).runs
     finish(first, {"id_only": [1, 1, 999, 999], "per_layer": [1, 999, 2, 999], "per_layer+id": [1, 999, 2, 50]})

@@ -12,11 +12,12 @@
 - `blocks/NAME.md` is put wherever README.md, or a text, has `<!-- results: NAME -->`. In README.md it fills what is
   between that marker and `<!-- /results -->`; instead of NAME there may be a figure: `<!-- results: {{...}} -->`.
 
-Figures stand in double braces (`results_figures.py`). A picture of some figures:
+Figures stand in double braces (`results_figures.py`). Pictures of some figures, and of a difference by stratum:
 
     <!-- plot: FILE METRIC
     label = SWEEP:RUN:VARIANT
     -->
+    <!-- strata plot: FILE SWEEP:RUN:VARIANT - BASELINE -->
 """
 
 import argparse
@@ -28,13 +29,13 @@ from typing import Any
 
 from results_collect import collect
 from results_figures import Figures
-from results_plots import Line, colours, curve_svg, rows_svg
+from results_plots import Line, colours, curve_svg, rows_svg, strata_svg
 from results_summary import HITS
 from results_tables import Tables
 
 from rarec.entry import guarded
 from rarec.errors import UserError
-from rarec.evaluation.labels import FUSED, ID_ONLY, metric_title
+from rarec.evaluation.labels import FUSED, ID_ONLY, MINUS, metric_title, variant_title
 from rarec.files import write_text
 from rarec.sweep import load_sweep
 
@@ -59,6 +60,7 @@ _MARKER_IN_README = re.compile(r"<!-- results: ")
 _FILLED = re.compile(
     r"(?P<open><!-- results: (?P<what>[\w-]+|\{\{.+?\}\}) -->)(?P<old>.*?)(?P<close><!-- /results -->)", re.DOTALL
 )
+_STRATA_PLOT = re.compile(r"<!-- strata plot: (?P<name>[\w-]+) (?P<sweep>\w+):(?P<run>[^:]+):(?P<pair>.+?) -->")
 _PLOT = re.compile(r"<!-- plot: (?P<name>[\w-]+) (?P<metric>\S+)\n(?P<rows>.+?)\n-->", re.DOTALL)
 
 
@@ -101,6 +103,7 @@ class Pages:
         text = self.figures.cited(words, text, page.stem if made else "")
         text = _MARKER.sub(lambda match: self._placed(match, words, made, tables).rstrip("\n"), text)
         text = _PLOT.sub(lambda match: self._rows(page, words, match), text)
+        text = _STRATA_PLOT.sub(lambda match: self._by_stratum(page, words, match), text)
         left = [block for block in TITLES if made.get(block) and block not in placed]
         rest = "".join(f"\n## {TITLES[block]}\n\n{BEFORE.get(block, '')}{made[block]}" for block in left)
         head = f"<!-- Made by tools/make_results.py from results/; words: {words.relative_to(self.root).as_posix()} -->"
@@ -156,6 +159,15 @@ class Pages:
                 raise UserError(f"{words}: plot {match['name']}: {line}: {error.problem}", error.remedy) from None
         title = f"{metric_title(match['metric'])} of {', '.join(label for label, _ in rows)}"
         return self._picture(page, match["name"], rows_svg(rows, match["metric"]), title)
+
+    def _by_stratum(self, page: Path, words: Path, match: re.Match[str]) -> str:
+        """Draw the difference that a `strata plot` marker names."""
+        try:
+            found = self.figures.strata(match["sweep"], match["run"], match["pair"])
+        except UserError as error:
+            raise UserError(f"{words}: strata plot {match['name']}: {error.problem}", error.remedy) from None
+        title = f"{metric_title(HITS)} of {' minus '.join(map(variant_title, match['pair'].split(MINUS)))} by stratum"
+        return self._picture(page, match["name"], strata_svg(found, HITS), title)
 
     def _curves(self, sweep: str) -> Iterator[str]:
         """Draw a curve for each field over which alone some entries have a grid of two points or more."""

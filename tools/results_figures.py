@@ -76,6 +76,16 @@ class Figures:
             return self._triple(sweep, found[pair], metric)
         return negative(self._triple(sweep, _of(found, f"{other[1]} - {one[1]}", "difference"), metric))
 
+    def strata(self, sweep: str, run: str, variant: str) -> dict[str, dict[str, Interval]]:
+        """Return a row of HR@100, such as the difference `VARIANT - BASELINE`, of each seed by `STRATUM BUCKET`."""
+        found = {
+            seed: {place: Interval(*cells[variant]) for place, cells in strata.items() if variant in cells}
+            for seed, strata in self.run(sweep, run)["strata"].items()
+        }
+        if not any(found.values()):
+            raise UserError(f"{sweep}:{run} has no figures of `{variant}` by stratum", "evaluate it again, and collect")
+        return found
+
     def across(self, sweep: str, one: str, other: str) -> Summary:
         """Return the differences between the variants of two runs of a sweep.
 

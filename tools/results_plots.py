@@ -51,6 +51,34 @@ def rows_svg(rows: Sequence[tuple[str, Interval]], metric: str) -> str:
     return _svg(canvas)
 
 
+def strata_svg(seeds: Mapping[str, Mapping[str, Interval]], metric: str) -> str:
+    """Draw a difference by bucket of users or items, one panel for each stratum, the seeds side by side.
+
+    Args:
+        seeds: for each seed, the difference by `STRATUM BUCKET`.
+        metric: its metric.
+    """
+    names = list(dict.fromkeys(place.rpartition(" ")[0] for found in seeds.values() for place in found))
+    canvas, panels = _canvas(height=2.4, salt="strata", columns=len(names))
+    for panel, name in zip(panels, names, strict=True):
+        panel.axhline(0, color=COLOURS[0], linewidth=0.8)
+        buckets: dict[str, None] = {}
+        for number, (found, colour) in enumerate(zip(seeds.values(), colours(), strict=False)):
+            shown = {place.rpartition(" ")[2]: each for place, each in found.items() if place.startswith(f"{name} ")}
+            buckets |= dict.fromkeys(shown)
+            places = [at + 2 * BESIDE * (number - (len(seeds) - 1) / 2) for at in range(len(shown))]
+            for place, each in zip(places, shown.values(), strict=True):
+                panel.plot([place, place], [each.low, each.high], color=COLOURS[colour], linewidth=1.2)
+                panel.plot(place, each.mean, "o", color=COLOURS[colour], markersize=3.5)
+        panel.set_xticks(range(len(buckets)), list(buckets))
+        panel.set_title(name, fontsize="medium")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#e2e2e2")
+        panel.yaxis.set_major_formatter(lambda value, _: tick(value, signed=True))
+    panels[0].set_ylabel(f"{metric_title(metric)}, difference")
+    return _svg(canvas)
+
+
 def curve_svg(lines: Sequence[Line], field: str, metric: str) -> str:
     """Draw a metric over the field of a grid. Values that are no numbers have no order, so they are not joined."""
     values = list(dict.fromkeys(value for line in lines for value in line.points))
@@ -88,7 +116,8 @@ def _plot(panel: Any, line: Line, place: Mapping[Any, float], beside: float | No
     panel.errorbar(places, means, ends, color=COLOURS[line.colour], label=line.label, capsize=3, **style)
 
 
-def _canvas(height: float, salt: str) -> tuple[Any, Any]:
+def _canvas(height: float, salt: str, columns: int = 0) -> tuple[Any, Any]:
+    """Return an empty picture and its panel, or with `columns` a row of that many panels."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -97,7 +126,7 @@ def _canvas(height: float, salt: str) -> tuple[Any, Any]:
     matplotlib.rcdefaults()  # a user's own matplotlibrc must not change the pages
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9})
     canvas = Figure(figsize=(7, height), layout="constrained", facecolor="white")
-    return canvas, canvas.subplots()
+    return canvas, canvas.subplots(1, columns, sharey=True, squeeze=False)[0] if columns else canvas.subplots()
 
 
 def _svg(canvas: Any) -> str:

@@ -17,6 +17,7 @@ from rarec.evaluation.labels import (
     FUSED,
     GROUPS,
     ID_ONLY,
+    MINUS,
     baselines,
     figure,
     headline_metrics,
@@ -137,6 +138,7 @@ def _plots(files: RunFiles, full: Sequence[Row], findings: Sequence[Finding], ma
         "differences": Markup(plots.differences(findings)) if findings else None,
         "curves": Markup(plots.curves(logged, SELECTED_BY)) if logged else None,
         "strata": [Markup(svg) for svg in _strata(files.strata, compared)],
+        "slots_gain": [Markup(plots.slots_gain(rows)) for rows in _differences(files.strata)],
         "alignment": [Markup(svg) for svg in plots.alignment(files.diagnostics)] if files.diagnostics else [],
     }
 
@@ -149,6 +151,14 @@ def _strata(rows: Sequence[Row], compared: Sequence[str]) -> Iterator[str]:
     variants = [variant for variant in dict.fromkeys(compared) if variant in there]
     for name in dict.fromkeys(row["stratum"] for row in rows):
         yield plots.strata([row for row in rows if row["stratum"] == name], name, metric, variants)
+
+
+def _differences(strata: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield the rows of each difference in the primary metric."""
+    metric = primary_metric(row["metric"] for row in strata)
+    rows = [row for row in strata if row["metric"] == metric and MINUS in row["variant"]]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        yield [row for row in rows if row["variant"] == name]
 
 
 def _variants(rows: Iterable[Row], *, every_row: bool) -> list[str]:

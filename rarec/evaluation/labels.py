@@ -24,6 +24,8 @@ TUNED_TEXT = "text_lora" + FUSED
 EXTERNAL = "external:"
 SANITY_CHECKS = {"shuffled_history": "shuffled history", "permuted_ids": "permuted IDs"}
 WITHOUT, ORACLE = "/without_", "/or_cheap"
+MINUS = " - "
+"""Between two rows whose difference is a row of strata.json."""
 HEADLINE = ("hr@10", "hr@100", "ndcg@10", "mrr")
 FULL = "full"
 """The protocol: the full catalogue is ranked, without the user's earlier items; ties count against the model."""

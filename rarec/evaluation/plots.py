@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rarec.evaluation.findings import Finding
-from rarec.evaluation.labels import ID_ONLY, base_variant, figure, metric_title, tick, variant_title
+from rarec.evaluation.labels import ID_ONLY, MINUS, base_variant, figure, metric_title, tick, variant_title
 from rarec.evaluation.run_files import Row, TrainingRecord
 from rarec.evaluation.svg import COLOURS, INK, MUTED, OUTCOMES, RULE, SURFACE, WIDTH, drawing
 
@@ -142,6 +142,34 @@ def strata(rows: Sequence[Row], stratum: str, metric: str, variants: Sequence[st
         panel.yaxis.set_major_formatter(lambda value, _: tick(value))
         handles = [_key(panel, variant) for variant in variants]
         canvas.legend(handles=handles, loc="outside lower center", ncols=min(2, len(variants)))
+    return made[0]
+
+
+def slots_gain(rows: Sequence[Row]) -> str:
+    """Plot what the slots add by bucket of users or items, one panel per stratum.
+
+    Args:
+        rows: rows of strata.json of one difference and metric.
+    """
+    one, other = (variant_title(name) for name in rows[0]["variant"].split(MINUS))
+    metric = metric_title(rows[0]["metric"])
+    lines = [f"{row['stratum']} {row['bucket']}: {figure(row['value'], signed=True)}" for row in rows]
+    alt = f"{metric} of {one} minus {other}, with 95% intervals. {'; '.join(lines)}."
+    names = list(dict.fromkeys(row["stratum"] for row in rows))
+    with drawing("slots-gain", alt, height=2.6) as (canvas, made):
+        panels = canvas.subplots(1, len(names), sharey=True, squeeze=False)[0]
+        for panel, name in zip(panels, names, strict=True):
+            shown = sorted((row for row in rows if row["stratum"] == name), key=lambda row: row["order"])
+            panel.axhline(0, color=INK, linewidth=1)
+            for place, row in enumerate(shown):
+                ends = row["low"], row["high"]
+                colour = OUTCOMES["better" if ends[0] > 0 else "worse" if ends[1] < 0 else "inconclusive"]
+                panel.plot([place, place], ends, color=colour, linewidth=1.8)
+                panel.plot(place, row["value"], "o", color=colour, markersize=5)
+            panel.set_xticks(range(len(shown)), [row["bucket"] for row in shown])
+            panel.set_title(name)
+            panel.grid(axis="x", visible=False)
+            panel.yaxis.set_major_formatter(lambda value, _: tick(value, signed=True))
     return made[0]
 
 

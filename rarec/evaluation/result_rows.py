@@ -15,6 +15,7 @@ from rarec.evaluation.labels import (
     FULL,
     FUSED,
     ID_ONLY,
+    MINUS,
     ORACLE,
     SANITY_CHECKS,
     WITHOUT,
@@ -103,6 +104,22 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
 
 
+def slots_and_rival(variants: Iterable[str], main: str) -> list[tuple[str, str]]:
+    """Return the pair of rows whose difference is what the slots add, if both are there.
+
+    They are fusions of the main variant and of text only, with LoRA if a run has that, both with all that is cheap
+    where the main variant has it.
+
+    Args:
+        variants: all row names.
+        main: row name of the exported variant.
+    """
+    names = list(variants)
+    suffix = FUSED + CHEAP if main + FUSED + CHEAP in names else FUSED
+    pair = main + suffix, baselines(names)[-1].removesuffix(FUSED) + suffix
+    return [pair] if len({*pair}) == 2 and {*pair} <= set(names) else []
+
+
 def bucket_labels(values_U: Numbers, buckets: int = BUCKETS) -> tuple[Numbers, list[str]]:
     """Divide whole numbers into buckets of about equal size. Equal values share a bucket; few values have one each.
 
@@ -119,25 +136,35 @@ def bucket_labels(values_U: Numbers, buckets: int = BUCKETS) -> tuple[Numbers, l
 
 
 def strata_rows(
-    ranks: Ranks, strata: Mapping[str, Numbers], *, resamples: int, seed: int, cutoffs: tuple[int, ...] = (10, 100)
+    ranks: Ranks,
+    strata: Mapping[str, Numbers],
+    pairs: Iterable[tuple[str, str]] = (),
+    *,
+    resamples: int,
+    seed: int,
+    cutoffs: tuple[int, ...] = (10, 100),
 ) -> list[dict[str, Any]]:
     """Return the rows of strata.json: {variant, stratum, bucket, order, metric, value, low, high, n}.
 
     Args:
         ranks: ranks of the same users' targets (U,), by row name.
         strata: a whole number for each user (U,), such as the length of the history, by the stratum's name.
+        pairs: row names of (variant, baseline): their paired difference is the row `VARIANT - BASELINE`.
         resamples: number of bootstrap resamples of the users.
         seed: seed of the bootstrap.
         cutoffs: each K of HR@K and NDCG@K.
     """
+    values = {variant: metric_values(ranks_U, cutoffs) for variant, ranks_U in ranks.items()}
+    for one, other in pairs:
+        values[one + MINUS + other] = {metric: values[one][metric] - values[other][metric] for metric in values[one]}
     rows = []
     for stratum, values_U in strata.items():
         index_U, labels = bucket_labels(values_U)
-        for variant, ranks_U in ranks.items():
+        for variant, metrics in values.items():
             for order, label in enumerate(labels):
-                chosen = ranks_U[index_U == order]
+                chosen = {metric: of_U[index_U == order] for metric, of_U in metrics.items()}
                 place = {"variant": variant, "stratum": stratum, "bucket": label, "order": order}
-                intervals = mean_intervals(metric_values(chosen, cutoffs), resamples, seed)
-                for metric, (value, low, high) in intervals.items():
-                    rows.append({**place, "metric": metric, "value": value, "low": low, "high": high, "n": len(chosen)})
+                for metric, (value, low, high) in mean_intervals(chosen, resamples, seed).items():
+                    numbers = {"value": value, "low": low, "high": high, "n": len(chosen[metric])}
+                    rows.append({**place, "metric": metric, **numbers})
     return rows

@@ -13,7 +13,7 @@ from rarec.evaluation.examples import Examples
 from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, ORACLE, WITHOUT
-from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, strata_rows
+from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
 from rarec.ranking import CachedRanker, EvalBatch, Ranker, VectorRanker, rank_users
@@ -109,7 +109,7 @@ class Evaluator:
             listed = [ranker.lists_targets(self.test) for ranker in self.run.neighbours.values()]
             strata["neighbour models that list the target"] = np.sum(listed, axis=0)
         plain = {name: value for name, value in ranks.items() if "/" not in name}
-        return strata_rows(plain, strata, **self._bootstrap)
+        return strata_rows(plain, strata, slots_and_rival(plain, self.main), **self._bootstrap)
 
     @property
     def _bootstrap(self) -> Bootstrap:
