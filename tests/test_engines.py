@@ -294,7 +294,7 @@ def test_a_session_of_the_callers_stays_and_is_as_it_was(tmp_path: Path) -> None
     assert session.conf.get("spark.sql.session.timeZone") == "Europe/Berlin"
     assert session.conf.get("spark.sql.caseSensitive") == "false"
     assert session.range(3).count() == 3
-    assert not [table for table in session.catalog.listTables() if table.name.startswith("rarec_")]
+    assert not [row for row in session.sql("SHOW VIEWS").collect() if row.viewName.startswith("rarec_")]
     session.conf.unset("spark.sql.session.timeZone")
 
 

@@ -37,7 +37,7 @@ from rarec.artefacts import MANIFEST
 from rarec.directories import CHECKED
 
 ROOT = Path(__file__).parents[1]
-LAUNCHED = ("shards", "train", "evaluate")
+LAUNCHED = ("ids", "shards", "train", "evaluate")
 """Stages that `accelerate launch` starts."""
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LIMIT = 180.0

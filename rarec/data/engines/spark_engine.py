@@ -158,7 +158,8 @@ class SparkEngine:
         frame.write.mode("overwrite").parquet(hadoop_path(self._path(name)))
         if number:
             self._system.rm(self._path(name, number), recursive=True)
-        return self._view(name, self._session.read.parquet(hadoop_path(self._path(name))))
+        reader = self._session.read.schema(frame.schema)  # or a job would read it from the files
+        return self._view(name, reader.parquet(hadoop_path(self._path(name))))
 
     def _path(self, name: str, number: int | None = None) -> str:
         return f"{self._scratch}/{name}_{self._kept[name] if number is None else number}"
