@@ -4,10 +4,12 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from rarec.errors import UserError
 from rarec.evaluation.labels import metric_title, tick
+from rarec.evaluation.plots import NARROW
 from rarec.ranking.intervals import Interval
 
 COLOURS = ("#7a7a7a", "#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#c08a2b")
@@ -70,8 +72,9 @@ def strata_svg(seeds: Mapping[str, Mapping[str, Interval]], metric: str) -> str:
             for place, each in zip(places, shown.values(), strict=True):
                 panel.plot([place, place], [each.low, each.high], color=COLOURS[colour], linewidth=1.2)
                 panel.plot(place, each.mean, "o", color=COLOURS[colour], markersize=3.5)
-        panel.set_xticks(range(len(buckets)), list(buckets))
-        panel.set_title(name, fontsize="medium")
+        panel.set_xticks(range(len(buckets)), list(buckets), fontsize="x-small")
+        panel.set_xlim(-0.5, len(buckets) - 0.5)
+        panel.set_title(fill(name, NARROW), fontsize="medium")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#e2e2e2")
         panel.yaxis.set_major_formatter(lambda value, _: tick(value, signed=True))

@@ -1,6 +1,7 @@
 """The plots of the report, each as inline SVG."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rarec.evaluation.findings import Finding
@@ -11,6 +12,8 @@ from rarec.evaluation.svg import COLOURS, INK, MUTED, OUTCOMES, RULE, SURFACE, W
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+NARROW = 24
+"""Letters in a line of the title of a narrow panel."""
 _POINTS = 160
 """Most points of a loss curve; each is the mean over an equal share of the steps."""
 Lines = Mapping[str, tuple[str, str]]
@@ -167,9 +170,11 @@ def slots_gain(rows: Sequence[Row]) -> str:
                 panel.plot([place, place], ends, color=colour, linewidth=1.8)
                 panel.plot(place, row["value"], "o", color=colour, markersize=5)
             panel.set_xticks(range(len(shown)), [row["bucket"] for row in shown])
-            panel.set_title(name)
+            panel.set_xlim(-0.5, len(shown) - 0.5)
+            panel.set_title(fill(name, NARROW))
             panel.grid(axis="x", visible=False)
             panel.yaxis.set_major_formatter(lambda value, _: tick(value, signed=True))
+        panels[0].set_ylabel(f"{metric}, difference")
     return made[0]
 
 
