@@ -75,7 +75,7 @@ def test_a_difference_by_stratum_is_paired():
         ("per_layer text_only", ""),
     ],
 )
-def test_slots_are_compared_with_the_best_row_without_them(rows, pair):
+def test_slots_are_compared_with_text_only_fused_alike(rows, pair):
     assert slots_and_rival(rows.split(), "per_layer") == [tuple(pair.split())] * bool(pair)
 
 

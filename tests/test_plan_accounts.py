@@ -307,12 +307,12 @@ def test_packed_prompts_take_their_own_length_and_padded_ones_the_longest(llama)
 
 
 @pytest.mark.parametrize(("packed", "largest"), [(False, ((3, 4), (1, 9))), (True, ((3, 3), (1, 9)))])
-def test_of_batches_under_a_token_budget_too(packed, largest):
+def test_packing_counts_under_a_token_budget_too(packed, largest):
     epoch = EpochBatches.from_lengths([np.array([2, 2, 4]), np.array([9])], packed)
     assert epoch.largest == largest
 
 
-def test_what_cannot_be_packed_is_not_planned_so(tmp_path):
+def test_a_plan_refuses_to_pack_what_cannot_be_packed(tmp_path):
     path = written(tmp_path, write_llm(tmp_path / "bert", "bert"), llm={"packing": True})
     with pytest.raises(UserError, match=r"llm\.packing.*bert"):
         plan(open_run(path, []), GPU, None)

@@ -265,6 +265,8 @@ def test_a_run_that_fails_is_named_at_the_end_and_stops_no_other(world):
     assert lines[3].startswith("failed: a-bad/seed-17: exit code 2: error: train.blocks: ")
     assert lines[4].startswith("failed: c-bad/seed-17: exit code 2: error: llm.path: ")
     assert " -> " in lines[4]
+    mended = sweep(path, "--only", "a-*", "train.lr=0.1")
+    assert (mended.returncode, mended.stderr.count("failed: ")) == (1, 1)
 
 
 @pytest.mark.slow
