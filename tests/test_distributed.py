@@ -1,5 +1,6 @@
 """One training on any engine and any number of ranks: the same losses, figures, adapters; elastic in mid-epoch."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -43,12 +44,19 @@ def test_two_ranks_train_as_one_process_does_on_every_engine(decoder, alone, tmp
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_the_mark_of_a_process_that_was_killed_while_it_compiled_holds_nobody_up(decoder, tmp_path):
+def test_neither_the_mark_of_a_process_that_was_killed_while_it_compiled_nor_another_ninja_is_in_the_way(
+    decoder, tmp_path
+):
     mark = op_directory() / "deepspeed_shm_comm" / MARK
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
+    other = tmp_path / "bin" / "ninja"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
     few = [copied(decoder, tmp_path / "run"), *TRAIN, "train.max_steps=1"]
-    finish("train", decoder, few, engine="zero1", scratch=tmp_path)
+    first = {"PATH": f"{other.parent}:{os.environ['PATH']}"}
+    finish("train", decoder, few, engine="zero1", scratch=tmp_path, environment=first)
     assert not mark.exists()
 
 

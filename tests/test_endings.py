@@ -319,12 +319,12 @@ def test_tensors_and_directories_follow_the_umask(mask, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [0o077, 0o002])
-def test_every_file_of_a_run_follows_the_umask(mask, tmp_path, examples):
+@pytest.mark.parametrize(("stage", "mask"), [("run", 0o077), ("prepare", 0o002)])
+def test_every_file_follows_the_umask(stage, mask, tmp_path, examples):
     from harm_process import Command
 
     config = make_world(tmp_path)
-    assert examples.server.run(Command(["run", str(config)], str(tmp_path), umask=mask)).code == 0
+    assert examples.server.run(Command([stage, str(config)], str(tmp_path), umask=mask)).code == 0
     assert_modes(tmp_path / "run", mask)
 
 

@@ -14,7 +14,7 @@ import torch
 from rarec.stages.run import Run
 from rarec.sweep import load_sweep, state_of
 from tests.conftest import make_world
-from tests.ranks import ROOT, VARIANT, copied, losses, weights
+from tests.ranks import ROOT, VARIANT, copied, finish, losses, weights
 from tests.slurm import Cluster, cluster, needs_slurm
 from tests.sweeps import command, own, write_sweep
 
@@ -26,6 +26,7 @@ TRAIN = [
     "train.validate_every=1000",
     "lora.dropout=0.1",
 ]
+SAVED = "stopped by a signal at step"
 
 
 def submitted(slurm: Cluster, submit: Sequence[str], places: dict[str, str]) -> list[str]:
@@ -46,7 +47,11 @@ def await_queue(slurm: Cluster) -> None:
         time.sleep(0.5)
 
 
-SAVED = "stopped by a signal at step"
+def preempt(slurm: Cluster, job: str, run: Path) -> None:
+    """Send a job the signal of `--signal=B:USR1` once it trains."""
+    log = run / "train" / VARIANT / "log.jsonl"
+    slurm.until(lambda: log.exists() and log.read_text().count("\n") > 3, job)
+    slurm.call(["scancel", "--signal=USR1", "--batch", job])
 
 
 @pytest.fixture(scope="module")
@@ -55,40 +60,20 @@ def slurm() -> Iterator[Cluster]:
         yield own
 
 
-@pytest.fixture(scope="module")
-def two_nodes(slurm, decoder, tmp_path_factory) -> tuple[dict[str, str], dict[str, Path]]:
-    """Jobs on two nodes with ZeRO-3, and their run directories: one undisturbed, one preempted in the middle."""
-    root = tmp_path_factory.mktemp("two-nodes")
-    runs = {name: root / name for name in ("whole", "preempted")}
+@needs_slurm
+def test_a_preempted_job_of_two_nodes_requeues_itself_and_ends_with_the_weights_of_an_undisturbed_training(
+    slurm, decoder, tmp_path
+):
+    """With ZeRO-3; bit for bit those of two processes that no SLURM started."""
+    runs = {name: tmp_path / name for name in ("preempted", "whole")}
+    places = {name: copied(decoder, run) for name, run in runs.items()}
     zero = {"RAREC_ACCELERATE": "configs/accelerate/zero3.yaml"}
-    jobs = {
-        name: slurm.submit("multi_node.sbatch", str(decoder), copied(decoder, run), *TRAIN, **zero)
-        for name, run in runs.items()
-    }
-    log = runs["preempted"] / "train" / VARIANT / "log.jsonl"
-    slurm.until(lambda: log.exists() and log.read_text().count("\n") > 3, jobs["preempted"])
-    slurm.call(["scancel", "--signal=USR1", "--batch", jobs["preempted"]])  # as --signal=B:USR1 has SLURM do
-    for job in jobs.values():
-        slurm.ended(job)
-    return jobs, runs
-
-
-@needs_slurm
-def test_a_job_of_two_nodes_trains_to_its_end(slurm, two_nodes):
-    jobs, runs = two_nodes
-    job = slurm.job(jobs["whole"])
-    assert (job["JobState"], job["Restarts"], job["NumNodes"]) == ("COMPLETED", "0", "2"), slurm.said(jobs["whole"])
-    assert SAVED not in slurm.said(jobs["whole"])
-    assert json.loads((runs["whole"] / "train" / VARIANT / "manifest.json").read_text())["step"] == len(
-        losses(runs["whole"])
-    )
-
-
-@needs_slurm
-def test_a_preempted_job_requeues_itself_and_ends_with_the_same_weights_bit_for_bit(slurm, two_nodes):
-    jobs, runs = two_nodes
-    job, said = slurm.job(jobs["preempted"]), slurm.said(jobs["preempted"])
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said
+    fewer = [*TRAIN, "train.epochs=4"]
+    job = slurm.submit("multi_node.sbatch", str(decoder), places["preempted"], *fewer, **zero)
+    preempt(slurm, job, runs["preempted"])
+    finish("train", decoder, [places["whole"], *fewer], engine="zero3", scratch=tmp_path)
+    ended, said = slurm.ended(job), slurm.said(job)
+    assert (ended["JobState"], ended["Restarts"], ended["NumNodes"]) == ("COMPLETED", "1", "2"), said
     assert said.count(SAVED) == 1
     expected, found = weights(runs["whole"]), weights(runs["preempted"])
     assert expected.keys() == found.keys()
@@ -97,36 +82,24 @@ def test_a_preempted_job_requeues_itself_and_ends_with_the_same_weights_bit_for_
 
 
 @needs_slurm
-def test_each_task_of_a_sweep_trains_by_its_own_line(slurm, decoder, tmp_path):
-    lines = [f"{copied(decoder, tmp_path / str(steps))} train.max_steps={steps}\n" for steps in (1, 2)]
-    sweep = tmp_path / "sweep.txt"
-    sweep.write_text("".join([*lines, "train.max_steps=3\n"]))
-    arguments = str(decoder), str(sweep), "run.device=cpu", "train.variants=[per_layer]"
+def test_each_task_trains_by_its_own_line_and_one_that_is_preempted_leaves_the_others_alone(slurm, decoder, tmp_path):
+    """The last task is preempted; its job number is also that of the whole array."""
+    place = {task: copied(decoder, tmp_path / task) for task in ("1", "3")}
+    (tmp_path / "sweep.txt").write_text(f"{place['1']} train.max_steps=1\ntrain.max_steps=2\n{place['3']}\n")
+    arguments = str(decoder), str(tmp_path / "sweep.txt"), *TRAIN
     # called from elsewhere
     job = slurm.submit("sweep.sbatch", *arguments, options=["--array=1-3"], where=tmp_path, RAREC_HOME=str(ROOT))
-    for task in ("1", "2"):
-        assert slurm.ended(f"{job}_{task}")["JobState"] == "COMPLETED", slurm.said(f"{job}_{task}")
-        assert len(losses(tmp_path / task, "per_layer")) == int(task)
-    assert slurm.ended(f"{job}_3")["ExitCode"] == "2:0"
-    assert "run.dir" in slurm.said(f"{job}_3")
-
-
-@needs_slurm
-def test_a_task_that_is_preempted_leaves_the_others_of_its_array_alone(slurm, decoder, tmp_path):
-    """The last task is preempted; its job number is also that of the whole array."""
-    lines = [f"{copied(decoder, tmp_path / task)} lora.dropout=0.1\n" for task in ("1", "2")]
-    (tmp_path / "sweep.txt").write_text("".join(lines))
-    job = slurm.submit("sweep.sbatch", str(decoder), str(tmp_path / "sweep.txt"), *TRAIN, options=["--array=1-2"])
-    log = tmp_path / "2" / "train" / VARIANT / "log.jsonl"
-    slurm.until(lambda: log.exists() and log.read_text().count("\n") > 3, f"{job}_2")
-    slurm.call(["scancel", "--signal=USR1", "--batch", f"{job}_2"])
-    ended = {task: slurm.ended(f"{job}_{task}") for task in ("1", "2")}
+    preempt(slurm, f"{job}_3", tmp_path / "3")
+    ended = {task: slurm.ended(f"{job}_{task}") for task in ("1", "2", "3")}
     said = {task: slurm.said(f"{job}_{task}") for task in ended}
-    assert {task: (one["JobState"], one["Restarts"]) for task, one in ended.items()} == {
-        "1": ("COMPLETED", "0"),
-        "2": ("COMPLETED", "1"),
+    assert {task: (one["JobState"], one["Restarts"], one["ExitCode"]) for task, one in ended.items()} == {
+        "1": ("COMPLETED", "0", "0:0"),
+        "2": ("FAILED", "0", "2:0"),
+        "3": ("COMPLETED", "1", "0:0"),
     }, said
-    assert (said["1"].count(SAVED), said["2"].count(SAVED)) == (0, 1)
+    assert [said[task].count(SAVED) for task in said] == [0, 0, 1]
+    assert len(losses(tmp_path / "1")) == 1
+    assert "run.dir" in said["2"]
 
 
 @needs_slurm

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.errors import UserError
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
 
 ROW_GROUP = 1 << 17
 """Rows of a row group: fixed, so that an engine's batch size does not change the file."""
@@ -17,7 +20,7 @@ ID_TYPES = (pa.int64(), pa.string())
 REBUILD = "rebuild it: rarec prepare CONFIG --fresh"
 
 
-def id_type(column: ir.Column) -> pa.DataType:
+def id_type(column: "ir.Column") -> pa.DataType:
     """Return the Arrow type in which ids are stored: text stays text, numbers are int64."""
     return pa.string() if column.type().is_string() else pa.int64()
 

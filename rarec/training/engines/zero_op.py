@@ -3,6 +3,7 @@
 PyTorch marks a directory in which it compiles by a file, and other processes wait until that file is gone: if a process
 is killed there, every later one waits forever. So ranks compile under a lock that the kernel releases when its process
 ends, in a directory of rarec's own. A mark found while holding the lock was left by a killed process, and is deleted.
+The ninja is always the one that came with DeepSpeed: another version would compile anew what this one has compiled.
 """
 
 import os
@@ -34,6 +35,7 @@ def load_cpu_op() -> None:
     Raises:
         UserError: it does not compile, or its directory cannot be created.
     """
+    import ninja
     from deepspeed.accelerator import get_accelerator  # slow; it also sets DeepSpeed's accelerator for this process
 
     op = get_accelerator().create_op_builder("ShareMemCommBuilder")
@@ -45,7 +47,8 @@ def load_cpu_op() -> None:
     except OSError as error:
         problem = f"cannot create {directory} for DeepSpeed's CPU op: {error.strerror}"
         raise UserError(problem, "set TORCH_EXTENSIONS_DIR to a directory that you may write to", shared=True) from None
-    with locked(directory / "rarec.lock"), patch_environment(TORCH_EXTENSIONS_DIR=directory):
+    path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
+    with locked(directory / "rarec.lock"), patch_environment(TORCH_EXTENSIONS_DIR=directory, PATH=path):
         for mark in directory.glob(f"*/{MARK}"):
             mark.unlink()
         try:
