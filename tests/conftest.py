@@ -61,12 +61,17 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of Spark and SLURM, those that are skipped without them; put the long files first."""
+    """Mark the tests of Spark and SLURM, those that are skipped without them; put the long files first.
+
+    A file stays on one worker. So do the tests of Spark, of whatever file: each worker would start a Java of its own.
+    """
     for item in items:
         for skip in item.iter_markers("skipif"):
             for reason, marker in ENGINES.items():
                 if skip.kwargs["reason"].startswith(reason):
                     item.add_marker(marker)
+        group = "spark" if item.get_closest_marker("spark") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
