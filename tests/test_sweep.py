@@ -207,9 +207,10 @@ def test_a_second_sweep_builds_nothing_and_loads_nothing_heavy(swept):
 @pytest.mark.slow
 def test_seeds_rank_the_same_users_of_a_subset(world):
     users = []
-    for run in load_sweep(write_sweep(world, {"few": {"evaluate.users": 9}}, seeds=[17, 18])).runs:
+    loaded = load_sweep(write_sweep(world, {"few": {"evaluate.users": 9}}, seeds=[17, 18]))
+    for run in loaded.runs:
         opened = Run(run.config)
-        opened.run(["prepare", "ids", "neighbours", "shards", "train", "evaluate"])
+        opened.run(loaded.stages)
         users.append(set(pq.read_table(opened.directory("evaluate") / "ranks.parquet").column("user").to_pylist()))
     first, second = users
     assert (first, len(first)) == (second, 9)

@@ -3,7 +3,8 @@
 PyTorch marks a directory in which it compiles by a file, and other processes wait until that file is gone: if a process
 is killed there, every later one waits forever. So ranks compile under a lock that the kernel releases when its process
 ends, in a directory of rarec's own. A mark found while holding the lock was left by a killed process, and is deleted.
-The ninja is always the one that came with DeepSpeed: another version would compile anew what this one has compiled.
+Ninja, which decides what is to be compiled, is always the one that came with DeepSpeed: it does not know what another
+version has compiled, and would compile it again.
 """
 
 import os
