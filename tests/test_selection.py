@@ -182,6 +182,15 @@ def test_a_share_is_of_all_samples_seeded_and_accounted_for(synthetic: PreparedD
         assert sum(row[part] for row in report["buckets"]) == report["samples"][part]
 
 
+def test_a_number_of_samples_caps_the_share(synthetic: PreparedDataset) -> None:
+    """The cap keeps as many as it says; one above the share changes nothing."""
+    capped = select_samples(synthetic, Shards(share=0.25, max_samples=40), seed=3)
+    assert len(set(pairs(capped))) == capped.report["samples"]["wanted"] == 40
+    share = select_samples(synthetic, Shards(share=0.25), seed=3)
+    assert len(share.user_rows) > 40
+    assert pairs(select_samples(synthetic, Shards(share=0.25, max_samples=10**8), seed=3)) == pairs(share)
+
+
 def test_everything_is_kept_by_default_and_a_users_samples_lie_apart(synthetic: PreparedDataset) -> None:
     selection = select_samples(synthetic, Shards(), seed=0)
     users, positions = synthetic.training_samples()

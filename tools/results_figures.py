@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from results_summary import HITS, Summary
 
 from rarec.errors import UserError
-from rarec.evaluation.labels import figure
+from rarec.evaluation.labels import MINUS, figure
 from rarec.files import read_json
 from rarec.ranking.intervals import Interval
 
@@ -101,7 +101,7 @@ class Figures:
             raise UserError(f"not compared: {found['not_compared']}", "compare runs of one split, on one machine")
         if turned:
             found["differences"] = {
-                " - ".join(reversed(pair.split(" - "))): turn(values) for pair, values in found["differences"].items()
+                MINUS.join(reversed(pair.split(MINUS))): turn(values) for pair, values in found["differences"].items()
             }
         return found
 

@@ -85,9 +85,9 @@ class Alignment(Section):
 class Lora(Section):
     """Low-rank adapters on the language model, trained with the alignment and saved apart from it."""
 
-    rank: Positive = 8
+    rank: Positive = 16
     """Rank of the adapters."""
-    alpha: Positive = 16
+    alpha: Positive = 32
     """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: Part = 0.0
     """Dropout on the adapters' input."""

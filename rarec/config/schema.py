@@ -71,6 +71,8 @@ class Shards(Section):
     """Number of buckets of items, for `diversify`."""
     share: Share = 1.0
     """Largest share of all training samples to keep (the paper's headline: 6% [N])."""
+    max_samples: Count | None = None
+    """Largest number of samples to keep, if fewer than the share has."""
     samples_per_shard: Count = 1024
     """Samples in one tar file."""
     writers: Few = 2
@@ -100,7 +102,7 @@ class Train(Section):
     """The loop: one optimizer, warm-up and cosine, early stopping on a validation ranking metric."""
 
     variants: Annotated[list[Annotated[str, AfterValidator(check_variant)]], Field(min_length=1)] = Field(
-        default=["text_only", "prefix_only", "input", "per_layer"]
+        default=["text_only", "text_lora", "per_layer_lora"]
     )
     """Variants to train, each with the same budget: `text_only`, `text_lora`, `prefix_only`, `readout`, `input`,
     `input_lora`, `per_layer`, `per_layer_lora`, or ones of your own as `package.module:NAME`. The last one is the main
@@ -123,7 +125,7 @@ class Train(Section):
     """Learning rate of heads and scale."""
     lr_slots: Rate = 5e-3
     """Learning rate of the alignment, in units of the standard deviation of each block's text-only states."""
-    lr_lora: Rate = 2e-4
+    lr_lora: Rate = 1e-3
     """Learning rate of LoRA."""
     weight_decay: Weight = 0.0
     """Weight decay of AdamW."""

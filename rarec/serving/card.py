@@ -118,7 +118,8 @@ def _training(contents: Contents, config: RunConfig) -> str:
     if contents.trained is None:
         return f"Seed {config.run.seed}."
     chosen = [name for name in ("denoise", "diversify") if getattr(config.shards, name)]
-    selection = f", {' and '.join(chosen)}" if chosen else ""
+    limit = f", at most {config.shards.max_samples:,}" if config.shards.max_samples else ""
+    selection = limit + (f", {' and '.join(chosen)}" if chosen else "")
     return (
         f"Loss {config.loss.recommendation} + {config.loss.align_weight} x alignment; "
         f"{slots(contents.trained.variant, config)}; seed {config.run.seed}.\n"

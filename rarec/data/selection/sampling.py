@@ -46,8 +46,8 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
     """Select training samples.
 
     Denoising drops a sample if no earlier title of the user shares a word with the target's title. The share refers to
-    *all* training samples and is drawn from the remaining ones: evenly over the grid of buckets, or uniformly if
-    `diversify` is off. If fewer remain than the share asks for, all of them are kept.
+    *all* training samples, is capped by `max_samples`, and is drawn from the remaining ones: evenly over the grid of
+    buckets, or uniformly if `diversify` is off. If fewer remain than that, all of them are kept.
 
     Args:
         dataset: prepared dataset.
@@ -67,7 +67,7 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
         dropped = f"shards.denoise drops all {counts.eligible} training samples"
         remedy = "set shards.denoise to false, or set prepare.items.title to a column of words"
         raise UserError(f"{dropped}: no target shares a title word with its history", remedy)
-    wanted = max(1, round(config.share * counts.total))
+    wanted = min(max(1, round(config.share * counts.total)), config.max_samples or counts.total)
     candidates_G = counts.candidates_G if config.diversify else counts.candidates_G.sum(keepdims=True)
     sampler = GroupSampler(candidates_G, even_shares(candidates_G, wanted, rng), rng)
     noise = GroupSampler(np.array([counts.noise]), np.array([EXAMPLES]), np.random.default_rng([seed, *b"noise"]))

@@ -1,10 +1,11 @@
 """The settings of a service: `rarec serve --settings serve.yaml`, or one bundle and defaults."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rarec.config.load import read_tree, validated
 from rarec.config.section import Location, Positive, Section
@@ -28,6 +29,13 @@ class ServedBundle(Section):
     """Share of the users, beside those of the other bundles; 0 serves only those that ask for it by name."""
 
 
+def _known_device(given: str) -> str:
+    """Refuse a device early; whether the machine has it is seen when a bundle is opened."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", given):
+        raise ValueError("choose auto, cpu or cuda")
+    return given
+
+
 class ServeSettings(Section):
     """What is served, to whom, and its limits."""
 
@@ -35,7 +43,7 @@ class ServeSettings(Section):
     """By name; a request may name one."""
     backend: Literal["torch", "onnx"] = "torch"
     """What runs the model: PyTorch, or ONNX Runtime, which needs neither torch nor the language model's folder."""
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """For torch: auto, cpu or cuda."""
     llm: str | None = None
     """For torch: the language model, if it is elsewhere than at the export."""
