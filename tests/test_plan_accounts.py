@@ -59,7 +59,7 @@ def test_of_a_wide_model_the_directions_are_held_once_a_side(llama):
 def test_lora_trains_in_float32_beside_a_model_in_bfloat16(llama):
     made = calculator(llama, llm={"dtype": "bfloat16"})
     plain, lora = (made.meta_model(name, False) for name in ("per_layer", "per_layer_lora"))
-    more = BLOCKS * 8 * (D + D + D + D // 2)  # rank 8 on the queries, and on the values of half the heads
+    more = BLOCKS * 16 * (D + D + D + D // 2)  # rank 16 on the queries, and on the values of half the heads
     assert sum(w.numel for w in lora.trainable) - sum(w.numel for w in plain.trainable) == more
     assert lora.file_bytes["lora"] == 4 * more
     assert {weight.element_bytes for weight in lora.frozen} == {2}
