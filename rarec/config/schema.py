@@ -194,7 +194,7 @@ class Export(Section):
 
     variant: Annotated[str, AfterValidator(check_row)] | None = None
     """Row of the results to export: a variant of `train.variants`, `id_only`, `cheap`, a neighbour model, or a fusion
-    such as `per_layer+id` or `per_layer+id+cheap`; by default the row that is best on validation users."""
+    such as `per_layer_lora+id` or `per_layer_lora+id+cheap`; by default the row that is best on validation users."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the trained weights in the bundle, except LoRA. They are used in float32; float16 halves the file."""
     license: str = "other"

@@ -11,6 +11,7 @@ from rarec.evaluation.labels import (
     ID_ONLY,
     SANITY_CHECKS,
     WITHOUT,
+    baselines,
     figure,
     interval,
     metric_title,
@@ -186,7 +187,7 @@ def _sanity_check(
 ) -> SanityCheck:
     row, title = f"{variant}/{name}", SANITY_CHECKS[name]
     finding = find(comparisons, row, variant, metric)
-    text_only = _against_text_only(values, comparisons, row, metric) if name == "permuted_ids" else ""
+    text_only = _against_text(values, comparisons, row, metric) if name == "permuted_ids" else ""
     if finding is None:
         text = f"{metric_title(metric)} is {figure(values[row])}, but was not compared in pairs, so nothing is claimed."
         return SanityCheck(title, None, text + text_only)
@@ -201,10 +202,12 @@ def _sanity_check(
     )
 
 
-def _against_text_only(values: Mapping[str, float], comparisons: Sequence[Row], row: str, metric: str) -> str:
-    """Compare the variant with permuted IDs to text only, where both were evaluated."""
-    if "text_only" not in values:
+def _against_text(values: Mapping[str, float], comparisons: Sequence[Row], row: str, metric: str) -> str:
+    """Compare the variant with permuted IDs to text only, with LoRA if the run has that."""
+    text = baselines(values)[-1].removesuffix(FUSED)
+    if text not in values:
         return ""
-    finding = find(comparisons, row, "text_only", metric)
+    finding = find(comparisons, row, text, metric)
     compared = f"; with permuted IDs, the variant {finding.clause('it')} ({finding.evidence()})" if finding else ""
-    return f" Text only reaches {figure(values['text_only'])}{compared}."
+    title = variant_title(text)
+    return f" {title[0].upper()}{title[1:]} reaches {figure(values[text])}{compared}."

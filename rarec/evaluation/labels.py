@@ -52,8 +52,9 @@ _MINUS = "\N{MINUS SIGN}"
 
 
 def baselines(rows: Iterable[str]) -> list[str]:
-    """Return the baselines among the rows: the ID model, and text only + ID, with LoRA too if a run has that."""
-    return [ID_ONLY, LATE_FUSION, *(row for row in rows if row == TUNED_TEXT)]
+    """Return the baselines: the ID model, and text only + ID, without and with LoRA, as the run has it."""
+    there = set(rows)
+    return [ID_ONLY, *([row for row in (LATE_FUSION, TUNED_TEXT) if row in there] or [LATE_FUSION])]
 
 
 def is_external(variant: str) -> bool:

@@ -80,7 +80,8 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
 
     The main variant with every other; its fusions with other fusions, with what they are without one part, and with
     external systems; its sanity checks with it; and, as any of them may be the best, every variant with the ID model
-    and with text only + ID (with LoRA too, if it is there), both with all that is cheap where the variant has it.
+    and with text only + ID (without and with LoRA, as they are there), both with all that is cheap where the variant
+    has it.
 
     Args:
         variants: all row names.
@@ -94,7 +95,7 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     cheap = [(ID_ONLY + CHEAP, name) for name in (ID_ONLY, ALL_CHEAP, fused)] + [(whole, fused)]
     bounds = [(whole, name) for name in names if name.startswith(whole + WITHOUT)] + [(main + ORACLE, whole)]
     sanity_checks = [(name, main) for name in names if name.removeprefix(f"{main}/") in SANITY_CHECKS]
-    text = [(name, "text_only") for name in (f"{main}/permuted_ids", "prefix_only")]
+    text = [(f"{main}/permuted_ids", rivals[-1].removesuffix(FUSED)), ("prefix_only", "text_only")]
     external = [(row, name) for row in (fused, whole) for name in names if is_external(name)]
     own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith(ID_ONLY)]
     others = [(name, baseline + cheap_suffix(name)) for name in own for baseline in rivals]

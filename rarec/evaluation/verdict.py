@@ -14,7 +14,6 @@ from rarec.evaluation.labels import (
     FULL,
     FUSED,
     HEADLINE,
-    LATE_FUSION,
     baselines,
     cheap_suffix,
     figure,
@@ -158,7 +157,7 @@ def verdict(
         *(_reached(own[name], primary) for name in dict.fromkeys((judged, variant))),
         *(_sentence(finding, baseline) for baseline, finding in findings.items()),
         *_other_metrics(comparisons, judged, primary, findings),
-        *_beyond_late_fusion(comparisons, variant, primary),
+        *_beyond_late_fusion(comparisons, variant, baselines(own)[-1], primary),
         *([best.sentence] if best.name != judged or best.better_outside else []),
         f"The intervals cover the draw of test users only: each variant was trained once, with seed {seed}. "
         "The comparisons are not corrected for their number.",
@@ -250,9 +249,9 @@ def _other_metrics(comparisons: Sequence[Row], variant: str, primary: str, findi
     return [f"{sentence[0].upper()}{sentence[1:]}."] if sentence else []
 
 
-def _beyond_late_fusion(comparisons: Sequence[Row], variant: str, metric: str) -> list[str]:
-    """Compare both sides with the ID score alone added: what do the slots add?"""
-    finding = find(comparisons, variant + FUSED, LATE_FUSION, metric)
+def _beyond_late_fusion(comparisons: Sequence[Row], variant: str, text: str, metric: str) -> list[str]:
+    """Compare both sides with the ID score alone added: what do the slots add to that of the text?"""
+    finding = find(comparisons, variant + FUSED, text, metric)
     if finding is None:
         return []
     meaning = {

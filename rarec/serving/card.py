@@ -119,10 +119,12 @@ def _training(contents: Contents, config: RunConfig) -> str:
         return f"Seed {config.run.seed}."
     chosen = [name for name in ("denoise", "diversify") if getattr(config.shards, name)]
     limit = f", at most {config.shards.max_samples:,}" if config.shards.max_samples else ""
-    selection = limit + (f", {' and '.join(chosen)}" if chosen else "")
+    held_out = f", of the newest {config.ids.held_out:.0%} of each user's interactions" if config.ids.held_out else ""
+    selection = limit + held_out + (f", {' and '.join(chosen)}" if chosen else "")
+    lora = f"; LoRA of rank {config.lora.rank}" if contents.trained.variant.lora else ""
     return (
         f"Loss {config.loss.recommendation} + {config.loss.align_weight} x alignment; "
-        f"{slots(contents.trained.variant, config)}; seed {config.run.seed}.\n"
+        f"{slots(contents.trained.variant, config)}{lora}; seed {config.run.seed}.\n"
         f"Training samples: share {config.shards.share} of all{selection}. All settings are in `manifest.json`."
     )
 
@@ -148,4 +150,4 @@ def slots(variant: Variant, config: RunConfig) -> str:
     parts = [f"{config.alignment.instructions} contextual instructions"] if variant.instructions else []
     parts += [f"vectors of {', '.join(config.sources_by_name)}"] if variant.projections else []
     parts += ["vectors of the history's items"] if variant.projections and "{soft:" in config.prompt.title else []
-    return f"{' and '.join(parts)} {where[variant.blocks]}"
+    return f"{listed(parts)} {where[variant.blocks]}"

@@ -58,9 +58,7 @@ class DenseForm:
         lacks = any(part.lacking_N is not None and weight * slope for part, weight, slope in weighted)
         if not dense or (lacks and not isinstance(whole.parts[0], VectorRanker)):
             problem = "this row has no vectors" if not dense else "this row predicts scores of items from their words"
-            raise UserError(
-                f"{problem}: no table of vectors has its scores", "export a row with a variant: per_layer+id"
-            )
+            raise UserError(f"{problem}: no table of vectors has its scores", "export a row with a variant: VARIANT+id")
         tables = [weights[name] * part.items_NZ for name, part in dense.items()]
         if lacks:
             tables[0] = tables[0] + _predicted(whole)

@@ -110,7 +110,7 @@ class Parts:
         bundle = self.bundle
         if not bundle.facts["model"]:
             problem = f"{bundle.facts['row']}, which {bundle.directory} holds, has no language model"
-            raise UserError(problem, "export a row with a variant: export.variant=per_layer+id")
+            raise UserError(problem, "export a row with a variant: export.variant=VARIANT+id")
         loaded, sources = self._loaded, {name: bundle.sources[name] for name in bundle.shapes}
         prompts = self._prompts(loaded, bundle.catalogue.titles, bundle.catalogue.texts)
         model = build_model(bundle.config, bundle.variant, loaded, bundle.shapes, prompts.sources)

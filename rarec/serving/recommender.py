@@ -270,7 +270,7 @@ def _device(wanted: str) -> torch.device:
     """Return the device for `auto`, `cpu` or `cuda`."""
     there = torch.cuda.is_available()
     if wanted != "auto" and not re.fullmatch(r"(cpu|cuda)(:\d+)?", wanted):
-        raise UserError(f"device {wanted!r} is not known", "choose auto, cpu or cuda")
+        raise UserError(f"device {wanted!r} is not known", "choose auto, cpu, cuda or cuda:N")
     if wanted.startswith("cuda") and not there:
         raise UserError(f"device {wanted}: there is no GPU that PyTorch can use", "choose auto or cpu")
     return torch.device(wanted if wanted != "auto" else "cuda" if there else "cpu")

@@ -32,7 +32,7 @@ class ServedBundle(Section):
 def _known_device(given: str) -> str:
     """Refuse a device early; whether the machine has it is seen when a bundle is opened."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", given):
-        raise ValueError("choose auto, cpu or cuda")
+        raise ValueError("choose auto, cpu, cuda or cuda:N")
     return given
 
 
@@ -44,7 +44,7 @@ class ServeSettings(Section):
     backend: Literal["torch", "onnx"] = "torch"
     """What runs the model: PyTorch, or ONNX Runtime, which needs neither torch nor the language model's folder."""
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
-    """For torch: auto, cpu or cuda."""
+    """For torch: auto, cpu, cuda or cuda:N."""
     llm: str | None = None
     """For torch: the language model, if it is elsewhere than at the export."""
     trusted: Annotated[list[str], Field(default_factory=list)]

@@ -55,7 +55,10 @@ class Prefix:
         first = min(places, default=1)
         slots = range(first, first + len(places))
         same = sorted(facts["before_slots"]) == sorted(facts["empty_slots"])
-        if facts["after_slots"] or facts["titles_first"] or places != list(slots) or not same or first < 1:
+        if facts["titles_first"]:
+            problem = "vLLM takes slots of every block before the text alone, not between titles"
+            raise UserError(f"prompt.title: {problem}", f"leave slots out of prompt.title, and train; or {USE_ONNX}")
+        if facts["after_slots"] or places != list(slots) or not same or first < 1:
             problem = "vLLM takes slots of every block before the text alone, and behind its first token"
             raise UserError(f"prompt.user: {problem}", f"put them first, as in {{soft:id}} {{history}}; or {USE_ONNX}")
         if (pool == "mean" and first > 1) or len(facts["empty"]) <= slots.stop:
