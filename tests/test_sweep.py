@@ -255,18 +255,21 @@ def test_damage_is_something_to_do(swept, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_at_the_end_and_stops_no_other(world):
-    runs = {"a-bad": {"train.blocks": [99]}, "b-good": {}, "c-bad": {"llm.path": str(world.parent / "none")}}
-    path = write_sweep(world, runs)
+    none = str(world.parent / "none.npy")
+    runs = {"a-bad": {"prepare.items.title": "none"}, "b-good": {}, "c-bad": {"sources.image.items": none}}
+    path = write_sweep(world, runs, stages=["prepare", "ids"])
     ended = sweep(path)
     assert ended.returncode == 1
     lines = ended.stderr.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["a-bad/seed-17", "b-good/seed-17", "c-bad/seed-17"]
     assert [line.split()[-1] for line in lines[:3]] == ["failed", "done", "failed"]
-    assert [line.split()[1] for line in lines[:3]] == ["train", "evaluate", "shards"]
-    assert lines[3].startswith("failed: a-bad/seed-17: exit code 2: error: train.blocks: ")
-    assert lines[4].startswith("failed: c-bad/seed-17: exit code 2: error: llm.path: ")
+    assert [line.split()[1] for line in lines[:3]] == ["prepare", "ids", "ids"]
+    assert lines[3].startswith("failed: a-bad/seed-17: exit code 2: error: ")
+    assert "items.title" in lines[3]
+    assert lines[4].startswith("failed: c-bad/seed-17: exit code 2: error: ")
+    assert none in lines[4]
     assert " -> " in lines[4]
-    mended = sweep(path, "--only", "a-*", "train.lr=0.1")
+    mended = sweep(path, "--only", "a-*", "prepare.items.title=nothing")
     assert (mended.returncode, mended.stderr.count("failed: ")) == (1, 1)
 
 
@@ -280,9 +283,8 @@ def test_a_sweep_that_compares_no_variants_needs_none_to_export(world):
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_resumes(world):
-    path = write_sweep(
-        world, {"long": {"train.epochs": 20, "train.validate_every": 20, "train.patience": 1000}, "short": None}
-    )
+    long = {"train.epochs": 20, "train.validate_every": 20, "train.patience": 1000}
+    path = write_sweep(world, {"long": long, "short": None}, stages=["prepare", "ids", "shards", "train"])
     killed = begin(path)
     deadline = time.monotonic() + 120
     while steps(path, "long/seed-17") < 12 and killed.poll() is None and time.monotonic() < deadline:
