@@ -21,8 +21,16 @@ from safetensors.torch import load_file
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 START = multiprocessing.get_context("forkserver")
+"""There is one server in a process, and the last list of what it imports counts: this one."""
 START.set_forkserver_preload(
-    ["tests.ranks", "rarec.stages.run", "rarec.training.engines.zero", "rarec.training.loop", "rarec.training.watchdog"]
+    [
+        "tests.ranks",
+        "rarec.evaluation.html_report",
+        "rarec.stages.evaluator",
+        "rarec.stages.variant_training",
+        "rarec.training.engines.zero",
+        "rarec.training.watchdog",
+    ]
 )
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "fsdp2")

@@ -1,6 +1,5 @@
 """Faults on purpose: a run killed at its writes, a full disk, torn files, a configuration that changes midway."""
 
-import multiprocessing
 import resource
 import shutil
 import signal
@@ -23,11 +22,9 @@ from rarec.ranking import EvalBatch, VectorRanker
 from rarec.stages import STAGES
 from rarec.stages.shard_content import ShardContent
 from tests.processes import be_killed_at_rename, unfinish
+from tests.ranks import START
 from tests.recommending import recommend
 from tests.synthetic import write_llm
-
-START = multiprocessing.get_context("forkserver")  # imports once, in a process without threads
-START.set_forkserver_preload(["tests.test_faults", "rarec.models.language_model", "rarec.evaluation.html_report"])
 
 
 @pytest.fixture
