@@ -395,6 +395,11 @@ def lora_weights(backbone, which):
     return [parameter for name, parameter in backbone.named_parameters() if f"lora_{which}." in name]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_model_with_lora_is_loaded_without_a_librarys_warnings(saved):
+    load(saved / "bert", lora=Lora())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_trains_its_own_weights_and_no_others(saved, kind, checkpointing):

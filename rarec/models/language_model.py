@@ -195,7 +195,9 @@ def with_lora(model: Any, config: Lora, seed: int) -> Any:
         bias="none",
     )
     try:
-        return get_peft_model(model, settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by names that are to go
+            return get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets: {error}", "name linear modules of this architecture") from None
 
