@@ -61,7 +61,7 @@ clean:
 	touch $@
 
 # compileall uses every core, pip only one. Tests of packages, and the hundreds of architectures of transformers, are compiled when they are
-# needed. It ends with an error where a package brings a file that is no Python, such as a template.
+# needed. compileall ends with an error where a package brings a file that is no Python, such as a template.
 define environment
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(1)]'

@@ -27,7 +27,7 @@ SPARK = {
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.adaptive.enabled": "false",
-    # so do compiling for speed, and a collector of several threads, in a JVM of minutes
+    # nor does a JVM that lives for minutes gain from the optimizing compiler, or from a garbage collector with threads
     "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
 }
 """Small, as the tests' tables are."""

@@ -82,6 +82,16 @@ Folder = Annotated[Location, AfterValidator(_check_folder)]
 """A local folder that is written, made if it does not exist."""
 
 
+def check_device(given: str) -> str:
+    """Validate the name of a device, and return it; whether the machine has it is another question."""
+    if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", given):
+        raise ValueError("choose auto, cpu, cuda or cuda:N")
+    return given
+
+
+Device = Annotated[str, AfterValidator(check_device)]
+
+
 class Section(BaseModel):
     """A strict part of the configuration: unknown fields, wrong types, NaN and infinity are refused."""
 

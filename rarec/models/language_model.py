@@ -196,7 +196,7 @@ def with_lora(model: Any, config: Lora, seed: int) -> Any:
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by names that are to go
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT uses a name that transformers deprecates
             return get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets: {error}", "name linear modules of this architecture") from None

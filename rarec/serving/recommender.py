@@ -3,7 +3,6 @@
 Shape letters: B users, N catalogue, K items returned, Z size of a scored vector, H interactions of a history.
 """
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from rarec.config.section import check_device
 from rarec.errors import UserError
 from rarec.ranking.rank import best_scores
 from rarec.ranking.rankers import USERS_AT_A_TIME
@@ -267,10 +267,12 @@ def _check_histories(histories: Sequence[History]) -> None:
 
 
 def _device(wanted: str) -> torch.device:
-    """Return the device for `auto`, `cpu` or `cuda`."""
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`."""
     there = torch.cuda.is_available()
-    if wanted != "auto" and not re.fullmatch(r"(cpu|cuda)(:\d+)?", wanted):
-        raise UserError(f"device {wanted!r} is not known", "choose auto, cpu, cuda or cuda:N")
+    try:
+        check_device(wanted)
+    except ValueError as error:
+        raise UserError(f"device {wanted!r} is not known", str(error)) from None
     if wanted.startswith("cuda") and not there:
         raise UserError(f"device {wanted}: there is no GPU that PyTorch can use", "choose auto or cpu")
     return torch.device(wanted if wanted != "auto" else "cuda" if there else "cpu")

@@ -1,14 +1,13 @@
 """The settings of a service: `rarec serve --settings serve.yaml`, or one bundle and defaults."""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from rarec.config.load import read_tree, validated
-from rarec.config.section import Location, Positive, Section
+from rarec.config.section import Device, Location, Positive, Section
 from rarec.errors import UserError
 
 VARIABLE = "RAREC_SERVE"
@@ -29,13 +28,6 @@ class ServedBundle(Section):
     """Share of the users, beside those of the other bundles; 0 serves only those that ask for it by name."""
 
 
-def _known_device(given: str) -> str:
-    """Refuse a device early; whether the machine has it is seen when a bundle is opened."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", given):
-        raise ValueError("choose auto, cpu, cuda or cuda:N")
-    return given
-
-
 class ServeSettings(Section):
     """What is served, to whom, and its limits."""
 
@@ -43,8 +35,8 @@ class ServeSettings(Section):
     """By name; a request may name one."""
     backend: Literal["torch", "onnx"] = "torch"
     """What runs the model: PyTorch, or ONNX Runtime, which needs neither torch nor the language model's folder."""
-    device: Annotated[str, AfterValidator(_known_device)] = "auto"
-    """For torch: auto, cpu, cuda or cuda:N."""
+    device: Device = "auto"
+    """For torch: auto, cpu, cuda or cuda:N. Whether the machine has it is seen when a bundle is opened."""
     llm: str | None = None
     """For torch: the language model, if it is elsewhere than at the export."""
     trusted: Annotated[list[str], Field(default_factory=list)]
