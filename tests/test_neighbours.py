@@ -20,11 +20,12 @@ from rarec.data.engines import PrepareEngine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
 from rarec.data.engines.table_files import find_files
 from rarec.entry import open_run
-from rarec.neighbours import counting
+from rarec.neighbours import counting, table
 from rarec.neighbours.ease import ease, training_matrix
 from rarec.neighbours.lexical import lexical
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import EvalBatch
+from rarec.scratch import IN_MEMORY, Scratch
 from rarec.stages.run import Run
 
 A, B, C, D = range(4)
@@ -94,7 +95,7 @@ def test_tables_equal_their_definition(histories, top, steps, shrinkage):
     with tempfile.TemporaryDirectory() as scratch:
         engine = DuckDBEngine(Path(scratch) / "spill")
         log = log_of(engine, histories, Path(scratch) / "log.parquet")
-    for counted, counts, table in (
+    for counted, counts, found in (
         (both, users, counting.cooccurrence(log, top, shrinkage)),
         (follow, size, counting.transition(log, top, steps, 0.5, shrinkage)),
     ):
@@ -104,7 +105,7 @@ def test_tables_equal_their_definition(histories, top, steps, shrinkage):
         ]
         scored.sort(key=lambda row: (row[0], -row[2], row[1]))
         best = [row for at, row in enumerate(scored) if at < top or scored[at - top][0] != row[0]]
-        assert rows_of(engine, table) == [(one, other, pytest.approx(score)) for one, other, score in best]
+        assert rows_of(engine, found) == [(one, other, pytest.approx(score)) for one, other, score in best]
     engine.close()
 
 
@@ -148,12 +149,35 @@ def test_items_whose_texts_share_words_are_neighbours():
     assert list(lexical(["", " "], 2)) == []
 
 
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12, unique=True), st.integers(1, 5))
+@settings(deadline=None)
+def test_a_table_is_read_as_it_was_written_in_memory_or_not(pairs, at_a_time):
+    pairs = sorted(pairs)
+    dense = np.zeros((5, 5), np.float32)
+    for score, (item, near) in enumerate(pairs, 1):
+        dense[item, near] = score
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "ROWS", at_a_time)
+        rows, near = (np.array([pair[column] for pair in pairs], np.int32) for column in (0, 1))
+        table.write_table([table.batch_of(rows, near, dense[rows, near])], Path(name))
+        for scratch in (IN_MEMORY, Scratch(0, Path(name))):
+            assert (table.read_table(Path(name) / table.TABLE, 5, scratch).toarray() == dense).all()
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [0, 5], [-1, 0]])
+def test_a_table_of_items_out_of_order_or_beyond_the_catalogue_is_refused(rows, tmp_path):
+    written = table.batch_of(np.array(rows, np.int32), np.array([1, 2], np.int32), np.ones(2, np.float32))
+    table.write_table([written], tmp_path)
+    with pytest.raises(ValueError, match="order"):
+        table.read_table(tmp_path / table.TABLE, 5)
+
+
 def test_the_newest_items_score_their_neighbours():
-    table = sparse.csr_matrix(np.array([[0, 0.5, 0], [0, 0, 0.25], [0, 0, 0]], np.float32))
+    near = sparse.csr_matrix(np.array([[0, 0.5, 0], [0, 0, 0.25], [0, 0, 0]], np.float32))
     batch = EvalBatch(np.arange(3), [np.array([1, 0]), np.array([], int), np.array([0, 1])], np.zeros(3, int))
-    scores_BN = NeighbourRanker(table, newest=2, decay=0.5).scores(batch)
+    scores_BN = NeighbourRanker(near, newest=2, decay=0.5).scores(batch)
     assert scores_BN**2 == pytest.approx(np.array([[0, 0.5, 0.125], [0, 0, 0], [0, 0.25, 0.25]]))
     listed = replace(batch, targets=np.array([1, 1, 2]))
-    assert NeighbourRanker(table, newest=2, decay=0.5).lists_targets(listed).tolist() == [True, False, True]
-    newest = NeighbourRanker(table, newest=1, decay=0.5).scores(batch)
+    assert NeighbourRanker(near, newest=2, decay=0.5).lists_targets(listed).tolist() == [True, False, True]
+    newest = NeighbourRanker(near, newest=1, decay=0.5).scores(batch)
     assert newest**2 == pytest.approx(np.array([[0, 0.5, 0], [0, 0, 0], [0, 0, 0.25]]))

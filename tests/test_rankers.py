@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import softmax
 
+from rarec.evaluation import fusion
 from rarec.evaluation.fusion import Likelihood, fuse, maximise
 from rarec.evaluation.result_rows import pairs_of_interest
 from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, VectorRanker, rank_targets, rank_users
@@ -80,11 +81,22 @@ def test_the_first_part_that_lacks_nothing_predicts_what_another_lacks():
         ranker(np.ones((6, 1)), np.where(lacking_N, line_N[~lacking_N].mean(), line_N)[:, None]), lacking_N=lacking_N
     )
     batch = EvalBatch(np.arange(6), [np.array([], int)] * 6, np.full(6, 2))
-    fusion = fuse({"gapped": gapped, "text": text}, batch)
-    assert list(fusion.weights) == ["gapped", "text"]
-    assert fusion.weights["gapped"] > 0
-    of_text, of_gapped = fusion.ranker.weights
-    assert np.allclose(fusion.ranker.scores(batch), of_text * text_N + of_gapped * line_N, atol=1e-5)
+    fused = fuse({"gapped": gapped, "text": text}, batch)
+    assert list(fused.weights) == ["gapped", "text"]
+    assert fused.weights["gapped"] > 0
+    of_text, of_gapped = fused.ranker.weights
+    assert np.allclose(fused.ranker.scores(batch), of_text * text_N + of_gapped * line_N, atol=1e-5)
+
+
+def test_a_fusion_does_not_depend_on_how_many_scores_are_held_at_a_time(monkeypatch):
+    items = RNG.standard_normal((9, 3))
+    rankers = {name: ranker(RNG.standard_normal((7, 3)), items) for name in ("a", "b")}
+    rankers["c"] = replace(ranker(RNG.standard_normal((7, 3)), items), lacking_N=np.arange(9) > 6)
+    batch = EvalBatch(np.arange(7), [np.array([at]) for at in range(7)], np.array([8, 7, 6, 5, 4, 3, 2]))
+    whole = fuse(rankers, batch)
+    monkeypatch.setattr(fusion, "_BLOCK", 2 * 9)
+    assert fuse(rankers, batch).ranker.weights == pytest.approx(whole.ranker.weights, abs=1e-5)
+    assert fuse(rankers, batch).ranker.slopes == pytest.approx(whole.ranker.slopes)
 
 
 def drawn(rng, variant, ids, weights, histories):

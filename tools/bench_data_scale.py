@@ -84,7 +84,7 @@ def make_run(directory: Path, memory_gb: float) -> dict[str, Any]:
         "prepare": {
             "interactions": {"path": "log.parquet", "user": "user", "item": "item", "position": "position"},
             "items": {"path": "items.parquet", "item": "item", "title": "title"},
-            "memory": "2GB",
+            "memory": "1GB",
         },
         "ids": {"model": "import", "imported": vectors},
         "neighbours": {"models": ["cooccurrence", "transition"]},  # words and EASE are for catalogues of thousands

@@ -1,6 +1,7 @@
 """Shared by the benchmarks: a table of figures beside their goals, timing, memory, and separate processes."""
 
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from rarec.config import RunConfig
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
+from rarec.entry import WAITING
 from rarec.stages.run import Run
 
 T = TypeVar("T")
@@ -101,7 +103,8 @@ def print_table(figures: list[Figure]) -> None:
 
 
 def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a new process, whose memory holds nothing of this one."""
+    """Call a function in a new process, without what this one holds in memory, whose threads wait as rarec's do."""
+    os.environ |= WAITING
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

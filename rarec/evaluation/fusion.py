@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarec.ranking import EvalBatch, FusedRanker, Ranker
+from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores
 
 COMPARED_USERS = 64
 FLAT = 1e-5
@@ -77,23 +77,65 @@ def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
 
 def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Compare the parts' scores on a few users: their spreads, and their least-squares slopes over the first one's."""
-    some = EvalBatch(batch.user_rows[:COMPARED_USERS], batch.histories[:COMPARED_USERS], batch.targets)
-    first_BN = rankers[0].scores(some).astype(np.float64)
-    spreads, slopes = [], []
-    for ranker in rankers:
-        known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
-        scores_BN, own_BN = ranker.scores(some)[:, known].astype(np.float64), first_BN[:, known]
-        own_BN = own_BN - own_BN.mean(1, keepdims=True)
-        square = float((own_BN * own_BN).sum()) if _spread(own_BN) else 0.0
-        spreads.append(_spread(scores_BN) or np.inf)  # a part that is constant adds nothing
-        slopes.append(float((own_BN * scores_BN).sum()) / square if square else 0.0)
-    return tuple(spreads), tuple(slopes)
+    few = slice(COMPARED_USERS)
+    some = EvalBatch(batch.user_rows[few], batch.histories[few], batch.targets[few])
+    scored = [ranker.scored(some) for ranker in rankers]
+    found = [_Comparison() for _ in rankers]
+    for part in _parts(len(some.targets), scored[0].n_items):
+        first_BN = _doubles(scored[0], part)
+        for at, (ranker, scores) in enumerate(zip(rankers, scored, strict=True)):
+            own_BN = _doubles(scores, part) if at else first_BN
+            known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
+            found[at].add(first_BN[:, known], own_BN[:, known])
+    spreads = tuple(each.own.value or np.inf for each in found)  # a part that is constant adds nothing
+    return spreads, tuple(each.slope for each in found)
 
 
-def _spread(scores_BN: Floats) -> float:
-    """Return the standard deviation over items, averaged over users; 0 if all scores are equal up to rounding."""
-    spread = float(scores_BN.std(1).mean())
-    return spread if spread > FLAT * np.abs(scores_BN).max() else 0.0
+def _parts(users: int, n_items: int) -> Iterator[slice]:
+    """Yield users whose scores are a block."""
+    size = max(_BLOCK // n_items, 1)
+    return (slice(start, min(start + size, users)) for start in range(0, users, size))
+
+
+def _doubles(scores: Scores, part: slice) -> Floats:
+    return scores.block(part).numpy(force=True).astype(np.float64)
+
+
+class _Spread:
+    """The standard deviation over items, averaged over users; 0 if all scores are equal up to rounding."""
+
+    def __init__(self) -> None:
+        self._sum, self._users, self._peak = 0.0, 0, 0.0
+
+    def add(self, scores_BN: Floats) -> None:
+        """Take some users in."""
+        self._sum += float(scores_BN.std(1).sum())
+        self._users += len(scores_BN)
+        self._peak = max(self._peak, float(np.abs(scores_BN).max()))
+
+    @property
+    def value(self) -> float:
+        spread = self._sum / self._users
+        return spread if spread > FLAT * self._peak else 0.0
+
+
+class _Comparison:
+    """A part's spread, and its slope over the first part's scores."""
+
+    def __init__(self) -> None:
+        self.own, self._first, self._square, self._product = _Spread(), _Spread(), 0.0, 0.0
+
+    def add(self, first_BN: Floats, own_BN: Floats) -> None:
+        """Take some users' scores by both parts in."""
+        self.own.add(own_BN)
+        apart_BN = first_BN - first_BN.mean(1, keepdims=True)
+        self._first.add(apart_BN)
+        self._square += float((apart_BN * apart_BN).sum())
+        self._product += float((apart_BN * own_BN).sum())
+
+    @property
+    def slope(self) -> float:
+        return self._product / self._square if self._first.value else 0.0
 
 
 class Likelihood(NamedTuple):
@@ -123,9 +165,7 @@ class _ValidationScores:
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield standardised scores (P, B, N), a mask of seen items (B, N), and the targets (B,)."""
         for chunk, scores in self._chunks:
-            size = max(_BLOCK // scores.n_items, 1)
-            for start in range(0, len(chunk.targets), size):
-                part = slice(start, start + size)
+            for part in _parts(len(chunk.targets), scores.n_items):
                 targets_B = torch.as_tensor(np.asarray(chunk.targets[part], np.int64))
                 seen_BN = torch.zeros(len(targets_B), scores.n_items, dtype=torch.bool)
                 for row, history in enumerate(chunk.histories[part]):

@@ -1,6 +1,6 @@
 """A neighbour table: for each item its nearest other items, best first, with scores above 0.
 
-Shape letters: N catalogue, M neighbours kept.
+Shape letters: N catalogue, M neighbours kept, P pairs of an item and a neighbour.
 """
 
 from collections.abc import Iterable
@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 from scipy import sparse
 
 from rarec.data import tables
+from rarec.scratch import IN_MEMORY, Scratch
 
 Rows = npt.NDArray[np.integer]
 
 TABLE = "neighbours.parquet"
+ROWS = 1 << 20
+"""Rows read at a time."""
 SCHEMA = pa.schema(
     [
         pa.field(name, kind, nullable=False)
@@ -49,8 +53,28 @@ def write_table(batches: Iterable[pa.RecordBatch], directory: Path) -> int:
     return tables.write_rows(batches, directory / TABLE, SCHEMA)
 
 
-def read_table(path: Path, n_items: int) -> sparse.csr_matrix:
-    """Read a table as a sparse matrix, (N, N)."""
-    table = tables.read_columns(path)
-    rows, columns, scores = (table[name].to_numpy() for name in ("item_row", "neighbour_row", "score"))
-    return sparse.csr_matrix((scores, (rows, columns)), (n_items, n_items))
+def read_table(path: Path, n_items: int, scratch: Scratch = IN_MEMORY) -> sparse.csr_matrix:
+    """Read a table as a sparse matrix, (N, N), some of its rows at a time.
+
+    Args:
+        path: of the table.
+        n_items: N.
+        scratch: where the matrix is kept.
+
+    Raises:
+        ValueError: an item is not in the catalogue, or the items are not in order.
+        KeyError: the file has other columns.
+    """
+    with pq.ParquetFile(path) as file:
+        pairs = file.metadata.num_rows
+        near_P, scores_P = scratch.zeros((pairs,), np.int32), scratch.zeros((pairs,), np.float32)
+        counts_N, done, last = np.zeros(n_items, np.int64), 0, 0
+        for batch in file.iter_batches(ROWS, use_threads=False):
+            rows, near, scores = (batch[name].to_numpy() for name in SCHEMA.names)
+            if np.diff(rows, prepend=last).min() < 0 or rows[-1] >= n_items or near.min() < 0 or near.max() >= n_items:
+                raise ValueError("its items are not in order, or not in the catalogue")
+            near_P[done : done + len(rows)], scores_P[done : done + len(rows)] = near, scores
+            items, counts = np.unique(rows, return_counts=True)
+            counts_N[items] += counts
+            done, last = done + len(rows), rows[-1]
+    return sparse.csr_matrix((scores_P, near_P, np.append(0, np.cumsum(counts_N))), (n_items, n_items))

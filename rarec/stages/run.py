@@ -329,7 +329,8 @@ class Run:
         stage, config = self.stage("neighbours", name), self.config.neighbours
         stage.require()
         stage.check_files()
-        table_NN, new_N = read_table(stage.directory / TABLE, self.dataset.n_items), self.dataset.train_counts_N == 0
+        table_NN = read_table(stage.directory / TABLE, self.dataset.n_items, self.scratch)
+        new_N = self.dataset.train_counts_N == 0
         lacking_N = new_N if name != "lexical" and new_N.any() else None
         return NeighbourRanker(table_NN, config.newest, config.decay, lacking_N)
 
