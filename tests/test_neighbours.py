@@ -151,8 +151,7 @@ def test_items_whose_texts_share_words_are_neighbours():
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12, unique=True), st.integers(1, 5))
 @settings(deadline=None)
-def test_a_table_is_read_as_it_was_written_in_memory_or_not(pairs, at_a_time):
-    pairs = sorted(pairs)
+def test_a_table_is_read_as_it_was_written_in_any_order_in_memory_or_not(pairs, at_a_time):
     dense = np.zeros((5, 5), np.float32)
     for score, (item, near) in enumerate(pairs, 1):
         dense[item, near] = score
@@ -164,11 +163,11 @@ def test_a_table_is_read_as_it_was_written_in_memory_or_not(pairs, at_a_time):
             assert (table.read_table(Path(name) / table.TABLE, 5, scratch).toarray() == dense).all()
 
 
-@pytest.mark.parametrize("rows", [[1, 0], [0, 5], [-1, 0]])
-def test_a_table_of_items_out_of_order_or_beyond_the_catalogue_is_refused(rows, tmp_path):
-    written = table.batch_of(np.array(rows, np.int32), np.array([1, 2], np.int32), np.ones(2, np.float32))
+@pytest.mark.parametrize("pair", [(0, 5), (-1, 0), (5, 0), (0, -1)])
+def test_a_table_of_items_beyond_the_catalogue_is_refused(pair, tmp_path):
+    written = table.batch_of(*(np.array([row], np.int32) for row in pair), np.ones(1, np.float32))
     table.write_table([written], tmp_path)
-    with pytest.raises(ValueError, match="order"):
+    with pytest.raises(ValueError, match="catalogue"):
         table.read_table(tmp_path / table.TABLE, 5)
 
 

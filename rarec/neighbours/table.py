@@ -3,7 +3,7 @@
 Shape letters: N catalogue, M neighbours kept, P pairs of an item and a neighbour.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,19 +62,30 @@ def read_table(path: Path, n_items: int, scratch: Scratch = IN_MEMORY) -> sparse
         scratch: where the matrix is kept.
 
     Raises:
-        ValueError: an item is not in the catalogue, or the items are not in order.
+        ValueError: an item is not in the catalogue.
         KeyError: the file has other columns.
     """
     with pq.ParquetFile(path) as file:
-        pairs = file.metadata.num_rows
-        near_P, scores_P = scratch.zeros((pairs,), np.int32), scratch.zeros((pairs,), np.float32)
-        counts_N, done, last = np.zeros(n_items, np.int64), 0, 0
-        for batch in file.iter_batches(ROWS, use_threads=False):
-            rows, near, scores = (batch[name].to_numpy() for name in SCHEMA.names)
-            if np.diff(rows, prepend=last).min() < 0 or rows[-1] >= n_items or near.min() < 0 or near.max() >= n_items:
-                raise ValueError("its items are not in order, or not in the catalogue")
-            near_P[done : done + len(rows)], scores_P[done : done + len(rows)] = near, scores
+        starts_N = np.zeros(n_items + 1, np.int64)
+        for rows, near, _ in _parts(file):
+            if min(rows.min(), near.min()) < 0 or max(rows.max(), near.max()) >= n_items:
+                raise ValueError("an item is not in the catalogue")
             items, counts = np.unique(rows, return_counts=True)
-            counts_N[items] += counts
-            done, last = done + len(rows), rows[-1]
-    return sparse.csr_matrix((scores_P, near_P, np.append(0, np.cumsum(counts_N))), (n_items, n_items))
+            starts_N[items + 1] += counts
+        starts_N, pairs = starts_N.cumsum(), file.metadata.num_rows
+        near_P, scores_P = scratch.zeros((pairs,), np.int32), scratch.zeros((pairs,), np.float32)
+        free_N = starts_N[:-1].copy()
+        for rows, near, scores in _parts(file):  # in any order: items that were added later stand at the end
+            order = np.argsort(rows, kind="stable")
+            items, firsts, counts = np.unique(rows[order], return_index=True, return_counts=True)
+            places = np.repeat(free_N[items] - firsts, counts) + np.arange(len(rows))
+            near_P[places], scores_P[places] = near[order], scores[order]
+            free_N[items] += counts
+    return sparse.csr_matrix((scores_P, near_P, starts_N), (n_items, n_items))
+
+
+def _parts(file: pq.ParquetFile) -> Iterator[tuple[Rows, Rows, npt.NDArray[np.float32]]]:
+    """Yield rows, neighbours and scores, some at a time."""
+    for batch in file.iter_batches(ROWS, use_threads=False):
+        rows, near, scores = (batch[name].to_numpy() for name in SCHEMA.names)
+        yield rows, near, scores
