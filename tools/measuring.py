@@ -103,7 +103,7 @@ def print_table(figures: list[Figure]) -> None:
 
 
 def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a new process, without what this one holds in memory, whose threads wait as rarec's do."""
+    """Call a function in a new process: it holds nothing of this one's memory, and its threads wait as rarec's do."""
     os.environ |= WAITING
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()

@@ -80,15 +80,37 @@ def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[floa
     few = slice(COMPARED_USERS)
     some = EvalBatch(batch.user_rows[few], batch.histories[few], batch.targets[few])
     scored = [ranker.scored(some) for ranker in rankers]
-    found = [_Comparison() for _ in rankers]
+    found: list[list[Floats]] = [[] for _ in rankers]
     for part in _parts(len(some.targets), scored[0].n_items):
         first_BN = _doubles(scored[0], part)
         for at, (ranker, scores) in enumerate(zip(rankers, scored, strict=True)):
             own_BN = _doubles(scores, part) if at else first_BN
             known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
-            found[at].add(first_BN[:, known], own_BN[:, known])
-    spreads = tuple(each.own.value or np.inf for each in found)  # a part that is constant adds nothing
-    return spreads, tuple(each.slope for each in found)
+            found[at].append(_sums(first_BN[:, known], own_BN[:, known]))
+    spreads, slopes = [], []
+    for sums in found:
+        own_B, own_peak_B, first_B, first_peak_B, square_B, product_B = np.concatenate(sums, axis=1)
+        spreads.append(_spread(own_B, own_peak_B) or np.inf)  # a part that is constant adds nothing
+        varies = _spread(first_B, first_peak_B) > 0
+        slopes.append(float(product_B.sum() / square_B.sum()) if varies else 0.0)
+    return tuple(spreads), tuple(slopes)
+
+
+def _sums(first_BN: Floats, own_BN: Floats) -> Floats:
+    """Return what a comparison sums over users, (6, B).
+
+    The standard deviation and largest magnitude of a part's scores, the same of the first part's without their mean,
+    the sum of the squares of these, and the sum of their products with the part's.
+    """
+    apart_BN = first_BN - first_BN.mean(1, keepdims=True)
+    sizes = [size_B for each in (own_BN, apart_BN) for size_B in (each.std(1), np.abs(each).max(1))]
+    return np.stack([*sizes, (apart_BN * apart_BN).sum(1), (apart_BN * own_BN).sum(1)])
+
+
+def _spread(deviation_B: Floats, peak_B: Floats) -> float:
+    """Return the standard deviation over items, averaged over users; 0 if all scores are equal up to rounding."""
+    spread = float(deviation_B.mean())
+    return spread if spread > FLAT * peak_B.max() else 0.0
 
 
 def _parts(users: int, n_items: int) -> Iterator[slice]:
@@ -99,43 +121,6 @@ def _parts(users: int, n_items: int) -> Iterator[slice]:
 
 def _doubles(scores: Scores, part: slice) -> Floats:
     return scores.block(part).numpy(force=True).astype(np.float64)
-
-
-class _Spread:
-    """The standard deviation over items, averaged over users; 0 if all scores are equal up to rounding."""
-
-    def __init__(self) -> None:
-        self._sum, self._users, self._peak = 0.0, 0, 0.0
-
-    def add(self, scores_BN: Floats) -> None:
-        """Take some users in."""
-        self._sum += float(scores_BN.std(1).sum())
-        self._users += len(scores_BN)
-        self._peak = max(self._peak, float(np.abs(scores_BN).max()))
-
-    @property
-    def value(self) -> float:
-        spread = self._sum / self._users
-        return spread if spread > FLAT * self._peak else 0.0
-
-
-class _Comparison:
-    """A part's spread, and its slope over the first part's scores."""
-
-    def __init__(self) -> None:
-        self.own, self._first, self._square, self._product = _Spread(), _Spread(), 0.0, 0.0
-
-    def add(self, first_BN: Floats, own_BN: Floats) -> None:
-        """Take some users' scores by both parts in."""
-        self.own.add(own_BN)
-        apart_BN = first_BN - first_BN.mean(1, keepdims=True)
-        self._first.add(apart_BN)
-        self._square += float((apart_BN * apart_BN).sum())
-        self._product += float((apart_BN * own_BN).sum())
-
-    @property
-    def slope(self) -> float:
-        return self._product / self._square if self._first.value else 0.0
 
 
 class Likelihood(NamedTuple):
