@@ -19,6 +19,15 @@ from rarec.inert import inert
 
 CRASH = "crash.txt"
 """File in `run.dir`; other ranks than 0 add their number."""
+LARGE = {
+    "prepare": "prepare.memory",
+    "ids": "batch_size or negatives of ids.MODEL",
+    "neighbours": "prepare.memory",
+    "shards": "prompt.max_history",
+    "evaluate": "evaluate.batch_size",
+    "export": "evaluate.batch_size",
+}
+"""The field that most of a stage's memory depends on, by stage."""
 _FIRST_LINE = "rarec ended with an error that it did not expect.\n"
 
 
@@ -38,7 +47,7 @@ def crash_line(error: BaseException, config: str, directory: Path | None, rank: 
     _free(error)  # what the failed frames hold: memory and open files, which writing needs
     written = _write(report, directory, f"-rank{rank}" if rank else "")
     where = f"the traceback is in {written}" if written else f"raised in {place}; its traceback cannot be written"
-    return f"{stage}: {reason} ({where}) -> {_remedy(error)}"
+    return f"{stage}: {reason} ({where}) -> {_remedy(error, stage)}"
 
 
 def _report(error: BaseException, stage: str, config: str) -> str:
@@ -105,8 +114,9 @@ def _is_foreign(path: Path) -> bool:
         return file.read(len(_FIRST_LINE)) != _FIRST_LINE
 
 
-def _remedy(error: BaseException) -> str:
+def _remedy(error: BaseException, stage: str) -> str:
     out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
     if out_of_memory or os.strerror(errno.ENOMEM) in str(error):  # PyTorch and Arrow have errors of their own
-        return "use a machine with more memory or lower train.batch_size, then run the same command to resume"
+        field = next((of for name, of in LARGE.items() if name in re.split(r"[ /.]", stage)), "train.batch_size")
+        return f"use a machine with more memory or lower {field}, then run the same command to resume"
     return "run the same command to resume; if it fails again, report it with that file"

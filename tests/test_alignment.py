@@ -225,12 +225,20 @@ def test_another_unit_in_the_last_block_changes_no_slot():
     torch.testing.assert_close(source(vectors_NE[:, None])[0], slots_LBKD)
 
 
-def test_states_that_are_all_the_same_have_a_unit_all_the_same():
-    source = SourceAlignment(2, HIDDEN, SlotShape(1, 5), instructions=1, projections=True)
+def test_items_whose_texts_are_all_the_same_start_apart_around_their_text():
+    """As with a template of an item's vector alone: texts tell nothing about W, but slots must tell items apart."""
+    source = SourceAlignment(3, HIDDEN, SlotShape(1, 5), instructions=1, projections=True)
     vectors_NE = torch.randn(9, 5, generator=seeded(2))
-    initialise(source, vectors_NE, torch.full((2, 9, HIDDEN), 3.0), penalty=1.0, generator=seeded())
-    assert source.unit_L.tolist() == [1, 1]
-    torch.testing.assert_close(source.project(vectors_NE[:, None]), torch.full((2, 9, 1, HIDDEN), 3.0))
+    states_LND = torch.stack([torch.full((9, HIDDEN), 3.0), torch.zeros(9, HIDDEN), states_from(vectors_NE)[0]])
+    states_LND[0] += 1e-4 * torch.randn(9, HIDDEN, generator=seeded(3))  # rounding errors are no differences
+    initialise(source, vectors_NE, states_LND, penalty=1.0, generator=seeded())
+    assert source.unit_L[:2].tolist() == [pytest.approx(3.0), 1.0]
+    slots_LND = source.project(vectors_NE[:, None])[:, :, 0]
+    assert 0.01 < source.weight_LDE[:2].std() < 0.03
+    torch.testing.assert_close(slots_LND[:2].mean(1), states_LND[:2].mean(1), atol=1e-3, rtol=1e-3)
+    standard_NE = (vectors_NE - vectors_NE.mean(0)) / vectors_NE.std(0, unbiased=False)
+    ridge_DE = ridge_weights(standard_NE, states_LND[2:], 1.0)[0]
+    torch.testing.assert_close(source.weight_LDE[2] * source.unit_L[2], ridge_DE.float())
 
 
 def test_the_initialised_module_predicts_the_states():

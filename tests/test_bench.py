@@ -1,7 +1,10 @@
 """`rarec bench`, and the rows of the harness in tools/."""
 
+import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from rarec.errors import UserError
 from tests.test_ownership import state
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from measuring import Row
+import check_gpu_place
+from check_gpu_place import Place
+from measuring import Figure, Row
 
 
 def test_bench_says_where_a_steps_time_goes_and_writes_nothing(finished, capsys):
@@ -49,3 +54,47 @@ def test_a_row_of_the_harness_is_judged_by_its_ratio():
     assert slow.with_ratio(2).met
     assert not fast.with_ratio(1.99).met
     assert fast.figure().figure == "30 / 10 users/s = 3.00"
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place("cpu", 1, tmp_path, time.monotonic() + 60)
+
+
+def python(place, code):
+    return lambda: place.run([sys.executable, "-c", code]) or []
+
+
+def test_a_check_of_a_gpu_that_fails_or_hangs_is_a_figure_and_the_others_go_on(place, monkeypatch):
+    """Of what a launcher says, the line of the command below it counts."""
+    monkeypatch.setattr(check_gpu_place, "LONGEST", 3)
+    jobs = {
+        "fails": python(place, "raise SystemExit('error: no file -> make it\\nTraceback of a launcher')"),
+        "hangs": python(place, "import time; time.sleep(99)"),
+        "has a defect": lambda: [][0],
+        "works": lambda: [Figure("loss", "1.0")],
+    }
+    found = place.figures(jobs)
+    assert [(one.what, one.met) for one in found] == [*((name, False) for name in list(jobs)[:3]), ("loss", None)]
+    assert found[0].figure == "error: no file -> make it"
+    assert "3 s" in found[1].figure
+    assert "IndexError" in found[2].figure
+
+
+def test_a_check_without_time_left_is_not_started(tmp_path):
+    late = Place("cpu", 1, tmp_path, time.monotonic() - 1)
+    (found,) = late.figures({"late": python(late, f"open({str(tmp_path / 'started')!r}, 'w')")})
+    assert "--minutes" in found.figure
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.slow
+def test_the_checks_of_a_gpu_work_on_the_cpu(tmp_path):
+    tool = Path(__file__).parents[1] / "tools" / "check_gpu.py"
+    options = ["--device", "cpu", "--only", "speed", "ids", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(tool), *options], capture_output=True, text=True, check=False)
+    figures = json.loads((tmp_path / "cpu.json").read_text())["figures"]
+    assert done.returncode == 0, (done.stderr, figures)
+    names = " ".join(one["what"] for one in figures)
+    assert {"compiled", "float32", "bfloat16"} <= set(re.findall(r"\w+", names))
+    assert all(one["met"] is not False for one in figures)

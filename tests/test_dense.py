@@ -30,15 +30,19 @@ def neighbours(rng, lacking=None) -> NeighbourRanker:
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 10**6), st.sampled_from([1, 3]), st.booleans(), st.booleans())
-def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, listed):
+@given(st.integers(0, 10**6), st.sampled_from([1, 3]), st.booleans(), st.booleans(), st.booleans())
+def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, listed, listed_first):
+    """Whether a model's vectors or a neighbour table predict what other parts lack."""
     rng = np.random.default_rng(seed)
     lacking = (rng.random(ITEMS) < 0.3) if gaps else None
     if gaps:
         lacking[0] = False
     parts = [vectors(rng, 4), vectors(rng, 3, several, lacking), vectors(rng, 1)]
     parts += [neighbours(rng, lacking)] * listed
-    ranker = FusedRanker(tuple(parts), tuple(rng.random(len(parts))), (0.0, *rng.normal(size=len(parts) - 1)))
+    slopes = rng.normal(size=len(parts))
+    if listed_first:
+        parts, slopes = [neighbours(rng), *parts[1:]], np.abs(slopes)
+    ranker = FusedRanker(tuple(parts), tuple(rng.random(len(parts))), (1.0, *slopes[1:]))
     histories = [rng.integers(0, ITEMS, 4) for _ in range(USERS)]
     batch = EvalBatch(np.arange(USERS), histories, np.zeros(USERS, np.int64))
     form = DenseForm.of(ranker, [str(at) for at in range(len(parts))])
@@ -65,9 +69,9 @@ def test_a_single_model_is_a_form_and_neighbours_alone_are_none():
         DenseForm.of(neighbours(rng), ["ease"])
 
 
-def test_scores_that_are_predicted_from_words_are_no_vectors():
+def test_an_item_that_its_neighbours_would_harm_has_no_weight():
     rng = np.random.default_rng(0)
     lacking = np.arange(ITEMS) < 3
-    ranker = FusedRanker((neighbours(rng), vectors(rng, 4, 1, lacking)), (1.0, 1.0), (0.0, 0.5))
-    with pytest.raises(UserError, match="words"):
-        DenseForm.of(ranker, ["ease", "id"])
+    ranker = FusedRanker((neighbours(rng), vectors(rng, 4, 1, lacking)), (1.0, 1.0), (1.0, -1.5))
+    with pytest.raises(UserError, match="VARIANT"):
+        DenseForm.of(ranker, ["lexical", "id"])

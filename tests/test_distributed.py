@@ -69,6 +69,18 @@ def test_an_op_that_does_not_compile_is_one_error(decoder, tmp_path):
     assert "rarec doctor" in job.said()
 
 
+@pytest.mark.parametrize(("stage", "of_weight"), [(2, "meta"), (3, "cpu")])
+def test_what_deepspeed_does_not_move_to_the_device_is_there(stage, of_weight):
+    """ZeRO-3 shards parameters on the device itself, and leaves buffers where they were."""
+    from rarec.training.engines.zero import ZeroEngine
+    from rarec.world import World
+
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
+    ZeroEngine(World(device=torch.device("meta")), {"zero_optimization": {"stage": stage}}).place(model)
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    assert model[1].weight.device.type == of_weight
+
+
 def test_a_place_that_cannot_be_made_for_the_op_is_one_error(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))

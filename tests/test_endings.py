@@ -125,6 +125,14 @@ def test_what_nobody_foresaw_is_one_line_that_names_the_file_with_the_traceback(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("command", "field"), [("train", "train.batch_size"), ("ids", "negatives"), ("evaluate", "evaluate.batch_size")]
+)
+def test_a_command_out_of_memory_names_the_field_of_its_own(command, field, tmp_path):
+    result = python(f"sys.argv = ['rarec', '{command}', 'x.yaml']; raise MemoryError", TMPDIR=str(tmp_path))
+    assert field in result.stderr
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_too_many_open_files_are_named_whatever_a_reader_makes_of_them(wrapped):
     code = "files = [open(os.devnull) for _ in range(1 << 20)]"

@@ -127,3 +127,5 @@ def test_the_main_variant_and_its_fusion_are_compared_with_another_system():
     assert ("per_layer", llara) in pairs
     assert ("per_layer+id", llara) in pairs
     assert ("id_only", llara) not in pairs
+    cheap = pairs_of_interest(["id_only+cheap", "per_layer+id+cheap", llara], "per_layer")
+    assert {("id_only+cheap", llara), ("per_layer+id+cheap", llara)} <= set(cheap)

@@ -16,6 +16,7 @@ import rarec
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import read_json
+from rarec.ranking import EvalBatch
 from rarec.serving.bundle import Bundle
 from rarec.serving.formats import rarec_client_path
 from rarec.serving.formats.hub import upload
@@ -166,10 +167,15 @@ ids.model=gru4rec ids.gru4rec.dim=8 ids.gru4rec.epochs=2
     [
         ("llama", DECODER),
         ("electra", ENCODER),
-        ("bert", ["train.variants=[text_only]", "export.variant=id_only+cheap"]),
+        ("bert", ["train.variants=[text_only]", "export.variant=id_only+cheap", "prepare.split.new_items=0.2"]),
         ("bert", ["train.variants=[readout]", "export.variant=readout+id"]),
     ],
-    ids=["LoRA, slots at titles, four interests", "two sources, new items", "ID model alone", "at the readout"],
+    ids=[
+        "LoRA, slots at titles, four interests",
+        "two sources, new items",
+        "no language model, new items",
+        "at the readout",
+    ],
 )
 def test_other_bundles(tmp_path, kind, overrides):
     write_log(tmp_path / "log")
@@ -182,6 +188,13 @@ def test_other_bundles(tmp_path, kind, overrides):
     users = [*histories(run, list(map(str, run.dataset.user_ids)))[:12], [], ["i003"]]
     expected = rarec.load(run.directory("export")).recommend(users, 10)
     assert same(client(folder).recommend(users, 10), expected)
+    rows = [[recommender.items.index(item) for item in user] for user in users[:3]]
+    nobody = np.zeros(3, int)
+    scores_BN = recommender.parts.ranker.scores(EvalBatch(nobody, list(map(np.array, rows)), nobody))
+    for scores_N, best in zip(scores_BN, expected, strict=False):
+        assert [scores_N[recommender.items.index(one.item)] for one in best] == pytest.approx(
+            [one.score for one in best], rel=1e-3, abs=1e-4
+        )
 
 
 def test_vectors_are_a_table_that_a_database_takes(recommender, everyone, tmp_path):

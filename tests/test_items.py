@@ -68,6 +68,19 @@ def test_an_added_item_is_what_the_same_item_was_before_it_was_removed(run, bund
     assert rarec.load(again).item_vectors([item]) == pytest.approx(known.item_vectors([item]), abs=1e-5)
 
 
+def test_in_a_row_without_a_model_an_added_item_has_its_words_the_mean_vector_and_no_popularity(run, tmp_path):
+    """Neighbour tables that list it nowhere add nothing; nor does a user's mean of what they list."""
+    known = exported(run, tmp_path, "export.variant=id_only+cheap").directory("export")
+    old, history = rarec.load(known), rarec.load(known).items[:4]
+    title = old.bundle.catalogue.titles[1]
+    added = rarec.load(add(known, f'item,title,brand\nalike,"{title}",\nother,zyzzyva,\n'))
+    found = {one.item: one.score for one in added.recommend([history], k=10**6, exclude_seen=False)[0]}
+    items_NE, weight = old.bundle.vectors["ids/id"], old.bundle.facts["parts"]["id"]["weight"]
+    users = old.parts.rankers["id"].users(np.zeros(1, int), [np.arange(4)])
+    assert found["other"] == pytest.approx(weight * float((items_NE.mean(0) @ users[0].T).max()), abs=1e-4)
+    assert found["alike"] > found["other"]
+
+
 def test_a_given_id_vector_is_taken(bundle, tmp_path):
     served = rarec.load(bundle)
     vectors = served.bundle.vectors["ids/id"]

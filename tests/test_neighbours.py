@@ -4,7 +4,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import replace
 from itertools import permutations
-from math import sqrt
+from math import log, sqrt
 from pathlib import Path
 
 import ibis
@@ -16,17 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import PrepareEngine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
 from rarec.data.engines.table_files import find_files
 from rarec.entry import open_run
 from rarec.neighbours import counting, table
-from rarec.neighbours.ease import ease, training_matrix
-from rarec.neighbours.lexical import lexical
+from rarec.neighbours.ease import ease, training_matrices
+from rarec.neighbours.lexical import lexical, plain_texts
+from rarec.neighbours.make import read_training_log, write_counts
 from rarec.neighbours.ranker import NeighbourRanker
+from rarec.neighbours.table import TABLE
 from rarec.ranking import EvalBatch
 from rarec.scratch import IN_MEMORY, Scratch
 from rarec.stages.run import Run
+from tests.engines import needs_spark, on
 
 A, B, C, D = range(4)
 HISTORIES = [[A, B, C], [B, A], [A, B, A], [D]]
@@ -69,6 +73,22 @@ def test_what_follows_within_a_few_steps_is_a_neighbour(engine: PrepareEngine, t
         (B, C, 1 / (sqrt(3) + 1)),
     ]
     assert found == [(item, neighbour, pytest.approx(score)) for item, neighbour, score in expected]
+
+
+@needs_spark
+def test_duckdb_and_spark_write_the_same_tables_to_the_last_bit(finished: Path, tmp_path: Path) -> None:
+    """From the files of a prepared dataset; many scores are equal where the tables are cut."""
+    config, dataset = open_run(finished).config, open_run(finished).dataset
+    fields = config.neighbours.model_copy(update={"top": 3, "longest": 4, "shrinkage": 1.5})
+    for model in ("cooccurrence", "transition"):
+        written = []
+        for name in ("duckdb", "spark"):
+            (tmp_path / model / name).mkdir(parents=True)
+            write_counts(model, fields, on(name, config.prepare), dataset, tmp_path / model / name, holdout=0.2)
+            table = pq.read_table(tmp_path / model / name / TABLE)
+            written.append(table.sort_by([("item_row", "ascending"), ("score", "descending")]).to_pylist())
+        assert written[0] == written[1]
+        assert len({row["score"] for row in written[0]}) < len(written[0]) / 2
 
 
 @given(
@@ -115,8 +135,7 @@ def test_ease_is_the_closed_form():
     inverse = np.linalg.inv(seen_UN.T @ seen_UN.toarray() + 2.5 * np.eye(7))
     expected = -inverse / inverse.diagonal()
     np.fill_diagonal(expected, 0)
-    rows = [row for batch in ease(seen_UN, 2.5, 3) for row in batch.to_pylist()]
-    found = {(row["item_row"], row["neighbour_row"]): row["score"] for row in rows}
+    found = pairs(ease([seen_UN[:11], seen_UN[11:]], 7, 2.5, 3))
     best = {(i, j) for i in range(7) for j in np.argsort(-expected[i])[:3] if expected[i, j] > 0}
     assert set(found) == best
     assert all(found[pair] == pytest.approx(expected[pair], rel=1e-5) for pair in best)
@@ -124,29 +143,76 @@ def test_ease_is_the_closed_form():
 
 def test_ease_reads_each_training_item_of_a_user_once(finished):
     dataset = open_run(finished).dataset
-    seen_UN = training_matrix(dataset)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreparedDataset.user_blocks, "__defaults__", (20,))
+        parts = list(training_matrices(dataset))
+    assert len(parts) > 1
+    seen_UN = sparse.vstack(parts).tocsr()
     for user in range(5):
         trained = dataset.sequence(user)[: dataset.train_length_U[user]]
         assert seen_UN[user].nonzero()[1].tolist() == sorted(set(trained.tolist()))
     assert seen_UN.max() == 1
 
 
-def test_a_catalogue_too_large_for_ease_has_a_table_without_rows(finished, tmp_path):
+@pytest.mark.parametrize("model", ["ease", "lexical"])
+def test_a_catalogue_too_large_for_a_model_has_a_table_without_rows(model, finished, tmp_path):
     said = []
-    run = Run(finished, [f"run.dir={tmp_path}", "neighbours.models=[ease]", "neighbours.ease_items=3"], say=said.append)
+    fields = [f"run.dir={tmp_path}", f"neighbours.models=[{model}]", f"neighbours.{model}_items=3"]
+    run = Run(finished, fields, say=said.append)
     run.run(["prepare", "neighbours"])
-    assert not run.neighbours["ease"].table_NN.nnz
-    assert any("it will add nothing" in line for line in said)
+    assert not run.neighbours[model].table_NN.nnz
+    assert any(f"neighbours.{model}_items" in line and "nothing" in line for line in said)
+
+
+def test_more_neighbours_than_there_are_items_are_all_kept_and_that_is_said(finished, tmp_path):
+    said = []
+    Run(finished, [f"run.dir={tmp_path}", "neighbours.top=99"], say=said.append).run(["prepare", "neighbours"])
+    assert sum("neighbours.top, 99" in line for line in said) == 4
+    rows = open_run(finished, [f"run.dir={tmp_path}", "neighbours.top=99"]).neighbours["ease"].table_NN
+    assert not rows.diagonal().any()
+
+
+def pairs(batches):
+    """Return scores by item and neighbour."""
+    rows = [row for batch in batches for row in batch.to_pylist()]
+    return {(row["item_row"], row["neighbour_row"]): row["score"] for row in rows}
 
 
 def test_items_whose_texts_share_words_are_neighbours():
     texts = ["red Lamp", "Lamp, green", "a chair", "", "red lamp!"]
-    rows = [row for batch in lexical(texts, 2) for row in batch.to_pylist()]
-    near = {(row["item_row"], row["neighbour_row"]): row["score"] for row in rows}
+    near = pairs(lexical(texts, 2))
     assert set(near) == {(0, 4), (0, 1), (1, 0), (1, 4), (4, 0), (4, 1)}
     assert near[0, 4] == pytest.approx(1)
-    assert 0 < near[0, 1] == near[1, 0] < 1
     assert list(lexical(["", " "], 2)) == []
+
+
+def test_a_rare_word_that_stands_twice_counts_for_more():
+    """Of four items `lamp` is in two, `red` in three: (1 + log count) * (1 + log(5 / (1 + items with it))), by hand."""
+    lamp, red = 1 + log(5 / 3), 1 + log(5 / 4)
+    near = pairs(lexical(["lamp lamp red", "red Lamp", "red", "chair"], 3))
+    twice = (1 + log(2)) * lamp
+    assert near[0, 1] == near[1, 0]
+    assert near[0, 1] == pytest.approx((twice * lamp + red * red) / sqrt((twice**2 + red**2) * (lamp**2 + red**2)))
+    assert near[0, 2] == pytest.approx(red / sqrt(twice**2 + red**2))
+    assert near[1, 2] == pytest.approx(red / sqrt(lamp**2 + red**2))
+    assert not {item for pair in near for item in pair} & {3}
+
+
+def test_a_missing_title_is_no_word_and_one_that_holds_its_words_is():
+    assert list(plain_texts(["item", "item 7"], ["of oak", ""], "item")) == ["of oak", "item 7 "]
+
+
+def test_the_newest_of_a_long_history_count_and_none_of_the_held_out(engine, finished):
+    """Of the first user, whose held-out interactions are the newest."""
+    dataset = open_run(finished).dataset
+    for holdout, cut in ((0.0, 0), (0.3, int(dataset.held_out_U(0.3)[0]))):
+        log = engine.keep(f"log_{cut}", read_training_log(engine, dataset.directory, 3, holdout))
+        rows = [row for batch in engine.batches(log) for row in batch.to_pylist() if row["user"] == 0]
+        trained = dataset.sequence(0)[: dataset.train_length_U[0] - cut]
+        newest = [(at, int(item)) for at, item in enumerate(trained)]
+        assert len(newest) > cut or holdout == 0
+        found = sorted((row["position"], row["item"]) for row in rows)
+        assert found == [pair for pair in newest if pair[0] >= dataset.train_length_U[0] - cut - 3]
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12, unique=True), st.integers(1, 5))

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy import sparse
+from scipy.optimize import minimize, nnls
 from scipy.special import softmax
 
 from rarec.evaluation import fusion
 from rarec.evaluation.fusion import Likelihood, fuse, maximise
 from rarec.evaluation.result_rows import pairs_of_interest
+from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, VectorRanker, rank_targets, rank_users
 
 RNG = np.random.default_rng(0)
@@ -86,6 +88,23 @@ def test_the_first_part_that_lacks_nothing_predicts_what_another_lacks():
     assert fused.weights["gapped"] > 0
     of_text, of_gapped = fused.ranker.weights
     assert np.allclose(fused.ranker.scores(batch), of_text * text_N + of_gapped * line_N, atol=1e-5)
+
+
+def test_a_neighbour_table_predicts_from_what_it_lists_alone():
+    """Of the two items that the ID model lacks, the listed one is above its mean score, the other is at it."""
+    near = sparse.csr_matrix(np.array([[0, 0.16, 0, 0.64, 0]] * 5, np.float32))
+    lacking_N = np.array([False, False, False, True, True])
+    items = np.where(lacking_N, 3.0, [1.0, 6.0, 2.0, 0.0, 0.0])[:, None]
+    ids = replace(ranker(np.ones((5, 1)), items), lacking_N=lacking_N)
+    batch = EvalBatch(np.arange(5), [np.array([0])] * 5, np.array([1, 1, 3, 1, 3]))
+    fused = fuse({"id": ids, "lexical": NeighbourRanker(near, 10, 0.7)}, batch)
+    of_words, of_ids = fused.ranker.weights
+    assert list(fused.weights) == ["id", "lexical"]
+    assert fused.ranker.parts[0].lists
+    slope = fused.ranker.slopes[1]
+    assert slope > 0
+    assert fused.ranker.scores(batch)[0, 3] == pytest.approx(of_words * 0.8 + of_ids * (3 + slope * 0.8), rel=1e-5)
+    assert fused.ranker.scores(batch)[0, 4] == pytest.approx(of_ids * 3, rel=1e-5)
 
 
 def test_a_fusion_does_not_depend_on_how_many_scores_are_held_at_a_time(monkeypatch):
@@ -245,3 +264,48 @@ def test_the_weights_of_many_parts_are_the_optimum_that_scipy_finds(seed):
     assert found == pytest.approx(best.x, abs=2e-3)
     assert (found >= 0).all()
     assert (wanted < -0.3).any() == (found == 0).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fusion_of_real_parts_is_the_optimum_that_scipy_finds(seed):
+    """Dense parts, a neighbour table and gaps; seen items do not compete. Scipy has no derivative."""
+    rng, users, items = np.random.default_rng(seed), 150, 20
+    lacking_N = np.arange(items) < 3
+    parts = {
+        "variant": ranker(rng.standard_normal((users, 4)), rng.standard_normal((items, 4))),
+        "id": replace(ranker(rng.standard_normal((users, 3)), rng.standard_normal((items, 3))), lacking_N=lacking_N),
+        "near": NeighbourRanker(sparse.random(items, items, 0.3, "csr", np.float32, rng), 4, 0.7),
+    }
+    histories = [rng.integers(0, items, 5) for _ in range(users)]
+    batch = EvalBatch(np.arange(users), histories, np.zeros(users, int))
+    whole = fuse(parts, batch).ranker  # its weights say nothing yet, but its parts and slopes do
+    scores_PUN = [part.numpy().astype(float) for part in whole.scored(batch).parts(slice(0, users))]
+    scores_PUN = np.stack([part / part.std(1).mean() for part in scores_PUN])
+    seen_UN = np.zeros((users, items), bool)
+    for user, history in enumerate(histories):
+        seen_UN[user, history] = True
+    drawn_UN = np.tensordot([0.8, 0.5, 0.6], scores_PUN, 1) + rng.gumbel(size=(users, items))
+    targets = np.where(seen_UN, -np.inf, drawn_UN).argmax(1)
+
+    def loss(weights):
+        logits_UN = np.where(seen_UN, -np.inf, np.tensordot(weights, scores_PUN, 1))
+        return -np.log(softmax(logits_UN, 1)[np.arange(users), targets]).mean()
+
+    found = fuse(parts, replace(batch, targets=targets)).ranker
+    sizes = [part.numpy().std(1).mean() for part in found.scored(batch).parts(slice(0, users))]
+    best = minimize(loss, np.ones(3), bounds=[(0, None)] * 3, method="L-BFGS-B").x * [1, 1, 1]
+    own = np.array(found.weights) * sizes
+    assert own / own.sum() == pytest.approx(best / best.sum(), abs=5e-3)
+
+
+def test_weights_that_a_step_would_take_below_zero_do_not_stop_the_others():
+    """A quadratic with correlated parts: steps that are cut off at zero one by one end far from the optimum."""
+    rng = np.random.default_rng(2274)
+    apart_QP = rng.standard_normal((8, 6)) + 2.5 * rng.standard_normal((8, 1))
+    best = 1.5 * rng.standard_normal(6)
+    curve = apart_QP.T @ apart_QP / 6
+
+    def likelihood(weights):
+        return Likelihood(-(weights - best) @ curve @ (weights - best) / 2, -curve @ (weights - best), curve)
+
+    assert maximise(likelihood, np.ones(6)) == pytest.approx(nnls(apart_QP, apart_QP @ best)[0], abs=1e-6)

@@ -161,7 +161,7 @@ def test_a_preset_goes_the_whole_way(finished, tmp_path, preset):
     main = run.config.main_variant
     assert "id@titles" in run.build_model(main).user.slots
     metrics = run.metrics().set_index(["variant", "metric"]).value
-    assert metrics[main.name + "+id+cheap", "hr@100"] > 0
+    assert metrics[main.name, "hr@10"] > 0  # of 40 items: items that are all the same would tie behind all others
     assert len(recommend(run, str(run.dataset.user_ids[0]), 3)) == 3
     losses = [json.loads(line) for line in (run.directory("train", main.name) / "log.jsonl").read_text().splitlines()]
     distilled = [line["distil"] for line in losses if "loss" in line]

@@ -165,9 +165,9 @@ def speeds(directory: Path, rounds: int) -> list[Figure]:
     ]
 
 
-def read_epoch(stream: SampleStream, epoch: int) -> None:
-    """Read an epoch and keep nothing."""
-    for _ in stream.epoch(epoch):
+def read_epoch(stream: SampleStream, epoch: int, ranks: int = 1) -> None:
+    """Read the last rank's part of an epoch and keep nothing."""
+    for _ in stream.epoch(epoch, rank=ranks - 1, world=ranks):
         pass
 
 

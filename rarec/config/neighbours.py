@@ -44,6 +44,9 @@ class Neighbours(Section):
     ease_items: Count = 15_000
     """Largest catalogue for `ease`, which takes 16 bytes for each pair of items: 3.6 GB for this many. In a larger one
     it adds nothing."""
+    lexical_items: Count = 500_000
+    """Largest catalogue for `lexical`, which compares each item's words with those of all others: ten times the items
+    take a hundred times as long. In a larger one it adds nothing."""
     longest: Positive = 200
     """Newest training interactions of a user that are counted: it bounds the pairs of a very active user."""
 
@@ -53,3 +56,7 @@ class Neighbours(Section):
         if len(set(given)) < len(given):
             raise ValueError("a model is named twice")
         return given
+
+    def largest(self, model: str) -> float:
+        """Return the largest catalogue for a model."""
+        return {"ease": self.ease_items, "lexical": self.lexical_items}.get(model, float("inf"))

@@ -9,8 +9,8 @@ from rarec.registry import find
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _ROW = re.compile(r"[^+/]+(\+id)?(\+cheap)?")
-NO_VARIANTS = ("id_only", "cheap")
-"""Rows of the results that are no variants: the ID model, and all that needs no training."""
+NO_VARIANTS = ("id_only", "popularity", "cheap")
+"""Rows of the results that are no variants: the ID model, popularity, and all that needs no training."""
 
 
 @dataclass(frozen=True)

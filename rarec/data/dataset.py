@@ -149,9 +149,19 @@ class PreparedDataset:
             share: fraction of each user's training interactions to hold out.
         """
         train_length_U = self.train_length_U - self.held_out_U(share)
-        trains_I = np.arange(len(self.item_rows_I)) < np.repeat(self.starts_U + train_length_U, self.lengths_U)
-        counts_N = np.bincount(self.item_rows_I[trains_I], minlength=self.n_items)
-        return replace(self, train_length_U=train_length_U, train_counts_N=counts_N)
+        held = replace(self, train_length_U=train_length_U)
+        counts_N = np.zeros(self.n_items, np.int64)
+        for _, items_i in held.training_items():
+            counts_N += np.bincount(items_i, minlength=self.n_items)
+        return replace(held, train_counts_N=counts_N)
+
+    def training_items(self) -> Iterator[tuple[slice, Int32]]:
+        """Yield runs of users, and the item rows of all their training interactions, user by user, oldest first."""
+        for users in self.user_blocks():
+            lengths_u = self.lengths_U[users].astype(np.int64)
+            places_i = np.arange(lengths_u.sum()) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
+            items_i = self.item_rows_I[int(self.starts_U[users.start]) :][: len(places_i)]
+            yield users, items_i[places_i < np.repeat(self.train_length_U[users], lengths_u)]
 
     def user_blocks(self, interactions: int = BLOCK) -> Iterator[slice]:
         """Yield all users in runs with at most so many interactions, or of one user: it bounds the memory of a pass."""

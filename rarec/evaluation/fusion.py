@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.linalg import solve_triangular
+from scipy.optimize import nnls
 from torch import Tensor
 
 from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores
@@ -38,11 +40,13 @@ class Fusion:
         ranker: the fused model.
         parts: names of its parts, in its order.
         weights: of each part's score, each relative to the spread of that score; not negative, their sum is 1.
+        flat: names of parts that give every item the same score, which adds nothing.
     """
 
     ranker: FusedRanker
     parts: tuple[str, ...]
     weights: dict[str, float]
+    flat: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Return what it takes to score again: for each part its name, share, weight and slope (see `FusedRanker`)."""
@@ -72,7 +76,8 @@ def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
     largest = max(weights) or 1.0  # so that float32 can represent the sum, whatever the scales
     fused = replace(plain, weights=tuple(weight / largest for weight in weights))
     found = dict(zip(names, map(float, shares), strict=True))
-    return Fusion(fused, tuple(names), {name: found[name] for name in parts})
+    flat = tuple(name for name, spread in zip(names, spreads, strict=True) if np.isinf(spread))
+    return Fusion(fused, tuple(names), {name: found[name] for name in parts}, flat)
 
 
 def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -92,7 +97,8 @@ def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[floa
         own_B, own_peak_B, first_B, first_peak_B, square_B, product_B = np.concatenate(sums, axis=1)
         spreads.append(_spread(own_B, own_peak_B) or np.inf)  # a part that is constant adds nothing
         varies = _spread(first_B, first_peak_B) > 0
-        slopes.append(float(product_B.sum() / square_B.sum()) if varies else 0.0)
+        slope = float(product_B.sum() / square_B.sum()) if varies else 0.0
+        slopes.append(max(slope, 0.0) if rankers[0].lists else slope)  # to be listed never lowers a score
     return tuple(spreads), tuple(slopes)
 
 
@@ -183,23 +189,17 @@ class _ValidationScores:
 def maximise(likelihood: Callable[[Floats], Likelihood], weights: Floats) -> Floats:
     """Maximise a concave likelihood over weights that are not negative, by Newton's method.
 
-    Weights at 0 whose slope points below stay there (projected Newton, Bertsekas 1982); steps that overshoot are
-    halved.
+    Each step goes to the best such weights of the likelihood's second-order expansion; one that overshoots is halved.
     """
     found = likelihood(weights)
     for _ in range(_STEPS):
-        free = (weights > 0) | (found.slope > 0)
-        step = np.zeros(len(weights))
-        step[free] = np.linalg.solve(found.curve[np.ix_(free, free)], found.slope[free])
-        while True:
-            there = np.maximum(weights + step, 0.0)
-            then = likelihood(there)
-            moved = float(np.abs(there - weights).max(initial=0.0))
-            if then.value >= found.value or moved < _CLOSE:
-                break
+        lower_PP = np.linalg.cholesky(found.curve)
+        wanted = lower_PP.T @ weights + solve_triangular(lower_PP, found.slope, lower=True)
+        step = nnls(lower_PP.T, wanted)[0] - weights
+        while (then := likelihood(weights + step)).value < found.value and np.abs(step).max() > _CLOSE:
             step /= 2
         if then.value >= found.value:
-            weights, found = there, then
-        if moved < _CLOSE:
+            weights, found = weights + step, then
+        if np.abs(step).max(initial=0.0) <= _CLOSE:
             break
     return weights

@@ -78,10 +78,10 @@ def comparison_rows(
 def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str]]:
     """Return the pairs (variant, baseline) that are compared, each once.
 
-    The main variant with every other; its fusions with other fusions, with what they are without one part, and with
-    external systems; its sanity checks with it; and, as any of them may be the best, every variant with the ID model
-    and with text only + ID (without and with LoRA, as they are there), both with all that is cheap where the variant
-    has it.
+    The main variant with every other; its fusions with other fusions, and with what they are without one part; these
+    and the ID model with all that is cheap with external systems; sanity checks with the main variant; and, as any of
+    them may be the best, every variant with the ID model and with text only + ID (without and with LoRA, as they are
+    there), both with all that is cheap where the variant has it.
 
     Args:
         variants: all row names.
@@ -96,7 +96,7 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     bounds = [(whole, name) for name in names if name.startswith(whole + WITHOUT)] + [(main + ORACLE, whole)]
     sanity_checks = [(name, main) for name in names if name.removeprefix(f"{main}/") in SANITY_CHECKS]
     text = [(f"{main}/permuted_ids", rivals[-1].removesuffix(FUSED)), ("prefix_only", "text_only")]
-    external = [(row, name) for row in (fused, whole) for name in names if is_external(name)]
+    external = [(row, name) for row in (fused, whole, ID_ONLY + CHEAP) for name in names if is_external(name)]
     own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith(ID_ONLY)]
     others = [(name, baseline + cheap_suffix(name)) for name in own for baseline in rivals]
     once: dict[frozenset[str], tuple[str, str]] = {}

@@ -113,8 +113,9 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole_size(parameter: nn.Parameter) -> int:
-    """Return the number of elements of a parameter, also if ZeRO-3 has left an empty tensor in its place."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """Return the number of elements of a parameter, also of one that is packed, or that ZeRO-3 has left empty."""
+    packed = getattr(parameter, "quant_state", None)  # of bitsandbytes: two weights of four bits in a byte
+    return int(packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def aligned_blocks(config: RunConfig, variant: Variant, count: int) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.encode import side_batches, text_batch, title_vectors
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec, Tower
-from rarec.models.whitening import Moments, Whitening, directions
+from rarec.models.whitening import CONSTANT_SHARE, Moments, Whitening, directions
 from rarec.prompts import AT_TITLES, Encoded, PromptPair
 from rarec.world import World
 
@@ -259,13 +259,14 @@ def initialise(
         alignment: of one source on one side; its L blocks are those of `states_LND`.
         vectors_NE: one raw vector for each text; rows of zeros are skipped.
         states_LND: pooled text-only states entering each block.
-        penalty: penalty of the ridge regression; None leaves W random.
+        penalty: penalty of the ridge regression; None leaves W random, as do blocks in which all texts are equal.
         generator: generator of the random parts.
         start_LD: where b and c start; the mean state by default.
     """
     alignment.reset(generator)
     states_LND = states_LND.float()
-    alignment.unit_L.copy_(_units(states_LND))
+    unit_L, differ_L = _units(states_LND)
+    alignment.unit_L.copy_(unit_L)
     begin_LD = (states_LND.mean(1) if start_LD is None else start_LD.cpu()) / alignment.unit_L[:, None]
     if alignment.instructions_LMD is not None:
         alignment.instructions_LMD.add_(begin_LD.unsqueeze(1))
@@ -277,8 +278,9 @@ def initialise(
         alignment.standardise(vectors_NE[there_N])
         if penalty is not None:
             standard_NE = (vectors_NE[there_N] - alignment.center_E) / alignment.scale_E
-            weight_LDE = ridge_weights(standard_NE, states_LND[:, there_N], penalty)
-            alignment.weight_LDE.copy_(weight_LDE / alignment.unit_L[:, None, None])
+            weight_LDE = ridge_weights(standard_NE, states_LND[:, there_N], penalty) / alignment.unit_L[:, None, None]
+            # Texts that are all equal predict W = 0, and with it items that are all the same, whatever is trained.
+            alignment.weight_LDE.copy_(torch.where(differ_L[:, None, None], weight_LDE, alignment.weight_LDE))
 
 
 def ridge_weights(vectors_NE: Tensor, states_LND: Tensor, penalty: float) -> Tensor:
@@ -310,7 +312,12 @@ def typical_states(backbone: FrozenBackbone, ids_BT: Tensor, mask_BT: Tensor, bl
     return states_LMD[:, cosines_M.argmax()]
 
 
-def _units(states_LND: Tensor) -> Tensor:
-    """Return the median over dimensions of each block's standard deviation (L,); 1 where it is zero."""
-    units_L = states_LND.std(1, unbiased=False).median(1).values
-    return torch.where(units_L > 0, units_L, 1.0)
+def _units(states_LND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each block's unit (L,), and whether its texts differ (L,).
+
+    The unit is the median over dimensions of the standard deviation; of texts that are all equal, the root mean square,
+    or 1 where that is zero too.
+    """
+    spreads_L, sizes_L = states_LND.std(1, unbiased=False).median(1).values, states_LND.square().mean((1, 2)).sqrt()
+    differ_L = spreads_L.square() > CONSTANT_SHARE * sizes_L.square()
+    return torch.where(differ_L, spreads_L, torch.where(sizes_L > 0, sizes_L, 1.0)), differ_L

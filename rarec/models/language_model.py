@@ -140,7 +140,7 @@ def load_model(
         check_packable(settings.model_type, config.path)
     backbone = FrozenBackbone(model, pool, config.gradient_checkpointing, decodes, config.packing).eval()
     if config.compile:
-        _compile(backbone)
+        compile_blocks(backbone)
     identity = {
         "name": config.path,
         "revision": getattr(settings, "_commit_hash", None) or config.revision or "local",
@@ -155,7 +155,7 @@ def load_model(
     return with_adapter(loaded, lora, seed) if lora is not None else loaded
 
 
-def _compile(backbone: FrozenBackbone) -> None:
+def compile_blocks(backbone: FrozenBackbone) -> None:
     """Compile each block: all are alike, so that one compilation serves them all. Slots are set before it, by hooks."""
     for block in backbone.blocks:
         block.forward = torch.compile(block.forward, dynamic=True)

@@ -24,7 +24,7 @@ BLOCK = 1 << 22
 
 def plain_texts(titles: Iterable[str], texts: Iterable[str], untitled: str) -> Iterator[str]:
     """Yield the words of items; `untitled` stands for a missing title, and is none of them."""
-    return (f"{title} {text}".replace(untitled, "") for title, text in zip(titles, texts, strict=True))
+    return (text if title == untitled else f"{title} {text}" for title, text in zip(titles, texts, strict=True))
 
 
 def lexical(texts: Iterable[str], top: int) -> Iterator[pa.RecordBatch]:

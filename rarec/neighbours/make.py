@@ -11,7 +11,7 @@ from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import PrepareEngine, open_engine
 from rarec.data.engines.table_files import find_files
 from rarec.neighbours import counting
-from rarec.neighbours.ease import ease, training_matrix
+from rarec.neighbours.ease import ease, training_matrices
 from rarec.neighbours.lexical import lexical, plain_texts
 from rarec.neighbours.table import write_table
 
@@ -30,12 +30,13 @@ def write_neighbours(
         dataset: prepared.
         directory: to write to.
     """
-    if model == "lexical":
+    if dataset.n_items > config.largest(model):
+        pairs = write_table((), directory)
+    elif model == "lexical":
         texts = plain_texts(dataset.titles, dataset.texts, dataset.untitled)
         pairs = write_table(lexical(texts, config.top), directory)
     elif model == "ease":
-        small = dataset.n_items <= config.ease_items
-        rows = ease(training_matrix(dataset), config.ease_penalty, config.top) if small else ()
+        rows = ease(training_matrices(dataset), dataset.n_items, config.ease_penalty, config.top)
         pairs = write_table(rows, directory)
     else:
         pairs = write_counts(model, config, prepare, dataset, directory)

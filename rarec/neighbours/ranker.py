@@ -4,7 +4,7 @@ Shape letters: U all users, B users of a chunk, N catalogue.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,14 @@ class NeighbourRanker(Ranker):
         newest: number of items of the history that are read.
         decay: factor by each older item.
         lacking_N: see `Ranker`.
+        lists: see `Ranker`.
     """
 
     table_NN: sparse.csr_matrix
     newest: int
     decay: float
     lacking_N: npt.NDArray[np.bool_] | None = None
+    lists: bool = field(default=True, init=False)
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""

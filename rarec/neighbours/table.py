@@ -48,6 +48,12 @@ def batch_of(rows: Rows, neighbours: Rows, scores: npt.NDArray[np.float32]) -> p
     return pa.RecordBatch.from_pydict({"item_row": rows, "neighbour_row": neighbours, "score": scores})
 
 
+def pairs_of(table_NN: sparse.csr_matrix) -> pa.RecordBatch:
+    """Return all rows of a table, by item."""
+    pairs = table_NN.tocoo()
+    return batch_of(pairs.row, pairs.col, pairs.data)
+
+
 def write_table(batches: Iterable[pa.RecordBatch], directory: Path) -> int:
     """Write a table; return the number of its rows."""
     return tables.write_rows(batches, directory / TABLE, SCHEMA)

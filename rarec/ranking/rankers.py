@@ -102,9 +102,11 @@ class Ranker(ABC):
     Attributes:
         lacking_N: marks items that it knows nothing of, such as those without an ID vector, which it scores as the mean
             item; None if there are none.
+        lists: whether it scores the few items alone that it lists for a user, and all others 0.
     """
 
     lacking_N: npt.NDArray[np.bool_] | None = None
+    lists: bool = False
 
     @abstractmethod
     def scored(self, chunk: EvalBatch) -> Scores:
@@ -166,7 +168,7 @@ class CachedRanker(Ranker):
     """
 
     def __init__(self, ranker: Ranker) -> None:
-        self._ranker, self.lacking_N = ranker, ranker.lacking_N
+        self._ranker, self.lacking_N, self.lists = ranker, ranker.lacking_N, ranker.lists
         self._found: WeakKeyDictionary[EvalBatch, Scores] = WeakKeyDictionary()
 
     def scored(self, chunk: EvalBatch) -> Scores:
@@ -183,8 +185,9 @@ class FusedRanker(Ranker):
     Attributes:
         parts: the models.
         weights: of their scores.
-        slopes: of each model's score over the first one's. Of an item that a model lacks, the score is predicted: its
-            deviation from the user's mean is the slope times the deviation of the first model's score.
+        slopes: of each model's score over the first one's. Of an item that a model lacks, the score is predicted: it is
+            above what the model has for it by the slope times what the first model has above its mean for the user, or
+            above 0 if the first model lists items.
     """
 
     parts: tuple[Ranker, ...]
@@ -211,7 +214,9 @@ class FusedScores:
         for scores, ranker, slope in zip(self._parts[1:], self._ranker.parts[1:], self._ranker.slopes[1:], strict=True):
             part_CN = scores.block(users).to(first_CN.device)
             if ranker.lacking_N is not None:
-                part_CN = _with_predicted(part_CN, first_CN, slope, ranker.lacking_N)
+                lacking = torch.from_numpy(ranker.lacking_N).to(first_CN.device)
+                usual = 0.0 if self._ranker.parts[0].lists else first_CN[:, ~lacking].mean(1, keepdim=True)
+                part_CN = part_CN + slope * (first_CN - usual) * lacking
             yield part_CN
 
     def block(self, users: slice) -> torch.Tensor:
@@ -220,15 +225,6 @@ class FusedScores:
         for part_CN, weight in zip(self.parts(users), self._ranker.weights, strict=True):
             sum_CN = sum_CN + weight * part_CN
         return sum_CN
-
-
-def _with_predicted(
-    scores_CN: torch.Tensor, first_CN: torch.Tensor, slope: float, lacking_N: npt.NDArray[np.bool_]
-) -> torch.Tensor:
-    """Add the deviation that the first model's scores predict to the scores of the items that a model lacks."""
-    lacking = torch.from_numpy(lacking_N).to(first_CN.device)
-    mean_C1 = first_CN[:, ~lacking].mean(1, keepdim=True)
-    return scores_CN + slope * (first_CN - mean_C1) * lacking
 
 
 def rank_users(

@@ -25,6 +25,8 @@ _CARD = """---
 ---
 # {title}
 
+{verdict}
+
 {what}
 
 ```python
@@ -52,19 +54,21 @@ and active users best. Items without text are not covered.
 """
 
 
-def model_card(contents: Contents, config: RunConfig, figures: Mapping[str, Any]) -> str:
+def model_card(contents: Contents, config: RunConfig, figures: Mapping[str, Any], verdict: str) -> str:
     """Return the card.
 
     Args:
         contents: of the bundle.
         config: of the run.
         figures: `metrics` (rows of metrics.json) and `trained_parameters`, as in the manifest.
+        verdict: whether the run's main variant adds to all that is cheap, in one sentence.
     """
     trained, catalogue = contents.trained, contents.catalogue
     examples = [in_one_line(str(item)) for item in catalogue.ids[:2].to_pylist()]
     return _CARD.format(
         front_matter=_front_matter(contents, config, figures).to_yaml(),
         title=variant_title(contents.row),
+        verdict=verdict,
         what=_what(contents, figures["trained_parameters"]),
         folder="bundle",
         first=examples[0],

@@ -8,8 +8,8 @@ Shape letters: B users, N catalogue, F size of the fused vectors, K vectors of a
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from rarec.ranking.rank import VectorScores
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
+_OTHER_ROW = "export a row with a variant: VARIANT+id"
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,24 @@ class DenseForm:
     def of(cls, ranker: Ranker, names: Sequence[str]) -> "DenseForm":
         """Return the form of a fusion, or of a single model, whose parts have these names.
 
-        Where a part lacks an item, the score that is predicted from the first part's is put into the first part's item
-        vector: that is linear in the user's vector.
+        Where a part lacks an item, the score that is predicted from the first part's goes into the item's vector of the
+        first part, or into its column of the first part's table.
 
         Raises:
-            UserError: no part is dense; or scores are predicted from a neighbour model's, which no vector can hold.
+            UserError: no part is dense; or what an item's neighbours say would lower its score.
         """
         whole = ranker if isinstance(ranker, FusedRanker) else FusedRanker((ranker,), (1.0,), (0.0,))
-        weighted = list(zip(whole.parts, whole.weights, whole.slopes, strict=True))
         named = dict(zip(names, whole.parts, strict=True))
         weights = dict(zip(names, whole.weights, strict=True))
         dense = {name: part for name, part in named.items() if isinstance(part, VectorRanker)}
         sparse = {name: (part, weights[name]) for name, part in named.items() if isinstance(part, NeighbourRanker)}
-        lacks = any(part.lacking_N is not None and weight * slope for part, weight, slope in weighted)
-        if not dense or (lacks and not isinstance(whole.parts[0], VectorRanker)):
-            problem = "this row has no vectors" if not dense else "this row predicts scores of items from their words"
-            raise UserError(f"{problem}: no table of vectors has its scores", "export a row with a variant: VARIANT+id")
+        if not dense:
+            raise UserError("this row has no vectors: no table of vectors has its scores", _OTHER_ROW)
         tables = [weights[name] * part.items_NZ for name, part in dense.items()]
-        if lacks:
-            tables[0] = tables[0] + _predicted(whole)
+        if isinstance(first := whole.parts[0], VectorRanker):
+            tables[0] = tables[0] + _predicted_vectors(whole, first.items_NZ)
+        elif isinstance(first, NeighbourRanker) and list(_lacking(whole)):
+            sparse[names[0]] = _predicting(whole, first), 1.0
         return cls(np.concatenate(tables, 1, dtype=np.float32), dense, sparse)
 
     def users(self, histories: Sequence[Rows]) -> Float32:
@@ -138,13 +138,34 @@ def _rows_of(table: sparse.csr_matrix, start: int, end: int) -> torch.Tensor:
         return torch.sparse_csr_tensor(starts, columns, values, size=size, check_invariants=False)
 
 
-def _predicted(whole: FusedRanker) -> npt.NDArray[np.float64]:
+def _predicted_vectors(whole: FusedRanker, first_NZ: Float32) -> npt.NDArray[np.float64]:
     """Return what the first part's item vectors get for the items that other parts lack, (N, Z)."""
-    first = whole.parts[0]
-    assert isinstance(first, VectorRanker)
-    added_NZ = np.zeros(first.items_NZ.shape)
-    for part, weight, slope in zip(whole.parts, whole.weights, whole.slopes, strict=True):
-        if part.lacking_N is not None:
-            away_NZ = first.items_NZ - first.items_NZ[~part.lacking_N].mean(0)
-            added_NZ += weight * slope * part.lacking_N[:, None] * away_NZ
+    added_NZ = np.zeros(first_NZ.shape)
+    for lacking_N, scale in _lacking(whole):
+        added_NZ += scale * lacking_N[:, None] * (first_NZ - first_NZ[~lacking_N].mean(0))
     return added_NZ
+
+
+def _predicting(whole: FusedRanker, first: NeighbourRanker) -> NeighbourRanker:
+    """Return the first part with its weight, and what it predicts for the items that other parts lack, in its table.
+
+    A neighbour's score is a root, so the square of its weight goes in.
+    """
+    weight_N = np.full(first.table_NN.shape[0], whole.weights[0])
+    for lacking_N, scale in _lacking(whole):
+        weight_N += scale * lacking_N
+    if (weight_N < 0).any():
+        raise UserError("this row lowers the score of items by their neighbours: no table has its scores", _OTHER_ROW)
+    scale_N = np.square(weight_N).astype(np.float32)
+    table_NN = sparse.csr_matrix(
+        (first.table_NN.data * scale_N[first.table_NN.indices], first.table_NN.indices, first.table_NN.indptr),
+        first.table_NN.shape,
+    )
+    return replace(first, table_NN=table_NN)
+
+
+def _lacking(whole: FusedRanker) -> Iterator[tuple[npt.NDArray[np.bool_], float]]:
+    """Yield the items that a part after the first lacks, (N,), and its weight times its slope, where that counts."""
+    for part, weight, slope in list(zip(whole.parts, whole.weights, whole.slopes, strict=True))[1:]:
+        if part.lacking_N is not None and weight * slope:
+            yield part.lacking_N, weight * slope

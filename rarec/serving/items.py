@@ -13,7 +13,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from safetensors.torch import save_file
-from scipy import sparse
 from torch import Tensor
 
 from rarec.config.logs import Prepare
@@ -24,7 +23,7 @@ from rarec.errors import UserError
 from rarec.ids.mapped import ITEMS as MAPPED
 from rarec.ids.source import LEFT
 from rarec.neighbours.lexical import Words, plain_texts
-from rarec.neighbours.table import SCHEMA, batch_of
+from rarec.neighbours.table import SCHEMA, pairs_of
 from rarec.serving.bundle import ENCODERS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Catalogue
 from rarec.serving.parts import Parts
 from rarec.serving.versions import new_version
@@ -103,7 +102,7 @@ def add_items(parts: Parts, new: NewItems, directory: Path) -> None:
         old.texts + added.texts,
         np.concatenate([old.counts_N, added.counts_N]),
     )
-    found = {name: [_batch(bundle.neighbours(name))] for name in bundle.tables_there}
+    found = {name: [pairs_of(bundle.neighbours(name))] for name in bundle.tables_there}
     if LEXICAL in found:
         found[LEXICAL] += _lexical_pairs(bundle, added)
     tensors = {
@@ -130,7 +129,7 @@ def remove_items(bundle: Bundle, items: Collection[str | int], directory: Path) 
     titles, texts = ([of[row] for row in kept] for of in (old.titles, old.texts))
     catalogue = Catalogue(old.ids.take(pa.array(kept)), titles, texts, old.counts_N[kept])
     vectors = {name: table[kept] for name, table in bundle.vectors.items()}
-    found = {name: [_batch(bundle.neighbours(name)[kept][:, kept])] for name in bundle.tables_there}
+    found = {name: [pairs_of(bundle.neighbours(name)[kept][:, kept])] for name in bundle.tables_there}
     tensors = {name: t[torch.from_numpy(kept)] if _is_table(name) else t for name, t in bundle.encoders.items()}
     _write(bundle, directory, _Changed(catalogue, vectors, tensors, found), {"removed": len(names) - len(kept)})
 
@@ -189,11 +188,6 @@ def _checked_vectors(bundle: Bundle, given: Mapping[str, Float32], count: int) -
 def _is_table(name: str) -> bool:
     """Return whether a tensor of an ID model has a row for each item."""
     return name.rpartition("/")[2].rpartition(".")[2] in (LEFT, MAPPED)
-
-
-def _batch(table_NN: sparse.csr_matrix) -> pa.RecordBatch:
-    pairs = table_NN.tocoo()
-    return batch_of(pairs.row, pairs.col, pairs.data)
 
 
 def _lexical_pairs(bundle: Bundle, added: Catalogue) -> list[pa.RecordBatch]:

@@ -12,7 +12,7 @@ from rarec.evaluation.diagnostics import variant_diagnostics
 from rarec.evaluation.examples import Examples
 from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
-from rarec.evaluation.labels import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, ORACLE, WITHOUT
+from rarec.evaluation.labels import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, ORACLE, WITHOUT, part_title
 from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
@@ -54,6 +54,7 @@ class Evaluator:
         popularity = VectorRanker.of_counts(dataset.train_counts_N)
         self.cheap: dict[str, Ranker] = {**run.neighbours, "popularity": popularity}
         self.fusions: dict[str, dict[str, Any]] = {}
+        self._flat: set[str] = set()
         self.validation_ranks: Ranks = {}
         self.diagnostics: dict[str, Any] | None = None
         self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
@@ -63,7 +64,7 @@ class Evaluator:
         """Rank the test targets by every row: ID model, trained variants, fusions, bounds, sanity checks, outside."""
         rankers: dict[str, Ranker] = {ID_ONLY: self.ids}
         if self.run.config.evaluate.fusion:
-            rankers |= self.run.neighbours | self._fused(ALL_CHEAP, self.cheap)
+            rankers |= self.cheap | self._fused(ALL_CHEAP, self.cheap)
             rankers |= self._fused(ID_ONLY + CHEAP, {**self.cheap, "id": self.ids})
         ranks = self._rank_both(rankers)
         for name in self.run.config.variants:  # one trained variant is loaded at a time
@@ -148,6 +149,9 @@ class Evaluator:
     def _fused(self, row: str, parts: dict[str, Ranker]) -> dict[str, Ranker]:
         """Return the late fusion of some models, as the row of that name."""
         fusion = fuse(parts, self.validation)
+        for name in sorted(set(fusion.flat) - self._flat):
+            self.run.say(f"{part_title(name)}: every item has the same score, so it adds nothing to a fusion")
+        self._flat.update(fusion.flat)
         self.fusions[row] = fusion.as_json()
         return {row: fusion.ranker}
 

@@ -52,6 +52,7 @@ class ExportStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
+        from rarec.evaluation.verdict import verdict
         from rarec.models.language_model import copy_model
         from rarec.serving.bundle import LLM
         from rarec.serving.card import CARD, model_card
@@ -66,7 +67,10 @@ class ExportStage(Stage):
         metrics = [found for found in results["metrics.json"] if "/" not in found["variant"]]
         trained = self._trained_parameters(contents.trained)
         figures = {"row": row, "why": why, "metrics": metrics, "trained_parameters": trained}
-        run.world.run_on_main(lambda: write_text(directory / CARD, model_card(contents, run.config, figures)))
+        found, compared, validated, _ = (results[name] for name in READ)
+        judged = verdict(found, compared, validated, run.config.main_variant.name, run.config.run.seed)
+        card = model_card(contents, run.config, figures, judged.headline)
+        run.world.run_on_main(lambda: write_text(directory / CARD, card))
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         run.say(f"{self.directory}: {why}, {size / 1e6:.1f} MB")
         return Built(figures)

@@ -13,7 +13,7 @@ FIELDS = {
     "cooccurrence": ("top", "longest", "shrinkage"),
     "transition": ("top", "longest", "shrinkage", "steps", "step_decay"),
     "ease": ("top", "ease_penalty", "ease_items"),
-    "lexical": ("top",),
+    "lexical": ("top", "lexical_items"),
 }
 """Fields of the section `neighbours` that shape the table of each model; the others say how users are scored by it."""
 
@@ -52,8 +52,18 @@ class NeighboursStage(Stage):
 
         def write() -> None:
             figures.update(write_neighbours(self.part, config.neighbours, config.prepare, run.dataset, directory))
-            nothing = "" if figures["pairs"] else ": it will add nothing"
-            run.say(f"{self.part}: {figures['pairs']:,} neighbours of {run.dataset.n_items:,} items{nothing}")
+            found = f"{self.part}: {figures['pairs']:,} neighbours of {run.dataset.n_items:,} items"
+            run.say(found + self._note(figures))
 
         run.world.run_on_main(write)
         return Built(figures)
+
+    def _note(self, figures: dict[str, Any]) -> str:
+        """Return what a user should know of a table that is not as the configuration asks."""
+        config, n_items = self.run.config.neighbours, self.run.dataset.n_items
+        if n_items > config.largest(self.part):
+            return f": more items than neighbours.{self.part}_items, so it will add nothing"
+        if not figures["pairs"]:
+            why = "no two items share a word" if self.part == "lexical" else "no user has two items"
+            return f": {why}, so it will add nothing"
+        return f"; all that there are, fewer than neighbours.top, {config.top:,}" if config.top >= n_items else ""

@@ -8,6 +8,7 @@ without the engine.
 import logging
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,8 @@ def _on_gpu(device: str, field: str, on_cpu: str, world: int) -> bool:
 
 def _state(on_gpu: bool) -> PartialState:
     """Start the process group, through Accelerate."""
-    if on_gpu:
-        return PartialState()
+    if on_gpu:  # NCCL waits ten minutes; hashing a large log on rank 0 takes longer. The watchdog sees what hangs
+        return PartialState(timeout=timedelta(hours=1))
     os.environ["DS_ACCELERATOR"] = "cpu"
     if not _launched_with("DEEPSPEED"):
         return PartialState(cpu=True)

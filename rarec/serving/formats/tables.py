@@ -6,9 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rarec.data.tables import read_columns, write_rows
+from rarec.data.tables import write_rows
 from rarec.files import write_json
-from rarec.neighbours.table import SCHEMA
+from rarec.neighbours.table import SCHEMA, pairs_of
 from rarec.serving.bundle import TABLES
 from rarec.serving.parts import Parts
 
@@ -27,10 +27,9 @@ def write_tables(parts: Parts, directory: Path) -> dict[str, Any]:
     values = pa.FixedSizeListArray.from_arrays(pa.array(form.items_NF.ravel()), size)
     columns = {"id": catalogue.ids, "values": values, "title": catalogue.titles, "text": catalogue.texts}
     pq.write_table(pa.table({**columns, "train_count": catalogue.counts_N}), directory / ITEMS, compression="zstd")
-    for name in form.sparse:
+    for name, (ranker, _) in form.sparse.items():
         (directory / TABLES).mkdir(exist_ok=True)
-        pairs = read_columns(parts.bundle.directory / TABLES / f"{name}.parquet")
-        write_rows(pairs.sort_by("item_row").to_batches(), directory / TABLES / f"{name}.parquet", SCHEMA)
+        write_rows([pairs_of(ranker.table_NN)], directory / TABLES / f"{name}.parquet", SCHEMA)
     rule = parts.bundle.facts["neighbours"] or {}
     facts = {
         "row": parts.bundle.facts["row"],

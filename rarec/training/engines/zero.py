@@ -76,8 +76,8 @@ class ZeroEngine:
     @contextmanager
     def serving(self, model: nn.Module) -> Iterator[None]:
         """See `Engine`."""
+        self.place(model)
         if self.stage != 3:
-            model.to(self.world.device)
             yield
             return
         engine, *_ = deepspeed.initialize(model=model, config=self._filled(1, 1.0, 1))
@@ -91,8 +91,7 @@ class ZeroEngine:
         parts = config.accumulate
         micro = max(1, config.batch_size // (self.world.size * parts))
         parameters = trained_parameters(model)
-        if self.stage != 3:
-            model.to(self.world.device)
+        self.place(model)
         engine, *_ = deepspeed.initialize(
             model=model if self.stage == 3 else TrainableModule(model),
             optimizer=build_optimizer(parameters, config),
@@ -100,6 +99,15 @@ class ZeroEngine:
         )
         self._check(engine, model)
         return ZeroOptimisation(engine, parameters, self.world, self.stage)
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model to the device; with stage 3 its buffers alone, which DeepSpeed leaves where they are."""
+        if self.stage != 3:
+            model.to(self.world.device)
+            return
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.world.device))
 
     def _filled(self, micro: int, clip: float, parts: int) -> dict[str, Any]:
         """Return DeepSpeed's configuration, completed by the run's."""

@@ -1,0 +1,115 @@
+"""The scratch folder and the commands of check_gpu.py: none runs for ever, and what fails is a figure."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from measuring import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 240
+"""Seconds after which a command counts as hung."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the checks run.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        ranks: number of processes: one for each GPU.
+        root: scratch folder with the configuration, the log and the language model.
+        end: when commands must have ended, on the clock of `time.monotonic`.
+    """
+
+    device: str
+    ranks: int
+    root: Path
+    end: float
+
+    @property
+    def config(self) -> Path:
+        """The configuration of the small run."""
+        return self.root / "config.yaml"
+
+    def launched(self, script: str, run: str, *overrides: str, engine: str = "", ranks: int = 0) -> list[str]:
+        """Return the command that starts a script on the device, on all ranks if no number is given."""
+        ranks = ranks or self.ranks
+        file = engine or (("ddp" if self.device == "cuda" else "cpu") if ranks > 1 else "one")
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{file}.yaml"]
+        number = ["--num_processes", str(ranks), "--main_process_port", "0"] if ranks > 1 or "zero" in file else []
+        given = ["--config", str(self.config), f"run.dir={self.root / run}", f"run.device={self.device}", *overrides]
+        return [sys.executable, *launcher, *number, f"launch/{script}.py", *given]
+
+    def run(self, command: Sequence[str]) -> None:
+        """Run a command in the repository.
+
+        Raises:
+            Failed: it ended with another code than 0, or took too long; it and all that it started are gone.
+        """
+        left = min(LONGEST, self.end - time.monotonic())
+        if left <= 0:
+            raise Failed("no time left: give it more --minutes, or fewer checks by --only")
+        with tempfile.TemporaryFile("w+") as said:
+            process, why = self.started(command, said), ""
+            try:
+                process.wait(left)
+            except subprocess.TimeoutExpired:
+                why = f"it did not end within {left:.0f} s"
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            said.seek(0)
+            text = said.read()
+        if process.returncode:
+            raise Failed(why or _reason(text), f"{' '.join(command)}\n{text}")
+
+    def started(self, command: Sequence[str], said: IO[Any]) -> "subprocess.Popen[bytes]":
+        """Start a command in the repository, in a session of its own; what it says goes to a file."""
+        shared = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, cwd=ROOT, env=shared, stdout=said, stderr=said, start_new_session=True)
+
+    def figures(self, jobs: Mapping[str, Callable[[], list[Figure]]]) -> list[Figure]:
+        """Return the figures of independent jobs, by name; most of a small training's time is its start.
+
+        What fails is a figure too.
+        """
+        with ThreadPoolExecutor(4 if self.device == "cuda" else 1) as pool:
+            return [figure for found in pool.map(tried, jobs, jobs.values()) for figure in found]
+
+    def copied(self, name: str, without: Sequence[str] = ("train",)) -> Path:
+        """Return a new copy of the run, with what is made before."""
+        place = self.root / name
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(self.root / "run", place)
+        for stage in without:
+            shutil.rmtree(place / stage, ignore_errors=True)
+        return place
+
+
+class Failed(Exception):
+    """A command did not do what it should: the reason in a line, and all that it said."""
+
+
+def tried(name: str, work: Callable[[], list[Figure]]) -> list[Figure]:
+    """Return the figures of a check, or a figure that says why there are none."""
+    try:
+        return work()
+    except Exception as error:  # the others go on
+        print(f"{name}: {error.args[-1] if error.args else error!r}", file=sys.stderr)
+        why = error.args[0] if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+        return [Figure(name, str(why)[:160], "runs", met=False)]
+
+
+def _reason(text: str) -> str:
+    """Return the line in which a command said what failed: its own, not the launcher's behind it."""
+    lines = [line for line in text.strip().splitlines() if line.strip()] or ["it said nothing"]
+    return next((line for line in lines if "error:" in line), lines[-1]).strip()
