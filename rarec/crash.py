@@ -19,7 +19,7 @@ from rarec.inert import inert
 
 CRASH = "crash.txt"
 """File in `run.dir`; other ranks than 0 add their number."""
-LARGE = {
+MEMORY_FIELDS = {
     "prepare": "prepare.memory",
     "ids": "batch_size or negatives of ids.MODEL",
     "neighbours": "prepare.memory",
@@ -117,6 +117,8 @@ def _is_foreign(path: Path) -> bool:
 def _remedy(error: BaseException, stage: str) -> str:
     out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
     if out_of_memory or os.strerror(errno.ENOMEM) in str(error):  # PyTorch and Arrow have errors of their own
-        field = next((of for name, of in LARGE.items() if name in re.split(r"[ /.]", stage)), "train.batch_size")
+        field = next(
+            (of for name, of in MEMORY_FIELDS.items() if name in re.split(r"[ /.]", stage)), "train.batch_size"
+        )
         return f"use a machine with more memory or lower {field}, then run the same command to resume"
     return "run the same command to resume; if it fails again, report it with that file"

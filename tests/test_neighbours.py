@@ -86,7 +86,7 @@ def test_duckdb_and_spark_write_the_same_tables_to_the_last_bit(finished: Path, 
             (tmp_path / model / name).mkdir(parents=True)
             write_counts(model, fields, on(name, config.prepare), dataset, tmp_path / model / name, holdout=0.2)
             table = pq.read_table(tmp_path / model / name / TABLE)
-            written.append(table.sort_by([("item_row", "ascending"), ("score", "descending")]).to_pylist())
+            written.append(table.sort_by([("item_row", "ascending"), ("neighbour_row", "ascending")]).to_pylist())
         assert written[0] == written[1]
         assert len({row["score"] for row in written[0]}) < len(written[0])
 
@@ -203,16 +203,18 @@ def test_a_missing_title_is_no_word_and_one_that_holds_its_words_is():
 
 
 def test_the_newest_of_a_long_history_count_and_none_of_the_held_out(engine, finished):
-    """Of the first user, whose held-out interactions are the newest."""
     dataset = open_run(finished).dataset
-    for holdout, cut in ((0.0, 0), (0.3, int(dataset.held_out_U(0.3)[0]))):
-        log = engine.keep(f"log_{cut}", read_training_log(engine, dataset.directory, 3, holdout))
-        rows = [row for batch in engine.batches(log) for row in batch.to_pylist() if row["user"] == 0]
-        trained = dataset.sequence(0)[: dataset.train_length_U[0] - cut]
-        newest = [(at, int(item)) for at, item in enumerate(trained)]
-        assert len(newest) > cut or holdout == 0
-        found = sorted((row["position"], row["item"]) for row in rows)
-        assert found == [pair for pair in newest if pair[0] >= dataset.train_length_U[0] - cut - 3]
+    for holdout in (0.0, 0.3):
+        log = engine.keep(f"log_{holdout > 0}", read_training_log(engine, dataset.directory, 3, holdout))
+        rows = [row for batch in engine.batches(log) for row in batch.to_pylist()]
+        ends_U = dataset.train_length_U - (dataset.held_out_U(holdout) if holdout else 0)
+        expected = [
+            (user, at, int(dataset.sequence(user)[at]))
+            for user, end in enumerate(ends_U)
+            for at in range(max(end - 3, 0), end)
+        ]
+        assert (ends_U > 3).any()
+        assert sorted((row["user"], row["position"], row["item"]) for row in rows) == expected
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12, unique=True), st.integers(1, 5))

@@ -293,7 +293,7 @@ def test_a_fusion_of_real_parts_is_the_optimum_that_scipy_finds(seed):
 
     found = fuse(parts, replace(batch, targets=targets)).ranker
     sizes = [part.numpy().std(1).mean() for part in found.scored(batch).parts(slice(0, users))]
-    best = minimize(loss, np.ones(3), bounds=[(0, None)] * 3, method="L-BFGS-B").x * [1, 1, 1]
+    best = minimize(loss, np.ones(3), bounds=[(0, None)] * 3, method="L-BFGS-B").x
     own = np.array(found.weights) * sizes
     assert own / own.sum() == pytest.approx(best / best.sum(), abs=5e-3)
 

@@ -65,7 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="+", choices=list(CHECKS), default=list(CHECKS), metavar="NAME")
-    parser.add_argument("--minutes", type=float, default=8, help="after these, no command is started")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="after these, what runs is ended, and nothing is started"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -245,7 +247,7 @@ def metrics_of(place: Place, name: str, engine: str) -> dict[str, float]:
 
 def check_speed(place: Place) -> list[Figure]:
     """Measure training steps, in a process of their own."""
-    out, failure = place.root / "speed.json", list[Figure]()
+    out = place.root / "speed.json"
     command = [sys.executable, str(ROOT / "tools" / "check_gpu_speed.py"), "--device", place.device, "--out", str(out)]
 
     def measure() -> list[Figure]:

@@ -158,10 +158,15 @@ class PreparedDataset:
     def training_items(self) -> Iterator[tuple[slice, Int32]]:
         """Yield runs of users, and the item rows of all their training interactions, user by user, oldest first."""
         for users in self.user_blocks():
-            lengths_u = self.lengths_U[users].astype(np.int64)
-            places_i = np.arange(lengths_u.sum()) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
-            items_i = self.item_rows_I[int(self.starts_U[users.start]) :][: len(places_i)]
-            yield users, items_i[places_i < np.repeat(self.train_length_U[users], lengths_u)]
+            _, trains_i = self.places(users)
+            items_i = self.item_rows_I[int(self.starts_U[users.start]) :][: len(trains_i)]
+            yield users, items_i[trains_i]
+
+    def places(self, users: slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Return each interaction's place in its user's sequence (i,), and whether it trains, of users in a row."""
+        lengths_u = self.lengths_U[users].astype(np.int64)
+        places_i = np.arange(lengths_u.sum()) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
+        return places_i, places_i < np.repeat(self.train_length_U[users], lengths_u)
 
     def user_blocks(self, interactions: int = BLOCK) -> Iterator[slice]:
         """Yield all users in runs with at most so many interactions, or of one user: it bounds the memory of a pass."""

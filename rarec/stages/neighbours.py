@@ -64,6 +64,6 @@ class NeighboursStage(Stage):
         if n_items > config.largest(self.part):
             return f": more items than neighbours.{self.part}_items, so it will add nothing"
         if not figures["pairs"]:
-            why = "no two items share a word" if self.part == "lexical" else "no user has two items"
+            why = "no two items share a word" if self.part == "lexical" else "no user has two different items"
             return f": {why}, so it will add nothing"
         return f"; all that there are, fewer than neighbours.top, {config.top:,}" if config.top >= n_items else ""

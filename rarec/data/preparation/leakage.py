@@ -59,11 +59,9 @@ def check_no_leaks(dataset: PreparedDataset) -> None:
 def _blocks(dataset: PreparedDataset) -> Iterator[_Block]:
     orders, pending_i = _order_of(dataset), np.empty(0)
     for users in dataset.user_blocks():
-        lengths_u = dataset.lengths_U[users].astype(np.int64)
-        places_i = np.arange(lengths_u.sum()) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
+        places_i, trains_i = dataset.places(users)
         while len(pending_i) < len(places_i):
             pending_i = np.concatenate([pending_i, next(orders)])
-        trains_i = places_i < np.repeat(dataset.train_length_U[users], lengths_u)
         yield _Block(users, places_i, trains_i, pending_i[: len(places_i)])
         pending_i = pending_i[len(places_i) :]
 
