@@ -50,6 +50,15 @@ def test_ranks_do_not_depend_on_the_chunks_and_a_cached_ranker_encodes_each_chun
     assert model.ranks(nobody).shape == (0,)
 
 
+def test_what_a_cached_ranker_keeps_holds_no_block(text):
+    """A large block must not stay as long as its chunk; so what one reader has of it is not overwritten by the next."""
+    batch, model = EvalBatch(np.arange(5), [np.array([], int)] * 5, np.zeros(5, int)), CachedRanker(text)
+    first_BN = model.scored(batch).block(slice(0, 5))
+    as_it_was_BN = first_BN.clone()
+    assert (model.scored(batch).block(slice(1, 2)) == as_it_was_BN[1]).all()
+    assert (first_BN == as_it_was_BN).all()
+
+
 @pytest.mark.parametrize("interests", [1, 4])
 def test_a_fused_score_is_the_sum_of_both(text, interests):
     ids = ranker(RNG.standard_normal((5, interests, 2)), RNG.standard_normal((7, 2)))

@@ -6,6 +6,7 @@ process's own, without the pages of mapped files, which the system takes back wh
 
 import argparse
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,31 +49,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> list[Figure]:
-    """Write the dataset, and measure each step in a process of its own."""
+    """Measure each step in a process of its own; it takes long, so each figure is printed as it comes."""
+    figures = []
+    for figure in measure(arguments):
+        print(f"{figure.what}: {figure.figure}", file=sys.stderr, flush=True)
+        figures.append(figure)
+    return figures
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
+    """Write the dataset, and yield the figures."""
     shutil.rmtree(arguments.directory, ignore_errors=True)
     sizes = (arguments.interactions, arguments.users, arguments.items)
     made = make_run(arguments.directory, arguments.memory)
     apart(write_dataset, made, *sizes)
     apart(measured, open_dataset, made)  # the first time, every file is read and compared with its hash
     seconds, resident, _ = apart(measured, open_dataset, made)
-    figures = [
-        Figure("dataset", "{:,} interactions, {:,} users, {:,} items".format(*sizes)),
-        at_most("opening it", seconds, 2, " s"),
-        at_most("opening it: resident memory", resident * GB * 1000, 300, " MB"),
-    ]
+    yield Figure("dataset", "{:,} interactions, {:,} users, {:,} items".format(*sizes))
+    yield at_most("opening it", seconds, 2, " s")
+    yield at_most("opening it: resident memory", resident * GB * 1000, 300, " MB")
     for name, choice in {"all": {}, "denoise, diversify": {"denoise": True, "diversify": True}}.items():
         seconds, _, own = apart(measured, select, made, choice)
-        figures += [
-            Figure(f"selecting one sample in a thousand ({name})", f"{seconds:,.1f} s"),
-            at_most(f"selecting one sample in a thousand ({name}): own memory", own * GB, arguments.most, " GB"),
-        ]
+        what = f"selecting one sample in a thousand ({name})"
+        yield Figure(what, f"{seconds:,.1f} s")
+        yield at_most(f"{what}: own memory", own * GB, arguments.most, " GB")
     for stage in STAGES if arguments.stages else ():
         seconds, _, own = apart(measured, make_stage, made, stage)
-        figures += [
-            Figure(f"stage {stage}", f"{seconds:,.1f} s"),
-            at_most(f"stage {stage}: own memory", own * GB, arguments.most, " GB"),
-        ]
-    return figures
+        yield Figure(f"stage {stage}", f"{seconds:,.1f} s")
+        yield at_most(f"stage {stage}: own memory", own * GB, arguments.most, " GB")
 
 
 def make_run(directory: Path, memory_gb: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ COMPARED_USERS = 64
 FLAT = 1e-5
 """Smallest spread of scores, relative to the largest score: a smaller spread is rounding, and counts as none."""
 _BLOCK = 1 << 22
-"""Number of scores in a block."""
+"""Number of scores in a block, those of all parts together."""
 _PENALTY = 1e-4
 """Penalty on squared weights, per user: it keeps them finite if the targets are always first."""
 _STEPS, _CLOSE = 50, 1e-3
@@ -86,7 +86,7 @@ def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[floa
     some = EvalBatch(batch.user_rows[few], batch.histories[few], batch.targets[few])
     scored = [ranker.scored(some) for ranker in rankers]
     found: list[list[Floats]] = [[] for _ in rankers]
-    for part in _parts(len(some.targets), scored[0].n_items):
+    for part in _slices(len(some.targets), scored[0].n_items * len(rankers)):
         first_BN = _doubles(scored[0], part)
         for at, (ranker, scores) in enumerate(zip(rankers, scored, strict=True)):
             own_BN = _doubles(scores, part) if at else first_BN
@@ -119,9 +119,9 @@ def _spread(deviation_B: Floats, peak_B: Floats) -> float:
     return spread if spread > FLAT * peak_B.max() else 0.0
 
 
-def _parts(users: int, n_items: int) -> Iterator[slice]:
-    """Yield users whose scores are a block."""
-    size = max(_BLOCK // n_items, 1)
+def _slices(users: int, scores: int) -> Iterator[slice]:
+    """Yield users whose scores, of each so many, are a block."""
+    size = max(_BLOCK // scores, 1)
     return (slice(start, min(start + size, users)) for start in range(0, users, size))
 
 
@@ -156,7 +156,7 @@ class _ValidationScores:
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield standardised scores (P, B, N), a mask of seen items (B, N), and the targets (B,)."""
         for chunk, scores in self._chunks:
-            for part in _parts(len(chunk.targets), scores.n_items):
+            for part in _slices(len(chunk.targets), scores.n_items * len(self._scales)):
                 targets_B = torch.as_tensor(np.asarray(chunk.targets[part], np.int64))
                 seen_BN = torch.zeros(len(targets_B), scores.n_items, dtype=torch.bool)
                 for row, history in enumerate(chunk.histories[part]):

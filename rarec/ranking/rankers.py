@@ -8,6 +8,7 @@ Shape letters: B users of a chunk, U all users, N catalogue, K vectors of a user
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
@@ -175,7 +176,7 @@ class CachedRanker(Ranker):
         """See `Ranker`."""
         if chunk not in self._found:
             self._found[chunk] = self._ranker.scored(chunk)
-        return self._found[chunk]
+        return copy(self._found[chunk])  # what a copy holds of a block, hundreds of megabytes, goes with it
 
 
 @dataclass(frozen=True)
