@@ -119,9 +119,9 @@ def _spread(deviation_B: Floats, peak_B: Floats) -> float:
     return spread if spread > FLAT * peak_B.max() else 0.0
 
 
-def _slices(users: int, scores: int) -> Iterator[slice]:
-    """Yield users whose scores, of each so many, are a block."""
-    size = max(_BLOCK // scores, 1)
+def _slices(users: int, scores_each: int) -> Iterator[slice]:
+    """Yield the users a block at a time, given how many scores one of them has."""
+    size = max(_BLOCK // scores_each, 1)
     return (slice(start, min(start + size, users)) for start in range(0, users, size))
 
 

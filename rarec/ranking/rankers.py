@@ -176,7 +176,7 @@ class CachedRanker(Ranker):
         """See `Ranker`."""
         if chunk not in self._found:
             self._found[chunk] = self._ranker.scored(chunk)
-        return copy(self._found[chunk])  # what a copy holds of a block, hundreds of megabytes, goes with it
+        return copy(self._found[chunk])  # whose large buffer goes with it; the original lives as long as its chunk
 
 
 @dataclass(frozen=True)
