@@ -8,8 +8,9 @@ from scipy import sparse
 from scipy.optimize import minimize, nnls
 from scipy.special import softmax
 
-from rarec.evaluation import fusion
-from rarec.evaluation.fusion import Likelihood, fuse, maximise
+from rarec.evaluation import likelihood
+from rarec.evaluation.fusion import fuse
+from rarec.evaluation.likelihood import Likelihood, ValidationLikelihood, maximise
 from rarec.evaluation.result_rows import pairs_of_interest
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, VectorRanker, rank_targets, rank_users
@@ -122,7 +123,7 @@ def test_a_fusion_does_not_depend_on_how_many_scores_are_held_at_a_time(monkeypa
     rankers["c"] = replace(ranker(RNG.standard_normal((7, 3)), items), lacking_N=np.arange(9) > 6)
     batch = EvalBatch(np.arange(7), [np.array([at]) for at in range(7)], np.array([8, 7, 6, 5, 4, 3, 2]))
     whole = fuse(rankers, batch)
-    monkeypatch.setattr(fusion, "_BLOCK", 2 * 9)
+    monkeypatch.setattr(likelihood, "_BLOCK", 2 * 9)
     assert fuse(rankers, batch).ranker.weights == pytest.approx(whole.ranker.weights, abs=1e-5)
     assert fuse(rankers, batch).ranker.slopes == pytest.approx(whole.ranker.slopes)
 
@@ -318,3 +319,39 @@ def test_weights_that_a_step_would_take_below_zero_do_not_stop_the_others():
         return Likelihood(-(weights - best) @ curve @ (weights - best) / 2, -curve @ (weights - best), curve)
 
     assert maximise(likelihood, np.ones(6)) == pytest.approx(nnls(apart_QP, apart_QP @ best)[0], abs=1e-6)
+
+
+def real_parts(rng, users: int, items: int, spread: float):
+    """Three kinds of parts, two of which name some of the same items as their best, and users with known weights."""
+    parts = {
+        "variant": ranker(rng.standard_normal((users, 4)), spread * rng.standard_normal((items, 4))),
+        "popularity": VectorRanker.of_counts(rng.zipf(1.5, items).clip(max=10_000)),
+        "near": NeighbourRanker(sparse.random(items, items, min(1.0, 40 / items), "csr", np.float32, rng), 4, 0.7),
+    }
+    batch = EvalBatch(np.arange(users), [rng.integers(0, items, 5) for _ in range(users)], np.zeros(users, int))
+    standard = FusedRanker(tuple(parts.values()), (1.0, 0.5, 12.0), (0.0,) * 3)
+    scores_UN = standard.scores(batch) + rng.gumbel(size=(users, items))
+    for user, history in enumerate(batch.histories):
+        scores_UN[user, history] = -np.inf
+    return parts, replace(batch, targets=scores_UN.argmax(1)), standard
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_candidates_that_are_all_items_have_the_likelihood_of_all_items(seed, monkeypatch):
+    """Whether an item is among the best of no part, of one, or of several, it counts once."""
+    _, batch, ranker = real_parts(np.random.default_rng(seed), 9, 40, 1.0)
+    weights = np.array([0.3, 1.2, 0.7])
+    whole = ValidationLikelihood(ranker, batch)(weights)
+    for name, size in {"WHOLE": 39, "BEST": 7, "DRAWN": 40}.items():
+        monkeypatch.setattr(likelihood, name, size)
+    of_candidates = ValidationLikelihood(ranker, batch)(weights)
+    assert of_candidates.slope == pytest.approx(whole.slope, abs=1e-5)
+    assert of_candidates.curve == pytest.approx(whole.curve, abs=1e-5)
+
+
+def test_in_a_large_catalogue_candidates_lead_to_about_the_weights_of_all_items(monkeypatch):
+    parts, batch, _ = real_parts(np.random.default_rng(0), 400, 20_000, 1.5)
+    whole = fuse(parts, batch).weights
+    monkeypatch.setattr(likelihood, "WHOLE", 19_999)
+    assert fuse(parts, batch).weights == pytest.approx(whole, abs=0.02)
+    assert min(whole.values()) > 0.1

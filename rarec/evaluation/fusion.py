@@ -7,29 +7,18 @@ top-k metric would serve as well, but is nearly flat over the weights, so a few 
 Shape letters: P parts, B users of a block, N catalogue.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from scipy.linalg import solve_triangular
-from scipy.optimize import nnls
-from torch import Tensor
 
+from rarec.evaluation.likelihood import Floats, ValidationLikelihood, user_blocks
 from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores
 
 COMPARED_USERS = 64
 FLAT = 1e-5
 """Smallest spread of scores, relative to the largest score: a smaller spread is rounding, and counts as none."""
-_BLOCK = 1 << 22
-"""Number of scores in a block, those of all parts together."""
-_PENALTY = 1e-4
-"""Penalty on squared weights, per user: it keeps them finite if the targets are always first."""
-_STEPS, _CLOSE = 50, 1e-3
-"""Newton's method: the maximum number of steps, and the length of a step at which it has converged."""
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,7 @@ def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
     rankers = tuple(parts[name] for name in names)
     spreads, slopes = _compared(rankers, validation)
     plain = FusedRanker(rankers, tuple(1 / spread for spread in spreads), slopes)
-    fitted = _ValidationScores(plain, validation).fitted()
+    fitted = ValidationLikelihood(plain, validation).best_weights()
     shares = fitted / fitted.sum() if fitted.any() else np.full(len(names), 1 / len(names))
     weights = [float(share / spread) for share, spread in zip(shares, spreads, strict=True)]
     largest = max(weights) or 1.0  # so that float32 can represent the sum, whatever the scales
@@ -86,7 +75,7 @@ def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[floa
     some = EvalBatch(batch.user_rows[few], batch.histories[few], batch.targets[few])
     scored = [ranker.scored(some) for ranker in rankers]
     found: list[list[Floats]] = [[] for _ in rankers]
-    for part in _slices(len(some.targets), scored[0].n_items * len(rankers)):
+    for part in user_blocks(len(some.targets), scored[0].n_items * len(rankers)):
         first_BN = _doubles(scored[0], part)
         for at, (ranker, scores) in enumerate(zip(rankers, scored, strict=True)):
             own_BN = _doubles(scores, part) if at else first_BN
@@ -119,87 +108,5 @@ def _spread(deviation_B: Floats, peak_B: Floats) -> float:
     return spread if spread > FLAT * peak_B.max() else 0.0
 
 
-def _slices(users: int, scores_each: int) -> Iterator[slice]:
-    """Yield the users a block at a time, given how many scores one of them has."""
-    size = max(_BLOCK // scores_each, 1)
-    return (slice(start, min(start + size, users)) for start in range(0, users, size))
-
-
 def _doubles(scores: Scores, part: slice) -> Floats:
     return scores.block(part).numpy(force=True).astype(np.float64)
-
-
-class Likelihood(NamedTuple):
-    """Log-likelihood per user minus the penalty, its gradient (P), and its negative Hessian (P, P)."""
-
-    value: float
-    slope: Floats
-    curve: Floats
-
-
-class _ValidationScores:
-    """All parts' scores of the validation users, recomputed in each pass because they may not fit in memory.
-
-    Args:
-        ranker: its weights standardise the scores of its parts.
-        validation: the users.
-    """
-
-    def __init__(self, ranker: FusedRanker, validation: EvalBatch) -> None:
-        self._scales = ranker.weights
-        self._chunks = [(chunk, ranker.scored(chunk)) for chunk in validation.chunks()]
-
-    def fitted(self) -> Floats:
-        """Return the weights (P) that make the targets likeliest, none below 0."""
-        return maximise(self._likelihood, np.ones(len(self._scales)))
-
-    def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield standardised scores (P, B, N), a mask of seen items (B, N), and the targets (B,)."""
-        for chunk, scores in self._chunks:
-            for part in _slices(len(chunk.targets), scores.n_items * len(self._scales)):
-                targets_B = torch.as_tensor(np.asarray(chunk.targets[part], np.int64))
-                seen_BN = torch.zeros(len(targets_B), scores.n_items, dtype=torch.bool)
-                for row, history in enumerate(chunk.histories[part]):
-                    seen_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = True
-                seen_BN[torch.arange(len(targets_B)), targets_B] = False
-                scaled = [scale * own_BN for own_BN, scale in zip(scores.parts(part), self._scales, strict=True)]
-                scores_PBN = torch.stack(scaled)
-                yield scores_PBN, seen_BN.to(scores_PBN.device), targets_B.to(scores_PBN.device)
-
-    def _likelihood(self, weights: Floats) -> Likelihood:
-        count = len(weights)
-        value, users, slope, curve = 0.0, 0, np.zeros(count), np.zeros((count, count))
-        for scores_PBN, seen_BN, targets_B in self._blocks():
-            at_B = torch.arange(len(targets_B))
-            logits_BN = torch.tensordot(torch.from_numpy(weights).float().to(scores_PBN.device), scores_PBN, 1)
-            log_BN = logits_BN.masked_fill(seen_BN, -torch.inf).log_softmax(1)
-            chance_BN = log_BN.exp()
-            mean_PB = (scores_PBN * chance_BN).sum(2)
-            apart_PBN = scores_PBN - mean_PB[:, :, None]
-            value += float(log_BN[at_B, targets_B].double().sum())
-            slope += apart_PBN[:, at_B, targets_B].double().sum(1).numpy(force=True)
-            curve += ((apart_PBN * chance_BN).flatten(1) @ apart_PBN.flatten(1).T).double().numpy(force=True)
-            users += len(targets_B)
-        penalty = _PENALTY * float(weights @ weights) / 2
-        return Likelihood(
-            value / users - penalty, slope / users - _PENALTY * weights, curve / users + _PENALTY * np.eye(count)
-        )
-
-
-def maximise(likelihood: Callable[[Floats], Likelihood], weights: Floats) -> Floats:
-    """Maximise a concave likelihood over weights that are not negative, by Newton's method.
-
-    Each step goes to the best such weights of the likelihood's second-order expansion; one that overshoots is halved.
-    """
-    found = likelihood(weights)
-    for _ in range(_STEPS):
-        lower_PP = np.linalg.cholesky(found.curve)
-        wanted = lower_PP.T @ weights + solve_triangular(lower_PP, found.slope, lower=True)
-        step = nnls(lower_PP.T, wanted)[0] - weights
-        while (then := likelihood(weights + step)).value < found.value and np.abs(step).max() > _CLOSE:
-            step /= 2
-        if then.value >= found.value:
-            weights, found = weights + step, then
-        if np.abs(step).max(initial=0.0) <= _CLOSE:
-            break
-    return weights

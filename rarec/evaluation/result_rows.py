@@ -85,7 +85,7 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
 
     Args:
         variants: all row names.
-        main: row name of the exported variant.
+        main: row name of the main variant.
     """
     names = list(variants)
     fused, whole = main + FUSED, main + FUSED + CHEAP
@@ -113,7 +113,7 @@ def slots_and_rival(variants: Iterable[str], main: str) -> list[tuple[str, str]]
 
     Args:
         variants: all row names.
-        main: row name of the exported variant.
+        main: row name of the main variant.
     """
     names = list(variants)
     suffix = FUSED + CHEAP if main + FUSED + CHEAP in names else FUSED

@@ -142,7 +142,7 @@ def _rows(path: Path, fields: tuple[str, ...]) -> list[Row]:
 
 
 def _diagnostics(path: Path) -> Row:
-    """Read diagnostics.json; empty if the exported variant has no slots, or the evaluation predates diagnostics."""
+    """Read diagnostics.json; empty if the main variant has no slots, or the evaluation predates diagnostics."""
     found = _optional(path, {})
     if not isinstance(found, dict):
         raise UserError(f"{path} is not an object", _REMEDY)

@@ -1,6 +1,6 @@
 """The verdict of a run in words, and the variant to deploy: no claim goes beyond the paired intervals.
 
-The question that it answers first: does the exported variant add to all that is cheap? Both sides have the ID model's
+The question that it answers first: does the main variant add to all that is cheap? Both sides have the ID model's
 score and every model that needs no training.
 """
 
@@ -91,7 +91,7 @@ class Verdict:
 
     Attributes:
         outcome: `better` if the judged row is better than every baseline, `worse` if it is worse than one of them.
-        headline: one sentence about the exported variant and the best one.
+        headline: one sentence about the main variant and the best one.
         sentences: the reasons, and the limits of what one run can show.
         best: the variant to deploy; None if nothing was evaluated.
     """
@@ -132,7 +132,7 @@ def _values(rows: Sequence[Row], metric: str) -> dict[str, float]:
 def verdict(
     metrics: Sequence[Row], comparisons: Sequence[Row], validation: Sequence[Row], variant: str, seed: int
 ) -> Verdict:
-    """Judge what the exported variant adds to all that is cheap, and name the variant to deploy.
+    """Judge what the main variant adds to all that is cheap, and name the variant to deploy.
 
     The judged row is the variant's fusion with all that is cheap; the variant alone where that was not evaluated.
 
@@ -140,7 +140,7 @@ def verdict(
         metrics: rows of metrics.json.
         comparisons: rows of comparisons.json.
         validation: rows of validation.json.
-        variant: row name of the exported variant.
+        variant: row name of the main variant.
         seed: seed of the run, named since one run cannot show how results vary between seeds.
     """
     full = [row for row in metrics if row["protocol"] == FULL]

@@ -2,7 +2,7 @@
 
 from rarec.ranking.intervals import Interval, mean_interval, mean_intervals, paired_interval, paired_intervals
 from rarec.ranking.metrics import metric_values, validation_metrics
-from rarec.ranking.rank import Scores, VectorScores, best_scores, rank_scores, rank_targets, top_k
+from rarec.ranking.rank import Scores, VectorScores, best_scores, largest, rank_scores, rank_targets, top_k
 from rarec.ranking.rankers import (
     CachedRanker,
     EvalBatch,
@@ -22,6 +22,7 @@ __all__ = [
     "VectorRanker",
     "VectorScores",
     "best_scores",
+    "largest",
     "mean_interval",
     "mean_intervals",
     "metric_values",

@@ -144,13 +144,13 @@ def best_scores(
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
     for part, scores_CN in _blocks(scores, block_bytes, scores.n_items):
         scores_CN[_seen_pairs(seen[part])] = -torch.inf
-        best_CK, where_CK = _largest(scores_CN, k)
+        best_CK, where_CK = largest(scores_CN, k)
         where_CK[best_CK == -torch.inf] = -1
         rows_BK[part], scores_BK[part] = where_CK.cpu().numpy(), best_CK.cpu().numpy()
     return rows_BK, scores_BK
 
 
-def _largest(scores_CN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(scores_CN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest scores of each user and their places, as `topk` does, several times faster.
 
     They are in the k groups of items with the largest maxima: each of these holds a score that none outside exceeds.

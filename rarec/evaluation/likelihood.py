@@ -1,0 +1,155 @@
+"""The likelihood of the validation users' targets under a weighted sum of scores, and its maximum.
+
+Shape letters: P parts, B users of a block, N catalogue, M candidates of a user.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.linalg import solve_triangular
+from scipy.optimize import nnls
+from torch import Tensor
+
+from rarec.ranking import EvalBatch, FusedRanker, largest
+
+WHOLE = 100_000
+"""Size of a catalogue up to which every item counts in the likelihood. Of a larger one, each user's candidates do."""
+BEST, DRAWN = 100, 2_000
+"""A user's candidates are the best items by each part, and some drawn at random that stand for all others."""
+_SEED = 17
+_BLOCK = 1 << 22
+"""Number of scores in a block, those of all parts together."""
+_PENALTY = 1e-4
+"""Penalty on squared weights, per user: it keeps them finite if the targets are always first."""
+_STEPS, _CLOSE = 50, 1e-3
+"""Newton's method: the maximum number of steps, and the length of a step at which it has converged."""
+Floats = npt.NDArray[np.float64]
+
+
+class Likelihood(NamedTuple):
+    """Log-likelihood per user minus the penalty, its gradient (P), and its negative Hessian (P, P)."""
+
+    value: float
+    slope: Floats
+    curve: Floats
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The items that some users' targets compete with.
+
+    Attributes:
+        scores_PBM: standardised scores.
+        stands_for_BM: log of the number of items that each one stands for; -inf for those that do not compete.
+        targets_B: columns of the targets.
+    """
+
+    scores_PBM: Tensor
+    stands_for_BM: Tensor
+    targets_B: Tensor
+
+    def thinned(self, drawn_S: Tensor) -> "Candidates":
+        """Return the target, each part's best items, and the drawn ones, which stand for all that are not among these.
+
+        Args:
+            drawn_S: columns, drawn evenly and without repetition.
+        """
+        best = [largest(part_BM + self.stands_for_BM, BEST)[1] for part_BM in self.scores_PBM]
+        best_BK = torch.cat([self.targets_B[:, None], *best], 1)
+        times_BM = torch.zeros_like(self.stands_for_BM)
+        times_BM.scatter_add_(1, best_BK, torch.ones_like(best_BK, dtype=times_BM.dtype))
+        outside_BS = times_BM[:, drawn_S] == 0
+        others_B1 = (times_BM == 0).sum(1, keepdim=True) / outside_BS.sum(1, keepdim=True)
+        kept_BM = torch.cat([best_BK, drawn_S.expand(len(best_BK), -1)], 1)
+        # an item that is among the best by several parts is there several times, each for its share
+        stands_for_BM = self.stands_for_BM.gather(1, kept_BM)
+        stands_for_BM += torch.cat([-times_BM.gather(1, best_BK).log(), (others_B1 * outside_BS).log()], 1)
+        scores = [part_BM.gather(1, kept_BM) for part_BM in self.scores_PBM]
+        return Candidates(torch.stack(scores), stands_for_BM, torch.zeros_like(self.targets_B))
+
+
+class ValidationLikelihood:
+    """The likelihood of the validation users' targets by the weights of the parts.
+
+    The weighted sum of scores is the logit of a softmax over the items that a user has not seen. All scores may not fit
+    in memory, so they are computed anew in each pass; those of the candidates of a large catalogue are kept instead.
+
+    Args:
+        ranker: its weights standardise the scores of its parts.
+        validation: the users.
+    """
+
+    def __init__(self, ranker: FusedRanker, validation: EvalBatch) -> None:
+        self._scales = ranker.weights
+        self._chunks = [(chunk, ranker.scored(chunk)) for chunk in validation.chunks()]
+        self._kept: list[Candidates] | None = None
+        n_items = self._chunks[0][1].n_items
+        if n_items > WHOLE:
+            drawn_S = torch.from_numpy(np.random.default_rng(_SEED).choice(n_items, DRAWN, replace=False))
+            self._kept = [block.thinned(drawn_S.to(block.scores_PBM.device)) for block in self._blocks()]
+
+    def best_weights(self) -> Floats:
+        """Return the weights (P) that make the targets likeliest, none below 0."""
+        return maximise(self, np.ones(len(self._scales)))
+
+    def __call__(self, weights: Floats) -> Likelihood:
+        """Return the likelihood of some weights (P)."""
+        count = len(weights)
+        value, users, slope, curve = 0.0, 0, np.zeros(count), np.zeros((count, count))
+        for block in self._blocks() if self._kept is None else self._kept:
+            scores_PBM, at_B = block.scores_PBM, torch.arange(len(block.targets_B))
+            logits_BM = torch.tensordot(torch.from_numpy(weights).float().to(scores_PBM.device), scores_PBM, 1)
+            log_BM = (logits_BM + block.stands_for_BM).log_softmax(1)
+            chance_BM = log_BM.exp()
+            apart_PBM = scores_PBM - (scores_PBM * chance_BM).sum(2)[:, :, None]
+            value += float(log_BM[at_B, block.targets_B].double().sum())
+            slope += apart_PBM[:, at_B, block.targets_B].double().sum(1).numpy(force=True)
+            curve += ((apart_PBM * chance_BM).flatten(1) @ apart_PBM.flatten(1).T).double().numpy(force=True)
+            users += len(at_B)
+        penalty = _PENALTY * float(weights @ weights) / 2
+        return Likelihood(
+            value / users - penalty, slope / users - _PENALTY * weights, curve / users + _PENALTY * np.eye(count)
+        )
+
+    def _blocks(self) -> Iterator[Candidates]:
+        """Yield all items as candidates, some users at a time."""
+        for chunk, scores in self._chunks:
+            for part in user_blocks(len(chunk.targets), scores.n_items * len(self._scales)):
+                targets_B = torch.as_tensor(np.asarray(chunk.targets[part], np.int64))
+                stands_for_BN = torch.zeros(len(targets_B), scores.n_items)
+                for row, history in enumerate(chunk.histories[part]):
+                    stands_for_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = -torch.inf
+                stands_for_BN[torch.arange(len(targets_B)), targets_B] = 0.0
+                scaled = [scale * own_BN for own_BN, scale in zip(scores.parts(part), self._scales, strict=True)]
+                scores_PBN = torch.stack(scaled)
+                device = scores_PBN.device
+                yield Candidates(scores_PBN, stands_for_BN.to(device), targets_B.to(device))
+
+
+def user_blocks(users: int, scores_each: int) -> Iterator[slice]:
+    """Yield the users a block at a time, given how many scores one of them has."""
+    size = max(_BLOCK // scores_each, 1)
+    return (slice(start, min(start + size, users)) for start in range(0, users, size))
+
+
+def maximise(likelihood: Callable[[Floats], Likelihood], weights: Floats) -> Floats:
+    """Maximise a concave likelihood over weights that are not negative, by Newton's method.
+
+    Each step goes to the best such weights of the likelihood's second-order expansion; one that overshoots is halved.
+    """
+    found = likelihood(weights)
+    for _ in range(_STEPS):
+        lower_PP = np.linalg.cholesky(found.curve)
+        wanted = lower_PP.T @ weights + solve_triangular(lower_PP, found.slope, lower=True)
+        step = nnls(lower_PP.T, wanted)[0] - weights
+        while (then := likelihood(weights + step)).value < found.value and np.abs(step).max() > _CLOSE:
+            step /= 2
+        if then.value >= found.value:
+            weights, found = weights + step, then
+        if np.abs(step).max(initial=0.0) <= _CLOSE:
+            break
+    return weights
