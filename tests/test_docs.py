@@ -19,6 +19,7 @@ import yaml
 from rarec.cli import app
 from rarec.config import RunConfig
 from rarec.config.load import validated
+from rarec.stages import STAGES
 from tests.pages import DOCS, ROOT, blocks, lines, make_place, mine, pages, prose, runnable, shell, write_files
 
 sys.path.append(str(ROOT / "tools"))
@@ -60,6 +61,13 @@ def test_links_lead_somewhere(name):
             assert target.is_relative_to(DOCS), f"{name}: {link} leads out of the site"
         if anchor:
             assert anchor in anchors(target), f"{name}: {link}"
+
+
+@pytest.mark.parametrize("name", OF_NOW)
+def test_stages_for_a_cluster_are_all_that_an_evaluation_needs(name):
+    """A stage is refused if one that it is made from was left out, after hours of training."""
+    for stages in re.findall(r'RAREC_STAGES="([^"]+)"', (ROOT / name).read_text(encoding="utf-8")):
+        assert stages.split() == list(STAGES)[: list(STAGES).index(stages.split()[-1]) + 1], name
 
 
 @pytest.mark.parametrize("name", OF_NOW)
