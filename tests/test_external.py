@@ -114,6 +114,22 @@ def test_what_is_wrong_is_named_with_its_file_row_and_column(tmp_path, columns, 
     assert remedy in caught.value.remedy
 
 
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    path = tmp_path / "twice.csv"
+    path.write_text("user,user,rank\nann,ann,1\n")
+    with pytest.raises(UserError, match=r"twice.csv.*`user`"):
+        read_external(path, USERS)
+
+
+def test_a_number_that_no_float_holds_exactly_is_read(tmp_path):
+    """2^53 + 1 is no rank; as a score it is as good as its neighbour."""
+    large = 2**53 + 1
+    with pytest.raises(UserError, match=r"row 2, column `rank`"):
+        read_external(parquet(tmp_path, user=ANN, rank=[1, large, 2]), USERS)
+    scores = parquet(tmp_path, user=ANN, item=["a", "a", "a"], score=[large, 1, 2])
+    assert len(read_external(scores, USERS).ranks_U) == 3
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "broken.parquet").write_text("no")
     for name in ("broken.parquet", "absent.csv"):

@@ -12,6 +12,7 @@ import rarec
 from rarec.errors import UserError
 from rarec.serving.bundle import FACTS
 from rarec.serving.command import add_items_of, remove_items_of
+from rarec.serving.versions import next_version
 from tests.recommending import exported
 
 NEW = """item,title,brand
@@ -79,6 +80,9 @@ def test_in_a_row_without_a_model_an_added_item_has_its_words_the_mean_vector_an
     users = old.parts.rankers["id"].users(np.zeros(1, int), [np.arange(4)])
     assert found["other"] == pytest.approx(weight * float((items_NE.mean(0) @ users[0].T).max()), abs=1e-4)
     assert found["alike"] > found["other"]
+    assert next(iter(added.parts.rankers)) == "lexical"  # whose score predicts those of parts that lack the items
+    of_ids = [added.explain(history, item).parts for item in ("alike", "other")]
+    assert of_ids[0] != of_ids[1]
 
 
 def test_a_given_id_vector_is_taken(bundle, tmp_path):
@@ -145,6 +149,15 @@ def test_a_folder_that_is_there_is_never_replaced(bundle, tmp_path):
     with pytest.raises(UserError, match="mine"):
         remove_items_of(bundle, rarec.load(bundle).items[:1], tmp_path / "mine", [], lambda line: None)
     assert not any((tmp_path / "mine").iterdir())
+
+
+def test_a_version_of_the_folder_that_one_stands_in_is_beside_it(bundle, monkeypatch):
+    monkeypatch.chdir(bundle)
+    assert next_version(Path()) == bundle.with_name("bundle-2")
+    assert next_version(Path("../bundle")).resolve() == bundle.with_name("bundle-2")
+    (bundle / "inside").mkdir()
+    monkeypatch.chdir(bundle / "inside")
+    assert next_version(Path("..")) == bundle.with_name("bundle-2")
 
 
 def test_what_cannot_be_removed_is_named(bundle):

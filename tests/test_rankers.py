@@ -349,6 +349,37 @@ def test_candidates_that_are_all_items_have_the_likelihood_of_all_items(seed, mo
     assert of_candidates.curve == pytest.approx(whole.curve, abs=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_that_are_nearly_the_same_have_weights(seed):
+    """Rounding makes their curvature singular."""
+    rng = np.random.default_rng(seed)
+    _, batch, ranker = real_parts(rng, 20, 3_000, 1.0)
+    near = ranker.parts[2]
+    tables = [near.table_NN.multiply(1 + 1e-5 * scale).tocsr() for scale in range(4)]
+    same = tuple(replace(near, table_NN=table) for table in tables)
+    weights = ValidationLikelihood(FusedRanker(same, (300.0,) * 4, (0.0,) * 4), batch).best_weights()
+    assert np.isfinite(weights).all()
+    assert (weights >= 0).all()
+
+
+def test_the_part_that_can_never_lack_an_item_predicts_even_if_none_is_lacked_yet():
+    """Items may be added to a bundle later: of these its words say something, its counts nothing."""
+    table_NN = sparse.random(9, 9, 0.5, "csr", np.float32, np.random.default_rng(0))
+    words, counted = (NeighbourRanker(table_NN, 4, 0.7, lacking_N) for lacking_N in (None, np.zeros(9, bool)))
+    batch = EvalBatch(np.arange(3), [np.array([at]) for at in range(3)], np.array([6, 7, 8]))
+    assert fuse({"counted": counted, "words": words}, batch).parts == ("words", "counted")
+
+
+def test_of_a_large_catalogue_and_many_users_some_chunks_of_users_are_kept(monkeypatch):
+    _, batch, ranker = real_parts(np.random.default_rng(0), 40, 3_000, 1.0)
+    chunked = replace(batch, kept=tuple(batch.chunks(8)))
+    monkeypatch.setattr(likelihood, "WHOLE", 2_999)
+    weights = ValidationLikelihood(ranker, chunked)(np.ones(3))
+    some = [chunked.kept[0], chunked.kept[3]]
+    expected = [ValidationLikelihood(ranker, one)(np.ones(3)).slope for one in some]
+    assert weights.slope == pytest.approx(np.mean(expected, 0), abs=1e-5)
+
+
 def test_in_a_large_catalogue_candidates_lead_to_about_the_weights_of_all_items(monkeypatch):
     parts, batch, _ = real_parts(np.random.default_rng(0), 400, 20_000, 1.5)
     whole = fuse(parts, batch).weights

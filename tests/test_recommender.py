@@ -170,6 +170,33 @@ def test_what_cannot_be_asked_is_named(recommender, asked, message):
         recommender.recommend([recommender.items[:3]], **asked)
 
 
+def test_what_can_be_read_only_once_is_read_once(recommender):
+    history = recommender.items[:3]
+    expected = recommender.recommend([history], k=3, allow=recommender.items[3:9])
+    once = recommender.recommend((map(str, own) for own in [history]), k=3, allow=iter(recommender.items[3:9]))
+    assert once == expected
+    assert recommender.rerank(iter([iter(history)]), [iter(recommender.items)], 3)[0]
+    assert np.array_equal(recommender.user_vectors([iter(history)]), recommender.user_vectors([history]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (lambda one: one.similar(one.items[0], 0), "k is 0"),
+        (lambda one: one.explain(one.items[:2], one.items[5], k=0), "k is 0"),
+        (lambda one: one.compare(one.items[:2], -1), "k is -1"),
+        (lambda one: one.rerank([one.items[:2]], [one.items], -1), "k is -1"),
+        (lambda one: one.rerank([one.items[:2]], [], 3), "1 histories, but 0"),
+        (lambda one: one.user_vectors([]), "no history"),
+        (lambda one: one.query_vectors([]), "no history"),
+    ],
+)
+def test_questions_without_an_answer_are_refused(recommender, asked, named):
+    with pytest.raises(UserError, match=named) as refused:
+        asked(recommender)
+    assert refused.value.remedy
+
+
 def test_any_number_of_users_together_are_served_as_each_alone(run, recommender):
     everyone = histories(run, list(map(str, run.dataset.user_ids)))[:20]
     together = recommender.recommend(everyone, k=5)

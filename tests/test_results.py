@@ -292,6 +292,18 @@ def test_ranks_of_two_seeds_are_kept_user_by_user(path):
         collected(path, "plan")
 
 
+def test_ranks_of_a_run_that_stays_as_it_was_are_not_begun_with_some_of_its_seeds(path):
+    """Another machine has both seeds: with the ranks of one alone, they could not be put together later."""
+    first, second, *_ = load_sweep(path).runs
+    finish(first, RANKS[17])
+    finish(second, RANKS[18])
+    collected(path)
+    shutil.rmtree(second.directory)
+    for keep in (["plain"], []):
+        assert collected(path, *keep)["runs"]["plain"]["seeds"] == [17, 18]
+        assert not Path("results/sweep.plain.parquet").exists()
+
+
 def test_seeds_of_several_machines_come_together_where_their_ranks_are_kept(path):
     first, second, *_ = load_sweep(path).runs
     finish(first, RANKS[17])

@@ -20,7 +20,7 @@ from results_summary import Finished, Summary, of_seed, settings_of, summarise
 
 from rarec.errors import UserError
 from rarec.evaluation.run_files import TrainingRecord, read_run
-from rarec.files import read_json, write_text
+from rarec.files import read_json, write_aside, write_text
 from rarec.stages.report import directories
 from rarec.stages.run import Run
 from rarec.stages.run_folder import read_record
@@ -60,9 +60,10 @@ def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[s
     with TemporaryDirectory() as scratch:
         finished = list(_read_all(sweep, here, keep, before, place, Path(scratch)))
         made = summarise(sweep, finished)
+        notes = merge(made, before, sweep)
         for name in keep:
-            write_ranks([one for one in finished if one.run.name == name], ranks_file(sweep, name, place))
-    notes = merge(made, before, sweep)
+            if made["runs"][name] is not before["runs"].get(name):  # else some of its seeds are not here
+                write_ranks([one for one in finished if one.run.name == name], ranks_file(sweep, name, place))
     made["missing"] = {
         label: stage for label, stage in left.items() if stage and not _has(made, label.rpartition("/seed-"))
     }
@@ -125,7 +126,8 @@ def read_kept(run: SweepRun, before: Summary, file: Path, ranks: Path) -> Finish
 def _has_kept(run: SweepRun, before: Summary, file: Path) -> bool:
     """Return whether a seed was collected before with its ranks, and with the same settings."""
     known = before["runs"].get(run.name, {"seeds": [], "settings": None})
-    return run.seed in known["seeds"] and known["settings"] == settings_of(run) and file.exists()
+    collected = run.seed in known["seeds"] and known["settings"] == settings_of(run) and file.exists()
+    return collected and any(name.endswith(f"@{run.seed}") for name in pq.read_schema(file).names)
 
 
 def _write_digested(file: Path, to: Path) -> None:
@@ -206,14 +208,15 @@ def write_ranks(finished: Sequence[Finished], file: Path) -> None:
             ranks = rows["rank"].to_numpy()
             columns[f"{variant}@{one.run.seed}"] = pa.array(ranks.astype(np.min_scalar_type(int(ranks.max()))))
     file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        pa.table(columns),
-        file,
-        compression="zstd",
-        compression_level=19,
-        use_dictionary=False,
-        use_byte_stream_split=[name for name in columns if name != "target"],
-    )
+    with write_aside(file) as aside:
+        pq.write_table(
+            pa.table(columns),
+            aside,
+            compression="zstd",
+            compression_level=19,
+            use_dictionary=False,
+            use_byte_stream_split=[name for name in columns if name != "target"],
+        )
 
 
 def _digests(ids: Sequence[object], size: int) -> list[int]:

@@ -30,6 +30,7 @@ from rarec.evaluation.labels import EXTERNAL
 Rows = npt.NDArray[np.integer]
 Int64 = npt.NDArray[np.int64]
 FORMS = "`user, rank` or `user, item, score`"
+FIELDS = ("user", "item", "score", "rank")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,10 @@ def _read(path: Path) -> pa.Table:
             table = read_columns(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}", f"write Parquet, or CSV, with columns {FORMS}") from None
-    there = {"user", "item", "score", "rank"} & set(table.column_names)
+    twice = [name for name in FIELDS if table.column_names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has the column `{twice[0]}` twice", "drop or rename one")
+    there = set(FIELDS) & set(table.column_names)
     if there not in ({"user", "rank"}, {"user", "item", "score"}):
         names = ", ".join(table.column_names)
         raise UserError(f"{path} has the columns {names}", f"give it {FORMS}, and not both forms")
@@ -179,7 +183,7 @@ def _numbers(path: Path, table: pa.Table, name: str) -> npt.NDArray[np.float64]:
     column = table[name]
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise UserError(f"{path}, column `{name}` holds {column.type}", "give numbers")
-    numbers: npt.NDArray[np.float64] = column.cast(pa.float64()).to_numpy()  # null becomes NaN
+    numbers: npt.NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy()  # null becomes NaN
     missing = np.flatnonzero(np.isnan(numbers))
     if len(missing):
         raise UserError(f"{path}, row {missing[0] + 1}, column `{name}` has no value", "give a number, or drop the row")

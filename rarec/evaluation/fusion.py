@@ -49,7 +49,7 @@ class Fusion:
 def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
     """Fit the weights of several models' scores on the validation users.
 
-    Where a part lacks an item, its score is predicted from that of the first part that lacks none.
+    Where a part lacks an item, its score is predicted from that of the first part that never lacks one.
 
     Args:
         parts: by name.

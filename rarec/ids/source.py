@@ -264,7 +264,7 @@ def ranker_of(items_NE: Floats, users: UserVectors) -> VectorRanker:
     return VectorRanker(
         np.asarray(with_mean(items_NE)),
         lambda rows, histories: users.vectors(items_NE, rows, histories),
-        lacking_N if lacking_N.any() else None,
+        lacking_N,
     )
 
 

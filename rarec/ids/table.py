@@ -52,6 +52,7 @@ class ItemTable:
     def __init__(self, trained_N: npt.NDArray[np.bool_], dim: int, lr: float, seed: int, world: World = SINGLE) -> None:
         self.world, self.n_items = world, len(trained_N)
         share = -(-self.n_items // world.size)  # as DTensor cuts
+        _check_ranks(self.n_items, world)
         _check_memory(share, dim, world)
         self.first = min(world.rank * share, self.n_items)
         own = slice(self.first, min(self.first + share, self.n_items))
@@ -154,6 +155,18 @@ class ItemTable:
                 high = min(low + BLOCK, end)
                 block = rows_ME[low - self.first : high - self.first] if owner == self.world.rank else None
                 yield self.world.broadcast(block, owner, (high - low, rows_ME.shape[1]))
+
+
+def _check_ranks(n_items: int, world: World) -> None:
+    """Refuse more ranks than have rows.
+
+    Raises:
+        UserError: with the number of processes that would do.
+    """
+    fewer = next(ranks for ranks in range(world.size, 0, -1) if -(-n_items // ranks) * (ranks - 1) < n_items)
+    if fewer < world.size:
+        problem = f"{n_items} items, spread over {world.size} processes, leave some without any"
+        raise UserError(problem, f"start {fewer} processes", shared=True)
 
 
 def _check_memory(share: int, dim: int, world: World) -> None:

@@ -16,11 +16,14 @@ from scipy.linalg import lapack
 from rarec.data.dataset import PreparedDataset
 from rarec.neighbours.table import nearest
 
+ROWS = 256
+"""Rows of the matrix of pairs that are counted at a time."""
+
 
 def ease(seen: Iterable[sparse.csr_matrix], n_items: int, penalty: float, top: int) -> Iterator[pa.RecordBatch]:
     """Yield the neighbour table of the M items that each item speaks for most.
 
-    Memory is that of two dense matrices of N x N.
+    Memory is that of two dense matrices of N x N, and some rows of one.
 
     Args:
         seen: 1 where a user has the item, (u, N), some users at a time.
@@ -30,8 +33,9 @@ def ease(seen: Iterable[sparse.csr_matrix], n_items: int, penalty: float, top: i
     """
     gram_NN = np.zeros((n_items, n_items))
     for seen_uN in seen:
-        pairs = (seen_uN.T @ seen_uN).tocoo()
-        gram_NN[pairs.row, pairs.col] += pairs.data
+        by_item_uN = seen_uN.tocsc()
+        for start in range(0, n_items, ROWS):
+            gram_NN[start : start + ROWS] += (by_item_uN[:, start : start + ROWS].T @ seen_uN).toarray()
     gram_NN[np.diag_indices_from(gram_NN)] += penalty
     factor_NN, _ = lapack.dpotrf(gram_NN, lower=1, overwrite_a=1)  # X'X + penalty I is positive definite
     inverse_NN, _ = lapack.dpotri(factor_NN, lower=1, overwrite_c=1)  # its lower half

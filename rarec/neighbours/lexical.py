@@ -44,7 +44,10 @@ def lexical(texts: Iterable[str], top: int) -> Iterator[pa.RecordBatch]:
 
 
 class Words:
-    """The words of a catalogue, with which new items are compared: they weigh as they did when the table was made.
+    """The words of a catalogue, with which new items are compared.
+
+    They weigh as in the catalogue as it is now: if items came or went since its table was made, a little otherwise than
+    they did then.
 
     Args:
         texts: of the catalogue, (N,).

@@ -102,7 +102,7 @@ class Ranker(ABC):
 
     Attributes:
         lacking_N: marks items that it knows nothing of, such as those without an ID vector, which it scores as the mean
-            item; None if there are none.
+            item; None for a model that knows something of every item, also of one that is added later.
         lists: whether it scores the few items alone that it lists for a user, and all others 0.
     """
 
@@ -214,7 +214,7 @@ class FusedScores:
         yield first_CN
         for scores, ranker, slope in zip(self._parts[1:], self._ranker.parts[1:], self._ranker.slopes[1:], strict=True):
             part_CN = scores.block(users).to(first_CN.device)
-            if ranker.lacking_N is not None:
+            if ranker.lacking_N is not None and ranker.lacking_N.any():
                 lacking = torch.from_numpy(ranker.lacking_N).to(first_CN.device)
                 usual = 0.0 if self._ranker.parts[0].lists else first_CN[:, ~lacking].mean(1, keepdim=True)
                 part_CN = part_CN + slope * (first_CN - usual) * lacking

@@ -167,5 +167,5 @@ def _predicting(whole: FusedRanker, first: NeighbourRanker) -> NeighbourRanker:
 def _lacking(whole: FusedRanker) -> Iterator[tuple[npt.NDArray[np.bool_], float]]:
     """Yield the items that a part after the first lacks, (N,), and its weight times its slope, where that counts."""
     for part, weight, slope in list(zip(whole.parts, whole.weights, whole.slopes, strict=True))[1:]:
-        if part.lacking_N is not None and weight * slope:
+        if part.lacking_N is not None and part.lacking_N.any() and weight * slope:
             yield part.lacking_N, weight * slope

@@ -96,7 +96,7 @@ class Parts:
         if name == "id":
             return bundle.sources[facts["id_model"]].ranker()
         new_N = bundle.catalogue.counts_N == 0
-        lacking_N = new_N if name != "lexical" and new_N.any() else None
+        lacking_N = new_N if name != "lexical" else None
         rule = facts["neighbours"]
         return NeighbourRanker(bundle.neighbours(name), rule["newest"], rule["decay"], lacking_N)
 

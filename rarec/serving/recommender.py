@@ -24,6 +24,7 @@ from rarec.world import World
 
 Rows = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+_LISTS = 'give a list of item ids for each user: [["sku-1", "sku-7"], ["sku-2"]]'
 
 
 class _User(NamedTuple):
@@ -97,8 +98,8 @@ class Recommender:
         Raises:
             UserError: k is not positive, or `allow` or `deny` names an item that is not in the catalogue.
         """
-        _check_histories(histories)
-        return self.answer([Request(history, k, exclude_seen, allow, deny, popular_if_empty) for history in histories])
+        requests = [Request(own, k, exclude_seen, allow, deny, popular_if_empty) for own in _lists(histories)]
+        return self.answer(requests)
 
     def answer(self, requests: Sequence[Request]) -> Recommendations:
         """Return what each of several users asks for, in one pass of the model.
@@ -106,9 +107,7 @@ class Recommender:
         Raises:
             UserError: see `recommend`.
         """
-        wrong = next((request.k for request in requests if request.k < 1), None)
-        if wrong is not None:
-            raise UserError(f"k is {wrong}", "ask for at least one item")
+        _check(*(request.k for request in requests))
         rows, unknown = self._rows([request.history for request in requests])
         hidden: dict[tuple[int, int], Rows] = {}  # most requests leave out the same
         users = []
@@ -143,8 +142,12 @@ class Recommender:
         return list(map(Recommended, ids, titles, scores_K[there].tolist()))
 
     def user_vectors(self, histories: Sequence[History]) -> Float32:
-        """Return the variant's user vectors, (B, Z)."""
-        rows, _ = self._rows(histories)
+        """Return the variant's user vectors, (B, Z).
+
+        Raises:
+            UserError: there is no history, or this row has no language model.
+        """
+        rows, _ = self._rows(histories, empty=False)
         return self.parts.encoder.users(np.zeros(len(rows), np.int64), rows)
 
     def query_vectors(self, histories: Sequence[History]) -> Float32:
@@ -154,9 +157,9 @@ class Recommender:
         this row without its neighbour tables; `rerank` adds them.
 
         Raises:
-            UserError: this row has no vectors.
+            UserError: there is no history, or this row has no vectors.
         """
-        rows, _ = self._rows(histories)
+        rows, _ = self._rows(histories, empty=False)
         return self.parts.dense.users(rows)
 
     def rerank(self, histories: Sequence[History], candidates: Sequence[Sequence[Id]], k: int = 10) -> Recommendations:
@@ -170,10 +173,14 @@ class Recommender:
             k: number of items.
 
         Raises:
-            UserError: a candidate is not in the catalogue, or this row has no vectors.
+            UserError: there is no history, or not one list of candidates for each; k is not positive; a candidate is
+                not in the catalogue, or this row has no vectors.
         """
-        rows, unknown = self._rows(histories)
+        _check(k)
+        rows, unknown = self._rows(histories, empty=False)
         among = [self._known(items) for items in candidates]
+        if len(among) != len(rows):
+            raise UserError(f"{len(rows)} histories, but {len(among)} lists of candidates", "give one for each history")
         best = self.parts.dense.best(self.parts.dense.users(rows), rows, among, k)
         return Recommendations([self._listed(*one) for one in best], unknown)
 
@@ -186,8 +193,9 @@ class Recommender:
         """Return the k items whose vectors have the largest cosine with an item's.
 
         Raises:
-            UserError: the item is not in the catalogue, or this row has no vectors.
+            UserError: k is not positive, the item is not in the catalogue, or this row has no vectors.
         """
+        _check(k)
         (row,) = self._known([item])
         cosines_N = self._insight.cosines_N(int(row))
         cosines_N[row] = -np.inf
@@ -198,15 +206,21 @@ class Recommender:
         """Return what speaks for an item after a history: each part's share of the score, the k nearest items.
 
         Raises:
-            UserError: the item is not in the catalogue.
+            UserError: k is not positive, or the item is not in the catalogue.
         """
+        _check(k)
         (rows,), _ = self._rows([history])
         (row,) = self._known([item]).tolist()
         title = self.bundle.catalogue.titles[row]
         return Explanation(item, title, self._insight.shares(rows, row), self._nearest(rows, row, k))
 
     def compare(self, history: History, k: int = 10) -> dict[str, list[Recommended]]:
-        """Return the k best new items by each part of the row alone, by the part's title."""
+        """Return the k best new items by each part of the row alone, by the part's title.
+
+        Raises:
+            UserError: k is not positive.
+        """
+        _check(k)
         (rows,), _ = self._rows([history])
         return {title: self._listed(*best) for title, best in self._insight.by_part(rows, k)}
 
@@ -228,15 +242,22 @@ class Recommender:
         best = np.array(sorted(set(rows.tolist()), key=lambda known: -cosines_N[known])[:k])
         return self._listed(best, cosines_N[best])
 
-    def _rows(self, histories: Sequence[History]) -> tuple[list[Rows], list[int]]:
-        """Return the item rows of histories, and how many ids of each are not in the catalogue."""
-        _check_histories(histories)
-        found = [[self._row_of.get(str(item), -1) for item in history] for history in histories]
+    def _rows(self, histories: Sequence[History], empty: bool = True) -> tuple[list[Rows], list[int]]:
+        """Return the item rows of histories, and how many ids of each are not in the catalogue.
+
+        Args:
+            histories: of each user the ids of items.
+            empty: whether there may be no history at all.
+        """
+        found = [[self._row_of.get(str(item), -1) for item in history] for history in _lists(histories)]
+        if not found and not empty:
+            raise UserError("there is no history", _LISTS)
         rows = [np.array([row for row in history if row >= 0], np.int64) for history in found]
         return rows, [len(history) - len(kept) for history, kept in zip(found, rows, strict=True)]
 
     def _known(self, items: Collection[Id]) -> Rows:
         """Return the rows of items, all of which must be in the catalogue."""
+        items = list(items)
         rows = [self._row_of.get(str(item)) for item in items]
         for item, row in zip(items, rows, strict=True):
             if row is None:
@@ -253,17 +274,26 @@ class Recommender:
         return np.flatnonzero(hidden)
 
 
-def _check_histories(histories: Sequence[History]) -> None:
-    """Refuse what is no list of lists of item ids."""
-    remedy = 'give a list of item ids for each user: [["sku-1", "sku-7"], ["sku-2"]]'
+def _lists(histories: Iterable[Iterable[Id]]) -> list[list[Id]]:
+    """Return histories as lists, since an iterator can be read only once; refuse what holds no item ids."""
     if isinstance(histories, str | bytes | Mapping) or not isinstance(histories, Iterable):
-        raise UserError(f"histories are no list of lists, but {str(histories)[:50]!r}", remedy)
+        raise UserError(f"histories are no list of lists, but {str(histories)[:50]!r}", _LISTS)
+    lists = []
     for history in histories:
         if isinstance(history, str | bytes | Mapping) or not isinstance(history, Iterable):
-            raise UserError(f"a history is no list, but {str(history)[:50]!r}", remedy)
-        for item in history:
+            raise UserError(f"a history is no list, but {str(history)[:50]!r}", _LISTS)
+        lists.append(list(history))
+        for item in lists[-1]:
             if not isinstance(item, str | int | np.integer):
-                raise UserError(f"an item of a history is {str(item)[:50]!r}, neither text nor an integer", remedy)
+                raise UserError(f"an item of a history is {str(item)[:50]!r}, neither text nor an integer", _LISTS)
+    return lists
+
+
+def _check(*numbers: int) -> None:
+    """Refuse a number of items that is not positive."""
+    for k in numbers:
+        if k < 1:
+            raise UserError(f"k is {k}", "ask for at least one item")
 
 
 def _device(wanted: str) -> torch.device:

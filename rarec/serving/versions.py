@@ -15,6 +15,7 @@ from rarec.serving.bundle import FIGURES, Bundle
 
 def next_version(bundle: Path) -> Path:
     """Return the first free name of a version: `bundle-2` beside `bundle`, then `bundle-3`."""
+    bundle = bundle if bundle.name not in ("", "..") else bundle.resolve()  # `.` has no name
     stem, _, number = bundle.name.rpartition("-")
     name, at = (stem, int(number)) if stem and number.isdigit() else (bundle.name, 1)
     while os.path.lexists(path := bundle.with_name(f"{name}-{at + 1}")):

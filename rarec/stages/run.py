@@ -331,7 +331,7 @@ class Run:
         stage.check_files()
         table_NN = read_table(stage.directory / TABLE, self.dataset.n_items, self.scratch)
         new_N = self.dataset.train_counts_N == 0
-        lacking_N = new_N if name != "lexical" and new_N.any() else None
+        lacking_N = new_N if name != "lexical" else None
         return NeighbourRanker(table_NN, config.newest, config.decay, lacking_N)
 
     def _evaluated(self, name: str) -> Path:
