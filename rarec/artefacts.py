@@ -176,11 +176,6 @@ def note_checks(directory: Path, manifest: Mapping[str, Any]) -> None:
     write_json(directory / CHECKED, noted)
 
 
-def forget_checks(directory: Path) -> None:
-    """Forget which files of an artefact were read: the next check reads all of them."""
-    (directory / CHECKED).unlink(missing_ok=True)
-
-
 def _read_checked(directory: Path) -> dict[str, Any]:
     """Return what `check_files` has noted of each file; nothing where that cannot be read."""
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rarec.artefacts import check_files, read_manifest, write_manifest
-from rarec.directories import discard, new_directory
+from rarec.directories import discard, new_directory, restore_all_replaced
 from rarec.errors import UserError
 from rarec.files import drop_stale, read_json, write_json
 
@@ -77,6 +77,7 @@ class CheckpointStore:
         Raises:
             UserError: there are checkpoints, but none can be used; or one belongs to another training.
         """
+        restore_all_replaced(self.directory)
         drop_stale(self.directory)
         lost = self._lost()
         usable = [step for step in self.steps() if step not in lost]

@@ -151,6 +151,13 @@ def restore_replaced(path: Path) -> None:
         _replaced(path).rename(path)
 
 
+def restore_all_replaced(directory: Path) -> None:
+    """Do the same for every directory inside one."""
+    for aside in directory.glob(".*.aside-old-*"):
+        if is_aside(aside):
+            restore_replaced(directory / aside.name[1:].partition(".aside-old-")[0])
+
+
 def sync_directory(directory: Path) -> None:
     """Fsync a directory and everything in it; tensors get the mode of the other files, which follows the umask."""
     mode = 0o666 & directory.stat().st_mode  # the umask itself cannot be read without being set

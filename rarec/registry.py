@@ -127,16 +127,17 @@ def _load(dotted: str) -> Any:
     with _importable_from_here():
         try:
             module = importlib.import_module(name)
-        except Exception as error:  # whatever the user's module does at its import
+        except (Exception, SystemExit) as error:  # whatever the user's module does at its import
             remedy = "install it, put it into the current directory, or correct it"
             raise ValueError(f"cannot import {name}: {_described(error)}; {remedy}") from error
     if not hasattr(module, attribute):
         public = [each for each in vars(module) if not each.startswith("_")]
-        raise ValueError(f"{name} ({module.__file__}) has no {attribute!r}{nearest(attribute, public, listed=False)}")
+        where = getattr(module, "__file__", None) or "part of Python"
+        raise ValueError(f"{name} ({where}) has no {attribute!r}{nearest(attribute, public, listed=False)}")
     return getattr(module, attribute)
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     """Return type, message and, where it is in a file of the user's, the line of an error."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames[1:] else ""  # the first is `_load`

@@ -277,6 +277,9 @@ def test_a_gguf_file_is_converted_once_for_each_content(tmp_path):
     assert load(path).identity == loaded.identity
     assert (converted / "model.safetensors").stat().st_mtime_ns == made
 
+    (converted / "manifest.json").write_text("{}")
+    assert load(path).identity == loaded.identity, "converted again"
+
     write_gguf(path, seed=1)
     assert load(path).identity["fingerprint"] != loaded.identity["fingerprint"], "not the old conversion"
 

@@ -299,6 +299,7 @@ def wrong(here, tmp_path, monkeypatch) -> Path:
     write_files(PAGE, tmp_path)
     (tmp_path / "wrong_parts.py").write_text(WRONG)
     (tmp_path / "broken_part.py").write_text("\nlamp = chair\n")
+    (tmp_path / "leaving_part.py").write_text("raise SystemExit(3)\n")
     yield tmp_path
     for name in ("wrong_parts", "broken_part"):
         sys.modules.pop(name, None)
@@ -314,6 +315,8 @@ def wrong(here, tmp_path, monkeypatch) -> Path:
         ("train.variants=[per_layr]", r"field `train.variants.0`: .*did you mean `per_layer`\?"),
         ("ids.model=no_such_package:A", r"field `ids.model`: cannot import no_such_package: .*current directory"),
         ("ids.model=broken_part:A", r"`ids.model`: cannot import broken_part: NameError.*broken_part\.py, line 2"),
+        ("ids.model=leaving_part:A", r"`ids.model`: cannot import leaving_part: SystemExit"),
+        ("loss.recommendation=time:lapse", r"`loss.recommendation`: time \(part of Python\) has no 'lapse'"),
         ("ids.model=my_package.models:Decoy", r"`ids.model`: my_package\.models \(.*\) .*did you mean `Decay`\?"),
         ("ids.model=my_package.losses:hinge", r"`ids.model`: .*function.*SequenceModel.*docs/extend\.md"),
         ("ids.model=wrong_parts:Unfinished", r"`ids.model`: .*Unfinished lacks forward"),

@@ -115,6 +115,18 @@ def test_ranks_that_disagree_on_the_catalogue_are_one_error_on_rank_0(finished, 
     assert not (one / "ids" / "id").exists()
 
 
+def test_what_rank_0_alone_makes_is_finished_when_it_is_made_on_two(finished, tmp_path):
+    """`rarec run` under a launcher: a second writer would leave a folder that nobody may replace."""
+    run = tmp_path / "run"
+    finish("prepare", finished, [f"run.dir={run}"], scratch=tmp_path)
+    assert not open_run(finished, [f"run.dir={run}"]).make("prepare")
+    shutil.rmtree(run)
+    shutil.copytree(finished.parent / "run", run)
+    shutil.rmtree(run / "report")
+    finish("report", finished, [f"run.dir={run}"], scratch=tmp_path)
+    assert not open_run(finished, [f"run.dir={run}", "run.device=cpu"]).make("report")
+
+
 def test_what_does_not_train_is_made_by_rank_0(finished, tmp_path):
     """An import and a graph."""
     run = tmp_path / "run"

@@ -59,6 +59,15 @@ def test_false_negatives_by_hand():
     ]
 
 
+def test_false_negatives_do_not_depend_on_how_many_items_are_compared_at_a_time(monkeypatch):
+    rng = np.random.default_rng(0)
+    targets_B, histories_BH = (torch.from_numpy(rng.integers(0, 9, size)) for size in (6, (6, 7)))
+    own_B = torch.arange(6)
+    whole = false_negatives(targets_B, histories_BH, targets_B, own_B)
+    monkeypatch.setattr("rarec.models.losses.COMPARED", 2 * 36)
+    assert torch.equal(false_negatives(targets_B, histories_BH, targets_B, own_B), whole)
+
+
 # ---- BPR
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rarec.artefacts import IDENTITY, MANIFEST
-from rarec.directories import CHECKED, MARKER, claim, discard, foreign, new_directory
+from rarec.directories import CHECKED, MARKER, claim, discard, foreign, new_directory, restore_all_replaced
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.files import aside_path, read_json, write_json
@@ -119,6 +119,17 @@ def test_an_input_inside_a_directory_that_is_replaced_is_refused(begun, field, i
     before = state(run.root)
     refused(begun, "prepare", field, str(run.root), overrides=(f"{field}={run.root / inside}",))
     assert state(run.root) == before
+
+
+def test_a_folder_of_tables_around_the_run_is_refused_before_its_files_are_taken_for_the_users(begun, tmp_path):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    shutil.copy(open_run(begun).config.prepare.interactions.path, folder)
+    before = state(folder)
+    overrides = (f"prepare.interactions.path={folder}", f"run.dir={folder}/runs/mine")
+    refused(begun, "prepare", "prepare.interactions.path", str(folder / "runs" / "mine"), overrides=overrides)
+    assert state(folder) == before
+    open_run(begun, (f"prepare.interactions.path={folder}/*.csv", overrides[1])).make("prepare")
 
 
 def test_a_configuration_is_never_written_and_one_inside_an_artefact_is_refused(begun, tmp_path):
@@ -395,3 +406,14 @@ def test_every_stage_leaves_nothing_that_it_would_not_know_as_its_own(run):
     for name in STAGES:
         for stage in open_run(config).stages(name):
             assert foreign(stage.directory) is None
+
+
+def test_what_was_being_replaced_when_a_process_was_killed_is_put_back(tmp_path):
+    for name in ("step-1", "step-2"):
+        with new_directory(tmp_path / name) as aside:
+            (aside / "file").write_text(name)
+    (tmp_path / "step-1").rename(aside_path(tmp_path / "step-1", "old"))
+    shutil.copytree(tmp_path / "step-2", aside_path(tmp_path / "step-2", "old"))
+    restore_all_replaced(tmp_path)
+    assert [(tmp_path / name / "file").read_text() for name in ("step-1", "step-2")] == ["step-1", "step-2"]
+    assert not aside_path(tmp_path / "step-1", "old").exists()

@@ -183,6 +183,20 @@ def test_names_that_differ_by_case_alone_are_two_columns(engine: PrepareEngine, 
     assert read(engine, path)[0]["item"] == "b"
 
 
+def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path: Path) -> None:
+    for day in ("day1", "elsewhere"):
+        (tmp_path / day).mkdir()
+        write_table(tmp_path / day / f"{day}.csv", ["user", "item", "time"], [("u", "i", 1)])
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for name, to in {"day1": tmp_path / "day1", "day2": tmp_path / "elsewhere", "back": logs}.items():
+        (logs / name).symlink_to(to)
+    expected = [str(logs / "day1/day1.csv"), str(logs / "day2/elsewhere.csv")]
+    assert list(find_files(str(logs), "f").paths) == expected
+    (logs / "back").unlink()
+    assert list(find_files(f"{logs}/**/*.csv", "f").paths) == expected
+
+
 def test_a_directory_and_a_glob_are_read_by_name_and_hidden_files_passed_over(
     engine: PrepareEngine, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rarec.config.logs import Prepare
 from rarec.config.schema import Shards
 from rarec.data.dataset import PreparedDataset
-from rarec.data.selection.buckets import Buckets, GroupSampler, even_shares
+from rarec.data.selection.buckets import MOST, Buckets, GroupSampler, even_shares
 from rarec.data.selection.sampling import Selection, select_samples
 from rarec.data.selection.title_words import TitleWords, split_words
 from rarec.errors import UserError
@@ -150,6 +150,15 @@ def test_what_passes_by_is_drawn_once_and_as_often_as_wanted(groups: list[int], 
     assert sorted(set(drawn.tolist())) == drawn.tolist()
     there = np.bincount(of[of >= 0], minlength=3)
     assert np.bincount(of[drawn], minlength=3).tolist() == np.minimum(wanted, there).tolist()
+
+
+def test_of_more_samples_than_numpy_draws_from_as_many_are_drawn_as_wanted() -> None:
+    """A block of a group of three billion; at the end of the group, what is missing is drawn."""
+    sampler = GroupSampler(np.array([3 * 10**9]), np.array([10**9]), np.random.default_rng(0))
+    drawn = len(sampler.draw(np.zeros(30_000, np.int64)))
+    assert drawn == pytest.approx(10_000, abs=500)
+    assert sampler._number(5, MOST + 1, MOST + 1) == 5
+    assert sampler._number(MOST, MOST + 1, MOST) in (MOST - 1, MOST)
 
 
 def test_each_of_a_group_has_the_same_chance_in_every_block() -> None:

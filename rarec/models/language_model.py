@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -339,8 +340,9 @@ def _convert_gguf(file: Path, directory: Path) -> Path:
     if not file.is_file():
         raise UserError(f"llm.path: {file} does not exist", "give the path of a .gguf file")
     made_from = {"gguf": sha256_file(file)}
-    if (directory / MANIFEST).exists() and read_manifest(directory, "llm")["made_from"] == made_from:
-        return directory
+    with suppress(UserError):  # missing or damaged: it is converted again
+        if read_manifest(directory, "llm")["made_from"] == made_from:
+            return directory
     from transformers import GgufConfig
 
     parent, name = str(file.parent), file.name

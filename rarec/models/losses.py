@@ -21,6 +21,9 @@ from rarec.models.towers import Encoding, RaRec, moved
 from rarec.registry import find
 from rarec.world import SINGLE, World
 
+COMPARED = 1 << 24
+"""Items of histories and of the batch that are compared at a time."""
+
 
 @dataclass(frozen=True)
 class LossTargets:
@@ -176,7 +179,9 @@ def false_negatives(targets_b: Tensor, histories_bH: Tensor, targets_B: Tensor, 
         own_b: the column of each user's own target; False there.
     """
     same_bB = targets_b[:, None] == targets_B[None, :]
-    known_bB = (histories_bH[:, :, None] == targets_B[None, None, :]).any(1)
+    known_bB = torch.zeros_like(same_bB)
+    for part_bH in histories_bH.split(max(1, COMPARED // known_bB.numel()), dim=1):  # histories may be very long
+        known_bB |= (part_bH[:, :, None] == targets_B[None, None, :]).any(1)
     return (same_bB | known_bB).scatter(1, own_b[:, None], False)
 
 

@@ -17,7 +17,7 @@ from rarec.files import open_file, read_json
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-MAX_SIZE = 10_000_000
+MAX_SIZE = 1 << 24
 """Largest size in a model's config.json: above any vocabulary, width or context length there is."""
 MAX_LAYERS = 2_000
 _SIZE = re.compile(r"(size|embeddings|positions|_dim|dim|layers?|heads|_embd|_ctx|n_inner)$")

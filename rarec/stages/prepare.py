@@ -37,7 +37,9 @@ class PrepareStage(Stage):
         """See `Stage`."""
         from rarec.data.preparation.pipeline import write_dataset
 
-        return Built(write_dataset(self.run.config.prepare, directory, self.run.say))
+        run, figures = self.run, dict[str, Any]()
+        run.world.run_on_main(lambda: figures.update(write_dataset(run.config.prepare, directory, run.say)))
+        return Built(figures)
 
     def verify(self, directory: Path) -> None:
         """Prove that nothing of validation, test or the future can enter training."""

@@ -31,6 +31,11 @@ class ReportStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
+        self.run.world.run_on_main(lambda: self._write(directory))
+        self.run.say(f"report: {self.directory / 'report.html'}")
+        return Built()
+
+    def _write(self, directory: Path) -> None:
         from rarec.evaluation.html_report import write_report
 
         run = self.run
@@ -40,8 +45,6 @@ class ReportStage(Stage):
             if (place / MANIFEST).exists():
                 check_files(place, read_manifest(place, stage), names=files)
         write_report(directory, directories(run), run.config, say=run.say)
-        run.say(f"report: {self.directory / 'report.html'}")
-        return Built()
 
 
 def directories(run: "Run") -> "RunDirectories":

@@ -3,11 +3,11 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rarec.artefacts import check_files, forget_checks, sha256_json
+from rarec.artefacts import check_files, sha256_json
 from rarec.config import RunConfig, Variant, load_config
 from rarec.config.ids import Ids
 from rarec.errors import Stopped, UserError
@@ -70,6 +70,7 @@ class Run:
         self.config = config if isinstance(config, RunConfig) else load_config(config, overrides)
         self.file = None if isinstance(config, RunConfig) else config
         self.say = say
+        self.reads_all = False
 
     def run(self, stages: Sequence[str] | None = None, *, fresh: bool = False, verify: bool = False) -> None:
         """Build the stages that are not finished yet, in their order.
@@ -90,8 +91,7 @@ class Run:
         for stage in self.all_stages(wanted):  # what is refused is refused now, not after hours of training
             stage.settings()
             stage.check_place(fresh)
-            if verify:
-                self.world.run_on_main(partial(forget_checks, stage.directory))
+        self.reads_all = verify
         for name in wanted:
             self.say(f"\n{name}")
             started = time.monotonic()

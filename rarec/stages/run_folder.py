@@ -16,6 +16,7 @@ from rarec.version import source
 if TYPE_CHECKING:
     from rarec.stages.run import Run
 
+_TABLES = ("field `prepare.interactions.path`", "field `prepare.items.path`")
 HEADER = "# The resolved configuration of this run, written by rarec. Edit the file that it comes from instead.\n"
 
 
@@ -34,6 +35,9 @@ def check(run: "Run") -> None:
             if path.is_relative_to(place):
                 problem = f"{field}: {path} lies inside {place}, where rarec replaces files"
                 raise UserError(problem, "move it elsewhere, or choose another run.dir")
+            if field in _TABLES and path.is_dir() and place.is_relative_to(path):
+                problem = f"{field}: {path} is searched for tables, and {place} inside it is for rarec's own"
+                raise UserError(problem, "choose a run.dir outside it, or name the tables by a glob: logs/*.csv")
 
 
 def write_config(run: "Run", *, only_if_there: bool = False) -> None:

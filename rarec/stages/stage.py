@@ -199,7 +199,12 @@ class Stage(ABC):
 
     def check_files(self) -> None:
         """Check every file of the finished artefact against its manifest."""
-        check_files(self.directory, read_manifest(self.directory, self.kind), remember=self.remembers)
+        check_files(self.directory, read_manifest(self.directory, self.kind), remember=self._trusts_notes)
+
+    @property
+    def _trusts_notes(self) -> bool:
+        """Whether files that were checked before, and have not changed by size, time and inode, are not read again."""
+        return self.remembers and not self.run.reads_all
 
     def is_done(self) -> bool:
         """Return whether the artefact is finished as the configuration says, as far as manifests tell."""
@@ -263,7 +268,7 @@ class Stage(ABC):
             return False
         try:
             manifest = world.run_on_all(lambda: self.require(outside=True))
-            world.run_on_main(lambda: check_files(self.directory, manifest, self.remedy, remember=self.remembers))
+            world.run_on_main(lambda: check_files(self.directory, manifest, self.remedy, remember=self._trusts_notes))
         except UserError as error:
             if not self.cheap:
                 raise

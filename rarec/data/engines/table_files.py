@@ -4,10 +4,11 @@ Paths are local, or URLs of any file system that fsspec supports (`s3://`, `gs:/
 """
 
 import csv
+import glob
 import gzip
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -177,13 +178,22 @@ def _list(location: str, field: str) -> list[str]:
     if path.is_file():
         return [location]
     if path.is_dir():
-        inside = [path, *path.rglob("*")]
+        inside = [path, *_inside(path)]
         closed = next((each for each in inside if each.is_dir() and not os.access(each, os.R_OK | os.X_OK)), None)
         if closed is not None:  # its files would be passed over without a word
             raise _unreadable(str(closed), field)
         return _tables(str(path), (str(file) for file in inside if file.is_file()))
-    pattern = str(path.relative_to(path.anchor))
-    return sorted(str(match) for match in Path(path.anchor).glob(pattern) if match.is_file())
+    found = glob.glob(location, recursive=True, include_hidden=True)  # noqa: PTH207 # pathlib passes linked folders over
+    return sorted(match for match in found if Path(match).is_file())
+
+
+def _inside(root: Path) -> Iterator[Path]:
+    """Yield what is in a directory, also in linked folders, but not in a link back to a folder that holds it."""
+    for folder, names, files in os.walk(root, followlinks=True):
+        place = Path(folder)
+        above = {os.path.realpath(place), *map(os.path.realpath, place.parents)}
+        names[:] = [name for name in names if os.path.realpath(place / name) not in above]
+        yield from (place / name for name in (*names, *files))
 
 
 def _list_remote(url: str, system: fsspec.AbstractFileSystem) -> list[str]:

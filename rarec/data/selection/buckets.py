@@ -14,6 +14,8 @@ from rarec.config.schema import Shards
 from rarec.data.dataset import Int32, Int64, PreparedDataset
 
 Mask = npt.NDArray[np.bool_]
+MOST = 10**9
+"""Samples of which numpy draws a hypergeometric number."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,15 @@ class GroupSampler:
             at = np.flatnonzero(groups_S == group)
             left, wanted = int(self._left_G[group]), int(self._wanted_G[group])
             all_of_them = wanted in (0, left)
-            take = min(wanted, len(at)) if all_of_them else self._rng.hypergeometric(len(at), left - len(at), wanted)
+            take = min(wanted, len(at)) if all_of_them else self._number(len(at), left, wanted)
             drawn.append(at if take == len(at) else self._rng.choice(at, take, replace=False))
             self._left_G[group] -= len(at)
             self._wanted_G[group] -= take
         return np.sort(np.concatenate(drawn))
+
+    def _number(self, here: int, left: int, wanted: int) -> int:
+        """Draw how many of the `wanted` samples of all that are `left` are among those here."""
+        if left <= MOST:
+            return int(self._rng.hypergeometric(here, left - here, wanted))
+        number = int(self._rng.binomial(here, wanted / left))  # of so many, all but the same
+        return min(max(number, wanted - (left - here)), wanted)

@@ -5,6 +5,7 @@ Samples are computed shard by shard in the thread of the model; worker threads p
 Shape letters: S samples.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -71,7 +72,9 @@ def write_shards(
         record, rows_S = write_shard(directory / tar_name(job[0]), job[1], job[0])
         progress.write(job[0], record, rows_S)
 
-    missing = world.run_on_all(lambda: [shard for shard in shards if not progress.holds(shard)])
+    # Rank 0 decides for all: another machine may not list yet what was written a moment ago.
+    mine = world.run_on_all(lambda: [at for at in shards if world.is_main and not progress.holds(at)])
+    missing = json.loads(world.exchange(json.dumps(mine))[0])
     for _ in _in_threads(write, _compute(make, world, missing, total, per_shard), writers):
         pass
     world.barrier()

@@ -105,7 +105,10 @@ class PlainOptimisation:
 
     def resume(self, moments: Mapping[str, Tensor], step: int) -> None:
         """See `Optimisation`."""
+        begun = {key.rpartition("/")[0] for key in moments}  # no gradient has reached the others yet
         for name, parameter in self.parameters.items():
+            if name not in begun:
+                continue
             own = {kind: moments[f"{name}/{kind}"].to(parameter.device).clone() for kind in MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **own}
 
