@@ -42,7 +42,7 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-vllm .venv-peers runs site
+	rm -rf .venv .venv-vllm .venv-peers site
 
 # What comes with it for sound and pictures does not load beside a torch for CPUs, and is not needed.
 .venv-vllm/done:

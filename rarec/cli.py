@@ -126,6 +126,23 @@ def export(
     trust: Trust = None,
 ) -> None:
     """Write the bundle, or a bundle in other forms."""
+    of_bundle = {
+        "--out": out,
+        "--index": index != "flat",
+        "--int8": int8,
+        "--push": push,
+        "--llm": llm,
+        "--trust": trust,
+    }
+    of_run = {"overrides": overrides, "--fresh": fresh, "--with-llm": with_llm}
+    useless = next((name for name, given in (of_run if to else of_bundle).items() if given), None)
+    if useless:
+        problem = (
+            f"{useless} {'do not go' if useless == 'overrides' else 'does not go'} {'with' if to else 'without'} --to"
+        )
+        raise UserError(
+            problem, "rarec export CONFIG [OVERRIDES] writes a bundle, rarec export BUNDLE --to FORM another form"
+        )
     if to:
         convert(config, to, out, index, int8, push, llm, trust)
         return

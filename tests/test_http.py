@@ -254,8 +254,8 @@ def test_rates(bundle):
         assert codes == [200, 200, 429, 429]
         assert int(client.get("/v1/bundles").headers["retry-after"]) >= 1
         assert client.get("/health").status_code == 200
-    rates = Rates(1000.0)
-    assert [rates.wait(str(client)) for client in range(20_000)] == [0.0] * 20_000
+    rates = Rates()
+    assert [rates.wait(str(client), 1000.0) for client in range(20_000)] == [0.0] * 20_000
     assert len(rates._left) <= 10_000
 
 
@@ -318,6 +318,35 @@ def test_who_comes_when_too_many_wait_is_sent_away():
     running.result(10)
     batcher.close()
     assert engine.passes == [[["a"]]], "a request that nobody waits for is not served"
+
+
+def test_a_call_for_many_users_counts_as_so_many():
+    engine = Slow()
+    batcher = Batcher(engine, most=2, window=0.0, limit=3)
+    batcher.answer([Request(["a"])])
+    wait_for(lambda: not batcher.waiting)
+    batcher.call(lambda: None, users=3)
+    assert batcher.waiting == 3
+    with pytest.raises(Busy):
+        batcher.answer([Request(["c"])])
+    engine.go.set()
+    batcher.close()
+
+
+def test_a_failure_of_the_engine_is_answered_like_any_other_problem(bundle, monkeypatch, capsys):
+    class Broken(Slow):
+        def answer(self, requests: list[Request]) -> list[Answer]:
+            raise RuntimeError("secret")
+
+    monkeypatch.setattr("rarec.serving.app.load_engine", lambda settings, path: Broken())
+    app, fleet = assemble(lambda: settings_of(bundle))
+    fleet.load()
+    with TestClient(app, raise_server_exceptions=False) as client:
+        answer = client.post("/v1/recommend", json={"histories": [["a"]]})
+    assert (answer.status_code, set(answer.json())) == (500, {"problem", "remedy"})
+    assert answer.headers["x-request-id"] in answer.json()["remedy"]
+    assert "secret" not in answer.text
+    assert "secret" in capsys.readouterr().err
 
 
 def test_a_busy_service_says_when_to_come_again(bundle, monkeypatch):
@@ -411,6 +440,65 @@ def test_users_are_shared_between_bundles_and_keep_theirs(versions, tmp_path):
         assert set(first) == {"a", "b"}
         assert first.count("a") > first.count("b")
         assert post(client, "recommend", histories=[["i001"]], bundle="c")["bundle"] == "c"
+
+
+def test_bundles_that_are_added_or_renamed_take_no_users_before_they_are_loaded(versions, quick, tmp_path):
+    settings = tmp_path / "serve.yaml"
+    settings.write_text("bundles: {a: {path: one}}")
+    app, fleet = assemble(lambda: read_settings(settings))
+    fleet.load()
+
+    def names() -> set[str]:
+        return {post(client, "recommend", histories=[["i001"]], user=f"user {at}")["bundle"] for at in range(20)}
+
+    with TestClient(app) as client:
+        settings.write_text("bundles: {a: {path: one}, b: {path: nowhere}}")
+        wait_for(lambda: client.get("/ready").json()["bundles"].get("b", {}).get("trouble"))
+        assert names() == {"a"}
+        assert client.get("/ready").status_code == 200
+        settings.write_text("bundles: {b: {path: nowhere}}")
+        wait_for(lambda: "a" not in client.get("/ready").json()["bundles"])
+        assert names() == {"a"}, "until the other is there"
+        settings.write_text("bundles: {b: {path: two}}")
+        wait_for(lambda: names() == {"b"})
+
+
+def test_whatever_goes_wrong_while_settings_are_read_again_they_are_read_again(bundle, quick, tmp_path):
+    tokens, wrong = tmp_path / "tokens", threading.Event()
+    tokens.write_text("a-token-of-24-characters\n")
+
+    def read() -> ServeSettings:
+        if wrong.is_set():
+            raise OSError(24, "Too many open files")
+        return settings_of(bundle, device="cpu", tokens=str(tokens))
+
+    app, fleet = assemble(read)
+    fleet.load()
+    with TestClient(app) as client:
+
+        def status(token: str) -> int:
+            return client.get("/metrics", headers={"authorization": f"bearer {token}"}).status_code
+
+        wrong.set()
+        wait_for(lambda: "settings" in fleet._troubles)
+        wrong.clear()
+        tokens.write_text("short\n")
+        wait_for(lambda: str(tokens) in fleet._troubles.get("settings", ""))
+        assert status("a-token-of-24-characters") == 200, "as before"
+        tokens.write_text("another-token-of-some-length\n")
+        wait_for(lambda: status("another-token-of-some-length") == 200)
+        assert status("a-token-of-24-characters") == 401
+        assert client.get("/ready").json()["ready"]
+
+
+def test_the_end_does_not_wait_for_a_bundle_that_is_being_loaded(bundle, quick, monkeypatch):
+    loads = threading.Event()
+    monkeypatch.setattr("rarec.serving.app.load_engine", lambda *_: loads.set() or time.sleep(20) or Slow())
+    app, _ = assemble(lambda: settings_of(bundle))
+    with TestClient(app):
+        assert loads.wait(10)
+        started = time.monotonic()
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,31 @@ def test_code_of_the_users_own_is_not_imported_unasked(copied):
     assert Bundle.open(copied, ["no_such_package:Map"])
 
 
+def test_settings_that_say_nothing_of_the_model_are_not_read(copied, tmp_path, monkeypatch):
+    """They might name code, which would be imported from the folder that a user stands in."""
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('run').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    model = read_json(copied / FACTS)["model"]
+    for more in ({"ids": {"model": "evil:Model"}}, {"train": {"blocks": None, "variants": ["evil:VARIANT"]}}):
+        sealed(copied, model={**model, "settings": {**model["settings"], **more}})
+        assert rarec.load(copied).recommend([["i001"]])[0]
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_pickle_is_read_only_if_it_is_trusted_by_name(copied):
+    facts = read_json(copied / FACTS)
+    facts["model"]["settings"]["llm"]["allow_pickle_weights"] = True
+    sealed(copied, model=facts["model"])
+    with pytest.raises(UserError, match=r"llm\.allow_pickle_weights.*\n.*trusted"):
+        rarec.load(copied)
+    assert Bundle.open(copied, ["llm.allow_pickle_weights"])
+
+
+def test_a_folder_called_llm_is_the_language_model_only_if_it_was_exported(copied):
+    (copied / "llm").mkdir()
+    assert rarec.load(copied).recommend([["i001"]])[0]
+
+
 def test_a_table_of_users_cannot_be_served(run):
     from rarec.stages.export import _check_servable
 

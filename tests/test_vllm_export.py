@@ -1,5 +1,9 @@
 """What is written for vLLM says what the model computes, or is refused; vLLM itself is in test_vllm.py."""
 
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,6 +33,22 @@ def test_the_folder_says_how_it_is_served(tmp_path):
         assert option in script
     manifest = read_json(llama.folder / "manifest.json")
     assert max(manifest["query_difference"], manifest["prefix_difference"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_script_finds_the_language_model_from_any_folder_and_with_spaces_in_its_path(tmp_path):
+    llama = served(tmp_path, "every block, mean")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "my models").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\nfor one in "$@"; do echo "$one"; done\n')
+    python.chmod(0o755)
+    own = Path(llama.recommender.parts.llm_path).resolve()
+    for given, expected in (("", own), ("my models", tmp_path / "my models")):
+        environment = {"PATH": f"{python.parent}:{os.environ['PATH']}", "RAREC_LLM": given}
+        script = [llama.folder / "serve.sh"]
+        said = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert f"--model\n{expected}\n" in said.stdout
 
 
 def model_of(kind: str) -> RaRec:

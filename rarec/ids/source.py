@@ -302,6 +302,10 @@ def _read_tensors(directory: Path, kind: str) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.load(directory / file, mmap_mode="c", allow_pickle=False))}
 
 
+KINDS_OF_USERS = (*RECIPES, "mapped", "rule", "table", "graph")
+"""Ways to make user vectors that come with rarec; any other name is of an ID model of the user's own."""
+
+
 def users_of(
     settings: Mapping[str, Any], recipe: Recipe | None, tensors: Mapping[str, Tensor], where: str
 ) -> UserVectors:

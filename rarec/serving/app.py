@@ -21,7 +21,7 @@ from rarec.serving.http import asked
 from rarec.serving.http.batcher import RETRY_AFTER, Batcher, Busy, Closed
 from rarec.serving.http.engine import Engine, NotOffered
 from rarec.serving.http.fleet import Fleet, Loaded, Unavailable, Unknown
-from rarec.serving.http.guard import REMEDIES, Guard, event, problem
+from rarec.serving.http.guard import REMEDIES, Guard, event, failed, problem
 from rarec.serving.http.metrics import Metrics
 from rarec.serving.http.settings import ServeSettings, settings_of_environment
 from rarec.serving.recommended import History, Recommended, Request
@@ -78,7 +78,12 @@ def assemble(read: Callable[[], ServeSettings] = settings_of_environment) -> tup
     app = FastAPI(title="rarec", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     Service(fleet, metrics).add_to(app)
     _add_refusals(app)
-    return Guard(app, fleet.settings, metrics.request), fleet
+
+    def observe(method: str, route: str, status: int, seconds: float) -> None:
+        metrics.request(method, route, status, seconds)
+        metrics.waiting.set(fleet.waiting)  # also where another worker is asked for the metrics
+
+    return Guard(app, fleet, observe), fleet
 
 
 def load_engine(settings: ServeSettings, path: Path) -> Engine:
@@ -144,7 +149,8 @@ class Service:
     async def vectors(self, incoming: Incoming, given: asked.VectorsAsked) -> asked.Vectors:
         """Return the query vector of each history: what an index of the item vectors is searched with."""
         self._check(given.histories)
-        one, found = await self._call(incoming, given, lambda engine: engine.vectors(given.histories))
+        users = len(given.histories)
+        one, found = await self._call(incoming, given, lambda engine: engine.vectors(given.histories), users)
         return asked.Vectors(vectors=found, **_of(one))
 
     async def similar(self, incoming: Incoming, given: asked.SimilarAsked) -> asked.Items:
@@ -182,15 +188,18 @@ class Service:
         query: Annotated[str, Query(max_length=200, description="Words that the title holds.")] = "",
         limit: Annotated[int, Query(ge=1, le=200)] = FOUND,
         bundle: Annotated[str | None, Query(max_length=40)] = None,
+        user: Annotated[str, Query(max_length=200)] = "",
     ) -> asked.FoundItems:
         """Return items whose titles hold all words of a query."""
-        one = self._fleet.pick(bundle, "")
+        one = self._fleet.pick(bundle, user)
         found = await run_in_threadpool(_search, one, query, limit)
         return asked.FoundItems(items=found, **_of(one))
 
-    async def sample(self, incoming: Incoming) -> asked.FoundItems:
+    async def sample(
+        self, incoming: Incoming, user: Annotated[str | None, Query(max_length=200)] = None
+    ) -> asked.FoundItems:
         """Return the history of a user who might be: items that are bought together."""
-        one, items = await self._call(incoming, asked.Asked(), lambda engine: engine.sample())
+        one, items = await self._call(incoming, asked.Asked(user=user), lambda engine: engine.sample())
         return asked.FoundItems(items=[asked.Found(item=item, title=title) for item, title in items], **_of(one))
 
     async def bundles(self) -> dict[str, Any]:
@@ -214,8 +223,13 @@ class Service:
         self._counts.waiting.set(self._fleet.waiting)
         return Response(self._counts.text(), media_type="text/plain; version=0.0.4")
 
-    async def _call(self, incoming: Incoming, given: asked.Asked, work: Callable[[Engine], Any]) -> tuple[Loaded, Any]:
-        return await self._ask(incoming, given, lambda batcher: batcher.call(lambda: work(batcher.engine)), 1)
+    async def _call(
+        self, incoming: Incoming, given: asked.Asked, work: Callable[[Engine], Any], users: int = 1
+    ) -> tuple[Loaded, Any]:
+        def submit(batcher: Batcher) -> "Future[Any]":
+            return batcher.call(lambda: work(batcher.engine), users)
+
+        return await self._ask(incoming, given, submit, users)
 
     async def _ask(
         self, incoming: Incoming, given: asked.Asked, submit: Callable[[Batcher], "Future[Any]"], users: int
@@ -263,6 +277,11 @@ def _add_refusals(app: FastAPI) -> None:
     on(Busy, lambda error: problem(503, "too many users wait", busy, after=RETRY_AFTER))
     on(TimeoutError, lambda error: problem(503, "no answer in time", busy, after=RETRY_AFTER))
     on(RequestValidationError, _invalid)
+
+    async def crashed(incoming: Incoming, _: Exception) -> JSONResponse:
+        return failed(incoming.scope)
+
+    app.add_exception_handler(Exception, crashed)  # the server raises it again, so that the guard logs it
     on(HTTPException, lambda error: problem(error.status_code, str(error.detail), _remedy(error)))
 
 

@@ -29,13 +29,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rarec.artefacts import check_files, read_manifest
-from rarec.config import RunConfig, Variant
+from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.ids import Ids, Recipe
 from rarec.config.logs import Prepare
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.files import read_json
-from rarec.ids.source import Source, users_of
+from rarec.ids.source import KINDS_OF_USERS, Source, users_of
 from rarec.models.build import SourceShape
 from rarec.neighbours.table import read_table
 from rarec.registry import KINDS
@@ -56,6 +56,8 @@ MODEL, IDS = "model", "ids/"
 """Names in `vectors.safetensors`: the variant's item vectors, and those of ID models."""
 FIGURES = ("row", "why", "metrics", "trained_parameters")
 """Fields of the manifest for the reader."""
+PICKLE = "llm.allow_pickle_weights"
+"""What must be trusted by name to read a language model that is a pickle."""
 _AGAIN = "export it again: rarec export CONFIG --fresh"
 LOG, CATALOGUE = ("user", "item", "time", "position"), ("item", "title", "text")
 """Roles of the columns of a log, and of a catalogue."""
@@ -120,7 +122,7 @@ class Bundle:
         check_facts(directory / FACTS, facts, opened.tables_there, _AGAIN)
         for name in _parts_of(facts):
             if name not in trusted:
-                problem = f"{directory} needs {name}, code that does not come with rarec"
+                problem = f"{directory} needs {name}, which does not come with rarec"
                 raise UserError(problem, f"name it, if you trust it: rarec.load(..., trusted=[{name!r}])")
         count = check_items(directory / ITEMS, _AGAIN)
         wanted: dict[str, int | None] = {IDS + name: of["dim"] for name, of in facts["sources"].items()}
@@ -165,6 +167,11 @@ class Bundle:
         return {name: SourceShape(facts["dim"], facts["vectors_per_user"]) for name, facts in slots.items()}
 
     @property
+    def holds_llm(self) -> bool:
+        """Whether the language model is inside."""
+        return any(Path(file).parent.name == LLM for file in self.manifest["files"])
+
+    @property
     def tables_there(self) -> list[str]:
         """Names of the neighbour tables."""
         files = (Path(file) for file in self.manifest["files"])
@@ -188,7 +195,10 @@ class Bundle:
         """The configuration of the model; sections that say nothing about it are not those of the run."""
         model = self.facts["model"]
         run, prepare = {"dir": "none", "seed": model["seed"]}, self.tables().model_dump(mode="json")
-        return RunConfig.model_validate({"run": run, "prepare": prepare, **model["settings"]})
+        # nothing but these: other sections may name code, which would be imported
+        settings = {name: model["settings"][name] for name in MODEL_SECTIONS if name in model["settings"]}
+        settings["train"] = {"blocks": settings["train"]["blocks"]}
+        return RunConfig.model_validate({"run": run, "prepare": prepare, **settings})
 
     def tables(self, *, log: str = "none", items: str = "none", columns: Mapping[str, str] = NO_COLUMNS) -> Prepare:
         """Return how a log and a catalogue are read that are like those that the recommender was trained on.
@@ -213,7 +223,7 @@ def _recipe(users: Mapping[str, Any]) -> Recipe | None:
     """Return the settings of an ID model of the user's own; None for the others, which need none."""
     settings = dict(users["inner"] if users["kind"] == "mapped" else users)
     kind = settings.pop("kind")
-    return Ids(model=kind, settings=settings).recipe if ":" in kind else None
+    return Ids(model=kind, settings=settings).recipe if kind not in KINDS_OF_USERS else None
 
 
 def named_parts(directory: Path) -> list[str]:
@@ -224,12 +234,14 @@ def named_parts(directory: Path) -> list[str]:
 def _parts_of(facts: Mapping[str, Any]) -> list[str]:
     users = [source["users"] for source in facts["sources"].values()]
     kinds = [(of["inner"] if of["kind"] == "mapped" else of)["kind"] for of in users]
-    names = [kind for kind in kinds if ":" in kind]
+    names = [kind for kind in kinds if kind not in KINDS_OF_USERS]
     settings = facts["model"]["settings"] if facts["model"] else {}
     for kind in ("alignment_maps", "readouts", "losses") if settings else ():
         section, field = KINDS[kind].field.split(".")
         if settings[section][field] not in KINDS[kind].built_in:
             names.append(settings[section][field])
+    if settings and settings["llm"].get("allow_pickle_weights"):
+        names.append(PICKLE)
     return names
 
 

@@ -1,6 +1,8 @@
 """The card of a bundle: Markdown with the front matter that model hubs read."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -81,6 +83,11 @@ def model_card(contents: Contents, config: RunConfig, figures: Mapping[str, Any]
     )
 
 
+def _hub_name(model: str) -> str | None:
+    """Return the name of a language model of the hub; None for one that is on this machine: hubs refuse paths."""
+    return model if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) and not Path(model).exists() else None
+
+
 def _front_matter(contents: Contents, config: RunConfig, figures: Mapping[str, Any]) -> ModelCardData:
     """Return what model hubs read: licence, language model, and the row's figures."""
     name, trained = variant_title(contents.row), contents.trained
@@ -91,7 +98,7 @@ def _front_matter(contents: Contents, config: RunConfig, figures: Mapping[str, A
         if row["protocol"] == FULL and row["variant"] == contents.row
     ]
     return ModelCardData(
-        base_model=trained.llm["name"] if trained else None,
+        base_model=_hub_name(trained.llm["name"]) if trained else None,
         library_name="rarec",
         license=config.export.license,
         tags=["recommendation", "ra-rec"],

@@ -41,7 +41,7 @@ class Parts:
         self, bundle: Bundle, *, llm: str | None = None, batch_size: int | None = None, world: World = SINGLE
     ) -> None:
         self.bundle, self._world = bundle, world
-        self._llm = llm or (str(bundle.directory / LLM) if (bundle.directory / LLM).is_dir() else None)
+        self._llm = llm or (str(bundle.directory / LLM) if bundle.holds_llm else None)
         self._batch_size = batch_size or int(bundle.facts["batch_size"])
 
     @cached_property

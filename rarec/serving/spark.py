@@ -9,8 +9,12 @@ recommend(histories, "served/", k=10).write.parquet("top.parquet")
 ```
 """
 
+import atexit
+import hashlib
 import importlib.util
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +29,10 @@ if TYPE_CHECKING:
 
 TOGETHER = 256
 """Users encoded at a time, of similar lengths."""
-NEEDED = ("query.onnx", "index.faiss", "client.json", "rarec_client.py")
+MANIFEST = "manifest.json"
+NEEDED = ("query.onnx", "index.faiss", "client.json", "rarec_client.py", MANIFEST)
+_SENT: set[tuple[str, str]] = set()
+"""What was sent: application, name."""
 
 
 def recommend(
@@ -67,7 +74,7 @@ def recommend(
             there = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in histories.schema.fields)
             problem = f"the histories have no column {column!r}{' of arrays' if kind is T.ArrayType else ''} ({there})"
             raise UserError(problem, "name the columns: recommend(histories, folder, user=..., items=...)")
-    histories.sparkSession.sparkContext.addFile(str(folder), recursive=True)
+    name = _sent(histories.sparkSession.sparkContext, folder)
     by_value: Any = register_pickle_by_value
     by_value(sys.modules[__name__])  # workers may have no rarec
     of_items = pq.read_schema(folder / "items.parquet").field("id").type
@@ -79,7 +86,6 @@ def recommend(
             for name, kind in {**fields, "title": T.StringType(), "score": T.FloatType()}.items()
         ]
     )
-    name = folder.name
 
     def serve(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         client = _client(SparkFiles.get(name), graph)
@@ -87,6 +93,23 @@ def recommend(
             yield from _served(client, batch, k)
 
     return histories.select(user, items).mapInArrow(serve, schema)
+
+
+def _sent(context: Any, folder: Path) -> str:
+    """Send a folder to the workers; return its name there.
+
+    Spark sends a path once in a session, and workers keep what they have opened. So a copy is sent, which is named by its
+    content and lasts as long as this process.
+    """
+    manifest = (folder / MANIFEST).read_bytes()
+    name = f"{folder.name}-{hashlib.sha256(manifest).hexdigest()[:12]}"
+    if (context.applicationId, name) not in _SENT:
+        place = Path(tempfile.mkdtemp(prefix="rarec-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        shutil.copytree(folder, place / name)
+        context.addFile(str(place / name), recursive=True)
+        _SENT.add((context.applicationId, name))
+    return name
 
 
 def _client(folder: str, graph: str) -> Any:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from rarec.artefacts import MANIFEST
 from rarec.directories import new_directory
@@ -37,7 +36,7 @@ def upload(directory: Path, repository: str, api: Any = None) -> str:
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(directory), ignore_patterns=[".*"])
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except Exception as error:  # the hub refuses, its client does, or the network
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         remedy = "log in with hf auth login, check the name, and give --push again with another --out"
         raise UserError(f"--push {repository}: {first[:200]}", remedy) from None

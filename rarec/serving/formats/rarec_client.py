@@ -39,8 +39,8 @@ class Client:
         given = dict(self._inputs(rows))
         return self.graph.run(None, {of.name: given[of.name] for of in self.graph.get_inputs()})[0]
 
-    def best(self, query: Any, history: list[int], k: int, hidden: Any) -> list[tuple[int, float]]:
-        """Return rows and scores of a user's k best items, without the hidden ones."""
+    def best(self, query: Any, history: list[int], k: int, hidden: Any, among: Any = None) -> list[tuple[int, float]]:
+        """Return rows and scores of a user's k best items, without the hidden ones, of all items or among some rows."""
         added = np.zeros(len(self.ids))
         for name, weight in self.facts["neighbours"].items():
             (rows, columns, values), sums = self.near[name], np.zeros(len(self.ids))
@@ -48,8 +48,10 @@ class Client:
                 part = slice(*np.searchsorted(rows, [row, row + 1]))
                 sums[columns[part]] += self.facts["decay"] ** age * values[part]
             added += weight * sums**0.5
-        _, found = self.index.search(query, min(self.index.ntotal, k + len(set(hidden))))
-        rows = np.setdiff1d(np.union1d(found[found >= 0], np.flatnonzero(added)), hidden)
+        if among is None:
+            _, found = self.index.search(query, min(self.index.ntotal, k + len(set(hidden))))
+            among = np.union1d(found[found >= 0], np.flatnonzero(added))
+        rows = np.setdiff1d(among, hidden)
         scores = (self.index.reconstruct_batch(rows) @ query.T).max(1) + added[rows] if len(rows) else rows
         return [(int(row), -float(score)) for score, row in sorted(zip(-scores, rows, strict=True))[:k]]
 

@@ -30,11 +30,12 @@ class _Job:
 
     requests: Sequence[Request]
     call: Callable[[], Any] | None = None
+    callers: int = 1
     future: "Future[Any]" = field(default_factory=Future)
 
     @property
     def users(self) -> int:
-        return max(1, len(self.requests))
+        return len(self.requests) or self.callers
 
 
 class Batcher:
@@ -76,14 +77,14 @@ class Batcher:
         """
         return self._submit(_Job(requests))
 
-    def call(self, function: Callable[[], Any]) -> "Future[Any]":
-        """Return the future result of a call of the engine.
+    def call(self, function: Callable[[], Any], users: int = 1) -> "Future[Any]":
+        """Return the future result of a call of the engine for a number of users.
 
         Raises:
             Busy: too many wait.
             Closed: it serves no more.
         """
-        return self._submit(_Job((), function))
+        return self._submit(_Job((), function, users))
 
     def close(self) -> None:
         """Finish what waits, and end the thread."""

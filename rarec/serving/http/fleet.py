@@ -1,7 +1,8 @@
 """The bundles of a service: loaded by name, chosen by share, and replaced while they serve.
 
 A thread looks at the disk once a second. Where another bundle stands at a path, it is loaded beside the old one; then
-new requests get the new one, and the old one answers those that wait for it. What cannot be loaded changes nothing.
+new requests get the new one, and the old one answers those that wait for it. What cannot be loaded changes nothing: its
+users get another bundle, and one that the settings name no more serves until all that they name are loaded.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from rarec.artefacts import MANIFEST
 from rarec.errors import UserError
 from rarec.serving.http.batcher import Batcher
 from rarec.serving.http.engine import Engine
+from rarec.serving.http.guard import read_tokens
 from rarec.serving.http.settings import ServedBundle, ServeSettings
 
 LOOK_EVERY = 1.0
@@ -74,7 +76,8 @@ class Fleet:
         event: Callable[[str, str], None],
     ) -> None:
         self._read, self._load, self._observe, self._event = settings, load, observe, event
-        self.settings = settings()
+        self.settings, self.tokens = self._read_settings()
+        self._complete = False
         self._loaded: Mapping[str, Loaded] = {}
         self._troubles: dict[str, str] = {}
         self._tried: dict[str, tuple[Stamp | None, float]] = {}
@@ -95,11 +98,12 @@ class Fleet:
             error = self._refresh(name, bundle)
             if error is not None:
                 raise error
+        self._complete = True
 
     def close(self) -> None:
-        """Answer what waits, and end."""
+        """Answer what waits, and end. A bundle that is being loaded is not waited for."""
         self._end.set()
-        self._thread.join()
+        self._thread.join(LOOK_EVERY)
         for one in self._loaded.values():
             one.batcher.close()
 
@@ -110,12 +114,13 @@ class Fleet:
             Unknown: there is no such name.
             Unavailable: it is not loaded yet.
         """
-        loaded = self._loaded
-        if name is not None and name not in self.settings.bundles:
+        loaded, bundles = self._loaded, self.settings.bundles
+        if name is not None and name not in bundles:
             raise Unknown(name)
-        wanted = name if name is not None else self._by_share(user)
+        there = {other: bundle.share for other, bundle in bundles.items() if other in loaded}
+        wanted = name if name is not None else _by_share(there or dict.fromkeys(loaded, 1.0), user)
         if wanted not in loaded:
-            raise Unavailable(wanted)
+            raise Unavailable(wanted or next(iter(bundles)))
         return loaded[wanted]
 
     def state(self) -> dict[str, Any]:
@@ -134,40 +139,38 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Return whether every bundle serves."""
-        return self._thread.is_alive() and all(one["loaded"] for one in self.state().values())
+        """Return whether every bundle serves, or did once: one that is added later makes no service unready."""
+        loaded = self._loaded
+        whole = self._complete or set(loaded) >= set(self.settings.bundles)
+        return self._thread.is_alive() and whole and all(one.batcher.alive for one in loaded.values())
 
     @property
     def waiting(self) -> int:
         """Return the number of users who wait."""
         return sum(one.batcher.waiting for one in self._loaded.values())
 
-    def _by_share(self, user: str) -> str:
-        bundles = self.settings.bundles
-        total = sum(bundle.share for bundle in bundles.values())
-        at = int.from_bytes(hashlib.sha256(user.encode()).digest()[:8]) / 2**64 * total
-        for name, bundle in bundles.items():
-            at -= bundle.share
-            if at < 0:
-                return name
-        return next(iter(bundles))
-
     def _watch(self) -> None:
         while not self._end.is_set():
             self._refresh_settings()
             for name, bundle in self.settings.bundles.items():
                 self._refresh(name, bundle)
-            self._retire()
+            if set(self._loaded) >= set(self.settings.bundles):
+                self._complete = True
+                self._retire()
             self._end.wait(LOOK_EVERY)
 
     def _refresh_settings(self) -> None:
         try:
-            found = self._read()
-        except UserError as error:
+            self.settings, self.tokens = self._read_settings()
+        except Exception as error:  # whatever it is, this thread goes on
             self._trouble("settings", error)
             return
         self._troubles.pop("settings", None)
-        self.settings = found
+
+    def _read_settings(self) -> tuple[ServeSettings, list[bytes] | None]:
+        """Return the settings, and the hashes of the tokens that they name."""
+        found = self._read()
+        return found, read_tokens(Path(found.tokens)) if found.tokens else None
 
     def _refresh(self, name: str, bundle: ServedBundle) -> Exception | None:
         """Load a bundle if there is another one at its path than the one that serves; return what is wrong with it."""
@@ -181,17 +184,17 @@ class Fleet:
         try:
             if stamp is None:
                 raise UserError(f"{bundle.path} has no {MANIFEST}", "put a bundle there")
-            engine = self._load(self.settings, Path(bundle.path))
+            settings = self.settings
+            engine = self._load(settings, Path(bundle.path))
+            folded = [title.casefold() for title in engine.titles]
+            batcher = Batcher(engine, settings.max_batch, settings.window_ms / 1000, settings.max_queue, self._observe)
         except Exception as error:  # whatever it is, those that serve go on
             self._tried[name] = (stamp, time.monotonic())
             self._trouble(name, error)
             return error
         self._troubles.pop(name, None)
         self._tried.pop(name, None)
-        settings = self.settings
-        batcher = Batcher(engine, settings.max_batch, settings.window_ms / 1000, settings.max_queue, self._observe)
         assert stamp is not None
-        folded = [title.casefold() for title in engine.titles]
         self._loaded = {**self._loaded, name: Loaded(name, stamp, batcher, folded)}
         self._event("loaded", f"{name}: {engine.row}, version {engine.version[:12]}, from {bundle.path}")
         if there:
@@ -210,6 +213,16 @@ class Fleet:
         if self._troubles.get(name) != said:
             self._troubles[name] = said
             self._event("refused", f"{name}: {said}")
+
+
+def _by_share(shares: Mapping[str, float], user: str) -> str:
+    """Return the name that a user gets; "" where there is none."""
+    at = int.from_bytes(hashlib.sha256(user.encode()).digest()[:8]) / 2**64 * sum(shares.values())
+    for name, share in shares.items():
+        at -= share
+        if at < 0:
+            return name
+    return next(iter(shares), "")
 
 
 def stamp_of(bundle: Path) -> Stamp | None:

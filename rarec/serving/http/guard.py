@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -40,20 +40,25 @@ SAFE = {
 }
 
 
+class Current(Protocol):
+    """What applies now: settings may change while a service runs."""
+
+    settings: ServeSettings
+    tokens: list[bytes] | None
+
+
 class Guard:
     """Wraps the application.
 
     Args:
         app: the application.
-        settings: limits and tokens.
+        current: has the settings and the hashes of the tokens as they are now.
         observe: is told method, route, status and seconds of each request.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, observe: Callable[[str, str, int, float], None]) -> None:
-        self._app, self._settings, self._observe = app, settings, observe
-        self._too_large = f"the body has more than {settings.max_body:,} bytes"
-        self._tokens = read_tokens(Path(settings.tokens)) if settings.tokens else None
-        self._rates = Rates(settings.rate) if settings.rate else None
+    def __init__(self, app: ASGIApp, current: "Current", observe: Callable[[str, str, int, float], None]) -> None:
+        self._app, self._current, self._observe = app, current, observe
+        self._rates = Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -85,7 +90,7 @@ class Guard:
                 return
             except Exception as error:
                 event("crash", f"{type(error).__name__}: {error}", id=scope["rarec"]["id"])
-                refused = problem(500, "rarec failed", f"report it with the request's id, {scope['rarec']['id']}")
+                refused = failed(scope)
             if seen["status"]:  # half an answer is on its way
                 return
         with suppress(OSError):
@@ -93,28 +98,29 @@ class Guard:
 
     def _refused(self, scope: Scope) -> JSONResponse | None:
         """Return the refusal of a request that is not let in."""
-        headers = Headers(scope=scope)
+        headers, settings, tokens = Headers(scope=scope), self._current.settings, self._current.tokens
         client = (scope.get("client") or ("",))[0]
-        if self._tokens is not None and scope["path"] not in OPEN:
+        if tokens is not None and scope["path"] not in OPEN:
             kind, _, token = headers.get("authorization", "").partition(" ")
             digest = hashlib.sha256(token.strip().encode("latin-1", "replace")).digest()
-            known = [hmac.compare_digest(digest, one) for one in self._tokens]
+            known = [hmac.compare_digest(digest, one) for one in tokens]
             if kind.lower() != "bearer" or not any(known):
                 refused = problem(401, "a bearer token is needed", "send Authorization: Bearer TOKEN")
                 refused.headers["www-authenticate"] = "Bearer"
                 return refused
             client = digest.hex()
-        wait = self._rates.wait(client) if self._rates and scope["path"] not in OPEN[:2] else 0.0
+        wait = self._rates.wait(client, settings.rate) if settings.rate and scope["path"] not in OPEN[:2] else 0.0
         if wait:
             return problem(429, "too many requests", "wait", after=wait)
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:18]) > self._settings.max_body:
-            return problem(413, self._too_large, REMEDIES[413])
+        if not length.isdecimal() or int(length[:18]) > settings.max_body:
+            return problem(413, _too_large(settings), REMEDIES[413])
         return None
 
     def _limited(self, receive: Receive) -> Receive:
         """Return the body's parts, as long as it is neither too long nor too slow."""
-        size, end, whole = 0, time.monotonic() + self._settings.body_timeout, False
+        settings = self._current.settings
+        size, end, whole = 0, time.monotonic() + settings.body_timeout, False
 
         async def limited() -> Message:
             nonlocal size, whole
@@ -125,8 +131,8 @@ class Guard:
             except TimeoutError:
                 raise HTTPException(408, "the body did not arrive in time") from None
             size += len(message.get("body", b""))
-            if size > self._settings.max_body:
-                raise HTTPException(413, self._too_large)
+            if size > settings.max_body:
+                raise HTTPException(413, _too_large(settings))
             whole = not message.get("more_body", False)
             return message
 
@@ -134,26 +140,35 @@ class Guard:
 
 
 class Rates:
-    """A bucket of tokens for each client.
+    """A bucket of tokens for each client."""
 
-    Args:
-        rate: requests a second.
-    """
-
-    def __init__(self, rate: float) -> None:
-        self._rate, self._most = rate, max(1.0, BURST * rate)
+    def __init__(self) -> None:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def wait(self, client: str) -> float:
-        """Take a token; return 0, or, if there is none, the seconds until there is one."""
-        now = time.monotonic()
-        left, at = self._left.pop(client, (self._most, now))
-        left = min(self._most, left + (now - at) * self._rate)
+    def wait(self, client: str, rate: float) -> float:
+        """Take a token; return 0, or, if there is none, the seconds until there is one.
+
+        Args:
+            client: who asks.
+            rate: requests a second.
+        """
+        now, most = time.monotonic(), max(1.0, BURST * rate)
+        left, at = self._left.pop(client, (most, now))
+        left = min(most, left + (now - at) * rate)
         served = left >= 1
         self._left[client] = (left - served, now)
         while len(self._left) > CLIENTS:
             self._left.popitem(last=False)
-        return 0.0 if served else (1 - left) / self._rate
+        return 0.0 if served else (1 - left) / rate
+
+
+def _too_large(settings: ServeSettings) -> str:
+    return f"the body has more than {settings.max_body:,} bytes"
+
+
+def failed(scope: Scope) -> JSONResponse:
+    """Return the answer to a request at which rarec failed."""
+    return problem(500, "rarec failed", f"report it with the request's id, {scope['rarec']['id']}")
 
 
 def problem(status: int, what: str, remedy: str, after: float | None = None) -> JSONResponse:

@@ -1,9 +1,10 @@
 """Metrics of a service, in Prometheus's form; those of several worker processes are added up."""
 
 import os
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Variable of the environment that prometheus_client reads: where worker processes write their metrics."""
@@ -36,4 +37,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return the metrics as Prometheus reads them."""
+        for file in Path(os.environ.get(FOLDER) or os.devnull).glob("gauge_livesum_*.db"):
+            worker = int(file.stem.rpartition("_")[2])
+            if not Path("/proc", str(worker)).exists() and Path("/proc").exists():  # nobody waits in it any more
+                mark_process_dead(worker)  # type: ignore[no-untyped-call]
         return generate_latest(self._registry)

@@ -73,11 +73,9 @@ class OnnxEngine:
     def _answer(self, request: Request, rows: list[int], query: Any) -> Answer:
         if request.popular_if_empty and not rows:
             raise NotOffered("popular_if_empty is not offered by ONNX Runtime")
-        hidden = self._known(request.deny)
-        if request.allow is not None:
-            hidden = np.union1d(hidden, np.setdiff1d(np.arange(len(self.ids)), self._known(request.allow)))
-        hidden = np.union1d(hidden, rows if request.exclude_seen else []).astype(np.int64)
-        best = self._client.best(query, rows, request.k, hidden)
+        hidden = np.union1d(self._known(request.deny), rows if request.exclude_seen else []).astype(np.int64)
+        allowed = None if request.allow is None else self._known(request.allow)
+        best = self._client.best(query, rows, request.k, hidden, allowed)
         items = [Recommended(self.ids[row], self.titles[row], score) for row, score in best]
         return Answer(items, len(request.history) - len(rows))
 

@@ -87,10 +87,11 @@ def write_vllm(parts: Parts, directory: Path) -> dict[str, Any]:
 def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
     """Write the script that starts vLLM; who may read it may run it."""
     config, model = parts.bundle.config, resolve(parts.llm_path)
+    model = str(Path(model).resolve()) if Path(model).exists() else model  # the script runs in its own folder
     longest = config.prompt.max_tokens or parts.context_length
     revision = config.llm.revision if config.llm.revision and not Path(model).exists() else None
     options = {
-        "--model": f"${{RAREC_LLM:-{shlex.quote(model)}}}",
+        "--model": '"$RAREC_LLM"',
         **({"--revision": shlex.quote(revision)} if revision else {}),
         "--served-model-name": "rarec",
         "--runner": "pooling",
@@ -104,7 +105,11 @@ def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
     switches = ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
     switches += ["--enable-lora"] * lora + ["--enable-prompt-embeds"] * at_input
     lines = [*(f"{name} {value}" for name, value in options.items()), *switches, '"$@"']
-    path.write_text(SCRIPT + " \\\n  ".join(["exec python -m vllm.entrypoints.openai.api_server", *lines]) + "\n")
+    path.write_text(
+        SCRIPT.replace("MODEL", shlex.quote(model))
+        + " \\\n  ".join(["exec python -m vllm.entrypoints.openai.api_server", *lines])
+        + "\n"
+    )
     mode = path.stat().st_mode
     path.chmod(mode | (mode & 0o444) >> 2)
 
@@ -125,6 +130,9 @@ SCRIPT = """#!/bin/sh
 # Start vLLM for this folder, in an environment that has it: ./serve.sh [--port 8000] [any option of vllm serve].
 # RAREC_LLM: the language model, if it is elsewhere.
 set -eu
+if [ -z "${RAREC_LLM:-}" ]; then RAREC_LLM=MODEL
+elif [ -d "$RAREC_LLM" ]; then RAREC_LLM="$(cd "$RAREC_LLM" && pwd)"
+fi
 cd "$(dirname "$0")"
 export PYTHONPATH="$PWD"
 """

@@ -2,6 +2,8 @@
 
 const byId = (id) => document.getElementById(id);
 const history = [];
+// Bundles may share the users of a service: all that this page shows is one user's, and so one bundle's.
+const user = `page-${Math.random().toString(36).slice(2)}`;
 let token = "";
 let asked = 0;
 
@@ -10,7 +12,7 @@ class Refused extends Error {}
 async function ask(path, body) {
   const headers = { "content-type": "application/json" };
   if (token) headers.authorization = `Bearer ${token}`;
-  const options = body === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(body) };
+  const options = body === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify({ ...body, user }) };
   const response = await fetch(path, options);
   const said = await response.json();
   if (response.status === 401) byId("login").hidden = false;
@@ -58,7 +60,7 @@ async function search() {
   const query = byId("query").value.trim();
   if (!query) return byId("found").replaceChildren();
   try {
-    const said = await ask(`v1/items?limit=8&query=${encodeURIComponent(query)}`);
+    const said = await ask(`v1/items?limit=8&user=${user}&query=${encodeURIComponent(query)}`);
     if (query !== byId("query").value.trim()) return;
     byId("found").replaceChildren(...said.items.map((one) => {
       const row = make("li");
@@ -102,7 +104,7 @@ byId("clear").addEventListener("click", () => {
 });
 byId("sample").addEventListener("click", async () => {
   try {
-    const said = await ask("v1/users/sample");
+    const said = await ask(`v1/users/sample?user=${user}`);
     history.splice(0, history.length, ...said.items);
     showHistory();
   } catch (error) {
