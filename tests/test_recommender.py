@@ -248,7 +248,7 @@ def test_the_card_has_the_figures_of_the_row_and_of_its_rivals(bundle):
     assert f"{manifest['trained_parameters']:,}" in text
     assert "| **RA-Rec (per layer) + ID + cheap** |" in text
     assert "| ID model |" in text
-    assert ModelCard(text).data.base_model == read_json(bundle / FACTS)["model"]["llm"]["name"]
+    assert ModelCard(text).data.base_model is None  # it is a folder of this machine, which a hub would refuse
 
 
 @pytest.mark.parametrize(

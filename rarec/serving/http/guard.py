@@ -56,7 +56,7 @@ class Guard:
         observe: is told method, route, status and seconds of each request.
     """
 
-    def __init__(self, app: ASGIApp, current: "Current", observe: Callable[[str, str, int, float], None]) -> None:
+    def __init__(self, app: ASGIApp, current: Current, observe: Callable[[str, str, int, float], None]) -> None:
         self._app, self._current, self._observe = app, current, observe
         self._rates = Rates()
 
