@@ -126,27 +126,24 @@ def export(
     trust: Trust = None,
 ) -> None:
     """Write the bundle, or a bundle in other forms."""
-    of_bundle = {
-        "--out": out,
-        "--index": index != "flat",
-        "--int8": int8,
-        "--push": push,
-        "--llm": llm,
-        "--trust": trust,
-    }
-    of_run = {"overrides": overrides, "--fresh": fresh, "--with-llm": with_llm}
-    useless = next((name for name, given in (of_run if to else of_bundle).items() if given), None)
-    if useless:
-        problem = (
-            f"{useless} {'do not go' if useless == 'overrides' else 'does not go'} {'with' if to else 'without'} --to"
-        )
-        raise UserError(
-            problem, "rarec export CONFIG [OVERRIDES] writes a bundle, rarec export BUNDLE --to FORM another form"
-        )
     if to:
+        _refuse_given("cannot be used with --to", overrides=overrides, fresh=fresh, with_llm=with_llm)
         convert(config, to, out, index, int8, push, llm, trust)
         return
+    form = {"out": out, "index": index != "flat", "int8": int8, "push": push, "llm": llm, "trust": trust}
+    _refuse_given("needs --to", **form)
     run_stage("export", config, [*(overrides or []), *(["export.with_llm=true"] if with_llm else [])], fresh)
+
+
+def _refuse_given(why: str, **options: object) -> None:
+    """Refuse the first option that was given, since it would do nothing."""
+    for name, given in options.items():
+        if given:
+            shown = "OVERRIDES" if name == "overrides" else f"--{name.replace('_', '-')}"
+            remedy = (
+                "a bundle: rarec export CONFIG; another form of one: rarec export BUNDLE --to FORM --out DIR"
+            )
+            raise UserError(f"rarec export: {shown} {why}", remedy)
 
 
 _OWN: dict[str, Callable[..., None]] = {"shards": shards, "export": export}

@@ -152,7 +152,7 @@ def restore_replaced(path: Path) -> None:
 
 
 def restore_all_replaced(directory: Path) -> None:
-    """Do the same for every directory inside one."""
+    """Put back every directory inside one that was being replaced; see `restore_replaced`."""
     for aside in directory.glob(".*.aside-old-*"):
         if is_aside(aside):
             restore_replaced(directory / aside.name[1:].partition(".aside-old-")[0])

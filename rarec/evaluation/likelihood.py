@@ -89,11 +89,12 @@ class ValidationLikelihood:
     def __init__(self, ranker: FusedRanker, validation: EvalBatch) -> None:
         self._scales = ranker.weights
         chunks = list(validation.chunks())
-        self._chunks = [(chunk, ranker.scored(chunk)) for chunk in chunks]
+        first = ranker.scored(chunks[0])
+        n_items, large = first.n_items, first.n_items > WHOLE
+        chunks = chunks[:: -(-len(chunks) // CHUNKS)] if large else chunks
+        self._chunks = [(chunks[0], first), *((chunk, ranker.scored(chunk)) for chunk in chunks[1:])]
         self._kept: list[Candidates] | None = None
-        n_items = self._chunks[0][1].n_items
-        if n_items > WHOLE:
-            self._chunks = self._chunks[:: -(-len(chunks) // CHUNKS)]
+        if large:
             drawn_S = torch.from_numpy(np.random.default_rng(_SEED).choice(n_items, DRAWN, replace=False))
             self._kept = [block.thinned(drawn_S.to(block.scores_PBM.device)) for block in self._blocks()]
             self._chunks = []

@@ -122,7 +122,7 @@ class Bundle:
         check_facts(directory / FACTS, facts, opened.tables_there, _AGAIN)
         for name in _parts_of(facts):
             if name not in trusted:
-                problem = f"{directory} needs {name}, which does not come with rarec"
+                problem = f"{directory} needs {name}, which is used only if it is named"
                 raise UserError(problem, f"name it, if you trust it: rarec.load(..., trusted=[{name!r}])")
         count = check_items(directory / ITEMS, _AGAIN)
         wanted: dict[str, int | None] = {IDS + name: of["dim"] for name, of in facts["sources"].items()}
@@ -168,7 +168,7 @@ class Bundle:
 
     @property
     def holds_llm(self) -> bool:
-        """Whether the language model is inside."""
+        """Return whether the language model is inside."""
         return any(Path(file).parent.name == LLM for file in self.manifest["files"])
 
     @property

@@ -107,7 +107,7 @@ class Recommender:
         Raises:
             UserError: see `recommend`.
         """
-        _check(*(request.k for request in requests))
+        _check_k(*(request.k for request in requests))
         rows, unknown = self._rows([request.history for request in requests])
         hidden: dict[tuple[int, int], Rows] = {}  # most requests leave out the same
         users = []
@@ -176,7 +176,7 @@ class Recommender:
             UserError: there is no history, or not one list of candidates for each; k is not positive; a candidate is
                 not in the catalogue, or this row has no vectors.
         """
-        _check(k)
+        _check_k(k)
         rows, unknown = self._rows(histories, empty=False)
         among = [self._known(items) for items in candidates]
         if len(among) != len(rows):
@@ -195,7 +195,7 @@ class Recommender:
         Raises:
             UserError: k is not positive, the item is not in the catalogue, or this row has no vectors.
         """
-        _check(k)
+        _check_k(k)
         (row,) = self._known([item])
         cosines_N = self._insight.cosines_N(int(row))
         cosines_N[row] = -np.inf
@@ -208,7 +208,7 @@ class Recommender:
         Raises:
             UserError: k is not positive, or the item is not in the catalogue.
         """
-        _check(k)
+        _check_k(k)
         (rows,), _ = self._rows([history])
         (row,) = self._known([item]).tolist()
         title = self.bundle.catalogue.titles[row]
@@ -220,7 +220,7 @@ class Recommender:
         Raises:
             UserError: k is not positive.
         """
-        _check(k)
+        _check_k(k)
         (rows,), _ = self._rows([history])
         return {title: self._listed(*best) for title, best in self._insight.by_part(rows, k)}
 
@@ -289,7 +289,7 @@ def _lists(histories: Iterable[Iterable[Id]]) -> list[list[Id]]:
     return lists
 
 
-def _check(*numbers: int) -> None:
+def _check_k(*numbers: int) -> None:
     """Refuse a number of items that is not positive."""
     for k in numbers:
         if k < 1:

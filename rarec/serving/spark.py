@@ -98,8 +98,8 @@ def recommend(
 def _sent(context: Any, folder: Path) -> str:
     """Send a folder to the workers; return its name there.
 
-    Spark sends a path once in a session, and workers keep what they have opened. So a copy is sent, whose name is that
-    of its content. It lasts as long as this process.
+    Spark sends a path once in a session, and workers keep what they have opened. So a copy is sent, whose name holds a
+    digest of the folder's manifest. It lasts as long as this process.
     """
     manifest = (folder / MANIFEST).read_bytes()
     name = f"{folder.name}-{hashlib.sha256(manifest).hexdigest()[:12]}"

@@ -203,7 +203,7 @@ class Stage(ABC):
 
     @property
     def _trusts_notes(self) -> bool:
-        """Whether files that were checked before, and have not changed by size, time and inode, are not read again."""
+        """Return whether files that were checked before are left unread, as long as their size, time and inode stay."""
         return self.remembers and not self.run.reads_all
 
     def is_done(self) -> bool:

@@ -15,7 +15,7 @@ from rarec.data.dataset import Int32, Int64, PreparedDataset
 
 Mask = npt.NDArray[np.bool_]
 MOST = 10**9
-"""Samples of which numpy draws a hypergeometric number."""
+"""Size of the largest group for which numpy draws a hypergeometric number."""
 
 
 @dataclass(frozen=True)
@@ -140,5 +140,5 @@ class GroupSampler:
         """Draw how many of the `wanted` samples of all that are `left` are among those here."""
         if left <= MOST:
             return int(self._rng.hypergeometric(here, left - here, wanted))
-        number = int(self._rng.binomial(here, wanted / left))  # of so many, all but the same
+        number = int(self._rng.binomial(here, wanted / left))  # of a group so large, it differs by next to nothing
         return min(max(number, wanted - (left - here)), wanted)

@@ -37,8 +37,14 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return the metrics as Prometheus reads them."""
-        for file in Path(os.environ.get(FOLDER) or os.devnull).glob("gauge_livesum_*.db"):
-            worker = int(file.stem.rpartition("_")[2])
-            if not Path("/proc", str(worker)).exists() and Path("/proc").exists():  # nobody waits in it any more
-                mark_process_dead(worker)  # type: ignore[no-untyped-call]
+        if os.environ.get(FOLDER):
+            _forget_dead_workers(Path(os.environ[FOLDER]))
         return generate_latest(self._registry)
+
+
+def _forget_dead_workers(folder: Path) -> None:
+    """Drop the gauges of worker processes that have ended: nobody waits in them. Linux only."""
+    for file in folder.glob("gauge_livesum_*.db"):
+        worker = int(file.stem.rpartition("_")[2])
+        if Path("/proc").exists() and not Path("/proc", str(worker)).exists():
+            mark_process_dead(worker)  # type: ignore[no-untyped-call]
