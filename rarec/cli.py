@@ -140,9 +140,7 @@ def _refuse_given(why: str, **options: object) -> None:
     for name, given in options.items():
         if given:
             shown = "OVERRIDES" if name == "overrides" else f"--{name.replace('_', '-')}"
-            remedy = (
-                "a bundle: rarec export CONFIG; another form of one: rarec export BUNDLE --to FORM --out DIR"
-            )
+            remedy = "a bundle: rarec export CONFIG; another form of one: rarec export BUNDLE --to FORM --out DIR"
             raise UserError(f"rarec export: {shown} {why}", remedy)
 
 
