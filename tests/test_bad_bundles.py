@@ -87,6 +87,17 @@ def facts(**changes):
     return lambda bundle: sealed(bundle, **changes)
 
 
+def model(change):
+    """Change what the facts say of the variant and its language model."""
+
+    def harm(bundle: Path) -> None:
+        found = read_json(bundle / FACTS)["model"]
+        change(found)
+        sealed(bundle, model=found)
+
+    return harm
+
+
 def linked(bundle: Path) -> None:
     path = bundle / VECTORS
     target = bundle.parent / "elsewhere.safetensors"
@@ -146,6 +157,19 @@ HARMS = {
     "edited weights": (rewritten("alignment.safetensors", tensors(lambda t: t.pop(min(t)))), "alignment.safetensors"),
     "unknown part": (facts(parts={"mystery": {"weight": 1.0, "slope": 0.0}}), "mystery"),
     "weight that is no number": (facts(parts={"popularity": {"weight": "a lot", "slope": 0.0}}), "weight"),
+    "no variant": (model(lambda m: m.pop("variant")), "model.variant"),
+    "variant of another form": (model(lambda m: m["variant"].update(blocks="some")), "model.variant.blocks"),
+    "no language model": (model(lambda m: m.pop("llm")), "model.llm"),
+    "settings without a section": (model(lambda m: m["settings"].pop("readout")), "readout.module"),
+    "setting of another type": (model(lambda m: m["settings"]["prompt"].update(max_history="many")), "max_history"),
+    "tables without the catalogue": (
+        facts(tables={"interactions": {}, "duplicates": "drop", "repeats": "first"}),
+        "items",
+    ),
+    "users of no kind": (
+        facts(sources={"id": {"users": {}, "dim": 16, "vectors_per_user": 1, "hash": ""}}),
+        "sources.id.users.kind",
+    ),
     "repeated ids": (
         rewritten("items.parquet", lambda path: pq.write_table(_doubled(pq.read_table(path)), path)),
         "items.parquet",

@@ -31,6 +31,7 @@ from torch import Tensor
 from rarec.artefacts import check_files, read_manifest
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.ids import Ids, Recipe
+from rarec.config.load import validated
 from rarec.config.logs import Prepare
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
@@ -39,7 +40,7 @@ from rarec.ids.source import KINDS_OF_USERS, Source, users_of
 from rarec.models.build import SourceShape
 from rarec.neighbours.table import read_table
 from rarec.registry import KINDS
-from rarec.serving.checks import check_facts, check_items, check_vectors
+from rarec.serving.checks import NAMES_CODE, check_facts, check_items, check_vectors
 
 FACTS, ITEMS, VECTORS, ENCODERS, TABLES = (
     "recommender.json",
@@ -198,7 +199,7 @@ class Bundle:
         # nothing but these: other sections may name code, which would be imported
         settings = {name: model["settings"][name] for name in MODEL_SECTIONS if name in model["settings"]}
         settings["train"] = {"blocks": settings["train"]["blocks"]}
-        return RunConfig.model_validate({"run": run, "prepare": prepare, **settings})
+        return validated(RunConfig, {"run": run, "prepare": prepare, **settings}, str(self.directory / FACTS))
 
     def tables(self, *, log: str = "none", items: str = "none", columns: Mapping[str, str] = NO_COLUMNS) -> Prepare:
         """Return how a log and a catalogue are read that are like those that the recommender was trained on.
@@ -214,8 +215,9 @@ class Bundle:
         text = {"text": [of_items["text"]]} if "text" in of_items else {}
         rules = {name: facts[name] for name in ("duplicates", "repeats")}
         interactions = {**facts["interactions"], **order, **of_log, "path": log}
-        return Prepare.model_validate(
-            {"interactions": interactions, "items": {**facts["items"], **of_items, **text, "path": items}, **rules}
+        catalogue = {**facts["items"], **of_items, **text, "path": items}
+        return validated(
+            Prepare, {"interactions": interactions, "items": catalogue, **rules}, str(self.directory / FACTS)
         )
 
 
@@ -236,7 +238,7 @@ def _parts_of(facts: Mapping[str, Any]) -> list[str]:
     kinds = [(of["inner"] if of["kind"] == "mapped" else of)["kind"] for of in users]
     names = [kind for kind in kinds if kind not in KINDS_OF_USERS]
     settings = facts["model"]["settings"] if facts["model"] else {}
-    for kind in ("alignment_maps", "readouts", "losses") if settings else ():
+    for kind in NAMES_CODE if settings else ():
         section, field = KINDS[kind].field.split(".")
         if settings[section][field] not in KINDS[kind].built_in:
             names.append(settings[section][field])

@@ -7,14 +7,19 @@ from typing import Annotated, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
+from rarec.config import Variant
 from rarec.errors import UserError
+from rarec.registry import KINDS
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[int, Field(gt=0, le=10_000_000)]
+Sections = dict[str, dict[str, Any]]
 ITEM_COLUMNS = ("item_id", "title", "text", "train_count")
+NAMES_CODE = ("alignment_maps", "readouts", "losses")
+"""Kinds of parts that the settings of a variant name."""
 
 
 class _Strict(BaseModel):
@@ -28,10 +33,23 @@ class PartFacts(_Strict):
     slope: Finite
 
 
+class UsersFacts(BaseModel):
+    """How an ID model makes user vectors: a kind with its own fields, or another kind, mapped."""
+
+    kind: str
+    inner: "UsersFacts | None" = None
+
+    @model_validator(mode="after")
+    def _check_inner(self) -> "UsersFacts":
+        if self.kind == "mapped" and self.inner is None:
+            raise ValueError("lacks `inner`")
+        return self
+
+
 class SourceFacts(_Strict):
     """An ID model."""
 
-    users: dict[str, Any]
+    users: UsersFacts
     dim: Size
     vectors_per_user: Size
     hash: str
@@ -45,6 +63,41 @@ class NeighbourFacts(_Strict):
     top: Size
 
 
+def _complete(settings: Sections) -> Sections:
+    """Refuse settings without the fields that are read before a configuration is made of them."""
+    for field in (*(KINDS[kind].field for kind in NAMES_CODE), "llm.path", "train.blocks"):
+        section, name = field.split(".")
+        if name not in settings.get(section, {}):
+            raise ValueError(f"lacks `{field}`")
+    return settings
+
+
+class LlmFacts(BaseModel):
+    """The language model; its other fields are compared with those of the one that is loaded."""
+
+    name: str
+    revision: str | None
+
+
+class ModelFacts(BaseModel):
+    """The variant and its language model."""
+
+    model_config = ConfigDict(extra="forbid")  # a strict model takes no dataclass from a dictionary
+    variant: Variant
+    llm: LlmFacts
+    seed: int
+    settings: Annotated[Sections, AfterValidator(_complete)]
+
+
+class TableFacts(_Strict):
+    """How a log and a catalogue are read."""
+
+    interactions: dict[str, Any]
+    items: dict[str, Any]
+    duplicates: str
+    repeats: str
+
+
 class Facts(_Strict):
     """Contents of `recommender.json`."""
 
@@ -55,8 +108,8 @@ class Facts(_Strict):
     sources: dict[str, SourceFacts]
     neighbours: NeighbourFacts | None
     batch_size: Size
-    tables: dict[str, Any]
-    model: dict[str, Any] | None
+    tables: TableFacts
+    model: ModelFacts | None
 
 
 def check_facts(path: Path, facts: Any, tables: Iterable[str], remedy: str) -> None:
@@ -79,7 +132,7 @@ def check_facts(path: Path, facts: Any, tables: Iterable[str], remedy: str) -> N
         raise UserError(f"{path}: field `{where}`: {first['msg']}", remedy) from None
     known = {"popularity", *tables}
     known |= {"id"} if found.id_model in found.sources else set()
-    known |= {str(found.model["variant"]["name"])} if found.model and "variant" in found.model else set()
+    known |= {found.model.variant.name} if found.model else set()
     unknown = [name for name in found.parts if name not in known]
     if unknown:
         raise UserError(f"{path}: part {unknown[0]!r} is not in this bundle", remedy)
