@@ -1,11 +1,14 @@
 """`rarec bench`, and the rows of the harness in tools/."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from select import select
 
 import pytest
 
@@ -79,6 +82,22 @@ def test_a_check_of_a_gpu_that_fails_or_hangs_is_a_figure_and_the_others_go_on(p
     assert found[0].figure == "error: no file -> make it"
     assert "3 s" in found[1].figure
     assert "IndexError" in found[2].figure
+
+
+def test_a_signal_ends_all_that_runs(place):
+    """Also what a command has started: a pipe ends with the last process that holds it."""
+    command = "import subprocess; subprocess.run(['sh', '-c', 'echo started; sleep 99'])"
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as heard, os.fdopen(write, "wb") as said:
+        process = place.started([sys.executable, "-c", command], said)
+        said.close()
+        assert heard.readline() == b"started\n"
+        with pytest.raises(KeyboardInterrupt):
+            place.stop()
+        assert process.wait(10) == -signal.SIGKILL
+        ended, _, _ = select([heard], [], [], 10)
+        assert ended
+        assert heard.read() == b""
 
 
 def test_a_check_without_time_left_is_not_started(tmp_path):

@@ -80,6 +80,8 @@ def main() -> None:
     stack = {package: version(package) for package in ("torch", "transformers", "peft", "deepspeed") if _has(package)}
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(arguments.device, ranks, Path(scratch), time.monotonic() + 60 * arguments.minutes)
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, place.stop)
         for check in (name for name in CHECKS if name in arguments.only):
             started = time.monotonic()
             if check != "speed" and not place.config.exists():

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,12 +29,14 @@ class Place:
         ranks: number of processes: one for each GPU.
         root: scratch folder with the configuration, the log and the language model.
         end: when commands must have ended, on the clock of `time.monotonic`.
+        started_here: what was started, ended or not.
     """
 
     device: str
     ranks: int
     root: Path
     end: float
+    started_here: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     @property
     def config(self) -> Path:
@@ -75,7 +77,16 @@ class Place:
     def started(self, command: Sequence[str], said: IO[Any]) -> "subprocess.Popen[bytes]":
         """Start a command in the repository, in a session of its own; what it says goes to a file."""
         shared = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, cwd=ROOT, env=shared, stdout=said, stderr=said, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=shared, stdout=said, stderr=said, start_new_session=True)
+        self.started_here.append(process)
+        return process
+
+    def stop(self, *_: object) -> None:
+        """End what runs, and this program: for a signal, which sessions of their own do not get."""
+        for process in self.started_here:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        raise KeyboardInterrupt
 
     def figures(self, jobs: Mapping[str, Callable[[], list[Figure]]]) -> list[Figure]:
         """Return the figures of independent jobs, by name; most of a small training's time is its start.
