@@ -238,6 +238,7 @@ def test_a_run_that_is_gone_keeps_its_figures_while_its_settings_are_the_same(pa
     before = collected(path)
     for run in runs[1:]:
         shutil.rmtree(run.directory)
+    path.write_text(SWEEP.replace("plain: {}", "plain: {export.variant: text_only}"))  # changes no figure
     assert collected(path) == before  # of `plain` one seed is left here, and the file has two
 
 
@@ -640,6 +641,17 @@ def test_the_projects_own_pages_are_those_that_the_tool_makes(monkeypatch):
 def test_the_projects_own_results_are_short_and_small():
     assert len((ROOT / "RESULTS.md").read_text().splitlines()) <= 300
     assert sum(file.stat().st_size for file in (ROOT / "results").rglob("*")) < 6 * 2**20
+
+
+def test_the_projects_own_results_are_of_the_runs_that_its_sweeps_name():
+    from results_summary import settings_of
+
+    for file in (ROOT / "results").glob("*.json"):
+        planned = {
+            run.name: settings_of(run) for run in load_sweep(ROOT / "configs" / "sweeps" / f"{file.stem}.yaml").runs
+        }
+        kept = json.loads(file.read_text())["runs"]
+        assert {name: run["settings"] for name, run in kept.items()} == {name: planned.get(name) for name in kept}
 
 
 def test_the_projects_own_words_have_no_typed_figures_but_those_with_a_source():

@@ -236,6 +236,9 @@ def _short(commit: str) -> str:
 
 
 def settings_of(run: SweepRun) -> dict[str, Any]:
-    """Return the fields in which a run differs from the base of its sweep, as JSON has them."""
-    fields = {field: value for field, value in run.overrides.items() if not field.startswith("run.")}
+    """Return the fields in which a run differs from the base of its sweep, as JSON has them.
+
+    Where a run is, and what is exported of it, changes no figure.
+    """
+    fields = {field: value for field, value in run.overrides.items() if not field.startswith(("run.", "export."))}
     return dict(json.loads(json.dumps(fields)))
