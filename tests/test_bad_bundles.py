@@ -204,6 +204,7 @@ def test_a_harmed_bundle_is_refused_by_name(bundle, tmp_path, monkeypatch, name)
         rarec.load(bundle).recommend([items[:3]])
     assert named in str(error.value)
     assert error.value.remedy
+    assert "docs/configuration.md" not in error.value.remedy  # whoever edits a bundle's file breaks its hash
     assert not (tmp_path / "pwned").exists()
 
 

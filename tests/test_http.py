@@ -1,7 +1,10 @@
 """`rarec serve`: the same answers as in Python, limits, refusals, and bundles that are replaced while they serve."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +24,7 @@ from rarec.serving.http import fleet as fleets
 from rarec.serving.http.batcher import Batcher, Busy, Closed
 from rarec.serving.http.engine import Answer
 from rarec.serving.http.guard import Rates
+from rarec.serving.http.metrics import _forget_dead_workers
 from rarec.serving.http.settings import ServeSettings, read_settings, settings_of
 from rarec.serving.recommended import Recommended, Request
 from rarec.serving.samples import sample_histories
@@ -517,3 +521,13 @@ def test_settings_that_are_wrong_are_named(tmp_path, text, named):
     (tmp_path / "serve.yaml").write_text(text)
     with pytest.raises(UserError, match=named):
         read_settings(tmp_path / "serve.yaml")
+
+
+def test_nobody_waits_in_a_worker_that_has_ended(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here, gone = (tmp_path / f"gauge_livesum_{process}.db" for process in (os.getpid(), ended.pid))
+    for file in (here, gone):
+        file.touch()
+    _forget_dead_workers(tmp_path)
+    assert list(tmp_path.iterdir()) == [here]

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -29,14 +30,14 @@ class Place:
         ranks: number of processes: one for each GPU.
         root: scratch folder with the configuration, the log and the language model.
         end: when commands must have ended, on the clock of `time.monotonic`.
-        started_here: what was started, ended or not.
+        processes: every command that was started, whether it has ended or not.
     """
 
     device: str
     ranks: int
     root: Path
     end: float
-    started_here: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     @property
     def config(self) -> Path:
@@ -78,14 +79,18 @@ class Place:
         """Start a command in the repository, in a session of its own; what it says goes to a file."""
         shared = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=ROOT, env=shared, stdout=said, stderr=said, start_new_session=True)
-        self.started_here.append(process)
+        self.processes.append(process)
         return process
 
     def stop(self, *_: object) -> None:
-        """End what runs, and this program: for a signal, which sessions of their own do not get."""
-        for process in self.started_here:
+        """Kill every command that still runs, then interrupt this program.
+
+        It is called by a signal, which does not reach commands in sessions of their own.
+        """
+        for process in self.processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(process.pid, signal.SIGKILL)
         raise KeyboardInterrupt
 
     def figures(self, jobs: Mapping[str, Callable[[], list[Figure]]]) -> list[Figure]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ from rarec.registry import KINDS
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[int, Field(gt=0, le=10_000_000)]
 Sections = dict[str, dict[str, Any]]
+Model = TypeVar("Model", bound=BaseModel)
 ITEM_COLUMNS = ("item_id", "title", "text", "train_count")
 NAMES_CODE = ("alignment_maps", "readouts", "losses")
 """Kinds of parts that the settings of a variant name."""
@@ -112,6 +113,26 @@ class Facts(_Strict):
     model: ModelFacts | None
 
 
+def checked(model: type[Model], tree: Any, path: Path, remedy: str) -> Model:
+    """Return what a file says, as its type.
+
+    Args:
+        model: the type.
+        tree: what the file says.
+        path: of the file, for messages.
+        remedy: for messages.
+
+    Raises:
+        UserError: a field is missing, unknown or of another type.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: field `{where}`: {first['msg']}", remedy) from None
+
+
 def check_facts(path: Path, facts: Any, tables: Iterable[str], remedy: str) -> None:
     """Check `recommender.json`.
 
@@ -124,12 +145,7 @@ def check_facts(path: Path, facts: Any, tables: Iterable[str], remedy: str) -> N
     Raises:
         UserError: a field is missing or of another type, or a part is not there.
     """
-    try:
-        found = Facts.model_validate(facts)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: field `{where}`: {first['msg']}", remedy) from None
+    found = checked(Facts, facts, path, remedy)
     known = {"popularity", *tables}
     known |= {"id"} if found.id_model in found.sources else set()
     known |= {found.model.variant.name} if found.model else set()

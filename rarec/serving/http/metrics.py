@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Variable of the environment that prometheus_client reads: where worker processes write their metrics."""
@@ -45,6 +45,6 @@ class Metrics:
 def _forget_dead_workers(folder: Path) -> None:
     """Drop the gauges of worker processes that have ended: nobody waits in them. Linux only."""
     for file in folder.glob("gauge_livesum_*.db"):
-        worker = int(file.stem.rpartition("_")[2])
-        if Path("/proc").exists() and not Path("/proc", str(worker)).exists():
-            mark_process_dead(worker)  # type: ignore[no-untyped-call]
+        worker = file.stem.rpartition("_")[2]
+        if Path("/proc").exists() and not Path("/proc", worker).exists():
+            file.unlink(missing_ok=True)  # another worker may have answered at the same time
