@@ -338,6 +338,13 @@ def test_the_variant_to_deploy_is_the_best_on_validation_users() -> None:
     assert "text only + ID, which is simpler" in best.advice
 
 
+def test_a_baseline_with_more_parts_is_not_called_simpler() -> None:
+    metrics = [measured("id_only", 0.05), measured("text_only+id", 0.04)]
+    best = best_variant(metrics, [compared("id_only", "text_only+id", -0.01, 0.02)], metrics)
+    assert best is not None
+    assert (best.name, best.advice) == ("id_only", "Deploy: ID model.")
+
+
 def test_the_best_variant_with_all_that_is_cheap_is_compared_with_baselines_with_it() -> None:
     rows = [compared("per_layer+id+cheap", f"{name}+cheap", 0.01, 0.02) for name in ("id_only", FUSION[1])]
     metrics = [measured("per_layer", 0.05), measured("per_layer+id+cheap", 0.06)]

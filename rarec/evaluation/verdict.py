@@ -76,10 +76,11 @@ class BestVariant:
     @property
     def advice(self) -> str:
         """The variant to deploy, in words, with the simplest baseline that is not significantly worse."""
+        order = variant_order(self.name)
         as_good = [
             title_in_sentence(name)
             for name, finding in self.findings.items()
-            if finding and finding.outcome == "inconclusive"
+            if finding and finding.outcome == "inconclusive" and variant_order(name) < order
         ]
         simpler = f", or {as_good[0]}, which is simpler and not significantly worse" if as_good else ""
         return f"Deploy: {self.title}{simpler}."
