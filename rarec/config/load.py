@@ -156,7 +156,13 @@ def _merged(under: Any, over: Any) -> Any:
     return {**under, **{name: _merged(under.get(name), value) for name, value in over.items()}}
 
 
-def validated(model: type[Model], tree: dict[str, Any], where: str, given: Mapping[str, str] | None = None) -> Model:
+def validated(
+    model: type[Model],
+    tree: dict[str, Any],
+    where: str,
+    given: Mapping[str, str] | None = None,
+    remedy: str = _FIELDS,
+) -> Model:
     """Validate the fields of a file.
 
     Args:
@@ -164,6 +170,7 @@ def validated(model: type[Model], tree: dict[str, Any], where: str, given: Mappi
         tree: as `read_tree` gives it.
         where: for messages.
         given: the same for fields that were not given there, by their names.
+        remedy: for messages.
 
     Raises:
         UserError: a field is unknown, missing or of the wrong type; one line each.
@@ -172,7 +179,7 @@ def validated(model: type[Model], tree: dict[str, Any], where: str, given: Mappi
         return model.model_validate(tree)
     except ValidationError as error:
         lines = [f"{_place(detail, given or {}, where)}: {_explain(detail, model)}" for detail in error.errors()]
-        raise UserError(lines, _FIELDS) from None
+        raise UserError(lines, remedy) from None
 
 
 def dump_config(config: BaseModel) -> str:

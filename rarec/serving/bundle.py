@@ -31,6 +31,7 @@ from torch import Tensor
 from rarec.artefacts import check_files, read_manifest
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.ids import Ids, Recipe
+from rarec.config.load import validated
 from rarec.config.logs import Prepare
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
@@ -39,7 +40,7 @@ from rarec.ids.source import KINDS_OF_USERS, Source, users_of
 from rarec.models.build import SourceShape
 from rarec.neighbours.table import read_table
 from rarec.registry import KINDS
-from rarec.serving.checks import NAMES_CODE, check_facts, check_items, check_vectors, checked
+from rarec.serving.checks import NAMES_CODE, check_facts, check_items, check_vectors
 
 FACTS, ITEMS, VECTORS, ENCODERS, TABLES = (
     "recommender.json",
@@ -198,7 +199,8 @@ class Bundle:
         # nothing but these: other sections may name code, which would be imported
         settings = {name: model["settings"][name] for name in MODEL_SECTIONS if name in model["settings"]}
         settings["train"] = {"blocks": settings["train"]["blocks"]}
-        return checked(RunConfig, {"run": run, "prepare": prepare, **settings}, self.directory / FACTS, _AGAIN)
+        tree = {"run": run, "prepare": prepare, **settings}
+        return validated(RunConfig, tree, str(self.directory / FACTS), remedy=_AGAIN)
 
     def tables(self, *, log: str = "none", items: str = "none", columns: Mapping[str, str] = NO_COLUMNS) -> Prepare:
         """Return how a log and a catalogue are read that are like those that the recommender was trained on.
@@ -216,7 +218,7 @@ class Bundle:
         interactions = {**facts["interactions"], **order, **of_log, "path": log}
         catalogue = {**facts["items"], **of_items, **text, "path": items}
         tree = {"interactions": interactions, "items": catalogue, **rules}
-        return checked(Prepare, tree, self.directory / FACTS, _AGAIN)
+        return validated(Prepare, tree, str(self.directory / FACTS), remedy=_AGAIN)
 
 
 def _recipe(users: Mapping[str, Any]) -> Recipe | None:

@@ -2,22 +2,22 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 
 from rarec.config import Variant
+from rarec.config.load import validated
 from rarec.errors import UserError
 from rarec.registry import KINDS
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[int, Field(gt=0, le=10_000_000)]
 Sections = dict[str, dict[str, Any]]
-Model = TypeVar("Model", bound=BaseModel)
 ITEM_COLUMNS = ("item_id", "title", "text", "train_count")
 NAMES_CODE = ("alignment_maps", "readouts", "losses")
 """Kinds of parts that the settings of a variant name."""
@@ -113,26 +113,6 @@ class Facts(_Strict):
     model: ModelFacts | None
 
 
-def checked(model: type[Model], tree: Any, path: Path, remedy: str) -> Model:
-    """Return what a file says, as its type.
-
-    Args:
-        model: the type.
-        tree: what the file says.
-        path: of the file, for messages.
-        remedy: for messages.
-
-    Raises:
-        UserError: a field is missing, unknown or of another type.
-    """
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: field `{where}`: {first['msg']}", remedy) from None
-
-
 def check_facts(path: Path, facts: Any, tables: Iterable[str], remedy: str) -> None:
     """Check `recommender.json`.
 
@@ -143,9 +123,9 @@ def check_facts(path: Path, facts: Any, tables: Iterable[str], remedy: str) -> N
         remedy: for messages.
 
     Raises:
-        UserError: a field is missing or of another type, or a part is not there.
+        UserError: a field is missing, unknown or of another type, or a part is not there.
     """
-    found = checked(Facts, facts, path, remedy)
+    found = validated(Facts, facts, str(path), remedy=remedy)
     known = {"popularity", *tables}
     known |= {"id"} if found.id_model in found.sources else set()
     known |= {found.model.variant.name} if found.model else set()
