@@ -34,6 +34,7 @@ def exported(run: Run, directory: Path, *overrides: str) -> Run:
 
 def sealed(bundle: Path, **changes: object) -> None:
     """Change facts of a bundle, and its manifest with them."""
-    write_json(bundle / FACTS, {**read_json(bundle / FACTS), **changes})
+    if changes:
+        write_json(bundle / FACTS, {**read_json(bundle / FACTS), **changes})
     manifest = read_manifest(bundle, "bundle")
     write_manifest(bundle, "bundle", settings=manifest["settings"], made_from=manifest["made_from"])

@@ -124,6 +124,8 @@ HARMS = {
     "no alignment": (without("alignment.safetensors"), "alignment.safetensors"),
     "no neighbours": (without("neighbours/ease.parquet"), "ease.parquet"),
     "no encoders": (without("encoders.safetensors"), "encoders.safetensors"),
+    "facts are a list": (rewritten(FACTS, lambda path: path.write_text("[]")), FACTS),
+    "an unknown fact": (facts(scheme=1), "`schema`"),
     "flipped manifest": (flip(MANIFEST, 0.3), MANIFEST),
     "flipped facts": (flip(FACTS, 0.5), FACTS),
     "flipped vectors": (flip(VECTORS, 0.9), VECTORS),

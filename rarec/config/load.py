@@ -231,4 +231,5 @@ def _nearest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
     for part in location[:-1]:
         fields = getattr(section, "model_fields", {})
         section = fields[part].annotation if part in fields else None
-    return nearest(str(location[-1]), getattr(section, "model_fields", {}))
+    fields = getattr(section, "model_fields", {})
+    return nearest(str(location[-1]), [field.alias or name for name, field in fields.items()])

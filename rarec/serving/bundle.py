@@ -116,8 +116,9 @@ class Bundle:
             raise UserError(f"{directory} was exported by an earlier version: it has no {FACTS}", _AGAIN)
         check_files(directory, manifest, _AGAIN)
         facts = read_json(directory / FACTS, _AGAIN)
-        if facts.get("schema") != SCHEMA:
-            problem = f"{directory / FACTS} has schema {facts.get('schema')}, this version of rarec reads {SCHEMA}"
+        schema = facts.get("schema") if isinstance(facts, dict) else None
+        if schema != SCHEMA:
+            problem = f"{directory / FACTS} has schema {schema}, this version of rarec reads {SCHEMA}"
             raise UserError(problem, "update rarec, or export it again")
         opened = cls(directory, manifest, facts, trusted)
         check_facts(directory / FACTS, facts, opened.tables_there, _AGAIN)
