@@ -76,7 +76,7 @@ class BestVariant:
     @property
     def advice(self) -> str:
         """The variant to deploy, in words, with the simplest baseline that is not significantly worse."""
-        order = variant_order(self.name)
+        order = variant_order(self.name)  # rows of more parts come later
         as_good = [
             title_in_sentence(name)
             for name, finding in self.findings.items()
