@@ -643,7 +643,8 @@ def test_the_projects_own_results_are_short_and_small():
     assert sum(file.stat().st_size for file in (ROOT / "results").rglob("*")) < 6 * 2**20
 
 
-def test_the_projects_own_results_are_of_the_runs_that_its_sweeps_name():
+def test_the_projects_own_results_are_of_the_runs_that_its_sweeps_name(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from results_summary import settings_of
 
     for file in (ROOT / "results").glob("*.json"):
