@@ -11,17 +11,18 @@ rarec.load("runs/mine/bundle").recommend([["sku-1", "sku-7"]])
 ```
 
 Data flows one way through the rooms of this package; a room imports only from rooms before it:
-config -> data -> ranking -> ids -> prompts -> models -> training -> evaluation -> serving.
-`rarec.stages` puts them together, one module a stage; `rarec.sweep` runs them many times; `rarec.cli` is a thin shell.
+config -> storage -> console -> distributed -> data -> ranking -> neighbours -> ids -> prompts -> models -> training
+-> planning -> evaluation -> report -> bundle -> export -> stages -> serve -> cluster. `rarec.cli` is a thin shell.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from rarec.version import __version__
+
 if TYPE_CHECKING:
-    from rarec.serving.recommender import load
+    from rarec.bundle.recommender import load
     from rarec.stages.run import Run
 
-__version__ = "0.1.0"
 __all__ = ["Run", "__version__", "load"]
 
 
@@ -32,7 +33,7 @@ def __getattr__(name: str) -> Any:
 
         return Run
     if name == "load":
-        from rarec.serving.recommender import load
+        from rarec.bundle.recommender import load
 
         return load
     raise AttributeError(f"module 'rarec' has no attribute {name!r}")

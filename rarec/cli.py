@@ -12,9 +12,9 @@ import typer
 
 from rarec.cli_bundle import LanguageModel, Trust, convert, items, realign, recommend
 from rarec.cli_serve import serve
+from rarec.console.progress import Console, console
 from rarec.entry import main, open_run, run_stage, say, watched
 from rarec.errors import EXIT_CODE, UserError
-from rarec.progress import Console, console
 from rarec.stages import STAGES
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def sweep(
         raise UserError("--sbatch is for jobs", "give it together with --slurm")
     if listed and slurm:
         raise UserError("--list prints the runs and --slurm submits them", "give one of the two")
-    from rarec.sweep import command as sweeping
+    from rarec.cluster import command as sweeping
 
     failed = sweeping.sweep(file, overrides or [], only, say, console, listed, sbatch if slurm else None)
     if failed:
@@ -220,7 +220,7 @@ app.add_typer(items, name="items", rich_help_panel=OF_A_BUNDLE)
 @app.command(rich_help_panel="Before")
 def doctor() -> None:
     """Say what this machine can run: devices, engines, compilers, models, and what is missing."""
-    from rarec.doctor import checks, doctor_table
+    from rarec.planning.doctor import checks, doctor_table
 
     Console().print(doctor_table(checks()))
 
@@ -229,7 +229,7 @@ def show_results(run: "Run") -> None:
     """Print the table of variants, where everything is, the best variant, and recommendations by the bundle."""
     from rarec.evaluation.labels import HEADLINE
     from rarec.evaluation.run_files import read_run
-    from rarec.evaluation.terminal import closing_lines, terminal_table
+    from rarec.report.terminal import closing_lines, terminal_table
     from rarec.stages.report import directories
 
     out = Console() if sys.stdout.isatty() else Console(width=110)
@@ -244,14 +244,14 @@ def show_results(run: "Run") -> None:
         return
     history = run.dataset.item_ids.take(run.dataset.sequence(0)[-SHOWN:]).to_pylist()
     llm = str(run.converted_llm) if run.converted_llm.is_dir() else None
-    serving, bundle = import_module("rarec.serving.command"), run.directory("export")
+    serving, bundle = import_module("rarec.bundle.command"), run.directory("export")
     for line in serving.example(bundle, history, SHOWN, llm, run.world.device.type):
         out.print(line, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from rarec.doctor import versions
+        from rarec.planning.doctor import versions
 
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         raise typer.Exit

@@ -131,7 +131,7 @@ def realign(
 
 
 def _serving(module: str) -> Any:
-    return import_module(f"rarec.serving.{module}")
+    return import_module(f"rarec.bundle.{module}")
 
 
 def _load(bundle: Path, llm: str | None, device: str, trust: list[str] | None) -> Any:

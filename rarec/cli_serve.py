@@ -31,7 +31,7 @@ def serve(
 ) -> None:
     """Serve a bundle over HTTP, with a page at /. Stop it with Ctrl-C."""
     try:
-        http, reading = import_module("rarec.serving.http.server"), import_module("rarec.serving.http.settings")
+        http, reading = import_module("rarec.serve.server"), import_module("rarec.serve.settings")
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed", "pip install 'rarec[serve]'") from None
     if (bundle is None) == (settings is None):

@@ -17,14 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from rarec.crash import crash_line
+from rarec.console.crash import crash_line
+from rarec.console.inert import OutputClosed, inert_streams
+from rarec.console.launcher import check_launcher, rank
 from rarec.errors import EXIT_CODE, Stopped, Terminated, UserError, in_short
-from rarec.inert import OutputClosed, inert_streams
-from rarec.launcher import check_launcher, rank
 
 if TYPE_CHECKING:
+    from rarec.distributed.world import World
     from rarec.stages.run import Run
-    from rarec.world import World
 
 EXHAUSTED = {
     **dict.fromkeys(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "free space on the disk of run.dir"),
@@ -58,7 +58,7 @@ _opened: dict[str, Path] = {}
 def say(line: str) -> None:
     """Print one line to standard error, on rank 0 alone. Standard output is for results."""
     if rank() == 0:
-        from rarec.progress import console
+        from rarec.console.progress import console
 
         console.print(in_short(line), soft_wrap=True)
 
@@ -91,7 +91,7 @@ def watched(world: "World") -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    from rarec.training.watchdog import Watchdog
+    from rarec.distributed.watchdog import Watchdog
 
     with Watchdog.over(world, print_from_any_rank):
         yield
@@ -232,7 +232,7 @@ def _print_safely(line: str, sign: str = "") -> None:
     try:
         from rich.text import Text
 
-        from rarec.progress import console
+        from rarec.console.progress import console
 
         console.print(Text.assemble((sign, "bold red"), " " if sign else "", line), soft_wrap=True)
     except Exception:

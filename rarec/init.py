@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from rarec.config.shipped import shipped_files
 from rarec.errors import UserError
-from rarec.files import write_text
-from rarec.shipped import shipped_files
+from rarec.storage.files import write_text
 
 EXAMPLES = {
     "demo": "real purchases with titles, inside this package; minutes on a laptop",

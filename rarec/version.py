@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import rarec
-
-_CHECKOUT = Path(rarec.__file__).parents[1]
+__version__ = "0.1.0"
+_CHECKOUT = Path(__file__).parents[1]
 
 
 @cache
@@ -16,7 +15,7 @@ def source() -> Mapping[str, str | None]:
 
     The first call of a process decides.
     """
-    return {"version": rarec.__version__, "commit": _commit()}
+    return {"version": __version__, "commit": _commit()}
 
 
 def _commit() -> str | None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rarec.artefacts import MANIFEST, SEAL, read_manifest, sha256_json, write_sealed
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.checks import verify_shards
 from rarec.data.shards.expected import Expected
@@ -20,7 +19,8 @@ from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.data.shards.stream import SampleStream
 from rarec.data.shards.tars import LocalTars
 from rarec.data.shards.writing import finish_shards, repair_shards, write_shards
-from rarec.files import read_json, sha256_file
+from rarec.storage.artefacts import MANIFEST, SEAL, read_manifest, sha256_json, write_sealed
+from rarec.storage.files import read_json, sha256_file
 from tests.datasets import by_hand
 
 ITEMS, PER_SHARD = 30, 8

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rarec.artefacts import MANIFEST
 from rarec.data.shards.index import ENTRY, INDEX
 from rarec.data.shards.samples import Sample
-from rarec.files import read_json, write_json
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.files import read_json, write_json
 from tests import forging
 from tests.forging import EXPECTED, ITEMS, PER_SHARD, TOTAL, Change, honest, in_all, in_field, member, members_of, retar
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import psutil
 
-from rarec.artefacts import MANIFEST, write_sealed
-from rarec.directories import claim
-from rarec.files import read_json
 from rarec.stages.stage import BEGUN, PROGRESS
+from rarec.storage.artefacts import MANIFEST, write_sealed
+from rarec.storage.directories import claim
+from rarec.storage.files import read_json
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -25,11 +25,11 @@ START = multiprocessing.get_context("forkserver")
 START.set_forkserver_preload(
     [
         "tests.ranks",
-        "rarec.evaluation.html_report",
+        "rarec.report.html",
         "rarec.stages.evaluator",
         "rarec.stages.variant_training",
         "rarec.training.engines.zero",
-        "rarec.training.watchdog",
+        "rarec.distributed.watchdog",
     ]
 )
 

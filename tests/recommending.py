@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import rarec
-from rarec.artefacts import read_manifest, write_manifest
+from rarec.bundle.bundle import FACTS
+from rarec.bundle.recommended import Recommended
 from rarec.entry import open_run
-from rarec.files import read_json, write_json
-from rarec.serving.bundle import FACTS
-from rarec.serving.recommended import Recommended
 from rarec.stages.run import Run
+from rarec.storage.artefacts import read_manifest, write_manifest
+from rarec.storage.files import read_json, write_json
 
 
 def histories(run: Run, users: list[str]) -> list[list[str]]:

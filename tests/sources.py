@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from rarec.artefacts import Manifest
 from rarec.config import RunConfig
 from rarec.config.ids import Ids, Import
 from rarec.data.dataset import PreparedDataset
@@ -11,6 +10,7 @@ from rarec.ids.source import Source, open_source
 from rarec.stages.ids import IdsStage
 from rarec.stages.prepare import PrepareStage
 from rarec.stages.run import Run
+from rarec.storage.artefacts import Manifest
 
 
 class FinishedPrepare(PrepareStage):

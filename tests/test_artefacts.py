@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rarec.artefacts import check_files, check_settings, read_manifest, write_manifest
-from rarec.directories import CHECKED, new_directory
 from rarec.errors import UserError
-from rarec.files import aside_path, sha256_file, write_aside, write_json, write_text
+from rarec.storage.artefacts import check_files, check_settings, read_manifest, write_manifest
+from rarec.storage.directories import CHECKED, new_directory
+from rarec.storage.files import aside_path, sha256_file, write_aside, write_json, write_text
 
 
 def write(directory, text):
@@ -101,7 +101,7 @@ def check(directory):
 def read_by(check, directory, monkeypatch):
     """Return the files that a check reads."""
     read, plain = [], sha256_file
-    monkeypatch.setattr("rarec.artefacts.sha256_file", lambda path: read.append(path.name) or plain(path))
+    monkeypatch.setattr("rarec.storage.artefacts.sha256_file", lambda path: read.append(path.name) or plain(path))
     check(directory)
     return read
 

@@ -12,12 +12,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import rarec
-from rarec.artefacts import MANIFEST, read_manifest, sha256_json, write_manifest
+from rarec.bundle.bundle import FACTS, VECTORS
+from rarec.bundle.command import add_items_of, columns_of, print_for_history, print_for_user, write_for_all
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import read_json, sha256_file, write_json
-from rarec.serving.bundle import FACTS, VECTORS
-from rarec.serving.command import add_items_of, columns_of, print_for_history, print_for_user, write_for_all
+from rarec.storage.artefacts import MANIFEST, read_manifest, sha256_json, write_manifest
+from rarec.storage.files import read_json, sha256_file, write_json
 from tests.recommending import sealed
 from tests.synthetic import write_llm
 

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rarec.bundle import batch
+from rarec.bundle.bundle import ITEMS
+from rarec.bundle.command import print_for_user, write_for_all
+from rarec.bundle.histories import open_log
 from rarec.errors import UserError
-from rarec.serving import batch
-from rarec.serving.bundle import ITEMS
-from rarec.serving.command import print_for_user, write_for_all
-from rarec.serving.histories import open_log
 from tests.ranks import ROOT, free_port
 
 

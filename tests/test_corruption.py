@@ -24,7 +24,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.artefacts import MANIFEST
 from rarec.data.shards.index import INDEX, digest_of
 from rarec.data.shards.samples import read_sample
 from rarec.data.shards.stream import damaged_samples
@@ -32,6 +31,7 @@ from rarec.data.shards.tar_members import MAX_SAMPLE_BYTES
 from rarec.data.shards.tars import LocalTars
 from rarec.entry import machine_trouble
 from rarec.errors import UserError
+from rarec.storage.artefacts import MANIFEST
 from tests import forging
 from tests.forging import PER_SHARD, TOTAL, bytes_of, forge, problems, retar
 from tests.harms import (

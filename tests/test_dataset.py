@@ -12,7 +12,7 @@ from rarec.config.logs import Prepare
 from rarec.data.columns import Column
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
-from rarec.files import read_json, write_json
+from rarec.storage.files import read_json, write_json
 from tests.datasets import by_hand, prepare_dataset
 from tests.synthetic import write_log
 

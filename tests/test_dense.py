@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from rarec.bundle.dense import DenseForm, DenseScores
 from rarec.errors import UserError
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import EvalBatch, FusedRanker, VectorRanker
-from rarec.serving.dense import DenseForm, DenseScores
 
 ITEMS, USERS = 30, 5
 

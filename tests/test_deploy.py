@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from rarec.cli import app
-from rarec.serving.http.metrics import Metrics
+from rarec.serve.metrics import Metrics
 from tests.pages import DOCS, ROOT
 
 DEPLOY = DOCS / "deploy"
@@ -88,7 +88,7 @@ def test_each_is_named_by_the_page(name):
 
 
 def test_the_settings_of_the_page_are_valid(tmp_path):
-    from rarec.serving.http.settings import read_settings
+    from rarec.serve.settings import read_settings
 
     text = next(block for block in _yaml_of_serving() if "bundles:" in block)
     (tmp_path / "serve.yaml").write_text(text)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from rarec.artefacts import read_manifest
 from rarec.config.method import Readout
 from rarec.entry import open_run
 from rarec.errors import UserError
@@ -18,17 +17,18 @@ from rarec.evaluation.diagnostic_sample import SideSample
 from rarec.evaluation.diagnostics import ALIGNMENT_FIELDS, diagnose, variant_diagnostics
 from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_rows
 from rarec.evaluation.health import NORM_FACTOR, warnings
-from rarec.evaluation.html_report import REPORT, write_report
-from rarec.evaluation.plots import alignment
-from rarec.files import read_json, write_json
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.llm_attention import slot_attention, slot_shares
 from rarec.models.slots import Slots
 from rarec.models.towers import RaRec, ReadoutModule, SideBatch, Tower
 from rarec.prompts import Encoded, TextTokenizer
+from rarec.report.html import REPORT, write_report
+from rarec.report.plots import alignment
 from rarec.stages.report import directories
 from rarec.stages.run import Run
+from rarec.storage.artefacts import read_manifest
+from rarec.storage.files import read_json, write_json
 from tests.synthetic import tiny_model, tiny_tokenizer
 
 HIDDEN, BLOCKS = 32, 2

@@ -10,7 +10,7 @@ import torch
 
 from rarec.entry import open_run
 from rarec.errors import EXIT_CODE, UserError
-from rarec.files import read_json
+from rarec.storage.files import read_json
 from rarec.training.engines.zero_op import MARK, load_cpu_op, op_directory
 from tests.ranks import ENGINES, VARIANT, copied, finish, losses, start, weights
 from tests.synthetic import write_llm
@@ -72,8 +72,8 @@ def test_an_op_that_does_not_compile_is_one_error(decoder, tmp_path):
 @pytest.mark.parametrize(("stage", "of_weight"), [(2, "meta"), (3, "cpu")])
 def test_what_deepspeed_does_not_move_to_the_device_is_there(stage, of_weight):
     """ZeRO-3 shards parameters on the device itself, and leaves buffers where they were."""
+    from rarec.distributed.world import World
     from rarec.training.engines.zero import ZeroEngine
-    from rarec.world import World
 
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
     ZeroEngine(World(device=torch.device("meta")), {"zero_optimization": {"stage": stage}}).place(model)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rarec import doctor
-from rarec.doctor import GROUPS, Check, checks, doctor_table, requirements, run_safely, versions
+from rarec.planning import doctor
+from rarec.planning.doctor import GROUPS, Check, checks, doctor_table, requirements, run_safely, versions
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_versions_are_those_of_the_installed_metadata() -> None:
 
 def test_versions_import_nothing_heavy() -> None:
     program = (
-        "import sys; from rarec.doctor import versions; versions(); "
+        "import sys; from rarec.planning.doctor import versions; versions(); "
         "heavy = {'torch', 'transformers', 'duckdb', 'ibis', 'deepspeed', 'pyarrow'} & set(sys.modules); "
         "assert not heavy, heavy"
     )

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from rarec import __version__, entry
-from rarec.crash import CRASH
-from rarec.directories import new_directory
+from rarec.console.crash import CRASH
+from rarec.console.launcher import check_launcher
+from rarec.distributed.world import World
 from rarec.entry import CRASHED, guarded
 from rarec.errors import EXIT_CODE, UserError
-from rarec.launcher import check_launcher
-from rarec.world import World
+from rarec.storage.directories import new_directory
 from tests.conftest import make_world
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def test_a_broken_standard_error_ends_no_work(tmp_path):
 )
 def test_any_encoding_and_terminal_show_all(environment):
     table = "from rich.table import Table; t = Table(chr(8211)); t.add_row(chr(233) + chr(128640))"
-    shown = "from rarec.progress import Console; Console().print(t); Console(width=110).print(t)"
+    shown = "from rarec.console.progress import Console; Console().print(t); Console(width=110).print(t)"
     result = python(f"{table}; {shown}; {SAYS}", **environment)
     assert result.returncode == 0
     assert result.stderr == "working\n"
@@ -236,7 +236,7 @@ def test_an_error_that_a_library_makes_of_an_interrupt_is_an_interrupt():
 
 def test_an_interrupt_on_the_way_into_a_with_leaves_nothing_aside(tmp_path):
     lines = [
-        "from rarec.directories import Path, new_directory",
+        "from rarec.storage.directories import Path, new_directory",
         "def trace(frame, event, _):",
         "  if event == 'return': sys.settrace(None); os.kill(os.getpid(), signal.SIGTERM)",
         "  return trace",

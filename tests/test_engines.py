@@ -17,7 +17,7 @@ from rarec.config import dump_config
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
-from rarec.files import read_json
+from rarec.storage.files import read_json
 from tests.datasets import identity_of, prepare_dataset
 from tests.engines import needs_spark, on, spark_session
 from tests.test_prepare import CATALOGUE, LOG, any_log, configure, refuse, write

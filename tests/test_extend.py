@@ -13,20 +13,20 @@ import torch
 import yaml
 
 import rarec
-from rarec.artefacts import read_manifest
+from rarec.cluster import load_sweep
 from rarec.config import RunConfig
 from rarec.config.load import load_config
+from rarec.config.registry import KINDS
 from rarec.errors import UserError
 from rarec.evaluation.labels import variant_title
 from rarec.ids.source import open_source
 from rarec.ids.validation import Validation
 from rarec.planning.cluster import Cluster
-from rarec.registry import KINDS
 from rarec.stages import STAGES
 from rarec.stages.plan import plan
 from rarec.stages.run import Run
 from rarec.stages.stage import Stage
-from rarec.sweep import load_sweep
+from rarec.storage.artefacts import read_manifest
 from tests.conftest import CONFIG, make_world
 from tests.pages import BIN, DOCS, blocks, write_files
 from tests.ranks import finish, losses

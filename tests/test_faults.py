@@ -13,14 +13,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from rarec.artefacts import read_manifest
-from rarec.directories import CHECKED, MARKER
 from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
-from rarec.files import aside_path, read_json
 from rarec.ranking import EvalBatch, VectorRanker
 from rarec.stages import STAGES
 from rarec.stages.shard_content import ShardContent
+from rarec.storage.artefacts import read_manifest
+from rarec.storage.directories import CHECKED, MARKER
+from rarec.storage.files import aside_path, read_json
 from tests.processes import be_killed_at_rename, unfinish
 from tests.ranks import START
 from tests.recommending import recommend

@@ -21,13 +21,13 @@ from rarec.config import VARIANTS
 from rarec.data.shards.index import key_of, open_index
 from rarec.entry import SIGNALLED, open_run
 from rarec.errors import UserError
-from rarec.files import read_json
 from rarec.models import initialise
 from rarec.models.initialise import collect_initial_data
 from rarec.models.losses import Objective
 from rarec.prompts import Encoded
 from rarec.stages.run import Run
 from rarec.stages.variant_training import open_initialiser, open_stream
+from rarec.storage.files import read_json
 from rarec.training.checkpoints import Checkpoints
 from rarec.training.feed import Feed, first_samples
 from tests.processes import all_end, workers_of

@@ -13,17 +13,17 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 
 import rarec
+from rarec.bundle.bundle import Bundle
+from rarec.bundle.card import _hub_name
+from rarec.bundle.parts import Parts
+from rarec.bundle.samples import sample_histories
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import read_json, write_json
+from rarec.export import rarec_client_path
+from rarec.export.hub import upload
+from rarec.export.write import write_formats
 from rarec.ranking import EvalBatch
-from rarec.serving.bundle import Bundle
-from rarec.serving.card import _hub_name
-from rarec.serving.formats import rarec_client_path
-from rarec.serving.formats.hub import upload
-from rarec.serving.formats.write import write_formats
-from rarec.serving.parts import Parts
-from rarec.serving.samples import sample_histories
+from rarec.storage.files import read_json, write_json
 from tests.conftest import CONFIG
 from tests.engines import needs_spark, spark_session
 from tests.recommending import exported, histories
@@ -51,7 +51,7 @@ def write(recommender, directory: Path, formats, **options) -> Path:
 
 
 def client(folder: Path):
-    from rarec.serving.formats.rarec_client import Client
+    from rarec.export.rarec_client import Client
 
     return Client(folder, threads=1)
 
@@ -95,8 +95,8 @@ def test_the_client_runs_without_torch_and_rarec(served, recommender, everyone, 
 
 @pytest.mark.slow
 def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, everyone):
-    from rarec.serving.http.onnx_engine import OnnxEngine
-    from rarec.serving.recommended import Request
+    from rarec.bundle.recommended import Request
+    from rarec.serve.onnx_engine import OnnxEngine
 
     engine, known = OnnxEngine(served, threads=1), recommender.items
     everyone = [*everyone, *([known[row] for row in rows] for rows in sample_histories(recommender.parts, 150))]
@@ -137,7 +137,7 @@ def test_the_manifest_has_what_was_measured(served):
 @pytest.mark.slow
 def test_slots_reach_the_graph(run, tmp_path):
     """A graph in which slots are lost raises no error: its query must depend on the items' ID vectors."""
-    from rarec.serving.formats.graph import query_graph, query_inputs, session, write_graph
+    from rarec.export.graph import query_graph, query_inputs, session, write_graph
 
     parts = rarec.load(exported(run, tmp_path, "export.variant=per_layer").directory("export")).parts
     history = [np.arange(4), np.arange(7, 9)]
@@ -273,8 +273,8 @@ def test_a_card_names_a_language_model_of_the_hub_and_no_path_of_this_machine(mo
 @pytest.mark.parametrize("kind", ["hnsw", "ivf"])
 def test_the_only_items_that_may_be_returned_are_found_whatever_the_index(served, recommender, kind, tmp_path):
     """An approximate index looks at some items only; those that are allowed may not be among them."""
-    from rarec.serving.http.onnx_engine import OnnxEngine
-    from rarec.serving.recommended import Request
+    from rarec.bundle.recommended import Request
+    from rarec.serve.onnx_engine import OnnxEngine
 
     folder = write(recommender, tmp_path / kind, ["onnx", "faiss"], index=kind)
     known = recommender.items
@@ -335,7 +335,7 @@ def test_a_bundle_with_its_language_model_needs_nothing_else(run, everyone, reco
 @needs_spark
 @pytest.mark.slow
 def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyone, monkeypatch, tmp_path):
-    from rarec.serving.spark import recommend
+    from rarec.export.spark import recommend
 
     session = spark_session()
     monkeypatch.setattr(session.sparkContext, "pythonExec", sys.executable)  # as PYSPARK_PYTHON does

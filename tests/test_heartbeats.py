@@ -2,8 +2,8 @@
 
 import pytest
 
-from rarec.training import watchdog
-from rarec.training.watchdog import Heartbeat, Heartbeats
+from rarec.distributed import watchdog
+from rarec.distributed.watchdog import Heartbeat, Heartbeats
 
 EVERY, STALL, DEAD = 2.0, 60.0, 30.0
 

@@ -17,17 +17,17 @@ import pytest
 from starlette.testclient import TestClient
 
 import rarec
-from rarec.artefacts import MANIFEST
+from rarec.bundle.recommended import Recommended, Request
+from rarec.bundle.samples import sample_histories
 from rarec.errors import UserError
-from rarec.serving.app import PAGE, assemble
-from rarec.serving.http import fleet as fleets
-from rarec.serving.http.batcher import Batcher, Busy, Closed
-from rarec.serving.http.engine import Answer
-from rarec.serving.http.guard import Rates
-from rarec.serving.http.metrics import _forget_dead_workers
-from rarec.serving.http.settings import ServeSettings, read_settings, settings_of
-from rarec.serving.recommended import Recommended, Request
-from rarec.serving.samples import sample_histories
+from rarec.serve import bundle_manager as fleets
+from rarec.serve.app import PAGE, assemble
+from rarec.serve.batcher import Batcher, Busy, Closed
+from rarec.serve.engine import Answer
+from rarec.serve.guard import Rates
+from rarec.serve.metrics import _forget_dead_workers
+from rarec.serve.settings import ServeSettings, read_settings, settings_of
+from rarec.storage.artefacts import MANIFEST
 from tests.recommending import histories
 
 
@@ -342,7 +342,7 @@ def test_a_failure_of_the_engine_is_answered_like_any_other_problem(bundle, monk
         def answer(self, requests: list[Request]) -> list[Answer]:
             raise RuntimeError("secret")
 
-    monkeypatch.setattr("rarec.serving.app.load_engine", lambda settings, path: Broken())
+    monkeypatch.setattr("rarec.serve.app.load_engine", lambda settings, path: Broken())
     app, fleet = assemble(lambda: settings_of(bundle))
     fleet.load()
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -355,7 +355,7 @@ def test_a_failure_of_the_engine_is_answered_like_any_other_problem(bundle, monk
 
 def test_a_busy_service_says_when_to_come_again(bundle, monkeypatch):
     engine = Slow()
-    monkeypatch.setattr("rarec.serving.app.load_engine", lambda settings, path: engine)
+    monkeypatch.setattr("rarec.serve.app.load_engine", lambda settings, path: engine)
     with served(settings_of(bundle, max_queue=1, timeout=0.2)) as client:
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(client.post, "/v1/recommend", json={"histories": [["a"]]}) for _ in range(6)]
@@ -377,8 +377,8 @@ def quick(monkeypatch) -> None:
 @pytest.fixture
 def versions(bundle, tmp_path) -> dict[str, Path]:
     """Two bundles, and a link to the first; the second lacks an item."""
-    from rarec.serving.bundle import Bundle
-    from rarec.serving.items import remove_items
+    from rarec.bundle.bundle import Bundle
+    from rarec.bundle.items import remove_items
 
     shutil.copytree(bundle, tmp_path / "one")
     remove_items(Bundle.open(bundle), ["i003"], tmp_path / "two")
@@ -497,7 +497,7 @@ def test_whatever_goes_wrong_while_settings_are_read_again_they_are_read_again(b
 
 def test_the_end_does_not_wait_for_a_bundle_that_is_being_loaded(bundle, quick, monkeypatch):
     loads = threading.Event()
-    monkeypatch.setattr("rarec.serving.app.load_engine", lambda *_: loads.set() or time.sleep(20) or Slow())
+    monkeypatch.setattr("rarec.serve.app.load_engine", lambda *_: loads.set() or time.sleep(20) or Slow())
     app, _ = assemble(lambda: settings_of(bundle))
     with TestClient(app):
         assert loads.wait(10)

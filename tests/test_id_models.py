@@ -13,10 +13,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rarec.artefacts import MANIFEST
 from rarec.config.ids import RECIPES, ComiRecConfig, Gru4RecConfig, Ids, Recipe, SasRecConfig
 from rarec.data.dataset import PreparedDataset
-from rarec.directories import CHECKED, MARKER
+from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.make import write_source
 from rarec.ids.models import SequenceModel, build
@@ -27,7 +26,8 @@ from rarec.ids.validation import Validation
 from rarec.ids.windows import Batch, Windows, draw_negatives
 from rarec.ranking import metric_values, rank_targets
 from rarec.stages.stage import PROGRESS
-from rarec.world import SINGLE, World
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.directories import CHECKED, MARKER
 from tests.datasets import by_hand, prepared
 from tests.sources import ids_stage, make_source
 

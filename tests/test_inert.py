@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from rarec import entry
-from rarec.artefacts import write_manifest
+from rarec.console.inert import in_one_line, inert, inert_streams
+from rarec.console.progress import Console
 from rarec.errors import LONGEST, UserError
-from rarec.files import write_json
-from rarec.inert import in_one_line, inert, inert_streams
-from rarec.progress import Console
+from rarec.storage.artefacts import write_manifest
+from rarec.storage.files import write_json
 from tests.test_report import directories, example, measured, write_page
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

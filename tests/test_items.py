@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import rarec
+from rarec.bundle.bundle import FACTS
+from rarec.bundle.command import add_items_of, remove_items_of
+from rarec.bundle.versions import next_version
 from rarec.errors import UserError
-from rarec.serving.bundle import FACTS
-from rarec.serving.command import add_items_of, remove_items_of
-from rarec.serving.versions import next_version
 from tests.recommending import exported
 
 NEW = """item,title,brand

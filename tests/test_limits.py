@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from rarec.cluster.definition import load_sweep
 from rarec.config import RunConfig, load_config
 from rarec.config.plain_yaml import MAX_BYTES, MAX_OVERRIDE
 from rarec.errors import UserError
-from rarec.sweep.definition import load_sweep
 from tests.test_config import SMALL
 from tools.make_config_reference import section_of
 

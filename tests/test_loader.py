@@ -16,9 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.training.loader import BatchLoader, copied_ahead
-from rarec.world import World
 from tests.processes import all_end, workers_of
 from tests.shards import open_stream, write_shards
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.directories import MARKER
+from rarec.storage.directories import MARKER
 from tools import make_log as module
 from tools.make_log import Log, make_log
 
@@ -147,7 +147,8 @@ def test_memory_does_not_grow_with_the_interactions(tmp_path: Path) -> None:
     peaks = []
     for interactions in (1_500_000, 4_500_000):
         code = (
-            "from pathlib import Path; from rarec.hardware import peak_memory; from tools.make_log import make_log\n"
+            "from pathlib import Path; from rarec.distributed.hardware import peak_memory\n"
+            "from tools.make_log import make_log\n"
             f"make_log(Path({str(tmp_path)!r}), users={interactions // 10}, interactions={interactions})\n"
             "print(peak_memory())"
         )

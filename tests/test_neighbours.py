@@ -28,8 +28,8 @@ from rarec.neighbours.make import read_training_log, write_counts
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.neighbours.table import TABLE
 from rarec.ranking import EvalBatch
-from rarec.scratch import IN_MEMORY, Scratch
 from rarec.stages.run import Run
+from rarec.storage.scratch import IN_MEMORY, Scratch
 from tests.engines import needs_spark, on
 
 A, B, C, D = range(4)

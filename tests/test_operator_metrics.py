@@ -8,11 +8,11 @@ from math import sqrt
 import pytest
 import torch
 
-from rarec.hardware import DEVICES, known_device, peak_memory
+from rarec.distributed.hardware import DEVICES, known_device, peak_memory
+from rarec.distributed.world import SINGLE
 from rarec.training.engines import norms
 from rarec.training.engines.interface import GROUPS, group_of
 from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics
-from rarec.world import SINGLE
 from tests.ranks import VARIANT, copied, finish
 
 
@@ -59,7 +59,7 @@ def test_no_device_stands_behind_one_whose_name_is_part_of_its_own():
 def test_peak_memory_is_what_this_process_has_had_and_not_the_one_that_started_it(taken, least, most):
     torch.ones(250_000_000)
     assert peak_memory() > 1e9
-    code = f"from rarec.hardware import peak_memory; {taken}print(peak_memory())"
+    code = f"from rarec.distributed.hardware import peak_memory; {taken}print(peak_memory())"
     child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert least < int(child.stdout) < most
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rarec.artefacts import IDENTITY, MANIFEST
-from rarec.directories import CHECKED, MARKER, claim, discard, foreign, new_directory, restore_all_replaced
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import aside_path, read_json, write_json
 from rarec.stages import STAGES
 from rarec.stages.stage import BEGUN, PROGRESS
+from rarec.storage.artefacts import IDENTITY, MANIFEST
+from rarec.storage.directories import CHECKED, MARKER, claim, discard, foreign, new_directory, restore_all_replaced
+from rarec.storage.files import aside_path, read_json, write_json
 from tests.conftest import make_world
 from tests.processes import unfinish
 

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from rarec import cli
+from rarec.distributed.hardware import known_device
 from rarec.entry import guarded, open_run
 from rarec.errors import UserError
-from rarec.hardware import known_device
 from rarec.planning.advice import advise, plan_variants, smallest_change
 from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import Cluster, parse_engine
@@ -163,7 +163,7 @@ def test_a_plan_of_8b_reads_config_json_alone_and_takes_seconds_and_little_memor
     (llm / "config.json").write_text(json.dumps(LLAMA_8B))
     path = written(tmp_path, llm, llm={"path": str(llm), "dtype": "bfloat16"}, train={"variants": ["per_layer"]})
     code = (
-        "import resource, sys; from rarec import cli; from rarec.hardware import peak_memory\n"
+        "import resource, sys; from rarec import cli; from rarec.distributed.hardware import peak_memory\n"
         "try: cli.app(sys.argv[1:])\n"
         "finally: print(peak_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
     )

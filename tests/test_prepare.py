@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.directories import CHECKED
 from rarec.errors import UserError
+from rarec.storage.directories import CHECKED
 from tests.datasets import prepare_dataset, run_of
 from tests.test_readers import FORMATS, write_table
 

@@ -10,11 +10,11 @@ import time
 import pytest
 
 from rarec.config import VARIANTS
-from rarec.progress import SPARSE, Task
+from rarec.console.progress import SPARSE, Task
 
 LONGEST = """
 import time
-from rarec.progress import Task
+from rarec.console.progress import Task
 shown = Task("{title}", 20000, 12000, patience=0.0)
 shown.update(12345, "loss 12.345, 9999 tokens/s, 9.9 GB")
 time.sleep(0.5)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 import rarec
 from rarec import cli_bundle
+from rarec.bundle.command import add_items_of
+from rarec.bundle.realign import NewModel, fit_map, realign
 from rarec.entry import open_run
 from rarec.errors import UserError
+from rarec.export.rarec_client import Client
+from rarec.export.write import write_formats
 from rarec.ids.source import Source
-from rarec.serving.command import add_items_of
-from rarec.serving.formats.rarec_client import Client
-from rarec.serving.formats.write import write_formats
-from rarec.serving.realign import NewModel, fit_map, realign
 from tests.recommending import histories
 
 
@@ -84,7 +84,7 @@ def _written(recommender, models, directory):
     """Realign, and serve the bundle in memory: a rotated model of a test cannot be read back."""
     kept = {}
     with pytest.MonkeyPatch.context() as patch:
-        write = "rarec.serving.realign._write"
+        write = "rarec.bundle.realign._write"
         patch.setattr(write, lambda bundle, to, sources, vectors, _: kept.update(sources=sources, vectors=vectors))
         figures = realign(recommender.parts, models, directory)
     served = rarec.load(recommender.bundle.directory)

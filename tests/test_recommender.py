@@ -11,17 +11,17 @@ import torch
 from huggingface_hub import ModelCard
 
 import rarec
-from rarec.artefacts import read_manifest, write_manifest
+from rarec.bundle import card
+from rarec.bundle.bundle import FACTS, Bundle
 from rarec.config import VARIANTS
-from rarec.directories import MARKER
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import read_json
 from rarec.models.weights import save_weights
 from rarec.ranking import EvalBatch
-from rarec.serving import card
-from rarec.serving.bundle import FACTS, Bundle
 from rarec.stages.run import Run
+from rarec.storage.artefacts import read_manifest, write_manifest
+from rarec.storage.directories import MARKER
+from rarec.storage.files import read_json
 from tests.recommending import exported, histories, recommend, sealed
 from tests.synthetic import write_llm
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rarec.directories import MARKER
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import read_json, sha256_file
+from rarec.storage.directories import MARKER
+from rarec.storage.files import read_json, sha256_file
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from tests.processes import unfinish
 from tests.ranks import Job, copied, start, wait_for_step

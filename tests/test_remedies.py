@@ -16,7 +16,7 @@ from harm_oracle import Harm, Judge, snapshot
 from harm_process import Command
 from harm_remedies import Patient, Useless
 
-from rarec.artefacts import MANIFEST
+from rarec.storage.artefacts import MANIFEST
 
 MINE = "the user's own words"
 

@@ -12,9 +12,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from rarec.data.shards import tars as stores
 from rarec.data.shards.tars import MAX_OPEN, RemoteTars, fetch_description
-from rarec.directories import MARKER
 from rarec.errors import UserError
-from rarec.files import aside_path, read_json
+from rarec.storage.directories import MARKER
+from rarec.storage.files import aside_path, read_json
 from tests import forging
 from tests.shards import open_stream, users, write_shards
 

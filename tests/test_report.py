@@ -18,17 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rarec.artefacts import write_manifest
 from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.evaluation.findings import Finding, find, parts_worth, sanity_checks
-from rarec.evaluation.html_report import REPORT, write_report
 from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
 from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
 from rarec.evaluation.run_files import RunDirectories, read_run
-from rarec.evaluation.terminal import closing_lines, terminal_table
 from rarec.evaluation.verdict import Verdict, best_variant, verdict
-from rarec.files import sha256_file, write_json
+from rarec.report.html import REPORT, write_report
+from rarec.report.terminal import closing_lines, terminal_table
+from rarec.storage.artefacts import write_manifest
+from rarec.storage.files import sha256_file, write_json
 
 CUTOFFS = [1, 5, 10, 20, 50, 100]
 TRAINED = ("text_only", "prefix_only", "input", "per_layer")

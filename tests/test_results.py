@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import write_manifest, write_sealed
+from rarec.cluster import SweepRun, load_sweep
 from rarec.config import dump_config
 from rarec.errors import UserError
 from rarec.evaluation.result_rows import comparison_rows, metric_rows
 from rarec.evaluation.seeds import SeedMeans
-from rarec.files import sha256_file, write_json, write_text
 from rarec.ranking import mean_interval
 from rarec.stages.run import Run
-from rarec.sweep import SweepRun, load_sweep
+from rarec.storage.artefacts import write_manifest, write_sealed
+from rarec.storage.files import sha256_file, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 BASE = """

@@ -10,10 +10,8 @@ import pytest
 import yaml
 
 import rarec
-from rarec.artefacts import IDENTITY, read_manifest, read_sealed, write_manifest, write_sealed
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import read_json
 from rarec.models.encode import Encoder
 from rarec.planning.cluster import Cluster
 from rarec.ranking import rank_targets
@@ -23,6 +21,8 @@ from rarec.stages.run import Run
 from rarec.stages.shard_content import ShardContent
 from rarec.stages.variant_training import open_feed, open_stream
 from rarec.stages.verify import verify
+from rarec.storage.artefacts import IDENTITY, read_manifest, read_sealed, write_manifest, write_sealed
+from rarec.storage.files import read_json
 from rarec.training.loader import Collator
 from tests.recommending import recommend
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import rarec
+from rarec.bundle.command import add_items_of, write_for_all
 from rarec.entry import open_run
-from rarec.serving.command import add_items_of, write_for_all
-from rarec.serving.formats.write import write_formats
+from rarec.export.write import write_formats
 from tests.processes import be_killed_at_change
 from tests.ranks import START
 

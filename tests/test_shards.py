@@ -15,7 +15,6 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.artefacts import read_manifest, write_sealed
 from rarec.data.selection.sampling import select_samples
 from rarec.data.shards.checks import index_tar
 from rarec.data.shards.expected import first_leak
@@ -24,8 +23,9 @@ from rarec.data.shards.samples import Sample, read_sample, write_shard
 from rarec.data.shards.writing import PROGRESS, finish_shards, write_shards
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import sha256_file
 from rarec.stages.shard_content import ShardContent
+from rarec.storage.artefacts import read_manifest, write_sealed
+from rarec.storage.files import sha256_file
 from tests.datasets import by_hand
 from tests.shards import made_sample
 
@@ -211,7 +211,9 @@ def test_a_finished_tar_is_kept_only_if_it_is_what_this_run_makes(tmp_path, harm
 
 def test_the_manifest_names_every_file_and_hashes_no_tar_again(tmp_path, monkeypatch):
     records, hashed = write(tmp_path, 25, 10), []
-    monkeypatch.setattr("rarec.artefacts.sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
+    monkeypatch.setattr(
+        "rarec.storage.artefacts.sha256_file", lambda path: hashed.append(path.name) or sha256_file(path)
+    )
     manifest = finish_shards(tmp_path, records, {"a": 1}, {"prepare": "x"})
     assert hashed == [INDEX]
     assert manifest["files"] == {path.name: sha256_file(path) for path in tmp_path.iterdir() if path.suffix != ".json"}

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rarec.artefacts import MANIFEST
 from rarec.config.load import format_override
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.files import read_json, write_json
 from rarec.planning.cluster import Cluster
 from rarec.stages.plan import plan
 from rarec.stages.run import Run
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.files import read_json, write_json
 from tests.conftest import make_world
 from tests.ranks import START
 from tests.sweeps import SMALL

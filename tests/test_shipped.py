@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import rarec
+from rarec.cluster import load_sweep
+from rarec.cluster.slurm import submit
+from rarec.config.shipped import shipped_file, shipped_files
 from rarec.errors import UserError
 from rarec.planning.cluster import Cluster, EngineName, TrainingSetup
 from rarec.planning.plan_table import launch_command
-from rarec.shipped import shipped_file, shipped_files
-from rarec.sweep import load_sweep
-from rarec.sweep.slurm import submit
 from tests.conftest import make_world
 from tests.sweeps import write_sweep
 
@@ -73,7 +73,7 @@ def test_in_an_installed_wheel_commands_name_files_that_exist(installed, engine)
 
 def test_the_module_prints_the_directory_for_shells(installed):
     environment = {**os.environ, "PYTHONPATH": str(installed.parent)}
-    asked = [sys.executable, "-m", "rarec.shipped"]
+    asked = [sys.executable, "-m", "rarec.config.shipped"]
     done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == f"{installed / 'data_files'}\n"
 

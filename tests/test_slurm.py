@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rarec.cluster import load_sweep, state_of
 from rarec.stages.run import Run
-from rarec.sweep import load_sweep, state_of
 from tests.conftest import make_world
 from tests.ranks import ROOT, VARIANT, copied, finish, losses, weights
 from tests.slurm import Cluster, cluster, needs_slurm

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from rarec.artefacts import MANIFEST, read_manifest, write_sealed
 from rarec.config import RunConfig
-from rarec.directories import CHECKED, MARKER
 from rarec.errors import Stopped, UserError
-from rarec.files import read_json, write_json
 from rarec.stages.run import Run
 from rarec.stages.stage import BEGUN, PROGRESS, Built, Stage
+from rarec.storage.artefacts import MANIFEST, read_manifest, write_sealed
+from rarec.storage.directories import CHECKED, MARKER
+from rarec.storage.files import read_json, write_json
 
 TREE = {
     "prepare": {

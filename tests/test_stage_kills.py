@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from rarec.artefacts import MANIFEST
 from rarec.config import RunConfig
-from rarec.directories import CHECKED, MARKER
+from rarec.distributed.world import World
 from rarec.entry import guarded, watched
 from rarec.errors import EXIT_CODE, UserError
 from rarec.stages.run import Run
 from rarec.stages.stage import BEGUN, PROGRESS, Built
-from rarec.world import World
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.directories import CHECKED, MARKER
 from tests.processes import be_killed_at_change
 from tests.ranks import START, free_port
 from tests.test_stage import TREE, Slow, Toy

@@ -17,7 +17,7 @@ from rarec.data.shards.samples import write_shard
 from rarec.data.shards.stream import SampleStream, damaged_samples, name_samples, read_names
 from rarec.data.shards.tars import MAX_OPEN, LocalTars
 from rarec.errors import UserError
-from rarec.files import write_json
+from rarec.storage.files import write_json
 from tests.shards import ITEMS, made_sample, open_stream, users, write_shards
 
 CUTS = st.one_of(

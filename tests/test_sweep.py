@@ -8,16 +8,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import MANIFEST, read_sealed
+from rarec.cluster import load_sweep, state_of
+from rarec.cluster.definition import StageName
+from rarec.cluster.local import LOG, last_message
 from rarec.config import load_config
 from rarec.config.load import format_override, parse_override
 from rarec.errors import UserError
-from rarec.files import read_json
 from rarec.stages import STAGES
 from rarec.stages.run import Run
-from rarec.sweep import load_sweep, state_of
-from rarec.sweep.definition import StageName
-from rarec.sweep.local import LOG, last_message
+from rarec.storage.artefacts import MANIFEST, read_sealed
+from rarec.storage.files import read_json
 from tests.conftest import make_world
 from tests.sweeps import begin, sweep, write_sweep
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rarec.checkpoint_store import Torn
 from rarec.config.schema import Train
 from rarec.entry import open_run
 from rarec.errors import Stopped, UserError
-from rarec.files import read_json
 from rarec.models.losses import LossTerms
 from rarec.stages import variant_training
+from rarec.storage.checkpoint_store import Torn
+from rarec.storage.files import read_json
 from rarec.training.checkpoints import Checkpoints
 from rarec.training.optimizer import build_optimizer, rate_at, set_rate
 

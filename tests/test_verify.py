@@ -13,18 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.artefacts import MANIFEST
 from rarec.cli import command
 from rarec.data.dataset import PreparedDataset
 from rarec.data.shards.index import INDEX
-from rarec.directories import claim
 from rarec.entry import guarded, open_run
 from rarec.errors import EXIT_CODE, UserError
-from rarec.files import read_json, write_json
 from rarec.stages import shard_content
 from rarec.stages.run import Run
 from rarec.stages.shard_content import ITEM_STATES, SELECTION, TARGET_COUNTS, ShardContent
 from rarec.stages.verify import verify
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.directories import claim
+from rarec.storage.files import read_json, write_json
 from tests import forging
 from tests.forging import bytes_of
 

@@ -11,9 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
+from rarec.bundle.samples import sample_histories
 from rarec.errors import UserError
-from rarec.serving.formats.write import write_formats
-from rarec.serving.samples import sample_histories
+from rarec.export.write import write_formats
 from tests.vllm_server import BUNDLES, PYTHON, Served, bundle, environment, needs_vllm, served, server
 
 pytestmark = [pytest.mark.vllm, needs_vllm]

@@ -10,13 +10,13 @@ import torch
 import rarec
 from rarec.config.method import Readout
 from rarec.errors import UserError
-from rarec.files import read_json
+from rarec.export.vllm.prefix import Prefix, cached, write_program
+from rarec.export.vllm.program import Program
+from rarec.export.write import write_formats
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, ReadoutModule, Tower
-from rarec.serving.formats.write import write_formats
-from rarec.serving.vllm.prefix import Prefix, cached, write_program
-from rarec.serving.vllm.program import Program
+from rarec.storage.files import read_json
 from tests.recommending import exported
 from tests.synthetic import tiny_model
 from tests.vllm_server import served

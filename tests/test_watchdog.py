@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from rarec.distributed.watchdog import Watchdog
+from rarec.distributed.world import SINGLE, World
 from rarec.entry import CRASHED, guarded
 from rarec.errors import EXIT_CODE, Stopped, UserError
-from rarec.training.watchdog import Watchdog
-from rarec.world import SINGLE, World
 from tests.ranks import START, free_port
 
 pytestmark = pytest.mark.alone

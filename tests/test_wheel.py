@@ -61,7 +61,7 @@ def test_the_wheel_has_the_examples_configurations_and_scripts(installed):
         own = [text for text in texts(yaml.safe_load(path.read_text())) if text.startswith("package:rarec/")]
         assert all((installed / text.removeprefix("package:")).exists() for text in own), path
     assert (installed / "rarec" / "py.typed").exists()
-    assert (installed / "rarec" / "evaluation" / "report.html.j2").exists()
+    assert (installed / "rarec" / "report" / "report.html.j2").exists()
 
 
 def test_the_package_is_that_of_the_wheel_and_not_of_the_checkout(installed, tmp_path):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import rarec
+from rarec.bundle.recommender import Recommender
 from rarec.entry import open_run
-from rarec.serving.formats.write import write_formats
-from rarec.serving.recommender import Recommender
+from rarec.export.write import write_formats
 from tests.conftest import CONFIG
 from tests.ranks import free_port
 from tests.synthetic import write_llm, write_log

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from measuring import Row, apart, print_table
 
-from rarec.files import write_json
-from rarec.hardware import cores
+from rarec.distributed.hardware import cores
+from rarec.storage.files import write_json
 
 PARTS = {
     "step": "bench_step",

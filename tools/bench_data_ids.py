@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from measuring import Figure, apart, at_least, at_most, memory
 
-from rarec.artefacts import write_manifest
 from rarec.ids.source import ITEMS_FILE, KIND, open_source
+from rarec.storage.artefacts import write_manifest
 
 DIM, BATCH, HISTORY, ROUNDS = 64, 64, 50, 8
 RULE = {"kind": "rule", "rule": "recency", "half_life": 5.0, "max_history": HISTORY}

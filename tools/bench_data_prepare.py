@@ -13,8 +13,8 @@ from make_log import make_log
 from measuring import Figure, apart, at_most, memory, prepare_dataset, seconds
 from prepare_by_hand import FEWEST, prepare_by_hand
 
-from rarec.artefacts import read_manifest
 from rarec.config.logs import Prepare
+from rarec.storage.artefacts import read_manifest
 
 ROWS_OF_A_USER, ROWS_OF_AN_ITEM = 10, 200
 JUNK = {"ties": 0.3, "nulls": 0.001, "unknown": 0.001, "duplicates": 0.01, "shuffled": True}

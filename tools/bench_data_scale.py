@@ -19,14 +19,14 @@ import numpy.typing as npt
 import pyarrow as pa
 from measuring import Figure, apart, at_most, memory
 
-from rarec.artefacts import write_manifest
 from rarec.config import RunConfig
 from rarec.data import tables
 from rarec.data.columns import write_columns
 from rarec.data.dataset import PreparedDataset
 from rarec.data.selection.sampling import select_samples
-from rarec.directories import new_directory
 from rarec.stages.run import Run
+from rarec.storage.artefacts import write_manifest
+from rarec.storage.directories import new_directory
 
 ROWS = 1 << 20
 """Rows generated at a time."""

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 from measuring import Figure, apart, at_least, at_most, memory, seconds
 
-from rarec.artefacts import check_files, read_manifest
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.index import INDEX, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample
 from rarec.data.shards.stream import SampleStream
 from rarec.data.shards.tars import LocalTars
 from rarec.data.shards.writing import finish_shards, write_shards
+from rarec.storage.artefacts import check_files, read_manifest
 
 BLOCKS, HIDDEN, DIM, ITEMS = 7, 384, 64, 12_000
 BATCH, BUDGET = 64, 64 * 80

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from measuring import Row, memory, seconds
 
-from rarec.checkpoint_store import CheckpointStore
 from rarec.config.ids import SasRecConfig
 from rarec.ids.trainer import Training
 from rarec.ids.windows import Batch
+from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.training.accelerator import join_world
 
 SMALL, LARGE = 100_000, 10_000_000

@@ -24,16 +24,16 @@ import torch
 from make_log import make_log
 from measuring import Row, prepare_dataset, print_table, seconds
 
-from rarec.checkpoint_store import CheckpointStore
 from rarec.config.ids import SasRecConfig
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.files import write_json
+from rarec.distributed.world import SINGLE
 from rarec.ids.trainer import Training
 from rarec.ids.validation import Validation
 from rarec.ids.windows import Windows
 from rarec.ranking.rank import top_k
-from rarec.world import SINGLE
+from rarec.storage.checkpoint_store import CheckpointStore
+from rarec.storage.files import write_json
 
 HERE = Path(__file__).resolve().parent
 RECIPE: dict[str, Any] = {"dim": 64, "dropout": 0.2, "batch_size": 128, "max_history": 50, "lr": 0.001}

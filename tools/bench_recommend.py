@@ -35,12 +35,12 @@ import torch
 from measuring import seconds
 
 import rarec
+from rarec.bundle.parts import Parts
+from rarec.bundle.samples import sample_histories
+from rarec.export.rarec_client import Client
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length
 from rarec.ranking.rank import best_scores, top_k
-from rarec.serving.formats.rarec_client import Client
-from rarec.serving.parts import Parts
-from rarec.serving.samples import sample_histories
 
 Rows = npt.NDArray[np.int64]
 GOALS = {"batch": 1 / 0.9, "search": 1.3, "search N": 1.3, "one user": 3.0, "100 items": 1.5, "client": 0.1}

@@ -39,12 +39,12 @@ from measuring import Figure, at_least, at_most, print_table
 from measuring import seconds as seconds_of
 
 import rarec
-from rarec.artefacts import MANIFEST
-from rarec.files import read_json
-from rarec.serving.bundle import Bundle
-from rarec.serving.formats.rarec_client import Client
-from rarec.serving.items import remove_items
-from rarec.serving.samples import sample_histories
+from rarec.bundle.bundle import Bundle
+from rarec.bundle.items import remove_items
+from rarec.bundle.samples import sample_histories
+from rarec.export.rarec_client import Client
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.files import read_json
 
 K = 10
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

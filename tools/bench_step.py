@@ -75,7 +75,7 @@ def write_llama(directory: Path) -> Path:
     """Write a Llama of the shape of Llama 3.2 1B with random weights and MiniLM's words."""
     from transformers import AutoTokenizer
 
-    from rarec.paths import resolve
+    from rarec.config.paths import resolve
 
     words = AutoTokenizer.from_pretrained(resolve(MINILM))
     config = LlamaConfig(**cast(Any, BILLION), num_key_value_heads=8, vocab_size=len(words))

@@ -24,11 +24,11 @@ from measuring import Row, seconds
 from transformers import BertConfig, BertModel
 
 from rarec.config.ids import SasRecConfig
+from rarec.distributed.world import SINGLE
 from rarec.entry import WAITING
 from rarec.ids.models import build
 from rarec.ids.sampled_softmax import SampledSoftmax
 from rarec.ids.windows import Batch, draw_negatives
-from rarec.world import SINGLE
 
 WAYS = {"spin": {}, "rarec": WAITING, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 ITEMS, STEPS = 12_000, 10

@@ -31,7 +31,8 @@ from measuring import Figure, at_least, model_tree, print_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.config import VARIANTS, RunConfig
-from rarec.hardware import known_device, peak_memory
+from rarec.distributed.hardware import known_device, peak_memory
+from rarec.distributed.world import World
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model, trained_parameters
 from rarec.models.language_model import LoadedModel, compile_blocks, with_lora
@@ -42,7 +43,6 @@ from rarec.planning.cluster import Cluster
 from rarec.planning.input_sizes import PromptLengths
 from rarec.planning.meta_model import MetaModelBuilder
 from rarec.training.engines.plain import PlainEngine
-from rarec.world import World
 
 VARIANT, SOURCES, DIM = VARIANTS["per_layer_lora"], {"id": SourceShape(64, 1)}, 64
 ITEM_TOKENS, ROUNDS = 64, 5

@@ -33,8 +33,8 @@ from harm_surroundings import Disk
 from harm_world import FOLDERS, RUN, STAGES, World
 from measuring import Figure, print_table
 
-from rarec.artefacts import MANIFEST
-from rarec.directories import CHECKED
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.directories import CHECKED
 
 ROOT = Path(__file__).parents[1]
 LAUNCHED = ("ids", "shards", "train", "evaluate")

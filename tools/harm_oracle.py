@@ -17,9 +17,9 @@ from pathlib import Path
 from harm_process import Command, Outcome
 from harm_world import FOLDERS, HALF, RUN, STAGES, World
 
-from rarec.artefacts import IDENTITY, MANIFEST, sha256_json
 from rarec.errors import UserError
-from rarec.files import read_json
+from rarec.storage.artefacts import IDENTITY, MANIFEST, sha256_json
+from rarec.storage.files import read_json
 
 LAST_RESORT = 70
 """Exit code of what no message of its own foresees, where memory or files run out."""

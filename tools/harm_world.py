@@ -16,7 +16,7 @@ from harm_process import Command, Outcome, Server
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from rarec.artefacts import MANIFEST
+from rarec.storage.artefacts import MANIFEST
 
 CONFIG = """\
 # a comment of the user's

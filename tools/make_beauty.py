@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from rarec.entry import guarded
 from rarec.errors import UserError
-from rarec.files import write_aside
+from rarec.storage.files import write_aside
 
 
 @contextmanager

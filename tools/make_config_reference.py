@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rarec.config import RunConfig
-from rarec.serving.http.settings import ServeSettings
+from rarec.serve.settings import ServeSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from rarec.entry import guarded
 from rarec.errors import UserError
-from rarec.files import write_aside
+from rarec.storage.files import write_aside
 
 SINCE = datetime(2010, 12, 1, tzinfo=UTC)
 FEWEST_PRODUCTS = 5

@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rarec.directories import new_directory
-from rarec.files import write_aside
+from rarec.storage.directories import new_directory
+from rarec.storage.files import write_aside
 
 Ints = npt.NDArray[np.int64]
 

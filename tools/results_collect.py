@@ -18,13 +18,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from results_summary import Finished, Summary, of_seed, settings_of, summarise
 
+from rarec.cluster import Sweep, SweepRun, first_to_do
 from rarec.errors import UserError
 from rarec.evaluation.run_files import TrainingRecord, read_run
-from rarec.files import read_json, write_aside, write_text
 from rarec.stages.report import directories
 from rarec.stages.run import Run
 from rarec.stages.run_folder import read_record
-from rarec.sweep import Sweep, SweepRun, first_to_do
+from rarec.storage.files import read_json, write_aside, write_text
 
 
 def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[str]:

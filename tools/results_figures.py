@@ -23,8 +23,8 @@ from results_summary import HITS, Summary
 
 from rarec.errors import UserError
 from rarec.evaluation.labels import MINUS, figure
-from rarec.files import read_json
 from rarec.ranking.intervals import Interval
+from rarec.storage.files import read_json
 
 _BRACES = re.compile(r"\{\{(.+?)\}\}")
 _FIGURE = re.compile(

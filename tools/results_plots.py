@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from rarec.errors import UserError
 from rarec.evaluation.labels import metric_title, tick
-from rarec.evaluation.plots import NARROW
 from rarec.ranking.intervals import Interval
+from rarec.report.plots import NARROW
 
 COLOURS = ("#7a7a7a", "#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#c08a2b")
 """The first is the ID model's."""

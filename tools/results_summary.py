@@ -11,12 +11,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from rarec.cluster import Sweep, SweepRun
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, HEADLINE, ID_ONLY, SANITY_GROUP, variant_group, variant_order
 from rarec.evaluation.seeds import SeedMeans
 from rarec.ranking.intervals import Floats, mean_intervals
 from rarec.stages import STAGES
-from rarec.sweep import Sweep, SweepRun
 
 HITS = "hr@100"
 """The metric of the tables by stratum and by who hits."""

@@ -6,9 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from rarec.config.registry import check, find
 from rarec.config.section import Count, Few, Location, Part, Positive, Rate, Section
 from rarec.errors import nearest
-from rarec.registry import check, find
 
 
 class Recipe(Section):

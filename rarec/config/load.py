@@ -13,8 +13,8 @@ from pydantic_core import ErrorDetails
 
 from rarec.config.plain_yaml import MAX_BYTES, MAX_OVERRIDE, SHOWN, Dumper, parse
 from rarec.config.schema import RunConfig
+from rarec.config.shipped import shipped_files
 from rarec.errors import UserError, nearest
-from rarec.shipped import shipped_files
 
 Model = TypeVar("Model", bound=BaseModel)
 RENAMED: dict[str, str | None] = {

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
+from rarec.config.registry import check
 from rarec.config.section import Count, Location, NonNegativeFew, Part, Positive, Rate, Section, Weight
-from rarec.registry import check
 
 
 class Llm(Section):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
-from rarec.registry import find
+from rarec.config.registry import find
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _ROW = re.compile(r"[^+/]+(\+id)?(\+cheap)?")

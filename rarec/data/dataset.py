@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from rarec.artefacts import check_files, read_manifest
 from rarec.data import tables
 from rarec.data.columns import Column, TableColumns
+from rarec.storage.artefacts import check_files, read_manifest
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

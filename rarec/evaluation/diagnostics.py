@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rarec.config import RunConfig
 from rarec.data.dataset import PreparedDataset
+from rarec.distributed.world import SINGLE, World
 from rarec.evaluation.diagnostic_sample import Passes, SideSample, SoftTokens, TextStates, slot_pass, text_pass
 from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_rows
 from rarec.evaluation.health import warnings
@@ -21,7 +22,6 @@ from rarec.ids.source import Source
 from rarec.models.llm_attention import slot_shares
 from rarec.models.towers import RaRec, Tower
 from rarec.prompts import PromptPair, TextTokenizer
-from rarec.world import SINGLE, World
 
 ATTENTION_PROMPTS = 32
 """Prompts of each side whose attention is measured."""

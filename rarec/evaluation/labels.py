@@ -10,7 +10,7 @@ deployed.
 from collections.abc import Iterable
 
 from rarec.config.variants import variant_titles
-from rarec.inert import inert
+from rarec.console.inert import inert
 
 ID_ONLY = "id_only"
 FUSED = "+id"

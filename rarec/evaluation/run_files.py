@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rarec.artefacts import MANIFEST
 from rarec.errors import UserError
-from rarec.files import read_json, read_lines, sha256_file
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.files import read_json, read_lines, sha256_file
 
 Row = dict[str, Any]
 Say = Callable[[str], None]

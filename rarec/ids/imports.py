@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rarec.config.paths import resolve
 from rarec.errors import UserError
-from rarec.paths import resolve
 
 CHUNK = 1 << 16
 """Rows copied at a time."""

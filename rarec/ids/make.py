@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from rarec.checkpoint_store import CheckpointStore
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
 from rarec.data.dataset import PreparedDataset
+from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.files import sha256_file
 from rarec.ids.imports import Vectors, existing, read_vectors
 from rarec.ids.source import ITEMS_FILE, USERS_FILE, HistoryRule, UserTable, UserVectors
 from rarec.ids.trainer import KEPT, train_ids
 from rarec.ids.validation import Validation
-from rarec.world import SINGLE, World
+from rarec.storage.checkpoint_store import CheckpointStore
+from rarec.storage.files import sha256_file
 
 Say = Callable[[str], None]
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.models import SequenceModel
 from rarec.ids.windows import Group, own_rows
-from rarec.world import SINGLE, World
 
 PIECE = 256
 """Targets whose scores are computed at a time: the scores of all, a hundred megabytes, would not stay in cache."""

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rarec.artefacts import read_manifest, sha256_json
 from rarec.config.ids import RECIPES, Recipe
 from rarec.errors import UserError
 from rarec.ids.mapped import BIAS, INNER, ITEMS, MATRIX, MappedUsers
 from rarec.ids.models import SequenceModel, build, pad
 from rarec.ranking import VectorRanker
+from rarec.storage.artefacts import read_manifest, sha256_json
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from rarec.distributed.hardware import memory_of_rank
+from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.hardware import memory_of_rank
 from rarec.ids.source import ITEMS_FILE
-from rarec.world import SINGLE, World
 
 MOMENTS = {"exp_avg": "items_first.npy", "exp_avg_sq": "items_second.npy"}
 """Files of Adam's moments, by their names in PyTorch."""

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from rarec.checkpoint_store import CheckpointStore
 from rarec.config.ids import Recipe
+from rarec.console.progress import task
 from rarec.data.dataset import PreparedDataset
-from rarec.directories import discard
+from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.models import build
 from rarec.ids.sampled_softmax import SampledSoftmax
@@ -27,9 +27,9 @@ from rarec.ids.source import ITEMS_FILE, SequenceUsers
 from rarec.ids.table import ItemTable
 from rarec.ids.validation import Validation
 from rarec.ids.windows import Batch, Windows, draw_negatives
-from rarec.progress import task
 from rarec.ranking.metrics import SELECTED_BY
-from rarec.world import SINGLE, World
+from rarec.storage.checkpoint_store import CheckpointStore
+from rarec.storage.directories import discard
 
 Say = Callable[[str], None]
 KEPT = 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rarec.data.dataset import PreparedDataset
-from rarec.world import World
+from rarec.distributed.world import World
 
 Ints = npt.NDArray[np.int64]
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from rarec.config import RunConfig, Variant
+from rarec.config.registry import find
 from rarec.errors import UserError
 from rarec.models.alignment import INSTRUCTIONS, AlignmentModule, SlotShape
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import IDS, RaRec, Tower
 from rarec.prompts import AT_TITLES, slot_names
-from rarec.registry import find
 
 SIDES = ("user", "item")
 

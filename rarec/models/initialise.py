@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rarec.config import RunConfig, Variant
 from rarec.data.shards.samples import Sample
+from rarec.distributed.world import World
 from rarec.ids.source import Source
 from rarec.models.alignment import VECTORS, AlignmentModule, SourceAlignment
 from rarec.models.backbone import FrozenBackbone
@@ -32,7 +33,6 @@ from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec, Tower
 from rarec.models.whitening import CONSTANT_SHARE, Moments, Whitening, directions
 from rarec.prompts import AT_TITLES, Encoded, PromptPair
-from rarec.world import World
 
 ALIGNMENT_SAMPLES = 8192
 """Training samples that the alignment's first values are fitted to, at most."""

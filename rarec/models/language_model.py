@@ -21,17 +21,17 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from rarec.artefacts import MANIFEST, read_manifest, write_manifest
 from rarec.config.method import Llm, Lora
-from rarec.directories import new_directory
+from rarec.config.paths import resolve
 from rarec.errors import UserError
-from rarec.files import sha256_file
 from rarec.models.backbone import FrozenBackbone, Pool, config_hash
 from rarec.models.llm_attention import use_float32_attention
 from rarec.models.model_folder import check_folder, check_loaded, check_tokenizer
 from rarec.models.packing import check_packable
-from rarec.paths import resolve
 from rarec.prompts import TextTokenizer
+from rarec.storage.artefacts import MANIFEST, read_manifest, write_manifest
+from rarec.storage.directories import new_directory
+from rarec.storage.files import sha256_file
 
 DEFAULT_CONTEXT_LENGTH = 512
 _COPIED = (".json", ".safetensors", ".txt", ".model")

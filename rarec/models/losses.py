@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarec.config.method import Loss
+from rarec.config.registry import find
+from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.models.towers import Encoding, RaRec, moved
-from rarec.registry import find
-from rarec.world import SINGLE, World
 
 COMPARED = 1 << 24
 """Items of histories and of the batch that are compared at a time."""

@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rarec.config.method import Loss
+from rarec.distributed.world import World
 from rarec.models.losses import LossTargets, Objective
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.planning.meta_model import META, MetaModel
-from rarec.world import World
 
 HISTORY = 50
 """Items in the longest history of a batch, for the mask of false negatives."""

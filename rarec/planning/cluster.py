@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from rarec.distributed.hardware import DEVICES, Device, known_device
 from rarec.errors import UserError
-from rarec.hardware import DEVICES, Device, known_device
 
 EngineName = Literal["0", "1", "2", "3", "fsdp2"]
 """An engine as `--zero` names it: "0" is DDP (or one process), "1" to "3" are DeepSpeed's ZeRO stages."""

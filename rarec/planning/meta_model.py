@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rarec.config import RunConfig, Variant
+from rarec.config.paths import resolve
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model
@@ -25,7 +26,6 @@ from rarec.models.language_model import LoadedModel, context_length_of, headless
 from rarec.models.model_folder import check_settings
 from rarec.models.packing import check_packable
 from rarec.models.towers import RaRec
-from rarec.paths import resolve
 from rarec.prompts import TextTokenizer, slot_names
 
 META = torch.device("meta")

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from rarec.config.shipped import shipped_file
 from rarec.planning.advice import RunPlan
 from rarec.planning.calculator import Calculator, Estimate
 from rarec.planning.cluster import EngineName, TrainingSetup
 from rarec.planning.step_time import MFU
-from rarec.shipped import shipped_file
 
 TITLES: dict[EngineName, str] = {"0": "DDP", "1": "ZeRO-1", "2": "ZeRO-2", "3": "ZeRO-3", "fsdp2": "FSDP2"}
 FILES: dict[EngineName, str] = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3", "fsdp2": "fsdp2"}

@@ -18,7 +18,7 @@ out.
 
 from dataclasses import dataclass
 
-from rarec.hardware import NETWORK_GB_S, Device
+from rarec.distributed.hardware import NETWORK_GB_S, Device
 from rarec.planning.activations import Activations
 from rarec.planning.cluster import REPLICATED, EngineName
 from rarec.planning.meta_model import MetaModel

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from rarec.artefacts import sha256_json
 from rarec.config.method import Prompt
 from rarec.errors import UserError
 from rarec.prompts.hybrid import Encoded, HybridPrompt, Marks, TemplatePart, at_titles, parse_template
 from rarec.prompts.tokens import TextTokenizer
+from rarec.storage.artefacts import sha256_json
 
 Int32 = npt.NDArray[np.int32]
 PIECES = 1 << 18

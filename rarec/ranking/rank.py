@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.world import SINGLE, World
 
 Array = npt.NDArray[np.float32] | torch.Tensor
 Rows = npt.NDArray[np.integer]

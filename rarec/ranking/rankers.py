@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from rarec.data.dataset import EvalTargets, PreparedDataset
+from rarec.distributed.world import CPU, SINGLE, World
 from rarec.ranking.rank import Scores, VectorScores, best_scores, rank_scores
-from rarec.world import CPU, SINGLE, World
 
 Float32 = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from rarec.errors import UserError
-from rarec.files import sha256_file, write_json
 from rarec.stages.stage import Built, Stage
+from rarec.storage.files import sha256_file, write_json
 
 
 class EvaluateStage(Stage):

@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarec.artefacts import check_files
 from rarec.config import MODEL_SECTIONS
 from rarec.config.variants import NO_VARIANTS
 from rarec.errors import UserError
-from rarec.files import read_json, write_text
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
+from rarec.storage.artefacts import check_files
+from rarec.storage.files import read_json, write_text
 
 if TYPE_CHECKING:
+    from rarec.bundle.bundle import Catalogue
+    from rarec.bundle.contents import Contents, Trained
     from rarec.ids.source import Source
-    from rarec.serving.bundle import Catalogue
-    from rarec.serving.contents import Contents, Trained
 
 Row = dict[str, Any]
 READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
@@ -52,11 +52,11 @@ class ExportStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
+        from rarec.bundle.bundle import LLM
+        from rarec.bundle.card import CARD, model_card
+        from rarec.bundle.contents import write_bundle
         from rarec.evaluation.verdict import verdict
         from rarec.models.language_model import copy_model
-        from rarec.serving.bundle import LLM
-        from rarec.serving.card import CARD, model_card
-        from rarec.serving.contents import write_bundle
 
         run, results = self.run, self._results()
         row, why = self._row(results)
@@ -97,8 +97,8 @@ class ExportStage(Stage):
         return best.name, f"{best.title}, the best on validation users ({value})"
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
+        from rarec.bundle.contents import Contents
         from rarec.evaluation.labels import ID_ONLY
-        from rarec.serving.contents import Contents
 
         run = self.run
         parts = fusions.get(row) or {"id" if row == ID_ONLY else row: {"weight": 1.0, "slope": 0.0}}
@@ -113,15 +113,15 @@ class ExportStage(Stage):
         return Contents(row, parts, run.baseline.name, self._catalogue(), trained, sources, tables)
 
     def _catalogue(self) -> "Catalogue":
-        from rarec.serving.bundle import Catalogue
+        from rarec.bundle.bundle import Catalogue
 
         dataset = self.run.dataset
         return Catalogue(dataset.item_ids.whole(), list(dataset.titles), list(dataset.texts), dataset.train_counts_N)
 
     def _trained(self, name: str) -> "Trained":
         """Return a trained variant with its vectors of the catalogue, which all ranks compute."""
+        from rarec.bundle.contents import Trained
         from rarec.models.encode import Encoder
-        from rarec.serving.contents import Trained
 
         run = self.run
         model = TrainStage(run, name).best_model()

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rarec.artefacts import sha256_json
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
 from rarec.config.neighbours import Graph
 from rarec.stages.neighbours import table_settings
 from rarec.stages.stage import PROGRESS, Built, Stage
+from rarec.storage.artefacts import sha256_json
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run

@@ -4,10 +4,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rarec.artefacts import MANIFEST, check_settings, read_manifest
 from rarec.data.shards.index import open_index
+from rarec.distributed.hardware import DEVICES, memory_of_rank
 from rarec.errors import UserError
-from rarec.hardware import DEVICES, memory_of_rank
 from rarec.models.build import SourceShape
 from rarec.planning.advice import RunPlan, plan_variants
 from rarec.planning.calculator import Calculator
@@ -15,6 +14,7 @@ from rarec.planning.cluster import ENGINES, Cluster, EngineName
 from rarec.planning.input_sizes import EpochBatches, SampleStats, source_shape
 from rarec.planning.meta_model import MetaModelBuilder
 from rarec.stages.run import Run
+from rarec.storage.artefacts import MANIFEST, check_settings, read_manifest
 from rarec.training.feed import batch_plan
 
 

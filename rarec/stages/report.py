@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarec.artefacts import MANIFEST, check_files, read_manifest
 from rarec.config import dump_config
 from rarec.stages.stage import Built, Stage
+from rarec.storage.artefacts import MANIFEST, check_files, read_manifest
 from rarec.version import source
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class ReportStage(Stage):
         return Built()
 
     def _write(self, directory: Path) -> None:
-        from rarec.evaluation.html_report import write_report
+        from rarec.report.html import write_report
 
         run = self.run
         run.stage("evaluate").check_files()

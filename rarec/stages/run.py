@@ -7,15 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rarec.artefacts import check_files, sha256_json
 from rarec.config import RunConfig, Variant, load_config
 from rarec.config.ids import Ids
+from rarec.console.inert import inert
 from rarec.errors import Stopped, UserError
-from rarec.files import read_json
-from rarec.inert import inert
-from rarec.scratch import Scratch
 from rarec.stages import run_folder
 from rarec.stages.stage import Stage
+from rarec.storage.artefacts import check_files, sha256_json
+from rarec.storage.files import read_json
+from rarec.storage.scratch import Scratch
 from rarec.version import source
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from rarec.data.dataset import PreparedDataset
+    from rarec.distributed.world import World
     from rarec.ids.source import Source
     from rarec.models.build import SourceShape
     from rarec.models.language_model import LoadedModel
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from rarec.prompts import PromptPair
     from rarec.ranking import Ranker
     from rarec.training.engines import Engine
-    from rarec.world import World
 
 Say = Callable[[str], None]
 OPENED = {
@@ -193,8 +193,8 @@ class Run:
 
     def ranker(self, items_NZ: "npt.NDArray[np.float32]", users: "Callable[..., npt.NDArray[np.float32]]") -> "Ranker":
         """Return a ranker over vectors, on this rank's device where its memory has room for a table of that size."""
+        from rarec.distributed.world import CPU
         from rarec.ranking import VectorRanker
-        from rarec.world import CPU
 
         fits = items_NZ.nbytes <= self.scratch.bytes
         return VectorRanker(items_NZ, users, device=self.world.device if fits else CPU)

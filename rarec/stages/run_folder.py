@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarec.artefacts import read_sealed, write_sealed
 from rarec.config import dump_config
+from rarec.distributed.hardware import machine
 from rarec.errors import UserError
-from rarec.files import drop_stale, write_text
-from rarec.hardware import machine
+from rarec.storage.artefacts import read_sealed, write_sealed
+from rarec.storage.files import drop_stale, write_text
 from rarec.version import source
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from rarec.data.selection.sampling import select_samples
 from rarec.data.shards.expected import Expected, first_leak
 from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.errors import UserError
-from rarec.files import write_aside, write_json
 from rarec.models.encode import STATES_AT_A_TIME, Split, text_states
 from rarec.prompts import Encoded, slot_names
 from rarec.stages.run import Run
+from rarec.storage.files import write_aside, write_json
 
 ITEM_STATES = "item_states.npy"
 TARGET_COUNTS = "target_counts.npy"

@@ -4,10 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rarec.artefacts import Manifest, sha256_json
-from rarec.directories import claim, discard, replace_directory
-from rarec.files import drop_stale
 from rarec.stages.stage import Built, Stage
+from rarec.storage.artefacts import Manifest, sha256_json
+from rarec.storage.directories import claim, discard, replace_directory
+from rarec.storage.files import drop_stale
 
 LLM = ("path", "revision", "kind", "dtype", "quantize")
 """Fields of `llm` that say which weights, in which numbers; the rest says how they are computed with."""

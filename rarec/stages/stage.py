@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rarec.artefacts import (
+from rarec.errors import Stopped, UserError
+from rarec.stages import run_folder
+from rarec.storage.artefacts import (
     MANIFEST,
     SCHEMA,
     Manifest,
@@ -30,7 +32,7 @@ from rarec.artefacts import (
     write_manifest,
     write_sealed,
 )
-from rarec.directories import (
+from rarec.storage.directories import (
     MARKER,
     claim,
     discard,
@@ -41,9 +43,7 @@ from rarec.directories import (
     restore_replaced,
     sync_directory,
 )
-from rarec.errors import Stopped, UserError
-from rarec.files import drop_stale, lock_file, try_lock
-from rarec.stages import run_folder
+from rarec.storage.files import drop_stale, lock_file, try_lock
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run

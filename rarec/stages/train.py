@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarec.artefacts import sha256_json
 from rarec.config import Variant
 from rarec.errors import UserError
-from rarec.files import sha256_file
 from rarec.stages.stage import Built, Stage
+from rarec.storage.artefacts import sha256_json
+from rarec.storage.files import sha256_file
 
 if TYPE_CHECKING:
     from rarec.models.towers import RaRec
@@ -94,7 +94,7 @@ class TrainStage(Stage):
             UserError: it is not trained, or not as the configuration says now; or its best checkpoint is damaged, or
                 not the one that the training's manifest names.
         """
-        from rarec.checkpoint_store import Torn
+        from rarec.storage.checkpoint_store import Torn
 
         manifest, checkpoints = self.require(), self.checkpoints()
         best = manifest["best_step"]

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from rarec.artefacts import check_files
 from rarec.config import Variant
 from rarec.data.columns import map_npy
 from rarec.data.shards.batch_plan import Numbers
 from rarec.data.shards.index import INDEX, REPAIR
 from rarec.data.shards.stream import SampleStream
+from rarec.distributed.signals import StopSignals
+from rarec.distributed.world import World
 from rarec.models.build import aligned_blocks, trained_parameters, whole_size
 from rarec.models.encode import Encoder
 from rarec.models.initialise import Initialiser
@@ -24,14 +25,13 @@ from rarec.models.towers import RaRec
 from rarec.ranking import EvalBatch, validation_metrics
 from rarec.stages.run import Run, Say
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_spec
+from rarec.storage.artefacts import check_files
 from rarec.training.accelerator import build_accelerator
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.feed import Feed, first_samples
 from rarec.training.loader import BatchLoader, Collator
 from rarec.training.loop import Trainer
-from rarec.training.signals import StopSignals
 from rarec.training.step_metrics import TrainingLog
-from rarec.world import World
 
 
 def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Checkpoints) -> tuple[dict[str, Any], str]:

@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from rarec.artefacts import check_made_from, check_settings, read_manifest
 from rarec.data.columns import map_npy
 from rarec.data.shards.checks import Problem, verify_shards
 from rarec.data.shards.index import INDEX, REBUILD, REPAIR
 from rarec.data.shards.tar_members import all_finite
 from rarec.data.shards.writing import finish_shards, repair_shards
 from rarec.errors import UserError
-from rarec.files import read_json
 from rarec.stages.run import Run
 from rarec.stages.shard_content import (
     ITEM_STATES,
@@ -26,6 +24,8 @@ from rarec.stages.shard_content import (
     sample_spec,
     write_sidecar,
 )
+from rarec.storage.artefacts import check_made_from, check_settings, read_manifest
+from rarec.storage.files import read_json
 
 MOST_THREADS = 8
 _ROWS = 4096

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 
 from rarec.config import RunConfig
+from rarec.console.launcher import world_size
+from rarec.distributed.world import World
 from rarec.errors import UserError
-from rarec.files import read_json
-from rarec.launcher import world_size
-from rarec.world import World
+from rarec.storage.files import read_json
 
 if TYPE_CHECKING:
     from rarec.training.engines import Engine

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rarec.checkpoint_store import CheckpointStore
 from rarec.models.towers import RaRec
 from rarec.models.weights import Weights, load_weights, save_weights
+from rarec.storage.checkpoint_store import CheckpointStore
 
 _OPTIMIZER = "optimizer.safetensors"
 

@@ -18,8 +18,8 @@ from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.data.shards.stream import SampleStream, damaged_samples, name_samples, read_names
 from rarec.data.shards.tars import LocalTars, RemoteTars, Tars
 from rarec.errors import UserError
-from rarec.files import write_json
 from rarec.models.build import SourceShape, slots_reserved
+from rarec.storage.files import write_json
 
 SKIPPED = "skipped.json"
 """In a variant's directory: the samples that its training leaves out, by shard and key."""

@@ -29,14 +29,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from rarec.data.shards.batch_plan import Numbers
 from rarec.data.shards.samples import Sample
 from rarec.data.shards.stream import SampleStream
+from rarec.distributed.signals import SIGNALS
+from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.source import Source
 from rarec.models.encode import Vectors, side_batch, title_vectors
 from rarec.models.losses import LossTargets
 from rarec.models.towers import RaRec, SideBatch
 from rarec.prompts import PromptPair
-from rarec.training.signals import SIGNALS
-from rarec.world import SINGLE, World
 
 _ITEMS_CACHED = 65_536
 CRCS = 2**32

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from rarec.config.schema import Train
+from rarec.distributed.signals import StopSignals
+from rarec.distributed.world import World
 from rarec.errors import Stopped, UserError
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
@@ -17,9 +19,7 @@ from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.engines import Optimisation, norms
 from rarec.training.loader import Batch, BatchLoader
 from rarec.training.optimizer import rate_at
-from rarec.training.signals import StopSignals
 from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics, TrainingLog
-from rarec.world import World
 
 
 @dataclass

@@ -11,14 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rarec.files import read_lines, write_text
-from rarec.hardware import known_device, peak_memory
+from rarec.console.progress import Task
+from rarec.distributed.hardware import known_device, peak_memory
+from rarec.distributed.world import World
 from rarec.models.build import whole_size
 from rarec.models.losses import LossTerms
 from rarec.models.towers import RaRec
-from rarec.progress import Task
+from rarec.storage.files import read_lines, write_text
 from rarec.training.loader import Batch
-from rarec.world import World
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from rarec.artefacts import sha256_json
+from rarec.config.paths import resolve
 from rarec.errors import UserError
-from rarec.files import sha256_file
-from rarec.paths import resolve
+from rarec.storage.artefacts import sha256_json
+from rarec.storage.files import sha256_file
 
 FORMATS = {
     ".csv": "csv",

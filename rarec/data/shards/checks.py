@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from rarec.artefacts import MANIFEST
 from rarec.data.shards.expected import Expected
 from rarec.data.shards.index import (
     ENTRY,
@@ -31,7 +30,8 @@ from rarec.data.shards.index import (
 from rarec.data.shards.samples import Sample, shard_record
 from rarec.data.shards.tar_members import BLOCK, MAX_SAMPLE_BYTES, iterate_samples, split_members
 from rarec.errors import UserError
-from rarec.files import sha256_file
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.files import sha256_file
 
 _MAX_PADDING = 40 * BLOCK
 """Two tar records: the largest number of zero bytes after the last sample."""

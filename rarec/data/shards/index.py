@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.artefacts import MANIFEST
 from rarec.data.columns import map_npy
 from rarec.errors import UserError
-from rarec.files import write_aside
+from rarec.storage.artefacts import MANIFEST
+from rarec.storage.files import write_aside
 
 INDEX = "samples.npy"
 ENTRY = np.dtype(

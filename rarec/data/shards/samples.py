@@ -19,7 +19,7 @@ import webdataset
 from rarec.data.shards.index import ENTRY, REPAIR, Entries, digest_of, key_of, sample_key
 from rarec.data.shards.tar_members import parse_npy, split_members
 from rarec.errors import UserError
-from rarec.files import write_aside
+from rarec.storage.files import write_aside
 
 LENGTHS = 8
 """Bin width of a shard's histogram of prompt lengths."""

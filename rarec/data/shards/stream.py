@@ -22,7 +22,7 @@ from rarec.data.shards.samples import Sample, SampleSpec, read_sample
 from rarec.data.shards.tar_members import all_finite
 from rarec.data.shards.tars import MAX_OPEN, LocalTars, Tars
 from rarec.errors import UserError
-from rarec.files import read_json
+from rarec.storage.files import read_json
 
 SampleNames = dict[str, dict[str, int]]
 """Sample numbers by file and key."""

@@ -14,12 +14,12 @@ from typing import Any, BinaryIO, Protocol
 
 import fsspec
 
-from rarec.artefacts import MANIFEST, read_manifest
 from rarec.data.shards.batch_plan import SHUFFLED_TOGETHER
 from rarec.data.shards.index import REPAIR, is_tar_name, tar_name
-from rarec.directories import MARKER, new_directory
 from rarec.errors import UserError
-from rarec.files import is_aside, locked, write_aside
+from rarec.storage.artefacts import MANIFEST, read_manifest
+from rarec.storage.directories import MARKER, new_directory
+from rarec.storage.files import is_aside, locked, write_aside
 
 MAX_OPEN = 2 * SHUFFLED_TOGETHER
 """Number of tars kept open: a window of the plan spans two groups of shards, unless they are tiny."""

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rarec.artefacts import Manifest, read_sealed, write_manifest, write_sealed
 from rarec.data.shards.checks import index_tar
 from rarec.data.shards.index import (
     ENTRY,
@@ -27,9 +26,10 @@ from rarec.data.shards.index import (
     write_index,
 )
 from rarec.data.shards.samples import Sample, write_shard
+from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.files import drop_stale, read_json, sha256_file
-from rarec.world import SINGLE, World
+from rarec.storage.artefacts import Manifest, read_sealed, write_manifest, write_sealed
+from rarec.storage.files import drop_stale, read_json, sha256_file
 
 MakeSamples = Callable[[range], Iterable[Sample]]
 """Compute the samples at a range of places, in order."""

@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from rarec.config.method import Llm
 from rarec.config.schema import Train
+from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec
 from rarec.training.engines.interface import refuse_quantised
 from rarec.training.engines.plain import PlainOptimisation
-from rarec.world import World
 
 
 class Fsdp2Engine:

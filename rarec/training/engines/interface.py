@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from rarec.config.method import Llm
 from rarec.config.schema import Train
+from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
-from rarec.world import World
 
 
 class Optimisation(Protocol):

@@ -10,12 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rarec.config.method import Llm
 from rarec.config.schema import Train
+from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import Encoding, RaRec, SideBatch
 from rarec.training.engines.interface import MOMENTS, TrainableModule
 from rarec.training.optimizer import build_optimizer, set_rate
-from rarec.world import World
 
 
 class PlainEngine:

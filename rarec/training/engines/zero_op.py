@@ -16,7 +16,7 @@ from accelerate.utils import patch_environment
 from torch.utils.cpp_extension import get_default_build_root
 
 from rarec.errors import UserError
-from rarec.files import locked
+from rarec.storage.files import locked
 
 MARK = "lock"
 """PyTorch's name of that file."""

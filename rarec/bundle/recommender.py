@@ -1,0 +1,325 @@
+"""A recommender over a bundle: histories of item ids in, ranked items out. It needs no run and no dataset.
+
+Shape letters: B users, N catalogue, K items returned, Z size of a scored vector, H interactions of a history.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from rarec.bundle.bundle import MODEL, Bundle
+from rarec.bundle.insight import Insight
+from rarec.bundle.parts import Parts
+from rarec.bundle.recommended import Explanation, History, Id, Place, Recommendations, Recommended, Request
+from rarec.config.section import check_device
+from rarec.distributed.world import World
+from rarec.errors import UserError
+from rarec.ranking.rank import best_scores
+from rarec.ranking.rankers import USERS_AT_A_TIME
+
+Rows = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+_LISTS = 'give a list of item ids for each user: [["sku-1", "sku-7"], ["sku-2"]]'
+
+
+class _User(NamedTuple):
+    """One user, by item rows.
+
+    Attributes:
+        history: oldest first.
+        k: number of items.
+        left_out: items that may not be returned.
+        popular: whether to rank by popularity.
+    """
+
+    history: Rows
+    k: int
+    left_out: Rows
+    popular: bool
+
+
+class Recommender:
+    """Ranks the items of a bundle for any history.
+
+    ```python
+    import rarec
+
+    recommender = rarec.load("runs/demo/bundle")
+    recommender.recommend([["22423", "85123A"]], k=10)[0]
+    ```
+
+    Args:
+        bundle: an opened bundle.
+        device: where the language model runs: `cpu`, `cuda`, `cuda:1` or so, or `auto` for a GPU if there is one.
+        llm: path or name of the language model, if it is elsewhere than at the export.
+        batch_size: prompts in a forward pass; by default as many as in the evaluation.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, device: str = "auto", llm: str | None = None, batch_size: int | None = None
+    ) -> None:
+        self.bundle = bundle
+        self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
+        self._insight = Insight(self.parts)
+        self._row_of = {str(item): row for row, item in enumerate(bundle.catalogue.ids.to_pylist())}
+
+    @property
+    def items(self) -> list[Id]:
+        """The ids of the catalogue."""
+        found: list[Id] = self.bundle.catalogue.ids.to_pylist()
+        return found
+
+    def recommend(
+        self,
+        histories: Sequence[History],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        allow: Collection[Id] | None = None,
+        deny: Collection[Id] = (),
+        popular_if_empty: bool = False,
+    ) -> Recommendations:
+        """Return the k best items for each history.
+
+        Args:
+            histories: of each user the ids of items, oldest first. Ids that are not in the catalogue are passed over
+                and counted; an empty history gets what the model says of it.
+            k: number of items.
+            exclude_seen: leave out the items of the history.
+            allow: the only items that may be returned; all by default.
+            deny: items that may not be returned.
+            popular_if_empty: rank by popularity where no item of the history is in the catalogue.
+
+        Raises:
+            UserError: k is not positive, or `allow` or `deny` names an item that is not in the catalogue.
+        """
+        requests = [Request(own, k, exclude_seen, allow, deny, popular_if_empty) for own in _lists(histories)]
+        return self.answer(requests)
+
+    def answer(self, requests: Sequence[Request]) -> Recommendations:
+        """Return what each of several users asks for, in one pass of the model.
+
+        Raises:
+            UserError: see `recommend`.
+        """
+        _check_k(*(request.k for request in requests))
+        rows, unknown = self._rows([request.history for request in requests])
+        hidden: dict[tuple[int, int], Rows] = {}  # most requests leave out the same
+        users = []
+        for request, history in zip(requests, rows, strict=True):
+            key = id(request.allow), id(request.deny)
+            if key not in hidden:
+                hidden[key] = self._hidden(request.allow, request.deny)
+            out = np.union1d(hidden[key], history if request.exclude_seen else ()).astype(np.int64)
+            users.append(_User(history, request.k, out, request.popular_if_empty and not len(history)))
+        return Recommendations(self._ranked(users), unknown)
+
+    def recommend_to(self, histories: Sequence[Rows], k: int = 10) -> list[list[Recommended]]:
+        """Return the k best new items for histories of item rows, as `open_log` yields them."""
+        return self._ranked([_User(history, k, history, False) for history in histories])
+
+    def _ranked(self, users: Sequence["_User"]) -> list[list[Recommended]]:
+        items: list[list[Recommended]] = [[] for _ in users]
+        for popular, scored in ((False, self.parts.scored), (True, self.parts.popular_scored)):
+            own = [at for at, user in enumerate(users) if user.popular == popular]
+            for start in range(0, len(own), USERS_AT_A_TIME):
+                chunk = own[start : start + USERS_AT_A_TIME]
+                most, left_out = max(users[at].k for at in chunk), [users[at].left_out for at in chunk]
+                found = best_scores(scored([users[at].history for at in chunk]), most, left_out)
+                for at, rows_K, scores_K in zip(chunk, *found, strict=True):
+                    items[at] = self._listed(rows_K[: users[at].k], scores_K[: users[at].k])
+        return items
+
+    def _listed(self, rows_K: Rows, scores_K: Float32) -> list[Recommended]:
+        catalogue, there = self.bundle.catalogue, rows_K >= 0
+        ids = catalogue.ids.take(pa.array(rows_K[there])).to_pylist()
+        titles = [catalogue.titles[row] for row in rows_K[there]]
+        return list(map(Recommended, ids, titles, scores_K[there].tolist()))
+
+    def user_vectors(self, histories: Sequence[History]) -> Float32:
+        """Return the variant's user vectors, (B, Z).
+
+        Raises:
+            UserError: there is no history, or this row has no language model.
+        """
+        rows, _ = self._rows(histories, empty=False)
+        return self.parts.encoder.users(np.zeros(len(rows), np.int64), rows)
+
+    def query_vectors(self, histories: Sequence[History]) -> Float32:
+        """Return what a vector index is searched with, (B, F); (B, K, F) where the best of K scores counts.
+
+        The inner product with an item's `values` in the tables of `rarec export BUNDLE --to vectors` is the score of
+        this row without its neighbour tables; `rerank` adds them.
+
+        Raises:
+            UserError: there is no history, or this row has no vectors.
+        """
+        rows, _ = self._rows(histories, empty=False)
+        return self.parts.dense.users(rows)
+
+    def rerank(self, histories: Sequence[History], candidates: Sequence[Sequence[Id]], k: int = 10) -> Recommendations:
+        """Return each user's k best new items among candidates, such as a vector index finds, and the neighbours.
+
+        With the k + len(history) best by inner product as candidates, these are the k best of the catalogue.
+
+        Args:
+            histories: ids of items, oldest first.
+            candidates: ids of items, for each user.
+            k: number of items.
+
+        Raises:
+            UserError: there is no history, or not one list of candidates for each; k is not positive; a candidate is
+                not in the catalogue, or this row has no vectors.
+        """
+        _check_k(k)
+        rows, unknown = self._rows(histories, empty=False)
+        among = [self._known(items) for items in candidates]
+        if len(among) != len(rows):
+            raise UserError(f"{len(rows)} histories, but {len(among)} lists of candidates", "give one for each history")
+        best = self.parts.dense.best(self.parts.dense.users(rows), rows, among, k)
+        return Recommendations([self._listed(*one) for one in best], unknown)
+
+    def item_vectors(self, items: Sequence[Id] | None = None) -> Float32:
+        """Return the variant's item vectors, (N, Z), of some items or of all."""
+        vectors = self.bundle.vectors[MODEL]
+        return vectors if items is None else vectors[self._known(items)]
+
+    def similar(self, item: Id, k: int = 10) -> list[Recommended]:
+        """Return the k items whose vectors have the largest cosine with an item's.
+
+        Raises:
+            UserError: k is not positive, the item is not in the catalogue, or this row has no vectors.
+        """
+        _check_k(k)
+        (row,) = self._known([item])
+        cosines_N = self._insight.cosines_N(int(row))
+        cosines_N[row] = -np.inf
+        best = np.argsort(-cosines_N, kind="stable")[: min(k, len(cosines_N) - 1)]
+        return self._listed(best, cosines_N[best])
+
+    def explain(self, history: History, item: Id, k: int = 3) -> Explanation:
+        """Return what speaks for an item after a history: each part's share of the score, the k nearest items.
+
+        Raises:
+            UserError: k is not positive, or the item is not in the catalogue.
+        """
+        _check_k(k)
+        (rows,), _ = self._rows([history])
+        (row,) = self._known([item]).tolist()
+        title = self.bundle.catalogue.titles[row]
+        return Explanation(item, title, self._insight.shares(rows, row), self._nearest(rows, row, k))
+
+    def compare(self, history: History, k: int = 10) -> dict[str, list[Recommended]]:
+        """Return the k best new items by each part of the row alone, by the part's title.
+
+        Raises:
+            UserError: k is not positive.
+        """
+        _check_k(k)
+        (rows,), _ = self._rows([history])
+        return {title: self._listed(*best) for title, best in self._insight.by_part(rows, k)}
+
+    def place(self, history: History, title: str, text: str = "", around: int = 3) -> Place:
+        """Return where a new item would stand after a history, if `rarec items add` had added it.
+
+        Raises:
+            UserError: this row has no language model.
+        """
+        (rows,), _ = self._rows([history])
+        found = self._insight.place(rows, title, text, around)
+        return Place(found.rank, found.of, found.score, self._listed(*found.above), self._listed(*found.below))
+
+    def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
+        """Return the items of a history that are most like another; none where there are no vectors."""
+        if self._insight.vectors is None or not len(rows):
+            return []
+        cosines_N = self._insight.cosines_N(row)
+        best = np.array(sorted(set(rows.tolist()), key=lambda known: -cosines_N[known])[:k])
+        return self._listed(best, cosines_N[best])
+
+    def _rows(self, histories: Sequence[History], empty: bool = True) -> tuple[list[Rows], list[int]]:
+        """Return the item rows of histories, and how many ids of each are not in the catalogue.
+
+        Args:
+            histories: of each user the ids of items.
+            empty: whether there may be no history at all.
+        """
+        found = [[self._row_of.get(str(item), -1) for item in history] for history in _lists(histories)]
+        if not found and not empty:
+            raise UserError("there is no history", _LISTS)
+        rows = [np.array([row for row in history if row >= 0], np.int64) for history in found]
+        return rows, [len(history) - len(kept) for history, kept in zip(found, rows, strict=True)]
+
+    def _known(self, items: Collection[Id]) -> Rows:
+        """Return the rows of items, all of which must be in the catalogue."""
+        items = list(items)
+        rows = [self._row_of.get(str(item)) for item in items]
+        for item, row in zip(items, rows, strict=True):
+            if row is None:
+                raise UserError(f"item {item!r} is not in {self.bundle.directory}", "leave it out")
+        return np.array(rows, np.int64)
+
+    def _hidden(self, allow: Collection[Id] | None, deny: Collection[Id]) -> Rows:
+        """Return the rows of items that may not be returned."""
+        hidden = np.zeros(len(self._row_of), bool)
+        if allow is not None:
+            hidden[:] = True
+            hidden[self._known(allow)] = False
+        hidden[self._known(deny)] = True
+        return np.flatnonzero(hidden)
+
+
+def _lists(histories: Iterable[Iterable[Id]]) -> list[list[Id]]:
+    """Return histories as lists, since an iterator can be read only once; refuse what holds no item ids."""
+    if isinstance(histories, str | bytes | Mapping) or not isinstance(histories, Iterable):
+        raise UserError(f"histories are no list of lists, but {str(histories)[:50]!r}", _LISTS)
+    lists = []
+    for history in histories:
+        if isinstance(history, str | bytes | Mapping) or not isinstance(history, Iterable):
+            raise UserError(f"a history is no list, but {str(history)[:50]!r}", _LISTS)
+        lists.append(list(history))
+        for item in lists[-1]:
+            if not isinstance(item, str | int | np.integer):
+                raise UserError(f"an item of a history is {str(item)[:50]!r}, neither text nor an integer", _LISTS)
+    return lists
+
+
+def _check_k(*numbers: int) -> None:
+    """Refuse a number of items that is not positive."""
+    for k in numbers:
+        if k < 1:
+            raise UserError(f"k is {k}", "ask for at least one item")
+
+
+def _device(wanted: str) -> torch.device:
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`."""
+    there = torch.cuda.is_available()
+    try:
+        check_device(wanted)
+    except ValueError as error:
+        raise UserError(f"device {wanted!r} is not known", str(error)) from None
+    if wanted.startswith("cuda") and not there:
+        raise UserError(f"device {wanted}: there is no GPU that PyTorch can use", "choose auto or cpu")
+    return torch.device(wanted if wanted != "auto" else "cuda" if there else "cpu")
+
+
+def load(
+    bundle: str | Path, *, device: str = "auto", llm: str | None = None, trusted: Collection[str] = ()
+) -> Recommender:
+    """Open a bundle that `rarec export` has written.
+
+    Args:
+        bundle: its folder.
+        device: see `Recommender`.
+        llm: see `Recommender`.
+        trusted: parts of your own that it may import, as `package.module:Name`.
+
+    Raises:
+        UserError: it is missing or damaged, or of another version.
+    """
+    return Recommender(Bundle.open(Path(bundle), trusted), device=device, llm=llm)

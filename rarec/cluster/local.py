@@ -1,0 +1,169 @@
+"""Run a sweep on this machine: one run after the other, each in its own process, so that a crash ends one run only."""
+
+import ctypes
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rarec.cluster.definition import Sweep, SweepRun
+from rarec.cluster.state import first_to_do, state_of
+from rarec.config.load import format_override
+from rarec.console.inert import inert
+from rarec.distributed.signals import StopSignals
+from rarec.errors import Stopped, UserError
+from rarec.storage.files import lock_file, try_lock
+
+LOG = "sweep.log"
+"""File in a run's directory: the output of its processes, each after the command that started it."""
+HEAD = "\n$ rarec "
+"""What precedes each command in it."""
+_LOCK = ".sweep.lock"
+_POLL_SECONDS = 0.1
+_STATE_SECONDS = 1
+"""Seconds between looks at the stage of the current run."""
+_PR_SET_PDEATHSIG = 1
+Say = Callable[[str], None]
+Show = Callable[[str], None]
+
+
+def run_locally(sweep: Sweep, runs: Sequence[SweepRun], say: Say, show: Show) -> list[str]:
+    """Run what is not done of these runs; print one line for each.
+
+    Args:
+        sweep: sweep that the runs belong to.
+        runs: runs, in order.
+        say: prints a line to the user.
+        show: replaces the status line with what the current run is doing.
+
+    Returns:
+        A line for each run that failed: its label, how it ended, and the end of its log.
+
+    Raises:
+        Stopped: SIGTERM or SIGUSR1 came; the current run has saved a checkpoint and ended.
+        KeyboardInterrupt: Ctrl-C; likewise.
+    """
+    failed = []
+    with StopSignals().recorded() as signals:
+        for run in runs:
+            outcome = _run(sweep, run, signals, say, show)
+            if outcome is not None:
+                failed.append(f"{run.label}: {outcome}")
+    return failed
+
+
+def run_arguments(sweep: Sweep, run: SweepRun) -> list[str]:
+    """Return the arguments of the `rarec` command that makes a run."""
+    overrides = [format_override(field, value) for field, value in run.overrides.items()]
+    return ["run", str(sweep.base), *overrides, "--stages", " ".join(sweep.stages)]
+
+
+def last_message(log: Path) -> str:
+    """Return the last line of a log; if that is a remedy, the problem before it as well."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return " ".join(lines[-2:] if lines[-1:] and lines[-1].startswith("->") else lines[-1:])
+
+
+def _run(sweep: Sweep, run: SweepRun, signals: StopSignals, say: Say, show: Show) -> str | None:
+    """Make one run; return None if it is done, otherwise how it ended."""
+    if first_to_do(run.config, sweep.stages) is None:
+        say(_line(run, sweep.stages[-1], 0, "skipped, done before"))
+        return None
+    with _locked(run, signals, say) as lock:
+        started = time.monotonic()
+        code = _execute(sweep, run, lock, signals, lambda stage: show(_line(run, stage, _since(started), "")))
+        state, stage = state_of(run, sweep.stages)
+        done = state == "done"
+        say(_line(run, stage, _since(started), "done" if done else "failed"))
+    return None if done else f"{_describe_exit(code)}: {last_message(run.directory / LOG)}"
+
+
+def _since(started: float) -> float:
+    return time.monotonic() - started
+
+
+@contextmanager
+def _locked(run: SweepRun, signals: StopSignals, say: Say) -> Iterator[int]:
+    """Lock a run against other sweeps and against a process that a killed sweep left running; yield the handle."""
+    with lock_file(run.directory / _LOCK) as lock:
+        reported = False
+        while not try_lock(lock):
+            if not reported:
+                say(f"{run.label}: waiting for another process that works on this run")
+            reported = True
+            _raise_if_stopped(signals)
+            time.sleep(_POLL_SECONDS)
+        yield lock
+
+
+def _execute(sweep: Sweep, run: SweepRun, lock: int, signals: StopSignals, show: Show) -> int:
+    """Make a run in a process of its own; return the exit code, negative for a signal."""
+    arguments, path = run_arguments(sweep, run), run.directory / LOG
+    with path.open("a+", errors="replace") as log:
+        log.seek(0)
+        if log.read(len(HEAD)) not in ("", HEAD):
+            raise UserError(f"{path} is there, and rarec has not written it", "move it away")
+        log.write(inert(f"{HEAD}{shlex.join(arguments)}\n"))
+        log.flush()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rarec", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which then lets the run save a checkpoint
+            pass_fds=[lock],  # the run stays locked until its process ends, even if the sweep is killed
+            preexec_fn=_terminate_with_parent,
+        )
+    try:
+        return _wait(process, run, sweep.stages, signals, show)
+    except (KeyboardInterrupt, Stopped):
+        _terminate(process)
+        raise
+
+
+def _wait(
+    process: "subprocess.Popen[bytes]", run: SweepRun, stages: Sequence[str], signals: StopSignals, show: Show
+) -> int:
+    looked = 0.0
+    while process.poll() is None:
+        _raise_if_stopped(signals)
+        if _since(looked) > _STATE_SECONDS:
+            show(first_to_do(run.config, stages) or stages[-1])
+            looked = time.monotonic()
+        time.sleep(_POLL_SECONDS)
+    return process.returncode
+
+
+def _raise_if_stopped(signals: StopSignals) -> None:
+    if signals.received:
+        raise Stopped("the sweep was stopped by a signal")
+
+
+def _terminate(process: "subprocess.Popen[bytes]") -> None:
+    """Let a run save a checkpoint and end; a second Ctrl-C kills it."""
+    process.terminate()
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.kill()
+        process.wait()
+
+
+def _terminate_with_parent() -> None:
+    """Have the kernel terminate the new process when the sweep is killed; it saves a checkpoint. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _line(run: SweepRun, stage: str, seconds: float, outcome: str) -> str:
+    return "  ".join(part for part in (run.label, stage, f"{seconds:.0f} s" if seconds else "", outcome) if part)
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    return f"{signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

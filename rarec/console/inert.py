@@ -1,0 +1,132 @@
+"""What is shown is inert: data cannot steer a terminal, and a stream that is closed, broken or ASCII ends no work.
+
+Titles, ids, paths and other libraries' messages may hold any character. `inert` is the one function that makes them
+visible; it is called where output leaves: by the standard streams (`inert_streams`), by the console
+(`rarec.console.progress.Console`), and on the whole page of the report.
+"""
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
+
+from rarec.errors import UserError, in_short
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0 but for tab and line feed, C1, separators of lines, overrides of the direction of text, lone surrogates."""
+
+
+def inert(text: str) -> str:
+    r"""Return a text whose control characters are escaped, such as `\x1b`; tabs and line feeds stay."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def in_one_line(text: str) -> str:
+    """Return a text for a cell or a line of its own: tabs and line feeds are escaped as well."""
+    return inert(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+class OutputClosed(Exception):
+    """The reader of standard output has left, as `head` does."""
+
+
+class _Results:
+    """Standard output: what cannot be written there is an error, which names it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        _escape_unencodable(stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._fail(error)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        with suppress(OSError, ValueError):  # what is left to write must not fail again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise OutputClosed from None
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = "send it to a terminal, or to a file on a disk with space; what is finished stays"
+        raise UserError(f"standard output cannot be written: {reason}", remedy) from None
+
+
+class _Messages(_Results):
+    """Standard error: a message that nobody can read ends no work."""
+
+    def _fail(self, error: Exception) -> int:  # type: ignore[override]
+        return 0
+
+
+class _Inert:
+    """A standard stream as Python's own code and libraries see it. rich, which has its own controls, writes past it."""
+
+    def __init__(self, stream: _Results) -> None:
+        self.rich_proxied_file = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(inert(text))
+        return len(text)
+
+    def writelines(self, lines: Iterator[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+
+@contextmanager
+def inert_streams() -> Iterator[None]:
+    """Make standard output and standard error inert within the context, and open those that are closed."""
+    _open_closed()
+    before = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - a handle, for as long as the process lives
+    sys.stdout = _Inert(_Results(sys.stdout or open(1, "w", closefd=False)))  # noqa: SIM115
+    sys.stderr = _Inert(_Messages(sys.stderr or open(2, "w", closefd=False)))  # noqa: SIM115
+    hooks = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = threading.excepthook = _aside
+    try:
+        yield
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = before
+        sys.unraisablehook, threading.excepthook = hooks
+
+
+def _aside(error: Any) -> None:
+    """Print one line about an error that ends nothing, where Python would print a traceback."""
+    if error.exc_type is not SystemExit:
+        where = getattr(error, "thread", None) or getattr(error, "object", None)
+        print(f"ignored: {error.exc_type.__name__}: {error.exc_value} in {in_short(repr(where))}", file=sys.stderr)
+
+
+def _open_closed() -> None:
+    """Open closed standard streams: else the next file would get their number, and what is printed with it."""
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):  # results are not to vanish in silence
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, mode)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            os.set_inheritable(number, True)
+
+
+def _escape_unencodable(stream: TextIO) -> None:
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,137 @@
+"""The console, and progress of long loops: a bar with the time left on a terminal, sparse lines elsewhere."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, TypeVar
+
+from rich import console as rich_console
+from rich.console import ConsoleOptions, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
+
+from rarec.console.inert import inert
+from rarec.console.launcher import rank
+
+T = TypeVar("T")
+PATIENCE = 5.0
+"""Seconds after which a loop's progress is shown."""
+SPARSE = 15.0
+"""Seconds between lines where there is no terminal."""
+NARROWEST, WIDEST = 20, 1_000
+"""Columns of a console."""
+
+
+class Console(rich_console.Console):
+    """A console on which data are text: no markup, no emoji codes, and control characters are escaped.
+
+    Args:
+        stderr: print to standard error, otherwise to standard output.
+        width: columns; by default those of the terminal.
+    """
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+        if not NARROWEST <= self.width <= WIDEST:  # as COLUMNS may say: at width 0, rich prints nothing
+            self.width = min(max(self.width, NARROWEST), WIDEST)
+
+    @property  # type: ignore[misc]
+    def file(self) -> IO[str]:
+        """The stream below those that escape, or that print above a bar: rich writes controls of its own."""
+        stream = super().file
+        return getattr(stream, "rich_proxied_file", stream)
+
+    def render_str(self, text: str, **keywords: Any) -> Text:
+        """Return a text that is measured as it is shown."""
+        return super().render_str(inert(text), **keywords)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Render anything: all that is printed passes here, and only rich's own segments are controls."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(inert(segment.text), segment.style)
+
+
+console = Console(stderr=True)
+"""For messages and bars: standard output is for results."""
+_bars = Progress(
+    TextColumn("{task.description}", markup=False),
+    BarColumn(bar_width=10),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[facts]}", markup=False),
+    TimeRemainingColumn(compact=True),
+    console=console,
+    transient=True,
+)
+"""One display for all tasks, because a validation runs inside a training; it fits 80 columns."""
+
+
+class Task:
+    """One loop under way.
+
+    Args:
+        title: for the user.
+        total: steps of the loop.
+        done: steps that were done before.
+        patience: seconds before it is shown.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, patience: float = PATIENCE) -> None:
+        self._title, self._total, self._done, self._patience = title, total, done, patience
+        self._first, self._started = done, time.monotonic()
+        self._said = self._started
+        self._bar: TaskID | None = None
+        self._speaks = rank() == 0
+
+    def update(self, done: int, facts: str = "") -> None:
+        """Show the number of steps done, with a few facts behind the bar: 34 characters fit 80 columns."""
+        self._done = done
+        now = time.monotonic()
+        if not self._speaks or now - self._started < self._patience:
+            return
+        if console.is_terminal:
+            self._draw(facts)
+        elif now - self._said > SPARSE or (done == self._total and now - self._started > SPARSE):
+            self._said = now
+            left = (now - self._started) / max(1, done - self._first) * (self._total - done)
+            parts = [f"{done}/{self._total}", facts, f"about {_clock(left)} left" if left else ""]
+            console.print(f"{self._title}: {', '.join(filter(None, parts))}", soft_wrap=True)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            _bars.remove_task(self._bar)
+            self._bar = None
+            if not _bars.tasks:
+                _bars.stop()
+
+    def _draw(self, facts: str) -> None:
+        if self._bar is None:
+            self._bar = _bars.add_task(self._title, total=self._total, completed=self._first, facts="")
+            _bars.start()
+        _bars.update(self._bar, completed=self._done, facts=facts)
+
+
+@contextmanager
+def task(title: str, total: int, done: int = 0, patience: float = PATIENCE) -> Iterator[Task]:
+    """Show a loop's progress while it lasts."""
+    shown = Task(title, total, done, patience)
+    try:
+        yield shown
+    finally:
+        shown.end()
+
+
+def track(jobs: Sequence[T], title: str) -> Iterator[T]:
+    """Yield the jobs one by one, showing how far they are."""
+    with task(title, len(jobs)) as shown:
+        for done, job in enumerate(jobs):
+            shown.update(done)
+            yield job
+
+
+def _clock(seconds: float) -> str:
+    """Format a time for people: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

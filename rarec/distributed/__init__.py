@@ -1,0 +1,1 @@
+"""The processes that share a run's work: who they are, their collective operations, the watch over them."""

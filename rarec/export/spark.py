@@ -1,0 +1,143 @@
+"""Recommendations on Spark, for who has a cluster of CPUs: the ONNX query graph and the client, in every worker.
+
+```python
+from rarec.export.spark import recommend
+
+ordered = F.array_sort(F.collect_list(F.struct("time", "sku"))).getField("sku")
+histories = log.groupBy("user").agg(ordered.alias("items"))
+recommend(histories, "served/", k=10).write.parquet("top.parquet")
+```
+"""
+
+import atexit
+import hashlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rarec.errors import UserError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+TOGETHER = 256
+"""Users encoded at a time, of similar lengths."""
+MANIFEST = "manifest.json"
+NEEDED = ("query.onnx", "index.faiss", "client.json", "rarec_client.py", MANIFEST)
+_SENT: set[tuple[str, str]] = set()
+"""What was sent: application, name."""
+
+
+def recommend(
+    histories: "DataFrame",
+    folder: Path | str,
+    k: int = 10,
+    *,
+    user: str = "user",
+    items: str = "items",
+    graph: str = "query.onnx",
+) -> "DataFrame":
+    """Return the k best new items of every user: columns `user`, `rank` (from 1), `item`, `title`, `score`.
+
+    Workers need onnxruntime, faiss, numpy and pyarrow, neither torch nor rarec: the folder is sent to them with its
+    client, and each Python worker opens it once.
+
+    Args:
+        histories: a row for each user.
+        folder: of `rarec export BUNDLE --to onnx --to faiss`.
+        k: number of items.
+        user: column of the user.
+        items: column of the history, an array of item ids, oldest first.
+        graph: the graph in the folder: `query.onnx`, or `query.int8.onnx`.
+
+    Raises:
+        UserError: the folder is not such a one; a column is missing, or of another type.
+    """
+    from pyspark import SparkFiles
+    from pyspark.cloudpickle import register_pickle_by_value
+    from pyspark.sql import types as T
+
+    folder = Path(folder).absolute()
+    missing = [name for name in (*NEEDED, graph) if not (folder / name).is_file()]
+    if missing:
+        problem = f"{folder} has no {missing[0]}"
+        raise UserError(problem, f"write the folder: rarec export BUNDLE --to onnx --to faiss --out {folder.name}")
+    for column, kind in ((user, T.DataType), (items, T.ArrayType)):
+        if column not in histories.columns or not isinstance(histories.schema[column].dataType, kind):
+            there = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in histories.schema.fields)
+            problem = f"the histories have no column {column!r}{' of arrays' if kind is T.ArrayType else ''} ({there})"
+            raise UserError(problem, "name the columns: recommend(histories, folder, user=..., items=...)")
+    name = _sent(histories.sparkSession.sparkContext, folder)
+    by_value: Any = register_pickle_by_value
+    by_value(sys.modules[__name__])  # workers may have no rarec
+    of_items = pq.read_schema(folder / "items.parquet").field("id").type
+    item_type = T.LongType() if pa.types.is_integer(of_items) else T.StringType()
+    fields = {"user": histories.schema[user].dataType, "rank": T.IntegerType(), "item": item_type}
+    schema = T.StructType(
+        [
+            T.StructField(name, kind)
+            for name, kind in {**fields, "title": T.StringType(), "score": T.FloatType()}.items()
+        ]
+    )
+
+    def serve(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        client = _client(SparkFiles.get(name), graph)
+        for batch in batches:
+            yield from _served(client, batch, k)
+
+    return histories.select(user, items).mapInArrow(serve, schema)
+
+
+def _sent(context: Any, folder: Path) -> str:
+    """Send a folder to the workers; return its name there.
+
+    Spark sends a path once in a session, and workers keep what they have opened. So a copy is sent, whose name holds a
+    digest of the folder's manifest. It lasts as long as this process.
+    """
+    manifest = (folder / MANIFEST).read_bytes()
+    name = f"{folder.name}-{hashlib.sha256(manifest).hexdigest()[:12]}"
+    if (context.applicationId, name) not in _SENT:
+        place = Path(tempfile.mkdtemp(prefix="rarec-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        shutil.copytree(folder, place / name)
+        context.addFile(str(place / name), recursive=True)
+        _SENT.add((context.applicationId, name))
+    return name
+
+
+def _client(folder: str, graph: str) -> Any:
+    """Open the folder with the client that lies in it, once in a worker: a task gets a new copy of this module."""
+    name = f"rarec_client {folder} {graph}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(folder, "rarec_client.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.client = module.Client(folder, threads=1, graph=graph)
+        sys.modules[name] = module
+    return sys.modules[name].client
+
+
+def _served(client: Any, batch: pa.RecordBatch, k: int) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a batch's users, those with short histories first: prompts of a length are encoded together."""
+    users, histories = batch.columns
+    lists = [history or [] for history in histories.to_pylist()]
+    order = sorted(range(len(lists)), key=lambda at: len(lists[at]))
+    for start in range(0, len(order), TOGETHER):
+        chunk = order[start : start + TOGETHER]
+        found = client.recommend([lists[at] for at in chunk], k)
+        rows = [(at, rank, *one) for at, items in zip(chunk, found) for rank, one in enumerate(items, start=1)]  # noqa: B905
+        if not rows:
+            continue
+        at, rank, item, title, score = zip(*rows)  # noqa: B905
+        columns = [users.take(pa.array(at)), pa.array(rank, pa.int32()), pa.array(item), pa.array(title)]
+        names = ["user", "rank", "item", "title", "score"]
+        yield pa.RecordBatch.from_arrays([*columns, pa.array(score, pa.float32())], names)

@@ -1,0 +1,235 @@
+"""The bundles of a service: loaded by name, chosen by share, and replaced while they serve.
+
+A thread looks at the disk once a second. Where another bundle stands at a path, it is loaded beside the old one; then
+new requests get the new one, and the old one answers those that wait for it. What cannot be loaded changes nothing: its
+users get another bundle, and one that the settings name no more serves until all that they name are loaded.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rarec.errors import UserError
+from rarec.serve.batcher import Batcher
+from rarec.serve.engine import Engine
+from rarec.serve.guard import read_tokens
+from rarec.serve.settings import ServedBundle, ServeSettings
+from rarec.storage.artefacts import MANIFEST
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks at the disk."""
+RETRY_AFTER = 30.0
+"""Seconds after which a bundle that could not be loaded is tried again."""
+Stamp = tuple[str, int, int, int]
+"""Path of a manifest without links, inode, time in nanoseconds and size: another bundle has another one."""
+
+
+class Unavailable(Exception):
+    """No bundle is loaded yet."""
+
+
+class Unknown(Exception):
+    """There is no bundle of this name."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A bundle that serves.
+
+    Attributes:
+        name: in the settings.
+        stamp: of its manifest when it was read.
+        batcher: runs it.
+        folded: titles of the catalogue, without case, to search.
+    """
+
+    name: str
+    stamp: Stamp
+    batcher: Batcher
+    folded: list[str]
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine that answers."""
+        return self.batcher.engine
+
+
+class Fleet:
+    """All bundles of a service.
+
+    Args:
+        settings: reads the settings, again at each look at the disk.
+        load: opens a bundle's engine.
+        observe: is told the users of each pass of a model.
+        event: is told, in one line, what was loaded, and what could not be.
+    """
+
+    def __init__(
+        self,
+        settings: Callable[[], ServeSettings],
+        load: Callable[[ServeSettings, Path], Engine],
+        observe: Callable[[int], None],
+        event: Callable[[str, str], None],
+    ) -> None:
+        self._read, self._load, self._observe, self._event = settings, load, observe, event
+        self.settings, self.tokens = self._read_settings()
+        self._complete = False
+        self._loaded: Mapping[str, Loaded] = {}
+        self._troubles: dict[str, str] = {}
+        self._tried: dict[str, tuple[Stamp | None, float]] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fleet", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load, in the background."""
+        self._thread.start()
+
+    def load(self) -> None:
+        """Load every bundle now.
+
+        Raises:
+            UserError: one cannot be loaded.
+        """
+        for name, bundle in self.settings.bundles.items():
+            error = self._refresh(name, bundle)
+            if error is not None:
+                raise error
+        self._complete = True
+
+    def close(self) -> None:
+        """Answer what waits, and end. A bundle that is being loaded is not waited for."""
+        self._end.set()
+        self._thread.join(LOOK_EVERY)
+        for one in self._loaded.values():
+            one.batcher.close()
+
+    def pick(self, name: str | None, user: str) -> Loaded:
+        """Return the bundle of a request: by name, or by the user's share, always the same one for a user.
+
+        Raises:
+            Unknown: there is no such name.
+            Unavailable: it is not loaded yet.
+        """
+        loaded, bundles = self._loaded, self.settings.bundles
+        if name is not None and name not in bundles:
+            raise Unknown(name)
+        there = {other: bundle.share for other, bundle in bundles.items() if other in loaded}
+        wanted = name if name is not None else _by_share(there or dict.fromkeys(loaded, 1.0), user)
+        if wanted not in loaded:
+            raise Unavailable(wanted or next(iter(bundles)))
+        return loaded[wanted]
+
+    def state(self) -> dict[str, Any]:
+        """Return, by name, what is loaded, and what is wrong with it or on the disk."""
+        loaded = self._loaded
+        return {
+            name: {
+                "loaded": name in loaded and loaded[name].batcher.alive,
+                "version": loaded[name].engine.version if name in loaded else None,
+                "row": loaded[name].engine.row if name in loaded else None,
+                "share": bundle.share,
+                "trouble": self._troubles.get(name),
+            }
+            for name, bundle in self.settings.bundles.items()
+        }
+
+    @property
+    def ready(self) -> bool:
+        """Return whether every bundle serves, or did once: one that is added later makes no service unready."""
+        loaded = self._loaded
+        whole = self._complete or set(loaded) >= set(self.settings.bundles)
+        return self._thread.is_alive() and whole and all(one.batcher.alive for one in loaded.values())
+
+    @property
+    def waiting(self) -> int:
+        """Return the number of users who wait."""
+        return sum(one.batcher.waiting for one in self._loaded.values())
+
+    def _watch(self) -> None:
+        while not self._end.is_set():
+            self._refresh_settings()
+            for name, bundle in self.settings.bundles.items():
+                self._refresh(name, bundle)
+            if set(self._loaded) >= set(self.settings.bundles):
+                self._complete = True
+                self._retire()
+            self._end.wait(LOOK_EVERY)
+
+    def _refresh_settings(self) -> None:
+        try:
+            self.settings, self.tokens = self._read_settings()
+        except Exception as error:  # whatever it is, this thread goes on
+            self._trouble("settings", error)
+            return
+        self._troubles.pop("settings", None)
+
+    def _read_settings(self) -> tuple[ServeSettings, list[bytes] | None]:
+        """Return the settings, and the hashes of the tokens that they name."""
+        found = self._read()
+        return found, read_tokens(Path(found.tokens)) if found.tokens else None
+
+    def _refresh(self, name: str, bundle: ServedBundle) -> Exception | None:
+        """Load a bundle if there is another one at its path than the one that serves; return what is wrong with it."""
+        there, stamp = self._loaded.get(name), stamp_of(Path(bundle.path))
+        if there and stamp == there.stamp:
+            self._troubles.pop(name, None)
+            return None
+        tried, at = self._tried.get(name, (None, 0.0))
+        if stamp is not None and tried == stamp and time.monotonic() - at < RETRY_AFTER:
+            return None
+        try:
+            if stamp is None:
+                raise UserError(f"{bundle.path} has no {MANIFEST}", "put a bundle there")
+            settings = self.settings
+            engine = self._load(settings, Path(bundle.path))
+            folded = [title.casefold() for title in engine.titles]
+            batcher = Batcher(engine, settings.max_batch, settings.window_ms / 1000, settings.max_queue, self._observe)
+        except Exception as error:  # whatever it is, those that serve go on
+            self._tried[name] = (stamp, time.monotonic())
+            self._trouble(name, error)
+            return error
+        self._troubles.pop(name, None)
+        self._tried.pop(name, None)
+        assert stamp is not None
+        self._loaded = {**self._loaded, name: Loaded(name, stamp, batcher, folded)}
+        self._event("loaded", f"{name}: {engine.row}, version {engine.version[:12]}, from {bundle.path}")
+        if there:
+            there.batcher.close()
+        return None
+
+    def _retire(self) -> None:
+        """Let go of bundles that the settings name no more."""
+        for name in set(self._loaded) - set(self.settings.bundles):
+            gone = self._loaded[name]
+            self._loaded = {other: one for other, one in self._loaded.items() if other != name}
+            gone.batcher.close()
+
+    def _trouble(self, name: str, error: Exception) -> None:
+        said = f"{error.problem} -> {error.remedy}" if isinstance(error, UserError) else repr(error)
+        if self._troubles.get(name) != said:
+            self._troubles[name] = said
+            self._event("refused", f"{name}: {said}")
+
+
+def _by_share(shares: Mapping[str, float], user: str) -> str:
+    """Return the name that a user gets; "" where there is none."""
+    at = int.from_bytes(hashlib.sha256(user.encode()).digest()[:8]) / 2**64 * sum(shares.values())
+    for name, share in shares.items():
+        at -= share
+        if at < 0:
+            return name
+    return next(iter(shares), "")
+
+
+def stamp_of(bundle: Path) -> Stamp | None:
+    """Return what tells one bundle at a path from another; None if there is none."""
+    try:
+        manifest = (bundle / MANIFEST).resolve(strict=True)
+        status = manifest.stat()
+    except (OSError, RuntimeError):
+        return None
+    return str(manifest), status.st_ino, status.st_mtime_ns, status.st_size

@@ -1,0 +1,175 @@
+"""What a client may send, field by field. Whatever is of another form is refused with 422 and the field's name."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from rarec.bundle.recommended import Id
+
+
+def _checked(text: str) -> str:
+    """Refuse half a character of UTF-16, which no answer could carry back."""
+    text.encode()
+    return text
+
+
+Text = Annotated[StrictStr, Field(max_length=1000), AfterValidator(_checked)]
+ItemId = Annotated[
+    Annotated[StrictStr, Field(max_length=256), AfterValidator(_checked)]
+    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)],
+    Field(examples=["sku-1"]),
+]
+History = Annotated[list[ItemId], Field(description="Ids of items, oldest first.", examples=[["sku-1", "sku-7"]])]
+K = Annotated[StrictInt, Field(ge=1, le=100_000, description="Number of items.")]
+Bundle = Annotated[
+    StrictStr | None,
+    Field(
+        max_length=40, pattern="^[A-Za-z0-9._-]*$", description="Name of the bundle that answers; by default by share."
+    ),
+]
+User = Annotated[
+    Text | None,
+    Field(description="Any key of the user: the same key gets the same bundle. It is not stored or logged."),
+]
+
+
+class Asked(BaseModel):
+    """The fields of every request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: Bundle = None
+    user: User = None
+
+
+class RecommendAsked(Asked):
+    """`POST /v1/recommend`."""
+
+    histories: Annotated[list[History], Field(min_length=1, description="One for each user.")]
+    k: K = 10
+    exclude_seen: StrictBool = True
+    allow: Annotated[list[ItemId] | None, Field(description="The only items that may be returned.")] = None
+    deny: Annotated[list[ItemId], Field(description="Items that may not be returned.")] = []
+    popular_if_empty: StrictBool = False
+
+
+class VectorsAsked(Asked):
+    """`POST /v1/users/vector`."""
+
+    histories: Annotated[list[History], Field(min_length=1)]
+
+
+class SimilarAsked(Asked):
+    """`POST /v1/items/similar`."""
+
+    item: ItemId
+    k: K = 10
+
+
+class ExplainAsked(Asked):
+    """`POST /v1/explain`."""
+
+    history: History
+    item: ItemId
+
+
+class CompareAsked(Asked):
+    """`POST /v1/compare`."""
+
+    history: History
+    k: K = 10
+
+
+class PlaceAsked(Asked):
+    """`POST /v1/items/place`."""
+
+    history: History
+    title: Text
+    text: Text = ""
+    k: K = 3
+
+
+class Item(BaseModel):
+    """One item of an answer."""
+
+    item: Id
+    title: str
+    score: float
+
+
+class Answered(BaseModel):
+    """The fields of every answer: which bundle gave it."""
+
+    bundle: str
+    version: str
+
+
+class UserItems(BaseModel):
+    """What one user gets."""
+
+    items: list[Item]
+    unknown: Annotated[int, Field(description="Ids of the history that the catalogue lacks; they were passed over.")]
+
+
+class Recommended(Answered):
+    """Answer of `/v1/recommend`."""
+
+    results: list[UserItems]
+
+
+class Vectors(Answered):
+    """Answer of `/v1/users/vector`: (F,) of each user, or (K, F) where the best of K scores counts."""
+
+    vectors: list[Any]
+
+
+class Found(BaseModel):
+    """One item, without a score."""
+
+    item: Id
+    title: str
+
+
+class FoundItems(Answered):
+    """Answer of `/v1/items` and `/v1/users/sample`."""
+
+    items: list[Found]
+
+
+class Items(Answered):
+    """Answer of `/v1/items/similar`."""
+
+    items: list[Item]
+
+
+class Explained(Answered):
+    """Answer of `/v1/explain`."""
+
+    item: Id
+    title: str
+    parts: Annotated[dict[str, float], Field(description="What each part adds to the score, beside the average item.")]
+    nearest: Annotated[list[Item], Field(description="Items of the history that are most like it.")]
+
+
+class Compared(Answered):
+    """Answer of `/v1/compare`."""
+
+    row: str
+    parts: Annotated[dict[str, list[Item]], Field(description="The best items by each part alone.")]
+
+
+class Placed(Answered):
+    """Answer of `/v1/items/place`."""
+
+    rank: int
+    of: int
+    score: float
+    above: list[Item]
+    below: list[Item]
+
+
+class Problem(BaseModel):
+    """What is wrong, and what to do."""
+
+    problem: str
+    remedy: str

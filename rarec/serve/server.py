@@ -1,0 +1,137 @@
+"""The process that serves: its socket, its workers, its end."""
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import tempfile
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import yaml
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rarec.errors import Terminated, UserError
+from rarec.serve import metrics
+from rarec.serve.app import assemble
+from rarec.serve.guard import event, read_tokens
+from rarec.serve.settings import VARIABLE, ServeSettings
+
+FACTORY = "rarec.serve.app:create"
+PATIENCE = 10.0
+"""Seconds in which a connection must have sent its first request, and after which an idle one is closed."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(settings: ServeSettings, source: Path | None, host: str, port: int, workers: int, drain: int) -> None:
+    """Serve until a signal: SIGTERM and Ctrl-C answer what was asked, for at most `drain` seconds, and end.
+
+    Args:
+        settings: of the service.
+        source: file of the settings, which is read again while it serves; None if they are from the command line.
+        host: address to listen at.
+        port: to listen at; 0 takes a free one.
+        workers: processes, each with the models; one that dies is replaced.
+        drain: seconds.
+
+    Raises:
+        UserError: the address cannot be listened at; the file of tokens is wrong.
+    """
+    if settings.tokens:
+        read_tokens(Path(settings.tokens))
+    elif host not in LOOPBACK:
+        event("warning", f"everyone who reaches {host}:{port} is served; tokens (in the settings) would change that")
+    _allow_many_connections()
+    with ExitStack() as stack:
+        listening = stack.enter_context(_listen(host, port))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rarec-")))
+        os.environ[VARIABLE] = str(source or _written(settings, scratch / "serve.yaml"))
+        if workers > 1:
+            (scratch / "metrics").mkdir()
+            os.environ[metrics.FOLDER] = str(scratch / "metrics")
+        app, fleet = assemble()
+        if workers == 1:
+            fleet.load()
+        else:
+            check(settings)
+        logging.getLogger("uvicorn.error").addHandler(_Events())
+        host, port = listening.getsockname()[:2]
+        event("listening", f"http://{f'[{host}]' if ':' in host else host}:{port}/")
+        try:
+            if workers > 1:
+                uvicorn.run(FACTORY, factory=True, workers=workers, fd=listening.fileno(), **_options(drain))
+            else:
+                uvicorn.Server(uvicorn.Config(app, **_options(drain))).run(sockets=[listening])
+        except (KeyboardInterrupt, Terminated):  # uvicorn has ended in order, and passes its signal on
+            pass
+    event("ended")
+
+
+def check(settings: ServeSettings) -> None:
+    """Check the files of every bundle; workers load them later.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    for bundle in settings.bundles.values():
+        if settings.backend == "onnx":
+            import_module("rarec.serve.onnx_engine").check_served(Path(bundle.path))
+        else:
+            import_module("rarec.bundle.bundle").Bundle.open(Path(bundle.path), settings.trusted)
+
+
+def _written(settings: ServeSettings, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    return path
+
+
+def _options(drain: int) -> dict[str, Any]:
+    return {
+        "http": Patient,
+        "ws": "none",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": int(PATIENCE),
+        "timeout_graceful_shutdown": drain,
+    }
+
+
+class Patient(H11Protocol):
+    """HTTP/1.1, without endless patience for a client that sends nothing, or its first request byte by byte."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self.loop.call_later(PATIENCE, self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Events(logging.Handler):
+    """Writes what the server says of trouble as events."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            event("server", record.getMessage())
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{host}:{port}: {reason}", "choose another: --host, --port") from None
+
+
+def _allow_many_connections() -> None:
+    """Raise the number of open files, of which each connection is one, to what the system allows."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65_536) if most > 0 else 65_536, most))

@@ -1,0 +1,102 @@
+"""The settings of a service: `rarec serve --settings serve.yaml`, or one bundle and defaults."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from rarec.config.load import read_tree, validated
+from rarec.config.section import Device, Location, Positive, Section
+from rarec.errors import UserError
+
+VARIABLE = "RAREC_SERVE"
+"""Variable of the environment with the path of the settings, for who starts `rarec.serve.app:create`."""
+DEFAULT = "default"
+"""Name of a bundle that is served alone."""
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,40}$")]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class ServedBundle(Section):
+    """One bundle and its share of the traffic."""
+
+    path: Location
+    """Folder of `rarec export`, or, for `backend: onnx`, of `rarec export BUNDLE --to onnx --to faiss`. When it is
+    replaced, or a link in its path leads to another one, the service takes the new one, and no request fails."""
+    share: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    """Share of the users, beside those of the other bundles; 0 serves only those that ask for it by name."""
+
+
+class ServeSettings(Section):
+    """What is served, to whom, and its limits."""
+
+    bundles: Annotated[dict[Name, ServedBundle], Field(min_length=1, max_length=32)]
+    """By name; a request may name one."""
+    backend: Literal["torch", "onnx"] = "torch"
+    """What runs the model: PyTorch, or ONNX Runtime, which needs neither torch nor the language model's folder."""
+    device: Device = "auto"
+    """For torch: auto, cpu, cuda or cuda:N. Whether the machine has it is seen when a bundle is opened."""
+    llm: str | None = None
+    """For torch: the language model, if it is elsewhere than at the export."""
+    trusted: Annotated[list[str], Field(default_factory=list)]
+    """Parts of your own that a bundle may import, as `package.module:Name`."""
+    max_batch: Positive = 64
+    """Users whose prompts go through the model together."""
+    window_ms: Annotated[float, Field(ge=0, le=1000)] = 3.0
+    """How long a request waits for others to share a pass of the model."""
+    max_queue: Positive = 512
+    """Users who may wait; further ones are sent away with 503."""
+    max_body: Annotated[int, Field(gt=0, le=1 << 30)] = 1 << 20
+    """Bytes of a request."""
+    max_users: Positive = 256
+    """Histories in a request."""
+    max_history: Positive = 1000
+    """Items in a history."""
+    max_k: Positive = 1000
+    """Items that a request may ask for."""
+    rate: Annotated[float, Field(gt=0)] | None = None
+    """Requests a second of one client, by its token or address; none: no limit."""
+    timeout: Seconds = 10.0
+    """Seconds until an answer; after them 503."""
+    body_timeout: Seconds = 5.0
+    """Seconds in which a request must have arrived."""
+    tokens: Location | None = None
+    """File of bearer tokens, one a line; without it, everyone who reaches the port is served."""
+    page: bool = True
+    """Whether `/` is a page for people."""
+
+
+def read_settings(path: Path) -> ServeSettings:
+    """Read settings from a YAML file; relative paths in it are relative to the file.
+
+    Raises:
+        UserError: it cannot be read, or a field is wrong.
+    """
+    found = validated(ServeSettings, read_tree(path), str(path))
+    place = path.absolute().parent
+    bundles = {name: one.model_copy(update={"path": str(place / one.path)}) for name, one in found.bundles.items()}
+    tokens = str(place / found.tokens) if found.tokens else None
+    return found.model_copy(update={"bundles": bundles, "tokens": tokens})
+
+
+def settings_of(bundle: Path, **fields: Any) -> ServeSettings:
+    """Return the settings of a service of one bundle.
+
+    Raises:
+        UserError: a field is wrong.
+    """
+    tree = {"bundles": {DEFAULT: {"path": str(bundle.absolute())}}, **fields}
+    return validated(ServeSettings, tree, "rarec serve")
+
+
+def settings_of_environment() -> ServeSettings:
+    """Return the settings that the environment names: for servers that start the application themselves.
+
+    Raises:
+        UserError: none are named, or they are wrong.
+    """
+    path = os.environ.get(VARIABLE)
+    if not path:
+        raise UserError(f"{VARIABLE} is not set", f"set it to the path of settings: {VARIABLE}=serve.yaml")
+    return read_settings(Path(path))

@@ -1,0 +1,225 @@
+"""Artefacts: directories written as a whole, each with a manifest that says what it was made from.
+
+A manifest holds `kind`, `schema`, `settings` (the configuration that shaped the artefact), `made_from` (hashes of the
+artefacts it was made from), `files` (sha256 of each file), and figures worth keeping. Its `hash` is the sha256 of all
+of these but the figures, which may differ between equal runs; its `seal` that of the whole.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rarec.errors import UserError
+from rarec.storage.directories import CHECKED
+from rarec.storage.files import read_json, sha256_file, write_json
+
+SCHEMA = 3
+"""Of manifests. 1 called variants `arms` and sanity checks `probes`, and had a `done.json` beside a training's; 2 had
+no seal, and no markers in directories."""
+MAKERS = {"bundle": "export", "checkpoint": "train"}
+"""The command that makes a kind of artefact, where it is not the kind's own name."""
+MANIFEST = "manifest.json"
+IDENTITY = ("kind", "schema", "settings", "made_from", "files")
+"""The fields of a manifest that its hash covers."""
+_FRESH = 2 * 10**9
+"""Nanoseconds after its last change within which a file may change again without another time."""
+SEAL = "seal"
+"""The field of a JSON object with the sha256 of all others."""
+
+Manifest = dict[str, Any]
+
+
+def sha256_json(value: object) -> str:
+    """Return the sha256 of a JSON value in its canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def rebuild(kind: str) -> str:
+    """Return the remedy for an artefact that cannot be used: the command that builds it anew."""
+    return f"rebuild it: rarec {MAKERS.get(kind, kind)} CONFIG --fresh"
+
+
+def write_manifest(
+    directory: Path,
+    kind: str,
+    *,
+    settings: Mapping[str, Any],
+    made_from: Mapping[str, str],
+    files: Mapping[str, str | None] | None = None,
+    **figures: Any,
+) -> Manifest:
+    """Hash an artefact's files, write its manifest, and return it.
+
+    Args:
+        directory: the artefact, complete but for the manifest.
+        kind: of artefact, by convention the name of the stage that makes it.
+        settings: the configuration that shaped it, as plain JSON values.
+        made_from: the hash of each artefact or model it was made from, by name.
+        files: names of its files, with the sha256 of those that are hashed already. Default: every file in the
+            directory that is not hidden.
+        **figures: counts and other facts for the reader; they do not enter the hash.
+    """
+    if files is None:
+        names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+        files = {name: None for name in names if Path(name).name != MANIFEST and not name.startswith(".")}
+    identity = {
+        "kind": kind,
+        "schema": SCHEMA,
+        "settings": dict(settings),
+        "made_from": dict(made_from),
+        "files": {name: files[name] or sha256_file(directory / name) for name in sorted(files)},
+    }
+    manifest = {**identity, "hash": sha256_json(identity), **figures}
+    write_sealed(directory / MANIFEST, manifest)
+    return manifest
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its seal, by which damage shows when it is read back."""
+    write_json(path, {**value, SEAL: sha256_json(value)})
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """Read what `write_sealed` has written, without the seal.
+
+    Raises:
+        UserError: it is missing or damaged; the message names it.
+    """
+    sealed = read_json(path, remedy)
+    plain = {name: value for name, value in sealed.items() if name != SEAL} if isinstance(sealed, dict) else {}
+    if not plain or sealed.get(SEAL) != sha256_json(plain):
+        raise UserError(f"{path} is damaged: its content does not match its `{SEAL}`", remedy)
+    return plain
+
+
+def read_manifest(directory: Path, kind: str) -> Manifest:
+    """Read an artefact's manifest and check its kind, schema and seal.
+
+    Raises:
+        UserError: the artefact is missing (the message names the command that makes it), damaged, of another kind or
+            schema, or names a file outside of its folder.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UserError(f"{directory} has no {MANIFEST}", f"build it first: rarec {MAKERS.get(kind, kind)} CONFIG")
+    found = read_json(path, rebuild(kind))
+    schema = found.get("schema", SCHEMA) if isinstance(found, dict) else SCHEMA
+    if isinstance(schema, int) and schema < SCHEMA:
+        problem = f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}"
+        raise UserError(problem, f"move {directory} away, and build it again")
+    manifest = read_sealed(path, rebuild(kind))
+    if manifest.get("kind") != kind:
+        raise UserError(f"{path} is of kind {manifest.get('kind')!r}, not {kind!r}", rebuild(kind))
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}", "update rarec")
+    malformed = [name for name in ("settings", "made_from", "files") if not _maps_names(manifest.get(name), name)]
+    if malformed:
+        raise UserError(f"{path}: field `{malformed[0]}` is malformed", rebuild(kind))
+    outside = [name for name in manifest["files"] if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise UserError(f"{path} names a file outside of its folder: {outside[0]!r}", rebuild(kind))
+    return manifest
+
+
+def _maps_names(value: Any, field: str) -> bool:
+    """Return whether a value is an object and, but for settings, one of strings."""
+    return isinstance(value, dict) and (field == "settings" or all(type(each) is str for each in value.values()))
+
+
+def check_files(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    remedy: str = "",
+    *,
+    names: Iterable[str] | None = None,
+    remember: bool = False,
+) -> None:
+    """Check files of an artefact against the sha256 in its manifest.
+
+    Args:
+        directory: the artefact.
+        manifest: as `read_manifest` returns it.
+        remedy: for the message; by default, to rebuild the artefact.
+        names: the files to check; all of them by default.
+        remember: note in the artefact which files were read, and do not read them again while their size, time and
+            inode stay as they are.
+
+    Raises:
+        UserError: a file is missing or altered.
+    """
+    files: Mapping[str, str] = manifest["files"]
+    known = _read_checked(directory) if remember else {}
+    found: dict[str, list[Any]] = {}
+    for name in files if names is None else names:
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing", remedy or rebuild(manifest["kind"]))
+        stamp = _stamp(path)
+        if known.get(name) == [*stamp, files.get(name)]:
+            continue
+        if sha256_file(path) != files.get(name):
+            raise UserError(f"{path} was altered", remedy or rebuild(manifest["kind"]))
+        if time.time_ns() - stamp[1] > _FRESH and stamp == _stamp(path):
+            found[name] = [*stamp, files[name]]
+    if remember and found:
+        with suppress(OSError):  # somebody else's folder: the next one reads them again
+            write_json(directory / CHECKED, {**known, **found})
+
+
+def note_checks(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Note that the files of an artefact are as its manifest says, which was written a moment ago."""
+    noted = {name: [*_stamp(directory / name), digest] for name, digest in manifest["files"].items()}
+    write_json(directory / CHECKED, noted)
+
+
+def _read_checked(directory: Path) -> dict[str, Any]:
+    """Return what `check_files` has noted of each file; nothing where that cannot be read."""
+    try:
+        found = read_json(directory / CHECKED)
+    except (UserError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return what changes with a file: its size, the time of its last change, its inode."""
+    now = path.stat()
+    return [now.st_size, now.st_mtime_ns, now.st_ino]
+
+
+def check_made_from(directory: Path, manifest: Mapping[str, Any], expected: Mapping[str, str]) -> None:
+    """Refuse an artefact that was made from other inputs than the ones that are here now.
+
+    Raises:
+        UserError: naming the input.
+    """
+    for name, digest in expected.items():
+        recorded = manifest["made_from"].get(name)
+        if recorded != digest:
+            problem = f"{directory} was made from another {name} (recorded {str(recorded)[:12]}, now {digest[:12]})"
+            raise UserError(problem, rebuild(manifest["kind"]))
+
+
+def check_settings(directory: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse an artefact that was made with other settings.
+
+    Raises:
+        UserError: naming each field with its old and its new value.
+    """
+    changed = differences(manifest["settings"], json.loads(json.dumps(dict(settings))))
+    if changed:
+        problem = f"{directory} was made with other settings: {'; '.join(changed)}"
+        raise UserError(problem, f"{rebuild(manifest['kind'])}, or choose another run.dir")
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Return every leaf that differs between two JSON values, as `a.b: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(old) + [key for key in new if key not in old]
+        parts = (differences(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+        return [line for part in parts for line in part]
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
