@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import rarec
 from rarec.cluster import load_sweep
 from rarec.cluster.slurm import submit
 from rarec.config.shipped import shipped_file, shipped_files
@@ -29,11 +28,12 @@ def installed(tmp_path, monkeypatch) -> Path:
     """The package as a wheel installs it, in the place of the checkout; the current directory is elsewhere."""
     package = tmp_path / "site-packages" / "rarec"
     package.mkdir(parents=True)
-    for module in ("__init__", "errors", "shipped", "version"):
+    for module in ("__init__", "errors", "version"):
         shutil.copy(ROOT / "rarec" / f"{module}.py", package)
+    shutil.copytree(ROOT / "rarec" / "config", package / "config")
     for folder in ("configs", "launch"):
         shutil.copytree(ROOT / folder, package / "data_files" / folder)
-    monkeypatch.setattr(rarec, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr("rarec.config.shipped.__file__", str(package / "config" / "shipped.py"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return package

@@ -10,29 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, PAGE = ROOT / "rarec", ROOT / "docs" / "architecture.md"
-ROOMS = (
-    "config storage console distributed data ranking neighbours ids prompts models training planning evaluation report "
-    "bundle export stages serve cluster"
-).split()  # noqa: SIM905
-    "config",
-    "storage",
-    "console",
-    "distributed",
-    "data",
-    "ranking",
-    "neighbours",
-    "ids",
-    "prompts",
-    "models",
-    "training",
-    "planning",
-    "evaluation",
-    "report",
-    "bundle",
-    "export",
-    "stages",
-    "serve",
-    "cluster",
+ROOMS = [
+    *("config", "storage", "console", "distributed"),
+    *("data", "ranking", "neighbours", "ids", "prompts", "models", "training"),
+    *("planning", "evaluation", "report", "bundle", "export", "stages", "serve", "cluster"),
 ]
 """The folders of the package, in the order in which data flows through them."""
 GROUND = ("errors", "version")
