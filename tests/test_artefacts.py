@@ -1,4 +1,4 @@
-"""Artefacts: written aside and renamed whole; the earlier version survives every failure."""
+"""Artefacts: written to a temporary directory and renamed whole; the earlier version survives every failure."""
 
 import multiprocessing
 import os
@@ -13,24 +13,24 @@ import pytest
 from rarec.errors import UserError
 from rarec.storage.artefacts import check_files, check_settings, read_manifest, write_manifest
 from rarec.storage.directories import CHECKED, new_directory
-from rarec.storage.files import aside_path, sha256_file, write_aside, write_json, write_text
+from rarec.storage.files import atomic_write, sha256_file, temporary_path, write_json, write_text
 
 
 def write(directory, text):
-    with new_directory(directory) as aside:
-        (aside / "file").write_text(text)
+    with new_directory(directory) as temporary:
+        (temporary / "file").write_text(text)
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
     write(tmp_path / "a", "old")
-    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "a") as aside:
-        (aside / "file").write_text(str(1 // 0))
+    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "a") as temporary:
+        (temporary / "file").write_text(str(1 // 0))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "file").read_text() == "old"
 
 
 def interrupt_at(number):
-    """Let the line of that number, counted from now on in what writes aside, raise KeyboardInterrupt."""
+    """Let the line of that number, counted from now on in what writes temporary files, raise KeyboardInterrupt."""
     lines = iter(range(number))
 
     def trace(frame, event, _):
@@ -60,8 +60,8 @@ def test_an_interrupt_at_any_line_leaves_nothing_aside(tmp_path):
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     write(tmp_path / "a", "old")
-    (tmp_path / "a").rename(aside_path(tmp_path / "a", "old"))
-    aside_path(tmp_path / "a", "99").mkdir()
+    (tmp_path / "a").rename(temporary_path(tmp_path / "a", "old"))
+    temporary_path(tmp_path / "a", "99").mkdir()
     with pytest.raises(RuntimeError), new_directory(tmp_path / "a"):
         raise RuntimeError
     assert (tmp_path / "a" / "file").read_text() == "old"
@@ -152,11 +152,11 @@ def test_no_json_that_is_not_json(tmp_path):
 
 @pytest.mark.usefixtures("locks")
 def test_what_a_killed_writer_left_is_dropped_and_what_a_living_one_writes_stays(tmp_path):
-    aside_path(tmp_path / "a", "1").write_text("torn")
-    aside_path(tmp_path / "d", "1").mkdir()
+    temporary_path(tmp_path / "a", "1").write_text("torn")
+    temporary_path(tmp_path / "d", "1").mkdir()
     for mine in (".notes", ".a.aside-1"):
         (tmp_path / mine).write_text("mine")
-    with write_aside(tmp_path / "a") as file, new_directory(tmp_path / "d") as directory:
+    with atomic_write(tmp_path / "a") as file, new_directory(tmp_path / "d") as directory:
         file.write(b"first")
         (directory / "file").write_text("first")
         with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -167,9 +167,9 @@ def test_what_a_killed_writer_left_is_dropped_and_what_a_living_one_writes_stays
 
 
 def test_what_another_user_left_fails_no_write(tmp_path):
-    theirs = aside_path(tmp_path / "d", "1")
+    theirs = temporary_path(tmp_path / "d", "1")
     theirs.mkdir()
-    for file in (aside_path(tmp_path / "a", "1"), theirs / "file"):
+    for file in (temporary_path(tmp_path / "a", "1"), theirs / "file"):
         file.write_text("theirs")
         file.chmod(0o444)
     theirs.chmod(0o555)

@@ -316,10 +316,10 @@ def test_an_error_without_a_message_is_not_lost_between_ranks():
 def test_tensors_and_directories_follow_the_umask(mask, tmp_path):
     before = os.umask(mask)
     try:
-        with new_directory(tmp_path / "artefact") as aside:
-            (aside / "inner").mkdir()
-            save_file({"x": torch.zeros(2)}, aside / "inner" / "weights.safetensors")
-            (aside / "manifest.json").write_text("{}")
+        with new_directory(tmp_path / "artefact") as temporary:
+            (temporary / "inner").mkdir()
+            save_file({"x": torch.zeros(2)}, temporary / "inner" / "weights.safetensors")
+            (temporary / "manifest.json").write_text("{}")
         assert os.umask(mask) == mask
     finally:
         os.umask(before)

@@ -20,7 +20,7 @@ from rarec.stages import STAGES
 from rarec.stages.shard_content import ShardContent
 from rarec.storage.artefacts import read_manifest
 from rarec.storage.directories import CHECKED, MARKER
-from rarec.storage.files import aside_path, read_json
+from rarec.storage.files import read_json, temporary_path
 from tests.processes import be_killed_at_rename, unfinish
 from tests.ranks import START
 from tests.recommending import recommend
@@ -238,7 +238,7 @@ def test_a_fresh_stage_whose_input_is_damaged_leaves_what_was_made_before(finish
 def test_killed_shards_of_other_settings_are_refused_and_replaced_by_fresh_with_no_tar_left(finished, copied):
     place = Path(copied.removeprefix("run.dir="))
     unfinish(place / "shards")
-    aside_path(place / "shards" / "000009.tar", "1").write_bytes(b"torn")
+    temporary_path(place / "shards" / "000009.tar", "1").write_bytes(b"torn")
     run = open_run(finished, [copied, "shards.samples_per_shard=200"])
     with pytest.raises(UserError, match=r"shards\.samples_per_shard") as error:
         run.make("shards")

@@ -13,7 +13,7 @@ from rarec.stages import STAGES
 from rarec.stages.stage import BEGUN, PROGRESS
 from rarec.storage.artefacts import IDENTITY, MANIFEST
 from rarec.storage.directories import CHECKED, MARKER, claim, discard, foreign, new_directory, restore_all_replaced
-from rarec.storage.files import aside_path, read_json, write_json
+from rarec.storage.files import read_json, temporary_path, write_json
 from tests.conftest import make_world
 from tests.processes import unfinish
 
@@ -219,8 +219,8 @@ def test_claimed_names_may_be_written_again_and_others_may_not(tmp_path):
 def test_a_marked_directory_inside_another_answers_for_itself(tmp_path):
     with new_directory(tmp_path / "outer"):
         pass
-    with new_directory(tmp_path / "outer" / "steps" / "inner") as aside:
-        (aside / "file").write_text("")
+    with new_directory(tmp_path / "outer" / "steps" / "inner") as temporary:
+        (temporary / "file").write_text("")
     assert foreign(tmp_path / "outer") is None
     (tmp_path / "outer" / "steps" / "inner" / "mine").write_text("")
     assert foreign(tmp_path / "outer") == tmp_path / "outer" / "steps" / "inner" / "mine"
@@ -228,8 +228,8 @@ def test_a_marked_directory_inside_another_answers_for_itself(tmp_path):
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"files": 3}', "{"])
 def test_a_directory_whose_marker_is_damaged_is_nobodys(tmp_path, damage):
-    with new_directory(tmp_path / "made") as aside:
-        (aside / "file").write_text("")
+    with new_directory(tmp_path / "made") as temporary:
+        (temporary / "file").write_text("")
     (tmp_path / "made" / MARKER).write_text(damage)
     with pytest.raises(UserError, match="made"), new_directory(tmp_path / "made"):
         pass
@@ -237,12 +237,12 @@ def test_a_directory_whose_marker_is_damaged_is_nobodys(tmp_path, damage):
 
 
 def test_what_appears_while_a_directory_is_written_is_kept(tmp_path):
-    with new_directory(tmp_path / "made") as aside:
-        (aside / "file").write_text("old")
+    with new_directory(tmp_path / "made") as temporary:
+        (temporary / "file").write_text("old")
 
     def replace() -> None:
-        with new_directory(tmp_path / "made") as aside:
-            (aside / "file").write_text("new")
+        with new_directory(tmp_path / "made") as temporary:
+            (temporary / "file").write_text("new")
             (tmp_path / "made" / "mine").write_text("mine")
 
     with pytest.raises(UserError, match="mine"):
@@ -255,7 +255,7 @@ def test_only_asides_of_rarecs_own_names_are_tidied_away(tmp_path):
     theirs = [tmp_path / ".made.aside-1", tmp_path / ".made.aside-old", tmp_path / ".made.aside-1-abcdef01"]
     for path in theirs:
         path.write_text("mine")
-    aside_path(tmp_path / "made", "1").write_text("torn")
+    temporary_path(tmp_path / "made", "1").write_text("torn")
     for _ in range(2):
         with new_directory(tmp_path / "made"):
             pass
@@ -359,7 +359,7 @@ def test_a_pipe_in_the_place_of_a_file_is_named_and_nothing_waits_for_it(run, fi
 def test_what_a_killed_process_left_beside_the_artefacts_goes_with_the_next_command(run):
     config, root = run
     for name in ("record.json", "resolved.yaml"):
-        aside_path(root / name, "1").write_text("torn")
+        temporary_path(root / name, "1").write_text("torn")
     open_run(config).make("prepare")
     assert not [path.name for path in root.iterdir() if "aside" in path.name]
 
@@ -410,10 +410,10 @@ def test_every_stage_leaves_nothing_that_it_would_not_know_as_its_own(run):
 
 def test_what_was_being_replaced_when_a_process_was_killed_is_put_back(tmp_path):
     for name in ("step-1", "step-2"):
-        with new_directory(tmp_path / name) as aside:
-            (aside / "file").write_text(name)
-    (tmp_path / "step-1").rename(aside_path(tmp_path / "step-1", "old"))
-    shutil.copytree(tmp_path / "step-2", aside_path(tmp_path / "step-2", "old"))
+        with new_directory(tmp_path / name) as temporary:
+            (temporary / "file").write_text(name)
+    (tmp_path / "step-1").rename(temporary_path(tmp_path / "step-1", "old"))
+    shutil.copytree(tmp_path / "step-2", temporary_path(tmp_path / "step-2", "old"))
     restore_all_replaced(tmp_path)
     assert [(tmp_path / name / "file").read_text() for name in ("step-1", "step-2")] == ["step-1", "step-2"]
-    assert not aside_path(tmp_path / "step-1", "old").exists()
+    assert not temporary_path(tmp_path / "step-1", "old").exists()

@@ -14,7 +14,7 @@ from rarec.data.shards import tars as stores
 from rarec.data.shards.tars import MAX_OPEN, RemoteTars, fetch_description
 from rarec.errors import UserError
 from rarec.storage.directories import MARKER
-from rarec.storage.files import aside_path, read_json
+from rarec.storage.files import read_json, temporary_path
 from tests import forging
 from tests.shards import open_stream, users, write_shards
 
@@ -256,7 +256,7 @@ def test_processes_share_a_cache_and_one_killed_while_fetching_harms_nobody(made
     manifest, cache, url = read_json(made / "manifest.json"), tmp_path / "cache", f"file://{made}"
     expected = [users(open_stream(made, manifest).epoch(epoch)) for epoch in range(3)]
     cache.mkdir()
-    torn = aside_path(cache / "000007.tar", "999999")  # of a process that was killed
+    torn = temporary_path(cache / "000007.tar", "999999")  # of a process that was killed
     torn.write_bytes(b"x" * 5000)
 
     def read(epoch: int) -> None:

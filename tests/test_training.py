@@ -19,7 +19,7 @@ from rarec.entry import open_run
 from rarec.errors import Stopped, UserError
 from rarec.models.losses import LossTerms
 from rarec.stages import variant_training
-from rarec.storage.checkpoint_store import Torn
+from rarec.storage.checkpoint_store import CorruptCheckpoint
 from rarec.storage.files import read_json
 from rarec.training.checkpoints import Checkpoints
 from rarec.training.optimizer import build_optimizer, rate_at, set_rate
@@ -171,7 +171,7 @@ def test_a_harmed_checkpoint_is_refused(finished, tmp_path):
     checkpoints.verify(2)
     path = checkpoints.path(2) / "alignment.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(Torn, match=r"alignment\.safetensors"):
+    with pytest.raises(CorruptCheckpoint, match=r"alignment\.safetensors"):
         checkpoints.verify(2)
 
 

@@ -113,13 +113,13 @@ def write_dataset(config: dict[str, Any], interactions: int, users: int, items: 
     lengths_U = np.full(users, interactions // users, np.int32)
     lengths_U[: interactions - int(lengths_U.sum())] += 1
     counts_N = np.zeros(items, np.int64)
-    with new_directory(stage.directory) as aside:
+    with new_directory(stage.directory) as temporary:
         rows = interaction_batches(lengths_U, counts_N, rng)
-        tables.write_rows(rows, aside / tables.INTERACTIONS, tables.interactions_schema("position"))
-        tables.write_rows(user_batches(lengths_U), aside / tables.USERS, tables.users_schema(pa.int64()))
-        tables.write_rows(item_batches(counts_N), aside / tables.ITEMS, tables.items_schema(pa.int64()))
-        write_columns(aside)
-        write_manifest(aside, "prepare", settings=stage.settings(), made_from={}, counts={})
+        tables.write_rows(rows, temporary / tables.INTERACTIONS, tables.interactions_schema("position"))
+        tables.write_rows(user_batches(lengths_U), temporary / tables.USERS, tables.users_schema(pa.int64()))
+        tables.write_rows(item_batches(counts_N), temporary / tables.ITEMS, tables.items_schema(pa.int64()))
+        write_columns(temporary)
+        write_manifest(temporary, "prepare", settings=stage.settings(), made_from={}, counts={})
     imported = config["ids"]["imported"]
     np.save(imported["item_ids"], np.arange(items))
     table = np.lib.format.open_memmap(imported["items"], mode="w+", dtype=np.float32, shape=(items, DIM))

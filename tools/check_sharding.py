@@ -101,15 +101,15 @@ def make_llm(directory: Path) -> None:
         if sum(2 * shapes[other].numel() for other in (*files[-1], name)) > FILE:
             files.append([])
         files[-1].append(name)
-    with new_directory(directory) as aside:
+    with new_directory(directory) as temporary:
         names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
         for file, inside in zip(names, files, strict=True):
-            save_file({name: weights(shapes[name], generator) for name in inside}, aside / file, {"format": "pt"})
+            save_file({name: weights(shapes[name], generator) for name in inside}, temporary / file, {"format": "pt"})
         place = {name: file for file, inside in zip(names, files, strict=True) for name in inside}
         index = {"metadata": {"total_size": sum(2 * shape.numel() for shape in shapes.values())}, "weight_map": place}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(index))
-        config.save_pretrained(aside)
-        write_tokenizer(aside, [Prompt().user])
+        (temporary / "model.safetensors.index.json").write_text(json.dumps(index))
+        config.save_pretrained(temporary)
+        write_tokenizer(temporary, [Prompt().user])
 
 
 def weights(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

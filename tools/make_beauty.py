@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from rarec.entry import guarded
 from rarec.errors import UserError
-from rarec.storage.files import write_aside
+from rarec.storage.files import atomic_write
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def main() -> None:
     catalogue = catalogue_of(asins, titles_of(given.metadata, set(asins.values())))
     given.directory.mkdir(parents=True, exist_ok=True)
     for name, table in {"interactions": log, "items": catalogue}.items():
-        with write_aside(given.directory / f"{name}.parquet") as file:
+        with atomic_write(given.directory / f"{name}.parquet") as file:
             pq.write_table(table, file)
     users = len(log["user_id"].unique())
     print(f"{given.directory}: {users:,} users, {catalogue.num_rows:,} items, {log.num_rows:,} interactions")

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from rarec.entry import guarded
 from rarec.errors import UserError
-from rarec.storage.files import write_aside
+from rarec.storage.files import atomic_write
 
 SINCE = datetime(2010, 12, 1, tzinfo=UTC)
 FEWEST_PRODUCTS = 5
@@ -86,7 +86,7 @@ def main() -> None:
     }
     given.directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        with write_aside(given.directory / name) as file:
+        with atomic_write(given.directory / name) as file:
             file.write(content)
     users = len(set(customers))
     print(f"{given.directory}: {users:,} customers, {items.num_rows:,} products, {log.num_rows:,} purchases")

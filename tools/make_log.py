@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rarec.storage.directories import new_directory
-from rarec.storage.files import write_aside
+from rarec.storage.files import atomic_write
 
 Ints = npt.NDArray[np.int64]
 
@@ -135,7 +135,7 @@ class Catalogue:
     def write(self, path: Path) -> None:
         """Write the item table."""
         ranks_N = np.argsort(self.rows_N)
-        with write_aside(path) as file, pq.ParquetWriter(file, self._table(ranks_N, range(0)).schema) as writer:
+        with atomic_write(path) as file, pq.ParquetWriter(file, self._table(ranks_N, range(0)).schema) as writer:
             for start in range(0, self.log.items, BLOCK_ROWS):
                 writer.write_table(self._table(ranks_N, range(start, min(start + BLOCK_ROWS, self.log.items))))
 
@@ -258,11 +258,11 @@ def make_log(directory: Path, **settings: Any) -> Log:
     catalogue = Catalogue(log)
     directory.mkdir(parents=True, exist_ok=True)
     catalogue.write(directory / "items.parquet")
-    with new_directory(directory / "interactions") as aside:
+    with new_directory(directory / "interactions") as temporary:
         blocks = list(log.blocks())
         for part, first in enumerate(range(0, len(blocks), BLOCKS_IN_A_FILE)):
             tables = (block_of(catalogue, users) for users in blocks[first : first + BLOCKS_IN_A_FILE])
-            _write(aside / f"part-{part:05d}.parquet", tables)
+            _write(temporary / f"part-{part:05d}.parquet", tables)
     return log
 
 

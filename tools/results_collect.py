@@ -24,7 +24,7 @@ from rarec.evaluation.run_files import TrainingRecord, read_run
 from rarec.stages.report import directories
 from rarec.stages.run import Run
 from rarec.stages.run_folder import read_record
-from rarec.storage.files import read_json, write_aside, write_text
+from rarec.storage.files import atomic_write, read_json, write_text
 
 
 def collect(sweep: Sweep, place: Path, keep_ranks: Sequence[str] = ()) -> list[str]:
@@ -208,10 +208,10 @@ def write_ranks(finished: Sequence[Finished], file: Path) -> None:
             ranks = rows["rank"].to_numpy()
             columns[f"{variant}@{one.run.seed}"] = pa.array(ranks.astype(np.min_scalar_type(int(ranks.max()))))
     file.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(file) as aside:
+    with atomic_write(file) as temporary:
         pq.write_table(
             pa.table(columns),
-            aside,
+            temporary,
             compression="zstd",
             compression_level=19,
             use_dictionary=False,

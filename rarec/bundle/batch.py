@@ -24,7 +24,7 @@ from rarec.errors import UserError
 from rarec.ranking.rankers import USERS_AT_A_TIME
 from rarec.storage.artefacts import read_sealed, write_sealed
 from rarec.storage.directories import discard, new_directory
-from rarec.storage.files import write_aside
+from rarec.storage.files import atomic_write
 
 NOTES, PARTS = "recommend.json", "parts"
 
@@ -63,7 +63,7 @@ def recommend_all(
         part = place / PARTS / f"{count:06}.parquet"
         world.report("recommending")
         if count % world.size == world.rank and not part.exists():
-            with write_aside(part) as file:
+            with atomic_write(part) as file:
                 pq.write_table(_table(recommender, users, k), file, compression="zstd")
     world.barrier()
     rows = list[int]()
@@ -78,9 +78,9 @@ def _begin(place: Path, identity: Mapping[str, Any]) -> None:
     except UserError:
         found = None
     if found != identity:
-        with new_directory(place, [f"{PARTS}/"]) as aside:
-            write_sealed(aside / NOTES, identity)
-            (aside / PARTS).mkdir()
+        with new_directory(place, [f"{PARTS}/"]) as temporary:
+            write_sealed(temporary / NOTES, identity)
+            (temporary / PARTS).mkdir()
 
 
 def _chunks(histories: Iterable[UserHistory]) -> Iterator[list[UserHistory]]:
@@ -112,7 +112,7 @@ def _schema(recommender: Recommender, users: list[UserHistory]) -> pa.Schema:
 def _join(recommender: Recommender, place: Path, count: int, out: Path) -> int:
     """Join the parts to one file, and tidy up; return the number of rows."""
     parts = [place / PARTS / f"{number:06}.parquet" for number in range(count)]
-    with write_aside(out) as file:
+    with atomic_write(out) as file:
         tables = map(read_columns, parts) if parts else iter([_schema(recommender, []).empty_table()])
         rows = _JOIN[out.suffix](tables, file)
     discard(place)

@@ -145,13 +145,15 @@ class _Changed:
 
 
 def _write(bundle: Bundle, directory: Path, changed: _Changed, what: Mapping[str, int]) -> None:
-    with new_version(bundle, directory, _CHANGED, what) as aside:
-        changed.catalogue.write(aside / ITEMS)
-        save_file({name: torch.from_numpy(table.copy()) for name, table in changed.vectors.items()}, aside / VECTORS)
-        save_file({name: tensor.contiguous() for name, tensor in changed.encoders.items()}, aside / ENCODERS)
+    with new_version(bundle, directory, _CHANGED, what) as temporary:
+        changed.catalogue.write(temporary / ITEMS)
+        save_file(
+            {name: torch.from_numpy(table.copy()) for name, table in changed.vectors.items()}, temporary / VECTORS
+        )
+        save_file({name: tensor.contiguous() for name, tensor in changed.encoders.items()}, temporary / ENCODERS)
         for name, batches in changed.neighbours.items():
-            (aside / TABLES).mkdir(exist_ok=True)
-            tables.write_rows(batches, aside / TABLES / f"{name}.parquet", SCHEMA)
+            (temporary / TABLES).mkdir(exist_ok=True)
+            tables.write_rows(batches, temporary / TABLES / f"{name}.parquet", SCHEMA)
 
 
 def _checked_ids(bundle: Bundle, ids: pa.Array) -> pa.Array:

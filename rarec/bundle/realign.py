@@ -187,7 +187,7 @@ def _write(
         for name, source in sources.items()
     }
     tensors = {f"{name}/{key}": t for name, source in sources.items() for key, t in source.users.tensors.items()}
-    with new_version(bundle, directory, (FACTS, VECTORS, ENCODERS), {"realigned": figures}) as aside:
-        write_json(aside / FACTS, {**bundle.facts, "sources": of_sources})
-        save_file({name: torch.from_numpy(np.array(table)) for name, table in vectors.items()}, aside / VECTORS)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / ENCODERS)
+    with new_version(bundle, directory, (FACTS, VECTORS, ENCODERS), {"realigned": figures}) as temporary:
+        write_json(temporary / FACTS, {**bundle.facts, "sources": of_sources})
+        save_file({name: torch.from_numpy(np.array(table)) for name, table in vectors.items()}, temporary / VECTORS)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / ENCODERS)

@@ -41,14 +41,14 @@ def new_version(bundle: Bundle, directory: Path, changed: Collection[str], what:
     if os.path.lexists(directory):
         raise UserError(f"{directory} is there already", "name another folder: --out")
     manifest = bundle.manifest
-    with new_directory(directory) as aside:
+    with new_directory(directory) as temporary:
         for name in manifest["files"]:
             if name not in changed and f"{Path(name).parent}/" not in changed:
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(bundle.directory / name, aside / name)
-        yield aside
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(bundle.directory / name, temporary / name)
+        yield temporary
         made_from = {**manifest["made_from"], "bundle": manifest["hash"]}
         versions = [*manifest.get("versions", []), {**what, "of": manifest["hash"]}]
         figures = {name: manifest[name] for name in FIGURES if name in manifest}
         settings = manifest["settings"]
-        write_manifest(aside, "bundle", settings=settings, made_from=made_from, **figures, versions=versions)
+        write_manifest(temporary, "bundle", settings=settings, made_from=made_from, **figures, versions=versions)

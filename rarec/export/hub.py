@@ -14,11 +14,11 @@ from rarec.storage.directories import new_directory
 
 def write_repository(bundle: Bundle, directory: Path) -> None:
     """Copy a bundle's files, whose card a hub reads; the copy is checked as any bundle that is opened."""
-    with new_directory(directory) as aside:
+    with new_directory(directory) as temporary:
         for name in (*bundle.manifest["files"], MANIFEST):
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.directory / name, aside / name)
-        Bundle.open(aside, bundle.trusted)
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.directory / name, temporary / name)
+        Bundle.open(temporary, bundle.trusted)
 
 
 def upload(directory: Path, repository: str, api: Any = None) -> str:

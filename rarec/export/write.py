@@ -59,32 +59,32 @@ def write_formats(
         if push is not None:
             say(upload(directory, push))
         return
-    with new_directory(directory) as aside:
-        figures = _write(recommender.parts, formats, aside, index, int8)
+    with new_directory(directory) as temporary:
+        figures = _write(recommender.parts, formats, temporary, index, int8)
         settings = {"formats": sorted(formats), "row": bundle.facts["row"]}
-        write_manifest(aside, KIND, settings=settings, made_from={"bundle": bundle.manifest["hash"]}, **figures)
+        write_manifest(temporary, KIND, settings=settings, made_from={"bundle": bundle.manifest["hash"]}, **figures)
     for name, value in figures.items():
         say(f"{name}: {value}")
 
 
-def _write(parts: Parts, formats: Sequence[str], aside: Path, index: str, int8: bool) -> dict[str, Any]:
+def _write(parts: Parts, formats: Sequence[str], temporary: Path, index: str, int8: bool) -> dict[str, Any]:
     if "peft" in formats:
         from rarec.export.adapters import write_adapter
 
-        return write_adapter(parts, aside)
+        return write_adapter(parts, temporary)
     if "vllm" in formats:
         from rarec.export.vllm.export import write_vllm
 
-        return write_vllm(parts, aside)
-    facts, figures = write_tables(parts, aside), dict[str, Any]()
+        return write_vllm(parts, temporary)
+    facts, figures = write_tables(parts, temporary), dict[str, Any]()
     if "faiss" in formats:
         from rarec.export.index import write_index
 
-        figures |= write_index(parts, index, aside)
+        figures |= write_index(parts, index, temporary)
     if "onnx" in formats:
         from rarec.export.onnx_files import write_onnx
 
-        fields, found = write_onnx(parts, aside, int8)
-        write_json(aside / FACTS, {**facts, **fields})
+        fields, found = write_onnx(parts, temporary, int8)
+        write_json(temporary / FACTS, {**facts, **fields})
         figures |= found
     return figures

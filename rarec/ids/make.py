@@ -76,14 +76,16 @@ def _field(name: str, field: str) -> str:
     return f"ids.imported.{field}" if name == "id" else f"sources.{name}.{field}"
 
 
-def _import(name: str, config: Import, dataset: PreparedDataset, aside: Path, seed: int, say: Say) -> dict[str, Any]:
+def _import(
+    name: str, config: Import, dataset: PreparedDataset, temporary: Path, seed: int, say: Say
+) -> dict[str, Any]:
     """Write imported item and user vectors; return figures for the manifest."""
-    left_out = {"items": _import_items(name, config, dataset, aside, say)}
-    items_NE = np.load(aside / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
+    left_out = {"items": _import_items(name, config, dataset, temporary, say)}
+    items_NE = np.load(temporary / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
     users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)
     if config.users is not None:
-        left_out["users"] = _import_users(name, config, dataset, aside, items_NE.shape[1])
-        users = UserTable(np.load(aside / USERS_FILE, mmap_mode="c", allow_pickle=False))
+        left_out["users"] = _import_users(name, config, dataset, temporary, items_NE.shape[1])
+        users = UserTable(np.load(temporary / USERS_FILE, mmap_mode="c", allow_pickle=False))
     for of, count in left_out.items():
         if count:
             say(f"{getattr(config, of)}: {count} rows are left out, their ids are no {of} of the dataset")
@@ -95,7 +97,7 @@ def _import(name: str, config: Import, dataset: PreparedDataset, aside: Path, se
     }
 
 
-def _import_items(name: str, config: Import, dataset: PreparedDataset, aside: Path, say: Say) -> int:
+def _import_items(name: str, config: Import, dataset: PreparedDataset, temporary: Path, say: Say) -> int:
     """Write the item vectors; return the number of rows left out."""
     items = read_vectors(config.items, config.item_ids, _field(name, "items"), _field(name, "item_ids"))
     if items.rows.ndim != 2:
@@ -105,7 +107,7 @@ def _import_items(name: str, config: Import, dataset: PreparedDataset, aside: Pa
     remedy = "import a vector for every item of the catalogue, remove those items from it, or set "
     remedy += f"`{_field(name, 'missing')}: fallback`"
     gaps = config.missing == "fallback"
-    left_out, lacking = items.write_aligned(aside / ITEMS_FILE, dataset.item_ids.whole(), "item", remedy, gaps=gaps)
+    left_out, lacking = items.write_aligned(temporary / ITEMS_FILE, dataset.item_ids.whole(), "item", remedy, gaps=gaps)
     if lacking.size and not gaps:
         first = dataset.item_ids[int(lacking[0])]
         of = f"{lacking.size} of {dataset.n_items} items (first: {first!r})"
@@ -115,7 +117,7 @@ def _import_items(name: str, config: Import, dataset: PreparedDataset, aside: Pa
     return left_out
 
 
-def _import_users(name: str, config: Import, dataset: PreparedDataset, aside: Path, dim: int) -> int:
+def _import_users(name: str, config: Import, dataset: PreparedDataset, temporary: Path, dim: int) -> int:
     """Write the user vectors, (U, K, E), K = 1 where the file has two axes; return the number of rows left out."""
     path = str(config.users)
     table = read_vectors(path, config.user_ids, _field(name, "users"), _field(name, "user_ids"))
@@ -127,5 +129,5 @@ def _import_users(name: str, config: Import, dataset: PreparedDataset, aside: Pa
         )
     remedy = "import a vector for every user, or leave `users` out: a rule makes user vectors from the history"
     table = Vectors(path, rows, table.ids)
-    left_out, _ = table.write_aligned(aside / USERS_FILE, dataset.user_ids.whole(), "user", remedy)
+    left_out, _ = table.write_aligned(temporary / USERS_FILE, dataset.user_ids.whole(), "user", remedy)
     return left_out

@@ -217,9 +217,9 @@ class Training:
         for index, moments in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
         state = {"curve": self.curve, "steps": self.steps, "seconds": self.seconds, "best_step": best}
-        with self.checkpoints.writing(len(self.curve), state, best) as aside:
-            save_file(tensors, aside / _TENSORS)
-            self.table.save(aside)
+        with self.checkpoints.writing(len(self.curve), state, best) as temporary:
+            save_file(tensors, temporary / _TENSORS)
+            self.table.save(temporary)
 
     def resume(self, say: Say) -> None:
         """Load the newest whole checkpoint of this training, if there is one."""

@@ -346,11 +346,11 @@ def _convert_gguf(file: Path, directory: Path) -> Path:
     from transformers import GgufConfig
 
     parent, name = str(file.parent), file.name
-    with warnings.catch_warnings(), new_directory(directory) as aside:
+    with warnings.catch_warnings(), new_directory(directory) as temporary:
         warnings.simplefilter("ignore")
         quantised = GgufConfig(gguf_file=name, dequantize=True)
         keywords = {"gguf_file": name, "quantization_config": quantised, "dtype": torch.bfloat16}
-        read_with(AutoModelForCausalLM, str(file), parent, **keywords).save_pretrained(aside)
-        read_with(AutoTokenizer, str(file), parent, gguf_file=name).save_pretrained(aside)
-        write_manifest(aside, "llm", settings={}, made_from=made_from)
+        read_with(AutoModelForCausalLM, str(file), parent, **keywords).save_pretrained(temporary)
+        read_with(AutoTokenizer, str(file), parent, gguf_file=name).save_pretrained(temporary)
+        write_manifest(temporary, "llm", settings={}, made_from=made_from)
     return directory

@@ -23,7 +23,7 @@ class IdsStage(Stage):
 
     def __init__(self, run: "Run", part: str) -> None:
         super().__init__(run, part)
-        # An import is quick, and built aside: what was refused in the midst of it leaves nothing behind.
+        # An import is quick and built in a temporary directory, so one that is refused leaves nothing behind.
         self.resumable = isinstance(self._chosen, Recipe)
 
     @classmethod

@@ -10,7 +10,7 @@ from rarec.config import dump_config
 from rarec.distributed.hardware import machine
 from rarec.errors import UserError
 from rarec.storage.artefacts import read_sealed, write_sealed
-from rarec.storage.files import drop_stale, write_text
+from rarec.storage.files import remove_stale, write_text
 from rarec.version import source
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def check(run: "Run") -> None:
         UserError: an input lies where rarec replaces files, or a file of the user's has the name of one of rarec's.
     """
     for path in (run.config_file, run.record_file):
-        drop_stale(path.parent, path.name)
+        remove_stale(path.parent, path.name)
     _check_config_file(run.config_file)
     read_record(run.record_file)
     for field, path in _inputs(run):

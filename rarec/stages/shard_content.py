@@ -18,7 +18,7 @@ from rarec.errors import UserError
 from rarec.models.encode import STATES_AT_A_TIME, Split, text_states
 from rarec.prompts import Encoded, slot_names
 from rarec.stages.run import Run
-from rarec.storage.files import write_aside, write_json
+from rarec.storage.files import atomic_write, write_json
 
 ITEM_STATES = "item_states.npy"
 TARGET_COUNTS = "target_counts.npy"
@@ -155,5 +155,5 @@ def write_sidecar(path: Path, made: Any) -> None:
     if path.suffix == ".json":
         write_json(path, made)
         return
-    with write_aside(path) as file:
+    with atomic_write(path) as file:
         np.save(file, made, allow_pickle=False)

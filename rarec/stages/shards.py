@@ -7,7 +7,7 @@ from typing import Any
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import Manifest, sha256_json
 from rarec.storage.directories import claim, discard, replace_directory
-from rarec.storage.files import drop_stale
+from rarec.storage.files import remove_stale
 
 LLM = ("path", "revision", "kind", "dtype", "quantize")
 """Fields of `llm` that say which weights, in which numbers; the rest says how they are computed with."""
@@ -99,7 +99,7 @@ class ShardsStage(Stage):
         new = self.directory.with_name(f".{self.directory.name}.fresh")
         discard(new)
         self._fetch_description(new)
-        drop_stale(self.directory.parent, self.directory.name)
+        remove_stale(self.directory.parent, self.directory.name)
         replace_directory(new, self.directory)
 
     def _fetch_description(self, directory: Path) -> None:

@@ -43,7 +43,7 @@ from rarec.storage.directories import (
     restore_replaced,
     sync_directory,
 )
-from rarec.storage.files import drop_stale, lock_file, try_lock
+from rarec.storage.files import lock_file, remove_stale, try_lock
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run
@@ -344,7 +344,7 @@ class Stage(ABC):
             UserError: another build was begun here.
         """
         for name in {self.directory.name, directory.name}:
-            drop_stale(directory.parent, name)
+            remove_stale(directory.parent, name)
         if (directory / BEGUN).exists() and not _is_only_begun(directory):
             try:
                 found = read_sealed(directory / BEGUN, rebuild(self.kind))
@@ -357,9 +357,9 @@ class Stage(ABC):
                 return
             if directory == self.directory:
                 self._refuse_begun(found, begun)
-        # Written aside: a directory without this file would not be known as rarec's. An abandoned --fresh goes.
-        with new_directory(directory, [MANIFEST, f"{PROGRESS}/", *self.claims]) as aside:
-            write_sealed(aside / BEGUN, begun)
+        # Renamed when this file is in it: without, it would not be known as rarec's. An abandoned --fresh goes.
+        with new_directory(directory, [MANIFEST, f"{PROGRESS}/", *self.claims]) as temporary:
+            write_sealed(temporary / BEGUN, begun)
 
     def _refuse_begun(self, found: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
         """Refuse to go on with another build.

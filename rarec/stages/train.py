@@ -94,14 +94,14 @@ class TrainStage(Stage):
             UserError: it is not trained, or not as the configuration says now; or its best checkpoint is damaged, or
                 not the one that the training's manifest names.
         """
-        from rarec.storage.checkpoint_store import Torn
+        from rarec.storage.checkpoint_store import CorruptCheckpoint
 
         manifest, checkpoints = self.require(), self.checkpoints()
         best = manifest["best_step"]
         model = self.run.build_model(self.variant)
         try:
             checkpoints.load(model, best)
-        except Torn as torn:  # a later checkpoint is another model: it must not take the place of this one
+        except CorruptCheckpoint as torn:  # a later checkpoint is another model: it must not take the place of this one
             raise UserError(torn.problem, self.remedy) from None
         if _files(checkpoints, best) != manifest["files"]:
             raise UserError(f"{checkpoints.path(best)} is not the best checkpoint of {self.directory}", self.remedy)

@@ -13,7 +13,7 @@ from typing import Any
 from rarec.errors import UserError
 from rarec.storage.artefacts import check_files, read_manifest, write_manifest
 from rarec.storage.directories import discard, new_directory, restore_all_replaced
-from rarec.storage.files import drop_stale, read_json, write_json
+from rarec.storage.files import read_json, remove_stale, write_json
 
 KIND = "checkpoint"
 STATE = "state.json"
@@ -22,7 +22,7 @@ _NAME = re.compile(rf"{_PREFIX}(\d{{8,18}})", re.ASCII)
 Say = Callable[[str], None]
 
 
-class Torn(UserError):
+class CorruptCheckpoint(UserError):
     """A checkpoint with a missing or altered file."""
 
 
@@ -56,10 +56,10 @@ class CheckpointStore:
             state: of the loop, as plain JSON values.
             best: a step whose checkpoint is kept however old it is.
         """
-        with new_directory(self.path(step)) as aside:
-            yield aside
-            write_json(aside / STATE, dict(state))
-            write_manifest(aside, KIND, settings={}, made_from={"train": self.belongs_to})
+        with new_directory(self.path(step)) as temporary:
+            yield temporary
+            write_json(temporary / STATE, dict(state))
+            write_manifest(temporary, KIND, settings={}, made_from={"train": self.belongs_to})
         kept = {*self.steps()[-self.keep :], best}
         for other in self.steps():
             if other not in kept:
@@ -68,8 +68,8 @@ class CheckpointStore:
     def newest(self, say: Say) -> int | None:
         """Return the step of the newest checkpoint from which the training ends as if nothing had happened.
 
-        Torn ones, and those whose best is lost, are reported and, if rarec made all in them, deleted. Only one process
-        may call this. If none can be used, none is deleted: training never restarts silently.
+        Corrupt ones, and those whose best is lost, are reported and, if rarec made all in them, deleted. If none can be
+        used, none is deleted: training never restarts silently. Only one process may call this.
 
         Returns:
             The step, or None where there is no checkpoint at all.
@@ -78,7 +78,7 @@ class CheckpointStore:
             UserError: there are checkpoints, but none can be used; or one belongs to another training.
         """
         restore_all_replaced(self.directory)
-        drop_stale(self.directory)
+        remove_stale(self.directory)
         lost = self._lost()
         usable = [step for step in self.steps() if step not in lost]
         if lost and not usable:
@@ -96,7 +96,7 @@ class CheckpointStore:
         for step in self.steps():
             try:
                 self.verify(step)
-            except Torn as error:
+            except CorruptCheckpoint as error:
                 lost[step] = error.problem
         last_torn, whole = max(lost, default=0), set(self.steps()) - set(lost)
         for step in sorted(whole):
@@ -110,7 +110,7 @@ class CheckpointStore:
         """Check every file of a checkpoint against its manifest, and that it belongs to this training.
 
         Raises:
-            Torn: a file is missing or altered.
+            CorruptCheckpoint: a file is missing or altered.
             UserError: it belongs to another training: other data, another model, or other settings.
         """
         directory = self.path(step)
@@ -118,7 +118,7 @@ class CheckpointStore:
             manifest = read_manifest(directory, KIND)
             check_files(directory, manifest)
         except UserError as error:
-            raise Torn(error.problem, f"move {directory} away to use the checkpoint before it") from None
+            raise CorruptCheckpoint(error.problem, f"move {directory} away to use the checkpoint before it") from None
         if manifest["made_from"].get("train") != self.belongs_to:
             problem = f"{directory} belongs to another training: other data, another model, or other settings"
             raise UserError(problem, f"move it away; {self.directory} holds only checkpoints of this training")

@@ -1,4 +1,4 @@
-"""Directories that rarec makes: written aside, renamed when whole, and marked, so that nothing else is ever replaced.
+"""Directories that rarec makes: renamed from a temporary one when whole, and marked, so that nothing else is replaced.
 
 The marker in a directory lists the files that rarec has made there. A directory without one, or one that holds anything
 else, is somebody else's: it is neither replaced nor deleted.
@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rarec.errors import UserError
-from rarec.storage.files import aside_path, drop_stale, fsync, is_aside, open_to_lock, read_json, write_json
+from rarec.storage.files import fsync, is_temporary, open_to_lock, read_json, remove_stale, temporary_path, write_json
 
 MARKER = ".rarec.json"
 """File in a directory that rarec has made: the names of its files; `name/` stands for all that is in a directory."""
@@ -41,17 +41,17 @@ def new_directory(path: Path, claims: Iterable[str] = ()) -> Iterator[Path]:
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # /proc; a file on the way
         raise UserError(f"{path.parent} cannot be made: {error.strerror}", "name another folder") from None
     restore_replaced(path)
-    drop_stale(path.parent, path.name)
-    aside = aside_path(path)
+    remove_stale(path.parent, path.name)
+    temporary = temporary_path(path)
     try:
-        aside.mkdir()  # in here, since Ctrl-C may come at once
-        with open_to_lock(aside) as handle:
+        temporary.mkdir()  # in here, since Ctrl-C may come at once
+        with open_to_lock(temporary) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            yield aside
-            _mark(aside, {*claims, *(file.relative_to(aside).as_posix() for file in _files(aside))})
-            replace_directory(aside, path)
+            yield temporary
+            _mark(temporary, {*claims, *(file.relative_to(temporary).as_posix() for file in _files(temporary))})
+            replace_directory(temporary, path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_directory(new: Path, path: Path) -> None:
@@ -76,7 +76,7 @@ def replace_directory(new: Path, path: Path) -> None:
 def discard(path: Path) -> None:
     """Delete a directory that rarec has made; leave it if it holds anything else, or is not there."""
     if path.is_dir() and foreign(path) is None:
-        drop_stale(path.parent, path.name)
+        remove_stale(path.parent, path.name)
         going = _replaced(path)
         path.rename(going)  # at once: half a directory would look damaged
         shutil.rmtree(going, ignore_errors=True)
@@ -108,7 +108,7 @@ def claim(directory: Path, names: Iterable[str]) -> None:
 def drop_listed(directory: Path, names: Iterable[str]) -> None:
     """Delete files and folders (`name/`) that a directory's marker lists, and remove them from the list."""
     for own in (MARKER, CHECKED):  # left by a process that was killed while it wrote them
-        drop_stale(directory, own)
+        remove_stale(directory, own)
     listed = _listed(directory) or set()
     there = [name for name in listed.intersection(names) if os.path.lexists(directory / name)]
     for name in there:
@@ -141,7 +141,7 @@ def foreign(path: Path) -> Path | None:
         return path if os.path.lexists(path) else None
     listed = _listed(path)
     if listed is None:
-        return None if all(map(is_aside, path.iterdir())) else path
+        return None if all(map(is_temporary, path.iterdir())) else path
     return _foreign_in(path, path, listed)
 
 
@@ -153,9 +153,9 @@ def restore_replaced(path: Path) -> None:
 
 def restore_all_replaced(directory: Path) -> None:
     """Put back every directory inside one that was being replaced; see `restore_replaced`."""
-    for aside in directory.glob(".*.aside-old-*"):
-        if is_aside(aside):
-            restore_replaced(directory / aside.name[1:].partition(".aside-old-")[0])
+    for temporary in directory.glob(".*.aside-old-*"):
+        if is_temporary(temporary):
+            restore_replaced(directory / temporary.name[1:].partition(".aside-old-")[0])
 
 
 def sync_directory(directory: Path) -> None:
@@ -174,7 +174,7 @@ def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
     """Return the first file below a directory that the marker of `root`, or one nearer to the file, does not list."""
     for entry in sorted(directory.iterdir()):
         name = entry.relative_to(root).as_posix()
-        if (f"{name}/" in listed and _is_folder(entry)) or is_aside(entry):
+        if (f"{name}/" in listed and _is_folder(entry)) or is_temporary(entry):
             continue
         if entry.is_symlink() or not entry.is_dir():
             if (name in (MARKER, CHECKED) or name in listed) and _is_file(entry):
@@ -221,4 +221,4 @@ def _refusal(path: Path) -> UserError:
 
 
 def _replaced(path: Path) -> Path:
-    return aside_path(path, "old")
+    return temporary_path(path, "old")

@@ -1,4 +1,4 @@
-"""Files written aside and renamed when whole, and locks that the kernel frees with their process."""
+"""Files written to temporary ones and renamed when whole, and locks that the kernel frees with their process."""
 
 import errno
 import fcntl
@@ -47,54 +47,54 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def write_aside(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file beside `path`; fsync it and rename it to `path`. On an error nothing is left.
 
-    What a killed process left aside under the same name is removed.
+    What a killed process left under the same name is removed.
     """
-    drop_stale(path.parent, path.name)
-    aside = aside_path(path)
+    remove_stale(path.parent, path.name)
+    temporary = temporary_path(path)
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
-            aside.replace(path)
+            temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     fsync(path.parent)
 
 
-def aside_path(path: Path, tag: str = "") -> Path:
-    """Return where `path` is kept aside: hidden, beside it, by a name that nobody else gives to a file.
+def temporary_path(path: Path, tag: str = "") -> Path:
+    """Return where `path` is kept for the time being: hidden, beside it, by a name that nobody else gives to a file.
 
     Args:
         path: of the file or directory.
-        tag: tells what is aside; by default, what this process is writing.
+        tag: tells what it holds; by default, what this process is writing.
     """
     tag = tag or str(os.getpid())
     return path.with_name(f".{path.name}.aside-{tag}-{_check(path.name, tag)}")
 
 
-def is_aside(path: Path) -> bool:
-    """Return whether a name is one of `aside_path`."""
+def is_temporary(path: Path) -> bool:
+    """Return whether a name is one of `temporary_path`."""
     found = re.fullmatch(r"\.(.+)\.aside-(\w+)-(\w+)", path.name, re.DOTALL)
     return found is not None and found[3] == _check(found[1], found[2])
 
 
 def _check(name: str, tag: str) -> str:
-    """Return digits that tell an aside of rarec from a file of the user's with a similar name."""
+    """Return digits that tell a temporary file of rarec from a file of the user's with a similar name."""
     return hashlib.sha256(f"rarec {name} {tag}".encode(errors="surrogateescape")).hexdigest()[:8]
 
 
-def drop_stale(directory: Path, name: str | None = None) -> None:
-    """Remove what killed processes left aside, under one name or all; a living process holds a lock on its own."""
-    for aside in directory.glob(f".{'*' if name is None else glob.escape(name)}.aside-*"):
+def remove_stale(directory: Path, name: str | None = None) -> None:
+    """Remove what killed processes left, under one name or all; a living process holds a lock on its own."""
+    for temporary in directory.glob(f".{'*' if name is None else glob.escape(name)}.aside-*"):
         # gone by now, or another user's: tidying up must not fail a write
-        with suppress(OSError), open_to_lock(aside) as handle:
-            if is_aside(aside) and try_lock(handle):
-                shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+        with suppress(OSError), open_to_lock(temporary) as handle:
+            if is_temporary(temporary) and try_lock(handle):
+                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 
 @contextmanager
@@ -143,14 +143,14 @@ def try_lock(handle: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file aside, fsync it, and rename it into place."""
+    """Write a text file to a temporary file, fsync it, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file aside and rename it. NaN and infinity, which JSON lacks, are refused."""
+    """Write a JSON file to a temporary file, and rename it. NaN and infinity, which JSON lacks, are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

@@ -52,9 +52,9 @@ class Checkpoints(CheckpointStore):
             moments: Adam's moments, unsharded, from `Optimisation.moments`.
             state: of the loop.
         """
-        with self.writing(state.step, asdict(state), state.best_step) as aside:
-            save_weights(model, aside, weights)
-            save_file({name: moment.cpu().contiguous() for name, moment in moments.items()}, aside / _OPTIMIZER)
+        with self.writing(state.step, asdict(state), state.best_step) as temporary:
+            save_weights(model, temporary, weights)
+            save_file({name: moment.cpu().contiguous() for name, moment in moments.items()}, temporary / _OPTIMIZER)
 
     def state(self, step: int) -> TrainingState:
         """Read the state of the loop."""
@@ -71,7 +71,7 @@ class Checkpoints(CheckpointStore):
         """Check a checkpoint, then load its weights into the model.
 
         Raises:
-            Torn: a file is missing or altered.
+            CorruptCheckpoint: a file is missing or altered.
             UserError: it belongs to another training.
         """
         self.verify(step)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rarec.data.columns import map_npy
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST
-from rarec.storage.files import write_aside
+from rarec.storage.files import atomic_write
 
 INDEX = "samples.npy"
 ENTRY = np.dtype(
@@ -74,7 +74,7 @@ def write_index(directory: Path, parts: Iterable[Entries], samples: int) -> None
         parts: index rows of each shard, in order.
         samples: total number of rows.
     """
-    with write_aside(directory / INDEX) as file:
+    with atomic_write(directory / INDEX) as file:
         header = {"descr": np.lib.format.dtype_to_descr(ENTRY), "fortran_order": False, "shape": (samples,)}
         np.lib.format.write_array_header_1_0(file, header)
         for rows_S in parts:

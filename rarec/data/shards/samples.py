@@ -19,7 +19,7 @@ import webdataset
 from rarec.data.shards.index import ENTRY, REPAIR, Entries, digest_of, key_of, sample_key
 from rarec.data.shards.tar_members import parse_npy, split_members
 from rarec.errors import UserError
-from rarec.storage.files import write_aside
+from rarec.storage.files import atomic_write
 
 LENGTHS = 8
 """Bin width of a shard's histogram of prompt lengths."""
@@ -144,7 +144,7 @@ def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict
         The record for the manifest (file, samples, bytes, sha256, lengths), and the (S,) rows of the index.
     """
     entries = []
-    with write_aside(path) as file:
+    with atomic_write(path) as file:
         with webdataset.TarWriter(file, encoder=False, user="rarec", group="rarec", mtime=0) as tar:
             for sample in samples:
                 offset = tar.tarstream.offset

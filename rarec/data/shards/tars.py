@@ -19,7 +19,7 @@ from rarec.data.shards.index import REPAIR, is_tar_name, tar_name
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST, read_manifest
 from rarec.storage.directories import MARKER, new_directory
-from rarec.storage.files import is_aside, locked, write_aside
+from rarec.storage.files import atomic_write, is_temporary, locked
 
 MAX_OPEN = 2 * SHUFFLED_TOGETHER
 """Number of tars kept open: a window of the plan spans two groups of shards, unless they are tiny."""
@@ -164,10 +164,10 @@ def fetch_description(url: str, directory: Path) -> None:
         if directory.exists():
             remedy = "finish them with train.stream.remote=null, or move them away"
             raise UserError(f"{directory} contains unfinished shards of this machine", remedy)
-        with new_directory(directory) as aside:
-            _fetch(f"{_base_url(url)}/{MANIFEST}", aside / MANIFEST)
-            for name, digest in _sidecars(url, aside).items():
-                _fetch(f"{_base_url(url)}/{name}", aside / name, digest)
+        with new_directory(directory) as temporary:
+            _fetch(f"{_base_url(url)}/{MANIFEST}", temporary / MANIFEST)
+            for name, digest in _sidecars(url, temporary).items():
+                _fetch(f"{_base_url(url)}/{name}", temporary / name, digest)
 
 
 def _base_url(url: str) -> str:
@@ -189,7 +189,7 @@ def _sidecars(url: str, directory: Path) -> dict[str, str]:
 def _present(cache: Path) -> Iterator[tuple[float, int, Path]]:
     """Yield time, size and path of each tar in the cache; those being fetched already have their full size."""
     for path in cache.iterdir():
-        if not (is_tar_name(path.name) or is_aside(path)):
+        if not (is_tar_name(path.name) or is_temporary(path)):
             continue
         try:
             stat = path.stat()
@@ -217,7 +217,7 @@ def _copy(
     url: str, path: Path, digest: str | None, max_bytes: int | None, reserve: Callable[[BinaryIO], None] | None
 ) -> None:
     fetched = hashlib.sha256()
-    with write_aside(path) as file:
+    with atomic_write(path) as file:
         if reserve:
             reserve(file)
         for block in read_blocks(url):

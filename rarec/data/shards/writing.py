@@ -29,7 +29,7 @@ from rarec.data.shards.samples import Sample, write_shard
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.storage.artefacts import Manifest, read_sealed, write_manifest, write_sealed
-from rarec.storage.files import drop_stale, read_json, sha256_file
+from rarec.storage.files import read_json, remove_stale, sha256_file
 
 MakeSamples = Callable[[range], Iterable[Sample]]
 """Compute the samples at a range of places, in order."""
@@ -66,7 +66,7 @@ def write_shards(
     """
     progress, shards = _Progress(directory, identity), range(-(-total // per_shard))
     (directory / PROGRESS).mkdir(parents=True, exist_ok=True)
-    world.run_on_main(lambda: drop_stale(directory))
+    world.run_on_main(lambda: remove_stale(directory))
 
     def write(job: tuple[int, list[Sample]]) -> None:
         record, rows_S = write_shard(directory / tar_name(job[0]), job[1], job[0])
@@ -114,7 +114,7 @@ def repair_shards(
     def write(job: tuple[int, list[Sample]]) -> tuple[int, dict[str, Any], Entries]:
         return job[0], *write_shard(directory / tar_name(job[0]), job[1], job[0])
 
-    drop_stale(directory)
+    remove_stale(directory)
     samples = _compute(make, SINGLE, missing, total, per_shard)
     for shard, record, rows_S in _in_threads(write, samples, writers):
         records[shard], rows[shard] = record, rows_S
