@@ -22,6 +22,7 @@ from rarec.data.shards.index import key_of, open_index
 from rarec.entry import SIGNALLED, open_run
 from rarec.errors import UserError
 from rarec.models import initialise
+from rarec.models.build import slots_reserved
 from rarec.models.initialise import collect_initial_data
 from rarec.models.losses import Objective
 from rarec.prompts import Encoded
@@ -92,7 +93,8 @@ def equal(one: Untrained, other: Untrained) -> bool:
 
 def open_feed(run: Run) -> Feed:
     manifest = run.stage("shards").require(outside=True)
-    return Feed(run.config, run.directory("shards"), manifest, run.tar_cache, run.shapes, run.say)
+    user_slots = sum(slots_reserved(run.config, run.shapes)["user"].values())
+    return Feed(run.config, run.directory("shards"), manifest, run.tar_cache, user_slots, run.say)
 
 
 def stop_after(monkeypatch, steps: int) -> None:

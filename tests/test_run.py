@@ -23,7 +23,7 @@ from rarec.stages.variant_training import open_feed, open_stream
 from rarec.stages.verify import verify
 from rarec.storage.artefacts import IDENTITY, read_manifest, read_sealed, write_manifest, write_sealed
 from rarec.storage.files import read_json
-from rarec.training.loader import Collator
+from rarec.training.batches import Collator
 from tests.recommending import recommend
 
 ROOT = Path(__file__).parents[1]

@@ -39,7 +39,7 @@ from rarec.models.losses import Objective
 from rarec.models.slots import Slots
 from rarec.models.towers import RaRec, SideBatch
 from rarec.prompts import PromptPair
-from rarec.training.loader import Collator
+from rarec.training.batches import Collator
 from rarec.training.optimizer import build_optimizer
 
 Step = Callable[[Sequence[Sample]], None]

@@ -13,7 +13,7 @@ of a text, the most typical.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarec.config import RunConfig, Variant
-from rarec.data.shards.samples import Sample
 from rarec.distributed.world import World
 from rarec.ids.source import Source
 from rarec.models.alignment import VECTORS, AlignmentModule, SourceAlignment
@@ -32,7 +31,7 @@ from rarec.models.encode import side_batches, text_batch, title_vectors
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec, Tower
 from rarec.models.whitening import CONSTANT_SHARE, Moments, Whitening, directions
-from rarec.prompts import AT_TITLES, Encoded, PromptPair
+from rarec.prompts import AT_TITLES, Encoded, Marks, PromptPair
 
 ALIGNMENT_SAMPLES = 8192
 """Training samples that the alignment's first values are fitted to, at most."""
@@ -47,6 +46,30 @@ RIDGE_PENALTY = 1.0
 
 Floats = npt.NDArray[np.floating]
 Rows = npt.NDArray[np.integer]
+
+
+class TrainingSample(Protocol):
+    """A training sample, as far as first values depend on it: arrays as in `rarec.data.shards.samples.Sample`."""
+
+    @property
+    def target(self) -> int:
+        """The item row of the target."""
+
+    @property
+    def history_H(self) -> npt.NDArray[np.int32]:
+        """The item rows before the target, oldest first."""
+
+    @property
+    def tokens_T(self) -> npt.NDArray[np.int32]:
+        """The text tokens of the user's prompt."""
+
+    @property
+    def marks(self) -> Marks:
+        """The places of slots among these tokens."""
+
+    @property
+    def vectors(self) -> Mapping[str, npt.NDArray[np.float32]]:
+        """The user's frozen vectors (K, E), for each source."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +92,7 @@ class InitialData:
 
 
 def collect_initial_data(
-    samples: Iterable[Sample], sources: Mapping[str, Source], prompts: PromptPair, seed: int
+    samples: Iterable[TrainingSample], sources: Mapping[str, Source], prompts: PromptPair, seed: int
 ) -> InitialData:
     """Draw items at random, and copy from training samples what is needed; one sample is in memory at a time.
 
@@ -121,7 +144,7 @@ class Initialiser:
     serving: Callable[[nn.Module], AbstractContextManager[None]]
     world: World
 
-    def new_model(self, variant: Variant, read_samples: Callable[[int], Iterable[Sample]]) -> RaRec:
+    def new_model(self, variant: Variant, read_samples: Callable[[int], Iterable[TrainingSample]]) -> RaRec:
         """Return a variant before its first step.
 
         LoRA, which changes nothing yet, is added last: engines that shard a model can shard it only once.

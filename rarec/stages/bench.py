@@ -15,8 +15,8 @@ from rarec.models.towers import RaRec, SideBatch
 from rarec.stages.run import Run
 from rarec.stages.train import TrainStage
 from rarec.stages.variant_training import build_trainer, open_feed, open_stream
+from rarec.training.batches import Batch
 from rarec.training.checkpoints import TrainingState
-from rarec.training.loader import Batch
 from rarec.training.loop import Trainer
 
 PHASES = ("waiting for data", "forward", "losses", "backward", "update")

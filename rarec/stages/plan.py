@@ -7,7 +7,7 @@ from dataclasses import replace
 from rarec.data.shards.index import open_index
 from rarec.distributed.hardware import DEVICES, memory_of_rank
 from rarec.errors import UserError
-from rarec.models.build import SourceShape
+from rarec.models.build import SourceShape, slots_reserved
 from rarec.planning.advice import RunPlan, plan_variants
 from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import ENGINES, Cluster, EngineName
@@ -68,5 +68,6 @@ def _sample_stats(run: Run, sources: Mapping[str, SourceShape]) -> SampleStats |
     tokens_S = index_S["tokens"]
     if not config.train.tokens_per_batch:
         return SampleStats.from_lengths(tokens_S)
-    epoch = (tokens_S[numbers] for numbers in batch_plan(config, sources, index_S).batches(0))
+    user_slots = sum(slots_reserved(config, sources)["user"].values())
+    epoch = (tokens_S[numbers] for numbers in batch_plan(config, user_slots, index_S).batches(0))
     return SampleStats.from_lengths(tokens_S, EpochBatches.from_lengths(epoch, config.llm.packing))

@@ -17,7 +17,7 @@ from rarec.data.shards.index import INDEX, REPAIR
 from rarec.data.shards.stream import SampleStream
 from rarec.distributed.signals import StopSignals
 from rarec.distributed.world import World
-from rarec.models.build import aligned_blocks, trained_parameters, whole_size
+from rarec.models.build import aligned_blocks, slots_reserved, trained_parameters, whole_size
 from rarec.models.encode import Encoder
 from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
@@ -27,9 +27,10 @@ from rarec.stages.run import Run, Say
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_spec
 from rarec.storage.artefacts import check_files
 from rarec.training.accelerator import build_accelerator
+from rarec.training.batches import Collator
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.feed import Feed, first_samples
-from rarec.training.loader import BatchLoader, Collator
+from rarec.training.loader import BatchLoader
 from rarec.training.loop import Trainer
 from rarec.training.step_metrics import TrainingLog
 
@@ -133,7 +134,8 @@ def build_trainer(
 def open_feed(run: Run) -> Feed:
     """Return the feed of the run's shards, which must be finished."""
     directory, manifest = run.directory("shards"), run.stage("shards").require()
-    return Feed(run.config, directory, manifest, run.tar_cache, run.shapes, run.say)
+    user_slots = sum(slots_reserved(run.config, run.shapes)["user"].values())
+    return Feed(run.config, directory, manifest, run.tar_cache, user_slots, run.say)
 
 
 def open_stream(run: Run, feed: Feed, excluded: Numbers) -> SampleStream:

@@ -4,7 +4,7 @@ Shape letters: S samples.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from rarec.data.shards.samples import Sample, SampleSpec
 from rarec.data.shards.stream import SampleStream, damaged_samples, name_samples, read_names
 from rarec.data.shards.tars import LocalTars, RemoteTars, Tars
 from rarec.errors import UserError
-from rarec.models.build import SourceShape, slots_reserved
 from rarec.storage.files import write_json
 
 SKIPPED = "skipped.json"
@@ -27,14 +26,12 @@ _NAMED = 5
 """Samples that a message names."""
 
 
-def batch_plan(
-    config: RunConfig, shapes: Mapping[str, SourceShape], index_S: Entries, excluded: Iterable[int] = ()
-) -> BatchPlan:
+def batch_plan(config: RunConfig, user_slots: int, index_S: Entries, excluded: Iterable[int] = ()) -> BatchPlan:
     """Return the plan of the training batches.
 
     Args:
         config: the run.
-        shapes: shape of every source.
+        user_slots: most slots of a user prompt.
         index_S: index of the shards.
         excluded: numbers of samples to leave out.
 
@@ -47,7 +44,7 @@ def batch_plan(
         config.run.seed,
         batch_size=config.train.batch_size,
         tokens_per_batch=config.train.tokens_per_batch,
-        slots=sum(slots_reserved(config, shapes)["user"].values()),
+        slots=user_slots,
         excluded=excluded,
     )
 
@@ -65,7 +62,7 @@ class Feed:
         directory: directory of the shards.
         manifest: manifest of the shards.
         cache: directory for tars that are fetched from `train.stream.remote`.
-        shapes: shape of every source.
+        user_slots: most slots of a user prompt.
         say: prints one line to the user.
 
     Raises:
@@ -78,10 +75,11 @@ class Feed:
         directory: Path,
         manifest: dict[str, Any],
         cache: Path,
-        shapes: Mapping[str, SourceShape],
+        user_slots: int,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.directory, self.manifest, self.shapes, self.say = config, directory, manifest, shapes, say
+        self.config, self.directory, self.manifest, self.say = config, directory, manifest, say
+        self.user_slots = user_slots
         self.index_S = open_index(directory, manifest)
         self._tars = self._open_tars(cache)
 
@@ -126,7 +124,7 @@ class Feed:
         Raises:
             UserError: the configured batches cannot be made of these samples.
         """
-        plan = batch_plan(self.config, self.shapes, self.index_S, excluded)
+        plan = batch_plan(self.config, self.user_slots, self.index_S, excluded)
         return SampleStream(plan, self.index_S, self._tars, items, spec)
 
     @cached_property

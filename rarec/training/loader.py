@@ -2,8 +2,6 @@
 
 The main process iterates over the plan and hands out sample numbers; batches come back in the same order with any
 number of workers.
-
-Shape letters: b samples of this rank, H history, L stored blocks, D hidden size, N catalogue.
 """
 
 import ctypes
@@ -11,18 +9,15 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
-from zlib import crc32
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -32,96 +27,22 @@ from rarec.data.shards.stream import SampleStream
 from rarec.distributed.signals import SIGNALS
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.ids.source import Source
-from rarec.models.encode import Vectors, side_batch, title_vectors
-from rarec.models.losses import LossTargets
-from rarec.models.towers import RaRec, SideBatch
-from rarec.prompts import PromptPair
 
-_ITEMS_CACHED = 65_536
-CRCS = 2**32
-"""Number of CRC-32 checksums."""
 _WORKER_DIED = "DataLoader worker (pid"
 """Beginning of PyTorch's messages about a dead worker."""
 _PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The input of one rank to a step, or to a part of a step.
+class Movable(Protocol):
+    """Something that can be copied to a device."""
 
-    Attributes:
-        users: prompts, slot positions and source vectors of the users.
-        items: those of their target items.
-        targets: further inputs of the losses.
-        keys: keys of the samples, for messages.
-        tokens: text and slots of both sides, without padding.
-    """
-
-    users: SideBatch
-    items: SideBatch
-    targets: LossTargets
-    keys: tuple[str, ...]
-    tokens: int
-
-    def to(self, device: torch.device) -> "Batch":
-        """Return the same batch on another device."""
-        return Batch(self.users.to(device), self.items.to(device), self.targets.to(device), self.keys, self.tokens)
+    def to(self, device: torch.device) -> Self:
+        """Return the same on another device."""
 
 
-class Collator:
-    """Collates samples to batches for one model.
-
-    Args:
-        model: says how many slots its towers take.
-        prompts: fills the item prompts; the most recent ones are cached.
-        sources: every source by name; a batch's rows are gathered here, so that tables need no memory on the device.
-        item_states_NLD: stored text-only states of the catalogue, memory-mapped.
-        id_dropout: share of the samples whose item's vectors are replaced by zeros. It depends on a sample's key alone
-            whether it is one of them.
-    """
-
-    def __init__(
-        self,
-        model: RaRec,
-        prompts: PromptPair,
-        sources: Mapping[str, Source],
-        item_states_NLD: npt.NDArray[np.floating],
-        id_dropout: float,
-    ) -> None:
-        self.model, self.prompts, self.sources, self.item_states_NLD = model, prompts, sources, item_states_NLD
-        self.id_dropout = id_dropout
-        self._item = lru_cache(_ITEMS_CACHED)(prompts.item)
-
-    def __call__(self, samples: Sequence[Sample], total: int) -> Batch:
-        """Return a batch of this rank's samples, out of `total` on all ranks."""
-        rows = np.array([sample.target for sample in samples])
-        user_states_bLD = _stacked([sample.states_LD for sample in samples])
-        item_states_bLD = _stacked(list(self.item_states_NLD[rows]))
-        users = self._users(samples)
-        items = self._items(rows, np.array([crc32(sample.key.encode()) for sample in samples]) / CRCS)
-        targets = LossTargets(
-            torch.tensor([sample.user for sample in samples]),
-            torch.from_numpy(rows),
-            _padded([sample.history_H for sample in samples]),
-            user_states_bLD,
-            item_states_bLD,
-            total,
-        )
-        tokens = int(users.mask_BT.sum() + items.mask_BT.sum())
-        return Batch(users, items, targets, tuple(sample.key for sample in samples), tokens)
-
-    def _users(self, samples: Sequence[Sample]) -> SideBatch:
-        prompts = [self.prompts.stored(sample.tokens_T, sample.marks, sample.history_H) for sample in samples]
-        vectors: Vectors = {name: np.stack([sample.vectors[name] for sample in samples]) for name in self.sources}
-        vectors = {**vectors, **title_vectors(prompts, self.prompts, self.sources)}
-        return side_batch(prompts, vectors, self.model.user, self.prompts.tokenizer.filler)
-
-    def _items(self, rows: npt.NDArray[np.int64], draws_b: npt.NDArray[np.float64]) -> SideBatch:
-        kept_b11 = (draws_b >= self.id_dropout)[:, None, None]
-        vectors = {name: source.items_NE[rows][:, None] * kept_b11 for name, source in self.sources.items()}
-        prompts = [self._item(row) for row in rows.tolist()]
-        return side_batch(prompts, vectors, self.model.item, self.prompts.tokenizer.filler)
+Batch = TypeVar("Batch", bound=Movable)
+Collate = Callable[[Sequence[Sample], int], Batch]
+"""Turns this rank's samples, out of a number on all ranks, into a batch."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +58,7 @@ class RankShare:
     total: int
 
 
-class BatchLoader:
+class BatchLoader(Generic[Batch]):
     """Opens the batches of a training at any step.
 
     Args:
@@ -149,7 +70,7 @@ class BatchLoader:
     """
 
     def __init__(
-        self, stream: SampleStream, collate: Collator, workers: int, world: World = SINGLE, parts: int = 1
+        self, stream: SampleStream, collate: Collate[Batch], workers: int, world: World = SINGLE, parts: int = 1
     ) -> None:
         self.plan, self.workers, self.world, self.parts = stream.plan, workers, world, parts
         self._dataset, self._pending = _Batches(stream, collate), deque[Numbers]()
@@ -229,10 +150,10 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
         yield present
 
 
-class _Batches(Dataset[Batch | bytes | Exception]):
+class _Batches(Dataset[Batch | bytes | Exception], Generic[Batch]):
     """Reads and collates the samples of a share, in a worker."""
 
-    def __init__(self, stream: SampleStream, collate: Collator) -> None:
+    def __init__(self, stream: SampleStream, collate: Collate[Batch]) -> None:
         self._stream, self._collate = stream, collate
 
     def __getitem__(self, share: RankShare) -> Batch | bytes | Exception:
@@ -272,16 +193,3 @@ class _Pickler(ForkingPickler):
 
     def reducer_override(self, made: object) -> Any:
         return (torch.from_numpy, (made.numpy(),)) if isinstance(made, torch.Tensor) else NotImplemented
-
-
-def _stacked(states: list[npt.NDArray[np.floating]]) -> torch.Tensor:
-    """Stack b arrays (L, D) to (b, L, D) in float32."""
-    return torch.from_numpy(np.stack(states).astype(np.float32))
-
-
-def _padded(histories: list[npt.NDArray[np.int32]]) -> torch.Tensor:
-    """Pad histories with -1 to (b, H)."""
-    result = np.full((len(histories), max(map(len, histories))), -1, np.int64)
-    for row, history in enumerate(histories):
-        result[row, : len(history)] = history
-    return torch.from_numpy(result)

@@ -15,9 +15,10 @@ from rarec.errors import Stopped, UserError
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking.metrics import SELECTED_BY
+from rarec.training.batches import Batch
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.engines import Optimisation, norms
-from rarec.training.loader import Batch, BatchLoader
+from rarec.training.loader import BatchLoader
 from rarec.training.optimizer import rate_at
 from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics, TrainingLog
 
@@ -44,7 +45,7 @@ class Trainer:
     model: RaRec
     optimisation: Optimisation
     objective: Objective
-    loader: BatchLoader
+    loader: BatchLoader[Batch]
     validate: Callable[[], dict[str, float]]
     checkpoints: Checkpoints
     world: World

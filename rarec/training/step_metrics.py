@@ -18,7 +18,7 @@ from rarec.models.build import whole_size
 from rarec.models.losses import LossTerms
 from rarec.models.towers import RaRec
 from rarec.storage.files import read_lines, write_text
-from rarec.training.loader import Batch
+from rarec.training.batches import Batch
 
 
 @dataclass

@@ -1,0 +1,115 @@
+"""Samples become the input of a training step: tensors for both towers, and the targets of the losses.
+
+Shape letters: b samples of this rank, H history, L stored blocks, D hidden size, N catalogue.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rarec.data.shards.samples import Sample
+from rarec.ids.source import Source
+from rarec.models.encode import Vectors, side_batch, title_vectors
+from rarec.models.losses import LossTargets
+from rarec.models.towers import RaRec, SideBatch
+from rarec.prompts import PromptPair
+
+_ITEMS_CACHED = 65_536
+CRCS = 2**32
+"""Number of CRC-32 checksums."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The input of one rank to a step, or to a part of a step.
+
+    Attributes:
+        users: prompts, slot positions and source vectors of the users.
+        items: those of their target items.
+        targets: further inputs of the losses.
+        keys: keys of the samples, for messages.
+        tokens: text and slots of both sides, without padding.
+    """
+
+    users: SideBatch
+    items: SideBatch
+    targets: LossTargets
+    keys: tuple[str, ...]
+    tokens: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the same batch on another device."""
+        return Batch(self.users.to(device), self.items.to(device), self.targets.to(device), self.keys, self.tokens)
+
+
+class Collator:
+    """Collates samples to batches for one model.
+
+    Args:
+        model: says how many slots its towers take.
+        prompts: fills the item prompts; the most recent ones are cached.
+        sources: every source by name; a batch's rows are gathered here, so that tables need no memory on the device.
+        item_states_NLD: stored text-only states of the catalogue, memory-mapped.
+        id_dropout: share of the samples whose item's vectors are replaced by zeros. It depends on a sample's key alone
+            whether it is one of them.
+    """
+
+    def __init__(
+        self,
+        model: RaRec,
+        prompts: PromptPair,
+        sources: Mapping[str, Source],
+        item_states_NLD: npt.NDArray[np.floating],
+        id_dropout: float,
+    ) -> None:
+        self.model, self.prompts, self.sources, self.item_states_NLD = model, prompts, sources, item_states_NLD
+        self.id_dropout = id_dropout
+        self._item = lru_cache(_ITEMS_CACHED)(prompts.item)
+
+    def __call__(self, samples: Sequence[Sample], total: int) -> Batch:
+        """Return a batch of this rank's samples, out of `total` on all ranks."""
+        rows = np.array([sample.target for sample in samples])
+        user_states_bLD = _stacked([sample.states_LD for sample in samples])
+        item_states_bLD = _stacked(list(self.item_states_NLD[rows]))
+        users = self._users(samples)
+        items = self._items(rows, np.array([crc32(sample.key.encode()) for sample in samples]) / CRCS)
+        targets = LossTargets(
+            torch.tensor([sample.user for sample in samples]),
+            torch.from_numpy(rows),
+            _padded([sample.history_H for sample in samples]),
+            user_states_bLD,
+            item_states_bLD,
+            total,
+        )
+        tokens = int(users.mask_BT.sum() + items.mask_BT.sum())
+        return Batch(users, items, targets, tuple(sample.key for sample in samples), tokens)
+
+    def _users(self, samples: Sequence[Sample]) -> SideBatch:
+        prompts = [self.prompts.stored(sample.tokens_T, sample.marks, sample.history_H) for sample in samples]
+        vectors: Vectors = {name: np.stack([sample.vectors[name] for sample in samples]) for name in self.sources}
+        vectors = {**vectors, **title_vectors(prompts, self.prompts, self.sources)}
+        return side_batch(prompts, vectors, self.model.user, self.prompts.tokenizer.filler)
+
+    def _items(self, rows: npt.NDArray[np.int64], draws_b: npt.NDArray[np.float64]) -> SideBatch:
+        kept_b11 = (draws_b >= self.id_dropout)[:, None, None]
+        vectors = {name: source.items_NE[rows][:, None] * kept_b11 for name, source in self.sources.items()}
+        prompts = [self._item(row) for row in rows.tolist()]
+        return side_batch(prompts, vectors, self.model.item, self.prompts.tokenizer.filler)
+
+
+def _stacked(states: list[npt.NDArray[np.floating]]) -> torch.Tensor:
+    """Stack b arrays (L, D) to (b, L, D) in float32."""
+    return torch.from_numpy(np.stack(states).astype(np.float32))
+
+
+def _padded(histories: list[npt.NDArray[np.int32]]) -> torch.Tensor:
+    """Pad histories with -1 to (b, H)."""
+    result = np.full((len(histories), max(map(len, histories))), -1, np.int64)
+    for row, history in enumerate(histories):
+        result[row, : len(history)] = history
+    return torch.from_numpy(result)
