@@ -228,7 +228,7 @@ def doctor() -> None:
 def show_results(run: "Run") -> None:
     """Print the table of variants, where everything is, the best variant, and recommendations by the bundle."""
     from rarec.evaluation.labels import HEADLINE
-    from rarec.evaluation.run_files import read_run
+    from rarec.report.run_files import read_run
     from rarec.report.terminal import closing_lines, terminal_table
     from rarec.stages.report import directories
 

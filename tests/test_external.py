@@ -12,7 +12,7 @@ from rarec.data.columns import Column
 from rarec.errors import UserError
 from rarec.evaluation.external import TargetUsers, external_ranks, read_external
 from rarec.evaluation.labels import EXTERNAL
-from rarec.evaluation.result_rows import pairs_of_interest
+from rarec.evaluation.rows import pairs_of_interest
 from rarec.ranking import rank_targets
 
 USERS = TargetUsers(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
-from rarec.evaluation.result_rows import bucket_labels, slots_and_rival, strata_rows
+from rarec.evaluation.rows import bucket_labels, slots_and_rival, strata_rows
 from rarec.ranking import metric_values, rank_targets
 
 

@@ -11,7 +11,7 @@ from scipy.special import softmax
 from rarec.evaluation import likelihood
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.likelihood import Likelihood, ValidationLikelihood, maximise
-from rarec.evaluation.result_rows import pairs_of_interest
+from rarec.evaluation.rows import pairs_of_interest
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, VectorRanker, rank_targets, rank_users
 

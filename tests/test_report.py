@@ -20,12 +20,11 @@ from rich.console import Console
 
 from rarec.config import RunConfig
 from rarec.errors import UserError
-from rarec.evaluation.findings import Finding, find, parts_worth, sanity_checks
 from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
-from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
-from rarec.evaluation.run_files import RunDirectories, read_run
-from rarec.evaluation.verdict import Verdict, best_variant, verdict
+from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
+from rarec.evaluation.verdict import Finding, Results, Verdict, best_variant, parts_worth, sanity_checks, verdict
 from rarec.report.html import REPORT, write_report
+from rarec.report.run_files import RunDirectories, read_run
 from rarec.report.terminal import closing_lines, terminal_table
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.files import sha256_file, write_json
@@ -231,7 +230,7 @@ ID, FUSION = ("per_layer", "id_only"), ("per_layer", "text_only+id")
 
 def judged(rows: list[dict[str, Any]], *metrics: dict[str, Any]) -> Verdict:
     measures = list(metrics) or [measured("per_layer")]
-    return verdict(measures, rows, deployable(measures), "per_layer", 17)
+    return verdict(Results(measures, rows, deployable(measures)), "per_layer", 17)
 
 
 def deployable(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -314,7 +313,7 @@ def test_slots_with_lora_are_compared_with_text_with_lora_where_there_is_no_othe
     rows.append(compared("per_layer_lora+id", "text_lora+id", -0.02, -0.01))
     names = ("id_only", "text_lora", "text_lora+id", "per_layer_lora", "per_layer_lora+id", "per_layer_lora+id+cheap")
     metrics = [measured(name, 0.04 + at / 100) for at, name in enumerate(names)]
-    said = verdict(metrics, rows, metrics, "per_layer_lora", 3)
+    said = verdict(Results(metrics, rows, metrics), "per_layer_lora", 3)
     assert (said.outcome, said.best and said.best.outcome) == ("better", "better")
     assert "next to the ID score, the slots do harm" in " ".join(said.sentences)
     pairs = pairs_of_interest([*names, "per_layer_lora/permuted_ids"], "per_layer_lora")
@@ -325,12 +324,12 @@ def test_the_variant_to_deploy_is_the_best_on_validation_users() -> None:
     metrics = [measured("id_only", 0.04), measured("per_layer", 0.05), measured("per_layer+id", 0.06)]
     metrics += [measured("per_layer/shuffled_history", 0.09), measured("external:llara", 0.07)]
     validation = [measured("id_only", 0.05), measured("per_layer", 0.08), measured("per_layer+id", 0.07)]
-    best = best_variant(metrics, [], validation)
+    best = best_variant(Results(metrics, [], validation))
     assert best is not None
     assert (best.name, best.chosen, best.value, best.metric) == ("per_layer", 0.08, 0.05, "ndcg@10")
     rows = [compared(*ID, 0.001, 0.009), compared("per_layer+id", "id_only", 0.01, 0.02)]
     rows += [compared("per_layer+id", "text_only+id", -0.01, 0.02)]
-    best = best_variant(metrics, rows, deployable(metrics))
+    best = best_variant(Results(metrics, rows, deployable(metrics)))
     assert best is not None
     assert (best.name, best.outcome) == ("per_layer+id", "inconclusive")
     assert best.better_outside == ("llara (external)", 0.07)
@@ -340,7 +339,7 @@ def test_the_variant_to_deploy_is_the_best_on_validation_users() -> None:
 
 def test_a_baseline_with_more_parts_is_not_called_simpler() -> None:
     metrics = [measured("id_only", 0.05), measured("text_only+id", 0.04)]
-    best = best_variant(metrics, [compared("id_only", "text_only+id", -0.01, 0.02)], metrics)
+    best = best_variant(Results(metrics, [compared("id_only", "text_only+id", -0.01, 0.02)], metrics))
     assert best is not None
     assert (best.name, best.advice) == ("id_only", "Deploy: ID model.")
 
@@ -348,7 +347,7 @@ def test_a_baseline_with_more_parts_is_not_called_simpler() -> None:
 def test_the_best_variant_with_all_that_is_cheap_is_compared_with_baselines_with_it() -> None:
     rows = [compared("per_layer+id+cheap", f"{name}+cheap", 0.01, 0.02) for name in ("id_only", FUSION[1])]
     metrics = [measured("per_layer", 0.05), measured("per_layer+id+cheap", 0.06)]
-    best = best_variant(metrics, rows, metrics)
+    best = best_variant(Results(metrics, rows, metrics))
     assert best is not None
     assert (list(best.findings), best.outcome) == (["id_only+cheap", "text_only+id+cheap"], "better")
     said = judged([*rows, compared(*FUSION, -0.02, -0.01)], *metrics)
@@ -365,16 +364,16 @@ def test_a_lead_of_the_text_without_slots_is_no_success_of_the_method() -> None:
 
 def test_of_equal_variants_the_simpler_one_is_best_and_without_metrics_there_is_none() -> None:
     metrics = [measured("per_layer+id"), measured("per_layer"), measured("id_only")]
-    best = best_variant(metrics, [], metrics)
+    best = best_variant(Results(metrics, [], metrics))
     assert best is not None
     assert best.name == "id_only"
-    assert best_variant([], [], []) is None
+    assert best_variant(Results([])) is None
 
 
 def test_a_part_is_worth_what_is_lost_without_it() -> None:
     whole = "per_layer+id+cheap"
     rows = [compared(whole, f"{whole}/without_id", 0.01, 0.02), compared(whole, "id_only+cheap", 0.02, 0.03)]
-    own, ids, words = parts_worth(rows, {whole: PARTS}, "per_layer", ["ndcg@10", "mrr"])
+    own, ids, words = parts_worth(Results([], rows), {whole: PARTS}, "per_layer", ["ndcg@10", "mrr"])
     assert (own.title, own.weight, ids.title, words.title) == (
         "RA-Rec (per layer)",
         0.5,
@@ -383,15 +382,15 @@ def test_a_part_is_worth_what_is_lost_without_it() -> None:
     )
     assert (own.findings["ndcg@10"].difference, ids.findings["ndcg@10"].low) == (0.025, 0.01)
     assert (list(own.findings), words.findings) == (["ndcg@10"], {})
-    assert parts_worth(rows, {}, "per_layer", ["ndcg@10"]) == []
+    assert parts_worth(Results([], rows), {}, "per_layer", ["ndcg@10"]) == []
 
 
 @given(st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(sorted))
 def test_a_finding_is_better_or_worse_only_with_its_whole_interval(values: list[float]) -> None:
     low, difference, high = values
     row = {**compared("per_layer", "id_only", low, high), "difference": difference}
-    finding = find([row], "per_layer", "id_only", "ndcg@10")
-    swapped = find([row], "id_only", "per_layer", "ndcg@10")
+    finding = Results([], [row]).find("per_layer", "id_only", "ndcg@10")
+    swapped = Results([], [row]).find("id_only", "per_layer", "ndcg@10")
     assert finding is not None
     assert swapped is not None
     assert (finding.outcome == "better") == (low > 0)
@@ -412,7 +411,7 @@ def test_a_handful_of_users_that_differ_allows_no_claim(differing: int, outcome:
     better[:differing] = 3
     ranks = {"per_layer": better, "id_only": same}
     rows = comparison_rows(ranks, [("per_layer", "id_only")], [10], resamples=2000, seed=0)
-    finding = find(rows, "per_layer", "id_only", "hr@10")
+    finding = Results([], rows).find("per_layer", "id_only", "hr@10")
     assert finding is not None
     assert (finding.differing, finding.n) == (differing, 900)
     assert finding.low > 0 or differing == 1
@@ -425,13 +424,13 @@ def test_sanity_checks_pass_only_where_the_variant_gets_worse() -> None:
     rows = [compared("per_layer/shuffled_history", "per_layer", -0.001, 0.001)]
     rows += [compared("per_layer/permuted_ids", "per_layer", -0.03, -0.01)]
     rows += [compared("per_layer/permuted_ids", "text_only", -0.004, 0.006)]
-    shuffled, permuted = sanity_checks(metrics, rows, "per_layer")
+    shuffled, permuted = sanity_checks(Results(metrics, rows), "per_layer")
     assert shuffled.passed is False
     assert "n=943" in shuffled.text
     assert permuted.passed is True
     assert "from .0600 to .0410" in permuted.text
     assert "Text only reaches .0400" in permuted.text
-    assert [sanity_check.passed for sanity_check in sanity_checks(metrics, [], "per_layer")] == [None, None]
+    assert [sanity_check.passed for sanity_check in sanity_checks(Results(metrics), "per_layer")] == [None, None]
 
 
 def test_names_and_figures_read_as_people_write_them() -> None:

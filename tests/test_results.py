@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -15,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from results_seeds import SeedMeans
+
 from rarec.cluster import SweepRun, load_sweep
 from rarec.config import dump_config
 from rarec.errors import UserError
-from rarec.evaluation.result_rows import comparison_rows, metric_rows
-from rarec.evaluation.seeds import SeedMeans
+from rarec.evaluation.rows import comparison_rows, metric_rows
 from rarec.ranking import mean_interval
 from rarec.stages.run import Run
 from rarec.storage.artefacts import write_manifest, write_sealed

@@ -20,7 +20,7 @@ from results_summary import Finished, Summary, of_seed, settings_of, summarise
 
 from rarec.cluster import Sweep, SweepRun, first_to_do
 from rarec.errors import UserError
-from rarec.evaluation.run_files import TrainingRecord, read_run
+from rarec.report.run_files import TrainingRecord, read_run
 from rarec.stages.report import directories
 from rarec.stages.run import Run
 from rarec.stages.run_folder import read_record

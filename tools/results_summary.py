@@ -11,10 +11,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from results_seeds import SeedMeans
+
 from rarec.cluster import Sweep, SweepRun
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, HEADLINE, ID_ONLY, SANITY_GROUP, variant_group, variant_order
-from rarec.evaluation.seeds import SeedMeans
 from rarec.ranking.intervals import Floats, mean_intervals
 from rarec.stages import STAGES
 

@@ -8,7 +8,7 @@ from results_summary import HITS, Summary
 
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, HEADLINE, ID_ONLY, LATE_FUSION, figure, metric_title, variant_title
-from rarec.evaluation.result_rows import pairs_of_interest
+from rarec.evaluation.rows import pairs_of_interest
 from rarec.ranking.intervals import Interval
 
 _METRICS = [metric_title(metric) for metric in HEADLINE]

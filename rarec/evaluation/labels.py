@@ -1,10 +1,10 @@
 """Row names, titles and number formats of results, and the one order in which variants are shown.
 
 A row of the results is named `VARIANT`; `VARIANT+id` (late fusion: the ID model's score added); `VARIANT+id+cheap`
-(neighbour models and the log of the item's popularity added as well; in earlier results `+popularity`, that alone);
-`VARIANT+id+cheap/without_PART`; `VARIANT/or_cheap` (for each user the better rank of the variant and of
-`id_only+cheap`); `VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system). No row with a `/` can be
-deployed.
+(the untrained baselines added as well: neighbour models and the log of the item's popularity; in earlier results
+`+popularity`, that alone); `VARIANT+id+cheap/without_PART`; `VARIANT/or_cheap` (for each user the better rank of the
+variant and of `id_only+cheap`); `VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system). No row with a `/`
+can be deployed.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ ID_ONLY = "id_only"
 FUSED = "+id"
 CHEAP, POPULAR = "+cheap", "+popularity"
 ALL_CHEAP = "cheap"
-"""Row of all that needs no training: neighbour models and popularity, fused."""
+"""Row of the untrained baselines, fused: neighbour models and popularity."""
 LATE_FUSION = "text_only" + FUSED
 """The strong baseline: scores of the language model without slots and of the ID model, added."""
 TUNED_TEXT = "text_lora" + FUSED
@@ -38,9 +38,7 @@ GROUPS = (
 )
 """Headings of the groups of rows, by `variant_group`."""
 BOUNDS_GROUP, SANITY_GROUP = len(GROUPS) - 2, len(GROUPS) - 1
-_ADDED = {"id": "ID"}
-_ID_TITLE = "ID model"
-_CHEAP_TITLES = {
+UNTRAINED_TITLES = {
     "cooccurrence": "bought together (item-kNN)",
     "transition": "bought next",
     "ease": "EASE",
@@ -48,13 +46,15 @@ _CHEAP_TITLES = {
     "popularity": "popularity",
     ALL_CHEAP: "all that is cheap",
 }
+"""Titles of the untrained baselines."""
+_ADDED = {"id": "ID"}
 _MINUS = "\N{MINUS SIGN}"
 
 
 def baselines(rows: Iterable[str]) -> list[str]:
     """Return the baselines: the ID model, and text only + ID, without and with LoRA, as the run has it."""
-    there = set(rows)
-    return [ID_ONLY, *([row for row in (LATE_FUSION, TUNED_TEXT) if row in there] or [LATE_FUSION])]
+    names = set(rows)
+    return [ID_ONLY, *([row for row in (LATE_FUSION, TUNED_TEXT) if row in names] or [LATE_FUSION])]
 
 
 def is_external(variant: str) -> bool:
@@ -73,7 +73,7 @@ def variant_title(variant: str) -> str:
         return inert(f"{variant.removeprefix(EXTERNAL)} (external)")  # plots cannot draw every character
     name, _, change = variant.partition("/")
     base, *added = name.split("+")
-    title = " + ".join([_titles().get(base, base), *(_ADDED.get(each, each) for each in added)])
+    title = " + ".join([_titles().get(base, base), *(_ADDED.get(part, part) for part in added)])
     if variant.endswith(ORACLE):
         return f"oracle of {title} and {variant_title(ID_ONLY + CHEAP)}"
     if WITHOUT in variant:
@@ -88,7 +88,8 @@ def part_title(part: str) -> str:
 
 def title_in_sentence(variant: str) -> str:
     """Return a row's title with the article that a sentence needs: `the ID model`."""
-    return f"the {_ID_TITLE}" if variant == ID_ONLY else variant_title(variant)
+    title = variant_title(variant)
+    return f"the {title}" if variant == ID_ONLY else title
 
 
 def variant_order(variant: str) -> tuple[int, int, str]:
@@ -123,22 +124,20 @@ def metric_order(metric: str) -> tuple[str, int]:
 
 def primary_metric(metrics: Iterable[str]) -> str:
     """Return `ndcg@10` if it was computed, as is usual in the field; else another NDCG, else `mrr`."""
-    there = sorted(set(metrics), key=metric_order)
-    if "ndcg@10" in there:
-        return "ndcg@10"
-    return next((metric for metric in there if metric.startswith("ndcg@")), "mrr")
+    ndcg = sorted((metric for metric in set(metrics) if metric.startswith("ndcg@")), key=metric_order)
+    return "ndcg@10" if "ndcg@10" in ndcg else next(iter(ndcg), "mrr")
 
 
 def headline_metrics(metrics: Iterable[str]) -> list[str]:
     """Return the headline metrics that were computed; if fewer than two were, the first four of all."""
-    there = set(metrics)
-    known = [metric for metric in HEADLINE if metric in there]
-    return known if len(known) > 1 else sorted(there, key=metric_order)[:4]
+    computed = set(metrics)
+    headline = [metric for metric in HEADLINE if metric in computed]
+    return headline if len(headline) > 1 else sorted(computed, key=metric_order)[:4]
 
 
-def figure(value: float, signed: bool = False, decimals: int = 4) -> str:
+def figure(value: float, signed: bool = False) -> str:
     """Format a metric without its leading zero: `.0533`, `+.0021`."""
-    digits = f"{abs(value):.{decimals}f}".removeprefix("0")
+    digits = f"{abs(value):.4f}".removeprefix("0")
     negative = value < 0 and float(digits) > 0
     return (_MINUS if negative else "+" if signed else "") + digits
 
@@ -159,5 +158,11 @@ def listed(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
+def sentence_case(text: str) -> str:
+    """Return a text whose first letter is a capital."""
+    return text[:1].upper() + text[1:]
+
+
 def _titles() -> dict[str, str]:
-    return {ID_ONLY: _ID_TITLE, **_CHEAP_TITLES, **variant_titles()}
+    """Return the titles of all rows without `+` and `/`, in their order."""
+    return {ID_ONLY: "ID model", **UNTRAINED_TITLES, **variant_titles()}

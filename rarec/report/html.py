@@ -1,7 +1,7 @@
 """The HTML report: one self-contained file, rendered only from the files of a run."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,10 +9,8 @@ from typing import Any
 from rarec.config import RunConfig, dump_config
 from rarec.console.inert import inert
 from rarec.errors import UserError
-from rarec.evaluation.findings import Finding, parts_worth, sanity_checks
 from rarec.evaluation.labels import (
     CHEAP,
-    FULL,
     FUSED,
     GROUPS,
     ID_ONLY,
@@ -29,10 +27,10 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.run_files import Row, RunDirectories, RunFiles, TrainingRecord, read_run
-from rarec.evaluation.verdict import still_improving, verdict
+from rarec.evaluation.verdict import Finding, parts_worth, sanity_checks, verdict
 from rarec.ranking.metrics import SELECTED_BY
 from rarec.report import plots
+from rarec.report.run_files import Row, RunDirectories, RunFiles, TrainingRecord, read_run, still_improving
 from rarec.storage.files import write_text
 from rarec.version import __version__
 
@@ -54,7 +52,7 @@ def write_report(directory: Path, run: RunDirectories, config: RunConfig, *, say
         UserError: the extra `report` is not installed, metrics.json is missing, or a file is damaged.
     """
     template = _template()
-    page = template.render(_context(read_run(run, say=say), config, Path(config.run.dir).name))
+    page = template.render(_context(read_run(run, say=say), config))
     write_text(directory / REPORT, inert(page))
 
 
@@ -77,135 +75,108 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "variant": variant_title,
-        "metric": metric_title,
-        "figure": figure,
-        "signed": lambda value: figure(value, signed=True),
-        "number": _number,
-    }
-    environment.globals |= {"interval": interval}
+    environment.filters |= {"variant": variant_title, "metric": metric_title, "figure": figure, "number": _number}
+    environment.globals |= {"interval": interval, "version": __version__}
     environment.tests["rows"] = _is_rows
     return environment.get_template("report.html.j2")
 
 
-def _context(files: RunFiles, config: RunConfig, name: str) -> dict[str, Any]:
-    main, seed = config.main_variant.name, config.run.seed
-    full = [row for row in files.metrics if row["protocol"] == FULL]
-    findings = [Finding.of(row) for row in files.comparisons if row["protocol"] == FULL]
-    primary = primary_metric(row["metric"] for row in full)
-    first = [f for f in findings if f.metric == primary and "/" not in f.variant + f.baseline]
-    headline = headline_metrics(row["metric"] for row in full)
+def _context(files: RunFiles, config: RunConfig) -> dict[str, Any]:
+    main = config.main_variant.name
+    metrics = {row["metric"] for row in files.full}
+    headline = headline_metrics(metrics)
+    first = [f for f in files.findings if f.metric == files.primary and "/" not in f.variant + f.baseline]
+    others = [finding for finding in files.findings if finding not in first]
     return {
-        "name": name,
-        "version": __version__,
+        "name": Path(config.run.dir).name,
         "config": config,
         "settings": dump_config(config),
+        "files": files,
         "main": main,
-        "primary": primary,
-        "users": max((row["n"] for row in full), default=0),
-        "verdict": verdict(files.metrics, files.comparisons, files.validation, main, seed),
-        "sanity_checks": sanity_checks(files.metrics, files.comparisons, main),
-        "headline": _table(full, headline, every_row=False),
-        "everything": _table(full, sorted({row["metric"] for row in full}, key=metric_order), every_row=True),
-        "parts": parts_worth(files.comparisons, files.fusion, main, headline),
+        "users": max((row["n"] for row in files.full), default=0),
+        "verdict": verdict(files, main, config.run.seed),
+        "sanity_checks": sanity_checks(files, main),
+        "headline": _table(files.full, headline, _variants(files)),
+        "everything": _table(files.full, sorted(metrics, key=metric_order), _variants(files, every_row=True)),
+        "parts": parts_worth(files, files.fusion, main, headline),
         "first": first,
-        "others": sorted((f for f in findings if f not in first), key=lambda f: metric_order(f.metric)),
-        "examples": [_example(row) for row in files.examples],
-        "diagnostics": files.diagnostics,
-        "counts": files.prepared.get("counts", {}),
+        "others": sorted(others, key=lambda finding: metric_order(finding.metric)),
+        "examples": [{**row, "lists": _example_lists(row)} for row in files.examples],
         "prepared": _shown(files.prepared),
-        "selection": files.selection,
         "evaluation": _shown(files.evaluation),
-        "evaluation_hash": files.evaluation.get("hash", ""),
-        "training": [_training(variant, training) for variant, training in files.training.items() if training.done],
+        "training": [_cost(variant, training) for variant, training in files.training.items() if training.done],
         "improving": still_improving(files.training, config),
-        "plots": _plots(files, full, first, main),
+        "plots": _plots(files, headline, first, main),
     }
 
 
-def _plots(files: RunFiles, full: Sequence[Row], findings: Sequence[Finding], main: str) -> Row:
+def _plots(files: RunFiles, headline: Sequence[str], findings: Sequence[Finding], main: str) -> dict[str, Any]:
     """Draw every plot for which there is data; None or an empty list for the others."""
     from markupsafe import Markup  # plots escape their texts themselves
 
-    variants = _variants(full, every_row=False)
-    metrics = headline_metrics(row["metric"] for row in full)
-    fusions = (row + CHEAP for row in (*baselines(row["variant"] for row in full), main + FUSED))
+    variants = _variants(files)
+    fusions = (row + CHEAP for row in (*baselines(files.values), main + FUSED))
     compared = (ID_ONLY, main, *fusions, *filter(is_external, variants))
     logged = {variant: t for variant, t in files.training.items() if t.losses or t.validations}
+    strata = [row for row in files.strata if row["metric"] == primary_metric(row["metric"] for row in files.strata)]
+    gains = _grouped([row for row in strata if MINUS in row["variant"]], "variant")
     return {
-        "forest": Markup(plots.forest(full, variants, metrics)) if variants else None,
+        "forest": Markup(plots.forest(files.full, variants, headline)) if variants else None,
         "differences": Markup(plots.differences(findings)) if findings else None,
         "curves": Markup(plots.curves(logged, SELECTED_BY)) if logged else None,
-        "strata": [Markup(svg) for svg in _strata(files.strata, compared)],
-        "slots_gain": [Markup(plots.slots_gain(rows)) for rows in _differences(files.strata)],
+        "strata": [Markup(plots.strata(rows, compared)) for rows in _grouped(strata, "stratum")],
+        "slots_gain": [Markup(plots.slots_gain(rows)) for rows in gains],
         "alignment": [Markup(svg) for svg in plots.alignment(files.diagnostics)] if files.diagnostics else [],
     }
 
 
-def _strata(rows: Sequence[Row], compared: Sequence[str]) -> Iterator[str]:
-    """Draw one plot per stratum, of the variants to compare."""
-    metric = primary_metric(row["metric"] for row in rows)
-    rows = [row for row in rows if row["metric"] == metric]
-    there = {row["variant"] for row in rows}
-    variants = [variant for variant in dict.fromkeys(compared) if variant in there]
-    for name in dict.fromkeys(row["stratum"] for row in rows):
-        yield plots.strata([row for row in rows if row["stratum"] == name], name, metric, variants)
+def _grouped(rows: Sequence[Row], name: str) -> Iterator[list[Row]]:
+    """Yield the rows of each value of a field."""
+    for value in dict.fromkeys(row[name] for row in rows):
+        yield [row for row in rows if row[name] == value]
 
 
-def _differences(strata: Sequence[Row]) -> Iterator[list[Row]]:
-    """Yield the rows of each difference in the primary metric."""
-    metric = primary_metric(row["metric"] for row in strata)
-    rows = [row for row in strata if row["metric"] == metric and MINUS in row["variant"]]
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        yield [row for row in rows if row["variant"] == name]
+def _variants(files: RunFiles, *, every_row: bool = False) -> list[str]:
+    """Return the evaluated rows in their order; without `every_row` those alone that have no `/`."""
+    return sorted({row["variant"] for row in files.full if every_row or "/" not in row["variant"]}, key=variant_order)
 
 
-def _variants(rows: Iterable[Row], *, every_row: bool) -> list[str]:
-    return sorted({row["variant"] for row in rows if every_row or "/" not in row["variant"]}, key=variant_order)
-
-
-def _table(rows: Sequence[Row], metrics: Sequence[str], *, every_row: bool) -> dict[str, Any]:
+def _table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], variants: Sequence[str]) -> dict[str, Any]:
     """Lay out variants and metrics in groups; `best` holds each column's highest cell of a row without `/`."""
     cells = {(row["variant"], row["metric"]): row for row in rows}
-    variants = _variants(rows, every_row=every_row)
     groups = [(title, [v for v in variants if variant_group(v) == place]) for place, title in enumerate(GROUPS)]
     best = set()
     for metric in metrics:
-        column = {row["variant"]: row["value"] for row in rows if row["metric"] == metric and "/" not in row["variant"]}
+        column = {v: cells[v, metric]["value"] for v in variants if "/" not in v and (v, metric) in cells}
         best |= {(variant, metric) for variant, value in column.items() if value == max(column.values())}
-    return {"metrics": metrics, "cells": cells, "groups": [g for g in groups if g[1]], "best": best}
+    return {"metrics": metrics, "cells": cells, "groups": [group for group in groups if group[1]], "best": best}
 
 
-def _example(row: Row) -> Row:
-    """Lay out one user: a list per variant, with the places of the target in it."""
-    lists = [
-        {"variant": variant, "rank": row["target_rank"][variant], "titles": titles, "hits": _hits(titles, row, variant)}
-        for variant, titles in sorted(row["top"].items(), key=lambda item: variant_order(item[0]))
-    ]
-    return {**{name: row[name] for name in ("user", "history", "target")}, "lists": lists}
+def _example_lists(example: Row) -> list[Row]:
+    """Lay out the list of each variant for one user, with the target's places in it.
+
+    They are its rank, or, since a tie may give it a lower one, every place with its title.
+    """
+    lists = []
+    for variant, titles in sorted(example["top"].items(), key=lambda item: variant_order(item[0])):
+        rank = example["target_rank"][variant]
+        places = {place for place, title in enumerate(titles, start=1) if title == example["target"]}
+        hits = {rank} if rank in places else places
+        lists.append({"variant": variant, "rank": rank, "titles": titles, "hits": hits})
+    return lists
 
 
-def _hits(titles: Sequence[str], row: Row, variant: str) -> set[int]:
-    """Return the target's places: its rank, or, since a tie may give it a lower one, every place with its title."""
-    rank = row["target_rank"][variant]
-    same = {place for place, title in enumerate(titles, start=1) if title == row["target"]}
-    return {rank} if rank in same else same
+def _cost(variant: str, training: TrainingRecord) -> Row:
+    """Lay out what a training took; medians over its steps."""
 
+    def middle(name: str) -> float | None:
+        known = [line[name] for line in training.losses if line.get(name) is not None]
+        return median(known) if known else None
 
-def _training(variant: str, training: TrainingRecord) -> dict[str, Any]:
     done = training.done
-    rates = [line["tokens_per_s"] for line in training.losses if line.get("tokens_per_s") is not None]
-    waits = [line["data_wait"] for line in training.losses if line.get("data_wait") is not None]
-    return {
-        "variant": variant,
-        "parameters": done.get("trainable_parameters"),
-        "steps": done.get("steps", done.get("step")),
-        "best_step": done.get("best_step"),
-        "seconds": done.get("seconds"),
-        "tokens_per_s": median(rates) if rates else None,
-        "data_wait": median(waits) if waits else None,
-    }
+    steps = {"steps": done.get("steps", done.get("step")), "best_step": done.get("best_step")}
+    cost = {"parameters": done.get("trainable_parameters"), "seconds": done.get("seconds")}
+    return {"variant": variant, **cost, **steps, **{name: middle(name) for name in ("tokens_per_s", "data_wait")}}
 
 
 def _shown(manifest: Row) -> Row:

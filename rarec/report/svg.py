@@ -10,27 +10,17 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from rarec.evaluation.labels import ID_ONLY
-
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, RULE, SURFACE = "#000001", "#000002", "#000003", "#000004"
-COLOURS = {
-    ID_ONLY: "#000005",
-    "text_only": "#000006",
-    "prefix_only": "#000007",
-    "input": "#000008",
-    "per_layer": "#000009",
-    "per_layer_lora": "#00000a",
-    "readout": "#00000d",
-    "text_lora": "#00000e",
-}
-OUTCOMES = {"better": "#00000b", "worse": "#00000c", "inconclusive": MUTED}
-THEME = {INK: "ink", MUTED: "muted", RULE: "rule", SURFACE: "surface", "#00000b": "good", "#00000c": "bad"} | {
-    colour: variant.replace("_", "-") for variant, colour in COLOURS.items()
-}
-"""From sentinel colours to CSS variables of the page."""
+_VARIABLES = (
+    *("ink", "muted", "rule", "surface", "good", "bad", "id_only", "text_only", "prefix_only", "input", "per_layer"),
+    *("per_layer_lora", "readout", "text_lora"),
+)
+COLOURS = {name: f"#{number:06x}" for number, name in enumerate(_VARIABLES, start=1)}
+"""The sentinel colour of each of the page's CSS variables; those of variants have the variant's name."""
+INK, MUTED, RULE, SURFACE = (COLOURS[name] for name in ("ink", "muted", "rule", "surface"))
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -43,6 +33,8 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
     "legend.frameon": False,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
@@ -58,9 +50,31 @@ WIDTH = 9.6
 """Width of a full plot, in inches."""
 
 
+class Picture:
+    """A figure to draw on.
+
+    Attributes:
+        canvas: the figure.
+        svg: its SVG, once it is drawn.
+    """
+
+    def __init__(self, canvas: "Figure") -> None:
+        self.canvas, self.svg = canvas, ""
+
+    def panels(self, count: int) -> list["Axes"]:
+        """Return that many panels side by side, with a common vertical axis."""
+        return list(self.canvas.subplots(1, count, sharey=True, squeeze=False)[0])
+
+    def legend(self, columns: int | None = None) -> None:
+        """Explain every labelled line below the panels, each label once; by default in one row."""
+        lines = [line for panel in self.canvas.axes for line in panel.get_lines()]
+        handles = {line.get_label(): line for line in lines if not str(line.get_label()).startswith("_")}
+        self.canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns or len(handles))
+
+
 @contextmanager
-def drawing(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iterator[tuple["Figure", list[str]]]:
-    """Yield a figure to draw on, and a list that holds its SVG afterwards. matplotlib's global state stays as it is.
+def drawing(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iterator[Picture]:
+    """Yield a picture, and turn it into SVG afterwards. matplotlib's global state stays as it is.
 
     Args:
         name: prefix of the ids in the SVG, unique on the page.
@@ -74,22 +88,22 @@ def drawing(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iter
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own matplotlibrc must not change the report
         matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": name})
-        canvas = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-        made: list[str] = []
-        yield canvas, made
-        for panel in canvas.axes:
+        picture = Picture(Figure(figsize=(width, height), layout="constrained", facecolor="none"))
+        yield picture
+        for panel in picture.canvas.axes:
             panel.set_facecolor("none")
         buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", metadata={"Date": None})
-        made.append(_inline(buffer.getvalue(), name, alt))
+        picture.canvas.savefig(buffer, format="svg", metadata={"Date": None})
+        picture.svg = _inline(buffer.getvalue(), name, alt)
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
     """Turn a standalone SVG into a part of the page: unique ids, the page's colours and typeface, alt text."""
+    variables = {colour: f"var(--{variable.replace('_', '-')})" for variable, colour in COLOURS.items()}
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub(r"#0000[0-9a-f]{2}\b", lambda found: f"var(--{THEME[found[0]]})", svg)
+    svg = re.sub(r"#0000[0-9a-f]{2}\b", lambda colour: variables[colour[0]], svg)
     svg = re.sub(r"font: ((?:bold |[67]00 )?)([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", svg)
     svg = re.sub(r" ?font-family: [^;\"]*;", "", svg)
     box = re.search(r'viewBox="[^"]+"', svg)

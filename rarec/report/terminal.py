@@ -17,8 +17,8 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.run_files import RunFiles
-from rarec.evaluation.verdict import best_variant, still_improving
+from rarec.evaluation.verdict import best_variant
+from rarec.report.run_files import RunFiles, still_improving
 
 Row = Mapping[str, Any]
 
@@ -57,7 +57,7 @@ def closing_lines(files: RunFiles, config: RunConfig) -> list[str]:
         files: what the run left; see `read_run`.
         config: the run's configuration.
     """
-    best = best_variant(files.metrics, files.comparisons, files.validation)
+    best = best_variant(files)
     if best is None:
         return []
     improving = still_improving(files.training, config)

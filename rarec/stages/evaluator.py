@@ -9,11 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.evaluation.diagnostics import variant_diagnostics
-from rarec.evaluation.examples import Examples
 from rarec.evaluation.external import TargetUsers, external_ranks
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, ORACLE, WITHOUT, part_title
-from rarec.evaluation.result_rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
+from rarec.evaluation.rows import (
+    Examples,
+    comparison_rows,
+    metric_rows,
+    pairs_of_interest,
+    slots_and_rival,
+    strata_rows,
+)
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec
 from rarec.ranking import CachedRanker, EvalBatch, Ranker, VectorRanker, rank_users

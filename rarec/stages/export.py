@@ -55,7 +55,7 @@ class ExportStage(Stage):
         from rarec.bundle.bundle import LLM
         from rarec.bundle.card import CARD, model_card
         from rarec.bundle.contents import write_bundle
-        from rarec.evaluation.verdict import verdict
+        from rarec.evaluation.verdict import Results, verdict
         from rarec.models.language_model import copy_model
 
         run, results = self.run, self._results()
@@ -67,8 +67,8 @@ class ExportStage(Stage):
         metrics = [found for found in results["metrics.json"] if "/" not in found["variant"]]
         trained = self._trained_parameters(contents.trained)
         figures = {"row": row, "why": why, "metrics": metrics, "trained_parameters": trained}
-        found, compared, validated, _ = (results[name] for name in READ)
-        judged = verdict(found, compared, validated, run.config.main_variant.name, run.config.run.seed)
+        evaluated = Results(*(results[name] for name in READ[:3]))
+        judged = verdict(evaluated, run.config.main_variant.name, run.config.run.seed)
         card = model_card(contents, run.config, figures, judged.headline)
         run.world.run_on_main(lambda: write_text(directory / CARD, card))
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
@@ -83,9 +83,9 @@ class ExportStage(Stage):
     def _row(self, results: Mapping[str, Any]) -> tuple[str, str]:
         """Return the row to export, and why this one."""
         from rarec.evaluation.labels import figure, metric_title, variant_title
-        from rarec.evaluation.verdict import best_variant
+        from rarec.evaluation.verdict import Results, best_variant
 
-        best = best_variant(*(results[name] for name in READ[:3]))
+        best = best_variant(Results(*(results[name] for name in READ[:3])))
         rows, wanted = {found["variant"] for found in results["validation.json"]}, self.run.config.export.variant
         if wanted is not None and wanted not in rows:
             problem = f"field `export.variant`: {wanted} is not in the results"

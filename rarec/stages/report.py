@@ -9,7 +9,7 @@ from rarec.storage.artefacts import MANIFEST, check_files, read_manifest
 from rarec.version import source
 
 if TYPE_CHECKING:
-    from rarec.evaluation.run_files import RunDirectories
+    from rarec.report.run_files import RunDirectories
     from rarec.stages.run import Run
 
 
@@ -49,7 +49,7 @@ class ReportStage(Stage):
 
 def directories(run: "Run") -> "RunDirectories":
     """Return where a run has the files that its report and the terminal show."""
-    from rarec.evaluation.run_files import RunDirectories
+    from rarec.report.run_files import RunDirectories
 
     training = {stage.part: stage.directory for stage in run.stages("train")}
     return RunDirectories(run.directory("evaluate"), run.directory("prepare"), run.directory("shards"), training)

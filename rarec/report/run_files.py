@@ -6,34 +6,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rarec.config import RunConfig
 from rarec.errors import UserError
+from rarec.evaluation.labels import listed, variant_title
+from rarec.evaluation.verdict import Results
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json, read_lines, sha256_file
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
 _REMEDY = "evaluate again: rarec evaluate CONFIG --fresh"
-_INTERVAL = ("low", "high", "n")
-METRIC_FIELDS = ("variant", "metric", "protocol", "value", *_INTERVAL)
-COMPARISON_FIELDS = ("variant", "baseline", "metric", "protocol", "difference", *_INTERVAL)
-STRATUM_FIELDS = ("variant", "stratum", "bucket", "order", "metric", "value", *_INTERVAL)
-EXAMPLE_FIELDS = ("user", "history", "target", "target_rank", "top")
-DIAGNOSTIC_FIELDS = {
-    "blocks": (
-        "side",
-        "source",
-        "block",
-        "text_norm",
-        "projection_norm",
-        "instruction_norm",
-        "cka_before",
-        "cka_after",
-    ),
-    "attention": ("side", "block", "share", "even"),
-    "words": ("side", "source", "slot", "words", "cosines"),
-    "warnings": ("what", "text", "advice"),
+_METRIC = "variant metric protocol value low high n"
+ROWS = {
+    "metrics": _METRIC,
+    "validation": _METRIC,
+    "comparisons": "variant baseline metric protocol difference low high n",
+    "strata": "variant stratum bucket order metric value low high n",
+    "examples": "user history target target_rank top",
 }
-"""Fields that the report reads, by list in diagnostics.json."""
+"""Fields that the report reads, by file of the evaluation that holds rows."""
+DIAGNOSTICS = {
+    "blocks": "side source block text_norm projection_norm instruction_norm cka_before cka_after",
+    "attention": "side block share even",
+    "words": "side source slot words cosines",
+    "warnings": "what text advice",
+}
+"""The same by list in diagnostics.json."""
 
 
 @dataclass(frozen=True)
@@ -75,34 +73,28 @@ class TrainingRecord:
 
 
 @dataclass(frozen=True)
-class RunFiles:
+class RunFiles(Results):
     """The contents of a run's files; empty for a file that was not written.
 
     Attributes:
-        metrics: rows of metrics.json.
-        validation: rows of validation.json, in the form of `metrics`: the rows that can be deployed.
-        comparisons: rows of comparisons.json.
         strata: rows of strata.json.
-        fusion: contents of fusion.json: each fused row's parts.
         examples: rows of examples.json.
-        diagnostics: contents of diagnostics.json.
+        fusion: contents of fusion.json: each fused row's parts.
+        diagnostics: contents of diagnostics.json; empty as well if the main variant has no slots.
         training: trainings by variant.
         evaluation: the evaluation's manifest.
         prepared: the prepared dataset's manifest.
         selection: contents of the shards' selection.json.
     """
 
-    metrics: list[Row]
-    validation: list[Row]
-    comparisons: list[Row]
-    strata: list[Row]
-    fusion: dict[str, dict[str, Row]]
-    examples: list[Row]
-    diagnostics: Row
-    training: dict[str, TrainingRecord]
-    evaluation: Row
-    prepared: Row
-    selection: Any
+    strata: list[Row] = field(default_factory=list)
+    examples: list[Row] = field(default_factory=list)
+    fusion: dict[str, dict[str, Row]] = field(default_factory=dict)
+    diagnostics: Row = field(default_factory=dict)
+    training: dict[str, TrainingRecord] = field(default_factory=dict)
+    evaluation: Row = field(default_factory=dict)
+    prepared: Row = field(default_factory=dict)
+    selection: Any = field(default_factory=dict)
 
 
 def read_run(run: RunDirectories, *, say: Say) -> RunFiles:
@@ -117,13 +109,10 @@ def read_run(run: RunDirectories, *, say: Say) -> RunFiles:
     """
     if not (run.evaluation / "metrics.json").exists():
         raise UserError(f"{run.evaluation} has no metrics.json", "evaluate first: rarec evaluate CONFIG")
+    paths = {name: run.evaluation / f"{name}.json" for name in ROWS}
     return RunFiles(
-        metrics=_rows(run.evaluation / "metrics.json", METRIC_FIELDS),
-        validation=_rows(run.evaluation / "validation.json", METRIC_FIELDS),
-        comparisons=_rows(run.evaluation / "comparisons.json", COMPARISON_FIELDS),
-        strata=_rows(run.evaluation / "strata.json", STRATUM_FIELDS),
+        **{name: _checked(_optional(path, []), ROWS[name], str(path)) for name, path in paths.items()},
         fusion=_optional(run.evaluation / "fusion.json", {}),
-        examples=_rows(run.evaluation / "examples.json", EXAMPLE_FIELDS),
         diagnostics=_diagnostics(run.evaluation / "diagnostics.json"),
         training={variant: _training(path, say) for variant, path in run.training.items() if path.is_dir()},
         evaluation=_optional(run.evaluation / MANIFEST, {}),
@@ -132,34 +121,44 @@ def read_run(run: RunDirectories, *, say: Say) -> RunFiles:
     )
 
 
+def still_improving(training: Mapping[str, TrainingRecord], config: RunConfig) -> str | None:
+    """Name the variants whose last validation was their best, and the field that ended their training, or return None.
+
+    Args:
+        training: trainings by variant.
+        config: the run's configuration.
+    """
+    names = [name for name in config.variants if name in training and training[name].still_improving]
+    if not names:
+        return None
+    limit, steps = config.train.max_steps, max(training[name].done["step"] for name in names)
+    setting = f"train.max_steps (now {limit})" if limit == steps else f"train.epochs (now {config.train.epochs})"
+    return f"Still improving at the last step: {listed([variant_title(name) for name in names])}. Raise {setting}."
+
+
 def _optional(path: Path, otherwise: Any) -> Any:
     return read_json(path) if path.exists() else otherwise
 
 
-def _rows(path: Path, fields: tuple[str, ...]) -> list[Row]:
-    """Read a list of records and check that each has every field that the report reads."""
-    return _checked(_optional(path, []), fields, str(path))
-
-
 def _diagnostics(path: Path) -> Row:
-    """Read diagnostics.json; empty if the main variant has no slots, or the evaluation predates diagnostics."""
-    found = _optional(path, {})
-    if not isinstance(found, dict):
+    diagnostics = _optional(path, {})
+    if not isinstance(diagnostics, dict):
         raise UserError(f"{path} is not an object", _REMEDY)
-    if found:
-        _checked([found], ("variant", "n", *DIAGNOSTIC_FIELDS), str(path))
-    for name, fields in DIAGNOSTIC_FIELDS.items() if found else ():
-        _checked(found[name], fields, f"{path}, {name}")
-    return found
+    if diagnostics:
+        _checked([diagnostics], f"variant n {' '.join(DIAGNOSTICS)}", str(path))
+        for name, fields in DIAGNOSTICS.items():
+            _checked(diagnostics[name], fields, f"{path}, {name}")
+    return diagnostics
 
 
-def _checked(rows: Any, fields: tuple[str, ...], where: str) -> list[Row]:
+def _checked(rows: Any, fields: str, where: str) -> list[Row]:
+    """Return a list of records after a check that each has every field that the report reads."""
     if not isinstance(rows, list):
         raise UserError(f"{where} is not a list of rows", _REMEDY)
     for number, row in enumerate(rows, start=1):
-        lacking = [name for name in fields if name not in row] if isinstance(row, dict) else list(fields)
-        if lacking:
-            raise UserError(f"{where}, row {number} lacks `{lacking[0]}`", _REMEDY)
+        missing = [name for name in fields.split() if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise UserError(f"{where}, row {number} lacks `{missing[0]}`", _REMEDY)
     return rows
 
 

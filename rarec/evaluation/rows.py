@@ -1,14 +1,16 @@
-"""From ranks to rows of results: metrics, paired comparisons and strata, each with n and a bootstrap 95% interval.
+"""From ranks to rows of results: metrics, paired comparisons, strata and examples.
 
-Shape letters: U users.
+Every figure has n and a bootstrap 95% interval over users. Shape letters: U users.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rarec.data.dataset import PreparedDataset
 from rarec.evaluation.labels import (
     ALL_CHEAP,
     CHEAP,
@@ -23,15 +25,18 @@ from rarec.evaluation.labels import (
     cheap_suffix,
     is_external,
 )
-from rarec.ranking.intervals import mean_intervals, paired_intervals
-from rarec.ranking.metrics import metric_values
+from rarec.ranking import EvalBatch, Interval, Ranker, mean_intervals, metric_values
+from rarec.ranking.intervals import paired_intervals
 
-Ranks = Mapping[str, npt.NDArray[np.int64]]
+Rows = npt.NDArray[np.int64]
+Ranks = Mapping[str, Rows]
 Numbers = npt.NDArray[np.integer]
 BUCKETS = 4
+SHOWN_HISTORY, TOP = 10, 10
+"""Titles of an example: of the history, and of each variant's list."""
 
 
-def metric_rows(ranks: Ranks, cutoffs: Iterable[int], *, resamples: int, seed: int) -> list[dict[str, Any]]:
+def metric_rows(ranks: Ranks, cutoffs: Sequence[int], *, resamples: int, seed: int) -> list[dict[str, Any]]:
     """Return the rows of metrics.json: {variant, metric, protocol, value, low, high, n}.
 
     Args:
@@ -40,18 +45,15 @@ def metric_rows(ranks: Ranks, cutoffs: Iterable[int], *, resamples: int, seed: i
         resamples: number of bootstrap resamples of the users.
         seed: seed of the bootstrap.
     """
-    cutoffs = list(cutoffs)
-    rows = []
-    for variant, ranks_U in ranks.items():
-        intervals = mean_intervals(metric_values(ranks_U, cutoffs), resamples, seed)
-        for metric, (value, low, high) in intervals.items():
-            numbers = {"value": value, "low": low, "high": high, "n": len(ranks_U)}
-            rows.append({"variant": variant, "metric": metric, "protocol": FULL, **numbers})
-    return rows
+    return [
+        {"variant": variant, "metric": metric, "protocol": FULL, **_figures("value", interval), "n": len(ranks_U)}
+        for variant, ranks_U in ranks.items()
+        for metric, interval in mean_intervals(metric_values(ranks_U, cutoffs), resamples, seed).items()
+    ]
 
 
 def comparison_rows(
-    ranks: Ranks, pairs: Iterable[tuple[str, str]], cutoffs: Iterable[int], *, resamples: int, seed: int
+    ranks: Ranks, pairs: Iterable[tuple[str, str]], cutoffs: Sequence[int], *, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """Return the rows of comparisons.json: {variant, baseline, metric, protocol, difference, low, high, n, differing}.
 
@@ -64,14 +66,13 @@ def comparison_rows(
         resamples: number of bootstrap resamples of the users.
         seed: seed of the bootstrap.
     """
-    cutoffs = list(cutoffs)
     rows = []
     for variant, baseline in pairs:
         values, others = metric_values(ranks[variant], cutoffs), metric_values(ranks[baseline], cutoffs)
-        for metric, (difference, low, high) in paired_intervals(values, others, resamples, seed).items():
+        for metric, interval in paired_intervals(values, others, resamples, seed).items():
             names = {"variant": variant, "baseline": baseline, "metric": metric, "protocol": FULL}
             counts = {"n": len(ranks[variant]), "differing": int((values[metric] != others[metric]).sum())}
-            rows.append({**names, "difference": difference, "low": low, "high": high, **counts})
+            rows.append({**names, **_figures("difference", interval), **counts})
     return rows
 
 
@@ -79,9 +80,9 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     """Return the pairs (variant, baseline) that are compared, each once.
 
     The main variant with every other; its fusions with other fusions, and with what they are without one part; these
-    and the ID model with all that is cheap with external systems; sanity checks with the main variant; and, as any of
-    them may be the best, every variant with the ID model and with text only + ID (without and with LoRA, as they are
-    there), both with all that is cheap where the variant has it.
+    and the ID model with the untrained baselines with external systems; sanity checks with the main variant; and, as
+    any of them may be the best, every variant with the ID model and with text only + ID (without and with LoRA, as they
+    are there), both with the untrained baselines where the variant has them.
 
     Args:
         variants: all row names.
@@ -108,8 +109,8 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
 def slots_and_rival(variants: Iterable[str], main: str) -> list[tuple[str, str]]:
     """Return the pair of rows whose difference is what the slots add, if both are there.
 
-    They are fusions of the main variant and of text only, with LoRA if a run has that, both with all that is cheap
-    where the main variant has it.
+    They are fusions of the main variant and of text only, with LoRA if a run has that, both with the untrained
+    baselines where the main variant has them.
 
     Args:
         variants: all row names.
@@ -156,16 +157,66 @@ def strata_rows(
         cutoffs: each K of HR@K and NDCG@K.
     """
     values = {variant: metric_values(ranks_U, cutoffs) for variant, ranks_U in ranks.items()}
-    for one, other in pairs:
-        values[one + MINUS + other] = {metric: values[one][metric] - values[other][metric] for metric in values[one]}
+    for variant, baseline in pairs:
+        differences = {metric: own_U - values[baseline][metric] for metric, own_U in values[variant].items()}
+        values[variant + MINUS + baseline] = differences
     rows = []
     for stratum, values_U in strata.items():
         index_U, labels = bucket_labels(values_U)
         for variant, metrics in values.items():
             for order, label in enumerate(labels):
-                chosen = {metric: of_U[index_U == order] for metric, of_U in metrics.items()}
                 place = {"variant": variant, "stratum": stratum, "bucket": label, "order": order}
-                for metric, (value, low, high) in mean_intervals(chosen, resamples, seed).items():
-                    numbers = {"value": value, "low": low, "high": high, "n": len(chosen[metric])}
-                    rows.append({**place, "metric": metric, **numbers})
+                in_bucket = {metric: own_U[index_U == order] for metric, own_U in metrics.items()}
+                for metric, interval in mean_intervals(in_bucket, resamples, seed).items():
+                    figures = {**_figures("value", interval), "n": len(in_bucket[metric])}
+                    rows.append({**place, "metric": metric, **figures})
     return rows
+
+
+def _figures(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.mean, "low": interval.low, "high": interval.high}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A few test users drawn at random, so that nobody picks flattering ones.
+
+    Attributes:
+        rows: their rows in the batch that they are drawn from.
+        batch: the batch of these users alone.
+    """
+
+    rows: Rows
+    batch: EvalBatch
+
+    @classmethod
+    def drawn(cls, batch: EvalBatch, count: int, seed: int) -> "Examples":
+        """Draw at most `count` of the batch's users."""
+        total = len(batch.targets)
+        rows = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+        histories = [batch.histories[row] for row in rows]
+        return cls(rows, EvalBatch(batch.user_rows[rows], histories, batch.targets[rows]))
+
+    def best(self, ranker: Ranker) -> Rows:
+        """Return the item rows of each user's top 10, (users, 10)."""
+        return ranker.top_k(self.batch, TOP) if len(self.rows) else np.empty((0, TOP), np.int64)
+
+    def table(self, dataset: PreparedDataset, best: Ranks, ranks: Ranks) -> list[dict[str, Any]]:
+        """Return the rows of examples.json: {user, history, target, target_rank, top}.
+
+        Args:
+            dataset: for ids and titles.
+            best: top 10 of each variant to show, from `best`.
+            ranks: ranks of the targets of the whole batch, by variant.
+        """
+        titles, batch = dataset.titles, self.batch
+        return [
+            {
+                "user": str(dataset.user_ids[int(batch.user_rows[number])]),
+                "history": [titles[item] for item in batch.histories[number][-SHOWN_HISTORY:]],
+                "target": titles[batch.targets[number]],
+                "target_rank": {name: int(ranks[name][row]) for name in best},
+                "top": {name: [titles[item] for item in best[name][number] if item >= 0] for name in best},
+            }
+            for number, row in enumerate(self.rows)
+        ]
