@@ -10,9 +10,8 @@ import yaml
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.stages import STAGES
-from rarec.stages.stage import BEGUN, PROGRESS
-from rarec.storage.artefacts import IDENTITY, MANIFEST
-from rarec.storage.directories import CHECKED, MARKER, claim, discard, foreign, new_directory, restore_all_replaced
+from rarec.storage.artefacts import BEGUN, IDENTITY, MANIFEST, PROGRESS
+from rarec.storage.directories import CHECKED, MARKER, claim, discard, foreign, new_directory
 from rarec.storage.files import read_json, temporary_path, write_json
 from tests.conftest import make_world
 from tests.processes import unfinish
@@ -406,14 +405,3 @@ def test_every_stage_leaves_nothing_that_it_would_not_know_as_its_own(run):
     for name in STAGES:
         for stage in open_run(config).stages(name):
             assert foreign(stage.directory) is None
-
-
-def test_what_was_being_replaced_when_a_process_was_killed_is_put_back(tmp_path):
-    for name in ("step-1", "step-2"):
-        with new_directory(tmp_path / name) as temporary:
-            (temporary / "file").write_text(name)
-    (tmp_path / "step-1").rename(temporary_path(tmp_path / "step-1", "old"))
-    shutil.copytree(tmp_path / "step-2", temporary_path(tmp_path / "step-2", "old"))
-    restore_all_replaced(tmp_path)
-    assert [(tmp_path / name / "file").read_text() for name in ("step-1", "step-2")] == ["step-1", "step-2"]
-    assert not temporary_path(tmp_path / "step-1", "old").exists()

@@ -9,8 +9,8 @@ import pytest
 from rarec.config import RunConfig
 from rarec.errors import Stopped, UserError
 from rarec.stages.run import Run
-from rarec.stages.stage import BEGUN, PROGRESS, Built, Stage
-from rarec.storage.artefacts import MANIFEST, read_manifest, write_sealed
+from rarec.stages.stage import Built, Stage
+from rarec.storage.artefacts import BEGUN, MANIFEST, PROGRESS, read_manifest, write_sealed
 from rarec.storage.directories import CHECKED, MARKER
 from rarec.storage.files import read_json, write_json
 
@@ -285,7 +285,7 @@ def test_shared_artefacts_have_a_name_by_what_shapes_them(run, tmp_path):
 @pytest.fixture
 def recorded(run, monkeypatch) -> Run:
     """A run whose stages are toys."""
-    monkeypatch.setattr("rarec.stages.STAGES", {"toy": Toy})
+    monkeypatch.setattr("rarec.stages.run.STAGES", {"toy": Toy})
     return run
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rarec.errors import UserError
+from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.files import sha256_file, write_json
 
@@ -15,6 +16,7 @@ class EvaluateStage(Stage):
     The last is about the alignment of the main variant, and missing where that has no slots.
     """
 
+    run: Run
     name = "evaluate"
     folder = "evaluation"
     summary = "Rank the full catalogue with every variant (as launch/evaluate.py does on several ranks)."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rarec.config import MODEL_SECTIONS
 from rarec.config.variants import NO_VARIANTS
 from rarec.errors import UserError
+from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
 from rarec.storage.artefacts import check_files
@@ -25,6 +26,7 @@ READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
 class ExportStage(Stage):
     """The bundle of one row of the results: by default the one that is best on validation users."""
 
+    run: Run
     name = "export"
     kind = folder = "bundle"
     remembers = False  # a bundle is copied and taken away

@@ -1,33 +1,33 @@
 """`rarec ids`: train or import the ID embeddings, and import every further source. Training uses all ranks."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
 from rarec.config.neighbours import Graph
 from rarec.stages.neighbours import table_settings
-from rarec.stages.stage import PROGRESS, Built, Stage
-from rarec.storage.artefacts import sha256_json
-
-if TYPE_CHECKING:
-    from rarec.stages.run import Run
+from rarec.stages.run import Run
+from rarec.stages.run_folder import RunFolder
+from rarec.stages.stage import Built, Stage
+from rarec.storage.artefacts import PROGRESS, sha256_json
 
 
 class IdsStage(Stage):
     """Vectors of one source: `id`, each of the configuration's `sources`, and the baseline beside a held-out `id`."""
 
+    run: Run
     name = "ids"
     summary = "Train or import ID embeddings."
     claims = ("items.npy", "model.safetensors")
     shareable = True
 
-    def __init__(self, run: "Run", part: str) -> None:
+    def __init__(self, run: Run, part: str) -> None:
         super().__init__(run, part)
         # An import is quick and built in a temporary directory, so one that is refused leaves nothing behind.
         self.resumable = isinstance(self._chosen, Recipe)
 
     @classmethod
-    def parts(cls, run: "Run") -> list[str]:
+    def parts(cls, run: RunFolder) -> list[str]:
         """See `Stage`."""
         return list(run.config.vectors_by_name)
 

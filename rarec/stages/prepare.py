@@ -5,6 +5,7 @@ from typing import Any
 
 from rarec.config.load import without_password
 from rarec.config.logs import Prepare
+from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 
 COMPUTES = ("engine", "spark", "memory", "scratch")
@@ -14,6 +15,7 @@ COMPUTES = ("engine", "spark", "memory", "scratch")
 class PrepareStage(Stage):
     """Users, items, interactions, the split, and a manifest with the counts of every step."""
 
+    run: Run
     name = "prepare"
     summary = "Logs to a prepared dataset: ids, order, split."
     shareable = True

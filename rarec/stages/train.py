@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from rarec.config import Variant
 from rarec.errors import UserError
+from rarec.stages.run import Run
+from rarec.stages.run_folder import RunFolder
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import sha256_json
 from rarec.storage.files import sha256_file
 
 if TYPE_CHECKING:
     from rarec.models.towers import RaRec
-    from rarec.stages.run import Run
     from rarec.training.checkpoints import Checkpoints
 
 OUTSIDE = ("variants", "trackers", "keep", "stream")
@@ -22,13 +23,14 @@ CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
 class TrainStage(Stage):
     """One trained variant: its best and newest checkpoints, its log, and in the manifest the best step."""
 
+    run: Run
     name = "train"
     summary = "Train every variant (as launch/train.py does on several ranks)."
     resumable = True
     claims = (LOG, "skipped.json", "log/")  # the last is of trackers
 
     @classmethod
-    def parts(cls, run: "Run") -> list[str]:
+    def parts(cls, run: RunFolder) -> list[str]:
         """See `Stage`."""
         return list(run.config.variants)
 

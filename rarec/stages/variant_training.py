@@ -23,7 +23,8 @@ from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking import EvalBatch, validation_metrics
-from rarec.stages.run import Run, Say
+from rarec.stages.run import Run
+from rarec.stages.run_folder import Say
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_spec
 from rarec.storage.artefacts import check_files
 from rarec.training.accelerator import build_accelerator

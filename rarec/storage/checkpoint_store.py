@@ -12,7 +12,7 @@ from typing import Any
 
 from rarec.errors import UserError
 from rarec.storage.artefacts import check_files, read_manifest, write_manifest
-from rarec.storage.directories import discard, new_directory, restore_all_replaced
+from rarec.storage.directories import discard, new_directory
 from rarec.storage.files import read_json, remove_stale, write_json
 
 KIND = "checkpoint"
@@ -45,7 +45,7 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, oldest first; each was whole when it was written."""
         named = (_NAME.fullmatch(path.name) for path in self.directory.glob(f"{_PREFIX}*"))
-        return sorted(int(found[1]) for found in named if found)
+        return sorted(int(match[1]) for match in named if match)
 
     @contextmanager
     def writing(self, step: int, state: Mapping[str, Any], best: int | None = None) -> Iterator[Path]:
@@ -77,7 +77,6 @@ class CheckpointStore:
         Raises:
             UserError: there are checkpoints, but none can be used; or one belongs to another training.
         """
-        restore_all_replaced(self.directory)
         remove_stale(self.directory)
         lost = self._lost()
         usable = [step for step in self.steps() if step not in lost]
