@@ -69,7 +69,7 @@ def plan(
 
     cluster = Cluster.of(gpus, machines, memory, device)
     engine = parse_engine(zero) if zero else None
-    made = import_module("rarec.stages.plan").plan(open_run(config, overrides), cluster, engine)
+    made = import_module("rarec.stages.train").plan(open_run(config, overrides), cluster, engine)
     out = Console() if sys.stdout.isatty() else Console(width=120)
     words = shlex.join([str(config), *(overrides or [])])
     for part in import_module("rarec.planning.plan_table").render(made, words):
@@ -183,7 +183,8 @@ def bench(
             f"--variant {name}: train.variants has none of that name", f"give {', '.join(opened.config.variants)}"
         )
     with watched(opened.world):
-        profile = import_module("rarec.stages.bench").bench(opened, name, steps)
+        trainer = import_module("rarec.stages.train").TrainStage(opened, name).untrained()
+        profile = import_module("rarec.training.bench").bench(trainer, name, steps, opened.config)
     if opened.world.is_main:
         for what, figure in profile.rows():
             print(f"{what:21} {figure}")

@@ -23,9 +23,9 @@ from rarec.ids.source import open_source
 from rarec.ids.validation import Validation
 from rarec.planning.cluster import Cluster
 from rarec.stages import STAGES
-from rarec.stages.plan import plan
 from rarec.stages.run import Run
 from rarec.stages.stage import Stage
+from rarec.stages.train import plan
 from rarec.storage.artefacts import read_manifest
 from tests.conftest import CONFIG, make_world
 from tests.pages import BIN, DOCS, blocks, write_files

@@ -1,5 +1,7 @@
 """`rarec train`, `accelerate launch launch/train.py`: train every variant of the configuration at the same budget."""
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +10,15 @@ from rarec.errors import UserError
 from rarec.stages.run import Run
 from rarec.stages.run_folder import RunFolder
 from rarec.stages.stage import Built, Stage
-from rarec.storage.artefacts import sha256_json
+from rarec.storage.artefacts import MANIFEST, differences, read_manifest, sha256_json
 from rarec.storage.files import sha256_file
 
 if TYPE_CHECKING:
     from rarec.models.towers import RaRec
+    from rarec.planning.advice import RunPlan
+    from rarec.planning.cluster import Cluster, EngineName
     from rarec.training.checkpoints import Checkpoints
+    from rarec.training.loop import Trainer
 
 OUTSIDE = ("variants", "trackers", "keep", "stream")
 """Fields of `train` that do not shape a variant's weights."""
@@ -65,14 +70,16 @@ class TrainStage(Stage):
         """See `Stage`."""
         import torch
 
-        from rarec.stages.plan import out_of_memory
+        from rarec.planning.advice import out_of_memory
         from rarec.stages.variant_training import train_variant
 
         checkpoints = self.checkpoints(directory)
         try:
             figures, stop = train_variant(self.run, self.variant, directory, checkpoints)
         except torch.OutOfMemoryError:
-            raise out_of_memory(self.run, self.part) from None
+            run = self.run
+            planner = partial(plan, run)
+            raise out_of_memory(self.part, run.engine.name, run.world, planner) from None
         log = sha256_file(directory / LOG) if self.run.world.is_main else ""
         return Built({**figures, "log": log}, _files(checkpoints, figures["best_step"]), stop)
 
@@ -88,6 +95,12 @@ class TrainStage(Stage):
     def remedy(self) -> str:
         """See `Stage`: the other variants need not be trained again."""
         return f"train it again: rarec train CONFIG --fresh train.variants=[{self.part}]"
+
+    def untrained(self) -> "Trainer":
+        """Return the training before its first step, for measurements; damaged samples are not looked for."""
+        from rarec.stages.variant_training import untrained
+
+        return untrained(self.run, self.variant, self.checkpoints())
 
     def best_model(self) -> "RaRec":
         """Return the trained variant at its best validation, for the run's engine to serve.
@@ -114,3 +127,27 @@ def _files(checkpoints: "Checkpoints", step: int) -> dict[str, str]:
     """Return the sha256 of each file of a checkpoint, as the training's manifest names them."""
     place = f"{CHECKPOINTS}/{checkpoints.path(step).name}"
     return {f"{place}/{name}": digest for name, digest in checkpoints.digests(step).items()}
+
+
+def plan(run: Run, cluster: "Cluster", engine: "EngineName | None") -> "RunPlan":
+    """Estimate what training the variants of a run needs; nothing is loaded, and nothing is written.
+
+    Args:
+        run: the run.
+        cluster: GPUs to train on.
+        engine: engine to plan for; None for the recommended one.
+
+    Raises:
+        UserError: the language model's configuration or a file of vectors is missing, or the batch is too small.
+    """
+    from rarec.planning.advice import plan_run
+    from rarec.planning.input_sizes import SampleStats
+
+    stage, samples = run.stage("shards"), None
+    if (stage.directory / MANIFEST).exists():
+        manifest = read_manifest(stage.directory, "shards")
+        if differences(manifest["settings"], json.loads(json.dumps(stage.settings()))):
+            run.say(f"{stage.directory} was made with other settings: the number of samples is unknown")
+        else:
+            samples = SampleStats.of_shards(stage.directory, manifest, run.config)
+    return plan_run(run.config, run.converted_llm, samples, cluster, engine)

@@ -132,6 +132,13 @@ def build_trainer(
     )
 
 
+def untrained(run: Run, variant: Variant, checkpoints: Checkpoints) -> Trainer:
+    """Return a variant's training before its first step, without the check for damaged samples."""
+    feed = open_feed(run)
+    stream = open_stream(run, feed, np.empty(0, np.int64))
+    return build_trainer(run, variant, feed, stream, checkpoints, TrainingState())
+
+
 def open_feed(run: Run) -> Feed:
     """Return the feed of the run's shards, which must be finished."""
     directory, manifest = run.directory("shards"), run.stage("shards").require()
