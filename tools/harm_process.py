@@ -25,7 +25,7 @@ PRELOADED = (
     "rarec.cli",
     "rarec.stages.run",
     "rarec.stages.variant_training",
-    "rarec.stages.evaluator",
+    "rarec.evaluation.evaluator",
     "rarec.stages.export",
     "rarec.stages.verify",
     "rarec.data.engines.duckdb_engine",
