@@ -52,7 +52,8 @@ class EvaluateStage(Stage):
         from rarec.evaluation.diagnostics import variant_diagnostics
         from rarec.evaluation.evaluator import Evaluator
 
-        started, run = time.monotonic(), self.run
+        run = self.run
+        started = time.monotonic()
         evaluator = Evaluator(
             run.config, run.dataset, run.baseline.ranker(), run.neighbours, world=run.world, say=run.say
         )

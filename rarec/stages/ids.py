@@ -38,11 +38,11 @@ class IdsStage(Stage):
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`: a recipe and the seed, or how an import makes its user vectors."""
-        chosen, seed = self._chosen, self.run.config.run.seed
+        chosen = self._chosen
         if isinstance(chosen, Recipe):
             section = cast(Ids, self.section)  # sources beside `id` have no recipe
-            holdout, model = section.held_out, section.model
-            return {"seed": seed, "holdout": holdout, "users": {"kind": model, **chosen.model_dump(mode="json")}}
+            users = {"kind": section.model, **chosen.model_dump(mode="json")}
+            return {"seed": self.run.config.run.seed, "holdout": section.held_out, "users": users}
         if isinstance(chosen, Graph):
             counted = {
                 "holdout": self.run.config.ids.held_out,
@@ -77,10 +77,12 @@ class IdsStage(Stage):
         from rarec.ids.graph import write_graph
         from rarec.ids.make import write_source
 
-        run, config, section, seed = self.run, self.run.config, self.section, self.run.config.run.seed
+        run = self.run
         world = run.world
+        section = self.section
+        seed = run.config.run.seed
         if isinstance(section, Graph):
-            counts = (config.neighbours, config.prepare, config.ids.held_out)
+            counts = (run.config.neighbours, run.config.prepare, run.config.ids.held_out)
             figures = world.run_on_all(
                 lambda: write_graph(section, *counts, run.dataset, directory, seed) if world.is_main else {}
             )

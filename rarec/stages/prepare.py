@@ -39,7 +39,8 @@ class PrepareStage(Stage):
         """See `Stage`."""
         from rarec.data.preparation.pipeline import write_dataset
 
-        run, figures = self.run, dict[str, Any]()
+        run = self.run
+        figures: dict[str, Any] = {}
         run.world.run_on_main(lambda: figures.update(write_dataset(run.config.prepare, directory, run.say)))
         return Built(figures)
 

@@ -18,7 +18,7 @@ class ReportStage(Stage):
 
     run: Run
     name = "report"
-    summary = "Write one HTML file of everything that was found."
+    summary = "Write one HTML file of all results."
     cheap = True
 
     def settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run: its configuration, its stages, and what they have made, opened when it is asked for."""
+"""A run: its configuration, its stages, and what they have made, opened when it is needed."""
 
 import sys
 import time
@@ -80,7 +80,7 @@ class Run(RunFolder):
                 file has the same size, time and inode.
 
         Raises:
-            UserError: a name is unknown, the input is not as it should be, or an artefact was made otherwise.
+            UserError: a name is unknown, the input is not as it should be, or an artefact was made with other settings.
             Stopped: a signal asked to stop; the same call resumes.
         """
         wanted = named_stages(stages) if stages is not None else list(STAGES)
@@ -100,7 +100,8 @@ class Run(RunFolder):
         What it took is written to the run's `record.json`.
         """
         source()  # the commit as it was when the code was loaded, not as it may be hours later
-        started, built = time.monotonic(), False
+        started = time.monotonic()
+        built = False
         stages = self.stages(name)
         self.world.run_on_main(lambda: self._check_places(stages, fresh))
         try:
@@ -254,10 +255,15 @@ class Run(RunFolder):
         from rarec.models.build import slots_reserved
         from rarec.prompts import AT_TITLES, PromptPair
 
-        llm, dataset, config = self.llm, self.dataset, self.config
-        reserved, kind = slots_reserved(config, self.shapes), llm.identity["kind"]
+        llm = self.llm
         pair = PromptPair(
-            config.prompt, llm.tokenizer, dataset.titles, dataset.texts, reserved, llm.context_length, kind
+            self.config.prompt,
+            llm.tokenizer,
+            self.dataset.titles,
+            self.dataset.texts,
+            slots_reserved(self.config, self.shapes),
+            llm.context_length,
+            llm.identity["kind"],
         )
         named = {name.removesuffix(AT_TITLES) for side in pair.sources.values() for name in side}
         for name in self.shapes:

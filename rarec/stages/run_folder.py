@@ -35,7 +35,9 @@ class RunFolder:
     """
 
     def __init__(self, config: RunConfig, say: Say, file: str | Path | None = None) -> None:
-        self.config, self.say, self.file = config, say, file
+        self.config = config
+        self.say = say
+        self.file = file
         self.reads_all = False
 
     @property
@@ -97,7 +99,8 @@ class RunFolder:
             UserError: a file of the user's has its name.
         """
         self._check_config_file()
-        text, path = HEADER + dump_config(self.config), self.config_file
+        path = self.config_file
+        text = HEADER + dump_config(self.config)
         before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
         if before != text and (before is not None or not only_if_there):
             write_text(path, text)
@@ -112,7 +115,7 @@ class RunFolder:
     def record(self, stage: str, seconds: float, fresh: bool) -> None:
         """Add a stage's time, machine and commit to `record.json`.
 
-        The time of a process that was killed is not known here; a training's own manifest counts it.
+        The time of a process that was killed is unknown; a training's own manifest counts it.
 
         Raises:
             UserError: the file is damaged, or not rarec's.
@@ -128,7 +131,7 @@ class RunFolder:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return each stage's time, machine and commit, as `record.json` has it; nothing if there is none.
+    """Return each stage's time, machine and commit, as `record.json` has it; an empty one if there is none.
 
     Raises:
         UserError: the file is damaged, or not rarec's.

@@ -155,8 +155,8 @@ class Stage(ABC):
             outside: compare the outside inputs as well, which may take seconds.
 
         Raises:
-            UserError: it is missing or unfinished, or was made with other settings or from other inputs than are here
-                now.
+            UserError: it is missing or unfinished, or was made with other settings or from other inputs than
+                those of now.
         """
         if not (self.directory / MANIFEST).exists() and (self.directory / BEGUN).exists():
             raise UserError(f"{self.directory} is not finished", f"run rarec {self.name} CONFIG: it resumes")
@@ -182,7 +182,7 @@ class Stage(ABC):
         """Return whether the artefact is finished as the configuration says, as far as manifests tell."""
         try:
             self.require()
-        except (UserError, OSError):  # missing, damaged or made otherwise: the stage itself says which
+        except (UserError, OSError):  # missing, damaged or of other settings: the stage itself says which
             return False
         return True
 
@@ -199,7 +199,7 @@ class Stage(ABC):
         world = self.run.world
         for stage in self.inputs().values():
             world.run_on_all(stage.require)  # what is missing is named before anything is written
-        if not fresh and self._is_up_to_date():  # what is finished is only read: nobody waits for that
+        if not fresh and self._is_up_to_date():  # a finished artefact is only read, without a lock
             return False
         with self._lock():
             if not fresh and self._is_up_to_date():
@@ -222,16 +222,16 @@ class Stage(ABC):
         Raises:
             UserError: naming what is in the way.
         """
-        done, begun = ((self.directory / name).exists() for name in (MANIFEST, BEGUN))
-        if fresh or not (done or begun):  # what is done is left alone, and a build that goes on replaces nothing
+        has_artefact = any((self.directory / name).exists() for name in (MANIFEST, BEGUN))
+        if fresh or not has_artefact:  # a finished one is left alone, and a build that resumes replaces nothing
             folder = self.run.root / self.folder
             refuse_foreign(folder if folder.is_symlink() else self.directory)
 
     def _is_up_to_date(self) -> bool:
-        """Return whether the artefact is finished, made as the configuration says, from what is here now; print it.
+        """Return whether the artefact is finished, made as the configuration says, from the inputs of now; print it.
 
         Raises:
-            UserError: it was made otherwise, and is not cheap.
+            UserError: it was made from other settings or inputs, and is not cheap.
         """
         world = self.run.world
         # Rank 0 decides for all: another machine may not list yet what was written a moment ago.
@@ -288,7 +288,8 @@ class Stage(ABC):
     @contextmanager
     def _resumable_build(self, identity: Mapping[str, Any], fresh: bool) -> Iterator[Path]:
         """Yield the directory in which the build resumes; what is replaced stays until the build is whole."""
-        world, final = self.run.world, self.directory
+        world = self.run.world
+        final = self.directory
         directory = final.with_name(f".{final.name}.fresh") if fresh else final
         begun = {"kind": self.kind, "schema": SCHEMA, **identity}
         world.run_on_main(lambda: artefacts.begin_build(directory, final, begun, self.claims))
@@ -305,12 +306,13 @@ class Stage(ABC):
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Keep other processes from building the same: the second one waits, and then finds it finished."""
-        world, directory = self.run.world, self.directory
+        world = self.run.world
+        directory = self.directory
         with ExitStack() as stack:
             lock = directory.with_name(f".{directory.name}.lock")
             handle = stack.enter_context(lock_file(lock)) if world.is_main else None
             waits = False
-            # Every rank asks again and again: one long wait in a collective would look like a hang.
+            # Every rank polls: one long wait in a collective would look like a hang.
             while world.all_reduce_max(int(handle is not None and not try_lock(handle))):
                 if not waits:
                     self.run.say(f"{directory} is being built by another process: waiting for it")

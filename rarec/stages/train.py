@@ -73,14 +73,13 @@ class TrainStage(Stage):
         from rarec.planning.advice import out_of_memory
         from rarec.stages.variant_training import train_variant
 
+        run = self.run
         checkpoints = self.checkpoints(directory)
         try:
-            figures, stop = train_variant(self.run, self.variant, directory, checkpoints)
+            figures, stop = train_variant(run, self.variant, directory, checkpoints)
         except torch.OutOfMemoryError:
-            run = self.run
-            planner = partial(plan, run)
-            raise out_of_memory(self.part, run.engine.name, run.world, planner) from None
-        log = sha256_file(directory / LOG) if self.run.world.is_main else ""
+            raise out_of_memory(self.part, run.engine.name, run.world, partial(plan, run)) from None
+        log = sha256_file(directory / LOG) if run.world.is_main else ""
         return Built({**figures, "log": log}, _files(checkpoints, figures["best_step"]), stop)
 
     def checkpoints(self, directory: Path | None = None) -> "Checkpoints":
@@ -111,13 +110,14 @@ class TrainStage(Stage):
         """
         from rarec.storage.checkpoint_store import CorruptCheckpoint
 
-        manifest, checkpoints = self.require(), self.checkpoints()
+        manifest = self.require()
+        checkpoints = self.checkpoints()
         best = manifest["best_step"]
         model = self.run.build_model(self.variant)
         try:
             checkpoints.load(model, best)
-        except CorruptCheckpoint as torn:  # a later checkpoint is another model: it must not take the place of this one
-            raise UserError(torn.problem, self.remedy) from None
+        except CorruptCheckpoint as error:  # a later checkpoint is another model and must not replace this one
+            raise UserError(error.problem, self.remedy) from None
         if _files(checkpoints, best) != manifest["files"]:
             raise UserError(f"{checkpoints.path(best)} is not the best checkpoint of {self.directory}", self.remedy)
         return model.eval()
@@ -143,7 +143,8 @@ def plan(run: Run, cluster: "Cluster", engine: "EngineName | None") -> "RunPlan"
     from rarec.planning.advice import plan_run
     from rarec.planning.input_sizes import SampleStats
 
-    stage, samples = run.stage("shards"), None
+    stage = run.stage("shards")
+    samples = None
     if (stage.directory / MANIFEST).exists():
         manifest = read_manifest(stage.directory, "shards")
         if differences(manifest["settings"], json.loads(json.dumps(stage.settings()))):

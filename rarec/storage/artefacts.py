@@ -193,7 +193,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def check_made_from(directory: Path, manifest: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    """Refuse an artefact that was made from other inputs than the ones that are here now.
+    """Refuse an artefact that was made from other inputs than those of now.
 
     Raises:
         UserError: naming the input.

@@ -36,7 +36,9 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path, keep: int, belongs_to: str) -> None:
-        self.directory, self.keep, self.belongs_to = directory, keep, belongs_to
+        self.directory = directory
+        self.keep = keep
+        self.belongs_to = belongs_to
 
     def path(self, step: int) -> Path:
         """Return the directory of the checkpoint after `step` steps."""
@@ -97,12 +99,13 @@ class CheckpointStore:
                 self.verify(step)
             except CorruptCheckpoint as error:
                 lost[step] = error.problem
-        last_torn, whole = max(lost, default=0), set(self.steps()) - set(lost)
+        last_corrupt = max(lost, default=0)
+        whole = set(self.steps()) - set(lost)
         for step in sorted(whole):
             best = self.read_state(step).get("best_step")
-            replaced = best not in lost and step < last_torn  # by a better one, which was kept in its stead
+            replaced = best not in lost and step < last_corrupt  # by a better one, which was kept in its stead
             if best is not None and best not in whole and not replaced:
-                lost[step] = f"{self.path(step)} needs {self.path(best).name}, the best, which is torn or missing"
+                lost[step] = f"{self.path(step)} needs {self.path(best).name}, the best, which is corrupt or missing"
         return lost
 
     def verify(self, step: int) -> None:

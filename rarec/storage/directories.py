@@ -18,9 +18,9 @@ from rarec.errors import UserError
 from rarec.storage.files import fsync, is_temporary, open_to_lock, read_json, remove_stale, temporary_path, write_json
 
 MARKER = ".rarec.json"
-"""File in a directory that rarec has made: the names of its files; `name/` stands for all that is in a directory."""
+"""File in a directory that rarec has made: the names of its files; `name/` for all that is in a directory."""
 CHECKED = ".rarec-checked.json"
-"""File beside it: which files were read and found whole, so that they are not read again."""
+"""File beside it: which files were read and checked, so that they are not read again."""
 
 
 @contextmanager

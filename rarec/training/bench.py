@@ -140,7 +140,8 @@ def _bare_pass(model: RaRec, side: SideBatch) -> None:
 
 def _advice(config: RunConfig, device: str, profile: StepProfile) -> Iterator[str]:
     """Yield what to change, by the shares of the step."""
-    train, llm = config.train, config.llm
+    train = config.train
+    llm = config.llm
     waiting = profile.seconds["waiting for data"] / profile.step
     if waiting > MUCH_WAITING:
         yield f"a step waits {waiting:.0%} of its time for data: train.stream.workers={train.stream.workers + 1}"
