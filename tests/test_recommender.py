@@ -16,7 +16,7 @@ from rarec.bundle.bundle import FACTS, Bundle
 from rarec.config import VARIANTS
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.models.weights import save_weights
+from rarec.models.build import save_weights
 from rarec.ranking import EvalBatch
 from rarec.stages.run import Run
 from rarec.storage.artefacts import read_manifest, write_manifest

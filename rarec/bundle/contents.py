@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, SCHEMA, TABLES, VECTORS, Catalogue
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.ids.source import Source
+from rarec.models.build import save_weights
 from rarec.models.towers import RaRec
-from rarec.models.weights import save_weights
 from rarec.neighbours.table import TABLE
 from rarec.storage.files import write_json
 

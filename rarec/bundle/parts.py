@@ -14,10 +14,9 @@ from rarec.bundle.dense import DenseForm, DenseScores
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.source import Source
-from rarec.models.build import build_model, slots_reserved
+from rarec.models.build import build_model, load_weights, slots_reserved
 from rarec.models.encode import Encoder
 from rarec.models.language_model import LoadedModel, load_model
-from rarec.models.weights import load_weights
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.prompts import PromptPair
 from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, VectorRanker

@@ -10,7 +10,7 @@ import torch
 from rarec.bundle.parts import Parts
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone
-from rarec.models.weights import LORA
+from rarec.models.build import LORA
 
 CLOSE = 1e-5
 

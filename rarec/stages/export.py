@@ -58,7 +58,7 @@ class ExportStage(Stage):
         from rarec.bundle.card import CARD, model_card
         from rarec.bundle.contents import write_bundle
         from rarec.evaluation.verdict import Results, verdict
-        from rarec.models.language_model import copy_model
+        from rarec.models.model_folder import copy_model
 
         run, results = self.run, self._results()
         row, why = self._row(results)

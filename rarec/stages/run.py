@@ -221,10 +221,11 @@ class Run(RunFolder):
     @cached_property
     def llm(self) -> "LoadedModel":
         """The frozen language model, without LoRA."""
-        from rarec.models.language_model import convert, load_model
+        from rarec.models.language_model import load_model
+        from rarec.models.model_folder import locate
 
         config, converted = self.config.llm, self.converted_llm
-        self.world.run_on_main(lambda: convert(config, converted))
+        self.world.run_on_main(lambda: locate(config.path, converted))
         with self.engine.loading(config):
             return load_model(config, converted, pool=self.config.readout.pool, device=self.world.device.type)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from rarec.stages.run_folder import Say
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_spec
 from rarec.storage.artefacts import check_files
 from rarec.training.accelerator import build_accelerator
-from rarec.training.batches import Collator
+from rarec.training.batches import Collator, initial_samples
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.feed import Feed, first_samples
 from rarec.training.loader import BatchLoader
@@ -115,7 +114,8 @@ def build_trainer(
         model = run.build_model(variant)
         checkpoints.load(model, state.step)
     else:
-        model = open_initialiser(run, shards["state_blocks"]).new_model(variant, partial(first_samples, stream))
+        initialiser = open_initialiser(run, shards["state_blocks"])
+        model = initialiser.new_model(variant, lambda count: initial_samples(first_samples(stream, count), run.prompts))
     optimisation = run.engine.train(model, config.train)
     collate = Collator(model, run.prompts, run.sources, item_states_NLD, config.alignment.id_dropout)
     return Trainer(

@@ -31,10 +31,10 @@ from rarec.export.vllm.graphs import InputSlots, SlotVectors, StateQuery
 from rarec.export.vllm.prefix import USE_ONNX, Prefix, cached, write_program
 from rarec.export.vllm.program import Program
 from rarec.models.backbone import pool_text
+from rarec.models.build import LORA
 from rarec.models.encode import Encoder, side_batch
 from rarec.models.slots import Slots
 from rarec.models.towers import SideBatch
-from rarec.models.weights import LORA
 from rarec.storage.files import write_json
 
 Float32 = npt.NDArray[np.float32]
