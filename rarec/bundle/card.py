@@ -63,7 +63,7 @@ def model_card(contents: Contents, config: RunConfig, figures: Mapping[str, Any]
         contents: of the bundle.
         config: of the run.
         figures: `metrics` (rows of metrics.json) and `trained_parameters`, as in the manifest.
-        verdict: whether the run's main variant adds to all that is cheap, in one sentence.
+        verdict: whether the run's main variant adds to the untrained baselines, in one sentence.
     """
     trained, catalogue = contents.trained, contents.catalogue
     examples = [in_one_line(str(item)) for item in catalogue.ids[:2].to_pylist()]
