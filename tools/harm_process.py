@@ -34,9 +34,9 @@ PRELOADED = (
     "rarec.models.language_model",
     "rarec.report.html",
     "rarec.training.loop",
-    "rarec.bundle.command",
+    "rarec.bundle.users",
     "rarec.bundle.realign",
-    "rarec.export.write",
+    "rarec.export.onnx",
     "transformers.models.bert.modeling_bert",
     "torch.distributed.nn",
 )
