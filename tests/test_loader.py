@@ -16,9 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rarec.data.shards.loader import BatchLoader, copied_ahead
 from rarec.distributed.world import World
 from rarec.errors import UserError
-from rarec.training.loader import BatchLoader, copied_ahead
 from tests.processes import all_end, workers_of
 from tests.shards import open_stream, write_shards
 
@@ -41,7 +41,8 @@ def keys(samples, total: int = 0) -> list[int]:
 
 
 def loader(shards, workers: int, collate=keys, rank: int = 0, world: int = 1, **plan) -> BatchLoader:
-    return BatchLoader(open_stream(*shards, **plan), collate, workers, World(rank, world))
+    stream = open_stream(*shards, **plan)
+    return BatchLoader(stream.plan, stream.samples, collate, workers, World(rank, world))
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

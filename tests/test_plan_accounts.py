@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import save_file
 
 from rarec.config import VARIANTS, RunConfig
-from rarec.data.shards.index import INDEX
+from rarec.data.shards.files import INDEX
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.models.build import SourceShape
@@ -21,8 +21,8 @@ from rarec.planning.cluster import ENGINES
 from rarec.planning.input_sizes import EpochBatches, SampleStats, prompt_length_bounds
 from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, rank_memory
 from rarec.planning.step_time import step_traffic
-from rarec.stages.train import plan
-from rarec.stages.variant_training import open_feed, open_stream
+from rarec.stages.plan import plan
+from rarec.stages.variant_training import open_feed
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
 from tests.synthetic import write_llm
 
@@ -271,8 +271,7 @@ def test_under_a_token_budget_steps_and_the_largest_batch_are_those_of_the_train
     """Short prompts make batches of more samples than the budget holds of the longest."""
     run = open_run(finished, ["train.tokens_per_batch=700"])
     made = plan(run, GPU, None).calculator
-    stream = open_stream(run, open_feed(run), np.array([], np.int64))
-    sizes = [len(batch) for batch in stream.plan.batches(0)]
+    sizes = [len(batch) for batch in open_feed(run).plan().batches(0)]
     assert (made.batches.count, made.batches.smallest) == (len(sizes), min(sizes))
     assert made.batches.mean_size == pytest.approx(np.mean(sizes))
     assert made.batches.largest[0][0] == max(sizes) > 700 // made.prompts["user"].longest

@@ -10,13 +10,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rarec.data.shards import tars as stores
-from rarec.data.shards.tars import MAX_OPEN, RemoteTars, fetch_description
+from rarec.data.shards import files as stores
+from rarec.data.shards.files import MAX_OPEN, RemoteTars, fetch_description
 from rarec.errors import UserError
 from rarec.storage.directories import MARKER
 from rarec.storage.files import read_json, temporary_path
-from tests import forging
-from tests.shards import open_stream, users, write_shards
+from tests.shards import open_stream, seal, users, write_shards
 
 SIZES = [6, 3, 9, 5] * 5
 LOCK = ".shards.fetch"
@@ -184,22 +183,6 @@ def test_a_tar_that_is_missing_or_altered_there_is_refused_by_its_url(url, made,
     assert cached(tmp_path / "cache") == []
 
 
-def test_a_fetch_ends_where_more_comes_than_the_manifest_says(made, tmp_path, monkeypatch):
-    manifest, came = read_json(made / "manifest.json"), []
-
-    def endless(url):
-        for _ in range(1000):
-            came.append(4096)
-            yield bytes(4096)
-
-    monkeypatch.setattr(stores, "read_blocks", endless)
-    with pytest.raises(UserError, match=r"000001\.tar .*\d+ bytes") as error:
-        remote(f"file://{made}", manifest, tmp_path / "cache").open(1)
-    assert "rarec shards CONFIG --fresh" in error.value.remedy
-    assert sum(came) <= 2 * (manifest["shards"][1]["bytes"] + 4096)
-    assert cached(tmp_path / "cache") == []
-
-
 def test_a_bad_description_is_refused_and_nothing_is_left(url, made, tmp_path):
     directory, (fs, root) = tmp_path / "run" / "shards", far(url)
 
@@ -222,12 +205,12 @@ def test_a_bad_description_is_refused_and_nothing_is_left(url, made, tmp_path):
     refused(r"://.*far/manifest\.json")
 
 
-@pytest.mark.parametrize("name", ["../stolen", "deeper/stolen", ".stolen"])
-def test_no_file_is_written_outside_the_directory_or_hidden_in_it(made, tmp_path, name):
+@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen"])
+def test_no_file_is_written_outside_the_directory(made, tmp_path, name):
     shutil.copytree(made, tmp_path / "far")
     manifest = read_json(made / "manifest.json")
     manifest["files"][name] = "0" * 64
-    forging.seal(tmp_path / "far", manifest)
+    seal(tmp_path / "far", manifest)
     with pytest.raises(UserError, match=rf"'{re.escape(name)}'"):
         fetch_description(f"file://{tmp_path}/far", tmp_path / "run" / "shards")
 

@@ -16,11 +16,10 @@ from rarec.models.encode import Encoder
 from rarec.planning.cluster import Cluster
 from rarec.ranking import rank_targets
 from rarec.stages import STAGES
+from rarec.stages.plan import plan
 from rarec.stages.run import Run
-from rarec.stages.shard_content import ShardContent
-from rarec.stages.train import plan
-from rarec.stages.variant_training import open_feed, open_stream
-from rarec.stages.verify import verify
+from rarec.stages.shard_content import ShardContent, verify
+from rarec.stages.variant_training import open_feed
 from rarec.storage.artefacts import IDENTITY, read_manifest, read_sealed, write_manifest, write_sealed
 from rarec.storage.files import read_json
 from rarec.training.batches import Collator
@@ -110,8 +109,8 @@ def test_id_dropout_leaves_out_vectors_by_sample(finished, tmp_path):
     shards = run.directory("shards")
     states = np.load(shards / "item_states.npy", mmap_mode="r")
     collate = Collator(model, run.prompts, run.sources, states, id_dropout=0.5)
-    stream = open_stream(run, open_feed(run), np.array([], np.int64))
-    samples = [sample for batch in stream.epoch(0) for sample in batch]
+    stored = open_feed(run).samples
+    samples = [stored[number] for number in range(len(stored))]
     bare = (collate(samples, len(samples)).items.vectors["id"] == 0).all(-1).squeeze(1)
     assert 0.3 < bare.float().mean() < 0.7
     alone = [bool((collate([sample], 1).items.vectors["id"] == 0).all()) for sample in samples]

@@ -26,12 +26,12 @@ def rows(quick: bool) -> list[Row]:
 def stream(directory: Path, shards: int, rounds: int) -> Row:
     """Read whole epochs, and whole tars, in turns."""
     write_different(directory, shards, 1024)
-    opened = stream_of(directory, "batch_size")
+    plan, samples = stream_of(directory, "batch_size")
     spent = [
-        (seconds(partial(read_epoch, opened, epoch)), seconds(partial(read_bare, directory)))
+        (seconds(partial(read_epoch, plan, samples, epoch)), seconds(partial(read_bare, directory)))
         for epoch in range(rounds + 1)
     ]
-    ours, bare = (opened.plan.samples / statistics.median(times) for times in zip(*spent[1:], strict=True))
+    ours, bare = (plan.samples / statistics.median(times) for times in zip(*spent[1:], strict=True))
     return Row.least("stream / bare tar and decode", ours, bare, 0.9, "samples/s")
 
 

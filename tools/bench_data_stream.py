@@ -15,17 +15,17 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measuring import Figure, apart, at_least, at_most, memory, seconds
 
 from rarec.data.shards.batch_plan import BatchPlan
-from rarec.data.shards.index import INDEX, open_index, tar_name, write_index
+from rarec.data.shards.files import INDEX, Tars, open_index, tar_name, write_index
+from rarec.data.shards.loader import ShardDataset
 from rarec.data.shards.samples import Sample
-from rarec.data.shards.stream import SampleStream
-from rarec.data.shards.tars import LocalTars
-from rarec.data.shards.writing import finish_shards, write_shards
-from rarec.storage.artefacts import check_files, read_manifest
+from rarec.data.shards.writing import describe_shards, write_shards
+from rarec.storage.artefacts import check_files, read_manifest, write_manifest
 
 BLOCKS, HIDDEN, DIM, ITEMS = 7, 384, 64, 12_000
 BATCH, BUDGET = 64, 64 * 80
@@ -86,7 +86,7 @@ def made_samples(places: range) -> Iterator[Sample]:
 def write_different(directory: Path, shards: int, samples: int) -> None:
     """Write shards as `rarec shards` does."""
     records = write_shards(directory, shards * samples, samples, made_samples, "bench")
-    finish_shards(directory, records, settings={}, made_from={})
+    finish(directory, records)
 
 
 def write_same(directory: Path, source: Path, shards: int) -> None:
@@ -100,7 +100,13 @@ def write_same(directory: Path, source: Path, shards: int) -> None:
     numbered = (with_shard(rows_S, shard) for shard in range(shards))
     write_index(directory, numbered, shards * len(rows_S))
     records = [{**first, "file": tar_name(shard)} for shard in range(shards)]
-    finish_shards(directory, records, settings={}, made_from={})
+    finish(directory, records)
+
+
+def finish(directory: Path, records: list[dict[str, Any]]) -> None:
+    """Write the manifest."""
+    figures, files = describe_shards(records, ())
+    write_manifest(directory, "shards", settings={}, made_from={}, files=files, **figures)
 
 
 def with_shard(rows_S: np.ndarray, shard: int) -> np.ndarray:
@@ -109,8 +115,8 @@ def with_shard(rows_S: np.ndarray, shard: int) -> np.ndarray:
     return rows_S
 
 
-def stream_of(directory: Path, by: str) -> SampleStream:
-    """Open a stream as training does, with batches by size or by tokens."""
+def stream_of(directory: Path, by: str) -> tuple[BatchPlan, ShardDataset]:
+    """Open plan and samples as training does, with batches by size or by tokens."""
     manifest = read_manifest(directory, "shards")
     check_files(directory, {**manifest, "files": {INDEX: manifest["files"][INDEX]}})
     index_S = open_index(directory, manifest)
@@ -121,7 +127,7 @@ def stream_of(directory: Path, by: str) -> SampleStream:
         if by_size
         else BatchPlan(shards, tokens, 0, tokens_per_batch=BUDGET)
     )
-    return SampleStream(plan, index_S, LocalTars(directory), ITEMS)
+    return plan, ShardDataset(index_S, Tars(directory))
 
 
 def restarts(directory: Path, rounds: int) -> Iterator[tuple[str, float]]:
@@ -133,27 +139,29 @@ def restarts(directory: Path, rounds: int) -> Iterator[tuple[str, float]]:
 def restart(directory: Path, by: str) -> float:
     """Return the seconds from opening the shards to the batch in the middle of an epoch."""
     started = time.perf_counter()
-    stream = stream_of(directory, by)
-    next(stream.epoch(1, stream.plan.steps(1) // 2))
+    plan, samples = stream_of(directory, by)
+    samples.read(next(plan.batches(1, plan.steps(1) // 2)))
     return time.perf_counter() - started
 
 
 def resident_over_an_epoch(directory: Path) -> tuple[float, float, float]:
     """Return resident MiB before an epoch, and the minimum and maximum during it, after its first tenth."""
-    before, stream, seen = memory("VmRSS"), stream_of(directory, "batch_size"), []
-    for step, _ in enumerate(stream.epoch(0)):
-        if step >= stream.plan.steps(0) // 10:
+    before, seen = memory("VmRSS"), []
+    plan, samples = stream_of(directory, "batch_size")
+    for step, numbers in enumerate(plan.batches(0)):
+        samples.read(numbers)
+        if step >= plan.steps(0) // 10:
             seen.append(memory("VmRSS"))
     return before, min(seen), max(seen)
 
 
 def speeds(directory: Path, rounds: int) -> list[Figure]:
     """Measure whole epochs and whole bare reads in turns, then the speed of a frozen model."""
-    stream = stream_of(directory, "batch_size")
-    samples, rarec, bare = stream.plan.samples, [], []
+    plan, stored = stream_of(directory, "batch_size")
+    samples, rarec, bare = plan.samples, [], []
     for epoch in range(rounds + 1):
         bare.append(samples / seconds(partial(read_bare, directory)))
-        rarec.append(samples / seconds(partial(read_epoch, stream, epoch)))
+        rarec.append(samples / seconds(partial(read_epoch, plan, stored, epoch)))
     ratio = statistics.median(a / b for a, b in zip(rarec[1:], bare[1:], strict=True))  # the first round warms up
     consumed = step_rate()
     return [
@@ -165,10 +173,10 @@ def speeds(directory: Path, rounds: int) -> list[Figure]:
     ]
 
 
-def read_epoch(stream: SampleStream, epoch: int, ranks: int = 1) -> None:
+def read_epoch(plan: BatchPlan, samples: ShardDataset, epoch: int, ranks: int = 1) -> None:
     """Read the last rank's part of an epoch and keep nothing."""
-    for _ in stream.epoch(epoch, rank=ranks - 1, world=ranks):
-        pass
+    for numbers in plan.batches(epoch):
+        samples.read(plan.share(numbers, ranks - 1, ranks))
 
 
 def read_bare(directory: Path) -> None:

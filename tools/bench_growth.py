@@ -49,7 +49,9 @@ def samples(shards: int, rounds: int) -> list[Row]:
         streams = [stream_of(place, "batch_size") for place in (few, many)]
         found = {}
         for ranks, what in ((1, "an epoch of the stream"), (2, "one of two ranks' part of an epoch")):
-            spent = [[seconds(partial(read_epoch, of, epoch, ranks)) for of in streams] for epoch in range(rounds)]
+            spent = [
+                [seconds(partial(read_epoch, *stream, epoch, ranks)) for stream in streams] for epoch in range(rounds)
+            ]
             found[what] = [statistics.median(times) for times in zip(*spent, strict=True)]
         held = [apart(resident_over_an_epoch, place)[2] for place in (few, many)]
     return [

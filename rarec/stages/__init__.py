@@ -7,12 +7,10 @@ from rarec.stages.neighbours import NeighboursStage
 from rarec.stages.prepare import PrepareStage
 from rarec.stages.report import ReportStage
 from rarec.stages.shards import ShardsStage
-from rarec.stages.stage import STAGES, Stage
+from rarec.stages.stage import Stage
 from rarec.stages.train import TrainStage
 
-__all__ = ["STAGES", "Stage"]
-
-STAGES |= {
+STAGES: dict[str, type[Stage]] = {
     stage.name: stage
     for stage in (
         PrepareStage,

@@ -1,8 +1,13 @@
 """The content of a run's shards: selected samples with prompts and text-only states, and the files beside the tars.
 
+`rarec shards --verify` compares the files with their manifest, `--deep` every sample with the dataset; `--repair`
+builds what is damaged anew.
+
 Shape letters: S samples, B samples of a shard, N items, L stored blocks, D hidden size.
 """
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,33 +16,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rarec.data.columns import map_npy
 from rarec.data.selection.sampling import select_samples
-from rarec.data.shards.expected import Expected, first_leak
-from rarec.data.shards.samples import Sample, SampleSpec
+from rarec.data.shards.files import Tars, open_index
+from rarec.data.shards.loader import ShardDataset
+from rarec.data.shards.samples import REPAIR, Sample, sample_key
+from rarec.data.shards.writing import (
+    PROGRESS,
+    damaged_files,
+    describe_shards,
+    keep_intact_tars,
+    write_shards,
+    wrong_samples,
+)
 from rarec.errors import UserError
 from rarec.models.encode import STATES_AT_A_TIME, Split, text_states
-from rarec.prompts import Encoded, slot_names
+from rarec.prompts import Encoded
 from rarec.stages.run import Run
+from rarec.storage.artefacts import Manifest, write_manifest
+from rarec.storage.directories import claim, drop_listed
 from rarec.storage.files import atomic_write, write_json
 
 ITEM_STATES = "item_states.npy"
 TARGET_COUNTS = "target_counts.npy"
 """Number of selected samples with each item as target, (N,): the item's chance to be drawn into a batch."""
 SELECTION = "selection.json"
-
-
-def sample_spec(run: Run, states: tuple[int, ...], vocabulary: int | None = None) -> SampleSpec:
-    """Return the types and shapes of a sample's fields; no model is loaded.
-
-    Args:
-        run: the run.
-        states: shape of the text-only states: blocks and, if known, width.
-        vocabulary: vocabulary size of the language model, if it is loaded.
-    """
-    config = run.config
-    vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in run.shapes.items()}
-    marks = frozenset(slot_names(config.prompt, "user", list(vectors)))
-    return SampleSpec(states, np.dtype(config.shards.state_dtype), vectors, marks, vocabulary)
+_MAX_THREADS = 8
 
 
 class ShardContent:
@@ -54,8 +58,10 @@ class ShardContent:
         self.run = run
         config = run.config
         self.selection = select_samples(run.dataset, config.shards, config.run.seed, config.ids.held_out)
-        leak = first_leak(run.dataset, self.selection.user_rows, self.selection.positions)
-        if leak:
+        users, positions = self.selection.user_rows, self.selection.positions
+        leaks = np.flatnonzero((positions < 1) | (positions >= run.dataset.train_length_U[users]))
+        if len(leaks):
+            leak = sample_key(int(users[leaks[0]]), int(positions[leaks[0]]))
             problem = f"the selected sample {leak} is no training interaction with a history: validation or test leaks"
             raise UserError(problem, "this is a defect of rarec: please report it, with the configuration")
 
@@ -68,11 +74,6 @@ class ShardContent:
     def total(self) -> int:
         """The number of samples."""
         return len(self.selection.user_rows)
-
-    def expected(self, spec: SampleSpec) -> Expected:
-        """Return the expected content of the tars, given a sample's types and shapes."""
-        selection, per_shard = self.selection, self.run.config.shards.samples_per_shard
-        return Expected(self.run.dataset, selection.user_rows, selection.positions, per_shard, spec)
 
     @cached_property
     def blocks(self) -> list[int]:
@@ -89,19 +90,26 @@ class ShardContent:
         return blocks
 
     @property
-    def target_counts_N(self) -> npt.NDArray[np.int64]:
-        """The number of selected samples with each item as target."""
-        dataset, selection = self.run.dataset, self.selection
-        return np.bincount(dataset.items_at(selection.user_rows, selection.positions), minlength=dataset.n_items)
-
-    @property
     def sidecars(self) -> dict[str, Callable[[], Any]]:
         """For each file beside the tars and their index, a function that computes it: an array, or JSON."""
         return {
             ITEM_STATES: self._item_states,
-            TARGET_COUNTS: lambda: self.target_counts_N,
+            TARGET_COUNTS: self._target_counts,
             SELECTION: lambda: self.selection.report,
         }
+
+    def write_tars(self, directory: Path, identity: str) -> list[dict[str, Any]]:
+        """Write the tars and the index; return the records of the tars. See `write_shards`."""
+        config, run = self.run.config.shards, self.run
+        per_shard, writers = config.samples_per_shard, config.writers
+        return write_shards(directory, self.total, per_shard, self.samples, identity, writers, run.world)
+
+    def write_sidecar(self, directory: Path, name: str) -> None:
+        """Compute a file beside the tars on all ranks, and write it on the main one: an array, or JSON."""
+        self.run.world.report(f"making {name}")
+        made = self.sidecars[name]()
+        write = write_json if name.endswith(".json") else _write_npy
+        self.run.world.run_on_main(lambda: write(directory / name, made))
 
     def samples(self, places: range) -> Iterator[Sample]:
         """Yield the samples at these places of the selection."""
@@ -113,11 +121,11 @@ class ShardContent:
         self.cut_S[places.start : places.stop] = [prompt.cut for prompt in prompts]
         states_BLD = self._states(prompts, run.world.in_lockstep)
         vectors = {name: source.user_vectors(users, histories) for name, source in run.sources.items()}
-        for at, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
+        for row, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
             target = int(dataset.sequence(user)[position])
-            own = {name: array[at] for name, array in vectors.items()}
-            tokens, marks = prompts[at].tokens_T, prompts[at].marks
-            yield Sample(user, position, target, histories[at].astype(np.int32), tokens, marks, states_BLD[at], own)
+            own = {name: array[row] for name, array in vectors.items()}
+            history_H, prompt = histories[row].astype(np.int32), prompts[row]
+            yield Sample(user, position, target, history_H, prompt.tokens_T, prompt.marks, states_BLD[row], own)
 
     def cut_users(self) -> int:
         """Return the number of samples whose prompt was cut; prompts that an earlier process made are made again."""
@@ -133,6 +141,11 @@ class ShardContent:
         width = np.dtype(config.state_dtype).itemsize * self.run.llm.backbone.hidden_size * len(self.blocks)
         sizes = f"{self.total * width / 1e6:.0f} MB for users, {items * width / 1e6:.0f} MB for items"
         self.run.say(f"text-only states of {len(self.blocks)} blocks: {width / 1e3:.1f} kB a text, {sizes}")
+
+    def _target_counts(self) -> npt.NDArray[np.int64]:
+        """Return the number of selected samples with each item as target, (N,)."""
+        targets_S = self.run.dataset.items_at(self.selection.user_rows, self.selection.positions)
+        return np.bincount(targets_S, minlength=self.run.dataset.n_items)
 
     def _item_states(self) -> npt.NDArray[np.floating]:
         """Return the states of the catalogue, (N, L, D), some items at a time."""
@@ -150,10 +163,74 @@ class ShardContent:
         return text_states(llm.backbone, prompts, self.blocks, llm.tokenizer.filler, dtype=dtype, split=split)
 
 
-def write_sidecar(path: Path, made: Any) -> None:
-    """Write a file beside the tars: an array, or JSON."""
-    if path.suffix == ".json":
-        write_json(path, made)
-        return
+def _write_npy(path: Path, array: npt.NDArray[Any]) -> None:
     with atomic_write(path) as file:
-        np.save(file, made, allow_pickle=False)
+        np.save(file, array, allow_pickle=False)
+
+
+def verify(run: Run, repair: bool = False, deep: bool = False) -> str:
+    """Check `shards/` and, on request, rebuild damaged files.
+
+    Args:
+        run: the run.
+        repair: rebuild damaged files.
+        deep: if every hash is right, compare every sample with the dataset as well.
+
+    Returns:
+        A summary for the user.
+
+    Raises:
+        UserError: a file is damaged (one line per file) and `repair` is off, or repair is impossible: the manifest is
+            missing or damaged, or the shards were made with other settings or from another dataset.
+    """
+    remote = run.config.train.stream.remote
+    if remote is not None:
+        raise UserError(
+            f"the tars are at {remote}", "verify them on the machine that made them; fetched tars are always verified"
+        )
+    directory, manifest, content = run.directory("shards"), run.stage("shards").require(), ShardContent(run)
+    began = time.monotonic()
+    problems = damaged_files(directory, manifest, min(_MAX_THREADS, os.cpu_count() or 1))
+    if deep and not problems:
+        states_NLD = map_npy(directory / ITEM_STATES, REPAIR)
+        samples = ShardDataset(open_index(directory, manifest), Tars(directory))
+        problems = wrong_samples(samples, run.dataset, content.selection, states_NLD)
+    if not problems:
+        size = sum((directory / name).stat().st_size for name in manifest["files"])
+        checked = "all files unchanged" + (", all samples match the dataset" if deep else "")
+        speed = size / 1e6 / (time.monotonic() - began)
+        counts = f"{len(manifest['shards'])} shards, {manifest['samples']} samples, {size} bytes"
+        return f"{counts}: {checked} ({speed:.0f} MB/s)"
+    report = [f"{directory} is damaged:", *(f"  {line}" for line in problems.values())]
+    if not repair:
+        raise UserError(report, REPAIR)
+    run.say("\n".join(report))
+    return _repair(content, manifest, list(problems))
+
+
+def _repair(content: ShardContent, manifest: Manifest, damaged: list[str]) -> str:
+    """Rebuild the damaged files; return which, and whether they are the same as before."""
+    run, directory, old = content.run, content.run.directory("shards"), manifest["files"]
+    foreign = [name for name in damaged if name not in old]
+    if foreign:
+        raise UserError(f"{directory / foreign[0]} is not one of the shards' files", "move it away, and repair again")
+    run.stage("shards").require(outside=True)
+    notes = [f"{PROGRESS}/"]
+    claim(directory, notes)
+    with run.engine.serving(run.llm.backbone):  # on the device that made them: others round differently
+        for name in content.sidecars.keys() & damaged:
+            content.write_sidecar(directory, name)
+        keep_intact_tars(directory, manifest, damaged)
+        records = content.write_tars(directory, manifest["hash"])
+    drop_listed(directory, notes)
+    figures, files = describe_shards(records, content.sidecars)
+    kept = {name: manifest[name] for name in ("settings", "made_from", "state_blocks", "cut_prompts")}
+    new = write_manifest(directory, "shards", files=files, **kept, **figures)["files"]
+    changed = sorted(name for name in new if new[name] != old.get(name))
+    done = f"rebuilt: {', '.join(damaged)}"
+    if not changed:
+        return f"{done}; every file matches the manifest again"
+    return (
+        f"{done}\ndifferent from before (another machine rounds differently): {', '.join(changed)}\n"
+        "the manifest was updated; training from the old shards will be refused"
+    )

@@ -1,10 +1,8 @@
 """`rarec shards`: select training samples, compute text-only states once, write the tars."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import Manifest, sha256_json
 from rarec.storage.directories import claim, discard, replace_directory
@@ -17,7 +15,6 @@ LLM = ("path", "revision", "kind", "dtype", "quantize")
 class ShardsStage(Stage):
     """Tars of training samples with their text-only states, an index, item states, the selection's report."""
 
-    run: Run
     name = "shards"
     summary = "Select training samples, cache text-only states, write shards."
     resumable = True
@@ -67,35 +64,25 @@ class ShardsStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`. Tars that an interrupted build has finished are kept."""
-        from rarec.data.shards.index import INDEX
-        from rarec.data.shards.writing import files_of, shard_figures, tar_names, write_shards
-        from rarec.stages.shard_content import ShardContent, write_sidecar
+        from rarec.data.shards.files import INDEX, tar_name
+        from rarec.data.shards.writing import describe_shards
+        from rarec.stages.shard_content import ShardContent
 
         run, config, world = self.run, self.run.config.shards, self.run.world
         content = ShardContent(run)
         content.say_size()
         identity = sha256_json([self.settings(), run.model_inputs, run.dataset.hash])
-        names = [INDEX, *content.sidecars, *tar_names(content.total, config.samples_per_shard)]
-        world.run_on_main(lambda: claim(directory, names))
+        tars = map(tar_name, range(-(-content.total // config.samples_per_shard)))
+        world.run_on_main(lambda: claim(directory, [INDEX, *content.sidecars, *tars]))
         with run.engine.serving(run.llm.backbone):
-            for name, make in content.sidecars.items():
-                world.report(f"making {name}")
-                made = make()
-                world.run_on_main(partial(write_sidecar, directory / name, made))
-            records = write_shards(
-                directory,
-                content.total,
-                config.samples_per_shard,
-                content.samples,
-                identity,
-                config.writers,
-                world,
-            )
+            for name in content.sidecars:
+                content.write_sidecar(directory, name)
+            records = content.write_tars(directory, identity)
         cut = {"user": content.cut_users(), "item": run.prompts.cut["item"]}
         run.say(f"{content.total} samples in {len(records)} shards")
         run.say(f"prompts cut to the context length: {cut['user']} of users, {cut['item']} of items")
-        figures = {"state_blocks": content.blocks, "cut_prompts": cut, **shard_figures(records)}
-        return Built(figures, files_of(records, content.sidecars))
+        figures, files = describe_shards(records, content.sidecars)
+        return Built({"state_blocks": content.blocks, "cut_prompts": cut, **figures}, files)
 
     def _replace_description(self) -> None:
         new = self.directory.with_name(f".{self.directory.name}.fresh")
@@ -107,6 +94,6 @@ class ShardsStage(Stage):
     def _fetch_description(self, directory: Path) -> None:
         remote = self.run.config.train.stream.remote
         if remote:
-            from rarec.data.shards.tars import fetch_description
+            from rarec.data.shards.files import fetch_description
 
             fetch_description(remote, directory)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from accelerate import Accelerator
 
 from rarec.config import Variant
 from rarec.data.columns import map_npy
-from rarec.data.shards.batch_plan import Numbers
-from rarec.data.shards.index import INDEX, REPAIR
-from rarec.data.shards.stream import SampleStream
+from rarec.data.shards.batch_plan import BatchPlan
+from rarec.data.shards.feed import Feed
+from rarec.data.shards.files import INDEX
+from rarec.data.shards.loader import BatchLoader
+from rarec.data.shards.samples import REPAIR
 from rarec.distributed.signals import StopSignals
 from rarec.distributed.world import World
 from rarec.models.build import aligned_blocks, slots_reserved, trained_parameters, whole_size
@@ -22,15 +25,12 @@ from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking import EvalBatch, validation_metrics
-from rarec.stages.run import Run
-from rarec.stages.run_folder import Say
-from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS, sample_spec
+from rarec.stages.run import Run, Say
+from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS
 from rarec.storage.artefacts import check_files
 from rarec.training.accelerator import build_accelerator
-from rarec.training.batches import Collator, initial_samples
+from rarec.training.batches import Collator
 from rarec.training.checkpoints import Checkpoints, TrainingState
-from rarec.training.feed import Feed, first_samples
-from rarec.training.loader import BatchLoader
 from rarec.training.loop import Trainer
 from rarec.training.step_metrics import TrainingLog
 
@@ -54,14 +54,14 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     world.run_on_main(lambda: check_files(run.directory("shards"), manifest, names=read_whole, remember=True))
     feed = open_feed(run)
     excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
-    stream = open_stream(run, feed, excluded)
-    stream.plan.check_world_size(world.size * config.accumulate, config.epochs)
+    plan = feed.plan(excluded)
+    plan.check_world_size(world.size * config.accumulate, config.epochs)
     accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None
     if run.engine.advice(run.config.llm):
         run.say(run.engine.advice(run.config.llm))
     world.run_on_main(lambda: feed.record(directory, excluded))
     state = _resumed(checkpoints, world, run.say)
-    trainer = build_trainer(run, variant, feed, stream, checkpoints, state)
+    trainer = build_trainer(run, variant, feed, plan, checkpoints, state)
     trained = sum(map(whole_size, trained_parameters(trainer.model).values()))
     stopped = _fit(run, variant, directory / "log.jsonl", trainer, state, accelerator)
     run.say(
@@ -104,7 +104,7 @@ def _resumed(checkpoints: Checkpoints, world: World, say: Say) -> TrainingState:
 
 
 def build_trainer(
-    run: Run, variant: Variant, feed: Feed, stream: SampleStream, checkpoints: Checkpoints, state: TrainingState
+    run: Run, variant: Variant, feed: Feed, plan: BatchPlan, checkpoints: Checkpoints, state: TrainingState
 ) -> Trainer:
     """Put a variant's training together: from its first weights, or from the checkpoint of `state`."""
     config, shards, world = run.config, feed.manifest, run.world
@@ -114,8 +114,7 @@ def build_trainer(
         model = run.build_model(variant)
         checkpoints.load(model, state.step)
     else:
-        initialiser = open_initialiser(run, shards["state_blocks"])
-        model = initialiser.new_model(variant, lambda count: initial_samples(first_samples(stream, count), run.prompts))
+        model = open_initialiser(run, shards["state_blocks"]).new_model(variant, partial(feed.first_samples, plan))
     optimisation = run.engine.train(model, config.train)
     collate = Collator(model, run.prompts, run.sources, item_states_NLD, config.alignment.id_dropout)
     return Trainer(
@@ -124,19 +123,12 @@ def build_trainer(
         model,
         optimisation,
         Objective(config.loss, counts_N, tuple(shards["state_blocks"]), world),
-        BatchLoader(stream, collate, config.train.stream.workers, world, config.train.accumulate),
+        BatchLoader(plan, feed.samples, collate, config.train.stream.workers, world, config.train.accumulate),
         validation(run, model),
         checkpoints,
         world,
-        config.train.steps(stream.plan.total_steps(config.train.epochs), trained_parameters(model)),
+        config.train.steps(plan.total_steps(config.train.epochs), trained_parameters(model)),
     )
-
-
-def untrained(run: Run, variant: Variant, checkpoints: Checkpoints) -> Trainer:
-    """Return a variant's training before its first step, without the check for damaged samples."""
-    feed = open_feed(run)
-    stream = open_stream(run, feed, np.empty(0, np.int64))
-    return build_trainer(run, variant, feed, stream, checkpoints, TrainingState())
 
 
 def open_feed(run: Run) -> Feed:
@@ -144,13 +136,6 @@ def open_feed(run: Run) -> Feed:
     directory, manifest = run.directory("shards"), run.stage("shards").require()
     user_slots = sum(slots_reserved(run.config, run.shapes)["user"].values())
     return Feed(run.config, directory, manifest, run.tar_cache, user_slots, run.say)
-
-
-def open_stream(run: Run, feed: Feed, excluded: Numbers) -> SampleStream:
-    """Return the stream of training samples without the excluded."""
-    states_NLD = map_npy(run.directory("shards") / ITEM_STATES, REPAIR)
-    vocabulary = run.llm.backbone.model.get_input_embeddings().num_embeddings
-    return feed.stream(excluded, run.dataset.n_items, sample_spec(run, states_NLD.shape[1:], vocabulary))
 
 
 def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rarec.config.schema import Train
+from rarec.data.shards.loader import BatchLoader
 from rarec.distributed.signals import StopSignals
 from rarec.distributed.world import World
 from rarec.errors import Stopped, UserError
@@ -18,7 +19,6 @@ from rarec.ranking.metrics import SELECTED_BY
 from rarec.training.batches import Batch
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.engines import Optimisation, norms
-from rarec.training.loader import BatchLoader
 from rarec.training.optimizer import rate_at
 from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics, TrainingLog
 

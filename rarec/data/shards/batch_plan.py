@@ -11,12 +11,12 @@ Shape letters: S samples, P shards, W windows, n samples of one window.
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import chain, count, islice
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.shards.index import REPAIR, release_pages
+from rarec.data.columns import release_pages
+from rarec.data.shards.samples import REPAIR
 from rarec.errors import UserError
 
 Numbers = npt.NDArray[np.int64]
@@ -63,11 +63,9 @@ class BatchPlan:
         self.samples = int(self._shards.counts_P.sum())
         if not self.samples:
             raise UserError(f"none of {len(shard_S)} samples is left for training", REPAIR)
-        self._batching: _Batching = (
-            _TokenBudget(self.samples, tokens_S, tokens_per_batch, slots)
-            if tokens_per_batch
-            else _FixedSize(self.samples, batch_size)
-        )
+        self._batching: _FixedSize | _TokenBudget = _FixedSize(self.samples, batch_size)
+        if tokens_per_batch:
+            self._batching = _TokenBudget(self.samples, tokens_S, tokens_per_batch, slots)
         self._surveys: dict[int, tuple[Numbers, int]] = {}
 
     def steps(self, epoch: int) -> int:
@@ -93,7 +91,7 @@ class BatchPlan:
         for window, (numbers_n, tokens_n) in enumerate(self._windows(epoch, first), first):
             batches = np.split(numbers_n, np.cumsum(self._batching.sizes(window, tokens_n))[:-1])
             mixed = np.random.default_rng([self.seed, epoch, _WINDOW, window]).permutation(len(batches))
-            yield from (batches[at] for at in mixed[skipped:])
+            yield from (batches[number] for number in mixed[skipped:])
             skipped = 0
 
     def batches_between(self, first: int, last: int) -> Iterator[Numbers]:
@@ -124,8 +122,7 @@ class BatchPlan:
     def _survey(self, epoch: int) -> tuple[Numbers, int]:
         """Return the cumulative number of steps after each window (W), and the size of the smallest batch."""
         if epoch not in self._surveys:
-            counts_W, smallest = self._batching.survey(tokens_n for _, tokens_n in self._windows(epoch))
-            self._surveys[epoch] = np.cumsum(counts_W), smallest
+            self._surveys[epoch] = self._batching.survey(tokens_n for _, tokens_n in self._windows(epoch))
         return self._surveys[epoch]
 
     def _windows(self, epoch: int, first: int = 0) -> Iterator[tuple[Numbers, Column]]:
@@ -166,64 +163,49 @@ class _EpochOrder:
         self._held: dict[int, Numbers] = {}
 
     def between(self, start: int, stop: int) -> Numbers:
-        """Return the samples at these positions of the order; only their groups are kept in memory."""
+        """Return the samples at these positions of the order; only the last group is kept in memory."""
         first, last = int(np.searchsorted(self._ends, start, side="right")), int(np.searchsorted(self._ends, stop))
-        groups = {at: self._held[at] if at in self._held else self._group(at) for at in range(first, last + 1)}
-        self._held = {last: groups[last]}
+        groups = [self._held[group] if group in self._held else self._group(group) for group in range(first, last + 1)]
+        self._held = {last: groups[-1]}
         before = int(self._ends[first - 1]) if first else 0
-        return np.concatenate(list(groups.values()))[start - before : stop - before]
+        return np.concatenate(groups)[start - before : stop - before]
 
-    def _group(self, at: int) -> Numbers:
-        shards = self._order_P[at * SHUFFLED_TOGETHER : (at + 1) * SHUFFLED_TOGETHER]
+    def _group(self, group: int) -> Numbers:
+        shards = self._order_P[group * SHUFFLED_TOGETHER : (group + 1) * SHUFFLED_TOGETHER]
         numbers = np.concatenate([self._shards.kept(int(shard)) for shard in shards])
-        return np.random.default_rng([*self._key, _GROUP, at]).permutation(numbers)
-
-
-class _Batching(Protocol):
-    """Cut the order into windows, and a window into batches."""
-
-    windows: int
-
-    def edge(self, window: int) -> int:
-        """Return the position in the order where a window begins."""
-
-    def sizes(self, window: int, tokens_n: Column) -> Numbers:
-        """Return the sizes of the batches of a window, given the lengths of its prompts, shortest first."""
-
-    def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
-        """Return the number of batches of each window (W) and the smallest batch, given each window's lengths."""
+        return np.random.default_rng([*self._key, _GROUP, group]).permutation(numbers)
 
 
 class _FixedSize:
-    """Batches whose sizes differ by at most one."""
+    """Cut the order into windows, and these into batches whose sizes differ by at most one."""
 
     def __init__(self, samples: int, batch_size: int) -> None:
-        self._steps = -(-samples // batch_size)
-        self._small, self._larger = divmod(samples, self._steps)
-        self.windows = -(-self._steps // SORTED_TOGETHER)
+        steps = -(-samples // batch_size)
+        self._ends_W = np.minimum(np.arange(1, -(-steps // SORTED_TOGETHER) + 1) * SORTED_TOGETHER, steps)
+        self.smallest, self._larger = divmod(samples, steps)
+        self.windows = len(self._ends_W)
 
     def edge(self, window: int) -> int:
-        """See `_Batching`."""
-        step = min(window * SORTED_TOGETHER, self._steps)
-        return step * self._small + min(step, self._larger)
+        """Return the position in the order where a window begins."""
+        step = int(self._ends_W[window - 1]) if window else 0
+        return step * self.smallest + min(step, self._larger)
 
     def sizes(self, window: int, tokens_n: Column) -> Numbers:
-        """See `_Batching`; does not depend on the lengths."""
-        steps = np.arange(window * SORTED_TOGETHER, min((window + 1) * SORTED_TOGETHER, self._steps))
-        return self._small + (steps < self._larger)
+        """Return the sizes of the batches of a window; they do not depend on the lengths of its prompts."""
+        first = int(self._ends_W[window - 1]) if window else 0
+        return self.smallest + (np.arange(first, self._ends_W[window]) < self._larger)
 
     def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
-        """See `_Batching`; no window is planned for it."""
-        ends_W = np.minimum(np.arange(1, self.windows + 1) * SORTED_TOGETHER, self._steps)
-        return np.diff(ends_W, prepend=0), self._small
+        """Return the cumulative number of batches after each window (W), and the smallest batch; plan no window."""
+        return self._ends_W, self.smallest
 
 
 class _TokenBudget:
-    """Batches as large as a budget of padded tokens allows."""
+    """Cut the order into windows, and these into batches as large as a budget of padded tokens allows."""
 
     def __init__(self, samples: int, tokens_S: Column, budget: int, slots: int) -> None:
         self._samples, self._budget, self._slots = samples, budget, slots
-        parts = [tokens_S[at : at + _LENGTHS_AT_ONCE] for at in range(0, len(tokens_S), _LENGTHS_AT_ONCE)]
+        parts = [tokens_S[start : start + _LENGTHS_AT_ONCE] for start in range(0, len(tokens_S), _LENGTHS_AT_ONCE)]
         longest = max(int(part.max()) for part in parts) + slots
         if longest > budget:
             problem = f"the longest user prompt has {longest} tokens, more than train.tokens_per_batch = {budget}"
@@ -232,11 +214,14 @@ class _TokenBudget:
         self.windows = -(-samples // (SORTED_TOGETHER * max(1, int(budget / mean))))
 
     def edge(self, window: int) -> int:
-        """See `_Batching`."""
+        """Return the position in the order where a window begins."""
         return self._samples * window // self.windows
 
     def sizes(self, window: int, tokens_n: Column) -> Numbers:
-        """See `_Batching`. Cut from the longest prompt down; the last two batches are balanced, so none is small."""
+        """Return the sizes of the batches of a window, given the lengths of its prompts, shortest first.
+
+        Batches are cut from the longest prompt down; the last two are balanced, so none is small.
+        """
         sizes, left = [], len(tokens_n)
         while left:
             sizes.append(min(left, self._budget // max(1, int(tokens_n[left - 1]) + self._slots)))
@@ -247,6 +232,6 @@ class _TokenBudget:
         return np.array(sizes[::-1])
 
     def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
-        """See `_Batching`."""
+        """Return the cumulative number of batches after each window (W), and the smallest batch."""
         sizes = [self.sizes(window, tokens_n) for window, tokens_n in enumerate(windows)]
-        return np.array([len(part) for part in sizes]), min(int(part.min()) for part in sizes)
+        return np.cumsum([len(part) for part in sizes]), min(int(part.min()) for part in sizes)

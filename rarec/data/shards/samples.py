@@ -1,4 +1,4 @@
-"""Training samples, their specification, and their storage in WebDataset tars (JSON and `.npy`, no pickle).
+"""Training samples, their tars (WebDataset: JSON and `.npy`, no pickle), and their rows in the index.
 
 Shape letters: S samples, T tokens, H history, L stored blocks, D hidden size, K vectors of a source, E their width.
 """
@@ -6,9 +6,12 @@ Shape letters: S samples, T tokens, H history, L stored blocks, D hidden size, K
 import hashlib
 import io
 import json
+import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +19,24 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from rarec.data.shards.index import ENTRY, REPAIR, Entries, digest_of, key_of, sample_key
-from rarec.data.shards.tar_members import parse_npy, split_members
 from rarec.errors import UserError
 from rarec.storage.files import atomic_write
 
+_PLACE = [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")]
+_CONTENT = [("tokens", "<u4"), ("user", "<u4"), ("position", "<u4"), ("digest", "<u8")]
+INDEX_ROW = np.dtype(_PLACE + _CONTENT)
+"""`offset` and `size`: the sample's members in its tar, from the first header to the end of the last padding. `tokens`:
+number of text tokens of the user prompt. `digest`: hash of those bytes, see `digest_of`.
+"""
+REPAIR = "repair the damaged files: rarec shards CONFIG --verify --repair"
 LENGTHS = 8
 """Bin width of a shard's histogram of prompt lengths."""
 _VECTOR = "vector-"
-_FACTS = {"user", "position", "target", "marks"}
-_ROWS, _HALF, _FLOAT = np.dtype(np.int32), np.dtype(np.float16), np.dtype(np.float32)
-_KINDS = {"history": ((_ROWS,), 1), "tokens": ((_ROWS,), 1), "states": ((_HALF, _FLOAT), 2)}
-"""Types and rank of each array."""
-_VECTORS = ((_FLOAT,), 2)
+_NUMPY_MAGIC = 10
+"""Bytes of a `.npy` file before its header: name, version, and the header's length."""
+
+IndexRows = npt.NDArray[np.void]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -60,79 +68,50 @@ class Sample:
         """The name of the sample in its shard and in messages."""
         return sample_key(self.user, self.position)
 
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The arrays by the name of their field."""
+        arrays: dict[str, Array] = {"history": self.history_H, "tokens": self.tokens_T, "states": self.states_LD}
+        return arrays | {_VECTOR + name: vectors for name, vectors in self.vectors.items()}
+
     def fields(self) -> dict[str, bytes]:
         """Return the sample as files of a tar, by field."""
         facts = {"user": self.user, "position": self.position, "target": self.target, "marks": self.marks}
-        arrays = {"history": self.history_H, "tokens": self.tokens_T, "states": self.states_LD}
-        arrays |= {_VECTOR + name: vectors for name, vectors in self.vectors.items()}
-        return {"json": json.dumps(facts, sort_keys=True).encode(), **{f"{n}.npy": _pack(a) for n, a in arrays.items()}}
+        arrays = {f"{name}.npy": _pack(array) for name, array in self.arrays.items()}
+        return {"json": json.dumps(facts, sort_keys=True).encode(), **arrays}
 
     @classmethod
-    def parse(cls, key: str, fields: Mapping[str, memoryview]) -> "Sample":
-        """Parse a sample from its files; its arrays are views of them.
-
-        Args:
-            key: expected key of the sample.
-            fields: content of each file.
+    def parse(cls, extent: bytes | memoryview) -> "Sample":
+        """Parse a sample from its members in a tar; its arrays are views of the bytes.
 
         Raises:
-            ValueError: a field is missing, unknown, or malformed.
+            Exception: a field is missing, or not what its name says.
         """
-        arrays = {field.removesuffix(".npy"): _array(field, data) for field, data in fields.items() if field != "json"}
-        missing = [name for name in ("json", *(f"{name}.npy" for name in _KINDS)) if name not in fields]
-        if missing:
-            raise ValueError(f"it has no field {missing[0]}")
-        facts = _facts(fields["json"], len(arrays["tokens"]))
-        single = [name for name, mark in facts["marks"].items() if not isinstance(mark, list)]
-        slotless = [name for name in single if _VECTOR + name not in arrays]
-        if slotless:
-            raise ValueError(f"it has no field {_VECTOR}{slotless[0]}.npy")
-        vectors = {name.removeprefix(_VECTOR): a for name, a in arrays.items() if name.startswith(_VECTOR)}
+        fields = {name.partition(".")[2]: data for name, data in _members(memoryview(extent))}
+        facts = json.loads(bytes(fields.pop("json")))
+        arrays = {field.removesuffix(".npy"): _unpack(data) for field, data in fields.items()}
+        own = {name: arrays.pop(name) for name in ("history", "tokens", "states")}
+        vectors = {name.removeprefix(_VECTOR): array for name, array in arrays.items()}
         rows = facts["user"], facts["position"], facts["target"]
-        sample = cls(*rows, arrays["history"], arrays["tokens"], facts["marks"], arrays["states"], vectors)
-        if sample.key != key:
-            raise ValueError(f"field json has the key {sample.key}")
-        return sample
+        return cls(*rows, own["history"], own["tokens"], facts["marks"], own["states"], vectors)
 
 
-@dataclass(frozen=True)
-class SampleSpec:
-    """Types, shapes and names that all samples of some shards share.
-
-    Attributes:
-        states: (L, D) shape of the text-only states; (L,) if the width is unknown.
-        state_dtype: type of the states.
-        vectors: (K, E) shape of each source's vectors.
-        marks: sources with slots in the user prompt.
-        vocabulary: vocabulary size of the language model; None if it is not loaded.
-    """
-
-    states: tuple[int, ...]
-    state_dtype: np.dtype[Any]
-    vectors: Mapping[str, tuple[int, int]]
-    marks: frozenset[str]
-    vocabulary: int | None = None
-
-    def mismatch(self, sample: Sample) -> str | None:
-        """Return the first difference between a sample and the specification, or None."""
-        states_LD, shapes = sample.states_LD, {name: array.shape for name, array in sample.vectors.items()}
-        if states_LD.dtype != self.state_dtype or states_LD.shape[: len(self.states)] != self.states:
-            return (
-                f"field states.npy is {states_LD.dtype} of {states_LD.shape}, not {self.state_dtype} of {self.states}"
-            )
-        if shapes != self.vectors:
-            return f"it has vectors of shape {shapes}, not {self.vectors}"
-        if sample.marks.keys() != self.marks:
-            return f"field json has slots of {sorted(sample.marks)}, not of {sorted(self.marks)}"
-        return self._token_mismatch(sample.tokens_T)
-
-    def _token_mismatch(self, tokens_T: npt.NDArray[np.int32]) -> str | None:
-        if tokens_T.min(initial=0) < 0 or (self.vocabulary and tokens_T.max(initial=0) >= self.vocabulary):
-            return f"field tokens.npy has a token outside the vocabulary of {self.vocabulary or 'any size'}"
-        return None
+def sample_key(user: int, position: int) -> str:
+    """Return the name of a sample in its shard and in messages."""
+    return f"{user:09d}-{position:06d}"
 
 
-def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[str, Any], Entries]:
+def key_of(row: np.void) -> str:
+    """Return the key of the sample of an index row."""
+    return sample_key(int(row["user"]), int(row["position"]))
+
+
+def digest_of(extent: bytes | memoryview) -> int:
+    """Return the first 8 bytes of the sha256 as a little-endian integer."""
+    return int.from_bytes(hashlib.sha256(extent).digest()[:8], "little")
+
+
+def write_tar(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[str, Any], IndexRows]:
     """Write one tar to a temporary file, fsync it and rename it. Its bytes depend on the samples alone.
 
     Args:
@@ -143,101 +122,95 @@ def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict
     Returns:
         The record for the manifest (file, samples, bytes, sha256, lengths), and the (S,) rows of the index.
     """
-    entries = []
+    rows, sha256 = [], hashlib.sha256()
     with atomic_write(path) as file:
         with webdataset.TarWriter(file, encoder=False, user="rarec", group="rarec", mtime=0) as tar:
             for sample in samples:
                 offset = tar.tarstream.offset
                 tar.write({"__key__": sample.key, **sample.fields()})
                 size = tar.tarstream.offset - offset
-                entries.append((shard, offset, size, len(sample.tokens_T), sample.user, sample.position, 0))
+                rows.append((shard, offset, size, len(sample.tokens_T), sample.user, sample.position, 0))
         file.flush()
-        rows_S = np.array(entries, ENTRY)
-        digest = _digest(Path(file.name), rows_S)
-    return shard_record(path.name, rows_S, path.stat().st_size, digest), rows_S
-
-
-def shard_record(file: str, rows_S: Entries, size: int, digest: str) -> dict[str, Any]:
-    """Return the manifest's record of a tar; `lengths` counts prompts by the upper bound of their bin."""
+        rows_S = np.array(rows, INDEX_ROW)
+        with Path(file.name).open("rb") as written:
+            for row in rows_S:
+                extent = written.read(int(row["size"]))
+                row["digest"] = digest_of(extent)
+                sha256.update(extent)
+            sha256.update(written.read())
     bounds_S = -(-rows_S["tokens"].astype(np.int64) // LENGTHS) * LENGTHS
     lengths = {str(bound): count for bound, count in sorted(Counter(bounds_S.tolist()).items())}
-    return {"file": file, "samples": len(rows_S), "bytes": size, "sha256": digest, "lengths": lengths}
+    record = {"file": path.name, "samples": len(rows_S), "bytes": path.stat().st_size, "sha256": sha256.hexdigest()}
+    return {**record, "lengths": lengths}, rows_S
 
 
-def read_sample(extent: bytes | memoryview, entry: np.void, shard: str) -> Sample:
+def index_tar(path: Path, shard: int) -> IndexRows:
+    """Return the (S,) index rows of an intact tar, from the tar alone."""
+    rows, offsets = [], dict[str, int]()
+    with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+        for member in tar:
+            offsets.setdefault(member.name.partition(".")[0], member.offset)
+        edges = [*offsets.values(), tar.offset]
+        for offset, end in pairwise(edges):
+            extent = file.read(end - offset)
+            sample = Sample.parse(extent)
+            key = sample.user, sample.position
+            rows.append((shard, offset, len(extent), len(sample.tokens_T), *key, digest_of(extent)))
+    return np.array(rows, INDEX_ROW)
+
+
+def read_sample(extent: bytes | memoryview, row: np.void, shard: str) -> Sample:
     """Parse the sample of an index row; its arrays are views of the bytes.
 
     Args:
         extent: bytes of the tar at the row's offset.
-        entry: row of the index.
+        row: row of the index.
         shard: name of the tar, for messages.
 
     Raises:
         UserError: the bytes differ from what was indexed, or are not a sample.
     """
-    key = key_of(entry)
+    name = f"shard {shard}, sample {key_of(row)}"
+    if digest_of(extent) != row["digest"]:
+        raise UserError(f"{name}: its bytes differ from what was written", REPAIR)
     try:
-        if len(extent) != entry["size"] or digest_of(extent) != entry["digest"]:
-            raise ValueError("its bytes differ from what was written")
-        sample = Sample.parse(key, split_members(extent, key))
-        if len(sample.tokens_T) != entry["tokens"]:
-            raise ValueError(f"it has {len(sample.tokens_T)} tokens, but the index has {entry['tokens']}")
-    except ValueError as error:
-        raise UserError(f"shard {shard}, sample {key}: {error}", REPAIR) from None
-    return sample
+        return Sample.parse(extent)
+    except Exception as error:  # NumPy's parser alone raises many kinds
+        raise UserError(f"{name} is not a sample: {type(error).__name__}: {error}", REPAIR) from None
 
 
-def _digest(path: Path, rows_S: Entries) -> str:
-    """Return the sha256 of a tar, and fill in the digests of its samples."""
-    whole = hashlib.sha256()
-    with path.open("rb") as file:
-        for row in rows_S:
-            extent = file.read(int(row["size"]))
-            row["digest"] = digest_of(extent)
-            whole.update(extent)
-        whole.update(file.read())
-    return whole.hexdigest()
+def _members(extent: memoryview) -> Iterator[tuple[str, memoryview]]:
+    """Yield the name and the content of each member of a tar; 20 times faster than `tarfile`.
+
+    The digest has been compared before, so the headers are those that were written: the name is in bytes 0 to 99, the
+    size in octal digits in bytes 124 to 134.
+    """
+    position = 0
+    while position < len(extent):
+        header = bytes(extent[position : position + tarfile.BLOCKSIZE])
+        start, size = position + tarfile.BLOCKSIZE, int(header[124:135], 8)
+        yield header[:100].rstrip(b"\0").decode(), extent[start : start + size]
+        position = start + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _pack(array: npt.NDArray[Any]) -> bytes:
+def _pack(array: Array) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
 
 
-def _array(field: str, data: memoryview) -> npt.NDArray[Any]:
-    name = field.removesuffix(".npy")
-    kind = _VECTORS if name.startswith(_VECTOR) else _KINDS.get(name)
-    if kind is None or name == field:
-        raise ValueError(f"it has an unknown field {field!r}")
-    try:
-        array = parse_npy(data)
-    except ValueError as error:
-        raise ValueError(f"field {field} {error}") from None
-    types, rank = kind
-    if array.dtype not in types or array.ndim != rank:
-        wanted = f"{' or '.join(map(str, types))} of rank {rank}"
-        raise ValueError(f"field {field} is {array.dtype} of rank {array.ndim}, not {wanted}")
-    return array
+def _unpack(data: memoryview) -> Array:
+    """Return the array of a `.npy` file as a view, read-only if the bytes are; headers are parsed once."""
+    start = _NUMPY_MAGIC + int.from_bytes(data[8:_NUMPY_MAGIC], "little")
+    dtype, shape = _npy_header(bytes(data[:start]))
+    return np.ndarray(shape, dtype, data, start)
 
 
-def _is_mark(mark: Any, tokens: int) -> bool:
-    """Return whether this is a position among the tokens, or a list of them."""
-    if isinstance(mark, list):
-        return all(type(each) is int and 0 <= each <= tokens for each in mark)
-    return type(mark) is int and 0 <= mark <= tokens
-
-
-def _facts(data: memoryview, tokens: int) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads(bytes(data))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"field json is not JSON: {error}") from None
-    if not isinstance(facts, dict) or facts.keys() != _FACTS:
-        raise ValueError(f"field json is not an object of {', '.join(sorted(_FACTS))}")
-    marks = facts["marks"]
-    if not isinstance(marks, dict) or not all(_is_mark(mark, tokens) for mark in marks.values()):
-        raise ValueError("field json: `marks` are not positions among the tokens")
-    if not all(type(facts[name]) is int and facts[name] >= 0 for name in ("user", "position", "target")):
-        raise ValueError("field json: user, position or target is not a non-negative integer")
-    return facts
+@lru_cache(maxsize=1024)
+def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("an array has objects, which are never loaded")
+    return dtype, shape

@@ -1,42 +1,71 @@
-"""Write the shards. Each tar is complete or absent, so that an interrupted stage resumes with the missing ones.
+"""Write the shards, verify them, and write damaged ones anew.
 
-Samples are computed shard by shard in the thread of the model; worker threads pack, hash and flush earlier shards.
+Each tar is complete or absent, so that an interrupted stage resumes with the missing ones. Samples are computed shard
+by shard in the thread of the model; worker threads pack, hash and flush earlier shards.
 
 Shape letters: S samples.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from rarec.data.shards.checks import index_tar
-from rarec.data.shards.index import (
-    ENTRY,
-    INDEX,
-    Entries,
-    open_index,
-    split_by_shard,
-    tar_name,
-    write_index,
-)
-from rarec.data.shards.samples import Sample, write_shard
+from rarec.data.dataset import PreparedDataset
+from rarec.data.selection.sampling import Selection
+from rarec.data.shards.files import INDEX, open_index, tar_name, write_index
+from rarec.data.shards.loader import ShardDataset
+from rarec.data.shards.samples import INDEX_ROW, IndexRows, Sample, index_tar, sample_key, write_tar
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.storage.artefacts import Manifest, read_sealed, write_manifest, write_sealed
+from rarec.storage.artefacts import MANIFEST, read_sealed, write_sealed
 from rarec.storage.files import read_json, remove_stale, sha256_file
 
 MakeSamples = Callable[[range], Iterable[Sample]]
 """Compute the samples at a range of places, in order."""
-Say = Callable[[str], None]
-_Job = TypeVar("_Job")
-_Result = TypeVar("_Result")
 PROGRESS = ".progress"
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """Notes on completed tars: the record and the index rows of each.
+
+    The rows are stored here instead of read back from the tar, so that resuming costs only the hashes of the tars.
+    """
+
+    directory: Path
+    identity: str
+
+    def write(self, shard: int, record: Mapping[str, Any], rows_S: IndexRows) -> None:
+        rows = rows_S.tobytes().hex()
+        write_sealed(self._path(shard), {"identity": self.identity, "record": record, "rows": rows})
+
+    def record(self, shard: int) -> dict[str, Any]:
+        record: dict[str, Any] = read_json(self._path(shard))["record"]
+        return record
+
+    def rows(self, shard: int) -> IndexRows:
+        return np.frombuffer(bytes.fromhex(read_json(self._path(shard))["rows"]), INDEX_ROW)
+
+    def is_complete(self, shard: int) -> bool:
+        """Return True if the shard is complete and matches this run."""
+        tar, path = self.directory / tar_name(shard), self._path(shard)
+        if not tar.is_file() or not path.is_file():
+            return False
+        try:
+            note = read_sealed(path, "")
+        except UserError:  # incomplete: the tar is written again
+            return False
+        return bool(note.get("identity") == self.identity and sha256_file(tar) == note["record"]["sha256"])
+
+    def _path(self, shard: int) -> Path:
+        return self.directory / PROGRESS / f"{shard:06d}.json"
 
 
 def write_shards(
@@ -68,168 +97,134 @@ def write_shards(
     (directory / PROGRESS).mkdir(parents=True, exist_ok=True)
     world.run_on_main(lambda: remove_stale(directory))
 
-    def write(job: tuple[int, list[Sample]]) -> None:
-        record, rows_S = write_shard(directory / tar_name(job[0]), job[1], job[0])
-        progress.write(job[0], record, rows_S)
+    def write(shard: int, samples: list[Sample]) -> None:
+        progress.write(shard, *write_tar(directory / tar_name(shard), samples, shard))
 
     # Rank 0 decides for all: another machine may not list yet what was written a moment ago.
-    mine = world.run_on_all(lambda: [at for at in shards if world.is_main and not progress.holds(at)])
+    mine = world.run_on_all(lambda: [n for n in shards if world.is_main and not progress.is_complete(n)])
     missing = json.loads(world.exchange(json.dumps(mine))[0])
-    for _ in _in_threads(write, _compute(make, world, missing, total, per_shard), writers):
-        pass
+    world.report("writing shards")  # the title of the bar over the shards
+    writing = deque[Future[None]]()
+    with ThreadPoolExecutor(writers) as pool:
+        for is_own, shard in world.split_in_lockstep(missing):
+            world.report(f"computing {tar_name(shard)}")
+            samples = list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
+            if not is_own:  # computed to stay in step
+                continue
+            if len(writing) == writers:
+                writing.popleft().result()
+            writing.append(pool.submit(write, shard, samples))
+        for future in writing:
+            future.result()
     world.barrier()
     world.run_on_main(lambda: write_index(directory, map(progress.rows, shards), total))
     return [progress.record(shard) for shard in shards]
 
 
-def repair_shards(
-    directory: Path,
-    manifest: Mapping[str, Any],
-    broken: Container[str],
-    total: int,
-    per_shard: int,
-    make: MakeSamples,
-    say: Say,
-    writers: int = 2,
-) -> list[dict[str, Any]]:
-    """Rewrite the broken tars, and the index if it or a tar is broken.
+def keep_intact_tars(directory: Path, manifest: Mapping[str, Any], damaged: Collection[str]) -> None:
+    """Note all tars but the damaged ones as completed: `write_shards` then writes those and the index anew.
+
+    Its `identity` is the manifest's hash.
 
     Args:
         directory: directory of the shards.
         manifest: manifest before the repair.
-        broken: names of broken files.
-        total: number of samples.
-        per_shard: samples per tar.
-        make: see `write_shards`.
-        say: print one line to the user.
-        writers: tars written in parallel.
-
-    Returns:
-        The records of all shards, for the manifest.
+        damaged: names of damaged files.
     """
-    records, shards = dict(enumerate(manifest["shards"])), range(-(-total // per_shard))
-    missing = [shard for shard in shards if shard not in records or tar_name(shard) in broken]
-    rows: dict[int, Entries] = {}
-
-    def write(job: tuple[int, list[Sample]]) -> tuple[int, dict[str, Any], Entries]:
-        return job[0], *write_shard(directory / tar_name(job[0]), job[1], job[0])
-
-    remove_stale(directory)
-    samples = _compute(make, SINGLE, missing, total, per_shard)
-    for shard, record, rows_S in _in_threads(write, samples, writers):
-        records[shard], rows[shard] = record, rows_S
-        say(f"shard {record['file']}: {record['samples']} samples, {record['bytes'] / 1e6:.1f} MB")
-    if rows or INDEX in broken:
-        intact = [] if INDEX in broken else split_by_shard(open_index(directory, manifest), manifest["shards"])
-        known = dict(enumerate(intact)) | rows
-        parts = (known[shard] if shard in known else index_tar(directory / tar_name(shard), shard) for shard in shards)
-        write_index(directory, parts, total)
-    return [records[shard] for shard in shards]
+    (directory / PROGRESS).mkdir(exist_ok=True)
+    progress = _Progress(directory, manifest["hash"])
+    index_S = None if INDEX in damaged else open_index(directory, manifest)
+    start = 0
+    for shard, record in enumerate(manifest["shards"]):
+        end = start + record["samples"]
+        if record["file"] not in damaged:
+            rows_S = index_tar(directory / record["file"], shard) if index_S is None else index_S[start:end]
+            progress.write(shard, record, rows_S)
+        start = end
 
 
-def tar_names(total: int, per_shard: int) -> list[str]:
-    """Return the names of all tars."""
-    return [tar_name(shard) for shard in range(-(-total // per_shard))]
-
-
-def files_of(records: Iterable[Mapping[str, Any]], sidecars: Iterable[str]) -> dict[str, str | None]:
-    """Return the manifest's `files`: the names of the shards' files, with the sha256 of the tars.
+def describe_shards(
+    records: list[dict[str, Any]], sidecars: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """Return what the manifest says of the shards: its fields about the tars, and its `files`.
 
     Args:
         records: records of all tars.
         sidecars: files besides the tars and their index; other files in the directory are not part of the shards.
     """
-    return dict.fromkeys([INDEX, *sidecars]) | {record["file"]: record["sha256"] for record in records}
+    figures = {"shards": records, "samples": sum(record["samples"] for record in records)}
+    return figures, dict.fromkeys([INDEX, *sidecars]) | {record["file"]: record["sha256"] for record in records}
 
 
-def finish_shards(
-    directory: Path,
-    records: list[dict[str, Any]],
-    settings: Mapping[str, Any],
-    made_from: Mapping[str, str],
-    sidecars: Iterable[str] = (),
-    **figures: Any,
-) -> Manifest:
-    """Write the manifest, which completes the artefact, then delete the progress notes.
+def damaged_files(directory: Path, manifest: Mapping[str, Any], threads: int) -> dict[str, str]:
+    """Return a line for each file that differs from the manifest, is missing, or is not in it.
 
     Args:
         directory: directory of the shards.
-        records: records of all tars.
-        settings: settings that determine the shards.
-        made_from: hashes of their inputs.
-        sidecars: files besides the tars and their index; other files in the directory are not part of the shards.
-        **figures: further fields of the manifest.
-
-    Returns:
-        The manifest.
+        manifest: its manifest.
+        threads: number of files read in parallel.
     """
-    figures |= shard_figures(records)
-    files = files_of(records, sidecars)
-    manifest = write_manifest(directory, "shards", settings=settings, made_from=made_from, files=files, **figures)
-    shutil.rmtree(directory / PROGRESS, ignore_errors=True)
-    return manifest
-
-
-def shard_figures(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the manifest's fields about the tars: their records, and the number of samples."""
-    return {"shards": records, "samples": sum(record["samples"] for record in records)}
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """Notes on completed tars: the record and the index rows of each.
-
-    The rows are stored here instead of read back from the tar, so that resuming costs only the hashes of the tars.
-    """
-
-    directory: Path
-    identity: str
-
-    def write(self, shard: int, record: dict[str, Any], rows_S: Entries) -> None:
-        rows = rows_S.tobytes().hex()
-        write_sealed(self._path(shard), {"identity": self.identity, "record": record, "rows": rows})
-
-    def record(self, shard: int) -> dict[str, Any]:
-        record: dict[str, Any] = read_json(self._path(shard))["record"]
-        return record
-
-    def rows(self, shard: int) -> Entries:
-        return np.frombuffer(bytes.fromhex(read_json(self._path(shard))["rows"]), ENTRY)
-
-    def holds(self, shard: int) -> bool:
-        """Return True if the shard is complete and matches this run."""
-        tar, path = self.directory / tar_name(shard), self._path(shard)
-        if not tar.is_file() or not path.is_file():
-            return False
-        try:
-            note = read_sealed(path, "")
-        except UserError:  # torn: the tar is written again
-            return False
-        return bool(note.get("identity") == self.identity and sha256_file(tar) == note["record"]["sha256"])
-
-    def _path(self, shard: int) -> Path:
-        return self.directory / PROGRESS / f"{shard:06d}.json"
-
-
-def _in_threads(work: Callable[[_Job], _Result], jobs: Iterable[_Job], threads: int) -> Iterator[_Result]:
-    """Yield results as they complete; the next job is created while at most `threads` are running."""
-    under_way: set[Future[_Result]] = set()
+    files: dict[str, str] = manifest["files"]
     with ThreadPoolExecutor(threads) as pool:
-        for job in jobs:
-            if len(under_way) == threads:
-                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-            under_way.add(pool.submit(work, job))
-        yield from (future.result() for future in under_way)
+        lines = pool.map(lambda name: _file_problem(directory / name, files[name]), files)
+        problems = {name: line for name, line in zip(files, lines, strict=True) if line}
+    names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    problems |= {name: f"{name} is not one of these shards' files" for name in names - {*files, MANIFEST}}
+    return dict(sorted(problems.items()))
 
 
-def _compute(
-    make: MakeSamples, world: World, shards: Sequence[int], total: int, per_shard: int
-) -> Iterator[tuple[int, list[Sample]]]:
-    """Yield the samples of this rank's shards; those of other ranks are computed to stay in step, and dropped."""
-    world.report("writing shards")  # the title of the bar over the shards
-    for is_own, shard in world.split_in_lockstep(shards):
-        world.report(f"computing {tar_name(shard)}")
-        samples = list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
-        if is_own:
-            yield shard, samples
+def _file_problem(path: Path, sha256: str) -> str | None:
+    name = f"shard {path.name}" if path.suffix == ".tar" else path.name
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        altered = sha256_file(path) != sha256
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return f"{name}: its bytes differ from what was written (sha256 differs)" if altered else None
+
+
+def wrong_samples(
+    samples: ShardDataset, dataset: PreparedDataset, selection: Selection, item_states_NLD: npt.NDArray[np.floating]
+) -> dict[str, str]:
+    """Read every sample as training does; return a line for each tar with a wrong one, although all hashes are right.
+
+    Args:
+        samples: the samples by number.
+        dataset: prepared dataset.
+        selection: the samples that were selected.
+        item_states_NLD: text-only states of the catalogue.
+    """
+    if len(samples) != len(selection.user_rows):
+        return {INDEX: f"{INDEX} has {len(samples)} samples, but {len(selection.user_rows)} were selected"}
+    problems: dict[str, str] = {}
+    for number in range(len(samples)):
+        file = tar_name(int(samples.index_S[number]["shard"]))
+        if file in problems:
+            continue
+        user, position = int(selection.user_rows[number]), int(selection.positions[number])
+        try:
+            problem = _mismatch(samples[number], dataset, user, position, item_states_NLD[0])
+        except UserError as error:
+            problem = error.problem
+        if problem:
+            problems[file] = f"shard {file}, sample {sample_key(user, position)}: {problem}"
+    return problems
+
+
+def _mismatch(
+    sample: Sample, dataset: PreparedDataset, user: int, position: int, like_LD: npt.NDArray[np.floating]
+) -> str | None:
+    """Return the first difference between a sample and the dataset, or None."""
+    if (sample.user, sample.position) != (user, position):
+        return f"in its place is sample {sample.key}"
+    if not np.array_equal(sample.history_H, dataset.history(user, position)):
+        return "field history.npy is not the user's history"
+    if sample.target != dataset.sequence(user)[position]:
+        return "field json: the target is not the user's item at that position"
+    states_LD = sample.states_LD
+    if (states_LD.dtype, states_LD.shape) != (like_LD.dtype, like_LD.shape):
+        return f"field states.npy is {states_LD.dtype} of {states_LD.shape}, not {like_LD.dtype} of {like_LD.shape}"
+    if not all(np.isfinite(values).all() for values in (states_LD, *sample.vectors.values())):
+        return "a state or a vector has NaN or infinity"
+    return None

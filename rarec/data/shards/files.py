@@ -1,33 +1,38 @@
-"""Open the tars of shards, in a local directory or behind an fsspec URL.
+"""The files of shards: the index, and the tars, in a directory or behind an fsspec URL.
 
-Behind a URL, the files that describe the shards are fetched first, tars on demand into a directory of bounded size that
-processes share. Every cached tar is complete and verified; the least recently opened one is evicted first. A tar
+The index, `samples.npy`, has one row per sample in the order of the tars, and is memory-mapped: a reader fetches
+exactly the bytes of the samples that it needs, and verifies each.
+
+Behind a URL, the files that describe the shards are fetched first, tars on demand into a directory of bounded size
+that processes share. Every cached tar is complete and verified; the least recently opened one is evicted first. A tar
 that is evicted while another process reads it remains readable there until it is closed.
+
+Shape letters: S samples.
 """
 
 import hashlib
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import fsspec
+import numpy as np
 
+from rarec.data.columns import map_npy
 from rarec.data.shards.batch_plan import SHUFFLED_TOGETHER
-from rarec.data.shards.index import REPAIR, is_tar_name, tar_name
+from rarec.data.shards.samples import INDEX_ROW, REPAIR, IndexRows
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST, read_manifest
 from rarec.storage.directories import MARKER, new_directory
-from rarec.storage.files import atomic_write, is_temporary, locked
+from rarec.storage.files import atomic_write, is_temporary, locked, open_file, remove_stale
 
+INDEX = "samples.npy"
 MAX_OPEN = 2 * SHUFFLED_TOGETHER
 """Number of tars kept open: a window of the plan spans two groups of shards, unless they are tiny."""
 _BLOCK = 2**22
 _LOCKS = 64
 """Number of locks, and so of tars that can be fetched in parallel."""
-_ABANDONED = 3600
-"""Seconds without a write after which a fetch counts as dead."""
 _CHECK_ACCESS = (
     "check train.stream.remote, the network, and the credentials that fsspec finds; then run the same command to resume"
 )
@@ -36,49 +41,70 @@ _COPY_AGAIN = (
 )
 
 
-class Tars(Protocol):
-    """Open the tars of some shards by number."""
-
-    def name(self, shard: int) -> str:
-        """Return the name of a tar in messages."""
-
-    def open(self, shard: int) -> BinaryIO:
-        """Open a tar for reading."""
-
-    def drop_cached(self, shard: int) -> bool:
-        """Drop the cached copy of a damaged tar; return False if there is no other copy."""
+def tar_name(shard: int) -> str:
+    """Return the file name of a shard."""
+    return f"{shard:06d}.tar"
 
 
-class LocalTars:
-    """Tars in a directory."""
+def write_index(directory: Path, parts: Iterable[IndexRows], samples: int) -> None:
+    """Write the index shard by shard, so that it need not fit in memory.
+
+    Args:
+        directory: directory of the shards.
+        parts: index rows of each shard, in order.
+        samples: total number of rows.
+    """
+    with atomic_write(directory / INDEX) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(INDEX_ROW), "fortran_order": False, "shape": (samples,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows_S in parts:
+            file.write(rows_S.tobytes())
+
+
+def open_index(directory: Path, manifest: Mapping[str, Any]) -> IndexRows:
+    """Map the index of the shards that a manifest describes.
+
+    Returns:
+        (S,) rows of type `INDEX_ROW`.
+
+    Raises:
+        UserError: the index is missing, malformed, or of other shards.
+    """
+    path = directory / INDEX
+    index_S: IndexRows = map_npy(path, REPAIR)
+    if index_S.dtype != INDEX_ROW or index_S.shape != (manifest["samples"],):
+        form = f"{index_S.dtype.name} of shape {index_S.shape}"
+        raise UserError(f"{path} is not an index of {manifest['samples']} samples but {form}", REPAIR)
+    return index_S
+
+
+class Tars:
+    """The tars in a directory, by number."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def name(self, shard: int) -> str:
-        """See `Tars`: the path."""
+        """Return the path or URL of a tar, for messages."""
         return str(self.directory / tar_name(shard))
 
     def open(self, shard: int) -> BinaryIO:
-        """See `Tars`.
+        """Open a tar for reading.
 
         Raises:
             UserError: the tar is missing or cannot be read.
         """
         try:
-            handle = os.open(self.name(shard), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block forever
-            return os.fdopen(handle, "rb")
-        except FileNotFoundError:
-            raise UserError(f"shard {self.name(shard)} is missing", REPAIR) from None
+            return open_file(self.directory / tar_name(shard))
         except OSError as error:
             raise UserError(f"shard {self.name(shard)} cannot be read: {error.strerror}", REPAIR) from None
 
     def drop_cached(self, shard: int) -> bool:
-        """See `Tars`: there is no other copy."""
+        """Drop the cached copy of a damaged tar; return False if there is no other copy."""
         return False
 
 
-class RemoteTars:
+class RemoteTars(Tars):
     """Tars behind a URL, fetched into a cache when they are opened.
 
     Args:
@@ -92,29 +118,29 @@ class RemoteTars:
     """
 
     def __init__(self, url: str, records: Sequence[Mapping[str, Any]], cache: Path, max_bytes: int) -> None:
+        super().__init__(cache)
         needed = sum(sorted(record["bytes"] for record in records)[-MAX_OPEN:])
         if needed > max_bytes:
             problem = f"train.stream.cache_gb = {max_bytes / 1e9:g} is too small for {MAX_OPEN} open tars"
             raise UserError(problem, f"raise it to {needed / 1e9:.3g} or more, or lower shards.samples_per_shard")
-        self._url, self._records, self._cache, self._max_bytes = _base_url(url), records, cache, max_bytes
+        self._url, self._records, self._max_bytes = url.rstrip("/"), records, max_bytes
         self._locks = cache / "locks"
         with locked(cache.with_name(f".{cache.name}.lock")):
             if not (cache / MARKER).exists():
                 with new_directory(cache, ["locks/"]):  # refuses what rarec has not made
                     pass
-        self._locks.mkdir(exist_ok=True)
 
     def name(self, shard: int) -> str:
-        """See `Tars`: the URL."""
+        """Return the URL of a tar."""
         return f"{self._url}/{tar_name(shard)}"
 
     def open(self, shard: int) -> BinaryIO:
-        """See `Tars`; fetch the tar if it is not cached.
+        """Open a tar; fetch it if it is not cached.
 
         Raises:
             UserError: the tar cannot be fetched, or does not match the manifest.
         """
-        path = self._cache / tar_name(shard)
+        path = self.directory / tar_name(shard)
         while True:
             try:
                 os.utime(path)  # records the last use
@@ -123,28 +149,26 @@ class RemoteTars:
                 self._fetch(shard, path)
 
     def drop_cached(self, shard: int) -> bool:
-        """See `Tars`; the next `open` fetches the tar again."""
-        (self._cache / tar_name(shard)).unlink(missing_ok=True)
+        """Drop the cached copy of a tar; the next `open` fetches it again."""
+        (self.directory / tar_name(shard)).unlink(missing_ok=True)
         return True
 
     def _fetch(self, shard: int, path: Path) -> None:
         with locked(self._locks / str(shard % _LOCKS)):
             if not path.exists():  # another process may have fetched it meanwhile
                 record = self._records[shard]
-                size = record["bytes"]
-                _fetch(self.name(shard), path, record["sha256"], size, lambda file: self._reserve(file, size))
+                _fetch(self.name(shard), path, record["sha256"], lambda file: self._reserve(file, record["bytes"]))
 
     def _reserve(self, file: BinaryIO, size: int) -> None:
         """Evict tars to make room, and reserve it by extending the file, so that other processes count it."""
         with locked(self._locks / "room"):
-            present = list(_present(self._cache))
-            total = size + sum(each for _, each, _ in present)
-            for used, each, path in sorted(present):
-                if total <= self._max_bytes:
-                    break
-                if path.suffix == ".tar" or time.time() - used > _ABANDONED:
+            remove_stale(self.directory)
+            present = sorted(_tars_with_sizes(self.directory))
+            total = size + sum(other for _, other, _ in present)
+            for _, other, path in present:
+                if total > self._max_bytes and path.suffix == ".tar":
                     path.unlink(missing_ok=True)
-                    total -= each
+                    total -= other
             file.truncate(size)
 
 
@@ -158,6 +182,7 @@ def fetch_description(url: str, directory: Path) -> None:
     Raises:
         UserError: a file cannot be read or does not match the manifest, or `directory` has unfinished local shards.
     """
+    url = url.rstrip("/")
     with locked(directory.with_name(f".{directory.name}.fetch")):
         if (directory / MANIFEST).exists():
             return
@@ -165,67 +190,44 @@ def fetch_description(url: str, directory: Path) -> None:
             remedy = "finish them with train.stream.remote=null, or move them away"
             raise UserError(f"{directory} contains unfinished shards of this machine", remedy)
         with new_directory(directory) as temporary:
-            _fetch(f"{_base_url(url)}/{MANIFEST}", temporary / MANIFEST)
-            for name, digest in _sidecars(url, temporary).items():
-                _fetch(f"{_base_url(url)}/{name}", temporary / name, digest)
+            _fetch(f"{url}/{MANIFEST}", temporary / MANIFEST)
+            try:
+                files: dict[str, str] = read_manifest(temporary, "shards")["files"]
+            except UserError as error:
+                raise UserError(error.problem.replace(str(temporary), url), _COPY_AGAIN) from None
+            for name, sha256 in files.items():
+                if not name.endswith(".tar"):
+                    _fetch(f"{url}/{name}", temporary / name, sha256)
 
 
-def _base_url(url: str) -> str:
-    return url.rstrip("/")
-
-
-def _sidecars(url: str, directory: Path) -> dict[str, str]:
-    """Return name and sha256 of the files besides the tars, from the fetched manifest."""
-    try:
-        files: dict[str, str] = read_manifest(directory, "shards")["files"]
-    except UserError as error:
-        raise UserError(error.problem.replace(str(directory), _base_url(url)), _COPY_AGAIN) from None
-    strange = [name for name in files if "/" in name or name.startswith(".")]
-    if strange:
-        raise UserError(f"{_base_url(url)}/{MANIFEST}: {strange[0]!r} is not a valid file name of shards", _COPY_AGAIN)
-    return {name: digest for name, digest in files.items() if not name.endswith(".tar")}
-
-
-def _present(cache: Path) -> Iterator[tuple[float, int, Path]]:
+def _tars_with_sizes(cache: Path) -> Iterator[tuple[float, int, Path]]:
     """Yield time, size and path of each tar in the cache; those being fetched already have their full size."""
     for path in cache.iterdir():
-        if not (is_tar_name(path.name) or is_temporary(path)):
-            continue
-        try:
-            stat = path.stat()
-        except FileNotFoundError:  # renamed by another process
-            continue
-        if path.is_file():
+        if (path.suffix == ".tar" and path.stem.isdigit()) or is_temporary(path):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # renamed or evicted by another process
+                continue
             yield stat.st_mtime, stat.st_size, path
 
 
-def _fetch(
-    url: str,
-    path: Path,
-    digest: str | None = None,
-    max_bytes: int | None = None,
-    reserve: Callable[[BinaryIO], None] | None = None,
-) -> None:
+def _fetch(url: str, path: Path, sha256: str = "", reserve: Callable[[BinaryIO], None] | None = None) -> None:
     """Fetch a file, verify it and rename it; try once more on failure."""
     try:
-        _copy(url, path, digest, max_bytes, reserve)
+        _fetch_once(url, path, sha256, reserve)
     except UserError:
-        _copy(url, path, digest, max_bytes, reserve)
+        _fetch_once(url, path, sha256, reserve)
 
 
-def _copy(
-    url: str, path: Path, digest: str | None, max_bytes: int | None, reserve: Callable[[BinaryIO], None] | None
-) -> None:
+def _fetch_once(url: str, path: Path, sha256: str, reserve: Callable[[BinaryIO], None] | None) -> None:
     fetched = hashlib.sha256()
     with atomic_write(path) as file:
         if reserve:
             reserve(file)
         for block in read_blocks(url):
-            if max_bytes is not None and file.tell() + len(block) > max_bytes:
-                raise UserError(f"{url} does not match its manifest (more than {max_bytes} bytes)", _COPY_AGAIN)
             fetched.update(block)
             file.write(block)
-        if digest is not None and fetched.hexdigest() != digest:
+        if sha256 and fetched.hexdigest() != sha256:
             raise UserError(f"{url} does not match its manifest (sha256 differs)", _COPY_AGAIN)
 
 

@@ -1,0 +1,1 @@
+"""Serving by vLLM: what `rarec export --to vllm` writes, and the two files that go with it."""
