@@ -17,13 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from results_seeds import SeedMeans
+from collect_results import SeedMeans, collect, settings_of
+from make_results import Pages, main
+from results_figures import Figures
+from results_site import on_page_markdown
 
 from rarec.cluster import SweepRun, load_sweep
 from rarec.config import dump_config
 from rarec.errors import UserError
 from rarec.evaluation.rows import comparison_rows, metric_rows
-from rarec.ranking import mean_interval
+from rarec.ranking import mean_interval, mean_intervals, paired_intervals
 from rarec.stages.run import Run
 from rarec.storage.artefacts import write_manifest, write_sealed
 from rarec.storage.files import sha256_file, write_json, write_text
@@ -99,7 +102,6 @@ def finish(
 def path(tmp_path, monkeypatch) -> Path:
     """A sweep in the current directory of which nothing is made yet."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     Path("base.yaml").write_text(BASE)
     Path("sweep.yaml").write_text(SWEEP)
     return Path("sweep.yaml")
@@ -107,15 +109,11 @@ def path(tmp_path, monkeypatch) -> Path:
 
 def collected(path: Path, *keep_ranks: str) -> dict[str, Any]:
     """Collect what is finished and read the sweep's file."""
-    from results_collect import collect
-
     collect(load_sweep(path), Path("results"), keep_ranks)
     return json.loads(Path("results", f"{path.stem}.json").read_text())
 
 
 def pages() -> dict[str, str]:
-    from make_results import Pages
-
     return {page.as_posix(): text for page, text in Pages(Path()).texts.items()}
 
 
@@ -137,31 +135,33 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
 def test_a_figure_is_the_mean_over_users_of_their_means_over_seeds(tmp_path):
     files = [write_ranks(tmp_path / f"{seed}.parquet", ranks) for seed, ranks in RANKS.items()]
     means = SeedMeans.read(files)
-    found = means.figures("id_only")
-    assert (means.n, means.seeds, means.left_out) == (4, 2, 0)
+    found = mean_intervals(means.values["id_only"])
+    assert (means.users, means.left_out) == (list("abcd"), 0)
     assert [found[metric].mean for metric in HEADLINE] == pytest.approx(
         [2.5 / 4, 3 / 4, (1 + 1.5 / math.log2(6)) / 4, (1 + 1 / 8 + 1 / 200 + 1 / 5) / 4]
     )
     assert found["hr@10"] == mean_interval([1, 0.5, 0, 1])
-    difference = means.differences("per_layer+id", "id_only")["mrr"]
+    difference = paired_intervals(means.values["per_layer+id"], means.values["id_only"])["mrr"]
     assert difference == mean_interval(1 - np.array([1, 1 / 8, 1 / 200, 1 / 5]))
 
 
 def test_one_seed_gives_the_figures_of_the_runs_own_metrics(tmp_path):
     ranks = {variant: np.array(own) for variant, own in RANKS[17].items()}
-    means = SeedMeans.read([write_ranks(tmp_path / "x.parquet", RANKS[17])], 300, 17)
+    values = SeedMeans.read([write_ranks(tmp_path / "x.parquet", RANKS[17])]).values
     for row in metric_rows(ranks, [10, 100], resamples=300, seed=17):
-        assert means.figures(row["variant"])[row["metric"]] == (row["value"], row["low"], row["high"])
+        found = mean_intervals(values[row["variant"]], 300, 17)[row["metric"]]
+        assert found == (row["value"], row["low"], row["high"])
     pairs = [("per_layer+id", "id_only")]
     for row in comparison_rows(ranks, pairs, [10, 100], resamples=300, seed=17):
-        assert means.differences(*pairs[0])[row["metric"]] == (row["difference"], row["low"], row["high"])
+        found = paired_intervals(*(values[name] for name in pairs[0]), 300, 17)[row["metric"]]
+        assert found == (row["difference"], row["low"], row["high"])
 
 
 def test_seeds_are_paired_by_user_in_any_order_and_the_others_are_counted(tmp_path):
     one = write_ranks(tmp_path / "1.parquet", {"id_only": [1, 2, 4]}, "abc", "xyz")
     two = write_ranks(tmp_path / "2.parquet", {"id_only": [8, 2, 1]}, "cbe", "zyv")
     means = SeedMeans.read([one, two])
-    assert (means.n, means.left_out) == (2, 2)
+    assert (means.users, means.left_out) == (["b", "c"], 2)
     assert means.values["id_only"]["mrr"].tolist() == [1 / 2, (1 / 4 + 1 / 8) / 2]
 
 
@@ -222,15 +222,13 @@ def test_figures_of_altered_files_are_refused(path):
 
 
 def test_every_pair_of_variants_is_kept_with_its_interval_in_both_directions(path):
-    from results_figures import Figures
-
     finish(load_sweep(path).runs[0], RANKS[17])
     kept = collected(path)["runs"]["plain"]
     assert len(kept["differences"]) == 6
-    means = SeedMeans.read([load_sweep(path).runs[0].directory / "evaluation" / "ranks.parquet"], 300, 17)
+    values = SeedMeans.read([load_sweep(path).runs[0].directory / "evaluation" / "ranks.parquet"]).values
     found = Figures(Path("results"))
     for one, other in (("id_only", "per_layer+id"), ("per_layer+id", "id_only")):
-        expected = means.differences(one, other)["mrr"]
+        expected = paired_intervals(values[one], values[other], 300, 17)["mrr"]
         assert found.difference("sweep", ("plain", one), ("plain", other), "mrr") == pytest.approx(expected, abs=1e-8)
 
 
@@ -246,8 +244,6 @@ def test_a_run_that_is_gone_keeps_its_figures_while_its_settings_are_the_same(pa
 
 
 def test_a_run_whose_settings_have_changed_is_dropped_and_named(path):
-    from results_collect import collect
-
     for at in (0, 2):
         finish(load_sweep(path).runs[at], RANKS[17])
     collected(path)
@@ -616,8 +612,6 @@ def test_the_readme_is_filled_between_its_markers_and_nowhere_else(path):
 
 
 def test_the_command_collects_and_writes_only_what_has_changed(path, capsys):
-    from make_results import main
-
     for run in load_sweep(path).runs:
         finish(run, RANKS[17])
     main(["collect", "sweep.yaml"])
@@ -627,10 +621,8 @@ def test_the_command_collects_and_writes_only_what_has_changed(path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_projects_own_pages_are_those_that_the_tool_makes(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+def test_the_projects_own_pages_are_those_that_the_tool_makes():
     import matplotlib
-    from make_results import Pages
 
     remedy = "run: python tools/make_results.py"
     for page, text in Pages(ROOT).texts.items():
@@ -646,10 +638,7 @@ def test_the_projects_own_results_are_short_and_small():
     assert sum(file.stat().st_size for file in (ROOT / "results").rglob("*")) < 6 * 2**20
 
 
-def test_the_projects_own_results_are_of_the_runs_that_its_sweeps_name(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from results_summary import settings_of
-
+def test_the_projects_own_results_are_of_the_runs_that_its_sweeps_name():
     for file in (ROOT / "results").glob("*.json"):
         planned = {
             run.name: settings_of(run) for run in load_sweep(ROOT / "configs" / "sweeps" / f"{file.stem}.yaml").runs
@@ -680,10 +669,7 @@ def test_links_of_the_projects_own_pages_lead_somewhere():
             assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
 
 
-def test_the_site_shows_the_page_with_links_from_its_own_place(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from results_site import on_page_markdown
-
+def test_the_site_shows_the_page_with_links_from_its_own_place():
     def shown(source: str, text: str) -> str:
         return on_page_markdown(text, page=SimpleNamespace(file=SimpleNamespace(src_uri=source)))
 

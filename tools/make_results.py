@@ -27,10 +27,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from results_collect import collect
+from collect_results import HITS, collect
 from results_figures import Figures
 from results_plots import Line, colours, curve_svg, rows_svg, strata_svg
-from results_summary import HITS
 from results_tables import Tables
 
 from rarec.cluster import load_sweep

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from results_summary import HITS, Summary
+from collect_results import HITS, Summary
 
 from rarec.errors import UserError
 from rarec.evaluation.labels import MINUS, figure

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from collect_results import HITS, Summary
 from results_figures import Figures, cell, listed_settings
-from results_summary import HITS, Summary
 
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, HEADLINE, ID_ONLY, LATE_FUSION, figure, metric_title, variant_title
