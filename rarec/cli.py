@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rarec.cli_bundle import LanguageModel, Trust, convert, items, realign, recommend
+from rarec.cli_bundle import LanguageModel, Trust, convert, example, items, realign, recommend
 from rarec.cli_serve import serve
 from rarec.console.progress import Console, console
 from rarec.entry import main, open_run, run_stage, say, watched
@@ -69,7 +69,7 @@ def plan(
 
     cluster = Cluster.of(gpus, machines, memory, device)
     engine = parse_engine(zero) if zero else None
-    made = import_module("rarec.stages.plan").plan(open_run(config, overrides), cluster, engine)
+    made = import_module("rarec.stages.train").plan(open_run(config, overrides), cluster, engine)
     out = Console() if sys.stdout.isatty() else Console(width=120)
     words = shlex.join([str(config), *(overrides or [])])
     for part in import_module("rarec.planning.plan_table").render(made, words):
@@ -119,19 +119,19 @@ def export(
     with_llm: Annotated[bool, typer.Option("--with-llm", help="Put the language model into the bundle.")] = False,
     to: Annotated[list[str] | None, typer.Option(help="Of a bundle: vectors, faiss, onnx, vllm, peft or hub.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --to: folder to write.")] = None,
-    index: Annotated[str, typer.Option(help="With --to faiss: flat, hnsw, ivf or sqfp16.")] = "flat",
+    index: Annotated[str | None, typer.Option(help="With --to faiss: flat (default), hnsw, ivf or sqfp16.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: in 8-bit integers as well.")] = False,
     push: Annotated[str | None, typer.Option(help="With --to hub: upload to NAME/REPOSITORY.")] = None,
     llm: LanguageModel = None,
     trust: Trust = None,
 ) -> None:
     """Write the bundle, or a bundle in other forms."""
+    options = {name: value for name, value in {"index": index, "int8": int8, "push": push}.items() if value}
     if to:
         _refuse_given("cannot be used with --to", overrides=overrides, fresh=fresh, with_llm=with_llm)
-        convert(config, to, out, index, int8, push, llm, trust)
+        convert(config, to, out, options, llm, trust or [])
         return
-    form = {"out": out, "index": index != "flat", "int8": int8, "push": push, "llm": llm, "trust": trust}
-    _refuse_given("needs --to", **form)
+    _refuse_given("needs --to", out=out, **options, llm=llm, trust=trust)
     run_stage("export", config, [*(overrides or []), *(["export.with_llm=true"] if with_llm else [])], fresh)
 
 
@@ -183,7 +183,8 @@ def bench(
             f"--variant {name}: train.variants has none of that name", f"give {', '.join(opened.config.variants)}"
         )
     with watched(opened.world):
-        profile = import_module("rarec.stages.bench").bench(opened, name, steps)
+        trainer = import_module("rarec.stages.train").TrainStage(opened, name).untrained()
+        profile = import_module("rarec.training.bench").bench(trainer, name, steps, opened.config)
     if opened.world.is_main:
         for what, figure in profile.rows():
             print(f"{what:21} {figure}")
@@ -244,8 +245,7 @@ def show_results(run: "Run") -> None:
         return
     history = run.dataset.item_ids.take(run.dataset.sequence(0)[-SHOWN:]).to_pylist()
     llm = str(run.converted_llm) if run.converted_llm.is_dir() else None
-    serving, bundle = import_module("rarec.bundle.command"), run.directory("export")
-    for line in serving.example(bundle, history, SHOWN, llm, run.world.device.type):
+    for line in example(run.directory("export"), history, SHOWN, llm, run.world.device.type):
         out.print(line, soft_wrap=True)
 
 

@@ -1,14 +1,21 @@
 """Commands of `rarec` that need a bundle and no run."""
 
-from collections.abc import Sequence
-from importlib import import_module
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rarec.console.inert import in_one_line
 from rarec.entry import open_run, say, watched
 from rarec.errors import UserError
+
+if TYPE_CHECKING:
+    from rarec.bundle.recommended import Id, Recommended
+    from rarec.bundle.recommender import Recommender
 
 BundleFolder = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Folder that rarec export has written.", show_default=False)
@@ -21,6 +28,8 @@ Trust = Annotated[list[str] | None, typer.Option(help="A part of your own that i
 NewFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder of the new version; BUNDLE-2, BUNDLE-3 and so on by default.")
 ]
+OF_LOG, OF_ITEMS = ("user", "item", "time", "position"), ("item", "title", "text")
+"""Roles that `--columns` takes, of a log and of a table of items."""
 
 items = typer.Typer(help="Add or remove items without training: a new version beside the bundle, which stays.")
 
@@ -39,46 +48,104 @@ def recommend(
     trust: Trust = None,
 ) -> None:
     """Print the best new items for a history, or for users of a log, by a bundle; no run is needed."""
-    asked = [name for name, given in (("--history", history), ("--user", user), ("--all", everyone)) if given]
-    if len(asked) != 1 or (log is None) != (asked == ["--history"]) or (out is None) == everyone:
+    chosen = [name for name, given in (("--history", history), ("--user", user), ("--all", everyone)) if given]
+    if len(chosen) != 1 or (log is None) != (chosen == ["--history"]) or (out is None) == everyone:
         remedy = "give --history ITEM,ITEM, or --user ID --log FILE, or --all --log FILE --out FILE"
         raise UserError("whom to recommend to is not clear", remedy)
-    if everyone:
-        _recommend_to_all(bundle, llm, device, trust, (log, columns, out, k))
+    if log is None:
+        recommender = _load(bundle, llm, device, trust)
+        ids = [item.strip() for item in str(history).split(",") if item.strip()]
+        best = recommender.recommend([ids], k)
+        if best.unknown[0]:
+            say(f"{best.unknown[0]} of {len(ids)} items are not in the catalogue: skipped")
+        _print(best[0])
         return
-    serving, recommender = _serving("command"), _load(bundle, llm, device, trust)
-    if history:
-        serving.print_for_history(recommender, history, k, say)
-    else:
-        serving.print_for_user(recommender, log, columns, user, k)
+    if out is not None:
+        _recommend_to_all(bundle, llm, device, trust, log, columns, out, k)
+        return
+    from rarec.bundle.users import open_log
+
+    recommender = _load(bundle, llm, device, trust)
+    with _columns(columns, OF_LOG) as given, open_log(recommender.bundle, log, given, user) as histories:
+        rows = [history.rows for history in histories]
+    _print(recommender.recommend_to(rows, k)[0] if rows else recommender.recommend([[]], k)[0])
 
 
 def _recommend_to_all(
-    bundle: Path, llm: str | None, device: str, trust: list[str] | None, arguments: tuple[Any, ...]
+    bundle: Path,
+    llm: str | None,
+    device: str,
+    trust: list[str] | None,
+    log: str,
+    columns: str | None,
+    out: Path,
+    k: int,
 ) -> None:
     """Recommend on all ranks that a launcher has started, which share the users."""
-    world = import_module("rarec.training.accelerator").join_world(device, "--device", "--device cpu")
-    with watched(world):
+    from rarec.bundle.users import recommend_all
+    from rarec.training.accelerator import join_world
+
+    world = join_world(device, "--device", "--device cpu")
+    with watched(world), _columns(columns, OF_LOG) as given:
         recommender = world.run_on_all(lambda: _load(bundle, llm, str(world.device), trust))
-        rows = _serving("command").write_for_all(recommender, *arguments, world)
-    say(f"{arguments[2]}: {rows:,} rows")
+        rows = recommend_all(recommender, log, out, k, columns=given, world=world)
+    say(f"{out}: {rows:,} rows")
+
+
+@contextmanager
+def _columns(given: str | None, roles: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yield the columns that `user=customer,item=sku` names; messages name the option, where a run has fields.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    pairs = [pair.partition("=") for pair in given.split(",")] if given else []
+    for role, equals, name in pairs:
+        if role.strip() not in roles or not equals or not name:
+            raise UserError(f"--columns: {role}{equals}{name}", f"write ROLE=COLUMN, with {', '.join(roles)} as roles")
+    try:
+        yield {role.strip(): name.strip() for role, _, name in pairs}
+    except UserError as error:
+        field = rf"prepare\.\w+\.({'|'.join(roles)})\b"
+        problem, remedy = (re.sub(field, r"--columns \1", text) for text in (error.problem, error.remedy))
+        raise UserError(problem.splitlines(), remedy, shared=error.shared) from None
+
+
+def _print(best: "Iterable[Recommended]") -> None:
+    for item in best:
+        print(f"{in_one_line(str(item.item))}\t{in_one_line(item.title)}\t{item.score:.4f}")
+
+
+def example(bundle: Path, history: "Sequence[Id]", k: int, llm: str | None, device: str) -> list[str]:
+    """Return lines that show what a bundle recommends after a history, and the command for more."""
+    from rarec.bundle.bundle import Bundle
+    from rarec.bundle.recommender import Recommender
+
+    opened = Bundle.open(bundle, None)  # the run that made it has imported its parts already
+    recommender = Recommender(opened, llm=llm, device=device)
+    titles = dict(zip(recommender.items, opened.catalogue.titles, strict=True))
+    bought = "; ".join(in_one_line(titles[item]) for item in history)
+    where = shlex.quote(str(bundle))
+    more = f"rarec recommend {where} --history {shlex.quote(','.join(map(str, history)))}"
+    return [
+        f"After {bought}:",
+        *(
+            f"  {in_one_line(str(best.item))}  {in_one_line(best.title)}"
+            for best in recommender.recommend([history], k)[0]
+        ),
+        f"More: {more}, or in a browser: rarec serve {where}",
+    ]
 
 
 def convert(
-    bundle: Path,
-    formats: Sequence[str],
-    out: Path | None,
-    index: str,
-    int8: bool,
-    push: str | None,
-    llm: str | None,
-    trust: list[str] | None,
+    bundle: Path, targets: Sequence[str], out: Path | None, options: dict[str, Any], llm: str | None, trust: list[str]
 ) -> None:
     """Write a bundle in other forms; see `rarec export --to`."""
     if out is None:
         raise UserError("--to needs a folder to write to", "name it: --out DIR")
-    recommender = _load(bundle, llm, "cpu", trust)
-    _serving("formats.write").write_formats(recommender, formats, out, index=index, int8=int8, push=push, say=say)
+    from rarec.export import write_targets
+
+    write_targets(_load(bundle, llm, "cpu", trust), targets, out, say, **options)
     say(str(out))
 
 
@@ -94,8 +161,21 @@ def add(
     trust: Trust = None,
 ) -> None:
     """Add items by their text, and by an ID vector where there is one."""
-    recommender = _load(bundle, llm, device, trust)
-    _serving("command").add_items_of(recommender, table, columns, vectors or [], out, say)
+    from rarec.bundle.items import add_items
+    from rarec.bundle.write import next_version
+
+    files, directory = dict(map(_named_file, vectors or [])), out or next_version(bundle)
+    parts = _load(bundle, llm, device, trust).parts
+    with _columns(columns, OF_ITEMS) as given:
+        count = add_items(parts, table, directory, say, columns=given, vectors=files)
+    say(f"{directory}: {count:,} item{'s' * (count != 1)} added; {bundle} is as it was")
+
+
+def _named_file(pair: str) -> tuple[str, str]:
+    name, equals, path = pair.partition("=")
+    if not equals:
+        raise UserError(f"--vectors {pair}", "write NAME=FILE, with the name of an ID model and a Parquet file")
+    return name, path
 
 
 @items.command("remove")
@@ -106,7 +186,13 @@ def remove(
     trust: Trust = None,
 ) -> None:
     """Remove items."""
-    _serving("command").remove_items_of(bundle, ids, out, trust or [], say)
+    from rarec.bundle.bundle import Bundle
+    from rarec.bundle.items import remove_items
+    from rarec.bundle.write import next_version
+
+    directory = out or next_version(bundle)
+    count = remove_items(Bundle.open(bundle, trust or []), ids, directory)
+    say(f"{directory}: {count:,} item{'s' * (count != 1)} removed; {bundle} is as it was")
 
 
 def realign(
@@ -120,19 +206,20 @@ def realign(
     trust: Trust = None,
 ) -> None:
     """Take retrained ID models into a bundle without training: a new version beside the bundle, which stays."""
-    run, recommender, serving = open_run(config, overrides), _load(bundle, llm, device, trust), _serving("realign")
-    sources = {**run.sources, run.baseline.name: run.baseline}
-    ids = list(run.dataset.item_ids)
-    models = {name: serving.NewModel(source, ids) for name, source in sources.items()}
-    directory = out or _serving("versions").next_version(bundle)
-    for name, value in serving.realign(recommender.parts, models, directory, least).items():
+    from rarec.bundle.realign import NewModel
+    from rarec.bundle.realign import realign as write_realigned
+    from rarec.bundle.write import next_version
+
+    run, directory = open_run(config, overrides), out or next_version(bundle)
+    parts = _load(bundle, llm, device, trust).parts
+    sources, ids = {**run.sources, run.baseline.name: run.baseline}, list(run.dataset.item_ids)
+    models = {name: NewModel(source, ids) for name, source in sources.items()}
+    for name, value in write_realigned(parts, models, directory, least).items():
         say(f"{name}: {value}")
     say(str(directory))
 
 
-def _serving(module: str) -> Any:
-    return import_module(f"rarec.bundle.{module}")
+def _load(bundle: Path, llm: str | None, device: str, trust: list[str] | None) -> "Recommender":
+    from rarec.bundle.recommender import load
 
-
-def _load(bundle: Path, llm: str | None, device: str, trust: list[str] | None) -> Any:
-    return _serving("recommender").load(bundle, device=device, llm=llm, trusted=trust or [])
+    return load(bundle, device=device, llm=llm, trusted=trust or [])

@@ -10,8 +10,7 @@ from typing import Any
 
 import psutil
 
-from rarec.stages.stage import BEGUN, PROGRESS
-from rarec.storage.artefacts import MANIFEST, write_sealed
+from rarec.storage.artefacts import BEGUN, MANIFEST, PROGRESS, write_sealed
 from rarec.storage.directories import claim
 from rarec.storage.files import read_json
 

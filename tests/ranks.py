@@ -26,7 +26,7 @@ START.set_forkserver_preload(
     [
         "tests.ranks",
         "rarec.report.html",
-        "rarec.stages.evaluator",
+        "rarec.evaluation.evaluator",
         "rarec.stages.variant_training",
         "rarec.training.engines.zero",
         "rarec.distributed.watchdog",

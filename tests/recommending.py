@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import rarec
-from rarec.bundle.bundle import FACTS
+from rarec import cli_bundle
+from rarec.bundle.facts import FACTS
 from rarec.bundle.recommended import Recommended
+from rarec.bundle.write import next_version
 from rarec.entry import open_run
 from rarec.stages.run import Run
 from rarec.storage.artefacts import read_manifest, write_manifest
@@ -30,6 +32,20 @@ def exported(run: Run, directory: Path, *overrides: str) -> Run:
     other = open_run(run.file, [f"run.dir={root}", *overrides])
     other.make("export", fresh=True)
     return other
+
+
+def with_items(bundle: Path, table: Path, out: Path | None = None, **options) -> Path:
+    """Return the new version that `rarec items add` writes."""
+    made = out or next_version(bundle)
+    cli_bundle.add(bundle, str(table), out=out, **options)
+    return made
+
+
+def without_items(bundle: Path, items: list[str], out: Path | None = None) -> Path:
+    """Return the new version that `rarec items remove` writes."""
+    made = out or next_version(bundle)
+    cli_bundle.remove(bundle, items, out)
+    return made
 
 
 def sealed(bundle: Path, **changes: object) -> None:

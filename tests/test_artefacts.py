@@ -44,7 +44,7 @@ def interrupt_at(number):
     sys.settrace(trace)
 
 
-def test_an_interrupt_at_any_line_leaves_nothing_aside(tmp_path):
+def test_an_interrupt_at_any_line_leaves_nothing_temporary(tmp_path):
     before = sys.gettrace()
     for number in range(10_000):
         with suppress(KeyboardInterrupt):
@@ -152,7 +152,7 @@ def test_no_json_that_is_not_json(tmp_path):
 
 @pytest.mark.usefixtures("locks")
 def test_what_a_killed_writer_left_is_dropped_and_what_a_living_one_writes_stays(tmp_path):
-    temporary_path(tmp_path / "a", "1").write_text("torn")
+    temporary_path(tmp_path / "a", "1").write_text("half")
     temporary_path(tmp_path / "d", "1").mkdir()
     for mine in (".notes", ".a.aside-1"):
         (tmp_path / mine).write_text("mine")

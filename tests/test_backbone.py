@@ -24,8 +24,7 @@ from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone, pool_text
 from rarec.models.encode import text_states
-from rarec.models.language_model import load_model
-from rarec.models.llm_attention import SDPA_FLOAT32
+from rarec.models.language_model import SDPA_FLOAT32, load_model
 from rarec.models.slots import Slots
 from rarec.prompts import Encoded
 from tests.synthetic import tiny_model, tiny_tokenizer, write_llm

@@ -12,13 +12,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import rarec
-from rarec.bundle.bundle import FACTS, VECTORS
-from rarec.bundle.command import add_items_of, columns_of, print_for_history, print_for_user, write_for_all
+from rarec import cli_bundle
+from rarec.bundle.bundle import VECTORS
+from rarec.bundle.facts import FACTS
+from rarec.bundle.users import recommend_all
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.storage.artefacts import MANIFEST, read_manifest, sha256_json, write_manifest
+from rarec.storage.artefacts import MANIFEST, read_manifest, sha256_json
 from rarec.storage.files import read_json, sha256_file, write_json
-from tests.recommending import sealed
+from tests.recommending import sealed, with_items
 from tests.synthetic import write_llm
 
 
@@ -27,10 +29,10 @@ def bundle(finished, tmp_path) -> Path:
     return shutil.copytree(open_run(finished).directory("export"), tmp_path / "bundle")
 
 
-def flip(name: str, at: float):
+def flip(name: str, place: float):
     def harm(bundle: Path) -> None:
         data = bytearray((bundle / name).read_bytes())
-        data[int(at * (len(data) - 1))] ^= 0x10
+        data[int(place * (len(data) - 1))] ^= 0x10
         (bundle / name).write_bytes(data)
 
     return harm
@@ -64,21 +66,21 @@ def manifest(**changes):
 
 
 def listed(name: str):
-    """List a file in the manifest that lies outside of the bundle."""
+    """List a file in the manifest that is outside of the bundle."""
 
     def harm(bundle: Path) -> None:
         (bundle.parent / "outside").write_text("secret")
-        found = read_manifest(bundle, "bundle")
-        manifest(files={**found["files"], name: sha256_file(bundle / name)})(bundle)
+        files = read_manifest(bundle, "bundle")["files"]
+        manifest(files={**files, name: sha256_file(bundle / name)})(bundle)
 
     return harm
 
 
 def tensors(change):
     def harm(path: Path) -> None:
-        found = load_file(path)
-        change(found)
-        save_file(found, path)
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
 
     return harm
 
@@ -91,9 +93,9 @@ def model(change):
     """Change what the facts say of the variant and its language model."""
 
     def harm(bundle: Path) -> None:
-        found = read_json(bundle / FACTS)["model"]
-        change(found)
-        sealed(bundle, model=found)
+        fields = read_json(bundle / FACTS)["model"]
+        change(fields)
+        sealed(bundle, model=fields)
 
     return harm
 
@@ -124,6 +126,9 @@ HARMS = {
     "no alignment": (without("alignment.safetensors"), "alignment.safetensors"),
     "no neighbours": (without("neighbours/ease.parquet"), "ease.parquet"),
     "no encoders": (without("encoders.safetensors"), "encoders.safetensors"),
+    "flipped neighbours": (flip("neighbours/ease.parquet", 0.5), "ease.parquet"),
+    "flipped alignment": (flip("alignment.safetensors", 0.5), "alignment.safetensors"),
+    "an earlier version": (rewritten(FACTS, Path.unlink), "earlier version"),
     "facts are a list": (rewritten(FACTS, lambda path: path.write_text("[]")), FACTS),
     "an unknown fact": (facts(scheme=1), "`schema`"),
     "flipped manifest": (flip(MANIFEST, 0.3), MANIFEST),
@@ -200,10 +205,9 @@ def _beyond(table: pa.Table) -> pa.Table:
 def test_a_harmed_bundle_is_refused_by_name(bundle, tmp_path, monkeypatch, name):
     harm, named = HARMS[name]
     monkeypatch.chdir(tmp_path)
-    items = rarec.load(bundle).items
     harm(bundle)
     with pytest.raises(UserError) as error:
-        rarec.load(bundle).recommend([items[:3]])
+        rarec.load(bundle).recommend([["i001", "i002", "i003"]])
     assert named in str(error.value)
     assert error.value.remedy
     assert "docs/configuration.md" not in error.value.remedy  # whoever edits a bundle's file breaks its hash
@@ -222,31 +226,35 @@ def test_a_harmed_bundle_is_refused_by_name(bundle, tmp_path, monkeypatch, name)
         (None, "list"),
     ],
 )
-def test_what_is_no_list_of_histories_is_named(bundle, histories, named):
+def test_what_is_no_list_of_histories_is_named(recommender, histories, named):
     with pytest.raises(UserError, match=named):
-        rarec.load(bundle).recommend(histories)
+        recommender.recommend(histories)
 
 
-def test_what_is_odd_and_means_something_is_served(bundle):
-    served = rarec.load(bundle)
-    known = served.items
-    long = [known[at % len(known)] for at in range(100_000)]
-    found = served.recommend([long, [known[0]] * 1000, [], [np.str_(known[1])]], k=10**9)
-    assert [len(items) for items in found] == [0, len(known) - 1, len(known), len(known) - 1]
-    assert len(served.recommend([], k=3)) == 0
-    assert served.recommend([["nothing", ""]], k=2).unknown == [2]
+def test_what_is_odd_and_means_something_is_served(recommender):
+    known = recommender.items
+    long = (known * 100_000)[:100_000]
+    best = recommender.recommend([long, [known[0]] * 1000, [], [np.str_(known[1])]], k=10**9)
+    assert [len(items) for items in best] == [0, len(known) - 1, len(known), len(known) - 1]
+    assert len(recommender.recommend([], k=3)) == 0
+    assert recommender.recommend([["nothing", ""]], k=2).unknown == [2]
 
 
-@pytest.mark.parametrize(
-    ("title", "text"),
-    [("[SEP] [CLS] [PAD]", ""), ("x" * 100_000, "y" * 100_000), ("", ""), ("\x1b[31mred\x00", ""), ("😀", "ä\u202e")],
-)
-def test_odd_titles_are_items_like_others(bundle, title, text):
+def test_odd_titles_are_items_like_others(bundle):
+    odd = [
+        ("[SEP] [CLS] [PAD]", ""),
+        ("x" * 100_000, "y" * 100_000),
+        ("", ""),
+        ("\x1b[31mred\x00", ""),
+        ("😀", "ä\u202e"),
+    ]
+    items = [{"item": f"odd{row}", "title": title, "brand": text} for row, (title, text) in enumerate(odd)]
     table = bundle.parent / "new.jsonl"
-    table.write_text(json.dumps({"item": "odd", "title": title, "brand": text}))
-    added = rarec.load(add_items_of(rarec.load(bundle), str(table), None, [], None, lambda line: None))
-    assert np.isfinite(added.item_vectors(["odd"])).all()
-    assert "odd" in {one.item for one in added.recommend([added.items[:2]], k=10**6)[0]}
+    table.write_text("\n".join(map(json.dumps, items)))
+    added = rarec.load(with_items(bundle, table))
+    ids = [item["item"] for item in items]
+    assert np.isfinite(added.item_vectors(ids)).all()
+    assert set(ids) <= {item.item for item in added.recommend([added.items[:2]], k=10**6)[0]}
 
 
 @pytest.mark.parametrize(
@@ -261,9 +269,9 @@ def test_odd_titles_are_items_like_others(bundle, title, text):
 def test_a_language_model_or_device_that_does_not_fit_is_named(bundle, tmp_path, options, named):
     if options.get("llm") == "OTHER":
         options = {"llm": str(write_llm(tmp_path / "other", "bert", hidden=64))}
-    items = rarec.load(bundle).items
-    with pytest.raises(UserError, match=named):
-        rarec.load(bundle, **options).recommend([items[:2]])
+    with pytest.raises(UserError, match=named) as error:
+        rarec.load(bundle, **options).recommend([["i001", "i002"]])
+    assert error.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -284,26 +292,20 @@ def test_a_log_that_cannot_be_read_is_named_and_nothing_is_written(bundle, tmp_p
         path = tmp_path / "log.csv"
         path.write_text(log)
     before = set(tmp_path.rglob("*"))
-    for use in (
-        lambda: write_for_all(rarec.load(bundle), str(path), columns, tmp_path / "top.csv", 3),
-        lambda: print_for_user(rarec.load(bundle), str(path), columns, "u", 3),
-    ):
+    for options in ({"everyone": True, "out": tmp_path / "top.csv"}, {"user": "u"}):
         with pytest.raises(UserError, match=named):
-            use()
+            cli_bundle.recommend(bundle, log=str(path), columns=columns, **options)
     assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_log_of_unknown_items_gives_an_empty_file_with_its_columns(bundle, tmp_path):
     (tmp_path / "log.csv").write_text("user,item,time\nu,nothing,1\n")
-    assert write_for_all(rarec.load(bundle), str(tmp_path / "log.csv"), None, tmp_path / "top.parquet", 3) == 0
+    assert recommend_all(rarec.load(bundle), str(tmp_path / "log.csv"), tmp_path / "top.parquet", 3) == 0
     assert pq.read_table(tmp_path / "top.parquet").column_names == ["user", "rank", "item", "title", "score"]
 
 
-def test_commands_say_what_was_passed_over(bundle, capsys):
-    said = []
-    print_for_history(rarec.load(bundle), "nothing, i001,,", 2, said.append)
-    assert said == ["1 of 2 items are not in the catalogue: passed over"]
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    assert columns_of("user=a, item=b", ("user", "item")) == {"user": "a", "item": "b"}
-    assert read_json(bundle / FACTS)["schema"] == 1
-    write_manifest(bundle, "bundle", settings={}, made_from={})
+def test_the_command_says_what_was_skipped(bundle, tmp_path, capsys):
+    cli_bundle.recommend(bundle, history="nothing, i001,,", k=2)
+    said = capsys.readouterr()
+    assert "1 of 2 items are not in the catalogue: skipped" in said.err
+    assert len(said.out.splitlines()) == 2

@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rarec.bundle import batch
-from rarec.bundle.bundle import ITEMS
-from rarec.bundle.command import print_for_user, write_for_all
-from rarec.bundle.histories import open_log
+from rarec import cli_bundle
+from rarec.bundle import users
+from rarec.bundle.users import open_log, recommend_all
 from rarec.errors import UserError
 from tests.ranks import ROOT, free_port
 
@@ -25,11 +24,10 @@ def log(run) -> str:
 
 
 def histories(recommender, log: str, **columns: str) -> dict[str, list[str]]:
-    prepare = recommender.bundle.tables(log=log, columns=columns)
-    with open_log(prepare, recommender.bundle.directory / ITEMS) as found:
-        users = {one.user: [recommender.items[row] for row in one.rows] for one in found}
-        assert len(found) == len(users)
-    return users
+    with open_log(recommender.bundle, log, columns) as found:
+        items = {user: [recommender.items[row] for row in rows] for user, rows in found}
+        assert len(found) == len(items)
+    return items
 
 
 def test_histories_are_those_of_the_prepared_dataset(run, recommender, log):
@@ -50,7 +48,7 @@ def test_every_user_is_served_however_few_the_purchases(recommender, tmp_path):
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
 def test_a_file_for_all_users(run, recommender, log, tmp_path, ending):
     out = tmp_path / f"top.{ending}"
-    rows = write_for_all(recommender, log, None, out, 3)
+    rows = recommend_all(recommender, log, out, 3)
     read = {"parquet": pd.read_parquet, "csv": pd.read_csv, "jsonl": lambda path: pd.read_json(path, lines=True)}
     found = read[ending](out)
     assert len(found) == rows == 3 * run.dataset.n_users
@@ -64,49 +62,49 @@ def test_a_file_for_all_users(run, recommender, log, tmp_path, ending):
 
 
 def test_one_user_of_a_log(recommender, log, capsys):
-    print_for_user(recommender, log, None, "u001", 2)
+    cli_bundle.recommend(recommender.bundle.directory, user="u001", log=log, k=2)
     lines = capsys.readouterr().out.splitlines()
     expected = recommender.recommend([histories(recommender, log)["u001"]], 2)[0]
     assert [line.split("\t")[0] for line in lines] == [one.item for one in expected]
     with pytest.raises(UserError, match="'nobody'"):
-        print_for_user(recommender, log, None, "nobody", 2)
+        cli_bundle.recommend(recommender.bundle.directory, user="nobody", log=log, k=2)
+
+
+class Interrupted:
+    """A recommender that is interrupted before its third chunk, or never; notes the users that it was asked for."""
+
+    def __init__(self, recommender, chunks: int | None = None) -> None:
+        self.bundle, self._recommender, self._chunks, self.served = recommender.bundle, recommender, chunks, []
+
+    def recommend_to(self, histories, k):
+        if len(self.served) == self._chunks:
+            raise KeyboardInterrupt
+        self.served.append([history.tolist() for history in histories])
+        return self._recommender.recommend_to(histories, k)
 
 
 def test_what_was_interrupted_goes_on_to_the_same_bytes(recommender, log, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "USERS_AT_A_TIME", 10)
-    whole, torn = tmp_path / "whole.parquet", tmp_path / "torn.parquet"
-    write_for_all(recommender, log, None, whole, 3)
-    made = []
-
-    def stops(recommender, users, k):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(users[0].user)
-        return table(recommender, users, k)
-
-    table = batch._table
-    monkeypatch.setattr(batch, "_table", stops)
+    monkeypatch.setattr(users, "USERS_AT_A_TIME", 10)
+    whole, resumed = tmp_path / "whole.parquet", tmp_path / "resumed.parquet"
+    recommend_all(recommender, log, whole, 3)
+    first, second = Interrupted(recommender, 2), Interrupted(recommender)
     with pytest.raises(KeyboardInterrupt):
-        write_for_all(recommender, log, None, torn, 3)
-    assert not torn.exists()
-    again = []
-    monkeypatch.setattr(batch, "_table", lambda *given: again.append(given[1][0].user) or table(*given))
-    write_for_all(recommender, log, None, torn, 3)
-    assert torn.read_bytes() == whole.read_bytes()
-    assert not set(made) & set(again)
-    assert {path.name for path in tmp_path.iterdir()} == {"whole.parquet", "torn.parquet"}
+        recommend_all(first, log, resumed, 3)
+    assert not resumed.exists()
+    recommend_all(second, log, resumed, 3)
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not [histories for histories in first.served if histories in second.served]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.parquet", "resumed.parquet"}
 
 
 def test_what_was_begun_from_another_log_is_begun_anew(recommender, log, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "USERS_AT_A_TIME", 10)
-    monkeypatch.setattr(batch, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(users, "USERS_AT_A_TIME", 10)
     out, other = tmp_path / "top.parquet", tmp_path / "log.csv"
     with pytest.raises(KeyboardInterrupt):
-        write_for_all(recommender, log, None, out, 3)
-    monkeypatch.undo()
+        recommend_all(Interrupted(recommender, 2), log, out, 3)
     lines = Path(log).read_text().splitlines()
     other.write_text("\n".join([lines[0], *(line for line in lines[1:] if line.startswith("u00"))]) + "\n")
-    write_for_all(recommender, str(other), None, out, 3)
+    recommend_all(recommender, str(other), out, 3)
     assert set(pd.read_parquet(out).user) == {line.split(",")[0] for line in lines if line.startswith("u00")}
 
 
@@ -114,14 +112,14 @@ def test_what_was_begun_from_another_log_is_begun_anew(recommender, log, tmp_pat
 def test_a_result_that_cannot_be_written_is_named_before_anything_is_done(recommender, log, tmp_path, name):
     (tmp_path / "there.parquet").write_text("mine")
     with pytest.raises(UserError, match=name):
-        write_for_all(recommender, log, None, tmp_path / name, 3)
+        recommend_all(recommender, log, tmp_path / name, 3)
     assert (tmp_path / "there.parquet").read_text() == "mine"
 
 
 @pytest.mark.multiprocess
 def test_two_ranks_write_the_bytes_of_one(run, recommender, log, tmp_path):
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
-    write_for_all(recommender, log, None, one, 3)
+    recommend_all(recommender, log, one, 3)
     bundle = shutil.copytree(run.directory("export"), tmp_path / "bundle")
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(ROOT / "launch" / "recommend.py"), str(bundle), "--all", "--log", log]

@@ -15,7 +15,7 @@ import pytest
 from rarec import cli
 from rarec.entry import open_run
 from rarec.errors import UserError
-from tests.test_ownership import state
+from tests.test_stage import state
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import check_gpu_place

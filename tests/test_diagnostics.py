@@ -13,8 +13,7 @@ import torch
 from rarec.config.method import Readout
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.evaluation.diagnostic_sample import SideSample
-from rarec.evaluation.diagnostics import ALIGNMENT_FIELDS, diagnose, variant_diagnostics
+from rarec.evaluation.diagnostics import ALIGNMENT_FIELDS, SideSample, diagnose, variant_diagnostics
 from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_rows
 from rarec.evaluation.health import NORM_FACTOR, warnings
 from rarec.models.alignment import AlignmentModule, SlotShape

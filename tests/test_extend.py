@@ -19,13 +19,14 @@ from rarec.config.load import load_config
 from rarec.config.registry import KINDS
 from rarec.errors import UserError
 from rarec.evaluation.labels import variant_title
+from rarec.export import write_targets
 from rarec.ids.source import open_source
 from rarec.ids.validation import Validation
 from rarec.planning.cluster import Cluster
 from rarec.stages import STAGES
-from rarec.stages.plan import plan
 from rarec.stages.run import Run
 from rarec.stages.stage import Stage
+from rarec.stages.train import plan
 from rarec.storage.artefacts import read_manifest
 from tests.conftest import CONFIG, make_world
 from tests.pages import BIN, DOCS, blocks, write_files
@@ -267,6 +268,17 @@ def test_a_variant_of_ones_own_has_its_name_in_rows_and_its_title_in_tables(here
     settings = read_manifest(run.directory("train", "no_instructions"), "train")["settings"]["variant"]
     assert (settings["name"], settings["blocks"], settings["instructions"]) == ("no_instructions", "all", False)
     assert len(recommend(run, "u001", 3, trusted=[DECAY])) == 3
+
+
+# -- an export target ------------------------------------------------------------------------------------------------
+
+
+def test_a_target_of_ones_own_is_written_beside_what_it_needs(recommender, here, tmp_path):
+    said = []
+    write_targets(recommender, ["my_package.targets:Array"], tmp_path / "served", said.append)
+    assert np.array_equal(np.load(tmp_path / "served" / "items.npy"), recommender.parts.dense.items_NF)
+    assert (tmp_path / "served" / "client.json").exists()
+    assert said[0].startswith("largest: ")
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------

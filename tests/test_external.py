@@ -35,7 +35,7 @@ def test_ranks_come_in_the_order_of_the_test_users(tmp_path):
         read_external(path, USERS)
     found = read_external(parquet(tmp_path, rank=[3, 2, 5, 1], user=["cat", "zoe", "ann", "bob"]), USERS)
     assert found.ranks_U.tolist() == [5, 1, 3]
-    assert (found.unknown_users, found.unlisted, len(found.notes)) == (1, 0, 1)
+    assert found.notes == ["1 users are no test users: ignored"]
 
 
 def test_scores_exclude_earlier_items_and_ties_count_against_the_system(tmp_path):
@@ -48,7 +48,11 @@ def test_scores_exclude_earlier_items_and_ties_count_against_the_system(tmp_path
     user, item, score = (list(column) for column in zip(*rows, strict=True))
     found = read_external(parquet(tmp_path, user=user, item=item, score=score), USERS)
     assert found.ranks_U.tolist() == [2, 1, 5]
-    assert (found.unlisted, found.unknown_users, found.unknown_items) == (1, 1, 1)
+    assert [note.partition(":")[0] for note in found.notes] == [
+        "1 test targets are not listed",
+        "1 users are no test users",
+        "1 items are not in the catalogue",
+    ]
 
 
 def test_scores_of_the_whole_catalogue_give_the_ranks_of_this_project(tmp_path):

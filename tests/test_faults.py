@@ -305,7 +305,7 @@ def test_a_device_out_of_memory_names_what_a_step_takes_and_a_change(finished, c
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     monkeypatch.setattr("rarec.stages.variant_training.train_variant", fail)
-    monkeypatch.setattr("rarec.stages.plan.memory_of_rank", lambda device: int(gigabytes * 1e9))
+    monkeypatch.setattr("rarec.planning.advice.memory_of_rank", lambda device: int(gigabytes * 1e9))
     with pytest.raises(UserError, match=rf"{gigabytes} GB.*text_only") as error:
         open_run(finished, [copied, "train.lr=0.5"]).make("train", fresh=True)
     assert "rarec plan" in error.value.remedy

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import weakref
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +22,12 @@ from rarec.data.shards.samples import key_of
 from rarec.entry import SIGNALLED, open_run
 from rarec.errors import UserError
 from rarec.models import initialise
-from rarec.models.initialise import collect_initial_data
 from rarec.models.losses import Objective
 from rarec.prompts import Encoded
 from rarec.stages.run import Run
 from rarec.stages.variant_training import open_feed, open_initialiser
 from rarec.storage.files import read_json
+from rarec.training import batches
 from rarec.training.checkpoints import Checkpoints
 from tests.processes import all_end, workers_of
 from tests.shards import made_sample
@@ -221,12 +220,11 @@ def test_the_first_values_hold_no_sample_while_the_next_are_read():
             yield sample
             del sample
 
-    pair = SimpleNamespace(titles=["title"] * 5, stored=lambda tokens_T, marks, history_H: Encoded(tokens_T, marks))
-    found = collect_initial_data(read(40), {"id": None}, pair, seed=17)
-    assert found.vectors["id"][:, 0, 0].tolist() == list(range(40))
-    assert [len(prompt.tokens_T) for prompt in found.prompts] == [len(made_sample(at).tokens_T) for at in range(40)]
-    assert found.targets_N.tolist() == [made_sample(number).target for number in range(40)]
-    assert found.items_N.tolist() == [0, 1, 2, 3, 4]
+    pair = SimpleNamespace(stored=lambda tokens_T, marks, history_H: Encoded(tokens_T, marks))
+    samples = batches.initial_samples(read(40), pair)
+    assert samples.vectors["id"][:, 0, 0].tolist() == list(range(40))
+    assert [len(prompt.tokens_T) for prompt in samples.prompts] == [len(made_sample(at).tokens_T) for at in range(40)]
+    assert samples.targets_N.tolist() == [made_sample(number).target for number in range(40)]
 
 
 def test_nothing_whole_is_refused_before_anything_is_made(run):
@@ -274,17 +272,19 @@ def test_damage_of_remote_shards_is_an_error_with_the_url_and_cannot_be_skipped(
 
 def test_the_first_values_come_from_a_bounded_part_of_the_catalogue(run, monkeypatch):
     monkeypatch.setattr(initialise, "ALIGNMENT_ITEMS", 10)
-    monkeypatch.setattr(initialise, "WHITENING_SIZE", 3)
+    for module in (initialise, batches):
+        monkeypatch.setattr(module, "WHITENING_SIZE", 3)
     opened = run.open()
     feed = open_feed(opened)
     items, plan = opened.dataset.n_items, feed.plan()
-    starts = [collect_initial_data(feed.first_samples(plan, 4), opened.sources, opened.prompts, 17) for _ in range(2)]
+    samples = batches.initial_samples(feed.first_samples(plan, 4), opened.prompts)
+    starts = [initialise.InitialData.draw(samples, items, 17) for _ in range(2)]
     rows = starts[0].items_N
     assert len(rows) == 10 < items
     assert np.all(np.diff(rows) > 0)
     np.testing.assert_array_equal(starts[1].items_N, rows)
-    assert len(starts[0].targets_N) == 4 < len(feed.index_S)
-    assert len(starts[0].prompts) == len(starts[0].encoded_N) == 3
+    assert len(samples.targets_N) == 4 < len(feed.index_S)
+    assert len(samples.prompts) == len(starts[0].encoded_N) == 3
     assert set(starts[0].encoded_N) < set(rows)
     run.train("train.max_steps=2")
 
@@ -321,12 +321,11 @@ def test_a_variant_starts_with_every_part_white(finished, tmp_path, kind):
         run.make("shards")
     assert run.llm.identity["kind"] == kind
     feed = open_feed(run)
-    first_samples = partial(feed.first_samples, feed.plan())
     initialiser = open_initialiser(run, feed.manifest["state_blocks"])
-    model = initialiser.new_model(VARIANTS[VARIANT], first_samples).eval()
+    samples = batches.initial_samples(feed.first_samples(feed.plan(), initialise.ALIGNMENT_SAMPLES), run.prompts)
+    model = initialiser.new_model(VARIANTS[VARIANT], lambda _: samples).eval()
     assert any("lora_" in name for name, _ in model.named_parameters())
-    samples = first_samples(initialise.ALIGNMENT_SAMPLES)
-    data = collect_initial_data(samples, run.sources, run.prompts, run.config.run.seed)
+    data = initialise.InitialData.draw(samples, run.dataset.n_items, run.config.run.seed)
     for side in ("user", "item"):
         with torch.no_grad():
             readout, passed = getattr(model, side).readout, initialiser.moments(model, side, data)

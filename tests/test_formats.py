@@ -14,14 +14,12 @@ from huggingface_hub.errors import HFValidationError
 
 import rarec
 from rarec.bundle.bundle import Bundle
-from rarec.bundle.card import _hub_name
-from rarec.bundle.parts import Parts
-from rarec.bundle.samples import sample_histories
+from rarec.bundle.parts import Parts, sample_histories
+from rarec.bundle.write import hub_name
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.export import rarec_client_path
-from rarec.export.hub import upload
-from rarec.export.write import write_formats
+from rarec.export import huggingface, rarec_client, write_targets
+from rarec.export.graphs import QueryGraph, write_graph
 from rarec.ranking import EvalBatch
 from rarec.storage.files import read_json, write_json
 from tests.conftest import CONFIG
@@ -45,15 +43,13 @@ def served(run, tmp_path_factory) -> Path:
     return write(rarec.load(run.directory("export")), tmp_path_factory.mktemp("served") / "served", BOTH, int8=True)
 
 
-def write(recommender, directory: Path, formats, **options) -> Path:
-    write_formats(recommender, formats, directory, say=lambda line: None, **options)
+def write(recommender, directory: Path, names, **options) -> Path:
+    write_targets(recommender, names, directory, say=lambda line: None, **options)
     return directory
 
 
 def client(folder: Path):
-    from rarec.export.rarec_client import Client
-
-    return Client(folder, threads=1)
+    return rarec_client.Client(folder, threads=1)
 
 
 def same(found, expected) -> bool:
@@ -121,7 +117,7 @@ def test_a_service_by_onnx_runtime_needs_no_torch(served, recommender, everyone)
 
 
 def test_the_client_is_short():
-    lines = rarec_client_path().read_text().splitlines()
+    lines = Path(rarec_client.__file__).read_text().splitlines()
     assert sum(bool(line.strip()) for line in lines) < 80
 
 
@@ -137,17 +133,12 @@ def test_the_manifest_has_what_was_measured(served):
 @pytest.mark.slow
 def test_slots_reach_the_graph(run, tmp_path):
     """A graph in which slots are lost raises no error: its query must depend on the items' ID vectors."""
-    from rarec.export.graph import query_graph, query_inputs, session, write_graph
-
     parts = rarec.load(exported(run, tmp_path, "export.variant=per_layer").directory("export")).parts
     history = [np.arange(4), np.arange(7, 9)]
-    graph = query_graph(parts)
+    graph = QueryGraph(parts)
     for source in graph.sources:
         source.items_NE.zero_()
-    inputs = query_inputs(graph, parts.encoder, history)
-    write_graph(graph, inputs, graph.inputs, "query", tmp_path / "query.onnx")
-    given = {name: tensor.numpy() for name, tensor in zip(graph.inputs, inputs, strict=True)}
-    (blank,) = session(tmp_path / "query.onnx").run(None, given)[:1]
+    blank = write_graph(graph, graph.inputs_of(history), "query", tmp_path / "query.onnx")
     assert not np.allclose(blank[:, 0], parts.dense.users(history), atol=1e-2)
 
 
@@ -231,26 +222,26 @@ def test_a_hubs_repository_is_a_bundle_with_a_card(recommender, everyone, tmp_pa
     )
 
 
-def test_an_upload_sends_the_folder_and_names_what_the_hub_refuses(recommender, tmp_path):
+def test_an_upload_sends_the_folder_and_names_what_the_hub_refuses(recommender, tmp_path, monkeypatch):
     class Hub:
         def create_repo(self, repository, **options):
             if "/" not in repository:
                 raise HFValidationError("no such name")
             return f"hub/{repository}"
 
-        def upload_folder(self, **options):
-            self.sent = options
+        def upload_folder(self, repo_id, folder_path, **options):
+            if repo_id == "me/lost":
+                raise OSError("the network is down")
+            sent.append(folder_path)
 
-    hub, folder = Hub(), write(recommender, tmp_path / "repository", ["hub"])
-    assert upload(folder, "me/mine", hub) == "hub/me/mine"
-    assert hub.sent["folder_path"] == str(folder)
-    with pytest.raises(UserError, match="--push mine"):
-        upload(folder, "mine", hub)
-    with pytest.raises(UserError, match="--to hub"):
-        write(recommender, tmp_path / "other", ["vectors"], push="me/mine")
-    hub.upload_folder = lambda **options: [][0]  # whatever the network does
-    with pytest.raises(UserError, match="--push me/mine"):
-        upload(folder, "me/mine", hub)
+    sent, said = [], []
+    monkeypatch.setattr(huggingface, "HfApi", Hub)
+    write_targets(recommender, ["hub"], tmp_path / "repository", said.append, push="me/mine")
+    assert (said, sent) == (["hub/me/mine"], [str(tmp_path / "repository")])
+    for name in ("mine", "me/lost"):
+        with pytest.raises(UserError, match=f"--push {name}"):
+            write(recommender, tmp_path / name.replace("/", "-"), ["hub"], push=name)
+        assert rarec.load(tmp_path / name.replace("/", "-"))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +257,7 @@ def test_an_upload_sends_the_folder_and_names_what_the_hub_refuses(recommender, 
 )
 def test_a_card_names_a_language_model_of_the_hub_and_no_path_of_this_machine(model, named, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
-    assert _hub_name(model) == (model if named else None)
+    assert hub_name(model) == (model if named else None)
 
 
 @pytest.mark.slow
@@ -299,17 +290,19 @@ def test_lora_weights_load_in_stock_peft(decoder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("formats", "options", "named"),
+    ("names", "options", "named"),
     [
         (["tensorflow"], {}, "tensorflow"),
         (["faiss"], {"index": "annoy"}, "annoy"),
         (["peft"], {}, "LoRA"),
         (["peft", "faiss"], {}, "own"),
+        (["vectors"], {"push": "me/mine"}, "--to hub"),
+        (["faiss"], {"int8": True}, "--to onnx"),
     ],
 )
-def test_what_cannot_be_written_is_named_and_nothing_is_left(recommender, tmp_path, formats, options, named):
+def test_what_cannot_be_written_is_named_and_nothing_is_left(recommender, tmp_path, names, options, named):
     with pytest.raises(UserError, match=named):
-        write(recommender, tmp_path / "out", formats, **options)
+        write(recommender, tmp_path / "out", names, **options)
     assert not any(tmp_path.iterdir())
 
 
@@ -328,7 +321,7 @@ def test_a_bundle_with_its_language_model_needs_nothing_else(run, everyone, reco
     assert (Path(moved) / "llm" / "model.safetensors").exists()
     facts = Path(moved) / "recommender.json"
     assert str(run.config.llm.path) in facts.read_text()
-    assert Parts(Bundle.open(Path(moved)))._llm == f"{moved}/llm"
+    assert Parts(Bundle.open(Path(moved))).llm_path == f"{moved}/llm"
     assert same(rarec.load(moved).recommend(everyone[:3]), recommender.recommend(everyone[:3]))
 
 

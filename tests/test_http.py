@@ -17,8 +17,8 @@ import pytest
 from starlette.testclient import TestClient
 
 import rarec
+from rarec.bundle.parts import sample_histories
 from rarec.bundle.recommended import Recommended, Request
-from rarec.bundle.samples import sample_histories
 from rarec.errors import UserError
 from rarec.serve import bundle_manager as fleets
 from rarec.serve.app import PAGE, assemble

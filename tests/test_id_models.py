@@ -25,8 +25,7 @@ from rarec.ids.table import ItemTable
 from rarec.ids.validation import Validation
 from rarec.ids.windows import Batch, Windows, draw_negatives
 from rarec.ranking import metric_values, rank_targets
-from rarec.stages.stage import PROGRESS
-from rarec.storage.artefacts import MANIFEST
+from rarec.storage.artefacts import MANIFEST, PROGRESS
 from rarec.storage.directories import CHECKED, MARKER
 from tests.datasets import by_hand, prepared
 from tests.sources import ids_stage, make_source

@@ -11,7 +11,7 @@ import pytest
 
 from rarec.entry import open_run
 from rarec.errors import EXIT_CODE
-from rarec.stages.stage import PROGRESS
+from rarec.storage.artefacts import PROGRESS
 from rarec.storage.files import read_json
 from tests.ranks import Job, copied, finish, start
 

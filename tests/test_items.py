@@ -9,11 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import rarec
-from rarec.bundle.bundle import FACTS
-from rarec.bundle.command import add_items_of, remove_items_of
-from rarec.bundle.versions import next_version
+from rarec.bundle.write import next_version
 from rarec.errors import UserError
-from tests.recommending import exported
+from tests.recommending import exported, with_items, without_items
 
 NEW = """item,title,brand
 n1,"amber lamp, large",acme
@@ -28,10 +26,10 @@ def bundle(run, tmp_path) -> Path:
     return shutil.copytree(run.directory("export"), tmp_path / "bundle")
 
 
-def add(bundle: Path, text: str = NEW, columns: str | None = None, vectors=(), out: Path | None = None) -> Path:
+def add(bundle: Path, text: str = NEW, **options) -> Path:
     table = bundle.parent / "new.csv"
     table.write_text(text)
-    return add_items_of(rarec.load(bundle), str(table), columns, vectors, out, lambda line: None)
+    return with_items(bundle, table, **options)
 
 
 def scores(bundle: Path, histories) -> dict[str, list[float]]:
@@ -63,7 +61,7 @@ def test_an_added_item_is_what_the_same_item_was_before_it_was_removed(run, bund
     known = rarec.load(text_only)
     item, title = known.items[5], known.bundle.catalogue.titles[5]
     brand = known.bundle.catalogue.texts[5]
-    fewer = remove_items_of(text_only, [item], None, [], lambda line: None)
+    fewer = without_items(text_only, [item])
     again = add(fewer, f'item,title,brand\n{item},"{title}","{brand}"\n')
     assert again.name == "bundle-3"
     assert rarec.load(again).item_vectors([item]) == pytest.approx(known.item_vectors([item]), abs=1e-5)
@@ -99,7 +97,7 @@ def test_a_given_id_vector_is_taken(bundle, tmp_path):
 def test_removed_items_are_gone_and_the_others_keep_their_vectors(bundle):
     known = rarec.load(bundle)
     gone = known.items[2:5]
-    fewer = rarec.load(remove_items_of(bundle, gone, None, [], lambda line: None))
+    fewer = rarec.load(without_items(bundle, gone))
     kept = [item for item in known.items if item not in gone]
     assert fewer.items == kept
     assert np.array_equal(fewer.item_vectors(), known.item_vectors(kept))
@@ -147,7 +145,7 @@ def test_a_folder_that_is_there_is_never_replaced(bundle, tmp_path):
     with pytest.raises(UserError, match="mine"):
         add(bundle, out=tmp_path / "mine")
     with pytest.raises(UserError, match="mine"):
-        remove_items_of(bundle, rarec.load(bundle).items[:1], tmp_path / "mine", [], lambda line: None)
+        without_items(bundle, rarec.load(bundle).items[:1], tmp_path / "mine")
     assert not any((tmp_path / "mine").iterdir())
 
 
@@ -164,14 +162,13 @@ def test_what_cannot_be_removed_is_named(bundle):
     everything = rarec.load(bundle).items
     for items, named in ((["nothing"], "'nothing'"), (everything, "no item")):
         with pytest.raises(UserError, match=named):
-            remove_items_of(bundle, items, None, [], lambda line: None)
+            without_items(bundle, items)
 
 
 def test_a_bundle_of_a_table_of_vectors_alone_takes_new_items(run, tmp_path):
     """The ID model knows nothing of them: they score as the mean item."""
     ids = exported(run, tmp_path, "export.variant=id_only").directory("export")
     added = add(ids)
-    assert (added / FACTS).exists()
     assert len(rarec.load(added).recommend([rarec.load(ids).items[:3]], k=10**6)[0]) == len(rarec.load(added).items) - 3
 
 
@@ -179,7 +176,7 @@ def test_where_a_new_item_would_stand_is_where_it_stands_when_it_is_added(bundle
     table = bundle.parent / "new.jsonl"
     table.write_text('{"item": "new", "title": "amber lamp", "brand": "river"}')
     before = rarec.load(bundle, device="cpu")
-    after = rarec.load(add_items_of(before, str(table), None, [], None, lambda line: None), device="cpu")
+    after = rarec.load(with_items(bundle, table), device="cpu")
     for history in ([], before.items[:1], before.items[3:9]):
         place = before.place(history, "amber lamp", "river", around=2)
         ranking = after.recommend([history], k=10**6)[0]

@@ -249,7 +249,7 @@ def test_distillation_draws_each_user_to_the_own_id_vector_by_hand():
     assert terms.total.item() == pytest.approx(terms.recommendation.item() + 0.5 * terms.distil.item(), rel=1e-5)
     assert torch.autograd.grad(terms.distil, step.model.user.student.weight)[0].abs().sum() > 0
     step.model.eval()
-    assert step.encoded()["user"].taught is None
+    assert step.encoded()["user"].distilled is None
 
 
 @pytest.mark.parametrize("recommendation", ["bpr", "softmax"])

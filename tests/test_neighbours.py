@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from rarec.data.columns import IN_MEMORY, Scratch
 from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import PrepareEngine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
@@ -29,7 +30,6 @@ from rarec.neighbours.ranker import NeighbourRanker
 from rarec.neighbours.table import TABLE
 from rarec.ranking import EvalBatch
 from rarec.stages.run import Run
-from rarec.storage.scratch import IN_MEMORY, Scratch
 from tests.engines import needs_spark, on
 
 A, B, C, D = range(4)

@@ -5,9 +5,8 @@ import torch
 
 from rarec.config.method import Llm
 from rarec.errors import UserError
-from rarec.models.backbone import FrozenBackbone
+from rarec.models.backbone import PACKABLE, FrozenBackbone, Packing
 from rarec.models.language_model import load_model
-from rarec.models.packing import KINDS, Packing
 from rarec.models.slots import Slots
 from tests.synthetic import tiny_model, write_llm
 
@@ -54,7 +53,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PACKABLE)
 def test_packed_prompts_do_not_see_each_other(kind, attention, checkpointing):
     results = []
     for packs in (False, True):
@@ -65,7 +64,7 @@ def test_packed_prompts_do_not_see_each_other(kind, attention, checkpointing):
     agree(*results)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PACKABLE)
 def test_text_states_are_those_of_padded_prompts(kind):
     ids_BT, mask_BT = batch()
     padded, packed = (FrozenBackbone(tiny_model(kind), "mean", sink=True, packs=packs) for packs in (False, True))
@@ -90,7 +89,7 @@ def test_encoders_are_refused_with_those_that_pack(tmp_path):
     path = str(write_llm(tmp_path / "bert", "bert"))
     with pytest.raises(UserError, match=r"llm\.packing") as error:
         load_model(Llm(path=path, packing=True), tmp_path)
-    assert all(kind in error.value.remedy for kind in KINDS)
+    assert all(kind in error.value.remedy for kind in PACKABLE)
 
 
 @pytest.mark.slow

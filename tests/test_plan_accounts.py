@@ -21,7 +21,7 @@ from rarec.planning.cluster import ENGINES
 from rarec.planning.input_sizes import EpochBatches, SampleStats, prompt_length_bounds
 from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, rank_memory
 from rarec.planning.step_time import step_traffic
-from rarec.stages.plan import plan
+from rarec.stages.train import plan
 from rarec.stages.variant_training import open_feed
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
 from tests.synthetic import write_llm

@@ -20,7 +20,7 @@ from rarec.planning.advice import advise, plan_variants, smallest_change
 from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import Cluster, parse_engine
 from rarec.planning.plan_table import render
-from rarec.stages.plan import plan
+from rarec.stages.train import plan
 from tests.plans import BLOCKS, GPU, HEADS, LLAMA_8B, D, F, V, calculator, room, written
 from tests.synthetic import write_llm
 

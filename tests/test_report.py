@@ -276,7 +276,7 @@ def test_slots_are_said_to_add_nothing_where_late_fusion_does_as_well_without_th
     assert "no evidence that the slots add" in alone
 
 
-def test_the_verdict_says_first_whether_the_slots_add_to_all_that_is_cheap() -> None:
+def test_the_verdict_says_first_whether_the_slots_add_to_the_untrained_baselines() -> None:
     whole = "per_layer+id+cheap"
     metrics = [measured("per_layer", 0.05), measured(whole, 0.06), measured("id_only+cheap", 0.055)]
     against_id, against_text = (
@@ -285,11 +285,11 @@ def test_the_verdict_says_first_whether_the_slots_add_to_all_that_is_cheap() -> 
     )
     said = judged([against_id, against_text], *metrics)
     assert said.outcome == "inconclusive"
-    assert said.headline.startswith("No evidence that RA-Rec (per layer) adds to all that is cheap")
+    assert said.headline.startswith("No evidence that RA-Rec (per layer) adds to the untrained baselines")
     assert "is better than ID model + cheap, and is not significantly different from text only + ID" in said.headline
     said = judged([against_id, {**against_text, "low": 0.001}], *metrics)
     assert said.outcome == "better"
-    assert said.headline.startswith("RA-Rec (per layer) adds to all that is cheap: on NDCG@10,")
+    assert said.headline.startswith("RA-Rec (per layer) adds to the untrained baselines: on NDCG@10,")
     assert said.sentences[0].startswith("RA-Rec (per layer) + ID + cheap reaches NDCG@10 .0600")
     assert said.sentences[1].startswith("RA-Rec (per layer) reaches NDCG@10 .0500")
     assert judged([{**against_id, "high": -0.001, "low": -0.1}, against_text], *metrics).outcome == "worse"
@@ -344,7 +344,7 @@ def test_a_baseline_with_more_parts_is_not_called_simpler() -> None:
     assert (best.name, best.advice) == ("id_only", "Deploy: ID model.")
 
 
-def test_the_best_variant_with_all_that_is_cheap_is_compared_with_baselines_with_it() -> None:
+def test_the_best_variant_with_untrained_baselines_is_compared_with_baselines_with_them() -> None:
     rows = [compared("per_layer+id+cheap", f"{name}+cheap", 0.01, 0.02) for name in ("id_only", FUSION[1])]
     metrics = [measured("per_layer", 0.05), measured("per_layer+id+cheap", 0.06)]
     best = best_variant(Results(metrics, rows, metrics))

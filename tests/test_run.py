@@ -16,9 +16,9 @@ from rarec.models.encode import Encoder
 from rarec.planning.cluster import Cluster
 from rarec.ranking import rank_targets
 from rarec.stages import STAGES
-from rarec.stages.plan import plan
 from rarec.stages.run import Run
 from rarec.stages.shard_content import ShardContent, verify
+from rarec.stages.train import plan
 from rarec.stages.variant_training import open_feed
 from rarec.storage.artefacts import IDENTITY, read_manifest, read_sealed, write_manifest, write_sealed
 from rarec.storage.files import read_json

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from rarec.data.columns import Scratch
 from rarec.entry import open_run
 from rarec.models.encode import Encoder
 from rarec.stages.shard_content import ShardContent
 from rarec.stages.train import TrainStage
-from rarec.storage.scratch import Scratch
 
 
 def test_a_table_beyond_the_bound_takes_no_memory_and_no_name(tmp_path):

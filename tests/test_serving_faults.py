@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 import rarec
-from rarec.bundle.command import add_items_of, write_for_all
+from rarec.bundle.users import recommend_all
 from rarec.entry import open_run
-from rarec.export.write import write_formats
+from rarec.export import write_targets
 from tests.processes import be_killed_at_change
 from tests.ranks import START
+from tests.recommending import with_items
 
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'rarec'; from rarec.entry import main; main()"]
 
@@ -32,11 +33,11 @@ def place(finished, tmp_path) -> Path:
 def act(what: str, place: Path) -> None:
     recommender = rarec.load(place / "bundle")
     if what == "add":
-        add_items_of(recommender, str(place / "new.csv"), None, [], place / "out", lambda line: None)
+        with_items(place / "bundle", place / "new.csv", place / "out")
     elif what == "vectors":
-        write_formats(recommender, ["vectors"], place / "out", say=lambda line: None)
+        write_targets(recommender, ["vectors"], place / "out", say=lambda line: None)
     else:
-        write_for_all(recommender, str(place / "log.csv"), None, place / "out.parquet", 3)
+        recommend_all(recommender, str(place / "log.csv"), place / "out.parquet", 3)
 
 
 def killed(what: str, place: Path, number: int) -> None:

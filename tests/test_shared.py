@@ -10,8 +10,8 @@ from rarec.config.load import format_override
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.planning.cluster import Cluster
-from rarec.stages.plan import plan
 from rarec.stages.run import Run
+from rarec.stages.train import plan
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json, write_json
 from tests.conftest import make_world

@@ -1,5 +1,7 @@
 """The one runner of stages: currency, resume, fresh, ownership, locks, manifest and record."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ import pytest
 from rarec.config import RunConfig
 from rarec.errors import Stopped, UserError
 from rarec.stages.run import Run
-from rarec.stages.stage import BEGUN, PROGRESS, Built, Stage
-from rarec.storage.artefacts import MANIFEST, read_manifest, write_sealed
+from rarec.stages.stage import Built, Stage
+from rarec.storage.artefacts import BEGUN, MANIFEST, PROGRESS, read_manifest, write_sealed
 from rarec.storage.directories import CHECKED, MARKER
 from rarec.storage.files import read_json, write_json
 
@@ -191,34 +193,54 @@ def test_what_is_refused_before_anything_is_built_leaves_nothing_behind(run):
     assert corrected.make()
 
 
+IN_THE_WAY = {
+    "a folder": lambda place, mine: shutil.copytree(mine, place),
+    "a folder with a manifest": lambda place, mine: write_json(
+        place / MANIFEST, {"kind": "toy", "schema": 99, "files": {"log.csv": "0"}}
+    ),
+    "a file": lambda place, mine: place.write_text("mine"),
+    "a link": lambda place, mine: place.symlink_to(mine),
+    "a dangling link": lambda place, mine: place.symlink_to(mine / "nowhere"),
+    "a pipe": lambda place, mine: os.mkfifo(place),
+}
+
+
+def state(root: Path) -> dict[str, tuple[bytes, int, int]]:
+    """Return bytes, mode and time of every file, but for locks and notes of what was checked."""
+    files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != CHECKED]
+    return {str(path): (path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns) for path in files}
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("kind", [Toy, Slow])
-def test_a_directory_of_the_users_is_never_replaced(run, kind, fresh):
+@pytest.mark.parametrize("thing", IN_THE_WAY)
+def test_what_has_the_name_of_an_artefact_is_refused_and_kept(run, tmp_path, kind, thing, fresh):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
     place = kind(run).directory
-    place.mkdir(parents=True)
-    (place / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=str(place)):
+    place.parent.mkdir()
+    IN_THE_WAY[thing](place, mine)
+    before = state(tmp_path)
+    with pytest.raises(UserError, match=str(place)) as error:
         kind(run).make(fresh)
-    assert [path.name for path in place.iterdir()] == ["notes.txt"]
-    (place / "notes.txt").unlink()
+    assert error.value.remedy
+    assert {name: now for name, now in state(tmp_path).items() if name in before} == before
+    assert os.path.lexists(place)
+    place.rename(tmp_path / "away")
+    place.mkdir()  # an empty folder may be used
     assert kind(run).make(fresh)
 
 
-def test_a_file_of_the_users_is_never_replaced(run):
-    run.root.mkdir()
-    (run.root / "toy").write_text("mine")
-    with pytest.raises(UserError, match=str(run.root / "toy")):
-        Toy(run).make()
-    assert (run.root / "toy").read_text() == "mine"
-
-
-def test_a_configuration_of_the_users_is_not_replaced_by_the_resolved_one(run):
-    run.root.mkdir(parents=True)
-    run.config_file.write_text("run: {dir: here} # my notes\n")
-    with pytest.raises(UserError, match=str(run.config_file)):
-        Toy(run).make()
-    assert run.config_file.read_text() == "run: {dir: here} # my notes\n"
-    assert not Toy(run).directory.exists()
+@pytest.mark.parametrize("name", ["resolved.yaml", "record.json"])
+@pytest.mark.parametrize("content", ["{}", "run: {dir: here} # my notes\n", "", None])
+def test_a_file_of_the_users_beside_the_artefacts_is_refused_before_anything_is_made(recorded, name, content):
+    place = recorded.root / name
+    place.parent.mkdir()
+    place.mkdir() if content is None else place.write_text(content)
+    with pytest.raises(UserError, match=str(place)):
+        recorded.make("toy")
+    assert [path.name for path in place.parent.iterdir()] == [name]
 
 
 def test_a_stage_knows_what_it_was_made_from(run, monkeypatch):
@@ -285,7 +307,7 @@ def test_shared_artefacts_have_a_name_by_what_shapes_them(run, tmp_path):
 @pytest.fixture
 def recorded(run, monkeypatch) -> Run:
     """A run whose stages are toys."""
-    monkeypatch.setattr("rarec.stages.STAGES", {"toy": Toy})
+    monkeypatch.setattr("rarec.stages.run.STAGES", {"toy": Toy})
     return run
 
 

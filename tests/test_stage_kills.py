@@ -16,8 +16,8 @@ from rarec.distributed.world import World
 from rarec.entry import guarded, watched
 from rarec.errors import EXIT_CODE, UserError
 from rarec.stages.run import Run
-from rarec.stages.stage import BEGUN, PROGRESS, Built
-from rarec.storage.artefacts import MANIFEST
+from rarec.stages.stage import Built
+from rarec.storage.artefacts import BEGUN, MANIFEST, PROGRESS
 from rarec.storage.directories import CHECKED, MARKER
 from tests.processes import be_killed_at_change
 from tests.ranks import START, free_port

@@ -11,9 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
-from rarec.bundle.samples import sample_histories
+from rarec.bundle.parts import sample_histories
 from rarec.errors import UserError
-from rarec.export.write import write_formats
+from rarec.export import write_targets
 from tests.vllm_server import BUNDLES, PYTHON, Served, bundle, environment, needs_vllm, served, server
 
 pytestmark = [pytest.mark.vllm, needs_vllm]
@@ -175,5 +175,5 @@ def test_vllms_own_prefix_cache_is_refused(llama, tmp_path):
 def test_a_rank_that_vllm_does_not_take_is_refused(tmp_path):
     other = bundle(tmp_path, "llama", "train.variants=[per_layer_lora] export.variant=per_layer_lora lora.rank=3")
     with pytest.raises(UserError, match=r"lora\.rank"):
-        write_formats(other, ["vllm"], tmp_path / "served", say=lambda line: None)
+        write_targets(other, ["vllm"], tmp_path / "served", say=lambda line: None)
     assert not (tmp_path / "served").exists()

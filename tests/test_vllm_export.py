@@ -10,9 +10,9 @@ import torch
 import rarec
 from rarec.config.method import Readout
 from rarec.errors import UserError
-from rarec.export.vllm.prefix import Prefix, cached, write_program
-from rarec.export.vllm.program import Program
-from rarec.export.write import write_formats
+from rarec.export import write_targets
+from rarec.export.prefix import Prefix, cached, write_program
+from rarec.export.rarec_program import Program
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, ReadoutModule, Tower
@@ -127,5 +127,5 @@ def test_an_encoder_and_a_row_without_language_model_are_refused(recommender, ru
 
 def refused(recommender, tmp_path, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        write_formats(recommender, ["vllm"], tmp_path / "served", say=lambda line: None)
+        write_targets(recommender, ["vllm"], tmp_path / "served", say=lambda line: None)
     assert not (tmp_path / "served").exists()

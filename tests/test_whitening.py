@@ -26,7 +26,10 @@ def fitted(size, *every_ND):
         found[str(name)] = Moments(hidden)
         for part_BD in states_ND.split(64):
             found[str(name)].add(part_BD)
-    made, directions_ZD = [Whitening(hidden, min(size, hidden)) for _ in every_ND], directions(found, hidden, size)
+    made, directions_ZD = (
+        [Whitening(hidden, min(size, hidden)) for _ in every_ND],
+        directions(found.values(), hidden, size),
+    )
     for whitening, moments in zip(made, found.values(), strict=True):
         whitening.fit(moments, directions_ZD)
     return [partial(whitening, directions_ZD=directions_ZD.float()) for whitening in made]

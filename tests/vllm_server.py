@@ -15,7 +15,7 @@ import pytest
 import rarec
 from rarec.bundle.recommender import Recommender
 from rarec.entry import open_run
-from rarec.export.write import write_formats
+from rarec.export import write_targets
 from tests.conftest import CONFIG
 from tests.ranks import free_port
 from tests.synthetic import write_llm, write_log
@@ -70,7 +70,7 @@ def bundle(root: Path, kind: str, overrides: str) -> Recommender:
 def served(root: Path, name: str) -> Served:
     """Train a bundle, and write its folder."""
     recommender = bundle(root, *BUNDLES[name])
-    write_formats(recommender, ["vllm"], root / "served", say=lambda line: None)
+    write_targets(recommender, ["vllm"], root / "served", say=lambda line: None)
     return Served(rarec.load(recommender.bundle.directory, device="cpu"), root / "served")
 
 

@@ -35,8 +35,7 @@ import torch
 from measuring import seconds
 
 import rarec
-from rarec.bundle.parts import Parts
-from rarec.bundle.samples import sample_histories
+from rarec.bundle.parts import Parts, sample_histories
 from rarec.export.rarec_client import Client
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length

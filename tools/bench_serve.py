@@ -41,7 +41,7 @@ from measuring import seconds as seconds_of
 import rarec
 from rarec.bundle.bundle import Bundle
 from rarec.bundle.items import remove_items
-from rarec.bundle.samples import sample_histories
+from rarec.bundle.parts import sample_histories
 from rarec.export.rarec_client import Client
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json

@@ -17,7 +17,7 @@ import torch
 from measuring import seconds
 
 import rarec
-from rarec.bundle.samples import sample_histories
+from rarec.bundle.parts import sample_histories
 
 
 def main() -> None:

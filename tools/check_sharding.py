@@ -39,10 +39,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.config import VARIANTS, RunConfig
 from rarec.config.method import Prompt
-from rarec.models.build import SIDES, SourceShape, build_model
+from rarec.models.build import SIDES, SourceShape, build_model, save_weights
 from rarec.models.language_model import load_model
 from rarec.models.towers import RaRec, SideBatch
-from rarec.models.weights import save_weights
 from rarec.storage.directories import new_directory
 from rarec.training.accelerator import build_engine, start_world
 from rarec.training.engines import Engine, Optimisation

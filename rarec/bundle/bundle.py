@@ -23,46 +23,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rarec.bundle.checks import NAMES_CODE, check_facts, check_items, check_vectors
+from rarec.bundle.facts import FACTS, REMEDY, Facts, own_parts, read_facts, recipe_of
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
-from rarec.config.ids import Ids, Recipe
 from rarec.config.load import validated
 from rarec.config.logs import Prepare
-from rarec.config.registry import KINDS
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
-from rarec.ids.source import KINDS_OF_USERS, Source, users_of
+from rarec.ids.source import Source, users_of
 from rarec.models.build import SourceShape
 from rarec.neighbours.table import read_table
 from rarec.storage.artefacts import check_files, read_manifest
-from rarec.storage.files import read_json
 
-FACTS, ITEMS, VECTORS, ENCODERS, TABLES = (
-    "recommender.json",
-    "items.parquet",
-    "vectors.safetensors",
-    "encoders.safetensors",
-    "neighbours",
-)
-LLM = "llm"
-"""Folder of the language model, if the bundle was exported with it."""
-SCHEMA = 1
-"""Of `recommender.json`."""
+ITEMS, VECTORS, ENCODERS = "items.parquet", "vectors.safetensors", "encoders.safetensors"
+TABLES, LLM = "neighbours", "llm"
+"""Folders: of the neighbour tables, and of the language model, if the bundle was exported with it."""
 MODEL, IDS = "model", "ids/"
 """Names in `vectors.safetensors`: the variant's item vectors, and those of ID models."""
-FIGURES = ("row", "why", "metrics", "trained_parameters")
-"""Fields of the manifest for the reader."""
-PICKLE = "llm.allow_pickle_weights"
-"""What must be trusted by name to read a language model that is a pickle."""
-_AGAIN = "export it again: rarec export CONFIG --fresh"
-LOG, CATALOGUE = ("user", "item", "time", "position"), ("item", "title", "text")
-"""Roles of the columns of a log, and of a catalogue."""
-NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
+Columns = Mapping[str, str]
+NO_COLUMNS: Columns = MappingProxyType({})
+NOWHERE: Columns = MappingProxyType({"path": "none"})
 Float32 = npt.NDArray[np.float32]
 
 
@@ -87,10 +72,30 @@ class Catalogue:
         columns = {"item_id": self.ids, "title": self.titles, "text": self.texts, "train_count": self.counts_N}
         pq.write_table(pa.table(columns), path, compression="zstd")
 
+    @classmethod
+    def read(cls, path: Path) -> "Catalogue":
+        """Read it.
+
+        Raises:
+            UserError: it cannot be read, lacks a column, or has an id twice.
+        """
+        names = ("item_id", "title", "text", "train_count")
+        try:
+            table = read_columns(path)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path} cannot be read: {error}", REMEDY) from None
+        missing = [name for name in names if name not in table.column_names]
+        if missing:
+            raise UserError(f"{path} has no column {missing[0]!r}", REMEDY)
+        ids, titles, texts, counts = (table[name] for name in names)
+        if not len(ids) or ids.null_count or len(pc.unique(ids)) < len(ids):
+            raise UserError(f"{path}: an item id is missing or there twice, or there is no item", REMEDY)
+        return cls(ids.combine_chunks(), titles.to_pylist(), texts.to_pylist(), counts.to_numpy())
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was opened; what is large is read when it is asked for.
+    """A bundle that was opened; vectors and tables are read when they are first used.
 
     Attributes:
         directory: where it is.
@@ -101,51 +106,62 @@ class Bundle:
 
     directory: Path
     manifest: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    trusted: Collection[str] = ()
+    facts: Facts
+    trusted: Collection[str] | None = ()
 
     @classmethod
-    def open(cls, directory: Path, trusted: Collection[str] = ()) -> "Bundle":
-        """Open a bundle, and check every file of it.
+    def open(cls, directory: Path, trusted: Collection[str] | None = ()) -> "Bundle":
+        """Open a bundle, the only way to read one: its hashes, its facts, and the sizes of its tables are checked.
+
+        Args:
+            directory: where it is.
+            trusted: names of parts of the user's own that it may import; None trusts all, as the run that made it does.
 
         Raises:
             UserError: it is missing or damaged, of another version, or needs a part that is not trusted.
         """
         manifest = read_manifest(directory, "bundle")
         if FACTS not in manifest["files"]:
-            raise UserError(f"{directory} was exported by an earlier version: it has no {FACTS}", _AGAIN)
-        check_files(directory, manifest, _AGAIN)
-        facts = read_json(directory / FACTS, _AGAIN)
-        schema = facts.get("schema") if isinstance(facts, dict) else None
-        if schema != SCHEMA:
-            problem = f"{directory / FACTS} has schema {schema}, this version of rarec reads {SCHEMA}"
-            raise UserError(problem, "update rarec, or export it again")
-        opened = cls(directory, manifest, facts, trusted)
-        check_facts(directory / FACTS, facts, opened.tables_there, _AGAIN)
-        for name in _parts_of(facts):
-            if name not in trusted:
+            raise UserError(f"{directory} was exported by an earlier version: it has no {FACTS}", REMEDY)
+        check_files(directory, manifest, REMEDY)
+        facts = read_facts(directory / FACTS, _tables_in(manifest))
+        for name in own_parts(facts):
+            if trusted is not None and name not in trusted:
                 problem = f"{directory} needs {name}, which is used only if it is named"
                 raise UserError(problem, f"name it, if you trust it: rarec.load(..., trusted=[{name!r}])")
-        count = check_items(directory / ITEMS, _AGAIN)
-        wanted: dict[str, int | None] = {IDS + name: of["dim"] for name, of in facts["sources"].items()}
-        check_vectors(directory / VECTORS, wanted | ({MODEL: None} if facts["model"] else {}), count, _AGAIN)
-        return opened
+        bundle = cls(directory, manifest, facts, trusted)
+        bundle._check_vectors(len(bundle.catalogue.titles))
+        return bundle
+
+    def _check_vectors(self, count: int) -> None:
+        """Refuse vectors that are missing, or of another size or type; the vectors themselves are not read."""
+        path, facts = self.directory / VECTORS, self.facts
+        dims: dict[str, int | None] = {IDS + name: source["dim"] for name, source in facts["sources"].items()}
+        try:
+            with safe_open(path, "np") as file:
+                tables = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+                kinds = {name: (table.get_dtype(), *table.get_shape()) for name, table in tables.items()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read: {error}", REMEDY) from None
+        for name, dim in {**dims, **({MODEL: None} if facts["model"] else {})}.items():
+            dtype, *shape = kinds.get(name, ("absent",))
+            if dtype != "F32" or len(shape) != 2 or shape[0] != count or dim not in (None, shape[1]):
+                problem = f"{path}: table {name!r} is {dtype} {tuple(shape)}, not F32 ({count}, {dim or 'any'})"
+                raise UserError(problem, REMEDY)
 
     @cached_property
     def catalogue(self) -> Catalogue:
         """The items that are ranked."""
-        table = read_columns(self.directory / ITEMS)
-        titles, texts = (table[name].to_pylist() for name in ("title", "text"))
-        return Catalogue(table["item_id"].combine_chunks(), titles, texts, table["train_count"].to_numpy())
+        return Catalogue.read(self.directory / ITEMS)
 
     @cached_property
     def vectors(self) -> dict[str, Float32]:
         """Item vectors by name: `model`, `ids/NAME`."""
-        found = {name: tensor.numpy() for name, tensor in _read(self.directory / VECTORS).items()}
-        for name, table in found.items():
+        vectors = {name: tensor.numpy() for name, tensor in _read(self.directory / VECTORS).items()}
+        for name, table in vectors.items():
             if not np.isfinite(table).all():
-                raise UserError(f"{self.directory / VECTORS}: a vector of {name!r} is not finite", _AGAIN)
-        return found
+                raise UserError(f"{self.directory / VECTORS}: a vector of {name!r} is not finite", REMEDY)
+        return vectors
 
     @cached_property
     def encoders(self) -> dict[str, Tensor]:
@@ -155,12 +171,12 @@ class Bundle:
     @cached_property
     def sources(self) -> dict[str, Source]:
         """Every source of vectors, by name."""
-        found = {}
+        sources = {}
         for name, facts in self.facts["sources"].items():
             own = {key.removeprefix(f"{name}/"): t for key, t in self.encoders.items() if key.startswith(f"{name}/")}
-            users = users_of(facts["users"], _recipe(facts["users"]), own, str(self.directory))
-            found[name] = Source(name, self.vectors[IDS + name], users, facts["hash"], {})
-        return found
+            users = users_of(facts["users"], recipe_of(facts["users"]), own, str(self.directory))
+            sources[name] = Source(name, self.vectors[IDS + name], users, facts["hash"], {})
+        return sources
 
     @property
     def shapes(self) -> dict[str, SourceShape]:
@@ -174,10 +190,9 @@ class Bundle:
         return any(Path(file).parent.name == LLM for file in self.manifest["files"])
 
     @property
-    def tables_there(self) -> list[str]:
+    def tables(self) -> list[str]:
         """Names of the neighbour tables."""
-        files = (Path(file) for file in self.manifest["files"])
-        return sorted(file.stem for file in files if file.parent.name == TABLES)
+        return _tables_in(self.manifest)
 
     def neighbours(self, name: str) -> Any:
         """Return a neighbour table, (N, N) sparse."""
@@ -185,7 +200,7 @@ class Bundle:
         try:
             return read_table(path, len(self.catalogue.titles))
         except (ValueError, KeyError) as error:  # another table's columns, rows beyond the catalogue
-            raise UserError(f"{path} cannot be read: {error}", _AGAIN) from None
+            raise UserError(f"{path} cannot be read: {error}", REMEDY) from None
 
     @cached_property
     def variant(self) -> Variant:
@@ -196,56 +211,30 @@ class Bundle:
     def config(self) -> RunConfig:
         """The configuration of the model; sections that say nothing about it are not those of the run."""
         model = self.facts["model"]
-        run, prepare = {"dir": "none", "seed": model["seed"]}, self.tables().model_dump(mode="json")
+        run, prepare = {"dir": "none", "seed": model["seed"]}, self.prepare().model_dump(mode="json")
         # nothing but these: other sections may name code, which would be imported
         settings = {name: model["settings"][name] for name in MODEL_SECTIONS if name in model["settings"]}
         settings["train"] = {"blocks": settings["train"]["blocks"]}
         tree = {"run": run, "prepare": prepare, **settings}
-        return validated(RunConfig, tree, str(self.directory / FACTS), remedy=_AGAIN)
+        return validated(RunConfig, tree, str(self.directory / FACTS), remedy=REMEDY)
 
-    def tables(self, *, log: str = "none", items: str = "none", columns: Mapping[str, str] = NO_COLUMNS) -> Prepare:
-        """Return how a log and a catalogue are read that are like those that the recommender was trained on.
+    def prepare(self, interactions: Mapping[str, Any] = NOWHERE, items: Mapping[str, Any] = NOWHERE) -> Prepare:
+        """Return how a log or a catalogue is read that is like those that the recommender was trained on.
 
         Args:
-            log: path of the log.
-            items: path of the catalogue.
-            columns: names of columns that differ, by role: `user`, `item`, `time` or `position`; `title`, `text`.
+            interactions: path of the log, and names of columns that differ, by field of the configuration.
+            items: the same of the catalogue.
         """
-        facts = self.facts["tables"]
-        of_log, of_items = ({role: columns[role] for role in roles if role in columns} for roles in (LOG, CATALOGUE))
-        order = {"time": None, "position": None} if {"time", "position"} & set(of_log) else {}
-        text = {"text": [of_items["text"]]} if "text" in of_items else {}
-        rules = {name: facts[name] for name in ("duplicates", "repeats")}
-        interactions = {**facts["interactions"], **order, **of_log, "path": log}
-        catalogue = {**facts["items"], **of_items, **text, "path": items}
-        tree = {"interactions": interactions, "items": catalogue, **rules}
-        return validated(Prepare, tree, str(self.directory / FACTS), remedy=_AGAIN)
+        tables = self.facts["tables"]
+        order = {"time": None, "position": None} if {"time", "position"} & set(interactions) else {}
+        log, catalogue = {**tables["interactions"], **order, **interactions}, {**tables["items"], **items}
+        tree = {**tables, "interactions": log, "items": catalogue}
+        return validated(Prepare, tree, str(self.directory / FACTS), remedy=REMEDY)
 
 
-def _recipe(users: Mapping[str, Any]) -> Recipe | None:
-    """Return the settings of an ID model of the user's own; None for the others, which need none."""
-    settings = dict(users["inner"] if users["kind"] == "mapped" else users)
-    kind = settings.pop("kind")
-    return Ids(model=kind, settings=settings).recipe if kind not in KINDS_OF_USERS else None
-
-
-def named_parts(directory: Path) -> list[str]:
-    """Return the names of parts of the user's own that a bundle needs: what `trusted` must name."""
-    return _parts_of(read_json(directory / FACTS, _AGAIN))
-
-
-def _parts_of(facts: Mapping[str, Any]) -> list[str]:
-    users = [source["users"] for source in facts["sources"].values()]
-    kinds = [(of["inner"] if of["kind"] == "mapped" else of)["kind"] for of in users]
-    names = [kind for kind in kinds if kind not in KINDS_OF_USERS]
-    settings = facts["model"]["settings"] if facts["model"] else {}
-    for kind in NAMES_CODE if settings else ():
-        section, field = KINDS[kind].field.split(".")
-        if settings[section][field] not in KINDS[kind].built_in:
-            names.append(settings[section][field])
-    if settings and settings["llm"].get("allow_pickle_weights"):
-        names.append(PICKLE)
-    return names
+def _tables_in(manifest: Mapping[str, Any]) -> list[str]:
+    files = (Path(file) for file in manifest["files"])
+    return sorted(file.stem for file in files if file.parent.name == TABLES)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -253,4 +242,4 @@ def _read(path: Path) -> dict[str, Tensor]:
         # copies, because a mapped file that is cut short would end the process
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}", _AGAIN) from None
+        raise UserError(f"{path} cannot be read: {error}", REMEDY) from None

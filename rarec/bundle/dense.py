@@ -4,7 +4,7 @@ The score of a user and an item is the inner product of their vectors here, plus
 not zero for the few items alone that they list. So the exact best k are among the best k + seen + listed of the table
 and the listed items.
 
-Shape letters: B users, N catalogue, F size of the fused vectors, K vectors of a user.
+Shape letters: B users, C users of a block, N catalogue, F size of the fused vectors, K vectors of a user.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import sparse
+from scipy.sparse import csr_matrix
 
 from rarec.errors import UserError
 from rarec.neighbours.ranker import NeighbourRanker
@@ -50,32 +50,34 @@ class DenseForm:
         Raises:
             UserError: no part is dense; or what an item's neighbours say would lower its score.
         """
-        whole = ranker if isinstance(ranker, FusedRanker) else FusedRanker((ranker,), (1.0,), (0.0,))
-        named = dict(zip(names, whole.parts, strict=True))
-        weights = dict(zip(names, whole.weights, strict=True))
-        dense = {name: part for name, part in named.items() if isinstance(part, VectorRanker)}
-        sparse = {name: (part, weights[name]) for name, part in named.items() if isinstance(part, NeighbourRanker)}
+        fusion = ranker if isinstance(ranker, FusedRanker) else FusedRanker((ranker,), (1.0,), (0.0,))
+        named = dict(zip(names, zip(fusion.parts, fusion.weights, strict=True), strict=True))
+        dense = {name: part for name, (part, _) in named.items() if isinstance(part, VectorRanker)}
+        near = {name: (part, weight) for name, (part, weight) in named.items() if isinstance(part, NeighbourRanker)}
         if not dense:
             raise UserError("this row has no vectors: no table of vectors has its scores", _OTHER_ROW)
-        tables = [weights[name] * part.items_NZ for name, part in dense.items()]
-        if isinstance(first := whole.parts[0], VectorRanker):
-            tables[0] = tables[0] + _predicted_vectors(whole, first.items_NZ)
-        elif isinstance(first, NeighbourRanker) and list(_lacking(whole)):
-            sparse[names[0]] = _predicting(whole, first), 1.0
-        return cls(np.concatenate(tables, 1, dtype=np.float32), dense, sparse)
+        tables = [named[name][1] * part.items_NZ for name, part in dense.items()]
+        if isinstance(first := fusion.parts[0], VectorRanker):
+            tables[0] = tables[0] + _predicted_vectors(fusion, first.items_NZ)
+        elif isinstance(first, NeighbourRanker) and list(_lacking(fusion)):
+            near[names[0]] = _predicting(fusion, first), 1.0
+        return cls(np.concatenate(tables, 1, dtype=np.float32), dense, near)
 
     def users(self, histories: Sequence[Rows]) -> Float32:
         """Return user vectors, (B, F); or (B, K, F), of which the best score counts."""
         nobody = np.zeros(len(histories), np.int64)
         parts = [part.users(nobody, histories) for part in self.dense.values()]
-        most = max(part.shape[1] if part.ndim == 3 else 1 for part in parts)
-        if most == 1:
-            return np.concatenate([part.reshape(len(histories), -1) for part in parts], 1)
-        wide = [
-            np.broadcast_to(part if part.ndim == 3 else part[:, None], (len(part), most, part.shape[-1]))
-            for part in parts
-        ]
-        return np.concatenate(wide, 2)
+        wide = [part if part.ndim == 3 else part[:, None] for part in parts]
+        most = max(part.shape[1] for part in wide)
+        vectors_BKF = np.concatenate([np.broadcast_to(of, (len(of), most, of.shape[2])) for of in wide], 2)
+        return vectors_BKF[:, 0] if most == 1 else vectors_BKF
+
+    def near(self, histories: Sequence[Rows]) -> csr_matrix:
+        """Return what the neighbour models add, (B, N), times their weights."""
+        near_BN = csr_matrix((len(histories), len(self.items_NF)), dtype=np.float32)
+        for part, weight in self.sparse.values():
+            near_BN = near_BN + np.float32(weight) * part.near(histories)
+        return near_BN
 
     def best(
         self, users: Float32, histories: Sequence[Rows], candidates: Sequence[Rows], k: int
@@ -90,17 +92,15 @@ class DenseForm:
             candidates: item rows of each user.
             k: number of items.
         """
-        near = [(weight, part.near(histories)) for part, weight in self.sparse.values()]
-        found = []
-        for at, (history, rows) in enumerate(zip(histories, candidates, strict=True)):
-            listed = [scores[[at]].indices for _, scores in near]
-            among = np.setdiff1d(np.concatenate([rows, *listed]).astype(np.int64), history)
-            scores = (self.items_NF[among] @ users[at].reshape(-1, users.shape[-1]).T).max(1)
-            for weight, scores_BN in near:
-                scores = scores + np.float32(weight) * scores_BN[[at]][:, among].toarray().ravel()
+        near_BN, best = self.near(histories), []
+        for user, (history, rows) in enumerate(zip(histories, candidates, strict=True)):
+            near_1N = near_BN[[user]]
+            among = np.setdiff1d(np.concatenate([rows, near_1N.indices]).astype(np.int64), history)
+            scores = (self.items_NF[among] @ users[user].reshape(-1, users.shape[-1]).T).max(1)
+            scores = scores + near_1N[:, among].toarray().ravel()
             order = np.lexsort((among, -scores))[:k]
-            found.append((among[order], scores[order].astype(np.float32)))
-        return found
+            best.append((among[order], scores[order].astype(np.float32)))
+        return best
 
 
 class DenseScores:
@@ -112,11 +112,8 @@ class DenseScores:
     """
 
     def __init__(self, form: DenseForm, histories: Sequence[Rows]) -> None:
-        self._dense = VectorScores(form.users(histories), form.items_NF)
+        self._dense, near_BN = VectorScores(form.users(histories), form.items_NF), form.near(histories)
         self.n_users, self.n_items, self.width = len(histories), self._dense.n_items, self._dense.width + 1
-        near_BN = sparse.csr_matrix((self.n_users, self.n_items), dtype=np.float32)
-        for part, weight in form.sparse.values():
-            near_BN = near_BN + np.float32(weight) * part.near(histories)
         full = 2 * near_BN.nnz > self.n_users * self.n_items  # a sparse entry takes twice the memory of a dense one
         self._near_BN = torch.from_numpy(near_BN.toarray()) if full else near_BN
 
@@ -127,7 +124,7 @@ class DenseScores:
         return scores_CN.add_(near_CN)
 
 
-def _rows_of(table: sparse.csr_matrix, start: int, end: int) -> torch.Tensor:
+def _rows_of(table: csr_matrix, start: int, end: int) -> torch.Tensor:
     """Return rows of a sparse table as a sparse tensor, without a copy of its values."""
     ends = table.indptr[start : end + 1]
     own = slice(ends[0], ends[-1])
@@ -138,34 +135,31 @@ def _rows_of(table: sparse.csr_matrix, start: int, end: int) -> torch.Tensor:
         return torch.sparse_csr_tensor(starts, columns, values, size=size, check_invariants=False)
 
 
-def _predicted_vectors(whole: FusedRanker, first_NZ: Float32) -> npt.NDArray[np.float64]:
+def _predicted_vectors(fusion: FusedRanker, first_NZ: Float32) -> npt.NDArray[np.float64]:
     """Return what the first part's item vectors get for the items that other parts lack, (N, Z)."""
     added_NZ = np.zeros(first_NZ.shape)
-    for lacking_N, scale in _lacking(whole):
+    for lacking_N, scale in _lacking(fusion):
         added_NZ += scale * lacking_N[:, None] * (first_NZ - first_NZ[~lacking_N].mean(0))
     return added_NZ
 
 
-def _predicting(whole: FusedRanker, first: NeighbourRanker) -> NeighbourRanker:
+def _predicting(fusion: FusedRanker, first: NeighbourRanker) -> NeighbourRanker:
     """Return the first part with its weight, and what it predicts for the items that other parts lack, in its table.
 
     A neighbour's score is a root, so the square of its weight goes in.
     """
-    weight_N = np.full(first.table_NN.shape[0], whole.weights[0])
-    for lacking_N, scale in _lacking(whole):
+    weight_N = np.full(first.table_NN.shape[0], fusion.weights[0])
+    for lacking_N, scale in _lacking(fusion):
         weight_N += scale * lacking_N
     if (weight_N < 0).any():
         raise UserError("this row lowers the score of items by their neighbours: no table has its scores", _OTHER_ROW)
-    scale_N = np.square(weight_N).astype(np.float32)
-    table_NN = sparse.csr_matrix(
-        (first.table_NN.data * scale_N[first.table_NN.indices], first.table_NN.indices, first.table_NN.indptr),
-        first.table_NN.shape,
-    )
-    return replace(first, table_NN=table_NN)
+    table_NN, scale_N = first.table_NN, np.square(weight_N).astype(np.float32)
+    entries = table_NN.data * scale_N[table_NN.indices], table_NN.indices, table_NN.indptr
+    return replace(first, table_NN=csr_matrix(entries, table_NN.shape))
 
 
-def _lacking(whole: FusedRanker) -> Iterator[tuple[npt.NDArray[np.bool_], float]]:
+def _lacking(fusion: FusedRanker) -> Iterator[tuple[npt.NDArray[np.bool_], float]]:
     """Yield the items that a part after the first lacks, (N,), and its weight times its slope, where that counts."""
-    for part, weight, slope in list(zip(whole.parts, whole.weights, whole.slopes, strict=True))[1:]:
+    for part, weight, slope in list(zip(fusion.parts, fusion.weights, fusion.slopes, strict=True))[1:]:
         if part.lacking_N is not None and part.lacking_N.any() and weight * slope:
             yield part.lacking_N, weight * slope

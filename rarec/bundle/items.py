@@ -1,159 +1,151 @@
 """New and removed items without training: a new version of a bundle beside the old one, which stays as it is.
 
-Shape letters: N catalogue, A added items, E source dimension.
+Shape letters: N catalogue, A added items, E source dimension, F size of the fused vectors, K vectors of a user.
 """
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from rarec.bundle.bundle import ENCODERS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Catalogue
-from rarec.bundle.parts import Parts
-from rarec.bundle.versions import new_version
-from rarec.config.logs import Prepare
-from rarec.data import tables
+from rarec.bundle.bundle import ENCODERS, IDS, ITEMS, MODEL, NO_COLUMNS, TABLES, VECTORS, Bundle, Catalogue, Columns
+from rarec.bundle.parts import LEXICAL, Parts
+from rarec.bundle.write import save_tensors, write_version
 from rarec.data.engines import open_engine
 from rarec.data.preparation.inputs import read_catalogue, table_location
+from rarec.data.tables import write_rows
 from rarec.errors import UserError
+from rarec.ids.imports import read_vectors
 from rarec.ids.mapped import ITEMS as MAPPED
 from rarec.ids.source import LEFT
-from rarec.neighbours.lexical import Words, plain_texts
 from rarec.neighbours.table import SCHEMA, pairs_of
+from rarec.ranking import VectorRanker
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
-LEXICAL = "lexical"
-_CHANGED = (ITEMS, VECTORS, ENCODERS, f"{TABLES}/")
+KNOWN_BY_WORDS = (LEXICAL, "popularity")
+"""Parts that know a new item: by its words, and as one that was never bought."""
 
 
-@dataclass(frozen=True)
-class NewItems:
-    """Items to add.
-
-    Attributes:
-        catalogue: their ids, titles and texts; they have no training interactions.
-        vectors: of ID models by name, (A, E), for those that know them; zeros where an item has none.
-    """
-
-    catalogue: Catalogue
-    vectors: Mapping[str, Float32]
-
-
-def read_items(prepare: Prepare, say: Callable[[str], None]) -> Catalogue:
-    """Read items that may become part of a catalogue, in the order of the table.
-
-    Args:
-        prepare: where they are, and their columns; see `Bundle.tables`.
-        say: print one line to the user.
-
-    Raises:
-        UserError: the table cannot be read, or has an id twice.
-    """
-    location = table_location(prepare.items, "items")
-    with (
-        tempfile.TemporaryDirectory(prefix="rarec-") as scratch,
-        open_engine(prepare, Path(scratch, "spill")) as engine,
-    ):
-        found = read_catalogue(engine, prepare.items, location, say)
-        if found.counts["repeated_ids"]:
-            problem = f"{found.name}: {found.counts['repeated_ids']} rows repeat an item id"
-            raise UserError(problem, "keep one row of each id")
-        batches = list(engine.batches(found.table.order_by("line").select("item", "title", "text")))
-    table = pa.Table.from_batches(batches)
-    titles, texts = (table[name].to_pylist() for name in ("title", "text"))
-    return Catalogue(table["item"].combine_chunks(), titles, texts, np.zeros(len(titles), np.int64))
-
-
-def add_items(parts: Parts, new: NewItems, directory: Path) -> None:
-    """Write a version of a bundle with more items.
+def add_items(
+    parts: Parts,
+    table: str,
+    directory: Path,
+    say: Callable[[str], None],
+    *,
+    columns: Columns = NO_COLUMNS,
+    vectors: Mapping[str, str] = NO_COLUMNS,
+) -> int:
+    """Write a version of a bundle with the items of a table; return their number.
 
     Only the new items' prompts are encoded. What the ID models and the neighbour tables do not know of them is
     predicted from their words, as of any item without a vector. No score of another item changes.
 
     Args:
         parts: of the bundle.
-        new: the items.
+        table: path of the items.
         directory: to write to.
+        say: print one line to the user.
+        columns: names of columns that differ from those of the catalogue: `item`, `title`, `text`.
+        vectors: Parquet files of the items' vectors by ID models, by the model's name; zeros where an item has none.
 
     Raises:
-        UserError: an id is in the catalogue, or of another type; vectors are of another shape, or not finite.
+        UserError: the table cannot be read; an id is there twice, or in the catalogue, or of another type; vectors are
+            of another shape, or not finite.
     """
-    bundle, count = parts.bundle, len(new.catalogue.titles)
-    ids = _checked_ids(bundle, new.catalogue.ids)
-    given = _checked_vectors(bundle, new.vectors, count)
-    vectors = dict(bundle.vectors)
+    bundle, new = parts.bundle, _read_items(parts.bundle, table, columns, say)
+    count, tables = len(new.titles), dict(bundle.vectors)
+    given = _vectors_of(bundle, new, vectors)
     for name in bundle.facts["sources"]:
-        vectors[IDS + name] = np.concatenate([vectors[IDS + name], given[name]])
-    if MODEL in vectors:
-        encoded = parts.encode_new(new.catalogue.titles, new.catalogue.texts, given)
-        vectors[MODEL] = np.concatenate([vectors[MODEL], encoded])
-    old, added = bundle.catalogue, new.catalogue
+        tables[IDS + name] = np.concatenate([tables[IDS + name], given[name]])
+    if MODEL in tables:
+        tables[MODEL] = np.concatenate([tables[MODEL], parts.encode_new(new.titles, new.texts, given)])
+    old = bundle.catalogue
     catalogue = Catalogue(
-        pa.concat_arrays([old.ids, ids]),
-        old.titles + added.titles,
-        old.texts + added.texts,
-        np.concatenate([old.counts_N, added.counts_N]),
+        pa.concat_arrays([old.ids, new.ids]),
+        old.titles + new.titles,
+        old.texts + new.texts,
+        np.concatenate([old.counts_N, new.counts_N]),
     )
-    found = {name: [pairs_of(bundle.neighbours(name))] for name in bundle.tables_there}
-    if LEXICAL in found:
-        found[LEXICAL] += _lexical_pairs(bundle, added)
+    pairs = {name: [pairs_of(bundle.neighbours(name))] for name in bundle.tables}
+    if LEXICAL in pairs:
+        pairs[LEXICAL] += parts.words.added(parts.plain_texts(new))
     tensors = {
-        name: torch.cat([t, t.new_zeros(count, *t.shape[1:])]) if _is_table(name) else t
-        for name, t in bundle.encoders.items()
+        name: torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) if _is_table(name) else tensor
+        for name, tensor in bundle.encoders.items()
     }
-    _write(bundle, directory, _Changed(catalogue, vectors, tensors, found), {"added": count})
+    _write(bundle, directory, catalogue, tables, tensors, pairs, {"added": count})
+    return count
 
 
-def remove_items(bundle: Bundle, items: Collection[str | int], directory: Path) -> None:
-    """Write a version of a bundle with fewer items.
+def remove_items(bundle: Bundle, items: Collection[str | int], directory: Path) -> int:
+    """Write a version of a bundle with fewer items; return the number of those that are gone.
 
     Raises:
         UserError: an item is not in the catalogue, or none would be left.
     """
-    wanted, old = set(map(str, items)), bundle.catalogue
+    removed, old = set(map(str, items)), bundle.catalogue
     names = list(map(str, old.ids.to_pylist()))
-    unknown = sorted(wanted - set(names))
+    unknown = sorted(removed - set(names))
     if unknown:
         raise UserError(f"item {unknown[0]!r} is not in {bundle.directory}", "leave it out")
-    kept = np.array([row for row, name in enumerate(names) if name not in wanted], np.int64)
+    kept = np.array([row for row, name in enumerate(names) if name not in removed], np.int64)
     if not len(kept):
         raise UserError(f"no item of {bundle.directory} would be left", "keep at least one item")
-    titles, texts = ([of[row] for row in kept] for of in (old.titles, old.texts))
+    titles, texts = ([column[row] for row in kept] for column in (old.titles, old.texts))
     catalogue = Catalogue(old.ids.take(pa.array(kept)), titles, texts, old.counts_N[kept])
     vectors = {name: table[kept] for name, table in bundle.vectors.items()}
-    found = {name: [pairs_of(bundle.neighbours(name)[kept][:, kept])] for name in bundle.tables_there}
-    tensors = {name: t[torch.from_numpy(kept)] if _is_table(name) else t for name, t in bundle.encoders.items()}
-    _write(bundle, directory, _Changed(catalogue, vectors, tensors, found), {"removed": len(names) - len(kept)})
+    pairs = {name: [pairs_of(bundle.neighbours(name)[kept][:, kept])] for name in bundle.tables}
+    tensors = {
+        name: tensor[torch.from_numpy(kept)] if _is_table(name) else tensor for name, tensor in bundle.encoders.items()
+    }
+    _write(bundle, directory, catalogue, vectors, tensors, pairs, {"removed": len(removed)})
+    return len(removed)
 
 
-@dataclass(frozen=True)
-class _Changed:
-    """The files of a version that differ from those of the one before."""
+def _write(
+    bundle: Bundle,
+    directory: Path,
+    catalogue: Catalogue,
+    vectors: Mapping[str, Float32],
+    encoders: Mapping[str, Tensor],
+    pairs: Mapping[str, list[pa.RecordBatch]],
+    what: Mapping[str, int],
+) -> None:
+    changed: dict[str, Callable[[Path], object]] = {
+        ITEMS: catalogue.write,
+        VECTORS: partial(save_tensors, vectors),
+        ENCODERS: partial(save_tensors, encoders),
+    }
+    for name, batches in pairs.items():
+        changed[f"{TABLES}/{name}.parquet"] = partial(write_rows, batches, schema=SCHEMA)
+    write_version(bundle, directory, changed, what)
 
-    catalogue: Catalogue
-    vectors: Mapping[str, Float32]
-    encoders: Mapping[str, Tensor]
-    neighbours: Mapping[str, list[pa.RecordBatch]]
 
-
-def _write(bundle: Bundle, directory: Path, changed: _Changed, what: Mapping[str, int]) -> None:
-    with new_version(bundle, directory, _CHANGED, what) as temporary:
-        changed.catalogue.write(temporary / ITEMS)
-        save_file(
-            {name: torch.from_numpy(table.copy()) for name, table in changed.vectors.items()}, temporary / VECTORS
-        )
-        save_file({name: tensor.contiguous() for name, tensor in changed.encoders.items()}, temporary / ENCODERS)
-        for name, batches in changed.neighbours.items():
-            (temporary / TABLES).mkdir(exist_ok=True)
-            tables.write_rows(batches, temporary / TABLES / f"{name}.parquet", SCHEMA)
+def _read_items(bundle: Bundle, table: str, columns: Columns, say: Callable[[str], None]) -> Catalogue:
+    """Read items that may become part of a catalogue, in the order of the table; they have no interactions."""
+    text = {"text": [columns["text"]]} if "text" in columns else {}
+    prepare = bundle.prepare(items={**columns, **text, "path": table})
+    location = table_location(prepare.items, "items")
+    with (
+        tempfile.TemporaryDirectory(prefix="rarec-") as scratch,
+        open_engine(prepare, Path(scratch, "spill")) as engine,
+    ):
+        read = read_catalogue(engine, prepare.items, location, say)
+        if read.counts["repeated_ids"]:
+            problem = f"{read.name}: {read.counts['repeated_ids']} rows repeat an item id"
+            raise UserError(problem, "keep one row of each id")
+        batches = list(engine.batches(read.table.order_by("line").select("item", "title", "text")))
+    rows = pa.Table.from_batches(batches)
+    titles, texts = (rows[name].to_pylist() for name in ("title", "text"))
+    ids = _checked_ids(bundle, rows["item"].combine_chunks())
+    return Catalogue(ids, titles, texts, np.zeros(len(titles), np.int64))
 
 
 def _checked_ids(bundle: Bundle, ids: pa.Array) -> pa.Array:
@@ -163,42 +155,76 @@ def _checked_ids(bundle: Bundle, ids: pa.Array) -> pa.Array:
         remedy = "give the new items ids of the same kind"
         raise UserError(f"item ids of {bundle.directory} are integers, and {ids[0].as_py()!r} is none", remedy)
     cast: pa.Array = ids.cast(known.type)
-    there = sorted(set(known.to_pylist()) & set(cast.to_pylist()), key=str)
-    if there:
-        problem = f"item {there[0]!r} is in {bundle.directory} already ({len(there)} such items)"
+    repeated = sorted(set(known.to_pylist()) & set(cast.to_pylist()), key=str)
+    if repeated:
+        problem = f"item {repeated[0]!r} is in {bundle.directory} already ({len(repeated)} such items)"
         raise UserError(problem, "leave it out, or remove it first: rarec items remove")
     return cast
 
 
-def _checked_vectors(bundle: Bundle, given: Mapping[str, Float32], count: int) -> dict[str, Float32]:
-    """Return the new items' vectors of every ID model; zeros for those that do not know them."""
-    found = {name: np.zeros((count, facts["dim"]), np.float32) for name, facts in bundle.facts["sources"].items()}
-    for name, vectors in given.items():
-        if name not in found:
-            raise UserError(f"--vectors: there is no ID model {name!r}", f"choose from {', '.join(found)}")
-        wanted = found[name].shape
-        if vectors.shape != wanted or not np.isfinite(vectors).all():
-            problem = f"--vectors: those of {name} are of shape {vectors.shape}, the items need {wanted}"
-            raise UserError(
-                problem if vectors.shape != wanted else f"--vectors: those of {name} are not finite",
-                "give one finite vector for each row of the table, zeros where there is none",
-            )
-        found[name] = vectors.astype(np.float32)
-    return found
+def _vectors_of(bundle: Bundle, new: Catalogue, files: Mapping[str, str]) -> dict[str, Float32]:
+    """Return the new items' vectors of every ID model, (A, E); zeros for those that do not know them."""
+    count, sources = len(new.titles), bundle.facts["sources"]
+    vectors = {name: np.zeros((count, facts["dim"]), np.float32) for name, facts in sources.items()}
+    for name, path in files.items():
+        if name not in vectors:
+            raise UserError(f"--vectors: there is no ID model {name!r}", f"choose from {', '.join(vectors)}")
+        with tempfile.TemporaryDirectory(prefix="rarec-") as scratch:
+            file = Path(scratch, "vectors.npy")
+            rows = read_vectors(path, None, "--vectors", "--vectors")
+            rows.write_aligned(file, new.ids, "item", "leave those items out", gaps=True)
+            given = np.load(file, allow_pickle=False)
+        shape = vectors[name].shape
+        if given.shape != shape:
+            problem = f"--vectors: those of {name} are of shape {given.shape}, the items need {shape}"
+            raise UserError(problem, "give one vector for each row of the table, zeros where there is none")
+        vectors[name] = given
+    return vectors
+
+
+def score_of_new(parts: Parts, history: Rows, title: str, text: str) -> float:
+    """Return the score that an item would have after a history if `add_items` had added it.
+
+    Args:
+        parts: of the bundle.
+        history: item rows, oldest first.
+        title: of the new item.
+        text: of the new item, "" if there is none.
+
+    Raises:
+        UserError: this row has no language model.
+    """
+    own_F, query_KF = _vector_of_new(parts, title, text), parts.dense.users([history])[0]
+    score = float((query_KF.reshape(-1, len(own_F)) @ own_F).max())
+    if LEXICAL not in parts.dense.sparse:
+        return score
+    ranker, weight = parts.dense.sparse[LEXICAL]
+    (words,) = parts.plain_texts(Catalogue(pa.array([""]), [title], [text], np.zeros(1, np.int64)))
+    rows, scores = parts.words.neighbours_of(words)
+    near_N = np.zeros(len(parts.bundle.catalogue.titles))
+    near_N[rows] = scores
+    newest = history[-ranker.newest :][::-1]
+    return score + weight * float(np.sqrt((ranker.decay ** np.arange(len(newest)) * near_N[newest]).sum()))
+
+
+def _vector_of_new(parts: Parts, title: str, text: str) -> Float32:
+    """Return the item's vector of the dense form; what other parts do not know is predicted from the first's."""
+    facts, (first, *others) = parts.bundle.facts["parts"], parts.rankers
+    sources = {name: np.zeros((1, source.dim), np.float32) for name, source in parts.encoder.sources.items()}
+    (own_Z,) = parts.encode_new([title], [text], sources)
+    vector_Z, beside = facts[first]["weight"] * own_Z, list[Float32]()
+    for name in others:
+        ranker, weight = parts.rankers[name], facts[name]["weight"]
+        known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
+        if name not in KNOWN_BY_WORDS:
+            apart_Z = own_Z - parts.bundle.vectors[MODEL][known].mean(0)
+            vector_Z = vector_Z + weight * facts[name]["slope"] * apart_Z
+        if isinstance(ranker, VectorRanker):
+            mean_Z = ranker.items_NZ[known].mean(0)
+            beside.append(weight * (mean_Z if name not in KNOWN_BY_WORDS else np.zeros_like(mean_Z)))
+    return np.concatenate([vector_Z, *beside], dtype=np.float32)
 
 
 def _is_table(name: str) -> bool:
     """Return whether a tensor of an ID model has a row for each item."""
     return name.rpartition("/")[2].rpartition(".")[2] in (LEFT, MAPPED)
-
-
-def _lexical_pairs(bundle: Bundle, added: Catalogue) -> list[pa.RecordBatch]:
-    new = list(plain_texts(added.titles, added.texts, bundle.facts["tables"]["items"]["untitled"]))
-    return list(words_of(bundle).added(new))
-
-
-def words_of(bundle: Bundle) -> Words:
-    """Return the words of a bundle's catalogue, with which new items are compared."""
-    facts, old = bundle.facts, bundle.catalogue
-    texts = plain_texts(old.titles, old.texts, facts["tables"]["items"]["untitled"])
-    return Words(texts, bundle.neighbours(LEXICAL), int(facts["neighbours"]["top"]))

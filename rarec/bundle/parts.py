@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rarec.bundle.bundle import LLM, MODEL, Bundle
+from rarec.bundle.bundle import LLM, MODEL, Bundle, Catalogue
 from rarec.bundle.dense import DenseForm, DenseScores
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.source import Source
-from rarec.models.build import build_model, slots_reserved
+from rarec.models.build import build_model, load_weights, slots_reserved
 from rarec.models.encode import Encoder
 from rarec.models.language_model import LoadedModel, load_model
-from rarec.models.weights import load_weights
+from rarec.neighbours.lexical import Words, plain_texts
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.prompts import PromptPair
 from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, VectorRanker
@@ -25,10 +25,11 @@ from rarec.storage.artefacts import differences
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
+LEXICAL = "lexical"
 
 
 class Parts:
-    """What ranks for a bundle; each part is opened when it is first asked for.
+    """The rankers of a bundle; each is opened when it is first used.
 
     Args:
         bundle: an opened bundle.
@@ -95,10 +96,21 @@ class Parts:
             return self.popular
         if name == "id":
             return bundle.sources[facts["id_model"]].ranker()
-        new_N = bundle.catalogue.counts_N == 0
-        lacking_N = new_N if name != "lexical" else None
+        lacking_N = bundle.catalogue.counts_N == 0 if name != LEXICAL else None  # the new items
         rule = facts["neighbours"]
         return NeighbourRanker(bundle.neighbours(name), rule["newest"], rule["decay"], lacking_N)
+
+    @cached_property
+    def words(self) -> Words:
+        """The words of the catalogue, with which those of new items are compared."""
+        bundle = self.bundle
+        top = int(bundle.facts["neighbours"]["top"])
+        return Words(self.plain_texts(bundle.catalogue), bundle.neighbours(LEXICAL), top)
+
+    def plain_texts(self, catalogue: Catalogue) -> list[str]:
+        """Return the words of items."""
+        untitled = self.bundle.facts["tables"]["items"]["untitled"]
+        return list(plain_texts(catalogue.titles, catalogue.texts, untitled))
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -171,3 +183,30 @@ class Parts:
 def _scored(ranker: Ranker, histories: Sequence[Rows]) -> Scores:
     nobody = np.zeros(len(histories), np.int64)
     return ranker.scored(EvalBatch(nobody, histories, nobody))
+
+
+def sample_histories(parts: Parts, count: int, seed: int = 17) -> list[Rows]:
+    """Return histories to check a bundle with: 1 to 20 different items each, popular ones more often."""
+    rng, chances_N = np.random.default_rng(seed), _chances(parts.bundle)
+    lengths = rng.integers(1, min(20, len(chances_N) - 1), count, endpoint=True)
+    return [rng.choice(len(chances_N), length, replace=False, p=chances_N) for length in lengths]
+
+
+def sample_user(parts: Parts, rng: np.random.Generator, length: int = 5) -> list[int]:
+    """Return the history of a user who might be: a popular item, then neighbours of those before."""
+    chances_N, tables = _chances(parts.bundle), parts.bundle.tables
+    rows = [int(rng.choice(len(chances_N), p=chances_N))]
+    table_NN = parts.bundle.neighbours("cooccurrence" if "cooccurrence" in tables else tables[0]) if tables else None
+    while len(rows) < min(length, len(chances_N)):
+        own = table_NN.getrow(int(rng.choice(rows))) if table_NN is not None else None
+        nearest = own.indices[np.argsort(-own.data)[:10]] if own is not None else np.empty(0, np.int64)
+        new = np.setdiff1d(nearest if rng.random() < 0.9 else np.arange(len(chances_N)), rows)
+        rows += [int(rng.choice(new))] if len(new) else []
+    return rows
+
+
+def _chances(bundle: Bundle) -> npt.NDArray[np.float64]:
+    """Return the chance of each item to be drawn: the root of its count."""
+    roots_N = np.sqrt(bundle.catalogue.counts_N + 1.0)
+    chances_N: npt.NDArray[np.float64] = roots_N / roots_N.sum()
+    return chances_N

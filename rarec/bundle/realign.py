@@ -6,28 +6,29 @@ linear map from new to old vectors, fitted on the items that both know, lets the
 Shape letters: N catalogue, R shared items or histories, E dimension of old vectors, S of new ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from safetensors.torch import save_file
 from scipy.linalg import orthogonal_procrustes
 
-from rarec.bundle.bundle import ENCODERS, FACTS, IDS, MODEL, VECTORS, Bundle
-from rarec.bundle.parts import Parts
-from rarec.bundle.samples import sample_histories
-from rarec.bundle.versions import new_version
+from rarec.bundle.bundle import ENCODERS, IDS, MODEL, VECTORS, Bundle
+from rarec.bundle.facts import FACTS
+from rarec.bundle.parts import Parts, sample_histories
+from rarec.bundle.write import encoders_of, save_tensors, write_version
 from rarec.errors import UserError
 from rarec.ids.mapped import MappedUsers
 from rarec.ids.source import Source
+from rarec.models.encode import Encoder
 from rarec.storage.files import write_json
 
 Floats = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
 LEAST = 0.5
 """Default of the explained share of the variance of held-out items' vectors below which a model is refused."""
 HELD_OUT, RIDGE, USERS, K = 0.1, 1e-3, 256, 10
@@ -59,10 +60,11 @@ class NewModel:
     source: Source
     item_ids: list[Any]
 
-    def rows(self, bundle: Bundle) -> npt.NDArray[np.int64]:
-        """Return the row of each item of a bundle's catalogue, (N,); -1 where it has none."""
+    def items_NS(self, bundle: Bundle) -> Float32:
+        """Return its vectors of a bundle's catalogue; zeros where it has none."""
         row_of = {str(item): row for row, item in enumerate(self.item_ids)}
-        return np.array([row_of.get(str(item), -1) for item in bundle.catalogue.ids.to_pylist()])
+        rows_N = np.array([row_of.get(str(item), -1) for item in bundle.catalogue.ids.to_pylist()])
+        return np.where(rows_N[:, None] >= 0, self.source.items_NE[rows_N.clip(0)], 0).astype(np.float32)
 
 
 def fit_map(new_RS: npt.NDArray[Any], old_RE: npt.NDArray[Any], seed: int = 17) -> Map:
@@ -75,16 +77,15 @@ def fit_map(new_RS: npt.NDArray[Any], old_RE: npt.NDArray[Any], seed: int = 17) 
     """
     new, old = new_RS.astype(np.float64), old_RE.astype(np.float64)
     held = np.random.default_rng(seed).permutation(len(new)) < max(1, int(HELD_OUT * len(new)))
-    tried = []
-    for kind, fit in {"rotation": _rotation, "ridge": _ridge}.items():
-        if kind == "rotation" and new.shape[1] != old.shape[1]:
-            continue
+    fits = {"rotation": _rotation, "ridge": _ridge} if new.shape[1] == old.shape[1] else {"ridge": _ridge}
+    explained = {}
+    for kind, fit in fits.items():
         matrix, bias = fit(new[~held], old[~held])
         left = ((old[held] - new[held] @ matrix - bias) ** 2).sum()
         total = ((old[held] - old[~held].mean(0)) ** 2).sum()
-        tried.append((float(1 - left / total) if total else 0.0, kind, fit))
-    explained, kind, fit = max(tried, key=lambda one: one[0])
-    return Map(kind, *fit(new, old), explained)
+        explained[kind] = float(1 - left / total) if total else 0.0
+    best = max(explained, key=lambda kind: explained[kind])
+    return Map(best, *fits[best](new, old), explained[best])
 
 
 def _rotation(new_RS: Floats, old_RE: Floats) -> tuple[Floats, Floats]:
@@ -123,71 +124,61 @@ def realign(parts: Parts, models: Mapping[str, NewModel], directory: Path, least
         sources[name], figures[name] = _realigned(bundle, old, models[name], histories, least)
     vectors = {IDS + name: source.items_NE for name, source in sources.items()}
     if MODEL in bundle.vectors:
-        before = [parts.encoder.users(np.zeros(len(histories), np.int64), histories), bundle.vectors[MODEL]]
         encoder = parts.encoder_over(sources)
         vectors[MODEL] = encoder.items()
-        after = [encoder.users(np.zeros(len(histories), np.int64), histories), vectors[MODEL]]
-        figures[f"overlap@{K}"] = _overlap(before, after)
-    _write(bundle, directory, sources, vectors, figures)
+        tops = _best(parts.encoder, bundle.vectors[MODEL], histories), _best(encoder, vectors[MODEL], histories)
+        shared = [len(np.intersect1d(*rows)) / len(rows[0]) for rows in zip(*tops, strict=True)]
+        figures[f"overlap@{K}"] = float(np.mean(shared))
+    facts = {**bundle.facts, "sources": {name: _facts(bundle, source) for name, source in sources.items()}}
+    changed: dict[str, Callable[[Path], object]] = {
+        FACTS: partial(write_json, value=facts),
+        VECTORS: partial(save_tensors, vectors),
+        ENCODERS: partial(save_tensors, encoders_of(sources)),
+    }
+    write_version(bundle, directory, changed, {"realigned": figures})
     return figures
 
 
+def _best(encoder: Encoder, items_NZ: Float32, histories: list[Rows]) -> Rows:
+    """Return the variant's 10 best items after each history."""
+    users_BZ = encoder.users(np.zeros(len(histories), np.int64), histories)
+    return np.argsort(-(users_BZ @ items_NZ.T), 1, kind="stable")[:, :K]
+
+
+def _facts(bundle: Bundle, source: Source) -> dict[str, Any]:
+    users = {"kind": "mapped", "inner": source.manifest["settings"]["users"]}
+    return {**bundle.facts["sources"][source.name], "users": users, "hash": source.hash}
+
+
 def _realigned(
-    bundle: Bundle, old: Source, model: NewModel, histories: list[npt.NDArray[np.int64]], least: float
+    bundle: Bundle, old: Source, model: NewModel, histories: list[Rows], least: float
 ) -> tuple[Source, dict[str, Any]]:
     """Return a source of new vectors in the old space, and how well it fits."""
-    rows, new = model.rows(bundle), model.source
-    items_NS = np.where(rows[:, None] >= 0, new.items_NE[rows.clip(0)], 0).astype(np.float32)
-    shared = (items_NS != 0).any(1) & (old.items_NE != 0).any(1)
+    items_NS, new, name = model.items_NS(bundle), model.source, f"ID model {old.name!r}"
+    known_N = (items_NS != 0).any(1)
+    shared_N = known_N & (old.items_NE != 0).any(1)
     if new.vectors_per_user != old.vectors_per_user:
-        problem = f"ID model {old.name!r} gives {new.vectors_per_user} vectors a user, and not {old.vectors_per_user}"
+        problem = f"{name} gives {new.vectors_per_user} vectors a user, and not {old.vectors_per_user}"
         raise UserError(problem, "train a bundle for the new ID model")
-    wanted = 2 * max(old.dim, new.dim)
-    if shared.sum() < wanted:
-        problem = f"ID model {old.name!r}: {shared.sum()} items have both an old and a new vector"
-        raise UserError(problem, f"a map needs {wanted} of them or more: retrain on a log of the same items")
-    of_items = fit_map(items_NS[shared], old.items_NE[shared])
-    if of_items.explained < least:
-        problem = f"ID model {old.name!r}: the map explains {of_items.explained:.2f} of held-out items' vectors"
-        raise UserError(problem, f"train a bundle for the new ID model, or accept it: --least {of_items.explained:.2f}")
-    known = (items_NS != 0).any(1)[:, None]
-    inner = new.users
-    users = _user_map(old, inner, items_NS, histories)
-    mapped = MappedUsers(inner, items_NS, users.matrix_SE.astype(np.float32), users.bias_E.astype(np.float32))
-    source = replace(old, items_NE=of_items(items_NS) * known, users=mapped, hash=new.hash, manifest=new.manifest)
-    of = {"items": of_items, "users": users}
-    return source, {f"{name}_{what}": getattr(one, what) for name, one in of.items() for what in ("kind", "explained")}
+    needed = 2 * max(old.dim, new.dim)
+    if shared_N.sum() < needed:
+        problem = f"{name}: {shared_N.sum()} items have both an old and a new vector"
+        raise UserError(problem, f"a map needs {needed} of them or more: retrain on a log of the same items")
+    items = fit_map(items_NS[shared_N], old.items_NE[shared_N])
+    if items.explained < least:
+        problem = f"{name}: the map explains {items.explained:.2f} of held-out items' vectors"
+        raise UserError(problem, f"train a bundle for the new ID model, or accept it: --least {items.explained:.2f}")
+    users = _user_map(old, new, items_NS, histories)
+    mapped = MappedUsers(new.users, items_NS, users.matrix_SE.astype(np.float32), users.bias_E.astype(np.float32))
+    items_NE = items(items_NS) * known_N[:, None]
+    fitted = {"items_kind": items.kind, "items_explained": items.explained}
+    fitted |= {"users_kind": users.kind, "users_explained": users.explained}
+    return replace(old, items_NE=items_NE, users=mapped, hash=new.hash, manifest=new.manifest), fitted
 
 
-def _user_map(old: Source, inner: Any, items_NS: Float32, histories: list[npt.NDArray[np.int64]]) -> Map:
-    """Return the map of user vectors, fitted on histories; K vectors of a user are matched to the nearest old ones."""
-    identity = np.eye(items_NS.shape[1], dtype=np.float32)
-    plain = MappedUsers(inner, items_NS, identity, np.zeros(len(identity), np.float32))
+def _user_map(old: Source, new: Source, items_NS: Float32, histories: list[Rows]) -> Map:
+    """Return the map of user vectors, fitted on histories; K vectors of a user are matched by their mean."""
+    unmapped = MappedUsers(new.users, items_NS, np.eye(new.dim, dtype=np.float32), np.zeros(new.dim, np.float32))
     nobody = np.zeros(len(histories), np.int64)
-    new = plain.vectors(old.items_NE, nobody, histories).mean(1)
-    return fit_map(new, old.users.vectors(old.items_NE, nobody, histories).mean(1))
-
-
-def _overlap(before: list[Float32], after: list[Float32]) -> float:
-    """Return the share of the variant's 10 best items that stay."""
-    tops = [np.argsort(-(users @ items.T), 1, kind="stable")[:, :K] for users, items in (before, after)]
-    shared = [len(set(one) & set(other)) / len(one) for one, other in zip(*tops, strict=True)]
-    return float(np.mean(shared))
-
-
-def _write(
-    bundle: Bundle, directory: Path, sources: Mapping[str, Source], vectors: Mapping[str, Float32], figures: Any
-) -> None:
-    of_sources = {
-        name: {
-            **bundle.facts["sources"][name],
-            "users": {"kind": "mapped", "inner": source.manifest["settings"]["users"]},
-            "hash": source.hash,
-        }
-        for name, source in sources.items()
-    }
-    tensors = {f"{name}/{key}": t for name, source in sources.items() for key, t in source.users.tensors.items()}
-    with new_version(bundle, directory, (FACTS, VECTORS, ENCODERS), {"realigned": figures}) as temporary:
-        write_json(temporary / FACTS, {**bundle.facts, "sources": of_sources})
-        save_file({name: torch.from_numpy(np.array(table)) for name, table in vectors.items()}, temporary / VECTORS)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / ENCODERS)
+    new_BS, old_BE = (users.vectors(old.items_NE, nobody, histories).mean(1) for users in (unmapped, old.users))
+    return fit_map(new_BS, old_BE)

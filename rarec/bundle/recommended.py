@@ -1,4 +1,4 @@
-"""What a recommender returns."""
+"""What a recommender is asked, and what it returns."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Recommendations:
 
     Attributes:
         items: B lists of at most K items.
-        unknown: for each user, the number of ids in the history that are not in the catalogue; they were passed over.
+        unknown: for each user, the number of ids in the history that are not in the catalogue; they were skipped.
     """
 
     items: list[list[Recommended]]
@@ -60,9 +60,9 @@ class Recommendations:
 
     def to_arrow(self) -> pa.Table:
         """Return a row for each item: `user` (its place in the histories), `rank` from 1, `item`, `title`, `score`."""
-        rows = [(user, rank, *one) for user, items in enumerate(self.items) for rank, one in enumerate(items, start=1)]
+        rows = [(user, rank, *item) for user, items in enumerate(self.items) for rank, item in enumerate(items, 1)]
         names = ("user", "rank", "item", "title", "score")
-        return pa.table({name: [row[at] for row in rows] for at, name in enumerate(names)})
+        return pa.table({name: [row[column] for row in rows] for column, name in enumerate(names)})
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return `to_arrow` as a DataFrame."""
@@ -71,7 +71,7 @@ class Recommendations:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What speaks for an item after a history.
+    """The evidence for an item after a history.
 
     Attributes:
         item: its id.
@@ -88,7 +88,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a new item would stand in a user's ranking.
+    """The place of a new item in a user's ranking.
 
     Attributes:
         rank: 1 is the best of all items that the user has not seen.

@@ -1,26 +1,29 @@
 """A recommender over a bundle: histories of item ids in, ranked items out. It needs no run and no dataset.
 
-Shape letters: B users, N catalogue, K items returned, Z size of a scored vector, H interactions of a history.
+Shape letters: B users, N catalogue, K items returned, Z size of a scored vector, F size of the fused vectors.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from rarec.bundle.bundle import MODEL, Bundle
-from rarec.bundle.insight import Insight
+from rarec.bundle.bundle import IDS, MODEL, Bundle
+from rarec.bundle.items import score_of_new
 from rarec.bundle.parts import Parts
 from rarec.bundle.recommended import Explanation, History, Id, Place, Recommendations, Recommended, Request
 from rarec.config.section import check_device
 from rarec.distributed.world import World
 from rarec.errors import UserError
+from rarec.evaluation.labels import part_title
+from rarec.ranking import EvalBatch, FusedRanker
 from rarec.ranking.rank import best_scores
-from rarec.ranking.rankers import USERS_AT_A_TIME
+from rarec.ranking.rankers import USERS_AT_A_TIME, FusedScores
 
 Rows = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -33,13 +36,13 @@ class _User(NamedTuple):
     Attributes:
         history: oldest first.
         k: number of items.
-        left_out: items that may not be returned.
+        hidden: items that may not be returned.
         popular: whether to rank by popularity.
     """
 
     history: Rows
     k: int
-    left_out: Rows
+    hidden: Rows
     popular: bool
 
 
@@ -65,14 +68,13 @@ class Recommender:
     ) -> None:
         self.bundle = bundle
         self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
-        self._insight = Insight(self.parts)
-        self._row_of = {str(item): row for row, item in enumerate(bundle.catalogue.ids.to_pylist())}
+        self._row_of = {str(item): row for row, item in enumerate(self.items)}
 
     @property
     def items(self) -> list[Id]:
         """The ids of the catalogue."""
-        found: list[Id] = self.bundle.catalogue.ids.to_pylist()
-        return found
+        ids: list[Id] = self.bundle.catalogue.ids.to_pylist()
+        return ids
 
     def recommend(
         self,
@@ -87,8 +89,8 @@ class Recommender:
         """Return the k best items for each history.
 
         Args:
-            histories: of each user the ids of items, oldest first. Ids that are not in the catalogue are passed over
-                and counted; an empty history gets what the model says of it.
+            histories: of each user the ids of items, oldest first. Ids that are not in the catalogue are skipped and
+                counted; an empty history gets what the model says of it.
             k: number of items.
             exclude_seen: leave out the items of the history.
             allow: the only items that may be returned; all by default.
@@ -102,44 +104,45 @@ class Recommender:
         return self.answer(requests)
 
     def answer(self, requests: Sequence[Request]) -> Recommendations:
-        """Return what each of several users asks for, in one pass of the model.
+        """Return the items that each of several users asks for, in one pass of the model.
 
         Raises:
             UserError: see `recommend`.
         """
         _check_k(*(request.k for request in requests))
-        rows, unknown = self._rows([request.history for request in requests])
+        histories, unknown = self._rows([request.history for request in requests])
         hidden: dict[tuple[int, int], Rows] = {}  # most requests leave out the same
         users = []
-        for request, history in zip(requests, rows, strict=True):
+        for request, history in zip(requests, histories, strict=True):
             key = id(request.allow), id(request.deny)
             if key not in hidden:
                 hidden[key] = self._hidden(request.allow, request.deny)
-            out = np.union1d(hidden[key], history if request.exclude_seen else ()).astype(np.int64)
-            users.append(_User(history, request.k, out, request.popular_if_empty and not len(history)))
+            own = np.union1d(hidden[key], history if request.exclude_seen else ()).astype(np.int64)
+            users.append(_User(history, request.k, own, request.popular_if_empty and not len(history)))
         return Recommendations(self._ranked(users), unknown)
 
     def recommend_to(self, histories: Sequence[Rows], k: int = 10) -> list[list[Recommended]]:
         """Return the k best new items for histories of item rows, as `open_log` yields them."""
         return self._ranked([_User(history, k, history, False) for history in histories])
 
-    def _ranked(self, users: Sequence["_User"]) -> list[list[Recommended]]:
+    def _ranked(self, users: Sequence[_User]) -> list[list[Recommended]]:
         items: list[list[Recommended]] = [[] for _ in users]
         for popular, scored in ((False, self.parts.scored), (True, self.parts.popular_scored)):
-            own = [at for at, user in enumerate(users) if user.popular == popular]
-            for start in range(0, len(own), USERS_AT_A_TIME):
-                chunk = own[start : start + USERS_AT_A_TIME]
-                most, left_out = max(users[at].k for at in chunk), [users[at].left_out for at in chunk]
-                found = best_scores(scored([users[at].history for at in chunk]), most, left_out)
-                for at, rows_K, scores_K in zip(chunk, *found, strict=True):
-                    items[at] = self._listed(rows_K[: users[at].k], scores_K[: users[at].k])
+            places = [place for place, user in enumerate(users) if user.popular == popular]
+            for start in range(0, len(places), USERS_AT_A_TIME):
+                chunk = [users[place] for place in places[start : start + USERS_AT_A_TIME]]
+                scores = scored([user.history for user in chunk])
+                best = best_scores(scores, max(user.k for user in chunk), [user.hidden for user in chunk])
+                for place, user, rows_K, scores_K in zip(places[start:], chunk, *best, strict=False):
+                    items[place] = self._listed(rows_K[: user.k], scores_K[: user.k])
         return items
 
     def _listed(self, rows_K: Rows, scores_K: Float32) -> list[Recommended]:
-        catalogue, there = self.bundle.catalogue, rows_K >= 0
-        ids = catalogue.ids.take(pa.array(rows_K[there])).to_pylist()
-        titles = [catalogue.titles[row] for row in rows_K[there]]
-        return list(map(Recommended, ids, titles, scores_K[there].tolist()))
+        """Return items by their rows; -1 is none."""
+        catalogue, kept = self.bundle.catalogue, rows_K >= 0
+        ids = catalogue.ids.take(pa.array(rows_K[kept])).to_pylist()
+        titles = [catalogue.titles[row] for row in rows_K[kept]]
+        return list(map(Recommended, ids, titles, scores_K[kept].tolist()))
 
     def user_vectors(self, histories: Sequence[History]) -> Float32:
         """Return the variant's user vectors, (B, Z).
@@ -182,7 +185,7 @@ class Recommender:
         if len(among) != len(rows):
             raise UserError(f"{len(rows)} histories, but {len(among)} lists of candidates", "give one for each history")
         best = self.parts.dense.best(self.parts.dense.users(rows), rows, among, k)
-        return Recommendations([self._listed(*one) for one in best], unknown)
+        return Recommendations([self._listed(*user) for user in best], unknown)
 
     def item_vectors(self, items: Sequence[Id] | None = None) -> Float32:
         """Return the variant's item vectors, (N, Z), of some items or of all."""
@@ -196,23 +199,49 @@ class Recommender:
             UserError: k is not positive, the item is not in the catalogue, or this row has no vectors.
         """
         _check_k(k)
-        (row,) = self._known([item])
-        cosines_N = self._insight.cosines_N(int(row))
+        row = int(self._known([item])[0])
+        vectors = self._compared
+        if vectors is None:
+            problem = f"{self.bundle.facts['row']} has no item vectors"
+            raise UserError(problem, "export a row with a variant or the ID model")
+        cosines_N = _cosines(vectors, row)
         cosines_N[row] = -np.inf
         best = np.argsort(-cosines_N, kind="stable")[: min(k, len(cosines_N) - 1)]
         return self._listed(best, cosines_N[best])
 
     def explain(self, history: History, item: Id, k: int = 3) -> Explanation:
-        """Return what speaks for an item after a history: each part's share of the score, the k nearest items.
+        """Return the evidence for an item after a history: each part's share of the score, the k nearest items.
 
         Raises:
             UserError: k is not positive, or the item is not in the catalogue.
         """
         _check_k(k)
         (rows,), _ = self._rows([history])
-        (row,) = self._known([item]).tolist()
-        title = self.bundle.catalogue.titles[row]
-        return Explanation(item, title, self._insight.shares(rows, row), self._nearest(rows, row, k))
+        row = int(self._known([item])[0])
+        ranker = self.parts.ranker
+        scores = ranker.scored(_batch(rows))
+        scores_of_parts = scores.parts(slice(0, 1)) if isinstance(scores, FusedScores) else [scores.block(slice(0, 1))]
+        weights = ranker.weights if isinstance(ranker, FusedRanker) else (1.0,)
+        added = [
+            weight * float(part[0, row] - part[0].mean())  # compared with the average item
+            for part, weight in zip(scores_of_parts, weights, strict=True)
+        ]
+        shares = dict(zip(map(part_title, self.parts.rankers), added, strict=True))
+        return Explanation(item, self.bundle.catalogue.titles[row], shares, self._nearest(rows, row, k))
+
+    def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
+        """Return the items of a history that are most like another; none where there are no vectors."""
+        if self._compared is None or not len(rows):
+            return []
+        cosines_N = _cosines(self._compared, row)
+        best = np.array(sorted(set(rows.tolist()), key=lambda known: -cosines_N[known])[:k])
+        return self._listed(best, cosines_N[best])
+
+    @property
+    def _compared(self) -> Float32 | None:
+        """The vectors by which items are compared: the variant's, or else the ID model's."""
+        vectors = self.bundle.vectors
+        return vectors.get(MODEL, vectors.get(IDS + self.bundle.facts["id_model"]))
 
     def compare(self, history: History, k: int = 10) -> dict[str, list[Recommended]]:
         """Return the k best new items by each part of the row alone, by the part's title.
@@ -222,25 +251,26 @@ class Recommender:
         """
         _check_k(k)
         (rows,), _ = self._rows([history])
-        return {title: self._listed(*best) for title, best in self._insight.by_part(rows, k)}
+        best = {}
+        for name, ranker in self.parts.rankers.items():
+            (rows_K,), (scores_K,) = best_scores(ranker.scored(_batch(rows)), k, [rows])
+            best[part_title(name)] = self._listed(rows_K, scores_K)
+        return best
 
     def place(self, history: History, title: str, text: str = "", around: int = 3) -> Place:
-        """Return where a new item would stand after a history, if `rarec items add` had added it.
+        """Return the place that a new item would have after a history, if `rarec items add` had added it.
 
         Raises:
             UserError: this row has no language model.
         """
         (rows,), _ = self._rows([history])
-        found = self._insight.place(rows, title, text, around)
-        return Place(found.rank, found.of, found.score, self._listed(*found.above), self._listed(*found.below))
-
-    def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
-        """Return the items of a history that are most like another; none where there are no vectors."""
-        if self._insight.vectors is None or not len(rows):
-            return []
-        cosines_N = self._insight.cosines_N(row)
-        best = np.array(sorted(set(rows.tolist()), key=lambda known: -cosines_N[known])[:k])
-        return self._listed(best, cosines_N[best])
+        score = score_of_new(self.parts, rows, title, text)
+        scores_N = self.parts.scored([rows]).block(slice(0, 1))[0].numpy().copy()
+        scores_N[rows] = -np.inf
+        order = np.argsort(-scores_N, kind="stable")[: len(scores_N) - len(np.unique(rows))]
+        rank = int((scores_N[order] >= score).sum()) + 1
+        beside = order[max(0, rank - 1 - around) : rank - 1], order[rank - 1 : rank - 1 + around]
+        return Place(rank, len(order) + 1, score, *(self._listed(part, scores_N[part]) for part in beside))
 
     def _rows(self, histories: Sequence[History], empty: bool = True) -> tuple[list[Rows], list[int]]:
         """Return the item rows of histories, and how many ids of each are not in the catalogue.
@@ -249,44 +279,52 @@ class Recommender:
             histories: of each user the ids of items.
             empty: whether there may be no history at all.
         """
-        found = [[self._row_of.get(str(item), -1) for item in history] for history in _lists(histories)]
-        if not found and not empty:
+        rows = [np.array([self._row_of.get(str(item), -1) for item in own], np.int64) for own in _lists(histories)]
+        if not rows and not empty:
             raise UserError("there is no history", _LISTS)
-        rows = [np.array([row for row in history if row >= 0], np.int64) for history in found]
-        return rows, [len(history) - len(kept) for history, kept in zip(found, rows, strict=True)]
+        return [own[own >= 0] for own in rows], [int((own < 0).sum()) for own in rows]
 
     def _known(self, items: Collection[Id]) -> Rows:
         """Return the rows of items, all of which must be in the catalogue."""
         items = list(items)
         rows = [self._row_of.get(str(item)) for item in items]
-        for item, row in zip(items, rows, strict=True):
-            if row is None:
-                raise UserError(f"item {item!r} is not in {self.bundle.directory}", "leave it out")
+        if None in rows:
+            raise UserError(f"item {items[rows.index(None)]!r} is not in {self.bundle.directory}", "leave it out")
         return np.array(rows, np.int64)
 
     def _hidden(self, allow: Collection[Id] | None, deny: Collection[Id]) -> Rows:
         """Return the rows of items that may not be returned."""
-        hidden = np.zeros(len(self._row_of), bool)
-        if allow is not None:
-            hidden[:] = True
-            hidden[self._known(allow)] = False
-        hidden[self._known(deny)] = True
-        return np.flatnonzero(hidden)
+        hidden_N = np.full(len(self._row_of), allow is not None)
+        hidden_N[self._known(allow or ())] = False
+        hidden_N[self._known(deny)] = True
+        return np.flatnonzero(hidden_N)
+
+
+def _batch(history: Rows) -> EvalBatch:
+    """Return one user of no dataset."""
+    return EvalBatch(np.zeros(1, np.int64), [history], np.zeros(1, np.int64))
+
+
+def _cosines(vectors: Float32, row: int) -> Float32:
+    """Return the cosine of every vector with one of them, (N,)."""
+    lengths_N = np.maximum(np.linalg.norm(vectors, axis=1), np.finfo(np.float32).tiny)
+    cosines_N: Float32 = vectors @ vectors[row] / lengths_N / lengths_N[row]
+    return cosines_N
 
 
 def _lists(histories: Iterable[Iterable[Id]]) -> list[list[Id]]:
     """Return histories as lists, since an iterator can be read only once; refuse what holds no item ids."""
-    if isinstance(histories, str | bytes | Mapping) or not isinstance(histories, Iterable):
-        raise UserError(f"histories are no list of lists, but {str(histories)[:50]!r}", _LISTS)
-    lists = []
-    for history in histories:
-        if isinstance(history, str | bytes | Mapping) or not isinstance(history, Iterable):
-            raise UserError(f"a history is no list, but {str(history)[:50]!r}", _LISTS)
-        lists.append(list(history))
-        for item in lists[-1]:
-            if not isinstance(item, str | int | np.integer):
-                raise UserError(f"an item of a history is {str(item)[:50]!r}, neither text nor an integer", _LISTS)
+    lists = [_list(history, "a history is no list") for history in _list(histories, "histories are no list of lists")]
+    for item in chain.from_iterable(lists):
+        if not isinstance(item, str | int | np.integer):
+            raise UserError(f"an item of a history is {str(item)[:50]!r}, neither text nor an integer", _LISTS)
     return lists
+
+
+def _list(values: Any, problem: str) -> list[Any]:
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise UserError(f"{problem}, but {str(values)[:50]!r}", _LISTS)
+    return list(values)
 
 
 def _check_k(*numbers: int) -> None:
@@ -298,14 +336,14 @@ def _check_k(*numbers: int) -> None:
 
 def _device(wanted: str) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`."""
-    there = torch.cuda.is_available()
+    available = torch.cuda.is_available()
     try:
         check_device(wanted)
     except ValueError as error:
         raise UserError(f"device {wanted!r} is not known", str(error)) from None
-    if wanted.startswith("cuda") and not there:
+    if wanted.startswith("cuda") and not available:
         raise UserError(f"device {wanted}: there is no GPU that PyTorch can use", "choose auto or cpu")
-    return torch.device(wanted if wanted != "auto" else "cuda" if there else "cpu")
+    return torch.device(wanted if wanted != "auto" else "cuda" if available else "cpu")
 
 
 def load(

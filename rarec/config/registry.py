@@ -64,6 +64,20 @@ KINDS = {
         False,
         {"softmax": "rarec.models.losses:sampled_softmax", "bpr": "rarec.models.losses:bpr"},
     ),
+    "targets": Kind(
+        "--to",
+        "a subclass of rarec.export.Target",
+        "rarec.export:Target",
+        True,
+        {
+            "vectors": "rarec.export.tables:Vectors",
+            "faiss": "rarec.export.tables:Faiss",
+            "onnx": "rarec.export.onnx:Onnx",
+            "vllm": "rarec.export.vllm:Vllm",
+            "peft": "rarec.export.huggingface:Peft",
+            "hub": "rarec.export.huggingface:Hub",
+        },
+    ),
 }
 """Kinds of parts. The entry points' group is `rarec.` and the kind. ID models and variants that rarec brings are not
 listed here: their sections and definitions are part of the configuration."""

@@ -5,10 +5,13 @@ to be decoded and cannot be mapped; it is what other programs read.
 """
 
 import mmap
+import os
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -199,3 +202,34 @@ def _texts(path: Path, source: pq.ParquetFile, name: str) -> Iterator[Write]:
     """Yield what appends rows to an Arrow file, a record batch each time."""
     with pa.ipc.new_file(str(path), pa.schema([source.schema_arrow.field(name)])) as file:
         yield file.write_table
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Space for large arrays that are computed: in memory while they are small, else in a file without a name.
+
+    Attributes:
+        bytes: size of the largest array in memory.
+        directory: where larger ones are kept; made if need be. Without it, every array is in memory.
+    """
+
+    bytes: int = 0
+    directory: Path | None = None
+
+    def zeros(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return an array of zeros. Its file, if it has one, ends with the process.
+
+        Raises:
+            OSError: the disk has no room for it.
+        """
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if self.directory is None or size <= self.bytes:
+            return np.zeros(shape, dtype)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=self.directory) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # now: a mapped file on a full disk would kill the process
+            return np.memmap(file, dtype, "r+", shape=tuple(shape)).view(np.ndarray)
+
+
+IN_MEMORY = Scratch()
+"""Keeps every array in memory."""

@@ -39,25 +39,11 @@ class ExternalRanks:
 
     Attributes:
         ranks_U: ranks, 1 is best.
-        unlisted: number of users whose target the file does not list; 0 for a file of ranks.
-        unknown_users: number of users in the file who are no test users; ignored.
-        unknown_items: number of items in the file that are not in the catalogue; ignored.
+        notes: how many targets the file does not list, and how many of its users and items are not of this run.
     """
 
     ranks_U: Int64
-    unlisted: int = 0
-    unknown_users: int = 0
-    unknown_items: int = 0
-
-    @property
-    def notes(self) -> list[str]:
-        """The counts in words; empty if all are zero."""
-        counts = {
-            "test targets are not listed: they get the worst rank": self.unlisted,
-            "users are no test users: ignored": self.unknown_users,
-            "items are not in the catalogue: ignored": self.unknown_items,
-        }
-        return [f"{count:,} {what}" for what, count in counts.items() if count]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -92,10 +78,10 @@ def external_ranks(
     """
     ranks: dict[str, Int64] = {}
     for name, path in files.items():
-        found = read_external(Path(path), users)
-        for note in found.notes:
+        external = read_external(Path(path), users)
+        for note in external.notes:
             say(f"{path}: {note}")
-        ranks[EXTERNAL + name] = found.ranks_U
+        ranks[EXTERNAL + name] = external.ranks_U
     return ranks
 
 
@@ -111,9 +97,7 @@ def read_external(path: Path, users: TargetUsers) -> ExternalRanks:
             a user's item) twice, or lacks a test user.
     """
     table = _read(path)
-    if "rank" in table.column_names:
-        return _from_ranks(path, table, users)
-    return _from_scores(path, table, users)
+    return _from_ranks(path, table, users) if "rank" in table.column_names else _from_scores(path, table, users)
 
 
 def _read(path: Path) -> pa.Table:
@@ -126,30 +110,29 @@ def _read(path: Path) -> pa.Table:
             table = read_columns(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}", f"write Parquet, or CSV, with columns {FORMS}") from None
-    twice = [name for name in FIELDS if table.column_names.count(name) > 1]
-    if twice:
-        raise UserError(f"{path} has the column `{twice[0]}` twice", "drop or rename one")
-    there = set(FIELDS) & set(table.column_names)
-    if there not in ({"user", "rank"}, {"user", "item", "score"}):
-        names = ", ".join(table.column_names)
-        raise UserError(f"{path} has the columns {names}", f"give it {FORMS}, and not both forms")
-    return table.select(sorted(there))
+    names = [name for name in table.column_names if name in FIELDS]
+    if len(set(names)) < len(names):
+        twice = next(name for name in FIELDS if names.count(name) > 1)
+        raise UserError(f"{path} has the column `{twice}` twice", "drop or rename one")
+    if set(names) not in ({"user", "rank"}, {"user", "item", "score"}):
+        problem = f"{path} has the columns {', '.join(table.column_names)}"
+        raise UserError(problem, f"give it {FORMS}, and not both forms")
+    return table.select(names)
 
 
 def _from_ranks(path: Path, table: pa.Table, users: TargetUsers) -> ExternalRanks:
-    ranks = _numbers(path, table, "rank")
-    n_items = len(users.item_ids)
-    wrong = np.flatnonzero((ranks < 1) | (ranks > n_items) | (ranks != np.floor(ranks)))
+    ranks_R, n_items = _numbers(path, table, "rank"), len(users.item_ids)
+    wrong = np.flatnonzero((ranks_R < 1) | (ranks_R > n_items) | (ranks_R != np.floor(ranks_R)))
     if len(wrong):
-        problem = f"{path}, row {wrong[0] + 1}, column `rank`: {ranks[wrong[0]]:g} is not a rank"
+        problem = f"{path}, row {wrong[0] + 1}, column `rank`: {ranks_R[wrong[0]]:g} is not a rank"
         raise UserError(problem, f"give a whole number from 1 (best) to {n_items}, the size of the catalogue")
     user_R, unknown = _places(path, table, "user", users.user_ids)
     known = np.flatnonzero(user_R >= 0)
     _raise_if_repeated(path, known, user_R[known], table, "user")
     _raise_if_missing(path, user_R, users)
     ranks_U = np.empty(len(users.user_ids), np.int64)
-    ranks_U[user_R[known]] = ranks[known]
-    return ExternalRanks(ranks_U, unknown_users=unknown)
+    ranks_U[user_R[known]] = ranks_R[known]
+    return ExternalRanks(ranks_U, _notes(0, unknown, 0))
 
 
 def _from_scores(path: Path, table: pa.Table, users: TargetUsers) -> ExternalRanks:
@@ -159,23 +142,33 @@ def _from_scores(path: Path, table: pa.Table, users: TargetUsers) -> ExternalRan
     _raise_if_missing(path, user_R, users)
     known = np.flatnonzero((user_R >= 0) & (item_R >= 0))
     user_R, item_R, scores_R = user_R[known], item_R[known], scores_R[known]
-    _raise_if_repeated(path, known, user_R * n_items + item_R, table, "user", "item")
+    pair_R = user_R * n_items + item_R
+    _raise_if_repeated(path, known, pair_R, table, "user", "item")
     targets_U = np.asarray(users.targets_U, np.int64)
     is_target_R = item_R == targets_U[user_R]
     target_scores_U = np.full(len(targets_U), np.nan)
     target_scores_U[user_R[is_target_R]] = scores_R[is_target_R]
     before_R = ~is_target_R & (scores_R >= target_scores_U[user_R])  # never true where the target is not listed
-    before_R[before_R] = ~np.isin(user_R[before_R] * n_items + item_R[before_R], _seen_pairs(users))
+    before_R[before_R] = ~np.isin(pair_R[before_R], _seen_pairs(users))
     ranks_U = 1 + np.bincount(user_R[before_R], minlength=len(targets_U))
     unlisted_U = np.isnan(target_scores_U)
     ranks_U[unlisted_U] = n_items
-    return ExternalRanks(ranks_U, int(unlisted_U.sum()), unknown_users, unknown_items)
+    return ExternalRanks(ranks_U, _notes(int(unlisted_U.sum()), unknown_users, unknown_items))
+
+
+def _notes(unlisted: int, unknown_users: int, unknown_items: int) -> list[str]:
+    counts = {
+        "test targets are not listed: they get the worst rank": unlisted,
+        "users are no test users: ignored": unknown_users,
+        "items are not in the catalogue: ignored": unknown_items,
+    }
+    return [f"{count:,} {what}" for what, count in counts.items() if count]
 
 
 def _seen_pairs(users: TargetUsers) -> Int64:
     """Return every pair of user and seen item as one number (S,)."""
-    seen = [np.asarray(users.seen[user], np.int64) + user * len(users.item_ids) for user in range(len(users.user_ids))]
-    return np.concatenate(seen)
+    n_items = len(users.item_ids)
+    return np.concatenate([np.asarray(rows, np.int64) + user * n_items for user, rows in enumerate(users.seen)])
 
 
 def _numbers(path: Path, table: pa.Table, name: str) -> npt.NDArray[np.float64]:
@@ -184,30 +177,28 @@ def _numbers(path: Path, table: pa.Table, name: str) -> npt.NDArray[np.float64]:
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise UserError(f"{path}, column `{name}` holds {column.type}", "give numbers")
     numbers: npt.NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy()  # null becomes NaN
-    missing = np.flatnonzero(np.isnan(numbers))
-    if len(missing):
-        raise UserError(f"{path}, row {missing[0] + 1}, column `{name}` has no value", "give a number, or drop the row")
+    _raise_if_null(path, np.isnan(numbers), name, "a number")
     return numbers
 
 
 def _places(path: Path, table: pa.Table, name: str, ids: pa.Array) -> tuple[Int64, int]:
     """Return the index of each value of a column in the ids, -1 if unknown, and the number of unknown ids."""
     column = table[name].combine_chunks()
-    if column.null_count:
-        row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]) + 1
-        raise UserError(
-            f"{path}, row {row}, column `{name}` has no value", "give the id as in the log, or drop the row"
-        )
+    _raise_if_null(path, column.is_null().to_numpy(zero_copy_only=False), name, "the id as in the log")
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if not (
-        pa.types.is_integer(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    ):
+    if not any(check(column.type) for check in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)):
         problem = f"{path}, column `{name}` holds {column.type}"
         raise UserError(problem, "write ids as whole numbers or text, as they are in the log")
     text = column.cast(pa.string())
     places = pc.fill_null(pc.index_in(text, value_set=ids.cast(pa.string())), -1).to_numpy().astype(np.int64)
     return places, len(pc.unique(text.filter(pa.array(places < 0))))
+
+
+def _raise_if_null(path: Path, null_R: npt.NDArray[np.bool_], name: str, wanted: str) -> None:
+    if null_R.any():
+        problem = f"{path}, row {null_R.argmax() + 1}, column `{name}` has no value"
+        raise UserError(problem, f"give {wanted}, or drop the row")
 
 
 def _raise_if_repeated(path: Path, rows: Int64, keys: Int64, table: pa.Table, *names: str) -> None:
@@ -221,10 +212,9 @@ def _raise_if_repeated(path: Path, rows: Int64, keys: Int64, table: pa.Table, *n
 
 
 def _raise_if_missing(path: Path, user_R: Int64, users: TargetUsers) -> None:
-    missing = np.setdiff1d(np.arange(len(users.user_ids)), user_R)
+    total = len(users.user_ids)
+    missing = np.setdiff1d(np.arange(total), user_R)
     if len(missing):
-        first = users.user_ids[int(missing[0])].as_py()
-        problem = (
-            f"{path}, column `user` lacks {len(missing):,} of {len(users.user_ids):,} test users, such as {first!r}"
-        )
-        raise UserError(problem, "rank every test user; `rarec evaluate` lists them in evaluation/ranks.parquet")
+        such_as = f"{len(missing):,} of {total:,} test users, such as {users.user_ids[int(missing[0])].as_py()!r}"
+        remedy = "rank every test user; `rarec evaluate` lists them in evaluation/ranks.parquet"
+        raise UserError(f"{path}, column `user` lacks {such_as}", remedy)

@@ -60,13 +60,13 @@ def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
     spreads, slopes = _compared(rankers, validation)
     plain = FusedRanker(rankers, tuple(1 / spread for spread in spreads), slopes)
     fitted = ValidationLikelihood(plain, validation).best_weights()
-    shares = fitted / fitted.sum() if fitted.any() else np.full(len(names), 1 / len(names))
-    weights = [float(share / spread) for share, spread in zip(shares, spreads, strict=True)]
+    fitted = fitted / fitted.sum() if fitted.any() else np.full(len(names), 1 / len(names))
+    weights = [float(share / spread) for share, spread in zip(fitted, spreads, strict=True)]
     largest = max(weights) or 1.0  # so that float32 can represent the sum, whatever the scales
     fused = replace(plain, weights=tuple(weight / largest for weight in weights))
-    found = dict(zip(names, map(float, shares), strict=True))
+    shares = dict(zip(names, map(float, fitted), strict=True))
     flat = tuple(name for name, spread in zip(names, spreads, strict=True) if np.isinf(spread))
-    return Fusion(fused, tuple(names), {name: found[name] for name in parts}, flat)
+    return Fusion(fused, tuple(names), {name: shares[name] for name in parts}, flat)
 
 
 def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -74,16 +74,16 @@ def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[floa
     few = slice(COMPARED_USERS)
     some = EvalBatch(batch.user_rows[few], batch.histories[few], batch.targets[few])
     scored = [ranker.scored(some) for ranker in rankers]
-    found: list[list[Floats]] = [[] for _ in rankers]
-    for part in user_blocks(len(some.targets), scored[0].n_items * len(rankers)):
-        first_BN = _doubles(scored[0], part)
-        for at, (ranker, scores) in enumerate(zip(rankers, scored, strict=True)):
-            own_BN = _doubles(scores, part) if at else first_BN
+    sums: list[list[Floats]] = [[] for _ in rankers]
+    for block in user_blocks(len(some.targets), scored[0].n_items * len(rankers)):
+        first_BN = _doubles(scored[0], block)
+        for index, (ranker, scores) in enumerate(zip(rankers, scored, strict=True)):
+            own_BN = _doubles(scores, block) if index else first_BN
             known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
-            found[at].append(_sums(first_BN[:, known], own_BN[:, known]))
+            sums[index].append(_sums(first_BN[:, known], own_BN[:, known]))
     spreads, slopes = [], []
-    for sums in found:
-        own_B, own_peak_B, first_B, first_peak_B, square_B, product_B = np.concatenate(sums, axis=1)
+    for part in sums:
+        own_B, own_peak_B, first_B, first_peak_B, square_B, product_B = np.concatenate(part, axis=1)
         spreads.append(_spread(own_B, own_peak_B) or np.inf)  # a part that is constant adds nothing
         varies = _spread(first_B, first_peak_B) > 0
         slope = float(product_B.sum() / square_B.sum()) if varies else 0.0
@@ -108,5 +108,5 @@ def _spread(deviation_B: Floats, peak_B: Floats) -> float:
     return spread if spread > FLAT * peak_B.max() else 0.0
 
 
-def _doubles(scores: Scores, part: slice) -> Floats:
-    return scores.block(part).numpy(force=True).astype(np.float64)
+def _doubles(scores: Scores, block: slice) -> Floats:
+    return scores.block(block).numpy(force=True).astype(np.float64)

@@ -32,7 +32,7 @@ FULL = "full"
 GROUPS = (
     "Each variant alone",
     "With the ID model's score added (late fusion)",
-    "With all that is cheap added as well: neighbours and popularity, which need no training",
+    "With untrained baselines added as well (+ cheap): neighbour models and popularity",
     "One part left out; oracle: the better of two lists for each user",
     "Sanity checks",
 )
@@ -44,7 +44,7 @@ UNTRAINED_TITLES = {
     "ease": "EASE",
     "lexical": "similar words (TF-IDF)",
     "popularity": "popularity",
-    ALL_CHEAP: "all that is cheap",
+    ALL_CHEAP: "untrained baselines (cheap)",
 }
 """Titles of the untrained baselines."""
 _ADDED = {"id": "ID"}

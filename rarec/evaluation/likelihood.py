@@ -148,18 +148,18 @@ def maximise(likelihood: Callable[[Floats], Likelihood], weights: Floats) -> Flo
 
     Each step goes to the best such weights of the likelihood's second-order expansion; one that overshoots is halved.
     """
-    found = likelihood(weights)
+    current = likelihood(weights)
     for _ in range(_STEPS):
-        scale_P = np.sqrt(np.diag(found.curve))
-        values_P, vectors_PP = np.linalg.eigh(found.curve / np.outer(scale_P, scale_P))
+        scale_P = np.sqrt(np.diag(current.curve))
+        values_P, vectors_PP = np.linalg.eigh(current.curve / np.outer(scale_P, scale_P))
         lengths_P = np.sqrt(np.maximum(values_P, _LEAST))
         root_PP = scale_P[:, None] * vectors_PP * lengths_P  # times its transpose, it is the curvature
-        wanted_P = root_PP.T @ weights + vectors_PP.T @ (found.slope / scale_P) / lengths_P
+        wanted_P = root_PP.T @ weights + vectors_PP.T @ (current.slope / scale_P) / lengths_P
         step = nnls(root_PP.T, wanted_P)[0] - weights
-        while (then := likelihood(weights + step)).value < found.value and np.abs(step).max() > _CLOSE:
+        while (stepped := likelihood(weights + step)).value < current.value and np.abs(step).max() > _CLOSE:
             step /= 2
-        if then.value >= found.value:
-            weights, found = weights + step, then
+        if stepped.value >= current.value:
+            weights, current = weights + step, stepped
         if np.abs(step).max(initial=0.0) <= _CLOSE:
             break
     return weights

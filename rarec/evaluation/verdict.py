@@ -374,9 +374,9 @@ def _headline(variant: str, judged: str, findings: Findings, best: BestVariant) 
     compared = f"on {metric_title(best.metric)}, {variant_title(judged)} {_clauses(findings)}"
     if judged != variant:
         adds = {
-            "better": f"{title} adds to all that is cheap",
-            "worse": f"{title} harms what is cheap",
-            "inconclusive": f"No evidence that {title} adds to all that is cheap",
+            "better": f"{title} adds to the untrained baselines",
+            "worse": f"{title} makes the untrained baselines worse",
+            "inconclusive": f"No evidence that {title} adds to the untrained baselines",
         }
         compared = f"{adds[_overall(findings)]}: {compared}"
     about_best = "It is" if best.name == judged else f"{best.title} is"

@@ -1,8 +1,111 @@
-"""Forms of a bundle for other engines."""
+"""Forms of a bundle for other engines, one class a target: `rarec export BUNDLE --to NAME`."""
 
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rarec.config.registry import KINDS, find
+from rarec.errors import UserError
+from rarec.storage.artefacts import MANIFEST, write_manifest
+from rarec.storage.directories import new_directory
+
+if TYPE_CHECKING:
+    from rarec.bundle.parts import Parts
+    from rarec.bundle.recommender import Recommender
+
+KIND = "served"
+"""Of the manifest of a folder that holds targets."""
+BUILT_IN = tuple(KINDS["targets"].built_in)
+"""Names of the targets that come with rarec, in the order in which they are written."""
 
 
-def rarec_client_path() -> Path:
-    """Return the stand-alone client, which is copied beside the graphs."""
-    return Path(__file__).with_name("rarec_client.py")
+class Target(ABC):
+    """A form of a bundle. A subclass is a dataclass whose fields are its options: `index` is `--index`.
+
+    Attributes:
+        needs: names of targets that are written before it, into the same folder.
+        alone: whether its folder holds no other target that is named.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    alone: ClassVar[bool] = False
+
+    @abstractmethod
+    def write(self, parts: "Parts", directory: Path) -> dict[str, Any]:
+        """Write the files, and return what was measured, for the manifest.
+
+        Args:
+            parts: of the bundle.
+            directory: to write to.
+
+        Raises:
+            UserError: the bundle has no such form, or the form differs from the bundle.
+        """
+
+    def publish(self, directory: Path) -> str:
+        """Do what follows when the folder is whole; return a line for the user, "" for none."""
+        return ""
+
+
+def write_targets(
+    recommender: "Recommender", names: Sequence[str], directory: Path, say: Callable[[str], None], **options: object
+) -> None:
+    """Write forms of a bundle into one folder, each checked against the bundle.
+
+    Args:
+        recommender: over the bundle; its model becomes float32 with `onnx` and `vllm`.
+        names: of the targets; `faiss` and `onnx` together come with a client that needs neither torch nor rarec.
+        directory: to write to.
+        say: print one line to the user.
+        **options: of the targets that are named.
+
+    Raises:
+        UserError: a target or an option is unknown, or not possible for this bundle; the folder is there already.
+    """
+    targets = _targets(names, options)
+    if os.path.lexists(directory):
+        raise UserError(f"{directory} is there already", "move it away, or name another folder: --out")
+    bundle, figures = recommender.bundle, dict[str, Any]()
+    with new_directory(directory) as temporary:
+        for target in targets:
+            figures |= target.write(recommender.parts, temporary)
+        if not (temporary / MANIFEST).exists():  # a copy of the bundle has its own
+            settings = {"formats": sorted(names), "row": bundle.facts["row"]}
+            made_from = {"bundle": bundle.manifest["hash"]}
+            write_manifest(temporary, KIND, settings=settings, made_from=made_from, **figures)
+    lines = [*(f"{name}: {value}" for name, value in figures.items()), *(of.publish(directory) for of in targets)]
+    for line in filter(None, lines):
+        say(line)
+
+
+def _targets(names: Iterable[str], options: Mapping[str, object]) -> list[Target]:
+    """Return the targets that are named, after those that they need, in the order in which they are written."""
+    named = {name: _class(name) for name in names}
+    alone = [name for name, target in named.items() if target.alone]
+    if alone and len(named) > 1:
+        raise UserError(f"--to {alone[0]} makes a folder of its own", "give one --to, and the others in other commands")
+    for option in options:
+        takers = [name for name in BUILT_IN if option in _options(_class(name))]
+        if not any(option in _options(target) for target in named.values()):
+            problem = f"--{option} does nothing with --to {' --to '.join(named)}"
+            raise UserError(problem, f"leave it out, or give it with --to {' or '.join(takers)}")
+    needed = {name: _class(name) for target in named.values() for name in target.needs if name not in named}
+    made = {name: target() for name, target in needed.items()}
+    for name, target in named.items():
+        made[name] = target(**{option: options[option] for option in _options(target) if option in options})
+    return [made[name] for name in sorted(made, key=lambda name: (*BUILT_IN, name).index(name))]
+
+
+def _class(name: str) -> type[Target]:
+    try:
+        target: type[Target] = find("targets", name)
+    except ValueError as error:
+        raise UserError(f"--to {name}: {error}", f"choose from {', '.join(BUILT_IN)}") from None
+    return target
+
+
+def _options(target: type[Target]) -> list[str]:
+    return [field.name for field in fields(target)]  # type: ignore[arg-type]  # every target is a dataclass

@@ -1,4 +1,4 @@
-"""Recommendations on Spark, for who has a cluster of CPUs: the ONNX query graph and the client, in every worker.
+"""Recommendations on Spark, on a cluster of CPUs: the ONNX query graph and the client, in every worker.
 
 ```python
 from rarec.export.spark import recommend
@@ -32,7 +32,7 @@ TOGETHER = 256
 MANIFEST = "manifest.json"
 NEEDED = ("query.onnx", "index.faiss", "client.json", "rarec_client.py", MANIFEST)
 _SENT: set[tuple[str, str]] = set()
-"""What was sent: application, name."""
+"""Folders that were sent: application, name."""
 
 
 def recommend(
@@ -71,21 +71,16 @@ def recommend(
         raise UserError(problem, f"write the folder: rarec export BUNDLE --to onnx --to faiss --out {folder.name}")
     for column, kind in ((user, T.DataType), (items, T.ArrayType)):
         if column not in histories.columns or not isinstance(histories.schema[column].dataType, kind):
-            there = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in histories.schema.fields)
-            problem = f"the histories have no column {column!r}{' of arrays' if kind is T.ArrayType else ''} ({there})"
+            columns = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in histories.schema.fields)
+            kind_of = " of arrays" if kind is T.ArrayType else ""
+            problem = f"the histories have no column {column!r}{kind_of} ({columns})"
             raise UserError(problem, "name the columns: recommend(histories, folder, user=..., items=...)")
     name = _sent(histories.sparkSession.sparkContext, folder)
     by_value: Any = register_pickle_by_value
     by_value(sys.modules[__name__])  # workers may have no rarec
-    of_items = pq.read_schema(folder / "items.parquet").field("id").type
-    item_type = T.LongType() if pa.types.is_integer(of_items) else T.StringType()
-    fields = {"user": histories.schema[user].dataType, "rank": T.IntegerType(), "item": item_type}
-    schema = T.StructType(
-        [
-            T.StructField(name, kind)
-            for name, kind in {**fields, "title": T.StringType(), "score": T.FloatType()}.items()
-        ]
-    )
+    is_integer = pa.types.is_integer(pq.read_schema(folder / "items.parquet").field("id").type)
+    kinds = {"user": histories.schema[user].dataType.simpleString(), "item": "bigint" if is_integer else "string"}
+    schema = "`user` {user}, `rank` int, `item` {item}, `title` string, `score` float".format(**kinds)
 
     def serve(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         client = _client(SparkFiles.get(name), graph)
@@ -113,7 +108,7 @@ def _sent(context: Any, folder: Path) -> str:
 
 
 def _client(folder: str, graph: str) -> Any:
-    """Open the folder with the client that lies in it, once in a worker: a task gets a new copy of this module."""
+    """Open the folder with the client that is in it, once in a worker: a task gets a new copy of this module."""
     name = f"rarec_client {folder} {graph}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(folder, "rarec_client.py"))
@@ -130,14 +125,13 @@ def _served(client: Any, batch: pa.RecordBatch, k: int) -> Iterator[pa.RecordBat
     """Yield the rows of a batch's users, those with short histories first: prompts of a length are encoded together."""
     users, histories = batch.columns
     lists = [history or [] for history in histories.to_pylist()]
-    order = sorted(range(len(lists)), key=lambda at: len(lists[at]))
+    order = sorted(range(len(lists)), key=lambda place: len(lists[place]))
     for start in range(0, len(order), TOGETHER):
         chunk = order[start : start + TOGETHER]
-        found = client.recommend([lists[at] for at in chunk], k)
-        rows = [(at, rank, *one) for at, items in zip(chunk, found) for rank, one in enumerate(items, start=1)]  # noqa: B905
-        if not rows:
-            continue
-        at, rank, item, title, score = zip(*rows)  # noqa: B905
-        columns = [users.take(pa.array(at)), pa.array(rank, pa.int32()), pa.array(item), pa.array(title)]
-        names = ["user", "rank", "item", "title", "score"]
-        yield pa.RecordBatch.from_arrays([*columns, pa.array(score, pa.float32())], names)
+        best = client.recommend([lists[place] for place in chunk], k)
+        rows = [(place, rank, *item) for place, items in zip(chunk, best) for rank, item in enumerate(items, 1)]  # noqa: B905
+        if rows:
+            places, ranks, ids, titles, scores = zip(*rows)  # noqa: B905
+            columns = [users.take(pa.array(places)), pa.array(ranks, pa.int32()), pa.array(ids), pa.array(titles)]
+            names = ["user", "rank", "item", "title", "score"]
+            yield pa.RecordBatch.from_arrays([*columns, pa.array(scores, pa.float32())], names)

@@ -1,12 +1,14 @@
 """The frozen language model: its blocks, its final hidden states, its pooled text-only states.
 
-Shape letters: B batch, T positions, L requested blocks, D hidden size, V vocabulary.
+Shape letters: B batch, T positions, L requested blocks, D hidden size, V vocabulary, K slots, S positions of packed
+prompts.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
@@ -14,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rarec.errors import UserError
-from rarec.models.packing import Packing
 from rarec.models.slots import SlotInjector, Slots
 
 Pool = Literal["mean", "last"]
 T = TypeVar("T")
+PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+"""Values of `model_type` of the decoders that keep packed prompts apart; each has a test."""
 
 
 class FrozenBackbone(nn.Module):
@@ -78,12 +81,9 @@ class FrozenBackbone(nn.Module):
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, slots: Slots | None = None) -> Tensor:
         """Return the final hidden states (B, T, D); `slots`, if given, overwrite hidden states on the way."""
-        if not self.packs:
-            with self.injector.inject(slots):
-                return self._hidden(input_ids=ids_BT, attention_mask=mask_BT)
-        packing = Packing.of(mask_BT)
-        with self.injector.inject(packing.moved(slots) if slots is not None else None):
-            return packing.unpacked(self._run_packed(packing, ids_BT))
+        packing = Packing.of(mask_BT) if self.packs else None
+        with self.injector.inject(packing.moved(slots) if packing is not None and slots is not None else slots):
+            return self._run(ids_BT, mask_BT, packing)
 
     @contextmanager
     def padded(self) -> Iterator[None]:
@@ -130,10 +130,7 @@ class FrozenBackbone(nn.Module):
         hooks = [block.register_forward_pre_hook(partial(keep, i), with_kwargs=True) for i, block in chosen]
         try:
             with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else torch.no_grad():
-                if packing is not None:
-                    self._run_packed(packing, ids_BT)
-                else:
-                    self._hidden(input_ids=ids_BT, attention_mask=mask_BT)
+                self._run(ids_BT, mask_BT, packing)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -164,17 +161,14 @@ class FrozenBackbone(nn.Module):
                     digest.update(flat[chosen.to(flat.device)].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _run_packed(self, packing: Packing, ids_BT: Tensor) -> Tensor:
-        return self._hidden(input_ids=packing.packed(ids_BT), position_ids=packing.position_ids_1S)
-
-    def _hidden(self, **inputs: Tensor) -> Tensor:
+    def _run(self, ids_BT: Tensor, mask_BT: Tensor, packing: "Packing | None") -> Tensor:
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        if packing is not None:
+            inputs = {"input_ids": packing.packed(ids_BT), "position_ids": packing.position_ids_1S}
+        cache = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
         with self._blocks_training(self.recomputes and self.training and torch.is_grad_enabled()):
-            output = self.trunk(**inputs, **self._no_cache)
-        return cast(Tensor, output.last_hidden_state)
-
-    @property
-    def _no_cache(self) -> dict[str, bool]:
-        return {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
+            hidden: Tensor = self.trunk(**inputs, **cache).last_hidden_state
+        return hidden if packing is None else packing.unpacked(hidden)
 
     def _checkpoint_blocks(self) -> None:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -209,6 +203,58 @@ class FrozenBackbone(nn.Module):
             if "lora_dropout" in name:
                 module.training = mode
         return self
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the positions of a padded batch are if its prompts run end to end, in one row without padding.
+
+    Attention that skips other prompts' positions then wastes nothing. Decoders of transformers keep the prompts apart
+    by their position ids, which start at 0 in each. The row has one position more, a prompt of its own: what is on
+    padding, such as the slots of titles that a history lacks, is moved there.
+
+    Attributes:
+        places_BT: the place of each position; S - 1 for padding.
+        position_ids_1S: each token's position in its own prompt.
+        real_BT: marks what is no padding.
+    """
+
+    places_BT: Tensor
+    position_ids_1S: Tensor
+    real_BT: Tensor
+
+    @classmethod
+    def of(cls, mask_BT: Tensor) -> "Packing":
+        """Pack prompts, which are padded on the right."""
+        real_BT = mask_BT.bool()
+        places_BT = torch.where(real_BT, real_BT.flatten().cumsum(0).view_as(mask_BT) - 1, real_BT.sum())
+        own_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand_as(mask_BT)
+        last = own_BT.new_zeros(1)
+        return cls(places_BT, torch.cat([own_BT[real_BT], last])[None], real_BT)
+
+    def packed(self, ids_BT: Tensor) -> Tensor:
+        """Return the tokens, (1, S)."""
+        return torch.cat([ids_BT[self.real_BT], ids_BT[0, :1]])[None]
+
+    def moved(self, slots: Slots) -> Slots:
+        """Return the slots where they are in the row."""
+        places_1K = self.places_BT.gather(1, slots.positions_BK).flatten()[None]
+        return Slots(slots.slots_LBKD.flatten(1, 2)[:, None], places_1K, slots.blocks)
+
+    def unpacked(self, hidden_1SD: Tensor) -> Tensor:
+        """Return the hidden states as they would be padded, (B, T, D); on padding they mean nothing."""
+        return hidden_1SD[0][self.places_BT]
+
+
+def check_packable(model_type: str, name: str) -> None:
+    """Refuse to pack prompts for an architecture that would let them see each other.
+
+    Raises:
+        UserError: naming those that do not.
+    """
+    if model_type not in PACKABLE:
+        problem = f"llm.packing: {name!r} is a {model_type} model, which is not known to keep packed prompts apart"
+        raise UserError(problem, f"leave llm.packing out, or choose one of {', '.join(PACKABLE)}")
 
 
 def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:

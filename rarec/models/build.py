@@ -1,10 +1,16 @@
-"""Build one variant of the method from the configuration, over a loaded language model."""
+"""Build one variant of the method over a loaded language model, and save and load what it has learned.
+
+Trained weights are files apart from the language model: alignment and readout in safetensors, LoRA in PEFT's format.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from rarec.config import RunConfig, Variant
 from rarec.config.registry import find
@@ -15,6 +21,11 @@ from rarec.models.towers import IDS, RaRec, Tower
 from rarec.prompts import AT_TITLES, slot_names
 
 SIDES = ("user", "item")
+ALIGNMENT = "alignment.safetensors"
+LORA = "lora"
+_PEFT = "backbone.model."
+
+Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -132,3 +143,84 @@ def aligned_blocks(config: RunConfig, variant: Variant, count: int) -> tuple[int
     if chosen and chosen[-1] >= count:
         raise UserError(f"train.blocks: the model has no block {chosen[-1]}", f"choose from blocks 0 to {count - 1}")
     return chosen
+
+
+def alignment_state(model: RaRec, trained: Weights | None = None) -> dict[str, Tensor]:
+    """Return every tensor outside the backbone: both sides' alignment, whitening and heads, and the scale.
+
+    Args:
+        model: a model, possibly sharded by an engine.
+        trained: the gathered trainable parameters by name, if the model is sharded.
+    """
+    # not `model.state_dict()`: its FSDP hooks need all ranks, and this may run on one alone
+    sides = {"user": model.user, "item": model.item}
+    state = {f"{side}.{name}": tensor for side, tower in sides.items() for name, tensor in tower.state_dict().items()}
+    state |= dict(model.named_parameters(recurse=False))
+    state |= {name: tensor for name, tensor in (trained or {}).items() if name in state}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def save_weights(
+    model: RaRec, directory: Path, trained: Weights | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write `alignment.safetensors` and, if the model has LoRA weights, `lora/` in PEFT's format.
+
+    Args:
+        model: a model, possibly sharded by an engine.
+        directory: an existing directory.
+        trained: the gathered trainable parameters by name, if the model is sharded.
+        dtype: dtype of the trainable parameters in the first file.
+
+    Raises:
+        ValueError: a tensor is empty, or not finite.
+        UserError: a value is too large for the dtype.
+    """
+    state = alignment_state(model, trained)
+    lora = {name.removeprefix(_PEFT): tensor for name, tensor in (trained or {}).items() if name.startswith(_PEFT)}
+    for name, tensor in {**state, **lora}.items():
+        if not tensor.numel() or not tensor.isfinite().all():
+            raise ValueError(f"cannot save {name}: it is {'not finite' if tensor.numel() else 'empty'}")
+    # buffers of the whitening stay float32: they invert large variances, and need the precision
+    parameters = {name for name, _ in model.named_parameters()}
+    written = {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in state.items()}
+    if large := [name for name, tensor in written.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{large[0]} overflows {dtype}".replace("torch.", ""), "set export.dtype: float32")
+    save_file(written, directory / ALIGNMENT)
+    if _has_lora(model):
+        model.backbone.model.save_pretrained(directory / LORA, safe_serialization=True, state_dict=lora or None)
+
+
+def load_weights(model: RaRec, directory: Path) -> None:
+    """Load what `save_weights` wrote into a model of the same shape.
+
+    Raises:
+        UserError: a file is missing or damaged, or has other tensors than this model.
+    """
+    path = directory / ALIGNMENT
+    state = _read(path)
+    _check_shapes(state, alignment_state(model), path)
+    model.load_state_dict(state, strict=False)
+    if _has_lora(model):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model.backbone.model, _read(directory / LORA / "adapter_model.safetensors"))
+
+
+def _has_lora(model: RaRec) -> bool:
+    return hasattr(model.backbone.model, "peft_config")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}", "train again, or use an earlier checkpoint") from None
+
+
+def _check_shapes(state: Weights, expected: Weights, path: Path) -> None:
+    own, others = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (state, expected))
+    differing = [name for name in sorted({*own, *others}) if own.get(name) != others.get(name)]
+    if differing:
+        name = differing[0]
+        problem = f"tensor {name} is {own.get(name, 'missing')}, but in this model {others.get(name, 'missing')}"
+        raise UserError(f"{path}: {problem}", "use the configuration that the file was trained with")

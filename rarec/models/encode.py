@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rarec.data.columns import IN_MEMORY, Scratch
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.source import Source
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import AT_TITLES, Encoded, PromptPair, by_length, lay_out
-from rarec.storage.scratch import IN_MEMORY, Scratch
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]

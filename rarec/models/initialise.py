@@ -10,10 +10,10 @@ what distinguishes the texts (docs/method.md, section 2). So in decoders c and b
 of a text, the most typical.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,11 @@ from rarec.ids.source import Source
 from rarec.models.alignment import VECTORS, AlignmentModule, SourceAlignment
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.encode import side_batches, text_batch, title_vectors
+from rarec.models.encode import Vectors, side_batches, text_batch, title_vectors
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec, Tower
 from rarec.models.whitening import CONSTANT_SHARE, Moments, Whitening, directions
-from rarec.prompts import AT_TITLES, Encoded, Marks, PromptPair
+from rarec.prompts import AT_TITLES, Encoded, PromptPair
 
 ALIGNMENT_SAMPLES = 8192
 """Training samples that the alignment's first values are fitted to, at most."""
@@ -48,28 +48,19 @@ Floats = npt.NDArray[np.floating]
 Rows = npt.NDArray[np.integer]
 
 
-class TrainingSample(Protocol):
-    """A training sample, as far as first values depend on it: arrays as in `rarec.data.shards.samples.Sample`."""
+@dataclass(frozen=True)
+class FirstSamples:
+    """What first values take from the first training samples.
 
-    @property
-    def target(self) -> int:
-        """The item row of the target."""
+    Attributes:
+        targets_N: item rows of the targets.
+        vectors: for each source, the vectors of the samples' users (N, K, E).
+        prompts: user prompts of the first samples, at most `WHITENING_SIZE`, to be encoded for the whitening.
+    """
 
-    @property
-    def history_H(self) -> npt.NDArray[np.int32]:
-        """The item rows before the target, oldest first."""
-
-    @property
-    def tokens_T(self) -> npt.NDArray[np.int32]:
-        """The text tokens of the user's prompt."""
-
-    @property
-    def marks(self) -> Marks:
-        """The places of slots among these tokens."""
-
-    @property
-    def vectors(self) -> Mapping[str, npt.NDArray[np.float32]]:
-        """The user's frozen vectors (K, E), for each source."""
+    targets_N: Rows
+    vectors: dict[str, Floats]
+    prompts: list[Encoded]
 
 
 @dataclass(frozen=True)
@@ -79,45 +70,21 @@ class InitialData:
     Attributes:
         items_N: item rows: all of them, or a random part of a large catalogue.
         encoded_N: some of these rows in random order, to be encoded for the whitening.
-        targets_N: item rows of the targets of training samples.
-        vectors: for each source, the vectors of the samples' users (N, K, E).
-        prompts: user prompts of the first samples, to be encoded for the whitening.
+        samples: the first training samples.
     """
 
     items_N: Rows
     encoded_N: Rows
-    targets_N: Rows
-    vectors: dict[str, Floats]
-    prompts: list[Encoded]
+    samples: FirstSamples
 
-
-def collect_initial_data(
-    samples: Iterable[TrainingSample], sources: Mapping[str, Source], prompts: PromptPair, seed: int
-) -> InitialData:
-    """Draw items at random, and copy from training samples what is needed; one sample is in memory at a time.
-
-    Args:
-        samples: the training samples to use.
-        sources: every source by name.
-        prompts: the prompts over the catalogue's titles.
-        seed: `run.seed`.
-    """
-    n_items = len(prompts.titles)
-    generator = np.random.default_rng([seed, *b"start"])
-    items_N = np.arange(n_items)
-    if n_items > ALIGNMENT_ITEMS:
-        items_N = np.sort(generator.choice(n_items, ALIGNMENT_ITEMS, replace=False))
-    encoded_N = generator.permutation(items_N)[:WHITENING_SIZE]
-    targets, encoded = list[int](), list[Encoded]()
-    vectors: dict[str, list[Floats]] = {name: [] for name in sources}
-    for sample in samples:
-        targets.append(sample.target)
-        for name, vectors_KE in sample.vectors.items():
-            vectors[name].append(vectors_KE.copy())
-        if len(encoded) < WHITENING_SIZE:
-            encoded.append(prompts.stored(sample.tokens_T.copy(), sample.marks, sample.history_H))
-    stacked = {name: np.stack(of) for name, of in vectors.items()}
-    return InitialData(items_N, encoded_N, np.array(targets), stacked, encoded)
+    @classmethod
+    def draw(cls, samples: FirstSamples, n_items: int, seed: int) -> "InitialData":
+        """Draw items at random from a catalogue of `n_items`."""
+        generator = np.random.default_rng([seed, *b"start"])
+        items_N = np.arange(n_items)
+        if n_items > ALIGNMENT_ITEMS:
+            items_N = np.sort(generator.choice(n_items, ALIGNMENT_ITEMS, replace=False))
+        return cls(items_N, generator.permutation(items_N)[:WHITENING_SIZE], samples)
 
 
 @dataclass(frozen=True)
@@ -144,7 +111,7 @@ class Initialiser:
     serving: Callable[[nn.Module], AbstractContextManager[None]]
     world: World
 
-    def new_model(self, variant: Variant, read_samples: Callable[[int], Iterable[TrainingSample]]) -> RaRec:
+    def new_model(self, variant: Variant, read_samples: Callable[[int], FirstSamples]) -> RaRec:
         """Return a variant before its first step.
 
         LoRA, which changes nothing yet, is added last: engines that shard a model can shard it only once.
@@ -158,7 +125,7 @@ class Initialiser:
         aligned = model.user.alignment is not None or model.item.alignment is not None
         if aligned or whiten:
             samples = read_samples(ALIGNMENT_SAMPLES if aligned else WHITENING_SIZE)
-            data = collect_initial_data(samples, self.sources, self.prompts, self.config.run.seed)
+            data = InitialData.draw(samples, len(self.prompts.titles), self.config.run.seed)
             with self.serving(model.backbone), torch.no_grad():
                 self._initialise_alignment(model, data)
                 if whiten:
@@ -190,10 +157,10 @@ class Initialiser:
             nearest = [int(np.abs(stored - block).argmin()) for block in alignment.blocks]
             for name, source in alignment.named_sources():
                 of_users = side == "user" and not source.shape.at_titles
-                rows_N = data.targets_N if of_users else data.items_N
+                rows_N = data.samples.targets_N if of_users else data.items_N
                 states_NLD = torch.from_numpy(self.item_states_NLD[rows_N][:, nearest].astype(np.float32))
                 items_NE = self.sources[name.removesuffix(AT_TITLES)].items_NE
-                vectors_NE = data.vectors[name].mean(1) if of_users else items_NE[rows_N]
+                vectors_NE = data.samples.vectors[name].mean(1) if of_users else items_NE[rows_N]
                 vectors = torch.from_numpy(np.ascontiguousarray(vectors_NE, np.float32))
                 states_LND = states_NLD.transpose(0, 1)
                 initialise(source, vectors, states_LND, penalty=penalty, generator=generator, start_LD=start_LD)
@@ -213,10 +180,11 @@ class Initialiser:
 
     def _fit_whitening(self, model: RaRec, data: InitialData) -> None:
         """Fit the whitening of every part of both readouts to users and items encoded by the variant as it is."""
-        found = {f"{side}.{part}": of for side in SIDES for part, of in self.moments(model, side, data).items()}
-        for moments in found.values():
-            self.world.all_reduce_sum_(moments.sums)
-        directions_ZD = directions(found, model.backbone.hidden_size, self.config.readout.size)
+        moments = {side: self.moments(model, side, data) for side in SIDES}
+        every = [each for by_part in moments.values() for each in by_part.values()]
+        for each in every:
+            self.world.all_reduce_sum_(each.sums)
+        directions_ZD = directions(every, model.backbone.hidden_size, self.config.readout.size)
         if not self.world.is_main:  # the sign of an eigenvector may differ between processors: use rank 0's
             directions_ZD.zero_()
         self.world.all_reduce_sum_(directions_ZD.numpy())
@@ -226,31 +194,33 @@ class Initialiser:
             if readout.directions_ZD is not None:
                 readout.directions_ZD.copy_(directions_ZD)
             for part, whitening in readout.white.items():
-                cast(Whitening, whitening).fit(found[f"{side}.{part}"], directions_ZD)
+                cast(Whitening, whitening).fit(moments[side][part], directions_ZD)
             if not tower.slots_from_blocks:
                 _rescale_last_map(tower)
 
     def moments(self, model: RaRec, side: str, data: InitialData) -> dict[str, Moments]:
         """Encode this rank's share of one side; return the moments of each part of its readout."""
         tower: Tower = getattr(model, side).to(self.world.device)
-        found = {part: Moments(model.backbone.hidden_size) for part in tower.readout.white}
-        seen: list[dict[str, tuple[Tensor, Tensor]]] = []
-        hook = tower.readout.register_forward_hook(lambda readout, given, _: seen.append(readout.parts(*given)))
-        prompts = data.prompts
-        vectors = {name: of[: len(prompts)] for name, of in data.vectors.items()}
-        vectors |= title_vectors(prompts, self.prompts, self.sources)
-        if side == "item":
-            prompts = [self.prompts.item(int(row)) for row in data.encoded_N]
-            vectors = {name: source.items_NE[data.encoded_N][:, None] for name, source in self.sources.items()}
+        by_part = {part: Moments(model.backbone.hidden_size) for part in tower.readout.white}
+        prompts, vectors = self._side_inputs(side, data)
         size, filler = self.config.evaluate.batch_size, self.prompts.tokenizer.filler
         self.world.report(f"encoding {side}s to fit the whitening")
         for mine, _, batch in side_batches(prompts, vectors, tower, filler, size, self.world):
-            tower(model.backbone, batch)
-            for part, (states_BD, there_B1) in seen.pop().items():
+            slots_LBKD = tower.alignment(batch.vectors)[0] if tower.alignment is not None else None
+            parts = tower.readout.parts(*tower.final_states(model.backbone, batch, slots_LBKD))
+            for part, (states_BD, present_B1) in parts.items():
                 if mine:
-                    found[part].add(states_BD[there_B1[:, 0] > 0])
-        hook.remove()
-        return found
+                    by_part[part].add(states_BD[present_B1[:, 0] > 0])
+        return by_part
+
+    def _side_inputs(self, side: str, data: InitialData) -> tuple[list[Encoded], Vectors]:
+        """Return the prompts of one side that are encoded for the whitening, and their vectors."""
+        if side == "item":
+            items = [self.prompts.item(int(row)) for row in data.encoded_N]
+            return items, {name: source.items_NE[data.encoded_N][:, None] for name, source in self.sources.items()}
+        users = data.samples.prompts
+        vectors = {name: vectors_NKE[: len(users)] for name, vectors_NKE in data.samples.vectors.items()}
+        return users, {**vectors, **title_vectors(users, self.prompts, self.sources)}
 
 
 def _rescale_last_map(tower: Tower) -> None:
@@ -295,13 +265,13 @@ def initialise(
         alignment.instructions_LMD.add_(begin_LD.unsqueeze(1))
     if alignment.projections:
         alignment.bias_LD.copy_(begin_LD)
-        there_N = (vectors_NE != 0).any(1)
-        if not there_N.any():  # with a sparse source, none of the sampled items may have a vector
+        present_N = (vectors_NE != 0).any(1)
+        if not present_N.any():  # with a sparse source, none of the sampled items may have a vector
             return
-        alignment.standardise(vectors_NE[there_N])
+        alignment.standardise(vectors_NE[present_N])
         if penalty is not None:
-            standard_NE = (vectors_NE[there_N] - alignment.center_E) / alignment.scale_E
-            weight_LDE = ridge_weights(standard_NE, states_LND[:, there_N], penalty) / alignment.unit_L[:, None, None]
+            standard_NE = (vectors_NE[present_N] - alignment.center_E) / alignment.scale_E
+            weight_LDE = ridge_weights(standard_NE, states_LND[:, present_N], penalty) / alignment.unit_L[:, None, None]
             # Texts that are all equal predict W = 0, and with it items that are all the same, whatever is trained.
             alignment.weight_LDE.copy_(torch.where(differ_L[:, None, None], weight_LDE, alignment.weight_LDE))
 

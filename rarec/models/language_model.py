@@ -1,41 +1,40 @@
-"""Load the frozen language model: a local directory, a hub name, an installed package, or a GGUF file converted once.
+"""Load the frozen language model with its tokenizer, and add LoRA weights through PEFT.
 
-LoRA weights are added through PEFT.
+Shape letters: B batch, H heads, G heads of keys and values, T positions, C size of a head.
 """
 
 import importlib.util
-import logging
-import re
-import shutil
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from rarec.config.method import Llm, Lora
-from rarec.config.paths import resolve
 from rarec.errors import UserError
-from rarec.models.backbone import FrozenBackbone, Pool, config_hash
-from rarec.models.llm_attention import use_float32_attention
-from rarec.models.model_folder import check_folder, check_loaded, check_tokenizer
-from rarec.models.packing import check_packable
+from rarec.models.backbone import FrozenBackbone, Pool, check_packable, config_hash
+from rarec.models.model_folder import check_folder, check_loaded, check_tokenizer, locate, read_with
 from rarec.prompts import TextTokenizer
-from rarec.storage.artefacts import MANIFEST, read_manifest, write_manifest
-from rarec.storage.directories import new_directory
-from rarec.storage.files import sha256_file
 
 DEFAULT_CONTEXT_LENGTH = 512
-_COPIED = (".json", ".safetensors", ".txt", ".model")
-_REMEDY = "give a local directory, a hub name, package:NAME/DIR or a .gguf file; it must hold the whole model"
+SDPA_FLOAT32 = "sdpa_float32"
+"""Name of the attention that `use_float32_attention` sets, in transformers' registry."""
 _QUERY_AND_VALUE = (
     ["q_proj", "v_proj"],
     ["query", "value"],
@@ -66,40 +65,6 @@ class LoadedModel:
     identity: dict[str, str]
 
 
-def convert(config: Llm, converted: Path) -> None:
-    """Convert a GGUF file to a plain model directory, once; other models need no conversion. Call on one rank only.
-
-    Raises:
-        UserError: the file is missing or cannot be read.
-    """
-    _locate(config.path, converted)
-
-
-def copy_model(config: Llm, converted: Path, to: Path) -> None:
-    """Copy the files of a language model: its configuration, weights in safetensors, and tokenizer.
-
-    Args:
-        config: the section `llm`.
-        converted: see `load_model`.
-        to: folder to make.
-
-    Raises:
-        UserError: its weights are not in safetensors.
-    """
-    path = _locate(config.path, converted)
-    if not Path(path).is_dir():
-        from huggingface_hub import snapshot_download
-
-        path = snapshot_download(path, revision=config.revision, local_files_only=True)
-    files = [file for file in sorted(Path(path).iterdir()) if file.suffix in _COPIED and file.name != MANIFEST]
-    if not any(file.suffix == ".safetensors" for file in files):
-        raise UserError(f"llm.path: {path} has no weights in safetensors", "export without export.with_llm")
-    to.mkdir()
-    for file in files:
-        if not file.name.startswith("."):
-            shutil.copyfile(file, to / file.name)
-
-
 def load_model(
     config: Llm,
     converted: Path,
@@ -122,7 +87,7 @@ def load_model(
     Raises:
         UserError: the model cannot be found or read, lacks weights, or is neither an encoder nor a decoder.
     """
-    path = _locate(config.path, converted)
+    path = locate(config.path, converted)
     if Path(path).is_dir():
         check_folder(Path(path), config.allow_pickle_weights)
     settings = read_with(AutoConfig, config.path, path, revision=config.revision)
@@ -212,37 +177,6 @@ def headless(model: Any) -> Any:
     return model
 
 
-def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
-    """Call `from_pretrained` of one of transformers' classes; code that comes with a model is not run.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    disable_progress_bar()  # of loading here and of saving later: neither is progress of the run
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.ERROR)  # its report of a load that is refused here is a line for each weight
-    try:
-        return loader.from_pretrained(path, trust_remote_code=False, **keywords)
-    except MemoryError:
-        raise
-    except PermissionError as error:
-        problem = f"llm.path: {error.filename or name} may not be read by this user"
-        raise UserError(problem, "change its permissions: chmod a+r") from None
-    except Exception as error:  # every library that reads a part of a model has exceptions of its own
-        raise UserError(f"llm.path: cannot load {name!r}: {_reason(error)}", _REMEDY) from None
-    finally:
-        log.setLevel(level)
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of a library's message, without advice to switch a protection off."""
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    if re.search("weights_only|trust_remote_code|pickle", first_line):
-        return "its weights are a pickle that holds more than plain tensors, or code; neither is loaded"
-    return f"{type(error).__name__}: {first_line}"[:200]
-
-
 def context_length_of(model: Any) -> int:
     """Return the longest input in tokens; 512 if the model does not say.
 
@@ -325,32 +259,31 @@ def _query_and_value(model: Any) -> list[str]:
     return found
 
 
-def _locate(name: str, converted: Path) -> str:
-    """Return a local directory or a hub name."""
-    path = resolve(name)
-    if path.endswith(".gguf"):
-        return str(_convert_gguf(Path(path), converted))
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise UserError(f"llm.path: {path} is not a directory", _REMEDY)
-    return path
+def use_float32_attention(model: Any) -> None:
+    """Compute the fused attention of a bfloat16 model in float32; for models on a CPU.
+
+    There the backward pass of torch's fused attention is much slower in bfloat16 than in float32, most of all for short
+    prompts; the casts cost little. Other models are left as they are.
+    """
+    if model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(SDPA_FLOAT32)
 
 
-def _convert_gguf(file: Path, directory: Path) -> Path:
-    """Dequantise a GGUF file through transformers and save it as a plain model directory, once for each content."""
-    if not file.is_file():
-        raise UserError(f"llm.path: {file} does not exist", "give the path of a .gguf file")
-    made_from = {"gguf": sha256_file(file)}
-    with suppress(UserError):  # missing or damaged: it is converted again
-        if read_manifest(directory, "llm")["made_from"] == made_from:
-            return directory
-    from transformers import GgufConfig
+def _sdpa_in_float32(
+    module: nn.Module,
+    queries_BHTC: Tensor,
+    keys_BGTC: Tensor,
+    values_BGTC: Tensor,
+    attention_mask: Tensor | None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    out_BTHC, _ = sdpa_attention_forward(
+        module, queries_BHTC.float(), keys_BGTC.float(), values_BGTC.float(), attention_mask, **settings
+    )
+    return out_BTHC.to(queries_BHTC.dtype), None
 
-    parent, name = str(file.parent), file.name
-    with warnings.catch_warnings(), new_directory(directory) as temporary:
-        warnings.simplefilter("ignore")
-        quantised = GgufConfig(gguf_file=name, dequantize=True)
-        keywords = {"gguf_file": name, "quantization_config": quantised, "dtype": torch.bfloat16}
-        read_with(AutoModelForCausalLM, str(file), parent, **keywords).save_pretrained(temporary)
-        read_with(AutoTokenizer, str(file), parent, gguf_file=name).save_pretrained(temporary)
-        write_manifest(temporary, "llm", settings={}, made_from=made_from)
-    return directory
+
+AttentionInterface.register(SDPA_FLOAT32, _sdpa_in_float32)
+AttentionMaskInterface.register(SDPA_FLOAT32, sdpa_mask)

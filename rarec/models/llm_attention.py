@@ -1,6 +1,6 @@
-"""Attention of the language model: its fused implementation on CPUs, and how much of it the text gives to the slots.
+"""How much of its attention the text gives to the slots, measured with eager attention.
 
-Shape letters: B batch, H heads, G heads of keys and values, T positions, C size of a head, L blocks.
+Shape letters: B batch, H heads, T positions, L blocks.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,15 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, SideBatch
-
-SDPA_FLOAT32 = "sdpa_float32"
-"""Name of the attention that `use_float32_attention` sets, in transformers' registry."""
 
 Observer = Callable[[int, Tensor], None]
 """Called with the index of a block and its attention weights."""
@@ -36,36 +30,6 @@ class SlotShare(NamedTuple):
     block: int
     share: float
     even: float
-
-
-def use_float32_attention(model: Any) -> None:
-    """Compute the fused attention of a bfloat16 model in float32; for models on a CPU.
-
-    There the backward pass of torch's fused attention is much slower in bfloat16 than in float32, most of all for short
-    prompts; the casts cost little. Other models are left as they are.
-    """
-    if model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(SDPA_FLOAT32)
-
-
-def _sdpa_in_float32(
-    module: nn.Module,
-    queries_BHTC: Tensor,
-    keys_BGTC: Tensor,
-    values_BGTC: Tensor,
-    attention_mask: Tensor | None,
-    **settings: Any,
-) -> tuple[Tensor, None]:
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    out_BTHC, _ = sdpa_attention_forward(
-        module, queries_BHTC.float(), keys_BGTC.float(), values_BGTC.float(), attention_mask, **settings
-    )
-    return out_BTHC.to(queries_BHTC.dtype), None
-
-
-AttentionInterface.register(SDPA_FLOAT32, _sdpa_in_float32)
-AttentionMaskInterface.register(SDPA_FLOAT32, sdpa_mask)
 
 
 @torch.no_grad()

@@ -128,21 +128,21 @@ class Objective:
             return torch.zeros((), device=states_bLD.device)
         pooled_LbD = pooled_LbD[[blocks.index(block) for block in shared]]
         states_bLD = states_bLD[:, [self.state_blocks.index(block) for block in shared]]
-        states_LBD = self.world.gather_rows(states_bLD, total).transpose(0, 1)
+        return self._contrast(pooled_LbD, states_bLD, rows_b, total)
+
+    def _distil(self, users: Encoding, targets: LossTargets) -> Tensor:
+        if users.distilled is None:
+            return torch.zeros((), device=users.vectors_BZ.device)
+        student_bE, teacher_bE = users.distilled
+        return self._contrast(student_bE[None], teacher_bE[:, None], targets.users_b, targets.total)
+
+    def _contrast(self, own_LbD: Tensor, others_bLD: Tensor, rows_b: Tensor, total: int) -> Tensor:
+        """Return InfoNCE of this rank's vectors against those of all ranks; equal rows are no negatives."""
+        others_LBD = self.world.gather_rows(others_bLD, total).transpose(0, 1)
         own_b = self.world.local_rows(total)
         same_bB = rows_b[:, None] == self.world.gather_rows(rows_b, total)[None, :]
         same_bB = same_bB.scatter(1, own_b[:, None], False)
-        return self._mean(align(pooled_LbD, states_LBD, same_bB, own_b, self.config.align_temperature))
-
-    def _distil(self, users: Encoding, targets: LossTargets) -> Tensor:
-        if users.taught is None:
-            return torch.zeros((), device=users.vectors_BZ.device)
-        student_bE, teacher_bE = users.taught
-        own_b = self.world.local_rows(targets.total)
-        same_bB = targets.users_b[:, None] == self.world.gather_rows(targets.users_b, targets.total)[None, :]
-        same_bB = same_bB.scatter(1, own_b[:, None], False)
-        teacher_BE = self.world.gather_rows(teacher_bE, targets.total)
-        return self._mean(align(student_bE[None], teacher_BE[None], same_bB, own_b, self.config.align_temperature))
+        return self._mean(align(own_LbD, others_LBD, same_bB, own_b, self.config.align_temperature))
 
     def _recommend(self, users: Encoding, items: Encoding, targets: LossTargets) -> Tensor:
         own_b = self.world.local_rows(targets.total)

@@ -1,19 +1,29 @@
-"""Check the folder of a language model before any of it is loaded, and what was loaded after.
+"""Find the files of a language model, convert and copy them, and check them before any of it is loaded, and after.
 
 A library that loads a model fills gaps with random numbers and reads pickles; what is refused here is refused before.
 """
 
+import logging
 import re
-from collections.abc import Collection, Iterator
+import shutil
+import warnings
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
+from rarec.config.method import Llm
+from rarec.config.paths import resolve
 from rarec.errors import UserError
-from rarec.storage.files import open_file, read_json
+from rarec.storage.artefacts import MANIFEST, read_manifest, write_manifest
+from rarec.storage.directories import new_directory
+from rarec.storage.files import open_file, read_json, sha256_file
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -21,7 +31,105 @@ MAX_SIZE = 1 << 24
 """Largest size in a model's config.json: above any vocabulary, width or context length there is."""
 MAX_LAYERS = 2_000
 _SIZE = re.compile(r"(size|embeddings|positions|_dim|dim|layers?|heads|_embd|_ctx|n_inner)$")
+_COPIED = (".json", ".safetensors", ".txt", ".model")
 _REMEDY = "get the whole model again"
+_HOW_TO_NAME = "give a local directory, a hub name, package:NAME/DIR or a .gguf file; it must hold the whole model"
+T = TypeVar("T")
+
+
+def locate(name: str, converted: Path) -> str:
+    """Return the local directory or the hub name of a model. A GGUF file is converted first, once for each content.
+
+    Args:
+        name: `llm.path`.
+        converted: directory for the conversion of a GGUF file.
+
+    Raises:
+        UserError: there is no such directory or file, or it cannot be read.
+    """
+    path = resolve(name)
+    if path.endswith(".gguf"):
+        return str(_convert_gguf(Path(path), converted))
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise UserError(f"llm.path: {path} is not a directory", _HOW_TO_NAME)
+    return path
+
+
+def _convert_gguf(file: Path, directory: Path) -> Path:
+    """Dequantise a GGUF file through transformers and save it as a plain model directory."""
+    if not file.is_file():
+        raise UserError(f"llm.path: {file} does not exist", "give the path of a .gguf file")
+    made_from = {"gguf": sha256_file(file)}
+    with suppress(UserError):  # missing or damaged: it is converted again
+        if read_manifest(directory, "llm")["made_from"] == made_from:
+            return directory
+    from transformers import GgufConfig
+
+    parent, name = str(file.parent), file.name
+    with warnings.catch_warnings(), new_directory(directory) as temporary:
+        warnings.simplefilter("ignore")
+        quantised = GgufConfig(gguf_file=name, dequantize=True)
+        keywords = {"gguf_file": name, "quantization_config": quantised, "dtype": torch.bfloat16}
+        read_with(AutoModelForCausalLM, str(file), parent, **keywords).save_pretrained(temporary)
+        read_with(AutoTokenizer, str(file), parent, gguf_file=name).save_pretrained(temporary)
+        write_manifest(temporary, "llm", settings={}, made_from=made_from)
+    return directory
+
+
+def copy_model(config: Llm, converted: Path, to: Path) -> None:
+    """Copy the files of a language model: its configuration, weights in safetensors, and tokenizer.
+
+    Args:
+        config: the section `llm`.
+        converted: see `locate`.
+        to: folder to make.
+
+    Raises:
+        UserError: its weights are not in safetensors.
+    """
+    path = locate(config.path, converted)
+    if not Path(path).is_dir():
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(path, revision=config.revision, local_files_only=True)
+    files = [file for file in sorted(Path(path).iterdir()) if file.suffix in _COPIED and file.name != MANIFEST]
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(f"llm.path: {path} has no weights in safetensors", "export without export.with_llm")
+    to.mkdir()
+    for file in files:
+        if not file.name.startswith("."):
+            shutil.copyfile(file, to / file.name)
+
+
+def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
+    """Call `from_pretrained` of one of transformers' classes; code that comes with a model is not run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    disable_progress_bar()  # of loading here and of saving later: neither is progress of the run
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)  # its report of a load that is refused here is a line for each weight
+    try:
+        return loader.from_pretrained(path, trust_remote_code=False, **keywords)
+    except MemoryError:
+        raise
+    except PermissionError as error:
+        problem = f"llm.path: {error.filename or name} may not be read by this user"
+        raise UserError(problem, "change its permissions: chmod a+r") from None
+    except Exception as error:  # every library that reads a part of a model has exceptions of its own
+        raise UserError(f"llm.path: cannot load {name!r}: {_reason(error)}", _HOW_TO_NAME) from None
+    finally:
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of a library's message, without advice to switch a protection off."""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    if re.search("weights_only|trust_remote_code|pickle", first_line):
+        return "its weights are a pickle that holds more than plain tensors, or code; neither is loaded"
+    return f"{type(error).__name__}: {first_line}"[:200]
 
 
 def check_folder(directory: Path, allow_pickle: bool) -> None:
@@ -37,21 +145,18 @@ def check_folder(directory: Path, allow_pickle: bool) -> None:
     if (directory / ADAPTER).exists():
         problem = f"llm.path: {directory} is an adapter of another model ({ADAPTER}), which would be fetched"
         raise UserError(problem, "merge it into its model and save that (PEFT: merge_and_unload), or remove that file")
-    settings = check_settings(directory / "config.json")
+    check_settings(directory / "config.json")
     for path in sorted(directory.glob("*.json")):
-        _read(path)
-    shards = _shards(directory)
-    if not shards:
-        _check_pickles(directory, allow_pickle)
-        return
-    tensors = {shard: _tensors(directory / shard) for shard in dict.fromkeys(shards.values())}
-    lost = next((name for name, shard in shards.items() if name and name not in tensors[shard]), None)
-    if lost is not None:
-        raise UserError(f"llm.path: {directory / shards[lost]} lacks {lost}, which {INDEX} says it has", _REMEDY)
-    count, layers = sum(map(len, tensors.values())), settings.get("num_hidden_layers", settings.get("n_layer", 0))
-    if isinstance(layers, int) and layers > count:
-        problem = f"llm.path: {directory / 'config.json'} says {layers:,} layers, but the weights are {count} tensors"
-        raise UserError(problem, _REMEDY)
+        _read(path, read_json)
+    weights = _weight_files(directory)
+    for path in weights:
+        _read(path, lambda file: safe_open(file, "pt"))  # it compares the header with the file's size
+    pickles = sorted(path for pattern in PICKLES for path in directory.glob(pattern))
+    if not weights and not pickles:
+        raise UserError(f"llm.path: {directory} holds no weights: neither {WEIGHTS} nor {INDEX}", _REMEDY)
+    if not weights and not allow_pickle:
+        remedy = "get the model in safetensors, or set llm.allow_pickle_weights: true if you trust where it comes from"
+        raise UserError(f"llm.path: {pickles[0]} is a pickle, which can be made to run code", remedy)
 
 
 def check_settings(path: Path) -> dict[str, Any]:
@@ -62,9 +167,52 @@ def check_settings(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, not a JSON object, or has a size that no model has.
     """
-    settings = _read_object(path)
+    settings = _read(path, read_json)
+    if not isinstance(settings, dict):
+        raise UserError(f"llm.path: {path} is not a JSON object", _REMEDY)
     _check_sizes(settings, path)
     return settings
+
+
+def _check_sizes(settings: dict[str, Any], path: Path) -> None:
+    for key, value in settings.items():
+        most = MAX_LAYERS if re.search("layers?$", key) else MAX_SIZE
+        if isinstance(value, dict):
+            _check_sizes(value, path)
+        elif isinstance(value, int | float) and _SIZE.search(key) and not -1 <= value <= most:
+            raise UserError(f"llm.path: {path}: {key} is {value!s:.40}, which no model has", _REMEDY)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Return the files of weights in safetensors: one, or those that the index names."""
+    if (directory / WEIGHTS).exists():
+        return [directory / WEIGHTS]
+    if not (directory / INDEX).exists():
+        return []
+    index = _read(directory / INDEX, read_json)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+        raise UserError(f"llm.path: {directory / INDEX} does not map each weight to a file beside it", _REMEDY)
+    return [directory / name for name in sorted(set(names))]
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    """Return what a function reads from a file.
+
+    Raises:
+        UserError: it is missing or damaged, or may not be read by this user.
+    """
+    try:
+        open_file(path).close()  # safetensors does not say why it cannot open a file
+        return read(path)
+    except PermissionError:
+        raise UserError(f"llm.path: {path} may not be read by this user", "change its permissions: chmod a+r") from None
+    except UserError as error:
+        raise UserError(f"llm.path: {error.problem}", _REMEDY) from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"llm.path: {path} is missing or damaged: {reason[:200]}", _REMEDY) from None
 
 
 def check_loaded(model: Any, info: dict[str, Any], name: str) -> None:
@@ -81,20 +229,41 @@ def check_loaded(model: Any, info: dict[str, Any], name: str) -> None:
         UserError: a weight is missing, surplus, of another shape, NaN or infinite.
     """
     trunk = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
-    absent = sorted(key for key in info["missing_keys"] if key.startswith(trunk) and "pooler." not in key)
-    if absent:
-        raise UserError(f"llm.path: {name!r} lacks {len(absent)} weights, {absent[0]} first", "get the whole model")
-    for key, found, wanted in sorted(info["mismatched_keys"], key=str):
-        problem = f"llm.path: {name!r}: {key} is {tuple(found)} in the weights, but {tuple(wanted)} by config.json"
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(trunk) and "pooler." not in key)
+    if missing:
+        raise UserError(f"llm.path: {name!r} lacks {len(missing)} weights, {missing[0]} first", _REMEDY)
+    for key, shape, expected in sorted(info["mismatched_keys"], key=str):
+        problem = f"llm.path: {name!r}: {key} is {tuple(shape)} in the weights, but {tuple(expected)} by config.json"
         raise UserError(problem, "use the config.json that belongs to these weights")
     surplus = _surplus(model, info["unexpected_keys"])
     if surplus is not None:
         problem = f"llm.path: {name!r}: the weights have {surplus}, a layer more than config.json says"
         raise UserError(problem, "use the config.json that belongs to these weights")
     for key, parameter in getattr(model, model.base_model_prefix, model).named_parameters():
-        if not key.startswith("pooler.") and not _finite(parameter):
+        if not key.startswith("pooler.") and not _is_finite(parameter):
             problem = f"llm.path: {name!r}: the weight {key} holds NaN or infinity"
             raise UserError(problem, "get the model again, or another one: this one computes nothing")
+
+
+def _surplus(model: Any, unexpected: Collection[str]) -> str | None:
+    """Return a weight of a block that the model does not have."""
+    count = getattr(model.config, "num_hidden_layers", 0)
+    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    for name in lists:
+        block = re.compile(rf"(?:^|\.){re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}\.(\d+)\.")
+        for key in sorted(unexpected):
+            match = block.search(key)
+            if match and int(match[1]) >= count:
+                return key
+    return None
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    """Return False if a weight holds NaN or infinity; of weights in four bits, if one of their scales does."""
+    values = getattr(getattr(parameter, "quant_state", None), "absmax", parameter.detach())
+    if not values.is_floating_point() or not values.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def check_tokenizer(tokenizer: Any, around: Collection[int], rows: int, name: str) -> None:
@@ -119,103 +288,5 @@ def check_tokenizer(tokenizer: Any, around: Collection[int], rows: int, name: st
         raise UserError(problem, "copy the tokenizer's files of the model into the folder")
     word, last = max(words.items(), key=lambda each: int(each[1]))
     if last >= rows:
-        problem = (
-            f"llm.path: {name!r}: the tokenizer's token {last} ({word[:40]!r}) has no vector: the model has {rows}"
-        )
+        problem = f"llm.path: {name!r}: the tokenizer's token {last} ({word[:40]!r}) has no vector: it has {rows}"
         raise UserError(problem, "use the tokenizer that belongs to this model")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    found = _read(path)
-    if not isinstance(found, dict):
-        raise UserError(f"llm.path: {path} is not a JSON object", _REMEDY)
-    return found
-
-
-def _read(path: Path) -> Any:
-    _check_readable(path)
-    try:
-        return read_json(path)
-    except UserError as error:
-        raise UserError(f"llm.path: {error.problem}", _REMEDY) from None
-
-
-def _check_readable(path: Path) -> None:
-    """Open a file for a moment: safetensors does not say why it cannot."""
-    try:
-        open_file(path).close()
-    except FileNotFoundError:
-        raise UserError(f"llm.path: {path} does not exist", _REMEDY) from None
-    except PermissionError:
-        raise UserError(f"llm.path: {path} may not be read by this user", "change its permissions: chmod a+r") from None
-    except FileExistsError as error:
-        raise UserError(f"llm.path: {path}: {error.strerror}", _REMEDY) from None
-
-
-def _check_sizes(settings: dict[str, Any], path: Path) -> None:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            _check_sizes(value, path)
-        elif isinstance(value, int | float) and _SIZE.search(key) and not -1 <= value <= _largest(key):
-            raise UserError(f"llm.path: {path}: {key} is {value!s:.40}, which no model has", _REMEDY)
-
-
-def _largest(key: str) -> int:
-    return MAX_LAYERS if re.search("layers?$", key) else MAX_SIZE
-
-
-def _shards(directory: Path) -> dict[str, str]:
-    """Return the safetensors file of each tensor; of an empty name, if there is one file; none without safetensors."""
-    if (directory / WEIGHTS).exists():
-        return {"": WEIGHTS}
-    if not (directory / INDEX).exists():
-        return {}
-    shards = _read_object(directory / INDEX).get("weight_map")
-    names = shards.values() if isinstance(shards, dict) else []
-    if not shards or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
-        problem = f"llm.path: {directory / INDEX} does not map each weight to a file beside it"
-        raise UserError(problem, _REMEDY)
-    return dict(shards)
-
-
-def _tensors(path: Path) -> set[str]:
-    """Return the names in a safetensors file. Its header is compared with its size, so a torn one is noticed."""
-    _check_readable(path)
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"llm.path: {path} is no whole safetensors file: {str(error)[:200]}", _REMEDY) from None
-
-
-def _check_pickles(directory: Path, allow_pickle: bool) -> None:
-    pickles = sorted(path for pattern in PICKLES for path in directory.glob(pattern))
-    if pickles and not allow_pickle:
-        remedy = "get the model in safetensors, or set llm.allow_pickle_weights: true if you trust where it comes from"
-        raise UserError(f"llm.path: {pickles[0]} is a pickle, which can be made to run code", remedy)
-    if not pickles:
-        raise UserError(f"llm.path: {directory} holds no weights: neither {WEIGHTS} nor {INDEX}", _REMEDY)
-
-
-def _surplus(model: Any, unexpected: Any) -> str | None:
-    """Return a weight of a block that the model does not have."""
-    count = getattr(model.config, "num_hidden_layers", 0)
-    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    for name in lists:
-        place = re.compile(rf"(?:^|\.){re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}\.(\d+)\.")
-        for key in sorted(unexpected):
-            found = place.search(key)
-            if found and int(found[1]) >= count:
-                return str(key)
-    return None
-
-
-def _finite(parameter: torch.Tensor) -> bool:
-    """Return False if a weight holds NaN or infinity; of weights in four bits, if one of their scales does."""
-    return all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in _floats(parameter) if part.numel())
-
-
-def _floats(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    values = getattr(getattr(parameter, "quant_state", None), "absmax", parameter.detach())
-    if values.is_floating_point():
-        yield values

@@ -62,14 +62,13 @@ class Encoding(NamedTuple):
         vectors_BZ: the vectors that are scored.
         slots_LBKD: all slots, for the alignment loss; None for text only.
         projected: the projections p of each source (L, B, K, D), for the alignment loss.
-        taught: the vectors that are distilled, and the ID vectors that they are drawn to (B, E); None without
-            distillation.
+        distilled: the student's vectors and their targets, the ID vectors (B, E); None without distillation.
     """
 
     vectors_BZ: Tensor
     slots_LBKD: Tensor | None
     projected: Mapping[str, Tensor]
-    taught: tuple[Tensor, Tensor] | None = None
+    distilled: tuple[Tensor, Tensor] | None = None
 
 
 class ReadoutModule(nn.Module):
@@ -192,29 +191,28 @@ class Tower(nn.Module):
 
     def forward(self, backbone: FrozenBackbone, batch: SideBatch) -> Encoding:
         """Compute slots from the sources' vectors, run the frozen model, and read out text and slots."""
-        if self.alignment is None:
-            hidden_BTD = backbone(batch.ids_BT, batch.mask_BT)
-            text_BT = backbone.read_mask(batch.mask_BT)
-            vectors_BZ = self.readout(hidden_BTD, text_BT, hidden_BTD[:, :0], {})
-            return Encoding(vectors_BZ, None, {}, self._taught(vectors_BZ, batch))
-        slots_LBKD, projected = self.alignment(batch.vectors)
+        slots_LBKD, projected = self.alignment(batch.vectors) if self.alignment is not None else (None, {})
+        vectors_BZ = self.readout(*self.final_states(backbone, batch, slots_LBKD))
+        distilled = None
+        if self.student is not None and self.training:
+            distilled = self.student(vectors_BZ), batch.vectors[IDS].mean(1)
+        return Encoding(vectors_BZ, slots_LBKD, projected, distilled)
+
+    def final_states(
+        self, backbone: FrozenBackbone, batch: SideBatch, slots_LBKD: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
+        """Run the frozen model with these slots; return what the readout takes, as `ReadoutModule.forward` names it."""
         blocks = self.alignment_blocks
-        slots = Slots(slots_LBKD[: len(blocks)], batch.positions_BK, blocks) if blocks else None
-        hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots)
+        slots = Slots(slots_LBKD[: len(blocks)], batch.positions_BK, blocks) if slots_LBKD is not None else None
+        hidden_BTD = backbone(batch.ids_BT, batch.mask_BT, slots if blocks else None)
         text_BT = backbone.read_mask(batch.mask_BT).scatter(1, batch.positions_BK, 0)
-        last_BKD = _at(hidden_BTD, batch.positions_BK) if self.slots_from_blocks else slots_LBKD[-1]
-        vectors_BZ = self.readout(hidden_BTD, text_BT, last_BKD, self.alignment.role_masks(batch.vectors))
-        return Encoding(vectors_BZ, slots_LBKD, projected, self._taught(vectors_BZ, batch))
-
-    def _taught(self, vectors_BZ: Tensor, batch: SideBatch) -> tuple[Tensor, Tensor] | None:
-        if self.student is None or not self.training:
-            return None
-        return self.student(vectors_BZ), batch.vectors[IDS].mean(1)
-
-
-def _at(hidden_BTD: Tensor, positions_BK: Tensor) -> Tensor:
-    """Return the states at these positions, (B, K, D)."""
-    return hidden_BTD.gather(1, positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1]))
+        if self.alignment is None or slots_LBKD is None:
+            return hidden_BTD, text_BT, hidden_BTD[:, :0], {}
+        roles = self.alignment.role_masks(batch.vectors)
+        if not self.slots_from_blocks:
+            return hidden_BTD, text_BT, slots_LBKD[-1], roles
+        index_BKD = batch.positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+        return hidden_BTD, text_BT, hidden_BTD.gather(1, index_BKD), roles
 
 
 class RaRec(nn.Module):

@@ -9,7 +9,7 @@ common to all. A covariance of few states is shrunk towards a multiple of the id
 Shape letters: B of a batch, D hidden size, Z directions read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -63,20 +63,20 @@ class Whitening(nn.Module):
         if moments.constant:
             self.stretch_ZZ.zero_()
             return
-        found_Z, vectors_ZZ = torch.linalg.eigh(directions_ZD @ moments.covariance_DD @ directions_ZD.T)
-        variances_Z = shrunk(found_Z.clamp_min(0), moments.count)
+        values_Z, vectors_ZZ = torch.linalg.eigh(directions_ZD @ moments.covariance_DD @ directions_ZD.T)
+        variances_Z = shrunk(values_Z.clamp_min(0), moments.count)
         stretch_Z = (variances_Z + SHRINK * variances_Z.mean()).rsqrt()
         stretch_Z /= (stretch_Z.square() * variances_Z).sum().sqrt()
         self.center_D.copy_(moments.mean_D)
         self.stretch_ZZ.copy_(vectors_ZZ @ torch.diag(stretch_Z) @ vectors_ZZ.T)
 
 
-def shrunk(found_Z: Tensor, count: int) -> Tensor:
-    """Return the OAS estimate of variances (Z,), given those found in `count` states."""
-    size, total, squares = len(found_Z), found_Z.sum(), found_Z.square().sum()
+def shrunk(variances_Z: Tensor, count: int) -> Tensor:
+    """Return the OAS estimate of variances (Z,), given those of a sample of `count` states."""
+    size, total, squares = len(variances_Z), variances_Z.sum(), variances_Z.square().sum()
     uneven = (count + 1 - 2 / size) * (squares - total.square() / size)
     share = (((1 - 2 / size) * squares + total.square()) / uneven).clamp(max=1) if uneven > 0 else 1.0
-    return (1 - share) * found_Z + share * found_Z.mean()
+    return (1 - share) * variances_Z + share * variances_Z.mean()
 
 
 class Moments:
@@ -114,10 +114,10 @@ class Moments:
         return not self.count or float(self.covariance_DD.trace()) <= CONSTANT_SHARE * squares / self.count
 
 
-def directions(moments: Mapping[str, Moments], hidden: int, size: int) -> Tensor:
+def directions(moments: Iterable[Moments], hidden: int, size: int) -> Tensor:
     """Return the directions (Z, D) of largest variance, float64, with equal weight of each part; all if `size` >= D."""
-    found = [of.covariance_DD for of in moments.values() if not of.constant]
-    if size >= hidden or not found:
+    covariances = [part.covariance_DD for part in moments if not part.constant]
+    if size >= hidden or not covariances:
         return torch.eye(min(size, hidden), hidden, dtype=torch.float64)
-    vectors_DD: Tensor = torch.linalg.eigh(sum(c / c.trace() for c in found)).eigenvectors
+    vectors_DD: Tensor = torch.linalg.eigh(sum(c / c.trace() for c in covariances)).eigenvectors
     return vectors_DD[:, -size:].T

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from rarec.data import tables
-from rarec.storage.scratch import IN_MEMORY, Scratch
+from rarec.data.columns import IN_MEMORY, Scratch
 
 Rows = npt.NDArray[np.integer]
 

@@ -1,11 +1,19 @@
 """Plan a run: recommend an engine, and find the smallest change that makes a training fit, by trying one at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from rarec.config import RunConfig
+from rarec.distributed.hardware import DEVICES, memory_of_rank
+from rarec.distributed.world import World
+from rarec.errors import UserError
 from rarec.planning.calculator import Calculator, Estimate
 from rarec.planning.cluster import ENGINES, REPLICATED, Cluster, EngineName, TrainingSetup
+from rarec.planning.input_sizes import SampleStats, source_shapes
 from rarec.planning.memory import RankMemory
+from rarec.planning.meta_model import MetaModelBuilder
 
 PREFERENCE: tuple[EngineName, ...] = ("0", "2", "3")
 MAX_GPUS, MAX_MACHINES = 8, 64
@@ -50,6 +58,47 @@ class RunPlan:
     largest: str
     memories: Mapping[EngineName, RankMemory]
     advice: Advice
+
+
+def plan_run(
+    config: RunConfig, converted_llm: Path, samples: SampleStats | None, cluster: Cluster, engine: EngineName | None
+) -> RunPlan:
+    """Plan every variant of a run; no weights are loaded, and nothing is written.
+
+    Args:
+        config: configuration of the run.
+        converted_llm: the language model as a plain directory, where it comes as a GGUF file.
+        samples: samples of the run's shards; None where there are none yet.
+        cluster: GPUs to train on.
+        engine: engine to plan for; None for the recommended one.
+
+    Raises:
+        UserError: the language model's configuration or a file of vectors is missing, or the batch is too small.
+    """
+    builder = MetaModelBuilder(config, source_shapes(config), converted_llm)
+    return plan_variants(Calculator(config, builder, samples), list(config.variants), cluster, engine)
+
+
+def out_of_memory(variant: str, engine: str, world: World, plan: Callable[[Cluster, EngineName], RunPlan]) -> UserError:
+    """Return the error for a GPU that ran out of memory: what `rarec plan` would have said, and the smallest change.
+
+    Args:
+        variant: name of the variant that was trained.
+        engine: name of the engine, as it calls itself.
+        world: its processes.
+        plan: plans the run for a cluster and an engine.
+    """
+    memory = memory_of_rank(world.device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cluster = replace(Cluster.of(local, max(world.size // local, 1), None, DEVICES[0].name), memory=memory)
+    short = engine.casefold().removeprefix("zero-")
+    made = plan(cluster, next((name for name in ENGINES[1:] if name == short), ENGINES[0]))
+    need = made.calculator.memory(variant, made.advice.setup).peak
+    enough = made.advice.change or replace(made.advice.setup, accumulate=2 * made.advice.setup.accumulate)
+    planned = f"by `rarec plan` {made.calculator.config.train.batch_size} samples a step take {need / 1e9:,.1f} GB"
+    problem = f"the device, which has {memory / 1e9:,.1f} GB, ran out of memory while {variant} was trained; {planned}"
+    change = " ".join(made.advice.setup.changes(enough))
+    return UserError(problem, f"start it with {change}, or see rarec plan for others")
 
 
 def plan_variants(

@@ -18,9 +18,12 @@ from safetensors import safe_open
 from rarec.config import RunConfig
 from rarec.config.ids import Ids, Import, Recipe
 from rarec.config.neighbours import Graph
+from rarec.data.shards.feed import batch_plan
+from rarec.data.shards.files import open_index
 from rarec.errors import UserError
 from rarec.ids.imports import existing
-from rarec.models.build import SIDES, SourceShape
+from rarec.models.build import SIDES, SourceShape, slots_reserved
+from rarec.storage.artefacts import Manifest
 
 SPECIAL_TOKENS = 2
 """The most tokens that a tokenizer puts around a text."""
@@ -104,6 +107,17 @@ class SampleStats:
         """Summarize samples by the lengths of their user prompts (S), as the shards' index has them."""
         return cls(len(tokens_S), PromptLengths.of(tokens_S), batches)
 
+    @classmethod
+    def of_shards(cls, directory: Path, manifest: Manifest, config: RunConfig) -> "SampleStats":
+        """Summarize the samples of finished shards, and the batches that a run makes of them."""
+        index_S = open_index(directory, manifest)
+        tokens_S = index_S["tokens"]
+        if not config.train.tokens_per_batch:
+            return cls.from_lengths(tokens_S)
+        user_slots = sum(slots_reserved(config, source_shapes(config))["user"].values())
+        epoch = (tokens_S[numbers] for numbers in batch_plan(config, user_slots, index_S).batches(0))
+        return cls.from_lengths(tokens_S, EpochBatches.from_lengths(epoch, config.llm.packing))
+
 
 def prompt_length_bounds(config: RunConfig, slots: Mapping[str, int], context_length: int) -> dict[str, PromptLengths]:
     """Return upper bounds of both sides' prompt lengths: full histories, titles and texts at their longest.
@@ -136,6 +150,11 @@ def _item_tokens(config: RunConfig) -> int:
 
 def _words(template: str) -> int:
     return len(_WORD.findall(_FIELD.sub(" ", template)))
+
+
+def source_shapes(config: RunConfig) -> dict[str, SourceShape]:
+    """Return the shape of every source; see `source_shape`."""
+    return {name: source_shape(section) for name, section in config.sources_by_name.items()}
 
 
 def source_shape(section: Ids | Graph | Import) -> SourceShape:

@@ -20,11 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from rarec.config import RunConfig, Variant
 from rarec.config.paths import resolve
 from rarec.errors import UserError
-from rarec.models.backbone import FrozenBackbone
+from rarec.models.backbone import FrozenBackbone, check_packable
 from rarec.models.build import SIDES, SourceShape, build_model
-from rarec.models.language_model import LoadedModel, context_length_of, headless, kind_of, read_with, with_adapter
-from rarec.models.model_folder import check_settings
-from rarec.models.packing import check_packable
+from rarec.models.language_model import LoadedModel, context_length_of, headless, kind_of, with_adapter
+from rarec.models.model_folder import check_settings, read_with
 from rarec.models.towers import RaRec
 from rarec.prompts import TextTokenizer, slot_names
 

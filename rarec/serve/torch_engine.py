@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from rarec.bundle.bundle import Bundle
+from rarec.bundle.parts import sample_user
 from rarec.bundle.recommended import Explanation, History, Id, Place, Recommended, Request
 from rarec.bundle.recommender import Recommender
-from rarec.bundle.samples import sample_user
 from rarec.serve.engine import Answer
 
 

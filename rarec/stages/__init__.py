@@ -7,10 +7,12 @@ from rarec.stages.neighbours import NeighboursStage
 from rarec.stages.prepare import PrepareStage
 from rarec.stages.report import ReportStage
 from rarec.stages.shards import ShardsStage
-from rarec.stages.stage import Stage
+from rarec.stages.stage import STAGES, Stage
 from rarec.stages.train import TrainStage
 
-STAGES: dict[str, type[Stage]] = {
+__all__ = ["STAGES", "Stage"]
+
+STAGES |= {
     stage.name: stage
     for stage in (
         PrepareStage,

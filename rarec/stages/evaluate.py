@@ -1,12 +1,19 @@
 """`rarec evaluate`, `accelerate launch launch/evaluate.py`: rank the full catalogue; only here is the test set read."""
 
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rarec.errors import UserError
+from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
-from rarec.storage.files import sha256_file, write_json
+from rarec.stages.train import TrainStage
+from rarec.storage.files import sha256_file
+
+if TYPE_CHECKING:
+    from rarec.models.towers import RaRec
+    from rarec.ranking import Ranker
 
 
 class EvaluateStage(Stage):
@@ -15,6 +22,7 @@ class EvaluateStage(Stage):
     The last is about the alignment of the main variant, and missing where that has no slots.
     """
 
+    run: Run
     name = "evaluate"
     folder = "evaluation"
     summary = "Rank the full catalogue with every variant (as launch/evaluate.py does on several ranks)."
@@ -41,27 +49,36 @@ class EvaluateStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`. Ranks share the work, and rank 0 writes."""
-        from rarec.stages.evaluator import Evaluator, write_ranks
+        from rarec.evaluation.diagnostics import variant_diagnostics
+        from rarec.evaluation.evaluator import Evaluator
 
+        run = self.run
         started = time.monotonic()
-        evaluation = Evaluator(self.run)
-        ranks = evaluation.ranks()
+        evaluator = Evaluator(
+            run.config, run.dataset, run.baseline.ranker(), run.neighbours, world=run.world, say=run.say
+        )
+        evaluator.rank_untrained()
+        for name in run.config.variants:  # one trained variant is loaded at a time
+            model = TrainStage(run, name).best_model()
+            with run.engine.serving(model):
+                evaluator.rank_variant(name, partial(self._ranker, model))
+                if name == run.config.main_variant.name:
+                    evaluator.diagnostics = variant_diagnostics(
+                        model, name, run.config, run.dataset, run.prompts, run.sources, say=run.say, world=run.world
+                    )
+        run.world.report("writing the evaluation")
+        run.world.run_on_main(lambda: evaluator.write(directory))
+        return Built({"n": len(evaluator.test.targets), "seconds": time.monotonic() - started})
 
-        def write() -> None:
-            write_ranks(directory / "ranks.parquet", self.run, evaluation.test, ranks)
-            write_json(directory / "metrics.json", evaluation.metrics(ranks))
-            write_json(directory / "validation.json", evaluation.validation_metrics())
-            write_json(directory / "comparisons.json", evaluation.comparisons(ranks))
-            write_json(directory / "strata.json", evaluation.strata(ranks))
-            write_json(directory / "fusion.json", evaluation.fusions)
-            write_json(directory / "examples.json", evaluation.examples(ranks))
-            if evaluation.diagnostics is not None:
-                write_json(directory / "diagnostics.json", evaluation.diagnostics)
+    def _ranker(self, model: "RaRec", permuted: bool) -> "Ranker":
+        """Return a ranker by the vectors of a trained variant, on request with the vectors of sources permuted."""
+        from rarec.models.encode import Encoder
 
-        self.run.world.report("writing the evaluation")
-        self.run.world.run_on_main(write)
-        seconds = time.monotonic() - started
-        return Built({"n": len(evaluation.test.targets), "seconds": seconds})
+        run, sources = self.run, self.run.sources
+        if permuted:
+            sources = {name: source.permuted(run.config.run.seed) for name, source in sources.items()}
+        encoder = Encoder(model, run.prompts, sources, run.config.evaluate.batch_size, run.world, run.scratch)
+        return run.ranker(encoder.items(), encoder.users)
 
 
 def _sha256(path: str) -> str:

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 from rarec.config import MODEL_SECTIONS
 from rarec.config.variants import NO_VARIANTS
 from rarec.errors import UserError
+from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
 from rarec.storage.artefacts import check_files
-from rarec.storage.files import read_json, write_text
+from rarec.storage.files import read_json
 
 if TYPE_CHECKING:
     from rarec.bundle.bundle import Catalogue
-    from rarec.bundle.contents import Contents, Trained
+    from rarec.bundle.write import Contents, Trained
     from rarec.ids.source import Source
 
 Row = dict[str, Any]
@@ -25,6 +26,7 @@ READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
 class ExportStage(Stage):
     """The bundle of one row of the results: by default the one that is best on validation users."""
 
+    run: Run
     name = "export"
     kind = folder = "bundle"
     remembers = False  # a bundle is copied and taken away
@@ -53,10 +55,9 @@ class ExportStage(Stage):
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
         from rarec.bundle.bundle import LLM
-        from rarec.bundle.card import CARD, model_card
-        from rarec.bundle.contents import write_bundle
+        from rarec.bundle.write import write_bundle, write_card
         from rarec.evaluation.verdict import Results, verdict
-        from rarec.models.language_model import copy_model
+        from rarec.models.model_folder import copy_model
 
         run, results = self.run, self._results()
         row, why = self._row(results)
@@ -69,8 +70,7 @@ class ExportStage(Stage):
         figures = {"row": row, "why": why, "metrics": metrics, "trained_parameters": trained}
         evaluated = Results(*(results[name] for name in READ[:3]))
         judged = verdict(evaluated, run.config.main_variant.name, run.config.run.seed)
-        card = model_card(contents, run.config, figures, judged.headline)
-        run.world.run_on_main(lambda: write_text(directory / CARD, card))
+        run.world.run_on_main(lambda: write_card(directory, contents, run.config, figures, judged.headline))
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         run.say(f"{self.directory}: {why}, {size / 1e6:.1f} MB")
         return Built(figures)
@@ -97,7 +97,7 @@ class ExportStage(Stage):
         return best.name, f"{best.title}, the best on validation users ({value})"
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
-        from rarec.bundle.contents import Contents
+        from rarec.bundle.write import Contents
         from rarec.evaluation.labels import ID_ONLY
 
         run = self.run
@@ -120,7 +120,7 @@ class ExportStage(Stage):
 
     def _trained(self, name: str) -> "Trained":
         """Return a trained variant with its vectors of the catalogue, which all ranks compute."""
-        from rarec.bundle.contents import Trained
+        from rarec.bundle.write import Trained
         from rarec.models.encode import Encoder
 
         run = self.run

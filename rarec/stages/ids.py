@@ -1,33 +1,33 @@
 """`rarec ids`: train or import the ID embeddings, and import every further source. Training uses all ranks."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
 from rarec.config.neighbours import Graph
 from rarec.stages.neighbours import table_settings
-from rarec.stages.stage import PROGRESS, Built, Stage
-from rarec.storage.artefacts import sha256_json
-
-if TYPE_CHECKING:
-    from rarec.stages.run import Run
+from rarec.stages.run import Run
+from rarec.stages.run_folder import RunFolder
+from rarec.stages.stage import Built, Stage
+from rarec.storage.artefacts import PROGRESS, sha256_json
 
 
 class IdsStage(Stage):
     """Vectors of one source: `id`, each of the configuration's `sources`, and the baseline beside a held-out `id`."""
 
+    run: Run
     name = "ids"
     summary = "Train or import ID embeddings."
     claims = ("items.npy", "model.safetensors")
     shareable = True
 
-    def __init__(self, run: "Run", part: str) -> None:
+    def __init__(self, run: Run, part: str) -> None:
         super().__init__(run, part)
         # An import is quick and built in a temporary directory, so one that is refused leaves nothing behind.
         self.resumable = isinstance(self._chosen, Recipe)
 
     @classmethod
-    def parts(cls, run: "Run") -> list[str]:
+    def parts(cls, run: RunFolder) -> list[str]:
         """See `Stage`."""
         return list(run.config.vectors_by_name)
 
@@ -38,11 +38,11 @@ class IdsStage(Stage):
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`: a recipe and the seed, or how an import makes its user vectors."""
-        chosen, seed = self._chosen, self.run.config.run.seed
+        chosen = self._chosen
         if isinstance(chosen, Recipe):
             section = cast(Ids, self.section)  # sources beside `id` have no recipe
-            holdout, model = section.held_out, section.model
-            return {"seed": seed, "holdout": holdout, "users": {"kind": model, **chosen.model_dump(mode="json")}}
+            users = {"kind": section.model, **chosen.model_dump(mode="json")}
+            return {"seed": self.run.config.run.seed, "holdout": section.held_out, "users": users}
         if isinstance(chosen, Graph):
             counted = {
                 "holdout": self.run.config.ids.held_out,
@@ -77,10 +77,12 @@ class IdsStage(Stage):
         from rarec.ids.graph import write_graph
         from rarec.ids.make import write_source
 
-        run, config, section, seed = self.run, self.run.config, self.section, self.run.config.run.seed
+        run = self.run
         world = run.world
+        section = self.section
+        seed = run.config.run.seed
         if isinstance(section, Graph):
-            counts = (config.neighbours, config.prepare, config.ids.held_out)
+            counts = (run.config.neighbours, run.config.prepare, run.config.ids.held_out)
             figures = world.run_on_all(
                 lambda: write_graph(section, *counts, run.dataset, directory, seed) if world.is_main else {}
             )

@@ -1,13 +1,12 @@
 """`rarec neighbours`: item-item tables that are counted, not trained."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rarec.config.neighbours import Neighbours
+from rarec.stages.run import Run
+from rarec.stages.run_folder import RunFolder
 from rarec.stages.stage import Built, Stage
-
-if TYPE_CHECKING:
-    from rarec.stages.run import Run
 
 FIELDS = {
     "cooccurrence": ("top", "longest", "shrinkage"),
@@ -26,12 +25,13 @@ def table_settings(model: str, config: Neighbours) -> dict[str, Any]:
 class NeighboursStage(Stage):
     """The neighbour table of one model."""
 
+    run: Run
     name = "neighbours"
     summary = "Count which items are neighbours: bought together, one after the other, or alike in their words."
     shareable = True
 
     @classmethod
-    def parts(cls, run: "Run") -> list[str]:
+    def parts(cls, run: RunFolder) -> list[str]:
         """See `Stage`."""
         return list(run.config.neighbours.models)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rarec.config.load import without_password
 from rarec.config.logs import Prepare
+from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 
 COMPUTES = ("engine", "spark", "memory", "scratch")
@@ -14,6 +15,7 @@ COMPUTES = ("engine", "spark", "memory", "scratch")
 class PrepareStage(Stage):
     """Users, items, interactions, the split, and a manifest with the counts of every step."""
 
+    run: Run
     name = "prepare"
     summary = "Logs to a prepared dataset: ids, order, split."
     shareable = True
@@ -37,7 +39,8 @@ class PrepareStage(Stage):
         """See `Stage`."""
         from rarec.data.preparation.pipeline import write_dataset
 
-        run, figures = self.run, dict[str, Any]()
+        run = self.run
+        figures: dict[str, Any] = {}
         run.world.run_on_main(lambda: figures.update(write_dataset(run.config.prepare, directory, run.say)))
         return Built(figures)
 

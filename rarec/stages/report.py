@@ -4,20 +4,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rarec.config import dump_config
+from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import MANIFEST, check_files, read_manifest
 from rarec.version import source
 
 if TYPE_CHECKING:
     from rarec.report.run_files import RunDirectories
-    from rarec.stages.run import Run
 
 
 class ReportStage(Stage):
     """`report.html`: figures, intervals, a verdict in words, plots. It needs no other file and no network."""
 
+    run: Run
     name = "report"
-    summary = "Write one HTML file of everything that was found."
+    summary = "Write one HTML file of all results."
     cheap = True
 
     def settings(self) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class ReportStage(Stage):
         write_report(directory, directories(run), run.config, say=run.say)
 
 
-def directories(run: "Run") -> "RunDirectories":
+def directories(run: Run) -> "RunDirectories":
     """Return where a run has the files that its report and the terminal show."""
     from rarec.report.run_files import RunDirectories
 

@@ -1,4 +1,4 @@
-"""A run: its configuration, its stages, and what they have made, opened when it is asked for."""
+"""A run: its configuration, its stages, and what they have made, opened when it is needed."""
 
 import sys
 import time
@@ -11,11 +11,10 @@ from rarec.config import RunConfig, Variant, load_config
 from rarec.config.ids import Ids
 from rarec.console.inert import inert
 from rarec.errors import Stopped, UserError
-from rarec.stages import run_folder
-from rarec.stages.stage import Stage
+from rarec.stages.run_folder import RunFolder, Say
+from rarec.stages.stage import STAGES, Stage
 from rarec.storage.artefacts import check_files, sha256_json
 from rarec.storage.files import read_json
-from rarec.storage.scratch import Scratch
 from rarec.version import source
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pandas as pd
 
+    from rarec.data.columns import Scratch
     from rarec.data.dataset import PreparedDataset
-    from rarec.distributed.world import World
     from rarec.ids.source import Source
     from rarec.models.build import SourceShape
     from rarec.models.language_model import LoadedModel
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from rarec.ranking import Ranker
     from rarec.training.engines import Engine
 
-Say = Callable[[str], None]
 OPENED = {
     "prepare": ("dataset", "sources", "baseline", "prompts", "neighbours"),
     "ids": ("sources", "baseline", "prompts"),
@@ -48,7 +46,7 @@ def print_line(line: str) -> None:
     print(inert(line), file=sys.stderr, flush=True)
 
 
-class Run:
+class Run(RunFolder):
     """One run of a configuration: builds stages, and opens what they have made.
 
     ```python
@@ -67,10 +65,10 @@ class Run:
     """
 
     def __init__(self, config: str | Path | RunConfig, overrides: Iterable[str] = (), *, say: Say = print_line) -> None:
-        self.config = config if isinstance(config, RunConfig) else load_config(config, overrides)
-        self.file = None if isinstance(config, RunConfig) else config
-        self.say = say
-        self.reads_all = False
+        if isinstance(config, RunConfig):
+            super().__init__(config, say)
+        else:
+            super().__init__(load_config(config, overrides), say, config)
 
     def run(self, stages: Sequence[str] | None = None, *, fresh: bool = False, verify: bool = False) -> None:
         """Build the stages that are not finished yet, in their order.
@@ -82,11 +80,9 @@ class Run:
                 file has the same size, time and inode.
 
         Raises:
-            UserError: a name is unknown, the input is not as it should be, or an artefact was made otherwise.
+            UserError: a name is unknown, the input is not as it should be, or an artefact was made with other settings.
             Stopped: a signal asked to stop; the same call resumes.
         """
-        from rarec.stages import STAGES
-
         wanted = named_stages(stages) if stages is not None else list(STAGES)
         for stage in self.all_stages(wanted):  # what is refused is refused now, not after hours of training
             stage.settings()
@@ -104,7 +100,8 @@ class Run:
         What it took is written to the run's `record.json`.
         """
         source()  # the commit as it was when the code was loaded, not as it may be hours later
-        started, built = time.monotonic(), False
+        started = time.monotonic()
+        built = False
         stages = self.stages(name)
         self.world.run_on_main(lambda: self._check_places(stages, fresh))
         try:
@@ -114,8 +111,10 @@ class Run:
             built = True
             raise
         finally:
+            for opened in OPENED.get(name, ()) if built else ():  # it is of what was replaced
+                self.__dict__.pop(opened, None)
             if built and self.world.is_main:
-                run_folder.record(self, name, time.monotonic() - started, fresh)
+                self.record(name, time.monotonic() - started, fresh)
         return built
 
     def metrics(self) -> "pd.DataFrame":
@@ -142,25 +141,16 @@ class Run:
         return read_columns(self._evaluated("ranks.parquet")).to_pandas()
 
     def _check_places(self, stages: Sequence[Stage], fresh: bool) -> None:
-        run_folder.check(self)
+        self.protect(stage.directory for stage in self.all_stages(STAGES))
         for stage in stages:
             stage.check_place(fresh)
 
-    @property
-    def root(self) -> Path:
-        """`run.dir`."""
-        return Path(self.config.run.dir)
-
     def stage(self, name: str, part: str = "") -> Stage:
         """Return one artefact's stage: `stage("shards")`, `stage("train", "per_layer")`."""
-        from rarec.stages import STAGES
-
         return STAGES[name](self, part)
 
     def stages(self, name: str) -> list[Stage]:
         """Return the stages of a name, one for each of its artefacts."""
-        from rarec.stages import STAGES
-
         return [STAGES[name](self, part) for part in STAGES[name].parts(self)]
 
     def all_stages(self, names: Iterable[str]) -> list[Stage]:
@@ -172,23 +162,10 @@ class Run:
         return self.stage(name, part).directory
 
     @property
-    def record_file(self) -> Path:
-        """`record.json`: the time, machine and commit of each stage."""
-        return self.root / "record.json"
-
-    @property
-    def config_file(self) -> Path:
-        """The resolved configuration, written by every stage that builds something."""
-        return self.root / "resolved.yaml"
-
-    @property
-    def converted_llm(self) -> Path:
-        """The language model as a plain directory, where it comes as a GGUF file."""
-        return self.root / "llm"
-
-    @property
-    def scratch(self) -> Scratch:
+    def scratch(self) -> "Scratch":
         """Return where the large arrays of a stage are kept."""
+        from rarec.data.columns import Scratch
+
         return Scratch(int(self.config.run.memory_gb * 1e9), self.root)
 
     def ranker(self, items_NZ: "npt.NDArray[np.float32]", users: "Callable[..., npt.NDArray[np.float32]]") -> "Ranker":
@@ -198,18 +175,6 @@ class Run:
 
         fits = items_NZ.nbytes <= self.scratch.bytes
         return VectorRanker(items_NZ, users, device=self.world.device if fits else CPU)
-
-    @property
-    def tar_cache(self) -> Path:
-        """Shards fetched from elsewhere; what is missing here is fetched again."""
-        return self.root / "cache"
-
-    @cached_property
-    def world(self) -> "World":
-        """This process among those that the launcher has started, if any."""
-        from rarec.training.accelerator import start_world
-
-        return start_world(self.config)
 
     @cached_property
     def engine(self) -> "Engine":
@@ -256,10 +221,11 @@ class Run:
     @cached_property
     def llm(self) -> "LoadedModel":
         """The frozen language model, without LoRA."""
-        from rarec.models.language_model import convert, load_model
+        from rarec.models.language_model import load_model
+        from rarec.models.model_folder import locate
 
         config, converted = self.config.llm, self.converted_llm
-        self.world.run_on_main(lambda: convert(config, converted))
+        self.world.run_on_main(lambda: locate(config.path, converted))
         with self.engine.loading(config):
             return load_model(config, converted, pool=self.config.readout.pool, device=self.world.device.type)
 
@@ -290,10 +256,15 @@ class Run:
         from rarec.models.build import slots_reserved
         from rarec.prompts import AT_TITLES, PromptPair
 
-        llm, dataset, config = self.llm, self.dataset, self.config
-        reserved, kind = slots_reserved(config, self.shapes), llm.identity["kind"]
+        llm = self.llm
         pair = PromptPair(
-            config.prompt, llm.tokenizer, dataset.titles, dataset.texts, reserved, llm.context_length, kind
+            self.config.prompt,
+            llm.tokenizer,
+            self.dataset.titles,
+            self.dataset.texts,
+            slots_reserved(self.config, self.shapes),
+            llm.context_length,
+            llm.identity["kind"],
         )
         named = {name.removesuffix(AT_TITLES) for side in pair.sources.values() for name in side}
         for name in self.shapes:
@@ -307,11 +278,6 @@ class Run:
         """Hashes of the language model and the prompt: what shards and models are made from beside artefacts."""
         identity = {key: value for key, value in self.llm.identity.items() if key not in ("name", "revision")}
         return {"llm": sha256_json(identity), "prompt": self.prompts.fingerprint}
-
-    def forget(self, stage: str) -> None:
-        """Close what was opened of a stage's artefacts, and what depends on it: they are being replaced."""
-        for name in OPENED.get(stage, ()):
-            self.__dict__.pop(name, None)
 
     def _source(self, name: str) -> "Source":
         from rarec.ids.source import open_source
@@ -354,8 +320,6 @@ def named_stages(names: Iterable[str]) -> list[str]:
     Raises:
         UserError: one is unknown, or there is none.
     """
-    from rarec.stages import STAGES
-
     names = list(names)
     unknown = [name for name in names if name not in STAGES]
     if unknown or not names:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import Manifest, sha256_json
 from rarec.storage.directories import claim, discard, replace_directory
@@ -15,6 +16,7 @@ LLM = ("path", "revision", "kind", "dtype", "quantize")
 class ShardsStage(Stage):
     """Tars of training samples with their text-only states, an index, item states, the selection's report."""
 
+    run: Run
     name = "shards"
     summary = "Select training samples, cache text-only states, write shards."
     resumable = True

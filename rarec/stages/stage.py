@@ -12,50 +12,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from rarec.errors import Stopped, UserError
-from rarec.stages import run_folder
-from rarec.storage.artefacts import (
-    MANIFEST,
-    SCHEMA,
-    Manifest,
-    check_files,
-    check_made_from,
-    check_settings,
-    differences,
-    note_checks,
-    read_manifest,
-    read_sealed,
-    rebuild,
-    sha256_json,
-    write_manifest,
-    write_sealed,
-)
+from rarec.stages.run_folder import RunFolder
+from rarec.storage import artefacts
+from rarec.storage.artefacts import BEGUN, MANIFEST, SCHEMA, Manifest, read_manifest, sha256_json
 from rarec.storage.directories import (
-    MARKER,
-    claim,
     discard,
-    drop_listed,
     new_directory,
     refuse_foreign,
     replace_directory,
     restore_replaced,
     sync_directory,
 )
-from rarec.storage.files import lock_file, remove_stale, try_lock
+from rarec.storage.files import lock_file, try_lock
 
-if TYPE_CHECKING:
-    from rarec.stages.run import Run
-
-BEGUN = ".begun.json"
-"""File in a resumable stage's directory while it is built: the kind, settings and inputs of the manifest to come."""
-PROGRESS = ".progress"
-"""Directory in there, with what the stage needs to resume."""
-_NOTES = (BEGUN, f"{PROGRESS}/")
-"""What a finished artefact needs no more."""
 POLL = 0.5
-"""Seconds between looks at a lock that another process holds."""
+"""Seconds between attempts to take a lock that another process holds."""
 _DIGITS = 16
 """Length of a digest in a directory's name."""
 
@@ -108,11 +82,11 @@ class Stage(ABC):
             if "name" in cls.__dict__ and attribute not in cls.__dict__:
                 setattr(cls, attribute, cls.name)
 
-    def __init__(self, run: "Run", part: str = "") -> None:
+    def __init__(self, run: RunFolder, part: str = "") -> None:
         self.run, self.part = run, part
 
     @classmethod
-    def parts(cls, run: "Run") -> list[str]:
+    def parts(cls, run: RunFolder) -> list[str]:
         """Return the parts that a run has, in their order."""
         return [""]
 
@@ -150,7 +124,7 @@ class Stage(ABC):
     @property
     def remedy(self) -> str:
         """The command that makes the artefact again where a file of it is damaged."""
-        return rebuild(self.kind)
+        return artefacts.rebuild(self.kind)
 
     @property
     def label(self) -> str:
@@ -181,15 +155,16 @@ class Stage(ABC):
             outside: compare the outside inputs as well, which may take seconds.
 
         Raises:
-            UserError: it is missing or unfinished, or was made with other settings or from other inputs than are here
-                now.
+            UserError: it is missing or unfinished, or was made with other settings or from other inputs than
+                those of now.
         """
         if not (self.directory / MANIFEST).exists() and (self.directory / BEGUN).exists():
             raise UserError(f"{self.directory} is not finished", f"run rarec {self.name} CONFIG: it resumes")
         manifest = read_manifest(self.directory, self.kind)
         expected = {name: stage.hash for name, stage in self.inputs().items()}
-        check_made_from(self.directory, manifest, expected | (self.outside_inputs() if outside else {}))
-        check_settings(self.directory, manifest, self.settings())
+        expected |= self.outside_inputs() if outside else {}
+        artefacts.check_made_from(self.directory, manifest, expected)
+        artefacts.check_settings(self.directory, manifest, self.settings())
         return manifest
 
     @property
@@ -199,18 +174,15 @@ class Stage(ABC):
 
     def check_files(self) -> None:
         """Check every file of the finished artefact against its manifest."""
-        check_files(self.directory, read_manifest(self.directory, self.kind), remember=self._trusts_notes)
-
-    @property
-    def _trusts_notes(self) -> bool:
-        """Return whether files that were checked before are left unread, as long as their size, time and inode stay."""
-        return self.remembers and not self.run.reads_all
+        remember = self.remembers and not self.run.reads_all
+        manifest = read_manifest(self.directory, self.kind)
+        artefacts.check_files(self.directory, manifest, self.remedy, remember=remember)
 
     def is_done(self) -> bool:
         """Return whether the artefact is finished as the configuration says, as far as manifests tell."""
         try:
             self.require()
-        except (UserError, OSError):  # missing, damaged or made otherwise: the stage itself says which
+        except (UserError, OSError):  # missing, damaged or of other settings: the stage itself says which
             return False
         return True
 
@@ -227,20 +199,19 @@ class Stage(ABC):
         world = self.run.world
         for stage in self.inputs().values():
             world.run_on_all(stage.require)  # what is missing is named before anything is written
-        if not fresh and self._is_up_to_date():  # what is finished is only read: nobody waits for that
+        if not fresh and self._is_up_to_date():  # a finished artefact is only read, without a lock
             return False
-        with self._alone():
+        with self._lock():
             if not fresh and self._is_up_to_date():
                 return False
             world.run_on_main(lambda: self.check_place(fresh))
             identity = self._identity()
             self._agree(identity)
-            with self._workspace(identity, fresh) as directory:
-                world.run_on_main(lambda: run_folder.write_config(self.run))
+            with self._resumable_build(identity, fresh) if self.resumable else self._build() as directory:
+                world.run_on_main(self.run.write_config)
                 built = self.build(directory)
                 world.report(f"finishing {self.directory}")
                 world.run_on_main(lambda: self._finish(directory, identity, built))
-        self.run.forget(self.name)
         if built.stop:
             raise Stopped(built.stop)
         return True
@@ -251,32 +222,32 @@ class Stage(ABC):
         Raises:
             UserError: naming what is in the way.
         """
-        done, begun = ((self.directory / name).exists() for name in (MANIFEST, BEGUN))
-        if fresh or not (done or begun):  # what is done is left alone, and a build that goes on replaces nothing
+        has_artefact = any((self.directory / name).exists() for name in (MANIFEST, BEGUN))
+        if fresh or not has_artefact:  # a finished one is left alone, and a build that resumes replaces nothing
             folder = self.run.root / self.folder
             refuse_foreign(folder if folder.is_symlink() else self.directory)
 
     def _is_up_to_date(self) -> bool:
-        """Return whether the artefact is finished, made as the configuration says, from what is here now; print it.
+        """Return whether the artefact is finished, made as the configuration says, from the inputs of now; print it.
 
         Raises:
-            UserError: it was made otherwise, and is not cheap.
+            UserError: it was made from other settings or inputs, and is not cheap.
         """
         world = self.run.world
         # Rank 0 decides for all: another machine may not list yet what was written a moment ago.
         if not world.all_reduce_max(int(world.is_main and (self.directory / MANIFEST).exists())):
             return False
         try:
-            manifest = world.run_on_all(lambda: self.require(outside=True))
-            world.run_on_main(lambda: check_files(self.directory, manifest, self.remedy, remember=self._trusts_notes))
+            world.run_on_all(lambda: self.require(outside=True))
+            world.run_on_main(self.check_files)
         except UserError as error:
             if not self.cheap:
                 raise
             self.run.say(f"{error.problem}: built anew")
             return False
-        world.run_on_main(lambda: drop_listed(self.directory, _NOTES))  # a kill may have come before that
+        world.run_on_main(lambda: artefacts.end_build(self.directory))  # a kill may have come before that
         self.run.say(f"{self.directory} is up to date")
-        world.run_on_main(lambda: run_folder.write_config(self.run, only_if_there=True))
+        world.run_on_main(lambda: self.run.write_config(only_if_there=True))
         return True
 
     def _identity(self) -> dict[str, Any]:
@@ -293,7 +264,7 @@ class Stage(ABC):
         """
         first, *others = map(json.loads, self.run.world.exchange(json.dumps(identity)))
         for rank, other in enumerate(others, start=1):
-            lines = differences(first, other)
+            lines = artefacts.differences(first, other)
             if lines:
                 problem = f"rank {rank} would build another {self.label} than rank 0: {'; '.join(lines)}"
                 remedy = f"start all ranks with one configuration, and let {self.run.root} be one folder for all"
@@ -301,97 +272,56 @@ class Stage(ABC):
 
     def _finish(self, directory: Path, identity: Mapping[str, Any], built: Built) -> None:
         sync_directory(directory)  # the manifest must not outlive a power failure that the files do not
-        manifest = write_manifest(directory, self.kind, **identity, files=built.files, **built.figures)
+        manifest = artefacts.write_manifest(directory, self.kind, **identity, files=built.files, **built.figures)
         if self.remembers:
-            note_checks(directory, manifest)
+            artefacts.note_checks(directory, manifest)
         self.verify(directory)
 
     @contextmanager
-    def _workspace(self, identity: Mapping[str, Any], fresh: bool) -> Iterator[Path]:
-        """Yield the directory to build in; once the build is whole, it is `self.directory`."""
-        with self._resumed(identity, fresh) if self.resumable else self._aside() as directory:
-            yield directory
-
-    @contextmanager
-    def _aside(self) -> Iterator[Path]:
-        """Yield a new directory, which takes its place at the end; other ranks than 0 do not write to it."""
+    def _build(self) -> Iterator[Path]:
+        """Yield a temporary directory, which becomes `self.directory` at the end; rank 0 alone writes to it."""
         world = self.run.world
         with ExitStack() as stack:
             yield stack.enter_context(new_directory(self.directory)) if world.is_main else self.directory
             world.run_on_main(stack.close)  # the other ranks go on when it is in its place
 
     @contextmanager
-    def _resumed(self, identity: Mapping[str, Any], fresh: bool) -> Iterator[Path]:
-        """Yield the directory in which the build goes on; what is replaced stays until the build is whole."""
-        world, final = self.run.world, self.directory
+    def _resumable_build(self, identity: Mapping[str, Any], fresh: bool) -> Iterator[Path]:
+        """Yield the directory in which the build resumes; what is replaced stays until the build is whole."""
+        world = self.run.world
+        final = self.directory
         directory = final.with_name(f".{final.name}.fresh") if fresh else final
         begun = {"kind": self.kind, "schema": SCHEMA, **identity}
-        world.run_on_main(lambda: self._begin(directory, begun))
+        world.run_on_main(lambda: artefacts.begin_build(directory, final, begun, self.claims))
         try:
             yield directory
         except BaseException:
-            if world.is_main and _is_only_begun(directory):  # refused: the next attempt may be configured otherwise
+            if world.is_main and artefacts.is_only_begun(directory):  # refused: the next may be configured otherwise
                 discard(directory)
             raise
         if fresh:
             world.run_on_main(lambda: replace_directory(directory, final))
-        world.run_on_main(lambda: drop_listed(final, _NOTES))  # last: until then, the same command resumes
-
-    def _begin(self, directory: Path, begun: Mapping[str, Any]) -> None:
-        """Note what is built here, or check that what was begun here is the same.
-
-        Raises:
-            UserError: another build was begun here.
-        """
-        for name in {self.directory.name, directory.name}:
-            remove_stale(directory.parent, name)
-        if (directory / BEGUN).exists() and not _is_only_begun(directory):
-            try:
-                found = read_sealed(directory / BEGUN, rebuild(self.kind))
-            except UserError:
-                if directory == self.directory:
-                    raise
-                found = {}  # of an abandoned --fresh
-            if found == begun:
-                claim(directory, self.claims)
-                return
-            if directory == self.directory:
-                self._refuse_begun(found, begun)
-        # Renamed when this file is in it: without, it would not be known as rarec's. An abandoned --fresh goes.
-        with new_directory(directory, [MANIFEST, f"{PROGRESS}/", *self.claims]) as temporary:
-            write_sealed(temporary / BEGUN, begun)
-
-    def _refuse_begun(self, found: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
-        """Refuse to go on with another build.
-
-        Raises:
-            UserError: naming the difference.
-        """
-        directory = self.directory
-        if found.get("schema") == SCHEMA:
-            check_made_from(directory, found, begun["made_from"])
-            check_settings(directory, found, begun["settings"])
-        raise UserError(f"{directory / BEGUN} is of another version of rarec", rebuild(self.kind))
+        world.run_on_main(lambda: artefacts.end_build(final))  # last: until then, the same command resumes
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other processes from building the same; one that comes second waits, and then finds it finished."""
-        world, directory = self.run.world, self.directory
+    def _lock(self) -> Iterator[None]:
+        """Keep other processes from building the same: the second one waits, and then finds it finished."""
+        world = self.run.world
+        directory = self.directory
         with ExitStack() as stack:
             lock = directory.with_name(f".{directory.name}.lock")
             handle = stack.enter_context(lock_file(lock)) if world.is_main else None
-            said = False
-            # Every rank asks again and again: one long wait in a collective would look like a hang.
+            waits = False
+            # Every rank polls: one long wait in a collective would look like a hang.
             while world.all_reduce_max(int(handle is not None and not try_lock(handle))):
-                if not said:
+                if not waits:
                     self.run.say(f"{directory} is being built by another process: waiting for it")
-                said = True
+                waits = True
                 world.report(f"waiting for {directory}")
                 time.sleep(POLL)
             world.run_on_main(lambda: restore_replaced(directory))  # of a process that was killed between two renames
             yield
 
 
-def _is_only_begun(directory: Path) -> bool:
-    """Return whether nothing was built yet."""
-    return {path.name for path in directory.iterdir()} == {BEGUN, MARKER}
+STAGES: dict[str, type[Stage]] = {}
+"""The stages of a run, in their order, as `rarec.stages` fills it."""

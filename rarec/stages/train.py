@@ -1,18 +1,24 @@
 """`rarec train`, `accelerate launch launch/train.py`: train every variant of the configuration at the same budget."""
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rarec.config import Variant
 from rarec.errors import UserError
+from rarec.stages.run import Run
+from rarec.stages.run_folder import RunFolder
 from rarec.stages.stage import Built, Stage
-from rarec.storage.artefacts import sha256_json
+from rarec.storage.artefacts import MANIFEST, differences, read_manifest, sha256_json
 from rarec.storage.files import sha256_file
 
 if TYPE_CHECKING:
     from rarec.models.towers import RaRec
-    from rarec.stages.run import Run
+    from rarec.planning.advice import RunPlan
+    from rarec.planning.cluster import Cluster, EngineName
     from rarec.training.checkpoints import Checkpoints
+    from rarec.training.loop import Trainer
 
 OUTSIDE = ("variants", "trackers", "keep", "stream")
 """Fields of `train` that do not shape a variant's weights."""
@@ -22,13 +28,14 @@ CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
 class TrainStage(Stage):
     """One trained variant: its best and newest checkpoints, its log, and in the manifest the best step."""
 
+    run: Run
     name = "train"
     summary = "Train every variant (as launch/train.py does on several ranks)."
     resumable = True
     claims = (LOG, "skipped.json", "log/")  # the last is of trackers
 
     @classmethod
-    def parts(cls, run: "Run") -> list[str]:
+    def parts(cls, run: RunFolder) -> list[str]:
         """See `Stage`."""
         return list(run.config.variants)
 
@@ -63,15 +70,16 @@ class TrainStage(Stage):
         """See `Stage`."""
         import torch
 
-        from rarec.stages.plan import out_of_memory
+        from rarec.planning.advice import out_of_memory
         from rarec.stages.variant_training import train_variant
 
+        run = self.run
         checkpoints = self.checkpoints(directory)
         try:
-            figures, stop = train_variant(self.run, self.variant, directory, checkpoints)
+            figures, stop = train_variant(run, self.variant, directory, checkpoints)
         except torch.OutOfMemoryError:
-            raise out_of_memory(self.run, self.part) from None
-        log = sha256_file(directory / LOG) if self.run.world.is_main else ""
+            raise out_of_memory(self.part, run.engine.name, run.world, partial(plan, run)) from None
+        log = sha256_file(directory / LOG) if run.world.is_main else ""
         return Built({**figures, "log": log}, _files(checkpoints, figures["best_step"]), stop)
 
     def checkpoints(self, directory: Path | None = None) -> "Checkpoints":
@@ -87,6 +95,12 @@ class TrainStage(Stage):
         """See `Stage`: the other variants need not be trained again."""
         return f"train it again: rarec train CONFIG --fresh train.variants=[{self.part}]"
 
+    def untrained(self) -> "Trainer":
+        """Return the training before its first step, for measurements; damaged samples are not looked for."""
+        from rarec.stages.variant_training import untrained
+
+        return untrained(self.run, self.variant, self.checkpoints())
+
     def best_model(self) -> "RaRec":
         """Return the trained variant at its best validation, for the run's engine to serve.
 
@@ -96,13 +110,14 @@ class TrainStage(Stage):
         """
         from rarec.storage.checkpoint_store import CorruptCheckpoint
 
-        manifest, checkpoints = self.require(), self.checkpoints()
+        manifest = self.require()
+        checkpoints = self.checkpoints()
         best = manifest["best_step"]
         model = self.run.build_model(self.variant)
         try:
             checkpoints.load(model, best)
-        except CorruptCheckpoint as torn:  # a later checkpoint is another model: it must not take the place of this one
-            raise UserError(torn.problem, self.remedy) from None
+        except CorruptCheckpoint as error:  # a later checkpoint is another model and must not replace this one
+            raise UserError(error.problem, self.remedy) from None
         if _files(checkpoints, best) != manifest["files"]:
             raise UserError(f"{checkpoints.path(best)} is not the best checkpoint of {self.directory}", self.remedy)
         return model.eval()
@@ -112,3 +127,28 @@ def _files(checkpoints: "Checkpoints", step: int) -> dict[str, str]:
     """Return the sha256 of each file of a checkpoint, as the training's manifest names them."""
     place = f"{CHECKPOINTS}/{checkpoints.path(step).name}"
     return {f"{place}/{name}": digest for name, digest in checkpoints.digests(step).items()}
+
+
+def plan(run: Run, cluster: "Cluster", engine: "EngineName | None") -> "RunPlan":
+    """Estimate what training the variants of a run needs; nothing is loaded, and nothing is written.
+
+    Args:
+        run: the run.
+        cluster: GPUs to train on.
+        engine: engine to plan for; None for the recommended one.
+
+    Raises:
+        UserError: the language model's configuration or a file of vectors is missing, or the batch is too small.
+    """
+    from rarec.planning.advice import plan_run
+    from rarec.planning.input_sizes import SampleStats
+
+    stage = run.stage("shards")
+    samples = None
+    if (stage.directory / MANIFEST).exists():
+        manifest = read_manifest(stage.directory, "shards")
+        if differences(manifest["settings"], json.loads(json.dumps(stage.settings()))):
+            run.say(f"{stage.directory} was made with other settings: the number of samples is unknown")
+        else:
+            samples = SampleStats.of_shards(stage.directory, manifest, run.config)
+    return plan_run(run.config, run.converted_llm, samples, cluster, engine)

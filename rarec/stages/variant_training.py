@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking import EvalBatch, validation_metrics
-from rarec.stages.run import Run, Say
+from rarec.stages.run import Run
+from rarec.stages.run_folder import Say
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS
 from rarec.storage.artefacts import check_files
 from rarec.training.accelerator import build_accelerator
-from rarec.training.batches import Collator
+from rarec.training.batches import Collator, initial_samples
 from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.loop import Trainer
 from rarec.training.step_metrics import TrainingLog
@@ -114,7 +114,10 @@ def build_trainer(
         model = run.build_model(variant)
         checkpoints.load(model, state.step)
     else:
-        model = open_initialiser(run, shards["state_blocks"]).new_model(variant, partial(feed.first_samples, plan))
+        initialiser = open_initialiser(run, shards["state_blocks"])
+        model = initialiser.new_model(
+            variant, lambda count: initial_samples(feed.first_samples(plan, count), run.prompts)
+        )
     optimisation = run.engine.train(model, config.train)
     collate = Collator(model, run.prompts, run.sources, item_states_NLD, config.alignment.id_dropout)
     return Trainer(
@@ -129,6 +132,12 @@ def build_trainer(
         world,
         config.train.steps(plan.total_steps(config.train.epochs), trained_parameters(model)),
     )
+
+
+def untrained(run: Run, variant: Variant, checkpoints: Checkpoints) -> Trainer:
+    """Return a variant's training before its first step, without the check for damaged samples."""
+    feed = open_feed(run)
+    return build_trainer(run, variant, feed, feed.plan(), checkpoints, TrainingState())
 
 
 def open_feed(run: Run) -> Feed:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rarec.errors import UserError
-from rarec.storage.directories import CHECKED
-from rarec.storage.files import read_json, sha256_file, write_json
+from rarec.storage.directories import CHECKED, MARKER, claim, drop_listed, new_directory
+from rarec.storage.files import read_json, remove_stale, sha256_file, write_json
 
 SCHEMA = 3
 """Of manifests. 1 called variants `arms` and sanity checks `probes`, and had a `done.json` beside a training's; 2 had
@@ -23,6 +23,10 @@ no seal, and no markers in directories."""
 MAKERS = {"bundle": "export", "checkpoint": "train"}
 """The command that makes a kind of artefact, where it is not the kind's own name."""
 MANIFEST = "manifest.json"
+BEGUN = ".begun.json"
+"""File in a directory whose build can be resumed: the kind, settings and inputs of the manifest to come."""
+PROGRESS = ".progress"
+"""Directory in there, with what the build needs to resume."""
 IDENTITY = ("kind", "schema", "settings", "made_from", "files")
 """The fields of a manifest that its hash covers."""
 _FRESH = 2 * 10**9
@@ -106,28 +110,24 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
     path = directory / MANIFEST
     if not path.exists():
         raise UserError(f"{directory} has no {MANIFEST}", f"build it first: rarec {MAKERS.get(kind, kind)} CONFIG")
-    found = read_json(path, rebuild(kind))
-    schema = found.get("schema", SCHEMA) if isinstance(found, dict) else SCHEMA
-    if isinstance(schema, int) and schema < SCHEMA:
-        problem = f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}"
-        raise UserError(problem, f"move {directory} away, and build it again")
+    plain = read_json(path, rebuild(kind))
+    schema = plain.get("schema", SCHEMA) if isinstance(plain, dict) else SCHEMA
+    other_schema = f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}"
+    if isinstance(schema, int) and schema < SCHEMA:  # had no seal
+        raise UserError(other_schema, f"move {directory} away, and build it again")
     manifest = read_sealed(path, rebuild(kind))
     if manifest.get("kind") != kind:
         raise UserError(f"{path} is of kind {manifest.get('kind')!r}, not {kind!r}", rebuild(kind))
     if schema != SCHEMA:
-        raise UserError(f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}", "update rarec")
-    malformed = [name for name in ("settings", "made_from", "files") if not _maps_names(manifest.get(name), name)]
-    if malformed:
-        raise UserError(f"{path}: field `{malformed[0]}` is malformed", rebuild(kind))
-    outside = [name for name in manifest["files"] if Path(name).is_absolute() or ".." in Path(name).parts]
-    if outside:
-        raise UserError(f"{path} names a file outside of its folder: {outside[0]!r}", rebuild(kind))
+        raise UserError(other_schema, "update rarec")
+    for field in ("settings", "made_from", "files"):
+        value = manifest.get(field)
+        if not isinstance(value, dict) or not (field == "settings" or set(map(type, value.values())) <= {str}):
+            raise UserError(f"{path}: field `{field}` is malformed", rebuild(kind))
+    for name in manifest["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path} names a file outside of its folder: {name!r}", rebuild(kind))
     return manifest
-
-
-def _maps_names(value: Any, field: str) -> bool:
-    """Return whether a value is an object and, but for settings, one of strings."""
-    return isinstance(value, dict) and (field == "settings" or all(type(each) is str for each in value.values()))
 
 
 def check_files(
@@ -152,47 +152,48 @@ def check_files(
         UserError: a file is missing or altered.
     """
     files: Mapping[str, str] = manifest["files"]
-    known = _read_checked(directory) if remember else {}
-    found: dict[str, list[Any]] = {}
+    remedy = remedy or rebuild(manifest["kind"])
+    known = _read_notes(directory) if remember else {}
+    checked: dict[str, list[Any]] = {}
     for name in files if names is None else names:
         path = directory / name
         if not path.is_file():
-            raise UserError(f"{path} is missing", remedy or rebuild(manifest["kind"]))
-        stamp = _stamp(path)
-        if known.get(name) == [*stamp, files.get(name)]:
+            raise UserError(f"{path} is missing", remedy)
+        note = [*_stamp(path), files.get(name)]
+        if known.get(name) == note:
             continue
         if sha256_file(path) != files.get(name):
-            raise UserError(f"{path} was altered", remedy or rebuild(manifest["kind"]))
-        if time.time_ns() - stamp[1] > _FRESH and stamp == _stamp(path):
-            found[name] = [*stamp, files[name]]
-    if remember and found:
-        with suppress(OSError):  # somebody else's folder: the next one reads them again
-            write_json(directory / CHECKED, {**known, **found})
+            raise UserError(f"{path} was altered", remedy)
+        if time.time_ns() - path.stat().st_mtime_ns > _FRESH and _stamp(path) == note[:-1]:
+            checked[name] = note
+    if remember and checked:
+        with suppress(OSError):  # another user's folder: the next command reads them again
+            write_json(directory / CHECKED, {**known, **checked})
 
 
 def note_checks(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Note that the files of an artefact are as its manifest says, which was written a moment ago."""
-    noted = {name: [*_stamp(directory / name), digest] for name, digest in manifest["files"].items()}
-    write_json(directory / CHECKED, noted)
+    notes = {name: [*_stamp(directory / name), digest] for name, digest in manifest["files"].items()}
+    write_json(directory / CHECKED, notes)
 
 
-def _read_checked(directory: Path) -> dict[str, Any]:
+def _read_notes(directory: Path) -> dict[str, Any]:
     """Return what `check_files` has noted of each file; nothing where that cannot be read."""
     try:
-        found = read_json(directory / CHECKED)
+        notes = read_json(directory / CHECKED)
     except (UserError, OSError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def _stamp(path: Path) -> list[int]:
     """Return what changes with a file: its size, the time of its last change, its inode."""
-    now = path.stat()
-    return [now.st_size, now.st_mtime_ns, now.st_ino]
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def check_made_from(directory: Path, manifest: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    """Refuse an artefact that was made from other inputs than the ones that are here now.
+    """Refuse an artefact that was made from other inputs than those of now.
 
     Raises:
         UserError: naming the input.
@@ -223,3 +224,54 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         parts = (differences(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
         return [line for part in parts for line in part]
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+# ---- builds that can be resumed
+
+
+def begin_build(directory: Path, final: Path, begun: Manifest, claims: Iterable[str]) -> None:
+    """Note what is built in a directory, or check that what was begun there is the same build, which then resumes.
+
+    Args:
+        directory: to build in: `final` or, while an artefact there stays in use, one beside it.
+        final: place of the artefact.
+        begun: the kind, schema, settings and inputs of the manifest to come.
+        claims: names of the build's files, `name/` for all in a directory.
+
+    Raises:
+        UserError: another build was begun in `final`, or the user has a file of such a name.
+    """
+    for name in {final.name, directory.name}:
+        remove_stale(directory.parent, name)
+    if (directory / BEGUN).exists() and not is_only_begun(directory):
+        try:
+            _check_begun(directory, begun)
+        except UserError:
+            if directory == final:
+                raise  # otherwise it was abandoned, and is replaced
+        else:
+            claim(directory, claims)
+            return
+    # Renamed with this file in it: without, it would not be known as rarec's.
+    with new_directory(directory, [MANIFEST, f"{PROGRESS}/", *claims]) as temporary:
+        write_sealed(temporary / BEGUN, begun)
+
+
+def is_only_begun(directory: Path) -> bool:
+    """Return whether nothing was built yet."""
+    return {path.name for path in directory.iterdir()} == {BEGUN, MARKER}
+
+
+def end_build(directory: Path) -> None:
+    """Remove what a finished artefact needs no more."""
+    drop_listed(directory, (BEGUN, f"{PROGRESS}/"))
+
+
+def _check_begun(directory: Path, begun: Manifest) -> None:
+    """Refuse to resume another build, naming the difference."""
+    recorded = read_sealed(directory / BEGUN, rebuild(begun["kind"]))
+    if recorded != begun and recorded.get("schema") == SCHEMA:
+        check_made_from(directory, recorded, begun["made_from"])
+        check_settings(directory, recorded, begun["settings"])
+    if recorded != begun:
+        raise UserError(f"{directory / BEGUN} is of another version of rarec", rebuild(begun["kind"]))

@@ -12,7 +12,7 @@ from typing import Any
 
 from rarec.errors import UserError
 from rarec.storage.artefacts import check_files, read_manifest, write_manifest
-from rarec.storage.directories import discard, new_directory, restore_all_replaced
+from rarec.storage.directories import discard, new_directory
 from rarec.storage.files import read_json, remove_stale, write_json
 
 KIND = "checkpoint"
@@ -36,7 +36,9 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path, keep: int, belongs_to: str) -> None:
-        self.directory, self.keep, self.belongs_to = directory, keep, belongs_to
+        self.directory = directory
+        self.keep = keep
+        self.belongs_to = belongs_to
 
     def path(self, step: int) -> Path:
         """Return the directory of the checkpoint after `step` steps."""
@@ -45,7 +47,7 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, oldest first; each was whole when it was written."""
         named = (_NAME.fullmatch(path.name) for path in self.directory.glob(f"{_PREFIX}*"))
-        return sorted(int(found[1]) for found in named if found)
+        return sorted(int(match[1]) for match in named if match)
 
     @contextmanager
     def writing(self, step: int, state: Mapping[str, Any], best: int | None = None) -> Iterator[Path]:
@@ -77,7 +79,6 @@ class CheckpointStore:
         Raises:
             UserError: there are checkpoints, but none can be used; or one belongs to another training.
         """
-        restore_all_replaced(self.directory)
         remove_stale(self.directory)
         lost = self._lost()
         usable = [step for step in self.steps() if step not in lost]
@@ -98,12 +99,13 @@ class CheckpointStore:
                 self.verify(step)
             except CorruptCheckpoint as error:
                 lost[step] = error.problem
-        last_torn, whole = max(lost, default=0), set(self.steps()) - set(lost)
+        last_corrupt = max(lost, default=0)
+        whole = set(self.steps()) - set(lost)
         for step in sorted(whole):
             best = self.read_state(step).get("best_step")
-            replaced = best not in lost and step < last_torn  # by a better one, which was kept in its stead
+            replaced = best not in lost and step < last_corrupt  # by a better one, which was kept in its stead
             if best is not None and best not in whole and not replaced:
-                lost[step] = f"{self.path(step)} needs {self.path(best).name}, the best, which is torn or missing"
+                lost[step] = f"{self.path(step)} needs {self.path(best).name}, the best, which is corrupt or missing"
         return lost
 
     def verify(self, step: int) -> None:

@@ -1,30 +1,31 @@
 """Directories that rarec makes: renamed from a temporary one when whole, and marked, so that nothing else is replaced.
 
 The marker in a directory lists the files that rarec has made there. A directory without one, or one that holds anything
-else, is somebody else's: it is neither replaced nor deleted.
+else, is the user's: it is neither replaced nor deleted.
 """
 
 import fcntl
+import glob
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 from rarec.errors import UserError
 from rarec.storage.files import fsync, is_temporary, open_to_lock, read_json, remove_stale, temporary_path, write_json
 
 MARKER = ".rarec.json"
-"""File in a directory that rarec has made: the names of its files; `name/` stands for all that is in a directory."""
+"""File in a directory that rarec has made: the names of its files; `name/` for all that is in a directory."""
 CHECKED = ".rarec-checked.json"
-"""File beside it: which files were read and found whole, so that they are not read again."""
-_MOVE = "move it away, or choose another run.dir"
+"""File beside it: which files were read and checked, so that they are not read again."""
 
 
 @contextmanager
 def new_directory(path: Path, claims: Iterable[str] = ()) -> Iterator[Path]:
-    """Yield a directory beside `path`; on success mark it, fsync every file in it and rename it to `path`.
+    """Yield a temporary directory; on success mark it, fsync every file in it and rename it to `path`.
 
     What was at `path` is replaced. On an error nothing is left, and `path` is as it was.
 
@@ -48,7 +49,8 @@ def new_directory(path: Path, claims: Iterable[str] = ()) -> Iterator[Path]:
         with open_to_lock(temporary) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield temporary
-            _mark(temporary, {*claims, *(file.relative_to(temporary).as_posix() for file in _files(temporary))})
+            files = (entry.relative_to(temporary).as_posix() for entry in temporary.rglob("*") if not entry.is_dir())
+            _mark(temporary, {*claims, *files})
             replace_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -73,13 +75,37 @@ def replace_directory(new: Path, path: Path) -> None:
     fsync(path.parent)
 
 
+def restore_replaced(path: Path) -> None:
+    """Put a directory back that a process was replacing when it was killed between the two renames."""
+    if _replaced(path).exists() and not os.path.lexists(path):
+        _replaced(path).rename(path)
+
+
 def discard(path: Path) -> None:
-    """Delete a directory that rarec has made; leave it if it holds anything else, or is not there."""
+    """Delete a directory that rarec has made; leave it if it holds anything else, or does not exist."""
     if path.is_dir() and foreign(path) is None:
         remove_stale(path.parent, path.name)
-        going = _replaced(path)
-        path.rename(going)  # at once: half a directory would look damaged
-        shutil.rmtree(going, ignore_errors=True)
+        path.rename(_replaced(path))  # at once: half a directory would look damaged
+        shutil.rmtree(_replaced(path), ignore_errors=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Fsync a directory and everything in it; tensors get the mode of the other files, which follows the umask."""
+    mode = 0o666 & directory.stat().st_mode  # the umask itself cannot be read without being set
+    for tensors in directory.rglob("*.safetensors"):  # their library writes them by a private temporary file
+        with suppress(PermissionError):  # begun by another user, in a shared directory
+            tensors.chmod(mode)
+    for entry in directory.rglob("*"):
+        if not entry.is_symlink() and (entry.is_file() or entry.is_dir()):  # opening a pipe would block
+            fsync(entry)
+    fsync(directory)
+
+
+def _replaced(path: Path) -> Path:
+    return temporary_path(path, "old")
+
+
+# ---- what rarec has made
 
 
 def claim(directory: Path, names: Iterable[str]) -> None:
@@ -97,10 +123,8 @@ def claim(directory: Path, names: Iterable[str]) -> None:
         raise UserError(f"{directory / MARKER} is missing or damaged", f"move {directory} away")
     new = set(names) - listed
     for name in sorted(listed | new):
-        path = directory / name
-        fits = _is_folder if name.endswith("/") else _is_file
-        if os.path.lexists(path) and (name in new or not fits(path)):
-            raise _refusal(path)
+        if os.path.lexists(directory / name) and (name in new or not _is_own(directory / name, name)):
+            raise _refusal(directory / name)
     if new:
         _mark(directory, listed | new)
 
@@ -110,14 +134,10 @@ def drop_listed(directory: Path, names: Iterable[str]) -> None:
     for own in (MARKER, CHECKED):  # left by a process that was killed while it wrote them
         remove_stale(directory, own)
     listed = _listed(directory) or set()
-    there = [name for name in listed.intersection(names) if os.path.lexists(directory / name)]
-    for name in there:
-        path = directory / name
-        if name.endswith("/"):
-            shutil.rmtree(path, ignore_errors=True)  # it leaves links and files
-        elif _is_file(path):
-            path.unlink()
-    if there:  # from now on, a file of such a name is the user's
+    present = [name for name in listed.intersection(names) if os.path.lexists(directory / name)]
+    for path in (directory / name for name in present if _is_own(directory / name, name)):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    if present:  # from now on, a file of such a name is the user's
         _mark(directory, listed.difference(names))
 
 
@@ -127,13 +147,13 @@ def refuse_foreign(path: Path) -> None:
     Raises:
         UserError: naming it.
     """
-    found = foreign(path)
-    if found is not None:
-        raise _refusal(found)
+    entry = foreign(path)
+    if entry is not None:
+        raise _refusal(entry)
 
 
 def foreign(path: Path) -> Path | None:
-    """Return the first thing at a path, or inside it, that rarec has not made; None if there is none.
+    """Return the first entry at a path, or inside it, that rarec has not made; None if there is none.
 
     An empty directory may be used as one's own. A link may not: what it points to is elsewhere.
     """
@@ -142,51 +162,29 @@ def foreign(path: Path) -> Path | None:
     listed = _listed(path)
     if listed is None:
         return None if all(map(is_temporary, path.iterdir())) else path
-    return _foreign_in(path, path, listed)
+    return next(_foreign_entries(path, path, listed | {MARKER, CHECKED}), None)
 
 
-def restore_replaced(path: Path) -> None:
-    """Put a directory back that a process was replacing when it was killed between the two renames."""
-    if _replaced(path).exists() and not os.path.lexists(path):
-        _replaced(path).rename(path)
-
-
-def restore_all_replaced(directory: Path) -> None:
-    """Put back every directory inside one that was being replaced; see `restore_replaced`."""
-    for temporary in directory.glob(".*.aside-old-*"):
-        if is_temporary(temporary):
-            restore_replaced(directory / temporary.name[1:].partition(".aside-old-")[0])
-
-
-def sync_directory(directory: Path) -> None:
-    """Fsync a directory and everything in it; tensors get the mode of the other files, which follows the umask."""
-    mode = 0o666 & directory.stat().st_mode  # the umask itself cannot be read without being set
-    for tensors in directory.rglob("*.safetensors"):  # written by way of a private temporary file
-        with suppress(PermissionError):  # begun by another user, in a shared directory
-            tensors.chmod(mode)
-    for entry in directory.rglob("*"):
-        if not entry.is_symlink() and (entry.is_file() or entry.is_dir()):  # opening a pipe would block
-            fsync(entry)
-    fsync(directory)
-
-
-def _foreign_in(root: Path, directory: Path, listed: set[str]) -> Path | None:
-    """Return the first file below a directory that the marker of `root`, or one nearer to the file, does not list."""
+def _foreign_entries(root: Path, directory: Path, listed: Container[str]) -> Iterator[Path]:
+    """Yield what is below a directory and not listed by the marker of `root`, or by one nearer to the entry."""
     for entry in sorted(directory.iterdir()):
         name = entry.relative_to(root).as_posix()
-        if (f"{name}/" in listed and _is_folder(entry)) or is_temporary(entry):
+        if is_temporary(entry) or (f"{name}/" in listed and _is_own(entry, f"{name}/")):
             continue
         if entry.is_symlink() or not entry.is_dir():
-            if (name in (MARKER, CHECKED) or name in listed) and _is_file(entry):
-                continue
-            return entry
-        if name in listed:  # a folder, even an empty one, where a file should be
-            return entry
-        marked = (entry / MARKER).exists()
-        found = foreign(entry) if marked else _foreign_in(root, entry, listed)
-        if found is not None:
-            return found
-    return None
+            if not (name in listed and _is_own(entry, name)):
+                yield entry
+        elif name in listed:  # a folder, even an empty one, where a file should be
+            yield entry
+        elif (entry / MARKER).exists():
+            yield from filter(None, [foreign(entry)])
+        else:
+            yield from _foreign_entries(root, entry, listed)
+
+
+def _is_own(path: Path, name: str) -> bool:
+    """Return whether there is a file or, for a `name/`, a folder, and no link to one: rarec makes no links."""
+    return stat.S_IFMT(path.lstat().st_mode) == (stat.S_IFDIR if name.endswith("/") else stat.S_IFREG)
 
 
 def _listed(directory: Path) -> set[str] | None:
@@ -202,23 +200,36 @@ def _mark(directory: Path, names: Iterable[str]) -> None:
     write_json(directory / MARKER, {"made_by": "rarec", "files": sorted(names)})
 
 
-def _is_file(path: Path) -> bool:
-    """Return whether there is a file, and no link to one: rarec makes no links."""
-    return stat.S_ISREG(path.lstat().st_mode)
-
-
-def _is_folder(path: Path) -> bool:
-    """Return whether there is a folder, and no link to one."""
-    return stat.S_ISDIR(path.lstat().st_mode)
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    return (entry for entry in directory.rglob("*") if not entry.is_dir())
-
-
 def _refusal(path: Path) -> UserError:
-    return UserError(f"{path} is there, and rarec has not made it", _MOVE)
+    return UserError(f"{path} is there, and rarec has not made it", "move it away, or choose another run.dir")
 
 
-def _replaced(path: Path) -> Path:
-    return temporary_path(path, "old")
+# ---- what rarec reads
+
+
+def protect_inputs(inputs: Iterable[tuple[str, str]], replaced: Iterable[Path], searched: Container[str] = ()) -> None:
+    """Refuse inputs that a run would replace, and inputs that would include what a run writes.
+
+    Args:
+        inputs: the name of a field, and the path or glob that it holds.
+        replaced: directories that rarec replaces as a whole.
+        searched: fields of which a directory is searched for files.
+
+    Raises:
+        UserError: naming the field.
+    """
+    places = sorted({_real(place) for place in replaced})
+    for field, pattern in inputs:
+        paths = [pattern] if os.path.lexists(pattern) else glob.iglob(pattern, recursive=True)  # noqa: PTH207
+        for path, place in product(map(_real, paths), places):
+            if path.is_relative_to(place):
+                problem = f"{field}: {path} is inside {place}, where rarec replaces files"
+                raise UserError(problem, "move it elsewhere, or choose another run.dir")
+            if field in searched and path.is_dir() and place.is_relative_to(path):
+                problem = f"{field}: {path} is searched for tables, and {place} inside it is for rarec's own"
+                raise UserError(problem, "choose a run.dir outside it, or name the tables by a glob: logs/*.csv")
+
+
+def _real(path: str | Path) -> Path:
+    """Return the path without links; not `Path.resolve`, which raises where links go round in a circle."""
+    return Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""Files written to temporary ones and renamed when whole, and locks that the kernel frees with their process."""
+"""Files that are renamed from a temporary one when whole, and locks that end with their process."""
 
 import errno
 import fcntl
@@ -46,9 +46,12 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+# ---- temporary files
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file beside `path`; fsync it and rename it to `path`. On an error nothing is left.
+    """Yield a temporary binary file; fsync it and rename it to `path`. On an error nothing is left.
 
     What a killed process left under the same name is removed.
     """
@@ -67,34 +70,36 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_path(path: Path, tag: str = "") -> Path:
-    """Return where `path` is kept for the time being: hidden, beside it, by a name that nobody else gives to a file.
+    """Return a hidden path beside `path`, with a name that nothing but rarec gives to a file.
 
     Args:
         path: of the file or directory.
-        tag: tells what it holds; by default, what this process is writing.
+        tag: names the purpose; by default this process, which is writing `path`.
     """
     tag = tag or str(os.getpid())
-    return path.with_name(f".{path.name}.aside-{tag}-{_check(path.name, tag)}")
+    return path.with_name(f".{path.name}.aside-{tag}-{_check_digits(path.name, tag)}")
 
 
 def is_temporary(path: Path) -> bool:
     """Return whether a name is one of `temporary_path`."""
-    found = re.fullmatch(r"\.(.+)\.aside-(\w+)-(\w+)", path.name, re.DOTALL)
-    return found is not None and found[3] == _check(found[1], found[2])
+    parts = re.fullmatch(r"\.(.+)\.aside-(\w+)-(\w+)", path.name, re.DOTALL)
+    return parts is not None and parts[3] == _check_digits(parts[1], parts[2])
 
 
-def _check(name: str, tag: str) -> str:
-    """Return digits that tell a temporary file of rarec from a file of the user's with a similar name."""
+def _check_digits(name: str, tag: str) -> str:
     return hashlib.sha256(f"rarec {name} {tag}".encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 def remove_stale(directory: Path, name: str | None = None) -> None:
-    """Remove what killed processes left, under one name or all; a living process holds a lock on its own."""
-    for temporary in directory.glob(f".{'*' if name is None else glob.escape(name)}.aside-*"):
+    """Remove what killed processes left, for one name or all; a living process holds a lock on what it writes."""
+    for path in directory.glob(f".{'*' if name is None else glob.escape(name)}.aside-*"):
         # gone by now, or another user's: tidying up must not fail a write
-        with suppress(OSError), open_to_lock(temporary) as handle:
-            if is_temporary(temporary) and try_lock(handle):
-                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+        with suppress(OSError), open_to_lock(path) as handle:
+            if is_temporary(path) and try_lock(handle):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---- locks
 
 
 @contextmanager
@@ -118,16 +123,14 @@ def lock_file(path: Path) -> Iterator[int]:
     The file is never deleted: another process may be waiting for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # a link may lead anywhere
-    try:
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))  # a link may lead anywhere
+    with open_to_lock(path) as handle:
         yield handle
-    finally:
-        os.close(handle)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a lock file, waiting for it if another process or thread holds it."""
+    """Hold the lock of a lock file; wait while another process or thread holds it."""
     with lock_file(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -142,15 +145,18 @@ def try_lock(handle: int) -> bool:
     return True
 
 
+# ---- text and JSON
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file to a temporary file, fsync it, and rename it into place."""
+    """Write a text file by `atomic_write`; make its directory if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file to a temporary file, and rename it. NaN and infinity, which JSON lacks, are refused."""
+    """Write a JSON file by `atomic_write`. NaN and infinity, which JSON lacks, are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -163,15 +169,15 @@ def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what
     try:
         with open_file(path) as file:
             return json.loads(file.read().decode())
-    except FileNotFoundError:
-        problem = "is a link to nothing" if path.is_symlink() else "does not exist"
-        raise UserError(f"{path} {problem}", remedy) from None
     except PermissionError:
         raise  # it is not damaged: `machine_trouble` says so
+    except FileNotFoundError:
+        problem = "is a link to nothing" if path.is_symlink() else "does not exist"
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", remedy) from None
+        problem = f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}", remedy) from None
+        problem = f"is not valid JSON: {error}"
+    raise UserError(f"{path} {problem}", remedy)
 
 
 def read_lines(path: Path) -> list[str]:

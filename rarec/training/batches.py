@@ -3,7 +3,7 @@
 Shape letters: b samples of this rank, H history, L stored blocks, D hidden size, N catalogue.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from zlib import crc32
@@ -15,9 +15,10 @@ import torch
 from rarec.data.shards.samples import Sample
 from rarec.ids.source import Source
 from rarec.models.encode import Vectors, side_batch, title_vectors
+from rarec.models.initialise import WHITENING_SIZE, FirstSamples
 from rarec.models.losses import LossTargets
 from rarec.models.towers import RaRec, SideBatch
-from rarec.prompts import PromptPair
+from rarec.prompts import Encoded, PromptPair
 
 _ITEMS_CACHED = 65_536
 CRCS = 2**32
@@ -100,6 +101,25 @@ class Collator:
         vectors = {name: source.items_NE[rows][:, None] * kept_b11 for name, source in self.sources.items()}
         prompts = [self._item(row) for row in rows.tolist()]
         return side_batch(prompts, vectors, self.model.item, self.prompts.tokenizer.filler)
+
+
+def initial_samples(samples: Iterable[Sample], prompts: PromptPair) -> FirstSamples:
+    """Copy what a variant's first values need from training samples; one sample is in memory at a time.
+
+    Args:
+        samples: the first training samples.
+        prompts: the prompts over the catalogue's titles.
+    """
+    targets: list[int] = []
+    encoded: list[Encoded] = []
+    vectors: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for sample in samples:
+        targets.append(sample.target)
+        for name, vectors_KE in sample.vectors.items():
+            vectors.setdefault(name, []).append(vectors_KE.copy())
+        if len(encoded) < WHITENING_SIZE:
+            encoded.append(prompts.stored(sample.tokens_T.copy(), sample.marks, sample.history_H))
+    return FirstSamples(np.array(targets), {name: np.stack(each) for name, each in vectors.items()}, encoded)
 
 
 def _stacked(states: list[npt.NDArray[np.floating]]) -> torch.Tensor:

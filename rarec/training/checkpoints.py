@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rarec.models.build import Weights, load_weights, save_weights
 from rarec.models.towers import RaRec
-from rarec.models.weights import Weights, load_weights, save_weights
 from rarec.storage.checkpoint_store import CheckpointStore
 
 _OPTIMIZER = "optimizer.safetensors"

@@ -1,8 +1,8 @@
 """The keys and values of a user's prefix: what the connector computes from ID vectors, in every block.
 
 A slot is overwritten at the input of every block, so its keys and values are K = rotate(W_k norm(d)) and
-V = W_v norm(d), whatever stands before it. The tokens before the first slot are the same for all users, and so are
-theirs. Text that stands behind attends to a prefix of these keys and values exactly as it attends to the slots.
+V = W_v norm(d), whatever precedes it. The tokens before the first slot are the same for all users, and so are their
+keys and values. Text behind attends to a prefix of these keys and values exactly as it attends to the slots.
 
 Shape letters: L blocks, B users, P positions of the prefix, K slots of a source, E source dimension, D hidden size,
 H heads of keys, C size of a head, O = H * C.
@@ -29,7 +29,7 @@ USE_ONNX = "serve it by --to onnx, or by rarec serve"
 
 @dataclass(frozen=True)
 class Prefix:
-    """What stands before the text in every user's prompt.
+    """What precedes the text in every user's prompt.
 
     Attributes:
         tokens: token ids, with fillers at slots.
@@ -41,17 +41,17 @@ class Prefix:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any], pool: str) -> "Prefix":
-        """Return the prefix of a prompt by `formats.prompt.prompt_facts`.
+        """Return the prefix of a prompt.
 
         Args:
-            facts: of the prompt.
+            facts: of the prompt; see `onnx.write_prompts`.
             pool: `mean`, or `last`.
 
         Raises:
-            UserError: a slot stands behind or within the history; text stands between slots; or text that is read
-                stands before them.
+            UserError: a slot is behind or within the history; text is between slots; or text that is read is before
+                them.
         """
-        places = [at for _, at in sorted(facts["before_slots"])]
+        places = [index for _, index in sorted(facts["before_slots"])]
         first = min(places, default=1)
         slots = range(first, first + len(places))
         same = sorted(facts["before_slots"]) == sorted(facts["empty_slots"])
@@ -80,15 +80,14 @@ def write_program(model: RaRec, prefix: Prefix, path: Path, dtype: torch.dtype) 
         UserError: the model's blocks have no keys and values of a kind that is known here, or a map is the user's own.
     """
     tensors, sources = _maps(model, prefix)
-    blank = {name: torch.zeros(1, source["count"], source["dim"]) for name, source in sources.items()}
+    blank = {source["name"]: torch.zeros(1, source["count"], source["dim"]) for source in sources}
     keys, values = cached(model, prefix, blank)
     tensors |= {"keys_LPHC": keys[:, 0], "values_LPHC": values[:, 0]}
     if sources:
         tensors |= _projections(model.backbone, keys.shape[-2:], dtype) | _rotation(model.backbone, len(prefix.tokens))
     eps = getattr(_norm(model.backbone.blocks[0]), "variance_epsilon", 0.0) if sources else 0.0
-    facts = {"sources": list(sources.values()), "eps": eps}
     contiguous = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(contiguous, path, {"facts": json.dumps(facts)})
+    save_file(contiguous, path, {"facts": json.dumps({"sources": sources, "eps": eps})})
 
 
 @torch.no_grad()
@@ -113,47 +112,40 @@ def cached(model: RaRec, prefix: Prefix, vectors: Mapping[str, Tensor]) -> tuple
     cache = getattr(output, "cache", None) or output.past_key_values
     if len(getattr(cache, "layers", ())) != len(backbone.blocks):
         raise _unknown(backbone)
-    keys, values = (torch.stack([getattr(layer, of) for layer in cache.layers]) for of in ("keys", "values"))
+    keys, values = (torch.stack([getattr(layer, name) for layer in cache.layers]) for name in ("keys", "values"))
     return keys.transpose(2, 3), values.transpose(2, 3)
 
 
-def _maps(model: RaRec, prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Return each source's map from an ID vector to a slot in every block, and where its slots stand."""
+def _maps(model: RaRec, prefix: Prefix) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return each source's map from an ID vector to a slot in every block, and where its slots are."""
     alignment, blocks = model.user.alignment, len(model.backbone.blocks)
+    tensors, sources = dict[str, Tensor](), list[dict[str, Any]]()
     if alignment is None or not prefix.slots:
-        return {}, {}
+        return tensors, sources
     if model.user.alignment_blocks != tuple(range(blocks)):
-        problem = "vLLM keeps slots of every block, or of the input alone"
-        raise UserError(
-            f"this variant has slots in {len(model.user.alignment_blocks)} of {blocks} blocks; {problem}", USE_ONNX
-        )
-    tensors: dict[str, Tensor] = {}
-    sources: dict[str, dict[str, Any]] = {}
-    start = prefix.slots.start
+        given = f"this variant has slots in {len(model.user.alignment_blocks)} of {blocks} blocks"
+        raise UserError(f"{given}; vLLM keeps slots of every block, or of the input alone", USE_ONNX)
+    end = prefix.slots.start
     for name, source in alignment.named_sources():
         if type(source).project is not SourceAlignment.project:
             raise UserError("alignment.map is your own, which vLLM's connector does not know", USE_ONNX)
+        end += source.count
         if source.projections:
-            tensors |= {
-                f"{of}.{name}": tensor
-                for of, tensor in zip(("map_LDE", "bias_LD"), affine(source, blocks), strict=True)
-            }
-            shape, end = source.shape, start + source.count
-            places = list(range(end - shape.vectors, end))
-            sources[name] = {"name": name, "count": shape.vectors, "dim": shape.dim, "places": places}
-        start += source.count
+            map_LDE, bias_LD = _affine(source)
+            tensors |= {f"map_LDE.{name}": map_LDE[:blocks], f"bias_LD.{name}": bias_LD[:blocks]}
+            count = source.shape.vectors
+            places = list(range(end - count, end))
+            sources.append({"name": name, "count": count, "dim": source.shape.dim, "places": places})
     return tensors, sources
 
 
-def affine(source: SourceAlignment, blocks: int) -> tuple[Tensor, Tensor]:
-    """Return p = A e + a of the first blocks, with standardisation and units inside: (L, D, E) and (L, D)."""
-    weight, bias, center, scale, unit = (
-        of.detach().double()
-        for of in (source.weight_LDE, source.bias_LD, source.center_E, source.scale_E, source.unit_L)
-    )
+def _affine(source: SourceAlignment) -> tuple[Tensor, Tensor]:
+    """Return p = A e + a of all blocks, with standardisation and units inside: (L, D, E) and (L, D)."""
+    parameters = (source.weight_LDE, source.bias_LD, source.center_E, source.scale_E, source.unit_L)
+    weight, bias, center, scale, unit = (tensor.detach().double() for tensor in parameters)
     map_LDE = weight / scale * unit[:, None, None]
     bias_LD = (bias - weight @ (center / scale)) * unit[:, None]
-    return map_LDE[:blocks].float(), bias_LD[:blocks].float()
+    return map_LDE.float(), bias_LD.float()
 
 
 def _projections(backbone: FrozenBackbone, heads: torch.Size, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -161,9 +153,10 @@ def _projections(backbone: FrozenBackbone, heads: torch.Size, dtype: torch.dtype
     tensors: dict[str, list[Tensor]] = {}
     for block in backbone.blocks:
         attention: Any = getattr(block, "self_attn", None)
-        if not all(hasattr(attention, of) for of in ("k_proj", "v_proj")) or not hasattr(backbone.trunk, "rotary_emb"):
+        known = hasattr(attention, "k_proj") and hasattr(attention, "v_proj")
+        if not known or not hasattr(backbone.trunk, "rotary_emb"):
             raise _unknown(backbone)
-        own = {"norm_LD": _norm(block).weight}
+        own: dict[str, Tensor] = {"norm_LD": _norm(block).weight}
         for name in ("k", "v"):
             weight, bias = _linear(getattr(attention, f"{name}_proj"), backbone.hidden_size)
             own |= {f"w{name}_LOD": weight.to(dtype), f"b{name}_LO": bias}
@@ -171,7 +164,7 @@ def _projections(backbone: FrozenBackbone, heads: torch.Size, dtype: torch.dtype
             own["key_norm_LC"] = attention.k_norm.weight
         for name, tensor in own.items():
             tensors.setdefault(name, []).append(tensor)
-    stacked = {name: torch.stack(of) for name, of in tensors.items()}
+    stacked = {name: torch.stack(blocks) for name, blocks in tensors.items()}
     if stacked["wk_LOD"].shape[1] != heads.numel():
         raise _unknown(backbone)
     return stacked
@@ -182,11 +175,11 @@ def _norm(block: nn.Module) -> Any:
     return getattr(block, "input_layernorm", None)
 
 
+@torch.no_grad()
 def _linear(module: nn.Module, size: int) -> tuple[Tensor, Tensor]:
     """Return weight (O, D) and bias (O,) of a linear map, whatever it is made of, such as LoRA."""
-    with torch.no_grad():
-        bias: Tensor = module(torch.zeros(1, size))[0]
-        weight: Tensor = module(torch.eye(size)) - bias
+    bias: Tensor = module(torch.zeros(1, size))[0]
+    weight: Tensor = module(torch.eye(size)) - bias
     return weight.T, bias
 
 

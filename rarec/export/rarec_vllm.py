@@ -48,16 +48,16 @@ class VllmClient(Client):
         """Return query vectors, (B, K, F), after histories of item rows."""
         given = dict(self._inputs(rows))
         given["state"] = self.states(rows)
-        return self.graph.run(None, {of.name: given[of.name] for of in self.graph.get_inputs()})[0]
+        return self.graph.run(None, {own.name: given[own.name] for own in self.graph.get_inputs()})[0]
 
     def states(self, rows: list[list[int]]) -> Any:
         """Return the server's pooled states (B, D) after histories of item rows."""
         given, slots = dict(self._inputs(rows)), np.zeros((len(rows), 0), np.float32)
         if self.slots is not None:
-            slots = self.slots.run(None, {of.name: given[of.name] for of in self.slots.get_inputs()})[0]
-        prompts = zip(given["input_ids"], given["slot_positions"], slots, strict=True)
+            slots = self.slots.run(None, {own.name: given[own.name] for own in self.slots.get_inputs()})[0]
+        texts = [tokens[tokens >= 0] for tokens in given["input_ids"]]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return np.stack(list(pool.map(lambda of: self._state(of[0][of[0] >= 0], *of[1:]), prompts)))
+            return np.stack(list(pool.map(self._state, texts, given["slot_positions"], slots)))
 
     def _state(self, tokens: Any, places: Any, slots: Any) -> Any:
         if self.words is None:
@@ -74,8 +74,8 @@ class VllmClient(Client):
     def _ask(self, path: str, field: str, **request: Any) -> Any:
         settings = {"model": self.served["name"], "encoding_format": "base64", "add_special_tokens": False}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        asked = urllib.request.Request(self.url + path, json.dumps({**request, **settings}).encode(), headers)
-        with urllib.request.urlopen(asked, timeout=TIMEOUT) as answer:
+        post = urllib.request.Request(self.url + path, json.dumps({**request, **settings}).encode(), headers)
+        with urllib.request.urlopen(post, timeout=TIMEOUT) as answer:
             state = np.frombuffer(base64.b64decode(json.load(answer)["data"][0][field]), np.float32)
         if not np.isfinite(state).all():
             raise RuntimeError(f"{self.url} has lost a user's slots: its log says why")
@@ -84,8 +84,8 @@ class VllmClient(Client):
     def _check(self, expected: Any) -> None:
         """Compare states with the bundle's: they must be nearer to these than to those without slots."""
         rows = [row[row >= 0].tolist() for row in expected["histories"]]
-        found, right, bare = self.states(rows), expected["states"], expected["bare"]
-        apart, wrong = (np.linalg.norm(of, axis=1) for of in (found - right, bare - right))
+        right, bare = expected["states"], expected["bare"]
+        apart, wrong = (np.linalg.norm(states - right, axis=1) for states in (self.states(rows), bare))
         if not (apart < np.maximum(wrong / 2, 1e-3 * np.linalg.norm(right, axis=1))).all():
             raise RuntimeError(f"{self.url} does not answer what the bundle says: start it by the folder's serve.sh")
 
@@ -99,5 +99,5 @@ def _part(embeddings: Any) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    found = VllmClient(sys.argv[1], sys.argv[2]).recommend([sys.argv[3].split(",")])[0]
-    print("\n".join("{}\t{}\t{:.4f}".format(*one) for one in found))
+    best = VllmClient(sys.argv[1], sys.argv[2]).recommend([sys.argv[3].split(",")])[0]
+    print("\n".join("{}\t{}\t{:.4f}".format(*item) for item in best))

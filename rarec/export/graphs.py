@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,12 @@ from rarec.bundle.parts import Parts
 from rarec.errors import UserError
 from rarec.ids.mapped import MappedUsers
 from rarec.ids.source import GraphUsers, HistoryRule, SequenceUsers, Source
-from rarec.models.encode import Encoder, side_batch
+from rarec.models.encode import side_batch
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import AT_TITLES
 
 Rows = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
-QUERY, ITEM = "query.onnx", "item.onnx"
 OPSET = 20
 
 
@@ -101,41 +100,41 @@ def _newest(rows_BS: Tensor, lengths_B: Tensor, most: int) -> tuple[Tensor, Tens
 
 
 class QueryGraph(nn.Module):
-    """The searched vectors (B, K, F): those of all dense parts, side by side.
+    """The searched vectors (B, K, F): those of all dense parts, side by side, in float32.
 
     Its inputs are integers, padded with -1 on the right: `history` (B, S), item rows, oldest first; `input_ids` (B, T),
     the prompt, with one column of padding or more; `slot_positions`, -1 for slots at titles that the history lacks;
     `titles` (B, H), the items of the titles, where they have slots.
 
     Args:
-        dense: names of the dense parts, in order.
-        sources: the graphs of all sources by name.
-        id_model: name of the source that is the part `id`.
-        variant: name and model of the variant; None without one.
-        filler: token id at padding.
+        parts: of the bundle; its model becomes float32.
+
+    Raises:
+        UserError: the row has no dense form.
     """
 
-    def __init__(
-        self,
-        dense: Sequence[str],
-        sources: Mapping[str, SourceGraph],
-        id_model: str,
-        variant: tuple[str, RaRec] | None,
-        filler: int = 0,
-    ) -> None:
+    prompt_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "slot_positions")
+
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.filler = filler
-        self.dense, self.id_model, self.names = tuple(dense), id_model, tuple(sources)
-        self.sources = nn.ModuleList(sources.values())
-        self.variant = variant[0] if variant else None
-        self.model = variant[1] if variant else None
-        self.taken = taken(self.model.user) if self.model is not None else []
+        facts, self.dense = parts.bundle.facts, tuple(parts.dense.dense)
+        variant = facts["model"]["variant"]["name"] if facts["model"] else None
+        self.variant = variant if variant in self.dense else None
+        self.id_model = facts["id_model"]
+        self.encoder = parts.encoder if self.variant else None
+        model = self.encoder.model.float() if self.encoder is not None else None
+        self.taken = taken(model.user) if model is not None else []
         self.at_titles = tuple(name for name in self.taken if name.endswith(AT_TITLES))
+        wanted = {name.removesuffix(AT_TITLES) for name in self.taken}
+        self.names = tuple(sorted(wanted | ({self.id_model} if "id" in self.dense else set())))
+        self.sources = nn.ModuleList(SourceGraph(parts.bundle.sources[name]) for name in self.names)
+        self.model = model
+        self.eval().requires_grad_(False)
 
     @property
     def inputs(self) -> list[str]:
         """Names of the inputs."""
-        prompt = ["input_ids", "slot_positions"] if self.model is not None else []
+        prompt = self.prompt_inputs if self.model is not None else ()
         return ["history", *prompt, *(["titles"] if self.at_titles else [])]
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -172,13 +171,27 @@ class QueryGraph(nn.Module):
     def encode(self, slots: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
         """Return the variant's vectors (B, Z)."""
         assert self.model is not None
+        assert self.encoder is not None
         ids_BT, positions_BK = given["input_ids"], given["slot_positions"]
         mask_BT = (ids_BT >= 0).long()
-        ids_BT = torch.where(ids_BT < 0, self.filler, ids_BT)
+        ids_BT = torch.where(ids_BT < 0, self.encoder.prompts.tokenizer.filler, ids_BT)
         positions_BK = torch.where(positions_BK < 0, ids_BT.shape[1] - 1, positions_BK)
         batch = SideBatch(ids_BT, mask_BT, positions_BK, slots)
         vectors_BZ: Tensor = self.model({"user": batch})["user"].vectors_BZ
         return vectors_BZ
+
+    def inputs_of(self, histories: Sequence[Rows], **others: Tensor) -> tuple[Tensor, ...]:
+        """Return the inputs for some histories; `others` are those that come from elsewhere."""
+        given = {"history": padded(histories), **others}
+        if self.encoder is not None:
+            prompts, tower = [self.encoder.prompts.user(history) for history in histories], self.encoder.model.user
+            batch = side_batch(prompts, {}, tower, self.encoder.prompts.tokenizer.filler)
+            ids_BT = nn.functional.pad(batch.ids_BT.masked_fill(batch.mask_BT == 0, -1), (0, 1), value=-1)
+            missing_BK = ids_BT.gather(1, batch.positions_BK) < 0
+            given |= {"input_ids": ids_BT, "slot_positions": batch.positions_BK.masked_fill(missing_BK, -1)}
+            most = self.encoder.prompts.config.max_history
+            given["titles"] = padded([prompt.titles_H for prompt in prompts], most)
+        return tuple(given[name] for name in self.inputs)
 
 
 def taken(tower: Tower) -> list[str]:
@@ -192,6 +205,12 @@ class ItemGraph(nn.Module):
     def __init__(self, model: RaRec, sources: Sequence[str]) -> None:
         super().__init__()
         self.model, self.names = model, tuple(sources)
+        self.eval().requires_grad_(False)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+        return ["input_ids", "attention_mask", "slot_positions", *(f"vectors_{name}" for name in self.names)]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the vectors, (B, Z), from token ids, mask, positions of slots, and the vectors of each source."""
@@ -199,41 +218,6 @@ class ItemGraph(nn.Module):
         batch = SideBatch(ids_BT, mask_BT, positions_BK, dict(zip(self.names, vectors, strict=True)))
         encoded: Tensor = self.model({"item": batch})["item"].vectors_BZ
         return encoded
-
-
-def query_graph(parts: Parts, made: type[QueryGraph] = QueryGraph) -> QueryGraph:
-    """Return the query of a bundle's row, in float32.
-
-    Args:
-        parts: of the bundle.
-        made: the class of the graph.
-
-    Raises:
-        UserError: the row has no dense form.
-    """
-    facts, dense = parts.bundle.facts, parts.dense.dense
-    with_model = facts["model"] and facts["model"]["variant"]["name"] in dense
-    model = parts.encoder.model.float() if with_model else None
-    names = taken(model.user) if model is not None else []
-    wanted = {name.removesuffix(AT_TITLES) for name in names} | ({facts["id_model"]} if "id" in dense else set())
-    sources = {name: SourceGraph(parts.bundle.sources[name]) for name in sorted(wanted)}
-    variant = (facts["model"]["variant"]["name"], model) if model is not None else None
-    filler = parts.encoder.prompts.tokenizer.filler if model is not None else 0
-    return made(list(dense), sources, facts["id_model"], variant, filler).eval().requires_grad_(False)
-
-
-def query_inputs(graph: QueryGraph, encoder: Encoder | None, histories: Sequence[Rows]) -> tuple[Tensor, ...]:
-    """Return the graph's inputs for some histories."""
-    given = [padded(histories)]
-    if graph.model is None or encoder is None:
-        return tuple(given)
-    prompts = [encoder.prompts.user(history) for history in histories]
-    batch = side_batch(prompts, {}, graph.model.user, encoder.prompts.tokenizer.filler)
-    ids_BT = nn.functional.pad(batch.ids_BT.masked_fill(batch.mask_BT == 0, -1), (0, 1), value=-1)
-    given += [ids_BT, batch.positions_BK.masked_fill(ids_BT.gather(1, batch.positions_BK) < 0, -1)]
-    if graph.at_titles:
-        given.append(padded([prompt.titles_H for prompt in prompts], encoder.prompts.config.max_history))
-    return tuple(given)
 
 
 def padded(lists: Sequence[npt.NDArray[np.integer]], width: int = 1) -> Tensor:
@@ -244,50 +228,56 @@ def padded(lists: Sequence[npt.NDArray[np.integer]], width: int = 1) -> Tensor:
     return torch.from_numpy(table)
 
 
-def write_graph(module: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], output: str, path: Path) -> None:
-    """Trace a module, and write it as ONNX; batch and lengths stay free.
+def write_graph(module: QueryGraph | ItemGraph, inputs: tuple[Tensor, ...], output: str, path: Path) -> Float32:
+    """Trace a module, and write it as ONNX, whose batch and lengths are free; return what it computes.
 
     Args:
         module: in evaluation mode, on the CPU.
-        inputs: an example, of two rows or more.
-        names: of the inputs.
+        inputs: of two rows or more.
         output: name of the output.
         path: to write.
     """
-    free = [dict.fromkeys(_free(name), torch.export.Dim.DYNAMIC) for name in names]
+    lengths = {"history", "input_ids", "attention_mask"}
+    free = [dict.fromkeys(range(2 if name in lengths else 1), torch.export.Dim.DYNAMIC) for name in module.inputs]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it counts the packages that it can do without
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.export.export(module, inputs, dynamic_shapes=(tuple(free),), strict=False)
+        example = tuple(tensor[:4] for tensor in inputs)
+        traced = torch.export.export(module, example, dynamic_shapes=(tuple(free),), strict=False)
         written = torch.onnx.export(
             traced,
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
-            input_names=list(names),
+            input_names=module.inputs,
             output_names=[output],
         )
         assert written is not None
         written.save(str(path))
+    return run_graph(path, module.inputs, inputs)
 
 
-def _free(name: str) -> range:
-    """Return the axes whose size is free: the batch, and the length of texts and histories."""
-    return range(2 if name in ("history", "input_ids", "attention_mask") else 1)
-
-
-def session(path: Path, threads: int = 0) -> Any:
-    """Open a graph in ONNX Runtime.
+def run_graph(path: Path, names: Sequence[str], inputs: Sequence[Tensor]) -> Float32:
+    """Return the output of a graph that was written.
 
     Raises:
-        UserError: it is not installed.
+        UserError: ONNX Runtime is not installed.
     """
     try:
         import onnxruntime
     except ImportError:
-        raise UserError(
-            "--to onnx needs the packages onnx, onnxscript, onnxruntime", "pip install 'rarec[serving]'"
-        ) from None
+        problem = "--to onnx needs the packages onnx, onnxscript, onnxruntime"
+        raise UserError(problem, "pip install 'rarec[serving]'") from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    used = {graph_input.name for graph_input in session.get_inputs()}
+    given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True) if name in used}
+    output: Float32 = session.run(None, given)[0]
+    return output
+
+
+def difference(vectors: Float32, expected: Float32) -> float:
+    """Return the largest difference of two tables of vectors, relative to the length of the second's."""
+    lengths = np.linalg.norm(expected, axis=-1, keepdims=True)
+    return float(np.abs((vectors - expected) / np.maximum(lengths, 1e-6)).max())

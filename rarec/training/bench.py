@@ -1,4 +1,4 @@
-"""`rarec bench`: where the time of a run's training step goes, beside the bare language model, and what to change."""
+"""Measure where the time of a training step goes, beside the bare language model, and advise what to change."""
 
 import statistics
 import time
@@ -9,13 +9,9 @@ from typing import Any
 
 import torch
 
-from rarec.config import Variant
+from rarec.config import RunConfig
 from rarec.models.towers import RaRec, SideBatch
-from rarec.stages.run import Run
-from rarec.stages.train import TrainStage
-from rarec.stages.variant_training import build_trainer, open_feed
 from rarec.training.batches import Batch
-from rarec.training.checkpoints import TrainingState
 from rarec.training.loop import Trainer
 
 PHASES = ("waiting for data", "forward", "losses", "backward", "update")
@@ -66,25 +62,24 @@ class StepProfile:
         ]
 
 
-def bench(run: Run, variant: str, steps: int) -> StepProfile:
-    """Take some steps of a variant's training from its first weights on, and measure them; nothing is written.
+def bench(trainer: Trainer, variant: str, steps: int, config: RunConfig) -> StepProfile:
+    """Take some steps of a training from its first weights on, and measure them; nothing is written.
 
     With `train.accumulate`, what counts as a step here is one of its parts, and an update.
 
     Args:
-        run: with finished shards.
-        variant: name of the variant.
+        trainer: of the variant.
+        variant: its name.
         steps: number of steps that are counted.
+        config: of the run.
     """
-    trainer = _trainer(run, run.config.variants[variant])
     spent: dict[str, list[float]] = {name: [] for name in PHASES}
-    bare, batches = [], list[Batch]()
+    batches: list[Batch] = []
     trainer.model.train()
     with trainer.loader.open(0, steps + WARM_UP) as loaded:
         for _ in range(steps + WARM_UP):
             batches.append(_step(trainer, loaded, spent))
-    for batch in batches:
-        bare.append(_bare_seconds(trainer.model, batch))
+    bare = [_bare_seconds(trainer.model, batch) for batch in batches]
     trainer.optimisation.end()
     tokens = [batch.tokens for batch in batches[WARM_UP:]]
     padded = [batch.users.mask_BT.numel() + batch.items.mask_BT.numel() for batch in batches[WARM_UP:]]
@@ -92,14 +87,8 @@ def bench(run: Run, variant: str, steps: int) -> StepProfile:
     profile = StepProfile(
         variant, seconds, statistics.median(tokens), 1 - sum(tokens) / sum(padded), statistics.median(bare[WARM_UP:])
     )
-    profile.advice.extend(_advice(run, profile))
+    profile.advice.extend(_advice(config, trainer.world.device.type, profile))
     return profile
-
-
-def _trainer(run: Run, variant: Variant) -> Trainer:
-    feed = open_feed(run)
-    checkpoints = TrainStage(run, variant.name).checkpoints()
-    return build_trainer(run, variant, feed, feed.plan(), checkpoints, TrainingState())
 
 
 def _step(trainer: Trainer, batches: Iterator[Batch], spent: dict[str, list[float]]) -> Batch:
@@ -149,9 +138,10 @@ def _bare_pass(model: RaRec, side: SideBatch) -> None:
     trunk(inputs_embeds=embedded).last_hidden_state.float().mean().backward()
 
 
-def _advice(run: Run, profile: StepProfile) -> Iterator[str]:
+def _advice(config: RunConfig, device: str, profile: StepProfile) -> Iterator[str]:
     """Yield what to change, by the shares of the step."""
-    train, llm = run.config.train, run.config.llm
+    train = config.train
+    llm = config.llm
     waiting = profile.seconds["waiting for data"] / profile.step
     if waiting > MUCH_WAITING:
         yield f"a step waits {waiting:.0%} of its time for data: train.stream.workers={train.stream.workers + 1}"
@@ -164,11 +154,11 @@ def _advice(run: Run, profile: StepProfile) -> Iterator[str]:
             "blocks are recomputed, a third of the time: `rarec plan` says if llm.gradient_checkpointing=false fits",
         ),
         (
-            run.world.device.type == "cpu" and llm.dtype == "float32" and _has_bfloat16(),
+            device == "cpu" and llm.dtype == "float32" and _has_bfloat16(),
             "this processor multiplies bfloat16: llm.dtype=bfloat16 (it changes the model; make the shards again)",
         ),
         (
-            run.world.device.type == "cuda" and not llm.compile,
+            device == "cuda" and not llm.compile,
             "llm.compile=true compiles the blocks, for trainings of more than some hundred steps",
         ),
     ]

@@ -4,7 +4,7 @@
 vLLM, not rarec. A request brings the user's ID vectors in its id, as `slots.VECTORS.`, where VECTORS is base64
 (URL-safe) of little-endian float32; offline, where ids are vLLM's, in its `cache_salt`.
 
-Slots that are missing raise no error by themselves. So the state of a request without vectors, or that was computed
+Missing slots raise no error by themselves. So the state of a request without vectors, or that was computed
 without the prefix, is NaN: vLLM has no way to fail one request to a pooling model. vLLM's own prefix cache, which knows
 users by their text alone, must be off.
 
@@ -80,13 +80,13 @@ class SlotConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _vectors(self, request: Any) -> list[float] | None:
         """Return the numbers that a request brings, None where they are not those of its slots."""
-        brought = VECTORS.search(f"{request.request_id} {request.cache_salt}")
+        match = VECTORS.search(f"{request.request_id} {request.cache_salt}")
         try:
-            found = np.frombuffer(base64.urlsafe_b64decode(brought[1]), "<f4") if brought else np.empty(0)
+            vectors = np.frombuffer(base64.urlsafe_b64decode(match[1]), "<f4") if match else np.empty(0)
         except ValueError:
             return None
-        right = brought and len(found) == self.program.size and bool(np.isfinite(found).all())
-        return found.tolist() if right else None
+        right = match and len(vectors) == self.program.size and bool(np.isfinite(vectors).all())
+        return vectors.tolist() if right else None
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
         """Keep nothing of a request."""
@@ -102,15 +102,15 @@ class SlotConnector(KVConnectorBase_V1, SupportsHMA):
         device = layers[0].kv_cache.device
         program = self.program.to(device)
         made = [program.prefix(torch.tensor(vectors, device=device)) for vectors in loads.vectors]
-        keys, values = (torch.cat(of, 1) for of in zip(*made, strict=True))
+        keys, values = (torch.cat(tables, 1) for tables in zip(*made, strict=True))
         places = torch.cat([self._places(blocks) for blocks in loads.blocks]).to(device)
         for index, layer in enumerate(layers):
-            key, value = (of[index].contiguous().to(layer.kv_cache.dtype) for of in (keys, values))
+            key, value = (table[index].contiguous().to(layer.kv_cache.dtype) for table in (keys, values))
             layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, places)
 
     def _places(self, blocks: Sequence[int]) -> Tensor:
-        at = torch.arange(int(self.program.length))
-        return torch.tensor(blocks)[at // self.block_size] * int(self.block_size) + at % int(self.block_size)
+        size, positions = int(self.block_size), torch.arange(int(self.program.length))
+        return torch.tensor(blocks)[positions // size] * size + positions % size
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing is loaded in the background."""
@@ -129,7 +129,7 @@ def _layers(forward_context: Any) -> list[Any]:
 
 
 def _pool_the_text(prefix: int) -> None:
-    """Have vLLM pool what stands behind the prefix, which is the text; its own mean refuses a prefix.
+    """Have vLLM pool the text, which is behind the prefix; its own mean refuses a prefix.
 
     A state that was computed without the prefix becomes NaN.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Program:
-    """What `rarec.export.vllm.prefix` wrote: from ID vectors to the keys and values of the prefix.
+    """What `rarec.export.prefix` wrote: from ID vectors to the keys and values of the prefix.
 
     Args:
         path: of the file.
@@ -42,19 +42,19 @@ class Program:
         for source in self.sources:
             end = start + source["count"] * source["dim"]
             vectors_KE, start = vectors[start:end].view(source["count"], source["dim"]), end
-            given = [at for at, there in enumerate((vectors_KE != 0).any(-1).tolist()) if there]
-            places = [source["places"][at] for at in given]  # at the others stand those of a missing vector
+            given = (vectors_KE != 0).any(-1).nonzero().flatten().tolist()
+            places = [source["places"][slot] for slot in given]  # the others keep those of a missing vector
             if places:
                 keys[:, places], values[:, places] = self._of_slots(source["name"], vectors_KE[given], places)
         return keys, values
 
-    def _of_slots(self, name: str, vectors_KE: Tensor, places: list[int]) -> tuple[Tensor, Tensor]:
+    def _of_slots(self, source: str, vectors_KE: Tensor, places: list[int]) -> tuple[Tensor, Tensor]:
         t, heads = self.tensors, self.tensors["keys_LPHC"].shape[-2:]
-        slots_LKD = torch.einsum("lde,ke->lkd", t[f"map_LDE.{name}"], vectors_KE) + t[f"bias_LD.{name}"][:, None]
+        slots_LKD = torch.einsum("lde,ke->lkd", t[f"map_LDE.{source}"], vectors_KE) + t[f"bias_LD.{source}"][:, None]
         x_LKD = (self._norm(slots_LKD) * t["norm_LD"][:, None]).to(t["wk_LOD"].dtype)
         keys, values = (
-            (x_LKD @ t[f"w{of}_LOD"].transpose(1, 2)).float().add(t[f"b{of}_LO"][:, None]).unflatten(-1, heads)
-            for of in ("k", "v")
+            (x_LKD @ t[f"w{name}_LOD"].transpose(1, 2)).float().add(t[f"b{name}_LO"][:, None]).unflatten(-1, heads)
+            for name in ("k", "v")
         )
         if "key_norm_LC" in t:
             keys = self._norm(keys) * t["key_norm_LC"][:, None, None]

@@ -1,0 +1,240 @@
+"""Recommendations for the users of a log, whose histories are cleaned and ordered as those of the training were.
+
+For every user: in bounded memory, on any number of ranks, resumed where it was killed. Users are cut into chunks in the
+order of their ids. Each chunk becomes a file in a folder beside the result; in the end these are joined. So the bytes
+of the result depend neither on the ranks nor on interruptions.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import ibis.expr.types as ir
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+from rarec.bundle.bundle import ITEMS, NO_COLUMNS, Bundle, Columns
+from rarec.bundle.recommender import Recommender
+from rarec.config.logs import Prepare
+from rarec.console.progress import track
+from rarec.data.engines import PrepareEngine, compute_value, open_engine
+from rarec.data.engines.table_files import find_files, hash_files
+from rarec.data.preparation import steps
+from rarec.data.preparation.inputs import missing_order_error, read_log, table_location
+from rarec.data.tables import read_columns
+from rarec.distributed.world import SINGLE, World
+from rarec.errors import UserError
+from rarec.ranking.rankers import USERS_AT_A_TIME
+from rarec.storage.artefacts import read_sealed, write_sealed
+from rarec.storage.directories import discard, new_directory
+from rarec.storage.files import atomic_write
+
+NOTES, PARTS = "recommend.json", "parts"
+
+
+class UserHistory(NamedTuple):
+    """The history of one user of a log.
+
+    Attributes:
+        user: the id, as in the log.
+        rows: item rows in the bundle's catalogue, oldest first.
+    """
+
+    user: str | int
+    rows: npt.NDArray[np.int64]
+
+
+class Histories:
+    """The users of a log in the order of their ids, each with the history.
+
+    Items that are not in the catalogue are left out, and users without any other.
+
+    Args:
+        engine: reads the table.
+        table: columns `user_row`, `user_id`, `item_row`, `position`.
+    """
+
+    def __init__(self, engine: PrepareEngine, table: ir.Table) -> None:
+        self._engine, self._table = engine, engine.keep("histories", table)
+
+    def __len__(self) -> int:
+        """Return the number of users."""
+        return int(compute_value(self._engine, self._table.user_row.nunique()))
+
+    def __iter__(self) -> Iterator[UserHistory]:
+        """Yield the users."""
+        columns = ("user_row", "user_id", "item_row")
+        batches = self._engine.batches(self._table.order_by("user_row", "position").drop("position"))
+        rows = (row for batch in batches for row in zip(*(batch[name].to_pylist() for name in columns), strict=True))
+        for (_, user), own in groupby(rows, key=lambda row: row[:2]):
+            yield UserHistory(user, np.array([item for *_, item in own], np.int64))
+
+
+@contextmanager
+def open_log(bundle: Bundle, log: str, columns: Columns = NO_COLUMNS, user: str | None = None) -> Iterator[Histories]:
+    """Open the histories of a log's users; memory does not depend on their number.
+
+    Args:
+        bundle: whose catalogue has the items.
+        log: path of the log.
+        columns: names of columns that differ from those of the log of the training: `user`, `item`, `time`, `position`.
+        user: open this user alone.
+
+    Raises:
+        UserError: the log cannot be read, or does not have that user.
+    """
+    prepare = bundle.prepare({**columns, "path": log})
+    with (
+        tempfile.TemporaryDirectory(prefix="rarec-") as scratch,
+        open_engine(prepare, Path(scratch, "spill")) as engine,
+    ):
+        yield Histories(engine, _read(engine, prepare, bundle.directory / ITEMS, user))
+
+
+def _read(engine: PrepareEngine, prepare: Prepare, items: Path, user: str | None) -> ir.Table:
+    log = _read_log(engine, prepare, user)
+    users = engine.keep("user_codes", steps.number_ids(log.user))
+    catalogue = engine.read(find_files(str(items), "items"), {"item": "item_id"}, "items", lines=True).table
+    codes = engine.keep("item_codes", steps.number_ids(catalogue["item"]))
+    rows = catalogue.select(id="item", row=catalogue.line - 1).inner_join(codes, "id").select("code", "row")
+    coded = engine.keep("log", steps.encode_ids(log, users, codes))
+    if prepare.duplicates == "drop":
+        coded = steps.drop_duplicates(coded)
+    if prepare.repeats != "keep":
+        coded = steps.drop_repeats(coded, prepare.repeats)
+    sequences = steps.build_sequences(coded, users.mutate(row=users.code), engine.keep("item_rows", rows))
+    named = sequences.inner_join(users.select(user_row="code", user_id="id"), "user_row")
+    return named.select("user_row", "user_id", "item_row", "position")
+
+
+def _read_log(engine: PrepareEngine, prepare: Prepare, user: str | None) -> ir.Table:
+    """Return the raw log, or the rows of one user."""
+    config = prepare.interactions
+    location = table_location(config, "log")
+    log = steps.drop_missing_ids(read_log(engine, config, location))
+    bad = compute_value(engine, log.order.isnull().sum())
+    if bad:
+        raise missing_order_error(engine, config, location, bad)
+    if user is not None:
+        log = engine.keep("of_user", log.filter(log.user.cast("string") == user))
+        if not compute_value(engine, log.count()):
+            raise UserError(f"user {user!r} is not in {config.path}", f"name one of its column {config.user}")
+    return log
+
+
+def recommend_all(
+    recommender: Recommender,
+    log: str,
+    out: Path,
+    k: int,
+    *,
+    columns: Columns = NO_COLUMNS,
+    world: World = SINGLE,
+) -> int:
+    """Write the k best new items of every user as rows `user`, `rank`, `item`, `title`, `score`; return their number.
+
+    What was begun from another log, other columns or another bundle is begun anew.
+
+    Args:
+        recommender: over the bundle.
+        log: path of the log; every rank reads all of it, and serves its share of the users.
+        out: file to write, `.parquet`, `.csv` or `.jsonl`.
+        k: number of items.
+        columns: see `open_log`.
+        world: the ranks that share the work.
+
+    Raises:
+        UserError: the file is there already, or its ending is unknown; the log cannot be read.
+    """
+    if out.suffix not in WRITERS:
+        raise UserError(f"{out} ends in none of {', '.join(WRITERS)}", "name a file that does")
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already", "move it away, or name another file")
+    begun = out.with_name(f".{out.name}.begun")
+    made_from = {"log": hash_files(find_files(log, "--log")), "columns": str(sorted(columns.items()))}
+    identity = {**made_from, "bundle": recommender.bundle.manifest["hash"], "k": k}
+    with open_log(recommender.bundle, log, columns) as histories:
+        world.run_on_main(lambda: _begin(begun, identity))
+        parts = [begun / PARTS / f"{number:06}.parquet" for number in range(-(-len(histories) // USERS_AT_A_TIME))]
+        users = iter(histories)
+        for number, part in enumerate(track(parts, "recommending")):
+            world.report("recommending")
+            chunk = list(islice(users, USERS_AT_A_TIME))
+            if number % world.size == world.rank and not part.exists():
+                with atomic_write(part) as file:
+                    pq.write_table(_table(recommender, chunk, k), file, compression="zstd")
+    world.barrier()
+    rows = list[int]()
+    world.run_on_main(lambda: rows.append(_join(begun, parts, _table(recommender, [], k), out)))
+    return world.all_reduce_max(sum(rows))
+
+
+def _begin(begun: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder for the parts, unless one of the same bundle and histories is there."""
+    try:
+        known = read_sealed(begun / NOTES, "") if begun.exists() else None
+    except UserError:
+        known = None
+    if known != identity:
+        with new_directory(begun, [f"{PARTS}/"]) as temporary:
+            write_sealed(temporary / NOTES, identity)
+            (temporary / PARTS).mkdir()
+
+
+def _table(recommender: Recommender, users: list[UserHistory], k: int) -> pa.Table:
+    """Return the rows of some users; ids have the types of the log's and the catalogue's."""
+    lists = recommender.recommend_to([user.rows for user in users], k)
+    rows = [
+        (user.user, rank, *item)
+        for user, items in zip(users, lists, strict=True)
+        for rank, item in enumerate(items, start=1)
+    ]
+    user_type = pa.int64() if users and isinstance(users[0].user, int) else pa.string()
+    types = {"rank": pa.int32(), "item": recommender.bundle.catalogue.ids.type, "title": pa.string()}
+    schema = pa.schema(list({"user": user_type, **types, "score": pa.float32()}.items()))
+    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
+
+
+def _join(begun: Path, parts: list[Path], empty: pa.Table, out: Path) -> int:
+    """Join the parts to one file, and tidy up; return the number of rows."""
+    schema = pq.read_schema(parts[0]) if parts else empty.schema
+    with atomic_write(out) as file, WRITERS[out.suffix](file, schema) as writer:
+        rows = 0
+        for table in map(read_columns, parts) if parts else [empty]:
+            writer.write_table(table)
+            rows += table.num_rows
+    discard(begun)
+    return rows
+
+
+class _JsonWriter(AbstractContextManager["_JsonWriter"]):
+    """Writes tables as lines of JSON; as Arrow's writers of Parquet and CSV."""
+
+    def __init__(self, file: IO[bytes], schema: pa.Schema) -> None:
+        self._file = file
+
+    def write_table(self, table: pa.Table) -> None:
+        """Write the rows of a table."""
+        for row in table.to_pylist():
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+WRITERS: Mapping[str, Callable[[IO[bytes], pa.Schema], Any]] = {
+    ".parquet": partial(pq.ParquetWriter, compression="zstd"),
+    ".csv": csv.CSVWriter,
+    ".jsonl": _JsonWriter,
+}
+"""Writers of tables by the ending of the file."""

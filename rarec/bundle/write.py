@@ -1,0 +1,305 @@
+"""Write a bundle: what goes into it, its files, its card for model hubs, and new versions of it beside the old one.
+
+See `bundle` for what each file holds. Shape letters: N catalogue, Z size of a scored vector.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rarec.bundle.bundle import ENCODERS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Catalogue
+from rarec.bundle.facts import FACTS, SCHEMA
+from rarec.config import MODEL_SECTIONS, RunConfig, Variant
+from rarec.console.inert import in_one_line
+from rarec.errors import UserError
+from rarec.evaluation.labels import (
+    FULL,
+    figure,
+    headline_metrics,
+    listed,
+    metric_title,
+    part_title,
+    variant_order,
+    variant_title,
+)
+from rarec.ids.source import Source
+from rarec.models.build import save_weights
+from rarec.models.towers import RaRec
+from rarec.neighbours.table import TABLE
+from rarec.storage.artefacts import write_manifest
+from rarec.storage.directories import new_directory
+from rarec.storage.files import write_json, write_text
+
+Float32 = npt.NDArray[np.float32]
+CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("card.md")
+FIGURES = ("row", "why", "metrics", "trained_parameters")
+"""Fields of the manifest for the reader, which a new version keeps."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained variant, with its vectors of the catalogue.
+
+    Attributes:
+        model: its towers.
+        variant: its definition.
+        items_NZ: item vectors.
+        llm: identity of the language model.
+    """
+
+    model: RaRec
+    variant: Variant
+    items_NZ: Float32
+    llm: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a bundle.
+
+    Attributes:
+        row: the row of the results that is served, such as `per_layer+id`.
+        parts: name, weight and slope of each of its parts, in the order of the fusion (see `FusedRanker`).
+        id_model: name of the source that is the part `id`.
+        catalogue: the items.
+        trained: the variant, if it is a part.
+        sources: vectors that the variant's slots take, and the ID model, if it is a part.
+        tables: folders of the neighbour tables that are parts.
+    """
+
+    row: str
+    parts: Mapping[str, Mapping[str, float]]
+    id_model: str
+    catalogue: Catalogue
+    trained: Trained | None
+    sources: Mapping[str, Source]
+    tables: Mapping[str, Path]
+
+
+def write_bundle(directory: Path, contents: Contents, config: RunConfig) -> None:
+    """Write a bundle's files, but for its card and manifest.
+
+    Args:
+        directory: to write to.
+        contents: what goes into it.
+        config: the configuration of the run.
+    """
+    trained = contents.trained
+    contents.catalogue.write(directory / ITEMS)
+    vectors = {IDS + name: source.items_NE for name, source in contents.sources.items()}
+    if trained is not None:
+        vectors[MODEL] = trained.items_NZ
+        save_weights(trained.model, directory, dtype=getattr(torch, config.export.dtype))
+    save_tensors(vectors, directory / VECTORS)
+    save_tensors(encoders_of(contents.sources), directory / ENCODERS)
+    for name, folder in contents.tables.items():
+        (directory / TABLES).mkdir(exist_ok=True)
+        shutil.copyfile(folder / TABLE, directory / TABLES / f"{name}.parquet")
+    write_json(directory / FACTS, _facts(contents, config))
+
+
+def encoders_of(sources: Mapping[str, Source]) -> dict[str, Tensor]:
+    """Return the weights of the sources' ID models, as `NAME/weight`."""
+    return {f"{name}/{key}": t for name, source in sources.items() for key, t in source.users.tensors.items()}
+
+
+def save_tensors(tensors: Mapping[str, Tensor | Float32], path: Path) -> None:
+    """Write tensors as safetensors."""
+    save_file({name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
+    trained, prepare = contents.trained, config.prepare
+    neighbours = {name: getattr(config.neighbours, name) for name in ("newest", "decay", "top")}
+    columns = {
+        name: table.model_dump(mode="json", exclude={"path", "table"})
+        for name, table in (("interactions", prepare.interactions), ("items", prepare.items))
+    }
+    return {
+        "schema": SCHEMA,
+        "row": contents.row,
+        "parts": {name: {key: part[key] for key in ("weight", "slope")} for name, part in contents.parts.items()},
+        "id_model": contents.id_model,
+        "sources": {name: _source_facts(source) for name, source in contents.sources.items()},
+        "neighbours": neighbours if contents.tables else None,
+        "batch_size": config.evaluate.batch_size,
+        "tables": {**columns, "duplicates": prepare.duplicates, "repeats": prepare.repeats},
+        "model": _model_facts(trained, config) if trained is not None else None,
+    }
+
+
+def _source_facts(source: Source) -> dict[str, Any]:
+    shape = {"dim": source.dim, "vectors_per_user": source.vectors_per_user}
+    return {"users": source.manifest["settings"]["users"], **shape, "hash": source.hash}
+
+
+def _model_facts(trained: Trained, config: RunConfig) -> dict[str, Any]:
+    settings = config.sections(*MODEL_SECTIONS)
+    settings["train"] = {"blocks": config.train.blocks}
+    return {"variant": vars(trained.variant), "llm": dict(trained.llm), "seed": config.run.seed, "settings": settings}
+
+
+def next_version(bundle: Path) -> Path:
+    """Return the first free name of a version: `bundle-2` beside `bundle`, then `bundle-3`."""
+    bundle = bundle if bundle.name not in ("", "..") else bundle.resolve()  # `.` has no name
+    stem, _, last = bundle.name.rpartition("-")
+    name, number = (stem, int(last)) if stem and last.isdigit() else (bundle.name, 1)
+    while os.path.lexists(path := bundle.with_name(f"{name}-{number + 1}")):
+        number += 1
+    return path
+
+
+def write_version(
+    bundle: Bundle, directory: Path, changed: Mapping[str, Callable[[Path], object]], what: Mapping[str, Any]
+) -> None:
+    """Write a new version of a bundle, which holds all files of the old one but those that change.
+
+    Its manifest has the old one's figures, and `versions`: what each version changed.
+
+    Args:
+        bundle: the old version.
+        directory: of the new one.
+        changed: what writes each file that changes, by the file's name.
+        what: says what the version changes.
+
+    Raises:
+        UserError: the folder is there already.
+    """
+    if os.path.lexists(directory):
+        raise UserError(f"{directory} is there already", "name another folder: --out")
+    manifest = bundle.manifest
+    with new_directory(directory) as temporary:
+        for name in manifest["files"]:
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name in changed:
+                changed[name](path)
+            else:
+                shutil.copyfile(bundle.directory / name, path)
+        made_from = {**manifest["made_from"], "bundle": manifest["hash"]}
+        versions = [*manifest.get("versions", []), {**what, "of": manifest["hash"]}]
+        figures = {name: manifest[name] for name in FIGURES if name in manifest}
+        settings = manifest["settings"]
+        write_manifest(temporary, "bundle", settings=settings, made_from=made_from, **figures, versions=versions)
+
+
+def write_card(
+    directory: Path, contents: Contents, config: RunConfig, figures: Mapping[str, Any], verdict: str
+) -> None:
+    """Write the card: Markdown with the front matter that model hubs read.
+
+    Args:
+        directory: of the bundle.
+        contents: of the bundle.
+        config: of the run.
+        figures: `metrics` (rows of metrics.json) and `trained_parameters`, as in the manifest.
+        verdict: whether the run's main variant adds to the untrained baselines, in one sentence.
+    """
+    catalogue = contents.catalogue
+    examples = [in_one_line(str(item)) for item in catalogue.ids[:2].to_pylist()]
+    card = TEMPLATE.read_text(encoding="utf-8").format(
+        front_matter=_front_matter(contents, config, figures).to_yaml(),
+        title=variant_title(contents.row),
+        verdict=verdict,
+        what=_what(contents, figures["trained_parameters"]),
+        first=examples[0],
+        second=examples[-1],
+        needs=_needs(contents.trained),
+        training=_training(contents, config),
+        items=len(catalogue.titles),
+        n=max(row["n"] for row in figures["metrics"]),
+        table=_table(contents.row, figures["metrics"]),
+    )
+    write_text(directory / CARD, card)
+
+
+def hub_name(model: str) -> str | None:
+    """Return the name of a language model of the hub; None for one that is on this machine: hubs refuse paths."""
+    return model if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) and not Path(model).exists() else None
+
+
+def _front_matter(contents: Contents, config: RunConfig, figures: Mapping[str, Any]) -> ModelCardData:
+    """Return what model hubs read: licence, language model, and the row's figures."""
+    dataset = f"test users of a log, {len(contents.catalogue.titles):,} items"
+    results = [
+        EvalResult("sequential-recommendation", "log", dataset, metric_type=row["metric"], metric_value=row["value"])
+        for row in figures["metrics"]
+        if row["protocol"] == FULL and row["variant"] == contents.row
+    ]
+    return ModelCardData(
+        base_model=hub_name(contents.trained.llm["name"]) if contents.trained else None,
+        library_name="rarec",
+        license=config.export.license,
+        tags=["recommendation", "ra-rec"],
+        model_name=variant_title(contents.row),
+        eval_results=results,
+    )
+
+
+def _what(contents: Contents, parameters: int) -> str:
+    parts = [part_title(name) for name in contents.parts]
+    scored = f"The weighted sum of the scores of {listed(parts)}" if len(parts) > 1 else f"The scores of {parts[0]}"
+    own = f" It holds {parameters:,} trained parameters, and none of the language model's."
+    model = own if contents.trained else ""
+    return f"{scored}, for any history of the catalogue's items.{model} RA-Rec: arXiv 2402.04527."
+
+
+def _needs(trained: Trained | None) -> str:
+    if trained is None:
+        return "- nothing but this folder"
+    llm = trained.llm
+    return (
+        f"- the language model `{llm['name']}`, revision {llm['revision']}, in {llm['dtype']} (weights "
+        f"`{llm['fingerprint'][:16]}`); another one is refused"
+    )
+
+
+def _training(contents: Contents, config: RunConfig) -> str:
+    if contents.trained is None:
+        return f"Seed {config.run.seed}."
+    chosen = [name for name in ("denoise", "diversify") if getattr(config.shards, name)]
+    limit = f", at most {config.shards.max_samples:,}" if config.shards.max_samples else ""
+    held_out = f", of the newest {config.ids.held_out:.0%} of each user's interactions" if config.ids.held_out else ""
+    selection = limit + held_out + (f", {' and '.join(chosen)}" if chosen else "")
+    lora = f"; LoRA of rank {config.lora.rank}" if contents.trained.variant.lora else ""
+    return (
+        f"Loss {config.loss.recommendation} + {config.loss.align_weight} x alignment; "
+        f"{describe_slots(contents.trained.variant, config)}{lora}; seed {config.run.seed}.\n"
+        f"Training samples: share {config.shards.share} of all{selection}. All settings are in `manifest.json`."
+    )
+
+
+def describe_slots(variant: Variant, config: RunConfig) -> str:
+    """Describe the slots of a variant, and the blocks that they enter."""
+    if variant.blocks == "none":
+        return "no slots"
+    every = "every block" if config.train.blocks is None else f"the blocks {', '.join(map(str, config.train.blocks))}"
+    where = {"all": f"at the input of {every}", "input": "at the input of block 0", "readout": "at the readout alone"}
+    parts = [f"{config.alignment.instructions} contextual instructions"] if variant.instructions else []
+    parts += [f"vectors of {', '.join(config.sources_by_name)}"] if variant.projections else []
+    parts += ["vectors of the history's items"] if variant.projections and "{soft:" in config.prompt.title else []
+    return f"{listed(parts)} {where[variant.blocks]}"
+
+
+def _table(row: str, metrics: list[Mapping[str, Any]]) -> str:
+    full = {(values["variant"], values["metric"]): values for values in metrics if values["protocol"] == FULL}
+    names = headline_metrics(metric for _, metric in full)
+    lines = [["row", *map(metric_title, names)], ["---"] * (len(names) + 1)]
+    for variant in sorted({variant for variant, _ in full}, key=variant_order):
+        mark = "**" if variant == row else ""
+        cells = [full.get((variant, name)) for name in names]
+        values = [f"{figure(c['value'])} ({figure(c['low'])} to {figure(c['high'])})" if c else "" for c in cells]
+        lines.append([f"{mark}{variant_title(variant)}{mark}", *values])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
