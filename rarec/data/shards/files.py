@@ -12,6 +12,7 @@ Shape letters: S samples.
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ from rarec.data.shards.samples import INDEX_ROW, REPAIR, IndexRows
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST, read_manifest
 from rarec.storage.directories import MARKER, new_directory
-from rarec.storage.files import atomic_write, is_temporary, locked, open_file, remove_stale
+from rarec.storage.files import atomic_write, is_temporary, locked, open_file
 
 INDEX = "samples.npy"
 MAX_OPEN = 2 * SHUFFLED_TOGETHER
@@ -33,6 +34,8 @@ MAX_OPEN = 2 * SHUFFLED_TOGETHER
 _BLOCK = 2**22
 _LOCKS = 64
 """Number of locks, and so of tars that can be fetched in parallel."""
+_ABANDONED = 3600
+"""Seconds without a write after which a fetch counts as dead."""
 _CHECK_ACCESS = (
     "check train.stream.remote, the network, and the credentials that fsspec finds; then run the same command to resume"
 )
@@ -162,11 +165,10 @@ class RemoteTars(Tars):
     def _reserve(self, file: BinaryIO, size: int) -> None:
         """Evict tars to make room, and reserve it by extending the file, so that other processes count it."""
         with locked(self._locks / "room"):
-            remove_stale(self.directory)
             present = sorted(_tars_with_sizes(self.directory))
             total = size + sum(other for _, other, _ in present)
-            for _, other, path in present:
-                if total > self._max_bytes and path.suffix == ".tar":
+            for used, other, path in present:
+                if total > self._max_bytes and (path.suffix == ".tar" or time.time() - used > _ABANDONED):
                     path.unlink(missing_ok=True)
                     total -= other
             file.truncate(size)
