@@ -2,7 +2,7 @@
 
 import sys
 
-from rarec.entry import main
+from rarec.__main__ import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "recommend")

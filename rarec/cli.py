@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
-from rarec.cli_bundle import LanguageModel, Trust, convert, example, items, realign, recommend
-from rarec.cli_serve import serve
-from rarec.console.progress import Console, console
-from rarec.entry import main, open_run, run_stage, say, watched
+from rarec.cli_bundle import LanguageModel, Trust, convert, example, items, realign, recommend, serve
+from rarec.console.progress import Console, console, say
+from rarec.entry import open_run, run_stage
 from rarec.errors import EXIT_CODE, UserError
 from rarec.stages import STAGES
 
@@ -36,7 +36,7 @@ app = typer.Typer(
 )
 Config = Annotated[Path, typer.Argument(help="Run configuration, YAML. Start from `rarec init`.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", show_default=False)]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Build anew; what is there stays until its replacement is whole.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Rebuild; what is there stays until its replacement is whole.")]
 
 
 @app.command(rich_help_panel="Before")
@@ -88,9 +88,9 @@ def _command(name: str) -> Callable[[Path, list[str] | None, bool], None]:
 def _help(name: str) -> str:
     """Return a stage's help: its place, what it does, the command after it."""
     names = list(STAGES)
-    at = names.index(name)
-    then = f"rarec {names[at + 1]} CONFIG" if at + 1 < len(names) else "open it in a browser"
-    return f"{at + 1}. {STAGES[name].summary} Next: {then}"
+    place = names.index(name) + 1
+    then = f"rarec {names[place]} CONFIG" if place < len(names) else "open it in a browser"
+    return f"{place}. {STAGES[name].summary} Next: {then}"
 
 
 def shards(
@@ -159,6 +159,8 @@ def run(
     verify: Annotated[bool, typer.Option("--verify", help="Read and check every finished file again.")] = False,
 ) -> None:
     """Run every stage in order; what is finished stays. Ends with the table, and where report and bundle are."""
+    from rarec.distributed.watchdog import watched
+
     opened = open_run(config, overrides)
     with watched(opened.world):
         opened.run(stages.split() if stages is not None else None, fresh=fresh, verify=verify)
@@ -176,6 +178,8 @@ def bench(
     steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 10,
 ) -> None:
     """Say where the time of a training step goes, and what to change. Needs shards; trains and writes nothing."""
+    from rarec.distributed.watchdog import watched
+
     opened = open_run(config, overrides)
     name = variant or opened.config.main_variant.name
     if name not in opened.config.variants:
@@ -206,11 +210,23 @@ def sweep(
         raise UserError("--sbatch is for jobs", "give it together with --slurm")
     if listed and slurm:
         raise UserError("--list prints the runs and --slurm submits them", "give one of the two")
-    from rarec.cluster import command as sweeping
+    from rarec.cluster.definition import load_sweep
+    from rarec.cluster.local import list_states, run_locally
+    from rarec.cluster.slurm import submit
 
-    failed = sweeping.sweep(file, overrides or [], only, say, console, listed, sbatch if slurm else None)
-    if failed:
-        raise typer.Exit(1)
+    whole = load_sweep(file, overrides or [])
+    runs = whole.matching(only)
+    if listed:
+        print("\n".join(list_states(whole, runs)))
+    elif slurm:
+        submit(whole, runs, sbatch, say)
+    else:
+        with console.status("") as status:
+            failed = run_locally(whole, runs, say, lambda line: status.update(Text(line)))
+        for line in failed:
+            say(f"failed: {line}")
+        if failed:
+            raise typer.Exit(1)
 
 
 for _command_of_a_bundle in (recommend, serve, realign):
@@ -280,7 +296,3 @@ def command() -> None:
         problem = " ".join(error.format_message().split("\n"))
         where = error.ctx.command_path if error.ctx else _NAME
         raise UserError(problem, f"see {where} --help", shared=True) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rarec.console.inert import in_one_line
-from rarec.entry import open_run, say, watched
+from rarec.console.progress import say
+from rarec.entry import open_run
 from rarec.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ BundleFolder = Annotated[
 LanguageModel = Annotated[
     str | None, typer.Option("--llm", help="The language model, if it is elsewhere than at the export.")
 ]
+BundleOrNone = Annotated[
+    Path | None,
+    typer.Argument(metavar="[BUNDLE]", help="Folder that rarec export has written.", show_default=False),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Trust = Annotated[list[str] | None, typer.Option(help="A part of your own that it may import: package.module:Name.")]
 NewFolder = Annotated[
@@ -30,6 +35,8 @@ NewFolder = Annotated[
 ]
 OF_LOG, OF_ITEMS = ("user", "item", "time", "position"), ("item", "title", "text")
 """Roles that `--columns` takes, of a log and of a table of items."""
+
+LOOPBACK = "127.0.0.1"
 
 items = typer.Typer(help="Add or remove items without training: a new version beside the bundle, which stays.")
 
@@ -83,6 +90,7 @@ def _recommend_to_all(
 ) -> None:
     """Recommend on all ranks that a launcher has started, which share the users."""
     from rarec.bundle.users import recommend_all
+    from rarec.distributed.watchdog import watched
     from rarec.training.accelerator import join_world
 
     world = join_world(device, "--device", "--device cpu")
@@ -147,6 +155,38 @@ def convert(
 
     write_targets(_load(bundle, llm, "cpu", trust), targets, out, say, **options)
     say(str(out))
+
+
+def serve(
+    bundle: BundleOrNone = None,
+    settings: Annotated[Path | None, typer.Option(help="Settings instead: several bundles, limits, tokens.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; this machine alone reaches the default.")] = LOOPBACK,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes, each with the models.")] = 1,
+    backend: Annotated[str | None, typer.Option(help="torch, or onnx for a folder of --to onnx --to faiss.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line.")] = None,
+    drain: Annotated[int, typer.Option(min=0, max=3600, help="Seconds to answer what was asked, at the end.")] = 30,
+    llm: LanguageModel = None,
+    device: Device = "auto",
+    trust: Trust = None,
+) -> None:
+    """Serve a bundle over HTTP, with a page at /. Stop it with Ctrl-C."""
+    try:
+        from rarec.serve import server
+        from rarec.serve import settings as reading
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed", "pip install 'rarec[serve]'") from None
+    options: dict[str, Any] = {"backend": backend, "tokens": tokens and str(tokens.absolute()), "llm": llm}
+    options = {name: value for name, value in options.items() if value is not None}
+    if bundle is not None and settings is None:
+        served = reading.settings_of(bundle, device=device, trusted=trust or [], **options)
+    elif settings is not None and bundle is None:
+        if options or trust or device != "auto":
+            raise UserError("--settings says all but where to listen", "write the other options into that file")
+        served = reading.read_settings(settings)
+    else:
+        raise UserError("what to serve is not clear", "give a BUNDLE, or --settings serve.yaml")
+    server.serve(served, settings, host, port, workers, drain)
 
 
 @items.command("add")

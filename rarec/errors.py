@@ -20,14 +20,16 @@ class UserError(Exception):
     Args:
         problem: what is wrong, naming the file and the row or field; a list for several problems, each a line.
         remedy: what the user can do about it.
-        shared: whether every rank raises it, so that the first alone should tell.
+        shared: whether every rank raises it, so that the first alone should print it.
     """
 
     def __init__(self, problem: str | Sequence[str], remedy: str = "", *, shared: bool = False) -> None:
         lines = [problem] if isinstance(problem, str) else problem
-        self.problem, self.remedy, self.shared = "\n".join(lines), remedy, shared
-        said = in_short("\n".join(map(_in_one_line, lines)))
-        super().__init__(f"{said}\n  -> {in_short(_in_one_line(remedy))}" if remedy else said)
+        self.problem = "\n".join(lines)
+        self.remedy = remedy
+        self.shared = shared
+        message = in_short("\n".join(map(_in_one_line, lines)))
+        super().__init__(f"{message}\n  -> {in_short(_in_one_line(remedy))}" if remedy else message)
 
 
 class Stopped(Exception):
@@ -52,9 +54,14 @@ def in_short(text: str) -> str:
     Cut are quoted texts and words; then lines, from the middle: the reason is at the start of a message, or at the end
     of a library's.
     """
-    text = _QUOTED.sub(lambda found: f"{found[1]}{_cut(found[2])}{found[1]}", text)
-    lines = [_cut(line, _LONGEST_LINE, LONGEST) for line in _WORD.sub(lambda found: _cut(found[0]), text).split("\n")]
+    text = _QUOTED.sub(lambda match: f"{match[1]}{_cut(match[2])}{match[1]}", text)
+    lines = [_cut(line, _LONGEST_LINE, LONGEST) for line in _WORD.sub(lambda match: _cut(match[0]), text).split("\n")]
     return "\n".join(lines)
+
+
+def without_password(text: str) -> str:
+    """Return a text in which URLs lose the password between user and host."""
+    return re.sub(r"(://[^:/@\s'\"]+):[^\s'\"]+@", r"\1:...@", text)
 
 
 def _in_one_line(text: str) -> str:

@@ -32,8 +32,8 @@ def init(directory: Path, example: str) -> Path:
     if example not in EXAMPLES:
         raise UserError(f"there is no example {example!r}", f"choose one of {', '.join(EXAMPLES)}")
     root = shipped_files()
-    found = [path for pattern in BESIDE for path in sorted(root.glob(pattern)) if path.is_file()]
-    copies = {directory / path.relative_to(root): path for path in found}
+    beside = [path for pattern in BESIDE for path in sorted(root.glob(pattern)) if path.is_file()]
+    copies = {directory / path.relative_to(root): path for path in beside}
     copies[directory / f"{example}.yaml"] = root / "configs" / "runs" / f"{example}.yaml"
     texts = {to: path.read_text(encoding="utf-8") for to, path in copies.items()}
     missing = {to: text for to, text in texts.items() if not to.exists()}

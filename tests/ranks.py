@@ -173,10 +173,11 @@ def _run(
     stage: str, config: Path, overrides: list[str], environment: dict[str, str], fresh: bool, stderr: Path
 ) -> None:
     os.environ.update(environment)
-    from rarec import entry
+    from rarec.console.last_resort import guarded
+    from rarec.entry import run_stage
 
     torch.set_num_threads(1)
     with stderr.open("w") as file:
         os.dup2(file.fileno(), 2)  # also what libraries write
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    entry.guarded(lambda: entry.run_stage(stage, config, overrides, fresh))
+    guarded(lambda: run_stage(stage, config, overrides, fresh))

@@ -51,7 +51,7 @@ def service(*arguments: str | Path, hidden: Sequence[str] = ()) -> Iterator[Serv
     """
     words = ["rarec", *command(*arguments, "--port", "0")[3:]]
     code = f"import sys; sys.modules.update(dict.fromkeys({list(hidden)})); sys.argv = {words}"
-    start = [sys.executable, "-c", f"{code}; from rarec.entry import main; main()"]
+    start = [sys.executable, "-c", f"{code}; from rarec.__main__ import main; main()"]
     with subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=own()) as process:
         try:
             yield Service(process)

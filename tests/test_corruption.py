@@ -21,9 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rarec.console.crash import machine_trouble
 from rarec.data.shards.files import INDEX, open_index
 from rarec.data.shards.samples import INDEX_ROW, digest_of, key_of, read_sample
-from rarec.entry import machine_trouble
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST, read_manifest
 from tests.processes import be_killed_at_rename

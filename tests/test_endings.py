@@ -14,23 +14,28 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rarec import __version__, entry
+from rarec import __version__
 from rarec.console.crash import CRASH
+from rarec.console.last_resort import CRASHED, crash_context, guarded
 from rarec.console.launcher import check_launcher
 from rarec.distributed.world import World
-from rarec.entry import CRASHED, guarded
+from rarec.entry import run_stage
 from rarec.errors import EXIT_CODE, UserError
 from rarec.storage.directories import new_directory
 from tests.conftest import make_world
 
 ROOT = Path(__file__).parents[1]
-SAYS = r"entry.say('working'); print('result'); print('\u2013 more')"
+SAYS = r"say('working'); print('result'); print('\u2013 more')"
+IMPORTS = (
+    "import atexit, os, signal, sys, time; from rarec.console.last_resort import guarded; "
+    "from rarec.console.progress import say"
+)
 DEFAULTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 
 def python(code: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a guarded command in a process of its own, started by a shell with these redirections."""
-    script = f"import sys, os, time, signal; from rarec import entry\ndef command():\n {code}\nentry.guarded(command)"
+    script = f"{IMPORTS}\ndef command():\n {code}\nguarded(command)"
     line = ["bash", "-c", f'exec "$@" {shell}', "bash", sys.executable, "-c", script]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
@@ -67,7 +72,7 @@ def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path):
 
 
 def test_a_broken_standard_error_ends_no_work(tmp_path):
-    code = f"[entry.say('x' * 9000) for _ in range(50)]; open({str(tmp_path / 'done')!r}, 'w')"
+    code = f"[say('x' * 9000) for _ in range(50)]; open({str(tmp_path / 'done')!r}, 'w')"
     assert python(code, "2> >(exec true)").returncode == 0
     assert (tmp_path / "done").exists()
 
@@ -156,7 +161,7 @@ def test_a_crash_of_a_stage_is_reported_in_its_run_without_secrets(finished, tmp
     monkeypatch.setenv("HUNTER", "hunter4")
     monkeypatch.setattr(sys, "argv", ["rarec", "prepare", str(finished), "x=sql://me:hunter5@host"])
     with pytest.raises(SystemExit) as end:
-        guarded(lambda: entry.run_stage("prepare", finished, [f"run.dir={tmp_path / 'run'}"]))
+        guarded(lambda: run_stage("prepare", finished, [f"run.dir={tmp_path / 'run'}"]))
     assert end.value.code == CRASHED
     line = capsys.readouterr().err
     assert line.startswith("error: prepare: RuntimeError: ")
@@ -171,10 +176,9 @@ def test_a_crash_of_a_stage_is_reported_in_its_run_without_secrets(finished, tmp
 def test_a_file_of_the_users_with_the_name_of_the_report_stays(tmp_path, capsys):
     mine = tmp_path / CRASH
     mine.write_text("mine")
-    entry_state = {"directory": tmp_path}
 
     def fail() -> None:
-        entry._opened.update(entry_state)
+        crash_context["directory"] = tmp_path
         raise ZeroDivisionError
 
     for _ in range(2):
@@ -206,9 +210,7 @@ def test_a_signal_ends_in_order_however_often_it_comes(name, times, tmp_path):
         f"\n try:\n  open({left!r}, 'w'); print('ready', flush=True); time.sleep(60)"
         f"\n except Exception: pass\n finally:\n  os.unlink({left!r})"
     )
-    script = (
-        f"import os, signal, time; {DEFAULTS}\nfrom rarec import entry\ndef command():{code}\nentry.guarded(command)"
-    )
+    script = f"{IMPORTS}; {DEFAULTS}\ndef command():{code}\nguarded(command)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -240,7 +242,7 @@ def test_an_interrupt_on_the_way_into_a_with_leaves_nothing_aside(tmp_path):
         "def trace(frame, event, _):",
         "  if event == 'return': sys.settrace(None); os.kill(os.getpid(), signal.SIGTERM)",
         "  return trace",
-        "entry.atexit.register(os._exit, 7)",  # at once: Python's own end would tidy up as well
+        "atexit.register(os._exit, 7)",  # at once: Python's own end would tidy up as well
         f"made = new_directory(Path({str(tmp_path)!r}) / 'made')",
         "sys.settrace(lambda frame, *_: trace if frame.f_back.f_code.co_name == 'command' else None)",
         "with made: pass",

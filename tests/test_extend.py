@@ -346,7 +346,7 @@ def wrong(here, tmp_path, monkeypatch) -> Path:
         ("train.variants=[my_package.losses:hinge]", r"`train.variants.0`: .*rarec\.config\.Variant"),
         ("train.variants=[wrong_parts:TAKEN]", r"`train.variants.0`: .*'per_layer', which is taken"),
         ("train.variants=[wrong_parts:UNFIT]", r"`train.variants.0`: .*'a/b'"),
-        ("ids.settings.decoy=1", r"field `ids.settings.decoy`: .*did you mean `decay`\?.*known here: dim"),
+        ("ids.settings.decoy=1", r"field `ids.settings`: .*`decoy`; did you mean `decay`\?.*known here: dim"),
         ("ids.settings.decay=2", r"field `ids.settings.decay`: .*less than or equal to 1"),
         ("ids.settings.decay=much", r"field `ids.settings.decay`: .*number.*'much'"),
     ],
@@ -369,7 +369,7 @@ def test_a_wrong_part_ends_the_command_with_code_2(wrong):
     environment = {**os.environ, "COLUMNS": "400"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 2
-    assert "ids.settings.decoy" in result.stderr
+    assert "`ids.settings`: unknown field `decoy`" in result.stderr
     assert "Traceback" not in result.stderr
 
 

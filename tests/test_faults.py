@@ -13,7 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from rarec.entry import guarded, open_run
+from rarec.console.last_resort import guarded
+from rarec.entry import open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.ranking import EvalBatch, VectorRanker
 from rarec.stages import STAGES

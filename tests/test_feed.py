@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from rarec.config import VARIANTS
+from rarec.console.last_resort import SIGNALLED
 from rarec.data.shards.files import open_index
 from rarec.data.shards.samples import key_of
-from rarec.entry import SIGNALLED, open_run
+from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.models import initialise
 from rarec.models.losses import Objective

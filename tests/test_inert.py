@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.table import Table
 
-from rarec import entry
 from rarec.console.inert import in_one_line, inert, inert_streams
-from rarec.console.progress import Console
+from rarec.console.last_resort import guarded
+from rarec.console.progress import Console, say
 from rarec.errors import LONGEST, UserError
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.files import write_json
@@ -80,18 +80,18 @@ def test_a_table_and_a_line_show_data_as_text_without_markup(text, capsys):
 @pytest.mark.parametrize("text", ATTACKS)
 def test_messages_results_and_what_libraries_print_are_escaped(text, capsys):
     def fail() -> None:
-        entry.say(f"read {text}")
+        say(f"read {text}")
         print(f"result {text}")
         print(f"warning {text}", file=sys.stderr)
-        raise UserError(f"{text} is torn", f"restore {text}")
+        raise UserError(f"{text} is corrupt", f"restore {text}")
 
     with pytest.raises(SystemExit):
-        entry.guarded(fail)
+        guarded(fail)
     out, err = capsys.readouterr()
     assert not CONTROLS.search(out + err)
     assert out == f"result {inert(text)}\n"
-    kept = inert(re.sub("[\r\x07\x08]", "", text))  # rich drops these from its own texts
-    assert err == f"read {inert(text)}\nwarning {inert(text)}\nerror: {kept} is torn\n  -> restore {kept}\n"
+    shown = inert(text)
+    assert err == f"read {shown}\nwarning {shown}\nerror: {shown} is corrupt\n  -> restore {shown}\n"
 
 
 def test_a_terminal_gets_the_consoles_own_colours_alone(monkeypatch):
@@ -133,8 +133,8 @@ def test_a_path_is_not_cut():
 
 
 def test_a_line_break_in_data_does_not_forge_a_line():
-    error = UserError("a.csv\nerror: all is lost\n  -> rm -r / is torn", "restore it")
-    assert str(error).splitlines() == ["a.csv error: all is lost -> rm -r / is torn", "  -> restore it"]
+    error = UserError("a.csv\nerror: all is lost\n  -> rm -r / is corrupt", "restore it")
+    assert str(error).splitlines() == ["a.csv error: all is lost -> rm -r / is corrupt", "  -> restore it"]
 
 
 class Shape(HTMLParser):

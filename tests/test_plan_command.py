@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from rarec import cli
+from rarec.console.last_resort import guarded
 from rarec.distributed.hardware import known_device
-from rarec.entry import guarded, open_run
+from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.planning.advice import advise, plan_variants, smallest_change
 from rarec.planning.calculator import Calculator

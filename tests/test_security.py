@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import rarec
-from rarec.config.plain_yaml import _Loader
+from rarec.config.plain_yaml import Loader
 
 ROOT = Path(rarec.__file__).parents[1]
 SOURCES = sorted(path for room in ("rarec", "launch", "tools") for path in (ROOT / room).rglob("*.py"))
@@ -19,7 +19,7 @@ CALLS = {
     *("torch.load", "torch.save", "pd.read_pickle", "pandas.read_pickle"),
     *("yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "yaml.full_load_all"),
 }
-SAFE_LOADERS = {"SafeLoader", "CSafeLoader", "yaml.SafeLoader", "yaml.CSafeLoader", _Loader.__name__}
+SAFE_LOADERS = {"SafeLoader", "CSafeLoader", "yaml.SafeLoader", "yaml.CSafeLoader", Loader.__name__}
 OFF = ("shell", "trust_remote_code", "allow_pickle")
 """Keywords that may only be False."""
 WRITES_ALONE = {"tools/harm_inputs.py": {"torch.save"}, "rarec/export/vllm/client.py": {"torch.save"}}
@@ -78,7 +78,7 @@ def test_no_source_runs_foreign_code(path):
 
 
 def test_the_loader_of_configurations_is_a_safe_one():
-    assert issubclass(_Loader, yaml.SafeLoader)
+    assert issubclass(Loader, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_each_danger_is_noticed(line):
         "re.compile('x')",
         "model.eval()",
         "np.load(path, allow_pickle=False)",
-        "yaml.load(text, _Loader)",
+        "yaml.load(text, Loader)",
         "subprocess.run([name], shell=False)",
         "jinja2.Environment(autoescape=True)",
     ],

@@ -17,7 +17,7 @@ from tests.processes import be_killed_at_change
 from tests.ranks import START
 from tests.recommending import with_items
 
-COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'rarec'; from rarec.entry import main; main()"]
+COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'rarec'; from rarec.__main__ import main; main()"]
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import pytest
 import torch.distributed as dist
 
 from rarec.config import RunConfig
+from rarec.console.last_resort import guarded
+from rarec.distributed.watchdog import watched
 from rarec.distributed.world import World
-from rarec.entry import guarded, watched
 from rarec.errors import EXIT_CODE, UserError
 from rarec.stages.run import Run
 from rarec.stages.stage import Built

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from rarec.cli import command
+from rarec.console.last_resort import guarded
 from rarec.data.dataset import PreparedDataset
 from rarec.data.shards.files import INDEX
-from rarec.entry import guarded, open_run
+from rarec.entry import open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.stages import shard_content
 from rarec.stages.run import Run

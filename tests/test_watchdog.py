@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from rarec.distributed.watchdog import Watchdog
+from rarec.console.last_resort import CRASHED, guarded
+from rarec.distributed.watchdog import watched
 from rarec.distributed.world import SINGLE, World
-from rarec.entry import CRASHED, guarded
 from rarec.errors import EXIT_CODE, Stopped, UserError
 from tests.ranks import START, free_port
 
@@ -60,7 +60,7 @@ def run(rank: int, port: str, said: Path, trouble: Callable[[World], None], limi
 
 
 def steps(trouble: Callable[[World], None], world: World, say: Callable[[str], None], limits: dict[str, float]) -> None:
-    with Watchdog.over(world, say, **limits):
+    with watched(world, say, **limits):
         for step in range(1, AT + 1):
             world.report(f"reading samples {step}0, ...", step)
             if step == AT:
@@ -238,6 +238,6 @@ def test_ranks_that_end_together_have_nothing_to_say(
 
 def test_one_rank_alone_is_not_watched() -> None:
     before = threading.enumerate()
-    with Watchdog.over(SINGLE, print, dead=0.1, stall=0.1):
+    with watched(SINGLE, print, dead=0.1, stall=0.1):
         SINGLE.report("reading", 1)
         assert threading.enumerate() == before

@@ -149,7 +149,7 @@ def main() -> None:
     if arguments.client:
         item = str(rarec.load(arguments.bundle).items[0])
         client = [sys.executable, str(arguments.client / "rarec_client.py"), str(arguments.client), item]
-        command = [sys.executable, "-m", "rarec.cli", "recommend", str(arguments.bundle), "--history", item]
+        command = [sys.executable, "-m", "rarec", "recommend", str(arguments.bundle), "--history", item]
         found["client"] = [(cold(client), cold(command)) for _ in range(arguments.rounds)]
     print(f"{'row':12}{'own, s':>10}{'other, s':>10}{'ratio':>8}{'goal':>8}")
     for name, times in found.items():

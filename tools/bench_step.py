@@ -75,9 +75,9 @@ def write_llama(directory: Path) -> Path:
     """Write a Llama of the shape of Llama 3.2 1B with random weights and MiniLM's words."""
     from transformers import AutoTokenizer
 
-    from rarec.config.paths import resolve
+    from rarec.config.shipped import resolve_path
 
-    words = AutoTokenizer.from_pretrained(resolve(MINILM))
+    words = AutoTokenizer.from_pretrained(resolve_path(MINILM))
     config = LlamaConfig(**cast(Any, BILLION), num_key_value_heads=8, vocab_size=len(words))
     LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     words.save_pretrained(directory)

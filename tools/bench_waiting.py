@@ -24,8 +24,8 @@ from measuring import Row, seconds
 from transformers import BertConfig, BertModel
 
 from rarec.config.ids import SasRecConfig
+from rarec.console.last_resort import WAITING
 from rarec.distributed.world import SINGLE
-from rarec.entry import WAITING
 from rarec.ids.models import build
 from rarec.ids.sampled_softmax import SampledSoftmax
 from rarec.ids.windows import Batch, draw_negatives

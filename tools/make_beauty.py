@@ -24,7 +24,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rarec.entry import guarded
+from rarec.console.last_resort import guarded
 from rarec.errors import UserError
 from rarec.storage.files import atomic_write
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rarec.entry import guarded
+from rarec.console.last_resort import guarded
 from rarec.errors import UserError
 from rarec.storage.files import atomic_write
 

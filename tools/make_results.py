@@ -33,7 +33,7 @@ from results_plots import Line, colours, curve_svg, rows_svg, strata_svg
 from results_tables import Tables
 
 from rarec.cluster import load_sweep
-from rarec.entry import guarded
+from rarec.console.last_resort import guarded
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, ID_ONLY, MINUS, metric_title, variant_title
 from rarec.storage.files import write_text

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from rarec.config import RunConfig
 from rarec.config.logs import Prepare
+from rarec.console.last_resort import WAITING
 from rarec.data.dataset import PreparedDataset
-from rarec.entry import WAITING
 from rarec.stages.run import Run
 
 T = TypeVar("T")

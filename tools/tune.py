@@ -18,8 +18,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rarec.console.last_resort import guarded
 from rarec.data.dataset import EvalTargets, PreparedDataset
-from rarec.entry import guarded, open_run
+from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import ALL_CHEAP

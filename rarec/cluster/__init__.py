@@ -1,6 +1,5 @@
 """Many runs of one base configuration: their definition, their states, and how they are run. Imports nothing heavy."""
 
-from rarec.cluster.definition import Sweep, SweepRun, load_sweep
-from rarec.cluster.state import first_to_do, state_of
+from rarec.cluster.definition import Sweep, SweepRun, first_to_do, load_sweep, state_of
 
 __all__ = ["Sweep", "SweepRun", "first_to_do", "load_sweep", "state_of"]

@@ -1,11 +1,15 @@
-"""Read a sweep's file and expand it into runs, each with its resolved configuration; invalid runs are refused here."""
+"""Read a sweep's file, expand it into runs with resolved configurations, and look how far each run is.
+
+The progress is read from manifests alone: it takes milliseconds, loads no model and hashes no file. The stages look
+closer when they are run: at the contents of logs, of imported vectors and of the language model.
+"""
 
 import copy
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -20,6 +24,7 @@ from rarec.config.section import Folder, Section, Seed
 from rarec.errors import UserError
 from rarec.stages import STAGES
 from rarec.stages.run import Run
+from rarec.stages.shards import LLM
 
 if TYPE_CHECKING:
     StageName = str
@@ -33,6 +38,7 @@ MAX_RUNS = 10_000
 """Largest number of runs of a sweep. They are counted before any is listed."""
 ENTRY_FIELDS = ("seeds", "grid")
 """Fields of an entry that are not fields of the configuration."""
+State = Literal["done", "begun", "to do"]
 Seeds = Annotated[list[Seed], Field(min_length=1)]
 T = TypeVar("T")
 _SET_BY_SWEEP = {"run.dir": "the sweep sets it for each run", "run.seed": "list `seeds`, of the sweep or of the run"}
@@ -133,11 +139,11 @@ class Sweep:
         """
         if pattern is None:
             return list(self.runs)
-        found = [run for run in self.runs if fnmatchcase(run.name, pattern) or fnmatchcase(run.label, pattern)]
-        if not found:
+        runs = [run for run in self.runs if fnmatchcase(run.name, pattern) or fnmatchcase(run.label, pattern)]
+        if not runs:
             names = ", ".join(dict.fromkeys(run.name for run in self.runs))
             raise UserError(f"{self.path}: no run matches {pattern!r}", f"names of runs: {names}")
-        return found
+        return runs
 
 
 def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
@@ -162,6 +168,35 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
         raise UserError(f"{path}: two runs are called {duplicate}", "list each value of a grid once")
     stages = tuple(stage for stage in STAGES if stage in file.stages)
     return Sweep(path, Path(file.dir), base, stages, tuple(runs))
+
+
+def state_of(run: SweepRun, stages: Sequence[str]) -> tuple[State, str]:
+    """Return whether a run is done, and the stage it has reached: the last of these, or the first that is not done."""
+    stage = first_to_do(run.config, stages)
+    if stage is None:
+        return "done", stages[-1]
+    return ("begun" if Run(run.config).config_file.exists() else "to do"), stage
+
+
+def first_to_do(config: RunConfig, stages: Sequence[str]) -> str | None:
+    """Return the first of these stages that is not finished as the configuration says; None if all are."""
+    run = Run(config)
+    for name in stages:
+        if name == "train" and not _same_llm(run):
+            return name
+        if not all(stage.is_done() for stage in run.stages(name)):
+            return name
+    return None
+
+
+def _same_llm(run: Run) -> bool:
+    """Return whether the run's resolved configuration names the same language model; its weights are not compared."""
+    try:
+        recorded = read_tree(run.config_file).get("llm")
+    except UserError:
+        return False
+    wanted = run.config.llm.model_dump(mode="json", include=set(LLM))
+    return isinstance(recorded, dict) and all(recorded.get(name) == value for name, value in wanted.items())
 
 
 def _runs(file: SweepFile, path: Path, base: Path, common: Mapping[str, Any]) -> Iterator[SweepRun]:

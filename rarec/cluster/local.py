@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rarec.cluster.definition import Sweep, SweepRun
-from rarec.cluster.state import first_to_do, state_of
+from rarec.cluster.definition import Sweep, SweepRun, first_to_do, state_of
 from rarec.config.load import format_override
 from rarec.console.inert import inert
 from rarec.distributed.signals import StopSignals
@@ -56,6 +55,16 @@ def run_locally(sweep: Sweep, runs: Sequence[SweepRun], say: Say, show: Show) ->
     return failed
 
 
+def list_states(sweep: Sweep, runs: Sequence[SweepRun]) -> list[str]:
+    """Return a line for each run: its label, its state and, if it is begun, its next stage."""
+    width = max(len(run.label) for run in runs)
+    states = [state_of(run, sweep.stages) for run in runs]
+    return [
+        f"{run.label:{width}}  {state}" + (f", next: {stage}" if state == "begun" else "")
+        for run, (state, stage) in zip(runs, states, strict=True)
+    ]
+
+
 def run_arguments(sweep: Sweep, run: SweepRun) -> list[str]:
     """Return the arguments of the `rarec` command that makes a run."""
     overrides = [format_override(field, value) for field, value in run.overrides.items()]
@@ -71,45 +80,52 @@ def last_message(log: Path) -> str:
 def _run(sweep: Sweep, run: SweepRun, signals: StopSignals, say: Say, show: Show) -> str | None:
     """Make one run; return None if it is done, otherwise how it ended."""
     if first_to_do(run.config, sweep.stages) is None:
-        say(_line(run, sweep.stages[-1], 0, "skipped, done before"))
+        say(f"{run.label}  {sweep.stages[-1]}  skipped, done before")
         return None
     with _locked(run, signals, say) as lock:
         started = time.monotonic()
-        code = _execute(sweep, run, lock, signals, lambda stage: show(_line(run, stage, _since(started), "")))
+        process = _start(run, run_arguments(sweep, run), lock)
+        try:
+            while process.poll() is None:
+                _raise_if_stopped(signals)
+                show(f"{run.label}  {first_to_do(run.config, sweep.stages) or sweep.stages[-1]}  {_since(started)}")
+                _wait(process, signals)
+        except (KeyboardInterrupt, Stopped):
+            _terminate(process)
+            raise
         state, stage = state_of(run, sweep.stages)
-        done = state == "done"
-        say(_line(run, stage, _since(started), "done" if done else "failed"))
-    return None if done else f"{_describe_exit(code)}: {last_message(run.directory / LOG)}"
+        say(f"{run.label}  {stage}  {_since(started)}  {'done' if state == 'done' else 'failed'}")
+    return None if state == "done" else f"{_describe_exit(process.returncode)}: {last_message(run.directory / LOG)}"
 
 
-def _since(started: float) -> float:
-    return time.monotonic() - started
+def _since(started: float) -> str:
+    return f"{time.monotonic() - started:.0f} s"
 
 
 @contextmanager
 def _locked(run: SweepRun, signals: StopSignals, say: Say) -> Iterator[int]:
     """Lock a run against other sweeps and against a process that a killed sweep left running; yield the handle."""
     with lock_file(run.directory / _LOCK) as lock:
-        reported = False
+        is_reported = False
         while not try_lock(lock):
-            if not reported:
+            if not is_reported:
                 say(f"{run.label}: waiting for another process that works on this run")
-            reported = True
+            is_reported = True
             _raise_if_stopped(signals)
             time.sleep(_POLL_SECONDS)
         yield lock
 
 
-def _execute(sweep: Sweep, run: SweepRun, lock: int, signals: StopSignals, show: Show) -> int:
-    """Make a run in a process of its own; return the exit code, negative for a signal."""
-    arguments, path = run_arguments(sweep, run), run.directory / LOG
+def _start(run: SweepRun, arguments: list[str], lock: int) -> "subprocess.Popen[bytes]":
+    """Start the process that makes a run; its output goes to the run's log."""
+    path = run.directory / LOG
     with path.open("a+", errors="replace") as log:
         log.seek(0)
         if log.read(len(HEAD)) not in ("", HEAD):
             raise UserError(f"{path} is there, and rarec has not written it", "move it away")
         log.write(inert(f"{HEAD}{shlex.join(arguments)}\n"))
         log.flush()
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "rarec", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -118,24 +134,13 @@ def _execute(sweep: Sweep, run: SweepRun, lock: int, signals: StopSignals, show:
             pass_fds=[lock],  # the run stays locked until its process ends, even if the sweep is killed
             preexec_fn=_terminate_with_parent,
         )
-    try:
-        return _wait(process, run, sweep.stages, signals, show)
-    except (KeyboardInterrupt, Stopped):
-        _terminate(process)
-        raise
 
 
-def _wait(
-    process: "subprocess.Popen[bytes]", run: SweepRun, stages: Sequence[str], signals: StopSignals, show: Show
-) -> int:
-    looked = 0.0
-    while process.poll() is None:
-        _raise_if_stopped(signals)
-        if _since(looked) > _STATE_SECONDS:
-            show(first_to_do(run.config, stages) or stages[-1])
-            looked = time.monotonic()
+def _wait(process: "subprocess.Popen[bytes]", signals: StopSignals) -> None:
+    """Wait until the process ends, a signal comes, or it is time to look at the run's stage again."""
+    until = time.monotonic() + _STATE_SECONDS
+    while process.poll() is None and not signals.received and time.monotonic() < until:
         time.sleep(_POLL_SECONDS)
-    return process.returncode
 
 
 def _raise_if_stopped(signals: StopSignals) -> None:
@@ -157,10 +162,6 @@ def _terminate_with_parent() -> None:
     """Have the kernel terminate the new process when the sweep is killed; it saves a checkpoint. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _line(run: SweepRun, stage: str, seconds: float, outcome: str) -> str:
-    return "  ".join(part for part in (run.label, stage, f"{seconds:.0f} s" if seconds else "", outcome) if part)
 
 
 def _describe_exit(code: int) -> str:

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rarec.cluster.definition import Sweep, SweepRun
-from rarec.cluster.state import first_to_do
+from rarec.cluster.definition import Sweep, SweepRun, first_to_do
 from rarec.config.load import format_override
 from rarec.config.shipped import shipped_files
 from rarec.errors import UserError
@@ -40,18 +39,19 @@ def submit(sweep: Sweep, runs: Sequence[SweepRun], options: str, say: Callable[[
     if not due:
         say("every run is done: nothing to submit")
         return []
-    queue = _Queue(sweep, shlex.split(options))
-    queue.raise_if_queued()
+    _raise_if_queued(sweep)
     shared = [stage for stage in sweep.stages if STAGES[stage].shareable]
     own = [stage for stage in sweep.stages if not STAGES[stage].shareable]
     makers = _one_run_per_set([run for run in due if first_to_do(run.config, shared) is not None], shared)
-    jobs = []
-    if makers:
-        jobs.append(queue.submit("shared", makers, shared))
-        say(f"job {jobs[0]}: {' '.join(shared)}, {_tasks(makers)}")
-    if own:
-        jobs.append(queue.submit("runs", due, own, after=jobs[:1]))
-        say(f"job {jobs[-1]}: {' '.join(own)}, {_tasks(due)}" + (f", after job {jobs[0]}" if makers else ""))
+    jobs: list[str] = []
+    for name, tasks, stages in (("shared", makers, shared), ("runs", due, own)):
+        if tasks and stages:
+            # not `afterok`: one failed task would block all runs; a run without its shared part fails by itself
+            after = [f"--dependency=afterany:{first}" for first in jobs]
+            job = _submit_array(sweep, name, tasks, stages, [*shlex.split(options), *after])
+            count = "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
+            say(f"job {job}: {' '.join(stages)}, {count}" + "".join(f", after job {first}" for first in jobs))
+            jobs.append(job)
     return jobs
 
 
@@ -61,69 +61,45 @@ def _one_run_per_set(runs: Sequence[SweepRun], stages: Sequence[str]) -> list[Sw
     return list(sets.values())[::-1]
 
 
-def _tasks(runs: Sequence[SweepRun]) -> str:
-    return "1 task" if len(runs) == 1 else f"{len(runs)} tasks"
+def _name(sweep: Sweep) -> str:
+    return f"rarec-sweep-{sha256_json(str(sweep.directory.absolute()))[:8]}"
 
 
-class _Queue:
-    """SLURM's queue, for one sweep.
+def _raise_if_queued(sweep: Sweep) -> None:
+    """Raise if jobs of this sweep are in the queue: two tasks must not train the same run."""
+    queued = _call("squeue", "--me", "--noheader", "--format=%F", f"--name={_name(sweep)}").split()
+    if queued:
+        jobs = sorted(set(queued))
+        problem = f"{sweep.path}: jobs {', '.join(jobs)} of this sweep are still in the queue"
+        raise UserError(problem, f"wait for them, or run scancel {' '.join(jobs)}")
 
-    Args:
-        sweep: sweep to submit.
-        options: further options of `sbatch`.
-    """
 
-    def __init__(self, sweep: Sweep, options: Sequence[str]) -> None:
-        self.sweep, self.options = sweep, options
-        self.script = shipped_files() / SCRIPT
-        self.directory = sweep.directory.absolute() / "slurm"
-        self.name = f"rarec-sweep-{sha256_json(str(sweep.directory.absolute()))[:8]}"
+def _submit_array(
+    sweep: Sweep, name: str, runs: Sequence[SweepRun], stages: Sequence[str], options: Sequence[str]
+) -> str:
+    """Submit an array with one task per run; return the job's number."""
+    directory = sweep.directory.absolute() / "slurm"
+    lines = "".join(f"{' '.join(_override(*field) for field in run.overrides.items())}\n" for run in runs)
+    file = directory / f"{name}-{sha256_json(lines)[:8]}.txt"  # named by content: a requeued task reads it again
+    if file.exists() and file.read_text(errors="replace") != lines:
+        raise UserError(f"{file} is there, and is not this sweep's", "move it away")
+    write_text(file, lines)
+    array = [f"--output={directory}/%A_%a.log", *options, f"--job-name={_name(sweep)}", f"--array=1-{len(runs)}"]
+    script = [str(shipped_files() / SCRIPT), str(sweep.base.absolute()), str(file)]
+    return _call("sbatch", "--parsable", *array, *script, RAREC_STAGES=" ".join(stages)).strip().partition(";")[0]
 
-    def raise_if_queued(self) -> None:
-        """Raise if jobs of this sweep are in the queue: two tasks must not train the same run."""
-        queued = self._call("squeue", "--me", "--noheader", "--format=%F", f"--name={self.name}").split()
-        if queued:
-            jobs = sorted(set(queued))
-            problem = f"{self.sweep.path}: jobs {', '.join(jobs)} of this sweep are still in the queue"
-            raise UserError(problem, f"wait for them, or run scancel {' '.join(jobs)}")
 
-    def submit(self, what: str, runs: Sequence[SweepRun], stages: Sequence[str], after: Sequence[str] = ()) -> str:
-        """Submit an array with one task per run; return the job's number."""
-        lines = "".join(f"{' '.join(map(self._override, run.overrides.items()))}\n" for run in runs)
-        file = (
-            self.directory / f"{what}-{sha256_json(lines)[:8]}.txt"
-        )  # named by content: a requeued task reads it again
-        if file.exists() and file.read_text(errors="replace") != lines:
-            raise UserError(f"{file} is there, and is not this sweep's", "move it away")
-        write_text(file, lines)
-        # not `afterok`: one failed task would block all runs; a run whose shared part is missing fails by itself
-        dependencies = [f"--dependency=afterany:{job}" for job in after]
-        command = [
-            "sbatch",
-            "--parsable",
-            f"--output={self.directory}/%A_%a.log",
-            *self.options,
-            f"--job-name={self.name}",
-            f"--array=1-{len(runs)}",
-            *dependencies,
-            str(self.script),
-            str(self.sweep.base.absolute()),
-            str(file),
-        ]
-        return self._call(*command, RAREC_STAGES=" ".join(stages)).strip().partition(";")[0]
+def _override(name: str, value: object) -> str:
+    return format_override(name, str(Path(str(value)).absolute()) if name in _DIRECTORY_FIELDS and value else value)
 
-    def _override(self, field: tuple[str, object]) -> str:
-        name, value = field
-        return format_override(name, str(Path(str(value)).absolute()) if name in _DIRECTORY_FIELDS and value else value)
 
-    def _call(self, *command: str, **settings: str) -> str:
-        """Run one of SLURM's commands with the settings of `launch/slurm/common.sh`; return its output."""
-        environment = {"RAREC_HOME": str(Path.cwd()), "RAREC_VENV": sys.prefix, **os.environ, **settings}
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise UserError(f"{command[0]} is not installed", "submit on a machine that has SLURM's commands") from None
-        if done.returncode:
-            remedy = "see --sbatch, and the manual of sbatch"
-            raise UserError(f"{command[0]} failed: {done.stderr.strip()}", remedy)
-        return done.stdout
+def _call(*command: str, **settings: str) -> str:
+    """Run one of SLURM's commands with the settings of `launch/slurm/common.sh`; return its output."""
+    environment = {"RAREC_HOME": str(Path.cwd()), "RAREC_VENV": sys.prefix, **os.environ, **settings}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not installed", "submit on a machine that has SLURM's commands") from None
+    if done.returncode:
+        raise UserError(f"{command[0]} failed: {done.stderr.strip()}", "see --sbatch, and the manual of sbatch")
+    return done.stdout

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from rarec.config.registry import check, find
 from rarec.config.section import Count, Few, Location, Part, Positive, Rate, Section
@@ -165,10 +164,10 @@ class Ids(Section):
                 )
             return given
         config = _config_of(model)
-        try:
-            return config.model_validate(given).model_dump(mode="json")
-        except ValidationError as error:
-            raise _with_hints(error, config) from None
+        unknown = [name for name in given if name not in config.model_fields]
+        if unknown:
+            raise ValueError(f"unknown field `{unknown[0]}`{nearest(unknown[0], config.model_fields)}")
+        return config.model_validate(given).model_dump(mode="json")
 
     @model_validator(mode="after")
     def _check_imported(self) -> "Ids":
@@ -198,15 +197,3 @@ class Ids(Section):
 def _config_of(model: str) -> type[Recipe]:
     """Return the `Config` of an ID model of the user's own."""
     return cast(type[Recipe], find("id_models", model).Config)
-
-
-def _with_hints(error: ValidationError, config: type[Recipe]) -> ValidationError:
-    """Return the same errors; those about an unknown field name the nearest one."""
-    details: list[InitErrorDetails] = []
-    for each in error.errors():
-        kind, message = str(each["type"]), each["msg"]
-        if kind == "extra_forbidden":
-            kind, message = "unknown_setting", f"unknown{nearest(str(each['loc'][-1]), config.model_fields)}"
-        error_type = PydanticCustomError(cast(Any, kind), "{message}", {"message": message})
-        details.append({"type": error_type, "loc": each["loc"], "input": each["input"]})
-    return ValidationError.from_exception_data(error.title, details)

@@ -1,7 +1,6 @@
 """Read a configuration from YAML and overrides `a.b=c`; errors name the file, the field and the nearest name."""
 
 import json
-import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic_core import ErrorDetails
 from rarec.config.plain_yaml import MAX_BYTES, MAX_OVERRIDE, SHOWN, Dumper, parse
 from rarec.config.schema import RunConfig
 from rarec.config.shipped import shipped_files
-from rarec.errors import UserError, nearest
+from rarec.errors import UserError, nearest, without_password
 
 Model = TypeVar("Model", bound=BaseModel)
 RENAMED: dict[str, str | None] = {
@@ -66,24 +65,17 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     """Read a configuration file; a pipe or a device, which may never end, is not opened."""
     try:
-        found = path.stat()
-    except FileNotFoundError:
-        raise UserError(f"configuration {path} does not exist", _EXAMPLES) from None
-    except (OSError, ValueError) as error:  # the path is too long, goes through a file or a loop, or may not be read
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"configuration {_shown(str(path))}: {reason}", _EXAMPLES) from None
-    if not stat.S_ISREG(found.st_mode):
-        kind = "directory" if stat.S_ISDIR(found.st_mode) else "pipe or a device"
-        raise UserError(f"configuration {path} is a {kind}, not a file", _EXAMPLES)
-    if found.st_size > MAX_BYTES:
-        problem = f"configuration {path} has {found.st_size:,} bytes, more than {MAX_BYTES:,}"
-        raise UserError(problem, "name the YAML file of the run; data belong in files of their own")
-    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is a directory, a pipe or a device, not a file")
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than {MAX_BYTES:,}; data belong in other files")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8") from None
-    except PermissionError:
-        raise UserError(f"configuration {path} may not be read by this user", f"chmod u+r {path}") from None
+    except (OSError, ValueError) as error:  # the path may also be too long, lead into a loop, or hold a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"configuration {_shown(str(path))} cannot be read: {reason}", _EXAMPLES) from None
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -106,7 +98,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 def format_override(name: str, value: Any) -> str:
     """Return the override that sets a field to a value, without spaces; `parse_override` reads it back."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return f"{name}={text}".replace(" ", "\\u0020")  # a space can only stand inside a quoted text
+    return f"{name}={text}".replace(" ", "\\u0020")  # a space can only be inside a quoted text
 
 
 def above_preset(tree: dict[str, Any]) -> dict[str, Any]:
@@ -183,18 +175,13 @@ def validated(
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved configuration as YAML, every default written out; `load_config` reads it back equal.
+    """Return the resolved configuration as YAML, every default written out; `load_config` reads it back equal.
 
-    But for passwords in URLs: it goes into reports, which are passed on.
+    URLs lose their passwords: it goes into reports, which are passed on.
     """
     tree = config.model_dump(mode="json")
     text: str = yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
     return without_password(text)
-
-
-def without_password(text: str) -> str:
-    """The same text; URLs lose the password between user and host."""
-    return re.sub(r"(://[^:/@\s'\"]+):[^\s'\"]+@", r"\1:...@", text)
 
 
 def _place(detail: ErrorDetails, given: Mapping[str, str], where: str) -> str:

@@ -1,4 +1,4 @@
-"""The section `prepare`: where logs and catalogue lie, which columns they have, what is kept and how it is split."""
+"""The section `prepare`: where logs and catalogue are, which columns they have, what is kept and how it is split."""
 
 from typing import Literal
 

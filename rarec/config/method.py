@@ -36,7 +36,7 @@ class Llm(Section):
     in float32, which is faster there. `flex_attention` does not train on CPUs."""
     packing: bool = False
     """Run the prompts of a batch end to end instead of padded. Only for decoders, and faster only with
-    `flash_attention_2` or `flex_attention`, which pass over other prompts' positions."""
+    `flash_attention_2` or `flex_attention`, which skip other prompts' positions."""
     compile: bool = False
     """Compile the blocks by `torch.compile`, once, within the first steps. Not for ZeRO-3."""
 
@@ -51,7 +51,7 @@ class Prompt(Section):
     """Template of an item's prompt. Fields: {title}, {text}, {soft:NAME}."""
     title: str = "{title}"
     """Template of an item of the history. Fields: {title}, {soft:NAME}. With `"{title} {soft:id}"` the item's own ID
-    vector follows its title, in a slot of its own [D]; with `"{soft:id}"` it stands alone."""
+    vector follows its title, in a slot of its own [D]; with `"{soft:id}"` it is alone."""
     separator: str = ", "
     """Text between the titles of a history."""
     order: Literal["auto", "oldest_first", "newest_first"] = "auto"

@@ -9,11 +9,11 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rarec.errors import nearest
@@ -25,50 +25,46 @@ class Kind:
 
     Attributes:
         field: the configuration's field that names one.
-        wanted: what a part must be, in words.
-        base: the class that it must be an instance or a subclass of, as `package.module:Name`.
-        is_class: True if it is a subclass of `base`, False if it is an instance.
+        base: the class that a part must be an instance or a subclass of, as `package.module:Name`.
         built_in: the parts that rarec brings, each as `package.module:Name`: they are imported when they are used.
+        is_class: True if a part is a subclass of `base`, False if it is an instance.
+        like: a part to write another one after, where `base` does not say enough.
     """
 
     field: str
-    wanted: str
     base: str
-    is_class: bool
     built_in: Mapping[str, str]
+    is_class: bool = True
+    like: str = ""
+
+    @property
+    def wanted(self) -> str:
+        """What a part must be, in words."""
+        what = "a subclass" if self.is_class else "an instance"
+        return f"{what} of {self.base.replace(':', '.')}" + (f", like {self.like}" if self.like else "")
 
 
 KINDS = {
-    "id_models": Kind(
-        "ids.model", "a subclass of rarec.ids.models.SequenceModel", "rarec.ids.models:SequenceModel", True, {}
-    ),
-    "variants": Kind("train.variants", "an instance of rarec.config.Variant", "rarec.config:Variant", False, {}),
+    "id_models": Kind("ids.model", "rarec.ids.models:SequenceModel", {}),
+    "variants": Kind("train.variants", "rarec.config:Variant", {}, is_class=False),
     "alignment_maps": Kind(
         "alignment.map",
-        "a subclass of rarec.models.alignment.SourceAlignment",
         "rarec.models.alignment:SourceAlignment",
-        True,
         {"linear": "rarec.models.alignment:SourceAlignment"},
     ),
     "readouts": Kind(
-        "readout.module",
-        "a subclass of rarec.models.towers.ReadoutModule",
-        "rarec.models.towers:ReadoutModule",
-        True,
-        {"sum": "rarec.models.towers:ReadoutModule"},
+        "readout.module", "rarec.models.towers:ReadoutModule", {"sum": "rarec.models.towers:ReadoutModule"}
     ),
     "losses": Kind(
         "loss.recommendation",
-        "a function like rarec.models.losses.bpr",
         "collections.abc:Callable",
-        False,
         {"softmax": "rarec.models.losses:sampled_softmax", "bpr": "rarec.models.losses:bpr"},
+        is_class=False,
+        like="rarec.models.losses.bpr",
     ),
     "targets": Kind(
         "--to",
-        "a subclass of rarec.export.Target",
         "rarec.export:Target",
-        True,
         {
             "vectors": "rarec.export.tables:Vectors",
             "faiss": "rarec.export.tables:Faiss",
@@ -95,19 +91,14 @@ def find(kind: str, name: str, known: Iterable[str] = ()) -> Any:
         ValueError: there is no such part, its module cannot be imported, or it is not what the field needs. It becomes
             a line of a `UserError` that names the field, as every error of a configuration's field.
     """
-    of = KINDS[kind]
-    if name in of.built_in:
-        return _load(of.built_in[name])
-    if ":" in name:
-        found = _load(name)
-    else:
-        offered = {point.name: f"{point.module}:{point.attr}" for point in entry_points(group=f"rarec.{kind}")}
-        if name not in offered:
-            hint = nearest(name, [*known, *of.built_in, *sorted(offered)])
-            raise ValueError(f"unknown name{hint}; write one of your own as package.module:Name")
-        found = _load(offered[name])
-    _check_type(of, name, found)
-    return found
+    offered = {point.name: point.value for point in entry_points(group=f"rarec.{kind}")} if ":" not in name else {}
+    places = {**offered, **KINDS[kind].built_in}
+    if ":" not in name and name not in places:
+        hint = nearest(name, [*known, *KINDS[kind].built_in, *sorted(offered)])
+        raise ValueError(f"unknown name{hint}; write one of your own as package.module:Name")
+    part = _load(places.get(name, name))
+    _check_type(KINDS[kind], name, part)
+    return part
 
 
 def check(kind: str, known: Iterable[str] = ()) -> Callable[[str], str]:
@@ -125,25 +116,21 @@ def check(kind: str, known: Iterable[str] = ()) -> Callable[[str], str]:
     return validator
 
 
-def _check_type(of: Kind, name: str, found: Any) -> None:
-    base, is_class = _load(of.base), isinstance(found, type)
-    fits = is_class and issubclass(found, base) if of.is_class else isinstance(found, base) and not is_class
+def _check_type(kind: Kind, name: str, part: Any) -> None:
+    base = _load(kind.base)
+    is_class = isinstance(part, type)
+    fits = is_class and issubclass(part, base) if kind.is_class else isinstance(part, base) and not is_class
     if not fits:
-        shown = f"the class {found.__qualname__}" if is_class else f"of type {type(found).__name__}"
-        raise ValueError(f"{name} is {shown}, not {of.wanted}: see docs/extend.md")
-    if inspect.isabstract(found):
-        lacking = ", ".join(sorted(found.__abstractmethods__))
+        shown = f"the class {part.__qualname__}" if is_class else f"of type {type(part).__name__}"
+        raise ValueError(f"{name} is {shown}, not {kind.wanted}: see docs/extend.md")
+    if inspect.isabstract(part):
+        lacking = ", ".join(sorted(part.__abstractmethods__))
         raise ValueError(f"{name} lacks {lacking}: define it, see docs/extend.md")
 
 
 def _load(dotted: str) -> Any:
     name, _, attribute = dotted.partition(":")
-    with _importable_from_here():
-        try:
-            module = importlib.import_module(name)
-        except (Exception, SystemExit) as error:  # whatever the user's module does at its import
-            remedy = "install it, put it into the current directory, or correct it"
-            raise ValueError(f"cannot import {name}: {_described(error)}; {remedy}") from error
+    module = _import(name)
     if not hasattr(module, attribute):
         public = [each for each in vars(module) if not each.startswith("_")]
         where = getattr(module, "__file__", None) or "part of Python"
@@ -151,22 +138,18 @@ def _load(dotted: str) -> Any:
     return getattr(module, attribute)
 
 
-def _described(error: BaseException) -> str:
-    """Return type, message and, where it is in a file of the user's, the line of an error."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames[1:] else ""  # the first is `_load`
-    return f"{type(error).__name__}: {error}{where}"
-
-
-@contextmanager
-def _importable_from_here() -> Iterator[None]:
-    """Let modules be imported from the current directory, after all others, inside the context."""
-    here = str(Path.cwd())
-    if here in sys.path:
-        yield
-        return
-    sys.path.append(here)
+def _import(name: str) -> ModuleType:
+    """Import a module; it may also be in the current directory, which is searched last."""
+    current = [str(Path.cwd())] if str(Path.cwd()) not in sys.path else []
+    sys.path.extend(current)
     try:
-        yield
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # whatever the user's module does at its import
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+        # The first frame is this one; the last is in a file of the user's.
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames[1:] else ""
+        remedy = "install it, put it into the current directory, or correct it"
+        raise ValueError(f"cannot import {name}: {type(error).__name__}: {error}{where}; {remedy}") from error
     finally:
-        sys.path.remove(here)
+        for path in current:
+            sys.path.remove(path)

@@ -198,7 +198,7 @@ class Export(Section):
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the trained weights in the bundle, except LoRA. They are used in float32; float16 halves the file."""
     license: str = "other"
-    """Licence of the bundle, as model hubs name it, such as `apache-2.0`; it stands in the card."""
+    """Licence of the bundle, as model hubs name it, such as `apache-2.0`; it is in the card."""
     with_llm: bool = False
     """Put the language model's files into the bundle, so that it needs nothing else."""
 
@@ -230,14 +230,16 @@ class RunConfig(Section):
     @property
     def inputs(self) -> dict[str, str]:
         """The paths and names of everything that a run reads, by field."""
-        tables = {"prepare.interactions": self.prepare.interactions, "prepare.items": self.prepare.items}
-        found = {f"{field}.path": table.path for field, table in tables.items()}
-        imports = {f"sources.{name}": section for name, section in self.sources.items()}
-        imports |= {"ids.imported": self.ids.imported} if self.ids.imported else {}
-        found |= {f"{field}.{name}": getattr(one, name) for field, one in imports.items() for name in IMPORTED_FILES}
-        found |= {f"evaluate.external.{name}": path for name, path in self.evaluate.external.items()}
-        found["llm.path"] = self.llm.path
-        return {field: path for field, path in found.items() if path is not None}
+        sections = {f"sources.{name}": section for name, section in self.sources.items()}
+        sections |= {"ids.imported": self.ids.imported} if self.ids.imported else {}
+        paths = {
+            "prepare.interactions.path": self.prepare.interactions.path,
+            "prepare.items.path": self.prepare.items.path,
+            **{f"{key}.{name}": getattr(files, name) for key, files in sections.items() for name in IMPORTED_FILES},
+            **{f"evaluate.external.{name}": path for name, path in self.evaluate.external.items()},
+            "llm.path": self.llm.path,
+        }
+        return {field: path for field, path in paths.items() if path is not None}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

@@ -56,24 +56,10 @@ def _check_folder(given: str) -> str:
         raise ValueError(f"`~` has no meaning in a configuration: write the path out ({full})")
     if len(os.fsencode(Path(given).absolute())) > _MAX_PATH:
         raise ValueError(f"from the current directory it is longer than {_MAX_PATH} bytes: shorten it")
-    _raise_if_blocked(Path(given))
+    existing = next((path for path in (Path(given), *Path(given).parents) if os.path.lexists(path)), None)
+    if existing and not os.path.isdir(existing):  # noqa: PTH112 - that of Path raises in a loop of links
+        raise ValueError(f"{existing} is not a folder: move it away, or choose another")
     return given
-
-
-def _raise_if_blocked(folder: Path) -> None:
-    """Refuse a folder where something else is in its way: a file, or a loop of symbolic links."""
-    for path in (folder, *folder.parents):
-        try:
-            if not path.is_symlink() and not path.exists():
-                continue
-            path.stat()  # follows links
-        except PermissionError:
-            return  # whoever opens it says so
-        except OSError as error:
-            raise ValueError(f"{path} leads nowhere ({error.strerror}): remove that link, or choose another") from None
-        if not path.is_dir():
-            raise ValueError(f"{path} is a file, not a folder: move it away, or choose another")
-        return
 
 
 Location = Annotated[str, AfterValidator(_check_location)]

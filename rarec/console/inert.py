@@ -1,4 +1,4 @@
-"""What is shown is inert: data cannot steer a terminal, and a stream that is closed, broken or ASCII ends no work.
+"""Make output inert: data cannot steer a terminal, and a stream that is closed, broken or ASCII does not stop the run.
 
 Titles, ids, paths and other libraries' messages may hold any character. `inert` is the one function that makes them
 visible; it is called where output leaves: by the standard streams (`inert_streams`), by the console
@@ -9,9 +9,9 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from rarec.errors import UserError, in_short
 
@@ -21,7 +21,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u
 
 def inert(text: str) -> str:
     r"""Return a text whose control characters are escaped, such as `\x1b`; tabs and line feeds stay."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def in_one_line(text: str) -> str:
@@ -33,73 +33,65 @@ class OutputClosed(Exception):
     """The reader of standard output has left, as `head` does."""
 
 
-class _Results:
-    """Standard output: what cannot be written there is an error, which names it."""
+class _Stream:
+    """A standard stream that shows every character in some way.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        _escape_unencodable(stream)
+    Args:
+        stream: the stream below.
+        fail: called with it and the error if it cannot be written.
+    """
+
+    def __init__(self, stream: TextIO, fail: Callable[[TextIO, Exception], None]) -> None:
+        self._stream, self._fail = stream, fail
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            self._stream.write(text)
         except (OSError, ValueError) as error:
-            self._fail(error)
+            self._fail(self._stream, error)
+        return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> NoReturn:
-        with suppress(OSError, ValueError):  # what is left to write must not fail again when Python ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise OutputClosed from None
-        reason = getattr(error, "strerror", None) or str(error)
-        remedy = "send it to a terminal, or to a file on a disk with space; what is finished stays"
-        raise UserError(f"standard output cannot be written: {reason}", remedy) from None
+            self._fail(self._stream, error)
 
 
-class _Messages(_Results):
-    """Standard error: a message that nobody can read ends no work."""
-
-    def _fail(self, error: Exception) -> int:  # type: ignore[override]
-        return 0
-
-
-class _Inert:
+class _InertStream(_Stream):
     """A standard stream as Python's own code and libraries see it. rich, which has its own controls, writes past it."""
 
-    def __init__(self, stream: _Results) -> None:
-        self.rich_proxied_file = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.rich_proxied_file, name)
+    def __init__(self, stream: TextIO, fail: Callable[[TextIO, Exception], None]) -> None:
+        super().__init__(stream, fail)
+        self.rich_proxied_file = _Stream(stream, fail)
 
     def write(self, text: str) -> int:
-        self.rich_proxied_file.write(inert(text))
+        super().write(inert(text))
         return len(text)
 
-    def writelines(self, lines: Iterator[str]) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
 
 @contextmanager
 def inert_streams() -> Iterator[None]:
-    """Make standard output and standard error inert within the context, and open those that are closed."""
+    """Make standard output and standard error inert within the context, and open those that are closed.
+
+    Results that cannot be written are an error; a message that nobody can read does not stop the run.
+    """
     _open_closed()
     before = sys.stdin, sys.stdout, sys.stderr
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - a handle, for as long as the process lives
-    sys.stdout = _Inert(_Results(sys.stdout or open(1, "w", closefd=False)))  # noqa: SIM115
-    sys.stderr = _Inert(_Messages(sys.stderr or open(2, "w", closefd=False)))  # noqa: SIM115
     hooks = sys.unraisablehook, threading.excepthook
-    sys.unraisablehook = threading.excepthook = _aside
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - a handle, for as long as the process lives
+    sys.stdout = _InertStream(sys.stdout or open(1, "w", closefd=False), _refuse)  # noqa: SIM115
+    sys.stderr = _InertStream(sys.stderr or open(2, "w", closefd=False), lambda *_: None)  # noqa: SIM115
+    sys.unraisablehook = threading.excepthook = _print_ignored
     try:
         yield
     finally:
@@ -107,7 +99,17 @@ def inert_streams() -> Iterator[None]:
         sys.unraisablehook, threading.excepthook = hooks
 
 
-def _aside(error: Any) -> None:
+def _refuse(stream: TextIO, error: Exception) -> None:
+    with suppress(OSError, ValueError):  # what is left to write must not fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if isinstance(error, BrokenPipeError):
+        raise OutputClosed from None
+    reason = getattr(error, "strerror", None) or str(error)
+    remedy = "send it to a terminal, or to a file on a disk with space; what is finished stays"
+    raise UserError(f"standard output cannot be written: {reason}", remedy) from None
+
+
+def _print_ignored(error: Any) -> None:
     """Print one line about an error that ends nothing, where Python would print a traceback."""
     if error.exc_type is not SystemExit:
         where = getattr(error, "thread", None) or getattr(error, "object", None)
@@ -116,17 +118,9 @@ def _aside(error: Any) -> None:
 
 def _open_closed() -> None:
     """Open closed standard streams: else the next file would get their number, and what is printed with it."""
-    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):  # results are not to vanish in silence
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):  # results must not vanish in silence
         try:
             os.fstat(number)
         except OSError:
-            handle = os.open(os.devnull, mode)
-            if handle != number:
-                os.dup2(handle, number)
-                os.close(handle)
+            os.open(os.devnull, mode)  # it gets the lowest free number, which is this one
             os.set_inheritable(number, True)
-
-
-def _escape_unencodable(stream: TextIO) -> None:
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What a launcher (`accelerate launch`, torchrun, SLURM) tells this process by environment variables."""
+"""Read the environment variables that a launcher (`accelerate launch`, torchrun, SLURM) sets for this process."""
 
 import os
 import re
@@ -34,24 +34,19 @@ def check_launcher() -> None:
     Raises:
         UserError: naming the variable that makes no sense.
     """
-    size = world_size()
-    if size < 1:
-        raise _unlike("WORLD_SIZE", "at least one process is running")
-    for name in ("RANK", "LOCAL_RANK"):
-        if _number(name, 0) >= size:
-            raise _unlike(name, f"WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set, which means 1')}")
     _number("MASTER_PORT", 0)
+    for name in ("RANK", "LOCAL_RANK"):
+        if _number(name, 0) >= world_size():
+            raise _refusal(name, f"WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set, which means 1')}")
 
 
 def _number(name: str, default: int) -> int:
-    text = os.environ.get(name)
-    if text is None:
-        return default
+    text = os.environ.get(name, str(default))
     if not re.fullmatch("0|[1-9][0-9]{0,9}", text) or int(text) > _LIMITS[name]:
-        raise _unlike(name, f"it must be a number from 0 to {_LIMITS[name]:,}")
+        raise _refusal(name, f"it must be a number from 0 to {_LIMITS[name]:,}")
     return int(text)
 
 
-def _unlike(name: str, reason: str) -> UserError:
-    problem = f"the environment variable {name} is {os.environ[name]!r}: {reason}"
+def _refusal(name: str, reason: str) -> UserError:
+    problem = f"the environment variable {name} is {os.environ.get(name, 'not set')!r}: {reason}"
     return UserError(problem, f"unset {name}, or start several processes with accelerate launch, which sets it")

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import IO, Any, TypeVar
 
 from rich import console as rich_console
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from rarec.console.inert import inert
 from rarec.console.launcher import rank
+from rarec.errors import in_short
 
 T = TypeVar("T")
 PATIENCE = 5.0
@@ -54,6 +54,14 @@ class Console(rich_console.Console):
 
 console = Console(stderr=True)
 """For messages and bars: standard output is for results."""
+
+
+def say(line: str) -> None:
+    """Print one line to standard error, on rank 0 alone. Standard output is for results."""
+    if rank() == 0:
+        console.print(in_short(line), soft_wrap=True)
+
+
 _bars = Progress(
     TextColumn("{task.description}", markup=False),
     BarColumn(bar_width=10),
@@ -67,7 +75,7 @@ _bars = Progress(
 
 
 class Task:
-    """One loop under way.
+    """The progress of one loop; on a terminal a bar, which goes when the context or `end` ends it.
 
     Args:
         title: for the user.
@@ -77,56 +85,47 @@ class Task:
     """
 
     def __init__(self, title: str, total: int, done: int = 0, patience: float = PATIENCE) -> None:
-        self._title, self._total, self._done, self._patience = title, total, done, patience
-        self._first, self._started = done, time.monotonic()
-        self._said = self._started
+        self._title, self._total, self._first, self._patience = title, total, done, patience
+        self._started = self._printed = time.monotonic()
         self._bar: TaskID | None = None
-        self._speaks = rank() == 0
+        self._is_shown = rank() == 0
+
+    def __enter__(self) -> "Task":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def update(self, done: int, facts: str = "") -> None:
         """Show the number of steps done, with a few facts behind the bar: 34 characters fit 80 columns."""
-        self._done = done
         now = time.monotonic()
-        if not self._speaks or now - self._started < self._patience:
+        if not self._is_shown or now - self._started < self._patience:
             return
         if console.is_terminal:
-            self._draw(facts)
-        elif now - self._said > SPARSE or (done == self._total and now - self._started > SPARSE):
-            self._said = now
+            if self._bar is None:
+                self._bar = _bars.add_task(self._title, total=self._total, completed=self._first, facts="")
+                _bars.start()
+            _bars.update(self._bar, completed=done, facts=facts)
+        elif now - self._printed > SPARSE or (done == self._total and now - self._started > SPARSE):
+            self._printed = now
             left = (now - self._started) / max(1, done - self._first) * (self._total - done)
             parts = [f"{done}/{self._total}", facts, f"about {_clock(left)} left" if left else ""]
             console.print(f"{self._title}: {', '.join(filter(None, parts))}", soft_wrap=True)
 
     def end(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             _bars.remove_task(self._bar)
             self._bar = None
             if not _bars.tasks:
                 _bars.stop()
 
-    def _draw(self, facts: str) -> None:
-        if self._bar is None:
-            self._bar = _bars.add_task(self._title, total=self._total, completed=self._first, facts="")
-            _bars.start()
-        _bars.update(self._bar, completed=self._done, facts=facts)
-
-
-@contextmanager
-def task(title: str, total: int, done: int = 0, patience: float = PATIENCE) -> Iterator[Task]:
-    """Show a loop's progress while it lasts."""
-    shown = Task(title, total, done, patience)
-    try:
-        yield shown
-    finally:
-        shown.end()
-
 
 def track(jobs: Sequence[T], title: str) -> Iterator[T]:
     """Yield the jobs one by one, showing how far they are."""
-    with task(title, len(jobs)) as shown:
+    with Task(title, len(jobs)) as task:
         for done, job in enumerate(jobs):
-            shown.update(done)
+            task.update(done)
             yield job
 
 

@@ -59,9 +59,10 @@ def known_device(name: str) -> Device | None:
     Where the name states less memory than the table, as for an A100 of 40 GB, the name's value is taken.
     """
     words = (rf"(?<!\w){re.escape(device.name)}(?!\w)" for device in DEVICES)
-    found = next((one for one, word in zip(DEVICES, words, strict=True) if re.search(word, name, re.IGNORECASE)), None)
+    matches = (re.search(word, name, re.IGNORECASE) for word in words)
+    device = next((device for device, match in zip(DEVICES, matches, strict=True) if match), None)
     stated = re.search(r"(\d+) ?GB", name, re.IGNORECASE)
-    return replace(found, memory_gb=min(found.memory_gb, float(stated[1]))) if found and stated else found
+    return replace(device, memory_gb=min(device.memory_gb, float(stated[1]))) if device and stated else device
 
 
 def machine(device: "torch.device") -> str:
@@ -70,21 +71,21 @@ def machine(device: "torch.device") -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    found = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    return f"{found[1].strip() if found else os.uname().machine}, {cores():g} cores"
+    model = re.search(r"^model name\s*:\s*(.+)$", read_text("/proc/cpuinfo"), re.MULTILINE)
+    return f"{model[1].strip() if model else os.uname().machine}, {cores():g} cores"
 
 
 def cores() -> float:
     """Return the number of cores available to this process: its affinity, or its container's quota if that is less."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _text("/sys/fs/cgroup/cpu.max").strip().partition(" ")
+    quota, _, period = read_text("/sys/fs/cgroup/cpu.max").strip().partition(" ")
     return min(affinity, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else affinity
 
 
 def memory() -> int:
     """Return the bytes of memory: the machine's, or its container's if that is less."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _text("/sys/fs/cgroup/memory.max").strip()
+    limit = read_text("/sys/fs/cgroup/memory.max").strip()
     return min(physical, int(limit)) if limit.isdigit() else physical
 
 
@@ -100,13 +101,12 @@ def memory_of_rank(device: "torch.device") -> int:
 def peak_memory() -> int:
     """Return the peak resident memory of this process, in bytes."""
     # on Linux, ru_maxrss starts at the value of the parent process
-    peak = re.search(r"^VmHWM:\s*(\d+) kB$", _text("/proc/self/status"), re.MULTILINE)
-    if peak:
+    if peak := re.search(r"^VmHWM:\s*(\d+) kB$", read_text("/proc/self/status"), re.MULTILINE):
         return int(peak[1]) << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
 
 
-def _text(path: str) -> str:
+def read_text(path: str) -> str:
     """Return the text of a file; empty if it cannot be read."""
     try:
         return Path(path).read_text(errors="replace")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore  # `torch.distributed` exports it without its type
 
+from rarec.console.last_resort import print_from_any_rank
 from rarec.distributed.world import World
 from rarec.errors import EXIT_CODE, Stopped, UserError
 
@@ -118,8 +119,8 @@ class Heartbeats:
 
     def describe(self, ranks: Sequence[int]) -> str:
         """Return the number, machine, step and activity of these ranks, as text."""
-        heartbeats = [(rank, self.last[rank]) for rank in ranks[:_NAMED]]
-        each = [f"rank {rank} on {one.host} (last at step {one.place[1]}: {one.doing})" for rank, one in heartbeats]
+        lasts = [(rank, self.last[rank]) for rank in ranks[:_NAMED]]
+        each = [f"rank {rank} on {last.host} (last at step {last.place[1]}: {last.doing})" for rank, last in lasts]
         return ", ".join(each) + (f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else "")
 
     def _silent(self, seconds: float) -> list[int]:
@@ -127,51 +128,52 @@ class Heartbeats:
         return [rank for rank in running if self.clock - self._alive_at[rank] > seconds]
 
 
+@contextmanager
+def watched(
+    world: World, say: Callable[[str], None] = print_from_any_rank, *, stall: float = 120.0, dead: float = 30.0
+) -> Iterator[None]:
+    """Watch the ranks within the context, which all enter together. A single process is not watched.
+
+    An error that rank 0 has met as well becomes `shared`: rank 0 alone prints it.
+
+    Args:
+        world: all ranks.
+        say: prints one line to the user, on any rank.
+        stall: seconds without progress after which rank 0 prints which ranks the others wait for.
+        dead: seconds without a heartbeat after which a rank is dead.
+    """
+    if world.size == 1:
+        yield
+        return
+    watchdog = Watchdog(world, say, stall, dead)
+    watchdog.start()
+    error = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        watchdog.leave(error)
+
+
 class Watchdog:
-    """Watches the other ranks from one rank; see `over`."""
+    """Watches the other ranks from one rank; see `watched`."""
 
     def __init__(self, world: World, say: Callable[[str], None], stall: float, dead: float) -> None:
         self._world, self._say, self._dead = world, say, dead
-        self._ended: str | None = None
-        self._patience, self._interval, self._main = 0.0, min(INTERVAL, dead / 10), threading.get_ident()
-        self._wake, self._finished, self._condemned = threading.Event(), threading.Event(), False
-        self._number, self._left_at = 0, 0.0
+        self._interval = min(INTERVAL, dead / 10)
         self._heartbeats = Heartbeats(self._interval, stall, dead)
+        self._store = _open_store(world)
+        self._main_thread = threading.get_ident()
+        self._wake, self._finished = threading.Event(), threading.Event()
+        self._number = 0
+        self._ended: str | None = None
+        self._patience = self._left_at = 0.0
+        self._condemned = False
 
-    @classmethod
-    @contextmanager
-    def over(
-        cls, world: World, say: Callable[[str], None], *, stall: float = 120.0, dead: float = 30.0
-    ) -> Iterator[None]:
-        """Watch the ranks within the context, which all enter together. A single process is not watched.
-
-        An error that rank 0 has met as well becomes `shared`: rank 0 alone prints it.
-
-        Args:
-            world: all ranks.
-            say: prints one line to the user, on any rank.
-            stall: seconds without progress after which rank 0 prints which ranks the others wait for.
-            dead: seconds without a heartbeat after which a rank is dead.
-        """
-        if world.size == 1:
-            yield
-            return
-        watchdog, failed = cls(world, say, stall, dead), None
-        watchdog._start()
-        try:
-            yield
-        except BaseException as error:
-            failed = error
-            watchdog._fail(error)
-            raise
-        finally:
-            watchdog._leave()
-            of_main = watchdog._heartbeats.last[0]
-            if isinstance(failed, UserError) and not world.is_main and of_main.ended == watchdog._ended:
-                failed.shared = True
-
-    def _start(self) -> None:
-        self._store = _open_store(self._world)
+    def start(self) -> None:
+        """Start the two threads, once every rank has sent a heartbeat."""
         if self._world.is_main:
             self._store.set(_VERDICT, "")
         self._store.set(str(self._world.rank), json.dumps(self._heartbeat()))
@@ -190,11 +192,15 @@ class Watchdog:
         place.now = (*place.now[:2], time.monotonic())
         self._ended = text
 
-    def _leave(self) -> None:
+    def leave(self, error: BaseException | None) -> None:
         """Return when the other ranks have read what they need; never, if this process must end."""
+        if error is not None:
+            self._fail(error)
         self._ended = self._ended or ""
         self._wake.set()
         self._finished.wait()
+        if isinstance(error, UserError) and not self._world.is_main:
+            error.shared |= self._heartbeats.last[0].ended == self._ended
 
     def _run(self) -> None:
         try:
@@ -237,41 +243,42 @@ class Watchdog:
         if own.ended is None:
             self._judge(verdict.decode())
             return True
-        return self._keeps_store() if world.is_main else not verdict and self._main_may_fail_too()
+        return self._is_needed(verdict.decode())
 
     def _heartbeat(self) -> Heartbeat:
         ended = self._ended  # read before the place: `_fail` writes them in the other order
         place, doing, since = self._world.place.now
-        seconds, frame = time.monotonic() - since, sys._current_frames().get(self._main)
+        seconds, frame = time.monotonic() - since, sys._current_frames().get(self._main_thread)
         waits = ended is not None or (frame is not None and frame.f_code.co_filename.startswith(_COLLECTIVES))
         reported = "" if self._condemned else ended if seconds >= self._patience else None
         return Heartbeat(self._number, list(place), doing, seconds, waits, reported, socket.gethostname())
 
     def _judge(self, verdict: str) -> None:
         """End if there is a verdict, or if this rank finds a reason for one."""
-        found = "" if verdict else self._heartbeats.verdict()
-        if found:
-            own = json.dumps([self._world.rank, found])
-            verdict = self._store.compare_set(_VERDICT, "", own).decode()
-            if verdict == own:
-                self._say(found)
+        own = "" if verdict else self._heartbeats.verdict()
+        if own:
+            signed = json.dumps([self._world.rank, own])
+            verdict = self._store.compare_set(_VERDICT, "", signed).decode()
+            if verdict == signed:  # no other rank was faster
+                self._say(own)
         if verdict:
             self._condemned = True
             self._wake.set()
         elif self._world.is_main and (stall := self._heartbeats.stall()):
             self._say(stall)
 
-    def _keeps_store(self) -> bool:
-        """Return whether other ranks still need the store."""
-        self._left_at = self._left_at or self._heartbeats.clock
-        since, interval = self._heartbeats.clock - self._left_at, self._interval if self._ended else 0.0
-        return since < (LINGER if self._heartbeats.any_running() else interval)
+    def _is_needed(self, verdict: str) -> bool:
+        """Return whether to continue after leaving.
 
-    def _main_may_fail_too(self) -> bool:
-        """Return whether rank 0 may yet fail in the same way, a moment later."""
+        Rank 0 keeps the store open for the others. They wait a moment, because rank 0 may meet the same error.
+        """
         self._left_at = self._left_at or self._heartbeats.clock
-        since = self._heartbeats.clock - self._left_at
-        return bool(self._ended) and self._heartbeats.last[0].ended is None and since < self._interval
+        moment = self._interval if self._ended else 0.0
+        if self._world.is_main:
+            patience = LINGER if self._heartbeats.any_running() else moment
+        else:
+            patience = moment if not verdict and self._heartbeats.last[0].ended is None else 0.0
+        return self._heartbeats.clock - self._left_at < patience
 
 
 def _open_store(world: World) -> TCPStore:

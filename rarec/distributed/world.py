@@ -86,16 +86,17 @@ class World:
         Every rank yields equally often, because a sharded model must be called equally often on all ranks: a rank with
         one job fewer repeats another rank's, marked False.
         """
-        for start in track(range(0, len(jobs), self.size), self.place.doing):
-            at = start + self.rank
-            self.report(self.place.doing)
-            yield (True, jobs[at]) if at < len(jobs) else (False, jobs[start])
+        rounds = -(-len(jobs) // self.size)
+        yield from self._in_rounds(rounds, jobs[self.rank :: self.size], jobs[-1:])
 
     def in_lockstep(self, jobs: Sequence[T]) -> Iterator[tuple[bool, T]]:
         """Yield this rank's own jobs, marked True, then repeat the last one, marked False, until all ranks are done."""
-        for at in track(range(self.all_reduce_max(len(jobs))), self.place.doing):
+        yield from self._in_rounds(self.all_reduce_max(len(jobs)), jobs, jobs[-1:])
+
+    def _in_rounds(self, rounds: int, own: Sequence[T], spare: Sequence[T]) -> Iterator[tuple[bool, T]]:
+        for number in track(range(rounds), self.place.doing):
             self.report(self.place.doing)
-            yield (True, jobs[at]) if at < len(jobs) else (False, jobs[-1])
+            yield (True, own[number]) if number < len(own) else (False, spare[0])
 
     def gather_rows(self, rows_b: Tensor, total: int) -> Tensor:
         """Return the rows of all ranks in global order, (B, ...); gradients flow back to the rank that owns a row.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rarec.bundle.parts import Parts, sample_histories
-from rarec.config.paths import resolve
+from rarec.config.shipped import resolve_path
 from rarec.errors import UserError
 from rarec.export import Target
 from rarec.export.graphs import QueryGraph, difference, padded, write_graph
@@ -151,7 +151,7 @@ exec python -m vllm.entrypoints.openai.api_server"""
 
 def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
     """Write the script that starts vLLM; whoever may read it may run it."""
-    config, model = parts.bundle.config, resolve(parts.llm_path)
+    config, model = parts.bundle.config, resolve_path(parts.llm_path)
     elsewhere = not Path(model).exists()
     model = model if elsewhere else str(Path(model).resolve())  # the script runs in its own folder
     longest = config.prompt.max_tokens or parts.context_length

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rarec.config.paths import resolve
+from rarec.config.shipped import resolve_path
 from rarec.errors import UserError
 
 CHUNK = 1 << 16
@@ -138,7 +138,7 @@ def read_ids(path: str) -> pa.Array:
     Raises:
         UserError: the file does not have the format of its suffix.
     """
-    file = Path(resolve(path))
+    file = Path(resolve_path(path))
     if file.suffix == ".parquet":
         return _parquet(path).column(0).combine_chunks()
     if file.suffix == ".npy":
@@ -163,7 +163,7 @@ def existing(path: str, field: str) -> Path:
     Raises:
         UserError: the file does not exist, or may not be read.
     """
-    file = Path(resolve(path))
+    file = Path(resolve_path(path))
     if not file.is_file():
         raise UserError(f"field `{field}`: {path} does not exist", "paths are relative to the current directory")
     if not os.access(file, os.R_OK):
@@ -174,7 +174,7 @@ def existing(path: str, field: str) -> Path:
 def _npy(path: str) -> npt.NDArray[np.generic]:
     try:
         # not `np.load`, which also reads archives and pickles
-        array: npt.NDArray[np.generic] = np.lib.format.open_memmap(resolve(path), mode="r")
+        array: npt.NDArray[np.generic] = np.lib.format.open_memmap(resolve_path(path), mode="r")
     except Exception as error:  # a header is Python code, which NumPy parses: anything may be raised
         remedy = "save a plain array of numbers: np.save(file, np.asarray(values))"
         raise UserError(f"{path} is not a plain .npy array: {_first_line(error)}", remedy) from None
@@ -188,7 +188,7 @@ def _first_line(error: Exception) -> str:
 
 def _parquet(path: str) -> pa.Table:
     try:
-        with pq.ParquetFile(resolve(path), page_checksum_verification=True) as file:
+        with pq.ParquetFile(resolve_path(path), page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
@@ -206,7 +206,7 @@ def _read_npy(path: str) -> tuple[npt.NDArray[np.generic], None]:
 
 def _read_safetensors(path: str) -> tuple[npt.NDArray[np.generic], None]:
     try:
-        with safe_open(resolve(path), "pt") as file:  # torch reads bfloat16, numpy does not
+        with safe_open(resolve_path(path), "pt") as file:  # torch reads bfloat16, numpy does not
             names = list(file.keys())
             if len(names) != 1:
                 shown = ", ".join(names[:SHOWN])

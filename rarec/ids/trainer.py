@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rarec.config.ids import Recipe
-from rarec.console.progress import task
+from rarec.console.progress import Task
 from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
@@ -78,7 +78,7 @@ def train_ids(
         torch.manual_seed(seed)
         training = Training(settings, dataset.train_counts_N > 0, seed, checkpoints, world)
         training.resume(say)
-        with task(f"epochs of {settings.title}", settings.epochs, len(training.curve)) as shown:
+        with Task(f"epochs of {settings.title}", settings.epochs, len(training.curve)) as shown:
             while not training.is_done:
                 training.epoch(windows, validation)
                 shown.update(len(training.curve), training.facts)

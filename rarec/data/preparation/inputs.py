@@ -7,12 +7,11 @@ from typing import Any
 import ibis
 import ibis.expr.types as ir
 
-from rarec.config.load import without_password
 from rarec.config.logs import Interactions, Items, Prepare, Table
 from rarec.data.engines import InputTable, NamedTable, PrepareEngine, TableLocation, compute_value, display_name
 from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation import columns, steps
-from rarec.errors import UserError
+from rarec.errors import UserError, without_password
 from rarec.storage.artefacts import sha256_json
 
 
