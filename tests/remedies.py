@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harm_oracle import remedies
-from harm_process import Command, Server
+from tests.commands import Command, run_command
+from tests.faults.judge import remedies
 
 COMMAND = re.compile(r"\brarec (\w+) (?:CONFIG|\S+\.yaml)((?: (?:--[\w-]+|[\w.]+=[^\s;,]+))*)")
 DELETE = re.compile(r"\b(?:delete|remove) (\S+?)[,;:.]?(?= |$)")
@@ -29,13 +29,11 @@ class Patient:
     """A command that was refused, and where.
 
     Attributes:
-        server: runs commands.
         root: the directory with the run.
         command: the command.
         depth: how many remedies it is the remedy of.
     """
 
-    server: Server
     root: Path
     command: Command
     depth: int = 0
@@ -59,7 +57,7 @@ class Patient:
                 return None
             done.append(followed[0])
             patient = followed[1]
-            outcome = self.server.run(patient.command)
+            outcome = run_command(patient.command)
             if outcome.code == 0:
                 return done, patient
             stderr = outcome.stderr
@@ -91,7 +89,7 @@ class Patient:
         if self.depth == ROUNDS:
             raise Useless(f"rarec {' '.join(words)} does not help: {message.strip()[-300:]}")
         inner = replace(self, command=Command(words, self.command.cwd), depth=self.depth + 1)
-        outcome = self.server.run(inner.command)
+        outcome = run_command(inner.command)
         then = inner.recover(outcome.stderr) if outcome.code else None
         return " ".join(["rarec", *words, *(f"({step})" for step in (then[0] if then else []))]), self
 
