@@ -108,9 +108,7 @@ def _odd_table(draw: Draw, world: World, place: Path, _: Command) -> Harm:
 
 def _odd_argument(draw: Draw, world: World, place: Path, command: Command) -> Harm:
     """Ask for what cannot be, or say it in an odd way."""
-    text = (
-        "".join(draw(st.lists(st.sampled_from(TEXTS), max_size=2))).replace("\0", "").encode(errors="ignore").decode()
-    )
+    text = draw(TEXTS).replace("\0", "").encode(errors="ignore").decode()
     words = draw(st.sampled_from([line.split() for line in REFUSED] + [[*HISTORY.split()[:3], text[:10_000]]]))
     is_history = len(words) == 4 and words[-1] == text[:10_000]
     return Harm("an argument", replace(command, words=words), expect="any" if is_history else "refusal")

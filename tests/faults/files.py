@@ -28,6 +28,7 @@ INSIDE: dict[str, str] = {
 }
 NAMES = [Path(folder, name).as_posix() for folder, names in INSIDE.items() for name in names.split()]
 """Names of rarec's, and names beside them, in which the user may have something, relative to `run.dir`."""
+PLACES = "prepare shards bundle log mine ids/id config.yaml resolved.yaml record.json prepare/config.yaml".split()
 TEXT = b"the user's own words\n"
 
 
@@ -71,7 +72,7 @@ PLANTS = FILES | {
 def plant(draw: Draw, world: World, place: Path) -> Harm:
     """Put something of the user's where rarec writes, or inputs of the user's inside `run.dir`."""
     if draw(st.integers(0, 4)) == 4:
-        return draw(st.sampled_from([_log_inside, _config_inside, _model_inside, _run_is_here]))(draw, world, place)
+        return draw(st.sampled_from([_input_inside, _input_inside, _run_is_here]))(draw, world, place)
     state = draw(st.sampled_from(["new", "finished", *UPTO]))
     world.copy(state, place)
     name, kind = draw(st.sampled_from(NAMES)), draw(st.sampled_from(list(PLANTS)))
@@ -107,40 +108,20 @@ def _words(draw: Draw, folder: str, state: str, config: str = "config.yaml") -> 
     return [stage, config, *["--fresh"] * draw(st.booleans())]
 
 
-def _log_inside(draw: Draw, world: World, place: Path) -> Harm:
-    """Keep the log in a directory of the run."""
-    state = draw(st.sampled_from(["new", "finished"]))
-    world.copy(state, place)
-    folder = draw(st.sampled_from(["prepare", "shards", "report", "log", "evaluation", "ids/id", "."]))
-    logs = place / RUN / folder
-    logs.mkdir(parents=True, exist_ok=True)
-    (place / "log" / "interactions.csv").rename(logs / "interactions.csv")
-    mine = (logs / "interactions.csv").relative_to(place).as_posix()
-    words = [draw(st.sampled_from(["prepare", "run"])), "config.yaml", f"prepare.interactions.path={mine}"]
-    command = Command([*words, *["--fresh"] * draw(st.booleans())], str(place))
-    return Harm(f"the log is {mine} ({state})", command, ("interactions", folder), (mine,), expect="tables")
-
-
-def _config_inside(draw: Draw, world: World, place: Path) -> Harm:
-    """Keep the configuration in `run.dir`, under a name that rarec might take."""
+def _input_inside(draw: Draw, world: World, place: Path) -> Harm:
+    """Keep the log, the language model or the configuration in `run.dir`, under a name that rarec might take."""
     world.copy("new", place)
-    name = draw(st.sampled_from(["config.yaml", "resolved.yaml", "prepare.yaml", "prepare/config.yaml", "record.json"]))
-    path, top = place / RUN / name, f"run/{name.split('/')[0]}"
+    mine, name = draw(st.sampled_from(["log", "llm", "config.yaml"])), draw(st.sampled_from(PLACES))
+    path, inside, top = place / RUN / name, f"run/{name}", f"run/{name.split('/')[0]}"
     path.parent.mkdir(parents=True)
-    (place / "config.yaml").rename(path)
-    words = [draw(st.sampled_from(["prepare", "run"])), f"run/{name}"]
-    return Harm(f"the configuration is run/{name}", Command(words, str(place)), (path.name, top), (top,))
-
-
-def _model_inside(draw: Draw, world: World, place: Path) -> Harm:
-    """Keep the language model in `run.dir`."""
-    world.copy("new", place)
-    name = draw(st.sampled_from(["llm", "bundle", "shards", "shards/model"]))
-    (place / RUN / name).parent.mkdir(parents=True, exist_ok=True)
-    (place / "llm").rename(place / RUN / name)
-    top = f"run/{name.split('/')[0]}"
-    words = ["run", "config.yaml", f"llm.path=run/{name}"]
-    return Harm(f"the language model is in run/{name}", Command(words, str(place)), ("llm", top), (top,))
+    (place / mine).rename(path)
+    overrides = {
+        "log": [f"prepare.{table}.path={inside}/{table}.csv" for table in ("interactions", "items")],
+        "llm": [f"llm.path={inside}"],
+    }
+    config = inside if mine == "config.yaml" else "config.yaml"
+    words = [draw(st.sampled_from(["prepare", "run"])), config, *overrides.get(mine, [])]
+    return Harm(f"{mine} is {inside}", Command(words, str(place)), (path.name, top, mine), (top,))
 
 
 def _run_is_here(draw: Draw, world: World, place: Path) -> Harm:

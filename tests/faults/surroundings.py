@@ -13,35 +13,17 @@ from tests.commands import Command
 from tests.faults.judge import Harm
 from tests.faults.world import RUN, STAGES, UPTO, Draw, World, next_stage
 
+_NUMBERS = (
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT COLUMNS OMP_NUM_THREADS CUDA_VISIBLE_DEVICES SLURM_PROCID "
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS SLURM_JOB_ID"
+)
+_PATHS = "HOME TMPDIR MPLCONFIGDIR HF_HOME GIT_DIR PATH"
+_WORDS = "TERM LC_ALL TZ MPLBACKEND USER ACCELERATE_MIXED_PRECISION ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED"
 VARIABLES: dict[str, list[str | None]] = {
-    "RANK": ["x", "-1", "", "3", "1e3", "0x1", "\u0663"],
-    "WORLD_SIZE": ["x", "-1", "", "0", "1.5"],
-    "LOCAL_RANK": ["x", "-1", "", "7"],
-    "LOCAL_WORLD_SIZE": ["x", "0"],
-    "MASTER_PORT": ["x", "-1", "99999"],
-    "COLUMNS": ["0", "1", "x", "-5", "100000"],
-    "TERM": ["dumb", "nonsense", ""],
-    "LC_ALL": ["C", "nonsense"],
-    "TZ": ["nonsense", "Asia/Tokyo", ":"],
-    "OMP_NUM_THREADS": ["x", "0", "-1"],
-    "CUDA_VISIBLE_DEVICES": ["x", "", "99"],
-    "ACCELERATE_MIXED_PRECISION": ["x", ""],
-    "ACCELERATE_USE_FSDP": ["maybe", ""],
-    "ACCELERATE_USE_DEEPSPEED": ["maybe", ""],
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ["x", "0"],
-    "MPLBACKEND": ["nonsense", ""],
-    "MPLCONFIGDIR": ["/proc/x", "config.yaml"],
-    "HOME": [None, "", "/proc/x", "config.yaml"],
-    "TMPDIR": ["/nowhere", "config.yaml", "/proc"],
-    "HF_HOME": ["/proc/x", "config.yaml"],
-    "SLURM_PROCID": ["x"],
-    "SLURM_JOB_ID": ["x"],
-    "PATH": [None, ""],
-    "USER": [None],
-    "NO_COLOR": ["1"],
+    **{key: ["x", "-1", "", "0", "1.5", "1e3", "0x1", "٣"] for key in _NUMBERS.split()},
+    **{key: [None, "", "/proc/x", "/nowhere", "config.yaml"] for key in _PATHS.split()},
+    **{key: [None, "", "nonsense"] for key in _WORDS.split()},
     "FORCE_COLOR": ["0"],
-    "GIT_DIR": ["/nowhere"],
-    "PYTHONWARNINGS": ["error"],
 }
 ROOM = 64_000_000
 """Bytes of a small disk before its room is taken away."""
