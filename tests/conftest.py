@@ -5,7 +5,6 @@ import fcntl
 import os
 import signal
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,8 +21,7 @@ from tests.engines import start
 from tests.synthetic import write_llm, write_log
 
 if TYPE_CHECKING:
-    from check_harm import Examples
-    from harm_process import Server
+    from tests.faults.world import World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Spark on tables of a few rows: to compile better, or to collect garbage on more threads, takes longer than it saves
@@ -129,25 +127,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator["Server"]:
-    """Run `rarec` commands without the seconds in which Python imports what they need."""
-    sys.path.append(TOOLS)
-    from harm_process import Server
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> "World":
+    """Runs over a tinier world that are new, half built and finished, to be copied and harmed."""
+    from tests.faults.world import World
 
-    started = Server()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="session")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Examples"]:
-    """Make harmed runs over a tinier world; see tools/check_harm.py."""
-    sys.path.append(TOOLS)
-    from check_harm import Examples
-
-    made = Examples(tmp_path_factory.mktemp("harm"))
-    yield made
-    made.close()
+    return World(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

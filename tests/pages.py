@@ -8,16 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from rarec.config.load import set_field
+from tests.commands import Command, run_command
 from tests.engines import ENGINES_HERE
 from tests.synthetic import write_llm, write_log
-
-if TYPE_CHECKING:
-    from harm_process import Server
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -106,20 +103,18 @@ def mine() -> dict[str, object]:
     return tree
 
 
-def shell(command: str, directory: Path, server: "Server | None" = None, timeout: float = 600) -> None:
+def shell(command: str, directory: Path, quick: bool = False, timeout: float = 600) -> None:
     """Run a command of a page as a reader would, and fail with what it said.
 
     Args:
         command: as on the page.
         directory: where it runs.
-        server: runs `rarec` commands without the seconds in which Python imports what they need.
+        quick: run a `rarec` command without the seconds in which Python imports what it needs.
         timeout: in seconds.
     """
-    if server and command.startswith("rarec ") and not set("|&;<>$`") & set(command):
-        from harm_process import Command
-
-        quick = server.run(Command(shlex.split(command)[1:], str(directory), timeout=timeout))
-        code, said = quick.code, quick.stdout + quick.stderr
+    if quick and command.startswith("rarec ") and not set("|&;<>$`") & set(command):
+        outcome = run_command(Command(shlex.split(command)[1:], str(directory), timeout=timeout))
+        code, said = outcome.code, outcome.stdout + outcome.stderr
     else:
         environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
         words = ["bash", "-c", command]

@@ -172,10 +172,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_run_in_the_order_of_the_pages(place, server):
+def test_commands_run_in_the_order_of_the_pages(place):
     for page in ("training", "serving", "vector_databases", "distributed", "sweeps", "data"):
         for command in runnable(DOCS / f"{page}.md"):
-            shell(command, place, server)
+            shell(command, place, quick=True)
     assert (place / "runs" / "mine" / "bundle-3" / "recommender.json").exists()
     python = [text for text in blocks(DOCS / "serving.md", "python") if not text.startswith("#")]
     first, last, *databases = blocks(DOCS / "vector_databases.md", "python")

@@ -22,6 +22,7 @@ from rarec.distributed.world import World
 from rarec.entry import run_stage
 from rarec.errors import EXIT_CODE, UserError
 from rarec.storage.directories import new_directory
+from tests.commands import Command, run_command
 from tests.conftest import make_world
 
 ROOT = Path(__file__).parents[1]
@@ -253,19 +254,17 @@ def test_an_interrupt_on_the_way_into_a_with_leaves_nothing_aside(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_run_that_is_interrupted_at_any_moment_leaves_nothing_half_written(name, finished, tmp_path, examples):
-    from harm_process import Command
-
+def test_a_run_that_is_interrupted_at_any_moment_leaves_nothing_half_written(name, finished, tmp_path):
     number, moments = getattr(signal, name), random.Random(5)
     command = Command(["run", str(finished), f"run.dir={tmp_path / 'run'}", "train.epochs=1"], str(tmp_path))
     for _ in range(8):
         moment = moments.choice([moments.uniform(0.05, 0.5), moments.uniform(0.5, 5)])
-        ended = examples.server.run(replace(command, kill_after=(number, moment)))
+        ended = run_command(replace(command, kill_after=(number, moment)))
         assert ended.code in (0, 128 + number), ended.stderr
         assert "Traceback" not in ended.stderr
         assert ended.code == 0 or ended.stderr.endswith("run the same command to resume\n")
         assert not list(tmp_path.rglob("*.aside-*"))
-    assert examples.server.run(command).code == 0
+    assert run_command(command).code == 0
 
 
 NONSENSE = ["", " ", "abc", "-1", "1.5", "1e3", "0x1", "٣", "1000000000", "9" * 400, "+1", "01"]
@@ -330,11 +329,9 @@ def test_tensors_and_directories_follow_the_umask(mask, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "mask"), [("run", 0o077), ("prepare", 0o002)])
-def test_every_file_follows_the_umask(stage, mask, tmp_path, examples):
-    from harm_process import Command
-
+def test_every_file_follows_the_umask(stage, mask, tmp_path):
     config = make_world(tmp_path)
-    assert examples.server.run(Command([stage, str(config)], str(tmp_path), umask=mask)).code == 0
+    assert run_command(Command([stage, str(config)], str(tmp_path), umask=mask)).code == 0
     assert_modes(tmp_path / "run", mask)
 
 

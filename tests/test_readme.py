@@ -7,16 +7,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
 from tests.pages import README, ROOT, SMALL, blocks, lines, make_place, runnable, shell
 from tests.serving import service
-
-if TYPE_CHECKING:
-    from harm_process import Server
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -27,12 +23,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(place: Path, server: "Server") -> Path:
+def ran(place: Path) -> Path:
     """The place after every command of the page; the first, which is the longest, in a process of its own."""
     first, *others = runnable(README)
     shell(first, place)
     for command in others:
-        shell(command, place, server)
+        shell(command, place, quick=True)
     return place
 
 
@@ -45,12 +41,12 @@ def test_the_two_commands_come_first():
 
 
 @pytest.mark.slow
-def test_what_make_demo_runs_is_a_valid_run(server, tmp_path):
+def test_what_make_demo_runs_is_a_valid_run(tmp_path):
     recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
     command = next(line.strip() for line in recipe.splitlines() if "rarec run" in line)
     small = {**SMALL, "shards.share": 0.002, "prepare.min_item_interactions": 150, "run.dir": str(tmp_path / "run")}
     overrides = " ".join(f"'{name}={str(value).lower() if value is False else value}'" for name, value in small.items())
-    shell(f"{command.removeprefix('$(BIN)/')} {overrides}", ROOT, server)
+    shell(f"{command.removeprefix('$(BIN)/')} {overrides}", ROOT, quick=True)
     assert (tmp_path / "run" / "bundle" / "recommender.json").exists()
 
 

@@ -3,20 +3,16 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-
-from harm_oracle import Harm, Judge, snapshot
-from harm_process import Command
-from harm_remedies import Patient, Useless
-
 from rarec.storage.artefacts import MANIFEST
+from tests.commands import Command, run_command
+from tests.faults.judge import Harm, Judge, snapshot
+from tests.remedies import Patient, Useless
 
 MINE = "the user's own words"
 
@@ -117,10 +113,10 @@ CASES = {
     "a tar that verification finds": Case("shards --verify --deep", flip("shards/000002.tar"), named="000002.tar"),
     "a best checkpoint with a flipped bit": Case("evaluate --fresh", lambda run: flip(best(run))(run), named="step-"),
     "a bundle with a flipped bit": Case(
-        "recommend run/bundle --history i00,i01", flip("bundle/alignment.safetensors"), named="bundle"
+        "recommend run/bundle --history i000,i001", flip("bundle/alignment.safetensors"), named="bundle"
     ),
     "a bundle without its facts": Case(
-        "recommend run/bundle --history i00,i01", remove("bundle/recommender.json"), named="recommender.json"
+        "recommend run/bundle --history i000,i001", remove("bundle/recommender.json"), named="recommender.json"
     ),
     "figures that are torn": Case("report --fresh", cut("evaluation/metrics.json"), named="metrics.json"),
     "a record that is torn": Case("export --fresh", cut("record.json"), named="record.json"),
@@ -131,7 +127,7 @@ CASES = {
     "a stage whose input is half built": Case("evaluate", nothing, "half-train", "per_layer"),
     "an input that is not there": Case("shards", nothing, "upto-prepare", "ids/id"),
     "an input that is far away": Case("train", nothing, "upto-prepare", "shards"),
-    "a bundle that is not there": Case("recommend run/bundle --history i00,i01", nothing, "upto-evaluate", "bundle"),
+    "a bundle that is not there": Case("recommend run/bundle --history i000,i001", nothing, "upto-evaluate", "bundle"),
     # other settings
     "other settings of prepare": Case(
         "ids prepare.min_user_interactions=7", named="min_user_interactions", equal=False
@@ -156,17 +152,17 @@ def is_slow(case: Case) -> bool:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * is_slow(case)) for name, case in CASES.items()]
 )
-def test_a_remedy_that_is_carried_out_leads_to_success_and_loses_nothing_else(examples, tmp_path, name):
+def test_a_remedy_that_is_carried_out_leads_to_success_and_loses_nothing_else(tiny_runs, tmp_path, name):
     case = CASES[name]
-    place = examples.world.copy(case.state, tmp_path / "copy")
+    place = tiny_runs.copy(case.state, tmp_path / "copy")
     case.harm(place / "run")
     before = snapshot(place)
     stage, *rest = case.command.split()
     command = Command([stage, *["config.yaml"] * (stage != "recommend"), *rest], str(place))
-    first = examples.server.run(Command(command.words, command.cwd, limits=case.limits))
+    first = run_command(Command(command.words, command.cwd, limits=case.limits))
     assert first.code == 2, first.stderr
     assert case.named in first.stderr
-    recovered = Patient(examples.server, place, command).recover(first.stderr)
+    recovered = Patient(place, command).recover(first.stderr)
     assert recovered, f"cannot be carried out: {first.stderr}"
     followed = recovered[0]
     after = snapshot(place)
@@ -176,10 +172,8 @@ def test_a_remedy_that_is_carried_out_leads_to_success_and_loses_nothing_else(ex
     assert len(mine) == ("plant" in case.harm.__qualname__.split(".")[0]), followed
     if case.equal:
         harm = Harm(name, command)
-        original = snapshot(examples.world.state(case.state))
-        judge = Judge(examples.world, place, harm, original, {}, after, after)
-        judge.results()
-        assert not judge.faults, followed
+        original = snapshot(tiny_runs.state(case.state))
+        assert not list(Judge(tiny_runs, place, harm, original, {}, after, after).results()), followed
 
 
 # ---- the reading of remedies
@@ -201,7 +195,7 @@ def test_a_remedy_that_is_carried_out_leads_to_success_and_loses_nothing_else(ex
 def test_remedies_are_read(tmp_path, remedy, done):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a.json").write_text("{")
-    patient = Patient(None, tmp_path, Command(["run", "config.yaml"], str(tmp_path)))
+    patient = Patient(tmp_path, Command(["run", "config.yaml"], str(tmp_path)))
     followed = patient.follow(f"error: run/a.json is torn\n  -> {remedy}\n")
     assert followed is not None
     assert followed[0] == done.format(root=tmp_path)
@@ -210,11 +204,11 @@ def test_remedies_are_read(tmp_path, remedy, done):
 def test_a_remedy_that_deletes_a_directory_is_too_wide(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a.json").write_text("{")
-    patient = Patient(None, tmp_path, Command(["run", "config.yaml"], str(tmp_path)))
+    patient = Patient(tmp_path, Command(["run", "config.yaml"], str(tmp_path)))
     with pytest.raises(Useless):
         patient.follow("error: run/a.json is torn\n  -> delete run\n")
 
 
 def test_what_nobody_can_carry_out_is_not(tmp_path):
-    patient = Patient(None, tmp_path, Command(["run", "config.yaml"], str(tmp_path)))
+    patient = Patient(tmp_path, Command(["run", "config.yaml"], str(tmp_path)))
     assert patient.follow("error: it is broken\n  -> restore it from a copy\n") is None

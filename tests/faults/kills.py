@@ -26,6 +26,8 @@ ENGINE = ROOT / "configs" / "accelerate" / "cpu.yaml"
 LAUNCHED = ("ids", "shards", "train", "evaluate")
 """Stages that `accelerate launch` starts."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+ENDS = (".safetensors", ".npy", ".parquet", ".tar", ".arrow")
+"""Ends of files that depend on settings and inputs alone."""
 CHANGING = ("record.json", "config.yaml", ".lock", CHECKED)
 
 
@@ -69,10 +71,10 @@ class Task:
             for _ in range(interruptions):
                 self._interrupt(draw, disk, seconds)
                 disk.leave(None)
-            codes = [self.run() for _ in range(3) if not self._is_whole() or _ == 0]
-            results = self.results()
-            differs = [path for path in expected | results if expected.get(path) != results.get(path)]
-            return [f"exit code {code} in the end" for code in codes if code] + differs + self._others()
+            codes = [self.run()]
+            while not codes[-1] and not self._is_whole() and len(codes) < 3:  # asked to stop, it ends with code 0
+                codes.append(self.run())
+            return [*self.faults(expected), *[f"exit code {codes[-1]} in the end"] * bool(codes[-1])]
         finally:
             disk.release()
             shutil.rmtree(self.place, ignore_errors=True)
@@ -126,15 +128,18 @@ class Task:
         begun = any(path.name == ".begun.json" or path.name.endswith(".fresh") for path in run.rglob(".*"))
         return not begun and all((run / folder / MANIFEST).exists() for folder in self.folders)
 
-    def _others(self) -> list[str]:
-        """Return what was changed that the task does not make, and temporary files that are left."""
+    def faults(self, expected: dict[str, str]) -> list[str]:
+        """Return what differs from the expected results, what else was changed, and what is left."""
+        results = self.results()
+        differs = [path for path in expected | results if expected.get(path) != results.get(path)]
         before, after = snapshot(self.world.state(self.state)), snapshot(self.place)
         mine = tuple(f"{RUN}/{folder}/" for folder in self.folders)
         kept = [path for path in before if not path.startswith(mine) and not path.endswith(CHANGING)]
         changed = [path for path in kept if path not in after or after[path].content != before[path].content]
         ends = (".fresh", ".begun.json", ".progress")
         left = [path for path in after if TEMPORARY.search(path) or path.endswith(ends)]
-        return [f"{path} was changed" for path in changed] + [f"{path} is left" for path in left]
+        named = {"differs": differs, "was changed": changed, "is left": left}
+        return [f"{path} {what}" for what, paths in named.items() for path in paths]
 
     def results(self) -> dict[str, str]:
         """Return the hash of each artefact, and of each of its files and checkpoints' tensors; reports hold times."""
@@ -143,13 +148,9 @@ class Task:
         for folder in self.folders:
             with suppress(OSError, ValueError, KeyError):
                 manifest = json.loads((self.place / RUN / folder / MANIFEST).read_bytes())
-                named = {
-                    folder: manifest["hash"],
-                    **{f"{folder}/{name}": sha for name, sha in manifest["files"].items()},
-                }
-                found |= dict.fromkeys(named, "") if folder == "report" else named
-            checkpoints = (path for path in tree if path.startswith(f"{folder}/checkpoints/"))
-            found |= {path: tree[path].content for path in checkpoints if path.endswith(".safetensors")}
+                found[folder] = manifest["hash"] * (folder != "report")
+            inside = (path for path in tree if path.startswith(f"{folder}/"))
+            found |= {path: tree[path].content for path in inside if path.endswith(ENDS)}
         return found
 
 

@@ -40,11 +40,6 @@ def examples(few: int) -> settings:
     return settings(max_examples=EXAMPLES or few, deadline=None, database=None, suppress_health_check=checks, **ways)
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("faults"))
-
-
 def judge(world: World, place: Path, harm: Harm, follow: bool) -> list[str]:
     """Run the command of a harm, and what must come after it; return what is wrong."""
     for name in ("home", "tmp"):
@@ -96,23 +91,23 @@ def check(kind: str, world: World, tmp_path: Path, few: int, follow: bool = Fals
     ("kind", "few"),
     [("trees", 14), ("bytes", 16), ("values", 18), ("inputs", 14), ("bundles", 12), ("surroundings", 8)],
 )
-def test_a_harmed_run_ends_as_if_unharmed_or_is_refused_and_nothing_is_lost(kind, few, world, tmp_path):
-    check(kind, world, tmp_path, few)
+def test_a_harmed_run_ends_as_if_unharmed_or_is_refused_and_nothing_is_lost(kind, few, tiny_runs, tmp_path):
+    check(kind, tiny_runs, tmp_path, few)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trees", "bytes"])
-def test_remedies_lead_to_the_results_of_an_undisturbed_run(kind, world, tmp_path):
-    check(kind, world, tmp_path, few=10, follow=True)
+def test_remedies_lead_to_the_results_of_an_undisturbed_run(kind, tiny_runs, tmp_path):
+    check(kind, tiny_runs, tmp_path, few=10, follow=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.multiprocess)])
-def test_a_stage_that_is_interrupted_again_and_again_ends_as_one_that_is_not(ranks, world, tmp_path):
+def test_a_stage_that_is_interrupted_again_and_again_ends_as_one_that_is_not(ranks, tiny_runs, tmp_path):
     @examples(few=5 if ranks == 1 else 1)
     @given(st.data(), st.sampled_from([*STAGES, "run"] if ranks == 1 else LAUNCHED), st.booleans(), st.integers(1, 4))
     def every(data: st.DataObject, stage: str, fresh: bool, interruptions: int) -> None:
-        task = Task(world, tmp_path / "copy", stage, fresh, ranks)
+        task = Task(tiny_runs, tmp_path / "copy", stage, fresh, ranks)
         faults = task.disturbed(data.draw, interruptions)
         assert not faults, f"{stage}{' --fresh' * fresh}: {'; '.join(faults)}"
 
