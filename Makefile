@@ -14,7 +14,7 @@ PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
 # Where a shell sets it, each of the hundreds of processes that tests start would compile rarec's modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo fast test test-vllm bench-peers check docs clean
+.PHONY: demo fast test faults test-vllm bench-peers check docs clean
 demo: .venv/demo
 	$(BIN)/rarec run configs/runs/demo.yaml
 
@@ -25,12 +25,17 @@ test: .venv/dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not (vllm or $(ALONE))"
 	$(BIN)/python -m pytest -m "$(ALONE)"
 
+# Runs and bundles harmed at random for so long; each failure says how it came about.
+MINUTES := 60
+faults: .venv/dev
+	$(BIN)/python -m tests.faults $(MINUTES)
+
 test-vllm: .venv/dev .venv-vllm/done
 	RAREC_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm
 
 # Speed beside RecTools, whose pins are its own.
 bench-peers: .venv/dev .venv-peers/done
-	$(BIN)/python tools/bench_peers.py .venv-peers/bin/python
+	$(BIN)/python -m tools.bench.peers .venv-peers/bin/python
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from select import select
 
 import pytest
@@ -16,11 +15,9 @@ from rarec import cli
 from rarec.entry import open_run
 from rarec.errors import UserError
 from tests.test_stage import state
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-import check_gpu_place
-from check_gpu_place import Place
-from measuring import Figure, Row
+from tools.bench import gpu_place
+from tools.bench.gpu_place import Place
+from tools.bench.measuring import Figure, Row
 
 
 def test_bench_says_where_a_steps_time_goes_and_writes_nothing(finished, capsys):
@@ -70,7 +67,7 @@ def python(place, code):
 
 def test_a_check_of_a_gpu_that_fails_or_hangs_is_a_figure_and_the_others_go_on(place, monkeypatch):
     """Of what a launcher says, the line of the command below it counts."""
-    monkeypatch.setattr(check_gpu_place, "LONGEST", 3)
+    monkeypatch.setattr(gpu_place, "LONGEST", 3)
     jobs = {
         "fails": python(place, "raise SystemExit('error: no file -> make it\\nTraceback of a launcher')"),
         "hangs": python(place, "import time; time.sleep(99)"),
@@ -109,9 +106,10 @@ def test_a_check_without_time_left_is_not_started(tmp_path):
 
 @pytest.mark.slow
 def test_the_checks_of_a_gpu_work_on_the_cpu(tmp_path):
-    tool = Path(__file__).parents[1] / "tools" / "check_gpu.py"
     options = ["--device", "cpu", "--only", "speed", "ids", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, str(tool), *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench.gpu", *options], capture_output=True, text=True, check=False
+    )
     figures = json.loads((tmp_path / "cpu.json").read_text())["figures"]
     assert done.returncode == 0, (done.stderr, figures)
     names = " ".join(one["what"] for one in figures)

@@ -23,7 +23,7 @@ from rarec.stages import STAGES
 from tests.pages import DOCS, ROOT, blocks, lines, make_place, mine, pages, prose, runnable, shell, write_files
 
 sys.path.append(str(ROOT / "tools"))
-from make_config_reference import PAGE, reference, section_of
+from tools.make_config_reference import PAGE, reference, section_of
 
 NAMES = [page.relative_to(ROOT).as_posix() for page in pages()]
 OF_NOW = [name for name in NAMES if name != "CHANGELOG.md"]

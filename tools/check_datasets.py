@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-from measuring import prepare_dataset
 
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
+from tools.bench.measuring import prepare_dataset
 
 Counts = dict[str, int]
 """Interactions, users, items."""

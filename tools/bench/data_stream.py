@@ -1,4 +1,4 @@
-"""`bench_data.py stream`: compare the stream with a bare `tarfile` read and a frozen model; measure memory and restart.
+"""`data stream`: compare the stream with a bare `tarfile` read and a frozen model; measure memory and restart.
 
 Speed is measured on shards that all differ. For memory and restart only the number of shards matters, so many shards
 are hard links to one tar, with the index and manifest of as many full shards.
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Figure, apart, at_least, at_most, memory, seconds
 
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.files import INDEX, Tars, open_index, tar_name, write_index
@@ -26,6 +25,7 @@ from rarec.data.shards.loader import ShardDataset
 from rarec.data.shards.samples import Sample
 from rarec.data.shards.writing import describe_shards, write_shards
 from rarec.storage.artefacts import check_files, read_manifest, write_manifest
+from tools.bench.measuring import Figure, apart, at_least, at_most, memory, seconds
 
 BLOCKS, HIDDEN, DIM, ITEMS = 7, 384, 64, 12_000
 BATCH, BUDGET = 64, 64 * 80

@@ -1,6 +1,6 @@
 """Measure the memory of each rank for a frozen model of 1.04B parameters, its loading, and the trained weights' size.
 
-    python tools/check_sharding.py DIR [--keep-activations]
+    python -m tools.bench.sharding DIR [--keep-activations]
 
 DIR/llm is generated if it does not exist: a Llama of random bfloat16 weights (16 blocks of Llama 3.2 1B, 32,000 tokens)
 in files of at most 500 MB. Then ZeRO-3 and FSDP2 on two ranks, and one process for comparison, load it with rarec's own
@@ -30,8 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_scaling import finish, launch, write_tokenizer
-from measuring import Figure, at_most, memory, print_table
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -45,6 +43,8 @@ from rarec.models.towers import RaRec, SideBatch
 from rarec.storage.directories import new_directory
 from rarec.training.accelerator import build_engine, start_world
 from rarec.training.engines import Engine, Optimisation
+from tools.bench.measuring import Figure, at_most, memory, print_table
+from tools.bench.scaling import finish, launch, write_tokenizer
 
 WAYS = {"ZeRO-3": ("zero3", 2), "FSDP2": ("fsdp2", 2), "one process": ("one", 1)}
 """The launcher's file and the number of ranks."""
@@ -223,7 +223,7 @@ def on_all_ranks(way: str, llm: Path, options: list[str]) -> list[Measured]:
     cores = sorted(os.sched_getaffinity(0))[:ranks]
     with tempfile.TemporaryDirectory() as scratch:
         out, output = Path(scratch), Path(scratch) / "output.txt"
-        finish(launch(file, [__file__, llm, "--rank", out, *options], cores, output), output)
+        finish(launch(file, ["-m", "tools.bench.sharding", llm, "--rank", out, *options], cores, output), output)
         return [Measured(**json.loads((out / f"{rank}.json").read_text())) for rank in range(ranks)]
 
 

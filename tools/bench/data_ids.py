@@ -1,4 +1,4 @@
-"""`bench_data.py ids`: open a large table of ID embeddings and gather rows; compare with a bare `np.memmap`.
+"""`data ids`: open a large table of ID embeddings and gather rows; compare with a bare `np.memmap`.
 
 Shape letters: N items, E dimension, G rows of a gather.
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from measuring import Figure, apart, at_least, at_most, memory
 
 from rarec.ids.source import ITEMS_FILE, KIND, open_source
 from rarec.storage.artefacts import write_manifest
+from tools.bench.measuring import Figure, apart, at_least, at_most, memory
 
 DIM, BATCH, HISTORY, ROUNDS = 64, 64, 50, 8
 RULE = {"kind": "rule", "rule": "recency", "half_life": 5.0, "max_history": HISTORY}

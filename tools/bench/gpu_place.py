@@ -1,4 +1,4 @@
-"""The scratch folder and the commands of check_gpu.py: none runs for ever, and what fails is a figure."""
+"""The scratch folder and the commands of gpu.py: none runs for ever, and what fails is a figure."""
 
 import os
 import shutil
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from measuring import Figure
+from tools.bench.measuring import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 240
 """Seconds after which a command counts as hung."""
 

@@ -1,4 +1,4 @@
-"""`bench_data.py scale`: time and memory of opening a large dataset, of selecting samples, and of every stage over it.
+"""`data scale`: time and memory of opening a large dataset, of selecting samples, and of every stage over it.
 
 The dataset is written as if it had been prepared; the language model is a tiny one with random weights. Memory is a
 process's own, without the pages of mapped files, which the system takes back when it needs them.
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from measuring import Figure, apart, at_most, memory
 
 from rarec.config import RunConfig
 from rarec.data import tables
@@ -27,6 +26,7 @@ from rarec.data.selection.sampling import select_samples
 from rarec.stages.run import Run
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.directories import new_directory
+from tools.bench.measuring import Figure, apart, at_most, memory
 
 ROWS = 1 << 20
 """Rows generated at a time."""

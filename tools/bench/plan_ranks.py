@@ -1,4 +1,4 @@
-"""One rank of `tools/check_plan.py`: train with one of the engines and measure memory and traffic."""
+"""One rank of `tools/bench/plan.py`: train with one of the engines and measure memory and traffic."""
 
 import json
 import os

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import Row, seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.ranking.rank import BLOCK_USERS, rank_targets, top_k
+from tools.bench.measuring import Row, seconds
 
 SHAPES = {"12,000 items of 384": (4096, 12_000, 384), "200,000 items of 64": (1024, 200_000, 64)}
 SEEN, CANDIDATES, TITLE, HISTORY, USERS = 10, 20, 10, 60, 16

@@ -1,6 +1,6 @@
 """Compare what a vLLM server answers, and how fast, with the bundle that it serves.
 
-    python tools/bench_vllm.py BUNDLE FOLDER URL [--users 200]
+    python -m tools.bench.vllm BUNDLE FOLDER URL [--users 200]
 
 BUNDLE is a bundle, FOLDER what `rarec export BUNDLE --to vllm --out FOLDER` wrote, URL a server that FOLDER/serve.sh
 started. Users are made up: 1 to 20 items each, popular ones more often.
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import seconds
 
 import rarec
 from rarec.bundle.parts import sample_histories
+from tools.bench.measuring import seconds
 
 
 def main() -> None:

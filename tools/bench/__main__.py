@@ -1,6 +1,6 @@
 """Measure what this project says is fast, in one run, beside what it is compared with.
 
-    python tools/bench.py [PART ...] [--quick] [--json FILE]
+    python -m tools.bench [PART ...] [--quick] [--json FILE]
 
 Parts: step, ids, ranking, data, start, growth, busy; each in a process of its own. docs/performance.md has the figures
 and what they mean. A ratio comes from repeats in turns, in one run; run it on an otherwise idle machine. --quick takes
@@ -11,22 +11,20 @@ import argparse
 import sys
 import time
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
-
-from measuring import Row, apart, print_table
 
 from rarec.distributed.hardware import cores
 from rarec.storage.files import write_json
+from tools.bench.measuring import Row, apart, print_table, rows_of
 
 PARTS = {
-    "step": "bench_step",
-    "ids": "bench_ids",
-    "ranking": "bench_ranking",
-    "data": "bench_data_rows",
-    "start": "bench_start",
-    "growth": "bench_growth",
-    "busy": "bench_waiting",
+    "step": "step",
+    "ids": "ids",
+    "ranking": "ranking",
+    "data": "data_rows",
+    "start": "start",
+    "growth": "growth",
+    "busy": "waiting",
 }
 
 
@@ -41,7 +39,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown part {min(unknown)}: there are {', '.join(PARTS)}")
     found: list[Row] = []
-    print(f"bench.py on {cores():g} cores{', quick' if arguments.quick else ''}")
+    print(f"tools.bench.bench on {cores():g} cores{', quick' if arguments.quick else ''}")
     for part in arguments.parts or PARTS:
         started = time.monotonic()
         own = apart(rows_of, PARTS[part], arguments.quick)
@@ -52,12 +50,6 @@ def main() -> None:
     if arguments.json is not None:
         write_json(arguments.json, [{**asdict(row), "met": row.met} for row in found])
     raise SystemExit(not all(row.met for row in found))
-
-
-def rows_of(module: str, quick: bool) -> list[Row]:
-    """Return the rows of a part."""
-    found: list[Row] = import_module(module).rows(quick)
-    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`bench_data.py prepare`: prepare logs of two sizes with rarec and with hand-written SQL; the results must agree."""
+"""`data prepare`: prepare logs of two sizes with rarec and with hand-written SQL; the results must agree."""
 
 import argparse
 import shutil
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-from make_log import make_log
-from measuring import Figure, apart, at_most, memory, prepare_dataset, seconds
-from prepare_by_hand import FEWEST, prepare_by_hand
 
 from rarec.config.logs import Prepare
 from rarec.storage.artefacts import read_manifest
+from tools.bench.by_hand import FEWEST, prepare_by_hand
+from tools.bench.measuring import Figure, apart, at_most, memory, prepare_dataset, seconds
+from tools.make_log import make_log
 
 ROWS_OF_A_USER, ROWS_OF_AN_ITEM = 10, 200
 JUNK = {"ties": 0.3, "nulls": 0.001, "unknown": 0.001, "duplicates": 0.01, "shuffled": True}

@@ -1,6 +1,6 @@
 """Measure the speed of training on two ranks, each on a core of its own, relative to one process on one core.
 
-    python tools/bench_scaling.py [--rounds 3] [--steps 16] [--batch 8]
+    python -m tools.bench.scaling [--rounds 3] [--steps 16] [--batch 8]
 
 Every training is started as `accelerate launch --config_file configs/accelerate/X.yaml launch/train.py`, over a small
 log and a frozen Llama of 26M random weights, both generated here. A rank has one thread and a fixed number of samples
@@ -32,15 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from make_log import make_log
-from measuring import Figure, at_least, print_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rarec.config.method import Prompt
+from tools.bench.measuring import Figure, at_least, print_table
+from tools.make_log import make_log
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VARIANT, SKIPPED = "per_layer", 4
 """Steps at the beginning that are not counted."""
 ONE, APART = "one process", "two apart"
@@ -216,7 +216,7 @@ def main() -> None:
             for way, own in speeds.items():
                 own.append(prepared.speed(way))
                 print(f"{way}: {own[-1].samples:,.2f} samples/s", file=sys.stderr)
-    print(f"bench_scaling.py: {arguments.batch} samples a rank and step, {arguments.rounds} rounds")
+    print(f"tools.bench.scaling: {arguments.batch} samples a rank and step, {arguments.rounds} rounds")
     print_table(table(speeds))
 
 

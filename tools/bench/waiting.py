@@ -1,6 +1,6 @@
 """Measure how OpenMP's threads should wait for each other, on an idle machine and beside other busy processes.
 
-    python tools/bench_waiting.py [--busy 1] [--rounds 2]
+    python -m tools.bench.waiting [--busy 1] [--rounds 2]
 
 It is the part `busy` of bench.py too, which compares the speed beside a busy process with that on an idle machine.
 
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from measuring import Row, seconds
 from transformers import BertConfig, BertModel
 
 from rarec.config.ids import SasRecConfig
@@ -29,6 +28,7 @@ from rarec.distributed.world import SINGLE
 from rarec.ids.models import build
 from rarec.ids.sampled_softmax import SampledSoftmax
 from rarec.ids.windows import Batch, draw_negatives
+from tools.bench.measuring import Row, seconds
 
 WAYS = {"spin": {}, "rarec": WAITING, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 ITEMS, STEPS = 12_000, 10
@@ -92,7 +92,7 @@ def rounds(count: int, ways: Iterable[str] = WAYS) -> dict[str, tuple[float, ...
     for _ in range(count):
         for way in found:
             variables = WAYS[way]
-            command = [sys.executable, __file__, "--measure"]
+            command = [sys.executable, "-m", "tools.bench.waiting", "--measure"]
             out = subprocess.run(command, env=unset | variables, check=True, capture_output=True, text=True).stdout
             found[way].append([float(line) for line in out.split()])
     return {way: tuple(map(statistics.median, zip(*times, strict=True))) for way, times in found.items()}

@@ -1,9 +1,9 @@
 """Check everything that a GPU does, and measure training on it: one command, made to take eight minutes on one GPU.
 
-    python tools/check_gpu.py [--device cuda] [--only NAME ...] [--minutes 8] [--out results/gpu]
+    python -m tools.bench.gpu [--device cuda] [--only NAME ...] [--minutes 8] [--out results/gpu]
 
 speed:    Llama shapes of 1B and 8B with random weights, LoRA and slots in every block, beside plain PEFT; MFU; memory
-          beside `rarec plan`. See check_gpu_speed.py.
+          beside `rarec plan`. See gpu_speed.py.
 
 Each other check is a training, an evaluation or an ID model of a small run that is generated here, once on the CPU and
 once on the device, on all GPUs that are there (NCCL):
@@ -38,10 +38,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from bench_scaling import write_tokenizer
-from check_gpu_place import LONGEST, ROOT, Place, tried
-from make_log import make_log
-from measuring import Figure, at_most, print_table
+
+from tools.bench.gpu_place import LONGEST, ROOT, Place, tried
+from tools.bench.measuring import Figure, at_most, print_table
+from tools.bench.scaling import write_tokenizer
+from tools.make_log import make_log
 
 VARIANT, STEPS = "per_layer_lora", 12
 CLOSE = 0.02
@@ -250,7 +251,7 @@ def metrics_of(place: Place, name: str, engine: str) -> dict[str, float]:
 def check_speed(place: Place) -> list[Figure]:
     """Measure training steps, in a process of their own."""
     out = place.root / "speed.json"
-    command = [sys.executable, str(ROOT / "tools" / "check_gpu_speed.py"), "--device", place.device, "--out", str(out)]
+    command = [sys.executable, "-m", "tools.bench.gpu_speed", "--device", place.device, "--out", str(out)]
 
     def measure() -> list[Figure]:
         place.run(command)

@@ -1,6 +1,6 @@
 """Load `rarec serve` on this machine: rate, waiting, memory, overload, swaps of bundles.
 
-    python tools/bench_serve.py BUNDLE [--onnx SERVED] [--seconds 300] [--swaps 100] [--clients 32]
+    python -m tools.bench.serve BUNDLE [--onnx SERVED] [--seconds 300] [--swaps 100] [--clients 32]
 
 | row | what |
 | --- | --- |
@@ -35,8 +35,6 @@ from typing import Any
 
 import psutil
 import yaml
-from measuring import Figure, at_least, at_most, print_table
-from measuring import seconds as seconds_of
 
 import rarec
 from rarec.bundle.bundle import Bundle
@@ -45,6 +43,8 @@ from rarec.bundle.parts import sample_histories
 from rarec.export.rarec_client import Client
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json
+from tools.bench.measuring import Figure, at_least, at_most, print_table
+from tools.bench.measuring import seconds as seconds_of
 
 K = 10
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

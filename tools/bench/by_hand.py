@@ -1,6 +1,6 @@
-"""Prepare one log with hand-written DuckDB SQL: the baseline of `bench_data.py prepare`.
+"""Prepare one log with hand-written DuckDB SQL: the baseline of `python -m tools.bench.data prepare`.
 
-    python tools/prepare_by_hand.py LOG OUT [--memory 6GB]
+    python -m tools.bench.by_hand LOG OUT [--memory 6GB]
 
 LOG is a directory from `make_log.py`; OUT gets users.parquet, items.parquet and interactions.parquet, equal to those of
 `rarec prepare` for the same log with a 5-core, the first of repeated items, and the brand as further text. Prints the

@@ -1,6 +1,6 @@
 """Part `data` of bench.py: the stream beside a bare tar and decode, preparation beside SQL written by hand.
 
-bench_data.py has more on both, memory and large logs included.
+`python -m tools.bench.data has` more on both, memory and large logs included.
 """
 
 import argparse
@@ -9,9 +9,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from bench_data_prepare import BY_HAND, RAREC, costs_of
-from bench_data_stream import read_bare, read_epoch, stream_of, write_different
-from measuring import Row, seconds
+from tools.bench.data_prepare import BY_HAND, RAREC, costs_of
+from tools.bench.data_stream import read_bare, read_epoch, stream_of, write_different
+from tools.bench.measuring import Row, seconds
 
 
 def rows(quick: bool) -> list[Row]:

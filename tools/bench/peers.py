@@ -1,6 +1,6 @@
 """Compare with RecTools, in an environment of its own: training of SASRec by the same recipe, and ranking.
 
-    make bench-peers        # builds .venv-peers, then: python tools/bench_peers.py .venv-peers/bin/python
+    make bench-peers        # builds .venv-peers, then: python -m tools.bench.peers .venv-peers/bin/python
 
 training: 64 dimensions, one block, one head, dropout .2, batches of 128 sequences of at most 50 items, Adam at .001,
           softmax over all items, the same log, as many epochs; sequences a second of the median epoch, without the
@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_log import make_log
-from measuring import Row, prepare_dataset, print_table, seconds
 
 from rarec.config.ids import SasRecConfig
 from rarec.config.logs import Prepare
@@ -34,6 +32,8 @@ from rarec.ids.windows import Windows
 from rarec.ranking.rank import top_k
 from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.storage.files import write_json
+from tools.bench.measuring import Row, prepare_dataset, print_table, seconds
+from tools.make_log import make_log
 
 HERE = Path(__file__).resolve().parent
 RECIPE: dict[str, Any] = {"dim": 64, "dropout": 0.2, "batch_size": 128, "max_history": 50, "lr": 0.001}
@@ -54,7 +54,7 @@ def main() -> None:
         root = Path(scratch)
         dataset = write_inputs(root, arguments.epochs)
         rows = [*training(root, dataset, arguments), ranking(root, arguments)]
-    print(f"bench_peers.py, {torch.get_num_threads()} threads")
+    print(f"tools.bench.peers, {torch.get_num_threads()} threads")
     print_table([row.figure() for row in rows])
     if arguments.json is not None:
         write_json(arguments.json, [row.__dict__ | {"met": row.met} for row in rows])
@@ -86,7 +86,7 @@ def write_inputs(root: Path, epochs: int) -> PreparedDataset:
 
 def theirs(root: Path, python: Path, part: str) -> dict[str, float]:
     """Run a part of the other side in its own environment."""
-    command = [str(python), str(HERE / "bench_peers_rectools.py"), part, str(root), str(torch.get_num_threads())]
+    command = [str(python), str(HERE / "peers_rectools.py"), part, str(root), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])

@@ -1,6 +1,6 @@
 """Compare `rarec plan` with measured memory and traffic: the real engines, taking real steps on two CPU ranks.
 
-    python tools/check_plan.py [--blocks 8] [--hidden 256] [--batch 64]
+    python -m tools.bench.plan [--blocks 8] [--hidden 256] [--batch 64]
 
 The model is a Llama with random weights, slots in every block and LoRA; a step has two micro-batches. On rank 0:
 
@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as processes
-from check_plan_ranks import LIMIT, LIVE, VARIANT, Case, calculator_of, train_on
-from measuring import Figure, model_tree, print_table
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rarec.planning.step_time import step_traffic
+from tools.bench.measuring import Figure, model_tree, print_table
+from tools.bench.plan_ranks import LIMIT, LIVE, VARIANT, Case, calculator_of, train_on
 
 LIMITS = {
     "reduce_bucket_size": LIMIT,
@@ -41,7 +41,7 @@ LIMITS = {
 }
 STATIC, TEMPORARY = 0.15, 0.25
 """Allowed relative errors of the plan."""
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 CASES = (

@@ -24,7 +24,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import Row, model_tree, seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.config import VARIANTS
@@ -41,6 +40,7 @@ from rarec.models.towers import RaRec, SideBatch
 from rarec.prompts import PromptPair
 from rarec.training.batches import Collator
 from rarec.training.optimizer import build_optimizer
+from tools.bench.measuring import Row, model_tree, seconds
 
 Step = Callable[[Sequence[Sample]], None]
 ITEMS, DIM, NEGATIVES = 2000, 64, 3

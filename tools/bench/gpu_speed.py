@@ -1,6 +1,6 @@
 """Measure training steps of large decoders on one device: tokens/s, MFU, memory, beside plain PEFT and `rarec plan`.
 
-    python tools/check_gpu_speed.py [--device cuda] [--out FILE]
+    python -m tools.bench.gpu_speed [--device cuda] [--out FILE]
 
 Shapes of Llama 3.2 1B and Llama 3.1 8B, in bfloat16, with random weights that are made on the device; LoRA of rank 16
 on queries and values, slots in every block. A step is the training loop's: both towers, all losses, clipping, AdamW.
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, at_least, model_tree, print_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.config import VARIANTS, RunConfig
@@ -43,6 +42,7 @@ from rarec.planning.cluster import Cluster
 from rarec.planning.input_sizes import PromptLengths
 from rarec.planning.meta_model import MetaModelBuilder
 from rarec.training.engines.plain import PlainEngine
+from tools.bench.measuring import Figure, at_least, model_tree, print_table
 
 VARIANT, SOURCES, DIM = VARIANTS["per_layer_lora"], {"id": SourceShape(64, 1)}, 64
 ITEM_TOKENS, ROUNDS = 64, 5

@@ -1,4 +1,4 @@
-"""The side of RecTools in bench_peers.py: runs in its own environment, and imports nothing of rarec.
+"""The side of RecTools in peers.py: runs in its own environment, and imports nothing of rarec.
 
     python bench_peers_rectools.py training|ranking DIR THREADS
 

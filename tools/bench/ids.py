@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import Row, memory, seconds
 
 from rarec.config.ids import SasRecConfig
 from rarec.ids.trainer import Training
 from rarec.ids.windows import Batch
 from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.training.accelerator import join_world
+from tools.bench.measuring import Row, memory, seconds
 
 SMALL, LARGE = 100_000, 10_000_000
 BATCH = 256

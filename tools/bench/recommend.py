@@ -1,7 +1,7 @@
 """Compare what serving a bundle costs with the least that its work costs, in one run.
 
-    python tools/bench_recommend.py BUNDLE [--users 512] [--items N] [--rounds 3] [--threads 2] [--client SERVED]
-    python tools/bench_recommend.py BUNDLE --rates BUNDLE-OR-SERVED ...
+    python -m tools.bench.recommend BUNDLE [--users 512] [--items N] [--rounds 3] [--threads 2] [--client SERVED]
+    python -m tools.bench.recommend BUNDLE --rates BUNDLE-OR-SERVED ...
 
 | row | time of | over the time of |
 | --- | --- | --- |
@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from measuring import seconds
 
 import rarec
 from rarec.bundle.parts import Parts, sample_histories
@@ -40,6 +39,7 @@ from rarec.export.rarec_client import Client
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length
 from rarec.ranking.rank import best_scores, top_k
+from tools.bench.measuring import seconds
 
 Rows = npt.NDArray[np.int64]
 GOALS = {"batch": 1 / 0.9, "search": 1.3, "search N": 1.3, "one user": 3.0, "100 items": 1.5, "client": 0.1}

@@ -1,9 +1,9 @@
 """Measure speed and memory of the data pipeline, as ratios within one run, against their goals.
 
-    python tools/bench_data.py prepare DIR [--rows 10000000 100000000] [--memory 6GB]
-    python tools/bench_data.py stream [--shards 20] [--rounds 3]
-    python tools/bench_data.py ids [--rows 10000000]
-    python tools/bench_data.py scale DIR [--interactions 100000000 --users 10000000 --items 10000000] [--stages]
+    python -m tools.bench.data prepare DIR [--rows 10000000 100000000] [--memory 6GB]
+    python -m tools.bench.data stream [--shards 20] [--rounds 3]
+    python -m tools.bench.data ids [--rows 10000000]
+    python -m tools.bench.data scale DIR [--interactions 100000000 --users 10000000 --items 10000000] [--stages]
 
 prepare: prepare logs of two sizes from make_log.py with rarec, and with SQL written by hand.
 stream:  stream shards of realistic samples; compare with a bare `tarfile` read and with the speed of a frozen model.
@@ -17,7 +17,7 @@ import argparse
 import os
 from importlib import import_module
 
-from measuring import print_table
+from tools.bench.measuring import print_table
 
 COMMANDS = ("prepare", "stream", "ids", "scale")
 
@@ -30,7 +30,7 @@ def main() -> None:
     for name, module in modules.items():
         module.add_arguments(commands.add_parser(name, help=str(module.__doc__).partition("\n")[0].partition(": ")[2]))
     arguments = parser.parse_args()
-    print(f"bench_data.py {arguments.command} on {os.cpu_count()} cores")
+    print(f"tools.bench.data {arguments.command} on {os.cpu_count()} cores")
     print_table(modules[arguments.command].run(arguments))
 
 

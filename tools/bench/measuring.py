@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,3 +137,9 @@ def prepare_dataset(config: Prepare, directory: Path) -> PreparedDataset:
     run = Run(RunConfig.model_validate(tree), say=lambda line: None)
     run.make("prepare", fresh=True)
     return run.dataset
+
+
+def rows_of(module: str, quick: bool) -> list[Row]:
+    """Return the rows of a part of `python -m tools.bench`."""
+    rows: list[Row] = import_module(f"tools.bench.{module}").rows(quick)
+    return rows

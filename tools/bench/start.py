@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 import psutil
-from make_log import make_log
-from measuring import Row
 
 from rarec.stages.run import Run
+from tools.bench.measuring import Row
+from tools.make_log import make_log
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 run: {{dir: {root}/run, device: cpu}}
 prepare:

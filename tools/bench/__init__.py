@@ -1,0 +1,1 @@
+"""What measures: `python -m tools.bench PART`, and `python -m tools.bench.NAME` for the others. docs/performance.md."""
