@@ -70,7 +70,7 @@ def lines(page: Path, *languages: str) -> list[str]:
 
 def runnable(page: Path) -> list[str]:
     """Return the commands that a test can run here, in the order of the page; a service has a test of its own."""
-    skipped = ("make ", "source ", "pip ", "python tools/", "rarec serve ", "curl ")
+    skipped = ("make ", "source ", "pip ", "python -m tools", "rarec serve ", "curl ")
     return [
         line
         for line in lines(page, "bash")

@@ -32,7 +32,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_the_page_has_the_table_of_rooms_and_their_imports():
-    assert PAGE.read_text() == with_table(PAGE.read_text()), "run: python tools/make_architecture.py"
+    assert PAGE.read_text() == with_table(PAGE.read_text()), "run: python -m tools.make_architecture"
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ from rarec.config import RunConfig
 from rarec.config.load import validated
 from rarec.stages import STAGES
 from tests.pages import DOCS, ROOT, blocks, lines, make_place, mine, pages, prose, runnable, shell, write_files
-
-sys.path.append(str(ROOT / "tools"))
 from tools.make_config_reference import PAGE, reference, section_of
 
 NAMES = [page.relative_to(ROOT).as_posix() for page in pages()]
@@ -132,7 +130,7 @@ def test_yaml_blocks_are_valid(name, tmp_path, monkeypatch):
 
 
 def test_the_configuration_page_is_current():
-    assert PAGE.read_text(encoding="utf-8") == reference(), "run python tools/make_config_reference.py"
+    assert PAGE.read_text(encoding="utf-8") == reference(), "run python -m tools.make_config_reference"
 
 
 def test_every_field_says_what_it_means():

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -16,12 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from collect_results import SeedMeans, collect, settings_of
-from make_results import Pages, main
-from results_figures import Figures
-from results_site import on_page_markdown
-
 from rarec.cluster import SweepRun, load_sweep
 from rarec.config import dump_config
 from rarec.errors import UserError
@@ -30,6 +23,10 @@ from rarec.ranking import mean_interval, mean_intervals, paired_intervals
 from rarec.stages.run import Run
 from rarec.storage.artefacts import write_manifest, write_sealed
 from rarec.storage.files import sha256_file, write_json, write_text
+from tools.collect_results import SeedMeans, collect, settings_of
+from tools.make_results import Pages, main
+from tools.results_figures import Figures
+from tools.results_site import on_page_markdown
 
 ROOT = Path(__file__).parents[1]
 BASE = """
@@ -624,7 +621,7 @@ def test_the_command_collects_and_writes_only_what_has_changed(path, capsys):
 def test_the_projects_own_pages_are_those_that_the_tool_makes():
     import matplotlib
 
-    remedy = "run: python tools/make_results.py"
+    remedy = "run: python -m tools.make_results"
     for page, text in Pages(ROOT).texts.items():
         assert (ROOT / page).exists(), f"{page}: {remedy}"
         there = (ROOT / page).read_text()

@@ -1,6 +1,6 @@
 """Prepare real logs; check the result against published counts and, row by row, against a second implementation.
 
-    python tools/check_datasets.py PATH
+    python -m tools.check_datasets PATH
 
 PATH contains, each with interactions.parquet and items.parquet: amazon-beauty-2014 (5-core), ml-1m, ml-100k and
 uci-online-retail-2009-2011. Missing datasets are skipped, but one must exist. The exit code is 1 if anything differs.

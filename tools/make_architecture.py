@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write the table of rooms into docs/architecture.md: what each holds, and from which rooms it imports.
 
-python tools/make_architecture.py
+python -m tools.make_architecture
 """
 
 import ast

@@ -1,6 +1,6 @@
 """Build the tables of Amazon Beauty 2014 for `configs/runs/beauty.yaml` from three published files.
 
-    python tools/make_beauty.py Beauty.txt datamaps.json meta_Beauty.json.gz DIR
+    python -m tools.make_beauty Beauty.txt datamaps.json meta_Beauty.json.gz DIR
 
 - `Beauty.txt`: the 5-core log with the numbering of S3-Rec, `data/Beauty.txt` of CIKM2020-S3Rec. A line is a user,
   followed by the user's items in the order of time.

@@ -1,6 +1,6 @@
 """Write `docs/configuration.md`: every field of a run and of a service, from the schemas that check them.
 
-    python tools/make_config_reference.py
+    python -m tools.make_config_reference
 
 A field's meaning is the docstring below it in `rarec/`. A test compares the page with the schemas.
 """

@@ -1,6 +1,6 @@
 """Cut the demo's slice, `rarec/examples/online_retail`, out of the tables of UCI Online Retail II.
 
-    python tools/make_demo_data.py data/uci-online-retail-2009-2011 rarec/examples/online_retail
+    python -m tools.make_demo_data data/uci-online-retail-2009-2011 rarec/examples/online_retail
 
 TABLES/interactions.parquet holds user_id, item_id and timestamp (seconds), TABLES/items.parquet item_id and title: the
 invoices of 2009 to 2011 without rows that name no customer, returns, and codes that are no products. The slice holds

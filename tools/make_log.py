@@ -1,6 +1,6 @@
 """Write a synthetic interaction log of any size in bounded memory; the same sizes and seed give the same bytes.
 
-    python tools/make_log.py DIR --users 100000 --items 10000 --interactions 1000000 [--seed 0] [--ties 0.3] ...
+    python -m tools.make_log DIR --users 100000 --items 10000 --interactions 1000000 [--seed 0] [--ties 0.3] ...
 
 DIR/interactions/part-00000.parquet ... have user, item, time; DIR/items.parquet has item, title, brand, category.
 The options are the fields of `Log`.

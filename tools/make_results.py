@@ -1,7 +1,7 @@
 """RESULTS.md, docs/results/ and README's figures, from the files of finished sweeps: no figure on them is typed.
 
-    python tools/make_results.py collect configs/sweeps/demo.yaml    # finished runs -> results/demo.json
-    python tools/make_results.py                                     # results/ -> the pages
+    python -m tools.make_results collect configs/sweeps/demo.yaml    # finished runs -> results/demo.json
+    python -m tools.make_results                                     # results/ -> the pages
 
 `results/` has a file of figures for each sweep (`results_collect.py`), and in `results/text/` the words around them:
 
@@ -27,16 +27,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from collect_results import HITS, collect
-from results_figures import Figures
-from results_plots import Line, colours, curve_svg, rows_svg, strata_svg
-from results_tables import Tables
-
 from rarec.cluster import load_sweep
 from rarec.console.last_resort import guarded
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, ID_ONLY, MINUS, metric_title, variant_title
 from rarec.storage.files import write_text
+from tools.collect_results import HITS, collect
+from tools.results_figures import Figures
+from tools.results_plots import Line, colours, curve_svg, rows_svg, strata_svg
+from tools.results_tables import Tables
 
 TITLES = {
     "settings": "Runs",

@@ -19,12 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from collect_results import HITS, Summary
-
 from rarec.errors import UserError
 from rarec.evaluation.labels import MINUS, figure
 from rarec.ranking.intervals import Interval
 from rarec.storage.files import read_json
+from tools.collect_results import HITS, Summary
 
 _BRACES = re.compile(r"\{\{(.+?)\}\}")
 _FIGURE = re.compile(

@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from collect_results import HITS, Summary
-from results_figures import Figures, cell, listed_settings
-
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, HEADLINE, ID_ONLY, LATE_FUSION, figure, metric_title, variant_title
 from rarec.evaluation.rows import pairs_of_interest
 from rarec.ranking.intervals import Interval
+from tools.collect_results import HITS, Summary
+from tools.results_figures import Figures, cell, listed_settings
 
 _METRICS = [metric_title(metric) for metric in HEADLINE]
 _UNKNOWN = "not recorded"

@@ -1,7 +1,7 @@
 """Compare recipes of an ID model, or of the neighbour models. Test targets are not read.
 
-    python tools/tune.py CONFIG DIR ids.model=gru4rec ids.gru4rec.dropout=.2,.4
-    python tools/tune.py CONFIG DIR neighbours.decay=.5,.7,.9
+    python -m tools.tune CONFIG DIR ids.model=gru4rec ids.gru4rec.dropout=.2,.4
+    python -m tools.tune CONFIG DIR neighbours.decay=.5,.7,.9
 
 Every combination of the values is a trial. An ID model is trained as for a run's slots: on all but the newest share of
 each user's training interactions (`ids.holdout`), with early stopping on the validation users. Then it ranks the newest
