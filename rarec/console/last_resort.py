@@ -19,7 +19,7 @@ from rarec.errors import EXIT_CODE, Stopped, Terminated, UserError
 
 WAITING = {"GOMP_SPINCOUNT": "1000"}
 """How long an OpenMP thread spins for the others before it sleeps. GNU's own default, milliseconds, takes the cores of
-a busy machine; not spinning at all makes training an ID model 1.2 times slower (`tools/bench_waiting.py`)."""
+a busy machine; not spinning at all makes training an ID model 1.2 times slower (`tools/bench/waiting.py`)."""
 SIGNALLED = 128
 """Exit code of a command ended by a signal, less the number of the signal: 130 for Ctrl-C, as a shell reports it."""
 CRASHED = 70
