@@ -41,8 +41,8 @@ def opened(config: Path, name: str, *overrides: str):
 
 def test_without_a_shared_directory_all_is_in_the_runs_own(world):
     run, root = Run(world), world.parent / "run"
-    found = [run.directory("prepare"), run.directory("ids", "id"), run.directory("shards")]
-    assert found == [root / "prepare", root / "ids" / "id", root / "shards"]
+    directories = [run.directory("prepare"), run.directory("ids", "id"), run.directory("shards")]
+    assert directories == [root / "prepare", root / "ids" / "id", root / "shards"]
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_a_further_source_has_a_name_of_its_own_and_enters_that_of_the_shards(wo
 
 def test_tables_are_known_by_their_engine_too_but_not_by_its_password(world):
     table = ["prepare.interactions.path=null", "prepare.interactions.table=log"]
-    one, other = (paths(world, *table, f"prepare.engine=postgres://me:{p}@host/a") for p in ("x", "y"))
-    assert one == other
-    assert one != paths(world, *table, "prepare.engine=postgres://me:x@host/b")
+    first, other = (paths(world, *table, f"prepare.engine=postgres://me:{p}@host/a") for p in ("x", "y"))
+    assert first == other
+    assert first != paths(world, *table, "prepare.engine=postgres://me:x@host/b")
 
 
 def test_a_second_run_makes_nothing_that_it_shares_and_ends_with_the_same_shards(world):
@@ -140,7 +140,7 @@ def _make(config: Path, name: str, output: Path, stages: tuple[str, ...] = SHARE
 
 def _race(config: Path, names: list[str], stages: tuple[str, ...] = SHARED) -> list[str]:
     """Start these runs at the same time and return the lines of each."""
-    outputs = [config.parent / f"{at}.txt" for at in range(len(names))]
+    outputs = [config.parent / f"{number}.txt" for number in range(len(names))]
     racing = [START.Process(target=_make, args=(config, *pair, stages)) for pair in zip(names, outputs, strict=True)]
     for process in racing:
         process.start()
@@ -170,7 +170,7 @@ def test_two_in_one_run_directory_train_and_evaluate_once(world):
 
 
 @pytest.mark.slow
-def test_who_is_killed_at_it_leaves_it_to_the_next(world):
+def test_a_killed_build_is_finished_by_the_next_process(world):
     outputs = [world.parent / f"{name}.txt" for name in "ab"]
     slow, next_one = (START.Process(target=_make, args=(world, path.stem, path)) for path in outputs)
     slow.start()

@@ -232,6 +232,63 @@ def test_what_has_the_name_of_an_artefact_is_refused_and_kept(run, tmp_path, kin
     assert kind(run).make(fresh)
 
 
+@pytest.mark.parametrize("kind", [Toy, Slow])
+@pytest.mark.parametrize("name", ["value", MANIFEST])
+@pytest.mark.parametrize("thing", ["a link", "an empty folder"])
+def test_what_takes_the_place_of_a_file_of_rarecs_is_refused_and_kept(run, tmp_path, kind, name, thing):
+    kind(run).make()
+    file = kind(run).directory / name
+    file.rename(tmp_path / "away")
+    file.symlink_to(tmp_path / "away") if thing == "a link" else file.mkdir()
+    with pytest.raises(UserError, match=str(file)):
+        kind(run).make(fresh=True)
+    assert file.is_symlink() if thing == "a link" else file.is_dir()
+
+
+@pytest.mark.parametrize("kind", [Toy, Slow])
+@pytest.mark.parametrize("name", [BEGUN, PROGRESS, f"{PROGRESS}/notes.txt"])
+def test_a_file_of_the_users_with_the_name_of_a_builds_note_is_kept(run, kind, name):
+    """A resumable stage is built in its place, so rarec itself had notes of these names there until it was finished."""
+    kind(run).make()
+    mine = kind(run).directory / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    assert not kind(run).make()
+    with pytest.raises(UserError, match=str(mine)):
+        kind(run).make(fresh=True)
+    assert mine.read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_a_folder_of_artefacts_is_refused(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    run.root.mkdir()
+    (run.root / "toy").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=str(run.root / "toy")):
+        Toy(run, "part").make()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("name", [f"toy/{MANIFEST}", "record.json"])
+def test_a_pipe_in_the_place_of_a_file_is_named_and_nothing_waits_for_it(recorded, name):
+    recorded.make("toy")
+    path = recorded.root / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=str(path)):
+        recorded.make("toy", fresh=name == "record.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"toy": {"seconds": 1}}', b"\xff"])
+def test_a_damaged_record_is_named_and_moving_it_away_is_enough(recorded, content):
+    recorded.make("toy")
+    recorded.record_file.write_bytes(content)
+    with pytest.raises(UserError, match=str(recorded.record_file)) as error:
+        recorded.make("toy", fresh=True)
+    assert str(recorded.record_file) in error.value.remedy
+    recorded.record_file.rename(recorded.root / "away.json")
+    assert recorded.make("toy", fresh=True)
+
+
 @pytest.mark.parametrize("name", ["resolved.yaml", "record.json"])
 @pytest.mark.parametrize("content", ["{}", "run: {dir: here} # my notes\n", "", None])
 def test_a_file_of_the_users_beside_the_artefacts_is_refused_before_anything_is_made(recorded, name, content):

@@ -201,10 +201,10 @@ class Stage(ABC):
             world.run_on_all(stage.require)  # what is missing is named before anything is written
         if not fresh and self._is_up_to_date():  # a finished artefact is only read, without a lock
             return False
+        world.run_on_main(lambda: self.check_place(fresh))
         with self._lock():
             if not fresh and self._is_up_to_date():
                 return False
-            world.run_on_main(lambda: self.check_place(fresh))
             identity = self._identity()
             self._agree(identity)
             with self._resumable_build(identity, fresh) if self.resumable else self._build() as directory:
