@@ -72,12 +72,10 @@ class EvaluateStage(Stage):
 
     def _ranker(self, model: "RaRec", permuted: bool) -> "Ranker":
         """Return a ranker by the vectors of a trained variant, on request with the vectors of sources permuted."""
-        from rarec.models.encode import Encoder
-
-        run, sources = self.run, self.run.sources
-        if permuted:
-            sources = {name: source.permuted(run.config.run.seed) for name, source in sources.items()}
-        encoder = Encoder(model, run.prompts, sources, run.config.evaluate.batch_size, run.world, run.scratch)
+        run = self.run
+        seed = run.config.run.seed
+        sources = {name: source.permuted(seed) if permuted else source for name, source in run.sources.items()}
+        encoder = run.encoder(model, sources)
         return run.ranker(encoder.items(), encoder.users)
 
 

@@ -14,11 +14,9 @@ from rarec.storage.artefacts import check_files
 from rarec.storage.files import read_json
 
 if TYPE_CHECKING:
-    from rarec.bundle.bundle import Catalogue
     from rarec.bundle.write import Contents, Trained
     from rarec.ids.source import Source
 
-Row = dict[str, Any]
 READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
 """Files of the evaluation that are read."""
 
@@ -35,7 +33,8 @@ class ExportStage(Stage):
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""
         config = self.run.config
-        row, known = config.export.variant, (*config.variants, *NO_VARIANTS, *config.neighbours.models)
+        row = config.export.variant
+        known = (*config.variants, *NO_VARIANTS, *config.neighbours.models)
         if row is not None and row.partition("+")[0] not in known:
             problem = f"field `export.variant`: {row} is of no variant of train.variants ({', '.join(config.variants)})"
             raise UserError(problem, "add it to train.variants, or leave export.variant out: the best row is exported")
@@ -44,7 +43,8 @@ class ExportStage(Stage):
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
-        run, evaluation = self.run, self.run.stage("evaluate")
+        run = self.run
+        evaluation = run.stage("evaluate")
         sources = {f"ids/{name}": run.stage("ids", name) for name in run.config.sources_by_name}
         return {**evaluation.inputs(), **sources, "evaluate": evaluation}
 
@@ -59,21 +59,27 @@ class ExportStage(Stage):
         from rarec.evaluation.verdict import Results, verdict
         from rarec.models.model_folder import copy_model
 
-        run, results = self.run, self._results()
+        run = self.run
+        results = self._results()
         row, why = self._row(results)
         contents = self._contents(row, results["fusion.json"])
         run.world.run_on_main(lambda: write_bundle(directory, contents, run.config))
         if run.config.export.with_llm and contents.trained:
             run.world.run_on_main(lambda: copy_model(run.config.llm, run.converted_llm, directory / LLM))
-        metrics = [found for found in results["metrics.json"] if "/" not in found["variant"]]
-        trained = self._trained_parameters(contents.trained)
-        figures = {"row": row, "why": why, "metrics": metrics, "trained_parameters": trained}
+        metrics = [figure for figure in results["metrics.json"] if "/" not in figure["variant"]]
+        figures = {"row": row, "why": why, "metrics": metrics, "trained_parameters": self._parameters(contents)}
         evaluated = Results(*(results[name] for name in READ[:3]))
         judged = verdict(evaluated, run.config.main_variant.name, run.config.run.seed)
         run.world.run_on_main(lambda: write_card(directory, contents, run.config, figures, judged.headline))
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         run.say(f"{self.directory}: {why}, {size / 1e6:.1f} MB")
         return Built(figures)
+
+    def _parameters(self, contents: "Contents") -> int:
+        """Return the number of trained parameters of what is exported."""
+        if contents.trained is None:
+            return 0
+        return int(TrainStage(self.run, contents.trained.variant.name).require()["trainable_parameters"])
 
     def _results(self) -> dict[str, Any]:
         evaluation = self.run.stage("evaluate")
@@ -86,7 +92,8 @@ class ExportStage(Stage):
         from rarec.evaluation.verdict import Results, best_variant
 
         best = best_variant(Results(*(results[name] for name in READ[:3])))
-        rows, wanted = {found["variant"] for found in results["validation.json"]}, self.run.config.export.variant
+        rows = {metric["variant"] for metric in results["validation.json"]}
+        wanted = self.run.config.export.variant
         if wanted is not None and wanted not in rows:
             problem = f"field `export.variant`: {wanted} is not in the results"
             raise UserError(problem, f"choose from {', '.join(sorted(rows))}")
@@ -97,6 +104,7 @@ class ExportStage(Stage):
         return best.name, f"{best.title}, the best on validation users ({value})"
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
+        from rarec.bundle.bundle import Catalogue
         from rarec.bundle.write import Contents
         from rarec.evaluation.labels import ID_ONLY
 
@@ -110,28 +118,19 @@ class ExportStage(Stage):
             _check_servable(name, source)
         models: list[str] = [name for name in run.config.neighbours.models if name in parts]
         tables = {name: run.directory("neighbours", name) for name in models}
-        return Contents(row, parts, run.baseline.name, self._catalogue(), trained, sources, tables)
-
-    def _catalogue(self) -> "Catalogue":
-        from rarec.bundle.bundle import Catalogue
-
-        dataset = self.run.dataset
-        return Catalogue(dataset.item_ids.whole(), list(dataset.titles), list(dataset.texts), dataset.train_counts_N)
+        items = run.dataset
+        catalogue = Catalogue(items.item_ids.whole(), list(items.titles), list(items.texts), items.train_counts_N)
+        return Contents(row, parts, run.baseline.name, catalogue, trained, sources, tables)
 
     def _trained(self, name: str) -> "Trained":
         """Return a trained variant with its vectors of the catalogue, which all ranks compute."""
         from rarec.bundle.write import Trained
-        from rarec.models.encode import Encoder
 
         run = self.run
         model = TrainStage(run, name).best_model()
         with run.engine.serving(model):
-            batch_size = run.config.evaluate.batch_size
-            items_NZ = Encoder(model, run.prompts, run.sources, batch_size, run.world, run.scratch).items()
+            items_NZ = run.encoder(model).items()
         return Trained(model, run.config.variant(name), items_NZ, run.llm.identity)
-
-    def _trained_parameters(self, trained: "Trained | None") -> int:
-        return int(TrainStage(self.run, trained.variant.name).require()["trainable_parameters"]) if trained else 0
 
 
 def _check_servable(name: str, source: "Source") -> None:

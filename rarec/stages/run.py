@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rarec.data.dataset import PreparedDataset
     from rarec.ids.source import Source
     from rarec.models.build import SourceShape
+    from rarec.models.encode import Encoder
     from rarec.models.language_model import LoadedModel
     from rarec.models.towers import RaRec
     from rarec.neighbours.ranker import NeighbourRanker
@@ -272,6 +273,13 @@ class Run(RunFolder):
                 problem = f"source {name!r} is in none of prompt.user, prompt.title and prompt.item"
                 raise UserError(problem, f"write {{soft:{name}}} where its slots should go")
         return pair
+
+    def encoder(self, model: "RaRec", sources: "dict[str, Source] | None" = None) -> "Encoder":
+        """Return the encoder of users and items by a model, from the run's sources or from others."""
+        from rarec.models.encode import Encoder
+
+        batch_size = self.config.evaluate.batch_size
+        return Encoder(model, self.prompts, sources or self.sources, batch_size, self.world, self.scratch)
 
     @property
     def model_inputs(self) -> dict[str, str]:

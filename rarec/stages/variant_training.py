@@ -19,7 +19,6 @@ from rarec.data.shards.samples import REPAIR
 from rarec.distributed.signals import StopSignals
 from rarec.distributed.world import World
 from rarec.models.build import aligned_blocks, slots_reserved, trained_parameters, whole_size
-from rarec.models.encode import Encoder
 from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
@@ -166,5 +165,5 @@ def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:
     """Return a function that ranks the full catalogue for a fixed subset of validation users with the current model."""
     dataset, config = run.dataset, run.config
     batch = EvalBatch.of(dataset, dataset.targets("validation", config.train.validation_users, config.run.seed))
-    encoder = Encoder(model, run.prompts, run.sources, config.evaluate.batch_size, run.world, run.scratch)
+    encoder = run.encoder(model)
     return lambda: validation_metrics(run.ranker(encoder.items(), encoder.users).ranks(batch, run.world))
