@@ -93,14 +93,9 @@ def without_secrets(text: str) -> str:
 
 
 def _report(error: BaseException, stage: str, configuration: Path | None) -> str:
-    facts = {
-        "version": __version__,
-        "command": shlex.join(sys.argv),
-        "stage": stage,
-        "configuration": configuration or "none",
-    }
-    head = "".join(f"{name}: {value}\n" for name, value in facts.items())
-    return _FIRST_LINE + without_secrets(f"{head}\n{''.join(traceback.format_exception(error))}")
+    head = f"version: {__version__}\ncommand: {shlex.join(sys.argv)}\nstage: {stage}\n"
+    head += f"configuration: {configuration or 'none'}\n\n"
+    return _FIRST_LINE + without_secrets(head + "".join(traceback.format_exception(error)))
 
 
 def _stage(error: BaseException) -> str:
