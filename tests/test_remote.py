@@ -19,7 +19,7 @@ from tests.shards import open_stream, seal, users, write_shards
 
 SIZES = [6, 3, 9, 5] * 5
 LOCK = ".shards.fetch"
-"""Beside the shards: who holds it fetches. The file stays."""
+"""Beside the shards: the process that holds it fetches. The file stays."""
 FORK = multiprocessing.get_context("fork")
 
 
@@ -239,8 +239,8 @@ def test_processes_share_a_cache_and_one_killed_while_fetching_harms_nobody(made
     manifest, cache, url = read_json(made / "manifest.json"), tmp_path / "cache", f"file://{made}"
     expected = [users(open_stream(made, manifest).epoch(epoch)) for epoch in range(3)]
     cache.mkdir()
-    torn = temporary_path(cache / "000007.tar", "999999")  # of a process that was killed
-    torn.write_bytes(b"x" * 5000)
+    incomplete = temporary_path(cache / "000007.tar", "999999")  # of a process that was killed
+    incomplete.write_bytes(b"x" * 5000)
 
     def read(epoch: int) -> None:
         stream = open_stream(made, manifest, remote(url, manifest, cache))
@@ -253,6 +253,6 @@ def test_processes_share_a_cache_and_one_killed_while_fetching_harms_nobody(made
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert not torn.exists()
+    assert not incomplete.exists()
     assert sum(path.stat().st_size for path in cached(cache)) <= largest(manifest)
     assert (tmp_path / "run" / "shards" / "samples.npy").exists()

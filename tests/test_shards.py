@@ -100,7 +100,7 @@ def test_a_tar_is_what_tarfile_reads(tmp_path):
     assert record["lengths"] == {"8": 1, "16": 3, "24": 1}
 
 
-def test_the_index_says_where_each_sample_lies_and_what_stands_there(tmp_path):
+def test_the_index_has_place_and_digest_of_each_sample(tmp_path):
     _, entries = write_tar(tmp_path / "a.tar", map(made_sample, range(20)), 3)
     data = (tmp_path / "a.tar").read_bytes()
     for number, entry in enumerate(entries):
@@ -248,13 +248,13 @@ def test_a_leaking_selection_is_refused_before_anything_is_made(finished, monkey
         ShardContent(run)
 
 
-@pytest.mark.parametrize("content", ["of another tar", "of another build", "a manifest", "torn"])
-def test_a_note_that_is_not_that_of_its_tar_costs_only_that_tar(tmp_path, content):
+@pytest.mark.parametrize("content", ["of another tar", "of another build", "a manifest", "incomplete"])
+def test_a_wrong_note_of_progress_costs_only_its_tar(tmp_path, content):
     write(tmp_path, 25, 10)
     note, made = tmp_path / PROGRESS / "000001.json", []
     if content == "of another tar":
         note.write_bytes((tmp_path / PROGRESS / "000002.json").read_bytes())
-    elif content == "torn":
+    elif content == "incomplete":
         note.write_bytes(note.read_bytes()[:-9])
     else:
         write_sealed(note, {"identity": "two"} if content == "of another build" else {"kind": "shards"})

@@ -115,7 +115,7 @@ def test_a_repair_computes_where_the_shards_were_made(finished, shards, monkeypa
     assert served[-1] is None
 
 
-def test_honest_shards_are_counted_without_loading_a_model_whoever_wrote_them(finished, shards):
+def test_intact_shards_are_counted_without_loading_a_model(finished, shards):
     run = run_of(finished, shards, "shards.writers=7")
     assert verify(run).startswith("5 shards, 288 samples, ")
     assert verify(run, deep=True).startswith("5 shards, 288 samples, ")
@@ -145,6 +145,23 @@ def test_the_command_prints_a_line_a_problem_and_exits_with_2_until_it_has_repai
     assert call(capsys, *where, "--deep")[0] == 0
     assert call(capsys, *where[:2], "--repair")[0] == EXIT_CODE
     assert call(capsys, *where, "--fresh")[0] == EXIT_CODE
+
+
+def test_an_interrupted_repair_is_done_by_the_next_one(finished, shards, monkeypatch):
+    before = bytes_of(shards)
+    flip(shards / TAR)
+
+    def interrupted(self, places):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardContent, "samples", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            verify(run_of(finished, shards), repair=True)
+    assert (shards / ".progress").exists()
+    assert TAR in verify(run_of(finished, shards), repair=True)
+    assert bytes_of(shards) == before
+    assert not (shards / ".progress").exists()
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "my-backup.tar"])

@@ -218,7 +218,7 @@ def _repair(content: ShardContent, manifest: Manifest, damaged: list[str]) -> st
     notes = [f"{PROGRESS}/"]
     claim(directory, notes)
     with run.engine.serving(run.llm.backbone):  # on the device that made them: others round differently
-        for name in content.sidecars.keys() & damaged:
+        for name in [name for name in content.sidecars if name in damaged]:
             content.write_sidecar(directory, name)
         keep_intact_tars(directory, manifest, damaged)
         records = content.write_tars(directory, manifest["hash"])

@@ -101,8 +101,8 @@ def write_shards(
         progress.write(shard, *write_tar(directory / tar_name(shard), samples, shard))
 
     # Rank 0 decides for all: another machine may not list yet what was written a moment ago.
-    mine = world.run_on_all(lambda: [n for n in shards if world.is_main and not progress.is_complete(n)])
-    missing = json.loads(world.exchange(json.dumps(mine))[0])
+    own = world.run_on_all(lambda: [shard for shard in shards if world.is_main and not progress.is_complete(shard)])
+    missing = json.loads(world.exchange(json.dumps(own))[0])
     world.report("writing shards")  # the title of the bar over the shards
     writing = deque[Future[None]]()
     with ThreadPoolExecutor(writers) as pool:
