@@ -1,4 +1,4 @@
-"""Read the figures of sweeps and put them into texts, so that no figure is typed.
+"""Read the figures of sweeps, put them into texts, so that no figure is typed, and draw them as small SVGs.
 
 A text cites a figure in double braces:
 
@@ -12,16 +12,19 @@ RUN may be SWEEP:RUN for a run of another sweep. ` mean` at the end leaves out t
 commas between them become the cells of a table's row.
 """
 
-import json
+import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import cycle
 from pathlib import Path
-from typing import Any, TypeVar
+from textwrap import fill
+from typing import Any, NamedTuple, TypeVar
 
 from rarec.errors import UserError
-from rarec.evaluation.labels import MINUS, figure
+from rarec.evaluation.labels import MINUS, figure, metric_title, tick
 from rarec.ranking.intervals import Interval
+from rarec.report.plots import NARROW
 from rarec.storage.files import read_json
 from tools.collect_results import HITS, Summary
 
@@ -32,6 +35,12 @@ _FIGURE = re.compile(
 _COUNT = re.compile(r"(?P<run>\S+) (?P<count>users|seeds)")
 FORMS = "{{RUN:VARIANT METRIC}}, {{RUN:VARIANT - VARIANT METRIC}}, {{RUN:VARIANT METRIC in STRATUM}} or {{RUN users}}"
 Found = TypeVar("Found")
+COLOURS = ("#7a7a7a", "#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#c08a2b")
+"""The first is the ID model's."""
+BESIDE = 0.08
+"""Horizontal distance between lines whose places are names."""
+WIDE = 10
+"""A field whose largest value is this many times its smallest has a logarithmic axis."""
 
 
 class Figures:
@@ -69,21 +78,21 @@ class Figures:
             return self._triple(sweep, _of(both["differences"], f"{one[1]} - {other[1]}", "difference"), metric)
         for _, variant in (one, other):
             self.interval(sweep, one[0], variant, metric)
-        found = self.run(sweep, one[0])["differences"]
+        differences = self.run(sweep, one[0])["differences"]
         pair = f"{one[1]} - {other[1]}"
-        if pair in found:
-            return self._triple(sweep, found[pair], metric)
-        return negative(self._triple(sweep, _of(found, f"{other[1]} - {one[1]}", "difference"), metric))
+        if pair in differences:
+            return self._triple(sweep, differences[pair], metric)
+        return negative(self._triple(sweep, _of(differences, f"{other[1]} - {one[1]}", "difference"), metric))
 
     def strata(self, sweep: str, run: str, variant: str) -> dict[str, dict[str, Interval]]:
         """Return a row of HR@100, such as the difference `VARIANT - BASELINE`, of each seed by `STRATUM BUCKET`."""
-        found = {
+        by_seed = {
             seed: {place: Interval(*cells[variant]) for place, cells in strata.items() if variant in cells}
             for seed, strata in self.run(sweep, run)["strata"].items()
         }
-        if not any(found.values()):
+        if not any(by_seed.values()):
             raise UserError(f"{sweep}:{run} has no figures of `{variant}` by stratum", "evaluate it again, and collect")
-        return found
+        return by_seed
 
     def across(self, sweep: str, one: str, other: str) -> Summary:
         """Return the differences between the variants of two runs of a sweep.
@@ -95,27 +104,27 @@ class Figures:
             self.run(sweep, run)
         pairs = self.sweep(sweep)["across"]
         turned = f"{one} - {other}" not in pairs
-        found = dict(pairs[f"{other} - {one}" if turned else f"{one} - {other}"])
-        if "not_compared" in found:
-            raise UserError(f"not compared: {found['not_compared']}", "compare runs of one split, on one machine")
+        both = dict(pairs[f"{other} - {one}" if turned else f"{one} - {other}"])
+        if "not_compared" in both:
+            raise UserError(f"not compared: {both['not_compared']}", "compare runs of one split, on one machine")
         if turned:
-            found["differences"] = {
-                MINUS.join(reversed(pair.split(MINUS))): turn(values) for pair, values in found["differences"].items()
+            both["differences"] = {
+                MINUS.join(reversed(pair.split(MINUS))): turn(values) for pair, values in both["differences"].items()
             }
-        return found
+        return both
 
     def _triple(self, sweep: str, values: Sequence[float], metric: str) -> Interval:
         metrics = self.sweep(sweep)["metrics"]
-        at = 3 * _of({name: at for at, name in enumerate(metrics)}, metric, "metric")
-        return Interval(*values[at : at + 3])
+        index = 3 * _of({name: index for index, name in enumerate(metrics)}, metric, "metric")
+        return Interval(*values[index : index + 3])
 
     def stratum(self, sweep: str, run: str, variant: str, stratum: str) -> Interval:
         """Return the `HITS` of a part of the users; of several seeds the mean alone, as both ends of the interval."""
         seeds = [
-            Interval(*_of(_of(seed, stratum, "stratum"), variant, "variant"))
-            for seed in self.run(sweep, run)["strata"].values()
+            Interval(*_of(_of(strata, stratum, "stratum"), variant, "variant"))
+            for strata in self.run(sweep, run)["strata"].values()
         ]
-        mean = sum(one.mean for one in seeds) / len(seeds)
+        mean = sum(each.mean for each in seeds) / len(seeds)
         return seeds[0] if len(seeds) == 1 else Interval(mean, mean, mean)
 
     def cited(self, page: Path, text: str, sweep: str = "") -> str:
@@ -142,8 +151,8 @@ class Figures:
         count = _COUNT.fullmatch(asked)
         if count is not None:
             place, _, run = count["run"].rpartition(":")
-            found = self.run(place or sweep, run)[count["count"]]
-            return str(len(found)) if isinstance(found, list) else f"{found:,}"
+            value = self.run(place or sweep, run)[count["count"]]
+            return str(len(value)) if isinstance(value, list) else f"{value:,}"
         form = _FIGURE.fullmatch(asked)
         if form is None:
             raise UserError("not a figure", f"write {FORMS}")
@@ -154,9 +163,9 @@ class Figures:
         if form["stratum"]:
             if metric != HITS:
                 raise UserError(f"there is no `{metric}` by stratum", f"ask for {HITS}")
-            found = self.stratum(place, run, variant, form["stratum"])
-            alone = found.low == found.high
-            return cell(found, mean=bool(form["mean"]) or (alone and len(self.run(place, run)["seeds"]) > 1))
+            interval = self.stratum(place, run, variant, form["stratum"])
+            alone = interval.low == interval.high
+            return cell(interval, mean=bool(form["mean"]) or (alone and len(self.run(place, run)["seeds"]) > 1))
         if form["other"] is None:
             return cell(self.interval(place, run, variant, metric), mean=bool(form["mean"]))
         other = form["other"] if ":" in form["other"] else f"{run}:{form['other']}"
@@ -166,15 +175,15 @@ class Figures:
         return points(self.difference(place, (run, variant), (pair[0], pair[1]), metric), mean=bool(form["mean"]))
 
 
-def cell(found: Interval, *, signed: bool = False, mean: bool = False) -> str:
+def cell(interval: Interval, *, signed: bool = False, mean: bool = False) -> str:
     """Format a figure and its interval as `.2699 (.2645 to .2751)`."""
-    value, low, high = (figure(each, signed) for each in found)
+    value, low, high = (figure(each, signed) for each in interval)
     return value if mean else f"{value} ({low} to {high})"
 
 
-def points(found: Interval, *, mean: bool = False) -> str:
+def points(interval: Interval, *, mean: bool = False) -> str:
     """Format a difference in points of .01 as `4.0 (3.7 to 4.3)`."""
-    value, low, high = (_point(100 * each) for each in found)
+    value, low, high = (_point(100 * each) for each in interval)
     return value if mean else f"{value} ({low} to {high})"
 
 
@@ -183,14 +192,14 @@ def _point(value: float) -> str:
     return text.replace("-", "" if float(text) == 0 else "\N{MINUS SIGN}")
 
 
-def negative(found: Interval) -> Interval:
+def negative(interval: Interval) -> Interval:
     """Return the interval of b - a for that of a - b."""
-    return Interval(-found.mean, -found.high, -found.low)
+    return Interval(-interval.mean, -interval.high, -interval.low)
 
 
 def turn(values: Sequence[float]) -> list[float]:
     """Return `negative` of every metric."""
-    return [each for at in range(0, len(values), 3) for each in negative(Interval(*values[at : at + 3]))]
+    return [each for start in range(0, len(values), 3) for each in negative(Interval(*values[start : start + 3]))]
 
 
 def _parts(reference: str, sweep: str) -> tuple[str, str, str]:
@@ -200,13 +209,129 @@ def _parts(reference: str, sweep: str) -> tuple[str, str, str]:
     return named or sweep, run, variant
 
 
-def _of(there: Mapping[str, Found], name: str, kind: str) -> Found:
-    if name not in there:
-        raise UserError(f"there is no {kind} `{name}`", f"there are: {', '.join(there)}")
-    return there[name]
+def _of(known: Mapping[str, Found], name: str, kind: str) -> Found:
+    if name not in known:
+        raise UserError(f"there is no {kind} `{name}`", f"there are: {', '.join(known)}")
+    return known[name]
 
 
-def listed_settings(run: Mapping[str, Any]) -> str:
-    """List the fields in which a run differs from the base of its sweep."""
-    fields = (f"`{field}: {json.dumps(value)}`" for field, value in run["settings"].items())
-    return ", ".join(fields) or "nothing"
+class Line(NamedTuple):
+    """One line of a curve: the field's values, each with a figure.
+
+    Attributes:
+        label: in the legend.
+        colour: index into `COLOURS`.
+        dashed: for a fusion.
+        points: value of the field -> figure.
+    """
+
+    label: str
+    colour: int
+    dashed: bool
+    points: Mapping[Any, Interval]
+
+
+def rows_svg(rows: Sequence[tuple[str, Interval]], metric: str) -> str:
+    """Draw one row for each figure, with its interval; a line marks the first row's mean."""
+    canvas, panel = _canvas(height=0.7 + 0.27 * len(rows), salt=metric)
+    panel.axvline(rows[0][1].mean, color=COLOURS[0], linewidth=0.8, linestyle=":")
+    for row, (_, interval) in enumerate(rows):
+        ends = [[interval.mean - interval.low], [interval.high - interval.mean]]
+        colour = COLOURS[1] if row else COLOURS[0]
+        panel.errorbar([interval.mean], [row], xerr=ends, color=colour, marker="o", markersize=5, capsize=3)
+    panel.set_yticks(range(len(rows)), [label for label, _ in rows])
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.set_xlabel(f"{metric_title(metric)}, 95% interval")
+    panel.xaxis.set_major_formatter(lambda value, _: tick(value))
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="x", color="#e2e2e2")
+    return _svg(canvas)
+
+
+def strata_svg(seeds: Mapping[str, Mapping[str, Interval]], metric: str) -> str:
+    """Draw a difference by bucket of users or items, one panel for each stratum, the seeds side by side.
+
+    Args:
+        seeds: for each seed, the difference by `STRATUM BUCKET`.
+        metric: its metric.
+    """
+    names = list(dict.fromkeys(place.rpartition(" ")[0] for strata in seeds.values() for place in strata))
+    canvas, panels = _canvas(height=2.4, salt="strata", columns=len(names))
+    for panel, name in zip(panels, names, strict=True):
+        panel.axhline(0, color=COLOURS[0], linewidth=0.8)
+        buckets: dict[str, None] = {}
+        for number, (strata, colour) in enumerate(zip(seeds.values(), colours(), strict=False)):
+            shown = {place.rpartition(" ")[2]: each for place, each in strata.items() if place.startswith(f"{name} ")}
+            buckets |= dict.fromkeys(shown)
+            places = [index + 2 * BESIDE * (number - (len(seeds) - 1) / 2) for index in range(len(shown))]
+            for place, each in zip(places, shown.values(), strict=True):
+                panel.plot([place, place], [each.low, each.high], color=COLOURS[colour], linewidth=1.2)
+                panel.plot(place, each.mean, "o", color=COLOURS[colour], markersize=3.5)
+        panel.set_xticks(range(len(buckets)), list(buckets), fontsize="x-small")
+        panel.set_xlim(-0.5, len(buckets) - 0.5)
+        panel.set_title(fill(name, NARROW), fontsize="medium")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#e2e2e2")
+        panel.yaxis.set_major_formatter(lambda value, _: tick(value, signed=True))
+    panels[0].set_ylabel(f"{metric_title(metric)}, difference")
+    return _svg(canvas)
+
+
+def curve_svg(lines: Sequence[Line], field: str, metric: str) -> str:
+    """Draw a metric over the field of a grid. Values that are no numbers have no order, so they are not joined."""
+    values = list(dict.fromkeys(value for line in lines for value in line.points))
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    values = sorted(values) if numbers else values
+    place = {value: value if numbers else index for index, value in enumerate(values)}
+    canvas, panel = _canvas(height=3.6, salt=field)
+    for number, line in enumerate(lines):
+        _plot(panel, line, place, None if numbers else BESIDE * (number - (len(lines) - 1) / 2))
+    if numbers and values[0] > 0 and values[-1] >= WIDE * values[0]:
+        panel.set_xscale("log")
+    panel.set_xticks(list(place.values()), [f"{value:g}" if numbers else str(value) for value in values])
+    panel.minorticks_off()
+    panel.set(xlabel=field, ylabel=metric_title(metric))
+    panel.yaxis.set_major_formatter(lambda value, _: tick(value))
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", color="#e2e2e2")
+    panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(canvas)
+
+
+def colours() -> Iterator[int]:
+    """Yield the colours of entries, without that of the ID model."""
+    return cycle(range(1, len(COLOURS)))
+
+
+def _plot(panel: Any, line: Line, place: Mapping[Any, float], beside: float | None) -> None:
+    points = sorted(line.points.items(), key=lambda point: place[point[0]])
+    means = [interval.mean for _, interval in points]
+    ends = [
+        [interval.mean - interval.low for _, interval in points],
+        [interval.high - interval.mean for _, interval in points],
+    ]
+    joined = beside is None
+    style = {"linestyle": ("--" if line.dashed else "-") if joined else "none", "marker": "o", "markersize": 4}
+    style |= {} if joined or not line.dashed else {"markerfacecolor": "white"}
+    places = [place[value] + (beside or 0.0) for value, _ in points]
+    panel.errorbar(places, means, ends, color=COLOURS[line.colour], label=line.label, capsize=3, **style)
+
+
+def _canvas(height: float, salt: str, columns: int = 0) -> tuple[Any, Any]:
+    """Return an empty picture and its panel, or with `columns` a row of that many panels."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("pictures need matplotlib, which is not installed", "pip install 'rarec[report]'") from None
+    matplotlib.rcdefaults()  # a user's own matplotlibrc must not change the pages
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9})
+    canvas = Figure(figsize=(7, height), layout="constrained", facecolor="white")
+    return canvas, canvas.subplots(1, columns, sharey=True, squeeze=False)[0] if columns else canvas.subplots()
+
+
+def _svg(canvas: Any) -> str:
+    """Return the picture as text; equal figures give equal text."""
+    buffer = io.StringIO()
+    canvas.savefig(buffer, format="svg", metadata={"Date": None})
+    return re.sub(r"(\d+\.\d{2})\d+", r"\1", "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n")
