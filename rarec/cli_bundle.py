@@ -204,7 +204,8 @@ def add(
     from rarec.bundle.items import add_items
     from rarec.bundle.write import next_version
 
-    files, directory = dict(map(_named_file, vectors or [])), out or next_version(bundle)
+    files = dict(map(_named_file, vectors or []))
+    directory = out or next_version(bundle)
     parts = _load(bundle, llm, device, trust).parts
     with _columns(columns, OF_ITEMS) as given:
         count = add_items(parts, table, directory, say, columns=given, vectors=files)
@@ -250,9 +251,11 @@ def realign(
     from rarec.bundle.realign import realign as write_realigned
     from rarec.bundle.write import next_version
 
-    run, directory = open_run(config, overrides), out or next_version(bundle)
+    run = open_run(config, overrides)
+    directory = out or next_version(bundle)
     parts = _load(bundle, llm, device, trust).parts
-    sources, ids = {**run.sources, run.baseline.name: run.baseline}, list(run.dataset.item_ids)
+    sources = {**run.sources, run.baseline.name: run.baseline}
+    ids = list(run.dataset.item_ids)
     models = {name: NewModel(source, ids) for name, source in sources.items()}
     for name, value in write_realigned(parts, models, directory, least).items():
         say(f"{name}: {value}")

@@ -135,7 +135,8 @@ class Bundle:
 
     def _check_vectors(self, count: int) -> None:
         """Refuse vectors that are missing, or of another size or type; the vectors themselves are not read."""
-        path, facts = self.directory / VECTORS, self.facts
+        path = self.directory / VECTORS
+        facts = self.facts
         dims: dict[str, int | None] = {IDS + name: source["dim"] for name, source in facts["sources"].items()}
         try:
             with safe_open(path, "np") as file:
@@ -211,7 +212,8 @@ class Bundle:
     def config(self) -> RunConfig:
         """The configuration of the model; sections that say nothing about it are not those of the run."""
         model = self.facts["model"]
-        run, prepare = {"dir": "none", "seed": model["seed"]}, self.prepare().model_dump(mode="json")
+        run = {"dir": "none", "seed": model["seed"]}
+        prepare = self.prepare().model_dump(mode="json")
         # nothing but these: other sections may name code, which would be imported
         settings = {name: model["settings"][name] for name in MODEL_SECTIONS if name in model["settings"]}
         settings["train"] = {"blocks": settings["train"]["blocks"]}

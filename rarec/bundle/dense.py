@@ -92,7 +92,8 @@ class DenseForm:
             candidates: item rows of each user.
             k: number of items.
         """
-        near_BN, best = self.near(histories), []
+        near_BN = self.near(histories)
+        best = []
         for user, (history, rows) in enumerate(zip(histories, candidates, strict=True)):
             near_1N = near_BN[[user]]
             among = np.setdiff1d(np.concatenate([rows, near_1N.indices]).astype(np.int64), history)
@@ -112,14 +113,16 @@ class DenseScores:
     """
 
     def __init__(self, form: DenseForm, histories: Sequence[Rows]) -> None:
-        self._dense, near_BN = VectorScores(form.users(histories), form.items_NF), form.near(histories)
+        self._dense = VectorScores(form.users(histories), form.items_NF)
+        near_BN = form.near(histories)
         self.n_users, self.n_items, self.width = len(histories), self._dense.n_items, self._dense.width + 1
         full = 2 * near_BN.nnz > self.n_users * self.n_items  # a sparse entry takes twice the memory of a dense one
         self._near_BN = torch.from_numpy(near_BN.toarray()) if full else near_BN
 
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""
-        scores_CN, near_BN = self._dense.block(users), self._near_BN
+        scores_CN = self._dense.block(users)
+        near_BN = self._near_BN
         near_CN = near_BN[users] if torch.is_tensor(near_BN) else _rows_of(near_BN, *users.indices(self.n_users)[:2])
         return scores_CN.add_(near_CN)
 

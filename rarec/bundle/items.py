@@ -59,8 +59,10 @@ def add_items(
         UserError: the table cannot be read; an id is there twice, or in the catalogue, or of another type; vectors are
             of another shape, or not finite.
     """
-    bundle, new = parts.bundle, _read_items(parts.bundle, table, columns, say)
-    count, tables = len(new.titles), dict(bundle.vectors)
+    bundle = parts.bundle
+    new = _read_items(bundle, table, columns, say)
+    count = len(new.titles)
+    tables = dict(bundle.vectors)
     given = _vectors_of(bundle, new, vectors)
     for name in bundle.facts["sources"]:
         tables[IDS + name] = np.concatenate([tables[IDS + name], given[name]])
@@ -90,7 +92,8 @@ def remove_items(bundle: Bundle, items: Collection[str | int], directory: Path) 
     Raises:
         UserError: an item is not in the catalogue, or none would be left.
     """
-    removed, old = set(map(str, items)), bundle.catalogue
+    removed = set(map(str, items))
+    old = bundle.catalogue
     names = list(map(str, old.ids.to_pylist()))
     unknown = sorted(removed - set(names))
     if unknown:
@@ -164,7 +167,8 @@ def _checked_ids(bundle: Bundle, ids: pa.Array) -> pa.Array:
 
 def _vectors_of(bundle: Bundle, new: Catalogue, files: Mapping[str, str]) -> dict[str, Float32]:
     """Return the new items' vectors of every ID model, (A, E); zeros for those that do not know them."""
-    count, sources = len(new.titles), bundle.facts["sources"]
+    count = len(new.titles)
+    sources = bundle.facts["sources"]
     vectors = {name: np.zeros((count, facts["dim"]), np.float32) for name, facts in sources.items()}
     for name, path in files.items():
         if name not in vectors:
@@ -212,7 +216,8 @@ def _vector_of_new(parts: Parts, title: str, text: str) -> Float32:
     facts, (first, *others) = parts.bundle.facts["parts"], parts.rankers
     sources = {name: np.zeros((1, source.dim), np.float32) for name, source in parts.encoder.sources.items()}
     (own_Z,) = parts.encode_new([title], [text], sources)
-    vector_Z, beside = facts[first]["weight"] * own_Z, list[Float32]()
+    vector_Z = facts[first]["weight"] * own_Z
+    beside = list[Float32]()
     for name in others:
         ranker, weight = parts.rankers[name], facts[name]["weight"]
         known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N

@@ -41,7 +41,8 @@ class Parts:
     def __init__(
         self, bundle: Bundle, *, llm: str | None = None, batch_size: int | None = None, world: World = SINGLE
     ) -> None:
-        self.bundle, self._world = bundle, world
+        self.bundle = bundle
+        self._world = world
         self._llm = llm or (str(bundle.directory / LLM) if bundle.holds_llm else None)
         self._batch_size = batch_size or int(bundle.facts["batch_size"])
 
@@ -89,7 +90,8 @@ class Parts:
         return VectorRanker.of_counts(self.bundle.catalogue.counts_N)
 
     def _part(self, name: str) -> Ranker:
-        bundle, facts = self.bundle, self.bundle.facts
+        bundle = self.bundle
+        facts = self.bundle.facts
         if facts["model"] and name == facts["model"]["variant"]["name"]:
             return VectorRanker(bundle.vectors[MODEL], lambda rows, histories: self.encoder.users(rows, histories))
         if name == "popularity":
@@ -149,7 +151,8 @@ class Parts:
         return Encoder(known.model, known.prompts, own, self._batch_size, self._world)
 
     def _prompts(self, loaded: LoadedModel, titles: Sequence[str], texts: Sequence[str]) -> PromptPair:
-        config, kind = self.bundle.config, loaded.identity["kind"]
+        config = self.bundle.config
+        kind = loaded.identity["kind"]
         reserved = slots_reserved(config, self.bundle.shapes)
         return PromptPair(config.prompt, loaded.tokenizer, titles, texts, reserved, loaded.context_length, kind)
 
@@ -166,9 +169,11 @@ class Parts:
     @cached_property
     def _loaded(self) -> LoadedModel:
         """The language model; another one than the variant was trained with is refused."""
-        bundle, config = self.bundle, self.bundle.config
+        bundle = self.bundle
+        config = self.bundle.config
         llm = config.llm.model_copy(update={"path": self.llm_path})
-        lora, device = config.lora if bundle.variant.lora else None, self._world.device.type
+        lora = config.lora if bundle.variant.lora else None
+        device = self._world.device.type
         with tempfile.TemporaryDirectory(prefix="rarec-") as scratch:  # for what a GGUF file is converted to
             loaded = load_model(llm, Path(scratch, "llm"), pool=config.readout.pool, lora=lora, device=device)
         expected = dict(bundle.facts["model"]["llm"])
@@ -187,14 +192,16 @@ def _scored(ranker: Ranker, histories: Sequence[Rows]) -> Scores:
 
 def sample_histories(parts: Parts, count: int, seed: int = 17) -> list[Rows]:
     """Return histories to check a bundle with: 1 to 20 different items each, popular ones more often."""
-    rng, chances_N = np.random.default_rng(seed), _chances(parts.bundle)
+    rng = np.random.default_rng(seed)
+    chances_N = _chances(parts.bundle)
     lengths = rng.integers(1, min(20, len(chances_N) - 1), count, endpoint=True)
     return [rng.choice(len(chances_N), length, replace=False, p=chances_N) for length in lengths]
 
 
 def sample_user(parts: Parts, rng: np.random.Generator, length: int = 5) -> list[int]:
     """Return the history of a user who might be: a popular item, then neighbours of those before."""
-    chances_N, tables = _chances(parts.bundle), parts.bundle.tables
+    chances_N = _chances(parts.bundle)
+    tables = parts.bundle.tables
     rows = [int(rng.choice(len(chances_N), p=chances_N))]
     table_NN = parts.bundle.neighbours("cooccurrence" if "cooccurrence" in tables else tables[0]) if tables else None
     while len(rows) < min(length, len(chances_N)):

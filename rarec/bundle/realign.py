@@ -119,7 +119,9 @@ def realign(parts: Parts, models: Mapping[str, NewModel], directory: Path, least
     missing = [name for name in bundle.facts["sources"] if name not in models]
     if missing:
         raise UserError(f"the run has no ID model {missing[0]!r}, which {bundle.directory} needs", "train it there")
-    histories, figures, sources = sample_histories(parts, USERS), dict[str, Any](), dict[str, Source]()
+    histories = sample_histories(parts, USERS)
+    figures = dict[str, Any]()
+    sources = dict[str, Source]()
     for name, old in bundle.sources.items():
         sources[name], figures[name] = _realigned(bundle, old, models[name], histories, least)
     vectors = {IDS + name: source.items_NE for name, source in sources.items()}
@@ -154,7 +156,9 @@ def _realigned(
     bundle: Bundle, old: Source, model: NewModel, histories: list[Rows], least: float
 ) -> tuple[Source, dict[str, Any]]:
     """Return a source of new vectors in the old space, and how well it fits."""
-    items_NS, new, name = model.items_NS(bundle), model.source, f"ID model {old.name!r}"
+    items_NS = model.items_NS(bundle)
+    new = model.source
+    name = f"ID model {old.name!r}"
     known_N = (items_NS != 0).any(1)
     shared_N = known_N & (old.items_NE != 0).any(1)
     if new.vectors_per_user != old.vectors_per_user:

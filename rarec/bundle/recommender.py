@@ -139,7 +139,8 @@ class Recommender:
 
     def _listed(self, rows_K: Rows, scores_K: Float32) -> list[Recommended]:
         """Return items by their rows; -1 is none."""
-        catalogue, kept = self.bundle.catalogue, rows_K >= 0
+        catalogue = self.bundle.catalogue
+        kept = rows_K >= 0
         ids = catalogue.ids.take(pa.array(rows_K[kept])).to_pylist()
         titles = [catalogue.titles[row] for row in rows_K[kept]]
         return list(map(Recommended, ids, titles, scores_K[kept].tolist()))

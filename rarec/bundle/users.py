@@ -64,7 +64,8 @@ class Histories:
     """
 
     def __init__(self, engine: PrepareEngine, table: ir.Table) -> None:
-        self._engine, self._table = engine, engine.keep("histories", table)
+        self._engine = engine
+        self._table = engine.keep("histories", table)
 
     def __len__(self) -> int:
         """Return the number of users."""

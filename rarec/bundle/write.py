@@ -121,7 +121,8 @@ def save_tensors(tensors: Mapping[str, Tensor | Float32], path: Path) -> None:
 
 
 def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
-    trained, prepare = contents.trained, config.prepare
+    trained = contents.trained
+    prepare = config.prepare
     neighbours = {name: getattr(config.neighbours, name) for name in ("newest", "decay", "top")}
     columns = {
         name: table.model_dump(mode="json", exclude={"path", "table"})

@@ -68,7 +68,8 @@ def write_targets(
     targets = _targets(names, options)
     if os.path.lexists(directory):
         raise UserError(f"{directory} is there already", "move it away, or name another folder: --out")
-    bundle, figures = recommender.bundle, dict[str, Any]()
+    bundle = recommender.bundle
+    figures = dict[str, Any]()
     with new_directory(directory) as temporary:
         for target in targets:
             figures |= target.write(recommender.parts, temporary)

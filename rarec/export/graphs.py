@@ -117,7 +117,8 @@ class QueryGraph(nn.Module):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__()
-        facts, self.dense = parts.bundle.facts, tuple(parts.dense.dense)
+        facts = parts.bundle.facts
+        self.dense = tuple(parts.dense.dense)
         variant = facts["model"]["variant"]["name"] if facts["model"] else None
         self.variant = variant if variant in self.dense else None
         self.id_model = facts["id_model"]
@@ -204,7 +205,8 @@ class ItemGraph(nn.Module):
 
     def __init__(self, model: RaRec, sources: Sequence[str]) -> None:
         super().__init__()
-        self.model, self.names = model, tuple(sources)
+        self.model = model
+        self.names = tuple(sources)
         self.eval().requires_grad_(False)
 
     @property

@@ -132,7 +132,8 @@ class _Stretch:
 
     def with_slots(self, filler: int) -> tuple[list[int], list[list[int]]]:
         """Return the token ids with fillers at slots, and of each slot its place among all slots and its index here."""
-        slots, text = list[list[int]](), list[int]()
+        slots = list[list[int]]()
+        text = list[int]()
         for index in range(len(self.tokens) + 1):
             for mark, places in self.groups:
                 if mark == index:
@@ -160,10 +161,12 @@ def write_prompts(graph: QueryGraph, directory: Path) -> dict[str, Any]:
     """
     if graph.encoder is None:
         return NO_PROMPT
-    prompts, counts = graph.encoder.prompts, graph.encoder.model.user.slots
+    prompts = graph.encoder.prompts
+    counts = graph.encoder.model.user.slots
     ends = np.cumsum(list(counts.values())).tolist()
     places = {name: range(end - counts[name], end) for name, end in zip(counts, ends, strict=True) if counts[name]}
-    frame, filler = prompts.frame(), prompts.tokenizer.filler
+    frame = prompts.frame()
+    filler = prompts.tokenizer.filler
     stretches = _stretches(prompts, places)
     facts: dict[str, Any] = {}
     for name, stretch in stretches.items():
@@ -182,8 +185,10 @@ def write_prompts(graph: QueryGraph, directory: Path) -> dict[str, Any]:
 
 def _stretches(prompts: PromptPair, places: Mapping[str, range]) -> dict[str, _Stretch]:
     """Return what is before and after the history, and the prompt without history."""
-    frame, empty = prompts.frame(), prompts.user([])
-    tokens, start = frame.encoded.tokens_T.tolist(), frame.start
+    frame = prompts.frame()
+    empty = prompts.user([])
+    tokens = frame.encoded.tokens_T.tolist()
+    start = frame.start
     marks = {name: mark for name, mark in frame.encoded.marks.items() if name in places and isinstance(mark, int)}
     before = [(mark, places[name]) for name, mark in marks.items() if mark <= start]
     after = [(mark - start - 1, places[name]) for name, mark in marks.items() if mark > start]

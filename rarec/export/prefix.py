@@ -100,7 +100,8 @@ def cached(model: RaRec, prefix: Prefix, vectors: Mapping[str, Tensor]) -> tuple
         vectors: of each source, (B, K, E).
     """
     alignment, backbone = model.user.alignment, model.backbone
-    slots, count = None, 1
+    slots = None
+    count = 1
     if alignment is not None and prefix.slots:
         slots_LBKD, _ = alignment(vectors)
         blocks, count = model.user.alignment_blocks, slots_LBKD.shape[1]
@@ -118,8 +119,10 @@ def cached(model: RaRec, prefix: Prefix, vectors: Mapping[str, Tensor]) -> tuple
 
 def _maps(model: RaRec, prefix: Prefix) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Return each source's map from an ID vector to a slot in every block, and where its slots are."""
-    alignment, blocks = model.user.alignment, len(model.backbone.blocks)
-    tensors, sources = dict[str, Tensor](), list[dict[str, Any]]()
+    alignment = model.user.alignment
+    blocks = len(model.backbone.blocks)
+    tensors = dict[str, Tensor]()
+    sources = list[dict[str, Any]]()
     if alignment is None or not prefix.slots:
         return tensors, sources
     if model.user.alignment_blocks != tuple(range(blocks)):

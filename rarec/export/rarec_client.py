@@ -24,20 +24,20 @@ class Client:
         self.ids, self.titles = items["id"].to_pylist(), items["title"].to_pylist()
         self.row_of = {str(item): row for row, item in enumerate(self.ids)}
         files = {name: folder / "neighbours" / f"{name}.parquet" for name in self.facts["neighbours"]}
-        self.near = {name: [of.to_numpy() for of in pq.read_table(file).columns] for name, file in files.items()}
+        self.near = {name: [part.to_numpy() for part in pq.read_table(file).columns] for name, file in files.items()}
         texts = pq.read_table(folder / "titles.parquet").combine_chunks() if self.prompt["most"] else None
         self.pieces = {name: texts[name].chunk(0) for name in texts.column_names} if texts else {}
 
     def recommend(self, histories: Any, k: int = 10) -> list[list[tuple[Any, str, float]]]:
-        """Return each user's k best new items; ids that are not in the catalogue are passed over."""
+        """Return each user's k best new items; ids that are not in the catalogue are skipped."""
         rows = [[self.row_of[str(item)] for item in history if str(item) in self.row_of] for history in histories]
         best = (self.best(query, history, k, history) for query, history in zip(self.queries(rows), rows, strict=True))
-        return [[(self.ids[row], self.titles[row], score) for row, score in of] for of in best]
+        return [[(self.ids[row], self.titles[row], score) for row, score in items] for items in best]
 
     def queries(self, rows: list[list[int]]) -> Any:
         """Return query vectors, (B, K, F), after histories of item rows."""
         given = dict(self._inputs(rows))
-        return self.graph.run(None, {of.name: given[of.name] for of in self.graph.get_inputs()})[0]
+        return self.graph.run(None, {own.name: given[own.name] for own in self.graph.get_inputs()})[0]
 
     def best(self, query: Any, history: list[int], k: int, hidden: Any, among: Any = None) -> list[tuple[int, float]]:
         """Return rows and scores of a user's k best items, without the hidden ones, of all items or among some rows."""
@@ -60,7 +60,7 @@ class Client:
         longest = {"history": (rows, 1), "input_ids": (texts, max(map(len, texts)) + 1), "slot_positions": (slots, 0)}
         for name, (lists, least) in {**longest, "titles": (titles, self.prompt["most"])}.items():
             width = max([least, *map(len, lists)])
-            yield name, np.array([[*of, *[-1] * (width - len(of))] for of in lists], np.int64)
+            yield name, np.array([[*own, *[-1] * (width - len(own))] for own in lists], np.int64)
 
     def _prompt(self, history: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Return token ids, the index of each slot (-1 for those that the history lacks), the items of the titles."""
@@ -72,18 +72,18 @@ class Client:
             items = wanted[: max(1, int((np.cumsum(later) - saved <= prompt["room"]).sum()))]
             items = items if prompt["newest_first"] else items[::-1]
             ids, slots = list(prompt["before"]), prompt["before_slots"]
-            for at, row in enumerate(items):
-                name = "later" if at else "first"
+            for number, row in enumerate(items):
+                name = "later" if number else "first"
                 inside = zip(prompt["titles_first"], self.pieces[f"{name}_slots"][row].as_py(), strict=True)
-                slots = slots + [[place + at, len(ids) + index] for place, index in inside]
+                slots = slots + [[place + number, len(ids) + index] for place, index in inside]
                 ids += self.pieces[name][row].as_py()
             bare = len(ids) - len(prompt["before"]) == len(slots) - len(prompt["before_slots"])  # no title has a word
             after = prompt["bare_after" if bare else "after"]
-            slots, ids = slots + [[place, len(ids) + at] for place, at in prompt["after_slots"]], ids + after
+            slots = slots + [[place, len(ids) + index] for place, index in prompt["after_slots"]]
+            ids = ids + after
         return ids, [dict(slots).get(place, -1) for place in range(prompt["count"])], items
 
 
 if __name__ == "__main__":
-    print(
-        "\n".join("{}\t{}\t{:.4f}".format(*one) for one in Client(sys.argv[1]).recommend([sys.argv[2].split(",")])[0])
-    )
+    best = Client(sys.argv[1]).recommend([sys.argv[2].split(",")])[0]
+    print("\n".join("{}\t{}\t{:.4f}".format(*item) for item in best))

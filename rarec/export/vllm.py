@@ -100,9 +100,11 @@ class Vllm(Target):
         """See `Target`."""
         encoder = parts.encoder
         _refuse(parts, encoder)
-        graph, histories = StateQuery(parts), sample_histories(parts, CHECKED)
+        graph = StateQuery(parts)
+        histories = sample_histories(parts, CHECKED)
         states, bare = (_states(encoder, histories, slots) for slots in (True, False))
-        pool, lora = parts.bundle.config.readout.pool, (parts.bundle.directory / LORA).is_dir()
+        pool = parts.bundle.config.readout.pool
+        lora = (parts.bundle.directory / LORA).is_dir()
         at_input = parts.bundle.variant.blocks == "input" and bool(encoder.model.user.slots)
         prompt = write_prompts(graph, directory)
         figures = {"query_difference": _write_graphs(parts, graph, at_input, histories, states, directory)}
@@ -125,7 +127,8 @@ class Vllm(Target):
 
 def _refuse(parts: Parts, encoder: Encoder) -> None:
     """Refuse what vLLM would compute in another way."""
-    config, backbone = parts.bundle.config, encoder.model.backbone
+    config = parts.bundle.config
+    backbone = encoder.model.backbone
     if not backbone.sink:
         raise UserError(f"{config.llm.path} is an encoder, which has no cache of keys and values", USE_ONNX)
     if config.llm.quantize != "none" or parts.llm_path.endswith(".gguf"):
@@ -151,7 +154,8 @@ exec python -m vllm.entrypoints.openai.api_server"""
 
 def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
     """Write the script that starts vLLM; whoever may read it may run it."""
-    config, model = parts.bundle.config, resolve_path(parts.llm_path)
+    config = parts.bundle.config
+    model = resolve_path(parts.llm_path)
     elsewhere = not Path(model).exists()
     model = model if elsewhere else str(Path(model).resolve())  # the script runs in its own folder
     longest = config.prompt.max_tokens or parts.context_length
@@ -195,7 +199,9 @@ def _json(**fields: Any) -> str:
 @torch.no_grad()
 def _states(encoder: Encoder, histories: Sequence[Rows], with_slots: bool) -> Float32:
     """Return the pooled states of users' texts (B, D); without slots, fillers are in their places."""
-    batch, tower, backbone = _batch(encoder, histories), encoder.model.user, encoder.model.backbone
+    batch = _batch(encoder, histories)
+    tower = encoder.model.user
+    backbone = encoder.model.backbone
     slots = None
     if with_slots and tower.slots and tower.alignment is not None:
         slots_LBKD, blocks = tower.alignment(batch.vectors)[0], tower.alignment_blocks
@@ -229,10 +235,12 @@ def _write_graphs(
 
 def _write_prefix(parts: Parts, prefix: Prefix, histories: Sequence[Rows], directory: Path) -> float:
     """Write the connector and its program; return how far, in float32, its keys and values are from the model's."""
-    model, dtype = parts.encoder.model, getattr(torch, parts.bundle.config.llm.dtype)
+    model = parts.encoder.model
+    dtype = getattr(torch, parts.bundle.config.llm.dtype)
     write_program(model, prefix, directory / PROGRAM, torch.float32)
     copy_beside(directory, "rarec_connector.py", "rarec_program.py")
-    program, batch = Program(directory / PROGRAM), _batch(parts.encoder, histories)
+    program = Program(directory / PROGRAM)
+    batch = _batch(parts.encoder, histories)
     vectors = {name: batch.vectors[name] for name in model.user.slots}
     none = torch.zeros(len(histories), 0)
     prefixes = map(program.prefix, torch.cat([none, *(table.flatten(1) for table in vectors.values())], 1))
@@ -247,7 +255,8 @@ def _write_prefix(parts: Parts, prefix: Prefix, histories: Sequence[Rows], direc
 def _write_words(encoder: Encoder, histories: Sequence[Rows], states: Float32, directory: Path) -> float:
     """Write the table of word vectors; return how far states are from the model's when slots are put among these."""
     (directory / TEMPLATE).write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    backbone, batch = encoder.model.backbone, _batch(encoder, histories)
+    backbone = encoder.model.backbone
+    batch = _batch(encoder, histories)
     with backbone.word_vectors() as words_VD:
         np.save(directory / WORDS, words_VD.float().numpy(), allow_pickle=False)
         embeddings_BTD = words_VD[batch.ids_BT]
