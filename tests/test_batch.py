@@ -24,25 +24,25 @@ def log(run) -> str:
 
 
 def histories(recommender, log: str, **columns: str) -> dict[str, list[str]]:
-    with open_log(recommender.bundle, log, columns) as found:
-        items = {user: [recommender.items[row] for row in rows] for user, rows in found}
-        assert len(found) == len(items)
+    with open_log(recommender.bundle, log, columns) as result:
+        items = {user: [recommender.items[row] for row in rows] for user, rows in result}
+        assert len(result) == len(items)
     return items
 
 
 def test_histories_are_those_of_the_prepared_dataset(run, recommender, log):
-    found, dataset = histories(recommender, log), run.dataset
+    result, dataset = histories(recommender, log), run.dataset
     ids = np.array(list(dataset.item_ids))
     for row, user in enumerate(dataset.user_ids):
-        assert found[user] == ids[dataset.sequence(row)].tolist()
+        assert result[user] == ids[dataset.sequence(row)].tolist()
 
 
 def test_every_user_is_served_however_few_the_purchases(recommender, tmp_path):
     known = recommender.items
     rows = [("b", known[1], 2), ("b", known[0], 1), ("a", known[2], 1), ("a", known[2], 1), ("c", "nothing", 1)]
     pd.DataFrame(rows, columns=["customer", "item", "time"]).to_csv(tmp_path / "log.csv", index=False)
-    found = histories(recommender, str(tmp_path / "log.csv"), user="customer")
-    assert found == {"a": [known[2]], "b": [known[0], known[1]]}
+    result = histories(recommender, str(tmp_path / "log.csv"), user="customer")
+    assert result == {"a": [known[2]], "b": [known[0], known[1]]}
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
@@ -50,13 +50,13 @@ def test_a_file_for_all_users(run, recommender, log, tmp_path, ending):
     out = tmp_path / f"top.{ending}"
     rows = recommend_all(recommender, log, out, 3)
     read = {"parquet": pd.read_parquet, "csv": pd.read_csv, "jsonl": lambda path: pd.read_json(path, lines=True)}
-    found = read[ending](out)
-    assert len(found) == rows == 3 * run.dataset.n_users
-    assert list(found.columns) == ["user", "rank", "item", "title", "score"]
+    result = read[ending](out)
+    assert len(result) == rows == 3 * run.dataset.n_users
+    assert list(result.columns) == ["user", "rank", "item", "title", "score"]
     everyone = histories(recommender, log)
-    first = found[found.user == "u001"]
+    first = result[result.user == "u001"]
     expected = recommender.recommend([everyone["u001"]], 3)[0]
-    assert first["item"].tolist() == [one.item for one in expected]
+    assert first["item"].tolist() == [entry.item for entry in expected]
     assert first["rank"].tolist() == [1, 2, 3]
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
@@ -65,7 +65,7 @@ def test_one_user_of_a_log(recommender, log, capsys):
     cli_bundle.recommend(recommender.bundle.directory, user="u001", log=log, k=2)
     lines = capsys.readouterr().out.splitlines()
     expected = recommender.recommend([histories(recommender, log)["u001"]], 2)[0]
-    assert [line.split("\t")[0] for line in lines] == [one.item for one in expected]
+    assert [line.split("\t")[0] for line in lines] == [entry.item for entry in expected]
     with pytest.raises(UserError, match="'nobody'"):
         cli_bundle.recommend(recommender.bundle.directory, user="nobody", log=log, k=2)
 
@@ -118,8 +118,8 @@ def test_a_result_that_cannot_be_written_is_named_before_anything_is_done(recomm
 
 @pytest.mark.multiprocess
 def test_two_ranks_write_the_bytes_of_one(run, recommender, log, tmp_path):
-    one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
-    recommend_all(recommender, log, one, 3)
+    entry, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
+    recommend_all(recommender, log, entry, 3)
     bundle = shutil.copytree(run.directory("export"), tmp_path / "bundle")
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(ROOT / "launch" / "recommend.py"), str(bundle), "--all", "--log", log]
@@ -135,5 +135,5 @@ def test_two_ranks_write_the_bytes_of_one(run, recommender, log, tmp_path):
     ]
     said = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert two.read_bytes() == one.read_bytes()
+    assert two.read_bytes() == entry.read_bytes()
     assert json.dumps(said).count("rows") == 1

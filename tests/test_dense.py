@@ -20,7 +20,7 @@ def vectors(rng, size: int, several: int = 1, lacking=None) -> VectorRanker:
     if lacking is not None:
         items[lacking] = items[~lacking].mean(0)
     table = rng.normal(size=(ITEMS, several, size)).astype(np.float32)
-    shaped = (lambda found: found) if several > 1 else (lambda found: found[:, 0])
+    shaped = (lambda result: result) if several > 1 else (lambda result: result[:, 0])
     return VectorRanker(items, lambda rows, histories: shaped(np.stack([table[h[-1]] for h in histories])), lacking)
 
 

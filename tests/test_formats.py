@@ -52,23 +52,23 @@ def client(folder: Path):
     return rarec_client.Client(folder, threads=1)
 
 
-def same(found, expected) -> bool:
+def same(result, expected) -> bool:
     """Return whether two lists for each user are the same, but for items of equal scores."""
     return all(
-        [item for item, *_ in one] == [item for item, *_ in other]
-        or np.allclose([score for *_, score in one], [score for *_, score in other], rtol=1e-4)
-        for one, other in zip(found, expected, strict=True)
+        [item for item, *_ in entry] == [item for item, *_ in other]
+        or np.allclose([score for *_, score in entry], [score for *_, score in other], rtol=1e-4)
+        for entry, other in zip(result, expected, strict=True)
     )
 
 
 @pytest.mark.slow
 def test_the_client_recommends_what_the_bundle_recommends(served, recommender, everyone):
-    found, expected = client(served).recommend(everyone, 10), recommender.recommend(everyone, 10)
-    assert same(found, expected)
+    result, expected = client(served).recommend(everyone, 10), recommender.recommend(everyone, 10)
+    assert same(result, expected)
     assert (
         sum(
-            [item for item, *_ in one] == [item for item, *_ in other]
-            for one, other in zip(found, expected, strict=True)
+            [item for item, *_ in entry] == [item for item, *_ in other]
+            for entry, other in zip(result, expected, strict=True)
         )
         > 55
     )
@@ -86,7 +86,7 @@ def test_the_client_runs_without_torch_and_rarec(served, recommender, everyone, 
         [sys.executable, "-c", code, ",".join(history)], cwd=moved, capture_output=True, text=True, check=True
     )
     items = [line.split("\t")[0] for line in result.stdout.splitlines()]
-    assert items == [one.item for one in recommender.recommend([history], 10)[0]]
+    assert items == [entry.item for entry in recommender.recommend([history], 10)[0]]
 
 
 @pytest.mark.slow
@@ -98,9 +98,9 @@ def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, ev
     everyone = [*everyone, *([known[row] for row in rows] for rows in sample_histories(recommender.parts, 150))]
     for options in ({}, {"k": 3, "deny": known[:9]}, {"allow": known[5:20]}, {"exclude_seen": False}):
         requests = [Request(history, **options) for history in everyone]
-        found, expected = engine.answer(requests), recommender.answer(requests)
-        assert same([answer.items for answer in found], expected.items)
-        assert [answer.unknown for answer in found] == expected.unknown
+        result, expected = engine.answer(requests), recommender.answer(requests)
+        assert same([answer.items for answer in result], expected.items)
+        assert [answer.unknown for answer in result] == expected.unknown
     vectors = recommender.query_vectors(everyone[:5])
     assert np.allclose(engine.vectors(everyone[:5]), vectors, atol=1e-4)
 
@@ -109,10 +109,12 @@ def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, ev
 def test_a_service_by_onnx_runtime_needs_no_torch(served, recommender, everyone):
     hidden = ["torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "sklearn", "scipy"]
     with service(served, "--backend", "onnx", hidden=hidden) as started:
-        asked = httpx.post(f"{started.url}/v1/recommend", json={"histories": everyone[:20]}, timeout=60).json()
+        answer = httpx.post(f"{started.url}/v1/recommend", json={"histories": everyone[:20]}, timeout=60).json()
         refused = httpx.post(f"{started.url}/v1/compare", json={"history": []}, timeout=60)
-    found = [[(one["item"], one["title"], one["score"]) for one in user["items"]] for user in asked["results"]]
-    assert same(found, recommender.recommend(everyone[:20]).items)
+    result = [
+        [(entry["item"], entry["title"], entry["score"]) for entry in user["items"]] for user in answer["results"]
+    ]
+    assert same(result, recommender.recommend(everyone[:20]).items)
     assert (refused.status_code, "--backend torch" in refused.json()["remedy"]) == (501, True)
 
 
@@ -184,8 +186,8 @@ def test_other_bundles(tmp_path, kind, overrides):
     nobody = np.zeros(3, int)
     scores_BN = recommender.parts.ranker.scores(EvalBatch(nobody, list(map(np.array, rows)), nobody))
     for scores_N, best in zip(scores_BN, expected, strict=False):
-        assert [scores_N[recommender.items.index(one.item)] for one in best] == pytest.approx(
-            [one.score for one in best], rel=1e-3, abs=1e-4
+        assert [scores_N[recommender.items.index(entry.item)] for entry in best] == pytest.approx(
+            [entry.score for entry in best], rel=1e-3, abs=1e-4
         )
 
 
@@ -215,9 +217,9 @@ def test_a_hubs_repository_is_a_bundle_with_a_card(recommender, everyone, tmp_pa
     assert same(rarec.load(folder).recommend(everyone[:3]), recommender.recommend(everyone[:3]))
     data = ModelCard.load(folder / "README.md").data
     assert data.license == "other"
-    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    result = {result.metric_type: result.metric_value for result in data.eval_results}
     rows = recommender.bundle.manifest["metrics"]
-    assert found["hr@10"] == next(
+    assert result["hr@10"] == next(
         row["value"] for row in rows if (row["variant"], row["metric"]) == (recommender.bundle.facts["row"], "hr@10")
     )
 
@@ -270,8 +272,8 @@ def test_the_only_items_that_may_be_returned_are_found_whatever_the_index(served
     folder = write(recommender, tmp_path / kind, ["onnx", "faiss"], index=kind)
     known = recommender.items
     requests = [Request([item], k=3, allow=known[10:14]) for item in known[:8]]
-    found, expected = OnnxEngine(folder, threads=1).answer(requests), recommender.answer(requests)
-    assert same([answer.items for answer in found], expected.items)
+    result, expected = OnnxEngine(folder, threads=1).answer(requests), recommender.answer(requests)
+    assert same([answer.items for answer in result], expected.items)
 
 
 def test_lora_weights_load_in_stock_peft(decoder, tmp_path):
@@ -334,17 +336,17 @@ def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyo
     monkeypatch.setattr(session.sparkContext, "pythonExec", sys.executable)  # as PYSPARK_PYTHON does
     rows = [(f"user {at}", list(history)) for at, history in enumerate(everyone)]
     histories = session.createDataFrame(rows, "user string, items array<string>").repartition(3)
-    found = recommend(histories, served, k=5).toPandas().sort_values(["user", "rank"])
+    result = recommend(histories, served, k=5).toPandas().sort_values(["user", "rank"])
     expected = recommender.recommend(everyone, 5)
     for at, items in enumerate(expected):
-        own = found[found.user == f"user {at}"]
+        own = result[result.user == f"user {at}"]
         assert own["rank"].tolist() == list(range(1, 6))
         assert same([list(zip(own["item"], own["title"], own["score"], strict=True))], [items])
     again = shutil.copytree(served, tmp_path / served.name)  # another folder of the same name, in the same session
     write_json(again / "client.json", {**read_json(again / "client.json"), "neighbours": {}})
     write_json(again / "manifest.json", {**read_json(again / "manifest.json"), "seal": "another"})
     other = recommend(histories, again, k=5).toPandas().sort_values(["user", "rank"])
-    assert other["score"].tolist() != found["score"].tolist()
+    assert other["score"].tolist() != result["score"].tolist()
     with pytest.raises(UserError, match="'history'"):
         recommend(histories, served, items="history")
     with pytest.raises(UserError, match=r"query\.onnx"):

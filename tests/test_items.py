@@ -36,8 +36,8 @@ def scores(bundle: Path, histories) -> dict[str, list[float]]:
     """Return the score of every item after some histories."""
     served = rarec.load(bundle)
     lists = served.recommend(histories, k=10**6, exclude_seen=False)
-    by_item = [{one.item: one.score for one in items} for items in lists]
-    return {item: [found[item] for found in by_item] for item in served.items}
+    by_item = [{entry.item: entry.score for entry in items} for items in lists]
+    return {item: [result[item] for result in by_item] for item in served.items}
 
 
 def test_added_items_are_recommended_and_no_other_score_changes(bundle):
@@ -47,8 +47,8 @@ def test_added_items_are_recommended_and_no_other_score_changes(bundle):
     assert added == bundle.with_name("bundle-2")
     after = scores(added, histories)
     assert after.keys() - before.keys() == {"n1", "n2", "n3"}
-    for item, found in before.items():
-        assert after[item] == pytest.approx(found, abs=1e-5)
+    for item, result in before.items():
+        assert after[item] == pytest.approx(result, abs=1e-5)
     assert all(np.isfinite(after[item]).all() for item in after)
     assert after["n1"] != after["n2"]
     served = rarec.load(added)
@@ -73,11 +73,11 @@ def test_in_a_row_without_a_model_an_added_item_has_its_words_the_mean_vector_an
     old, history = rarec.load(known), rarec.load(known).items[:4]
     title = old.bundle.catalogue.titles[1]
     added = rarec.load(add(known, f'item,title,brand\nalike,"{title}",\nother,zyzzyva,\n'))
-    found = {one.item: one.score for one in added.recommend([history], k=10**6, exclude_seen=False)[0]}
+    result = {entry.item: entry.score for entry in added.recommend([history], k=10**6, exclude_seen=False)[0]}
     items_NE, weight = old.bundle.vectors["ids/id"], old.bundle.facts["parts"]["id"]["weight"]
     users = old.parts.rankers["id"].users(np.zeros(1, int), [np.arange(4)])
-    assert found["other"] == pytest.approx(weight * float((items_NE.mean(0) @ users[0].T).max()), abs=1e-4)
-    assert found["alike"] > found["other"]
+    assert result["other"] == pytest.approx(weight * float((items_NE.mean(0) @ users[0].T).max()), abs=1e-4)
+    assert result["alike"] > result["other"]
     assert next(iter(added.parts.rankers)) == "lexical"  # whose score predicts those of parts that lack the items
     of_ids = [added.explain(history, item).parts for item in ("alike", "other")]
     assert of_ids[0] != of_ids[1]
@@ -101,9 +101,9 @@ def test_removed_items_are_gone_and_the_others_keep_their_vectors(bundle):
     kept = [item for item in known.items if item not in gone]
     assert fewer.items == kept
     assert np.array_equal(fewer.item_vectors(), known.item_vectors(kept))
-    found = fewer.recommend([known.items[:8]], k=10**6, exclude_seen=False)
-    assert found.unknown == [3]
-    assert {one.item for one in found[0]} == set(kept)
+    result = fewer.recommend([known.items[:8]], k=10**6, exclude_seen=False)
+    assert result.unknown == [3]
+    assert {entry.item for entry in result[0]} == set(kept)
 
 
 def test_every_version_is_whole_and_says_what_it_was_made_from(bundle):
@@ -132,7 +132,7 @@ def test_every_version_is_whole_and_says_what_it_was_made_from(bundle):
 def test_what_cannot_be_added_is_named_and_nothing_is_left(bundle, tmp_path, text, options, named):
     pq.write_table(pa.table({"id": ["n1"], "vector": [[1.0, 2.0]]}), tmp_path / "v.parquet")
     options = {
-        key: [one.replace("VECTORS", str(tmp_path / "v.parquet")) for one in value] if key == "vectors" else value
+        key: [entry.replace("VECTORS", str(tmp_path / "v.parquet")) for entry in value] if key == "vectors" else value
         for key, value in options.items()
     }
     with pytest.raises(UserError, match=named):
@@ -180,8 +180,10 @@ def test_where_a_new_item_would_stand_is_where_it_stands_when_it_is_added(bundle
     for history in ([], before.items[:1], before.items[3:9]):
         place = before.place(history, "amber lamp", "river", around=2)
         ranking = after.recommend([history], k=10**6)[0]
-        at = [one.item for one in ranking].index("new")
+        at = [entry.item for entry in ranking].index("new")
         assert (place.rank, place.of) == (at + 1, len(ranking))
         assert place.score == pytest.approx(ranking[at].score, rel=1e-4, abs=1e-5)
         for beside, expected in ((place.above, ranking[max(0, at - 2) : at]), (place.below, ranking[at + 1 : at + 3])):
-            assert [one.score for one in beside] == pytest.approx([one.score for one in expected], rel=1e-4, abs=1e-5)
+            assert [entry.score for entry in beside] == pytest.approx(
+                [entry.score for entry in expected], rel=1e-4, abs=1e-5
+            )

@@ -39,9 +39,9 @@ def test_a_rotation_is_found_exactly(seed, stretch, size):
     rng = np.random.default_rng(seed)
     new = rng.normal(size=(60, size))
     old = new @ np.linalg.qr(rng.normal(size=(size, size)))[0] * stretch
-    found = fit_map(new, old)
-    assert found.explained == pytest.approx(1, abs=1e-4)
-    assert np.allclose(found(new), old, atol=1e-2 * stretch)
+    result = fit_map(new, old)
+    assert result.explained == pytest.approx(1, abs=1e-4)
+    assert np.allclose(result(new), old, atol=1e-2 * stretch)
 
 
 def test_another_number_of_dimensions_takes_a_regression():
@@ -82,9 +82,9 @@ def test_a_retrained_model_is_taken_over(run, recommender, tmp_path):
     assert not np.allclose(served.user_vectors(users[:2]), recommender.user_vectors(users[:2]))
     folder = tmp_path / "served"
     write_targets(rarec.load(directory), ["faiss", "onnx"], folder, say=lambda line: None)
-    found = Client(folder).recommend(users, 10)
-    for one, other in zip(found, served.recommend(users, 10), strict=True):
-        assert [score for *_, score in one] == pytest.approx([score for *_, score in other], rel=1e-3)
+    result = Client(folder).recommend(users, 10)
+    for entry, other in zip(result, served.recommend(users, 10), strict=True):
+        assert [score for *_, score in entry] == pytest.approx([score for *_, score in other], rel=1e-3)
     (tmp_path / "new.csv").write_text("item,title,brand\nn1,lamp,\n")
     added = with_items(directory, tmp_path / "new.csv")
     assert rarec.load(added).recommend([["n1", users[0][0]]], 3).unknown == [0]

@@ -25,19 +25,8 @@ from rarec.storage.directories import MARKER
 from rarec.storage.files import read_json
 from tests.recommending import exported, histories, recommend, sealed
 
-ROWS = [
-    "id_only",
-    "cheap",
-    "lexical",
-    "cooccurrence",
-    "text_only",
-    "per_layer",
-    "text_only+id",
-    "per_layer+id",
-    "id_only+cheap",
-    "text_only+id+cheap",
-    "per_layer+id+cheap",
-]
+ROWS = ["id_only", "cheap", "lexical", "text_only", "per_layer", "per_layer+id", "id_only+cheap", "per_layer+id+cheap"]
+"""One of each kind: a part alone, with and without vectors, slots or a language model, and fusions of these."""
 
 
 @pytest.fixture(scope="module")
@@ -119,34 +108,34 @@ def test_recommendations_are_new_best_first_and_have_ids_titles_and_scores(run, 
     history = histories(run, ["u001"])
     (best,) = recommender.recommend(history, k=5)
     assert len(best) == 5
-    assert not {one.item for one in best} & set(history[0])
-    assert [one.score for one in best] == sorted((one.score for one in best), reverse=True)
+    assert not {entry.item for entry in best} & set(history[0])
+    assert [entry.score for entry in best] == sorted((entry.score for entry in best), reverse=True)
     titles = dict(zip(run.dataset.item_ids, run.dataset.titles, strict=True))
-    assert all(one.title == titles[one.item] for one in best)
+    assert all(entry.title == titles[entry.item] for entry in best)
 
 
 def test_as_a_table(recommender):
-    found = recommender.recommend([recommender.items[:3], recommender.items[5:6]], k=2)
-    assert found.to_arrow().column_names == ["user", "rank", "item", "title", "score"]
-    table = found.to_pandas()
+    result = recommender.recommend([recommender.items[:3], recommender.items[5:6]], k=2)
+    assert result.to_arrow().column_names == ["user", "rank", "item", "title", "score"]
+    table = result.to_pandas()
     assert table.user.tolist() == [0, 0, 1, 1]
     assert table["rank"].tolist() == [1, 2, 1, 2]
-    assert table["item"].tolist() == [one.item for items in found for one in items]
+    assert table["item"].tolist() == [entry.item for items in result for entry in items]
 
 
 def test_unknown_items_are_skipped_and_counted(recommender):
     known = recommender.items[:3]
-    found = recommender.recommend([["no", *known, "such"], known, []])
-    assert found.unknown == [2, 0, 0]
-    assert [one.item for one in found[0]] == [one.item for one in found[1]]
-    assert [one.score for one in found[0]] == pytest.approx([one.score for one in found[1]], rel=1e-5)
-    assert len(found[2]) == 10
+    result = recommender.recommend([["no", *known, "such"], known, []])
+    assert result.unknown == [2, 0, 0]
+    assert [entry.item for entry in result[0]] == [entry.item for entry in result[1]]
+    assert [entry.score for entry in result[0]] == pytest.approx([entry.score for entry in result[1]], rel=1e-5)
+    assert len(result[2]) == 10
 
 
 def test_an_empty_history_may_be_ranked_by_popularity(run, recommender):
     (best,) = recommender.recommend([["no such item"]], k=3, popular_if_empty=True)
     counts = dict(zip(run.dataset.item_ids, run.dataset.train_counts_N.tolist(), strict=True))
-    assert [counts[one.item] for one in best] == sorted(counts.values(), reverse=True)[:3]
+    assert [counts[entry.item] for entry in best] == sorted(counts.values(), reverse=True)[:3]
 
 
 def test_what_may_be_recommended(recommender):
@@ -154,20 +143,20 @@ def test_what_may_be_recommended(recommender):
     assert len(recommender.recommend([history], k=1000)[0]) == all_items - 3
     assert len(recommender.recommend([history], k=1000, exclude_seen=False)[0]) == all_items
     allowed = recommender.recommend([history], k=1000, allow=recommender.items[2:6], deny=[recommender.items[4]])[0]
-    assert {one.item for one in allowed} == {recommender.items[3], recommender.items[5]}
+    assert {entry.item for entry in allowed} == {recommender.items[3], recommender.items[5]}
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("options", "message"),
     [
         ({"k": 0}, "k is 0"),
         ({"allow": ["nothing"]}, "'nothing'"),
         ({"deny": ["nothing"]}, "'nothing'"),
     ],
 )
-def test_what_cannot_be_asked_is_named(recommender, asked, message):
+def test_what_cannot_be_asked_is_named(recommender, options, message):
     with pytest.raises(UserError, match=message):
-        recommender.recommend([recommender.items[:3]], **asked)
+        recommender.recommend([recommender.items[:3]], **options)
 
 
 def test_what_can_be_read_only_once_is_read_once(recommender):
@@ -180,20 +169,20 @@ def test_what_can_be_read_only_once_is_read_once(recommender):
 
 
 @pytest.mark.parametrize(
-    ("asked", "named"),
+    ("question", "named"),
     [
-        (lambda one: one.similar(one.items[0], 0), "k is 0"),
-        (lambda one: one.explain(one.items[:2], one.items[5], k=0), "k is 0"),
-        (lambda one: one.compare(one.items[:2], -1), "k is -1"),
-        (lambda one: one.rerank([one.items[:2]], [one.items], -1), "k is -1"),
-        (lambda one: one.rerank([one.items[:2]], [], 3), "1 histories, but 0"),
-        (lambda one: one.user_vectors([]), "no history"),
-        (lambda one: one.query_vectors([]), "no history"),
+        (lambda entry: entry.similar(entry.items[0], 0), "k is 0"),
+        (lambda entry: entry.explain(entry.items[:2], entry.items[5], k=0), "k is 0"),
+        (lambda entry: entry.compare(entry.items[:2], -1), "k is -1"),
+        (lambda entry: entry.rerank([entry.items[:2]], [entry.items], -1), "k is -1"),
+        (lambda entry: entry.rerank([entry.items[:2]], [], 3), "1 histories, but 0"),
+        (lambda entry: entry.user_vectors([]), "no history"),
+        (lambda entry: entry.query_vectors([]), "no history"),
     ],
 )
-def test_questions_without_an_answer_are_refused(recommender, asked, named):
+def test_questions_without_an_answer_are_refused(recommender, question, named):
     with pytest.raises(UserError, match=named) as refused:
-        asked(recommender)
+        question(recommender)
     assert refused.value.remedy
 
 
@@ -202,30 +191,30 @@ def test_any_number_of_users_together_are_served_as_each_alone(run, recommender)
     together = recommender.recommend(everyone, k=5)
     for history, items in zip(everyone, together, strict=True):
         alone = recommender.recommend([history], k=5)[0]
-        assert [one.item for one in alone] == [one.item for one in items]
+        assert [entry.item for entry in alone] == [entry.item for entry in items]
 
 
 def test_similar_items_are_those_of_the_largest_cosine(recommender):
     vectors = recommender.item_vectors()
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     item = recommender.items[4]
-    found = recommender.similar(item, k=3)
+    result = recommender.similar(item, k=3)
     cosines = unit @ unit[4]
     cosines[4] = -1
-    assert [one.item for one in found] == [recommender.items[row] for row in np.argsort(-cosines)[:3]]
-    assert [one.score for one in found] == pytest.approx(np.sort(cosines)[::-1][:3], abs=1e-5)
+    assert [entry.item for entry in result] == [recommender.items[row] for row in np.argsort(-cosines)[:3]]
+    assert [entry.score for entry in result] == pytest.approx(np.sort(cosines)[::-1][:3], abs=1e-5)
 
 
 def test_an_explanation_adds_up_and_names_the_nearest_of_the_history(run, recommender):
     (history,) = histories(run, ["u001"])
     best, other = recommender.recommend([history], k=2)[0]
-    explained, less = (recommender.explain(history, one.item) for one in (best, other))
+    explained, less = (recommender.explain(history, entry.item) for entry in (best, other))
     assert explained.title == best.title
     assert {"RA-Rec (per layer)", "ID", "popularity"} <= set(explained.parts)
     difference = sum(explained.parts.values()) - sum(less.parts.values())
     assert difference == pytest.approx(best.score - other.score, abs=1e-4)
-    assert {one.item for one in explained.nearest} <= set(history)
-    assert explained.nearest[0].score == max(one.score for one in explained.nearest)
+    assert {entry.item for entry in explained.nearest} <= set(history)
+    assert explained.nearest[0].score == max(entry.score for entry in explained.nearest)
 
 
 # ---- the folder
