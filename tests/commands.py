@@ -24,10 +24,10 @@ from unittest.mock import patch
 import psutil
 
 PRELOADED = [
-    *("rarec.cli", "rarec.stages.run", "rarec.stages.evaluate", "rarec.stages.export", "rarec.stages.verify"),
+    *("rarec.cli", "rarec.stages.run", "rarec.stages.evaluate", "rarec.stages.export"),
     *(
         "rarec.stages.variant_training",
-        "rarec.stages.evaluator",
+        "rarec.evaluation.evaluator",
         "rarec.data.engines.duckdb_engine",
         "rarec.report.html",
     ),
