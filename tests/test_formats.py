@@ -92,7 +92,7 @@ def test_the_client_runs_without_torch_and_rarec(served, recommender, everyone, 
 @pytest.mark.slow
 def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, everyone):
     from rarec.bundle.recommended import Request
-    from rarec.serve.onnx_engine import OnnxEngine
+    from rarec.serve.engines import OnnxEngine
 
     engine, known = OnnxEngine(served, threads=1), recommender.items
     everyone = [*everyone, *([known[row] for row in rows] for rows in sample_histories(recommender.parts, 150))]
@@ -267,7 +267,7 @@ def test_a_card_names_a_language_model_of_the_hub_and_no_path_of_this_machine(mo
 def test_the_only_items_that_may_be_returned_are_found_whatever_the_index(served, recommender, kind, tmp_path):
     """An approximate index looks at some items only; those that are allowed may not be among them."""
     from rarec.bundle.recommended import Request
-    from rarec.serve.onnx_engine import OnnxEngine
+    from rarec.serve.engines import OnnxEngine
 
     folder = write(recommender, tmp_path / kind, ["onnx", "faiss"], index=kind)
     known = recommender.items

@@ -20,10 +20,10 @@ import rarec
 from rarec.bundle.parts import sample_histories
 from rarec.bundle.recommended import Recommended, Request
 from rarec.errors import UserError
-from rarec.serve import bundle_manager as fleets
+from rarec.serve import bundle_manager
 from rarec.serve.app import PAGE, assemble
 from rarec.serve.batcher import Batcher, Busy, Closed
-from rarec.serve.engine import Answer
+from rarec.serve.engines import Answer
 from rarec.serve.guard import Rates
 from rarec.serve.metrics import _forget_dead_workers
 from rarec.serve.settings import ServeSettings, read_settings, settings_of
@@ -38,8 +38,8 @@ def bundle(run) -> Path:
 
 def served(settings: ServeSettings) -> TestClient:
     """Return a client of a service that has loaded its bundles."""
-    app, fleet = assemble(lambda: settings)
-    fleet.load()
+    app, manager = assemble(lambda: settings)
+    manager.load()
     return TestClient(app)
 
 
@@ -343,8 +343,8 @@ def test_a_failure_of_the_engine_is_answered_like_any_other_problem(bundle, monk
             raise RuntimeError("secret")
 
     monkeypatch.setattr("rarec.serve.app.load_engine", lambda settings, path: Broken())
-    app, fleet = assemble(lambda: settings_of(bundle))
-    fleet.load()
+    app, manager = assemble(lambda: settings_of(bundle))
+    manager.load()
     with TestClient(app, raise_server_exceptions=False) as client:
         answer = client.post("/v1/recommend", json={"histories": [["a"]]})
     assert (answer.status_code, set(answer.json())) == (500, {"problem", "remedy"})
@@ -371,7 +371,7 @@ def test_a_busy_service_says_when_to_come_again(bundle, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(fleets, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(bundle_manager, "LOOK_EVERY", 0.05)
 
 
 @pytest.fixture
@@ -449,8 +449,8 @@ def test_users_are_shared_between_bundles_and_keep_theirs(versions, tmp_path):
 def test_bundles_that_are_added_or_renamed_take_no_users_before_they_are_loaded(versions, quick, tmp_path):
     settings = tmp_path / "serve.yaml"
     settings.write_text("bundles: {a: {path: one}}")
-    app, fleet = assemble(lambda: read_settings(settings))
-    fleet.load()
+    app, manager = assemble(lambda: read_settings(settings))
+    manager.load()
 
     def names() -> set[str]:
         return {post(client, "recommend", histories=[["i001"]], user=f"user {at}")["bundle"] for at in range(20)}
@@ -476,18 +476,18 @@ def test_whatever_goes_wrong_while_settings_are_read_again_they_are_read_again(b
             raise OSError(24, "Too many open files")
         return settings_of(bundle, device="cpu", tokens=str(tokens))
 
-    app, fleet = assemble(read)
-    fleet.load()
+    app, manager = assemble(read)
+    manager.load()
     with TestClient(app) as client:
 
         def status(token: str) -> int:
             return client.get("/metrics", headers={"authorization": f"bearer {token}"}).status_code
 
         wrong.set()
-        wait_for(lambda: "settings" in fleet._troubles)
+        wait_for(lambda: "settings" in manager._troubles)
         wrong.clear()
         tokens.write_text("short\n")
-        wait_for(lambda: str(tokens) in fleet._troubles.get("settings", ""))
+        wait_for(lambda: str(tokens) in manager._troubles.get("settings", ""))
         assert status("a-token-of-24-characters") == 200, "as before"
         tokens.write_text("another-token-of-some-length\n")
         wait_for(lambda: status("another-token-of-some-length") == 200)

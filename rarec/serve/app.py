@@ -17,10 +17,10 @@ from starlette.responses import JSONResponse
 
 from rarec.bundle.recommended import History, Recommended, Request
 from rarec.errors import UserError
-from rarec.serve import schemas as asked
+from rarec.serve import schemas
 from rarec.serve.batcher import RETRY_AFTER, Batcher, Busy, Closed
-from rarec.serve.bundle_manager import Fleet, Loaded, Unavailable, Unknown
-from rarec.serve.engine import Engine, NotOffered
+from rarec.serve.bundle_manager import BundleManager, Loaded, Unavailable, Unknown
+from rarec.serve.engines import Engine, NotOffered, load_engine
 from rarec.serve.guard import REMEDIES, Guard, event, failed, problem
 from rarec.serve.metrics import Metrics
 from rarec.serve.settings import ServeSettings, settings_of_environment
@@ -35,7 +35,7 @@ FILES = {
 FOUND = 20
 """Largest number of items that a search for titles returns, unless the client says otherwise."""
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": asked.Problem, "description": text}
+    status: {"model": schemas.Problem, "description": text}
     for status, text in {
         401: "a token is needed", 404: "no such bundle", 413: "too large", 422: "a field is wrong", 429: "too often",
         501: "not with this backend", 503: "busy, or not ready; try again after Retry-After seconds",
@@ -52,7 +52,7 @@ def create() -> Guard:
     return assemble()[0]
 
 
-def assemble(read: Callable[[], ServeSettings] = settings_of_environment) -> tuple[Guard, Fleet]:
+def assemble(read: Callable[[], ServeSettings] = settings_of_environment) -> tuple[Guard, BundleManager]:
     """Return the application and its bundles, which load when it starts.
 
     Args:
@@ -63,55 +63,39 @@ def assemble(read: Callable[[], ServeSettings] = settings_of_environment) -> tup
     """
     metrics = Metrics()
 
-    def happened(kind: str, text: str) -> None:
+    def note_event(kind: str, text: str) -> None:
         metrics.events.labels(kind).inc()
         event(kind, text)
 
-    fleet = Fleet(read, load_engine, metrics.batch.observe, happened)
+    manager = BundleManager(read, load_engine, metrics.batch.observe, note_event)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        fleet.start()
+        manager.start()
         yield
-        await run_in_threadpool(fleet.close)
+        await run_in_threadpool(manager.close)
 
     app = FastAPI(title="rarec", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
-    Service(fleet, metrics).add_to(app)
+    Service(manager, metrics).add_to(app)
     _add_refusals(app)
 
     def observe(method: str, route: str, status: int, seconds: float) -> None:
         metrics.request(method, route, status, seconds)
-        metrics.waiting.set(fleet.waiting)  # also where another worker is asked for the metrics
+        metrics.waiting.set(manager.waiting)  # also where another worker is asked for the metrics
 
-    return Guard(app, fleet, observe), fleet
-
-
-def load_engine(settings: ServeSettings, path: Path) -> Engine:
-    """Open the engine of a bundle.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    if settings.backend == "onnx":
-        from rarec.serve.onnx_engine import OnnxEngine
-
-        return OnnxEngine(path)
-    from rarec.bundle.bundle import Bundle
-    from rarec.serve.torch_engine import TorchEngine
-
-    return TorchEngine(Bundle.open(path, settings.trusted), settings.device, settings.llm)
+    return Guard(app, manager, observe), manager
 
 
 class Service:
     """The routes.
 
     Args:
-        fleet: the bundles.
+        manager: the bundles.
         metrics: of the process.
     """
 
-    def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
-        self._fleet, self._counts = fleet, metrics
+    def __init__(self, manager: BundleManager, metrics: Metrics) -> None:
+        self._manager, self._counts = manager, metrics
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to an application."""
@@ -131,57 +115,61 @@ class Service:
         app.get("/health")(self.health)
         app.get("/ready")(self.ready)
         app.get("/metrics")(self.metrics)
-        if self._fleet.settings.page:
+        if self._manager.settings.page:
             for path, (name, kind) in FILES.items():
                 app.get(path, include_in_schema=False)(_file(PAGE / name, kind))
 
-    async def recommend(self, incoming: Incoming, given: asked.RecommendAsked) -> asked.Recommended:
+    async def recommend(self, incoming: Incoming, request: schemas.RecommendRequest) -> schemas.Recommended:
         """Return the best items for each history."""
-        self._check(given.histories, given.k)
+        self._check(request.histories, request.k)
         requests = [
-            Request(history, given.k, given.exclude_seen, given.allow, given.deny, given.popular_if_empty)
-            for history in given.histories
+            Request(history, request.k, request.exclude_seen, request.allow, request.deny, request.popular_if_empty)
+            for history in request.histories
         ]
-        one, answers = await self._ask(incoming, given, lambda batcher: batcher.answer(requests), len(requests))
-        results = [asked.UserItems(items=_items(answer.items), unknown=answer.unknown) for answer in answers]
-        return asked.Recommended(results=results, **_of(one))
+        loaded, answers = await self._ask(incoming, request, lambda batcher: batcher.answer(requests), len(requests))
+        results = [schemas.UserItems(items=_items(answer.items), unknown=answer.unknown) for answer in answers]
+        return schemas.Recommended(results=results, **_of(loaded))
 
-    async def vectors(self, incoming: Incoming, given: asked.VectorsAsked) -> asked.Vectors:
+    async def vectors(self, incoming: Incoming, request: schemas.VectorsRequest) -> schemas.Vectors:
         """Return the query vector of each history: what an index of the item vectors is searched with."""
-        self._check(given.histories)
-        users = len(given.histories)
-        one, found = await self._call(incoming, given, lambda engine: engine.vectors(given.histories), users)
-        return asked.Vectors(vectors=found, **_of(one))
+        self._check(request.histories)
+        users = len(request.histories)
+        loaded, result = await self._call(incoming, request, lambda engine: engine.vectors(request.histories), users)
+        return schemas.Vectors(vectors=result, **_of(loaded))
 
-    async def similar(self, incoming: Incoming, given: asked.SimilarAsked) -> asked.Items:
+    async def similar(self, incoming: Incoming, request: schemas.SimilarRequest) -> schemas.Items:
         """Return the items that are most like one."""
-        self._check([], given.k)
-        one, found = await self._call(incoming, given, lambda engine: engine.similar(given.item, given.k))
-        return asked.Items(items=_items(found), **_of(one))
+        self._check([], request.k)
+        loaded, result = await self._call(incoming, request, lambda engine: engine.similar(request.item, request.k))
+        return schemas.Items(items=_items(result), **_of(loaded))
 
-    async def place(self, incoming: Incoming, given: asked.PlaceAsked) -> asked.Placed:
+    async def place(self, incoming: Incoming, request: schemas.PlaceRequest) -> schemas.Placed:
         """Return where an item that is not in the catalogue would stand in a user's ranking."""
-        self._check([given.history], given.k)
-        one, found = await self._call(
-            incoming, given, lambda engine: engine.place(given.history, given.title, given.text, given.k)
+        self._check([request.history], request.k)
+        loaded, result = await self._call(
+            incoming, request, lambda engine: engine.place(request.history, request.title, request.text, request.k)
         )
-        above, below = _items(found.above), _items(found.below)
-        return asked.Placed(rank=found.rank, of=found.of, score=found.score, above=above, below=below, **_of(one))
-
-    async def explain(self, incoming: Incoming, given: asked.ExplainAsked) -> asked.Explained:
-        """Return what speaks for an item after a history: each part's share of its score, the nearest items."""
-        self._check([given.history])
-        one, found = await self._call(incoming, given, lambda engine: engine.explain(given.history, given.item))
-        return asked.Explained(
-            item=found.item, title=found.title, parts=found.parts, nearest=_items(found.nearest), **_of(one)
+        above, below = _items(result.above), _items(result.below)
+        return schemas.Placed(
+            rank=result.rank, of=result.of, score=result.score, above=above, below=below, **_of(loaded)
         )
 
-    async def compare(self, incoming: Incoming, given: asked.CompareAsked) -> asked.Compared:
+    async def explain(self, incoming: Incoming, request: schemas.ExplainRequest) -> schemas.Explained:
+        """Return the evidence for an item after a history: each part's share of its score, the nearest items."""
+        self._check([request.history])
+        loaded, result = await self._call(
+            incoming, request, lambda engine: engine.explain(request.history, request.item)
+        )
+        return schemas.Explained(
+            item=result.item, title=result.title, parts=result.parts, nearest=_items(result.nearest), **_of(loaded)
+        )
+
+    async def compare(self, incoming: Incoming, request: schemas.CompareRequest) -> schemas.Compared:
         """Return the best items by each part of the recommender alone."""
-        self._check([given.history], given.k)
-        one, found = await self._call(incoming, given, lambda engine: engine.compare(given.history, given.k))
-        parts = {title: _items(items) for title, items in found.items()}
-        return asked.Compared(row=one.engine.row, parts=parts, **_of(one))
+        self._check([request.history], request.k)
+        loaded, result = await self._call(incoming, request, lambda engine: engine.compare(request.history, request.k))
+        parts = {title: _items(items) for title, items in result.items()}
+        return schemas.Compared(row=loaded.engine.row, parts=parts, **_of(loaded))
 
     async def items(
         self,
@@ -189,22 +177,22 @@ class Service:
         limit: Annotated[int, Query(ge=1, le=200)] = FOUND,
         bundle: Annotated[str | None, Query(max_length=40)] = None,
         user: Annotated[str, Query(max_length=200)] = "",
-    ) -> asked.FoundItems:
+    ) -> schemas.FoundItems:
         """Return items whose titles hold all words of a query."""
-        one = self._fleet.pick(bundle, user)
-        found = await run_in_threadpool(_search, one, query, limit)
-        return asked.FoundItems(items=found, **_of(one))
+        loaded = self._manager.pick(bundle, user)
+        result = await run_in_threadpool(_search, loaded, query, limit)
+        return schemas.FoundItems(items=result, **_of(loaded))
 
     async def sample(
         self, incoming: Incoming, user: Annotated[str | None, Query(max_length=200)] = None
-    ) -> asked.FoundItems:
+    ) -> schemas.FoundItems:
         """Return the history of a user who might be: items that are bought together."""
-        one, items = await self._call(incoming, asked.Asked(user=user), lambda engine: engine.sample())
-        return asked.FoundItems(items=[asked.Found(item=item, title=title) for item, title in items], **_of(one))
+        loaded, items = await self._call(incoming, schemas.BaseRequest(user=user), lambda engine: engine.sample())
+        return schemas.FoundItems(items=[schemas.Found(item=item, title=title) for item, title in items], **_of(loaded))
 
     async def bundles(self) -> dict[str, Any]:
         """Return what is served: names, rows, versions, shares."""
-        return {"bundles": self._fleet.state()}
+        return {"bundles": self._manager.state()}
 
     async def health(self) -> dict[str, str]:
         """Return whether the process answers."""
@@ -212,44 +200,44 @@ class Service:
 
     async def ready(self) -> JSONResponse:
         """Return whether every bundle serves; 503 if not."""
-        ready, state = self._fleet.ready, self._fleet.state().items()
-        bundles = {name: {field: one[field] for field in ("loaded", "trouble")} for name, one in state}
+        ready, state = self._manager.ready, self._manager.state().items()
+        bundles = {name: {field: facts[field] for field in ("loaded", "trouble")} for name, facts in state}
         # with tokens, /v1/bundles alone tells more: troubles name paths, and nobody needs a token here
-        details = {} if self._fleet.settings.tokens else {"bundles": bundles}
+        details = {} if self._manager.settings.tokens else {"bundles": bundles}
         return JSONResponse({"ready": ready, **details}, 200 if ready else 503)
 
     async def metrics(self) -> Response:
         """Return the metrics, in Prometheus's form."""
-        self._counts.waiting.set(self._fleet.waiting)
+        self._counts.waiting.set(self._manager.waiting)
         return Response(self._counts.text(), media_type="text/plain; version=0.0.4")
 
     async def _call(
-        self, incoming: Incoming, given: asked.Asked, work: Callable[[Engine], Any], users: int = 1
+        self, incoming: Incoming, request: schemas.BaseRequest, work: Callable[[Engine], Any], users: int = 1
     ) -> tuple[Loaded, Any]:
         def submit(batcher: Batcher) -> "Future[Any]":
             return batcher.call(lambda: work(batcher.engine), users)
 
-        return await self._ask(incoming, given, submit, users)
+        return await self._ask(incoming, request, submit, users)
 
     async def _ask(
-        self, incoming: Incoming, given: asked.Asked, submit: Callable[[Batcher], "Future[Any]"], users: int
+        self, incoming: Incoming, request: schemas.BaseRequest, submit: Callable[[Batcher], "Future[Any]"], users: int
     ) -> tuple[Loaded, Any]:
         """Have a bundle work; return it and the result. All of an answer is from one bundle."""
         note: dict[str, Any] = incoming.scope["rarec"]
         note["users"] = users
         while True:
-            one = self._fleet.pick(given.bundle, given.user if given.user is not None else note["id"])
+            loaded = self._manager.pick(request.bundle, request.user if request.user is not None else note["id"])
             try:
-                future = submit(one.batcher)
+                future = submit(loaded.batcher)
                 break
             except Closed:  # another bundle has just taken its place
                 await asyncio.sleep(0)
-        note["bundle"], note["version"] = one.name, one.engine.version[:12]
-        return one, await asyncio.wait_for(asyncio.wrap_future(future), self._fleet.settings.timeout)
+        note["bundle"], note["version"] = loaded.name, loaded.engine.version[:12]
+        return loaded, await asyncio.wait_for(asyncio.wrap_future(future), self._manager.settings.timeout)
 
     def _check(self, histories: Sequence[History], k: int = 1) -> None:
         """Refuse what is beyond the limits of the settings."""
-        limits = self._fleet.settings
+        limits = self._manager.settings
         longest = max(map(len, histories), default=0)
         for what, value, most in (
             ("histories", len(histories), limits.max_users),
@@ -271,7 +259,7 @@ def _add_refusals(app: FastAPI) -> None:
         app.add_exception_handler(kind, handler)
 
     on(UserError, lambda error: problem(422, error.problem, error.remedy))
-    on(NotOffered, lambda error: problem(501, str(error), "rarec serve --backend torch"))
+    on(NotOffered, lambda error: problem(501, f"{error}: not offered by ONNX Runtime", "rarec serve --backend torch"))
     on(Unknown, lambda error: problem(404, f"there is no bundle {str(error)!r}", "see /v1/bundles"))
     on(Unavailable, lambda error: problem(503, f"bundle {str(error)!r} is not loaded", busy, after=RETRY_AFTER))
     on(Busy, lambda error: problem(503, "too many users wait", busy, after=RETRY_AFTER))
@@ -296,19 +284,19 @@ def _invalid(error: RequestValidationError) -> JSONResponse:
     return problem(422, f"{place}: {first['msg']}"[:400], "see /openapi.json")
 
 
-def _search(one: Loaded, query: str, limit: int) -> list[asked.Found]:
+def _search(loaded: Loaded, query: str, limit: int) -> list[schemas.Found]:
     words = query.casefold().split()
-    rows = (row for row, title in enumerate(one.folded) if all(word in title for word in words))
-    engine = one.engine
-    return [asked.Found(item=engine.ids[row], title=engine.titles[row]) for row in islice(rows, limit)]
+    rows = (row for row, title in enumerate(loaded.folded) if all(word in title for word in words))
+    engine = loaded.engine
+    return [schemas.Found(item=engine.ids[row], title=engine.titles[row]) for row in islice(rows, limit)]
 
 
-def _items(found: Sequence[Recommended]) -> list[asked.Item]:
-    return [asked.Item(item=one.item, title=one.title, score=one.score) for one in found]
+def _items(ranking: Sequence[Recommended]) -> list[schemas.Item]:
+    return [schemas.Item(**item._asdict()) for item in ranking]
 
 
-def _of(one: Loaded) -> dict[str, str]:
-    return {"bundle": one.name, "version": one.engine.version[:12]}
+def _of(loaded: Loaded) -> dict[str, str]:
+    return {"bundle": loaded.name, "version": loaded.engine.version[:12]}
 
 
 def _file(path: Path, kind: str) -> Callable[[], Any]:

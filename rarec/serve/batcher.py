@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rarec.bundle.recommended import Request
-from rarec.serve.engine import Answer, Engine
+from rarec.serve.engines import Answer, Engine
 
 RETRY_AFTER = 1
-"""Seconds after which who was sent away may come again: the queue is short, and empty long before."""
+"""Seconds after which a rejected client may retry: the queue is short, and empty long before."""
 
 
 class Busy(Exception):
@@ -138,7 +138,7 @@ def _finish(jobs: list[_Job], engine: Engine) -> None:
             results = [jobs[0].call()]
         else:
             answers = engine.answer([request for job in jobs for request in job.requests])
-            ends = [sum(len(job.requests) for job in jobs[: at + 1]) for at in range(len(jobs))]
+            ends = [sum(len(job.requests) for job in jobs[: last + 1]) for last in range(len(jobs))]
             results = [answers[end - len(job.requests) : end] for job, end in zip(jobs, ends, strict=True)]
     except BaseException as error:
         if len(jobs) == 1:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rarec.errors import UserError
 from rarec.serve.batcher import Batcher
-from rarec.serve.engine import Engine
+from rarec.serve.engines import Engine
 from rarec.serve.guard import read_tokens
 from rarec.serve.settings import ServedBundle, ServeSettings
 from rarec.storage.artefacts import MANIFEST
@@ -58,7 +58,7 @@ class Loaded:
         return self.batcher.engine
 
 
-class Fleet:
+class BundleManager:
     """All bundles of a service.
 
     Args:
@@ -82,7 +82,7 @@ class Fleet:
         self._troubles: dict[str, str] = {}
         self._tried: dict[str, tuple[Stamp | None, float]] = {}
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="fleet", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="bundles", daemon=True)
 
     def start(self) -> None:
         """Begin to load, in the background."""
@@ -104,8 +104,8 @@ class Fleet:
         """Answer what waits, and end. A bundle that is being loaded is not waited for."""
         self._end.set()
         self._thread.join(LOOK_EVERY)
-        for one in self._loaded.values():
-            one.batcher.close()
+        for loaded in self._loaded.values():
+            loaded.batcher.close()
 
     def pick(self, name: str | None, user: str) -> Loaded:
         """Return the bundle of a request: by name, or by the user's share, always the same one for a user.
@@ -117,8 +117,8 @@ class Fleet:
         loaded, bundles = self._loaded, self.settings.bundles
         if name is not None and name not in bundles:
             raise Unknown(name)
-        there = {other: bundle.share for other, bundle in bundles.items() if other in loaded}
-        wanted = name if name is not None else _by_share(there or dict.fromkeys(loaded, 1.0), user)
+        shares = {other: bundle.share for other, bundle in bundles.items() if other in loaded}
+        wanted = name if name is not None else _by_share(shares or dict.fromkeys(loaded, 1.0), user)
         if wanted not in loaded:
             raise Unavailable(wanted or next(iter(bundles)))
         return loaded[wanted]
@@ -142,12 +142,12 @@ class Fleet:
         """Return whether every bundle serves, or did once: one that is added later makes no service unready."""
         loaded = self._loaded
         whole = self._complete or set(loaded) >= set(self.settings.bundles)
-        return self._thread.is_alive() and whole and all(one.batcher.alive for one in loaded.values())
+        return self._thread.is_alive() and whole and all(bundle.batcher.alive for bundle in loaded.values())
 
     @property
     def waiting(self) -> int:
         """Return the number of users who wait."""
-        return sum(one.batcher.waiting for one in self._loaded.values())
+        return sum(loaded.batcher.waiting for loaded in self._loaded.values())
 
     def _watch(self) -> None:
         while not self._end.is_set():
@@ -169,17 +169,18 @@ class Fleet:
 
     def _read_settings(self) -> tuple[ServeSettings, list[bytes] | None]:
         """Return the settings, and the hashes of the tokens that they name."""
-        found = self._read()
-        return found, read_tokens(Path(found.tokens)) if found.tokens else None
+        settings = self._read()
+        return settings, read_tokens(Path(settings.tokens)) if settings.tokens else None
 
     def _refresh(self, name: str, bundle: ServedBundle) -> Exception | None:
         """Load a bundle if there is another one at its path than the one that serves; return what is wrong with it."""
-        there, stamp = self._loaded.get(name), stamp_of(Path(bundle.path))
-        if there and stamp == there.stamp:
+        serving = self._loaded.get(name)
+        stamp = stamp_of(Path(bundle.path))
+        if serving and stamp == serving.stamp:
             self._troubles.pop(name, None)
             return None
-        tried, at = self._tried.get(name, (None, 0.0))
-        if stamp is not None and tried == stamp and time.monotonic() - at < RETRY_AFTER:
+        tried, moment = self._tried.get(name, (None, 0.0))
+        if stamp is not None and tried == stamp and time.monotonic() - moment < RETRY_AFTER:
             return None
         try:
             if stamp is None:
@@ -197,30 +198,30 @@ class Fleet:
         assert stamp is not None
         self._loaded = {**self._loaded, name: Loaded(name, stamp, batcher, folded)}
         self._event("loaded", f"{name}: {engine.row}, version {engine.version[:12]}, from {bundle.path}")
-        if there:
-            there.batcher.close()
+        if serving:
+            serving.batcher.close()
         return None
 
     def _retire(self) -> None:
         """Let go of bundles that the settings name no more."""
         for name in set(self._loaded) - set(self.settings.bundles):
             gone = self._loaded[name]
-            self._loaded = {other: one for other, one in self._loaded.items() if other != name}
+            self._loaded = {other: loaded for other, loaded in self._loaded.items() if other != name}
             gone.batcher.close()
 
     def _trouble(self, name: str, error: Exception) -> None:
-        said = f"{error.problem} -> {error.remedy}" if isinstance(error, UserError) else repr(error)
-        if self._troubles.get(name) != said:
-            self._troubles[name] = said
-            self._event("refused", f"{name}: {said}")
+        message = f"{error.problem} -> {error.remedy}" if isinstance(error, UserError) else repr(error)
+        if self._troubles.get(name) != message:
+            self._troubles[name] = message
+            self._event("refused", f"{name}: {message}")
 
 
 def _by_share(shares: Mapping[str, float], user: str) -> str:
     """Return the name that a user gets; "" where there is none."""
-    at = int.from_bytes(hashlib.sha256(user.encode()).digest()[:8]) / 2**64 * sum(shares.values())
+    position = int.from_bytes(hashlib.sha256(user.encode()).digest()[:8]) / 2**64 * sum(shares.values())
     for name, share in shares.items():
-        at -= share
-        if at < 0:
+        position -= share
+        if position < 0:
             return name
     return next(iter(shares), "")
 

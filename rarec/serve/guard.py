@@ -103,8 +103,8 @@ class Guard:
         if tokens is not None and scope["path"] not in OPEN:
             kind, _, token = headers.get("authorization", "").partition(" ")
             digest = hashlib.sha256(token.strip().encode("latin-1", "replace")).digest()
-            known = [hmac.compare_digest(digest, one) for one in tokens]
-            if kind.lower() != "bearer" or not any(known):
+            matches = [hmac.compare_digest(digest, known) for known in tokens]
+            if kind.lower() != "bearer" or not any(matches):
                 refused = problem(401, "a bearer token is needed", "send Authorization: Bearer TOKEN")
                 refused.headers["www-authenticate"] = "Bearer"
                 return refused
@@ -153,8 +153,8 @@ class Rates:
             rate: requests a second.
         """
         now, most = time.monotonic(), max(1.0, BURST * rate)
-        left, at = self._left.pop(client, (most, now))
-        left = min(most, left + (now - at) * rate)
+        left, moment = self._left.pop(client, (most, now))
+        left = min(most, left + (now - moment) * rate)
         served = left >= 1
         self._left[client] = (left - served, now)
         while len(self._left) > CLIENTS:
@@ -172,7 +172,7 @@ def failed(scope: Scope) -> JSONResponse:
 
 
 def problem(status: int, what: str, remedy: str, after: float | None = None) -> JSONResponse:
-    """Return an answer that says what is wrong; `after`: seconds until the client may come again."""
+    """Return an answer that says what is wrong; `after`: seconds after which the client may retry."""
     headers = {"retry-after": str(max(1, round(after + 0.5)))} if after is not None else None
     return JSONResponse({"problem": inert(what), "remedy": inert(remedy)}, status, headers)
 

@@ -1,4 +1,4 @@
-"""What a client may send, field by field. Whatever is of another form is refused with 422 and the field's name."""
+"""Schemas of requests and answers. A request of another form is refused with 422 and the name of the field."""
 
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ User = Annotated[
 ]
 
 
-class Asked(BaseModel):
+class BaseRequest(BaseModel):
     """The fields of every request."""
 
     model_config = ConfigDict(extra="forbid")
@@ -42,7 +42,7 @@ class Asked(BaseModel):
     user: User = None
 
 
-class RecommendAsked(Asked):
+class RecommendRequest(BaseRequest):
     """`POST /v1/recommend`."""
 
     histories: Annotated[list[History], Field(min_length=1, description="One for each user.")]
@@ -53,34 +53,34 @@ class RecommendAsked(Asked):
     popular_if_empty: StrictBool = False
 
 
-class VectorsAsked(Asked):
+class VectorsRequest(BaseRequest):
     """`POST /v1/users/vector`."""
 
     histories: Annotated[list[History], Field(min_length=1)]
 
 
-class SimilarAsked(Asked):
+class SimilarRequest(BaseRequest):
     """`POST /v1/items/similar`."""
 
     item: ItemId
     k: K = 10
 
 
-class ExplainAsked(Asked):
+class ExplainRequest(BaseRequest):
     """`POST /v1/explain`."""
 
     history: History
     item: ItemId
 
 
-class CompareAsked(Asked):
+class CompareRequest(BaseRequest):
     """`POST /v1/compare`."""
 
     history: History
     k: K = 10
 
 
-class PlaceAsked(Asked):
+class PlaceRequest(BaseRequest):
     """`POST /v1/items/place`."""
 
     history: History
@@ -97,7 +97,7 @@ class Item(BaseModel):
     score: float
 
 
-class Answered(BaseModel):
+class BaseAnswer(BaseModel):
     """The fields of every answer: which bundle gave it."""
 
     bundle: str
@@ -108,16 +108,16 @@ class UserItems(BaseModel):
     """What one user gets."""
 
     items: list[Item]
-    unknown: Annotated[int, Field(description="Ids of the history that the catalogue lacks; they were passed over.")]
+    unknown: Annotated[int, Field(description="Ids of the history that the catalogue lacks; they were skipped.")]
 
 
-class Recommended(Answered):
+class Recommended(BaseAnswer):
     """Answer of `/v1/recommend`."""
 
     results: list[UserItems]
 
 
-class Vectors(Answered):
+class Vectors(BaseAnswer):
     """Answer of `/v1/users/vector`: (F,) of each user, or (K, F) where the best of K scores counts."""
 
     vectors: list[Any]
@@ -130,19 +130,19 @@ class Found(BaseModel):
     title: str
 
 
-class FoundItems(Answered):
+class FoundItems(BaseAnswer):
     """Answer of `/v1/items` and `/v1/users/sample`."""
 
     items: list[Found]
 
 
-class Items(Answered):
+class Items(BaseAnswer):
     """Answer of `/v1/items/similar`."""
 
     items: list[Item]
 
 
-class Explained(Answered):
+class Explained(BaseAnswer):
     """Answer of `/v1/explain`."""
 
     item: Id
@@ -151,14 +151,14 @@ class Explained(Answered):
     nearest: Annotated[list[Item], Field(description="Items of the history that are most like it.")]
 
 
-class Compared(Answered):
+class Compared(BaseAnswer):
     """Answer of `/v1/compare`."""
 
     row: str
     parts: Annotated[dict[str, list[Item]], Field(description="The best items by each part alone.")]
 
 
-class Placed(Answered):
+class Placed(BaseAnswer):
     """Answer of `/v1/items/place`."""
 
     rank: int

@@ -53,9 +53,9 @@ def serve(settings: ServeSettings, source: Path | None, host: str, port: int, wo
         if workers > 1:
             (scratch / "metrics").mkdir()
             os.environ[metrics.FOLDER] = str(scratch / "metrics")
-        app, fleet = assemble()
+        app, manager = assemble()
         if workers == 1:
-            fleet.load()
+            manager.load()
         else:
             check(settings)
         logging.getLogger("uvicorn.error").addHandler(_Events())
@@ -79,7 +79,7 @@ def check(settings: ServeSettings) -> None:
     """
     for bundle in settings.bundles.values():
         if settings.backend == "onnx":
-            import_module("rarec.serve.onnx_engine").check_served(Path(bundle.path))
+            import_module("rarec.serve.engines").check_served(Path(bundle.path))
         else:
             import_module("rarec.bundle.bundle").Bundle.open(Path(bundle.path), settings.trusted)
 

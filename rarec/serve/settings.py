@@ -11,7 +11,7 @@ from rarec.config.section import Device, Location, Positive, Section
 from rarec.errors import UserError
 
 VARIABLE = "RAREC_SERVE"
-"""Variable of the environment with the path of the settings, for who starts `rarec.serve.app:create`."""
+"""Variable of the environment with the path of the settings, for servers that start `rarec.serve.app:create`."""
 DEFAULT = "default"
 """Name of a bundle that is served alone."""
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,40}$")]
@@ -46,7 +46,7 @@ class ServeSettings(Section):
     window_ms: Annotated[float, Field(ge=0, le=1000)] = 3.0
     """How long a request waits for others to share a pass of the model."""
     max_queue: Positive = 512
-    """Users who may wait; further ones are sent away with 503."""
+    """Users who may wait; further ones are rejected with 503."""
     max_body: Annotated[int, Field(gt=0, le=1 << 30)] = 1 << 20
     """Bytes of a request."""
     max_users: Positive = 256
@@ -73,11 +73,13 @@ def read_settings(path: Path) -> ServeSettings:
     Raises:
         UserError: it cannot be read, or a field is wrong.
     """
-    found = validated(ServeSettings, read_tree(path), str(path))
+    settings = validated(ServeSettings, read_tree(path), str(path))
     place = path.absolute().parent
-    bundles = {name: one.model_copy(update={"path": str(place / one.path)}) for name, one in found.bundles.items()}
-    tokens = str(place / found.tokens) if found.tokens else None
-    return found.model_copy(update={"bundles": bundles, "tokens": tokens})
+    bundles = {
+        name: bundle.model_copy(update={"path": str(place / bundle.path)}) for name, bundle in settings.bundles.items()
+    }
+    tokens = str(place / settings.tokens) if settings.tokens else None
+    return settings.model_copy(update={"bundles": bundles, "tokens": tokens})
 
 
 def settings_of(bundle: Path, **fields: Any) -> ServeSettings:
