@@ -38,7 +38,7 @@ class SourceAlignment(nn.Module):
     """Slots d = [c || p], p = W e + b, for one source on one side, with separate maps for every block.
 
     The vectors are standardised first (a fixed affine map, which W and b could absorb), so that one learning rate fits
-    all ID models. A zero vector stands for a missing one, as of a new item: a learned vector replaces it [D], which
+    all ID models. A zero vector means a missing one, as of a new item: a learned vector replaces it [D], which
     starts at the mean of all. W, b and c are in units of each block, the standard deviation of its hidden states
     [D], for the same reason: states can be a hundred times as long in one model, or block, as in another. A map
     behind the last block is in the unit of the whitening that follows it.
@@ -88,8 +88,8 @@ class SourceAlignment(nn.Module):
         """Change the unit of the last block, and scale its weights so that its slots do not change."""
         factor = self.unit_L[-1] / unit
         instructions = [self.instructions_LMD] if self.instructions_LMD is not None else []
-        for of_blocks in (self.weight_LDE, self.bias_LD, *instructions):
-            of_blocks[-1] *= factor
+        for parameter in (self.weight_LDE, self.bias_LD, *instructions):
+            parameter[-1] *= factor
         self.unit_L[-1] = unit
 
     def project(self, vectors_BKE: Tensor) -> Tensor:
@@ -104,9 +104,9 @@ class SourceAlignment(nn.Module):
 
     def standardised(self, vectors_BKE: Tensor) -> Tensor:
         """Return standardised vectors (B, K, E), with the learned vector in the place of missing ones."""
-        there_BK1 = (vectors_BKE != 0).any(-1, keepdim=True)
+        present_BK1 = (vectors_BKE != 0).any(-1, keepdim=True)
         standard_BKE = (vectors_BKE.to(self.weight_LDE.dtype) - self.center_E) / self.scale_E
-        return torch.where(there_BK1, standard_BKE, self.fallback_E)
+        return torch.where(present_BK1, standard_BKE, self.fallback_E)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -117,11 +117,11 @@ class SourceAlignment(nn.Module):
 
     def role_mask(self, role: str, vectors_BKE: Tensor) -> Tensor:
         """Return a mask (B, M + K) of the slots with a role, without those whose vector is missing."""
-        count = self.shape.vectors if self.projections else 0
-        are_BS = vectors_BKE.new_full((vectors_BKE.shape[0], self.count), role == INSTRUCTIONS, dtype=torch.bool)
+        vectors = self.shape.vectors if self.projections else 0
+        mask_BS = vectors_BKE.new_full((vectors_BKE.shape[0], self.count), role == INSTRUCTIONS, dtype=torch.bool)
         own = role != INSTRUCTIONS and role in self.roles
-        are_BS[:, self.count - count :] = (vectors_BKE != 0).any(-1) if own else False
-        return are_BS
+        mask_BS[:, self.count - vectors :] = (vectors_BKE != 0).any(-1) if own else False
+        return mask_BS
 
     def forward(self, vectors_BKE: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return slots (L, B, M + K, D), and p (L, B, K, D) or None."""
@@ -141,7 +141,7 @@ class AlignmentModule(nn.Module):
 
     Args:
         shapes: shape of each source that the side's template names.
-        blocks: indices of the blocks that get slots; the number of blocks stands for a map behind the last one.
+        blocks: indices of the blocks that get slots; the number of blocks means a map behind the last one.
         hidden: D.
         instructions: number of contextual instructions of each source in each block.
         projections: whether slots hold projected vectors; if not, instructions alone.
@@ -168,8 +168,8 @@ class AlignmentModule(nn.Module):
         count = len(blocks)
         self.sources = nn.ModuleDict(
             {
-                name: source_class(count, hidden, of, 0 if of.at_titles else instructions, projections)
-                for name, of in shapes.items()
+                name: source_class(count, hidden, shape, 0 if shape.at_titles else instructions, projections)
+                for name, shape in shapes.items()
             }
         )
 
@@ -190,10 +190,11 @@ class AlignmentModule(nn.Module):
 
     def role_masks(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a mask (B, S) for each role, without slots whose vector is missing."""
-        sources = self.named_sources()
-        return {
-            role: torch.cat([one.role_mask(role, vectors[name]) for name, one in sources], 1) for role in self.roles
+        masks = {
+            role: [source.role_mask(role, vectors[name]) for name, source in self.named_sources()]
+            for role in self.roles
         }
+        return {role: torch.cat(masks_BS, 1) for role, masks_BS in masks.items()}
 
     def forward(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return slots (L, B, S, D), and the projections p (L, B, K, D) of each source for the alignment loss."""

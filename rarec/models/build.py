@@ -53,8 +53,8 @@ def slots_reserved(config: RunConfig, shapes: Mapping[str, SourceShape]) -> dict
     m = config.alignment.instructions
     reserved = {side: {name: m + shape.side(side).vectors for name, shape in shapes.items()} for side in SIDES}
     named = slot_names(config.prompt, "user", list(shapes))
-    at = {name: config.prompt.max_history for name in named if name.endswith(AT_TITLES)}
-    return {"user": reserved["user"] | at, "item": reserved["item"]}
+    titles = {name: config.prompt.max_history for name in named if name.endswith(AT_TITLES)}
+    return {"user": reserved["user"] | titles, "item": reserved["item"]}
 
 
 def build_model(
@@ -96,8 +96,8 @@ def build_model(
             reads = tuple(role for role in reads if role != INSTRUCTIONS)
         readout = readout_class(hidden, config.readout, reads)
         size = min(hidden, config.readout.size) if config.readout.whiten else hidden
-        taught = side == "user" and config.loss.distil_weight > 0
-        student = nn.Linear(size, shapes[IDS].dim, bias=False) if taught else None
+        distils = side == "user" and config.loss.distil_weight > 0
+        student = nn.Linear(size, shapes[IDS].dim, bias=False) if distils else None
         return Tower(alignment, readout, slots_from_blocks, student)
 
     with torch.random.fork_rng(devices=[]):  # for random parameters of the user's own maps and readouts

@@ -70,8 +70,8 @@ def title_vectors(prompts: Sequence[Encoded], pair: PromptPair, sources: Mapping
     rows_BH = np.full((len(prompts), pair.config.max_history), -1)
     for row, prompt in enumerate(prompts):
         rows_BH[row, : len(prompt.titles_H)] = prompt.titles_H
-    there_BH1 = (rows_BH >= 0)[:, :, None]
-    return {name: sources[name.removesuffix(AT_TITLES)].items_NE[rows_BH] * there_BH1 for name in names}
+    present_BH1 = (rows_BH >= 0)[:, :, None]
+    return {name: sources[name.removesuffix(AT_TITLES)].items_NE[rows_BH] * present_BH1 for name in names}
 
 
 class Encoder:
@@ -183,7 +183,7 @@ def text_states(
         first.setdefault(text, row)
     unique = list(first.values())
     result = np.zeros((len(prompts), len(blocks), backbone.hidden_size), dtype)
-    chunks = [[unique[at] for at in chunk] for chunk in by_length([prompts[row] for row in unique], batch_size)]
+    chunks = [[unique[index] for index in chunk] for chunk in by_length([prompts[row] for row in unique], batch_size)]
     for mine, rows in split(chunks):
         ids_BT, mask_BT = text_batch([prompts[row] for row in rows], filler, backbone.device)
         states_LBD = backbone.text_states(ids_BT, mask_BT, blocks).float().cpu().numpy()

@@ -252,11 +252,11 @@ def _poolers(model: Any, targets: list[str]) -> list[str]:
 
 def _query_and_value(model: Any) -> list[str]:
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    found = next((pair for pair in _QUERY_AND_VALUE if names.issuperset(pair)), None)
-    if found is None:
+    pair = next((pair for pair in _QUERY_AND_VALUE if names.issuperset(pair)), None)
+    if pair is None:
         problem = "lora.targets: the query and value projections of this architecture are not known"
         raise UserError(problem, "name its linear modules in lora.targets")
-    return found
+    return pair
 
 
 def use_float32_attention(model: Any) -> None:

@@ -19,7 +19,7 @@ from rarec.config.method import Loss
 from rarec.config.registry import find
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.models.towers import Encoding, RaRec, moved
+from rarec.models.towers import Encoding, RaRec
 
 COMPARED = 1 << 24
 """Items of histories and of the batch that are compared at a time."""
@@ -44,17 +44,6 @@ class LossTargets:
     user_states_bLD: Tensor
     item_states_bLD: Tensor
     total: int
-
-    def to(self, device: torch.device) -> "LossTargets":
-        """Return the same targets on another device."""
-        return LossTargets(
-            moved(self.users_b, device),
-            moved(self.items_b, device),
-            moved(self.histories_bH, device),
-            moved(self.user_states_bLD, device),
-            moved(self.item_states_bLD, device),
-            self.total,
-        )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ scored vector.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,17 +42,22 @@ class SideBatch:
 
     def to(self, device: torch.device) -> "SideBatch":
         """Return the same batch on another device."""
-        return SideBatch(
-            moved(self.ids_BT, device),
-            moved(self.mask_BT, device),
-            moved(self.positions_BK, device),
-            {name: moved(vectors, device) for name, vectors in self.vectors.items()},
-        )
+        moved: SideBatch = on_device(self, device)
+        return moved
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. A GPU reads it from pinned memory, while this process goes on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def on_device(value: Any, device: torch.device) -> Any:
+    """Return the same value with every tensor in its fields and mappings on a device.
+
+    A GPU reads tensors from pinned memory, while this process goes on.
+    """
+    if isinstance(value, Tensor):
+        return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+    if isinstance(value, Mapping):
+        return {name: on_device(part, device) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{part.name: on_device(getattr(value, part.name), device) for part in fields(value)})
+    return value
 
 
 class Encoding(NamedTuple):
@@ -109,7 +114,7 @@ class ReadoutModule(nn.Module):
             roles: for each role, a mask of its slots (B, K).
         """
         parts = self.parts(hidden_BTD, text_BT, slots_BKD, roles)
-        read = {part: self.read(part, states_BD) * there_B1 for part, (states_BD, there_B1) in parts.items()}
+        read = {part: self.read(part, states_BD) * present_B1 for part, (states_BD, present_B1) in parts.items()}
         vectors_BZ = self.combine(read)
         return F.normalize(vectors_BZ, dim=-1) if self.config.normalise else vectors_BZ
 
@@ -142,10 +147,10 @@ class ReadoutModule(nn.Module):
         return torch.stack(list(read.values())).sum(0)
 
 
-def _mean(slots_BKD: Tensor, which_BK: Tensor) -> tuple[Tensor, Tensor]:
+def _mean(slots_BKD: Tensor, chosen_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of the chosen slots' states (B, D), and whether any is chosen (B, 1)."""
-    count_B1 = which_BK.sum(1, keepdim=True)
-    return torch.einsum("bkd,bk->bd", slots_BKD, which_BK) / count_B1.clamp_min(1), (count_B1 > 0).float()
+    count_B1 = chosen_BK.sum(1, keepdim=True)
+    return torch.einsum("bkd,bk->bd", slots_BKD, chosen_BK) / count_B1.clamp_min(1), (count_B1 > 0).float()
 
 
 def _identity(size: int, bias: bool) -> nn.Linear:

@@ -1,8 +1,7 @@
 """Hybrid prompts: templates of hard text and named soft slots -> token ids and slot positions. Needs no torch."""
 
-from rarec.prompts.hybrid import AT_TITLES, Encoded, LaidOut, Marks, at_titles, by_length, lay_out
+from rarec.prompts.hybrid import AT_TITLES, Encoded, LaidOut, Marks, TextTokenizer, at_titles, by_length, lay_out
 from rarec.prompts.pair import PromptPair, slot_names
-from rarec.prompts.tokens import TextTokenizer
 
 __all__ = [
     "AT_TITLES",

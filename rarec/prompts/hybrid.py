@@ -7,16 +7,18 @@ decides the number of slots (`lay_out`), so one tokenised prompt serves every va
 prompt. The items of a history may have slots of their own, one for each item and source (`at_titles`).
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rarec.errors import UserError
-from rarec.prompts.tokens import TextTokenizer
 
 Int32 = npt.NDArray[np.int32]
 Marks = dict[str, int | list[int]]
@@ -25,6 +27,86 @@ for each title."""
 AT_TITLES = "@titles"
 _NOTHING: Int32 = np.empty(0, np.int32)
 _PART = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
+_SPACES = ("▁", "Ġ")
+_ANCHOR = "\n"
+"""Text that merges with nothing. A tokenizer that adds a space at the start of a text adds none after it."""
+
+
+class TextTokenizer:
+    """Tokenise pieces of text that will be joined.
+
+    Args:
+        tokenizer: of the language model.
+        opens: start every text with a special token, even if the tokenizer adds none. Decoders need it: their attention
+            concentrates on the first position (attention sink), which a slot must not replace.
+
+    Attributes:
+        prefix: special tokens before a text, such as [CLS].
+        suffix: special tokens after a text, such as [SEP].
+        filler: a token id for positions that are never read.
+        adds_space: whether the tokenizer adds a space before a text, as SentencePiece mostly does.
+        fingerprint: sha256 of the tokenizer's vocabulary and rules, prefix and suffix.
+    """
+
+    def __init__(self, tokenizer: Any, opens: bool = False) -> None:
+        self._tokenizer = tokenizer
+        bare, whole = self._ids("a"), self._ids("a", add_special_tokens=True)
+        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+        opening = [next(token for token in ends if token is not None)] if opens and not start else whole[:start]
+        self.prefix: Int32 = np.array(opening, np.int32)
+        self.suffix: Int32 = np.array(whole[start + len(bare) :], np.int32)
+        self.filler: int = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        self.adds_space = bool(bare) and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(_SPACES)
+        self._anchor = self._ids(_ANCHOR)
+        around = f"{self.prefix.tolist()} {self.suffix.tolist()}"
+        self.fingerprint = hashlib.sha256(f"{self._spelling()} {around}".encode()).hexdigest()
+
+    def __call__(self, text: str, spaced: bool = False, most: int | None = None, plain: bool = True) -> Int32:
+        """Return the token ids of a piece of text.
+
+        Args:
+            text: may be empty.
+            spaced: put a space before it.
+            most: cut after this many tokens.
+            plain: read special tokens such as `[SEP]` as plain text; set for titles, but not for templates.
+        """
+        return np.array(self._piece(text, spaced, plain)[:most] if text else [], np.int32)
+
+    def __len__(self) -> int:
+        """Return the size of the vocabulary. A model's embedding table may have more rows, which are unused."""
+        return len(self._tokenizer)
+
+    def save(self, path: Path) -> None:
+        """Write it in the format of the package `tokenizers`, if it has one."""
+        core = getattr(self._tokenizer, "backend_tokenizer", None)
+        if core is not None:
+            core.save(str(path))
+
+    def word(self, token: int) -> str:
+        """Return a token id as text; as the raw token if the text is white space or an incomplete character."""
+        text = str(self._tokenizer.decode([token])).strip()
+        if not text or "\N{REPLACEMENT CHARACTER}" in text:
+            return str(self._tokenizer.convert_ids_to_tokens(token))
+        return text
+
+    def _piece(self, text: str, spaced: bool, plain: bool) -> list[int]:
+        if spaced and not self.adds_space:
+            text = " " + text
+        if self.adds_space and not spaced and self._anchor:
+            anchored = self._ids(_ANCHOR + text, split_special_tokens=plain)
+            if anchored[: len(self._anchor)] == self._anchor:
+                return anchored[len(self._anchor) :]
+        return self._ids(text, split_special_tokens=plain)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        options = {"add_special_tokens": False, "verbose": False, **options}
+        ids: list[int] = self._tokenizer(text, **options)["input_ids"]
+        return ids
+
+    def _spelling(self) -> str:
+        core = getattr(self._tokenizer, "backend_tokenizer", None)
+        return str(core.to_str()) if core is not None else repr(sorted(self._tokenizer.get_vocab().items()))
 
 
 @dataclass(frozen=True)
@@ -70,7 +152,7 @@ def parse_template(
 ) -> list[TemplatePart]:
     """Split a template into its parts.
 
-    A space belongs to the word or field after it, as in byte-pair tokenizers. It passes over slots, which are not text.
+    A space belongs to the word or field after it, as in byte-pair tokenizers. It skips slots, which are not text.
 
     Args:
         template: from the configuration; white space around it is dropped.
@@ -83,9 +165,11 @@ def parse_template(
         UserError: the template has an unknown field or source, uses one twice, or has an unmatched brace.
     """
     parts: list[TemplatePart] = []
-    template, at, seen = template.strip(), 0, set()
+    template = template.strip()
+    end = 0
+    seen: set[str] = set()
     for match in [*_PART.finditer(template), None]:
-        literal = template[at : match.start() if match else len(template)]
+        literal = template[end : match.start() if match else len(template)]
         if set(literal) & set("{}"):
             raise UserError(f"{where}: unmatched brace in {literal.strip()!r}", "close it or leave it out")
         text = literal.removeprefix(" ").removesuffix(" ")
@@ -94,7 +178,8 @@ def parse_template(
         spaced = literal.endswith(" ") or (spaced and not literal)
         if match is None:
             break
-        at, (name, source) = match.end(), match.groups()
+        end = match.end()
+        name, source = match.groups()
         known = name == "soft" and source in sources if source or name == "soft" else name in fields
         if not known:
             names = [f"{{{field}}}" for field in fields] + [f"{{soft:{source}}}" for source in sources]
@@ -105,6 +190,11 @@ def parse_template(
         parts.append(TemplatePart("soft", source, spaced) if source else TemplatePart("field", name, spaced))
         spaced = spaced and bool(source)
     return parts
+
+
+def soft_sources(parts: Sequence[TemplatePart]) -> tuple[str, ...]:
+    """Return the sources whose slots a template names, in its order."""
+    return tuple(part.value for part in parts if part.kind == "soft")
 
 
 class HybridPrompt:
@@ -124,11 +214,13 @@ class HybridPrompt:
     def __init__(
         self, parts: list[TemplatePart], tokenizer: TextTokenizer, slots: Mapping[str, int], max_tokens: int, where: str
     ) -> None:
-        self.parts, self.tokenizer, self._least = parts, tokenizer, tokenizer(".")[:1]
+        self.parts = parts
+        self.tokenizer = tokenizer
+        self._full_stop = tokenizer(".")[:1]
         self._literals = [
             tokenizer(part.value, part.spaced, plain=False) if part.kind == "text" else None for part in parts
         ]
-        self.sources = tuple(part.value for part in parts if part.kind == "soft")
+        self.sources = soft_sources(parts)
         fixed = sum(len(tokens) for tokens in self._literals if tokens is not None)
         fixed += len(tokenizer.prefix) + len(tokenizer.suffix) + sum(slots[source] for source in self.sources)
         self.room = max_tokens - fixed
@@ -174,10 +266,10 @@ class HybridPrompt:
             own = literal if literal is not None else kept.get(part.value, _NOTHING)
             if part.value == "history" and literal is None:
                 before = sum(map(len, tokens))
-                marks |= {source: [before + min(mark, len(own)) for mark in of] for source, of in inside.items()}
+                marks |= {source: [before + min(mark, len(own)) for mark in each] for source, each in inside.items()}
             tokens.append(own)
         cut = sum(map(len, fields.values())) > room
-        text = tokens if sum(map(len, tokens)) > len(self.tokenizer.prefix) else [*tokens, self._least]
+        text = tokens if sum(map(len, tokens)) > len(self.tokenizer.prefix) else [*tokens, self._full_stop]
         return Encoded(np.concatenate([*text, self.tokenizer.suffix]).astype(np.int32), marks, cut)
 
 

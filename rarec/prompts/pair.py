@@ -1,18 +1,26 @@
 """The two prompts of RA-Rec: a user's history, and an item's text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from rarec.config.method import Prompt
 from rarec.errors import UserError
-from rarec.prompts.hybrid import Encoded, HybridPrompt, Marks, TemplatePart, at_titles, parse_template
-from rarec.prompts.tokens import TextTokenizer
+from rarec.prompts.hybrid import (
+    Encoded,
+    HybridPrompt,
+    Int32,
+    Marks,
+    TextTokenizer,
+    at_titles,
+    parse_template,
+    soft_sources,
+)
 from rarec.storage.artefacts import sha256_json
 
-Int32 = npt.NDArray[np.int32]
 PIECES = 1 << 18
 """Titles whose tokens are kept, at most."""
 FIELDS = {"user": ["history"], "item": ["title", "text"]}
@@ -89,10 +97,10 @@ class PromptPair:
         self._title_parts = {
             first: parse_template(config.title, ["title"], sources, "prompt.title", spaced[first]) for first in spaced
         }
-        self._at_titles = [at_titles(source) for source in _sources(self._title_parts[True])]
+        self._at_titles = [at_titles(source) for source in soft_sources(self._title_parts[True])]
         if self._at_titles and "history" not in self._spaced:
             raise UserError("prompt.title has slots, but prompt.user has no {history}", "write {history} there")
-        self._pieces: dict[tuple[int, bool], _Piece] = {}
+        self._piece = lru_cache(PIECES)(self._tokenised)
         self.cut = {"user": 0, "item": 0}
 
     @property
@@ -131,7 +139,7 @@ class PromptPair:
         return Frame(around, self._user.start, self._user.room, titles)
 
     def title(self, item: int, first: bool) -> tuple[Int32, list[int]]:
-        """Return an item as it stands in a history: its tokens, and where the slots at titles are inserted in them.
+        """Return an item as a history has it: its tokens, and where the slots at titles are inserted in them.
 
         Args:
             item: item row.
@@ -142,7 +150,7 @@ class PromptPair:
 
     def stored(self, tokens_T: Int32, marks: Marks, history: Int32) -> Encoded:
         """Return a user's prompt that was filled before, from what shards have of it."""
-        counts = [len(of) for of in marks.values() if isinstance(of, list)]
+        counts = [len(places) for places in marks.values() if isinstance(places, list)]
         newest = [int(item) for item in history[::-1][: max(counts, default=0)]]
         return Encoded(tokens_T, marks, titles_H=np.array(self._in_order(newest), np.int32))
 
@@ -152,7 +160,7 @@ class PromptPair:
 
     def _filled(self, items: list[int]) -> Encoded:
         """Return the user prompt with these items in this order."""
-        pieces = [self._piece(item, at == 0) for at, item in enumerate(items)]
+        pieces = [self._piece(item, first=not position) for position, item in enumerate(items)]
         starts = np.cumsum([0, *(len(piece.tokens_T) for piece in pieces)]).tolist()
         inside = {
             source: [start + piece.marks[source] for start, piece in zip(starts, pieces, strict=False)]
@@ -183,25 +191,18 @@ class PromptPair:
         fit = np.cumsum(later) - (saved[0] if self.newest_first else saved) <= self._user.room
         return wanted[: max(int(fit.sum()), 1)]
 
-    def _piece(self, item: int, first: bool) -> _Piece:
+    def _tokenised(self, item: int, first: bool) -> _Piece:
         """Return an item of a history; all but the first start with the separator."""
-        if (item, first) not in self._pieces:
-            if len(self._pieces) >= PIECES:  # rarely, and then those that are needed come back soon
-                self._pieces.clear()
-            tokens = [self.tokenizer("") if first else self._separator]
-            marks: dict[str, int] = {}
-            for part in self._title_parts[first]:
-                if part.kind == "soft":
-                    marks[at_titles(part.value)] = sum(map(len, tokens))
-                else:
-                    tokens.append(self._title_tokens(part, item))
-            self._pieces[item, first] = _Piece(np.concatenate(tokens), marks)
-        return self._pieces[item, first]
-
-    def _title_tokens(self, part: TemplatePart, item: int) -> Int32:
-        if part.kind == "text":
-            return self.tokenizer(part.value, part.spaced, plain=False)
-        return self.tokenizer(self.titles[item], part.spaced, self.config.max_title_tokens)
+        tokens = [self.tokenizer("") if first else self._separator]
+        marks: dict[str, int] = {}
+        for part in self._title_parts[first]:
+            if part.kind == "soft":
+                marks[at_titles(part.value)] = sum(map(len, tokens))
+            elif part.kind == "text":
+                tokens.append(self.tokenizer(part.value, part.spaced, plain=False))
+            else:
+                tokens.append(self.tokenizer(self.titles[item], part.spaced, self.config.max_title_tokens))
+        return _Piece(np.concatenate(tokens), marks)
 
 
 def slot_names(config: Prompt, side: str, sources: Sequence[str]) -> tuple[str, ...]:
@@ -210,11 +211,8 @@ def slot_names(config: Prompt, side: str, sources: Sequence[str]) -> tuple[str, 
     Raises:
         UserError: a template has an unknown field or source, or an unmatched brace.
     """
-    names = _sources(parse_template(getattr(config, side), FIELDS[side], sources, f"prompt.{side}"))
+    names = soft_sources(parse_template(getattr(config, side), FIELDS[side], sources, f"prompt.{side}"))
     if side == "item":
         return names
-    return names + tuple(map(at_titles, _sources(parse_template(config.title, ["title"], sources, "prompt.title"))))
-
-
-def _sources(parts: Iterable[TemplatePart]) -> tuple[str, ...]:
-    return tuple(part.value for part in parts if part.kind == "soft")
+    title = parse_template(config.title, ["title"], sources, "prompt.title")
+    return names + tuple(map(at_titles, soft_sources(title)))

@@ -1,1 +1,1 @@
-"""Training: engines, data loading, the step loop, checkpoints and the watchdog; no dataset formats."""
+"""Training: batches, the step loop, engines, optimizer, checkpoints and figures; no dataset formats."""

@@ -17,7 +17,7 @@ from rarec.ids.source import Source
 from rarec.models.encode import Vectors, side_batch, title_vectors
 from rarec.models.initialise import WHITENING_SIZE, FirstSamples
 from rarec.models.losses import LossTargets
-from rarec.models.towers import RaRec, SideBatch
+from rarec.models.towers import RaRec, SideBatch, on_device
 from rarec.prompts import Encoded, PromptPair
 
 _ITEMS_CACHED = 65_536
@@ -45,7 +45,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on another device."""
-        return Batch(self.users.to(device), self.items.to(device), self.targets.to(device), self.keys, self.tokens)
+        moved: Batch = on_device(self, device)
+        return moved
 
 
 class Collator:

@@ -59,7 +59,7 @@ class Checkpoints(CheckpointStore):
     def state(self, step: int) -> TrainingState:
         """Read the state of the loop."""
         state = TrainingState(**self.read_state(step))
-        if state.best_step not in self.steps():  # torn, or replaced by a better one that is lost
+        if state.best_step not in self.steps():  # corrupt, or replaced by a better one that is lost
             state.forget_best()
         return state
 

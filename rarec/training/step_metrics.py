@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,8 @@ class TrainingLog:
         self._accelerator = accelerator
         if accelerator is None:
             return
-        kept = [line for line in _complete_lines(path) if line["step"] <= done]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [record for record in _complete_records(path) if record["step"] <= done]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
         self._task = Task(title, steps, done)
 
@@ -201,14 +202,10 @@ def _facts(figures: Mapping[str, float]) -> str:
     return f"loss {figures['loss']:.3f}, {tokens} tokens/s, {gigabytes} GB"
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the complete records of a log; a kill may have cut a line short."""
-    lines = []
-    for text in read_lines(path) if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+def _complete_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the complete records of a log; a kill may have cut a line short."""
+    for line in read_lines(path) if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record

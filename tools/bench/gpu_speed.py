@@ -36,7 +36,7 @@ from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model, trained_parameters
 from rarec.models.language_model import LoadedModel, compile_blocks, with_lora
 from rarec.models.losses import LossTargets, Objective
-from rarec.models.towers import RaRec, SideBatch
+from rarec.models.towers import RaRec, SideBatch, on_device
 from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import Cluster
 from rarec.planning.input_sizes import PromptLengths
@@ -174,7 +174,7 @@ class Measurement:
         }
         states = torch.randn(samples, len(blocks), self.backbone.hidden_size)
         rows = torch.arange(samples)
-        targets = LossTargets(rows, rows, rows[:, None] + samples, states, states, samples).to(self.device)
+        targets = on_device(LossTargets(rows, rows, rows[:, None] + samples, states, states, samples), self.device)
 
         def step() -> None:
             with optimisation.part(last=True):
