@@ -18,7 +18,7 @@ from rarec.config import RunConfig
 from rarec.config.load import load_config
 from rarec.config.registry import KINDS
 from rarec.errors import UserError
-from rarec.evaluation.labels import variant_title
+from rarec.evaluation.labels import part_title, variant_title
 from rarec.export import write_targets
 from rarec.ids.source import open_source
 from rarec.ids.validation import Validation
@@ -36,6 +36,7 @@ from tests.recommending import recommend
 PAGE = DOCS / "extend.md"
 SECTIONS = [yaml.safe_load(text) for text in blocks(PAGE, "yaml")]
 DECAY, MAP = "my_package.models:Decay", "my_package.maps:ResidualMLP"
+OWN_NEIGHBOURS = "neighbours={models: [my_package.neighbours:Conditional], "
 AS_IN_PYTHON = ["ids.settings.decay=0.9"]
 """The override of the page's Python lines."""
 SHORT = ["train.variants=[per_layer]", "train.max_steps=3", "train.validate_every=3"]
@@ -195,6 +196,27 @@ def test_an_installed_package_offers_a_short_name(here, tmp_path, monkeypatch):
     assert len(rarec.load(bundle, trusted=["decay"]).recommend([["i001"]], 3)[0]) == 3
 
 
+# -- a neighbour model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_neighbour_model_of_ones_own_is_counted_ranked_titled_and_served(here, tmp_path):
+    run = copied(tmp_path / "run", *SHORT, "evaluate.sanity_checks=false", *parts("neighbours"))
+    (run.root / "neighbours").unlink()
+    run.run(["neighbours", "train", "evaluate", "export"])
+    assert {"Conditional", "per_layer+id+cheap/without_Conditional"} <= set(run.metrics()["variant"])
+    assert part_title("Conditional") == "also bought"
+    settings = read_manifest(run.directory("neighbours", "Conditional"), "neighbours")["settings"]
+    assert settings == {"model": "my_package.neighbours:Conditional", "top": 200, "popularity": 0.3}
+    dataset, table_NN = run.dataset, run.neighbours["Conditional"].table_NN
+    seen = [set(dataset.sequence(user)[:end].tolist()) for user, end in enumerate(dataset.train_length_U)]
+    first, other, both = (sum(items <= each for each in seen) for items in ({0}, {1}, {0, 1}))
+    assert table_NN[0, 1] == pytest.approx(both / first / other**0.3)
+    loaded = rarec.load(run.directory("export"), trusted=[DECAY])
+    assert "Conditional" in loaded.parts.rankers
+    assert len(loaded.recommend([["i001"]], 5)[0]) == 5
+
+
 # -- the other parts ------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +309,7 @@ WRONG = """
 from rarec.config import Variant
 from rarec.config.ids import Recipe
 from rarec.ids.models import SequenceModel
+from rarec.neighbours.base import NeighbourModel
 
 class Unfinished(SequenceModel):
     pass
@@ -302,6 +325,12 @@ class Shapeless(SequenceModel):
 class NoSuchSetting(Shapeless):
     class Config(Recipe):
         width: int = 3
+
+class id(NeighbourModel):
+    title = "taken"
+
+    def fit(self, dataset):
+        return None
 
 TAKEN = Variant("per_layer", "another", "input")
 UNFIT = Variant("a/b", "title", "input")
@@ -346,6 +375,13 @@ def wrong(here, tmp_path, monkeypatch) -> Path:
         ("train.variants=[my_package.losses:hinge]", r"`train.variants.0`: .*rarec\.config\.Variant"),
         ("train.variants=[wrong_parts:TAKEN]", r"`train.variants.0`: .*'per_layer', which is taken"),
         ("train.variants=[wrong_parts:UNFIT]", r"`train.variants.0`: .*'a/b'"),
+        ("neighbours.models=[eas]", r"`neighbours.models.0`: .*did you mean `ease`\?"),
+        ("neighbours.models=[ease, ease]", r"`neighbours.models`: .*twice"),
+        ("neighbours.models=[my_package.models:Decay]", r"`neighbours.models.0`: .*Decay.*NeighbourModel"),
+        ("neighbours.models=[wrong_parts:id]", r"`neighbours.models.0`: .*'id', which is taken"),
+        ("neighbours.settings.popularity=1", r"`neighbours.settings`: .*no model of your own.*`popularity`"),
+        (OWN_NEIGHBOURS + "settings: {popularty: 0}}", r"`neighbours.settings`: .*did you mean `popularity`"),
+        (OWN_NEIGHBOURS + "settings: {popularity: 2}}", r"`neighbours.settings.popularity`: .*less than 1"),
         ("ids.settings.decoy=1", r"field `ids.settings`: .*`decoy`; did you mean `decay`\?.*known here: dim"),
         ("ids.settings.decay=2", r"field `ids.settings.decay`: .*less than or equal to 1"),
         ("ids.settings.decay=much", r"field `ids.settings.decay`: .*number.*'much'"),

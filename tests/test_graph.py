@@ -1,16 +1,18 @@
 """The source `graph`: vectors of the truncated SVD of the transitions, and users who read them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy import sparse
 
 from rarec.config import RunConfig
+from rarec.data.engines import open_engine
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.ids.graph import factors
 from rarec.ids.source import GraphUsers, HistoryRule
-from rarec.neighbours.make import write_counts
-from rarec.neighbours.table import TABLE, read_table
+from rarec.neighbours.counting import Transition
 from tests.conftest import CONFIG
 
 OVERRIDES = ["graph.dim=5", 'prompt.user="{soft:id} {soft:graph} {history}"', "train.variants=[per_layer]"]
@@ -51,8 +53,8 @@ def test_what_is_held_out_is_not_counted(finished, tmp_path):
     """Neither from the table of the graph, nor in another way than the ID model leaves it out."""
     run = open_run(finished)
     dataset, config = run.dataset, run.config
-    write_counts("transition", config.neighbours, config.prepare, dataset, tmp_path, 0.3)
-    found = read_table(tmp_path / TABLE, dataset.n_items).toarray()
+    engine = partial(open_engine, config.prepare, tmp_path / "spill")
+    found = Transition(config.neighbours.config_of("transition"), engine).fit(dataset, 0.3).toarray()
     expected = np.zeros_like(found)
     size = dataset.holding_out(0.3).train_counts_N.astype(float)
     for user, length in enumerate(dataset.holding_out(0.3).train_length_U):

@@ -2,10 +2,14 @@
 
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from math import log, sqrt
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import ibis
 import numpy as np
@@ -16,18 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from rarec.config.neighbours import NeighbourConfig, Neighbours
 from rarec.data.columns import IN_MEMORY, Scratch
 from rarec.data.dataset import PreparedDataset
-from rarec.data.engines import PrepareEngine
+from rarec.data.engines import PrepareEngine, open_engine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
 from rarec.data.engines.table_files import find_files
 from rarec.entry import open_run
-from rarec.neighbours import counting, table
-from rarec.neighbours.ease import ease, training_matrices
-from rarec.neighbours.lexical import lexical, plain_texts
-from rarec.neighbours.make import read_training_log, write_counts
+from rarec.errors import UserError
+from rarec.neighbours import base
+from rarec.neighbours.base import SCHEMA, TABLE, NeighbourModel, batch_of, read_table, write_table
+from rarec.neighbours.counting import read_training_log
 from rarec.neighbours.ranker import NeighbourRanker
-from rarec.neighbours.table import TABLE
 from rarec.ranking import EvalBatch
 from rarec.stages.run import Run
 from tests.engines import needs_spark, on
@@ -46,18 +50,30 @@ def log_of(engine: PrepareEngine, histories: list[list[int]], scratch: Path) -> 
     return engine.keep("log", read.table)
 
 
-def rows_of(engine: PrepareEngine, table: ibis.Table) -> list[tuple[int, int, float]]:
+def model(name: str, open_engine: Any = None, **settings: Any) -> Any:
+    """Return a neighbour model by its name."""
+    section = Neighbours(**settings)
+    return section.class_of(name)(section.config_of(name), open_engine)
+
+
+def counted(name: str, engine: PrepareEngine, log: ibis.Table, **settings: Any) -> list[tuple[int, int, float]]:
+    """Return the rows of the table of a training log."""
+    return rows_of(engine.batches(model(name, **settings).expression(log)))
+
+
+def rows_of(batches: Iterable[pa.RecordBatch]) -> list[tuple[int, int, float]]:
     """Return the rows of a neighbour table."""
-    return [
-        (row["item_row"], row["neighbour_row"], row["score"])
-        for batch in engine.batches(table)
-        for row in batch.to_pylist()
-    ]
+    return [tuple(row.values()) for batch in batches for row in batch.select(SCHEMA.names).to_pylist()]
+
+
+def catalogue(titles: list[str], texts: list[str] | None = None) -> Any:
+    """Return what a model of words reads of a dataset."""
+    return SimpleNamespace(titles=titles, texts=texts or [""] * len(titles), untitled="item", n_items=len(titles))
 
 
 def test_items_of_the_same_users_are_neighbours(engine: PrepareEngine, tmp_path: Path) -> None:
     """Users: A 3, B 3, C 1, D 1. Who buys an item twice counts once."""
-    found = rows_of(engine, counting.cooccurrence(log_of(engine, HISTORIES, tmp_path / "log.parquet"), 9, 0.0))
+    found = counted("cooccurrence", engine, log_of(engine, HISTORIES, tmp_path / "log.parquet"), top=9)
     near, far = 3 / 3, 1 / sqrt(3)
     expected = [(A, B, near), (A, C, far), (B, A, near), (B, C, far), (C, A, far), (C, B, far)]
     assert found == [(item, neighbour, pytest.approx(score)) for item, neighbour, score in expected]
@@ -65,7 +81,8 @@ def test_items_of_the_same_users_are_neighbours(engine: PrepareEngine, tmp_path:
 
 def test_what_follows_within_a_few_steps_is_a_neighbour(engine: PrepareEngine, tmp_path: Path) -> None:
     """A to B twice, at one step; A to C once, at two; B to A twice; B to C once. Interactions: A 4, B 3, C 1."""
-    found = rows_of(engine, counting.transition(log_of(engine, HISTORIES, tmp_path / "log.parquet"), 9, 2, 0.5, 1.0))
+    log = log_of(engine, HISTORIES, tmp_path / "log.parquet")
+    found = counted("transition", engine, log, top=9, steps=2, shrinkage=1.0)
     expected = [
         (A, B, 2 / (sqrt(12) + 1)),
         (A, C, 0.5 / (sqrt(4) + 1)),
@@ -79,16 +96,14 @@ def test_what_follows_within_a_few_steps_is_a_neighbour(engine: PrepareEngine, t
 def test_duckdb_and_spark_write_the_same_tables_to_the_last_bit(finished: Path, tmp_path: Path) -> None:
     """From the files of a prepared dataset; many scores are equal where the tables are cut."""
     config, dataset = open_run(finished).config, open_run(finished).dataset
-    fields = config.neighbours.model_copy(update={"top": 3, "longest": 4, "shrinkage": 1.5})
-    for model in ("cooccurrence", "transition"):
+    for name in ("cooccurrence", "transition"):
         written = []
-        for name in ("duckdb", "spark"):
-            (tmp_path / model / name).mkdir(parents=True)
-            write_counts(model, fields, on(name, config.prepare), dataset, tmp_path / model / name, holdout=0.2)
-            table = pq.read_table(tmp_path / model / name / TABLE)
-            written.append(table.sort_by([("item_row", "ascending"), ("neighbour_row", "ascending")]).to_pylist())
-        assert written[0] == written[1]
-        assert len({row["score"] for row in written[0]}) < len(written[0])
+        for engine in ("duckdb", "spark"):
+            opened = partial(open_engine, on(engine, config.prepare), tmp_path / "spill")
+            made = model(name, opened, top=3, longest=4, shrinkage=1.5)
+            written.append(rows_of(made.rows(dataset, holdout=0.2)))
+        assert sorted(written[0]) == sorted(written[1])
+        assert len({score for *_, score in written[0]}) < len(written[0])
 
 
 @given(
@@ -115,53 +130,43 @@ def test_tables_equal_their_definition(histories, top, steps, shrinkage):
     with tempfile.TemporaryDirectory() as scratch:
         engine = DuckDBEngine(Path(scratch) / "spill")
         log = log_of(engine, histories, Path(scratch) / "log.parquet")
-    for counted, counts, found in (
-        (both, users, counting.cooccurrence(log, top, shrinkage)),
-        (follow, size, counting.transition(log, top, steps, 0.5, shrinkage)),
-    ):
+    for name, pairs, counts in (("cooccurrence", both, users), ("transition", follow, size)):
         scored = [
             (one, other, np.float32(value / (sqrt(counts[one] * counts[other]) + shrinkage)))
-            for (one, other), value in counted.items()
+            for (one, other), value in pairs.items()
         ]
         scored.sort(key=lambda row: (row[0], -row[2], row[1]))
         best = [row for at, row in enumerate(scored) if at < top or scored[at - top][0] != row[0]]
-        assert rows_of(engine, found) == [(one, other, pytest.approx(score)) for one, other, score in best]
+        rows = counted(name, engine, log, top=top, steps=steps, shrinkage=shrinkage)
+        assert rows == [(one, other, pytest.approx(score)) for one, other, score in best]
     engine.close()
 
 
-def test_ease_is_the_closed_form():
-    """Row i of B is what a user's having item i says of the others."""
-    seen_UN = sparse.csr_matrix(np.random.default_rng(0).random((30, 7)) < 0.3, dtype=float)
-    inverse = np.linalg.inv(seen_UN.T @ seen_UN.toarray() + 2.5 * np.eye(7))
+def test_ease_is_the_closed_form_of_each_users_training_items(finished):
+    """Row i of B is what a user's having item i says of the others; an item that a user has twice counts once."""
+    dataset = open_run(finished).dataset
+    seen_UN = np.zeros((dataset.n_users, dataset.n_items))
+    for user, length in enumerate(dataset.train_length_U):
+        seen_UN[user, dataset.sequence(user)[:length]] = 1
+    inverse = np.linalg.inv(seen_UN.T @ seen_UN + 2.5 * np.eye(dataset.n_items))
     expected = -inverse / inverse.diagonal()
     np.fill_diagonal(expected, 0)
-    found = pairs(ease([seen_UN[:11], seen_UN[11:]], 7, 2.5, 3))
-    best = {(i, j) for i in range(7) for j in np.argsort(-expected[i])[:3] if expected[i, j] > 0}
-    assert set(found) == best
-    assert all(found[pair] == pytest.approx(expected[pair], rel=1e-5) for pair in best)
-
-
-def test_ease_reads_each_training_item_of_a_user_once(finished):
-    dataset = open_run(finished).dataset
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreparedDataset.user_blocks, "__defaults__", (20,))
-        parts = list(training_matrices(dataset))
-    assert len(parts) > 1
-    seen_UN = sparse.vstack(parts).tocsr()
-    for user in range(5):
-        trained = dataset.sequence(user)[: dataset.train_length_U[user]]
-        assert seen_UN[user].nonzero()[1].tolist() == sorted(set(trained.tolist()))
-    assert seen_UN.max() == 1
+        found_NN = model("ease", ease_penalty=2.5, top=3).fit(dataset).toarray()
+    for found_N, expected_N in zip(found_NN, expected, strict=True):
+        least = max(np.sort(expected_N)[-3], 0)
+        assert found_N == pytest.approx(np.where(expected_N >= least, expected_N, 0).clip(0), rel=1e-5)
 
 
-@pytest.mark.parametrize("model", ["ease", "lexical"])
-def test_a_catalogue_too_large_for_a_model_has_a_table_without_rows(model, finished, tmp_path):
+@pytest.mark.parametrize("name", ["ease", "lexical"])
+def test_a_catalogue_too_large_for_a_model_has_a_table_without_rows(name, finished, tmp_path):
     said = []
-    fields = [f"run.dir={tmp_path}", f"neighbours.models=[{model}]", f"neighbours.{model}_items=3"]
+    fields = [f"run.dir={tmp_path}", f"neighbours.models=[{name}]", f"neighbours.{name}_items=3"]
     run = Run(finished, fields, say=said.append)
     run.run(["prepare", "neighbours"])
-    assert not run.neighbours[model].table_NN.nnz
-    assert any(f"neighbours.{model}_items" in line and "nothing" in line for line in said)
+    assert not run.neighbours[name].table_NN.nnz
+    assert any(f"neighbours.{name}_items" in line and "nothing" in line for line in said)
 
 
 def test_more_neighbours_than_there_are_items_are_all_kept_and_that_is_said(finished, tmp_path):
@@ -172,34 +177,50 @@ def test_more_neighbours_than_there_are_items_are_all_kept_and_that_is_said(fini
     assert not rows.diagonal().any()
 
 
-def pairs(batches):
-    """Return scores by item and neighbour."""
-    rows = [row for batch in batches for row in batch.to_pylist()]
-    return {(row["item_row"], row["neighbour_row"]): row["score"] for row in rows}
+class Given(NeighbourModel):
+    """Its scores are those of the dataset."""
+
+    title = "given"
+
+    def fit(self, dataset):
+        return dataset.scores_NN
+
+
+def test_the_best_neighbours_above_zero_are_kept_without_the_item_itself_and_ties_go_to_the_smaller_row():
+    scores_NN = sparse.csr_matrix(np.array([[9, 2, 3, 2], [0, 1, -1, 0], [1, 0, 0, 1], [1, 2, 3, 4]], np.float32))
+    given = Given(NeighbourConfig(top=2), None)
+    rows = rows_of(given.rows(SimpleNamespace(scores_NN=scores_NN, n_items=4)))
+    assert rows == [(0, 2, 3), (0, 1, 2), (2, 0, 1), (2, 3, 1), (3, 2, 3), (3, 1, 2)]
+
+
+@pytest.mark.parametrize("scores", [np.ones((4, 4)), sparse.csr_matrix((3, 4)), None])
+def test_what_is_no_sparse_matrix_of_items_is_refused(scores):
+    with pytest.raises(UserError, match=r"`neighbours.models`: Given\.fit returns.*\n.*\(4, 4\)"):
+        Given(NeighbourConfig(top=2), None).rows(SimpleNamespace(scores_NN=scores, n_items=4))
 
 
 def test_items_whose_texts_share_words_are_neighbours():
-    texts = ["red Lamp", "Lamp, green", "a chair", "", "red lamp!"]
-    near = pairs(lexical(texts, 2))
-    assert set(near) == {(0, 4), (0, 1), (1, 0), (1, 4), (4, 0), (4, 1)}
-    assert near[0, 4] == pytest.approx(1)
-    assert list(lexical(["", " "], 2)) == []
+    near_NN = model("lexical", top=2).fit(catalogue(["red Lamp", "Lamp, green", "a chair", "", "red lamp!"])).toarray()
+    assert list(zip(*near_NN.nonzero(), strict=True)) == [(0, 1), (0, 4), (1, 0), (1, 4), (4, 0), (4, 1)]
+    assert near_NN[0, 4] == pytest.approx(1)
+    assert not model("lexical", top=2).fit(catalogue(["", " "])).nnz
 
 
 def test_a_rare_word_that_stands_twice_counts_for_more():
     """Of four items `lamp` is in two, `red` in three: (1 + log count) * (1 + log(5 / (1 + items with it))), by hand."""
     lamp, red = 1 + log(5 / 3), 1 + log(5 / 4)
-    near = pairs(lexical(["lamp lamp red", "red Lamp", "red", "chair"], 3))
+    near = model("lexical", top=3).fit(catalogue(["lamp lamp red", "red Lamp", "red", "chair"])).toarray()
     twice = (1 + log(2)) * lamp
     assert near[0, 1] == near[1, 0]
     assert near[0, 1] == pytest.approx((twice * lamp + red * red) / sqrt((twice**2 + red**2) * (lamp**2 + red**2)))
     assert near[0, 2] == pytest.approx(red / sqrt(twice**2 + red**2))
     assert near[1, 2] == pytest.approx(red / sqrt(lamp**2 + red**2))
-    assert not {item for pair in near for item in pair} & {3}
+    assert not near[3].any()
 
 
 def test_a_missing_title_is_no_word_and_one_that_holds_its_words_is():
-    assert list(plain_texts(["item", "item 7"], ["of oak", ""], "item")) == ["of oak", "item 7 "]
+    near_NN = model("lexical").fit(catalogue(["item", "item", "item 7", "item 8"], ["of oak", "of elm", "", ""]))
+    assert (near_NN.toarray() > 0).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
 
 
 def test_the_newest_of_a_long_history_count_and_none_of_the_held_out(engine, finished):
@@ -224,19 +245,19 @@ def test_a_table_is_read_as_it_was_written_in_any_order_in_memory_or_not(pairs, 
     for score, (item, near) in enumerate(pairs, 1):
         dense[item, near] = score
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "ROWS", at_a_time)
+        patch.setattr(base, "ROWS", at_a_time)
         rows, near = (np.array([pair[column] for pair in pairs], np.int32) for column in (0, 1))
-        table.write_table([table.batch_of(rows, near, dense[rows, near])], Path(name))
+        write_table([batch_of(rows, near, dense[rows, near])], Path(name))
         for scratch in (IN_MEMORY, Scratch(0, Path(name))):
-            assert (table.read_table(Path(name) / table.TABLE, 5, scratch).toarray() == dense).all()
+            assert (read_table(Path(name) / TABLE, 5, scratch).toarray() == dense).all()
 
 
 @pytest.mark.parametrize("pair", [(0, 5), (-1, 0), (5, 0), (0, -1)])
 def test_a_table_of_items_beyond_the_catalogue_is_refused(pair, tmp_path):
-    written = table.batch_of(*(np.array([row], np.int32) for row in pair), np.ones(1, np.float32))
-    table.write_table([written], tmp_path)
+    written = batch_of(*(np.array([row], np.int32) for row in pair), np.ones(1, np.float32))
+    write_table([written], tmp_path)
     with pytest.raises(ValueError, match="catalogue"):
-        table.read_table(tmp_path / table.TABLE, 5)
+        read_table(tmp_path / TABLE, 5)
 
 
 def test_the_newest_items_score_their_neighbours():

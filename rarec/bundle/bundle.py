@@ -33,11 +33,12 @@ from rarec.bundle.facts import FACTS, REMEDY, Facts, own_parts, read_facts, reci
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.load import validated
 from rarec.config.logs import Prepare
+from rarec.config.neighbours import built_in
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.ids.source import Source, users_of
 from rarec.models.build import SourceShape
-from rarec.neighbours.table import read_table
+from rarec.neighbours.base import NewItems, read_table
 from rarec.storage.artefacts import check_files, read_manifest
 
 ITEMS, VECTORS, ENCODERS = "items.parquet", "vectors.safetensors", "encoders.safetensors"
@@ -202,6 +203,20 @@ class Bundle:
             return read_table(path, len(self.catalogue.titles))
         except (ValueError, KeyError) as error:  # another table's columns, rows beyond the catalogue
             raise UserError(f"{path} cannot be read: {error}", REMEDY) from None
+
+    def knows_new_items(self, name: str) -> bool:
+        """Return whether a neighbour model, or popularity, scores items without training interactions."""
+        model, own = built_in(name), (self.facts["neighbours"] or {}).get("new_items", ())
+        return bool(model.knows_new_items) if model else name in ("popularity", *own)
+
+    def new_items(self, name: str) -> NewItems | None:
+        """Return what finds the neighbours of new items in a table; None if its model knows none, or is not rarec's."""
+        model, known = built_in(name), self.catalogue
+        if model is None or not model.knows_new_items:
+            return None
+        untitled, top = self.facts["tables"]["items"]["untitled"], int(self.facts["neighbours"]["top"])
+        found: NewItems = model.new_items(known.titles, known.texts, untitled, self.neighbours(name), top)
+        return found
 
     @cached_property
     def variant(self) -> Variant:

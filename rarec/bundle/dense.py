@@ -9,7 +9,7 @@ Shape letters: B users, C users of a block, N catalogue, F size of the fused vec
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -147,18 +147,13 @@ def _predicted_vectors(fusion: FusedRanker, first_NZ: Float32) -> npt.NDArray[np
 
 
 def _predicting(fusion: FusedRanker, first: NeighbourRanker) -> NeighbourRanker:
-    """Return the first part with its weight, and what it predicts for the items that other parts lack, in its table.
-
-    A neighbour's score is a root, so the square of its weight goes in.
-    """
+    """Return the first part with its weight, and what it predicts for the items that other parts lack, in its table."""
     weight_N = np.full(first.table_NN.shape[0], fusion.weights[0])
     for lacking_N, scale in _lacking(fusion):
         weight_N += scale * lacking_N
     if (weight_N < 0).any():
         raise UserError("this row lowers the score of items by their neighbours: no table has its scores", _OTHER_ROW)
-    table_NN, scale_N = first.table_NN, np.square(weight_N).astype(np.float32)
-    entries = table_NN.data * scale_N[table_NN.indices], table_NN.indices, table_NN.indptr
-    return replace(first, table_NN=csr_matrix(entries, table_NN.shape))
+    return first.scaled(weight_N)
 
 
 def _lacking(fusion: FusedRanker) -> Iterator[tuple[npt.NDArray[np.bool_], float]]:

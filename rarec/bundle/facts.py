@@ -70,6 +70,8 @@ class _Neighbours(_Strict):
     newest: _Size
     decay: _Finite
     top: _Size
+    new_items: list[str] = []
+    """Models of the user's own that know new items."""
 
 
 def _complete(settings: _Sections) -> _Sections:

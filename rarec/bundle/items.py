@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rarec.bundle.bundle import ENCODERS, IDS, ITEMS, MODEL, NO_COLUMNS, TABLES, VECTORS, Bundle, Catalogue, Columns
-from rarec.bundle.parts import LEXICAL, Parts
+from rarec.bundle.parts import Parts
 from rarec.bundle.write import save_tensors, write_version
 from rarec.data.engines import open_engine
 from rarec.data.preparation.inputs import read_catalogue, table_location
@@ -24,13 +24,12 @@ from rarec.errors import UserError
 from rarec.ids.imports import read_vectors
 from rarec.ids.mapped import ITEMS as MAPPED
 from rarec.ids.source import LEFT
-from rarec.neighbours.table import SCHEMA, pairs_of
+from rarec.neighbours.base import SCHEMA, pairs_of
+from rarec.neighbours.scores import newest_first, score
 from rarec.ranking import VectorRanker
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
-KNOWN_BY_WORDS = (LEXICAL, "popularity")
-"""Parts that know a new item: by its words, and as one that was never bought."""
 
 
 def add_items(
@@ -76,8 +75,8 @@ def add_items(
         np.concatenate([old.counts_N, new.counts_N]),
     )
     pairs = {name: [pairs_of(bundle.neighbours(name))] for name in bundle.tables}
-    if LEXICAL in pairs:
-        pairs[LEXICAL] += parts.words.added(parts.plain_texts(new))
+    for name, new_items in parts.new_items.items():
+        pairs[name] += new_items.added(new.titles, new.texts)
     tensors = {
         name: torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) if _is_table(name) else tensor
         for name, tensor in bundle.encoders.items()
@@ -199,16 +198,15 @@ def score_of_new(parts: Parts, history: Rows, title: str, text: str) -> float:
         UserError: this row has no language model.
     """
     own_F, query_KF = _vector_of_new(parts, title, text), parts.dense.users([history])[0]
-    score = float((query_KF.reshape(-1, len(own_F)) @ own_F).max())
-    if LEXICAL not in parts.dense.sparse:
-        return score
-    ranker, weight = parts.dense.sparse[LEXICAL]
-    (words,) = parts.plain_texts(Catalogue(pa.array([""]), [title], [text], np.zeros(1, np.int64)))
-    rows, scores = parts.words.neighbours_of(words)
-    near_N = np.zeros(len(parts.bundle.catalogue.titles))
-    near_N[rows] = scores
-    newest = history[-ranker.newest :][::-1]
-    return score + weight * float(np.sqrt((ranker.decay ** np.arange(len(newest)) * near_N[newest]).sum()))
+    total = float((query_KF.reshape(-1, len(own_F)) @ own_F).max())
+    for name, new_items in parts.new_items.items():
+        ranker, weight = parts.dense.sparse[name]
+        rows, scores = new_items.neighbours_of(title, text)
+        near_N = np.zeros(len(parts.bundle.catalogue.titles))
+        near_N[rows] = scores
+        newest, weights, _ = newest_first([history], ranker.newest, ranker.decay)
+        total += weight * float(score((weights * near_N[newest]).sum()))
+    return total
 
 
 def _vector_of_new(parts: Parts, title: str, text: str) -> Float32:
@@ -221,12 +219,13 @@ def _vector_of_new(parts: Parts, title: str, text: str) -> Float32:
     for name in others:
         ranker, weight = parts.rankers[name], facts[name]["weight"]
         known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
-        if name not in KNOWN_BY_WORDS:
+        knows = parts.bundle.knows_new_items(name)
+        if not knows:
             apart_Z = own_Z - parts.bundle.vectors[MODEL][known].mean(0)
             vector_Z = vector_Z + weight * facts[name]["slope"] * apart_Z
         if isinstance(ranker, VectorRanker):
             mean_Z = ranker.items_NZ[known].mean(0)
-            beside.append(weight * (mean_Z if name not in KNOWN_BY_WORDS else np.zeros_like(mean_Z)))
+            beside.append(weight * (np.zeros_like(mean_Z) if knows else mean_Z))
     return np.concatenate([vector_Z, *beside], dtype=np.float32)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rarec.bundle.bundle import LLM, MODEL, Bundle, Catalogue
+from rarec.bundle.bundle import LLM, MODEL, Bundle
 from rarec.bundle.dense import DenseForm, DenseScores
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
@@ -17,7 +17,7 @@ from rarec.ids.source import Source
 from rarec.models.build import build_model, load_weights, slots_reserved
 from rarec.models.encode import Encoder
 from rarec.models.language_model import LoadedModel, load_model
-from rarec.neighbours.lexical import Words, plain_texts
+from rarec.neighbours.base import NewItems
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.prompts import PromptPair
 from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, VectorRanker
@@ -25,7 +25,6 @@ from rarec.storage.artefacts import differences
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
-LEXICAL = "lexical"
 
 
 class Parts:
@@ -98,21 +97,15 @@ class Parts:
             return self.popular
         if name == "id":
             return bundle.sources[facts["id_model"]].ranker()
-        lacking_N = bundle.catalogue.counts_N == 0 if name != LEXICAL else None  # the new items
+        lacking_N = None if bundle.knows_new_items(name) else bundle.catalogue.counts_N == 0
         rule = facts["neighbours"]
         return NeighbourRanker(bundle.neighbours(name), rule["newest"], rule["decay"], lacking_N)
 
     @cached_property
-    def words(self) -> Words:
-        """The words of the catalogue, with which those of new items are compared."""
-        bundle = self.bundle
-        top = int(bundle.facts["neighbours"]["top"])
-        return Words(self.plain_texts(bundle.catalogue), bundle.neighbours(LEXICAL), top)
-
-    def plain_texts(self, catalogue: Catalogue) -> list[str]:
-        """Return the words of items."""
-        untitled = self.bundle.facts["tables"]["items"]["untitled"]
-        return list(plain_texts(catalogue.titles, catalogue.texts, untitled))
+    def new_items(self) -> dict[str, NewItems]:
+        """What finds the neighbours of new items, by the name of the table."""
+        opened = {name: self.bundle.new_items(name) for name in self.bundle.tables}
+        return {name: new_items for name, new_items in opened.items() if new_items is not None}
 
     @cached_property
     def encoder(self) -> Encoder:

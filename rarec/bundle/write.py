@@ -21,6 +21,7 @@ from torch import Tensor
 from rarec.bundle.bundle import ENCODERS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Catalogue
 from rarec.bundle.facts import FACTS, SCHEMA
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
+from rarec.config.neighbours import built_in
 from rarec.console.inert import in_one_line
 from rarec.errors import UserError
 from rarec.evaluation.labels import (
@@ -36,7 +37,7 @@ from rarec.evaluation.labels import (
 from rarec.ids.source import Source
 from rarec.models.build import save_weights
 from rarec.models.towers import RaRec
-from rarec.neighbours.table import TABLE
+from rarec.neighbours.base import TABLE
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.directories import new_directory
 from rarec.storage.files import write_json, write_text
@@ -123,7 +124,10 @@ def save_tensors(tensors: Mapping[str, Tensor | Float32], path: Path) -> None:
 def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
     trained = contents.trained
     prepare = config.prepare
-    neighbours = {name: getattr(config.neighbours, name) for name in ("newest", "decay", "top")}
+    section = config.neighbours
+    neighbours: dict[str, Any] = {name: getattr(section, name) for name in ("newest", "decay", "top")}
+    own = [name for name in contents.tables if built_in(name) is None and section.class_of(name).knows_new_items]
+    neighbours |= {"new_items": own} if own else {}
     columns = {
         name: table.model_dump(mode="json", exclude={"path", "table"})
         for name, table in (("interactions", prepare.interactions), ("items", prepare.items))

@@ -1,12 +1,26 @@
 """The section `neighbours`: models that are counted or solved, not trained; and the section `graph`."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
+from rarec.config.registry import KINDS, find
 from rarec.config.section import Count, Positive, Rate, Section, Share, Weight
+from rarec.config.variants import NO_VARIANTS, VARIANTS, check_own_name
+from rarec.errors import nearest
 
-NeighbourModel = Literal["cooccurrence", "transition", "ease", "lexical"]
+KIND = "neighbour_models"
+BUILT_IN = tuple(KINDS[KIND].built_in)
+_OWN_TITLES: dict[str, str] = {}
+"""Titles of the models of the user's own that this process has met, by name."""
 
 
 class Graph(Section):
@@ -21,12 +35,31 @@ class Graph(Section):
     """Singular vectors that are kept."""
 
 
+class NeighbourConfig(Section):
+    """The settings that shape the table of a neighbour model: fields of the section `neighbours`, and of one's own."""
+
+    top: Positive
+    """Neighbours kept for each item."""
+
+
+def _check_model(entry: str) -> str:
+    """Validate an entry of `neighbours.models`, and return it."""
+    if entry not in BUILT_IN:
+        model, name = find(KIND, entry), _name_of(entry)
+        check_own_name(entry, name, (*BUILT_IN, *VARIANTS, *NO_VARIANTS, "id"))
+        _OWN_TITLES[name] = model.title
+    return entry
+
+
 class Neighbours(Section):
     """Item-item tables of the nearest neighbours: the cheapest rivals of every model here, and parts of late fusion."""
 
-    models: list[NeighbourModel] = Field(default=["cooccurrence", "transition", "ease", "lexical"])
+    models: list[Annotated[str, AfterValidator(_check_model)]] = Field(
+        default=["cooccurrence", "transition", "ease", "lexical"]
+    )
     """Tables to make; `[]` makes none. `cooccurrence` (item-kNN): bought by the same users; `transition`: bought soon
-    after; `ease`: a linear item-item model in closed form; `lexical`: similar words in title and text (TF-IDF)."""
+    after; `ease`: a linear item-item model in closed form; `lexical`: similar words in title and text (TF-IDF); or ones
+    of your own as `package.module:Name`."""
     top: Positive = 200
     """Neighbours kept for each item."""
     newest: Positive = 10
@@ -49,14 +82,69 @@ class Neighbours(Section):
     take a hundred times as long. In a larger one it adds nothing."""
     longest: Positive = 200
     """Newest training interactions of a user that are counted: it bounds the pairs of a very active user."""
+    settings: dict[str, Any] = Field(default={}, validate_default=True)
+    """Settings of neighbour models of your own: the fields of their `Config` (docs/extend.md)."""
 
     @field_validator("models")
     @classmethod
-    def _check_models(cls, given: list[NeighbourModel]) -> list[NeighbourModel]:
-        if len(set(given)) < len(given):
+    def _check_models(cls, given: list[str]) -> list[str]:
+        names = list(map(_name_of, given))
+        if len(set(names)) < len(names):
             raise ValueError("a model is named twice")
         return given
 
-    def largest(self, model: str) -> float:
-        """Return the largest catalogue for a model."""
-        return {"ease": self.ease_items, "lexical": self.lexical_items}.get(model, float("inf"))
+    @field_validator("settings")
+    @classmethod
+    def _check_settings(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Validate the settings by the `Config` of every neighbour model of the user's own."""
+        if len(info.data) < len(cls.model_fields) - 1:  # another field is wrong
+            return given
+        configs = [find(KIND, entry).Config for entry in info.data["models"] if entry not in BUILT_IN]
+        known = {name for config in configs for name in config.model_fields} - set(cls.model_fields)
+        for name in given:
+            if name not in known:
+                raise ValueError(f"no model of your own has a setting `{name}`{nearest(name, sorted(known))}")
+        for config in configs:
+            _validated(config, {**info.data, **given})
+        return given
+
+    @model_serializer(mode="wrap")
+    def _without_empty_settings(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `settings` out where there are none: what was made before this field came is up to date."""
+        dumped: dict[str, Any] = serialise(self)
+        return {name: value for name, value in dumped.items() if name != "settings" or value}
+
+    @property
+    def by_name(self) -> dict[str, str]:
+        """The entries of `models` by the names of the models, in folders and results.
+
+        The name of one of the user's own is the `Name` of `package.module:Name`.
+        """
+        return {_name_of(entry): entry for entry in self.models}
+
+    def class_of(self, name: str) -> Any:
+        """Return the class of a model, a `NeighbourModel`, by its name."""
+        return find(KIND, self.by_name.get(name, name))
+
+    def config_of(self, name: str) -> NeighbourConfig:
+        """Return the settings that shape the table of a model, by its name."""
+        return _validated(self.class_of(name).Config, {**dict(self), **self.settings})
+
+
+def built_in(name: str) -> Any:
+    """Return the class of a neighbour model that rarec brings, by its name; None for any other name."""
+    return find(KIND, name) if name in BUILT_IN else None
+
+
+def neighbour_titles() -> dict[str, str]:
+    """Return the titles of all neighbour models that this process has met, by name."""
+    return {**{name: find(KIND, name).title for name in BUILT_IN}, **_OWN_TITLES}
+
+
+def _name_of(entry: str) -> str:
+    return entry.rpartition(":")[2]
+
+
+def _validated(config: type[NeighbourConfig], given: Mapping[str, Any]) -> NeighbourConfig:
+    """Return a `Config` of the fields that it has."""
+    return config.model_validate({name: given[name] for name in config.model_fields if name in given})

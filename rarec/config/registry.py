@@ -1,8 +1,8 @@
-"""Parts of the user's own, by name: an ID model, a variant, an alignment map, a readout, a loss (docs/extend.md).
+"""Parts of the user's own, by name: ID and neighbour models, variants, alignment maps, readouts and losses.
 
 A field of the configuration names a part in one of three ways: one that rarec brings (`sasrec`), one that an installed
 package offers as an entry point of the group `rarec.KIND`, or any object as `package.module:Name`. The last is looked
-up in the current directory as well. Code that the configuration does not name is never imported.
+up in the current directory as well. Code that the configuration does not name is never imported (docs/extend.md).
 """
 
 import importlib
@@ -54,6 +54,18 @@ KINDS = {
     ),
     "readouts": Kind(
         "readout.module", "rarec.models.towers:ReadoutModule", {"sum": "rarec.models.towers:ReadoutModule"}
+    ),
+    "neighbour_models": Kind(
+        "neighbours.models",
+        "a subclass of rarec.neighbours.base.NeighbourModel",
+        "rarec.neighbours.base:NeighbourModel",
+        True,
+        {
+            "cooccurrence": "rarec.neighbours.counting:Cooccurrence",
+            "transition": "rarec.neighbours.counting:Transition",
+            "ease": "rarec.neighbours.ease:Ease",
+            "lexical": "rarec.neighbours.lexical:Lexical",
+        },
     ),
     "losses": Kind(
         "loss.recommendation",

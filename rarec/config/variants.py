@@ -1,7 +1,7 @@
 """The variants of the method, trained with one budget and compared (docs/method.md, section 7)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -68,12 +68,21 @@ def variant_of(given: str) -> Variant:
     if given in VARIANTS:
         return VARIANTS[given]
     variant = cast(Variant, find("variants", given, VARIANTS))
-    if not _NAME.fullmatch(variant.name):
-        raise ValueError(f"{given} has the name {variant.name!r}: use letters, digits, _ and -, at most 40")
-    if variant.name in (*VARIANTS, *NO_VARIANTS):
-        raise ValueError(f"{given} has the name {variant.name!r}, which is taken: give it another one")
+    check_own_name(given, variant.name, (*VARIANTS, *NO_VARIANTS))
     _TITLES[variant.name] = variant.title
     return variant
+
+
+def check_own_name(given: str, name: str, taken: Collection[str]) -> None:
+    """Refuse a name of a part of the user's own that cannot be a row or a folder of the results.
+
+    Raises:
+        ValueError: it has other characters, or is taken.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{given} has the name {name!r}: use letters, digits, _ and -, at most 40")
+    if name in taken:
+        raise ValueError(f"{given} has the name {name!r}, which is taken: give it another one")
 
 
 def check_variant(given: str) -> str:

@@ -9,6 +9,7 @@ can be deployed.
 
 from collections.abc import Iterable
 
+from rarec.config.neighbours import neighbour_titles
 from rarec.config.variants import variant_titles
 from rarec.console.inert import inert
 
@@ -39,10 +40,6 @@ GROUPS = (
 """Headings of the groups of rows, by `variant_group`."""
 BOUNDS_GROUP, SANITY_GROUP = len(GROUPS) - 2, len(GROUPS) - 1
 UNTRAINED_TITLES = {
-    "cooccurrence": "bought together (item-kNN)",
-    "transition": "bought next",
-    "ease": "EASE",
-    "lexical": "similar words (TF-IDF)",
     "popularity": "popularity",
     ALL_CHEAP: "untrained baselines (cheap)",
 }
@@ -165,4 +162,4 @@ def sentence_case(text: str) -> str:
 
 def _titles() -> dict[str, str]:
     """Return the titles of all rows without `+` and `/`, in their order."""
-    return {ID_ONLY: "ID model", **UNTRAINED_TITLES, **variant_titles()}
+    return {ID_ONLY: "ID model", **neighbour_titles(), **UNTRAINED_TITLES, **variant_titles()}

@@ -18,6 +18,7 @@ from rarec.export import Target
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, taken, write_graph
 from rarec.export.tables import add_facts
 from rarec.models.encode import side_batch
+from rarec.neighbours import scores
 from rarec.prompts import PromptPair
 
 Float32 = npt.NDArray[np.float32]
@@ -63,12 +64,18 @@ class Onnx(Target):
             _quantise(directory / QUERY, directory / INT8)
             rounded = run_graph(directory / INT8, graph.inputs, inputs)
             figures["int8"] = _agreement(rounded, expected, parts.dense.items_NF)
-        copy_beside(directory, CLIENT)
+        copy_client(directory)
         if graph.encoder is not None:
             figures["item_difference"] = _write_item(parts, directory / ITEM)
             graph.encoder.prompts.tokenizer.save(directory / TOKENIZER)
         add_facts(directory, prompt=write_prompts(graph, directory))
         return figures
+
+
+def copy_client(directory: Path) -> None:
+    """Copy the client into a folder, and the formula that it shares with rarec."""
+    copy_beside(directory, CLIENT)
+    shutil.copyfile(scores.__file__, directory / "rarec_scores.py")
 
 
 def copy_beside(directory: Path, *names: str) -> None:

@@ -10,6 +10,11 @@ import numpy as np
 import onnxruntime
 import pyarrow.parquet as pq
 
+try:
+    from rarec_scores import newest_first, score  # the copy in an exported folder
+except ImportError:
+    from rarec.neighbours.scores import newest_first, score
+
 
 class Client:
     """`Client(folder).recommend([["sku-1", "sku-7"]], k=10)`: for each history the best new (id, title, score)."""
@@ -42,12 +47,13 @@ class Client:
     def best(self, query: Any, history: list[int], k: int, hidden: Any, among: Any = None) -> list[tuple[int, float]]:
         """Return rows and scores of a user's k best items, without the hidden ones, of all items or among some rows."""
         added = np.zeros(len(self.ids))
+        items, factors, _ = newest_first([history], self.facts["newest"], self.facts["decay"])
         for name, weight in self.facts["neighbours"].items():
             (rows, columns, values), sums = self.near[name], np.zeros(len(self.ids))
-            for age, row in enumerate(history[::-1][: self.facts["newest"]]):
-                part = slice(*np.searchsorted(rows, [row, row + 1]))
-                sums[columns[part]] += self.facts["decay"] ** age * values[part]
-            added += weight * sums**0.5
+            for item, factor in zip(items, factors.tolist(), strict=True):
+                part = slice(*np.searchsorted(rows, [item, item + 1]))
+                sums[columns[part]] += factor * values[part]
+            added += weight * score(sums)
         if among is None:
             _, found = self.index.search(query, min(self.index.ntotal, k + len(set(hidden))))
             among = np.union1d(found[found >= 0], np.flatnonzero(added))

@@ -114,6 +114,7 @@ def _client(folder: str, graph: str) -> Any:
         spec = importlib.util.spec_from_file_location(name, Path(folder, "rarec_client.py"))
         assert spec is not None
         assert spec.loader is not None
+        sys.path.append(folder)  # of what the client imports
         module: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.client = module.Client(folder, threads=1, graph=graph)

@@ -15,7 +15,7 @@ from rarec.bundle.parts import Parts, sample_histories
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.export import Target
-from rarec.neighbours.table import SCHEMA, pairs_of
+from rarec.neighbours.base import SCHEMA, pairs_of
 from rarec.storage.files import read_json, write_json
 
 ITEMS, FACTS, INDEX = "items.parquet", "client.json", "index.faiss"

@@ -24,7 +24,7 @@ from rarec.errors import UserError
 from rarec.export import Target
 from rarec.export.graphs import QueryGraph, difference, padded, write_graph
 from rarec.export.huggingface import Peft
-from rarec.export.onnx import CHECKED, CLIENT, CLOSE, QUERY, copy_beside, queries_of, write_prompts
+from rarec.export.onnx import CHECKED, CLOSE, QUERY, copy_beside, copy_client, queries_of, write_prompts
 from rarec.export.prefix import USE_ONNX, Prefix, cached, write_program
 from rarec.export.rarec_program import Program
 from rarec.export.tables import add_facts
@@ -121,7 +121,8 @@ class Vllm(Target):
         np.savez(directory / CHECK, histories=padded(histories[few]).numpy(), states=states[few], bare=bare[few])
         add_facts(directory, prompt=prompt, vllm={"name": "rarec-lora" if lora else "rarec", "pool": pool})
         _write_start(parts, at_input, lora, directory / START)
-        copy_beside(directory, CLIENT, "rarec_vllm.py")
+        copy_client(directory)
+        copy_beside(directory, "rarec_vllm.py")
         return figures
 
 

@@ -3,6 +3,7 @@
 Shape letters: N items, E dimension.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from scipy.sparse.linalg import svds
 from rarec.config.logs import Prepare
 from rarec.config.neighbours import Graph, Neighbours
 from rarec.data.dataset import PreparedDataset
+from rarec.data.engines import open_engine
 from rarec.errors import UserError
 from rarec.ids.source import ITEMS_FILE, LEFT_FILE, Floats, GraphUsers
 from rarec.ids.validation import Validation
-from rarec.neighbours.make import write_counts
-from rarec.neighbours.table import TABLE, read_table
+from rarec.neighbours.counting import Transition
 
 
 def write_graph(
@@ -44,10 +45,9 @@ def write_graph(
     Raises:
         UserError: there are fewer items than dimensions, or no user has a validation target.
     """
-    write_counts("transition", neighbours, prepare, dataset, directory, holdout)
-    table_NN = read_table(directory / TABLE, dataset.n_items)
-    (directory / TABLE).unlink()
-    left_NE, right_NE = factors(table_NN, graph.dim)
+    engine = partial(open_engine, prepare, directory / "spill")
+    transitions = Transition(neighbours.config_of("transition"), engine)
+    left_NE, right_NE = factors(transitions.fit(dataset, holdout), graph.dim)
     np.save(directory / LEFT_FILE, left_NE)
     np.save(directory / ITEMS_FILE, right_NE)
     users = GraphUsers.of(left_NE, neighbours.newest, neighbours.decay)

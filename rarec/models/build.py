@@ -17,6 +17,7 @@ from rarec.config.registry import find
 from rarec.errors import UserError
 from rarec.models.alignment import INSTRUCTIONS, AlignmentModule, SlotShape
 from rarec.models.language_model import LoadedModel
+from rarec.models.losses import FIRST_SCALE
 from rarec.models.towers import IDS, RaRec, Tower
 from rarec.prompts import AT_TITLES, slot_names
 
@@ -104,7 +105,8 @@ def build_model(
         torch.manual_seed(config.run.seed)
         user, item = tower("user"), tower("item")
     plain = not config.readout.normalise
-    scale = 1.0 if plain and config.loss.recommendation == "bpr" else 1 / config.loss.temperature
+    usual, loss = 1 / config.loss.temperature, find("losses", config.loss.recommendation)
+    scale = getattr(loss, FIRST_SCALE, usual) if plain else usual
     # engines need a trainable parameter; with a scale alone, no step is taken
     nothing_else = not variant.lora and not trained_parameters(nn.ModuleList([user, item]))
     return RaRec(backbone, user, item, scale=scale, learn_scale=not plain or nothing_else)

@@ -7,9 +7,9 @@ this rank is column own_b[i]. False negatives are masked: the user's own target 
 Every loss is a mean over the whole batch; each rank computes the part of its own rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.models.towers import Encoding, RaRec
 
+L = TypeVar("L", bound=Callable[..., "PartialMean"])
+FIRST_SCALE = "first_scale"
+"""Attribute of a loss; see `first_scale`."""
 COMPARED = 1 << 24
 """Items of histories and of the batch that are compared at a time."""
 
@@ -174,6 +177,20 @@ def false_negatives(targets_b: Tensor, histories_bH: Tensor, targets_B: Tensor, 
     return (same_bB | known_bB).scatter(1, own_b[:, None], False)
 
 
+def first_scale(scale: float) -> Callable[[L], L]:
+    """Declare a loss's factor on scores of vectors that are not normalised, at the first step.
+
+    A loss without it begins with `1 / loss.temperature`, as all do with `readout.normalise`.
+    """
+
+    def declare(loss: L) -> L:
+        setattr(loss, FIRST_SCALE, scale)
+        return loss
+
+    return declare
+
+
+@first_scale(1.0)
 def bpr(scores_bB: Tensor, masked_bB: Tensor, own_b: Tensor, log_q_B: Tensor | None = None) -> PartialMean:
     """Sum the BPR loss over in-batch pairs [N]: -ln sigmoid(s(u,i+) - s(u,i-)) for each unmasked negative.
 

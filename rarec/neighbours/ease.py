@@ -6,43 +6,51 @@ interactions. With P = (X'X + penalty I)^-1 it is B = -P / diag(P), column by co
 Shape letters: U users, N catalogue, M neighbours kept.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
 from scipy import sparse
 from scipy.linalg import lapack
 
+from rarec.config.neighbours import NeighbourConfig
 from rarec.data.dataset import PreparedDataset
-from rarec.neighbours.table import nearest
+from rarec.neighbours.base import NeighbourModel, matrix_of, nearest
 
 ROWS = 256
 """Rows of the matrix of pairs that are counted at a time."""
 
 
-def ease(seen: Iterable[sparse.csr_matrix], n_items: int, penalty: float, top: int) -> Iterator[pa.RecordBatch]:
-    """Yield the neighbour table of the M items that each item speaks for most.
+class Ease(NeighbourModel):
+    """EASE: an item's neighbours are the M items that it speaks for most.
 
     Memory is that of two dense matrices of N x N, and some rows of one.
-
-    Args:
-        seen: 1 where a user has the item, (u, N), some users at a time.
-        n_items: N.
-        penalty: on squared weights; relative to the number of users of an item.
-        top: M.
     """
-    gram_NN = np.zeros((n_items, n_items))
-    for seen_uN in seen:
-        by_item_uN = seen_uN.tocsc()
-        for start in range(0, n_items, ROWS):
-            gram_NN[start : start + ROWS] += (by_item_uN[:, start : start + ROWS].T @ seen_uN).toarray()
-    gram_NN[np.diag_indices_from(gram_NN)] += penalty
-    factor_NN, _ = lapack.dpotrf(gram_NN, lower=1, overwrite_a=1)  # X'X + penalty I is positive definite
-    inverse_NN, _ = lapack.dpotri(factor_NN, lower=1, overwrite_c=1)  # its lower half
-    diagonal_N = inverse_NN.diagonal().copy()
-    for row in range(len(diagonal_N)):
-        own_N = np.concatenate([inverse_NN[row, :row], inverse_NN[row:, row]])
-        yield nearest(row, (-own_N / diagonal_N).astype(np.float32), top)
+
+    class Config(NeighbourConfig):
+        """See `Neighbours`."""
+
+        ease_penalty: float
+        ease_items: int
+
+    title = "EASE"
+    limit = "ease_items"
+    config: Config
+
+    def fit(self, dataset: PreparedDataset) -> sparse.csr_matrix:
+        """See `NeighbourModel`."""
+        n_items = dataset.n_items
+        gram_NN = np.zeros((n_items, n_items))
+        for seen_uN in training_matrices(dataset):
+            by_item_uN = seen_uN.tocsc()
+            for start in range(0, n_items, ROWS):
+                gram_NN[start : start + ROWS] += (by_item_uN[:, start : start + ROWS].T @ seen_uN).toarray()
+        gram_NN[np.diag_indices_from(gram_NN)] += self.config.ease_penalty
+        factor_NN, _ = lapack.dpotrf(gram_NN, lower=1, overwrite_a=1)  # X'X + penalty I is positive definite
+        inverse_NN, _ = lapack.dpotri(factor_NN, lower=1, overwrite_c=1)  # its lower half
+        diagonal_N, items_N = inverse_NN.diagonal().copy(), np.arange(n_items)
+        rows = (np.concatenate([inverse_NN[row, :row], inverse_NN[row:, row]]) for row in items_N)
+        scores = ((-own_N / diagonal_N).astype(np.float32) for own_N in rows)
+        return matrix_of((nearest(row, items_N, own_N, self.config.top) for row, own_N in enumerate(scores)), n_items)
 
 
 def training_matrices(dataset: PreparedDataset) -> Iterator[sparse.csr_matrix]:

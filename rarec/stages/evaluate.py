@@ -39,7 +39,7 @@ class EvaluateStage(Stage):
         run = self.run
         trained: dict[str, Stage] = {name: run.stage("train", name) for name in run.config.variants}
         baseline, _ = run.config.baseline
-        counted = {f"neighbours/{name}": run.stage("neighbours", name) for name in run.config.neighbours.models}
+        counted = {f"neighbours/{name}": run.stage("neighbours", name) for name in run.config.neighbours.by_name}
         return {**trained, **counted, "prepare": run.stage("prepare"), "baseline": run.stage("ids", baseline)}
 
     def outside_inputs(self) -> dict[str, str]:

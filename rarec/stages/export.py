@@ -34,7 +34,7 @@ class ExportStage(Stage):
         """See `Stage`."""
         config = self.run.config
         row = config.export.variant
-        known = (*config.variants, *NO_VARIANTS, *config.neighbours.models)
+        known = (*config.variants, *NO_VARIANTS, *config.neighbours.by_name)
         if row is not None and row.partition("+")[0] not in known:
             problem = f"field `export.variant`: {row} is of no variant of train.variants ({', '.join(config.variants)})"
             raise UserError(problem, "add it to train.variants, or leave export.variant out: the best row is exported")
@@ -116,7 +116,7 @@ class ExportStage(Stage):
             sources[run.baseline.name] = run.baseline
         for name, source in sources.items():
             _check_servable(name, source)
-        models: list[str] = [name for name in run.config.neighbours.models if name in parts]
+        models = [name for name in run.config.neighbours.by_name if name in parts]
         tables = {name: run.directory("neighbours", name) for name in models}
         items = run.dataset
         catalogue = Catalogue(items.item_ids.whole(), list(items.titles), list(items.texts), items.train_counts_N)

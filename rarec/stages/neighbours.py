@@ -1,25 +1,21 @@
 """`rarec neighbours`: item-item tables that are counted, not trained."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rarec.config.neighbours import Neighbours
 from rarec.stages.run import Run
 from rarec.stages.run_folder import RunFolder
 from rarec.stages.stage import Built, Stage
 
-FIELDS = {
-    "cooccurrence": ("top", "longest", "shrinkage"),
-    "transition": ("top", "longest", "shrinkage", "steps", "step_decay"),
-    "ease": ("top", "ease_penalty", "ease_items"),
-    "lexical": ("top", "lexical_items"),
-}
-"""Fields of the section `neighbours` that shape the table of each model; the others say how users are scored by it."""
+if TYPE_CHECKING:
+    from rarec.neighbours.base import NeighbourModel
 
 
-def table_settings(model: str, config: Neighbours) -> dict[str, Any]:
+def table_settings(name: str, config: Neighbours) -> dict[str, Any]:
     """Return what shapes the table of a neighbour model."""
-    return {"model": model, **config.model_dump(mode="json", include=set(FIELDS[model]))}
+    return {"model": config.by_name.get(name, name), **config.config_of(name).model_dump(mode="json")}
 
 
 class NeighboursStage(Stage):
@@ -33,7 +29,7 @@ class NeighboursStage(Stage):
     @classmethod
     def parts(cls, run: RunFolder) -> list[str]:
         """See `Stage`."""
-        return list(run.config.neighbours.models)
+        return list(run.config.neighbours.by_name)
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""
@@ -45,25 +41,27 @@ class NeighboursStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
-        from rarec.neighbours.make import write_neighbours
+        from rarec.data.engines import open_engine
+        from rarec.neighbours.base import write_table
 
-        run, config = self.run, self.run.config
-        figures: dict[str, Any] = {}
+        run, config, figures = self.run, self.run.config.neighbours, dict[str, Any]()
 
         def write() -> None:
-            figures.update(write_neighbours(self.part, config.neighbours, config.prepare, run.dataset, directory))
-            found = f"{self.part}: {figures['pairs']:,} neighbours of {run.dataset.n_items:,} items"
-            run.say(found + self._note(figures))
+            engine = partial(open_engine, run.config.prepare, directory / "spill")
+            model: NeighbourModel = config.class_of(self.part)(config.config_of(self.part), engine)
+            fits = run.dataset.n_items <= model.largest
+            figures["pairs"] = write_table(model.rows(run.dataset) if fits else (), directory)
+            summary = f"{self.part}: {figures['pairs']:,} neighbours of {run.dataset.n_items:,} items"
+            run.say(summary + self._note(model, figures["pairs"]))
 
         run.world.run_on_main(write)
         return Built(figures)
 
-    def _note(self, figures: dict[str, Any]) -> str:
+    def _note(self, model: "NeighbourModel", pairs: int) -> str:
         """Return what a user should know of a table that is not as the configuration asks."""
-        config, n_items = self.run.config.neighbours, self.run.dataset.n_items
-        if n_items > config.largest(self.part):
-            return f": more items than neighbours.{self.part}_items, so it will add nothing"
-        if not figures["pairs"]:
-            why = "no two items share a word" if self.part == "lexical" else "no user has two different items"
-            return f": {why}, so it will add nothing"
-        return f"; all that there are, fewer than neighbours.top, {config.top:,}" if config.top >= n_items else ""
+        n_items, top = self.run.dataset.n_items, model.config.top
+        if n_items > model.largest:
+            return f": more items than neighbours.{model.limit}, so it will add nothing"
+        if not pairs:
+            return f": {model.needs}, so it will add nothing"
+        return f"; all that there are, fewer than neighbours.top, {top:,}" if top >= n_items else ""

@@ -210,7 +210,7 @@ class Run(RunFolder):
     @cached_property
     def neighbours(self) -> "dict[str, NeighbourRanker]":
         """Every neighbour model as a ranker."""
-        return {name: self._neighbours(name) for name in self.config.neighbours.models}
+        return {name: self._neighbours(name) for name in self.config.neighbours.by_name}
 
     @property
     def shapes(self) -> dict[str, "SourceShape"]:
@@ -297,15 +297,14 @@ class Run(RunFolder):
         return open_source(stage.directory, section.recipe if isinstance(section, Ids) else None)
 
     def _neighbours(self, name: str) -> "NeighbourRanker":
+        from rarec.neighbours.base import TABLE, read_table
         from rarec.neighbours.ranker import NeighbourRanker
-        from rarec.neighbours.table import TABLE, read_table
 
         stage, config = self.stage("neighbours", name), self.config.neighbours
         stage.require()
         stage.check_files()
         table_NN = read_table(stage.directory / TABLE, self.dataset.n_items, self.scratch)
-        new_N = self.dataset.train_counts_N == 0
-        lacking_N = new_N if name != "lexical" else None
+        lacking_N = None if config.class_of(name).knows_new_items else self.dataset.train_counts_N == 0
         return NeighbourRanker(table_NN, config.newest, config.decay, lacking_N)
 
     def _evaluated(self, name: str) -> Path:
