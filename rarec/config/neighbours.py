@@ -1,6 +1,7 @@
 """The section `neighbours`: models that are counted or solved, not trained; and the section `graph`."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import (
@@ -124,13 +125,14 @@ class Neighbours(Section):
 
     def class_of(self, name: str) -> Any:
         """Return the class of a model, a `NeighbourModel`, by its name."""
-        return find(KIND, self.by_name.get(name, name))
+        return built_in(name) or find(KIND, self.by_name.get(name, name))
 
     def config_of(self, name: str) -> NeighbourConfig:
         """Return the settings that shape the table of a model, by its name."""
         return _validated(self.class_of(name).Config, {**dict(self), **self.settings})
 
 
+@cache  # to look a part up reads the entry points of all packages
 def built_in(name: str) -> Any:
     """Return the class of a neighbour model that rarec brings, by its name; None for any other name."""
     return find(KIND, name) if name in BUILT_IN else None
@@ -138,7 +140,7 @@ def built_in(name: str) -> Any:
 
 def neighbour_titles() -> dict[str, str]:
     """Return the titles of all neighbour models that this process has met, by name."""
-    return {**{name: find(KIND, name).title for name in BUILT_IN}, **_OWN_TITLES}
+    return {**{name: built_in(name).title for name in BUILT_IN}, **_OWN_TITLES}
 
 
 def _name_of(entry: str) -> str:

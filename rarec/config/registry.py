@@ -57,9 +57,7 @@ KINDS = {
     ),
     "neighbour_models": Kind(
         "neighbours.models",
-        "a subclass of rarec.neighbours.base.NeighbourModel",
         "rarec.neighbours.base:NeighbourModel",
-        True,
         {
             "cooccurrence": "rarec.neighbours.counting:Cooccurrence",
             "transition": "rarec.neighbours.counting:Transition",
