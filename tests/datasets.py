@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from rarec.config import RunConfig
 from rarec.config.logs import Prepare
-from rarec.data.columns import Column
 from rarec.data.dataset import PreparedDataset
+from rarec.data.tables import Column
 from rarec.stages.run import Run
 from tests.synthetic import write_log
 

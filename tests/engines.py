@@ -59,7 +59,7 @@ def start(name: str, spill: Path) -> PrepareEngine:
     from rarec.data.engines.spark_engine import SparkEngine
 
     spark_session()
-    return SparkEngine(str(spill), {})
+    return SparkEngine(str(spill), {}, DuckDBEngine(spill.with_name("files")))
 
 
 def on(name: str, config: Prepare) -> Prepare:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rarec.data.selection.sampling import Selection
+from rarec.data.selection import Selection
 from rarec.data.shards import writing
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.files import INDEX, Tars, open_index, tar_name, write_index

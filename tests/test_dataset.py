@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarec.config.logs import Prepare
-from rarec.data.columns import Column
 from rarec.data.dataset import PreparedDataset
+from rarec.data.tables import Column
 from rarec.errors import UserError
 from rarec.storage.files import read_json, write_json
 from tests.datasets import by_hand, prepare_dataset

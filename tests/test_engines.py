@@ -145,7 +145,7 @@ def test_a_table_or_column_that_a_database_lacks_is_named(tmp_path: Path, kind: 
     url = database(tmp_path, kind)
     with pytest.raises(UserError, match="table logs"):
         run(of_tables(url, table="logs"), tmp_path / "out")
-    with pytest.raises(UserError, match=r"table log .*'whom' \(prepare.interactions.user\).* 'who'"):
+    with pytest.raises(UserError, match=r"table log .*'whom' \(prepare.interactions.user\).* `who`"):
         run(of_tables(url, user="whom"), tmp_path / "out")
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.data.columns import Column
+from rarec.data.tables import Column
 from rarec.errors import UserError
 from rarec.evaluation.external import TargetUsers, external_ranks, read_external
 from rarec.evaluation.labels import EXTERNAL

@@ -22,26 +22,22 @@ from hypothesis import strategies as st
 
 from rarec.config.logs import Interactions
 from rarec.data.engines import PrepareEngine
-from rarec.data.engines.file_checks import raise_if_damaged
-from rarec.data.engines.table_files import find_files
-from rarec.data.preparation.inputs import missing_order_error, read_log, table_location
+from rarec.data.engines.table_files import check_gzip, find_files
+from rarec.data.preparation.inputs import check_order, read_log, table_location
 from rarec.errors import UserError
 
 CSV = "user,item,time\n" + "".join(f"{row % 7},{row % 11},{1_500_000_000 + row}\n" for row in range(3_000))
 JSONL = "".join(
     json.dumps({"user": row % 7, "item": f"i{row % 11}", "time": 1_500_000_000 + row}) + "\n" for row in range(3_000)
 )
-TEXTS = {"csv.gz": CSV, "jsonl.gz": JSONL, "tsv.gz": CSV.replace(",", "\t"), "inter.gz": CSV.replace(",", "\t")}
+TEXTS = {"csv.gz": CSV, "jsonl.gz": JSONL}
 
 
 def read(engine: PrepareEngine, path: Path | str, **fields: Any) -> list[dict[str, Any]]:
     """Read a log as the preparation does, with its check for times."""
     config = Interactions.model_validate({"path": str(path), "user": "user", "item": "item", "time": "time", **fields})
     location = table_location(config, "prepare.interactions")
-    log = read_log(engine, config, location)
-    bad = int(engine.rows(log.agg(bad=log.order.isnull().sum().fill_null(0)))[0]["bad"])
-    if bad:
-        raise missing_order_error(engine, config, location, bad)
+    check_order(engine, config, location, read_log(engine, config, location))
     return engine.rows(read_log(engine, config, location, lines=True).order_by("line"))
 
 
@@ -66,7 +62,6 @@ HARMS: dict[str, Callable[[bytes], bytes]] = {
     "half": lambda data: data[: len(data) // 2],
     "a header alone": lambda data: data[:10],
     "garbage behind": lambda data: data + b"garbage",
-    "zeros behind": lambda data: data + bytes(100),
     "another member, cut": lambda data: data + gzip.compress(b"1,2,3\n")[:-5],
     "not compressed": gzip.decompress,
     "another compression": lambda data: zlib.compress(gzip.decompress(data)),
@@ -76,21 +71,21 @@ HARMS: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("suffix", TEXTS)
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
 def test_a_damaged_gzip_is_refused_by_its_name(
-    engine: PrepareEngine, tmp_path: Path, suffix: str, harm: Callable[[bytes], bytes]
+    embedded: PrepareEngine, tmp_path: Path, suffix: str, harm: Callable[[bytes], bytes]
 ) -> None:
     whole = gzip.compress(TEXTS[suffix].encode())
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / f"a.{suffix}").write_bytes(whole)
     (tmp_path / "log" / f"b.{suffix}").write_bytes(harm(whole))
-    refuse(engine, tmp_path / "log", f"b.{suffix}")
+    refuse(embedded, tmp_path / "log", f"b.{suffix}")
 
 
-def test_a_gzip_of_several_members_is_whole(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_a_gzip_of_several_members_is_whole(embedded: PrepareEngine, tmp_path: Path) -> None:
     head, rest = CSV[:1_015], CSV[1_015:]
     (tmp_path / "log.csv.gz").write_bytes(
         gzip.compress(head.encode()) + gzip.compress(b"") + gzip.compress(rest.encode())
     )
-    assert len(read(engine, tmp_path / "log.csv.gz")) == 3_000
+    assert len(read(embedded, tmp_path / "log.csv.gz")) == 3_000
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -107,7 +102,7 @@ def test_no_damage_to_a_gzip_passes_unless_the_text_is_the_same(
     if not path.stat().st_size:
         return
     try:
-        raise_if_damaged(find_files(str(path), "x"), ())
+        check_gzip(find_files(str(path), "x"))
     except UserError as error:
         assert "log.csv.gz" in error.problem  # noqa: PT017 - most harms are refused, and some change nothing
     else:
@@ -154,10 +149,10 @@ SECONDS, MILLIS, MICROS, NANOS = 1_500_000_000, 1_500_000_000_000, 1_500_000_000
     ],
 )
 def test_a_column_of_mixed_times_is_refused_with_a_row_of_each(
-    engine: PrepareEngine, tmp_path: Path, times: tuple[object, ...], rows: tuple[int, int]
+    embedded: PrepareEngine, tmp_path: Path, times: tuple[object, ...], rows: tuple[int, int]
 ) -> None:
     examples = [f"{str(times[row - 1])!r} in data row {row}" for row in rows]
-    refuse(engine, csv_of(tmp_path / "log.csv", *times), "log.csv", "prepare.interactions.time 'time'", *examples)
+    refuse(embedded, csv_of(tmp_path / "log.csv", *times), "log.csv", "prepare.interactions.time 'time'", *examples)
 
 
 @pytest.mark.parametrize("one", [SECONDS, SECONDS + 0.5])
@@ -168,10 +163,10 @@ def test_units_are_compared_over_all_files_and_in_numbers(engine: PrepareEngine,
     refuse(engine, tmp_path / "log", "prepare.interactions.time", "data row 1", "data row 2")
 
 
-def test_the_remedy_for_times_that_seem_mixed_is_to_say_the_unit(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_the_remedy_for_times_that_seem_mixed_is_to_say_the_unit(embedded: PrepareEngine, tmp_path: Path) -> None:
     path = csv_of(tmp_path / "log.csv", MILLIS, 0, 5_000)
-    refuse(engine, path, "time_unit=ms")
-    assert [row["order"] for row in read(engine, path, time_unit="ms")] == [1.5e9, 0.0, 5.0]
+    refuse(embedded, path, "time_unit=ms")
+    assert [row["order"] for row in read(embedded, path, time_unit="ms")] == [1.5e9, 0.0, 5.0]
 
 
 @pytest.mark.parametrize(("unit", "time"), [("s", SECONDS), ("ms", MILLIS), ("us", MICROS), ("ns", NANOS)])
@@ -232,13 +227,13 @@ NO_IDS = {
 
 @pytest.mark.parametrize("users", NO_IDS.values(), ids=NO_IDS.keys())
 def test_values_of_json_that_are_no_ids_are_refused(
-    engine: PrepareEngine, tmp_path: Path, users: tuple[str, ...]
+    embedded: PrepareEngine, tmp_path: Path, users: tuple[str, ...]
 ) -> None:
-    refuse(engine, jsonl_of(tmp_path / "log.jsonl", *users), "log.jsonl", "prepare.interactions.user")
+    refuse(embedded, jsonl_of(tmp_path / "log.jsonl", *users), "log.jsonl", "prepare.interactions.user")
     (tmp_path / "log").mkdir()
     for row, user in enumerate(users):
         jsonl_of(tmp_path / "log" / f"{row}.jsonl", user)
-    refuse(engine, tmp_path / "log", "prepare.interactions.user")
+    refuse(embedded, tmp_path / "log", "prepare.interactions.user")
 
 
 @pytest.mark.parametrize(
@@ -251,23 +246,23 @@ def test_values_of_json_that_are_no_ids_are_refused(
     ],
 )
 def test_values_of_json_that_are_ids_are_taken(
-    engine: PrepareEngine, tmp_path: Path, users: tuple[str, ...], expected: list[object]
+    embedded: PrepareEngine, tmp_path: Path, users: tuple[str, ...], expected: list[object]
 ) -> None:
-    assert [row["user"] for row in read(engine, jsonl_of(tmp_path / "log.jsonl", *users))] == expected
+    assert [row["user"] for row in read(embedded, jsonl_of(tmp_path / "log.jsonl", *users))] == expected
 
 
-def test_a_field_that_a_line_of_json_has_twice_is_refused(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_a_field_that_a_line_of_json_has_twice_is_refused(embedded: PrepareEngine, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"user": 1, "item": 1, "time": 1, "user": 2}\n')
-    refuse(engine, tmp_path / "log.jsonl", "log.jsonl", "user")
+    refuse(embedded, tmp_path / "log.jsonl", "log.jsonl", "user")
 
 
 @pytest.mark.parametrize("name", ["it's", 'say "x"', "a/b", "a.b", "$", "ü", "a~0b", "back\\slash", "[0]"])
-def test_fields_of_json_may_have_any_name(engine: PrepareEngine, tmp_path: Path, name: str) -> None:
+def test_fields_of_json_may_have_any_name(embedded: PrepareEngine, tmp_path: Path, name: str) -> None:
     lines = [{name: user, "item": "i", "time": 1} for user in ("a", 1)]
     (tmp_path / "log.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    assert [row["user"] for row in read(engine, tmp_path / "log.jsonl", user=name)] == ["a"]
+    assert [row["user"] for row in read(embedded, tmp_path / "log.jsonl", user=name)] == ["a"]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    refuse(engine, tmp_path / "log.jsonl", "prepare.interactions.user", user=name)
+    refuse(embedded, tmp_path / "log.jsonl", "prepare.interactions.user", user=name)
 
 
 COLUMNS: dict[str, pa.Array] = {

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rarec.data.dataset import PreparedDataset
-from rarec.data.preparation.leakage import check_no_leaks
-from rarec.data.selection.sampling import select_samples
+from rarec.data.leakage import check_no_leaks
+from rarec.data.selection import select_samples
 from rarec.entry import open_run
 from rarec.errors import UserError
 from tests.conftest import make_world

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from rarec.config.neighbours import NeighbourConfig, Neighbours
-from rarec.data.columns import IN_MEMORY, Scratch
 from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import PrepareEngine, open_engine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
 from rarec.data.engines.table_files import find_files
+from rarec.data.tables import IN_MEMORY, Scratch
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.neighbours import base

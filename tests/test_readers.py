@@ -15,7 +15,6 @@ import pytest
 
 from rarec.config.logs import Interactions, Items
 from rarec.data.engines import PrepareEngine, compute_value
-from rarec.data.engines.duckdb_engine import DuckDBEngine
 from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation.inputs import read_catalogue, read_log, table_location
 from rarec.errors import UserError
@@ -66,10 +65,10 @@ def test_every_format_gives_the_same_rows_in_order_with_other_columns_ignored(
     "ids", [["007", "7"], ["7", "x"], ["+7", "8"], ["7.0", "8"], ["9" * 19, "1"], ["2020-01-01", "2"], ["-0", "1"]]
 )
 def test_a_csv_column_with_one_id_that_is_no_canonical_integer_stays_text(
-    engine: PrepareEngine, tmp_path: Path, ids: list[str]
+    embedded: PrepareEngine, tmp_path: Path, ids: list[str]
 ) -> None:
     path = write_table(tmp_path / "log.csv", ["user", "item", "time"], [(value, "i", 1) for value in ids])
-    assert [row["user"] for row in read(engine, path)] == ids
+    assert [row["user"] for row in read(embedded, path)] == ids
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
@@ -103,9 +102,9 @@ def test_ids_of_any_length_stay_apart(engine: PrepareEngine, tmp_path: Path) -> 
         assert [row["user"] for row in read(engine, tmp_path / "log.parquet")] == [str(v) for v in column.to_pylist()]
 
 
-def test_a_newline_at_the_end_is_part_of_an_id(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_a_newline_at_the_end_is_part_of_an_id(embedded: PrepareEngine, tmp_path: Path) -> None:
     path = write_table(tmp_path / "log.csv", ["user", "item", "time"], [("7\n", "a", 1), ("8", "b", 2)])
-    assert [row["user"] for row in read(engine, path)] == ["7\n", "8"]
+    assert [row["user"] for row in read(embedded, path)] == ["7\n", "8"]
 
 
 def test_a_path_is_no_pattern_and_may_hold_anything(engine: PrepareEngine, tmp_path: Path) -> None:
@@ -126,22 +125,22 @@ def test_lists_of_json_are_json_and_those_of_parquet_are_refused(engine: Prepare
         read_catalogue(engine, config, table_location(config, "prepare.items"), print)
 
 
-def test_a_header_between_the_rows_of_a_catalogue_is_refused(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_a_header_between_the_rows_of_a_catalogue_is_refused(embedded: PrepareEngine, tmp_path: Path) -> None:
     rows = [("i", "A"), ("item", "title"), ("j", "B")]
     config = Items(path=str(write_table(tmp_path / "a.csv", ["item", "title"], rows)), item="item", title="title")
     with pytest.raises(UserError, match=r"a\.csv, data row 2\b"):
-        read_catalogue(engine, config, table_location(config, "prepare.items"), print)
+        read_catalogue(embedded, config, table_location(config, "prepare.items"), print)
 
 
-def test_two_objects_on_a_line_are_not_read_as_one(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_two_objects_on_a_line_are_not_read_as_one(embedded: PrepareEngine, tmp_path: Path) -> None:
     line = '{"user": "u", "item": "i", "time": 1}'
     (tmp_path / "log.jsonl").write_text(f"{line}\n{line}{line}\n")
-    refuse(engine, tmp_path / "log.jsonl", "log.jsonl")
+    refuse(embedded, tmp_path / "log.jsonl", "log.jsonl")
 
 
-def test_the_mark_for_broken_text_may_be_text(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_the_mark_for_broken_text_may_be_text(embedded: PrepareEngine, tmp_path: Path) -> None:
     path = write_table(tmp_path / "log.csv", ["user", "item", "time"], [("u\ufffd", "i", 1)])
-    assert read(engine, path)[0]["user"] == "u\ufffd"
+    assert read(embedded, path)[0]["user"] == "u\ufffd"
 
 
 def test_every_file_of_a_table_needs_the_columns(engine: PrepareEngine, tmp_path: Path) -> None:
@@ -163,24 +162,26 @@ def test_times_in_nanoseconds_or_days(embedded: PrepareEngine, tmp_path: Path) -
         )
 
 
-def test_what_lies_in_a_hidden_directory_is_found_when_it_is_named(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_a_hidden_directory_is_read_when_it_is_named(tmp_path: Path) -> None:
     (tmp_path / "_data" / "logs").mkdir(parents=True)
     write_table(tmp_path / "_data" / "logs" / "a.csv", ["user", "item", "time"], [("u", "i", 1)])
     assert len(find_files(f"{tmp_path}/./_data/logs", "f").paths) == 1
 
 
-def test_quotes_belong_to_csv_and_are_plain_characters_in_recbole_files(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_quotes_belong_to_csv_and_are_plain_characters_in_recbole_files(
+    embedded: PrepareEngine, tmp_path: Path
+) -> None:
     quoted = tmp_path / "a.csv"
     quoted.write_text('\ufeffuser,item,time\r\n"u, ""1""","two\nlines",1\r\n,"",2\r\n', encoding="utf-8")
-    assert [(row["user"], row["item"]) for row in read(engine, quoted)] == [('u, "1"', "two\nlines"), (None, None)]
+    assert [(row["user"], row["item"]) for row in read(embedded, quoted)] == [('u, "1"', "two\nlines"), (None, None)]
     plain = tmp_path / "b.inter"
     plain.write_text('user:token\titem:token\ttime:float\nu\t"half\t1\nv\tit"s\t2\n')
-    assert [row["item"] for row in read(engine, plain)] == ['"half', 'it"s']
+    assert [row["item"] for row in read(embedded, plain)] == ['"half', 'it"s']
 
 
-def test_names_that_differ_by_case_alone_are_two_columns(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_names_that_differ_by_case_alone_are_two_columns(embedded: PrepareEngine, tmp_path: Path) -> None:
     path = write_table(tmp_path / "log.csv", ["Item", "item", "user", "time"], [("A", "b", "u", 1)])
-    assert read(engine, path)[0]["item"] == "b"
+    assert read(embedded, path)[0]["item"] == "b"
 
 
 def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path: Path) -> None:
@@ -197,16 +198,16 @@ def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path: Path
     assert list(find_files(f"{logs}/**/*.csv", "f").paths) == expected
 
 
-def test_a_directory_and_a_glob_are_read_by_name_and_hidden_files_passed_over(
-    engine: PrepareEngine, tmp_path: Path
+def test_a_directory_and_a_glob_are_read_by_name_and_hidden_files_skipped(
+    embedded: PrepareEngine, tmp_path: Path
 ) -> None:
     folder = tmp_path / "parts"
     (folder / "deep").mkdir(parents=True)
     for name, user in (("b.csv", "u2"), ("a.csv", "u1"), ("deep/c.csv", "u3"), (".x.csv", "no"), ("_y.csv", "no")):
         write_table(folder / name, ["user", "item", "time"], [(user, "i", 1)])
     (folder / "_SUCCESS").touch()
-    assert [row["user"] for row in read(engine, folder)] == ["u1", "u2", "u3"]
-    assert [row["user"] for row in read(engine, folder / "[ab].csv")] == ["u1", "u2"]
+    assert [row["user"] for row in read(embedded, folder)] == ["u1", "u2", "u3"]
+    assert [row["user"] for row in read(embedded, folder / "[ab].csv")] == ["u1", "u2"]
     one, all_of_them = (hash_files(find_files(str(path), "f")) for path in (folder / "a.csv", folder))
     assert one != all_of_them
 
@@ -232,20 +233,20 @@ def test_a_missing_column_is_named_with_the_nearest_and_all_that_are_there(
     engine: PrepareEngine, tmp_path: Path, suffix: str
 ) -> None:
     path = write_table(tmp_path / f"log.{suffix}", ["item", "user", "zTime"], [("i", "u", 1)])
-    refuse(engine, path, str(path), "no column 'time' (prepare.interactions.time)", "'zTime'?", "item, user, zTime")
+    refuse(engine, path, str(path), "no column 'time' (prepare.interactions.time)", "`zTime`?", "item, user, zTime")
 
 
-def test_what_is_not_there_or_empty_is_refused(engine: PrepareEngine, tmp_path: Path) -> None:
-    refuse(engine, tmp_path / "none.csv", "prepare.interactions.path", "none.csv does not exist", ".parquet")
+def test_what_is_not_there_or_empty_is_refused(embedded: PrepareEngine, tmp_path: Path) -> None:
+    refuse(embedded, tmp_path / "none.csv", "prepare.interactions.path", "none.csv does not exist", ".parquet")
     (tmp_path / "empty.csv").touch()
-    refuse(engine, tmp_path / "empty.csv", "empty.csv is empty")
+    refuse(embedded, tmp_path / "empty.csv", "empty.csv is empty")
     for suffix in ("csv", "inter", "tsv"):
         path = write_table(tmp_path / f"header.{suffix}", ["user", "item", "time"], [])
-        refuse(engine, path, str(path), "rows")
+        refuse(embedded, path, str(path), "rows")
     (tmp_path / "log.xls").write_text("x")
-    refuse(engine, tmp_path / "log.xls", "log.xls has no known suffix", ".jsonl")
+    refuse(embedded, tmp_path / "log.xls", "log.xls has no known suffix", ".jsonl")
     write_table(tmp_path / "mixed.parquet", ["user", "item", "time"], [("u", "i", 1)])
-    refuse(engine, tmp_path / "[hm]*.*", "several formats")
+    refuse(embedded, tmp_path / "[hm]*.*", "several formats")
 
 
 @pytest.mark.parametrize(
@@ -263,14 +264,13 @@ def test_what_is_not_there_or_empty_is_refused(engine: PrepareEngine, tmp_path: 
     ],
 )
 def test_rows_that_cannot_be_read_are_named(
-    engine: PrepareEngine, tmp_path: Path, name: str, content: bytes, parts: tuple[str, ...]
+    embedded: PrepareEngine, tmp_path: Path, name: str, content: bytes, parts: tuple[str, ...]
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    said = parts if isinstance(engine, DuckDBEngine) else ()  # Spark words it differently, and knows no line
-    refuse(engine, tmp_path / name, str(tmp_path / name), *said)
+    refuse(embedded, tmp_path / name, str(tmp_path / name), *parts)
 
 
-def test_files_of_one_table_need_one_header(engine: PrepareEngine, tmp_path: Path) -> None:
+def test_files_of_one_table_need_one_header(embedded: PrepareEngine, tmp_path: Path) -> None:
     write_table(tmp_path / "a.csv", ["user", "item", "time"], [("u", "i", 1)])
     write_table(tmp_path / "b.csv", ["item", "user", "time"], [("i", "u", 1)])
-    refuse(engine, tmp_path, "b.csv", "item, user, time", "header")
+    refuse(embedded, tmp_path, "b.csv", "item, user, time", "header")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rarec.data.columns import Scratch
+from rarec.data.tables import Scratch
 from rarec.entry import open_run
 from rarec.models.encode import Encoder
 from rarec.stages.shard_content import ShardContent

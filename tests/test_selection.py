@@ -14,9 +14,15 @@ from hypothesis import strategies as st
 from rarec.config.logs import Prepare
 from rarec.config.schema import Shards
 from rarec.data.dataset import PreparedDataset
-from rarec.data.selection.buckets import MOST, Buckets, GroupSampler, even_shares
-from rarec.data.selection.sampling import Selection, select_samples
-from rarec.data.selection.title_words import TitleWords, split_words
+from rarec.data.selection import (
+    LARGEST_GROUP,
+    GroupSampler,
+    Selection,
+    equal_frequency,
+    even_shares,
+    select_samples,
+)
+from rarec.data.title_words import TitleWords, split_words
 from rarec.errors import UserError
 from tests.datasets import prepare_dataset
 from tests.synthetic import write_log
@@ -112,18 +118,18 @@ def test_sharing_a_word_is_what_sets_say(titles: list[list[str]], lengths: list[
 
 def test_denoise_in_parts_is_denoise_at_once(synthetic: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pairs(select_samples(synthetic, Shards(denoise=True), seed=0))
-    monkeypatch.setattr("rarec.data.selection.sampling.AT_A_TIME", 50)
+    monkeypatch.setattr("rarec.data.selection.BLOCK", 50)
     assert pairs(select_samples(synthetic, Shards(denoise=True), seed=0)) == whole
     assert 0 < len(whole) < synthetic.manifest["counts"]["training_samples"]
 
 
 def test_buckets_hold_equally_many_and_equal_numbers_share_one() -> None:
-    buckets = Buckets.equal_frequency(np.array([9, 1, 5, 3, 7, 2, 8, 4, 6, 10]), 5)
-    assert buckets.of_V.tolist() == [4, 0, 2, 1, 3, 0, 3, 1, 2, 4]
-    assert buckets.ranges == [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)]
-    ties = Buckets.equal_frequency(np.array([1, 1, 1, 1, 1, 1, 2, 3]), 4)
-    assert len(set(ties.of_V[:6].tolist())) == 1
-    assert [pair for pair in ties.ranges if pair] == [(1, 1), (2, 3)]
+    buckets, ranges = equal_frequency(np.array([9, 1, 5, 3, 7, 2, 8, 4, 6, 10]), 5)
+    assert buckets.tolist() == [4, 0, 2, 1, 3, 0, 3, 1, 2, 4]
+    assert ranges == [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)]
+    buckets, ranges = equal_frequency(np.array([1, 1, 1, 1, 1, 1, 2, 3]), 4)
+    assert len(set(buckets[:6].tolist())) == 1
+    assert [pair for pair in ranges if pair] == [(1, 1), (2, 3)]
 
 
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5), wanted=st.integers(1, 30), seed=st.integers(0, 99))
@@ -145,20 +151,21 @@ def draw_from(groups: Ints, wanted: Ints, blocks: int, seed: int) -> Ints:
 
 @given(groups=st.lists(st.integers(-1, 2), min_size=8, max_size=40), blocks=st.integers(1, 8), seed=st.integers(0, 99))
 def test_what_passes_by_is_drawn_once_and_as_often_as_wanted(groups: list[int], blocks: int, seed: int) -> None:
-    of, wanted = np.array(groups), np.array([0, 3, 99])
-    drawn = draw_from(of, wanted, blocks, seed)
+    groups_S, wanted = np.array(groups), np.array([0, 3, 99])
+    drawn = draw_from(groups_S, wanted, blocks, seed)
     assert sorted(set(drawn.tolist())) == drawn.tolist()
-    there = np.bincount(of[of >= 0], minlength=3)
-    assert np.bincount(of[drawn], minlength=3).tolist() == np.minimum(wanted, there).tolist()
+    sizes = np.bincount(groups_S[groups_S >= 0], minlength=3)
+    assert np.bincount(groups_S[drawn], minlength=3).tolist() == np.minimum(wanted, sizes).tolist()
 
 
 def test_of_more_samples_than_numpy_draws_from_as_many_are_drawn_as_wanted() -> None:
-    """A block of a group of three billion; at the end of the group, what is missing is drawn."""
+    """A block of a group of three billion; all but one of a group."""
     sampler = GroupSampler(np.array([3 * 10**9]), np.array([10**9]), np.random.default_rng(0))
     drawn = len(sampler.draw(np.zeros(30_000, np.int64)))
     assert drawn == pytest.approx(10_000, abs=500)
-    assert sampler._number(5, MOST + 1, MOST + 1) == 5
-    assert sampler._number(MOST, MOST + 1, MOST) in (MOST - 1, MOST)
+    size = LARGEST_GROUP + 30_000
+    sampler = GroupSampler(np.array([size]), np.array([size - 1]), np.random.default_rng(0))
+    assert len(sampler.draw(np.zeros(30_000, np.int64))) in (29_999, 30_000)
 
 
 def test_each_of_a_group_has_the_same_chance_in_every_block() -> None:

@@ -12,7 +12,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.data.selection.sampling import select_samples
+from rarec.data.selection import select_samples
 from rarec.data.shards.files import INDEX, open_index, write_index
 from rarec.data.shards.samples import INDEX_ROW, Sample, index_tar, key_of, read_sample, write_tar
 from rarec.data.shards.writing import PROGRESS, write_shards

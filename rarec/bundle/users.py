@@ -29,7 +29,7 @@ from rarec.console.progress import track
 from rarec.data.engines import PrepareEngine, compute_value, open_engine
 from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation import steps
-from rarec.data.preparation.inputs import missing_order_error, read_log, table_location
+from rarec.data.preparation.inputs import check_order, read_log, table_location
 from rarec.data.tables import read_columns
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
@@ -122,9 +122,7 @@ def _read_log(engine: PrepareEngine, prepare: Prepare, user: str | None) -> ir.T
     config = prepare.interactions
     location = table_location(config, "log")
     log = steps.drop_missing_ids(read_log(engine, config, location))
-    bad = compute_value(engine, log.order.isnull().sum())
-    if bad:
-        raise missing_order_error(engine, config, location, bad)
+    check_order(engine, config, location, log)
     if user is not None:
         log = engine.keep("of_user", log.filter(log.user.cast("string") == user))
         if not compute_value(engine, log.count()):

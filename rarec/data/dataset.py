@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data import tables
-from rarec.data.columns import Column, TableColumns
+from rarec.data.tables import Column, TableColumns
 from rarec.storage.artefacts import check_files, read_manifest
 
 Int32 = npt.NDArray[np.int32]
@@ -84,10 +84,10 @@ class PreparedDataset:
         """
         manifest = read_manifest(directory, "prepare")
         check_files(directory, manifest, remember=True)
-        orders = map(tables.interactions_schema, ("time", "position"))
-        users = TableColumns(directory, tables.USERS, list(map(tables.users_schema, tables.ID_TYPES)))
-        items = TableColumns(directory, tables.ITEMS, list(map(tables.items_schema, tables.ID_TYPES)))
-        interactions = TableColumns(directory, tables.INTERACTIONS, list(orders))
+        users = TableColumns(directory, tables.USERS, [tables.users_schema(kind) for kind in tables.ID_TYPES])
+        items = TableColumns(directory, tables.ITEMS, [tables.items_schema(kind) for kind in tables.ID_TYPES])
+        schemas = [tables.interactions_schema(order) for order in ("time", "position")]
+        interactions = TableColumns(directory, tables.INTERACTIONS, schemas)
         return cls(
             directory=directory,
             manifest=manifest,
@@ -158,15 +158,7 @@ class PreparedDataset:
     def training_items(self) -> Iterator[tuple[slice, Int32]]:
         """Yield runs of users, and the item rows of all their training interactions, user by user, oldest first."""
         for users in self.user_blocks():
-            _, trains_i = self.places(users)
-            items_i = self.item_rows_I[int(self.starts_U[users.start]) :][: len(trains_i)]
-            yield users, items_i[trains_i]
-
-    def places(self, users: slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Return each interaction's place in its user's sequence (i,), and whether it trains, of users in a row."""
-        lengths_u = self.lengths_U[users].astype(np.int64)
-        places_i = np.arange(lengths_u.sum()) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
-        return places_i, places_i < np.repeat(self.train_length_U[users], lengths_u)
+            yield users, self.items_at(*self.training_positions(users))
 
     def user_blocks(self, interactions: int = BLOCK) -> Iterator[slice]:
         """Yield all users in runs with at most so many interactions, or of one user: it bounds the memory of a pass."""
@@ -187,18 +179,23 @@ class PreparedDataset:
         """Return the item rows before `position` in the user's sequence, oldest first, as a view."""
         return self.sequence(user_row)[:position]
 
-    def training_samples(self, users: slice = slice(None)) -> tuple[Int32, Int32]:
-        """Return the training positions with a history, of all users or of some that stand in a row.
+    def training_positions(self, users: slice = slice(None)) -> tuple[Int32, Int32]:
+        """Return the positions of the training interactions of all users, or of a run of users.
 
         Returns:
-            user_rows_S, positions_S: sorted by user, then position.
+            user_rows_i, positions_i: sorted by user, then position.
         """
         rows_u = np.arange(self.n_users, dtype=np.int32)[users]
-        counts_u = np.maximum(self.train_length_U[users] - 1, 0)
-        user_rows_S = np.repeat(rows_u, counts_u)
-        before_u = np.cumsum(counts_u, dtype=np.int64) - counts_u
-        positions_S = np.arange(len(user_rows_S)) - np.repeat(before_u, counts_u) + 1
-        return user_rows_S, positions_S.astype(np.int32)
+        lengths_u = self.train_length_U[users].astype(np.int64)
+        starts_u = np.cumsum(lengths_u) - lengths_u
+        positions_i = np.arange(lengths_u.sum()) - np.repeat(starts_u, lengths_u)
+        return np.repeat(rows_u, lengths_u), positions_i.astype(np.int32)
+
+    def training_samples(self, users: slice = slice(None)) -> tuple[Int32, Int32]:
+        """Return the training positions with a history: those of `training_positions` but each user's first."""
+        user_rows_i, positions_i = self.training_positions(users)
+        has_history_i = positions_i > 0
+        return user_rows_i[has_history_i], positions_i[has_history_i]
 
     def items_at(self, user_rows: Int32, positions: Int32) -> Int32:
         """Return the item row at each of (S,) positions of (S,) users."""

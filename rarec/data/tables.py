@@ -1,9 +1,20 @@
-"""Schemas of the prepared tables, and Parquet files whose bytes depend on the rows alone."""
+"""The prepared tables: their schemas, Parquet files whose bytes depend on the rows alone, and memory-mapped columns.
 
-from collections.abc import Iterable, Sequence
+Parquet is what other programs read; it has to be decoded and cannot be mapped. So each column is written once more, and
+a dataset of any size opens at once: numbers as a `.npy` file, ids and texts as an Arrow file in batches of `ROW_GROUP`.
+"""
+
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -12,12 +23,25 @@ from rarec.errors import UserError
 if TYPE_CHECKING:
     import ibis.expr.types as ir
 
+T = TypeVar("T", covariant=True)
+Rows = npt.NDArray[np.integer]
+Write = Callable[[pa.Table], object]
+"""Appends rows of one column to a file."""
+
 ROW_GROUP = 1 << 17
 """Rows of a row group: fixed, so that an engine's batch size does not change the file."""
 
 ITEMS, USERS, INTERACTIONS = "items.parquet", "users.parquet", "interactions.parquet"
 ID_TYPES = (pa.int64(), pa.string())
 REBUILD = "rebuild it: rarec prepare CONFIG --fresh"
+FOLDER = "columns"
+NUMBERS = {
+    USERS: ("start", "length", "train_length", "validation", "test"),
+    ITEMS: ("train_count",),
+    INTERACTIONS: ("item_row",),
+}
+TEXTS = {USERS: ("user_id",), ITEMS: ("item_id", "title", "text"), INTERACTIONS: ()}
+"""Columns of ids, which may be numbers, and of texts."""
 
 
 def id_type(column: "ir.Column") -> pa.DataType:
@@ -45,18 +69,18 @@ def interactions_schema(order: str) -> pa.Schema:
     return _schema({"user_row": pa.int32(), "item_row": pa.int32(), order: pa.float64()})
 
 
-def write_rows(rows: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema) -> int:
+def write_rows(rows: Iterable[pa.RecordBatch], path: Path | BinaryIO, schema: pa.Schema) -> int:
     """Stream record batches into a Parquet file with row groups of a fixed size.
 
     Args:
         rows: record batches with at least the columns of the schema.
-        path: file to write.
+        path: file to write, or an open one.
         schema: columns and types of the file.
 
     Returns:
         The number of rows.
     """
-    total, pending = 0, pa.table({name: pa.array([], kind) for name, kind in _types(schema)}, schema=schema)
+    total, pending = 0, schema.empty_table()
     # without dictionary encoding: half the time and two thirds of the bytes
     with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
         for batch in rows:
@@ -70,26 +94,6 @@ def write_rows(rows: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema) ->
     return total
 
 
-def table_shape(path: Path, schemas: Sequence[pa.Schema]) -> tuple[int, pa.Schema]:
-    """Return the number of rows of a table, and its schema.
-
-    Args:
-        path: Parquet file; only its end is read.
-        schemas: the schemas that it may have.
-
-    Raises:
-        UserError: the file has another schema, or is not Parquet.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            rows, schema = file.metadata.num_rows, file.schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}", REBUILD) from None
-    if schema not in schemas:
-        raise UserError(f"{path} does not have the columns {', '.join(schemas[0].names)}, or their types", REBUILD)
-    return rows, schema
-
-
 def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read columns of a Parquet file, all of them by default.
 
@@ -99,9 +103,209 @@ def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:
         return file.read(columns)
 
 
+class Column(Sequence[T]):
+    """A column of ids or texts; a value is read on access.
+
+    Args:
+        values: in chunks of `ROW_GROUP` rows, but for the last.
+    """
+
+    def __init__(self, values: pa.ChunkedArray) -> None:
+        self._values = values
+
+    @classmethod
+    def of(cls, values: Sequence[Any] | pa.Array) -> "Column[Any]":
+        """Return a column of values in memory."""
+        whole = values if isinstance(values, pa.Array) else pa.array(values)
+        chunks = [whole.slice(start, ROW_GROUP) for start in range(0, len(whole), ROW_GROUP)]
+        return cls(pa.chunked_array(chunks, whole.type))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        value: T = self._values[index].as_py()
+        return value
+
+    def __iter__(self) -> Iterator[T]:
+        for chunk in self._values.chunks:
+            yield from chunk.to_pylist()
+
+    def take(self, rows: Rows) -> pa.Array:
+        """Return the values of some rows, in their order."""
+        rows = np.asarray(rows, np.int64)
+        chunks = rows // ROW_GROUP
+        order = np.argsort(chunks, kind="stable")
+        parts = [
+            self._values.chunk(int(chunk)).take(pa.array(rows[chunks == chunk] - chunk * ROW_GROUP))
+            for chunk in np.unique(chunks)
+        ]
+        if not parts:
+            return pa.array([], self._values.type)
+        return pa.concat_arrays(parts).take(pa.array(np.argsort(order)))
+
+    def whole(self) -> pa.Array:
+        """Return all values as one array in memory."""
+        return self._values.combine_chunks()
+
+
+def write_columns(directory: Path) -> None:
+    """Write the columns of a prepared dataset from its tables, a row group at a time."""
+    (directory / FOLDER).mkdir()
+    for table in (USERS, ITEMS, INTERACTIONS):
+        with pq.ParquetFile(directory / table) as file, ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(opened(_path(directory, table, name), file, name))
+                for names, opened in ((NUMBERS[table], _numbers), (TEXTS[table], _texts))
+                for name in names
+            }
+            for group in range(file.num_row_groups):
+                rows = file.read_row_group(group, list(writers)).combine_chunks()
+                for name, write in writers.items():
+                    write(rows.select([name]))
+
+
+def _path(directory: Path, table: str, name: str) -> Path:
+    return directory / FOLDER / f"{Path(table).stem}.{name}{'.npy' if name in NUMBERS[table] else '.arrow'}"
+
+
+class TableColumns:
+    """The columns of one table, each checked to be of its type and as long as the table.
+
+    Args:
+        directory: of the prepared dataset.
+        table: file name of the table.
+        schemas: the schemas that it may have.
+
+    Raises:
+        UserError: the table has another schema, or is not Parquet.
+    """
+
+    def __init__(self, directory: Path, table: str, schemas: Sequence[pa.Schema]) -> None:
+        self._directory, self._table = directory, table
+        path = directory / table
+        try:
+            with pq.ParquetFile(path) as file:  # reads its end only
+                self._rows, self._schema = file.metadata.num_rows, file.schema_arrow
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}", REBUILD) from None
+        if self._schema not in schemas:
+            problem = f"{path} does not have the columns {', '.join(schemas[0].names)}, or their types"
+            raise UserError(problem, REBUILD)
+
+    def numbers(self, name: str) -> npt.NDArray[Any]:
+        """Map a column of numbers.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path, kind = _path(self._directory, self._table, name), self._schema.field(name).type.to_pandas_dtype()
+        values = np.asarray(map_npy(path, REBUILD))
+        self._check(path, len(values), values.dtype == kind and values.ndim == 1)
+        return values
+
+    def texts(self, name: str) -> Column[Any]:
+        """Map a column of ids or texts.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = _path(self._directory, self._table, name)
+        try:
+            with pa.memory_map(str(path)) as file:
+                values = pa.ipc.open_file(file).read_all().column(name)
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise UserError(f"{path} is damaged: {error}", REBUILD) from None
+        in_groups = all(len(chunk) == ROW_GROUP for chunk in values.chunks[:-1])
+        self._check(path, len(values), values.type == self._schema.field(name).type and in_groups)
+        return Column(values)
+
+    def _check(self, path: Path, rows: int, fits: bool) -> None:
+        if not fits or rows != self._rows:
+            raise UserError(f"{path} is not the column of {self._rows:,} rows that it should be", REBUILD)
+
+
+def map_npy(path: Path, remedy: str) -> npt.NDArray[Any]:
+    """Map a `.npy` array of numbers; nothing in the file is executed.
+
+    Raises:
+        UserError: the file is missing or is not an array.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing", remedy)
+    try:
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # NumPy raises exceptions of many kinds on a malformed header
+        raise UserError(f"{path} cannot be read: {error}", remedy) from None
+    return array
+
+
+def release_pages(array: object) -> None:
+    """Release the resident pages of a memory-mapped array; other arrays are left alone.
+
+    The pages count as memory of this process although they are only a cache of the file, and are reloaded on access.
+    """
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap):
+        array.madvise(mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def _numbers(path: Path, source: pq.ParquetFile, name: str) -> Iterator[Write]:
+    """Yield what appends rows to a `.npy` file of as many numbers as the table has rows."""
+    kind = np.dtype(source.schema_arrow.field(name).type.to_pandas_dtype())
+    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False}
+    with path.open("wb") as file:  # plain writes: on a full disk, a mapped file would kill the process
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (source.metadata.num_rows,)})
+        yield lambda rows: file.write(rows.column(0).to_numpy().tobytes())
+
+
+@contextmanager
+def _texts(path: Path, source: pq.ParquetFile, name: str) -> Iterator[Write]:
+    """Yield what appends rows to an Arrow file, a record batch each time."""
+    with pa.ipc.new_file(str(path), pa.schema([source.schema_arrow.field(name)])) as file:
+        yield file.write_table
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Space for large arrays that are computed: in memory while they are small, else in a file without a name.
+
+    Attributes:
+        bytes: size of the largest array in memory.
+        directory: where larger ones are kept; made if need be. Without it, every array is in memory.
+    """
+
+    bytes: int = 0
+    directory: Path | None = None
+
+    def zeros(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return an array of zeros. Its file, if it has one, ends with the process.
+
+        Raises:
+            OSError: the disk has no room for it.
+        """
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if self.directory is None or size <= self.bytes:
+            return np.zeros(shape, dtype)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=self.directory) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # now: a mapped file on a full disk would kill the process
+            return np.memmap(file, dtype, "r+", shape=tuple(shape)).view(np.ndarray)
+
+
+IN_MEMORY = Scratch()
+"""Keeps every array in memory."""
+
+
 def _schema(fields: dict[str, pa.DataType]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields.items()])
-
-
-def _types(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
-    return [(field.name, field.type) for field in schema]

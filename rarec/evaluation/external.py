@@ -22,8 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from rarec.data.columns import Column
-from rarec.data.tables import read_columns
+from rarec.data.tables import Column, read_columns
 from rarec.errors import UserError
 from rarec.evaluation.labels import EXTERNAL
 

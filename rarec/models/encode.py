@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rarec.data.columns import IN_MEMORY, Scratch
+from rarec.data.tables import IN_MEMORY, Scratch
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.source import Source

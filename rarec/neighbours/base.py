@@ -18,7 +18,7 @@ from scipy import sparse
 
 from rarec.config.neighbours import NeighbourConfig
 from rarec.data import tables
-from rarec.data.columns import IN_MEMORY, Scratch
+from rarec.data.tables import IN_MEMORY, Scratch
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pandas as pd
 
-    from rarec.data.columns import Scratch
     from rarec.data.dataset import PreparedDataset
+    from rarec.data.tables import Scratch
     from rarec.ids.source import Source
     from rarec.models.build import SourceShape
     from rarec.models.encode import Encoder
@@ -165,7 +165,7 @@ class Run(RunFolder):
     @property
     def scratch(self) -> "Scratch":
         """Return where the large arrays of a stage are kept."""
-        from rarec.data.columns import Scratch
+        from rarec.data.tables import Scratch
 
         return Scratch(int(self.config.run.memory_gb * 1e9), self.root)
 

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.columns import map_npy
-from rarec.data.selection.sampling import select_samples
+from rarec.data.selection import select_samples
 from rarec.data.shards.files import Tars, open_index
 from rarec.data.shards.loader import ShardDataset
 from rarec.data.shards.samples import REPAIR, Sample, sample_key
@@ -29,6 +28,7 @@ from rarec.data.shards.writing import (
     write_shards,
     wrong_samples,
 )
+from rarec.data.tables import map_npy
 from rarec.errors import UserError
 from rarec.models.encode import STATES_AT_A_TIME, Split, text_states
 from rarec.prompts import Encoded

@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 
 from rarec.config import Variant
-from rarec.data.columns import map_npy
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.feed import Feed
 from rarec.data.shards.files import INDEX
 from rarec.data.shards.loader import BatchLoader
 from rarec.data.shards.samples import REPAIR
+from rarec.data.tables import map_npy
 from rarec.distributed.signals import StopSignals
 from rarec.distributed.world import World
 from rarec.models.build import aligned_blocks, slots_reserved, trained_parameters, whole_size

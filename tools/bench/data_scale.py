@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from rarec.config import RunConfig
 from rarec.data import tables
-from rarec.data.columns import write_columns
 from rarec.data.dataset import PreparedDataset
-from rarec.data.selection.sampling import select_samples
+from rarec.data.selection import select_samples
+from rarec.data.tables import write_columns
 from rarec.stages.run import Run
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.directories import new_directory

@@ -1,9 +1,11 @@
 """The DuckDB engine, which runs in this process and spills to disk, and its variant that reads tables of a database."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,33 @@ import duckdb
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from rarec.data.engines.duckdb_scan import DATABASE, identifier, quoted, scan
-from rarec.data.engines.file_checks import check_parquet_columns, raise_if_damaged
 from rarec.data.engines.prepare_engine import (
     InputTable,
     NamedTable,
     TableLocation,
     check_columns,
     check_types,
-    display_name,
 )
-from rarec.data.engines.table_files import TableFiles
+from rarec.data.engines.table_files import (
+    DELIMITED,
+    TableFiles,
+    check_gzip,
+    check_parquet,
+    read_header,
+)
+from rarec.data.tables import write_rows
 from rarec.errors import UserError
+
+DATABASE = "given"
+"""Alias of the user's attached database."""
+JSON_INTEGERS = ("UBIGINT", "BIGINT", "HUGEINT")
+"""DuckDB's integer types of JSON values; read as text, because they may exceed 64 bits."""
+COMPUTING = (
+    "the preparation failed",
+    "repair or rewrite the file if one is named; else raise prepare.memory, or free space in prepare.scratch",
+)
+"""Problem and remedy of an error during computation: no memory, no disk space, or a file that changed."""
 
 
 class DuckDBEngine:
@@ -48,30 +63,24 @@ class DuckDBEngine:
         self._kept: dict[str, int] = {}
         self._systems: set[str] = set()
         if memory is not None:
-            with _setting("prepare.memory", "write it like 8GB"):
-                self._execute(f"SET memory_limit = {quoted(memory)}")
+            with _explained("prepare.memory", "write it like 8GB"):
+                self._execute(f"SET memory_limit = {_quoted(memory)}")
         if database is not None:
-            with _setting(f"prepare.engine: {database}", "name a DuckDB file: duckdb:///path/to/file"):
-                self._execute(f"ATTACH {quoted(database)} AS {DATABASE} (READ_ONLY)")
+            with _explained(f"prepare.engine: {database}", "name a DuckDB file: duckdb:///path/to/file"):
+                self._execute(f"ATTACH {_quoted(database)} AS {DATABASE} (READ_ONLY)")
 
     def read(
         self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
     ) -> InputTable:
         """See `PrepareEngine`. Parquet and database tables are scanned in place; other formats are copied first."""
-        if isinstance(location, NamedTable) and self._database is None:
-            problem = f"{section}.table: {location.name}: the engine duckdb has no named tables"
-            raise UserError(problem, "use prepare.engine: duckdb:///path/to/file, or another database, or set a path")
         with _readable(location):
-            if isinstance(location, TableFiles) and location.system is not None:
-                self._register(location)
-            if isinstance(location, TableFiles) and location.format != "parquet":
-                raise_if_damaged(location, ())
-            source = scan(location, self._query)
+            if isinstance(location, TableFiles):
+                check_gzip(location)
+            source = self._scan(location, section)
             check_columns(source.columns, roles, location, section)
             if isinstance(location, TableFiles) and location.format == "parquet":
-                check_parquet_columns(location, roles.values())
-                raise_if_damaged(location, roles.values())
-            select = [f"{source.columns[name]} AS {identifier(role)}" for role, name in roles.items()]
+                check_parquet(location, roles.values(), pages=True)
+            select = [f"{source.columns[name]} AS {_identifier(role)}" for role, name in roles.items()]
             if lines:
                 # makes a scan return rows in file order
                 self._execute("SET preserve_insertion_order = true")
@@ -86,20 +95,20 @@ class DuckDBEngine:
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
         """See `PrepareEngine`."""
-        with _computing():
+        with _explained(*COMPUTING):
             return self._keep(name, _sql(expression))
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
         """See `PrepareEngine`."""
-        with _computing():
-            found = self._stream(expression).read_all()
+        with _explained(*COMPUTING):
+            table = self._stream(expression).read_all()
         # DuckDB sums integers in 128 bits, which Arrow returns as decimals
-        rows: list[dict[str, Any]] = found.cast(expression.schema().to_pyarrow()).to_pylist()
+        rows: list[dict[str, Any]] = table.cast(expression.schema().to_pyarrow()).to_pylist()
         return rows
 
     def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
         """See `PrepareEngine`."""
-        with _computing():
+        with _explained(*COMPUTING):
             yield from self._stream(expression)
 
     def close(self) -> None:
@@ -107,21 +116,11 @@ class DuckDBEngine:
         self._ibis.disconnect()
         shutil.rmtree(self._spill, ignore_errors=True)
 
-    def _execute(self, sql: str) -> None:
-        self._duckdb.execute(sql)
-
-    def _query(self, sql: str) -> list[tuple[Any, ...]]:
-        return self._duckdb.execute(sql).fetchall()
+    def _execute(self, sql: str) -> duckdb.DuckDBPyConnection:
+        return self._duckdb.execute(sql)
 
     def _stream(self, expression: ir.Table) -> pa.RecordBatchReader:
         return pa.RecordBatchReader.from_stream(self._duckdb.sql(_sql(expression)))
-
-    def _register(self, files: TableFiles) -> None:
-        """Register the files' fsspec file system with DuckDB."""
-        protocol = files.paths[0].partition("://")[0]
-        if protocol not in self._systems:
-            self._duckdb.register_filesystem(files.system)
-            self._systems.add(protocol)
 
     def _view(self, name: str, sql: str) -> ir.Table:
         self._execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {sql}")
@@ -138,6 +137,51 @@ class DuckDBEngine:
     def _table(self, name: str) -> ir.Table:
         table: ir.Table = self._ibis.table(name, database=("temp", "main"))
         return table
+
+    def _scan(self, location: TableLocation, section: str) -> "_Scan":
+        """Find the columns of a table; only as much of the table as that needs is read.
+
+        Raises:
+            UserError: a header is missing or differs between files, or lines are not JSON objects.
+        """
+        if isinstance(location, NamedTable):
+            if self._database is None:
+                remedy = "use prepare.engine: duckdb:///path/to/file, or another database, or set a path"
+                raise UserError(f"{section}.table: {location.table}: the engine duckdb has no named tables", remedy)
+            schema, _, name = location.table.rpartition(".")
+            return self._columnar(".".join(_identifier(part) for part in (DATABASE, schema or "main", name)))
+        protocol = location.paths[0].partition("://")[0]
+        if location.system is not None and protocol not in self._systems:
+            self._duckdb.register_filesystem(location.system)
+            self._systems.add(protocol)
+        if location.format in DELIMITED:
+            return _delimited(location)
+        if location.format == "jsonl":
+            return self._jsonl(location)
+        options = "hive_partitioning=false, binary_as_string=true"
+        return self._columnar(f"read_parquet({_paths(location)}, {options})")
+
+    def _columnar(self, relation: str) -> "_Scan":
+        described = self._execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
+        return _Scan(relation, {name: _native(name, kind) for name, kind, *_ in described}, columnar=True)
+
+    def _jsonl(self, files: TableFiles) -> "_Scan":
+        relation = f"read_ndjson_objects({_paths(files)})"
+        twice = "CASE WHEN len(json_keys(json)) > len(list_distinct(json_keys(json))) THEN json END"
+        query = f"SELECT json_group_structure(json), any_value({twice}) FROM {relation}"
+        structure, double = self._execute(query).fetchall()[0]
+        kinds = json.loads(structure or "{}")
+        if not isinstance(kinds, dict):
+            raise UserError(f"{files.name} has lines that are not JSON objects", "write one {...} per line")
+        if double is not None:
+            problem = f"{files.name} has a line with two fields of one name: {str(double)[:200]}"
+            raise UserError(problem, "give each field its own name")
+        return _Scan(
+            relation,
+            {name: _json_value(name, kind) for name, kind in kinds.items()},
+            frozenset(name for name, kind in kinds.items() if kind in JSON_INTEGERS),
+            {name: content for name, kind in kinds.items() if (content := _unfit(kind))},
+        )
 
 
 class DatabaseEngine(DuckDBEngine):
@@ -172,7 +216,7 @@ class DatabaseEngine(DuckDBEngine):
         """See `PrepareEngine`. Database rows have no order: numbered rows are sorted by their columns."""
         if not isinstance(location, NamedTable):
             return super().read(location, roles, section, lines=lines)
-        schema, _, name = location.name.rpartition(".")
+        schema, _, name = location.table.rpartition(".")
         try:
             table = self._source.table(name, database=schema or None)
             check_columns(table.columns, roles, location, section)
@@ -181,10 +225,9 @@ class DatabaseEngine(DuckDBEngine):
         except UserError:
             raise
         except Exception as error:  # every driver has its own exceptions
-            problem = f"{section}: {display_name(location)}: {self._scheme} raised {type(error).__name__}: {error}"
-            raise UserError(
-                problem, "check that the table exists (NAME or SCHEMA.NAME) and that you may read it"
-            ) from None
+            problem = f"{section}: {location.name}: {self._scheme} raised {type(error).__name__}: {error}"
+            remedy = "check that the table exists (NAME or SCHEMA.NAME) and that you may read it"
+            raise UserError(problem, remedy) from None
         return super().read(copied, roles, section, lines=lines)
 
     def close(self) -> None:
@@ -196,11 +239,66 @@ class DatabaseEngine(DuckDBEngine):
     def _copy(self, table: ir.Table, section: str) -> TableFiles:
         """Copy the columns to Parquet in the scratch directory."""
         self._spill.mkdir(parents=True, exist_ok=True)
-        path, schema = self._spill / f"{section}.parquet", table.schema().to_pyarrow()
-        with pq.ParquetWriter(path, schema) as writer:
-            for batch in table.to_pyarrow_batches():
-                writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+        path = self._spill / f"{section}.parquet"
+        write_rows(table.to_pyarrow_batches(), path, table.schema().to_pyarrow())
         return TableFiles(section, (str(path),), "parquet")
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """The relation to select from, and the SQL expression of each column by its name in the table."""
+
+    relation: str
+    columns: dict[str, str]
+    untyped: frozenset[str] = frozenset()
+    """Columns read as text that may represent numbers."""
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    """Columns whose values are no ids and no times, with what they are."""
+    columnar: bool = False
+    """True if single columns are cheap to read, so that the table need not be copied."""
+
+
+def _delimited(files: TableFiles) -> _Scan:
+    names = read_header(files)
+    delimiter, quote = DELIMITED[files.format]
+    # by position: to DuckDB, `Item` and `item` are the same name
+    types = ", ".join(f"c{index}: 'VARCHAR'" for index in range(len(names)))
+    options = f"delim={_quoted(delimiter)}, quote={_quoted(quote)}, escape={_quoted(quote)}, columns={{{types}}}"
+    relation = f"read_csv({_paths(files)}, auto_detect=false, header=true, {options})"
+    return _Scan(relation, {name: f"c{index}" for index, name in enumerate(names)}, frozenset(names))
+
+
+def _unfit(kind: Any) -> str | None:
+    """Return what a JSON column holds, if it holds neither text nor numbers alone."""
+    if isinstance(kind, str):
+        return {"JSON": "values of several types", "BOOLEAN": "truth values"}.get(kind)
+    return "objects" if isinstance(kind, dict) else "lists"
+
+
+def _json_value(name: str, kind: Any) -> str:
+    text = f"(json ->> {_quoted('/' + name.replace('~', '~0').replace('/', '~1'))})"
+    return f"CAST({text} AS DOUBLE)" if kind == "DOUBLE" else text
+
+
+def _native(name: str, kind: str) -> str:
+    """Return a column's SQL; timestamps in nanoseconds, which pandas writes, are reduced to microseconds."""
+    coarser = {"TIMESTAMP_NS": "TIMESTAMP", "TIMESTAMPTZ_NS": "TIMESTAMPTZ"}
+    return f"CAST({_identifier(name)} AS {coarser[kind]})" if kind in coarser else _identifier(name)
+
+
+def _quoted(text: str) -> str:
+    """Return a SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _paths(files: TableFiles) -> str:
+    # escaped: DuckDB would read local file names as patterns
+    paths = files.paths if files.system else [re.sub(r"([\[*?])", r"[\1]", path) for path in files.paths]
+    return "[" + ", ".join(map(_quoted, paths)) + "]"
 
 
 def _sql(expression: ir.Table) -> str:
@@ -208,25 +306,12 @@ def _sql(expression: ir.Table) -> str:
 
 
 @contextmanager
-def _setting(what: str, remedy: str) -> Iterator[None]:
+def _explained(task: str, remedy: str) -> Iterator[None]:
+    """Turn an error of DuckDB into a `UserError`."""
     try:
         yield
     except duckdb.Error as error:
-        raise UserError(f"{what}: {error}", remedy) from None
-
-
-@contextmanager
-def _computing() -> Iterator[None]:
-    """Turn a DuckDB error during computation (broken input, no memory, no disk space) into a `UserError`."""
-    try:
-        yield
-    except duckdb.OutOfMemoryException as error:
-        raise UserError(
-            f"the preparation ran out of memory: {error}", "raise prepare.memory, or use fewer threads"
-        ) from None
-    except duckdb.Error as error:
-        remedy = "repair or rewrite the file named above; check that prepare.scratch has free space"
-        raise UserError(f"the preparation failed: {error}", remedy) from None
+        raise UserError(f"{task}: {error}", remedy) from None
 
 
 @contextmanager
@@ -236,7 +321,7 @@ def _readable(location: TableLocation) -> Iterator[None]:
         yield
     except duckdb.Error as error:
         text = re.split(r"\n\s*Possible|\n\s*file = ", str(error))[0]
-        where = re.search(r"file = (.+)", str(error))
-        name = where[1].strip() if where else display_name(location)
+        file = re.search(r"file = (.+)", str(error))
+        name = file[1].strip() if file else location.name
         problem = re.sub(r"^[A-Za-z ]+Error: ", "", text).strip().replace("\n", "; ")
         raise UserError(f"{name} cannot be read: {problem}", "repair or remove that row, or convert the file") from None

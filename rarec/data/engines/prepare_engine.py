@@ -1,6 +1,5 @@
 """The interface between the preparation and its engines: the steps are Ibis expressions and use nothing else."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,17 +8,21 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from rarec.data.engines.table_files import TableFiles
-from rarec.errors import UserError
+from rarec.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class NamedTable:
-    """A table of a database, by name."""
+    """A table of a database, as `NAME` or `SCHEMA.NAME`."""
 
-    name: str
+    table: str
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        return f"table {self.table}"
 
 
-MIXED = "values of several types"
 KEYS = ("user", "item", "time", "position")
 """Roles whose values are compared, and so must be of one type."""
 TableLocation = TableFiles | NamedTable
@@ -78,11 +81,6 @@ def compute_value(engine: PrepareEngine, scalar: ir.Scalar) -> Any:
     return engine.rows(scalar.name("value").as_table())[0]["value"]
 
 
-def display_name(location: TableLocation) -> str:
-    """Return the name of a table in messages."""
-    return location.name if isinstance(location, TableFiles) else f"table {location.name}"
-
-
 def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: TableLocation, section: str) -> None:
     """Check that the column of every role exists.
 
@@ -91,15 +89,10 @@ def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: Ta
     """
     columns = list(columns)
     for role, name in roles.items():
-        if name in columns:
-            continue
-        folded = {known.casefold(): known for known in columns}
-        close = difflib.get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.5)
-        hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
-        field = f"{section}.{role.partition('_')[0]}"
-        raise UserError(
-            f"{display_name(location)} has no column {name!r} ({field}){hint}", f"its columns: {', '.join(columns)}"
-        )
+        if name not in columns:
+            hint = nearest(name, columns, listed=False)
+            problem = f"{location.name} has no column {name!r} ({_field(section, role)}){hint}"
+            raise UserError(problem, f"its columns: {', '.join(columns)}")
 
 
 def check_types(
@@ -126,8 +119,12 @@ def check_types(
             wrong = wrong or kind.is_boolean() or kind.is_temporal()
         elif role in ("time", "position"):
             wrong = wrong or kind.is_boolean()
-        found = unfit.get(name) if role in KEYS else None
-        if wrong or found:
-            field = f"{section}.{role.partition('_')[0]}"
-            problem = f"{display_name(location)}: column {name!r} ({field}) holds {found or f'values of type {kind}'}"
+        content = unfit.get(name) if role in KEYS else None
+        if wrong or content:
+            content = content or f"values of type {kind}"
+            problem = f"{location.name}: column {name!r} ({_field(section, role)}) holds {content}"
             raise UserError(problem, "write it as text in every row, or as numbers in every row")
+
+
+def _field(section: str, role: str) -> str:
+    return f"{section}.{role.partition('_')[0]}"

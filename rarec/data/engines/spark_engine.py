@@ -19,9 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from rarec.data.engines.file_checks import check_parquet_columns, raise_if_damaged
-from rarec.data.engines.prepare_engine import InputTable, TableLocation, check_columns, check_types, display_name
-from rarec.data.engines.table_files import DELIMITED, TableFiles
+from rarec.data.engines.duckdb_engine import DuckDBEngine
+from rarec.data.engines.prepare_engine import (
+    InputTable,
+    NamedTable,
+    TableLocation,
+    check_columns,
+    check_types,
+)
+from rarec.data.engines.table_files import TableFiles, check_parquet
+from rarec.data.tables import write_rows
 from rarec.errors import UserError
 
 try:
@@ -30,8 +37,6 @@ try:
     from pyspark.errors import PySparkException
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql import functions as F
-
-    from rarec.data.engines.spark_scan import hadoop_path, identifier, json_unfit, raise_if_not_utf8, scan
 except ImportError as missing:
     raise UserError(f"prepare.engine: spark needs PySpark ({missing})", "pip install 'rarec[spark]'") from None
 
@@ -39,8 +44,6 @@ REQUIRED_SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.caseSensitive": "true",
     "spark.sql.parquet.binaryAsString": "true",
-    # with pruning, rows with too few fields would pass unnoticed
-    "spark.sql.csv.parser.columnPruning.enabled": "false",
 }
 LOCAL_SETTINGS = {
     "spark.master": "local[*]",
@@ -52,6 +55,10 @@ LOCAL_SETTINGS = {
     "spark.ui.showConsoleProgress": "false",
 }
 """Settings of a new session, unless the configuration names a cluster."""
+SCHEMES = {"s3": "s3a", "gcs": "gs", "az": "abfs"}
+"""URL schemes that Hadoop spells differently from fsspec."""
+COMPUTING = ("Spark", "raise memory in prepare.spark, or repair the table named above")
+"""Problem and remedy of an error during computation."""
 
 
 class SparkEngine:
@@ -62,19 +69,19 @@ class SparkEngine:
     Args:
         scratch: scratch directory or URL that all executors can reach; removed at the end.
         settings: settings of the session, applied after the defaults.
+        files: engine that reads text files and numbers rows, on the driver; closed with this one.
 
     Raises:
         UserError: Spark does not start.
     """
 
-    def __init__(self, scratch: str, settings: Mapping[str, str]) -> None:
+    def __init__(self, scratch: str, settings: Mapping[str, str], files: DuckDBEngine) -> None:
         self._scratch = scratch if "://" in scratch else str(Path(scratch).absolute())
         self._system = _file_system(self._scratch)
+        self._files = files
         self._own_session = SparkContext._active_spark_context is None
         self._session = _start_session(settings, self._own_session)
-        self._former_settings = (
-            {} if self._own_session else {name: self._session.conf.get(name, None) for name in REQUIRED_SETTINGS}
-        )
+        self._former_settings = {name: self._session.conf.get(name, None) for name in REQUIRED_SETTINGS}
         for name, setting in REQUIRED_SETTINGS.items():
             self._session.conf.set(name, setting)
         self._ibis = ibis.pyspark.connect(self._session)
@@ -84,42 +91,40 @@ class SparkEngine:
     def read(
         self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
     ) -> InputTable:
-        """See `PrepareEngine`. Parquet and catalog tables are read in place; other formats are copied first."""
-        with _readable(location):
-            columnar = not isinstance(location, TableFiles) or location.format == "parquet"
-            frame, names = scan(self._session, location)
-            check_columns(names, roles, location, section)
-            if isinstance(location, TableFiles) and location.format == "parquet":
-                check_parquet_columns(location, roles.values())
-            own = [F.col(identifier(names[name])).alias(role) for role, name in roles.items()]
-            name = section.rpartition(".")[2]
-            if lines:
-                table = self._numbered(frame, own, name, isinstance(location, TableFiles))
-            else:
-                table = self._view(name, frame.select(*own)) if columnar else self._write(name, frame.select(*own))
-            unfit = json_unfit(self._session, location, roles) if isinstance(location, TableFiles) else {}
-        check_types(table, roles, location, section, unfit)
-        untyped = isinstance(location, TableFiles) and location.format in DELIMITED
-        if isinstance(location, TableFiles) and untyped and self._marks(table):
-            raise_if_not_utf8(location)
-        return InputTable(table, frozenset(roles) if untyped else frozenset())
+        """See `PrepareEngine`. Parquet and catalog tables are read in place; text files are copied by the driver."""
+        name = section.rpartition(".")[2]
+        if isinstance(location, TableFiles) and (lines or location.format != "parquet"):
+            return self._copy(name, self._files.read(location, roles, section, lines=lines))
+        with _explained(f"{location.name} cannot be read", "repair or convert the file"):
+            frame = self._scan(location)
+            check_columns(frame.columns, roles, location, section)
+            if isinstance(location, TableFiles):
+                check_parquet(location, roles.values(), pages=False)
+            columns = [F.col(_identifier(column)).alias(role) for role, column in roles.items()]
+            table = self._view(name, frame.select(*columns))
+        check_types(table, roles, location, section, {})
+        if lines:
+            table = table.mutate(line=ibis.row_number().over(order_by=list(table.columns)) + 1)
+        return InputTable(table)
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
         """See `PrepareEngine`."""
-        with _computing():
-            return self._write(name, self._sql(expression))
+        with _explained(*COMPUTING), self._replaced(name) as path:
+            frame = self._sql(expression)
+            frame.write.parquet(hadoop_path(path))
+            # with the schema, or a job would read it from the files
+            return self._view(name, self._session.read.schema(frame.schema).parquet(hadoop_path(path)))
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
         """See `PrepareEngine`."""
-        with _computing():
-            found = self._sql(expression).toArrow()
-        rows: list[dict[str, Any]] = found.cast(expression.schema().to_pyarrow()).to_pylist()
+        with _explained(*COMPUTING):
+            table = self._sql(expression).toArrow()
+        rows: list[dict[str, Any]] = table.cast(expression.schema().to_pyarrow()).to_pylist()
         return rows
 
     def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
         """See `PrepareEngine`. Spark numbers the part files of a sorted result in its order."""
-        with _computing():
-            self._write("result", self._sql(expression))
+        self.keep("result", expression)
         folder = self._path("result")
         for part in sorted(name for name in self._system.find(folder) if name.endswith(".parquet")):
             with self._system.open(part) as file:
@@ -127,39 +132,39 @@ class SparkEngine:
 
     def close(self) -> None:
         """See `PrepareEngine`."""
+        self._files.close()
         for view in self._views:
             self._session.catalog.dropTempView(view)
         if self._system.exists(self._scratch):
             self._system.rm(self._scratch, recursive=True)
         if self._own_session:
             _stop_session(self._session)
+            return
         for name, setting in self._former_settings.items():
             self._session.conf.unset(name) if setting is None else self._session.conf.set(name, setting)
 
-    def _numbered(self, frame: DataFrame, own: list[Any], name: str, files: bool) -> ir.Table:
-        """Add `line`. A single task numbers all rows, so use this for catalogues, not for logs."""
-        path = F.expr("url_decode(replace(_metadata.file_path, '+', '%2B'))")
-        places = {"_file": path, "_block": F.col("_metadata.file_block_start"), "_row": F.monotonically_increasing_id()}
-        keys = [place.alias(key) for key, place in places.items()] if files else []
-        table = self._write(name, frame.select(*own, *keys))
-        order = list(places) if files else list(table.columns)
-        line = ibis.row_number().over(ibis.window(order_by=order)) + 1
-        return table.mutate(line=line).drop(*places) if files else table.mutate(line=line)
+    def _scan(self, location: TableLocation) -> DataFrame:
+        if isinstance(location, NamedTable):
+            return self._session.table(location.table)
+        reader = self._session.read.option("parquet.page.verify-checksum.enabled", "true")  # Spark leaves it off
+        return reader.parquet(*map(_pattern, location.paths))
 
-    def _marks(self, table: ir.Table) -> int:
-        """Count texts with U+FFFD, which Spark writes for bytes that are not UTF-8 (and which text may contain)."""
-        texts = [table[name] for name in table.columns if table[name].type().is_string()]
-        marks = sum((text.contains("\ufffd").sum().fill_null(0) for text in texts), ibis.literal(0))
-        return int(self.rows(table.agg(marks=marks))[0]["marks"])
+    def _copy(self, name: str, read: InputTable) -> InputTable:
+        """Copy a table from the engine of the files to the scratch directory."""
+        with self._replaced(name) as path:
+            self._system.makedirs(path)
+            with self._system.open(f"{path}/part.parquet", "wb") as file:
+                write_rows(self._files.batches(read.table), file, read.table.schema().to_pyarrow())
+            return InputTable(self._view(name, self._session.read.parquet(hadoop_path(path))), read.untyped)
 
-    def _write(self, name: str, frame: DataFrame) -> ir.Table:
+    @contextmanager
+    def _replaced(self, name: str) -> Iterator[str]:
+        """Yield the folder for what a name will hold, and remove at the end what it held before."""
         number = self._kept.get(name, 0)
         self._kept[name] = number + 1
-        frame.write.mode("overwrite").parquet(hadoop_path(self._path(name)))
+        yield self._path(name)
         if number:
             self._system.rm(self._path(name, number), recursive=True)
-        reader = self._session.read.schema(frame.schema)  # or a job would read it from the files
-        return self._view(name, reader.parquet(hadoop_path(self._path(name))))
 
     def _path(self, name: str, number: int | None = None) -> str:
         return f"{self._scratch}/{name}_{self._kept[name] if number is None else number}"
@@ -173,6 +178,31 @@ class SparkEngine:
 
     def _sql(self, expression: ir.Table) -> DataFrame:
         return self._session.sql(str(ibis.to_sql(expression, dialect="pyspark")))
+
+
+def hadoop_path(path: str) -> str:
+    """Return a path or URL in Hadoop's spelling."""
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return f"file://{Path(path).absolute()}"
+    if scheme == "memory":
+        problem = f"{path} is in the memory of this process, where Spark cannot read it"
+        raise UserError(problem, "store the file elsewhere, or use duckdb")
+    return f"{SCHEMES.get(scheme, scheme)}://{rest}"
+
+
+def _pattern(path: str) -> str:
+    """Return the Hadoop pattern that matches one file exactly.
+
+    Hadoop reads names as patterns, and skips hidden files silently.
+    """
+    if path.rpartition("/")[2].startswith(("_", ".")):
+        raise UserError(f"{path} is skipped by Spark because of its first character", "rename it, or use duckdb")
+    return re.sub(r"([][{}*?\\])", r"\\\1", hadoop_path(path))
+
+
+def _identifier(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
 
 
 def _file_system(location: str) -> fsspec.AbstractFileSystem:
@@ -190,26 +220,12 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _readable(location: TableLocation) -> Iterator[None]:
+def _explained(task: str, remedy: str) -> Iterator[None]:
+    """Turn an error of Spark into a `UserError`."""
     try:
         yield
     except (PySparkException, Py4JError) as error:
-        if isinstance(location, TableFiles) and location.format != "parquet":
-            raise_if_damaged(location, ())  # names the file, which Spark may not
-        raise UserError(
-            f"{display_name(location)} cannot be read: {_reason(error)[:200]}",
-            "repair or remove that row, or convert the file",
-        ) from None
-
-
-@contextmanager
-def _computing() -> Iterator[None]:
-    try:
-        yield
-    except (PySparkException, Py4JError) as error:
-        raise UserError(
-            f"Spark: {_reason(error)}", "raise memory in prepare.spark, or repair the table named above"
-        ) from None
+        raise UserError(f"{task}: {_reason(error)[:200]}", remedy) from None
 
 
 def _start_session(settings: Mapping[str, str], own: bool) -> SparkSession:
@@ -229,9 +245,8 @@ def _start_session(settings: Mapping[str, str], own: bool) -> SparkSession:
     try:
         session = builder.getOrCreate()
     except Exception as error:  # no Java, or an unknown master: PySpark raises various types
-        raise UserError(
-            f"prepare.engine: Spark does not start: {error}", "install Java 17 or 21; see prepare.spark"
-        ) from None
+        problem = f"prepare.engine: Spark does not start: {error}"
+        raise UserError(problem, "install Java 17 or 21; see prepare.spark") from None
     if own:  # failures are raised, so Spark need not log them
         session.sparkContext.setLogLevel("FATAL")
         logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)

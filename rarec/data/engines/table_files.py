@@ -1,26 +1,31 @@
-"""Find the files of an input table, detect their format, read their headers, and hash them.
+"""Find the files of an input table, detect their format, read their headers, hash them, and check that they are whole.
 
 Paths are local, or URLs of any file system that fsspec supports (`s3://`, `gs://`, `hdfs://`, `https://`, ...).
 """
 
 import csv
 import glob
-import gzip
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from pyarrow import types
 
 from rarec.config.shipped import resolve_path
 from rarec.errors import UserError
 from rarec.storage.artefacts import sha256_json
 from rarec.storage.files import sha256_file
 
+Result = TypeVar("Result")
 FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -31,31 +36,19 @@ FORMATS = {
     ".item": "recbole",
 }
 """File name suffix to format; all but Parquet may be followed by `.gz`."""
-DRIVERS = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "abfs": "adlfs",
-    "az": "adlfs",
-    "http": "aiohttp requests",
-    "https": "aiohttp requests",
+DELIMITED = {"csv": (",", '"'), "tsv": ("\t", '"'), "recbole": ("\t", "")}
+"""Delimiter and quote character; the latter empty if a quotation mark is an ordinary character."""
+BLOCK = 1 << 20
+"""Bytes decompressed at a time."""
+THREADS = 16
+"""Number of files that are checked in parallel."""
+KINDS: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
+    "integers": (types.is_integer,),
+    "floats": (types.is_floating,),
+    "decimals": (types.is_decimal,),
+    "text": (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary),
+    "dates": (types.is_date,),
 }
-"""Package to install for a URL scheme that fsspec does not open by itself."""
-FOOTERS = 16
-"""Number of Parquet footers read in parallel."""
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """Delimiter and quote character of a delimited text format."""
-
-    delimiter: str
-    quote: str
-    """Empty if a quotation mark is an ordinary character."""
-
-
-DELIMITED = {"csv": Dialect(",", '"'), "tsv": Dialect("\t", '"'), "recbole": Dialect("\t", "")}
 
 
 @dataclass(frozen=True)
@@ -89,34 +82,26 @@ def find_files(path: str, field: str) -> TableFiles:
         field: configuration field that holds the path, for messages.
 
     Raises:
-        UserError: nothing is found, a file is empty, or the format is unknown or mixed.
+        UserError: there is no such file, a file is empty, or the format is unknown or mixed.
     """
     location = resolve_path(path).removeprefix("file://")
     system = _file_system(location, field) if "://" in location else None
     try:
-        found = _list(location, field) if system is None else _list_remote(location, system)
+        paths = _list(location) if system is None else _list_remote(location, system)
+        formats = {file: _checked_format(file, system, field) for file in paths}
     except PermissionError as error:
-        raise _unreadable(str(error.filename or location), field) from None
-    if not found:
+        problem = f"{field}: {error.filename or location} may not be read by this user"
+        raise UserError(problem, "change its permissions: chmod -R a+rX") from None
+    if not paths:
         raise UserError(
             f"{field}: {path} does not exist or contains no table",
             f"paths are relative to the current directory; known suffixes: {', '.join(FORMATS)}",
         )
-    formats = {file: _format(file) for file in found}
-    for file, kind in formats.items():
-        if kind is None:
-            raise UserError(
-                f"{field}: {file} has no known suffix",
-                f"known suffixes: {', '.join(FORMATS)}",
-            )
-        if system is None and not os.access(file, os.R_OK):
-            raise _unreadable(file, field)
-        if not (system.size(file) if system else Path(file).stat().st_size):
-            raise UserError(f"{field}: {file} is empty", "give a table with at least one row")
-    if len(set(formats.values())) > 1:
-        kinds = ", ".join(sorted({str(kind) for kind in formats.values()}))
-        raise UserError(f"{field}: {path} contains several formats ({kinds})", "select one of them with a glob")
-    return TableFiles(path, tuple(found), str(formats[found[0]]), system)
+    kinds = sorted(set(formats.values()))
+    if len(kinds) > 1:
+        problem = f"{field}: {path} contains several formats ({', '.join(kinds)})"
+        raise UserError(problem, "select one of them with a glob")
+    return TableFiles(path, tuple(paths), kinds[0], system)
 
 
 def hash_files(files: TableFiles) -> str:
@@ -142,15 +127,63 @@ def read_header(files: TableFiles) -> list[str]:
     for path in files.paths[1:]:
         other = _read_one_header(files, path)
         if other != first:
-            raise UserError(
-                f"{path} has the columns {', '.join(other)}, but {files.paths[0]} has {', '.join(first)}",
-                "give all files of a table the same header",
-            )
+            problem = f"{path} has the columns {', '.join(other)}, but {files.paths[0]} has {', '.join(first)}"
+            raise UserError(problem, "give all files of a table the same header")
     names = [name.rpartition(":")[0] or name for name in first] if files.format == "recbole" else first
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"{files.paths[0]} has two columns named {twice[0]!r}", "give each column its own name")
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise UserError(f"{files.paths[0]} has two columns named {repeated[0]!r}", "give each column its own name")
     return names
+
+
+def check_gzip(files: TableFiles) -> None:
+    """Decompress `.gz` files to their end; DuckDB compares neither the checksum nor the length.
+
+    Raises:
+        UserError: a file is cut short, damaged, or followed by something else.
+    """
+    _for_each(_decompress, [path for path in files.paths if path.lower().endswith(".gz")])
+
+
+def check_parquet(files: TableFiles, names: Iterable[str], *, pages: bool) -> None:
+    """Check that every Parquet file of a table has the given columns, once each and of one type.
+
+    Rows of a file without a column would have nulls there and would be dropped silently; of two columns of a name, or
+    of two types, an engine would choose one.
+
+    Args:
+        files: the files.
+        names: column names.
+        pages: read the columns to compare the checksums of their pages, which DuckDB does not.
+
+    Raises:
+        UserError: a file lacks a column that others have, has it twice or with another type, or is damaged.
+    """
+    names = list(dict.fromkeys(names))
+    first = dict[str, tuple[str, str]]()
+    schemas = _for_each(partial(_parquet_schema, names=names if pages else []), files.paths)
+    for path, schema in zip(files.paths, schemas, strict=True):
+        for name in names:
+            if schema.names.count(name) != 1:
+                problem = f"{path} has {schema.names.count(name)} columns named {name!r}"
+                raise UserError(problem, "give every file of the table that column once")
+            kind = _kind(schema.field(name).type)
+            file, expected = first.setdefault(name, (path, kind)) if kind != "null" else ("", kind)
+            if kind != expected:
+                problem = f"{path}: column {name!r} holds {kind}, but in {file} {expected}"
+                raise UserError(problem, "write the column with one type in all files")
+
+
+def _checked_format(file: str, system: fsspec.AbstractFileSystem | None, field: str) -> str:
+    """Return the format of a file that has one, may be read and is not empty."""
+    kind = _format(file)
+    if kind is None:
+        raise UserError(f"{field}: {file} has no known suffix", f"known suffixes: {', '.join(FORMATS)}")
+    if system is None and not os.access(file, os.R_OK):
+        raise PermissionError(None, None, file)
+    if not (system.size(file) if system else Path(file).stat().st_size):
+        raise UserError(f"{field}: {file} is empty", "give a table with at least one row")
+    return kind
 
 
 def _version(system: fsspec.AbstractFileSystem, path: str) -> list[str]:
@@ -163,50 +196,52 @@ def _file_system(url: str, field: str) -> fsspec.AbstractFileSystem:
     try:
         return url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
-        driver = DRIVERS.get(url.partition("://")[0])
-        remedy = f"pip install {driver}" if driver else "use a local path, or a URL scheme that fsspec supports"
-        raise UserError(f"{field}: {url} cannot be opened: {error}", remedy) from None
+        remedy = "install the package named above with pip, or use a local path or a URL scheme that fsspec supports"
+        raise UserError(f"{field}: {url} cannot be opened by fsspec: {error}", remedy) from None
 
 
-def _unreadable(path: str, field: str) -> UserError:
-    return UserError(f"{field}: {path} may not be read by this user", "change its permissions: chmod -R a+rX")
-
-
-def _list(location: str, field: str) -> list[str]:
+def _list(location: str) -> list[str]:
     """List a file, the tables in a directory, or the matches of a glob, sorted by name."""
     path = Path(location)
+    if path.is_dir():
+        return _tables(str(path), _walk(str(path)))
     if path.is_file():
         return [location]
-    if path.is_dir():
-        inside = [path, *_inside(path)]
-        closed = next((each for each in inside if each.is_dir() and not os.access(each, os.R_OK | os.X_OK)), None)
-        if closed is not None:  # its files would be passed over without a word
-            raise _unreadable(str(closed), field)
-        return _tables(str(path), (str(file) for file in inside if file.is_file()))
-    found = glob.glob(location, recursive=True, include_hidden=True)  # noqa: PTH207 # pathlib passes linked folders over
-    return sorted(match for match in found if Path(match).is_file())
+    matches = glob.glob(location, recursive=True, include_hidden=True)  # noqa: PTH207 # pathlib skips linked folders
+    return sorted(match for match in matches if Path(match).is_file())
 
 
-def _inside(root: Path) -> Iterator[Path]:
-    """Yield what is in a directory, also in linked folders, but not in a link back to a folder that holds it."""
-    for folder, names, files in os.walk(root, followlinks=True):
-        place = Path(folder)
-        above = {os.path.realpath(place), *map(os.path.realpath, place.parents)}
-        names[:] = [name for name in names if os.path.realpath(place / name) not in above]
-        yield from (place / name for name in (*names, *files))
+def _walk(root: str) -> Iterator[str]:
+    """Yield the files of a directory; each folder once, also where links lead to it.
+
+    Raises:
+        PermissionError: a folder may not be read.
+    """
+    visited = set[str]()
+    for folder, names, files in os.walk(root, followlinks=True, onerror=_reraise):
+        real = os.path.realpath(folder)
+        if real in visited:
+            names.clear()
+            continue
+        visited.add(real)
+        names.sort()
+        yield from (str(path) for path in (Path(folder, name) for name in files) if path.is_file())
+
+
+def _reraise(error: OSError) -> None:
+    raise error
 
 
 def _list_remote(url: str, system: fsspec.AbstractFileSystem) -> list[str]:
     if system.isdir(url):
-        root = system.unstrip_protocol(url)
-        return _tables(root, (system.unstrip_protocol(name) for name in system.find(url)))
-    found = system.glob(url) if any(mark in url for mark in "*?[") else [url] if system.isfile(url) else []
-    return sorted(system.unstrip_protocol(name) for name in found)
+        return _tables(system.unstrip_protocol(url), map(system.unstrip_protocol, system.find(url)))
+    names = system.glob(url) if any(mark in url for mark in "*?[") else [url] if system.isfile(url) else []
+    return sorted(map(system.unstrip_protocol, names))
 
 
-def _tables(root: str, inside: Iterable[str]) -> list[str]:
+def _tables(root: str, paths: Iterable[str]) -> list[str]:
     """Return the table files of a directory, without hidden files."""
-    return sorted(file for file in inside if _format(file) and not _hidden(file.removeprefix(root)))
+    return sorted(path for path in paths if _format(path) and not _hidden(path.removeprefix(root)))
 
 
 def _hidden(path: str) -> bool:
@@ -221,16 +256,61 @@ def _format(path: str) -> str | None:
 
 
 def _read_one_header(files: TableFiles, path: str) -> list[str]:
-    dialect = DELIMITED[files.format]
-    style: dict[str, Any] = {"quotechar": dialect.quote} if dialect.quote else {"quoting": csv.QUOTE_NONE}
+    delimiter, quote = DELIMITED[files.format]
+    style: dict[str, Any] = {"quotechar": quote} if quote else {"quoting": csv.QUOTE_NONE}
     text = {"mode": "rt", "encoding": "utf-8-sig", "errors": "replace", "newline": "", "compression": "infer"}
     try:
         with fsspec.open(path, **text) as file:
-            names = next(csv.reader(file, delimiter=dialect.delimiter, **style), [])
-    except (OSError, EOFError, zlib.error, gzip.BadGzipFile, csv.Error) as error:
+            names = next(csv.reader(file, delimiter=delimiter, **style), [])
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}", "write the file again") from None
     if any("\ufffd" in name for name in names):
         raise UserError(f"{path}, row 1: the header is not UTF-8 text", "save the file as UTF-8")
     if not any(name.strip() for name in names):
         raise UserError(f"{path} has no header in its first row", "write the column names there")
     return [name.strip() for name in names]
+
+
+def _kind(column: pa.DataType) -> str:
+    """Return the kind of a Parquet column; engines convert without loss within a kind only."""
+    column = column.value_type if types.is_dictionary(column) else column
+    if types.is_timestamp(column):
+        return "timestamps with a time zone" if column.tz else "timestamps"
+    return next((kind for kind, tests in KINDS.items() if any(test(column) for test in tests)), str(column))
+
+
+def _for_each(read: Callable[[str], Result], paths: Sequence[str]) -> list[Result]:
+    """Read files in parallel; return the results in the order of the paths.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+
+    def checked(path: str) -> Result:
+        try:
+            return read(path)
+        except (OSError, EOFError, pa.ArrowInvalid, zlib.error) as error:
+            problem = f"{path} cannot be read to its end: {str(error)[:200]}"
+            raise UserError(problem, "write the file again, or copy it again") from None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(checked, paths))
+
+
+def _decompress(path: str) -> None:
+    with fsspec.open(path, compression="gzip") as file:
+        while file.read(BLOCK):
+            pass
+
+
+def _parquet_schema(path: str, names: list[str]) -> pa.Schema:
+    """Return the schema of a Parquet file; read columns to their end, so that Arrow compares the pages' checksums."""
+    with fsspec.open(path) as file:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        schema: pa.Schema = parquet.schema_arrow
+        try:
+            for _ in parquet.iter_batches(columns=names) if names else ():
+                pass
+        except pa.ArrowNotImplementedError:  # a compression or a type that only the engine knows
+            pass
+    return schema

@@ -9,21 +9,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import ibis
 import ibis.expr.types as ir
 
 from rarec.config.logs import Prepare
 from rarec.data import tables
-from rarec.data.columns import write_columns
-from rarec.data.engines import PrepareEngine, compute_value, display_name, open_engine
-from rarec.data.preparation import split, steps
-from rarec.data.preparation.inputs import (
-    Catalogue,
-    id_range,
-    missing_order_error,
-    read_catalogue,
-    read_log,
-    table_location,
-)
+from rarec.data.engines import PrepareEngine, compute_value, open_engine
+from rarec.data.preparation import steps
+from rarec.data.preparation.inputs import Catalogue, check_order, read_catalogue, read_log, table_location
 from rarec.errors import UserError
 
 Say = Callable[[str], None]
@@ -47,10 +40,10 @@ def write_dataset(config: Prepare, directory: Path, say: Say) -> dict[str, Any]:
 
 def _check(config: Prepare) -> None:
     """Check the settings of a temporal split and of new items."""
-    if config.split.new_items and config.min_user_interactions < split.MIN_INTERACTIONS:
-        short = f"users with fewer than {split.MIN_INTERACTIONS} interactions"
+    if config.split.new_items and config.min_user_interactions < steps.MIN_INTERACTIONS:
+        short = f"users with fewer than {steps.MIN_INTERACTIONS} interactions"
         problem = f"prepare.split.new_items: {short} train on their last one, which may be a new item"
-        raise UserError(problem, f"set prepare.min_user_interactions to {split.MIN_INTERACTIONS} or more")
+        raise UserError(problem, f"set prepare.min_user_interactions to {steps.MIN_INTERACTIONS} or more")
     if config.split.kind != "temporal":
         return
     if config.split.new_items:
@@ -82,8 +75,8 @@ class StepCounts:
     def __init__(self, engine: PrepareEngine, log: ir.Table, name: str, say: Say) -> None:
         self.engine, self.log, self.steps = engine, log, list[dict[str, Any]]()
         self._name, self._say = name, say
-        self.counts = engine.rows(log.agg(**_aggregates(log, ("interactions", "users", "items"))))[0]
-        say("read " + name + ": " + ", ".join(f"{count:,} {what}" for what, count in self.counts.items()))
+        self.counts = self._count(log, ("interactions", "users", "items"))
+        say("read " + name + ": " + ", ".join(f"{count:,} {unit}" for unit, count in self.counts.items()))
 
     def apply(self, step: str, log: ir.Table, note: str, remedy: str, **known: int) -> None:
         """Record a step and take over its log.
@@ -98,30 +91,29 @@ class StepCounts:
         Raises:
             UserError: no interaction is left.
         """
-        before, after = self.counts, self._count(log, known)
-        lost = {what: before[what] - after[what] for what in before if before[what] > after[what]}
-        counts = {f"{what}_before": count for what, count in before.items()}
-        counts |= {f"{what}_after": count for what, count in after.items()}
+        before, after = self.counts, self._counts_after(log, known)
+        lost = {unit: before[unit] - after[unit] for unit in before if before[unit] > after[unit]}
+        counts = {f"{unit}_before": count for unit, count in before.items()}
+        counts |= {f"{unit}_after": count for unit, count in after.items()}
         self.steps.append({"step": step, **counts, "note": note})
         if lost:
-            self._say(f"{step}: dropped {', '.join(f'{count:,} {what}' for what, count in lost.items())} ({note})")
+            self._say(f"{step}: dropped {', '.join(f'{count:,} {unit}' for unit, count in lost.items())} ({note})")
         if not after["interactions"]:
             problem = f"{self._name}: no interaction is left after the step {step} ({note})"
             raise UserError(f"{problem}; before it: {before}", remedy)
         self.log, self.counts = log, after
 
-    def _count(self, log: ir.Table, known: Mapping[str, int]) -> dict[str, int]:
-        interactions = int(compute_value(self.engine, log.count()))
-        if interactions == self.counts["interactions"]:
+    def _counts_after(self, log: ir.Table, known: Mapping[str, int]) -> dict[str, int]:
+        after = self._count(log, ("interactions",))
+        if after["interactions"] == self.counts["interactions"]:
             return self.counts
-        wanted = [what for what in ("users", "items") if what not in known]
-        counted = self.engine.rows(log.agg(**_aggregates(log, wanted)))[0] if wanted else {}
-        return {"interactions": interactions, **{what: {**counted, **known}[what] for what in ("users", "items")}}
+        unknown = [unit for unit in ("users", "items") if unit not in known]
+        counted = {**known, **(self._count(log, unknown) if unknown else {})}
+        return {**after, "users": counted["users"], "items": counted["items"]}
 
-
-def _aggregates(log: ir.Table, wanted: Iterable[str]) -> dict[str, ir.Scalar]:
-    every = {"interactions": log.count(), "users": log.user.nunique(), "items": log["item"].nunique()}
-    return {what: every[what] for what in wanted}
+    def _count(self, log: ir.Table, units: Iterable[str]) -> dict[str, int]:
+        counts = {"interactions": log.count(), "users": log.user.nunique(), "items": log["item"].nunique()}
+        return self.engine.rows(log.agg(**{unit: counts[unit] for unit in units}))[0]
 
 
 class _Preparation:
@@ -132,24 +124,26 @@ class _Preparation:
         self.log_location = table_location(config.interactions, "prepare.interactions")
         self.items_location = table_location(config.items, "prepare.items")
 
-    def write(self, to: Path) -> dict[str, Any]:
+    def write(self, directory: Path) -> dict[str, Any]:
         """Write the three tables and their columns; return the figures for the manifest."""
         catalogue = read_catalogue(self.engine, self.config.items, self.items_location, self.say)
         counter, user_codes = self._read()
         item_codes = self._code(counter, catalogue, user_codes)
         self._filter(counter, item_codes)
         users = self.engine.keep("users", steps.dense_rows(user_codes, counter.log.user))
-        items = self._items(item_codes, counter.log)
+        # without a minimum, the whole catalogue is kept, including unused items
+        kept_items = counter.log["item"] if self.config.min_item_interactions else item_codes.code
+        items = self.engine.keep("items", steps.dense_rows(item_codes, kept_items))
         sequences = self.engine.keep("sequences", steps.build_sequences(counter.log, users, items))
-        places, cuts = self._split(sequences, counter.counts["interactions"])
-        users = self.engine.keep("users", users.inner_join(places, "row"))
-        counts = self._tables(users, items, catalogue, sequences, to)
-        self._check_parts(counts)
-        write_columns(to)
-        self.say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
-        figures = {"counts": counts, "steps": counter.steps, "catalogue": catalogue.counts}
+        split, cuts = self._split(sequences, counter.counts["interactions"])
+        users = self.engine.keep("users", users.inner_join(split, "row"))
+        counts = self._tables(users, items, catalogue, sequences, directory)
+        tables.write_columns(directory)
+        self.say(", ".join(f"{count:,} {unit.replace('_', ' ')}" for unit, count in counts.items()))
         return {
-            **figures,
+            "counts": counts,
+            "steps": counter.steps,
+            "catalogue": catalogue.counts,
             "tie_rule": steps.TIE_RULE,
             "cut_times": cuts,
             "engine": self.config.engine.partition(":")[0],
@@ -157,12 +151,10 @@ class _Preparation:
 
     def _read(self) -> tuple[StepCounts, ir.Table]:
         """Read the raw log, drop rows without ids, check that all rows have an order, and number the users."""
-        config, engine, name = self.config.interactions, self.engine, display_name(self.log_location)
-        counter = StepCounts(engine, read_log(engine, config, self.log_location), name, self.say)
+        config, engine, location = self.config.interactions, self.engine, self.log_location
+        counter = StepCounts(engine, read_log(engine, config, location), location.name, self.say)
         log = steps.drop_missing_ids(counter.log)
-        bad = compute_value(engine, log.order.isnull().sum())
-        if bad:
-            raise missing_order_error(engine, config, self.log_location, bad)
+        check_order(engine, config, location, log)
         users = engine.keep("user_codes", steps.number_ids(log.user))
         remedy = f"check that the columns {config.user!r} and {config.item!r} contain the ids"
         counter.apply("ids", log, "no user or no item id", remedy, users=compute_value(engine, users.count()))
@@ -175,17 +167,21 @@ class _Preparation:
         raw, known = counter.log, self.engine.keep("log", steps.encode_ids(counter.log, users, items))
         remedy = ""
         if not compute_value(self.engine, known.count()):
-            ids = {"the log has": raw["item"], "the catalogue": catalogue.table["item"]}
-            spans = {of: id_range(self.engine, column) for of, column in ids.items()}
-            ranges = ", ".join(f"{of} {ends['least']!r} to {ends['greatest']!r}" for of, ends in spans.items())
+            ranges = f"the log has {self._range(raw['item'])}, the catalogue {self._range(catalogue.table['item'])}"
             remedy = f"check that both use the same ids: {ranges}"
         counter.apply("catalogue", known, "item not in the catalogue", remedy)
         return items
 
+    def _range(self, ids: ir.Column) -> str:
+        """Return the smallest and the largest id, for messages."""
+        table = ids.cast("string").name("id").as_table()
+        row = self.engine.rows(table.agg(least=ibis._.id.min(), greatest=ibis._.id.max()))[0]
+        return f"{row['least']!r} to {row['greatest']!r}"
+
     def _filter(self, counter: StepCounts, item_codes: ir.Table) -> None:
         """Drop duplicates, repeats and held-back items; then users and items with too few interactions, repeatedly."""
         config, keep = self.config, self.engine.keep
-        same = {what: counter.counts[what] for what in ("users", "items")}  # every user and item keeps a row
+        same = {unit: counter.counts[unit] for unit in ("users", "items")}  # every user and item keeps a row
         if config.duplicates == "drop":
             log = keep("log", steps.drop_duplicates(counter.log))
             counter.apply("duplicates", log, "same user, item and time again", "", **same)
@@ -203,56 +199,49 @@ class _Preparation:
 
     def _drop_small(self, counter: StepCounts, column: steps.Column) -> bool:
         """Drop items (or users) with too few interactions; return True if there were any."""
-        field, what = f"min_{column}_interactions", f"{column}s"
+        field = f"min_{column}_interactions"
         fewest = getattr(self.config, field)
         if fewest <= 1:
             return False
-        note = f"{column} with fewer than {fewest} interactions"
         dropped = self.engine.keep("dropped", steps.below_minimum(counter.log, column, fewest))
         count = compute_value(self.engine, dropped.count())
         if count or all(field != entry["step"] for entry in counter.steps):
             log = self.engine.keep("log", steps.drop_ids(counter.log, dropped, column)) if count else counter.log
-            left = {what: counter.counts[what] - count}
+            left = {f"{column}s": counter.counts[f"{column}s"] - count}
             others = " or prepare.split.new_items" if self.config.split.new_items else ""
-            counter.apply(field, log, note, f"lower prepare.{field}{others}, or provide a longer log", **left)
+            remedy = f"lower prepare.{field}{others}, or provide a longer log"
+            counter.apply(field, log, f"{column} with fewer than {fewest} interactions", remedy, **left)
         return bool(count)
-
-    def _items(self, codes: ir.Table, log: ir.Table) -> ir.Table:
-        """Give the items their rows. Without a minimum, the whole catalogue is kept, including unused items."""
-        met = log["item"] if self.config.min_item_interactions else codes.code
-        return self.engine.keep("items", steps.dense_rows(codes, met))
 
     def _split(self, sequences: ir.Table, interactions: int) -> tuple[ir.Table, list[float]]:
         """Return the users' positions in the split, and the cut times of a temporal split."""
-        chosen = self.config.split
-        if chosen.kind == "leave_one_out":
-            return split.leave_one_out(sequences, chosen.validation_users), []
-        shares = (1 - chosen.validation_share - chosen.test_share, 1 - chosen.test_share)
+        config = self.config.split
+        if config.kind == "leave_one_out":
+            return steps.leave_one_out(sequences, config.validation_users), []
+        shares = (1 - config.validation_share - config.test_share, 1 - config.test_share)
         before = [min(round(interactions * share), interactions - 1) for share in shares]
-        row = self.engine.rows(split.cut_times(sequences, before))[0]
-        return split.temporal(sequences, (row["cut_0"], row["cut_1"])), [row["cut_0"], row["cut_1"]]
+        row = self.engine.rows(steps.cut_times(sequences, before))[0]
+        return steps.temporal(sequences, (row["cut_0"], row["cut_1"])), [row["cut_0"], row["cut_1"]]
 
     def _tables(
-        self, users: ir.Table, items: ir.Table, catalogue: Catalogue, sequences: ir.Table, to: Path
+        self, users: ir.Table, items: ir.Table, catalogue: Catalogue, sequences: ir.Table, directory: Path
     ) -> dict[str, int]:
-        """Write the tables and return their counts."""
+        """Write the tables and return their counts; training, validation and test must not be empty."""
         user_id, item_id = (tables.id_type(table.id) for table in (users, items))
         order = "time" if self.config.interactions.time is not None else "position"
-        met = split.train_counts(sequences, users)
+        train_counts = steps.train_counts(sequences, users)
         parts = {
             tables.USERS: (steps.users_table(users), tables.users_schema(user_id)),
-            tables.ITEMS: (steps.items_table(items, catalogue.table, met), tables.items_schema(item_id)),
+            tables.ITEMS: (steps.items_table(items, catalogue.table, train_counts), tables.items_schema(item_id)),
             tables.INTERACTIONS: (steps.interactions_table(sequences, order), tables.interactions_schema(order)),
         }
         rows = {
-            name.removesuffix(".parquet"): tables.write_rows(self.engine.batches(table), to / name, schema)
+            name.removesuffix(".parquet"): tables.write_rows(self.engine.batches(table), directory / name, schema)
             for name, (table, schema) in parts.items()
         }
-        return {**rows, **self.engine.rows(split.part_sizes(users))[0]}
-
-    def _check_parts(self, counts: dict[str, int]) -> None:
-        """Check that training, validation and test are not empty."""
+        counts = {**rows, **self.engine.rows(steps.part_sizes(users))[0]}
         for part in ("training_samples", "validation_users", "test_users"):
             if not counts[part]:
-                problem = f"{display_name(self.log_location)}: the split leaves no {part.replace('_', ' ')}"
+                problem = f"{self.log_location.name}: the split leaves no {part.replace('_', ' ')}"
                 raise UserError(f"{problem} ({counts})", "provide a longer log, or change prepare.split")
+        return counts

@@ -15,8 +15,8 @@ from itertools import chain, count, islice
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.columns import release_pages
 from rarec.data.shards.samples import REPAIR
+from rarec.data.tables import release_pages
 from rarec.errors import UserError
 
 Numbers = npt.NDArray[np.int64]

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 import fsspec
 import numpy as np
 
-from rarec.data.columns import map_npy
 from rarec.data.shards.batch_plan import SHUFFLED_TOGETHER
 from rarec.data.shards.samples import INDEX_ROW, REPAIR, IndexRows
+from rarec.data.tables import map_npy
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST, read_manifest
 from rarec.storage.directories import MARKER, new_directory

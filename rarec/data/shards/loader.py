@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from rarec.data.columns import release_pages
 from rarec.data.shards.batch_plan import BatchPlan, Numbers
 from rarec.data.shards.files import MAX_OPEN, Tars
 from rarec.data.shards.samples import REPAIR, IndexRows, Sample, key_of, read_sample
+from rarec.data.tables import release_pages
 from rarec.distributed.signals import SIGNALS
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.dataset import PreparedDataset
-from rarec.data.selection.sampling import Selection
+from rarec.data.selection import Selection
 from rarec.data.shards.files import INDEX, open_index, tar_name, write_index
 from rarec.data.shards.loader import ShardDataset
 from rarec.data.shards.samples import INDEX_ROW, IndexRows, Sample, index_tar, sample_key, write_tar

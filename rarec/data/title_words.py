@@ -75,7 +75,9 @@ class TitleWords:
         counts_N = np.array(counts, np.int64)
         return cls(np.cumsum(counts_N) - counts_N, counts_N, np.array(words, np.int64), len(numbers))
 
-    def shared_with_earlier(self, user_rows_I: Int64, item_rows_I: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    def shared_with_earlier(
+        self, user_rows_I: npt.NDArray[np.integer], item_rows_I: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.bool_]:
         """Return (I,) True where a title shares a word with an earlier title of the same user.
 
         Args:
@@ -86,9 +88,9 @@ class TitleWords:
         interactions_E = np.repeat(np.arange(len(item_rows_I)), counts_I)
         within_E = np.arange(len(interactions_E)) - np.repeat(np.cumsum(counts_I) - counts_I, counts_I)
         words_E = self.words_W[self.starts_N[item_rows_I[interactions_E]] + within_E]
-        keys_E = user_rows_I[interactions_E] * self.total + words_E
+        keys_E = user_rows_I[interactions_E].astype(np.int64) * self.total + words_E
         # np.unique returns the first occurrence of each (user, word); later ones share it
-        _, first, of_E = np.unique(keys_E, return_index=True, return_inverse=True)
-        repeats_E = interactions_E[first][of_E] < interactions_E
+        _, first, inverse_E = np.unique(keys_E, return_index=True, return_inverse=True)
+        repeats_E = interactions_E[first][inverse_E] < interactions_E
         shared: npt.NDArray[np.bool_] = np.bincount(interactions_E[repeats_E], minlength=len(item_rows_I)) > 0
         return shared

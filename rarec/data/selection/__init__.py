@@ -1,1 +1,0 @@
-"""Select training samples: denoise, diversify, and draw a share."""
