@@ -18,8 +18,8 @@ from scipy import sparse
 
 from rarec.config.neighbours import NeighbourConfig
 from rarec.data import tables
-from rarec.data.tables import IN_MEMORY, Scratch
 from rarec.data.dataset import PreparedDataset
+from rarec.data.tables import IN_MEMORY, Scratch
 from rarec.errors import UserError
 
 if TYPE_CHECKING:
