@@ -4,7 +4,6 @@ Its own imports are light, so that an error while all else is imported ends in o
 """
 
 import argparse
-import runpy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -39,11 +38,6 @@ def run_stage(name: str, config: Path | str, overrides: Iterable[str] | None = N
     with watched(run.world):
         run.make(name, fresh=fresh)
     return run
-
-
-def main() -> None:
-    """Run the `rarec` command, for scripts that an earlier version has installed."""
-    runpy.run_module("rarec", run_name="__main__")
 
 
 def launch(stage: str) -> None:

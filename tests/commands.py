@@ -32,7 +32,7 @@ PRELOADED = [
         "rarec.report.html",
     ),
     *("rarec.data.preparation.pipeline", "rarec.ids.trainer", "rarec.training.loop", "rarec.models.language_model"),
-    *("rarec.bundle.recommender", "rarec.bundle.realign", "rarec.bundle.items", "rarec.bundle.batch"),
+    *("rarec.bundle.recommender", "rarec.bundle.realign", "rarec.bundle.items", "rarec.bundle.users"),
     *("transformers.models.bert.modeling_bert", "torch.distributed.nn"),
 ]
 """Modules that a command would import; one that does not exist is skipped."""

@@ -1,1 +1,1 @@
-"""Ranks of every variant; metrics with intervals, comparisons, sanity checks, diagnostics; the report. No training."""
+"""Ranks of every variant; metrics with intervals, comparisons, sanity checks, diagnostics, the verdict. No training."""
