@@ -219,7 +219,7 @@ class RunConfig(Section):
     shards: Shards = Shards()
     alignment: Alignment = Alignment()
     lora: Lora = Lora()
-    """Used by the variants whose names end in `_lora`."""
+    """Used by the variants with the field `lora`: `text_lora`, `input_lora`, `per_layer_lora`, or ones of your own."""
     readout: Readout = Readout()
     loss: Loss = Loss()
     train: Train = Train()
