@@ -85,7 +85,7 @@ def test_the_service_answers_the_request_of_the_page(ran):
 
 def test_the_headline_is_of_the_results_pages():
     results = "\n".join(path.read_text() for path in [ROOT / "RESULTS.md", *(ROOT / "docs").rglob("results*/*.md")])
-    part = TEXT.split("## What was measured")[1].split("\n## ")[0]
+    part = TEXT.split("## What it is worth")[1].split("\n## ")[0]
     cells = [cell.strip() for line in part.splitlines() if line.startswith("|") for cell in line.split("|")]
     figures = [cell for cell in cells if re.match(r"[+−]?\.\d{4} \(", cell)]
     assert len(figures) >= 15
