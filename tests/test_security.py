@@ -22,7 +22,7 @@ CALLS = {
 SAFE_LOADERS = {"SafeLoader", "CSafeLoader", "yaml.SafeLoader", "yaml.CSafeLoader", Loader.__name__}
 OFF = ("shell", "trust_remote_code", "allow_pickle")
 """Keywords that may only be False."""
-WRITES_ALONE = {"tests/faults/values.py": {"torch.save"}, "rarec/export/vllm/client.py": {"torch.save"}}
+WRITES_ALONE = {"tests/faults/values.py": {"torch.save"}, "rarec/export/rarec_vllm.py": {"torch.save"}}
 """Sources that write what they never read: pickled weights that must be refused, and a tensor as vLLM takes it."""
 
 

@@ -127,7 +127,7 @@ def _same_as(world: World, command: Command, but: tuple[str, ...] = ()) -> Calla
 
 def _check(world: World, words: list[str], but: tuple[str, ...], place: Path, outcome: Outcome) -> list[str]:
     printed, wanted = _undisturbed(world, words)
-    made = {path: content for path, content in _made(place).items() if not path.startswith(but)}
+    made = {path: content for path, content in _made(place).items() if not f"{RUN}/{path}".startswith(but)}
     faults = [
         f"{path} is not what it is without the harm" for path in made | wanted if made.get(path) != wanted.get(path)
     ]
