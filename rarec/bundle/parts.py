@@ -103,7 +103,7 @@ class Parts:
 
     @cached_property
     def new_items(self) -> dict[str, NewItems]:
-        """What finds the neighbours of new items, by the name of the table."""
+        """Return the finder of neighbours of new items for each table, by name."""
         opened = {name: self.bundle.new_items(name) for name in self.bundle.tables}
         return {name: new_items for name, new_items in opened.items() if new_items is not None}
 
