@@ -39,7 +39,7 @@ class Kind:
 
     @property
     def wanted(self) -> str:
-        """What a part must be, in words."""
+        """Return what a part must be, in words."""
         what = "a subclass" if self.is_class else "an instance"
         return f"{what} of {self.base.replace(':', '.')}" + (f", like {self.like}" if self.like else "")
 
