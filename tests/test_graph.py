@@ -10,7 +10,7 @@ from rarec.config import RunConfig
 from rarec.data.engines import open_engine
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.ids.graph import factors
+from rarec.ids.make import factors
 from rarec.ids.source import GraphUsers, HistoryRule
 from rarec.neighbours.counting import Transition
 from tests.conftest import CONFIG

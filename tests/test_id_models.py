@@ -19,11 +19,10 @@ from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.make import write_source
 from rarec.ids.models import SequenceModel, build
-from rarec.ids.sampled_softmax import SampledSoftmax, _SharedDropout
+from rarec.ids.objective import Batch, SampledSoftmax, Windows, _SharedDropout, draw_negatives
 from rarec.ids.source import open_source
 from rarec.ids.table import ItemTable
 from rarec.ids.validation import Validation
-from rarec.ids.windows import Batch, Windows, draw_negatives
 from rarec.ranking import metric_values, rank_targets
 from rarec.storage.artefacts import MANIFEST, PROGRESS
 from rarec.storage.directories import CHECKED, MARKER
@@ -155,7 +154,7 @@ def test_of_several_interests_the_one_that_scores_the_target_best_answers():
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_loss_by_hand(piece, ranks, monkeypatch):
     """Every target's softmax over itself and the shared negatives, but for a negative that is the target."""
-    monkeypatch.setattr("rarec.ids.sampled_softmax.PIECE", piece)
+    monkeypatch.setattr("rarec.ids.objective.PIECE", piece)
     model, negatives = Trained(), torch.tensor([3, 7, 7])
     terms = []
     states = [*model.states([1, 2])[:, 0], model.states([4])[0, 0]]
@@ -339,8 +338,9 @@ def test_an_item_not_met_in_training_has_no_vector_and_is_scored_as_the_mean(dat
     source = make_source("id", ids(), changed, tmp_path, seed=3)
     assert np.flatnonzero((source.items_NE == 0).all(axis=1)).tolist() == np.flatnonzero(counts_N == 0).tolist()
     mean_E = source.items_NE[counts_N > 0].mean(axis=0)
-    assert np.allclose(source.scored_NE[5], mean_E)
-    assert np.array_equal(source.scored_NE[6], source.items_NE[6])
+    scored_NE = source.ranker().items_NZ
+    assert np.allclose(scored_NE[5], mean_E)
+    assert np.array_equal(scored_NE[6], source.items_NE[6])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -368,7 +368,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from rarec.data.dataset import PreparedDataset
-from rarec.ids.sampled_softmax import SampledSoftmax
+from rarec.ids.objective import SampledSoftmax
 from tests.sources import make_source
 from tests.test_id_models import ids
 loss, steps = SampledSoftmax.__call__, []

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from rarec.cluster.definition import load_sweep
 from rarec.config import RunConfig, load_config
-from rarec.config.plain_yaml import MAX_BYTES, MAX_OVERRIDE
+from rarec.config.plain_yaml import MAX_BYTES
 from rarec.errors import UserError
 from tests.test_config import SMALL
 from tools.make_config_reference import section_of
@@ -109,7 +109,7 @@ def small(tmp_path):
 
 @pytest.mark.parametrize(
     "override",
-    ["\x1b[31m=1", "a\0b=1", "train.lr=" + "1" * MAX_OVERRIDE, "x=" + "[" * 5_000, "run.dir=\udcff", "=", "..=1"],
+    ["\x1b[31m=1", "a\0b=1", "train.lr=" + "1" * MAX_BYTES, "x=" + "[" * 5_000, "run.dir=\udcff", "=", "..=1"],
 )
 def test_a_hostile_override_is_refused_in_time(small, override):
     with refused():

@@ -15,8 +15,7 @@ from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.export import write_targets
 from rarec.export.rarec_client import Client
-from rarec.ids.mapped import MappedUsers
-from rarec.ids.source import Source
+from rarec.ids.source import MappedUsers, Source
 from tests.recommending import histories, with_items
 
 

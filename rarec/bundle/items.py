@@ -22,8 +22,7 @@ from rarec.data.preparation.inputs import read_catalogue, table_location
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.ids.imports import read_vectors
-from rarec.ids.mapped import ITEMS as MAPPED
-from rarec.ids.source import LEFT
+from rarec.ids.source import LEFT, MAPPED_ITEMS
 from rarec.neighbours.base import SCHEMA, pairs_of
 from rarec.neighbours.scores import newest_first, score
 from rarec.ranking import VectorRanker
@@ -231,4 +230,4 @@ def _vector_of_new(parts: Parts, title: str, text: str) -> Float32:
 
 def _is_table(name: str) -> bool:
     """Return whether a tensor of an ID model has a row for each item."""
-    return name.rpartition("/")[2].rpartition(".")[2] in (LEFT, MAPPED)
+    return name.rpartition("/")[2].rpartition(".")[2] in (LEFT, MAPPED_ITEMS)

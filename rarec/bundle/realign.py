@@ -21,8 +21,7 @@ from rarec.bundle.facts import FACTS
 from rarec.bundle.parts import Parts, sample_histories
 from rarec.bundle.write import encoders_of, save_tensors, write_version
 from rarec.errors import UserError
-from rarec.ids.mapped import MappedUsers
-from rarec.ids.source import Source
+from rarec.ids.source import MappedUsers, Source
 from rarec.models.encode import Encoder
 from rarec.storage.files import write_json
 

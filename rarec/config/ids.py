@@ -6,8 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from rarec.config.registry import check, find
-from rarec.config.section import Count, Few, Location, Part, Positive, Rate, Section
-from rarec.errors import nearest
+from rarec.config.section import Count, Few, Location, Part, Positive, Rate, Section, check_settings
 
 
 class Recipe(Section):
@@ -104,6 +103,8 @@ IMPORT = "import"
 """The value of `ids.model` for vectors from files."""
 IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
 """Fields of an import that name files."""
+_SECTIONS = {**{kind: kind for kind in RECIPES}, IMPORT: "imported"}
+"""The section of each `ids.model` that rarec brings."""
 
 
 class Import(Section):
@@ -133,7 +134,7 @@ class Import(Section):
 class Ids(Section):
     """The ID embeddings (source `id`): an ID model to train, or vectors to import."""
 
-    model: Annotated[str, AfterValidator(check("id_models", [*RECIPES, IMPORT]))] = "sasrec"
+    model: Annotated[str, AfterValidator(check("id_models", _SECTIONS))] = "sasrec"
     """The ID model to train: `sasrec`, `gru4rec`, `comirec`, or one of your own as `package.module:Name`; `import` for
     vectors from files."""
     sasrec: SasRecConfig = SasRecConfig()
@@ -155,18 +156,16 @@ class Ids(Section):
     @classmethod
     def _check_settings(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         """Validate the settings by the `Config` of the user's ID model, and fill in its defaults."""
-        model = info.data.get("model")  # absent if it is wrong itself
-        if model is None or model in (*RECIPES, IMPORT):
-            if model and given:
-                section = "imported" if model == IMPORT else model
-                raise ValueError(
-                    f"they are for an ID model of your own; those of `model: {model}` are in ids.{section}"
-                )
+        if "model" not in info.data:  # it is wrong itself
+            return given
+        model = info.data["model"]
+        if model in _SECTIONS:
+            if given:
+                place = f"ids.{_SECTIONS[model]}"
+                raise ValueError(f"they are for an ID model of your own; those of `model: {model}` are in {place}")
             return given
         config = _config_of(model)
-        unknown = [name for name in given if name not in config.model_fields]
-        if unknown:
-            raise ValueError(f"unknown field `{unknown[0]}`{nearest(unknown[0], config.model_fields)}")
+        check_settings(given, config.model_fields)
         return config.model_validate(given).model_dump(mode="json")
 
     @model_validator(mode="after")
@@ -178,8 +177,8 @@ class Ids(Section):
     @property
     def chosen(self) -> Recipe | Import:
         """The settings of the model that `model` selects."""
-        if self.model in (*RECIPES, IMPORT):
-            return cast(Recipe | Import, getattr(self, "imported" if self.model == IMPORT else self.model))
+        if self.model in _SECTIONS:
+            return cast(Recipe | Import, getattr(self, _SECTIONS[self.model]))
         return _config_of(self.model).model_validate(self.settings)
 
     @property

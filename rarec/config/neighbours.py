@@ -1,7 +1,5 @@
 """The section `neighbours`: models that are counted or solved, not trained; and the section `graph`."""
 
-from collections.abc import Mapping
-from functools import cache
 from typing import Annotated, Any
 
 from pydantic import (
@@ -13,10 +11,9 @@ from pydantic import (
     model_serializer,
 )
 
+from rarec.config.method import NO_VARIANTS, VARIANTS, check_own_name
 from rarec.config.registry import KINDS, find
-from rarec.config.section import Count, Positive, Rate, Section, Share, Weight
-from rarec.config.variants import NO_VARIANTS, VARIANTS, check_own_name
-from rarec.errors import nearest
+from rarec.config.section import Count, Positive, Rate, Section, Share, Weight, check_settings
 
 KIND = "neighbour_models"
 BUILT_IN = tuple(KINDS[KIND].built_in)
@@ -89,8 +86,7 @@ class Neighbours(Section):
     @field_validator("models")
     @classmethod
     def _check_models(cls, given: list[str]) -> list[str]:
-        names = list(map(_name_of, given))
-        if len(set(names)) < len(names):
+        if len(set(map(_name_of, given))) < len(given):
             raise ValueError("a model is named twice")
         return given
 
@@ -102,9 +98,7 @@ class Neighbours(Section):
             return given
         configs = [find(KIND, entry).Config for entry in info.data["models"] if entry not in BUILT_IN]
         known = {name for config in configs for name in config.model_fields} - set(cls.model_fields)
-        for name in given:
-            if name not in known:
-                raise ValueError(f"no model of your own has a setting `{name}`{nearest(name, sorted(known))}")
+        check_settings(given, sorted(known))
         for config in configs:
             _validated(config, {**info.data, **given})
         return given
@@ -125,14 +119,13 @@ class Neighbours(Section):
 
     def class_of(self, name: str) -> Any:
         """Return the class of a model, a `NeighbourModel`, by its name."""
-        return built_in(name) or find(KIND, self.by_name.get(name, name))
+        return find(KIND, self.by_name.get(name, name))
 
     def config_of(self, name: str) -> NeighbourConfig:
         """Return the settings that shape the table of a model, by its name."""
         return _validated(self.class_of(name).Config, {**dict(self), **self.settings})
 
 
-@cache  # to look a part up reads the entry points of all packages
 def built_in(name: str) -> Any:
     """Return the class of a neighbour model that rarec brings, by its name; None for any other name."""
     return find(KIND, name) if name in BUILT_IN else None
@@ -140,13 +133,13 @@ def built_in(name: str) -> Any:
 
 def neighbour_titles() -> dict[str, str]:
     """Return the titles of all neighbour models that this process has met, by name."""
-    return {**{name: built_in(name).title for name in BUILT_IN}, **_OWN_TITLES}
+    return {name: find(KIND, name).title for name in BUILT_IN} | _OWN_TITLES
 
 
 def _name_of(entry: str) -> str:
     return entry.rpartition(":")[2]
 
 
-def _validated(config: type[NeighbourConfig], given: Mapping[str, Any]) -> NeighbourConfig:
+def _validated(config: type[NeighbourConfig], given: dict[str, Any]) -> NeighbourConfig:
     """Return a `Config` of the fields that it has."""
     return config.model_validate({name: given[name] for name in config.model_fields if name in given})

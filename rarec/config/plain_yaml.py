@@ -1,11 +1,11 @@
 """YAML as a configuration needs it: plain values, each key once, and bounds on the size of what a text stands for.
 
-PyYAML's safe loader builds plain values only, but a hundred characters of aliases can stand for a billion values, and
-brackets can be nested until Python's stack ends. Every bound here is far above what a person writes.
+PyYAML's safe loader builds plain values only, but a hundred characters of aliases can stand for a billion values. Every
+bound here is far above what a person writes.
 """
 
+import math
 import re
-import unicodedata
 from typing import Any
 
 import yaml
@@ -14,54 +14,38 @@ from rarec.errors import UserError
 
 MAX_BYTES = 100_000
 """Largest file. PyYAML reads it in under two seconds."""
-MAX_OVERRIDE = 20_000
-"""Largest override `section.field=value`, in characters."""
-MAX_DEPTH = 40
-"""Deepest nesting of lists and sections."""
 MAX_SIZE = 500_000
 """Largest size of all values, in characters; an alias counts as what it stands for."""
 SHOWN = 200
 """Characters of a library's message that are shown."""
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_INTEGER = re.compile("^[-+]?(0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$")
+_INTEGER = re.compile("^[-+]?(0|[1-9][0-9_]{0,99}|0b[01_]{1,99}|0x[0-9a-fA-F_]{1,99})$")
 _FLOAT = re.compile(
     r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?)$"
     r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
 )
 """Numbers as people write them. YAML 1.1 reads 1:30 as 90 and 010 as 8, and 1e-3 as a text."""
 _FIRST = list("-+.0123456789")
+_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters but for line breaks and tabs, and halves of surrogate pairs: they steer a terminal."""
 
 
 class Loader(yaml.SafeLoader):
     """YAML as people expect it: a key given twice is an error; merged ones (`<<`) give way."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-        self._sizes: dict[yaml.Node, int] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose a node, and refuse what is too deep, too large or inside itself."""
-        is_alias = self.check_event(yaml.AliasEvent)
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise _error(f"more than {MAX_DEPTH} levels of lists and sections", self.get_mark())
-        node = super().compose_node(parent, index)
-        assert isinstance(node, yaml.Node)
-        self._depth -= 1
-        if is_alias and node not in self._sizes:
-            raise _error("a value that contains itself", node.start_mark)
-        self._sizes[node] = self._size(node)
-        if self._sizes[node] > MAX_SIZE:
-            raise _error(f"its aliases stand for more than {MAX_SIZE:,} characters", node.start_mark)
-        return node
+    def get_single_node(self) -> yaml.Node | None:
+        """Read the text as nodes, and refuse what stands for too much or for itself."""
+        root = super().get_single_node()
+        if root is not None:
+            _check_size(root, {})
+        return root
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Construct a value, and refuse control characters in a text."""
         value = super().construct_object(node, deep)
-        control = unprintable(value) if isinstance(value, str) else ""
+        control = _CONTROL.search(value) if isinstance(value, str) else None
         if control:
-            raise _error(f"a text holds the control character {control}", node.start_mark)
+            raise _error(f"a text holds the control character {control[0]!r}", node)
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -72,16 +56,9 @@ class Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise _error(f"field {key!r} is given twice", key_node.start_mark)
+                raise _error(f"field {key!r} is given twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
-
-    def _size(self, node: yaml.Node) -> int:
-        """Return the size of what a node stands for; the sizes of the nodes inside it are known."""
-        if isinstance(node, yaml.ScalarNode):
-            return len(node.value) + 1
-        parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
-        return sum(self._sizes[part] for part in parts) + 1
 
 
 class Dumper(yaml.SafeDumper):
@@ -115,19 +92,29 @@ def parse(text: str, where: str, remedy: str = "") -> Any:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem: object = error.problem or error
+    except RecursionError:
+        problem = "lists and sections are nested too deeply"
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         problem = error  # the last ones of a value that its tag does not allow, such as `2020-99-99` or `!!int x`
     raise UserError(f"{where}{place} is not valid YAML: {' '.join(str(problem).split())[:SHOWN]}", remedy)
 
 
-def unprintable(text: str) -> str:
-    """Return the first control character or half of a surrogate pair in a text, escaped; line breaks and tabs may be.
+def _check_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """Return the size of what a node stands for, if it is not above the largest one.
 
-    They are no part of any honest name, path or prompt, and they steer a terminal.
+    Args:
+        node: of the text.
+        sizes: of the nodes that were met; infinite for those around this one, which may not be inside it again.
     """
-    controls = (char for char in text if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r")
-    return repr(next(controls, ""))[1:-1]
+    if node not in sizes:
+        sizes[node] = math.inf
+        entries = [node.value] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
+        sizes[node] = 1 + sum(len(part) if isinstance(part, str) else _check_size(part, sizes) for part in parts)
+    if sizes[node] > MAX_SIZE:
+        raise _error(f"a value contains itself, or its aliases stand for more than {MAX_SIZE:,} characters", node)
+    return sizes[node]
 
 
-def _error(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(None, None, problem, mark)
+def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, problem, node.start_mark)

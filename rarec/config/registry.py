@@ -28,20 +28,12 @@ class Kind:
         base: the class that a part must be an instance or a subclass of, as `package.module:Name`.
         built_in: the parts that rarec brings, each as `package.module:Name`: they are imported when they are used.
         is_class: True if a part is a subclass of `base`, False if it is an instance.
-        like: a part to write another one after, where `base` does not say enough.
     """
 
     field: str
     base: str
     built_in: Mapping[str, str]
     is_class: bool = True
-    like: str = ""
-
-    @property
-    def wanted(self) -> str:
-        """Return what a part must be, in words."""
-        what = "a subclass" if self.is_class else "an instance"
-        return f"{what} of {self.base.replace(':', '.')}" + (f", like {self.like}" if self.like else "")
 
 
 KINDS = {
@@ -70,7 +62,6 @@ KINDS = {
         "collections.abc:Callable",
         {"softmax": "rarec.models.losses:sampled_softmax", "bpr": "rarec.models.losses:bpr"},
         is_class=False,
-        like="rarec.models.losses.bpr",
     ),
     "targets": Kind(
         "--to",
@@ -101,12 +92,15 @@ def find(kind: str, name: str, known: Iterable[str] = ()) -> Any:
         ValueError: there is no such part, its module cannot be imported, or it is not what the field needs. It becomes
             a line of a `UserError` that names the field, as every error of a configuration's field.
     """
-    offered = {point.name: point.value for point in entry_points(group=f"rarec.{kind}")} if ":" not in name else {}
-    places = {**offered, **KINDS[kind].built_in}
-    if ":" not in name and name not in places:
-        hint = nearest(name, [*known, *KINDS[kind].built_in, *sorted(offered)])
-        raise ValueError(f"unknown name{hint}; write one of your own as package.module:Name")
-    part = _load(places.get(name, name))
+    built_in = KINDS[kind].built_in
+    place = name if ":" in name else built_in.get(name)
+    if place is None:
+        offered = {point.name: point.value for point in entry_points(group=f"rarec.{kind}")}
+        if name not in offered:
+            hint = nearest(name, [*known, *built_in, *sorted(offered)])
+            raise ValueError(f"unknown name{hint}; write one of your own as package.module:Name")
+        place = offered[name]
+    part = _load(place)
     _check_type(KINDS[kind], name, part)
     return part
 
@@ -129,17 +123,19 @@ def check(kind: str, known: Iterable[str] = ()) -> Callable[[str], str]:
 def _check_type(kind: Kind, name: str, part: Any) -> None:
     base = _load(kind.base)
     is_class = isinstance(part, type)
-    fits = is_class and issubclass(part, base) if kind.is_class else isinstance(part, base) and not is_class
-    if not fits:
+    fits = issubclass(part, base) if is_class else isinstance(part, base)
+    if not fits or is_class != kind.is_class:
         shown = f"the class {part.__qualname__}" if is_class else f"of type {type(part).__name__}"
-        raise ValueError(f"{name} is {shown}, not {kind.wanted}: see docs/extend.md")
+        wanted = f"{'a subclass' if kind.is_class else 'an instance'} of {kind.base.replace(':', '.')}"
+        like = next(iter(kind.built_in.values()), "")
+        raise ValueError(f"{name} is {shown}, not {wanted}{like and f', such as {like}'}: see docs/extend.md")
     if inspect.isabstract(part):
         lacking = ", ".join(sorted(part.__abstractmethods__))
         raise ValueError(f"{name} lacks {lacking}: define it, see docs/extend.md")
 
 
-def _load(dotted: str) -> Any:
-    name, _, attribute = dotted.partition(":")
+def _load(path: str) -> Any:
+    name, _, attribute = path.partition(":")
     module = _import(name)
     if not hasattr(module, attribute):
         public = [each for each in vars(module) if not each.startswith("_")]

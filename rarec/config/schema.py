@@ -11,7 +11,19 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rarec.config.ids import IMPORTED_FILES, Ids, Import
 from rarec.config.logs import Prepare
-from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout
+from rarec.config.method import (
+    VARIANTS,
+    Alignment,
+    Llm,
+    Lora,
+    Loss,
+    Prompt,
+    Readout,
+    Variant,
+    check_row,
+    check_variant,
+    variant_of,
+)
 from rarec.config.neighbours import Graph, Neighbours
 from rarec.config.section import (
     Blocks,
@@ -30,7 +42,6 @@ from rarec.config.section import (
     SourceName,
     Weight,
 )
-from rarec.config.variants import VARIANTS, Variant, check_row, check_variant, variant_of
 
 MODEL_SECTIONS = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
 """The sections that say what a bundle's model is."""
@@ -150,10 +161,9 @@ class Train(Section):
     @field_validator("variants")
     @classmethod
     def _check_names(cls, given: list[str]) -> list[str]:
-        seen: dict[str, Variant] = {}
-        for variant in map(variant_of, given):
-            if seen.setdefault(variant.name, variant) != variant:
-                raise ValueError(f"two variants have the name {variant.name!r}: rename one")
+        variants = set(map(variant_of, given))
+        if len({variant.name for variant in variants}) < len(variants):
+            raise ValueError("two variants have the same name: rename one")
         return given
 
     def steps(self, every: int, trained: Collection[str]) -> int:

@@ -6,10 +6,13 @@ hours, and not by a machine out of memory.
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from rarec.errors import nearest
 
 Few = Annotated[int, Field(gt=0, le=1_000)]
 """Number of layers, heads, processes, things kept or shown."""
@@ -76,6 +79,13 @@ def check_device(given: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(check_device)]
+
+
+def check_settings(given: Collection[str], known: Collection[str]) -> None:
+    """Refuse a setting that no part of the user's own has, and name the nearest one."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown field `{name}`{nearest(name, known)}")
 
 
 class Section(BaseModel):

@@ -9,8 +9,8 @@ can be deployed.
 
 from collections.abc import Iterable
 
+from rarec.config.method import VARIANT_TITLES
 from rarec.config.neighbours import neighbour_titles
-from rarec.config.variants import variant_titles
 from rarec.console.inert import inert
 
 ID_ONLY = "id_only"
@@ -162,4 +162,4 @@ def sentence_case(text: str) -> str:
 
 def _titles() -> dict[str, str]:
     """Return the titles of all rows without `+` and `/`, in their order."""
-    return {ID_ONLY: "ID model", **neighbour_titles(), **UNTRAINED_TITLES, **variant_titles()}
+    return {ID_ONLY: "ID model", **neighbour_titles(), **UNTRAINED_TITLES, **VARIANT_TITLES}

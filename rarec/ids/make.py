@@ -1,22 +1,34 @@
-"""Make the files of a source: train an ID model, or import vectors."""
+"""Make the files of a source: train an ID model, import vectors, or factorise the graph of transitions.
+
+Shape letters: N items, E dimension.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+from scipy.sparse.linalg import svds
 
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
+from rarec.config.logs import Prepare
+from rarec.config.neighbours import Graph, Neighbours
 from rarec.data.dataset import PreparedDataset
+from rarec.data.engines import open_engine
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.imports import Vectors, existing, read_vectors
-from rarec.ids.source import ITEMS_FILE, USERS_FILE, HistoryRule, UserTable, UserVectors
+from rarec.ids.source import ITEMS_FILE, LEFT, USERS, GraphUsers, HistoryRule, UserTable, UserVectors, load_table
 from rarec.ids.trainer import KEPT, train_ids
 from rarec.ids.validation import Validation
+from rarec.neighbours.counting import Transition
 from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.storage.files import sha256_file
 
+Floats = npt.NDArray[np.float32]
 Say = Callable[[str], None]
 
 
@@ -26,10 +38,7 @@ def imported_hashes(name: str, section: Import) -> dict[str, str]:
     Raises:
         UserError: a file does not exist.
     """
-    named = {field: getattr(section, field) for field in IMPORTED_FILES}
-    return {
-        field: sha256_file(existing(path, _field(name, field))) for field, path in named.items() if path is not None
-    }
+    return {field: sha256_file(existing(path, _field(name, field))) for field, path in _files(section).items()}
 
 
 def write_source(
@@ -59,16 +68,73 @@ def write_source(
     Raises:
         UserError: a file to import is missing or invalid, or training fails.
     """
-    chosen = _chosen(config)
+    chosen = config.chosen if isinstance(config, Ids) else config
     if isinstance(chosen, Recipe):
         training_set = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
-        checkpoints = CheckpointStore(progress, KEPT, identity)
-        return train_ids(training_set, chosen, seed, checkpoints, directory, say, world)
+        return train_ids(training_set, chosen, seed, CheckpointStore(progress, KEPT, identity), directory, say, world)
     return world.run_on_all(lambda: _import(name, chosen, dataset, directory, seed, say) if world.is_main else {})
 
 
-def _chosen(config: Ids | Import) -> Recipe | Import:
-    return config if isinstance(config, Import) else config.chosen
+def write_graph(
+    graph: Graph,
+    neighbours: Neighbours,
+    prepare: Prepare,
+    holdout: float,
+    dataset: PreparedDataset,
+    directory: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Write the files of the source `graph`; return the figures for its manifest.
+
+    Args:
+        graph: the section `graph`.
+        neighbours: the section `neighbours`: how transitions are counted, and how far back a history is read.
+        prepare: the section `prepare`: its engine counts.
+        holdout: the newest share of each user's training interactions, which is not counted.
+        dataset: prepared.
+        directory: to write to.
+        seed: of the subset of validation users.
+
+    Raises:
+        UserError: there are fewer items than dimensions, or no user has a validation target.
+    """
+    engine = partial(open_engine, prepare, directory / "spill")
+    transitions = Transition(neighbours.config_of("transition"), engine)
+    left_NE, right_NE = factors(transitions.fit(dataset, holdout), graph.dim)
+    np.save(directory / f"{LEFT}.npy", left_NE)
+    np.save(directory / ITEMS_FILE, right_NE)
+    users = GraphUsers.of(left_NE, neighbours.newest, neighbours.decay)
+    return {"validation": Validation(dataset, seed).of_vectors(right_NE, users)}
+
+
+def factors(graph_NN: sparse.csr_matrix, dim: int) -> tuple[Floats, Floats]:
+    """Return left and right singular vectors (N, E), each times the root of its singular value; zeros without edges.
+
+    Raises:
+        UserError: the graph has no more items than dimensions.
+    """
+    n_items = graph_NN.shape[0]
+    if dim >= n_items:
+        raise UserError(f"field `graph.dim`: {dim} dimensions of {n_items} items", f"set graph.dim below {n_items}")
+    if not graph_NN.nnz:
+        return np.zeros((n_items, dim), np.float32), np.zeros((n_items, dim), np.float32)
+    start_N = np.random.default_rng(0).standard_normal(n_items)
+    left_NE, values_E, right_EN = svds(graph_NN.astype(np.float64), k=dim, v0=start_N)
+    signs_E = np.sign(right_EN[np.arange(dim), np.abs(right_EN).argmax(1)])  # a singular vector's sign is arbitrary
+    root_E: npt.NDArray[np.float64] = np.sqrt(np.maximum(values_E, 0)) * signs_E
+    return _zeroed(left_NE * root_E, graph_NN, 1), _zeroed(right_EN.T * root_E, graph_NN, 0)
+
+
+def _zeroed(vectors_NE: npt.NDArray[np.float64], graph_NN: sparse.csr_matrix, axis: int) -> Floats:
+    """Set the vectors of items without edges, which are rounding, to zero: they stand for missing ones."""
+    edges_N = np.asarray((graph_NN != 0).sum(axis)).ravel()
+    return np.where(edges_N[:, None] > 0, vectors_NE, 0.0).astype(np.float32)
+
+
+def _files(section: Import) -> dict[str, str]:
+    """Return the files of an import by their fields."""
+    named = {field: getattr(section, field) for field in IMPORTED_FILES}
+    return {field: path for field, path in named.items() if path is not None}
 
 
 def _field(name: str, field: str) -> str:
@@ -77,57 +143,52 @@ def _field(name: str, field: str) -> str:
 
 
 def _import(
-    name: str, config: Import, dataset: PreparedDataset, temporary: Path, seed: int, say: Say
+    name: str, config: Import, dataset: PreparedDataset, directory: Path, seed: int, say: Say
 ) -> dict[str, Any]:
     """Write imported item and user vectors; return figures for the manifest."""
-    left_out = {"items": _import_items(name, config, dataset, temporary, say)}
-    items_NE = np.load(temporary / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
+    left_out = {"items": _import_items(name, config, dataset, directory, say)}
+    items_NE = load_table(directory / ITEMS_FILE)
     users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)
     if config.users is not None:
-        left_out["users"] = _import_users(name, config, dataset, temporary, items_NE.shape[1])
-        users = UserTable(np.load(temporary / USERS_FILE, mmap_mode="c", allow_pickle=False))
-    for of, count in left_out.items():
+        left_out["users"] = _import_users(name, config, dataset, directory, items_NE.shape[1])
+        users = UserTable(load_table(directory / f"{USERS}.npy"))
+    files = _files(config)
+    for kind, count in left_out.items():
         if count:
-            say(f"{getattr(config, of)}: {count} rows are left out, their ids are no {of} of the dataset")
-    files = {field: getattr(config, field) for field in IMPORTED_FILES if getattr(config, field) is not None}
-    return {
-        "validation": Validation(dataset, seed).of_vectors(items_NE, users),
-        "imported": files,
-        "left_out": left_out,
-    }
+            say(f"{files[kind]}: {count} rows are left out, their ids are no {kind} of the dataset")
+    validation = Validation(dataset, seed).of_vectors(items_NE, users)
+    return {"validation": validation, "imported": files, "left_out": left_out}
 
 
-def _import_items(name: str, config: Import, dataset: PreparedDataset, temporary: Path, say: Say) -> int:
+def _import_items(name: str, config: Import, dataset: PreparedDataset, directory: Path, say: Say) -> int:
     """Write the item vectors; return the number of rows left out."""
     items = read_vectors(config.items, config.item_ids, _field(name, "items"), _field(name, "item_ids"))
     if items.rows.ndim != 2:
-        raise UserError(
-            f"{config.items} has shape {items.rows.shape}", "save item vectors with two axes: items, dimension"
-        )
+        remedy = "save item vectors with two axes: items, dimension"
+        raise UserError(f"{config.items} has shape {items.rows.shape}", remedy)
     remedy = "import a vector for every item of the catalogue, remove those items from it, or set "
     remedy += f"`{_field(name, 'missing')}: fallback`"
     gaps = config.missing == "fallback"
-    left_out, lacking = items.write_aligned(temporary / ITEMS_FILE, dataset.item_ids.whole(), "item", remedy, gaps=gaps)
+    left_out, lacking = items.write_aligned(directory / ITEMS_FILE, dataset.item_ids.whole(), "item", remedy, gaps=gaps)
     if lacking.size and not gaps:
         first = dataset.item_ids[int(lacking[0])]
-        of = f"{lacking.size} of {dataset.n_items} items (first: {first!r})"
-        raise UserError(f"{config.items}: the vectors of {of} are zero, which means that they have none", remedy)
+        counted = f"{lacking.size} of {dataset.n_items} items (first: {first!r})"
+        raise UserError(f"{config.items}: the vectors of {counted} are zero, which means that they have none", remedy)
     if lacking.size:
         say(f"{config.items}: no vector for {lacking.size} of {dataset.n_items} items; a learned vector replaces it")
     return left_out
 
 
-def _import_users(name: str, config: Import, dataset: PreparedDataset, temporary: Path, dim: int) -> int:
+def _import_users(name: str, config: Import, dataset: PreparedDataset, directory: Path, dim: int) -> int:
     """Write the user vectors, (U, K, E), K = 1 where the file has two axes; return the number of rows left out."""
     path = str(config.users)
     table = read_vectors(path, config.user_ids, _field(name, "users"), _field(name, "user_ids"))
     rows = table.rows[:, None] if table.rows.ndim == 2 else table.rows
-    if rows.ndim != 3 or rows.shape[2] != dim:
-        raise UserError(
-            f"{path} has shape {table.rows.shape}, but the vectors of {config.items} have dimension {dim}",
-            "import users and items of one vector space: (users, dimension), or (users, K, dimension)",
-        )
+    if rows.shape[2] != dim:
+        problem = f"{path} has shape {table.rows.shape}, but the vectors of {config.items} have dimension {dim}"
+        remedy = "import users and items of one vector space: (users, dimension), or (users, K, dimension)"
+        raise UserError(problem, remedy)
     remedy = "import a vector for every user, or leave `users` out: a rule makes user vectors from the history"
     table = Vectors(path, rows, table.ids)
-    left_out, _ = table.write_aligned(temporary / USERS_FILE, dataset.user_ids.whole(), "user", remedy)
+    left_out, _ = table.write_aligned(directory / f"{USERS}.npy", dataset.user_ids.whole(), "user", remedy)
     return left_out

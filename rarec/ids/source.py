@@ -2,23 +2,24 @@
 
 User vectors come from an ID model that reads the history, from a rule over the history's item vectors, or from a table.
 
-Shape letters: N items, U users, B users of a batch, K vectors a user, E dimension, T history.
+Shape letters: N items, U users, B users of a batch, K vectors a user, E dimension, S dimension of another ID model,
+T history.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rarec.config.ids import RECIPES, Recipe
 from rarec.errors import UserError
-from rarec.ids.mapped import BIAS, INNER, ITEMS, MATRIX, MappedUsers
 from rarec.ids.models import SequenceModel, build, pad
 from rarec.ranking import VectorRanker
 from rarec.storage.artefacts import read_manifest, sha256_json
@@ -28,22 +29,29 @@ Rows = npt.NDArray[np.integer]
 
 KIND = "ids"
 ITEMS_FILE = "items.npy"
-USERS_FILE, USERS = "users.npy", "users"
-LEFT_FILE, LEFT = "left.npy", "left"
 MODEL_FILE = "model.safetensors"
+USERS, LEFT = "users", "left"
+"""Names of the tables of `UserTable` and `GraphUsers`; their files are `NAME.npy`."""
+MAPPED_ITEMS, _MATRIX, _BIAS, _INNER = "items", "matrix", "bias", "inner."
+"""Names of the tensors of `MappedUsers`; those of the other model's user vectors begin with the last."""
+KINDS_OF_USERS = (*RECIPES, "mapped", "rule", "table", "graph")
+"""Ways to make user vectors that come with rarec; any other name is of an ID model of the user's own."""
 
 
-class UserVectors(Protocol):
+class UserVectors(ABC):
     """A way to make user vectors."""
 
     @property
     def per_user(self) -> int:
         """K."""
+        return 1
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The weights or tables from which `users_of` makes them again, with the settings."""
+        return {}
 
+    @abstractmethod
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
         """Return the users' vectors, (B, K, E).
 
@@ -54,11 +62,12 @@ class UserVectors(Protocol):
         """
 
     def permuted(self, rng: np.random.Generator) -> "UserVectors":
-        """Return the user vectors that belong to permuted item vectors."""
+        """Return the user vectors that belong to permuted item vectors: itself, where it reads no others."""
+        return self
 
 
 @dataclass(frozen=True)
-class SequenceUsers:
+class SequenceUsers(UserVectors):
     """User vectors by an ID model: the states after the last interaction of the history."""
 
     model: SequenceModel
@@ -68,46 +77,25 @@ class SequenceUsers:
         """K."""
         return self.model.per_user
 
-    @classmethod
-    def of(cls, settings: Recipe, tensors: Mapping[str, Tensor]) -> "SequenceUsers":
-        """Build a trained model from its weights."""
-        model = build(settings)
-        model.load_state_dict(dict(tensors))
-        return cls(model.eval())
-
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The weights, without the item table."""
         return dict(self.model.state_dict())
 
-    def save(self, directory: Path) -> None:
-        """Write the model, without the item table."""
-        save_file(self.tensors, directory / MODEL_FILE)
-
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
         """See `UserVectors`."""
         return self.model.encode(items_NE, histories)
 
-    def permuted(self, rng: np.random.Generator) -> "SequenceUsers":
-        """Return itself: it reads the item vectors."""
-        return self
-
 
 @dataclass(frozen=True)
-class HistoryRule:
-    """User vectors by a weighted mean of the history's item vectors; the weights depend on age alone; K = 1.
+class HistoryRule(UserVectors):
+    """User vectors by a weighted mean of the history's item vectors; the weights depend on age alone.
 
     Attributes:
         weights_T: weights by age, the newest item first; items older than T are not read.
     """
 
     weights_T: npt.NDArray[np.float64]
-    per_user: int = 1
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing: it has no weights."""
-        return {}
 
     @classmethod
     def of(cls, rule: Literal["mean", "last", "recency"], half_life: float, max_history: int) -> "HistoryRule":
@@ -118,21 +106,16 @@ class HistoryRule:
 
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
         """See `UserVectors`. Items without a vector are skipped; a history without any vector gives zeros."""
-        known = [history[(items_NE[history] != 0).any(-1)] for history in histories]
-        rows_BT, lengths_B = pad(known, len(self.weights_T))
+        rows_BT, lengths_B = pad(_with_vectors(items_NE, histories), len(self.weights_T))
         age_BT = lengths_B[:, None] - 1 - np.arange(rows_BT.shape[1])
         weights_BT = np.where(age_BT >= 0, self.weights_T[age_BT], 0.0)
         weights_BT /= np.maximum(weights_BT.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
         users_BE: npt.NDArray[np.float64] = np.einsum("bt,bte->be", weights_BT, items_NE[rows_BT])
         return users_BE[:, None].astype(np.float32)
 
-    def permuted(self, rng: np.random.Generator) -> "HistoryRule":
-        """Return itself: it reads the item vectors."""
-        return self
-
 
 @dataclass(frozen=True)
-class GraphUsers:
+class GraphUsers(UserVectors):
     """User vectors by the graph: the mean of the left singular vectors of the newest items, older ones decayed.
 
     The inner product of a user's and an item's vector is the decayed mean of the transitions to the item, up to what
@@ -145,7 +128,6 @@ class GraphUsers:
 
     left_NE: Floats
     rule: HistoryRule
-    per_user: int = 1
 
     @classmethod
     def of(cls, left_NE: Floats, newest: int, decay: float) -> "GraphUsers":
@@ -163,11 +145,11 @@ class GraphUsers:
 
     def permuted(self, rng: np.random.Generator) -> "GraphUsers":
         """Return the user vectors of permuted items, a copy in memory."""
-        return GraphUsers(self.left_NE[rng.permutation(len(self.left_NE))], self.rule)
+        return replace(self, left_NE=rng.permutation(self.left_NE))
 
 
 @dataclass(frozen=True)
-class UserTable:
+class UserTable(UserVectors):
     """Imported user vectors, one row per user; the history is not read."""
 
     users_UKE: Floats
@@ -189,7 +171,53 @@ class UserTable:
 
     def permuted(self, rng: np.random.Generator) -> "UserTable":
         """Return the table with its rows permuted, a copy in memory."""
-        return UserTable(self.users_UKE[rng.permutation(len(self.users_UKE))])
+        return replace(self, users_UKE=rng.permutation(self.users_UKE))
+
+
+@dataclass(frozen=True)
+class MappedUsers(UserVectors):
+    """User vectors u M + b, where u are those of another ID model than the one that a recommender was trained with.
+
+    Attributes:
+        inner: makes the other model's user vectors.
+        items_NS: the other model's item vectors, which it reads; zeros for items that it does not know.
+        matrix_SE: M.
+        bias_E: b.
+    """
+
+    inner: UserVectors
+    items_NS: Floats
+    matrix_SE: Floats
+    bias_E: Floats
+
+    @property
+    def per_user(self) -> int:
+        """K."""
+        return self.inner.per_user
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The map, and what the other model is made by."""
+        own = {MAPPED_ITEMS: self.items_NS, _MATRIX: self.matrix_SE, _BIAS: self.bias_E}
+        inner = {_INNER + name: tensor for name, tensor in self.inner.tensors.items()}
+        return {**{name: torch.from_numpy(np.array(array)) for name, array in own.items()}, **inner}
+
+    def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
+        """See `UserVectors`. Items that the other model does not know are skipped; zeros without any other."""
+        known = _with_vectors(self.items_NS, histories)
+        users_BKS = self.inner.vectors(self.items_NS, user_rows, known)
+        is_known_B11 = np.array([len(history) > 0 for history in known])[:, None, None]
+        mapped_BKE: Floats = ((users_BKS @ self.matrix_SE + self.bias_E) * is_known_B11).astype(np.float32)
+        return mapped_BKE
+
+    def permuted(self, rng: np.random.Generator) -> "MappedUsers":
+        """Return the user vectors of permuted items, a copy in memory."""
+        return replace(self, items_NS=rng.permutation(self.items_NS))
+
+
+def _with_vectors(items_NE: Floats, histories: Sequence[Rows]) -> list[Rows]:
+    """Return histories without the items that have no vector."""
+    return [history[(items_NE[history] != 0).any(-1)] for history in histories]
 
 
 @dataclass(frozen=True)
@@ -230,11 +258,6 @@ class Source:
         """
         return self.users.vectors(self.items_NE, user_rows, histories)
 
-    @property
-    def scored_NE(self) -> Floats:
-        """The item vectors to score with: an item without a vector is scored as the mean item."""
-        return with_mean(self.items_NE)
-
     def ranker(self) -> VectorRanker:
         """Return the ID model as a ranker."""
         return ranker_of(self.items_NE, self.users)
@@ -245,27 +268,18 @@ class Source:
         Every vector stays the same, but says nothing about its item. The permuted table is a copy in memory.
         """
         rng = np.random.default_rng(seed)
-        items_NE = self.items_NE[rng.permutation(len(self.items_NE))]
+        items_NE = rng.permutation(self.items_NE)
         digest = sha256_json([self.hash, "permuted", seed])
         return replace(self, items_NE=items_NE, users=self.users.permuted(rng), hash=digest)
 
 
-def with_mean(items_NE: Floats) -> Floats:
-    """Replace each zero vector by the mean of the other vectors."""
-    known_N = (items_NE != 0).any(axis=1)
-    if known_N.all() or not known_N.any():
-        return items_NE
-    return np.where(known_N[:, None], items_NE, items_NE[known_N].mean(axis=0))
-
-
 def ranker_of(items_NE: Floats, users: UserVectors) -> VectorRanker:
-    """Return a ranker over item vectors, of which some may be zero, and their user vectors."""
+    """Return a ranker over item vectors and their user vectors; an item without a vector is scored as the mean item."""
     lacking_N = (items_NE == 0).all(1)
-    return VectorRanker(
-        np.asarray(with_mean(items_NE)),
-        lambda rows, histories: users.vectors(items_NE, rows, histories),
-        lacking_N,
-    )
+    scored_NE = np.asarray(items_NE)
+    if lacking_N.any() and not lacking_N.all():
+        scored_NE = np.where(lacking_N[:, None], items_NE[~lacking_N].mean(axis=0), items_NE)
+    return VectorRanker(scored_NE, lambda rows, histories: users.vectors(items_NE, rows, histories), lacking_N)
 
 
 def open_source(directory: Path, recipe: Recipe | None = None) -> Source:
@@ -282,8 +296,7 @@ def open_source(directory: Path, recipe: Recipe | None = None) -> Source:
     """
     manifest = read_manifest(directory, KIND)
     try:
-        # Copy on write: the file cannot change, yet torch takes the array without a copy.
-        items_NE = np.load(directory / ITEMS_FILE, mmap_mode="c", allow_pickle=False)
+        items_NE = load_table(directory / ITEMS_FILE)
         settings = manifest["settings"]["users"]
         users = users_of(settings, recipe, _read_tensors(directory, settings["kind"]), str(directory))
     except (OSError, ValueError, KeyError) as error:
@@ -291,19 +304,20 @@ def open_source(directory: Path, recipe: Recipe | None = None) -> Source:
     return Source(manifest["name"], items_NE, users, manifest["hash"], manifest)
 
 
+def load_table(path: Path) -> Floats:
+    """Map a table of vectors, copy on write: the file cannot change, yet torch takes the array without a copy."""
+    table: Floats = np.load(path, mmap_mode="c", allow_pickle=False)
+    return table
+
+
 def _read_tensors(directory: Path, kind: str) -> dict[str, Tensor]:
-    """Read what user vectors of a kind are made by; tables are memory-mapped, copy on write."""
-    tables = {"table": (USERS, USERS_FILE), "graph": (LEFT, LEFT_FILE)}
+    """Read what user vectors of a kind are made by."""
     if kind == "rule":
         return {}
-    if kind not in tables:
+    table = {"table": USERS, "graph": LEFT}.get(kind)
+    if table is None:
         return load_file(directory / MODEL_FILE)
-    name, file = tables[kind]
-    return {name: torch.from_numpy(np.load(directory / file, mmap_mode="c", allow_pickle=False))}
-
-
-KINDS_OF_USERS = (*RECIPES, "mapped", "rule", "table", "graph")
-"""Ways to make user vectors that come with rarec; any other name is of an ID model of the user's own."""
+    return {table: torch.from_numpy(load_table(directory / f"{table}.npy"))}
 
 
 def users_of(
@@ -317,11 +331,12 @@ def users_of(
         tensors: the weights; see `UserVectors.tensors`.
         where: what the settings are of, for messages.
     """
+    kind = settings["kind"]
     fields = {name: value for name, value in settings.items() if name != "kind"}
-    match settings["kind"]:
+    match kind:
         case "mapped":
-            inner = {name.removeprefix(INNER): tensor for name, tensor in tensors.items() if name.startswith(INNER)}
-            tables = (tensors[name].numpy() for name in (ITEMS, MATRIX, BIAS))
+            inner = {name.removeprefix(_INNER): tensor for name, tensor in tensors.items() if name.startswith(_INNER)}
+            tables = (tensors[name].numpy() for name in (MAPPED_ITEMS, _MATRIX, _BIAS))
             return MappedUsers(users_of(settings["inner"], recipe, inner, where), *tables)
         case "rule":
             return HistoryRule.of(**fields)
@@ -329,10 +344,11 @@ def users_of(
             return UserTable(tensors[USERS].numpy())
         case "graph":
             return GraphUsers.of(tensors[LEFT].numpy(), **fields)
-        case kind if kind in RECIPES:
-            return SequenceUsers.of(RECIPES[kind](**fields), tensors)
-        case kind if recipe is None or recipe.model_dump(mode="json") != fields:
-            problem = f"{where} was made by the ID model {kind}, which the configuration does not name"
-            raise UserError(problem, f"set ids.model: {kind} and its ids.settings, if you trust that code")
-        case kind:
-            return SequenceUsers.of(recipe, tensors)
+    if kind in RECIPES:
+        recipe = RECIPES[kind](**fields)
+    elif recipe is None or recipe.model_dump(mode="json") != fields:
+        problem = f"{where} was made by the ID model {kind}, which the configuration does not name"
+        raise UserError(problem, f"set ids.model: {kind} and its ids.settings, if you trust that code")
+    model = build(recipe)
+    model.load_state_dict(dict(tensors))
+    return SequenceUsers(model.eval())

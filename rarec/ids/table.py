@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from rarec.distributed.hardware import memory_of_rank
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.ids.source import ITEMS_FILE
+from rarec.ids.source import ITEMS_FILE, load_table
 
 MOMENTS = {"exp_avg": "items_first.npy", "exp_avg_sq": "items_second.npy"}
 """Files of Adam's moments, by their names in PyTorch."""
@@ -51,10 +51,9 @@ class ItemTable:
 
     def __init__(self, trained_N: npt.NDArray[np.bool_], dim: int, lr: float, seed: int, world: World = SINGLE) -> None:
         self.world, self.n_items = world, len(trained_N)
+        _check_size(self.n_items, dim, world)
         share = -(-self.n_items // world.size)  # as DTensor cuts
-        _check_ranks(self.n_items, world)
-        _check_memory(share, dim, world)
-        self.first = min(world.rank * share, self.n_items)
+        self.first = world.rank * share
         own = slice(self.first, min(self.first + share, self.n_items))
         rows_ME = _drawn(own, dim, seed).mul_(torch.from_numpy(trained_N[own])[:, None])
         self.rows_ME = nn.Parameter(rows_ME.to(world.device))
@@ -71,10 +70,9 @@ class ItemTable:
         table = DTensor.from_local(
             self.rows_ME.detach(), mesh, [Shard(0)], shape=torch.Size((self.n_items, dim)), stride=(dim, 1)
         )
-        found = nn.functional.embedding(DTensor.from_local(rows_U, mesh, [Replicate()]), table)
-        assert isinstance(found, DTensor)
-        vectors_UE: Tensor = found.redistribute(mesh, [Replicate()]).to_local()
-        return vectors_UE
+        spread_UE = nn.functional.embedding(DTensor.from_local(rows_U, mesh, [Replicate()]), table)
+        assert isinstance(spread_UE, DTensor)
+        return spread_UE.full_tensor()
 
     def update(self, rows_U: Tensor, gradients_UE: Tensor) -> None:
         """Take a step of Adam on the rows that the step has read; the moments of all others stay as they are.
@@ -109,39 +107,33 @@ class ItemTable:
         """Write vectors and moments, rank 0 for all.
 
         Args:
-            directory: to write to, on rank 0.
+            directory: to write to, on rank 0; None on the other ranks.
         """
-        for name, rows_ME in {ITEMS_FILE: self.rows_ME.detach(), **self._moments()}.items():
-            self._write(directory and directory / name, rows_ME)
+        moments = self._adam.state[self.rows_ME]
+        self._write(directory and directory / ITEMS_FILE, self.rows_ME.detach())
+        for name, file in MOMENTS.items():
+            self._write(directory and directory / file, moments[name])
 
     def load(self, directory: Path, step: int) -> None:
         """Read this rank's rows from files that any number of ranks may have written.
 
         Args:
-            directory: that `save` has written to.
+            directory: that `save` has written to; its checkpoint is checked by hash, and belongs to this training.
             step: steps that Adam had taken.
         """
-        own = slice(self.first, self.first + len(self.rows_ME))
-        self._adam.state[self.rows_ME] = {"step": step}
-        self.rows_ME.data.copy_(self._read(directory / ITEMS_FILE)[own])
-        for name, file in MOMENTS.items():
-            self._adam.state[self.rows_ME][name] = self._read(directory / file)[own].to(self.world.device)
 
-    def _moments(self) -> dict[str, Tensor]:
-        state = self._adam.state[self.rows_ME]
-        return {file: state[name] for name, file in MOMENTS.items()}
+        def read(file: str) -> Tensor:
+            return torch.from_numpy(load_table(directory / file)[self.first : self.first + len(self.rows_ME)])
 
-    def _read(self, file: Path) -> Tensor:  # its checkpoint is checked by hash, and belongs to this training
-        return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+        self.rows_ME.data.copy_(read(ITEMS_FILE))
+        moments = {name: read(file).to(self.world.device) for name, file in MOMENTS.items()}
+        self._adam.state[self.rows_ME] = {"step": step, **moments}
 
     def _write(self, file: Path | None, rows_ME: Tensor) -> None:
-        """Write a table of which each rank has its rows."""
-        if file is None:
-            for _ in self._blocks(rows_ME):
-                pass
-            return
+        """Write a table of which each rank has its rows; ranks without a file only send theirs."""
         header = {"descr": "<f4", "fortran_order": False, "shape": (self.n_items, rows_ME.shape[1])}
-        with file.open("wb") as out:  # not memory-mapped: on a full disk that would end the process without a word
+        # not memory-mapped: on a full disk that would end the process without a word
+        with (file or Path(os.devnull)).open("wb") as out:
             np.lib.format.write_array_header_1_0(out, header)
             for block in self._blocks(rows_ME):
                 out.write(block.cpu().numpy().astype("<f4", copy=False).tobytes())
@@ -157,8 +149,8 @@ class ItemTable:
                 yield self.world.broadcast(block, owner, (high - low, rows_ME.shape[1]))
 
 
-def _check_ranks(n_items: int, world: World) -> None:
-    """Refuse more ranks than have rows.
+def _check_size(n_items: int, dim: int, world: World) -> None:
+    """Refuse a table of which a rank would have no rows, or more than its memory has room for.
 
     Raises:
         UserError: with the number of processes that would do.
@@ -167,14 +159,7 @@ def _check_ranks(n_items: int, world: World) -> None:
     if fewer < world.size:
         problem = f"{n_items} items, spread over {world.size} processes, leave some without any"
         raise UserError(problem, f"start {fewer} processes", shared=True)
-
-
-def _check_memory(share: int, dim: int, world: World) -> None:
-    """Refuse a table that does not fit.
-
-    Raises:
-        UserError: with the number of processes that would do.
-    """
+    share = -(-n_items // world.size)
     need, has = 4 * share * dim * (1 + len(MOMENTS)), memory_of_rank(world.device)
     if need > has:
         problem = f"the item table and Adam's state take {need / 1e9:.3g} GB on each of {world.size} processes"

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,11 +22,10 @@ from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.models import build
-from rarec.ids.sampled_softmax import SampledSoftmax
-from rarec.ids.source import ITEMS_FILE, SequenceUsers
+from rarec.ids.objective import Batch, SampledSoftmax, Windows, draw_negatives
+from rarec.ids.source import ITEMS_FILE, MODEL_FILE
 from rarec.ids.table import ItemTable
 from rarec.ids.validation import Validation
-from rarec.ids.windows import Batch, Windows, draw_negatives
 from rarec.ranking.metrics import SELECTED_BY
 from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.storage.directories import discard
@@ -81,8 +80,9 @@ def train_ids(
         with Task(f"epochs of {settings.title}", settings.epochs, len(training.curve)) as shown:
             while not training.is_done:
                 training.epoch(windows, validation)
-                shown.update(len(training.curve), training.facts)
-        say(training.line)
+                last = training.curve[-1]
+                shown.update(len(training.curve), f"loss {last['loss']:.3f}, {SELECTED_BY} {last[SELECTED_BY]:.4f}")
+        say(training.summary)
         world.run_on_main(lambda: training.write_best(directory))
         return training.figures
 
@@ -105,48 +105,45 @@ class Training:
         self.trained_R = torch.from_numpy(np.flatnonzero(trained_N))
         self.encoder = build(settings).to(world.device)
         self.objective = SampledSoftmax(self.encoder, world, getattr(torch, settings.dtype))
-        self.adam = torch.optim.Adam(_weights(self.encoder), lr=settings.lr, fused=True)
+        weights: list[torch.Tensor] = [*self.encoder.parameters()]
+        weights = weights or [torch.zeros(0)]  # a model of the user's own may have none, which Adam refuses
+        self.adam = torch.optim.Adam(weights, lr=settings.lr, fused=True)
         self.table = ItemTable(trained_N, settings.dim, settings.lr, seed, world)
         self.curve: list[dict[str, float]] = []
         self.steps, self.seconds = 0, 0.0
 
     @property
     def best_epoch(self) -> int:
-        """Return the number of the epoch with the best ranking so far, from 0."""
-        return max(range(len(self.curve)), key=lambda epoch: self.curve[epoch][SELECTED_BY])
+        """The number of the epoch with the best ranking so far, from 1."""
+        return 1 + max(range(len(self.curve)), key=lambda epoch: self.curve[epoch][SELECTED_BY])
 
     @property
     def is_done(self) -> bool:
-        """Return whether all epochs are trained, or none of the last `patience` was better."""
+        """Whether all epochs are trained, or none of the last `patience` was better."""
         epochs = len(self.curve)
-        return epochs > 0 and (epochs >= self.settings.epochs or epochs - 1 - self.best_epoch >= self.settings.patience)
+        return epochs > 0 and (epochs >= self.settings.epochs or epochs - self.best_epoch >= self.settings.patience)
 
     @property
-    def line(self) -> str:
-        """Return the line that the user reads at the end."""
-        last, best = self.curve[-1], self.curve[self.best_epoch]
+    def summary(self) -> str:
+        """The line that the user reads at the end."""
+        last, best = self.curve[-1], self.curve[self.best_epoch - 1]
         return (
             f"{self.settings.title} epoch {len(self.curve)}: loss {last['loss']:.3f}, "
             f"validation {SELECTED_BY} {last[SELECTED_BY]:.4f} "
-            f"(best {best[SELECTED_BY]:.4f} at epoch {self.best_epoch + 1}), {self.seconds:.0f} s"
+            f"(best {best[SELECTED_BY]:.4f} at epoch {self.best_epoch}), {self.seconds:.0f} s"
         )
 
     @property
-    def facts(self) -> str:
-        """Return the facts that stand beside the progress bar."""
-        last = self.curve[-1]
-        return f"loss {last['loss']:.3f}, {SELECTED_BY} {last[SELECTED_BY]:.4f}"
-
-    @property
     def figures(self) -> dict[str, Any]:
-        """Return the figures of the training for the manifest."""
+        """The figures of the training for the manifest."""
         weights = sum(weight.numel() for weight in self.encoder.parameters())
+        best = self.curve[self.best_epoch - 1]
         return {
-            "validation": {name: value for name, value in self.curve[self.best_epoch].items() if name != "loss"},
+            "validation": {name: value for name, value in best.items() if name != "loss"},
             "parameters": weights + self.table.n_items * self.settings.dim,
             "seconds": round(self.seconds, 1),
             "epochs": len(self.curve),
-            "best_epoch": self.best_epoch + 1,
+            "best_epoch": self.best_epoch,
             "curve": self.curve,
         }
 
@@ -164,67 +161,58 @@ class Training:
         self.save()
 
     def step(self, number: int, batch: Batch) -> float:
-        """Train on one batch, by its number in the epoch; return its loss."""
+        """Train on one batch, by its number in the epoch; return its loss.
+
+        Raises:
+            UserError: the loss is not finite, on all ranks alike.
+        """
+        settings, world = self.settings, self.world
         self.steps += 1
-        self.world.report(f"training {self.settings.title}", self.steps)
-        negatives_M = draw_negatives(self.trained_R, self.settings.negatives)
-        rows_U = torch.cat([batch.rows_BT.flatten(), negatives_M]).unique().to(self.world.device)
+        world.report(f"training {settings.title}", self.steps)
+        negatives_M = draw_negatives(self.trained_R, settings.negatives)
+        rows_U = torch.cat([batch.rows_BT.flatten(), negatives_M]).unique().to(world.device)
         vectors_UE = self.table.look_up(rows_U).requires_grad_()
 
-        loss = self.objective(batch.groups(self.world), negatives_M.to(self.world.device), rows_U, vectors_UE)
+        loss = self.objective(batch.groups(world), negatives_M.to(world.device), rows_U, vectors_UE)
         loss = loss / batch.n_targets  # this rank's part of the mean
         loss.backward()
-        trained = [weight for weight in self.encoder.parameters() if weight.grad is not None]
-        loss, gradients_UE, *gradients = self._summed(loss, vectors_UE.grad, *(weight.grad for weight in trained))
-        value = self._checked(float(loss), number)
+        trained = [weight for weight in (vectors_UE, *self.encoder.parameters()) if weight.grad is not None]
+        loss, *gradients = self._summed([loss, *(cast(torch.Tensor, weight.grad) for weight in trained)])
+        value = float(loss)
+        if not math.isfinite(value):
+            problem = f"{settings.title}: the loss is {value} in epoch {len(self.curve) + 1}, batch {number}"
+            raise UserError(problem, f"lower ids.{settings.kind}.lr (now {settings.lr:g})", shared=True)
 
         for weight, gradient in zip(trained, gradients, strict=True):
             weight.grad = gradient
         self.adam.step()
         self.adam.zero_grad()
-        self.table.update(rows_U, gradients_UE)
+        self.table.update(rows_U, gradients[0])
         return value
 
-    def _summed(self, *tensors: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        """Return the sum of each tensor over all ranks, exchanged in one message; None is left out."""
-        here = [tensor for tensor in tensors if tensor is not None]
-        flat = self.world.all_reduce_sum(torch.cat([tensor.flatten() for tensor in here]))
-        parts = flat.split([tensor.numel() for tensor in here])
-        return [part.view_as(tensor) for part, tensor in zip(parts, here, strict=True)]
-
-    def _checked(self, loss: float, number: int) -> float:
-        """Return a loss that is finite.
-
-        Raises:
-            UserError: it is not, on all ranks alike.
-        """
-        if math.isfinite(loss):
-            return loss
-        settings = self.settings
-        raise UserError(
-            f"{settings.title}: the loss is {loss} in epoch {len(self.curve) + 1}, batch {number}",
-            f"lower ids.{settings.kind}.lr (now {settings.lr:g})",
-            shared=True,
-        )
+    def _summed(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the sum of each tensor over all ranks, exchanged in one message."""
+        flat = self.world.all_reduce_sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def save(self) -> None:
         """Write a checkpoint: the encoder and its moments, the table and its moments, the curve."""
-        best = self.best_epoch + 1
         if not self.world.is_main:
             self.table.save(None)
             return
         tensors = {f"model.{name}": weight for name, weight in self.encoder.state_dict().items()}
         for index, moments in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
-        state = {"curve": self.curve, "steps": self.steps, "seconds": self.seconds, "best_step": best}
-        with self.checkpoints.writing(len(self.curve), state, best) as temporary:
+        state = {"curve": self.curve, "steps": self.steps, "seconds": self.seconds, "best_step": self.best_epoch}
+        with self.checkpoints.writing(len(self.curve), state, self.best_epoch) as temporary:
             save_file(tensors, temporary / _TENSORS)
             self.table.save(temporary)
 
     def resume(self, say: Say) -> None:
         """Load the newest whole checkpoint of this training, if there is one."""
-        found = self.world.run_on_all(lambda: _newest(self.checkpoints, say) if self.world.is_main else 0)
-        epoch = self.world.all_reduce_max(found)
+        newest = self.world.run_on_all(lambda: _newest(self.checkpoints, say) if self.world.is_main else 0)
+        epoch = self.world.all_reduce_max(newest)
         if not epoch:
             return
         tensors, state = load_file(self.checkpoints.path(epoch) / _TENSORS), self.checkpoints.read_state(epoch)
@@ -240,11 +228,10 @@ class Training:
 
     def write_best(self, directory: Path) -> None:
         """Write the item table and the model of the best epoch, from its checkpoint."""
-        best = self.best_epoch + 1
-        self.checkpoints.verify(best)
-        shutil.copyfile(self.checkpoints.path(best) / ITEMS_FILE, directory / ITEMS_FILE)
-        self.encoder.load_state_dict(_under("model.", load_file(self.checkpoints.path(best) / _TENSORS)))
-        SequenceUsers(self.encoder).save(directory)
+        self.checkpoints.verify(self.best_epoch)
+        checkpoint = self.checkpoints.path(self.best_epoch)
+        shutil.copyfile(checkpoint / ITEMS_FILE, directory / ITEMS_FILE)
+        save_file(_under("model.", load_file(checkpoint / _TENSORS)), directory / MODEL_FILE)
 
 
 def _newest(checkpoints: CheckpointStore, say: Say) -> int:
@@ -256,11 +243,6 @@ def _newest(checkpoints: CheckpointStore, say: Say) -> int:
         for step in checkpoints.steps():
             discard(checkpoints.path(step))
         return 0
-
-
-def _weights(encoder: torch.nn.Module) -> list[torch.Tensor]:
-    """Return what Adam updates; a model of the user's own may have no weights, which Adam refuses."""
-    return list(encoder.parameters()) or [torch.zeros(0)]
 
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

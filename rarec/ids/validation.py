@@ -10,12 +10,11 @@ import torch
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.ids.models import SequenceModel
-from rarec.ids.source import UserVectors, ranker_of
+from rarec.ids.source import Floats, UserVectors, ranker_of
 from rarec.ids.table import ItemTable
 from rarec.ranking import EvalBatch, validation_metrics
 from rarec.ranking.rank import VectorScores, rank_scores
 
-Floats = npt.NDArray[np.float32]
 LIMIT = 10_000
 """Users, a fixed random subset: with this many, NDCG@100 is known to better than 0.003."""
 CHUNK = 1024
@@ -36,10 +35,8 @@ class Validation:
     def __init__(self, dataset: PreparedDataset, seed: int) -> None:
         self.batch = EvalBatch.of(dataset, dataset.targets("validation", LIMIT, seed))
         if len(self.batch.user_rows) == 0:
-            raise UserError(
-                f"{dataset.directory}: no user has a validation target",
-                "lower prepare.min_user_interactions, or raise prepare.split.validation_share",
-            )
+            remedy = "lower prepare.min_user_interactions, or raise prepare.split.validation_share"
+            raise UserError(f"{dataset.directory}: no user has a validation target", remedy)
 
     def of_vectors(self, items_NE: Floats, users: UserVectors) -> dict[str, float]:
         """Return mean HR, NDCG and MRR of finished vectors, and `n`, the number of users."""
@@ -50,16 +47,10 @@ class Validation:
         chunks = list(self.batch.chunks(CHUNK))
         users = [_encoded(chunk, encoder, table) for chunk in chunks]
         table.fill_untrained(table.mean())  # as `ranker_of` scores them
-        ranks = [
-            rank_scores(
-                VectorScores(users_BKE, table.rows_ME.detach()),
-                chunk.targets,
-                chunk.histories,
-                first=table.first,
-                world=table.world,
-            )
-            for chunk, users_BKE in zip(chunks, users, strict=True)
-        ]
+        ranks = []
+        for chunk, users_BKE in zip(chunks, users, strict=True):
+            scores = VectorScores(users_BKE, table.rows_ME.detach())
+            ranks.append(rank_scores(scores, chunk.targets, chunk.histories, first=table.first, world=table.world))
         table.fill_untrained(0.0)
         return _figures(np.concatenate(ranks))
 

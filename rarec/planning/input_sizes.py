@@ -8,20 +8,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
-from safetensors import safe_open
 
 from rarec.config import RunConfig
 from rarec.config.ids import Ids, Import, Recipe
 from rarec.config.neighbours import Graph
 from rarec.data.shards.feed import batch_plan
 from rarec.data.shards.files import open_index
-from rarec.errors import UserError
-from rarec.ids.imports import existing
+from rarec.ids.imports import vectors_shape
 from rarec.models.build import SIDES, SourceShape, slots_reserved
 from rarec.storage.artefacts import Manifest
 
@@ -168,35 +164,5 @@ def source_shape(section: Ids | Graph | Import) -> SourceShape:
         return SourceShape(chosen.dim, 1)
     if isinstance(chosen, Recipe):
         return SourceShape(chosen.dim, chosen.per_user)
-    users = _file_shape(chosen.users, "users") if chosen.users is not None else ()
-    return SourceShape(_file_shape(chosen.items, "items")[-1], users[1] if len(users) == 3 else 1)
-
-
-def _file_shape(path: str, field: str) -> tuple[int, ...]:
-    file = existing(path, field)
-    readers = {".npy": _npy_shape, ".safetensors": _safetensors_shape, ".parquet": _parquet_shape}
-    if file.suffix not in readers:
-        raise UserError(f"field `{field}`: {path} has an unknown format", f"give one of {', '.join(readers)}")
-    try:
-        shape = readers[file.suffix](file)
-    except Exception as error:
-        remedy = f"write the vectors again, as one of {', '.join(readers)}"
-        raise UserError(f"field `{field}`: cannot read {path}: {error}", remedy) from None
-    if len(shape) < 2:
-        raise UserError(f"field `{field}`: {path} has shape {shape}", "give vectors of two axes: rows, dimension")
-    return shape
-
-
-def _npy_shape(file: Path) -> tuple[int, ...]:
-    return tuple(np.load(file, mmap_mode="r", allow_pickle=False).shape)
-
-
-def _safetensors_shape(file: Path) -> tuple[int, ...]:
-    with safe_open(file, "np") as tensors:
-        return tuple(tensors.get_slice(next(iter(tensors.keys()))).get_shape())
-
-
-def _parquet_shape(file: Path) -> tuple[int, ...]:
-    table: Any = pq.ParquetFile(file)
-    first = next(table.iter_batches(batch_size=1, columns=["vector"]))
-    return table.metadata.num_rows, len(first.column(0)[0].as_py())
+    users = vectors_shape(chosen.users, "users") if chosen.users is not None else ()
+    return SourceShape(vectors_shape(chosen.items, "items")[-1], users[1] if len(users) == 3 else 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rarec.config import MODEL_SECTIONS
-from rarec.config.variants import NO_VARIANTS
+from rarec.config.method import NO_VARIANTS
 from rarec.errors import UserError
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage

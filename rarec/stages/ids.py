@@ -74,8 +74,7 @@ class IdsStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
-        from rarec.ids.graph import write_graph
-        from rarec.ids.make import write_source
+        from rarec.ids.make import write_graph, write_source
 
         run = self.run
         world = run.world

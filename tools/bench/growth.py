@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from rarec.data.dataset import PreparedDataset
 from rarec.data.tables import Column
-from rarec.ids.windows import Windows
+from rarec.ids.objective import Windows
 from rarec.ranking.rank import rank_targets
 from tools.bench.data_stream import read_epoch, resident_over_an_epoch, stream_of, write_different, write_same
 from tools.bench.measuring import Row, apart, memory, seconds

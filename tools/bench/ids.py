@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from rarec.config.ids import SasRecConfig
+from rarec.ids.objective import Batch
 from rarec.ids.trainer import Training
-from rarec.ids.windows import Batch
 from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.training.accelerator import join_world
 from tools.bench.measuring import Row, memory, seconds

@@ -26,9 +26,9 @@ from rarec.config.ids import SasRecConfig
 from rarec.config.logs import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import SINGLE
+from rarec.ids.objective import Windows
 from rarec.ids.trainer import Training
 from rarec.ids.validation import Validation
-from rarec.ids.windows import Windows
 from rarec.ranking.rank import top_k
 from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.storage.files import write_json

@@ -26,8 +26,7 @@ from rarec.config.ids import SasRecConfig
 from rarec.console.last_resort import WAITING
 from rarec.distributed.world import SINGLE
 from rarec.ids.models import build
-from rarec.ids.sampled_softmax import SampledSoftmax
-from rarec.ids.windows import Batch, draw_negatives
+from rarec.ids.objective import Batch, SampledSoftmax, draw_negatives
 from tools.bench.measuring import Row, seconds
 
 WAYS = {"spin": {}, "rarec": WAITING, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
