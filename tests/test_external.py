@@ -13,7 +13,7 @@ from rarec.errors import UserError
 from rarec.evaluation.external import TargetUsers, external_ranks, read_external
 from rarec.evaluation.labels import EXTERNAL
 from rarec.evaluation.rows import pairs_of_interest
-from rarec.ranking import rank_targets
+from rarec.ranking.rank import VectorScores, rank_scores
 
 USERS = TargetUsers(
     user_ids=pa.array(["ann", "bob", "cat"]),
@@ -63,7 +63,7 @@ def test_scores_of_the_whole_catalogue_give_the_ranks_of_this_project(tmp_path):
     columns = {"user": np.repeat(np.arange(30), 20), "item": np.tile(np.arange(100, 120), 30)}
     path = parquet(tmp_path, **columns, score=(users_UD @ items_ND.T).ravel())
     found = read_external(path, TargetUsers(**ids, targets_U=targets, seen=seen))
-    expected = rank_targets(users_UD.astype(np.float32), items_ND.astype(np.float32), targets, seen)
+    expected = rank_scores(VectorScores(users_UD.astype(np.float32), items_ND.astype(np.float32)), targets, seen)
     assert found.ranks_U.tolist() == expected.tolist()
     assert found.notes == []
 

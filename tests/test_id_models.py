@@ -23,7 +23,8 @@ from rarec.ids.objective import Batch, SampledSoftmax, Windows, _SharedDropout, 
 from rarec.ids.source import open_source
 from rarec.ids.table import ItemTable
 from rarec.ids.validation import Validation
-from rarec.ranking import metric_values, rank_targets
+from rarec.ranking.metrics import metric_values
+from rarec.ranking.rank import VectorScores, rank_scores
 from rarec.storage.artefacts import MANIFEST, PROGRESS
 from rarec.storage.directories import CHECKED, MARKER
 from tests.datasets import by_hand, prepared
@@ -279,11 +280,11 @@ def test_it_learns_what_popularity_does_not_know(kind, tmp_path):
     targets = dataset.targets("test")
     places = zip(targets.user_rows, targets.positions, strict=True)
     histories = [dataset.history(user, position) for user, position in places]
-    popularity = rank_targets(
-        np.ones((len(histories), 1)), dataset.train_counts_N[:, None], targets.item_rows, histories
+    popularity = rank_scores(
+        VectorScores(np.ones((len(histories), 1)), dataset.train_counts_N[:, None]), targets.item_rows, histories
     )
     users = source.user_vectors(targets.user_rows, histories)
-    learned = rank_targets(users, source.items_NE, targets.item_rows, histories)
+    learned = rank_scores(VectorScores(users, source.items_NE), targets.item_rows, histories)
     by_model, by_popularity = (metric_values(ranks, [5])["hr@5"].mean() for ranks in (learned, popularity))
     assert by_model > 1.3 * by_popularity
     assert by_model > 0.4

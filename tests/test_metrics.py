@@ -5,7 +5,8 @@ import pytest
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
 from rarec.evaluation.rows import bucket_labels, slots_and_rival, strata_rows
-from rarec.ranking import metric_values, rank_targets
+from rarec.ranking.metrics import metric_values
+from rarec.ranking.rank import VectorScores, rank_scores
 
 
 def test_hand_worked_values():
@@ -35,7 +36,7 @@ def test_equal_to_scikit_learn():
     expected = {f"hr@{k}": top_k_accuracy_score(targets, scores, k=k, labels=range(30)) for k in (5, 10)}
     expected |= {f"ndcg@{k}": ndcg_score(wanted, scores, k=k) for k in (5, 10)}
     expected["mrr"] = label_ranking_average_precision_score(wanted, scores)
-    found = metric_values(rank_targets(users, items, targets, seen), [5, 10])
+    found = metric_values(rank_scores(VectorScores(users, items), targets, seen), [5, 10])
     assert {name: column.mean() for name, column in found.items()} == pytest.approx(expected)
 
 

@@ -13,7 +13,8 @@ from rarec.evaluation.fusion import fuse
 from rarec.evaluation.likelihood import Likelihood, ValidationLikelihood, maximise
 from rarec.evaluation.rows import pairs_of_interest
 from rarec.neighbours.ranker import NeighbourRanker
-from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, VectorRanker, rank_targets, rank_users
+from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, VectorRanker, rank_users
+from rarec.ranking.rank import VectorScores, rank_scores
 
 RNG = np.random.default_rng(0)
 
@@ -45,7 +46,7 @@ def test_ranks_do_not_depend_on_the_chunks_and_a_cached_ranker_encodes_each_chun
     for _ in range(2):
         assert model.ranks(kept).tolist() == ranks["a"].tolist()
     assert encoded == 2 * list(range(7))
-    expected = rank_targets(users, items, batch.targets, batch.histories)
+    expected = rank_scores(VectorScores(users, items), batch.targets, batch.histories)
     assert ranks["a"].tolist() == ranks["b"].tolist() == expected.tolist()
     nobody = EvalBatch(np.empty(0, int), [], np.empty(0, int))
     assert model.ranks(nobody).shape == (0,)

@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rarec.errors import UserError
-from rarec.ranking import rank_targets, top_k
-from rarec.ranking.rank import GROUP
+from rarec.ranking.rank import GROUP, VectorScores, best_scores, rank_scores
 
 # Four items on a line: a user at +1 orders them 3, 2, 1, 0.
 LINE = np.array([[0.0], [1.0], [2.0], [3.0]], dtype=np.float32)
 NONE = [np.empty(0, dtype=np.int64)]
+
+
+def in_blocks(size: int, **changes: int):
+    """Hold scores of `size` bytes at a time."""
+    return patch.multiple("rarec.ranking.rank", BLOCK_BYTES=size, MOST_BYTES=0, **changes)
 
 
 def naive_rank(scores_N, target, seen):
@@ -28,26 +32,31 @@ def naive_rank(scores_N, target, seen):
 def test_a_hand_worked_example():
     users = np.array([[1.0], [-1.0], [1.0]], dtype=np.float32)
     seen = [np.array([], dtype=np.int64), np.array([0]), np.array([2, 3])]
-    assert rank_targets(users, LINE, np.array([2, 1, 1]), seen).tolist() == [2, 1, 1]
+    assert rank_scores(VectorScores(users, LINE), np.array([2, 1, 1]), seen).tolist() == [2, 1, 1]
 
 
 def test_ties_count_against_the_model():
     """A model that gives all items the same score ranks the target last among what the user has not seen."""
     zeros = np.zeros((1, 1), dtype=np.float32)
-    assert rank_targets(zeros, LINE, np.array([1]), NONE).tolist() == [4]
-    assert rank_targets(zeros, LINE, np.array([1]), [np.array([0, 3])]).tolist() == [2]
+    assert rank_scores(VectorScores(zeros, LINE), np.array([1]), NONE).tolist() == [4]
+    assert rank_scores(VectorScores(zeros, LINE), np.array([1]), [np.array([0, 3])]).tolist() == [2]
 
 
 def test_seen_items_may_repeat_and_hold_the_target():
     users = np.array([[1.0]], dtype=np.float32)
-    assert rank_targets(users, LINE, np.array([1]), [np.array([3, 3, 1, 3])]).tolist() == [2]
+    assert rank_scores(VectorScores(users, LINE), np.array([1]), [np.array([3, 3, 1, 3])]).tolist() == [2]
 
 
 def test_the_best_of_k_interests_scores():
     """Interests +1 and -2: item 0 scores 0, items 1, 2, 3 score 1, 2, 3; with items at -1 the second one wins."""
     items = np.array([[0.0], [1.0], [2.0], [-1.0]], dtype=np.float32)  # scores 0, 1, 2, 2
     users = np.array([[[1.0], [-2.0]]], dtype=np.float32)
-    assert [int(rank_targets(users, items, np.array([item]), NONE)[0]) for item in range(4)] == [4, 3, 2, 2]
+    assert [int(rank_scores(VectorScores(users, items), np.array([item]), NONE)[0]) for item in range(4)] == [
+        4,
+        3,
+        2,
+        2,
+    ]
 
 
 small = st.integers(-3, 3).map(float)
@@ -71,15 +80,16 @@ def test_rank_equals_a_naive_sort_in_any_chunks(problem, block_bytes):
     users, items, targets, seen = problem
     scores = np.einsum("bkd,nd->bkn", users, items).max(axis=1)
     expected = [naive_rank(*row) for row in zip(scores, targets, seen, strict=True)]
-    assert rank_targets(users, items, targets, seen, block_bytes=block_bytes).tolist() == expected
+    with in_blocks(block_bytes):
+        assert rank_scores(VectorScores(users, items), targets, seen).tolist() == expected
 
 
 @given(problems(), st.integers(1, 5), st.integers(1, 400), st.sampled_from([1, 2, 3, GROUP]))
 def test_top_k_equals_a_naive_sort_in_any_chunks_and_groups(problem, k, block_bytes, group):
     users, items, _, seen = problem
     scores_BN = np.einsum("bkd,nd->bkn", users, items).max(axis=1)
-    with patch("rarec.ranking.rank.GROUP", group):
-        rows, best = top_k(users, items, k, seen, block_bytes=block_bytes)
+    with in_blocks(block_bytes, GROUP=group):
+        rows, best = best_scores(VectorScores(users, items), k, seen)
     for scores, found, values, known in zip(scores_BN, rows, best, seen, strict=True):
         open_items = [item for item in range(len(items)) if item not in set(known.tolist())]
         expected = sorted((scores[item] for item in open_items), reverse=True)[:k]
@@ -97,7 +107,8 @@ def test_a_target_is_never_parted_from_itself_by_rounding():
     targets = rng.integers(50, size=50)
     everything = [np.arange(50)] * 50
     for block_bytes in (1, 200, 3000, 1 << 20):
-        assert (rank_targets(users, items, targets, everything, block_bytes=block_bytes) == 1).all()
+        with in_blocks(block_bytes):
+            assert (rank_scores(VectorScores(users, items), targets, everything) == 1).all()
 
 
 def test_inputs_are_left_as_they_were(tmp_path):
@@ -107,9 +118,12 @@ def test_inputs_are_left_as_they_were(tmp_path):
     targets, seen = np.arange(6), [np.array([0, 5])] * 6
     np.save(tmp_path / "items.npy", items)
     mapped = np.load(tmp_path / "items.npy", mmap_mode="r")
-    plain = rank_targets(users, items, targets, seen)
-    assert plain.tolist() == rank_targets(users, mapped, targets, seen).tolist()
-    assert plain.tolist() == rank_targets(torch.from_numpy(users), torch.from_numpy(items), targets, seen).tolist()
+    plain = rank_scores(VectorScores(users, items), targets, seen)
+    assert plain.tolist() == rank_scores(VectorScores(users, mapped), targets, seen).tolist()
+    assert (
+        plain.tolist()
+        == rank_scores(VectorScores(torch.from_numpy(users), torch.from_numpy(items)), targets, seen).tolist()
+    )
     assert items.tolist() == mapped.tolist()
 
 
@@ -120,15 +134,11 @@ def test_vectors_without_an_order_are_refused(poison, side):
     (users if side == "user" else items)[1, 0] = poison
     problem = "overflow" if np.isfinite(poison) else f"{side} vectors are not finite .*row 1"
     with pytest.raises(UserError, match=problem):
-        rank_targets(users, items, np.arange(3), NONE * 3)
+        rank_scores(VectorScores(users, items), np.arange(3), NONE * 3)
     with pytest.raises(UserError, match=problem):
-        top_k(users, items, 2, NONE * 3)
+        best_scores(VectorScores(users, items), 2, NONE * 3)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_vectors_of_different_dimensions_are_refused():
     with pytest.raises(UserError, match=r"2 dimensions.* 1"):
-        rank_targets(np.zeros((1, 2), dtype=np.float32), LINE, np.array([0]), NONE)
-    with pytest.raises(ValueError, match="1 users but 2 targets"):
-        rank_targets(np.zeros((1, 1), dtype=np.float32), LINE, np.array([0, 1]), NONE)
-    with pytest.raises(ValueError, match="1 users but 0 seen"):
-        rank_targets(np.zeros((1, 1), dtype=np.float32), LINE, np.array([0]), [])
+        rank_scores(VectorScores(np.zeros((1, 2), dtype=np.float32), LINE), np.array([0]), NONE)

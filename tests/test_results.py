@@ -19,7 +19,7 @@ from rarec.cluster import SweepRun, load_sweep
 from rarec.config import dump_config
 from rarec.errors import UserError
 from rarec.evaluation.rows import comparison_rows, metric_rows
-from rarec.ranking import mean_interval, mean_intervals, paired_intervals
+from rarec.ranking.metrics import mean_intervals, paired_intervals
 from rarec.stages.run import Run
 from rarec.storage.artefacts import write_manifest, write_sealed
 from rarec.storage.files import sha256_file, write_json, write_text
@@ -137,9 +137,9 @@ def test_a_figure_is_the_mean_over_users_of_their_means_over_seeds(tmp_path):
     assert [found[metric].mean for metric in HEADLINE] == pytest.approx(
         [2.5 / 4, 3 / 4, (1 + 1.5 / math.log2(6)) / 4, (1 + 1 / 8 + 1 / 200 + 1 / 5) / 4]
     )
-    assert found["hr@10"] == mean_interval([1, 0.5, 0, 1])
-    difference = paired_intervals(means.values["per_layer+id"], means.values["id_only"])["mrr"]
-    assert difference == mean_interval(1 - np.array([1, 1 / 8, 1 / 200, 1 / 5]))
+    assert found["hr@10"] == mean_intervals({"hr@10": np.array([1, 0.5, 0, 1])})["hr@10"]
+    differences = paired_intervals(means.values["per_layer+id"], means.values["id_only"])
+    assert differences["mrr"] == mean_intervals({"mrr": 1 - np.array([1, 1 / 8, 1 / 200, 1 / 5])})["mrr"]
 
 
 def test_one_seed_gives_the_figures_of_the_runs_own_metrics(tmp_path):

@@ -14,7 +14,7 @@ from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.models.encode import Encoder
 from rarec.planning.cluster import Cluster
-from rarec.ranking import rank_targets
+from rarec.ranking.rank import VectorScores, rank_scores
 from rarec.stages import STAGES
 from rarec.stages.run import Run
 from rarec.stages.shard_content import ShardContent, verify
@@ -278,6 +278,6 @@ def test_alignment_trains_on_what_its_id_vectors_have_not_seen(finished, tmp_pat
     rows = zip(targets.user_rows, targets.positions, strict=True)
     histories = [dataset.history(int(user), int(position)) for user, position in rows]
     users = run.baseline.user_vectors(targets.user_rows, histories)
-    expected = rank_targets(users, run.baseline.items_NE, targets.item_rows, histories)
+    expected = rank_scores(VectorScores(users, run.baseline.items_NE), targets.item_rows, histories)
     ranks = pq.read_table(run.directory("evaluate") / "ranks.parquet").to_pylist()
     assert [row["rank"] for row in ranks if row["variant"] == "id_only"] == expected.tolist()

@@ -31,8 +31,7 @@ from rarec.cluster import Sweep, SweepRun, first_to_do
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.evaluation.labels import FUSED, HEADLINE, ID_ONLY, SANITY_GROUP, variant_group, variant_order
-from rarec.ranking import metric_values
-from rarec.ranking.intervals import Floats, mean_intervals
+from rarec.ranking.metrics import Floats, mean_intervals, metric_values
 from rarec.report.run_files import TrainingRecord, read_run
 from rarec.stages import STAGES
 from rarec.stages.report import directories

@@ -42,7 +42,7 @@ from rarec.evaluation.labels import (
     variant_title,
 )
 from rarec.evaluation.rows import pairs_of_interest
-from rarec.ranking.intervals import Interval
+from rarec.ranking.metrics import Interval
 from rarec.storage.files import write_text
 from tools.collect_results import HITS, Summary, collect
 from tools.results_figures import Figures, Line, cell, colours, curve_svg, rows_svg, strata_svg

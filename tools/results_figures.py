@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from rarec.errors import UserError
 from rarec.evaluation.labels import MINUS, figure, metric_title, tick
-from rarec.ranking.intervals import Interval
+from rarec.ranking.metrics import Interval
 from rarec.report.plots import NARROW
 from rarec.storage.files import read_json
 from tools.collect_results import HITS, Summary

@@ -26,7 +26,8 @@ from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import ALL_CHEAP
 from rarec.ids.source import Source, open_source
 from rarec.ids.validation import CHUNK
-from rarec.ranking import EvalBatch, Ranker, VectorRanker, mean_intervals, metric_values, rank_users
+from rarec.ranking import EvalBatch, Ranker, VectorRanker, rank_users
+from rarec.ranking.metrics import mean_intervals, metric_values
 from rarec.ranking.rankers import Ranks
 from rarec.stages.run import Run
 

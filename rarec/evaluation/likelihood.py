@@ -13,7 +13,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from rarec.ranking import EvalBatch, FusedRanker, largest
+from rarec.ranking import EvalBatch, FusedRanker
+from rarec.ranking.rank import largest
 
 WHOLE = 100_000
 """Size of a catalogue up to which every item counts in the likelihood. Of a larger one, each user's candidates do."""

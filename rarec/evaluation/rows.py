@@ -25,8 +25,8 @@ from rarec.evaluation.labels import (
     cheap_suffix,
     is_external,
 )
-from rarec.ranking import EvalBatch, Interval, Ranker, mean_intervals, metric_values
-from rarec.ranking.intervals import paired_intervals
+from rarec.ranking import EvalBatch, Ranker
+from rarec.ranking.metrics import Interval, mean_intervals, metric_values, paired_intervals
 
 Rows = npt.NDArray[np.int64]
 Ranks = Mapping[str, Rows]

@@ -12,7 +12,8 @@ from rarec.errors import UserError
 from rarec.ids.models import SequenceModel
 from rarec.ids.source import Floats, UserVectors, ranker_of
 from rarec.ids.table import ItemTable
-from rarec.ranking import EvalBatch, validation_metrics
+from rarec.ranking import EvalBatch
+from rarec.ranking.metrics import validation_metrics
 from rarec.ranking.rank import VectorScores, rank_scores
 
 LIMIT = 10_000

@@ -1,6 +1,10 @@
-"""Ranking metrics with one relevant item per user, computed from its rank. Shape letters: U users."""
+"""Ranking metrics with one relevant item per user, from its rank, and bootstrap intervals of their means over users.
 
-from collections.abc import Iterable
+Shape letters: U users, M metrics, R resamples in a batch.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +16,8 @@ SELECTED_BY = "ndcg@100"
 ranks, over which HR@100 is reported, and still weighs the first ten most (our choice; papers mostly use NDCG@10)."""
 SELECTION_CUTOFFS = (10, 100)
 """Cutoffs of the metrics that a validation reports."""
+BATCH_BYTES = 64 << 20
+"""Bytes of resampled user indices held at a time."""
 
 
 def hit_rate(ranks_U: npt.NDArray[np.int64], cutoff: int) -> Floats:
@@ -33,7 +39,7 @@ def metric_values(ranks_U: npt.NDArray[np.int64], cutoffs: Iterable[int]) -> dic
     """Return per-user values of every metric; the mean over users is the metric's figure.
 
     Args:
-        ranks_U: ranks, 1 the best, as `rank_targets` returns them.
+        ranks_U: ranks, 1 the best, as `rank_scores` returns them.
         cutoffs: each K of HR@K and NDCG@K.
 
     Returns:
@@ -54,3 +60,69 @@ def metric_values(ranks_U: npt.NDArray[np.int64], cutoffs: Iterable[int]) -> dic
 def validation_metrics(ranks_U: npt.NDArray[np.int64]) -> dict[str, float]:
     """Return the means over validation users of HR and NDCG at the selection cutoffs, and MRR."""
     return {name: float(values.mean()) for name, values in metric_values(ranks_U, SELECTION_CUTOFFS).items()}
+
+
+class Interval(NamedTuple):
+    """A mean over users and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_intervals(values: Mapping[str, Floats], resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
+    """Return the means over users with their percentile bootstrap 95% intervals, of many metrics of the same users.
+
+    All are on the same resamples. A resample is drawn once, as indices of users. Its means are (number of draws of each
+    user) x (values), one matrix product for all metrics. The draws depend on the number of users and the seed alone,
+    not on the values.
+
+    Args:
+        values: one value per user, by metric.
+        resamples: number of resamples of the users, drawn with replacement.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no users.
+    """
+    values_UM = np.stack([np.asarray(column, dtype=np.float64) for column in values.values()], axis=1)
+    n_users = len(values_UM)
+    if n_users == 0:
+        raise ValueError("an interval needs at least one user")
+    means_M = values_UM.mean(axis=0)
+    low_M, high_M = _percentiles(values_UM, resamples, seed) if n_users > 1 else (means_M, means_M)
+    return {
+        name: Interval(float(mean), float(low), float(high))
+        for name, mean, low, high in zip(values, means_M, low_M, high_M, strict=True)
+    }
+
+
+def paired_intervals(
+    a: Mapping[str, Floats], b: Mapping[str, Floats], resamples: int = 2000, seed: int = 0
+) -> dict[str, Interval]:
+    """Return `mean_intervals` of a - b for every metric of `a`; an interval without 0 is a difference."""
+    return mean_intervals({name: a[name] - b[name] for name in a}, resamples, seed)
+
+
+def _percentiles(values_UM: Floats, resamples: int, seed: int) -> tuple[Floats, Floats]:
+    n_users = len(values_UM)
+
+    def means(users: npt.NDArray[np.int64], axis: int = -1) -> Floats:
+        users_RU = np.atleast_2d(users)
+        offset_R1 = np.arange(len(users_RU))[:, None] * n_users
+        drawn = np.bincount((users_RU + offset_R1).ravel(), minlength=users_RU.size)
+        means_MR = (drawn.reshape(users_RU.shape) @ values_UM).T / n_users
+        return means_MR if users.ndim > 1 else means_MR[:, 0]
+
+    from scipy.stats import bootstrap  # half a second, which no other command should wait for
+
+    result = bootstrap(
+        (np.arange(n_users),),
+        means,
+        n_resamples=resamples,
+        batch=max(1, BATCH_BYTES // (8 * n_users)),
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return result.confidence_interval.low, result.confidence_interval.high

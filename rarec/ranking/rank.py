@@ -40,28 +40,8 @@ class Scores(Protocol):
         """Return the scores of some users, (C, N). They may be changed, and the next call may overwrite them."""
 
 
-def rank_targets(
-    users: Array, items_ND: Array, targets_B: Rows, seen: Sequence[Rows], *, block_bytes: int | None = None
-) -> npt.NDArray[np.int64]:
-    """Return `rank_scores` of the dot products of user and item vectors."""
-    return rank_scores(VectorScores(users, items_ND), targets_B, seen, block_bytes=block_bytes)
-
-
-def top_k(
-    users: Array, items_ND: Array, k: int, seen: Sequence[Rows], *, block_bytes: int | None = None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return `best_scores` of the dot products of user and item vectors."""
-    return best_scores(VectorScores(users, items_ND), k, seen, block_bytes=block_bytes)
-
-
 def rank_scores(
-    scores: Scores,
-    targets_B: Rows,
-    seen: Sequence[Rows],
-    *,
-    block_bytes: int | None = None,
-    first: int = 0,
-    world: World = SINGLE,
+    scores: Scores, targets_B: Rows, seen: Sequence[Rows], *, first: int = 0, world: World = SINGLE
 ) -> npt.NDArray[np.int64]:
     """Return the rank of each user's target among all items that the user has not seen.
 
@@ -72,7 +52,6 @@ def rank_scores(
         scores: of B users.
         targets_B: item row of each target.
         seen: each user's item rows that do not compete, in any order, repeated or not. A target always competes.
-        block_bytes: bound on the scores held at a time, at most `MOST_BYTES` by default; memory does not depend on B.
         first: with a catalogue that is spread over ranks, the first of the rows that this rank scores.
         world: the ranks over which it is spread; all of them call this with the same users.
 
@@ -82,16 +61,15 @@ def rank_scores(
     Raises:
         UserError: a vector is not finite, or so large that scores would overflow.
     """
-    _check_lengths(scores.n_users, targets=targets_B, seen=seen)
     targets_B = np.asarray(targets_B, dtype=np.int64) - first
     ranks_B = np.empty(scores.n_users, dtype=np.int64)
-    for part, scores_CN in _blocks(scores, block_bytes, world.all_reduce_max(scores.n_items)):
+    for part, scores_CN in _blocks(scores, world.all_reduce_max(scores.n_items)):
         threshold_C1 = _threshold(scores_CN, targets_B[part], world)
         at_least_C = _at_least(scores_CN, threshold_C1)  # counts the target itself: the 1
         user_S, item_S = _seen_pairs(seen[part])
         item_S = item_S - first
-        here = (item_S >= 0) & (item_S < scores.n_items) & (item_S != targets_B[part][user_S])
-        once = np.unique(user_S[here] * scores.n_items + item_S[here])  # none is to be subtracted twice
+        competes = (item_S >= 0) & (item_S < scores.n_items) & (item_S != targets_B[part][user_S])
+        once = np.unique(user_S[competes] * scores.n_items + item_S[competes])  # none is to be subtracted twice
         user_S, item_S = np.divmod(once, scores.n_items)
         hit_S = (scores_CN[user_S, item_S] >= threshold_C1[user_S, 0]).cpu().numpy()
         ranks_B[part] = at_least_C - np.bincount(user_S[hit_S], minlength=len(at_least_C))
@@ -103,12 +81,12 @@ def _threshold(scores_CN: torch.Tensor, targets_C: Rows, world: World) -> torch.
 
     It is read from the block itself: computed apart, rounding could separate it from its ties.
     """
-    here_C1 = torch.from_numpy((targets_C >= 0) & (targets_C < scores_CN.shape[1]))[:, None].to(scores_CN.device)
+    own_C1 = torch.from_numpy((targets_C >= 0) & (targets_C < scores_CN.shape[1]))[:, None].to(scores_CN.device)
     at_C1 = torch.from_numpy(targets_C.clip(0, scores_CN.shape[1] - 1))[:, None].to(scores_CN.device)
-    own_C1 = scores_CN.gather(1, at_C1).masked_fill(~here_C1, -torch.inf)
+    score_C1 = scores_CN.gather(1, at_C1).masked_fill(~own_C1, -torch.inf)
     if world.size == 1:
-        return own_C1
-    return torch.from_numpy(world.all_reduce_max_(own_C1.cpu().numpy())).to(scores_CN.device)
+        return score_C1
+    return torch.from_numpy(world.all_reduce_max_(score_C1.cpu().numpy())).to(scores_CN.device)
 
 
 def _at_least(scores_CN: torch.Tensor, threshold_C1: torch.Tensor) -> npt.NDArray[np.int64]:
@@ -120,16 +98,13 @@ def _at_least(scores_CN: torch.Tensor, threshold_C1: torch.Tensor) -> npt.NDArra
     return np.array([np.count_nonzero(scores_N >= least_1) for scores_N, least_1 in pairs], np.int64)
 
 
-def best_scores(
-    scores: Scores, k: int, seen: Sequence[Rows], *, block_bytes: int | None = None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def best_scores(scores: Scores, k: int, seen: Sequence[Rows]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return the k best unseen items of each user.
 
     Args:
         scores: of B users.
         k: number of items; at most N are returned.
         seen: for each user, item rows that must not be returned.
-        block_bytes: bound on the scores held at a time, at most `MOST_BYTES` by default.
 
     Returns:
         Item rows and scores, both (B, min(k, N)), best first. Where fewer than k unseen items are left, the row is
@@ -138,11 +113,10 @@ def best_scores(
     Raises:
         UserError: a vector is not finite, or so large that scores would overflow.
     """
-    _check_lengths(scores.n_users, seen=seen)
     k = min(k, scores.n_items)
     rows_BK = np.empty((scores.n_users, k), dtype=np.int64)
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
-    for part, scores_CN in _blocks(scores, block_bytes, scores.n_items):
+    for part, scores_CN in _blocks(scores, scores.n_items):
         scores_CN[_seen_pairs(seen[part])] = -torch.inf
         best_CK, where_CK = largest(scores_CN, k)
         where_CK[best_CK == -torch.inf] = -1
@@ -158,8 +132,8 @@ def largest(scores_CN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     users, n_items = scores_CN.shape
     groups = n_items // GROUP
     if groups < 2 * k:
-        found = scores_CN.topk(k, dim=1)
-        return found.values, found.indices
+        best = scores_CN.topk(k, dim=1)
+        return best.values, best.indices
     grouped = scores_CN[:, : groups * GROUP].view(users, groups, GROUP)
     first_CK = grouped.amax(dim=2).topk(k, dim=1, sorted=False).indices
     user_C1 = torch.arange(users, device=scores_CN.device)[:, None]
@@ -169,11 +143,9 @@ def largest(scores_CN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     return best_CK, group.gather(1, at_CK // GROUP) * GROUP + at_CK % GROUP
 
 
-def _blocks(scores: Scores, block_bytes: int | None, n_items: int) -> Iterator[tuple[slice, torch.Tensor]]:
+def _blocks(scores: Scores, n_items: int) -> Iterator[tuple[slice, torch.Tensor]]:
     user_bytes = 4 * n_items * scores.width
-    if block_bytes is None:
-        block_bytes = max(BLOCK_BYTES, min(BLOCK_USERS * user_bytes, MOST_BYTES))
-    size = max(1, block_bytes // user_bytes)
+    size = max(1, max(BLOCK_BYTES, min(BLOCK_USERS * user_bytes, MOST_BYTES)) // user_bytes)
     for start in range(0, scores.n_users, size):
         part = slice(start, min(start + size, scores.n_users))
         yield part, scores.block(part)
@@ -196,10 +168,8 @@ class VectorScores:
         self.n_users, self.width, dim = (int(size) for size in self._users.shape)
         self.n_items = len(self._items_ND)
         if dim != self._items_ND.shape[1]:
-            raise UserError(
-                f"user vectors have {dim} dimensions, item vectors {self._items_ND.shape[1]}",
-                "use user and item vectors of the same model",
-            )
+            problem = f"user vectors have {dim} dimensions, item vectors {self._items_ND.shape[1]}"
+            raise UserError(problem, "use user and item vectors of the same model")
         self._item_peak = _peak(self._items_ND, "item")
         self._out = self._items_ND.new_empty(0, self.n_items)
 
@@ -218,10 +188,8 @@ class VectorScores:
     def _raise_if_overflow(self, user_peak: float) -> None:
         """Check a bound of the scores: the product of two finite vectors may be infinite or NaN, which has no rank."""
         if user_peak * self._item_peak * self._items_ND.shape[1] > torch.finfo(torch.float32).max:
-            raise UserError(
-                f"scores overflow: vectors reach {user_peak:.3g} (users) and {self._item_peak:.3g} (items)",
-                "lower the learning rate if training diverged; rescale imported vectors",
-            )
+            problem = f"scores overflow: vectors reach {user_peak:.3g} (users) and {self._item_peak:.3g} (items)"
+            raise UserError(problem, "lower the learning rate if training diverged; rescale imported vectors")
 
 
 def _tensor(array: Array) -> torch.Tensor:
@@ -232,16 +200,14 @@ def _tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _peak(vectors: torch.Tensor, of: str) -> float:
+def _peak(vectors: torch.Tensor, kind: str) -> float:
     """Return the largest magnitude, in one pass that NaN and infinity survive."""
     low, high = (float(value) for value in vectors.aminmax()) if vectors.numel() else (0.0, 0.0)
     peak = max(abs(low), abs(high))
     if not np.isfinite([low, high]).all():
         bad = int((~torch.isfinite(vectors.flatten(1)).all(dim=1)).nonzero()[0])
-        raise UserError(
-            f"{of} vectors are not finite (first: row {bad} of this chunk)",
-            "lower the learning rate if training diverged; check imported vectors",
-        )
+        problem = f"{kind} vectors are not finite (first: row {bad} of this chunk)"
+        raise UserError(problem, "lower the learning rate if training diverged; check imported vectors")
     return peak
 
 
@@ -251,9 +217,3 @@ def _seen_pairs(seen: Sequence[Rows]) -> tuple[Rows, Rows]:
     user_S = np.repeat(np.arange(len(seen)), lengths)
     item_S = np.concatenate(seen).astype(np.int64) if sum(lengths) else np.empty(0, dtype=np.int64)
     return user_S, item_S
-
-
-def _check_lengths(n_users: int, **sequences: Rows | Sequence[Rows]) -> None:
-    for name, sequence in sequences.items():
-        if len(sequence) != n_users:
-            raise ValueError(f"{n_users} users but {len(sequence)} {name}")

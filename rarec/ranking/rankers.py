@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -38,19 +38,12 @@ class Histories(Sequence[Rows]):
     def __len__(self) -> int:
         return len(self.targets.user_rows)
 
-    @overload
-    def __getitem__(self, at: int) -> Rows: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[Rows]: ...
-
-    def __getitem__(self, at: int | slice) -> Rows | list[Rows]:
-        if isinstance(at, slice):
-            return [self[index] for index in range(*at.indices(len(self)))]
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
-        user = int(self.targets.user_rows[at])
-        history = self.dataset.history(user, int(self.targets.positions[at]))
+    def __getitem__(self, index: Any) -> Any:
+        """Return the history before one target, or a list of those of a slice."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        user = int(self.targets.user_rows[index])
+        history = self.dataset.history(user, int(self.targets.positions[index]))
         if self.shuffled_by is None:
             return history
         return np.random.default_rng([self.shuffled_by, user]).permutation(history)
@@ -115,8 +108,8 @@ class Ranker(ABC):
 
     def scores(self, batch: EvalBatch) -> Float32:
         """Return the scores of the whole catalogue, (B, N)."""
-        found: Float32 = self.scored(batch).block(slice(0, len(batch.user_rows))).numpy(force=True)
-        return found.copy()
+        scores_BN: Float32 = self.scored(batch).block(slice(0, len(batch.user_rows))).numpy(force=True)
+        return scores_BN.copy()
 
     def ranks(self, batch: EvalBatch, world: World = SINGLE, users_at_a_time: int = USERS_AT_A_TIME) -> Ranks:
         """Return the rank of each target, (U,); see `rank_users`."""
@@ -170,13 +163,13 @@ class CachedRanker(Ranker):
 
     def __init__(self, ranker: Ranker) -> None:
         self._ranker, self.lacking_N, self.lists = ranker, ranker.lacking_N, ranker.lists
-        self._found: WeakKeyDictionary[EvalBatch, Scores] = WeakKeyDictionary()
+        self._scores: WeakKeyDictionary[EvalBatch, Scores] = WeakKeyDictionary()
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
-        if chunk not in self._found:
-            self._found[chunk] = self._ranker.scored(chunk)
-        return copy(self._found[chunk])  # whose large buffer goes with it; the original lives as long as its chunk
+        if chunk not in self._scores:
+            self._scores[chunk] = self._ranker.scored(chunk)
+        return copy(self._scores[chunk])  # whose large buffer goes with it; the original lives as long as its chunk
 
 
 @dataclass(frozen=True)
@@ -236,7 +229,7 @@ def rank_users(
 ) -> dict[str, Ranks]:
     """Return the rank of each target in the full catalogue, by every ranker.
 
-    Seen items do not compete, and ties count against the model (see `rank_targets`). All rankers rank a chunk of users
+    Seen items do not compete, and ties count against the model (see `rank_scores`). All rankers rank a chunk of users
     before the next chunk begins.
 
     Args:
@@ -276,5 +269,5 @@ class _Share:
 
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""
-        mine = self._own[users]
-        return self._scores.block(slice(mine.start, mine.stop, mine.step))
+        own = self._own[users]
+        return self._scores.block(slice(own.start, own.stop, own.step))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from rarec.data.dataset import PreparedDataset
 from rarec.data.tables import Column
 from rarec.ids.objective import Windows
-from rarec.ranking.rank import rank_targets
+from rarec.ranking.rank import VectorScores, rank_scores
 from tools.bench.data_stream import read_epoch, resident_over_an_epoch, stream_of, write_different, write_same
 from tools.bench.measuring import Row, apart, memory, seconds
 
@@ -76,7 +76,7 @@ def ranked(items: int) -> "partial[npt.NDArray[np.int64]]":
     rng = np.random.default_rng(0)
     users_BD, items_ND = (rng.standard_normal((count, 64), dtype=np.float32) for count in (512, items))
     seen = list(rng.integers(items, size=(512, 10)))
-    return partial(rank_targets, users_BD, items_ND, rng.integers(items, size=512), seen)
+    return partial(rank_scores, VectorScores(users_BD, items_ND), rng.integers(items, size=512), seen)
 
 
 def windows(length: int) -> Action:

@@ -29,7 +29,7 @@ from rarec.distributed.world import SINGLE
 from rarec.ids.objective import Windows
 from rarec.ids.trainer import Training
 from rarec.ids.validation import Validation
-from rarec.ranking.rank import top_k
+from rarec.ranking.rank import VectorScores, best_scores
 from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.storage.files import write_json
 from tools.bench.measuring import Row, prepare_dataset, print_table, seconds
@@ -126,7 +126,7 @@ def ranking(root: Path, arguments: argparse.Namespace) -> Row:
     spent = []
     for _ in range(arguments.rounds):
         other = theirs(root, arguments.python, "ranking")["seconds"]
-        own = min(seconds(lambda: top_k(users_BD, items_ND, BEST, list(seen_BS))) for _ in range(2))
+        own = min(seconds(lambda: best_scores(VectorScores(users_BD, items_ND), BEST, list(seen_BS))) for _ in range(2))
         spent.append((USERS / own, USERS / other))
     ours, rectools = (statistics.median(way) for way in zip(*spent, strict=True))
     return Row.least("ranking / RecTools' ranker", ours, rectools, 1, "users/s")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rarec.ranking.rank import BLOCK_USERS, rank_targets, top_k
+from rarec.ranking.rank import BLOCK_USERS, VectorScores, best_scores, rank_scores
 from tools.bench.measuring import Row, seconds
 
 SHAPES = {"12,000 items of 384": (4096, 12_000, 384), "200,000 items of 64": (1024, 200_000, 64)}
@@ -44,7 +44,7 @@ def ranking(name: str, users: int, items: int, dim: int, rounds: int) -> Row:
     spent: dict[str, list[float]] = {"ours": [], "bare": []}
     for _ in range(rounds + 1):
         spent["bare"].append(seconds(lambda: bare_product(users_BD, items_ND)))
-        spent["ours"].append(seconds(lambda: rank_targets(users_BD, items_ND, targets_B, seen)))
+        spent["ours"].append(seconds(lambda: rank_scores(VectorScores(users_BD, items_ND), targets_B, seen)))
     ours, bare = (statistics.median(spent[way][1:]) for way in ("ours", "bare"))
     return Row.most(f"ranking / bare product, {users:,} users, {name}", ours, bare, 1.3, "s")
 
@@ -75,7 +75,7 @@ def generating() -> tuple[Callable[[], None], Callable[[], None]]:
     @torch.no_grad()
     def ours() -> None:
         users_BD = llm.model(input_ids=ids_BT).last_hidden_state.mean(1).numpy()
-        top_k(users_BD, items_ND, 10, [np.empty(0, np.int64)] * USERS)
+        best_scores(VectorScores(users_BD, items_ND), 10, [np.empty(0, np.int64)] * USERS)
 
     @torch.no_grad()
     def other() -> None:

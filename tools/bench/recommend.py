@@ -38,7 +38,7 @@ from rarec.bundle.parts import Parts, sample_histories
 from rarec.export.rarec_client import Client
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length
-from rarec.ranking.rank import best_scores, top_k
+from rarec.ranking.rank import VectorScores, best_scores
 from tools.bench.measuring import seconds
 
 Rows = npt.NDArray[np.int64]
@@ -83,7 +83,7 @@ def workloads(bundle: Path, users: int, n_items: int) -> dict[str, tuple[Callabl
     return {
         "batch": (lambda: recommender.recommend(histories, 10), forward(parts, encoded)),
         "search": (lambda: best_scores(scored, 10, rows), lambda: vectors @ table.T),
-        "search N": (lambda: top_k(vectors, wide, 10, rows), lambda: vectors @ wide.T),
+        "search N": (lambda: best_scores(VectorScores(vectors, wide), 10, rows), lambda: vectors @ wide.T),
         "one user": (lambda: recommender.recommend([histories[one]], 10), forward(parts, [encoded[one]])),
         "100 items": (
             lambda: parts.encode_new(titles, texts, blank),
