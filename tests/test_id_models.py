@@ -226,7 +226,7 @@ def test_a_table_that_does_not_fit_is_refused_with_the_number_of_processes_that_
 
 
 def test_more_processes_than_there_are_rows_for_are_refused_with_a_number_that_will_do():
-    """Rows are cut as evenly as DTensor cuts them, so 4 items on 3 processes are 2, 2 and none."""
+    """All ranks but the last have as many rows, so 4 items on 3 processes are 2, 2 and none."""
     for items, ranks, enough in ((4, 3, 2), (11, 12, 11), (1_000, 64, 63)):
         with pytest.raises(UserError, match=rf"{items} items.*\n.*start {enough} processes"):
             ItemTable(np.ones(items, bool), 2, 0.1, 0, World(0, ranks))
@@ -234,7 +234,6 @@ def test_more_processes_than_there_are_rows_for_are_refused_with_a_number_that_w
 
 def test_the_first_vectors_do_not_depend_on_the_ranks(monkeypatch):
     monkeypatch.setattr("rarec.ids.table.BLOCK", 4)
-    monkeypatch.setattr("rarec.ids.table.init_device_mesh", lambda *_: None)
     whole = ItemTable(np.ones(11, bool), 5, 0.1, 3).rows_ME
     for ranks in (2, 3, 11):
         parts = [ItemTable(np.ones(11, bool), 5, 0.1, 3, World(rank, ranks)).rows_ME for rank in range(ranks)]

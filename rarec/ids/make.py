@@ -13,9 +13,9 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.sparse.linalg import svds
 
+from rarec.config import RunConfig
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
-from rarec.config.logs import Prepare
-from rarec.config.neighbours import Graph, Neighbours
+from rarec.config.neighbours import Graph
 from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import open_engine
 from rarec.distributed.world import SINGLE, World
@@ -75,36 +75,26 @@ def write_source(
     return world.run_on_all(lambda: _import(name, chosen, dataset, directory, seed, say) if world.is_main else {})
 
 
-def write_graph(
-    graph: Graph,
-    neighbours: Neighbours,
-    prepare: Prepare,
-    holdout: float,
-    dataset: PreparedDataset,
-    directory: Path,
-    seed: int,
-) -> dict[str, Any]:
+def write_graph(graph: Graph, config: RunConfig, dataset: PreparedDataset, directory: Path) -> dict[str, Any]:
     """Write the files of the source `graph`; return the figures for its manifest.
 
     Args:
         graph: the section `graph`.
-        neighbours: the section `neighbours`: how transitions are counted, and how far back a history is read.
-        prepare: the section `prepare`: its engine counts.
-        holdout: the newest share of each user's training interactions, which is not counted.
+        config: how transitions are counted, which of them are held out, and how far back a history is read.
         dataset: prepared.
         directory: to write to.
-        seed: of the subset of validation users.
 
     Raises:
         UserError: there are fewer items than dimensions, or no user has a validation target.
     """
-    engine = partial(open_engine, prepare, directory / "spill")
-    transitions = Transition(neighbours.config_of("transition"), engine)
-    left_NE, right_NE = factors(transitions.fit(dataset, holdout), graph.dim)
+    neighbours = config.neighbours
+    engine = partial(open_engine, config.prepare, directory / "spill")
+    transitions_NN = Transition(neighbours.config_of("transition"), engine).fit(dataset, config.ids.held_out)
+    left_NE, right_NE = factors(transitions_NN, graph.dim)
     np.save(directory / f"{LEFT}.npy", left_NE)
     np.save(directory / ITEMS_FILE, right_NE)
     users = GraphUsers.of(left_NE, neighbours.newest, neighbours.decay)
-    return {"validation": Validation(dataset, seed).of_vectors(right_NE, users)}
+    return {"validation": Validation(dataset, config.run.seed).of_vectors(right_NE, users)}
 
 
 def factors(graph_NN: sparse.csr_matrix, dim: int) -> tuple[Floats, Floats]:

@@ -1,7 +1,7 @@
 """The item table of an ID model while it trains: rows spread over the ranks, each with its part of Adam's state.
 
-DTensor looks rows up across ranks, and PyTorch's SparseAdam updates only those that a step has read, so a step costs
-the same for ten million items as for ten thousand. (TorchRec, tried too, has no Adam for CPUs: docs/experiments.md.)
+PyTorch's SparseAdam updates only the rows that a step has read, so a step costs the same for ten million items as for
+ten thousand. (TorchRec, tried too, has no Adam for CPUs: docs/experiments.md.)
 
 Shape letters: N items, M items of this rank, U items of a step, E dimension.
 """
@@ -14,8 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from rarec.distributed.hardware import memory_of_rank
 from rarec.distributed.world import SINGLE, World
@@ -52,27 +50,21 @@ class ItemTable:
     def __init__(self, trained_N: npt.NDArray[np.bool_], dim: int, lr: float, seed: int, world: World = SINGLE) -> None:
         self.world, self.n_items = world, len(trained_N)
         _check_size(self.n_items, dim, world)
-        share = -(-self.n_items // world.size)  # as DTensor cuts
+        share = -(-self.n_items // world.size)
         self.first = world.rank * share
         own = slice(self.first, min(self.first + share, self.n_items))
         rows_ME = _drawn(own, dim, seed).mul_(torch.from_numpy(trained_N[own])[:, None])
         self.rows_ME = nn.Parameter(rows_ME.to(world.device))
         self._untrained = torch.from_numpy(np.flatnonzero(~trained_N[own])).to(world.device)
         self._adam = torch.optim.SparseAdam([self.rows_ME], lr=lr)
-        self._mesh = init_device_mesh(world.device.type, (world.size,)) if world.size > 1 else None
 
     @torch.no_grad()
     def look_up(self, rows_U: Tensor) -> Tensor:
-        """Return the vectors of some items, (U, E). All ranks call this with the same rows."""
-        if self._mesh is None:
-            return self.rows_ME[rows_U]
-        dim, mesh = self.rows_ME.shape[1], self._mesh
-        table = DTensor.from_local(
-            self.rows_ME.detach(), mesh, [Shard(0)], shape=torch.Size((self.n_items, dim)), stride=(dim, 1)
-        )
-        spread_UE = nn.functional.embedding(DTensor.from_local(rows_U, mesh, [Replicate()]), table)
-        assert isinstance(spread_UE, DTensor)
-        return spread_UE.full_tensor()
+        """Return the vectors of some items, (U, E), each from the rank that has it. All ranks ask for the same rows."""
+        own_U = self._is_own(rows_U)
+        vectors_UE = self.rows_ME.new_zeros(len(rows_U), self.rows_ME.shape[1])
+        vectors_UE[own_U] = self.rows_ME[rows_U[own_U] - self.first]
+        return self.world.all_reduce_sum(vectors_UE)
 
     def update(self, rows_U: Tensor, gradients_UE: Tensor) -> None:
         """Take a step of Adam on the rows that the step has read; the moments of all others stay as they are.
@@ -81,16 +73,17 @@ class ItemTable:
             rows_U: sorted, each once.
             gradients_UE: of their vectors, summed over all ranks.
         """
-        own_U = (rows_U >= self.first) & (rows_U < self.first + len(self.rows_ME))
+        own_U = self._is_own(rows_U)
+        places = (rows_U[own_U] - self.first)[None]
         self.rows_ME.grad = torch.sparse_coo_tensor(
-            (rows_U[own_U] - self.first)[None],
-            gradients_UE[own_U],
-            self.rows_ME.shape,
-            is_coalesced=True,
-            check_invariants=False,
+            places, gradients_UE[own_U], self.rows_ME.shape, is_coalesced=True, check_invariants=False
         )
         self._adam.step()
         self.rows_ME.grad = None
+
+    def _is_own(self, rows_U: Tensor) -> Tensor:
+        """Return whether this rank has each of some rows, (U,)."""
+        return (rows_U >= self.first) & (rows_U < self.first + len(self.rows_ME))
 
     def fill_untrained(self, value: Tensor | float) -> None:
         """Set the vectors of all items that do not occur in training."""

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,6 +51,7 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Any, opens: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._core = getattr(tokenizer, "backend_tokenizer", None)
         bare, whole = self._ids("a"), self._ids("a", add_special_tokens=True)
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
@@ -59,8 +61,9 @@ class TextTokenizer:
         self.filler: int = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         self.adds_space = bool(bare) and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(_SPACES)
         self._anchor = self._ids(_ANCHOR)
-        around = f"{self.prefix.tolist()} {self.suffix.tolist()}"
-        self.fingerprint = hashlib.sha256(f"{self._spelling()} {around}".encode()).hexdigest()
+        rules = repr(sorted(tokenizer.get_vocab().items())) if self._core is None else self._core.to_str()
+        described = f"{rules} {self.prefix.tolist()} {self.suffix.tolist()}"
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
 
     def __call__(self, text: str, spaced: bool = False, most: int | None = None, plain: bool = True) -> Int32:
         """Return the token ids of a piece of text.
@@ -79,9 +82,8 @@ class TextTokenizer:
 
     def save(self, path: Path) -> None:
         """Write it in the format of the package `tokenizers`, if it has one."""
-        core = getattr(self._tokenizer, "backend_tokenizer", None)
-        if core is not None:
-            core.save(str(path))
+        if self._core is not None:
+            self._core.save(str(path))
 
     def word(self, token: int) -> str:
         """Return a token id as text; as the raw token if the text is white space or an incomplete character."""
@@ -100,13 +102,10 @@ class TextTokenizer:
         return self._ids(text, split_special_tokens=plain)
 
     def _ids(self, text: str, **options: bool) -> list[int]:
-        options = {"add_special_tokens": False, "verbose": False, **options}
-        ids: list[int] = self._tokenizer(text, **options)["input_ids"]
+        ids: list[int] = self._tokenizer(text, **{"add_special_tokens": False, "verbose": False, **options})[
+            "input_ids"
+        ]
         return ids
-
-    def _spelling(self) -> str:
-        core = getattr(self._tokenizer, "backend_tokenizer", None)
-        return str(core.to_str()) if core is not None else repr(sorted(self._tokenizer.get_vocab().items()))
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,11 @@ class TemplatePart:
     kind: str
     value: str
     spaced: bool
+
+    @property
+    def is_history(self) -> bool:
+        """Whether it is the field `history`."""
+        return self.kind == "field" and self.value == "history"
 
 
 def parse_template(
@@ -218,10 +222,10 @@ class HybridPrompt:
         self.tokenizer = tokenizer
         self._full_stop = tokenizer(".")[:1]
         self._literals = [
-            tokenizer(part.value, part.spaced, plain=False) if part.kind == "text" else None for part in parts
+            tokenizer(part.value if part.kind == "text" else "", part.spaced, plain=False) for part in parts
         ]
         self.sources = soft_sources(parts)
-        fixed = sum(len(tokens) for tokens in self._literals if tokens is not None)
+        fixed = sum(map(len, self._literals))
         fixed += len(tokenizer.prefix) + len(tokenizer.suffix) + sum(slots[source] for source in self.sources)
         self.room = max_tokens - fixed
         if self.room < 1:
@@ -233,12 +237,8 @@ class HybridPrompt:
     @property
     def start(self) -> int:
         """The index of the token at which the field `history` begins; the end of the text without one."""
-        tokens = len(self.tokenizer.prefix)
-        for part, literal in zip(self.parts, self._literals, strict=True):
-            if part.kind == "field" and part.value == "history":
-                break
-            tokens += len(literal) if literal is not None else 0
-        return tokens
+        before = takewhile(lambda pair: not pair[0].is_history, zip(self.parts, self._literals, strict=True))
+        return len(self.tokenizer.prefix) + sum(len(literal) for _, literal in before)
 
     def fill(self, fields: dict[str, Int32], inside: Mapping[str, Sequence[int]] = MappingProxyType({})) -> Encoded:
         """Fill the fields with token ids.
@@ -252,23 +252,20 @@ class HybridPrompt:
         """
         room = self.room - sum(map(len, inside.values()))
         excess = sum(map(len, fields.values())) - room
+        cut = excess > 0
         kept = dict(fields)
         for name in reversed(fields):
-            if excess > 0:
-                kept[name] = kept[name][: max(0, len(kept[name]) - excess)]
-                excess -= len(fields[name]) - len(kept[name])
+            kept[name] = kept[name][: max(0, len(kept[name]) - max(0, excess))]
+            excess -= len(fields[name]) - len(kept[name])
         tokens: list[Int32] = [self.tokenizer.prefix]
         marks: Marks = {}
         for part, literal in zip(self.parts, self._literals, strict=True):
+            start, own = sum(map(len, tokens)), kept.get(part.value, _NOTHING) if part.kind == "field" else literal
             if part.kind == "soft":
-                marks[part.value] = sum(map(len, tokens))
-                continue
-            own = literal if literal is not None else kept.get(part.value, _NOTHING)
-            if part.value == "history" and literal is None:
-                before = sum(map(len, tokens))
-                marks |= {source: [before + min(mark, len(own)) for mark in each] for source, each in inside.items()}
+                marks[part.value] = start
+            if part.is_history:
+                marks |= {source: [start + min(mark, len(own)) for mark in each] for source, each in inside.items()}
             tokens.append(own)
-        cut = sum(map(len, fields.values())) > room
         text = tokens if sum(map(len, tokens)) > len(self.tokenizer.prefix) else [*tokens, self._full_stop]
         return Encoded(np.concatenate([*text, self.tokenizer.suffix]).astype(np.int32), marks, cut)
 
@@ -309,13 +306,12 @@ def lay_out(prompts: Sequence[Encoded], slots: Mapping[str, int], filler: int) -
     width = max(lengths) + any(count < most for count in own)
     ids_BT = np.full((len(prompts), width), filler, np.int64)
     mask_BT = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)
-    positions_BK = np.full((len(prompts), most), width - 1, np.int64)
-    starts = dict(zip(wanted, np.cumsum([0, *wanted.values()]), strict=False))
+    positions_BK = np.empty((len(prompts), most), np.int64)
     for row, (prompt, groups) in enumerate(zip(prompts, places, strict=True)):
+        filled = ([*groups[source], *[width - 1] * (count - len(groups[source]))] for source, count in wanted.items())
+        positions_BK[row] = list(chain.from_iterable(filled))
         is_text = np.arange(width) < lengths[row]
-        for source, positions in groups.items():
-            positions_BK[row, starts[source] : starts[source] + len(positions)] = positions
-            is_text[positions] = False
+        is_text[positions_BK[row]] = False
         ids_BT[row, is_text] = prompt.tokens_T
     return LaidOut(ids_BT, mask_BT, positions_BK)
 

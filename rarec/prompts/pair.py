@@ -28,14 +28,6 @@ FIELDS = {"user": ["history"], "item": ["title", "text"]}
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """An item of a history: its tokens, and where slots are inserted in them, by the name of `at_titles`."""
-
-    tokens_T: Int32
-    marks: dict[str, int]
-
-
-@dataclass(frozen=True)
 class Frame:
     """A user's prompt around a history of one token.
 
@@ -100,7 +92,7 @@ class PromptPair:
         self._at_titles = [at_titles(source) for source in soft_sources(self._title_parts[True])]
         if self._at_titles and "history" not in self._spaced:
             raise UserError("prompt.title has slots, but prompt.user has no {history}", "write {history} there")
-        self._piece = lru_cache(PIECES)(self._tokenised)
+        self.title = lru_cache(PIECES)(self._title)
         self.cut = {"user": 0, "item": 0}
 
     @property
@@ -138,16 +130,6 @@ class PromptPair:
         titles = self.config.max_history if "history" in self._spaced else 0
         return Frame(around, self._user.start, self._user.room, titles)
 
-    def title(self, item: int, first: bool) -> tuple[Int32, list[int]]:
-        """Return an item as a history has it: its tokens, and where the slots at titles are inserted in them.
-
-        Args:
-            item: item row.
-            first: whether it is the first of the text; all others start with the separator.
-        """
-        piece = self._piece(item, first)
-        return piece.tokens_T, [piece.marks[source] for source in self._at_titles]
-
     def stored(self, tokens_T: Int32, marks: Marks, history: Int32) -> Encoded:
         """Return a user's prompt that was filled before, from what shards have of it."""
         counts = [len(places) for places in marks.values() if isinstance(places, list)]
@@ -160,13 +142,13 @@ class PromptPair:
 
     def _filled(self, items: list[int]) -> Encoded:
         """Return the user prompt with these items in this order."""
-        pieces = [self._piece(item, first=not position) for position, item in enumerate(items)]
-        starts = np.cumsum([0, *(len(piece.tokens_T) for piece in pieces)]).tolist()
+        titles = [self.title(item, not position) for position, item in enumerate(items)]
+        starts = np.cumsum([0, *(len(tokens_T) for tokens_T, _ in titles)]).tolist()
         inside = {
-            source: [start + piece.marks[source] for start, piece in zip(starts, pieces, strict=False)]
-            for source in self._at_titles
+            source: [start + marks[index] for start, (_, marks) in zip(starts, titles, strict=False)]
+            for index, source in enumerate(self._at_titles)
         }
-        history = np.concatenate([self.tokenizer(""), *(piece.tokens_T for piece in pieces)])
+        history = np.concatenate([self.tokenizer(""), *(tokens_T for tokens_T, _ in titles)])
         return replace(self._user.fill({"history": history}, inside), titles_H=np.array(items, np.int32))
 
     def item(self, item: int) -> Encoded:
@@ -184,25 +166,30 @@ class PromptPair:
         if not wanted:
             return []
         later, first = (
-            np.array([len(self._piece(item, start).tokens_T) for item in wanted]) + len(self._at_titles)
-            for start in (False, True)
+            np.array([len(self.title(item, is_first)[0]) for item in wanted]) + len(self._at_titles)
+            for is_first in (False, True)
         )
         saved = later - first  # the first title needs no separator
         fit = np.cumsum(later) - (saved[0] if self.newest_first else saved) <= self._user.room
         return wanted[: max(int(fit.sum()), 1)]
 
-    def _tokenised(self, item: int, first: bool) -> _Piece:
-        """Return an item of a history; all but the first start with the separator."""
+    def _title(self, item: int, first: bool) -> tuple[Int32, list[int]]:
+        """Return an item as a history has it: its tokens, and where the slots at titles are inserted in them.
+
+        Args:
+            item: item row.
+            first: whether it is the first of the text; all others start with the separator.
+        """
         tokens = [self.tokenizer("") if first else self._separator]
-        marks: dict[str, int] = {}
+        marks: list[int] = []
         for part in self._title_parts[first]:
             if part.kind == "soft":
-                marks[at_titles(part.value)] = sum(map(len, tokens))
+                marks.append(sum(map(len, tokens)))
             elif part.kind == "text":
                 tokens.append(self.tokenizer(part.value, part.spaced, plain=False))
             else:
                 tokens.append(self.tokenizer(self.titles[item], part.spaced, self.config.max_title_tokens))
-        return _Piece(np.concatenate(tokens), marks)
+        return np.concatenate(tokens), marks
 
 
 def slot_names(config: Prompt, side: str, sources: Sequence[str]) -> tuple[str, ...]:

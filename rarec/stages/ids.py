@@ -81,9 +81,8 @@ class IdsStage(Stage):
         section = self.section
         seed = run.config.run.seed
         if isinstance(section, Graph):
-            counts = (run.config.neighbours, run.config.prepare, run.config.ids.held_out)
             figures = world.run_on_all(
-                lambda: write_graph(section, *counts, run.dataset, directory, seed) if world.is_main else {}
+                lambda: write_graph(section, run.config, run.dataset, directory) if world.is_main else {}
             )
         else:
             identity = sha256_json([self.settings(), run.dataset.hash])
