@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from rarec.config import RunConfig
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.tables import Column
 from rarec.stages.run import Run

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.data.engines import PrepareEngine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
 

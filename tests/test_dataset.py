@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.data.tables import Column
 from rarec.errors import UserError

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rarec.config import dump_config
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
 from rarec.storage.files import read_json

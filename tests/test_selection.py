@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarec.config.logs import Prepare
-from rarec.config.schema import Shards
+from rarec.config.schema import Prepare, Shards
 from rarec.data.dataset import PreparedDataset
 from rarec.data.selection import (
     LARGEST_GROUP,

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
 from tools.bench.measuring import prepare_dataset
 

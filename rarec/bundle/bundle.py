@@ -32,8 +32,8 @@ from torch import Tensor
 from rarec.bundle.facts import FACTS, REMEDY, Facts, own_parts, read_facts, recipe_of
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.load import validated
-from rarec.config.logs import Prepare
 from rarec.config.neighbours import built_in
+from rarec.config.schema import Prepare
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.ids.source import Source, users_of

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from rarec.bundle.bundle import ITEMS, NO_COLUMNS, Bundle, Columns
 from rarec.bundle.recommender import Recommender
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.console.progress import track
 from rarec.data.engines import PrepareEngine, compute_value, open_engine
 from rarec.data.engines.table_files import find_files, hash_files

@@ -14,7 +14,6 @@ from rarec.config.registry import check, find
 from rarec.config.section import Count, Location, NonNegativeFew, Part, Positive, Rate, Section, Weight
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-_ROW = re.compile(r"[^+/]+(\+id)?(\+cheap)?")
 NO_VARIANTS = ("id_only", "popularity", "cheap")
 """Rows of the results that are no variants: the ID model, popularity, and the untrained baselines together."""
 
@@ -227,8 +226,4 @@ def check_variant(given: str) -> str:
     return given
 
 
-def check_row(given: str) -> str:
-    """Validate the name of a row of the results, and return it."""
-    if not _ROW.fullmatch(given):
-        raise ValueError(f"{given!r} is no row of the results: write a variant, alone or with +id or +id+cheap")
-    return given
+VariantName = Annotated[str, AfterValidator(check_variant)]

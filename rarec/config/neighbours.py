@@ -1,15 +1,9 @@
 """The section `neighbours`: models that are counted or solved, not trained; and the section `graph`."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_serializer
 
 from rarec.config.method import NO_VARIANTS, VARIANTS, check_own_name
 from rarec.config.registry import KINDS, find
@@ -104,10 +98,9 @@ class Neighbours(Section):
         return given
 
     @model_serializer(mode="wrap")
-    def _without_empty_settings(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_empty_settings(self, serialise: Callable[["Neighbours"], dict[str, Any]]) -> dict[str, Any]:
         """Leave `settings` out where there are none: what was made before this field came is up to date."""
-        dumped: dict[str, Any] = serialise(self)
-        return {name: value for name, value in dumped.items() if name != "settings" or value}
+        return {name: value for name, value in serialise(self).items() if name != "settings" or value}
 
     @property
     def by_name(self) -> dict[str, str]:

@@ -31,6 +31,8 @@ SourceName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,40}$")]
 """A part of file names, and of the names in a tar, which are short and plain."""
 ExternalName = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,40}$")]
 """Part of a row's name, where `/` and `+` have meanings of their own."""
+RowName = Annotated[str, Field(pattern=r"^[^+/]+(\+id)?(\+cheap)?$")]
+"""Name of a row of the results that can be deployed: a variant, alone, with `+id` or with `+id+cheap`."""
 Blocks = Annotated[list[NonNegativeFew], Field(min_length=1, max_length=1_000)]
 
 _MAX_NAME, _MAX_PATH = 255, 4_000

@@ -57,7 +57,8 @@ class SequenceModel(nn.Module, ABC):
         super().__init_subclass__()
         if "Config" not in cls.__dict__:
             cls.Config = create_model("Config", __base__=cls.Config)
-        config, own = cls.Config, cls.Config.__dict__
+        config = cls.Config
+        own = config.__dict__
         other = own.get("builds", cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.__name__}.Config is that of {other.__name__}: give it a subclass")
@@ -87,16 +88,17 @@ class SequenceModel(nn.Module, ABC):
         """
         users_BKE = np.zeros((len(histories), self.per_user, items_NE.shape[1]), dtype=np.float32)
         known = np.flatnonzero([len(history) > 0 for history in histories])
-        training, _ = self.training, self.eval()
+        was_training = self.training
+        self.eval()
         device = next((weight.device for weight in self.parameters()), None)  # a model of the user's own may have none
         for start in range(0, len(known), ENCODE_BATCH):
             part = known[start : start + ENCODE_BATCH]
             rows_BT, lengths = pad([histories[user] for user in part], self.max_history)
             lengths_B = torch.from_numpy(lengths).to(device)
             states_BTKE = self(torch.from_numpy(np.asarray(items_NE[rows_BT])).to(device), lengths_B)
-            at_B = torch.arange(len(part), device=lengths_B.device)
-            users_BKE[part] = states_BTKE[at_B, lengths_B - 1].numpy(force=True)
-        self.train(training)
+            place_B = torch.arange(len(part), device=lengths_B.device)
+            users_BKE[part] = states_BTKE[place_B, lengths_B - 1].numpy(force=True)
+        self.train(was_training)
         return users_BKE
 
 
@@ -119,10 +121,8 @@ class SASRec(SequenceModel):
     def __init__(self, dim: int, blocks: int, heads: int, max_history: int, dropout: float) -> None:
         super().__init__(max_history)
         if dim % heads:
-            raise UserError(
-                f"ids.sasrec.heads: {heads} heads do not divide ids.sasrec.dim: {dim}",
-                "set ids.sasrec.heads to a divisor of ids.sasrec.dim",
-            )
+            problem = f"ids.sasrec.heads: {heads} heads do not divide ids.sasrec.dim: {dim}"
+            raise UserError(problem, "set ids.sasrec.heads to a divisor of ids.sasrec.dim")
         self.positions = nn.Embedding(max_history, dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(_SASRecBlock(dim, heads, dropout) for _ in range(blocks))
@@ -240,7 +240,8 @@ def build(settings: Recipe) -> SequenceModel:
         UserError: the constructor of a model of the user's own does not take its settings, or its K is not theirs.
     """
     made_by = settings.builds
-    name, remedy = f"{made_by.__module__}.{made_by.__qualname__}", "see docs/extend.md, An ID model"
+    name = f"{made_by.__module__}.{made_by.__qualname__}"
+    remedy = "see docs/extend.md, An ID model"
     try:
         signature(made_by).bind(**settings.shape)
     except TypeError as error:

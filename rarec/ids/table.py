@@ -135,7 +135,8 @@ class ItemTable:
         """Yield the rows of all ranks in order, a block at a time, on all ranks."""
         share = -(-self.n_items // self.world.size)
         for start in range(0, self.n_items, share):
-            end, owner = min(start + share, self.n_items), start // share
+            end = min(start + share, self.n_items)
+            owner = start // share
             for low in range(start, end, BLOCK):
                 high = min(low + BLOCK, end)
                 block = rows_ME[low - self.first : high - self.first] if owner == self.world.rank else None

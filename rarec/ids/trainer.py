@@ -215,7 +215,8 @@ class Training:
         epoch = self.world.all_reduce_max(newest)
         if not epoch:
             return
-        tensors, state = load_file(self.checkpoints.path(epoch) / _TENSORS), self.checkpoints.read_state(epoch)
+        tensors = load_file(self.checkpoints.path(epoch) / _TENSORS)
+        state = self.checkpoints.read_state(epoch)
         self.encoder.load_state_dict(_under("model.", tensors))
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in _under("adam.", tensors).items():

@@ -31,12 +31,8 @@ Float32 = npt.NDArray[np.float32]
 TABLE = "neighbours.parquet"
 ROWS = 1 << 20
 """Rows read at a time."""
-SCHEMA = pa.schema(
-    [
-        pa.field(name, kind, nullable=False)
-        for name, kind in {"item_row": pa.int32(), "neighbour_row": pa.int32(), "score": pa.float32()}.items()
-    ]
-)
+_COLUMNS = {"item_row": pa.int32(), "neighbour_row": pa.int32(), "score": pa.float32()}
+SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()])
 
 
 class NewItems(Protocol):
@@ -178,10 +174,11 @@ def read_table(path: Path, n_items: int, scratch: Scratch = IN_MEMORY) -> sparse
                 raise ValueError("an item is not in the catalogue")
             items, counts = np.unique(rows, return_counts=True)
             starts_N[items + 1] += counts
-        starts_N, pairs = starts_N.cumsum(), file.metadata.num_rows
+        starts_N = starts_N.cumsum()
+        pairs = file.metadata.num_rows
         near_P, scores_P = scratch.zeros((pairs,), np.int32), scratch.zeros((pairs,), np.float32)
         free_N = starts_N[:-1].copy()
-        for rows, near, scores in _parts(file):  # in any order: items that were added later stand at the end
+        for rows, near, scores in _parts(file):  # in any order: items that were added later are at the end
             order = np.argsort(rows, kind="stable")
             items, firsts, counts = np.unique(rows[order], return_index=True, return_counts=True)
             places = np.repeat(free_N[items] - firsts, counts) + np.arange(len(rows))

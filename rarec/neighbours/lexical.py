@@ -77,7 +77,8 @@ class Words:
             self._known = self._vectoriser.fit_transform(plain_texts(titles, texts, untitled))
         except ValueError:  # no text has a word
             self._known = None
-        sizes_N, data = np.diff(table_NN.indptr), np.append(table_NN.data, np.float32(0))
+        sizes_N = np.diff(table_NN.indptr)
+        data = np.append(table_NN.data, np.float32(0))
         least_N = np.minimum.reduceat(data, table_NN.indptr[:-1])
         self._least_N = np.where(sizes_N >= top, least_N, 0.0)
 

@@ -260,7 +260,8 @@ class HybridPrompt:
         tokens: list[Int32] = [self.tokenizer.prefix]
         marks: Marks = {}
         for part, literal in zip(self.parts, self._literals, strict=True):
-            start, own = sum(map(len, tokens)), kept.get(part.value, _NOTHING) if part.kind == "field" else literal
+            start = sum(map(len, tokens))
+            own = kept.get(part.value, _NOTHING) if part.kind == "field" else literal
             if part.kind == "soft":
                 marks[part.value] = start
             if part.is_history:

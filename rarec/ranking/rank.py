@@ -118,9 +118,10 @@ def best_scores(scores: Scores, k: int, seen: Sequence[Rows]) -> tuple[npt.NDArr
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
     for part, scores_CN in _blocks(scores, scores.n_items):
         scores_CN[_seen_pairs(seen[part])] = -torch.inf
-        best_CK, where_CK = largest(scores_CN, k)
-        where_CK[best_CK == -torch.inf] = -1
-        rows_BK[part], scores_BK[part] = where_CK.cpu().numpy(), best_CK.cpu().numpy()
+        best_CK, row_CK = largest(scores_CN, k)
+        row_CK[best_CK == -torch.inf] = -1
+        rows_BK[part] = row_CK.cpu().numpy()
+        scores_BK[part] = best_CK.cpu().numpy()
     return rows_BK, scores_BK
 
 

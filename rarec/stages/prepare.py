@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.errors import without_password
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage

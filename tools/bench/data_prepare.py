@@ -10,7 +10,7 @@ from typing import Any
 
 import duckdb
 
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.storage.artefacts import read_manifest
 from tools.bench.by_hand import FEWEST, prepare_by_hand
 from tools.bench.measuring import Figure, apart, at_most, memory, prepare_dataset, seconds

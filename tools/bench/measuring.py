@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rarec.config import RunConfig
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.console.last_resort import WAITING
 from rarec.data.dataset import PreparedDataset
 from rarec.stages.run import Run

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from rarec.config.ids import SasRecConfig
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import SINGLE
 from rarec.ids.objective import Windows

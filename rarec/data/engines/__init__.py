@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.data.engines.prepare_engine import (
     InputTable,
     NamedTable,

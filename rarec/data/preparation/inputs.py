@@ -7,7 +7,7 @@ from typing import Any
 import ibis
 import ibis.expr.types as ir
 
-from rarec.config.logs import Interactions, Items, Prepare, Table
+from rarec.config.schema import Interactions, Items, Prepare, Table
 from rarec.data.engines import InputTable, NamedTable, PrepareEngine, TableLocation, compute_value
 from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation import columns, steps

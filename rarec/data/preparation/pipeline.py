@@ -12,7 +12,7 @@ from typing import Any
 import ibis
 import ibis.expr.types as ir
 
-from rarec.config.logs import Prepare
+from rarec.config.schema import Prepare
 from rarec.data import tables
 from rarec.data.engines import PrepareEngine, compute_value, open_engine
 from rarec.data.preparation import steps
