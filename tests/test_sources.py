@@ -296,131 +296,113 @@ def refuse(dataset, match, **fields):
     assert not [path for path in OUT.parent.glob("*") if path.name != ".image.lock"]
 
 
-def test_missing_items_are_counted_and_named(dataset, files):
-    np.save("items.npy", ITEMS[:2])
-    Path("ids.txt").write_text("d\nb")
-    refuse(dataset, r"items\.npy: .*2 of 4 items .*'a', 'c'")
+def write(name: str, content) -> None:
+    """Write a file of vectors or ids in the current directory, in the format of its name."""
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table(content), name)
+    elif name.endswith(".safetensors"):
+        save_file(content, name)
+    elif name.endswith(".npy"):
+        np.save(name, content, allow_pickle=True)
+    else:
+        Path(name).write_bytes(content)
 
 
-def test_a_file_that_names_no_item_at_all_is_refused(dataset, files):
-    np.save("items.npy", ITEMS[:2])
-    Path("ids.txt").write_text("y\nz")
-    refuse(dataset, r"items\.npy: .*'y', 'z'.*'a', 'b', 'c', 'd'", missing="fallback")
+def poisoned(value: float) -> np.ndarray:
+    vectors = ITEMS.astype(np.float64)
+    vectors[3, 1] = value
+    return vectors
 
 
-def test_zero_vectors_are_refused_as_none(dataset, files):
+TABLE = {"items": "items.parquet", "item_ids": None}
+TENSORS = {"items": "items.safetensors"}
+USER_FILES = {"users": "users.npy", "user_ids": "user_ids.txt"}
+NOT_FINITE = r"items\.npy: .*item 'c' \(row 3\).* NaN"
+RAGGED = r"items\.parquet .*id 'c' \(row 3\) has \d .*2"
+FAULTS = {
+    "missing items": ({"items.npy": ITEMS[:2], "ids.txt": b"d\nb"}, r"items\.npy: .*2 of 4 items .*'a', 'c'", {}),
+    "no item at all": (
+        {"items.npy": ITEMS[:2], "ids.txt": b"y\nz"},
+        r"items\.npy: .*'y', 'z'.*'a', 'b', 'c', 'd'",
+        {"missing": "fallback"},
+    ),
+    "a zero vector": (
+        {"items.npy": ITEMS * np.array([[1], [0], [1], [1]], np.float32)},
+        r"items\.npy: .*1 of 4 items .*'b'.*\n.*`sources\.image\.missing: fallback`",
+        {},
+    ),
+    "missing users": ({"user_ids.txt": b"10\n30"}, r"users\.npy: .*1 of 2 users .*20", USER_FILES),
+    "users of another dimension": (
+        {"users.npy": np.zeros((2, 3), np.float32)},
+        r"users\.npy .*\(2, 3\).* items\.npy .*2",
+        USER_FILES,
+    ),
+    "NaN": ({"items.npy": poisoned(np.nan)}, NOT_FINITE, {}),
+    "infinity": ({"items.npy": poisoned(np.inf)}, NOT_FINITE, {}),
+    "beyond float32": ({"items.npy": poisoned(1e300)}, NOT_FINITE, {}),
+    "a null inside a vector": (
+        {"items.parquet": {"id": IDS, "vector": [*ITEMS[:3].tolist(), [None, 1.0]]}},
+        r"items\.parquet: .*item 'c' \(row 3\)",
+        TABLE,
+    ),
+    "a longer vector": ({"items.parquet": {"id": IDS, "vector": [*ITEMS[:3].tolist(), [1.0] * 3]}}, RAGGED, TABLE),
+    "an empty vector": ({"items.parquet": {"id": IDS, "vector": [*ITEMS[:3].tolist(), []]}}, RAGGED, TABLE),
+    "a null vector": ({"items.parquet": {"id": IDS, "vector": [*ITEMS[:3].tolist(), None]}}, RAGGED, TABLE),
+    "a repeated id": ({"ids.txt": b"a\nb\na\nc"}, r"ids\.txt: .*'a'.*\n.*one row per id", {}),
+    "a row without an id": (
+        {"items.parquet": {"id": ["a", None, "b", "c"], "vector": ITEMS.tolist()}},
+        r"items\.parquet: row 1 ",
+        TABLE,
+    ),
+    "fewer ids than rows": ({"ids.txt": b"a\nb\nc"}, r"ids\.txt .*3 ids.*items\.npy .*4 rows", {}),
+    "a pickle": ({"items.npy": np.array([{"evil": 1}] * 4)}, r"items\.npy is not .*\n.*np\.save", {}),
+    "a pickle of ids": ({"ids.npy": np.array(IDS, object)}, r"ids\.npy is not .*\n.*np\.save", {"item_ids": "ids.npy"}),
+    "several vectors of an item": ({"items.npy": np.zeros((4, 2, 2), np.float32)}, r"shape \(4, 2, 2\)", {}),
+    "two tensors": (
+        {"items.safetensors": {"a": ITEMS, "b": ITEMS}},
+        r"items\.safetensors .*2 tensors \(a, b\)",
+        TENSORS,
+    ),
+    "other columns": (
+        {"items.parquet": {"item": IDS, "vector": ITEMS.tolist()}},
+        r"items\.parquet .*\"id\".*\n.*`id` and `vector`",
+        TABLE,
+    ),
+    "numbers instead of vectors": (
+        {"items.parquet": {"id": IDS, "vector": [1.0] * 4}},
+        r"items\.parquet .*`vector`.*double",
+        TABLE,
+    ),
+    "no ids": ({}, r"items\.npy .*\n.*`sources\.image\.item_ids`", {"item_ids": None}),
+    "ids twice": ({}, r"`sources.image.item_ids`: items\.parquet ", {"items": "items.parquet"}),
+    "ids that are not UTF-8": ({"ids.txt": b"\xff\xfe\xff"}, r"ids\.txt is not UTF-8.*\n.*UTF-8", {}),
+    "a missing file": ({}, r"`sources.image.items`: none\.npy does not exist", {"items": "none.npy"}),
+    "a missing list of ids": ({}, r"`sources.image.item_ids`: none\.txt does not exist", {"item_ids": "none.txt"}),
+    "another format": (
+        {},
+        r"`sources.image.items`: ids\.txt .*\n.*\.npy, \.safetensors, \.parquet",
+        {"items": "ids.txt"},
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_imported_is_refused_by_file_row_and_remedy(dataset, files, fault):
+    written, match, fields = FAULTS[fault]
+    for name, content in written.items():
+        write(name, content)
+    refuse(dataset, match, **fields)
+
+
+def test_zero_vectors_may_be_left_to_the_fallback(dataset, files):
     np.save("items.npy", ITEMS * np.array([[1], [0], [1], [1]], np.float32))
-    refuse(dataset, r"items\.npy: .*1 of 4 items .*'b'.*\n.*`sources\.image\.missing: fallback`")
     assert make(dataset, missing="fallback").items_NE[1].tolist() == [0, 0]
-
-
-def test_missing_users_are_counted_and_named(dataset, files):
-    Path("user_ids.txt").write_text("10\n30")
-    refuse(dataset, r"users\.npy: .*1 of 2 users .*20", users="users.npy", user_ids="user_ids.txt")
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e300])
-def test_values_that_are_not_finite_name_row_and_id(dataset, files, poison):
-    bad = ITEMS.astype(np.float64)
-    bad[3, 1] = poison
-    np.save("items.npy", bad)
-    refuse(dataset, r"items\.npy: .*item 'c' \(row 3\).* NaN")
-
-
-def test_a_null_inside_a_parquet_vector_is_not_finite(dataset, files):
-    vectors = [*ITEMS[:3].tolist(), [None, 1.0]]
-    pq.write_table(pa.table({"id": IDS, "vector": vectors}), "items.parquet")
-    refuse(dataset, r"items\.parquet: .*item 'c' \(row 3\)", items="items.parquet", item_ids=None)
-
-
-@pytest.mark.parametrize("last", [[1.0, 2.0, 3.0], [], None])
-def test_ragged_vectors_name_row_and_id(dataset, files, last):
-    pq.write_table(pa.table({"id": IDS, "vector": [*ITEMS[:3].tolist(), last]}), "items.parquet")
-    refuse(dataset, r"items\.parquet .*id 'c' \(row 3\) has \d .*2", items="items.parquet", item_ids=None)
-
-
-def test_duplicate_ids_are_named(dataset, files):
-    Path("ids.txt").write_text("a\nb\na\nc")
-    refuse(dataset, r"ids\.txt: .*'a'.*\n.*one row per id")
-
-
-def test_a_row_without_id_is_named(dataset, files):
-    pq.write_table(pa.table({"id": ["a", None, "b", "c"], "vector": ITEMS.tolist()}), "items.parquet")
-    refuse(dataset, r"items\.parquet: row 1 ", items="items.parquet", item_ids=None)
-
-
-def test_the_number_of_ids_must_be_the_number_of_rows(dataset, files):
-    Path("ids.txt").write_text("a\nb\nc")
-    refuse(dataset, r"ids\.txt .*3 ids.*items\.npy .*4 rows")
-
-
-def test_pickled_arrays_are_refused(dataset, files):
-    np.save("items.npy", np.array([{"evil": 1}] * 4), allow_pickle=True)
-    refuse(dataset, r"items\.npy is not .*\n.*np\.save")
-    np.save("items.npy", ITEMS)
-    np.save("ids.npy", np.array(IDS, dtype=object), allow_pickle=True)
-    refuse(dataset, r"ids\.npy is not .*\n.*np\.save", item_ids="ids.npy")
-
-
-@pytest.mark.parametrize(
-    ("array", "match"),
-    [
-        (np.zeros(4, dtype=np.float32), r"shape \(4,\)"),
-        (np.zeros((4, 2, 2), dtype=np.float32), r"shape \(4, 2, 2\)"),
-        (np.zeros((4, 0), dtype=np.float32), r"shape \(4, 0\)"),
-        (np.float32(1), r"shape \(\)"),
-        (np.array([["x"]] * 4), "items.npy .*numbers"),
-    ],
-)
-def test_arrays_of_another_shape_or_type_are_refused(dataset, files, array, match):
-    np.save("items.npy", array)
-    refuse(dataset, match)
-
-
-def test_users_and_items_must_share_a_dimension(dataset, files):
-    np.save("users.npy", np.zeros((2, 3), dtype=np.float32))
-    match = r"users\.npy .*\(2, 3\).* items\.npy .*2"
-    refuse(dataset, match, users="users.npy", user_ids="user_ids.txt")
 
 
 @pytest.mark.parametrize("name", ["items.npy", "items.safetensors", "items.parquet"])
 def test_files_that_are_not_what_they_are_called_are_named(dataset, files, name):
     Path(name).write_bytes(b"something else")
     refuse(dataset, rf"{name} is not .*\n.*save", items=name, item_ids=None if name.endswith("parquet") else "ids.txt")
-
-
-def test_safetensors_must_hold_one_tensor(dataset, files):
-    save_file({"a": ITEMS, "b": ITEMS}, "items.safetensors")
-    refuse(dataset, r"items\.safetensors .*2 tensors \(a, b\)", items="items.safetensors")
-
-
-def test_parquet_needs_its_columns(dataset, files):
-    pq.write_table(pa.table({"item": IDS, "vector": ITEMS.tolist()}), "items.parquet")
-    refuse(dataset, r"items\.parquet .*\"id\".*\n.*`id` and `vector`", items="items.parquet", item_ids=None)
-    pq.write_table(pa.table({"id": IDS, "vector": [1.0] * 4}), "items.parquet")
-    refuse(dataset, r"items\.parquet .*`vector`.*double", items="items.parquet", item_ids=None)
-
-
-def test_ids_are_named_once(dataset, files):
-    refuse(dataset, r"items\.npy .*\n.*`sources\.image\.item_ids`", item_ids=None)
-    refuse(dataset, r"`sources.image.item_ids`: items\.parquet ", items="items.parquet")
-
-
-def test_text_ids_must_be_text(dataset, files):
-    Path("ids.txt").write_bytes(b"\xff\xfe\xff")
-    refuse(dataset, r"ids\.txt is not UTF-8.*\n.*UTF-8")
-
-
-@pytest.mark.parametrize(
-    ("fields", "match"),
-    [
-        ({"items": "none.npy"}, r"`sources.image.items`: none\.npy does not exist"),
-        ({"item_ids": "none.txt"}, r"`sources.image.item_ids`: none\.txt does not exist"),
-        ({"items": "ids.txt"}, r"`sources.image.items`: ids\.txt .*\n.*\.npy, \.safetensors, \.parquet"),
-    ],
-)
-def test_missing_files_and_unknown_formats_name_the_field(dataset, files, fields, match):
-    refuse(dataset, match, **fields)
 
 
 def test_the_manifest_is_plain_json(dataset, files):
