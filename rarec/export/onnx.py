@@ -172,37 +172,37 @@ def write_prompts(graph: QueryGraph, directory: Path) -> dict[str, Any]:
     counts = graph.encoder.model.user.slots
     ends = np.cumsum(list(counts.values())).tolist()
     places = {name: range(end - counts[name], end) for name, end in zip(counts, ends, strict=True) if counts[name]}
-    frame = prompts.frame()
     filler = prompts.tokenizer.filler
     stretches = _stretches(prompts, places)
     facts: dict[str, Any] = {}
     for name, stretch in stretches.items():
         facts[name], facts[f"{name}_slots"] = stretch.with_slots(filler)
     facts["bare_after"] = _bare(prompts, stretches["after"]).with_slots(filler)[0]
-    at_titles = [name for name, mark in frame.encoded.marks.items() if name in places and isinstance(mark, list)]
+    around = prompts.around_history()
+    at_titles = [name for name, mark in around.marks.items() if name in places and isinstance(mark, list)]
     _write_titles(prompts, bool(graph.at_titles), directory / TITLES)
     return facts | {
         "titles_first": [places[name].start for name in at_titles],
         "count": sum(map(len, places.values())),
-        "most": frame.titles,
-        "room": frame.room,
+        "most": prompts.max_titles,
+        "room": prompts.user_prompt.room,
         "newest_first": prompts.newest_first,
     }
 
 
 def _stretches(prompts: PromptPair, places: Mapping[str, range]) -> dict[str, _Stretch]:
     """Return what is before and after the history, and the prompt without history."""
-    frame = prompts.frame()
+    around = prompts.around_history()
     empty = prompts.user([])
-    tokens = frame.encoded.tokens_T.tolist()
-    start = frame.start
-    marks = {name: mark for name, mark in frame.encoded.marks.items() if name in places and isinstance(mark, int)}
+    tokens = around.tokens_T.tolist()
+    start = prompts.user_prompt.start
+    marks = {name: mark for name, mark in around.marks.items() if name in places and isinstance(mark, int)}
     before = [(mark, places[name]) for name, mark in marks.items() if mark <= start]
     after = [(mark - start - 1, places[name]) for name, mark in marks.items() if mark > start]
     alone = [(mark, places[name]) for name, mark in empty.marks.items() if name in marks and isinstance(mark, int)]
     return {
         "before": _Stretch(tokens[:start], before),
-        "after": _Stretch(tokens[start + bool(frame.titles) :], after),  # one token stands for the titles
+        "after": _Stretch(tokens[start + bool(prompts.max_titles) :], after),  # one token stands for the titles
         "empty": _Stretch(empty.tokens_T.tolist(), alone),
     }
 
@@ -210,7 +210,7 @@ def _stretches(prompts: PromptPair, places: Mapping[str, range]) -> dict[str, _S
 def _bare(prompts: PromptPair, after: _Stretch) -> _Stretch:
     """Return `after` with what stands for the text of a prompt that has none."""
     tokenizer = prompts.tokenizer
-    if prompts.frame().start > len(tokenizer.prefix) or len(after.tokens) > len(tokenizer.suffix):
+    if prompts.user_prompt.start > len(tokenizer.prefix) or len(after.tokens) > len(tokenizer.suffix):
         return after  # the template has words
     return _Stretch([*tokenizer(".")[:1].tolist(), *after.tokens], after.groups)
 
@@ -221,7 +221,7 @@ def _write_titles(prompts: PromptPair, with_slots: bool, path: Path) -> None:
     Beside them, `first_slots` and `later_slots` are the indices of the slots there, for each source that has slots at
     titles. A title that is longer than the room is cut, as it is in a prompt.
     """
-    room = prompts.frame().room
+    room = prompts.user_prompt.room
     columns: dict[str, list[list[int]]] = {name: [] for name in ("first", "first_slots", "later", "later_slots")}
     for item in range(len(prompts.titles)):
         for name in ("first", "later"):

@@ -1,7 +1,7 @@
 """The two prompts of RA-Rec: a user's history, and an item's text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -27,23 +27,6 @@ FIELDS = {"user": ["history"], "item": ["title", "text"]}
 """Fields of each side's template."""
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A user's prompt around a history of one token.
-
-    Attributes:
-        encoded: the prompt.
-        start: index of that token.
-        room: most tokens of a history, slots at titles included.
-        titles: most titles; 0 if the prompt has no history.
-    """
-
-    encoded: Encoded
-    start: int
-    room: int
-    titles: int
-
-
 class PromptPair:
     """User and item prompts of a catalogue; the tokens of titles are kept.
 
@@ -59,6 +42,8 @@ class PromptPair:
 
     Attributes:
         cut: number of prompts of each side whose text was cut.
+        user_prompt: the template of users.
+        max_titles: most titles in a user's prompt; 0 if it has no history.
 
     Raises:
         UserError: a template has an unknown field or source, or leaves no room.
@@ -81,9 +66,10 @@ class PromptPair:
         start = tokenizer.adds_space
         user = parse_template(config.user, FIELDS["user"], sources, "prompt.user", start)
         item = parse_template(config.item, FIELDS["item"], sources, "prompt.item", start)
-        self._user = HybridPrompt(user, tokenizer, slots["user"], most, "prompt.user")
+        self.user_prompt = HybridPrompt(user, tokenizer, slots["user"], most, "prompt.user")
         self._item = HybridPrompt(item, tokenizer, slots["item"], most, "prompt.item")
         self._spaced = {part.value: part.spaced for part in (*user, *item) if part.kind == "field"}
+        self.max_titles = config.max_history if "history" in self._spaced else 0
         self._separator = tokenizer(config.separator.removesuffix(" "), plain=False)
         spaced = {True: self._spaced.get("history", False), False: config.separator.endswith(" ")}
         self._title_parts = {
@@ -98,7 +84,7 @@ class PromptPair:
     @property
     def sources(self) -> dict[str, tuple[str, ...]]:
         """The sources whose slots each side's prompt has; those at titles by the name of `at_titles`."""
-        return {"user": (*self._user.sources, *self._at_titles), "item": self._item.sources}
+        return {"user": (*self.user_prompt.sources, *self._at_titles), "item": self._item.sources}
 
     @property
     def fingerprint(self) -> str:
@@ -114,8 +100,7 @@ class PromptPair:
         Args:
             history: item rows, oldest first.
         """
-        written = self.config.max_history if "history" in self._spaced else 0
-        wanted = [int(item) for item in history[::-1][:written]]
+        wanted = [int(item) for item in history[::-1][: self.max_titles]]
         kept = self._newest_that_fit(wanted)
         encoded = self._filled(self._in_order(kept))
         if len(kept) < len(wanted):
@@ -123,12 +108,10 @@ class PromptPair:
         self.cut["user"] += encoded.cut
         return encoded
 
-    def frame(self) -> "Frame":
-        """Return what a user's prompt is around its history."""
+    def around_history(self) -> Encoded:
+        """Return a user's prompt whose history, if the template has one, is a single token."""
         inside = {source: [0] for source in self._at_titles}
-        around = self._user.fill({"history": np.array([self.tokenizer.filler], np.int32)}, inside)
-        titles = self.config.max_history if "history" in self._spaced else 0
-        return Frame(around, self._user.start, self._user.room, titles)
+        return self.user_prompt.fill({"history": np.array([self.tokenizer.filler], np.int32)}, inside)
 
     def stored(self, tokens_T: Int32, marks: Marks, history: Int32) -> Encoded:
         """Return a user's prompt that was filled before, from what shards have of it."""
@@ -149,7 +132,7 @@ class PromptPair:
             for index, source in enumerate(self._at_titles)
         }
         history = np.concatenate([self.tokenizer(""), *(tokens_T for tokens_T, _ in titles)])
-        return replace(self._user.fill({"history": history}, inside), titles_H=np.array(items, np.int32))
+        return replace(self.user_prompt.fill({"history": history}, inside), titles_H=np.array(items, np.int32))
 
     def item(self, item: int) -> Encoded:
         """Return the prompt of an item."""
@@ -170,7 +153,7 @@ class PromptPair:
             for is_first in (False, True)
         )
         saved = later - first  # the first title needs no separator
-        fit = np.cumsum(later) - (saved[0] if self.newest_first else saved) <= self._user.room
+        fit = np.cumsum(later) - (saved[0] if self.newest_first else saved) <= self.user_prompt.room
         return wanted[: max(int(fit.sum()), 1)]
 
     def _title(self, item: int, first: bool) -> tuple[Int32, list[int]]:
