@@ -9,10 +9,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from rarec.config.plain_yaml import MAX_BYTES, SHOWN, Dumper, parse
+from rarec.config.plain_yaml import MAX_BYTES, Dumper, parse
 from rarec.config.schema import RunConfig
 from rarec.config.shipped import shipped_files
-from rarec.errors import UserError, nearest, without_password
+from rarec.errors import LONGEST, UserError, nearest, without_password
 
 Model = TypeVar("Model", bound=BaseModel)
 RENAMED: dict[str, str | None] = {
@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         name, value = parse_override(override)
         set_field(tree, name, value)
-        given[name] = f"override {_shown(override)}"
+        given[name] = f"override {override!r}"
     return validated(RunConfig, tree, str(path), given)
 
 
@@ -69,7 +69,7 @@ def _read_text(path: Path) -> str:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes; data belong in other files")
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # of the encoding, or of a path that is too long or holds a zero byte
-        raise UserError(f"configuration {_shown(str(path))} cannot be read: {error}", _EXAMPLES) from None
+        raise UserError(f"configuration {str(path)!r} cannot be read: {error}", _EXAMPLES) from None
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -80,10 +80,10 @@ def parse_override(override: str) -> tuple[str, Any]:
     """
     name, separator, value = override.partition("=")
     if not separator or not name or not name.isprintable():
-        problem = f"override {_shown(override)} is not of the form section.field=value"
+        problem = f"override {override!r} is not of the form section.field=value"
         raise UserError(problem, "write it so: train.epochs=3")
     remedy = f"put a text with braces, colons or the like in quotes of its own: '{name}=\"...\"'"
-    return name, parse(value, f"override {_shown(override)}", remedy)
+    return name, parse(value, f"override {override!r}", remedy)
 
 
 def format_override(name: str, value: Any) -> str:
@@ -182,11 +182,11 @@ def _place(detail: ErrorDetails, given: Mapping[str, str], where: str) -> str:
 def _shown(value: object) -> str:
     """Return a value as Python writes it, but no more of it than a line holds."""
     text = repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
 
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    field = ".".join(str(part) for part in detail["loc"])[:SHOWN]
+    field = ".".join(str(part) for part in detail["loc"])
     if field in RENAMED:
         new = RENAMED[field]
         return f"field `{field}` is now called `{new}`: rename it" if new else f"field `{field}` is gone: leave it out"

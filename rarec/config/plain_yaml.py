@@ -16,8 +16,6 @@ MAX_BYTES = 100_000
 """Largest file. PyYAML reads it in under two seconds."""
 MAX_SIZE = 500_000
 """Largest size of all values, in characters; an alias counts as what it stands for."""
-SHOWN = 200
-"""Characters of a library's message that are shown."""
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _INTEGER = re.compile("^[-+]?(0|[1-9][0-9_]{0,99}|0b[01_]{1,99}|0x[0-9a-fA-F_]{1,99})$")
 _FLOAT = re.compile(
@@ -96,7 +94,7 @@ def parse(text: str, where: str, remedy: str = "") -> Any:
         problem = "lists and sections are nested too deeply"
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         problem = error  # the last ones of a value that its tag does not allow, such as `2020-99-99` or `!!int x`
-    raise UserError(f"{where}{place} is not valid YAML: {' '.join(str(problem).split())[:SHOWN]}", remedy)
+    raise UserError(f"{where}{place} is not valid YAML: {problem}", remedy)
 
 
 def _check_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
