@@ -371,7 +371,10 @@ def wrong(here, tmp_path, monkeypatch) -> Path:
         ("ids.model=wrong_parts:Unfinished", r"`ids.model`: .*Unfinished lacks forward"),
         ("alignment.map=my_package.models:Decay", r"`alignment.map`: .*Decay.*SourceAlignment"),
         ("readout.module=my_package.maps:ResidualMLP", r"`readout.module`: .*ReadoutModule"),
-        ("loss.recommendation=my_package.maps:ResidualMLP", r"`loss.recommendation`: .*ResidualMLP.*rarec\.models\.losses"),
+        (
+            "loss.recommendation=my_package.maps:ResidualMLP",
+            r"`loss.recommendation`: .*ResidualMLP.*rarec\.models\.losses",
+        ),
         ("train.variants=[my_package.losses:hinge]", r"`train.variants.0`: .*rarec\.config\.Variant"),
         ("train.variants=[wrong_parts:TAKEN]", r"`train.variants.0`: .*'per_layer', which is taken"),
         ("train.variants=[wrong_parts:UNFIT]", r"`train.variants.0`: .*'a/b'"),
