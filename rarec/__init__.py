@@ -15,6 +15,7 @@ config -> storage -> console -> distributed -> data -> ranking -> neighbours -> 
 -> planning -> evaluation -> report -> bundle -> export -> stages -> serve -> cluster. `rarec.cli` is a thin shell.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rarec.version import __version__
@@ -24,16 +25,11 @@ if TYPE_CHECKING:
     from rarec.stages.run import Run
 
 __all__ = ["Run", "__version__", "load"]
+_MODULES = {"Run": "rarec.stages.run", "load": "rarec.bundle.recommender"}
 
 
 def __getattr__(name: str) -> Any:
     """Import what is public when it is asked for: `import rarec` alone loads nothing heavy."""
-    if name == "Run":
-        from rarec.stages.run import Run
-
-        return Run
-    if name == "load":
-        from rarec.bundle.recommender import load
-
-        return load
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'rarec' has no attribute {name!r}")

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from rarec.cli_bundle import LanguageModel, Trust, convert, example, items, realign, recommend, serve
+from rarec.cli_bundle import LanguageModel, Trust, items, open_bundle, realign, recommend, serve
+from rarec.console.inert import in_one_line
 from rarec.console.progress import Console, console, say
 from rarec.entry import open_run, run_stage
 from rarec.errors import EXIT_CODE, UserError
@@ -103,13 +104,12 @@ def shards(
 ) -> None:
     """Build, check or repair the shards."""
     if ((repair or deep) and not verify) or (fresh and verify):
-        raise UserError(
-            "--repair and --deep go with --verify, and --verify not with --fresh", "see rarec shards --help"
-        )
-    if not verify:
+        problem = "--repair and --deep go with --verify, and --verify not with --fresh"
+        raise UserError(problem, "see rarec shards --help")
+    if verify:
+        print(import_module("rarec.stages.shard_content").verify(open_run(config, overrides), repair, deep))
+    else:
         run_stage("shards", config, overrides, fresh)
-        return
-    print(import_module("rarec.stages.shard_content").verify(open_run(config, overrides), repair, deep))
 
 
 def export(
@@ -127,12 +127,15 @@ def export(
 ) -> None:
     """Write the bundle, or a bundle in other forms."""
     options = {name: value for name, value in {"index": index, "int8": int8, "push": push}.items() if value}
-    if to:
-        _refuse_given("cannot be used with --to", overrides=overrides, fresh=fresh, with_llm=with_llm)
-        convert(config, to, out, options, llm, trust or [])
+    if not to:
+        _refuse_given("needs --to", out=out, **options, llm=llm, trust=trust)
+        run_stage("export", config, [*(overrides or []), *(["export.with_llm=true"] if with_llm else [])], fresh)
         return
-    _refuse_given("needs --to", out=out, **options, llm=llm, trust=trust)
-    run_stage("export", config, [*(overrides or []), *(["export.with_llm=true"] if with_llm else [])], fresh)
+    _refuse_given("cannot be used with --to", overrides=overrides, fresh=fresh, with_llm=with_llm)
+    if out is None:
+        raise UserError("--to needs a folder to write to", "name it: --out DIR")
+    import_module("rarec.export").write_targets(open_bundle(config, llm, "cpu", trust), to, out, say, **options)
+    say(str(out))
 
 
 def _refuse_given(why: str, **options: object) -> None:
@@ -182,10 +185,9 @@ def bench(
 
     opened = open_run(config, overrides)
     name = variant or opened.config.main_variant.name
+    names = ", ".join(opened.config.variants)
     if name not in opened.config.variants:
-        raise UserError(
-            f"--variant {name}: train.variants has none of that name", f"give {', '.join(opened.config.variants)}"
-        )
+        raise UserError(f"--variant {name}: train.variants has none of that name", f"give one of {names}")
     with watched(opened.world):
         trainer = import_module("rarec.stages.train").TrainStage(opened, name).untrained()
         profile = import_module("rarec.training.bench").bench(trainer, name, steps, opened.config)
@@ -257,29 +259,37 @@ def show_results(run: "Run") -> None:
     print(f"figures: {run.directory('evaluate') / 'metrics.json'}")
     for line in closing_lines(files, run.config):
         out.print(line)
-    if run.world.size > 1:  # a model that needs several ranks is not loaded by one
-        return
-    history = run.dataset.item_ids.take(run.dataset.sequence(0)[-SHOWN:]).to_pylist()
+    if run.world.size == 1:  # a model that needs several ranks is not loaded by one
+        for line in _example(run):
+            out.print(line, soft_wrap=True)
+
+
+def _example(run: "Run") -> Iterator[str]:
+    """Yield lines that show what the bundle of a run recommends to a user, and the command for more."""
+    from rarec.bundle.bundle import Bundle
+    from rarec.bundle.recommender import Recommender
+
+    bundle = Bundle.open(run.directory("export"), None)  # the run that made it has imported its parts already
     llm = str(run.converted_llm) if run.converted_llm.is_dir() else None
-    for line in example(run.directory("export"), history, SHOWN, llm, run.world.device.type):
-        out.print(line, soft_wrap=True)
+    recommender = Recommender(bundle, llm=llm, device=run.world.device.type)
+    rows = run.dataset.sequence(0)[-SHOWN:].tolist()
+    history = run.dataset.item_ids.take(rows).to_pylist()
+    yield f"After {'; '.join(in_one_line(run.dataset.titles[row]) for row in rows)}:"
+    for best in recommender.recommend([history], SHOWN)[0]:
+        yield f"  {in_one_line(str(best.item))}  {in_one_line(best.title)}"
+    where, ids = shlex.quote(str(bundle.directory)), shlex.quote(",".join(map(str, history)))
+    yield f"More: rarec recommend {where} --history {ids}, or in a browser: rarec serve {where}"
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Versions of rarec and its stack.")] = False,
+) -> None:
+    if version:
         from rarec.planning.doctor import versions
 
-        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        print("\n".join(f"{name} {number}" for name, number in versions().items()))
         raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Versions of rarec and its stack.")
-    ] = False,
-) -> None:
-    pass
 
 
 def command() -> None:

@@ -1,8 +1,7 @@
 """Commands of `rarec` that need a bundle and no run."""
 
 import re
-import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,24 +14,18 @@ from rarec.entry import open_run
 from rarec.errors import UserError
 
 if TYPE_CHECKING:
-    from rarec.bundle.recommended import Id, Recommended
+    from rarec.bundle.recommended import Recommended
     from rarec.bundle.recommender import Recommender
 
-BundleFolder = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Folder that rarec export has written.", show_default=False)
-]
-LanguageModel = Annotated[
-    str | None, typer.Option("--llm", help="The language model, if it is elsewhere than at the export.")
-]
-BundleOrNone = Annotated[
-    Path | None,
-    typer.Argument(metavar="[BUNDLE]", help="Folder that rarec export has written.", show_default=False),
-]
+_BUNDLE = "Folder that rarec export has written."
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help=_BUNDLE, show_default=False)]
+BundleOrNone = Annotated[Path | None, typer.Argument(metavar="[BUNDLE]", help=_BUNDLE, show_default=False)]
+_LLM = "The language model, if it is elsewhere than at the export."
+LanguageModel = Annotated[str | None, typer.Option("--llm", help=_LLM)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Trust = Annotated[list[str] | None, typer.Option(help="A part of your own that it may import: package.module:Name.")]
-NewFolder = Annotated[
-    Path | None, typer.Option("--out", help="Folder of the new version; BUNDLE-2, BUNDLE-3 and so on by default.")
-]
+_OUT = "Folder of the new version; BUNDLE-2, BUNDLE-3 and so on by default."
+NewFolder = Annotated[Path | None, typer.Option("--out", help=_OUT)]
 OF_LOG, OF_ITEMS = ("user", "item", "time", "position"), ("item", "title", "text")
 """Roles that `--columns` takes, of a log and of a table of items."""
 
@@ -59,43 +52,35 @@ def recommend(
     if len(chosen) != 1 or (log is None) != (chosen == ["--history"]) or (out is None) == everyone:
         remedy = "give --history ITEM,ITEM, or --user ID --log FILE, or --all --log FILE --out FILE"
         raise UserError("whom to recommend to is not clear", remedy)
+    if out is not None and log is not None:
+        _recommend_to_all(lambda device: open_bundle(bundle, llm, device, trust), device, log, columns, out, k)
+        return
+    recommender = open_bundle(bundle, llm, device, trust)
     if log is None:
-        recommender = _load(bundle, llm, device, trust)
         ids = [item.strip() for item in str(history).split(",") if item.strip()]
         best = recommender.recommend([ids], k)
         if best.unknown[0]:
             say(f"{best.unknown[0]} of {len(ids)} items are not in the catalogue: skipped")
         _print(best[0])
         return
-    if out is not None:
-        _recommend_to_all(bundle, llm, device, trust, log, columns, out, k)
-        return
     from rarec.bundle.users import open_log
 
-    recommender = _load(bundle, llm, device, trust)
     with _columns(columns, OF_LOG) as given, open_log(recommender.bundle, log, given, user) as histories:
         rows = [history.rows for history in histories]
     _print(recommender.recommend_to(rows, k)[0] if rows else recommender.recommend([[]], k)[0])
 
 
 def _recommend_to_all(
-    bundle: Path,
-    llm: str | None,
-    device: str,
-    trust: list[str] | None,
-    log: str,
-    columns: str | None,
-    out: Path,
-    k: int,
+    load: Callable[[str], "Recommender"], device: str, log: str, columns: str | None, out: Path, k: int
 ) -> None:
-    """Recommend on all ranks that a launcher has started, which share the users."""
+    """Recommend on all ranks that a launcher has started, which share the users; `load` opens the bundle."""
     from rarec.bundle.users import recommend_all
     from rarec.distributed.watchdog import watched
     from rarec.training.accelerator import join_world
 
     world = join_world(device, "--device", "--device cpu")
     with watched(world), _columns(columns, OF_LOG) as given:
-        recommender = world.run_on_all(lambda: _load(bundle, llm, str(world.device), trust))
+        recommender = world.run_on_all(lambda: load(str(world.device)))
         rows = recommend_all(recommender, log, out, k, columns=given, world=world)
     say(f"{out}: {rows:,} rows")
 
@@ -107,54 +92,28 @@ def _columns(given: str | None, roles: Sequence[str]) -> Iterator[dict[str, str]
     Raises:
         UserError: it is not of that form.
     """
-    pairs = [pair.partition("=") for pair in given.split(",")] if given else []
-    for role, equals, name in pairs:
-        if role.strip() not in roles or not equals or not name:
-            raise UserError(f"--columns: {role}{equals}{name}", f"write ROLE=COLUMN, with {', '.join(roles)} as roles")
+    columns = _pairs("--columns", given.split(",") if given else [], "ROLE=COLUMN", roles)
     try:
-        yield {role.strip(): name.strip() for role, _, name in pairs}
+        yield columns
     except UserError as error:
         field = rf"prepare\.\w+\.({'|'.join(roles)})\b"
         problem, remedy = (re.sub(field, r"--columns \1", text) for text in (error.problem, error.remedy))
         raise UserError(problem.splitlines(), remedy, shared=error.shared) from None
 
 
+def _pairs(option: str, words: Iterable[str], form: str, names: Sequence[str] = ()) -> dict[str, str]:
+    """Return what `name=value` words of an option say; the names are of `names`, or any."""
+    pairs = [[part.strip() for part in word.partition("=")] for word in words]
+    for name, equals, value in pairs:
+        if not equals or not value or (names and name not in names):
+            remedy = f"write {form}" + (f", with {', '.join(names)} for the first" if names else "")
+            raise UserError(f"{option}: {name}{equals}{value}", remedy)
+    return {name: value for name, _, value in pairs}
+
+
 def _print(best: "Iterable[Recommended]") -> None:
     for item in best:
         print(f"{in_one_line(str(item.item))}\t{in_one_line(item.title)}\t{item.score:.4f}")
-
-
-def example(bundle: Path, history: "Sequence[Id]", k: int, llm: str | None, device: str) -> list[str]:
-    """Return lines that show what a bundle recommends after a history, and the command for more."""
-    from rarec.bundle.bundle import Bundle
-    from rarec.bundle.recommender import Recommender
-
-    opened = Bundle.open(bundle, None)  # the run that made it has imported its parts already
-    recommender = Recommender(opened, llm=llm, device=device)
-    titles = dict(zip(recommender.items, opened.catalogue.titles, strict=True))
-    bought = "; ".join(in_one_line(titles[item]) for item in history)
-    where = shlex.quote(str(bundle))
-    more = f"rarec recommend {where} --history {shlex.quote(','.join(map(str, history)))}"
-    return [
-        f"After {bought}:",
-        *(
-            f"  {in_one_line(str(best.item))}  {in_one_line(best.title)}"
-            for best in recommender.recommend([history], k)[0]
-        ),
-        f"More: {more}, or in a browser: rarec serve {where}",
-    ]
-
-
-def convert(
-    bundle: Path, targets: Sequence[str], out: Path | None, options: dict[str, Any], llm: str | None, trust: list[str]
-) -> None:
-    """Write a bundle in other forms; see `rarec export --to`."""
-    if out is None:
-        raise UserError("--to needs a folder to write to", "name it: --out DIR")
-    from rarec.export import write_targets
-
-    write_targets(_load(bundle, llm, "cpu", trust), targets, out, say, **options)
-    say(str(out))
 
 
 def serve(
@@ -176,12 +135,12 @@ def serve(
         from rarec.serve import settings as reading
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed", "pip install 'rarec[serve]'") from None
-    options: dict[str, Any] = {"backend": backend, "tokens": tokens and str(tokens.absolute()), "llm": llm}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {"backend": backend, "llm": llm, "trusted": trust, "tokens": tokens and str(tokens.absolute())}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value}
     if bundle is not None and settings is None:
-        served = reading.settings_of(bundle, device=device, trusted=trust or [], **options)
+        served = reading.settings_of(bundle, device=device, **given)
     elif settings is not None and bundle is None:
-        if options or trust or device != "auto":
+        if given or device != "auto":
             raise UserError("--settings says all but where to listen", "write the other options into that file")
         served = reading.read_settings(settings)
     else:
@@ -202,21 +161,12 @@ def add(
 ) -> None:
     """Add items by their text, and by an ID vector where there is one."""
     from rarec.bundle.items import add_items
-    from rarec.bundle.write import next_version
 
-    files = dict(map(_named_file, vectors or []))
-    directory = out or next_version(bundle)
-    parts = _load(bundle, llm, device, trust).parts
+    files = _pairs("--vectors", vectors or [], "NAME=FILE: an ID model, and a Parquet file of its vectors")
+    parts = open_bundle(bundle, llm, device, trust).parts
     with _columns(columns, OF_ITEMS) as given:
-        count = add_items(parts, table, directory, say, columns=given, vectors=files)
+        directory, count = add_items(parts, table, out, say, columns=given, vectors=files)
     say(f"{directory}: {count:,} item{'s' * (count != 1)} added; {bundle} is as it was")
-
-
-def _named_file(pair: str) -> tuple[str, str]:
-    name, equals, path = pair.partition("=")
-    if not equals:
-        raise UserError(f"--vectors {pair}", "write NAME=FILE, with the name of an ID model and a Parquet file")
-    return name, path
 
 
 @items.command("remove")
@@ -229,10 +179,8 @@ def remove(
     """Remove items."""
     from rarec.bundle.bundle import Bundle
     from rarec.bundle.items import remove_items
-    from rarec.bundle.write import next_version
 
-    directory = out or next_version(bundle)
-    count = remove_items(Bundle.open(bundle, trust or []), ids, directory)
+    directory, count = remove_items(Bundle.open(bundle, trust or []), ids, out)
     say(f"{directory}: {count:,} item{'s' * (count != 1)} removed; {bundle} is as it was")
 
 
@@ -247,22 +195,19 @@ def realign(
     trust: Trust = None,
 ) -> None:
     """Take retrained ID models into a bundle without training: a new version beside the bundle, which stays."""
-    from rarec.bundle.realign import NewModel
     from rarec.bundle.realign import realign as write_realigned
-    from rarec.bundle.write import next_version
 
     run = open_run(config, overrides)
-    directory = out or next_version(bundle)
-    parts = _load(bundle, llm, device, trust).parts
     sources = {**run.sources, run.baseline.name: run.baseline}
-    ids = list(run.dataset.item_ids)
-    models = {name: NewModel(source, ids) for name, source in sources.items()}
-    for name, value in write_realigned(parts, models, directory, least).items():
+    parts = open_bundle(bundle, llm, device, trust).parts
+    directory, figures = write_realigned(parts, sources, list(run.dataset.item_ids), out, least)
+    for name, value in figures.items():
         say(f"{name}: {value}")
     say(str(directory))
 
 
-def _load(bundle: Path, llm: str | None, device: str, trust: list[str] | None) -> "Recommender":
+def open_bundle(bundle: Path, llm: str | None, device: str, trust: list[str] | None) -> "Recommender":
+    """Return the recommender of a bundle, as the options of a command say."""
     from rarec.bundle.recommender import load
 
     return load(bundle, device=device, llm=llm, trusted=trust or [])

@@ -71,11 +71,9 @@ def _in_one_line(text: str) -> str:
 def _cut(text: str, longest: int = LONGEST, end: int = 0) -> str:
     """Return a text of at most so many characters, of which some are its end, and a mark."""
     left = len(text) - longest
-    return (
-        f"{text[: longest - end]}... ({left:,} more characters) {text[len(text) - end :]}".rstrip()
-        if left > 0
-        else text
-    )
+    if left <= 0:
+        return text
+    return f"{text[: longest - end]}... ({left:,} more characters) {text[len(text) - end :]}".rstrip()
 
 
 def nearest(name: str, names: Iterable[str], *, listed: bool = True) -> str:

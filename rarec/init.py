@@ -36,12 +36,10 @@ def init(directory: Path, example: str) -> Path:
     copies = {directory / path.relative_to(root): path for path in beside}
     copies[directory / f"{example}.yaml"] = root / "configs" / "runs" / f"{example}.yaml"
     texts = {to: path.read_text(encoding="utf-8") for to, path in copies.items()}
-    missing = {to: text for to, text in texts.items() if not to.exists()}
-    differing = [
-        to for to, text in texts.items() if to.exists() and (to.is_dir() or to.read_text(errors="replace") != text)
-    ]
-    if differing:
-        raise UserError(f"{differing[0]} is there already, with other content", "choose another directory")
-    for to, text in missing.items():
-        write_text(to, text)
+    for to, text in texts.items():
+        if to.exists() and (to.is_dir() or to.read_text(errors="replace") != text):
+            raise UserError(f"{to} is there already, with other content", "choose another directory")
+    for to, text in texts.items():
+        if not to.exists():
+            write_text(to, text)
     return directory / f"{example}.yaml"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import rarec
 from rarec import cli_bundle
-from rarec.bundle.facts import FACTS
+from rarec.bundle.bundle import FACTS
 from rarec.bundle.recommended import Recommended
 from rarec.bundle.write import next_version
 from rarec.entry import open_run

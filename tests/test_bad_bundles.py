@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import rarec
 from rarec import cli_bundle
-from rarec.bundle.bundle import VECTORS
-from rarec.bundle.facts import FACTS
+from rarec.bundle.bundle import FACTS, VECTORS
 from rarec.bundle.users import recommend_all
 from rarec.entry import open_run
 from rarec.errors import UserError
@@ -128,7 +127,7 @@ HARMS = {
     "no encoders": (without("encoders.safetensors"), "encoders.safetensors"),
     "flipped neighbours": (flip("neighbours/ease.parquet", 0.5), "ease.parquet"),
     "flipped alignment": (flip("alignment.safetensors", 0.5), "alignment.safetensors"),
-    "an earlier version": (rewritten(FACTS, Path.unlink), "earlier version"),
+    "an earlier version": (rewritten(FACTS, Path.unlink), FACTS),
     "facts are a list": (rewritten(FACTS, lambda path: path.write_text("[]")), FACTS),
     "an unknown fact": (facts(scheme=1), "`schema`"),
     "flipped manifest": (flip(MANIFEST, 0.3), MANIFEST),
@@ -145,8 +144,8 @@ HARMS = {
     "pickle": (a_pickle, "alignment.safetensors"),
     "path out": (listed("../outside"), "../outside"),
     "absolute path": (listed("/etc/passwd"), "/etc/passwd"),
-    "newer schema": (facts(schema=99), "schema 99"),
-    "no schema": (facts(schema=None), "schema None"),
+    "newer schema": (facts(schema=99), "`schema`"),
+    "no schema": (facts(schema=None), "`schema`"),
     "other kind": (manifest(kind="shards"), "shards"),
     "newer manifest": (manifest(schema=99), "schema 99"),
     "code": (

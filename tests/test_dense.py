@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from rarec.bundle.dense import DenseForm, DenseScores
+from rarec.bundle.parts import DenseForm
 from rarec.errors import UserError
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import EvalBatch, FusedRanker, VectorRanker
@@ -52,7 +52,7 @@ def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, liste
     for part, weight in form.sparse.values():
         scores = scores + weight * part.scores(batch)
     assert np.allclose(scores, ranker.scores(batch), atol=1e-4)
-    assert np.allclose(DenseScores(form, histories).block(slice(0, USERS)), ranker.scores(batch), atol=1e-4)
+    assert np.allclose(form.scores(batch), ranker.scores(batch), atol=1e-4)
     dense = (users @ form.items_NF.T).reshape(USERS, -1, ITEMS).max(1)
     best = form.best(
         users, histories, [np.argsort(-of)[: 5 + len(set(h))] for of, h in zip(dense, histories, strict=True)], 5
@@ -64,9 +64,9 @@ def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, liste
 def test_a_single_model_is_a_form_and_neighbours_alone_are_none():
     rng = np.random.default_rng(0)
     model = vectors(rng, 4)
-    assert np.array_equal(DenseForm.of(model, ["id"]).items_NF, model.items_NZ)
+    assert np.array_equal(DenseForm.of(FusedRanker((model,), (1.0,), (0.0,)), ["id"]).items_NF, model.items_NZ)
     with pytest.raises(UserError, match="no vectors"):
-        DenseForm.of(neighbours(rng), ["ease"])
+        DenseForm.of(FusedRanker((neighbours(rng),), (1.0,), (0.0,)), ["ease"])
 
 
 def test_an_item_that_its_neighbours_would_harm_has_no_weight():

@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from rarec.cli import app
-from rarec.serve.metrics import Metrics
+from rarec.serve.guard import Metrics
 from tests.pages import DOCS, ROOT
 
 DEPLOY = DOCS / "deploy"

@@ -22,10 +22,8 @@ from rarec.bundle.recommended import Recommended, Request
 from rarec.errors import UserError
 from rarec.serve import bundle_manager
 from rarec.serve.app import PAGE, assemble
-from rarec.serve.batcher import Batcher, Busy, Closed
-from rarec.serve.engines import Answer
-from rarec.serve.guard import Rates
-from rarec.serve.metrics import _forget_dead_workers
+from rarec.serve.engines import Answer, Batcher, Busy, Closed
+from rarec.serve.guard import Rates, forget_ended_workers
 from rarec.serve.settings import ServeSettings, read_settings, settings_of
 from rarec.storage.artefacts import MANIFEST
 from tests.recommending import histories
@@ -529,5 +527,5 @@ def test_nobody_waits_in_a_worker_that_has_ended(tmp_path):
     here, gone = (tmp_path / f"gauge_livesum_{process}.db" for process in (os.getpid(), ended.pid))
     for file in (here, gone):
         file.touch()
-    _forget_dead_workers(tmp_path)
+    forget_ended_workers(tmp_path)
     assert list(tmp_path.iterdir()) == [here]

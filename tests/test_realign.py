@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rarec
 from rarec import cli_bundle
-from rarec.bundle.realign import NewModel, fit_map, realign
+from rarec.bundle.realign import fit_map, realign
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.export import write_targets
@@ -58,8 +58,8 @@ def test_the_same_model_in_another_space_recommends_the_same(run, recommender, t
         turned = rotated(source, 3, 2.5)
         settings = {"users": {"kind": "mapped", "inner": facts[name]["users"]}}
         moved = replace(turned, items_NE=turned.items_NE[order], manifest={"settings": settings})
-        models[name] = NewModel(moved, [ids[row] for row in order])
-    figures = realign(recommender.parts, models, tmp_path / "bundle-2")
+        models[name] = moved
+    _, figures = realign(recommender.parts, models, [ids[row] for row in order], tmp_path / "bundle-2")
     assert figures["id"]["items_explained"] > 0.99
     users = histories(run, ["u001", "u002"])
     assert figures["overlap@10"] > 0.9
@@ -92,13 +92,13 @@ def test_a_retrained_model_is_taken_over(run, recommender, tmp_path):
 def test_a_model_that_does_not_fit_is_refused_and_nothing_is_left(run, recommender, tmp_path):
     ids = list(run.dataset.item_ids)
     sources = recommender.bundle.sources
-    noisy = {name: NewModel(rotated(source, 3, 1.0, noise=50.0), ids) for name, source in sources.items()}
+    noisy = {name: rotated(source, 3, 1.0, noise=50.0) for name, source in sources.items()}
     with pytest.raises(UserError, match="explains") as error:
-        realign(recommender.parts, noisy, tmp_path / "out")
+        realign(recommender.parts, noisy, ids, tmp_path / "out")
     assert "--least" in error.value.remedy
-    few = {name: NewModel(replace(source, items_NE=source.items_NE[:5]), ids[:5]) for name, source in sources.items()}
+    few = {name: replace(source, items_NE=source.items_NE[:5]) for name, source in sources.items()}
     with pytest.raises(UserError, match="5 items"):
-        realign(recommender.parts, few, tmp_path / "out")
+        realign(recommender.parts, few, ids[:5], tmp_path / "out")
     with pytest.raises(UserError, match="no ID model"):
-        realign(recommender.parts, {}, tmp_path / "out")
+        realign(recommender.parts, {}, ids, tmp_path / "out")
     assert not (tmp_path / "out").exists()

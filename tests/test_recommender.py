@@ -11,8 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import rarec
-from rarec.bundle.bundle import Bundle
-from rarec.bundle.facts import FACTS
+from rarec.bundle.bundle import FACTS, Bundle
 from rarec.bundle.write import describe_slots
 from rarec.config import VARIANTS
 from rarec.entry import open_run

@@ -13,43 +13,62 @@
 Shape letters: N catalogue, Z size of a scored vector, E source dimension.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
-from rarec.bundle.facts import FACTS, REMEDY, Facts, own_parts, read_facts, recipe_of
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
+from rarec.config.ids import Ids, Recipe
 from rarec.config.load import validated
 from rarec.config.neighbours import built_in
+from rarec.config.registry import KINDS
 from rarec.config.schema import Prepare
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
-from rarec.ids.source import Source, users_of
+from rarec.ids.source import KINDS_OF_USERS, Source, users_of
 from rarec.models.build import SourceShape
-from rarec.neighbours.base import NewItems, read_table
+from rarec.neighbours.base import read_table
 from rarec.storage.artefacts import check_files, read_manifest
+from rarec.storage.files import read_json
 
 ITEMS, VECTORS, ENCODERS = "items.parquet", "vectors.safetensors", "encoders.safetensors"
 TABLES, LLM = "neighbours", "llm"
 """Folders: of the neighbour tables, and of the language model, if the bundle was exported with it."""
 MODEL, IDS = "model", "ids/"
 """Names in `vectors.safetensors`: the variant's item vectors, and those of ID models."""
+FACTS = "recommender.json"
+SCHEMA = 1
+"""Of `recommender.json`."""
+REMEDY = "update rarec, or export it again: rarec export CONFIG --fresh"
+PICKLE = "llm.allow_pickle_weights"
+"""What must be trusted by name to read a language model that is a pickle."""
 Columns = Mapping[str, str]
+COLUMNS = ("item_id", "title", "text", "train_count")
+"""Of `items.parquet`."""
 NO_COLUMNS: Columns = MappingProxyType({})
 NOWHERE: Columns = MappingProxyType({"path": "none"})
 Float32 = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+Facts = Mapping[str, Any]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Size = Annotated[int, Field(gt=0, le=10_000_000)]
+_Sections = dict[str, dict[str, Any]]
+_NAMES_CODE = ("alignment_maps", "readouts", "losses")
+"""Kinds of parts that the settings of a variant name."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +87,21 @@ class Catalogue:
     texts: list[str]
     counts_N: npt.NDArray[np.int64]
 
+    @property
+    def table(self) -> pa.Table:
+        """The rows of `items.parquet`."""
+        columns = (self.ids, self.titles, self.texts, self.counts_N)
+        return pa.table(dict(zip(COLUMNS, columns, strict=True)))
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "Catalogue":
+        """Return the items of a table as `table` gives it."""
+        ids, titles, texts, counts = (table[name] for name in COLUMNS)
+        return cls(ids.combine_chunks(), titles.to_pylist(), texts.to_pylist(), counts.to_numpy())
+
     def write(self, path: Path) -> None:
         """Write it as Parquet."""
-        columns = {"item_id": self.ids, "title": self.titles, "text": self.texts, "train_count": self.counts_N}
-        pq.write_table(pa.table(columns), path, compression="zstd")
+        pq.write_table(self.table, path, compression="zstd")
 
     @classmethod
     def read(cls, path: Path) -> "Catalogue":
@@ -80,23 +110,17 @@ class Catalogue:
         Raises:
             UserError: it cannot be read, lacks a column, or has an id twice.
         """
-        names = ("item_id", "title", "text", "train_count")
-        try:
-            table = read_columns(path)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} cannot be read: {error}", REMEDY) from None
-        missing = [name for name in names if name not in table.column_names]
-        if missing:
-            raise UserError(f"{path} has no column {missing[0]!r}", REMEDY)
-        ids, titles, texts, counts = (table[name] for name in names)
-        if not len(ids) or ids.null_count or len(pc.unique(ids)) < len(ids):
-            raise UserError(f"{path}: an item id is missing or there twice, or there is no item", REMEDY)
-        return cls(ids.combine_chunks(), titles.to_pylist(), texts.to_pylist(), counts.to_numpy())
+        with _reading(path):
+            table = read_columns(path).select(COLUMNS)
+            ids = table["item_id"]
+            if not len(ids) or ids.null_count or len(pc.unique(ids)) < len(ids):
+                raise ValueError("an item id is missing or there twice, or there is no item")
+            return cls.of(table)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was opened; vectors and tables are read when they are first used.
+    """A bundle that was opened; weights and neighbour tables are read when they are first used.
 
     Attributes:
         directory: where it is.
@@ -112,7 +136,7 @@ class Bundle:
 
     @classmethod
     def open(cls, directory: Path, trusted: Collection[str] | None = ()) -> "Bundle":
-        """Open a bundle, the only way to read one: its hashes, its facts, and the sizes of its tables are checked.
+        """Open a bundle, the only way to read one: its hashes, facts, catalogue and vectors are checked.
 
         Args:
             directory: where it is.
@@ -122,8 +146,6 @@ class Bundle:
             UserError: it is missing or damaged, of another version, or needs a part that is not trusted.
         """
         manifest = read_manifest(directory, "bundle")
-        if FACTS not in manifest["files"]:
-            raise UserError(f"{directory} was exported by an earlier version: it has no {FACTS}", REMEDY)
         check_files(directory, manifest, REMEDY)
         facts = read_facts(directory / FACTS, _tables_in(manifest))
         for name in own_parts(facts):
@@ -131,25 +153,19 @@ class Bundle:
                 problem = f"{directory} needs {name}, which is used only if it is named"
                 raise UserError(problem, f"name it, if you trust it: rarec.load(..., trusted=[{name!r}])")
         bundle = cls(directory, manifest, facts, trusted)
-        bundle._check_vectors(len(bundle.catalogue.titles))
+        bundle._check_vectors()
         return bundle
 
-    def _check_vectors(self, count: int) -> None:
-        """Refuse vectors that are missing, or of another size or type; the vectors themselves are not read."""
-        path = self.directory / VECTORS
-        facts = self.facts
+    def _check_vectors(self) -> None:
+        """Refuse vectors that are missing, not finite, or of another size or type."""
+        count, facts = len(self.catalogue.titles), self.facts
         dims: dict[str, int | None] = {IDS + name: source["dim"] for name, source in facts["sources"].items()}
-        try:
-            with safe_open(path, "np") as file:
-                tables = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-                kinds = {name: (table.get_dtype(), *table.get_shape()) for name, table in tables.items()}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}", REMEDY) from None
         for name, dim in {**dims, **({MODEL: None} if facts["model"] else {})}.items():
-            dtype, *shape = kinds.get(name, ("absent",))
-            if dtype != "F32" or len(shape) != 2 or shape[0] != count or dim not in (None, shape[1]):
-                problem = f"{path}: table {name!r} is {dtype} {tuple(shape)}, not F32 ({count}, {dim or 'any'})"
-                raise UserError(problem, REMEDY)
+            table = self.vectors.get(name, np.empty(0))
+            fits = table.dtype == np.float32 and table.ndim == 2 and table.shape == (count, dim or table.shape[1])
+            if not fits or not np.isfinite(table).all():
+                wanted = f"finite vectors of type float32 ({count}, {dim or 'any'})"
+                raise UserError(f"{self.directory / VECTORS}: table {name!r} does not hold {wanted}", REMEDY)
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -159,11 +175,7 @@ class Bundle:
     @cached_property
     def vectors(self) -> dict[str, Float32]:
         """Item vectors by name: `model`, `ids/NAME`."""
-        vectors = {name: tensor.numpy() for name, tensor in _read(self.directory / VECTORS).items()}
-        for name, table in vectors.items():
-            if not np.isfinite(table).all():
-                raise UserError(f"{self.directory / VECTORS}: a vector of {name!r} is not finite", REMEDY)
-        return vectors
+        return {name: tensor.numpy() for name, tensor in _read(self.directory / VECTORS).items()}
 
     @cached_property
     def encoders(self) -> dict[str, Tensor]:
@@ -187,11 +199,6 @@ class Bundle:
         return {name: SourceShape(facts["dim"], facts["vectors_per_user"]) for name, facts in slots.items()}
 
     @property
-    def holds_llm(self) -> bool:
-        """Return whether the language model is inside."""
-        return any(Path(file).parent.name == LLM for file in self.manifest["files"])
-
-    @property
     def tables(self) -> list[str]:
         """Names of the neighbour tables."""
         return _tables_in(self.manifest)
@@ -199,24 +206,13 @@ class Bundle:
     def neighbours(self, name: str) -> Any:
         """Return a neighbour table, (N, N) sparse."""
         path = self.directory / TABLES / f"{name}.parquet"
-        try:
+        with _reading(path):  # it may have another table's columns, or rows beyond the catalogue
             return read_table(path, len(self.catalogue.titles))
-        except (ValueError, KeyError) as error:  # another table's columns, rows beyond the catalogue
-            raise UserError(f"{path} cannot be read: {error}", REMEDY) from None
 
     def knows_new_items(self, name: str) -> bool:
         """Return whether a neighbour model, or popularity, scores items without training interactions."""
         model, own = built_in(name), (self.facts["neighbours"] or {}).get("new_items", ())
         return bool(model.knows_new_items) if model else name in ("popularity", *own)
-
-    def new_items(self, name: str) -> NewItems | None:
-        """Return what finds the neighbours of new items in a table; None if its model knows none, or is not rarec's."""
-        model, known = built_in(name), self.catalogue
-        if model is None or not model.knows_new_items:
-            return None
-        untitled, top = self.facts["tables"]["items"]["untitled"], int(self.facts["neighbours"]["top"])
-        found: NewItems = model.new_items(known.titles, known.texts, untitled, self.neighbours(name), top)
-        return found
 
     @cached_property
     def variant(self) -> Variant:
@@ -255,8 +251,155 @@ def _tables_in(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    with _reading(path):
+        return load(path.read_bytes())  # not mapped: a mapped file that is cut short would end the process
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file and the remedy where it cannot be read, or does not hold what it should."""
     try:
-        # copies, because a mapped file that is cut short would end the process
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
+        yield
+    except (OSError, KeyError, ValueError, pa.ArrowException, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}", REMEDY) from None
+
+
+# ---- `recommender.json`: its sha256 says that it is the file of the manifest, and this, that what is in it fits
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Part(_Strict):
+    """A part of the row."""
+
+    weight: _Finite
+    slope: _Finite
+
+
+class _Users(BaseModel):
+    """How an ID model makes user vectors: a kind with its own fields, or another kind, mapped."""
+
+    kind: str
+    inner: "_Users | None" = None
+
+    @model_validator(mode="after")
+    def _check_inner(self) -> "_Users":
+        if self.kind == "mapped" and self.inner is None:
+            raise ValueError("lacks `inner`")
+        return self
+
+
+class _Source(_Strict):
+    """An ID model."""
+
+    users: _Users
+    dim: _Size
+    vectors_per_user: _Size
+    hash: str
+
+
+class _Neighbours(_Strict):
+    """How neighbour tables are read."""
+
+    newest: _Size
+    decay: _Finite
+    top: _Size
+    new_items: list[str] = []
+    """Models of the user's own that know new items."""
+
+
+def _complete(settings: _Sections) -> _Sections:
+    """Refuse settings without the fields that are read before a configuration is made of them."""
+    for field in (*(KINDS[kind].field for kind in _NAMES_CODE), "llm.path", "train.blocks"):
+        section, name = field.split(".")
+        if name not in settings.get(section, {}):
+            raise ValueError(f"lacks `{field}`")
+    return settings
+
+
+class _Llm(BaseModel):
+    """The language model; its other fields are compared with those of the one that is loaded."""
+
+    name: str
+    revision: str | None
+
+
+class _Model(BaseModel):
+    """The variant and its language model."""
+
+    model_config = ConfigDict(extra="forbid")  # a strict model takes no dataclass from a dictionary
+    variant: Variant
+    llm: _Llm
+    seed: int
+    settings: Annotated[_Sections, AfterValidator(_complete)]
+
+
+class _Tables(_Strict):
+    """How a log and a catalogue are read."""
+
+    interactions: dict[str, Any]
+    items: dict[str, Any]
+    duplicates: str
+    repeats: str
+
+
+class _Facts(_Strict):
+    version: Annotated[int, Field(alias="schema", ge=SCHEMA, le=SCHEMA)]
+    row: str
+    parts: Annotated[dict[str, _Part], Field(min_length=1)]
+    id_model: str
+    sources: dict[str, _Source]
+    neighbours: _Neighbours | None
+    batch_size: _Size
+    tables: _Tables
+    model: _Model | None
+
+
+def read_facts(path: Path, tables: Iterable[str]) -> Facts:
+    """Read and check `recommender.json`.
+
+    Args:
+        path: of the file.
+        tables: names of the bundle's neighbour tables.
+
+    Raises:
+        UserError: it is not JSON or of another schema; a field is missing, unknown or of another type; a part of the
+            row is not in the bundle.
+    """
+    facts: dict[str, Any] = read_json(path, REMEDY)
+    checked = validated(_Facts, facts, str(path), remedy=REMEDY)
+    known = {"popularity", *tables}
+    known |= {"id"} if checked.id_model in checked.sources else set()
+    known |= {checked.model.variant.name} if checked.model else set()
+    unknown = [name for name in checked.parts if name not in known]
+    if unknown:
+        raise UserError(f"{path}: part {unknown[0]!r} is not in this bundle", REMEDY)
+    return facts
+
+
+def own_parts(facts: Facts) -> list[str]:
+    """Return what the facts name that is used only if it is trusted: the user's own code, a pickle."""
+    kinds = [_inner(source["users"])["kind"] for source in facts["sources"].values()]
+    names = [kind for kind in kinds if kind not in KINDS_OF_USERS]
+    settings = facts["model"]["settings"] if facts["model"] else {}
+    for kind in _NAMES_CODE if settings else ():
+        section, field = KINDS[kind].field.split(".")
+        if settings[section][field] not in KINDS[kind].built_in:
+            names.append(settings[section][field])
+    if settings and settings["llm"].get("allow_pickle_weights"):
+        names.append(PICKLE)
+    return names
+
+
+def recipe_of(users: Mapping[str, Any]) -> Recipe | None:
+    """Return the settings of an ID model of the user's own; None for the others, which need none."""
+    settings = dict(_inner(users))
+    kind = settings.pop("kind")
+    return Ids(model=kind, settings=settings).recipe if kind not in KINDS_OF_USERS else None
+
+
+def _inner(users: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return how user vectors are made before they are mapped."""
+    return _inner(users["inner"]) if users["kind"] == "mapped" else users

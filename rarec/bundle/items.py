@@ -5,42 +5,35 @@ Shape letters: N catalogue, A added items, E source dimension, F size of the fus
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
 
-from rarec.bundle.bundle import ENCODERS, IDS, ITEMS, MODEL, NO_COLUMNS, TABLES, VECTORS, Bundle, Catalogue, Columns
+from rarec.bundle.bundle import IDS, MODEL, NO_COLUMNS, Bundle, Catalogue, Columns, Float32, Rows
 from rarec.bundle.parts import Parts
-from rarec.bundle.write import save_tensors, write_version
+from rarec.bundle.write import write_version
 from rarec.data.engines import open_engine
 from rarec.data.preparation.inputs import read_catalogue, table_location
-from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.ids.imports import read_vectors
 from rarec.ids.source import LEFT, MAPPED_ITEMS
-from rarec.neighbours.base import SCHEMA, pairs_of
+from rarec.neighbours.base import pairs_of
 from rarec.neighbours.scores import newest_first, score
 from rarec.ranking import VectorRanker
-
-Float32 = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
 
 
 def add_items(
     parts: Parts,
     table: str,
-    directory: Path,
+    directory: Path | None,
     say: Callable[[str], None],
     *,
     columns: Columns = NO_COLUMNS,
     vectors: Mapping[str, str] = NO_COLUMNS,
-) -> int:
-    """Write a version of a bundle with the items of a table; return their number.
+) -> tuple[Path, int]:
+    """Write a version of a bundle with the items of a table; return its folder and their number.
 
     Only the new items' prompts are encoded. What the ID models and the neighbour tables do not know of them is
     predicted from their words, as of any item without a vector. No score of another item changes.
@@ -48,7 +41,7 @@ def add_items(
     Args:
         parts: of the bundle.
         table: path of the items.
-        directory: to write to.
+        directory: to write to; by default the next version beside the bundle.
         say: print one line to the user.
         columns: names of columns that differ from those of the catalogue: `item`, `title`, `text`.
         vectors: Parquet files of the items' vectors by ID models, by the model's name; zeros where an item has none.
@@ -60,73 +53,42 @@ def add_items(
     bundle = parts.bundle
     new = _read_items(bundle, table, columns, say)
     count = len(new.titles)
-    tables = dict(bundle.vectors)
     given = _vectors_of(bundle, new, vectors)
-    for name in bundle.facts["sources"]:
-        tables[IDS + name] = np.concatenate([tables[IDS + name], given[name]])
-    if MODEL in tables:
-        tables[MODEL] = np.concatenate([tables[MODEL], parts.encode_new(new.titles, new.texts, given)])
-    old = bundle.catalogue
-    catalogue = Catalogue(
-        pa.concat_arrays([old.ids, new.ids]),
-        old.titles + new.titles,
-        old.texts + new.texts,
-        np.concatenate([old.counts_N, new.counts_N]),
-    )
-    pairs = {name: [pairs_of(bundle.neighbours(name))] for name in bundle.tables}
-    for name, new_items in parts.new_items.items():
-        pairs[name] += new_items.added(new.titles, new.texts)
-    tensors = {
+    added = {IDS + name: table_AE for name, table_AE in given.items()}
+    if MODEL in bundle.vectors:
+        added[MODEL] = parts.encode_new(new.titles, new.texts, given)
+    all_vectors = {name: np.concatenate([table_NE, added[name]]) for name, table_NE in bundle.vectors.items()}
+    encoders = {
         name: torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) if _is_table(name) else tensor
         for name, tensor in bundle.encoders.items()
     }
-    _write(bundle, directory, catalogue, tables, tensors, pairs, {"added": count})
-    return count
+    pairs = {name: [pairs_of(bundle.neighbours(name))] for name in bundle.tables}
+    for name, new_items in parts.new_items.items():
+        pairs[name] += new_items.added(new.titles, new.texts)
+    catalogue = Catalogue.of(pa.concat_tables([bundle.catalogue.table, new.table]))
+    return write_version(bundle, directory, {"added": count}, all_vectors, encoders, catalogue, pairs), count
 
 
-def remove_items(bundle: Bundle, items: Collection[str | int], directory: Path) -> int:
-    """Write a version of a bundle with fewer items; return the number of those that are gone.
+def remove_items(bundle: Bundle, items: Collection[str | int], directory: Path | None = None) -> tuple[Path, int]:
+    """Write a version of a bundle with fewer items; return its folder and the number of those that are gone.
 
     Raises:
         UserError: an item is not in the catalogue, or none would be left.
     """
     removed = set(map(str, items))
-    old = bundle.catalogue
-    names = list(map(str, old.ids.to_pylist()))
+    names = list(map(str, bundle.catalogue.ids.to_pylist()))
     unknown = sorted(removed - set(names))
     if unknown:
         raise UserError(f"item {unknown[0]!r} is not in {bundle.directory}", "leave it out")
     kept = np.array([row for row, name in enumerate(names) if name not in removed], np.int64)
     if not len(kept):
         raise UserError(f"no item of {bundle.directory} would be left", "keep at least one item")
-    titles, texts = ([column[row] for row in kept] for column in (old.titles, old.texts))
-    catalogue = Catalogue(old.ids.take(pa.array(kept)), titles, texts, old.counts_N[kept])
-    vectors = {name: table[kept] for name, table in bundle.vectors.items()}
+    catalogue = Catalogue.of(bundle.catalogue.table.take(kept))
+    vectors = {name: table_NE[kept] for name, table_NE in bundle.vectors.items()}
+    encoders = {name: tensor[kept] if _is_table(name) else tensor for name, tensor in bundle.encoders.items()}
     pairs = {name: [pairs_of(bundle.neighbours(name)[kept][:, kept])] for name in bundle.tables}
-    tensors = {
-        name: tensor[torch.from_numpy(kept)] if _is_table(name) else tensor for name, tensor in bundle.encoders.items()
-    }
-    _write(bundle, directory, catalogue, vectors, tensors, pairs, {"removed": len(removed)})
-    return len(removed)
-
-
-def _write(
-    bundle: Bundle,
-    directory: Path,
-    catalogue: Catalogue,
-    vectors: Mapping[str, Float32],
-    encoders: Mapping[str, Tensor],
-    pairs: Mapping[str, list[pa.RecordBatch]],
-    what: Mapping[str, int],
-) -> None:
-    changed: dict[str, Callable[[Path], object]] = {
-        ITEMS: catalogue.write,
-        VECTORS: partial(save_tensors, vectors),
-        ENCODERS: partial(save_tensors, encoders),
-    }
-    for name, batches in pairs.items():
-        changed[f"{TABLES}/{name}.parquet"] = partial(write_rows, batches, schema=SCHEMA)
-    write_version(bundle, directory, changed, what)
+    what = {"removed": len(removed)}
+    return write_version(bundle, directory, what, vectors, encoders, catalogue, pairs), len(removed)
 
 
 def _read_items(bundle: Bundle, table: str, columns: Columns, say: Callable[[str], None]) -> Catalogue:
@@ -144,9 +106,8 @@ def _read_items(bundle: Bundle, table: str, columns: Columns, say: Callable[[str
             raise UserError(problem, "keep one row of each id")
         batches = list(engine.batches(read.table.order_by("line").select("item", "title", "text")))
     rows = pa.Table.from_batches(batches)
-    titles, texts = (rows[name].to_pylist() for name in ("title", "text"))
     ids = _checked_ids(bundle, rows["item"].combine_chunks())
-    return Catalogue(ids, titles, texts, np.zeros(len(titles), np.int64))
+    return Catalogue(ids, rows["title"].to_pylist(), rows["text"].to_pylist(), np.zeros(len(ids), np.int64))
 
 
 def _checked_ids(bundle: Bundle, ids: pa.Array) -> pa.Array:

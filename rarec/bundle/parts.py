@@ -1,16 +1,27 @@
-"""The parts of a bundle's recommender: the variant around its language model, and the served row as a ranker."""
+"""The parts of a bundle's recommender: the variant around its language model, and the served row as a ranker.
+
+A row with vectors has a dense form: one table of item vectors, what any vector index takes, and the neighbours that are
+added to it. The score of a user and an item is the inner product of their vectors there, plus that of the neighbour
+models, which is not zero for the few items alone that they list. So the exact best k are among the best
+k + seen + listed of the table and the listed items.
+
+Shape letters: B users, C users of a block, N catalogue, Z size of a scored vector, F size of the fused vectors, K
+vectors of a user, E source dimension.
+"""
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from scipy.sparse import csr_matrix
 
-from rarec.bundle.bundle import LLM, MODEL, Bundle
-from rarec.bundle.dense import DenseForm, DenseScores
+from rarec.bundle.bundle import LLM, MODEL, Bundle, Float32, Rows
+from rarec.config.neighbours import built_in
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.source import Source
@@ -21,10 +32,12 @@ from rarec.neighbours.base import NewItems
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.prompts import PromptPair
 from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, VectorRanker
+from rarec.ranking.rank import VectorScores
 from rarec.storage.artefacts import differences
 
-Float32 = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
+Histories = Sequence[npt.NDArray[np.integer]]
+"""Item rows of each user, oldest first."""
+_OTHER_ROW = "export a row with a variant: VARIANT+id"
 
 
 class Parts:
@@ -42,7 +55,8 @@ class Parts:
     ) -> None:
         self.bundle = bundle
         self._world = world
-        self._llm = llm or (str(bundle.directory / LLM) if bundle.holds_llm else None)
+        inside = any(Path(file).parent.name == LLM for file in bundle.manifest["files"])
+        self._llm = llm or (str(bundle.directory / LLM) if inside else None)
         self._batch_size = batch_size or int(bundle.facts["batch_size"])
 
     @cached_property
@@ -51,16 +65,14 @@ class Parts:
         return {name: self._part(name) for name in self.bundle.facts["parts"]}
 
     @cached_property
-    def ranker(self) -> Ranker:
-        """The row that is served: one part, or the weighted sum of several."""
-        rankers, parts = tuple(self.rankers.values()), self.bundle.facts["parts"].values()
-        if len(rankers) == 1:
-            return rankers[0]
+    def ranker(self) -> FusedRanker:
+        """The row that is served: the weighted sum of its parts."""
+        parts = self.bundle.facts["parts"].values()
         weights, slopes = (tuple(part[key] for part in parts) for key in ("weight", "slope"))
-        return FusedRanker(rankers, weights, slopes)
+        return FusedRanker(tuple(self.rankers.values()), weights, slopes)
 
     @cached_property
-    def dense(self) -> DenseForm:
+    def dense(self) -> "DenseForm":
         """The row as one inner product, and the neighbour tables.
 
         Raises:
@@ -68,29 +80,25 @@ class Parts:
         """
         return DenseForm.of(self.ranker, list(self.bundle.facts["parts"]))
 
-    def scored(self, histories: Sequence[Rows]) -> Scores:
-        """Return the scores of the row after some histories, by its dense form if it has one: that is faster."""
-        return DenseScores(self._form, histories) if self._form is not None else _scored(self.ranker, histories)
-
-    def popular_scored(self, histories: Sequence[Rows]) -> Scores:
-        """Return the popularity of all items, for each history."""
-        return _scored(self.popular, histories)
-
-    @cached_property
-    def _form(self) -> DenseForm | None:
-        try:
-            return self.dense
-        except UserError:
-            return None
-
     @cached_property
     def popular(self) -> VectorRanker:
         """Popularity."""
         return VectorRanker.of_counts(self.bundle.catalogue.counts_N)
 
+    def scored(self, histories: Histories, *, popular: bool = False) -> Scores:
+        """Return the scores of the row after some histories, or the popularity of all items for each of them."""
+        return (self.popular if popular else self._fastest).scored(unknown_users(histories))
+
+    @cached_property
+    def _fastest(self) -> Ranker:
+        """The row that is served: by its dense form, if it has one."""
+        try:
+            return self.dense
+        except UserError:
+            return self.ranker
+
     def _part(self, name: str) -> Ranker:
-        bundle = self.bundle
-        facts = self.bundle.facts
+        bundle, facts = self.bundle, self.bundle.facts
         if facts["model"] and name == facts["model"]["variant"]["name"]:
             return VectorRanker(bundle.vectors[MODEL], lambda rows, histories: self.encoder.users(rows, histories))
         if name == "popularity":
@@ -103,9 +111,15 @@ class Parts:
 
     @cached_property
     def new_items(self) -> dict[str, NewItems]:
-        """Return the finder of neighbours of new items for each table, by name."""
-        opened = {name: self.bundle.new_items(name) for name in self.bundle.tables}
-        return {name: new_items for name, new_items in opened.items() if new_items is not None}
+        """The finder of neighbours of new items for each table whose model is rarec's and knows them, by name."""
+        bundle, known = self.bundle, self.bundle.catalogue
+        untitled, rule = bundle.facts["tables"]["items"]["untitled"], bundle.facts["neighbours"]
+        models = {name: built_in(name) for name in bundle.tables}
+        return {
+            name: model.new_items(known.titles, known.texts, untitled, bundle.neighbours(name), int(rule["top"]))
+            for name, model in models.items()
+            if model is not None and model.knows_new_items
+        }
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -118,9 +132,9 @@ class Parts:
         if not bundle.facts["model"]:
             problem = f"{bundle.facts['row']}, which {bundle.directory} holds, has no language model"
             raise UserError(problem, "export a row with a variant: export.variant=VARIANT+id")
-        loaded, sources = self._loaded, {name: bundle.sources[name] for name in bundle.shapes}
-        prompts = self._prompts(loaded, bundle.catalogue.titles, bundle.catalogue.texts)
-        model = build_model(bundle.config, bundle.variant, loaded, bundle.shapes, prompts.sources)
+        sources = {name: bundle.sources[name] for name in bundle.shapes}
+        prompts = self._prompts(bundle.catalogue.titles, bundle.catalogue.texts)
+        model = build_model(bundle.config, bundle.variant, self._loaded, bundle.shapes, prompts.sources)
         load_weights(model, bundle.directory)
         return Encoder(model.eval().to(self._world.device), prompts, sources, self._batch_size, self._world)
 
@@ -132,21 +146,18 @@ class Parts:
             texts: (N,), "" where there is none.
             vectors: of each source that slots take, (N, E); zeros where an item has none.
         """
-        known = self.encoder
-        prompts = self._prompts(self._loaded, titles, texts)
-        sources = {name: replace(source, items_NE=vectors[name]) for name, source in known.sources.items()}
-        return Encoder(known.model, prompts, sources, self._batch_size, self._world).items()
+        sources = {name: replace(known, items_NE=vectors[name]) for name, known in self.encoder.sources.items()}
+        return self.encoder_over(sources, self._prompts(titles, texts)).items()
 
-    def encoder_over(self, sources: Mapping[str, Source]) -> Encoder:
-        """Return the variant with other vectors of its sources."""
+    def encoder_over(self, sources: Mapping[str, Source], prompts: PromptPair | None = None) -> Encoder:
+        """Return the variant with other vectors of its sources, over the catalogue's prompts or others."""
         known = self.encoder
         own = {name: sources[name] for name in known.sources}
-        return Encoder(known.model, known.prompts, own, self._batch_size, self._world)
+        return Encoder(known.model, prompts or known.prompts, own, self._batch_size, self._world)
 
-    def _prompts(self, loaded: LoadedModel, titles: Sequence[str], texts: Sequence[str]) -> PromptPair:
-        config = self.bundle.config
-        kind = loaded.identity["kind"]
-        reserved = slots_reserved(config, self.bundle.shapes)
+    def _prompts(self, titles: Sequence[str], texts: Sequence[str]) -> PromptPair:
+        config, loaded = self.bundle.config, self._loaded
+        reserved, kind = slots_reserved(config, self.bundle.shapes), loaded.identity["kind"]
         return PromptPair(config.prompt, loaded.tokenizer, titles, texts, reserved, loaded.context_length, kind)
 
     @property
@@ -162,51 +173,163 @@ class Parts:
     @cached_property
     def _loaded(self) -> LoadedModel:
         """The language model; another one than the variant was trained with is refused."""
-        bundle = self.bundle
-        config = self.bundle.config
+        bundle, config = self.bundle, self.bundle.config
         llm = config.llm.model_copy(update={"path": self.llm_path})
         lora = config.lora if bundle.variant.lora else None
         device = self._world.device.type
         with tempfile.TemporaryDirectory(prefix="rarec-") as scratch:  # for what a GGUF file is converted to
             loaded = load_model(llm, Path(scratch, "llm"), pool=config.readout.pool, lora=lora, device=device)
-        expected = dict(bundle.facts["model"]["llm"])
-        name, _ = expected.pop("name"), expected.pop("revision")
+        known = bundle.facts["model"]["llm"]
+        expected = {key: value for key, value in known.items() if key not in ("name", "revision")}
         changed = differences(expected, {key: loaded.identity.get(key) for key in expected})
         if changed:
             problem = f"{bundle.directory} belongs to another language model ({'; '.join(changed)})"
-            raise UserError(problem, f"give the one that it was trained with: {name}")
+            raise UserError(problem, f"give the one that it was trained with: {known['name']}")
         return loaded
 
 
-def _scored(ranker: Ranker, histories: Sequence[Rows]) -> Scores:
+def unknown_users(histories: Histories) -> EvalBatch:
+    """Return users of no dataset, by their histories."""
     nobody = np.zeros(len(histories), np.int64)
-    return ranker.scored(EvalBatch(nobody, histories, nobody))
+    return EvalBatch(nobody, histories, nobody)
 
 
 def sample_histories(parts: Parts, count: int, seed: int = 17) -> list[Rows]:
     """Return histories to check a bundle with: 1 to 20 different items each, popular ones more often."""
     rng = np.random.default_rng(seed)
-    chances_N = _chances(parts.bundle)
+    chances_N = chances(parts.bundle)
     lengths = rng.integers(1, min(20, len(chances_N) - 1), count, endpoint=True)
     return [rng.choice(len(chances_N), length, replace=False, p=chances_N) for length in lengths]
 
 
-def sample_user(parts: Parts, rng: np.random.Generator, length: int = 5) -> list[int]:
-    """Return the history of a user who might be: a popular item, then neighbours of those before."""
-    chances_N = _chances(parts.bundle)
-    tables = parts.bundle.tables
-    rows = [int(rng.choice(len(chances_N), p=chances_N))]
-    table_NN = parts.bundle.neighbours("cooccurrence" if "cooccurrence" in tables else tables[0]) if tables else None
-    while len(rows) < min(length, len(chances_N)):
-        own = table_NN.getrow(int(rng.choice(rows))) if table_NN is not None else None
-        nearest = own.indices[np.argsort(-own.data)[:10]] if own is not None else np.empty(0, np.int64)
-        new = np.setdiff1d(nearest if rng.random() < 0.9 else np.arange(len(chances_N)), rows)
-        rows += [int(rng.choice(new))] if len(new) else []
-    return rows
-
-
-def _chances(bundle: Bundle) -> npt.NDArray[np.float64]:
-    """Return the chance of each item to be drawn: the root of its count."""
+def chances(bundle: Bundle) -> npt.NDArray[np.float64]:
+    """Return the chance of each item to be in a sample: the root of its count."""
     roots_N = np.sqrt(bundle.catalogue.counts_N + 1.0)
     chances_N: npt.NDArray[np.float64] = roots_N / roots_N.sum()
     return chances_N
+
+
+# ---- the dense form
+
+
+@dataclass(frozen=True)
+class DenseForm(Ranker):
+    """A fusion's dense parts as one inner product, and its sparse ones.
+
+    Attributes:
+        items_NF: item vectors: those of each dense part times its weight, side by side.
+        dense: the dense parts by name, whose user vectors side by side are the user's.
+        sparse: the neighbour models by name, with their weights.
+    """
+
+    items_NF: Float32
+    dense: Mapping[str, VectorRanker]
+    sparse: Mapping[str, tuple[NeighbourRanker, float]]
+
+    @classmethod
+    def of(cls, fusion: FusedRanker, names: Sequence[str]) -> "DenseForm":
+        """Return the form of a fusion whose parts have these names.
+
+        Where a part lacks an item, the score that is predicted from the first part's goes into the item's vector of the
+        first part, or into its column of the first part's table.
+
+        Raises:
+            UserError: no part is dense; or what an item's neighbours say would lower its score.
+        """
+        named = dict(zip(names, zip(fusion.parts, fusion.weights, strict=True), strict=True))
+        dense = {name: part for name, (part, _) in named.items() if isinstance(part, VectorRanker)}
+        near = {name: (part, weight) for name, (part, weight) in named.items() if isinstance(part, NeighbourRanker)}
+        if not dense:
+            raise UserError("this row has no vectors: no table of vectors has its scores", _OTHER_ROW)
+        tables = [named[name][1] * part.items_NZ for name, part in dense.items()]
+        if isinstance(first := fusion.parts[0], VectorRanker):
+            tables[0] = tables[0] + _predicted_vectors(fusion, first.items_NZ)
+        elif isinstance(first, NeighbourRanker) and list(_lacking(fusion)):
+            near[names[0]] = _predicting(fusion, first), 1.0
+        return cls(np.concatenate(tables, 1, dtype=np.float32), dense, near)
+
+    def users(self, histories: Histories) -> Float32:
+        """Return user vectors, (B, F); or (B, K, F), of which the best score counts."""
+        nobody = np.zeros(len(histories), np.int64)
+        parts = [part.users(nobody, histories) for part in self.dense.values()]
+        wide = [part if part.ndim == 3 else part[:, None] for part in parts]
+        most = max(part.shape[1] for part in wide)
+        vectors_BKF = np.concatenate([np.broadcast_to(part, (len(part), most, part.shape[2])) for part in wide], 2)
+        return vectors_BKF[:, 0] if most == 1 else vectors_BKF
+
+    def near(self, histories: Histories) -> csr_matrix:
+        """Return what the neighbour models add, (B, N), times their weights."""
+        near_BN = csr_matrix((len(histories), len(self.items_NF)), dtype=np.float32)
+        for part, weight in self.sparse.values():
+            near_BN = near_BN + np.float32(weight) * part.near(histories)
+        return near_BN
+
+    def scored(self, chunk: EvalBatch) -> Scores:
+        """See `Ranker`."""
+        return DenseScores(self, chunk.histories)
+
+    def best(
+        self, users: Float32, histories: Sequence[Rows], candidates: Sequence[Rows], k: int
+    ) -> list[tuple[Rows, Float32]]:
+        """Return each user's k best new items among candidates and what the neighbour tables list, with their scores.
+
+        They are the best of the catalogue if the candidates hold the k + seen items of the largest inner product.
+
+        Args:
+            users: as `users` returns them.
+            histories: item rows, oldest first.
+            candidates: item rows of each user.
+            k: number of items.
+        """
+        near_BN = self.near(histories)
+        best = []
+        for user, (history, rows) in enumerate(zip(histories, candidates, strict=True)):
+            near_1N = near_BN[[user]]
+            among = np.setdiff1d(np.concatenate([rows, near_1N.indices]).astype(np.int64), history)
+            scores = (self.items_NF[among] @ users[user].reshape(-1, users.shape[-1]).T).max(1)
+            scores = scores + near_1N[:, among].toarray().ravel()
+            order = np.lexsort((among, -scores))[:k]
+            best.append((among[order], scores[order].astype(np.float32)))
+        return best
+
+
+class DenseScores:
+    """The scores of users by a dense form, a block at a time; see `Scores`.
+
+    Args:
+        form: of the row.
+        histories: item rows of each user, oldest first.
+    """
+
+    def __init__(self, form: DenseForm, histories: Histories) -> None:
+        self._dense, self._near_BN = VectorScores(form.users(histories), form.items_NF), form.near(histories)
+        self.n_users, self.n_items, self.width = len(histories), self._dense.n_items, self._dense.width + 1
+
+    def block(self, users: slice) -> torch.Tensor:
+        """See `Scores`."""
+        return torch.from_numpy(np.asarray(self._near_BN[users] + self._dense.block(users).numpy()))
+
+
+def _predicted_vectors(fusion: FusedRanker, first_NZ: Float32) -> npt.NDArray[np.float64]:
+    """Return what the first part's item vectors get for the items that other parts lack, (N, Z)."""
+    added_NZ = np.zeros(first_NZ.shape)
+    for lacking_N, scale in _lacking(fusion):
+        added_NZ += scale * lacking_N[:, None] * (first_NZ - first_NZ[~lacking_N].mean(0))
+    return added_NZ
+
+
+def _predicting(fusion: FusedRanker, first: NeighbourRanker) -> NeighbourRanker:
+    """Return the first part with its weight, and what it predicts for the items that other parts lack, in its table."""
+    weight_N = np.full(first.table_NN.shape[0], fusion.weights[0])
+    for lacking_N, scale in _lacking(fusion):
+        weight_N += scale * lacking_N
+    if (weight_N < 0).any():
+        raise UserError("this row lowers the score of items by their neighbours: no table has its scores", _OTHER_ROW)
+    return first.scaled(weight_N)
+
+
+def _lacking(fusion: FusedRanker) -> Iterator[tuple[npt.NDArray[np.bool_], float]]:
+    """Yield the items that a part after the first lacks, (N,), and its weight times its slope, where that counts."""
+    for part, weight, slope in list(zip(fusion.parts, fusion.weights, fusion.slopes, strict=True))[1:]:
+        if part.lacking_N is not None and part.lacking_N.any() and weight * slope:
+            yield part.lacking_N, weight * slope

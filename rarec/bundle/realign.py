@@ -6,9 +6,8 @@ linear map from new to old vectors, fitted on the items that both know, lets the
 Shape letters: N catalogue, R shared items or histories, E dimension of old vectors, S of new ones.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import orthogonal_procrustes
 
-from rarec.bundle.bundle import ENCODERS, IDS, MODEL, VECTORS, Bundle
-from rarec.bundle.facts import FACTS
+from rarec.bundle.bundle import IDS, MODEL, Float32, Rows
 from rarec.bundle.parts import Parts, sample_histories
-from rarec.bundle.write import encoders_of, save_tensors, write_version
+from rarec.bundle.write import encoders_of, write_version
 from rarec.errors import UserError
 from rarec.ids.source import MappedUsers, Source
 from rarec.models.encode import Encoder
-from rarec.storage.files import write_json
 
 Floats = npt.NDArray[np.float64]
-Float32 = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
 LEAST = 0.5
 """Default of the explained share of the variance of held-out items' vectors below which a model is refused."""
 HELD_OUT, RIDGE, USERS, K = 0.1, 1e-3, 256, 10
@@ -45,25 +40,6 @@ class Map(NamedTuple):
         """Return mapped vectors."""
         mapped: Float32 = (vectors @ self.matrix_SE + self.bias_E).astype(np.float32)
         return mapped
-
-
-@dataclass(frozen=True)
-class NewModel:
-    """A retrained ID model.
-
-    Attributes:
-        source: its vectors, by the rows of its own dataset.
-        item_ids: the items of that dataset, in its order.
-    """
-
-    source: Source
-    item_ids: list[Any]
-
-    def items_NS(self, bundle: Bundle) -> Float32:
-        """Return its vectors of a bundle's catalogue; zeros where it has none."""
-        row_of = {str(item): row for row, item in enumerate(self.item_ids)}
-        rows_N = np.array([row_of.get(str(item), -1) for item in bundle.catalogue.ids.to_pylist()])
-        return np.where(rows_N[:, None] >= 0, self.source.items_NE[rows_N.clip(0)], 0).astype(np.float32)
 
 
 def fit_map(new_RS: npt.NDArray[Any], old_RE: npt.NDArray[Any], seed: int = 17) -> Map:
@@ -102,13 +78,16 @@ def _ridge(new_RS: Floats, old_RE: Floats) -> tuple[Floats, Floats]:
     return matrix, old_mean - new_mean @ matrix
 
 
-def realign(parts: Parts, models: Mapping[str, NewModel], directory: Path, least: float = LEAST) -> dict[str, Any]:
-    """Write a version of a bundle with retrained ID models; return what was measured.
+def realign(
+    parts: Parts, models: Mapping[str, Source], item_ids: Sequence[Any], directory: Path | None, least: float = LEAST
+) -> tuple[Path, dict[str, Any]]:
+    """Write a version of a bundle with retrained ID models; return its folder and what was measured.
 
     Args:
         parts: of the bundle.
-        models: the new ID model of each source of the bundle.
-        directory: to write to.
+        models: the new ID model of each source of the bundle, by the rows of its own dataset.
+        item_ids: the items of that dataset, in its order.
+        directory: to write to; by default the next version beside the bundle.
         least: see `LEAST`.
 
     Raises:
@@ -118,11 +97,16 @@ def realign(parts: Parts, models: Mapping[str, NewModel], directory: Path, least
     missing = [name for name in bundle.facts["sources"] if name not in models]
     if missing:
         raise UserError(f"the run has no ID model {missing[0]!r}, which {bundle.directory} needs", "train it there")
+    row_of = {str(item): row for row, item in enumerate(item_ids)}
+    rows_N = np.array([row_of.get(str(item), -1) for item in bundle.catalogue.ids.to_pylist()])
     histories = sample_histories(parts, USERS)
     figures = dict[str, Any]()
     sources = dict[str, Source]()
+    facts = {**bundle.facts, "sources": dict(bundle.facts["sources"])}
     for name, old in bundle.sources.items():
-        sources[name], figures[name] = _realigned(bundle, old, models[name], histories, least)
+        sources[name], figures[name] = _realigned(old, models[name], rows_N, histories, least)
+        users = {"kind": "mapped", "inner": models[name].manifest["settings"]["users"]}
+        facts["sources"][name] = {**facts["sources"][name], "users": users, "hash": models[name].hash}
     vectors = {IDS + name: source.items_NE for name, source in sources.items()}
     if MODEL in bundle.vectors:
         encoder = parts.encoder_over(sources)
@@ -130,14 +114,8 @@ def realign(parts: Parts, models: Mapping[str, NewModel], directory: Path, least
         tops = _best(parts.encoder, bundle.vectors[MODEL], histories), _best(encoder, vectors[MODEL], histories)
         shared = [len(np.intersect1d(*rows)) / len(rows[0]) for rows in zip(*tops, strict=True)]
         figures[f"overlap@{K}"] = float(np.mean(shared))
-    facts = {**bundle.facts, "sources": {name: _facts(bundle, source) for name, source in sources.items()}}
-    changed: dict[str, Callable[[Path], object]] = {
-        FACTS: partial(write_json, value=facts),
-        VECTORS: partial(save_tensors, vectors),
-        ENCODERS: partial(save_tensors, encoders_of(sources)),
-    }
-    write_version(bundle, directory, changed, {"realigned": figures})
-    return figures
+    version = write_version(bundle, directory, {"realigned": figures}, vectors, encoders_of(sources), facts=facts)
+    return version, figures
 
 
 def _best(encoder: Encoder, items_NZ: Float32, histories: list[Rows]) -> Rows:
@@ -146,17 +124,11 @@ def _best(encoder: Encoder, items_NZ: Float32, histories: list[Rows]) -> Rows:
     return np.argsort(-(users_BZ @ items_NZ.T), 1, kind="stable")[:, :K]
 
 
-def _facts(bundle: Bundle, source: Source) -> dict[str, Any]:
-    users = {"kind": "mapped", "inner": source.manifest["settings"]["users"]}
-    return {**bundle.facts["sources"][source.name], "users": users, "hash": source.hash}
-
-
 def _realigned(
-    bundle: Bundle, old: Source, model: NewModel, histories: list[Rows], least: float
+    old: Source, new: Source, rows_N: Rows, histories: list[Rows], least: float
 ) -> tuple[Source, dict[str, Any]]:
-    """Return a source of new vectors in the old space, and how well it fits."""
-    items_NS = model.items_NS(bundle)
-    new = model.source
+    """Return a source of new vectors in the old space, and how well it fits; `rows_N` are the new model's, or -1."""
+    items_NS = np.where(rows_N[:, None] >= 0, new.items_NE[rows_N.clip(0)], 0).astype(np.float32)
     name = f"ID model {old.name!r}"
     known_N = (items_NS != 0).any(1)
     shared_N = known_N & (old.items_NE != 0).any(1)
@@ -174,9 +146,9 @@ def _realigned(
     users = _user_map(old, new, items_NS, histories)
     mapped = MappedUsers(new.users, items_NS, users.matrix_SE.astype(np.float32), users.bias_E.astype(np.float32))
     items_NE = items(items_NS) * known_N[:, None]
-    fitted = {"items_kind": items.kind, "items_explained": items.explained}
-    fitted |= {"users_kind": users.kind, "users_explained": users.explained}
-    return replace(old, items_NE=items_NE, users=mapped, hash=new.hash, manifest=new.manifest), fitted
+    fits = {"items": items, "users": users}
+    figures = {f"{side}_{field}": getattr(fit, field) for side, fit in fits.items() for field in ("kind", "explained")}
+    return replace(old, items_NE=items_NE, users=mapped), figures
 
 
 def _user_map(old: Source, new: Source, items_NS: Float32, histories: list[Rows]) -> Map:

@@ -9,24 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
+from scipy.sparse import csr_matrix
 
-from rarec.bundle.bundle import IDS, MODEL, Bundle
+from rarec.bundle.bundle import IDS, MODEL, Bundle, Float32, Rows
 from rarec.bundle.items import score_of_new
-from rarec.bundle.parts import Parts
+from rarec.bundle.parts import Parts, chances, unknown_users
 from rarec.bundle.recommended import Explanation, History, Id, Place, Recommendations, Recommended, Request
 from rarec.config.section import check_device
 from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.evaluation.labels import part_title
-from rarec.ranking import EvalBatch, FusedRanker
 from rarec.ranking.rank import best_scores
-from rarec.ranking.rankers import USERS_AT_A_TIME, FusedScores
+from rarec.ranking.rankers import USERS_AT_A_TIME
 
-Rows = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
 _LISTS = 'give a list of item ids for each user: [["sku-1", "sku-7"], ["sku-2"]]'
 
 
@@ -61,6 +57,9 @@ class Recommender:
         device: where the language model runs: `cpu`, `cuda`, `cuda:1` or so, or `auto` for a GPU if there is one.
         llm: path or name of the language model, if it is elsewhere than at the export.
         batch_size: prompts in a forward pass; by default as many as in the evaluation.
+
+    Attributes:
+        items: ids of the catalogue.
     """
 
     def __init__(
@@ -68,13 +67,8 @@ class Recommender:
     ) -> None:
         self.bundle = bundle
         self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
+        self.items: list[Id] = bundle.catalogue.ids.to_pylist()
         self._row_of = {str(item): row for row, item in enumerate(self.items)}
-
-    @property
-    def items(self) -> list[Id]:
-        """The ids of the catalogue."""
-        ids: list[Id] = self.bundle.catalogue.ids.to_pylist()
-        return ids
 
     def recommend(
         self,
@@ -127,11 +121,11 @@ class Recommender:
 
     def _ranked(self, users: Sequence[_User]) -> list[list[Recommended]]:
         items: list[list[Recommended]] = [[] for _ in users]
-        for popular, scored in ((False, self.parts.scored), (True, self.parts.popular_scored)):
+        for popular in (False, True):
             places = [place for place, user in enumerate(users) if user.popular == popular]
             for start in range(0, len(places), USERS_AT_A_TIME):
                 chunk = [users[place] for place in places[start : start + USERS_AT_A_TIME]]
-                scores = scored([user.history for user in chunk])
+                scores = self.parts.scored([user.history for user in chunk], popular=popular)
                 best = best_scores(scores, max(user.k for user in chunk), [user.hidden for user in chunk])
                 for place, user, rows_K, scores_K in zip(places[start:], chunk, *best, strict=False):
                     items[place] = self._listed(rows_K[: user.k], scores_K[: user.k])
@@ -139,11 +133,8 @@ class Recommender:
 
     def _listed(self, rows_K: Rows, scores_K: Float32) -> list[Recommended]:
         """Return items by their rows; -1 is none."""
-        catalogue = self.bundle.catalogue
-        kept = rows_K >= 0
-        ids = catalogue.ids.take(pa.array(rows_K[kept])).to_pylist()
-        titles = [catalogue.titles[row] for row in rows_K[kept]]
-        return list(map(Recommended, ids, titles, scores_K[kept].tolist()))
+        titles, scored = self.bundle.catalogue.titles, zip(rows_K.tolist(), scores_K.tolist(), strict=True)
+        return [Recommended(self.items[row], titles[row], score) for row, score in scored if row >= 0]
 
     def user_vectors(self, histories: Sequence[History]) -> Float32:
         """Return the variant's user vectors, (B, Z).
@@ -220,12 +211,10 @@ class Recommender:
         (rows,), _ = self._rows([history])
         row = int(self._known([item])[0])
         ranker = self.parts.ranker
-        scores = ranker.scored(_batch(rows))
-        scores_of_parts = scores.parts(slice(0, 1)) if isinstance(scores, FusedScores) else [scores.block(slice(0, 1))]
-        weights = ranker.weights if isinstance(ranker, FusedRanker) else (1.0,)
+        scores = ranker.scored(unknown_users([rows])).parts(slice(0, 1))
         added = [
             weight * float(part[0, row] - part[0].mean())  # compared with the average item
-            for part, weight in zip(scores_of_parts, weights, strict=True)
+            for part, weight in zip(scores, ranker.weights, strict=True)
         ]
         shares = dict(zip(map(part_title, self.parts.rankers), added, strict=True))
         return Explanation(item, self.bundle.catalogue.titles[row], shares, self._nearest(rows, row, k))
@@ -254,7 +243,7 @@ class Recommender:
         (rows,), _ = self._rows([history])
         best = {}
         for name, ranker in self.parts.rankers.items():
-            (rows_K,), (scores_K,) = best_scores(ranker.scored(_batch(rows)), k, [rows])
+            (rows_K,), (scores_K,) = best_scores(ranker.scored(unknown_users([rows])), k, [rows])
             best[part_title(name)] = self._listed(rows_K, scores_K)
         return best
 
@@ -272,6 +261,19 @@ class Recommender:
         rank = int((scores_N[order] >= score).sum()) + 1
         beside = order[max(0, rank - 1 - around) : rank - 1], order[rank - 1 : rank - 1 + around]
         return Place(rank, len(order) + 1, score, *(self._listed(part, scores_N[part]) for part in beside))
+
+    def sample_user(self, length: int = 5) -> list[int]:
+        """Return the item rows of a user who might be: a popular item, then neighbours of those before."""
+        rng, bundle, chances_N = np.random.default_rng(), self.bundle, chances(self.bundle)
+        rows = [int(rng.choice(len(chances_N), p=chances_N))]
+        name = "cooccurrence" if "cooccurrence" in bundle.tables else next(iter(bundle.tables), None)
+        table_NN = bundle.neighbours(name) if name else csr_matrix((len(chances_N),) * 2)
+        while len(rows) < min(length, len(chances_N)):
+            own = table_NN.getrow(int(rng.choice(rows)))
+            nearest = own.indices[np.argsort(-own.data)[:10]]
+            new = np.setdiff1d(nearest if rng.random() < 0.9 else np.arange(len(chances_N)), rows)
+            rows += [int(rng.choice(new))] if len(new) else []
+        return rows
 
     def _rows(self, histories: Sequence[History], empty: bool = True) -> tuple[list[Rows], list[int]]:
         """Return the item rows of histories, and how many ids of each are not in the catalogue.
@@ -299,11 +301,6 @@ class Recommender:
         hidden_N[self._known(allow or ())] = False
         hidden_N[self._known(deny)] = True
         return np.flatnonzero(hidden_N)
-
-
-def _batch(history: Rows) -> EvalBatch:
-    """Return one user of no dataset."""
-    return EvalBatch(np.zeros(1, np.int64), [history], np.zeros(1, np.int64))
 
 
 def _cosines(vectors: Float32, row: int) -> Float32:
@@ -340,10 +337,10 @@ def _device(wanted: str) -> torch.device:
     available = torch.cuda.is_available()
     try:
         check_device(wanted)
+        if wanted.startswith("cuda") and not available:
+            raise ValueError("there is no GPU that PyTorch can use: choose auto or cpu")
     except ValueError as error:
-        raise UserError(f"device {wanted!r} is not known", str(error)) from None
-    if wanted.startswith("cuda") and not available:
-        raise UserError(f"device {wanted}: there is no GPU that PyTorch can use", "choose auto or cpu")
+        raise UserError(f"device {wanted!r} cannot be used", str(error)) from None
     return torch.device(wanted if wanted != "auto" else "cuda" if available else "cpu")
 
 

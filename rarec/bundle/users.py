@@ -8,8 +8,8 @@ of the result depend neither on the ranks nor on interruptions.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -17,12 +17,11 @@ from typing import IO, Any, NamedTuple
 
 import ibis.expr.types as ir
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from rarec.bundle.bundle import ITEMS, NO_COLUMNS, Bundle, Columns
+from rarec.bundle.bundle import ITEMS, NO_COLUMNS, Bundle, Columns, Rows
 from rarec.bundle.recommender import Recommender
 from rarec.config.schema import Prepare
 from rarec.console.progress import track
@@ -50,7 +49,7 @@ class UserHistory(NamedTuple):
     """
 
     user: str | int
-    rows: npt.NDArray[np.int64]
+    rows: Rows
 
 
 class Histories:
@@ -131,13 +130,7 @@ def _read_log(engine: PrepareEngine, prepare: Prepare, user: str | None) -> ir.T
 
 
 def recommend_all(
-    recommender: Recommender,
-    log: str,
-    out: Path,
-    k: int,
-    *,
-    columns: Columns = NO_COLUMNS,
-    world: World = SINGLE,
+    recommender: Recommender, log: str, out: Path, k: int, *, columns: Columns = NO_COLUMNS, world: World = SINGLE
 ) -> int:
     """Write the k best new items of every user as rows `user`, `rank`, `item`, `title`, `score`; return their number.
 
@@ -172,9 +165,9 @@ def recommend_all(
                 with atomic_write(part) as file:
                     pq.write_table(_table(recommender, chunk, k), file, compression="zstd")
     world.barrier()
-    rows = list[int]()
-    world.run_on_main(lambda: rows.append(_join(begun, parts, _table(recommender, [], k), out)))
-    return world.all_reduce_max(sum(rows))
+    empty = _table(recommender, [], k)
+    rows = world.run_on_all(lambda: _join(begun, parts, empty, out) if world.is_main else 0)
+    return world.all_reduce_max(rows)
 
 
 def _begin(begun: Path, identity: Mapping[str, Any]) -> None:
@@ -193,47 +186,42 @@ def _table(recommender: Recommender, users: list[UserHistory], k: int) -> pa.Tab
     """Return the rows of some users; ids have the types of the log's and the catalogue's."""
     lists = recommender.recommend_to([user.rows for user in users], k)
     rows = [
-        (user.user, rank, *item)
+        {"user": user.user, "rank": rank, **item._asdict()}
         for user, items in zip(users, lists, strict=True)
         for rank, item in enumerate(items, start=1)
     ]
     user_type = pa.int64() if users and isinstance(users[0].user, int) else pa.string()
-    types = {"rank": pa.int32(), "item": recommender.bundle.catalogue.ids.type, "title": pa.string()}
-    schema = pa.schema(list({"user": user_type, **types, "score": pa.float32()}.items()))
-    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
+    item_type = recommender.bundle.catalogue.ids.type
+    types = {"user": user_type, "rank": pa.int32(), "item": item_type, "title": pa.string(), "score": pa.float32()}
+    return pa.Table.from_pylist(rows, pa.schema(types))
 
 
 def _join(begun: Path, parts: list[Path], empty: pa.Table, out: Path) -> int:
     """Join the parts to one file, and tidy up; return the number of rows."""
     schema = pq.read_schema(parts[0]) if parts else empty.schema
-    with atomic_write(out) as file, WRITERS[out.suffix](file, schema) as writer:
-        rows = 0
-        for table in map(read_columns, parts) if parts else [empty]:
-            writer.write_table(table)
-            rows += table.num_rows
+    with atomic_write(out) as file:
+        WRITERS[out.suffix](file, schema, map(read_columns, parts) if parts else [empty])
+    rows: int = sum(pq.read_metadata(part).num_rows for part in parts)
     discard(begun)
     return rows
 
 
-class _JsonWriter(AbstractContextManager["_JsonWriter"]):
-    """Writes tables as lines of JSON; as Arrow's writers of Parquet and CSV."""
-
-    def __init__(self, file: IO[bytes], schema: pa.Schema) -> None:
-        self._file = file
-
-    def write_table(self, table: pa.Table) -> None:
-        """Write the rows of a table."""
-        for row in table.to_pylist():
-            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-    def __exit__(self, *error: object) -> None:
-        pass
+def _write_arrow(
+    open_writer: Callable[..., Any], file: IO[bytes], schema: pa.Schema, tables: Iterable[pa.Table]
+) -> None:
+    with open_writer(file, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
 
 
-WRITERS: Mapping[str, Callable[[IO[bytes], pa.Schema], Any]] = {
-    ".parquet": partial(pq.ParquetWriter, compression="zstd"),
-    ".csv": csv.CSVWriter,
-    ".jsonl": _JsonWriter,
+def _write_json(file: IO[bytes], schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    for table in tables:
+        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in table.to_pylist())
+
+
+WRITERS: Mapping[str, Callable[[IO[bytes], pa.Schema, Iterable[pa.Table]], None]] = {
+    ".parquet": partial(_write_arrow, partial(pq.ParquetWriter, compression="zstd")),
+    ".csv": partial(_write_arrow, csv.CSVWriter),
+    ".jsonl": _write_json,
 }
 """Writers of tables by the ending of the file."""

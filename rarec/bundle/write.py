@@ -6,43 +6,35 @@ See `bundle` for what each file holds. Shape letters: N catalogue, Z size of a s
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rarec.bundle.bundle import ENCODERS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Catalogue
-from rarec.bundle.facts import FACTS, SCHEMA
+from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, SCHEMA, TABLES, VECTORS, Bundle, Catalogue, Float32
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.neighbours import built_in
 from rarec.console.inert import in_one_line
+from rarec.data.tables import write_rows
 from rarec.errors import UserError
-from rarec.evaluation.labels import (
-    FULL,
-    figure,
-    headline_metrics,
-    listed,
-    metric_title,
-    part_title,
-    variant_order,
-    variant_title,
-)
+from rarec.evaluation import labels
+from rarec.evaluation.labels import FULL, listed, variant_title
 from rarec.ids.source import Source
 from rarec.models.build import save_weights
 from rarec.models.towers import RaRec
+from rarec.neighbours.base import SCHEMA as ROWS
 from rarec.neighbours.base import TABLE
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.directories import new_directory
 from rarec.storage.files import write_json, write_text
 
-Float32 = npt.NDArray[np.float32]
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")
 FIGURES = ("row", "why", "metrics", "trained_parameters")
@@ -122,16 +114,16 @@ def save_tensors(tensors: Mapping[str, Tensor | Float32], path: Path) -> None:
 
 
 def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
-    trained = contents.trained
-    prepare = config.prepare
-    section = config.neighbours
+    trained, section = contents.trained, config.neighbours
     neighbours: dict[str, Any] = {name: getattr(section, name) for name in ("newest", "decay", "top")}
     own = [name for name in contents.tables if built_in(name) is None and section.class_of(name).knows_new_items]
     neighbours |= {"new_items": own} if own else {}
-    columns = {
-        name: table.model_dump(mode="json", exclude={"path", "table"})
-        for name, table in (("interactions", prepare.interactions), ("items", prepare.items))
-    }
+    places = {"path", "table"}
+    tables = config.prepare.model_dump(
+        mode="json",
+        include={"interactions", "items", "duplicates", "repeats"},
+        exclude={"interactions": places, "items": places},
+    )
     return {
         "schema": SCHEMA,
         "row": contents.row,
@@ -140,7 +132,7 @@ def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
         "sources": {name: _source_facts(source) for name, source in contents.sources.items()},
         "neighbours": neighbours if contents.tables else None,
         "batch_size": config.evaluate.batch_size,
-        "tables": {**columns, "duplicates": prepare.duplicates, "repeats": prepare.repeats},
+        "tables": tables,
         "model": _model_facts(trained, config) if trained is not None else None,
     }
 
@@ -167,21 +159,40 @@ def next_version(bundle: Path) -> Path:
 
 
 def write_version(
-    bundle: Bundle, directory: Path, changed: Mapping[str, Callable[[Path], object]], what: Mapping[str, Any]
-) -> None:
-    """Write a new version of a bundle, which holds all files of the old one but those that change.
+    bundle: Bundle,
+    directory: Path | None,
+    what: Mapping[str, Any],
+    vectors: Mapping[str, Float32],
+    encoders: Mapping[str, Tensor],
+    catalogue: Catalogue | None = None,
+    pairs: Mapping[str, Iterable[pa.RecordBatch]] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a new version of a bundle, which holds all files of the old one but those that change; return its folder.
 
     Its manifest has the old one's figures, and `versions`: what each version changed.
 
     Args:
         bundle: the old version.
-        directory: of the new one.
-        changed: what writes each file that changes, by the file's name.
+        directory: of the new one; see `next_version` for the default.
         what: says what the version changes.
+        vectors: see `Bundle.vectors`.
+        encoders: see `Bundle.encoders`.
+        catalogue: the items, if they change.
+        pairs: rows of the neighbour tables that change, by name.
+        facts: contents of `recommender.json`, if they change.
 
     Raises:
         UserError: the folder is there already.
     """
+    changed: dict[str, Callable[[Path], object]] = {
+        VECTORS: partial(save_tensors, vectors),
+        ENCODERS: partial(save_tensors, encoders),
+        **{f"{TABLES}/{name}.parquet": partial(write_rows, rows, schema=ROWS) for name, rows in (pairs or {}).items()},
+        **({ITEMS: catalogue.write} if catalogue else {}),
+        **({FACTS: partial(write_json, value=facts)} if facts else {}),
+    }
+    directory = directory or next_version(bundle.directory)
     if os.path.lexists(directory):
         raise UserError(f"{directory} is there already", "name another folder: --out")
     manifest = bundle.manifest
@@ -198,6 +209,7 @@ def write_version(
         figures = {name: manifest[name] for name in FIGURES if name in manifest}
         settings = manifest["settings"]
         write_manifest(temporary, "bundle", settings=settings, made_from=made_from, **figures, versions=versions)
+    return directory
 
 
 def write_card(
@@ -254,7 +266,7 @@ def _front_matter(contents: Contents, config: RunConfig, figures: Mapping[str, A
 
 
 def _what(contents: Contents, parameters: int) -> str:
-    parts = [part_title(name) for name in contents.parts]
+    parts = [labels.part_title(name) for name in contents.parts]
     scored = f"The weighted sum of the scores of {listed(parts)}" if len(parts) > 1 else f"The scores of {parts[0]}"
     own = f" It holds {parameters:,} trained parameters, and none of the language model's."
     model = own if contents.trained else ""
@@ -300,11 +312,11 @@ def describe_slots(variant: Variant, config: RunConfig) -> str:
 
 def _table(row: str, metrics: list[Mapping[str, Any]]) -> str:
     full = {(values["variant"], values["metric"]): values for values in metrics if values["protocol"] == FULL}
-    names = headline_metrics(metric for _, metric in full)
-    lines = [["row", *map(metric_title, names)], ["---"] * (len(names) + 1)]
-    for variant in sorted({variant for variant, _ in full}, key=variant_order):
+    names = labels.headline_metrics(metric for _, metric in full)
+    lines = [["row", *map(labels.metric_title, names)], ["---"] * (len(names) + 1)]
+    for variant in sorted({variant for variant, _ in full}, key=labels.variant_order):
         mark = "**" if variant == row else ""
         cells = [full.get((variant, name)) for name in names]
-        values = [f"{figure(c['value'])} ({figure(c['low'])} to {figure(c['high'])})" if c else "" for c in cells]
+        values = [f"{labels.figure(c['value'])} ({labels.interval(c['low'], c['high'])})" if c else "" for c in cells]
         lines.append([f"{mark}{variant_title(variant)}{mark}", *values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

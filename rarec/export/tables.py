@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.bundle.bundle import TABLES
-from rarec.bundle.dense import DenseForm
-from rarec.bundle.parts import Parts, sample_histories
+from rarec.bundle.parts import DenseForm, Parts, sample_histories
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.export import Target

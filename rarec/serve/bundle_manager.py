@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from rarec.errors import UserError
-from rarec.serve.batcher import Batcher
-from rarec.serve.engines import Engine
-from rarec.serve.guard import read_tokens
+from rarec.serve.engines import Batcher, Engine
+from rarec.serve.guard import Metrics, read_tokens
 from rarec.serve.settings import ServedBundle, ServeSettings
 from rarec.storage.artefacts import MANIFEST
 
@@ -57,6 +58,11 @@ class Loaded:
         """Return the engine that answers."""
         return self.batcher.engine
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """Return what an answer says of the bundle that gave it."""
+        return {"bundle": self.name, "version": self.engine.version[:12]}
+
 
 class BundleManager:
     """All bundles of a service.
@@ -64,23 +70,18 @@ class BundleManager:
     Args:
         settings: reads the settings, again at each look at the disk.
         load: opens a bundle's engine.
-        observe: is told the users of each pass of a model.
-        event: is told, in one line, what was loaded, and what could not be.
+        metrics: of the process: they count passes of the models, and what was loaded or could not be.
     """
 
     def __init__(
-        self,
-        settings: Callable[[], ServeSettings],
-        load: Callable[[ServeSettings, Path], Engine],
-        observe: Callable[[int], None],
-        event: Callable[[str, str], None],
+        self, settings: Callable[[], ServeSettings], load: Callable[[ServeSettings, Path], Engine], metrics: Metrics
     ) -> None:
-        self._read, self._load, self._observe, self._event = settings, load, observe, event
-        self.settings, self.tokens = self._read_settings()
+        self._read, self._load, self._metrics = settings, load, metrics
+        self._refresh_settings()
         self._complete = False
         self._loaded: Mapping[str, Loaded] = {}
         self._troubles: dict[str, str] = {}
-        self._tried: dict[str, tuple[Stamp | None, float]] = {}
+        self._tried: dict[str, tuple[Stamp, float, Exception]] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="bundles", daemon=True)
 
@@ -95,9 +96,7 @@ class BundleManager:
             UserError: one cannot be loaded.
         """
         for name, bundle in self.settings.bundles.items():
-            error = self._refresh(name, bundle)
-            if error is not None:
-                raise error
+            self._refresh(name, bundle)
         self._complete = True
 
     def close(self) -> None:
@@ -125,24 +124,23 @@ class BundleManager:
 
     def state(self) -> dict[str, Any]:
         """Return, by name, what is loaded, and what is wrong with it or on the disk."""
-        loaded = self._loaded
+        return {name: self._state(name, bundle.share) for name, bundle in self.settings.bundles.items()}
+
+    def _state(self, name: str, share: float) -> dict[str, Any]:
+        loaded = self._loaded.get(name)
         return {
-            name: {
-                "loaded": name in loaded and loaded[name].batcher.alive,
-                "version": loaded[name].engine.version if name in loaded else None,
-                "row": loaded[name].engine.row if name in loaded else None,
-                "share": bundle.share,
-                "trouble": self._troubles.get(name),
-            }
-            for name, bundle in self.settings.bundles.items()
+            "loaded": loaded is not None and loaded.batcher.alive,
+            "version": loaded.engine.version if loaded else None,
+            "row": loaded.engine.row if loaded else None,
+            "share": share,
+            "trouble": self._troubles.get(name),
         }
 
     @property
     def ready(self) -> bool:
         """Return whether every bundle serves, or did once: one that is added later makes no service unready."""
-        loaded = self._loaded
-        whole = self._complete or set(loaded) >= set(self.settings.bundles)
-        return self._thread.is_alive() and whole and all(bundle.batcher.alive for bundle in loaded.values())
+        alive = all(loaded.batcher.alive for loaded in self._loaded.values())
+        return self._complete and alive and self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -151,56 +149,63 @@ class BundleManager:
 
     def _watch(self) -> None:
         while not self._end.is_set():
-            self._refresh_settings()
+            self._attempt("settings", self._refresh_settings)
             for name, bundle in self.settings.bundles.items():
-                self._refresh(name, bundle)
+                self._attempt(name, partial(self._refresh, name, bundle))
             if set(self._loaded) >= set(self.settings.bundles):
                 self._complete = True
                 self._retire()
             self._end.wait(LOOK_EVERY)
 
-    def _refresh_settings(self) -> None:
+    def _attempt(self, name: str, work: Callable[[], None]) -> None:
+        """Do what may fail: what is wrong is noted by name, and whatever it is, this thread goes on."""
         try:
-            self.settings, self.tokens = self._read_settings()
-        except Exception as error:  # whatever it is, this thread goes on
-            self._trouble("settings", error)
-            return
-        self._troubles.pop("settings", None)
-
-    def _read_settings(self) -> tuple[ServeSettings, list[bytes] | None]:
-        """Return the settings, and the hashes of the tokens that they name."""
-        settings = self._read()
-        return settings, read_tokens(Path(settings.tokens)) if settings.tokens else None
-
-    def _refresh(self, name: str, bundle: ServedBundle) -> Exception | None:
-        """Load a bundle if there is another one at its path than the one that serves; return what is wrong with it."""
-        serving = self._loaded.get(name)
-        stamp = stamp_of(Path(bundle.path))
-        if serving and stamp == serving.stamp:
+            work()
+        except Exception as error:
+            message = f"{error.problem} -> {error.remedy}" if isinstance(error, UserError) else repr(error)
+            if self._troubles.get(name) != message:
+                self._troubles[name] = message
+                self._metrics.bundle("refused", f"{name}: {message}")
+        else:
             self._troubles.pop(name, None)
-            return None
-        tried, moment = self._tried.get(name, (None, 0.0))
-        if stamp is not None and tried == stamp and time.monotonic() - moment < RETRY_AFTER:
-            return None
+
+    def _refresh_settings(self) -> None:
+        settings = self._read()
+        self.tokens = read_tokens(Path(settings.tokens)) if settings.tokens else None
+        self.settings = settings
+
+    def _refresh(self, name: str, bundle: ServedBundle) -> None:
+        """Load a bundle if another one than the one that serves is at its path.
+
+        Raises:
+            Exception: what is wrong with it; those that serve go on.
+        """
+        serving, stamp = self._loaded.get(name), stamp_of(Path(bundle.path))
+        if serving and stamp == serving.stamp:
+            return
+        if stamp is None:
+            raise UserError(f"{bundle.path} has no {MANIFEST}", "put a bundle there")
+        tried, moment, error = self._tried.get(name, (None, 0.0, None))
+        if error and tried == stamp and time.monotonic() - moment < RETRY_AFTER:
+            raise error
         try:
-            if stamp is None:
-                raise UserError(f"{bundle.path} has no {MANIFEST}", "put a bundle there")
-            settings = self.settings
-            engine = self._load(settings, Path(bundle.path))
-            folded = [title.casefold() for title in engine.titles]
-            batcher = Batcher(engine, settings.max_batch, settings.window_ms / 1000, settings.max_queue, self._observe)
-        except Exception as error:  # whatever it is, those that serve go on
-            self._tried[name] = (stamp, time.monotonic())
-            self._trouble(name, error)
-            return error
-        self._troubles.pop(name, None)
-        self._tried.pop(name, None)
-        assert stamp is not None
-        self._loaded = {**self._loaded, name: Loaded(name, stamp, batcher, folded)}
-        self._event("loaded", f"{name}: {engine.row}, version {engine.version[:12]}, from {bundle.path}")
+            loaded = self._open(name, bundle, stamp)
+        except Exception as error:
+            self._tried[name] = (stamp, time.monotonic(), error)
+            raise
+        self._loaded = {**self._loaded, name: loaded}
+        engine = loaded.engine
+        self._metrics.bundle("loaded", f"{name}: {engine.row}, version {engine.version[:12]}, from {bundle.path}")
         if serving:
             serving.batcher.close()
-        return None
+
+    def _open(self, name: str, bundle: ServedBundle, stamp: Stamp) -> Loaded:
+        settings = self.settings
+        engine = self._load(settings, Path(bundle.path))
+        folded = [title.casefold() for title in engine.titles]
+        observe = self._metrics.batch.observe
+        batcher = Batcher(engine, settings.max_batch, settings.window_ms / 1000, settings.max_queue, observe)
+        return Loaded(name, stamp, batcher, folded)
 
     def _retire(self) -> None:
         """Let go of bundles that the settings name no more."""
@@ -209,21 +214,12 @@ class BundleManager:
             self._loaded = {other: loaded for other, loaded in self._loaded.items() if other != name}
             gone.batcher.close()
 
-    def _trouble(self, name: str, error: Exception) -> None:
-        message = f"{error.problem} -> {error.remedy}" if isinstance(error, UserError) else repr(error)
-        if self._troubles.get(name) != message:
-            self._troubles[name] = message
-            self._event("refused", f"{name}: {message}")
-
 
 def _by_share(shares: Mapping[str, float], user: str) -> str:
     """Return the name that a user gets; "" where there is none."""
     position = int.from_bytes(hashlib.sha256(user.encode()).digest()[:8]) / 2**64 * sum(shares.values())
-    for name, share in shares.items():
-        position -= share
-        if position < 0:
-            return name
-    return next(iter(shares), "")
+    ends = zip(shares, accumulate(shares.values()), strict=True)
+    return next((name for name, end in ends if position < end), next(iter(shares), ""))
 
 
 def stamp_of(bundle: Path) -> Stamp | None:

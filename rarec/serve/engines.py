@@ -1,16 +1,30 @@
-"""What answers a service's requests: a bundle's model in PyTorch, or in ONNX Runtime."""
+"""What answers a service's requests: a bundle's model in PyTorch or in ONNX Runtime, and the thread that runs it.
 
-from collections.abc import Sequence
+Requests that wait together share a pass of the model. One thread runs the model; no two calls of it overlap.
+"""
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rarec.bundle.recommended import Explanation, History, Id, Place, Recommended, Request
+from rarec.bundle.recommended import History, Id, Recommended, Request
 from rarec.errors import UserError
 from rarec.serve.settings import ServeSettings
 from rarec.storage.artefacts import Manifest, check_files, read_manifest
+
+if TYPE_CHECKING:
+    from rarec.bundle.recommender import Recommender
 
 CHUNK = 32
 """Histories of about the same length that go through the graph together."""
@@ -28,7 +42,15 @@ class NotOffered(Exception):
     """This backend cannot do it."""
 
 
-class Engine:
+class Busy(Exception):
+    """As many users wait as may wait."""
+
+
+class Closed(Exception):
+    """Another bundle has taken the place of this one."""
+
+
+class Engine(ABC):
     """A bundle's model. Calls do not overlap.
 
     Attributes:
@@ -43,33 +65,18 @@ class Engine:
     ids: Sequence[Id]
     titles: Sequence[str]
 
+    @abstractmethod
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Recommend. Raises `UserError` where a request names an item that is not in the catalogue."""
-        raise NotOffered("recommendations")
 
+    @abstractmethod
     def vectors(self, histories: Sequence[History]) -> list[Any]:
         """Return query vectors, (B, F) or (B, K, F), as lists."""
-        raise NotOffered("vectors")
 
-    def similar(self, item: Id, k: int) -> list[Recommended]:
-        """Return the items most like one."""
-        raise NotOffered("similar items")
-
-    def explain(self, history: History, item: Id) -> Explanation:
-        """Return the evidence for an item."""
-        raise NotOffered("explanations")
-
-    def compare(self, history: History, k: int) -> dict[str, list[Recommended]]:
-        """Return the best new items by each part of the row alone, by the part's title."""
-        raise NotOffered("single parts")
-
-    def sample(self) -> list[tuple[Id, str]]:
-        """Return the history of a user who might be, ids and titles."""
-        raise NotOffered("sample users")
-
-    def place(self, history: History, title: str, text: str, k: int) -> Place:
-        """Return the place of a new item in a user's ranking."""
-        raise NotOffered("new items")
+    @property
+    def recommender(self) -> "Recommender":
+        """What answers all other requests. Raises `NotOffered` where the backend has no texts and no single parts."""
+        raise NotOffered("what needs texts or single parts")
 
 
 class TorchEngine(Engine):
@@ -84,17 +91,22 @@ class TorchEngine(Engine):
     """
 
     def __init__(self, path: Path, settings: ServeSettings) -> None:
-        from rarec.bundle.bundle import Bundle
-        from rarec.bundle.recommender import Recommender
+        from rarec.bundle.recommender import load
 
-        bundle = Bundle.open(path, settings.trusted)
-        self._recommender = Recommender(bundle, device=settings.device, llm=settings.llm)
-        self.row = str(bundle.facts["row"])
-        self.version = str(bundle.manifest["hash"])
-        self.ids = self._recommender.items
-        self.titles = bundle.catalogue.titles
+        self._recommender = load(path, device=settings.device, llm=settings.llm, trusted=settings.trusted)
+        bundle = self._recommender.bundle
+        self.row, self.version = str(bundle.facts["row"]), str(bundle.manifest["hash"])
+        self.ids, self.titles = self._recommender.items, bundle.catalogue.titles
         self._recommender.recommend([self.ids[:1]], 1)  # so that the first request does not wait for the model to load
-        self._keep_in_memory()
+        if bundle.facts["model"]:
+            model = self._recommender.parts.encoder.model
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()  # a mapped file that is cut short on the disk would end the process
+
+    @property
+    def recommender(self) -> "Recommender":
+        """See `Engine`."""
+        return self._recommender
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """See `Engine`."""
@@ -105,36 +117,6 @@ class TorchEngine(Engine):
         """See `Engine`."""
         vectors: list[Any] = self._recommender.query_vectors(histories).tolist()
         return vectors
-
-    def similar(self, item: Id, k: int) -> list[Recommended]:
-        """See `Engine`."""
-        return self._recommender.similar(item, k)
-
-    def explain(self, history: History, item: Id) -> Explanation:
-        """See `Engine`."""
-        return self._recommender.explain(history, item)
-
-    def compare(self, history: History, k: int) -> dict[str, list[Recommended]]:
-        """See `Engine`."""
-        return self._recommender.compare(history, k)
-
-    def sample(self) -> list[tuple[Id, str]]:
-        """See `Engine`."""
-        from rarec.bundle.parts import sample_user
-
-        rows = sample_user(self._recommender.parts, np.random.default_rng())
-        return [(self.ids[row], self.titles[row]) for row in rows]
-
-    def place(self, history: History, title: str, text: str, k: int) -> Place:
-        """See `Engine`."""
-        return self._recommender.place(history, title, text, k)
-
-    def _keep_in_memory(self) -> None:
-        """Copy what is mapped from files: one that is cut short on the disk would end the process."""
-        parts = self._recommender.parts
-        if parts.bundle.facts["model"]:
-            for tensor in (*parts.encoder.model.parameters(), *parts.encoder.model.buffers()):
-                tensor.data = tensor.data.clone()
 
 
 class OnnxEngine(Engine):
@@ -151,10 +133,8 @@ class OnnxEngine(Engine):
     def __init__(self, folder: Path, threads: int = 0) -> None:
         manifest = check_served(folder)
         self._client = import_module("rarec.export.rarec_client").Client(folder, threads)
-        self.row = str(manifest["settings"]["row"])
-        self.version = str(manifest["hash"])
-        self.ids: list[Id] = self._client.ids
-        self.titles: list[str] = self._client.titles
+        self.row, self.version = str(manifest["settings"]["row"]), str(manifest["hash"])
+        self.ids, self.titles = self._client.ids, self._client.titles
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """See `Engine`."""
@@ -186,11 +166,10 @@ class OnnxEngine(Engine):
         return [row_of[str(item)] for item in history if str(item) in row_of]
 
     def _known(self, items: Any) -> Any:
-        rows = [self._client.row_of.get(str(item)) for item in items]
-        for item, row in zip(items, rows, strict=True):
-            if row is None:
-                raise UserError(f"item {item!r} is not in the catalogue", "leave it out")
-        return np.array(rows, np.int64)
+        unknown = [item for item in items if str(item) not in self._client.row_of]
+        if unknown:
+            raise UserError(f"item {unknown[0]!r} is not in the catalogue", "leave it out")
+        return np.array(self._rows(items), np.int64)
 
 
 def load_engine(settings: ServeSettings, path: Path) -> Engine:
@@ -216,3 +195,124 @@ def check_served(folder: Path) -> Manifest:
     if not {"onnx", "faiss"} <= set(manifest["settings"]["formats"]):
         raise UserError(f"{folder} lacks ONNX or faiss", AGAIN)
     return manifest
+
+
+# ---- the thread that runs an engine
+
+
+@dataclass
+class _Job:
+    """What one caller waits for: answers to requests, or the result of a call that runs alone; for how many users."""
+
+    requests: Sequence[Request]
+    call: Callable[[], Any] | None
+    users: int
+    future: "Future[Any]" = field(default_factory=Future)
+
+
+class Batcher:
+    """Runs an engine in a thread of its own.
+
+    Args:
+        engine: of a bundle.
+        most: users of a pass of the model.
+        window: seconds that a request waits for others.
+        limit: users who may wait.
+        observe: is told the number of users of each pass.
+    """
+
+    def __init__(
+        self, engine: Engine, most: int, window: float, limit: int, observe: Callable[[int], None] = lambda users: None
+    ) -> None:
+        self.engine, self._most, self._window, self._limit, self._observe = engine, most, window, limit, observe
+        self._jobs: deque[_Job] = deque()
+        self._changed, self._closed = threading.Condition(), False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Return the number of users who wait."""
+        return sum(job.users for job in list(self._jobs) if not job.future.cancelled())
+
+    @property
+    def alive(self) -> bool:
+        """Return whether the thread runs."""
+        return self._thread.is_alive()
+
+    def answer(self, requests: Sequence[Request]) -> "Future[list[Answer]]":
+        """Return the future answers to requests, which may share a pass with those of others.
+
+        Raises:
+            Busy: too many wait.
+            Closed: it serves no more.
+        """
+        return self._submit(_Job(requests, None, len(requests)))
+
+    def call(self, function: Callable[[], Any], users: int = 1) -> "Future[Any]":
+        """Return the future result of a call of the engine for a number of users. Raises as `answer` does."""
+        return self._submit(_Job((), function, users))
+
+    def close(self) -> None:
+        """Finish what waits, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _submit(self, job: _Job) -> "Future[Any]":
+        with self._changed:
+            if self._closed:
+                raise Closed
+            waiting = self.waiting
+            if waiting and waiting + job.users > self._limit:
+                raise Busy
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.future
+
+    def _run(self) -> None:
+        while (jobs := self._next()) is not None:
+            jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            if jobs:
+                _finish(jobs, self.engine)
+                self._observe(sum(job.users for job in jobs))
+
+    def _next(self) -> list[_Job] | None:
+        """Return the jobs of the next pass; None at the end."""
+        with self._changed:
+            while not self._jobs:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            if self._jobs[0].call:
+                return [self._jobs.popleft()]
+            end = time.monotonic() + self._window
+            while self.waiting < self._most and (left := end - time.monotonic()) > 0 and not self._closed:
+                self._changed.wait(left)
+            jobs = [self._jobs.popleft()]
+            users = jobs[0].users
+            while self._jobs and not self._jobs[0].call and users + self._jobs[0].users <= self._most:
+                users += self._jobs[0].users
+                jobs.append(self._jobs.popleft())
+            return jobs
+
+
+def _finish(jobs: list[_Job], engine: Engine) -> None:
+    """Set the results of jobs; where one of several fails, each is run alone, so that no caller pays for another."""
+    try:
+        if jobs[0].call:
+            results = [jobs[0].call()]
+        else:
+            answers = iter(engine.answer([request for job in jobs for request in job.requests]))
+            results = [list(islice(answers, job.users)) for job in jobs]
+    except BaseException as error:
+        if len(jobs) == 1:
+            jobs[0].future.set_exception(error)
+        else:
+            for job in jobs:
+                _finish([job], engine)
+        return
+    for job, result in zip(jobs, results, strict=True):
+        with suppress(Exception):  # the caller has gone
+            job.future.set_result(result)

@@ -4,16 +4,18 @@ import asyncio
 import hashlib
 import hmac
 import json
+import os
 import sys
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -29,6 +31,10 @@ CLIENTS = 10_000
 """Clients whose rate is remembered."""
 BURST = 2.0
 """Seconds of its rate that a client may use at once."""
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Variable of the environment that prometheus_client reads: where worker processes write their metrics."""
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 REMEDIES = {404: "see /openapi.json", 405: "see /openapi.json", 408: "send it at once", 413: "send less at a time"}
 SAFE = {
     "x-content-type-options": "nosniff",
@@ -46,6 +52,10 @@ class Current(Protocol):
     settings: ServeSettings
     tokens: list[bytes] | None
 
+    @property
+    def waiting(self) -> int:
+        """Return the number of users who wait."""
+
 
 class Guard:
     """Wraps the application.
@@ -53,36 +63,38 @@ class Guard:
     Args:
         app: the application.
         current: has the settings and the hashes of the tokens as they are now.
-        observe: is told method, route, status and seconds of each request.
+        metrics: of the process.
     """
 
-    def __init__(self, app: ASGIApp, current: Current, observe: Callable[[str, str, int, float], None]) -> None:
-        self._app, self._current, self._observe = app, current, observe
+    def __init__(self, app: ASGIApp, current: Current, metrics: "Metrics") -> None:
+        self._app, self._current, self._metrics = app, current, metrics
         self._rates = Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Serve one request, and write a line of the access log: without any history, item, user or token."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, seen = time.perf_counter(), {"status": 0, "bytes": 0}
-        scope["rarec"] = note = {"id": uuid.uuid4().hex}
+        started = time.perf_counter()
+        note: dict[str, Any] = {"id": uuid.uuid4().hex, "status": 0, "bytes": 0}
+        scope["rarec"] = note
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                seen["status"] = message["status"]
+                note["status"] = message["status"]
                 MutableHeaders(scope=message).update({**SAFE, "x-request-id": note["id"]})
-            seen["bytes"] += len(message.get("body", b""))
+            note["bytes"] += len(message.get("body", b""))
             await send(message)
 
         try:
-            await self._serve(scope, receive, answer, seen)
+            await self._serve(scope, receive, answer)
         finally:
             seconds, route = time.perf_counter() - started, getattr(scope.get("route"), "path", "other")
-            self._observe(scope["method"], route, seen["status"], seconds)
-            log(scope, route, seen, seconds)
+            self._metrics.request(scope["method"], route, note["status"], seconds)
+            self._metrics.waiting.set(self._current.waiting)  # also where another worker is asked for the metrics
+            event("request", None, method=scope["method"], route=route, ms=round(1000 * seconds, 1), **note)
 
-    async def _serve(self, scope: Scope, receive: Receive, answer: Send, seen: dict[str, int]) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, answer: Send) -> None:
         refused = self._refused(scope)
         if refused is None:
             try:
@@ -91,7 +103,7 @@ class Guard:
             except Exception as error:
                 event("crash", f"{type(error).__name__}: {error}", id=scope["rarec"]["id"])
                 refused = failed(scope)
-            if seen["status"]:  # half an answer is on its way
+            if scope["rarec"]["status"]:  # half an answer is on its way
                 return
         with suppress(OSError):
             await refused(scope, receive, answer)
@@ -193,12 +205,6 @@ def read_tokens(path: Path) -> list[bytes]:
     return [hashlib.sha256(line.encode()).digest() for line in lines]
 
 
-def log(scope: Scope, route: str, seen: dict[str, int], seconds: float) -> None:
-    """Write one line of the access log. No history, item, user or token is in it."""
-    note: dict[str, Any] = scope["rarec"]
-    event("request", None, method=scope["method"], route=route, ms=round(1000 * seconds, 1), **seen, **note)
-
-
 def event(kind: str, text: str | None = None, /, **fields: Any) -> None:
     """Write one line of JSON to standard error; a log that cannot be written ends no service."""
     said = {"text": inert(text)} if text is not None else {}
@@ -206,3 +212,49 @@ def event(kind: str, text: str | None = None, /, **fields: Any) -> None:
     with suppress(OSError, ValueError):
         sys.stderr.write(json.dumps(line) + "\n")
         sys.stderr.flush()
+
+
+# ---- metrics
+
+
+class Metrics:
+    """What a service counts, in Prometheus's form; the counts of several worker processes are added up."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        own = CollectorRegistry()
+        self._registry = own
+        if os.environ.get(FOLDER):
+            self._registry = CollectorRegistry()
+            MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
+        self.requests = Counter("rarec_requests", "Requests.", ("method", "route", "status"), registry=own)
+        self.seconds = Histogram(
+            "rarec_request_seconds", "Time of a request.", ("route",), buckets=SECONDS, registry=own
+        )
+        self.batch = Histogram("rarec_batch_users", "Users of a pass of the model.", buckets=USERS, registry=own)
+        self.waiting = Gauge("rarec_waiting_users", "Users who wait.", registry=own, multiprocess_mode="livesum")
+        self.events = Counter("rarec_bundles", "Bundles loaded and refused.", ("event",), registry=own)
+
+    def request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self.requests.labels(method if method in ("GET", "POST", "HEAD") else "other", route, str(status)).inc()
+        self.seconds.labels(route).observe(seconds)
+
+    def bundle(self, kind: str, text: str) -> None:
+        """Count what happened to a bundle, and write it as an event."""
+        self.events.labels(kind).inc()
+        event(kind, text)
+
+    def text(self) -> bytes:
+        """Return the metrics as Prometheus reads them."""
+        if os.environ.get(FOLDER):
+            forget_ended_workers(Path(os.environ[FOLDER]))
+        return generate_latest(self._registry)
+
+
+def forget_ended_workers(folder: Path) -> None:
+    """Drop the gauges of worker processes that have ended: nobody waits in them. Linux only."""
+    for file in folder.glob("gauge_livesum_*.db"):
+        worker = file.stem.rpartition("_")[2]
+        if Path("/proc").exists() and not Path("/proc", worker).exists():
+            file.unlink(missing_ok=True)  # another worker may have answered at the same time

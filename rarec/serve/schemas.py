@@ -41,22 +41,27 @@ class BaseRequest(BaseModel):
     bundle: Bundle = None
     user: User = None
 
-
-class RecommendRequest(BaseRequest):
-    """`POST /v1/recommend`."""
-
-    histories: Annotated[list[History], Field(min_length=1, description="One for each user.")]
-    k: K = 10
-    exclude_seen: StrictBool = True
-    allow: Annotated[list[ItemId] | None, Field(description="The only items that may be returned.")] = None
-    deny: Annotated[list[ItemId], Field(description="Items that may not be returned.")] = []
-    popular_if_empty: StrictBool = False
+    @property
+    def all_histories(self) -> list[list[Id]]:
+        """The histories in it: those of several users, that of one, or an empty one."""
+        histories: list[list[Id]] = getattr(self, "histories", [getattr(self, "history", [])])
+        return histories
 
 
 class VectorsRequest(BaseRequest):
     """`POST /v1/users/vector`."""
 
-    histories: Annotated[list[History], Field(min_length=1)]
+    histories: Annotated[list[History], Field(min_length=1, description="One for each user.")]
+
+
+class RecommendRequest(VectorsRequest):
+    """`POST /v1/recommend`."""
+
+    k: K = 10
+    exclude_seen: StrictBool = True
+    allow: Annotated[list[ItemId] | None, Field(description="The only items that may be returned.")] = None
+    deny: Annotated[list[ItemId], Field(description="Items that may not be returned.")] = []
+    popular_if_empty: StrictBool = False
 
 
 class SimilarRequest(BaseRequest):
@@ -89,11 +94,18 @@ class PlaceRequest(BaseRequest):
     k: K = 3
 
 
-class Item(BaseModel):
-    """One item of an answer."""
+class Found(BaseModel):
+    """One item, without a score."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     item: Id
     title: str
+
+
+class Item(Found):
+    """One item of an answer."""
+
     score: float
 
 
@@ -106,6 +118,8 @@ class BaseAnswer(BaseModel):
 
 class UserItems(BaseModel):
     """What one user gets."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     items: list[Item]
     unknown: Annotated[int, Field(description="Ids of the history that the catalogue lacks; they were skipped.")]
@@ -121,13 +135,6 @@ class Vectors(BaseAnswer):
     """Answer of `/v1/users/vector`: (F,) of each user, or (K, F) where the best of K scores counts."""
 
     vectors: list[Any]
-
-
-class Found(BaseModel):
-    """One item, without a score."""
-
-    item: Id
-    title: str
 
 
 class FoundItems(BaseAnswer):

@@ -16,14 +16,21 @@ import yaml
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rarec.errors import Terminated, UserError
-from rarec.serve import metrics
 from rarec.serve.app import assemble
-from rarec.serve.guard import event, read_tokens
+from rarec.serve.guard import FOLDER, event, read_tokens
 from rarec.serve.settings import VARIABLE, ServeSettings
 
 FACTORY = "rarec.serve.app:create"
 PATIENCE = 10.0
 """Seconds in which a connection must have sent its first request, and after which an idle one is closed."""
+OPTIONS: dict[str, Any] = {
+    "ws": "none",
+    "log_config": None,
+    "access_log": False,
+    "server_header": False,
+    "timeout_keep_alive": int(PATIENCE),
+}
+"""Of uvicorn."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -49,10 +56,13 @@ def serve(settings: ServeSettings, source: Path | None, host: str, port: int, wo
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(host, port))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rarec-")))
-        os.environ[VARIABLE] = str(source or _written(settings, scratch / "serve.yaml"))
+        if source is None:
+            source = scratch / "serve.yaml"
+            source.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+        os.environ[VARIABLE] = str(source)
         if workers > 1:
             (scratch / "metrics").mkdir()
-            os.environ[metrics.FOLDER] = str(scratch / "metrics")
+            os.environ[FOLDER] = str(scratch / "metrics")
         app, manager = assemble()
         if workers == 1:
             manager.load()
@@ -61,11 +71,12 @@ def serve(settings: ServeSettings, source: Path | None, host: str, port: int, wo
         logging.getLogger("uvicorn.error").addHandler(_Events())
         host, port = listening.getsockname()[:2]
         event("listening", f"http://{f'[{host}]' if ':' in host else host}:{port}/")
+        options = {**OPTIONS, "http": Patient, "timeout_graceful_shutdown": drain}
         try:
             if workers > 1:
-                uvicorn.run(FACTORY, factory=True, workers=workers, fd=listening.fileno(), **_options(drain))
+                uvicorn.run(FACTORY, factory=True, workers=workers, fd=listening.fileno(), **options)
             else:
-                uvicorn.Server(uvicorn.Config(app, **_options(drain))).run(sockets=[listening])
+                uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])
         except (KeyboardInterrupt, Terminated):  # uvicorn has ended in order, and passes its signal on
             pass
     event("ended")
@@ -82,23 +93,6 @@ def check(settings: ServeSettings) -> None:
             import_module("rarec.serve.engines").check_served(Path(bundle.path))
         else:
             import_module("rarec.bundle.bundle").Bundle.open(Path(bundle.path), settings.trusted)
-
-
-def _written(settings: ServeSettings, path: Path) -> Path:
-    path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
-    return path
-
-
-def _options(drain: int) -> dict[str, Any]:
-    return {
-        "http": Patient,
-        "ws": "none",
-        "log_config": None,
-        "access_log": False,
-        "server_header": False,
-        "timeout_keep_alive": int(PATIENCE),
-        "timeout_graceful_shutdown": drain,
-    }
 
 
 class Patient(H11Protocol):
