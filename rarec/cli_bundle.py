@@ -66,7 +66,7 @@ def recommend(
     from rarec.bundle.users import open_log
 
     with _columns(columns, OF_LOG) as given, open_log(recommender.bundle, log, given, user) as histories:
-        rows = [history.rows for history in histories]
+        rows = [own for _, own in histories]
     _print(recommender.recommend_to(rows, k)[0] if rows else recommender.recommend([[]], k)[0])
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import ibis.expr.types as ir
 import numpy as np
@@ -22,6 +22,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from rarec.bundle.bundle import ITEMS, NO_COLUMNS, Bundle, Columns, Rows
+from rarec.bundle.recommended import Id
 from rarec.bundle.recommender import Recommender
 from rarec.config.schema import Prepare
 from rarec.console.progress import track
@@ -40,20 +41,8 @@ from rarec.storage.files import atomic_write
 NOTES, PARTS = "recommend.json", "parts"
 
 
-class UserHistory(NamedTuple):
-    """The history of one user of a log.
-
-    Attributes:
-        user: the id, as in the log.
-        rows: item rows in the bundle's catalogue, oldest first.
-    """
-
-    user: str | int
-    rows: Rows
-
-
 class Histories:
-    """The users of a log in the order of their ids, each with the history.
+    """The users of a log in the order of their ids, each with the item rows of the history, oldest first.
 
     Items that are not in the catalogue are left out, and users without any other.
 
@@ -70,13 +59,13 @@ class Histories:
         """Return the number of users."""
         return int(compute_value(self._engine, self._table.user_row.nunique()))
 
-    def __iter__(self) -> Iterator[UserHistory]:
-        """Yield the users."""
+    def __iter__(self) -> Iterator[tuple[Id, Rows]]:
+        """Yield the users' ids and histories."""
         columns = ("user_row", "user_id", "item_row")
         batches = self._engine.batches(self._table.order_by("user_row", "position").drop("position"))
         rows = (row for batch in batches for row in zip(*(batch[name].to_pylist() for name in columns), strict=True))
         for (_, user), own in groupby(rows, key=lambda row: row[:2]):
-            yield UserHistory(user, np.array([item for *_, item in own], np.int64))
+            yield user, np.array([item for *_, item in own], np.int64)
 
 
 @contextmanager
@@ -182,15 +171,15 @@ def _begin(begun: Path, identity: Mapping[str, Any]) -> None:
             (temporary / PARTS).mkdir()
 
 
-def _table(recommender: Recommender, users: list[UserHistory], k: int) -> pa.Table:
+def _table(recommender: Recommender, users: list[tuple[Id, Rows]], k: int) -> pa.Table:
     """Return the rows of some users; ids have the types of the log's and the catalogue's."""
-    lists = recommender.recommend_to([user.rows for user in users], k)
+    lists = recommender.recommend_to([rows for _, rows in users], k)
     rows = [
-        {"user": user.user, "rank": rank, **item._asdict()}
-        for user, items in zip(users, lists, strict=True)
+        {"user": user, "rank": rank, **item._asdict()}
+        for (user, _), items in zip(users, lists, strict=True)
         for rank, item in enumerate(items, start=1)
     ]
-    user_type = pa.int64() if users and isinstance(users[0].user, int) else pa.string()
+    user_type = pa.int64() if users and isinstance(users[0][0], int) else pa.string()
     item_type = recommender.bundle.catalogue.ids.type
     types = {"user": user_type, "rank": pa.int32(), "item": item_type, "title": pa.string(), "score": pa.float32()}
     return pa.Table.from_pylist(rows, pa.schema(types))
