@@ -167,9 +167,8 @@ def run(
     opened = open_run(config, overrides)
     with watched(opened.world):
         opened.run(stages.split() if stages is not None else None, fresh=fresh, verify=verify)
-    wanted = stages is None and opened.world.is_main
-    del opened  # and with it the language model, of which the example loads another copy
-    if wanted:
+    if stages is None and opened.world.is_main:
+        del opened  # and with it the language model, of which the example loads another copy
         show_results(open_run(config, overrides))
 
 
@@ -208,10 +207,8 @@ def sweep(
     sbatch: Annotated[str, typer.Option(help="With --slurm: more options of sbatch, in one text.")] = "",
 ) -> None:
     """Run many variations of one configuration; what is done is skipped, what they share is made once."""
-    if sbatch and not slurm:
-        raise UserError("--sbatch is for jobs", "give it together with --slurm")
-    if listed and slurm:
-        raise UserError("--list prints the runs and --slurm submits them", "give one of the two")
+    if (sbatch and not slurm) or (listed and slurm):
+        raise UserError("--sbatch goes with --slurm, and --list without it", "see rarec sweep --help")
     from rarec.cluster.definition import load_sweep
     from rarec.cluster.local import list_states, run_locally
     from rarec.cluster.slurm import submit

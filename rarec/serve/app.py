@@ -21,7 +21,7 @@ from rarec.errors import UserError
 from rarec.serve import schemas
 from rarec.serve.bundle_manager import BundleManager, Loaded, Unavailable, Unknown
 from rarec.serve.engines import Batcher, Busy, Closed, Engine, NotOffered, load_engine
-from rarec.serve.guard import REMEDIES, Guard, Metrics, failed, problem
+from rarec.serve.guard import REMEDIES, Guard, Metrics, problem
 from rarec.serve.settings import ServeSettings, settings_of_environment
 from rarec.version import __version__
 
@@ -255,8 +255,9 @@ async def _refuse(incoming: Incoming, error: Exception) -> JSONResponse:
             return problem(503, "no answer in time", busy, after=RETRY_AFTER)
         case HTTPException():
             return problem(error.status_code, str(error.detail), REMEDIES.get(error.status_code, "see /openapi.json"))
-        case _:  # the server raises it again, so that the guard logs it
-            return failed(incoming.scope)
+        case _:
+            remedy = f"report it with the request's id, {incoming.scope['rarec']['id']}"
+            return problem(500, "rarec failed", remedy)
 
 
 def _first_field(error: RequestValidationError) -> str:

@@ -96,17 +96,14 @@ class Guard:
 
     async def _serve(self, scope: Scope, receive: Receive, answer: Send) -> None:
         refused = self._refused(scope)
-        if refused is None:
-            try:
-                await self._app(scope, self._limited(receive), answer)
-                return
-            except Exception as error:
-                event("crash", f"{type(error).__name__}: {error}", id=scope["rarec"]["id"])
-                refused = failed(scope)
-            if scope["rarec"]["status"]:  # half an answer is on its way
-                return
-        with suppress(OSError):
-            await refused(scope, receive, answer)
+        if refused is not None:
+            with suppress(OSError):
+                await refused(scope, receive, answer)
+            return
+        try:
+            await self._app(scope, self._limited(receive), answer)
+        except Exception as error:  # the application has answered, and raised it again
+            event("crash", f"{type(error).__name__}: {error}", id=scope["rarec"]["id"])
 
     def _refused(self, scope: Scope) -> JSONResponse | None:
         """Return the refusal of a request that is not let in."""
@@ -176,11 +173,6 @@ class Rates:
 
 def _too_large(settings: ServeSettings) -> str:
     return f"the body has more than {settings.max_body:,} bytes"
-
-
-def failed(scope: Scope) -> JSONResponse:
-    """Return the answer to a request at which rarec failed."""
-    return problem(500, "rarec failed", f"report it with the request's id, {scope['rarec']['id']}")
 
 
 def problem(status: int, what: str, remedy: str, after: float | None = None) -> JSONResponse:
