@@ -37,6 +37,7 @@ from rarec.config.load import validated
 from rarec.config.neighbours import built_in
 from rarec.config.registry import KINDS
 from rarec.config.schema import Prepare
+from rarec.config.section import Count, Section
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.ids.source import KINDS_OF_USERS, Source, users_of
@@ -64,8 +65,6 @@ NOWHERE: Columns = MappingProxyType({"path": "none"})
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 Facts = Mapping[str, Any]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Size = Annotated[int, Field(gt=0, le=10_000_000)]
 _Sections = dict[str, dict[str, Any]]
 _NAMES_CODE = ("alignment_maps", "readouts", "losses")
 """Kinds of parts that the settings of a variant name."""
@@ -267,15 +266,11 @@ def _reading(path: Path) -> Iterator[None]:
 # ---- `recommender.json`: its sha256 says that it is the file of the manifest, and this, that what is in it fits
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class _Part(_Strict):
+class _Part(Section):
     """A part of the row."""
 
-    weight: _Finite
-    slope: _Finite
+    weight: float
+    slope: float
 
 
 class _Users(BaseModel):
@@ -291,22 +286,22 @@ class _Users(BaseModel):
         return self
 
 
-class _Source(_Strict):
+class _Source(Section):
     """An ID model."""
 
     users: _Users
-    dim: _Size
-    vectors_per_user: _Size
+    dim: Count
+    vectors_per_user: Count
     hash: str
 
 
-class _Neighbours(_Strict):
+class _Neighbours(Section):
     """How neighbour tables are read."""
 
-    newest: _Size
-    decay: _Finite
-    top: _Size
-    new_items: list[str] = []
+    newest: Count
+    decay: float
+    top: Count
+    new_items: list[str] = Field(default=[])
     """Models of the user's own that know new items."""
 
 
@@ -336,7 +331,7 @@ class _Model(BaseModel):
     settings: Annotated[_Sections, AfterValidator(_complete)]
 
 
-class _Tables(_Strict):
+class _Tables(Section):
     """How a log and a catalogue are read."""
 
     interactions: dict[str, Any]
@@ -345,14 +340,14 @@ class _Tables(_Strict):
     repeats: str
 
 
-class _Facts(_Strict):
+class _Facts(Section):
     version: Annotated[int, Field(alias="schema", ge=SCHEMA, le=SCHEMA)]
     row: str
     parts: Annotated[dict[str, _Part], Field(min_length=1)]
     id_model: str
     sources: dict[str, _Source]
     neighbours: _Neighbours | None
-    batch_size: _Size
+    batch_size: Count
     tables: _Tables
     model: _Model | None
 

@@ -35,7 +35,7 @@ from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, VectorRanker
 from rarec.ranking.rank import VectorScores
 from rarec.storage.artefacts import differences
 
-Histories = Sequence[npt.NDArray[np.integer]]
+RowsOfUsers = Sequence[npt.NDArray[np.integer]]
 """Item rows of each user, oldest first."""
 _OTHER_ROW = "export a row with a variant: VARIANT+id"
 
@@ -85,7 +85,7 @@ class Parts:
         """Popularity."""
         return VectorRanker.of_counts(self.bundle.catalogue.counts_N)
 
-    def scored(self, histories: Histories, *, popular: bool = False) -> Scores:
+    def scored(self, histories: RowsOfUsers, *, popular: bool = False) -> Scores:
         """Return the scores of the row after some histories, or the popularity of all items for each of them."""
         return (self.popular if popular else self._fastest).scored(unknown_users(histories))
 
@@ -188,7 +188,7 @@ class Parts:
         return loaded
 
 
-def unknown_users(histories: Histories) -> EvalBatch:
+def unknown_users(histories: RowsOfUsers) -> EvalBatch:
     """Return users of no dataset, by their histories."""
     nobody = np.zeros(len(histories), np.int64)
     return EvalBatch(nobody, histories, nobody)
@@ -248,7 +248,7 @@ class DenseForm(Ranker):
             near[names[0]] = _predicting(fusion, first), 1.0
         return cls(np.concatenate(tables, 1, dtype=np.float32), dense, near)
 
-    def users(self, histories: Histories) -> Float32:
+    def users(self, histories: RowsOfUsers) -> Float32:
         """Return user vectors, (B, F); or (B, K, F), of which the best score counts."""
         nobody = np.zeros(len(histories), np.int64)
         parts = [part.users(nobody, histories) for part in self.dense.values()]
@@ -257,7 +257,7 @@ class DenseForm(Ranker):
         vectors_BKF = np.concatenate([np.broadcast_to(part, (len(part), most, part.shape[2])) for part in wide], 2)
         return vectors_BKF[:, 0] if most == 1 else vectors_BKF
 
-    def near(self, histories: Histories) -> csr_matrix:
+    def near(self, histories: RowsOfUsers) -> csr_matrix:
         """Return what the neighbour models add, (B, N), times their weights."""
         near_BN = csr_matrix((len(histories), len(self.items_NF)), dtype=np.float32)
         for part, weight in self.sparse.values():
@@ -301,7 +301,7 @@ class DenseScores:
         histories: item rows of each user, oldest first.
     """
 
-    def __init__(self, form: DenseForm, histories: Histories) -> None:
+    def __init__(self, form: DenseForm, histories: RowsOfUsers) -> None:
         self._dense, self._near_BN = VectorScores(form.users(histories), form.items_NF), form.near(histories)
         self.n_users, self.n_items, self.width = len(histories), self._dense.n_items, self._dense.width + 1
 

@@ -2,35 +2,22 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from rarec.bundle.recommended import Id
 
-
-def _checked(text: str) -> str:
-    """Refuse half a character of UTF-16, which no answer could carry back."""
-    text.encode()
-    return text
-
-
-Text = Annotated[StrictStr, Field(max_length=1000), AfterValidator(_checked)]
+# pydantic refuses half a character of UTF-16, which no answer could carry back, where a length is limited
+Text = Annotated[StrictStr, Field(max_length=1000)]
 ItemId = Annotated[
-    Annotated[StrictStr, Field(max_length=256), AfterValidator(_checked)]
-    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)],
+    Annotated[StrictStr, Field(max_length=256)] | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)],
     Field(examples=["sku-1"]),
 ]
 History = Annotated[list[ItemId], Field(description="Ids of items, oldest first.", examples=[["sku-1", "sku-7"]])]
 K = Annotated[StrictInt, Field(ge=1, le=100_000, description="Number of items.")]
-Bundle = Annotated[
-    StrictStr | None,
-    Field(
-        max_length=40, pattern="^[A-Za-z0-9._-]*$", description="Name of the bundle that answers; by default by share."
-    ),
-]
-User = Annotated[
-    Text | None,
-    Field(description="Any key of the user: the same key gets the same bundle. It is not stored or logged."),
-]
+_BUNDLE = "Name of the bundle that answers; by default by share."
+Bundle = Annotated[StrictStr | None, Field(max_length=40, pattern="^[A-Za-z0-9._-]*$", description=_BUNDLE)]
+_USER = "Any key of the user: the same key gets the same bundle. It is not stored or logged."
+User = Annotated[Text | None, Field(description=_USER)]
 
 
 class BaseRequest(BaseModel):
