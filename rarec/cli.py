@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from rarec.cli_bundle import LanguageModel, Trust, items, open_bundle, realign, recommend, serve
+from rarec.cli_bundle import LanguageModel, Overrides, Trust, items, open_bundle, realign, recommend, serve
 from rarec.console.inert import in_one_line
 from rarec.console.progress import Console, console, say
 from rarec.entry import open_run, run_stage
@@ -36,7 +36,6 @@ app = typer.Typer(
     belong together. `rarec run CONFIG` does them all. Override fields like this: `rarec run CONFIG train.epochs=3`.""",
 )
 Config = Annotated[Path, typer.Argument(help="Run configuration, YAML. Start from `rarec init`.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", show_default=False)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Rebuild; what is there stays until its replacement is whole.")]
 
 

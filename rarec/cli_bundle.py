@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BUNDLE = "Folder that rarec export has written."
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help=_BUNDLE, show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", show_default=False)]
 BundleOrNone = Annotated[Path | None, typer.Argument(metavar="[BUNDLE]", help=_BUNDLE, show_default=False)]
 _LLM = "The language model, if it is elsewhere than at the export."
 LanguageModel = Annotated[str | None, typer.Option("--llm", help=_LLM)]
@@ -187,7 +188,7 @@ def remove(
 def realign(
     bundle: BundleFolder,
     config: Annotated[Path, typer.Argument(help="The run whose stage `ids` has trained the new ID models, YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value", show_default=False)] = None,
+    overrides: Overrides = None,
     least: Annotated[float, typer.Option(help="Refuse below this explained share of held-out vectors.")] = 0.5,
     out: NewFolder = None,
     llm: LanguageModel = None,
