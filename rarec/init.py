@@ -6,12 +6,8 @@ from rarec.config.shipped import shipped_files
 from rarec.errors import UserError
 from rarec.storage.files import write_text
 
-EXAMPLES = {
-    "demo": "real purchases with titles, inside this package; minutes on a laptop",
-    "mine": "your own log: name two files and their columns",
-    "beauty": "the headline of the results, on Amazon Beauty",
-}
-"""Configurations to start from, each with a line about it."""
+EXAMPLES = ("demo", "mine", "beauty")
+"""Configurations to start from: the demo, inside this package; your own log; the headline of the results."""
 BESIDE = ("configs/accelerate/*.yaml", "configs/deepspeed/*.json", "launch/*.py", "launch/slurm/*")
 """Files that commands of the documentation name; they are copied to the same relative paths."""
 

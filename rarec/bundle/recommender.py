@@ -266,8 +266,7 @@ class Recommender:
         """Return the item rows of a user who might be: a popular item, then neighbours of those before."""
         rng, bundle, chances_N = np.random.default_rng(), self.bundle, chances(self.bundle)
         rows = [int(rng.choice(len(chances_N), p=chances_N))]
-        name = "cooccurrence" if "cooccurrence" in bundle.tables else next(iter(bundle.tables), None)
-        table_NN = bundle.neighbours(name) if name else csr_matrix((len(chances_N),) * 2)
+        table_NN = bundle.neighbours(bundle.tables[0]) if bundle.tables else csr_matrix((len(chances_N),) * 2)
         while len(rows) < min(length, len(chances_N)):
             own = table_NN.getrow(int(rng.choice(rows)))
             nearest = own.indices[np.argsort(-own.data)[:10]]
