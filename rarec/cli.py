@@ -273,7 +273,8 @@ def _example(run: "Run") -> Iterator[str]:
     yield f"After {'; '.join(in_one_line(run.dataset.titles[row]) for row in rows)}:"
     for best in recommender.recommend([history], SHOWN)[0]:
         yield f"  {in_one_line(str(best.item))}  {in_one_line(best.title)}"
-    where, ids = shlex.quote(str(bundle.directory)), shlex.quote(",".join(map(str, history)))
+    where = shlex.quote(str(bundle.directory))
+    ids = shlex.quote(",".join(map(str, history)))
     yield f"More: rarec recommend {where} --history {ids}, or in a browser: rarec serve {where}"
 
 

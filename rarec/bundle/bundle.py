@@ -157,7 +157,8 @@ class Bundle:
 
     def _check_vectors(self) -> None:
         """Refuse vectors that are missing, not finite, or of another size or type."""
-        count, facts = len(self.catalogue.titles), self.facts
+        count = len(self.catalogue.titles)
+        facts = self.facts
         dims: dict[str, int | None] = {IDS + name: source["dim"] for name, source in facts["sources"].items()}
         for name, dim in {**dims, **({MODEL: None} if facts["model"] else {})}.items():
             table = self.vectors.get(name, np.empty(0))

@@ -98,7 +98,8 @@ class Parts:
             return self.ranker
 
     def _part(self, name: str) -> Ranker:
-        bundle, facts = self.bundle, self.bundle.facts
+        bundle = self.bundle
+        facts = bundle.facts
         if facts["model"] and name == facts["model"]["variant"]["name"]:
             return VectorRanker(bundle.vectors[MODEL], lambda rows, histories: self.encoder.users(rows, histories))
         if name == "popularity":
@@ -112,8 +113,10 @@ class Parts:
     @cached_property
     def new_items(self) -> dict[str, NewItems]:
         """The finder of neighbours of new items for each table whose model is rarec's and knows them, by name."""
-        bundle, known = self.bundle, self.bundle.catalogue
-        untitled, rule = bundle.facts["tables"]["items"]["untitled"], bundle.facts["neighbours"]
+        bundle = self.bundle
+        known = bundle.catalogue
+        untitled = bundle.facts["tables"]["items"]["untitled"]
+        rule = bundle.facts["neighbours"]
         models = {name: built_in(name) for name in bundle.tables}
         return {
             name: model.new_items(known.titles, known.texts, untitled, bundle.neighbours(name), int(rule["top"]))
@@ -156,8 +159,10 @@ class Parts:
         return Encoder(known.model, prompts or known.prompts, own, self._batch_size, self._world)
 
     def _prompts(self, titles: Sequence[str], texts: Sequence[str]) -> PromptPair:
-        config, loaded = self.bundle.config, self._loaded
-        reserved, kind = slots_reserved(config, self.bundle.shapes), loaded.identity["kind"]
+        config = self.bundle.config
+        loaded = self._loaded
+        reserved = slots_reserved(config, self.bundle.shapes)
+        kind = loaded.identity["kind"]
         return PromptPair(config.prompt, loaded.tokenizer, titles, texts, reserved, loaded.context_length, kind)
 
     @property
@@ -173,7 +178,8 @@ class Parts:
     @cached_property
     def _loaded(self) -> LoadedModel:
         """The language model; another one than the variant was trained with is refused."""
-        bundle, config = self.bundle, self.bundle.config
+        bundle = self.bundle
+        config = bundle.config
         llm = config.llm.model_copy(update={"path": self.llm_path})
         lora = config.lora if bundle.variant.lora else None
         device = self._world.device.type
@@ -302,7 +308,8 @@ class DenseScores:
     """
 
     def __init__(self, form: DenseForm, histories: RowsOfUsers) -> None:
-        self._dense, self._near_BN = VectorScores(form.users(histories), form.items_NF), form.near(histories)
+        self._dense = VectorScores(form.users(histories), form.items_NF)
+        self._near_BN = form.near(histories)
         self.n_users, self.n_items, self.width = len(histories), self._dense.n_items, self._dense.width + 1
 
     def block(self, users: slice) -> torch.Tensor:

@@ -133,7 +133,8 @@ class Recommender:
 
     def _listed(self, rows_K: Rows, scores_K: Float32) -> list[Recommended]:
         """Return items by their rows; -1 is none."""
-        titles, scored = self.bundle.catalogue.titles, zip(rows_K.tolist(), scores_K.tolist(), strict=True)
+        titles = self.bundle.catalogue.titles
+        scored = zip(rows_K.tolist(), scores_K.tolist(), strict=True)
         return [Recommended(self.items[row], titles[row], score) for row, score in scored if row >= 0]
 
     def user_vectors(self, histories: Sequence[History]) -> Float32:
@@ -264,7 +265,9 @@ class Recommender:
 
     def sample_user(self, length: int = 5) -> list[int]:
         """Return the item rows of a user who might be: a popular item, then neighbours of those before."""
-        rng, bundle, chances_N = np.random.default_rng(), self.bundle, chances(self.bundle)
+        bundle = self.bundle
+        rng = np.random.default_rng()
+        chances_N = chances(bundle)
         rows = [int(rng.choice(len(chances_N), p=chances_N))]
         table_NN = bundle.neighbours(bundle.tables[0]) if bundle.tables else csr_matrix((len(chances_N),) * 2)
         while len(rows) < min(length, len(chances_N)):

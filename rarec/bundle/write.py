@@ -114,7 +114,8 @@ def save_tensors(tensors: Mapping[str, Tensor | Float32], path: Path) -> None:
 
 
 def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
-    trained, section = contents.trained, config.neighbours
+    trained = contents.trained
+    section = config.neighbours
     neighbours: dict[str, Any] = {name: getattr(section, name) for name in ("newest", "decay", "top")}
     own = [name for name in contents.tables if built_in(name) is None and section.class_of(name).knows_new_items]
     neighbours |= {"new_items": own} if own else {}

@@ -209,7 +209,8 @@ class Service:
 
     def _check(self, request: schemas.BaseRequest) -> None:
         """Refuse what is beyond the limits of the settings."""
-        limits, histories = self._manager.settings, request.all_histories
+        limits = self._manager.settings
+        histories = request.all_histories
         for what, value, most in (
             ("histories", len(histories), limits.max_users),
             ("items in a history", max(map(len, histories)), limits.max_history),

@@ -180,7 +180,8 @@ class BundleManager:
         Raises:
             Exception: what is wrong with it; those that serve go on.
         """
-        serving, stamp = self._loaded.get(name), stamp_of(Path(bundle.path))
+        serving = self._loaded.get(name)
+        stamp = stamp_of(Path(bundle.path))
         if serving and stamp == serving.stamp:
             return
         if stamp is None:

@@ -5,7 +5,6 @@ Requests that wait together share a pass of the model. One thread runs the model
 
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -50,41 +49,19 @@ class Closed(Exception):
     """Another bundle has taken the place of this one."""
 
 
-class Engine(ABC):
-    """A bundle's model. Calls do not overlap.
-
-    Attributes:
-        row: name of the row that is served.
-        version: hash of the bundle's manifest.
-        ids: of the catalogue.
-        titles: of the catalogue.
-    """
-
-    row: str
-    version: str
-    ids: Sequence[Id]
-    titles: Sequence[str]
-
-    @abstractmethod
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Recommend. Raises `UserError` where a request names an item that is not in the catalogue."""
-
-    @abstractmethod
-    def vectors(self, histories: Sequence[History]) -> list[Any]:
-        """Return query vectors, (B, F) or (B, K, F), as lists."""
-
-    @property
-    def recommender(self) -> "Recommender":
-        """What answers all other requests. Raises `NotOffered` where the backend has no texts and no single parts."""
-        raise NotOffered("what needs texts or single parts")
-
-
-class TorchEngine(Engine):
-    """A bundle whose model runs in PyTorch.
+class TorchEngine:
+    """A bundle whose model runs in PyTorch. Calls do not overlap.
 
     Args:
         path: of the bundle.
         settings: of the service: device, language model, trusted parts.
+
+    Attributes:
+        recommender: answers what is asked beside recommendations and vectors.
+        row: name of the row that is served.
+        version: hash of the bundle's manifest.
+        ids: of the catalogue.
+        titles: of the catalogue.
 
     Raises:
         UserError: the bundle is missing or damaged.
@@ -93,34 +70,33 @@ class TorchEngine(Engine):
     def __init__(self, path: Path, settings: ServeSettings) -> None:
         from rarec.bundle.recommender import load
 
-        self._recommender = load(path, device=settings.device, llm=settings.llm, trusted=settings.trusted)
-        bundle = self._recommender.bundle
-        self.row, self.version = str(bundle.facts["row"]), str(bundle.manifest["hash"])
-        self.ids, self.titles = self._recommender.items, bundle.catalogue.titles
-        self._recommender.recommend([self.ids[:1]], 1)  # so that the first request does not wait for the model to load
+        self.recommender = load(path, device=settings.device, llm=settings.llm, trusted=settings.trusted)
+        bundle = self.recommender.bundle
+        self.row = str(bundle.facts["row"])
+        self.version = str(bundle.manifest["hash"])
+        self.ids = self.recommender.items
+        self.titles = bundle.catalogue.titles
+        self.recommender.recommend([self.ids[:1]], 1)  # so that the first request does not wait for the model to load
         if bundle.facts["model"]:
-            model = self._recommender.parts.encoder.model
+            model = self.recommender.parts.encoder.model
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = tensor.data.clone()  # a mapped file that is cut short on the disk would end the process
 
-    @property
-    def recommender(self) -> "Recommender":
-        """See `Engine`."""
-        return self._recommender
-
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """See `Engine`."""
-        answers = self._recommender.answer(requests)
+        """Recommend. Raises `UserError` where a request names an item that is not in the catalogue."""
+        answers = self.recommender.answer(requests)
         return list(map(Answer, answers.items, answers.unknown))
 
     def vectors(self, histories: Sequence[History]) -> list[Any]:
-        """See `Engine`."""
-        vectors: list[Any] = self._recommender.query_vectors(histories).tolist()
+        """Return query vectors, (B, F) or (B, K, F), as lists."""
+        vectors: list[Any] = self.recommender.query_vectors(histories).tolist()
         return vectors
 
 
-class OnnxEngine(Engine):
+class OnnxEngine:
     """A bundle whose model runs in ONNX Runtime: neither torch nor the language model's folder is needed.
+
+    Its attributes and methods are those of `TorchEngine`.
 
     Args:
         folder: of `rarec export BUNDLE --to onnx --to faiss`.
@@ -133,11 +109,13 @@ class OnnxEngine(Engine):
     def __init__(self, folder: Path, threads: int = 0) -> None:
         manifest = check_served(folder)
         self._client = import_module("rarec.export.rarec_client").Client(folder, threads)
-        self.row, self.version = str(manifest["settings"]["row"]), str(manifest["hash"])
-        self.ids, self.titles = self._client.ids, self._client.titles
+        self.row = str(manifest["settings"]["row"])
+        self.version = str(manifest["hash"])
+        self.ids: list[Id] = self._client.ids
+        self.titles: list[str] = self._client.titles
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """See `Engine`."""
+        """See `TorchEngine`."""
         rows = [self._rows(request.history) for request in requests]
         answers: dict[int, Answer] = {}
         by_length = sorted(range(len(requests)), key=lambda user: len(rows[user]))
@@ -148,9 +126,14 @@ class OnnxEngine(Engine):
         return [answers[user] for user in range(len(requests))]
 
     def vectors(self, histories: Sequence[History]) -> list[Any]:
-        """See `Engine`."""
+        """See `TorchEngine`."""
         queries = self._client.queries([self._rows(history) for history in histories])
         return [(query[0] if len(query) == 1 else query).tolist() for query in queries]
+
+    @property
+    def recommender(self) -> "Recommender":
+        """What answers all else: nothing does, since the folder has no texts and no single parts."""
+        raise NotOffered("what needs texts or single parts")
 
     def _answer(self, request: Request, rows: list[int], query: Any) -> Answer:
         if request.popular_if_empty and not rows:
@@ -170,6 +153,9 @@ class OnnxEngine(Engine):
         if unknown:
             raise UserError(f"item {unknown[0]!r} is not in the catalogue", "leave it out")
         return np.array(self._rows(items), np.int64)
+
+
+Engine = TorchEngine | OnnxEngine
 
 
 def load_engine(settings: ServeSettings, path: Path) -> Engine:
