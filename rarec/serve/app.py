@@ -197,6 +197,7 @@ class Service:
         """Submit a request that is within the limits; return the bundle and its result: all is from one bundle."""
         self._check(request)
         note: dict[str, Any] = incoming.scope["rarec"]
+        note["users"] = len(request.all_histories)
         while True:
             loaded = self._manager.pick(request.bundle, request.user if request.user is not None else note["id"])
             try:
@@ -204,7 +205,7 @@ class Service:
                 break
             except Closed:  # another bundle has just taken its place
                 await asyncio.sleep(0)
-        note |= {"users": len(request.all_histories), **loaded.source}
+        note |= loaded.source
         return loaded, await asyncio.wait_for(asyncio.wrap_future(future), self._manager.settings.timeout)
 
     def _check(self, request: schemas.BaseRequest) -> None:
