@@ -13,7 +13,7 @@
 Shape letters: N catalogue, Z size of a scored vector, E source dimension.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,13 +145,17 @@ class Bundle:
             UserError: it is missing or damaged, of another version, or needs a part that is not trusted.
         """
         manifest = read_manifest(directory, "bundle")
-        check_files(directory, manifest, REMEDY)
-        facts = read_facts(directory / FACTS, _tables_in(manifest))
+        check_files(directory, manifest, REMEDY, names={FACTS, ITEMS, VECTORS, ENCODERS, *manifest["files"]})
+        facts: dict[str, Any] = read_json(directory / FACTS, REMEDY)
+        validated(_Facts, facts, str(directory / FACTS), remedy=REMEDY)
         for name in own_parts(facts):
             if trusted is not None and name not in trusted:
                 problem = f"{directory} needs {name}, which is used only if it is named"
                 raise UserError(problem, f"name it, if you trust it: rarec.load(..., trusted=[{name!r}])")
         bundle = cls(directory, manifest, facts, trusted)
+        absent = [name for name in bundle.tables if f"{TABLES}/{name}.parquet" not in manifest["files"]]
+        if absent:
+            raise UserError(f"{directory / FACTS}: part {absent[0]!r} is not in this bundle", REMEDY)
         bundle._check_vectors()
         return bundle
 
@@ -200,8 +204,11 @@ class Bundle:
 
     @property
     def tables(self) -> list[str]:
-        """Names of the neighbour tables."""
-        return _tables_in(self.manifest)
+        """Names of the neighbour tables: of the parts that are nothing else."""
+        facts = self.facts
+        others = {"popularity", facts["model"] and facts["model"]["variant"]["name"]}
+        others |= {"id"} if facts["id_model"] in facts["sources"] else set()
+        return sorted(set(facts["parts"]) - others)
 
     def neighbours(self, name: str) -> Any:
         """Return a neighbour table, (N, N) sparse."""
@@ -243,11 +250,6 @@ class Bundle:
         log, catalogue = {**tables["interactions"], **order, **interactions}, {**tables["items"], **items}
         tree = {**tables, "interactions": log, "items": catalogue}
         return validated(Prepare, tree, str(self.directory / FACTS), remedy=REMEDY)
-
-
-def _tables_in(manifest: Mapping[str, Any]) -> list[str]:
-    files = (Path(file) for file in manifest["files"])
-    return sorted(file.stem for file in files if file.parent.name == TABLES)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -351,28 +353,6 @@ class _Facts(Section):
     batch_size: Count
     tables: _Tables
     model: _Model | None
-
-
-def read_facts(path: Path, tables: Iterable[str]) -> Facts:
-    """Read and check `recommender.json`.
-
-    Args:
-        path: of the file.
-        tables: names of the bundle's neighbour tables.
-
-    Raises:
-        UserError: it is not JSON or of another schema; a field is missing, unknown or of another type; a part of the
-            row is not in the bundle.
-    """
-    facts: dict[str, Any] = read_json(path, REMEDY)
-    checked = validated(_Facts, facts, str(path), remedy=REMEDY)
-    known = {"popularity", *tables}
-    known |= {"id"} if checked.id_model in checked.sources else set()
-    known |= {checked.model.variant.name} if checked.model else set()
-    unknown = [name for name in checked.parts if name not in known]
-    if unknown:
-        raise UserError(f"{path}: part {unknown[0]!r} is not in this bundle", REMEDY)
-    return facts
 
 
 def own_parts(facts: Facts) -> list[str]:
