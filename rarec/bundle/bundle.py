@@ -145,7 +145,8 @@ class Bundle:
             UserError: it is missing or damaged, of another version, or needs a part that is not trusted.
         """
         manifest = read_manifest(directory, "bundle")
-        check_files(directory, manifest, REMEDY, names={FACTS, ITEMS, VECTORS, ENCODERS, *manifest["files"]})
+        names = dict.fromkeys((FACTS, ITEMS, VECTORS, ENCODERS, *manifest["files"]))
+        check_files(directory, manifest, REMEDY, names=names)
         facts: dict[str, Any] = read_json(directory / FACTS, REMEDY)
         validated(_Facts, facts, str(directory / FACTS), remedy=REMEDY)
         for name in own_parts(facts):
