@@ -55,7 +55,7 @@ def files(root: Path) -> set[str]:
 
 def assert_whole(stage: Toy, value: int) -> None:
     stage.require(outside=True)
-    stage.check_files()
+    stage.checked()
     assert (stage.directory / "value").read_text() == str(value)
 
 

@@ -36,7 +36,6 @@ from rarec.report.run_files import TrainingRecord, read_run
 from rarec.stages import STAGES
 from rarec.stages.report import directories
 from rarec.stages.run import Run
-from rarec.stages.run_folder import read_record
 from rarec.storage.files import atomic_write, read_json, write_text
 
 HITS = "hr@100"
@@ -194,11 +193,10 @@ def _read_finished(run: SweepRun, sweep: Sweep, ranks: Path) -> Finished:
         UserError: a file of the evaluation is missing or altered.
     """
     opened = Run(run.config)
-    evaluation = opened.stage("evaluate")
-    evaluation.check_files()
+    evaluation = opened.stage("evaluate").checked()
     files = read_run(directories(opened), say=lambda line: None)
-    _write_digested(evaluation.directory / "ranks.parquet", ranks)
-    made = _made(run, read_record(opened.record_file), files.training, sweep.stages)
+    _write_digested(evaluation / "ranks.parquet", ranks)
+    made = _made(run, opened.read_record(), files.training, sweep.stages)
     return Finished(run, ranks, {"strata": _strata(files.strata), "hits": _hits(ranks), "made": made})
 
 

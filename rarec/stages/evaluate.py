@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rarec.errors import UserError
-from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
 from rarec.storage.files import sha256_file
@@ -22,7 +21,6 @@ class EvaluateStage(Stage):
     The last is about the alignment of the main variant, and missing where that has no slots.
     """
 
-    run: Run
     name = "evaluate"
     folder = "evaluation"
     summary = "Rank the full catalogue with every variant (as launch/evaluate.py does on several ranks)."

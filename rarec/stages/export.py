@@ -1,20 +1,19 @@
 """`rarec export`: the bundle that a user takes away."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rarec.config import MODEL_SECTIONS
 from rarec.config.method import NO_VARIANTS
 from rarec.errors import UserError
-from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
-from rarec.storage.artefacts import check_files
 from rarec.storage.files import read_json
 
 if TYPE_CHECKING:
     from rarec.bundle.write import Contents, Trained
+    from rarec.evaluation.verdict import BestVariant
     from rarec.ids.source import Source
 
 READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
@@ -24,7 +23,6 @@ READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
 class ExportStage(Stage):
     """The bundle of one row of the results: by default the one that is best on validation users."""
 
-    run: Run
     name = "export"
     kind = folder = "bundle"
     remembers = False  # a bundle is copied and taken away
@@ -59,40 +57,30 @@ class ExportStage(Stage):
         from rarec.evaluation.verdict import Results, verdict
         from rarec.models.model_folder import copy_model
 
-        run = self.run
-        results = self._results()
-        row, why = self._row(results)
-        contents = self._contents(row, results["fusion.json"])
+        run, evaluation = self.run, self.run.stage("evaluate").checked(*READ)
+        metrics, comparisons, validation, fusion = (read_json(evaluation / name) for name in READ)
+        judged = verdict(Results(metrics, comparisons, validation), run.config.main_variant.name, run.config.run.seed)
+        row, why = self._row(judged.best, {metric["variant"] for metric in validation})
+        contents = self._contents(row, fusion)
         run.world.run_on_main(lambda: write_bundle(directory, contents, run.config))
         if run.config.export.with_llm and contents.trained:
             run.world.run_on_main(lambda: copy_model(run.config.llm, run.converted_llm, directory / LLM))
-        metrics = [figure for figure in results["metrics.json"] if "/" not in figure["variant"]]
-        figures = {"row": row, "why": why, "metrics": metrics, "trained_parameters": self._parameters(contents)}
-        evaluated = Results(*(results[name] for name in READ[:3]))
-        judged = verdict(evaluated, run.config.main_variant.name, run.config.run.seed)
+        trained = contents.trained and run.stage("train", contents.trained.variant.name).require()
+        figures = {
+            "row": row,
+            "why": why,
+            "metrics": [figure for figure in metrics if "/" not in figure["variant"]],
+            "trained_parameters": trained["trainable_parameters"] if trained else 0,
+        }
         run.world.run_on_main(lambda: write_card(directory, contents, run.config, figures, judged.headline))
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         run.say(f"{self.directory}: {why}, {size / 1e6:.1f} MB")
         return Built(figures)
 
-    def _parameters(self, contents: "Contents") -> int:
-        """Return the number of trained parameters of what is exported."""
-        if contents.trained is None:
-            return 0
-        return int(TrainStage(self.run, contents.trained.variant.name).require()["trainable_parameters"])
-
-    def _results(self) -> dict[str, Any]:
-        evaluation = self.run.stage("evaluate")
-        check_files(evaluation.directory, evaluation.require(), names=READ)
-        return {name: read_json(evaluation.directory / name) for name in READ}
-
-    def _row(self, results: Mapping[str, Any]) -> tuple[str, str]:
+    def _row(self, best: "BestVariant | None", rows: Set[str]) -> tuple[str, str]:
         """Return the row to export, and why this one."""
         from rarec.evaluation.labels import figure, metric_title, variant_title
-        from rarec.evaluation.verdict import Results, best_variant
 
-        best = best_variant(Results(*(results[name] for name in READ[:3])))
-        rows = {metric["variant"] for metric in results["validation.json"]}
         wanted = self.run.config.export.variant
         if wanted is not None and wanted not in rows:
             problem = f"field `export.variant`: {wanted} is not in the results"
@@ -108,7 +96,7 @@ class ExportStage(Stage):
         from rarec.bundle.write import Contents
         from rarec.evaluation.labels import ID_ONLY
 
-        run = self.run
+        run, items = self.run, self.run.dataset
         parts = fusions.get(row) or {"id" if row == ID_ONLY else row: {"weight": 1.0, "slope": 0.0}}
         trained = next((self._trained(name) for name in parts if name in run.config.variants), None)
         sources = dict(run.sources) if trained else {}
@@ -116,9 +104,7 @@ class ExportStage(Stage):
             sources[run.baseline.name] = run.baseline
         for name, source in sources.items():
             _check_servable(name, source)
-        models = [name for name in run.config.neighbours.by_name if name in parts]
-        tables = {name: run.directory("neighbours", name) for name in models}
-        items = run.dataset
+        tables = {name: run.directory("neighbours", name) for name in run.config.neighbours.by_name if name in parts}
         catalogue = Catalogue(items.item_ids.whole(), list(items.titles), list(items.texts), items.train_counts_N)
         return Contents(row, parts, run.baseline.name, catalogue, trained, sources, tables)
 

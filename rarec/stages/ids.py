@@ -7,7 +7,6 @@ from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
 from rarec.config.neighbours import Graph
 from rarec.stages.neighbours import table_settings
 from rarec.stages.run import Run
-from rarec.stages.run_folder import RunFolder
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import PROGRESS, sha256_json
 
@@ -15,7 +14,6 @@ from rarec.storage.artefacts import PROGRESS, sha256_json
 class IdsStage(Stage):
     """Vectors of one source: `id`, each of the configuration's `sources`, and the baseline beside a held-out `id`."""
 
-    run: Run
     name = "ids"
     summary = "Train or import ID embeddings."
     claims = ("items.npy", "model.safetensors")
@@ -27,7 +25,7 @@ class IdsStage(Stage):
         self.resumable = isinstance(self._chosen, Recipe)
 
     @classmethod
-    def parts(cls, run: RunFolder) -> list[str]:
+    def parts(cls, run: Run) -> list[str]:
         """See `Stage`."""
         return list(run.config.vectors_by_name)
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from rarec.config.neighbours import Neighbours
 from rarec.stages.run import Run
-from rarec.stages.run_folder import RunFolder
 from rarec.stages.stage import Built, Stage
 
 if TYPE_CHECKING:
@@ -21,13 +20,12 @@ def table_settings(name: str, config: Neighbours) -> dict[str, Any]:
 class NeighboursStage(Stage):
     """The neighbour table of one model."""
 
-    run: Run
     name = "neighbours"
     summary = "Count which items are neighbours: bought together, one after the other, or alike in their words."
     shareable = True
 
     @classmethod
-    def parts(cls, run: RunFolder) -> list[str]:
+    def parts(cls, run: Run) -> list[str]:
         """See `Stage`."""
         return list(run.config.neighbours.by_name)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from rarec.config.schema import Prepare
 from rarec.errors import without_password
-from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 
 COMPUTES = ("engine", "spark", "memory", "scratch")
@@ -15,7 +14,6 @@ COMPUTES = ("engine", "spark", "memory", "scratch")
 class PrepareStage(Stage):
     """Users, items, interactions, the split, and a manifest with the counts of every step."""
 
-    run: Run
     name = "prepare"
     summary = "Logs to a prepared dataset: ids, order, split."
     shareable = True

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 class ReportStage(Stage):
     """`report.html`: figures, intervals, a verdict in words, plots. It needs no other file and no network."""
 
-    run: Run
     name = "report"
     summary = "Write one HTML file of all results."
     cheap = True
@@ -40,7 +39,7 @@ class ReportStage(Stage):
         from rarec.report.html import write_report
 
         run = self.run
-        run.stage("evaluate").check_files()
+        run.stage("evaluate").checked()
         for stage, files in (("prepare", []), ("shards", ["selection.json"])):  # which may be elsewhere by now
             place = run.directory(stage)
             if (place / MANIFEST).exists():

@@ -1,20 +1,22 @@
-"""A run: its configuration, its stages, and what they have made, opened when it is needed."""
+"""A run: its configuration, its folder, its stages, and what they have made, opened when it is needed."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rarec.config import RunConfig, Variant, load_config
+from rarec.config import RunConfig, Variant, dump_config, load_config
 from rarec.config.ids import Ids
 from rarec.console.inert import inert
+from rarec.distributed.hardware import machine
 from rarec.errors import Stopped, UserError
-from rarec.stages.run_folder import RunFolder, Say
 from rarec.stages.stage import STAGES, Stage
-from rarec.storage.artefacts import check_files, sha256_json
-from rarec.storage.files import read_json
+from rarec.storage.artefacts import read_sealed, sha256_json, write_sealed
+from rarec.storage.directories import protect_inputs
+from rarec.storage.files import read_json, remove_stale, write_text
 from rarec.version import source
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from rarec.data.dataset import PreparedDataset
     from rarec.data.tables import Scratch
+    from rarec.distributed.world import World
     from rarec.ids.source import Source
     from rarec.models.build import SourceShape
     from rarec.models.encode import Encoder
@@ -34,12 +37,15 @@ if TYPE_CHECKING:
     from rarec.ranking import Ranker
     from rarec.training.engines import Engine
 
+Say = Callable[[str], None]
+HEADER = "# The resolved configuration of this run, written by rarec. Edit the file that it comes from instead.\n"
 OPENED = {
     "prepare": ("dataset", "sources", "baseline", "prompts", "neighbours"),
     "ids": ("sources", "baseline", "prompts"),
     "neighbours": ("neighbours",),
 }
 """Properties of a run that hold opened artefacts, by the stage that makes these."""
+_TABLES = ("field `prepare.interactions.path`", "field `prepare.items.path`")
 
 
 def print_line(line: str) -> None:
@@ -47,7 +53,7 @@ def print_line(line: str) -> None:
     print(inert(line), file=sys.stderr, flush=True)
 
 
-class Run(RunFolder):
+class Run:
     """One run of a configuration: builds stages, and opens what they have made.
 
     ```python
@@ -61,15 +67,28 @@ class Run(RunFolder):
         overrides: `section.field=value` strings, for a YAML file.
         say: called with each line for the user.
 
+    Attributes:
+        root: `run.dir`.
+        config_file: the resolved configuration, written by every stage that builds something.
+        record_file: `record.json`: the time, machine and commit of each stage.
+        converted_llm: the language model as a plain directory, where it comes as a GGUF file.
+        tar_cache: shards fetched from elsewhere; what is missing here is fetched again.
+        reads_all: whether files are read and checked although they were before, and are the same by size and time.
+
     Raises:
         UserError: the configuration is not valid.
     """
 
     def __init__(self, config: str | Path | RunConfig, overrides: Iterable[str] = (), *, say: Say = print_line) -> None:
-        if isinstance(config, RunConfig):
-            super().__init__(config, say)
-        else:
-            super().__init__(load_config(config, overrides), say, config)
+        self.config = config if isinstance(config, RunConfig) else load_config(config, overrides)
+        self.say = say
+        self.root = Path(self.config.run.dir)
+        self.config_file = self.root / "resolved.yaml"
+        self.record_file = self.root / "record.json"
+        self.converted_llm = self.root / "llm"
+        self.tar_cache = self.root / "cache"
+        self.reads_all = False
+        self._read_from = "" if isinstance(config, RunConfig) else str(config)
 
     def run(self, stages: Sequence[str] | None = None, *, fresh: bool = False, verify: bool = False) -> None:
         """Build the stages that are not finished yet, in their order.
@@ -84,7 +103,7 @@ class Run(RunFolder):
             UserError: a name is unknown, the input is not as it should be, or an artefact was made with other settings.
             Stopped: a signal asked to stop; the same call resumes.
         """
-        wanted = named_stages(stages) if stages is not None else list(STAGES)
+        wanted = named_stages(STAGES if stages is None else stages)
         for stage in self.all_stages(wanted):  # what is refused is refused now, not after hours of training
             stage.settings()
             stage.check_place(fresh)
@@ -115,7 +134,7 @@ class Run(RunFolder):
             for opened in OPENED.get(name, ()) if built else ():  # it is of what was replaced
                 self.__dict__.pop(opened, None)
             if built and self.world.is_main:
-                self.record(name, time.monotonic() - started, fresh)
+                self._record(name, time.monotonic() - started, fresh)
         return built
 
     def metrics(self) -> "pd.DataFrame":
@@ -141,11 +160,6 @@ class Run(RunFolder):
 
         return read_columns(self._evaluated("ranks.parquet")).to_pandas()
 
-    def _check_places(self, stages: Sequence[Stage], fresh: bool) -> None:
-        self.protect(stage.directory for stage in self.all_stages(STAGES))
-        for stage in stages:
-            stage.check_place(fresh)
-
     def stage(self, name: str, part: str = "") -> Stage:
         """Return one artefact's stage: `stage("shards")`, `stage("train", "per_layer")`."""
         return STAGES[name](self, part)
@@ -161,6 +175,75 @@ class Run(RunFolder):
     def directory(self, name: str, part: str = "") -> Path:
         """Return the directory of an artefact: `directory("evaluate")`, `directory("train", "per_layer")`."""
         return self.stage(name, part).directory
+
+    def write_config(self, *, only_if_there: bool = False) -> None:
+        """Write the resolved configuration.
+
+        Args:
+            only_if_there: only in place of one that differs: nothing is built.
+
+        Raises:
+            UserError: a file of the user's has its name.
+        """
+        self._check_config_file()
+        path = self.config_file
+        text = HEADER + dump_config(self.config)
+        before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+        if before != text and (before is not None or not only_if_there):
+            write_text(path, text)
+
+    def read_record(self) -> dict[str, Any]:
+        """Return each stage's time, machine and commit, as `record.json` has it; an empty one if there is none.
+
+        Raises:
+            UserError: the file is damaged, or not rarec's.
+        """
+        remedy = f"move {self.record_file} away: only notes of times and machines are lost"
+        return read_sealed(self.record_file, remedy) if os.path.lexists(self.record_file) else {}
+
+    def _record(self, stage: str, seconds: float, fresh: bool) -> None:
+        """Add a stage's time, machine and commit to `record.json`.
+
+        The time of a process that was killed is unknown; a training's own manifest counts it.
+        """
+        record = self.read_record()
+        before = {} if fresh else record.get(stage, {})
+        now = {"hardware": machine(self.world.device), "ranks": self.world.size, **source()}
+        places = [*before.get("earlier", []), {name: before.get(name) for name in now}] if before else []
+        earlier = [place for place in places if place != now]
+        seconds = round(before.get("seconds", 0.0) + seconds, 2)
+        record[stage] = {"seconds": seconds, **now, **({"earlier": earlier} if earlier else {})}
+        write_sealed(self.record_file, record)
+
+    def _check_places(self, stages: Sequence[Stage], fresh: bool) -> None:
+        """Check, before anything is written, that nothing of the user's would be replaced.
+
+        Raises:
+            UserError: an input is where rarec replaces files, or a file of the user's has the name of one of rarec's.
+        """
+        for path in (self.config_file, self.record_file):
+            remove_stale(path.parent, path.name)
+        self._check_config_file()
+        self.read_record()
+        inputs = [(f"field `{field}`", path) for field, path in self.config.inputs.items()]
+        replaced = [*(stage.directory for stage in self.all_stages(STAGES)), self.converted_llm, self.tar_cache]
+        protect_inputs([*inputs, ("the configuration", self._read_from)], replaced, searched=_TABLES)
+        for stage in stages:
+            stage.check_place(fresh)
+
+    def _check_config_file(self) -> None:
+        """Refuse to replace a file that does not begin as the resolved configuration does."""
+        path = self.config_file
+        if os.path.lexists(path) and not (path.is_file() and path.read_bytes().startswith(HEADER.encode())):
+            problem = f"{path} is not rarec's: the run's resolved configuration would replace it"
+            raise UserError(problem, "choose another run.dir, or move that file away")
+
+    @cached_property
+    def world(self) -> "World":
+        """This process among those that the launcher has started, if any."""
+        from rarec.training.accelerator import start_world
+
+        return start_world(self.config)
 
     @property
     def scratch(self) -> "Scratch":
@@ -290,20 +373,16 @@ class Run(RunFolder):
     def _source(self, name: str) -> "Source":
         from rarec.ids.source import open_source
 
-        stage = self.stage("ids", name)
-        stage.require()
-        stage.check_files()
+        directory = self.stage("ids", name).checked()
         section = self.config.vectors_by_name[name]
-        return open_source(stage.directory, section.recipe if isinstance(section, Ids) else None)
+        return open_source(directory, section.recipe if isinstance(section, Ids) else None)
 
     def _neighbours(self, name: str) -> "NeighbourRanker":
         from rarec.neighbours.base import TABLE, read_table
         from rarec.neighbours.ranker import NeighbourRanker
 
-        stage, config = self.stage("neighbours", name), self.config.neighbours
-        stage.require()
-        stage.check_files()
-        table_NN = read_table(stage.directory / TABLE, self.dataset.n_items, self.scratch)
+        config = self.config.neighbours
+        table_NN = read_table(self.stage("neighbours", name).checked() / TABLE, self.dataset.n_items, self.scratch)
         lacking_N = None if config.class_of(name).knows_new_items else self.dataset.train_counts_N == 0
         return NeighbourRanker(table_NN, config.newest, config.decay, lacking_N)
 
@@ -312,8 +391,7 @@ class Run(RunFolder):
         stage = self.stage("evaluate")
         for made_from in stage.inputs().values():
             made_from.require()
-        check_files(stage.directory, stage.require(), names=[name], remember=True)
-        return stage.directory / name
+        return stage.checked(name) / name
 
     def _frame(self, name: str) -> "pd.DataFrame":
         import pandas as pd

@@ -7,8 +7,7 @@ Shape letters: S samples, B samples of a shard, N items, L stored blocks, D hidd
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -98,18 +97,33 @@ class ShardContent:
             SELECTION: lambda: self.selection.report,
         }
 
-    def write_tars(self, directory: Path, identity: str) -> list[dict[str, Any]]:
-        """Write the tars and the index; return the records of the tars. See `write_shards`."""
-        config, run = self.run.config.shards, self.run
-        per_shard, writers = config.samples_per_shard, config.writers
-        return write_shards(directory, self.total, per_shard, self.samples, identity, writers, run.world)
+    def write(
+        self, directory: Path, identity: str, names: Iterable[str]
+    ) -> tuple[dict[str, Any], dict[str, str | None]]:
+        """Write these of the files beside the tars, then the missing tars and the index.
 
-    def write_sidecar(self, directory: Path, name: str) -> None:
+        Args:
+            directory: directory of the shards.
+            identity: see `write_shards`.
+            names: of the files beside the tars.
+
+        Returns:
+            What the manifest says of all: see `describe_shards`.
+        """
+        run, config = self.run, self.run.config.shards
+        per_shard, writers = config.samples_per_shard, config.writers
+        with run.engine.serving(run.llm.backbone):  # on the ranks' device: another one rounds differently
+            for name in names:
+                self._write_sidecar(directory / name)
+            records = write_shards(directory, self.total, per_shard, self.samples, identity, writers, run.world)
+        return describe_shards(records, self.sidecars)
+
+    def _write_sidecar(self, path: Path) -> None:
         """Compute a file beside the tars on all ranks, and write it on the main one: an array, or JSON."""
-        self.run.world.report(f"making {name}")
-        made = self.sidecars[name]()
-        write = write_json if name.endswith(".json") else _write_npy
-        self.run.world.run_on_main(lambda: write(directory / name, made))
+        self.run.world.report(f"making {path.name}")
+        made = self.sidecars[path.name]()
+        write = write_json if path.suffix == ".json" else _write_npy
+        self.run.world.run_on_main(lambda: write(path, made))
 
     def samples(self, places: range) -> Iterator[Sample]:
         """Yield the samples at these places of the selection."""
@@ -134,13 +148,6 @@ class ShardContent:
             user, position = int(self.selection.user_rows[place]), int(self.selection.positions[place])
             cut_S[place] = self.run.prompts.user(self.run.dataset.history(user, position)).cut
         return int(cut_S.sum())
-
-    def say_size(self) -> None:
-        """Print the size of the stored states."""
-        config, items = self.run.config.shards, self.run.dataset.n_items
-        width = np.dtype(config.state_dtype).itemsize * self.run.llm.backbone.hidden_size * len(self.blocks)
-        sizes = f"{self.total * width / 1e6:.0f} MB for users, {items * width / 1e6:.0f} MB for items"
-        self.run.say(f"text-only states of {len(self.blocks)} blocks: {width / 1e3:.1f} kB a text, {sizes}")
 
     def _target_counts(self) -> npt.NDArray[np.int64]:
         """Return the number of selected samples with each item as target, (N,)."""
@@ -189,7 +196,6 @@ def verify(run: Run, repair: bool = False, deep: bool = False) -> str:
             f"the tars are at {remote}", "verify them on the machine that made them; fetched tars are always verified"
         )
     directory, manifest, content = run.directory("shards"), run.stage("shards").require(), ShardContent(run)
-    began = time.monotonic()
     problems = damaged_files(directory, manifest, min(_MAX_THREADS, os.cpu_count() or 1))
     if deep and not problems:
         states_NLD = map_npy(directory / ITEM_STATES, REPAIR)
@@ -198,9 +204,7 @@ def verify(run: Run, repair: bool = False, deep: bool = False) -> str:
     if not problems:
         size = sum((directory / name).stat().st_size for name in manifest["files"])
         checked = "all files unchanged" + (", all samples match the dataset" if deep else "")
-        speed = size / 1e6 / (time.monotonic() - began)
-        counts = f"{len(manifest['shards'])} shards, {manifest['samples']} samples, {size} bytes"
-        return f"{counts}: {checked} ({speed:.0f} MB/s)"
+        return f"{len(manifest['shards'])} shards, {manifest['samples']} samples, {size} bytes: {checked}"
     report = [f"{directory} is damaged:", *(f"  {line}" for line in problems.values())]
     if not repair:
         raise UserError(report, REPAIR)
@@ -217,13 +221,10 @@ def _repair(content: ShardContent, manifest: Manifest, damaged: list[str]) -> st
     run.stage("shards").require(outside=True)
     notes = [f"{PROGRESS}/"]
     claim(directory, notes)
-    with run.engine.serving(run.llm.backbone):  # on the device that made them: others round differently
-        for name in [name for name in content.sidecars if name in damaged]:
-            content.write_sidecar(directory, name)
-        keep_intact_tars(directory, manifest, damaged)
-        records = content.write_tars(directory, manifest["hash"])
+    keep_intact_tars(directory, manifest, damaged)
+    sidecars = [name for name in content.sidecars if name in damaged]
+    figures, files = content.write(directory, manifest["hash"], sidecars)
     drop_listed(directory, notes)
-    figures, files = describe_shards(records, content.sidecars)
     kept = {name: manifest[name] for name in ("settings", "made_from", "state_blocks", "cut_prompts")}
     new = write_manifest(directory, "shards", files=files, **kept, **figures)["files"]
     changed = sorted(name for name in new if new[name] != old.get(name))

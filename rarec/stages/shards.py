@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import Manifest, sha256_json
-from rarec.storage.directories import claim, discard, replace_directory
-from rarec.storage.files import remove_stale
+from rarec.storage.directories import claim
 
 LLM = ("path", "revision", "kind", "dtype", "quantize")
 """Fields of `llm` that say which weights, in which numbers; the rest says how they are computed with."""
@@ -16,7 +14,6 @@ LLM = ("path", "revision", "kind", "dtype", "quantize")
 class ShardsStage(Stage):
     """Tars of training samples with their text-only states, an index, item states, the selection's report."""
 
-    run: Run
     name = "shards"
     summary = "Select training samples, cache text-only states, write shards."
     resumable = True
@@ -50,7 +47,7 @@ class ShardsStage(Stage):
 
     def require(self, *, outside: bool = False) -> Manifest:
         """See `Stage`. If the shards are kept elsewhere, everything but their tars is fetched first."""
-        self._fetch_description(self.directory)
+        self._fetch_description()
         return super().require(outside=outside)
 
     def make(self, fresh: bool = False) -> bool:
@@ -59,7 +56,7 @@ class ShardsStage(Stage):
         if not remote:
             return super().make(fresh)
         if fresh:
-            self.run.world.run_on_main(self._replace_description)
+            self.run.world.run_on_main(lambda: self._fetch_description(fresh=True))
         self.require(outside=True)
         self.run.say(f"{directory} describes the shards at {remote}")
         return False
@@ -67,35 +64,22 @@ class ShardsStage(Stage):
     def build(self, directory: Path) -> Built:
         """See `Stage`. Tars that an interrupted build has finished are kept."""
         from rarec.data.shards.files import INDEX, tar_name
-        from rarec.data.shards.writing import describe_shards
         from rarec.stages.shard_content import ShardContent
 
-        run, config, world = self.run, self.run.config.shards, self.run.world
+        run = self.run
         content = ShardContent(run)
-        content.say_size()
         identity = sha256_json([self.settings(), run.model_inputs, run.dataset.hash])
-        tars = map(tar_name, range(-(-content.total // config.samples_per_shard)))
-        world.run_on_main(lambda: claim(directory, [INDEX, *content.sidecars, *tars]))
-        with run.engine.serving(run.llm.backbone):
-            for name in content.sidecars:
-                content.write_sidecar(directory, name)
-            records = content.write_tars(directory, identity)
+        tars = map(tar_name, range(-(-content.total // run.config.shards.samples_per_shard)))
+        run.world.run_on_main(lambda: claim(directory, [INDEX, *content.sidecars, *tars]))
+        figures, files = content.write(directory, identity, content.sidecars)
         cut = {"user": content.cut_users(), "item": run.prompts.cut["item"]}
-        run.say(f"{content.total} samples in {len(records)} shards")
+        run.say(f"{content.total} samples in {len(figures['shards'])} shards")
         run.say(f"prompts cut to the context length: {cut['user']} of users, {cut['item']} of items")
-        figures, files = describe_shards(records, content.sidecars)
         return Built({"state_blocks": content.blocks, "cut_prompts": cut, **figures}, files)
 
-    def _replace_description(self) -> None:
-        new = self.directory.with_name(f".{self.directory.name}.fresh")
-        discard(new)
-        self._fetch_description(new)
-        remove_stale(self.directory.parent, self.directory.name)
-        replace_directory(new, self.directory)
-
-    def _fetch_description(self, directory: Path) -> None:
+    def _fetch_description(self, fresh: bool = False) -> None:
         remote = self.run.config.train.stream.remote
         if remote:
             from rarec.data.shards.files import fetch_description
 
-            fetch_description(remote, directory)
+            fetch_description(remote, self.directory, fresh)

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rarec.errors import Stopped, UserError
-from rarec.stages.run_folder import RunFolder
 from rarec.storage import artefacts
 from rarec.storage.artefacts import BEGUN, MANIFEST, SCHEMA, Manifest, read_manifest, sha256_json
 from rarec.storage.directories import (
@@ -27,6 +26,9 @@ from rarec.storage.directories import (
     sync_directory,
 )
 from rarec.storage.files import lock_file, try_lock
+
+if TYPE_CHECKING:
+    from rarec.stages.run import Run
 
 POLL = 0.5
 """Seconds between attempts to take a lock that another process holds."""
@@ -82,11 +84,11 @@ class Stage(ABC):
             if "name" in cls.__dict__ and attribute not in cls.__dict__:
                 setattr(cls, attribute, cls.name)
 
-    def __init__(self, run: RunFolder, part: str = "") -> None:
+    def __init__(self, run: "Run", part: str = "") -> None:
         self.run, self.part = run, part
 
     @classmethod
-    def parts(cls, run: RunFolder) -> list[str]:
+    def parts(cls, run: "Run") -> list[str]:
         """Return the parts that a run has, in their order."""
         return [""]
 
@@ -172,11 +174,11 @@ class Stage(ABC):
         """The hash of the finished artefact, from its manifest."""
         return str(read_manifest(self.directory, self.kind)["hash"])
 
-    def check_files(self) -> None:
-        """Check every file of the finished artefact against its manifest."""
+    def checked(self, *names: str) -> Path:
+        """Require the finished artefact, check these of its files, by default all, and return its directory."""
         remember = self.remembers and not self.run.reads_all
-        manifest = read_manifest(self.directory, self.kind)
-        artefacts.check_files(self.directory, manifest, self.remedy, remember=remember)
+        artefacts.check_files(self.directory, self.require(), self.remedy, names=names or None, remember=remember)
+        return self.directory
 
     def is_done(self) -> bool:
         """Return whether the artefact is finished as the configuration says, as far as manifests tell."""
@@ -239,7 +241,7 @@ class Stage(ABC):
             return False
         try:
             world.run_on_all(lambda: self.require(outside=True))
-            world.run_on_main(self.check_files)
+            world.run_on_main(self.checked)
         except UserError as error:
             if not self.cheap:
                 raise

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from rarec.config import Variant
 from rarec.errors import UserError
 from rarec.stages.run import Run
-from rarec.stages.run_folder import RunFolder
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import MANIFEST, differences, read_manifest, sha256_json
 from rarec.storage.files import sha256_file
@@ -28,14 +27,13 @@ CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
 class TrainStage(Stage):
     """One trained variant: its best and newest checkpoints, its log, and in the manifest the best step."""
 
-    run: Run
     name = "train"
     summary = "Train every variant (as launch/train.py does on several ranks)."
     resumable = True
     claims = (LOG, "skipped.json", "log/")  # the last is of trackers
 
     @classmethod
-    def parts(cls, run: RunFolder) -> list[str]:
+    def parts(cls, run: Run) -> list[str]:
         """See `Stage`."""
         return list(run.config.variants)
 
@@ -97,9 +95,11 @@ class TrainStage(Stage):
 
     def untrained(self) -> "Trainer":
         """Return the training before its first step, for measurements; damaged samples are not looked for."""
-        from rarec.stages.variant_training import untrained
+        from rarec.stages.variant_training import build_trainer, open_feed
+        from rarec.training.checkpoints import TrainingState
 
-        return untrained(self.run, self.variant, self.checkpoints())
+        feed = open_feed(self.run)
+        return build_trainer(self.run, self.variant, feed, feed.plan(), self.checkpoints(), TrainingState())
 
     def best_model(self) -> "RaRec":
         """Return the trained variant at its best validation, for the run's engine to serve.

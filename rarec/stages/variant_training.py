@@ -17,7 +17,6 @@ from rarec.data.shards.loader import BatchLoader
 from rarec.data.shards.samples import REPAIR
 from rarec.data.tables import map_npy
 from rarec.distributed.signals import StopSignals
-from rarec.distributed.world import World
 from rarec.models.build import aligned_blocks, slots_reserved, trained_parameters, whole_size
 from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
@@ -25,9 +24,7 @@ from rarec.models.towers import RaRec
 from rarec.ranking import EvalBatch
 from rarec.ranking.metrics import validation_metrics
 from rarec.stages.run import Run
-from rarec.stages.run_folder import Say
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS
-from rarec.storage.artefacts import check_files
 from rarec.training.accelerator import build_accelerator
 from rarec.training.batches import Collator, initial_samples
 from rarec.training.checkpoints import Checkpoints, TrainingState
@@ -46,27 +43,26 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
         directory: for its log, and the record of samples that are left out.
         checkpoints: of this training.
     """
-    config, world, manifest = run.config.train, run.world, run.stage("shards").require()
+    config, world = run.config.train, run.world
     world.report(f"loading the model of variant {variant.name}", 0)
     for each in run.config.variants.values():
         aligned_blocks(run.config, each, len(run.llm.backbone.blocks))
-    read_whole = (ITEM_STATES, TARGET_COUNTS, INDEX)  # samples are checked one by one
-    world.run_on_main(lambda: check_files(run.directory("shards"), manifest, names=read_whole, remember=True))
+    # The other files are the tars, whose samples are checked one by one.
+    world.run_on_main(lambda: run.stage("shards").checked(ITEM_STATES, TARGET_COUNTS, INDEX))
     feed = open_feed(run)
     excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
     plan = feed.plan(excluded)
     plan.check_world_size(world.size * config.accumulate, config.epochs)
     accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None
-    if run.engine.advice(run.config.llm):
-        run.say(run.engine.advice(run.config.llm))
+    if advice := run.engine.advice(run.config.llm):
+        run.say(advice)
     world.run_on_main(lambda: feed.record(directory, excluded))
-    state = _resumed(checkpoints, world, run.say)
+    state = _resumed(run, checkpoints)
     trainer = build_trainer(run, variant, feed, plan, checkpoints, state)
     trained = sum(map(whole_size, trained_parameters(trainer.model).values()))
     stopped = _fit(run, variant, directory / "log.jsonl", trainer, state, accelerator)
-    run.say(
-        f"{variant.title}: best validation NDCG@100 {state.best_value:.4f} at step {state.best_step} of {state.step}"
-    )
+    best = f"{state.best_value:.4f} at step {state.best_step} of {state.step}"
+    run.say(f"{variant.title}: best validation NDCG@100 {best}")
     stop = f"{variant.title} is trained; a signal asked to stop before the next stage"
     figures = {**asdict(state), "trainable_parameters": trained, "skipped_samples": len(excluded)}
     return figures, stop if world.all_reduce_max(int(stopped)) else ""
@@ -93,9 +89,10 @@ def _fit(
             tracker.finish()  # not `end_training`, which ends the process group as well
 
 
-def _resumed(checkpoints: Checkpoints, world: World, say: Say) -> TrainingState:
+def _resumed(run: Run, checkpoints: Checkpoints) -> TrainingState:
     """Return the state of the newest whole checkpoint, as rank 0 finds it; a new one where there is none."""
-    step = world.run_on_all(lambda: checkpoints.newest(say) if world.is_main else None)
+    world = run.world
+    step = world.run_on_all(lambda: checkpoints.newest(run.say) if world.is_main else None)
     newest = world.all_reduce_max(-1 if step is None else step)
     state = checkpoints.state(newest) if newest >= 0 else TrainingState()
     if world.all_reduce_max(int(state.best_step is None)):  # another machine may still list what rank 0 has dropped
@@ -115,9 +112,7 @@ def build_trainer(
         checkpoints.load(model, state.step)
     else:
         initialiser = open_initialiser(run, shards["state_blocks"])
-        model = initialiser.new_model(
-            variant, lambda count: initial_samples(feed.first_samples(plan, count), run.prompts)
-        )
+        model = initialiser.new_model(variant, lambda n: initial_samples(feed.first_samples(plan, n), run.prompts))
     optimisation = run.engine.train(model, config.train)
     collate = Collator(model, run.prompts, run.sources, item_states_NLD, config.alignment.id_dropout)
     return Trainer(
@@ -134,12 +129,6 @@ def build_trainer(
     )
 
 
-def untrained(run: Run, variant: Variant, checkpoints: Checkpoints) -> Trainer:
-    """Return a variant's training before its first step, without the check for damaged samples."""
-    feed = open_feed(run)
-    return build_trainer(run, variant, feed, feed.plan(), checkpoints, TrainingState())
-
-
 def open_feed(run: Run) -> Feed:
     """Return the feed of the run's shards, which must be finished."""
     directory, manifest = run.directory("shards"), run.stage("shards").require()
@@ -150,16 +139,8 @@ def open_feed(run: Run) -> Feed:
 def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:
     """Return what builds variants before their first step, from the stored states of these blocks."""
     states_NLD = map_npy(run.directory("shards") / ITEM_STATES, REPAIR)
-    return Initialiser(
-        run.config,
-        run.load_llm,
-        run.prompts,
-        run.sources,
-        state_blocks,
-        states_NLD,
-        run.engine.serving,
-        run.world,
-    )
+    parts = (run.prompts, run.sources, state_blocks, states_NLD)
+    return Initialiser(run.config, run.load_llm, *parts, run.engine.serving, run.world)
 
 
 def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:

@@ -174,21 +174,22 @@ class RemoteTars(Tars):
             file.truncate(size)
 
 
-def fetch_description(url: str, directory: Path) -> None:
+def fetch_description(url: str, directory: Path, fresh: bool = False) -> None:
     """Fetch and verify all files of remote shards except the tars, unless their manifest is already there.
 
     Args:
         url: URL of the directory of shards.
         directory: local directory for the files.
+        fresh: fetch them anew, and replace what rarec has in the directory.
 
     Raises:
         UserError: a file cannot be read or does not match the manifest, or `directory` has unfinished local shards.
     """
     url = url.rstrip("/")
     with locked(directory.with_name(f".{directory.name}.fetch")):
-        if (directory / MANIFEST).exists():
+        if (directory / MANIFEST).exists() and not fresh:
             return
-        if directory.exists():
+        if directory.exists() and not fresh:
             remedy = "finish them with train.stream.remote=null, or move them away"
             raise UserError(f"{directory} contains unfinished shards of this machine", remedy)
         with new_directory(directory) as temporary:
