@@ -10,13 +10,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field
 
 from rarec.config import RunConfig
 from rarec.config.load import PRESET, above_preset, parse_override, read_tree, set_field, validated
@@ -36,34 +37,31 @@ RESERVED = (SHARED, "slurm")
 """Names of directories beside the runs, which no run may have."""
 MAX_RUNS = 10_000
 """Largest number of runs of a sweep. They are counted before any is listed."""
-ENTRY_FIELDS = ("seeds", "grid")
-"""Fields of an entry that are not fields of the configuration."""
 State = Literal["done", "begun", "to do"]
-Seeds = Annotated[list[Seed], Field(min_length=1)]
-T = TypeVar("T")
 _SET_BY_SWEEP = {"run.dir": "the sweep sets it for each run", "run.seed": "list `seeds`, of the sweep or of the run"}
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=,@-]*")
 
 
+def _check_name(name: str) -> str:
+    """Validate the name of an entry, which becomes a directory beside the sweep's own, and return it."""
+    if name in RESERVED or not _NAME.fullmatch(name):
+        allowed = "a letter or digit, then letters, digits and . _ + = , @ -"
+        raise ValueError(f"this name is not free, or is no directory's: choose another name, {allowed}")
+    return name
+
+
+Seeds = Annotated[list[Seed], Field(min_length=1)]
+
+
 class Entry(Section):
-    """An entry of `runs`: overrides of the base's fields, dotted or nested, beside `seeds` and `grid`."""
+    """An entry of `runs`: `seeds`, `grid`, and overrides of the base's fields, dotted or nested."""
+
+    model_config = ConfigDict(extra="allow")
 
     seeds: Seeds | None = None
     """Seeds of this run; default: those of the sweep."""
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default={})
     """Lists of values by field: one run for each combination."""
-    overrides: dict[str, Any] = Field({})
-    """All other fields."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _collect_overrides(cls, value: Any) -> Any:
-        if value is None:  # a name alone: the base without overrides
-            return {}
-        if not isinstance(value, dict):
-            return value
-        rest = {str(name): each for name, each in value.items() if name not in ENTRY_FIELDS}
-        return {**{name: value[name] for name in ENTRY_FIELDS if name in value}, "overrides": rest}
 
 
 class SweepFile(Section):
@@ -78,8 +76,8 @@ class SweepFile(Section):
         ["prepare", "ids", "neighbours", "shards", "train", "evaluate"]
     )
     """Stages of each run; they run in the order of `rarec run`."""
-    runs: Annotated[dict[str, Entry], Field(min_length=1)]
-    """Entries by name."""
+    runs: Annotated[dict[Annotated[str, AfterValidator(_check_name)], Entry | None], Field(min_length=1)]
+    """Entries by name; a name alone is the base without overrides."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +154,20 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
     Raises:
         UserError: the file, its base or a run is invalid; the message names the file and the run.
     """
-    file = validated(SweepFile, read_tree(path), str(path))
+    file = validated(SweepFile, read_tree(path), str(path), remedy="correct it: docs/sweeps.md has every field")
     base, common = path.parent / file.base, dict(map(parse_override, overrides))
     if not base.is_file():
         raise UserError(f"{path}, field `base`: {base} does not exist", "give its path relative to the sweep's file")
     _refuse_fields_of_the_sweep(common, f"{path}, override for all runs")
-    _refuse_too_many(file, path)
-    runs = list(_runs(file, path, base, common))
-    duplicate = _first_duplicate(run.label for run in runs)
-    if duplicate is not None:
-        raise UserError(f"{path}: two runs are called {duplicate}", "list each value of a grid once")
+    entries = {name: entry or Entry() for name, entry in file.runs.items()}
+    count = sum(math.prod(map(len, (*entry.grid.values(), entry.seeds or file.seeds))) for entry in entries.values())
+    if count > MAX_RUNS:
+        remedy = f"list fewer values in each `grid`, or fewer seeds: at most {MAX_RUNS:,} runs"
+        raise UserError(f"{path}: {count:,} runs", remedy)
+    runs = list(_runs(file, entries, path, base, common))
+    label, times = Counter(run.label for run in runs).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{path}: {times} runs are called {label}", "list each seed, and each value of a grid, once")
     stages = tuple(stage for stage in STAGES if stage in file.stages)
     return Sweep(path, Path(file.dir), base, stages, tuple(runs))
 
@@ -199,85 +201,40 @@ def _same_llm(run: Run) -> bool:
     return isinstance(recorded, dict) and all(recorded.get(name) == value for name, value in wanted.items())
 
 
-def _runs(file: SweepFile, path: Path, base: Path, common: Mapping[str, Any]) -> Iterator[SweepRun]:
+def _runs(
+    file: SweepFile, entries: Mapping[str, Entry], path: Path, base: Path, common: Mapping[str, Any]
+) -> Iterator[SweepRun]:
     """Yield every run of a sweep, with its validated configuration."""
     tree = above_preset(read_tree(base))
     sets_shared = isinstance(tree.get("run"), dict) and tree["run"].get("shared")
     shared = {} if sets_shared else {"run.shared": str(Path(file.dir, SHARED))}
-    for entry in file.runs:
-        for name, seed, grid, fields in _points(file, entry, common, f"{path}: run {entry!r}"):
-            overrides = {**shared, **fields}
-            config = _resolve(tree, overrides, f"{path}: run {name!r} over {base}")
-            _check_stages(config, file.stages, f"{path}: run {name!r}")
+    for entry, fields in entries.items():
+        own = _own_fields(fields, common, f"{path}: run {entry!r}")
+        for grid, seed in product(_points(fields.grid), fields.seeds or file.seeds):
+            name = f"{entry}/{_point_name(grid)}" if grid else entry
+            place = {"run.dir": str(Path(file.dir, name, f"seed-{seed}")), "run.seed": seed}
+            overrides = {**shared, **own, **grid, **common, **place}
+            config = _resolve(tree, overrides, file.stages, f"{path}: run {name!r} over {base}")
             yield SweepRun(entry, name, seed, grid, overrides, config)
 
 
-def _refuse_too_many(file: SweepFile, path: Path) -> None:
-    counts = {
-        name: math.prod(map(len, entry.grid.values())) * len(entry.seeds or file.seeds)
-        for name, entry in file.runs.items()
-    }
-    if sum(counts.values()) > MAX_RUNS:
-        largest = max(counts, key=counts.__getitem__)
-        problem = f"{path}: {sum(counts.values()):,} runs, {counts[largest]:,} of them of {largest!r}"
-        raise UserError(problem, f"list fewer values in its `grid`, or fewer seeds: at most {MAX_RUNS:,} runs")
+def _points(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield each combination of a grid's values, by field."""
+    return (dict(zip(grid, values, strict=True)) for values in product(*grid.values()))
 
 
-def _check_stages(config: RunConfig, stages: Iterable[str], where: str) -> None:
-    """Refuse what a stage would refuse of this configuration, before any run is started."""
-    for stage in Run(config).all_stages(stages):
-        try:
-            stage.settings()
-        except UserError as error:
-            raise UserError(f"{where}: {error.problem}", error.remedy) from None
-
-
-def _points(
-    file: SweepFile, name: str, common: Mapping[str, Any], where: str
-) -> Iterator[tuple[str, int, dict[str, Any], dict[str, Any]]]:
-    """Yield each run of an entry: name with the point of the grid, seed, fields of the grid, all fields."""
-    _check_name(name, where)
-    entry = file.runs[name]
-    own = _own_fields(entry, where)
-    repeated = next((field for field in entry.grid if field in own or field in common), None)
-    if repeated is not None:
-        raise UserError(f"{where}: field `{repeated}` is in its grid, and set beside it", "set it once")
-    seeds = entry.seeds or file.seeds
-    duplicate = _first_duplicate(seeds)
-    if duplicate is not None:
-        raise UserError(f"{where}: seed {duplicate} is listed twice", "list each seed once")
-    for values in product(*entry.grid.values()):
-        grid = dict(zip(entry.grid, values, strict=True))
-        full_name = name + (f"/{_point_name(grid)}" if grid else "")
-        for seed in seeds:
-            place = {"run.dir": str(Path(file.dir, full_name, f"seed-{seed}")), "run.seed": seed}
-            yield full_name, seed, grid, {**own, **grid, **common, **place}
-
-
-def _check_name(name: str, where: str) -> None:
-    """Refuse a name that cannot be a directory beside the sweep's own."""
-    if name in RESERVED:
-        raise UserError(f"{where}: `{name}` is a directory of the sweep itself", "choose another name")
-    if not _NAME.fullmatch(name):
-        problem = f"{where}: the name is not valid as a directory"
-        raise UserError(problem, "start with a letter or digit; then letters, digits and . _ + = , @ - are allowed")
-
-
-def _first_duplicate(values: Iterable[T]) -> T | None:
-    return next((value for value, count in Counter(values).items() if count > 1), None)
-
-
-def _own_fields(entry: Entry, where: str) -> dict[str, Any]:
-    """Return the fields that an entry overrides, dotted."""
-    fields = list(_flatten(entry.overrides, RunConfig))
-    duplicate = _first_duplicate(name for name, _ in fields)
-    if duplicate is not None:
-        raise UserError(f"{where}: field `{duplicate}` is set twice", "set it once, dotted or nested")
-    _refuse_fields_of_the_sweep({**dict(fields), **entry.grid}, where)
+def _own_fields(entry: Entry, common: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields that an entry overrides, dotted; refuse one that is set at two places."""
+    fields = list(_flatten(entry.model_extra or {}, RunConfig))
+    names = [*(name for name, _ in fields), *entry.grid]
+    _refuse_fields_of_the_sweep(names, where)
+    for name, times in Counter([*names, *(common.keys() & entry.grid.keys())]).items():
+        if times > 1:
+            raise UserError(f"{where}: field `{name}` is set twice: dotted, nested or in the grid", "set it once")
     return dict(fields)
 
 
-def _refuse_fields_of_the_sweep(fields: Mapping[str, Any], where: str) -> None:
+def _refuse_fields_of_the_sweep(fields: Iterable[str], where: str) -> None:
     for field in fields:
         if field in _SET_BY_SWEEP:
             raise UserError(f"{where}: `{field}` cannot be overridden in a sweep", _SET_BY_SWEEP[field])
@@ -296,22 +253,29 @@ def _flatten(values: Mapping[str, Any], section: Any, prefix: str = "") -> Itera
             yield prefix + name, value
 
 
-def _resolve(tree: dict[str, Any], overrides: Mapping[str, Any], where: str) -> RunConfig:
-    """Return the base's configuration with overrides applied."""
+def _resolve(tree: dict[str, Any], overrides: Mapping[str, Any], stages: Iterable[str], where: str) -> RunConfig:
+    """Return the base's configuration with overrides applied; refuse now what one of the stages would refuse of it."""
     own = copy.deepcopy(tree)
-    for field, value in sorted(overrides.items(), key=lambda item: item[0] != PRESET):  # the preset first
-        try:
+    with _located(where):
+        for field, value in sorted(overrides.items(), key=lambda item: item[0] != PRESET):  # the preset first
             set_field(own, field, copy.deepcopy(value))
-        except UserError as error:
-            raise UserError(f"{where}: {error.problem}", error.remedy) from None
-    return validated(RunConfig, own, where)
+    config = validated(RunConfig, own, where)
+    with _located(where):
+        for stage in Run(config).all_stages(stages):
+            stage.settings()
+    return config
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Say in an error where the configuration is from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error.problem}", error.remedy) from None
 
 
 def _point_name(grid: Mapping[str, Any]) -> str:
     """Return the directory name of a point of a grid, such as `shards.share=0.06`."""
-    text = ",".join(f"{field}={_plain(value)}" for field, value in grid.items())
-    return re.sub(r"[^\w.+=,@-]", "-", text)
-
-
-def _plain(value: Any) -> str:
-    return re.sub(r"[\"\[\]{} ]", "", json.dumps(value, ensure_ascii=False))
+    text = ",".join(f"{field}={json.dumps(value, ensure_ascii=False)}" for field, value in grid.items())
+    return re.sub(r"[^\w.+=,@-]", "-", re.sub(r"[\"\[\]{} ]", "", text))

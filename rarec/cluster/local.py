@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rarec.cluster.definition import Sweep, SweepRun, first_to_do, state_of
@@ -24,13 +24,12 @@ HEAD = "\n$ rarec "
 _LOCK = ".sweep.lock"
 _POLL_SECONDS = 0.1
 _STATE_SECONDS = 1
-"""Seconds between looks at the stage of the current run."""
+"""Seconds between looks at the stage of the current run, and for a signal."""
 _PR_SET_PDEATHSIG = 1
 Say = Callable[[str], None]
-Show = Callable[[str], None]
 
 
-def run_locally(sweep: Sweep, runs: Sequence[SweepRun], say: Say, show: Show) -> list[str]:
+def run_locally(sweep: Sweep, runs: Sequence[SweepRun], say: Say, show: Say) -> list[str]:
     """Run what is not done of these runs; print one line for each.
 
     Args:
@@ -77,7 +76,7 @@ def last_message(log: Path) -> str:
     return " ".join(lines[-2:] if lines[-1:] and lines[-1].startswith("->") else lines[-1:])
 
 
-def _run(sweep: Sweep, run: SweepRun, signals: StopSignals, say: Say, show: Show) -> str | None:
+def _run(sweep: Sweep, run: SweepRun, signals: StopSignals, say: Say, show: Say) -> str | None:
     """Make one run; return None if it is done, otherwise how it ended."""
     if first_to_do(run.config, sweep.stages) is None:
         say(f"{run.label}  {sweep.stages[-1]}  skipped, done before")
@@ -89,7 +88,8 @@ def _run(sweep: Sweep, run: SweepRun, signals: StopSignals, say: Say, show: Show
             while process.poll() is None:
                 _raise_if_stopped(signals)
                 show(f"{run.label}  {first_to_do(run.config, sweep.stages) or sweep.stages[-1]}  {_since(started)}")
-                _wait(process, signals)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_STATE_SECONDS)
         except (KeyboardInterrupt, Stopped):
             _terminate(process)
             raise
@@ -134,13 +134,6 @@ def _start(run: SweepRun, arguments: list[str], lock: int) -> "subprocess.Popen[
             pass_fds=[lock],  # the run stays locked until its process ends, even if the sweep is killed
             preexec_fn=_terminate_with_parent,
         )
-
-
-def _wait(process: "subprocess.Popen[bytes]", signals: StopSignals) -> None:
-    """Wait until the process ends, a signal comes, or it is time to look at the run's stage again."""
-    until = time.monotonic() + _STATE_SECONDS
-    while process.poll() is None and not signals.received and time.monotonic() < until:
-        time.sleep(_POLL_SECONDS)
 
 
 def _raise_if_stopped(signals: StopSignals) -> None:

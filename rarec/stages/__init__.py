@@ -12,16 +12,5 @@ from rarec.stages.train import TrainStage
 
 __all__ = ["STAGES", "Stage"]
 
-STAGES |= {
-    stage.name: stage
-    for stage in (
-        PrepareStage,
-        IdsStage,
-        NeighboursStage,
-        ShardsStage,
-        TrainStage,
-        EvaluateStage,
-        ExportStage,
-        ReportStage,
-    )
-}
+_ORDER = (PrepareStage, IdsStage, NeighboursStage, ShardsStage, TrainStage, EvaluateStage, ExportStage, ReportStage)
+STAGES |= {stage.name: stage for stage in _ORDER}

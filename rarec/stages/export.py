@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from rarec.config import MODEL_SECTIONS
 from rarec.config.method import NO_VARIANTS
 from rarec.errors import UserError
+from rarec.evaluation.labels import ID_ONLY, figure, metric_title, variant_title
+from rarec.evaluation.verdict import BestVariant, Results, verdict
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
 from rarec.storage.files import read_json
 
 if TYPE_CHECKING:
     from rarec.bundle.write import Contents, Trained
-    from rarec.evaluation.verdict import BestVariant
     from rarec.ids.source import Source
 
 READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
@@ -54,7 +55,6 @@ class ExportStage(Stage):
         """See `Stage`."""
         from rarec.bundle.bundle import LLM
         from rarec.bundle.write import write_bundle, write_card
-        from rarec.evaluation.verdict import Results, verdict
         from rarec.models.model_folder import copy_model
 
         run, evaluation = self.run, self.run.stage("evaluate").checked(*READ)
@@ -77,10 +77,8 @@ class ExportStage(Stage):
         run.say(f"{self.directory}: {why}, {size / 1e6:.1f} MB")
         return Built(figures)
 
-    def _row(self, best: "BestVariant | None", rows: Set[str]) -> tuple[str, str]:
+    def _row(self, best: BestVariant | None, rows: Set[str]) -> tuple[str, str]:
         """Return the row to export, and why this one."""
-        from rarec.evaluation.labels import figure, metric_title, variant_title
-
         wanted = self.run.config.export.variant
         if wanted is not None and wanted not in rows:
             problem = f"field `export.variant`: {wanted} is not in the results"
@@ -94,7 +92,6 @@ class ExportStage(Stage):
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
         from rarec.bundle.bundle import Catalogue
         from rarec.bundle.write import Contents
-        from rarec.evaluation.labels import ID_ONLY
 
         run, items = self.run, self.run.dataset
         parts = fusions.get(row) or {"id" if row == ID_ONLY else row: {"weight": 1.0, "slope": 0.0}}

@@ -1,16 +1,14 @@
 """`rarec report`: one HTML file from what the run left."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rarec.config import dump_config
+from rarec.report.run_files import RunDirectories
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import MANIFEST, check_files, read_manifest
 from rarec.version import source
-
-if TYPE_CHECKING:
-    from rarec.report.run_files import RunDirectories
 
 
 class ReportStage(Stage):
@@ -47,9 +45,7 @@ class ReportStage(Stage):
         write_report(directory, directories(run), run.config, say=run.say)
 
 
-def directories(run: Run) -> "RunDirectories":
+def directories(run: Run) -> RunDirectories:
     """Return where a run has the files that its report and the terminal show."""
-    from rarec.report.run_files import RunDirectories
-
     training = {stage.part: stage.directory for stage in run.stages("train")}
     return RunDirectories(run.directory("evaluate"), run.directory("prepare"), run.directory("shards"), training)
