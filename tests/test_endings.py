@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 from rarec import __version__
 from rarec.console.crash import CRASH
-from rarec.console.last_resort import CRASHED, crash_context, guarded
-from rarec.console.launcher import check_launcher
+from rarec.console.last_resort import CRASHED, check_launcher, crash_context, guarded
 from rarec.distributed.world import World
 from rarec.entry import run_stage
 from rarec.errors import EXIT_CODE, UserError

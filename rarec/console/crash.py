@@ -16,35 +16,28 @@ from rarec.version import __version__
 
 CRASH = "crash.txt"
 """File in `run.dir`; other ranks than 0 add their number."""
-MEMORY_FIELDS = {
-    "prepare": "prepare.memory",
-    "ids": "batch_size or negatives of ids.MODEL",
-    "neighbours": "prepare.memory",
-    "shards": "prompt.max_history",
-    "evaluate": "evaluate.batch_size",
-    "export": "evaluate.batch_size",
-}
-"""The field that most of a stage's memory depends on, by stage; of the others it is `train.batch_size`."""
+_LESS_MEMORY = (
+    "use a machine with more memory, or lower prepare.memory (prepare, neighbours), batch_size or negatives of "
+    "ids.MODEL (ids), prompt.max_history (shards), evaluate.batch_size (evaluate, export) or train.batch_size (train); "
+    "then run the same command to resume"
+)
 EXHAUSTED = {
-    **dict.fromkeys(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "free space on the disk of run.dir"),
-    **dict.fromkeys(map(os.strerror, (errno.EMFILE, errno.ENFILE)), "allow more open files (ulimit -n 4096)"),
-    **dict.fromkeys((os.strerror(errno.EAGAIN), "can't start new thread"), "free memory, or allow more processes"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space on the disk of run.dir"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n 4096)"),
+    errno.EAGAIN: "free memory, or allow more processes",
 }
-"""Messages of a full disk, a used-up quota, a file-size limit, limits of open files and threads; with what to do."""
-STARVED = tuple(map(os.strerror, (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)))
+"""What to do about a full disk, a used-up quota, a file-size limit, limits of open files and of threads."""
+_NO_MEMORY = os.strerror(errno.ENOMEM)
+STARVED = (*map(os.strerror, (errno.EMFILE, errno.ENFILE, errno.EAGAIN)), _NO_MEMORY)
 """Messages of a process that is out of memory, threads or open files. A file that it fails to read is not damaged."""
+_NAME_TAKEN = "another file has that name: move it away, or choose another run.dir"
 PATH_REMEDIES = {
-    **dict.fromkeys(
-        (errno.EACCES, errno.EROFS), "choose a run.dir that you may write to, and inputs that you may read"
-    ),
-    **dict.fromkeys(
-        (errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
-        "another file has that name: move it away, or choose another run.dir",
-    ),
+    **dict.fromkeys((errno.EACCES, errno.EROFS), "choose a run.dir and inputs for which you have the permissions"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _NAME_TAKEN),
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "remove the link that leads back to itself, or name another path",
 }
-"""Remedies for errors of a path."""
+"""What to do about an error of a path."""
 _FIRST_LINE = "rarec ended with an error that it did not expect.\n"
 
 
@@ -52,15 +45,16 @@ def machine_trouble(error: BaseException) -> str | None:
     """Return the message for an error of the machine, such as a full disk; None for an error of the program."""
     path = str(error.filename) if isinstance(error, OSError) and error.filename else ""
     where = f": {path}" if path else ""
-    for text, remedy in EXHAUSTED.items():  # in the text: safetensors, DuckDB and Arrow raise exceptions of their own
-        if text in str(error):
-            return f"{text}{where}\n  -> {remedy}, then run the same command to resume"
+    text = str(error).replace("can't start new thread", os.strerror(errno.EAGAIN))
+    for number, remedy in EXHAUSTED.items():  # in the text: safetensors, DuckDB and Arrow raise exceptions of their own
+        if os.strerror(number) in text:
+            return f"{os.strerror(number)}{where}\n  -> {remedy}, then run the same command to resume"
     if not isinstance(error, OSError):
         return None
-    number = errno.EACCES if isinstance(error, PermissionError) else error.errno
+    number = errno.EACCES if isinstance(error, PermissionError) else error.errno or 0
     if number in PATH_REMEDIES:
         return in_short(f"{error.strerror or error}{where}") + f"\n  -> {PATH_REMEDIES[number]}"
-    if error.strerror == os.strerror(errno.ENOENT) and not path:  # as `Path.cwd` raises it
+    if number == errno.ENOENT and not path:  # as `Path.cwd` raises it
         return "the current directory does not exist any more\n  -> cd to one that does"
     return None
 
@@ -78,12 +72,14 @@ def crash_line(
     """
     stage = _stage(error)
     reason = in_short(without_secrets(f"{type(error).__name__}: {error}".strip(": ").replace("\n", " ")))
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    # PyTorch and Arrow have errors of their own for a lack of memory.
+    in_need = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or _NO_MEMORY in str(error)
     report = _report(error, stage, configuration)
     _free(error)  # what the failed frames hold: memory and open files, which writing needs
     path = _write(report, directory, f"crash-rank{rank}.txt" if rank else CRASH)
-    raised = f"raised in {place.filename}, line {place.lineno}; its traceback cannot be written"
-    return f"{stage}: {reason} ({f'the traceback is in {path}' if path else raised}) -> {_remedy(error, stage)}"
+    where = f"the traceback is in {path}" if path else "no file can be written for its traceback"
+    remedy = _LESS_MEMORY if in_need else "run the same command to resume; if it fails again, report it with that file"
+    return f"{stage}: {reason} ({where}) -> {remedy}"
 
 
 def without_secrets(text: str) -> str:
@@ -93,8 +89,9 @@ def without_secrets(text: str) -> str:
 
 
 def _report(error: BaseException, stage: str, configuration: Path | None) -> str:
-    head = f"version: {__version__}\ncommand: {shlex.join(sys.argv)}\nstage: {stage}\n"
-    head += f"configuration: {configuration or 'none'}\n\n"
+    head = (
+        f"version: {__version__}\ncommand: {shlex.join(sys.argv)}\nstage: {stage}\nconfiguration: {configuration}\n\n"
+    )
     return _FIRST_LINE + without_secrets(head + "".join(traceback.format_exception(error)))
 
 
@@ -126,12 +123,3 @@ def _write(report: str, directory: Path | None, name: str) -> Path | None:
         except (OSError, ValueError):
             continue
     return None
-
-
-def _remedy(error: BaseException, stage: str) -> str:
-    out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-    if out_of_memory or os.strerror(errno.ENOMEM) in str(error):  # PyTorch and Arrow have errors of their own
-        words = re.split(r"[ /.]", stage)
-        fields = [field for name, field in MEMORY_FIELDS.items() if name in words] or ["train.batch_size"]
-        return f"use a machine with more memory or lower {fields[0]}, then run the same command to resume"
-    return "run the same command to resume; if it fails again, report it with that file"

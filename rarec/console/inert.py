@@ -39,44 +39,36 @@ class _Stream:
     Args:
         stream: the stream below.
         fail: called with it and the error if it cannot be written.
+        escape: makes texts inert. rich, which has controls of its own, writes to `rich_proxied_file` instead.
     """
 
-    def __init__(self, stream: TextIO, fail: Callable[[TextIO, Exception], None]) -> None:
-        self._stream, self._fail = stream, fail
+    def __init__(
+        self, stream: TextIO, fail: Callable[[TextIO, Exception], None], escape: Callable[[str], str] = inert
+    ) -> None:
+        self._stream, self._fail, self._escape = stream, fail, escape
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+        if escape is inert:
+            self.rich_proxied_file = _Stream(stream, fail, str)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except (OSError, ValueError) as error:
-            self._fail(self._stream, error)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            self._fail(self._stream, error)
-
-
-class _InertStream(_Stream):
-    """A standard stream as Python's own code and libraries see it. rich, which has its own controls, writes past it."""
-
-    def __init__(self, stream: TextIO, fail: Callable[[TextIO, Exception], None]) -> None:
-        super().__init__(stream, fail)
-        self.rich_proxied_file = _Stream(stream, fail)
-
-    def write(self, text: str) -> int:
-        super().write(inert(text))
+        self._try(lambda: self._stream.write(self._escape(text)))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except (OSError, ValueError) as error:
+            self._fail(self._stream, error)
 
 
 @contextmanager
@@ -89,8 +81,8 @@ def inert_streams() -> Iterator[None]:
     before = sys.stdin, sys.stdout, sys.stderr
     hooks = sys.unraisablehook, threading.excepthook
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - a handle, for as long as the process lives
-    sys.stdout = _InertStream(sys.stdout or open(1, "w", closefd=False), _refuse)  # noqa: SIM115
-    sys.stderr = _InertStream(sys.stderr or open(2, "w", closefd=False), lambda *_: None)  # noqa: SIM115
+    sys.stdout = _Stream(sys.stdout or open(1, "w", closefd=False), _refuse)  # noqa: SIM115
+    sys.stderr = _Stream(sys.stderr or open(2, "w", closefd=False), lambda *_: None)  # noqa: SIM115
     sys.unraisablehook = threading.excepthook = _print_ignored
     try:
         yield

@@ -5,6 +5,7 @@ The imports of this module are light, so that an error while all else is importe
 
 import atexit
 import os
+import re
 import signal
 import sys
 import time
@@ -14,7 +15,6 @@ from types import FrameType
 
 from rarec.console.crash import STARVED, crash_line, machine_trouble
 from rarec.console.inert import OutputClosed, inert_streams
-from rarec.console.launcher import check_launcher, rank
 from rarec.errors import EXIT_CODE, Stopped, Terminated, UserError
 
 WAITING = {"GOMP_SPINCOUNT": "1000"}
@@ -26,6 +26,9 @@ CRASHED = 70
 """Exit code after an error that rarec did not expect: EX_SOFTWARE of sysexits.h."""
 AGAIN = 1.0
 """Seconds after which a second Ctrl-C interrupts the cleaning up as well."""
+MOST_RANKS = 100_000
+"""More processes than any machine runs: such a number is a mistake, and waiting for them all would never end."""
+_LIMITS = {"RANK": MOST_RANKS - 1, "LOCAL_RANK": MOST_RANKS - 1, "WORLD_SIZE": MOST_RANKS, "MASTER_PORT": 65_535}
 crash_context: dict[str, Path] = {}
 """For the report of a crash: `configuration`, the file of this command's run, and `directory`, its `run.dir`."""
 
@@ -138,3 +141,48 @@ def _rank() -> int:
         return rank()
     except UserError:
         return 0
+
+
+# ---- the environment variables that a launcher (`accelerate launch`, torchrun, SLURM) sets
+
+
+def rank() -> int:
+    """Return the rank of this process among those that a launcher started.
+
+    Raises:
+        UserError: the variable holds no rank.
+    """
+    return _number("RANK", 0)
+
+
+def world_size() -> int:
+    """Return the number of processes that a launcher started.
+
+    Raises:
+        UserError: the variable holds no such number.
+    """
+    return _number("WORLD_SIZE", 1)
+
+
+def check_launcher() -> None:
+    """Check the variables together, before anything is done.
+
+    Raises:
+        UserError: naming the variable that makes no sense.
+    """
+    _number("MASTER_PORT", 0)
+    for name in ("RANK", "LOCAL_RANK"):
+        if _number(name, 0) >= world_size():
+            raise _refusal(name, f"WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set, which means 1')}")
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("0|[1-9][0-9]{0,9}", text) or int(text) > _LIMITS[name]:
+        raise _refusal(name, f"it must be a number from 0 to {_LIMITS[name]:,}")
+    return int(text)
+
+
+def _refusal(name: str, reason: str) -> UserError:
+    problem = f"the environment variable {name} is {os.environ.get(name, 'not set')!r}: {reason}"
+    return UserError(problem, f"unset {name}, or start several processes with accelerate launch, which sets it")

@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from rarec.console.inert import inert
-from rarec.console.launcher import rank
+from rarec.console.last_resort import rank
 from rarec.errors import in_short
 
 T = TypeVar("T")

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 
 from rarec.data.tables import IN_MEMORY, Scratch
-from rarec.distributed.world import SINGLE, World
+from rarec.distributed.world import CPU, SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.source import Source
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.towers import RaRec, SideBatch, Tower
 from rarec.prompts import AT_TITLES, Encoded, PromptPair, by_length, lay_out
+from rarec.ranking import VectorRanker
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
@@ -120,6 +121,12 @@ class Encoder:
     def users(self, rows: Rows, histories: Sequence[Rows]) -> Float32:
         """Return user vectors (B, Z) after these histories (item rows, oldest first); every rank gets all of them."""
         return self._encode("user", self.model.user, *self.user_inputs(rows, histories))
+
+    def ranker(self) -> VectorRanker:
+        """Return a ranker by these vectors, on this rank's device where memory has room for them."""
+        items_NZ = self.items()
+        fits = items_NZ.nbytes <= self.scratch.bytes
+        return VectorRanker(items_NZ, self.users, device=self.world.device if fits else CPU)
 
     def user_inputs(self, rows: Rows, histories: Sequence[Rows]) -> tuple[list[Encoded], Vectors]:
         """Return the prompts of users, and the vectors that their slots take."""

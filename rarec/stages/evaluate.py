@@ -73,8 +73,7 @@ class EvaluateStage(Stage):
         run = self.run
         seed = run.config.run.seed
         sources = {name: source.permuted(seed) if permuted else source for name, source in run.sources.items()}
-        encoder = run.encoder(model, sources)
-        return run.ranker(encoder.items(), encoder.users)
+        return run.encoder(model, sources).ranker()
 
 
 def _sha256(path: str) -> str:

@@ -57,7 +57,8 @@ class ExportStage(Stage):
         from rarec.bundle.write import write_bundle, write_card
         from rarec.models.model_folder import copy_model
 
-        run, evaluation = self.run, self.run.stage("evaluate").checked(*READ)
+        run = self.run
+        evaluation = run.stage("evaluate").checked(*READ)
         metrics, comparisons, validation, fusion = (read_json(evaluation / name) for name in READ)
         judged = verdict(Results(metrics, comparisons, validation), run.config.main_variant.name, run.config.run.seed)
         row, why = self._row(judged.best, {metric["variant"] for metric in validation})
@@ -93,7 +94,8 @@ class ExportStage(Stage):
         from rarec.bundle.bundle import Catalogue
         from rarec.bundle.write import Contents
 
-        run, items = self.run, self.run.dataset
+        run = self.run
+        items = run.dataset
         parts = fusions.get(row) or {"id" if row == ID_ONLY else row: {"weight": 1.0, "slope": 0.0}}
         trained = next((self._trained(name) for name in parts if name in run.config.variants), None)
         sources = dict(run.sources) if trained else {}

@@ -21,32 +21,27 @@ class IdsStage(Stage):
 
     def __init__(self, run: Run, part: str) -> None:
         super().__init__(run, part)
+        self.section: Ids | Graph | Import = run.config.vectors_by_name[part]
+        self.chosen: Recipe | Graph | Import = self.section.chosen if isinstance(self.section, Ids) else self.section
         # An import is quick and built in a temporary directory, so one that is refused leaves nothing behind.
-        self.resumable = isinstance(self._chosen, Recipe)
+        self.resumable = isinstance(self.chosen, Recipe)
 
     @classmethod
     def parts(cls, run: Run) -> list[str]:
         """See `Stage`."""
         return list(run.config.vectors_by_name)
 
-    @property
-    def section(self) -> Ids | Graph | Import:
-        """The configuration's section of this source."""
-        return self.run.config.vectors_by_name[self.part]
-
     def settings(self) -> dict[str, Any]:
         """See `Stage`: a recipe and the seed, or how an import makes its user vectors."""
-        chosen = self._chosen
+        chosen = self.chosen
+        config = self.run.config
         if isinstance(chosen, Recipe):
             section = cast(Ids, self.section)  # sources beside `id` have no recipe
             users = {"kind": section.model, **chosen.model_dump(mode="json")}
-            return {"seed": self.run.config.run.seed, "holdout": section.held_out, "users": users}
+            return {"seed": config.run.seed, "holdout": section.held_out, "users": users}
         if isinstance(chosen, Graph):
-            counted = {
-                "holdout": self.run.config.ids.held_out,
-                **table_settings("transition", self.run.config.neighbours),
-            }
-            rule = self.run.config.neighbours.model_dump(mode="json", include={"newest", "decay"})
+            counted = {"holdout": config.ids.held_out, **table_settings("transition", config.neighbours)}
+            rule = config.neighbours.model_dump(mode="json", include={"newest", "decay"})
             return {"dim": chosen.dim, "counts": counted, "users": {"kind": "graph", **rule}}
         if chosen.users is not None:
             return {"missing": chosen.missing, "users": {"kind": "table"}}
@@ -61,12 +56,12 @@ class IdsStage(Stage):
         """See `Stage`: hashes of the files that vectors are imported from."""
         from rarec.ids.make import imported_hashes
 
-        return imported_hashes(self.part, self._chosen) if isinstance(self._chosen, Import) else {}
+        return imported_hashes(self.part, self.chosen) if isinstance(self.chosen, Import) else {}
 
     def location_key(self) -> object:
         """See `Stage`: the names of imported files, and that of a source, but for the baseline, which is an `id`."""
         name = self.part if self.part in self.run.config.sources_by_name else "id"
-        chosen = self._chosen
+        chosen = self.chosen
         files = [getattr(chosen, field) for field in IMPORTED_FILES] if isinstance(chosen, Import) else []
         return [name, files]
 
@@ -75,27 +70,19 @@ class IdsStage(Stage):
         from rarec.ids.make import write_graph, write_source
 
         run = self.run
-        world = run.world
-        section = self.section
         seed = run.config.run.seed
-        if isinstance(section, Graph):
-            figures = world.run_on_all(
-                lambda: write_graph(section, run.config, run.dataset, directory) if world.is_main else {}
-            )
+        figures: dict[str, Any] = {}
+        if isinstance(self.section, Graph):
+            graph = self.section
+            run.world.run_on_main(lambda: figures.update(write_graph(graph, run.config, run.dataset, directory)))
         else:
             identity = sha256_json([self.settings(), run.dataset.hash])
             progress = directory / PROGRESS
-            figures = write_source(self.part, section, run.dataset, directory, seed, progress, identity, run.say, world)
+            source = (self.part, self.section, run.dataset, directory)
+            figures = write_source(*source, seed, progress, identity, run.say, run.world)
         if not figures:  # of a rank that has only waited
             return Built()
         reached = figures["validation"]
-        run.say(
-            f"{self.part}: full ranking of {reached['n']} validation users: "
-            f"hr@10 {reached['hr@10']:.4f}, ndcg@10 {reached['ndcg@10']:.4f}"
-        )
+        means = f"hr@10 {reached['hr@10']:.4f}, ndcg@10 {reached['ndcg@10']:.4f}"
+        run.say(f"{self.part}: full ranking of {reached['n']} validation users: {means}")
         return Built({"name": self.part, **figures})
-
-    @property
-    def _chosen(self) -> Recipe | Graph | Import:
-        section = self.section
-        return section.chosen if isinstance(section, Ids) else section

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from rarec.config.schema import Prepare
 from rarec.errors import without_password
 from rarec.stages.stage import Built, Stage
 
@@ -31,7 +30,9 @@ class PrepareStage(Stage):
 
     def location_key(self) -> object:
         """See `Stage`: where tables are known by their names, the engine that knows them."""
-        return engine_of_tables(self.run.config.prepare)
+        config = self.run.config.prepare
+        named = config.interactions.table or config.items.table
+        return without_password(config.engine) if named else None
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
@@ -48,9 +49,3 @@ class PrepareStage(Stage):
         from rarec.data.leakage import check_no_leaks
 
         check_no_leaks(PreparedDataset.open(directory))
-
-
-def engine_of_tables(config: Prepare) -> str | None:
-    """Return the engine that knows the input tables by their names; None where they are files."""
-    named = config.interactions.table or config.items.table
-    return without_password(config.engine) if named else None

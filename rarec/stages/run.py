@@ -20,8 +20,6 @@ from rarec.storage.files import read_json, remove_stale, write_text
 from rarec.version import source
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import pandas as pd
 
     from rarec.data.dataset import PreparedDataset
@@ -34,17 +32,12 @@ if TYPE_CHECKING:
     from rarec.models.towers import RaRec
     from rarec.neighbours.ranker import NeighbourRanker
     from rarec.prompts import PromptPair
-    from rarec.ranking import Ranker
     from rarec.training.engines import Engine
 
 Say = Callable[[str], None]
 HEADER = "# The resolved configuration of this run, written by rarec. Edit the file that it comes from instead.\n"
-OPENED = {
-    "prepare": ("dataset", "sources", "baseline", "prompts", "neighbours"),
-    "ids": ("sources", "baseline", "prompts"),
-    "neighbours": ("neighbours",),
-}
-"""Properties of a run that hold opened artefacts, by the stage that makes these."""
+OPENED = ("dataset", "sources", "baseline", "prompts", "neighbours")
+"""Properties of a run that hold artefacts of its first three stages, which may be built anew."""
 _TABLES = ("field `prepare.interactions.path`", "field `prepare.items.path`")
 
 
@@ -68,6 +61,7 @@ class Run:
         say: called with each line for the user.
 
     Attributes:
+        file: that the configuration was read from, if any.
         root: `run.dir`.
         config_file: the resolved configuration, written by every stage that builds something.
         record_file: `record.json`: the time, machine and commit of each stage.
@@ -80,6 +74,7 @@ class Run:
     """
 
     def __init__(self, config: str | Path | RunConfig, overrides: Iterable[str] = (), *, say: Say = print_line) -> None:
+        self.file = None if isinstance(config, RunConfig) else config
         self.config = config if isinstance(config, RunConfig) else load_config(config, overrides)
         self.say = say
         self.root = Path(self.config.run.dir)
@@ -88,7 +83,6 @@ class Run:
         self.converted_llm = self.root / "llm"
         self.tar_cache = self.root / "cache"
         self.reads_all = False
-        self._read_from = "" if isinstance(config, RunConfig) else str(config)
 
     def run(self, stages: Sequence[str] | None = None, *, fresh: bool = False, verify: bool = False) -> None:
         """Build the stages that are not finished yet, in their order.
@@ -131,7 +125,7 @@ class Run:
             built = True
             raise
         finally:
-            for opened in OPENED.get(name, ()) if built else ():  # it is of what was replaced
+            for opened in OPENED if built and name in ("prepare", "ids", "neighbours") else ():
                 self.__dict__.pop(opened, None)
             if built and self.world.is_main:
                 self._record(name, time.monotonic() - started, fresh)
@@ -227,7 +221,7 @@ class Run:
         self.read_record()
         inputs = [(f"field `{field}`", path) for field, path in self.config.inputs.items()]
         replaced = [*(stage.directory for stage in self.all_stages(STAGES)), self.converted_llm, self.tar_cache]
-        protect_inputs([*inputs, ("the configuration", self._read_from)], replaced, searched=_TABLES)
+        protect_inputs([*inputs, ("the configuration", str(self.file or ""))], replaced, searched=_TABLES)
         for stage in stages:
             stage.check_place(fresh)
 
@@ -251,14 +245,6 @@ class Run:
         from rarec.data.tables import Scratch
 
         return Scratch(int(self.config.run.memory_gb * 1e9), self.root)
-
-    def ranker(self, items_NZ: "npt.NDArray[np.float32]", users: "Callable[..., npt.NDArray[np.float32]]") -> "Ranker":
-        """Return a ranker over vectors, on this rank's device where its memory has room for a table of that size."""
-        from rarec.distributed.world import CPU
-        from rarec.ranking import VectorRanker
-
-        fits = items_NZ.nbytes <= self.scratch.bytes
-        return VectorRanker(items_NZ, users, device=self.world.device if fits else CPU)
 
     @cached_property
     def engine(self) -> "Engine":

@@ -49,6 +49,11 @@ class ShardContent:
     Args:
         run: the run.
 
+    Attributes:
+        selection: the selected samples.
+        total: their number.
+        cut_S: for each, whether its prompt was cut; -1 if it was not made in this process.
+
     Raises:
         UserError: the selection has something other than training interactions.
     """
@@ -58,21 +63,13 @@ class ShardContent:
         config = run.config
         self.selection = select_samples(run.dataset, config.shards, config.run.seed, config.ids.held_out)
         users, positions = self.selection.user_rows, self.selection.positions
+        self.total = len(users)
+        self.cut_S = np.full(self.total, -1, np.int8)
         leaks = np.flatnonzero((positions < 1) | (positions >= run.dataset.train_length_U[users]))
         if len(leaks):
             leak = sample_key(int(users[leaks[0]]), int(positions[leaks[0]]))
             problem = f"the selected sample {leak} is no training interaction with a history: validation or test leaks"
             raise UserError(problem, "this is a defect of rarec: please report it, with the configuration")
-
-    @cached_property
-    def cut_S(self) -> npt.NDArray[np.int8]:
-        """For each sample, whether its prompt was cut; -1 if it was not made in this process."""
-        return np.full(self.total, -1, np.int8)
-
-    @property
-    def total(self) -> int:
-        """The number of samples."""
-        return len(self.selection.user_rows)
 
     @cached_property
     def blocks(self) -> list[int]:

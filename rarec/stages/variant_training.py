@@ -148,4 +148,4 @@ def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:
     dataset, config = run.dataset, run.config
     batch = EvalBatch.of(dataset, dataset.targets("validation", config.train.validation_users, config.run.seed))
     encoder = run.encoder(model)
-    return lambda: validation_metrics(run.ranker(encoder.items(), encoder.users).ranks(batch, run.world))
+    return lambda: validation_metrics(encoder.ranker().ranks(batch, run.world))

@@ -112,14 +112,12 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
         raise UserError(f"{directory} has no {MANIFEST}", f"build it first: rarec {MAKERS.get(kind, kind)} CONFIG")
     plain = read_json(path, rebuild(kind))
     schema = plain.get("schema", SCHEMA) if isinstance(plain, dict) else SCHEMA
-    other_schema = f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}"
-    if isinstance(schema, int) and schema < SCHEMA:  # had no seal
-        raise UserError(other_schema, f"move {directory} away, and build it again")
+    if schema != SCHEMA:  # before the seal, which older ones lack
+        problem = f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}"
+        raise UserError(problem, f"move {directory} away, and build it again, or use the version that made it")
     manifest = read_sealed(path, rebuild(kind))
     if manifest.get("kind") != kind:
         raise UserError(f"{path} is of kind {manifest.get('kind')!r}, not {kind!r}", rebuild(kind))
-    if schema != SCHEMA:
-        raise UserError(other_schema, "update rarec")
     for field in ("settings", "made_from", "files"):
         value = manifest.get(field)
         if not isinstance(value, dict) or not (field == "settings" or set(map(type, value.values())) <= {str}):

@@ -222,12 +222,10 @@ def protect_inputs(inputs: Iterable[tuple[str, str]], replaced: Iterable[Path], 
     for field, pattern in inputs:
         paths = [pattern] if os.path.lexists(pattern) else glob.iglob(pattern, recursive=True)  # noqa: PTH207
         for path, place in product(map(_real, paths), places):
-            if path.is_relative_to(place):
-                problem = f"{field}: {path} is inside {place}, where rarec replaces files"
-                raise UserError(problem, "move it elsewhere, or choose another run.dir")
-            if field in searched and path.is_dir() and place.is_relative_to(path):
-                problem = f"{field}: {path} is searched for tables, and {place} inside it is for rarec's own"
-                raise UserError(problem, "choose a run.dir outside it, or name the tables by a glob: logs/*.csv")
+            around = field in searched and path.is_dir() and place.is_relative_to(path)
+            if around or path.is_relative_to(place):
+                problem = f"{field}: {path} is {'around' if around else 'inside'} {place}, where rarec replaces files"
+                raise UserError(problem, "move it, choose another run.dir, or name tables by a glob: logs/*.csv")
 
 
 def _real(path: str | Path) -> Path:

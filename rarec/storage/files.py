@@ -171,8 +171,6 @@ def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what
             return json.loads(file.read().decode())
     except PermissionError:
         raise  # it is not damaged: `machine_trouble` says so
-    except FileNotFoundError:
-        problem = "is a link to nothing" if path.is_symlink() else "does not exist"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:

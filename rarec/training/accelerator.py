@@ -17,7 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 
 from rarec.config import RunConfig
-from rarec.console.launcher import world_size
+from rarec.console.last_resort import world_size
 from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.storage.files import read_json
