@@ -223,7 +223,7 @@ def sweep(tmp_path: Path, text: str) -> Path:
     ids=["grid", "seeds", "entries"],
 )
 def test_the_runs_of_a_sweep_are_counted_before_they_are_listed(tmp_path, runs):
-    with refused("sweep.yaml", "big", "grid"):
+    with refused("sweep.yaml", "runs", "grid"):
         load_sweep(sweep(tmp_path, runs))
 
 
