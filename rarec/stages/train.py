@@ -105,21 +105,18 @@ class TrainStage(Stage):
         """Return the trained variant at its best validation, for the run's engine to serve.
 
         Raises:
-            UserError: it is not trained, or not as the configuration says now; or its best checkpoint is damaged, or
-                not the one that the training's manifest names.
+            UserError: it is not trained, or not as the configuration says now; or a file of its best checkpoint is not
+                as the training's manifest says. A later checkpoint is another model and must not replace it.
         """
-        from rarec.storage.checkpoint_store import CorruptCheckpoint
+        from rarec.models.build import load_weights
 
         manifest = self.require()
-        checkpoints = self.checkpoints()
-        best = manifest["best_step"]
+        best = self.checkpoints().path(manifest["best_step"])
+        if not all(name.startswith(f"{CHECKPOINTS}/{best.name}/") for name in manifest["files"]):
+            raise UserError(f"{best} is not the best checkpoint of {self.directory}", self.remedy)
+        self.checked()
         model = self.run.build_model(self.variant)
-        try:
-            checkpoints.load(model, best)
-        except CorruptCheckpoint as error:  # a later checkpoint is another model and must not replace this one
-            raise UserError(error.problem, self.remedy) from None
-        if _files(checkpoints, best) != manifest["files"]:
-            raise UserError(f"{checkpoints.path(best)} is not the best checkpoint of {self.directory}", self.remedy)
+        load_weights(model, best)
         return model.eval()
 
 
