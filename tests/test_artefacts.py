@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rarec.errors import UserError
-from rarec.storage.artefacts import check_files, check_settings, read_manifest, write_manifest
+from rarec.storage.artefacts import check_files, check_origin, read_manifest, write_manifest
 from rarec.storage.directories import CHECKED, new_directory
 from rarec.storage.files import atomic_write, sha256_file, temporary_path, write_json, write_text
 
@@ -139,9 +139,9 @@ def test_what_was_altered_is_refused_with_a_note_and_without(made):
 def test_changed_settings_are_named_leaf_by_leaf(tmp_path):
     settings = {"split": {"kind": "temporal", "share": 1}}
     manifest = write_manifest(tmp_path, "prepare", settings=settings, made_from={})
-    check_settings(tmp_path, manifest, settings)
+    check_origin(tmp_path, manifest, settings, {})
     with pytest.raises(UserError, match=r"split\.share: 1 -> 2"):
-        check_settings(tmp_path, manifest, {"split": {"kind": "temporal", "share": 2}})
+        check_origin(tmp_path, manifest, {"split": {"kind": "temporal", "share": 2}}, {})
 
 
 def test_no_json_that_is_not_json(tmp_path):

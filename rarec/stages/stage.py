@@ -165,8 +165,7 @@ class Stage(ABC):
         manifest = read_manifest(self.directory, self.kind)
         expected = {name: stage.hash for name, stage in self.inputs().items()}
         expected |= self.outside_inputs() if outside else {}
-        artefacts.check_made_from(self.directory, manifest, expected)
-        artefacts.check_settings(self.directory, manifest, self.settings())
+        artefacts.check_origin(self.directory, manifest, self.settings(), expected)
         return manifest
 
     @property

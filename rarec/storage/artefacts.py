@@ -190,29 +190,24 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def check_made_from(directory: Path, manifest: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    """Refuse an artefact that was made from other inputs than those of now.
+def check_origin(
+    directory: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any], made_from: Mapping[str, str]
+) -> None:
+    """Refuse an artefact that was made with other settings, or from other inputs, than those of now.
 
     Raises:
-        UserError: naming the input.
+        UserError: naming the input; or each field with its old and its new value.
     """
-    for name, digest in expected.items():
+    remedy = rebuild(manifest["kind"])
+    for name, digest in made_from.items():
         recorded = manifest["made_from"].get(name)
         if recorded != digest:
-            problem = f"{directory} was made from another {name} (recorded {str(recorded)[:12]}, now {digest[:12]})"
-            raise UserError(problem, rebuild(manifest["kind"]))
-
-
-def check_settings(directory: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse an artefact that was made with other settings.
-
-    Raises:
-        UserError: naming each field with its old and its new value.
-    """
+            change = f"recorded {str(recorded)[:12]}, now {digest[:12]}"
+            raise UserError(f"{directory} was made from another {name} ({change})", remedy)
     changed = differences(manifest["settings"], json.loads(json.dumps(dict(settings))))
     if changed:
         problem = f"{directory} was made with other settings: {'; '.join(changed)}"
-        raise UserError(problem, f"{rebuild(manifest['kind'])}, or choose another run.dir")
+        raise UserError(problem, f"{remedy}, or choose another run.dir")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -269,7 +264,6 @@ def _check_begun(directory: Path, begun: Manifest) -> None:
     """Refuse to resume another build, naming the difference."""
     recorded = read_sealed(directory / BEGUN, rebuild(begun["kind"]))
     if recorded != begun and recorded.get("schema") == SCHEMA:
-        check_made_from(directory, recorded, begun["made_from"])
-        check_settings(directory, recorded, begun["settings"])
+        check_origin(directory, recorded, begun["settings"], begun["made_from"])
     if recorded != begun:
         raise UserError(f"{directory / BEGUN} is of another version of rarec", rebuild(begun["kind"]))

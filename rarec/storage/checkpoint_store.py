@@ -7,6 +7,7 @@ manifest with the sha256 of every file and the hash of the training that it belo
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,19 @@ class CorruptCheckpoint(UserError):
     """A checkpoint with a missing or altered file."""
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
     """The checkpoints of one training.
 
-    Args:
+    Attributes:
         directory: holds one directory per checkpoint.
         keep: number of newest checkpoints to keep, beside the best.
         belongs_to: hash of the training's settings and inputs.
     """
 
-    def __init__(self, directory: Path, keep: int, belongs_to: str) -> None:
-        self.directory = directory
-        self.keep = keep
-        self.belongs_to = belongs_to
+    directory: Path
+    keep: int
+    belongs_to: str
 
     def path(self, step: int) -> Path:
         """Return the directory of the checkpoint after `step` steps."""

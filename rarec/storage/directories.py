@@ -165,16 +165,13 @@ def foreign(path: Path) -> Path | None:
     return next(_foreign_entries(path, path, listed | {MARKER, CHECKED}), None)
 
 
-def _foreign_entries(root: Path, directory: Path, listed: Container[str]) -> Iterator[Path]:
+def _foreign_entries(root: Path, directory: Path, listed: set[str]) -> Iterator[Path]:
     """Yield what is below a directory and not listed by the marker of `root`, or by one nearer to the entry."""
     for entry in sorted(directory.iterdir()):
         name = entry.relative_to(root).as_posix()
-        if is_temporary(entry) or (f"{name}/" in listed and _is_own(entry, f"{name}/")):
+        if is_temporary(entry) or any(_is_own(entry, listed_name) for listed_name in listed & {name, f"{name}/"}):
             continue
-        if entry.is_symlink() or not entry.is_dir():
-            if not (name in listed and _is_own(entry, name)):
-                yield entry
-        elif name in listed:  # a folder, even an empty one, where a file should be
+        if entry.is_symlink() or not entry.is_dir() or name in listed:  # or a folder where a file should be
             yield entry
         elif (entry / MARKER).exists():
             yield from filter(None, [foreign(entry)])
