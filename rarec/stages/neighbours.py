@@ -2,14 +2,11 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rarec.config.neighbours import Neighbours
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
-
-if TYPE_CHECKING:
-    from rarec.neighbours.base import NeighbourModel
 
 
 def table_settings(name: str, config: Neighbours) -> dict[str, Any]:
@@ -42,24 +39,19 @@ class NeighboursStage(Stage):
         from rarec.data.engines import open_engine
         from rarec.neighbours.base import write_table
 
-        run, config, figures = self.run, self.run.config.neighbours, dict[str, Any]()
+        run = self.run
+        config = run.config.neighbours
+        n_items = run.dataset.n_items
+        engine = partial(open_engine, run.config.prepare, directory / "spill")
+        model = config.class_of(self.part)(config.config_of(self.part), engine)
+        fits = n_items <= model.largest
 
         def write() -> None:
-            engine = partial(open_engine, run.config.prepare, directory / "spill")
-            model: NeighbourModel = config.class_of(self.part)(config.config_of(self.part), engine)
-            fits = run.dataset.n_items <= model.largest
-            figures["pairs"] = write_table(model.rows(run.dataset) if fits else (), directory)
-            summary = f"{self.part}: {figures['pairs']:,} neighbours of {run.dataset.n_items:,} items"
-            run.say(summary + self._note(model, figures["pairs"]))
+            pairs = figures["pairs"] = write_table(model.rows(run.dataset) if fits else (), directory)
+            lacking = model.needs if fits else f"more items than neighbours.{model.limit}"
+            note = "" if pairs else f": {lacking}, so it will add nothing"
+            run.say(f"{self.part}: {pairs:,} neighbours of {n_items:,} items{note}")
 
+        figures: dict[str, int] = {}
         run.world.run_on_main(write)
         return Built(figures)
-
-    def _note(self, model: "NeighbourModel", pairs: int) -> str:
-        """Return what a user should know of a table that is not as the configuration asks."""
-        n_items, top = self.run.dataset.n_items, model.config.top
-        if n_items > model.largest:
-            return f": more items than neighbours.{model.limit}, so it will add nothing"
-        if not pairs:
-            return f": {model.needs}, so it will add nothing"
-        return f"; all that there are, fewer than neighbours.top, {top:,}" if top >= n_items else ""
