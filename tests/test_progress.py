@@ -65,7 +65,7 @@ def test_lines_in_a_file_are_sparse_and_name_steps_facts_and_the_time_left(clock
         shown.update(step, f"loss {100 - step}")
     shown.end()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "per_layer: 16/100, loss 84, about 84 s left"
+    assert lines[0] == "per_layer: 16/100, loss 84, 0:01:24 left"
     assert lines[-1] == "per_layer: 100/100, loss 0"
     assert len(lines) <= 100 / SPARSE + 1
 

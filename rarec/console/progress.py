@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import IO, Any, TypeVar
 
 from rich import console as rich_console
@@ -109,7 +110,7 @@ class Task:
         elif now - self._printed > SPARSE or (done == self._total and now - self._started > SPARSE):
             self._printed = now
             left = (now - self._started) / max(1, done - self._first) * (self._total - done)
-            parts = [f"{done}/{self._total}", facts, f"about {_clock(left)} left" if left else ""]
+            parts = [f"{done}/{self._total}", facts, f"{timedelta(seconds=round(left))} left" if left else ""]
             console.print(f"{self._title}: {', '.join(filter(None, parts))}", soft_wrap=True)
 
     def end(self) -> None:
@@ -127,10 +128,3 @@ def track(jobs: Sequence[T], title: str) -> Iterator[T]:
         for done, job in enumerate(jobs):
             task.update(done)
             yield job
-
-
-def _clock(seconds: float) -> str:
-    """Format a time for people: `40 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
