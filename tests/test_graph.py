@@ -45,8 +45,8 @@ def test_a_users_score_is_the_decayed_mean_of_the_transitions_of_the_newest_item
     left_NE, right_NE = factors(sparse.csr_matrix(graph_NN), 3)
     users = GraphUsers(left_NE, HistoryRule(0.5 ** np.arange(2)))
     histories = [np.array([2, 0, 1]), np.array([3]), np.array([], int)]
-    found = users.vectors(right_NE, np.arange(3), histories)[:, 0] @ right_NE.T
-    assert np.allclose(found, [(graph_NN[1] + 0.5 * graph_NN[0]) / 1.5, [0] * 4, [0] * 4], atol=1e-5)
+    scores = users.vectors(right_NE, np.arange(3), histories)[:, 0] @ right_NE.T
+    assert np.allclose(scores, [(graph_NN[1] + 0.5 * graph_NN[0]) / 1.5, [0] * 4, [0] * 4], atol=1e-5)
 
 
 def test_what_is_held_out_is_not_counted(finished, tmp_path):
@@ -54,8 +54,8 @@ def test_what_is_held_out_is_not_counted(finished, tmp_path):
     run = open_run(finished)
     dataset, config = run.dataset, run.config
     engine = partial(open_engine, config.prepare, tmp_path / "spill")
-    found = Transition(config.neighbours.config_of("transition"), engine).fit(dataset, 0.3).toarray()
-    expected = np.zeros_like(found)
+    counted_NN = Transition(config.neighbours.config_of("transition"), engine).fit(dataset, 0.3).toarray()
+    expected = np.zeros_like(counted_NN)
     size = dataset.holding_out(0.3).train_counts_N.astype(float)
     for user, length in enumerate(dataset.holding_out(0.3).train_length_U):
         sequence = dataset.sequence(user)[:length]
@@ -63,7 +63,7 @@ def test_what_is_held_out_is_not_counted(finished, tmp_path):
             for item, later in zip(sequence[:-gap], sequence[gap:], strict=False):
                 expected[item, later] += weight * (item != later)
     expected /= np.sqrt(np.outer(size, size)).clip(1)
-    assert np.allclose(found, expected, atol=1e-6)
+    assert np.allclose(counted_NN, expected, atol=1e-6)
 
 
 @pytest.mark.slow

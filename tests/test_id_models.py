@@ -180,7 +180,8 @@ def test_dropout_is_drawn_alike_on_any_number_of_ranks(recipe):
     """GRU4Rec has dropout between its layers too, which PyTorch draws: one layer here."""
     recipe = recipe.model_copy(update={"layers": 1} if recipe.kind == "gru4rec" else {})
     rows, lengths = torch.randint(10, (7, 7)), torch.tensor([6, 1, 2, 5, 3, 3, 4])
-    items, negatives, found = torch.randn(10, 8), torch.tensor([0, 4]), []
+    items, negatives = torch.randn(10, 8), torch.tensor([0, 4])
+    losses = []
     for ranks in (1, 2, 5):
         parts = []
         for rank in range(ranks):
@@ -189,8 +190,8 @@ def test_dropout_is_drawn_alike_on_any_number_of_ranks(recipe):
             torch.manual_seed(1)
             groups = Batch(rows, lengths).groups(World(rank, ranks))
             parts.append(objective(groups, negatives, torch.arange(10), items).item())
-        found.append(sum(parts))
-    assert found[1:] == pytest.approx([found[0]] * 2, abs=1e-4)
+        losses.append(sum(parts))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-4)
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
@@ -303,28 +304,28 @@ def test_the_best_epoch_is_kept_and_training_stops(dataset, tmp_path):
 def test_the_test_targets_never_train(dataset, tmp_path):
     """The weights do not depend on the items at the test positions."""
     other = dataset.item_rows_I.copy()
-    at = dataset.starts_U + dataset.test_U
-    other[at] = (other[at] + 1) % dataset.n_items
+    places = dataset.starts_U + dataset.test_U
+    other[places] = (other[places] + 1) % dataset.n_items
     changed = PreparedDataset(**{**vars(dataset), "item_rows_I": other})
-    one, two = (
+    first, second = (
         make_source("id", ids(), data, tmp_path / str(number)) for number, data in enumerate((dataset, changed))
     )
-    assert one.hash == two.hash
+    assert first.hash == second.hash
 
 
-def test_held_out_interactions_do_not_train_but_stand_in_the_history_of_what_validates(dataset, tmp_path):
+def test_held_out_interactions_do_not_train_but_are_in_the_history_of_what_validates(dataset, tmp_path):
     """Items at the held-out positions are exchanged: weights of the first epoch stay, its validation does not."""
     other = dataset.item_rows_I.copy()
-    at = (dataset.starts_U + dataset.train_length_U - 1)[dataset.train_length_U > 2]
-    other[at] = (other[at] + 1) % dataset.n_items
+    places = (dataset.starts_U + dataset.train_length_U - 1)[dataset.train_length_U > 2]
+    other[places] = (other[places] + 1) % dataset.n_items
     changed = PreparedDataset(**{**vars(dataset), "item_rows_I": other})
     recipe = ids(epochs=1).model_copy(update={"holdout": 0.01})
-    one, two = (
+    first, second = (
         make_source("id", recipe, data, tmp_path / str(number)) for number, data in enumerate((dataset, changed))
     )
-    assert one.hash == two.hash
-    assert one.manifest["validation"] != two.manifest["validation"]
-    assert one.manifest["settings"]["holdout"] == 0.01
+    assert first.hash == second.hash
+    assert first.manifest["validation"] != second.manifest["validation"]
+    assert first.manifest["settings"]["holdout"] == 0.01
 
 
 def test_an_item_not_met_in_training_has_no_vector_and_is_scored_as_the_mean(dataset, tmp_path):
@@ -444,13 +445,13 @@ def resumed(interrupted: Path, dataset: PreparedDataset, directory: Path, harm: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["training.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(b"torn"), Path.unlink])
+@pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(b"corrupt"), Path.unlink])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(file, harm, interrupted, dataset, tmp_path):
     progress, expected = interrupted
-    found, lines = resumed(progress, dataset, tmp_path, lambda path: harm(path / "step-00000003" / file))
+    digest, lines = resumed(progress, dataset, tmp_path, lambda path: harm(path / "step-00000003" / file))
     assert "step-00000003" in lines[0]
     assert lines[1] == "resuming after epoch 2"
-    assert found == expected
+    assert digest == expected
 
 
 def test_where_every_checkpoint_is_damaged_training_starts_again_and_says_so(interrupted, dataset, tmp_path):
@@ -459,11 +460,11 @@ def test_where_every_checkpoint_is_damaged_training_starts_again_and_says_so(int
             flip(checkpoint / "training.safetensors")
 
     progress, expected = interrupted
-    found, lines = resumed(progress, dataset, tmp_path, harm)
+    digest, lines = resumed(progress, dataset, tmp_path, harm)
     assert "step-00000002" in lines[0]
     assert "starting again" in lines[0]
     assert not any("resuming" in line for line in lines)
-    assert found == expected
+    assert digest == expected
 
 
 def test_a_training_begun_with_other_settings_is_refused_and_fresh_begins_anew(interrupted, dataset, tmp_path):
@@ -479,7 +480,7 @@ def test_a_training_begun_with_other_settings_is_refused_and_fresh_begins_anew(i
     assert files_of(tmp_path / "other") == {MANIFEST, "items.npy", "model.safetensors"}
 
 
-def test_checkpoints_of_another_training_are_never_taken_over(interrupted, dataset, tmp_path):
+def test_checkpoints_of_another_training_are_never_used(interrupted, dataset, tmp_path):
     """Such as ones that were copied there."""
     make_source("id", ids(lr=0.002), dataset, tmp_path / "plain")
     shutil.copytree(interrupted[0] / "ids" / "id" / PROGRESS, tmp_path / PROGRESS)

@@ -43,7 +43,7 @@ HISTORIES = [[A, B, C], [B, A], [A, B, A], [D]]
 
 def log_of(engine: PrepareEngine, histories: list[list[int]], scratch: Path) -> ibis.Table:
     """Return a training log."""
-    rows = [(user, item, at) for user, history in enumerate(histories) for at, item in enumerate(history)]
+    rows = [(user, item, place) for user, history in enumerate(histories) for place, item in enumerate(history)]
     columns = dict(zip(("user", "item", "position"), zip(*rows, strict=True), strict=True))
     pq.write_table(pa.table({name: pa.array(column, pa.int64()) for name, column in columns.items()}), scratch)
     read = engine.read(find_files(str(scratch), "neighbours"), {name: name for name in columns}, "neighbours")
@@ -73,23 +73,23 @@ def catalogue(titles: list[str], texts: list[str] | None = None) -> Any:
 
 def test_items_of_the_same_users_are_neighbours(engine: PrepareEngine, tmp_path: Path) -> None:
     """Users: A 3, B 3, C 1, D 1. Who buys an item twice counts once."""
-    found = counted("cooccurrence", engine, log_of(engine, HISTORIES, tmp_path / "log.parquet"), top=9)
+    rows = counted("cooccurrence", engine, log_of(engine, HISTORIES, tmp_path / "log.parquet"), top=9)
     near, far = 3 / 3, 1 / sqrt(3)
     expected = [(A, B, near), (A, C, far), (B, A, near), (B, C, far), (C, A, far), (C, B, far)]
-    assert found == [(item, neighbour, pytest.approx(score)) for item, neighbour, score in expected]
+    assert rows == [(item, neighbour, pytest.approx(score)) for item, neighbour, score in expected]
 
 
 def test_what_follows_within_a_few_steps_is_a_neighbour(engine: PrepareEngine, tmp_path: Path) -> None:
     """A to B twice, at one step; A to C once, at two; B to A twice; B to C once. Interactions: A 4, B 3, C 1."""
     log = log_of(engine, HISTORIES, tmp_path / "log.parquet")
-    found = counted("transition", engine, log, top=9, steps=2, shrinkage=1.0)
+    rows = counted("transition", engine, log, top=9, steps=2, shrinkage=1.0)
     expected = [
         (A, B, 2 / (sqrt(12) + 1)),
         (A, C, 0.5 / (sqrt(4) + 1)),
         (B, A, 2 / (sqrt(12) + 1)),
         (B, C, 1 / (sqrt(3) + 1)),
     ]
-    assert found == [(item, neighbour, pytest.approx(score)) for item, neighbour, score in expected]
+    assert rows == [(item, neighbour, pytest.approx(score)) for item, neighbour, score in expected]
 
 
 @needs_spark

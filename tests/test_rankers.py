@@ -32,7 +32,7 @@ def text() -> VectorRanker:
 @pytest.mark.parametrize("users_at_a_time", [1, 3, 99])
 def test_ranks_do_not_depend_on_the_chunks_and_a_cached_ranker_encodes_each_chunk_once(users_at_a_time):
     users, items = RNG.standard_normal((7, 2, 3)), RNG.standard_normal((9, 3))
-    batch = EvalBatch(np.arange(7), [np.array([at, 8]) for at in range(7)], RNG.integers(9, size=7))
+    batch = EvalBatch(np.arange(7), [np.array([user, 8]) for user in range(7)], RNG.integers(9, size=7))
     encoded: list[int] = []
 
     def encode(rows, histories):
@@ -264,7 +264,7 @@ def test_the_weights_of_many_parts_are_the_optimum_that_scipy_finds(seed):
         apart = scores_PUN - mean_PU[:, :, None]
         return Likelihood(value, slope, np.einsum("pun,qun,un->pq", apart, apart, chance_UN) / users)
 
-    found = maximise(likelihood, np.ones(parts))
+    weights = maximise(likelihood, np.ones(parts))
     best = minimize(
         lambda weights: -likelihood(weights).value,
         np.ones(parts),
@@ -272,9 +272,9 @@ def test_the_weights_of_many_parts_are_the_optimum_that_scipy_finds(seed):
         bounds=[(0, None)] * parts,
         method="L-BFGS-B",
     )
-    assert found == pytest.approx(best.x, abs=2e-3)
-    assert (found >= 0).all()
-    assert (wanted < -0.3).any() == (found == 0).any()
+    assert weights == pytest.approx(best.x, abs=2e-3)
+    assert (weights >= 0).all()
+    assert (wanted < -0.3).any() == (weights == 0).any()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -302,10 +302,10 @@ def test_a_fusion_of_real_parts_is_the_optimum_that_scipy_finds(seed):
         logits_UN = np.where(seen_UN, -np.inf, np.tensordot(weights, scores_PUN, 1))
         return -np.log(softmax(logits_UN, 1)[np.arange(users), targets]).mean()
 
-    found = fuse(parts, replace(batch, targets=targets)).ranker
-    sizes = [part.numpy().std(1).mean() for part in found.scored(batch).parts(slice(0, users))]
+    fused = fuse(parts, replace(batch, targets=targets)).ranker
+    sizes = [part.numpy().std(1).mean() for part in fused.scored(batch).parts(slice(0, users))]
     best = minimize(loss, np.ones(3), bounds=[(0, None)] * 3, method="L-BFGS-B").x
-    own = np.array(found.weights) * sizes
+    own = np.array(fused.weights) * sizes
     assert own / own.sum() == pytest.approx(best / best.sum(), abs=5e-3)
 
 

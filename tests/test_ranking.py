@@ -90,10 +90,10 @@ def test_top_k_equals_a_naive_sort_in_any_chunks_and_groups(problem, k, block_by
     scores_BN = np.einsum("bkd,nd->bkn", users, items).max(axis=1)
     with in_blocks(block_bytes, GROUP=group):
         rows, best = best_scores(VectorScores(users, items), k, seen)
-    for scores, found, values, known in zip(scores_BN, rows, best, seen, strict=True):
+    for scores, best_rows, values, known in zip(scores_BN, rows, best, seen, strict=True):
         open_items = [item for item in range(len(items)) if item not in set(known.tolist())]
         expected = sorted((scores[item] for item in open_items), reverse=True)[:k]
-        real = found[found >= 0]
+        real = best_rows[best_rows >= 0]
         assert values[: len(real)].tolist() == scores[real].tolist() == expected
         assert len(set(real.tolist())) == len(real)
         assert set(real.tolist()) <= set(open_items)
