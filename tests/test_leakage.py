@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rarec.data.dataset import PreparedDataset
-from rarec.data.leakage import check_no_leaks
+from rarec.data.dataset import PreparedDataset, check_no_leaks
 from rarec.data.selection import select_samples
 from rarec.entry import open_run
 from rarec.errors import UserError

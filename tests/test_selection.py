@@ -17,11 +17,12 @@ from rarec.data.selection import (
     LARGEST_GROUP,
     GroupSampler,
     Selection,
+    TitleWords,
     equal_frequency,
     even_shares,
     select_samples,
+    split_words,
 )
-from rarec.data.title_words import TitleWords, split_words
 from rarec.errors import UserError
 from tests.datasets import prepare_dataset
 from tests.synthetic import write_log

@@ -8,9 +8,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from rarec.cli import command
@@ -25,7 +22,7 @@ from rarec.stages.shard_content import ITEM_STATES, SELECTION, TARGET_COUNTS, Sh
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.directories import MARKER, claim
 from rarec.storage.files import read_json
-from tests.shards import bytes_of, seal, sign
+from tests.shards import bytes_of, seal
 
 TAR = "000001.tar"
 
@@ -59,13 +56,13 @@ def flip(path: Path) -> None:
 
 
 HARMS: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "a tar": (TAR, flip, rf"shard {TAR}: .*sha256"),
-    "no tar": (TAR, Path.unlink, f"shard {TAR} is missing"),
-    "the index": (INDEX, flip, r"samples\.npy: .*sha256"),
-    "item states": (ITEM_STATES, flip, r"item_states\.npy: .*sha256"),
+    "a tar": (TAR, flip, rf"{TAR} was altered"),
+    "no tar": (TAR, Path.unlink, f"{TAR} is missing"),
+    "the index": (INDEX, flip, r"samples\.npy was altered"),
+    "item states": (ITEM_STATES, flip, r"item_states\.npy was altered"),
     "no item states": (ITEM_STATES, Path.unlink, r"item_states\.npy is missing"),
-    "target counts": (TARGET_COUNTS, flip, r"target_counts\.npy: .*sha256"),
-    "half a report": (SELECTION, lambda path: path.write_text("{"), r"selection\.json: .*sha256"),
+    "target counts": (TARGET_COUNTS, flip, r"target_counts\.npy was altered"),
+    "half a report": (SELECTION, lambda path: path.write_text("{"), r"selection\.json was altered"),
 }
 
 
@@ -134,8 +131,8 @@ def test_the_command_prints_a_line_a_problem_and_exits_with_2_until_it_has_repai
     (shards / "000003.tar").rename(shards / "000009.tar")
     code, out, err = call(capsys, *where)
     assert (code, out) == (EXIT_CODE, "")
-    assert [line.split()[1] for line in err.splitlines() if line.startswith("  shard")] == ["000001.tar:", "000003.tar"]
-    assert "  000009.tar " in err
+    named = [Path(line.split()[0]).name for line in err.splitlines() if ".tar " in line]
+    assert named == ["000001.tar", "000003.tar", "000009.tar"]
     code, out, err = call(capsys, *where, "--repair")
     assert (code, "000009.tar" in err) == (EXIT_CODE, True), "it is not known as one of rarec's"
     (shards / "000009.tar").unlink()
@@ -242,49 +239,20 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def saved(array: npt.NDArray[np.generic]) -> Callable[[Path], None]:
-    return lambda path: np.save(path, array)
-
-
-def rewritten_as(kind: type) -> Callable[[Path], None]:
-    return lambda path: np.save(path, np.load(path).astype(kind))
-
-
-def rewritten(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
-    return lambda path: pq.write_table(change(pq.read_table(path)), path)
-
-
-def as_floats(table: pa.Table) -> pa.Table:
-    return table.set_column(1, "item_row", table["item_row"].cast(pa.float32()))
-
-
-TABLES: list[tuple[str, Callable[[Path], object]]] = [
-    ("users.parquet", truncate),
-    ("items.parquet", flip),
-    ("interactions.parquet", Path.unlink),
-    ("items.parquet", lambda path: path.write_bytes(b"")),
-    ("users.parquet", rewritten(lambda table: table.drop_columns("start"))),
-    ("items.parquet", rewritten(lambda table: table.drop_columns("title"))),
-    ("interactions.parquet", rewritten(as_floats)),
-    ("columns/users.start.npy", truncate),
-    ("columns/users.length.npy", saved(np.zeros(3, np.int32))),
-    ("columns/users.test.npy", rewritten_as(np.int64)),
-    ("columns/items.title.arrow", truncate),
-    ("columns/items.title.arrow", lambda path: path.write_bytes(path.with_name("items.item_id.arrow").read_bytes())),
-    ("columns/interactions.item_row.npy", Path.unlink),
-]
-
-
-@pytest.mark.parametrize(("file", "harm"), TABLES)
-@pytest.mark.parametrize("signed", [False, True])
-def test_a_harmed_table_is_refused_by_name_though_its_hash_agrees(finished, tmp_path, file, harm, signed):
+@pytest.mark.parametrize(
+    ("file", "harm"),
+    [
+        ("users.parquet", truncate),
+        ("items.parquet", flip),
+        ("interactions.parquet", Path.unlink),
+        ("columns/users.start.npy", truncate),
+        ("columns/items.title.arrow", flip),
+        ("columns/interactions.item_row.npy", Path.unlink),
+    ],
+)
+def test_a_harmed_table_is_refused_by_name(finished, tmp_path, file, harm):
     directory = Path(shutil.copytree(open_run(finished, []).directory("prepare"), tmp_path / "prepare"))
     harm(directory / file)
-    if signed and (directory / file).exists() and harm is not flip:
-        sign(directory)
-        with pytest.raises(UserError, match=file):
-            PreparedDataset.open(directory)
-        return
     with pytest.raises(UserError, match=file) as error:
         PreparedDataset.open(directory)
     assert "rarec prepare CONFIG --fresh" in error.value.remedy

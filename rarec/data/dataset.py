@@ -1,6 +1,6 @@
-"""Open a prepared dataset as plain arrays and columns, all of them memory-mapped.
+"""Open a prepared dataset as plain arrays and columns, all of them memory-mapped, and prove that it does not leak.
 
-Shape letters: U users, N items, I interactions, S samples or targets.
+Shape letters: U users, N items, I interactions, S samples or targets, i interactions of a block.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,13 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
-from rarec.data import tables
-from rarec.data.tables import Column, TableColumns
+from rarec.data.tables import INTERACTIONS, ITEMS, USERS, Column, number_column, text_column
+from rarec.errors import UserError
 from rarec.storage.artefacts import check_files, read_manifest
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 BLOCK = 1 << 22
 """Interactions of a block of users."""
 
@@ -84,25 +87,21 @@ class PreparedDataset:
         """
         manifest = read_manifest(directory, "prepare")
         check_files(directory, manifest, remember=True)
-        users = TableColumns(directory, tables.USERS, [tables.users_schema(kind) for kind in tables.ID_TYPES])
-        items = TableColumns(directory, tables.ITEMS, [tables.items_schema(kind) for kind in tables.ID_TYPES])
-        schemas = [tables.interactions_schema(order) for order in ("time", "position")]
-        interactions = TableColumns(directory, tables.INTERACTIONS, schemas)
         return cls(
             directory=directory,
             manifest=manifest,
             hash=manifest["hash"],
-            user_ids=users.texts("user_id"),
-            item_ids=items.texts("item_id"),
-            titles=items.texts("title"),
-            texts=items.texts("text"),
-            train_counts_N=items.numbers("train_count"),
-            starts_U=users.numbers("start"),
-            lengths_U=users.numbers("length"),
-            train_length_U=users.numbers("train_length"),
-            validation_U=users.numbers("validation"),
-            test_U=users.numbers("test"),
-            item_rows_I=interactions.numbers("item_row"),
+            user_ids=text_column(directory, USERS, "user_id"),
+            item_ids=text_column(directory, ITEMS, "item_id"),
+            titles=text_column(directory, ITEMS, "title"),
+            texts=text_column(directory, ITEMS, "text"),
+            train_counts_N=number_column(directory, ITEMS, "train_count"),
+            starts_U=number_column(directory, USERS, "start"),
+            lengths_U=number_column(directory, USERS, "length"),
+            train_length_U=number_column(directory, USERS, "train_length"),
+            validation_U=number_column(directory, USERS, "validation"),
+            test_U=number_column(directory, USERS, "test"),
+            item_rows_I=number_column(directory, INTERACTIONS, "item_row"),
         )
 
     @property
@@ -216,3 +215,75 @@ class PreparedDataset:
             user_rows = np.sort(np.random.default_rng(seed).choice(user_rows, limit, replace=False))
         positions = positions_U[user_rows]
         return EvalTargets(user_rows, positions, self.items_at(user_rows, positions))
+
+
+def check_no_leaks(dataset: PreparedDataset) -> None:
+    """Verify that no validation or test target, and nothing from the future, can enter training.
+
+    Training reads a user's first `train_length` interactions only. This is proved from the written files alone, a block
+    of interactions at a time.
+
+    Raises:
+        UserError: a target is in its user's training part, popularity counts more than training interactions, a user's
+            interactions are not sorted, or a temporal split has an interaction outside its window.
+    """
+    if not np.array_equal(dataset.starts_U, np.cumsum(dataset.lengths_U, dtype=np.int64) - dataset.lengths_U):
+        raise _leak(f"{USERS}: the slices of users overlap or have gaps")
+    _check_targets(dataset)
+    counts_N = np.zeros(dataset.n_items, np.int64)
+    start, last = 0, -np.inf
+    with pq.ParquetFile(dataset.directory / INTERACTIONS) as file:
+        for group in range(file.num_row_groups):
+            order_i = file.read_row_group(group, [dataset.order]).column(0).to_numpy()
+            counts_N += _check_block(dataset, start, order_i, last)
+            start += len(order_i)
+            last = order_i[-1]
+    if not np.array_equal(counts_N, dataset.train_counts_N):
+        raise _leak(f"{ITEMS}: train_count is not the number of training interactions")
+
+
+def _check_targets(dataset: PreparedDataset) -> None:
+    """Check that each target is after the training part, and the validation target before the test target."""
+    validation_U, test_U = dataset.validation_U, dataset.test_U
+    users_U = np.arange(dataset.n_users)
+    for part, position_U in {"validation": validation_U, "test": test_U}.items():
+        trained_U = (position_U >= 0) & (position_U < np.maximum(dataset.train_length_U, 1))
+        _refuse_any(dataset, users_U, trained_U, f"the {part} target of user {{}} is in the training part")
+    late_U = (validation_U >= 0) & (test_U >= 0) & (validation_U >= test_U)
+    _refuse_any(dataset, users_U, late_U, "user {} has a validation target at or after the test target")
+
+
+def _check_block(dataset: PreparedDataset, start: int, order_i: Float64, last: float) -> Int64:
+    """Check consecutive interactions; return the number of training interactions of each item.
+
+    Args:
+        dataset: prepared dataset.
+        start: the first interaction.
+        order_i: time or position of each.
+        last: time or position of the interaction before them.
+    """
+    rows_i = np.arange(start, start + len(order_i))
+    users_i = np.searchsorted(dataset.starts_U, rows_i, side="right") - 1
+    positions_i = rows_i - dataset.starts_U[users_i]
+    trains_i = positions_i < dataset.train_length_U[users_i]
+    unsorted_i = (order_i < np.concatenate([[last], order_i[:-1]])) & (positions_i > 0)
+    _refuse_any(dataset, users_i, unsorted_i, f"the interactions of user {{}} are not sorted by {dataset.order}")
+    if dataset.manifest["settings"]["prepare"]["split"]["kind"] == "temporal":
+        first, second = dataset.manifest["cut_times"]
+        late_i = trains_i & (order_i >= first)
+        _refuse_any(dataset, users_i, late_i, f"user {{}} trains at or after the first cut, {first}")
+        windows = {"validation": (dataset.validation_U, first, second), "test": (dataset.test_U, second, np.inf)}
+        for part, (position_U, begin, end) in windows.items():
+            outside_i = (position_U[users_i] == positions_i) & ((order_i < begin) | (order_i >= end))
+            _refuse_any(dataset, users_i, outside_i, f"the {part} target of user {{}} is outside its window")
+    return np.bincount(dataset.item_rows_I[rows_i[trains_i]], minlength=dataset.n_items)
+
+
+def _refuse_any(dataset: PreparedDataset, users: Int64, wrong: Mask, problem: str) -> None:
+    """Raise a problem, with the id of the first user where `wrong` is True in place of `{}`."""
+    if wrong.any():
+        raise _leak(problem.format(dataset.user_ids[int(users[np.argmax(wrong)])]))
+
+
+def _leak(problem: str) -> UserError:
+    return UserError(f"the prepared dataset leaks: {problem}", "this is a bug in rarec: please report it with the log")

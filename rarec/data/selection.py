@@ -3,11 +3,14 @@
 The samples are read twice, a block of users at a time: they are counted, and then drawn. So memory grows with the kept
 samples alone.
 
-Shape letters: S samples of a block, K kept samples, U users, N items, V values, G buckets of the grid.
+Shape letters: S samples of a block, K kept samples, U users, N items, V values, G buckets of the grid, F fates of a
+sample, W word occurrences over all items, E word occurrences over interactions, I interactions.
 """
 
+import unicodedata
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.config.schema import Shards
-from rarec.data.dataset import Int32, Int64, PreparedDataset
-from rarec.data.title_words import TitleWords
+from rarec.data.dataset import Int32, Int64, Mask, PreparedDataset
 from rarec.errors import UserError
 
-Mask = npt.NDArray[np.bool_]
 Range = tuple[int, int] | None
 """Smallest and largest value of a bucket; None if it is empty."""
 EXAMPLES, EXAMPLE_HISTORY = 5, 5
@@ -27,6 +28,12 @@ BLOCK = 1 << 20
 """Interactions of a block."""
 LARGEST_GROUP = 10**9
 """Size of the largest group for which numpy draws a hypergeometric number."""
+CANDIDATE, WORDLESS, NOTHING_SHARED, TRAINS_ID_MODEL = range(4)
+"""Fates of a sample before the draw: it may be drawn; denoising drops it, because its target's title has no words, or
+shares none with an earlier title of the user; or the ID model trains on its target."""
+NOISE = [WORDLESS, NOTHING_SHARED]
+DROPPED = {WORDLESS: "target_without_words", NOTHING_SHARED: "no_shared_word", TRAINS_ID_MODEL: "trains_the_id_model"}
+"""Names of the reasons in the report."""
 
 
 @dataclass(frozen=True)
@@ -65,29 +72,43 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
     """
     if not (dataset.train_length_U > 1).any():
         raise UserError("no user has two training interactions, so there is no sample", "provide a larger log")
-    rng = np.random.default_rng([seed, *b"shards"])
     samples = _Samples(dataset, config, holdout)
-    counts = _Counts.of(samples)
-    if not counts.candidates:
-        dropped = f"shards.denoise drops all {counts.noise} training samples"
+    counts_FG = samples.count()
+    candidates_G, noise = counts_FG[CANDIDATE], int(counts_FG[NOISE].sum())
+    if not candidates_G.any():
+        problem = f"shards.denoise drops all {noise} training samples: no target shares a title word with its history"
         remedy = "set shards.denoise to false, or set prepare.items.title to a column of words"
-        raise UserError(f"{dropped}: no target shares a title word with its history", remedy)
-    wanted = min(max(1, round(config.share * counts.total)), config.max_samples or counts.total)
-    candidates_G = counts.candidates_G if config.diversify else counts.candidates_G.sum(keepdims=True)
-    sampler = GroupSampler(candidates_G, even_shares(candidates_G, wanted, rng), rng)
-    noise = GroupSampler(np.array([counts.noise]), np.array([EXAMPLES]), np.random.default_rng([seed, *b"noise"]))
-    kept, kept_G, examples = [], np.zeros_like(counts.all_G), []
+        raise UserError(problem, remedy)
+    total = int(counts_FG.sum())
+    wanted = min(max(1, round(config.share * total)), config.max_samples or total)
+    groups_G = candidates_G if config.diversify else candidates_G.sum(keepdims=True)
+    rng = np.random.default_rng([seed, *b"shards"])
+    sampler = GroupSampler(groups_G, even_shares(groups_G, wanted, rng), rng)
+    noise_sampler = GroupSampler(np.array([noise]), np.array([EXAMPLES]), np.random.default_rng([seed, *b"noise"]))
+    kept, kept_G, examples = [], np.zeros_like(candidates_G), []
     for block in samples.blocks():
-        drawn = sampler.draw(np.where(block.candidate_S, block.buckets_S if config.diversify else 0, -1))
+        groups_S = block.buckets_S if config.diversify else 0
+        drawn = sampler.draw(np.where(block.fates_S == CANDIDATE, groups_S, -1))
         kept.append((block.users_S[drawn], block.positions_S[drawn]))
         kept_G += np.bincount(block.buckets_S[drawn], minlength=len(kept_G))
-        shown = noise.draw(np.where(block.noise_S, 0, -1))
+        shown = noise_sampler.draw(np.where(np.isin(block.fates_S, NOISE), 0, -1))
         examples += [_example(dataset, int(block.users_S[row]), int(block.positions_S[row])) for row in shown]
     users_K, positions_K = (np.concatenate(parts) for parts in zip(*kept, strict=True))
     order = rng.permutation(len(users_K))
-    kinds = {"all": counts.all_G, "after_denoise": counts.candidates_G, "kept": kept_G}
-    report = {**counts.report(wanted, len(order)), "buckets": samples.grid.report(**kinds), "noise": examples}
+    report = _report(samples.grid, counts_FG, kept_G, wanted) | {"noise": examples}
     return Selection(users_K[order], positions_K[order], report)
+
+
+def _report(grid: "Grid", counts_FG: Int64, kept_G: Int64, wanted: int) -> dict[str, Any]:
+    """Return the counts of samples before and after each step, the drops by reason, and the buckets."""
+    all_G, candidates_G = counts_FG.sum(axis=0), counts_FG[CANDIDATE]
+    total, candidates, kept = (int(counts_G.sum()) for counts_G in (all_G, candidates_G, kept_G))
+    dropped = {name: int(counts_FG[fate].sum()) for fate, name in DROPPED.items()}
+    return {
+        "samples": {"all": total, "after_denoise": candidates, "wanted": wanted, "kept": kept},
+        "dropped": dropped | {"not_drawn": candidates - kept},
+        "buckets": grid.report(all=all_G, after_denoise=candidates_G, kept=kept_G),
+    }
 
 
 def equal_frequency(values_V: npt.NDArray[np.integer], count: int) -> tuple[Int64, list[Range]]:
@@ -206,97 +227,54 @@ class _Block:
     Attributes:
         users_S: rows of their users.
         positions_S: positions of the targets in the users' sequences.
-        targets_S: item rows.
         buckets_S: buckets of the grid.
-        candidate_S: True where the sample may be drawn.
-        noise_S: True where denoising drops it; neither holds where the ID model trains on the target.
+        fates_S: what happens to each before the draw.
     """
 
     users_S: Int32
     positions_S: Int32
-    targets_S: Int32
     buckets_S: Int64
-    candidate_S: Mask
-    noise_S: Mask
+    fates_S: npt.NDArray[np.integer]
 
 
 class _Samples:
     """All training samples, a block at a time; which share a word is computed once, and kept as bits."""
 
     def __init__(self, dataset: PreparedDataset, config: Shards, holdout: float) -> None:
-        self._dataset, self._holdout = dataset, holdout
+        self._dataset = dataset
+        self._first_target_U = dataset.train_length_U - dataset.held_out_U(holdout) if holdout else None
         self.grid = Grid(dataset, config)
-        self.words = TitleWords.of(dataset.titles, dataset.untitled) if config.denoise else None
+        self._words = TitleWords.of(dataset.titles, dataset.untitled) if config.denoise else None
         self._sharing: dict[int, npt.NDArray[np.uint8]] = {}
 
     def blocks(self) -> Iterator[_Block]:
-        dataset = self._dataset
-        first_target_U = dataset.train_length_U - dataset.held_out_U(self._holdout)
-        for users in dataset.user_blocks(BLOCK):
-            users_S, positions_S = dataset.training_samples(users)
-            targets_S = dataset.items_at(users_S, positions_S)
-            eligible_S = positions_S >= first_target_U[users_S] if self._holdout else np.ones(len(users_S), bool)
-            sharing_S = self._shares_word(users, len(users_S))
-            buckets_S = self.grid.bucket(users_S, targets_S)
-            yield _Block(users_S, positions_S, targets_S, buckets_S, eligible_S & sharing_S, eligible_S & ~sharing_S)
+        for users in self._dataset.user_blocks(BLOCK):
+            users_S, positions_S = self._dataset.training_samples(users)
+            targets_S = self._dataset.items_at(users_S, positions_S)
+            fates_S = np.full(len(users_S), CANDIDATE)
+            if self._words is not None:
+                fates_S[self._words.counts_N[targets_S] == 0] = WORDLESS
+                fates_S[~self._shares_word(self._words, users, len(users_S)) & (fates_S == CANDIDATE)] = NOTHING_SHARED
+            if self._first_target_U is not None:
+                fates_S[positions_S < self._first_target_U[users_S]] = TRAINS_ID_MODEL
+            yield _Block(users_S, positions_S, self.grid.bucket(users_S, targets_S), fates_S)
 
-    def _shares_word(self, users: slice, samples: int) -> Mask:
-        """Return True where the target's title shares a word with an earlier one; everywhere without denoising."""
-        if self.words is None:
-            return np.ones(samples, bool)
+    def count(self) -> Int64:
+        """Return the number of samples of each fate in each bucket."""
+        shape = TRAINS_ID_MODEL + 1, self.grid.size
+        counts_FG = np.zeros(shape, np.int64)
+        for block in self.blocks():
+            cells_S = np.ravel_multi_index((block.fates_S, block.buckets_S), shape)
+            counts_FG += np.bincount(cells_S, minlength=counts_FG.size).reshape(shape)
+        return counts_FG
+
+    def _shares_word(self, words: "TitleWords", users: slice, samples: int) -> Mask:
+        """Return True where the target's title shares a word with an earlier one."""
         if users.start not in self._sharing:
             users_i, positions_i = self._dataset.training_positions(users)
-            items_i = self._dataset.items_at(users_i, positions_i)
-            sharing_i = self.words.shared_with_earlier(users_i, items_i)
+            sharing_i = words.shared_with_earlier(users_i, self._dataset.items_at(users_i, positions_i))
             self._sharing[users.start] = np.packbits(sharing_i[positions_i > 0])
         return np.unpackbits(self._sharing[users.start], count=samples).astype(bool)
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """Counts of the first pass.
-
-    Attributes:
-        all_G: samples in each bucket.
-        candidates_G: those that may be drawn.
-        noise: samples that denoising drops.
-        wordless: of these, the ones whose target's title has no words.
-    """
-
-    all_G: Int64
-    candidates_G: Int64
-    noise: int
-    wordless: int
-
-    @classmethod
-    def of(cls, samples: _Samples) -> "_Counts":
-        all_G, candidates_G = np.zeros((2, samples.grid.size), np.int64)
-        noise = wordless = 0
-        for block in samples.blocks():
-            all_G += np.bincount(block.buckets_S, minlength=len(all_G))
-            candidates_G += np.bincount(block.buckets_S[block.candidate_S], minlength=len(all_G))
-            noise += int(block.noise_S.sum())
-            if samples.words is not None:
-                wordless += int((samples.words.counts_N[block.targets_S[block.noise_S]] == 0).sum())
-        return cls(all_G, candidates_G, noise, wordless)
-
-    @property
-    def total(self) -> int:
-        return int(self.all_G.sum())
-
-    @property
-    def candidates(self) -> int:
-        return int(self.candidates_G.sum())
-
-    def report(self, wanted: int, kept: int) -> dict[str, dict[str, int]]:
-        numbers = {"all": self.total, "after_denoise": self.candidates, "wanted": wanted, "kept": kept}
-        dropped = {
-            "target_without_words": self.wordless,
-            "no_shared_word": self.noise - self.wordless,
-            "trains_the_id_model": self.total - self.candidates - self.noise,
-            "not_drawn": self.candidates - kept,
-        }
-        return {"samples": numbers, "dropped": dropped}
 
 
 def _example(dataset: PreparedDataset, user: int, position: int) -> dict[str, Any]:
@@ -306,3 +284,86 @@ def _example(dataset: PreparedDataset, user: int, position: int) -> dict[str, An
         "history": [dataset.titles[int(item)] for item in history],
         "target": dataset.titles[int(dataset.sequence(user)[position])],
     }
+
+
+# ---- words of titles
+
+
+class _Letters(dict[int, str]):
+    """Table for `str.translate`: keeps letters, marks, digits and apostrophes, and maps the rest to spaces."""
+
+    def __missing__(self, code: int) -> str:
+        character = "'" if chr(code) == "’" else chr(code)
+        kept = character == "'" or unicodedata.category(character)[0] in "LMN"
+        return self.setdefault(code, character if kept else " ")
+
+
+_LETTERS = _Letters()
+
+_STOP = """
+a about above after all also am an and any are as at be been before being below between both but by can could
+did do does doing down during each for from further had has have having he her here hers him his how i if in
+into is it its just me more most my no nor not now of off on once only or other our ours out over own same she
+should so some such than that the their theirs them then there these they this those through to too under
+until up very was we were what when where which while who whom why will with would you your yours
+"""
+STOP_WORDS = frozenset(_STOP.split())
+"""English function words, which say nothing about the similarity of two titles (our list)."""
+
+
+def split_words(title: str) -> list[str]:
+    """Return the distinct words of a title in order of appearance: case-folded, no punctuation, no stop words.
+
+    A word is a run of letters and digits of any script, with apostrophes inside it; in a script without word separators
+    whole phrases are returned.
+    """
+    folded = unicodedata.normalize("NFKC", title).casefold().translate(_LETTERS)
+    distinct = dict.fromkeys(word.strip("'") for word in folded.split())
+    return [word for word in distinct if word and word not in STOP_WORDS]
+
+
+@dataclass(frozen=True)
+class TitleWords:
+    """The words of all items as integers, stored item after item.
+
+    Attributes:
+        starts_N: index of an item's first word in `words_W`.
+        counts_N: number of words of each item.
+        words_W: word numbers.
+        total: number of distinct words.
+    """
+
+    starts_N: Int64
+    counts_N: Int64
+    words_W: Int64
+    total: int
+
+    @classmethod
+    def of(cls, titles: Iterable[str], untitled: str) -> "TitleWords":
+        """Split titles into words; the placeholder for a missing title has none."""
+        numbers: dict[str, int] = {}
+        words, counts = array("q"), array("q")  # a list of objects would take ten times as much
+        for title in titles:
+            own = [] if title == untitled else split_words(title)
+            words.extend(numbers.setdefault(word, len(numbers)) for word in own)
+            counts.append(len(own))
+        counts_N = np.array(counts, np.int64)
+        return cls(np.cumsum(counts_N) - counts_N, counts_N, np.array(words, np.int64), len(numbers))
+
+    def shared_with_earlier(self, user_rows_I: Int32, item_rows_I: Int32) -> Mask:
+        """Return (I,) True where a title shares a word with an earlier title of the same user.
+
+        Args:
+            user_rows_I: ascending user rows.
+            item_rows_I: item rows, in each user's order.
+        """
+        counts_I = self.counts_N[item_rows_I]
+        interactions_E = np.repeat(np.arange(len(item_rows_I)), counts_I)
+        within_E = np.arange(len(interactions_E)) - np.repeat(np.cumsum(counts_I) - counts_I, counts_I)
+        words_E = self.words_W[self.starts_N[item_rows_I[interactions_E]] + within_E]
+        keys_E = user_rows_I[interactions_E].astype(np.int64) * self.total + words_E
+        # np.unique returns the first occurrence of each (user, word); later ones share it
+        _, first, inverse_E = np.unique(keys_E, return_index=True, return_inverse=True)
+        repeats_E = interactions_E[first][inverse_E] < interactions_E
+        shared: Mask = np.bincount(interactions_E[repeats_E], minlength=len(item_rows_I)) > 0
+        return shared

@@ -6,8 +6,7 @@ a dataset of any size opens at once: numbers as a `.npy` file, ids and texts as 
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,23 +24,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", covariant=True)
 Rows = npt.NDArray[np.integer]
-Write = Callable[[pa.Table], object]
-"""Appends rows of one column to a file."""
 
 ROW_GROUP = 1 << 17
 """Rows of a row group: fixed, so that an engine's batch size does not change the file."""
 
 ITEMS, USERS, INTERACTIONS = "items.parquet", "users.parquet", "interactions.parquet"
-ID_TYPES = (pa.int64(), pa.string())
 REBUILD = "rebuild it: rarec prepare CONFIG --fresh"
 FOLDER = "columns"
-NUMBERS = {
-    USERS: ("start", "length", "train_length", "validation", "test"),
-    ITEMS: ("train_count",),
-    INTERACTIONS: ("item_row",),
-}
-TEXTS = {USERS: ("user_id",), ITEMS: ("item_id", "title", "text"), INTERACTIONS: ()}
-"""Columns of ids, which may be numbers, and of texts."""
+NUMBERS = ("start", "length", "train_length", "validation", "test", "train_count", "item_row")
+TEXTS = ("user_id", "item_id", "title", "text")
+"""Columns that are written once more: numbers, and ids, which may be numbers, and texts."""
 
 
 def id_type(column: "ir.Column") -> pa.DataType:
@@ -161,76 +153,50 @@ def write_columns(directory: Path) -> None:
     """Write the columns of a prepared dataset from its tables, a row group at a time."""
     (directory / FOLDER).mkdir()
     for table in (USERS, ITEMS, INTERACTIONS):
-        with pq.ParquetFile(directory / table) as file, ExitStack() as stack:
-            writers = {
-                name: stack.enter_context(opened(_path(directory, table, name), file, name))
-                for names, opened in ((NUMBERS[table], _numbers), (TEXTS[table], _texts))
-                for name in names
-            }
-            for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, list(writers)).combine_chunks()
-                for name, write in writers.items():
-                    write(rows.select([name]))
+        with pq.ParquetFile(directory / table) as file:
+            for column in file.schema_arrow:
+                path = _path(directory, table, column.name)
+                if column.name in NUMBERS:
+                    parts = (part.column(0).to_numpy() for part in _row_groups(file, column.name))
+                    with path.open("wb") as numbers:
+                        write_npy(numbers, np.dtype(column.type.to_pandas_dtype()), file.metadata.num_rows, parts)
+                elif column.name in TEXTS:
+                    with pa.ipc.new_file(str(path), pa.schema([column])) as texts:
+                        for part in _row_groups(file, column.name):
+                            texts.write_table(part)
+
+
+def _row_groups(file: pq.ParquetFile, name: str) -> Iterator[pa.Table]:
+    return (file.read_row_group(group, [name]).combine_chunks() for group in range(file.num_row_groups))
 
 
 def _path(directory: Path, table: str, name: str) -> Path:
-    return directory / FOLDER / f"{Path(table).stem}.{name}{'.npy' if name in NUMBERS[table] else '.arrow'}"
+    return directory / FOLDER / f"{Path(table).stem}.{name}{'.npy' if name in NUMBERS else '.arrow'}"
 
 
-class TableColumns:
-    """The columns of one table, each checked to be of its type and as long as the table.
+def number_column(directory: Path, table: str, name: str) -> npt.NDArray[Any]:
+    """Map a column of numbers of a prepared dataset, which `write_columns` wrote."""
+    return np.asarray(map_npy(_path(directory, table, name), REBUILD))
 
-    Args:
-        directory: of the prepared dataset.
-        table: file name of the table.
-        schemas: the schemas that it may have.
 
-    Raises:
-        UserError: the table has another schema, or is not Parquet.
+def text_column(directory: Path, table: str, name: str) -> Column[Any]:
+    """Map a column of ids or texts of a prepared dataset, which `write_columns` wrote."""
+    path = _path(directory, table, name)
+    if not path.is_file():
+        raise UserError(f"{path} is missing", REBUILD)
+    with pa.memory_map(str(path)) as file:
+        return Column(pa.ipc.open_file(file).read_all().column(name))
+
+
+def write_npy(file: BinaryIO, dtype: np.dtype[Any], rows: int, parts: Iterable[npt.NDArray[Any]]) -> None:
+    """Write a `.npy` array of one dimension in parts, so that it need not fit in memory.
+
+    By plain writes: on a full disk, a mapped file would kill the process.
     """
-
-    def __init__(self, directory: Path, table: str, schemas: Sequence[pa.Schema]) -> None:
-        self._directory, self._table = directory, table
-        path = directory / table
-        try:
-            with pq.ParquetFile(path) as file:  # reads its end only
-                self._rows, self._schema = file.metadata.num_rows, file.schema_arrow
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}", REBUILD) from None
-        if self._schema not in schemas:
-            problem = f"{path} does not have the columns {', '.join(schemas[0].names)}, or their types"
-            raise UserError(problem, REBUILD)
-
-    def numbers(self, name: str) -> npt.NDArray[Any]:
-        """Map a column of numbers.
-
-        Raises:
-            UserError: it is damaged.
-        """
-        path, kind = _path(self._directory, self._table, name), self._schema.field(name).type.to_pandas_dtype()
-        values = np.asarray(map_npy(path, REBUILD))
-        self._check(path, len(values), values.dtype == kind and values.ndim == 1)
-        return values
-
-    def texts(self, name: str) -> Column[Any]:
-        """Map a column of ids or texts.
-
-        Raises:
-            UserError: it is damaged.
-        """
-        path = _path(self._directory, self._table, name)
-        try:
-            with pa.memory_map(str(path)) as file:
-                values = pa.ipc.open_file(file).read_all().column(name)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise UserError(f"{path} is damaged: {error}", REBUILD) from None
-        in_groups = all(len(chunk) == ROW_GROUP for chunk in values.chunks[:-1])
-        self._check(path, len(values), values.type == self._schema.field(name).type and in_groups)
-        return Column(values)
-
-    def _check(self, path: Path, rows: int, fits: bool) -> None:
-        if not fits or rows != self._rows:
-            raise UserError(f"{path} is not the column of {self._rows:,} rows that it should be", REBUILD)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    for part in parts:
+        file.write(part.tobytes())
 
 
 def map_npy(path: Path, remedy: str) -> npt.NDArray[Any]:
@@ -257,23 +223,6 @@ def release_pages(array: object) -> None:
         array = array.base
     if isinstance(array, mmap.mmap):
         array.madvise(mmap.MADV_DONTNEED)
-
-
-@contextmanager
-def _numbers(path: Path, source: pq.ParquetFile, name: str) -> Iterator[Write]:
-    """Yield what appends rows to a `.npy` file of as many numbers as the table has rows."""
-    kind = np.dtype(source.schema_arrow.field(name).type.to_pandas_dtype())
-    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False}
-    with path.open("wb") as file:  # plain writes: on a full disk, a mapped file would kill the process
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (source.metadata.num_rows,)})
-        yield lambda rows: file.write(rows.column(0).to_numpy().tobytes())
-
-
-@contextmanager
-def _texts(path: Path, source: pq.ParquetFile, name: str) -> Iterator[Write]:
-    """Yield what appends rows to an Arrow file, a record batch each time."""
-    with pa.ipc.new_file(str(path), pa.schema([source.schema_arrow.field(name)])) as file:
-        yield file.write_table
 
 
 @dataclass(frozen=True)

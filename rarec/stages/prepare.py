@@ -45,7 +45,6 @@ class PrepareStage(Stage):
 
     def verify(self, directory: Path) -> None:
         """Prove that nothing of validation, test or the future can enter training."""
-        from rarec.data.dataset import PreparedDataset
-        from rarec.data.leakage import check_no_leaks
+        from rarec.data.dataset import PreparedDataset, check_no_leaks
 
         check_no_leaks(PreparedDataset.open(directory))
