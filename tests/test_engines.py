@@ -163,7 +163,7 @@ def test_a_registered_table_of_spark_is_read_by_name(tmp_path: Path) -> None:
     [
         ("sparks", "engine 'sparks'"),
         ("nosuch://host/db", "nosuch://..."),
-        ("duckdb:///nowhere/shop.db", "prepare.engine: /nowhere/shop.db"),
+        ("duckdb:///nowhere/shop.db", "prepare.engine: duckdb://"),
     ],
 )
 def test_an_engine_that_is_none_is_refused(tmp_path: Path, engine: str, said: str) -> None:

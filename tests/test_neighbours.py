@@ -46,8 +46,8 @@ def log_of(engine: PrepareEngine, histories: list[list[int]], scratch: Path) -> 
     rows = [(user, item, place) for user, history in enumerate(histories) for place, item in enumerate(history)]
     columns = dict(zip(("user", "item", "position"), zip(*rows, strict=True), strict=True))
     pq.write_table(pa.table({name: pa.array(column, pa.int64()) for name, column in columns.items()}), scratch)
-    read = engine.read(find_files(str(scratch), "neighbours"), {name: name for name in columns}, "neighbours")
-    return engine.keep("log", read.table)
+    read = engine.read(find_files(str(scratch), "neighbours"), {name: name for name in columns})
+    return engine.keep("log", read)
 
 
 def model(name: str, open_engine: Any = None, **settings: Any) -> Any:

@@ -100,11 +100,11 @@ def _read_items(bundle: Bundle, table: str, columns: Columns, say: Callable[[str
         tempfile.TemporaryDirectory(prefix="rarec-") as scratch,
         open_engine(prepare, Path(scratch, "spill")) as engine,
     ):
-        read = read_catalogue(engine, prepare.items, location, say)
-        if read.counts["repeated_ids"]:
-            problem = f"{read.name}: {read.counts['repeated_ids']} rows repeat an item id"
+        items, counts = read_catalogue(engine, prepare.items, location, say)
+        if counts["repeated_ids"]:
+            problem = f"{location.name}: {counts['repeated_ids']} rows repeat an item id"
             raise UserError(problem, "keep one row of each id")
-        batches = list(engine.batches(read.table.order_by("line").select("item", "title", "text")))
+        batches = list(engine.batches(items.order_by("line").select("item", "title", "text")))
     rows = pa.Table.from_batches(batches)
     ids = _checked_ids(bundle, rows["item"].combine_chunks())
     return Catalogue(ids, rows["title"].to_pylist(), rows["text"].to_pylist(), np.zeros(len(ids), np.int64))

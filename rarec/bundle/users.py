@@ -92,7 +92,7 @@ def open_log(bundle: Bundle, log: str, columns: Columns = NO_COLUMNS, user: str 
 def _read(engine: PrepareEngine, prepare: Prepare, items: Path, user: str | None) -> ir.Table:
     log = _read_log(engine, prepare, user)
     users = engine.keep("user_codes", steps.number_ids(log.user))
-    catalogue = engine.read(find_files(str(items), "items"), {"item": "item_id"}, "items", lines=True).table
+    catalogue = engine.read(find_files(str(items), "items"), {"item": "item_id"}, lines=True)
     codes = engine.keep("item_codes", steps.number_ids(catalogue["item"]))
     rows = catalogue.select(id="item", row=catalogue.line - 1).inner_join(codes, "id").select("code", "row")
     coded = engine.keep("log", steps.encode_ids(log, users, codes))

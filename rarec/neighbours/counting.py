@@ -150,8 +150,8 @@ def _read(engine: "PrepareEngine", directory: Path, file: str, columns: tuple[st
     """Read columns of a table, and `line`, the number of each row from 1."""
     from rarec.data.engines.table_files import find_files
 
-    location = find_files(str(directory / file), "neighbours")
-    return engine.read(location, {name: name for name in columns}, Path(file).stem, lines=True).table
+    location = find_files(str(directory / file), Path(file).stem)
+    return engine.read(location, {name: name for name in columns}, lines=True)
 
 
 def best(pairs: "ir.Table", top: int) -> "ir.Table":

@@ -1,23 +1,63 @@
-"""Engines that run the preparation: DuckDB, Spark, or any database that Ibis reaches by URL."""
+"""Engines that run the preparation: DuckDB, Spark, or any database that Ibis reaches by URL.
+
+The steps of the preparation are Ibis expressions, and use nothing of an engine but `PrepareEngine`.
+"""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
+
+import ibis.expr.types as ir
+import pyarrow as pa
 
 from rarec.config.schema import Prepare
-from rarec.data.engines.prepare_engine import (
-    InputTable,
-    NamedTable,
-    PrepareEngine,
-    TableLocation,
-    compute_value,
-)
-from rarec.errors import UserError
+from rarec.data.engines.table_files import TableLocation
+from rarec.errors import UserError, nearest
 
-__all__ = ["InputTable", "NamedTable", "PrepareEngine", "TableLocation", "compute_value", "open_engine"]
+KEYS = ("user", "item", "time", "position")
+"""Roles whose values are compared, and so must be of one type."""
 
-DUCKDB_FILE = "duckdb://"
+
+class PrepareEngine(Protocol):
+    """Read tables, keep intermediate results, and stream expressions out."""
+
+    def read(self, location: TableLocation, roles: Mapping[str, str], *, lines: bool = False) -> ir.Table:
+        """Read columns of a table.
+
+        Args:
+            location: files or a named table.
+            roles: column name in the table, by role.
+            lines: number the rows from 1, in the column `line`: in file order, or, for a named table, sorted by these
+                columns.
+
+        Returns:
+            One column for each role.
+
+        Raises:
+            UserError: a column is missing or the table cannot be read (raised now, or when rows are fetched).
+        """
+
+    def keep(self, name: str, expression: ir.Table) -> ir.Table:
+        """Compute an expression and store its rows under a name, replacing what the name held before."""
+
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """Compute a small table and return its rows."""
+
+    def batches(self, expression: ir.Table) -> Iterable[pa.RecordBatch]:
+        """Stream the rows of an expression in its order.
+
+        Read the stream to its end before using the engine again.
+        """
+
+    def close(self) -> None:
+        """Release everything that was kept."""
+
+
+def compute_value(engine: PrepareEngine, scalar: ir.Scalar) -> Any:
+    """Compute a scalar expression."""
+    return engine.rows(scalar.name("value").as_table())[0]["value"]
 
 
 @contextmanager
@@ -39,22 +79,57 @@ def open_engine(config: Prepare, spill: Path) -> Iterator[PrepareEngine]:
 
 
 def _start(config: Prepare, spill: Path) -> PrepareEngine:
-    scratch = f"{config.scratch.rstrip('/')}/rarec-{uuid.uuid4().hex}" if config.scratch else str(spill)
-    if config.engine == "duckdb" or config.engine.startswith(DUCKDB_FILE):
-        from rarec.data.engines.duckdb_engine import DuckDBEngine
+    from rarec.data.engines.duckdb_engine import DatabaseEngine, DuckDBEngine
 
-        database = config.engine.removeprefix(DUCKDB_FILE) if "://" in config.engine else None
-        return DuckDBEngine(Path(scratch), config.memory, database)
+    scratch = f"{config.scratch.rstrip('/')}/rarec-{uuid.uuid4().hex}" if config.scratch else str(spill)
+    if config.engine == "duckdb":
+        return DuckDBEngine(Path(scratch), config.memory)
     if config.engine == "spark":
-        from rarec.data.engines.duckdb_engine import DuckDBEngine
         from rarec.data.engines.spark_engine import SparkEngine
 
         return SparkEngine(scratch, config.spark, DuckDBEngine(spill.with_name(f"{spill.name}-files"), config.memory))
     if "://" in config.engine:
-        from rarec.data.engines.duckdb_engine import DatabaseEngine
-
         return DatabaseEngine(config.engine, Path(scratch), config.memory)
     raise UserError(
         f"field `prepare.engine`: unknown engine {config.engine!r}",
         "use duckdb, spark, or a URL: duckdb:///path/to/file, postgres://user:password@host/database, ...",
     )
+
+
+def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: TableLocation) -> None:
+    """Check that the column of every role exists.
+
+    Raises:
+        UserError: a column is missing; the message suggests the nearest name and lists the columns.
+    """
+    columns = list(columns)
+    for role, name in roles.items():
+        if name not in columns:
+            hint = nearest(name, columns, listed=False)
+            problem = f"{location.name} has no column {name!r} ({location.field(role)}){hint}"
+            raise UserError(problem, f"its columns: {', '.join(columns)}")
+
+
+def check_types(table: ir.Table, roles: Mapping[str, str], location: TableLocation, unfit: Mapping[str, str]) -> None:
+    """Refuse types that are not what a role needs, or that engines write differently.
+
+    Lists, structures and times of day are refused everywhere; ids are text or numbers, and an order is not a truth.
+
+    Args:
+        table: one column for each role.
+        roles: column name in the table, by role.
+        location: the table, for messages.
+        unfit: what a column holds that can be shown as text, but is no id and no time, by its name in the table.
+
+    Raises:
+        UserError: a column has such a type.
+    """
+    for role, name in roles.items():
+        kind = table[role].type()
+        wrong = kind.is_nested() or kind.is_time() or (role in KEYS and kind.is_boolean())
+        wrong = wrong or (role in ("user", "item") and kind.is_temporal())
+        content = unfit.get(name) if role in KEYS else None
+        if wrong or content:
+            holds = content or f"values of type {kind}"
+            problem = f"{location.name}: column {name!r} ({location.field(role)}) holds {holds}"
+            raise UserError(problem, "write it as text in every row, or as numbers in every row")

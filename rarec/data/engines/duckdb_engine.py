@@ -14,16 +14,11 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from rarec.data.engines.prepare_engine import (
-    InputTable,
-    NamedTable,
-    TableLocation,
-    check_columns,
-    check_types,
-)
+from rarec.data.engines import check_columns, check_types
 from rarec.data.engines.table_files import (
     DELIMITED,
-    TableFiles,
+    NAMED,
+    TableLocation,
     check_gzip,
     check_parquet,
     read_header,
@@ -31,10 +26,8 @@ from rarec.data.engines.table_files import (
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 
-DATABASE = "given"
-"""Alias of the user's attached database."""
-JSON_INTEGERS = ("UBIGINT", "BIGINT", "HUGEINT")
-"""DuckDB's integer types of JSON values; read as text, because they may exceed 64 bits."""
+JSON_TYPES = dict.fromkeys(("UBIGINT", "BIGINT", "HUGEINT"), "DECIMAL(38, 0)") | {"DOUBLE": "DOUBLE"}
+"""DuckDB's numeric types of JSON values, and those in which they are read: integers may exceed 64 bits."""
 COMPUTING = (
     "the preparation failed",
     "repair or rewrite the file if one is named; else raise prepare.memory, or free space in prepare.scratch",
@@ -43,60 +36,55 @@ COMPUTING = (
 
 
 class DuckDBEngine:
-    """Run the preparation on DuckDB.
+    """Run the preparation on DuckDB; read files.
 
     Args:
         spill: scratch directory, created on demand and removed at the end.
         memory: memory limit, such as `8GB`; 80% of the machine's memory by default.
-        database: DuckDB file whose tables can be read by name.
 
     Raises:
-        UserError: the memory limit is malformed, or the database cannot be opened.
+        UserError: the memory limit is malformed.
     """
 
-    def __init__(self, spill: Path, memory: str | None = None, database: str | None = None) -> None:
-        self._spill, self._database = spill, database
+    def __init__(self, spill: Path, memory: str | None = None) -> None:
+        self._spill = spill
         spill.parent.mkdir(parents=True, exist_ok=True)
         self._ibis = ibis.duckdb.connect(temp_directory=str(spill), autoinstall_known_extensions=False)
         self._duckdb: duckdb.DuckDBPyConnection = self._ibis.con
-        self._execute("SET TimeZone = 'UTC'; SET preserve_insertion_order = false")
-        self._kept: dict[str, int] = {}
+        self._duckdb.execute("SET TimeZone = 'UTC'; SET preserve_insertion_order = false")
         self._systems: set[str] = set()
         if memory is not None:
             with _explained("prepare.memory", "write it like 8GB"):
-                self._execute(f"SET memory_limit = {_quoted(memory)}")
-        if database is not None:
-            with _explained(f"prepare.engine: {database}", "name a DuckDB file: duckdb:///path/to/file"):
-                self._execute(f"ATTACH {_quoted(database)} AS {DATABASE} (READ_ONLY)")
+                self._duckdb.execute(f"SET memory_limit = {_quoted(memory)}")
 
-    def read(
-        self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
-    ) -> InputTable:
-        """See `PrepareEngine`. Parquet and database tables are scanned in place; other formats are copied first."""
+    def read(self, location: TableLocation, roles: Mapping[str, str], *, lines: bool = False) -> ir.Table:
+        """See `PrepareEngine`. Parquet is scanned in place; other formats are copied first."""
+        if location.format == NAMED:
+            remedy = "use prepare.engine: duckdb:///path/to/file, or another database, or set a path"
+            raise UserError(f"{location.field('table')}: the engine duckdb has no {location.name}", remedy)
         with _readable(location):
-            if isinstance(location, TableFiles):
-                check_gzip(location)
-            source = self._scan(location, section)
-            check_columns(source.columns, roles, location, section)
-            if isinstance(location, TableFiles) and location.format == "parquet":
+            check_gzip(location)
+            source = self._scan(location)
+            check_columns(source.columns, roles, location)
+            in_place = location.format == "parquet" and not lines
+            if location.format == "parquet":
                 check_parquet(location, roles.values(), pages=True)
             select = [f"{source.columns[name]} AS {_identifier(role)}" for role, name in roles.items()]
             if lines:
-                # makes a scan return rows in file order
-                self._execute("SET preserve_insertion_order = true")
-                order = f"ORDER BY {', '.join(source.columns[name] for name in roles.values())}"
-                select.insert(0, f"row_number() OVER ({order if isinstance(location, NamedTable) else ''}) AS line")
+                select.append("row_number() OVER () AS line")
+            # a scan then returns rows in file order
+            self._duckdb.execute(f"SET preserve_insertion_order = {lines}")
+            kind, name = ("VIEW", "view") if in_place else ("TABLE", "read")
             query = f"SELECT {', '.join(select)} FROM {source.relation}"
-            name = section.rpartition(".")[2]
-            table = self._view(name, query) if source.columnar and not lines else self._keep(name, query)
-            self._execute("SET preserve_insertion_order = false")
-        check_types(table, roles, location, section, source.unfit)
-        return InputTable(table, frozenset(role for role, name in roles.items() if name in source.untyped))
+            table = self._create(kind, f"{name}_{location.short_section}", query)
+            self._duckdb.execute("SET preserve_insertion_order = false")
+        check_types(table, roles, location, source.unfit)
+        return table
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
         """See `PrepareEngine`."""
         with _explained(*COMPUTING):
-            return self._keep(name, _sql(expression))
+            return self._create("TABLE", name, _sql(expression))
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
         """See `PrepareEngine`."""
@@ -116,72 +104,45 @@ class DuckDBEngine:
         self._ibis.disconnect()
         shutil.rmtree(self._spill, ignore_errors=True)
 
-    def _execute(self, sql: str) -> duckdb.DuckDBPyConnection:
-        return self._duckdb.execute(sql)
-
     def _stream(self, expression: ir.Table) -> pa.RecordBatchReader:
         return pa.RecordBatchReader.from_stream(self._duckdb.sql(_sql(expression)))
 
-    def _view(self, name: str, sql: str) -> ir.Table:
-        self._execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {sql}")
-        return self._table(name)
-
-    def _keep(self, name: str, sql: str) -> ir.Table:
-        number = self._kept.get(name, 0)
-        self._execute(f"CREATE TEMP TABLE {name}_{number + 1} AS {sql}")
-        if number:
-            self._execute(f"DROP TABLE {name}_{number}")
-        self._kept[name] = number + 1
-        return self._table(f"{name}_{number + 1}")
-
-    def _table(self, name: str) -> ir.Table:
+    def _create(self, kind: str, name: str, sql: str) -> ir.Table:
+        self._duckdb.execute(f"CREATE OR REPLACE TEMP {kind} {name} AS {sql}")
         table: ir.Table = self._ibis.table(name, database=("temp", "main"))
         return table
 
-    def _scan(self, location: TableLocation, section: str) -> "_Scan":
+    def _scan(self, files: TableLocation) -> "_Scan":
         """Find the columns of a table; only as much of the table as that needs is read.
 
         Raises:
             UserError: a header is missing or differs between files, or lines are not JSON objects.
         """
-        if isinstance(location, NamedTable):
-            if self._database is None:
-                remedy = "use prepare.engine: duckdb:///path/to/file, or another database, or set a path"
-                raise UserError(f"{section}.table: {location.table}: the engine duckdb has no named tables", remedy)
-            schema, _, name = location.table.rpartition(".")
-            return self._columnar(".".join(_identifier(part) for part in (DATABASE, schema or "main", name)))
-        protocol = location.paths[0].partition("://")[0]
-        if location.system is not None and protocol not in self._systems:
-            self._duckdb.register_filesystem(location.system)
+        protocol = files.paths[0].partition("://")[0]
+        if files.system is not None and protocol not in self._systems:
+            self._duckdb.register_filesystem(files.system)
             self._systems.add(protocol)
-        if location.format in DELIMITED:
-            return _delimited(location)
-        if location.format == "jsonl":
-            return self._jsonl(location)
-        options = "hive_partitioning=false, binary_as_string=true"
-        return self._columnar(f"read_parquet({_paths(location)}, {options})")
+        if files.format in DELIMITED:
+            return _delimited(files)
+        if files.format == "jsonl":
+            return self._jsonl(files)
+        relation = f"read_parquet({_paths(files)}, hive_partitioning=false, binary_as_string=true)"
+        described = self._duckdb.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
+        return _Scan(relation, {name: _native(name, kind) for name, kind, *_ in described})
 
-    def _columnar(self, relation: str) -> "_Scan":
-        described = self._execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
-        return _Scan(relation, {name: _native(name, kind) for name, kind, *_ in described}, columnar=True)
-
-    def _jsonl(self, files: TableFiles) -> "_Scan":
+    def _jsonl(self, files: TableLocation) -> "_Scan":
         relation = f"read_ndjson_objects({_paths(files)})"
         twice = "CASE WHEN len(json_keys(json)) > len(list_distinct(json_keys(json))) THEN json END"
         query = f"SELECT json_group_structure(json), any_value({twice}) FROM {relation}"
-        structure, double = self._execute(query).fetchall()[0]
+        structure, double = self._duckdb.execute(query).fetchall()[0]
         kinds = json.loads(structure or "{}")
         if not isinstance(kinds, dict):
             raise UserError(f"{files.name} has lines that are not JSON objects", "write one {...} per line")
         if double is not None:
             problem = f"{files.name} has a line with two fields of one name: {str(double)[:200]}"
             raise UserError(problem, "give each field its own name")
-        return _Scan(
-            relation,
-            {name: _json_value(name, kind) for name, kind in kinds.items()},
-            frozenset(name for name, kind in kinds.items() if kind in JSON_INTEGERS),
-            {name: content for name, kind in kinds.items() if (content := _unfit(kind))},
-        )
+        unfit = {name: content for name, kind in kinds.items() if (content := _unfit(kind))}
+        return _Scan(relation, {name: _json_value(name, kind) for name, kind in kinds.items()}, unfit)
 
 
 class DatabaseEngine(DuckDBEngine):
@@ -200,9 +161,10 @@ class DatabaseEngine(DuckDBEngine):
 
     def __init__(self, url: str, spill: Path, memory: str | None = None) -> None:
         super().__init__(spill, memory)
-        self._scheme = url.partition("://")[0]  # the rest may contain a password: never shown
+        self._scheme, _, rest = url.partition("://")  # the rest may contain a password: never shown
         try:
-            self._source = ibis.connect(url)
+            is_file = self._scheme == "duckdb"
+            self._source = ibis.duckdb.connect(rest, read_only=True) if is_file else ibis.connect(url)
         except Exception as error:  # every driver has its own exceptions
             self.close()
             remedy = f"pip install 'ibis-framework[{self._scheme}]'; check host, user, password and database"
@@ -210,25 +172,23 @@ class DatabaseEngine(DuckDBEngine):
             message = str(error).replace(url, shown)
             raise UserError(f"prepare.engine: {shown} does not connect: {message}", remedy) from None
 
-    def read(
-        self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
-    ) -> InputTable:
+    def read(self, location: TableLocation, roles: Mapping[str, str], *, lines: bool = False) -> ir.Table:
         """See `PrepareEngine`. Database rows have no order: numbered rows are sorted by their columns."""
-        if not isinstance(location, NamedTable):
-            return super().read(location, roles, section, lines=lines)
-        schema, _, name = location.table.rpartition(".")
+        if location.format != NAMED:
+            return super().read(location, roles, lines=lines)
+        schema, _, name = location.path.rpartition(".")
         try:
             table = self._source.table(name, database=schema or None)
-            check_columns(table.columns, roles, location, section)
+            check_columns(table.columns, roles, location)
             table = table.select(*dict.fromkeys(roles.values()))
-            copied = self._copy(table.order_by(*table.columns) if lines else table, section)
+            copied = self._copy(table.order_by(*table.columns) if lines else table, location)
         except UserError:
             raise
         except Exception as error:  # every driver has its own exceptions
-            problem = f"{section}: {location.name}: {self._scheme} raised {type(error).__name__}: {error}"
+            problem = f"{location.section}: {location.name}: {self._scheme} raised {type(error).__name__}: {error}"
             remedy = "check that the table exists (NAME or SCHEMA.NAME) and that you may read it"
             raise UserError(problem, remedy) from None
-        return super().read(copied, roles, section, lines=lines)
+        return super().read(copied, roles, lines=lines)
 
     def close(self) -> None:
         """See `PrepareEngine`."""
@@ -236,12 +196,12 @@ class DatabaseEngine(DuckDBEngine):
         if hasattr(self, "_source"):
             self._source.disconnect()
 
-    def _copy(self, table: ir.Table, section: str) -> TableFiles:
+    def _copy(self, table: ir.Table, location: TableLocation) -> TableLocation:
         """Copy the columns to Parquet in the scratch directory."""
         self._spill.mkdir(parents=True, exist_ok=True)
-        path = self._spill / f"{section}.parquet"
+        path = self._spill / f"{location.section}.parquet"
         write_rows(table.to_pyarrow_batches(), path, table.schema().to_pyarrow())
-        return TableFiles(section, (str(path),), "parquet")
+        return TableLocation(location.section, location.path, (str(path),), "parquet")
 
 
 @dataclass(frozen=True)
@@ -250,22 +210,18 @@ class _Scan:
 
     relation: str
     columns: dict[str, str]
-    untyped: frozenset[str] = frozenset()
-    """Columns read as text that may represent numbers."""
     unfit: Mapping[str, str] = field(default_factory=dict)
     """Columns whose values are no ids and no times, with what they are."""
-    columnar: bool = False
-    """True if single columns are cheap to read, so that the table need not be copied."""
 
 
-def _delimited(files: TableFiles) -> _Scan:
+def _delimited(files: TableLocation) -> _Scan:
     names = read_header(files)
     delimiter, quote = DELIMITED[files.format]
     # by position: to DuckDB, `Item` and `item` are the same name
     types = ", ".join(f"c{index}: 'VARCHAR'" for index in range(len(names)))
     options = f"delim={_quoted(delimiter)}, quote={_quoted(quote)}, escape={_quoted(quote)}, columns={{{types}}}"
     relation = f"read_csv({_paths(files)}, auto_detect=false, header=true, {options})"
-    return _Scan(relation, {name: f"c{index}" for index, name in enumerate(names)}, frozenset(names))
+    return _Scan(relation, {name: f"c{index}" for index, name in enumerate(names)})
 
 
 def _unfit(kind: Any) -> str | None:
@@ -277,7 +233,7 @@ def _unfit(kind: Any) -> str | None:
 
 def _json_value(name: str, kind: Any) -> str:
     text = f"(json ->> {_quoted('/' + name.replace('~', '~0').replace('/', '~1'))})"
-    return f"CAST({text} AS DOUBLE)" if kind == "DOUBLE" else text
+    return f"CAST({text} AS {JSON_TYPES[kind]})" if isinstance(kind, str) and kind in JSON_TYPES else text
 
 
 def _native(name: str, kind: str) -> str:
@@ -295,7 +251,7 @@ def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _paths(files: TableFiles) -> str:
+def _paths(files: TableLocation) -> str:
     # escaped: DuckDB would read local file names as patterns
     paths = files.paths if files.system else [re.sub(r"([\[*?])", r"[\1]", path) for path in files.paths]
     return "[" + ", ".join(map(_quoted, paths)) + "]"

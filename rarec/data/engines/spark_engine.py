@@ -7,27 +7,20 @@ reach: nothing is computed twice, query plans stay short, and the loss of an exe
 import logging
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
+from rarec.data.engines import check_columns, check_types
 from rarec.data.engines.duckdb_engine import DuckDBEngine
-from rarec.data.engines.prepare_engine import (
-    InputTable,
-    NamedTable,
-    TableLocation,
-    check_columns,
-    check_types,
-)
-from rarec.data.engines.table_files import TableFiles, check_parquet
+from rarec.data.engines.table_files import NAMED, TableLocation, check_parquet, open_file_system
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 
@@ -77,7 +70,7 @@ class SparkEngine:
 
     def __init__(self, scratch: str, settings: Mapping[str, str], files: DuckDBEngine) -> None:
         self._scratch = scratch if "://" in scratch else str(Path(scratch).absolute())
-        self._system = _file_system(self._scratch)
+        self._system = open_file_system(self._scratch, "prepare.scratch")
         self._files = files
         self._own_session = SparkContext._active_spark_context is None
         self._session = _start_session(settings, self._own_session)
@@ -85,35 +78,32 @@ class SparkEngine:
         for name, setting in REQUIRED_SETTINGS.items():
             self._session.conf.set(name, setting)
         self._ibis = ibis.pyspark.connect(self._session)
-        self._kept: dict[str, int] = {}
+        self._folders: dict[str, str] = {}
         self._views: set[str] = set()
 
-    def read(
-        self, location: TableLocation, roles: Mapping[str, str], section: str, *, lines: bool = False
-    ) -> InputTable:
+    def read(self, location: TableLocation, roles: Mapping[str, str], *, lines: bool = False) -> ir.Table:
         """See `PrepareEngine`. Parquet and catalog tables are read in place; text files are copied by the driver."""
-        name = section.rpartition(".")[2]
-        if isinstance(location, TableFiles) and (lines or location.format != "parquet"):
-            return self._copy(name, self._files.read(location, roles, section, lines=lines))
+        name = f"read_{location.short_section}"
+        if location.format != NAMED and (lines or location.format != "parquet"):
+            return self._copy(name, self._files.read(location, roles, lines=lines))
         with _explained(f"{location.name} cannot be read", "repair or convert the file"):
             frame = self._scan(location)
-            check_columns(frame.columns, roles, location, section)
-            if isinstance(location, TableFiles):
-                check_parquet(location, roles.values(), pages=False)
+            check_columns(frame.columns, roles, location)
+            check_parquet(location, roles.values(), pages=False)
             columns = [F.col(_identifier(column)).alias(role) for role, column in roles.items()]
             table = self._view(name, frame.select(*columns))
-        check_types(table, roles, location, section, {})
+        check_types(table, roles, location, {})
         if lines:
             table = table.mutate(line=ibis.row_number().over(order_by=list(table.columns)) + 1)
-        return InputTable(table)
+        return table
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
         """See `PrepareEngine`."""
-        with _explained(*COMPUTING), self._replaced(name) as path:
+        with _explained(*COMPUTING), self._replaced(name) as folder:
             frame = self._sql(expression)
-            frame.write.parquet(hadoop_path(path))
+            frame.write.parquet(hadoop_path(folder))
             # with the schema, or a job would read it from the files
-            return self._view(name, self._session.read.schema(frame.schema).parquet(hadoop_path(path)))
+            return self._view(name, self._session.read.schema(frame.schema).parquet(hadoop_path(folder)))
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
         """See `PrepareEngine`."""
@@ -125,8 +115,7 @@ class SparkEngine:
     def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
         """See `PrepareEngine`. Spark numbers the part files of a sorted result in its order."""
         self.keep("result", expression)
-        folder = self._path("result")
-        for part in sorted(name for name in self._system.find(folder) if name.endswith(".parquet")):
+        for part in sorted(name for name in self._system.find(self._folders["result"]) if name.endswith(".parquet")):
             with self._system.open(part) as file:
                 yield from pq.ParquetFile(file).iter_batches()
 
@@ -144,36 +133,32 @@ class SparkEngine:
             self._session.conf.unset(name) if setting is None else self._session.conf.set(name, setting)
 
     def _scan(self, location: TableLocation) -> DataFrame:
-        if isinstance(location, NamedTable):
-            return self._session.table(location.table)
+        if location.format == NAMED:
+            return self._session.table(location.path)
         reader = self._session.read.option("parquet.page.verify-checksum.enabled", "true")  # Spark leaves it off
         return reader.parquet(*map(_pattern, location.paths))
 
-    def _copy(self, name: str, read: InputTable) -> InputTable:
+    def _copy(self, name: str, table: ir.Table) -> ir.Table:
         """Copy a table from the engine of the files to the scratch directory."""
-        with self._replaced(name) as path:
-            self._system.makedirs(path)
-            with self._system.open(f"{path}/part.parquet", "wb") as file:
-                write_rows(self._files.batches(read.table), file, read.table.schema().to_pyarrow())
-            return InputTable(self._view(name, self._session.read.parquet(hadoop_path(path))), read.untyped)
+        with self._replaced(name) as folder:
+            self._system.makedirs(folder)
+            with self._system.open(f"{folder}/part.parquet", "wb") as file:
+                write_rows(self._files.batches(table), file, table.schema().to_pyarrow())
+            return self._view(name, self._session.read.parquet(hadoop_path(folder)))
 
     @contextmanager
     def _replaced(self, name: str) -> Iterator[str]:
-        """Yield the folder for what a name will hold, and remove at the end what it held before."""
-        number = self._kept.get(name, 0)
-        self._kept[name] = number + 1
-        yield self._path(name)
-        if number:
-            self._system.rm(self._path(name, number), recursive=True)
-
-    def _path(self, name: str, number: int | None = None) -> str:
-        return f"{self._scratch}/{name}_{self._kept[name] if number is None else number}"
+        """Yield a new folder for what a name will hold, and remove at the end the one that it had before."""
+        before = self._folders.get(name)
+        self._folders[name] = f"{self._scratch}/{name}-{uuid.uuid4().hex}"
+        yield self._folders[name]
+        if before:
+            self._system.rm(before, recursive=True)
 
     def _view(self, name: str, frame: DataFrame) -> ir.Table:
-        view = f"rarec_{name}_{self._kept.get(name, 0)}"
-        frame.createOrReplaceTempView(view)
-        self._views.add(view)
-        table: ir.Table = self._ibis.table(view)
+        frame.createOrReplaceTempView(f"rarec_{name}")
+        self._views.add(f"rarec_{name}")
+        table: ir.Table = self._ibis.table(f"rarec_{name}")
         return table
 
     def _sql(self, expression: ir.Table) -> DataFrame:
@@ -185,9 +170,6 @@ def hadoop_path(path: str) -> str:
     scheme, separator, rest = path.partition("://")
     if not separator:
         return f"file://{Path(path).absolute()}"
-    if scheme == "memory":
-        problem = f"{path} is in the memory of this process, where Spark cannot read it"
-        raise UserError(problem, "store the file elsewhere, or use duckdb")
     return f"{SCHEMES.get(scheme, scheme)}://{rest}"
 
 
@@ -203,14 +185,6 @@ def _pattern(path: str) -> str:
 
 def _identifier(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
-
-
-def _file_system(location: str) -> fsspec.AbstractFileSystem:
-    try:
-        return url_to_fs(location)[0]
-    except (ImportError, ValueError, OSError) as error:
-        problem = f"prepare.scratch: {location} cannot be opened: {error}"
-        raise UserError(problem, "install its fsspec driver, or use a directory that all executors can reach") from None
 
 
 def _reason(error: Exception) -> str:
@@ -238,12 +212,9 @@ def _start_session(settings: Mapping[str, str], own: bool) -> SparkSession:
     Raises:
         UserError: Spark does not start.
     """
-    builder = SparkSession.builder.appName("rarec prepare")
     local = LOCAL_SETTINGS if own and settings.get("spark.master", "local").startswith("local") else {}
-    for name, setting in {**local, **settings}.items():
-        builder = builder.config(name, setting)
     try:
-        session = builder.getOrCreate()
+        session = SparkSession.builder.appName("rarec prepare").config(map={**local, **settings}).getOrCreate()
     except Exception as error:  # no Java, or an unknown master: PySpark raises various types
         problem = f"prepare.engine: Spark does not start: {error}"
         raise UserError(problem, "install Java 17 or 21; see prepare.spark") from None

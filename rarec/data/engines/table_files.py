@@ -6,6 +6,7 @@ Paths are local, or URLs of any file system that fsspec supports (`s3://`, `gs:/
 import csv
 import glob
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ FORMATS = {
     ".item": "recbole",
 }
 """File name suffix to format; all but Parquet may be followed by `.gz`."""
+NAMED = "table"
+"""The format of a table that a database knows by its name."""
 DELIMITED = {"csv": (",", '"'), "tsv": ("\t", '"'), "recbole": ("\t", "")}
 """Delimiter and quote character; the latter empty if a quotation mark is an ordinary character."""
 BLOCK = 1 << 20
@@ -52,43 +55,56 @@ KINDS: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
 
 
 @dataclass(frozen=True)
-class TableFiles:
-    """The files of one table, all of one format, in the order of their names.
+class TableLocation:
+    """An input table: files of one format, in the order of their names, or a table of a database.
 
     Attributes:
-        path: path in the configuration, for messages.
+        section: section of the configuration that names the table, for messages.
+        path: path in the configuration; of a table of a database its name, as `NAME` or `SCHEMA.NAME`.
         paths: local paths, or URLs.
-        format: one of the values of `FORMATS`.
+        format: one of the values of `FORMATS`, or `NAMED`.
         system: fsspec file system of URLs; None for local files.
     """
 
+    section: str
     path: str
-    paths: tuple[str, ...]
-    format: str
+    paths: tuple[str, ...] = ()
+    format: str = NAMED
     system: fsspec.AbstractFileSystem | None = None
 
     @property
     def name(self) -> str:
         """The name in messages: the file itself if there is only one."""
+        if self.format == NAMED:
+            return f"table {self.path}"
         return self.paths[0] if len(self.paths) == 1 else f"{self.path} ({len(self.paths)} files)"
 
+    @property
+    def short_section(self) -> str:
+        """The last part of the section's name."""
+        return self.section.rpartition(".")[2]
 
-def find_files(path: str, field: str) -> TableFiles:
+    def field(self, role: str) -> str:
+        """Return the configuration field that names the column of a role."""
+        return f"{self.section}.{role.partition('_')[0]}"
+
+
+def find_files(path: str, section: str) -> TableLocation:
     """Find the files of a table.
 
     Args:
         path: a file, a directory (searched recursively for known suffixes, without names that start with
             `.` or `_`), a glob, a URL of any of these, or `package:NAME/FILE`.
-        field: configuration field that holds the path, for messages.
+        section: section of the configuration that has the path, for messages.
 
     Raises:
         UserError: there is no such file, a file is empty, or the format is unknown or mixed.
     """
-    location = resolve_path(path).removeprefix("file://")
-    system = _file_system(location, field) if "://" in location else None
+    location, field = resolve_path(path).removeprefix("file://"), f"{section}.path"
+    system = open_file_system(location, field) if "://" in location else None
     try:
         paths = _list(location) if system is None else _list_remote(location, system)
-        formats = {file: _checked_format(file, system, field) for file in paths}
+        formats = sorted({_checked_format(file, system, field) for file in paths})
     except PermissionError as error:
         problem = f"{field}: {error.filename or location} may not be read by this user"
         raise UserError(problem, "change its permissions: chmod -R a+rX") from None
@@ -97,14 +113,13 @@ def find_files(path: str, field: str) -> TableFiles:
             f"{field}: {path} does not exist or contains no table",
             f"paths are relative to the current directory; known suffixes: {', '.join(FORMATS)}",
         )
-    kinds = sorted(set(formats.values()))
-    if len(kinds) > 1:
-        problem = f"{field}: {path} contains several formats ({', '.join(kinds)})"
+    if len(formats) > 1:
+        problem = f"{field}: {path} contains several formats ({', '.join(formats)})"
         raise UserError(problem, "select one of them with a glob")
-    return TableFiles(path, tuple(paths), kinds[0], system)
+    return TableLocation(section, path, tuple(paths), formats[0], system)
 
 
-def hash_files(files: TableFiles) -> str:
+def hash_files(files: TableLocation) -> str:
     """Return the hash of a table: of the bytes of a local file, or of the list of the files' hashes.
 
     Files behind a URL are not read: their names, sizes and version marks (ETag or time) are hashed instead.
@@ -115,7 +130,7 @@ def hash_files(files: TableFiles) -> str:
     return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
 
 
-def read_header(files: TableFiles) -> list[str]:
+def read_header(files: TableLocation) -> list[str]:
     """Read the column names of delimited files; type suffixes of RecBole headers are removed.
 
     The dialect depends on the format alone, so every file is parsed the same way.
@@ -123,11 +138,11 @@ def read_header(files: TableFiles) -> list[str]:
     Raises:
         UserError: a header is missing, differs between files, or repeats a name.
     """
-    first = _read_one_header(files, files.paths[0])
-    for path in files.paths[1:]:
-        other = _read_one_header(files, path)
-        if other != first:
-            problem = f"{path} has the columns {', '.join(other)}, but {files.paths[0]} has {', '.join(first)}"
+    headers = {path: _read_one_header(files, path) for path in files.paths}
+    first = headers[files.paths[0]]
+    for path, header in headers.items():
+        if header != first:
+            problem = f"{path} has the columns {', '.join(header)}, but {files.paths[0]} has {', '.join(first)}"
             raise UserError(problem, "give all files of a table the same header")
     names = [name.rpartition(":")[0] or name for name in first] if files.format == "recbole" else first
     repeated = [name for name in names if names.count(name) > 1]
@@ -136,7 +151,7 @@ def read_header(files: TableFiles) -> list[str]:
     return names
 
 
-def check_gzip(files: TableFiles) -> None:
+def check_gzip(files: TableLocation) -> None:
     """Decompress `.gz` files to their end; DuckDB compares neither the checksum nor the length.
 
     Raises:
@@ -145,7 +160,7 @@ def check_gzip(files: TableFiles) -> None:
     _for_each(_decompress, [path for path in files.paths if path.lower().endswith(".gz")])
 
 
-def check_parquet(files: TableFiles, names: Iterable[str], *, pages: bool) -> None:
+def check_parquet(files: TableLocation, names: Iterable[str], *, pages: bool) -> None:
     """Check that every Parquet file of a table has the given columns, once each and of one type.
 
     Rows of a file without a column would have nulls there and would be dropped silently; of two columns of a name, or
@@ -192,10 +207,15 @@ def _version(system: fsspec.AbstractFileSystem, path: str) -> list[str]:
     return [str(known["size"]), str(known.get("ETag") or system.ukey(path))]
 
 
-def _file_system(url: str, field: str) -> fsspec.AbstractFileSystem:
+def open_file_system(url: str, field: str) -> fsspec.AbstractFileSystem:
+    """Return the fsspec file system of a URL.
+
+    Raises:
+        UserError: there is none, or its driver is not installed; the message names the field.
+    """
     try:
         return url_to_fs(url)[0]
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         remedy = "install the package named above with pip, or use a local path or a URL scheme that fsspec supports"
         raise UserError(f"{field}: {url} cannot be opened by fsspec: {error}", remedy) from None
 
@@ -240,12 +260,9 @@ def _list_remote(url: str, system: fsspec.AbstractFileSystem) -> list[str]:
 
 
 def _tables(root: str, paths: Iterable[str]) -> list[str]:
-    """Return the table files of a directory, without hidden files."""
-    return sorted(path for path in paths if _format(path) and not _hidden(path.removeprefix(root)))
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith((".", "_")) for part in path.split("/"))
+    """Return the table files of a directory, without those in hidden places."""
+    hidden = re.compile(r"(^|/)[._]")
+    return sorted(path for path in paths if _format(path) and not hidden.search(path.removeprefix(root)))
 
 
 def _format(path: str) -> str | None:
@@ -255,7 +272,7 @@ def _format(path: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _read_one_header(files: TableFiles, path: str) -> list[str]:
+def _read_one_header(files: TableLocation, path: str) -> list[str]:
     delimiter, quote = DELIMITED[files.format]
     style: dict[str, Any] = {"quotechar": quote} if quote else {"quoting": csv.QUOTE_NONE}
     text = {"mode": "rt", "encoding": "utf-8-sig", "errors": "replace", "newline": "", "compression": "infer"}

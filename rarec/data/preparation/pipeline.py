@@ -4,7 +4,7 @@ Memory is bounded: the engine holds the tables and spills to disk, and results a
 give the same bytes on every engine and for every order of the log's rows.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rarec.config.schema import Prepare
 from rarec.data import tables
 from rarec.data.engines import PrepareEngine, compute_value, open_engine
 from rarec.data.preparation import steps
-from rarec.data.preparation.inputs import Catalogue, check_order, read_catalogue, read_log, table_location
+from rarec.data.preparation.inputs import check_order, read_catalogue, read_log, table_location
 from rarec.errors import UserError
 
 Say = Callable[[str], None]
@@ -91,7 +91,10 @@ class StepCounts:
         Raises:
             UserError: no interaction is left.
         """
-        before, after = self.counts, self._counts_after(log, known)
+        before, after = self.counts, {**self.counts, **self._count(log, ["interactions"])}
+        if after != before:
+            unknown = [unit for unit in ("users", "items") if unit not in known]
+            after |= known | (self._count(log, unknown) if unknown else {})
         lost = {unit: before[unit] - after[unit] for unit in before if before[unit] > after[unit]}
         counts = {f"{unit}_before": count for unit, count in before.items()}
         counts |= {f"{unit}_after": count for unit, count in after.items()}
@@ -102,14 +105,6 @@ class StepCounts:
             problem = f"{self._name}: no interaction is left after the step {step} ({note})"
             raise UserError(f"{problem}; before it: {before}", remedy)
         self.log, self.counts = log, after
-
-    def _counts_after(self, log: ir.Table, known: Mapping[str, int]) -> dict[str, int]:
-        after = self._count(log, ("interactions",))
-        if after["interactions"] == self.counts["interactions"]:
-            return self.counts
-        unknown = [unit for unit in ("users", "items") if unit not in known]
-        counted = {**known, **(self._count(log, unknown) if unknown else {})}
-        return {**after, "users": counted["users"], "items": counted["items"]}
 
     def _count(self, log: ir.Table, units: Iterable[str]) -> dict[str, int]:
         counts = {"interactions": log.count(), "users": log.user.nunique(), "items": log["item"].nunique()}
@@ -126,7 +121,7 @@ class _Preparation:
 
     def write(self, directory: Path) -> dict[str, Any]:
         """Write the three tables and their columns; return the figures for the manifest."""
-        catalogue = read_catalogue(self.engine, self.config.items, self.items_location, self.say)
+        catalogue, catalogue_counts = read_catalogue(self.engine, self.config.items, self.items_location, self.say)
         counter, user_codes = self._read()
         item_codes = self._code(counter, catalogue, user_codes)
         self._filter(counter, item_codes)
@@ -143,7 +138,7 @@ class _Preparation:
         return {
             "counts": counts,
             "steps": counter.steps,
-            "catalogue": catalogue.counts,
+            "catalogue": catalogue_counts,
             "tie_rule": steps.TIE_RULE,
             "cut_times": cuts,
             "engine": self.config.engine.partition(":")[0],
@@ -161,9 +156,9 @@ class _Preparation:
         counter.apply("order", log, f"every row has its {'place in time' if config.time else 'position'}", "")
         return counter, users
 
-    def _code(self, counter: StepCounts, catalogue: Catalogue, users: ir.Table) -> ir.Table:
+    def _code(self, counter: StepCounts, catalogue: ir.Table, users: ir.Table) -> ir.Table:
         """Replace ids by codes, drop items that are not in the catalogue, and return the numbering of the items."""
-        items = self.engine.keep("item_codes", steps.number_ids(catalogue.table["item"]))
+        items = self.engine.keep("item_codes", steps.number_ids(catalogue["item"]))
         raw, known = counter.log, self.engine.keep("log", steps.encode_ids(counter.log, users, items))
         remedy = ""
         if not compute_value(self.engine, known.count()):
@@ -224,7 +219,7 @@ class _Preparation:
         return steps.temporal(sequences, (row["cut_0"], row["cut_1"])), [row["cut_0"], row["cut_1"]]
 
     def _tables(
-        self, users: ir.Table, items: ir.Table, catalogue: Catalogue, sequences: ir.Table, directory: Path
+        self, users: ir.Table, items: ir.Table, catalogue: ir.Table, sequences: ir.Table, directory: Path
     ) -> dict[str, int]:
         """Write the tables and return their counts; training, validation and test must not be empty."""
         user_id, item_id = (tables.id_type(table.id) for table in (users, items))
@@ -232,7 +227,7 @@ class _Preparation:
         train_counts = steps.train_counts(sequences, users)
         parts = {
             tables.USERS: (steps.users_table(users), tables.users_schema(user_id)),
-            tables.ITEMS: (steps.items_table(items, catalogue.table, train_counts), tables.items_schema(item_id)),
+            tables.ITEMS: (steps.items_table(items, catalogue, train_counts), tables.items_schema(item_id)),
             tables.INTERACTIONS: (steps.interactions_table(sequences, order), tables.interactions_schema(order)),
         }
         rows = {
