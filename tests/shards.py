@@ -16,8 +16,7 @@ import pyarrow as pa
 from rarec.data.selection import Selection
 from rarec.data.shards import writing
 from rarec.data.shards.batch_plan import BatchPlan
-from rarec.data.shards.files import INDEX, Tars, open_index, tar_name, write_index
-from rarec.data.shards.loader import ShardDataset
+from rarec.data.shards.files import INDEX, ShardDataset, Tars, open_index, tar_name, write_index
 from rarec.data.shards.samples import INDEX_ROW, Sample, write_tar
 from rarec.storage.artefacts import MANIFEST, SEAL, read_manifest, sha256_json, write_manifest, write_sealed
 from rarec.storage.files import read_json, sha256_file

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarec.data.shards.batch_plan import BatchPlan
-from rarec.data.shards.feed import damaged_samples, name_samples, read_names
-from rarec.data.shards.files import MAX_OPEN, Tars, open_index
-from rarec.data.shards.loader import ShardDataset
+from rarec.data.shards.files import MAX_OPEN, ShardDataset, Tars, open_index
+from rarec.data.shards.loader import name_samples, read_names
 from rarec.data.shards.samples import key_of, write_tar
 from rarec.errors import UserError
 from rarec.storage.files import write_json
@@ -155,18 +154,22 @@ def test_a_harmed_shard_is_refused_by_name(tmp_path, harm, what):
 def test_damage_is_found_sample_by_sample_and_the_rest_trains_on(tmp_path):
     manifest = write_shards(tmp_path, [10, 10, 10, 10])
     index_S = open_index(tmp_path, manifest)
-    tars = Tars(tmp_path)
-    assert damaged_samples(index_S, tars, threads=2).tolist() == []
+
+    def damaged_samples() -> list[int]:
+        samples = ShardDataset(index_S, Tars(tmp_path))
+        return [number for number in range(40) if not samples.is_intact(number)]
+
+    assert damaged_samples() == []
     (tmp_path / "000001.tar").unlink()
     for number in (23, 27):
         with (tmp_path / "000002.tar").open("r+b") as file:
             file.seek(int(index_S[number]["offset"]) + 700)
             file.write(b"\xaa\x55")
     os.truncate(tmp_path / "000003.tar", int(index_S[38]["offset"]) + 512)
-    damaged = damaged_samples(index_S, tars, threads=2)
-    assert damaged.tolist() == [*range(10, 20), 23, 27, 38, 39]
+    damaged = damaged_samples()
+    assert damaged == [*range(10, 20), 23, 27, 38, 39]
     stream = open_stream(tmp_path, manifest, excluded=damaged)
-    assert sorted(chain(*users(stream.epoch(0)))) == sorted(set(range(40)) - set(damaged.tolist()))
+    assert sorted(chain(*users(stream.epoch(0)))) == sorted(set(range(40)) - set(damaged))
 
 
 def test_damaged_samples_are_named_on_record_and_a_garbled_record_is_refused(tmp_path):

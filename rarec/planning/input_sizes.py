@@ -15,7 +15,7 @@ import numpy.typing as npt
 from rarec.config import RunConfig
 from rarec.config.ids import Ids, Import, Recipe
 from rarec.config.neighbours import Graph
-from rarec.data.shards.feed import batch_plan
+from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.files import open_index
 from rarec.ids.imports import vectors_shape
 from rarec.models.build import SIDES, SourceShape, slots_reserved
@@ -111,7 +111,7 @@ class SampleStats:
         if not config.train.tokens_per_batch:
             return cls.from_lengths(tokens_S)
         user_slots = sum(slots_reserved(config, source_shapes(config))["user"].values())
-        epoch = (tokens_S[numbers] for numbers in batch_plan(config, user_slots, index_S).batches(0))
+        epoch = (tokens_S[numbers] for numbers in BatchPlan.of(config, user_slots, index_S).batches(0))
         return cls.from_lengths(tokens_S, EpochBatches.from_lengths(epoch, config.llm.packing))
 
 

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.data.selection import select_samples
-from rarec.data.shards.files import Tars, open_index
-from rarec.data.shards.loader import ShardDataset
+from rarec.data.shards.files import ShardDataset, Tars, open_index
 from rarec.data.shards.samples import REPAIR, Sample, sample_key
 from rarec.data.shards.writing import (
     PROGRESS,

@@ -11,9 +11,8 @@ from accelerate import Accelerator
 
 from rarec.config import Variant
 from rarec.data.shards.batch_plan import BatchPlan
-from rarec.data.shards.feed import Feed
-from rarec.data.shards.files import INDEX
-from rarec.data.shards.loader import BatchLoader
+from rarec.data.shards.files import INDEX, open_samples
+from rarec.data.shards.loader import BatchLoader, Feed
 from rarec.data.shards.samples import REPAIR
 from rarec.data.tables import map_npy
 from rarec.distributed.signals import StopSignals
@@ -133,7 +132,8 @@ def open_feed(run: Run) -> Feed:
     """Return the feed of the run's shards, which must be finished."""
     directory, manifest = run.directory("shards"), run.stage("shards").require()
     user_slots = sum(slots_reserved(run.config, run.shapes)["user"].values())
-    return Feed(run.config, directory, manifest, run.tar_cache, user_slots, run.say)
+    samples = open_samples(run.config.train.stream, directory, manifest, run.tar_cache)
+    return Feed(run.config, manifest, samples, user_slots, run.say)
 
 
 def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:

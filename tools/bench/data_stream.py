@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from rarec.data.shards.batch_plan import BatchPlan
-from rarec.data.shards.files import INDEX, Tars, open_index, tar_name, write_index
-from rarec.data.shards.loader import ShardDataset
+from rarec.data.shards.files import INDEX, ShardDataset, Tars, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample
 from rarec.data.shards.writing import describe_shards, write_shards
 from rarec.storage.artefacts import check_files, read_manifest, write_manifest

@@ -10,11 +10,12 @@ Shape letters: S samples, P shards, W windows, n samples of one window.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from itertools import chain, count, islice
+from itertools import chain, count, islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from rarec.config import RunConfig
 from rarec.data.shards.samples import REPAIR
 from rarec.data.tables import release_pages
 from rarec.errors import UserError
@@ -25,8 +26,6 @@ SHUFFLED_TOGETHER = 4
 """Number of shards whose samples are mixed."""
 SORTED_TOGETHER = 16
 """Number of batches in a window."""
-_LENGTHS_AT_ONCE = 2**20
-"""Samples whose lengths are read at a time."""
 _SHARDS, _GROUP, _WINDOW = 1, 2, 3
 """Stream ids of the random generators; never 0, because NumPy treats [1, 2] and [1, 2, 0] as the same seed."""
 
@@ -67,6 +66,31 @@ class BatchPlan:
         if tokens_per_batch:
             self._batching = _TokenBudget(self.samples, tokens_S, tokens_per_batch, slots)
         self._surveys: dict[int, tuple[Numbers, int]] = {}
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, user_slots: int, index_S: npt.NDArray[np.void], excluded: Iterable[int] = ()
+    ) -> "BatchPlan":
+        """Return the plan of a run's batches.
+
+        Args:
+            config: the run.
+            user_slots: most slots of a user prompt.
+            index_S: index of the shards.
+            excluded: numbers of samples to leave out.
+
+        Raises:
+            UserError: the configured batches cannot be made of these samples.
+        """
+        return cls(
+            index_S["shard"],
+            index_S["tokens"],
+            config.run.seed,
+            batch_size=config.train.batch_size,
+            tokens_per_batch=config.train.tokens_per_batch,
+            slots=user_slots,
+            excluded=excluded,
+        )
 
     def steps(self, epoch: int) -> int:
         """Return the number of batches of an epoch; with a token budget, plan the epoch once to count them."""
@@ -128,8 +152,8 @@ class BatchPlan:
     def _windows(self, epoch: int, first: int = 0) -> Iterator[tuple[Numbers, Column]]:
         """Yield the samples of each window from `first` on and the lengths of their prompts, shortest first."""
         order = _EpochOrder(self._shards, self.seed, epoch)
-        for window in range(first, self._batching.windows):
-            numbers_n = order.between(self._batching.edge(window), self._batching.edge(window + 1))
+        for start, stop in pairwise(self._batching.edges[first:].tolist()):
+            numbers_n = order.between(start, stop)
             tokens_n = self._tokens_S[numbers_n]
             release_pages(self._tokens_S)
             by_length = np.argsort(tokens_n, kind="stable")
@@ -177,45 +201,44 @@ class _EpochOrder:
 
 
 class _FixedSize:
-    """Cut the order into windows, and these into batches whose sizes differ by at most one."""
+    """Cut the order into windows, and these into batches whose sizes differ by at most one.
+
+    Attributes:
+        edges: positions in the order where windows begin, and its end.
+    """
 
     def __init__(self, samples: int, batch_size: int) -> None:
         steps = -(-samples // batch_size)
-        self._ends_W = np.minimum(np.arange(1, -(-steps // SORTED_TOGETHER) + 1) * SORTED_TOGETHER, steps)
-        self.smallest, self._larger = divmod(samples, steps)
-        self.windows = len(self._ends_W)
-
-    def edge(self, window: int) -> int:
-        """Return the position in the order where a window begins."""
-        step = int(self._ends_W[window - 1]) if window else 0
-        return step * self.smallest + min(step, self._larger)
+        self._steps = np.append(np.arange(0, steps, SORTED_TOGETHER), steps)
+        self._smallest, self._larger = divmod(samples, steps)
+        self.edges = self._steps * self._smallest + np.minimum(self._steps, self._larger)
 
     def sizes(self, window: int, tokens_n: Column) -> Numbers:
         """Return the sizes of the batches of a window; they do not depend on the lengths of its prompts."""
-        first = int(self._ends_W[window - 1]) if window else 0
-        return self.smallest + (np.arange(first, self._ends_W[window]) < self._larger)
+        return self._smallest + (np.arange(*self._steps[window : window + 2]) < self._larger)
 
     def survey(self, windows: Iterable[Column]) -> tuple[Numbers, int]:
         """Return the cumulative number of batches after each window (W), and the smallest batch; plan no window."""
-        return self._ends_W, self.smallest
+        return self._steps[1:], self._smallest
 
 
 class _TokenBudget:
-    """Cut the order into windows, and these into batches as large as a budget of padded tokens allows."""
+    """Cut the order into windows, and these into batches as large as a budget of padded tokens allows.
+
+    Attributes:
+        edges: see `_FixedSize`.
+    """
 
     def __init__(self, samples: int, tokens_S: Column, budget: int, slots: int) -> None:
-        self._samples, self._budget, self._slots = samples, budget, slots
-        parts = [tokens_S[start : start + _LENGTHS_AT_ONCE] for start in range(0, len(tokens_S), _LENGTHS_AT_ONCE)]
-        longest = max(int(part.max()) for part in parts) + slots
+        self._budget, self._slots = budget, slots
+        longest = int(tokens_S.max()) + slots
         if longest > budget:
             problem = f"the longest user prompt has {longest} tokens, more than train.tokens_per_batch = {budget}"
             raise UserError(problem, "raise train.tokens_per_batch, or shorten prompts with prompt.max_tokens")
-        mean = sum(int(part.sum(dtype=np.int64)) for part in parts) / len(tokens_S) + slots
-        self.windows = -(-samples // (SORTED_TOGETHER * max(1, int(budget / mean))))
-
-    def edge(self, window: int) -> int:
-        """Return the position in the order where a window begins."""
-        return self._samples * window // self.windows
+        mean = int(tokens_S.sum(dtype=np.int64)) / len(tokens_S) + slots
+        release_pages(tokens_S)
+        windows = -(-samples // (SORTED_TOGETHER * max(1, int(budget / mean))))
+        self.edges = samples * np.arange(windows + 1) // windows
 
     def sizes(self, window: int, tokens_n: Column) -> Numbers:
         """Return the sizes of the batches of a window, given the lengths of its prompts, shortest first.

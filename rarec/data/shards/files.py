@@ -1,18 +1,18 @@
-"""The files of shards: the index, and the tars, in a directory or behind an fsspec URL.
+"""The files of shards, the index and the tars, in a directory or behind an fsspec URL, and their samples by number.
 
 The index, `samples.npy`, has one row per sample in the order of the tars, and is memory-mapped: a reader fetches
-exactly the bytes of the samples that it needs, and verifies each.
+exactly the bytes of the samples that it needs, and verifies each. No tar is opened before it is needed.
 
 Behind a URL, the files that describe the shards are fetched first, tars on demand into a directory of bounded size
 that processes share. Every cached tar is complete and verified; the least recently opened one is evicted first. A tar
 that is evicted while another process reads it remains readable there until it is closed.
 
-Shape letters: S samples.
+Shape letters: S samples, n samples that are read together.
 """
 
 import hashlib
 import os
-import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,13 +20,14 @@ from typing import Any, BinaryIO
 import fsspec
 import numpy as np
 
-from rarec.data.shards.batch_plan import SHUFFLED_TOGETHER
-from rarec.data.shards.samples import INDEX_ROW, REPAIR, IndexRows
-from rarec.data.tables import map_npy
+from rarec.config.schema import Stream
+from rarec.data.shards.batch_plan import SHUFFLED_TOGETHER, Numbers
+from rarec.data.shards.samples import INDEX_ROW, REPAIR, IndexRows, Sample, key_of, read_sample
+from rarec.data.tables import map_npy, release_pages, write_npy
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST, read_manifest
 from rarec.storage.directories import MARKER, new_directory
-from rarec.storage.files import atomic_write, is_temporary, locked, open_file
+from rarec.storage.files import atomic_write, is_temporary, locked, open_file, remove_stale
 
 INDEX = "samples.npy"
 MAX_OPEN = 2 * SHUFFLED_TOGETHER
@@ -34,8 +35,6 @@ MAX_OPEN = 2 * SHUFFLED_TOGETHER
 _BLOCK = 2**22
 _LOCKS = 64
 """Number of locks, and so of tars that can be fetched in parallel."""
-_ABANDONED = 3600
-"""Seconds without a write after which a fetch counts as dead."""
 _CHECK_ACCESS = (
     "check train.stream.remote, the network, and the credentials that fsspec finds; then run the same command to resume"
 )
@@ -58,10 +57,7 @@ def write_index(directory: Path, parts: Iterable[IndexRows], samples: int) -> No
         samples: total number of rows.
     """
     with atomic_write(directory / INDEX) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(INDEX_ROW), "fortran_order": False, "shape": (samples,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for rows_S in parts:
-            file.write(rows_S.tobytes())
+        write_npy(file, INDEX_ROW, samples, parts)
 
 
 def open_index(directory: Path, manifest: Mapping[str, Any]) -> IndexRows:
@@ -163,15 +159,101 @@ class RemoteTars(Tars):
                 _fetch(self.name(shard), path, record["sha256"], lambda file: self._reserve(file, record["bytes"]))
 
     def _reserve(self, file: BinaryIO, size: int) -> None:
-        """Evict tars to make room, and reserve it by extending the file, so that other processes count it."""
+        """Reserve room by extending the file, so that other processes count it, and evict tars to make that room."""
         with locked(self._locks / "room"):
-            present = sorted(_tars_with_sizes(self.directory))
-            total = size + sum(other for _, other, _ in present)
-            for used, other, path in present:
-                if total > self._max_bytes and (path.suffix == ".tar" or time.time() - used > _ABANDONED):
-                    path.unlink(missing_ok=True)
-                    total -= other
+            remove_stale(self.directory)
             file.truncate(size)
+            present = sorted(_tars_with_sizes(self.directory))
+            excess = sum(size for _, size, _ in present) - self._max_bytes
+            for _, size, path in present:
+                if excess > 0 and path.suffix == ".tar":
+                    path.unlink(missing_ok=True)
+                    excess -= size
+
+
+class ShardDataset:
+    """The samples of some shards by number, each checked against the index.
+
+    Args:
+        index_S: location of each sample, from `open_index`.
+        tars: the tars.
+    """
+
+    def __init__(self, index_S: IndexRows, tars: Tars) -> None:
+        self.index_S, self.tars = index_S, tars
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.index_S)
+
+    def __getitem__(self, number: int) -> Sample:
+        """Return a sample.
+
+        Raises:
+            UserError: it does not match the index; the message names its shard and key.
+        """
+        row = self.index_S[number]
+        shard = int(row["shard"])
+        name = self.tars.name(shard)
+        try:
+            return read_sample(self._extent(row), row, name)
+        except UserError:
+            self._close(shard)
+            if not self.tars.drop_cached(shard):
+                raise
+        return read_sample(self._extent(row), row, name)
+
+    def read(self, numbers_n: Numbers) -> list[Sample]:
+        """Return the samples with these numbers; see `__getitem__`."""
+        samples = [self[number] for number in numbers_n.tolist()]
+        release_pages(self.index_S)
+        return samples
+
+    def is_intact(self, number: int) -> bool:
+        """Return whether a sample can be read, and matches the index."""
+        try:
+            self[number]
+        except UserError:
+            return False
+        return True
+
+    def _extent(self, row: np.void) -> bytes:
+        """Return the bytes at a sample's place; fewer if the tar ends earlier."""
+        shard = int(row["shard"])
+        if shard not in self._open:
+            self._open[shard] = self.tars.open(shard)
+            if len(self._open) > MAX_OPEN:
+                self._close(next(iter(self._open)))
+        self._open.move_to_end(shard)
+        try:
+            return os.pread(self._open[shard].fileno(), int(row["size"]), int(row["offset"]))
+        except OSError as error:  # a bad sector
+            raise UserError(f"shard {self.tars.name(shard)}, sample {key_of(row)}: {error}", REPAIR) from None
+
+    def _close(self, shard: int) -> None:
+        if shard in self._open:
+            self._open.pop(shard).close()
+
+
+def open_samples(stream: Stream, directory: Path, manifest: Mapping[str, Any], cache: Path) -> ShardDataset:
+    """Open the samples of shards.
+
+    Args:
+        stream: the section `train.stream`.
+        directory: directory of the shards.
+        manifest: manifest of the shards.
+        cache: directory for tars that are fetched from `train.stream.remote`.
+
+    Raises:
+        UserError: the index does not belong to these shards, or the fields of `train.stream` contradict each other.
+    """
+    tars = Tars(directory)
+    if stream.remote is not None:
+        if stream.damaged == "skip":
+            problem = "train.stream: `damaged: skip` needs local tars, but `remote` is set"
+            raise UserError(problem, "set train.stream.damaged=refuse, or read a local copy: train.stream.remote=null")
+        tars = RemoteTars(stream.remote, manifest["shards"], cache, int(stream.cache_gb * 1e9))
+    return ShardDataset(open_index(directory, manifest), tars)
 
 
 def fetch_description(url: str, directory: Path, fresh: bool = False) -> None:
@@ -214,24 +296,23 @@ def _tars_with_sizes(cache: Path) -> Iterator[tuple[float, int, Path]]:
             yield stat.st_mtime, stat.st_size, path
 
 
-def _fetch(url: str, path: Path, sha256: str = "", reserve: Callable[[BinaryIO], None] | None = None) -> None:
+def _fetch(
+    url: str, path: Path, sha256: str = "", reserve: Callable[[BinaryIO], None] = lambda file: None, tries: int = 2
+) -> None:
     """Fetch a file, verify it and rename it; try once more on failure."""
-    try:
-        _fetch_once(url, path, sha256, reserve)
-    except UserError:
-        _fetch_once(url, path, sha256, reserve)
-
-
-def _fetch_once(url: str, path: Path, sha256: str, reserve: Callable[[BinaryIO], None] | None) -> None:
     fetched = hashlib.sha256()
-    with atomic_write(path) as file:
-        if reserve:
+    try:
+        with atomic_write(path) as file:
             reserve(file)
-        for block in read_blocks(url):
-            fetched.update(block)
-            file.write(block)
-        if sha256 and fetched.hexdigest() != sha256:
-            raise UserError(f"{url} does not match its manifest (sha256 differs)", _COPY_AGAIN)
+            for block in read_blocks(url):
+                fetched.update(block)
+                file.write(block)
+            if sha256 and fetched.hexdigest() != sha256:
+                raise UserError(f"{url} does not match its manifest (sha256 differs)", _COPY_AGAIN)
+    except UserError:
+        if tries == 1:
+            raise
+        _fetch(url, path, sha256, reserve, tries - 1)
 
 
 def read_blocks(url: str) -> Iterator[bytes]:

@@ -1,37 +1,40 @@
-"""Read samples from the tars by number, and load the batches of a training, ahead in worker processes.
+"""The samples that a run trains on, and their batches, loaded ahead in worker processes.
 
 The main process iterates over the plan and hands out sample numbers; batches come back in the same order with any
-number of workers. No tar is read completely, or opened before it is needed: to start in the middle of an epoch costs
-as much as to start at its beginning, and a rank reads only its own samples.
+number of workers. No tar is read completely: to start in the middle of an epoch costs as much as to start at its
+beginning, and a rank reads only its own samples.
 
-Shape letters: S samples, n samples of a batch.
+Shape letters: S samples.
 """
 
 import ctypes
 import os
 import signal
 import sys
-from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import active_children
-from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, BinaryIO, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from rarec.config import RunConfig
 from rarec.data.shards.batch_plan import BatchPlan, Numbers
-from rarec.data.shards.files import MAX_OPEN, Tars
-from rarec.data.shards.samples import REPAIR, IndexRows, Sample, key_of, read_sample
-from rarec.data.tables import release_pages
+from rarec.data.shards.files import ShardDataset, tar_name
+from rarec.data.shards.samples import IndexRows, Sample, key_of
 from rarec.distributed.signals import SIGNALS
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
+from rarec.storage.files import read_json, write_json
 
+SKIPPED = "skipped.json"
+"""In a variant's directory: the samples that its training leaves out, by shard and key."""
 _WORKER_DIED = "DataLoader worker (pid"
 """Beginning of PyTorch's messages about a dead worker."""
 _PR_SET_PDEATHSIG = 1
@@ -41,60 +44,79 @@ _Share = tuple[Numbers, int]
 """One rank's share of a batch: its sample numbers, and the number of samples on all ranks."""
 
 
-class ShardDataset(Dataset[Sample]):
-    """The samples of some shards by number, each checked against the index.
+@dataclass(frozen=True)
+class Feed:
+    """The training samples of a run, for one variant after the other.
 
-    Args:
-        index_S: location of each sample, from `open_index`.
-        tars: the tars.
+    Attributes:
+        config: the run.
+        manifest: manifest of the shards.
+        samples: the samples by number.
+        user_slots: most slots of a user prompt.
+        say: prints one line to the user.
     """
 
-    def __init__(self, index_S: IndexRows, tars: Tars) -> None:
-        self.index_S, self.tars = index_S, tars
-        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+    config: RunConfig
+    manifest: dict[str, Any]
+    samples: ShardDataset
+    user_slots: int
+    say: Callable[[str], None]
 
-    def __len__(self) -> int:
-        return len(self.index_S)
+    def plan(self, excluded: Iterable[int] = ()) -> BatchPlan:
+        """Return the plan of the batches, in the order that the seed gives, without some samples."""
+        return BatchPlan.of(self.config, self.user_slots, self.samples.index_S, excluded)
 
-    def __getitem__(self, number: int) -> Sample:
-        """Return a sample.
+    def first_samples(self, plan: BatchPlan, count: int) -> Iterator[Sample]:
+        """Read the first `count` samples of a training one by one, or all if there are fewer."""
+        return (self.samples[number] for number in plan.first_samples(count).tolist())
 
-        Raises:
-            UserError: it does not match the index; the message names its shard and key.
+    def exclusions(self, variant: Path, begun: bool) -> Numbers:
+        """Return the samples that a variant leaves out: those on record, or before its first step, those damaged now.
+
+        Args:
+            variant: directory of the variant.
+            begun: whether its training has taken a step.
         """
-        row = self.index_S[number]
-        shard = int(row["shard"])
-        name = self.tars.name(shard)
-        try:
-            return read_sample(self._extent(row), row, name)
-        except UserError:
-            self._close(shard)
-            if not self.tars.drop_cached(shard):
-                raise
-        return read_sample(self._extent(row), row, name)
+        if begun and (variant / SKIPPED).exists():
+            return read_names(variant / SKIPPED, self.samples.index_S)
+        if begun or self.config.train.stream.damaged == "refuse":
+            return np.array([], np.int64)
+        self.say(f"checking {len(self.samples)} samples")
+        return np.array([row for row in range(len(self.samples)) if not self.samples.is_intact(row)], np.int64)
 
-    def read(self, numbers_n: Numbers) -> list[Sample]:
-        """Return the samples with these numbers; see `__getitem__`."""
-        samples = [self[number] for number in numbers_n.tolist()]
-        release_pages(self.index_S)
-        return samples
+    def record(self, variant: Path, excluded: Numbers) -> None:
+        """Report the samples that a variant leaves out, and write them to its directory, where a resume reads them."""
+        path = variant / SKIPPED
+        if len(excluded):
+            write_json(path, name_samples(self.samples.index_S, excluded))
+            self.say(f"left out {len(excluded)} damaged samples; {path} lists them")
+        else:
+            path.unlink(missing_ok=True)
 
-    def _extent(self, row: np.void) -> bytes:
-        """Return the bytes at a sample's place; fewer if the tar ends earlier."""
-        shard = int(row["shard"])
-        if shard not in self._open:
-            self._open[shard] = self.tars.open(shard)
-            if len(self._open) > MAX_OPEN:
-                self._close(next(iter(self._open)))
-        self._open.move_to_end(shard)
-        try:
-            return os.pread(self._open[shard].fileno(), int(row["size"]), int(row["offset"]))
-        except OSError as error:  # a bad sector
-            raise UserError(f"shard {self.tars.name(shard)}, sample {key_of(row)}: {error}", REPAIR) from None
 
-    def _close(self, shard: int) -> None:
-        if shard in self._open:
-            self._open.pop(shard).close()
+def name_samples(index_S: IndexRows, numbers: Numbers) -> dict[str, dict[str, int]]:
+    """Group sample numbers by file and key."""
+    named: dict[str, dict[str, int]] = {}
+    for number in numbers.tolist():
+        named.setdefault(tar_name(int(index_S[number]["shard"])), {})[key_of(index_S[number])] = number
+    return named
+
+
+def read_names(path: Path, index_S: IndexRows) -> Numbers:
+    """Read sample numbers from a file with the result of `name_samples`.
+
+    Raises:
+        UserError: the file is malformed, or does not match the index.
+    """
+    named = read_json(path)
+    try:
+        numbers = np.array(sorted(number for keys in named.values() for number in keys.values()), np.int64)
+        matches = numbers.min(initial=0) >= 0 and name_samples(index_S, numbers) == named
+    except (AttributeError, TypeError, ValueError, IndexError, OverflowError):
+        matches = False
+    if not matches:
+        raise UserError(f"{path} names samples that are not in these shards", "retrain: rarec train CONFIG --fresh")
+    return numbers
 
 
 class BatchLoader(Generic[B]):
@@ -146,9 +168,8 @@ class BatchLoader(Generic[B]):
             multiprocessing_context="fork" if workers else None,  # they share what is loaded already
             worker_init_fn=partial(_prepare_worker, os.getpid()),
         )
-        batches, others = None, set(active_children())
+        batches = iter(loader)
         try:
-            batches = iter(loader)
             received, device = map(self._receive, batches), self.world.device
             yield copied_ahead(received, device) if device.type == "cuda" else received
         except RuntimeError as error:
@@ -157,11 +178,12 @@ class BatchLoader(Generic[B]):
             remedy = "free memory, or lower train.stream.workers; then run the same command to resume"
             raise UserError(f"a worker process that reads training data died: {error}", remedy) from None
         finally:
-            if batches is None:  # a worker could not be started: end those that were
-                _kill(set(active_children()) - others)
-            elif workers:  # now, not at garbage collection, which waits while a traceback refers to the iterator
+            if workers:  # now, not at garbage collection, which waits while a traceback refers to the iterator
                 batches._shutdown_workers()  # type: ignore[attr-defined]
-                _kill(batches._workers)  # type: ignore[attr-defined]
+                for worker in batches._workers:  # type: ignore[attr-defined]
+                    worker.kill()  # they do not react to SIGTERM
+                    with suppress(RuntimeError):  # raised by PyTorch's handler of SIGCHLD
+                        worker.join()
 
     def _shares(self, first: int, last: int) -> Iterator[_Share]:
         """Yield this rank's share of each part of each step's batch."""
@@ -210,15 +232,6 @@ class _Batches(Dataset[Any], Generic[B]):
             return bytes(_Pickler.dumps(batch)) if get_worker_info() else batch
         except (UserError, OSError) as error:  # returned: if raised, its message would hold the worker's traceback
             return error
-
-
-def _kill(workers: Collection[BaseProcess]) -> None:
-    """End workers, which do not react to SIGTERM."""
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        with suppress(RuntimeError):  # raised by PyTorch's handler of SIGCHLD
-            worker.join()
 
 
 def _prepare_worker(main: int, worker: int) -> None:

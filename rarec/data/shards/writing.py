@@ -10,7 +10,6 @@ import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +18,16 @@ import numpy.typing as npt
 
 from rarec.data.dataset import PreparedDataset
 from rarec.data.selection import Selection
-from rarec.data.shards.files import INDEX, open_index, tar_name, write_index
-from rarec.data.shards.loader import ShardDataset
+from rarec.data.shards.files import INDEX, ShardDataset, open_index, tar_name, write_index
 from rarec.data.shards.samples import INDEX_ROW, IndexRows, Sample, index_tar, sample_key, write_tar
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.storage.artefacts import MANIFEST, read_sealed, write_sealed
+from rarec.storage.artefacts import MANIFEST, check_files, read_sealed, write_sealed
 from rarec.storage.files import read_json, remove_stale, sha256_file
 
 MakeSamples = Callable[[range], Iterable[Sample]]
 """Compute the samples at a range of places, in order."""
 PROGRESS = ".progress"
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """Notes on completed tars: the record and the index rows of each.
-
-    The rows are stored here instead of read back from the tar, so that resuming costs only the hashes of the tars.
-    """
-
-    directory: Path
-    identity: str
-
-    def write(self, shard: int, record: Mapping[str, Any], rows_S: IndexRows) -> None:
-        rows = rows_S.tobytes().hex()
-        write_sealed(self._path(shard), {"identity": self.identity, "record": record, "rows": rows})
-
-    def record(self, shard: int) -> dict[str, Any]:
-        record: dict[str, Any] = read_json(self._path(shard))["record"]
-        return record
-
-    def rows(self, shard: int) -> IndexRows:
-        return np.frombuffer(bytes.fromhex(read_json(self._path(shard))["rows"]), INDEX_ROW)
-
-    def is_complete(self, shard: int) -> bool:
-        """Return True if the shard is complete and matches this run."""
-        tar, path = self.directory / tar_name(shard), self._path(shard)
-        if not tar.is_file() or not path.is_file():
-            return False
-        try:
-            note = read_sealed(path, "")
-        except UserError:  # incomplete: the tar is written again
-            return False
-        return bool(note.get("identity") == self.identity and sha256_file(tar) == note["record"]["sha256"])
-
-    def _path(self, shard: int) -> Path:
-        return self.directory / PROGRESS / f"{shard:06d}.json"
 
 
 def write_shards(
@@ -93,16 +55,18 @@ def write_shards(
     Returns:
         The records of all shards, for the manifest.
     """
-    progress, shards = _Progress(directory, identity), range(-(-total // per_shard))
+    shards = range(-(-total // per_shard))
     (directory / PROGRESS).mkdir(parents=True, exist_ok=True)
     world.run_on_main(lambda: remove_stale(directory))
 
     def write(shard: int, samples: list[Sample]) -> None:
-        progress.write(shard, *write_tar(directory / tar_name(shard), samples, shard))
+        _note(directory, identity, shard, *write_tar(directory / tar_name(shard), samples, shard))
 
     # Rank 0 decides for all: another machine may not list yet what was written a moment ago.
-    own = world.run_on_all(lambda: [shard for shard in shards if world.is_main and not progress.is_complete(shard)])
-    missing = json.loads(world.exchange(json.dumps(own))[0])
+    todo = world.run_on_all(
+        lambda: [shard for shard in shards if world.is_main and not _is_complete(directory, identity, shard)]
+    )
+    missing = json.loads(world.exchange(json.dumps(todo))[0])
     world.report("writing shards")  # the title of the bar over the shards
     writing = deque[Future[None]]()
     with ThreadPoolExecutor(writers) as pool:
@@ -117,8 +81,29 @@ def write_shards(
         for future in writing:
             future.result()
     world.barrier()
-    world.run_on_main(lambda: write_index(directory, map(progress.rows, shards), total))
-    return [progress.record(shard) for shard in shards]
+    world.run_on_main(lambda: write_index(directory, (_noted(directory, shard)[1] for shard in shards), total))
+    return [_noted(directory, shard)[0] for shard in shards]
+
+
+def _note(directory: Path, identity: str, shard: int, record: Mapping[str, Any], rows_S: IndexRows) -> None:
+    """Note that a tar is complete, with its record and its rows: a resume then reads tars only to hash them."""
+    note = {"identity": identity, "record": record, "rows": rows_S.tobytes().hex()}
+    write_sealed(directory / PROGRESS / f"{shard:06d}.json", note)
+
+
+def _noted(directory: Path, shard: int) -> tuple[dict[str, Any], IndexRows]:
+    note = read_json(directory / PROGRESS / f"{shard:06d}.json")
+    return note["record"], np.frombuffer(bytes.fromhex(note["rows"]), INDEX_ROW)
+
+
+def _is_complete(directory: Path, identity: str, shard: int) -> bool:
+    """Return True if a tar is complete and of this build."""
+    try:
+        note: dict[str, Any] = read_sealed(directory / PROGRESS / f"{shard:06d}.json", "")
+        sha256 = sha256_file(directory / tar_name(shard))
+        return note.get("identity") == identity and sha256 == note["record"]["sha256"]
+    except (UserError, OSError):  # missing or incomplete: the tar is written again
+        return False
 
 
 def keep_intact_tars(directory: Path, manifest: Mapping[str, Any], damaged: Collection[str]) -> None:
@@ -132,14 +117,13 @@ def keep_intact_tars(directory: Path, manifest: Mapping[str, Any], damaged: Coll
         damaged: names of damaged files.
     """
     (directory / PROGRESS).mkdir(exist_ok=True)
-    progress = _Progress(directory, manifest["hash"])
     index_S = None if INDEX in damaged else open_index(directory, manifest)
     start = 0
     for shard, record in enumerate(manifest["shards"]):
         end = start + record["samples"]
         if record["file"] not in damaged:
             rows_S = index_tar(directory / record["file"], shard) if index_S is None else index_S[start:end]
-            progress.write(shard, record, rows_S)
+            _note(directory, manifest["hash"], shard, record, rows_S)
         start = end
 
 
@@ -166,22 +150,21 @@ def damaged_files(directory: Path, manifest: Mapping[str, Any], threads: int) ->
     """
     files: dict[str, str] = manifest["files"]
     with ThreadPoolExecutor(threads) as pool:
-        lines = pool.map(lambda name: _file_problem(directory / name, files[name]), files)
+        lines = pool.map(lambda name: _file_problem(directory, manifest, name), files)
         problems = {name: line for name, line in zip(files, lines, strict=True) if line}
     names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
     problems |= {name: f"{name} is not one of these shards' files" for name in names - {*files, MANIFEST}}
     return dict(sorted(problems.items()))
 
 
-def _file_problem(path: Path, sha256: str) -> str | None:
-    name = f"shard {path.name}" if path.suffix == ".tar" else path.name
+def _file_problem(directory: Path, manifest: Mapping[str, Any], name: str) -> str:
     try:
-        if not path.is_file():
-            return f"{name} is missing"
-        altered = sha256_file(path) != sha256
+        check_files(directory, manifest, names=[name])
+    except UserError as error:
+        return error.problem
     except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
-    return f"{name}: its bytes differ from what was written (sha256 differs)" if altered else None
+        return f"{directory / name} cannot be read: {error.strerror}"
+    return ""
 
 
 def wrong_samples(
@@ -198,11 +181,11 @@ def wrong_samples(
     if len(samples) != len(selection.user_rows):
         return {INDEX: f"{INDEX} has {len(samples)} samples, but {len(selection.user_rows)} were selected"}
     problems: dict[str, str] = {}
-    for number in range(len(samples)):
+    selected = zip(selection.user_rows.tolist(), selection.positions.tolist(), strict=True)
+    for number, (user, position) in enumerate(selected):
         file = tar_name(int(samples.index_S[number]["shard"]))
         if file in problems:
             continue
-        user, position = int(selection.user_rows[number]), int(selection.positions[number])
         try:
             problem = _mismatch(samples[number], dataset, user, position, item_states_NLD[0])
         except UserError as error:
