@@ -10,7 +10,7 @@ import pyarrow as pa
 from rarec.config import RunConfig
 from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.tables import Column
+from rarec.data.tables import ROW_GROUP, Column
 from rarec.stages.run import Run
 from tests.synthetic import write_log
 
@@ -47,6 +47,13 @@ def identity_of(config: Prepare, seed: int = 0) -> list[Any]:
     return [stage.settings(), stage.outside_inputs()]
 
 
+def column_of(values: Any) -> Column[Any]:
+    """Return a column of values in memory, in chunks as in a file."""
+    whole = values if isinstance(values, pa.Array) else pa.array(values)
+    chunks = [whole.slice(start, ROW_GROUP) for start in range(0, len(whole), ROW_GROUP)]
+    return Column(pa.chunked_array(chunks, whole.type))
+
+
 def by_hand(sequences: list[list[int]], item_ids: pa.Array, user_ids: pa.Array) -> PreparedDataset:
     """Leave-one-out over these item rows: the last tests, the one before validates, the others train."""
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
@@ -54,10 +61,10 @@ def by_hand(sequences: list[list[int]], item_ids: pa.Array, user_ids: pa.Array) 
         directory=Path("by hand"),
         manifest={},
         hash="by hand",
-        user_ids=Column.of(user_ids),
-        item_ids=Column.of(item_ids),
-        titles=Column.of([""] * len(item_ids)),
-        texts=Column.of([""] * len(item_ids)),
+        user_ids=column_of(user_ids),
+        item_ids=column_of(item_ids),
+        titles=column_of([""] * len(item_ids)),
+        texts=column_of([""] * len(item_ids)),
         train_counts_N=np.zeros(len(item_ids), dtype=np.int64),
         starts_U=(np.cumsum(lengths) - lengths).astype(np.int64),
         lengths_U=lengths,

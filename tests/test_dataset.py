@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
-from rarec.data.tables import Column
 from rarec.errors import UserError
 from rarec.storage.files import read_json, write_json
-from tests.datasets import by_hand, prepare_dataset
+from tests.datasets import by_hand, column_of, prepare_dataset
 from tests.synthetic import write_log
 
 
@@ -74,7 +73,7 @@ def test_blocks_are_runs_of_users_as_large_as_the_bound_allows(lengths: list[int
 
 @pytest.mark.parametrize("values", [list(range(300_000)), [f"title {at}" for at in range(300_000)]])
 def test_a_column_has_its_values_in_any_order_and_in_slices(values: list[int] | list[str]) -> None:
-    column = Column.of(values)
+    column = column_of(values)
     assert len(column) == len(values)
     assert list(column) == column.whole().to_pylist() == values
     rows = np.array([299_999, 0, 131_072, 131_071, 5, 5, 262_144])

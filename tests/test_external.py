@@ -8,16 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.data.tables import Column
 from rarec.errors import UserError
 from rarec.evaluation.external import TargetUsers, external_ranks, read_external
 from rarec.evaluation.labels import EXTERNAL
 from rarec.evaluation.rows import pairs_of_interest
-from rarec.ranking.rank import VectorScores, rank_scores
+from rarec.ranking import rank_targets
+from tests.datasets import column_of
 
 USERS = TargetUsers(
     user_ids=pa.array(["ann", "bob", "cat"]),
-    item_ids=Column.of(["a", "b", "c", "d", "e"]),
+    item_ids=column_of(["a", "b", "c", "d", "e"]),
     targets_U=np.array([0, 1, 2]),
     seen=[np.array([4]), np.array([0, 0]), np.array([], int)],
 )
@@ -59,7 +59,7 @@ def test_scores_of_the_whole_catalogue_give_the_ranks_of_this_project(tmp_path):
     rng = np.random.default_rng(0)
     users_UD, items_ND = rng.integers(-2, 3, (30, 3)), rng.integers(-2, 3, (20, 3))
     seen, targets = [rng.integers(20, size=5) for _ in range(30)], rng.integers(20, size=30)
-    ids = {"user_ids": pa.array(range(30)), "item_ids": Column.of(range(100, 120))}
+    ids = {"user_ids": pa.array(range(30)), "item_ids": column_of(range(100, 120))}
     columns = {"user": np.repeat(np.arange(30), 20), "item": np.tile(np.arange(100, 120), 30)}
     path = parquet(tmp_path, **columns, score=(users_UD @ items_ND.T).ravel())
     found = read_external(path, TargetUsers(**ids, targets_U=targets, seen=seen))

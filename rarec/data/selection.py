@@ -12,6 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -149,15 +150,12 @@ class Grid:
 
     def report(self, **counts_G: Int64) -> list[dict[str, Any]]:
         """Return one row for each bucket with a sample: its ranges, and the number of samples of each kind."""
-        columns = len(self._popularity)
+        ranges = product(self._lengths, self._popularity)
+        rows = zip(ranges, *(count_G.tolist() for count_G in counts_G.values()), strict=True)
         return [
-            {
-                "history_length": self._lengths[bucket // columns],
-                "popularity": self._popularity[bucket % columns],
-                **{name: int(count_G[bucket]) for name, count_G in counts_G.items()},
-            }
-            for bucket in range(self.size)
-            if any(count_G[bucket] for count_G in counts_G.values())
+            {"history_length": length, "popularity": popularity, **dict(zip(counts_G, counts, strict=True))}
+            for (length, popularity), *counts in rows
+            if any(counts)
         ]
 
 
@@ -279,11 +277,9 @@ class _Samples:
 
 def _example(dataset: PreparedDataset, user: int, position: int) -> dict[str, Any]:
     """Return a dropped sample with titles instead of rows."""
-    history = dataset.history(user, position)[-EXAMPLE_HISTORY:]
-    return {
-        "history": [dataset.titles[int(item)] for item in history],
-        "target": dataset.titles[int(dataset.sequence(user)[position])],
-    }
+    items = dataset.history(user, position + 1)[-EXAMPLE_HISTORY - 1 :]
+    *history, target = (dataset.titles[int(item)] for item in items)
+    return {"history": history, "target": target}
 
 
 # ---- words of titles

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
+from typing import Any, BinaryIO, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.errors import UserError
-
-if TYPE_CHECKING:
-    import ibis.expr.types as ir
 
 T = TypeVar("T", covariant=True)
 Rows = npt.NDArray[np.integer]
@@ -34,11 +31,6 @@ FOLDER = "columns"
 NUMBERS = ("start", "length", "train_length", "validation", "test", "train_count", "item_row")
 TEXTS = ("user_id", "item_id", "title", "text")
 """Columns that are written once more: numbers, and ids, which may be numbers, and texts."""
-
-
-def id_type(column: "ir.Column") -> pa.DataType:
-    """Return the Arrow type in which ids are stored: text stays text, numbers are int64."""
-    return pa.string() if column.type().is_string() else pa.int64()
 
 
 def items_schema(item_id: pa.DataType) -> pa.Schema:
@@ -104,13 +96,6 @@ class Column(Sequence[T]):
 
     def __init__(self, values: pa.ChunkedArray) -> None:
         self._values = values
-
-    @classmethod
-    def of(cls, values: Sequence[Any] | pa.Array) -> "Column[Any]":
-        """Return a column of values in memory."""
-        whole = values if isinstance(values, pa.Array) else pa.array(values)
-        chunks = [whole.slice(start, ROW_GROUP) for start in range(0, len(whole), ROW_GROUP)]
-        return cls(pa.chunked_array(chunks, whole.type))
 
     def __len__(self) -> int:
         return len(self._values)

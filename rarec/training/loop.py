@@ -88,7 +88,7 @@ class Trainer:
         """Take one optimizer step; return its metrics and gradient norms."""
         step = StepAccumulator()
         for part in range(self.config.accumulate):
-            self.world.report("reading samples " + self.loader.next_samples, state.step + 1)
+            self.world.report("reading samples", state.step + 1)
             batch = self._next(batches, step)
             self.world.report("forward and backward")
             self._seed(state.step, part)

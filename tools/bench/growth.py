@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from rarec.data.dataset import PreparedDataset
 from rarec.data.tables import Column
@@ -87,10 +88,10 @@ def windows(length: int) -> Action:
         directory=Path(),
         manifest={},
         hash="",
-        user_ids=Column.of(range(users)),
-        item_ids=Column.of(range(1000)),
-        titles=Column.of([""] * 1000),
-        texts=Column.of([""] * 1000),
+        user_ids=Column(pa.chunked_array([list(range(users))])),
+        item_ids=Column(pa.chunked_array([list(range(1000))])),
+        titles=Column(pa.chunked_array([[""] * 1000])),
+        texts=Column(pa.chunked_array([[""] * 1000])),
         train_counts_N=np.ones(1000, np.int64),
         starts_U=np.arange(users, dtype=np.int64) * length,
         lengths_U=lengths_U,

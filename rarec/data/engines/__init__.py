@@ -4,8 +4,8 @@ The steps of the preparation are Ibis expressions, and use nothing of an engine 
 """
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,8 +60,7 @@ def compute_value(engine: PrepareEngine, scalar: ir.Scalar) -> Any:
     return engine.rows(scalar.name("value").as_table())[0]["value"]
 
 
-@contextmanager
-def open_engine(config: Prepare, spill: Path) -> Iterator[PrepareEngine]:
+def open_engine(config: Prepare, spill: Path) -> AbstractContextManager[PrepareEngine]:
     """Open the engine of a configuration for the length of a `with` block.
 
     Args:
@@ -71,25 +70,18 @@ def open_engine(config: Prepare, spill: Path) -> Iterator[PrepareEngine]:
     Raises:
         UserError: the engine is unknown or does not start.
     """
-    engine = _start(config, spill)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def _start(config: Prepare, spill: Path) -> PrepareEngine:
     from rarec.data.engines.duckdb_engine import DatabaseEngine, DuckDBEngine
 
     scratch = f"{config.scratch.rstrip('/')}/rarec-{uuid.uuid4().hex}" if config.scratch else str(spill)
     if config.engine == "duckdb":
-        return DuckDBEngine(Path(scratch), config.memory)
+        return closing(DuckDBEngine(Path(scratch), config.memory))
     if config.engine == "spark":
         from rarec.data.engines.spark_engine import SparkEngine
 
-        return SparkEngine(scratch, config.spark, DuckDBEngine(spill.with_name(f"{spill.name}-files"), config.memory))
+        files = DuckDBEngine(spill.with_name(f"{spill.name}-files"), config.memory)
+        return closing(SparkEngine(scratch, config.spark, files))
     if "://" in config.engine:
-        return DatabaseEngine(config.engine, Path(scratch), config.memory)
+        return closing(DatabaseEngine(config.engine, Path(scratch), config.memory))
     raise UserError(
         f"field `prepare.engine`: unknown engine {config.engine!r}",
         "use duckdb, spark, or a URL: duckdb:///path/to/file, postgres://user:password@host/database, ...",
@@ -110,7 +102,9 @@ def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: Ta
             raise UserError(problem, f"its columns: {', '.join(columns)}")
 
 
-def check_types(table: ir.Table, roles: Mapping[str, str], location: TableLocation, unfit: Mapping[str, str]) -> None:
+def check_types(
+    table: ir.Table, roles: Mapping[str, str], location: TableLocation, mixed: Collection[str] = ()
+) -> None:
     """Refuse types that are not what a role needs, or that engines write differently.
 
     Lists, structures and times of day are refused everywhere; ids are text or numbers, and an order is not a truth.
@@ -119,17 +113,15 @@ def check_types(table: ir.Table, roles: Mapping[str, str], location: TableLocati
         table: one column for each role.
         roles: column name in the table, by role.
         location: the table, for messages.
-        unfit: what a column holds that can be shown as text, but is no id and no time, by its name in the table.
+        mixed: columns of text that hold objects, lists or values of several types: no ids and no times.
 
     Raises:
         UserError: a column has such a type.
     """
     for role, name in roles.items():
         kind = table[role].type()
-        wrong = kind.is_nested() or kind.is_time() or (role in KEYS and kind.is_boolean())
-        wrong = wrong or (role in ("user", "item") and kind.is_temporal())
-        content = unfit.get(name) if role in KEYS else None
-        if wrong or content:
-            holds = content or f"values of type {kind}"
+        wrong = kind.is_nested() or kind.is_time() or (role in KEYS and (kind.is_boolean() or name in mixed))
+        if wrong or (role in ("user", "item") and kind.is_temporal()):
+            holds = "objects, lists or values of several types" if name in mixed else f"values of type {kind}"
             problem = f"{location.name}: column {name!r} ({location.field(role)}) holds {holds}"
             raise UserError(problem, "write it as text in every row, or as numbers in every row")

@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from rarec.data.engines.table_files import (
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 
-JSON_TYPES = dict.fromkeys(("UBIGINT", "BIGINT", "HUGEINT"), "DECIMAL(38, 0)") | {"DOUBLE": "DOUBLE"}
-"""DuckDB's numeric types of JSON values, and those in which they are read: integers may exceed 64 bits."""
+JSON_INTEGERS = ("UBIGINT", "BIGINT", "HUGEINT")
+"""DuckDB's integer types of JSON values, which may exceed 64 bits."""
 COMPUTING = (
     "the preparation failed",
     "repair or rewrite the file if one is named; else raise prepare.memory, or free space in prepare.scratch",
@@ -78,7 +78,7 @@ class DuckDBEngine:
             query = f"SELECT {', '.join(select)} FROM {source.relation}"
             table = self._create(kind, f"{name}_{location.short_section}", query)
             self._duckdb.execute("SET preserve_insertion_order = false")
-        check_types(table, roles, location, source.unfit)
+        check_types(table, roles, location, source.mixed)
         return table
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
@@ -141,8 +141,8 @@ class DuckDBEngine:
         if double is not None:
             problem = f"{files.name} has a line with two fields of one name: {str(double)[:200]}"
             raise UserError(problem, "give each field its own name")
-        unfit = {name: content for name, kind in kinds.items() if (content := _unfit(kind))}
-        return _Scan(relation, {name: _json_value(name, kind) for name, kind in kinds.items()}, unfit)
+        mixed = frozenset(name for name, kind in kinds.items() if kind == "JSON" or not isinstance(kind, str))
+        return _Scan(relation, {name: _json_value(name, kind) for name, kind in kinds.items()}, mixed)
 
 
 class DatabaseEngine(DuckDBEngine):
@@ -210,8 +210,8 @@ class _Scan:
 
     relation: str
     columns: dict[str, str]
-    unfit: Mapping[str, str] = field(default_factory=dict)
-    """Columns whose values are no ids and no times, with what they are."""
+    mixed: frozenset[str] = frozenset()
+    """Columns read as text that hold objects, lists, or values of several types."""
 
 
 def _delimited(files: TableLocation) -> _Scan:
@@ -224,16 +224,11 @@ def _delimited(files: TableLocation) -> _Scan:
     return _Scan(relation, {name: f"c{index}" for index, name in enumerate(names)})
 
 
-def _unfit(kind: Any) -> str | None:
-    """Return what a JSON column holds, if it holds neither text nor numbers alone."""
-    if isinstance(kind, str):
-        return {"JSON": "values of several types", "BOOLEAN": "truth values"}.get(kind)
-    return "objects" if isinstance(kind, dict) else "lists"
-
-
 def _json_value(name: str, kind: Any) -> str:
     text = f"(json ->> {_quoted('/' + name.replace('~', '~0').replace('/', '~1'))})"
-    return f"CAST({text} AS {JSON_TYPES[kind]})" if isinstance(kind, str) and kind in JSON_TYPES else text
+    if kind in ("DOUBLE", "BOOLEAN"):
+        return f"CAST({text} AS {kind})"
+    return f"CAST({text} AS DECIMAL(38, 0))" if kind in JSON_INTEGERS else text
 
 
 def _native(name: str, kind: str) -> str:

@@ -92,7 +92,7 @@ class SparkEngine:
             check_parquet(location, roles.values(), pages=False)
             columns = [F.col(_identifier(column)).alias(role) for role, column in roles.items()]
             table = self._view(name, frame.select(*columns))
-        check_types(table, roles, location, {})
+        check_types(table, roles, location)
         if lines:
             table = table.mutate(line=ibis.row_number().over(order_by=list(table.columns)) + 1)
         return table

@@ -19,7 +19,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
-from pyarrow import types
 
 from rarec.config.shipped import resolve_path
 from rarec.errors import UserError
@@ -45,13 +44,16 @@ BLOCK = 1 << 20
 """Bytes decompressed at a time."""
 THREADS = 16
 """Number of files that are checked in parallel."""
-KINDS: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
-    "integers": (types.is_integer,),
-    "floats": (types.is_floating,),
-    "decimals": (types.is_decimal,),
-    "text": (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary),
-    "dates": (types.is_date,),
+KINDS = {
+    r"u?int\d": "integers",
+    r"float|halffloat|double": "floats",
+    r"decimal": "decimals",
+    r"(large_)?(string|binary)": "text",
+    r"date": "dates",
+    r"timestamp.*tz=": "timestamps with a time zone",
+    r"timestamp": "timestamps",
 }
+"""Kinds of Parquet columns, by how Arrow writes their types; engines convert without loss within a kind only."""
 
 
 @dataclass(frozen=True)
@@ -289,11 +291,8 @@ def _read_one_header(files: TableLocation, path: str) -> list[str]:
 
 
 def _kind(column: pa.DataType) -> str:
-    """Return the kind of a Parquet column; engines convert without loss within a kind only."""
-    column = column.value_type if types.is_dictionary(column) else column
-    if types.is_timestamp(column):
-        return "timestamps with a time zone" if column.tz else "timestamps"
-    return next((kind for kind, tests in KINDS.items() if any(test(column) for test in tests)), str(column))
+    name = str(column.value_type if pa.types.is_dictionary(column) else column)
+    return next((kind for pattern, kind in KINDS.items() if re.match(pattern, name)), name)
 
 
 def _for_each(read: Callable[[str], Result], paths: Sequence[str]) -> list[Result]:

@@ -18,10 +18,9 @@ ISO = (
 MAX_EXACT = 2.0**53
 """Floats without a fraction are exact integers up to this value."""
 
-UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
-"""Units of epoch times, with their number in a second."""
-UNIT_LIMITS = {"s": 1e11, "ms": 1e14, "us": 1e17, "ns": float("inf")}
-"""Where the unit is not given: all magnitudes of a column lie between the limit of the unit before and its own."""
+UNITS = {"s": (1.0, 1e11), "ms": (1e3, 1e14), "us": (1e6, 1e17), "ns": (1e9, float("inf"))}
+"""Units of epoch times: their number in a second, and a bound. Where the unit is not given, all magnitudes of a column
+lie between the bound of the unit before and its own."""
 EARLIEST, LATEST = -2_208_988_800.0, 7_258_118_400.0
 """Epoch seconds of 1900 and 2200, which bound all times. Others, such as 0001-01-01, stand for a missing time."""
 
@@ -80,7 +79,7 @@ def as_seconds(column: ir.Column, divisor: float) -> ir.FloatingColumn:
 
     Args:
         column: numbers, divided by `divisor`; text with numbers or ISO 8601; timestamps or dates (UTC unless zoned).
-        divisor: value of `UNITS`.
+        divisor: number of its units in a second, from `UNITS`.
     """
     kind = column.type()
     if kind.is_timestamp() or kind.is_date():

@@ -133,10 +133,9 @@ def _seconds(config: Interactions, given: ir.Column, known: Mapping[str, Any]) -
     unit: str = config.time_unit
     least = 0.0
     if unit == "auto":
-        limits = list(columns.UNIT_LIMITS.values())
-        place = next(place for place, limit in enumerate(limits) if known["largest"] < limit)
-        unit, least = list(columns.UNITS)[place], limits[place - 1] if place else 0.0
-    order = columns.as_seconds(given, columns.UNITS[unit])
+        unit = next(unit for unit, (_, bound) in columns.UNITS.items() if known["largest"] < bound)
+        least = max((bound for _, bound in columns.UNITS.values() if bound <= known["largest"]), default=0.0)
+    order = columns.as_seconds(given, columns.UNITS[unit][0])
     if given.type().is_temporal():
         return order
     number = columns.as_number(given)

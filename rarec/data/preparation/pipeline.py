@@ -57,14 +57,8 @@ def _check(config: Prepare) -> None:
         raise UserError(problem, "their sum must be below 1")
 
 
-class StepCounts:
-    """Count a log before and after each step, report losses, and refuse a step that leaves nothing.
-
-    Args:
-        engine: engine that counts.
-        log: the first log.
-        name: name of the log's table, for messages.
-        say: print one line to the user.
+class _Preparation:
+    """One preparation on one engine. Each step is counted, and one that leaves nothing is refused.
 
     Attributes:
         log: the log after the last step.
@@ -72,13 +66,40 @@ class StepCounts:
         steps: one record per step, plain JSON, for the manifest.
     """
 
-    def __init__(self, engine: PrepareEngine, log: ir.Table, name: str, say: Say) -> None:
-        self.engine, self.log, self.steps = engine, log, list[dict[str, Any]]()
-        self._name, self._say = name, say
-        self.counts = self._count(log, ("interactions", "users", "items"))
-        say("read " + name + ": " + ", ".join(f"{count:,} {unit}" for unit, count in self.counts.items()))
+    def __init__(self, config: Prepare, engine: PrepareEngine, say: Say) -> None:
+        self.config, self.engine, self.say = config, engine, say
+        self.log_location = table_location(config.interactions, "prepare.interactions")
+        self.items_location = table_location(config.items, "prepare.items")
+        self.log: ir.Table
+        self.counts: dict[str, int] = {}
+        self.steps: list[dict[str, Any]] = []
 
-    def apply(self, step: str, log: ir.Table, note: str, remedy: str, **known: int) -> None:
+    def write(self, directory: Path) -> dict[str, Any]:
+        """Write the three tables and their columns; return the figures for the manifest."""
+        catalogue, catalogue_counts = read_catalogue(self.engine, self.config.items, self.items_location, self.say)
+        user_codes = self._read()
+        item_codes = self._code(catalogue, user_codes)
+        self._filter(item_codes)
+        users = self.engine.keep("users", steps.dense_rows(user_codes, self.log.user))
+        # without a minimum, the whole catalogue is kept, including unused items
+        kept_items = self.log["item"] if self.config.min_item_interactions else item_codes.code
+        items = self.engine.keep("items", steps.dense_rows(item_codes, kept_items))
+        sequences = self.engine.keep("sequences", steps.build_sequences(self.log, users, items))
+        split, cuts = self._split(sequences)
+        users = self.engine.keep("users", users.inner_join(split, "row"))
+        counts = self._tables(users, items, catalogue, sequences, directory)
+        tables.write_columns(directory)
+        self.say(", ".join(f"{count:,} {unit.replace('_', ' ')}" for unit, count in counts.items()))
+        return {
+            "counts": counts,
+            "steps": self.steps,
+            "catalogue": catalogue_counts,
+            "tie_rule": steps.TIE_RULE,
+            "cut_times": cuts,
+            "engine": self.config.engine.partition(":")[0],
+        }
+
+    def _apply(self, step: str, log: ir.Table, note: str, remedy: str, **known: int) -> None:
         """Record a step and take over its log.
 
         Args:
@@ -100,71 +121,39 @@ class StepCounts:
         counts |= {f"{unit}_after": count for unit, count in after.items()}
         self.steps.append({"step": step, **counts, "note": note})
         if lost:
-            self._say(f"{step}: dropped {', '.join(f'{count:,} {unit}' for unit, count in lost.items())} ({note})")
+            self.say(f"{step}: dropped {', '.join(f'{count:,} {unit}' for unit, count in lost.items())} ({note})")
         if not after["interactions"]:
-            problem = f"{self._name}: no interaction is left after the step {step} ({note})"
+            problem = f"{self.log_location.name}: no interaction is left after the step {step} ({note})"
             raise UserError(f"{problem}; before it: {before}", remedy)
         self.log, self.counts = log, after
 
-    def _count(self, log: ir.Table, units: Iterable[str]) -> dict[str, int]:
+    def _count(self, log: ir.Table, units: Iterable[str] = ("interactions", "users", "items")) -> dict[str, int]:
         counts = {"interactions": log.count(), "users": log.user.nunique(), "items": log["item"].nunique()}
         return self.engine.rows(log.agg(**{unit: counts[unit] for unit in units}))[0]
 
-
-class _Preparation:
-    """One preparation on one engine."""
-
-    def __init__(self, config: Prepare, engine: PrepareEngine, say: Say) -> None:
-        self.config, self.engine, self.say = config, engine, say
-        self.log_location = table_location(config.interactions, "prepare.interactions")
-        self.items_location = table_location(config.items, "prepare.items")
-
-    def write(self, directory: Path) -> dict[str, Any]:
-        """Write the three tables and their columns; return the figures for the manifest."""
-        catalogue, catalogue_counts = read_catalogue(self.engine, self.config.items, self.items_location, self.say)
-        counter, user_codes = self._read()
-        item_codes = self._code(counter, catalogue, user_codes)
-        self._filter(counter, item_codes)
-        users = self.engine.keep("users", steps.dense_rows(user_codes, counter.log.user))
-        # without a minimum, the whole catalogue is kept, including unused items
-        kept_items = counter.log["item"] if self.config.min_item_interactions else item_codes.code
-        items = self.engine.keep("items", steps.dense_rows(item_codes, kept_items))
-        sequences = self.engine.keep("sequences", steps.build_sequences(counter.log, users, items))
-        split, cuts = self._split(sequences, counter.counts["interactions"])
-        users = self.engine.keep("users", users.inner_join(split, "row"))
-        counts = self._tables(users, items, catalogue, sequences, directory)
-        tables.write_columns(directory)
-        self.say(", ".join(f"{count:,} {unit.replace('_', ' ')}" for unit, count in counts.items()))
-        return {
-            "counts": counts,
-            "steps": counter.steps,
-            "catalogue": catalogue_counts,
-            "tie_rule": steps.TIE_RULE,
-            "cut_times": cuts,
-            "engine": self.config.engine.partition(":")[0],
-        }
-
-    def _read(self) -> tuple[StepCounts, ir.Table]:
+    def _read(self) -> ir.Table:
         """Read the raw log, drop rows without ids, check that all rows have an order, and number the users."""
         config, engine, location = self.config.interactions, self.engine, self.log_location
-        counter = StepCounts(engine, read_log(engine, config, location), location.name, self.say)
-        log = steps.drop_missing_ids(counter.log)
+        raw = read_log(engine, config, location)
+        self.counts = self._count(raw)
+        self.say(f"read {location.name}: {', '.join(f'{count:,} {unit}' for unit, count in self.counts.items())}")
+        log = steps.drop_missing_ids(raw)
         check_order(engine, config, location, log)
         users = engine.keep("user_codes", steps.number_ids(log.user))
         remedy = f"check that the columns {config.user!r} and {config.item!r} contain the ids"
-        counter.apply("ids", log, "no user or no item id", remedy, users=compute_value(engine, users.count()))
-        counter.apply("order", log, f"every row has its {'place in time' if config.time else 'position'}", "")
-        return counter, users
+        self._apply("ids", log, "no user or no item id", remedy, users=compute_value(engine, users.count()))
+        self._apply("order", log, f"every row has its {'place in time' if config.time else 'position'}", "")
+        return users
 
-    def _code(self, counter: StepCounts, catalogue: ir.Table, users: ir.Table) -> ir.Table:
+    def _code(self, catalogue: ir.Table, users: ir.Table) -> ir.Table:
         """Replace ids by codes, drop items that are not in the catalogue, and return the numbering of the items."""
         items = self.engine.keep("item_codes", steps.number_ids(catalogue["item"]))
-        raw, known = counter.log, self.engine.keep("log", steps.encode_ids(counter.log, users, items))
+        raw, known = self.log, self.engine.keep("log", steps.encode_ids(self.log, users, items))
         remedy = ""
         if not compute_value(self.engine, known.count()):
-            ranges = f"the log has {self._range(raw['item'])}, the catalogue {self._range(catalogue.table['item'])}"
+            ranges = f"the log has {self._range(raw['item'])}, the catalogue {self._range(catalogue['item'])}"
             remedy = f"check that both use the same ids: {ranges}"
-        counter.apply("catalogue", known, "item not in the catalogue", remedy)
+        self._apply("catalogue", known, "item not in the catalogue", remedy)
         return items
 
     def _range(self, ids: ir.Column) -> str:
@@ -173,47 +162,48 @@ class _Preparation:
         row = self.engine.rows(table.agg(least=ibis._.id.min(), greatest=ibis._.id.max()))[0]
         return f"{row['least']!r} to {row['greatest']!r}"
 
-    def _filter(self, counter: StepCounts, item_codes: ir.Table) -> None:
+    def _filter(self, item_codes: ir.Table) -> None:
         """Drop duplicates, repeats and held-back items; then users and items with too few interactions, repeatedly."""
         config, keep = self.config, self.engine.keep
-        same = {unit: counter.counts[unit] for unit in ("users", "items")}  # every user and item keeps a row
+        same = {unit: self.counts[unit] for unit in ("users", "items")}  # every user and item keeps a row
         if config.duplicates == "drop":
-            log = keep("log", steps.drop_duplicates(counter.log))
-            counter.apply("duplicates", log, "same user, item and time again", "", **same)
+            log = keep("log", steps.drop_duplicates(self.log))
+            self._apply("duplicates", log, "same user, item and time again", "", **same)
         if config.repeats != "keep":
-            log = keep("log", steps.drop_repeats(counter.log, config.repeats))
-            counter.apply("repeats", log, f"same user and item again: {config.repeats} kept", "", **same)
+            log = keep("log", steps.drop_repeats(self.log, config.repeats))
+            self._apply("repeats", log, f"same user and item again: {config.repeats} kept", "", **same)
         if config.split.new_items:
-            log = keep("log", steps.hold_back_new_items(counter.log, item_codes, config.split.new_items))
+            log = keep("log", steps.hold_back_new_items(self.log, item_codes, config.split.new_items))
             note = "items taken as new, but where they are a user's last"
-            counter.apply("new_items", log, note, "lower prepare.split.new_items", users=counter.counts["users"])
+            self._apply("new_items", log, note, "lower prepare.split.new_items", users=self.counts["users"])
         columns: Iterable[steps.Column] = cycle(("item", "user"))
         for turn, column in enumerate(columns):  # dropping items may leave users with too few, and the reverse
-            if not self._drop_small(counter, column) and turn:
+            if not self._drop_small(column) and turn:
                 break
 
-    def _drop_small(self, counter: StepCounts, column: steps.Column) -> bool:
+    def _drop_small(self, column: steps.Column) -> bool:
         """Drop items (or users) with too few interactions; return True if there were any."""
         field = f"min_{column}_interactions"
         fewest = getattr(self.config, field)
         if fewest <= 1:
             return False
-        dropped = self.engine.keep("dropped", steps.below_minimum(counter.log, column, fewest))
+        dropped = self.engine.keep("dropped", steps.below_minimum(self.log, column, fewest))
         count = compute_value(self.engine, dropped.count())
-        if count or all(field != entry["step"] for entry in counter.steps):
-            log = self.engine.keep("log", steps.drop_ids(counter.log, dropped, column)) if count else counter.log
-            left = {f"{column}s": counter.counts[f"{column}s"] - count}
+        if count or all(field != entry["step"] for entry in self.steps):
+            log = self.engine.keep("log", steps.drop_ids(self.log, dropped, column)) if count else self.log
+            left = {f"{column}s": self.counts[f"{column}s"] - count}
             others = " or prepare.split.new_items" if self.config.split.new_items else ""
             remedy = f"lower prepare.{field}{others}, or provide a longer log"
-            counter.apply(field, log, f"{column} with fewer than {fewest} interactions", remedy, **left)
+            self._apply(field, log, f"{column} with fewer than {fewest} interactions", remedy, **left)
         return bool(count)
 
-    def _split(self, sequences: ir.Table, interactions: int) -> tuple[ir.Table, list[float]]:
+    def _split(self, sequences: ir.Table) -> tuple[ir.Table, list[float]]:
         """Return the users' positions in the split, and the cut times of a temporal split."""
         config = self.config.split
         if config.kind == "leave_one_out":
             return steps.leave_one_out(sequences, config.validation_users), []
         shares = (1 - config.validation_share - config.test_share, 1 - config.test_share)
+        interactions = self.counts["interactions"]
         before = [min(round(interactions * share), interactions - 1) for share in shares]
         row = self.engine.rows(steps.cut_times(sequences, before))[0]
         return steps.temporal(sequences, (row["cut_0"], row["cut_1"])), [row["cut_0"], row["cut_1"]]
@@ -222,7 +212,7 @@ class _Preparation:
         self, users: ir.Table, items: ir.Table, catalogue: ir.Table, sequences: ir.Table, directory: Path
     ) -> dict[str, int]:
         """Write the tables and return their counts; training, validation and test must not be empty."""
-        user_id, item_id = (tables.id_type(table.id) for table in (users, items))
+        user_id, item_id = (table.id.type().to_pyarrow() for table in (users, items))
         order = "time" if self.config.interactions.time is not None else "position"
         train_counts = steps.train_counts(sequences, users)
         parts = {

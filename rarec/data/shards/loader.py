@@ -11,7 +11,6 @@ import ctypes
 import os
 import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -142,12 +141,6 @@ class BatchLoader(Generic[B]):
     ) -> None:
         self.plan, self.workers, self.world, self.parts = plan, workers, world, parts
         self._batches = _Batches(samples, collate)
-        self._pending = deque[Numbers]()
-
-    @property
-    def next_samples(self) -> str:
-        """The first numbers of the next batch's samples, as text; empty if none has been requested."""
-        return f"{', '.join(map(str, self._pending[0][:3]))}, ..." if self._pending else ""
 
     @contextmanager
     def open(self, first: int, last: int) -> Iterator[Iterator[B]]:
@@ -158,7 +151,6 @@ class BatchLoader(Generic[B]):
         Raises:
             UserError: any error that a worker met; or a worker died, which is raised wherever the main process is.
         """
-        self._pending.clear()
         workers = self.workers if first < last else 0
         loader = DataLoader(
             self._batches,
@@ -170,7 +162,7 @@ class BatchLoader(Generic[B]):
         )
         batches = iter(loader)
         try:
-            received, device = map(self._receive, batches), self.world.device
+            received, device = map(_unpack, batches), self.world.device
             yield copied_ahead(received, device) if device.type == "cuda" else received
         except RuntimeError as error:
             if _WORKER_DIED not in str(error):
@@ -190,16 +182,7 @@ class BatchLoader(Generic[B]):
         for batch in self.plan.batches_between(first, last):
             for part in range(self.parts):
                 whole = batch[part :: self.parts]
-                numbers = self.plan.share(whole, self.world.rank, self.world.size)
-                self._pending.append(numbers)
-                yield numbers, len(whole)
-
-    def _receive(self, batch: B | bytes | Exception) -> B:
-        self._pending.popleft()
-        if isinstance(batch, Exception):
-            raise batch
-        received: B = _Pickler.loads(batch) if isinstance(batch, bytes) else batch
-        return received
+                yield self.plan.share(whole, self.world.rank, self.world.size), len(whole)
 
 
 def copied_ahead(batches: Iterator[B], device: torch.device) -> Iterator[B]:
@@ -232,6 +215,13 @@ class _Batches(Dataset[Any], Generic[B]):
             return bytes(_Pickler.dumps(batch)) if get_worker_info() else batch
         except (UserError, OSError) as error:  # returned: if raised, its message would hold the worker's traceback
             return error
+
+
+def _unpack(batch: Any) -> Any:
+    """Return what `_Batches` has read, or raise the error that it met."""
+    if isinstance(batch, Exception):
+        raise batch
+    return _Pickler.loads(batch) if isinstance(batch, bytes) else batch
 
 
 def _prepare_worker(main: int, worker: int) -> None:
