@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rarec.config.schema import Shards, Train
 from rarec.data.selection import Selection
 from rarec.data.shards import writing
-from rarec.data.shards.batch_plan import BatchPlan
+from rarec.data.shards.batch_plan import BatchPlan, Column
 from rarec.data.shards.files import INDEX, ShardDataset, Tars, open_index, tar_name, write_index
 from rarec.data.shards.samples import INDEX_ROW, Sample, write_tar
 from rarec.storage.artefacts import MANIFEST, SEAL, read_manifest, sha256_json, write_manifest, write_sealed
@@ -77,10 +78,17 @@ class Stream:
             yield self.samples.read(self.plan.share(batch, rank, world))
 
 
+def plan_of(
+    shard_S: Column, tokens_S: Column, seed: int, slots: int = 0, excluded: Iterable[int] = (), **train: Any
+) -> BatchPlan:
+    """A plan with these fields of `train`."""
+    return BatchPlan(shard_S, tokens_S, seed, Train(**train), slots, excluded)
+
+
 def open_stream(directory: Path, manifest: dict[str, Any], tars: Tars | None = None, **plan: Any) -> Stream:
     """A stream over shards on disk."""
     index_S = open_index(directory, manifest)
-    made = BatchPlan(index_S["shard"], index_S["tokens"], plan.pop("seed", 3), **{"batch_size": 8} | plan)
+    made = plan_of(index_S["shard"], index_S["tokens"], plan.pop("seed", 3), **{"batch_size": 8} | plan)
     return Stream(made, ShardDataset(index_S, tars or Tars(directory)))
 
 
@@ -140,7 +148,7 @@ class Selected:
 
     def write(self, directory: Path) -> dict[str, Any]:
         """Write the shards; return their manifest."""
-        return finish(directory, writing.write_shards(directory, self.total, self.PER_SHARD, self.make, "by hand"))
+        return self._write(directory, "by hand")
 
     def problems(self, directory: Path, deep: bool = False) -> dict[str, str]:
         """The lines of a verification, by file."""
@@ -155,7 +163,11 @@ class Selected:
         """Write the damaged files anew."""
         manifest = read_manifest(directory, "shards")
         writing.keep_intact_tars(directory, manifest, self.problems(directory, deep=True))
-        finish(directory, writing.write_shards(directory, self.total, self.PER_SHARD, self.make, manifest["hash"]))
+        self._write(directory, manifest["hash"])
+
+    def _write(self, directory: Path, identity: str) -> dict[str, Any]:
+        config = Shards(samples_per_shard=self.PER_SHARD)
+        return finish(directory, writing.write_shards(directory, self.total, config, self.make, identity))
 
 
 Member = tuple[tarfile.TarInfo, bytes]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.errors import UserError
+from tests.shards import plan_of
 
 
 @dataclass
@@ -25,7 +26,7 @@ class World:
     cut: dict[str, Any] = field(default_factory=dict)
 
     def plan(self) -> BatchPlan:
-        return BatchPlan(self.shard_S, self.tokens_S, self.seed, excluded=self.excluded, **self.cut)
+        return plan_of(self.shard_S, self.tokens_S, self.seed, excluded=self.excluded, **self.cut)
 
     @property
     def kept(self) -> list[int]:
@@ -147,7 +148,7 @@ class Watched:
 def test_a_step_in_the_middle_is_found_without_planning_what_lies_before():
     made = world([64] * 1000)
     column = Watched(made.tokens_S)
-    plan = BatchPlan(made.shard_S, column, 5, batch_size=32)
+    plan = plan_of(made.shard_S, column, 5, batch_size=32)
     next(plan.batches(1, 1500))
     assert len(column.seen) == 16 * 32
     next(plan.batches_between(2000 * 3 + 700, 2000 * 3 + 701))

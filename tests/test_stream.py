@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.files import MAX_OPEN, ShardDataset, Tars, open_index
 from rarec.data.shards.loader import name_samples, read_names
 from rarec.data.shards.samples import key_of, write_tar
 from rarec.errors import UserError
 from rarec.storage.files import write_json
-from tests.shards import Stream, made_sample, open_stream, users, write_shards
+from tests.shards import Stream, made_sample, open_stream, plan_of, users, write_shards
 
 CUTS = st.one_of(
     st.fixed_dictionaries({"batch_size": st.integers(3, 20)}),
@@ -94,7 +93,7 @@ def test_beginning_in_the_middle_of_a_thousand_shards_opens_those_of_the_batch(t
     for shard in range(1, shards):
         (tmp_path / f"{shard:06d}.tar").symlink_to("000000.tar")
     tars = Counted(tmp_path)
-    plan = BatchPlan(index_S["shard"], index_S["tokens"], 0, batch_size=16)
+    plan = plan_of(index_S["shard"], index_S["tokens"], 0, batch_size=16)
     batch = next(plan.batches(1, 120))
     stream = Stream(plan, ShardDataset(index_S, tars))
     next(stream.epoch(1, 120))
@@ -193,7 +192,8 @@ def test_memory_is_flat_over_an_epoch_of_many_shards(tmp_path):
         samples = (made_sample(number, states_LD=states_LD) for number in range(shard * each, (shard + 1) * each))
         rows.append(write_tar(directory / f"{shard:06d}.tar", samples, shard)[1])
     index_S = np.concatenate(rows)
-    stream = Stream(BatchPlan(index_S["shard"], index_S["tokens"], 0), ShardDataset(index_S, Tars(directory)))
+    plan = plan_of(index_S["shard"], index_S["tokens"], 0, batch_size=64)
+    stream = Stream(plan, ShardDataset(index_S, Tars(directory)))
     tracemalloc.start()  # the resident size of a process that ran other tests says less
     sizes = [tracemalloc.get_traced_memory()[0] for _ in stream.epoch(0)]
     tracemalloc.stop()

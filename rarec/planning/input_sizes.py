@@ -111,7 +111,8 @@ class SampleStats:
         if not config.train.tokens_per_batch:
             return cls.from_lengths(tokens_S)
         user_slots = sum(slots_reserved(config, source_shapes(config))["user"].values())
-        epoch = (tokens_S[numbers] for numbers in BatchPlan.of(config, user_slots, index_S).batches(0))
+        plan = BatchPlan(index_S["shard"], tokens_S, config.run.seed, config.train, user_slots)
+        epoch = (tokens_S[numbers] for numbers in plan.batches(0))
         return cls.from_lengths(tokens_S, EpochBatches.from_lengths(epoch, config.llm.packing))
 
 

@@ -106,12 +106,11 @@ class ShardContent:
         Returns:
             What the manifest says of all: see `describe_shards`.
         """
-        run, config = self.run, self.run.config.shards
-        per_shard, writers = config.samples_per_shard, config.writers
+        run = self.run
         with run.engine.serving(run.llm.backbone):  # on the ranks' device: another one rounds differently
             for name in names:
                 self._write_sidecar(directory / name)
-            records = write_shards(directory, self.total, per_shard, self.samples, identity, writers, run.world)
+            records = write_shards(directory, self.total, run.config.shards, self.samples, identity, run.world)
         return describe_shards(records, self.sidecars)
 
     def _write_sidecar(self, path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from rarec.config.schema import Shards, Train
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.files import INDEX, ShardDataset, Tars, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample
@@ -84,7 +85,7 @@ def made_samples(places: range) -> Iterator[Sample]:
 
 def write_different(directory: Path, shards: int, samples: int) -> None:
     """Write shards as `rarec shards` does."""
-    records = write_shards(directory, shards * samples, samples, made_samples, "bench")
+    records = write_shards(directory, shards * samples, Shards(samples_per_shard=samples), made_samples, "bench")
     finish(directory, records)
 
 
@@ -122,9 +123,9 @@ def stream_of(directory: Path, by: str) -> tuple[BatchPlan, ShardDataset]:
     shards, tokens = index_S["shard"], index_S["tokens"]
     by_size = by == "batch_size"
     plan = (
-        BatchPlan(shards, tokens, 0, batch_size=BATCH)
+        BatchPlan(shards, tokens, 0, Train(batch_size=BATCH))
         if by_size
-        else BatchPlan(shards, tokens, 0, tokens_per_batch=BUDGET)
+        else BatchPlan(shards, tokens, 0, Train(tokens_per_batch=BUDGET))
     )
     return plan, ShardDataset(index_S, Tars(directory))
 

@@ -15,7 +15,7 @@ from itertools import chain, count, islice, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from rarec.config import RunConfig
+from rarec.config.schema import Train
 from rarec.data.shards.samples import REPAIR
 from rarec.data.tables import release_pages
 from rarec.errors import UserError
@@ -37,9 +37,9 @@ class BatchPlan:
         shard_S: shard of each sample, ascending; may be memory-mapped.
         tokens_S: number of text tokens of each user prompt; may be memory-mapped.
         seed: seed of every order.
-        batch_size: largest batch; sizes differ by at most one, so there is no small last batch.
-        tokens_per_batch: token budget instead of `batch_size`: batch size times longest prompt is at most this.
-        slots: soft-prompt positions that every prompt has besides its text; the budget includes them.
+        train: the section `train`. `batch_size` is the largest size; sizes differ by at most one, so there is no small
+            last batch. With `tokens_per_batch` instead, batch size times longest prompt is at most this.
+        slots: soft-prompt positions that every prompt has besides its text; a budget of tokens includes them.
         excluded: sample numbers that no batch contains.
 
     Raises:
@@ -47,50 +47,17 @@ class BatchPlan:
     """
 
     def __init__(
-        self,
-        shard_S: Column,
-        tokens_S: Column,
-        seed: int,
-        *,
-        batch_size: int = 64,
-        tokens_per_batch: int | None = None,
-        slots: int = 0,
-        excluded: Iterable[int] = (),
+        self, shard_S: Column, tokens_S: Column, seed: int, train: Train, slots: int = 0, excluded: Iterable[int] = ()
     ) -> None:
         self._tokens_S, self.seed = tokens_S, seed
         self._shards = _KeptSamples(np.asarray(shard_S), np.unique(np.fromiter(excluded, np.int64)))
         self.samples = int(self._shards.counts_P.sum())
         if not self.samples:
             raise UserError(f"none of {len(shard_S)} samples is left for training", REPAIR)
-        self._batching: _FixedSize | _TokenBudget = _FixedSize(self.samples, batch_size)
-        if tokens_per_batch:
-            self._batching = _TokenBudget(self.samples, tokens_S, tokens_per_batch, slots)
+        self._batching: _FixedSize | _TokenBudget = _FixedSize(self.samples, train.batch_size)
+        if train.tokens_per_batch:
+            self._batching = _TokenBudget(self.samples, tokens_S, train.tokens_per_batch, slots)
         self._surveys: dict[int, tuple[Numbers, int]] = {}
-
-    @classmethod
-    def of(
-        cls, config: RunConfig, user_slots: int, index_S: npt.NDArray[np.void], excluded: Iterable[int] = ()
-    ) -> "BatchPlan":
-        """Return the plan of a run's batches.
-
-        Args:
-            config: the run.
-            user_slots: most slots of a user prompt.
-            index_S: index of the shards.
-            excluded: numbers of samples to leave out.
-
-        Raises:
-            UserError: the configured batches cannot be made of these samples.
-        """
-        return cls(
-            index_S["shard"],
-            index_S["tokens"],
-            config.run.seed,
-            batch_size=config.train.batch_size,
-            tokens_per_batch=config.train.tokens_per_batch,
-            slots=user_slots,
-            excluded=excluded,
-        )
 
     def steps(self, epoch: int) -> int:
         """Return the number of batches of an epoch; with a token budget, plan the epoch once to count them."""

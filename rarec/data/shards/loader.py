@@ -63,7 +63,8 @@ class Feed:
 
     def plan(self, excluded: Iterable[int] = ()) -> BatchPlan:
         """Return the plan of the batches, in the order that the seed gives, without some samples."""
-        return BatchPlan.of(self.config, self.user_slots, self.samples.index_S, excluded)
+        index_S, config = self.samples.index_S, self.config
+        return BatchPlan(index_S["shard"], index_S["tokens"], config.run.seed, config.train, self.user_slots, excluded)
 
     def first_samples(self, plan: BatchPlan, count: int) -> Iterator[Sample]:
         """Read the first `count` samples of a training one by one, or all if there are fewer."""

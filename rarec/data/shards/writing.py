@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rarec.config.schema import Shards
 from rarec.data.dataset import PreparedDataset
 from rarec.data.selection import Selection
 from rarec.data.shards.files import INDEX, ShardDataset, open_index, tar_name, write_index
@@ -31,13 +32,7 @@ PROGRESS = ".progress"
 
 
 def write_shards(
-    directory: Path,
-    total: int,
-    per_shard: int,
-    make: MakeSamples,
-    identity: str,
-    writers: int = 2,
-    world: World = SINGLE,
+    directory: Path, total: int, config: Shards, make: MakeSamples, identity: str, world: World = SINGLE
 ) -> list[dict[str, Any]]:
     """Write samples 0 to total-1 as tars with an index; skip tars that an interrupted run with this identity completed.
 
@@ -46,15 +41,15 @@ def write_shards(
     Args:
         directory: directory of the shards.
         total: number of samples.
-        per_shard: samples per tar.
+        config: the section `shards`: samples per tar, and tars written in parallel; at most one more is in memory.
         make: compute samples; called in this thread, one shard after the other.
         identity: hash of everything that determines the samples.
-        writers: tars written in parallel; at most one more is in memory.
         world: processes that share the tars; the main process writes the index.
 
     Returns:
         The records of all shards, for the manifest.
     """
+    per_shard = config.samples_per_shard
     shards = range(-(-total // per_shard))
     (directory / PROGRESS).mkdir(parents=True, exist_ok=True)
     world.run_on_main(lambda: remove_stale(directory))
@@ -69,13 +64,13 @@ def write_shards(
     missing = json.loads(world.exchange(json.dumps(todo))[0])
     world.report("writing shards")  # the title of the bar over the shards
     writing = deque[Future[None]]()
-    with ThreadPoolExecutor(writers) as pool:
+    with ThreadPoolExecutor(config.writers) as pool:
         for is_own, shard in world.split_in_lockstep(missing):
             world.report(f"computing {tar_name(shard)}")
             samples = list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
             if not is_own:  # computed to stay in step
                 continue
-            if len(writing) == writers:
+            if len(writing) == config.writers:
                 writing.popleft().result()
             writing.append(pool.submit(write, shard, samples))
         for future in writing:
