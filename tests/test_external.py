@@ -12,7 +12,6 @@ from rarec.errors import UserError
 from rarec.evaluation.external import TargetUsers, external_ranks, read_external
 from rarec.evaluation.labels import EXTERNAL
 from rarec.evaluation.rows import pairs_of_interest
-from rarec.ranking import rank_targets
 from tests.datasets import column_of
 
 USERS = TargetUsers(
