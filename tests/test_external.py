@@ -12,6 +12,7 @@ from rarec.errors import UserError
 from rarec.evaluation.external import TargetUsers, external_ranks, read_external
 from rarec.evaluation.labels import EXTERNAL
 from rarec.evaluation.rows import pairs_of_interest
+from rarec.ranking.rank import VectorScores, rank_scores
 from tests.datasets import column_of
 
 USERS = TargetUsers(
