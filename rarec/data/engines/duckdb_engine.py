@@ -89,7 +89,7 @@ class DuckDBEngine:
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
         """See `PrepareEngine`."""
         with _explained(*COMPUTING):
-            table = self._stream(expression).read_all()
+            table = _stream(self._duckdb, expression).read_all()
         # DuckDB sums integers in 128 bits, which Arrow returns as decimals
         rows: list[dict[str, Any]] = table.cast(expression.schema().to_pyarrow()).to_pylist()
         return rows
@@ -97,15 +97,12 @@ class DuckDBEngine:
     def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
         """See `PrepareEngine`."""
         with _explained(*COMPUTING):
-            yield from self._stream(expression)
+            yield from _stream(self._duckdb, expression)
 
     def close(self) -> None:
         """See `PrepareEngine`."""
         self._ibis.disconnect()
         shutil.rmtree(self._spill, ignore_errors=True)
-
-    def _stream(self, expression: ir.Table) -> pa.RecordBatchReader:
-        return pa.RecordBatchReader.from_stream(self._duckdb.sql(_sql(expression)))
 
     def _create(self, kind: str, name: str, sql: str) -> ir.Table:
         self._duckdb.execute(f"CREATE OR REPLACE TEMP {kind} {name} AS {sql}")
@@ -200,7 +197,9 @@ class DatabaseEngine(DuckDBEngine):
         """Copy the columns to Parquet in the scratch directory."""
         self._spill.mkdir(parents=True, exist_ok=True)
         path = self._spill / f"{location.section}.parquet"
-        write_rows(table.to_pyarrow_batches(), path, table.schema().to_pyarrow())
+        is_file = self._scheme == "duckdb"
+        rows = _stream(self._source.con, table) if is_file else table.to_pyarrow_batches()
+        write_rows(rows, path, table.schema().to_pyarrow())
         return TableLocation(location.section, location.path, (str(path),), "parquet")
 
 
@@ -254,6 +253,10 @@ def _paths(files: TableLocation) -> str:
 
 def _sql(expression: ir.Table) -> str:
     return str(ibis.to_sql(expression, dialect="duckdb"))
+
+
+def _stream(connection: duckdb.DuckDBPyConnection, expression: ir.Table) -> pa.RecordBatchReader:
+    return pa.RecordBatchReader.from_stream(connection.sql(_sql(expression)))
 
 
 @contextmanager

@@ -164,12 +164,12 @@ def check_order(engine: PrepareEngine, config: Interactions, location: TableLoca
     role, name = _order_column(config)
     field = location.field(role)
     value = f"is {row['given']!r}" if row["given"] is not None else "is missing"
-    wanted = (
-        f"dates in ISO 8601, or numbers of one unit ({field}_unit), from 1900 to 2200," if role == "time" else "numbers"
-    )
     where = f"{location.name}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
-    remedy = f"{field} needs {wanted} in every row: correct or remove these rows"
-    raise UserError(f"{where}: {name} {value}, unlike other rows or invalid; {count} such rows", remedy)
+    wanted = "a number in every row"
+    if role == "time":
+        wanted = f"ISO 8601 in every row, or numbers of one unit (name it in {field}_unit), from 1900 to 2200"
+    problem = f"{where}: {name} {value}, which is invalid, or of another kind or unit than other rows"
+    raise UserError(f"{problem}; {count} such rows", f"{field} needs {wanted}: correct or remove these rows")
 
 
 def _order_column(config: Interactions) -> tuple[str, str]:
