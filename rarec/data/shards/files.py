@@ -12,6 +12,7 @@ Shape letters: S samples, n samples that are read together.
 
 import hashlib
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from rarec.data.tables import map_npy, release_pages, write_npy
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST, read_manifest
 from rarec.storage.directories import MARKER, new_directory
-from rarec.storage.files import atomic_write, is_temporary, locked, open_file, remove_stale
+from rarec.storage.files import atomic_write, is_temporary, locked, open_file
 
 INDEX = "samples.npy"
 MAX_OPEN = 2 * SHUFFLED_TOGETHER
@@ -35,6 +36,8 @@ MAX_OPEN = 2 * SHUFFLED_TOGETHER
 _BLOCK = 2**22
 _LOCKS = 64
 """Number of locks, and so of tars that can be fetched in parallel."""
+_ABANDONED = 3600
+"""Seconds without a write after which a fetch counts as dead."""
 _CHECK_ACCESS = (
     "check train.stream.remote, the network, and the credentials that fsspec finds; then run the same command to resume"
 )
@@ -161,12 +164,11 @@ class RemoteTars(Tars):
     def _reserve(self, file: BinaryIO, size: int) -> None:
         """Reserve room by extending the file, so that other processes count it, and evict tars to make that room."""
         with locked(self._locks / "room"):
-            remove_stale(self.directory)
             file.truncate(size)
             present = sorted(_tars_with_sizes(self.directory))
             excess = sum(size for _, size, _ in present) - self._max_bytes
-            for _, size, path in present:
-                if excess > 0 and path.suffix == ".tar":
+            for used, size, path in present:
+                if excess > 0 and (path.suffix == ".tar" or time.time() - used > _ABANDONED):
                     path.unlink(missing_ok=True)
                     excess -= size
 
