@@ -75,8 +75,7 @@ def open_index(directory: Path, manifest: Mapping[str, Any]) -> IndexRows:
     path = directory / INDEX
     index_S: IndexRows = map_npy(path, REPAIR)
     if index_S.dtype != INDEX_ROW or index_S.shape != (manifest["samples"],):
-        form = f"{index_S.dtype.name} of shape {index_S.shape}"
-        raise UserError(f"{path} is not an index of {manifest['samples']} samples but {form}", REPAIR)
+        raise UserError(f"{path} is not the index of {manifest['samples']} samples", REPAIR)
     return index_S
 
 
