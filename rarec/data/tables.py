@@ -140,19 +140,20 @@ def write_columns(directory: Path) -> None:
     for table in (USERS, ITEMS, INTERACTIONS):
         with pq.ParquetFile(directory / table) as file:
             for column in file.schema_arrow:
-                path = _path(directory, table, column.name)
-                if column.name in NUMBERS:
-                    parts = (part.column(0).to_numpy() for part in _row_groups(file, column.name))
-                    with path.open("wb") as numbers:
-                        write_npy(numbers, np.dtype(column.type.to_pandas_dtype()), file.metadata.num_rows, parts)
-                elif column.name in TEXTS:
-                    with pa.ipc.new_file(str(path), pa.schema([column])) as texts:
-                        for part in _row_groups(file, column.name):
-                            texts.write_table(part)
+                _write_column(_path(directory, table, column.name), file, column)
 
 
-def _row_groups(file: pq.ParquetFile, name: str) -> Iterator[pa.Table]:
-    return (file.read_row_group(group, [name]).combine_chunks() for group in range(file.num_row_groups))
+def _write_column(path: Path, file: pq.ParquetFile, column: pa.Field) -> None:
+    """Write a column of a table, if it is one of `NUMBERS` or `TEXTS`."""
+    parts = (file.read_row_group(group, [column.name]).combine_chunks() for group in range(file.num_row_groups))
+    if column.name in NUMBERS:
+        arrays = (part.column(0).to_numpy() for part in parts)
+        with path.open("wb") as numbers:
+            write_npy(numbers, np.dtype(column.type.to_pandas_dtype()), file.metadata.num_rows, arrays)
+    elif column.name in TEXTS:
+        with pa.ipc.new_file(str(path), pa.schema([column])) as texts:
+            for part in parts:
+                texts.write_table(part)
 
 
 def _path(directory: Path, table: str, name: str) -> Path:
