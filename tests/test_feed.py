@@ -177,8 +177,8 @@ def test_samples_damaged_after_the_training_began_are_refused_with_the_remedy(ru
         stop_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             run.train(*SKIP)
-    (name,) = run.damage(40)
-    with pytest.raises(UserError, match=name) as error:
+    file, key = run.damage(40)[0].split()
+    with pytest.raises(UserError, match=f"{file}, sample {key}: ") as error:
         run.train(*SKIP)
     assert "--verify --repair" in error.value.remedy
     run.damage(40)
