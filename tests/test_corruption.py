@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.console.crash import machine_trouble
+from rarec.console.last_resort import machine_trouble
 from rarec.data.shards.files import INDEX, open_index
 from rarec.data.shards.samples import INDEX_ROW, digest_of, key_of, read_sample
 from rarec.errors import UserError

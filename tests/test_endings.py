@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from rarec import __version__
-from rarec.console.crash import CRASH
-from rarec.console.last_resort import CRASHED, check_launcher, crash_context, guarded
+from rarec.console.last_resort import CRASH, CRASHED, check_launcher, crash_context, guarded
 from rarec.distributed.world import World
 from rarec.entry import run_stage
 from rarec.errors import EXIT_CODE, UserError
@@ -254,7 +253,7 @@ def test_an_interrupt_on_the_way_into_a_with_leaves_nothing_aside(tmp_path):
 def test_a_run_that_is_interrupted_at_any_moment_leaves_nothing_half_written(name, finished, tmp_path):
     number, moments = getattr(signal, name), random.Random(5)
     command = Command(["run", str(finished), f"run.dir={tmp_path / 'run'}", "train.epochs=1"], str(tmp_path))
-    for _ in range(8):
+    for _ in range(5):
         moment = moments.choice([moments.uniform(0.05, 0.5), moments.uniform(0.5, 5)])
         ended = run_command(replace(command, kill_after=(number, moment)))
         assert ended.code in (0, 128 + number), ended.stderr
