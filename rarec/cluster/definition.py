@@ -155,7 +155,8 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
         UserError: the file, its base or a run is invalid; the message names the file and the run.
     """
     file = validated(SweepFile, read_tree(path), str(path), remedy="correct it: docs/sweeps.md has every field")
-    base, common = path.parent / file.base, dict(map(parse_override, overrides))
+    base = path.parent / file.base
+    common = dict(map(parse_override, overrides))
     if not base.is_file():
         raise UserError(f"{path}, field `base`: {base} does not exist", "give its path relative to the sweep's file")
     _refuse_fields_of_the_sweep(common, f"{path}, override for all runs")

@@ -224,9 +224,8 @@ def without_secrets(text: str) -> str:
 
 
 def _crash_report(error: BaseException, stage: str, configuration: Path | None) -> str:
-    head = (
-        f"version: {__version__}\ncommand: {shlex.join(sys.argv)}\nstage: {stage}\nconfiguration: {configuration}\n\n"
-    )
+    head = f"version: {__version__}\ncommand: {shlex.join(sys.argv)}\nstage: {stage}\n"
+    head += f"configuration: {configuration or 'none'}\n\n"
     return _FIRST_LINE + without_secrets(head + "".join(traceback.format_exception(error)))
 
 

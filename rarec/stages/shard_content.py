@@ -190,7 +190,9 @@ def verify(run: Run, repair: bool = False, deep: bool = False) -> str:
         raise UserError(
             f"the tars are at {remote}", "verify them on the machine that made them; fetched tars are always verified"
         )
-    directory, manifest, content = run.directory("shards"), run.stage("shards").require(), ShardContent(run)
+    directory = run.directory("shards")
+    manifest = run.stage("shards").require()
+    content = ShardContent(run)
     problems = damaged_files(directory, manifest, min(_MAX_THREADS, os.cpu_count() or 1))
     if deep and not problems:
         states_NLD = map_npy(directory / ITEM_STATES, REPAIR)
@@ -209,7 +211,9 @@ def verify(run: Run, repair: bool = False, deep: bool = False) -> str:
 
 def _repair(content: ShardContent, manifest: Manifest, damaged: list[str]) -> str:
     """Rebuild the damaged files; return which, and whether they are the same as before."""
-    run, directory, old = content.run, content.run.directory("shards"), manifest["files"]
+    run = content.run
+    directory = run.directory("shards")
+    old = manifest["files"]
     foreign = [name for name in damaged if name not in old]
     if foreign:
         raise UserError(f"{directory / foreign[0]} is not one of the shards' files", "move it away, and repair again")

@@ -139,8 +139,9 @@ def open_feed(run: Run) -> Feed:
 def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:
     """Return what builds variants before their first step, from the stored states of these blocks."""
     states_NLD = map_npy(run.directory("shards") / ITEM_STATES, REPAIR)
-    parts = (run.prompts, run.sources, state_blocks, states_NLD)
-    return Initialiser(run.config, run.load_llm, *parts, run.engine.serving, run.world)
+    return Initialiser(
+        run.config, run.load_llm, run.prompts, run.sources, state_blocks, states_NLD, run.engine.serving, run.world
+    )
 
 
 def validation(run: Run, model: RaRec) -> Callable[[], dict[str, float]]:
