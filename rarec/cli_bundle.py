@@ -66,8 +66,8 @@ def recommend(
         return
     from rarec.bundle.users import open_log
 
-    with _columns(columns, OF_LOG) as given, open_log(recommender.bundle, log, given, user) as histories:
-        rows = [own for _, own in histories]
+    with _columns(columns, OF_LOG) as given, open_log(recommender.bundle, log, given, user) as (_, users):
+        rows = [own for _, own in users]
     _print(recommender.recommend_to(rows, k)[0] if rows else recommender.recommend([[]], k)[0])
 
 

@@ -24,9 +24,9 @@ def log(run) -> str:
 
 
 def histories(recommender, log: str, **columns: str) -> dict[str, list[str]]:
-    with open_log(recommender.bundle, log, columns) as result:
-        items = {user: [recommender.items[row] for row in rows] for user, rows in result}
-        assert len(result) == len(items)
+    with open_log(recommender.bundle, log, columns) as (count, users_of_log):
+        items = {user: [recommender.items[row] for row in rows] for user, rows in users_of_log}
+        assert count == len(items)
     return items
 
 

@@ -41,36 +41,13 @@ from rarec.storage.files import atomic_write
 NOTES, PARTS = "recommend.json", "parts"
 
 
-class Histories:
-    """The users of a log in the order of their ids, each with the item rows of the history, oldest first.
-
-    Items that are not in the catalogue are left out, and users without any other.
-
-    Args:
-        engine: reads the table.
-        table: columns `user_row`, `user_id`, `item_row`, `position`.
-    """
-
-    def __init__(self, engine: PrepareEngine, table: ir.Table) -> None:
-        self._engine = engine
-        self._table = engine.keep("histories", table)
-
-    def __len__(self) -> int:
-        """Return the number of users."""
-        return int(compute_value(self._engine, self._table.user_row.nunique()))
-
-    def __iter__(self) -> Iterator[tuple[Id, Rows]]:
-        """Yield the users' ids and histories."""
-        columns = ("user_row", "user_id", "item_row")
-        batches = self._engine.batches(self._table.order_by("user_row", "position").drop("position"))
-        rows = (row for batch in batches for row in zip(*(batch[name].to_pylist() for name in columns), strict=True))
-        for (_, user), own in groupby(rows, key=lambda row: row[:2]):
-            yield user, np.array([item for *_, item in own], np.int64)
-
-
 @contextmanager
-def open_log(bundle: Bundle, log: str, columns: Columns = NO_COLUMNS, user: str | None = None) -> Iterator[Histories]:
-    """Open the histories of a log's users; memory does not depend on their number.
+def open_log(
+    bundle: Bundle, log: str, columns: Columns = NO_COLUMNS, user: str | None = None
+) -> Iterator[tuple[int, Iterator[tuple[Id, Rows]]]]:
+    """Open a log: the number of its users, and, in the order of their ids, each with the item rows of the history.
+
+    Items that are not in the catalogue are left out, and users without any other. Memory does not depend on the number.
 
     Args:
         bundle: whose catalogue has the items.
@@ -86,7 +63,17 @@ def open_log(bundle: Bundle, log: str, columns: Columns = NO_COLUMNS, user: str 
         tempfile.TemporaryDirectory(prefix="rarec-") as scratch,
         open_engine(prepare, Path(scratch, "spill")) as engine,
     ):
-        yield Histories(engine, _read(engine, prepare, bundle.directory / ITEMS, user))
+        table = engine.keep("histories", _read(engine, prepare, bundle.directory / ITEMS, user))
+        yield int(compute_value(engine, table.user_row.nunique())), _users(engine, table)
+
+
+def _users(engine: PrepareEngine, table: ir.Table) -> Iterator[tuple[Id, Rows]]:
+    """Yield the users of a table with the columns `user_row`, `user_id`, `item_row` and `position`."""
+    columns = ("user_row", "user_id", "item_row")
+    batches = engine.batches(table.order_by("user_row", "position").drop("position"))
+    rows = (row for batch in batches for row in zip(*(batch[name].to_pylist() for name in columns), strict=True))
+    for (_, user), own in groupby(rows, key=lambda row: row[:2]):
+        yield user, np.array([item for *_, item in own], np.int64)
 
 
 def _read(engine: PrepareEngine, prepare: Prepare, items: Path, user: str | None) -> ir.Table:
@@ -143,10 +130,9 @@ def recommend_all(
     begun = out.with_name(f".{out.name}.begun")
     made_from = {"log": hash_files(find_files(log, "--log")), "columns": str(sorted(columns.items()))}
     identity = {**made_from, "bundle": recommender.bundle.manifest["hash"], "k": k}
-    with open_log(recommender.bundle, log, columns) as histories:
+    with open_log(recommender.bundle, log, columns) as (count, users):
         world.run_on_main(lambda: _begin(begun, identity))
-        parts = [begun / PARTS / f"{number:06}.parquet" for number in range(-(-len(histories) // USERS_AT_A_TIME))]
-        users = iter(histories)
+        parts = [begun / PARTS / f"{number:06}.parquet" for number in range(-(-count // USERS_AT_A_TIME))]
         for number, part in enumerate(track(parts, "recommending")):
             world.report("recommending")
             chunk = list(islice(users, USERS_AT_A_TIME))

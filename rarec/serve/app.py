@@ -67,8 +67,9 @@ def assemble(read: Callable[[], ServeSettings] = settings_of_environment) -> tup
         await run_in_threadpool(manager.close)
 
     app = FastAPI(title="rarec", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
-    for kind in ERRORS:
-        app.add_exception_handler(kind, _refuse)
+    app.add_exception_handler(Exception, _failed)
+    for kind, refusal in REFUSED.items():
+        app.add_exception_handler(kind, partial(_refuse, refusal))
     Service(manager, metrics).add_to(app)
     return Guard(app, manager, metrics), manager
 
@@ -231,35 +232,7 @@ def _page(file: Path) -> Callable[[], FileResponse]:
     return lambda: FileResponse(file)
 
 
-ERRORS = (
-    *(UserError, NotOffered, Unknown, Unavailable, Busy, TimeoutError),
-    *(RequestValidationError, HTTPException, Exception),
-)
-"""What is answered by its status and in two lines: what is wrong, and what to do."""
-
-
-async def _refuse(incoming: Incoming, error: Exception) -> JSONResponse:
-    busy = "try again after Retry-After seconds"
-    match error:
-        case UserError():
-            return problem(422, error.problem, error.remedy)
-        case RequestValidationError():
-            return problem(422, _first_field(error), "see /openapi.json")
-        case NotOffered():
-            return problem(501, f"{error}: not offered by ONNX Runtime", "rarec serve --backend torch")
-        case Unknown():
-            return problem(404, f"there is no bundle {str(error)!r}", "see /v1/bundles")
-        case Unavailable():
-            return problem(503, f"bundle {str(error)!r} is not loaded", busy, after=RETRY_AFTER)
-        case Busy():
-            return problem(503, "too many users wait", busy, after=RETRY_AFTER)
-        case TimeoutError():
-            return problem(503, "no answer in time", busy, after=RETRY_AFTER)
-        case HTTPException():
-            return problem(error.status_code, str(error.detail), REMEDIES.get(error.status_code, "see /openapi.json"))
-        case _:
-            remedy = f"report it with the request's id, {incoming.scope['rarec']['id']}"
-            return problem(500, "rarec failed", remedy)
+# ---- refusals: a status, what is wrong, and what to do
 
 
 def _first_field(error: RequestValidationError) -> str:
@@ -267,3 +240,25 @@ def _first_field(error: RequestValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if "[" not in str(part))[:200]  # kinds of a union
     return f"{place}: {first['msg']}"[:400]
+
+
+OPENAPI, BUSY = "see /openapi.json", "try again after Retry-After seconds"
+REFUSED: dict[type[Exception], Callable[[Any], tuple[int, str, str]]] = {
+    UserError: lambda error: (422, error.problem, error.remedy),
+    RequestValidationError: lambda error: (422, _first_field(error), OPENAPI),
+    NotOffered: lambda error: (501, f"{error}: not offered by ONNX Runtime", "rarec serve --backend torch"),
+    Unknown: lambda error: (404, f"there is no bundle {str(error)!r}", "see /v1/bundles"),
+    Unavailable: lambda error: (503, f"bundle {str(error)!r} is not loaded", BUSY),
+    Busy: lambda error: (503, "too many users wait", BUSY),
+    TimeoutError: lambda error: (503, "no answer in time", BUSY),
+    HTTPException: lambda error: (error.status_code, str(error.detail), REMEDIES.get(error.status_code, OPENAPI)),
+}
+
+
+async def _refuse(refusal: Callable[[Any], tuple[int, str, str]], _: Incoming, error: Exception) -> JSONResponse:
+    status, what, remedy = refusal(error)
+    return problem(status, what, remedy, after=RETRY_AFTER if status == 503 else None)
+
+
+async def _failed(incoming: Incoming, _: Exception) -> JSONResponse:
+    return problem(500, "rarec failed", f"report it with the request's id, {incoming.scope['rarec']['id']}")

@@ -35,7 +35,7 @@ FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Variable of the environment that prometheus_client reads: where worker processes write their metrics."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-REMEDIES = {404: "see /openapi.json", 405: "see /openapi.json", 408: "send it at once", 413: "send less at a time"}
+REMEDIES = {408: "send it at once", 413: "send less at a time"}
 SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
