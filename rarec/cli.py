@@ -188,11 +188,11 @@ def bench(
         raise UserError(f"--variant {name}: train.variants has none of that name", f"give one of {names}")
     with watched(opened.world):
         trainer = import_module("rarec.stages.train").TrainStage(opened, name).untrained()
-        profile = import_module("rarec.training.bench").bench(trainer, name, steps, opened.config)
+        profile = import_module("rarec.training.bench").bench(trainer, steps)
     if opened.world.is_main:
         for what, figure in profile.rows():
             print(f"{what:21} {figure}")
-        for line in profile.advice:
+        for line in profile.advice(opened.config, opened.world.device.type):
             print(f"-> {line}")
 
 

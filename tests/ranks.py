@@ -28,7 +28,7 @@ START.set_forkserver_preload(
         "rarec.report.html",
         "rarec.evaluation.evaluator",
         "rarec.stages.variant_training",
-        "rarec.training.engines.zero",
+        "rarec.training.zero",
         "rarec.distributed.watchdog",
     ]
 )

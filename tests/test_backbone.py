@@ -99,7 +99,7 @@ def test_the_configuration_has_the_last_word(saved):
     loaded = load(saved / "llama", pool="last", dtype="bfloat16", attention="eager", kind="encoder")
     assert loaded.backbone.pool == "last"
     assert not loaded.backbone.sink
-    assert loaded.backbone.dtype == torch.bfloat16
+    assert loaded.backbone.model.dtype == torch.bfloat16
     assert loaded.identity["kind"] == "encoder"
     assert loaded.backbone.model.config._attn_implementation == "eager"
 

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from rarec.distributed.world import World
 from rarec.entry import open_run
 from rarec.errors import EXIT_CODE, UserError
 from rarec.storage.files import read_json
-from rarec.training.engines.zero_op import MARK, load_cpu_op, op_directory
 from tests.ranks import ENGINES, VARIANT, copied, finish, losses, start, weights
 from tests.synthetic import write_llm
 
@@ -34,6 +34,14 @@ def alone(decoder, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture
+def zero():
+    """The module over DeepSpeed, whose import takes seconds."""
+    from rarec.training import zero
+
+    return zero
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_train_as_one_process_does_on_every_engine(decoder, alone, tmp_path, engine):
     finish("train", decoder, [copied(decoder, tmp_path / "run"), *TRAIN], engine=engine, scratch=tmp_path)
@@ -45,9 +53,9 @@ def test_two_ranks_train_as_one_process_does_on_every_engine(decoder, alone, tmp
 
 
 def test_neither_the_mark_of_a_process_that_was_killed_while_it_compiled_nor_another_ninja_is_in_the_way(
-    decoder, tmp_path
+    zero, decoder, tmp_path
 ):
-    mark = op_directory() / "deepspeed_shm_comm" / MARK
+    mark = zero.op_directory() / "deepspeed_shm_comm" / zero.MARK
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
     other = tmp_path / "bin" / "ninja"
@@ -70,22 +78,19 @@ def test_an_op_that_does_not_compile_is_one_error(decoder, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "of_weight"), [(2, "meta"), (3, "cpu")])
-def test_what_deepspeed_does_not_move_to_the_device_is_there(stage, of_weight):
+def test_what_deepspeed_does_not_move_to_the_device_is_there(zero, stage, of_weight):
     """ZeRO-3 shards parameters on the device itself, and leaves buffers where they were."""
-    from rarec.distributed.world import World
-    from rarec.training.engines.zero import ZeroEngine
-
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
-    ZeroEngine(World(device=torch.device("meta")), {"zero_optimization": {"stage": stage}}).place(model)
+    zero.ZeroEngine(World(device=torch.device("meta")), {"zero_optimization": {"stage": stage}}).place(model)
     assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
     assert model[1].weight.device.type == of_weight
 
 
-def test_a_place_that_cannot_be_made_for_the_op_is_one_error(monkeypatch, tmp_path):
+def test_a_place_that_cannot_be_made_for_the_op_is_one_error(zero, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"/file/\S+ .*Not a directory\n.*set TORCH_EXTENSIONS_DIR"):
-        load_cpu_op()
+        zero.load_cpu_op()
 
 
 HALF = [*TRAIN, "llm.dtype=bfloat16"]

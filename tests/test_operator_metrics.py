@@ -10,9 +10,7 @@ import torch
 
 from rarec.distributed.hardware import DEVICES, known_device, peak_memory
 from rarec.distributed.world import SINGLE
-from rarec.training.engines import norms
-from rarec.training.engines.interface import GROUPS, group_of
-from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics
+from rarec.training.step_metrics import GROUPS, DeviceMeter, StepAccumulator, StepMetrics, group_of, norms
 from tests.ranks import VARIANT, copied, finish
 
 

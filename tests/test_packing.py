@@ -5,8 +5,8 @@ import torch
 
 from rarec.config.method import Llm
 from rarec.errors import UserError
-from rarec.models.backbone import PACKABLE, FrozenBackbone, Packing
-from rarec.models.language_model import load_model
+from rarec.models.backbone import FrozenBackbone, Packing
+from rarec.models.language_model import PACKABLE, load_model
 from rarec.models.slots import Slots
 from tests.synthetic import tiny_model, write_llm
 

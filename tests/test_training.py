@@ -22,7 +22,7 @@ from rarec.stages import variant_training
 from rarec.storage.checkpoint_store import CorruptCheckpoint
 from rarec.storage.files import read_json
 from rarec.training.checkpoints import Checkpoints
-from rarec.training.optimizer import build_optimizer, rate_at, set_rate
+from rarec.training.engines import build_optimizer, rate_at, set_rate
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "train.py"
 LONG = ["train.variants=[per_layer_lora]", "train.epochs=6", "train.checkpoint_every=3", "lora.dropout=0.1"]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarec.config.method import Readout
-from rarec.models.towers import ReadoutModule
-from rarec.models.whitening import SHRINK, Moments, Whitening, directions
+from rarec.models.initialise import SHRINK, Moments, directions, fit_whitening
+from rarec.models.towers import ReadoutModule, Whitening
 
 
 def states(count, *spreads, seed=0, center=30.0):
@@ -31,7 +31,7 @@ def fitted(size, *every_ND):
         directions(found.values(), hidden, size),
     )
     for whitening, moments in zip(made, found.values(), strict=True):
-        whitening.fit(moments, directions_ZD)
+        fit_whitening(whitening, moments, directions_ZD)
     return [partial(whitening, directions_ZD=directions_ZD.float()) for whitening in made]
 
 

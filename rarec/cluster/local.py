@@ -13,7 +13,7 @@ from pathlib import Path
 from rarec.cluster.definition import Sweep, SweepRun, first_to_do, state_of
 from rarec.config.load import format_override
 from rarec.console.inert import inert
-from rarec.distributed.signals import StopSignals
+from rarec.console.last_resort import StopSignals
 from rarec.errors import Stopped, UserError
 from rarec.storage.files import lock_file, try_lock
 

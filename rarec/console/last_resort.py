@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -59,6 +60,8 @@ PATH_REMEDIES = {
 }
 """What to do about an error of a path."""
 _FIRST_LINE = "rarec ended with an error that it did not expect.\n"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""The signals that batch systems send before they take a machine away."""
 crash_context: dict[str, Path] = {}
 """For the report of a crash: `configuration`, the file of this command's run, and `directory`, its `run.dir`."""
 
@@ -107,6 +110,29 @@ def _exit_code(command: Callable[[], object], signals: "_Signals") -> int | None
         code = _report(signals.cause or error)
         signals.cause = None  # its frames go too: a `with` that was interrupted on its way in tidies up
         return code
+
+
+class StopSignals:
+    """Records that a signal to stop has arrived: the step ends, a checkpoint is written, the same command resumes.
+
+    Attributes:
+        received: whether a signal has arrived.
+    """
+
+    received = False
+
+    @contextmanager
+    def recorded(self) -> Iterator["StopSignals"]:
+        """Record the signals within the context; they have no other effect."""
+        before = {number: signal.signal(number, self._record) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
 
 
 class _Signals:

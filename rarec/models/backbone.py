@@ -20,8 +20,8 @@ from rarec.models.slots import SlotInjector, Slots
 
 Pool = Literal["mean", "last"]
 T = TypeVar("T")
-PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-"""Values of `model_type` of the decoders that keep packed prompts apart; each has a test."""
+_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache"}
+"""Fields of a model's configuration that depend on where and how it was saved."""
 
 
 class FrozenBackbone(nn.Module):
@@ -68,11 +68,6 @@ class FrozenBackbone(nn.Module):
             name = type(self.trunk).__name__
             raise UserError(f"llm.path: {name} has no list of {count} blocks", "choose another architecture")
         return lists[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the frozen weights."""
-        return cast(torch.dtype, self.model.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -246,17 +241,6 @@ class Packing:
         return hidden_1SD[0][self.places_BT]
 
 
-def check_packable(model_type: str, name: str) -> None:
-    """Refuse to pack prompts for an architecture that would let them see each other.
-
-    Raises:
-        UserError: naming those that do not.
-    """
-    if model_type not in PACKABLE:
-        problem = f"llm.packing: {name!r} is a {model_type} model, which is not known to keep packed prompts apart"
-        raise UserError(problem, f"leave llm.packing out, or choose one of {', '.join(PACKABLE)}")
-
-
 def pool_text(hidden_BTD: Tensor, text_BT: Tensor, pool: Pool) -> Tensor:
     """Pool the hidden states at text positions to one vector (B, D), float32: their mean, or the last one [D]."""
     if pool == "mean":
@@ -279,14 +263,5 @@ def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
 
 def config_hash(config: Any) -> str:
     """Return the sha256 of a model configuration, without fields that depend on where and how it was saved."""
-    fields = config.to_dict()
-    for volatile in (
-        "_name_or_path",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "_attn_implementation",
-        "use_cache",
-    ):
-        fields.pop(volatile, None)
+    fields = {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

@@ -5,6 +5,7 @@ source, E source dimension, L blocks, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -75,12 +76,13 @@ def title_vectors(prompts: Sequence[Encoded], pair: PromptPair, sources: Mapping
     return {name: sources[name.removesuffix(AT_TITLES)].items_NE[rows_BH] * present_BH1 for name in names}
 
 
+@dataclass(frozen=True)
 class Encoder:
     """Encodes users and items with one model. Memory depends on the chunk, not on the number of users or items.
 
     Vectors of the whole catalogue are kept in memory or in a scratch file.
 
-    Args:
+    Attributes:
         model: the two towers.
         prompts: the prompts over the catalogue's titles.
         sources: every source by name.
@@ -89,17 +91,12 @@ class Encoder:
         scratch: for the vectors of the catalogue.
     """
 
-    def __init__(
-        self,
-        model: RaRec,
-        prompts: PromptPair,
-        sources: Mapping[str, Source],
-        batch_size: int,
-        world: World = SINGLE,
-        scratch: Scratch = IN_MEMORY,
-    ) -> None:
-        self.model, self.prompts, self.sources = model, prompts, sources
-        self.batch_size, self.world, self.scratch = batch_size, world, scratch
+    model: RaRec
+    prompts: PromptPair
+    sources: Mapping[str, Source]
+    batch_size: int
+    world: World = SINGLE
+    scratch: Scratch = IN_MEMORY
 
     def items(self, rows: Rows | None = None) -> Float32:
         """Return item vectors (N, Z), of the whole catalogue or of these rows; every rank gets all of them."""

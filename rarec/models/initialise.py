@@ -1,16 +1,22 @@
 """Build a variant before its first step: first values of the alignment in closed form, then a whitened readout [D].
 
-Shape letters: N items, users or texts, K vectors of a user, L blocks, E source dimension, D hidden size, B prompts,
-T positions, M positions of text.
+Shape letters: N items, users or texts, K vectors of a user, L blocks, E source dimension, D hidden size, Z directions
+read, B prompts, T positions, M positions of text.
 
 A slot should look to a frozen block like a hidden state it knows. So c and b start at the mean text-only state of the
 block, and W at a ridge regression of text-only states on standardised source vectors: items on their own text, users
 on their target's. The mean of word embeddings is not a word, and in a decoder slots that start there erase most of
 what distinguishes the texts (docs/method.md, section 2). So in decoders c and b start at the states of one position
 of a text, the most typical.
+
+The states of a language model share a long mean, and the differences between texts are small beside it. So a readout
+subtracts the mean, and multiplies by the inverse root of the covariance, as in whitened sentence embeddings (Su et al.,
+arXiv 2103.15316). Every part of a readout has its own mean and covariance on each side; the directions are common to
+all. A covariance of few states is shrunk towards a multiple of the identity (OAS: Chen et al., arXiv 0907.4698), so
+that unseen states are not longer than seen ones after whitening.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -26,11 +32,9 @@ from rarec.distributed.world import World
 from rarec.ids.source import Source
 from rarec.models.alignment import VECTORS, AlignmentModule, SourceAlignment
 from rarec.models.backbone import FrozenBackbone
-from rarec.models.build import SIDES, SourceShape, build_model
+from rarec.models.build import SIDES
 from rarec.models.encode import Vectors, side_batches, text_batch, title_vectors
-from rarec.models.language_model import LoadedModel
-from rarec.models.towers import RaRec, Tower
-from rarec.models.whitening import CONSTANT_SHARE, Moments, Whitening, directions
+from rarec.models.towers import RaRec, Tower, Whitening
 from rarec.prompts import AT_TITLES, Encoded, PromptPair
 
 ALIGNMENT_SAMPLES = 8192
@@ -43,6 +47,12 @@ TYPICAL_TEXTS = 32
 """Item texts among which the most typical position is searched."""
 RIDGE_PENALTY = 1.0
 """Penalty of the ridge regression, relative to the mean variance of the standardised ID vectors."""
+SHRINK = 0.1
+"""Share of the mean variance that is added to the variance of every direction before its root is inverted, so that
+directions with next to no variance stay short. On validation users .03, .1 and .3 gave the same (RESULTS.md)."""
+CONSTANT_SHARE = 1e-5
+"""States whose variance is below this share of their mean square count as constant, as those of a prompt without any
+field; otherwise rounding errors would be amplified."""
 
 Floats = npt.NDArray[np.floating]
 Rows = npt.NDArray[np.integer]
@@ -87,13 +97,48 @@ class InitialData:
         return cls(items_N, generator.permutation(items_N)[:WHITENING_SIZE], samples)
 
 
+class Moments:
+    """Sums over states, of 1, the state, and its outer product with itself; the sums of several ranks add up."""
+
+    def __init__(self, hidden: int) -> None:
+        self.sums: npt.NDArray[np.float64] = np.zeros((hidden + 1, hidden + 1))
+
+    def add(self, states_BD: Tensor) -> None:
+        """Add states."""
+        states = states_BD.double().cpu().numpy()
+        padded = np.concatenate([states, np.ones((len(states), 1))], 1)
+        self.sums += padded.T @ padded
+
+    @property
+    def count(self) -> int:
+        """The number of states."""
+        return round(float(self.sums[-1, -1]))
+
+    @property
+    def mean_D(self) -> Tensor:
+        """The mean of the states."""
+        return torch.from_numpy(self.sums[-1, :-1] / self.count)
+
+    @property
+    def covariance_DD(self) -> Tensor:
+        """The covariance of the states."""
+        squares_DD = torch.from_numpy(self.sums[:-1, :-1] / self.count)
+        return squares_DD - torch.outer(self.mean_D, self.mean_D)
+
+    @property
+    def constant(self) -> bool:
+        """Return whether there are no states, or all are equal."""
+        squares = self.sums.diagonal()[:-1].sum()
+        return not self.count or float(self.covariance_DD.trace()) <= CONSTANT_SHARE * squares / self.count
+
+
 @dataclass(frozen=True)
 class Initialiser:
     """Builds variants before their first step.
 
     Attributes:
         config: the run.
-        load_llm: returns the language model with LoRA weights exactly if the variant has them.
+        build: returns a variant whose weights are not set.
         prompts: the prompts over the catalogue's titles.
         sources: every source by name.
         state_blocks: the blocks whose text-only states are stored.
@@ -103,7 +148,7 @@ class Initialiser:
     """
 
     config: RunConfig
-    load_llm: Callable[[Variant], LoadedModel]
+    build: Callable[[Variant], RaRec]
     prompts: PromptPair
     sources: Mapping[str, Source]
     state_blocks: Sequence[int]
@@ -135,11 +180,6 @@ class Initialiser:
         adapted = self.build(variant)
         adapted.user, adapted.item = model.user, model.item
         return adapted
-
-    def build(self, variant: Variant) -> RaRec:
-        """Return a variant whose weights are not set."""
-        shapes = {name: SourceShape(source.dim, source.vectors_per_user) for name, source in self.sources.items()}
-        return build_model(self.config, variant, self.load_llm(variant), shapes, self.prompts.sources)
 
     def _initialise_alignment(self, model: RaRec, data: InitialData) -> None:
         """Set each source's alignment from its vectors and texts: items' own texts, for users their targets' texts.
@@ -194,7 +234,7 @@ class Initialiser:
             if readout.directions_ZD is not None:
                 readout.directions_ZD.copy_(directions_ZD)
             for part, whitening in readout.white.items():
-                cast(Whitening, whitening).fit(moments[side][part], directions_ZD)
+                fit_whitening(cast(Whitening, whitening), moments[side][part], directions_ZD)
             if not tower.slots_from_blocks:
                 _rescale_last_map(tower)
 
@@ -311,6 +351,41 @@ def _units(states_LND: Tensor) -> tuple[Tensor, Tensor]:
     The unit is the median over dimensions of the standard deviation; of texts that are all equal, the root mean square,
     or 1 where that is zero too.
     """
-    spreads_L, sizes_L = states_LND.std(1, unbiased=False).median(1).values, states_LND.square().mean((1, 2)).sqrt()
+    spreads_L = states_LND.std(1, unbiased=False).median(1).values
+    sizes_L = states_LND.square().mean((1, 2)).sqrt()
     differ_L = spreads_L.square() > CONSTANT_SHARE * sizes_L.square()
     return torch.where(differ_L, spreads_L, torch.where(sizes_L > 0, sizes_L, 1.0)), differ_L
+
+
+@torch.no_grad()
+def fit_whitening(whitening: Whitening, moments: Moments, directions_ZD: Tensor) -> None:
+    """Fit mean and stretch to the moments of states.
+
+    A part that is missing or constant in all of them holds no information, and is read as zero from then on.
+    """
+    if moments.constant:
+        whitening.stretch_ZZ.zero_()
+        return
+    values_Z, vectors_ZZ = torch.linalg.eigh(directions_ZD @ moments.covariance_DD @ directions_ZD.T)
+    variances_Z = shrunk(values_Z.clamp_min(0), moments.count)
+    stretch_Z = (variances_Z + SHRINK * variances_Z.mean()).rsqrt()
+    stretch_Z /= (stretch_Z.square() * variances_Z).sum().sqrt()
+    whitening.center_D.copy_(moments.mean_D)
+    whitening.stretch_ZZ.copy_(vectors_ZZ @ torch.diag(stretch_Z) @ vectors_ZZ.T)
+
+
+def shrunk(variances_Z: Tensor, count: int) -> Tensor:
+    """Return the OAS estimate of variances (Z,), given those of a sample of `count` states."""
+    size, total, squares = len(variances_Z), variances_Z.sum(), variances_Z.square().sum()
+    uneven = (count + 1 - 2 / size) * (squares - total.square() / size)
+    share = (((1 - 2 / size) * squares + total.square()) / uneven).clamp(max=1) if uneven > 0 else 1.0
+    return (1 - share) * variances_Z + share * variances_Z.mean()
+
+
+def directions(moments: Iterable[Moments], hidden: int, size: int) -> Tensor:
+    """Return the directions (Z, D) of largest variance, float64, with equal weight of each part; all if `size` >= D."""
+    covariances = [part.covariance_DD for part in moments if not part.constant]
+    if size >= hidden or not covariances:
+        return torch.eye(min(size, hidden), hidden, dtype=torch.float64)
+    vectors_DD: Tensor = torch.linalg.eigh(sum(c / c.trace() for c in covariances)).eigenvectors
+    return vectors_DD[:, -size:].T

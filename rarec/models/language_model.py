@@ -28,11 +28,13 @@ from transformers.models.auto.modeling_auto import (
 
 from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
-from rarec.models.backbone import FrozenBackbone, Pool, check_packable, config_hash
+from rarec.models.backbone import FrozenBackbone, Pool, config_hash
 from rarec.models.model_folder import check_folder, check_loaded, check_tokenizer, locate, read_with
 from rarec.prompts import TextTokenizer
 
 DEFAULT_CONTEXT_LENGTH = 512
+PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+"""Values of `model_type` of the decoders that keep packed prompts apart; each has a test."""
 SDPA_FLOAT32 = "sdpa_float32"
 """Name of the attention that `use_float32_attention` sets, in transformers' registry."""
 _QUERY_AND_VALUE = (
@@ -91,7 +93,7 @@ def load_model(
     if Path(path).is_dir():
         check_folder(Path(path), config.allow_pickle_weights)
     settings = read_with(AutoConfig, config.path, path, revision=config.revision)
-    kind = config.kind if config.kind != "auto" else kind_of(settings, config.path)
+    kind = kind_of(settings, config)
     model = _load_trunk(config, path, kind)
     if device == "cpu" and config.attention == "auto":
         use_float32_attention(model)
@@ -102,8 +104,6 @@ def load_model(
     around = {*tokenizer.prefix.tolist(), *tokenizer.suffix.tolist(), tokenizer.filler}
     rows = model.get_input_embeddings().num_embeddings  # ZeRO-3 leaves an empty tensor in the place of the weight
     check_tokenizer(words, around, rows, config.path)
-    if config.packing:
-        check_packable(settings.model_type, config.path)
     backbone = FrozenBackbone(model, pool, config.gradient_checkpointing, decodes, config.packing).eval()
     if config.compile:
         compile_blocks(backbone)
@@ -188,21 +188,29 @@ def context_length_of(model: Any) -> int:
     return int(positions) - max(reserved, default=0)
 
 
-def kind_of(settings: Any, name: str) -> str:
+def kind_of(settings: Any, config: Llm) -> str:
     """Return `encoder` for an architecture with a masked-LM form, `decoder` for one with a causal form only.
 
+    Args:
+        settings: the model's own configuration.
+        config: the section `llm`, which may name the kind.
+
     Raises:
-        UserError: it has neither form.
+        UserError: it has neither form; or prompts are packed, and the model would let them see each other.
     """
+    architecture = f"{config.path!r} is a {settings.model_type} model"
+    if config.packing and settings.model_type not in PACKABLE:
+        problem = f"llm.packing: {architecture}, which is not known to keep packed prompts apart"
+        raise UserError(problem, f"leave llm.packing out, or choose one of {', '.join(PACKABLE)}")
+    if config.kind != "auto":
+        return config.kind
     if not getattr(settings, "is_encoder_decoder", False):
         if settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             return "encoder"
         if settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return "decoder"
-    raise UserError(
-        f"llm.path: {name!r} is a {settings.model_type} model, neither a causal decoder nor a masked encoder",
-        "set llm.kind to decoder or encoder if it can serve as one",
-    )
+    remedy = "set llm.kind to decoder or encoder if it can serve as one"
+    raise UserError(f"llm.path: {architecture}, neither a causal decoder nor a masked encoder", remedy)
 
 
 def _load_trunk(config: Llm, path: str, kind: str) -> Any:

@@ -49,8 +49,7 @@ class LossTargets:
     total: int
 
 
-@dataclass(frozen=True)
-class LossTerms:
+class LossTerms(NamedTuple):
     """The loss of a step and its parts before weighting; the parts of all ranks add up.
 
     Attributes:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -92,13 +91,12 @@ def copy_model(config: Llm, converted: Path, to: Path) -> None:
         from huggingface_hub import snapshot_download
 
         path = snapshot_download(path, revision=config.revision, local_files_only=True)
-    files = [file for file in sorted(Path(path).iterdir()) if file.suffix in _COPIED and file.name != MANIFEST]
+    files = [file for file in sorted(Path(path).glob("[!.]*")) if file.suffix in _COPIED and file.name != MANIFEST]
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"llm.path: {path} has no weights in safetensors", "export without export.with_llm")
     to.mkdir()
     for file in files:
-        if not file.name.startswith("."):
-            shutil.copyfile(file, to / file.name)
+        shutil.copyfile(file, to / file.name)
 
 
 def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
@@ -115,9 +113,6 @@ def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
         return loader.from_pretrained(path, trust_remote_code=False, **keywords)
     except MemoryError:
         raise
-    except PermissionError as error:
-        problem = f"llm.path: {error.filename or name} may not be read by this user"
-        raise UserError(problem, "change its permissions: chmod a+r") from None
     except Exception as error:  # every library that reads a part of a model has exceptions of its own
         raise UserError(f"llm.path: cannot load {name!r}: {_reason(error)}", _HOW_TO_NAME) from None
     finally:
@@ -159,8 +154,8 @@ def check_folder(directory: Path, allow_pickle: bool) -> None:
         raise UserError(f"llm.path: {pickles[0]} is a pickle, which can be made to run code", remedy)
 
 
-def check_settings(path: Path) -> dict[str, Any]:
-    """Return what a model's config.json says, after a check that its sizes are possible.
+def check_settings(path: Path) -> None:
+    """Check that the sizes in a model's config.json are possible.
 
     A library would build a model of these sizes before it looked at the weights.
 
@@ -171,7 +166,6 @@ def check_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"llm.path: {path} is not a JSON object", _REMEDY)
     _check_sizes(settings, path)
-    return settings
 
 
 def _check_sizes(settings: dict[str, Any], path: Path) -> None:
@@ -228,34 +222,25 @@ def check_loaded(model: Any, info: dict[str, Any], name: str) -> None:
     Raises:
         UserError: a weight is missing, surplus, of another shape, NaN or infinite.
     """
-    trunk = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
-    missing = sorted(key for key in info["missing_keys"] if key.startswith(trunk) and "pooler." not in key)
-    if missing:
-        raise UserError(f"llm.path: {name!r} lacks {len(missing)} weights, {missing[0]} first", _REMEDY)
-    for key, shape, expected in sorted(info["mismatched_keys"], key=str):
-        problem = f"llm.path: {name!r}: {key} is {tuple(shape)} in the weights, but {tuple(expected)} by config.json"
-        raise UserError(problem, "use the config.json that belongs to these weights")
-    surplus = _surplus(model, info["unexpected_keys"])
-    if surplus is not None:
-        problem = f"llm.path: {name!r}: the weights have {surplus}, a layer more than config.json says"
-        raise UserError(problem, "use the config.json that belongs to these weights")
-    for key, parameter in getattr(model, model.base_model_prefix, model).named_parameters():
-        if not key.startswith("pooler.") and not _is_finite(parameter):
-            problem = f"llm.path: {name!r}: the weight {key} holds NaN or infinity"
-            raise UserError(problem, "get the model again, or another one: this one computes nothing")
+    trunk = getattr(model, model.base_model_prefix, model)
+    prefix = f"{model.base_model_prefix}." if trunk is not model else ""
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and "pooler." not in key)
+    blocks = {_in_any_block(key, model) for key, _ in model.named_parameters()}
+    surplus = sorted(key for key in info["unexpected_keys"] if _in_any_block(key, model) in blocks)
+    mismatched = sorted(info["mismatched_keys"], key=str)
+    weights = [(key, parameter) for key, parameter in trunk.named_parameters() if not key.startswith("pooler.")]
+    problems = [f"{len(missing)} weights are missing, {missing[0]} first"] if missing else []
+    problems += [f"{key} is {tuple(shape)}, by config.json {tuple(by)}" for key, shape, by in mismatched]
+    problems += [f"the weights have {surplus[0]}, a layer more than config.json says"] if surplus else []
+    problems += [f"the weight {key} holds NaN or infinity" for key, parameter in weights if not _is_finite(parameter)]
+    if problems:
+        remedy = "get the whole model again, with the config.json that belongs to its weights"
+        raise UserError(f"llm.path: {name!r}: {problems[0]}", remedy)
 
 
-def _surplus(model: Any, unexpected: Collection[str]) -> str | None:
-    """Return a weight of a block that the model does not have."""
-    count = getattr(model.config, "num_hidden_layers", 0)
-    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    for name in lists:
-        block = re.compile(rf"(?:^|\.){re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}\.(\d+)\.")
-        for key in sorted(unexpected):
-            match = block.search(key)
-            if match and int(match[1]) >= count:
-                return key
-    return None
+def _in_any_block(key: str, model: Any) -> str:
+    """Return the name of a weight without the number of its block."""
+    return re.sub(r"\.\d+\.", ".*.", key.removeprefix(f"{model.base_model_prefix}."))
 
 
 def _is_finite(parameter: torch.Tensor) -> bool:

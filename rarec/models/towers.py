@@ -1,7 +1,7 @@
 """Two towers through one frozen language model: prompt, slots, blocks, readout, score (docs/method.md, 1 to 3).
 
 Shape letters: B batch, T positions, K slots or vectors, L blocks, D hidden size, E source dimension, Z size of a
-scored vector.
+scored vector, directions that are read.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ from rarec.config.method import Readout
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import FrozenBackbone, pool_text
 from rarec.models.slots import Slots
-from rarec.models.whitening import Whitening
 
 IDS = "id"
 """The source that is distilled."""
@@ -74,6 +73,36 @@ class Encoding(NamedTuple):
     slots_LBKD: Tensor | None
     projected: Mapping[str, Tensor]
     distilled: tuple[Tensor, Tensor] | None = None
+
+
+class Whitening(nn.Module):
+    """Computes `(states - center_D) @ directions_ZD.T @ stretch_ZZ`, whose mean squared length is 1.
+
+    The directions belong to the readout: a map (Z, D) for each part would be most of a bundle. Before `fit`, the map is
+    the identity.
+    """
+
+    center_D: Tensor
+    stretch_ZZ: Tensor
+
+    def __init__(self, hidden: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("center_D", torch.zeros(hidden))
+        self.register_buffer("stretch_ZZ", torch.eye(size))
+
+    def forward(self, states_BD: Tensor, directions_ZD: Tensor | None) -> Tensor:
+        """Whiten states (B, D) to (B, Z); None as directions reads all D dimensions."""
+        moved_BD = states_BD - self.center_D
+        return (moved_BD if directions_ZD is None else moved_BD @ directions_ZD.T) @ self.stretch_ZZ
+
+    @property
+    def unit(self) -> Tensor | None:
+        """The standard deviation of a random step in each dimension whose whitened mean squared length is 1.
+
+        None if the part is constant, and so read as zero.
+        """
+        length = self.stretch_ZZ.norm()
+        return 1 / length if length > 0 else None
 
 
 class ReadoutModule(nn.Module):

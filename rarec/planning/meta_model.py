@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from rarec.config import RunConfig, Variant
 from rarec.config.shipped import resolve_path
 from rarec.errors import UserError
-from rarec.models.backbone import FrozenBackbone, check_packable
+from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES, SourceShape, build_model
 from rarec.models.language_model import LoadedModel, context_length_of, headless, kind_of, with_adapter
 from rarec.models.model_folder import check_settings, read_with
@@ -152,9 +152,7 @@ class MetaModelBuilder:
     def __init__(self, config: RunConfig, sources: Mapping[str, SourceShape], converted: Path) -> None:
         self.config, self.sources = config, sources
         self._llm_config = _read_llm_config(config, converted)
-        if config.llm.packing:
-            check_packable(self._llm_config.model_type, config.llm.path)
-        self._kind = config.llm.kind if config.llm.kind != "auto" else kind_of(self._llm_config, config.llm.path)
+        self._kind = kind_of(self._llm_config, config.llm)
 
     @cached_property
     def slot_sources(self) -> dict[str, tuple[str, ...]]:

@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 
 from rarec.config import Variant
+from rarec.console.last_resort import StopSignals
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.files import INDEX, open_samples
 from rarec.data.shards.loader import BatchLoader, Feed
 from rarec.data.shards.samples import REPAIR
 from rarec.data.tables import map_npy
-from rarec.distributed.signals import StopSignals
 from rarec.models.build import aligned_blocks, slots_reserved, trained_parameters, whole_size
 from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
@@ -140,7 +140,7 @@ def open_initialiser(run: Run, state_blocks: list[int]) -> Initialiser:
     """Return what builds variants before their first step, from the stored states of these blocks."""
     states_NLD = map_npy(run.directory("shards") / ITEM_STATES, REPAIR)
     return Initialiser(
-        run.config, run.load_llm, run.prompts, run.sources, state_blocks, states_NLD, run.engine.serving, run.world
+        run.config, run.build_model, run.prompts, run.sources, state_blocks, states_NLD, run.engine.serving, run.world
     )
 
 

@@ -103,7 +103,7 @@ def _state(on_gpu: bool) -> PartialState:
     os.environ["DS_ACCELERATOR"] = "cpu"
     if not _launched_with("DEEPSPEED"):
         return PartialState(cpu=True)
-    from rarec.training.engines.zero_op import load_cpu_op
+    from rarec.training.zero import load_cpu_op
 
     load_cpu_op()
     os.environ.pop("ACCELERATE_USE_CPU", None)  # if it is set, Accelerate trains without DeepSpeed and gives no warning
@@ -120,16 +120,12 @@ def build_engine(world: World, config: RunConfig) -> "Engine":
     """
     _check_launcher_settings(config)
     if _launched_with("DEEPSPEED"):
-        from rarec.training.engines.zero import ZeroEngine
+        from rarec.training.zero import ZeroEngine
 
         return ZeroEngine(world, _deepspeed_config(config))
-    if _launched_with("FSDP") and world.size > 1:
-        from rarec.training.engines.fsdp import Fsdp2Engine
+    from rarec.training.engines import Engine, Fsdp2Engine
 
-        return Fsdp2Engine(world)
-    from rarec.training.engines.plain import PlainEngine
-
-    return PlainEngine(world)
+    return Fsdp2Engine(world) if _launched_with("FSDP") and world.size > 1 else Engine(world)
 
 
 def _check_launcher_settings(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from rarec.data.shards.samples import Sample
 from rarec.ids.source import Source
@@ -42,6 +43,11 @@ class Batch:
     targets: LossTargets
     keys: tuple[str, ...]
     tokens: int
+
+    @property
+    def positions(self) -> int:
+        """The number of positions of both sides, including padding."""
+        return self.users.mask_BT.numel() + self.items.mask_BT.numel()
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on another device."""
@@ -76,16 +82,18 @@ class Collator:
     def __call__(self, samples: Sequence[Sample], total: int) -> Batch:
         """Return a batch of this rank's samples, out of `total` on all ranks."""
         rows = np.array([sample.target for sample in samples])
-        user_states_bLD = _stacked([sample.states_LD for sample in samples])
-        item_states_bLD = _stacked(list(self.item_states_NLD[rows]))
+        user_states_bLD = np.stack([sample.states_LD for sample in samples]).astype(np.float32)
+        item_states_bLD = self.item_states_NLD[rows].astype(np.float32)
+        histories = [torch.tensor(sample.history_H, dtype=torch.int64) for sample in samples]
+        histories_bH = pad_sequence(histories, batch_first=True, padding_value=-1)
         users = self._users(samples)
         items = self._items(rows, np.array([crc32(sample.key.encode()) for sample in samples]) / CRCS)
         targets = LossTargets(
             torch.tensor([sample.user for sample in samples]),
             torch.from_numpy(rows),
-            _padded([sample.history_H for sample in samples]),
-            user_states_bLD,
-            item_states_bLD,
+            histories_bH,
+            torch.from_numpy(user_states_bLD),
+            torch.from_numpy(item_states_bLD),
             total,
         )
         tokens = int(users.mask_BT.sum() + items.mask_BT.sum())
@@ -113,24 +121,11 @@ def initial_samples(samples: Iterable[Sample], prompts: PromptPair) -> FirstSamp
     """
     targets: list[int] = []
     encoded: list[Encoded] = []
-    vectors: dict[str, list[npt.NDArray[np.float32]]] = {}
+    vectors: list[dict[str, npt.NDArray[np.float32]]] = []
     for sample in samples:
         targets.append(sample.target)
-        for name, vectors_KE in sample.vectors.items():
-            vectors.setdefault(name, []).append(vectors_KE.copy())
+        vectors.append({name: vectors_KE.copy() for name, vectors_KE in sample.vectors.items()})
         if len(encoded) < WHITENING_SIZE:
             encoded.append(prompts.stored(sample.tokens_T.copy(), sample.marks, sample.history_H))
-    return FirstSamples(np.array(targets), {name: np.stack(each) for name, each in vectors.items()}, encoded)
-
-
-def _stacked(states: list[npt.NDArray[np.floating]]) -> torch.Tensor:
-    """Stack b arrays (L, D) to (b, L, D) in float32."""
-    return torch.from_numpy(np.stack(states).astype(np.float32))
-
-
-def _padded(histories: list[npt.NDArray[np.int32]]) -> torch.Tensor:
-    """Pad histories with -1 to (b, H)."""
-    result = np.full((len(histories), max(map(len, histories))), -1, np.int64)
-    for row, history in enumerate(histories):
-        result[row, : len(history)] = history
-    return torch.from_numpy(result)
+    stacked = {name: np.stack([each[name] for each in vectors]) for name in vectors[0]}
+    return FirstSamples(np.array(targets), stacked, encoded)

@@ -4,13 +4,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rarec.config import RunConfig
-from rarec.models.towers import RaRec, SideBatch
 from rarec.training.batches import Batch
 from rarec.training.loop import Trainer
 
@@ -26,20 +25,16 @@ class StepProfile:
     """What was measured of a variant's steps; medians.
 
     Attributes:
-        variant: its name.
         seconds: of each phase of a step.
         tokens: text and slots of a step, without padding, on this process.
         padding: share of the positions that are padding.
         bare: seconds that the frozen model takes for as many tokens without padding, forward and backward.
-        advice: what to change, most useful first.
     """
 
-    variant: str
     seconds: dict[str, float]
     tokens: float
     padding: float
     bare: float
-    advice: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> float:
@@ -61,34 +56,50 @@ class StepProfile:
             ("language model alone", f"{1000 * self.bare:,.0f} ms for as many tokens: rarec has {self.of_bare:.0%}"),
         ]
 
+    def advice(self, config: RunConfig, device: str) -> Iterator[str]:
+        """Yield what to change, most useful first.
 
-def bench(trainer: Trainer, variant: str, steps: int, config: RunConfig) -> StepProfile:
+        Args:
+            config: of the run.
+            device: type of the device.
+        """
+        train, llm = config.train, config.llm
+        waiting = self.seconds[PHASES[0]] / self.step
+        if waiting > MUCH_WAITING:
+            more = train.stream.workers + 1
+            yield f"a step waits {waiting:.0%} of its time for data: train.stream.workers={more}"
+        if self.padding > MUCH_PADDING and not train.tokens_per_batch:
+            budget = f"train.tokens_per_batch={self.tokens:.0f}"
+            yield f"{self.padding:.0%} is padding: {budget} fills steps by tokens, not by samples"
+        if llm.gradient_checkpointing:
+            yield "blocks are recomputed, a third of the time; ask `rarec plan` if llm.gradient_checkpointing=false fits"
+        if device == "cpu" and llm.dtype == "float32" and _has_bfloat16():
+            yield "this processor multiplies bfloat16: llm.dtype=bfloat16 (another model: make the shards again)"
+        if device == "cuda" and not llm.compile:
+            yield "llm.compile=true compiles the blocks, for trainings of more than some hundred steps"
+        if self.of_bare >= FAR:
+            yield f"the step has {self.of_bare:.0%} of the bare model's speed: only another model or device is faster"
+
+
+def bench(trainer: Trainer, steps: int) -> StepProfile:
     """Take some steps of a training from its first weights on, and measure them; nothing is written.
 
     With `train.accumulate`, what counts as a step here is one of its parts, and an update.
 
     Args:
         trainer: of the variant.
-        variant: its name.
         steps: number of steps that are counted.
-        config: of the run.
     """
     spent: dict[str, list[float]] = {name: [] for name in PHASES}
-    batches: list[Batch] = []
     trainer.model.train()
     with trainer.loader.open(0, steps + WARM_UP) as loaded:
-        for _ in range(steps + WARM_UP):
-            batches.append(_step(trainer, loaded, spent))
-    bare = [_bare_seconds(trainer.model, batch) for batch in batches]
+        batches = [_step(trainer, loaded, spent) for _ in range(steps + WARM_UP)]
+    bare = [_bare_seconds(trainer, batch) for batch in batches]
     trainer.optimisation.end()
     tokens = [batch.tokens for batch in batches[WARM_UP:]]
-    padded = [batch.users.mask_BT.numel() + batch.items.mask_BT.numel() for batch in batches[WARM_UP:]]
     seconds = {name: statistics.median(times[WARM_UP:]) for name, times in spent.items()}
-    profile = StepProfile(
-        variant, seconds, statistics.median(tokens), 1 - sum(tokens) / sum(padded), statistics.median(bare[WARM_UP:])
-    )
-    profile.advice.extend(_advice(config, trainer.world.device.type, profile))
-    return profile
+    padding = 1 - sum(tokens) / sum(batch.positions for batch in batches[WARM_UP:])
+    return StepProfile(seconds, statistics.median(tokens), padding, statistics.median(bare[WARM_UP:]))
 
 
 def _step(trainer: Trainer, batches: Iterator[Batch], spent: dict[str, list[float]]) -> Batch:
@@ -114,57 +125,22 @@ def _step(trainer: Trainer, batches: Iterator[Batch], spent: dict[str, list[floa
     return batch
 
 
+def _bare_seconds(trainer: Trainer, batch: Batch) -> float:
+    """Return the seconds of the frozen model, forward and backward, on as many tokens without padding."""
+    trunk: Any = trainer.model.backbone.trunk
+    started = _now(trainer)
+    for side in (batch.users, batch.items):
+        length = max(1, round(float(side.mask_BT.sum()) / len(side.mask_BT)))
+        embedded = trunk.get_input_embeddings()(side.ids_BT[:, :length]).detach().requires_grad_()
+        trunk(inputs_embeds=embedded).last_hidden_state.float().mean().backward()
+    return _now(trainer) - started
+
+
 def _now(trainer: Trainer) -> float:
     """Return the time once the device has done what it was given."""
     if trainer.world.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _bare_seconds(model: RaRec, batch: Batch) -> float:
-    """Return the seconds of the frozen model, forward and backward, on as many tokens without padding."""
-    started = time.perf_counter()
-    for side in (batch.users, batch.items):
-        _bare_pass(model, side)
-    if batch.users.ids_BT.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def _bare_pass(model: RaRec, side: SideBatch) -> None:
-    trunk: Any = model.backbone.trunk
-    length = max(1, round(float(side.mask_BT.sum()) / len(side.mask_BT)))
-    embedded = trunk.get_input_embeddings()(side.ids_BT[:, :length]).detach().requires_grad_()
-    trunk(inputs_embeds=embedded).last_hidden_state.float().mean().backward()
-
-
-def _advice(config: RunConfig, device: str, profile: StepProfile) -> Iterator[str]:
-    """Yield what to change, by the shares of the step."""
-    train = config.train
-    llm = config.llm
-    waiting = profile.seconds["waiting for data"] / profile.step
-    if waiting > MUCH_WAITING:
-        yield f"a step waits {waiting:.0%} of its time for data: train.stream.workers={train.stream.workers + 1}"
-    if profile.padding > MUCH_PADDING and not train.tokens_per_batch:
-        budget = round(profile.tokens)
-        yield f"{profile.padding:.0%} is padding: train.tokens_per_batch={budget} fills steps by tokens, not by samples"
-    rules: list[tuple[bool, str]] = [
-        (
-            llm.gradient_checkpointing,
-            "blocks are recomputed, a third of the time: `rarec plan` says if llm.gradient_checkpointing=false fits",
-        ),
-        (
-            device == "cpu" and llm.dtype == "float32" and _has_bfloat16(),
-            "this processor multiplies bfloat16: llm.dtype=bfloat16 (it changes the model; make the shards again)",
-        ),
-        (
-            device == "cuda" and not llm.compile,
-            "llm.compile=true compiles the blocks, for trainings of more than some hundred steps",
-        ),
-    ]
-    yield from (text for holds, text in rules if holds)
-    if profile.of_bare >= FAR:
-        yield f"the step has {profile.of_bare:.0%} of the bare model's speed: only another model or device is faster"
 
 
 def _has_bfloat16() -> bool:

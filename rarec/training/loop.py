@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from rarec.config.schema import Train
+from rarec.console.last_resort import StopSignals
 from rarec.data.shards.loader import BatchLoader
-from rarec.distributed.signals import StopSignals
 from rarec.distributed.world import World
 from rarec.errors import Stopped, UserError
 from rarec.models.losses import Objective
@@ -18,9 +18,8 @@ from rarec.models.towers import RaRec
 from rarec.ranking.metrics import SELECTED_BY
 from rarec.training.batches import Batch
 from rarec.training.checkpoints import Checkpoints, TrainingState
-from rarec.training.engines import Optimisation, norms
-from rarec.training.optimizer import rate_at
-from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics, TrainingLog
+from rarec.training.engines import Optimisation, rate_at
+from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics, TrainingLog, norms
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,9 @@ from rarec.models.losses import LossTerms
 from rarec.models.towers import RaRec
 from rarec.storage.files import read_lines, write_text
 from rarec.training.batches import Batch
+
+GROUPS = ("alignment", "lora_A", "lora_B", "heads")
+"""Groups of parameters whose gradient norms are logged."""
 
 
 @dataclass
@@ -45,10 +48,9 @@ class StepAccumulator:
     def add(self, batch: Batch, losses: LossTerms) -> None:
         """Add one part of the step."""
         self.tokens += batch.tokens
-        self.padded += batch.users.mask_BT.numel() + batch.items.mask_BT.numel()
+        self.padded += batch.positions
         self.keys += batch.keys
-        terms = [losses.total, losses.recommendation, losses.align, losses.distil]
-        self.losses.append(torch.stack(terms).detach().double())
+        self.losses.append(torch.stack(losses).detach().double())
 
     def reduce(self, world: World, stopping: bool) -> "StepMetrics":
         """Return the figures over all ranks, by one collective operation.
@@ -106,17 +108,29 @@ class StepMetrics:
         """
         groups = {f"gradient_norm/{group}": norm for group, norm in norms.items() if group != "all"}
         return {
-            "loss": self.loss,
-            "recommendation": self.recommendation,
-            "align": self.align,
-            "distil": self.distil,
-            "samples": self.samples,
+            **{name: getattr(self, name) for name in ("loss", "recommendation", "align", "distil", "samples")},
             "tokens_per_s": self.tokens_per_s,
             "data_wait": self.waited / self.seconds,
             "padding": 1 - self.tokens / self.padded,
             "gradient_norm": norms.get("all", 0.0),
             **groups,
         }
+
+
+def group_of(name: str) -> str:
+    """Return the group of a trainable parameter."""
+    lora = next((group for group in GROUPS if group.startswith("lora") and group in name), None)
+    return lora or ("alignment" if ".alignment." in name else "heads")
+
+
+def norms(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    """Return the gradient norm of each group that has gradients, and of all together as `all`."""
+    squares: dict[str, Tensor] = {}
+    for name, gradient in gradients:
+        square = torch.linalg.vector_norm(gradient.detach()) ** 2
+        for group in (group_of(name), "all"):
+            squares[group] = squares[group] + square if group in squares else square
+    return {group: float(square.sqrt()) for group, square in squares.items()}
 
 
 @dataclass(frozen=True)
@@ -137,16 +151,12 @@ class DeviceMeter:
     def of(cls, model: RaRec, device: torch.device) -> "DeviceMeter":
         """Return the meter of a model on a device."""
         known = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        return cls(
-            4.0 * sum(map(whole_size, model.backbone.blocks.parameters())),
-            known.tflops * 1e12 if known else None,
-            device,
-        )
+        flops_per_token = 4.0 * sum(map(whole_size, model.backbone.blocks.parameters()))
+        return cls(flops_per_token, known.tflops * 1e12 if known else None, device)
 
     def figures(self, step: StepMetrics) -> dict[str, float]:
         """Return the MFU, if the device's peak is known, and this rank's peak memory in bytes."""
-        on_gpu = self.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak_memory()
         mfu = {"mfu": step.tokens_per_s * self.flops_per_token / self.peak} if self.peak else {}
         return {**mfu, "memory": float(memory)}
 

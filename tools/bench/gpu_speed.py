@@ -41,7 +41,7 @@ from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import Cluster
 from rarec.planning.input_sizes import PromptLengths
 from rarec.planning.meta_model import MetaModelBuilder
-from rarec.training.engines.plain import PlainEngine
+from rarec.training.engines import Engine
 from tools.bench.measuring import Figure, at_least, model_tree, print_table
 
 VARIANT, SOURCES, DIM = VARIANTS["per_layer_lora"], {"id": SourceShape(64, 1)}, 64
@@ -165,7 +165,7 @@ class Measurement:
         with torch.no_grad():
             for parameter in trained_parameters(model).values():
                 parameter.normal_(std=0.02)
-        optimisation = PlainEngine(World(device=self.device)).train(model.train(), self.config.train)
+        optimisation = Engine(World(device=self.device)).train(model.train(), self.config.train)
         blocks = tuple(range(len(self.backbone.blocks)))
         objective = Objective(self.config.loss, torch.ones(10_000), blocks)
         sides = {

@@ -39,7 +39,7 @@ from rarec.models.slots import Slots
 from rarec.models.towers import RaRec, SideBatch
 from rarec.prompts import PromptPair
 from rarec.training.batches import Collator
-from rarec.training.optimizer import build_optimizer
+from rarec.training.engines import build_optimizer
 from tools.bench.measuring import Row, model_tree, seconds
 
 Step = Callable[[Sequence[Sample]], None]

@@ -24,10 +24,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rarec.config import RunConfig
+from rarec.console.last_resort import SIGNALS
 from rarec.data.shards.batch_plan import BatchPlan, Numbers
 from rarec.data.shards.files import ShardDataset, tar_name
 from rarec.data.shards.samples import IndexRows, Sample, key_of
-from rarec.distributed.signals import SIGNALS
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.storage.files import read_json, write_json

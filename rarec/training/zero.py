@@ -1,24 +1,23 @@
 """DeepSpeed: ZeRO-1 and 2 shard the optimizer of the trainable parameters, ZeRO-3 also the frozen weights.
 
 DeepSpeed's mixed precision stays off: frozen weights have the dtype `llm.dtype`, and trainable ones are float32 with
-every engine, so that engines give the same results.
+every engine, so that engines give the same results. DeepSpeed reads `DS_ACCELERATOR` when it is imported.
 """
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    lazy_init_hp_params_optimizer_state,
-    safe_get_full_fp32_param,
-    safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-    safe_set_local_optimizer_state,
-)
+from accelerate.utils import patch_environment
+from deepspeed import utils
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from rarec.config.method import Llm
@@ -26,12 +25,15 @@ from rarec.config.schema import Train
 from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
-from rarec.models.towers import Encoding, RaRec, SideBatch
-from rarec.training.engines.interface import MOMENTS, TrainableModule, refuse_quantised
-from rarec.training.optimizer import build_optimizer, set_rate
+from rarec.models.towers import RaRec
+from rarec.storage.files import locked
+from rarec.training.engines import MOMENTS, Engine, Optimisation, TrainableModule, build_optimizer, set_rate
+
+MARK = "lock"
+"""PyTorch's name of the file by which it marks a directory in which it compiles."""
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """DeepSpeed ZeRO.
 
     Args:
@@ -40,7 +42,8 @@ class ZeroEngine:
     """
 
     def __init__(self, world: World, config: Mapping[str, Any]) -> None:
-        self.world, self.config = world, dict(config)
+        super().__init__(world)
+        self.config = dict(config)
         self.stage = int(config["zero_optimization"]["stage"])
         self.name = f"ZeRO-{self.stage}"
 
@@ -60,12 +63,11 @@ class ZeroEngine:
         if self.stage != 3:
             yield
             return
-        refuse_quantised(llm, self.name)
+        self.refuse_quantised(llm)
         if llm.compile:  # weights come and go within a block
             problem = f"llm.compile does not work with {self.name}"
             raise UserError(problem, "set llm.compile: false, or use configs/accelerate/fsdp2.yaml", shared=True)
-        frozen = {"bf16": {"enabled": llm.dtype == "bfloat16"}}
-        config = {**self._filled(1, 1.0, 1), **frozen}
+        config = {**self._filled(), "bf16": {"enabled": llm.dtype == "bfloat16"}}
         known = HfDeepSpeedConfig(config)  # transformers uses it as long as it is referenced
         try:
             yield
@@ -80,7 +82,7 @@ class ZeroEngine:
         if self.stage != 3:
             yield
             return
-        engine, *_ = deepspeed.initialize(model=model, config=self._filled(1, 1.0, 1))
+        engine, *_ = deepspeed.initialize(model=model, config=self._filled())
         try:
             yield
         finally:
@@ -98,18 +100,18 @@ class ZeroEngine:
             config=self._filled(micro, config.clip, parts),
         )
         self._check(engine, model)
-        return ZeroOptimisation(engine, parameters, self.world, self.stage)
+        return ZeroOptimisation(model, engine, config, self.world, engine.optimizer)
 
     def place(self, model: nn.Module) -> None:
         """Move a model to the device; with stage 3 its buffers alone, which DeepSpeed leaves where they are."""
         if self.stage != 3:
-            model.to(self.world.device)
+            super().place(model)
             return
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.world.device))
 
-    def _filled(self, micro: int, clip: float, parts: int) -> dict[str, Any]:
+    def _filled(self, micro: int = 1, clip: float = 1.0, parts: int = 1) -> dict[str, Any]:
         """Return DeepSpeed's configuration, completed by the run's."""
         own = {"train_micro_batch_size_per_gpu": micro, "gradient_clipping": clip, "gradient_accumulation_steps": parts}
         return {**self.config, **own, "steps_per_print": 2**62, "zero_allow_untested_optimizer": True}
@@ -123,42 +125,33 @@ class ZeroEngine:
             raise UserError(f"ZeRO-3 did not shard {len(whole)} frozen tensors, {whole[0]} first")
 
 
-class ZeroOptimisation:
-    """A model under a DeepSpeed engine."""
-
-    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], world: World, stage: int) -> None:
-        self.engine, self.parameters, self.world, self.stage = engine, parameters, world, stage
-        self.optimizer = engine.optimizer
+class ZeroOptimisation(Optimisation):
+    """A model under a DeepSpeed engine, with DeepSpeed's optimizer."""
 
     @contextmanager
     def part(self, last: bool) -> Iterator[None]:
         """See `Optimisation`."""
         yield
         if not last:
-            self.engine.step()  # counts the part; `update` takes the step after the last one
-
-    def __call__(self, sides: Mapping[str, SideBatch]) -> dict[str, Encoding]:
-        """See `Optimisation`."""
-        encodings: dict[str, Encoding] = self.engine(sides)
-        return encodings
+            self.wrapped.step()  # counts the part; `update` takes the step after the last one
 
     def backward(self, loss: Tensor) -> None:
         """See `Optimisation`."""
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # losses add up, gradients are averaged
+        self.wrapped.backward(loss * self.world.size, scale_wrt_gas=False)  # losses add up, gradients are averaged
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Optimisation`."""
-        every = ((name, safe_get_full_grad(p)) for name, p in self.parameters.items())
+        every = ((name, utils.safe_get_full_grad(p)) for name, p in self.parameters.items())
         return ((name, gradient) for name, gradient in every if gradient is not None)
 
     def update(self, rate: float) -> None:
         """See `Optimisation`."""
         set_rate(self.optimizer, rate)
-        self.engine.step()
+        self.wrapped.step()
 
     def weights(self) -> dict[str, Tensor]:
         """See `Optimisation`."""
-        return {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
+        return {name: utils.safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
 
     def moments(self) -> dict[str, Tensor]:
         """See `Optimisation`."""
@@ -166,7 +159,7 @@ class ZeroOptimisation:
             return {}
         self._link()
         named = ((name, p, kind) for name, p in self.parameters.items() for kind in MOMENTS)
-        return {f"{name}/{kind}": safe_get_full_optimizer_state(p, kind) for name, p, kind in named}
+        return {f"{name}/{kind}": utils.safe_get_full_optimizer_state(p, kind) for name, p, kind in named}
 
     def resume(self, moments: Mapping[str, Tensor], step: int) -> None:
         """See `Optimisation`."""
@@ -180,13 +173,11 @@ class ZeroOptimisation:
 
     def end(self) -> None:
         """See `Optimisation`."""
-        self.engine.destroy()
+        self.wrapped.destroy()
 
-    def _link(self) -> None:
-        """Link parameters to their moments: DeepSpeed does so only after the first step, for the first group alone."""
-        if self.stage != 3:
-            for group, flat in zip(self.optimizer.bit16_groups, self._flat, strict=True):
-                lazy_init_hp_params_optimizer_state(group, flat, self._states)
+    @property
+    def _shards_parameters(self) -> bool:
+        return bool(self.wrapped.zero_optimization_stage() == 3)
 
     @property
     def _states(self) -> dict[Tensor, Any]:
@@ -197,16 +188,59 @@ class ZeroOptimisation:
     @property
     def _flat(self) -> list[Tensor]:
         """The flat shards."""
-        own = self.optimizer
-        flat: list[Tensor] = (
-            own.fp32_partitioned_groups_flat if self.stage == 3 else own.single_partition_of_fp32_groups
-        )
+        name = "fp32_partitioned_groups_flat" if self._shards_parameters else "single_partition_of_fp32_groups"
+        flat: list[Tensor] = getattr(self.optimizer, name)
         return flat
 
+    def _link(self) -> None:
+        """Link parameters to their moments: DeepSpeed does so only after the first step, for the first group alone."""
+        if not self._shards_parameters:
+            for group, flat in zip(self.optimizer.bit16_groups, self._flat, strict=True):
+                utils.lazy_init_hp_params_optimizer_state(group, flat, self._states)
+
     def _set(self, parameter: nn.Parameter, moment: Tensor, kind: str) -> None:
-        if self.stage != 3:
-            safe_set_full_optimizer_state(parameter, moment, kind)
+        if not self._shards_parameters:
+            utils.safe_set_full_optimizer_state(parameter, moment, kind)
             return
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # the last shards are padded, which DeepSpeed's own setter ignores
         filled = torch.cat([moment.flatten(), moment.new_zeros(size * self.world.size - moment.numel())])
-        safe_set_local_optimizer_state(parameter, filled[self.world.rank * size :][:size], kind)
+        utils.safe_set_local_optimizer_state(parameter, filled[self.world.rank * size :][:size], kind)
+
+
+def op_directory() -> Path:
+    """Return the directory in which the op is compiled; each version of Python and PyTorch has its own."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return Path(root, "rarec", f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}")
+
+
+def load_cpu_op() -> None:
+    """Load the op by which DeepSpeed's ranks on one machine reduce through shared memory; compile it if necessary.
+
+    PyTorch marks a directory in which it compiles by a file, and other processes wait until that file is gone: if a
+    process is killed there, every later one waits forever. So ranks compile under a lock that the kernel releases when
+    its process ends, in a directory of rarec's own. A mark found while holding the lock was left by a killed process,
+    and is deleted. Ninja, which decides what is to be compiled, is always the one that came with DeepSpeed: it does not
+    know what another version has compiled, and would compile it again. DeepSpeed then uses the loaded op.
+
+    Raises:
+        UserError: it does not compile, or its directory cannot be created.
+    """
+    import ninja
+
+    op = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if op is None or not op.is_compatible():
+        return
+    directory = op_directory()
+    path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
+    try:
+        with locked(directory / "rarec.lock"), patch_environment(TORCH_EXTENSIONS_DIR=directory, PATH=path):
+            for mark in directory.glob(f"*/{MARK}"):
+                mark.unlink()
+            op.load()
+    except OSError as error:
+        problem = f"cannot write to {directory} for DeepSpeed's CPU op: {error.strerror}"
+        raise UserError(problem, "set TORCH_EXTENSIONS_DIR to a directory that you may write to", shared=True) from None
+    except RuntimeError as error:
+        causes = [line for line in f"{error}".splitlines() if "error:" in line or "not found" in line]
+        problem = f"DeepSpeed's CPU op does not compile: {causes[0] if causes else error}"
+        raise UserError(problem, "run rarec doctor to see what is missing", shared=True) from None
