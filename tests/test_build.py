@@ -8,10 +8,10 @@ from rarec.config import VARIANTS, RunConfig
 from rarec.config.method import Lora
 from rarec.errors import UserError
 from rarec.models.build import SIDES, SourceShape, build_model, slots_reserved, trained_parameters
-from rarec.models.encode import side_batch
 from rarec.models.initialise import initialise
 from rarec.models.language_model import load_model
 from rarec.models.slots import Slots
+from rarec.models.towers import side_batch
 from rarec.prompts import PromptPair
 from tests.synthetic import title
 

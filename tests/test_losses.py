@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 from rarec.config.method import Loss, Readout
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
-from rarec.models.encode import side_batch, text_states
+from rarec.models.encode import text_states
 from rarec.models.losses import LossTargets, Objective, align, bpr, false_negatives, sampled_softmax
-from rarec.models.towers import Encoding, RaRec, ReadoutModule, Tower
+from rarec.models.towers import Encoding, RaRec, ReadoutModule, Tower, side_batch
 from rarec.prompts import Encoded, lay_out
 from tests.synthetic import tiny_model
 

@@ -8,9 +8,10 @@ import torch
 
 from rarec.config import VARIANTS
 from rarec.models.build import build_model, slots_reserved
-from rarec.models.encode import Encoder, side_batch, title_vectors
+from rarec.models.encode import Encoder
 from rarec.models.initialise import initialise
 from rarec.models.language_model import load_model
+from rarec.models.towers import side_batch, title_vectors
 from rarec.prompts import PromptPair
 from tests.test_build import HIDDEN, SHAPES, make_config
 

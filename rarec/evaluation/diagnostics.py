@@ -26,9 +26,9 @@ from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, n
 from rarec.evaluation.health import warnings
 from rarec.ids.source import Source
 from rarec.models.backbone import Pool, pool_text
-from rarec.models.encode import Vectors, side_batch, text_batch, title_vectors
+from rarec.models.encode import text_batch
 from rarec.models.llm_attention import slot_shares
-from rarec.models.towers import RaRec, SideBatch, Tower
+from rarec.models.towers import RaRec, SideBatch, Tower, Vectors, side_batch, title_vectors
 from rarec.prompts import Encoded, PromptPair, TextTokenizer
 from rarec.ranking import EvalBatch
 

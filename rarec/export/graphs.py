@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from rarec.bundle.parts import Parts
 from rarec.errors import UserError
 from rarec.ids.source import GraphUsers, HistoryRule, MappedUsers, SequenceUsers, Source
-from rarec.models.encode import side_batch
-from rarec.models.towers import RaRec, SideBatch, Tower
+from rarec.models.towers import RaRec, SideBatch, Tower, side_batch
 from rarec.prompts import AT_TITLES
 
 Rows = npt.NDArray[np.int64]

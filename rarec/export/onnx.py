@@ -17,7 +17,7 @@ from rarec.errors import UserError
 from rarec.export import Target
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, taken, write_graph
 from rarec.export.tables import add_facts
-from rarec.models.encode import side_batch
+from rarec.models.towers import side_batch
 from rarec.neighbours import scores
 from rarec.prompts import PromptPair
 

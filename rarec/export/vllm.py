@@ -30,9 +30,9 @@ from rarec.export.rarec_program import Program
 from rarec.export.tables import add_facts
 from rarec.models.backbone import pool_text
 from rarec.models.build import LORA
-from rarec.models.encode import Encoder, side_batch
+from rarec.models.encode import Encoder
 from rarec.models.slots import Slots
-from rarec.models.towers import SideBatch
+from rarec.models.towers import SideBatch, side_batch
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]

@@ -16,33 +16,16 @@ from rarec.distributed.world import CPU, SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.source import Source
 from rarec.models.backbone import FrozenBackbone
-from rarec.models.towers import RaRec, SideBatch, Tower
-from rarec.prompts import AT_TITLES, Encoded, PromptPair, by_length, lay_out
+from rarec.models.towers import RaRec, SideBatch, Tower, Vectors, side_batch, title_vectors
+from rarec.prompts import Encoded, PromptPair, by_length, lay_out
 from rarec.ranking import VectorRanker
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
-Vectors = Mapping[str, npt.NDArray[np.floating]]
-"""For each source, the vectors of some users or items (B, K, E)."""
 ITEMS_AT_A_TIME, STATES_AT_A_TIME = 1 << 16, 1 << 12
 """Items whose prompts are held at a time: to encode them, and for their states of several blocks."""
 Split = Callable[[list[list[int]]], Iterator[tuple[bool, list[int]]]]
 """Splits chunks, each a list of prompts, among the ranks: a method of `World`."""
-
-
-def side_batch(prompts: Sequence[Encoded], vectors: Vectors, tower: Tower, filler: int) -> SideBatch:
-    """Lay prompts out with the tower's slots, as tensors.
-
-    Args:
-        prompts: filled prompts (B).
-        vectors: source vectors of the same users or items.
-        tower: says how many slots each source takes.
-        filler: token id for slots and padding.
-    """
-    laid = lay_out(prompts, tower.slots, filler)
-    ids, mask, positions = (torch.from_numpy(a) for a in (laid.ids_BT, laid.mask_BT, laid.positions_BK))
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(a, np.float32)) for name, a in vectors.items()}
-    return SideBatch(ids, mask, positions, tensors)
 
 
 def side_batches(
@@ -56,24 +39,6 @@ def side_batches(
     for mine, rows in world.split_in_lockstep(by_length(prompts, size)):
         own = {name: array[rows] for name, array in vectors.items()}
         yield mine, rows, side_batch([prompts[row] for row in rows], own, tower, filler).to(world.device)
-
-
-def title_vectors(prompts: Sequence[Encoded], pair: PromptPair, sources: Mapping[str, Source]) -> Vectors:
-    """Return the vectors of the items of histories, (B, H, E), where the prompts have slots for them.
-
-    Args:
-        prompts: of users (B).
-        pair: their templates.
-        sources: every source by name.
-    """
-    names = [name for name in pair.sources["user"] if name.endswith(AT_TITLES)]
-    if not names:
-        return {}
-    rows_BH = np.full((len(prompts), pair.config.max_history), -1)
-    for row, prompt in enumerate(prompts):
-        rows_BH[row, : len(prompt.titles_H)] = prompt.titles_H
-    present_BH1 = (rows_BH >= 0)[:, :, None]
-    return {name: sources[name.removesuffix(AT_TITLES)].items_NE[rows_BH] * present_BH1 for name in names}
 
 
 @dataclass(frozen=True)

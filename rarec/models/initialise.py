@@ -33,8 +33,8 @@ from rarec.ids.source import Source
 from rarec.models.alignment import VECTORS, AlignmentModule, SourceAlignment
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.build import SIDES
-from rarec.models.encode import Vectors, side_batches, text_batch, title_vectors
-from rarec.models.towers import RaRec, Tower, Whitening
+from rarec.models.encode import side_batches, text_batch
+from rarec.models.towers import RaRec, Tower, Vectors, Whitening, title_vectors
 from rarec.prompts import AT_TITLES, Encoded, PromptPair
 
 ALIGNMENT_SAMPLES = 8192

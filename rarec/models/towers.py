@@ -4,23 +4,29 @@ Shape letters: B batch, T positions, K slots or vectors, L blocks, D hidden size
 scored vector, directions that are read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarec.config.method import Readout
+from rarec.ids.source import Source
 from rarec.models.alignment import AlignmentModule
 from rarec.models.backbone import FrozenBackbone, pool_text
 from rarec.models.slots import Slots
+from rarec.prompts import AT_TITLES, Encoded, PromptPair, lay_out
 
 IDS = "id"
 """The source that is distilled."""
 TEXT = "text"
 """Name of the readout's part that reads the text; every variant has it."""
+Vectors = Mapping[str, npt.NDArray[np.floating]]
+"""For each source, the vectors of some users or items (B, K, E)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,39 @@ def on_device(value: Any, device: torch.device) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{part.name: on_device(getattr(value, part.name), device) for part in fields(value)})
     return value
+
+
+def side_batch(prompts: Sequence[Encoded], vectors: Vectors, tower: "Tower", filler: int) -> SideBatch:
+    """Lay prompts out with the tower's slots, as tensors.
+
+    Args:
+        prompts: filled prompts (B).
+        vectors: source vectors of the same users or items.
+        tower: says how many slots each source takes.
+        filler: token id for slots and padding.
+    """
+    laid = lay_out(prompts, tower.slots, filler)
+    ids, mask, positions = (torch.from_numpy(a) for a in (laid.ids_BT, laid.mask_BT, laid.positions_BK))
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a, np.float32)) for name, a in vectors.items()}
+    return SideBatch(ids, mask, positions, tensors)
+
+
+def title_vectors(prompts: Sequence[Encoded], pair: PromptPair, sources: Mapping[str, Source]) -> Vectors:
+    """Return the vectors of the items of histories, (B, H, E), where the prompts have slots for them.
+
+    Args:
+        prompts: of users (B).
+        pair: their templates.
+        sources: every source by name.
+    """
+    names = [name for name in pair.sources["user"] if name.endswith(AT_TITLES)]
+    if not names:
+        return {}
+    rows_BH = np.full((len(prompts), pair.config.max_history), -1)
+    for row, prompt in enumerate(prompts):
+        rows_BH[row, : len(prompt.titles_H)] = prompt.titles_H
+    present_BH1 = (rows_BH >= 0)[:, :, None]
+    return {name: sources[name.removesuffix(AT_TITLES)].items_NE[rows_BH] * present_BH1 for name in names}
 
 
 class Encoding(NamedTuple):

@@ -30,12 +30,13 @@ SET_BY_RUN = {
     "gradient_clipping": "train.clip",
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.batch_size",
+    "mixed_precision": "llm.dtype",
     "bf16": "llm.dtype",
     "fp16": "llm.dtype",
     "optimizer": "train",
     "scheduler": "train",
 }
-"""Settings that a DeepSpeed file may repeat, and the field of the run's configuration that sets each."""
+"""Settings of launchers and of DeepSpeed, and the field of the run's configuration that sets each."""
 
 
 def start_world(config: RunConfig) -> World:
@@ -130,16 +131,17 @@ def build_engine(world: World, config: RunConfig) -> "Engine":
 
 def _check_launcher_settings(config: RunConfig) -> None:
     """Refuse what the launcher's file, or a variable, sets beside the run's configuration."""
-    ours = {
-        "mixed_precision": ("llm.dtype", ("no", "")),
-        "gradient_accumulation_steps": ("train.accumulate", ("1", str(config.train.accumulate))),
-    }
-    for name, (field, agreeing) in ours.items():
+    agreeing = {"mixed_precision": ("no", ""), "gradient_accumulation_steps": ("1", str(config.train.accumulate))}
+    for name, values in agreeing.items():
         variable = f"ACCELERATE_{name.upper()}"
-        given = os.environ.get(variable, agreeing[0])
-        if given not in agreeing:
-            problem = f"the launcher's file or {variable} sets {name}: {given}, which the run's {field} sets"
-            raise UserError(problem, f"remove {name} from the launcher's file, or unset {variable}", shared=True)
+        given = os.environ.get(variable, values[0])
+        if given not in values:
+            raise _conflict(f"the launcher's file, or {variable},", name, given)
+
+
+def _conflict(place: str, name: str, given: object) -> UserError:
+    problem = f"{place} sets {name}: {given}, but the run's configuration sets it, in {SET_BY_RUN[name]}"
+    return UserError(problem, f"remove {name} from there", shared=True)
 
 
 def build_accelerator(world: World, trackers: list[str], logs: Path) -> Accelerator:
@@ -178,9 +180,8 @@ def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
     if not isinstance(tree, dict) or "stage" not in tree.get("zero_optimization", {}):
         raise UserError(f"{path}: zero_optimization.stage is missing", "see configs/deepspeed/zero2.json", shared=True)
     same = {"gradient_accumulation_steps": config.train.accumulate, "gradient_clipping": config.train.clip}
-    for key, field in SET_BY_RUN.items():
+    for key in SET_BY_RUN:
         given = tree.get(key, "auto")
         if given not in ("auto", same.get(key), {"enabled": False}):
-            problem = f"{path} sets {key}: {given}, but the run's configuration sets it, in {field}"
-            raise UserError(problem, f"remove {key} from {path}", shared=True)
+            raise _conflict(str(path), key, given)
     return {key: value for key, value in tree.items() if key not in SET_BY_RUN}

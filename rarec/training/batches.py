@@ -15,10 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rarec.data.shards.samples import Sample
 from rarec.ids.source import Source
-from rarec.models.encode import Vectors, side_batch, title_vectors
 from rarec.models.initialise import WHITENING_SIZE, FirstSamples
 from rarec.models.losses import LossTargets
-from rarec.models.towers import RaRec, SideBatch, on_device
+from rarec.models.towers import RaRec, SideBatch, Vectors, on_device, side_batch, title_vectors
 from rarec.prompts import Encoded, PromptPair
 
 _ITEMS_CACHED = 65_536

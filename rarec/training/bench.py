@@ -72,7 +72,7 @@ class StepProfile:
             budget = f"train.tokens_per_batch={self.tokens:.0f}"
             yield f"{self.padding:.0%} is padding: {budget} fills steps by tokens, not by samples"
         if llm.gradient_checkpointing:
-            yield "blocks are recomputed, a third of the time; ask `rarec plan` if llm.gradient_checkpointing=false fits"
+            yield "recomputing blocks costs a third: `rarec plan` says if llm.gradient_checkpointing=false fits"
         if device == "cpu" and llm.dtype == "float32" and _has_bfloat16():
             yield "this processor multiplies bfloat16: llm.dtype=bfloat16 (another model: make the shards again)"
         if device == "cuda" and not llm.compile:

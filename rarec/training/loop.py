@@ -88,7 +88,9 @@ class Trainer:
         step = StepAccumulator()
         for part in range(self.config.accumulate):
             self.world.report("reading samples", state.step + 1)
-            batch = self._next(batches, step)
+            started = time.monotonic()
+            batch = next(batches)
+            step.waited += time.monotonic() - started
             self.world.report("forward and backward")
             self._seed(state.step, part)
             with self.optimisation.part(last=part == self.config.accumulate - 1):
@@ -105,12 +107,6 @@ class Trainer:
         state.step += 1
         state.seconds += metrics.seconds
         return metrics, gradient_norms
-
-    def _next(self, batches: Iterator[Batch], step: StepAccumulator) -> Batch:
-        started = time.monotonic()
-        batch = next(batches)
-        step.waited += time.monotonic() - started
-        return batch
 
     def _seed(self, step: int, part: int) -> None:
         """Seed LoRA's dropout from the position alone, so that a resumed training repeats it."""

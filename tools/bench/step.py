@@ -32,11 +32,11 @@ from rarec.config.schema import RunConfig, Train
 from rarec.data.shards.samples import Sample
 from rarec.ids.source import Source
 from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
-from rarec.models.encode import side_batch, text_states
+from rarec.models.encode import text_states
 from rarec.models.language_model import load_model
 from rarec.models.losses import Objective
 from rarec.models.slots import Slots
-from rarec.models.towers import RaRec, SideBatch
+from rarec.models.towers import RaRec, SideBatch, side_batch
 from rarec.prompts import PromptPair
 from rarec.training.batches import Collator
 from rarec.training.engines import build_optimizer
