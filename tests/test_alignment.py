@@ -41,17 +41,17 @@ def test_slots_are_instructions_then_projections_source_by_source():
     assert module.slots == {"id": 4, "image": 3}  # 2 + K and 2 + 1
     assert slots_LBSD.shape == (BLOCKS, 6, 7, HIDDEN)
     assert {name: tuple(p.shape) for name, p in projected.items()} == {"id": (3, 6, 2, 4), "image": (3, 6, 1, 4)}
-    at = 0
+    start = 0
     for name, source in module.named_sources():
         for block in range(BLOCKS):
             for row in range(6):
-                d_SD = slots_LBSD[block, row, at : at + module.slots[name]]
+                d_SD = slots_LBSD[block, row, start : start + module.slots[name]]
                 torch.testing.assert_close(d_SD[:2], source.instructions_LMD[block])
                 for k, e_E in enumerate(vectors[name][row]):
                     p_D = source.weight_LDE[block] @ e_E + source.bias_LD[block]
                     torch.testing.assert_close(d_SD[2 + k], p_D)
                     torch.testing.assert_close(projected[name][block, row, k], p_D)
-        at += module.slots[name]
+        start += module.slots[name]
 
 
 def test_slots_come_in_the_order_in_which_prompts_give_them_places():
@@ -295,9 +295,9 @@ def test_the_typical_position_is_the_one_most_like_all_others(kind):
     output = backbone.trunk(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True)
     places = [(b, t) for b, t in mask_BT.nonzero().tolist() if t >= backbone.sink]
 
-    def likeness(at):
+    def likeness(place):
         return sum(
-            torch.cosine_similarity(states[at], states[other], dim=0)
+            torch.cosine_similarity(states[place], states[other], dim=0)
             for states in output.hidden_states[:2]
             for other in places
         )

@@ -46,9 +46,9 @@ def zero():
 def test_two_ranks_train_as_one_process_does_on_every_engine(decoder, alone, tmp_path, engine):
     finish("train", decoder, [copied(decoder, tmp_path / "run"), *TRAIN], engine=engine, scratch=tmp_path)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
-    expected, found = weights(alone), weights(tmp_path / "run")
-    assert expected.keys() == found.keys()
-    for name, tensor in found.items():
+    expected, trained = weights(alone), weights(tmp_path / "run")
+    assert expected.keys() == trained.keys()
+    for name, tensor in trained.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
@@ -125,15 +125,15 @@ def test_a_model_in_four_bits_trains_equally(decoder, tmp_path, engine):
     """QLoRA: layers as wide as the 64 weights that share a scale; shards are made with the same frozen model."""
     llm = write_llm(tmp_path / "llm", "llama", hidden=64)
     few = [*TRAIN, f"llm.path={llm}", "llm.quantize=nf4", "train.max_steps=6"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    place = copied(decoder, one)
-    shutil.rmtree(one / "shards")
+    single, many = tmp_path / "single", tmp_path / "many"
+    place = copied(decoder, single)
+    shutil.rmtree(single / "shards")
     open_run(decoder, [place, "run.device=cpu", *few]).make("shards")
-    shutil.copytree(one, two)
+    shutil.copytree(single, many)
     open_run(decoder, [place, "run.device=cpu", *few]).make("train")
-    finish("train", decoder, [f"run.dir={two}", *few], engine=engine, scratch=tmp_path)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    assert any(tensor.abs().max() > 0 for name, tensor in weights(two).items() if "lora_B" in name)
+    finish("train", decoder, [f"run.dir={many}", *few], engine=engine, scratch=tmp_path)
+    assert losses(many) == pytest.approx(losses(single), rel=1e-4)
+    assert any(tensor.abs().max() > 0 for name, tensor in weights(many).items() if "lora_B" in name)
 
 
 FIGURES = [
@@ -161,9 +161,9 @@ def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, t
     shutil.rmtree(run / "shards")
     for stage in ("shards", "train", "evaluate"):
         finish(stage, decoder, [place, *FIGURES], engine=engine, scratch=tmp_path)
-    many, one = (read_json(root / "shards" / "manifest.json") for root in (run, judged))
-    assert many["files"] == one["files"]
-    assert many["cut_prompts"] == one["cut_prompts"]
+    many, single = (read_json(root / "shards" / "manifest.json") for root in (run, judged))
+    assert many["files"] == single["files"]
+    assert many["cut_prompts"] == single["cut_prompts"]
     ranks, single = (pq.read_table(root / "evaluation" / "ranks.parquet").to_pandas() for root in (run, judged))
     assert ranks[["variant", "user", "target"]].equals(single[["variant", "user", "target"]])
     apart = (ranks["rank"] - single["rank"]).abs()
@@ -174,14 +174,14 @@ def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, t
         both = (read_json(root / "evaluation" / name) for root in (run, judged))
         own, other = ([row for row in rows if turned.isdisjoint(map(str, row.values()))] for rows in both)
         assert own == other, name
-    for one, two in zip(*(read_json(root / "evaluation" / "examples.json") for root in (run, judged)), strict=True):
-        assert {variant: top for variant, top in one["top"].items() if variant not in turned}.items() <= two[
-            "top"
-        ].items()
+    examples = (read_json(root / "evaluation" / "examples.json") for root in (run, judged))
+    for own, other in zip(*examples, strict=True):
+        compared = {variant: top for variant, top in own["top"].items() if variant not in turned}
+        assert compared.items() <= other["top"].items()
     own, other = (read_json(root / "evaluation" / "diagnostics.json") for root in (run, judged))
     assert own.keys() == other.keys()
     assert [row["words"] for row in own["words"]] == [row["words"] for row in other["words"]]
     for name, figure in (("blocks", "projection_norm"), ("blocks", "cka_after"), ("attention", "share")):
-        pairs = [(one[figure], two[figure]) for one, two in zip(own[name], other[name], strict=True)]
-        assert all((one is None) == (two is None) for one, two in pairs), figure  # CKA of texts with equal ends
-        assert all(one is None or one == pytest.approx(two, rel=1e-3) for one, two in pairs), figure
+        pairs = [(row[figure], expected[figure]) for row, expected in zip(own[name], other[name], strict=True)]
+        assert all((value is None) == (expected is None) for value, expected in pairs), figure  # CKA of equal texts
+        assert all(value is None or value == pytest.approx(expected, rel=1e-3) for value, expected in pairs), figure

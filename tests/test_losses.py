@@ -145,9 +145,10 @@ def test_alignment_does_not_push_apart_rows_of_the_same_item():
 
 def test_alignment_contrasts_k_with_j():
     """Where every row equals its own text and no other, the loss is near 0; where they are swapped, near 2 / tau."""
-    ours, none = torch.eye(2)[None], torch.zeros(2, 2, dtype=torch.bool)
-    assert aligned(ours, ours, none, 0.05).item() < 1e-6
-    assert aligned(ours, ours.flip(1), none, 0.05).item() == pytest.approx(20, rel=1e-6)
+    pooled = torch.eye(2)[None]
+    none = torch.zeros(2, 2, dtype=torch.bool)
+    assert aligned(pooled, pooled, none, 0.05).item() < 1e-6
+    assert aligned(pooled, pooled.flip(1), none, 0.05).item() == pytest.approx(20, rel=1e-6)
 
 
 # ---- gradients
@@ -163,22 +164,23 @@ def test_gradients_against_finite_differences(masked_BB):
     assert gradcheck(lambda scores: mean(bpr(scores, masked_BB, OWN)), doubles(3, 3))
     assert gradcheck(lambda scores: softmax(scores, masked_BB, log_q_B), doubles(3, 3))
     states_LBD = doubles(2, 3, 4).detach() + 1
-    assert gradcheck(lambda ours: aligned(ours, states_LBD, masked_BB, 0.3), doubles(2, 3, 4))
+    assert gradcheck(lambda pooled: aligned(pooled, states_LBD, masked_BB, 0.3), doubles(2, 3, 4))
 
 
 def test_a_row_without_negatives_gives_no_nan():
     """All users have the same target: nothing to learn, and no number is lost."""
     everything = ~torch.eye(3, dtype=torch.bool)
-    scores, ours = SCORES.clone().requires_grad_(), torch.randn(2, 3, 4, requires_grad=True)
+    scores = SCORES.clone().requires_grad_()
+    pooled = torch.randn(2, 3, 4, requires_grad=True)
     losses = [
         mean(bpr(scores, everything, OWN)),
         softmax(scores, everything, torch.tensor([0.5, 0.3, 0.2]).log()),
-        aligned(ours, torch.randn(2, 3, 4), everything, 0.1),
+        aligned(pooled, torch.randn(2, 3, 4), everything, 0.1),
     ]
     assert [loss.item() for loss in losses] == [0, 0, 0]
     sum(losses).backward()
     assert not scores.grad.any()
-    assert not ours.grad.any()
+    assert not pooled.grad.any()
 
 
 def test_half_masked_rows_have_finite_gradients():
@@ -300,9 +302,9 @@ def test_the_objective_puts_the_parts_together():
 @pytest.mark.parametrize("stored", [(0, 2), (2,), (1, 2)])
 def test_only_blocks_with_slots_and_stored_states_are_aligned(stored):
     """Blocks 0 and 1 have slots; the states of `stored` are there, in that order."""
-    ours = torch.randn(2, 3, 1, 4)
+    slots_LBKD = torch.randn(2, 3, 1, 4)
     states = {block: torch.randn(3, 4) for block in range(3)}
-    encoding = Encoding(torch.randn(3, 4), ours, {"id": ours})
+    encoding = Encoding(torch.randn(3, 4), slots_LBKD, {"id": slots_LBKD})
     objective = Objective(Loss(), torch.ones(9), stored)
     rows = torch.tensor([1, 2, 3])
     loss = objective.align((0, 1), encoding, torch.stack([states[block] for block in stored], 1), rows, 3)
@@ -310,7 +312,7 @@ def test_only_blocks_with_slots_and_stored_states_are_aligned(stored):
     if not shared:
         assert loss == 0
     else:
-        expected = aligned(ours[shared, :, 0], torch.stack([states[block] for block in shared]), NOTHING, 0.1)
+        expected = aligned(slots_LBKD[shared, :, 0], torch.stack([states[block] for block in shared]), NOTHING, 0.1)
         torch.testing.assert_close(loss, expected)
 
 
@@ -319,11 +321,11 @@ def test_what_is_compared_with_the_text_is_a_choice():
     slots_LBKD = torch.randn(1, 3, 4, 5)
     encoding = Encoding(torch.randn(3, 5), slots_LBKD, {"id": slots_LBKD[:, :, 2:]})
     states_LBD, rows = torch.randn(1, 3, 5), torch.arange(3)
-    for pool, ours in (("projected", slots_LBKD[:, :, 2:]), ("all", slots_LBKD)):
+    for pool, pooled in (("projected", slots_LBKD[:, :, 2:]), ("all", slots_LBKD)):
         loss = Objective(Loss(align_pool=pool), torch.ones(9), (0,)).align(
             (0,), encoding, states_LBD.transpose(0, 1), rows, 3
         )
-        torch.testing.assert_close(loss, aligned(ours.mean(2), states_LBD, NOTHING, 0.1))
+        torch.testing.assert_close(loss, aligned(pooled.mean(2), states_LBD, NOTHING, 0.1))
 
 
 def test_slots_that_know_no_vectors_are_not_aligned():

@@ -103,6 +103,10 @@ def first_matrix(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     return next(weights[name] for name in sorted(weights) if "layer" in name and weights[name].ndim == 2)
 
 
+def without_a_matrix(weights: dict[str, torch.Tensor]) -> None:
+    del weights[next(name for name in sorted(weights) if "layer" in name and weights[name].ndim == 2)]
+
+
 def fewer_words(weights: dict[str, torch.Tensor]) -> None:
     for name in ("embeddings.word_embeddings.weight", "model.embed_tokens.weight", "lm_head.weight"):
         if name in weights:
@@ -110,9 +114,11 @@ def fewer_words(weights: dict[str, torch.Tensor]) -> None:
 
 
 HARMS: dict[str, tuple[Harm, tuple[str, ...]]] = {
+    "nothing": (shutil.rmtree, ()),
+    "a weight missing": (weights_of(without_a_matrix), ("missing",)),
     "no tokenizer": (without("tokenizer*", "special*", "vocab*"), ("tokenizer",)),
     "no words": (without("tokenizer.json"), ("tokenizer",)),
-    "a torn tokenizer": (text_of("tokenizer.json", "{"), ("tokenizer.json",)),
+    "a cut tokenizer": (text_of("tokenizer.json", "{"), ("tokenizer.json",)),
     "fewer vectors than words": (then(weights_of(fewer_words), settings_of(vocab_size=20)), ("tokenizer", "20")),
     "another width": (settings_of(hidden_size=64), ("config.json", "32", "64")),
     "another inner width": (settings_of(intermediate_size=11), ("config.json", "11")),
@@ -128,7 +134,7 @@ HARMS: dict[str, tuple[Harm, tuple[str, ...]]] = {
     "no width": (settings_of(hidden_size=0), ()),
     "heads that do not divide": (settings_of(num_attention_heads=5), ()),
     "a list as configuration": (text_of("config.json", "[]"), ("config.json",)),
-    "a torn configuration": (text_of("config.json", '{"model_type": '), ("config.json",)),
+    "a cut configuration": (text_of("config.json", '{"model_type": '), ("config.json",)),
     "an empty configuration": (text_of("config.json", ""), ("config.json",)),
     "deep brackets": (text_of("config.json", "[" * 200_000), ("config.json",)),
     "bytes as configuration": (text_of("config.json", b"\xff\xfe\x00"), ("config.json",)),
@@ -140,13 +146,13 @@ HARMS: dict[str, tuple[Harm, tuple[str, ...]]] = {
     "NaN": (weights_of(lambda weights: first_matrix(weights)[0].fill_(torch.nan)), ("NaN",)),
     "infinity": (weights_of(lambda weights: first_matrix(weights)[-1].fill_(-torch.inf)), ("infinity",)),
     "no weights": (without("*.safetensors"), ("safetensors",)),
-    "torn weights": (lambda folder: os.truncate(folder / WEIGHTS, 3_000), (WEIGHTS,)),
+    "cut weights": (lambda folder: os.truncate(folder / WEIGHTS, 3_000), (WEIGHTS,)),
     "an empty file": (text_of(WEIGHTS, ""), (WEIGHTS,)),
     "a page of the web": (text_of(WEIGHTS, "<html>"), (WEIGHTS,)),
     "a pointer of Git LFS": (text_of(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"), (WEIGHTS,)),
     "a shard missing": (then(sharded, without(SECOND)), (SECOND,)),
-    "a torn shard": (then(sharded, lambda folder: os.truncate(folder / SECOND, 500)), (SECOND,)),
-    "a torn index": (then(sharded, text_of(f"{WEIGHTS}.index.json", "{")), ("index.json",)),
+    "a cut shard": (then(sharded, lambda folder: os.truncate(folder / SECOND, 500)), (SECOND,)),
+    "a cut index": (then(sharded, text_of(f"{WEIGHTS}.index.json", "{")), ("index.json",)),
     "a list as index": (index_of(lambda index: []), ("index.json",)),
     "an index of nothing": (index_of(lambda index: {}), ("index.json",)),
     "an index of an empty map": (index_of(lambda index: {"weight_map": {}}), ("index.json",)),
@@ -254,8 +260,8 @@ def test_a_file_of_another_user_may_not_be_read_which_is_what_is_said(saved: Pat
 
 WATCHED = """
 import sys
-asked = []
-sys.addaudithook(lambda event, args: asked.append(args) if event in ("socket.connect", "socket.getaddrinfo") else None)
+connections = []
+sys.addaudithook(lambda event, args: connections.append(args) if event in ("socket.connect", "socket.getaddrinfo") else None)
 from pathlib import Path
 import torch
 from rarec.config.method import Llm
@@ -265,7 +271,7 @@ ids = torch.tensor([[2, 9, 13, 3]])
 for quantize in sys.argv[2:]:
     loaded = load_model(Llm(path=str(folder), quantize=quantize, dtype="bfloat16"), folder.parent / "converted")
     assert loaded.backbone(ids, torch.ones_like(ids)).isfinite().all()
-    assert not asked, (quantize, asked)
+    assert not connections, (quantize, connections)
 """
 KERNELS = """
 from pathlib import Path

@@ -48,8 +48,7 @@ def test_memory_that_a_name_tells_is_believed(name, memory_gb):
 
 
 def test_no_device_stands_behind_one_whose_name_is_part_of_its_own():
-    for at, device in enumerate(DEVICES):
-        assert known_device(device.name) is DEVICES[at]
+    assert [known_device(device.name) for device in DEVICES] == list(DEVICES)
     assert known_device("some CPU") is None
 
 
@@ -94,9 +93,9 @@ def test_gradient_norms_by_group():
         "user.readout.heads.text.weight": torch.tensor([5.0]),
     }
     assert {group_of(name) for name in named} == {*GROUPS}
-    found = norms(iter(named.items()))
+    measured = norms(named.items())
     expected = {"alignment": 5.0, "lora_A": sqrt(5), "lora_B": 2.0, "heads": 13.0, "all": sqrt(25 + 5 + 4 + 169)}
-    assert found == pytest.approx(expected)
+    assert measured == pytest.approx(expected)
 
 
 def test_a_step_is_the_mean_of_its_parts():

@@ -36,8 +36,8 @@ def states_and_gradients(backbone, slots):
     return real_ND.detach(), gradient
 
 
-def agree(one, other, tolerance=1e-5):
-    for a, b in zip(one, other, strict=True):
+def agree(tensors, expected, tolerance=1e-5):
+    for a, b in zip(tensors, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 

@@ -157,10 +157,10 @@ def test_overwriting_equals_the_key_value_equation(kind, where):
     torch.testing.assert_close(hidden_BPD[:, at_T], expected_BTD, atol=1e-5, rtol=1e-5)
 
     weights = torch.randn_like(expected_BTD)
-    ours, theirs = (
+    gradient, expected = (
         torch.autograd.grad((x * weights).sum(), slots.slots_LBKD)[0] for x in (hidden_BPD[:, at_T], expected_BTD)
     )
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,14 +176,14 @@ def test_the_token_that_stands_at_a_slot_is_never_read(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_who_sees_a_slot_in_the_middle(kind):
+def test_which_text_sees_a_slot_in_the_middle(kind):
     """In a decoder only later text sees it; in an encoder all text does."""
     backbone, ids_BP, mask_BP = make_backbone(kind), make_ids(TEXT), torch.ones(BATCH, TEXT, dtype=torch.long)
     slots = make_slots([3])
     with torch.no_grad():
-        one = backbone(ids_BP, mask_BP, slots)
-        other = backbone(ids_BP, mask_BP, replace(slots, slots_LBKD=-slots.slots_LBKD))
-    changed_P = (one - other).abs().amax((0, 2)) > 1e-4
+        hidden_BPD = backbone(ids_BP, mask_BP, slots)
+        negated_BPD = backbone(ids_BP, mask_BP, replace(slots, slots_LBKD=-slots.slots_LBKD))
+    changed_P = (hidden_BPD - negated_BPD).abs().amax((0, 2)) > 1e-4
     assert changed_P[4:].all()
     assert bool(changed_P[:3].any()) == (kind == "bert")
 
@@ -267,9 +267,9 @@ def test_checkpointing_recomputes_and_changes_nothing(kind):
     same_loss, same_gradients = two_towers(make_backbone(kind, gradient_checkpointing=True), recomputed)
     assert len(recomputed) == 3 * len(stored), "each forward once, and once more for each backward"
     torch.testing.assert_close(same_loss, loss, atol=0, rtol=0)
-    for ours, theirs in zip(same_gradients, gradients, strict=True):
-        assert theirs.abs().max() > 0
-        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
+    for gradient, expected in zip(same_gradients, gradients, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(gradient, expected, atol=1e-7, rtol=1e-5)
 
 
 class Toy(nn.Module):

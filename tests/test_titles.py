@@ -48,7 +48,7 @@ def make_encoder(path, variant="per_layer", kind="encoder", size=8, **prompt):
             vectors_NE = torch.randn(20, source.shape.dim, generator=generator)
             states_LND = torch.randn(len(tower.alignment.blocks), 20, HIDDEN, generator=generator)
             initialise(source, vectors_NE, states_LND, penalty=1.0, generator=generator)
-    sources = {name: Vectors(shape, np.random.default_rng(at)) for at, (name, shape) in enumerate(SHAPES.items())}
+    sources = {name: Vectors(shape, np.random.default_rng(seed)) for seed, (name, shape) in enumerate(SHAPES.items())}
     return Encoder(model, pair, sources, size)
 
 
@@ -95,9 +95,9 @@ def test_variants_without_vectors_in_the_model_have_no_slots_at_titles(saved):
 def test_slots_at_titles_may_stand_alone(saved):
     encoder = make_encoder(saved["bert"], user="{history}", title="{soft:id}", item="{title}", separator="")
     assert encoder.model.user.slots == {"id@titles": 8}
-    found = users(encoder)
-    assert np.isfinite(found).all()
-    assert len(np.unique(found.round(5), axis=0)) == len(HISTORIES)
+    encoded = users(encoder)
+    assert np.isfinite(encoded).all()
+    assert len(np.unique(encoded.round(5), axis=0)) == len(HISTORIES)
 
 
 def test_slots_at_titles_are_read_apart_and_not_in_the_alignment_loss(saved):
@@ -105,7 +105,7 @@ def test_slots_at_titles_are_read_apart_and_not_in_the_alignment_loss(saved):
     tower = encoder.model.user
     assert tower.readout.reads == ("instructions", "vectors", "titles")
     prompts = [encoder.prompts.user(history) for history in HISTORIES]
-    vectors = {name: of.user_vectors(np.arange(4), HISTORIES) for name, of in encoder.sources.items()}
+    vectors = {name: source.user_vectors(np.arange(4), HISTORIES) for name, source in encoder.sources.items()}
     vectors |= title_vectors(prompts, encoder.prompts, encoder.sources)
     batch = side_batch(prompts, vectors, tower, 0)
     encoding = encoder.model({"user": batch})["user"]

@@ -78,9 +78,9 @@ def test_kill_9_and_resume_ends_with_the_same_weights_bit_for_bit(finished, tmp_
     assert process.wait() == -signal.SIGKILL
     assert not (killed / "train" / "per_layer_lora" / "manifest.json").exists()
     subprocess.run(command, env=environment, check=True)
-    expected, found = final_weights(whole), final_weights(killed)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, resumed = final_weights(whole), final_weights(killed)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     steps = [line["step"] for line in log_lines(killed) if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
 

@@ -20,19 +20,17 @@ def states(count, *spreads, seed=0, center=30.0):
 
 
 def fitted(size, *every_ND):
-    """For each of these states what whitens them."""
-    hidden, found = every_ND[0].shape[1], {}
-    for name, states_ND in enumerate(every_ND):
-        found[str(name)] = Moments(hidden)
+    """Return the whitening fitted to each of these states."""
+    hidden = every_ND[0].shape[1]
+    whitenings = [Whitening(hidden, min(size, hidden)) for _ in every_ND]
+    every = [Moments(hidden) for _ in every_ND]
+    for moments, states_ND in zip(every, every_ND, strict=True):
         for part_BD in states_ND.split(64):
-            found[str(name)].add(part_BD)
-    made, directions_ZD = (
-        [Whitening(hidden, min(size, hidden)) for _ in every_ND],
-        directions(found.values(), hidden, size),
-    )
-    for whitening, moments in zip(made, found.values(), strict=True):
+            moments.add(part_BD)
+    directions_ZD = directions(every, hidden, size)
+    for whitening, moments in zip(whitenings, every, strict=True):
         fit_whitening(whitening, moments, directions_ZD)
-    return [partial(whitening, directions_ZD=directions_ZD.float()) for whitening in made]
+    return [partial(whitening, directions_ZD=directions_ZD.float()) for whitening in whitenings]
 
 
 def map_of(whiten):
@@ -56,7 +54,7 @@ def test_by_hand():
 @settings(max_examples=30)
 @given(seed=st.integers(0, 99), scale=st.floats(0.01, 1000), size=st.integers(1, 6))
 def test_white_states_have_mean_zero_and_mean_square_length_one_whatever_the_scale(seed, scale, size):
-    both = [states(200, 9, 3, 1, 1, 0.5, 0.1, seed=seed + at) * scale for at in (0, 100)]
+    both = [states(200, 9, 3, 1, 1, 0.5, 0.1, seed=seed + shift) * scale for shift in (0, 100)]
     for whiten, states_ND in zip(fitted(size, *both), both, strict=True):
         white_NZ = whiten(states_ND)
         assert white_NZ.shape == (200, size)
