@@ -260,8 +260,8 @@ def test_a_file_of_another_user_may_not_be_read_which_is_what_is_said(saved: Pat
 
 WATCHED = """
 import sys
-connections = []
-sys.addaudithook(lambda event, args: connections.append(args) if event in ("socket.connect", "socket.getaddrinfo") else None)
+calls = []
+sys.addaudithook(lambda event, args: calls.append(args) if event in ("socket.connect", "socket.getaddrinfo") else None)
 from pathlib import Path
 import torch
 from rarec.config.method import Llm
@@ -271,7 +271,7 @@ ids = torch.tensor([[2, 9, 13, 3]])
 for quantize in sys.argv[2:]:
     loaded = load_model(Llm(path=str(folder), quantize=quantize, dtype="bfloat16"), folder.parent / "converted")
     assert loaded.backbone(ids, torch.ones_like(ids)).isfinite().all()
-    assert not connections, (quantize, connections)
+    assert not calls, (quantize, calls)
 """
 KERNELS = """
 from pathlib import Path

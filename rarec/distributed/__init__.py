@@ -1,1 +1,1 @@
-"""The processes that share a run's work: who they are, their collective operations, the watch over them."""
+"""The processes that share a run's work: their numbers, collective operations and watchdog, and the hardware they run on."""

@@ -146,7 +146,6 @@ def watched(
         yield
         return
     watchdog = Watchdog(world, say, stall, dead)
-    watchdog.start()
     error = None
     try:
         yield
@@ -158,7 +157,7 @@ def watched(
 
 
 class Watchdog:
-    """Watches the other ranks from one rank; see `watched`."""
+    """Watches the other ranks from one rank, by two threads; see `watched`."""
 
     def __init__(self, world: World, say: Callable[[str], None], stall: float, dead: float) -> None:
         self._world, self._say, self._dead = world, say, dead
@@ -171,13 +170,10 @@ class Watchdog:
         self._ended: str | None = None
         self._patience = self._left_at = 0.0
         self._condemned = False
-
-    def start(self) -> None:
-        """Start the two threads, once every rank has sent a heartbeat."""
-        if self._world.is_main:
+        if world.is_main:
             self._store.set(_VERDICT, "")
-        self._store.set(str(self._world.rank), json.dumps(self._heartbeat()))
-        self._world.barrier()  # reading a key that does not exist yet blocks for long
+        self._store.set(str(world.rank), json.dumps(self._heartbeat()))
+        world.barrier()  # reading a key that does not exist yet blocks for long
         self._exchange()
         for work in (self._run, self._watch_store):
             threading.Thread(target=work, name="watchdog", daemon=True).start()
