@@ -1,1 +1,1 @@
-"""The processes that share a run's work: their numbers, collective operations and watchdog, and the hardware they run on."""
+"""The processes that share a run's work: ranks, collective operations, the watchdog, and the hardware below them."""

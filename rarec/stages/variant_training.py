@@ -53,8 +53,6 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     plan = feed.plan(excluded)
     plan.check_world_size(world.size * config.accumulate, config.epochs)
     accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None
-    if advice := run.engine.advice(run.config.llm):
-        run.say(advice)
     world.run_on_main(lambda: feed.record(directory, excluded))
     state = _resumed(run, checkpoints)
     trainer = build_trainer(run, variant, feed, plan, checkpoints, state)

@@ -16,8 +16,8 @@ from rarec.training.loop import Trainer
 PHASES = ("waiting for data", "forward", "losses", "backward", "update")
 WARM_UP = 2
 """Steps that are not counted: the allocator, the workers and the processor's caches are cold."""
-MUCH_WAITING, MUCH_PADDING, FAR = 0.05, 0.2, 0.8
-"""Shares of waiting and padding, and of the bare model's speed, beyond which something is advised."""
+MUCH_WAITING, MUCH_PADDING = 0.05, 0.2
+"""Shares of waiting and padding beyond which something is advised."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,6 @@ class StepProfile:
             yield "this processor multiplies bfloat16: llm.dtype=bfloat16 (another model: make the shards again)"
         if device == "cuda" and not llm.compile:
             yield "llm.compile=true compiles the blocks, for trainings of more than some hundred steps"
-        if self.of_bare >= FAR:
-            yield f"the step has {self.of_bare:.0%} of the bare model's speed: only another model or device is faster"
 
 
 def bench(trainer: Trainer, steps: int) -> StepProfile:

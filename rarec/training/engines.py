@@ -42,10 +42,6 @@ class Engine:
         self.world = world
         self.name = "DDP" if world.size > 1 else "one process"
 
-    def advice(self, llm: Llm) -> str:
-        """Return a hint for users of this engine with this language model; empty if there is none."""
-        return ""
-
     def loading(self, llm: Llm) -> AbstractContextManager[None]:
         """Return the context in which language models are loaded, in shards if the engine shards them."""
         return nullcontext()

@@ -47,16 +47,6 @@ class ZeroEngine(Engine):
         self.stage = int(config["zero_optimization"]["stage"])
         self.name = f"ZeRO-{self.stage}"
 
-    def advice(self, llm: Llm) -> str:
-        """See `Engine`."""
-        if self.stage != 3 or llm.gradient_checkpointing:
-            return ""
-        # autograd saves the gathered weight of each linear layer, once for each tower
-        return (
-            "ZeRO-3 keeps two copies of the gathered weights until the backward pass: for a large model set "
-            "llm.gradient_checkpointing: true, or use configs/accelerate/fsdp2.yaml"
-        )
-
     @contextmanager
     def loading(self, llm: Llm) -> Iterator[None]:
         """See `Engine`. With stage 3 only rank 0 reads the file, and each rank keeps its shard."""
