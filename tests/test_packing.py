@@ -7,6 +7,7 @@ from rarec.config.method import Llm
 from rarec.errors import UserError
 from rarec.models.backbone import FrozenBackbone, Packing
 from rarec.models.language_model import PACKABLE, load_model
+from rarec.models.llm_attention import eager_attention
 from rarec.models.slots import Slots
 from tests.synthetic import tiny_model, write_llm
 
@@ -69,8 +70,8 @@ def test_text_states_are_those_of_padded_prompts(kind):
     ids_BT, mask_BT = batch()
     padded, packed = (FrozenBackbone(tiny_model(kind), "mean", sink=True, packs=packs) for packs in (False, True))
     torch.testing.assert_close(padded.text_states(ids_BT, mask_BT, [1, 0]), packed.text_states(ids_BT, mask_BT, [1, 0]))
-    with packed.padded():
-        torch.testing.assert_close(packed(ids_BT, mask_BT), padded(ids_BT, mask_BT))
+    with eager_attention(packed):
+        torch.testing.assert_close(packed(ids_BT, mask_BT), padded(ids_BT, mask_BT), rtol=1e-4, atol=1e-4)
     assert packed.packs
 
 

@@ -80,15 +80,6 @@ class FrozenBackbone(nn.Module):
         with self.injector.inject(packing.moved(slots) if packing is not None and slots is not None else slots):
             return self._run(ids_BT, mask_BT, packing)
 
-    @contextmanager
-    def padded(self) -> Iterator[None]:
-        """Run prompts padded within the context, also if they are packed otherwise."""
-        before, self.packs = self.packs, False
-        try:
-            yield
-        finally:
-            self.packs = before
-
     def text_states(self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int]) -> Tensor:
         """Return the pooled hidden states (L, B, D) that enter each of `blocks`, of prompts without slots.
 

@@ -50,7 +50,7 @@ def slot_shares(model: RaRec, side: str, batches: Iterable[SideBatch]) -> list[S
         sums = slot_attention(attention_BHTT, slots_BT, text_BT)
         totals[block] = totals[block] + sums if block in totals else sums
 
-    with eager_attention(model.backbone.trunk) as eager, model.backbone.padded():
+    with eager_attention(model.backbone) as eager:
         for batch in batches if eager else ():
             slots_BT = torch.zeros_like(batch.mask_BT).scatter(1, batch.positions_BK, 1)
             text_BT = batch.mask_BT * (1 - slots_BT)
@@ -75,18 +75,22 @@ def slot_attention(attention_BHTT: Tensor, slots_BT: Tensor, text_BT: Tensor) ->
 
 
 @contextmanager
-def eager_attention(trunk: Any) -> Iterator[bool]:
-    """Switch a transformers model to eager attention within the context; yield False if it does not support it."""
+def eager_attention(backbone: FrozenBackbone) -> Iterator[bool]:
+    """Switch to eager attention over padded prompts within the context; yield False if the model does not support it."""
+    trunk: Any = backbone.trunk
     before = trunk.config._attn_implementation
+    packs = backbone.packs
     try:
         trunk.set_attn_implementation("eager")
     except (ValueError, ImportError):
         yield False
         return
+    backbone.packs = False
     try:
         yield True
     finally:
         trunk.set_attn_implementation(before)
+        backbone.packs = packs
 
 
 @contextmanager
