@@ -58,9 +58,8 @@ def known_device(name: str) -> Device | None:
 
     Where the name states less memory than the table, as for an A100 of 40 GB, the name's value is taken.
     """
-    words = (rf"(?<!\w){re.escape(device.name)}(?!\w)" for device in DEVICES)
-    matches = (re.search(word, name, re.IGNORECASE) for word in words)
-    device = next((device for device, match in zip(DEVICES, matches, strict=True) if match), None)
+    words = {rf"(?<!\w){re.escape(device.name)}(?!\w)": device for device in DEVICES}
+    device = next((device for word, device in words.items() if re.search(word, name, re.IGNORECASE)), None)
     stated = re.search(r"(\d+) ?GB", name, re.IGNORECASE)
     return replace(device, memory_gb=min(device.memory_gb, float(stated[1]))) if device and stated else device
 

@@ -35,11 +35,6 @@ class Place:
     def __init__(self) -> None:
         self.now = ((0, 0, 0), "starting", time.monotonic())
 
-    @property
-    def doing(self) -> str:
-        """The activity that was reported last."""
-        return self.now[1]
-
     def report(self, doing: str, step: int | None) -> None:
         """See `World.report`."""
         (turn, last, calls), _, _ = self.now
@@ -94,8 +89,9 @@ class World:
         yield from self._in_rounds(self.all_reduce_max(len(jobs)), jobs, jobs[-1:])
 
     def _in_rounds(self, rounds: int, own: Sequence[T], spare: Sequence[T]) -> Iterator[tuple[bool, T]]:
-        for number in track(range(rounds), self.place.doing):
-            self.report(self.place.doing)
+        doing = self.place.now[1]
+        for number in track(range(rounds), doing):
+            self.report(doing)
             yield (True, own[number]) if number < len(own) else (False, spare[0])
 
     def gather_rows(self, rows_b: Tensor, total: int) -> Tensor:

@@ -76,7 +76,7 @@ def slot_attention(attention_BHTT: Tensor, slots_BT: Tensor, text_BT: Tensor) ->
 
 @contextmanager
 def eager_attention(backbone: FrozenBackbone) -> Iterator[bool]:
-    """Switch to eager attention over padded prompts within the context; yield False if the model does not support it."""
+    """Use eager attention over padded prompts within the context; yield False if the model does not support it."""
     trunk: Any = backbone.trunk
     before = trunk.config._attn_implementation
     packs = backbone.packs
