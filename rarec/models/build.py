@@ -89,9 +89,8 @@ def build_model(
         m = config.alignment.instructions if variant.instructions else 0
         useful = bool(chosen) and (m > 0 or variant.projections)
         mapped = blocks if slots_from_blocks else (*blocks, count)
-        hidden = backbone.hidden_size
-        shape = (chosen, mapped, hidden, m, variant.projections)
-        alignment = AlignmentModule(*shape, source_class) if useful else None
+        hidden, projections = backbone.hidden_size, variant.projections
+        alignment = AlignmentModule(chosen, mapped, hidden, m, projections, source_class) if useful else None
         reads = alignment.roles if alignment is not None and (config.readout.slots or at_readout) else ()
         if backbone.sink:  # and those of instructions are the same for all users and items
             reads = tuple(role for role in reads if role != INSTRUCTIONS)

@@ -72,8 +72,6 @@ class Encoder:
             encoded = [self.prompts.item(int(row)) for row in part]
             vectors = {name: source.items_NE[part][:, None] for name, source in self.sources.items()}
             vectors_BZ = self._encode("item", self.model.item, encoded, vectors)
-            if len(part) == len(rows):
-                return vectors_BZ
             result = self.scratch.zeros((len(rows), vectors_BZ.shape[1]), np.float32) if result is None else result
             result[start : start + len(part)] = vectors_BZ
         if result is None:
