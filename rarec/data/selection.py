@@ -75,7 +75,8 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
         raise UserError("no user has two training interactions, so there is no sample", "provide a larger log")
     samples = _Samples(dataset, config, holdout)
     counts_FG = samples.count()
-    candidates_G, noise = counts_FG[CANDIDATE], int(counts_FG[NOISE].sum())
+    candidates_G = counts_FG[CANDIDATE]
+    noise = int(counts_FG[NOISE].sum())
     if not candidates_G.any():
         problem = f"shards.denoise drops all {noise} training samples: no target shares a title word with its history"
         remedy = "set shards.denoise to false, or set prepare.items.title to a column of words"
@@ -86,18 +87,28 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
     rng = np.random.default_rng([seed, *b"shards"])
     sampler = GroupSampler(groups_G, even_shares(groups_G, wanted, rng), rng)
     noise_sampler = GroupSampler(np.array([noise]), np.array([EXAMPLES]), np.random.default_rng([seed, *b"noise"]))
-    kept, kept_G, examples = [], np.zeros_like(candidates_G), []
-    for block in samples.blocks():
-        groups_S = block.buckets_S if config.diversify else 0
-        drawn = sampler.draw(np.where(block.fates_S == CANDIDATE, groups_S, -1))
-        kept.append((block.users_S[drawn], block.positions_S[drawn]))
-        kept_G += np.bincount(block.buckets_S[drawn], minlength=len(kept_G))
-        shown = noise_sampler.draw(np.where(np.isin(block.fates_S, NOISE), 0, -1))
-        examples += [_example(dataset, int(block.users_S[row]), int(block.positions_S[row])) for row in shown]
-    users_K, positions_K = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    users_K, positions_K, examples = _draw(samples, sampler, noise_sampler, config.diversify)
     order = rng.permutation(len(users_K))
+    buckets_K = samples.grid.bucket(users_K, dataset.items_at(users_K, positions_K))
+    kept_G = np.bincount(buckets_K, minlength=samples.grid.size)
     report = _report(samples.grid, counts_FG, kept_G, wanted) | {"noise": examples}
     return Selection(users_K[order], positions_K[order], report)
+
+
+def _draw(
+    samples: "_Samples", sampler: "GroupSampler", noise_sampler: "GroupSampler", diversify: bool
+) -> tuple[Int32, Int32, list[dict[str, Any]]]:
+    """Return the users and positions of the drawn samples, and examples of what denoising drops."""
+    kept = []
+    examples = []
+    for block in samples.blocks():
+        groups_S = block.buckets_S if diversify else 0
+        drawn = sampler.draw(np.where(block.fates_S == CANDIDATE, groups_S, -1))
+        kept.append((block.users_S[drawn], block.positions_S[drawn]))
+        shown = noise_sampler.draw(np.where(np.isin(block.fates_S, NOISE), 0, -1))
+        examples += [_example(samples.dataset, int(block.users_S[row]), int(block.positions_S[row])) for row in shown]
+    users_K, positions_K = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    return users_K, positions_K, examples
 
 
 def _report(grid: "Grid", counts_FG: Int64, kept_G: Int64, wanted: int) -> dict[str, Any]:
@@ -239,16 +250,16 @@ class _Samples:
     """All training samples, a block at a time; which share a word is computed once, and kept as bits."""
 
     def __init__(self, dataset: PreparedDataset, config: Shards, holdout: float) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._first_target_U = dataset.train_length_U - dataset.held_out_U(holdout) if holdout else None
         self.grid = Grid(dataset, config)
         self._words = TitleWords.of(dataset.titles, dataset.untitled) if config.denoise else None
         self._sharing: dict[int, npt.NDArray[np.uint8]] = {}
 
     def blocks(self) -> Iterator[_Block]:
-        for users in self._dataset.user_blocks(BLOCK):
-            users_S, positions_S = self._dataset.training_samples(users)
-            targets_S = self._dataset.items_at(users_S, positions_S)
+        for users in self.dataset.user_blocks(BLOCK):
+            users_S, positions_S = self.dataset.training_samples(users)
+            targets_S = self.dataset.items_at(users_S, positions_S)
             fates_S = np.full(len(users_S), CANDIDATE)
             if self._words is not None:
                 fates_S[self._words.counts_N[targets_S] == 0] = WORDLESS
@@ -269,8 +280,8 @@ class _Samples:
     def _shares_word(self, words: "TitleWords", users: slice, samples: int) -> Mask:
         """Return True where the target's title shares a word with an earlier one."""
         if users.start not in self._sharing:
-            users_i, positions_i = self._dataset.training_positions(users)
-            sharing_i = words.shared_with_earlier(users_i, self._dataset.items_at(users_i, positions_i))
+            users_i, positions_i = self.dataset.training_positions(users)
+            sharing_i = words.shared_with_earlier(users_i, self.dataset.items_at(users_i, positions_i))
             self._sharing[users.start] = np.packbits(sharing_i[positions_i > 0])
         return np.unpackbits(self._sharing[users.start], count=samples).astype(bool)
 

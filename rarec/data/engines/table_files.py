@@ -102,7 +102,8 @@ def find_files(path: str, section: str) -> TableLocation:
     Raises:
         UserError: there is no such file, a file is empty, or the format is unknown or mixed.
     """
-    location, field = resolve_path(path).removeprefix("file://"), f"{section}.path"
+    location = resolve_path(path).removeprefix("file://")
+    field = f"{section}.path"
     system = open_file_system(location, field) if "://" in location else None
     try:
         paths = _list(location) if system is None else _list_remote(location, system)

@@ -121,4 +121,5 @@ HASH_RANGE = 16**7
 def text_hash(text: ir.StringColumn) -> ir.IntegerColumn:
     """Return the first seven hex digits of the md5 of a text as an integer, the same on every engine."""
     digest, digits = text.hexdigest("md5"), ibis.literal("0123456789abcdef")
-    return sum((digits.find(digest.substr(at, 1)).cast("int64") * 16 ** (6 - at) for at in range(7)), ibis.literal(0))
+    values = (digits.find(digest.substr(place, 1)).cast("int64") * 16 ** (6 - place) for place in range(7))
+    return sum(values, ibis.literal(0))

@@ -131,7 +131,9 @@ def write_tar(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[s
 def index_tar(path: Path, shard: int) -> IndexRows:
     """Return the (S,) index rows of an intact tar, from the tar alone."""
     tar = np.memmap(path, np.uint8, "r").data
-    rows, offsets, end = [], dict[str, int](), 0
+    rows = []
+    offsets = dict[str, int]()
+    end = 0
     for offset, name, data in _members(tar):
         offsets.setdefault(name.partition(".")[0], offset)
         end = offset + tarfile.BLOCKSIZE + _padded(len(data))
