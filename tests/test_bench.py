@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from select import select
 
 import pytest
@@ -51,8 +52,8 @@ def test_without_shards_the_command_that_makes_them_is_named(finished, tmp_path)
 def test_a_row_of_the_harness_is_judged_by_its_ratio():
     fast, slow = Row.least("a", 30, 10, 2, "users/s"), Row.most("b", 30, 10, 2, "s")
     assert (fast.ratio, fast.met, slow.met) == (3, True, False)
-    assert slow.with_ratio(2).met
-    assert not fast.with_ratio(1.99).met
+    assert replace(slow, ratio=2).met
+    assert not replace(fast, ratio=1.99).met
     assert fast.figure().figure == "30 / 10 users/s = 3.00"
 
 
@@ -66,7 +67,7 @@ def python(place, code):
 
 
 def test_a_check_of_a_gpu_that_fails_or_hangs_is_a_figure_and_the_others_go_on(place, monkeypatch):
-    """Of what a launcher says, the line of the command below it counts."""
+    """The reason is the command's own line, not that of its launcher."""
     monkeypatch.setattr(gpu_place, "LONGEST", 3)
     jobs = {
         "fails": python(place, "raise SystemExit('error: no file -> make it\\nTraceback of a launcher')"),
@@ -74,44 +75,43 @@ def test_a_check_of_a_gpu_that_fails_or_hangs_is_a_figure_and_the_others_go_on(p
         "has a defect": lambda: [][0],
         "works": lambda: [Figure("loss", "1.0")],
     }
-    found = place.figures(jobs)
-    assert [(one.what, one.met) for one in found] == [*((name, False) for name in list(jobs)[:3]), ("loss", None)]
-    assert found[0].figure == "error: no file -> make it"
-    assert "3 s" in found[1].figure
-    assert "IndexError" in found[2].figure
+    figures = place.figures(jobs)
+    assert [(row.what, row.met) for row in figures] == [*((name, False) for name in list(jobs)[:3]), ("loss", None)]
+    assert figures[0].figure == "error: no file -> make it"
+    assert "3 s" in figures[1].figure
+    assert "IndexError" in figures[2].figure
 
 
 def test_a_signal_ends_all_that_runs(place):
-    """Also what a command has started: a pipe ends with the last process that holds it."""
+    """The command's own children end as well: a pipe is closed by the last process that holds it."""
     command = "import subprocess; subprocess.run(['sh', '-c', 'echo started; sleep 99'])"
     read, write = os.pipe()
-    with os.fdopen(read, "rb") as heard, os.fdopen(write, "wb") as said:
-        process = place.started([sys.executable, "-c", command], said)
-        said.close()
-        assert heard.readline() == b"started\n"
+    with os.fdopen(read, "rb") as reading, os.fdopen(write, "wb") as writing:
+        process = place.started([sys.executable, "-c", command], writing)
+        writing.close()
+        assert reading.readline() == b"started\n"
         with pytest.raises(KeyboardInterrupt):
             place.stop()
         assert process.wait(10) == -signal.SIGKILL
-        ended, _, _ = select([heard], [], [], 10)
-        assert ended
-        assert heard.read() == b""
+        closed, _, _ = select([reading], [], [], 10)
+        assert closed
+        assert reading.read() == b""
 
 
 def test_a_check_without_time_left_is_not_started(tmp_path):
     late = Place("cpu", 1, tmp_path, time.monotonic() - 1)
-    (found,) = late.figures({"late": python(late, f"open({str(tmp_path / 'started')!r}, 'w')")})
-    assert "--minutes" in found.figure
+    (figure,) = late.figures({"late": python(late, f"open({str(tmp_path / 'started')!r}, 'w')")})
+    assert "--minutes" in figure.figure
     assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.slow
 def test_the_checks_of_a_gpu_work_on_the_cpu(tmp_path):
     options = ["--device", "cpu", "--only", "speed", "ids", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.bench.gpu", *options], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "tools.bench.gpu", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     figures = json.loads((tmp_path / "cpu.json").read_text())["figures"]
     assert done.returncode == 0, (done.stderr, figures)
-    names = " ".join(one["what"] for one in figures)
+    names = " ".join(row["what"] for row in figures)
     assert {"compiled", "float32", "bfloat16"} <= set(re.findall(r"\w+", names))
-    assert all(one["met"] is not False for one in figures)
+    assert all(row["met"] is not False for row in figures)

@@ -38,9 +38,9 @@ def run(tmp_path, monkeypatch):
 
 def test_a_line_is_a_user_and_an_item_is_known_by_its_asin(run, tmp_path, capsys):
     run()
-    said = capsys.readouterr().out
-    assert "2 users, 3 items, 5 interactions" in said
-    assert "items without a title: 2" in said
+    message = capsys.readouterr().out
+    assert "2 users, 3 items, 5 interactions" in message
+    assert "items without a title: 2" in message
     log = pq.read_table(tmp_path / "made/interactions.parquet").to_pydict()
     assert log == {"user_id": [1, 1, 2, 2, 2], "item_id": [1, 2, 2, 1, 3], "position": [0, 1, 0, 1, 2]}
     items = pq.read_table(tmp_path / "made/items.parquet").to_pydict()
@@ -48,7 +48,7 @@ def test_a_line_is_a_user_and_an_item_is_known_by_its_asin(run, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("Beauty.txt", b"1 1 2\n2 2 one\n", "line 2"),
         ("Beauty.txt", b"1 1 2\n2\n", "line 2"),
@@ -62,8 +62,8 @@ def test_a_line_is_a_user_and_an_item_is_known_by_its_asin(run, tmp_path, capsys
         ("meta.json.gz", gzip.compress(b"import os", mtime=0), "metadata"),
     ],
 )
-def test_the_file_at_fault_is_named_and_nothing_written(run, tmp_path, name, content, said):
-    with pytest.raises(UserError, match=said) as refused:
+def test_the_file_at_fault_is_named_and_nothing_written(run, tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message) as refused:
         run(**{name: content})
     assert str(tmp_path / name) in str(refused.value)
     assert not (tmp_path / "made").exists()

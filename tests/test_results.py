@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,10 +24,11 @@ from rarec.ranking.metrics import mean_intervals, paired_intervals
 from rarec.stages.run import Run
 from rarec.storage.artefacts import write_manifest, write_sealed
 from rarec.storage.files import sha256_file, write_json, write_text
-from tools.collect_results import SeedMeans, collect, settings_of
+from tools.collect_results import collect, read_ranks, settings_of
 from tools.make_results import Pages, main
 from tools.results_figures import Figures
 from tools.results_site import on_page_markdown
+from tools.results_statistics import SeedMeans
 
 ROOT = Path(__file__).parents[1]
 BASE = """
@@ -73,7 +75,7 @@ def finish(
     ranks: Mapping[str, Sequence[int]],
     record: Mapping[str, Any] | None = None,
     strata: Any = None,
-    **of: Sequence[str],
+    **split: Sequence[str],
 ) -> None:
     """A run with the files that finished stages leave, its ranks made by hand."""
     opened = Run(run.config)
@@ -85,7 +87,7 @@ def finish(
             write_text(stage.directory / "log.jsonl", "".join(lines))
             figures["log"] = sha256_file(stage.directory / "log.jsonl")
         if stage.name == "evaluate":
-            write_ranks(stage.directory / "ranks.parquet", ranks, **of)
+            write_ranks(stage.directory / "ranks.parquet", ranks, **split)
             write_json(stage.directory / "metrics.json", [])
             write_json(stage.directory / "strata.json", strata or [])
         stage.directory.mkdir(parents=True, exist_ok=True)
@@ -129,47 +131,47 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if "|" in line][2:]
 
 
-def test_a_figure_is_the_mean_over_users_of_their_means_over_seeds(tmp_path):
-    files = [write_ranks(tmp_path / f"{seed}.parquet", ranks) for seed, ranks in RANKS.items()]
-    means = SeedMeans.read(files)
-    found = mean_intervals(means.values["id_only"])
-    assert (means.users, means.left_out) == (list("abcd"), 0)
-    assert [found[metric].mean for metric in HEADLINE] == pytest.approx(
+def ranks_of(ranks: Mapping[str, Sequence[int]], users: str = "abcd", targets: str = "wxyz") -> pd.DataFrame:
+    """Return the ranks of a seed as they are read from its file, with the users' names."""
+    return pd.DataFrame({"target": list(targets), **ranks}, index=list(users))
+
+
+def test_a_figure_is_the_mean_over_users_of_their_means_over_seeds():
+    means = SeedMeans.of({str(seed): ranks_of(ranks) for seed, ranks in RANKS.items()})
+    intervals = mean_intervals(means.values["id_only"])
+    assert (means.users.tolist(), means.left_out) == (list("abcd"), 0)
+    assert [intervals[metric].mean for metric in HEADLINE] == pytest.approx(
         [2.5 / 4, 3 / 4, (1 + 1.5 / math.log2(6)) / 4, (1 + 1 / 8 + 1 / 200 + 1 / 5) / 4]
     )
-    assert found["hr@10"] == mean_intervals({"hr@10": np.array([1, 0.5, 0, 1])})["hr@10"]
+    assert intervals["hr@10"] == mean_intervals({"hr@10": np.array([1, 0.5, 0, 1])})["hr@10"]
     differences = paired_intervals(means.values["per_layer+id"], means.values["id_only"])
     assert differences["mrr"] == mean_intervals({"mrr": 1 - np.array([1, 1 / 8, 1 / 200, 1 / 5])})["mrr"]
 
 
-def test_one_seed_gives_the_figures_of_the_runs_own_metrics(tmp_path):
+def test_one_seed_gives_the_figures_of_the_runs_own_metrics():
     ranks = {variant: np.array(own) for variant, own in RANKS[17].items()}
-    values = SeedMeans.read([write_ranks(tmp_path / "x.parquet", RANKS[17])]).values
+    values = SeedMeans.of({"17": ranks_of(RANKS[17])}).values
     for row in metric_rows(ranks, [10, 100], resamples=300, seed=17):
-        found = mean_intervals(values[row["variant"]], 300, 17)[row["metric"]]
-        assert found == (row["value"], row["low"], row["high"])
+        interval = mean_intervals(values[row["variant"]], 300, 17)[row["metric"]]
+        assert interval == (row["value"], row["low"], row["high"])
     pairs = [("per_layer+id", "id_only")]
     for row in comparison_rows(ranks, pairs, [10, 100], resamples=300, seed=17):
-        found = paired_intervals(*(values[name] for name in pairs[0]), 300, 17)[row["metric"]]
-        assert found == (row["difference"], row["low"], row["high"])
+        interval = paired_intervals(*(values[name] for name in pairs[0]), 300, 17)[row["metric"]]
+        assert interval == (row["difference"], row["low"], row["high"])
 
 
-def test_seeds_are_paired_by_user_in_any_order_and_the_others_are_counted(tmp_path):
-    one = write_ranks(tmp_path / "1.parquet", {"id_only": [1, 2, 4]}, "abc", "xyz")
-    two = write_ranks(tmp_path / "2.parquet", {"id_only": [8, 2, 1]}, "cbe", "zyv")
-    means = SeedMeans.read([one, two])
-    assert (means.users, means.left_out) == (["b", "c"], 2)
+def test_seeds_are_paired_by_user_in_any_order_and_the_others_are_counted():
+    seeds = {"1": ranks_of({"id_only": [1, 2, 4]}, "abc", "xyz"), "2": ranks_of({"id_only": [8, 2, 1]}, "cbe", "zyv")}
+    means = SeedMeans.of(seeds)
+    assert (means.users.tolist(), means.left_out) == (["b", "c"], 2)
     assert means.values["id_only"]["mrr"].tolist() == [1 / 2, (1 / 4 + 1 / 8) / 2]
 
 
-def test_seeds_of_other_splits_are_refused(tmp_path):
-    one = write_ranks(tmp_path / "1.parquet", {"id_only": [1, 2]}, "ab", "xy")
-    other = write_ranks(tmp_path / "2.parquet", {"id_only": [1, 2]}, "ab", "xz")
-    with pytest.raises(UserError, match=r"2.parquet"):
-        SeedMeans.read([one, other])
-    strangers = write_ranks(tmp_path / "3.parquet", {"id_only": [1, 2]}, "cd", "xy")
-    with pytest.raises(UserError, match=r"3.parquet"):
-        SeedMeans.read([one, strangers])
+@pytest.mark.parametrize(("users", "targets"), [("ab", "xz"), ("cd", "xy")])
+def test_seeds_of_other_splits_are_refused(users, targets):
+    seeds = {"1": ranks_of({"id_only": [1, 2]}, "ab", "xy"), "other": ranks_of({"id_only": [1, 2]}, users, targets)}
+    with pytest.raises(UserError, match="other"):
+        SeedMeans.of(seeds)
 
 
 def test_the_page_has_every_finished_run_and_names_every_other(path):
@@ -222,11 +224,12 @@ def test_every_pair_of_variants_is_kept_with_its_interval_in_both_directions(pat
     finish(load_sweep(path).runs[0], RANKS[17])
     kept = collected(path)["runs"]["plain"]
     assert len(kept["differences"]) == 6
-    values = SeedMeans.read([load_sweep(path).runs[0].directory / "evaluation" / "ranks.parquet"]).values
-    found = Figures(Path("results"))
-    for one, other in (("id_only", "per_layer+id"), ("per_layer+id", "id_only")):
-        expected = paired_intervals(values[one], values[other], 300, 17)["mrr"]
-        assert found.difference("sweep", ("plain", one), ("plain", other), "mrr") == pytest.approx(expected, abs=1e-8)
+    ranks = read_ranks(load_sweep(path).runs[0].directory / "evaluation" / "ranks.parquet")
+    values, figures = SeedMeans.of({"17": ranks}).values, Figures(Path("results"))
+    for left, right in (("id_only", "per_layer+id"), ("per_layer+id", "id_only")):
+        expected = paired_intervals(values[left], values[right], 300, 17)["mrr"]
+        difference = figures.difference("sweep", ("plain", left), ("plain", right), "mrr")
+        assert difference == pytest.approx(expected, abs=1e-8)
 
 
 def test_a_run_that_is_gone_keeps_its_figures_while_its_settings_are_the_same(path):
@@ -241,8 +244,8 @@ def test_a_run_that_is_gone_keeps_its_figures_while_its_settings_are_the_same(pa
 
 
 def test_a_run_whose_settings_have_changed_is_dropped_and_named(path):
-    for at in (0, 2):
-        finish(load_sweep(path).runs[at], RANKS[17])
+    for number in (0, 2):
+        finish(load_sweep(path).runs[number], RANKS[17])
     collected(path)
     path.write_text(SWEEP.replace("plain: {}", "plain: {train.lr: 0.5}"))
     (dropped,) = collect(load_sweep(path), Path("results"))
@@ -267,7 +270,7 @@ def test_a_run_collected_without_another_is_not_compared_with_what_is_kept_of_it
 
 
 def test_what_is_kept_names_no_user_and_no_item(path):
-    users, items = [f"customer-{one}" for one in "abcd"], [f"article-{one}" for one in "wxyz"]
+    users, items = [f"customer-{user}" for user in "abcd"], [f"article-{item}" for item in "wxyz"]
     finish(load_sweep(path).runs[0], RANKS[17], users=users, targets=items)
     collected(path, "plain")
     for file in Path("results").rglob("*.*"):
@@ -373,20 +376,20 @@ def test_figures_in_the_text_are_those_of_the_tables(path):
     cited = ["plain:id_only hr@10", "plain:id_only hr@10 mean", "plain:id_only - per_layer+id mrr"]
     cited += ["other:plain:id_only hr@100 mean", "share/shards.share=0.5:id_only - plain:id_only hr@10 mean"]
     cited += ["plain:id_only hr@10,hr@100 mean", "plain users", "plain seeds"]
-    words("".join(f"- {{{{{one}}}}}, so.\n" for one in cited))
+    words("".join(f"- {{{{{figure}}}}}, so.\n" for figure in cited))
     made = page(path)
-    found = [line.removeprefix("- ").removesuffix(", so.") for line in made.splitlines()[:40] if line.endswith(", so.")]
+    shown = [line.removeprefix("- ").removesuffix(", so.") for line in made.splitlines()[:40] if line.endswith(", so.")]
     table = {tuple(row[:2]): row for row in rows_of(made, "Figures")}
-    assert found[0] == table["plain", "ID model"][2]
-    assert found[1] == ".6250"
-    assert found[2].startswith("\N{MINUS SIGN}66.8 (")  # 1.33 of 4 less than four firsts
-    assert found[3] == ".0000"
-    assert found[4] == "25.0"  # three quarters, and by that seed of the other a half
-    assert found[5:] == [".6250 | .7500", "4", "2"]
+    assert shown[0] == table["plain", "ID model"][2]
+    assert shown[1] == ".6250"
+    assert shown[2].startswith("\N{MINUS SIGN}66.8 (")  # 1.33 of 4 less than four firsts
+    assert shown[3] == ".0000"
+    assert shown[4] == "25.0"  # three quarters, and by that seed of the other a half
+    assert shown[5:] == [".6250 | .7500", "4", "2"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "named"),
+    ("figure", "named"),
     [
         ("hr@10", "hr@10"),
         ("plan:id_only hr@10", "run `plan`"),
@@ -400,11 +403,11 @@ def test_figures_in_the_text_are_those_of_the_tables(path):
         ("plain:id_only - other:plain:id_only hr@10", "two sweeps"),
     ],
 )
-def test_an_unknown_figure_is_refused_with_what_is_wrong(path, asked, named):
+def test_an_unknown_figure_is_refused_with_what_is_wrong(path, figure, named):
     finish(load_sweep(path).runs[0], RANKS[17], strata=[stratum("id_only", "0-3", 0.5)])
     collected(path)
     shutil.copy("results/sweep.json", "results/other.json")
-    words(f"It is {{{{{asked}}}}}.")
+    words(f"It is {{{{{figure}}}}}.")
     with pytest.raises(UserError, match=named):
         pages()
 
@@ -504,8 +507,8 @@ def test_strata_are_those_of_each_seed_of_the_first_run(path):
     finish(first, RANKS[17], strata=[*both, stratum("id_only", "0-3", 0.9, "hr@10")])
     finish(second, RANKS[18], strata=[stratum(variant, "0-3", 0.1) for variant in ("id_only", "per_layer")])
     finish(third, RANKS[17], strata=both)
-    one, several = "share/shards.share=0.5:id_only", "plain:id_only"
-    words(f"# A\n\n{{{{{one} hr@100 in popularity 4-9}}}}; {{{{{several} hr@100 in popularity 0-3}}}}\n")
+    single, several = "share/shards.share=0.5:id_only", "plain:id_only"
+    words(f"# A\n\n{{{{{single} hr@100 in popularity 4-9}}}}; {{{{{several} hr@100 in popularity 0-3}}}}\n")
     made = page(path)
     shown = rows_of(made, "By history and popularity")
     cells = [".5000 (.4000 to .6000)", ".5000 (.4000 to .6000)", "30"]
@@ -591,10 +594,10 @@ def test_the_readme_is_filled_between_its_markers_and_nowhere_else(path):
     finish(load_sweep(path).runs[0], RANKS[17])
     collected(path)
     words("| a |\n| --- |\n| {{sweep:plain:per_layer hr@10 mean}} |", "blocks/table.md")
-    asked = "{{{{sweep:plain:id_only hr@10 mean}}}}"  # doubled for `format`
+    figure = "{{{{sweep:plain:id_only hr@10 mean}}}}"  # doubled for `format`
     text = (
         "Top\n\n<!-- results: table -->{}<!-- /results -->\n\n.1 and <!-- results: "
-        + asked
+        + figure
         + " -->{}<!-- /results -->\n"
     )
     Path("README.md").write_text(text.format("old\n", ".9"))
@@ -624,10 +627,10 @@ def test_the_projects_own_pages_are_those_that_the_tool_makes():
     remedy = "run: python -m tools.make_results"
     for page, text in Pages(ROOT).texts.items():
         assert (ROOT / page).exists(), f"{page}: {remedy}"
-        there = (ROOT / page).read_text()
-        if page.suffix == ".svg" and f"Matplotlib v{matplotlib.__version__}" not in there:
+        committed = (ROOT / page).read_text()
+        if page.suffix == ".svg" and f"Matplotlib v{matplotlib.__version__}" not in committed:
             continue  # another version draws other bytes
-        assert there == text, f"{page}: {remedy}"
+        assert committed == text, f"{page}: {remedy}"
 
 
 def test_the_projects_own_results_are_short_and_small():

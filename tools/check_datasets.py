@@ -10,7 +10,6 @@ step, the fixed point of the k-core, every user's items in the order of time and
 and the number of training interactions of each item.
 """
 
-import argparse
 import hashlib
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 
 from rarec.config.schema import Prepare
 from rarec.data.dataset import PreparedDataset
-from tools.bench.measuring import prepare_dataset
+from tools.bench.measuring import options, prepare_dataset
 
 Counts = dict[str, int]
 """Interactions, users, items."""
@@ -91,6 +90,7 @@ class SecondComputation:
         self.catalogue = sorted(self.log["item"].unique() if known.fewest[1] else catalogue)
 
     def _note(self, step: str, log: pd.DataFrame) -> pd.DataFrame:
+        """Count the rows that a step leaves."""
         self.steps[step] = {"interactions": len(log), "users": log.user.nunique(), "items": log["item"].nunique()}
         return log
 
@@ -120,7 +120,7 @@ class SecondComputation:
 
 def in_order(log: pd.DataFrame) -> pd.DataFrame:
     """Sort by user and time; ties by (U + 1)(I + 1) mod 2**31 - 1 of the hashes of the ids, then by item."""
-    hashed = {name: log[name].map({one: hash_of(one) for one in log[name].unique()}) for name in ("user", "item")}
+    hashed = {name: log[name].map({each: hash_of(each) for each in log[name].unique()}) for name in ("user", "item")}
     tie = (hashed["user"] + 1) * (hashed["item"] + 1) % (2**31 - 1)
     return log.assign(tie=tie).sort_values(["user", "order", "tie", "item"], ignore_index=True).drop(columns="tie")
 
@@ -181,8 +181,8 @@ def differences(dataset: PreparedDataset, second: SecondComputation, known: Know
     order = "time" if known.order == "timestamp" else "position"
     orders = pq.read_table(dataset.directory / "interactions.parquet")[order].to_numpy()
     for name, wanted in [*second.tables(), (order, second.log.order)]:
-        found = orders if name == order else getattr(dataset, name)
-        if not np.array_equal(np.asarray(found), np.asarray(wanted)):
+        column = orders if name == order else getattr(dataset, name)
+        if not np.array_equal(np.asarray(column), np.asarray(wanted)):
             yield f"{name} differs from the second computation"
 
 
@@ -190,23 +190,21 @@ def check(directory: Path, known: Known, policy: str, scratch: Path) -> bool:
     """Prepare a log with both, print the result, and return True if nothing differs."""
     dataset = prepare_dataset(configure(directory, known, policy), scratch)
     second = SecondComputation(directory, known, policy)
-    found = list(differences(dataset, second, known))
+    wrong = list(differences(dataset, second, known))
     tied, untied = second.ties()
     left = ", ".join(f"{count:,} {what}" for what, count in steps_of(dataset)["core"].items())
-    dropped = ", ".join(f"{step} {one['interactions']:,}" for step, one in second.steps.items())
-    print(f"{'WRONG' if found else 'ok':5} {directory.name}, repeats: {policy}: {left}")
-    print(f"      interactions after each step: {dropped}")
+    after = ", ".join(f"{step} {counts['interactions']:,}" for step, counts in second.steps.items())
+    print(f"{'WRONG' if wrong else 'ok':5} {directory.name}, repeats: {policy}: {left}")
+    print(f"      interactions after each step: {after}")
     print(f"      {tied:,} interactions in ties; no tie decides the targets of {untied:,} users")
-    for line in found:
+    for line in wrong:
         print(f"      {line}")
-    return not found
+    return not wrong
 
 
 def main() -> int:
     """Check every log that exists."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path)
-    path, right = parser.parse_args().path, []
+    path, right = options(__doc__, "path").path, []
     for name, known in KNOWN.items():
         if not (path / name / "interactions.parquet").is_file():
             print(f"skip  {name}: not in {path}")

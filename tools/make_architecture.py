@@ -58,12 +58,12 @@ def _name(path: Path) -> str:
 def _imported(name: str, path: Path, paths: dict[str, Path]) -> set[str]:
     tree = ast.parse(path.read_text())
     only_types = {inner for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
-    found: set[str] = set()
+    imported: set[str] = set()
     for node in ast.walk(tree):
         modules = {_short(module, paths) for module in _modules(node) if module.split(".")[0] == "rarec"}
         same_room = {module for module in modules if module.split(".")[0] == name.split(".")[0]}
-        found |= modules - same_room if node in only_types else modules
-    return found - {name}
+        imported |= modules - same_room if node in only_types else modules
+    return imported - {name}
 
 
 def _modules(node: ast.AST) -> list[str]:

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rarec.storage.directories import new_directory
@@ -61,8 +60,6 @@ class Log:
     tastes: int = 16
     fewest: int = 5
     """Minimum interactions per user, before junk replaces some."""
-    zipf: float = 1.0
-    """Exponent of the popularity distribution."""
     follow: float = 0.5
     """Share of interactions that follow from the previous one."""
     ties: float = 0.1
@@ -75,10 +72,6 @@ class Log:
     """Share of rows that repeat another row. Without it, no user has an item twice in one second."""
     shuffled: bool = False
     """Shuffle rows within blocks of half a million instead of sorting them by user and time."""
-    iso: bool = False
-    """Write times as ISO 8601 text instead of Unix seconds."""
-    text_items: bool = False
-    """Write item ids as text instead of integers."""
 
     def __post_init__(self) -> None:
         if self.users * self.fewest > self.interactions - self.rows(self.duplicates):
@@ -103,14 +96,9 @@ class Log:
         return total * users.stop // self.users - total * users.start // self.users
 
 
-def zipf_ranks(uniform: npt.NDArray[np.float64], count: int | Ints, exponent: float) -> Ints:
-    """Draw ranks below `count` by inverting a power law: the probability of a rank is about (rank + 1) ** -exponent."""
-    top = np.add(count, 1.0)
-    if exponent == 1:
-        drawn = np.exp(uniform * np.log(top))
-    else:
-        power = 1 - exponent
-        drawn = (1 + uniform * (top**power - 1)) ** (1 / power)
+def zipf_ranks(uniform: npt.NDArray[np.float64], count: int | Ints) -> Ints:
+    """Draw ranks below `count` by inverting a power law: the probability of a rank is about 1 / (rank + 1)."""
+    drawn = np.exp(uniform * np.log(np.add(count, 1.0)))
     return np.minimum(drawn.astype(np.int64), count) - 1
 
 
@@ -123,14 +111,12 @@ class Catalogue:
         self.sizes_of_tastes = (log.items - np.arange(log.tastes) + log.tastes - 1) // log.tastes
         self.rows_N = rng.permutation(log.items)
         self.successors_NK = np.stack([self._another(rng) for _ in range(SUCCESSORS)], axis=1)
-        numbers = range(1, log.items + log.items // 10 + 2)
-        self.ids = pa.array([f"B{number:09d}" for number in numbers] if log.text_items else numbers)
+        self.ids = pa.array(range(1, log.items + log.items // 10 + 2))
         """Ids by row; those beyond the last item are not in the catalogue."""
 
     def draw(self, tastes: Ints, rng: np.random.Generator) -> Ints:
         """Draw the rank of an item of each taste, by popularity."""
-        sizes = self.sizes_of_tastes[tastes]
-        return zipf_ranks(rng.random(len(tastes)), sizes, self.log.zipf) * self.log.tastes + tastes
+        return zipf_ranks(rng.random(len(tastes)), self.sizes_of_tastes[tastes]) * self.log.tastes + tastes
 
     def write(self, path: Path) -> None:
         """Write the item table."""
@@ -179,7 +165,7 @@ def ranks_of(catalogue: Catalogue, users_I: Ints, starts_U: Ints, lengths_U: Int
     ranks_I = np.empty(total, dtype=np.int64)
     ranks_I[rows_F] = catalogue.draw(tastes_2U[second_F.astype(np.int64), users_F], rng)
     wander = rows_F[rng.random(len(rows_F)) < WANDER]
-    ranks_I[wander] = zipf_ranks(rng.random(len(wander)), log.items, log.zipf)
+    ranks_I[wander] = zipf_ranks(rng.random(len(wander)), log.items)
     rows = rows_F
     while len(rows := rows[~fresh[rows + 1]] + 1):
         which = (SUCCESSORS * rng.random(len(rows)) ** 2).astype(np.int64)
@@ -222,12 +208,11 @@ def block_of(catalogue: Catalogue, users: range) -> pa.Table:
     if log.shuffled:
         rng.shuffle(rows)
     ids = pa.array([f"u{number:09d}" for number in _scattered(log.users, users)])
-    moments = pa.array(times_I[rows])
     return pa.table(
         {
             "user": ids.take(pa.array(users_I[rows], mask=absent_2I[0, rows])),
             "item": catalogue.ids.take(pa.array(items_I[rows], mask=absent_2I[1, rows])),
-            "time": pc.strftime(moments.cast(pa.timestamp("s")), "%Y-%m-%dT%H:%M:%SZ") if log.iso else moments,
+            "time": times_I[rows],
         }
     )
 

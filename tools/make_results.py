@@ -44,8 +44,9 @@ from rarec.evaluation.labels import (
 from rarec.evaluation.rows import pairs_of_interest
 from rarec.ranking.metrics import Interval
 from rarec.storage.files import write_text
-from tools.collect_results import HITS, Summary, collect
-from tools.results_figures import Figures, Line, cell, colours, curve_svg, rows_svg, strata_svg
+from tools.collect_results import collect
+from tools.results_figures import Figures, Line, cell, colours, curve_svg, naming, rows_svg, strata_svg
+from tools.results_statistics import HITS, Summary
 
 TITLES = {
     "settings": "Runs",
@@ -110,16 +111,14 @@ class Tables:
         """Table the pairs of interest of every run, and the first run's fusion minus those of other main variants."""
         rows = []
         for name, run in self.runs.items():
-            for one, other in pairs_of_interest(run["figures"], run["main"]):
-                cells = self._difference((name, one), (name, other))
-                rows.append([name, f"{variant_title(one)} minus {variant_title(other)}", *cells, *_counts(run)])
+            for left, right in pairs_of_interest(run["figures"], run["main"]):
+                rows.append([name, _minus(left, right), *self._cells_of((name, left), (name, right)), *_counts(run)])
         main = self.runs[self.first]["main"]
         for name, run in self.runs.items():
             if run["main"] != main:
-                one, other = main + FUSED, run["main"] + FUSED
-                cells = self._across((self.first, one), (name, other))
-                title = f"{variant_title(one)} minus {variant_title(other)}"
-                rows += [[f"{self.first}, {name}", title, *cells]] if cells else []
+                left, right = main + FUSED, run["main"] + FUSED
+                title = f"{self.first}, {name}"
+                rows += self._across([title, _minus(left, right)], (self.first, left), (name, right))
         return table(["run", "difference", *_METRICS, "users", "seeds"], rows)
 
     def against(self, base: str) -> str:
@@ -127,23 +126,23 @@ class Tables:
         rows = []
         for name, run in self.runs.items():
             for variant in (run["main"], run["main"] + FUSED) if name != base else ():
-                cells = self._across((name, variant), (base, variant))
-                rows += [[f"{name} minus {base}", variant_title(variant), *cells]] if cells else []
+                head = [f"{name} minus {base}", variant_title(variant)]
+                rows += self._across(head, (name, variant), (base, variant))
         return table(["difference", "variant", *_METRICS, "users", "seeds"], rows)
 
-    def _difference(self, one: tuple[str, str], other: tuple[str, str]) -> list[str]:
-        intervals = [self.figures_of.difference(self.sweep, one, other, metric) for metric in HEADLINE]
+    def _cells_of(self, left: tuple[str, str], right: tuple[str, str]) -> list[str]:
+        intervals = [self.figures_of.difference(self.sweep, left, right, metric) for metric in HEADLINE]
         return [cell(each, signed=True) for each in intervals]
 
-    def _across(self, one: tuple[str, str], other: tuple[str, str]) -> list[str]:
-        """Return the cells of a difference between two runs; none where one of them lacks the variant."""
-        if any(variant not in self.runs[run]["figures"] for run, variant in (one, other)):
+    def _across(self, head: list[str], left: tuple[str, str], right: tuple[str, str]) -> list[list[str]]:
+        """Return the row of a difference between two runs; none where one of them lacks the variant."""
+        if any(variant not in self.runs[run]["figures"] for run, variant in (left, right)):
             return []
         try:
-            both = self.figures_of.across(self.sweep, one[0], other[0])
+            both = self.figures_of.across(self.sweep, left[0], right[0])
         except UserError as error:
-            return [error.problem, *[""] * (len(HEADLINE) + 1)]
-        return [*self._difference(one, other), f"{both['users']:,}", str(both["seeds"])]
+            return [[*head, error.problem, *[""] * (len(HEADLINE) + 1)]]
+        return [[*head, *self._cells_of(left, right), f"{both['users']:,}", str(both["seeds"])]]
 
     def strata(self) -> str:
         """Table HR@100 of the first run's most important variants by stratum, for each seed."""
@@ -184,6 +183,10 @@ class Tables:
         ]
         how = f"Run one again: `rarec sweep {self.figures_of.sweep(self.sweep)['sweep']} --only RUN`.\n\n"
         return how + table(["run", "commit", "hardware", "wall time", "steps and samples seen"], rows)
+
+
+def _minus(left: str, right: str) -> str:
+    return f"{variant_title(left)} minus {variant_title(right)}"
 
 
 def _counts(run: Mapping[str, Any]) -> list[str]:
@@ -280,16 +283,16 @@ class Pages:
         if run is None:
             return made[block] if block in made else self._block(block, words)
         if tables is None or block != "against" or run not in tables.runs:
-            there = ", ".join(tables.runs) if tables else "none on this page"
-            raise UserError(f"{words}: {match[0]}: there is no run `{run}`", f"there are: {there}")
+            known = ", ".join(tables.runs) if tables else "none on this page"
+            raise UserError(f"{words}: {match[0]}: there is no run `{run}`", f"there are: {known}")
         return tables.against(run)
 
     def _block(self, name: str, where: Path) -> str:
         """Return a block of `blocks/` with its figures."""
         file = self.words / "blocks" / f"{name}.md"
         if not file.exists():
-            there = sorted([*TITLES, *(each.stem for each in file.parent.glob("*.md"))])
-            raise UserError(f"{where}: there is no block `{name}`", f"there are: {', '.join(there)}")
+            known = sorted([*TITLES, *(each.stem for each in file.parent.glob("*.md"))])
+            raise UserError(f"{where}: there is no block `{name}`", f"there are: {', '.join(known)}")
         return self.figures.cited(file, file.read_text(encoding="utf-8")).strip()
 
     def _filled(self, text: str) -> str:
@@ -315,23 +318,19 @@ class Pages:
         rows = []
         for line in match["rows"].splitlines():
             label, _, reference = (part.strip() for part in line.rpartition("="))
-            try:
+            with naming(f"{words}: plot {match['name']}: {line}"):
+                if reference.count(":") < 2:
+                    raise UserError("not a figure", "write label = SWEEP:RUN:VARIANT")
                 sweep, run, variant = reference.rsplit(":", 2)
                 rows.append((label, self.figures.interval(sweep, run, variant, match["metric"])))
-            except ValueError:
-                raise UserError(f"{words}: plot {match['name']}: {line}", "write label = SWEEP:RUN:VARIANT") from None
-            except UserError as error:
-                raise UserError(f"{words}: plot {match['name']}: {line}: {error.problem}", error.remedy) from None
         title = f"{metric_title(match['metric'])} of {', '.join(label for label, _ in rows)}"
         return self._picture(page, match["name"], rows_svg(rows, match["metric"]), title)
 
     def _by_stratum(self, page: Path, words: Path, match: re.Match[str]) -> str:
         """Draw the difference that a `strata plot` marker names."""
-        try:
+        with naming(f"{words}: strata plot {match['name']}"):
             strata = self.figures.strata(match["sweep"], match["run"], match["pair"])
-        except UserError as error:
-            raise UserError(f"{words}: strata plot {match['name']}: {error.problem}", error.remedy) from None
-        title = f"{metric_title(HITS)} of {' minus '.join(map(variant_title, match['pair'].split(MINUS)))} by stratum"
+        title = f"{metric_title(HITS)} of {_minus(*match['pair'].split(MINUS))} by stratum"
         return self._picture(page, match["name"], strata_svg(strata, HITS), title)
 
     def _curves(self, sweep: str) -> Iterator[str]:

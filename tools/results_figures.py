@@ -15,6 +15,7 @@ commas between them become the cells of a table's row.
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -26,7 +27,7 @@ from rarec.evaluation.labels import MINUS, figure, metric_title, tick
 from rarec.ranking.metrics import Interval
 from rarec.report.plots import NARROW
 from rarec.storage.files import read_json
-from tools.collect_results import HITS, Summary
+from tools.results_statistics import HITS, Summary
 
 _BRACES = re.compile(r"\{\{(.+?)\}\}")
 _FIGURE = re.compile(
@@ -34,7 +35,7 @@ _FIGURE = re.compile(
 )
 _COUNT = re.compile(r"(?P<run>\S+) (?P<count>users|seeds)")
 FORMS = "{{RUN:VARIANT METRIC}}, {{RUN:VARIANT - VARIANT METRIC}}, {{RUN:VARIANT METRIC in STRATUM}} or {{RUN users}}"
-Found = TypeVar("Found")
+T = TypeVar("T")
 COLOURS = ("#7a7a7a", "#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#c08a2b")
 """The first is the ID model's."""
 BESIDE = 0.08
@@ -71,18 +72,19 @@ class Figures:
         """Return the mean of a metric with its interval."""
         return self._triple(sweep, _of(self.run(sweep, run)["figures"], variant, "variant"), metric)
 
-    def difference(self, sweep: str, one: tuple[str, str], other: tuple[str, str], metric: str) -> Interval:
+    def difference(self, sweep: str, left: tuple[str, str], right: tuple[str, str], metric: str) -> Interval:
         """Return a paired difference of two (run, variant), of one run or of two runs of a sweep."""
-        if one[0] != other[0]:
-            both = self.across(sweep, one[0], other[0])
-            return self._triple(sweep, _of(both["differences"], f"{one[1]} - {other[1]}", "difference"), metric)
-        for _, variant in (one, other):
-            self.interval(sweep, one[0], variant, metric)
-        differences = self.run(sweep, one[0])["differences"]
-        pair = f"{one[1]} - {other[1]}"
-        if pair in differences:
-            return self._triple(sweep, differences[pair], metric)
-        return negative(self._triple(sweep, _of(differences, f"{other[1]} - {one[1]}", "difference"), metric))
+        for run, variant in (left, right):
+            self.interval(sweep, run, variant, metric)
+        if left[0] == right[0]:
+            pairs = self.run(sweep, left[0])["differences"]
+            is_turned = MINUS.join((right[1], left[1])) in pairs
+        else:
+            pairs = self.across(sweep, left[0], right[0])["differences"]
+            is_turned = MINUS.join((left[0], right[0])) not in self.sweep(sweep)["across"]
+        pair = MINUS.join((right[1], left[1]) if is_turned else (left[1], right[1]))
+        interval = self._triple(sweep, _of(pairs, pair, "difference"), metric)
+        return negative(interval) if is_turned else interval
 
     def strata(self, sweep: str, run: str, variant: str) -> dict[str, dict[str, Interval]]:
         """Return a row of HR@100, such as the difference `VARIANT - BASELINE`, of each seed by `STRATUM BUCKET`."""
@@ -94,24 +96,19 @@ class Figures:
             raise UserError(f"{sweep}:{run} has no figures of `{variant}` by stratum", "evaluate it again, and collect")
         return by_seed
 
-    def across(self, sweep: str, one: str, other: str) -> Summary:
-        """Return the differences between the variants of two runs of a sweep.
+    def across(self, sweep: str, run: str, other: str) -> Summary:
+        """Return what is kept of two runs of a sweep together, whichever of them is first.
 
         Raises:
             UserError: the two were not compared.
         """
-        for run in (one, other):
-            self.run(sweep, run)
+        for name in (run, other):
+            self.run(sweep, name)
         pairs = self.sweep(sweep)["across"]
-        turned = f"{one} - {other}" not in pairs
-        both = dict(pairs[f"{other} - {one}" if turned else f"{one} - {other}"])
+        both = pairs.get(f"{run} - {other}") or pairs[f"{other} - {run}"]
         if "not_compared" in both:
             raise UserError(f"not compared: {both['not_compared']}", "compare runs of one split, on one machine")
-        if turned:
-            both["differences"] = {
-                MINUS.join(reversed(pair.split(MINUS))): turn(values) for pair, values in both["differences"].items()
-            }
-        return both
+        return dict(both)
 
     def _triple(self, sweep: str, values: Sequence[float], metric: str) -> Interval:
         metrics = self.sweep(sweep)["metrics"]
@@ -128,7 +125,7 @@ class Figures:
         return seeds[0] if len(seeds) == 1 else Interval(mean, mean, mean)
 
     def cited(self, page: Path, text: str, sweep: str = "") -> str:
-        """Put figures in the place of what stands in double braces.
+        """Put figures in the place of double braces.
 
         Args:
             page: named where something is wrong.
@@ -136,43 +133,51 @@ class Figures:
             sweep: the one that a run belongs to if the text names none.
 
         Raises:
-            UserError: a figure does not exist, or is not asked for in one of the forms above.
+            UserError: a figure does not exist, or is not cited in one of the forms above.
         """
 
         def put(match: re.Match[str]) -> str:
-            try:
+            with naming(f"{page}: {match[0]}"):
                 return self._cited(match[1], sweep)
-            except UserError as error:
-                raise UserError(f"{page}: {match[0]}: {error.problem}", error.remedy) from None
 
         return _BRACES.sub(put, text)
 
-    def _cited(self, asked: str, sweep: str) -> str:
-        count = _COUNT.fullmatch(asked)
+    def _cited(self, citation: str, sweep: str) -> str:
+        count = _COUNT.fullmatch(citation)
         if count is not None:
-            place, _, run = count["run"].rpartition(":")
-            value = self.run(place or sweep, run)[count["count"]]
+            named, _, run = count["run"].rpartition(":")
+            value = self.run(named or sweep, run)[count["count"]]
             return str(len(value)) if isinstance(value, list) else f"{value:,}"
-        form = _FIGURE.fullmatch(asked)
+        form = _FIGURE.fullmatch(citation)
         if form is None:
             raise UserError("not a figure", f"write {FORMS}")
-        return " | ".join(self._one(form, metric, sweep) for metric in form["metrics"].split(","))
+        return " | ".join(self._figure(form, metric, sweep) for metric in form["metrics"].split(","))
 
-    def _one(self, form: re.Match[str], metric: str, sweep: str) -> str:
-        place, run, variant = _parts(form["one"], sweep)
+    def _figure(self, form: re.Match[str], metric: str, sweep: str) -> str:
+        sweep, run, variant = _parts(form["one"], sweep)
+        mean = bool(form["mean"])
         if form["stratum"]:
             if metric != HITS:
                 raise UserError(f"there is no `{metric}` by stratum", f"ask for {HITS}")
-            interval = self.stratum(place, run, variant, form["stratum"])
-            alone = interval.low == interval.high
-            return cell(interval, mean=bool(form["mean"]) or (alone and len(self.run(place, run)["seeds"]) > 1))
+            interval = self.stratum(sweep, run, variant, form["stratum"])
+            several = len(self.run(sweep, run)["seeds"]) > 1
+            return cell(interval, mean=mean or (interval.low == interval.high and several))
         if form["other"] is None:
-            return cell(self.interval(place, run, variant, metric), mean=bool(form["mean"]))
+            return cell(self.interval(sweep, run, variant, metric), mean=mean)
         other = form["other"] if ":" in form["other"] else f"{run}:{form['other']}"
-        elsewhere, *pair = _parts(other, place)
-        if elsewhere != place:
+        other_sweep, *right = _parts(other, sweep)
+        if other_sweep != sweep:
             raise UserError("runs of two sweeps are not compared", "put both runs into one sweep")
-        return points(self.difference(place, (run, variant), (pair[0], pair[1]), metric), mean=bool(form["mean"]))
+        return points(self.difference(sweep, (run, variant), (right[0], right[1]), metric), mean=mean)
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Name a place in the errors of the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error.problem}", error.remedy) from None
 
 
 def cell(interval: Interval, *, signed: bool = False, mean: bool = False) -> str:
@@ -197,11 +202,6 @@ def negative(interval: Interval) -> Interval:
     return Interval(-interval.mean, -interval.high, -interval.low)
 
 
-def turn(values: Sequence[float]) -> list[float]:
-    """Return `negative` of every metric."""
-    return [each for start in range(0, len(values), 3) for each in negative(Interval(*values[start : start + 3]))]
-
-
 def _parts(reference: str, sweep: str) -> tuple[str, str, str]:
     """Split `SWEEP:RUN:VARIANT`."""
     place, _, variant = reference.rpartition(":")
@@ -209,7 +209,7 @@ def _parts(reference: str, sweep: str) -> tuple[str, str, str]:
     return named or sweep, run, variant
 
 
-def _of(known: Mapping[str, Found], name: str, kind: str) -> Found:
+def _of(known: Mapping[str, T], name: str, kind: str) -> T:
     if name not in known:
         raise UserError(f"there is no {kind} `{name}`", f"there are: {', '.join(known)}")
     return known[name]
@@ -242,9 +242,7 @@ def rows_svg(rows: Sequence[tuple[str, Interval]], metric: str) -> str:
     panel.set_yticks(range(len(rows)), [label for label, _ in rows])
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_xlabel(f"{metric_title(metric)}, 95% interval")
-    panel.xaxis.set_major_formatter(lambda value, _: tick(value))
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="x", color="#e2e2e2")
+    _finish(panel, "x")
     return _svg(canvas)
 
 
@@ -270,9 +268,7 @@ def strata_svg(seeds: Mapping[str, Mapping[str, Interval]], metric: str) -> str:
         panel.set_xticks(range(len(buckets)), list(buckets), fontsize="x-small")
         panel.set_xlim(-0.5, len(buckets) - 0.5)
         panel.set_title(fill(name, NARROW), fontsize="medium")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color="#e2e2e2")
-        panel.yaxis.set_major_formatter(lambda value, _: tick(value, signed=True))
+        _finish(panel, "y", signed=True)
     panels[0].set_ylabel(f"{metric_title(metric)}, difference")
     return _svg(canvas)
 
@@ -291,9 +287,7 @@ def curve_svg(lines: Sequence[Line], field: str, metric: str) -> str:
     panel.set_xticks(list(place.values()), [f"{value:g}" if numbers else str(value) for value in values])
     panel.minorticks_off()
     panel.set(xlabel=field, ylabel=metric_title(metric))
-    panel.yaxis.set_major_formatter(lambda value, _: tick(value))
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", color="#e2e2e2")
+    _finish(panel, "y")
     panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(canvas)
 
@@ -328,6 +322,13 @@ def _canvas(height: float, salt: str, columns: int = 0) -> tuple[Any, Any]:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9})
     canvas = Figure(figsize=(7, height), layout="constrained", facecolor="white")
     return canvas, canvas.subplots(1, columns, sharey=True, squeeze=False)[0] if columns else canvas.subplots()
+
+
+def _finish(panel: Any, axis: str, signed: bool = False) -> None:
+    """Write the figures of an axis as the tables do, with light lines across."""
+    getattr(panel, f"{axis}axis").set_major_formatter(lambda value, _: tick(value, signed=signed))
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis=axis, color="#e2e2e2")
 
 
 def _svg(canvas: Any) -> str:

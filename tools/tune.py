@@ -100,7 +100,7 @@ def figures(ranks_U: Ranks) -> Iterator[str]:
     """Yield the means and intervals of METRICS."""
     values = metric_values(ranks_U, (10, 100))
     intervals = mean_intervals({name: values[name] for name in METRICS})
-    return (f"{one.mean:.4f} ({one.low:.4f} to {one.high:.4f})" for one in intervals.values())
+    return (f"{mean:.4f} ({low:.4f} to {high:.4f})" for mean, low, high in intervals.values())
 
 
 if __name__ == "__main__":

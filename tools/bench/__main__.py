@@ -18,14 +18,15 @@ from rarec.storage.files import write_json
 from tools.bench.measuring import Row, apart, print_table, rows_of
 
 PARTS = {
-    "step": "step",
-    "ids": "ids",
-    "ranking": "ranking",
-    "data": "data_rows",
-    "start": "start",
-    "growth": "growth",
-    "busy": "waiting",
+    "step": "step.rows",
+    "ids": "ids.rows",
+    "ranking": "ranking.rows",
+    "data": "data.rows",
+    "start": "start.rows",
+    "growth": "ranking.growth",
+    "busy": "waiting.rows",
 }
+"""The function that measures each part."""
 
 
 def main() -> None:
@@ -38,18 +39,18 @@ def main() -> None:
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown part {min(unknown)}: there are {', '.join(PARTS)}")
-    found: list[Row] = []
-    print(f"tools.bench.bench on {cores():g} cores{', quick' if arguments.quick else ''}")
+    rows: list[Row] = []
+    print(f"tools.bench on {cores():g} cores{', quick' if arguments.quick else ''}")
     for part in arguments.parts or PARTS:
         started = time.monotonic()
         own = apart(rows_of, PARTS[part], arguments.quick)
-        found += own
+        rows += own
         print(f"\n{part}, {time.monotonic() - started:.0f} s")
         print_table([row.figure() for row in own])
         sys.stdout.flush()
     if arguments.json is not None:
-        write_json(arguments.json, [{**asdict(row), "met": row.met} for row in found])
-    raise SystemExit(not all(row.met for row in found))
+        write_json(arguments.json, [{**asdict(row), "met": row.met} for row in rows])
+    raise SystemExit(not all(row.met for row in rows))
 
 
 if __name__ == "__main__":

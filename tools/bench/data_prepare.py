@@ -1,10 +1,14 @@
-"""`data prepare`: prepare logs of two sizes with rarec and with hand-written SQL; the results must agree."""
+"""Prepare logs of two sizes with rarec and with hand-written DuckDB SQL; the results must be equal.
+
+Each preparation keeps the 5-core, the first of repeated items, and the brand as further text. A log that is missing is
+made. --memory limits DuckDB, and the process uses somewhat more; --most is the goal for the whole process, in GB.
+"""
 
 import argparse
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +16,67 @@ import duckdb
 
 from rarec.config.schema import Prepare
 from rarec.storage.artefacts import read_manifest
-from tools.bench.by_hand import FEWEST, prepare_by_hand
-from tools.bench.measuring import Figure, apart, at_most, memory, prepare_dataset, seconds
+from tools.bench.measuring import GB, Figure, Row, apart, at_most, log_section, memory, prepare_dataset, seconds
 from tools.make_log import make_log
 
-ROWS_OF_A_USER, ROWS_OF_AN_ITEM = 10, 200
+OPTIONS = {"directory": Path, "rows": [10_000_000, 100_000_000], "memory": "6GB", "rounds": 1, "most": 8.0}
+ROWS_OF_A_USER, ROWS_OF_AN_ITEM, FEWEST = 10, 200, 5
 JUNK = {"ties": 0.3, "nulls": 0.001, "unknown": 0.001, "duplicates": 0.01, "shuffled": True}
 RAREC, BY_HAND = "rarec", "SQL by hand"
 TABLES = ("users", "items", "interactions")
-GB = 2**20 / 1e9
-"""Gigabytes per MiB."""
+START = """
+SET memory_limit = '{memory}'; SET temp_directory = '{out}/spill'; SET preserve_insertion_order = false;
+CREATE TEMP VIEW raw AS SELECT "user", item, time FROM read_parquet('{log}/interactions/*.parquet');
+CREATE TEMP VIEW given AS FROM raw WHERE "user" IS NOT NULL AND item IS NOT NULL;
+"""
+CODES = """
+CREATE TEMP TABLE users AS
+    SELECT id, (row_number() OVER (ORDER BY id) - 1)::INT AS code, ('0x' || substr(md5(id), 1, 7))::INT AS hash
+    FROM (SELECT DISTINCT "user" AS id FROM given);
+CREATE TEMP TABLE items AS
+    SELECT item AS id, (row_number() OVER (ORDER BY item) - 1)::INT AS code,
+        ('0x' || substr(md5(item::VARCHAR), 1, 7))::INT AS hash,
+        coalesce(nullif(trim(regexp_replace(title, '\\s+', ' ', 'g')), ''), 'untitled item') AS title,
+        coalesce(trim(regexp_replace(brand, '\\s+', ' ', 'g')), '') AS text
+    FROM read_parquet('{log}/items.parquet') WHERE item IS NOT NULL;
+CREATE TEMP TABLE log AS
+    SELECT users.code AS "user", items.code AS item, time::DOUBLE AS time,
+        ((users.hash + 1)::BIGINT * (items.hash + 1) % 2147483647)::INT AS tie
+    FROM given JOIN users ON given."user" = users.id JOIN items ON given.item = items.id;
+"""
+DISTINCT = 'CREATE TEMP TABLE kept AS SELECT DISTINCT "user", item, tie, time FROM log'
+FIRST = 'CREATE TEMP TABLE kept AS SELECT "user", item, tie, min(time) AS time FROM log GROUP BY "user", item, tie'
+ENOUGH = 'DELETE FROM log WHERE "{0}" IN (SELECT "{0}" FROM log GROUP BY "{0}" HAVING count(*) < {1})'
+RESULT = """
+CREATE TEMP TABLE user_rows AS
+    SELECT id, code, (row_number() OVER (ORDER BY code) - 1)::INT AS row
+    FROM users SEMI JOIN log ON users.code = log."user";
+CREATE TEMP TABLE item_rows AS
+    SELECT id, code, title, text, (row_number() OVER (ORDER BY code) - 1)::INT AS row
+    FROM items SEMI JOIN log ON items.code = log.item;
+CREATE TEMP TABLE sequences AS
+    SELECT user_rows.row AS user_row, item_rows.row AS item_row, time,
+        (row_number() OVER (PARTITION BY "user" ORDER BY time, tie, item) - 1)::INT AS position
+    FROM log JOIN user_rows ON log."user" = user_rows.code JOIN item_rows ON log.item = item_rows.code;
+CREATE TEMP TABLE lengths AS
+    SELECT user_row, count(*)::INT AS length, CASE WHEN length >= 3 THEN length - 2 ELSE length END AS train_length
+    FROM sequences GROUP BY user_row;
+CREATE TEMP TABLE trained AS
+    SELECT item_row, count(*) AS train_count FROM sequences JOIN lengths USING (user_row)
+    WHERE position < train_length GROUP BY item_row;
+COPY (
+    SELECT row, id AS user_id, (sum(length) OVER (ORDER BY row) - length)::BIGINT AS start, length, train_length,
+        CASE WHEN length >= 3 THEN length - 2 ELSE -1 END AS validation,
+        CASE WHEN length >= 3 THEN length - 1 ELSE -1 END AS test, train_length < 2 AS cold
+    FROM user_rows JOIN lengths ON row = user_row ORDER BY row
+) TO '{out}/users.parquet' (FORMAT parquet, COMPRESSION zstd);
+COPY (
+    SELECT row, id AS item_id, title, text, coalesce(train_count, 0) AS train_count, train_count IS NULL AS cold
+    FROM item_rows LEFT JOIN trained ON row = item_row ORDER BY row
+) TO '{out}/items.parquet' (FORMAT parquet, COMPRESSION zstd);
+COPY (SELECT user_row, item_row, time FROM sequences ORDER BY user_row, position)
+    TO '{out}/interactions.parquet' (FORMAT parquet, COMPRESSION zstd);
+"""
 
 
 @dataclass(frozen=True)
@@ -37,20 +92,11 @@ class Cost:
     """Digests of the tables."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the sub-command."""
-    parser.add_argument("directory", type=Path, help="directory for the logs (created if missing) and results")
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000_000, 100_000_000])
-    parser.add_argument("--memory", default="6GB", help="DuckDB memory limit; the process uses somewhat more")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--most", type=float, default=8.0, help="goal for the whole process, in GB")
-
-
 def run(arguments: argparse.Namespace) -> list[Figure]:
     """Prepare each log with both."""
     figures, per_row = [], []
     for rows in arguments.rows:
-        costs = costs_of(arguments, rows)
+        costs = costs_of(arguments.directory, rows, arguments.memory, arguments.rounds)
         spent = {name: min(cost.seconds for cost in own) for name, own in costs.items()}
         peak = {name: max(cost.peak for cost in own) for name, own in costs.items()}
         results = [(cost.counts, cost.digests) for own in costs.values() for cost in own]
@@ -66,45 +112,44 @@ def run(arguments: argparse.Namespace) -> list[Figure]:
     return [*figures, at_most(growth, per_row[-1] / per_row[0], 1.3)]
 
 
-def costs_of(arguments: argparse.Namespace, rows: int) -> dict[str, list[Cost]]:
-    """Measure both in turns."""
-    log, out = log_of(arguments.directory, rows), arguments.directory / "out"
-    costs: dict[str, list[Cost]] = {RAREC: [], BY_HAND: []}
-    for _ in range(arguments.rounds):
-        for name, way in ((RAREC, rarec_of), (BY_HAND, by_hand_of)):
+def row(directory: Path, interactions: int) -> Row:
+    """Prepare a log once with both."""
+    costs = costs_of(directory, interactions, "6GB", rounds=1)
+    ours, other = (costs[way][0].seconds for way in (RAREC, BY_HAND))
+    return Row.most(f"preparation / SQL by hand, {interactions:,} interactions", ours, other, 1.5, "s")
+
+
+def costs_of(directory: Path, rows: int, limit: str, rounds: int) -> dict[str, list[Cost]]:
+    """Measure both in turns, over a log of this size, which is made if it is missing."""
+    log, out = directory / f"log-{rows}", directory / "out"
+    if not (log / "interactions").is_dir():
+        make_log(log, users=rows // ROWS_OF_A_USER, items=rows // ROWS_OF_AN_ITEM, interactions=rows, **JUNK)
+    costs: dict[str, list[Cost]] = {name: [] for name in WAYS}
+    for _ in range(rounds):
+        for name, own in costs.items():
             shutil.rmtree(out, ignore_errors=True)
-            costs[name].append(apart(way, log, out, arguments.memory))
-            print(f"{rows:,} rows, {name}: {costs[name][-1].seconds:,.1f} s", file=sys.stderr)
+            own.append(apart(cost_of, name, log, out, limit))
+            print(f"{rows:,} rows, {name}: {own[-1].seconds:,.1f} s", file=sys.stderr)
     shutil.rmtree(out)
     return costs
 
 
-def log_of(directory: Path, rows: int) -> Path:
-    """Return the log of this size; create it if it is missing."""
-    path = directory / f"log-{rows}"
-    if not (path / "interactions").is_dir():
-        make_log(path, users=rows // ROWS_OF_A_USER, items=rows // ROWS_OF_AN_ITEM, interactions=rows, **JUNK)
-    return path
-
-
-def rarec_of(log: Path, out: Path, limit: str) -> Cost:
-    """Prepare with rarec, including the hashing of input and output."""
-    items = {"path": str(log / "items.parquet"), "item": "item", "title": "title", "text": ["brand"]}
-    interactions = {"path": str(log / "interactions"), "user": "user", "item": "item", "time": "time"}
-    fewest = {"min_user_interactions": FEWEST, "min_item_interactions": FEWEST}
-    config = Prepare.model_validate({"interactions": interactions, "items": items, "memory": limit, **fewest})
-    spent = seconds(partial(prepare_dataset, config, out))
-    peak, steps = memory("VmHWM") * GB, read_manifest(out / "prepare", "prepare")["steps"]
-    dropping = [step for step in steps if step["interactions_after"] < step["interactions_before"]]
-    counts = [counts_of(steps[0], "before"), *(counts_of(step, "after") for step in dropping)]
-    return Cost(spent, peak, counts, digests(out / "prepare"))
-
-
-def by_hand_of(log: Path, out: Path, limit: str) -> Cost:
-    """Prepare with SQL."""
+def cost_of(name: str, log: Path, out: Path, limit: str) -> Cost:
+    """Prepare in one of the ways, in this process."""
     counts: list[dict[str, int]] = []
-    spent = seconds(lambda: counts.extend(prepare_by_hand(log, out, limit)))
-    return Cost(spent, memory("VmHWM") * GB, counts, digests(out))
+    spent = seconds(lambda: counts.extend(WAYS[name](log, out, limit)))
+    return Cost(spent, memory("VmHWM") * GB, counts, digests(out / "prepare"))
+
+
+def prepare_with_rarec(log: Path, out: Path, limit: str) -> Iterator[dict[str, int]]:
+    """Prepare with rarec, including the hashing of input and output; yield its counts."""
+    fewest = {"min_user_interactions": FEWEST, "min_item_interactions": FEWEST}
+    prepare_dataset(Prepare.model_validate(log_section(log, memory=limit, **fewest)), out)
+    steps = read_manifest(out / "prepare", "prepare")["steps"]
+    yield counts_of(steps[0], "before")
+    for step in steps:
+        if step["interactions_after"] < step["interactions_before"]:
+            yield counts_of(step, "after")
 
 
 def counts_of(step: dict[str, Any], when: str) -> dict[str, int]:
@@ -118,3 +163,39 @@ def digests(directory: Path) -> tuple[Any, ...]:
     select = "SELECT count(*), bit_xor(hash(hash(t, file_row_number))) FROM read_parquet('{}') AS t"
     with duckdb.connect() as connection:
         return tuple(connection.execute(select.format(directory / f"{name}.parquet")).fetchone() for name in TABLES)
+
+
+def prepare_by_hand(log: Path, out: Path, limit: str) -> Iterator[dict[str, int]]:
+    """Write the three tables; yield the initial counts and those after each step that dropped rows."""
+    tables = out / "prepare"
+    tables.mkdir(parents=True)
+    with duckdb.connect() as connection:
+
+        def count(relation: str) -> dict[str, int]:
+            columns = 'count(*) AS interactions, count(DISTINCT "user") AS users, count(DISTINCT item) AS items'
+            (counts,) = connection.sql(f"SELECT {columns} FROM {relation}").to_arrow_table().to_pylist()
+            return dict(counts)
+
+        connection.execute(START.format(memory=limit, out=tables, log=log))
+        yield count("raw")
+        yield count("given")
+        connection.execute(CODES.format(log=log))
+        yield count("log")
+        for step in (DISTINCT, FIRST):
+            connection.execute(f"{step}; DROP TABLE log; ALTER TABLE kept RENAME TO log")
+            yield count("log")
+        dropped = 1
+        while dropped:
+            dropped = 0
+            for column in ("item", "user"):
+                rows = connection.execute(ENOUGH.format(column, FEWEST)).fetchall()[0][0]
+                if rows:
+                    yield count("log")
+                dropped += rows
+        connection.execute(RESULT.format(out=tables))
+
+
+WAYS: dict[str, Callable[[Path, Path, str], Iterator[dict[str, int]]]] = {
+    RAREC: prepare_with_rarec,
+    BY_HAND: prepare_by_hand,
+}

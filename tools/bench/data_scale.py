@@ -1,14 +1,13 @@
-"""`data scale`: time and memory of opening a large dataset, of selecting samples, and of every stage over it.
+"""Measure time and memory of opening a large dataset, of selecting samples, and with --stages of every stage over it.
 
-The dataset is written as if it had been prepared; the language model is a tiny one with random weights. Memory is a
-process's own, without the pages of mapped files, which the system takes back when it needs them.
+DIR is replaced. The dataset is written as if it had been prepared; the language model is a tiny one with random
+weights. Memory is a process's own, without the pages of mapped files, which the system takes back when it needs them.
+--memory is run.memory_gb, the bound of a table in memory; --most is the goal for a stage's own memory, in GB.
 """
 
 import argparse
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,32 +19,22 @@ import pyarrow as pa
 
 from rarec.config import RunConfig
 from rarec.data import tables
-from rarec.data.dataset import PreparedDataset
 from rarec.data.selection import select_samples
-from rarec.data.tables import write_columns
 from rarec.stages.run import Run
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.directories import new_directory
-from tools.bench.measuring import Figure, apart, at_most, memory
+from tools.bench.measuring import GB, Figure, apart, at_most, memory, sampled_memory, seconds
 
+OPTIONS = {
+    **{"directory": Path, "interactions": 100_000_000, "users": 10_000_000, "items": 10_000_000},
+    **{"memory": 1.0, "most": 2.0, "stages": False},
+}
 ROWS = 1 << 20
 """Rows generated at a time."""
-DIM, HIDDEN = 16, 32
+DIM = 16
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 WORDS = ("amber", "birch", "cedar", "coral", "ember", "flint", "heather", "indigo", "jade", "linen", "maple", "ochre")
 STAGES = ("ids", "neighbours", "shards", "train", "evaluate", "export")
-GB = 2**20 / 1e9
-"""Gigabytes per MiB."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the sub-command."""
-    parser.add_argument("directory", type=Path, help="folder for the dataset and the run; replaced")
-    parser.add_argument("--interactions", type=int, default=100_000_000)
-    parser.add_argument("--users", type=int, default=10_000_000)
-    parser.add_argument("--items", type=int, default=10_000_000)
-    parser.add_argument("--memory", type=float, default=1.0, help="run.memory_gb, the bound of a table in memory")
-    parser.add_argument("--most", type=float, default=2.0, help="goal for a stage's own memory, in GB")
-    parser.add_argument("--stages", action="store_true", help="run every stage as well")
 
 
 def run(arguments: argparse.Namespace) -> list[Figure]:
@@ -61,25 +50,27 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
     """Write the dataset, and yield the figures."""
     shutil.rmtree(arguments.directory, ignore_errors=True)
     sizes = (arguments.interactions, arguments.users, arguments.items)
-    made = make_run(arguments.directory, arguments.memory)
-    apart(write_dataset, made, *sizes)
-    apart(measured, open_dataset, made)  # the first time, every file is read and compared with its hash
-    seconds, resident, _ = apart(measured, open_dataset, made)
+    config = make_config(arguments.directory, arguments.memory)
+    apart(write_dataset, config, *sizes)
+    apart(measured, open_dataset, config)  # the first time, every file is read and compared with its hash
+    spent, resident, _ = apart(measured, open_dataset, config)
     yield Figure("dataset", "{:,} interactions, {:,} users, {:,} items".format(*sizes))
-    yield at_most("opening it", seconds, 2, " s")
+    yield at_most("opening it", spent, 2, " s")
     yield at_most("opening it: resident memory", resident * GB * 1000, 300, " MB")
-    for name, choice in {"all": {}, "denoise, diversify": {"denoise": True, "diversify": True}}.items():
-        seconds, _, own = apart(measured, select, made, choice)
-        what = f"selecting one sample in a thousand ({name})"
-        yield Figure(what, f"{seconds:,.1f} s")
+    one_in_a_thousand = {"all": {}, "denoise, diversify": {"denoise": True, "diversify": True}}
+    steps: dict[str, tuple[Any, ...]] = {
+        f"selecting one sample in a thousand ({name})": (select, config, choice)
+        for name, choice in one_in_a_thousand.items()
+    }
+    if arguments.stages:
+        steps |= {f"stage {stage}": (make_stage, config, stage) for stage in STAGES}
+    for what, step in steps.items():
+        spent, _, own = apart(measured, *step)
+        yield Figure(what, f"{spent:,.1f} s")
         yield at_most(f"{what}: own memory", own * GB, arguments.most, " GB")
-    for stage in STAGES if arguments.stages else ():
-        seconds, _, own = apart(measured, make_stage, made, stage)
-        yield Figure(f"stage {stage}", f"{seconds:,.1f} s")
-        yield at_most(f"stage {stage}: own memory", own * GB, arguments.most, " GB")
 
 
-def make_run(directory: Path, memory_gb: float) -> dict[str, Any]:
+def make_config(directory: Path, memory_gb: float) -> dict[str, Any]:
     """Return the configuration of the run."""
     vectors = {"items": str(directory / "vectors.npy"), "item_ids": str(directory / "vector_ids.npy")}
     few = {"max_steps": 4, "validation_users": 100, "batch_size": 32, "trackers": [], "variants": ["per_layer"]}
@@ -108,8 +99,9 @@ def open_run(config: dict[str, Any]) -> Run:
 
 def write_dataset(config: dict[str, Any], interactions: int, users: int, items: int) -> None:
     """Write the dataset, the vectors to import and the language model."""
-    run = open_run(config)
-    stage, rng = run.stage("prepare"), np.random.default_rng(0)
+    from tools.bench.small_runs import write_llama  # not above: no other process that measures loads torch by it
+
+    stage, rng = open_run(config).stage("prepare"), np.random.default_rng(0)
     lengths_U = np.full(users, interactions // users, np.int32)
     lengths_U[: interactions - int(lengths_U.sum())] += 1
     counts_N = np.zeros(items, np.int64)
@@ -118,14 +110,14 @@ def write_dataset(config: dict[str, Any], interactions: int, users: int, items: 
         tables.write_rows(rows, temporary / tables.INTERACTIONS, tables.interactions_schema("position"))
         tables.write_rows(user_batches(lengths_U), temporary / tables.USERS, tables.users_schema(pa.int64()))
         tables.write_rows(item_batches(counts_N), temporary / tables.ITEMS, tables.items_schema(pa.int64()))
-        write_columns(temporary)
+        tables.write_columns(temporary)
         write_manifest(temporary, "prepare", settings=stage.settings(), made_from={}, counts={})
     imported = config["ids"]["imported"]
     np.save(imported["item_ids"], np.arange(items))
     table = np.lib.format.open_memmap(imported["items"], mode="w+", dtype=np.float32, shape=(items, DIM))
     for part in parts(items):
         table[part] = rng.standard_normal((part.stop - part.start, DIM), dtype=np.float32)
-    write_llm(Path(config["llm"]["path"]))
+    write_llama(Path(config["llm"]["path"]), [*WORDS, "no .", *map(str, range(1000))], **SMALL)
 
 
 def parts(total: int) -> Iterator[slice]:
@@ -147,11 +139,11 @@ def interaction_batches(
     for start in range(0, len(lengths_U), step):
         lengths_u = lengths_U[start : start + step]
         users_i = np.repeat(np.arange(start, start + len(lengths_u)), lengths_u)
-        places_i = np.arange(len(users_i)) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
+        positions_i = np.arange(len(users_i)) - np.repeat(np.cumsum(lengths_u) - lengths_u, lengths_u)
         items_i = (len(counts_N) * rng.random(len(users_i)) ** 3).astype(np.int64)
-        trains_i = places_i < np.repeat(lengths_u, lengths_u) - 2
+        trains_i = positions_i < np.repeat(lengths_u, lengths_u) - 2
         np.add.at(counts_N, items_i[trains_i], 1)
-        yield batch(user_row=users_i, item_row=items_i, position=places_i.astype(np.float64))
+        yield batch(user_row=users_i, item_row=items_i, position=positions_i.astype(np.float64))
 
 
 def user_batches(lengths_U: npt.NDArray[np.int32]) -> Iterator[pa.RecordBatch]:
@@ -166,31 +158,15 @@ def user_batches(lengths_U: npt.NDArray[np.int32]) -> Iterator[pa.RecordBatch]:
 def item_batches(counts_N: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
     """Yield items with titles of words."""
     for part in parts(len(counts_N)):
-        rows = range(part.start, part.stop)
+        rows, counts = np.arange(part.start, part.stop), counts_N[part]
         titles = [f"{WORDS[row % 12]} {WORDS[row // 12 % 12]} no. {row % 1000}" for row in rows]
-        counts = counts_N[part]
-        ids = np.arange(part.start, part.stop)
-        yield batch(row=ids, item_id=ids, title=titles, text=[""] * len(rows), train_count=counts, cold=counts == 0)
-
-
-def write_llm(directory: Path) -> None:
-    """Write a tiny encoder with random weights, and a tokenizer of the titles' words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = [*special, *WORDS, "no", ".", *map(str, range(10)), *(f"##{digit}" for digit in range(10))]
-    tokenizer = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
-    shape: Any = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": 2}
-    BertModel(BertConfig(vocab_size=len(words), **shape)).save_pretrained(directory)
+        texts = [""] * len(rows)
+        yield batch(row=rows, item_id=rows, title=titles, text=texts, train_count=counts, cold=counts == 0)
 
 
 def open_dataset(config: dict[str, Any]) -> None:
     """Open the dataset, and read a title and a history."""
-    dataset: PreparedDataset = open_run(config).dataset
+    dataset = open_run(config).dataset
     assert dataset.titles[dataset.n_items - 1]
     assert len(dataset.sequence(dataset.n_users // 2))
 
@@ -208,18 +184,7 @@ def make_stage(config: dict[str, Any], stage: str) -> None:
 
 def measured(action: Callable[..., None], *arguments: Any) -> tuple[float, float, float]:
     """Return the seconds of a call, the MiB by which it raises resident memory, and its peak of anonymous memory."""
-    resident, own = memory("VmRSS"), memory("RssAnon")
-    peak, done = [own], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak.append(max(peak.pop(), memory("RssAnon")))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    partial(action, *arguments)()
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    return seconds, memory("VmRSS") - resident, peak[0] - own
+    resident = memory("VmRSS")
+    with sampled_memory() as own:
+        spent = seconds(partial(action, *arguments))
+    return spent, memory("VmRSS") - resident, max(own) - own[0]

@@ -1,14 +1,14 @@
-"""`data stream`: compare the stream with a bare `tarfile` read and a frozen model; measure memory and restart.
+"""Compare the stream with a bare `tarfile` read; measure memory and restart.
 
-Speed is measured on shards that all differ. For memory and restart only the number of shards matters, so many shards
-are hard links to one tar, with the index and manifest of as many full shards.
+Speed and memory are measured on --shards shards that all differ, each of --samples, 10 kB per sample. For a restart
+only the number of shards matters, so many shards are hard links to one tar, with the index and manifest of as many full
+shards. --directory is for scratch files. Memory of ten times the shards: part `growth` of `python -m tools.bench`.
 """
 
 import argparse
 import io
 import json
 import os
-import statistics
 import tarfile
 import tempfile
 import time
@@ -25,56 +25,54 @@ from rarec.data.shards.files import INDEX, ShardDataset, Tars, open_index, tar_n
 from rarec.data.shards.samples import Sample
 from rarec.data.shards.writing import describe_shards, write_shards
 from rarec.storage.artefacts import check_files, read_manifest, write_manifest
-from tools.bench.measuring import Figure, apart, at_least, at_most, memory, seconds
+from tools.bench.measuring import Figure, Row, apart, at_most, in_turns, memory
 
+OPTIONS = {"shards": 20, "samples": 1024, "rounds": 3, "directory": str}
 BLOCKS, HIDDEN, DIM, ITEMS = 7, 384, 64, 12_000
-BATCH, BUDGET = 64, 64 * 80
+SIZES = {"batch_size": 64, "tokens_per_batch": 64 * 80}
 """Samples, or padded tokens, of a step."""
 MANY = 1_000
 """Number of shards for the restart."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the sub-command."""
-    parser.add_argument(
-        "--shards", type=int, default=20, help="number of different shards, each of --samples, 10 kB per sample"
-    )
-    parser.add_argument("--samples", type=int, default=1024, help="samples per shard")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--directory", type=Path, help="scratch directory; the default is the one for temporary files")
-
-
 def run(arguments: argparse.Namespace) -> list[Figure]:
     """Create the shards, measure, and delete them."""
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        shards, samples = arguments.shards, arguments.samples
-        places = {count: Path(scratch) / str(count) for count in (shards, 10 * shards, MANY)}
-        write_different(places[shards], shards, samples)
-        for count in {*places} - {shards}:
-            write_same(places[count], places[shards], count)
-        figures = [
-            at_most(f"restart in mid-epoch at {MANY} shards, {by}", worst, 2, " s")
-            for by, worst in restarts(places[MANY], arguments.rounds)
+        few, many, shards = Path(scratch) / "few", Path(scratch) / "many", arguments.shards
+        write_different(few, shards, arguments.samples)
+        write_same(many, few, MANY)
+        figures = []
+        for by in SIZES:
+            slowest = max(apart(restart, many, by) for _ in range(arguments.rounds))
+            figures.append(at_most(f"restart in mid-epoch at {MANY} shards, {by}", slowest, 2, " s"))
+        before, low, high = apart(resident_over_an_epoch, few)
+        what = f"resident memory over an epoch of {shards} shards, maximum - minimum"
+        return [
+            *figures,
+            Figure("memory before an epoch", f"{before:.0f} MiB"),
+            at_most(what, high - low, 20, " MiB"),
+            apart(speed, few, arguments.rounds).figure(),
         ]
-        resident = [apart(resident_over_an_epoch, places[count]) for count in (shards, 10 * shards)]
-        figures += [
-            Figure("memory before an epoch", f"{resident[0][0]:.0f} MiB"),
-            at_most(
-                f"resident memory over an epoch of {shards} shards, maximum - minimum",
-                resident[0][2] - resident[0][1],
-                20,
-                " MiB",
-            ),
-            at_most(f"same with {10 * shards} shards", resident[1][2] - resident[1][1], 20, " MiB"),
-            at_most("maximum with ten times the shards - maximum", resident[1][2] - resident[0][2], 20, " MiB"),
-        ]
-        figures += apart(speeds, places[shards], arguments.rounds)
-    return figures
 
 
-def made_samples(places: range) -> Iterator[Sample]:
+def row(directory: Path, shards: int) -> Row:
+    """Compare the speed of the stream with that of a bare read, over shards that are made for it."""
+    write_different(directory, shards, 1024)
+    return speed(directory, 3)
+
+
+def speed(directory: Path, rounds: int) -> Row:
+    """Read whole epochs of the stream, and every tar without checks, in turns."""
+    plan, samples = stream_of(directory, "batch_size")
+    readers = {"stream": partial(read_epoch, plan, samples), "bare": partial(read_bare, directory)}
+    spent = in_turns(rounds, readers)
+    ours, bare = (len(samples) / float(np.median(spent[way])) for way in readers)
+    return Row.least("stream / bare tar and decode", ours, bare, 0.9, "samples/s")
+
+
+def made_samples(numbers: range) -> Iterator[Sample]:
     """Yield random samples of realistic sizes, all different."""
-    for number in places:
+    for number in numbers:
         rng = np.random.default_rng(number)
         history = rng.integers(ITEMS, size=rng.integers(8, 51)).astype(np.int32)
         tokens = rng.integers(30_000, size=rng.integers(40, 101)).astype(np.int32)
@@ -85,8 +83,8 @@ def made_samples(places: range) -> Iterator[Sample]:
 
 def write_different(directory: Path, shards: int, samples: int) -> None:
     """Write shards as `rarec shards` does."""
-    records = write_shards(directory, shards * samples, Shards(samples_per_shard=samples), made_samples, "bench")
-    finish(directory, records)
+    settings = Shards(samples_per_shard=samples)
+    finish(directory, write_shards(directory, shards * samples, settings, made_samples, "bench"))
 
 
 def write_same(directory: Path, source: Path, shards: int) -> None:
@@ -95,12 +93,16 @@ def write_same(directory: Path, source: Path, shards: int) -> None:
     manifest = read_manifest(source, "shards")
     first = manifest["shards"][0]
     rows_S = np.array(open_index(source, manifest)[: first["samples"]])
+
+    def numbered() -> Iterator[np.ndarray]:
+        for shard in range(shards):
+            rows_S["shard"] = shard
+            yield rows_S
+
     for shard in range(shards):
         os.link(source / first["file"], directory / tar_name(shard))
-    numbered = (with_shard(rows_S, shard) for shard in range(shards))
-    write_index(directory, numbered, shards * len(rows_S))
-    records = [{**first, "file": tar_name(shard)} for shard in range(shards)]
-    finish(directory, records)
+    write_index(directory, numbered(), shards * len(rows_S))
+    finish(directory, [{**first, "file": tar_name(shard)} for shard in range(shards)])
 
 
 def finish(directory: Path, records: list[dict[str, Any]]) -> None:
@@ -109,31 +111,13 @@ def finish(directory: Path, records: list[dict[str, Any]]) -> None:
     write_manifest(directory, "shards", settings={}, made_from={}, files=files, **figures)
 
 
-def with_shard(rows_S: np.ndarray, shard: int) -> np.ndarray:
-    """Assign index rows to another shard."""
-    rows_S["shard"] = shard
-    return rows_S
-
-
 def stream_of(directory: Path, by: str) -> tuple[BatchPlan, ShardDataset]:
     """Open plan and samples as training does, with batches by size or by tokens."""
     manifest = read_manifest(directory, "shards")
     check_files(directory, {**manifest, "files": {INDEX: manifest["files"][INDEX]}})
     index_S = open_index(directory, manifest)
-    shards, tokens = index_S["shard"], index_S["tokens"]
-    by_size = by == "batch_size"
-    plan = (
-        BatchPlan(shards, tokens, 0, Train(batch_size=BATCH))
-        if by_size
-        else BatchPlan(shards, tokens, 0, Train(tokens_per_batch=BUDGET))
-    )
-    return plan, ShardDataset(index_S, Tars(directory))
-
-
-def restarts(directory: Path, rounds: int) -> Iterator[tuple[str, float]]:
-    """Yield, for both kinds of batches, the slowest restart in fresh processes."""
-    for by in ("batch_size", "tokens_per_batch"):
-        yield by, max(apart(restart, directory, by) for _ in range(rounds))
+    train = Train.model_validate({by: SIZES[by]})
+    return BatchPlan(index_S["shard"], index_S["tokens"], 0, train), ShardDataset(index_S, Tars(directory))
 
 
 def restart(directory: Path, by: str) -> float:
@@ -155,27 +139,9 @@ def resident_over_an_epoch(directory: Path) -> tuple[float, float, float]:
     return before, min(seen), max(seen)
 
 
-def speeds(directory: Path, rounds: int) -> list[Figure]:
-    """Measure whole epochs and whole bare reads in turns, then the speed of a frozen model."""
-    plan, stored = stream_of(directory, "batch_size")
-    samples, rarec, bare = plan.samples, [], []
-    for epoch in range(rounds + 1):
-        bare.append(samples / seconds(partial(read_bare, directory)))
-        rarec.append(samples / seconds(partial(read_epoch, plan, stored, epoch)))
-    ratio = statistics.median(a / b for a, b in zip(rarec[1:], bare[1:], strict=True))  # the first round warms up
-    consumed = step_rate()
-    return [
-        Figure("bare tarfile read, decoded", f"{statistics.median(bare[1:]):,.0f} samples/s"),
-        Figure("stream, checked and in random order", f"{statistics.median(rarec[1:]):,.0f} samples/s"),
-        at_least("stream / bare", ratio, 0.9),
-        Figure("a frozen model of 110M parameters, forward and backward", f"{consumed:,.2f} samples/s"),
-        at_least("stream / frozen model", statistics.median(rarec[1:]) / consumed, 20),
-    ]
-
-
-def read_epoch(plan: BatchPlan, samples: ShardDataset, epoch: int, ranks: int = 1) -> None:
+def read_epoch(plan: BatchPlan, samples: ShardDataset, ranks: int = 1) -> None:
     """Read the last rank's part of an epoch and keep nothing."""
-    for numbers in plan.batches(epoch):
+    for numbers in plan.batches(0):
         samples.read(plan.share(numbers, ranks - 1, ranks))
 
 
@@ -191,14 +157,3 @@ def read_bare(directory: Path) -> None:
                     json.loads(data)
                 else:
                     np.load(io.BytesIO(data), allow_pickle=False)
-
-
-def step_rate(batch: int = 16, length: int = 70, steps: int = 3) -> float:
-    """Return samples per second of a frozen BERT base with random weights, forward and backward to its inputs."""
-    import torch  # imported here: not in the processes that measure memory
-    from transformers import BertConfig, BertModel
-
-    model = BertModel(BertConfig()).requires_grad_(False)
-    inputs = torch.randn(batch, length, model.config.hidden_size, requires_grad=True)
-    spent = [seconds(lambda: model(inputs_embeds=inputs).last_hidden_state.sum().backward()) for _ in range(steps + 1)]
-    return batch / statistics.median(spent[1:])

@@ -15,7 +15,8 @@ ranking:  metrics of an evaluation on the device, by one engine and by ZeRO-3.
 ways:     attention backends, packed prompts, compiled blocks, recomputed blocks, quantised weights.
 
 Writes DIR/DEVICE.json after each check. A check that fails, or that finds no time left, is a row of its own, and the
-others go on. `--device cpu` runs the same on two processes and with tiny shapes: so this tool can be tested.
+others go on. After --minutes, what runs is ended. `--device cpu` runs the same on two processes and with tiny shapes:
+so this tool can be tested.
 """
 
 import argparse
@@ -36,29 +37,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
-from tools.bench.gpu_place import LONGEST, ROOT, Place, tried
+from tools.bench.gpu_place import LONGEST, Place, tried
 from tools.bench.measuring import Figure, at_most, print_table
-from tools.bench.scaling import write_tokenizer
-from tools.make_log import make_log
+from tools.bench.small_runs import ROOT, texts_of, write_llama, write_run
 
 VARIANT, STEPS = "per_layer_lora", 12
 CLOSE = 0.02
 """Largest relative difference of a loss in bfloat16, which has three digits."""
-CONFIG = """
-run: {{dir: {root}/run, device: cpu}}
-prepare:
-  interactions: {{path: {root}/log/interactions, user: user, item: item, time: time}}
-  items: {{path: {root}/log/items.parquet, item: item, title: title, text: [brand]}}
-ids: {{holdout: 0.2, sasrec: {{epochs: 3, dim: 32, dropout: 0.0}}}}
-neighbours: {{models: [cooccurrence]}}
-llm: {{path: {root}/llm, dtype: bfloat16}}
-lora: {{rank: 4}}
-train: {{variants: [{variant}], batch_size: 32, epochs: 100, max_steps: {steps}, validate_every: {steps}}}
-evaluate: {{resamples: 50, sanity_checks: false}}
-"""
+LOG = {"users": 300, "items": 200, "interactions": 4000, "tastes": 8}
+LLAMA = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+STEP_SETTINGS = {"batch_size": 32, "epochs": 100, "max_steps": STEPS, "validate_every": STEPS}
+SECTIONS: dict[str, Any] = {
+    "ids": {"holdout": 0.2, "sasrec": {"epochs": 3, "dim": 32, "dropout": 0.0}},
+    "neighbours": {"models": ["cooccurrence"]},
+    "lora": {"rank": 4},
+    "train": {"variants": [VARIANT], **STEP_SETTINGS},
+    "evaluate": {"resamples": 50, "sanity_checks": False},
+}
+Jobs = dict[str, Callable[[], list[Figure] | None]]
 
 
 def main() -> None:
@@ -66,50 +64,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="+", choices=list(CHECKS), default=list(CHECKS), metavar="NAME")
-    parser.add_argument(
-        "--minutes", type=float, default=8, help="after these, what runs is ended, and nothing is started"
-    )
+    parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    on_gpu = arguments.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here: --device cpu shows that the checks themselves work")
-    ranks = torch.cuda.device_count() if arguments.device == "cuda" else 2
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    ranks = torch.cuda.device_count() if on_gpu else 2
+    name = torch.cuda.get_device_name() if on_gpu else "cpu"
+    stack = {package: version(package) for package in ("torch", "transformers", "peft", "deepspeed") if _has(package)}
     figures: list[Figure] = []
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json"
-    stack = {package: version(package) for package in ("torch", "transformers", "peft", "deepspeed") if _has(package)}
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(arguments.device, ranks, Path(scratch), time.monotonic() + 60 * arguments.minutes)
-        for sign in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sign, place.stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, place.stop)
         for check in (name for name in CHECKS if name in arguments.only):
             started = time.monotonic()
             if check != "speed" and not place.config.exists():
                 figures += tried("the run to check", partial(make_run, place))
             figures += tried(check, partial(CHECKS[check], place))
             print(f"{check}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-            found = {"device": name, "ranks": ranks, "stack": stack, "figures": [asdict(one) for one in figures]}
-            file.write_text(json.dumps(found, indent=2) + "\n")
+            rows = [asdict(figure) for figure in figures]
+            file.write_text(
+                json.dumps({"device": name, "ranks": ranks, "stack": stack, "figures": rows}, indent=2) + "\n"
+            )
     print_table(figures)
-    raise SystemExit(any(one.met is False for one in figures))
+    raise SystemExit(any(figure.met is False for figure in figures))
 
 
-def make_run(place: Place) -> list[Figure]:
+def make_run(place: Place) -> None:
     """Generate a log and a small Llama, and make what training needs, on the CPU."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    make_log(place.root / "log", users=300, items=200, interactions=4000, tastes=8)
-    catalogue = pq.read_table(place.root / "log" / "items.parquet")
-    words = write_tokenizer(place.root / "llm", [*catalogue["title"].to_pylist(), *catalogue["brand"].to_pylist()])
-    shape: Any = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=words, **shape)).save_pretrained(place.root / "llm")
-    place.config.write_text(CONFIG.format(root=place.root, variant=VARIANT, steps=STEPS))
-    rarec = [sys.executable, "-m", "rarec"]
+    llm = place.root / "llm"
+    write_run(place.root, LOG, llm={"path": str(llm), "dtype": "bfloat16"}, **SECTIONS)
+    write_llama(llm, texts_of(place.root), **LLAMA)
     stages = "prepare ids neighbours shards train"
-    place.run([*rarec, "run", str(place.config), "--stages", stages])
-    return []
+    place.run([sys.executable, "-m", "rarec", "run", str(place.config), "--stages", stages])
 
 
 def losses(run: Path) -> list[float]:
@@ -118,33 +109,35 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def apart(found: Sequence[float], expected: Sequence[float]) -> float:
+def largest_difference(values: Sequence[float], expected: Sequence[float]) -> float:
     """Return the largest relative difference of two lists of losses; infinite if one is shorter."""
-    if len(found) != len(expected):
+    if len(values) != len(expected):
         return float("inf")
-    return max(abs(one / other - 1) for one, other in zip(found, expected, strict=True))
+    return max(abs(value / right - 1) for value, right in zip(values, expected, strict=True))
 
 
-def trained(place: Place, name: str, *overrides: str, engine: str = "", ranks: int = 0) -> list[float]:
-    """Train on the device; return the losses."""
-    copy = place.copied(name)
-    place.run(place.launched("train", name, *overrides, engine=engine, ranks=ranks))
+def trained(
+    place: Place, name: str, *overrides: str, engine: str = "", ranks: int = 0, stages: Sequence[str] = ("train",)
+) -> list[float]:
+    """Train on the device, after the stages that the overrides change; return the losses."""
+    copy = place.copied(name, without=stages)
+    for stage in stages:
+        place.run(place.launched(stage, name, *overrides, engine=engine, ranks=ranks))
     return losses(copy)
 
 
 def compared(place: Place, what: str, allowed: float, train: Callable[[], list[float]]) -> list[Figure]:
     """Train, and compare the losses with the CPU's."""
-    found = apart(train(), losses(place.root / "run"))
-    return [at_most(f"{what}: largest difference of a loss from the CPU's", found, allowed)]
+    difference = largest_difference(train(), losses(place.root / "run"))
+    return [at_most(f"{what}: largest difference of a loss from the CPU's", difference, allowed)]
 
 
 def check_engines(place: Place) -> list[Figure]:
     """Train with every engine."""
     ranks = {"one": 1, **dict.fromkeys(("zero1", "zero2", "zero3"), place.ranks)}
-    several = ("ddp" if place.device == "cuda" else "cpu", "fsdp2")
-    if place.ranks > 1:
-        ranks |= dict.fromkeys(several, place.ranks)
-    jobs: dict[str, Callable[[], list[Figure]]] = {}
+    several = (place.several, "fsdp2")
+    ranks |= dict.fromkeys(several, place.ranks) if place.ranks > 1 else {}
+    jobs: Jobs = {}
     for engine, count in ranks.items():
         train = partial(trained, place, engine, engine=engine, ranks=count)
         jobs[engine] = partial(compared, place, f"{engine}, {count} rank(s)", CLOSE, train)
@@ -161,26 +154,18 @@ def check_ways(place: Place) -> list[Figure]:
         "compiled blocks": ["llm.compile=true"],
         "recomputed blocks": ["llm.gradient_checkpointing=true"],
     }
-    missing = [Figure(name, "not checked: not installed") for name in ("flash_attn", "bitsandbytes") if not _has(name)]
     if place.device == "cuda":
-        ways["flex_attention, packed"] = ["llm.attention=flex_attention", "llm.packing=true"]
-        if _has("flash_attn"):
-            ways["flash_attention_2, packed"] = ["llm.attention=flash_attention_2", "llm.packing=true"]
-    jobs: dict[str, Callable[[], list[Figure]]] = {}
+        packed = ["flex_attention", *["flash_attention_2"] * _has("flash_attn")]
+        ways |= {f"{backend}, packed": [f"llm.attention={backend}", "llm.packing=true"] for backend in packed}
+    jobs: Jobs = {}
     for name, overrides in ways.items():
         train = partial(trained, place, name.replace(" ", "-"), *overrides, ranks=1)
         jobs[name] = partial(compared, place, name, CLOSE, train)
-    if _has("bitsandbytes"):
-        jobs["nf4"] = partial(compared, place, "nf4", 0.2, partial(quantised, place))
+    if _has("bitsandbytes"):  # states of a model in four bits differ, so shards are made again
+        train = partial(trained, place, "nf4", "llm.quantize=nf4", ranks=1, stages=("shards", "train"))
+        jobs["nf4"] = partial(compared, place, "nf4", 0.2, train)
+    missing = [Figure(name, "not checked: not installed") for name in ("flash_attn", "bitsandbytes") if not _has(name)]
     return [*place.figures(jobs), *missing]
-
-
-def quantised(place: Place) -> list[float]:
-    """Train a model in four bits; return the losses. Its states differ, so shards are made again."""
-    copy = place.copied("nf4", without=("train", "shards"))
-    for stage in ("shards", "train"):
-        place.run(place.launched(stage, "nf4", "llm.quantize=nf4", ranks=1))
-    return losses(copy)
 
 
 def _has(package: str) -> bool:
@@ -192,22 +177,23 @@ def check_resume(place: Place) -> list[Figure]:
     whole = trained(place, "whole")
     copy, command = place.copied("stopped"), place.launched("train", "stopped", "train.checkpoint_every=1")
     log, end = copy / "train" / VARIANT / "log.jsonl", min(place.end, time.monotonic() + LONGEST)
-    with (place.root / "stopped.txt").open("wb") as said:
-        process = place.started(command, said)
+    with (place.root / "stopped.txt").open("wb") as output:
+        process = place.started(command, output)
         while process.poll() is None and time.monotonic() < end:
             if log.exists() and '"step": 4,' in log.read_text():
                 break
             time.sleep(0.01)
-        for sign in (signal.SIGTERM, signal.SIGKILL):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             if process.poll() is None:
-                os.killpg(process.pid, sign)
+                os.killpg(process.pid, number)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(60)
     stopped = len(losses(copy))
     place.run(command)
+    what = "resumed: largest difference of a loss from an undisturbed training"
     return [
         Figure("stopped after step", str(stopped), f"before {STEPS}", met=stopped < STEPS),
-        at_most("resumed: largest difference of a loss from an undisturbed training", apart(losses(copy), whole), 1e-3),
+        at_most(what, largest_difference(losses(copy), whole), 1e-3),
     ]
 
 
@@ -220,23 +206,23 @@ def ids_in(place: Place, dtype: str) -> list[Figure]:
     """Train the ID models in one precision."""
     copy = place.copied(f"ids-{dtype}", without=("ids", "shards", "train"))
     place.run(place.launched("ids", copy.name, f"ids.sasrec.dtype={dtype}"))
-    curves = [json.loads((at / "ids/id/manifest.json").read_text())["curve"] for at in (copy, place.root / "run")]
-    found, expected = ([epoch["loss"] for epoch in curve] for curve in curves)
+    curves = [json.loads((run / "ids/id/manifest.json").read_text())["curve"] for run in (copy, place.root / "run")]
+    difference = largest_difference(*([epoch["loss"] for epoch in curve] for curve in curves))
     what = f"ID model, {dtype}: largest difference of an epoch's loss from the CPU's in float32"
-    return [at_most(what, apart(found, expected), CLOSE if dtype == "bfloat16" else 1e-2)]
+    return [at_most(what, difference, CLOSE if dtype == "bfloat16" else 1e-2)]
 
 
 def check_ranking(place: Place) -> list[Figure]:
     """Evaluate on the device what was trained on the CPU."""
     expected = metrics_of(replace(place, device="cpu", ranks=1), "evaluated-cpu", "one")
-    several = "one" if place.ranks == 1 else "ddp" if place.device == "cuda" else "cpu"
-    return place.figures({name: partial(ranked, place, name, expected) for name in (several, "zero3")})
+    engines = (place.several if place.ranks > 1 else "one", "zero3")
+    return place.figures({engine: partial(ranked, place, engine, expected) for engine in engines})
 
 
 def ranked(place: Place, engine: str, expected: Mapping[str, float]) -> list[Figure]:
     """Evaluate by an engine."""
-    found = metrics_of(place, f"evaluated-{engine}", engine)
-    off = max(abs(found[key] - expected[key]) for key in expected)
+    metrics = metrics_of(place, f"evaluated-{engine}", engine)
+    off = max(abs(metrics[key] - expected[key]) for key in expected)
     return [at_most(f"evaluation, {engine}: largest difference of {len(expected)} metrics from the CPU's", off, 0.02)]
 
 
@@ -252,12 +238,7 @@ def check_speed(place: Place) -> list[Figure]:
     """Measure training steps, in a process of their own."""
     out = place.root / "speed.json"
     command = [sys.executable, "-m", "tools.bench.gpu_speed", "--device", place.device, "--out", str(out)]
-
-    def measure() -> list[Figure]:
-        place.run(command)
-        return []
-
-    failure = tried("speed", measure)  # what was measured before stands
+    failure = tried("speed", partial(place.run, command))  # what was measured before is kept
     return [*(Figure(**row) for row in (json.loads(out.read_text()) if out.exists() else [])), *failure]
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from tools.bench.measuring import Figure
+from tools.bench.small_runs import ROOT, launched
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 240
 """Seconds after which a command counts as hung."""
 
@@ -44,14 +44,17 @@ class Place:
         """The configuration of the small run."""
         return self.root / "config.yaml"
 
+    @property
+    def several(self) -> str:
+        """The plain engine of several ranks."""
+        return "ddp" if self.device == "cuda" else "cpu"
+
     def launched(self, script: str, run: str, *overrides: str, engine: str = "", ranks: int = 0) -> list[str]:
         """Return the command that starts a script on the device, on all ranks if no number is given."""
         ranks = ranks or self.ranks
-        file = engine or (("ddp" if self.device == "cuda" else "cpu") if ranks > 1 else "one")
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{file}.yaml"]
-        number = ["--num_processes", str(ranks), "--main_process_port", "0"] if ranks > 1 or "zero" in file else []
+        engine = engine or (self.several if ranks > 1 else "one")
         given = ["--config", str(self.config), f"run.dir={self.root / run}", f"run.device={self.device}", *overrides]
-        return [sys.executable, *launcher, *number, f"launch/{script}.py", *given]
+        return launched(engine, ranks, f"launch/{script}.py", *given)
 
     def run(self, command: Sequence[str]) -> None:
         """Run a command in the repository.
@@ -62,23 +65,23 @@ class Place:
         left = min(LONGEST, self.end - time.monotonic())
         if left <= 0:
             raise Failed("no time left: give it more --minutes, or fewer checks by --only")
-        with tempfile.TemporaryFile("w+") as said:
-            process, why = self.started(command, said), ""
+        with tempfile.TemporaryFile("w+") as output:
+            process, why = self.started(command, output), ""
             try:
                 process.wait(left)
             except subprocess.TimeoutExpired:
                 why = f"it did not end within {left:.0f} s"
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            said.seek(0)
-            text = said.read()
+            output.seek(0)
+            text = output.read()
         if process.returncode:
             raise Failed(why or _reason(text), f"{' '.join(command)}\n{text}")
 
-    def started(self, command: Sequence[str], said: IO[Any]) -> "subprocess.Popen[bytes]":
-        """Start a command in the repository, in a session of its own; what it says goes to a file."""
+    def started(self, command: Sequence[str], output: IO[Any]) -> "subprocess.Popen[bytes]":
+        """Start a command in the repository, in a session of its own; its output goes to a file."""
         shared = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, cwd=ROOT, env=shared, stdout=said, stderr=said, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=shared, stdout=output, stderr=output, start_new_session=True)
         self.processes.append(process)
         return process
 
@@ -93,32 +96,32 @@ class Place:
                     os.killpg(process.pid, signal.SIGKILL)
         raise KeyboardInterrupt
 
-    def figures(self, jobs: Mapping[str, Callable[[], list[Figure]]]) -> list[Figure]:
+    def figures(self, jobs: Mapping[str, Callable[[], list[Figure] | None]]) -> list[Figure]:
         """Return the figures of independent jobs, by name; most of a small training's time is its start.
 
         What fails is a figure too.
         """
         with ThreadPoolExecutor(4 if self.device == "cuda" else 1) as pool:
-            return [figure for found in pool.map(tried, jobs, jobs.values()) for figure in found]
+            return [figure for own in pool.map(tried, jobs, jobs.values()) for figure in own]
 
     def copied(self, name: str, without: Sequence[str] = ("train",)) -> Path:
         """Return a new copy of the run, with what is made before."""
-        place = self.root / name
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(self.root / "run", place)
+        copy = self.root / name
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.root / "run", copy)
         for stage in without:
-            shutil.rmtree(place / stage, ignore_errors=True)
-        return place
+            shutil.rmtree(copy / stage, ignore_errors=True)
+        return copy
 
 
 class Failed(Exception):
-    """A command did not do what it should: the reason in a line, and all that it said."""
+    """A command failed: the reason in a line, and its whole output."""
 
 
-def tried(name: str, work: Callable[[], list[Figure]]) -> list[Figure]:
-    """Return the figures of a check, or a figure that says why there are none."""
+def tried(name: str, work: Callable[[], list[Figure] | None]) -> list[Figure]:
+    """Return the figures of a check, or one that says why it failed."""
     try:
-        return work()
+        return work() or []
     except Exception as error:  # the others go on
         print(f"{name}: {error.args[-1] if error.args else error!r}", file=sys.stderr)
         why = error.args[0] if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
@@ -126,6 +129,6 @@ def tried(name: str, work: Callable[[], list[Figure]]) -> list[Figure]:
 
 
 def _reason(text: str) -> str:
-    """Return the line in which a command said what failed: its own, not the launcher's behind it."""
-    lines = [line for line in text.strip().splitlines() if line.strip()] or ["it said nothing"]
+    """Return the line of a command's output that says what failed: its own, not the launcher's below it."""
+    lines = [line for line in text.strip().splitlines() if line.strip()] or ["no output"]
     return next((line for line in lines if "error:" in line), lines[-1]).strip()

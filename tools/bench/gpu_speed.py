@@ -15,17 +15,16 @@ planned:    the peak of `rarec plan` for these lengths, beside what PyTorch's al
 FILE is written after each shape: what follows may run out of memory or time.
 """
 
-import argparse
 import gc
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,13 +41,13 @@ from rarec.planning.cluster import Cluster
 from rarec.planning.input_sizes import PromptLengths
 from rarec.planning.meta_model import MetaModelBuilder
 from rarec.training.engines import Engine
-from tools.bench.measuring import Figure, at_least, model_tree, print_table
+from tools.bench.measuring import Figure, at_least, in_turns, model_tree, options, print_table
+from tools.bench.small_runs import llama
 
 VARIANT, SOURCES, DIM = VARIANTS["per_layer_lora"], {"id": SourceShape(64, 1)}, 64
 ITEM_TOKENS, ROUNDS = 64, 5
 GOAL = 45.0
 """Percent of MFU at 8B. The best published figure for LoRA on one H100 is 42.8% (torchtune's and others' reports)."""
-BLOCK: dict[str, Any] = {"head_dim": 128, "vocab_size": 128_256, "rope_theta": 500_000.0}
 
 
 @dataclass(frozen=True)
@@ -58,51 +57,27 @@ class Shape:
     name: str
     llama: dict[str, Any]
     batches: tuple[tuple[int, int], ...]
-    recompute: bool = False
     compile: bool = False
 
 
 LARGE = (
-    Shape(
-        "1B",
-        BLOCK
-        | {"head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-        | {"num_attention_heads": 32, "num_key_value_heads": 8},
-        ((512, 16), (2048, 4)),
-    ),
-    Shape(
-        "8B",
-        BLOCK
-        | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-        | {"num_attention_heads": 32, "num_key_value_heads": 8},
-        ((512, 8), (2048, 2)),
-        compile=True,
-    ),
+    Shape("1B", llama(2048, 8192, 16), ((512, 16), (2048, 4))),
+    Shape("8B", llama(4096, 14336, 32), ((512, 8), (2048, 2)), compile=True),
 )
-TINY = (
-    Shape(
-        "tiny",
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500}
-        | {"num_attention_heads": 4, "num_key_value_heads": 2},
-        ((96, 4),),
-        compile=True,
-    ),
-)
+TINY = (Shape("tiny", llama(64, 128, 2, (4, 2), vocab_size=500), ((96, 4),), compile=True),)
 
 
 def main() -> None:
     """Measure every shape; print the table, and write it if a file is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    device, figures = torch.device(arguments.device), list[Figure]()
+    arguments = options(__doc__, device="cuda", out=Path)
+    device = torch.device(arguments.device)
+    figures: list[Figure] = []
     for shape in LARGE if device.type == "cuda" else TINY:
         with tempfile.TemporaryDirectory() as scratch:
-            for found in Measurement(shape, device, Path(scratch)).figures():
-                figures += found
+            for of_batch in Measurement(shape, device, Path(scratch)).figures():
+                figures += of_batch
                 if arguments.out is not None:
-                    arguments.out.write_text(json.dumps([asdict(one) for one in figures]))
+                    arguments.out.write_text(json.dumps([asdict(figure) for figure in figures]))
         gc.collect()  # a model is part of cycles, and would count as memory of the next
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -116,12 +91,13 @@ class Measurement:
         self.shape, self.device, self.scratch = shape, device, scratch
         config = LlamaConfig(**shape.llama, dtype="bfloat16", architectures=["LlamaForCausalLM"])
         config.save_pretrained(scratch)
-        self.config = run_config(scratch, shape)
+        llm, train = {"path": str(scratch), "dtype": "bfloat16"}, {"variants": [VARIANT.name]}
+        self.config = RunConfig.model_validate(model_tree(llm=llm, lora={"rank": 16, "alpha": 32}, train=train))
         with device:
-            llama = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-        llama.lm_head = None  # no logits are computed
-        model = with_lora(llama.eval(), self.config.lora, 0).to(device)
-        self.backbone = FrozenBackbone(model, "mean", shape.recompute, sink=True).eval()
+            model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model.lm_head = None  # no logits are computed
+        model = with_lora(model.eval(), self.config.lora, 0).to(device)
+        self.backbone = FrozenBackbone(model, "mean", sink=True).eval()
         self.weights = sum(p.numel() for n, p in self.backbone.blocks.named_parameters() if "lora_" not in n)
         self.published = self.weights + 2 * config.vocab_size * config.hidden_size
 
@@ -134,13 +110,10 @@ class Measurement:
             yield self._of(*self.shape.batches[0], name=", compiled")
 
     def _of(self, tokens: int, samples: int, name: str = "") -> list[Figure]:
-        ours, plain = self._rarec(tokens, samples), self._plain(tokens, samples)
-        count, name = samples * (tokens + ITEM_TOKENS), f"{self.shape.name}, {samples} x {tokens} tokens{name}"
-        seconds = {way: statistics.median(times) for way, times in interleaved({"rarec": ours, "plain": plain}).items()}
-        rates = {way: count / spent for way, spent in seconds.items()}
-        self._reset()
-        ours()
-        peak = self._peak()
+        name = f"{self.shape.name}, {samples} x {tokens} tokens{name}"
+        steps = {"rarec": self._rarec(tokens, samples), "plain": self._plain(tokens, samples)}
+        spent = in_turns(ROUNDS, {way: partial(self._whole, step) for way, step in steps.items()})
+        rates = {way: samples * (tokens + ITEM_TOKENS) / float(np.median(times)) for way, times in spent.items()}
         figures = [
             Figure(f"{name}: tokens/s", f"{rates['rarec']:,.0f}"),
             Figure(f"{name}: rarec / plain PEFT", f"{rates['rarec'] / rates['plain']:.2f}"),
@@ -151,7 +124,7 @@ class Measurement:
             mfu, what = percent * self.weights, f"{name}: MFU"
             figures.append(at_least(what, mfu, GOAL, "%") if self.shape.name == "8B" else Figure(what, f"{mfu:.1f}%"))
             figures.append(Figure(f"{what}, as published", f"{percent * self.published:.1f}%"))
-        planned = self._planned(tokens, samples)
+        planned, peak = self._planned(tokens, samples), self._peak(steps["rarec"])
         off = planned / peak - 1
         memory = f"{peak / 1e9:,.2f} GB, planned {planned / 1e9:,.2f} ({off:+.0%})"
         if self.device.type == "cpu":  # it holds Python and its libraries as well
@@ -218,43 +191,19 @@ class Measurement:
         memory = calculator.memory(VARIANT.name, setup)
         return memory.static + max(memory.activations, memory.update)  # there is no validation here
 
-    def _reset(self) -> None:
+    def _whole(self, step: Callable[[], None]) -> None:
+        """Take a step, and wait for the GPU, if there is one."""
+        step()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
 
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated()
-        return peak_memory()
-
-
-def interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Return the seconds of each step, in turns; the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(ROUNDS + 1):
-        for name, step in steps.items():
-            synchronise()
-            started = time.perf_counter()
-            step()
-            synchronise()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def synchronise() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def run_config(scratch: Path, shape: Shape) -> RunConfig:
-    """Return the configuration."""
-    llm = {"path": str(scratch), "dtype": "bfloat16", "gradient_checkpointing": shape.recompute}
-    lora, train = {"rank": 16, "alpha": 32}, {"variants": [VARIANT.name]}
-    return RunConfig.model_validate(model_tree(llm=llm, lora=lora, train=train))
+    def _peak(self, step: Callable[[], None]) -> int:
+        """Return the most memory that a step takes."""
+        if self.device.type == "cpu":
+            return peak_memory()
+        torch.cuda.reset_peak_memory_stats()
+        self._whole(step)
+        return torch.cuda.max_memory_allocated()
 
 
 if __name__ == "__main__":

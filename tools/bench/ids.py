@@ -1,12 +1,9 @@
-"""Part `ids` of bench.py: training an ID model on one rank and on two, with a small item table and a large one.
+"""Part `ids` of `python -m tools.bench`: training an ID model on one rank and on two, with a small and a large table.
 
 Each rank has one thread. SASRec with the default recipe; batches of 256 windows of 1 to 50 targets at random. Memory is
 what is due to the table and Adam's state. Rounds are interleaved; medians.
 """
 
-import multiprocessing
-import os
-import socket
 import statistics
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +17,7 @@ from rarec.ids.objective import Batch
 from rarec.ids.trainer import Training
 from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.training.accelerator import join_world
-from tools.bench.measuring import Row, memory, seconds
+from tools.bench.measuring import Row, memory, on_ranks, seconds
 
 SMALL, LARGE = 100_000, 10_000_000
 BATCH = 256
@@ -34,38 +31,15 @@ def batches(items: int, steps: int) -> Iterator[Batch]:
         yield Batch(torch.from_numpy(rng.integers(0, items, (BATCH, 51))), lengths_B)
 
 
-def train(
-    rank: int, ranks: int, port: int, items: int, steps: int, found: "multiprocessing.Queue[tuple[float, ...]]"
-) -> None:
-    """Train on one rank; rank 0 puts the seconds of a step and the gigabytes of the table into the queue."""
-    torch.set_num_threads(1)
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    os.environ |= {name: str(value) for name, value in launched.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+def train(items: int, steps: int) -> tuple[float, float]:
+    """Train on one rank; return the seconds of a step and the gigabytes of the table."""
     world = join_world("cpu", "device", "cpu")
     before = memory("RssAnon")
     torch.manual_seed(0)  # ranks draw alike
     recipe = SasRecConfig(batch_size=BATCH)
     training = Training(recipe, np.ones(items, bool), 0, CheckpointStore(Path(), 0, ""), world)
-    took = [seconds(partial(training.step, 1, batch)) for batch in batches(items, steps)]
-    if rank == 0:
-        found.put((statistics.median(took), (memory("RssAnon") - before) / 1024))
-
-
-def measured(ranks: int, items: int, steps: int) -> tuple[float, float]:
-    """Return the seconds of a step and the gigabytes of a rank."""
-    context = multiprocessing.get_context("spawn")
-    found = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [context.Process(target=train, args=(rank, ranks, port, items, steps, found)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    took, held = found.get()
-    for process in processes:
-        process.join()
-    return took, held
+    spent = [seconds(partial(training.step, 1, batch)) for batch in batches(items, steps)]
+    return statistics.median(spent), (memory("RssAnon") - before) / 1024
 
 
 def rows(quick: bool) -> list[Row]:
@@ -74,15 +48,16 @@ def rows(quick: bool) -> list[Row]:
     if not quick:
         cases |= {"large": (1, LARGE), "large on two": (2, LARGE)}
     rounds = [
-        {name: measured(*case, 15 if quick else 40) for name, case in cases.items()} for _ in range(1 if quick else 3)
+        {name: on_ranks(ranks, train, items, 15 if quick else 40) for name, (ranks, items) in cases.items()}
+        for _ in range(1 if quick else 3)
     ]
     took, held = ({name: statistics.median(each[name][which] for each in rounds) for name in cases} for which in (0, 1))
-    found = [Row.least("ID model: two ranks / one", BATCH / took["two"], BATCH / took["one"], 1.6, "windows/s")]
-    if not quick:
-        found += [
-            Row.most("ID model: a step with 10 million items / 100,000", took["large"], took["one"], 1.5, "s"),
-            Row.most(
-                "ID model: memory of one of two ranks / one process", held["large on two"], held["large"], 0.6, "GB"
-            ),
-        ]
-    return found
+    speed = Row.least("ID model: two ranks / one", BATCH / took["two"], BATCH / took["one"], 1.6, "windows/s")
+    if quick:
+        return [speed]
+    name = "ID model: memory of one of two ranks / one process"
+    return [
+        speed,
+        Row.most("ID model: a step with 10 million items / 100,000", took["large"], took["one"], 1.5, "s"),
+        Row.most(name, held["large on two"], held["large"], 0.6, "GB"),
+    ]

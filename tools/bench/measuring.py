@@ -1,15 +1,23 @@
-"""Shared by the benchmarks: a table of figures beside their goals, timing, memory, and separate processes."""
+"""Shared by the benchmarks: options, figures beside their goals, timing in turns, memory, and separate processes."""
 
+import argparse
 import multiprocessing
 import os
 import re
+import resource
+import socket
+import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from rarec.config import RunConfig
 from rarec.config.schema import Prepare
@@ -18,6 +26,39 @@ from rarec.data.dataset import PreparedDataset
 from rarec.stages.run import Run
 
 T = TypeVar("T")
+Name = TypeVar("Name", str, tuple[str, int])
+Action = Callable[[], object]
+GB = 2**20 / 1e9
+"""Gigabytes per MiB."""
+
+
+def options(doc: str | None, *paths: str, **defaults: Any) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        doc: docstring of the module, which --help prints.
+        paths: names of the arguments, all of them paths.
+        defaults: value of each option where it is not given; False makes a flag, a list an option of several values,
+            a type an option of that type without a default.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for path in paths:
+        parser.add_argument(path, type=Path)
+    for name, default in defaults.items():
+        add_option(parser, name, default)
+    return parser.parse_args()
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
+    """Add an option, whose type is that of its default."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(default, bool):
+        parser.add_argument(flag, action="store_true")
+    elif isinstance(default, list):
+        parser.add_argument(flag, nargs="+", type=type(default[0]), default=default)
+    else:
+        kind = default if isinstance(default, type) else type(default)
+        parser.add_argument(flag, type=kind, default=None if kind is default else default)
 
 
 @dataclass(frozen=True)
@@ -39,7 +80,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of bench.py: this project beside another way to do the same.
+    """One row of `python -m tools.bench`: this project beside another way to do the same.
 
     Attributes:
         name: what is compared.
@@ -69,10 +110,6 @@ class Row:
         """Return a row whose ratio should be small."""
         return cls(name, ours, other, unit, ours / other, goal, False)
 
-    def with_ratio(self, ratio: float) -> "Row":
-        """Return the same row with a ratio of its own, such as the median over pairs."""
-        return replace(self, ratio=ratio)
-
     @property
     def met(self) -> bool:
         """Return whether the goal is met."""
@@ -94,13 +131,59 @@ def at_least(what: str, value: float, goal: float, unit: str = "") -> Figure:
     return Figure(what, f"{value:,.2f}{unit}", f"at least {goal:g}{unit}", value >= goal)
 
 
-def print_table(figures: list[Figure]) -> None:
+def print_table(figures: Sequence[Figure]) -> None:
     """Print figures as a table."""
     rows = [("what", "figure", "goal", "met")]
-    rows += [(one.what, one.figure, one.goal, {None: "", True: "yes", False: "NO"}[one.met]) for one in figures]
+    rows += [(row.what, row.figure, row.goal, {None: "", True: "yes", False: "NO"}[row.met]) for row in figures]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for what, figure, goal, met in rows:
         print(f"{what:{widths[0]}}  {figure:>{widths[1]}}  {goal:{widths[2]}}  {met}".rstrip())
+
+
+def seconds(action: Action) -> float:
+    """Return the wall-clock seconds of one call."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def in_turns(rounds: int, actions: Mapping[Name, Action]) -> dict[Name, np.ndarray]:
+    """Return the seconds of each action in each round; they take turns, and a round before the first warms up."""
+    spent = [[seconds(action) for action in actions.values()] for _ in range(rounds + 1)]
+    return dict(zip(actions, np.array(spent[1:]).T, strict=True))
+
+
+def cpu_seconds(command: Sequence[str], cwd: Path | None = None) -> float:
+    """Return the processor seconds of a command, which must succeed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, cwd=cwd, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def memory(field: str) -> float:
+    """Return memory of this process in MiB: `VmHWM` (peak resident), `VmRSS` (resident) or `RssAnon` (anonymous)."""
+    line = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line is not None
+    return int(line[1]) / 1024
+
+
+@contextmanager
+def sampled_memory() -> Iterator[list[float]]:
+    """Sample this process's anonymous memory within the context, in MiB; the first value is that at the start."""
+    samples, over = [memory("RssAnon")], threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.005):
+            samples.append(memory("RssAnon"))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
 
 
 def apart(function: Callable[..., T], *arguments: Any) -> T:
@@ -110,25 +193,52 @@ def apart(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Return the wall-clock seconds of one call."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def on_ranks(ranks: int, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function on new processes of one thread each, which find each other; return what rank 0 returns."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    launched = [(rank, ranks, port, results, function, arguments) for rank in range(ranks)]
+    processes = [context.Process(target=_as_rank, args=own) for own in launched]
+    for process in processes:
+        process.start()
+    own = dict(results.get() for _ in processes)
+    for process in processes:
+        process.kill()  # an engine may hang on its way out
+    for result in own.values():
+        if isinstance(result, Exception):
+            raise result
+    first: T = own[0]
+    return first
 
 
-def memory(field: str) -> float:
-    """Return memory of this process in MiB: `VmHWM` (peak resident), `VmRSS` (resident) or `RssAnon` (anonymous)."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+def _as_rank(rank: int, ranks: int, port: int, results: Any, function: Callable[..., Any], arguments: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
+    os.environ |= {name: str(value) for name, value in launched.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    try:
+        results.put((rank, function(*arguments)))
+    except Exception as error:  # the caller raises it
+        results.put((rank, error))
 
 
 def model_tree(**sections: Any) -> dict[str, Any]:
-    """Return a configuration for what reads no data: the sections that are given, and no run and no log."""
+    """Return a configuration for what reads no data: the given sections, and no run and no log."""
     nothing = {"path": "-", "user": "-", "item": "-", "time": "-"}
     prepare = {"interactions": nothing, "items": {"path": "-", "item": "-", "title": "-"}}
     return {"run": {"dir": "-"}, "prepare": prepare, **sections}
+
+
+def log_section(log: Path, **fields: Any) -> dict[str, Any]:
+    """Return the section `prepare` for a log of `make_log`."""
+    interactions = {"path": str(log / "interactions"), "user": "user", "item": "item", "time": "time"}
+    items = {"path": str(log / "items.parquet"), "item": "item", "title": "title", "text": ["brand"]}
+    return {"interactions": interactions, "items": items, **fields}
 
 
 def prepare_dataset(config: Prepare, directory: Path) -> PreparedDataset:
@@ -139,7 +249,8 @@ def prepare_dataset(config: Prepare, directory: Path) -> PreparedDataset:
     return run.dataset
 
 
-def rows_of(module: str, quick: bool) -> list[Row]:
-    """Return the rows of a part of `python -m tools.bench`."""
-    rows: list[Row] = import_module(f"tools.bench.{module}").rows(quick)
+def rows_of(part: str, quick: bool) -> list[Row]:
+    """Return the rows of a part of `python -m tools.bench`, which is named as `module.function`."""
+    module, _, function = part.partition(".")
+    rows: list[Row] = getattr(import_module(f"tools.bench.{module}"), function)(quick)
     return rows

@@ -15,7 +15,7 @@ import json
 import statistics
 import subprocess
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from rarec.ids.validation import Validation
 from rarec.ranking.rank import VectorScores, best_scores
 from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.storage.files import write_json
-from tools.bench.measuring import Row, prepare_dataset, print_table, seconds
+from tools.bench.measuring import Row, log_section, options, prepare_dataset, print_table, seconds
 from tools.make_log import make_log
 
 HERE = Path(__file__).resolve().parent
@@ -44,12 +44,7 @@ EQUAL = 0.97
 
 def main() -> None:
     """Measure both sides and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("python", type=Path, help="of the environment with RecTools")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, "python", epochs=12, rounds=3, json=Path)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         dataset = write_inputs(root, arguments.epochs)
@@ -64,16 +59,12 @@ def main() -> None:
 def write_inputs(root: Path, epochs: int) -> PreparedDataset:
     """Prepare a log; write what RecTools reads: training interactions, targets, vectors, settings."""
     make_log(root / "log", users=8000, items=3000, interactions=80_000, tastes=16)
-    interactions = {"path": str(root / "log" / "interactions"), "user": "user", "item": "item", "time": "time"}
-    items = {"path": str(root / "log" / "items.parquet"), "item": "item", "title": "title"}
-    dataset = prepare_dataset(Prepare.model_validate({"interactions": interactions, "items": items}), root)
-    users, places, rows = list[int](), list[int](), list[int]()
+    dataset = prepare_dataset(Prepare.model_validate(log_section(root / "log")), root)
+    interactions: list[tuple[int, int, int]] = []
     for user in range(dataset.n_users):
         own = dataset.sequence(user)[: int(dataset.train_length_U[user])]
-        users += [user] * len(own)
-        places += range(len(own))
-        rows += own.tolist()
-    np.save(root / "train.npy", np.array([users, rows, places]).T)
+        interactions += [(user, item, position) for position, item in enumerate(own.tolist())]
+    np.save(root / "train.npy", np.array(interactions))
     targets = dataset.targets("validation")
     np.save(root / "targets.npy", np.array([targets.user_rows, targets.item_rows]).T)
     rng = np.random.default_rng(0)
@@ -90,32 +81,27 @@ def theirs(root: Path, python: Path, part: str) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def training(root: Path, dataset: PreparedDataset, arguments: argparse.Namespace) -> list[Row]:
     """Train on both sides."""
     other = theirs(root, arguments.python, "training")
     recipe = SasRecConfig(**RECIPE, negatives=dataset.n_items, epochs=arguments.epochs)
-    windows, spent = Windows(dataset, recipe.max_history), []
+    windows = Windows(dataset, recipe.max_history)
     torch.manual_seed(0)
     training = Training(recipe, dataset.train_counts_N > 0, 0, CheckpointStore(root / "none", 1, ""), SINGLE)
-    for epoch in range(arguments.epochs):
-        started = time.perf_counter()
+
+    def take_epoch(epoch: int) -> None:
         for number, batch in enumerate(windows.batches(recipe.batch_size, np.random.default_rng(epoch)), 1):
             training.step(number, batch)
-        spent.append(time.perf_counter() - started)
+
+    spent = [seconds(partial(take_epoch, epoch)) for epoch in range(arguments.epochs)]
     quality = Validation(dataset, 0).of_training(training.encoder, training.table)["hr@10"]
-    sequences = len(windows.targets_U)
+    ours, rectools = (len(windows.targets_U) / each for each in (statistics.median(spent[1:]), other["seconds"]))
     return [
-        Row.least(
-            "ID training / RecTools' SASRec",
-            sequences / statistics.median(spent[1:]),
-            sequences / other["seconds"],
-            2,
-            "samples/s",
-        ),
+        Row.least("ID training / RecTools' SASRec", ours, rectools, 2, "samples/s"),
         Row.least("its HR@10 / RecTools'", quality, other["hr@10"], EQUAL, ""),
     ]
 

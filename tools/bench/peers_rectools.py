@@ -1,6 +1,6 @@
 """The side of RecTools in peers.py: runs in its own environment, and imports nothing of rarec.
 
-    python bench_peers_rectools.py training|ranking DIR THREADS
+    python peers_rectools.py training|ranking DIR THREADS
 
 Prints one line of JSON.
 """
@@ -67,8 +67,8 @@ def training(root: Path, settings: dict[str, Any]) -> dict[str, float]:
     model.fit(dataset)
     targets = pd.DataFrame(np.load(root / "targets.npy"), columns=["user_id", "item_id"])
     users = targets.user_id.to_numpy()
-    found = model.recommend(users=users, dataset=dataset, k=settings["best"], filter_viewed=True)
-    hits = found.merge(targets, on=["user_id", "item_id"])
+    best = model.recommend(users=users, dataset=dataset, k=settings["best"], filter_viewed=True)
+    hits = best.merge(targets, on=["user_id", "item_id"])
     return {"seconds": statistics.median(clock.spent[1:]), "hr@10": len(hits) / len(targets)}
 
 
@@ -91,10 +91,6 @@ def ranking(root: Path, settings: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    part, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(threads)
-    print(
-        json.dumps(
-            {"training": training, "ranking": ranking}[part](folder, json.loads((folder / "settings.json").read_text()))
-        )
-    )
+    part, root = {"training": training, "ranking": ranking}[sys.argv[1]], Path(sys.argv[2])
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(part(root, json.loads((root / "settings.json").read_text()))))

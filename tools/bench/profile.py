@@ -1,4 +1,4 @@
-"""Say where the time goes of what bench.py compares: matrix products, torch's other operations, or outside torch.
+"""Say where the time goes of what the benchmarks compare: matrix products, torch's other operations, outside torch.
 
     python -m tools.bench.profile [CASE ...]
 
@@ -17,14 +17,12 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from rarec.data.shards.samples import Sample
-from tools.bench.growth import ranked
-from tools.bench.measuring import seconds
-from tools.bench.ranking import USERS, bare_product, generating
+from tools.bench.measuring import Action, seconds
+from tools.bench.ranking import USERS, generating, ranked, rankings
 from tools.bench.step import MINILM, SMOLLM2, Case, Step, Workload, write_llama
 from tools.bench.waiting import busy, workloads
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear")
-Action = Callable[[], object]
 
 
 def main() -> None:
@@ -47,16 +45,16 @@ def main() -> None:
 def profiled(action: Action) -> str:
     """Return milliseconds, GFLOP, the shares of the time, and the operations other than products that take longest."""
     action()
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
         wall = seconds(action)
-    spent = {one.key: one.self_cpu_time_total / 1e6 / wall for one in found.key_averages()}
-    flops = sum(one.flops for one in found.key_averages()) / 1e9
-    products = sum(spent.get(name, 0.0) for name in PRODUCTS)
-    others = {name: share for name, share in spent.items() if name not in PRODUCTS}
-    longest = sorted(others, key=lambda name: -others[name])[:3]
-    shares = products, sum(others.values()), 1 - sum(spent.values())
-    named = ", ".join(f"{name.removeprefix('aten::')} {others[name]:.0%}" for name in longest)
-    return f"{wall * 1e3:9.1f}{flops:9.1f}{shares[0]:10.0%}{shares[1]:8.0%}{shares[2]:8.0%}  {named}"
+    averages = profiler.key_averages()
+    shares = {operation.key: operation.self_cpu_time_total / 1e6 / wall for operation in averages}
+    flops = sum(operation.flops for operation in averages) / 1e9
+    outside = 1 - sum(shares.values())
+    products = sum(shares.pop(name, 0.0) for name in PRODUCTS)
+    longest = sorted(shares, key=lambda name: -shares[name])[:3]
+    named = ", ".join(f"{name.removeprefix('aten::')} {shares[name]:.0%}" for name in longest)
+    return f"{wall * 1e3:9.1f}{flops:9.1f}{products:10.0%}{sum(shares.values()):8.0%}{outside:8.0%}  {named}"
 
 
 def steps(name: str, llm: str, batch: int, rounds: int) -> Iterator[tuple[str, Action]]:
@@ -75,9 +73,7 @@ def take_all(step: Step, batches: list[list[Sample]]) -> None:
 
 def ranking() -> Iterator[tuple[str, Action]]:
     """Yield a ranking of 200,000 items for 512 users, and its products alone."""
-    rank = ranked(200_000)
-    yield "rarec", rank
-    yield "bare product", partial(bare_product, *rank.args[:2])
+    yield from rankings(200_000).items()
 
 
 def items() -> Iterator[tuple[str, Action]]:
@@ -88,14 +84,13 @@ def items() -> Iterator[tuple[str, Action]]:
 
 def generation() -> Iterator[tuple[str, Action]]:
     """Yield what encodes and ranks, and what generates."""
-    ours, other = generating()
-    yield f"rarec, {USERS} users", ours
-    yield "generating, one user", other
+    for name, action in generating().items():
+        yield f"{name}, {USERS} users" if name == "rarec" else f"{name}, one user", action
 
 
 def beside() -> Iterator[tuple[str, Action]]:
     """Yield training steps of an ID model and a pass of a language model, alone and beside a busy process."""
-    named = dict(zip(("ID model", "language model"), workloads(), strict=True))
+    named = workloads()
     yield from named.items()
     with busy(1):
         for name, action in named.items():

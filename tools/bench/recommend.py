@@ -20,9 +20,7 @@ ratios of these.
 """
 
 import argparse
-import resource
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,11 +33,12 @@ import torch
 
 import rarec
 from rarec.bundle.parts import Parts, sample_histories
+from rarec.bundle.recommender import Recommender
 from rarec.export.rarec_client import Client
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length
 from rarec.ranking.rank import VectorScores, best_scores
-from tools.bench.measuring import seconds
+from tools.bench.measuring import Action, add_option, cpu_seconds, in_turns, seconds
 
 Rows = npt.NDArray[np.int64]
 GOALS = {"batch": 1 / 0.9, "search": 1.3, "search N": 1.3, "one user": 3.0, "100 items": 1.5, "client": 0.1}
@@ -64,27 +63,32 @@ def forward(parts: Parts, prompts: list[Encoded]) -> Callable[[], None]:
     return run
 
 
-def workloads(bundle: Path, users: int, n_items: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+def sample_users(recommender: Recommender, count: int, seed: int = 17) -> tuple[list[Rows], list[list[Any]]]:
+    """Return made-up histories, as rows and as item ids."""
+    rows = sample_histories(recommender.parts, count, seed)
+    return rows, [[recommender.items[row] for row in history] for history in rows]
+
+
+def workloads(bundle: Path, users: int, n_items: int) -> dict[str, tuple[Action, Action]]:
     """Return, by row, what is measured and what it is compared with."""
     recommender = rarec.load(bundle, device="cpu")
-    parts, items = recommender.parts, recommender.items
-    rows = sample_histories(parts, users)
-    histories = [[items[row] for row in history] for history in rows]
+    parts = recommender.parts
+    rows, histories = sample_users(recommender, users)
     prompts = parts.encoder.prompts
     encoded = [prompts.user(history) for history in rows]
     scored = parts.scored(rows)
     vectors = torch.from_numpy(parts.dense.users(rows).reshape(users, -1, parts.dense.items_NF.shape[1])[:, 0].copy())
     table = torch.from_numpy(parts.dense.items_NF)
     wide = torch.randn(n_items, table.shape[1])
-    new = list(range(min(100, len(items))))
-    titles, texts = ([of[row] for row in new] for of in (prompts.titles, prompts.texts))
+    new = list(range(min(100, len(recommender.items))))
+    titles, texts = ([texts[row] for row in new] for texts in (prompts.titles, prompts.texts))
     blank = {name: np.zeros((len(new), source.dim), np.float32) for name, source in parts.encoder.sources.items()}
-    one = max(range(users), key=lambda at: len(encoded[at].tokens_T))
+    longest = max(range(users), key=lambda user: len(encoded[user].tokens_T))
     return {
         "batch": (lambda: recommender.recommend(histories, 10), forward(parts, encoded)),
         "search": (lambda: best_scores(scored, 10, rows), lambda: vectors @ table.T),
         "search N": (lambda: best_scores(VectorScores(vectors, wide), 10, rows), lambda: vectors @ wide.T),
-        "one user": (lambda: recommender.recommend([histories[one]], 10), forward(parts, [encoded[one]])),
+        "one user": (lambda: recommender.recommend([histories[longest]], 10), forward(parts, [encoded[longest]])),
         "100 items": (
             lambda: parts.encode_new(titles, texts, blank),
             forward(parts, [prompts.item(row) for row in new]),
@@ -99,9 +103,9 @@ def rates(folders: list[Path], histories: list[list[Any]]) -> None:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
         for name, recommend in recommenders(folder):
             recommend(histories[:8])
-            one = statistics.median(seconds(partial(recommend, [history])) for history in histories[:40])
+            single = statistics.median(seconds(partial(recommend, [history])) for history in histories[:40])
             rate = len(histories) / seconds(partial(recommend, histories))
-            print(f"{name:40}{rate:10.0f}{1000 * one:10.1f}{size:8.0f}")
+            print(f"{name:40}{rate:10.0f}{1000 * single:10.1f}{size:8.0f}")
 
 
 def recommenders(folder: Path) -> Iterator[tuple[str, Callable[[list[list[Any]]], object]]]:
@@ -114,47 +118,32 @@ def recommenders(folder: Path) -> Iterator[tuple[str, Callable[[list[list[Any]]]
         yield f"{folder.name} {recommender.bundle.facts['row']}", recommender.recommend
 
 
-def cold(command: list[str]) -> float:
-    """Return the CPU seconds of a process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--users", type=int, default=512)
-    parser.add_argument("--items", type=int, default=50_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    for name, default in {"users": 512, "items": 50_000, "rounds": 3, "threads": torch.get_num_threads()}.items():
+        add_option(parser, name, default)
     parser.add_argument("--client", type=Path, help="folder of --to onnx --to faiss")
     parser.add_argument("--rates", type=Path, nargs="+", help="folders to compare instead")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.rates:
-        recommender = rarec.load(arguments.bundle, device="cpu")
-        rows = sample_histories(recommender.parts, arguments.users)
-        rates(arguments.rates, [[recommender.items[row] for row in history] for history in rows])
+        rates(arguments.rates, sample_users(rarec.load(arguments.bundle, device="cpu"), arguments.users)[1])
         return
     pairs = workloads(arguments.bundle, arguments.users, arguments.items)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
-    for own, other in pairs.values():  # warm
-        own(), other()
-    for _ in range(arguments.rounds):
-        for name, (own, other) in pairs.items():
-            found[name].append((seconds(own), seconds(other)))
+    spent = in_turns(arguments.rounds, {(row, side): pair[side] for row, pair in pairs.items() for side in (0, 1)})
     if arguments.client:
         item = str(rarec.load(arguments.bundle).items[0])
         client = [sys.executable, str(arguments.client / "rarec_client.py"), str(arguments.client), item]
         command = [sys.executable, "-m", "rarec", "recommend", str(arguments.bundle), "--history", item]
-        found["client"] = [(cold(client), cold(command)) for _ in range(arguments.rounds)]
+        for side, words in enumerate((client, command)):
+            spent["client", side] = np.array([cpu_seconds(words) for _ in range(arguments.rounds)])
     print(f"{'row':12}{'own, s':>10}{'other, s':>10}{'ratio':>8}{'goal':>8}")
-    for name, times in found.items():
-        own_s, other_s = (statistics.median(of) for of in zip(*times, strict=True))
-        print(f"{name:12}{own_s:10.3f}{other_s:10.3f}{own_s / other_s:8.2f}{GOALS[name]:8.2f}")
+    for row, goal in GOALS.items():
+        if (row, 0) in spent:
+            own, other = (float(np.median(spent[row, side])) for side in (0, 1))
+            print(f"{row:12}{own:10.3f}{other:10.3f}{own / other:8.2f}{goal:8.2f}")
 
 
 if __name__ == "__main__":

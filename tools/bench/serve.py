@@ -7,7 +7,7 @@
 | users/s | answered at saturation, by requests of 1 to 8 users, 1 to 20 items each, over the rate of one call for 512 |
 | p50, p99 | milliseconds of these requests |
 | memory | of the service at the end, and over that after a fifth of the time |
-| overload | requests of twice as many users as may wait: answered, sent away with Retry-After, and other answers |
+| overload | requests of twice as many users as may wait: answered, rejected with Retry-After, and other answers |
 | recovery | seconds from the end of the overload until a request is answered within a second |
 | swaps | requests that failed, or whose answer was not of one bundle, while a link was turned between two bundles |
 
@@ -15,7 +15,6 @@ With --onnx, all but the swaps by ONNX Runtime, and SERVED is the folder of `rar
 Clients share the cores with the service.
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -39,12 +38,12 @@ import yaml
 import rarec
 from rarec.bundle.bundle import Bundle
 from rarec.bundle.items import remove_items
-from rarec.bundle.parts import sample_histories
 from rarec.export.rarec_client import Client
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json
-from tools.bench.measuring import Figure, at_least, at_most, print_table
+from tools.bench.measuring import Figure, at_least, at_most, options, print_table
 from tools.bench.measuring import seconds as seconds_of
+from tools.bench.recommend import sample_users
 
 K = 10
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -60,72 +59,68 @@ class Seen:
         users: answered.
         seconds: of each answered request.
         statuses: number of answers by status; -1 for a connection that broke.
-        versions: of the answers.
         after: number of 503s with Retry-After.
+        mixed: number of answers with a short list, or with an item that their version lacks.
         without: a version, and an item that it lacks.
     """
 
     users: int = 0
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
-    versions: Counter[str] = field(default_factory=Counter)
     after: int = 0
+    mixed: int = 0
     without: tuple[str, Any] = ("", None)
 
+    @property
+    def failed(self) -> int:
+        """The number of requests that were not answered with status 200."""
+        return self.statuses.total() - self.statuses[200]
 
-class Sender:
-    """Sends prepared requests over one connection, which costs next to nothing beside the model.
-
-    Args:
-        port: of the service.
-        seen: is added to.
-    """
-
-    def __init__(self, port: int, seen: Seen) -> None:
-        self._port, self._seen = port, seen
-
-    async def run(self, bodies: list[tuple[int, bytes]], end: float) -> None:
-        """Send requests, one after the other, until a time."""
+    async def send(self, port: int, bodies: list[tuple[int, bytes]], end: float) -> None:
+        """Send prepared requests over one connection, one after the other, until a time."""
         reader: asyncio.StreamReader | None = None
         while time.monotonic() < end:
             users, body = random.choice(bodies)
             try:
                 if reader is None:
-                    reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 started = time.monotonic()
                 writer.write(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
                 status, headers, answer = await _answer(reader)
             except (OSError, asyncio.IncompleteReadError):
-                self._seen.statuses[-1] += 1
+                self.statuses[-1] += 1
                 reader = None
                 continue
-            self._seen.statuses[status] += 1
+            self.statuses[status] += 1
             if status == 200:
-                self._seen.users += users
-                self._seen.seconds.append(time.monotonic() - started)
-                self._seen.versions[self._version(answer)] += 1
+                self.users += users
+                self.seconds.append(time.monotonic() - started)
+                self.mixed += self._is_mixed(json.loads(answer))
             elif status == 503:
-                self._seen.after += "retry-after" in headers
+                self.after += "retry-after" in headers
                 await asyncio.sleep(0.05)
 
-    def _version(self, answer: bytes) -> str:
-        """Return the version of an answer; `mixed` where a list is short, or has an item that this version lacks."""
-        found, (version, lacks) = json.loads(answer), self._seen.without
-        lists = [[item["item"] for item in one["items"]] for one in found["results"]]
-        wrong = any(len(items) < K or (found["version"] == version and lacks in items) for items in lists)
-        return "mixed" if wrong else str(found["version"])
+    def _is_mixed(self, answer: dict[str, Any]) -> bool:
+        version, lacks = self.without
+        lists = [[item["item"] for item in user["items"]] for user in answer["results"]]
+        return any(len(items) < K or (answer["version"] == version and lacks in items) for items in lists)
 
 
 async def _answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
+    """Read the status, the head and the body of an answer."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     length = int(head.split("content-length: ")[1].split("\r\n")[0])
     return int(head.split(" ")[1]), head, await reader.readexactly(length)
 
 
-async def load(port: int, clients: int, bodies: list[tuple[int, bytes]], seconds: float) -> Seen:
+def load(port: int, clients: int, bodies: list[tuple[int, bytes]], seconds: float) -> Seen:
     """Send requests for some seconds."""
     seen, end = Seen(), time.monotonic() + seconds
-    await asyncio.gather(*(Sender(port, seen).run(bodies, end) for _ in range(clients)))
+
+    async def send() -> None:
+        await asyncio.gather(*(seen.send(port, bodies, end) for _ in range(clients)))
+
+    asyncio.run(send())
     return seen
 
 
@@ -170,29 +165,25 @@ def saturated(path: Path, backend: str, histories: list[list[Any]], seconds: flo
     offline = offline_rate(path, backend, histories)
     with service(path, backend) as (port, process):
         bodies = requests(histories, (1, 8))
-        first = asyncio.run(load(port, clients, bodies, seconds / 5))
+        first = load(port, clients, bodies, seconds / 5)
         before = process.memory_info().rss
-        seen = asyncio.run(load(port, clients, bodies, seconds * 4 / 5))
+        seen = load(port, clients, bodies, seconds * 4 / 5)
         after = process.memory_info().rss
-        rate = seen.users / (seconds * 4 / 5)
-        failed = sum(count for status, count in (first.statuses + seen.statuses).items() if status != 200)
-        cuts = statistics.quantiles(seen.seconds, n=100)
-        many = asyncio.run(load(port, 2 * WAITING // 64, requests(histories, (64, 64), 50), 20))
-        alone = asyncio.run(load(port, 1, requests(histories, (1, 1), 10), 5))
-        slow = [at for at, one in enumerate(alone.seconds) if one > 1]
-        recovery = sum(alone.seconds[: slow[-1] + 1]) if slow else 0.0
-    other = sum(count for status, count in many.statuses.items() if status not in (200, 503))
+        many = load(port, 2 * WAITING // 64, requests(histories, (64, 64), 50), 20)
+        alone = load(port, 1, requests(histories, (1, 1), 10), 5)
+    rate, cuts = seen.users / (seconds * 4 / 5), statistics.quantiles(seen.seconds, n=100)
+    slow = [number for number, spent in enumerate(alone.seconds, 1) if spent > 1]
+    recovery = sum(alone.seconds[: slow[-1]]) if slow else 0.0
+    overload = f"{many.statuses[200]} answered, {many.statuses[503]} rejected, {many.after} with Retry-After"
     return [
         at_least("users/s over offline", rate / offline, 0.8),
         Figure("users/s, offline", f"{rate:.0f}, {offline:.0f}"),
-        at_most("failed requests", failed, 0),
+        at_most("failed requests", first.failed + seen.failed, 0),
         Figure("p50, p99", f"{1000 * cuts[49]:.0f} ms, {1000 * cuts[98]:.0f} ms"),
         Figure("memory", f"{after / 1e6:.0f} MB"),
         at_most("memory at the end", after / before, 1.05),
-        Figure(
-            "overload", f"{many.statuses[200]} answered, {many.statuses[503]} sent away, {many.after} with Retry-After"
-        ),
-        at_most("overload, other answers", other + many.statuses[503] - many.after, 0),
+        Figure("overload", overload),
+        at_most("overload, other answers", many.failed - many.after, 0),
         at_most("recovery", recovery, 5, " s"),
     ]
 
@@ -210,29 +201,28 @@ def swapped(bundle: Path, histories: list[list[Any]], swaps: int, clients: int) 
         with service(link) as (port, _):
             seen = Seen(without=(without, removed))
             loaded = asyncio.run(_swap(port, link, seen, requests(histories, (1, 8)), swaps, clients))
-    failed = sum(count for status, count in seen.statuses.items() if status != 200) + seen.versions["mixed"]
     return [
-        at_most(f"failed or mixed in {sum(seen.statuses.values()):,} requests", failed, 0),
+        at_most(f"failed or mixed in {seen.statuses.total():,} requests", seen.failed + seen.mixed, 0),
         at_least("swaps done", loaded, swaps),
     ]
 
 
 async def _swap(port: int, link: Path, seen: Seen, bodies: list[tuple[int, bytes]], swaps: int, clients: int) -> int:
     """Turn the link, and wait until the service has loaded the other bundle; return how often it did."""
-    ends, loaded = time.monotonic() + 86_400, 0
-    tasks = [asyncio.create_task(Sender(port, seen).run(bodies, ends)) for _ in range(clients)]
+    loaded = 0.0
+    tasks = [asyncio.create_task(seen.send(port, bodies, float("inf"))) for _ in range(clients)]
     for turn in range(swaps):
-        aside = link.with_name("aside")
-        aside.symlink_to("two" if turn % 2 == 0 else "one")
+        temporary = link.with_name("temporary")
+        temporary.symlink_to("two" if turn % 2 == 0 else "one")
         before = await _loaded(port)
-        aside.rename(link)
+        temporary.rename(link)
         while (now := await _loaded(port)) == before:
             await asyncio.sleep(0.1)
-        loaded += int(now - before)
+        loaded += now - before
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    return loaded
+    return int(loaded)
 
 
 async def _loaded(port: int) -> float:
@@ -247,16 +237,8 @@ async def _loaded(port: int) -> float:
 
 def main() -> None:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--onnx", type=Path)
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--swaps", type=int, default=100)
-    parser.add_argument("--clients", type=int, default=32)
-    arguments = parser.parse_args()
-    recommender = rarec.load(arguments.bundle, device="cpu")
-    items = recommender.items
-    histories = [[items[row] for row in history] for history in sample_histories(recommender.parts, 512)]
+    arguments = options(__doc__, "bundle", onnx=Path, seconds=300.0, swaps=100, clients=32)
+    _, histories = sample_users(rarec.load(arguments.bundle, device="cpu"), 512)
     path, backend = (arguments.onnx, "onnx") if arguments.onnx else (arguments.bundle, "torch")
     figures = saturated(path, backend, histories, arguments.seconds, arguments.clients)
     if backend == "torch":

@@ -21,18 +21,12 @@ import argparse
 import json
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rarec.config import VARIANTS, RunConfig
@@ -43,51 +37,18 @@ from rarec.models.towers import RaRec, SideBatch
 from rarec.storage.directories import new_directory
 from rarec.training.accelerator import build_engine, start_world
 from rarec.training.engines import Engine, Optimisation
-from tools.bench.measuring import Figure, at_most, memory, print_table
-from tools.bench.scaling import finish, launch, write_tokenizer
+from tools.bench.measuring import Figure, at_most, memory, model_tree, print_table, sampled_memory
+from tools.bench.scaling import finish, start
+from tools.bench.small_runs import bytes_of, launched, llama, local, write_tokenizer
 
+Figures = dict[str, float]
 WAYS = {"ZeRO-3": ("zero3", 2), "FSDP2": ("fsdp2", 2), "one process": ("one", 1)}
 """The launcher's file and the number of ranks."""
 GOALS = {"ZeRO-3": 100 * 1.05 / 2}
 """Goal for the share that a rank holds, in percent."""
 FILE, MIB, DIM = 500e6, 2**20, 64
 VARIANT, SOURCES = VARIANTS["per_layer"], {"id": SourceShape(DIM, 1)}
-LLAMA: dict[str, Any] = {
-    "vocab_size": 32_000,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "dtype": "bfloat16",
-    "architectures": ["LlamaForCausalLM"],
-}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The figures of one rank, in bytes and seconds.
-
-    Attributes:
-        whole: bytes of all frozen weights.
-        holds: bytes of them in this process before the steps.
-        holds_after: the same after the steps.
-        seconds: duration of loading.
-        resident: peak resident memory of loading.
-        loading: peak anonymous memory of loading.
-        steps: peak anonymous memory of the steps.
-        weights: bytes of the trained weights, which one process alone writes.
-    """
-
-    whole: int
-    holds: int
-    holds_after: int
-    seconds: float
-    resident: float
-    loading: float
-    steps: float
-    weights: int
+LLAMA = llama(2048, 8192, 16, vocab_size=32_000, dtype="bfloat16", architectures=["LlamaForCausalLM"])
 
 
 def make_llm(directory: Path) -> None:
@@ -101,11 +62,12 @@ def make_llm(directory: Path) -> None:
             files.append([])
         files[-1].append(name)
     with new_directory(directory) as temporary:
-        names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
-        for file, inside in zip(names, files, strict=True):
+        file_of: dict[str, str] = {}
+        for number, inside in enumerate(files, 1):
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
             save_file({name: weights(shapes[name], generator) for name in inside}, temporary / file, {"format": "pt"})
-        place = {name: file for file, inside in zip(names, files, strict=True) for name in inside}
-        index = {"metadata": {"total_size": sum(2 * shape.numel() for shape in shapes.values())}, "weight_map": place}
+            file_of |= dict.fromkeys(inside, file)
+        index = {"metadata": {"total_size": sum(2 * shape.numel() for shape in shapes.values())}, "weight_map": file_of}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index))
         config.save_pretrained(temporary)
         write_tokenizer(temporary, [Prompt().user])
@@ -122,60 +84,34 @@ def frozen(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if not parameter.requires_grad]
 
 
-def whole_bytes(model: nn.Module) -> int:
-    """Return the bytes of all frozen weights."""
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in frozen(model))
-
-
-def held_bytes(model: nn.Module) -> int:
-    """Return the bytes of the storages of frozen weights, or shards of them, in this process."""
-    parts = [p.to_local() if isinstance(p, DTensor) else p.data for p in frozen(model)]
-    parts += [p.ds_tensor for p in frozen(model) if hasattr(p, "ds_tensor")]
-    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
-    return sum(storages.values())
-
-
-@contextmanager
-def sampled() -> Iterator[list[float]]:
-    """Sample this process's anonymous memory within the context, in MiB."""
-    samples, over = [memory("RssAnon")], threading.Event()
-
-    def sample() -> None:
-        while not over.wait(0.005):
-            samples.append(memory("RssAnon"))
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        over.set()
-        thread.join()
-
-
 def measure(llm: Path, out: Path, recompute: bool) -> None:
-    """Load and train on one rank, and write its figures to a file."""
-    config = configured(llm, recompute)
+    """Load and train on one rank, and write its figures, in bytes and seconds, to a file.
+
+    `holds` and `after` are bytes of the frozen weights, before and after the steps, `whole` those of all ranks;
+    `resident`, `loading` and `steps` are peaks of memory; `weights` are those of the bundle, by one process alone.
+    """
+    section = {"path": str(llm), "dtype": "bfloat16", "gradient_checkpointing": recompute}
+    config = RunConfig.model_validate(model_tree(run={"dir": "-", "device": "cpu"}, llm=section))
     world = start_world(config)
     engine = build_engine(world, config)
     before, started = memory("VmRSS"), time.monotonic()
-    with sampled() as loading:
+    with sampled_memory() as loading:
         model, optimisation = under_training(config, engine)
-    seconds, most, holds = time.monotonic() - started, memory("VmHWM"), held_bytes(model.backbone)
-    with sampled() as steps:
+    seconds, most, holds = time.monotonic() - started, memory("VmHWM"), bytes_of(local(frozen(model.backbone)))
+    with sampled_memory() as steps:
         for _ in range(2):
             step(model, optimisation)
-    measured = Measured(
-        whole_bytes(model.backbone),
-        holds,
-        held_bytes(model.backbone),
-        seconds,
-        (most - before) * MIB,
-        (max(loading) - loading[0]) * MIB,
-        (max(steps) - loading[0]) * MIB,
-        weights_bytes(model, out / "weights") if world.size == 1 else 0,
-    )
-    (out / f"{world.rank}.json").write_text(json.dumps(asdict(measured)))
+    figures = {
+        "whole": sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in frozen(model.backbone)),
+        "holds": holds,
+        "after": bytes_of(local(frozen(model.backbone))),
+        "seconds": seconds,
+        "resident": (most - before) * MIB,
+        "loading": (max(loading) - loading[0]) * MIB,
+        "steps": (max(steps) - loading[0]) * MIB,
+        "weights": weights_bytes(model, out / "weights") if world.size == 1 else 0,
+    }
+    (out / f"{world.rank}.json").write_text(json.dumps(figures))
     optimisation.end()
 
 
@@ -201,15 +137,6 @@ def step(model: RaRec, optimisation: Optimisation) -> None:
     optimisation.update(1.0)
 
 
-def configured(llm: Path, recompute: bool) -> RunConfig:
-    """Return a configuration of which only the language model matters."""
-    log = {"path": "-", "user": "-", "item": "-", "time": "-"}
-    prepare = {"interactions": log, "items": {"path": "-", "item": "-", "title": "-"}}
-    model = {"path": str(llm), "dtype": "bfloat16", "gradient_checkpointing": recompute}
-    tree = {"run": {"dir": "-", "device": "cpu"}, "prepare": prepare, "llm": model}
-    return RunConfig.model_validate(tree)
-
-
 def weights_bytes(model: RaRec, directory: Path) -> int:
     """Write the trained weights as `rarec export` does, and return their bytes."""
     directory.mkdir()
@@ -217,24 +144,25 @@ def weights_bytes(model: RaRec, directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def on_all_ranks(way: str, llm: Path, options: list[str]) -> list[Measured]:
+def on_all_ranks(way: str, llm: Path, flags: list[str]) -> list[Figures]:
     """Start this script on the ranks of an engine, and return the figures of each."""
-    file, ranks = WAYS[way]
+    engine, ranks = WAYS[way]
     cores = sorted(os.sched_getaffinity(0))[:ranks]
     with tempfile.TemporaryDirectory() as scratch:
         out, output = Path(scratch), Path(scratch) / "output.txt"
-        finish(launch(file, ["-m", "tools.bench.sharding", llm, "--rank", out, *options], cores, output), output)
-        return [Measured(**json.loads((out / f"{rank}.json").read_text())) for rank in range(ranks)]
+        command = launched(engine, ranks, "-m", "tools.bench.sharding", llm, "--rank", out, *flags)
+        finish(start(command, cores, output), output)
+        return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def lines(what: str, one: Measured, goal: float | None) -> list[Figure]:
+def lines(what: str, rank: Figures, goal: float | None) -> list[Figure]:
     """Return the rows of one rank."""
-    share, after = 100 * one.holds / one.whole, 100 * one.holds_after / one.whole
-    loading = f"{one.seconds:.0f} s, {one.loading / 1e6:,.0f} MB, resident {one.resident / 1e6:,.0f} MB"
+    share, after = (100 * rank[when] / rank["whole"] for when in ("holds", "after"))
+    loading = f"{rank['seconds']:.0f} s, {rank['loading'] / 1e6:,.0f} MB, resident {rank['resident'] / 1e6:,.0f} MB"
     return [
         Figure(f"{what}: holds", f"{share:.2f}%") if goal is None else at_most(f"{what}: holds", share, goal, "%"),
         Figure("  loading", loading),
-        Figure("  steps", f"{one.steps / 1e6:,.0f} MB, {after:.2f}% after"),
+        Figure("  steps", f"{rank['steps'] / 1e6:,.0f} MB, {after:.2f}% after"),
     ]
 
 
@@ -248,17 +176,17 @@ def main() -> None:
     if arguments.rank:
         measure(arguments.directory, arguments.rank, not arguments.keep_activations)
         return
-    llm, options = arguments.directory.resolve() / "llm", ["--keep-activations"] * arguments.keep_activations
+    llm, flags = arguments.directory.resolve() / "llm", ["--keep-activations"] * arguments.keep_activations
     if not llm.exists():
         make_llm(llm)
     figures: list[Figure] = []
     for way, (_, ranks) in WAYS.items():
-        measured = on_all_ranks(way, llm, options)
-        for rank, one in enumerate(measured):
-            figures += lines(f"{way}, rank {rank}" if ranks > 1 else way, one, GOALS.get(way))
+        measured = on_all_ranks(way, llm, flags)
+        for rank, own in enumerate(measured):
+            figures += lines(f"{way}, rank {rank}" if ranks > 1 else way, own, GOALS.get(way))
     alone = measured[0]
-    figures.append(Figure("trained weights", f"{alone.weights / 1e6:,.1f} MB of {alone.whole / 1e6:,.0f} MB"))
-    print_table([*figures, at_most("  its share", 100 * alone.weights / alone.whole, 1, "%")])
+    figures.append(Figure("trained weights", f"{alone['weights'] / 1e6:,.1f} MB of {alone['whole'] / 1e6:,.0f} MB"))
+    print_table([*figures, at_most("  its share", 100 * alone["weights"] / alone["whole"], 1, "%")])
 
 
 if __name__ == "__main__":

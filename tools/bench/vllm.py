@@ -8,6 +8,7 @@ started. Users are made up: 1 to 20 items each, popular ones more often.
 
 import argparse
 import importlib
+import operator
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 
 import rarec
-from rarec.bundle.parts import sample_histories
 from tools.bench.measuring import seconds
+from tools.bench.recommend import sample_users
 
 
 def main() -> None:
@@ -33,16 +34,19 @@ def main() -> None:
     sys.path.insert(0, str(arguments.folder))
     client = importlib.import_module("rarec_vllm").VllmClient(arguments.folder, arguments.url)
     recommender = rarec.load(arguments.bundle, device="cpu")
-    rows = [[int(row) for row in history] for history in sample_histories(recommender.parts, arguments.users, seed=3)]
-    histories = [[recommender.items[row] for row in history] for history in rows]
-    found, expected = client.recommend(histories), recommender.recommend(histories).items
-    tops = [([item for item, *_ in one], [one[0] for one in other]) for one, other in zip(found, expected, strict=True)]
-    vectors, right = client.queries(rows), recommender.query_vectors(histories)
+    rows, histories = sample_users(recommender, arguments.users, seed=3)
+    served = [[item for item, *_ in best] for best in client.recommend(histories)]
+    expected = [[best[0] for best in user] for user in recommender.recommend(histories).items]
+    shared = [len(set(best) & set(right)) for best, right in zip(served, expected, strict=True)]
+    vectors, right = (
+        client.queries([[int(row) for row in history] for history in rows]),
+        recommender.query_vectors(histories),
+    )
     right = right.reshape(vectors.shape)
-    apart = np.linalg.norm(vectors - right, axis=-1) / np.linalg.norm(right, axis=-1)
-    print(f"identical top 10: {sum(one == other for one, other in tops)} of {len(tops)} users")
-    print(f"items shared among the 10: {np.mean([len(set(one) & set(other)) for one, other in tops]) / 10:.4f}")
-    print(f"query vectors apart, relative to their length: median {np.median(apart):.1e}, most {apart.max():.1e}")
+    off = np.linalg.norm(vectors - right, axis=-1) / np.linalg.norm(right, axis=-1)
+    print(f"identical top 10: {sum(map(operator.eq, served, expected))} of {len(served)} users")
+    print(f"items shared among the 10: {np.mean(shared) / 10:.4f}")
+    print(f"query vectors apart, relative to their length: median {np.median(off):.1e}, most {off.max():.1e}")
     for name, recommend in (("vLLM", client.recommend), ("rarec, torch", recommender.recommend)):
         print(f"{name}: {len(histories) / seconds(partial(recommend, histories)):.1f} users/s")
 

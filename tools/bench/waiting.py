@@ -2,7 +2,7 @@
 
     python -m tools.bench.waiting [--busy 1] [--rounds 2]
 
-It is the part `busy` of bench.py too, which compares the speed beside a busy process with that on an idle machine.
+It is the part `busy` of `python -m tools.bench` too: the speed beside a busy process over that on an idle machine.
 
 Each way of waiting is measured in a process of its own: seconds for 10 training steps of SASRec by the default recipe,
 many of whose operations last microseconds, and for a forward and backward pass of a language model of MiniLM's shape,
@@ -10,15 +10,14 @@ whose operations last milliseconds. `rarec` sets the one called `rarec`; `spin` 
 `passive` is OMP_WAIT_POLICY=PASSIVE. Rounds are interleaved; medians are reported, and ratios to `spin`.
 """
 
-import argparse
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
@@ -27,21 +26,14 @@ from rarec.console.last_resort import WAITING
 from rarec.distributed.world import SINGLE
 from rarec.ids.models import build
 from rarec.ids.objective import Batch, SampledSoftmax, draw_negatives
-from tools.bench.measuring import Row, seconds
+from tools.bench.measuring import Action, Row, in_turns, options
 
 WAYS = {"spin": {}, "rarec": WAITING, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 ITEMS, STEPS = 12_000, 10
 TOKENS = (64, 100)
 
 
-def measure() -> None:
-    """Print the seconds of both workloads."""
-    for action in workloads():
-        action()
-        print(seconds(action))
-
-
-def workloads() -> tuple[Callable[[], None], Callable[[], None]]:
+def workloads() -> dict[str, Action]:
     """Return training steps of an ID model, and a forward and backward pass of a language model."""
     torch.manual_seed(0)
     recipe = SasRecConfig()
@@ -49,22 +41,19 @@ def workloads() -> tuple[Callable[[], None], Callable[[], None]]:
     windows = recipe.batch_size
     batch = Batch(torch.randint(ITEMS, (windows, 51)), torch.randint(1, 51, (windows,)))
     vectors_RE = torch.randn(ITEMS, recipe.dim, requires_grad=True)
-
-    def id_step() -> None:
-        id_loss(batch.groups(SINGLE), draw_negatives(items_R, recipe.negatives), items_R, vectors_RE).backward()
-
     shape = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     llm = BertModel(shape).requires_grad_(False)
     embedded = torch.randn(*TOKENS, 384, requires_grad=True)
 
+    def id_steps() -> None:
+        for _ in range(STEPS):
+            negatives = draw_negatives(items_R, recipe.negatives)
+            id_loss(batch.groups(SINGLE), negatives, items_R, vectors_RE).backward()
+
     def llm_pass() -> None:
         llm(inputs_embeds=embedded).last_hidden_state.square().mean().backward()
 
-    def id_steps() -> None:
-        for _ in range(STEPS):
-            id_step()
-
-    return id_steps, llm_pass
+    return {"ID model": id_steps, "language model": llm_pass}
 
 
 def spin_forever() -> None:
@@ -84,17 +73,16 @@ def busy(processes: int) -> Iterator[None]:
         other.kill()
 
 
-def rounds(count: int, ways: Iterable[str] = WAYS) -> dict[str, tuple[float, ...]]:
+def rounds(count: int, ways: Iterable[str] = WAYS) -> dict[str, np.ndarray]:
     """Return the median seconds of both workloads, by way of waiting."""
-    found: dict[str, list[list[float]]] = {way: [] for way in ways}
+    spent: dict[str, list[list[float]]] = {way: [] for way in ways}
     unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "-m", "tools.bench.waiting", "--measure"]
     for _ in range(count):
-        for way in found:
-            variables = WAYS[way]
-            command = [sys.executable, "-m", "tools.bench.waiting", "--measure"]
-            out = subprocess.run(command, env=unset | variables, check=True, capture_output=True, text=True).stdout
-            found[way].append([float(line) for line in out.split()])
-    return {way: tuple(map(statistics.median, zip(*times, strict=True))) for way, times in found.items()}
+        for way, own in spent.items():
+            out = subprocess.run(command, env=unset | WAYS[way], check=True, capture_output=True, text=True).stdout
+            own.append([float(line) for line in out.split()])
+    return {way: np.median(own, axis=0) for way, own in spent.items()}
 
 
 def rows(quick: bool) -> list[Row]:
@@ -103,22 +91,18 @@ def rows(quick: bool) -> list[Row]:
     idle = rounds(count, ["rarec"])["rarec"]
     with busy(1):
         beside = rounds(count, ["rarec"])["rarec"]
-    kinds = ("ID model", "language model")
     return [
         Row.least(f"{kind}: beside a busy process / idle", 1 / slow, 1 / fast, 0.5, "runs/s")
-        for kind, slow, fast in zip(kinds, beside, idle, strict=True)
+        for kind, slow, fast in zip(("ID model", "language model"), beside.tolist(), idle.tolist(), strict=True)
     ]
 
 
 def main() -> None:
     """Measure every way of waiting, alone and beside busy processes, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--busy", type=int, default=1, help="number of other busy processes")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        measure()
+    arguments = options(__doc__, busy=1, rounds=2, measure=False)
+    if arguments.measure:  # in a process of its own
+        for times in in_turns(1, workloads()).values():
+            print(times[0])
         return
     print(f"{'machine':16}{'waiting':10}{'SASRec, s':>10}{'ratio':>8}{'LLM, s':>10}{'ratio':>8}")
     for name, others in (("idle", 0), (f"{arguments.busy} busy", arguments.busy)):
