@@ -55,10 +55,10 @@ def init(
 def plan(
     config: Config,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(help="GPUs in each machine.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in each machine.")] = 1,
     memory: Annotated[str | None, typer.Option(help="Of a GPU, as in 80GB; by default that of the device.")] = None,
     zero: Annotated[str | None, typer.Option(help="0 (DDP), 1, 2, 3 or fsdp2; by default the advised one.")] = None,
-    machines: Annotated[int, typer.Option(help="Machines.")] = 1,
+    machines: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     device: Annotated[str, typer.Option(help="Kind of GPU, for speed: H100, A100, L40S, ...")] = "H100",
 ) -> None:
     """Say what training takes on these GPUs: memory, traffic, hours; whether it fits, by which engine, what to change.

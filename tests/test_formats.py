@@ -18,7 +18,7 @@ from rarec.bundle.parts import Parts, sample_histories
 from rarec.bundle.write import hub_name
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.export import huggingface, rarec_client, write_targets
+from rarec.export import formats, rarec_client, write_targets
 from rarec.export.graphs import QueryGraph, write_graph
 from rarec.ranking import EvalBatch
 from rarec.storage.files import read_json, write_json
@@ -237,7 +237,7 @@ def test_an_upload_sends_the_folder_and_names_what_the_hub_refuses(recommender, 
             sent.append(folder_path)
 
     sent, said = [], []
-    monkeypatch.setattr(huggingface, "HfApi", Hub)
+    monkeypatch.setattr(formats, "HfApi", Hub)
     write_targets(recommender, ["hub"], tmp_path / "repository", said.append, push="me/mine")
     assert (said, sent) == (["hub/me/mine"], [str(tmp_path / "repository")])
     for name in ("mine", "me/lost"):

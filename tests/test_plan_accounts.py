@@ -18,9 +18,8 @@ from rarec.errors import UserError
 from rarec.models.build import SourceShape
 from rarec.planning.activations import MemoryTracker, StepShape, step_activations
 from rarec.planning.cluster import ENGINES
-from rarec.planning.input_sizes import EpochBatches, SampleStats, prompt_length_bounds
-from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, rank_memory
-from rarec.planning.step_time import step_traffic
+from rarec.planning.costs import SHIPPED_ZERO, rank_memory, step_traffic
+from rarec.planning.input_sizes import EpochBatches, PromptLengths, SampleStats, prompt_length_bounds
 from rarec.stages.train import plan
 from rarec.stages.variant_training import open_feed
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written
@@ -45,9 +44,7 @@ def test_frozen_and_trained_bytes_are_those_of_the_architecture(llama):
     fixed = 2 * E + maps + 2 * (D + D * D)  # vectors' mean and spread; units of maps; means and whitening of states
     assert variant.buffer_bytes == 4 * 2 * fixed
     assert variant.file_bytes == {"alignment": 4 * (2 * side + 1 + 2 * fixed), "lora": 0}
-    assert (
-        rank_memory(variant, "3", 2, ActivationPeaks(0, 0, False)).buffers == variant.buffer_bytes
-    )  # engines do not shard it
+    assert rank_memory(variant, "3", 2).buffers == variant.buffer_bytes  # engines do not shard it
 
 
 def test_of_a_wide_model_the_directions_are_held_once_a_side(llama):
@@ -69,10 +66,8 @@ def test_lora_trains_in_float32_beside_a_model_in_bfloat16(llama):
 def test_engines_hold_what_their_table_says(llama):
     variant = calculator(llama).meta_model("per_layer", False)
     frozen, trained = (sum(w.nbytes for w in part) for part in (variant.frozen, variant.trainable))
-    of = {
-        stage: rank_memory(variant, stage, 4, ActivationPeaks(0, 0, False), replace(SHIPPED_ZERO, persistent=0))
-        for stage in ENGINES
-    }
+    settings = replace(SHIPPED_ZERO, persistent=0)
+    of = {stage: rank_memory(variant, stage, 4, zero=settings) for stage in ENGINES}
     share = 4 * sum(-(-weight.numel // 4) for weight in variant.trainable)
     assert [of[stage].frozen for stage in ("0", "1", "2")] == [frozen] * 3
     assert of["3"].frozen == 4 * sum(-(-weight.numel // 4) for weight in variant.frozen)
@@ -86,16 +81,16 @@ def test_engines_hold_what_their_table_says(llama):
 def test_zero_3_keeps_small_tensors_whole_beside_their_shards(llama):
     variant = calculator(llama).meta_model("text_only", False)
     whole = sum(weight.nbytes for weight in variant.frozen)
-    sharded = rank_memory(variant, "3", 2, ActivationPeaks(0, 0, False), replace(SHIPPED_ZERO, persistent=0)).frozen
+    sharded = rank_memory(variant, "3", 2, zero=replace(SHIPPED_ZERO, persistent=0)).frozen
     assert max(weight.numel for weight in variant.frozen) < SHIPPED_ZERO.persistent
-    assert rank_memory(variant, "3", 2, ActivationPeaks(0, 0, False)).frozen == sharded + whole
+    assert rank_memory(variant, "3", 2).frozen == sharded + whole
 
 
 def test_fsdp2_fills_up_the_rows_that_ranks_do_not_divide(tmp_path):
     path = write_llm(tmp_path / "llm", "gpt2")
     variant = calculator(path).meta_model("text_only", False)
     rows = sum(-(-weight.shape[0] // 3) * weight.numel // weight.shape[0] for weight in variant.frozen)
-    assert rank_memory(variant, "fsdp2", 3, ActivationPeaks(0, 0, False)).frozen == 4 * rows
+    assert rank_memory(variant, "fsdp2", 3).frozen == 4 * rows
 
 
 def test_weights_in_four_bits_are_those_of_frozen_linear_layers(llama):
@@ -153,10 +148,8 @@ def test_under_zero_3_more_ranks_never_need_more_memory_on_each(llama, variant):
 def test_sharding_never_holds_more_frozen_bytes(tmp_path, ranks):
     path = write_llm(tmp_path / "llm", "llama", vocabulary=4000)
     variant = calculator(path).meta_model("per_layer", False)
-    of = {
-        s: rank_memory(variant, s, ranks, ActivationPeaks(0, 0, False), replace(SHIPPED_ZERO, persistent=D))
-        for s in ("2", "3")
-    }
+    settings = replace(SHIPPED_ZERO, persistent=D)
+    of = {stage: rank_memory(variant, stage, ranks, zero=settings) for stage in ("2", "3")}
     assert of["3"].frozen <= of["2"].frozen + 4 * sum(w.numel for w in variant.frozen if w.numel <= D) + 4 * len(
         variant.frozen
     )
@@ -192,9 +185,7 @@ def test_zero_3_saves_gathered_matrices_unless_blocks_are_recomputed(tmp_path):
     variant = calculator(path).meta_model("per_layer", False)
     few = replace(SHIPPED_ZERO, persistent=0, live=1000)
     matrices = 2 * sum(weight.nbytes for weight in variant.frozen if weight.linear and weight.block is not None)
-    kept, recomputed = (
-        rank_memory(variant, "3", 2, ActivationPeaks(0, 0, again), few).gathered for again in (False, True)
-    )
+    kept, recomputed = (rank_memory(variant, "3", 2, recomputes, few).gathered for recomputes in (False, True))
     assert kept >= matrices
     assert recomputed < matrices / 4
 
@@ -202,7 +193,7 @@ def test_zero_3_saves_gathered_matrices_unless_blocks_are_recomputed(tmp_path):
 def test_deepspeed_is_planned_as_it_is_shipped():
     for stage in ("1", "2", "3"):
         shipped = json.loads((ROOT / "configs" / "deepspeed" / f"zero{stage}.json").read_text())["zero_optimization"]
-        assert shipped.get("reduce_bucket_size", 500_000_000) == SHIPPED_ZERO.bucket[stage]
+        assert shipped.get("reduce_bucket_size", 500_000_000) == SHIPPED_ZERO.bucket
         assert shipped.get("memory_efficient_linear", False) is False
     assert shipped["stage3_max_live_parameters"] == shipped["stage3_max_reuse_distance"] == SHIPPED_ZERO.live
     assert shipped["stage3_param_persistence_threshold"] == SHIPPED_ZERO.persistent
@@ -289,16 +280,16 @@ def test_without_shards_a_token_budget_is_planned_by_the_longest_prompts(llama):
     assert made.steps("per_layer") is None
 
 
-def test_samples_are_counted_over_shards():
-    samples = SampleStats.from_lengths(np.array([16, 16, 32, 16]))
-    assert (samples.count, samples.user_prompts.longest, samples.user_prompts.mean) == (4, 32, 20)
+def test_lengths_are_summarised():
+    lengths = PromptLengths.of(np.array([16, 16, 32, 16]))
+    assert (lengths.longest, lengths.mean) == (32, 20)
 
 
 def test_packed_prompts_take_their_own_length_and_padded_ones_the_longest(llama):
     peaks = []
     for packing, positions in ((False, 32), (True, 20)):
         made = calculator(llama, llm={"packing": packing})
-        made.samples = SampleStats.from_lengths(np.array([16, 16, 32, 16]))
+        made.samples = SampleStats(4, PromptLengths(32, 20))
         setup = made.setup(GPU, "0")
         assert made.step_shape("per_layer", setup).text["user"] == positions
         peaks.append(made.memory("per_layer", setup).peak)

@@ -19,12 +19,16 @@ from rarec.models.towers import RaRec, ReadoutModule, Tower
 from rarec.storage.files import read_json
 from tests.recommending import exported
 from tests.synthetic import tiny_model
-from tests.vllm_server import served
+from tests.vllm_server import Served, served
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Served:
+    return served(tmp_path_factory.mktemp("llama"), "every block, mean")
 
 
 @pytest.mark.slow
-def test_the_folder_says_how_it_is_served(tmp_path):
-    llama = served(tmp_path, "every block, mean")
+def test_the_folder_says_how_it_is_served(llama):
     files = {path.name for path in llama.folder.iterdir()}
     assert {"serve.sh", "rarec_connector.py", "rarec_program.py", "program.safetensors", "rarec_vllm.py"} <= files
     script = (llama.folder / "serve.sh").read_text()
@@ -36,12 +40,11 @@ def test_the_folder_says_how_it_is_served(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_finds_the_language_model_from_any_folder_and_with_spaces_in_its_path(tmp_path):
-    llama = served(tmp_path, "every block, mean")
+def test_the_script_finds_the_language_model_from_any_folder_and_with_spaces_in_its_path(llama, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "my models").mkdir()
     python = tmp_path / "bin" / "python"
-    python.write_text('#!/bin/sh\nfor one in "$@"; do echo "$one"; done\n')
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
     own = Path(llama.recommender.parts.llm_path).resolve()
     for given, expected in (("", own), ("my models", tmp_path / "my models")):
@@ -69,9 +72,9 @@ def test_keys_and_values_are_those_of_the_model(tmp_path, kind):
     vectors = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(1))
     vectors[1, 0] = 0  # is missing
     write_program(model, prefix, tmp_path / "program", torch.float32)
-    found = [Program(tmp_path / "program").prefix(of.flatten()) for of in vectors]
-    for of, whole in zip(zip(*found, strict=True), cached(model, prefix, {"id": vectors}), strict=True):
-        torch.testing.assert_close(torch.stack(of, 1), whole, rtol=1e-4, atol=1e-5)
+    prefixes = [Program(tmp_path / "program").prefix(vectors_KE.flatten()) for vectors_KE in vectors]
+    for tables, whole in zip(zip(*prefixes, strict=True), cached(model, prefix, {"id": vectors}), strict=True):
+        torch.testing.assert_close(torch.stack(tables, 1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_another_architecture_is_refused(tmp_path):

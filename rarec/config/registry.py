@@ -67,12 +67,12 @@ KINDS = {
         "--to",
         "rarec.export:Target",
         {
-            "vectors": "rarec.export.tables:Vectors",
-            "faiss": "rarec.export.tables:Faiss",
+            "vectors": "rarec.export.formats:Vectors",
+            "faiss": "rarec.export.formats:Faiss",
             "onnx": "rarec.export.onnx:Onnx",
             "vllm": "rarec.export.vllm:Vllm",
-            "peft": "rarec.export.huggingface:Peft",
-            "hub": "rarec.export.huggingface:Hub",
+            "peft": "rarec.export.formats:Peft",
+            "hub": "rarec.export.formats:Hub",
         },
     ),
 }

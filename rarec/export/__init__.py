@@ -4,6 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,10 +28,12 @@ class Target(ABC):
 
     Attributes:
         needs: names of targets that are written before it, into the same folder.
+        packages: names by which it imports what `rarec[serving]` installs.
         alone: whether its folder holds no other target that is named.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[tuple[str, ...]] = ()
     alone: ClassVar[bool] = False
 
     @abstractmethod
@@ -77,8 +80,8 @@ def write_targets(
             settings = {"formats": sorted(names), "row": bundle.facts["row"]}
             made_from = {"bundle": bundle.manifest["hash"]}
             write_manifest(temporary, KIND, settings=settings, made_from=made_from, **figures)
-    lines = [*(f"{name}: {value}" for name, value in figures.items()), *(of.publish(directory) for of in targets)]
-    for line in filter(None, lines):
+    lines = [f"{name}: {value}" for name, value in figures.items()]
+    for line in filter(None, (*lines, *(target.publish(directory) for target in targets))):
         say(line)
 
 
@@ -93,11 +96,21 @@ def _targets(names: Iterable[str], options: Mapping[str, object]) -> list[Target
         if not any(option in _options(target) for target in named.values()):
             problem = f"--{option} does nothing with --to {' --to '.join(named)}"
             raise UserError(problem, f"leave it out, or give it with --to {' or '.join(takers)}")
-    needed = {name: _class(name) for target in named.values() for name in target.needs if name not in named}
-    made = {name: target() for name, target in needed.items()}
-    for name, target in named.items():
-        made[name] = target(**{option: options[option] for option in _options(target) if option in options})
-    return [made[name] for name in sorted(made, key=lambda name: (*BUILT_IN, name).index(name))]
+    classes = {name: _class(name) for target in named.values() for name in target.needs} | named
+    for name, target in classes.items():
+        absent = [package for package in target.packages if find_spec(package) is None]
+        if absent:
+            raise UserError(f"--to {name} needs {', '.join(absent)}", "pip install 'rarec[serving]'")
+    return [
+        classes[name](**{option: options[option] for option in _options(classes[name]) if option in options})
+        for name in sorted(classes, key=lambda name: (*BUILT_IN, name).index(name))
+    ]
+
+
+def raise_if_far(figure: str, difference: float, limit: float, remedy: str = "report it: this is a bug") -> None:
+    """Refuse a form that differs from the bundle by more than rounding."""
+    if difference > limit:
+        raise UserError(f"{figure} is {difference:.1e}: the form differs from the bundle", remedy)
 
 
 def _class(name: str) -> type[Target]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rarec.bundle.parts import Parts
-from rarec.errors import UserError
 from rarec.ids.source import GraphUsers, HistoryRule, MappedUsers, SequenceUsers, Source
+from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec, SideBatch, Tower, side_batch
 from rarec.prompts import AT_TITLES
 
@@ -112,6 +112,8 @@ class QueryGraph(nn.Module):
     """
 
     prompt_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "slot_positions")
+    encoder: Encoder  # of a row with a variant alone, as `model` is
+    model: RaRec
 
     def __init__(self, parts: Parts) -> None:
         super().__init__()
@@ -120,20 +122,19 @@ class QueryGraph(nn.Module):
         variant = facts["model"]["variant"]["name"] if facts["model"] else None
         self.variant = variant if variant in self.dense else None
         self.id_model = facts["id_model"]
-        self.encoder = parts.encoder if self.variant else None
-        model = self.encoder.model.float() if self.encoder is not None else None
-        self.taken = taken(model.user) if model is not None else []
+        self.taken = taken(parts.encoder.model.user) if self.variant else []
         self.at_titles = tuple(name for name in self.taken if name.endswith(AT_TITLES))
         wanted = {name.removesuffix(AT_TITLES) for name in self.taken}
         self.names = tuple(sorted(wanted | ({self.id_model} if "id" in self.dense else set())))
         self.sources = nn.ModuleList(SourceGraph(parts.bundle.sources[name]) for name in self.names)
-        self.model = model
+        if self.variant:
+            self.encoder, self.model = parts.encoder, parts.encoder.model.float()
         self.eval().requires_grad_(False)
 
     @property
     def inputs(self) -> list[str]:
         """Names of the inputs."""
-        prompt = self.prompt_inputs if self.model is not None else ()
+        prompt = self.prompt_inputs if self.variant else ()
         return ["history", *prompt, *(["titles"] if self.at_titles else [])]
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -169,8 +170,6 @@ class QueryGraph(nn.Module):
 
     def encode(self, slots: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
         """Return the variant's vectors (B, Z)."""
-        assert self.model is not None
-        assert self.encoder is not None
         ids_BT, positions_BK = given["input_ids"], given["slot_positions"]
         mask_BT = (ids_BT >= 0).long()
         ids_BT = torch.where(ids_BT < 0, self.encoder.prompts.tokenizer.filler, ids_BT)
@@ -182,9 +181,9 @@ class QueryGraph(nn.Module):
     def inputs_of(self, histories: Sequence[Rows], **others: Tensor) -> tuple[Tensor, ...]:
         """Return the inputs for some histories; `others` are those that come from elsewhere."""
         given = {"history": padded(histories), **others}
-        if self.encoder is not None:
-            prompts, tower = [self.encoder.prompts.user(history) for history in histories], self.encoder.model.user
-            batch = side_batch(prompts, {}, tower, self.encoder.prompts.tokenizer.filler)
+        if self.variant:
+            prompts = [self.encoder.prompts.user(history) for history in histories]
+            batch = side_batch(prompts, {}, self.model.user, self.encoder.prompts.tokenizer.filler)
             ids_BT = nn.functional.pad(batch.ids_BT.masked_fill(batch.mask_BT == 0, -1), (0, 1), value=-1)
             missing_BK = ids_BT.gather(1, batch.positions_BK) < 0
             given |= {"input_ids": ids_BT, "slot_positions": batch.positions_BK.masked_fill(missing_BK, -1)}
@@ -258,16 +257,9 @@ def write_graph(module: QueryGraph | ItemGraph, inputs: tuple[Tensor, ...], outp
 
 
 def run_graph(path: Path, names: Sequence[str], inputs: Sequence[Tensor]) -> Float32:
-    """Return the output of a graph that was written.
+    """Return the output of a graph that was written."""
+    import onnxruntime
 
-    Raises:
-        UserError: ONNX Runtime is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        problem = "--to onnx needs the packages onnx, onnxscript, onnxruntime"
-        raise UserError(problem, "pip install 'rarec[serving]'") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

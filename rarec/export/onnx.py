@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,17 @@ import pyarrow.parquet as pq
 
 from rarec.bundle.bundle import MODEL
 from rarec.bundle.parts import Parts, sample_histories
-from rarec.errors import UserError
-from rarec.export import Target
+from rarec.export import Target, raise_if_far
+from rarec.export.formats import add_facts
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, taken, write_graph
-from rarec.export.tables import add_facts
 from rarec.models.towers import side_batch
 from rarec.neighbours import scores
-from rarec.prompts import PromptPair
+from rarec.prompts import Encoded, PromptPair, lay_out
+from rarec.prompts.hybrid import Marks
 
 Float32 = npt.NDArray[np.float32]
-QUERY, INT8, ITEM, TOKENIZER, TITLES = (
-    "query.onnx",
-    "query.int8.onnx",
-    "item.onnx",
-    "tokenizer.json",
-    "titles.parquet",
-)
+QUERY, INT8, ITEM = "query.onnx", "query.int8.onnx", "item.onnx"
+TOKENIZER, TITLES = "tokenizer.json", "titles.parquet"
 CLIENT = "rarec_client.py"
 CHECKED = 64
 """Histories for which a graph is compared with the bundle."""
@@ -48,6 +44,7 @@ class Onnx(Target):
 
     int8: bool = False
     needs = ("vectors",)
+    packages = ("onnx", "onnxscript", "onnxruntime")
 
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`."""
@@ -57,15 +54,17 @@ class Onnx(Target):
         inputs = graph.inputs_of(histories)
         queries = write_graph(graph, inputs, "query", directory / QUERY)
         figures: dict[str, Any] = {"query_difference": difference(queries, expected)}
-        if figures["query_difference"] > CLOSE and not _computes_in_fewer_bits(parts):
-            problem = f"the ONNX graph differs from the bundle by {figures['query_difference']:.1e}"
-            raise UserError(problem, "report it: this is a bug")
+        model = parts.bundle.facts["model"]
+        if not model or model["llm"]["dtype"] == "float32":  # a bundle that computes in fewer bits is further away
+            raise_if_far("query_difference", figures["query_difference"], CLOSE)
         if self.int8:
-            _quantise(directory / QUERY, directory / INT8)
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            quantize_dynamic(str(directory / QUERY), str(directory / INT8), weight_type=QuantType.QInt8)
             rounded = run_graph(directory / INT8, graph.inputs, inputs)
             figures["int8"] = _agreement(rounded, expected, parts.dense.items_NF)
         copy_client(directory)
-        if graph.encoder is not None:
+        if graph.variant:
             figures["item_difference"] = _write_item(parts, directory / ITEM)
             graph.encoder.prompts.tokenizer.save(directory / TOKENIZER)
         add_facts(directory, prompt=write_prompts(graph, directory))
@@ -90,26 +89,13 @@ def queries_of(parts: Parts, histories: Sequence[npt.NDArray[np.int64]]) -> Floa
     return users.reshape(len(users), -1, users.shape[-1])
 
 
-def _computes_in_fewer_bits(parts: Parts) -> bool:
-    """Return whether the bundle's model computes in fewer bits than the graph, so that their vectors differ."""
-    model = parts.bundle.facts["model"]
-    return bool(model) and model["llm"]["dtype"] != "float32"
-
-
 def _agreement(queries: Float32, expected: Float32, items_NF: Float32) -> dict[str, float]:
     """Return the share of the 10 best items by inner product that two queries share, and the same first item."""
     k = min(10, len(items_NF))
-    own, other = (
-        np.argsort(-(users @ items_NF.T).max(1), axis=1, kind="stable")[:, :k] for users in (queries, expected)
-    )
+    scored = ((users @ items_NF.T).max(1) for users in (queries, expected))
+    own, other = (np.argsort(-scores_BN, axis=1, kind="stable")[:, :k] for scores_BN in scored)
     shared = [len(np.intersect1d(*rows)) / k for rows in zip(own, other, strict=True)]
     return {"overlap@10": float(np.mean(shared)), "same_first": float((own[:, 0] == other[:, 0]).mean())}
-
-
-def _quantise(path: Path, to: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantize_dynamic(str(path), str(to), weight_type=QuantType.QInt8)
 
 
 def _write_item(parts: Parts, path: Path) -> float:
@@ -123,31 +109,6 @@ def _write_item(parts: Parts, path: Path) -> float:
     batch = side_batch(prompts, vectors, model.item, encoder.prompts.tokenizer.filler)
     inputs = (batch.ids_BT, batch.mask_BT, batch.positions_BK, *(batch.vectors[name] for name in graph.names))
     return difference(write_graph(graph, inputs, "vector", path), parts.bundle.vectors[MODEL][rows])
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """A part of a prompt that is the same for all users.
-
-    Attributes:
-        tokens: its token ids.
-        groups: of each source with slots here, the token before which they are, and their places among all slots.
-    """
-
-    tokens: list[int]
-    groups: list[tuple[int, range]]
-
-    def with_slots(self, filler: int) -> tuple[list[int], list[list[int]]]:
-        """Return the token ids with fillers at slots, and of each slot its place among all slots and its index here."""
-        slots = list[list[int]]()
-        text = list[int]()
-        for index in range(len(self.tokens) + 1):
-            for mark, places in self.groups:
-                if mark == index:
-                    slots += [[place, len(text) + number] for number, place in enumerate(places)]
-                    text += [filler] * len(places)
-            text += self.tokens[index : index + 1]
-        return text, slots
 
 
 def write_prompts(graph: QueryGraph, directory: Path) -> dict[str, Any]:
@@ -166,22 +127,20 @@ def write_prompts(graph: QueryGraph, directory: Path) -> dict[str, Any]:
         graph: the query, whose tower says how many slots each source has.
         directory: to write `titles.parquet` to.
     """
-    if graph.encoder is None:
+    if not graph.variant:
         return NO_PROMPT
-    prompts = graph.encoder.prompts
-    counts = graph.encoder.model.user.slots
+    prompts, counts = graph.encoder.prompts, graph.encoder.model.user.slots
+    around, filler = prompts.around_history(), prompts.tokenizer.filler
     ends = np.cumsum(list(counts.values())).tolist()
     places = {name: range(end - counts[name], end) for name, end in zip(counts, ends, strict=True) if counts[name]}
-    filler = prompts.tokenizer.filler
-    stretches = _stretches(prompts, places)
-    facts: dict[str, Any] = {}
-    for name, stretch in stretches.items():
-        facts[name], facts[f"{name}_slots"] = stretch.with_slots(filler)
-    facts["bare_after"] = _bare(prompts, stretches["after"]).with_slots(filler)[0]
-    around = prompts.around_history()
     at_titles = [name for name, mark in around.marks.items() if name in places and isinstance(mark, list)]
+    fixed = {name: slots for name, slots in places.items() if name not in at_titles}
+    facts = _around_history(prompts, *_laid_out(around, fixed, filler))
+    facts["empty"], facts["empty_slots"] = _laid_out(prompts.user([]), fixed, filler)
     _write_titles(prompts, bool(graph.at_titles), directory / TITLES)
-    return facts | {
+    return {
+        **facts,
+        "bare_after": _bare_after(prompts, **facts),
         "titles_first": [places[name].start for name in at_titles],
         "count": sum(map(len, places.values())),
         "most": prompts.max_titles,
@@ -190,29 +149,39 @@ def write_prompts(graph: QueryGraph, directory: Path) -> dict[str, Any]:
     }
 
 
-def _stretches(prompts: PromptPair, places: Mapping[str, range]) -> dict[str, _Stretch]:
-    """Return what is before and after the history, and the prompt without history."""
-    around = prompts.around_history()
-    empty = prompts.user([])
-    tokens = around.tokens_T.tolist()
-    start = prompts.user_prompt.start
-    marks = {name: mark for name, mark in around.marks.items() if name in places and isinstance(mark, int)}
-    before = [(mark, places[name]) for name, mark in marks.items() if mark <= start]
-    after = [(mark - start - 1, places[name]) for name, mark in marks.items() if mark > start]
-    alone = [(mark, places[name]) for name, mark in empty.marks.items() if name in marks and isinstance(mark, int)]
+def _laid_out(encoded: Encoded, places: Mapping[str, range], filler: int) -> tuple[list[int], list[list[int]]]:
+    """Return the token ids of a prompt with fillers at slots, and of each slot its place among all slots and its index.
+
+    Args:
+        encoded: the prompt.
+        places: of the slots of each source, among all slots.
+        filler: token id at slots.
+    """
+    laid = lay_out([encoded], {name: len(slots) for name, slots in places.items()}, filler)
+    order = (place for slots in places.values() for place in slots)
+    pairs = zip(order, laid.positions_BK[0].tolist(), strict=True)
+    return laid.ids_BT[0].tolist(), sorted(map(list, pairs), key=itemgetter(1))
+
+
+def _around_history(prompts: PromptPair, ids: list[int], slots: list[list[int]]) -> dict[str, Any]:
+    """Return what is before and after the history in a prompt whose history is one token."""
+    indices = {index for _, index in slots}
+    history = [index for index in range(len(ids) + 1) if index not in indices][prompts.user_prompt.start]
+    behind = history + bool(prompts.max_titles)
     return {
-        "before": _Stretch(tokens[:start], before),
-        "after": _Stretch(tokens[start + bool(prompts.max_titles) :], after),  # one token stands for the titles
-        "empty": _Stretch(empty.tokens_T.tolist(), alone),
+        "before": ids[:history],
+        "before_slots": [[place, index] for place, index in slots if index < history],
+        "after": ids[behind:],
+        "after_slots": [[place, index - behind] for place, index in slots if index >= behind],
     }
 
 
-def _bare(prompts: PromptPair, after: _Stretch) -> _Stretch:
-    """Return `after` with what stands for the text of a prompt that has none."""
-    tokenizer = prompts.tokenizer
-    if prompts.user_prompt.start > len(tokenizer.prefix) or len(after.tokens) > len(tokenizer.suffix):
-        return after  # the template has words
-    return _Stretch([*tokenizer(".")[:1].tolist(), *after.tokens], after.groups)
+def _bare_after(prompts: PromptPair, after: list[int], after_slots: list[list[int]], **_: Any) -> list[int]:
+    """Return `after` for titles without words: if the template has none either, the text is a full stop."""
+    tokenizer, first = prompts.tokenizer, len(after_slots)
+    if prompts.user_prompt.start > len(tokenizer.prefix) or len(after) - first > len(tokenizer.suffix):
+        return after
+    return [*after[:first], *tokenizer(".")[:1].tolist(), *after[first:]]
 
 
 def _write_titles(prompts: PromptPair, with_slots: bool, path: Path) -> None:
@@ -225,13 +194,13 @@ def _write_titles(prompts: PromptPair, with_slots: bool, path: Path) -> None:
     columns: dict[str, list[list[int]]] = {name: [] for name in ("first", "first_slots", "later", "later_slots")}
     for item in range(len(prompts.titles)):
         for name in ("first", "later"):
-            tokens, marks = prompts.title(item, name == "first")
-            marks = marks if with_slots else []
-            kept = tokens.tolist()[: max(0, room - len(marks))]
-            groups = [(min(mark, len(kept)), range(place, place + 1)) for place, mark in enumerate(marks)]
-            text, slots = _Stretch(kept, groups).with_slots(prompts.tokenizer.filler)
-            columns[name].append(text)
-            columns[f"{name}_slots"].append([index for _, index in sorted(slots)])
+            tokens_T, all_marks = prompts.title(item, name == "first")
+            marks = all_marks if with_slots else []
+            kept_T = tokens_T[: max(0, room - len(marks))]
+            named: Marks = {f"{place}": min(mark, len(kept_T)) for place, mark in enumerate(marks)}
+            laid = lay_out([Encoded(kept_T, named)], dict.fromkeys(named, 1), prompts.tokenizer.filler)
+            columns[name].append(laid.ids_BT[0].tolist())
+            columns[f"{name}_slots"].append(laid.positions_BK[0].tolist())
     lists = pa.list_(pa.int32())
     table = pa.table({name: pa.array(column, lists) for name, column in columns.items()})
     pq.write_table(table, path, compression="zstd")

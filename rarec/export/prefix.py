@@ -85,7 +85,8 @@ def write_program(model: RaRec, prefix: Prefix, path: Path, dtype: torch.dtype) 
     tensors |= {"keys_LPHC": keys[:, 0], "values_LPHC": values[:, 0]}
     if sources:
         tensors |= _projections(model.backbone, keys.shape[-2:], dtype) | _rotation(model.backbone, len(prefix.tokens))
-    eps = getattr(_norm(model.backbone.blocks[0]), "variance_epsilon", 0.0) if sources else 0.0
+    norm: Any = getattr(model.backbone.blocks[0], "input_layernorm", None)
+    eps = getattr(norm, "variance_epsilon", 0.0) if sources else 0.0
     contiguous = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     save_file(contiguous, path, {"facts": json.dumps({"sources": sources, "eps": eps})})
 
@@ -100,8 +101,7 @@ def cached(model: RaRec, prefix: Prefix, vectors: Mapping[str, Tensor]) -> tuple
         vectors: of each source, (B, K, E).
     """
     alignment, backbone = model.user.alignment, model.backbone
-    slots = None
-    count = 1
+    slots, count = None, 1
     if alignment is not None and prefix.slots:
         slots_LBKD, _ = alignment(vectors)
         blocks, count = model.user.alignment_blocks, slots_LBKD.shape[1]
@@ -119,10 +119,8 @@ def cached(model: RaRec, prefix: Prefix, vectors: Mapping[str, Tensor]) -> tuple
 
 def _maps(model: RaRec, prefix: Prefix) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Return each source's map from an ID vector to a slot in every block, and where its slots are."""
-    alignment = model.user.alignment
-    blocks = len(model.backbone.blocks)
-    tensors = dict[str, Tensor]()
-    sources = list[dict[str, Any]]()
+    alignment, blocks = model.user.alignment, len(model.backbone.blocks)
+    tensors, sources = dict[str, Tensor](), list[dict[str, Any]]()
     if alignment is None or not prefix.slots:
         return tensors, sources
     if model.user.alignment_blocks != tuple(range(blocks)):
@@ -136,9 +134,8 @@ def _maps(model: RaRec, prefix: Prefix) -> tuple[dict[str, Tensor], list[dict[st
         if source.projections:
             map_LDE, bias_LD = _affine(source)
             tensors |= {f"map_LDE.{name}": map_LDE[:blocks], f"bias_LD.{name}": bias_LD[:blocks]}
-            count = source.shape.vectors
-            places = list(range(end - count, end))
-            sources.append({"name": name, "count": count, "dim": source.shape.dim, "places": places})
+            count, dim = source.shape.vectors, source.shape.dim
+            sources.append({"name": name, "count": count, "dim": dim, "places": list(range(end - count, end))})
     return tensors, sources
 
 
@@ -154,12 +151,14 @@ def _affine(source: SourceAlignment) -> tuple[Tensor, Tensor]:
 def _projections(backbone: FrozenBackbone, heads: torch.Size, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the weights by which every block makes keys and values of a hidden state, LoRA merged."""
     tensors: dict[str, list[Tensor]] = {}
+    if not hasattr(backbone.trunk, "rotary_emb"):
+        raise _unknown(backbone)
+    block: Any
     for block in backbone.blocks:
-        attention: Any = getattr(block, "self_attn", None)
-        known = hasattr(attention, "k_proj") and hasattr(attention, "v_proj")
-        if not known or not hasattr(backbone.trunk, "rotary_emb"):
+        attention = getattr(block, "self_attn", None)
+        if not hasattr(attention, "k_proj") or not hasattr(attention, "v_proj"):
             raise _unknown(backbone)
-        own: dict[str, Tensor] = {"norm_LD": _norm(block).weight}
+        own: dict[str, Tensor] = {"norm_LD": block.input_layernorm.weight}
         for name in ("k", "v"):
             weight, bias = _linear(getattr(attention, f"{name}_proj"), backbone.hidden_size)
             own |= {f"w{name}_LOD": weight.to(dtype), f"b{name}_LO": bias}
@@ -171,11 +170,6 @@ def _projections(backbone: FrozenBackbone, heads: torch.Size, dtype: torch.dtype
     if stacked["wk_LOD"].shape[1] != heads.numel():
         raise _unknown(backbone)
     return stacked
-
-
-def _norm(block: nn.Module) -> Any:
-    """Return the norm before a block's attention."""
-    return getattr(block, "input_layernorm", None)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ recommend(histories, "served/", k=10).write.parquet("top.parquet")
 ```
 """
 
-import atexit
 import hashlib
 import importlib.util
 import shutil
@@ -31,8 +30,8 @@ TOGETHER = 256
 """Users encoded at a time, of similar lengths."""
 MANIFEST = "manifest.json"
 NEEDED = ("query.onnx", "index.faiss", "client.json", "rarec_client.py", MANIFEST)
-_SENT: set[tuple[str, str]] = set()
-"""Folders that were sent: application, name."""
+_SENT: dict[tuple[str, str], tempfile.TemporaryDirectory[str]] = {}
+"""Copies of folders that were sent, by application and name."""
 
 
 def recommend(
@@ -69,18 +68,17 @@ def recommend(
     if missing:
         problem = f"{folder} has no {missing[0]}"
         raise UserError(problem, f"write the folder: rarec export BUNDLE --to onnx --to faiss --out {folder.name}")
-    for column, kind in ((user, T.DataType), (items, T.ArrayType)):
-        if column not in histories.columns or not isinstance(histories.schema[column].dataType, kind):
-            columns = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in histories.schema.fields)
-            kind_of = " of arrays" if kind is T.ArrayType else ""
-            problem = f"the histories have no column {column!r}{kind_of} ({columns})"
-            raise UserError(problem, "name the columns: recommend(histories, folder, user=..., items=...)")
+    types = {field.name: field.dataType for field in histories.schema.fields}
+    if user not in types or not isinstance(types.get(items), T.ArrayType):
+        columns = ", ".join(f"{name} {kind.simpleString()}" for name, kind in types.items())
+        problem = f"the histories lack a column {user!r} or a column {items!r} of arrays ({columns})"
+        raise UserError(problem, "name the columns: recommend(histories, folder, user=..., items=...)")
     name = _sent(histories.sparkSession.sparkContext, folder)
     by_value: Any = register_pickle_by_value
     by_value(sys.modules[__name__])  # workers may have no rarec
     is_integer = pa.types.is_integer(pq.read_schema(folder / "items.parquet").field("id").type)
-    kinds = {"user": histories.schema[user].dataType.simpleString(), "item": "bigint" if is_integer else "string"}
-    schema = "`user` {user}, `rank` int, `item` {item}, `title` string, `score` float".format(**kinds)
+    item = "bigint" if is_integer else "string"
+    schema = f"`user` {types[user].simpleString()}, `rank` int, `item` {item}, `title` string, `score` float"
 
     def serve(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         client = _client(SparkFiles.get(name), graph)
@@ -99,11 +97,9 @@ def _sent(context: Any, folder: Path) -> str:
     manifest = (folder / MANIFEST).read_bytes()
     name = f"{folder.name}-{hashlib.sha256(manifest).hexdigest()[:12]}"
     if (context.applicationId, name) not in _SENT:
-        place = Path(tempfile.mkdtemp(prefix="rarec-"))
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
-        shutil.copytree(folder, place / name)
-        context.addFile(str(place / name), recursive=True)
-        _SENT.add((context.applicationId, name))
+        place = tempfile.TemporaryDirectory(prefix="rarec-")
+        context.addFile(str(shutil.copytree(folder, Path(place.name, name))), recursive=True)
+        _SENT[context.applicationId, name] = place
     return name
 
 
@@ -111,9 +107,7 @@ def _client(folder: str, graph: str) -> Any:
     """Open the folder with the client that is in it, once in a worker: a task gets a new copy of this module."""
     name = f"rarec_client {folder} {graph}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(folder, "rarec_client.py"))
-        assert spec is not None
-        assert spec.loader is not None
+        spec: Any = importlib.util.spec_from_file_location(name, Path(folder, "rarec_client.py"))
         sys.path.append(folder)  # of what the client imports
         module: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

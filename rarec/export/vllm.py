@@ -21,17 +21,15 @@ from torch import Tensor
 from rarec.bundle.parts import Parts, sample_histories
 from rarec.config.shipped import resolve_path
 from rarec.errors import UserError
-from rarec.export import Target
+from rarec.export import Target, raise_if_far
+from rarec.export.formats import Peft, add_facts
 from rarec.export.graphs import QueryGraph, difference, padded, write_graph
-from rarec.export.huggingface import Peft
-from rarec.export.onnx import CHECKED, CLOSE, QUERY, copy_beside, copy_client, queries_of, write_prompts
+from rarec.export.onnx import CHECKED, CLOSE, QUERY, Onnx, copy_beside, copy_client, queries_of, write_prompts
 from rarec.export.prefix import USE_ONNX, Prefix, cached, write_program
 from rarec.export.rarec_program import Program
-from rarec.export.tables import add_facts
 from rarec.models.backbone import pool_text
 from rarec.models.build import LORA
 from rarec.models.encode import Encoder
-from rarec.models.slots import Slots
 from rarec.models.towers import SideBatch, side_batch
 
 Float32 = npt.NDArray[np.float32]
@@ -51,7 +49,6 @@ class StateQuery(QueryGraph):
 
     def encode(self, slots: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
         """Read out the state, and the slots as they are behind the last block."""
-        assert self.model is not None
         tower, state_BD = self.model.user, given["state"]
         last_BKD, roles = state_BD[:, None][:, :0], dict[str, Tensor]()
         if tower.alignment is not None:
@@ -69,7 +66,6 @@ class SlotVectors(QueryGraph):
         """Return the vectors."""
         given, vectors = self.read(*inputs)
         slots = self.slots(vectors, given)
-        assert self.model is not None
         return torch.cat([slots[name].flatten(1) for name in self.model.user.slots], 1)
 
 
@@ -79,7 +75,6 @@ class InputSlots(SlotVectors):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the slots."""
         given, vectors = self.read(*inputs)
-        assert self.model is not None
         assert self.model.user.alignment is not None
         slots_LBKD: Tensor = self.model.user.alignment(self.slots(vectors, given))[0]
         return slots_LBKD[0]
@@ -94,28 +89,31 @@ class Vllm(Target):
     """
 
     needs = ("vectors", "faiss")
+    packages = Onnx.packages
     alone = True
 
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`."""
-        encoder = parts.encoder
-        _refuse(parts, encoder)
+        _refuse(parts)
+        encoder, pool = parts.encoder, parts.bundle.config.readout.pool
         graph = StateQuery(parts)
         histories = sample_histories(parts, CHECKED)
-        states, bare = (_states(encoder, histories, slots) for slots in (True, False))
-        pool = parts.bundle.config.readout.pool
+        batch = side_batch(
+            *encoder.user_inputs(np.zeros(CHECKED, np.int64), histories),
+            encoder.model.user,
+            encoder.prompts.tokenizer.filler,
+        )
+        states, bare = (_states(encoder, batch, slots) for slots in (True, False))
         lora = (parts.bundle.directory / LORA).is_dir()
         at_input = parts.bundle.variant.blocks == "input" and bool(encoder.model.user.slots)
         prompt = write_prompts(graph, directory)
         figures = {"query_difference": _write_graphs(parts, graph, at_input, histories, states, directory)}
         if at_input:
-            figures["state_difference"] = _write_words(encoder, histories, states, directory)
+            figures["state_difference"] = _write_words(encoder, batch, states, directory)
         else:
-            figures["prefix_difference"] = _write_prefix(parts, Prefix.of(prompt, pool), histories, directory)
+            figures["prefix_difference"] = _write_prefix(parts, Prefix.of(prompt, pool), batch, directory)
         for name, value in figures.items():
-            if value > CLOSE:
-                problem = f"{name} is {value:.1e}: the language model computes in a way that is not known here"
-                raise UserError(problem, USE_ONNX)
+            raise_if_far(name, value, CLOSE, USE_ONNX)
         figures |= Peft().write(parts, directory / LORA) if lora else {}
         few = slice(CHECKED_BY_CLIENT)
         np.savez(directory / CHECK, histories=padded(histories[few]).numpy(), states=states[few], bare=bare[few])
@@ -126,11 +124,10 @@ class Vllm(Target):
         return figures
 
 
-def _refuse(parts: Parts, encoder: Encoder) -> None:
+def _refuse(parts: Parts) -> None:
     """Refuse what vLLM would compute in another way."""
     config = parts.bundle.config
-    backbone = encoder.model.backbone
-    if not backbone.sink:
+    if not parts.encoder.model.backbone.sink:
         raise UserError(f"{config.llm.path} is an encoder, which has no cache of keys and values", USE_ONNX)
     if config.llm.quantize != "none" or parts.llm_path.endswith(".gguf"):
         inside = "; or export the bundle with --with-llm, which holds the weights as they are used"
@@ -198,28 +195,18 @@ def _json(**fields: Any) -> str:
 
 
 @torch.no_grad()
-def _states(encoder: Encoder, histories: Sequence[Rows], with_slots: bool) -> Float32:
+def _states(encoder: Encoder, batch: SideBatch, with_slots: bool) -> Float32:
     """Return the pooled states of users' texts (B, D); without slots, fillers are in their places."""
-    batch = _batch(encoder, histories)
     tower = encoder.model.user
-    backbone = encoder.model.backbone
-    slots = None
-    if with_slots and tower.slots and tower.alignment is not None:
-        slots_LBKD, blocks = tower.alignment(batch.vectors)[0], tower.alignment_blocks
-        slots = Slots(slots_LBKD[: len(blocks)], batch.positions_BK, blocks)
-    return _pooled(encoder, backbone(batch.ids_BT, batch.mask_BT, slots), batch)
+    slots_LBKD = tower.alignment(batch.vectors)[0] if with_slots and tower.alignment is not None else None
+    hidden_BTD, *_ = tower.final_states(encoder.model.backbone, batch, slots_LBKD)
+    return _pooled(encoder, hidden_BTD, batch)
 
 
 def _pooled(encoder: Encoder, hidden_BTD: Tensor, batch: SideBatch) -> Float32:
     """Return the pooled states of texts (B, D), without the slots'."""
     text_BT = encoder.model.backbone.read_mask(batch.mask_BT).scatter(1, batch.positions_BK, 0)
     return pool_text(hidden_BTD, text_BT, encoder.model.user.readout.config.pool).numpy()
-
-
-def _batch(encoder: Encoder, histories: Sequence[Rows]) -> SideBatch:
-    """Return users' prompts with the vectors of their slots."""
-    prompts, vectors = encoder.user_inputs(np.zeros(len(histories), np.int64), histories)
-    return side_batch(prompts, vectors, encoder.model.user, encoder.prompts.tokenizer.filler)
 
 
 def _write_graphs(
@@ -234,16 +221,15 @@ def _write_graphs(
     return difference(queries, queries_of(parts, histories))
 
 
-def _write_prefix(parts: Parts, prefix: Prefix, histories: Sequence[Rows], directory: Path) -> float:
+def _write_prefix(parts: Parts, prefix: Prefix, batch: SideBatch, directory: Path) -> float:
     """Write the connector and its program; return how far, in float32, its keys and values are from the model's."""
     model = parts.encoder.model
     dtype = getattr(torch, parts.bundle.config.llm.dtype)
     write_program(model, prefix, directory / PROGRAM, torch.float32)
     copy_beside(directory, "rarec_connector.py", "rarec_program.py")
     program = Program(directory / PROGRAM)
-    batch = _batch(parts.encoder, histories)
     vectors = {name: batch.vectors[name] for name in model.user.slots}
-    none = torch.zeros(len(histories), 0)
+    none = torch.zeros(len(batch.ids_BT), 0)
     prefixes = map(program.prefix, torch.cat([none, *(table.flatten(1) for table in vectors.values())], 1))
     own = [torch.stack(tables, 1) for tables in zip(*prefixes, strict=True)]
     if dtype != torch.float32:
@@ -253,11 +239,10 @@ def _write_prefix(parts: Parts, prefix: Prefix, histories: Sequence[Rows], direc
 
 
 @torch.no_grad()
-def _write_words(encoder: Encoder, histories: Sequence[Rows], states: Float32, directory: Path) -> float:
+def _write_words(encoder: Encoder, batch: SideBatch, states: Float32, directory: Path) -> float:
     """Write the table of word vectors; return how far states are from the model's when slots are put among these."""
     (directory / TEMPLATE).write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     backbone = encoder.model.backbone
-    batch = _batch(encoder, histories)
     with backbone.word_vectors() as words_VD:
         np.save(directory / WORDS, words_VD.float().numpy(), allow_pickle=False)
         embeddings_BTD = words_VD[batch.ids_BT]

@@ -161,10 +161,7 @@ def step_activations(variant: MetaModel, loss: Loss, shape: StepShape) -> Activa
         saved = memory.current
         if total.requires_grad:
             torch.autograd.backward(total)
-        peak = memory.peak
-    for parameter in trainable:
-        parameter.grad = None
-    return Activations(saved, peak, **world.exchanged)
+    return Activations(saved, memory.peak, **world.exchanged)
 
 
 @torch.no_grad()
@@ -186,8 +183,8 @@ def _side_batch(tower: Tower, side: str, shape: StepShape, rows: int) -> SideBat
     slots = sum(tower.slots.values())
     ids_BT = torch.empty(rows, shape.text[side] + slots, dtype=torch.long)
     vectors = {n: torch.empty(rows, k if side == "user" else 1, e) for n, (k, e) in shape.vectors.items()}
-    if tower.alignment is not None:  # at titles
-        vectors |= {n: torch.empty(rows, of.shape.vectors, of.shape.dim) for n, of in tower.alignment.named_sources()}
+    named = () if tower.alignment is None else tower.alignment.named_sources()  # those at titles, too
+    vectors |= {name: torch.empty(rows, source.shape.vectors, source.shape.dim) for name, source in named}
     return SideBatch(ids_BT, torch.empty_like(ids_BT), torch.empty(rows, slots, dtype=torch.long), vectors)
 
 

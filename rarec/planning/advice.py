@@ -1,19 +1,16 @@
 """Plan a run: recommend an engine, and find the smallest change that makes a training fit, by trying one at a time."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 
-from rarec.config import RunConfig
 from rarec.distributed.hardware import DEVICES, memory_of_rank
 from rarec.distributed.world import World
 from rarec.errors import UserError
-from rarec.planning.calculator import Calculator, Estimate
+from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import ENGINES, REPLICATED, Cluster, EngineName, TrainingSetup
-from rarec.planning.input_sizes import SampleStats, source_shapes
-from rarec.planning.memory import RankMemory
-from rarec.planning.meta_model import MetaModelBuilder
+from rarec.planning.costs import RankMemory
 
 PREFERENCE: tuple[EngineName, ...] = ("0", "2", "3")
 MAX_GPUS, MAX_MACHINES = 8, 64
@@ -23,10 +20,13 @@ SMALL_CHUNK = 8
 
 
 @dataclass(frozen=True)
-class Advice:
-    """The recommended engine and setup.
+class RunPlan:
+    """The plan of a run, for every variant and engine.
 
     Attributes:
+        calculator: calculator of the run.
+        variants: names of the variants.
+        largest: variant that needs the most memory; all that follows is for it.
         engine: recommended engine; None where none fits.
         reason: why, in a sentence.
         setup: planned setup: with the requested engine, the recommended one, or the first.
@@ -34,49 +34,21 @@ class Advice:
         change: nearest setup that fits, where the planned one does not; None where none was found.
     """
 
+    calculator: Calculator
+    variants: Sequence[str]
+    largest: str
     engine: EngineName | None
     reason: str
     setup: TrainingSetup
     fits: bool
     change: TrainingSetup | None
 
-
-@dataclass(frozen=True)
-class RunPlan:
-    """The plan of a run, for every variant and engine.
-
-    Attributes:
-        calculator: calculator of the run.
-        estimates: estimate of each variant in the planned setup.
-        largest: variant that needs the most memory; the advice is for it.
-        memories: memory of that variant by engine.
-        advice: recommended engine and setup.
-    """
-
-    calculator: Calculator
-    estimates: Mapping[str, Estimate]
-    largest: str
-    memories: Mapping[EngineName, RankMemory]
-    advice: Advice
-
-
-def plan_run(
-    config: RunConfig, converted_llm: Path, samples: SampleStats | None, cluster: Cluster, engine: EngineName | None
-) -> RunPlan:
-    """Plan every variant of a run; no weights are loaded, and nothing is written.
-
-    Args:
-        config: configuration of the run.
-        converted_llm: the language model as a plain directory, where it comes as a GGUF file.
-        samples: samples of the run's shards; None where there are none yet.
-        cluster: GPUs to train on.
-        engine: engine to plan for; None for the recommended one.
-
-    Raises:
-        UserError: the language model's configuration or a file of vectors is missing, or the batch is too small.
-    """
-    builder = MetaModelBuilder(config, source_shapes(config), converted_llm)
-    return plan_variants(Calculator(config, builder, samples), list(config.variants), cluster, engine)
+    @cached_property
+    def memories(self) -> dict[EngineName, RankMemory]:
+        """The memory of the largest variant by engine, for those that are possible."""
+        setups = [replace(self.setup, engine=engine) for engine in ENGINES]
+        possible = [setup for setup in setups if not self.calculator.refusal(setup)]
+        return {setup.engine: self.calculator.memory(self.largest, setup) for setup in possible}
 
 
 def out_of_memory(variant: str, engine: str, world: World, plan: Callable[[Cluster, EngineName], RunPlan]) -> UserError:
@@ -92,19 +64,19 @@ def out_of_memory(variant: str, engine: str, world: World, plan: Callable[[Clust
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cluster = replace(Cluster.of(local, max(world.size // local, 1), None, DEVICES[0].name), memory=memory)
     short = engine.casefold().removeprefix("zero-")
-    made = plan(cluster, next((name for name in ENGINES[1:] if name == short), ENGINES[0]))
-    need = made.calculator.memory(variant, made.advice.setup).peak
-    enough = made.advice.change or replace(made.advice.setup, accumulate=2 * made.advice.setup.accumulate)
-    planned = f"by `rarec plan` {made.calculator.config.train.batch_size} samples a step take {need / 1e9:,.1f} GB"
+    made = plan(cluster, next((name for name in ENGINES if name == short), ENGINES[0]))
+    calculator, setup = made.calculator, made.setup
+    need = calculator.memory(variant, setup).peak
+    planned = f"by `rarec plan` {calculator.config.train.batch_size} samples a step take {need / 1e9:,.1f} GB"
     problem = f"the device, which has {memory / 1e9:,.1f} GB, ran out of memory while {variant} was trained; {planned}"
-    change = " ".join(made.advice.setup.changes(enough))
-    return UserError(problem, f"start it with {change}, or see rarec plan for others")
+    change = setup.changes(made.change or replace(setup, accumulate=2 * setup.accumulate))
+    return UserError(problem, f"start it with {' '.join(change)}, or see rarec plan for others")
 
 
 def plan_variants(
     calculator: Calculator, variants: Sequence[str], cluster: Cluster, engine: EngineName | None
 ) -> RunPlan:
-    """Plan every variant of a run; the largest decides on engine and changes.
+    """Plan every variant of a run, and recommend an engine; the largest variant decides on engine and changes.
 
     Args:
         calculator: calculator of the run.
@@ -115,35 +87,16 @@ def plan_variants(
     Raises:
         UserError: the batch is too small for the ranks, or the engine cannot shard the weights.
     """
-    first = calculator.setup(cluster, engine or PREFERENCE[0])
-    largest = max(dict.fromkeys(variants), key=lambda variant: calculator.memory(variant, first).peak)
-    advice = advise(calculator, largest, cluster, engine)
-    setups = [replace(advice.setup, engine=each) for each in ENGINES]
-    memories = {each.engine: calculator.memory(largest, each) for each in setups if calculator.is_possible(each)}
-    estimates = {variant: calculator.estimate(variant, advice.setup) for variant in dict.fromkeys(variants)}
-    return RunPlan(calculator, estimates, largest, memories, advice)
-
-
-def advise(calculator: Calculator, variant: str, cluster: Cluster, engine: EngineName | None) -> Advice:
-    """Recommend an engine for a variant on a cluster.
-
-    Args:
-        calculator: calculator of the run.
-        variant: name of the largest variant.
-        cluster: GPUs to train on.
-        engine: engine to plan for; None for the recommended one.
-
-    Raises:
-        UserError: the batch is too small for the ranks, or the engine cannot shard the weights.
-    """
     base = calculator.setup(cluster, engine or PREFERENCE[0])
+    names = list(dict.fromkeys(variants))
+    largest = max(names, key=lambda variant: calculator.memory(variant, base).peak)
     candidates = (replace(base, engine=each) for each in PREFERENCE)
-    best = next((each for each in candidates if calculator.is_possible(each) and calculator.fits(variant, each)), None)
+    best = next((each for each in candidates if calculator.fits(largest, each)), None)
     planned = base if engine or best is None else best
-    fits = best is planned or calculator.fits(variant, planned)
-    change = None if fits else smallest_change(calculator, variant, planned)
-    reason = _reason(calculator, variant, base, best)
-    return Advice(best.engine if best else None, reason, planned, fits, change)
+    fits = calculator.fits(largest, planned)
+    change = None if fits else smallest_change(calculator, largest, planned)
+    recommended, reason = best.engine if best else None, _reason(calculator, largest, base, best)
+    return RunPlan(calculator, names, largest, recommended, reason, planned, fits, change)
 
 
 def smallest_change(calculator: Calculator, variant: str, setup: TrainingSetup) -> TrainingSetup | None:
@@ -154,40 +107,29 @@ def smallest_change(calculator: Calculator, variant: str, setup: TrainingSetup) 
     recomputed = replace(setup, checkpointing=True)
     sharded = replace(recomputed, engine=setup.engine if setup.engine == "fsdp2" else "3")
     chunked = replace(sharded, eval_batch=min(SMALL_CHUNK, setup.eval_batch))
-    for base in dict.fromkeys((setup, recomputed, sharded, chunked)):
-        for changed in (base, *_changes(calculator, variant, base)):
-            if calculator.is_possible(changed) and calculator.fits(variant, changed):
-                return changed
-    return None
+    bases = dict.fromkeys((setup, recomputed, sharded, chunked))
+    tried = (changed for base in bases for changed in (base, *_changes(calculator, variant, base)))
+    return next((changed for changed in tried if calculator.fits(variant, changed)), None)
 
 
 def _changes(calculator: Calculator, variant: str, base: TrainingSetup) -> Iterator[TrainingSetup]:
     """Yield single changes: smaller chunks (if encoding has the peak), micro-batches, recomputing, sharding, GPUs."""
-    if calculator.is_possible(base) and calculator.memory(variant, base).peak_phase == "encoding":
-        yield from (replace(base, eval_batch=size) for size in _halvings(base.eval_batch))
+    if not calculator.refusal(base) and calculator.memory(variant, base).peak_phase == "encoding":
+        sizes = (base.eval_batch >> halvings for halvings in range(1, base.eval_batch.bit_length()))
+        yield from (replace(base, eval_batch=size) for size in sizes)
     yield from (replace(base, accumulate=number) for number in _doublings(base.accumulate, calculator.batches.smallest))
     yield replace(base, checkpointing=True)
     yield from (replace(base, engine=each) for each in PREFERENCE if base.engine in REPLICATED and each > base.engine)
-    yield from (replace(base, cluster=cluster) for cluster in _larger_clusters(base.cluster))
-
-
-def _larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
+    cluster = base.cluster
     for gpus in _doublings(cluster.gpus, MAX_GPUS):
         cluster = replace(cluster, gpus=gpus)
-        yield cluster
-    yield from (replace(cluster, machines=machines) for machines in _doublings(cluster.machines, MAX_MACHINES))
+        yield replace(base, cluster=cluster)
+    for machines in _doublings(cluster.machines, MAX_MACHINES):
+        yield replace(base, cluster=replace(cluster, machines=machines))
 
 
-def _doublings(number: int, limit: int) -> Iterator[int]:
-    while number * 2 <= limit:
-        number *= 2
-        yield number
-
-
-def _halvings(number: int) -> Iterator[int]:
-    while number > 1:
-        number //= 2
-        yield number
+def _doublings(number: int, limit: int) -> list[int]:
+    return [number << times for times in range(1, (limit // number).bit_length())]
 
 
 def _reason(calculator: Calculator, variant: str, base: TrainingSetup, best: TrainingSetup | None) -> str:
@@ -195,22 +137,16 @@ def _reason(calculator: Calculator, variant: str, base: TrainingSetup, best: Tra
         return "the run as configured fits with no engine"
     if best.cluster.world_size == 1:
         return "it fits on one GPU"
-    sharded = _zero3_traffic(calculator, variant, base)
-    saving = f"; ZeRO-3 would send {sharded:,.1f} GB of weights per rank and step" if sharded else ""
-    if best.engine == "0":
-        return f"each GPU holds the whole language model and its activations, and sends no frozen weights{saving}"
-    if best.engine == "2":
-        return f"it fits with sharded gradients and Adam states, and sends no frozen weights{saving}"
-    whole = calculator.memory(variant, replace(base, engine="2"))
-    return (
-        f"the whole language model does not fit on each GPU (peak {whole.peak / 1e9:,.1f} GB, "
-        f"{whole.frozen / 1e9:,.1f} GB of it frozen weights); sharded it fits, and each rank sends "
-        f"{sharded:,.1f} GB of weights per step"
-    )
-
-
-def _zero3_traffic(calculator: Calculator, variant: str, base: TrainingSetup) -> float:
-    """Return the GB of weights that a rank would send in a step under ZeRO-3; 0 where weights cannot be sharded."""
-    if calculator.config.llm.quantize != "none":
-        return 0
-    return calculator.estimate(variant, replace(base, engine="3")).traffic.weights / 1e9
+    zero3 = replace(base, engine="3")
+    sent = 0 if calculator.refusal(zero3) else calculator.traffic(variant, zero3).weights / 1e9
+    if best.engine == "3":
+        whole = calculator.memory(variant, replace(base, engine="2"))
+        return (
+            f"the whole language model does not fit on each GPU (peak {whole.peak / 1e9:,.1f} GB, "
+            f"{whole.frozen / 1e9:,.1f} GB of it frozen weights); sharded it fits, and each rank sends "
+            f"{sent:,.1f} GB of weights per step"
+        )
+    holds_all = "each GPU holds the whole language model and its activations"
+    held = holds_all if best.engine == "0" else "it fits with sharded gradients and Adam states"
+    saving = f"; ZeRO-3 would send {sent:,.1f} GB of weights per rank and step" if sent else ""
+    return f"{held}, and sends no frozen weights{saving}"

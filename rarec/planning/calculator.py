@@ -1,7 +1,7 @@
 """Estimate memory, traffic and time of one rank, for any setup of a run; changes are tried with the same calculator."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -10,53 +10,37 @@ from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
 from rarec.planning.activations import Activations, StepShape, encoding_peak, step_activations
 from rarec.planning.cluster import REPLICATED, Cluster, EngineName, TrainingSetup
+from rarec.planning.costs import (
+    SHIPPED_ZERO,
+    RankMemory,
+    Traffic,
+    ZeroSettings,
+    rank_memory,
+    step_seconds,
+    step_traffic,
+)
 from rarec.planning.input_sizes import EpochBatches, PromptLengths, SampleStats, prompt_length_bounds
-from rarec.planning.memory import SHIPPED_ZERO, ActivationPeaks, RankMemory, ZeroSettings, rank_memory
 from rarec.planning.meta_model import MetaModel, MetaModelBuilder
-from rarec.planning.step_time import StepTime, Traffic, step_time, step_traffic
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Memory, traffic and time of one variant in one setup.
-
-    Attributes:
-        memory: bytes of a rank.
-        activations: bytes of a micro-batch's activations.
-        traffic: bytes that a rank sends in a step.
-        time: duration of a step; None where the device's peak for `llm.dtype` is not listed.
-        hours: duration of the variant's training; None where it takes no step, or the time or the number of samples is
-            unknown.
-    """
-
-    memory: RankMemory
-    activations: Activations
-    traffic: Traffic
-    time: StepTime | None
-    hours: float | None
-
-
+@dataclass
 class Calculator:
     """Estimate what a run needs.
 
-    Args:
+    Attributes:
         config: configuration of the run.
         builder: builder of its models.
         samples: samples of its shards; None where there are none yet.
         zero: DeepSpeed's settings.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        builder: MetaModelBuilder,
-        samples: SampleStats | None = None,
-        zero: ZeroSettings = SHIPPED_ZERO,
-    ) -> None:
-        self.config, self.builder, self.samples, self.zero = config, builder, samples, zero
-        self._cache: dict[Any, Any] = {}
+    config: RunConfig
+    builder: MetaModelBuilder
+    samples: SampleStats | None = None
+    zero: ZeroSettings = SHIPPED_ZERO
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @cached_property
     def prompts(self) -> dict[str, PromptLengths]:
@@ -71,49 +55,55 @@ class Calculator:
         """The batches of an epoch; under a token budget without shards, as many of the longest prompts as it holds."""
         if self.samples and self.samples.batches:
             return self.samples.batches
-        train, longest = self.config.train, self.prompts["user"].longest
+        train, prompts = self.config.train, self.prompts["user"]
         slots = sum(slots_reserved(self.config, self.builder.sources)["user"].values())
         budget = train.tokens_per_batch
-        size = max(2, budget // (longest + slots)) if budget else train.batch_size
+        size = max(2, budget // (prompts.longest + slots)) if budget else train.batch_size
         count = -(-self.samples.count // size) if self.samples else None
-        return EpochBatches(count, size, size, ((size, self.prompts["user"].in_batch(self.config.llm.packing)),))
+        return EpochBatches(count, size, size, ((size, prompts.in_batch(self.config.llm.packing)),))
 
     def setup(self, cluster: Cluster, engine: EngineName) -> TrainingSetup:
         """Return the setup of the configuration on a cluster.
 
         Raises:
-            UserError: a rank would have no sample, or the engine cannot shard 4-bit weights.
+            UserError: it is impossible; see `refusal`.
         """
         train, llm = self.config.train, self.config.llm
         eval_batch = self.config.evaluate.batch_size
         chosen = TrainingSetup(cluster, engine, train.accumulate, llm.gradient_checkpointing, eval_batch)
-        if self.is_possible(chosen):
-            return chosen
-        pieces, smallest = cluster.world_size * train.accumulate, self.batches.smallest
+        if error := self.refusal(chosen):
+            raise error
+        return chosen
+
+    def refusal(self, setup: TrainingSetup) -> UserError | None:
+        """Return why a setup is impossible: a rank has no sample, or the engine cannot shard 4-bit weights."""
+        pieces, smallest = setup.cluster.world_size * setup.accumulate, self.batches.smallest
         if pieces > smallest:
             problem = f"a batch of {smallest} samples cannot be split into {pieces} (GPUs x train.accumulate)"
-            raise UserError(problem, "raise train.batch_size, or plan with fewer --gpus")
-        raise UserError(f"llm.quantize: --zero {engine} cannot shard 4-bit weights", "plan with --zero 2")
-
-    def is_possible(self, setup: TrainingSetup) -> bool:
-        """Return whether every rank has a sample in every micro-batch, and the engine supports the weights."""
-        sharded_nf4 = self.config.llm.quantize != "none" and setup.engine not in REPLICATED
-        return setup.cluster.world_size * setup.accumulate <= self.batches.smallest and not sharded_nf4
+            return UserError(problem, "raise train.batch_size, or plan with fewer --gpus")
+        if self.config.llm.quantize != "none" and setup.engine not in REPLICATED:
+            problem = f"llm.quantize: --zero {setup.engine} cannot shard 4-bit weights"
+            return UserError(problem, "plan with --zero 2")
+        return None
 
     def fits(self, variant: str, setup: TrainingSetup) -> bool:
-        """Return whether a GPU has enough memory. A step is traced only where the static memory alone fits."""
+        """Return whether a setup is possible and a GPU has the memory; a step is traced where weights alone fit."""
         usable = setup.cluster.usable
-        nothing = ActivationPeaks(0, 0, setup.checkpointing)
-        static = self._memory(variant, setup, nothing).static
-        return static <= usable and self.memory(variant, setup).peak <= usable
+        if self.refusal(setup) or self._without_activations(variant, setup).static > usable:
+            return False
+        return self.memory(variant, setup).peak <= usable
 
     def memory(self, variant: str, setup: TrainingSetup) -> RankMemory:
         """Return the memory of a rank."""
         model, longest = self.meta_model(variant, setup.checkpointing), self._step_shapes(variant, setup)[-1]
         key = ("encoding", variant, setup.eval_batch)
         encoding = self._cached(key, lambda: encoding_peak(model, longest, setup.eval_batch))
-        peaks = ActivationPeaks(self.activations(variant, setup).peak, encoding, setup.checkpointing)
-        return self._memory(variant, setup, peaks)
+        training = self.activations(variant, setup).peak
+        return replace(self._without_activations(variant, setup), activations=training, encoding=encoding)
+
+    def _without_activations(self, variant: str, setup: TrainingSetup) -> RankMemory:
+        model = self.meta_model(variant, setup.checkpointing)
+        return rank_memory(model, setup.engine, setup.cluster.world_size, setup.checkpointing, self.zero)
 
     def activations(self, variant: str, setup: TrainingSetup) -> Activations:
         """Trace a step with the batch that needs the most memory."""
@@ -124,29 +114,27 @@ class Calculator:
         key = ("step", variant, setup.checkpointing, shape.rows, shape.total, shape.world_size, shape.text["user"])
         return self._cached(key, lambda: step_activations(model, self.config.loss, shape))
 
-    def estimate(self, variant: str, setup: TrainingSetup) -> Estimate:
-        """Return memory, traffic and time of a variant."""
-        step = self.activations(variant, setup)
-        model, world_size = self.meta_model(variant, setup.checkpointing), setup.cluster.world_size
-        sent = step_traffic(model, setup.engine, world_size, setup.accumulate, step, setup.checkpointing)
-        time, steps = self._step_time(variant, setup, sent), self.steps(variant)
-        hours = steps * time.seconds / 3600 if time and steps else None
-        return Estimate(self.memory(variant, setup), step, sent, time, hours)
+    def traffic(self, variant: str, setup: TrainingSetup) -> Traffic:
+        """Return the bytes that a rank sends in a step."""
+        model, step = self.meta_model(variant, setup.checkpointing), self.activations(variant, setup)
+        return step_traffic(model, setup.engine, setup.cluster.world_size, setup.accumulate, step, setup.checkpointing)
 
-    def _step_time(self, variant: str, setup: TrainingSetup, sent: Traffic) -> StepTime | None:
+    def step_tokens(self, variant: str, setup: TrainingSetup) -> float:
+        """Return the tokens of a rank in a step on average: text, slots and padding of both sides."""
+        tokens = sum(self.prompts[side].mean + slots for side, slots in self.slots(variant).items())
+        return tokens * self.batches.mean_size / setup.cluster.world_size
+
+    def step_seconds(self, variant: str, setup: TrainingSetup) -> float | None:
         """Return the duration of a step; None unless the weights are in bfloat16, whose peak is listed."""
         if self.config.llm.dtype != "bfloat16":
             return None
-        samples, cluster = self.batches.mean_size, setup.cluster
-        return step_time(
-            self.meta_model(variant, setup.checkpointing),
-            sent,
-            cluster.device,
-            tokens=self._tokens(variant) * samples / cluster.world_size,
-            samples=samples,
-            checkpointing=setup.checkpointing,
-            machines=cluster.machines,
-        )
+        model, traffic = self.meta_model(variant, setup.checkpointing), self.traffic(variant, setup)
+        return step_seconds(model, traffic, setup.cluster, self.step_tokens(variant, setup), setup.checkpointing)
+
+    def hours(self, variant: str, setup: TrainingSetup) -> float | None:
+        """Return the duration of a training; None where the duration or the number of steps is unknown."""
+        seconds, steps = self.step_seconds(variant, setup), self.steps(variant)
+        return 0 if steps == 0 else None if seconds is None or steps is None else steps * seconds / 3600
 
     def steps(self, variant: str) -> int | None:
         """Return the number of steps of a variant's training; None where the number of samples is unknown."""
@@ -186,14 +174,6 @@ class Calculator:
             total, text = -(-size // setup.accumulate), {"user": longest, "item": item}
             shapes.append(StepShape(-(-total // world_size), total, world_size, text, blocks, vectors))
         return shapes
-
-    def _memory(self, variant: str, setup: TrainingSetup, peaks: ActivationPeaks) -> RankMemory:
-        model = self.meta_model(variant, setup.checkpointing)
-        return rank_memory(model, setup.engine, setup.cluster.world_size, peaks, self.zero)
-
-    def _tokens(self, variant: str) -> float:
-        """Return the tokens of a sample, both sides, on average."""
-        return sum(self.prompts[side].mean + slots for side, slots in self.slots(variant).items())
 
     def _cached(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._cache:

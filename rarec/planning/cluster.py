@@ -1,8 +1,9 @@
 """The GPUs to plan for, the engines by name, and the settings that decide how much memory a training needs."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from rarec.distributed.hardware import DEVICES, Device, known_device
 from rarec.errors import UserError
@@ -14,7 +15,7 @@ REPLICATED: tuple[EngineName, ...] = ("0", "1", "2")
 """Engines that keep the whole language model on every GPU."""
 RESERVED_BYTES, FRAGMENTATION = 2e9, 0.05
 """Not available on each GPU: bytes for CUDA, NCCL and cuBLAS; the share that the allocator loses (own estimates)."""
-UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+MEGABYTE = 10**6
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,8 @@ class Cluster:
             device: name of the GPU, such as `H100`.
 
         Raises:
-            UserError: a number is below 1, or the unit or the device is unknown.
+            UserError: the unit or the device is unknown.
         """
-        for flag, count in (("--gpus", gpus), ("--machines", machines)):
-            if count < 1:
-                raise UserError(f"{flag} {count}: at least one is needed", f"give {flag} 1 or more")
         known = known_device(device)
         if known is None:
             names = ", ".join(sorted(each.name for each in DEVICES))
@@ -110,10 +108,11 @@ def parse_engine(name: str) -> EngineName:
 
 
 def _parse_bytes(text: str) -> int:
-    """Return the bytes of a size such as `80GB` or `79.1 GiB`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    units = {name.casefold(): size for name, size in UNITS.items()}
-    if match is None or match[2].casefold() not in units or not float(match[1]):
-        remedy = f"give a number and one of {', '.join(UNITS)}, as in 80GB"
-        raise UserError(f"--memory {text}: not a memory size", remedy)
-    return round(float(match[1]) * units[match[2].casefold()])
+    """Return the bytes of a size such as `80GB` or `79.1 GiB`; less than a megabyte lacks its unit."""
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = 0
+    if size < MEGABYTE:
+        raise UserError(f"--memory {text}: not a memory size", "give a number and its unit (MB, GB, GiB), as in 80GB")
+    return size

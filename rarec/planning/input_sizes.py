@@ -23,8 +23,7 @@ from rarec.storage.artefacts import Manifest
 
 SPECIAL_TOKENS = 2
 """The most tokens that a tokenizer puts around a text."""
-_WORD = re.compile(r"\w+|[^\w\s]")
-_FIELD = re.compile(r"\{[^{}]*\}")
+Lengths = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class PromptLengths:
     mean: float
 
     @classmethod
-    def of(cls, tokens_b: npt.NDArray[np.integer]) -> "PromptLengths":
+    def of(cls, tokens_b: Lengths) -> "PromptLengths":
         """Summarize lengths (b)."""
         return cls(int(tokens_b.max()), float(tokens_b.mean()))
 
@@ -71,7 +70,7 @@ class EpochBatches:
     largest: tuple[tuple[int, int], ...]
 
     @classmethod
-    def from_lengths(cls, batches: Iterable[npt.NDArray[np.integer]], packed: bool) -> "EpochBatches":
+    def from_lengths(cls, batches: Iterable[Lengths], packed: bool) -> "EpochBatches":
         """Summarize batches, each given by the lengths of its user prompts (b).
 
         Args:
@@ -99,21 +98,16 @@ class SampleStats:
     batches: EpochBatches | None = None
 
     @classmethod
-    def from_lengths(cls, tokens_S: npt.NDArray[np.integer], batches: EpochBatches | None = None) -> "SampleStats":
-        """Summarize samples by the lengths of their user prompts (S), as the shards' index has them."""
-        return cls(len(tokens_S), PromptLengths.of(tokens_S), batches)
-
-    @classmethod
     def of_shards(cls, directory: Path, manifest: Manifest, config: RunConfig) -> "SampleStats":
         """Summarize the samples of finished shards, and the batches that a run makes of them."""
         index_S = open_index(directory, manifest)
-        tokens_S = index_S["tokens"]
-        if not config.train.tokens_per_batch:
-            return cls.from_lengths(tokens_S)
-        user_slots = sum(slots_reserved(config, source_shapes(config))["user"].values())
-        plan = BatchPlan(index_S["shard"], tokens_S, config.run.seed, config.train, user_slots)
-        epoch = (tokens_S[numbers] for numbers in plan.batches(0))
-        return cls.from_lengths(tokens_S, EpochBatches.from_lengths(epoch, config.llm.packing))
+        tokens_S, batches = index_S["tokens"], None
+        if config.train.tokens_per_batch:
+            user_slots = sum(slots_reserved(config, source_shapes(config))["user"].values())
+            plan = BatchPlan(index_S["shard"], tokens_S, config.run.seed, config.train, user_slots)
+            epoch = (tokens_S[numbers] for numbers in plan.batches(0))
+            batches = EpochBatches.from_lengths(epoch, config.llm.packing)
+        return cls(len(tokens_S), PromptLengths.of(tokens_S), batches)
 
 
 def prompt_length_bounds(config: RunConfig, slots: Mapping[str, int], context_length: int) -> dict[str, PromptLengths]:
@@ -127,39 +121,33 @@ def prompt_length_bounds(config: RunConfig, slots: Mapping[str, int], context_le
         slots: number of slots reserved on each side.
         context_length: context length of the language model, in tokens.
     """
-    limit = min(config.prompt.max_tokens or context_length, context_length)
-    bounds = {"user": _user_tokens(config), "item": _item_tokens(config)}
-    longest = {side: max(1, min(bounds[side], limit - slots[side])) for side in SIDES}
+    prompt = config.prompt
+    limit = min(prompt.max_tokens or context_length, context_length)
+    title = _tokens(prompt.title, title=prompt.max_title_tokens) + _tokens(prompt.separator)
+    bounds = {
+        "user": _tokens(prompt.user, history=prompt.max_history * title),
+        "item": _tokens(prompt.item, title=prompt.max_text_tokens, text=prompt.max_text_tokens),
+    }
+    longest = {side: max(1, min(SPECIAL_TOKENS + bounds[side], limit - slots[side])) for side in SIDES}
     return {side: PromptLengths(longest[side], longest[side]) for side in SIDES}
 
 
-def _user_tokens(config: RunConfig) -> int:
-    prompt = config.prompt
-    title = prompt.max_title_tokens * ("{title}" in prompt.title) + _words(prompt.title) + _words(prompt.separator)
-    return SPECIAL_TOKENS + _words(prompt.user) + prompt.max_history * title * ("{history}" in prompt.user)
-
-
-def _item_tokens(config: RunConfig) -> int:
-    prompt = config.prompt
-    has_text = "{title}" in prompt.item or "{text}" in prompt.item
-    return SPECIAL_TOKENS + _words(prompt.item) + prompt.max_text_tokens * has_text
-
-
-def _words(template: str) -> int:
-    return len(_WORD.findall(_FIELD.sub(" ", template)))
+def _tokens(template: str, **fields: int) -> int:
+    """Return the words and signs of a template, and the tokens of the longest field that it names."""
+    words = re.findall(r"\w+|[^\w\s]", re.sub(r"\{[^{}]*\}", " ", template))
+    return len(words) + max((tokens for name, tokens in fields.items() if f"{{{name}}}" in template), default=0)
 
 
 def source_shapes(config: RunConfig) -> dict[str, SourceShape]:
-    """Return the shape of every source; see `source_shape`."""
-    return {name: source_shape(section) for name, section in config.sources_by_name.items()}
-
-
-def source_shape(section: Ids | Graph | Import) -> SourceShape:
-    """Return the dimension and vectors per user of a source, from its recipe or the headers of its files.
+    """Return the dimension and vectors per user of every source, from its recipe or the headers of its files.
 
     Raises:
         UserError: a file is missing, unreadable, or of the wrong shape.
     """
+    return {name: _source_shape(section) for name, section in config.sources_by_name.items()}
+
+
+def _source_shape(section: Ids | Graph | Import) -> SourceShape:
     chosen = section.chosen if isinstance(section, Ids) else section
     if isinstance(chosen, Graph):
         return SourceShape(chosen.dim, 1)

@@ -74,25 +74,18 @@ class MetaModel:
     Args:
         model: model on the meta device.
         nf4: whether the frozen linear layers are quantized to 4 bits.
+
+    Attributes:
+        weights: all parameters, each once.
+        frozen: the frozen ones, including a logit scale that is not trained.
+        trainable: the trainable ones: alignment, heads, logit scale, LoRA.
     """
 
     def __init__(self, model: RaRec, nf4: bool) -> None:
         self.model, self.nf4 = model, nf4
-
-    @cached_property
-    def weights(self) -> tuple[Weight, ...]:
-        """All parameters, each once."""
-        return tuple(self._weights())
-
-    @property
-    def frozen(self) -> list[Weight]:
-        """The frozen parameters, including a logit scale that is not trained."""
-        return [weight for weight in self.weights if not weight.trainable]
-
-    @property
-    def trainable(self) -> list[Weight]:
-        """The trainable parameters: alignment, heads, logit scale, LoRA."""
-        return [weight for weight in self.weights if weight.trainable]
+        self.weights = list(self._weights())
+        self.frozen = [weight for weight in self.weights if not weight.trainable]
+        self.trainable = [weight for weight in self.weights if weight.trainable]
 
     @property
     def buffer_bytes(self) -> int:
@@ -113,6 +106,12 @@ class MetaModel:
         return min((*self.model.user.alignment_blocks, *self.model.item.alignment_blocks), default=None)
 
     @property
+    def grad_path(self) -> list[Weight]:
+        """The frozen weights of the blocks that gradients pass through."""
+        first = self.first_grad_block
+        return [w for w in self.frozen if first is not None and w.block is not None and w.block >= first]
+
+    @property
     def file_bytes(self) -> dict[str, int]:
         """The bytes of tensors in `alignment.safetensors` and in the adapter's file, without the files' headers."""
         own = [*self.model.user.state_dict().values(), *self.model.item.state_dict().values()]
@@ -127,7 +126,7 @@ class MetaModel:
 
     def _weights(self) -> Iterator[Weight]:
         backbone = self.model.backbone
-        blocks = {id(p): at for at, block in enumerate(backbone.blocks) for p in block.parameters()}
+        blocks = {id(p): index for index, block in enumerate(backbone.blocks) for p in block.parameters()}
         llm = {id(p) for p in backbone.trunk.parameters()}
         linear = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Linear)}
         for name, p in self.model.named_parameters():
@@ -192,20 +191,16 @@ class MetaModelBuilder:
 
 def _read_llm_config(config: RunConfig, converted: Path) -> Any:
     """Read the language model's configuration; for a GGUF file that is not converted yet, from its metadata."""
-    name = config.llm.path
-    path = Path(resolve_path(name))
-    if path.suffix == ".gguf":
+    name, path = config.llm.path, resolve_path(config.llm.path)
+    if path.endswith(".gguf"):
         if (converted / "config.json").is_file():
             return read_with(AutoConfig, name, str(converted))
-        if not path.is_file():
+        if not Path(path).is_file():
             raise UserError(f"llm.path: {path} does not exist", "give the path of a .gguf file")
-        return read_with(AutoConfig, name, str(path.parent), gguf_file=path.name)
-    if resolve_path(name).startswith((".", "/")) and not (path / "config.json").is_file():
-        remedy = "give the directory of a model; its config.json is enough"
-        raise UserError(f"llm.path: {path} contains no config.json", remedy)
-    if path.is_dir():
-        check_settings(path / "config.json")
-    return read_with(AutoConfig, name, resolve_path(name), revision=config.llm.revision)
+        return read_with(AutoConfig, name, str(Path(path).parent), gguf_file=Path(path).name)
+    if path.startswith((".", "/")) or Path(path).is_dir():
+        check_settings(Path(path) / "config.json")
+    return read_with(AutoConfig, name, path, revision=config.llm.revision)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -226,26 +221,15 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _attend(
-    module: nn.Module,
-    queries_BHTC: Tensor,
-    keys_BGTC: Tensor,
-    values_BGTC: Tensor,
-    attention_mask: Tensor | None,
-    **_: Any,
+    module: nn.Module, queries_BHTC: Tensor, keys_BGTC: Tensor, values_BGTC: Tensor, mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
     """Do what transformers does for `sdpa`: with a mask, repeat keys and values for every head and cast the mask."""
-    if attention_mask is None:
-        return _fused_attention(queries_BHTC, keys_BGTC, values_BGTC, None), None
     groups = int(getattr(module, "num_key_value_groups", 1))
-    if groups > 1:
+    if mask is not None and groups > 1:
         keys_BGTC, values_BGTC = (side.repeat_interleave(groups, 1) for side in (keys_BGTC, values_BGTC))
-    bias_B1TT = torch.empty_like(attention_mask, dtype=queries_BHTC.dtype)
-    return _fused_attention(queries_BHTC, keys_BGTC, values_BGTC, bias_B1TT), None
-
-
-def _fused_attention(*inputs: Tensor | None) -> Tensor:
-    out_BTHC: Tensor = _FusedAttention.apply(*inputs)  # type: ignore[no-untyped-call]
-    return out_BTHC
+    bias_B1TT = None if mask is None else torch.empty_like(mask, dtype=queries_BHTC.dtype)
+    out_BTHC: Tensor = _FusedAttention.apply(queries_BHTC, keys_BGTC, values_BGTC, bias_B1TT)  # type: ignore[no-untyped-call]
+    return out_BTHC, None
 
 
 def _mask(*_: Any, attention_mask: Tensor, **__: Any) -> Tensor:
@@ -254,11 +238,7 @@ def _mask(*_: Any, attention_mask: Tensor, **__: Any) -> Tensor:
     return attention_mask.new_empty(batch, 1, length, length, dtype=torch.bool)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
-
-
 AttentionInterface.register(MASKED, _attend)
 AttentionInterface.register(UNMASKED, _attend)
 AttentionMaskInterface.register(MASKED, _mask)
-AttentionMaskInterface.register(UNMASKED, _no_mask)
+AttentionMaskInterface.register(UNMASKED, lambda *_, **__: None)

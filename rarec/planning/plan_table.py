@@ -6,17 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from rarec.config.shipped import shipped_file
 from rarec.planning.advice import RunPlan
-from rarec.planning.calculator import Calculator, Estimate
+from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import EngineName, TrainingSetup
-from rarec.planning.step_time import MFU
+from rarec.planning.costs import MFU
 
 TITLES: dict[EngineName, str] = {"0": "DDP", "1": "ZeRO-1", "2": "ZeRO-2", "3": "ZeRO-3", "fsdp2": "FSDP2"}
-FILES: dict[EngineName, str] = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3", "fsdp2": "fsdp2"}
-"""Names of the files in `configs/accelerate/` and `configs/deepspeed/`."""
 ROWS = {
     "frozen weights": "frozen",
     "buffers (whitening)": "buffers",
@@ -56,122 +54,102 @@ def engine_title(setup: TrainingSetup) -> str:
 
 
 def _heading(plan: RunPlan) -> str:
-    config, cluster = plan.calculator.config, plan.advice.setup.cluster
+    config, cluster = plan.calculator.config, plan.setup.cluster
     machines = f"{cluster.machines} machines of " if cluster.machines > 1 else ""
     memory = f"{cluster.memory / 1e9:,.1f} GB each ({cluster.usable / 1e9:,.1f} GB usable)"
     return f"{config.llm.path} in {config.llm.dtype} on {machines}{cluster.gpus} x {cluster.device.name}, {memory}"
 
 
 def _variant_table(plan: RunPlan) -> Table:
-    title = f"variants, {engine_title(plan.advice.setup)}"
-    table = _table(title, "trainable", "peak", "steps", "hours", "checkpoint", "bundle")
-    for name, estimate in plan.estimates.items():
-        largest = name == plan.largest
-        cells = _variant_cells(plan.calculator, name, estimate, plan.advice.setup.checkpointing)
-        variant_title = plan.calculator.config.variant(name).title
-        table.add_row(variant_title + (" *" if largest else ""), *cells, style="bold" if largest else "")
+    calculator, setup = plan.calculator, plan.setup
+    columns = ("trainable", "peak", "steps", "hours", "checkpoint", "bundle")
+    table = _table(f"variants, {engine_title(setup)}", *columns)
+    for name in plan.variants:
+        model = calculator.meta_model(name, setup.checkpointing)
+        steps, hours = calculator.steps(name), calculator.hours(name, setup)
+        cells = [
+            f"{sum(weight.numel for weight in model.trainable):,}",
+            _size(calculator.memory(name, setup).peak),
+            "?" if steps is None else f"{steps:,}",
+            "?" if hours is None else f"{hours:,.1f}" if hours else "0",
+            _size(sum(model.file_bytes.values()) + 2 * sum(weight.nbytes for weight in model.trainable)),
+            _size(model.bundle_bytes(calculator.config.export.dtype)),
+        ]
+        mark, style = (" *", "bold") if name == plan.largest else ("", "")
+        table.add_row(calculator.config.variant(name).title + mark, *cells, style=style)
     return table
 
 
-def _variant_cells(calculator: Calculator, name: str, estimate: Estimate, checkpointing: bool) -> list[str]:
-    model, steps = calculator.meta_model(name, checkpointing), calculator.steps(name)
-    checkpoint = sum(model.file_bytes.values()) + 2 * sum(weight.nbytes for weight in model.trainable)
-    return [
-        f"{sum(weight.numel for weight in model.trainable):,}",
-        _size(estimate.memory.peak),
-        f"{steps:,}" if steps is not None else "?",
-        f"{estimate.hours:,.1f}" if estimate.hours else "0" if steps == 0 else "?",
-        _size(checkpoint),
-        _size(model.bundle_bytes(calculator.config.export.dtype)),
-    ]
-
-
 def _engine_table(plan: RunPlan) -> Table:
-    planned, usable = plan.advice.setup, plan.advice.setup.cluster.usable
+    planned = plan.setup
     titles = [engine_title(planned) if engine == planned.engine else TITLES[engine] for engine in plan.memories]
     table = _table("memory of each GPU", *titles)
     memories = plan.memories.values()
     for row, field in ROWS.items():
         table.add_row(row, *(_size(getattr(memory, field)) for memory in memories))
     table.add_row("peak", *(_size(memory.peak) for memory in memories), style="bold")
-    table.add_row("fits", *("yes" if memory.peak <= usable else "NO" for memory in memories), style="bold")
+    fits = ("yes" if memory.peak <= planned.cluster.usable else "NO" for memory in memories)
+    table.add_row("fits", *fits, style="bold")
     return table
 
 
 def _advice(plan: RunPlan, run: str) -> Iterator[str]:
-    advice, planned = plan.advice, plan.advice.setup
-    engine = "no engine" if advice.engine is None else engine_title(replace(planned, engine=advice.engine))
-    yield f"recommended: {engine}; {advice.reason}."
-    if not advice.fits:
+    planned, chosen = plan.setup, plan.change or plan.setup
+    engine = "no engine" if plan.engine is None else engine_title(replace(planned, engine=plan.engine))
+    yield f"recommended: {engine}; {plan.reason}."
+    if not plan.fits:
         yield from _change(plan)
-    chosen = advice.change or planned
     if chosen.engine == "3":
         yield from _zero3_hints(plan, chosen)
-    if advice.fits or advice.change:
+    if plan.fits or plan.change:
         overrides = [word for word in planned.changes(chosen) if not word.startswith("--")]
         yield f"start: {' '.join([launch_command(chosen), run, *overrides])}"
 
 
-def _zero3_hints(plan: RunPlan, chosen: TrainingSetup) -> Iterator[str]:
-    model = plan.calculator.meta_model(plan.largest, chosen.checkpointing)
-    if not chosen.checkpointing and model.first_grad_block is not None:
-        yield "ZeRO-3 keeps each gathered matrix until its backward pass; llm.gradient_checkpointing=true avoids this"
-    if chosen.cluster.machines > 1:
-        second = _size(sum(weight.nbytes for weight in model.frozen) / chosen.cluster.gpus)
-        file = f"{shipped_file('configs/accelerate/zero3_hpz.yaml')}"
-        setting = f"zero_hpz_partition_size: {chosen.cluster.gpus}"
-        yield f"{file} ({setting}) gathers weights inside each machine alone, for {second} more on each GPU"
-
-
 def _change(plan: RunPlan) -> Iterator[str]:
-    advice, planned = plan.advice, plan.advice.setup
+    planned, change = plan.setup, plan.change
     memory = plan.memories[planned.engine]
     missing = _size(memory.peak - planned.cluster.usable)
     yield f"{engine_title(planned)} lacks {missing} on each GPU; the peak is in the phase {memory.peak_phase!r}."
-    if advice.change is None:
+    if change is None:
         yield "No change that was tried makes it fit: use GPUs with more memory, or another language model."
         return
-    peak = plan.calculator.memory(plan.largest, advice.change).peak
-    yield f"smallest change that makes it fit: {' '.join(planned.changes(advice.change))} (peak {_size(peak)})"
-    if planned.accumulate != advice.change.accumulate:
+    peak = plan.calculator.memory(plan.largest, change).peak
+    yield f"smallest change that makes it fit: {' '.join(planned.changes(change))} (peak {_size(peak)})"
+    if planned.accumulate != change.accumulate:
         yield "  this changes the training: in-batch negatives come from one micro-batch"
 
 
+def _zero3_hints(plan: RunPlan, chosen: TrainingSetup) -> Iterator[str]:
+    model, gpus = plan.calculator.meta_model(plan.largest, chosen.checkpointing), chosen.cluster.gpus
+    if not chosen.checkpointing and model.first_grad_block is not None:
+        yield "ZeRO-3 keeps each gathered matrix until its backward pass; llm.gradient_checkpointing=true avoids this"
+    if chosen.cluster.machines > 1:
+        second = _size(sum(weight.nbytes for weight in model.frozen) / gpus)
+        setting = f"{shipped_file('configs/accelerate/zero3_hpz.yaml')} (zero_hpz_partition_size: {gpus})"
+        yield f"{setting} gathers weights inside each machine alone, for {second} more on each GPU"
+
+
 def _facts(plan: RunPlan) -> Iterator[str]:
-    calculator, setup = plan.calculator, plan.advice.change or plan.advice.setup
-    estimate = calculator.estimate(plan.largest, setup)
-    sent = estimate.traffic
+    calculator, variant, setup = plan.calculator, plan.largest, plan.change or plan.setup
+    sent = calculator.traffic(variant, setup)
     parts = {"gradients": sent.gradients, "weights": sent.weights, "vectors and states of the batch": sent.batch}
     yield f"sent by each rank per step: {_list_sizes(parts)}"
-    if estimate.time is None:
-        yield "speed: not estimated; only the peak of bfloat16 is listed (set llm.dtype=bfloat16)"
-    else:
-        time, hours = estimate.time, PER_SAMPLES / estimate.time.samples_per_s / 3600
-        yield (
-            f"speed: {_digits(time.seconds)} s per step, {time.tokens_per_s:,.0f} tokens/s per GPU, "
-            f"{_digits(hours)} hours per {PER_SAMPLES:,} samples, without validation, at {MFU:.0%} of the peak"
-        )
-    yield _micro_batch(calculator, plan.largest, setup)
-    yield _saved_activations(calculator, plan.largest, setup)
-    yield _disk(calculator, plan.largest, setup)
+    yield _speed(calculator, variant, setup)
+    yield _micro_batch(calculator, variant, setup)
+    yield _saved_activations(calculator, variant, setup)
+    yield _disk(calculator, variant, setup)
 
 
-def _disk(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
-    """Describe the space that `run.dir` needs: what stands stays until its replacement is whole."""
-    config, model = calculator.config, calculator.meta_model(variant, setup.checkpointing)
-    weights = sum(weight.numel for weight in model.trainable)
-    checkpoint = 3 * 4 * weights  # weights and Adam's two moments, in float32
-    shape, width = calculator.step_shape(variant, setup), model.model.backbone.hidden_size
-    states = len(shape.state_blocks) * width * np.dtype(config.shards.state_dtype).itemsize
-    sample = states + 4 * shape.text["user"] + SAMPLE_OVERHEAD
-    shards = (
-        f"shards {_size(sample * calculator.samples.count)}"
-        if calculator.samples
-        else f"shards {_size(sample * PER_SAMPLES)} per {PER_SAMPLES:,} samples"
-    )
+def _speed(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
+    seconds = calculator.step_seconds(variant, setup)
+    if seconds is None:
+        return "speed: not estimated; only the peak of bfloat16 is listed (set llm.dtype=bfloat16)"
+    tokens = calculator.step_tokens(variant, setup) / seconds
+    hours = PER_SAMPLES / (calculator.batches.mean_size / seconds) / 3600
     return (
-        f"disk: {shards}; checkpoints {_size(checkpoint)} each, at most {config.train.keep + 2} of a variant; "
-        "with --fresh, both the old and the new at the same time"
+        f"speed: {_digits(seconds)} s per step, {tokens:,.0f} tokens/s per GPU, "
+        f"{_digits(hours)} hours per {PER_SAMPLES:,} samples, without validation, at {MFU:.0%} of the peak"
     )
 
 
@@ -203,28 +181,41 @@ def _saved_activations(calculator: Calculator, variant: str, setup: TrainingSetu
     return f"activations saved for the backward pass: {saved}, including {_list_sizes(sizes)}"
 
 
+def _disk(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
+    """Describe the space that `run.dir` needs: what is there stays until its replacement is whole."""
+    config, model = calculator.config, calculator.meta_model(variant, setup.checkpointing)
+    checkpoint = 3 * 4 * sum(weight.numel for weight in model.trainable)  # and Adam's two moments, in float32
+    shape, width = calculator.step_shape(variant, setup), model.model.backbone.hidden_size
+    states = len(shape.state_blocks) * width * np.dtype(config.shards.state_dtype).itemsize
+    sample = states + 4 * shape.text["user"] + SAMPLE_OVERHEAD
+    count, per = (
+        (calculator.samples.count, "") if calculator.samples else (PER_SAMPLES, f" per {PER_SAMPLES:,} samples")
+    )
+    return (
+        f"disk: shards {_size(sample * count)}{per}; checkpoints {_size(checkpoint)} each, at most "
+        f"{config.train.keep + 2} of a variant; with --fresh, both the old and the new at the same time"
+    )
+
+
 def launch_command(setup: TrainingSetup) -> str:
     """Return the command that starts a training, up to the configuration's file.
 
     Accelerate's files name DeepSpeed's relative to the repository's root; elsewhere its path is given as an option.
     """
-    cluster = setup.cluster
-    file = "one" if engine_title(setup) == "one process" else FILES[setup.engine]
+    cluster, title = setup.cluster, engine_title(setup)
+    file = "one" if title == "one process" else title.lower().replace("-", "")
     words = ["accelerate", "launch", "--config_file", str(shipped_file(f"configs/accelerate/{file}.yaml"))]
     deepspeed = f"configs/deepspeed/{file}.json"
-    if setup.engine in ("1", "2", "3") and not Path(deepspeed).is_file():
+    if title.startswith("ZeRO") and not Path(deepspeed).is_file():
         words += ["--deepspeed_config_file", str(shipped_file(deepspeed))]
     words += ["--num_processes", str(cluster.world_size)]
     words += ["--num_machines", str(cluster.machines)] if cluster.machines > 1 else []
     return shlex.join([*words, "-m", "rarec", "train"])
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(title)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+def _table(title: str, *names: str) -> Table:
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    return Table(title, *columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
 def _list_sizes(sizes: dict[str, int]) -> str:

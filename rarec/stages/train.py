@@ -137,8 +137,10 @@ def plan(run: Run, cluster: "Cluster", engine: "EngineName | None") -> "RunPlan"
     Raises:
         UserError: the language model's configuration or a file of vectors is missing, or the batch is too small.
     """
-    from rarec.planning.advice import plan_run
-    from rarec.planning.input_sizes import SampleStats
+    from rarec.planning.advice import plan_variants
+    from rarec.planning.calculator import Calculator
+    from rarec.planning.input_sizes import SampleStats, source_shapes
+    from rarec.planning.meta_model import MetaModelBuilder
 
     stage = run.stage("shards")
     samples = None
@@ -148,4 +150,5 @@ def plan(run: Run, cluster: "Cluster", engine: "EngineName | None") -> "RunPlan"
             run.say(f"{stage.directory} was made with other settings: the number of samples is unknown")
         else:
             samples = SampleStats.of_shards(stage.directory, manifest, run.config)
-    return plan_run(run.config, run.converted_llm, samples, cluster, engine)
+    builder = MetaModelBuilder(run.config, source_shapes(run.config), run.converted_llm)
+    return plan_variants(Calculator(run.config, builder, samples), list(run.config.variants), cluster, engine)

@@ -38,10 +38,9 @@ from rarec.models.towers import SideBatch
 from rarec.planning.activations import HISTORY
 from rarec.planning.calculator import Calculator
 from rarec.planning.cluster import Cluster, EngineName, TrainingSetup
+from rarec.planning.costs import ZeroSettings, step_traffic
 from rarec.planning.input_sizes import PromptLengths
-from rarec.planning.memory import ZeroSettings
 from rarec.planning.meta_model import MetaModelBuilder
-from rarec.planning.step_time import step_traffic
 from rarec.stages.run import Run
 from tools.bench.measuring import Figure, model_tree, on_ranks, options, print_table
 from tools.bench.small_runs import ROOT, bytes_of, llama, local, write_llama
@@ -49,7 +48,7 @@ from tools.bench.small_runs import ROOT, bytes_of, llama, local, write_llama
 VARIANT, SOURCES = "per_layer_lora", {"id": SourceShape(64, 1)}
 TEXT = {"user": PromptLengths(60, 60), "item": PromptLengths(20, 20)}
 LIMIT, LIVE = 200_000, 1_000_000
-ZERO = ZeroSettings(dict.fromkeys(("1", "2", "3"), LIMIT), live=LIVE, persistent=0)
+ZERO = ZeroSettings(LIMIT, LIVE, persistent=0)
 LIMITS = {
     "reduce_bucket_size": LIMIT,
     "stage3_prefetch_bucket_size": 50_000,
@@ -138,7 +137,7 @@ def planned(case: Case, tree: dict[str, Any]) -> dict[str, int]:
         "Adam states": memory.optimizer,
         "saved": step.saved,
         "step": memory.activations + memory.gathered + buckets + gradients,
-        "sent": sent.total,
+        "sent": sent.gradients + sent.weights + sent.batch,
     }
 
 

@@ -1,5 +1,11 @@
-"""`--to vectors`: items with their vectors, neighbour tables, facts; `--to faiss`: an index of the vectors as well."""
+"""The targets that need no graph.
 
+`--to vectors`: items with their vectors, neighbour tables, facts; `--to faiss`: an index of the vectors as well;
+`--to peft`: the LoRA weights alone, as stock PEFT loads them; `--to hub`: a model hub's repository.
+"""
+
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from huggingface_hub import HfApi
 
-from rarec.bundle.bundle import TABLES
+from rarec.bundle.bundle import TABLES, Bundle
 from rarec.bundle.parts import DenseForm, Parts, sample_histories
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
-from rarec.export import Target
+from rarec.export import Target, raise_if_far
+from rarec.models.backbone import FrozenBackbone
+from rarec.models.build import LORA
 from rarec.neighbours.base import SCHEMA, pairs_of
+from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json, write_json
 
 ITEMS, FACTS, INDEX = "items.parquet", "client.json", "index.faiss"
@@ -24,6 +35,8 @@ SEARCHED = {"hnsw": "efSearch=128", "ivf": "nprobe=16"}
 """Parameters of the search, which are part of the index."""
 CHECKED, K = 200, 10
 """Users, and items of each, for which an index is compared with the exact search."""
+CLOSE = 1e-5
+"""Largest difference of hidden states between stock PEFT and the bundle, relative to the largest state."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,8 @@ class Vectors(Target):
 
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`."""
-        form = parts.dense
-        bundle = parts.bundle
-        catalogue = bundle.catalogue
-        size = form.items_NF.shape[1]
+        form, bundle = parts.dense, parts.bundle
+        catalogue, size = bundle.catalogue, form.items_NF.shape[1]
         values = pa.FixedSizeListArray.from_arrays(pa.array(form.items_NF.ravel()), size)
         columns = {"id": catalogue.ids, "values": values, "title": catalogue.titles, "text": catalogue.texts}
         pq.write_table(pa.table({**columns, "train_count": catalogue.counts_N}), directory / ITEMS, compression="zstd")
@@ -75,6 +86,7 @@ class Faiss(Target):
 
     index: str = "flat"
     needs = ("vectors",)
+    packages = ("faiss",)
 
     def __post_init__(self) -> None:
         if self.index not in KINDS:
@@ -82,10 +94,8 @@ class Faiss(Target):
 
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`. Figures: the kind, and the recall of the 10 best items by inner product."""
-        try:
-            import faiss
-        except ImportError:
-            raise UserError("--to faiss needs the package faiss", "pip install 'rarec[serving]'") from None
+        import faiss
+
         form = parts.dense
         count, size = form.items_NF.shape
         lists = max(1, min(int(4 * count**0.5), count // 39))  # faiss trains each with 39 vectors or more
@@ -118,3 +128,79 @@ def _hit(rows_K: npt.NDArray[np.int64], query: npt.NDArray[np.float32], form: De
     least = np.sort(scores_N)[-len(rows_K)]
     scores_K = scores_N[rows_K[rows_K >= 0]]
     return float((scores_K >= least - 1e-5 * abs(least)).sum() / len(rows_K))
+
+
+@dataclass(frozen=True)
+class Peft(Target):
+    """The folder of the adapter. Figure: by how much the hidden states of stock PEFT differ, relative to the bundle's.
+
+    Raises:
+        UserError: the bundle has no LoRA weights, or PEFT reads others from the files.
+    """
+
+    alone = True
+
+    def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
+        """See `Target`."""
+        bundle = parts.bundle
+        if not (bundle.directory / LORA).is_dir():
+            problem = f"{bundle.facts['row']}, which {bundle.directory} holds, has no LoRA weights"
+            raise UserError(problem, "export a row of a variant with LoRA, such as per_layer_lora+id")
+        shutil.copytree(bundle.directory / LORA, directory, dirs_exist_ok=True)
+        settings = directory / "adapter_config.json"
+        fields = {**json.loads(settings.read_text()), "base_model_name_or_path": bundle.facts["model"]["llm"]["name"]}
+        settings.write_text(json.dumps(fields, indent=2, sort_keys=True))
+        difference = _difference(parts, directory)
+        raise_if_far("adapter_difference", difference, CLOSE)
+        return {"adapter_difference": difference}
+
+
+@torch.no_grad()
+def _difference(parts: Parts, directory: Path) -> float:
+    from peft import PeftModel
+
+    backbone = parts.encoder.model.backbone
+    ids = torch.arange(5, 21)[None].to(backbone.device)
+    own = backbone(ids, torch.ones_like(ids))
+    stock = PeftModel.from_pretrained(backbone.model.unload(), str(directory))
+    other = FrozenBackbone(stock, backbone.pool, sink=backbone.sink).eval()(ids, torch.ones_like(ids))
+    return float((own - other).abs().max() / own.abs().max())
+
+
+@dataclass(frozen=True)
+class Hub(Target):
+    """A copy of the bundle, whose card a hub reads; it is checked as any bundle that is opened.
+
+    Attributes:
+        push: repository to upload it to, `NAME/REPOSITORY`; it is made, and private, if it is not there.
+    """
+
+    push: str | None = None
+    alone = True
+
+    def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
+        """See `Target`."""
+        bundle = parts.bundle
+        for name in (*bundle.manifest["files"], MANIFEST):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.directory / name, directory / name)
+        Bundle.open(directory, bundle.trusted)
+        return {}
+
+    def publish(self, directory: Path) -> str:
+        """Upload the folder, with the token that `hf auth login` has saved; return its address.
+
+        Raises:
+            UserError: the hub refuses, or cannot be reached; the folder stays.
+        """
+        if self.push is None:
+            return ""
+        api: Any = HfApi()
+        try:
+            address = api.create_repo(self.push, private=True, exist_ok=True)
+            api.upload_folder(repo_id=self.push, folder_path=str(directory), ignore_patterns=[".*"])
+        except Exception as error:  # the hub refuses, its client does, or the network
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            remedy = "log in with hf auth login, check the name, and give --push again with another --out"
+            raise UserError(f"--push {self.push}: {first[:200]}", remedy) from None
+        return str(address)
