@@ -155,7 +155,7 @@ def _projections(backbone: FrozenBackbone, heads: torch.Size, dtype: torch.dtype
         raise _unknown(backbone)
     block: Any
     for block in backbone.blocks:
-        attention = getattr(block, "self_attn", None)
+        attention: Any = getattr(block, "self_attn", None)
         if not hasattr(attention, "k_proj") or not hasattr(attention, "v_proj"):
             raise _unknown(backbone)
         own: dict[str, Tensor] = {"norm_LD": block.input_layernorm.weight}
