@@ -94,8 +94,9 @@ class Vllm(Target):
 
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`."""
-        _refuse(parts)
-        encoder, pool = parts.encoder, parts.bundle.config.readout.pool
+        encoder = parts.encoder
+        _refuse(parts, encoder)
+        pool = parts.bundle.config.readout.pool
         graph = StateQuery(parts)
         histories = sample_histories(parts, CHECKED)
         batch = side_batch(
@@ -124,10 +125,10 @@ class Vllm(Target):
         return figures
 
 
-def _refuse(parts: Parts) -> None:
+def _refuse(parts: Parts, encoder: Encoder) -> None:
     """Refuse what vLLM would compute in another way."""
     config = parts.bundle.config
-    if not parts.encoder.model.backbone.sink:
+    if not encoder.model.backbone.sink:
         raise UserError(f"{config.llm.path} is an encoder, which has no cache of keys and values", USE_ONNX)
     if config.llm.quantize != "none" or parts.llm_path.endswith(".gguf"):
         inside = "; or export the bundle with --with-llm, which holds the weights as they are used"
