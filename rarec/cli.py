@@ -243,13 +243,12 @@ def doctor() -> None:
 def show_results(run: "Run") -> None:
     """Print the table of variants, where everything is, the best variant, and recommendations by the bundle."""
     from rarec.evaluation.labels import HEADLINE
-    from rarec.report.run_files import read_run
-    from rarec.report.terminal import closing_lines, terminal_table
+    from rarec.report.run_files import closing_lines, read_run, terminal_table
     from rarec.stages.report import directories
 
     out = Console() if sys.stdout.isatty() else Console(width=110)
     files = read_run(directories(run), say=say)
-    out.print(terminal_table(files.metrics, HEADLINE, out.width))
+    out.print(terminal_table(files, HEADLINE, out.width))
     print(f"report: {run.directory('report') / 'report.html'}")
     print(f"bundle: {run.directory('export')}")
     print(f"figures: {run.directory('evaluate') / 'metrics.json'}")

@@ -13,9 +13,15 @@ import torch
 from rarec.config.method import Readout
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.evaluation.diagnostics import ALIGNMENT_FIELDS, SideSample, diagnose, variant_diagnostics
-from rarec.evaluation.geometry import effective_rank, linear_cka, mean_cosine, nearest_rows
-from rarec.evaluation.health import NORM_FACTOR, warnings
+from rarec.evaluation.collapse import (
+    ALIGNMENT_FIELDS,
+    NORM_FACTOR,
+    effective_rank,
+    linear_cka,
+    mean_cosine,
+    warnings,
+)
+from rarec.evaluation.diagnostics import SideSample, diagnose, nearest_rows, variant_diagnostics
 from rarec.models.alignment import AlignmentModule, SlotShape
 from rarec.models.backbone import FrozenBackbone
 from rarec.models.llm_attention import slot_attention, slot_shares
@@ -100,7 +106,7 @@ def test_mean_cosine_by_hand():
 
 
 def test_nearest_rows_over_chunks_are_those_of_the_whole_table(monkeypatch):
-    monkeypatch.setattr("rarec.evaluation.geometry.TABLE_ROWS", 7)
+    monkeypatch.setattr("rarec.evaluation.diagnostics.TABLE_ROWS", 7)
     table, queries = points(40, 6, 0).to(torch.bfloat16), points(3, 6, 1).float()
     table[11] = 0
     cosines, rows = nearest_rows(table, queries, 5)
@@ -282,8 +288,7 @@ def test_a_token_reads_as_its_word():
 
 
 def diagnostics(run: Run, model: RaRec, say: Any = print) -> dict[str, Any] | None:
-    shared = (run.config, run.dataset, run.prompts, run.sources)
-    return variant_diagnostics(model, "per_layer", *shared, say=say, world=run.world)
+    return variant_diagnostics(run.encoder(model), "per_layer", run.config, run.dataset, say)
 
 
 def block(**figures: Any) -> dict[str, Any]:
@@ -391,7 +396,7 @@ def test_a_run_leaves_diagnostics_of_validation_users_and_items(run):
 
 
 def test_users_are_read_up_to_their_validation_target_only(run):
-    sample = SideSample.of_users(run.dataset, run.prompts, run.sources, 17)
+    sample = SideSample.of_users(run.dataset, run.encoder(make_model()), 17)
     user = int(run.dataset.targets("validation").user_rows[0])
     known = run.dataset.sequence(user)[: int(run.dataset.validation_U[user])]
     assert np.array_equal(sample.prompts[0].tokens_T, run.prompts.user(known).tokens_T)
@@ -458,7 +463,7 @@ def test_a_row_that_lacks_a_figure_is_named(run, tmp_path):
         return found
 
     copy = evaluation_with(run, tmp_path, harm)
-    with pytest.raises(UserError, match=r"diagnostics\.json, blocks, row 2 lacks `cka_after`"):
+    with pytest.raises(UserError, match=r"diagnostics\.json lacks `cka_after`"):
         page_of(copy)
 
 

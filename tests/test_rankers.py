@@ -8,9 +8,8 @@ from scipy import sparse
 from scipy.optimize import minimize, nnls
 from scipy.special import softmax
 
-from rarec.evaluation import likelihood
-from rarec.evaluation.fusion import fuse
-from rarec.evaluation.likelihood import Likelihood, ValidationLikelihood, maximise
+from rarec.evaluation import fusion as late_fusion
+from rarec.evaluation.fusion import Fusion, Likelihood, ValidationLikelihood, fuse, maximise
 from rarec.evaluation.rows import pairs_of_interest
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, VectorRanker, rank_users
@@ -62,6 +61,10 @@ def test_what_a_cached_ranker_keeps_holds_no_block(text):
 
 
 @pytest.mark.parametrize("interests", [1, 4])
+def shares(fusion: Fusion) -> dict[str, float]:
+    return {name: fitted["share"] for name, fitted in fusion.parts.items()}
+
+
 def test_a_fused_score_is_the_sum_of_both(text, interests):
     ids = ranker(RNG.standard_normal((5, interests, 2)), RNG.standard_normal((7, 2)))
     batch = EvalBatch(np.arange(5), [np.array([], int)] * 5, np.zeros(5, int))
@@ -95,8 +98,8 @@ def test_the_first_part_that_lacks_nothing_predicts_what_another_lacks():
     )
     batch = EvalBatch(np.arange(6), [np.array([], int)] * 6, np.full(6, 2))
     fused = fuse({"gapped": gapped, "text": text}, batch)
-    assert list(fused.weights) == ["gapped", "text"]
-    assert fused.weights["gapped"] > 0
+    assert list(fused.parts) == ["text", "gapped"]
+    assert shares(fused)["gapped"] > 0
     of_text, of_gapped = fused.ranker.weights
     assert np.allclose(fused.ranker.scores(batch), of_text * text_N + of_gapped * line_N, atol=1e-5)
 
@@ -110,7 +113,7 @@ def test_a_neighbour_table_predicts_from_what_it_lists_alone():
     batch = EvalBatch(np.arange(5), [np.array([0])] * 5, np.array([1, 1, 3, 1, 3]))
     fused = fuse({"id": ids, "lexical": NeighbourRanker(near, 10, 0.7)}, batch)
     of_words, of_ids = fused.ranker.weights
-    assert list(fused.weights) == ["id", "lexical"]
+    assert list(fused.parts) == ["lexical", "id"]
     assert fused.ranker.parts[0].lists
     slope = fused.ranker.slopes[1]
     assert slope > 0
@@ -124,7 +127,7 @@ def test_a_fusion_does_not_depend_on_how_many_scores_are_held_at_a_time(monkeypa
     rankers["c"] = replace(ranker(RNG.standard_normal((7, 3)), items), lacking_N=np.arange(9) > 6)
     batch = EvalBatch(np.arange(7), [np.array([at]) for at in range(7)], np.array([8, 7, 6, 5, 4, 3, 2]))
     whole = fuse(rankers, batch)
-    monkeypatch.setattr(likelihood, "_BLOCK", 2 * 9)
+    monkeypatch.setattr(late_fusion, "_BLOCK", 2 * 9)
     assert fuse(rankers, batch).ranker.weights == pytest.approx(whole.ranker.weights, abs=1e-5)
     assert fuse(rankers, batch).ranker.slopes == pytest.approx(whole.ranker.slopes)
 
@@ -149,8 +152,8 @@ def test_the_weight_is_the_one_that_makes_the_validation_targets_likeliest(weigh
     fusion = fuse({"variant": ranker(*variant), "id": ranker(*ids)}, batch)
     own, others = fusion.ranker.weights
     assert others / own == pytest.approx(max(weights[1] / weights[0], 0), rel=0.1)
-    assert (fusion.weights["id"] == 0) == (weights[1] < 0)
-    assert sum(fusion.weights.values()) == pytest.approx(1)
+    assert (shares(fusion)["id"] == 0) == (weights[1] < 0)
+    assert sum(shares(fusion).values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("interests", [1, 3])
@@ -160,7 +163,7 @@ def test_a_variant_that_tells_nothing_leaves_the_order_to_the_id_model(interests
     users[:, interests - 1] = np.eye(9)[:6]
     batch = EvalBatch(np.arange(6), [np.array([8])] * 6, np.arange(6))
     fusion = fuse({"flat": flat, "id": ranker(users, np.eye(9))}, batch)
-    assert fusion.weights == {"flat": 0, "id": 1}
+    assert shares(fusion) == {"flat": 0, "id": 1}
     assert (fusion.ranker.ranks(batch) == 1).all()
 
 
@@ -171,7 +174,7 @@ def test_an_id_model_that_tells_nothing_changes_no_order():
     batch = EvalBatch(np.arange(40), histories, drawn(rng, variant, flat, (1.0, 0.0), histories))
     fusion = fuse({"variant": ranker(*variant), "flat": ranker(*flat)}, batch)
     ranks = rank_users(batch, {"fused": fusion.ranker, "variant": ranker(*variant)})
-    assert fusion.weights["flat"] == pytest.approx(0, abs=1e-3)
+    assert shares(fusion)["flat"] == pytest.approx(0, abs=1e-3)
     assert (ranks["fused"] == ranks["variant"]).all()
 
 
@@ -194,7 +197,7 @@ def test_the_scale_of_the_id_vectors_changes_no_fusion(scale):
     histories = [np.array([], int)] * users
     batch = EvalBatch(np.arange(users), histories, drawn(rng, variant, ids, (1.0, 1.0), histories))
     parts = [{"variant": ranker(*variant), "id": ranker(ids[0], ids[1] * each)} for each in (1.0, scale)]
-    weights = [fuse(each, batch).weights["id"] for each in parts]
+    weights = [shares(fuse(each, batch))["id"] for each in parts]
     assert weights[1] == pytest.approx(weights[0], rel=1e-3)
 
 
@@ -344,7 +347,7 @@ def test_candidates_that_are_all_items_have_the_likelihood_of_all_items(seed, mo
     weights = np.array([0.3, 1.2, 0.7])
     whole = ValidationLikelihood(ranker, batch)(weights)
     for name, size in {"WHOLE": 39, "BEST": 7, "DRAWN": 40}.items():
-        monkeypatch.setattr(likelihood, name, size)
+        monkeypatch.setattr(late_fusion, name, size)
     of_candidates = ValidationLikelihood(ranker, batch)(weights)
     assert of_candidates.slope == pytest.approx(whole.slope, abs=1e-5)
     assert of_candidates.curve == pytest.approx(whole.curve, abs=1e-5)
@@ -358,7 +361,7 @@ def test_parts_that_are_nearly_the_same_have_weights(seed):
     near = ranker.parts[2]
     tables = [near.table_NN.multiply(1 + 1e-5 * scale).tocsr() for scale in range(4)]
     same = tuple(replace(near, table_NN=table) for table in tables)
-    weights = ValidationLikelihood(FusedRanker(same, (300.0,) * 4, (0.0,) * 4), batch).best_weights()
+    weights = maximise(ValidationLikelihood(FusedRanker(same, (300.0,) * 4, (0.0,) * 4), batch), np.ones(4))
     assert np.isfinite(weights).all()
     assert (weights >= 0).all()
 
@@ -368,13 +371,13 @@ def test_the_part_that_can_never_lack_an_item_predicts_even_if_none_is_lacked_ye
     table_NN = sparse.random(9, 9, 0.5, "csr", np.float32, np.random.default_rng(0))
     words, counted = (NeighbourRanker(table_NN, 4, 0.7, lacking_N) for lacking_N in (None, np.zeros(9, bool)))
     batch = EvalBatch(np.arange(3), [np.array([at]) for at in range(3)], np.array([6, 7, 8]))
-    assert fuse({"counted": counted, "words": words}, batch).parts == ("words", "counted")
+    assert fuse({"counted": counted, "words": words}, batch).ranker.parts == (words, counted)
 
 
 def test_of_a_large_catalogue_and_many_users_some_chunks_of_users_are_kept(monkeypatch):
     _, batch, ranker = real_parts(np.random.default_rng(0), 40, 3_000, 1.0)
     chunked = replace(batch, kept=tuple(batch.chunks(8)))
-    monkeypatch.setattr(likelihood, "WHOLE", 2_999)
+    monkeypatch.setattr(late_fusion, "WHOLE", 2_999)
     weights = ValidationLikelihood(ranker, chunked)(np.ones(3))
     some = [chunked.kept[0], chunked.kept[3]]
     expected = [ValidationLikelihood(ranker, one)(np.ones(3)).slope for one in some]
@@ -383,7 +386,7 @@ def test_of_a_large_catalogue_and_many_users_some_chunks_of_users_are_kept(monke
 
 def test_in_a_large_catalogue_candidates_lead_to_about_the_weights_of_all_items(monkeypatch):
     parts, batch, _ = real_parts(np.random.default_rng(0), 400, 20_000, 1.5)
-    whole = fuse(parts, batch).weights
-    monkeypatch.setattr(likelihood, "WHOLE", 19_999)
-    assert fuse(parts, batch).weights == pytest.approx(whole, abs=0.02)
+    whole = shares(fuse(parts, batch))
+    monkeypatch.setattr(late_fusion, "WHOLE", 19_999)
+    assert shares(fuse(parts, batch)) == pytest.approx(whole, abs=0.02)
     assert min(whole.values()) > 0.1

@@ -21,11 +21,19 @@ from rich.console import Console
 from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
-from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
-from rarec.evaluation.verdict import Finding, Results, Verdict, best_variant, parts_worth, sanity_checks, verdict
+from rarec.evaluation.rows import (
+    Finding,
+    Findings,
+    Results,
+    comparison_rows,
+    metric_rows,
+    pairs_of_interest,
+    slots_and_rival,
+    strata_rows,
+)
+from rarec.evaluation.verdict import Verdict, best_variant, parts_worth, sanity_checks, verdict
 from rarec.report.html import REPORT, write_report
-from rarec.report.run_files import RunDirectories, read_run
-from rarec.report.terminal import closing_lines, terminal_table
+from rarec.report.run_files import RunDirectories, closing_lines, read_run, terminal_table
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.files import sha256_file, write_json
 
@@ -233,6 +241,10 @@ def judged(rows: list[dict[str, Any]], *metrics: dict[str, Any]) -> Verdict:
     return verdict(Results(measures, rows, deployable(measures)), "per_layer", 17)
 
 
+def outcomes(findings: Findings) -> list[str | None]:
+    return [finding and finding.outcome for finding in findings.values()]
+
+
 def deployable(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of validation.json of equal values."""
     return [row for row in metrics if "/" not in row["variant"] and not row["variant"].startswith("external:")]
@@ -314,7 +326,7 @@ def test_slots_with_lora_are_compared_with_text_with_lora_where_there_is_no_othe
     names = ("id_only", "text_lora", "text_lora+id", "per_layer_lora", "per_layer_lora+id", "per_layer_lora+id+cheap")
     metrics = [measured(name, 0.04 + at / 100) for at, name in enumerate(names)]
     said = verdict(Results(metrics, rows, metrics), "per_layer_lora", 3)
-    assert (said.outcome, said.best and said.best.outcome) == ("better", "better")
+    assert (said.outcome, said.best and outcomes(said.best.findings)) == ("better", ["better"] * 2)
     assert "next to the ID score, the slots do harm" in " ".join(said.sentences)
     pairs = pairs_of_interest([*names, "per_layer_lora/permuted_ids"], "per_layer_lora")
     assert ("per_layer_lora/permuted_ids", "text_lora") in pairs
@@ -331,7 +343,7 @@ def test_the_variant_to_deploy_is_the_best_on_validation_users() -> None:
     rows += [compared("per_layer+id", "text_only+id", -0.01, 0.02)]
     best = best_variant(Results(metrics, rows, deployable(metrics)))
     assert best is not None
-    assert (best.name, best.outcome) == ("per_layer+id", "inconclusive")
+    assert (best.name, outcomes(best.findings)) == ("per_layer+id", ["better", "inconclusive"])
     assert best.better_outside == ("llara (external)", 0.07)
     assert "llara (external)" in best.sentence
     assert "text only + ID, which is simpler" in best.advice
@@ -349,7 +361,8 @@ def test_the_best_variant_with_untrained_baselines_is_compared_with_baselines_wi
     metrics = [measured("per_layer", 0.05), measured("per_layer+id+cheap", 0.06)]
     best = best_variant(Results(metrics, rows, metrics))
     assert best is not None
-    assert (list(best.findings), best.outcome) == (["id_only+cheap", "text_only+id+cheap"], "better")
+    assert list(best.findings) == ["id_only+cheap", "text_only+id+cheap"]
+    assert outcomes(best.findings) == ["better"] * 2
     said = judged([*rows, compared(*FUSION, -0.02, -0.01)], *metrics)
     assert (said.outcome, said.best) == ("better", best)
     assert "It is the best variant on validation users" in said.headline
@@ -359,7 +372,7 @@ def test_a_lead_of_the_text_without_slots_is_no_success_of_the_method() -> None:
     rows = [compared("text_only+id", "id_only", 0.01, 0.02), compared(*FUSION, -0.02, -0.01)]
     said = judged(rows, measured("per_layer", 0.05), measured("text_only+id", 0.06))
     assert said.best is not None
-    assert (said.best.name, said.best.outcome, said.outcome) == ("text_only+id", "better", "worse")
+    assert (said.best.name, outcomes(said.best.findings), said.outcome) == ("text_only+id", ["better"], "worse")
 
 
 def test_of_equal_variants_the_simpler_one_is_best_and_without_metrics_there_is_none() -> None:
@@ -374,14 +387,10 @@ def test_a_part_is_worth_what_is_lost_without_it() -> None:
     whole = "per_layer+id+cheap"
     rows = [compared(whole, f"{whole}/without_id", 0.01, 0.02), compared(whole, "id_only+cheap", 0.02, 0.03)]
     own, ids, words = parts_worth(Results([], rows), {whole: PARTS}, "per_layer", ["ndcg@10", "mrr"])
-    assert (own.title, own.weight, ids.title, words.title) == (
-        "RA-Rec (per layer)",
-        0.5,
-        "ID",
-        "similar words (TF-IDF)",
-    )
-    assert (own.findings["ndcg@10"].difference, ids.findings["ndcg@10"].low) == (0.025, 0.01)
-    assert (list(own.findings), words.findings) == (["ndcg@10"], {})
+    assert [part["title"] for part in (own, ids, words)] == ["RA-Rec (per layer)", "ID", "similar words (TF-IDF)"]
+    assert own["weight"] == 0.5
+    assert (own["findings"]["ndcg@10"].difference, ids["findings"]["ndcg@10"].low) == (0.025, 0.01)
+    assert (list(own["findings"]), words["findings"]) == (["ndcg@10"], {})
     assert parts_worth(Results([], rows), {}, "per_layer", ["ndcg@10"]) == []
 
 
@@ -425,12 +434,11 @@ def test_sanity_checks_pass_only_where_the_variant_gets_worse() -> None:
     rows += [compared("per_layer/permuted_ids", "per_layer", -0.03, -0.01)]
     rows += [compared("per_layer/permuted_ids", "text_only", -0.004, 0.006)]
     shuffled, permuted = sanity_checks(Results(metrics, rows), "per_layer")
-    assert shuffled.passed is False
-    assert "n=943" in shuffled.text
-    assert permuted.passed is True
-    assert "from .0600 to .0410" in permuted.text
-    assert "Text only reaches .0400" in permuted.text
-    assert [sanity_check.passed for sanity_check in sanity_checks(Results(metrics), "per_layer")] == [None, None]
+    assert (shuffled["passed"], permuted["passed"]) == (False, True)
+    assert "n=943" in shuffled["text"]
+    assert "from .0600 to .0410" in permuted["text"]
+    assert "Text only reaches .0400" in permuted["text"]
+    assert [check["passed"] for check in sanity_checks(Results(metrics), "per_layer")] == [None, None]
 
 
 def test_names_and_figures_read_as_people_write_them() -> None:
@@ -553,7 +561,7 @@ def test_a_row_without_a_field_is_named_and_nothing_is_written(tmp_path: Path) -
     row = measured("per_layer")
     del row["low"]
     write_json(run.evaluation / "metrics.json", [measured("id_only"), row])
-    with pytest.raises(UserError, match=r"metrics\.json, row 2 lacks `low`"):
+    with pytest.raises(UserError, match=r"metrics\.json lacks `low`"):
         write_page(run)
     assert not (tmp_path / "report").exists()
 
@@ -572,7 +580,7 @@ METRICS = ["hr@10", "hr@100", "ndcg@10", "mrr"]
 
 def printed_table(rows: list[dict[str, Any]], width: int) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
-    console.print(terminal_table(rows, METRICS, width))
+    console.print(terminal_table(Results(rows), METRICS, width))
     return console.export_text()
 
 
@@ -595,7 +603,7 @@ def test_the_terminal_table_is_whole_at_any_width_with_the_intervals_that_fit(
 
 def test_the_terminal_table_leaves_out_other_protocols() -> None:
     rows = [measured("id_only"), {**measured("text_only"), "protocol": "cand20"}]
-    table = terminal_table(rows, ["ndcg@10", "mrr"], 80)
+    table = terminal_table(Results(rows), ["ndcg@10", "mrr"], 80)
     assert table.row_count == 1
 
 

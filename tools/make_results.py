@@ -38,7 +38,6 @@ from rarec.evaluation.labels import (
     LATE_FUSION,
     MINUS,
     figure,
-    metric_title,
     variant_title,
 )
 from rarec.evaluation.rows import pairs_of_interest
@@ -73,7 +72,7 @@ _STRATA_PLOT = re.compile(r"<!-- strata plot: (?P<name>[\w-]+) (?P<sweep>\w+):(?
 _PLOT = re.compile(r"<!-- plot: (?P<name>[\w-]+) (?P<metric>\S+)\n(?P<rows>.+?)\n-->", re.DOTALL)
 
 
-_METRICS = [metric_title(metric) for metric in HEADLINE]
+_METRICS = [metric.upper() for metric in HEADLINE]
 _UNKNOWN = "not recorded"
 
 
@@ -156,7 +155,7 @@ class Tables:
             for seed, strata in seeds.items()
             for stratum, cells in strata.items()
         ]
-        return table(["run", f"{metric_title(HITS)} where", *map(variant_title, shown), "users"], rows)
+        return table(["run", f"{HITS.upper()} where", *map(variant_title, shown), "users"], rows)
 
     def overlap(self) -> str:
         """Table who hits in the first run: the ID model, a variant, and their fusion."""
@@ -323,14 +322,14 @@ class Pages:
                     raise UserError("not a figure", "write label = SWEEP:RUN:VARIANT")
                 sweep, run, variant = reference.rsplit(":", 2)
                 rows.append((label, self.figures.interval(sweep, run, variant, match["metric"])))
-        title = f"{metric_title(match['metric'])} of {', '.join(label for label, _ in rows)}"
+        title = f"{match['metric'].upper()} of {', '.join(label for label, _ in rows)}"
         return self._picture(page, match["name"], rows_svg(rows, match["metric"]), title)
 
     def _by_stratum(self, page: Path, words: Path, match: re.Match[str]) -> str:
         """Draw the difference that a `strata plot` marker names."""
         with naming(f"{words}: strata plot {match['name']}"):
             strata = self.figures.strata(match["sweep"], match["run"], match["pair"])
-        title = f"{metric_title(HITS)} of {_minus(*match['pair'].split(MINUS))} by stratum"
+        title = f"{HITS.upper()} of {_minus(*match['pair'].split(MINUS))} by stratum"
         return self._picture(page, match["name"], strata_svg(strata, HITS), title)
 
     def _curves(self, sweep: str) -> Iterator[str]:
@@ -345,7 +344,7 @@ class Pages:
             drawn = {entry: points for entry, points in of_field.items() if len(points) > 1}
             if drawn:
                 svg = curve_svg(list(self._lines(sweep, drawn)), field, HITS)
-                title = f"{metric_title(HITS)} over {field}: {', '.join(drawn)}"
+                title = f"{HITS.upper()} over {field}: {', '.join(drawn)}"
                 yield self._picture(PLACE / f"{sweep}.md", f"{sweep}.{field}", svg, title) + "\n"
 
     def _lines(self, sweep: str, entries: Mapping[str, Mapping[Any, str]]) -> Iterator[Line]:

@@ -23,9 +23,8 @@ from textwrap import fill
 from typing import Any, NamedTuple, TypeVar
 
 from rarec.errors import UserError
-from rarec.evaluation.labels import MINUS, figure, metric_title, tick
+from rarec.evaluation.labels import MINUS, figure, tick
 from rarec.ranking.metrics import Interval
-from rarec.report.plots import NARROW
 from rarec.storage.files import read_json
 from tools.results_statistics import HITS, Summary
 
@@ -38,6 +37,8 @@ FORMS = "{{RUN:VARIANT METRIC}}, {{RUN:VARIANT - VARIANT METRIC}}, {{RUN:VARIANT
 T = TypeVar("T")
 COLOURS = ("#7a7a7a", "#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#c08a2b")
 """The first is the ID model's."""
+NARROW = 24
+"""Letters in a line of the title of a narrow panel."""
 BESIDE = 0.08
 """Horizontal distance between lines whose places are names."""
 WIDE = 10
@@ -241,7 +242,7 @@ def rows_svg(rows: Sequence[tuple[str, Interval]], metric: str) -> str:
         panel.errorbar([interval.mean], [row], xerr=ends, color=colour, marker="o", markersize=5, capsize=3)
     panel.set_yticks(range(len(rows)), [label for label, _ in rows])
     panel.set_ylim(len(rows) - 0.4, -0.6)
-    panel.set_xlabel(f"{metric_title(metric)}, 95% interval")
+    panel.set_xlabel(f"{metric.upper()}, 95% interval")
     _finish(panel, "x")
     return _svg(canvas)
 
@@ -269,7 +270,7 @@ def strata_svg(seeds: Mapping[str, Mapping[str, Interval]], metric: str) -> str:
         panel.set_xlim(-0.5, len(buckets) - 0.5)
         panel.set_title(fill(name, NARROW), fontsize="medium")
         _finish(panel, "y", signed=True)
-    panels[0].set_ylabel(f"{metric_title(metric)}, difference")
+    panels[0].set_ylabel(f"{metric.upper()}, difference")
     return _svg(canvas)
 
 
@@ -286,7 +287,7 @@ def curve_svg(lines: Sequence[Line], field: str, metric: str) -> str:
         panel.set_xscale("log")
     panel.set_xticks(list(place.values()), [f"{value:g}" if numbers else str(value) for value in values])
     panel.minorticks_off()
-    panel.set(xlabel=field, ylabel=metric_title(metric))
+    panel.set(xlabel=field, ylabel=metric.upper())
     _finish(panel, "y")
     panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(canvas)

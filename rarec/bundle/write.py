@@ -314,7 +314,7 @@ def describe_slots(variant: Variant, config: RunConfig) -> str:
 def _table(row: str, metrics: list[Mapping[str, Any]]) -> str:
     full = {(values["variant"], values["metric"]): values for values in metrics if values["protocol"] == FULL}
     names = labels.headline_metrics(metric for _, metric in full)
-    lines = [["row", *map(labels.metric_title, names)], ["---"] * (len(names) + 1)]
+    lines = [["row", *map(str.upper, names)], ["---"] * (len(names) + 1)]
     for variant in sorted({variant for variant, _ in full}, key=labels.variant_order):
         mark = "**" if variant == row else ""
         cells = [full.get((variant, name)) for name in names]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,32 +12,19 @@ import pyarrow.parquet as pq
 from rarec.config import RunConfig
 from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import World
-from rarec.evaluation.external import TargetUsers, external_ranks
+from rarec.evaluation.external import external_ranks
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.labels import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, ORACLE, WITHOUT, part_title
-from rarec.evaluation.rows import (
-    Examples,
-    comparison_rows,
-    metric_rows,
-    pairs_of_interest,
-    slots_and_rival,
-    strata_rows,
-)
+from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
 from rarec.neighbours.ranker import NeighbourRanker
 from rarec.ranking import CachedRanker, EvalBatch, Ranker, VectorRanker, rank_users
 from rarec.storage.files import write_json
 
 Ranks = dict[str, npt.NDArray[np.int64]]
-
 USERS_SEED = 17
 """Draws `evaluate.users`, whatever `run.seed` is: figures of several seeds are averaged user by user."""
-
-
-class Bootstrap(TypedDict):
-    """How intervals are drawn."""
-
-    resamples: int
-    seed: int
+SHOWN_HISTORY, TOP = 10, 10
+"""Titles of an example: of the history, and of each variant's list."""
 
 
 class Evaluator:
@@ -71,13 +58,7 @@ class Evaluator:
         self.test = EvalBatch.of(dataset, self.targets)
         validation = dataset.targets("validation", config.train.validation_users, self.seed)
         self.validation = EvalBatch.of(dataset, validation).keeping_chunks()
-        users = TargetUsers(
-            dataset.user_ids.take(self.test.user_rows),
-            dataset.item_ids,
-            self.test.targets,
-            self.test.histories,
-        )
-        self.external = external_ranks(config.evaluate.external, users, say=say)  # before hours of ranking
+        self.external = external_ranks(config.evaluate.external, dataset, self.test, say)  # before hours of ranking
         self.ids: Ranker = CachedRanker(ids)
         self.cheap: dict[str, Ranker] = {**neighbours, "popularity": VectorRanker.of_counts(dataset.train_counts_N)}
         self.ranks: Ranks = {}
@@ -85,11 +66,15 @@ class Evaluator:
         self.fusions: dict[str, dict[str, Any]] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._flat: set[str] = set()
-        self._examples = Examples.drawn(self.test, config.report.examples, self.seed)
-        self._best: dict[str, npt.NDArray[np.int64]] = {ID_ONLY: self._examples.best(self.ids)}
+        total = len(self.test.targets)
+        rows = np.random.default_rng(self.seed).choice(total, min(config.report.examples, total), replace=False)
+        self._example_rows = np.sort(rows)  # drawn at random, so that nobody picks flattering ones
+        self._best: Ranks = {}
+        self._bootstrap = {"resamples": config.evaluate.resamples, "seed": self.seed}
 
     def rank_untrained(self) -> None:
         """Rank by the ID model and, with late fusion, by the untrained baselines and their fusions."""
+        self._keep_best(ID_ONLY, self.ids)
         rankers: dict[str, Ranker] = {ID_ONLY: self.ids}
         if self.config.evaluate.fusion:
             rankers |= self.cheap | self._fused(ALL_CHEAP, self.cheap)
@@ -105,15 +90,15 @@ class Evaluator:
         """
         evaluate, ranker = self.config.evaluate, CachedRanker(ranker_of(False))
         if name in ("text_only", self.main):
-            self._best[name] = self._examples.best(ranker)
+            self._keep_best(name, ranker)
         rankers: dict[str, Ranker] = {name: ranker}
-        parts: dict[str, Ranker] = {name: ranker, "id": self.ids}
+        parts: dict[str, Ranker] = {name: ranker, "id": self.ids, **self.cheap}
         if evaluate.fusion:
-            rankers |= self._fused(name + FUSED, parts)
-            rankers |= self._fused(name + FUSED + CHEAP, {**parts, **self.cheap})
+            rankers |= self._fused(name + FUSED, {name: ranker, "id": self.ids})
+            rankers |= self._fused(name + FUSED + CHEAP, parts)
         self._rank_both(rankers)
         if name == self.main and evaluate.fusion:
-            self._rank(self.test, self._without_one(name + FUSED + CHEAP, {**parts, **self.cheap}))
+            self._rank(self.test, self._without_one(name + FUSED + CHEAP, parts))
         if name == self.main and evaluate.sanity_checks:
             shuffled = EvalBatch.of(self.dataset, self.targets, self.seed)
             self._rank(shuffled, {f"{name}/shuffled_history": ranker})
@@ -127,18 +112,42 @@ class Evaluator:
         self._write_ranks(directory / "ranks.parquet")
         cutoffs, main = self.config.evaluate.cutoffs, self.main
         pairs = pairs_of_interest(self.ranks, main)
+        examples = [self._example(number, row) for number, row in enumerate(self._example_rows)]
         tables: dict[str, Any] = {
             "metrics.json": metric_rows(self.ranks, cutoffs, **self._bootstrap),
             "validation.json": metric_rows(self.validation_ranks, cutoffs, **self._bootstrap),
             "comparisons.json": comparison_rows(self.ranks, pairs, cutoffs, **self._bootstrap),
             "strata.json": self._strata(),
             "fusion.json": self.fusions,
-            "examples.json": self._examples.table(self.dataset, self._best, self.ranks),
+            "examples.json": examples,
             "diagnostics.json": self.diagnostics,
         }
         for name, table in tables.items():
             if table is not None:
                 write_json(directory / name, table)
+
+    def _keep_best(self, name: str, ranker: Ranker) -> None:
+        """Keep the best items of each example, (examples, 10)."""
+        test, rows = self.test, self._example_rows
+        if len(rows):
+            examples = EvalBatch(test.user_rows[rows], [test.histories[row] for row in rows], test.targets[rows])
+            self._best[name] = ranker.top_k(examples, TOP)
+
+    def _example(self, number: int, row: int) -> dict[str, Any]:
+        """Return a row of examples.json: {user, history, target, target_rank, top}.
+
+        Args:
+            number: of the example.
+            row: of its user among the test users.
+        """
+        titles, test = self.dataset.titles, self.test
+        return {
+            "user": str(self.dataset.user_ids[int(test.user_rows[row])]),
+            "history": [titles[item] for item in test.histories[row][-SHOWN_HISTORY:]],
+            "target": titles[test.targets[row]],
+            "target_rank": {name: int(self.ranks[name][row]) for name in self._best},
+            "top": {name: [titles[item] for item in best[number] if item >= 0] for name, best in self._best.items()},
+        }
 
     def _strata(self) -> list[dict[str, Any]]:
         """Return the rows of strata.json, without the sanity checks."""
@@ -152,10 +161,6 @@ class Evaluator:
             strata["neighbour models that list the target"] = np.sum(listed, axis=0)
         plain = {name: value for name, value in self.ranks.items() if "/" not in name}
         return strata_rows(plain, strata, slots_and_rival(plain, self.main), **self._bootstrap)
-
-    @property
-    def _bootstrap(self) -> Bootstrap:
-        return {"resamples": self.config.evaluate.resamples, "seed": self.seed}
 
     def _without_one(self, row: str, parts: dict[str, Ranker]) -> dict[str, Ranker]:
         """Return the fusions of all parts but one; without the first, the variant itself, it is a row of its own."""
@@ -171,7 +176,7 @@ class Evaluator:
         for name in sorted(set(fusion.flat) - self._flat):
             self.say(f"{part_title(name)}: every item has the same score, so it adds nothing to a fusion")
         self._flat.update(fusion.flat)
-        self.fusions[row] = fusion.as_json()
+        self.fusions[row] = fusion.parts
         return {row: fusion.ranker}
 
     def _rank_both(self, rankers: dict[str, Ranker]) -> None:

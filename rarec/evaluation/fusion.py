@@ -4,21 +4,41 @@ Late fusion of text and ID scores is the baseline that soft prompts must beat. T
 likelihood on validation users: the weighted sum is the logit of a softmax over the items that a user has not seen. A
 top-k metric would serve as well, but is nearly flat over the weights, so a few users would decide.
 
-Shape letters: P parts, B users of a block, N catalogue.
+Shape letters: P parts, B users of a block, N catalogue, M candidates of a user.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
 
-from rarec.evaluation.likelihood import Floats, ValidationLikelihood, user_blocks
 from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores
+from rarec.ranking.rank import largest
 
 COMPARED_USERS = 64
 FLAT = 1e-5
 """Smallest spread of scores, relative to the largest score: a smaller spread is rounding, and counts as none."""
+WHOLE = 100_000
+"""Size of a catalogue up to which every item counts in the likelihood. Of a larger one, each user's candidates do."""
+BEST, DRAWN = 100, 2_000
+"""A user's candidates are the best items by each part, and some drawn at random that stand for all others."""
+CHUNKS = 2
+"""Number of chunks of users, spread over all of them, whose candidates are kept: 86 kB a user with seven parts."""
+_SEED = 17
+_BLOCK = 1 << 22
+"""Number of scores in a block, those of all parts together."""
+_PENALTY = 1e-4
+"""Penalty on squared weights, per user: it keeps them finite if the targets are always first."""
+_LEAST = 1e-5
+"""Smallest eigenvalue of the curvature, scaled to a diagonal of 1: of nearly equal parts, it is rounding below that."""
+_STEPS, _CLOSE = 50, 1e-3
+"""Newton's method: the maximum number of steps, and the length of a step at which it has converged."""
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -27,23 +47,14 @@ class Fusion:
 
     Attributes:
         ranker: the fused model.
-        parts: names of its parts, in its order.
-        weights: of each part's score, each relative to the spread of that score; not negative, their sum is 1.
+        parts: what it takes to score again, by part in the ranker's order: `share` (its weight relative to the spread
+            of its scores: not negative, all sum to 1), `weight` and `slope` (see `FusedRanker`).
         flat: names of parts that give every item the same score, which adds nothing.
     """
 
     ranker: FusedRanker
-    parts: tuple[str, ...]
-    weights: dict[str, float]
-    flat: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what it takes to score again: for each part its name, share, weight and slope (see `FusedRanker`)."""
-        ranker = self.ranker
-        return {
-            name: {"share": self.weights[name], "weight": weight, "slope": slope}
-            for name, weight, slope in zip(self.parts, ranker.weights, ranker.slopes, strict=True)
-        }
+    parts: dict[str, dict[str, float]]
+    flat: list[str]
 
 
 def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
@@ -57,19 +68,21 @@ def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
     """
     names = sorted(parts, key=lambda name: parts[name].lacking_N is not None)
     rankers = tuple(parts[name] for name in names)
-    spreads, slopes = _compared(rankers, validation)
-    plain = FusedRanker(rankers, tuple(1 / spread for spread in spreads), slopes)
-    fitted = ValidationLikelihood(plain, validation).best_weights()
-    fitted = fitted / fitted.sum() if fitted.any() else np.full(len(names), 1 / len(names))
-    weights = [float(share / spread) for share, spread in zip(fitted, spreads, strict=True)]
-    largest = max(weights) or 1.0  # so that float32 can represent the sum, whatever the scales
-    fused = replace(plain, weights=tuple(weight / largest for weight in weights))
-    shares = dict(zip(names, map(float, fitted), strict=True))
-    flat = tuple(name for name, spread in zip(names, spreads, strict=True) if np.isinf(spread))
-    return Fusion(fused, tuple(names), {name: shares[name] for name in parts}, flat)
+    spreads_P, slopes = _compared(rankers, validation)
+    plain = FusedRanker(rankers, tuple((1 / spreads_P).tolist()), slopes)
+    fitted_P = maximise(ValidationLikelihood(plain, validation), np.ones(len(names)))
+    shares_P = fitted_P / fitted_P.sum() if fitted_P.any() else np.full(len(names), 1 / len(names))
+    weights_P = shares_P / spreads_P
+    weights_P /= weights_P.max() or 1.0  # so that float32 can represent the sum, whatever the scales
+    fused = replace(plain, weights=tuple(weights_P.tolist()))
+    fitted = {
+        name: {"share": share, "weight": weight, "slope": slope}
+        for name, share, weight, slope in zip(names, shares_P.tolist(), fused.weights, slopes, strict=True)
+    }
+    return Fusion(fused, fitted, [name for name, spread in zip(names, spreads_P, strict=True) if np.isinf(spread)])
 
 
-def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[Floats, tuple[float, ...]]:
     """Compare the parts' scores on a few users: their spreads, and their least-squares slopes over the first one's."""
     few = slice(COMPARED_USERS)
     some = EvalBatch(batch.user_rows[few], batch.histories[few], batch.targets[few])
@@ -88,7 +101,7 @@ def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[tuple[floa
         varies = _spread(first_B, first_peak_B) > 0
         slope = float(product_B.sum() / square_B.sum()) if varies else 0.0
         slopes.append(max(slope, 0.0) if rankers[0].lists else slope)  # to be listed never lowers a score
-    return tuple(spreads), tuple(slopes)
+    return np.array(spreads), tuple(slopes)
 
 
 def _sums(first_BN: Floats, own_BN: Floats) -> Floats:
@@ -110,3 +123,131 @@ def _spread(deviation_B: Floats, peak_B: Floats) -> float:
 
 def _doubles(scores: Scores, block: slice) -> Floats:
     return scores.block(block).numpy(force=True).astype(np.float64)
+
+
+class Likelihood(NamedTuple):
+    """Log-likelihood per user minus the penalty, its gradient (P), and its negative Hessian (P, P)."""
+
+    value: float
+    slope: Floats
+    curve: Floats
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The items that some users' targets compete with.
+
+    Attributes:
+        scores_PBM: standardised scores.
+        stands_for_BM: log of the number of items that each one stands for; -inf for those that do not compete.
+        targets_B: columns of the targets.
+    """
+
+    scores_PBM: Tensor
+    stands_for_BM: Tensor
+    targets_B: Tensor
+
+    def thinned(self, drawn_S: Tensor) -> "Candidates":
+        """Return the target, each part's best items, and the drawn ones, which stand for all that are not among these.
+
+        Args:
+            drawn_S: columns, drawn evenly and without repetition.
+        """
+        best = [largest(part_BM + self.stands_for_BM, BEST)[1] for part_BM in self.scores_PBM]
+        best_BK = torch.cat([self.targets_B[:, None], *best], 1)
+        times_BM = torch.zeros_like(self.stands_for_BM)
+        times_BM.scatter_add_(1, best_BK, torch.ones_like(best_BK, dtype=times_BM.dtype))
+        outside_BS = times_BM[:, drawn_S] == 0
+        others_B1 = (times_BM == 0).sum(1, keepdim=True) / outside_BS.sum(1, keepdim=True)
+        kept_BM = torch.cat([best_BK, drawn_S.expand(len(best_BK), -1)], 1)
+        # an item that is among the best by several parts is there several times, each for its share
+        stands_for_BM = self.stands_for_BM.gather(1, kept_BM)
+        stands_for_BM += torch.cat([-times_BM.gather(1, best_BK).log(), (others_B1 * outside_BS).log()], 1)
+        scores = [part_BM.gather(1, kept_BM) for part_BM in self.scores_PBM]
+        return Candidates(torch.stack(scores), stands_for_BM, torch.zeros_like(self.targets_B))
+
+
+class ValidationLikelihood:
+    """The likelihood of the validation users' targets by the weights of the parts.
+
+    The weighted sum of scores is the logit of a softmax over the items that a user has not seen. All scores may not fit
+    in memory, so they are computed anew in each pass; those of the candidates of a large catalogue are kept instead.
+
+    Args:
+        ranker: its weights standardise the scores of its parts.
+        validation: the users.
+    """
+
+    def __init__(self, ranker: FusedRanker, validation: EvalBatch) -> None:
+        self._scales = ranker.weights
+        chunks = list(validation.chunks())
+        first = ranker.scored(chunks[0])
+        n_items, large = first.n_items, first.n_items > WHOLE
+        chunks = chunks[:: -(-len(chunks) // CHUNKS)] if large else chunks
+        self._chunks = [(chunks[0], first), *((chunk, ranker.scored(chunk)) for chunk in chunks[1:])]
+        self._kept: list[Candidates] | None = None
+        if large:
+            drawn_S = torch.from_numpy(np.random.default_rng(_SEED).choice(n_items, DRAWN, replace=False))
+            self._kept = [block.thinned(drawn_S.to(block.scores_PBM.device)) for block in self._blocks()]
+            self._chunks = []
+
+    def __call__(self, weights: Floats) -> Likelihood:
+        """Return the likelihood of some weights (P)."""
+        count = len(weights)
+        value, users, slope, curve = 0.0, 0, np.zeros(count), np.zeros((count, count))
+        for block in self._blocks() if self._kept is None else self._kept:
+            scores_PBM, at_B = block.scores_PBM, torch.arange(len(block.targets_B))
+            logits_BM = torch.tensordot(torch.from_numpy(weights).float().to(scores_PBM.device), scores_PBM, 1)
+            log_BM = (logits_BM + block.stands_for_BM).log_softmax(1)
+            chance_BM = log_BM.exp()
+            apart_PBM = scores_PBM - (scores_PBM * chance_BM).sum(2)[:, :, None]
+            value += float(log_BM[at_B, block.targets_B].double().sum())
+            slope += apart_PBM[:, at_B, block.targets_B].double().sum(1).numpy(force=True)
+            curve += ((apart_PBM * chance_BM).flatten(1) @ apart_PBM.flatten(1).T).double().numpy(force=True)
+            users += len(at_B)
+        penalty = _PENALTY * float(weights @ weights) / 2
+        return Likelihood(
+            value / users - penalty, slope / users - _PENALTY * weights, curve / users + _PENALTY * np.eye(count)
+        )
+
+    def _blocks(self) -> Iterator[Candidates]:
+        """Yield all items as candidates, some users at a time."""
+        for chunk, scores in self._chunks:
+            for part in user_blocks(len(chunk.targets), scores.n_items * len(self._scales)):
+                targets_B = torch.as_tensor(np.asarray(chunk.targets[part], np.int64))
+                stands_for_BN = torch.zeros(len(targets_B), scores.n_items)
+                for row, history in enumerate(chunk.histories[part]):
+                    stands_for_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = -torch.inf
+                stands_for_BN[torch.arange(len(targets_B)), targets_B] = 0.0
+                scaled = [scale * own_BN for own_BN, scale in zip(scores.parts(part), self._scales, strict=True)]
+                scores_PBN = torch.stack(scaled)
+                device = scores_PBN.device
+                yield Candidates(scores_PBN, stands_for_BN.to(device), targets_B.to(device))
+
+
+def user_blocks(users: int, scores_each: int) -> Iterator[slice]:
+    """Yield the users a block at a time, given how many scores one of them has."""
+    size = max(_BLOCK // scores_each, 1)
+    return (slice(start, min(start + size, users)) for start in range(0, users, size))
+
+
+def maximise(likelihood: Callable[[Floats], Likelihood], weights: Floats) -> Floats:
+    """Maximise a concave likelihood over weights that are not negative, by Newton's method.
+
+    Each step goes to the best such weights of the likelihood's second-order expansion; one that overshoots is halved.
+    """
+    current = likelihood(weights)
+    for _ in range(_STEPS):
+        scale_P = np.sqrt(np.diag(current.curve))
+        values_P, vectors_PP = np.linalg.eigh(current.curve / np.outer(scale_P, scale_P))
+        lengths_P = np.sqrt(np.maximum(values_P, _LEAST))
+        root_PP = scale_P[:, None] * vectors_PP * lengths_P  # times its transpose, it is the curvature
+        wanted_P = root_PP.T @ weights + vectors_PP.T @ (current.slope / scale_P) / lengths_P
+        step = nnls(root_PP.T, wanted_P)[0] - weights
+        while (stepped := likelihood(weights + step)).value < current.value and np.abs(step).max() > _CLOSE:
+            step /= 2
+        if stepped.value >= current.value:
+            weights, current = weights + step, stepped
+        if np.abs(step).max(initial=0.0) <= _CLOSE:
+            break
+    return weights

@@ -39,13 +39,7 @@ GROUPS = (
 )
 """Headings of the groups of rows, by `variant_group`."""
 BOUNDS_GROUP, SANITY_GROUP = len(GROUPS) - 2, len(GROUPS) - 1
-UNTRAINED_TITLES = {
-    "popularity": "popularity",
-    ALL_CHEAP: "untrained baselines (cheap)",
-}
-"""Titles of the untrained baselines."""
 _ADDED = {"id": "ID"}
-_MINUS = "\N{MINUS SIGN}"
 
 
 def baselines(rows: Iterable[str]) -> list[str]:
@@ -108,11 +102,6 @@ def cheap_suffix(variant: str) -> str:
     return next((suffix for suffix in (CHEAP, POPULAR) if variant.endswith(suffix)), "")
 
 
-def metric_title(metric: str) -> str:
-    """Return `NDCG@10` for `ndcg@10`."""
-    return metric.upper()
-
-
 def metric_order(metric: str) -> tuple[str, int]:
     """Return a sort key: by family, then by cutoff as a number."""
     family, _, cutoff = metric.partition("@")
@@ -136,7 +125,7 @@ def figure(value: float, signed: bool = False) -> str:
     """Format a metric without its leading zero: `.0533`, `+.0021`."""
     digits = f"{abs(value):.4f}".removeprefix("0")
     negative = value < 0 and float(digits) > 0
-    return (_MINUS if negative else "+" if signed else "") + digits
+    return ("\N{MINUS SIGN}" if negative else "+" if signed else "") + digits
 
 
 def tick(value: float, signed: bool = False) -> str:
@@ -162,4 +151,5 @@ def sentence_case(text: str) -> str:
 
 def _titles() -> dict[str, str]:
     """Return the titles of all rows without `+` and `/`, in their order."""
-    return {ID_ONLY: "ID model", **neighbour_titles(), **UNTRAINED_TITLES, **VARIANT_TITLES}
+    untrained = {"popularity": "popularity", ALL_CHEAP: "untrained baselines (cheap)"}
+    return {ID_ONLY: "ID model", **neighbour_titles(), **untrained, **VARIANT_TITLES}

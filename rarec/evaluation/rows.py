@@ -1,16 +1,16 @@
-"""From ranks to rows of results: metrics, paired comparisons, strata and examples.
+"""Rows of results: computed from ranks (metrics, paired comparisons, strata), and read back.
 
 Every figure has n and a bootstrap 95% interval over users. Shape letters: U users.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.dataset import PreparedDataset
 from rarec.evaluation.labels import (
     ALL_CHEAP,
     CHEAP,
@@ -23,17 +23,21 @@ from rarec.evaluation.labels import (
     WITHOUT,
     baselines,
     cheap_suffix,
+    figure,
+    interval,
     is_external,
+    primary_metric,
 )
-from rarec.ranking import EvalBatch, Ranker
 from rarec.ranking.metrics import Interval, mean_intervals, metric_values, paired_intervals
 
-Rows = npt.NDArray[np.int64]
-Ranks = Mapping[str, Rows]
+Row = Mapping[str, Any]
+Ranks = Mapping[str, npt.NDArray[np.int64]]
 Numbers = npt.NDArray[np.integer]
+Outcome = Literal["better", "worse", "inconclusive"]
 BUCKETS = 4
-SHOWN_HISTORY, TOP = 10, 10
-"""Titles of an example: of the history, and of each variant's list."""
+STRATA_CUTOFFS = (10, 100)
+MIN_DIFFERING = 6
+"""Fewest users for whom two variants must differ: with fewer no sign test reaches 5%, though a bootstrap would."""
 
 
 def metric_rows(ranks: Ranks, cutoffs: Sequence[int], *, resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -46,9 +50,9 @@ def metric_rows(ranks: Ranks, cutoffs: Sequence[int], *, resamples: int, seed: i
         seed: seed of the bootstrap.
     """
     return [
-        {"variant": variant, "metric": metric, "protocol": FULL, **_figures("value", interval), "n": len(ranks_U)}
+        {"variant": variant, "metric": metric, "protocol": FULL, **_figures("value", estimate), "n": len(ranks_U)}
         for variant, ranks_U in ranks.items()
-        for metric, interval in mean_intervals(metric_values(ranks_U, cutoffs), resamples, seed).items()
+        for metric, estimate in mean_intervals(metric_values(ranks_U, cutoffs), resamples, seed).items()
     ]
 
 
@@ -68,11 +72,11 @@ def comparison_rows(
     """
     rows = []
     for variant, baseline in pairs:
-        values, others = metric_values(ranks[variant], cutoffs), metric_values(ranks[baseline], cutoffs)
-        for metric, interval in paired_intervals(values, others, resamples, seed).items():
+        values, others = (metric_values(ranks[name], cutoffs) for name in (variant, baseline))
+        for metric, estimate in paired_intervals(values, others, resamples, seed).items():
             names = {"variant": variant, "baseline": baseline, "metric": metric, "protocol": FULL}
             counts = {"n": len(ranks[variant]), "differing": int((values[metric] != others[metric]).sum())}
-            rows.append({**names, **_figures("difference", interval), **counts})
+            rows.append({**names, **_figures("difference", estimate), **counts})
     return rows
 
 
@@ -144,7 +148,6 @@ def strata_rows(
     *,
     resamples: int,
     seed: int,
-    cutoffs: tuple[int, ...] = (10, 100),
 ) -> list[dict[str, Any]]:
     """Return the rows of strata.json: {variant, stratum, bucket, order, metric, value, low, high, n}.
 
@@ -154,12 +157,11 @@ def strata_rows(
         pairs: row names of (variant, baseline): their paired difference is the row `VARIANT - BASELINE`.
         resamples: number of bootstrap resamples of the users.
         seed: seed of the bootstrap.
-        cutoffs: each K of HR@K and NDCG@K.
     """
-    values = {variant: metric_values(ranks_U, cutoffs) for variant, ranks_U in ranks.items()}
+    values = {variant: metric_values(ranks_U, STRATA_CUTOFFS) for variant, ranks_U in ranks.items()}
     for variant, baseline in pairs:
-        differences = {metric: own_U - values[baseline][metric] for metric, own_U in values[variant].items()}
-        values[variant + MINUS + baseline] = differences
+        own, others = values[variant], values[baseline]
+        values[variant + MINUS + baseline] = {metric: own[metric] - others[metric] for metric in own}
     rows = []
     for stratum, values_U in strata.items():
         index_U, labels = bucket_labels(values_U)
@@ -167,56 +169,121 @@ def strata_rows(
             for order, label in enumerate(labels):
                 place = {"variant": variant, "stratum": stratum, "bucket": label, "order": order}
                 in_bucket = {metric: own_U[index_U == order] for metric, own_U in metrics.items()}
-                for metric, interval in mean_intervals(in_bucket, resamples, seed).items():
-                    figures = {**_figures("value", interval), "n": len(in_bucket[metric])}
+                for metric, estimate in mean_intervals(in_bucket, resamples, seed).items():
+                    figures = {**_figures("value", estimate), "n": len(in_bucket[metric])}
                     rows.append({**place, "metric": metric, **figures})
     return rows
 
 
-def _figures(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.mean, "low": interval.low, "high": interval.high}
+def _figures(name: str, estimate: Interval) -> dict[str, float]:
+    return {name: estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
 @dataclass(frozen=True)
-class Examples:
-    """A few test users drawn at random, so that nobody picks flattering ones.
+class Finding:
+    """A paired comparison of two variants on the same test users.
 
     Attributes:
-        rows: their rows in the batch that they are drawn from.
-        batch: the batch of these users alone.
+        variant: row name of the variant that is judged.
+        baseline: row name of what it is compared with.
+        metric: such as `ndcg@10`.
+        difference: mean over users of variant minus baseline.
+        low: lower end of the difference's 95% interval.
+        high: upper end.
+        n: number of test users.
+        differing: number of users for whom the two values are not equal.
     """
 
-    rows: Rows
-    batch: EvalBatch
+    variant: str
+    baseline: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    n: int
+    differing: int
 
     @classmethod
-    def drawn(cls, batch: EvalBatch, count: int, seed: int) -> "Examples":
-        """Draw at most `count` of the batch's users."""
-        total = len(batch.targets)
-        rows = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
-        histories = [batch.histories[row] for row in rows]
-        return cls(rows, EvalBatch(batch.user_rows[rows], histories, batch.targets[rows]))
+    def of(cls, row: Row) -> "Finding":
+        """Read a row of comparisons.json. Older files do not hold `differing`: all users are assumed to differ."""
+        row = {"differing": row["n"], **row}
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
 
-    def best(self, ranker: Ranker) -> Rows:
-        """Return the item rows of each user's top 10, (users, 10)."""
-        return ranker.top_k(self.batch, TOP) if len(self.rows) else np.empty((0, TOP), np.int64)
+    @property
+    def swapped(self) -> "Finding":
+        """The same comparison with variant and baseline exchanged."""
+        turned = {"difference": -self.difference, "low": -self.high, "high": -self.low}
+        return replace(self, variant=self.baseline, baseline=self.variant, **turned)
 
-    def table(self, dataset: PreparedDataset, best: Ranks, ranks: Ranks) -> list[dict[str, Any]]:
-        """Return the rows of examples.json: {user, history, target, target_rank, top}.
+    @property
+    def outcome(self) -> Outcome:
+        """`better` or `worse` if the whole interval is above or below zero, else `inconclusive`.
 
-        Args:
-            dataset: for ids and titles.
-            best: top 10 of each variant to show, from `best`.
-            ranks: ranks of the targets of the whole batch, by variant.
+        Also `inconclusive` where fewer than `MIN_DIFFERING` users differ.
         """
-        titles, batch = dataset.titles, self.batch
-        return [
-            {
-                "user": str(dataset.user_ids[int(batch.user_rows[number])]),
-                "history": [titles[item] for item in batch.histories[number][-SHOWN_HISTORY:]],
-                "target": titles[batch.targets[number]],
-                "target_rank": {name: int(ranks[name][row]) for name in best},
-                "top": {name: [titles[item] for item in best[name][number] if item >= 0] for name in best},
-            }
-            for number, row in enumerate(self.rows)
-        ]
+        if self.differing < MIN_DIFFERING:
+            return "inconclusive"
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "inconclusive"
+
+    @property
+    def reading(self) -> str:
+        """The outcome in words."""
+        return f"no significant difference (n={self.n:,})" if self.outcome == "inconclusive" else self.outcome
+
+    @property
+    def evidence(self) -> str:
+        """The numbers behind the outcome."""
+        size, ends = figure(self.difference, signed=True), interval(self.low, self.high, signed=True)
+        return f"paired difference in {self.metric.upper()} {size}, 95% interval {ends}, n={self.n:,}"
+
+
+Findings = Mapping[str, Finding | None]
+"""Comparisons of one variant by baseline; None where the two were not compared."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The figures of an evaluation.
+
+    Attributes:
+        metrics: rows of metrics.json.
+        comparisons: rows of comparisons.json.
+        validation: rows of validation.json, in the form of `metrics`: the rows that can be deployed.
+    """
+
+    metrics: Sequence[Row]
+    comparisons: Sequence[Row] = ()
+    validation: Sequence[Row] = ()
+
+    @cached_property
+    def cells(self) -> dict[tuple[str, str], Row]:
+        """The rows of `metrics` under full ranking, by variant and metric."""
+        return {(row["variant"], row["metric"]): row for row in self.metrics if row["protocol"] == FULL}
+
+    @cached_property
+    def primary(self) -> str:
+        """The primary metric."""
+        return primary_metric(metric for _, metric in self.cells)
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """The primary metric on test users, by variant."""
+        return {variant: row["value"] for (variant, metric), row in self.cells.items() if metric == self.primary}
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """The comparisons under full ranking."""
+        return [Finding.of(row) for row in self.comparisons if row["protocol"] == FULL]
+
+    @cached_property
+    def _by_pair(self) -> dict[tuple[str, str, str], Finding]:
+        both = [finding for own in self.findings for finding in (own, own.swapped)]
+        return {(finding.variant, finding.baseline, finding.metric): finding for finding in both}
+
+    def find(self, variant: str, baseline: str, metric: str | None = None) -> Finding | None:
+        """Return the comparison of two variants, in the primary metric by default, or None if there is none."""
+        return self._by_pair.get((variant, baseline, metric or self.primary))
+
+    def find_all(self, variant: str, others: Iterable[str], metric: str | None = None) -> Findings:
+        """Return `find` for each of several baselines, but for the variant itself."""
+        return {other: self.find(variant, other, metric) for other in others if other != variant}

@@ -5,14 +5,12 @@ ID model's score and that of every model that needs no training. A claim needs t
 difference on one side of zero.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rarec.evaluation.labels import (
     CHEAP,
-    FULL,
     FUSED,
     HEADLINE,
     ID_ONLY,
@@ -24,222 +22,84 @@ from rarec.evaluation.labels import (
     interval,
     is_external,
     listed,
-    metric_title,
     part_title,
-    primary_metric,
     sentence_case,
     title_in_sentence,
     variant_order,
     variant_title,
 )
+from rarec.evaluation.rows import Finding, Findings, Outcome, Results, Row
 
-Row = Mapping[str, Any]
-Outcome = Literal["better", "worse", "inconclusive"]
-MIN_DIFFERING = 6
-"""Fewest users for whom the variants must differ: with fewer no sign test reaches 5%, though a bootstrap would."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A paired comparison of two variants on the same test users.
-
-    Attributes:
-        variant: row name of the variant that is judged.
-        baseline: row name of what it is compared with.
-        metric: such as `ndcg@10`.
-        difference: mean over users of variant minus baseline.
-        low: lower end of the difference's 95% interval.
-        high: upper end.
-        n: number of test users.
-        differing: number of users for whom the two values are not equal.
-    """
-
-    variant: str
-    baseline: str
-    metric: str
-    difference: float
-    low: float
-    high: float
-    n: int
-    differing: int
-
-    @classmethod
-    def of(cls, row: Row) -> "Finding":
-        """Read a row of comparisons.json. Older files do not hold `differing`: all users are assumed to differ."""
-        row = {"differing": row["n"], **row}
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
-
-    @property
-    def swapped(self) -> "Finding":
-        """The same comparison with variant and baseline exchanged."""
-        names = self.baseline, self.variant, self.metric
-        return Finding(*names, -self.difference, -self.high, -self.low, self.n, self.differing)
-
-    @property
-    def outcome(self) -> Outcome:
-        """`better` or `worse` if the whole interval is above or below zero, else `inconclusive`.
-
-        Also `inconclusive` where fewer than `MIN_DIFFERING` users differ.
-        """
-        if self.differing < MIN_DIFFERING:
-            return "inconclusive"
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "inconclusive"
-
-    @property
-    def reading(self) -> str:
-        """The outcome in words."""
-        return f"no significant difference (n={self.n:,})" if self.outcome == "inconclusive" else self.outcome
-
-    def clause(self, baseline: str | None = None) -> str:
-        """Return the outcome as a clause without subject: `is better than the ID model`.
-
-        Args:
-            baseline: the baseline's title within a sentence; that of its row by default.
-        """
-        return f"{_predicate(self)} {baseline or variant_title(self.baseline)}"
-
-    @property
-    def evidence(self) -> str:
-        """The numbers behind the outcome."""
-        size, ends = figure(self.difference, signed=True), interval(self.low, self.high, signed=True)
-        return f"paired difference in {metric_title(self.metric)} {size}, 95% interval {ends}, n={self.n:,}"
-
-
-Findings = Mapping[str, Finding | None]
-"""Comparisons of one variant by baseline; None where the two were not compared."""
-
-
-@dataclass(frozen=True)
-class Results:
-    """The figures of an evaluation.
-
-    Attributes:
-        metrics: rows of metrics.json.
-        comparisons: rows of comparisons.json.
-        validation: rows of validation.json, in the form of `metrics`: the rows that can be deployed.
-    """
-
-    metrics: Sequence[Row]
-    comparisons: Sequence[Row] = ()
-    validation: Sequence[Row] = ()
-
-    @cached_property
-    def full(self) -> list[Row]:
-        """The rows of `metrics` under full ranking."""
-        return [row for row in self.metrics if row["protocol"] == FULL]
-
-    @cached_property
-    def primary(self) -> str:
-        """The primary metric."""
-        return primary_metric(row["metric"] for row in self.full)
-
-    @cached_property
-    def reached(self) -> dict[str, Row]:
-        """The rows of the primary metric on test users, by variant."""
-        return _by_variant(self.metrics, self.primary)
-
-    @property
-    def values(self) -> dict[str, float]:
-        """The primary metric on test users, by variant."""
-        return {variant: row["value"] for variant, row in self.reached.items()}
-
-    @cached_property
-    def findings(self) -> list[Finding]:
-        """The comparisons under full ranking."""
-        return [Finding.of(row) for row in self.comparisons if row["protocol"] == FULL]
-
-    def find(self, variant: str, baseline: str, metric: str | None = None) -> Finding | None:
-        """Return the comparison of two variants, in the primary metric by default, or None if there is none."""
-        for finding in self.findings:
-            if finding.metric == (metric or self.primary) and {finding.variant, finding.baseline} == {
-                variant,
-                baseline,
-            }:
-                return finding if finding.variant == variant else finding.swapped
-        return None
-
-    def find_all(self, variant: str, others: Iterable[str], metric: str | None = None) -> Findings:
-        """Return `find` for each of several baselines, but for the variant itself."""
-        return {other: self.find(variant, other, metric) for other in others if other != variant}
-
-
-def _by_variant(rows: Iterable[Row], metric: str) -> dict[str, Row]:
-    return {row["variant"]: row for row in rows if (row["protocol"], row["metric"]) == (FULL, metric)}
-
-
-@dataclass(frozen=True)
-class PartWorth:
-    """What one part of a late fusion is worth beside all the others.
-
-    Attributes:
-        title: the part's title.
-        weight: of its standardised score; the weights of all parts sum to 1.
-        findings: the whole fusion against the one without the part, with weights of its own, by metric.
-    """
-
-    title: str
-    weight: float
-    findings: Mapping[str, Finding]
+_PREDICATES: dict[Outcome | None, str] = {
+    None: "was not compared with",
+    "better": "is better than",
+    "worse": "is worse than",
+    "inconclusive": "is not significantly different from",
+}
+"""What is said of a variant before a baseline's title, by the outcome of their comparison."""
+_ADDS: dict[Outcome, str] = {
+    "better": "{} adds to the untrained baselines",
+    "worse": "{} makes the untrained baselines worse",
+    "inconclusive": "No evidence that {} adds to the untrained baselines",
+}
+_BEYOND: dict[Outcome, str] = {
+    "better": "the slots add information that the ID score does not have",
+    "worse": "next to the ID score, the slots do harm",
+    "inconclusive": "no evidence that the slots add information beyond the ID score",
+}
+_CHECKED: dict[Outcome, str] = {
+    "better": "The variant gets better, so it does not use what was destroyed as it should",
+    "worse": "The variant gets worse, as it must",
+    "inconclusive": "No significant loss: no evidence that the variant uses what was destroyed",
+}
 
 
 def parts_worth(
     results: Results, fusions: Mapping[str, Mapping[str, Row]], variant: str, metrics: Sequence[str]
-) -> list[PartWorth]:
-    """Return the worth of each part of a variant's fusion with the untrained baselines; nothing if there is none.
+) -> list[dict[str, Any]]:
+    """Return what each part of a variant's fusion with the untrained baselines is worth beside all the others.
 
     Args:
         results: the figures of the evaluation.
         fusions: contents of fusion.json.
         variant: row name of the variant.
         metrics: such as `ndcg@10`.
+
+    Returns:
+        For each part `title`; `weight`, of its standardised score (all sum to 1); `findings`, by metric: the whole
+        fusion against the one without the part, with weights of its own. Nothing if there is no such fusion.
     """
     whole = variant + FUSED + CHEAP
     worth = []
     for part, fitted in fusions.get(whole, {}).items():
         rest = ID_ONLY + CHEAP if part == variant else f"{whole}{WITHOUT}{part}"
-        findings = {metric: results.find(whole, rest, metric) for metric in metrics}
-        known = {metric: finding for metric, finding in findings.items() if finding}
-        worth.append(PartWorth(part_title(part), fitted["share"], known))
+        findings = {metric: finding for metric in metrics if (finding := results.find(whole, rest, metric))}
+        worth.append({"title": part_title(part), "weight": fitted["share"], "findings": findings})
     return worth
 
 
-@dataclass(frozen=True)
-class SanityCheck:
-    """The same trained variant, ranked again with one source of information destroyed.
+def sanity_checks(results: Results, variant: str) -> list[dict[str, Any]]:
+    """Judge every sanity check that was run: a trained variant, ranked again with one source of information destroyed.
 
-    Attributes:
-        title: what was destroyed.
-        passed: True if the variant became significantly worse, as it must; None if it was not compared in pairs.
-        text: the result in words.
+    Returns:
+        For each `title`, what was destroyed; `passed`, True if the variant became significantly worse, as it must, None
+        if it was not compared in pairs; `text`, the result in words.
     """
-
-    title: str
-    passed: bool | None
-    text: str
-
-
-_CHECKED = {
-    "worse": "The variant gets worse, as it must",
-    "inconclusive": "No significant loss: no evidence that the variant uses what was destroyed",
-    "better": "The variant gets better, so it does not use what was destroyed as it should",
-}
-
-
-def sanity_checks(results: Results, variant: str) -> list[SanityCheck]:
-    """Judge every sanity check that was run for a variant."""
     return [_sanity_check(results, variant, name) for name in SANITY_CHECKS if f"{variant}/{name}" in results.values]
 
 
-def _sanity_check(results: Results, variant: str, name: str) -> SanityCheck:
-    row, values, title = f"{variant}/{name}", results.values, SANITY_CHECKS[name]
+def _sanity_check(results: Results, variant: str, name: str) -> dict[str, Any]:
+    row, values = f"{variant}/{name}", results.values
     finding = results.find(row, variant)
-    against_text = _against_text(results, row) if name == "permuted_ids" else ""
-    if finding is None:
-        value = f"{metric_title(results.primary)} is {figure(values[row])}"
-        return SanityCheck(title, None, f"{value}, but was not compared in pairs, so nothing is claimed.{against_text}")
-    change = f", from {figure(values[variant])} to {figure(values[row])}" if variant in values else ""
-    text = f"{_CHECKED[finding.outcome]} ({finding.evidence}{change}).{against_text}"
-    return SanityCheck(title, finding.outcome == "worse", text)
+    if finding:
+        change = f", from {figure(values[variant])} to {figure(values[row])}" if variant in values else ""
+        text = f"{_CHECKED[finding.outcome]} ({finding.evidence}{change})."
+    else:
+        reached = f"{results.primary.upper()} is {figure(values[row])}"
+        text = f"{reached}, but was not compared in pairs, so nothing is claimed."
+    if name == "permuted_ids":
+        text += _against_text(results, row)
+    return {"title": SANITY_CHECKS[name], "passed": finding.outcome == "worse" if finding else None, "text": text}
 
 
 def _against_text(results: Results, row: str) -> str:
@@ -248,7 +108,7 @@ def _against_text(results: Results, row: str) -> str:
     if text not in results.values:
         return ""
     finding = results.find(row, text)
-    compared = f"; with permuted IDs, the variant {finding.clause('it')} ({finding.evidence})" if finding else ""
+    compared = f"; with permuted IDs, the variant {_compared(finding, 'it')}" if finding else ""
     return f" {sentence_case(variant_title(text))} reaches {figure(results.values[text])}{compared}."
 
 
@@ -279,32 +139,23 @@ class BestVariant:
         return variant_title(self.name)
 
     @property
-    def outcome(self) -> Outcome:
-        """`better` if it is significantly better than every baseline other than itself."""
-        return _overall(self.findings)
-
-    @property
     def sentence(self) -> str:
         """The best variant, its value, and the outcome of its comparisons, in words."""
-        values = f"{metric_title(self.metric)} {figure(self.chosen)}; on test users {figure(self.value)}"
+        values = f"{self.metric.upper()} {figure(self.chosen)}; on test users {figure(self.value)}"
         compared = f": it {_clauses(self.findings)}" if self.findings else ""
-        outside = ""
+        sentence = f"{self.title} is best on validation users ({values}){compared}."
         if self.better_outside:
             title, value = self.better_outside
-            outside = f" On test users, {title} is higher, at {figure(value)}."
-        return f"{self.title} is best on validation users ({values}){compared}.{outside}"
+            sentence += f" On test users, {title} is higher, at {figure(value)}."
+        return sentence
 
     @property
     def advice(self) -> str:
         """The variant to deploy, in words, with the simplest baseline that is not significantly worse."""
-        order = variant_order(self.name)  # rows of more parts come later
-        as_good = [
-            title_in_sentence(name)
-            for name, finding in self.findings.items()
-            if finding and finding.outcome == "inconclusive" and variant_order(name) < order
-        ]
-        simpler = f", or {as_good[0]}, which is simpler and not significantly worse" if as_good else ""
-        return f"Deploy: {self.title}{simpler}."
+        as_good = [name for name, finding in self.findings.items() if finding and finding.outcome == "inconclusive"]
+        simpler = [title_in_sentence(name) for name in as_good if variant_order(name) < variant_order(self.name)]
+        other = f", or {simpler[0]}, which is simpler and not significantly worse" if simpler else ""
+        return f"Deploy: {self.title}{other}."
 
 
 def best_variant(results: Results) -> BestVariant | None:
@@ -312,16 +163,17 @@ def best_variant(results: Results) -> BestVariant | None:
 
     Equal values go to the simpler variant.
     """
-    values, validated = results.values, _by_variant(results.validation, results.primary)
-    name = min(
-        set(validated) & set(values), key=lambda row: (-validated[row]["value"], variant_order(row)), default=None
-    )
-    if name is None:
+    values, validated = results.values, Results(results.validation).cells
+    chosen = {
+        name: validated[name, results.primary]["value"] for name in values if (name, results.primary) in validated
+    }
+    if not chosen:
         return None
+    name = min(chosen, key=lambda row: (-chosen[row], variant_order(row)))
     findings = results.find_all(name, (baseline + cheap_suffix(name) for baseline in baselines(values)))
     outside = max(filter(is_external, values), key=values.__getitem__, default=name)
     better = (variant_title(outside), values[outside]) if values[outside] > values[name] else None
-    return BestVariant(name, results.primary, validated[name]["value"], values[name], findings, better)
+    return BestVariant(name, results.primary, chosen[name], values[name], findings, better)
 
 
 @dataclass(frozen=True)
@@ -359,7 +211,7 @@ def verdict(results: Results, variant: str, seed: int) -> Verdict:
     findings = results.find_all(judged, (rival + cheap_suffix(judged) for rival in rivals))
     sentences = [
         *(_reached(results, name) for name in dict.fromkeys((judged, variant))),
-        *(_sentence(finding, baseline) for baseline, finding in findings.items()),
+        *(f"It {_compared(finding, title_in_sentence(baseline))}." for baseline, finding in findings.items()),
         *_other_metrics(results, judged, findings),
         *_beyond_late_fusion(results, variant, rivals[-1]),
         *([best.sentence] if best.name != judged or best.better_outside else []),
@@ -370,46 +222,32 @@ def verdict(results: Results, variant: str, seed: int) -> Verdict:
 
 
 def _headline(variant: str, judged: str, findings: Findings, best: BestVariant) -> str:
-    title = variant_title(variant)
-    compared = f"on {metric_title(best.metric)}, {variant_title(judged)} {_clauses(findings)}"
+    compared = f"on {best.metric.upper()}, {variant_title(judged)} {_clauses(findings)}"
     if judged != variant:
-        adds = {
-            "better": f"{title} adds to the untrained baselines",
-            "worse": f"{title} makes the untrained baselines worse",
-            "inconclusive": f"No evidence that {title} adds to the untrained baselines",
-        }
-        compared = f"{adds[_overall(findings)]}: {compared}"
+        compared = f"{_ADDS[_overall(findings)].format(variant_title(variant))}: {compared}"
     about_best = "It is" if best.name == judged else f"{best.title} is"
     return f"{sentence_case(compared)}. {about_best} the best variant on validation users."
 
 
 def _reached(results: Results, variant: str) -> str:
-    row = results.reached[variant]
+    row = results.cells[variant, results.primary]
     return (
-        f"{variant_title(variant)} reaches {metric_title(results.primary)} {figure(row['value'])} (95% interval "
+        f"{variant_title(variant)} reaches {results.primary.upper()} {figure(row['value'])} (95% interval "
         f"{interval(row['low'], row['high'])}) over n={row['n']:,} test users, ranking the full catalogue."
     )
 
 
-def _sentence(finding: Finding | None, baseline: str) -> str:
-    if finding is None:
-        return f"It was not compared with {title_in_sentence(baseline)}."
-    return f"It {finding.clause(title_in_sentence(baseline))} ({finding.evidence})."
-
-
 def _other_metrics(results: Results, variant: str, findings: Findings) -> list[str]:
     """Say in one sentence which of the other headline metrics agree with the primary one, and which do not."""
-    compared = {name: finding for name, finding in findings.items() if finding}
+    compared = {baseline: finding.outcome for baseline, finding in findings.items() if finding}
     same, otherwise = [], []
     for metric in HEADLINE:
         known = {name: finding for name, finding in results.find_all(variant, compared, metric).items() if finding}
-        if metric == results.primary or not known:
-            continue
-        differing = {name: found for name, found in known.items() if found.outcome != compared[name].outcome}
+        differing = {name: finding for name, finding in known.items() if finding.outcome != compared[name]}
         if differing:
-            otherwise.append(f"on {metric_title(metric)} it {_clauses(differing)}")
-        else:
-            same.append(metric_title(metric))
+            otherwise.append(f"on {metric.upper()} it {_clauses(differing)}")
+        elif known and metric != results.primary:
+            same.append(metric.upper())
     agreeing = [f"{listed(same)} agree{'s' if len(same) == 1 else ''}"] if same else []
     sentence = ", but ".join(agreeing + (["; ".join(otherwise)] if otherwise else []))
     return [f"{sentence_case(sentence)}."] if sentence else []
@@ -420,12 +258,8 @@ def _beyond_late_fusion(results: Results, variant: str, text: str) -> list[str]:
     finding = results.find(variant + FUSED, text)
     if finding is None:
         return []
-    meaning = {
-        "better": "the slots add information that the ID score does not have",
-        "inconclusive": "no evidence that the slots add information beyond the ID score",
-        "worse": "next to the ID score, the slots do harm",
-    }
-    return [f"{variant_title(finding.variant)} {finding.clause()} ({finding.evidence}): {meaning[finding.outcome]}."]
+    compared = f"{variant_title(variant + FUSED)} {_compared(finding, variant_title(text))}"
+    return [f"{compared}: {_BEYOND[finding.outcome]}."]
 
 
 def _overall(findings: Findings) -> Outcome:
@@ -436,21 +270,19 @@ def _overall(findings: Findings) -> Outcome:
 
 
 def _predicate(finding: Finding | None) -> str:
-    """Return the outcome as a predicate that the baseline's title completes: `is better than`."""
-    if finding is None:
-        return "was not compared with"
-    if finding.outcome == "inconclusive":
-        return "is not significantly different from"
-    return f"is {finding.outcome} than"
+    return _PREDICATES[finding.outcome if finding else None]
+
+
+def _compared(finding: Finding | None, baseline: str) -> str:
+    """Return the outcome and its numbers as a clause without subject: `is better than the ID model (...)`."""
+    evidence = f" ({finding.evidence})" if finding else ""
+    return f"{_predicate(finding)} {baseline}{evidence}"
 
 
 def _clauses(findings: Findings) -> str:
     """Join outcomes, grouping baselines by outcome: `is better than A and B, and is worse than C`."""
-    names: dict[str, list[str]] = {}
-    counts: dict[str, str] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for baseline, finding in findings.items():
-        predicate = _predicate(finding)
-        names.setdefault(predicate, []).append(title_in_sentence(baseline))
-        if finding and finding.outcome == "inconclusive":
-            counts[predicate] = f" (n={finding.n:,})"
-    return ", and ".join(f"{words} {listed(titles)}{counts.get(words, '')}" for words, titles in names.items())
+        users = f" (n={finding.n:,})" if finding and finding.outcome == "inconclusive" else ""
+        groups.setdefault((_predicate(finding), users), []).append(title_in_sentence(baseline))
+    return ", and ".join(f"{predicate} {listed(titles)}{users}" for (predicate, users), titles in groups.items())

@@ -1,86 +1,155 @@
-"""The plots of the report, each as inline SVG."""
+"""The plots of the report, each as inline SVG: values with their intervals, and lines over steps or blocks."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rarec.evaluation.labels import (
-    ID_ONLY,
-    MINUS,
-    base_variant,
-    figure,
-    metric_title,
-    sentence_case,
-    tick,
-    variant_title,
-)
-from rarec.evaluation.verdict import Finding
-from rarec.report.run_files import Row, TrainingRecord
+import numpy as np
+import numpy.typing as npt
+
+from rarec.evaluation.labels import ID_ONLY, MINUS, base_variant, figure, sentence_case, tick, variant_title
+from rarec.evaluation.rows import Finding
+from rarec.report.run_files import TrainingRecord
 from rarec.report.svg import COLOURS, INK, MUTED, RULE, SURFACE, WIDTH, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NARROW = 24
-"""Letters in a line of the title of a narrow panel."""
 _POINTS = 160
 """Most points of a loss curve; each is the mean over an equal share of the steps."""
 _OUTCOMES = {"better": COLOURS["good"], "worse": COLOURS["bad"], "inconclusive": MUTED}
-Lines = Mapping[str, tuple[str, str]]
+Row = Mapping[str, Any]
+Points = npt.NDArray[np.float64]
+"""Places on the horizontal axis, each with a value (P, 2)."""
+Fields = Mapping[str, tuple[str, str]]
 """From a line's label to the field that it shows and its colour."""
-Points = list[tuple[float, float]]
-"""Steps, each with a value."""
-NORMS: Lines = {
+NORMS: Fields = {
     "projections p": ("projection_norm", COLOURS["per_layer"]),
     "instructions c": ("instruction_norm", COLOURS["prefix_only"]),
     "text": ("text_norm", COLOURS["text_only"]),
 }
-CKA: Lines = {
+CKA: Fields = {
     "ID vectors (before)": ("cka_before", COLOURS["id_only"]),
     "projections": ("cka_after", COLOURS["per_layer"]),
 }
-ATTENTION: Lines = {"share of slots": ("share", INK), "even attention": ("even", MUTED)}
+ATTENTION: Fields = {"share of slots": ("share", INK), "even attention": ("even", MUTED)}
 
 
-def forest(metrics: Sequence[Mapping[str, Any]], variants: Sequence[str], names: Sequence[str]) -> str:
-    """Plot every variant's value and interval, one panel per metric; a grey band marks the ID model's interval.
+class Mark(NamedTuple):
+    """A value with its interval, in a line of its own.
+
+    Attributes:
+        label: beside it.
+        row: holds `value`, drawn as a point, and `low` and `high`, the ends of its line.
+        colour: of both.
+        hollow: True for a point that is not filled.
+    """
+
+    label: str
+    row: Row
+    colour: str
+    hollow: bool = False
+
+
+def forest(cells: Mapping[tuple[str, str], Row], variants: Sequence[str], metrics: Sequence[str]) -> str:
+    """Plot every variant's values and intervals, one panel per metric.
 
     Args:
-        metrics: rows of metrics.json.
+        cells: rows of metrics.json, by variant and metric.
         variants: row names, from top to bottom.
-        names: metrics, from left to right.
+        metrics: from left to right.
     """
-    cells = {(row["metric"], row["variant"]): row for row in metrics}
-    panels = {name: {v: cells[name, v] for v in variants if (name, v) in cells} for name in names}
-    lines = [f"{variant_title(v)} {metric_title(names[0])} {figure(r['value'])}" for v, r in panels[names[0]].items()]
-    alt = f"Values with 95% intervals of {len(variants)} variants in {len(names)} metrics. {'; '.join(lines)}."
-    places = {variant: place for place, variant in enumerate(reversed(variants))}
-    with drawing("forest", alt, height=0.75 + 0.27 * len(variants)) as picture:
-        for panel, (name, rows) in zip(picture.panels(len(names)), panels.items(), strict=True):
-            if ID_ONLY in rows:
-                panel.axvspan(rows[ID_ONLY]["low"], rows[ID_ONLY]["high"], color=RULE, alpha=0.55, linewidth=0)
-            for variant, row in reversed(rows.items()):
-                _whisker(panel, places[variant], row, _colour(variant), _face(variant))
-            panel.set_title(metric_title(name))
+    panels = {metric.upper(): {name: cells[name, metric] for name in variants} for metric in metrics}
+    alt = f"Values with 95% intervals of {len(variants)} variants in {len(metrics)} metrics"
+    return _beside("forest", alt, panels)
+
+
+def strata(rows: Sequence[Row], compared: Iterable[str]) -> str:
+    """Plot values and intervals of some variants in one metric, one panel per bucket of users or items.
+
+    Args:
+        rows: rows of strata.json, of one stratum and metric.
+        compared: names of the variants to show where they are in the rows, from top to bottom.
+    """
+    cells = {(row["variant"], row["bucket"]): row for row in rows}
+    variants = [variant for variant in dict.fromkeys(compared) if (variant, rows[0]["bucket"]) in cells]
+    buckets = {row["bucket"]: row["n"] for row in sorted(rows, key=itemgetter("order"))}
+    panels = {f"{b}, n={n:,}": {name: cells[name, b] for name in variants} for b, n in buckets.items()}
+    stratum = rows[0]["stratum"]
+    title = f"{rows[0]['metric'].upper()} by {stratum}"
+    return _beside(f"strata-{stratum.replace(' ', '-')}", f"{title}, with 95% intervals", panels, title)
+
+
+def _beside(name: str, alt: str, panels: Mapping[str, Mapping[str, Row]], axis: str = "") -> str:
+    """Plot a line for each variant across all panels; a grey band marks the ID model's interval.
+
+    Panels whose axis has one title have one scale.
+    """
+    cells = [(heading, variant, row) for heading, rows in panels.items() for variant, row in rows.items()]
+    values = [f"{variant_title(variant)} {heading} {figure(row['value'])}" for heading, variant, row in cells]
+    height, share = 0.75 + 0.27 * len(cells) / len(panels), "xy" if axis else "y"
+    with drawing(name, f"{alt}. {'; '.join(values)}.", len(panels), height=height, share=share) as picture:
+        picture.canvas.supxlabel(axis, fontsize="medium", color=MUTED)
+        for panel, (heading, rows) in zip(picture.panels, panels.items(), strict=True):
+            if band := rows.get(ID_ONLY):
+                panel.axvspan(band["low"], band["high"], color=RULE, alpha=0.55, linewidth=0)
+            _draw(panel, [Mark(variant_title(name), row, _colour(name), "+" in name) for name, row in rows.items()])
+            panel.set_title(heading)
             panel.locator_params(axis="x", nbins=4)
-            _label_places(panel, [variant_title(variant) for variant in places])
     return picture.svg
 
 
 def differences(findings: Sequence[Finding]) -> str:
     """Plot paired differences in one metric with their intervals."""
-    labels = [f"{variant_title(f.variant)} vs {variant_title(f.baseline)}" for f in findings]
-    lines = [f"{label} {f.evidence}, {f.reading}" for label, f in zip(labels, findings, strict=True)]
-    alt = f"Paired differences with 95% intervals. {'; '.join(lines)}."
-    with drawing("differences", alt, height=0.75 + 0.26 * len(findings)) as picture:
-        (panel,) = picture.panels(1)
+    labelled = {f"{variant_title(f.variant)} vs {variant_title(f.baseline)}": f for f in findings}
+    return _around_zero("differences", "Paired differences", labelled, "the first is better")
+
+
+def slots_gain(rows: Sequence[Row]) -> str:
+    """Plot what the slots add by bucket of users or items.
+
+    Args:
+        rows: rows of strata.json of one difference and metric.
+    """
+    pair = rows[0]["variant"].split(MINUS)
+    labelled = {}
+    for row in rows:
+        figures = {"difference": row["value"], "low": row["low"], "high": row["high"], "differing": row["n"]}
+        labelled[f"{row['stratum']} {row['bucket']}"] = Finding(*pair, row["metric"], n=row["n"], **figures)
+    return _around_zero("slots-gain", " minus ".join(map(variant_title, pair)), labelled, "the slots help")
+
+
+def _around_zero(name: str, alt: str, findings: Mapping[str, Finding], better: str) -> str:
+    """Plot differences with their labels in one panel."""
+    lines = [f"{label} {finding.evidence}, {finding.reading}" for label, finding in findings.items()]
+    marks = [
+        Mark(label, {"value": finding.difference, "low": finding.low, "high": finding.high}, _OUTCOMES[finding.outcome])
+        for label, finding in findings.items()
+    ]
+    metrics = {finding.metric.upper() for finding in findings.values()}
+    alt = f"{alt}, with 95% intervals. {'; '.join(lines)}."
+    with drawing(name, alt, height=0.75 + 0.26 * len(marks)) as picture:
+        (panel,) = picture.panels
         panel.axvline(0, color=INK, linewidth=1)
-        for place, finding in enumerate(reversed(findings)):
-            row = {"value": finding.difference, "low": finding.low, "high": finding.high}
-            _whisker(panel, place, row, _OUTCOMES[finding.outcome])
-        _label_places(panel, labels[::-1], signed=True)
-        panel.set_xlabel(f"difference in {metric_title(findings[0].metric)} (right of zero: the first is better)")
+        _draw(panel, marks, signed=True)
+        panel.set_xlabel(f"difference in {', '.join(metrics)} (right of zero: {better})")
     return picture.svg
+
+
+def _draw(panel: "Axes", marks: Sequence[Mark], signed: bool = False) -> None:
+    """Draw marks from top to bottom; the axis of values alone has a grid."""
+    for place, mark in enumerate(marks):
+        panel.plot([mark.row["low"], mark.row["high"]], [place, place], color=mark.colour)
+        face = SURFACE if mark.hollow else mark.colour
+        panel.plot(mark.row["value"], place, "o", color=mark.colour, markerfacecolor=face)
+    panel.set_yticks(range(len(marks)), [mark.label for mark in marks])
+    panel.set_ylim(len(marks) - 0.4, -0.6)
+    panel.grid(visible=False, axis="y")
+    panel.xaxis.set_major_formatter(lambda value, _: tick(value, signed))
+
+
+def _colour(variant: str) -> str:
+    return COLOURS.get(base_variant(variant), INK)
 
 
 def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
@@ -90,83 +159,34 @@ def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
         training: trainings by variant.
         metric: the validation metric that chose the best step.
     """
-    panels: dict[str, dict[str, Points]] = {
-        "recommendation loss": {variant: _series(r.losses, "recommendation") for variant, r in training.items()},
-        "alignment loss": {variant: _series(r.losses, "align") for variant, r in training.items()},
-        f"validation {metric_title(metric)}": {variant: _validation(r, metric) for variant, r in training.items()},
+    validation = f"validation {metric.upper()}"
+    plotted = {
+        "recommendation loss": {name: _series(record.losses, "recommendation") for name, record in training.items()},
+        "alignment loss": {name: _series(record.losses, "align") for name, record in training.items()},
+        validation: {name: _series(record.validations, metric) for name, record in training.items()},
     }
-    shown = {title: {variant: points for variant, points in panels[title].items() if points} for title in panels}
-    shown = {title: lines for title, lines in shown.items() if lines}
+    shown = {title: lines for title, lines in plotted.items() if any(len(points_P2) for points_P2 in lines.values())}
     alt = f"Curves over training steps of {', '.join(map(variant_title, training))}: {', '.join(shown)}."
-    with drawing("curves", alt, height=2.9) as picture:
-        axes = picture.canvas.subplots(1, len(shown), squeeze=False)[0]
-        for panel, (title, lines) in zip(axes, shown.items(), strict=True):
-            for variant, points in lines.items():
-                colour = _colour(variant)
-                panel.plot(*zip(*points, strict=True), color=colour, label=variant_title(variant))
-                best = training[variant].done.get("best_step") if title.startswith("validation") else None
-                if best in dict(points):
-                    panel.plot(best, dict(points)[best], "o", color=colour)
-            panel.set_title(title)
-            panel.set_xlabel("step")
+    with drawing("curves", alt, len(shown), height=2.9, share="") as picture:
+        for panel, (title, lines) in zip(picture.panels, shown.items(), strict=True):
+            for variant, points_P2 in lines.items():
+                panel.plot(*points_P2.T, color=_colour(variant), label=variant_title(variant))
+                if title == validation:
+                    best_P = points_P2[:, 0] == training[variant].done.get("best_step")
+                    panel.plot(*points_P2[best_P].T, "o", color=_colour(variant))
+            panel.set(title=title, xlabel="step")
             panel.yaxis.set_major_formatter(lambda value, _: tick(value))
             panel.locator_params(axis="x", nbins=5, integer=True)
         picture.legend()
     return picture.svg
 
 
-def strata(rows: Sequence[Row], compared: Sequence[str]) -> str:
-    """Plot a metric by bucket of users or items, variants side by side, each with its interval.
-
-    Args:
-        rows: rows of strata.json, of one stratum and metric.
-        compared: names of the variants to show where they are in the rows, from left to right.
-    """
-    stratum, metric = rows[0]["stratum"], metric_title(rows[0]["metric"])
-    variants = [variant for variant in dict.fromkeys(compared) if variant in {row["variant"] for row in rows}]
-    buckets = {row["bucket"]: row for row in sorted(rows, key=lambda row: row["order"])}
-    shown = [row for row in rows if row["variant"] in variants]
-    lines = [f"{variant_title(row['variant'])} at {row['bucket']}: {figure(row['value'])}" for row in shown]
-    alt = f"{metric} by {stratum}, with 95% intervals. {'; '.join(lines)}."
-    with drawing(f"strata-{stratum.replace(' ', '-')}", alt, width=WIDTH / 2, height=2.9) as picture:
-        (panel,) = picture.panels(1)
-        for row in shown:
-            shift = (variants.index(row["variant"]) - (len(variants) - 1) / 2) * 0.64 / len(variants)
-            place = list(buckets).index(row["bucket"]) + shift
-            _whisker(panel, place, row, _colour(row["variant"]), _face(row["variant"]), upright=True)
-        _label_places(panel, [f"{name}\nn={row['n']:,}" for name, row in buckets.items()], upright=True)
-        panel.set_title(f"{metric} by {stratum}")
-        for variant in variants:  # no points, but the legend's keys
-            (key,) = panel.plot([], [], "o-", color=_colour(variant), label=variant_title(variant))
-            key.set_markerfacecolor(_face(variant))
-        picture.legend(columns=min(2, len(variants)))
-    return picture.svg
-
-
-def slots_gain(rows: Sequence[Row]) -> str:
-    """Plot what the slots add by bucket of users or items, one panel per stratum.
-
-    Args:
-        rows: rows of strata.json of one difference and metric.
-    """
-    variant, baseline = (variant_title(name) for name in rows[0]["variant"].split(MINUS))
-    metric = metric_title(rows[0]["metric"])
-    lines = [f"{row['stratum']} {row['bucket']}: {figure(row['value'], signed=True)}" for row in rows]
-    alt = f"{metric} of {variant} minus {baseline}, with 95% intervals. {'; '.join(lines)}."
-    names = list(dict.fromkeys(row["stratum"] for row in rows))
-    with drawing("slots-gain", alt, height=2.6) as picture:
-        panels = picture.panels(len(names))
-        for panel, name in zip(panels, names, strict=True):
-            shown = sorted((row for row in rows if row["stratum"] == name), key=lambda row: row["order"])
-            panel.axhline(0, color=INK, linewidth=1)
-            for place, row in enumerate(shown):
-                outcome = "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "inconclusive"
-                _whisker(panel, place, row, _OUTCOMES[outcome], upright=True)
-            _label_places(panel, [row["bucket"] for row in shown], upright=True, signed=True)
-            panel.set_xlim(-0.5, len(shown) - 0.5)
-            panel.set_title(fill(name, NARROW))
-        panels[0].set_ylabel(f"{metric}, difference")
-    return picture.svg
+def _series(lines: Sequence[Row], name: str) -> Points:
+    """Return steps and values, as means over equal shares of the steps; none if all values are zero."""
+    known_S2 = np.array([(line["step"], line[name]) for line in lines if line.get(name) is not None]).reshape(-1, 2)
+    size = max(-(-len(known_S2) // _POINTS), 1)
+    shares = np.split(known_S2, range(size, len(known_S2), size))
+    return np.array([share.mean(0) for share in shares]) if known_S2[:, 1].any() else known_S2[:0]
 
 
 def alignment(diagnostics: Mapping[str, Any]) -> Iterator[str]:
@@ -177,98 +197,45 @@ def alignment(diagnostics: Mapping[str, Any]) -> Iterator[str]:
         ("cka", "CKA with the text by block", CKA, blocks),
         ("attention", "attention of the text by block", ATTENTION, attention),
     )
-    for name, title, lines, rows in kinds:
-        if any(row[field] is not None for row in rows for field, _ in lines.values()):
-            yield _by_block(name, title, lines, rows)
+    for name, title, fields, rows in kinds:
+        if any(row[field] is not None for row in rows for field, _ in fields.values()):
+            yield _by_block(name, title, fields, rows)
 
 
-def _by_block(name: str, title: str, lines: Lines, rows: Sequence[Row]) -> str:
+def _by_block(name: str, title: str, fields: Fields, rows: Sequence[Row]) -> str:
     """Plot lines over blocks, one panel per side (and source, where rows have one); norms on a logarithmic scale."""
-    panels: dict[str, list[Row]] = {}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
-        panels.setdefault(" ".join([row["side"], *([row["source"]] if "source" in row else [])]), []).append(row)
-    alt = f"{sentence_case(title)}. {'; '.join(_ends(lines, own, place) for place, own in panels.items())}."
-    with drawing(f"alignment-{name}", alt, width=WIDTH / 2, height=2.6) as picture:
-        axes = picture.panels(len(panels))
-        for panel, (place, own) in zip(axes, panels.items(), strict=True):
-            for label, (field, colour) in lines.items():
-                points = [(row["block"], row[field]) for row in own if row[field] is not None]
-                if points:
-                    panel.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=3.5)
-            panel.set_title(f"{title.partition(' by ')[0]}, {place}")
-            panel.set_xlabel("block")
+        lines = panels.setdefault(f"{row['side']} {row.get('source', '')}".strip(), {})
+        for label, (field, _) in fields.items():
+            if row[field] is not None:
+                lines.setdefault(label, []).append((row["block"], row[field]))
+    alts = [f"{place}: {_ends(lines)}" for place, lines in panels.items()]
+    alt = f"{sentence_case(title)}. {'; '.join(alts)}."
+    with drawing(f"alignment-{name}", alt, len(panels), width=WIDTH / 2, height=2.6) as picture:
+        for panel, (place, lines) in zip(picture.panels, panels.items(), strict=True):
+            for label, points in lines.items():
+                panel.plot(*zip(*points, strict=True), "o-", color=fields[label][1], label=label, markersize=3.5)
+            panel.set(title=f"{title.partition(' by ')[0]}, {place}", xlabel="block")
             panel.locator_params(axis="x", nbins=5, integer=True)
-        if name == "norms":
-            _logarithmic(axes)
-        else:
-            axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # last, since it fixes the top as well
+            if name == "norms":
+                _make_logarithmic(panel)
+        if name != "norms":
+            bottom, _ = picture.panels[0].get_ylim()
+            picture.panels[0].set_ylim(bottom=min(0.0, bottom))  # last, since it fixes the top as well
         picture.legend()
     return picture.svg
 
 
-def _logarithmic(axes: Sequence["Axes"]) -> None:
-    """Set a logarithmic scale with plain numbers at its ticks, also over less than a decade."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    for panel in axes:
-        panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_minor_locator(NullLocator())
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-
-
-def _ends(lines: Lines, rows: Sequence[Row], place: str) -> str:
+def _ends(lines: Mapping[str, list[tuple[float, float]]]) -> str:
     """Return the values at the first and the last block, for the alt text."""
-    ends = {row["block"]: row for row in (rows[0], rows[-1])}
-    known = [
-        f"{label} {row[field]:.3g} at block {block}"
-        for label, (field, _) in lines.items()
-        for block, row in ends.items()
-        if row[field] is not None
-    ]
-    return f"{place}: {', '.join(known) or 'none'}"
+    return ", ".join(f"{label} {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in lines.items()) or "none"
 
 
-def _whisker(
-    panel: "Axes", place: float, row: Mapping[str, float], colour: str, face: str | None = None, upright: bool = False
-) -> None:
-    """Draw a value as a point, with a filling of its own if there is a `face`, and its interval as a line."""
-    line, point = ([row["low"], row["high"]], [place, place]), ([row["value"]], [place])
-    panel.plot(*(line[::-1] if upright else line), color=colour)
-    panel.plot(*(point[::-1] if upright else point), "o", color=colour, markerfacecolor=face or colour)
+def _make_logarithmic(panel: "Axes") -> None:
+    """Set a logarithmic scale with plain numbers at its ticks, also over less than a decade."""
+    from matplotlib.ticker import LogLocator
 
-
-def _label_places(panel: "Axes", labels: Sequence[str], upright: bool = False, signed: bool = False) -> None:
-    """Label the places of whiskers, and the ticks of the axis of values, which alone has a grid."""
-    values, places = (panel.yaxis, panel.xaxis) if upright else (panel.xaxis, panel.yaxis)
-    values.set_major_formatter(lambda value, _: tick(value, signed))
-    places.set_ticks(range(len(labels)), labels)
-    places.grid(visible=False)
-    if not upright:
-        panel.set_ylim(-0.6, len(labels) - 0.4)
-
-
-def _colour(variant: str) -> str:
-    return COLOURS.get(base_variant(variant), INK)
-
-
-def _face(variant: str) -> str:
-    """Return the filling of a variant's points, which are hollow if a score is added."""
-    return SURFACE if "+" in variant else _colour(variant)
-
-
-def _series(lines: Sequence[Row], name: str) -> Points:
-    """Return steps and values, as means over equal shares of the steps; none where the value is always zero."""
-    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    if not any(value for _, value in known):
-        return []
-    size = -(-len(known) // _POINTS)
-    shares = [known[start : start + size] for start in range(0, len(known), size)]
-    return [
-        (sum(step for step, _ in share) / len(share), sum(value for _, value in share) / len(share)) for share in shares
-    ]
-
-
-def _validation(record: TrainingRecord, metric: str) -> Points:
-    known = [(line["step"], line["validation"].get(metric)) for line in record.validations]
-    return [(step, value) for step, value in known if value is not None]
+    panel.set_yscale("log", subs=[])
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -1,37 +1,45 @@
-"""Read back the files of an evaluated run, for its report and the terminal."""
+"""Read back the files of an evaluated run, for its report, and show its figures in the terminal."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from rarec.config import RunConfig
 from rarec.errors import UserError
-from rarec.evaluation.labels import listed, variant_title
-from rarec.evaluation.verdict import Results
+from rarec.evaluation.labels import (
+    BOUNDS_GROUP,
+    figure,
+    listed,
+    primary_metric,
+    variant_group,
+    variant_order,
+    variant_title,
+)
+from rarec.evaluation.rows import Results
+from rarec.evaluation.verdict import best_variant
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json, read_lines, sha256_file
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
-_REMEDY = "evaluate again: rarec evaluate CONFIG --fresh"
-_METRIC = "variant metric protocol value low high n"
-ROWS = {
-    "metrics": _METRIC,
-    "validation": _METRIC,
-    "comparisons": "variant baseline metric protocol difference low high n",
-    "strata": "variant stratum bucket order metric value low high n",
-    "examples": "user history target target_rank top",
-}
-"""Fields that the report reads, by file of the evaluation that holds rows."""
-DIAGNOSTICS = {
-    "blocks": "side source block text_norm projection_norm instruction_norm cka_before cka_after",
-    "attention": "side block share even",
-    "words": "side source slot words cosines",
-    "warnings": "what text advice",
-}
-"""The same by list in diagnostics.json."""
+
+
+class _Fields(dict[str, Any]):
+    """The fields of a JSON object of an evaluation; one that is missing is an error that names the file."""
+
+    def __init__(self, path: Path, fields: Row) -> None:
+        super().__init__(fields)
+        self.path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(f"{self.path} lacks `{name}`", "evaluate again: rarec evaluate CONFIG --fresh")
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class TrainingRecord:
     Attributes:
         done: the manifest; empty until the training ends.
         losses: log lines with a loss, one per step, in order.
-        validations: log lines with a validation, one per step, in order.
+        validations: step and metrics of each validation, one per step, in order.
     """
 
     done: Row = field(default_factory=dict)
@@ -109,15 +117,15 @@ def read_run(run: RunDirectories, *, say: Say) -> RunFiles:
     """
     if not (run.evaluation / "metrics.json").exists():
         raise UserError(f"{run.evaluation} has no metrics.json", "evaluate first: rarec evaluate CONFIG")
-    paths = {name: run.evaluation / f"{name}.json" for name in ROWS}
+    rows = ("metrics", "comparisons", "validation", "strata", "examples")
     return RunFiles(
-        **{name: _checked(_optional(path, []), ROWS[name], str(path)) for name, path in paths.items()},
-        fusion=_optional(run.evaluation / "fusion.json", {}),
-        diagnostics=_diagnostics(run.evaluation / "diagnostics.json"),
+        **{name: _read(run.evaluation / f"{name}.json", []) for name in rows},
+        fusion=_read(run.evaluation / "fusion.json", {}),
+        diagnostics=_read(run.evaluation / "diagnostics.json", {}),
         training={variant: _training(path, say) for variant, path in run.training.items() if path.is_dir()},
-        evaluation=_optional(run.evaluation / MANIFEST, {}),
-        prepared=_optional(run.prepare / MANIFEST, {}),
-        selection=_optional(run.shards / "selection.json", {}),
+        evaluation=_read(run.evaluation / MANIFEST, {}),
+        prepared=_read(run.prepare / MANIFEST, {}),
+        selection=_read(run.shards / "selection.json", {}),
     )
 
 
@@ -136,30 +144,71 @@ def still_improving(training: Mapping[str, TrainingRecord], config: RunConfig) -
     return f"Still improving at the last step: {listed([variant_title(name) for name in names])}. Raise {setting}."
 
 
-def _optional(path: Path, otherwise: Any) -> Any:
-    return read_json(path) if path.exists() else otherwise
+def terminal_table(results: Results, metrics: Sequence[str], width: int) -> Table:
+    """Return the table of variants and metrics, but for fusions without one part and oracles.
+
+    Intervals are shown for every metric if the width allows it, else for the primary metric alone, else for none.
+
+    Args:
+        results: the figures.
+        metrics: the columns, such as `ndcg@10`.
+        width: columns of the terminal.
+    """
+    shown = {variant for variant, metric in results.cells if metric in metrics}
+    variants = sorted((name for name in shown if variant_group(name) != BOUNDS_GROUP), key=variant_order)
+    with_interval = _with_interval(variants, metrics, width)
+    users = sorted({row["n"] for row in results.cells.values()}) or [0]
+    counted = " to ".join(f"{n:,}" for n in dict.fromkeys((users[0], users[-1])))
+    caption = f"full catalogue, n={counted} test users, bootstrap 95% intervals"
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", caption=caption)
+    table.add_column("")
+    for metric in metrics:
+        table.add_column(metric.upper(), no_wrap=True)
+    for _, group in groupby(variants, variant_group):
+        if table.rows:
+            table.add_row()
+        for variant in group:
+            cells = (_cell(results.cells.get((variant, metric)), metric in with_interval) for metric in metrics)
+            table.add_row(Text(variant_title(variant)), *cells)
+    return table
 
 
-def _diagnostics(path: Path) -> Row:
-    diagnostics = _optional(path, {})
-    if not isinstance(diagnostics, dict):
-        raise UserError(f"{path} is not an object", _REMEDY)
-    if diagnostics:
-        _checked([diagnostics], f"variant n {' '.join(DIAGNOSTICS)}", str(path))
-        for name, fields in DIAGNOSTICS.items():
-            _checked(diagnostics[name], fields, f"{path}, {name}")
-    return diagnostics
+def closing_lines(files: RunFiles, config: RunConfig) -> list[str]:
+    """Return what a run's figures say: trainings that should go on, the best variant, what to deploy.
+
+    Args:
+        files: what the run left; see `read_run`.
+        config: the run's configuration.
+    """
+    best = best_variant(files)
+    if best is None:
+        return []
+    improving = still_improving(files.training, config)
+    exported = config.export.variant or best.name
+    other = f"The bundle holds {variant_title(exported)}: leave out export.variant to export the best row."
+    lines = [improving, best.sentence, best.advice, other if exported != best.name else None]
+    return [line for line in lines if line]
 
 
-def _checked(rows: Any, fields: str, where: str) -> list[Row]:
-    """Return a list of records after a check that each has every field that the report reads."""
-    if not isinstance(rows, list):
-        raise UserError(f"{where} is not a list of rows", _REMEDY)
-    for number, row in enumerate(rows, start=1):
-        missing = [name for name in fields.split() if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise UserError(f"{where}, row {number} lacks `{missing[0]}`", _REMEDY)
-    return rows
+def _with_interval(variants: Sequence[str], metrics: Sequence[str], width: int) -> set[str]:
+    """Return the metrics whose intervals fit."""
+    name = max((len(variant_title(variant)) for variant in variants), default=0)
+    value, with_interval = len("1.0000"), len(".0000 .0000–.0000")
+    for shown in (set(metrics), {primary_metric(metrics)}):
+        if name + sum(1 + (with_interval if metric in shown else value) for metric in metrics) <= width:
+            return shown
+    return set()
+
+
+def _cell(row: Mapping[str, Any] | None, with_interval: bool) -> Text:
+    if row is None:
+        return Text("")
+    ends = (f" {figure(row['low'])}–{figure(row['high'])}", "dim") if with_interval else ""
+    return Text.assemble(figure(row["value"]), ends)
+
+
+def _read(path: Path, otherwise: Any) -> Any:
+    return read_json(path, object_hook=partial(_Fields, path)) if path.exists() else otherwise
 
 
 def _training(directory: Path, say: Say) -> TrainingRecord:
@@ -167,18 +216,21 @@ def _training(directory: Path, say: Say) -> TrainingRecord:
 
     An incomplete line is skipped, and a log that differs from the one in the manifest left out, with a line each.
     """
-    lines: list[Row] = []
-    log, done = directory / "log.jsonl", _optional(directory / MANIFEST, {})
+    log, done = directory / "log.jsonl", _read(directory / MANIFEST, {})
     if done and log.exists() and sha256_file(log) != done.get("log"):
         say(f"{log} was altered since the training: its curve is left out")
         return TrainingRecord(done)
+    losses: dict[int, Row] = {}
+    validations: dict[int, Row] = {}
     for number, line in enumerate(read_lines(log) if log.exists() else [], start=1):
         try:
             entry = json.loads(line)
-            lines.append({**entry, "step": int(entry["step"])})
+            step = int(entry["step"])
         except (ValueError, TypeError, KeyError):
             say(f"{log}, line {number} is incomplete: skipped")
-    lines.sort(key=lambda entry: entry["step"])
-    losses = {entry["step"]: entry for entry in lines if "loss" in entry}
-    validations = {entry["step"]: entry for entry in lines if "validation" in entry}
-    return TrainingRecord(done, list(losses.values()), list(validations.values()))
+            continue
+        if "loss" in entry:
+            losses[step] = entry
+        if "validation" in entry:
+            validations[step] = {"step": step, **entry["validation"]}
+    return TrainingRecord(done, *([by_step[step] for step in sorted(by_step)] for by_step in (losses, validations)))

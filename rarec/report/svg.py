@@ -1,4 +1,4 @@
-"""Inline SVG figures that take colours (light or dark) and typeface from the page. Equal data give equal bytes.
+"""Inline SVG figures that take colours (light or dark) from the page. Equal data give equal bytes.
 
 matplotlib draws with sentinel colours, which are then replaced by the page's CSS variables.
 """
@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,8 @@ _STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
+    "axes.facecolor": "none",
     "axes.grid": True,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "legend.frameon": False,
     "xtick.major.size": 0,
@@ -50,37 +49,40 @@ WIDTH = 9.6
 """Width of a full plot, in inches."""
 
 
+@dataclass
 class Picture:
     """A figure to draw on.
 
     Attributes:
         canvas: the figure.
+        panels: side by side.
         svg: its SVG, once it is drawn.
     """
 
-    def __init__(self, canvas: "Figure") -> None:
-        self.canvas, self.svg = canvas, ""
+    canvas: "Figure"
+    panels: list["Axes"]
+    svg: str = ""
 
-    def panels(self, count: int) -> list["Axes"]:
-        """Return that many panels side by side, with a common vertical axis."""
-        return list(self.canvas.subplots(1, count, sharey=True, squeeze=False)[0])
-
-    def legend(self, columns: int | None = None) -> None:
-        """Explain every labelled line below the panels, each label once; by default in one row."""
-        lines = [line for panel in self.canvas.axes for line in panel.get_lines()]
+    def legend(self) -> None:
+        """Explain every labelled line below the panels, each label once."""
+        lines = [line for panel in self.panels for line in panel.get_lines()]
         handles = {line.get_label(): line for line in lines if not str(line.get_label()).startswith("_")}
-        self.canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns or len(handles))
+        self.canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(handles))
 
 
 @contextmanager
-def drawing(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iterator[Picture]:
+def drawing(
+    name: str, alt: str, panels: int = 1, *, height: float, width: float = WIDTH, share: str = "y"
+) -> Iterator[Picture]:
     """Yield a picture, and turn it into SVG afterwards. matplotlib's global state stays as it is.
 
     Args:
         name: prefix of the ids in the SVG, unique on the page.
         alt: the plot in words, for readers who cannot see it.
+        panels: their number.
         height: in inches.
         width: in inches.
+        share: the axes that all panels have in common: `x`, `y`, `xy` or none.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -88,24 +90,21 @@ def drawing(name: str, alt: str, *, height: float, width: float = WIDTH) -> Iter
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own matplotlibrc must not change the report
         matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": name})
-        picture = Picture(Figure(figsize=(width, height), layout="constrained", facecolor="none"))
+        canvas = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+        axes = canvas.subplots(1, panels, sharex="x" in share, sharey="y" in share, squeeze=False)[0]
+        picture = Picture(canvas, list(axes))
         yield picture
-        for panel in picture.canvas.axes:
-            panel.set_facecolor("none")
         buffer = io.StringIO()
-        picture.canvas.savefig(buffer, format="svg", metadata={"Date": None})
+        canvas.savefig(buffer, format="svg", metadata={"Date": None})
         picture.svg = _inline(buffer.getvalue(), name, alt)
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
-    """Turn a standalone SVG into a part of the page: unique ids, the page's colours and typeface, alt text."""
+    """Turn a standalone SVG into a part of the page: unique ids, the page's colours, alt text."""
     variables = {colour: f"var(--{variable.replace('_', '-')})" for variable, colour in COLOURS.items()}
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub(r"#0000[0-9a-f]{2}\b", lambda colour: variables[colour[0]], svg)
-    svg = re.sub(r"font: ((?:bold |[67]00 )?)([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", svg)
-    svg = re.sub(r" ?font-family: [^;\"]*;", "", svg)
     box = re.search(r'viewBox="[^"]+"', svg)
     opening = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(alt)}">'
-    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1).strip()
+    svg = re.sub(r".*?<svg[^>]*>", lambda _: opening, svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
+    return re.sub(r"#0000[0-9a-f]{2}\b", lambda colour: variables[colour[0]], svg).strip()

@@ -61,9 +61,8 @@ class EvaluateStage(Stage):
             with run.engine.serving(model):
                 evaluator.rank_variant(name, partial(self._ranker, model))
                 if name == run.config.main_variant.name:
-                    evaluator.diagnostics = variant_diagnostics(
-                        model, name, run.config, run.dataset, run.prompts, run.sources, say=run.say, world=run.world
-                    )
+                    encoder = run.encoder(model)
+                    evaluator.diagnostics = variant_diagnostics(encoder, name, run.config, run.dataset, run.say)
         run.world.report("writing the evaluation")
         run.world.run_on_main(lambda: evaluator.write(directory))
         return Built({"n": len(evaluator.test.targets), "seconds": time.monotonic() - started})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rarec.config import MODEL_SECTIONS
 from rarec.config.method import NO_VARIANTS
 from rarec.errors import UserError
-from rarec.evaluation.labels import ID_ONLY, figure, metric_title, variant_title
+from rarec.evaluation.labels import ID_ONLY, figure, variant_title
 from rarec.evaluation.verdict import BestVariant, Results, verdict
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
@@ -87,7 +87,7 @@ class ExportStage(Stage):
         if best is None or wanted is not None:
             row = wanted or self.run.config.main_variant.name
             return row, f"{variant_title(row)}, as export.variant says"
-        value = f"{metric_title(best.metric)} {figure(best.chosen)}"
+        value = f"{best.metric.upper()} {figure(best.chosen)}"
         return best.name, f"{best.title}, the best on validation users ({value})"
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":

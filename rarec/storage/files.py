@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -160,15 +160,19 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, remedy: str = "restore it from a copy, or rebuild what it belongs to") -> Any:
-    """Read a JSON file.
+def read_json(
+    path: Path,
+    remedy: str = "restore it from a copy, or rebuild what it belongs to",
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+) -> Any:
+    """Read a JSON file; `object_hook` as in `json.loads`.
 
     Raises:
         UserError: it is missing, cannot be read, or is not JSON; the message names it.
     """
     try:
         with open_file(path) as file:
-            return json.loads(file.read().decode())
+            return json.loads(file.read().decode(), object_hook=object_hook)
     except PermissionError:
         raise  # it is not damaged: `machine_trouble` says so
     except OSError as error:
