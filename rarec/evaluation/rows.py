@@ -4,7 +4,7 @@ Every figure has n and a bootstrap 95% interval over users. Shape letters: U use
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -212,8 +212,8 @@ class Finding:
     @property
     def swapped(self) -> "Finding":
         """The same comparison with variant and baseline exchanged."""
-        turned = {"difference": -self.difference, "low": -self.high, "high": -self.low}
-        return replace(self, variant=self.baseline, baseline=self.variant, **turned)
+        names = self.baseline, self.variant, self.metric
+        return Finding(*names, -self.difference, -self.high, -self.low, self.n, self.differing)
 
     @property
     def outcome(self) -> Outcome:

@@ -69,8 +69,8 @@ def _template() -> Any:
     except ValueError as error:
         raise UserError(f"MPLBACKEND: {error}", "unset that variable: the report needs none") from None
     loader = jinja2.PackageLoader("rarec", "report")
-    blocks = {"trim_blocks": True, "lstrip_blocks": True}
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
+    strict = jinja2.StrictUndefined
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"variant": variant_title, "figure": figure, "number": _number, "sentence": sentence_case}
     page.filters |= {"in_order": partial(sorted, key=variant_order), "details": _details}
     page.globals |= {"interval": interval, "version": __version__}

@@ -114,8 +114,8 @@ def slots_gain(rows: Sequence[Row]) -> str:
     pair = rows[0]["variant"].split(MINUS)
     labelled = {}
     for row in rows:
-        figures = {"difference": row["value"], "low": row["low"], "high": row["high"], "differing": row["n"]}
-        labelled[f"{row['stratum']} {row['bucket']}"] = Finding(*pair, row["metric"], n=row["n"], **figures)
+        figures = (row[name] for name in ("metric", "value", "low", "high", "n", "n"))
+        labelled[f"{row['stratum']} {row['bucket']}"] = Finding(*pair, *figures)
     return _around_zero("slots-gain", " minus ".join(map(variant_title, pair)), labelled, "the slots help")
 
 
