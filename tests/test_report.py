@@ -224,7 +224,7 @@ class Tags(HTMLParser):
 
 
 def compared(variant: str, baseline: str, low: float, high: float, metric: str = "ndcg@10") -> dict[str, Any]:
-    figures = {"difference": (low + high) / 2, "low": low, "high": high, "n": 943}
+    figures = {"difference": (low + high) / 2, "low": low, "high": high, "n": 943, "differing": 90}
     return {"variant": variant, "baseline": baseline, "metric": metric, "protocol": "full", **figures}
 
 

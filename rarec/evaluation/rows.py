@@ -205,8 +205,7 @@ class Finding:
 
     @classmethod
     def of(cls, row: Row) -> "Finding":
-        """Read a row of comparisons.json. Older files do not hold `differing`: all users are assumed to differ."""
-        row = {"differing": row["n"], **row}
+        """Read a row of comparisons.json."""
         return cls(**{field.name: row[field.name] for field in fields(cls)})
 
     @property
