@@ -157,9 +157,8 @@ def terminal_table(results: Results, metrics: Sequence[str], width: int) -> Tabl
     shown = {variant for variant, metric in results.cells if metric in metrics}
     variants = sorted((name for name in shown if variant_group(name) != BOUNDS_GROUP), key=variant_order)
     with_interval = _with_interval(variants, metrics, width)
-    users = sorted({row["n"] for row in results.cells.values()}) or [0]
-    counted = " to ".join(f"{n:,}" for n in dict.fromkeys((users[0], users[-1])))
-    caption = f"full catalogue, n={counted} test users, bootstrap 95% intervals"
+    users = max((row["n"] for row in results.cells.values()), default=0)
+    caption = f"full catalogue, n={users:,} test users, bootstrap 95% intervals"
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", caption=caption)
     table.add_column("")
     for metric in metrics:
