@@ -28,7 +28,7 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.rows import Finding, Findings, Outcome, Results, Row
+from rarec.evaluation.results import Finding, Findings, Outcome, Results, Row
 
 _PREDICATES: dict[Outcome | None, str] = {
     None: "was not compared with",

@@ -29,7 +29,7 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.rows import Finding
+from rarec.evaluation.results import Finding
 from rarec.evaluation.verdict import parts_worth, sanity_checks, verdict
 from rarec.ranking.metrics import SELECTED_BY
 from rarec.report import plots

@@ -22,7 +22,7 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.rows import Results
+from rarec.evaluation.results import Results
 from rarec.evaluation.verdict import best_variant
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json, read_lines, sha256_file
