@@ -8,7 +8,8 @@ from rarec.config import MODEL_SECTIONS
 from rarec.config.method import NO_VARIANTS
 from rarec.errors import UserError
 from rarec.evaluation.labels import ID_ONLY, figure, variant_title
-from rarec.evaluation.verdict import BestVariant, Results, verdict
+from rarec.evaluation.results import Results
+from rarec.evaluation.verdict import BestVariant, verdict
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
 from rarec.storage.files import read_json
