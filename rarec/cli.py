@@ -65,7 +65,7 @@ def plan(
 
     Nothing is loaded but the language model's config.json. Next: the command that it prints
     """
-    from rarec.planning.cluster import Cluster, parse_engine
+    from rarec.planning.input_sizes import Cluster, parse_engine
 
     cluster = Cluster.of(gpus, machines, memory, device)
     engine = parse_engine(zero) if zero else None
@@ -242,7 +242,7 @@ def doctor() -> None:
 
 def show_results(run: "Run") -> None:
     """Print the table of variants, where everything is, the best variant, and recommendations by the bundle."""
-    from rarec.evaluation.labels import HEADLINE
+    from rarec.evaluation.results import HEADLINE
     from rarec.report.run_files import closing_lines, read_run, terminal_table
     from rarec.stages.report import directories
 

@@ -8,7 +8,7 @@ import yaml
 from rarec.config import RunConfig
 from rarec.models.build import SourceShape
 from rarec.planning.calculator import Calculator
-from rarec.planning.cluster import Cluster
+from rarec.planning.input_sizes import Cluster
 from rarec.planning.meta_model import MetaModelBuilder
 
 D, F, V, E, M, BLOCKS, HEADS = 32, 64, 200, 6, 2, 2, 4

@@ -8,7 +8,7 @@ from scipy import sparse
 
 from rarec.bundle.parts import DenseForm
 from rarec.errors import UserError
-from rarec.neighbours.ranker import NeighbourRanker
+from rarec.neighbours.base import NeighbourRanker
 from rarec.ranking import EvalBatch, FusedRanker, VectorRanker
 
 ITEMS, USERS = 30, 5

@@ -18,11 +18,11 @@ from rarec.config import RunConfig
 from rarec.config.load import load_config
 from rarec.config.registry import KINDS
 from rarec.errors import UserError
-from rarec.evaluation.labels import part_title, variant_title
+from rarec.evaluation.results import part_title, variant_title
 from rarec.export import write_targets
 from rarec.ids.source import open_source
 from rarec.ids.validation import Validation
-from rarec.planning.cluster import Cluster
+from rarec.planning.input_sizes import Cluster
 from rarec.stages import STAGES
 from rarec.stages.run import Run
 from rarec.stages.stage import Stage

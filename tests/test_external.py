@@ -12,7 +12,7 @@ import pytest
 
 from rarec.errors import UserError
 from rarec.evaluation.external import external_ranks
-from rarec.evaluation.labels import EXTERNAL
+from rarec.evaluation.results import EXTERNAL
 from rarec.evaluation.rows import pairs_of_interest
 from rarec.ranking import EvalBatch
 from rarec.ranking.rank import VectorScores, rank_scores

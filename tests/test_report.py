@@ -20,8 +20,7 @@ from rich.console import Console
 
 from rarec.config import RunConfig
 from rarec.errors import UserError
-from rarec.evaluation.labels import figure, primary_metric, variant_order, variant_title
-from rarec.evaluation.results import Finding, Findings, Results
+from rarec.evaluation.results import Finding, Findings, Results, figure, primary_metric, variant_order, variant_title
 from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
 from rarec.evaluation.verdict import Verdict, best_variant, parts_worth, sanity_checks, verdict
 from rarec.report.html import REPORT, write_report

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from rarec.cluster import Sweep, SweepRun, first_to_do
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
-from rarec.evaluation.labels import HEADLINE
+from rarec.evaluation.results import HEADLINE
 from rarec.report.run_files import TrainingRecord, read_run
 from rarec.stages import STAGES
 from rarec.stages.report import directories

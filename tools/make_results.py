@@ -31,7 +31,7 @@ from typing import Any
 from rarec.cluster import load_sweep
 from rarec.console.last_resort import guarded
 from rarec.errors import UserError
-from rarec.evaluation.labels import (
+from rarec.evaluation.results import (
     FUSED,
     HEADLINE,
     ID_ONLY,

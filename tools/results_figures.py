@@ -23,7 +23,7 @@ from textwrap import fill
 from typing import Any, NamedTuple, TypeVar
 
 from rarec.errors import UserError
-from rarec.evaluation.labels import MINUS, figure, tick
+from rarec.evaluation.results import MINUS, figure, tick
 from rarec.ranking.metrics import Interval
 from rarec.storage.files import read_json
 from tools.results_statistics import HITS, Summary

@@ -16,7 +16,7 @@ import pandas as pd
 
 from rarec.cluster import SweepRun
 from rarec.errors import UserError
-from rarec.evaluation.labels import FUSED, HEADLINE, ID_ONLY, SANITY_GROUP, variant_group, variant_order
+from rarec.evaluation.results import FUSED, HEADLINE, ID_ONLY, SANITY_GROUP, variant_group, variant_order
 from rarec.ranking.metrics import Floats, mean_intervals, metric_values
 
 HITS = "hr@100"

@@ -23,7 +23,7 @@ from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.evaluation.fusion import fuse
-from rarec.evaluation.labels import ALL_CHEAP
+from rarec.evaluation.results import ALL_CHEAP
 from rarec.ids.source import Source, open_source
 from rarec.ids.validation import CHUNK
 from rarec.ranking import EvalBatch, Ranker, VectorRanker, rank_users

@@ -28,8 +28,7 @@ from rarec.ids.source import Source
 from rarec.models.build import build_model, load_weights, slots_reserved
 from rarec.models.encode import Encoder
 from rarec.models.language_model import LoadedModel, load_model
-from rarec.neighbours.base import NewItems
-from rarec.neighbours.ranker import NeighbourRanker
+from rarec.neighbours.base import NeighbourRanker, NewItems
 from rarec.prompts import PromptPair
 from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, VectorRanker
 from rarec.ranking.rank import VectorScores

@@ -19,7 +19,7 @@ from rarec.bundle.recommended import Explanation, History, Id, Place, Recommenda
 from rarec.config.section import check_device
 from rarec.distributed.world import World
 from rarec.errors import UserError
-from rarec.evaluation.labels import part_title
+from rarec.evaluation.results import part_title
 from rarec.ranking.rank import best_scores
 from rarec.ranking.rankers import USERS_AT_A_TIME
 

@@ -24,8 +24,16 @@ from rarec.config.neighbours import built_in
 from rarec.console.inert import in_one_line
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
-from rarec.evaluation import labels
-from rarec.evaluation.labels import FULL, listed, variant_title
+from rarec.evaluation.results import (
+    FULL,
+    figure,
+    headline_metrics,
+    interval,
+    listed,
+    part_title,
+    variant_order,
+    variant_title,
+)
 from rarec.ids.source import Source
 from rarec.models.build import save_weights
 from rarec.models.towers import RaRec
@@ -267,7 +275,7 @@ def _front_matter(contents: Contents, config: RunConfig, figures: Mapping[str, A
 
 
 def _what(contents: Contents, parameters: int) -> str:
-    parts = [labels.part_title(name) for name in contents.parts]
+    parts = [part_title(name) for name in contents.parts]
     scored = f"The weighted sum of the scores of {listed(parts)}" if len(parts) > 1 else f"The scores of {parts[0]}"
     own = f" It holds {parameters:,} trained parameters, and none of the language model's."
     model = own if contents.trained else ""
@@ -313,11 +321,11 @@ def describe_slots(variant: Variant, config: RunConfig) -> str:
 
 def _table(row: str, metrics: list[Mapping[str, Any]]) -> str:
     full = {(values["variant"], values["metric"]): values for values in metrics if values["protocol"] == FULL}
-    names = labels.headline_metrics(metric for _, metric in full)
+    names = headline_metrics(metric for _, metric in full)
     lines = [["row", *map(str.upper, names)], ["---"] * (len(names) + 1)]
-    for variant in sorted({variant for variant, _ in full}, key=labels.variant_order):
+    for variant in sorted({variant for variant, _ in full}, key=variant_order):
         mark = "**" if variant == row else ""
         cells = [full.get((variant, name)) for name in names]
-        values = [f"{labels.figure(c['value'])} ({labels.interval(c['low'], c['high'])})" if c else "" for c in cells]
+        values = [f"{figure(c['value'])} ({interval(c['low'], c['high'])})" if c else "" for c in cells]
         lines.append([f"{mark}{variant_title(variant)}{mark}", *values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

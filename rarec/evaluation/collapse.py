@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarec.config import RunConfig
-from rarec.evaluation.labels import listed
+from rarec.evaluation.results import listed
 
 Row = Mapping[str, Any]
 Warned = dict[str, str]

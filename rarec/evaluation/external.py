@@ -25,7 +25,7 @@ import pyarrow.csv
 from rarec.data.dataset import PreparedDataset
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
-from rarec.evaluation.labels import EXTERNAL
+from rarec.evaluation.results import EXTERNAL
 from rarec.ranking import EvalBatch
 
 Int64 = npt.NDArray[np.int64]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.evaluation.labels import (
+from rarec.evaluation.results import (
     ALL_CHEAP,
     CHEAP,
     FULL,

@@ -9,13 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rarec.evaluation.labels import (
+from rarec.evaluation.results import (
     CHEAP,
     FUSED,
     HEADLINE,
     ID_ONLY,
     SANITY_CHECKS,
     WITHOUT,
+    Finding,
+    Findings,
+    Outcome,
+    Results,
+    Row,
     baselines,
     cheap_suffix,
     figure,
@@ -28,7 +33,6 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.results import Finding, Findings, Outcome, Results, Row
 
 _PREDICATES: dict[Outcome | None, str] = {
     None: "was not compared with",

@@ -9,7 +9,6 @@ from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
 from rarec.planning.activations import Activations, StepShape, encoding_peak, step_activations
-from rarec.planning.cluster import REPLICATED, Cluster, EngineName, TrainingSetup
 from rarec.planning.costs import (
     SHIPPED_ZERO,
     RankMemory,
@@ -19,7 +18,16 @@ from rarec.planning.costs import (
     step_seconds,
     step_traffic,
 )
-from rarec.planning.input_sizes import EpochBatches, PromptLengths, SampleStats, prompt_length_bounds
+from rarec.planning.input_sizes import (
+    REPLICATED,
+    Cluster,
+    EngineName,
+    EpochBatches,
+    PromptLengths,
+    SampleStats,
+    TrainingSetup,
+    prompt_length_bounds,
+)
 from rarec.planning.meta_model import MetaModel, MetaModelBuilder
 
 T = TypeVar("T")

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 from rarec.distributed.hardware import NETWORK_GB_S
 from rarec.planning.activations import Activations
-from rarec.planning.cluster import REPLICATED, Cluster, EngineName
+from rarec.planning.input_sizes import REPLICATED, Cluster, EngineName
 from rarec.planning.meta_model import MetaModel, Weight
 
 TOWERS = 2

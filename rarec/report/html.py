@@ -11,12 +11,13 @@ from typing import Any
 from rarec.config import RunConfig, dump_config
 from rarec.console.inert import inert
 from rarec.errors import UserError
-from rarec.evaluation.labels import (
+from rarec.evaluation.results import (
     CHEAP,
     FUSED,
     GROUPS,
     ID_ONLY,
     MINUS,
+    Finding,
     baselines,
     figure,
     headline_metrics,
@@ -29,7 +30,6 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.results import Finding
 from rarec.evaluation.verdict import parts_worth, sanity_checks, verdict
 from rarec.ranking.metrics import SELECTED_BY
 from rarec.report import plots

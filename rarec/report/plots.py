@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rarec.evaluation.labels import ID_ONLY, MINUS, base_variant, figure, sentence_case, tick, variant_title
-from rarec.evaluation.results import Finding
+from rarec.evaluation.results import ID_ONLY, MINUS, Finding, base_variant, figure, sentence_case, tick, variant_title
 from rarec.report.run_files import TrainingRecord
 from rarec.report.svg import COLOURS, INK, MUTED, RULE, SURFACE, WIDTH, drawing
 

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from rarec.config import RunConfig
 from rarec.errors import UserError
-from rarec.evaluation.labels import (
+from rarec.evaluation.results import (
     BOUNDS_GROUP,
+    Results,
     figure,
     listed,
     primary_metric,
@@ -22,7 +23,6 @@ from rarec.evaluation.labels import (
     variant_order,
     variant_title,
 )
-from rarec.evaluation.results import Results
 from rarec.evaluation.verdict import best_variant
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json, read_lines, sha256_file

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rarec.config import MODEL_SECTIONS
 from rarec.config.method import NO_VARIANTS
 from rarec.errors import UserError
-from rarec.evaluation.labels import ID_ONLY, figure, variant_title
-from rarec.evaluation.results import Results
+from rarec.evaluation.results import ID_ONLY, Results, figure, variant_title
 from rarec.evaluation.verdict import BestVariant, verdict
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage

@@ -15,7 +15,7 @@ from rarec.storage.files import sha256_file
 if TYPE_CHECKING:
     from rarec.models.towers import RaRec
     from rarec.planning.advice import RunPlan
-    from rarec.planning.cluster import Cluster, EngineName
+    from rarec.planning.input_sizes import Cluster, EngineName
     from rarec.training.checkpoints import Checkpoints
     from rarec.training.loop import Trainer
 

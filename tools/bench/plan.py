@@ -37,9 +37,8 @@ from rarec.models.losses import LossTargets, Objective
 from rarec.models.towers import SideBatch
 from rarec.planning.activations import HISTORY
 from rarec.planning.calculator import Calculator
-from rarec.planning.cluster import Cluster, EngineName, TrainingSetup
 from rarec.planning.costs import ZeroSettings, step_traffic
-from rarec.planning.input_sizes import PromptLengths
+from rarec.planning.input_sizes import Cluster, EngineName, PromptLengths, TrainingSetup
 from rarec.planning.meta_model import MetaModelBuilder
 from rarec.stages.run import Run
 from tools.bench.measuring import Figure, model_tree, on_ranks, options, print_table
