@@ -90,7 +90,7 @@ class World:
 
     def _in_rounds(self, rounds: int, own: Sequence[T], spare: Sequence[T]) -> Iterator[tuple[bool, T]]:
         doing = self.place.now[1]
-        for number in track(range(rounds), doing):
+        for number in track(range(rounds), doing) if rounds > 1 else range(rounds):  # one is soon over
             self.report(doing)
             yield (True, own[number]) if number < len(own) else (False, spare[0])
 
