@@ -4,12 +4,11 @@ Its own imports are light, so that an error while all else is imported ends in o
 """
 
 import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from rarec.console.last_resort import crash_context
+from rarec.console.last_resort import crash_context, guarded
 from rarec.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,11 +41,21 @@ def run_stage(name: str, config: Path | str, overrides: Iterable[str] | None = N
 
 
 def launch(stage: str) -> None:
-    """Run a stage as the scripts in `launch/` do: `rarec STAGE`, but with `--config CONFIG` instead of `CONFIG`."""
-    from rarec.__main__ import main
+    """Run a stage as the scripts in `launch/` do, on every rank."""
+    guarded(lambda: _launch(stage))
 
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config")
-    given, others = parser.parse_known_args()
-    sys.argv[1:] = [stage, *([given.config] if given.config else []), *others]
-    main()
+
+def _launch(stage: str) -> None:
+    parser = _Parser(description=f"Run the stage `{stage}`, as `rarec {stage}` does, on every rank.")
+    parser.add_argument("--config", required=True, type=Path, help="run configuration, YAML")
+    parser.add_argument(
+        "--fresh", action="store_true", help="rebuild it; what is there stays until its replacement is whole"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    arguments = parser.parse_args()
+    run_stage(stage, arguments.config, arguments.overrides, arguments.fresh)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, f"see {self.prog} --help", shared=True)

@@ -118,6 +118,20 @@ def test_a_batch_of_many_tensors_needs_no_files(shards):
             tensors[0] += 1  # not read-only
 
 
+def test_workers_end_where_no_more_can_be_started(shards, monkeypatch):
+    started = []
+
+    def start(queue) -> None:
+        started.append(workers_of(psutil.Process()))
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(multiprocessing.queues.Queue, "_start_thread", start)
+    with pytest.raises(RuntimeError, match="new thread"), loader(shards, 2).open(0, 3):
+        pass
+    assert len(started[0]) == 2
+    assert workers_of(psutil.Process()) == []
+
+
 def test_a_killed_worker_is_one_clear_error_wherever_the_main_process_is(shards):
     def slow(samples, total) -> list[int]:
         time.sleep(0.2)

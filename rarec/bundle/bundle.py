@@ -26,6 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -54,7 +55,7 @@ MODEL, IDS = "model", "ids/"
 FACTS = "recommender.json"
 SCHEMA = 1
 """Of `recommender.json`."""
-REMEDY = "update rarec, or export it again: rarec export CONFIG --fresh"
+REMEDY = "export it again: rarec export CONFIG --fresh"
 PICKLE = "llm.allow_pickle_weights"
 """What must be trusted by name to read a language model that is a pickle."""
 Columns = Mapping[str, str]
@@ -145,9 +146,15 @@ class Bundle:
             UserError: it is missing or damaged, of another version, or needs a part that is not trusted.
         """
         manifest = read_manifest(directory, "bundle")
+        if FACTS not in manifest["files"]:
+            raise UserError(f"{directory} was exported by an earlier version: it has no {FACTS}", REMEDY)
         names = dict.fromkeys((FACTS, ITEMS, VECTORS, ENCODERS, *manifest["files"]))
         check_files(directory, manifest, REMEDY, names=names)
         facts: dict[str, Any] = read_json(directory / FACTS, REMEDY)
+        schema = facts.get("schema") if isinstance(facts, dict) else None
+        if schema != SCHEMA:
+            problem = f"{directory / FACTS} has schema {schema}, this version of rarec reads {SCHEMA}"
+            raise UserError(problem, f"update rarec, or {REMEDY}")
         validated(_Facts, facts, str(directory / FACTS), remedy=REMEDY)
         for name in own_parts(facts):
             if trusted is not None and name not in trusted:
@@ -180,7 +187,9 @@ class Bundle:
     @cached_property
     def vectors(self) -> dict[str, Float32]:
         """Item vectors by name: `model`, `ids/NAME`."""
-        return {name: tensor.numpy() for name, tensor in _read(self.directory / VECTORS).items()}
+        tensors = _read(self.directory / VECTORS)
+        # numpy has no bfloat16: a table of another type is refused with the shapes
+        return {name: tensor.numpy() for name, tensor in tensors.items() if tensor.dtype == torch.float32}
 
     @cached_property
     def encoders(self) -> dict[str, Tensor]:
@@ -345,7 +354,7 @@ class _Tables(Section):
 
 
 class _Facts(Section):
-    version: Annotated[int, Field(alias="schema", ge=SCHEMA, le=SCHEMA)]
+    version: int = Field(alias="schema")
     row: str
     parts: Annotated[dict[str, _Part], Field(min_length=1)]
     id_model: str

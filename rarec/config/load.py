@@ -64,7 +64,7 @@ def _read_text(path: Path) -> str:
     """Read a configuration file; a pipe or a device, which may never end, is not opened."""
     try:
         if not path.is_file():
-            raise ValueError("no such file")
+            raise ValueError("there is no file of that name (a directory, a pipe or a device is none)")
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes; data belong in other files")
         return path.read_text(encoding="utf-8")

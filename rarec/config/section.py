@@ -31,7 +31,15 @@ SourceName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,40}$")]
 """A part of file names, and of the names in a tar, which are short and plain."""
 ExternalName = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,40}$")]
 """Part of a row's name, where `/` and `+` have meanings of their own."""
-RowName = Annotated[str, Field(pattern=r"^[^+/]+(\+id)?(\+cheap)?$")]
+
+
+def _row_name(name: str) -> str:
+    if not re.fullmatch(r"[^+/]+(\+id)?(\+cheap)?", name):
+        raise ValueError("write a variant, alone or with +id or +id+cheap")
+    return name
+
+
+RowName = Annotated[str, AfterValidator(_row_name)]
 """Name of a row of the results that can be deployed: a variant, alone, with `+id` or with `+id+cheap`."""
 Blocks = Annotated[list[NonNegativeFew], Field(min_length=1, max_length=1_000)]
 

@@ -31,7 +31,8 @@ from rarec.ranking import EvalBatch
 Int64 = npt.NDArray[np.int64]
 FORMS = "`user, rank` or `user, item, score`"
 TYPES = {"user": pa.string(), "item": pa.string(), "score": pa.float64(), "rank": pa.float64()}
-"""Types by column: ids are text, else 007 would be read as 7."""
+IDS = {"user": pa.string(), "item": pa.string()}
+"""Ids of CSV files are text, else 007 would be read as 7."""
 
 
 def external_ranks(
@@ -67,7 +68,7 @@ class _File:
         user_ids = dataset.user_ids.take(batch.user_rows)
         for name in self.names:
             null_R = self.table[name].is_null(nan_is_null=True).to_numpy()
-            self.refuse(null_R, name, "is no value", "give one (ids as in the log), or drop the row")
+            self.refuse(null_R, name, "has no value", "give one (ids as in the log), or drop the row")
         self.user_R = self.rows("user", user_ids, "users are no test users: ignored")
         missing = np.setdiff1d(np.arange(self.n_users), self.user_R)
         if len(missing):
@@ -138,13 +139,25 @@ def _read(path: Path) -> pa.Table:
     """Read the columns of one of the two forms."""
     try:
         if path.suffix.lower() == ".csv":
-            table = pa.csv.read_csv(path, convert_options=pa.csv.ConvertOptions(column_types=TYPES))
+            table = pa.csv.read_csv(path, convert_options=pa.csv.ConvertOptions(column_types=IDS))
         else:
             table = read_columns(path)
         names = [name for name in table.column_names if name in TYPES]
         if sorted(names) not in (["rank", "user"], ["item", "score", "user"]):
             problem = f"{path} has the columns {', '.join(table.column_names)}"
             raise UserError(problem, f"give it {FORMS}, each column once, and not both forms")
+        for name in names:
+            _check_type(path, name, table.schema.field(name).type)
         return table.select(names).cast(pa.schema([(name, TYPES[name]) for name in names]), safe=False)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}", f"write Parquet, or CSV, with columns {FORMS}") from None
+
+
+def _check_type(path: Path, name: str, kind: pa.DataType) -> None:
+    """Refuse ids that are no whole numbers or text, and scores and ranks that are no numbers."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    fits = is_text if name in IDS else pa.types.is_floating(kind)
+    if not fits and not pa.types.is_integer(kind):
+        remedy = "write ids as whole numbers or text, as they are in the log" if name in IDS else "give numbers"
+        raise UserError(f"{path}, column `{name}` holds {kind}", remedy)

@@ -203,7 +203,7 @@ def _reading(path: str, what: str) -> Iterator[None]:
     """Refuse a file of which a library cannot read what it should be; the error has the library's reason."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # of any kind: NumPy parses a header as Python code
         reason = str(error).strip().partition("\n")[0]  # some libraries go on with advice to switch a protection off
@@ -233,7 +233,11 @@ def _numbers(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
 
 def _parquet(path: str) -> pa.Table:
     with pq.ParquetFile(resolve_path(path), page_checksum_verification=True) as file:
-        return file.read()
+        table = file.read()
+    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if twice:
+        raise ValueError(f"it has the column {twice[0]!r} twice")
+    return table
 
 
 def _table(path: str) -> tuple[npt.NDArray[np.generic], pa.Array]:
@@ -255,6 +259,8 @@ def _checked_ids(ids: pa.Array, path: str) -> pa.Array:
     try:
         if pa.types.is_dictionary(ids.type):
             ids = ids.dictionary_decode()
+        if pa.types.is_decimal(ids.type) and ids.type.scale == 0 and ids.type.precision > 18:
+            ids = ids.cast(pa.string())  # a whole number that int64 may not hold
         if pa.types.is_floating(ids.type) or pa.types.is_decimal(ids.type):
             ids = ids.cast(pa.int64())
         if not any(is_kind(ids.type) for is_kind in _ID_TYPES):

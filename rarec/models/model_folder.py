@@ -113,6 +113,9 @@ def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
         return loader.from_pretrained(path, trust_remote_code=False, **keywords)
     except MemoryError:
         raise
+    except PermissionError as error:
+        problem = f"llm.path: {error.filename or name} may not be read by this user"
+        raise UserError(problem, "change its permissions: chmod a+r") from None
     except Exception as error:  # every library that reads a part of a model has exceptions of its own
         raise UserError(f"llm.path: cannot load {name!r}: {_reason(error)}", _HOW_TO_NAME) from None
     finally:

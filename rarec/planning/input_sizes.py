@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ByteSize, TypeAdapter, ValidationError
+from pydantic import ByteSize, TypeAdapter
 
 from rarec.config import RunConfig
 from rarec.config.ids import Ids, Import, Recipe
@@ -33,6 +33,7 @@ REPLICATED: tuple[EngineName, ...] = ("0", "1", "2")
 RESERVED_BYTES, FRAGMENTATION = 2e9, 0.05
 """Not available on each GPU: bytes for CUDA, NCCL and cuBLAS; the share that the allocator loses (own estimates)."""
 MEGABYTE = 10**6
+_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[kmgt]i?b\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,7 @@ def parse_engine(name: str) -> EngineName:
 
 def _parse_bytes(text: str) -> int:
     """Return the bytes of a size such as `80GB` or `79.1 GiB`; less than a megabyte lacks its unit."""
-    try:
-        size = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        size = 0
+    size = int(TypeAdapter(ByteSize).validate_python(text)) if _SIZE.fullmatch(text) else 0
     if size < MEGABYTE:
         raise UserError(f"--memory {text}: not a memory size", "give a number and its unit (MB, GB, GiB), as in 80GB")
     return size

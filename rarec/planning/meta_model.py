@@ -198,7 +198,10 @@ def _read_llm_config(config: RunConfig, converted: Path) -> Any:
         if not Path(path).is_file():
             raise UserError(f"llm.path: {path} does not exist", "give the path of a .gguf file")
         return read_with(AutoConfig, name, str(Path(path).parent), gguf_file=Path(path).name)
-    if path.startswith((".", "/")) or Path(path).is_dir():
+    if path.startswith((".", "/")) and not (Path(path) / "config.json").is_file():
+        remedy = "give the directory of a model; its config.json is enough"
+        raise UserError(f"llm.path: {path} contains no config.json", remedy)
+    if Path(path).is_dir():
         check_settings(Path(path) / "config.json")
     return read_with(AutoConfig, name, path, revision=config.llm.revision)
 
@@ -221,13 +224,18 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _attend(
-    module: nn.Module, queries_BHTC: Tensor, keys_BGTC: Tensor, values_BGTC: Tensor, mask: Tensor | None, **_: Any
+    module: nn.Module,
+    queries_BHTC: Tensor,
+    keys_BGTC: Tensor,
+    values_BGTC: Tensor,
+    attention_mask: Tensor | None,  # some architectures give it by this name
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Do what transformers does for `sdpa`: with a mask, repeat keys and values for every head and cast the mask."""
     groups = int(getattr(module, "num_key_value_groups", 1))
-    if mask is not None and groups > 1:
+    if attention_mask is not None and groups > 1:
         keys_BGTC, values_BGTC = (side.repeat_interleave(groups, 1) for side in (keys_BGTC, values_BGTC))
-    bias_B1TT = None if mask is None else torch.empty_like(mask, dtype=queries_BHTC.dtype)
+    bias_B1TT = None if attention_mask is None else torch.empty_like(attention_mask, dtype=queries_BHTC.dtype)
     out_BTHC: Tensor = _FusedAttention.apply(queries_BHTC, keys_BGTC, values_BGTC, bias_B1TT)  # type: ignore[no-untyped-call]
     return out_BTHC, None
 

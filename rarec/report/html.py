@@ -1,5 +1,6 @@
 """The HTML report: one self-contained file, rendered only from the files of a run."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -67,6 +68,8 @@ def _template() -> Any:
     except ImportError as error:
         raise UserError(f"the report needs {error.name}, which is not installed", INSTALL) from None
     except ValueError as error:
+        if "MPLBACKEND" not in os.environ or "backend" not in str(error):  # which matplotlib reads at its import
+            raise
         raise UserError(f"MPLBACKEND: {error}", "unset that variable: the report needs none") from None
     loader = jinja2.PackageLoader("rarec", "report")
     strict = jinja2.StrictUndefined
@@ -159,7 +162,9 @@ def _number(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float) and abs(value) < 1000:
         return f"{value:.4g}"
-    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}"  # a seed may be larger than a float holds
+    return str(value)
 
 
 def _is_rows(value: Any) -> bool:

@@ -162,7 +162,7 @@ def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
     plotted = {
         "recommendation loss": {name: _series(record.losses, "recommendation") for name, record in training.items()},
         "alignment loss": {name: _series(record.losses, "align") for name, record in training.items()},
-        validation: {name: _series(record.validations, metric) for name, record in training.items()},
+        validation: {name: _points(record.validations, metric) for name, record in training.items()},
     }
     shown = {title: lines for title, lines in plotted.items() if any(len(points_P2) for points_P2 in lines.values())}
     alt = f"Curves over training steps of {', '.join(map(variant_title, training))}: {', '.join(shown)}."
@@ -180,9 +180,14 @@ def curves(training: Mapping[str, TrainingRecord], metric: str) -> str:
     return picture.svg
 
 
+def _points(lines: Sequence[Row], name: str) -> Points:
+    """Return steps and values, where there is one."""
+    return np.array([(line["step"], line[name]) for line in lines if line.get(name) is not None]).reshape(-1, 2)
+
+
 def _series(lines: Sequence[Row], name: str) -> Points:
     """Return steps and values, as means over equal shares of the steps; none if all values are zero."""
-    known_S2 = np.array([(line["step"], line[name]) for line in lines if line.get(name) is not None]).reshape(-1, 2)
+    known_S2 = _points(lines, name)
     size = max(-(-len(known_S2) // _POINTS), 1)
     shares = np.split(known_S2, range(size, len(known_S2), size))
     return np.array([share.mean(0) for share in shares]) if known_S2[:, 1].any() else known_S2[:0]

@@ -188,12 +188,15 @@ class BundleManager:
             raise UserError(f"{bundle.path} has no {MANIFEST}", "put a bundle there")
         tried, moment, error = self._tried.get(name, (None, 0.0, None))
         if error and tried == stamp and time.monotonic() - moment < RETRY_AFTER:
-            raise error
+            raise error.with_traceback(None)
         try:
             loaded = self._open(name, bundle, stamp)
         except Exception as error:
-            self._tried[name] = (stamp, time.monotonic(), error)
+            # a copy: the traceback of the error itself would keep what was loaded in memory
+            kept = UserError(error.problem, error.remedy) if isinstance(error, UserError) else RuntimeError(repr(error))
+            self._tried[name] = (stamp, time.monotonic(), kept)
             raise
+        self._tried.pop(name, None)
         self._loaded = {**self._loaded, name: loaded}
         engine = loaded.engine
         self._metrics.bundle("loaded", f"{name}: {engine.row}, version {engine.version[:12]}, from {bundle.path}")

@@ -4,6 +4,7 @@ DeepSpeed's mixed precision stays off: frozen weights have the dtype `llm.dtype`
 every engine, so that engines give the same results. DeepSpeed reads `DS_ACCELERATOR` when it is imported.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -198,9 +199,14 @@ class ZeroOptimisation(Optimisation):
 
 
 def op_directory() -> Path:
-    """Return the directory in which the op is compiled; each version of Python and PyTorch has its own."""
+    """Return the directory in which the op is compiled.
+
+    Each environment has its own: its path is in what ninja compares, and two that share a directory would compile anew
+    at each change.
+    """
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    return Path(root, "rarec", f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}")
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
+    return Path(root, "rarec", f"{version}-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}")
 
 
 def load_cpu_op() -> None:
@@ -223,14 +229,16 @@ def load_cpu_op() -> None:
     directory = op_directory()
     path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
     try:
-        with locked(directory / "rarec.lock"), patch_environment(TORCH_EXTENSIONS_DIR=directory, PATH=path):
-            for mark in directory.glob(f"*/{MARK}"):
-                mark.unlink()
-            op.load()
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problem = f"cannot write to {directory} for DeepSpeed's CPU op: {error.strerror}"
         raise UserError(problem, "set TORCH_EXTENSIONS_DIR to a directory that you may write to", shared=True) from None
-    except RuntimeError as error:
-        causes = [line for line in f"{error}".splitlines() if "error:" in line or "not found" in line]
-        problem = f"DeepSpeed's CPU op does not compile: {causes[0] if causes else error}"
-        raise UserError(problem, "run rarec doctor to see what is missing", shared=True) from None
+    with locked(directory / "rarec.lock"), patch_environment(TORCH_EXTENSIONS_DIR=directory, PATH=path):
+        for mark in directory.glob(f"*/{MARK}"):
+            mark.unlink()
+        try:
+            op.load()
+        except RuntimeError as error:
+            causes = [line for line in f"{error}".splitlines() if "error:" in line or "not found" in line]
+            problem = f"DeepSpeed's CPU op does not compile: {causes[0] if causes else error}"
+            raise UserError(problem, "run rarec doctor to see what is missing", shared=True) from None

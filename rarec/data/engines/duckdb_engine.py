@@ -160,14 +160,24 @@ class DatabaseEngine(DuckDBEngine):
         super().__init__(spill, memory)
         self._scheme, _, rest = url.partition("://")  # the rest may contain a password: never shown
         try:
-            is_file = self._scheme == "duckdb"
-            self._source = ibis.duckdb.connect(rest, read_only=True) if is_file else ibis.connect(url)
+            self._source = self._connect_file(rest, memory) if self._scheme == "duckdb" else ibis.connect(url)
         except Exception as error:  # every driver has its own exceptions
             self.close()
             remedy = f"pip install 'ibis-framework[{self._scheme}]'; check host, user, password and database"
+            if self._scheme == "duckdb":
+                remedy = "name a DuckDB file: duckdb:///path/to/file"
             shown = f"{self._scheme}://..."
             message = str(error).replace(url, shown)
             raise UserError(f"prepare.engine: {shown} does not connect: {message}", remedy) from None
+
+    def _connect_file(self, path: str, memory: str | None) -> Any:
+        """Connect to a DuckDB file, with the limits of this engine: sorting spills beside the engine's own files."""
+        source = ibis.duckdb.connect(
+            path, read_only=True, temp_directory=str(self._spill / "source"), autoinstall_known_extensions=False
+        )
+        if memory is not None:
+            source.con.execute(f"SET memory_limit = {_quoted(memory)}")
+        return source
 
     def read(self, location: TableLocation, roles: Mapping[str, str], *, lines: bool = False) -> ir.Table:
         """See `PrepareEngine`. Database rows have no order: numbered rows are sorted by their columns."""

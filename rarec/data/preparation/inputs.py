@@ -69,8 +69,13 @@ def read_catalogue(
         text=ibis.literal(", ").join(further).fill_null("") if further else ibis.literal(""),
     )
     ids = table["item"]
-    rows = engine.rows(table.agg(rows=table.count(), rows_without_id=ids.isnull().sum(), ids=ids.nunique()))[0]
+    header = table.line.min(where=(ids.cast("string") == config.item) & (table.given == config.title))
+    counted = {"rows": table.count(), "rows_without_id": ids.isnull().sum(), "ids": ids.nunique()}
+    rows = engine.rows(table.agg(**counted, header=header))[0]
     _check_not_empty(rows["rows"], location)
+    if rows["header"] is not None:
+        problem = f"{location.name}, data row {rows['header']}: the header again, as where files were joined to one"
+        raise UserError(problem, "name the files by a pattern such as items-*.csv, or remove that row")
     if not rows["ids"]:
         problem = f"{location.name}: column {config.item!r} is empty in every row"
         raise UserError(problem, f"set {location.field('item')} to the column of item ids")

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -161,8 +163,9 @@ class BatchLoader(Generic[B]):
             multiprocessing_context="fork" if workers else None,  # they share what is loaded already
             worker_init_fn=partial(_prepare_worker, os.getpid()),
         )
-        batches = iter(loader)
+        batches, others = None, set(active_children())
         try:
+            batches = iter(loader)
             received, device = map(_unpack, batches), self.world.device
             yield copied_ahead(received, device) if device.type == "cuda" else received
         except RuntimeError as error:
@@ -171,12 +174,11 @@ class BatchLoader(Generic[B]):
             remedy = "free memory, or lower train.stream.workers; then run the same command to resume"
             raise UserError(f"a worker process that reads training data died: {error}", remedy) from None
         finally:
-            if workers:  # now, not at garbage collection, which waits while a traceback refers to the iterator
+            if batches is None:  # a worker could not be started: end those that were
+                _kill(set(active_children()) - others)
+            elif workers:  # now, not at garbage collection, which waits while a traceback refers to the iterator
                 batches._shutdown_workers()  # type: ignore[attr-defined]
-                for worker in batches._workers:  # type: ignore[attr-defined]
-                    worker.kill()  # they do not react to SIGTERM
-                    with suppress(RuntimeError):  # raised by PyTorch's handler of SIGCHLD
-                        worker.join()
+                _kill(batches._workers)  # type: ignore[attr-defined]
 
     def _shares(self, first: int, last: int) -> Iterator[_Share]:
         """Yield this rank's share of each part of each step's batch."""
@@ -223,6 +225,14 @@ def _unpack(batch: Any) -> Any:
     if isinstance(batch, Exception):
         raise batch
     return _Pickler.loads(batch) if isinstance(batch, bytes) else batch
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """End workers, which do not react to SIGTERM."""
+    for worker in workers:
+        worker.kill()
+        with suppress(RuntimeError):  # raised by PyTorch's handler of SIGCHLD
+            worker.join()
 
 
 def _prepare_worker(main: int, worker: int) -> None:

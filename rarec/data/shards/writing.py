@@ -97,7 +97,7 @@ def _is_complete(directory: Path, identity: str, shard: int) -> bool:
         note: dict[str, Any] = read_sealed(directory / PROGRESS / f"{shard:06d}.json", "")
         sha256 = sha256_file(directory / tar_name(shard))
         return note.get("identity") == identity and sha256 == note["record"]["sha256"]
-    except (UserError, OSError):  # missing or incomplete: the tar is written again
+    except (UserError, FileNotFoundError):  # missing or incomplete: the tar is written again
         return False
 
 
