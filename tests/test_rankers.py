@@ -60,11 +60,11 @@ def test_what_a_cached_ranker_keeps_holds_no_block(text):
     assert (first_BN == as_it_was_BN).all()
 
 
-@pytest.mark.parametrize("interests", [1, 4])
 def shares(fusion: Fusion) -> dict[str, float]:
     return {name: fitted["share"] for name, fitted in fusion.parts.items()}
 
 
+@pytest.mark.parametrize("interests", [1, 4])
 def test_a_fused_score_is_the_sum_of_both(text, interests):
     ids = ranker(RNG.standard_normal((5, interests, 2)), RNG.standard_normal((7, 2)))
     batch = EvalBatch(np.arange(5), [np.array([], int)] * 5, np.zeros(5, int))

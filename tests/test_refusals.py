@@ -158,7 +158,7 @@ def test_a_torn_checkpoint_takes_the_place_of_none_that_is_written_later(tmp_pat
     checkpoints = Checkpoints(tmp_path, 2, "this training")
     save(checkpoints, 2)
     flip(save(checkpoints, 9))
-    checkpoints.keep = 1
+    checkpoints = Checkpoints(tmp_path, 1, "this training")
     assert checkpoints.newest(print) == 2
     save(checkpoints, 4)
     assert checkpoints.steps() == [4]

@@ -5,6 +5,7 @@ Shape letters: N catalogue, A added items, E source dimension, F size of the fus
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def _read_items(bundle: Bundle, table: str, columns: Columns, say: Callable[[str
     """Read items that may become part of a catalogue, in the order of the table; they have no interactions."""
     text = {"text": [columns["text"]]} if "text" in columns else {}
     prepare = bundle.prepare(items={**columns, **text, "path": table})
-    location = table_location(prepare.items, "items")
+    location = replace(table_location(prepare.items, "items"), section="prepare.items")  # as `--columns` is known by
     with (
         tempfile.TemporaryDirectory(prefix="rarec-") as scratch,
         open_engine(prepare, Path(scratch, "spill")) as engine,

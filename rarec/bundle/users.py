@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -95,7 +96,7 @@ def _read(engine: PrepareEngine, prepare: Prepare, items: Path, user: str | None
 def _read_log(engine: PrepareEngine, prepare: Prepare, user: str | None) -> ir.Table:
     """Return the raw log, or the rows of one user."""
     config = prepare.interactions
-    location = table_location(config, "log")
+    location = replace(table_location(config, "log"), section="prepare.interactions")  # as `--columns` is known by
     log = steps.drop_missing_ids(read_log(engine, config, location))
     check_order(engine, config, location, log)
     if user is not None:

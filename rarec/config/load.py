@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         name, value = parse_override(override)
         set_field(tree, name, value)
-        given[name] = f"override {override!r}"
+        given[name] = f"override {_shown(override)}"
     return validated(RunConfig, tree, str(path), given)
 
 
@@ -69,7 +69,7 @@ def _read_text(path: Path) -> str:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes; data belong in other files")
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # of the encoding, or of a path that is too long or holds a zero byte
-        raise UserError(f"configuration {str(path)!r} cannot be read: {error}", _EXAMPLES) from None
+        raise UserError(f"configuration {_shown(str(path))} cannot be read: {error}", _EXAMPLES) from None
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -80,10 +80,10 @@ def parse_override(override: str) -> tuple[str, Any]:
     """
     name, separator, value = override.partition("=")
     if not separator or not name or not name.isprintable():
-        problem = f"override {override!r} is not of the form section.field=value"
+        problem = f"override {_shown(override)} is not of the form section.field=value"
         raise UserError(problem, "write it so: train.epochs=3")
     remedy = f"put a text with braces, colons or the like in quotes of its own: '{name}=\"...\"'"
-    return name, parse(value, f"override {override!r}", remedy)
+    return name, parse(value, f"override {_shown(override)}", remedy)
 
 
 def format_override(name: str, value: Any) -> str:
@@ -186,7 +186,7 @@ def _shown(value: object) -> str:
 
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    field = ".".join(str(part) for part in detail["loc"])
+    field = ".".join(str(part) for part in detail["loc"])[:LONGEST]
     if field in RENAMED:
         new = RENAMED[field]
         return f"field `{field}` is now called `{new}`: rename it" if new else f"field `{field}` is gone: leave it out"

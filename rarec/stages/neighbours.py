@@ -45,11 +45,13 @@ class NeighboursStage(Stage):
         engine = partial(open_engine, run.config.prepare, directory / "spill")
         model = config.class_of(self.part)(config.config_of(self.part), engine)
         fits = n_items <= model.largest
+        top = model.config.top
 
         def write() -> None:
             pairs = figures["pairs"] = write_table(model.rows(run.dataset) if fits else (), directory)
             lacking = model.needs if fits else f"more items than neighbours.{model.limit}"
-            note = "" if pairs else f": {lacking}, so it will add nothing"
+            few = f"; all that there are, fewer than neighbours.top, {top:,}" if top >= n_items else ""
+            note = few if pairs else f": {lacking}, so it will add nothing"
             run.say(f"{self.part}: {pairs:,} neighbours of {n_items:,} items{note}")
 
         figures: dict[str, int] = {}

@@ -9,6 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import ibis
 import ibis.expr.types as ir
 
 from rarec.config.schema import Prepare
@@ -148,9 +149,18 @@ class _Preparation:
         """Replace ids by codes, drop items that are not in the catalogue, and return the numbering of the items."""
         items = self.engine.keep("item_codes", steps.number_ids(catalogue["item"]))
         known = self.engine.keep("log", steps.encode_ids(self.log, users, items))
-        remedy = "check that prepare.interactions.item and prepare.items.item name columns with the same ids"
+        remedy = ""
+        if not compute_value(self.engine, known.count()):
+            ranges = f"the log has {self._range(self.log['item'])}, the catalogue {self._range(catalogue['item'])}"
+            remedy = f"check that both use the same ids: {ranges}"
         self._apply("catalogue", known, "item not in the catalogue", remedy)
         return items
+
+    def _range(self, ids: ir.Column) -> str:
+        """Return the smallest and the largest id, for messages."""
+        table = ids.cast("string").name("id").as_table()
+        row = self.engine.rows(table.agg(least=ibis._.id.min(), greatest=ibis._.id.max()))[0]
+        return f"{row['least']!r} to {row['greatest']!r}"
 
     def _filter(self, item_codes: ir.Table) -> None:
         """Drop duplicates, repeats and held-back items; then users and items with too few interactions, repeatedly."""
