@@ -153,7 +153,7 @@ class Bundle:
         facts: dict[str, Any] = read_json(directory / FACTS, REMEDY)
         schema = facts.get("schema") if isinstance(facts, dict) else None
         if schema != SCHEMA:
-            problem = f"{directory / FACTS} has schema {schema}, this version of rarec reads {SCHEMA}"
+            problem = f"{directory / FACTS} has the `schema` {schema}, this version of rarec reads {SCHEMA}"
             raise UserError(problem, f"update rarec, or {REMEDY}")
         validated(_Facts, facts, str(directory / FACTS), remedy=REMEDY)
         for name in own_parts(facts):

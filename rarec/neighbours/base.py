@@ -30,7 +30,7 @@ from rarec.neighbours.scores import factor_of_sums, newest_first, score
 from rarec.ranking import EvalBatch, Ranker, Scores
 
 if TYPE_CHECKING:
-    from rarec.data.engines import PrepareEngine
+    from rarec.data.engines.prepare_engine import PrepareEngine
 
 
 Rows = npt.NDArray[np.integer]

@@ -14,7 +14,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from rarec.data.engines import check_columns, check_types
+from rarec.data.engines.prepare_engine import check_columns, check_types
 from rarec.data.engines.table_files import (
     DELIMITED,
     NAMED,

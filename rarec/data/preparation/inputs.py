@@ -7,7 +7,7 @@ import ibis
 import ibis.expr.types as ir
 
 from rarec.config.schema import Interactions, Items, Prepare, Table
-from rarec.data.engines import PrepareEngine, compute_value
+from rarec.data.engines.prepare_engine import PrepareEngine, compute_value
 from rarec.data.engines.table_files import DELIMITED, NAMED, TableLocation, find_files, hash_files
 from rarec.data.preparation import columns, steps
 from rarec.errors import UserError, without_password
@@ -73,8 +73,9 @@ def read_catalogue(
     counted = {"rows": table.count(), "rows_without_id": ids.isnull().sum(), "ids": ids.nunique()}
     rows = engine.rows(table.agg(**counted, header=header))[0]
     _check_not_empty(rows["rows"], location)
-    if rows["header"] is not None:
-        problem = f"{location.name}, data row {rows['header']}: the header again, as where files were joined to one"
+    repeated = rows.pop("header")
+    if repeated is not None:
+        problem = f"{location.name}, data row {repeated}: the header again, as where files were joined to one"
         raise UserError(problem, "name the files by a pattern such as items-*.csv, or remove that row")
     if not rows["ids"]:
         problem = f"{location.name}: column {config.item!r} is empty in every row"
