@@ -231,7 +231,10 @@ def _own_fields(entry: Entry, common: Mapping[str, Any], where: str) -> dict[str
     _refuse_fields_of_the_sweep(names, where)
     for name, times in Counter([*names, *(common.keys() & entry.grid.keys())]).items():
         if times > 1:
-            raise UserError(f"{where}: field `{name}` is set twice: dotted, nested or in the grid", "set it once")
+            raise UserError(
+                f"{where}: field `{name}` is set twice: dotted, nested, in the grid or on the command line",
+                "set it once",
+            )
     return dict(fields)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from rarec.cluster.definition import Sweep, SweepRun, first_to_do, state_of
@@ -88,14 +88,20 @@ def _run(sweep: Sweep, run: SweepRun, signals: StopSignals, say: Say, show: Say)
             while process.poll() is None:
                 _raise_if_stopped(signals)
                 show(f"{run.label}  {first_to_do(run.config, sweep.stages) or sweep.stages[-1]}  {_since(started)}")
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(_STATE_SECONDS)
+                _wait(process, signals)
         except (KeyboardInterrupt, Stopped):
             _terminate(process)
             raise
         state, stage = state_of(run, sweep.stages)
         say(f"{run.label}  {stage}  {_since(started)}  {'done' if state == 'done' else 'failed'}")
     return None if state == "done" else f"{_describe_exit(process.returncode)}: {last_message(run.directory / LOG)}"
+
+
+def _wait(process: "subprocess.Popen[bytes]", signals: StopSignals) -> None:
+    """Wait until the process ends, a signal comes, or it is time to look at the run's stage again."""
+    until = time.monotonic() + _STATE_SECONDS
+    while process.poll() is None and not signals.received and time.monotonic() < until:
+        time.sleep(_POLL_SECONDS)
 
 
 def _since(started: float) -> str:

@@ -4,6 +4,7 @@ A section bears the name of the stage that reads it. [P], [N] and [D] say where 
 the paper's abstract, a reader's notes on the full paper, or this project (docs/method.md).
 """
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Annotated, Literal
 
@@ -246,8 +247,9 @@ class Train(Section):
     @classmethod
     def _check_names(cls, given: list[str]) -> list[str]:
         variants = set(map(variant_of, given))
-        if len({variant.name for variant in variants}) < len(variants):
-            raise ValueError("two variants have the same name: rename one")
+        for name, times in Counter(variant.name for variant in variants).items():
+            if times > 1:
+                raise ValueError(f"two variants have the same name, {name!r}: rename one")
         return given
 
     def steps(self, every: int, trained: Collection[str]) -> int:

@@ -235,11 +235,13 @@ def crash_line(
     reason = in_short(without_secrets(f"{type(error).__name__}: {error}".strip(": ").replace("\n", " ")))
     # PyTorch and Arrow have errors of their own for a lack of memory.
     in_need = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or _NO_MEMORY in str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
     report = _crash_report(error, stage, configuration)
     _free(error)  # what the failed frames hold: memory and open files, which writing needs
     path = _write(report, directory, f"crash-rank{rank}.txt" if rank else CRASH)
-    where = f"the traceback is in {path}" if path else "no file can be written for its traceback"
-    remedy = _LESS_MEMORY if in_need else "run the same command to resume; if it fails again, report it with that file"
+    raised = f"raised in {place.filename}, line {place.lineno}; its traceback cannot be written"
+    where = f"the traceback is in {path}" if path else raised
+    remedy = _LESS_MEMORY if in_need else "run the same command to resume; if it fails again, report it with this"
     return f"{stage}: {reason} ({where}) -> {remedy}"
 
 

@@ -4,7 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -98,13 +98,21 @@ def _targets(names: Iterable[str], options: Mapping[str, object]) -> list[Target
             raise UserError(problem, f"leave it out, or give it with --to {' or '.join(takers)}")
     classes = {name: _class(name) for target in named.values() for name in target.needs} | named
     for name, target in classes.items():
-        absent = [package for package in target.packages if find_spec(package) is None]
+        absent = list(filter(_cannot_import, target.packages))
         if absent:
             raise UserError(f"--to {name} needs {', '.join(absent)}", "pip install 'rarec[serving]'")
-    return [
-        classes[name](**{option: options[option] for option in _options(classes[name]) if option in options})
-        for name in sorted(classes, key=lambda name: (*BUILT_IN, name).index(name))
-    ]
+    own = {name: {option: options[option] for option in _options(named[name]) if option in options} for name in named}
+    in_order = sorted(classes, key=lambda name: (*BUILT_IN, name).index(name))
+    return [classes[name](**own.get(name, {})) for name in in_order]
+
+
+def _cannot_import(package: str) -> bool:
+    """Return whether a package is not there, or lacks what it needs itself."""
+    try:
+        import_module(package)
+    except ImportError:
+        return True
+    return False
 
 
 def raise_if_far(figure: str, difference: float, limit: float, remedy: str = "report it: this is a bug") -> None:

@@ -119,7 +119,7 @@ class Training:
 
     @property
     def is_done(self) -> bool:
-        """Whether all epochs are trained, or none of the last `patience` was better."""
+        """Return whether all epochs are trained, or none of the last `patience` was better."""
         epochs = len(self.curve)
         return epochs > 0 and (epochs >= self.settings.epochs or epochs - self.best_epoch >= self.settings.patience)
 

@@ -117,8 +117,8 @@ class Encoding(NamedTuple):
 class Whitening(nn.Module):
     """Computes `(states - center_D) @ directions_ZD.T @ stretch_ZZ`, whose mean squared length is 1.
 
-    The directions belong to the readout: a map (Z, D) for each part would be most of a bundle. Before `fit`, the map is
-    the identity.
+    The directions belong to the readout: a map (Z, D) for each part would be most of a bundle. Before
+    `fit_whitening`, the map is the identity.
     """
 
     center_D: Tensor

@@ -147,7 +147,7 @@ class TemplatePart:
 
     @property
     def is_history(self) -> bool:
-        """Whether it is the field `history`."""
+        """Return whether it is the field `history`."""
         return self.kind == "field" and self.value == "history"
 
 

@@ -31,6 +31,9 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
+REMEDY = "evaluate again: rarec evaluate CONFIG --fresh"
+
+
 class _Fields(dict[str, Any]):
     """The fields of a JSON object of an evaluation; one that is missing is an error that names the file."""
 
@@ -39,7 +42,7 @@ class _Fields(dict[str, Any]):
         self.path = path
 
     def __missing__(self, name: str) -> Any:
-        raise UserError(f"{self.path} lacks `{name}`", "evaluate again: rarec evaluate CONFIG --fresh")
+        raise UserError(f"{self.path} lacks `{name}`", REMEDY)
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,13 @@ def _cell(row: Mapping[str, Any] | None, with_interval: bool) -> Text:
 
 
 def _read(path: Path, otherwise: Any) -> Any:
-    return read_json(path, object_hook=partial(_Fields, path)) if path.exists() else otherwise
+    """Return the contents of a file; of another type than these, they are refused."""
+    content = read_json(path, object_hook=partial(_Fields, path)) if path.exists() else otherwise
+    rows = content if isinstance(content, list) else []
+    if not isinstance(content, type(otherwise)) or not all(isinstance(row, dict) for row in rows):
+        kind = "a list of rows" if isinstance(otherwise, list) else "an object"
+        raise UserError(f"{path} is not {kind}", REMEDY)
+    return content
 
 
 def _training(directory: Path, say: Say) -> TrainingRecord:

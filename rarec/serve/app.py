@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Incoming
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse
 
 from rarec.bundle.recommended import Request
 from rarec.errors import UserError
@@ -26,6 +26,11 @@ from rarec.serve.settings import ServeSettings, settings_of_environment
 from rarec.version import __version__
 
 PAGE = Path(__file__).parent / "page"
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
 FOUND = 20
 """Largest number of items that a search for titles returns, unless the client says otherwise."""
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -104,9 +109,8 @@ class Service:
         app.get("/ready")(self.ready)
         app.get("/metrics")(self.metrics)
         if self._manager.settings.page:
-            for file in PAGE.iterdir():
-                path = "/" if file.name == "index.html" else f"/{file.name}"
-                app.get(path, include_in_schema=False)(_page(file))
+            for path, (name, kind) in FILES.items():
+                app.get(path, include_in_schema=False)(_page(PAGE / name, kind))
 
     async def recommend(self, incoming: Incoming, request: schemas.RecommendRequest) -> schemas.Recommended:
         """Return the best items for each history."""
@@ -228,8 +232,10 @@ def _found(loaded: Loaded, rows: Iterable[int]) -> schemas.FoundItems:
     return schemas.FoundItems(items=items, **loaded.source)
 
 
-def _page(file: Path) -> Callable[[], FileResponse]:
-    return lambda: FileResponse(file)
+def _page(file: Path, kind: str) -> Callable[[], Response]:
+    """Return what answers with a file of the page, as it is when the service starts."""
+    content = file.read_bytes()
+    return lambda: Response(content, media_type=f"{kind}; charset=utf-8")
 
 
 # ---- refusals: a status, what is wrong, and what to do

@@ -96,7 +96,11 @@ class BundleManager:
             UserError: one cannot be loaded.
         """
         for name, bundle in self.settings.bundles.items():
-            self._refresh(name, bundle)
+            try:
+                self._refresh(name, bundle)
+            except Exception as error:
+                self._note(name, error)
+                raise
         self._complete = True
 
     def close(self) -> None:
@@ -162,12 +166,16 @@ class BundleManager:
         try:
             work()
         except Exception as error:
-            message = f"{error.problem} -> {error.remedy}" if isinstance(error, UserError) else repr(error)
-            if self._troubles.get(name) != message:
-                self._troubles[name] = message
-                self._metrics.bundle("refused", f"{name}: {message}")
+            self._note(name, error)
         else:
             self._troubles.pop(name, None)
+
+    def _note(self, name: str, error: Exception) -> None:
+        """Note what is wrong with a bundle, and log it once."""
+        message = f"{error.problem} -> {error.remedy}" if isinstance(error, UserError) else repr(error)
+        if self._troubles.get(name) != message:
+            self._troubles[name] = message
+            self._metrics.bundle("refused", f"{name}: {message}")
 
     def _refresh_settings(self) -> None:
         settings = self._read()

@@ -132,7 +132,11 @@ class OnnxEngine:
 
     @property
     def recommender(self) -> "Recommender":
-        """What answers all else: nothing does, since the folder has no texts and no single parts."""
+        """Refuse what needs texts or the single parts of the row, which the folder does not have.
+
+        Raises:
+            NotOffered: always.
+        """
         raise NotOffered("what needs texts or single parts")
 
     def _answer(self, request: Request, rows: list[int], query: Any) -> Answer:

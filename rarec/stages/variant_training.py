@@ -57,7 +57,7 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     state = _resumed(run, checkpoints)
     trainer = build_trainer(run, variant, feed, plan, checkpoints, state)
     trained = sum(map(whole_size, trained_parameters(trainer.model).values()))
-    stopped = _fit(run, variant, directory / "log.jsonl", trainer, state, accelerator)
+    stopped = _fit(variant, directory / "log.jsonl", trainer, state, accelerator)
     best = f"{state.best_value:.4f} at step {state.best_step} of {state.step}"
     run.say(f"{variant.title}: best validation NDCG@100 {best}")
     stop = f"{variant.title} is trained; a signal asked to stop before the next stage"
@@ -66,7 +66,6 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
 
 
 def _fit(
-    run: Run,
     variant: Variant,
     log: Path,
     trainer: Trainer,

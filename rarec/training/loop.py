@@ -87,7 +87,7 @@ class Trainer:
         """Take one optimizer step; return its metrics and gradient norms."""
         step = StepAccumulator()
         for part in range(self.config.accumulate):
-            self.world.report("reading samples", state.step + 1)
+            self.world.report("reading samples " + self.loader.next_samples, state.step + 1)
             started = time.monotonic()
             batch = next(batches)
             step.waited += time.monotonic() - started

@@ -3,6 +3,7 @@
 import argparse
 import multiprocessing
 import os
+import queue
 import re
 import resource
 import socket
@@ -204,7 +205,16 @@ def on_ranks(ranks: int, function: Callable[..., T], *arguments: Any) -> T:
     processes = [context.Process(target=_as_rank, args=own) for own in launched]
     for process in processes:
         process.start()
-    own = dict(results.get() for _ in processes)
+    own: dict[int, Any] = {}
+    while len(own) < ranks:
+        try:
+            rank, result = results.get(timeout=1)
+        except queue.Empty:
+            dead = [rank for rank, process in enumerate(processes) if rank not in own and process.exitcode is not None]
+            if dead:
+                own |= {rank: RuntimeError(f"rank {rank} ended without a result") for rank in range(ranks)}
+        else:
+            own[rank] = result
     for process in processes:
         process.kill()  # an engine may hang on its way out
     for result in own.values():

@@ -204,7 +204,7 @@ class Training:
                     parameter.normal_(std=0.02)
         self.rank = run.world.rank
         self.optimisation = run.engine.train(self.model, run.config.train)
-        self.optimizer = cast(Any, self.optimisation).optimizer  # each engine's own, not its protocol's
+        self.optimizer = cast(Any, self.optimisation).optimizer  # each engine has its own
         self.objective = Objective(run.config.loss, torch.ones(shape.total), shape.state_blocks, run.world)
         self.model.train()
 

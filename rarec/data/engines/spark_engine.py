@@ -140,7 +140,7 @@ class SparkEngine:
 
     def _copy(self, name: str, table: ir.Table) -> ir.Table:
         """Copy a table from the engine of the files to the scratch directory."""
-        with self._replaced(name) as folder:
+        with _explained(*COMPUTING), self._replaced(name) as folder:
             self._system.makedirs(folder)
             with self._system.open(f"{folder}/part.parquet", "wb") as file:
                 write_rows(self._files.batches(table), file, table.schema().to_pyarrow())

@@ -159,23 +159,32 @@ def check_order(engine: PrepareEngine, config: Interactions, location: TableLoca
         log: the raw log, without rows that lack an id.
 
     Raises:
-        UserError: a row lacks it; the message names the first such row.
+        UserError: a row lacks it; the message names the first such row, and the first that does not.
     """
     count = compute_value(engine, log.order.isnull().sum())
     if not count:
         return
     numbered = steps.drop_missing_ids(read_log(engine, config, location, lines=True))
-    invalid = numbered.filter(numbered.order.isnull())
-    row = engine.rows(invalid.order_by("line").limit(1))[0]
+    invalid, valid = (
+        engine.rows(numbered.filter(fits).order_by("line").limit(1))
+        for fits in (numbered.order.isnull(), numbered.order.notnull())
+    )
+    row = invalid[0]
     role, name = _order_column(config)
     field = location.field(role)
-    value = f"is {row['given']!r}" if row["given"] is not None else "is missing"
+    value = "is missing"
+    if row["given"] is not None:
+        other = (
+            f", or of another kind or unit than {valid[0]['given']!r} in data row {valid[0]['line']}" if valid else ""
+        )
+        value = f"is {row['given']!r}, which is invalid{other}"
     where = f"{location.name}, data row {row['line']} (user {row['user']!r}, item {row['item']!r})"
     wanted = "a number in every row"
     if role == "time":
         wanted = f"ISO 8601 in every row, or numbers of one unit (name it in {field}_unit), from 1900 to 2200"
-    problem = f"{where}: {name} {value}, which is invalid, or of another kind or unit than other rows"
-    raise UserError(f"{problem}; {count} such rows", f"{field} needs {wanted}: correct or remove these rows")
+    raise UserError(
+        f"{where}: {name} {value}; {count} such rows", f"{field} needs {wanted}: correct or remove these rows"
+    )
 
 
 def _order_column(config: Interactions) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from rarec.storage.files import read_json, write_json
 
 SKIPPED = "skipped.json"
 """In a variant's directory: the samples that its training leaves out, by shard and key."""
+_NAMED = 3
+"""Damaged samples that a line names."""
 _WORKER_DIED = "DataLoader worker (pid"
 """Beginning of PyTorch's messages about a dead worker."""
 _PR_SET_PDEATHSIG = 1
@@ -91,7 +94,9 @@ class Feed:
         path = variant / SKIPPED
         if len(excluded):
             write_json(path, name_samples(self.samples.index_S, excluded))
-            self.say(f"left out {len(excluded)} damaged samples; {path} lists them")
+            named = name_samples(self.samples.index_S, excluded[:_NAMED])
+            first = ", ".join(f"{file} {key}" for file, keys in named.items() for key in keys)
+            self.say(f"left out {len(excluded)} damaged samples, such as {first}; {path} lists them")
         else:
             path.unlink(missing_ok=True)
 
@@ -144,6 +149,12 @@ class BatchLoader(Generic[B]):
     ) -> None:
         self.plan, self.workers, self.world, self.parts = plan, workers, world, parts
         self._batches = _Batches(samples, collate)
+        self._requested = deque[Numbers]()
+
+    @property
+    def next_samples(self) -> str:
+        """The first numbers of the next batch's samples, as text; empty if none has been requested."""
+        return f"{', '.join(map(str, self._requested[0][:3]))}, ..." if self._requested else ""
 
     @contextmanager
     def open(self, first: int, last: int) -> Iterator[Iterator[B]]:
@@ -154,6 +165,7 @@ class BatchLoader(Generic[B]):
         Raises:
             UserError: any error that a worker met; or a worker died, which is raised wherever the main process is.
         """
+        self._requested.clear()
         workers = self.workers if first < last else 0
         loader = DataLoader(
             self._batches,
@@ -166,7 +178,7 @@ class BatchLoader(Generic[B]):
         batches, others = None, set(active_children())
         try:
             batches = iter(loader)
-            received, device = map(_unpack, batches), self.world.device
+            received, device = map(self._receive, batches), self.world.device
             yield copied_ahead(received, device) if device.type == "cuda" else received
         except RuntimeError as error:
             if _WORKER_DIED not in str(error):
@@ -185,7 +197,17 @@ class BatchLoader(Generic[B]):
         for batch in self.plan.batches_between(first, last):
             for part in range(self.parts):
                 whole = batch[part :: self.parts]
-                yield self.plan.share(whole, self.world.rank, self.world.size), len(whole)
+                numbers = self.plan.share(whole, self.world.rank, self.world.size)
+                self._requested.append(numbers)
+                yield numbers, len(whole)
+
+    def _receive(self, batch: B | bytes | Exception) -> B:
+        """Return what `_Batches` has read, or raise the error that it met."""
+        self._requested.popleft()
+        if isinstance(batch, Exception):
+            raise batch
+        received: B = _Pickler.loads(batch) if isinstance(batch, bytes) else batch
+        return received
 
 
 def copied_ahead(batches: Iterator[B], device: torch.device) -> Iterator[B]:
@@ -218,13 +240,6 @@ class _Batches(Dataset[Any], Generic[B]):
             return bytes(_Pickler.dumps(batch)) if get_worker_info() else batch
         except (UserError, OSError) as error:  # returned: if raised, its message would hold the worker's traceback
             return error
-
-
-def _unpack(batch: Any) -> Any:
-    """Return what `_Batches` has read, or raise the error that it met."""
-    if isinstance(batch, Exception):
-        raise batch
-    return _Pickler.loads(batch) if isinstance(batch, bytes) else batch
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
