@@ -159,6 +159,10 @@ HARMS = {
     "fewer vectors": (rewritten(VECTORS, tensors(lambda t: t.update({"model": t["model"][:5].contiguous()}))), VECTORS),
     "vectors that are not finite": (rewritten(VECTORS, tensors(lambda t: t["model"].fill_(float("nan")))), VECTORS),
     "vectors of another type": (rewritten(VECTORS, tensors(lambda t: t.update({"model": t["model"].int()}))), VECTORS),
+    "vectors of a type that numpy lacks": (
+        rewritten(VECTORS, tensors(lambda t: t.update({"model": t["model"].bfloat16()}))),
+        VECTORS,
+    ),
     "vectors lacking": (rewritten(VECTORS, tensors(lambda t: t.pop("model"))), VECTORS),
     "edited weights": (rewritten("alignment.safetensors", tensors(lambda t: t.pop(min(t)))), "alignment.safetensors"),
     "unknown part": (facts(parts={"mystery": {"weight": 1.0, "slope": 0.0}}), "mystery"),

@@ -243,3 +243,10 @@ def test_an_unknown_engine_is_refused():
     with pytest.raises(UserError, match="--zero 4") as error:
         parse_engine("4")
     assert "fsdp2" in error.value.remedy
+
+
+@pytest.mark.parametrize("size", ["80", "80GB/40GB", "80GB x 8", "640gbit", "GB", "-80GB"])
+def test_what_is_no_size_of_a_memory_is_refused(size):
+    with pytest.raises(UserError, match="--memory"):
+        Cluster.of(1, 1, size, "H100")
+    assert Cluster.of(1, 1, "79.1 GiB", "H100").memory == round(79.1 * 2**30)

@@ -305,6 +305,11 @@ def test_what_leaves_nothing_says_which_step_and_what_to_do(tmp_path: Path) -> N
     refuse(tmp_path, "items.csv", "'item'", "prepare.items.item")
 
 
+def test_a_header_between_the_rows_of_a_catalogue_is_no_item(tmp_path: Path) -> None:
+    write(tmp_path, LOG, [CATALOGUE[0], ("item", "title", "brand", "year"), *CATALOGUE[1:]])
+    refuse(tmp_path, "items.csv", "data row 2", "header", "items-*.csv")
+
+
 def test_a_temporal_split_needs_time_and_something_before_the_windows(tmp_path: Path) -> None:
     write(tmp_path)
     refuse(tmp_path, "prepare.split.kind", "time", order="position", split={"kind": "temporal"})

@@ -24,7 +24,8 @@ from rarec.evaluation.results import Finding, Findings, Results, figure, primary
 from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
 from rarec.evaluation.verdict import Verdict, best_variant, parts_worth, sanity_checks, verdict
 from rarec.report.html import REPORT, write_report
-from rarec.report.run_files import RunDirectories, closing_lines, read_run, terminal_table
+from rarec.report.plots import curves
+from rarec.report.run_files import RunDirectories, TrainingRecord, closing_lines, read_run, terminal_table
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.files import sha256_file, write_json
 
@@ -634,3 +635,11 @@ def test_a_variable_that_matplotlib_cannot_read_is_named(finished, tmp_path) -> 
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "MPLBACKEND" in result.stderr
+
+
+def test_every_validation_is_a_point_of_its_curve_which_is_drawn_where_all_are_zero() -> None:
+    """The best step is one of them; losses, of which there are many, are averaged."""
+    values = [{"step": step, "ndcg@100": (step * 7 % 11) / 11} for step in range(1, 401)]
+    picture = curves({"per_layer": TrainingRecord({"best_step": 151}, [], values)}, "ndcg@100")
+    assert picture.count("\nL ") > 200  # of 400; matplotlib leaves out what cannot be seen
+    assert "validation" in curves({"per_layer": TrainingRecord({}, [], [{"step": 2, "ndcg@100": 0.0}])}, "ndcg@100")

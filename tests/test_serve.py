@@ -1,11 +1,13 @@
 """`rarec serve` as a process: how it starts and ends, killed workers, clients that are slow, idle or gone."""
 
+import gc
 import os
 import resource
 import signal
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,6 +17,9 @@ import httpx
 import psutil
 import pytest
 
+from rarec.serve.bundle_manager import BundleManager
+from rarec.serve.guard import Metrics
+from rarec.serve.settings import settings_of
 from tests.recommending import exported
 from tests.serving import Service, command, own, service
 
@@ -163,3 +168,25 @@ def test_what_cannot_be_served_is_one_line_and_nothing_listens(bundle, tmp_path,
     assert len(errors) == 1
     assert named in ended.stderr
     assert '"listening"' not in ended.stderr
+
+
+class _Weights:
+    """What a bundle that cannot be loaded has in memory by then."""
+
+
+def test_what_a_failed_load_had_in_memory_is_let_go(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    held: list[weakref.ref] = []
+
+    def load(settings, path):
+        weights = _Weights()
+        held.append(weakref.ref(weights))
+        raise RuntimeError("out of memory")
+
+    manager = BundleManager(lambda: settings_of(tmp_path), load, Metrics())
+    for _ in range(2):  # the second time it is not tried again so soon
+        with pytest.raises(RuntimeError, match="out of memory"):
+            manager.load()
+    gc.collect()
+    assert [weights() for weights in held] == [None]
+    assert "out of memory" in str(manager.state()["default"]["trouble"])
