@@ -277,15 +277,21 @@ def _example(run: "Run") -> Iterator[str]:
     yield f"More: rarec recommend {where} --history {ids}, or in a browser: rarec serve {where}"
 
 
-@app.callback(invoke_without_command=True)
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Versions of rarec and its stack.")] = False,
-) -> None:
-    if version:
+def _print_versions(wanted: bool) -> None:
+    if wanted:
         from rarec.planning.doctor import versions
 
         print("\n".join(f"{name} {number}" for name, number in versions().items()))
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_versions, help="Versions of rarec and its stack."),
+    ] = False,
+) -> None: ...
 
 
 def command() -> None:

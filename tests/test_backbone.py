@@ -377,6 +377,13 @@ def test_lora_trains_its_own_weights_and_no_others(saved, kind, checkpointing):
     assert backbone.fingerprint() == loaded.identity["fingerprint"], "nothing of the base has moved"
 
 
+def test_names_of_adapted_modules_are_written_in_one_order(saved, tmp_path):
+    """PEFT keeps sets, whose order Python changes from process to process."""
+    names = ["v_proj", "up_proj", "q_proj", "o_proj", "k_proj", "gate_proj", "down_proj"]
+    load(saved / "llama", lora=Lora(targets=names)).backbone.model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)
+
+
 def test_lora_starts_at_the_frozen_model_and_its_states_stay_there(saved):
     ids_BT, mask_BT = batch()
     plain, loaded = load(saved / "llama").backbone, load(saved / "llama", lora=Lora(dropout=0.5)).backbone

@@ -50,8 +50,9 @@ def test_help_shows_every_stage_in_order_and_each_names_the_next_command():
         assert following is None or following in text.split("Next: ")[1].split("Arguments")[0]
 
 
-def test_version_names_rarec_and_its_stack():
-    lines = CliRunner().invoke(app, ["--version"]).output.splitlines()
+@pytest.mark.parametrize("behind", [[], ["run"], ["WRONG"]])
+def test_version_names_rarec_and_its_stack_whatever_is_behind_it(behind):
+    lines = CliRunner().invoke(app, ["--version", *behind]).output.splitlines()
     assert lines[0].startswith("rarec ")
     assert {"torch", "transformers", "accelerate"} <= {line.split()[0] for line in lines}
 

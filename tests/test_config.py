@@ -7,7 +7,9 @@ import yaml
 
 from rarec.config import dump_config, load_config
 from rarec.config.load import read_tree
+from rarec.distributed.world import SINGLE
 from rarec.errors import UserError
+from rarec.training.accelerator import build_engine
 from tests.ranks import ENGINES
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +144,27 @@ def test_accelerate_reads_every_shipped_launch_file(path):
     assert loaded.num_processes == tree["num_processes"]
     named = tree.get("deepspeed_config", {}).get("deepspeed_config_file")
     assert named is None or (ROOT / named).is_file()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "setting"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend: INDUCTOR"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "use_megatron_lm"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "use_parallelism_config"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", "offload_param_device: cpu"),
+    ],
+)
+def test_a_launchers_setting_that_would_be_ignored_is_refused(small, monkeypatch, variable, value, setting):
+    config = load_config(small)
+    for off in ("NO", "false", "none"):  # as `accelerate launch` writes what is not set
+        monkeypatch.setenv(variable, off)
+        build_engine(SINGLE, config)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"{variable}, sets {setting}(.|\n)*-> "):
+        build_engine(SINGLE, config)
 
 
 def test_no_other_configuration_escapes_these_tests():

@@ -163,9 +163,13 @@ def with_lora(model: Any, config: Lora, seed: int) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT uses a name that transformers deprecates
-            return get_peft_model(model, settings)
+            adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets: {error}", "name linear modules of this architecture") from None
+    own = adapted.peft_config["default"]
+    for name in ("target_modules", "exclude_modules"):  # sets, which Python orders anew in each process
+        setattr(own, name, sorted(getattr(own, name) or []) or None)
+    return adapted
 
 
 def headless(model: Any) -> Any:
