@@ -8,8 +8,7 @@ from scipy import sparse
 
 from rarec.bundle.parts import DenseForm
 from rarec.errors import UserError
-from rarec.neighbours.base import NeighbourRanker
-from rarec.ranking import EvalBatch, FusedRanker, VectorRanker
+from rarec.ranking import EvalBatch, FusedRanker, NeighbourRanker, VectorRanker
 
 ITEMS, USERS = 30, 5
 

@@ -30,9 +30,9 @@ from rarec.data.tables import IN_MEMORY, Scratch
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.neighbours import base
-from rarec.neighbours.base import SCHEMA, TABLE, NeighbourModel, NeighbourRanker, batch_of, read_table, write_table
+from rarec.neighbours.base import SCHEMA, TABLE, NeighbourModel, batch_of, read_table, write_table
 from rarec.neighbours.counting import read_training_log
-from rarec.ranking import EvalBatch
+from rarec.ranking import EvalBatch, NeighbourRanker
 from rarec.stages.run import Run
 from tests.engines import needs_spark, on
 

@@ -11,8 +11,7 @@ from scipy.special import softmax
 from rarec.evaluation import fusion as late_fusion
 from rarec.evaluation.fusion import Fusion, Likelihood, ValidationLikelihood, fuse, maximise
 from rarec.evaluation.rows import pairs_of_interest
-from rarec.neighbours.base import NeighbourRanker
-from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, VectorRanker, rank_users
+from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, NeighbourRanker, VectorRanker, rank_users
 from rarec.ranking.rank import VectorScores, rank_scores
 
 RNG = np.random.default_rng(0)

@@ -28,9 +28,9 @@ from rarec.ids.source import Source
 from rarec.models.build import build_model, load_weights, slots_reserved
 from rarec.models.encode import Encoder
 from rarec.models.language_model import LoadedModel, load_model
-from rarec.neighbours.base import NeighbourRanker, NewItems
+from rarec.neighbours.base import NewItems
 from rarec.prompts import PromptPair
-from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores, VectorRanker
+from rarec.ranking import EvalBatch, FusedRanker, NeighbourRanker, Ranker, Scores, VectorRanker
 from rarec.ranking.rank import VectorScores
 from rarec.storage.artefacts import differences
 

@@ -20,8 +20,7 @@ from rarec.config.section import check_device
 from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.evaluation.results import part_title
-from rarec.ranking.rank import best_scores
-from rarec.ranking.rankers import USERS_AT_A_TIME
+from rarec.ranking.rank import USERS_AT_A_TIME, best_scores
 
 _LISTS = 'give a list of item ids for each user: [["sku-1", "sku-7"], ["sku-2"]]'
 

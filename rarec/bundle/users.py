@@ -35,7 +35,7 @@ from rarec.data.preparation.inputs import check_order, read_log, table_location
 from rarec.data.tables import read_columns
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.ranking.rankers import USERS_AT_A_TIME
+from rarec.ranking.rank import USERS_AT_A_TIME
 from rarec.storage.artefacts import read_sealed, write_sealed
 from rarec.storage.directories import discard, new_directory
 from rarec.storage.files import atomic_write

@@ -16,8 +16,7 @@ from rarec.evaluation.external import external_ranks
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.results import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, ORACLE, WITHOUT, part_title
 from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
-from rarec.neighbours.base import NeighbourRanker
-from rarec.ranking import CachedRanker, EvalBatch, Ranker, VectorRanker, rank_users
+from rarec.ranking import CachedRanker, EvalBatch, NeighbourRanker, Ranker, VectorRanker, rank_users
 from rarec.storage.files import write_json
 
 Ranks = dict[str, npt.NDArray[np.int64]]

@@ -1,1 +1,1 @@
-"""Neighbour models: item-item tables that are counted, not trained, and ranking by them."""
+"""Neighbour models: item-item tables that are counted, not trained. Knows no torch."""

@@ -1,6 +1,15 @@
-"""Ranks in the full catalogue, their metrics and intervals. Knows vectors and ranks, nothing of models."""
+"""Ranks in the full catalogue, their metrics and intervals. Knows vectors, neighbour tables and ranks, nothing of models."""
 
-from rarec.ranking.rank import Scores
-from rarec.ranking.rankers import CachedRanker, EvalBatch, FusedRanker, Ranker, VectorRanker, rank_users
+from rarec.ranking.rank import EvalBatch, Scores
+from rarec.ranking.rankers import CachedRanker, FusedRanker, NeighbourRanker, Ranker, VectorRanker, rank_users
 
-__all__ = ["CachedRanker", "EvalBatch", "FusedRanker", "Ranker", "Scores", "VectorRanker", "rank_users"]
+__all__ = [
+    "CachedRanker",
+    "EvalBatch",
+    "FusedRanker",
+    "NeighbourRanker",
+    "Ranker",
+    "Scores",
+    "VectorRanker",
+    "rank_users",
+]

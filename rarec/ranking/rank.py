@@ -1,15 +1,18 @@
-"""Rank targets, or find the best k, in the full catalogue: scores are computed a block of users at a time.
+"""Users to rank for; their targets' ranks, or the best k, in the full catalogue, a block of scores at a time.
 
-Shape letters: B users, N catalogue, D dimension, K interest vectors a user, C users of a block, S seen pairs.
+Shape letters: U all users, B users, N catalogue, D dimension, K interest vectors a user, C users of a block, S seen
+pairs.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 
@@ -19,8 +22,71 @@ Rows = npt.NDArray[np.integer]
 BLOCK_BYTES, BLOCK_USERS, MOST_BYTES = 16 << 20, 256, 256 << 20
 """A block holds the scores of `BLOCK_USERS` users: of more where that is under `BLOCK_BYTES`, of fewer, down to one,
 where it is over `MOST_BYTES`. Each block reads the whole table of items, so blocks of few users are slow."""
+USERS_AT_A_TIME = 2048
+"""Default size of a chunk: memory does not grow with the number of users."""
 GROUP = 64
 """Items of which the best score is found first, at the speed of memory, which `topk` is far from."""
+
+
+class Histories(Sequence[Rows]):
+    """The histories before each user's target, read when accessed: a list of all would grow with the users."""
+
+    def __init__(self, dataset: PreparedDataset, targets: EvalTargets, shuffled_by: int | None = None) -> None:
+        self.dataset, self.targets, self.shuffled_by = dataset, targets, shuffled_by
+
+    def __len__(self) -> int:
+        return len(self.targets.user_rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the history before one target, or a list of those of a slice."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        user = int(self.targets.user_rows[index])
+        history = self.dataset.history(user, int(self.targets.positions[index]))
+        if self.shuffled_by is None:
+            return history
+        return np.random.default_rng([self.shuffled_by, user]).permutation(history)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalBatch:
+    """Users to rank for, with the items each has seen and the target that follows.
+
+    Attributes:
+        user_rows: rows of the users in the prepared dataset, (U,).
+        histories: item rows before each target, oldest first: the model's input, and the items that do not compete.
+        targets: item row of each user's target, (U,).
+        kept: its chunks, if they were kept; see `keeping_chunks`.
+    """
+
+    user_rows: Rows
+    histories: Sequence[Rows]
+    targets: Rows
+    kept: tuple["EvalBatch", ...] = ()
+
+    @classmethod
+    def of(cls, dataset: PreparedDataset, targets: EvalTargets, shuffled_by: int | None = None) -> "EvalBatch":
+        """Build the batch of one part of the split.
+
+        Args:
+            dataset: prepared.
+            targets: from `dataset.targets`.
+            shuffled_by: seed by which every history is shuffled (sanity check); None keeps the order.
+        """
+        return cls(targets.user_rows, Histories(dataset, targets, shuffled_by), targets.item_rows)
+
+    def keeping_chunks(self) -> "EvalBatch":
+        """Return the same users with the same chunks at every call, so that a cached ranker computes each once."""
+        return EvalBatch(self.user_rows, self.histories, self.targets, tuple(self.chunks()))
+
+    def chunks(self, size: int = USERS_AT_A_TIME) -> Iterator["EvalBatch"]:
+        """Yield the users in order, at most `size` at a time."""
+        if self.kept and size == USERS_AT_A_TIME:
+            yield from self.kept
+            return
+        for start in range(0, len(self.user_rows), size):
+            part = slice(start, start + size)
+            yield EvalBatch(self.user_rows[part], self.histories[part], self.targets[part])
 
 
 class Scores(Protocol):

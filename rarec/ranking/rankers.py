@@ -9,85 +9,22 @@ Shape letters: B users of a chunk, U all users, N catalogue, K vectors of a user
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import sparse
 
-from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.distributed.world import CPU, SINGLE, World
-from rarec.ranking.rank import Scores, VectorScores, best_scores, rank_scores
+from rarec.ranking.neighbour_scores import factor_of_sums, newest_first, score
+from rarec.ranking.rank import USERS_AT_A_TIME, EvalBatch, Scores, VectorScores, best_scores, rank_scores
 
 Float32 = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.integer]
-USERS_AT_A_TIME = 2048
-"""Default size of a chunk: memory does not grow with the number of users."""
-
-
-class Histories(Sequence[Rows]):
-    """The histories before each user's target, read when accessed: a list of all would grow with the users."""
-
-    def __init__(self, dataset: PreparedDataset, targets: EvalTargets, shuffled_by: int | None = None) -> None:
-        self.dataset, self.targets, self.shuffled_by = dataset, targets, shuffled_by
-
-    def __len__(self) -> int:
-        return len(self.targets.user_rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return the history before one target, or a list of those of a slice."""
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        user = int(self.targets.user_rows[index])
-        history = self.dataset.history(user, int(self.targets.positions[index]))
-        if self.shuffled_by is None:
-            return history
-        return np.random.default_rng([self.shuffled_by, user]).permutation(history)
-
-
-@dataclass(frozen=True, eq=False)
-class EvalBatch:
-    """Users to rank for, with the items each has seen and the target that follows.
-
-    Attributes:
-        user_rows: rows of the users in the prepared dataset, (U,).
-        histories: item rows before each target, oldest first: the model's input, and the items that do not compete.
-        targets: item row of each user's target, (U,).
-        kept: its chunks, if they were kept; see `keeping_chunks`.
-    """
-
-    user_rows: Rows
-    histories: Sequence[Rows]
-    targets: Rows
-    kept: tuple["EvalBatch", ...] = ()
-
-    @classmethod
-    def of(cls, dataset: PreparedDataset, targets: EvalTargets, shuffled_by: int | None = None) -> "EvalBatch":
-        """Build the batch of one part of the split.
-
-        Args:
-            dataset: prepared.
-            targets: from `dataset.targets`.
-            shuffled_by: seed by which every history is shuffled (sanity check); None keeps the order.
-        """
-        return cls(targets.user_rows, Histories(dataset, targets, shuffled_by), targets.item_rows)
-
-    def keeping_chunks(self) -> "EvalBatch":
-        """Return the same users with the same chunks at every call, so that a cached ranker computes each once."""
-        return EvalBatch(self.user_rows, self.histories, self.targets, tuple(self.chunks()))
-
-    def chunks(self, size: int = USERS_AT_A_TIME) -> Iterator["EvalBatch"]:
-        """Yield the users in order, at most `size` at a time."""
-        if self.kept and size == USERS_AT_A_TIME:
-            yield from self.kept
-            return
-        for start in range(0, len(self.user_rows), size):
-            part = slice(start, start + size)
-            yield EvalBatch(self.user_rows[part], self.histories[part], self.targets[part])
 
 
 class Ranker(ABC):
@@ -150,6 +87,69 @@ class VectorRanker(Ranker):
     def _placed(self) -> Float32 | torch.Tensor:
         """The catalogue's vectors, where scores are computed."""
         return self.items_NZ if self.device == CPU else torch.from_numpy(self.items_NZ).to(self.device)
+
+
+@dataclass(frozen=True)
+class NeighbourRanker(Ranker):
+    """The root of the sum, over the newest items of the history, of their scores for an item, older ones decayed.
+
+    Attributes:
+        table_NN: score of each item's neighbours, 0 for all others.
+        newest: number of items of the history that are read.
+        decay: factor by each older item.
+        lacking_N: see `Ranker`.
+        lists: see `Ranker`.
+    """
+
+    table_NN: sparse.csr_matrix
+    newest: int
+    decay: float
+    lacking_N: npt.NDArray[np.bool_] | None = None
+    lists: bool = field(default=True, init=False)
+
+    def scored(self, chunk: EvalBatch) -> Scores:
+        """See `Ranker`."""
+        return NeighbourScores(self._newest_BN(chunk.histories), self.table_NN)
+
+    def near(self, histories: Sequence[npt.NDArray[np.integer]]) -> sparse.csr_matrix:
+        """Return the scores after some histories, (B, N): of the few items that are neighbours of one of theirs."""
+        sums_BN = self._newest_BN(histories) @ self.table_NN
+        sums_BN.data = score(sums_BN.data)
+        return sums_BN
+
+    def lists_targets(self, batch: EvalBatch) -> npt.NDArray[np.bool_]:
+        """Return whether each user's target is a neighbour of the newest items of the history, (U,)."""
+        listed = [np.empty(0, np.bool_)]
+        for chunk in batch.chunks():
+            sums_BN = self._newest_BN(chunk.histories) @ self.table_NN
+            listed.append(np.asarray(sums_BN[np.arange(len(chunk.targets)), chunk.targets]).ravel() > 0)
+        return np.concatenate(listed)
+
+    def scaled(self, weight_N: npt.NDArray[np.float64]) -> "NeighbourRanker":
+        """Return the ranker whose score of each item is its own times the item's weight, not below 0."""
+        table, factor_N = self.table_NN, factor_of_sums(weight_N).astype(np.float32)
+        scaled = table.data * factor_N[table.indices]
+        return replace(self, table_NN=sparse.csr_matrix((scaled, table.indices, table.indptr), table.shape))
+
+    def _newest_BN(self, histories: Sequence[npt.NDArray[np.integer]]) -> sparse.csr_matrix:
+        """Return the weight of each item in each user's history: 1 for the newest, smaller for older ones."""
+        items, weights, starts = newest_first(histories, self.newest, self.decay)
+        return sparse.csr_matrix((weights.astype(np.float32), items, starts), (len(histories), self.table_NN.shape[0]))
+
+
+class NeighbourScores:
+    """Scores of a `NeighbourRanker`."""
+
+    width = 2
+
+    def __init__(self, histories_BN: sparse.csr_matrix, table_NN: sparse.csr_matrix) -> None:
+        self._histories_BN, self._table_NN = histories_BN, table_NN
+        self.n_users, self.n_items = (int(size) for size in histories_BN.shape)
+
+    def block(self, users: slice) -> torch.Tensor:
+        """See `Scores`."""
+        sums_CN = (self._histories_BN[users] @ self._table_NN).toarray()
+        return torch.from_numpy(score(sums_CN, out=sums_CN))
 
 
 class CachedRanker(Ranker):

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from rarec.models.encode import Encoder
     from rarec.models.language_model import LoadedModel
     from rarec.models.towers import RaRec
-    from rarec.neighbours.base import NeighbourRanker
     from rarec.prompts import PromptPair
+    from rarec.ranking import NeighbourRanker
     from rarec.training.engines import Engine
 
 Say = Callable[[str], None]
@@ -364,7 +364,8 @@ class Run:
         return open_source(directory, section.recipe if isinstance(section, Ids) else None)
 
     def _neighbours(self, name: str) -> "NeighbourRanker":
-        from rarec.neighbours.base import TABLE, NeighbourRanker, read_table
+        from rarec.neighbours.base import TABLE, read_table
+        from rarec.ranking import NeighbourRanker
 
         config = self.config.neighbours
         table_NN = read_table(self.stage("neighbours", name).checked() / TABLE, self.dataset.n_items, self.scratch)
