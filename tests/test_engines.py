@@ -3,7 +3,7 @@
 import re
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,22 @@ def test_a_table_or_column_that_a_database_lacks_is_named(tmp_path: Path, kind: 
         run(of_tables(url, user="whom"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["TIME", "TIMETZ", "INTERVAL", "INT[]", "BOOLEAN"])
+def test_a_column_of_a_wrong_type_is_refused_by_its_table_and_a_view_may_convert_it(tmp_path: Path, kind: str) -> None:
+    url = database(tmp_path, "duckdb")
+    with duckdb.connect(url.removeprefix("duckdb://")) as connection:
+        connection.execute(f"CREATE TABLE wrong AS SELECT who, what, bought, NULL::{kind} AS odd FROM log")
+        connection.execute("CREATE VIEW mended AS SELECT who, what, CAST(bought AS TEXT) AS odd FROM wrong")
+    for role in ("time", "user"):
+        told: list[str] = []
+        with pytest.raises(UserError) as caught:
+            run(of_tables(url, table="wrong", **{role: "odd"}), tmp_path / "out", told)
+        assert caught.value.problem.startswith(f"table wrong: column 'odd' (prepare.interactions.{role}) holds ")
+        assert ("timestamps" in caught.value.remedy) == (role == "time")
+        assert not [line for line in told if "wrong" in line]  # nothing has been counted
+    run(of_tables(url, table="mended", time="odd"), tmp_path / "out")
+
+
 @needs_spark
 def test_a_registered_table_of_spark_is_read_by_name(tmp_path: Path) -> None:
     columns = "item string, title string, brand string, year string"
@@ -238,6 +254,15 @@ def test_timestamps_and_days_of_parquet_are_times(tmp_path: Path, engine: str) -
         found = pq.read_table(tmp_path / "out" / "prepare" / "interactions.parquet")["time"].to_pylist()
         assert found == [first, 1_699_920_000.0, 1_709_164_800.0, 1_709_251_200.0]
         assert dataset.item_rows_I.tolist() == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("unit", ["us", "ns"])
+def test_a_time_of_day_is_no_time(tmp_path: Path, unit: str) -> None:
+    write(tmp_path, suffix="parquet")
+    times = pa.array([time(1), time(2)], pa.time64(unit))
+    pq.write_table(pa.table({"user": ["u", "u"], "item": ["a", "b"], "time": times}), tmp_path / "log.parquet")
+    with pytest.raises(UserError, match=r"log\.parquet: column 'time' \(prepare\.interactions\.time\) .*(?i:time)"):
+        run(configure(tmp_path, log="log.parquet", items="items.parquet"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("engine", ["duckdb", pytest.param("spark", marks=needs_spark)])

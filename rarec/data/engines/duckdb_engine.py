@@ -187,13 +187,14 @@ class DatabaseEngine(DuckDBEngine):
         try:
             table = self._source.table(name, database=schema or None)
             check_columns(table.columns, roles, location)
+            check_types(table.select(**roles), roles, location)
             table = table.select(*dict.fromkeys(roles.values()))
             copied = self._copy(table.order_by(*table.columns) if lines else table, location)
         except UserError:
             raise
         except Exception as error:  # every driver has its own exceptions
             problem = f"{location.section}: {location.name}: {self._scheme} raised {type(error).__name__}: {error}"
-            remedy = "check that the table exists (NAME or SCHEMA.NAME) and that you may read it"
+            remedy = "check the table's name (NAME or SCHEMA.NAME), your right to read it, and its columns' types"
             raise UserError(problem, remedy) from None
         return super().read(copied, roles, lines=lines)
 

@@ -9,11 +9,14 @@ from typing import Any, Protocol
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from rarec.data.engines.table_files import TableLocation
+from rarec.data.engines.table_files import NAMED, TableLocation
 from rarec.errors import UserError, nearest
 
 KEYS = ("user", "item", "time", "position")
 """Roles whose values are compared, and so must be of one type."""
+ALIKE = "write it as text in every row, or as numbers in every row; in a database, a view with a CAST will do"
+DATED = "name a column of timestamps, dates, ISO 8601 text or epoch numbers; in a database, a view can have one"
+"""Remedies of a column whose type does not serve."""
 
 
 class PrepareEngine(Protocol):
@@ -75,7 +78,8 @@ def check_types(
 ) -> None:
     """Refuse types that are not what a role needs, or that engines write differently.
 
-    Lists, structures and times of day are refused everywhere; ids are text or numbers, and an order is not a truth.
+    Lists, structures, durations and times of day are refused everywhere; ids are text or numbers, and an order is not a
+    truth. Types that Ibis does not know are refused too, but in a database, from which they are copied as text.
 
     Args:
         table: one column for each role.
@@ -88,8 +92,11 @@ def check_types(
     """
     for role, name in roles.items():
         kind = table[role].type()
-        wrong = kind.is_nested() or kind.is_time() or (role in KEYS and (kind.is_boolean() or name in mixed))
+        wrong = kind.is_nested() or kind.is_time() or kind.is_interval()
+        wrong = wrong or (kind.is_unknown() and location.format != NAMED)
+        wrong = wrong or (role in KEYS and (kind.is_boolean() or name in mixed))
         if wrong or (role in ("user", "item") and kind.is_temporal()):
-            holds = "objects, lists or values of several types" if name in mixed else f"values of type {kind}"
+            shown = kind.raw_type if kind.is_unknown() else kind
+            holds = "objects, lists or values of several types" if name in mixed else f"values of type {shown}"
             problem = f"{location.name}: column {name!r} ({location.field(role)}) holds {holds}"
-            raise UserError(problem, "write it as text in every row, or as numbers in every row")
+            raise UserError(problem, DATED if role == "time" and name not in mixed else ALIKE)
