@@ -3,17 +3,22 @@
 import os
 import shutil
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rarec.config.schema import Train
 from rarec.data.shards.files import MAX_OPEN, ShardDataset, Tars, open_index
-from rarec.data.shards.loader import name_samples, read_names
+from rarec.data.shards.loader import SKIPPED, Feed, name_samples, read_names
 from rarec.data.shards.samples import key_of, write_tar
+from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.storage.files import write_json
 from tests.shards import Stream, made_sample, open_stream, plan_of, users, write_shards
@@ -155,8 +160,7 @@ def test_damage_is_found_sample_by_sample_and_the_rest_trains_on(tmp_path):
     index_S = open_index(tmp_path, manifest)
 
     def damaged_samples() -> list[int]:
-        samples = ShardDataset(index_S, Tars(tmp_path))
-        return [number for number in range(40) if not samples.is_intact(number)]
+        return ShardDataset(index_S, Tars(tmp_path)).damaged(range(4), 2)
 
     assert damaged_samples() == []
     (tmp_path / "000001.tar").unlink()
@@ -169,6 +173,61 @@ def test_damage_is_found_sample_by_sample_and_the_rest_trains_on(tmp_path):
     assert damaged == [*range(10, 20), 23, 27, 38, 39]
     stream = open_stream(tmp_path, manifest, excluded=damaged)
     assert sorted(chain(*users(stream.epoch(0)))) == sorted(set(range(40)) - set(damaged))
+
+
+def test_shards_are_checked_in_parallel(tmp_path):
+    index_S, both = open_index(tmp_path, write_shards(tmp_path, [3, 3])), Barrier(2)
+
+    class Meeting(Tars):
+        def open(self, shard: int):
+            both.wait(timeout=30)  # the other shard is opened at the same time
+            return super().open(shard)
+
+    assert ShardDataset(index_S, Meeting(tmp_path)).damaged(range(2), 2) == []
+
+
+class ThreadRank(World):
+    """A rank that is a thread: what ranks exchange is in a list that they share."""
+
+    def among(self, ranks: Barrier, values: list) -> "ThreadRank":
+        self.__dict__.update(ranks=ranks, values=values)
+        return self
+
+    def exchange(self, own):
+        self.values[self.rank] = own
+        self.ranks.wait(timeout=30)
+        values = list(self.values)
+        self.ranks.wait(timeout=30)
+        return values
+
+    def all_reduce_max_(self, array):
+        array[...] = np.max(self.exchange(array.copy()), axis=0)
+        return array
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_ranks_agree_on_damaged_samples_though_each_sees_other_files(tmp_path, begun):
+    config = SimpleNamespace(train=Train.model_validate({"stream": {"damaged": "skip"}}))
+    ranks, values, opened = Barrier(2), [None, None], []
+
+    def excluded(rank: int) -> list[int]:
+        directory = tmp_path / str(rank)
+        manifest = write_shards(directory, [3, 3, 3])
+        tars = Counted(directory)
+        os.truncate(directory / "000001.tar", 0)
+        if rank == 0:  # the record of a training that has begun, and damage that rank 1 does not see
+            write_json(directory / SKIPPED, name_samples(open_index(directory, manifest), np.array([4])))
+            (directory / "000002.tar").write_bytes(b"")
+        feed = Feed(config, manifest, ShardDataset(open_index(directory, manifest), tars), 0, lambda line: None)
+        world = ThreadRank(rank, 2).among(ranks, values)
+        numbers = feed.exclusions(directory, begun and rank == 0, world)
+        opened.extend(tars.opened)
+        return numbers.tolist()
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(excluded, range(2))
+    assert first == second == ([4] if begun else [3, 4, 5, 6, 7, 8])
+    assert sorted(opened) == ([] if begun else [0, 1, 2])  # each is checked by one rank
 
 
 def test_damaged_samples_are_named_on_record_and_a_garbled_record_is_refused(tmp_path):

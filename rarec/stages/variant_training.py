@@ -49,7 +49,7 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     # The other files are the tars, whose samples are checked one by one.
     world.run_on_main(lambda: run.stage("shards").checked(ITEM_STATES, TARGET_COUNTS, INDEX))
     feed = open_feed(run)
-    excluded = feed.exclusions(directory, begun=bool(checkpoints.steps()))
+    excluded = feed.exclusions(directory, bool(checkpoints.steps()), world)
     plan = feed.plan(excluded)
     plan.check_world_size(world.size * config.accumulate, config.epochs)
     accelerator = build_accelerator(world, config.trackers, directory) if world.is_main else None

@@ -13,8 +13,10 @@ Shape letters: S samples, n samples that are read together.
 import hashlib
 import os
 import time
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -210,8 +212,28 @@ class ShardDataset:
         release_pages(self.index_S)
         return samples
 
-    def is_intact(self, number: int) -> bool:
-        """Return whether a sample can be read, and matches the index."""
+    def damaged(self, shards: Iterable[int], threads: int) -> list[int]:
+        """Return the numbers of the samples of some shards that cannot be read, or do not match the index.
+
+        Args:
+            shards: numbers of the shards.
+            threads: number of shards read in parallel.
+
+        Raises:
+            OSError: a tar that may be whole cannot be opened.
+        """
+        with ThreadPoolExecutor(threads) as pool:
+            return [number for numbers in pool.map(self._damaged_in, shards) for number in numbers]
+
+    def _damaged_in(self, shard: int) -> list[int]:
+        shard_S = self.index_S["shard"]
+        numbers = range(bisect_left(shard_S, shard), bisect_left(shard_S, shard + 1))
+        samples = ShardDataset(self.index_S, self.tars)  # with an open file of its own
+        damaged = [number for number in numbers if not samples._is_intact(number)]
+        samples._close(shard)
+        return damaged
+
+    def _is_intact(self, number: int) -> bool:
         try:
             self[number]
         except UserError:

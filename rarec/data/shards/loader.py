@@ -75,19 +75,32 @@ class Feed:
         """Read the first `count` samples of a training one by one, or all if there are fewer."""
         return (self.samples[number] for number in plan.first_samples(count).tolist())
 
-    def exclusions(self, variant: Path, begun: bool) -> Numbers:
+    def exclusions(self, variant: Path, begun: bool, world: World) -> Numbers:
         """Return the samples that a variant leaves out: those on record, or before its first step, those damaged now.
+
+        Every rank returns the same: rank 0 reads the record, and each shard is checked by one rank.
 
         Args:
             variant: directory of the variant.
-            begun: whether its training has taken a step.
+            begun: whether its training has taken a step, as rank 0 sees it.
+            world: the ranks that train.
+
+        Raises:
+            UserError: the record is malformed, or of other shards.
         """
-        if begun and (variant / SKIPPED).exists():
-            return read_names(variant / SKIPPED, self.samples.index_S)
-        if begun or self.config.train.stream.damaged == "refuse":
+        index_S, path = self.samples.index_S, variant / SKIPPED
+        numbers: Numbers | list[int]
+        if world.all_reduce_max(int(begun and world.is_main)):
+            numbers = world.run_on_all(lambda: read_names(path, index_S) if world.is_main and path.exists() else [])
+        elif self.config.train.stream.damaged == "refuse":
             return np.array([], np.int64)
-        self.say(f"checking {len(self.samples)} samples")
-        return np.array([row for row in range(len(self.samples)) if not self.samples.is_intact(row)], np.int64)
+        else:
+            self.say(f"checking {len(index_S)} samples")
+            shards = range(world.rank, int(index_S["shard"][-1]) + 1, world.size)
+            numbers = world.run_on_all(lambda: self.samples.damaged(shards, os.cpu_count() or 1))
+        left_out_S = np.zeros(len(index_S), np.uint8)
+        left_out_S[numbers] = 1
+        return np.flatnonzero(world.all_reduce_max_(left_out_S))
 
     def record(self, variant: Path, excluded: Numbers) -> None:
         """Report the samples that a variant leaves out, and write them to its directory, where a resume reads them."""
