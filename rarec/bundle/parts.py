@@ -10,6 +10,7 @@ vectors of a user, E source dimension.
 """
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -308,12 +309,20 @@ class DenseScores:
 
     def __init__(self, form: DenseForm, histories: RowsOfUsers) -> None:
         self._dense = VectorScores(form.users(histories), form.items_NF)
-        self._near_BN = form.near(histories)
         self.n_users, self.n_items, self.width = len(histories), self._dense.n_items, self._dense.width + 1
+        near_BN = form.near(histories)
+        full = 2 * near_BN.nnz > self.n_users * self.n_items  # a sparse entry takes twice the memory of a dense one
+        self._near_BN = torch.from_numpy(near_BN.toarray()) if full else near_BN
 
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""
-        return torch.from_numpy(np.asarray(self._near_BN[users] + self._dense.block(users).numpy()))
+        near_CN = self._near_BN[users]
+        if not torch.is_tensor(near_CN):
+            starts, columns, values = map(torch.from_numpy, (near_CN.indptr, near_CN.indices, near_CN.data))
+            with warnings.catch_warnings():  # torch says that these tensors are in beta
+                warnings.simplefilter("ignore")
+                near_CN = torch.sparse_csr_tensor(starts, columns, values, near_CN.shape)
+        return self._dense.block(users).add_(near_CN)
 
 
 def _predicted_vectors(fusion: FusedRanker, first_NZ: Float32) -> npt.NDArray[np.float64]:
