@@ -1,11 +1,19 @@
-"""Rooms (folders of the package) import only from rooms before them, without circles; light modules load no torch."""
+"""The house as docs/architecture.md has it: rooms and their imports, and the files that a step and a top-k pass."""
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+import rarec
+from rarec.entry import open_run
+from rarec.training.loop import Trainer
+from tests.ranks import copied
 from tools.make_architecture import PAGE, ROOMS, imports, room_of, with_table
 
 GRAPH = imports()
@@ -41,3 +49,47 @@ def test_the_page_has_the_table_of_rooms_and_their_imports():
 def test_light_modules_do_not_load_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def traced(action: Callable[[], object]) -> set[str]:
+    """Run an action; return the files of the package that run in it."""
+    root, files = Path(rarec.__file__).parent, set[Path]()
+    sys.setprofile(lambda frame, event, _: files.add(Path(frame.f_code.co_filename)) if event == "call" else None)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return {str(file.relative_to(root)) for file in files if file.is_relative_to(root)}
+
+
+def listed(title: str) -> set[str]:
+    """Return the files that a section of the page names; a name without a room is of the room before it."""
+    section = PAGE.read_text().split(f"## {title}")[1].split("\n## ")[0]
+    files, room = set(), ""
+    for name in re.findall(r"`([a-z_/]+\.py)`", section):
+        room = name.rpartition("/")[0] or room
+        files.add(f"{room}/{name.rpartition('/')[2]}")
+    return files | {"distributed/world.py", "data/tables.py"}
+
+
+def test_a_history_passes_the_files_of_the_page_to_its_top_k(recommender):
+    history = list(recommender.items)[:3]
+    recommender.recommend([history])  # the first list loads the model
+    files = traced(lambda: recommender.recommend([history], k=5))
+    own = {"models/slots.py", "prompts/hybrid.py"}  # the page has them in a training step
+    assert files - listed("From a log") <= own
+    assert len(files) <= 15
+
+
+def test_a_step_passes_the_files_of_the_page(decoder, tmp_path, monkeypatch):
+    step, files = Trainer._step, set()
+
+    def traced_step(*args: Any) -> Any:
+        results = []
+        files.update(traced(lambda: results.append(step(*args))))
+        return results[0]
+
+    monkeypatch.setattr(Trainer, "_step", traced_step)
+    open_run(decoder, [copied(decoder, tmp_path / "run"), "train.stream.workers=0", "train.max_steps=2"]).run(["train"])
+    assert files - listed("A training step") == set()
+    assert len(files) <= 17
