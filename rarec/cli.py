@@ -65,7 +65,7 @@ def plan(
 
     Nothing is loaded but the language model's config.json. Next: the command that it prints
     """
-    from rarec.planning.input_sizes import Cluster, parse_engine
+    from rarec.planning.setup import Cluster, parse_engine
 
     cluster = Cluster.of(gpus, machines, memory, device)
     engine = parse_engine(zero) if zero else None

@@ -8,8 +8,8 @@ import yaml
 from rarec.config import RunConfig
 from rarec.models.build import SourceShape
 from rarec.planning.calculator import Calculator
-from rarec.planning.input_sizes import Cluster
 from rarec.planning.meta_model import MetaModelBuilder
+from rarec.planning.setup import Cluster
 
 D, F, V, E, M, BLOCKS, HEADS = 32, 64, 200, 6, 2, 2, 4
 """Sizes of the tiny Llama: hidden, feed-forward, vocabulary; dimension of the source, instructions, blocks, heads."""

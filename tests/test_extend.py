@@ -22,7 +22,7 @@ from rarec.evaluation.results import part_title, variant_title
 from rarec.export import write_targets
 from rarec.ids.source import open_source
 from rarec.ids.validation import Validation
-from rarec.planning.input_sizes import Cluster
+from rarec.planning.setup import Cluster
 from rarec.stages import STAGES
 from rarec.stages.run import Run
 from rarec.stages.stage import Stage

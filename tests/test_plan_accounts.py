@@ -18,7 +18,7 @@ from rarec.errors import UserError
 from rarec.models.build import SourceShape
 from rarec.planning.activations import MemoryTracker, StepShape, step_activations
 from rarec.planning.costs import SHIPPED_ZERO, rank_memory, step_traffic
-from rarec.planning.input_sizes import ENGINES, EpochBatches, PromptLengths, SampleStats, prompt_length_bounds
+from rarec.planning.setup import ENGINES, EpochBatches, PromptLengths, SampleStats, prompt_length_bounds
 from rarec.stages.train import plan
 from rarec.stages.variant_training import open_feed
 from tests.plans import BLOCKS, GPU, HEADS, D, E, F, M, V, calculator, tree, written

@@ -19,8 +19,8 @@ from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.planning.advice import plan_variants, smallest_change
 from rarec.planning.calculator import Calculator
-from rarec.planning.input_sizes import Cluster, parse_engine
 from rarec.planning.plan_table import render
+from rarec.planning.setup import Cluster, parse_engine
 from rarec.stages.train import plan
 from tests.plans import BLOCKS, GPU, HEADS, LLAMA_8B, D, F, V, calculator, room, written
 from tests.synthetic import write_llm

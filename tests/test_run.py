@@ -13,7 +13,7 @@ import rarec
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.models.encode import Encoder
-from rarec.planning.input_sizes import Cluster
+from rarec.planning.setup import Cluster
 from rarec.ranking.rank import VectorScores, rank_scores
 from rarec.stages import STAGES
 from rarec.stages.run import Run

@@ -9,7 +9,7 @@ import pytest
 from rarec.config.load import format_override
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.planning.input_sizes import Cluster
+from rarec.planning.setup import Cluster
 from rarec.stages.run import Run
 from rarec.stages.train import plan
 from rarec.storage.artefacts import MANIFEST

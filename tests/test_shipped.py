@@ -14,8 +14,8 @@ from rarec.cluster import load_sweep
 from rarec.cluster.slurm import submit
 from rarec.config.shipped import shipped_file, shipped_files
 from rarec.errors import UserError
-from rarec.planning.input_sizes import Cluster, EngineName, TrainingSetup
 from rarec.planning.plan_table import launch_command
+from rarec.planning.setup import Cluster, EngineName, TrainingSetup
 from tests.conftest import make_world
 from tests.sweeps import write_sweep
 

@@ -10,7 +10,7 @@ from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.planning.calculator import Calculator
 from rarec.planning.costs import RankMemory
-from rarec.planning.input_sizes import ENGINES, REPLICATED, Cluster, EngineName, TrainingSetup
+from rarec.planning.setup import ENGINES, REPLICATED, Cluster, EngineName, TrainingSetup
 
 PREFERENCE: tuple[EngineName, ...] = ("0", "2", "3")
 MAX_GPUS, MAX_MACHINES = 8, 64

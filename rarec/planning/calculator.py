@@ -18,7 +18,8 @@ from rarec.planning.costs import (
     step_seconds,
     step_traffic,
 )
-from rarec.planning.input_sizes import (
+from rarec.planning.meta_model import MetaModel, MetaModelBuilder
+from rarec.planning.setup import (
     REPLICATED,
     Cluster,
     EngineName,
@@ -28,7 +29,6 @@ from rarec.planning.input_sizes import (
     TrainingSetup,
     prompt_length_bounds,
 )
-from rarec.planning.meta_model import MetaModel, MetaModelBuilder
 
 T = TypeVar("T")
 

@@ -39,8 +39,8 @@ from dataclasses import dataclass
 
 from rarec.distributed.hardware import NETWORK_GB_S
 from rarec.planning.activations import Activations
-from rarec.planning.input_sizes import REPLICATED, Cluster, EngineName
 from rarec.planning.meta_model import MetaModel, Weight
+from rarec.planning.setup import REPLICATED, Cluster, EngineName
 
 TOWERS = 2
 _FLOAT = 4

@@ -12,7 +12,7 @@ from rarec.config.shipped import shipped_file
 from rarec.planning.advice import RunPlan
 from rarec.planning.calculator import Calculator
 from rarec.planning.costs import MFU
-from rarec.planning.input_sizes import EngineName, TrainingSetup
+from rarec.planning.setup import EngineName, TrainingSetup
 
 TITLES: dict[EngineName, str] = {"0": "DDP", "1": "ZeRO-1", "2": "ZeRO-2", "3": "ZeRO-3", "fsdp2": "FSDP2"}
 ROWS = {

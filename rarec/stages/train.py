@@ -15,7 +15,7 @@ from rarec.storage.files import sha256_file
 if TYPE_CHECKING:
     from rarec.models.towers import RaRec
     from rarec.planning.advice import RunPlan
-    from rarec.planning.input_sizes import Cluster, EngineName
+    from rarec.planning.setup import Cluster, EngineName
     from rarec.training.checkpoints import Checkpoints
     from rarec.training.loop import Trainer
 
@@ -139,8 +139,8 @@ def plan(run: Run, cluster: "Cluster", engine: "EngineName | None") -> "RunPlan"
     """
     from rarec.planning.advice import plan_variants
     from rarec.planning.calculator import Calculator
-    from rarec.planning.input_sizes import SampleStats, source_shapes
     from rarec.planning.meta_model import MetaModelBuilder
+    from rarec.planning.setup import SampleStats, source_shapes
 
     stage = run.stage("shards")
     samples = None

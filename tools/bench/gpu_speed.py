@@ -37,8 +37,8 @@ from rarec.models.language_model import LoadedModel, compile_blocks, with_lora
 from rarec.models.losses import LossTargets, Objective
 from rarec.models.towers import RaRec, SideBatch, on_device
 from rarec.planning.calculator import Calculator
-from rarec.planning.input_sizes import Cluster, PromptLengths
 from rarec.planning.meta_model import MetaModelBuilder
+from rarec.planning.setup import Cluster, PromptLengths
 from rarec.training.engines import Engine
 from tools.bench.measuring import Figure, at_least, in_turns, model_tree, options, print_table
 from tools.bench.small_runs import llama

@@ -38,8 +38,8 @@ from rarec.models.towers import SideBatch
 from rarec.planning.activations import HISTORY
 from rarec.planning.calculator import Calculator
 from rarec.planning.costs import ZeroSettings, step_traffic
-from rarec.planning.input_sizes import Cluster, EngineName, PromptLengths, TrainingSetup
 from rarec.planning.meta_model import MetaModelBuilder
+from rarec.planning.setup import Cluster, EngineName, PromptLengths, TrainingSetup
 from rarec.stages.run import Run
 from tools.bench.measuring import Figure, model_tree, on_ranks, options, print_table
 from tools.bench.small_runs import ROOT, bytes_of, llama, local, write_llama
