@@ -14,7 +14,7 @@ from rich.text import Text
 from rarec.cli_bundle import LanguageModel, Overrides, Trust, items, open_bundle, realign, recommend, serve
 from rarec.console.inert import in_one_line
 from rarec.console.progress import Console, console, say
-from rarec.entry import open_run, run_stage
+from rarec.entry import open_run, run_stage, write_example
 from rarec.errors import EXIT_CODE, UserError
 from rarec.stages import STAGES
 
@@ -45,9 +45,7 @@ def init(
     example: Annotated[str, typer.Option(help="demo, mine (your own log) or beauty.")] = "mine",
 ) -> None:
     """Write a commented configuration to start from, and what launchers and SLURM need. Next: rarec run"""
-    from rarec.init import init as write_files
-
-    config = write_files(directory, example)
+    config = write_example(directory, example)
     print(f"{config}: read it, then:\n  cd {shlex.quote(str(directory))} && rarec run {config.name}")
 
 

@@ -1,4 +1,4 @@
-"""The entry that the command line and the scripts in `launch/` share: open a run, run a stage of it.
+"""The entry that the command line and the scripts in `launch/` share: start a directory, open a run, run a stage of it.
 
 Its own imports are light, so that an error while all else is imported ends in order.
 """
@@ -10,9 +10,46 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rarec.console.last_resort import crash_context, guarded
 from rarec.errors import UserError
+from rarec.storage.files import write_text
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run
+
+EXAMPLES = ("demo", "mine", "beauty")
+"""Configurations to start from: the demo, inside this package; your own log; the headline of the results."""
+BESIDE = ("configs/accelerate/*.yaml", "configs/deepspeed/*.json", "launch/*.py", "launch/slurm/*")
+"""Files that commands of the documentation name; they are copied to the same relative paths."""
+
+
+def write_example(directory: Path, example: str) -> Path:
+    """Write a configuration to start from, with what `accelerate launch` and `sbatch` need beside it.
+
+    Args:
+        directory: made if need be; files that are there already and equal are left alone.
+        example: one of `EXAMPLES`.
+
+    Returns:
+        The configuration's path.
+
+    Raises:
+        UserError: there is no such example, or a file of that name is there and differs. Nothing is written then.
+    """
+    from rarec.config.shipped import shipped_files
+
+    if example not in EXAMPLES:
+        raise UserError(f"there is no example {example!r}", f"choose one of {', '.join(EXAMPLES)}")
+    root = shipped_files()
+    beside = [path for pattern in BESIDE for path in sorted(root.glob(pattern)) if path.is_file()]
+    copies = {directory / path.relative_to(root): path for path in beside}
+    copies[directory / f"{example}.yaml"] = root / "configs" / "runs" / f"{example}.yaml"
+    texts = {to: path.read_text(encoding="utf-8") for to, path in copies.items()}
+    for to, text in texts.items():
+        if to.exists() and (to.is_dir() or to.read_text(errors="replace") != text):
+            raise UserError(f"{to} is there already, with other content", "choose another directory")
+    for to, text in texts.items():
+        if not to.exists():
+            write_text(to, text)
+    return directory / f"{example}.yaml"
 
 
 def open_run(config: Path | str, overrides: Iterable[str] | None = None) -> "Run":

@@ -29,7 +29,7 @@ from rarec.stages.run import Run
 from rarec.stages.variant_training import open_feed, open_initialiser
 from rarec.storage.files import read_json
 from rarec.training import batches
-from rarec.training.checkpoints import Checkpoints
+from rarec.training.loop import Checkpoints
 from tests.processes import all_end, workers_of
 from tests.shards import made_sample
 from tests.synthetic import write_llm

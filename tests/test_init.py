@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from rarec.cli import app
 from rarec.config import load_config
+from rarec.entry import EXAMPLES, write_example
 from rarec.errors import UserError
-from rarec.init import EXAMPLES, init
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_is_copied_with_what_launchers_need(tmp_path, example):
-    config = init(tmp_path / "new" / "place", example)
+    config = write_example(tmp_path / "new" / "place", example)
     assert config == tmp_path / "new" / "place" / f"{example}.yaml"
     load_config(config)
     copied = contents(config.parent)
@@ -32,10 +32,10 @@ def test_an_example_is_copied_with_what_launchers_need(tmp_path, example):
 
 
 def test_a_second_example_is_added_and_equal_files_are_left_alone(tmp_path):
-    first = init(tmp_path, "mine")
+    first = write_example(tmp_path, "mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    init(tmp_path, "mine")
-    second = init(tmp_path, "beauty")
+    write_example(tmp_path, "mine")
+    second = write_example(tmp_path, "beauty")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert first.is_file()
     assert second.is_file()
@@ -49,14 +49,14 @@ def test_a_file_that_differs_is_refused_and_nothing_is_written(tmp_path, name, c
     place.mkdir() if content is None else place.write_bytes(content)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=str(place)) as error:
-        init(tmp_path, "mine")
+        write_example(tmp_path, "mine")
     assert "directory" in error.value.remedy
     assert contents(tmp_path) == before
 
 
 def test_an_unknown_example_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(UserError, match="'yours'") as error:
-        init(tmp_path / "new", "yours")
+        write_example(tmp_path / "new", "yours")
     assert all(name in error.value.remedy for name in EXAMPLES)
     assert not (tmp_path / "new").exists()
 

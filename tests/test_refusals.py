@@ -11,7 +11,7 @@ from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.storage.directories import MARKER
 from rarec.storage.files import read_json, sha256_file
-from rarec.training.checkpoints import Checkpoints, TrainingState
+from rarec.training.loop import Checkpoints, TrainingState
 from tests.processes import unfinish
 from tests.ranks import Job, copied, start, wait_for_step
 from tests.test_diagnostics import make_model

@@ -21,7 +21,7 @@ from rarec.models.losses import LossTerms
 from rarec.stages import variant_training
 from rarec.storage.checkpoint_store import CorruptCheckpoint
 from rarec.storage.files import read_json
-from rarec.training.checkpoints import Checkpoints
+from rarec.training.loop import Checkpoints
 from rarec.training.engines import build_optimizer, rate_at, set_rate
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "train.py"

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from rarec.models.towers import RaRec
     from rarec.planning.advice import RunPlan
     from rarec.planning.setup import Cluster, EngineName
-    from rarec.training.checkpoints import Checkpoints
-    from rarec.training.loop import Trainer
+    from rarec.training.loop import Checkpoints, Trainer
 
 OUTSIDE = ("variants", "trackers", "keep", "stream")
 """Fields of `train` that do not shape a variant's weights."""
@@ -82,7 +81,7 @@ class TrainStage(Stage):
 
     def checkpoints(self, directory: Path | None = None) -> "Checkpoints":
         """Return the checkpoints in a directory, by default that of the finished training."""
-        from rarec.training.checkpoints import Checkpoints
+        from rarec.training.loop import Checkpoints
 
         belongs_to = sha256_json([self.settings(), self.run.stage("shards").require()["hash"]])
         place = (directory or self.directory) / CHECKPOINTS
@@ -96,7 +95,7 @@ class TrainStage(Stage):
     def untrained(self) -> "Trainer":
         """Return the training before its first step, for measurements; damaged samples are not looked for."""
         from rarec.stages.variant_training import build_trainer, open_feed
-        from rarec.training.checkpoints import TrainingState
+        from rarec.training.loop import TrainingState
 
         feed = open_feed(self.run)
         return build_trainer(self.run, self.variant, feed, feed.plan(), self.checkpoints(), TrainingState())

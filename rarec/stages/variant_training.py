@@ -26,8 +26,7 @@ from rarec.stages.run import Run
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS
 from rarec.training.accelerator import build_accelerator
 from rarec.training.batches import Collator, initial_samples
-from rarec.training.checkpoints import Checkpoints, TrainingState
-from rarec.training.loop import Trainer
+from rarec.training.loop import Checkpoints, Trainer, TrainingState
 from rarec.training.step_metrics import TrainingLog
 
 

@@ -1,25 +1,96 @@
-"""The training loop: batch -> towers -> losses -> optimise -> validate; early stopping and full resume."""
+"""The training loop: batch -> towers -> losses -> optimise -> validate; early stopping, checkpoints, and full resume.
+
+A checkpoint holds `alignment.safetensors`, `lora/` if the variant has LoRA, `optimizer.safetensors`, and what every
+`CheckpointStore` writes. It has no frozen weight, and does not depend on the number of ranks or the engine that wrote
+it: any of them can resume from it.
+"""
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rarec.config.schema import Train
 from rarec.console.last_resort import StopSignals
 from rarec.data.shards.loader import BatchLoader
 from rarec.distributed.world import World
 from rarec.errors import Stopped, UserError
+from rarec.models.build import Weights, load_weights, save_weights
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
 from rarec.ranking.metrics import SELECTED_BY
+from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.training.batches import Batch
-from rarec.training.checkpoints import Checkpoints, TrainingState
 from rarec.training.engines import Optimisation, rate_at
 from rarec.training.step_metrics import DeviceMeter, StepAccumulator, StepMetrics, TrainingLog, norms
+
+_OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass
+class TrainingState:
+    """The state of the training loop. With the seed it determines every later step.
+
+    Attributes:
+        step: optimizer steps done.
+        best_step: step of the best validation; None before the first.
+        best_value: NDCG@100 of the best validation.
+        worse: number of validations since the best.
+        seconds: time spent training so far, over all restarts.
+    """
+
+    step: int = 0
+    best_step: int | None = None
+    best_value: float = -1.0
+    worse: int = 0
+    seconds: float = 0.0
+
+    def forget_best(self) -> None:
+        """Reset the best, whose checkpoint is lost: the next validation becomes the best."""
+        self.best_step, self.best_value = None, -1.0
+
+
+class Checkpoints(CheckpointStore):
+    """The checkpoints of one variant: the newest and the best are kept."""
+
+    def save(self, model: RaRec, weights: Weights, moments: Weights, state: TrainingState) -> None:
+        """Write a checkpoint, then delete those that need not be kept.
+
+        Args:
+            model: gives what is saved beside the trained weights.
+            weights: all trainable parameters, unsharded, by name.
+            moments: Adam's moments, unsharded, from `Optimisation.moments`.
+            state: of the loop.
+        """
+        with self.writing(state.step, asdict(state), state.best_step) as temporary:
+            save_weights(model, temporary, weights)
+            save_file({name: moment.cpu().contiguous() for name, moment in moments.items()}, temporary / _OPTIMIZER)
+
+    def state(self, step: int) -> TrainingState:
+        """Read the state of the loop."""
+        state = TrainingState(**self.read_state(step))
+        if state.best_step not in self.steps():  # corrupt, or replaced by a better one that is lost
+            state.forget_best()
+        return state
+
+    def moments(self, step: int) -> dict[str, Tensor]:
+        """Read Adam's moments."""
+        return load_file(self.path(step) / _OPTIMIZER)
+
+    def load(self, model: RaRec, step: int) -> None:
+        """Check a checkpoint, then load its weights into the model.
+
+        Raises:
+            CorruptCheckpoint: a file is missing or altered.
+            UserError: it belongs to another training.
+        """
+        self.verify(step)
+        load_weights(model, self.path(step))
 
 
 @dataclass
