@@ -10,6 +10,7 @@ from rarec.errors import UserError
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import MANIFEST, differences, read_manifest, sha256_json
+from rarec.storage.checkpoint_store import KIND, STATE
 from rarec.storage.files import sha256_file
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class TrainStage(Stage):
         except torch.OutOfMemoryError:
             raise out_of_memory(self.part, run.engine.name, run.world, partial(plan, run)) from None
         log = sha256_file(directory / LOG) if run.world.is_main else ""
-        return Built({**figures, "log": log}, _files(checkpoints, figures["best_step"]), stop)
+        return Built({**figures, "log": log}, _files(checkpoints.path(figures["best_step"])), stop)
 
     def checkpoints(self, directory: Path | None = None) -> "Checkpoints":
         """Return the checkpoints in a directory, by default that of the finished training."""
@@ -119,10 +120,10 @@ class TrainStage(Stage):
         return model.eval()
 
 
-def _files(checkpoints: "Checkpoints", step: int) -> dict[str, str]:
-    """Return the sha256 of each file of a checkpoint, as the training's manifest names them."""
-    place = f"{CHECKPOINTS}/{checkpoints.path(step).name}"
-    return {f"{place}/{name}": digest for name, digest in checkpoints.digests(step).items()}
+def _files(checkpoint: Path) -> dict[str, str]:
+    """Return the sha256 of each file of a checkpoint, but for its state, which contains how long training took."""
+    files = read_manifest(checkpoint, KIND)["files"]
+    return {f"{CHECKPOINTS}/{checkpoint.name}/{name}": digest for name, digest in files.items() if name != STATE}
 
 
 def plan(run: Run, cluster: "Cluster", engine: "EngineName | None") -> "RunPlan":

@@ -130,8 +130,3 @@ class CheckpointStore:
         """Read the state of the loop."""
         state: dict[str, Any] = read_json(self.path(step) / STATE)
         return state
-
-    def digests(self, step: int) -> dict[str, str]:
-        """Return the sha256 of each file except the state, which contains how long training took."""
-        files: dict[str, str] = read_manifest(self.path(step), KIND)["files"]
-        return {name: digest for name, digest in files.items() if name != STATE}

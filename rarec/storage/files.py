@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,13 +37,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+@contextmanager
+def open_handle(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Yield a handle of a file or directory. Closing it at the end frees its lock."""
+    handle = os.open(path, flags, 0o666)
     try:
-        os.fsync(handle)
+        yield handle
     finally:
         os.close(handle)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    with open_handle(path) as handle:
+        os.fsync(handle)
 
 
 # ---- temporary files
@@ -102,30 +109,22 @@ def remove_stale(directory: Path, name: str | None = None) -> None:
 # ---- locks
 
 
-@contextmanager
-def open_to_lock(path: Path) -> Iterator[int]:
-    """Yield a handle of an existing file or directory to lock it by; closing it at the end frees the lock.
+def open_to_lock(path: Path) -> AbstractContextManager[int]:
+    """Open an existing file or directory, to lock it by the handle.
 
     A file is opened for writing, because NFS grants an exclusive lock to writers only. A directory cannot be opened
     so: on NFS its lock holds on this machine alone.
     """
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
+    return open_handle(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
 
 
-@contextmanager
-def lock_file(path: Path) -> Iterator[int]:
-    """Yield a handle of a lock file, created if need be; closing it at the end frees the lock.
+def lock_file(path: Path) -> AbstractContextManager[int]:
+    """Open a lock file, created if need be, to lock it by the handle.
 
     The file is never deleted: another process may be waiting for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))  # a link may lead anywhere
-    with open_to_lock(path) as handle:
-        yield handle
+    return open_handle(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)  # a link may lead anywhere
 
 
 @contextmanager
