@@ -21,8 +21,8 @@ from rarec.models.losses import LossTerms
 from rarec.stages import variant_training
 from rarec.storage.checkpoint_store import CorruptCheckpoint
 from rarec.storage.files import read_json
-from rarec.training.loop import Checkpoints
 from rarec.training.engines import build_optimizer, rate_at, set_rate
+from rarec.training.loop import Checkpoints
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "train.py"
 LONG = ["train.variants=[per_layer_lora]", "train.epochs=6", "train.checkpoint_every=3", "lora.dropout=0.1"]
