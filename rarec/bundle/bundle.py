@@ -228,7 +228,8 @@ class Bundle:
 
     def knows_new_items(self, name: str) -> bool:
         """Return whether a neighbour model, or popularity, scores items without training interactions."""
-        model, own = built_in(name), (self.facts["neighbours"] or {}).get("new_items", ())
+        model = built_in(name)
+        own = (self.facts["neighbours"] or {}).get("new_items", ())
         return bool(model.knows_new_items) if model else name in ("popularity", *own)
 
     @cached_property
@@ -257,7 +258,8 @@ class Bundle:
         """
         tables = self.facts["tables"]
         order = {"time": None, "position": None} if {"time", "position"} & set(interactions) else {}
-        log, catalogue = {**tables["interactions"], **order, **interactions}, {**tables["items"], **items}
+        log = {**tables["interactions"], **order, **interactions}
+        catalogue = {**tables["items"], **items}
         tree = {**tables, "interactions": log, "items": catalogue}
         return validated(Prepare, tree, str(self.directory / FACTS), remedy=REMEDY)
 

@@ -158,7 +158,8 @@ def score_of_new(parts: Parts, history: Rows, title: str, text: str) -> float:
     Raises:
         UserError: this row has no language model.
     """
-    own_F, query_KF = _vector_of_new(parts, title, text), parts.dense.users([history])[0]
+    own_F = _vector_of_new(parts, title, text)
+    query_KF = parts.dense.users([history])[0]
     total = float((query_KF.reshape(-1, len(own_F)) @ own_F).max())
     for name, new_items in parts.new_items.items():
         ranker, weight = parts.dense.sparse[name]
@@ -178,7 +179,8 @@ def _vector_of_new(parts: Parts, title: str, text: str) -> Float32:
     vector_Z = facts[first]["weight"] * own_Z
     beside = list[Float32]()
     for name in others:
-        ranker, weight = parts.rankers[name], facts[name]["weight"]
+        ranker = parts.rankers[name]
+        weight = facts[name]["weight"]
         known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
         knows = parts.bundle.knows_new_items(name)
         if not knows:

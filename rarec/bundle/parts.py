@@ -309,7 +309,9 @@ class DenseScores:
 
     def __init__(self, form: DenseForm, histories: RowsOfUsers) -> None:
         self._dense = VectorScores(form.users(histories), form.items_NF)
-        self.n_users, self.n_items, self.width = len(histories), self._dense.n_items, self._dense.width + 1
+        self.n_users = len(histories)
+        self.n_items = self._dense.n_items
+        self.width = self._dense.width + 1
         near_BN = form.near(histories)
         full = 2 * near_BN.nnz > self.n_users * self.n_items  # a sparse entry takes twice the memory of a dense one
         self._near_BN = torch.from_numpy(near_BN.toarray()) if full else near_BN

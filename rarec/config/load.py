@@ -40,7 +40,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or not YAML, or a field is unknown, missing or of the wrong type.
     """
-    tree, given = above_preset(read_tree(path)), dict[str, str]()
+    tree = above_preset(read_tree(path))
+    given = dict[str, str]()
     for override in overrides:
         name, value = parse_override(override)
         set_field(tree, name, value)

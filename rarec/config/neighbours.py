@@ -37,7 +37,8 @@ class NeighbourConfig(Section):
 def _check_model(entry: str) -> str:
     """Validate an entry of `neighbours.models`, and return it."""
     if entry not in BUILT_IN:
-        model, name = find(KIND, entry), _name_of(entry)
+        model = find(KIND, entry)
+        name = _name_of(entry)
         check_own_name(entry, name, (*BUILT_IN, *VARIANTS, *NO_VARIANTS, "id"))
         _OWN_TITLES[name] = model.title
     return entry

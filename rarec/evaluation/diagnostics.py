@@ -110,7 +110,8 @@ def variant_diagnostics(
     Returns:
         The results of `diagnose` with `variant` and `warnings`; None if the variant has no slots.
     """
-    model, seed = encoder.model, config.run.seed
+    model = encoder.model
+    seed = config.run.seed
     if not model.user.slots and not model.item.slots:
         return None
     samples = [SideSample.of_users(dataset, encoder, seed), SideSample.of_items(dataset, encoder, seed)]
@@ -235,7 +236,8 @@ class _Side:
         (scaled, with positions, normalised). The median, because a position that serves as attention sink can be a
         thousand times as long as the others.
         """
-        backbone, batches = self.model.backbone, []
+        backbone = self.model.backbone
+        batches = []
         for start in range(0, len(self.sample.names), self.batch_size):
             prompts = self.sample.prompts[start : start + self.batch_size]
             ids_BT, mask_BT = text_batch(prompts, self.tokenizer.filler, self.device)

@@ -87,7 +87,8 @@ class Evaluator:
             name: of the variant.
             ranker_of: returns its ranker, given whether the vectors of its sources are permuted.
         """
-        evaluate, ranker = self.config.evaluate, CachedRanker(ranker_of(False))
+        evaluate = self.config.evaluate
+        ranker = CachedRanker(ranker_of(False))
         if name in ("text_only", self.main):
             self._keep_best(name, ranker)
         rankers: dict[str, Ranker] = {name: ranker}

@@ -61,7 +61,10 @@ class _File:
     """One file, with the row of each user, -1 for those that are no test users."""
 
     def __init__(self, path: Path, dataset: PreparedDataset, batch: EvalBatch, say: Callable[[str], None]) -> None:
-        self.path, self.batch, self.item_ids, self.say = path, batch, dataset.item_ids, say
+        self.path = path
+        self.batch = batch
+        self.item_ids = dataset.item_ids
+        self.say = say
         self.n_users, self.n_items = len(batch.user_rows), len(dataset.item_ids)
         self.table = _read(path)
         self.names = self.table.column_names
@@ -94,7 +97,8 @@ class _File:
         item_R = self.rows("item", self.item_ids.whole(), "items are not in the catalogue: ignored")
         pair_R = np.where(item_R < 0, -1, self.user_R * self.n_items + item_R)
         self.refuse_repeated("item", pair_R)
-        scores_R, targets_U = self.table["score"].to_numpy(), np.asarray(self.batch.targets, np.int64)
+        scores_R = self.table["score"].to_numpy()
+        targets_U = np.asarray(self.batch.targets, np.int64)
         target_R = (self.user_R >= 0) & (item_R == targets_U[self.user_R])
         target_scores_U = np.full(len(targets_U), np.nan)
         target_scores_U[self.user_R[target_R]] = scores_R[target_R]

@@ -182,7 +182,8 @@ class ValidationLikelihood:
         self._scales = ranker.weights
         chunks = list(validation.chunks())
         first = ranker.scored(chunks[0])
-        n_items, large = first.n_items, first.n_items > WHOLE
+        n_items = first.n_items
+        large = first.n_items > WHOLE
         chunks = chunks[:: -(-len(chunks) // CHUNKS)] if large else chunks
         self._chunks = [(chunks[0], first), *((chunk, ranker.scored(chunk)) for chunk in chunks[1:])]
         self._kept: list[Candidates] | None = None
@@ -194,9 +195,13 @@ class ValidationLikelihood:
     def __call__(self, weights: Floats) -> Likelihood:
         """Return the likelihood of some weights (P)."""
         count = len(weights)
-        value, users, slope, curve = 0.0, 0, np.zeros(count), np.zeros((count, count))
+        value = 0.0
+        users = 0
+        slope = np.zeros(count)
+        curve = np.zeros((count, count))
         for block in self._blocks() if self._kept is None else self._kept:
-            scores_PBM, at_B = block.scores_PBM, torch.arange(len(block.targets_B))
+            scores_PBM = block.scores_PBM
+            at_B = torch.arange(len(block.targets_B))
             logits_BM = torch.tensordot(torch.from_numpy(weights).float().to(scores_PBM.device), scores_PBM, 1)
             log_BM = (logits_BM + block.stands_for_BM).log_softmax(1)
             chance_BM = log_BM.exp()
@@ -247,7 +252,8 @@ def maximise(likelihood: Callable[[Floats], Likelihood], weights: Floats) -> Flo
         while (stepped := likelihood(weights + step)).value < current.value and np.abs(step).max() > _CLOSE:
             step /= 2
         if stepped.value >= current.value:
-            weights, current = weights + step, stepped
+            weights = weights + step
+            current = stepped
         if np.abs(step).max(initial=0.0) <= _CLOSE:
             break
     return weights

@@ -217,7 +217,8 @@ class Finding:
     @property
     def evidence(self) -> str:
         """The numbers behind the outcome."""
-        size, ends = figure(self.difference, signed=True), interval(self.low, self.high, signed=True)
+        size = figure(self.difference, signed=True)
+        ends = interval(self.low, self.high, signed=True)
         return f"paired difference in {self.metric.upper()} {size}, 95% interval {ends}, n={self.n:,}"
 
 

@@ -84,7 +84,8 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
         main: row name of the main variant.
     """
     names = list(variants)
-    fused, whole = main + FUSED, main + FUSED + CHEAP
+    fused = main + FUSED
+    whole = main + FUSED + CHEAP
     rivals = baselines(names)
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
     fusions = [(fused, name) for name in (*rivals, "readout+id", "input+id", main)]

@@ -93,7 +93,8 @@ def sanity_checks(results: Results, variant: str) -> list[dict[str, Any]]:
 
 
 def _sanity_check(results: Results, variant: str, name: str) -> dict[str, Any]:
-    row, values = f"{variant}/{name}", results.values
+    row = f"{variant}/{name}"
+    values = results.values
     finding = results.find(row, variant)
     if finding:
         change = f", from {figure(values[variant])} to {figure(values[row])}" if variant in values else ""
@@ -167,7 +168,8 @@ def best_variant(results: Results) -> BestVariant | None:
 
     Equal values go to the simpler variant.
     """
-    values, validated = results.values, Results(results.validation).cells
+    values = results.values
+    validated = Results(results.validation).cells
     chosen = {
         name: validated[name, results.primary]["value"] for name in values if (name, results.primary) in validated
     }
@@ -210,7 +212,8 @@ def verdict(results: Results, variant: str, seed: int) -> Verdict:
     best = best_variant(results)
     if variant not in results.values or best is None:
         return Verdict("inconclusive", f"{variant_title(variant)} was not evaluated.", (), best)
-    rivals, whole = baselines(results.values), variant + FUSED + CHEAP
+    rivals = baselines(results.values)
+    whole = variant + FUSED + CHEAP
     judged = whole if whole in results.values else variant
     findings = results.find_all(judged, (rival + cheap_suffix(judged) for rival in rivals))
     sentences = [

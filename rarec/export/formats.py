@@ -51,7 +51,8 @@ class Vectors(Target):
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`."""
         form, bundle = parts.dense, parts.bundle
-        catalogue, size = bundle.catalogue, form.items_NF.shape[1]
+        catalogue = bundle.catalogue
+        size = form.items_NF.shape[1]
         values = pa.FixedSizeListArray.from_arrays(pa.array(form.items_NF.ravel()), size)
         columns = {"id": catalogue.ids, "values": values, "title": catalogue.titles, "text": catalogue.texts}
         pq.write_table(pa.table({**columns, "train_count": catalogue.counts_N}), directory / ITEMS, compression="zstd")

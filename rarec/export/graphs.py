@@ -128,7 +128,8 @@ class QueryGraph(nn.Module):
         self.names = tuple(sorted(wanted | ({self.id_model} if "id" in self.dense else set())))
         self.sources = nn.ModuleList(SourceGraph(parts.bundle.sources[name]) for name in self.names)
         if self.variant:
-            self.encoder, self.model = parts.encoder, parts.encoder.model.float()
+            self.encoder = parts.encoder
+            self.model = parts.encoder.model.float()
         self.eval().requires_grad_(False)
 
     @property
@@ -147,7 +148,8 @@ class QueryGraph(nn.Module):
     def read(self, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the inputs by name, and the user vectors of every source (B, K, E)."""
         given = dict(zip(self.inputs, inputs, strict=True))
-        rows_BS, lengths_B = given["history"].clamp(min=0), (given["history"] >= 0).sum(1)
+        rows_BS = given["history"].clamp(min=0)
+        lengths_B = (given["history"] >= 0).sum(1)
         vectors = {name: graph(rows_BS, lengths_B) for name, graph in zip(self.names, self.sources, strict=True)}
         return given, vectors
 

@@ -130,7 +130,8 @@ def write_prompts(graph: QueryGraph, directory: Path) -> dict[str, Any]:
     if not graph.variant:
         return NO_PROMPT
     prompts, counts = graph.encoder.prompts, graph.encoder.model.user.slots
-    around, filler = prompts.around_history(), prompts.tokenizer.filler
+    around = prompts.around_history()
+    filler = prompts.tokenizer.filler
     ends = np.cumsum(list(counts.values())).tolist()
     places = {name: range(end - counts[name], end) for name, end in zip(counts, ends, strict=True) if counts[name]}
     at_titles = [name for name, mark in around.marks.items() if name in places and isinstance(mark, list)]
@@ -178,7 +179,8 @@ def _around_history(prompts: PromptPair, ids: list[int], slots: list[list[int]])
 
 def _bare_after(prompts: PromptPair, after: list[int], after_slots: list[list[int]], **_: Any) -> list[int]:
     """Return `after` for titles without words: if the template has none either, the text is a full stop."""
-    tokenizer, first = prompts.tokenizer, len(after_slots)
+    tokenizer = prompts.tokenizer
+    first = len(after_slots)
     if prompts.user_prompt.start > len(tokenizer.prefix) or len(after) - first > len(tokenizer.suffix):
         return after
     return [*after[:first], *tokenizer(".")[:1].tolist(), *after[first:]]

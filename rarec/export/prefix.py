@@ -104,7 +104,8 @@ def cached(model: RaRec, prefix: Prefix, vectors: Mapping[str, Tensor]) -> tuple
     slots, count = None, 1
     if alignment is not None and prefix.slots:
         slots_LBKD, _ = alignment(vectors)
-        blocks, count = model.user.alignment_blocks, slots_LBKD.shape[1]
+        blocks = model.user.alignment_blocks
+        count = slots_LBKD.shape[1]
         positions_BK = torch.tensor(prefix.slots).expand(count, -1)
         slots = Slots(slots_LBKD[: len(blocks)], positions_BK, blocks)
     ids_BP = torch.tensor(prefix.tokens).expand(count, -1)
@@ -119,8 +120,10 @@ def cached(model: RaRec, prefix: Prefix, vectors: Mapping[str, Tensor]) -> tuple
 
 def _maps(model: RaRec, prefix: Prefix) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Return each source's map from an ID vector to a slot in every block, and where its slots are."""
-    alignment, blocks = model.user.alignment, len(model.backbone.blocks)
-    tensors, sources = dict[str, Tensor](), list[dict[str, Any]]()
+    alignment = model.user.alignment
+    blocks = len(model.backbone.blocks)
+    tensors = dict[str, Tensor]()
+    sources = list[dict[str, Any]]()
     if alignment is None or not prefix.slots:
         return tensors, sources
     if model.user.alignment_blocks != tuple(range(blocks)):

@@ -20,11 +20,13 @@ class Client:
     """`Client(folder).recommend([["sku-1", "sku-7"]], k=10)`: for each history the best new (id, title, score)."""
 
     def __init__(self, folder: Path | str, threads: int = 0, graph: str = "query.onnx") -> None:
-        folder, options = Path(folder), onnxruntime.SessionOptions()
+        folder = Path(folder)
+        options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         self.graph = onnxruntime.InferenceSession(str(folder / graph), options, providers=["CPUExecutionProvider"])
         self.facts = json.loads((folder / "client.json").read_text(encoding="utf-8"))
-        self.index, self.prompt = faiss.read_index(str(folder / "index.faiss")), self.facts["prompt"]
+        self.index = faiss.read_index(str(folder / "index.faiss"))
+        self.prompt = self.facts["prompt"]
         items = pq.read_table(folder / "items.parquet", columns=["id", "title"])
         self.ids, self.titles = items["id"].to_pylist(), items["title"].to_pylist()
         self.row_of = {str(item): row for row, item in enumerate(self.ids)}
@@ -49,7 +51,8 @@ class Client:
         added = np.zeros(len(self.ids))
         items, factors, _ = newest_first([history], self.facts["newest"], self.facts["decay"])
         for name, weight in self.facts["neighbours"].items():
-            (rows, columns, values), sums = self.near[name], np.zeros(len(self.ids))
+            rows, columns, values = self.near[name]
+            sums = np.zeros(len(self.ids))
             for item, factor in zip(items, factors.tolist(), strict=True):
                 part = slice(*np.searchsorted(rows, [item, item + 1]))
                 sums[columns[part]] += factor * values[part]
@@ -70,14 +73,18 @@ class Client:
 
     def _prompt(self, history: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Return token ids, the index of each slot (-1 for those that the history lacks), the items of the titles."""
-        prompt, wanted = self.prompt, history[::-1][: self.prompt["most"]]
-        ids, slots, items = list(prompt["empty"]), prompt["empty_slots"], []
+        prompt = self.prompt
+        wanted = history[::-1][: self.prompt["most"]]
+        ids = list(prompt["empty"])
+        slots = prompt["empty_slots"]
+        items = []
         if wanted:
             later, first = (np.array([len(self.pieces[name][row]) for row in wanted]) for name in ("later", "first"))
             saved = (later - first)[0] if prompt["newest_first"] else later - first
             items = wanted[: max(1, int((np.cumsum(later) - saved <= prompt["room"]).sum()))]
             items = items if prompt["newest_first"] else items[::-1]
-            ids, slots = list(prompt["before"]), prompt["before_slots"]
+            ids = list(prompt["before"])
+            slots = prompt["before_slots"]
             for number, row in enumerate(items):
                 name = "later" if number else "first"
                 inside = zip(prompt["titles_first"], self.pieces[f"{name}_slots"][row].as_py(), strict=True)

@@ -75,7 +75,8 @@ class SlotConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         """Return what the worker loads in this step."""
-        wanted, self.wanted = list(self.wanted.values()), {}
+        wanted = list(self.wanted.values())
+        self.wanted = {}
         return Loads([vectors for vectors, _ in wanted], [blocks for _, blocks in wanted])
 
     def _vectors(self, request: Any) -> list[float] | None:
@@ -96,7 +97,8 @@ class SlotConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Write the prefixes of this step's new requests into the cache of every block."""
-        loads, layers = self._get_connector_metadata(), _layers(forward_context)
+        loads = self._get_connector_metadata()
+        layers = _layers(forward_context)
         if not loads.vectors:
             return
         device = layers[0].kv_cache.device
@@ -109,7 +111,8 @@ class SlotConnector(KVConnectorBase_V1, SupportsHMA):
             layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, places)
 
     def _places(self, blocks: Sequence[int]) -> Tensor:
-        size, positions = int(self.block_size), torch.arange(int(self.program.length))
+        size = int(self.block_size)
+        positions = torch.arange(int(self.program.length))
         return torch.tensor(blocks)[positions // size] * size + positions % size
 
     def wait_for_layer_load(self, layer_name: str) -> None:

@@ -41,7 +41,8 @@ class Program:
         start = 0
         for source in self.sources:
             end = start + source["count"] * source["dim"]
-            vectors_KE, start = vectors[start:end].view(source["count"], source["dim"]), end
+            vectors_KE = vectors[start:end].view(source["count"], source["dim"])
+            start = end
             given = (vectors_KE != 0).any(-1).nonzero().flatten().tolist()
             places = [source["places"][slot] for slot in given]  # the others keep those of a missing vector
             if places:

@@ -38,7 +38,9 @@ class VllmClient(Client):
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         path = Path(folder) / "slots.onnx"
         self.slots = onnxruntime.InferenceSession(str(path), options) if path.exists() else None
-        self.served, self.url, self.key = self.facts["vllm"], url.rstrip("/"), key
+        self.served = self.facts["vllm"]
+        self.url = url.rstrip("/")
+        self.key = key
         table = Path(folder) / "words.npy"
         self.words = np.load(table, mmap_mode="r") if table.exists() else None
         if check:
@@ -52,7 +54,8 @@ class VllmClient(Client):
 
     def states(self, rows: list[list[int]]) -> Any:
         """Return the server's pooled states (B, D) after histories of item rows."""
-        given, slots = dict(self._inputs(rows)), np.zeros((len(rows), 0), np.float32)
+        given = dict(self._inputs(rows))
+        slots = np.zeros((len(rows), 0), np.float32)
         if self.slots is not None:
             slots = self.slots.run(None, {own.name: given[own.name] for own in self.slots.get_inputs()})[0]
         texts = [tokens[tokens >= 0] for tokens in given["input_ids"]]
@@ -64,7 +67,8 @@ class VllmClient(Client):
             vectors = base64.urlsafe_b64encode(np.ascontiguousarray(slots, "<f4").tobytes()).decode()
             request_id = f"slots.{vectors}.{os.urandom(8).hex()}"
             return self._ask("/v1/embeddings", "embedding", input=tokens.tolist(), request_id=request_id)
-        embeddings, filled = np.array(self.words[tokens], np.float32), places[places >= 0]
+        embeddings = np.array(self.words[tokens], np.float32)
+        filled = places[places >= 0]
         embeddings[filled] = slots[places >= 0]
         message = {"role": "user", "content": [_part(embeddings)]}
         states = self._ask("/pooling", "data", messages=[message], task="token_embed").reshape(len(tokens), -1)

@@ -49,10 +49,13 @@ class StateQuery(QueryGraph):
 
     def encode(self, slots: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
         """Read out the state, and the slots as they are behind the last block."""
-        tower, state_BD = self.model.user, given["state"]
-        last_BKD, roles = state_BD[:, None][:, :0], dict[str, Tensor]()
+        tower = self.model.user
+        state_BD = given["state"]
+        last_BKD = state_BD[:, None][:, :0]
+        roles = dict[str, Tensor]()
         if tower.alignment is not None:
-            last_BKD, roles = tower.alignment(slots)[0][-1], tower.alignment.role_masks(slots)
+            last_BKD = tower.alignment(slots)[0][-1]
+            roles = tower.alignment.role_masks(slots)
         vectors_BZ: Tensor = tower.readout(state_BD[:, None], torch.ones_like(state_BD[:, :1]), last_BKD, roles)
         return vectors_BZ * self.model.log_scale.exp()
 

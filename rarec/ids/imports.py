@@ -117,7 +117,8 @@ def read_vectors(path: str, ids_path: str | None, field: str, ids_field: str) ->
         raise UserError(f"{path} has no ids", f"set `{ids_field}` to a file with one id per row")
     else:
         existing(ids_path, ids_field)
-        rows, ids = _array(path) if suffix == ".npy" else _numbers(_tensor(path)), read_ids(ids_path)
+        rows = _array(path) if suffix == ".npy" else _numbers(_tensor(path))
+        ids = read_ids(ids_path)
     if rows.dtype.kind not in "fiu":
         raise UserError(f"{path} holds {rows.dtype}, not numbers", "save the vectors as float32")
     _check_shape(path, rows.shape)

@@ -64,7 +64,8 @@ class SequenceModel(nn.Module, ABC):
             raise TypeError(f"{cls.__name__}.Config is that of {other.__name__}: give it a subclass")
         if "kind" in config.model_fields:
             raise TypeError(f"{cls.__name__}.Config: a setting cannot be called `kind`")
-        config.builds, config.title = cls, own.get("title", cls.__name__)
+        config.builds = cls
+        config.title = own.get("title", cls.__name__)
 
     @abstractmethod
     def forward(self, items_BTE: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,8 @@ class ItemTable:
     """
 
     def __init__(self, trained_N: npt.NDArray[np.bool_], dim: int, lr: float, seed: int, world: World = SINGLE) -> None:
-        self.world, self.n_items = world, len(trained_N)
+        self.world = world
+        self.n_items = len(trained_N)
         _check_size(self.n_items, dim, world)
         share = -(-self.n_items // world.size)
         self.first = world.rank * share
@@ -154,7 +155,8 @@ def _check_size(n_items: int, dim: int, world: World) -> None:
         problem = f"{n_items} items, spread over {world.size} processes, leave some without any"
         raise UserError(problem, f"start {fewer} processes", shared=True)
     share = -(-n_items // world.size)
-    need, has = 4 * share * dim * (1 + len(MOMENTS)), memory_of_rank(world.device)
+    need = 4 * share * dim * (1 + len(MOMENTS))
+    has = memory_of_rank(world.device)
     if need > has:
         problem = f"the item table and Adam's state take {need / 1e9:.3g} GB on each of {world.size} processes"
         enough = f"{-(-need * world.size // has)} processes or more (launch/ids.py)"
@@ -169,7 +171,8 @@ def _drawn(own: slice, dim: int, seed: int) -> Tensor:
     rows_ME = np.empty((own.stop - own.start, dim), np.float32)
     for block in range(own.start // BLOCK, -(-own.stop // BLOCK)):
         begin = block * BLOCK
-        low, high = max(own.start, begin), min(own.stop, begin + BLOCK)
+        low = max(own.start, begin)
+        high = min(own.stop, begin + BLOCK)
         drawn = np.random.default_rng([seed, block]).standard_normal((BLOCK, dim), np.float32)
         rows_ME[low - own.start : high - own.start] = FIRST_STD * drawn[low - begin : high - begin]
     return torch.from_numpy(rows_ME)

@@ -69,7 +69,8 @@ def train_ids(
     Raises:
         UserError: the loss is not finite (the message names epoch and batch), or no user can train or validate.
     """
-    windows, validation = Windows(dataset, settings.max_history), Validation(dataset, seed)
+    windows = Windows(dataset, settings.max_history)
+    validation = Validation(dataset, seed)
     if not windows.targets_U.size:
         remedy = "loosen the split, or set ids.holdout to 0: it takes one interaction of each user"
         raise UserError(f"{dataset.directory}: no user has two training interactions for the ID model", remedy)

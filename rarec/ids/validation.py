@@ -58,7 +58,8 @@ class Validation:
 
 def _encoded(chunk: EvalBatch, encoder: SequenceModel, table: ItemTable) -> torch.Tensor:
     """Return the vectors of a chunk's users, (B, K, E); each rank encodes its share of them."""
-    world, n_users = table.world, len(chunk.user_rows)
+    world = table.world
+    n_users = len(chunk.user_rows)
     read = [history[-encoder.max_history :] for history in chunk.histories]
     rows_U = np.unique(np.concatenate([*read, np.zeros(1, np.int64)]))
     vectors_UE = table.look_up(torch.from_numpy(rows_U).to(world.device)).numpy(force=True)

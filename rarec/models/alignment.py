@@ -198,7 +198,8 @@ class AlignmentModule(nn.Module):
 
     def forward(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return slots (L, B, S, D), and the projections p (L, B, K, D) of each source for the alignment loss."""
-        slots, projected = [], {}
+        slots = []
+        projected = {}
         for name, source in self.named_sources():
             slots_LBKD, projected_LBKD = source(vectors[name])
             slots.append(slots_LBKD)

@@ -76,7 +76,8 @@ def build_model(
     """
     backbone = loaded.backbone
     source_class, readout_class = find("alignment_maps", config.alignment.map), find("readouts", config.readout.module)
-    count, at_readout = len(backbone.blocks), variant.blocks == "readout"
+    count = len(backbone.blocks)
+    at_readout = variant.blocks == "readout"
     blocks = aligned_blocks(config, variant, count)
     # In a decoder slots come first and attend to nothing, so their last states hold nothing but the vector.
     slots_from_blocks = not (at_readout or (backbone.sink and variant.projections and config.readout.slots))
@@ -89,7 +90,8 @@ def build_model(
         m = config.alignment.instructions if variant.instructions else 0
         useful = bool(chosen) and (m > 0 or variant.projections)
         mapped = blocks if slots_from_blocks else (*blocks, count)
-        hidden, projections = backbone.hidden_size, variant.projections
+        hidden = backbone.hidden_size
+        projections = variant.projections
         alignment = AlignmentModule(chosen, mapped, hidden, m, projections, source_class) if useful else None
         reads = alignment.roles if alignment is not None and (config.readout.slots or at_readout) else ()
         if backbone.sink:  # and those of instructions are the same for all users and items
@@ -104,7 +106,8 @@ def build_model(
         torch.manual_seed(config.run.seed)
         user, item = tower("user"), tower("item")
     plain = not config.readout.normalise
-    usual, loss = 1 / config.loss.temperature, find("losses", config.loss.recommendation)
+    usual = 1 / config.loss.temperature
+    loss = find("losses", config.loss.recommendation)
     scale = getattr(loss, FIRST_SCALE, usual) if plain else usual
     # engines need a trainable parameter; with a scale alone, no step is taken
     nothing_else = not variant.lora and not trained_parameters(nn.ModuleList([user, item]))

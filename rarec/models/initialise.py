@@ -165,7 +165,8 @@ class Initialiser:
             variant: the variant.
             read_samples: returns the first training samples, at most as many as asked for.
         """
-        plain, whiten = replace(variant, lora=False), self.config.readout.whiten
+        plain = replace(variant, lora=False)
+        whiten = self.config.readout.whiten
         model = self.build(plain)
         aligned = model.user.alignment is not None or model.item.alignment is not None
         if aligned or whiten:
@@ -186,7 +187,8 @@ class Initialiser:
 
         At titles, vectors are those of items.
         """
-        config, stored = self.config.alignment, np.array(self.state_blocks)
+        config = self.config.alignment
+        stored = np.array(self.state_blocks)
         penalty = RIDGE_PENALTY if config.init == "ridge" else None
         start_LD = self._decoder_start(model, data)
         for side in SIDES:
@@ -376,7 +378,9 @@ def fit_whitening(whitening: Whitening, moments: Moments, directions_ZD: Tensor)
 
 def shrunk(variances_Z: Tensor, count: int) -> Tensor:
     """Return the OAS estimate of variances (Z,), given those of a sample of `count` states."""
-    size, total, squares = len(variances_Z), variances_Z.sum(), variances_Z.square().sum()
+    size = len(variances_Z)
+    total = variances_Z.sum()
+    squares = variances_Z.square().sum()
     uneven = (count + 1 - 2 / size) * (squares - total.square() / size)
     share = (((1 - 2 / size) * squares + total.square()) / uneven).clamp(max=1) if uneven > 0 else 1.0
     return (1 - share) * variances_Z + share * variances_Z.mean()

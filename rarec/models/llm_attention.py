@@ -68,7 +68,9 @@ def slot_attention(attention_BHTT: Tensor, slots_BT: Tensor, text_BT: Tensor) ->
         text_BT: 1 at text.
     """
     mean_BTT = attention_BHTT.mean(1, dtype=torch.float32)
-    seen_BTT, text_BT, slots_BT = (mean_BTT > 0).float(), text_BT.bool(), slots_BT.float()
+    seen_BTT = (mean_BTT > 0).float()
+    text_BT = text_BT.bool()
+    slots_BT = slots_BT.float()
     share_BT = torch.einsum("bqk,bk->bq", mean_BTT, slots_BT)
     even_BT = torch.einsum("bqk,bk->bq", seen_BTT, slots_BT) / seen_BTT.sum(-1).clamp_min(1)
     return torch.stack([share_BT[text_BT].sum(), even_BT[text_BT].sum(), text_BT.sum()]).double().cpu()

@@ -64,7 +64,8 @@ def _convert_gguf(file: Path, directory: Path) -> Path:
             return directory
     from transformers import GgufConfig
 
-    parent, name = str(file.parent), file.name
+    parent = str(file.parent)
+    name = file.name
     with warnings.catch_warnings(), new_directory(directory) as temporary:
         warnings.simplefilter("ignore")
         quantised = GgufConfig(gguf_file=name, dequantize=True)

@@ -89,7 +89,8 @@ class NeighbourModel(ABC):
 
     def rows(self, dataset: PreparedDataset) -> Iterable[pa.RecordBatch]:
         """Return the rows of the table: the M best neighbours of each item, best first."""
-        scores_NN, n_items = self.fit(dataset), dataset.n_items
+        scores_NN = self.fit(dataset)
+        n_items = dataset.n_items
         if not sparse.issparse(scores_NN) or scores_NN.shape != (n_items, n_items):
             problem = f"{type(self).__name__}.fit returns {getattr(scores_NN, 'shape', type(scores_NN).__name__)}"
             raise UserError(f"field `neighbours.models`: {problem}", f"return a sparse matrix ({n_items}, {n_items})")

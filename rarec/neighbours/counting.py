@@ -104,7 +104,8 @@ class Transition(CountedModel):
         """See `CountedModel`."""
         import ibis
 
-        steps, decay = range(1, self.config.steps + 1), self.config.step_decay
+        steps = range(1, self.config.steps + 1)
+        decay = self.config.step_decay
         sizes = log.group_by("item").agg(rows=log.count())
         later = [
             log.select(user="user", neighbour="item", position=log.position - step, gap=ibis.literal(step))

@@ -47,7 +47,8 @@ class Ease(NeighbourModel):
         gram_NN[np.diag_indices_from(gram_NN)] += self.config.ease_penalty
         factor_NN, _ = lapack.dpotrf(gram_NN, lower=1, overwrite_a=1)  # X'X + penalty I is positive definite
         inverse_NN, _ = lapack.dpotri(factor_NN, lower=1, overwrite_c=1)  # its lower half
-        diagonal_N, items_N = inverse_NN.diagonal().copy(), np.arange(n_items)
+        diagonal_N = inverse_NN.diagonal().copy()
+        items_N = np.arange(n_items)
         rows = (np.concatenate([inverse_NN[row, :row], inverse_NN[row:, row]]) for row in items_N)
         scores = ((-own_N / diagonal_N).astype(np.float32) for own_N in rows)
         return matrix_of((nearest(row, items_N, own_N, self.config.top) for row, own_N in enumerate(scores)), n_items)

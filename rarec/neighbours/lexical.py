@@ -72,7 +72,9 @@ class Words:
     def __init__(
         self, titles: Sequence[str], texts: Sequence[str], untitled: str, table_NN: sparse.csr_matrix, top: int
     ) -> None:
-        self._untitled, self._top, self._vectoriser = untitled, top, _vectoriser()
+        self._untitled = untitled
+        self._top = top
+        self._vectoriser = _vectoriser()
         try:
             self._known = self._vectoriser.fit_transform(plain_texts(titles, texts, untitled))
         except ValueError:  # no text has a word
@@ -95,7 +97,8 @@ class Words:
         """See `NewItems`. The scores of the items that were there stay, and none of their neighbours goes."""
         if self._known is None:
             return
-        new, first = self._vectoriser.transform(plain_texts(titles, texts, self._untitled)), self._known.shape[0]
+        new = self._vectoriser.transform(plain_texts(titles, texts, self._untitled))
+        first = self._known.shape[0]
         for item, (near, scores) in enumerate(_near(new, sparse.vstack([self._known, new]), first, self._top), first):
             yield batch_of(np.full(len(near), item), near, scores)
         for item, (title, text) in enumerate(zip(titles, texts, strict=True), first):

@@ -103,7 +103,8 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         if key not in self._known:
             self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
             self.current += size
@@ -147,7 +148,8 @@ def step_activations(variant: MetaModel, loss: Loss, shape: StepShape) -> Activa
     Gradients of trainable parameters exist from the start, as after the first of several micro-batches; they are
     counted elsewhere.
     """
-    model, world = variant.model.train(), MetaWorld(0, shape.world_size, META)
+    model = variant.model.train()
+    world = MetaWorld(0, shape.world_size, META)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.grad = torch.empty_like(parameter)
@@ -167,7 +169,8 @@ def step_activations(variant: MetaModel, loss: Loss, shape: StepShape) -> Activa
 @torch.no_grad()
 def encoding_peak(variant: MetaModel, shape: StepShape, batch: int) -> int:
     """Return the most bytes at once while `batch` users or items are encoded, as in every validation."""
-    model, peaks = variant.model.eval(), list[int]()
+    model = variant.model.eval()
+    peaks = list[int]()
     for side, tower in _towers(model):
         with META, MemoryTracker([*model.parameters(), *model.buffers()]) as memory:
             model({side: _side_batch(tower, side, shape, batch)})

@@ -95,7 +95,8 @@ def plan_variants(
     planned = base if engine or best is None else best
     fits = calculator.fits(largest, planned)
     change = None if fits else smallest_change(calculator, largest, planned)
-    recommended, reason = best.engine if best else None, _reason(calculator, largest, base, best)
+    recommended = best.engine if best else None
+    reason = _reason(calculator, largest, base, best)
     return RunPlan(calculator, names, largest, recommended, reason, planned, fits, change)
 
 

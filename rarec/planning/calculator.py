@@ -85,7 +85,8 @@ class Calculator:
 
     def refusal(self, setup: TrainingSetup) -> UserError | None:
         """Return why a setup is impossible: a rank has no sample, or the engine cannot shard 4-bit weights."""
-        pieces, smallest = setup.cluster.world_size * setup.accumulate, self.batches.smallest
+        pieces = setup.cluster.world_size * setup.accumulate
+        smallest = self.batches.smallest
         if pieces > smallest:
             problem = f"a batch of {smallest} samples cannot be split into {pieces} (GPUs x train.accumulate)"
             return UserError(problem, "raise train.batch_size, or plan with fewer --gpus")
@@ -103,7 +104,8 @@ class Calculator:
 
     def memory(self, variant: str, setup: TrainingSetup) -> RankMemory:
         """Return the memory of a rank."""
-        model, longest = self.meta_model(variant, setup.checkpointing), self._step_shapes(variant, setup)[-1]
+        model = self.meta_model(variant, setup.checkpointing)
+        longest = self._step_shapes(variant, setup)[-1]
         key = ("encoding", variant, setup.eval_batch)
         encoding = self._cached(key, lambda: encoding_peak(model, longest, setup.eval_batch))
         training = self.activations(variant, setup).peak
@@ -124,7 +126,8 @@ class Calculator:
 
     def traffic(self, variant: str, setup: TrainingSetup) -> Traffic:
         """Return the bytes that a rank sends in a step."""
-        model, step = self.meta_model(variant, setup.checkpointing), self.activations(variant, setup)
+        model = self.meta_model(variant, setup.checkpointing)
+        step = self.activations(variant, setup)
         return step_traffic(model, setup.engine, setup.cluster.world_size, setup.accumulate, step, setup.checkpointing)
 
     def step_tokens(self, variant: str, setup: TrainingSetup) -> float:
@@ -136,12 +139,14 @@ class Calculator:
         """Return the duration of a step; None unless the weights are in bfloat16, whose peak is listed."""
         if self.config.llm.dtype != "bfloat16":
             return None
-        model, traffic = self.meta_model(variant, setup.checkpointing), self.traffic(variant, setup)
+        model = self.meta_model(variant, setup.checkpointing)
+        traffic = self.traffic(variant, setup)
         return step_seconds(model, traffic, setup.cluster, self.step_tokens(variant, setup), setup.checkpointing)
 
     def hours(self, variant: str, setup: TrainingSetup) -> float | None:
         """Return the duration of a training; None where the duration or the number of steps is unknown."""
-        seconds, steps = self.step_seconds(variant, setup), self.steps(variant)
+        seconds = self.step_seconds(variant, setup)
+        steps = self.steps(variant)
         return 0 if steps == 0 else None if seconds is None or steps is None else steps * seconds / 3600
 
     def steps(self, variant: str) -> int | None:
@@ -176,10 +181,12 @@ class Calculator:
             problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
             raise UserError(problem, f"choose from blocks 0 to {count - 1}")
         vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.builder.sources.items()}
-        world_size, item = setup.cluster.world_size, self.prompts["item"].in_batch(self.config.llm.packing)
+        world_size = setup.cluster.world_size
+        item = self.prompts["item"].in_batch(self.config.llm.packing)
         shapes = []
         for size, longest in self.batches.largest:
-            total, text = -(-size // setup.accumulate), {"user": longest, "item": item}
+            total = -(-size // setup.accumulate)
+            text = {"user": longest, "item": item}
             shapes.append(StepShape(-(-total // world_size), total, world_size, text, blocks, vectors))
         return shapes
 

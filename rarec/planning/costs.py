@@ -181,7 +181,8 @@ def _gathered_peak(model: MetaModel, engine: EngineName, recomputes: bool, zero:
 
 def _gathered_by_zero3(model: MetaModel, recomputes: bool, zero: ZeroSettings) -> int:
     sharded = [w for w in model.weights if w.numel > zero.persistent and (w.in_llm or w.trainable)]
-    total, largest = _bytes(sharded), max((weight.nbytes for weight in sharded), default=0)
+    total = _bytes(sharded)
+    largest = max((weight.nbytes for weight in sharded), default=0)
     numel = sum(weight.numel for weight in sharded)
     if numel <= zero.live:
         return total + largest

@@ -166,7 +166,8 @@ def preparation() -> Iterator[Check]:
     """Yield the engines of preparation: DuckDB and Spark."""
     duckdb = (_version("ibis-framework") and _version("duckdb")) or ""
     yield check("DuckDB", duckdb, duckdb, "not installed", "pip install 'ibis-framework[duckdb]'", required=True)
-    spark, java = _version("pyspark"), "no Java"
+    spark = _version("pyspark")
+    java = "no Java"
     lacking = [] if spark else ["pip install 'rarec[spark]'"]
     if shutil.which("java"):
         output, failure = _run("java", "-version", timeout=30)

@@ -176,7 +176,8 @@ class MetaModelBuilder:
 
     def _build_llm(self) -> Any:
         """Build the language model without its head, in evaluation mode."""
-        llm, loader = self.config.llm, AutoModelForCausalLM if self._kind == "decoder" else AutoModel
+        llm = self.config.llm
+        loader = AutoModelForCausalLM if self._kind == "decoder" else AutoModel
         wanted = _ATTENTION.get(llm.attention, MASKED)
         problem = ""
         for attention in dict.fromkeys((wanted, "eager")):  # older architectures support eager attention alone
@@ -191,7 +192,8 @@ class MetaModelBuilder:
 
 def _read_llm_config(config: RunConfig, converted: Path) -> Any:
     """Read the language model's configuration; for a GGUF file that is not converted yet, from its metadata."""
-    name, path = config.llm.path, resolve_path(config.llm.path)
+    name = config.llm.path
+    path = resolve_path(config.llm.path)
     if path.endswith(".gguf"):
         if (converted / "config.json").is_file():
             return read_with(AutoConfig, name, str(converted))

@@ -66,7 +66,8 @@ def _variant_table(plan: RunPlan) -> Table:
     table = _table(f"variants, {engine_title(setup)}", *columns)
     for name in plan.variants:
         model = calculator.meta_model(name, setup.checkpointing)
-        steps, hours = calculator.steps(name), calculator.hours(name, setup)
+        steps = calculator.steps(name)
+        hours = calculator.hours(name, setup)
         cells = [
             f"{sum(weight.numel for weight in model.trainable):,}",
             _size(calculator.memory(name, setup).peak),
@@ -94,7 +95,8 @@ def _engine_table(plan: RunPlan) -> Table:
 
 
 def _advice(plan: RunPlan, run: str) -> Iterator[str]:
-    planned, chosen = plan.setup, plan.change or plan.setup
+    planned = plan.setup
+    chosen = plan.change or plan.setup
     engine = "no engine" if plan.engine is None else engine_title(replace(planned, engine=plan.engine))
     yield f"recommended: {engine}; {plan.reason}."
     if not plan.fits:
@@ -121,7 +123,8 @@ def _change(plan: RunPlan) -> Iterator[str]:
 
 
 def _zero3_hints(plan: RunPlan, chosen: TrainingSetup) -> Iterator[str]:
-    model, gpus = plan.calculator.meta_model(plan.largest, chosen.checkpointing), chosen.cluster.gpus
+    model = plan.calculator.meta_model(plan.largest, chosen.checkpointing)
+    gpus = chosen.cluster.gpus
     if not chosen.checkpointing and model.first_grad_block is not None:
         yield "ZeRO-3 keeps each gathered matrix until its backward pass; llm.gradient_checkpointing=true avoids this"
     if chosen.cluster.machines > 1:
@@ -131,7 +134,9 @@ def _zero3_hints(plan: RunPlan, chosen: TrainingSetup) -> Iterator[str]:
 
 
 def _facts(plan: RunPlan) -> Iterator[str]:
-    calculator, variant, setup = plan.calculator, plan.largest, plan.change or plan.setup
+    calculator = plan.calculator
+    variant = plan.largest
+    setup = plan.change or plan.setup
     sent = calculator.traffic(variant, setup)
     parts = {"gradients": sent.gradients, "weights": sent.weights, "vectors and states of the batch": sent.batch}
     yield f"sent by each rank per step: {_list_sizes(parts)}"
@@ -154,7 +159,8 @@ def _speed(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
 
 
 def _micro_batch(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
-    shape, slots = calculator.step_shape(variant, setup), calculator.slots(variant)
+    shape = calculator.step_shape(variant, setup)
+    slots = calculator.slots(variant)
     lengths = ", ".join(f"{side} {shape.text[side] + slots[side]}" for side in shape.text)
     line = f"micro-batch of a rank: {shape.rows} of {shape.total} samples, prompts of {lengths} tokens "
     if calculator.samples:
@@ -167,7 +173,8 @@ def _micro_batch(calculator: Calculator, variant: str, setup: TrainingSetup) -> 
 
 def _saved_activations(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
     """Describe the activations that wait for the backward pass, and the part outside the language model."""
-    shape, model = calculator.step_shape(variant, setup), calculator.meta_model(variant, setup.checkpointing).model
+    shape = calculator.step_shape(variant, setup)
+    model = calculator.meta_model(variant, setup.checkpointing).model
     width = model.backbone.hidden_size
     alignments = [tower.alignment for tower in (model.user, model.item) if tower.alignment is not None]
     slots = sum(len(alignment.blocks) * sum(alignment.slots.values()) for alignment in alignments)
@@ -183,9 +190,11 @@ def _saved_activations(calculator: Calculator, variant: str, setup: TrainingSetu
 
 def _disk(calculator: Calculator, variant: str, setup: TrainingSetup) -> str:
     """Describe the space that `run.dir` needs: what is there stays until its replacement is whole."""
-    config, model = calculator.config, calculator.meta_model(variant, setup.checkpointing)
+    config = calculator.config
+    model = calculator.meta_model(variant, setup.checkpointing)
     checkpoint = 3 * 4 * sum(weight.numel for weight in model.trainable)  # and Adam's two moments, in float32
-    shape, width = calculator.step_shape(variant, setup), model.model.backbone.hidden_size
+    shape = calculator.step_shape(variant, setup)
+    width = model.model.backbone.hidden_size
     states = len(shape.state_blocks) * width * np.dtype(config.shards.state_dtype).itemsize
     sample = states + 4 * shape.text["user"] + SAMPLE_OVERHEAD
     count, per = (
@@ -202,7 +211,8 @@ def launch_command(setup: TrainingSetup) -> str:
 
     Accelerate's files name DeepSpeed's relative to the repository's root; elsewhere its path is given as an option.
     """
-    cluster, title = setup.cluster, engine_title(setup)
+    cluster = setup.cluster
+    title = engine_title(setup)
     file = "one" if title == "one process" else title.lower().replace("-", "")
     words = ["accelerate", "launch", "--config_file", str(shipped_file(f"configs/accelerate/{file}.yaml"))]
     deepspeed = f"configs/deepspeed/{file}.json"

@@ -213,7 +213,8 @@ class SampleStats:
     def of_shards(cls, directory: Path, manifest: Manifest, config: RunConfig) -> "SampleStats":
         """Summarize the samples of finished shards, and the batches that a run makes of them."""
         index_S = open_index(directory, manifest)
-        tokens_S, batches = index_S["tokens"], None
+        tokens_S = index_S["tokens"]
+        batches = None
         if config.train.tokens_per_batch:
             user_slots = sum(slots_reserved(config, source_shapes(config))["user"].values())
             plan = BatchPlan(index_S["shard"], tokens_S, config.run.seed, config.train, user_slots)

@@ -127,7 +127,8 @@ class NeighbourRanker(Ranker):
 
     def scaled(self, weight_N: npt.NDArray[np.float64]) -> "NeighbourRanker":
         """Return the ranker whose score of each item is its own times the item's weight, not below 0."""
-        table, factor_N = self.table_NN, factor_of_sums(weight_N).astype(np.float32)
+        table = self.table_NN
+        factor_N = factor_of_sums(weight_N).astype(np.float32)
         scaled = table.data * factor_N[table.indices]
         return replace(self, table_NN=sparse.csr_matrix((scaled, table.indices, table.indptr), table.shape))
 
@@ -162,7 +163,9 @@ class CachedRanker(Ranker):
     """
 
     def __init__(self, ranker: Ranker) -> None:
-        self._ranker, self.lacking_N, self.lists = ranker, ranker.lacking_N, ranker.lists
+        self._ranker = ranker
+        self.lacking_N = ranker.lacking_N
+        self.lists = ranker.lists
         self._scores: WeakKeyDictionary[EvalBatch, Scores] = WeakKeyDictionary()
 
     def scored(self, chunk: EvalBatch) -> Scores:
@@ -264,8 +267,11 @@ class _Share:
     """The scores of one process's users, of every `step`-th."""
 
     def __init__(self, scores: Scores, own: slice) -> None:
-        self._scores, self._own = scores, range(scores.n_users)[own]
-        self.n_users, self.n_items, self.width = len(self._own), scores.n_items, scores.width
+        self._scores = scores
+        self._own = range(scores.n_users)[own]
+        self.n_users = len(self._own)
+        self.n_items = scores.n_items
+        self.width = scores.width
 
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""

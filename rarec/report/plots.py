@@ -86,7 +86,8 @@ def _beside(name: str, alt: str, panels: Mapping[str, Mapping[str, Row]], axis: 
     """
     cells = [(heading, variant, row) for heading, rows in panels.items() for variant, row in rows.items()]
     values = [f"{variant_title(variant)} {heading} {figure(row['value'])}" for heading, variant, row in cells]
-    height, share = 0.75 + 0.27 * len(cells) / len(panels), "xy" if axis else "y"
+    height = 0.75 + 0.27 * len(cells) / len(panels)
+    share = "xy" if axis else "y"
     with drawing(name, f"{alt}. {'; '.join(values)}.", len(panels), height=height, share=share) as picture:
         picture.canvas.supxlabel(axis, fontsize="medium", color=MUTED)
         for panel, (heading, rows) in zip(picture.panels, panels.items(), strict=True):

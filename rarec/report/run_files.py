@@ -142,7 +142,8 @@ def still_improving(training: Mapping[str, TrainingRecord], config: RunConfig) -
     names = [name for name in config.variants if name in training and training[name].still_improving]
     if not names:
         return None
-    limit, steps = config.train.max_steps, max(training[name].done["step"] for name in names)
+    limit = config.train.max_steps
+    steps = max(training[name].done["step"] for name in names)
     setting = f"train.max_steps (now {limit})" if limit == steps else f"train.epochs (now {config.train.epochs})"
     return f"Still improving at the last step: {listed([variant_title(name) for name in names])}. Raise {setting}."
 
@@ -224,7 +225,8 @@ def _training(directory: Path, say: Say) -> TrainingRecord:
 
     An incomplete line is skipped, and a log that differs from the one in the manifest left out, with a line each.
     """
-    log, done = directory / "log.jsonl", _read(directory / MANIFEST, {})
+    log = directory / "log.jsonl"
+    done = _read(directory / MANIFEST, {})
     if done and log.exists() and sha256_file(log) != done.get("log"):
         say(f"{log} was altered since the training: its curve is left out")
         return TrainingRecord(done)

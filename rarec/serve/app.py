@@ -178,7 +178,8 @@ class Service:
 
     async def ready(self) -> JSONResponse:
         """Return whether every bundle serves; 503 if not."""
-        ready, state = self._manager.ready, self._manager.state().items()
+        ready = self._manager.ready
+        state = self._manager.state().items()
         bundles = {name: {field: facts[field] for field in ("loaded", "trouble")} for name, facts in state}
         # with tokens, /v1/bundles alone tells more: troubles name paths, and nobody needs a token here
         details = {} if self._manager.settings.tokens else {"bundles": bundles}

@@ -216,7 +216,8 @@ class Batcher:
     ) -> None:
         self.engine, self._most, self._window, self._limit, self._observe = engine, most, window, limit, observe
         self._jobs: deque[_Job] = deque()
-        self._changed, self._closed = threading.Condition(), False
+        self._changed = threading.Condition()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 

@@ -89,7 +89,8 @@ class Guard:
         try:
             await self._serve(scope, receive, answer)
         finally:
-            seconds, route = time.perf_counter() - started, getattr(scope.get("route"), "path", "other")
+            seconds = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", "other")
             self._metrics.request(scope["method"], route, note["status"], seconds)
             self._metrics.waiting.set(self._current.waiting)  # also where another worker is asked for the metrics
             event("request", None, method=scope["method"], route=route, ms=round(1000 * seconds, 1), **note)
@@ -107,7 +108,9 @@ class Guard:
 
     def _refused(self, scope: Scope) -> JSONResponse | None:
         """Return the refusal of a request that is not let in."""
-        headers, settings, tokens = Headers(scope=scope), self._current.settings, self._current.tokens
+        headers = Headers(scope=scope)
+        settings = self._current.settings
+        tokens = self._current.tokens
         client = (scope.get("client") or ("",))[0]
         if tokens is not None and scope["path"] not in OPEN:
             kind, _, token = headers.get("authorization", "").partition(" ")
@@ -129,7 +132,9 @@ class Guard:
     def _limited(self, receive: Receive) -> Receive:
         """Return the body's parts, as long as it is neither too long nor too slow."""
         settings = self._current.settings
-        size, end, whole = 0, time.monotonic() + settings.body_timeout, False
+        size = 0
+        end = time.monotonic() + settings.body_timeout
+        whole = False
 
         async def limited() -> Message:
             nonlocal size, whole
@@ -161,7 +166,8 @@ class Rates:
             client: who asks.
             rate: requests a second.
         """
-        now, most = time.monotonic(), max(1.0, BURST * rate)
+        now = time.monotonic()
+        most = max(1.0, BURST * rate)
         left, moment = self._left.pop(client, (most, now))
         left = min(most, left + (now - moment) * rate)
         served = left >= 1

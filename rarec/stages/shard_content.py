@@ -77,7 +77,8 @@ class ShardContent:
         Raises:
             UserError: the model lacks one of them.
         """
-        count, chosen = len(self.run.llm.backbone.blocks), self.run.config.shards.state_blocks
+        count = len(self.run.llm.backbone.blocks)
+        chosen = self.run.config.shards.state_blocks
         blocks = sorted(set(chosen)) if chosen is not None else list(range(count))
         if blocks[-1] >= count:
             problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
@@ -133,7 +134,8 @@ class ShardContent:
         for row, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
             target = int(dataset.sequence(user)[position])
             own = {name: array[row] for name, array in vectors.items()}
-            history_H, prompt = histories[row].astype(np.int32), prompts[row]
+            history_H = histories[row].astype(np.int32)
+            prompt = prompts[row]
             yield Sample(user, position, target, history_H, prompt.tokens_T, prompt.marks, states_BLD[row], own)
 
     def cut_users(self) -> int:

@@ -99,7 +99,9 @@ def build_trainer(
     run: Run, variant: Variant, feed: Feed, plan: BatchPlan, checkpoints: Checkpoints, state: TrainingState
 ) -> Trainer:
     """Put a variant's training together: from its first weights, or from the checkpoint of `state`."""
-    config, shards, world = run.config, feed.manifest, run.world
+    config = run.config
+    shards = feed.manifest
+    world = run.world
     item_states_NLD = map_npy(run.directory("shards") / ITEM_STATES, REPAIR)
     counts_N = torch.from_numpy(np.load(run.directory("shards") / TARGET_COUNTS))
     if state.step:
@@ -126,7 +128,8 @@ def build_trainer(
 
 def open_feed(run: Run) -> Feed:
     """Return the feed of the run's shards, which must be finished."""
-    directory, manifest = run.directory("shards"), run.stage("shards").require()
+    directory = run.directory("shards")
+    manifest = run.stage("shards").require()
     user_slots = sum(slots_reserved(run.config, run.shapes)["user"].values())
     samples = open_samples(run.config.train.stream, directory, manifest, run.tar_cache)
     return Feed(run.config, manifest, samples, user_slots, run.say)
