@@ -7,7 +7,7 @@ made. --memory limits DuckDB, and the process uses somewhat more; --most is the 
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import duckdb
 
 from rarec.config.schema import Prepare
-from rarec.storage.artefacts import read_manifest
 from tools.bench.measuring import GB, Figure, Row, apart, at_most, log_section, memory, prepare_dataset, seconds
 from tools.make_log import make_log
 
@@ -86,8 +85,6 @@ class Cost:
     seconds: float
     peak: float
     """Peak resident memory in GB."""
-    counts: list[dict[str, int]]
-    """Initial counts, and those after each step that dropped rows."""
     digests: tuple[Any, ...]
     """Digests of the tables."""
 
@@ -99,12 +96,12 @@ def run(arguments: argparse.Namespace) -> list[Figure]:
         costs = costs_of(arguments.directory, rows, arguments.memory, arguments.rounds)
         spent = {name: min(cost.seconds for cost in own) for name, own in costs.items()}
         peak = {name: max(cost.peak for cost in own) for name, own in costs.items()}
-        results = [(cost.counts, cost.digests) for own in costs.values() for cost in own]
+        results = [cost.digests for own in costs.values() for cost in own]
         same = results == results[:1] * len(results)
         per_row.append(spent[RAREC] / rows)
         figures += [
             *(Figure(f"{rows:,} rows: {name}", f"{spent[name]:,.1f} s, {peak[name]:.2f} GB") for name in costs),
-            Figure(f"{rows:,} rows: same counts and tables", "yes" if same else "no", "yes", same),
+            Figure(f"{rows:,} rows: same tables", "yes" if same else "no", "yes", same),
             at_most(f"{rows:,} rows: peak resident memory", peak[RAREC], arguments.most, " GB"),
             at_most(f"{rows:,} rows: time, {RAREC} / {BY_HAND}", spent[RAREC] / spent[BY_HAND], 1.5),
         ]
@@ -136,25 +133,14 @@ def costs_of(directory: Path, rows: int, limit: str, rounds: int) -> dict[str, l
 
 def cost_of(name: str, log: Path, out: Path, limit: str) -> Cost:
     """Prepare in one of the ways, in this process."""
-    counts: list[dict[str, int]] = []
-    spent = seconds(lambda: counts.extend(WAYS[name](log, out, limit)))
-    return Cost(spent, memory("VmHWM") * GB, counts, digests(out / "prepare"))
+    spent = seconds(lambda: WAYS[name](log, out, limit))
+    return Cost(spent, memory("VmHWM") * GB, digests(out / "prepare"))
 
 
-def prepare_with_rarec(log: Path, out: Path, limit: str) -> Iterator[dict[str, int]]:
-    """Prepare with rarec, including the hashing of input and output; yield its counts."""
+def prepare_with_rarec(log: Path, out: Path, limit: str) -> None:
+    """Prepare with rarec, including the hashing of input and output."""
     fewest = {"min_user_interactions": FEWEST, "min_item_interactions": FEWEST}
     prepare_dataset(Prepare.model_validate(log_section(log, memory=limit, **fewest)), out)
-    steps = read_manifest(out / "prepare", "prepare")["steps"]
-    yield counts_of(steps[0], "before")
-    for step in steps:
-        if step["interactions_after"] < step["interactions_before"]:
-            yield counts_of(step, "after")
-
-
-def counts_of(step: dict[str, Any], when: str) -> dict[str, int]:
-    """Return the counts before or after a step."""
-    return {what: step[f"{what}_{when}"] for what in ("interactions", "users", "items")}
 
 
 def digests(directory: Path) -> tuple[Any, ...]:
@@ -165,37 +151,19 @@ def digests(directory: Path) -> tuple[Any, ...]:
         return tuple(connection.execute(select.format(directory / f"{name}.parquet")).fetchone() for name in TABLES)
 
 
-def prepare_by_hand(log: Path, out: Path, limit: str) -> Iterator[dict[str, int]]:
-    """Write the three tables; yield the initial counts and those after each step that dropped rows."""
+def prepare_by_hand(log: Path, out: Path, limit: str) -> None:
+    """Write the three tables."""
     tables = out / "prepare"
     tables.mkdir(parents=True)
     with duckdb.connect() as connection:
-
-        def count(relation: str) -> dict[str, int]:
-            columns = 'count(*) AS interactions, count(DISTINCT "user") AS users, count(DISTINCT item) AS items'
-            (counts,) = connection.sql(f"SELECT {columns} FROM {relation}").to_arrow_table().to_pylist()
-            return dict(counts)
-
         connection.execute(START.format(memory=limit, out=tables, log=log))
-        yield count("raw")
-        yield count("given")
         connection.execute(CODES.format(log=log))
-        yield count("log")
         for step in (DISTINCT, FIRST):
             connection.execute(f"{step}; DROP TABLE log; ALTER TABLE kept RENAME TO log")
-            yield count("log")
-        dropped = 1
-        while dropped:
-            dropped = 0
-            for column in ("item", "user"):
-                rows = connection.execute(ENOUGH.format(column, FEWEST)).fetchall()[0][0]
-                if rows:
-                    yield count("log")
-                dropped += rows
+        steps = [ENOUGH.format(column, FEWEST) for column in ("item", "user")]
+        while sum(connection.execute(step).fetchall()[0][0] for step in steps):
+            pass
         connection.execute(RESULT.format(out=tables))
 
 
-WAYS: dict[str, Callable[[Path, Path, str], Iterator[dict[str, int]]]] = {
-    RAREC: prepare_with_rarec,
-    BY_HAND: prepare_by_hand,
-}
+WAYS: dict[str, Callable[[Path, Path, str], None]] = {RAREC: prepare_with_rarec, BY_HAND: prepare_by_hand}

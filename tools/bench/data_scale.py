@@ -126,11 +126,6 @@ def parts(total: int) -> Iterator[slice]:
         yield slice(start, min(start + ROWS, total))
 
 
-def batch(**columns: npt.NDArray[Any] | list[str]) -> pa.RecordBatch:
-    """Return rows of a table."""
-    return pa.RecordBatch.from_pydict(columns)
-
-
 def interaction_batches(
     lengths_U: npt.NDArray[np.int32], counts_N: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> Iterator[pa.RecordBatch]:
@@ -143,7 +138,8 @@ def interaction_batches(
         items_i = (len(counts_N) * rng.random(len(users_i)) ** 3).astype(np.int64)
         trains_i = positions_i < np.repeat(lengths_u, lengths_u) - 2
         np.add.at(counts_N, items_i[trains_i], 1)
-        yield batch(user_row=users_i, item_row=items_i, position=positions_i.astype(np.float64))
+        columns = {"user_row": users_i, "item_row": items_i, "position": positions_i.astype(np.float64)}
+        yield pa.RecordBatch.from_pydict(columns)
 
 
 def user_batches(lengths_U: npt.NDArray[np.int32]) -> Iterator[pa.RecordBatch]:
@@ -152,7 +148,9 @@ def user_batches(lengths_U: npt.NDArray[np.int32]) -> Iterator[pa.RecordBatch]:
     for part in parts(len(lengths_U)):
         rows, length = np.arange(part.start, part.stop), lengths_U[part]
         ends = {"train_length": length - 2, "validation": length - 2, "test": length - 1, "cold": length < 4}
-        yield batch(row=rows, user_id=rows, start=starts_U[part], length=length, **ends)
+        yield pa.RecordBatch.from_pydict(
+            {"row": rows, "user_id": rows, "start": starts_U[part], "length": length, **ends}
+        )
 
 
 def item_batches(counts_N: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
@@ -160,8 +158,8 @@ def item_batches(counts_N: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
     for part in parts(len(counts_N)):
         rows, counts = np.arange(part.start, part.stop), counts_N[part]
         titles = [f"{WORDS[row % 12]} {WORDS[row // 12 % 12]} no. {row % 1000}" for row in rows]
-        texts = [""] * len(rows)
-        yield batch(row=rows, item_id=rows, title=titles, text=texts, train_count=counts, cold=counts == 0)
+        columns = {"row": rows, "item_id": rows, "title": titles, "text": [""] * len(rows)}
+        yield pa.RecordBatch.from_pydict({**columns, "train_count": counts, "cold": counts == 0})
 
 
 def open_dataset(config: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def options(doc: str | None, *paths: str, **defaults: Any) -> argparse.Namespace
         doc: docstring of the module, which --help prints.
         paths: names of the arguments, all of them paths.
         defaults: value of each option where it is not given; False makes a flag, a list an option of several values,
-            a type an option of that type without a default.
+            a type an option of that type without a default, a list of a type one of several such values.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for path in paths:
@@ -56,7 +56,8 @@ def add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> None
     if isinstance(default, bool):
         parser.add_argument(flag, action="store_true")
     elif isinstance(default, list):
-        parser.add_argument(flag, nargs="+", type=type(default[0]), default=default)
+        kind = default[0] if isinstance(default[0], type) else type(default[0])
+        parser.add_argument(flag, nargs="+", type=kind, default=None if kind is default[0] else default)
     else:
         kind = default if isinstance(default, type) else type(default)
         parser.add_argument(flag, type=kind, default=None if kind is default else default)

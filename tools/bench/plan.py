@@ -19,7 +19,7 @@ limits are larger than so small a model; the plan uses the same values.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,9 +220,7 @@ class Training:
                 self.step()
         figures["step"] = highest(profiler)
         if self.case.ranks == 1 and not self.case.checkpointing:
-            saved = SavedTensors(self.model.parameters())
-            self.step(saved)
-            figures["saved"] = sum(saved.sizes.values())
+            figures["saved"] = self.saved()
         return figures | ({"sent": sent} if self.case.is_zero else {})
 
     def step(self, forward: AbstractContextManager[Any] | None = None) -> None:
@@ -239,6 +237,18 @@ class Training:
         for _ in self.optimisation.gradients():
             pass
         self.optimisation.update(1.0)
+
+    def saved(self) -> int:
+        """Return the bytes that autograd saves in a step: each storage once, and no parameters."""
+        weights = {weight.untyped_storage().data_ptr() for weight in self.model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+
+        self.step(saved_tensors_hooks(pack, lambda tensor: tensor))
+        return sum(size for address, size in sizes.items() if address not in weights)
 
     def held(self) -> dict[str, int]:
         """Return the bytes that are allocated throughout the training."""
@@ -281,29 +291,6 @@ class Training:
         mask_BT[0, -3:] = 0
         vectors = {name: torch.randn(rows, 1, dim) for name, (_, dim) in self.shape.vectors.items()}
         return SideBatch(torch.zeros_like(mask_BT), mask_BT, torch.arange(slots).repeat(rows, 1), vectors)
-
-
-class SavedTensors(saved_tensors_hooks):
-    """Count the bytes that autograd saves.
-
-    Args:
-        weights: parameters, which are not counted.
-
-    Attributes:
-        sizes: bytes of each saved storage, by its address.
-    """
-
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        self.sizes: dict[int, int] = {}
-        self.weights = {weight.untyped_storage().data_ptr() for weight in weights}
-        super().__init__(self.pack, lambda tensor: tensor)
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        """Count a tensor's storage once."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.weights:
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
 
 
 def highest(profiler: Any) -> int:

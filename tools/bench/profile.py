@@ -92,7 +92,7 @@ def beside() -> Iterator[tuple[str, Action]]:
     """Yield training steps of an ID model and a pass of a language model, alone and beside a busy process."""
     named = workloads()
     yield from named.items()
-    with busy(1):
+    with busy():
         for name, action in named.items():
             yield f"{name}, beside a busy process", action
 

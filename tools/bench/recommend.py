@@ -19,7 +19,6 @@ SERVED is the folder of `rarec export BUNDLE --to onnx --to faiss`. Rounds are i
 ratios of these.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from rarec.export.rarec_client import Client
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length
 from rarec.ranking.rank import VectorScores, best_scores
-from tools.bench.measuring import Action, add_option, cpu_seconds, in_turns, seconds
+from tools.bench.measuring import Action, cpu_seconds, in_turns, options, seconds
 
 Rows = npt.NDArray[np.int64]
 GOALS = {"batch": 1 / 0.9, "search": 1.3, "search N": 1.3, "one user": 3.0, "100 items": 1.5, "client": 0.1}
@@ -120,13 +119,8 @@ def recommenders(folder: Path) -> Iterator[tuple[str, Callable[[list[list[Any]]]
 
 def main() -> None:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    for name, default in {"users": 512, "items": 50_000, "rounds": 3, "threads": torch.get_num_threads()}.items():
-        add_option(parser, name, default)
-    parser.add_argument("--client", type=Path, help="folder of --to onnx --to faiss")
-    parser.add_argument("--rates", type=Path, nargs="+", help="folders to compare instead")
-    arguments = parser.parse_args()
+    sizes = {"users": 512, "items": 50_000, "rounds": 3, "threads": torch.get_num_threads()}
+    arguments = options(__doc__, "bundle", **sizes, client=Path, rates=[Path])
     torch.set_num_threads(arguments.threads)
     if arguments.rates:
         rates(arguments.rates, sample_users(rarec.load(arguments.bundle, device="cpu"), arguments.users)[1])

@@ -17,7 +17,6 @@ weights: bytes of the trained weights in float16, as in a bundle, and their shar
 Memory is counted without what Python and its libraries took before loading.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -37,7 +36,7 @@ from rarec.models.towers import RaRec, SideBatch
 from rarec.storage.directories import new_directory
 from rarec.training.accelerator import build_engine, start_world
 from rarec.training.engines import Engine, Optimisation
-from tools.bench.measuring import Figure, at_most, memory, model_tree, print_table, sampled_memory
+from tools.bench.measuring import Figure, at_most, memory, model_tree, options, print_table, sampled_memory
 from tools.bench.scaling import finish, start
 from tools.bench.small_runs import bytes_of, launched, llama, local, write_tokenizer
 
@@ -168,12 +167,8 @@ def lines(what: str, rank: Figures, goal: float | None) -> list[Figure]:
 
 def main() -> None:
     """Generate the model, start each engine in turn, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--keep-activations", action="store_true", help="rather than recompute blocks")
-    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)  # where a rank, started by this script, writes
-    arguments = parser.parse_args()
-    if arguments.rank:
+    arguments = options(__doc__, "directory", keep_activations=False, rank=Path)
+    if arguments.rank:  # where a rank, started by this script, writes
         measure(arguments.directory, arguments.rank, not arguments.keep_activations)
         return
     llm, flags = arguments.directory.resolve() / "llm", ["--keep-activations"] * arguments.keep_activations

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import rarec
 from tools.bench.measuring import seconds
@@ -28,9 +27,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("url")
     parser.add_argument("--users", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     sys.path.insert(0, str(arguments.folder))
     client = importlib.import_module("rarec_vllm").VllmClient(arguments.folder, arguments.url)
     recommender = rarec.load(arguments.bundle, device="cpu")
