@@ -17,11 +17,12 @@ from rarec.data.selection import (
     LARGEST_GROUP,
     GroupSampler,
     Selection,
-    TitleWords,
     equal_frequency,
     even_shares,
     select_samples,
+    shares_word,
     split_words,
+    title_words,
 )
 from rarec.errors import UserError
 from tests.datasets import prepare_dataset
@@ -105,7 +106,7 @@ def test_only_what_the_id_model_was_not_trained_on_is_drawn(small: PreparedDatas
 )
 def test_sharing_a_word_is_what_sets_say(titles: list[list[str]], lengths: list[int], data: st.DataObject) -> None:
     items = [data.draw(st.lists(st.integers(0, len(titles) - 1), min_size=n, max_size=n)) for n in lengths]
-    table = TitleWords.of([" ".join(title) for title in titles], untitled="v w")
+    table = title_words([" ".join(title) for title in titles], untitled="v w")
     sets = [set() if title == ["v", "w"] else set(title) for title in titles]
     expected = [
         bool(sets[item] & set().union(*(sets[earlier] for earlier in own[:at])))
@@ -113,7 +114,7 @@ def test_sharing_a_word_is_what_sets_say(titles: list[list[str]], lengths: list[
         for at, item in enumerate(own)
     ]
     users = np.repeat(np.arange(len(items)), lengths)
-    assert table.shared_with_earlier(users, np.concatenate(items)).tolist() == expected
+    assert shares_word(table, users, np.concatenate(items)).tolist() == expected
 
 
 def test_denoise_in_parts_is_denoise_at_once(synthetic: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:

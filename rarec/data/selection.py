@@ -4,7 +4,7 @@ The samples are read twice, a block of users at a time: they are counted, and th
 samples alone.
 
 Shape letters: S samples of a block, K kept samples, U users, N items, V values, G buckets of the grid, F fates of a
-sample, W word occurrences over all items, E word occurrences over interactions, I interactions.
+sample, W distinct words, E word occurrences over interactions, I interactions.
 """
 
 import unicodedata
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 from rarec.config.schema import Shards
 from rarec.data.dataset import Int32, Int64, Mask, PreparedDataset
@@ -253,7 +254,7 @@ class _Samples:
         self.dataset = dataset
         self._first_target_U = dataset.train_length_U - dataset.held_out_U(holdout) if holdout else None
         self.grid = Grid(dataset, config)
-        self._words = TitleWords.of(dataset.titles, dataset.untitled) if config.denoise else None
+        self._words_NW = title_words(dataset.titles, dataset.untitled) if config.denoise else None
         self._sharing: dict[int, npt.NDArray[np.uint8]] = {}
 
     def blocks(self) -> Iterator[_Block]:
@@ -261,9 +262,9 @@ class _Samples:
             users_S, positions_S = self.dataset.training_samples(users)
             targets_S = self.dataset.items_at(users_S, positions_S)
             fates_S = np.full(len(users_S), CANDIDATE)
-            if self._words is not None:
-                fates_S[self._words.counts_N[targets_S] == 0] = WORDLESS
-                fates_S[~self._shares_word(self._words, users, len(users_S)) & (fates_S == CANDIDATE)] = NOTHING_SHARED
+            if self._words_NW is not None:
+                fates_S[~self._shares_word(self._words_NW, users, len(users_S))] = NOTHING_SHARED
+                fates_S[np.diff(self._words_NW.indptr)[targets_S] == 0] = WORDLESS
             if self._first_target_U is not None:
                 fates_S[positions_S < self._first_target_U[users_S]] = TRAINS_ID_MODEL
             yield _Block(users_S, positions_S, self.grid.bucket(users_S, targets_S), fates_S)
@@ -277,11 +278,11 @@ class _Samples:
             counts_FG += np.bincount(cells_S, minlength=counts_FG.size).reshape(shape)
         return counts_FG
 
-    def _shares_word(self, words: "TitleWords", users: slice, samples: int) -> Mask:
+    def _shares_word(self, words_NW: csr_array, users: slice, samples: int) -> Mask:
         """Return True where the target's title shares a word with an earlier one."""
         if users.start not in self._sharing:
             users_i, positions_i = self.dataset.training_positions(users)
-            sharing_i = words.shared_with_earlier(users_i, self.dataset.items_at(users_i, positions_i))
+            sharing_i = shares_word(words_NW, users_i, self.dataset.items_at(users_i, positions_i))
             self._sharing[users.start] = np.packbits(sharing_i[positions_i > 0])
         return np.unpackbits(self._sharing[users.start], count=samples).astype(bool)
 
@@ -329,48 +330,31 @@ def split_words(title: str) -> list[str]:
     return [word for word in distinct if word and word not in STOP_WORDS]
 
 
-@dataclass(frozen=True)
-class TitleWords:
-    """The words of all items as integers, stored item after item.
+def title_words(titles: Iterable[str], untitled: str) -> csr_array:
+    """Return which item has which word in its title (N, W); the placeholder for a missing title has none."""
+    numbers: dict[str, int] = {}
+    words, starts = array("q"), array("q", [0])  # a list of objects would take ten times as much
+    for title in titles:
+        own = [] if title == untitled else split_words(title)
+        words.extend(numbers.setdefault(word, len(numbers)) for word in own)
+        starts.append(len(words))
+    shape = len(starts) - 1, len(numbers)
+    return csr_array((np.ones(len(words), np.bool_), np.array(words, np.int64), np.array(starts)), shape)
 
-    Attributes:
-        starts_N: index of an item's first word in `words_W`.
-        counts_N: number of words of each item.
-        words_W: word numbers.
-        total: number of distinct words.
+
+def shares_word(words_NW: csr_array, user_rows_I: Int32, item_rows_I: Int32) -> Mask:
+    """Return (I,) True where a title shares a word with an earlier title of the same user.
+
+    Args:
+        words_NW: from `title_words`.
+        user_rows_I: ascending user rows.
+        item_rows_I: item rows, in each user's order.
     """
-
-    starts_N: Int64
-    counts_N: Int64
-    words_W: Int64
-    total: int
-
-    @classmethod
-    def of(cls, titles: Iterable[str], untitled: str) -> "TitleWords":
-        """Split titles into words; the placeholder for a missing title has none."""
-        numbers: dict[str, int] = {}
-        words, counts = array("q"), array("q")  # a list of objects would take ten times as much
-        for title in titles:
-            own = [] if title == untitled else split_words(title)
-            words.extend(numbers.setdefault(word, len(numbers)) for word in own)
-            counts.append(len(own))
-        counts_N = np.array(counts, np.int64)
-        return cls(np.cumsum(counts_N) - counts_N, counts_N, np.array(words, np.int64), len(numbers))
-
-    def shared_with_earlier(self, user_rows_I: Int32, item_rows_I: Int32) -> Mask:
-        """Return (I,) True where a title shares a word with an earlier title of the same user.
-
-        Args:
-            user_rows_I: ascending user rows.
-            item_rows_I: item rows, in each user's order.
-        """
-        counts_I = self.counts_N[item_rows_I]
-        interactions_E = np.repeat(np.arange(len(item_rows_I)), counts_I)
-        within_E = np.arange(len(interactions_E)) - np.repeat(np.cumsum(counts_I) - counts_I, counts_I)
-        words_E = self.words_W[self.starts_N[item_rows_I[interactions_E]] + within_E]
-        keys_E = user_rows_I[interactions_E].astype(np.int64) * self.total + words_E
-        # np.unique returns the first occurrence of each (user, word); later ones share it
-        _, first, inverse_E = np.unique(keys_E, return_index=True, return_inverse=True)
-        repeats_E = interactions_E[first][inverse_E] < interactions_E
-        shared: Mask = np.bincount(interactions_E[repeats_E], minlength=len(item_rows_I)) > 0
-        return shared
+    words_IW = words_NW[item_rows_I]
+    interactions_E = np.repeat(np.arange(len(item_rows_I)), np.diff(words_IW.indptr))
+    keys_E = user_rows_I[interactions_E].astype(np.int64) * words_NW.shape[1] + words_IW.indices
+    # np.unique returns the first occurrence of each (user, word); later ones share it
+    _, first, inverse_E = np.unique(keys_E, return_index=True, return_inverse=True)
+    repeats_E = interactions_E[first][inverse_E] < interactions_E
+    shared: Mask = np.bincount(interactions_E[repeats_E], minlength=len(item_rows_I)) > 0
+    return shared
