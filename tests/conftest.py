@@ -14,8 +14,8 @@ import torch
 from hypothesis import settings
 
 import rarec
+from rarec.data.engines import PrepareEngine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
-from rarec.data.engines.prepare_engine import PrepareEngine
 from tests.engines import ENGINES as PREPARE_ENGINES
 from tests.engines import start
 from tests.synthetic import write_llm, write_log

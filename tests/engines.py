@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rarec.config.schema import Prepare
+from rarec.data.engines import PrepareEngine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
-from rarec.data.engines.prepare_engine import PrepareEngine
 
 SPARK = {
     "spark.master": "local[2]",

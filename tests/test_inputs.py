@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rarec.config.schema import Interactions
-from rarec.data.engines.prepare_engine import PrepareEngine
+from rarec.data.engines import PrepareEngine
 from rarec.data.engines.table_files import check_gzip, find_files
 from rarec.data.preparation.inputs import check_order, read_log, table_location
 from rarec.errors import UserError

@@ -22,9 +22,8 @@ from scipy import sparse
 
 from rarec.config.neighbours import NeighbourConfig, Neighbours
 from rarec.data.dataset import PreparedDataset
-from rarec.data.engines import open_engine
+from rarec.data.engines import PrepareEngine, open_engine
 from rarec.data.engines.duckdb_engine import DuckDBEngine
-from rarec.data.engines.prepare_engine import PrepareEngine
 from rarec.data.engines.table_files import find_files
 from rarec.data.tables import IN_MEMORY, Scratch
 from rarec.entry import open_run

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rarec.config.schema import Interactions, Items
-from rarec.data.engines.prepare_engine import PrepareEngine, compute_value
+from rarec.data.engines import PrepareEngine, compute_value
 from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation.inputs import read_catalogue, read_log, table_location
 from rarec.errors import UserError

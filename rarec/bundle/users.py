@@ -27,8 +27,7 @@ from rarec.bundle.recommended import Id
 from rarec.bundle.recommender import Recommender
 from rarec.config.schema import Prepare
 from rarec.console.progress import track
-from rarec.data.engines import open_engine
-from rarec.data.engines.prepare_engine import PrepareEngine, compute_value
+from rarec.data.engines import PrepareEngine, compute_value, open_engine
 from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation import steps
 from rarec.data.preparation.inputs import check_order, read_log, table_location

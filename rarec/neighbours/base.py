@@ -25,7 +25,7 @@ from rarec.data.tables import IN_MEMORY, Scratch
 from rarec.errors import UserError
 
 if TYPE_CHECKING:
-    from rarec.data.engines.prepare_engine import PrepareEngine
+    from rarec.data.engines import PrepareEngine
 
 
 Rows = npt.NDArray[np.integer]

@@ -25,7 +25,7 @@ from rarec.neighbours.base import SCHEMA, NeighbourModel
 if TYPE_CHECKING:
     import ibis.expr.types as ir
 
-    from rarec.data.engines.prepare_engine import PrepareEngine
+    from rarec.data.engines import PrepareEngine
 
 
 class CountedModel(NeighbourModel):

@@ -1,12 +1,60 @@
-"""Engines that run the preparation: DuckDB, Spark, or any database that Ibis reaches by URL."""
+"""Engines that run the preparation: DuckDB, Spark, or any database that Ibis reaches by URL.
+
+The steps of the preparation are Ibis expressions, and use nothing of an engine but `PrepareEngine`.
+"""
 
 import uuid
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
+from typing import Any, Protocol
+
+import ibis.expr.types as ir
+import pyarrow as pa
 
 from rarec.config.schema import Prepare
-from rarec.data.engines.prepare_engine import PrepareEngine
+from rarec.data.engines.table_files import TableLocation
 from rarec.errors import UserError
+
+
+class PrepareEngine(Protocol):
+    """Read tables, keep intermediate results, and stream expressions out."""
+
+    def read(self, location: TableLocation, roles: Mapping[str, str], *, lines: bool = False) -> ir.Table:
+        """Read columns of a table.
+
+        Args:
+            location: files or a named table.
+            roles: column name in the table, by role.
+            lines: number the rows from 1, in the column `line`: in file order, or, for a named table, sorted by these
+                columns.
+
+        Returns:
+            One column for each role.
+
+        Raises:
+            UserError: a column is missing or the table cannot be read (raised now, or when rows are fetched).
+        """
+
+    def keep(self, name: str, expression: ir.Table) -> ir.Table:
+        """Compute an expression and store its rows under a name, replacing what the name held before."""
+
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """Compute a small table and return its rows."""
+
+    def batches(self, expression: ir.Table) -> Iterable[pa.RecordBatch]:
+        """Stream the rows of an expression in its order.
+
+        Read the stream to its end before using the engine again.
+        """
+
+    def close(self) -> None:
+        """Release everything that was kept."""
+
+
+def compute_value(engine: PrepareEngine, scalar: ir.Scalar) -> Any:
+    """Compute a scalar expression."""
+    return engine.rows(scalar.name("value").as_table())[0]["value"]
 
 
 def open_engine(config: Prepare, spill: Path) -> AbstractContextManager[PrepareEngine]:

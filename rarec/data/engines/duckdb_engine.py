@@ -14,13 +14,14 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from rarec.data.engines.prepare_engine import check_columns, check_types
 from rarec.data.engines.table_files import (
     DELIMITED,
     NAMED,
     TableLocation,
+    check_columns,
     check_gzip,
     check_parquet,
+    check_types,
     read_header,
 )
 from rarec.data.tables import write_rows

@@ -19,8 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.data.engines.duckdb_engine import DuckDBEngine
-from rarec.data.engines.prepare_engine import check_columns, check_types
-from rarec.data.engines.table_files import NAMED, TableLocation, check_parquet, open_file_system
+from rarec.data.engines.table_files import (
+    NAMED,
+    TableLocation,
+    check_columns,
+    check_parquet,
+    check_types,
+    open_file_system,
+)
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Find the files of an input table, detect their format, read their headers, hash them, and check that they are whole.
+"""Find the files of an input table, detect their format, read headers, hash them, and check them and their columns.
 
 Paths are local, or URLs of any file system that fsspec supports (`s3://`, `gs://`, `hdfs://`, `https://`, ...).
 """
@@ -8,7 +8,7 @@ import glob
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import fsspec
+import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from rarec.config.shipped import resolve_path
-from rarec.errors import UserError
+from rarec.errors import UserError, nearest
 from rarec.storage.artefacts import sha256_json
 from rarec.storage.files import sha256_file
 
@@ -54,6 +55,11 @@ KINDS = {
     r"timestamp": "timestamps",
 }
 """Kinds of Parquet columns, by how Arrow writes their types; engines convert without loss within a kind only."""
+KEYS = ("user", "item", "time", "position")
+"""Roles whose values are compared, and so must be of one type."""
+ALIKE = "write it as text in every row, or as numbers in every row; in a database, a view with a CAST will do"
+DATED = "name a column of timestamps, dates, ISO 8601 text or epoch numbers; in a database, a view can have one"
+"""Remedies of a column whose type does not serve."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,49 @@ def check_parquet(files: TableLocation, names: Iterable[str], *, pages: bool) ->
             if kind != expected:
                 problem = f"{path}: column {name!r} holds {kind}, but in {file} {expected}"
                 raise UserError(problem, "write the column with one type in all files")
+
+
+def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: TableLocation) -> None:
+    """Check that the column of every role exists.
+
+    Raises:
+        UserError: a column is missing; the message suggests the nearest name and lists the columns.
+    """
+    columns = list(columns)
+    for role, name in roles.items():
+        if name not in columns:
+            hint = nearest(name, columns, listed=False)
+            problem = f"{location.name} has no column {name!r} ({location.field(role)}){hint}"
+            raise UserError(problem, f"its columns: {', '.join(columns)}")
+
+
+def check_types(
+    table: ir.Table, roles: Mapping[str, str], location: TableLocation, mixed: Collection[str] = ()
+) -> None:
+    """Refuse types that are not what a role needs, or that engines write differently.
+
+    Lists, structures, durations and times of day are refused everywhere; ids are text or numbers, and an order is not a
+    truth. Types that Ibis does not know are refused too, but in a database, from which they are copied as text.
+
+    Args:
+        table: one column for each role.
+        roles: column name in the table, by role.
+        location: the table, for messages.
+        mixed: columns of text that hold objects, lists or values of several types: no ids and no times.
+
+    Raises:
+        UserError: a column has such a type.
+    """
+    for role, name in roles.items():
+        kind = table[role].type()
+        wrong = kind.is_nested() or kind.is_time() or kind.is_interval()
+        wrong = wrong or (kind.is_unknown() and location.format != NAMED)
+        wrong = wrong or (role in KEYS and (kind.is_boolean() or name in mixed))
+        if wrong or (role in ("user", "item") and kind.is_temporal()):
+            shown = kind.raw_type if kind.is_unknown() else kind
+            holds = "objects, lists or values of several types" if name in mixed else f"values of type {shown}"
+            problem = f"{location.name}: column {name!r} ({location.field(role)}) holds {holds}"
+            raise UserError(problem, DATED if role == "time" and name not in mixed else ALIKE)
 
 
 def _checked_format(file: str, system: fsspec.AbstractFileSystem | None, field: str) -> str:

@@ -7,7 +7,7 @@ import ibis
 import ibis.expr.types as ir
 
 from rarec.config.schema import Interactions, Items, Prepare, Table
-from rarec.data.engines.prepare_engine import PrepareEngine, compute_value
+from rarec.data.engines import PrepareEngine, compute_value
 from rarec.data.engines.table_files import DELIMITED, NAMED, TableLocation, find_files, hash_files
 from rarec.data.preparation import columns, steps
 from rarec.errors import UserError, without_password

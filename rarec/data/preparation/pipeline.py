@@ -14,8 +14,7 @@ import ibis.expr.types as ir
 
 from rarec.config.schema import Prepare
 from rarec.data import tables
-from rarec.data.engines import open_engine
-from rarec.data.engines.prepare_engine import PrepareEngine, compute_value
+from rarec.data.engines import PrepareEngine, compute_value, open_engine
 from rarec.data.preparation import steps
 from rarec.data.preparation.inputs import check_order, read_catalogue, read_log, table_location
 from rarec.errors import UserError
