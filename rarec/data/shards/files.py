@@ -237,15 +237,11 @@ class ShardDataset:
         try:
             self[number]
         except UserError:
-            self._check_can_be_opened(int(self.index_S[number]["shard"]))
+            path = self.tars.directory / tar_name(int(self.index_S[number]["shard"]))
+            if os.path.lexists(path):
+                open_file(path).close()  # raises the system's error where a tar that may be whole cannot be opened
             return False
         return True
-
-    def _check_can_be_opened(self, shard: int) -> None:
-        """Raise the system's error if a tar is there and cannot be opened: it may be whole."""
-        path = self.tars.directory / tar_name(shard)
-        if os.path.lexists(path):
-            open_file(path).close()
 
     def _extent(self, row: np.void) -> bytes:
         """Return the bytes at a sample's place; fewer if the tar ends earlier."""
