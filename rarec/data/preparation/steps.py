@@ -21,8 +21,6 @@ from typing import Literal
 import ibis
 import ibis.expr.types as ir
 
-from rarec.data.preparation.columns import HASH_RANGE, text_hash
-
 PRIME = 2**31 - 1
 TIE_RULE = (
     "a user's interactions stand in the order of time (or position); those at the same time by (U + 1)(I + 1) mod "
@@ -39,7 +37,17 @@ NO_TARGET = -1
 MIN_INTERACTIONS = 3
 """Smallest number of interactions that leave-one-out splits; shorter sequences are training only."""
 
+HASH_RANGE = 16**7
+"""Number of distinct hash values."""
+
 Column = Literal["user", "item"]
+
+
+def text_hash(text: ir.StringColumn) -> ir.IntegerColumn:
+    """Return the first seven hex digits of the md5 of a text as an integer, the same on every engine."""
+    digest, digits = text.hexdigest("md5"), ibis.literal("0123456789abcdef")
+    values = (digits.find(digest.substr(place, 1)).cast("int64") * 16 ** (6 - place) for place in range(7))
+    return sum(values, ibis.literal(0))
 
 
 def drop_missing_ids(log: ir.Table) -> ir.Table:
