@@ -19,7 +19,7 @@ from rarec.data.shards import writing
 from rarec.data.shards.batch_plan import BatchPlan, Column
 from rarec.data.shards.files import INDEX, ShardDataset, Tars, open_index, tar_name, write_index
 from rarec.data.shards.samples import INDEX_ROW, Sample, write_tar
-from rarec.storage.artefacts import MANIFEST, SEAL, read_manifest, sha256_json, write_manifest, write_sealed
+from rarec.storage.artefacts import MANIFEST, PROGRESS, SEAL, read_manifest, sha256_json, write_manifest, write_sealed
 from rarec.storage.files import read_json, sha256_file
 from tests.datasets import by_hand
 
@@ -61,7 +61,7 @@ def finish(directory: Path, records: list[dict[str, Any]], sidecars: Iterable[st
     """Write the manifest, and drop the notes of progress."""
     figures, files = writing.describe_shards(records, sidecars)
     manifest = write_manifest(directory, "shards", settings={}, made_from={}, files=files, **figures)
-    shutil.rmtree(directory / writing.PROGRESS, ignore_errors=True)
+    shutil.rmtree(directory / PROGRESS, ignore_errors=True)
     return manifest
 
 

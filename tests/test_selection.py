@@ -125,10 +125,10 @@ def test_denoise_in_parts_is_denoise_at_once(synthetic: PreparedDataset, monkeyp
 
 
 def test_buckets_hold_equally_many_and_equal_numbers_share_one() -> None:
-    buckets, ranges = equal_frequency(np.array([9, 1, 5, 3, 7, 2, 8, 4, 6, 10]), 5)
-    assert buckets.tolist() == [4, 0, 2, 1, 3, 0, 3, 1, 2, 4]
+    buckets, ranges = equal_frequency(np.array([9, 1, 0, 5, 3, 7, 2, 8, 4, 6, 10]), 5, above=0)
+    assert buckets.tolist() == [4, 0, -1, 2, 1, 3, 0, 3, 1, 2, 4]
     assert ranges == [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)]
-    buckets, ranges = equal_frequency(np.array([1, 1, 1, 1, 1, 1, 2, 3]), 4)
+    buckets, ranges = equal_frequency(np.array([1, 1, 1, 1, 1, 1, 2, 3]), 4, above=0)
     assert len(set(buckets[:6].tolist())) == 1
     assert [pair for pair in ranges if pair] == [(1, 1), (2, 3)]
 

@@ -124,15 +124,16 @@ def _report(grid: "Grid", counts_FG: Int64, kept_G: Int64, wanted: int) -> dict[
     }
 
 
-def equal_frequency(values_V: npt.NDArray[np.integer], count: int) -> tuple[Int64, list[Range]]:
-    """Cut values into buckets of equal size; equal values share a bucket, so some may be empty.
+def equal_frequency(values_V: npt.NDArray[np.integer], count: int, above: int) -> tuple[Int64, list[Range]]:
+    """Cut the values above a number into buckets of equal size; equal values share a bucket, so some may be empty.
 
     Returns:
-        The bucket of each value (V,), and the range of each bucket.
+        The bucket of each value (V,), -1 for one that is not above the number; and the range of each bucket.
     """
-    ordered = np.sort(values_V)
+    counted_V = values_V > above
+    ordered = np.sort(values_V[counted_V])
     edges = ordered[np.arange(1, count) * len(ordered) // count]
-    buckets_V = np.searchsorted(edges, values_V, side="right").astype(np.int64)
+    buckets_V = np.where(counted_V, np.searchsorted(edges, values_V, side="right"), -1)
     parts = [values_V[buckets_V == bucket] for bucket in range(count)]
     return buckets_V, [(int(part.min()), int(part.max())) if len(part) else None for part in parts]
 
@@ -151,8 +152,8 @@ class Grid:
     """
 
     def __init__(self, dataset: PreparedDataset, config: Shards) -> None:
-        self._users_U, self._lengths = _buckets(dataset.train_length_U, 1, config.length_buckets)
-        self._items_N, self._popularity = _buckets(dataset.train_counts_N, 0, config.popularity_buckets)
+        self._users_U, self._lengths = equal_frequency(dataset.train_length_U, config.length_buckets, 1)
+        self._items_N, self._popularity = equal_frequency(dataset.train_counts_N, config.popularity_buckets, 0)
         self.size = len(self._lengths) * len(self._popularity)
 
     def bucket(self, users_S: Int32, items_S: Int32) -> Int64:
@@ -169,13 +170,6 @@ class Grid:
             for (length, popularity), *counts in rows
             if any(counts)
         ]
-
-
-def _buckets(values_V: npt.NDArray[np.integer], above: int, count: int) -> tuple[Int64, list[Range]]:
-    """Return `equal_frequency` of the values above a number; the bucket of the others is -1."""
-    buckets_V, counted_V = np.full(len(values_V), -1), values_V > above
-    buckets_V[counted_V], ranges = equal_frequency(values_V[counted_V], count)
-    return buckets_V, ranges
 
 
 def even_shares(counts_G: Int64, wanted: int, rng: np.random.Generator) -> Int64:

@@ -18,20 +18,13 @@ import numpy.typing as npt
 from rarec.data.selection import select_samples
 from rarec.data.shards.files import ShardDataset, Tars, open_index
 from rarec.data.shards.samples import REPAIR, Sample, sample_key
-from rarec.data.shards.writing import (
-    PROGRESS,
-    damaged_files,
-    describe_shards,
-    keep_intact_tars,
-    write_shards,
-    wrong_samples,
-)
+from rarec.data.shards.writing import damaged_files, describe_shards, keep_intact_tars, write_shards, wrong_samples
 from rarec.data.tables import map_npy
 from rarec.errors import UserError
 from rarec.models.encode import STATES_AT_A_TIME, Split, text_states
 from rarec.prompts import Encoded
 from rarec.stages.run import Run
-from rarec.storage.artefacts import Manifest, write_manifest
+from rarec.storage.artefacts import PROGRESS, Manifest, write_manifest
 from rarec.storage.directories import claim, drop_listed
 from rarec.storage.files import atomic_write, write_json
 

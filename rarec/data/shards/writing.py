@@ -23,12 +23,11 @@ from rarec.data.shards.files import INDEX, ShardDataset, open_index, tar_name, w
 from rarec.data.shards.samples import INDEX_ROW, IndexRows, Sample, index_tar, sample_key, write_tar
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.storage.artefacts import MANIFEST, check_files, read_sealed, write_sealed
+from rarec.storage.artefacts import MANIFEST, PROGRESS, check_files, read_sealed, write_sealed
 from rarec.storage.files import read_json, remove_stale, sha256_file
 
 MakeSamples = Callable[[range], Iterable[Sample]]
 """Compute the samples at a range of places, in order."""
-PROGRESS = ".progress"
 
 
 def write_shards(
