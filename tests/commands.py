@@ -2,7 +2,6 @@
 
 import atexit
 import ctypes
-import multiprocessing
 import os
 import resource
 import runpy
@@ -13,29 +12,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
-from unittest.mock import patch
 
 import psutil
 
-PRELOADED = [
-    *("rarec.cli", "rarec.stages.run", "rarec.stages.evaluate", "rarec.stages.export"),
-    *(
-        "rarec.stages.variant_training",
-        "rarec.evaluation.evaluator",
-        "rarec.data.engines.duckdb_engine",
-        "rarec.report.html",
-    ),
-    *("rarec.data.preparation.pipeline", "rarec.ids.trainer", "rarec.training.loop", "rarec.models.language_model"),
-    *("rarec.bundle.recommender", "rarec.bundle.realign", "rarec.bundle.items", "rarec.bundle.users"),
-    *("transformers.models.bert.modeling_bert", "torch.distributed.nn"),
-]
-"""Modules that a command would import; one that does not exist is skipped."""
+from tests.forks import START
+
 TIMEOUT = 120.0
 """Seconds after which a command is said to hang."""
 PR_SET_PDEATHSIG = 1
@@ -97,21 +81,10 @@ class Outcome:
     cpu: float
 
 
-@cache
-def _server() -> ForkServerContext:
-    """Start the process that imports everything once, and forks one for each command."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    with patch.dict(os.environ, own):
-        forkserver.ensure_running()
-    return context
-
-
 def run_command(command: Command) -> Outcome:
     """Run a command to its end; kill it, with all that it has started, at its moment or after the time limit."""
-    pipes = [_server().Pipe(duplex=False) for _ in range(2)]  # not files: their size is limited in some examples
-    process = _server().Process(target=_become, args=(command, *(writing for _, writing in pipes)))
+    pipes = [START.Pipe(duplex=False) for _ in range(2)]  # not files: their size is limited in some examples
+    process = START.Process(target=_become, args=(command, *(writing for _, writing in pipes)))
     process.start()
     group, started = psutil.Process(process.pid), time.monotonic()
     moments = [(command.timeout, signal.SIGKILL)]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tests.faults.world import World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also what tests start is faster on one thread
 # Spark on tables of a few rows: to compile better, or to collect garbage on more threads, takes longer than it saves
 os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -4,7 +4,6 @@ The processes are forked from a server that has imported everything once, so a s
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -19,19 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-START = multiprocessing.get_context("forkserver")
-"""There is one server in a process, and the last list of what it imports counts: this one."""
-START.set_forkserver_preload(
-    [
-        "tests.ranks",
-        "rarec.report.html",
-        "rarec.evaluation.evaluator",
-        "rarec.stages.variant_training",
-        "rarec.training.zero",
-        "rarec.distributed.watchdog",
-    ]
-)
+from tests.forks import START
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "fsdp2")
 ROOT = Path(__file__).parents[1]
